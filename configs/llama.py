@@ -1,0 +1,16 @@
+"""What the Llama family shares: RMSNorm, RoPE, SwiGLU, no biases, Muon with AdamW for the rest."""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.steps = 10_000
+    config.save_every = 500
+    config.eval_every = 500
+    config.eval_tokens = 10_485_760
+    config.keep_every = 2_500
+    config.model.update(norm="rms", position="rope", mlp="swiglu", remat="full")
+    config.optim.update(learning_rate=0.02, adam_learning_rate=1e-3, weight_decay=0.1)
+    config.optim.update(warmup_steps=500)
+    return config

@@ -1,0 +1,246 @@
+"""A corpus: the token shards of one split, checked in full before the first step.
+
+Text is encoded once, into shards below the run's folder; what trains is always shards.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data.encode import META_FORMAT, SHARD_TOKENS, describe_skipped, encode, encoding_key
+from jaxtrain.data.scan import scan_shards
+from jaxtrain.data.shards import Shard, find_shards, probe
+from jaxtrain.data.text import list_files
+from jaxtrain.data.tokenizer import build_tokenizer
+
+META_KEYS = {"format", "source", "tokenizer", "vocab_size", "eot", "skipped", "shards"}
+
+FEW_BYTES = 32 << 20  # of text that one process encodes before others have started
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Checked shards of one split. Files are opened when read, and dropped when pickled."""
+
+    split: str
+    shards: tuple[Shard, ...]
+    fingerprint: str  # of the tokens and their order; not of paths or file formats
+    largest: int  # token
+    tokenizer_name: str | None  # None: unknown, shards of others
+    eot: int  # -1: unknown
+    bytes_per_token: float | None  # of text; None: unknown
+    note: str = ""
+    _open: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_open": {}}
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    def windows(self, T: int) -> int:
+        """Windows of T+1 tokens that start every T tokens; none crosses a shard."""
+        return int(self.windows_by_shard(T).sum())
+
+    def windows_by_shard(self, T: int) -> np.ndarray:
+        """[shards] int64"""
+        return (np.array([shard.tokens for shard in self.shards], np.int64) - 1) // T
+
+    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start:stop of a shard, in its own dtype, not copied."""
+        tokens = self._open.get(shard)
+        if tokens is None:
+            tokens = self._open[shard] = self.shards[shard].open()
+        return tokens[start:stop]
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, start, length), [N] int64 each: from an eot to before the next one.
+
+        Raises:
+            ValueError: eot is unknown, or stands nowhere.
+        """
+        check_eot(self)
+        parts, starts_found = [], 0
+        for i, shard in enumerate(self.shards):
+            step = 1 << 22  # bounds the memory of the comparison
+            found = [
+                start + np.flatnonzero(self.read(i, start, start + step) == self.eot)
+                for start in range(0, shard.tokens, step)
+            ]
+            starts_found += sum(map(len, found))
+            starts = np.union1d(np.concatenate(found), [0]).astype(np.int64)
+            parts.append((np.full(len(starts), i), starts, np.diff(starts, append=shard.tokens)))
+        if not starts_found:
+            raise ValueError(
+                f"data.eot must be the token that starts documents; got data.eot={self.eot}, "
+                f"which stands nowhere in {self.shards[0].path}. Set --config.data.eot."
+            )
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        formats = sorted({f"{s.format} {np.dtype(s.dtype).name}" for s in self.shards})
+        text = "" if self.bytes_per_token is None else f", {self.bytes_per_token:.3f} bytes/token"
+        return (
+            f"{self.split}: {self.tokens:,} tokens in {len(self.shards)} shard(s) of "
+            f"{' and '.join(formats)}, tokenizer {self.tokenizer_name or 'unknown'}{text}, "
+            f"fingerprint {self.fingerprint[:12]}{self.note and ', ' + self.note}"
+        )
+
+
+def check_eot(corpus: Corpus) -> None:
+    """Raises ValueError unless the token that starts documents is known."""
+    if corpus.eot < 0:
+        raise ValueError(
+            "data.eot must be known for data.pack and data.document_mask; got data.eot=-1 and "
+            "shards whose tokenizer is unknown. Set --config.data.eot (GPT-2's is 50256)."
+        )
+
+
+def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Path) -> Corpus:
+    """The corpus of split "train" or "val", encoded first if it is text; every shard is checked.
+
+    Raises:
+        ValueError: shards are missing, or are not what they declare, or hold a token outside
+            the vocabulary; one message lists all of them as file, expected, found.
+    """
+    paths, metas, note = _locate(cfg, split, vocab_size, Path(workdir))
+    entries = {folder / e["file"]: e for folder, meta in metas.items() for e in meta["shards"]}
+    shards, scans = _check_shards(paths, cfg, vocab_size, entries)
+    digest = hashlib.sha256()
+    for shard, scan in zip(shards, scans, strict=True):
+        digest.update(f"{shard.tokens} {scan.fingerprint}\n".encode())
+    text_bytes = [entries[path]["text_bytes"] for path in paths if path in entries]
+    tokens = sum(shard.tokens for shard in shards)
+    largest = max(scan.largest for scan in scans)
+    makers = {(metas[p.parent]["tokenizer"], metas[p.parent]["eot"]) for p in paths if p in entries}
+    all_listed = len(text_bytes) == len(paths)
+    name, eot = _tokenizer_of(cfg, makers if all_listed else (), largest)
+    return Corpus(
+        split=split,
+        shards=tuple(shards),
+        fingerprint=digest.hexdigest()[:32],
+        largest=largest,
+        tokenizer_name=name,
+        eot=eot,
+        bytes_per_token=sum(text_bytes) / tokens if all_listed else None,
+        note=note,
+    )
+
+
+def _locate(cfg, split, vocab_size, workdir):
+    """(paths, {folder: its meta.json}, note) of the split's shards."""
+    if not cfg.shards:
+        folder, meta = _encode_text(cfg, vocab_size, workdir)
+        paths = [folder / e["file"] for e in meta["shards"] if e["split"] == split]
+        if not paths:
+            raise ValueError(
+                f"data.text must hold a document for {split}; got none with "
+                f"data.val_fraction={cfg.val_fraction}. Set --config.data.val_fraction."
+            )
+        return paths, {folder: meta}, describe_skipped(meta["skipped"])
+    paths = find_shards(cfg.shards, split)
+    metas = {folder: _read_meta(folder) for folder in {path.parent for path in paths}}
+    metas = {folder: meta for folder, meta in metas.items() if meta}
+    folder = Path(cfg.shards).expanduser()
+    if folder in metas:  # what meta.json lists must be there: _check_shards names what is not
+        listed = {folder / e["file"] for e in metas[folder]["shards"] if e["split"] == split}
+        paths = sorted({*paths, *listed})
+    return paths, metas, ""
+
+
+def _check_shards(paths, cfg, vocab_size, entries):
+    """Shards and their scans; every bad one is named in one ValueError."""
+    problems, shards = [], []
+    for path in paths:
+        try:
+            shards.append(probe(path, cfg.shard_format))
+        except ValueError as error:
+            problems.append(str(error))
+    scans = scan_shards(shards)
+    for shard, scan in zip(shards, scans, strict=True):
+        entry = entries.get(Path(shard.path), {})
+        problem = _judge(shard, scan, vocab_size, entry)
+        if problem:
+            problems.append(f"{shard.path}: {problem}.")
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise ValueError(f"{len(problems)} of {len(paths)} shards cannot be used:\n  {listed}")
+    return shards, scans
+
+
+def _judge(shard, scan, vocab_size, entry) -> str:
+    if shard.format == "nanogpt" and scan.odd_zero and scan.largest:
+        return "expected uint16 tokens; found every second one 0, the look of uint32"
+    if scan.smallest < 0:
+        return f"expected tokens of at least 0; found {scan.smallest}"
+    declared = entry.get("fingerprint", scan.fingerprint)
+    if declared != scan.fingerprint:
+        return f"expected fingerprint {declared} by meta.json; found {scan.fingerprint}"
+    if scan.largest >= vocab_size:
+        return (
+            f"expected tokens below model.V={vocab_size}; found {scan.largest}. "
+            "Set --config.model.V"
+        )
+    return ""
+
+
+def _read_meta(folder: Path) -> dict | None:
+    """meta.json of `encode` in the folder, or None where there is none."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        return None
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
+        raise ValueError(
+            f"{path}: expected what `python -m jaxtrain.data.encode` writes; found something "
+            "else. Move it away, or encode again."
+        )
+    if meta["format"] != META_FORMAT:
+        raise ValueError(f"{path}: expected format {META_FORMAT}; found {meta['format']}.")
+    if meta["tokenizer"] == "tokenizer.json":  # it moves with its folder
+        meta["tokenizer"] = str(folder / "tokenizer.json")
+    return meta
+
+
+def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
+    """(name, eot): the makers' by meta.json; else data.tokenizer's if it can have made them."""
+    if len(makers) == 1:
+        [(name, eot)] = makers
+        return name, cfg.eot if cfg.eot >= 0 else eot
+    tokenizer = build_tokenizer(cfg.tokenizer)
+    if largest >= tokenizer.vocab_size:
+        return None, cfg.eot
+    return cfg.tokenizer, cfg.eot if cfg.eot >= 0 else tokenizer.eot
+
+
+def _encode_text(cfg, vocab_size, workdir) -> tuple[Path, dict]:
+    """Folder and meta.json of data.text in tokens, made now unless an earlier start made it."""
+    tokenizer = build_tokenizer(cfg.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.V must be at least the tokenizer's {tokenizer.vocab_size}; got "
+            f"model.V={vocab_size}, data.tokenizer={cfg.tokenizer}. Set --config.model.V."
+        )
+    files = list_files(cfg.text, exclude=workdir)
+    key = encoding_key(files, cfg.tokenizer, cfg.val_fraction, SHARD_TOKENS, "text", "text")
+    folder = workdir / "data" / key[:12]  # another text or tokenizer is another folder
+    meta = _read_meta(folder)
+    if meta is None or meta["source"] != key:
+        logging.info("encoding %d files into %s", len(files), folder)
+        text_bytes = sum(path.stat().st_size for path, _ in files)
+        many = cfg.tokenizer != "bytes" and text_bytes > FEW_BYTES
+        workers = (os.cpu_count() or 1) if many else 1
+        encode(files, folder, cfg.tokenizer, "text", cfg.val_fraction, workers=workers)
+        meta = _read_meta(folder)
+    return folder, meta

@@ -1,0 +1,77 @@
+"""Held-out loss: nats per token and, where the text's bytes are known, bits per byte.
+
+    python -m jaxtrain.evaluate --run=DIR [--step=N]
+
+restores the newest good checkpoint of a run and reads all of its validation shard.
+"""
+
+import json
+import math
+
+import jax
+from absl import app, flags
+
+from jaxtrain.mesh import replicated
+from jaxtrain.optim.build import eval_params
+from jaxtrain.step import batch_loss, target_weights
+
+
+def build_eval_step(run):
+    """eval_step(params, batch) -> (sum of nats, targets), jitted; sums of one batch, float32."""
+
+    def eval_step(params, batch):
+        weights_BT = target_weights(batch)
+        _, nats = batch_loss(run.model, run.loss, params, batch, weights_BT)
+        return nats, weights_BT.sum()
+
+    return jax.jit(eval_step, out_shardings=replicated(run.mesh))
+
+
+def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> dict:
+    """{"eval/loss_nats", "eval/tokens", "eval/bits_per_byte"} of held-out batches.
+
+    Args:
+        state: a TrainState; its optimizer says which weights are evaluated.
+        batches: from data.eval_batches; padding (docs of -1) does not count.
+        bytes_per_token: of the held-out text; None leaves bits per byte out.
+        max_tokens: stops after the batch that reaches it; 0 reads all.
+
+    Raises:
+        ValueError: batches hold no target.
+    """
+    params = eval_params(state.opt_state, state.params)
+    nats = tokens = 0.0  # float64 on the host: float32 would lose bits over a long shard
+    for batch in batches:
+        batch_nats, batch_tokens = jax.device_get(eval_step(params, batch))
+        nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
+        if max_tokens and tokens >= max_tokens:
+            break
+    if not tokens:
+        raise ValueError("evaluation needs a held-out token; got none. Set --config.data.shards.")
+    metrics = {"eval/loss_nats": nats / tokens, "eval/tokens": int(tokens)}
+    if bytes_per_token:
+        metrics["eval/bits_per_byte"] = nats / tokens / math.log(2) / bytes_per_token
+    return metrics
+
+
+def main(argv):
+    del argv
+    from tqdm import tqdm
+
+    from jaxtrain.data.corpus import open_corpus
+    from jaxtrain.data.loader import eval_batches
+    from jaxtrain.run import restore_run
+
+    run, state = restore_run(flags.FLAGS.run, flags.FLAGS.step or None)
+    corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
+    print(corpus.describe())
+    batches = eval_batches(run.cfg.data, corpus, run.mesh)
+    progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
+    metrics = evaluate(build_eval_step(run), state, progress, corpus.bytes_per_token)
+    print(json.dumps({"step": int(state.step)} | metrics))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("run", None, "folder of the run", required=True)
+    flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
+    app.run(main)

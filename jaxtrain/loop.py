@@ -1,0 +1,98 @@
+"""The training loop: what happens in a step, and between steps."""
+
+import jax
+
+import jaxtrain.config as config_lib
+from jaxtrain.data.loader import eval_batches
+from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.metrics import StepClock
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Loop:
+    """One run under way. The device is always a step ahead of what the host has read.
+
+    Args:
+        run: from build_run.
+        state: TrainState to go on from; donated to the steps.
+        step: compiled step(state, batch).
+        batches: training batches, at the state's step.
+        held_out: corpus to evaluate on.
+    """
+
+    def __init__(self, run, state, step, batches, held_out, checkpoints, report):
+        self.cfg, self.run = run.cfg, run
+        self.state, self.step = state, step
+        self.batches, self.held_out = batches, held_out
+        self.checkpoints, self.report = checkpoints, report
+        self.clock = StepClock(run.cfg.data.batch * run.cfg.data.seq_len)
+        self.eval_step = build_eval_step(run)
+        self.first = int(state.step)
+        self.saved_step = self.first
+        self._in_flight = None  # (step, scalars), the scalars still on the device
+
+    def run_to_end(self, stop):
+        """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
+        cfg = self.cfg
+        self.clock.start()
+        for step in range(self.first + 1, cfg.steps + 1):
+            self._advance(step)
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+                self.evaluate(step)
+            told = stop.asked(step)
+            if told or step % cfg.save_every == 0 or step == cfg.steps:
+                self._save(step)
+            if told:
+                return told
+        return None
+
+    def _advance(self, step):
+        """Starts a step, then waits for the one before it."""
+        with self.clock.pause("data"):
+            batch = next(self.batches)
+        with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
+            self.state, scalars = self.step(self.state, batch)
+        self._arrive()
+        self._in_flight = step, scalars
+
+    def _arrive(self):
+        """Waits for the step in flight, logs it, and stops a run that has diverged."""
+        if self._in_flight is None:
+            return
+        (step, scalars), self._in_flight = self._in_flight, None
+        bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
+        self.clock.tick()
+        self.report.advance(step)
+        if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
+            metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
+            self.report.write(step, metrics | self.clock.summary())
+        if bad_steps:
+            self.report.note(f"step {step} skipped: its loss or its gradient is not finite")
+        if bad_steps >= self.cfg.max_bad_steps:
+            raise Diverged(
+                f"at most {self.cfg.max_bad_steps} steps in a row may be skipped; got {bad_steps} "
+                f"by step {step} (checkpoint: step {self.saved_step}). Lower "
+                "--config.optim.learning_rate or raise --config.max_bad_steps."
+            )
+
+    def evaluate(self, step) -> dict:
+        """Held-out loss of the current weights, logged as this step's."""
+        self._arrive()
+        with self.clock.pause("eval"):
+            batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
+            per_token, limit = self.held_out.bytes_per_token, self.cfg.eval_tokens
+            metrics = evaluate(self.eval_step, self.state, batches, per_token, limit)
+        self.report.write(step, metrics)
+        return metrics
+
+    def _save(self, step):
+        self._arrive()
+        if step == self.saved_step:
+            return
+        with self.clock.pause("save"):
+            meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
+            self.checkpoints.save(step, self.state, meta)
+        self.saved_step = step

@@ -1,0 +1,142 @@
+"""Causal grouped-query attention: (q_BTHK, k_BTGK, v_BTGK, docs_BT | None) -> o_BTHK.
+
+Scores are scaled by 1/sqrt(K); softmax is in float32. With docs, a token sees only its document.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+MASKED = -1e30  # finite: a row that is masked whole stays finite
+BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores
+
+
+def _mask(T, S, docs_BT, start=0):
+    """Boolean [1 or B,1,1,T,S]: query start+t may see key s."""
+    causal = (start + jnp.arange(T))[:, None] >= jnp.arange(S)[None, :]
+    if docs_BT is None:
+        return causal[None, None, None]
+    same = docs_BT[:, start : start + T, None] == docs_BT[:, None, :S]
+    return (causal & same)[:, None, None]
+
+
+def _grouped(q_BTHK, G):
+    B, T, H, K = q_BTHK.shape
+    return q_BTHK.reshape(B, T, G, H // G, K)
+
+
+def _wide(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def attention_reference(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+    """The law. Holds [B,H,T,T]."""
+    B, T, H, K = q_BTHK.shape
+    q_BTGRK = _grouped(q_BTHK, k_BTGK.shape[2])
+    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BTGK, preferred_element_type=_wide(q_BTHK))
+    s = jnp.where(_mask(T, T, docs_BT), s * K**-0.5, MASKED)
+    p = jax.nn.softmax(s, axis=-1).astype(v_BTGK.dtype)
+    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BTGK, preferred_element_type=_wide(q_BTHK))
+    return o_BTGRK.reshape(B, T, H, K).astype(q_BTHK.dtype)
+
+
+def _edges(T):
+    size = -(-T // BLOCKS)
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _blocked_forward(q, k, v, docs_BT):
+    """q [B,G,R,T,K], k and v [B,G,T,K] -> o [B,G,R,T,K] and each block's probabilities."""
+    outs, probabilities = [], []
+    for start, stop in _edges(q.shape[3]):
+        s = jnp.einsum(
+            "BGRTK,BGSK->BGRTS",
+            q[:, :, :, start:stop],
+            k[:, :, :stop],
+            preferred_element_type=_wide(q),
+        )
+        s = jnp.where(_mask(stop - start, stop, docs_BT, start), s, MASKED)
+        e = jnp.exp(s - s.max(-1, keepdims=True))
+        p = (e / e.sum(-1, keepdims=True)).astype(v.dtype)
+        o = jnp.einsum("BGRTS,BGSK->BGRTK", p, v[:, :, :stop], preferred_element_type=_wide(q))
+        outs.append(o.astype(q.dtype))
+        probabilities.append(p)
+    return jnp.concatenate(outs, 3), tuple(probabilities)
+
+
+def _blocked_backward(q, k, v, probabilities, do):
+    wide = _wide(q)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
+    dq, dk, dv = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    for (start, stop), p in zip(_edges(q.shape[3]), probabilities, strict=True):
+        g = do[:, :, :, start:stop]
+        dp = einsum("BGRTK,BGSK->BGRTS", g, v[:, :, :stop])
+        p32 = p.astype(wide)
+        ds = (p32 * (dp - (p32 * dp).sum(-1, keepdims=True))).astype(q.dtype)
+        dq.append(einsum("BGRTS,BGSK->BGRTK", ds, k[:, :, :stop]).astype(q.dtype))
+        dk = dk.at[:, :, :stop].add(einsum("BGRTS,BGRTK->BGSK", ds, q[:, :, :, start:stop]))
+        dv = dv.at[:, :, :stop].add(einsum("BGRTS,BGRTK->BGSK", p, g))
+    return jnp.concatenate(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+@jax.custom_vjp
+def _blocked(q, k, v, docs_BT):
+    return _blocked_forward(q, k, v, docs_BT)[0]
+
+
+def _blocked_fwd(q, k, v, docs_BT):
+    o, probabilities = _blocked_forward(q, k, v, docs_BT)
+    return o, (q, k, v, probabilities)
+
+
+def _blocked_bwd(residuals, do):
+    return *_blocked_backward(*residuals, do), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+def attention_blocked(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+    """attention_reference in query blocks with its own backward: the CPU's route.
+
+    Keeps the probabilities in v's dtype for the backward, [B,H,T,T] * 5/8.
+    """
+    B, T, H, K = q_BTHK.shape
+    q = _grouped(q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK.shape[2])
+    o = _blocked(
+        q.transpose(0, 2, 3, 1, 4),
+        k_BTGK.transpose(0, 2, 1, 3),
+        v_BTGK.transpose(0, 2, 1, 3),
+        docs_BT,
+    )
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def attention_blocked_wide(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+    """attention_blocked with float32 products, for processors without bf16 products."""
+    wide = (x.astype(_wide(x)) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return attention_blocked(*wide, docs_BT).astype(q_BTHK.dtype)
+
+
+def attention_cudnn(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+    """cuDNN's flash attention through JAX; half precision, no documents. Never holds [T,T]."""
+    assert docs_BT is None, "the route table sends document masks elsewhere"
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
+    )
+
+
+ATTENTION = {
+    "reference": attention_reference,
+    "blocked": attention_blocked,
+    "blocked_wide": attention_blocked_wide,
+    "cudnn": attention_cudnn,
+}
+
+
+def attend(implementation, q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+    """ATTENTION[implementation], its result named "attention" for remat policies."""
+    o_BTHK = ATTENTION[implementation](q_BTHK, k_BTGK, v_BTGK, docs_BT)
+    return checkpoint_name(o_BTHK, "attention")

@@ -1,0 +1,194 @@
+"""Flax modules of one transformer: parameter containers whose calls see one layer's slice.
+
+Each parameter is declared by its axes string and the standard deviation it starts from; shapes,
+initialisation, sharding, optimizer routing and export follow from those two.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtrain.axes import Axes
+from jaxtrain.model.dense import DENSE
+
+
+def sizes(cfg) -> dict[str, int]:
+    """Letter -> size, from a ModelConfig; T is the learned positions."""
+    return {letter: getattr(cfg, letter) for letter in "DFGHKLV"} | {"T": cfg.positions}
+
+
+def small_std(cfg) -> float:
+    """For embeddings and for matrices that read the residual stream.
+
+    Source: Nguyen & Salazar 2019, https://arxiv.org/abs/1910.05895 ("SmallInit").
+    """
+    return (2 / (5 * cfg.D)) ** 0.5
+
+
+def residual_std(cfg) -> float:
+    """For matrices that write to the residual stream, so that L layers together stay of order 1.
+
+    Source: Wang & Komatsuzaki 2021, as in GPT-NeoX-20B, https://arxiv.org/abs/2204.06745.
+    """
+    return 2 / (cfg.L * cfg.D**0.5)
+
+
+def param(cfg, axes: str, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
+    """Declares a parameter; built under nnx.eval_shape, so no array is made here."""
+    parsed = Axes.parse(axes)
+    dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
+    return nnx.Param(jnp.zeros(parsed.shape(sizes(cfg)), dtype), axes=parsed, std=std, mean=mean)
+
+
+class Norm(nnx.Module):
+    """RMS or layer norm, inside in at least float32, where bf16 would lose the mean square."""
+
+    def __init__(self, cfg, axes):
+        self.cfg = cfg
+        self.gain = param(cfg, axes, mean=1.0)
+        if cfg.norm == "layer" and cfg.bias:
+            self.bias = param(cfg, axes)
+
+    def __call__(self, x_XD):
+        x = x_XD.astype(jnp.promote_types(x_XD.dtype, jnp.float32))
+        if self.cfg.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.cfg.norm_eps)
+        x = x * self.gain[...]
+        if self.cfg.norm == "layer" and self.cfg.bias:
+            x = x + self.bias[...]
+        return x.astype(x_XD.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """RMS norm of each head's query or key. Source: https://arxiv.org/abs/2010.04245."""
+
+    def __init__(self, cfg):
+        self.eps = cfg.norm_eps
+        self.gain = param(cfg, "L|K", mean=1.0)
+
+    def __call__(self, x_BTHK):
+        x = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        return (x * self.gain[...]).astype(x_BTHK.dtype)
+
+
+class Linear(nnx.Module):
+    """[B,T,inputs] -> [B,T,outputs] with a matrix `w` and, with model.bias, a bias `b`."""
+
+    def __init__(self, cfg, axes, std, dense):
+        parsed = Axes.parse(axes)
+        self.dense = dense
+        self.w = param(cfg, axes, std)
+        if cfg.bias:
+            self.b = param(cfg, f"{parsed.stack}|{parsed.outputs}")
+        self.has_bias = cfg.bias
+        self.in_dims, self.out_dims = len(parsed.inputs), len(parsed.outputs)
+
+    def __call__(self, x):
+        w = self.w[...]
+        ins, outs = w.shape[: self.in_dims], w.shape[self.in_dims :]
+        x_BTI = x.reshape(*x.shape[:2], -1)
+        w_IO = w.reshape(x_BTI.shape[-1], -1)
+        assert ins == x.shape[2:], f"{x.shape} does not end in {ins}"
+        y_BTO = DENSE[self.dense](x_BTI, w_IO)
+        y = y_BTO.reshape(*x.shape[:2], *outs)
+        return y + self.b[...].astype(y.dtype) if self.has_bias else y
+
+
+def rotate(x_BTHK, cos_TK, sin_TK):
+    """Rotary position, halves rotated (the layout of Hugging Face's Llama).
+
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
+    """
+    x = x_BTHK.astype(cos_TK.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    out = x * cos_TK[:, None] + turned * sin_TK[:, None]
+    return out.astype(x_BTHK.dtype)
+
+
+def rope_tables(cfg, positions):
+    """cos and sin, [T,K] each, of integer positions [T], in at least float32."""
+    dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
+    wavelength_K = cfg.rope_theta ** (jnp.arange(0, cfg.K, 2, dtype=dtype) / cfg.K)
+    angle_TK = positions[:, None].astype(dtype) / wavelength_K
+    angle_TK = jnp.concatenate([angle_TK, angle_TK], axis=-1)
+    return jnp.cos(angle_TK), jnp.sin(angle_TK)
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg, dense):
+        self.cfg = cfg
+        self.q = Linear(cfg, "L|D->HK", small_std(cfg), dense)
+        self.k = Linear(cfg, "L|D->GK", small_std(cfg), dense)
+        self.v = Linear(cfg, "L|D->GK", small_std(cfg), dense)
+        self.o = Linear(cfg, "L|HK->D", residual_std(cfg), dense)
+        if cfg.qk_norm:
+            self.q_norm = HeadNorm(cfg)
+            self.k_norm = HeadNorm(cfg)
+
+    def __call__(self, x_BTD, rope, mix):
+        """mix: (q_BTHK, k_BTGK, v_BTGK) -> (o_BTHK, extra); returns ([B,T,D], extra)."""
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        o_BTHK, extra = mix(q, k, v)
+        return self.o(o_BTHK), extra
+
+
+class Mlp(nnx.Module):
+    def __init__(self, cfg, dense):
+        self.form = cfg.mlp
+        if cfg.mlp == "swiglu":
+            self.gate = Linear(cfg, "L|D->F", small_std(cfg), dense)
+        self.up = Linear(cfg, "L|D->F", small_std(cfg), dense)
+        self.down = Linear(cfg, "L|F->D", residual_std(cfg), dense)
+
+    def __call__(self, x_BTD):
+        up = self.up(x_BTD)
+        if self.form == "swiglu":  # https://arxiv.org/abs/2002.05202
+            return self.down(jax.nn.silu(self.gate(x_BTD)) * up)
+        if self.form == "gelu":  # the tanh form, as GPT-2
+            return self.down(jax.nn.gelu(up, approximate=True))
+        return self.down(jnp.square(jax.nn.relu(up)))  # https://arxiv.org/abs/2109.08668
+
+
+class Block(nnx.Module):
+    """One layer, pre-norm: h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, cfg, dense):
+        self.attention_norm = Norm(cfg, "L|D")
+        self.attention = Attention(cfg, dense)
+        self.mlp_norm = Norm(cfg, "L|D")
+        self.mlp = Mlp(cfg, dense)
+
+    def __call__(self, h_BTD, rope, mix):
+        """Returns ([B,T,D], whatever mix returned beside its output)."""
+        y_BTD, extra = self.attention(self.attention_norm(h_BTD), rope, mix)
+        h_BTD = h_BTD + y_BTD
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), extra
+
+
+def embed_std(cfg) -> float:
+    """Small; where the head shares the embedding, small enough that the first loss is ln V.
+
+    A tied head's logits have variance D * std**2, and the first loss is ln V plus half of it:
+    SmallInit's 0.4 would be 0.2 nats, this is 0.03.
+    """
+    return 0.25 / cfg.D**0.5 if cfg.tied else small_std(cfg)
+
+
+class Transformer(nnx.Module):
+    """All parameters; the forward pass over them is in transformer.py."""
+
+    def __init__(self, cfg, dense):
+        self.embed = param(cfg, "V|D", embed_std(cfg))
+        if cfg.position == "learned":
+            self.positions = param(cfg, "T|D", embed_std(cfg))
+        self.blocks = Block(cfg, dense)
+        self.final_norm = Norm(cfg, "|D")
+        if not cfg.tied:  # logits of standard deviation 1/sqrt(D): the first loss is ln V
+            self.head = param(cfg, "V|D", 1 / cfg.D)

@@ -1,0 +1,86 @@
+"""The parts of a run, assembled from its config: what training, evaluation and sampling share."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain import config as config_lib
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.kernels import choose_routes
+from jaxtrain.loss import build_loss
+from jaxtrain.mesh import build_mesh, check_batch
+from jaxtrain.model.layers import sizes
+from jaxtrain.model.transformer import Model, build_model, count_params
+from jaxtrain.optim.build import build_optimizer
+from jaxtrain.runtime import start_runtime
+from jaxtrain.step import abstract_state
+
+
+class Run(NamedTuple):
+    cfg: config_lib.TrainConfig
+    mesh: jax.sharding.Mesh
+    routes: dict
+    model: Model
+    loss: Any
+    optimizer: Any
+
+    @property
+    def parameters(self) -> int:
+        return count_params(self.model.axes, sizes(self.cfg.model))
+
+
+def build_run(cfg, devices=None) -> Run:
+    """Every part of a TrainConfig's run but its data; no array is made.
+
+    Raises:
+        ValueError: the mesh, the batch or a route does not fit this machine.
+    """
+    mesh = build_mesh(cfg.mesh, devices)
+    check_batch(cfg.data.batch, cfg.accumulation, mesh)
+    platform = mesh.devices.flat[0].platform
+    masked = cfg.data.document_mask
+    routes = choose_routes(cfg.model, masked, platform, cfg.strict)
+    model = build_model(cfg.model, routes, mesh, masked)
+    loss = build_loss(cfg.loss, cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype), mesh)
+    return Run(cfg, mesh, routes, model, loss, build_optimizer(cfg.optim, model.axes, mesh))
+
+
+def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
+    """The TrainConfig that a run stored in `workdir/config.json`.
+
+    Raises:
+        ValueError: there is no such file, or it is not a run's.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        values = json.loads(path.read_text())["config"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"--run must be a run's folder with a config.json; got {workdir}."
+        ) from None
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must hold a run's config; got {error!r}.") from error
+    return config_lib.freeze(values | {"workdir": str(workdir)} | (overrides or {}))
+
+
+def restore_run(workdir, step=None):
+    """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
+
+    Raises:
+        ValueError: the folder holds no run, or no checkpoint yet.
+    """
+    mesh = {"replica": 1, "fsdp": -1, "tensor": 1}
+    cfg = load_config(workdir, {"mesh": mesh})
+    start_runtime(cfg)
+    run = build_run(cfg)
+    folder = Path(workdir) / "checkpoints"
+    with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
+        restored = checkpoints.restore(
+            abstract_state(run.model, run.optimizer, run.mesh), step=step
+        )
+    if restored is None:
+        raise ValueError(f"--run must hold a checkpoint; got none in {folder}. Train it first.")
+    return run, restored.state

@@ -1,0 +1,111 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from checkpoint_states import FSDP, abstract, mesh_of, truncate
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.checkpoint import Checkpoints
+
+KILLED = """
+    import sys, jax, jax.numpy as jnp
+    from jaxtrain.checkpoint import Checkpoints
+
+    with Checkpoints(sys.argv[1], 1) as checkpoints:
+        for step in (1, 2):
+            state = {"w": jnp.full((24 << 20,), step, jnp.float32), "step": jnp.int32(step)}
+            checkpoints.save(step, state, {"next": step})
+            if step == 1:
+                checkpoints.wait()
+"""
+
+
+def start(program, *args, **env):
+    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
+    root = str(Path(__file__).parents[1])
+    return subprocess.Popen(command, cwd=root, env={**os.environ, **env}, stderr=subprocess.PIPE)
+
+
+def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
+    in_the_middle = 0
+    for delay_s in (0.0, 0.03, 0.1):
+        folder = tmp_path / str(delay_s)
+        child = start(KILLED, folder)
+        while not list(folder.glob("2.*")) and not (folder / "2").exists():  # the save has begun
+            assert child.poll() is None, child.communicate()[1].decode()
+            time.sleep(0.001)
+        time.sleep(delay_s)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        left = [path.name for path in folder.glob("2.*")]
+        in_the_middle += bool(left)
+        with Checkpoints(folder, 1) as checkpoints:
+            template = abstract({"w": jnp.zeros(24 << 20), "step": jnp.int32(0)})
+            step, state, meta = checkpoints.restore(template)
+            assert step == (1 if left else 2) and meta == {"next": step} and state["step"] == step
+            assert (np.asarray(state["w"]) == step).all() and checkpoints.rejected == []
+            checkpoints.save(3, {"x": jnp.int32(3)}, {})
+        assert [path.name for path in folder.iterdir()] == ["3"]  # nothing of the killed save
+    assert in_the_middle
+
+
+SEVERAL = """
+    import sys, jax, jax.numpy as jnp
+    port, i, own, shared = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(i))
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jaxtrain.checkpoint import Checkpoints
+    from jaxtrain.config import MeshConfig
+    from jaxtrain.mesh import build_mesh
+
+    mesh = build_mesh(MeshConfig(1, 4, 1))
+    split = NamedSharding(mesh, P("fsdp"))
+    template = {"w": jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=split)}
+    with jax.set_mesh(mesh):
+        with Checkpoints(own, 9) as checkpoints:
+            step, state, meta = checkpoints.restore(template)
+        assert (step, meta) == (1, {"next": 1}), (step, meta)
+        [(step, reason)] = checkpoints.rejected
+        assert step == 2 and reason.startswith("process 1: w cannot be read"), checkpoints.rejected
+        with Checkpoints(shared, 9) as checkpoints:
+            assert checkpoints.restore(template).step == 2
+            checkpoints.save(3, jax.tree.map(lambda x: 3 * x, state), {"next": 3})
+            checkpoints.wait()
+            assert float(checkpoints.restore(template).state["w"].sum()) == 3 * 8 * 1024
+"""
+
+
+def test_processes_agree_on_the_step_even_if_one_alone_cannot_read_it(tmp_path):
+    with Checkpoints(tmp_path / "shared", 9) as checkpoints:
+        split = NamedSharding(mesh_of(FSDP), P("fsdp"))
+        for step in (1, 2):
+            state = {"w": jax.device_put(jnp.full((8, 1024), step, jnp.float32), split)}
+            checkpoints.save(step, state, {"next": step})
+    for i in "01":
+        shutil.copytree(tmp_path / "shared", tmp_path / i / "checkpoints")
+    truncate(tmp_path / "1/checkpoints/2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    children = [
+        start(SEVERAL, port, i, tmp_path / i / "checkpoints", tmp_path / "shared", **flags)
+        for i in "01"
+    ]
+    errors = [child.communicate(timeout=120)[1].decode() for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
+    assert (tmp_path / "0/checkpoints_rejected/2").is_dir()  # process 0 alone moves
+    assert not (tmp_path / "1/checkpoints_rejected").exists()
+    with Checkpoints(tmp_path / "shared", 9) as checkpoints:
+        restored = checkpoints.restore(abstract(state))
+        assert restored.step == 3 and (np.asarray(restored.state["w"]) == 3).all()

@@ -1,0 +1,74 @@
+import dataclasses
+import re
+
+import pytest
+
+from configs import debug
+from jaxtrain import config as config_lib
+from jaxtrain.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def test_there_are_at_most_100_fields():
+    assert len(config_lib.flatten(TrainConfig())) <= config_lib.MAX_FIELDS
+
+
+def test_every_field_has_a_text_and_stands_in_the_help():
+    text = config_lib.describe()
+    for prefix, cls in config_lib.sections():
+        for field in dataclasses.fields(cls):
+            if not dataclasses.is_dataclass(field.type):
+                assert field.metadata["text"], field.name
+                assert f"  {prefix}{field.name}=" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, "no field modle. Did you mean model?"),
+        (
+            {"optim": {"learning_rat": 1.0}},
+            "no field optim.learning_rat. Did you mean optim.learning",
+        ),
+        ({"model": {"G": 3}}, r"model.G must divide model.H=4; got 3. Set --config.model.G."),
+        ({"model": {"K": 7}}, "model.K must be even with position=rope; got 7"),
+        ({"model": {"norm": "batch"}}, "model.norm must be one of 'rms', 'layer'; got 'batch'"),
+        ({"steps": 0}, "steps must be at least 1; got 0. Set --config.steps."),
+        ({"steps": 1.5}, "steps must be of type int; got 1.5"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate must be at least 0.0"),
+        ({"accumulation": 3}, "data.batch must be a multiple of accumulation=3; got 8"),
+        ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
+        ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
+        ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_flag(values, message):
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.learning", ".learning")):
+        config_lib.freeze(values)
+
+
+def test_an_int_is_widened_to_float_but_never_narrowed():
+    assert config_lib.freeze({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
+    with pytest.raises(ValueError, match="of type bool"):
+        ModelConfig(tied=1)
+
+
+def test_total_steps_follows_steps_until_it_is_set():
+    config = debug.get_config()
+    config.steps = 7
+    assert config_lib.freeze(config).optim.total_steps == 7
+    config.optim.total_steps = 9
+    assert config_lib.freeze(config).optim.total_steps == 9
+    assert config_lib.freeze(config).steps == 7
+
+
+def test_freezing_the_plain_form_gives_the_same_config():
+    cfg = config_lib.freeze(debug.get_config())
+    assert config_lib.freeze(config_lib.to_dict(cfg)) == cfg
+
+
+def test_the_hash_names_what_is_trained_and_not_where():
+    base = TrainConfig()
+    assert config_lib.config_hash(base) == config_lib.config_hash(TrainConfig(workdir="/elsewhere"))
+    others = (TrainConfig(seed=1), TrainConfig(data=DataConfig(batch=16)))
+    others += (TrainConfig(optim=OptimConfig(momentum=0.9)),)
+    assert len({config_lib.config_hash(cfg) for cfg in (base, *others)}) == 4

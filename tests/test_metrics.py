@@ -1,0 +1,140 @@
+import time
+
+import numpy as np
+import pytest
+
+from jaxtrain.metrics import StepClock
+
+
+class Hand:
+    """A clock moved by hand, s."""
+
+    def __init__(self):
+        self.now_s = 1_000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def hand():
+    return Hand()
+
+
+@pytest.fixture
+def clock(hand):
+    clock = StepClock(tokens_per_step=100, now=hand)
+    hand.now_s += 60  # compiling
+    clock.start()
+    return clock
+
+
+def run_steps(clock, hand, times_s):
+    for time_s in times_s:
+        hand.now_s += time_s
+        clock.tick()
+
+
+def pause(clock, hand, cause, seconds):
+    with clock.pause(cause):
+        hand.now_s += seconds
+
+
+def test_percentiles_are_numpys(clock, hand):
+    times_s = np.random.default_rng(0).lognormal(-1, 0.5, 999)
+    run_steps(clock, hand, times_s)
+    total = clock.total()
+    for name, q in {"": 50, "_p95": 95, "_p99": 99, "_max": 100}.items():
+        assert total[f"perf/step_time{name}_s"] == pytest.approx(np.percentile(times_s, q))
+
+
+def test_pauses_are_not_step_time_and_are_counted_by_cause(clock, hand):
+    run_steps(clock, hand, [0.25, 0.25])
+    pause(clock, hand, "eval", 3.0)
+    pause(clock, hand, "save", 1.0)
+    pause(clock, hand, "eval", 0.5)
+    run_steps(clock, hand, [0.25, 0.25])
+    summary = clock.summary()
+    assert summary["perf/step_time_max_s"] == pytest.approx(0.25)
+    assert summary["perf/pause_eval_s"] == pytest.approx(3.5)
+    assert summary["perf/pause_save_s"] == pytest.approx(1.0)
+    assert summary["perf/tokens_per_s"] == pytest.approx(400)
+    assert summary["perf/tokens_per_s_actual"] == pytest.approx(400 / 5.5)
+
+
+def test_a_wait_for_data_is_counted_but_stays_in_the_step(clock, hand):
+    for _ in range(4):
+        pause(clock, hand, "data", 0.25)  # beside the step before
+        run_steps(clock, hand, [0.75])
+    summary = clock.summary()
+    assert summary["perf/step_time_s"] == pytest.approx(1.0)
+    assert summary["data/wait_s"] == pytest.approx(0.25)
+
+
+def test_steps_and_pauses_make_up_the_whole_wall_time(clock, hand):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        pause(clock, hand, ["eval", "save", "data"][rng.integers(3)], rng.random())
+        run_steps(clock, hand, rng.random(2))
+    total = clock.total()
+    paused_s = total["perf/pause_eval_s"] + total["perf/pause_save_s"]
+    steps_s = total["perf/goodput"] * total["perf/wall_s"]
+    assert steps_s + paused_s == pytest.approx(total["perf/wall_s"])
+    assert total["perf/wall_s"] == pytest.approx(hand.now_s - 1_060)
+    assert total["perf/tokens"] == 100 * total["perf/steps"] == 10_000
+
+
+def test_a_summary_covers_only_the_time_since_the_last_one(clock, hand):
+    run_steps(clock, hand, [5.0, 5.0])
+    pause(clock, hand, "eval", 7.0)
+    clock.summary()
+    run_steps(clock, hand, [0.5, 0.5])
+    summary = clock.summary()
+    assert summary["perf/step_time_max_s"] == pytest.approx(0.5)
+    assert summary["perf/tokens_per_s_actual"] == pytest.approx(200)
+    assert "perf/pause_eval_s" not in summary
+    assert clock.total()["perf/step_time_max_s"] == pytest.approx(5.0)
+
+
+def test_a_pause_before_a_summary_is_not_charged_to_the_step_after_it(clock, hand):
+    run_steps(clock, hand, [0.5])
+    pause(clock, hand, "save", 9.0)
+    clock.summary()
+    run_steps(clock, hand, [0.5])
+    assert clock.summary()["perf/step_time_max_s"] == pytest.approx(0.5)
+
+
+def test_a_run_without_a_step_has_no_step_times(clock, hand):
+    pause(clock, hand, "eval", 2.0)
+    assert clock.summary() == {"perf/pause_eval_s": pytest.approx(2.0)}
+    total = clock.total()
+    assert total["perf/steps"] == 0 and "perf/step_time_s" not in total
+
+
+def test_an_exception_in_a_pause_still_counts_its_time(clock, hand):
+    with pytest.raises(KeyboardInterrupt), clock.pause("eval"):
+        hand.now_s += 2.0
+        raise KeyboardInterrupt
+    run_steps(clock, hand, [0.5])
+    assert clock.summary()["perf/step_time_s"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("misuse", ["tick", "pause"])
+def test_a_pause_holds_neither_a_tick_nor_another_pause(clock, misuse):
+    with pytest.raises(AssertionError, match="inside pause"), clock.pause("eval"):
+        if misuse == "tick":
+            clock.tick()
+        with clock.pause("save"):
+            pass
+
+
+def test_the_real_clock_measures_real_time():
+    clock = StepClock(tokens_per_step=1)
+    clock.start()
+    time.sleep(0.05)
+    with clock.pause("eval"):
+        time.sleep(0.2)
+    clock.tick()
+    summary = clock.summary()
+    assert summary["perf/step_time_s"] >= 0.05 and summary["perf/pause_eval_s"] >= 0.2
+    assert summary["perf/tokens_per_s_actual"] <= 1 / 0.25

@@ -1,0 +1,273 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain.axes import Axes
+from jaxtrain.config import MeshConfig, OptimConfig
+from jaxtrain.mesh import build_mesh, param_sharding, replicated
+from jaxtrain.optim.build import (
+    OPTIMIZERS,
+    build_optimizer,
+    eval_params,
+    format_group_table,
+    group_rms,
+    group_table,
+    state_shardings,
+)
+from jaxtrain.optim.schedule import build_schedule
+
+SIZES = {"L": 8, "D": 64, "H": 4, "G": 2, "K": 16, "F": 192, "V": 128, "T": 32}
+AXES = jax.tree.map(
+    Axes.parse,
+    {
+        "blocks": {
+            "wq": "L|D->HK",
+            "wk": "L|D->GK",
+            "wo": "L|HK->D",
+            "w_gate": "L|D->F",
+            "w_down": "L|F->D",
+            "norm": "L|D",
+        },
+        "embed": "V|D",
+        "head": "V|D",
+        "positions": "T|D",
+        "final_norm": "|D",
+    },
+)
+FEW = {
+    "w_in": Axes.parse("L|D->HK"),
+    "w_out": Axes.parse("L|F->D"),
+    "norm": Axes.parse("L|D"),
+    "embed": Axes.parse("V|D"),
+}
+MATRICES = {"blocks.wq", "blocks.wk", "blocks.wo", "blocks.w_gate", "blocks.w_down"}
+
+
+def named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def random_params(seed, axes=FEW):
+    rng = np.random.default_rng(seed)
+    draw = lambda a: jnp.asarray(rng.normal(size=a.shape(SIZES)), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, axes)
+
+
+def run(optimizer, params, steps=3, gradient=random_params):
+    """[params after each step], and the last optimizer state."""
+
+    @jax.jit
+    def advance(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, history = optimizer.init(params), []
+    for i in range(steps):
+        params, state = advance(params, state, gradient(100 + i))
+        history.append(params)
+    return history, state
+
+
+def zeros(seed):
+    return jax.tree.map(jnp.zeros_like, random_params(seed))
+
+
+def test_matrices_alone_go_to_muon_and_what_has_a_vocabulary_or_is_a_matrix_decays():
+    rows = {
+        r.name: r for r in group_table(OptimConfig(weight_decay=0.1), AXES, random_params(0, AXES))
+    }
+    assert {name for name, row in rows.items() if row.optimizer == "muon"} == MATRICES
+    assert {name for name, row in rows.items() if row.decay} == MATRICES | {"embed", "head"}
+    assert {rows[name].rate for name in MATRICES} == {0.02}
+    assert {rows[name].rate for name in rows.keys() - MATRICES} == {3e-3}
+    assert rows["blocks.wo"].shape == "8x64x64"
+
+
+def test_the_optimizer_keeps_one_momentum_for_matrices_and_two_moments_for_the_rest():
+    params = random_params(0, AXES)
+    state = build_optimizer(OptimConfig(), AXES).init(params)
+    sizes = {name: x.size for name, x in named(params).items()}
+    matrices = sum(sizes[name] for name in MATRICES)
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert moments == matrices + 2 * (sum(sizes.values()) - matrices)
+
+
+def test_the_table_prints_every_parameter_in_aligned_columns():
+    lines = format_group_table(
+        group_table(OptimConfig(), AXES, random_params(0, AXES))
+    ).splitlines()
+    assert len(lines) == 1 + len(named(AXES))
+    assert len({line.index(word) for line, word in zip(lines[1:], named(AXES), strict=True)}) == 1
+    column = lines[0].index("rate")
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_a_zero_gradient_only_decay_moves_and_it_moves_exactly(name):
+    cfg = OptimConfig(name=name, weight_decay=0.1, warmup_steps=2, clip_norm=0.0)
+    start = random_params(0)
+    history, _ = run(build_optimizer(cfg, FEW), start, gradient=zeros)
+    schedule, before = build_schedule(cfg), named(start)
+    rows = {row.name: row for row in group_table(cfg, FEW, start)}
+    for count, params in enumerate(history):
+        for key, after in named(params).items():
+            keep = np.float32(1 - rows[key].rate * float(schedule(count)) * rows[key].decay)
+            np.testing.assert_array_max_ulp(np.asarray(after), np.asarray(before[key] * keep), 1)
+        before = named(params)
+
+
+def test_the_adamw_group_equals_optax_adamw():
+    cfg = OptimConfig(weight_decay=0.1, clip_norm=0.0)
+    history, _ = run(build_optimizer(cfg, FEW), random_params(0), steps=20)
+    schedule = build_schedule(cfg)
+    decays = jax.tree.map(lambda a: "V" in a.letters, FEW)
+    rate = lambda count: 3e-3 * schedule(count)  # noqa: E731
+    reference = optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decays)
+    expected, _ = run(reference, random_params(0), steps=20)
+    for key in ("norm", "embed"):
+        np.testing.assert_allclose(history[-1][key], expected[-1][key], rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_on_everything_equals_torch_adamw():
+    reason = "torch is missing: install the crosscheck extra to compare with torch.optim.AdamW"
+    torch = pytest.importorskip("torch", reason=reason)
+    cfg = OptimConfig(name="adamw", weight_decay=0.1, clip_norm=0.0, schedule="constant")
+    cfg_rate = build_schedule(cfg)
+    start = random_params(0)
+    history, _ = run(build_optimizer(cfg, FEW), start, steps=20)
+    rows = {row.name: row for row in group_table(cfg, FEW, start)}
+    twins = {k: torch.nn.Parameter(torch.from_numpy(np.array(p))) for k, p in named(start).items()}
+    groups = [{"params": [p], "weight_decay": rows[k].decay} for k, p in twins.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for i in range(20):
+        for key, g in named(random_params(100 + i)).items():
+            twins[key].grad = torch.from_numpy(np.array(g))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * float(cfg_rate(i))
+        optimizer.step()
+    for key, ours in named(history[-1]).items():
+        np.testing.assert_allclose(ours, twins[key].detach().numpy(), rtol=1e-5, atol=2e-6)
+
+
+def test_one_count_drives_every_rate_and_a_zero_rate_moves_nothing():
+    cfg = OptimConfig(learning_rate=0.0, adam_learning_rate=0.0, weight_decay=0.1)
+    start = random_params(0)
+    history, state = run(build_optimizer(cfg, FEW), start)
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, history[-1], start)))
+    assert {int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32} == {3}
+
+
+def test_clipping_scales_all_gradients_by_their_global_norm_and_spares_small_ones():
+    grads = random_params(1)
+    norm = float(optax.tree.norm(grads))
+    for limit, factor in [(norm / 8, 1 / 8), (2 * norm, 1.0), (0.0, 1.0)]:
+        optimizer = build_optimizer(OptimConfig(name="adamw", clip_norm=limit), FEW)
+        _, state = run(optimizer, random_params(0), 1, lambda _: grads)
+        for group, key in [("matrices", "w_in"), ("rest", "embed"), ("rest", "norm")]:
+            first_moment = state[1].inner_states[group].inner_state.mu[key]
+            np.testing.assert_allclose(first_moment, 0.1 * factor * grads[key], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"w": Axes.parse("|D->F"), "gain": None}, {"w": Axes.parse("|D->F"), "gain": "|D"}],
+)
+def test_axes_that_are_missing_or_not_axes_name_the_parameter(axes):
+    with pytest.raises(ValueError, match="gain"):
+        build_optimizer(OptimConfig(), axes)
+
+
+def test_a_parameter_that_axes_forget_is_an_error_naming_it():
+    optimizer = build_optimizer(OptimConfig(), {"w": Axes.parse("|D->F")})
+    with pytest.raises(ValueError, match="bias"):
+        optimizer.init({"w": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
+
+
+def test_an_unknown_optimizer_lists_the_known_ones():
+    cfg = OptimConfig()
+    object.__setattr__(cfg, "name", "lion")
+    with pytest.raises(ValueError, match="muon, adamw.*--config.optim.name"):
+        build_optimizer(cfg, FEW)
+
+
+def test_group_rms_is_the_root_mean_square_of_each_group():
+    updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
+    rms = group_rms(updates, FEW)
+    assert {k: float(v) for k, v in rms.items()} == {
+        "optim/matrices/update_rms": pytest.approx(2),
+        "optim/rest/update_rms": pytest.approx(3),
+    }
+
+
+def test_these_optimizers_evaluate_at_the_parameters_themselves():
+    params = random_params(0)
+    assert eval_params(build_optimizer(OptimConfig(), FEW).init(params), params) is params
+
+
+@functools.cache
+def compile_on(replica, fsdp, tensor):
+    """(compiled update, its arguments) with everything at rest on a mesh of 8 devices."""
+    mesh = build_mesh(MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor))
+    params = random_params(0)
+    rest = jax.tree.map(lambda a, p: param_sharding(a, p.shape, mesh), FEW, params)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), FEW, mesh)
+    at_rest = state_shardings(optimizer, params, rest, replicated(mesh))
+    state = jax.device_put(optimizer.init(params), at_rest)
+    args = (jax.device_put(random_params(1), rest), state, jax.device_put(params, rest))
+    update = jax.jit(optimizer.update, out_shardings=(rest, at_rest))
+    return update.lower(*args).compile(), args
+
+
+def test_the_state_rests_where_its_parameters_rest():
+    _, (grads, state, params) = compile_on(1, 4, 2)
+    momentum = state[1].inner_states["matrices"].inner_state.momentum
+    for key in ("w_in", "w_out"):
+        assert momentum[key].sharding == params[key].sharding
+        assert not momentum[key].is_fully_replicated
+    second_moment = state[1].inner_states["rest"].inner_state.nu["embed"]
+    assert second_moment.sharding == params["embed"].sharding
+    assert state[2].count.is_fully_replicated
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_split_over_eight_devices_it_makes_the_same_update(sizes):
+    compiled, args = compile_on(*sizes)
+    split, _ = compiled(*args)
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), FEW)
+    params = random_params(0)
+    one, _ = jax.jit(optimizer.update)(random_params(1), optimizer.init(params), params)
+    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
+        a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)
+
+
+def collectives(compiled):
+    """[(in the entry computation, op)] of the compiled HLO."""
+    found, entry = [], False
+    for line in compiled.as_text().splitlines():
+        if line and not line[0].isspace():
+            entry = line.startswith("ENTRY")
+        op = re.search(r" (all-to-all|all-gather|all-reduce|collective-permute)(-start)?\(", line)
+        if op:
+            found.append((entry, op[1]))
+    return found
+
+
+def test_fsdp_costs_two_all_to_alls_a_matrix_parameter_and_the_clip_one_all_reduce():
+    compiled, _ = compile_on(1, 8, 1)
+    matrices = sum(a.is_matrix for a in FEW.values())
+    expected = [(True, "all-reduce")] + [(True, "all-to-all")] * (2 * matrices)
+    assert sorted(collectives(compiled)) == expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_no_collective_stands_inside_the_loop(sizes):
+    compiled, _ = compile_on(*sizes)
+    assert "while(" in compiled.as_text()
+    assert all(entry for entry, _ in collectives(compiled))
