@@ -130,7 +130,7 @@ class Checkpoints:
             raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
         rejected = []
         for step in reversed(from_process_0(self.steps)):
-            folder = self.folder / str(step)
+            folder, arrays = self.folder / str(step), None  # frees a rejected step's before reading
             try:
                 record = from_process_0(lambda folder=folder: digest.read_record(folder))
                 digest.check_format(record)

@@ -8,6 +8,7 @@ The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the 
 status 75 says "preempted: start me again".
 """
 
+import json
 import platform
 import signal
 import sys
@@ -120,6 +121,10 @@ def train(cfg, devices=None, quiet=False) -> int:
         state, resumed = start_state(run, checkpoints, batches)
         first = int(state.step)
         active = jax.process_index() == 0
+        if is_finished(workdir, cfg.steps, first):
+            if active:
+                print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
+            return 0
         with Report(workdir, cfg.steps, first, quiet, active, title) as report, Stop() as stop:
             report.header(header(run, corpus, checkpoints, resumed))
             report.write_config(stored_config(run, corpus))
@@ -127,6 +132,15 @@ def train(cfg, devices=None, quiet=False) -> int:
             loop = Loop(run, state, step, batches, held_out, checkpoints, report)
             del state  # the loop donates it
             return finish(loop, corpus, loop.run_to_end(stop))
+
+
+def is_finished(workdir, steps, first) -> bool:
+    """Whether the last step is saved, evaluated and summed up."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+    except FileNotFoundError:
+        return False
+    return first == steps == summary["step"] and "eval/loss_nats" in summary
 
 
 def start_state(run, checkpoints, batches):

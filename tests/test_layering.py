@@ -21,6 +21,7 @@ evaluate generate
 loop
 train
 crosscheck.*
+benchmarks.*
 bench
 """
 FLOOR = {name: height for height, line in enumerate(FLOORS.split("\n")) for name in line.split()}

@@ -1,0 +1,1 @@
+"""Checks against an implementation that shares no code with ours."""

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.config import MeshConfig, ModelConfig
+from jaxtrain.generate import build_sampler, check_length, choose
+from jaxtrain.kernels import choose_routes
+from jaxtrain.mesh import build_mesh
+from jaxtrain.model.transformer import build_model
+
+MODEL = ModelConfig(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
+
+
+@pytest.fixture
+def model():
+    return build_model(MODEL, choose_routes(MODEL, False, "cpu", False))
+
+
+@pytest.fixture
+def mesh():
+    return build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def test_the_likeliest_sample_is_the_argmax_of_full_forwards(model, mesh):
+    params = model.init(jax.random.key(0))
+    prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, 64)
+    got = build_sampler(model, mesh, 6, 0.0, 0)(params, prompt, jax.random.key(2))
+    text = prompt
+    forward = jax.jit(lambda text: model.logits(params, model.apply(params, text)))
+    for n in range(6):
+        padded = jnp.pad(text, ((0, 0), (0, 6 - n)))  # one shape: the future is masked
+        following = jnp.argmax(forward(padded)[:, text.shape[1] - 1], -1)
+        text = jnp.concatenate([text, following[:, None].astype(text.dtype)], 1)
+    np.testing.assert_array_equal(got, text[:, 5:])
+
+
+def test_samples_follow_from_the_key_and_rows_draw_apart(model, mesh):
+    params = model.init(jax.random.key(0))
+    prompt = jnp.ones((4, 3), jnp.int32)
+    sampler = build_sampler(model, mesh, 16, 1.0, 0)
+    a, b = sampler(params, prompt, jax.random.key(0)), sampler(params, prompt, jax.random.key(0))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, sampler(params, prompt, jax.random.key(1)))
+    assert len({tuple(row) for row in np.asarray(a)}) == 4
+
+
+def test_top_k_draws_only_from_the_likeliest():
+    logits = jax.random.normal(jax.random.key(0), (512, 64))
+    drawn = choose(logits, jax.random.key(1), 1.0, 3)
+    likeliest = jax.lax.top_k(logits, 3)[1]
+    assert jnp.all((drawn[:, None] == likeliest).any(-1))
+    assert len(set((drawn[:, None] == likeliest).argmax(-1).tolist())) == 3
+
+
+def test_temperature_draws_with_the_softmax_of_scaled_logits():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).repeat(20_000, 0)
+    drawn = choose(logits, jax.random.key(0), 0.5, 0)
+    want = np.array([0.25, 0.09, 0.04]) / 0.38
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20_000, want, atol=0.015)
+
+
+@pytest.mark.parametrize(("name", "values"), [("tokens", (0, 1.0, 0)), ("temperature", (1, -1, 0))])
+def test_bad_settings_are_named(model, mesh, name, values):
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        build_sampler(model, mesh, *values)
+
+
+def test_learned_positions_bound_the_sample():
+    learned = ModelConfig(position="learned", positions=64)
+    check_length(learned, 32, 32)
+    with pytest.raises(ValueError, match=r"fit model.positions=64; got 33 \+ 32"):
+        check_length(learned, 33, 32)

@@ -1,0 +1,145 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import debug
+from jaxtrain import config as config_lib
+from jaxtrain.mesh import batch_sharding
+from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.run import build_run
+from jaxtrain.step import (
+    Recompiled,
+    Step,
+    abstract_batch,
+    abstract_state,
+    build_step,
+    init_state,
+)
+
+B, T = 16, 16
+
+
+def build(mesh=(1, 1, 1), accumulation=1, docs=False, **values):
+    config = debug.get_config()
+    config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
+    config.update(accumulation=accumulation, data=dict(batch=B, seq_len=T, pack=docs))
+    config.optim.ns_dtype = "float32"
+    config.update(values)
+    cfg = config_lib.freeze(config)
+    run = build_run(cfg, jax.devices()[: int(np.prod(mesh))])
+    function = build_step(
+        run.model, run.loss, run.optimizer, build_schedule(cfg.optim), run.mesh, accumulation
+    )
+    state = abstract_state(run.model, run.optimizer, run.mesh)
+    return run, Step(function, state, abstract_batch(B, T, run.mesh, docs))
+
+
+def batch_at(step, mesh, docs=None):
+    """Tokens to learn from: counting, from a start that the step draws."""
+    start = np.random.default_rng(step).integers(0, 256, (B, 1))
+    tokens = ((start + np.arange(T + 1)) % 256).astype(np.int32)
+    batch = {"tokens": tokens} | ({"docs": docs} if docs is not None else {})
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def losses(mesh=(1, 1, 1), accumulation=1, steps=20):
+    run, step = build(mesh, accumulation)
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    out = []
+    for n in range(steps):
+        state, scalars = step(state, batch_at(n, run.mesh))
+        out.append(float(scalars["train/loss_nats"]))
+    return np.array(out)
+
+
+@functools.cache
+def whole():
+    return losses()
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
+def test_losses_agree_on_every_mesh(mesh):
+    np.testing.assert_allclose(losses(mesh), whole(), rtol=1e-5)
+
+
+def test_losses_agree_whatever_the_microbatches():
+    np.testing.assert_allclose(losses((1, 2, 1), accumulation=4), whole(), rtol=1e-5)
+
+
+def test_training_learns_and_repeats_bitwise():
+    assert whole()[-1] < whole()[0] - 0.5
+    np.testing.assert_array_equal(losses(steps=5), whole()[:5])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    state, _ = step(state, batch_at(0, run.mesh))
+    poisoned = state._replace(
+        params=jax.tree.map(lambda x: x.at[..., 0].set(jnp.inf), state.params)
+    )
+    before = jax.device_get((poisoned.params, poisoned.opt_state))
+    after, scalars = step(poisoned, batch_at(1, run.mesh))
+    pairs = zip(
+        jax.tree.leaves(before), jax.tree.leaves((after.params, after.opt_state)), strict=True
+    )
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert (int(after.step), int(after.bad_steps), int(after.skipped_steps)) == (2, 1, 1)
+    assert int(scalars["train/bad_steps"]) == 1
+
+
+def test_a_good_step_ends_the_row_of_bad_ones():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    state = state._replace(bad_steps=jnp.int32(3), skipped_steps=jnp.int32(5))
+    after, _ = step(
+        jax.device_put(state, jax.tree.map(lambda x: x.sharding, state)), batch_at(0, run.mesh)
+    )
+    assert (int(after.bad_steps), int(after.skipped_steps)) == (0, 5)
+
+
+def test_padding_weighs_nothing_in_loss_or_update():
+    run, step = build(docs=True)
+    docs = np.zeros((B, T + 1), np.int32)
+    docs[:, 9:] = -1
+    outcomes = []
+    for filler in (0, 7):
+        state = init_state(run.model, run.optimizer, run.mesh, 0)
+        batch = jax.device_get(batch_at(0, run.mesh, docs))
+        batch["tokens"] = np.where(docs < 0, filler, batch["tokens"])
+        state, scalars = step(state, jax.device_put(batch, batch_sharding(run.mesh)))
+        outcomes.append((float(scalars["train/loss_nats"]), jax.device_get(state.params["head"])))
+    assert outcomes[0][0] == outcomes[1][0]
+    np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_other_shapes_are_an_error_that_names_them():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    short = {"tokens": batch_at(0, run.mesh)["tokens"][:, :-1]}
+    with pytest.raises(Recompiled, match=r"\['tokens'\]: int32\[16, 17\] -> int32\[16, 16\]"):
+        step(state, short)
+
+
+def test_the_state_is_donated():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    step(state, batch_at(0, run.mesh))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+
+def test_a_batch_that_does_not_divide_the_mesh_is_named():
+    with pytest.raises(
+        ValueError, match="multiple of replica x fsdp = 8; got data.batch=16, accum"
+    ):
+        build((1, 8, 1), accumulation=4)
+
+
+def test_a_mesh_that_is_not_the_devices_is_named():
+    config = debug.get_config()
+    config.mesh.fsdp = 3
+    with pytest.raises(ValueError, match="must be the 8 devices; got replica=1 fsdp=3 tensor=1"):
+        build_run(config_lib.freeze(config))

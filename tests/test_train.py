@@ -1,0 +1,170 @@
+import json
+import signal
+
+import jax
+import pytest
+import runs
+
+from configs import debug
+from jaxtrain import config as config_lib
+from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.loop import Diverged
+from jaxtrain.run import restore_run
+from jaxtrain.train import train
+
+
+def config(workdir, text, **values):
+    values = {"workdir": str(workdir), "compile_cache": ""} | values
+    config = debug.get_config()
+    config.data.text = str(text)
+    for name, value in values.items():
+        section, _, field = name.rpartition("__")
+        setattr(config[section] if section else config, field, value)
+    return config_lib.freeze(config)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text):
+    """A finished run of 40 steps, and what it printed is its own affair."""
+    workdir = tmp_path_factory.mktemp("trained")
+    assert train(config(workdir, text, steps=40), jax.devices()[:1], quiet=True) == 0
+    return workdir
+
+
+def test_a_run_learns_its_text(trained):
+    logged = dict(runs.losses(trained))
+    assert list(logged) == list(range(1, 41))
+    assert logged[40] < logged[1] - 2.0
+
+
+def test_a_run_leaves_what_the_design_says(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "loss_curve.png", "checkpoints"} <= names
+    stored = json.loads((trained / "config.json").read_text())
+    assert {"config", "config_hash", "versions", "routes", "data", "command"} <= set(stored)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["step"] == 40 and summary["eval/loss_nats"] < 3.5
+    bits = summary["eval/loss_nats"] * 1.442695  # a byte is a token, and documents add one each
+    assert summary["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
+    with pytest.raises(ValueError, match="steps must be at least the checkpoint's step 40; got steps"):
+        train(config(trained, text, steps=30), jax.devices()[:1], quiet=True)
+
+
+def test_another_model_in_the_same_folder_is_refused(trained, text):
+    with pytest.raises(ValueError, match="embed"):
+        train(config(trained, text, steps=50, model__D=64), jax.devices()[:1], quiet=True)
+
+
+def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("plus", "and"))
+    with pytest.raises(ValueError, match="fingerprint"):
+        train(config(trained, other, steps=50), jax.devices()[:1], quiet=True)
+
+
+def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
+    run, state = restore_run(trained)
+    assert run.mesh.size == 8 and int(state.step) == 40
+    from jaxtrain.data.corpus import open_corpus
+    from jaxtrain.data.loader import eval_batches
+
+    corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
+    batches = eval_batches(run.cfg.data, corpus, run.mesh)
+    metrics = evaluate(build_eval_step(run), state, batches, corpus.bytes_per_token)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert metrics["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
+    assert metrics["eval/tokens"] == corpus.tokens - 1
+
+
+def test_steps_that_stay_bad_stop_the_run_and_name_the_flag(tmp_path, text):
+    wild = dict(optim__learning_rate=1e38, optim__adam_learning_rate=1e38, optim__warmup_steps=0)
+    with pytest.raises(Diverged, match="--config.optim.learning_rate"):
+        train(
+            config(tmp_path, text, steps=30, max_bad_steps=3, **wild), jax.devices()[:1], quiet=True
+        )
+    assert runs.losses(tmp_path)[-1][0] <= 6
+
+
+def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path, text):
+    cache = f"--config.compile_cache={tmp_path / 'cache'}"
+    flags = ("--config.steps=200", "--config.save_every=20", "--config.sample.tokens=0", cache)
+    runs.finish(runs.start(tmp_path / "whole", text, *flags))
+    broken = tmp_path / "broken"
+    process = runs.start(broken, text, *flags)
+    runs.signal_at(process, broken, 47, signal.SIGKILL)
+    runs.finish(process, -signal.SIGKILL)
+    process = runs.start(broken, text, *flags)
+    runs.signal_at(process, broken, 90, signal.SIGTERM)
+    out = runs.finish(process, 75)
+    assert "resume" in out and "the same command resumes it" in out
+    assert 90 <= runs.losses(broken)[-1][0] < 200
+    process = runs.start(broken, text, *flags)
+    runs.signal_at(process, broken, 140, signal.SIGINT)
+    runs.finish(process, 130)
+    runs.finish(runs.start(broken, text, *flags))
+    assert runs.losses(broken) == runs.losses(tmp_path / "whole")
+
+
+def test_two_processes_train_as_one_and_either_restores_the_other(tmp_path, text):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mesh = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    flags = (*mesh, "--config.steps=10", "--config.optim.total_steps=20", "--config.save_every=10")
+    flags += ("--config.optim.ns_dtype=float32", "--config.compile_cache=", "--config.data.batch=8")
+    pair = [
+        runs.start(
+            tmp_path / "pair",
+            text,
+            *flags,
+            f"--coordinator=127.0.0.1:{port}",
+            "--processes=2",
+            f"--process={i}",
+            devices=4,
+        )
+        for i in range(2)
+    ]
+    for process in pair:
+        runs.finish(process)
+    alone = runs.start(tmp_path / "alone", text, *flags, devices=8)
+    runs.finish(alone)
+    two, one = (dict(runs.losses(tmp_path / name)) for name in ("pair", "alone"))
+    assert list(two) == list(one) == list(range(1, 11))
+    assert all(two[n] == pytest.approx(one[n], rel=1e-5) for n in one)
+    more = ("--config.steps=20", *(flag for flag in flags if "steps=10" not in flag))
+    out = runs.finish(runs.start(tmp_path / "pair", text, *more, devices=8))
+    assert "resume  step 10" in out
+    assert dict(runs.losses(tmp_path / "pair"))[20] < two[10]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config.model.l=3",), "Did you mean"),
+        (("--config.optim.learning_rate=fast",), "could not convert"),
+        (("--config.model.G=3",), "model.G must divide model.H=4; got 3. Set --config.model.G."),
+        (("--config.data.text=nowhere",), "nowhere"),
+        (("--config.mesh.fsdp=3",), "must be the 1 devices; got replica=1 fsdp=3"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
+    out = runs.finish(runs.start(tmp_path / "run", text, *flags), 1)
+    assert message in out
+    assert "Traceback" not in out
