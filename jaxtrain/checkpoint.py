@@ -110,7 +110,7 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.wait_until_finished()
 
-    def restore(self, abstract_state, device_check: bool = True) -> Restored | None:
+    def restore(self, abstract_state, device_check=True, step=None) -> Restored | None:
         """The newest step that is what was saved, or None where no step is stored.
 
         Steps that are not are passed over with a warning, and moved to `checkpoints_rejected`
@@ -119,17 +119,23 @@ class Checkpoints:
         Args:
             abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
             device_check: compares the digests of what was read, on the devices.
+            step: only this one; None takes the newest good one.
 
         Raises:
-            ValueError: the newest intact step is of another state, or of a newer format.
+            ValueError: the newest intact step is of another state, or of a newer format; or `step`
+                is not stored.
             CheckpointError: steps are stored, and none can be trusted.
         """
         template = digest.flatten_state(abstract_state)
         unplaced = [path for path, leaf in template.items() if leaf.sharding is None]
         if unplaced:
             raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
-        rejected = []
-        for step in reversed(from_process_0(self.steps)):
+        rejected, steps = [], from_process_0(self.steps)
+        if step is not None:
+            if step not in steps:
+                raise ValueError(f"step must be one of {steps}; got {step}. Set --step.")
+            steps = [step]
+        for step in reversed(steps):
             folder, arrays = self.folder / str(step), None  # frees a rejected step's before reading
             try:
                 record = from_process_0(lambda folder=folder: digest.read_record(folder))

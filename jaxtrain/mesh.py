@@ -45,21 +45,20 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def param_spec(axes: Axes, shape, mesh: Mesh, resting: bool = True) -> P:
-    """Layout of a parameter: as it rests, or (resting=False) gathered over fsdp for use."""
+def param_spec(axes: Axes, shape, mesh: Mesh, over=("fsdp", "tensor")) -> P:
+    """Layout of a parameter over these mesh axes; over=("tensor",) is gathered for use."""
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
     spec = [LETTER_AXIS.get(letter) for letter in axes.letters]
     for i, (axis, size) in enumerate(zip(spec, shape, strict=True)):
-        whole = axis is None or size % mesh.shape[axis] or (axis == "fsdp" and not resting)
-        if whole or axis in spec[:i]:
+        if axis not in over or size % mesh.shape[axis] or axis in spec[:i]:
             spec[i] = None
     return P(*spec)
 
 
-def param_sharding(axes: Axes, shape, mesh: Mesh) -> NamedSharding:
+def param_sharding(axes: Axes, shape, mesh: Mesh, over=("fsdp", "tensor")) -> NamedSharding:
     """Where a parameter, its gradient and its optimizer moments rest."""
-    return NamedSharding(mesh, param_spec(axes, shape, mesh))
+    return NamedSharding(mesh, param_spec(axes, shape, mesh, over))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the 
 status 75 says "preempted: start me again".
 """
 
+import difflib
 import json
 import platform
 import signal
@@ -185,6 +186,20 @@ def finish(loop, corpus, told) -> int:
     return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
 
 
+def parse_flags(argv):
+    """absl's parser, with errors in one line: config flags otherwise end in a traceback."""
+    known = list(config_lib.flatten(config_lib.TrainConfig()))
+    for arg in argv[1:]:
+        name = arg.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            near = difflib.get_close_matches(name.removeprefix("config."), known, 1, cutoff=0.0)
+            sys.exit(f"error: no field --{name}. Did you mean --config.{near[0]}? See --help.")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(
@@ -211,4 +226,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
     flags.DEFINE_integer("process", 0, "which of them this is", lower_bound=0)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

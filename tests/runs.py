@@ -31,7 +31,9 @@ def command(workdir, text, *flags, devices=1):
 def start(workdir, text, *flags, devices=1):
     argv, env = command(workdir, text, *flags, devices=devices)
     pipe = subprocess.PIPE
-    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process, status=0):
@@ -45,7 +47,8 @@ def signal_at(process, workdir, step, number=signal.SIGKILL):
     """Sends a signal once `step` is logged."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline and process.poll() is None:
-        records = read_metrics(workdir / "metrics.jsonl") if workdir.exists() else []
+        path = workdir / "metrics.jsonl"
+        records = read_metrics(path) if path.exists() else []
         if records and records[-1]["step"] >= step:
             process.send_signal(number)
             return

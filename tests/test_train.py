@@ -1,5 +1,6 @@
 import json
 import signal
+import socket
 
 import jax
 import pytest
@@ -44,7 +45,13 @@ def test_a_run_learns_its_text(trained):
 
 def test_a_run_leaves_what_the_design_says(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.json", "metrics.jsonl", "summary.json", "loss_curve.png", "checkpoints"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "loss_curve.png",
+        "checkpoints",
+    } <= names
     stored = json.loads((trained / "config.json").read_text())
     assert {"config", "config_hash", "versions", "routes", "data", "command"} <= set(stored)
     summary = json.loads((trained / "summary.json").read_text())
@@ -61,7 +68,9 @@ def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
 
 
 def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
-    with pytest.raises(ValueError, match="steps must be at least the checkpoint's step 40; got steps"):
+    with pytest.raises(
+        ValueError, match="steps must be at least the checkpoint's step 40; got steps"
+    ):
         train(config(trained, text, steps=30), jax.devices()[:1], quiet=True)
 
 
@@ -120,38 +129,26 @@ def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path, text):
     assert runs.losses(broken) == runs.losses(tmp_path / "whole")
 
 
-def test_two_processes_train_as_one_and_either_restores_the_other(tmp_path, text):
-    import socket
-
+def test_two_processes_train_as_one_and_one_restores_what_two_saved(tmp_path, text):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mesh = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    flags = (*mesh, "--config.steps=10", "--config.optim.total_steps=20", "--config.save_every=10")
-    flags += ("--config.optim.ns_dtype=float32", "--config.compile_cache=", "--config.data.batch=8")
-    pair = [
-        runs.start(
-            tmp_path / "pair",
-            text,
-            *flags,
-            f"--coordinator=127.0.0.1:{port}",
-            "--processes=2",
-            f"--process={i}",
-            devices=4,
-        )
-        for i in range(2)
-    ]
+    steps = dict(steps=10, save_every=10, sample__tokens=0, mesh__fsdp=2, mesh__tensor=2)
+    values = steps | dict(optim__total_steps=20, optim__ns_dtype="float32")
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
+    flags += ["--config.compile_cache=", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    folder = tmp_path / "pair"
+    pair = [runs.start(folder, text, *flags, f"--process={i}", devices=2) for i in range(2)]
     for process in pair:
         runs.finish(process)
-    alone = runs.start(tmp_path / "alone", text, *flags, devices=8)
-    runs.finish(alone)
+    train(config(tmp_path / "alone", text, **values), jax.devices()[:4], quiet=True)
     two, one = (dict(runs.losses(tmp_path / name)) for name in ("pair", "alone"))
     assert list(two) == list(one) == list(range(1, 11))
     assert all(two[n] == pytest.approx(one[n], rel=1e-5) for n in one)
-    more = ("--config.steps=20", *(flag for flag in flags if "steps=10" not in flag))
-    out = runs.finish(runs.start(tmp_path / "pair", text, *more, devices=8))
-    assert "resume  step 10" in out
-    assert dict(runs.losses(tmp_path / "pair"))[20] < two[10]
+    train(config(folder, text, **values | dict(steps=15, mesh__tensor=1)), jax.devices()[:2], True)
+    logged = runs.losses(folder)
+    assert [n for n, _ in logged] == list(range(1, 16))
+    assert logged[-1][1] < two[10]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class _Network:
             return layer
 
         def one(leaf_axes, shape, w):
-            spec = param_spec(leaf_axes, shape.shape, self.mesh, resting=False)
+            spec = param_spec(leaf_axes, shape.shape, self.mesh, over=("tensor",))
             return self.constrain(w, P(*spec[1:]))
 
         return jax.tree.map(one, self.axes["blocks"], self.shapes["blocks"], layer)

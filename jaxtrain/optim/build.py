@@ -33,9 +33,12 @@ def _muon(cfg, axes, mesh):
     placement = {}
     if mesh is not None and mesh.size > 1:
         placement["place"] = owner_layout(mesh)
-        placement["rest"] = lambda a, x: jax.lax.with_sharding_constraint(
-            x, param_sharding(a, x.shape, mesh)
+        at = lambda axes: (
+            lambda a, x: jax.lax.with_sharding_constraint(x, param_sharding(a, x.shape, mesh, axes))
         )
+        placement["rest"] = at(("fsdp", "tensor"))
+        if mesh.shape["tensor"] > 1:
+            placement["via"] = at(("fsdp",))
         placement["chunk_bytes"] = CHUNK_BYTES if mesh.shape["fsdp"] == 1 else 0
     return scale_by_muon(
         axes,

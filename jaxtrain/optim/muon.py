@@ -38,6 +38,7 @@ def scale_by_muon(
     dtype=jnp.bfloat16,
     place=whole,
     rest=lambda axes, x: x,
+    via=lambda axes, x: x,
     chunk_bytes=CHUNK_BYTES,
 ) -> optax.GradientTransformation:
     """Momentum, orthogonalised matrix by matrix, times the factor of its shape.
@@ -49,6 +50,8 @@ def scale_by_muon(
         steps, dtype, place, chunk_bytes: see `orthogonalize`. float64 leaves iterate in float64.
         rest: (Axes, array) -> array, constrained as the parameter rests. Without it the partitioner
             reshards both terms of both averages: 4 all-to-alls a leaf instead of 2.
+        via: likewise, constrained as between `rest` and `place`, for layouts that XLA cannot change
+            in one step without making the array whole.
 
     Raises:
         ValueError: momentum is outside [0, 1), or scale is not in the table.
@@ -67,7 +70,8 @@ def scale_by_muon(
         function = functools.partial(
             orthogonalize, steps=steps, dtype=narrow, place=place, chunk_bytes=chunk_bytes
         )
-        y = rest(a, a.on_matrices(function, rest(a, x.astype(narrow))))  # travels narrow both ways
+        x_narrow = via(a, rest(a, x.astype(narrow)))  # travels narrow both ways
+        y = rest(a, via(a, a.on_matrices(function, x_narrow)))
         _, inputs, outputs = a.matrix_shape(x.shape)
         return factor(inputs, outputs) * y.astype(x.dtype)
 

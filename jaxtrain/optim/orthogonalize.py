@@ -5,10 +5,11 @@ Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
+
+from jaxtrain.kernels import cpu_multiplies_bf16
 
 # X <- aX + (bA + cA^2)X with A = XX^T: one row (a, b, c) an iteration, the last row repeats.
 COEFFICIENTS = {"jordan": ((3.4445, -4.7750, 2.0315),)}
@@ -21,19 +22,12 @@ def whole(x_XIO):
     return x_XIO
 
 
-@functools.cache
-def _has_bf16_products() -> bool:
-    """Whether this machine's CPU multiplies bf16; unknown off Linux, and then assumed."""
-    info = pathlib.Path("/proc/cpuinfo")
-    return not info.exists() or "bf16" in info.read_text()  # avx512_bf16, amx_bf16, Arm's bf16
-
-
 def _dot(equation, a, b, wide):
     """einsum with products and sums in `wide`: bf16 in, float32 out is also the fast CPU kernel."""
     native = functools.partial(jnp.einsum, equation, preferred_element_type=wide)
     if a.dtype != jnp.bfloat16:
         return native(a, b, precision="highest")
-    if _has_bf16_products():
+    if cpu_multiplies_bf16():
         return native(a, b)
 
     def widened(a, b):  # the same products: 1.7 times faster than XLA's bf16 dot on an AVX2 CPU
