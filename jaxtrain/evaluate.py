@@ -9,10 +9,13 @@ import json
 import math
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.loader import eval_batches
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.build import eval_params
+from jaxtrain.run import restore_run, run_main
 from jaxtrain.step import batch_loss, target_weights
 
 
@@ -54,13 +57,8 @@ def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> d
     return metrics
 
 
-def main(argv):
-    del argv
+def main() -> None:
     from tqdm import tqdm
-
-    from jaxtrain.data.corpus import open_corpus
-    from jaxtrain.data.loader import eval_batches
-    from jaxtrain.run import restore_run
 
     run, state = restore_run(flags.FLAGS.run, flags.FLAGS.step or None)
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
@@ -74,4 +72,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
-    app.run(main)
+    run_main(main)

@@ -8,10 +8,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.build import eval_params
+from jaxtrain.run import restore_run, run_main
 
 
 def choose(logits_BV, key, temperature, top_k):
@@ -94,11 +96,7 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
     return texts, len(prompts) * tokens / elapsed_s
 
 
-def main(argv):
-    del argv
-    from jaxtrain.data.tokenizer import build_tokenizer
-    from jaxtrain.run import restore_run
-
+def main() -> None:
     args = flags.FLAGS
     run, state = restore_run(args.run, args.step or None)
     tokenizer = build_tokenizer(run.cfg.data.tokenizer)
@@ -120,4 +118,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token")
     flags.DEFINE_integer("top_k", 50, "likeliest tokens to draw from; 0 is all")
     flags.DEFINE_integer("seed", 0, "of the draws")
-    app.run(main)
+    run_main(main)

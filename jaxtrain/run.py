@@ -1,14 +1,17 @@
 """The parts of a run, assembled from its config: what training, evaluation and sampling share."""
 
+import difflib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import app, logging
 
 from jaxtrain import config as config_lib
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.kernels import choose_routes
 from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, check_batch
@@ -30,6 +33,35 @@ class Run(NamedTuple):
     @property
     def parameters(self) -> int:
         return count_params(self.model.axes, sizes(self.cfg.model))
+
+
+def run_main(main, errors=()):
+    """absl's app.run(main); bad input and broken checkpoints end in one line and status 1."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
+        try:
+            sys.exit(main())
+        except (ValueError, CheckpointError, *errors) as error:
+            logging.debug("in full:", exc_info=True)
+            sys.exit(f"error: {error}")
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def parse_flags(argv):
+    """absl's parser; an unknown config field names the nearest, and any error is one line."""
+    known = list(config_lib.flatten(config_lib.TrainConfig()))
+    for arg in argv[1:]:
+        name = arg.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            near = difflib.get_close_matches(name.removeprefix("config."), known, 1, cutoff=0.0)
+            sys.exit(f"error: no field --{name}. Did you mean --config.{near[0]}? See --help.")
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 def build_run(cfg, devices=None) -> Run:

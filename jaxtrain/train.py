@@ -8,7 +8,6 @@ The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the 
 status 75 says "preempted: start me again".
 """
 
-import difflib
 import json
 import platform
 import signal
@@ -16,11 +15,11 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
-from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -29,7 +28,7 @@ from jaxtrain.loop import Diverged, Loop
 from jaxtrain.optim.build import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.report import Report, set_up_logging
-from jaxtrain.run import build_run
+from jaxtrain.run import build_run, run_main
 from jaxtrain.runtime import same_everywhere, start_runtime
 from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, init_state
 from jaxtrain.stop import Stop
@@ -186,36 +185,13 @@ def finish(loop, corpus, told) -> int:
     return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
 
 
-def parse_flags(argv):
-    """absl's parser, with errors in one line: config flags otherwise end in a traceback."""
-    known = list(config_lib.flatten(config_lib.TrainConfig()))
-    for arg in argv[1:]:
-        name = arg.lstrip("-").partition("=")[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
-            near = difflib.get_close_matches(name.removeprefix("config."), known, 1, cutoff=0.0)
-            sys.exit(f"error: no field --{name}. Did you mean --config.{near[0]}? See --help.")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"flags only; got {argv[1:]}. Write --config=FILE --config.NAME=VALUE."
-        )
+def main() -> int:
     args = flags.FLAGS
-    try:
-        cfg = config_lib.freeze(args.config)
-        start_runtime(cfg, args.coordinator, args.processes, args.process)
-        set_up_logging(jax.process_index())
-        same_everywhere("the config", config_lib.config_hash(cfg))
-        status = train(cfg)
-    except (ValueError, CheckpointError, Diverged) as error:
-        logging.debug("in full", exc_info=True)
-        sys.exit(f"error: {error}")
-    sys.exit(status)
+    cfg = config_lib.freeze(args.config)
+    start_runtime(cfg, args.coordinator, args.processes, args.process)
+    set_up_logging(jax.process_index())
+    same_everywhere("the config", config_lib.config_hash(cfg))
+    return train(cfg)
 
 
 __doc__ += "\n" + config_lib.describe()  # what --help shows
@@ -226,4 +202,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
     flags.DEFINE_integer("process", 0, "which of them this is", lower_bound=0)
-    app.run(main, flags_parser=parse_flags)
+    run_main(main, (Diverged,))

@@ -22,6 +22,7 @@ from jaxtrain.step import (
 B, T = 16, 16
 
 
+@functools.cache
 def build(mesh=(1, 1, 1), accumulation=1, docs=False, **values):
     config = debug.get_config()
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh

@@ -1,6 +1,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -165,3 +167,30 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
     out = runs.finish(runs.start(tmp_path / "run", text, *flags), 1)
     assert message in out
     assert "Traceback" not in out
+
+
+def run_tool(module, *flags, status=0):
+    argv = [sys.executable, "-m", f"jaxtrain.{module}", *flags]
+    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_evaluate_command_reads_every_held_out_token(trained):
+    figures = json.loads(run_tool("evaluate", f"--run={trained}").splitlines()[-1])
+    summary = json.loads((trained / "summary.json").read_text())
+    assert figures["eval/tokens"] == summary["eval/tokens"] and figures["step"] == 40
+    assert figures["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
+
+
+def test_the_generate_command_continues_each_prompt(trained):
+    flags = ("--prompt=1 plus", "--prompt=59", "--samples=2", "--tokens=8")
+    out = run_tool("generate", f"--run={trained}", *flags)
+    assert out.count("\n1 plus") == 2 and out.count("\n59") == 2
+    assert "4 x 8 tokens" in out and "tokens/s" in out
+
+
+@pytest.mark.parametrize("module", ["evaluate", "generate"])
+def test_a_folder_without_a_run_is_named(module, tmp_path):
+    out = run_tool(module, f"--run={tmp_path}", status=1)
+    assert "--run must be a run's folder" in out and "Traceback" not in out

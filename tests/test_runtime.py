@@ -1,0 +1,33 @@
+import os
+
+import pytest
+import runs
+
+from jaxtrain.config import TrainConfig
+from jaxtrain.runtime import DETERMINISTIC_FLAGS, start_runtime
+
+
+@pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
+def test_processes_without_a_place_in_the_world_are_refused(world):
+    with pytest.raises(ValueError, match="Set --coordinator, --processes, --process"):
+        start_runtime(TrainConfig(), *world)
+
+
+def test_deterministic_sets_its_flags_once(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    for _ in range(2):
+        start_runtime(TrainConfig(deterministic=True, compile_cache=""))
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_force_host_platform_device_count=8",
+        DETERMINISTIC_FLAGS,
+    ]
+
+
+def test_deterministic_runs_repeat_bitwise(tmp_path):
+    text = runs.write_text(tmp_path)
+    flags = ("--config.deterministic=true", "--config.steps=8", "--config.sample.tokens=0")
+    cache = f"--config.compile_cache={tmp_path / 'cache'}"
+    for name in ("a", "b"):
+        runs.finish(runs.start(tmp_path / name, text, *flags, cache))
+    assert len(runs.losses(tmp_path / "a")) == 8
+    assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
