@@ -1,5 +1,4 @@
-"""What the GPT-2 family shares. Shapes: Radford et al. 2019; recipe: 524,288 tokens a step.
-"""
+"""What the GPT-2 family shares. Shapes: Radford et al. 2019; recipe: 524,288 tokens a step."""
 
 from configs import base
 

@@ -32,10 +32,25 @@ def _load_without(noise, libraries) -> None:
             os.write(2, b"".join(kept))
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc to reuse freed pages, which XLA on CPU otherwise maps anew in every step.
+
+    84,000 page faults a step, 0.25 s of system time in 1.7 s at 3.5M parameters, become none. One
+    arena, no mmap, no trim; must come before the first thread. Other C libraries stay as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):
+        mallopt(option, value)  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
 # CUDA plugins without a GPU (as the offline compilers need) log a failed cuInit, and every command
 # would look broken. Device nodes are how NVIDIA's driver shows a GPU, /dev/dxg how WSL does.
 if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    _keep_freed_memory()
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins and "jax" not in sys.modules else ()
     found = [path for folder in folders for path in glob.glob(f"{folder}/*/xla_cuda_plugin.so")]

@@ -15,6 +15,13 @@ from jaxtrain.mesh import batch_sharding, param_sharding, replicated
 from jaxtrain.model.transformer import head
 from jaxtrain.optim.build import group_rms, state_shardings
 
+# XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool has no use for:
+# 11.7 GB of temporaries against 7.2 at 1.4B parameters with Muon, the same step time at 3.5M.
+CPU_OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+}
+
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, batches consumed
@@ -37,7 +44,9 @@ class Step:
     def __init__(self, function, *abstract):
         start = time.perf_counter()
         self._abstract = abstract
-        self.compiled = function.lower(*abstract).compile()
+        lowered = function.lower(*abstract)
+        options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        self.compiled = lowered.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
 
     def __call__(self, *args):
@@ -167,18 +176,11 @@ def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
         nats, objective, grads = gradient(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, good=good)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + ~good
-        new = TrainState(
-            state.step + 1,
-            keep(params, state.params),
-            keep(opt_state, state.opt_state),
-            bad_steps,
-            skipped,
-        )
+        new = TrainState(state.step + 1, params, opt_state, bad_steps, skipped)
         scalars = {
             "train/loss_nats": nats,
             "train/grad_norm": grad_norm,

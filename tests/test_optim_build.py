@@ -170,7 +170,7 @@ def test_clipping_scales_all_gradients_by_their_global_norm_and_spares_small_one
         optimizer = build_optimizer(OptimConfig(name="adamw", clip_norm=limit), FEW)
         _, state = run(optimizer, random_params(0), 1, lambda _: grads)
         for group, key in [("matrices", "w_in"), ("rest", "embed"), ("rest", "norm")]:
-            first_moment = state[1].inner_states[group].inner_state.mu[key]
+            first_moment = state[1].inner_states[group].inner_state.mean[key]
             np.testing.assert_allclose(first_moment, 0.1 * factor * grads[key], rtol=1e-5)
 
 

@@ -101,3 +101,16 @@ def peak_of(dtype: str, peaks: dict[str, float]) -> float:
     """
     serving = ("float32", "bfloat16") if dtype == "bfloat16" else (dtype,)
     return max(flops for name, flops in peaks.items() if name.split()[1] in serving)
+
+
+def peaks_text(peaks: dict[str, float]) -> str:
+    """The peaks in GFLOP/s, with a note where torch has no fast bf16 product to compete with."""
+    shown = "  ".join(f"{name} {flops / 1e9:.1f}" for name, flops in peaks.items())
+    text = f"GEMM peak, GFLOP/s at {N}: {shown}"
+    if peaks.get("torch bfloat16", float("inf")) < 0.25 * peaks.get("torch float32", 0):
+        text += (
+            "\nNOTE: torch's bf16 product has no fast kernel on this processor. Its bfloat16 rows, "
+            "and torch.optim.Muon's\niteration, which is always bf16, are slow for that reason; "
+            "the float32 adamw rows compare like with like."
+        )
+    return text

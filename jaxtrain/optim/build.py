@@ -15,6 +15,7 @@ import optax
 from jaxtrain.axes import Axes
 from jaxtrain.mesh import owner_layout, param_sharding
 from jaxtrain.optim import pick
+from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.orthogonalize import CHUNK_BYTES
 from jaxtrain.optim.schedule import build_schedule
@@ -53,7 +54,7 @@ def _muon(cfg, axes, mesh):
 
 def _adamw(cfg, axes=None, mesh=None):
     del axes, mesh
-    return optax.scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
+    return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
 
 OPTIMIZERS = {
@@ -103,28 +104,32 @@ class RateState(NamedTuple):
     count: jax.Array  # int32 [], updates made: what every group's rate follows
 
 
-def _scale_by_rate(groups, schedule) -> optax.GradientTransformation:
+def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
     """u -> -rate * schedule(count) * (u + decay * p), each leaf with its group's rate and decay."""
 
     def init(params):
         del params
         return RateState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, good=True, **extra):
+        del extra
         scale = schedule(state.count)
 
         def step(group, u, p):
             decayed = u + group.decay * p if group.decay else u
-            return (-group.rate * scale).astype(u.dtype) * decayed
+            return jnp.where(good, (-group.rate * scale).astype(u.dtype) * decayed, 0)
 
         updates = jax.tree.map(step, groups, updates, params)
-        return updates, RateState(optax.safe_increment(state.count))
+        return updates, RateState(state.count + jnp.where(good, 1, 0))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def build_optimizer(cfg, axes, mesh=None) -> optax.GradientTransformation:
+def build_optimizer(cfg, axes, mesh=None) -> optax.GradientTransformationExtraArgs:
     """The optimizer of an OptimConfig; `update` needs params.
+
+    `update(..., good=False)` gives updates of zero and the state as it was, whatever the gradients
+    hold: a step that is not finite.
 
     Args:
         axes: pytree of Axes, like params.
@@ -150,7 +155,7 @@ def build_optimizer(cfg, axes, mesh=None) -> optax.GradientTransformation:
         _check_same_names(axes, params)
         return transform.init(params)
 
-    return optax.GradientTransformation(init, transform.update)
+    return optax.GradientTransformationExtraArgs(init, transform.update)
 
 
 def state_shardings(optimizer, params, param_shardings, replicated):

@@ -40,7 +40,7 @@ def scale_by_muon(
     rest=lambda axes, x: x,
     via=lambda axes, x: x,
     chunk_bytes=CHUNK_BYTES,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Momentum, orthogonalised matrix by matrix, times the factor of its shape.
 
     Args:
@@ -65,6 +65,9 @@ def scale_by_muon(
     def average(m, g):
         return momentum * m + (1 - momentum) * g
 
+    def kept(good):  # inside the average, so that it is made in m's own buffer
+        return lambda m, g: jnp.where(good, average(m, g), m)
+
     def direction(a, x):
         narrow = jnp.float64 if x.dtype == jnp.float64 else dtype
         function = functools.partial(
@@ -78,11 +81,11 @@ def scale_by_muon(
     def init(params):
         return MuonState(optax.tree.zeros_like(params))
 
-    def update(grads, state, params=None):
-        del params
-        mean = jax.tree.map(average, state.momentum, grads)
+    def update(grads, state, params=None, *, good=True, **extra):
+        del params, extra
+        mean = jax.tree.map(kept(good), state.momentum, grads)
         ahead = jax.tree.map(average, mean, grads) if nesterov else mean
         updates = jax.tree.map(direction, axes, ahead)
         return updates, MuonState(mean)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
