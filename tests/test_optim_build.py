@@ -230,7 +230,7 @@ def test_the_state_rests_where_its_parameters_rest():
     for key in ("w_in", "w_out"):
         assert momentum[key].sharding == params[key].sharding
         assert not momentum[key].is_fully_replicated
-    second_moment = state[1].inner_states["rest"].inner_state.nu["embed"]
+    second_moment = state[1].inner_states["rest"].inner_state.square["embed"]
     assert second_moment.sharding == params["embed"].sharding
     assert state[2].count.is_fully_replicated
 
