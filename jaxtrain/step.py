@@ -38,7 +38,7 @@ class Recompiled(ValueError):
 class Step:
     """A jitted function compiled ahead of time; other argument types are an error, not a compile.
 
-    compile_s is what lowering and compiling took; memory is XLA's CompiledMemoryStats.
+    compile_s is what lowering and compiling took.
     """
 
     def __init__(self, function, *abstract):
@@ -59,9 +59,6 @@ class Step:
             raise Recompiled(
                 f"the step is compiled once; got other arguments: {'; '.join(changed[:4])}."
             ) from error
-
-    def memory(self):
-        return self.compiled.memory_analysis()
 
 
 def _changed(abstract, args):
