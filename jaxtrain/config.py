@@ -184,7 +184,10 @@ class TrainConfig(Section):
     log_every: int = knob(10, "between logged steps", unit="steps", low=1)
     eval_every: int = knob(0, "between evaluations; 0 is at the end only", unit="steps", low=0)
     eval_tokens: int = knob(
-        1 << 20, "held-out tokens an evaluation reads; 0 is all", unit="tokens", low=0
+        1 << 20,
+        "held-out tokens an evaluation reads, at most those that the run trains on; 0 is all",
+        unit="tokens",
+        low=0,
     )
     save_every: int = knob(100, "between checkpoints; the last step is always one", low=1)
     keep_last: int = knob(2, "newest checkpoints kept", low=1)

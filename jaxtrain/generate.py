@@ -13,7 +13,7 @@ from absl import flags
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.build import eval_params
-from jaxtrain.run import restore_run, run_main
+from jaxtrain.run import read_stored, restore_run, run_main
 
 
 def choose(logits_BV, key, temperature, top_k):
@@ -96,10 +96,25 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
     return texts, len(prompts) * tokens / elapsed_s
 
 
+def tokenizer_name(workdir, name="") -> str:
+    """`name`, or where it is empty the tokenizer that the run's tokens came from.
+
+    Raises:
+        ValueError: the run's shards did not say.
+    """
+    name = name or read_stored(workdir)["data"].get("tokenizer")
+    if not name:
+        raise ValueError(
+            f"the tokenizer of {workdir} must be known; got shards that do not name theirs. Set "
+            "--tokenizer to 'bytes', 'gpt2' or the path of a tokenizer.json."
+        )
+    return name
+
+
 def main() -> None:
     args = flags.FLAGS
+    tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
     run, state = restore_run(args.run, args.step or None)
-    tokenizer = build_tokenizer(run.cfg.data.tokenizer)
     prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
     texts, tokens_per_s = complete(
         run, state, tokenizer, prompts, args.tokens, args.temperature, args.top_k, args.seed
@@ -112,6 +127,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to sample from; 0 is the newest good one")
+    flags.DEFINE_string("tokenizer", "", "as data.tokenizer; empty is the one of the run's shards")
     flags.DEFINE_multi_string("prompt", [""], "text to continue; may stand several times")
     flags.DEFINE_integer("samples", 1, "samples of each prompt")
     flags.DEFINE_integer("tokens", 256, "tokens a sample")

@@ -83,10 +83,15 @@ class Loop:
         self._arrive()
         with self.clock.pause("eval"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            per_token, limit = self.held_out.bytes_per_token, self.cfg.eval_tokens
-            metrics = evaluate(self.eval_step, self.state, batches, per_token, limit)
+            per_token = self.held_out.bytes_per_token
+            metrics = evaluate(self.eval_step, self.state, batches, per_token, self._eval_tokens())
         self.report.write(step, metrics)
         return metrics
+
+    def _eval_tokens(self) -> int:
+        """At most what the run trains on: one step of a large model is not followed by hours."""
+        cfg = self.cfg
+        return min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
 
     def _save(self, step):
         self._arrive()

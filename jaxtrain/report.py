@@ -213,8 +213,8 @@ def closing_lines(summary: dict) -> list[str]:
 
 
 def grouped(number: float) -> str:
-    """`6 842`: thousands apart."""
-    return f"{number:,.0f}".replace(",", " ")
+    """`6 842`: thousands apart; `0.13` below 10."""
+    return f"{number:.2g}" if number < 9.5 else f"{number:,.0f}".replace(",", " ")
 
 
 def milliseconds(seconds: float) -> str:

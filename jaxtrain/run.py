@@ -80,21 +80,29 @@ def build_run(cfg, devices=None) -> Run:
     return Run(cfg, mesh, routes, model, loss, build_optimizer(cfg.optim, model.axes, mesh))
 
 
-def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
-    """The TrainConfig that a run stored in `workdir/config.json`.
+def read_stored(workdir) -> dict:
+    """What a run stored in `workdir/config.json`: its config, versions, routes and data.
 
     Raises:
         ValueError: there is no such file, or it is not a run's.
     """
     path = Path(workdir) / "config.json"
     try:
-        values = json.loads(path.read_text())["config"]
+        stored = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"--run must be a run's folder with a config.json; got {workdir}."
         ) from None
-    except (KeyError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} must hold a run's config; got {error!r}.") from error
+    if not isinstance(stored, dict) or not {"config", "data"} <= stored.keys():
+        raise ValueError(f"{path} must hold a run's config and data; got something else.")
+    return stored
+
+
+def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
+    """The TrainConfig that a run stored. Raises as read_stored, or where a field is unknown."""
+    values = read_stored(workdir)["config"]
     return config_lib.freeze(values | {"workdir": str(workdir)} | (overrides or {}))
 
 

@@ -79,7 +79,11 @@ def stored_config(run, corpus) -> dict:
         "device": run.mesh.devices.flat[0].device_kind,
         "devices": run.mesh.size,
         "routes": {name: str(route) for name, route in run.routes.items()},
-        "data": {"fingerprint": corpus.fingerprint, "tokens": corpus.tokens},
+        "data": {
+            "fingerprint": corpus.fingerprint,
+            "tokens": corpus.tokens,
+            "tokenizer": corpus.tokenizer_name,
+        },
     }
 
 

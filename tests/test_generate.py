@@ -1,10 +1,12 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig, ModelConfig
-from jaxtrain.generate import build_sampler, check_length, choose
+from jaxtrain.generate import build_sampler, check_length, choose, tokenizer_name
 from jaxtrain.kernels import choose_routes
 from jaxtrain.mesh import build_mesh
 from jaxtrain.model.transformer import build_model
@@ -71,3 +73,18 @@ def test_learned_positions_bound_the_sample():
     check_length(learned, 32, 32)
     with pytest.raises(ValueError, match=r"fit model.positions=64; got 33 \+ 32"):
         check_length(learned, 33, 32)
+
+
+def test_a_sample_speaks_the_tokens_of_the_shards_that_the_run_read(tmp_path):
+    stored = {"config": {"data": {"tokenizer": "bytes"}}, "data": {"tokenizer": "gpt2"}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert tokenizer_name(tmp_path) == "gpt2"
+    assert tokenizer_name(tmp_path, "bytes") == "bytes"
+
+
+def test_shards_that_name_no_tokenizer_need_the_flag(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "data": {"tokenizer": None}}))
+    with pytest.raises(ValueError, match="must be known.* Set --tokenizer"):
+        tokenizer_name(tmp_path)
+    with pytest.raises(ValueError, match="--run must be a run's folder"):
+        tokenizer_name(tmp_path / "none")

@@ -11,6 +11,7 @@ import runs
 from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
 from jaxtrain.run import restore_run
 from jaxtrain.train import train
@@ -56,10 +57,18 @@ def test_a_run_leaves_what_the_design_says(trained):
     } <= names
     stored = json.loads((trained / "config.json").read_text())
     assert {"config", "config_hash", "versions", "routes", "data", "command"} <= set(stored)
+    assert tokenizer_name(trained) == stored["data"]["tokenizer"] == "bytes"
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["step"] == 40 and summary["eval/loss_nats"] < 3.5
     bits = summary["eval/loss_nats"] * 1.442695  # a byte is a token, and documents add one each
     assert summary["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_a_short_run_is_not_followed_by_a_long_evaluation(tmp_path, text):
+    cfg = config(tmp_path, text, steps=1, sample__tokens=0)
+    assert train(cfg, jax.devices()[:1], quiet=True) == 0
+    read = json.loads((tmp_path / "summary.json").read_text())["eval/tokens"]
+    assert read <= cfg.data.batch * cfg.data.seq_len < cfg.eval_tokens
 
 
 def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
