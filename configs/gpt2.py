@@ -14,5 +14,5 @@ def get_config():
     config.model.update(position="learned", positions=1_024, mlp="gelu")
     config.data.update(batch=512, seq_len=1_024)
     config.optim.update(learning_rate=0.02, adam_learning_rate=6e-4, weight_decay=0.1)
-    config.optim.update(muon_scale="original", warmup_steps=250)
+    config.optim.update(warmup_steps=250)
     return config

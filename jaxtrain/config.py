@@ -12,44 +12,9 @@ from dataclasses import dataclass, field
 
 from ml_collections import ConfigDict
 
+from jaxtrain.knobs import Section, knob
+
 MAX_FIELDS = 100
-
-
-def knob(default, text, unit="", low=None, high=None, choices=None):
-    """A field with its help text, unit, inclusive bounds or allowed values."""
-    meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=meta)
-
-
-class Section:
-    """Checks every field's type, bounds and choices when built."""
-
-    PREFIX = ""
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            if isinstance(f.type, type) and f.type in (bool, int, float, str):
-                self._check(f)
-
-    def _check(self, f):
-        value = getattr(self, f.name)
-        if f.type is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(self, f.name, value)
-        if type(value) is not f.type:
-            self.fail(f.name, f"must be of type {f.type.__name__}")
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if choices and value not in choices:
-            self.fail(f.name, f"must be one of {', '.join(map(repr, choices))}")
-        if low is not None and not value >= low:  # not >= : a nan fails too
-            self.fail(f.name, f"must be at least {low}")
-        if high is not None and not value <= high:
-            self.fail(f.name, f"must be at most {high}")
-
-    def fail(self, name, what):
-        """Raises ValueError naming this field, its value and the flag that sets it."""
-        flag = f"{self.PREFIX}{name}"
-        raise ValueError(f"{flag} {what}; got {getattr(self, name)!r}. Set --config.{flag}.")
 
 
 @dataclass(frozen=True)
@@ -126,18 +91,52 @@ class DataConfig(Section):
 class OptimConfig(Section):
     PREFIX = "optim."
 
-    name: str = knob("muon", "optimizer of the matrices", choices=("muon", "adamw"))
-    learning_rate: float = knob(0.02, "peak rate of Muon's matrices", low=0.0)
+    name: str = knob(
+        "muon",
+        "optimizer of the matrices",
+        choices=("muon", "normuon", "accelerated_lmo", "adamw"),
+    )
+    rest: str = knob(
+        "adamw", "what embeddings, head and vectors follow; lmo: norms", choices=("adamw", "lmo")
+    )
+    learning_rate: float = knob(0.02, "peak rate of what follows a norm", low=0.0)
     adam_learning_rate: float = knob(3e-3, "peak rate of AdamW's parameters", low=0.0)
     weight_decay: float = knob(0.0, "decoupled decay of matrices and embeddings", low=0.0)
     momentum: float = knob(0.95, "Muon's momentum decay", low=0.0, high=0.9999)
-    nesterov: bool = knob(True, "Muon looks one momentum step ahead")
-    muon_scale: str = knob(
-        "original",
-        "Muon's update size: sqrt(max(1, out/in)), or 0.2*sqrt(max(in, out))",
-        choices=("original", "match_rms_adamw"),
+    nesterov: bool = knob(True, "Muon mixes the gradient into its average once more")
+    geometry: str = knob(
+        "spectral",
+        "norm of the matrices' steps",
+        choices=("spectral", "sign", "column_norm", "row_norm", "frobenius"),
     )
-    ns_steps: int = knob(5, "Newton-Schulz iterations", low=1, high=20)
+    scale: str = knob(
+        "spectral_max",
+        "size of their steps: sqrt(max(1, out/in)), sqrt(out/in), 0.2*sqrt(max(in, out)), 1",
+        choices=("spectral_max", "spectral", "match_rms", "none"),
+    )
+    per_head: bool = knob(False, "every head's slice is a matrix of its own")
+    neuron_decay: float = knob(0.95, "normuon: decay of each output's square", low=0.0, high=0.9999)
+    acceleration: str = knob(
+        "transport",
+        "accelerated_lmo: where the gradient is taken",
+        choices=("transport", "ema_lookahead"),
+    )
+    strength: float = knob(
+        0.25,
+        "accelerated_lmo: transport is momentum/(1-momentum) steps ahead at 1; ema_lookahead "
+        "that many averaged steps, its source's is 0.6",
+        low=0.0,
+        high=1.0,
+    )
+    lookahead_decay: float = knob(0.99, "ema_lookahead: of the averaged step", low=0.0, high=0.9999)
+    accelerate_all: bool = knob(False, "accelerated_lmo: embeddings, head and vectors as well")
+    narrow_buffers: bool = knob(False, "momentum and acceleration buffers in bfloat16")
+    ns_coefficients: str = knob(
+        "jordan",
+        "Newton-Schulz polynomials; torch.optim.Muon's are jordan",
+        choices=("jordan", "quintic", "polar_express", "aol4"),
+    )
+    ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is as the table has", low=0, high=20)
     ns_dtype: str = knob(
         "bfloat16",
         "type of the Newton-Schulz products; torch.optim.Muon's is bfloat16",
@@ -149,6 +148,8 @@ class OptimConfig(Section):
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 never clips", low=0.0)
     schedule: str = knob("wsd", "rate after warm-up", choices=("wsd", "cosine", "constant"))
     warmup_steps: int = knob(10, "linear rise from 0", unit="steps", low=0)
+    noise_scale: float = knob(0.0, "heavy-tailed noise, of the first gradient's RMS", low=0.0)
+    noise_tail: float = knob(1.5, "its tail index; 2 and less have no variance", low=1.01)
     total_steps: int = knob(200, "where the schedule ends; follows steps", unit="steps", low=1)
     decay_fraction: float = knob(0.4, "wsd: last share of the run that decays", low=0.0, high=1.0)
     final_scale: float = knob(0.0, "rate at the end, of the peak", low=0.0, high=1.0)

@@ -14,7 +14,7 @@ from absl import flags
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.mesh import replicated
-from jaxtrain.optim.build import eval_params
+from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import restore_run, run_main
 from jaxtrain.step import batch_loss, target_weights
 

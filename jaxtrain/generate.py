@@ -12,7 +12,7 @@ from absl import flags
 
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.mesh import replicated
-from jaxtrain.optim.build import eval_params
+from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import read_stored, restore_run, run_main
 
 

@@ -77,7 +77,8 @@ def build_run(cfg, devices=None) -> Run:
     routes = choose_routes(cfg.model, masked, platform, cfg.strict)
     model = build_model(cfg.model, routes, mesh, masked)
     loss = build_loss(cfg.loss, cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype), mesh)
-    return Run(cfg, mesh, routes, model, loss, build_optimizer(cfg.optim, model.axes, mesh))
+    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed)
+    return Run(cfg, mesh, routes, model, loss, optimizer)
 
 
 def read_stored(workdir) -> dict:

@@ -25,7 +25,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete
 from jaxtrain.loop import Diverged, Loop
-from jaxtrain.optim.build import format_group_table, group_table
+from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, run_main
@@ -144,7 +144,8 @@ def is_finished(workdir, steps, first) -> bool:
         summary = json.loads((workdir / "summary.json").read_text())
     except FileNotFoundError:
         return False
-    return first == steps == summary["step"] and "eval/loss_nats" in summary
+    ended = summary["stopped_by"] is None and "eval/loss_nats" in summary
+    return ended and first == steps == summary["step"]
 
 
 def start_state(run, checkpoints, batches):

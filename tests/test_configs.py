@@ -13,7 +13,9 @@ from jaxtrain.model.transformer import build_model, count_params
 
 FOLDER = Path(configs.__file__).parent
 FAMILIES = {"__init__", "base", "gpt2", "llama"}  # started from, not trained
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in FAMILIES)
+STUDIES = {"study", "study_quick"}  # tests/test_optim_study.py
+OTHERS = FAMILIES | STUDIES
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"}
 
 

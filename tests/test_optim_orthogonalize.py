@@ -4,11 +4,23 @@ import numpy as np
 import pytest
 
 from jaxtrain.optim import orthogonalize as module
-from jaxtrain.optim.orthogonalize import CHUNK_BYTES, COEFFICIENTS
+from jaxtrain.optim.coefficients import COEFFICIENTS, table_of
+from jaxtrain.optim.orthogonalize import CHUNK_BYTES, FORMS
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-OPTIONS = ("steps", "coefficients", "dtype", "chunk_bytes")
+ROWS, COLUMNS = 48, 128  # one shape and few options: most of the time goes to compiling
+OPTIONS = ("steps", "coefficients", "dtype", "form", "chunk_bytes")
 orthogonalize = jax.jit(module.orthogonalize, static_argnames=OPTIONS)
+# Smallest and largest result of singular values from 3e-3, 1e-2 and 1e-1 of the norm on.
+BANDS = {
+    "jordan": ((0.682, 1.202), (0.682, 1.134), (0.682, 1.134)),
+    "quintic": ((0.978, 1.145), (0.978, 1.032), (0.978, 1.032)),
+    "polar_express": ((0.876, 1.086), (0.870, 1.124), (0.870, 1.124)),
+}
+
+
+def run(x, name="jordan", form="auto", dtype=BF16, steps=None):
+    return orthogonalize(x, coefficients=name, form=form, dtype=dtype, steps=steps)
 
 
 def normal(*shape, seed=0):
@@ -20,108 +32,225 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def with_spectrum(sigma, rows, columns):
-    """(x, u, vt): x [rows,columns] has Frobenius norm 1 and singular values in sigma's ratios."""
+def with_spectrum(sigma, rows=ROWS, columns=COLUMNS):
+    """(x, u, vt): x [rows,columns] has singular values sigma."""
     rng = np.random.default_rng(0)
     u, _ = np.linalg.qr(rng.normal(size=(rows, rows)))
     v, _ = np.linalg.qr(rng.normal(size=(columns, rows)))
-    return jnp.asarray((u * sigma / np.linalg.norm(sigma)) @ v.T, F32), u, v.T
+    return jnp.asarray((u * sigma) @ v.T, F32), u, v.T
 
 
+def follow(sigma, rows):
+    for a, b, c in rows:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return sigma
+
+
+def exact(x, table):
+    """orthogonalize by singular values, in float64."""
+    x = np.asarray(x, np.float64)
+    if table.aol:
+        x = x / np.sqrt(np.abs(x @ x.T).sum(1, keepdims=True))
+    else:
+        x = x / (np.linalg.norm(x) * table.safety)
+    u, sigma, vt = np.linalg.svd(x, full_matrices=False)
+    return (u * follow(sigma, table.rows)) @ vt
+
+
+def banded():
+    """Singular values that fill each range of BANDS; the squares sum to 1."""
+    sigma = np.geomspace(3.02e-3, 0.9, ROWS - 8)
+    sigma = np.r_[sigma[sigma**2 < 0.02], np.full(8, 0.3)]
+    rest = 1 - np.sum(sigma**2)
+    return np.r_[sigma, np.full(ROWS - len(sigma), np.sqrt(rest / (ROWS - len(sigma))))]
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype, slack", [(F32, 0.01), (BF16, 0.03)])
-def test_singular_values_land_in_the_band_of_the_coefficients(dtype, slack):
-    sigma = np.geomspace(0.02, 1, 64)
-    assert sigma[0] / np.linalg.norm(sigma) > 3e-3  # where the band of 5 Jordan steps begins
-    x, _, _ = with_spectrum(sigma, 64, 160)
-    got = np.linalg.svd(np.asarray(orthogonalize(x, dtype=dtype), np.float64), compute_uv=False)
-    assert 0.682 - slack <= got.min() and got.max() <= 1.202 + slack
+def test_singular_values_land_in_the_bands_of_their_ranges(name, form, dtype, slack):
+    sigma = banded()
+    x, u, vt = with_spectrum(sigma)
+    y = np.asarray(run(x, name, form, dtype), np.float64)
+    along = np.einsum("im,ij,mj->m", u, y, vt)  # the value of each singular direction
+    edges = (3e-3, 1e-2, 1e-1, 1.0)
+    for low, high, band in zip(edges[:-1], edges[1:], BANDS[name], strict=True):
+        values = along[(low <= sigma) & (sigma < high)]
+        assert len(values) >= 8
+        assert band[0] - slack <= values.min() <= values.max() <= band[1] + slack
+    values = np.linalg.svd(y, compute_uv=False)
+    assert min(min(BANDS[name])) - slack <= values.min()
+    assert values.max() <= max(band[1] for band in BANDS[name]) + slack
 
 
-def test_each_singular_vector_keeps_its_direction_and_its_value_follows_the_polynomial():
-    sigma = np.geomspace(0.02, 1, 48)
-    x, u, vt = with_spectrum(sigma, 48, 96)
-    expected = sigma / np.linalg.norm(sigma)
-    a, b, c = COEFFICIENTS["jordan"][0]
-    for _ in range(5):
-        expected = a * expected + b * expected**3 + c * expected**5
-    assert distance(orthogonalize(x, dtype=F32), (u * expected) @ vt) < 1e-4
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_singular_vectors_stay_and_singular_values_follow_the_polynomials(name, form):
+    x, _, _ = with_spectrum(np.geomspace(0.01, 1, ROWS))
+    assert distance(run(x, name, form, F32), exact(x, table_of(name))) < 5e-5
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (96, 256), (256, 96)])
-def test_bf16_products_stay_within_two_and_a_half_percent_of_float32(shape):
-    x = normal(*shape)
-    assert distance(orthogonalize(x).astype(F32), orthogonalize(x, dtype=F32)) < 2.5e-2
+def hard_matrices():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape)
+    yield "gaussian", draw(ROWS, COLUMNS)
+    for kappa in (1e3, 1e5):
+        yield f"kappa {kappa:.0e}", with_spectrum(np.geomspace(1 / kappa, 1, ROWS))[0]
+    yield "one large value", with_spectrum(np.r_[1, np.full(ROWS - 1, 1e-3)])[0]
+    yield "rank 1", draw(ROWS, 1) * draw(1, COLUMNS)
+    yield "rank 8", draw(ROWS, 8) @ draw(8, COLUMNS)
+    yield "rank 8 and noise", draw(ROWS, 8) @ draw(8, COLUMNS) + 0.01 * draw(ROWS, COLUMNS)
+    yield "rows of all sizes", np.exp(3 * draw(ROWS, 1)) * draw(ROWS, COLUMNS)
 
 
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_gram_form_is_as_close_to_exact_as_the_standard_form(name):
+    for case, x in hard_matrices():
+        y = exact(x, table_of(name))
+        off = {
+            (form, dtype): distance(run(jnp.asarray(x, F32), name, form, dtype), y)
+            for form in FORMS
+            for dtype in (F32, BF16)
+        }
+        assert off["gram", BF16] <= 1.1 * off["standard", BF16], case
+        assert off["gram", F32] <= 1e-5 + 8 * off["standard", F32], case
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10])
+def test_the_gram_form_makes_a_run_of_any_length(steps):
+    x = with_spectrum(np.geomspace(0.1, 1, ROWS))[0]
+    y = run(x, "jordan", "gram", F32, steps)
+    assert distance(y, exact(x, table_of("jordan", steps))) < 1e-4
+
+
+def test_the_gram_form_is_taken_where_a_matrix_is_twice_as_long_as_wide():
+    products = lambda shape, form: (
+        orthogonalize.lower(jnp.zeros(shape), form=form, dtype=F32).as_text().count("dot_general")
+    )
+    assert products((16, 32), "auto") == products((16, 32), "gram")
+    assert products((32, 16), "auto") == products((16, 32), "gram")
+    assert products((16, 31), "auto") == products((16, 31), "standard")
+    assert products((16, 32), "gram") != products((16, 32), "standard")
+
+
+def test_a_longer_run_is_the_same_loop():
+    text = lambda steps: orthogonalize.lower(normal(8, 12), steps=steps).as_text()
+    assert text(5).count("dot_general") == text(20).count("dot_general")
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (128, 512)])
+def test_eight_steps_of_polar_express_make_orthonormal_rows(shape):
+    x = with_spectrum(np.geomspace(1 / 300, 1, shape[0]), *shape)[0]
+    y = np.asarray(run(x, "polar_express", dtype=F32, steps=8), np.float64)
+    assert np.linalg.norm(y @ y.T - np.eye(len(y)), 2) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, shape, low, high",
+    [("jordan", (256, 1024), 0.915, 0.965), ("polar_express", (ROWS, COLUMNS), 0.975, 1.015)],
+)
+def test_entries_of_a_random_matrix_get_the_size_of_their_table(name, shape, low, high):
+    y = run(normal(*shape), name, "gram").astype(F32)
+    assert low <= float(jnp.sqrt(jnp.mean(y**2) * max(shape))) <= high
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_bf16_products_stay_within_two_and_a_half_percent_of_float32(name, form):
+    x = normal(ROWS, COLUMNS)
+    assert distance(run(x, name, form).astype(F32), run(x, name, form, F32)) < 2.5e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype, bound", [(F32, 1e-5), (BF16, 2.5e-2)])
-def test_scale_does_not_matter_from_1e_minus_30_to_1e30(dtype, bound):
-    x = normal(2, 24, 40)
-    y = orthogonalize(x, dtype=dtype).astype(F32)
+def test_scale_does_not_matter_from_1e_minus_30_to_1e30(dtype, bound, form):
+    x = normal(ROWS, COLUMNS)
+    y = run(x, "jordan", form, dtype).astype(F32)
     for scale in (1e-30, 1e-3, 3.0, 1e3, 1e30):
-        assert distance(orthogonalize(scale * x, dtype=dtype).astype(F32), y) < bound
+        assert distance(run(scale * x, "jordan", form, dtype).astype(F32), y) < bound
 
 
-def test_a_rotation_of_the_inputs_rotates_the_result():
-    x = normal(48, 80)
-    q, _ = jnp.linalg.qr(normal(48, 48, seed=1))
-    rotate = lambda q, x: jnp.matmul(q, x, precision="highest")  # noqa: E731
-    one, other = orthogonalize(rotate(q, x), dtype=F32), rotate(q, orthogonalize(x, dtype=F32))
-    assert distance(one, other) < 1e-5
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rotation_of_the_inputs_rotates_the_result(form):
+    x = normal(ROWS, COLUMNS)
+    q, _ = jnp.linalg.qr(normal(ROWS, ROWS, seed=1))
+    rotate = lambda q, x: jnp.matmul(q, x, precision="highest")
+    turned = lambda x: run(x, "jordan", form, F32)
+    assert distance(turned(rotate(q, x)), rotate(q, turned(x))) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_the_transpose_gives_the_transpose_bitwise(dtype):
-    x = normal(3, 24, 56)
-    one = orthogonalize(x.mT, dtype=dtype).mT
-    assert jnp.array_equal(one, orthogonalize(x, dtype=dtype))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name, dtype", [("jordan", F32), ("jordan", BF16), ("aol4", F32)])
+def test_the_transpose_gives_the_transpose_bitwise(name, dtype, form):
+    x = normal(3, 24, 56)  # a shape whose transposed dots sum in another order
+    assert jnp.array_equal(run(x.mT, name, form, dtype).mT, run(x, name, form, dtype))
 
 
-def test_a_stack_is_its_matrices_and_a_chunked_stack_is_the_stack():
-    x = normal(6, 32, 48)
-    y = orthogonalize(x, dtype=F32)
-    loop = jnp.stack([orthogonalize(x[i], dtype=F32) for i in range(6)])
-    one_matrix = 4 * (2 * 32 * 48 + 3 * 32 * 32)
-    chunked = orthogonalize(x, dtype=F32, chunk_bytes=4 * one_matrix)  # 4 fit, 3 divide 6
-    deeper = orthogonalize(x.reshape(2, 3, 32, 48), dtype=F32)
-    assert distance(loop, y) < 1e-6
-    assert distance(chunked, y) < 1e-6
-    assert distance(deeper.reshape(y.shape), y) < 1e-6
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stack_is_its_matrices_bitwise(form):
+    # Small whole numbers: the norm's sum is exact, XLA may order it as it likes.
+    x = jax.random.randint(jax.random.key(0), (6, 32, 64), -4, 5).astype(F32)
+    y = run(x, "jordan", form, F32)
+    assert jnp.array_equal(y, jnp.stack([run(matrix, "jordan", form, F32) for matrix in x]))
+    deeper = run(x.reshape(2, 3, 32, 64), "jordan", form, F32)
+    assert jnp.array_equal(y, deeper.reshape(y.shape))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_zeros_give_zeros_and_no_finite_entry_gives_a_nan(dtype):
-    x = jnp.stack([jnp.zeros((8, 12)), normal(8, 12)])
-    y = orthogonalize(x, dtype=dtype)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chunked_stack_is_the_stack(form):
+    x = normal(6, 32, 64)
+    one = 4 * (2 * 32 * 64 + 5 * 32 * 32)  # the bytes of a matrix and its temporaries
+    chunked = orthogonalize(x, dtype=F32, form=form, chunk_bytes=4 * one)
+    assert distance(chunked, run(x, "jordan", form, F32)) < 1e-6
+    text = orthogonalize.lower(x, dtype=F32, form=form, chunk_bytes=4 * one).as_text()
+    assert "tensor<3x32x64" in text  # 4 or 5 would fit, 3 divide 6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("jordan", F32), ("jordan", BF16), ("polar_express", BF16), ("aol4", F32), ("aol4", BF16)],
+)
+def test_zeros_give_zeros_and_no_finite_entry_gives_a_nan(name, dtype, form):
+    limits = jnp.finfo(F32)
+    values = (1.0, 1e-30, 1e30, float(limits.max), float(limits.tiny), 1e-45)
+    full = [jnp.full((8, 12), value) for value in values]
+    alone = [jnp.zeros((8, 12)).at[2, 3].set(-value) for value in values]
+    x = jnp.stack([jnp.zeros((8, 12)), normal(8, 12), *full, *alone])
+    y = run(x, name, form, dtype)
     assert jnp.array_equal(y[0], jnp.zeros((8, 12)))
     assert jnp.any(y[1] != 0)
-    limits = jnp.finfo(F32)
-    for value in (1e-30, 1e30, float(limits.max), float(limits.tiny), 1e-45):
-        for x in (jnp.full((8, 12), value), jnp.zeros((8, 12)).at[2, 3].set(-value)):
-            assert jnp.all(jnp.isfinite(orthogonalize(x, dtype=dtype))), value
+    finite = jnp.all(jnp.isfinite(y), (1, 2))
+    assert jnp.all(finite), finite
+
+
+@pytest.mark.parametrize("name, shape", [("jordan", (1, 64)), ("aol4", (64, 1))])
+def test_a_vector_becomes_a_unit_vector_of_its_direction(name, shape):
+    x = normal(*shape)
+    y = run(x, name).astype(F32)
+    assert jnp.sum(x * y) / jnp.linalg.norm(x) / jnp.linalg.norm(y) > 0.999
+    assert 0.67 < jnp.linalg.norm(y) < 1.21
 
 
 def test_an_infinite_entry_is_not_hidden():
-    assert not jnp.all(jnp.isfinite(orthogonalize(normal(8, 12).at[0, 0].set(jnp.inf))))
+    x = normal(ROWS, COLUMNS).at[0, 0].set(jnp.inf)
+    assert not any(jnp.all(jnp.isfinite(run(x, form=form))) for form in FORMS)
 
 
-def test_further_steps_repeat_the_last_coefficients():
-    x, u, vt = with_spectrum(np.geomspace(0.1, 1, 16), 16, 32)
-    expected = np.geomspace(0.1, 1, 16)
-    expected /= np.linalg.norm(expected)
-    a, b, c = COEFFICIENTS["jordan"][-1]
-    for _ in range(7):
-        expected = a * expected + b * expected**3 + c * expected**5
-    assert distance(orthogonalize(x, steps=7, dtype=F32), (u * expected) @ vt) < 1e-4
-
-
-def test_an_unknown_table_or_no_steps_is_an_error():
-    with pytest.raises(ValueError, match="jordan"):
+def test_an_unknown_table_form_or_no_steps_is_an_error():
+    with pytest.raises(ValueError, match="--config.optim.ns_coefficients"):
         orthogonalize(normal(4, 4), coefficients="euler")
-    with pytest.raises(ValueError, match="steps"):
+    with pytest.raises(ValueError, match="--config.optim.ns_steps"):
         orthogonalize(normal(4, 4), steps=0)
+    with pytest.raises(ValueError, match="auto, standard, gram; got form='fast'"):
+        orthogonalize(normal(4, 4), form="fast")
 
 
-def test_a_big_stack_is_iterated_in_chunks_that_fit():
-    x = jax.ShapeDtypeStruct((26, 2048, 5632), F32)
-    memory = orthogonalize.lower(x).compile().memory_analysis()
+@pytest.mark.parametrize(
+    "shape, form",
+    [((26, 2048, 5632), "standard"), ((26, 5632, 2048), "gram"), ((64, 2048, 2048), "gram")],
+)
+def test_a_big_stack_is_iterated_in_chunks_that_fit(shape, form):
+    x = jax.ShapeDtypeStruct(shape, F32)
+    memory = orthogonalize.lower(x, form=form).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.1 * CHUNK_BYTES

@@ -17,6 +17,8 @@ except ModuleNotFoundError as error:
 from torch import nn
 from torch.nn import functional as F
 
+TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
+
 
 class Norm(nn.Module):
     def __init__(self, cfg, width, form):
@@ -204,7 +206,18 @@ def build_optimizers(cfg, model) -> list:
     """torch.optim's of an OptimConfig: matrices by optim.name, all else on fused AdamW.
 
     Matrices, embedding and head decay; positions and vectors do not.
+
+    Raises:
+        ValueError: torch.optim has no such optimizer.
     """
+    known = cfg.name == "adamw" or (cfg.name == "muon" and cfg.scale in TORCH_SCALES)
+    plain = cfg.rest == "adamw" and cfg.geometry == "spectral" and not cfg.per_head
+    if not (known and plain and cfg.ns_coefficients == "jordan"):
+        raise ValueError(
+            "the PyTorch twin must have torch.optim's AdamW or Muon; got "
+            f"optim.name={cfg.name}, rest={cfg.rest}, geometry={cfg.geometry}, scale={cfg.scale}, "
+            f"per_head={cfg.per_head}, ns_coefficients={cfg.ns_coefficients}."
+        )
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         inside = name.startswith("blocks.")
@@ -229,8 +242,8 @@ def build_optimizers(cfg, model) -> list:
         weight_decay=cfg.weight_decay,
         momentum=cfg.momentum,
         nesterov=cfg.nesterov,
-        ns_steps=cfg.ns_steps,
-        adjust_lr_fn=cfg.muon_scale,
+        ns_steps=cfg.ns_steps or 5,
+        adjust_lr_fn=TORCH_SCALES[cfg.scale],
     )
     return [muon, adamw]
 

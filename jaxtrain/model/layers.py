@@ -191,4 +191,4 @@ class Transformer(nnx.Module):
         self.blocks = Block(cfg, dense)
         self.final_norm = Norm(cfg, "|D")
         if not cfg.tied:  # logits of standard deviation 1/sqrt(D): the first loss is ln V
-            self.head = param(cfg, "V|D", 1 / cfg.D)
+            self.head = param(cfg, "|V<-D", 1 / cfg.D)

@@ -1,55 +1,73 @@
-"""build_optimizer: clip, then each group's direction, then its rate and decay.
+"""build_optimizer: noise and clip, then each group's direction, rate, decay and acceleration."""
 
-Matrices go to the optimizer that `optim.name` says; embeddings, head and vectors go to AdamW. The
-axes string alone decides.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.axes import Axes
 from jaxtrain.mesh import owner_layout, param_sharding
 from jaxtrain.optim import pick
+from jaxtrain.optim.accelerated import ema_lookahead, transported
 from jaxtrain.optim.adam import scale_by_adam
-from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.lmo import scale_by_lmo
+from jaxtrain.optim.noise import heavy_tailed_noise
+from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.orthogonalize import CHUNK_BYTES
 from jaxtrain.optim.schedule import build_schedule
 
-MATRICES, REST = "matrices", "rest"
+LOOKAHEAD_WINDOW = 0.15, 0.77  # of the run; source: as ema_lookahead's
 
 
-class Rule(NamedTuple):
-    """How the matrices' direction is built, and the OptimConfig field that is their peak rate."""
+def _placement(mesh) -> dict:
+    """Where matrices are orthogonalised: whole ones on each fsdp device."""
+    if mesh is None or mesh.size == 1:
+        return {}
+    at = lambda over: (
+        lambda a, x: jax.lax.with_sharding_constraint(x, param_sharding(a, x.shape, mesh, over))
+    )
+    placement = {"place": owner_layout(mesh), "rest": at(("fsdp", "tensor"))}
+    if mesh.shape["tensor"] > 1:
+        placement["via"] = at(("fsdp",))
+    placement["chunk_bytes"] = CHUNK_BYTES if mesh.shape["fsdp"] == 1 else 0
+    return placement
 
-    build: Callable  # (OptimConfig, axes, mesh) -> GradientTransformation
-    rate: str
+
+def _buffer_dtype(cfg):
+    return jnp.bfloat16 if cfg.narrow_buffers else None
+
+
+def _lmo(cfg, axes, mesh, nesterov):
+    spectral = {}
+    if cfg.geometry == "spectral":
+        spectral = {
+            "steps": cfg.ns_steps or None,
+            "coefficients": cfg.ns_coefficients,
+        } | _placement(mesh)
+    return scale_by_lmo(
+        axes,
+        geometry=cfg.geometry,
+        momentum=cfg.momentum,
+        nesterov=nesterov,
+        scale=cfg.scale,
+        dtype=jnp.dtype(cfg.ns_dtype),
+        buffer_dtype=_buffer_dtype(cfg),
+        per_head=cfg.per_head,
+        **spectral,
+    )
 
 
 def _muon(cfg, axes, mesh):
-    placement = {}
-    if mesh is not None and mesh.size > 1:
-        placement["place"] = owner_layout(mesh)
-        at = lambda axes: (
-            lambda a, x: jax.lax.with_sharding_constraint(x, param_sharding(a, x.shape, mesh, axes))
-        )
-        placement["rest"] = at(("fsdp", "tensor"))
-        if mesh.shape["tensor"] > 1:
-            placement["via"] = at(("fsdp",))
-        placement["chunk_bytes"] = CHUNK_BYTES if mesh.shape["fsdp"] == 1 else 0
-    return scale_by_muon(
-        axes,
-        momentum=cfg.momentum,
-        nesterov=cfg.nesterov,
-        steps=cfg.ns_steps,
-        scale=cfg.muon_scale,
-        dtype=jnp.dtype(cfg.ns_dtype),
-        **placement,
-    )
+    return _lmo(cfg, axes, mesh, cfg.nesterov)
+
+
+def _normuon(cfg, axes, mesh):
+    return optax.chain(_muon(cfg, axes, mesh), balance_neurons(axes, cfg.neuron_decay))
+
+
+def _accelerated_lmo(cfg, axes, mesh):  # the wrapper takes the place of Nesterov's mixing
+    return _lmo(cfg, axes, mesh, nesterov=cfg.acceleration == "ema_lookahead" and cfg.nesterov)
 
 
 def _adamw(cfg, axes=None, mesh=None):
@@ -57,47 +75,32 @@ def _adamw(cfg, axes=None, mesh=None):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
 
+# optim.name -> direction of the matrices: (OptimConfig, axes, mesh) -> GradientTransformation
 OPTIMIZERS = {
-    "muon": Rule(_muon, "learning_rate"),
-    "adamw": Rule(_adamw, "adam_learning_rate"),
+    "muon": _muon,
+    "normuon": _normuon,
+    "accelerated_lmo": _accelerated_lmo,
+    "adamw": _adamw,
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """What one parameter's step follows: a key of OPTIMIZERS, its peak rate, its decay."""
-
-    name: str  # MATRICES or REST
-    optimizer: str
-    rate: float
-    decay: float
+def _transport(cfg, inner, momentum):
+    return transported(inner, momentum, cfg.strength, _buffer_dtype(cfg))
 
 
-def group_of(cfg, axes: Axes) -> Group:
-    """The group of a parameter. Matrices, embedding and head (with a V) decay, vectors do not."""
-    optimizer = cfg.name if axes.is_matrix else "adamw"
-    rate = getattr(cfg, pick(OPTIMIZERS, optimizer, "optim.name").rate)
-    decay = cfg.weight_decay if axes.is_matrix or "V" in axes.letters else 0.0
-    return Group(MATRICES if axes.is_matrix else REST, optimizer, rate, decay)
+def _lookahead(cfg, inner, momentum):
+    del momentum
+    schedule, total = build_schedule(cfg), cfg.total_steps
+    start, stop = (round(share * total) for share in LOOKAHEAD_WINDOW)
+
+    def strength(count):  # off where the rate is not at its height
+        return jnp.where((count >= start) & (count < stop), cfg.strength * schedule(count), 0.0)
+
+    return ema_lookahead(inner, strength, cfg.lookahead_decay, _buffer_dtype(cfg))
 
 
-def _named_leaves(tree) -> dict:
-    """`{"blocks.wq": leaf}`; None is a leaf, so that a missing one is seen."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
-
-
-def _check_axes(axes) -> None:
-    for name, leaf in _named_leaves(axes).items():
-        if not isinstance(leaf, Axes):
-            raise ValueError(f"every parameter must have Axes; got {name}={leaf!r}. Set its axes.")
-
-
-def _check_same_names(axes, params) -> None:
-    named, wanted = set(_named_leaves(axes)), set(_named_leaves(params))
-    if named != wanted:
-        missing, extra = sorted(wanted - named), sorted(named - wanted)
-        raise ValueError(f"axes must name the parameters; got missing={missing}, extra={extra}.")
+# (OptimConfig, whole optimizer, its momentum) -> the same, accelerated
+ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
 
 
 class RateState(NamedTuple):
@@ -125,7 +128,17 @@ def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def build_optimizer(cfg, axes, mesh=None) -> optax.GradientTransformationExtraArgs:
+def _direction(cfg, name, geometry, axes, mesh):
+    """The unscaled step of one group."""
+    if name == MATRICES:
+        return pick(OPTIMIZERS, cfg.name, "optim.name")(cfg, axes, mesh)
+    if not geometry:
+        return _adamw(cfg)
+    options = {"scale": "none", "buffer_dtype": _buffer_dtype(cfg), "dtype": jnp.float32}
+    return scale_by_lmo(axes, geometry, cfg.momentum, cfg.nesterov, **options)
+
+
+def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformationExtraArgs:
     """The optimizer of an OptimConfig; `update` needs params.
 
     `update(..., good=False)` gives updates of zero and the state as it was, whatever the gradients
@@ -134,25 +147,35 @@ def build_optimizer(cfg, axes, mesh=None) -> optax.GradientTransformationExtraAr
     Args:
         axes: pytree of Axes, like params.
         mesh: where params are split; None is one device.
+        seed: of injected noise.
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
             init) axes and params do not name the same parameters.
     """
-    _check_axes(axes)
+    check_axes(axes)
+    pick(OPTIMIZERS, cfg.name, "optim.name")
     groups = jax.tree.map(lambda a: group_of(cfg, a), axes)
     names = jax.tree.map(lambda group: group.name, groups)
-    only_matrices = jax.tree.map(lambda a: a if a.is_matrix else optax.MaskedNode(), axes)
-    rule = pick(OPTIMIZERS, cfg.name, "optim.name")
-    directions = {MATRICES: rule.build(cfg, only_matrices, mesh), REST: _adamw(cfg)}
+    schedule, optimizers = build_schedule(cfg), {}
+    for name, geometry in sorted({(g.name, g.geometry) for g in jax.tree.leaves(groups)}):
+        only = lambda tree, name=name: jax.tree.map(
+            lambda n, x: x if n == name else optax.MaskedNode(), names, tree
+        )
+        direction = _direction(cfg, name, geometry, only(axes), mesh)
+        whole = optax.chain(direction, _scale_by_rate(only(groups), schedule))
+        if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
+            accelerate = pick(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
+            whole = accelerate(cfg, whole, cfg.momentum if geometry else cfg.adam_b1)
+        optimizers[name] = whole
     transform = optax.chain(
+        heavy_tailed_noise(cfg.noise_tail, cfg.noise_scale, seed),
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.partition(directions, names),
-        _scale_by_rate(groups, build_schedule(cfg)),
+        optax.partition(optimizers, names),
     )
 
     def init(params):
-        _check_same_names(axes, params)
+        check_same_names(axes, params)
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
@@ -180,12 +203,6 @@ def state_shardings(optimizer, params, param_shardings, replicated):
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 
 
-def eval_params(opt_state, params):
-    """The weights to evaluate, export and sample with: these optimizers take gradients at them."""
-    del opt_state
-    return params
-
-
 def group_rms(updates, axes) -> dict:
     """`{"optim/matrices/update_rms": float32 [], ...}` of the groups that have parameters."""
     squares, sizes = {}, {}
@@ -194,36 +211,3 @@ def group_rms(updates, axes) -> dict:
         squares[name] = squares.get(name, 0.0) + jnp.sum(jnp.square(u.astype(jnp.float32)))
         sizes[name] = sizes.get(name, 0) + u.size
     return {f"optim/{name}/update_rms": jnp.sqrt(squares[name] / sizes[name]) for name in sizes}
-
-
-class Row(NamedTuple):
-    """One parameter as the optimizer sees it."""
-
-    name: str
-    axes: str
-    shape: str  # [X,I,O] of a matrix, else the array's
-    group: str
-    optimizer: str
-    rate: float
-    decay: float
-
-
-def group_table(cfg, axes, params) -> list[Row]:
-    """A row for each parameter; params may be ShapeDtypeStructs."""
-    _check_axes(axes)
-    _check_same_names(axes, params)
-    rows, shapes = [], _named_leaves(params)
-    for name, a in _named_leaves(axes).items():
-        g = group_of(cfg, a)
-        shape = a.matrix_shape(shapes[name].shape) if a.is_matrix else shapes[name].shape
-        shown = "x".join(map(str, shape))
-        rows.append(Row(name, str(a), shown, g.name, g.optimizer, g.rate, g.decay))
-    return rows
-
-
-def format_group_table(rows: list[Row]) -> str:
-    """Aligned columns under a header."""
-    cells = [Row._fields] + [(*row[:-2], f"{row.rate:g}", f"{row.decay:g}") for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
