@@ -18,7 +18,7 @@ class Loop:
     Args:
         run: from build_run.
         state: TrainState to go on from; donated to the steps.
-        step: compiled step(state, batch).
+        step: compiled step(state, batch, rates).
         batches: training batches, at the state's step.
         held_out: corpus to evaluate on.
     """
@@ -30,6 +30,7 @@ class Loop:
         self.checkpoints, self.report = checkpoints, report
         self.clock = StepClock(run.cfg.data.batch * run.cfg.data.seq_len)
         self.eval_step = build_eval_step(run)
+        self.rates = run.rates()
         self.first = int(state.step)
         self.saved_step = self.first
         self._in_flight = None  # (step, scalars), the scalars still on the device
@@ -54,7 +55,7 @@ class Loop:
         with self.clock.pause("data"):
             batch = next(self.batches)
         with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
-            self.state, scalars = self.step(self.state, batch)
+            self.state, scalars = self.step(self.state, batch, self.rates)
         self._arrive()
         self._in_flight = step, scalars
 

@@ -17,9 +17,10 @@ from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, check_batch
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import Model, build_model, count_params
-from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.build import build_optimizer, peak_rates
+from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.runtime import start_runtime
-from jaxtrain.step import abstract_state
+from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, place_rates
 
 
 class Run(NamedTuple):
@@ -33,6 +34,10 @@ class Run(NamedTuple):
     @property
     def parameters(self) -> int:
         return count_params(self.model.axes, sizes(self.cfg.model))
+
+    def rates(self) -> dict:
+        """The step's third argument: each group's peak rate, on the mesh."""
+        return place_rates(peak_rates(self.cfg.optim, self.model.axes), self.mesh)
 
 
 def run_main(main, errors=()):
@@ -79,6 +84,18 @@ def build_run(cfg, devices=None) -> Run:
     loss = build_loss(cfg.loss, cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype), mesh)
     optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed)
     return Run(cfg, mesh, routes, model, loss, optimizer)
+
+
+def compile_step(run) -> Step:
+    """step(state, batch, run.rates()) -> (state, scalars), compiled for the run's batches."""
+    cfg, rate = run.cfg, build_schedule(run.cfg.optim)
+    docs = cfg.data.pack or cfg.data.document_mask
+    return Step(
+        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, cfg.accumulation),
+        abstract_state(run.model, run.optimizer, run.mesh),
+        abstract_batch(cfg.data.batch, cfg.data.seq_len, run.mesh, docs),
+        run.rates(),
+    )
 
 
 def read_stored(workdir) -> dict:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxtrain.mesh import batch_sharding, param_sharding, replicated
@@ -159,8 +160,16 @@ def build_gradient(model, loss, accumulation, shardings=None):
     return gradient
 
 
+def place_rates(rates: dict, mesh) -> dict:
+    """Peak rates as arrays: arguments of the step, so that another rate is no other program."""
+    dtype = jnp.zeros(()).dtype
+    return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
+
+
 def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
-    """step(state, batch) -> (state, scalars), to be jitted with the state donated.
+    """step(state, batch, rates) -> (state, scalars), jitted with the state donated.
+
+    `rates` is from `place_rates(peak_rates(...))`.
 
     Args:
         rate: updates applied so far -> share of the peak learning rate, a report only.
@@ -169,11 +178,13 @@ def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
     spread = shardings.params if mesh.size > 1 else None
     gradient = build_gradient(model, loss, accumulation, spread)
 
-    def step(state, batch):
+    def step(state, batch, rates):
         nats, objective, grads = gradient(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, good=good)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, good=good, rates=rates
+        )
         params = optax.apply_updates(state.params, updates)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + ~good

@@ -26,11 +26,10 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.optim.groups import format_group_table, group_table
-from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.report import Report, set_up_logging
-from jaxtrain.run import build_run, run_main
+from jaxtrain.run import build_run, compile_step, run_main
 from jaxtrain.runtime import same_everywhere, start_runtime
-from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, init_state
+from jaxtrain.step import abstract_state, init_state
 from jaxtrain.stop import Stop
 
 PREEMPTED = 75  # EX_TEMPFAIL: start me again
@@ -132,7 +131,9 @@ def train(cfg, devices=None, quiet=False) -> int:
         with Report(workdir, cfg.steps, first, quiet, active, title) as report, Stop() as stop:
             report.header(header(run, corpus, checkpoints, resumed))
             report.write_config(stored_config(run, corpus))
-            step = compile_step(run, report, first)
+            step = compile_step(run)
+            report.note(f"compiled in {step.compile_s:.1f} s")
+            report.write(first, {"perf/compile_time_s": step.compile_s})
             loop = Loop(run, state, step, batches, held_out, checkpoints, report)
             del state  # the loop donates it
             return finish(loop, corpus, loop.run_to_end(stop))
@@ -160,19 +161,6 @@ def start_state(run, checkpoints, batches):
             f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
         )
     return restored.state, restored.step
-
-
-def compile_step(run, report, first) -> Step:
-    """The compiled step; its compile time is a metric of its own, never inside a step time."""
-    cfg = run.cfg
-    docs = cfg.data.pack or cfg.data.document_mask
-    rate = build_schedule(cfg.optim)
-    function = build_step(run.model, run.loss, run.optimizer, rate, run.mesh, cfg.accumulation)
-    batch = abstract_batch(cfg.data.batch, cfg.data.seq_len, run.mesh, docs)
-    step = Step(function, abstract_state(run.model, run.optimizer, run.mesh), batch)
-    report.note(f"compiled in {step.compile_s:.1f} s")
-    report.write(first, {"perf/compile_time_s": step.compile_s})
-    return step
 
 
 def finish(loop, corpus, told) -> int:

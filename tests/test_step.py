@@ -8,34 +8,21 @@ import pytest
 from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.mesh import batch_sharding
-from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.run import build_run
-from jaxtrain.step import (
-    Recompiled,
-    Step,
-    abstract_batch,
-    abstract_state,
-    build_step,
-    init_state,
-)
+from jaxtrain.run import build_run, compile_step
+from jaxtrain.step import Recompiled, init_state
 
 B, T = 16, 16
 
 
 @functools.cache
-def build(mesh=(1, 1, 1), accumulation=1, docs=False, **values):
+def build(mesh=(1, 1, 1), accumulation=1, docs=False, **optim):
     config = debug.get_config()
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     config.update(accumulation=accumulation, data=dict(batch=B, seq_len=T, pack=docs))
-    config.optim.ns_dtype = "float32"
-    config.update(values)
+    config.optim.update(ns_dtype="float32", **optim)
     cfg = config_lib.freeze(config)
     run = build_run(cfg, jax.devices()[: int(np.prod(mesh))])
-    function = build_step(
-        run.model, run.loss, run.optimizer, build_schedule(cfg.optim), run.mesh, accumulation
-    )
-    state = abstract_state(run.model, run.optimizer, run.mesh)
-    return run, Step(function, state, abstract_batch(B, T, run.mesh, docs))
+    return run, compile_step(run)
 
 
 def batch_at(step, mesh, docs=None):
@@ -51,7 +38,7 @@ def losses(mesh=(1, 1, 1), accumulation=1, steps=20):
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     out = []
     for n in range(steps):
-        state, scalars = step(state, batch_at(n, run.mesh))
+        state, scalars = step(state, batch_at(n, run.mesh), run.rates())
         out.append(float(scalars["train/loss_nats"]))
     return np.array(out)
 
@@ -78,12 +65,12 @@ def test_training_learns_and_repeats_bitwise():
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
-    state, _ = step(state, batch_at(0, run.mesh))
+    state, _ = step(state, batch_at(0, run.mesh), run.rates())
     poisoned = state._replace(
         params=jax.tree.map(lambda x: x.at[..., 0].set(jnp.inf), state.params)
     )
     before = jax.device_get((poisoned.params, poisoned.opt_state))
-    after, scalars = step(poisoned, batch_at(1, run.mesh))
+    after, scalars = step(poisoned, batch_at(1, run.mesh), run.rates())
     pairs = zip(
         jax.tree.leaves(before), jax.tree.leaves((after.params, after.opt_state)), strict=True
     )
@@ -96,9 +83,8 @@ def test_a_good_step_ends_the_row_of_bad_ones():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     state = state._replace(bad_steps=jnp.int32(3), skipped_steps=jnp.int32(5))
-    after, _ = step(
-        jax.device_put(state, jax.tree.map(lambda x: x.sharding, state)), batch_at(0, run.mesh)
-    )
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+    after, _ = step(state, batch_at(0, run.mesh), run.rates())
     assert (int(after.bad_steps), int(after.skipped_steps)) == (0, 5)
 
 
@@ -111,7 +97,8 @@ def test_padding_weighs_nothing_in_loss_or_update():
         state = init_state(run.model, run.optimizer, run.mesh, 0)
         batch = jax.device_get(batch_at(0, run.mesh, docs))
         batch["tokens"] = np.where(docs < 0, filler, batch["tokens"])
-        state, scalars = step(state, jax.device_put(batch, batch_sharding(run.mesh)))
+        batch = jax.device_put(batch, batch_sharding(run.mesh))
+        state, scalars = step(state, batch, run.rates())
         outcomes.append((float(scalars["train/loss_nats"]), jax.device_get(state.params["head"])))
     assert outcomes[0][0] == outcomes[1][0]
     np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
@@ -122,13 +109,24 @@ def test_other_shapes_are_an_error_that_names_them():
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     short = {"tokens": batch_at(0, run.mesh)["tokens"][:, :-1]}
     with pytest.raises(Recompiled, match=r"\['tokens'\]: int32\[16, 17\] -> int32\[16, 16\]"):
-        step(state, short)
+        step(state, short, run.rates())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_step_compiled_at_one_rate_serves_every_rate(name):
+    at = lambda rate: build(name=name, learning_rate=rate, adam_learning_rate=rate)
+    (_, step), (other, own_step) = at(0.01), at(0.03)
+    state = lambda: init_state(other.model, other.optimizer, other.mesh, 0)
+    batch = batch_at(0, other.mesh)
+    borrowed, _ = step(state(), batch, other.rates())
+    own, _ = own_step(state(), batch, other.rates())
+    jax.tree.map(np.testing.assert_array_equal, borrowed.params, own.params)
 
 
 def test_the_state_is_donated():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
-    step(state, batch_at(0, run.mesh))
+    step(state, batch_at(0, run.mesh), run.rates())
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
 

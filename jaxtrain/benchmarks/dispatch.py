@@ -14,9 +14,8 @@ import numpy as np
 from jaxtrain.benchmarks.measure import format_table, verdict
 from jaxtrain.config import DataConfig, ModelConfig, TrainConfig
 from jaxtrain.mesh import batch_sharding
-from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.run import build_run
-from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, init_state
+from jaxtrain.run import build_run, compile_step
+from jaxtrain.step import init_state
 
 MOST_S = 1e-3  # a step of the smallest models on a GPU is 10 ms
 WARM_UP = 10  # calls
@@ -29,12 +28,9 @@ def run(rounds: int, layers: int = 24) -> list[dict]:
         data=DataConfig(batch=1, seq_len=8),
     )
     parts = build_run(cfg, jax.devices("cpu")[:1])
-    rate = build_schedule(cfg.optim)
-    function = build_step(parts.model, parts.loss, parts.optimizer, rate, parts.mesh)
     state = init_state(parts.model, parts.optimizer, parts.mesh, cfg.seed)
     leaves = len(jax.tree.leaves(state))
-    abstract = abstract_state(parts.model, parts.optimizer, parts.mesh)
-    step = Step(function, abstract, abstract_batch(1, 8, parts.mesh, docs=False))
+    step, rates = compile_step(parts), parts.rates()
     rng = np.random.default_rng(0)
     walls_s, cpus_s, wholes_s = [], [], []
     for _ in range(WARM_UP + rounds):
@@ -42,7 +38,7 @@ def run(rounds: int, layers: int = 24) -> list[dict]:
         batch = {"tokens": jax.device_put(tokens, batch_sharding(parts.mesh))}
         jax.block_until_ready((state, batch))
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
-        state, scalars = step(state, batch)
+        state, scalars = step(state, batch, rates)
         walls_s.append(time.perf_counter() - wall_s)
         cpus_s.append(time.thread_time() - cpu_s)
         jax.block_until_ready((state, scalars))

@@ -12,9 +12,8 @@ from jaxtrain.benchmarks.measure import format_table, interleave, summarise, ver
 from jaxtrain.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.mesh import batch_sharding
 from jaxtrain.model.flops import training_flops
-from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.run import build_run
-from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, init_state
+from jaxtrain.run import build_run, compile_step
+from jaxtrain.step import init_state
 
 S = dict(L=4, D=256, H=4, G=4, K=64, F=768, V=256, qk_norm=True)
 SIZES = {"s": S, "m": S | dict(L=6, D=384, H=6, G=6, F=1_024)}
@@ -34,14 +33,11 @@ class Ours:
         self._sharding = batch_sharding(run.mesh)
         self._state = init_state(run.model, run.optimizer, run.mesh, cfg.seed)
         self.params = jax.tree.map(np.array, self._state.params)  # copies: the step donates them
-        rate = build_schedule(cfg.optim)
-        function = build_step(run.model, run.loss, run.optimizer, rate, run.mesh)
-        batch = abstract_batch(cfg.data.batch, cfg.data.seq_len, run.mesh, docs=False)
-        self.step = Step(function, abstract_state(run.model, run.optimizer, run.mesh), batch)
+        self.step, self._rates = compile_step(run), run.rates()
 
     def __call__(self, tokens_BT1) -> float:
         batch = {"tokens": jax.device_put(tokens_BT1, self._sharding)}
-        self._state, scalars = jax.block_until_ready(self.step(self._state, batch))
+        self._state, scalars = jax.block_until_ready(self.step(self._state, batch, self._rates))
         return float(scalars["train/loss_nats"])
 
 

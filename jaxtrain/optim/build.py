@@ -108,19 +108,23 @@ class RateState(NamedTuple):
 
 
 def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """u -> -rate * schedule(count) * (u + decay * p), each leaf with its group's rate and decay."""
+    """u -> -rate * schedule(count) * (u + decay * p), each leaf with its group's rate and decay.
+
+    `update(..., rates={group's name: peak})` takes the rates at run time instead.
+    """
 
     def init(params):
         del params
         return RateState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, good=True, **extra):
+    def update(updates, state, params=None, *, good=True, rates=None, **extra):
         del extra
         scale = schedule(state.count)
 
         def step(group, u, p):
             decayed = u + group.decay * p if group.decay else u
-            return jnp.where(good, (-group.rate * scale).astype(u.dtype) * decayed, 0)
+            rate = group.rate if rates is None else rates[group.name]
+            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0)
 
         updates = jax.tree.map(step, groups, updates, params)
         return updates, RateState(state.count + jnp.where(good, 1, 0))
@@ -142,7 +146,8 @@ def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformatio
     """The optimizer of an OptimConfig; `update` needs params.
 
     `update(..., good=False)` gives updates of zero and the state as it was, whatever the gradients
-    hold: a step that is not finite.
+    hold: a step that is not finite. `update(..., rates=peak_rates(cfg, axes))` takes the peak rates
+    as arrays, so that one compiled step serves every rate; without it they are the program's.
 
     Args:
         axes: pytree of Axes, like params.
@@ -179,6 +184,12 @@ def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformatio
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
+
+
+def peak_rates(cfg, axes) -> dict[str, float]:
+    """{group's name: peak rate} of an OptimConfig, for `update(..., rates=)`."""
+    groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
+    return {group.name: group.rate for group in groups}
 
 
 def state_shardings(optimizer, params, param_shardings, replicated):
