@@ -13,12 +13,12 @@ from configs import quickstart
 def get_config():
     config = ConfigDict({"base": quickstart.get_config(), "study": {"workdir": "runs/study"}})
     run = config.base
-    run.steps = 100
-    run.save_every = 100
+    run.steps = 120
+    run.save_every = 120
     run.keep_last = 1
-    run.eval_every = 25
-    run.eval_tokens = 32_768
-    run.data.update(batch=8, seq_len=128)
+    run.eval_every = 30
+    run.eval_tokens = 24_576
+    run.data.update(batch=4, seq_len=128)
     run.optim.update(warmup_steps=5, weight_decay=0.1)
     run.sample.tokens = 0
     config.study.baseline = "muon"
