@@ -100,13 +100,18 @@ class Axes:
             I, O = math.prod(dims[: len(self.inputs)]), math.prod(dims[len(self.inputs) :])  # noqa: E741
         return math.prod(stack), I, O
 
+    def matrices(self, x):
+        """The matrix view of x, [X,I,O]; x may be one device's part."""
+        X, I, O = self.matrix_shape(x.shape)  # noqa: E741
+        return x.reshape(X, O, I).swapaxes(1, 2) if self.outputs_first else x.reshape(X, I, O)
+
+    def from_matrices(self, y_XIO, shape):
+        """Undoes `matrices` for an array of this shape."""
+        return (y_XIO.swapaxes(1, 2) if self.outputs_first else y_XIO).reshape(shape)
+
     def on_matrices(self, function, x):
         """function: [X,I,O] -> [X,I,O], applied to the matrix view of x."""
-        X, I, O = self.matrix_shape(x.shape)  # noqa: E741
-        if self.outputs_first:
-            y_XIO = function(x.reshape(X, O, I).swapaxes(1, 2))
-            return y_XIO.swapaxes(1, 2).reshape(x.shape)
-        return function(x.reshape(X, I, O)).reshape(x.shape)
+        return self.from_matrices(function(self.matrices(x)), x.shape)
 
     def by_head(self, x):
         """(Axes, x) with the heads among the stack: each head's slice is a matrix of its own."""

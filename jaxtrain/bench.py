@@ -2,6 +2,7 @@
 
     python -m jaxtrain.bench                                  every suite
     python -m jaxtrain.bench --suite=cpu --sizes=s --dtypes=float32 --optimizers=adamw
+    python -m jaxtrain.bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
     python -m jaxtrain.bench --suite=loader --json=loader.jsonl
 
 Suites:
@@ -10,6 +11,10 @@ Suites:
     dispatch  Python time of a step at 24 layers: target below 1 ms
     loader    tokens/s from a 100M-token shard: target 20M; first batch: target below 1 s
     startup   process start to first step, without and with the compile cache: target half
+    optimizer one update of all parameters by Muon and AdamW, against optax.contrib.muon (target
+              2x) and torch.optim.Muon (1x), and its temporary memory (1.5 of the largest stack).
+              --sizes=124m is on request: minutes and 10 GB. Where the processor has no bf16
+              products, torch's bfloat16 takes 25 times as long: --dtypes=float32 leaves it out
 
 How to read them: every variant of a comparison takes its turns among the others, on fresh data,
 after two calls that are not counted; compilation stands apart under `first s`. `cpu ms` are the
@@ -22,27 +27,65 @@ import functools
 import importlib
 import sys
 
-from jaxtrain.benchmarks import dispatch, loader, machine, startup, training
+from jaxtrain.benchmarks import dispatch, loader, machine, optimizer, startup, training
 from jaxtrain.files import strict_json, write_atomic
 
-ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3}
+ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "optimizer": 7}
+
+# What a suite has to choose from; what is not given is all of it, but for ON_REQUEST.
+CHOICES = {
+    "cpu": {
+        "sizes": tuple(training.SIZES),
+        "dtypes": training.DTYPES,
+        "optimizers": training.OPTIMIZERS,
+        "variants": training.VARIANTS,
+    },
+    "optimizer": {
+        "sizes": tuple(optimizer.SIZES),
+        "dtypes": optimizer.DTYPES,
+        "variants": optimizer.VARIANTS,
+    },
+}
+ON_REQUEST = ("124m",)
+
+
+def _chosen(args, suite) -> dict[str, list]:
+    """{flag: names} of a suite."""
+    default = lambda names: [name for name in names if name not in ON_REQUEST]
+    return {flag: getattr(args, flag) or default(CHOICES[suite][flag]) for flag in CHOICES[suite]}
+
+
+def _need_twin(without):
+    """Exits where torch is missing: now, not after minutes of measuring."""
+    try:
+        importlib.import_module("jaxtrain.crosscheck.twin")
+    except ImportError as error:
+        sys.exit(f"error: {error} Or leave torch out: --variants={without}.")
 
 
 def _cpu(args, rounds):
     """Rows and text of suite cpu, size by size."""
-    if set(args.variants) != {"jaxtrain"}:
-        try:
-            importlib.import_module("jaxtrain.crosscheck.twin")
-        except ImportError as error:  # now, not after minutes of measuring
-            sys.exit(f"error: {error} Or leave torch out: --variants=jaxtrain.")
+    chosen = _chosen(args, "cpu")
+    sizes = chosen.pop("sizes")
+    if set(chosen["variants"]) != {"jaxtrain"}:
+        _need_twin(without="jaxtrain")
     peaks = machine.gemm_peaks()
     row = {"suite": "machine", "gemm_peak_flops_per_s": peaks}
     yield [row], machine.peaks_text(peaks)
-    for size in args.sizes:
-        rows = training.run(
-            size, peaks, rounds, args.most, args.dtypes, args.optimizers, args.variants
-        )
+    for size in sizes:
+        rows = training.run(size, peaks, rounds, args.most, **chosen)
         yield rows + training.ratios(rows), training.show(rows)
+
+
+def _optimizer(args, rounds):
+    """Rows and text of suite optimizer, size by size."""
+    chosen = _chosen(args, "optimizer")
+    sizes = chosen.pop("sizes")
+    if "torch" in chosen["variants"]:
+        _need_twin(without="jaxtrain,optax")
+    for size in sizes:
+        rows = optimizer.run(size, rounds, args.most, **chosen)
+        yield rows + optimizer.ratios(rows), optimizer.show(rows)
 
 
 def _simple(suite, args, rounds):
@@ -56,22 +99,20 @@ SUITES = {
     "dispatch": functools.partial(_simple, dispatch),
     "loader": functools.partial(_simple, loader),
     "startup": functools.partial(_simple, startup),
+    "optimizer": _optimizer,
 }
 
 
-def _listed(allowed):
-    """argparse type: comma-separated names out of `allowed`."""
-
-    def parse(text):
-        names = text.split(",")
-        unknown = [name for name in names if name not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"must be of {', '.join(allowed)}, separated by commas; got {', '.join(unknown)}"
-            )
-        return names
-
-    return parse
+def _check_chosen(parser, args):
+    """A name that a suite to run does not have is an error, in the suite's own words."""
+    for suite in CHOICES if args.suite == "all" else CHOICES.keys() & {args.suite}:
+        for flag, allowed in CHOICES[suite].items():
+            unknown = [name for name in getattr(args, flag) or () if name not in allowed]
+            if unknown:
+                parser.error(
+                    f"--{flag} of suite {suite} must be of {', '.join(allowed)}, separated by "
+                    f"commas; got {', '.join(unknown)}."
+                )
 
 
 def _positive(kind):
@@ -95,19 +136,17 @@ def parse(argv=None) -> argparse.Namespace:
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
     add("--rounds", type=_positive(int), help=f"turns of each variant; default: {rounds}")
     add("--json", metavar="PATH", help="write every row as a line of JSON")
-    only = parser.add_argument_group("suite cpu only; comma-separated, default: all of them")
-    choices = {
-        "sizes": training.SIZES,
-        "dtypes": training.DTYPES,
-        "optimizers": training.OPTIMIZERS,
-        "variants": training.VARIANTS,
-    }
-    for name, allowed in choices.items():
-        text = ", ".join(allowed)
-        only.add_argument(f"--{name}", type=_listed(allowed), default=list(allowed), help=text)
+    only = parser.add_argument_group("of some suites; comma-separated, default: all but 124m")
+    for flag in CHOICES["cpu"]:
+        text = "; ".join(
+            f"{name}: {', '.join(c[flag])}" for name, c in CHOICES.items() if flag in c
+        )
+        only.add_argument(f"--{flag}", type=lambda text: text.split(","), help=text)
     text = "seconds after which a slow variant sits the later rounds out; default: 60"
     only.add_argument("--most", type=_positive(float), default=60.0, metavar="S", help=text)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    _check_chosen(parser, args)
+    return args
 
 
 def main(argv=None) -> None:

@@ -78,10 +78,10 @@ def _changed(abstract, args):
 
 
 def state_sharding_tree(model, optimizer, mesh) -> TrainState:
-    """Shardings of a TrainState: optimizer moments lie where their parameters lie."""
+    """Shardings of a TrainState; optimizer moments may be split further than their parameters."""
     params = jax.tree.map(lambda a, s: param_sharding(a, s.shape, mesh), model.axes, model.shapes)
     whole = replicated(mesh)
-    opt_state = state_shardings(optimizer, model.shapes, params, whole)
+    opt_state = state_shardings(optimizer, model.axes, model.shapes, mesh)
     return TrainState(whole, params, opt_state, whole, whole)
 
 

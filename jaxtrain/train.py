@@ -26,6 +26,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.optim.groups import format_group_table, group_table
+from jaxtrain.optim.owners import work_share
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_step, run_main
 from jaxtrain.runtime import same_everywhere, start_runtime
@@ -49,6 +50,9 @@ def header(run, corpus, checkpoints, resumed):
     yield "mesh", f"{shape}  of {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     for route in run.routes.values():
         yield "route", str(route)
+    if run.mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
+        share = work_share(run.model.axes, run.model.shapes, run.mesh)
+        yield "owners", f"whole matrices on each device, {share:.3f} of an even share of the work"
     for line in format_group_table(group_table(cfg.optim, run.model.axes, run.model.shapes)).split(
         "\n"
     ):

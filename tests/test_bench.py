@@ -146,13 +146,15 @@ def test_rows_are_kept_as_lines_of_json(tmp_path, monkeypatch, capsys):
     "flag, said",
     [
         ("--suite=gpu", "'cpu'"),
-        ("--sizes=s,xl", "must be of s, m, separated by commas; got xl"),
+        ("--sizes=s,xl", "--sizes of suite cpu must be of s, m, separated by commas; got xl"),
+        ("--suite=optimizer --sizes=xl", "suite optimizer must be of s, m, 124m, separated"),
+        ("--suite=cpu --sizes=124m", "suite cpu must be of s, m, separated by commas; got 124m"),
         ("--rounds=0", "must be positive; got 0"),
     ],
 )
 def test_a_wrong_flag_says_what_is_allowed(flag, said, capsys):
     with pytest.raises(SystemExit):
-        bench.parse([flag])
+        bench.parse(flag.split())
     assert said in capsys.readouterr().err
 
 

@@ -1,6 +1,3 @@
-import functools
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +5,9 @@ import optax
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.config import MeshConfig, OptimConfig
-from jaxtrain.mesh import build_mesh, param_sharding, replicated
+from jaxtrain.config import OptimConfig
 from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, group_rms, state_shardings
+from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, group_rms
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 
@@ -254,66 +250,3 @@ def test_per_head_views_stand_in_the_table():
     assert rows["blocks.wq"].view == "32x64x16" and rows["blocks.wo"].view == "32x16x64"
     assert rows["blocks.w_gate"].view == "8x64x192"
     assert rows["blocks.wq"].scale == pytest.approx(0.2 * 8)
-
-
-@functools.cache
-def compile_on(replica, fsdp, tensor):
-    """(compiled update, its arguments) with everything at rest on a mesh of 8 devices."""
-    mesh = build_mesh(MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor))
-    params = random_params(0)
-    rest = jax.tree.map(lambda a, p: param_sharding(a, p.shape, mesh), FEW, params)
-    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), FEW, mesh)
-    at_rest = state_shardings(optimizer, params, rest, replicated(mesh))
-    state = jax.device_put(optimizer.init(params), at_rest)
-    args = (jax.device_put(random_params(1), rest), state, jax.device_put(params, rest))
-    update = jax.jit(optimizer.update, out_shardings=(rest, at_rest))
-    return update.lower(*args).compile(), args
-
-
-def test_the_state_rests_where_its_parameters_rest():
-    _, (grads, state, params) = compile_on(1, 4, 2)
-    momentum = state[-1].inner_states["matrices"].inner_state[0].momentum
-    for key in ("w_in", "w_out"):
-        assert momentum[key].sharding == params[key].sharding
-        assert not momentum[key].is_fully_replicated
-    second_moment = state[-1].inner_states["rest"].inner_state[0].square["embed"]
-    assert second_moment.sharding == params["embed"].sharding
-    assert state[-1].inner_states["rest"].inner_state[1].count.is_fully_replicated
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
-def test_split_over_eight_devices_it_makes_the_same_update(sizes):
-    compiled, args = compile_on(*sizes)
-    split, _ = compiled(*args)
-    optimizer = build_optimizer(OptimConfig(weight_decay=0.1), FEW)
-    params = random_params(0)
-    one, _ = jax.jit(optimizer.update)(random_params(1), optimizer.init(params), params)
-    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(one), strict=True):
-        a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)
-
-
-def collectives(compiled):
-    """[(in the entry computation, op)] of the compiled HLO."""
-    found, entry = [], False
-    for line in compiled.as_text().splitlines():
-        if line and not line[0].isspace():
-            entry = line.startswith("ENTRY")
-        op = re.search(r" (all-to-all|all-gather|all-reduce|collective-permute)(-start)?\(", line)
-        if op:
-            found.append((entry, op[1]))
-    return found
-
-
-def test_fsdp_costs_two_all_to_alls_a_matrix_parameter_and_the_clip_one_all_reduce():
-    compiled, _ = compile_on(1, 8, 1)
-    matrices = sum(a.is_matrix for a in FEW.values())
-    expected = [(True, "all-reduce")] + [(True, "all-to-all")] * (2 * matrices)
-    assert sorted(collectives(compiled)) == expected
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
-def test_no_collective_stands_inside_the_loop(sizes):
-    compiled, _ = compile_on(*sizes)
-    assert "while(" in compiled.as_text()
-    assert all(entry for entry, _ in collectives(compiled))

@@ -1,3 +1,7 @@
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +9,7 @@ import pytest
 
 from jaxtrain.optim import orthogonalize as module
 from jaxtrain.optim.coefficients import COEFFICIENTS, table_of
-from jaxtrain.optim.orthogonalize import CHUNK_BYTES, FORMS
+from jaxtrain.optim.orthogonalize import FORMS
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 ROWS, COLUMNS = 48, 128  # one shape and few options: most of the time goes to compiling
@@ -201,7 +205,7 @@ def test_a_chunked_stack_is_the_stack(form):
     x = normal(6, 32, 64)
     one = 4 * (2 * 32 * 64 + 5 * 32 * 32)  # the bytes of a matrix and its temporaries
     chunked = orthogonalize(x, dtype=F32, form=form, chunk_bytes=4 * one)
-    assert distance(chunked, run(x, "jordan", form, F32)) < 1e-6
+    assert distance(chunked, run(x, "jordan", form, F32)) < 2e-6
     text = orthogonalize.lower(x, dtype=F32, form=form, chunk_bytes=4 * one).as_text()
     assert "tensor<3x32x64" in text  # 4 or 5 would fit, 3 divide 6
 
@@ -246,11 +250,24 @@ def test_an_unknown_table_form_or_no_steps_is_an_error():
         orthogonalize(normal(4, 4), form="fast")
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "shape, form",
-    [((26, 2048, 5632), "standard"), ((26, 5632, 2048), "gram"), ((64, 2048, 2048), "gram")],
+    [((26, 2048, 5632), "standard"), ((26, 5632, 2048), "gram"), ((12, 768, 768), "standard")],
 )
-def test_a_big_stack_is_iterated_in_chunks_that_fit(shape, form):
+def test_temporaries_stay_below_one_and_a_half_stacks(shape, form, dtype):
     x = jax.ShapeDtypeStruct(shape, F32)
-    memory = orthogonalize.lower(x, form=form).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.1 * CHUNK_BYTES
+    memory = orthogonalize.lower(x, form=form, dtype=dtype).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * 4 * math.prod(shape)
+
+
+def test_a_placement_holds_inside_the_loop():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    at = lambda *spec: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    place = lambda x_XIO: jax.lax.with_sharding_constraint(x_XIO, at("x"))
+    function = functools.partial(module.orthogonalize, dtype=F32, place=place, chunk_bytes=0)
+    x = jax.device_put(normal(8, 32, 48), at(None, "x"))
+    compiled = jax.jit(function, out_shardings=at(None, "x")).lower(x).compile()
+    assert compiled.as_text().count(" all-to-all(") == 2  # there and back, none an iteration
+    assert not re.search(" all-(gather|reduce)", compiled.as_text())
+    assert distance(compiled(x), orthogonalize(normal(8, 32, 48), dtype=F32)) < 2e-6

@@ -103,13 +103,13 @@ class OnJax:
         self._params, self._grads = own(problem.params), own(problem.grads)
         self._state = jax.jit(optimizer.init)(self._params)
         function = jax.jit(update, donate_argnums=(0, 1))
-        step = self._update = Step(function, self._params, self._state, self._grads)
-        self.compile_s = step.compile_s
-        self.temp_bytes = step.compiled.memory_analysis().temp_size_in_bytes
+        self.step = Step(function, self._params, self._state, self._grads)
+        self.compile_s = self.step.compile_s
+        self.temp_bytes = self.step.compiled.memory_analysis().temp_size_in_bytes
 
     def __call__(self, turn):
         del turn
-        new = self._update(self._params, self._state, self._grads)
+        new = self.step(self._params, self._state, self._grads)
         self._params, self._state = jax.block_until_ready(new)
 
     def read(self):
@@ -143,7 +143,9 @@ class OnTorch:
         for p, g in zip(self._model.parameters(), grads, strict=True):
             p.grad = g.detach()
         self._optimizers = twin.build_optimizers(optim_config(dtype), self._model)
-        self._iteration = lambda: _no_cast(torch) if dtype == "float32" else contextlib.nullcontext()
+        self._iteration = lambda: (
+            _no_cast(torch) if dtype == "float32" else contextlib.nullcontext()
+        )
         self.read = lambda: twin.read_params(self._model, problem.params)
 
     def __call__(self, turn):
@@ -158,7 +160,9 @@ def contenders(problem, dtypes=DTYPES, variants=VARIANTS) -> dict:
     kinds = {}
     for dtype in (d for d in DTYPES if d in dtypes):
         cfg = optim_config(dtype)
-        kinds["jaxtrain", dtype] = lambda cfg=cfg: OnJax(build_optimizer(cfg, problem.axes), problem)
+        kinds["jaxtrain", dtype] = lambda cfg=cfg: OnJax(
+            build_optimizer(cfg, problem.axes), problem
+        )
         kinds["torch", dtype] = lambda dtype=dtype: OnTorch(dtype, problem)
     theirs = lambda: OnJax(optax_muon(optim_config("float32"), problem.axes), problem)
     kinds["optax", "float32"] = theirs
@@ -219,7 +223,9 @@ def ratios(rows) -> list[dict]:
             row = {"suite": "optimizer", "case": case, "wall": ratio}
             row |= {"ratio": f"{ours['variant']} / {other['variant']}"}
             row |= {"of_minima": other["wall_min_s"] / ours["wall_min_s"]}
-            out.append(row | {"cpu": other["cpu_s"] / ours["cpu_s"], "target": verdict(ratio, goal)})
+            out.append(
+                row | {"cpu": other["cpu_s"] / ours["cpu_s"], "target": verdict(ratio, goal)}
+            )
     return out
 
 

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxtrain.mesh import owner_layout, param_sharding
+from jaxtrain.mesh import moment_spec
 from jaxtrain.optim import pick
 from jaxtrain.optim.accelerated import ema_lookahead, transported
 from jaxtrain.optim.adam import scale_by_adam
@@ -14,24 +16,10 @@ from jaxtrain.optim.groups import MATRICES, REST, check_axes, check_same_names, 
 from jaxtrain.optim.lmo import scale_by_lmo
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
-from jaxtrain.optim.orthogonalize import CHUNK_BYTES
+from jaxtrain.optim.owners import on_owners
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # of the run; source: as ema_lookahead's
-
-
-def _placement(mesh) -> dict:
-    """Where matrices are orthogonalised: whole ones on each fsdp device."""
-    if mesh is None or mesh.size == 1:
-        return {}
-    at = lambda over: (
-        lambda a, x: jax.lax.with_sharding_constraint(x, param_sharding(a, x.shape, mesh, over))
-    )
-    placement = {"place": owner_layout(mesh), "rest": at(("fsdp", "tensor"))}
-    if mesh.shape["tensor"] > 1:
-        placement["via"] = at(("fsdp",))
-    placement["chunk_bytes"] = CHUNK_BYTES if mesh.shape["fsdp"] == 1 else 0
-    return placement
 
 
 def _buffer_dtype(cfg):
@@ -41,10 +29,9 @@ def _buffer_dtype(cfg):
 def _lmo(cfg, axes, mesh, nesterov):
     spectral = {}
     if cfg.geometry == "spectral":
-        spectral = {
-            "steps": cfg.ns_steps or None,
-            "coefficients": cfg.ns_coefficients,
-        } | _placement(mesh)
+        spectral = {"steps": cfg.ns_steps or None, "coefficients": cfg.ns_coefficients}
+        if mesh is not None and mesh.size > 1:
+            spectral["over"] = on_owners(mesh, copied=cfg.name != "accelerated_lmo")
     return scale_by_lmo(
         axes,
         geometry=cfg.geometry,
@@ -192,24 +179,24 @@ def peak_rates(cfg, axes) -> dict[str, float]:
     return {group.name: group.rate for group in groups}
 
 
-def state_shardings(optimizer, params, param_shardings, replicated):
-    """Shardings of optimizer.init(params): moments rest where their parameter does.
+def state_shardings(optimizer, axes, params, mesh):
+    """Shardings of optimizer.init(params): moments rest where `mesh.moment_spec` says.
 
     A leaf of the state belongs to the parameter whose path ends its own path and whose shape it
-    has, so wrappers around the optimizer need nothing here.
+    has, so wrappers around the optimizer need nothing here. All else (counts) is copied.
 
     Args:
+        axes: pytree of Axes, like params.
         params: pytree of arrays or ShapeDtypeStructs.
-        param_shardings: like params.
-        replicated: sharding of all else (counts).
     """
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    shardings = dict(jax.tree_util.tree_leaves_with_path(param_shardings))
+    described = dict(jax.tree_util.tree_leaves_with_path(axes))
 
     def find(path, leaf):
         ends = (path[i:] for i in range(len(path)))
-        owners = (end for end in ends if shapes.get(end) == leaf.shape)
-        return shardings.get(next(owners, None), replicated)
+        owner = next((end for end in ends if shapes.get(end) == leaf.shape), None)
+        spec = P() if owner is None else moment_spec(described[owner], leaf.shape, mesh)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 

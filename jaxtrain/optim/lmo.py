@@ -7,7 +7,6 @@ Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529 ("Scion"), its Tab
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.axes import Axes
 from jaxtrain.optim import pick
-from jaxtrain.optim.orthogonalize import orthogonalize, whole
+from jaxtrain.optim.orthogonalize import orthogonalize
 
 
 def _over(x_XIO, dims, size):
@@ -70,10 +70,18 @@ class LmoState(NamedTuple):
     momentum: optax.Updates  # like params
 
 
-def same(axes, x):
-    """A placement that constrains nothing."""
-    del axes
-    return x
+def on_each(function, axes, tree):
+    """function: [X,I,O] -> [X,I,O], of the matrices of each leaf, where they are."""
+    return jax.tree.map(lambda a, x: a.on_matrices(function, x), axes, tree)
+
+
+def _unit(geometry, spectral):
+    """unit(x_XIO): each matrix's step of length 1, in the type of x."""
+    if callable(geometry):
+        return geometry
+    if geometry != "spectral":
+        return pick(GEOMETRIES, geometry, "optim.geometry")
+    return lambda x_XIO: orthogonalize(x_XIO, dtype=x_XIO.dtype, **spectral)
 
 
 def build_unit_step(
@@ -81,46 +89,37 @@ def build_unit_step(
     scale="spectral_max",
     dtype=jnp.bfloat16,
     per_head=False,
-    place=whole,
-    rest=same,
-    via=same,
+    over=on_each,
     **spectral,
 ):
-    """step(Axes, x): each matrix of x replaced by its unit step, times the factor of its shape.
+    """step(axes, tree): each matrix replaced by its unit step, times the factor of its shape.
 
     Args:
         geometry: "spectral", a key of GEOMETRIES, or a function [X,I,O] -> [X,I,O].
         scale: a key of SCALES.
         dtype: of what the geometry is given; float64 leaves stay float64.
         per_head: every head's slice is a matrix of its own.
-        place: constrains the sharding of [X,.,.]. It holds inside the loop.
-        rest: (Axes, array) -> array, constrained as the parameter rests. Without it the partitioner
-            reshards both terms of both averages: 4 all-to-alls a leaf instead of 2.
-        via: likewise, constrained as between `rest` and `place`, for layouts that XLA cannot change
-            in one step without making the array whole.
+        over: (function, axes, tree) -> tree, as `on_each`; `owners.on_owners` on a mesh.
         spectral: options of `orthogonalize`.
 
     Raises:
         ValueError: geometry or scale is not in its table.
     """
-    factor = pick(SCALES, scale, "optim.scale")
-    if callable(geometry):
-        unit = geometry
-    elif geometry != "spectral":
-        unit = pick(GEOMETRIES, geometry, "optim.geometry")
+    factor, unit = pick(SCALES, scale, "optim.scale"), _unit(geometry, spectral)
 
-    def step(axes, x):
-        narrow = jnp.float64 if x.dtype == jnp.float64 else dtype
-        if geometry == "spectral":
-            function = functools.partial(orthogonalize, dtype=narrow, place=place, **spectral)
-        else:
-            function = lambda x_XIO: place(unit(place(x_XIO)))
-        x_narrow = via(axes, rest(axes, x.astype(narrow)))  # travels narrow both ways
-        view, x_view = axes.by_head(x_narrow) if per_head else (axes, x_narrow)
-        y = view.on_matrices(function, x_view)
-        y = rest(axes, via(axes, axes.from_heads(y) if per_head else y))
-        _, inputs, outputs = view.matrix_shape(x_view.shape)
+    def narrow(axes, x):  # before it travels
+        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else dtype)
+        return axes.by_head(x)[1] if per_head else x
+
+    def scaled(axes, view, y, x):
+        _, inputs, outputs = view.matrix_shape(y.shape)
+        y = axes.from_heads(y) if per_head else y
         return factor(inputs, outputs) * y.astype(x.dtype)
+
+    def step(axes, tree):
+        views = jax.tree.map(Axes.of_heads, axes) if per_head else axes
+        units = over(unit, views, jax.tree.map(narrow, axes, tree))
+        return jax.tree.map(scaled, axes, views, units, tree)
 
     return step
 
@@ -162,7 +161,6 @@ def scale_by_lmo(
         del params, extra
         mean = jax.tree.map(kept(good), state.momentum, grads)
         ahead = jax.tree.map(average, mean, grads) if nesterov else mean
-        updates = jax.tree.map(step, axes, ahead)
-        return updates, LmoState(mean)
+        return step(axes, ahead), LmoState(mean)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtrain.kernels import cpu_multiplies_bf16
 from jaxtrain.optim.coefficients import table_of
 
-CHUNK_BYTES = 2**30
+LEAST_CHUNK_BYTES = 2**28  # on a GPU, whose products want many matrices at once
 
 
 def whole(x_XIO):
@@ -136,8 +136,7 @@ FORMS = {"standard": _standard, "gram": _on_gram}
 def _iterate(x_XIO, table, dtype, eps, place, form):
     """orthogonalize of one chunk; form is a key of FORMS."""
     tall = x_XIO.shape[-2] > x_XIO.shape[-1]
-    # Cast before it travels: half the bytes. Halved, as the largest float32 would round to inf.
-    x_XMN = place((0.5 * x_XIO).astype(dtype))
+    x_XMN = place(x_XIO)
     barrier = jax.lax.optimization_barrier  # transposed dots sum in another order
     x_XMN = barrier(x_XMN.swapaxes(-2, -1)) if tall else x_XMN  # M, the smaller side, is squared
     # Where the standard form is 1 off in bf16, the Gram form is up to 2.1 in bf16, 1.1 in float16.
@@ -148,6 +147,22 @@ def _iterate(x_XIO, table, dtype, eps, place, form):
     x_XMN = FORMS[form](x_XMN, jnp.array(table.rows, dtype=wide), gram_XMM, tools)
     x_XMN = place(x_XMN.astype(dtype))  # or the layout that follows would enter the loop
     return barrier(x_XMN).swapaxes(-2, -1) if tall else x_XMN
+
+
+def _chunk_bytes(x_XIO) -> int:
+    """Half of what the stack would take in float32: less saves little, more costs memory."""
+    least = 0 if jax.default_backend() == "cpu" else LEAST_CHUNK_BYTES
+    return max(2 * x_XIO.size, least)
+
+
+def _in_chunks(iterate, x_XIO, size):
+    """iterate of `size` matrices at a time, each result in the place of what it is made from."""
+
+    def step(i, x_XIO):
+        chunk = jax.lax.dynamic_slice_in_dim(x_XIO, i * size, size)
+        return jax.lax.dynamic_update_slice_in_dim(x_XIO, iterate(chunk), i * size, 0)
+
+    return jax.lax.fori_loop(0, len(x_XIO) // size, step, x_XIO)
 
 
 def _chunk(shape, form, chunk_bytes) -> int:
@@ -170,7 +185,7 @@ def orthogonalize(
     eps=1e-7,
     form="auto",
     place=whole,
-    chunk_bytes=CHUNK_BYTES,
+    chunk_bytes=None,
 ):
     """Each matrix with its singular values moved to about 1; any scale of it gives the same.
 
@@ -188,8 +203,8 @@ def orthogonalize(
         form: a key of FORMS, or "auto": "gram" from N = 2 M on.
         place: constrains the sharding of [X,.,.]. It holds inside the loops: said only outside, it
             is lost in the scan's carry and every iteration gathers.
-        chunk_bytes: bound on the float32 temporaries; 0 takes all matrices at once, which a
-            `place` that splits X needs.
+        chunk_bytes: bound on the float32 temporaries; None takes half of the stack's size, on a GPU
+            256 MiB or more; 0 takes all matrices at once, which a `place` that splits X needs.
 
     Returns:
         [...,I,O] in dtype.
@@ -204,7 +219,8 @@ def orthogonalize(
         form = "gram" if max(I, O) >= 2 * min(I, O) else "standard"
     elif form not in FORMS:
         raise ValueError(f"form must be auto, {', '.join(FORMS)}; got form={form!r}. Set form.")
-    x = x_XIO.reshape(math.prod(x_XIO.shape[:-2]), I, O)
+    # Cast before it travels: half the bytes. Halved, as the largest float32 would round to inf.
+    x = (0.5 * x_XIO).astype(dtype).reshape(math.prod(x_XIO.shape[:-2]), I, O)
     iterate = functools.partial(
         _iterate,
         table=table_of(coefficients, steps),
@@ -213,9 +229,7 @@ def orthogonalize(
         place=place,
         form=form,
     )
+    chunk_bytes = _chunk_bytes(x) if chunk_bytes is None else chunk_bytes
     size = _chunk(x.shape, form, chunk_bytes) if chunk_bytes else len(x)
-    if size < len(x):
-        y = jax.lax.map(iterate, x.reshape(-1, size, I, O))
-    else:
-        y = iterate(x)
+    y = _in_chunks(iterate, x, size) if size < len(x) else iterate(x)
     return y.reshape(x_XIO.shape)

@@ -1,0 +1,148 @@
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import gpt_124m
+from jaxtrain import bench
+from jaxtrain.benchmarks import optimizer, training
+from jaxtrain.config import freeze
+from jaxtrain.optim.build import build_optimizer
+
+TINY = dict(L=2, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+JAX_ONLY = ["jaxtrain float32", "optax float32", "jaxtrain bfloat16"]
+HERE = ("jaxtrain", "optax", "torch") if HAS_TORCH else ("jaxtrain", "optax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    if not HAS_TORCH:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them only fight over matrices this small
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(optimizer.SIZES, "s", TINY)
+        yield optimizer.Problem("s")
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    return {row["variant"]: row for row in optimizer.run("s", rounds=2, most_s=60, variants=HERE)}
+
+
+@pytest.fixture(scope="module")
+def stepped(tiny):
+    """Ours and optax's in float32, each after its first step."""
+    group = optimizer.contenders(tiny, ["float32"], ["jaxtrain", "optax"])
+    for update in group.values():
+        update(0)
+    return group
+
+
+def test_the_sizes_are_the_training_suites_and_the_124m_config():
+    model = freeze(gpt_124m.get_config()).model
+    assert optimizer.ModelConfig(**optimizer.SIZES["124m"]) == model
+    assert {name: optimizer.SIZES[name] for name in training.SIZES} == training.SIZES
+
+
+def test_every_variant_takes_turns_and_is_compared_in_its_own_dtype(rows):
+    assert [name for name in rows if "torch" not in name] == JAX_ONLY
+    in_torch = [name for name in rows if "torch" in name]
+    assert in_torch == ["torch float32", "torch bfloat16"] * HAS_TORCH
+    assert {row["samples"] for row in rows.values()} == {2}
+    compared = optimizer.ratios(rows.values())
+    pairs = {"jaxtrain float32 / optax float32", "jaxtrain bfloat16 / optax float32"}
+    same = {f"jaxtrain {dtype} / torch {dtype}" for dtype in optimizer.DTYPES}
+    assert {row["ratio"] for row in compared} == pairs | (same if HAS_TORCH else set())
+    for row in compared:
+        ours, theirs = row["ratio"].split(" / ")
+        assert row["wall"] == rows[theirs]["wall_s"] / rows[ours]["wall_s"]
+        assert ("target >= 2" in row["target"]) == ("optax" in theirs)
+        assert row["ratio"] in optimizer.show(list(rows.values()))
+
+
+def test_memory_is_what_xla_assigned_and_is_set_against_the_largest_stack(rows, stepped):
+    for name, update in stepped.items():
+        analysis = update.step.compiled.memory_analysis()
+        assert rows[name]["temp_bytes"] == analysis.temp_size_in_bytes > 0
+        assert rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32  # of up, not of four squares
+    row = rows["jaxtrain float32"]
+    assert f"{row['temp_bytes'] / 4096:.2f} target <= 1.5" in optimizer.show([row])
+
+
+def test_parameters_and_state_are_changed_in_place_and_the_start_is_kept(tiny, stepped):
+    leaves = jax.tree.leaves(tiny.params)
+    for update in stepped.values():
+        moved = jax.tree.leaves(update.read())
+        aliased = update.step.compiled.memory_analysis().alias_size_in_bytes
+        assert aliased >= 2 * sum(x.nbytes for x in leaves)  # each has a moment at least
+        assert not any(map(np.array_equal, leaves, moved))
+
+
+def test_optax_is_given_the_matrices_and_only_them(tiny):
+    transform = optimizer.optax_muon(optimizer.optim_config("float32"), tiny.axes)
+    momentum = transform.init(tiny.params).inner_states["muon"].inner_state[0].mu
+    with_momentum = jax.tree.map(lambda m: hasattr(m, "shape"), momentum, is_leaf=_is_masked)
+    assert with_momentum == jax.tree.map(lambda a: a.is_matrix, tiny.axes)
+
+
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+@pytest.mark.parametrize("wrong", [dict(ns_steps=4), dict(adam_learning_rate=3.03e-3)])
+def test_a_variant_that_makes_another_step_is_refused(tiny, stepped, wrong):
+    cfg = dataclasses.replace(optimizer.optim_config("float32"), **wrong)
+    other = optimizer.OnJax(build_optimizer(cfg, tiny.axes), tiny)
+    other(0)
+    group = {"jaxtrain float32": stepped["jaxtrain float32"], "other float32": other}
+    with pytest.raises(RuntimeError, match="must make the same first step within 0.0001; got "):
+        optimizer.check_agreement("s", group, tiny)
+
+
+def test_one_wrong_matrix_of_a_stack_is_seen(tiny, stepped, monkeypatch):
+    optimizer.check_agreement("s", stepped, tiny)
+    params, start = stepped["optax float32"].read(), tiny.params
+    w_LDF, start_LDF = (tree["blocks"]["mlp"]["up"]["w"] for tree in (params, start))
+    w_LDF[1] = 2 * start_LDF[1] - w_LDF[1]  # up the hill
+    monkeypatch.setattr(stepped["optax float32"], "read", lambda: params)
+    with pytest.raises(RuntimeError, match="got 2 between .* in blocks.mlp.up.w of s"):
+        optimizer.check_agreement("s", stepped, tiny)
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="torch is missing: install the crosscheck extra")
+def test_torch_narrows_again_after_the_patched_iteration(tiny):
+    import torch
+
+    update = optimizer.OnTorch("float32", tiny)
+    update(0)
+    assert torch.ones(1).bfloat16().dtype == torch.bfloat16
+
+
+def test_the_suite_runs_what_is_chosen_and_needs_no_torch_for_it(tiny, tmp_path, capsys):
+    flags = ["--sizes=s", "--dtypes=bfloat16", "--variants=jaxtrain,optax", "--rounds=1"]
+    bench.main(["--suite=optimizer", *flags, f"--json={tmp_path / 'rows.jsonl'}"])
+    stored = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    variants = [row["variant"] for row in stored if "variant" in row]
+    assert variants == ["optax float32", "jaxtrain bfloat16"]
+    assert "== optimizer" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(HAS_TORCH, reason="torch is here")
+def test_without_torch_the_suite_says_what_to_install_or_leave_out():
+    with pytest.raises(SystemExit, match="jaxtrain\\[crosscheck\\].*--variants=jaxtrain,optax"):
+        bench.main(["--suite=optimizer", "--sizes=s"])
