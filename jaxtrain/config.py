@@ -195,6 +195,12 @@ class TrainConfig(Section):
     keep_every: int = knob(
         0, "checkpoints at multiples are kept too; 0 is none", unit="steps", low=0
     )
+    diagnose_every: int = knob(
+        0,
+        "between diagnoses of the optimizer, each about the price of two steps; 0 is never",
+        unit="steps",
+        low=0,
+    )
     max_bad_steps: int = knob(10, "skipped steps in a row that stop the run", unit="steps", low=1)
     strict: bool = knob(False, "a slower fallback is an error")
     deterministic: bool = knob(False, "bitwise repeatable on GPU, slower")

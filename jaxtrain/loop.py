@@ -19,13 +19,14 @@ class Loop:
         run: from build_run.
         state: TrainState to go on from; donated to the steps.
         step: compiled step(state, batch, rates).
+        diagnosis: likewise, of what `diagnose` gives; None where the run asks for none.
         batches: training batches, at the state's step.
         held_out: corpus to evaluate on.
     """
 
-    def __init__(self, run, state, step, batches, held_out, checkpoints, report):
+    def __init__(self, run, state, step, diagnosis, batches, held_out, checkpoints, report):
         self.cfg, self.run = run.cfg, run
-        self.state, self.step = state, step
+        self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
         self.checkpoints, self.report = checkpoints, report
         self.clock = StepClock(run.cfg.data.batch * run.cfg.data.seq_len)
@@ -54,10 +55,19 @@ class Loop:
         """Starts a step, then waits for the one before it."""
         with self.clock.pause("data"):
             batch = next(self.batches)
+        if self.diagnosis and step % self.cfg.diagnose_every == 0:
+            self._diagnose(step, batch)
         with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
             self.state, scalars = self.step(self.state, batch, self.rates)
         self._arrive()
         self._in_flight = step, scalars
+
+    def _diagnose(self, step, batch):
+        """Logs what the optimizer is about to do; its time is no step's."""
+        self._arrive()
+        with self.clock.pause("diagnosis"):
+            metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
+        self.report.write(step, {name: float(x) for name, x in metrics.items()})
 
     def _arrive(self):
         """Waits for the step in flight, logs it, and stops a run that has diverged."""

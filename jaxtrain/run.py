@@ -12,6 +12,7 @@ from absl import app, logging
 
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.diagnose import build_diagnosis, count_parts
 from jaxtrain.kernels import choose_routes
 from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, check_batch
@@ -86,16 +87,33 @@ def build_run(cfg, devices=None) -> Run:
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
 
-def compile_step(run) -> Step:
-    """step(state, batch, run.rates()) -> (state, scalars), compiled for the run's batches."""
-    cfg, rate = run.cfg, build_schedule(run.cfg.optim)
-    docs = cfg.data.pack or cfg.data.document_mask
+def _compile(function, run) -> Step:
+    """A function of (state, batch, rates), compiled for the run's."""
+    data = run.cfg.data
     return Step(
-        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, cfg.accumulation),
+        function,
         abstract_state(run.model, run.optimizer, run.mesh),
-        abstract_batch(cfg.data.batch, cfg.data.seq_len, run.mesh, docs),
+        abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask),
         run.rates(),
     )
+
+
+def compile_step(run) -> Step:
+    """step(state, batch, run.rates()) -> (state, scalars), the state donated."""
+    rate, accumulation = build_schedule(run.cfg.optim), run.cfg.accumulation
+    return _compile(
+        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run
+    )
+
+
+def compile_diagnosis(run) -> Step:
+    """diagnose(state, batch, run.rates()) -> {metric: float32 []}.
+
+    Raises:
+        ValueError: the batch cannot be cut in two.
+    """
+    parts = count_parts(run.cfg.data.batch, run.cfg.accumulation, run.mesh)
+    return _compile(build_diagnosis(run, parts), run)
 
 
 def read_stored(workdir) -> dict:

@@ -129,7 +129,7 @@ def batch_loss(model, loss, params, batch, weights_BT):
     return loss(h_BTD, head(params), batch["tokens"][:, 1:], weights_BT)
 
 
-def _microbatches(x, count):
+def microbatches(x, count):
     """[B,...] -> [count,B/count,...], each holding rows of every device."""
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
@@ -150,7 +150,7 @@ def build_gradient(model, loss, accumulation, shardings=None):
 
         if accumulation == 1:
             return one(batch, weights)
-        split = lambda x: _microbatches(x, accumulation)
+        split = lambda x: microbatches(x, accumulation)
         parts = jax.tree.map(split, batch), split(weights)
         zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
         carry = (zero, zero, jax.tree.map(jnp.zeros_like, params))

@@ -28,7 +28,7 @@ from jaxtrain.loop import Diverged, Loop
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
 from jaxtrain.report import Report, set_up_logging
-from jaxtrain.run import build_run, compile_step, run_main
+from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
 from jaxtrain.runtime import same_everywhere, start_runtime
 from jaxtrain.step import abstract_state, init_state
 from jaxtrain.stop import Stop
@@ -138,7 +138,10 @@ def train(cfg, devices=None, quiet=False) -> int:
             step = compile_step(run)
             report.note(f"compiled in {step.compile_s:.1f} s")
             report.write(first, {"perf/compile_time_s": step.compile_s})
-            loop = Loop(run, state, step, batches, held_out, checkpoints, report)
+            diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
+            if diagnosis:
+                report.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+            loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, report)
             del state  # the loop donates it
             return finish(loop, corpus, loop.run_to_end(stop))
 

@@ -13,6 +13,7 @@ runtime mesh kernels stop
 data.* model.*
 loss optim.*
 step
+diagnose
 metrics digest
 checkpoint
 run

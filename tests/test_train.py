@@ -71,6 +71,16 @@ def test_a_short_run_is_not_followed_by_a_long_evaluation(tmp_path, text):
     assert read <= cfg.data.batch * cfg.data.seq_len < cfg.eval_tokens
 
 
+def test_diagnoses_are_logged_when_asked_and_change_no_loss(tmp_path, text, trained):
+    values = {"steps": 6, "optim__total_steps": 40, "sample__tokens": 0, "diagnose_every": 3}
+    train(config(tmp_path, text, **values), jax.devices()[:1], quiet=True)
+    assert runs.losses(tmp_path) == runs.losses(trained)[:6]
+    logged = runs.read_metrics(tmp_path / "metrics.jsonl")
+    name = "optim/matrices/momentum_stable_rank"
+    assert [record["step"] for record in logged if name in record] == [3, 6]
+    assert not any(name in record for record in runs.read_metrics(trained / "metrics.jsonl"))
+
+
 def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
     before = (trained / "metrics.jsonl").read_bytes()
     assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
