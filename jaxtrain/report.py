@@ -198,7 +198,8 @@ def closing_lines(summary: dict) -> list[str]:
     loss = f"  loss {summary[LOSS]:.3f} nats/token" if LOSS in summary else ""
     lines = [f"{'done ' if step >= steps else 'stopped'} step {step}/{steps}{loss}"]
     if EVAL_LOSS in summary:
-        lines.append(f"eval  {eval_text(summary)}")
+        at = f"  at {summary['eval_at']}" if "eval_at" in summary else ""
+        lines.append(f"eval  {eval_text(summary)}{at}")
     if "perf/step_time_s" in summary:
         names = {"p50": "_s", "p95": "_p95_s", "p99": "_p99_s"}
         times = {q: summary.get(f"perf/step_time{name}") for q, name in names.items()}

@@ -25,6 +25,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete
 from jaxtrain.loop import Diverged, Loop
+from jaxtrain.optim.accelerated import evaluated
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
 from jaxtrain.report import Report, set_up_logging
@@ -178,7 +179,9 @@ def finish(loop, corpus, told) -> int:
         print_sample(loop, corpus)
     with loop.clock.pause("save"):
         loop.checkpoints.wait()
-    report.finish(loop.clock.total() | {"versions": versions(), "stopped_by": told and told.name})
+    ended = {"stopped_by": told and told.name, "versions": versions()}
+    ended["eval_at"] = f"eval_params: {evaluated(loop.state.opt_state)}"
+    report.finish(loop.clock.total() | ended)
     if told is None:
         return 0
     report.note(f"saved step {loop.saved_step} of {cfg.steps}; the same command resumes it")

@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain.axes import Axes
 from jaxtrain.config import OptimConfig
-from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.optim.accelerated import eval_params, evaluated
 from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, group_rms
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
@@ -199,7 +199,9 @@ def test_group_rms_is_the_root_mean_square_of_each_group():
 @pytest.mark.parametrize("name", ["muon", "normuon", "adamw"])
 def test_without_acceleration_the_parameters_themselves_are_evaluated(name):
     params = random_params(0)
-    assert eval_params(build_optimizer(OptimConfig(name=name), FEW).init(params), params) is params
+    state = build_optimizer(OptimConfig(name=name), FEW).init(params)
+    assert eval_params(state, params) is params
+    assert evaluated(state) == "the parameters"
 
 
 @pytest.mark.parametrize("acceleration", ["transport", "ema_lookahead"])
@@ -213,6 +215,7 @@ def test_acceleration_moves_the_query_point_of_the_groups_that_it_is_for(acceler
         updates, state = jax.jit(optimizer.update)(random_params(i), state, params)
         params = optax.apply_updates(params, updates)
     at = eval_params(state, params)
+    assert evaluated(state) == "the iterate, behind the parameters"
     moved = {key for key in FEW if not jnp.array_equal(at[key], params[key])}
     assert moved == (set(FEW) if all_groups else {"w_in", "w_out"})
 

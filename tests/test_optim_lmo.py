@@ -98,6 +98,32 @@ def test_sixty_steps_equal_torch_muon_in_bf16(torch):
     assert off[-1].max() <= 1e-2
 
 
+def test_sixty_steps_equal_torch_muon_in_float64(torch, monkeypatch):
+    weights, grads = problem([(32, 24), (24, 64), (32, 32)])
+    wide = lambda arrays: [x.astype(np.float64) for x in arrays]  # noqa: E731
+    weights, grads = wide(weights), [wide(step_grads) for step_grads in grads]
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    with jax.enable_x64(True):
+        ours = our_moves(weights, grads, jnp.float64, form="standard")
+    assert distances(ours, torch_moves(torch, weights, grads)).max() <= 1e-10
+
+
+def test_approximate_variance_reduction_is_nesterovs_momentum():
+    """MARS-M's single-gradient form, unclipped, with gamma = 1 - beta. Source: arXiv 2510.21800"""
+    beta, rng = 0.95, np.random.default_rng(0)
+    gamma = 1 - beta
+    muon = scale_by_lmo(MATRIX, lambda x_XIO: x_XIO, beta, scale="none", dtype=jnp.float64)
+    with jax.enable_x64(True):
+        mean = last = np.zeros((1, 6, 8))
+        state = muon.init(jnp.asarray(mean))
+        for _ in range(50):
+            g = rng.normal(size=(1, 6, 8))
+            corrected = g + gamma * beta / (1 - beta) * (g - last)
+            mean, last = beta * mean + (1 - beta) * corrected, g
+            direction, state = muon.update(jnp.asarray(g), state)
+            np.testing.assert_allclose(direction, mean, rtol=0, atol=1e-12)
+
+
 def test_the_size_of_the_gradient_does_not_matter():
     muon, g = scale_by_lmo(MATRIX, dtype=jnp.float32), normal(2, 8, 16)
     np.testing.assert_allclose(step(muon, 1e-3 * g), step(muon, 1e3 * g), rtol=1e-4, atol=1e-6)

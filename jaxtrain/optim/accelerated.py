@@ -142,6 +142,13 @@ def _check(decay, strength, flag):
         )
 
 
+def evaluated(opt_state) -> str:
+    """What eval_params gives, in words."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, WRAPPERS))
+    ahead = any(isinstance(node, WRAPPERS) for node in nodes)
+    return "the iterate, behind the parameters" if ahead else "the parameters"
+
+
 def eval_params(opt_state, params):
     """The weights to evaluate, export and sample with: the iterate, where a wrapper is ahead of it.
 
