@@ -181,6 +181,9 @@ class TrainConfig(Section):
     seed: int = knob(0, "of initialisation and data order", low=0, high=2**31 - 1)
     steps: int = knob(200, "optimizer steps", unit="steps", low=1)
     workdir: str = knob("runs/default", "folder of the run; a checkpoint in it is resumed")
+    weights: str = knob(
+        "", "Hugging Face folder to start from; a checkpoint in workdir comes first"
+    )
     accumulation: int = knob(1, "microbatches a step", low=1)
     log_every: int = knob(10, "between logged steps", unit="steps", low=1)
     eval_every: int = knob(0, "between evaluations; 0 is at the end only", unit="steps", low=0)
@@ -230,14 +233,6 @@ class TrainConfig(Section):
                 self.mesh.fail(name, "must be positive or -1")
 
 
-def sections(cls=TrainConfig):
-    """(prefix, dataclass) of the top level and of every section, in declared order."""
-    yield "", cls
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            yield f"{f.name}.", f.type
-
-
 def to_config_dict(config) -> ConfigDict:
     """The mutable, type-safe form for config files and flags; `optim.total_steps` follows steps."""
     config_dict = ConfigDict(dataclasses.asdict(config))
@@ -282,19 +277,3 @@ def config_hash(config) -> str:
     """12 hex digits that name what is trained; where it is written does not count."""
     values = {k: v for k, v in flatten(config).items() if k not in ("workdir", "compile_cache")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def describe() -> str:
-    """The table of all flags for --help: flag, default, unit, meaning."""
-    lines = ["Fields (override with --config.NAME=VALUE):", ""]
-    for prefix, cls in sections():
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(f.type):
-                continue
-            meta = f.metadata
-            allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""
-            unit = f" [{meta['unit']}]" if meta["unit"] else ""
-            name = f"{prefix}{f.name}={f.default!r}"
-            lines.append(f"  {name:<40} {meta['text']}{unit}.{allowed}")
-        lines.append("")
-    return "\n".join(lines)

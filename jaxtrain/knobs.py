@@ -39,3 +39,27 @@ class Section:
         """Raises ValueError naming this field, its value and the flag that sets it."""
         flag = f"{self.PREFIX}{name}"
         raise ValueError(f"{flag} {what}; got {getattr(self, name)!r}. Set --config.{flag}.")
+
+
+def sections(cls):
+    """(prefix, dataclass) of the top level and of every section, in declared order."""
+    yield "", cls
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            yield f"{f.name}.", f.type
+
+
+def describe(top) -> str:
+    """The table of all flags for --help: flag, default, unit, meaning."""
+    lines = ["Fields (override with --config.NAME=VALUE):", ""]
+    for prefix, cls in sections(top):
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(f.type):
+                continue
+            meta = f.metadata
+            allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""
+            unit = f" [{meta['unit']}]" if meta["unit"] else ""
+            name = f"{prefix}{f.name}={f.default!r}"
+            lines.append(f"  {name:<40} {meta['text']}{unit}.{allowed}")
+        lines.append("")
+    return "\n".join(lines)

@@ -145,13 +145,19 @@ def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
 def restore_run(workdir, step=None):
     """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
 
+    It takes the most devices that its batch divides over, and says so where that is not all.
+
     Raises:
         ValueError: the folder holds no run, or no checkpoint yet.
     """
     mesh = {"replica": 1, "fsdp": -1, "tensor": 1}
     cfg = load_config(workdir, {"mesh": mesh})
     start_runtime(cfg)
-    run = build_run(cfg)
+    devices, rows = jax.devices(), cfg.data.batch // cfg.accumulation
+    used = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    if used < len(devices):
+        logging.info("%d of %d devices: a batch of %d divides no further", used, len(devices), rows)
+    run = build_run(cfg, devices[:used])
     folder = Path(workdir) / "checkpoints"
     with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
         restored = checkpoints.restore(

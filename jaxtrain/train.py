@@ -24,7 +24,10 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete
+from jaxtrain.interop.start import check_model, load_params
+from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
+from jaxtrain.mesh import param_sharding
 from jaxtrain.optim.accelerated import evaluated
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
@@ -63,6 +66,8 @@ def header(run, corpus, checkpoints, resumed):
         yield "rejected", f"checkpoint {step}: {reason}"
     if resumed is not None:
         yield "resume", f"step {resumed}"
+    elif cfg.weights:
+        yield "weights", f"{Path(cfg.weights).resolve()}"
 
 
 def versions() -> dict:
@@ -157,11 +162,28 @@ def is_finished(workdir, steps, first) -> bool:
     return ended and first == steps == summary["step"]
 
 
+def first_state(run):
+    """Step 0: parameters drawn, or those of cfg.weights.
+
+    Raises:
+        InteropError: the weights are damaged, or of another model.
+    """
+    source, model = run.cfg.weights, run.model
+    if source:
+        check_model(run.cfg.model, source)  # before memory is taken
+    state = init_state(model, run.optimizer, run.mesh, run.cfg.seed)
+    if not source:
+        return state
+    place = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
+    at = jax.tree.map(place, model.axes, model.shapes)
+    return state._replace(params=load_params(source, run.cfg.model, model.axes, model.shapes, at))
+
+
 def start_state(run, checkpoints, batches):
     """(TrainState, step it was restored from or None), with `batches` at the same step."""
     restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
     if restored is None:
-        return init_state(run.model, run.optimizer, run.mesh, run.cfg.seed), None
+        return first_state(run), None
     batches.restore(restored.meta["data"])
     if restored.step > run.cfg.steps:
         raise ValueError(
@@ -197,7 +219,7 @@ def main() -> int:
     return train(cfg)
 
 
-__doc__ += "\n" + config_lib.describe()  # what --help shows
+__doc__ += "\n" + describe(config_lib.TrainConfig)  # what --help shows
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")

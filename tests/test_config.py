@@ -5,6 +5,7 @@ import pytest
 
 from configs import debug
 from jaxtrain import config as config_lib
+from jaxtrain import knobs
 from jaxtrain.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 
@@ -13,8 +14,8 @@ def test_there_are_at_most_100_fields():
 
 
 def test_every_field_has_a_text_and_stands_in_the_help():
-    text = config_lib.describe()
-    for prefix, cls in config_lib.sections():
+    text = knobs.describe(TrainConfig)
+    for prefix, cls in knobs.sections(TrainConfig):
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.type):
                 assert field.metadata["text"], field.name

@@ -10,7 +10,7 @@ FLOORS = """
 files axes knobs
 config
 runtime mesh kernels stop
-data.* model.*
+data.* model.* interop.*
 loss optim.*
 step
 diagnose
@@ -22,6 +22,7 @@ report
 evaluate generate
 loop
 train
+interop.__main__
 study.*
 optim.study
 crosscheck.*

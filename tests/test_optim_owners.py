@@ -155,7 +155,7 @@ def flops_of_steps(sizes, layers):
     """FLOPs that XLA counts on a device, of Newton-Schulz; wide, so that products dominate."""
     wide = SIZES | {"D": 128, "F": 512, "K": 32, "L": layers}
     tree = {k: jax.ShapeDtypeStruct(a.shape(wide), jnp.float32) for k, a in MATRICES.items()}
-    options, share = {"dtype": jnp.float32}, 1.0
+    options, share = {"dtype": jnp.float32, "chunk_bytes": 0}, 1.0  # a loop is counted once
     if sizes is not None:
         mesh = mesh_of(sizes)
         share = work_share(MATRICES, tree, mesh)

@@ -13,6 +13,7 @@ import runs
 from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.optim.study import run_study
+from jaxtrain.stop import Stop
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Interrupted, is_finished, read_result, run_trial
 
@@ -139,8 +140,8 @@ def test_a_folder_of_another_study_is_refused_before_any_run(studied, values):
 
 
 def interrupt_when_handled():
-    """Sends SIGINT once the run has taken it over from Python."""
-    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    """Sends SIGINT once the run has taken it over; before, it may even be ignored."""
+    while not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Stop):
         time.sleep(0.001)
     signal.raise_signal(signal.SIGINT)
 

@@ -1,0 +1,194 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.interop import InteropError
+from jaxtrain.interop.hf import INDEX, WHOLE, read_config, read_weights, write_folder
+from jaxtrain.kernels import choose_routes
+from jaxtrain.model.transformer import build_model
+from jaxtrain.optim.groups import named_leaves
+
+SMALL = {"L": 2, "D": 32, "H": 4, "K": 8, "V": 96, "positions": 64, "dtype": "float32"}
+LLAMA = ModelConfig(**SMALL, G=2, F=48, norm_eps=1e-5, rope_theta=5e4)
+GPT2 = ModelConfig(
+    **SMALL,
+    G=4,
+    F=128,
+    norm="layer",
+    norm_eps=1e-5,
+    position="learned",
+    mlp="gelu",
+    bias=True,
+    tied=True,
+)
+MODELS = {
+    "llama": LLAMA,
+    "llama_tied": LLAMA.__class__(**(vars(LLAMA) | {"tied": True})),
+    "gpt2": GPT2,
+}
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 17))
+
+
+@functools.cache
+def model_of(name):
+    cfg = MODELS[name]
+    model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
+    rng = np.random.default_rng(1)  # gains and biases too, so that a swap of two shows
+    draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+    return cfg, model, jax.tree.map(draw, model.shapes)
+
+
+def logits(model, params):
+    return np.asarray(model.logits(params, model.apply(params, TOKENS)))
+
+
+def export(name, folder, **options):
+    cfg, model, params = model_of(name)
+    write_folder(folder, cfg, named_leaves(model.axes), named_leaves(params), **options)
+    return folder
+
+
+def read(folder, name):
+    cfg, model, _ = model_of(name)
+    found = read_weights(folder, cfg, named_leaves(model.axes), named_leaves(model.shapes))
+    return {key: load() for key, load in found.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hf")
+    return {name: export(name, root / name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_exported_is_read_back_bitwise(folders, name):
+    cfg, _, params = model_of(name)
+    assert vars(read_config(folders[name])) | {"dtype": "float32"} == vars(cfg)
+    got, want = read(folders[name], name), named_leaves(params)
+    assert got.keys() == want.keys()
+    for key, x in got.items():
+        np.testing.assert_array_equal(x, want[key])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same_logits_from_an_export(folders, name):
+    reason = "transformers is missing: install the crosscheck extra to compare with it"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    torch = pytest.importorskip("torch", reason=reason)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(TOKENS)).logits.numpy()
+    _, model, params = model_of(name)
+    np.testing.assert_allclose(logits(model, params), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, bits", [("bfloat16", 8), ("float16", 11)])
+def test_a_narrow_export_is_the_weights_rounded(tmp_path, dtype, bits):
+    folder = export("llama", tmp_path / "out", dtype=dtype)
+    _, _, params = model_of("llama")
+    for key, x in read(folder, "llama").items():
+        np.testing.assert_allclose(x, named_leaves(params)[key], rtol=2.0**-bits, atol=1e-7)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_large_export_is_split_into_indexed_files(tmp_path):
+    folder = export("llama", tmp_path / "out", part_bytes=20_000)
+    parts = sorted(folder.glob("model-*.safetensors"))
+    assert len(parts) > 2 and (folder / INDEX).exists() and not (folder / WHOLE).exists()
+    assert len(list(folder.iterdir())) == len(parts) + 2
+    whole = named_leaves(model_of("llama")[2])
+    for key, x in read(folder, "llama").items():
+        np.testing.assert_array_equal(x, whole[key])
+
+
+def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
+    def refuse(folder):
+        assert (folder / WHOLE).exists()
+        raise InteropError("no")
+
+    with pytest.raises(InteropError, match="no"):
+        export("llama", tmp_path / "out", verify=refuse)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_never_written_over(folders):
+    with pytest.raises(InteropError, match="must go to a new folder"):
+        export("llama", folders["llama"])
+
+
+def test_names_without_their_prefix_and_buffers_are_read(folders, tmp_path):
+    tensors = load_file(folders["gpt2"] / WHOLE)
+    bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+    copy = damaged(folders["gpt2"], tmp_path, bare)
+    for key, x in read(copy, "gpt2").items():
+        np.testing.assert_array_equal(x, named_leaves(model_of("gpt2")[2])[key])
+
+
+def damaged(folder, tmp_path, tensors=None, **config):
+    out = tmp_path / "damaged"
+    out.mkdir()
+    values = json.loads((folder / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps(values))
+    save_file(tensors or load_file(folder / WHOLE), out / WHOLE)
+    return out
+
+
+def test_every_fault_of_the_tensors_is_listed_at_once(folders, tmp_path):
+    tensors = load_file(folders["llama"] / WHOLE)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 31), np.float32)
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+    with pytest.raises(InteropError) as error:
+        read(damaged(folders["llama"], tmp_path, tensors), "llama")
+    for fault in (
+        "model.norm.weight is missing",
+        "model.layers.1.mlp.up_proj.weight is [48, 31], must be [48, 32]",
+        "model.layers.2.mlp.up_proj.weight is left over",
+    ):
+        assert fault in str(error.value)
+
+
+def test_a_head_beside_a_tied_embedding_must_be_it(folders, tmp_path):
+    tensors = load_file(folders["llama_tied"] / WHOLE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    with pytest.raises(InteropError, match="lm_head.weight is not the embedding"):
+        read(damaged(folders["llama_tied"], tmp_path, tensors), "llama_tied")
+
+
+def test_a_truncated_file_is_named(folders, tmp_path):
+    copy = damaged(folders["llama"], tmp_path)
+    data = (copy / WHOLE).read_bytes()
+    (copy / WHOLE).write_bytes(data[: len(data) // 2])
+    with pytest.raises(InteropError, match="model.safetensors must be whole safetensors"):
+        read(copy, "llama")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM, GPT2LMHeadModel; got"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' .must be 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "plain RoPE over whole heads; got .*yarn"),
+    ],
+)
+def test_a_model_that_ours_does_not_compute_is_refused_by_its_config(
+    folders, tmp_path, fields, message
+):
+    with pytest.raises(InteropError, match=message):
+        read_config(damaged(folders["llama"], tmp_path, **fields))
+
+
+def test_a_model_that_no_family_computes_is_refused_before_anything_is_written(tmp_path):
+    cfg, model, params = model_of("llama")
+    odd = cfg.__class__(**(vars(cfg) | {"qk_norm": True}))
+    with pytest.raises(InteropError, match="for llama, got model.qk_norm=True"):
+        write_folder(tmp_path / "out", odd, named_leaves(model.axes), named_leaves(params))
+    assert not list(tmp_path.iterdir())

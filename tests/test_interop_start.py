@@ -1,0 +1,112 @@
+"""Weights through whole runs: a run's exported, imported and trained on from."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file
+
+from configs import debug
+from jaxtrain import config as config_lib
+from jaxtrain.interop import InteropError
+from jaxtrain.interop.__main__ import export_weights, import_weights
+from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.run import restore_run
+from jaxtrain.train import train
+
+
+def config(workdir, text, **values):
+    config = debug.get_config()
+    config.update(workdir=str(workdir), compile_cache="", steps=3, **values)
+    config.model.qk_norm = False
+    config.data.text = str(text)
+    config.sample.tokens = 0
+    config.optim.update(name="accelerated_lmo", strength=0.5)  # its iterate is not its parameters
+    return config_lib.freeze(config)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, text):
+    """(run, its export)."""
+    root = tmp_path_factory.mktemp("runs")
+    assert train(config(root / "run", text), jax.devices()[:1], quiet=True) == 0
+    export_weights(root / "run", root / "hf")
+    return root / "run", root / "hf"
+
+
+def test_an_export_holds_what_evaluation_sees(exported):
+    _, state = restore_run(exported[0])
+    want = eval_params(state.opt_state, state.params)
+    stored = load_file(exported[1] / "model.safetensors")
+    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], want["embed"])
+    q_DO = np.asarray(want["blocks"]["attention"]["q"]["w"][1]).reshape(32, 32)
+    np.testing.assert_array_equal(stored["model.layers.1.self_attn.q_proj.weight"], q_DO.T)
+    assert not np.array_equal(want["embed"], state.params["embed"]) or not np.array_equal(
+        q_DO, np.asarray(state.params["blocks"]["attention"]["q"]["w"][1]).reshape(32, 32)
+    )
+
+
+def test_an_import_is_step_0_and_exports_the_same_weights(exported, text, tmp_path):
+    import_weights(exported[1], tmp_path / "back", text=str(text), tokenizer="bytes")
+    export_weights(tmp_path / "back", tmp_path / "again")
+    first, second = (load_file(f / "model.safetensors") for f in (exported[1], tmp_path / "again"))
+    assert first.keys() == second.keys()
+    for name, x in first.items():
+        np.testing.assert_array_equal(second[name], x)
+    run, state = restore_run(tmp_path / "back")
+    assert int(state.step) == 0 and run.mesh.size == 8
+
+
+def test_a_run_whose_batch_the_devices_do_not_divide_is_restored_on_fewer(text, tmp_path):
+    cfg = config(tmp_path / "run", text)
+    train(
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=6)),
+        quiet=True,
+        devices=jax.devices()[:1],
+    )
+    assert restore_run(tmp_path / "run")[0].mesh.size == 6
+
+
+def test_a_run_starts_from_weights_and_resumes_from_its_own_checkpoint(exported, text, tmp_path):
+    weights = str(exported[1])
+    fresh, on = tmp_path / "fresh", tmp_path / "on"
+    train(config(fresh, text), jax.devices()[:1], quiet=True)
+    train(config(on, text, weights=weights), jax.devices()[:1], quiet=True)
+    assert runs.losses(on)[0][1] < runs.losses(fresh)[0][1] - 0.1
+    longer = dataclasses.replace(config(on, text, weights=weights), steps=4)
+    train(longer, jax.devices()[:1], quiet=True)
+    assert [step for step, _ in runs.losses(on)] == [1, 2, 3, 4]
+
+
+def test_weights_of_another_model_are_refused_with_each_flag_to_set(exported, text, tmp_path):
+    cfg = config(tmp_path / "run", text, weights=str(exported[1]))
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, F=96, rope_theta=5e5))
+    with pytest.raises(InteropError, match="model.F=96, there 64; model.rope_theta=5.*--config.m"):
+        train(other, jax.devices()[:1], quiet=True)
+
+
+def test_a_folder_that_holds_something_is_not_imported_into(exported, text):
+    with pytest.raises(InteropError, match="must go to a new folder.*--run"):
+        import_weights(exported[1], exported[0], text=str(text), tokenizer="bytes")
+
+
+def test_text_without_a_tokenizer_is_refused_before_anything_is_made(exported, tmp_path):
+    with pytest.raises(InteropError, match="needs the model's tokenizer.*--tokenizer"):
+        import_weights(exported[1], tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_ends_in_one_line_on_bad_input(tmp_path):
+    argv = [sys.executable, "-m", "jaxtrain.interop", "export", f"--run={tmp_path}", "--to=x"]
+    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --run must be a run's folder")
