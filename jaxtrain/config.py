@@ -200,7 +200,7 @@ class TrainConfig(Section):
     )
     diagnose_every: int = knob(
         0,
-        "between diagnoses of the optimizer, each about the price of two steps; 0 is never",
+        "between diagnoses of the optimizer, each at the price of about two steps; 0 is never",
         unit="steps",
         low=0,
     )
