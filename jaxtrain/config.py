@@ -182,7 +182,7 @@ class TrainConfig(Section):
     steps: int = knob(200, "optimizer steps", unit="steps", low=1)
     workdir: str = knob("runs/default", "folder of the run; a checkpoint in it is resumed")
     weights: str = knob(
-        "", "Hugging Face folder to start from; a checkpoint in workdir comes first"
+        "", "Hugging Face folder or llm.c file to start from; a checkpoint in workdir comes first"
     )
     accumulation: int = knob(1, "microbatches a step", low=1)
     log_every: int = knob(10, "between logged steps", unit="steps", low=1)

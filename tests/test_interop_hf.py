@@ -1,63 +1,13 @@
-import functools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_models import MODELS, TOKENS, export, logits, model_of, read
 
-from jaxtrain.config import ModelConfig
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import INDEX, WHOLE, read_config, read_weights, write_folder
-from jaxtrain.kernels import choose_routes
-from jaxtrain.model.transformer import build_model
+from jaxtrain.interop.hf import INDEX, WHOLE, read_config, write_folder
 from jaxtrain.optim.groups import named_leaves
-
-SMALL = {"L": 2, "D": 32, "H": 4, "K": 8, "V": 96, "positions": 64, "dtype": "float32"}
-LLAMA = ModelConfig(**SMALL, G=2, F=48, norm_eps=1e-5, rope_theta=5e4)
-GPT2 = ModelConfig(
-    **SMALL,
-    G=4,
-    F=128,
-    norm="layer",
-    norm_eps=1e-5,
-    position="learned",
-    mlp="gelu",
-    bias=True,
-    tied=True,
-)
-MODELS = {
-    "llama": LLAMA,
-    "llama_tied": LLAMA.__class__(**(vars(LLAMA) | {"tied": True})),
-    "gpt2": GPT2,
-}
-TOKENS = np.random.default_rng(0).integers(0, 96, (2, 17))
-
-
-@functools.cache
-def model_of(name):
-    cfg = MODELS[name]
-    model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
-    rng = np.random.default_rng(1)  # gains and biases too, so that a swap of two shows
-    draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
-    return cfg, model, jax.tree.map(draw, model.shapes)
-
-
-def logits(model, params):
-    return np.asarray(model.logits(params, model.apply(params, TOKENS)))
-
-
-def export(name, folder, **options):
-    cfg, model, params = model_of(name)
-    write_folder(folder, cfg, named_leaves(model.axes), named_leaves(params), **options)
-    return folder
-
-
-def read(folder, name):
-    cfg, model, _ = model_of(name)
-    found = read_weights(folder, cfg, named_leaves(model.axes), named_leaves(model.shapes))
-    return {key: load() for key, load in found.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Weights of other frameworks, in and out: Hugging Face folders of GPT-2 and Llama."""
+"""Weights of other frameworks, in and out: Hugging Face folders of GPT-2 and Llama, llm.c files."""
 
 
 class InteropError(ValueError):

@@ -25,12 +25,13 @@ from jaxtrain.train import start_state, stored_config
 
 HELP = """\
 Takes weights of GPT-2 and Llama models from Hugging Face folders (config.json, model.safetensors
-or its indexed parts) and gives them back:
+or its indexed parts) and GPT-2 from llm.c's .bin files (versions 3 and 5), and gives them back:
 
   python -m jaxtrain.interop import --from=HF_DIR --run=DIR     a run at step 0
   python -m jaxtrain.evaluate --run=DIR
   python -m jaxtrain.generate --run=DIR --prompt="def main("
   python -m jaxtrain.interop export --run=DIR --to=NEW_HF_DIR
+  python -m jaxtrain.interop export --run=DIR --to=NEW_FILE.bin     for llm.c
 
 To train on from weights without a run of their own: --config.weights=HF_DIR beside any config of
 the same model. What is missing, left over or mis-shaped is listed before anything is written, and
@@ -41,7 +42,7 @@ CHECK_TOKENS = 32  # of a random sequence that an export is computed with
 
 
 def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
-    """Makes a run at step 0 of a Hugging Face folder.
+    """Makes a run at step 0 of a Hugging Face folder or an llm.c file.
 
     Args:
         text, shards: what the run is evaluated on, as data.text and data.shards.
@@ -53,7 +54,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
     folder, out = Path(source), Path(workdir)
     if out.exists() and any(out.iterdir()):
         raise InteropError(f"an import must go to a new folder; {out} is not empty. Set --run.")
-    own = folder / "tokenizer.json"
+    own = (folder.parent if folder.is_file() else folder) / "tokenizer.json"
     tokenizer = tokenizer or (str(own.resolve()) if own.exists() else "")
     if not tokenizer and not shards:
         raise InteropError(
@@ -85,7 +86,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
 
 
 def export_weights(workdir, to, dtype="float32", step=None) -> None:
-    """Writes a run's weights, those that evaluation sees, as a Hugging Face folder.
+    """Writes a run's weights, those that evaluation sees, as a Hugging Face folder or llm.c file.
 
     Raises:
         InteropError: no family computes the model, or what was written computes something else.
@@ -109,7 +110,7 @@ def export_weights(workdir, to, dtype="float32", step=None) -> None:
 
     write_folder(to, cfg, axes, named, dtype, verify)
     name = read_stored(workdir)["data"].get("tokenizer") or ""
-    if Path(name).is_file():
+    if Path(name).is_file() and Path(to).is_dir():
         shutil.copyfile(name, Path(to) / "tokenizer.json")
     print(f"step {int(state.step)} of {workdir} is in {to}, {dtype}, read back: the same logits")
 
@@ -123,14 +124,19 @@ def _parse(argv):
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="a Hugging Face folder to a run").add_argument
-    add("--from", dest="source", required=True, help="folder with config.json and weights")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        help="folder with config.json and weights, or llm.c file",
+    )
     add("--run", required=True, help="new folder of the run")
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
     add("--shards", default="", help="token shards instead")
     add("--tokenizer", default="", help="of the text; default: the folder's tokenizer.json")
     add = commands.add_parser("export", help="a run to a Hugging Face folder").add_argument
     add("--run", required=True, help="folder of the run")
-    add("--to", required=True, help="new folder")
+    add("--to", required=True, help="new folder, or new .bin file")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="default: %(default)s")
     add("--step", type=int, help="checkpoint; default: the newest good one")
     return parser.parse_args(argv[1:])

@@ -1,5 +1,7 @@
 """Hugging Face folders: config.json with model.safetensors, whole or in indexed parts.
 
+A path that is a file is taken as llm.c's, a new path that ends in .bin is written as one.
+
 Everything is checked before anything is taken: what is missing, left over or of another shape is
 listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
 """
@@ -18,7 +20,8 @@ from safetensors.numpy import save_file
 
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.families import family_of_config, family_of_model
+from jaxtrain.interop.families import FAMILIES, family_of_config, family_of_model
+from jaxtrain.interop.llmc import LlmcFile, write_llmc
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PART_BYTES = 5 * 10**9  # of a file, as transformers splits them
@@ -37,11 +40,13 @@ def _json_of(path) -> dict:
 
 
 def read_config(folder):
-    """ModelConfig of a folder's config.json, computing in float32.
+    """ModelConfig of a folder's config.json or an llm.c file's header.
 
     Raises:
         InteropError: the file is missing, or describes what our transformer does not compute.
     """
+    if Path(folder).is_file():
+        return LlmcFile(folder).config
     config = _json_of(Path(folder) / "config.json")
     family = family_of_config(config)
     try:
@@ -156,7 +161,10 @@ def read_weights(folder, cfg, axes, shapes) -> dict[str, Callable]:
     Raises:
         InteropError: tensors are missing, left over or of another shape, or a file is truncated.
     """
-    family, stored = family_of_config(_json_of(Path(folder) / "config.json")), Stored(folder)
+    if Path(folder).is_file():
+        family, stored = FAMILIES["gpt2"], LlmcFile(folder)
+    else:
+        family, stored = family_of_config(_json_of(Path(folder) / "config.json")), Stored(folder)
     rows = _rows(family, cfg, axes, shapes)
     tied_to = next(t.theirs for t, _, _ in rows if t.ours == "embed") if cfg.tied else None
     at = _check(stored, rows, family, tied_to)
@@ -194,10 +202,10 @@ def their_tensors(family, cfg, axes, params, dtype):
 
 
 def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_bytes=PART_BYTES):
-    """Writes a Hugging Face folder that transformers loads.
+    """Writes a Hugging Face folder that transformers loads, or a .bin file that llm.c does.
 
     Args:
-        folder: must not exist.
+        folder: must not exist; a name that ends in .bin is llm.c's file.
         axes, params: {name: Axes} and {name: array}.
         dtype: a key of DTYPES.
         verify: called with the complete, still hidden folder; what it raises leaves nothing behind.
@@ -207,6 +215,11 @@ def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_b
     """
     folder = Path(folder)
     family = family_of_model(cfg)
+    if folder.suffix == ".bin":
+        if family is not FAMILIES["gpt2"]:
+            raise InteropError(f"llm.c's files hold GPT-2; got {family.architecture}. Set --to.")
+        tensors = dict(their_tensors(family, cfg, axes, params, np.float32))
+        return write_llmc(folder, cfg, tensors, dtype, verify)
     if folder.exists():
         raise InteropError(f"an export must go to a new folder; {folder} is there. Set --to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
