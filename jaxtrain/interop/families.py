@@ -92,6 +92,7 @@ def _read_llama(config) -> ModelConfig:
         positions=config.get("max_position_embeddings", 2_048),
         mlp="swiglu",
         tied=config.get("tie_word_embeddings", False),
+        dtype="float32",
     )
 
 
@@ -161,6 +162,7 @@ def _read_gpt2(config) -> ModelConfig:
         mlp="gelu",
         bias=True,
         tied=config.get("tie_word_embeddings", True),
+        dtype="float32",
     )
 
 

@@ -114,6 +114,7 @@ def gpt2_config(L, D, H, V, positions) -> ModelConfig:
         mlp="gelu",
         bias=True,
         tied=True,
+        dtype="float32",
     )
 
 

