@@ -1,6 +1,8 @@
 """Weights through whole runs: a run's exported, imported and trained on from."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.__main__ import export_weights, import_weights
+from jaxtrain.interop.start import check_model
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import restore_run
 from jaxtrain.train import train
@@ -92,6 +95,17 @@ def test_weights_of_another_model_are_refused_with_each_flag_to_set(exported, te
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, F=96, rope_theta=5e5))
     with pytest.raises(InteropError, match="model.F=96, there 64; model.rope_theta=5.*--config.m"):
         train(other, jax.devices()[:1], quiet=True)
+
+
+def test_a_value_that_went_through_float32_is_the_same_value(exported, text, tmp_path):
+    copy = tmp_path / "hf"
+    shutil.copytree(exported[1], copy)
+    fields = json.loads((copy / "config.json").read_text())
+    fields["rms_norm_eps"] = float(np.float32(fields["rms_norm_eps"]))
+    (copy / "config.json").write_text(json.dumps(fields))
+    cfg = config(tmp_path / "run", text)
+    assert cfg.model.norm_eps != fields["rms_norm_eps"]
+    check_model(cfg.model, copy)
 
 
 def test_a_folder_that_holds_something_is_not_imported_into(exported, text):

@@ -1,5 +1,7 @@
 """A run's first parameters from weights made elsewhere."""
 
+import math
+
 import jax
 
 from jaxtrain.interop import InteropError
@@ -9,6 +11,11 @@ from jaxtrain.interop.hf import read_config, read_weights
 MEANING = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()
 
 
+def _same(ours, theirs) -> bool:
+    """Files made from float32 say 9.999999747378752e-06 where 1e-5 is meant."""
+    return ours == theirs or (type(ours) is float and math.isclose(ours, theirs, rel_tol=1e-6))
+
+
 def check_model(cfg, source) -> None:
     """Raises InteropError where a ModelConfig is not that of the weights in `source`."""
     theirs = read_config(source)
@@ -16,7 +23,7 @@ def check_model(cfg, source) -> None:
     wrong = [
         f"model.{field}={getattr(cfg, field)!r}, there {getattr(theirs, field)!r}"
         for field in (*MEANING, used[theirs.position])
-        if getattr(cfg, field) != getattr(theirs, field)
+        if not _same(getattr(cfg, field), getattr(theirs, field))
     ]
     if wrong:
         flags = " ".join(f"--config.{fault.split('=')[0]}" for fault in wrong)
