@@ -116,10 +116,10 @@ def abstract_batch(batch: int, seq_len: int, mesh, docs: bool) -> dict:
 
 
 def target_weights(batch):
-    """float32 [B,T]: 1 where the target is a token, 0 where it is padding."""
+    """[B,T]: 1 where the target is a token, 0 where it is padding; float64 if that is enabled."""
     if "docs" not in batch:
-        return jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32)
-    return (batch["docs"][:, 1:] >= 0).astype(jnp.float32)
+        return jnp.ones(batch["tokens"][:, 1:].shape, float)
+    return (batch["docs"][:, 1:] >= 0).astype(float)
 
 
 def batch_loss(model, loss, params, batch, weights_BT):
@@ -166,19 +166,18 @@ def place_rates(rates: dict, mesh) -> dict:
     return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
 
 
-def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
-    """step(state, batch, rates) -> (state, scalars), jitted with the state donated.
+def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
+    """advance(state, batch, rates) -> (state, scalars, grads, updates): the step, not yet compiled.
 
     `rates` is from `place_rates(peak_rates(...))`.
 
     Args:
         rate: updates applied so far -> share of the peak learning rate, a report only.
+        shardings: of the gradients; None is as they come.
     """
-    shardings = state_sharding_tree(model, optimizer, mesh)
-    spread = shardings.params if mesh.size > 1 else None
-    gradient = build_gradient(model, loss, accumulation, spread)
+    gradient = build_gradient(model, loss, accumulation, shardings)
 
-    def step(state, batch, rates):
+    def advance(state, batch, rates):
         nats, objective, grads = gradient(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
@@ -196,6 +195,15 @@ def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
             "train/skipped_steps": skipped,
             "optim/rate": rate(state.step - state.skipped_steps),
         } | group_rms(updates, model.axes)
-        return new, scalars
+        return new, scalars, grads, updates
 
+    return advance
+
+
+def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
+    """step(state, batch, rates) -> (state, scalars): build_advance's, jitted, the state donated."""
+    shardings = state_sharding_tree(model, optimizer, mesh)
+    spread = shardings.params if mesh.size > 1 else None
+    advance = build_advance(model, loss, optimizer, rate, spread, accumulation)
+    step = lambda state, batch, rates: advance(state, batch, rates)[:2]
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -14,8 +14,6 @@ The first moves must agree, matrix by matrix, or the comparison is refused; for 
 its bias correction, a factor of all, cancels, and its NAdamW is left out.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,41 +114,26 @@ class OnJax:
         return jax.tree.map(np.array, self._params)
 
 
-@contextlib.contextmanager
-def _no_cast(torch):
-    """Inside, Tensor.bfloat16, by which alone torch.optim.Muon narrows, copies instead."""
-    narrow = torch.Tensor.bfloat16
-    torch.Tensor.bfloat16 = lambda x: x.clone()
-    try:
-        yield
-    finally:
-        torch.Tensor.bfloat16 = narrow
-
-
 class OnTorch:
     """torch.optim's Muon and AdamW on the twin's parameters."""
 
     compile_s, temp_bytes = 0.0, None
 
     def __init__(self, dtype, problem):
-        import torch
-
-        from jaxtrain.crosscheck import twin
+        from jaxtrain.crosscheck import twin, twin_train
 
         cfg = problem.model_cfg
         self._model = twin.build_twin(cfg, problem.params)
         grads = twin.build_twin(cfg, problem.grads).parameters()
         for p, g in zip(self._model.parameters(), grads, strict=True):
             p.grad = g.detach()
-        self._optimizers = twin.build_optimizers(optim_config(dtype), self._model)
-        self._iteration = lambda: (
-            _no_cast(torch) if dtype == "float32" else contextlib.nullcontext()
-        )
+        self._optimizers = twin_train.build_optimizers(optim_config(dtype), self._model)
+        self._products = lambda: twin_train.muon_products(dtype)
         self.read = lambda: twin.read_params(self._model, problem.params)
 
     def __call__(self, turn):
         del turn
-        with self._iteration():
+        with self._products():
             for optimizer in self._optimizers:
                 optimizer.step()
 

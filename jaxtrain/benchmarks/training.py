@@ -47,11 +47,11 @@ class Theirs:
     def __init__(self, cfg, params, compiled):
         import torch
 
-        from jaxtrain.crosscheck import twin
+        from jaxtrain.crosscheck import twin, twin_train
 
         self._tensor = torch.from_numpy
         model = twin.build_twin(cfg.model, params)
-        self._step = twin.build_step(cfg, model, compiled)
+        self._step = twin_train.build_step(cfg, model, compiled)
 
     def __call__(self, tokens_BT1) -> float:
         return float(self._step(self._tensor(tokens_BT1.astype(np.int64))))

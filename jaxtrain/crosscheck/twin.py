@@ -1,8 +1,8 @@
-"""The PyTorch twin: the transformer of a ModelConfig and its training step, as PyTorch has them.
+"""The PyTorch twin: the transformer of a ModelConfig, as PyTorch has it.
 
 It shares nothing with the JAX side but the config. Parameters carry the names of our plain dict,
 so `load_params` makes both start equal and `read_params` gives weights or gradients back in our
-shapes. Precision is torch.autocast's over float32 masters.
+shapes. Precision is torch.autocast's over float32 masters, with the residual stream in bfloat16.
 """
 
 import numpy as np
@@ -16,8 +16,6 @@ except ModuleNotFoundError as error:
 
 from torch import nn
 from torch.nn import functional as F
-
-TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 
 
 class Norm(nn.Module):
@@ -41,6 +39,12 @@ def rotate(x_BHTK, cos_TK, sin_TK):
     return x_BHTK * cos_TK + torch.cat((-second, first), -1) * sin_TK
 
 
+def same_document(docs_BT):
+    """bool [B,1,T,T]: whether a query sees a key, which stands before it in its document."""
+    same_BTT = docs_BT[:, :, None] == docs_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -53,7 +57,7 @@ class Attention(nn.Module):
             self.q_norm = Norm(cfg, cfg.K, "rms")
             self.k_norm = Norm(cfg, cfg.K, "rms")
 
-    def forward(self, x_BTD, rope):
+    def forward(self, x_BTD, rope, seen_B1TT=None):
         cfg = self.cfg
         q = self.q(x_BTD).unflatten(-1, (cfg.H, cfg.K)).transpose(1, 2)
         k = self.k(x_BTD).unflatten(-1, (cfg.G, cfg.K)).transpose(1, 2)
@@ -62,7 +66,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        o_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=cfg.G < cfg.H)
+        mask = {"is_causal": True} if seen_B1TT is None else {"attn_mask": seen_B1TT}
+        o_BHTK = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=cfg.G < cfg.H)
         return self.o(o_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -91,8 +96,8 @@ class Block(nn.Module):
         self.mlp_norm = Norm(cfg, cfg.D, cfg.norm)
         self.mlp = Mlp(cfg)
 
-    def forward(self, h_BTD, rope):
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rope)
+    def forward(self, h_BTD, rope, seen_B1TT=None):
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rope, seen_B1TT)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))
 
 
@@ -116,25 +121,50 @@ class Twin(nn.Module):
         angle_TK = torch.outer(at_T, self.cfg.rope_theta**-exponent_K).repeat(1, 2)
         return angle_TK.cos(), angle_TK.sin()
 
-    def forward(self, tokens_BT):
+    def forward(self, tokens_BT, docs_BT=None, observe=lambda name, x: None):
+        """docs_BT: attention stays inside documents; observe(name, x) sees each layer's output."""
         cfg, T = self.cfg, tokens_BT.shape[1]
+        seen_B1TT = None if docs_BT is None else same_document(docs_BT)
         with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             h_BTD, rope = F.embedding(tokens_BT, self.embed), None
             if cfg.position == "learned":
                 h_BTD = h_BTD + self.positions[:T]
             else:
                 rope = self._rope(T)
-            for block in self.blocks:
-                h_BTD = block(h_BTD, rope)
+            if cfg.dtype == "bfloat16":  # the residual stream too, as llm.c and nanochat have it
+                h_BTD = h_BTD.bfloat16()
+            observe("embed", h_BTD)
+            for i, block in enumerate(self.blocks):
+                h_BTD = block(h_BTD, rope, seen_B1TT)
+                observe(f"blocks.{i}", h_BTD)
             head_VD = self.embed if cfg.tied else self.head
             logits = F.linear(self.final_norm(h_BTD), head_VD).to(self.embed.dtype)
         cap = cfg.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        observe("logits", logits)
+        return logits
 
-    def loss(self, tokens_BT1):
+    def loss(self, tokens_BT1, **options):
         """int64 [B,T+1] -> nats []."""
-        logits_BTV = self(tokens_BT1[:, :-1])
-        return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten())
+        return self.losses(tokens_BT1, **options)[1]
+
+    def losses(self, tokens_BT1, docs_BT1=None, masked=False, z_loss=0.0, **observe):
+        """(objective, nats): means over the targets that are no padding (documents of -1).
+
+        Args:
+            masked: attention stays inside documents too.
+            z_loss: weight of the squared logarithm of the softmax's denominator.
+        """
+        docs_BT = docs_BT1[:, :-1] if masked else None
+        logits_ND = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
+        targets_N = tokens_BT1[:, 1:].flatten()
+        if docs_BT1 is not None:
+            kept_N = docs_BT1[:, 1:].flatten() >= 0
+            logits_ND, targets_N = logits_ND[kept_N], targets_N[kept_N]
+        nats = F.cross_entropy(logits_ND, targets_N)
+        if not z_loss:
+            return nats, nats
+        return nats + z_loss * logits_ND.logsumexp(-1).square().mean(), nats
 
 
 def build_twin(cfg, params=None) -> Twin:
@@ -200,75 +230,3 @@ def read_params(model, like, grads=False) -> dict:
         }
 
     return walk(like)
-
-
-def build_optimizers(cfg, model) -> list:
-    """torch.optim's of an OptimConfig: matrices by optim.name, all else on fused AdamW.
-
-    Matrices, embedding and head decay; positions and vectors do not.
-
-    Raises:
-        ValueError: torch.optim has no such optimizer.
-    """
-    known = cfg.name == "adamw" or (cfg.name == "muon" and cfg.scale in TORCH_SCALES)
-    plain = cfg.rest == "adamw" and cfg.geometry == "spectral" and not cfg.per_head
-    if not (known and plain and cfg.ns_coefficients == "jordan"):
-        raise ValueError(
-            "the PyTorch twin must have torch.optim's AdamW or Muon; got "
-            f"optim.name={cfg.name}, rest={cfg.rest}, geometry={cfg.geometry}, scale={cfg.scale}, "
-            f"per_head={cfg.per_head}, ns_coefficients={cfg.ns_coefficients}."
-        )
-    matrices, tables, vectors = [], [], []
-    for name, p in model.named_parameters():
-        inside = name.startswith("blocks.")
-        table = name in ("embed", "head")
-        (matrices if inside and p.ndim == 2 else tables if table else vectors).append(p)
-    decayed = tables + (matrices if cfg.name == "adamw" else [])
-    adamw = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": cfg.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=cfg.adam_learning_rate,
-        betas=(cfg.adam_b1, cfg.adam_b2),
-        eps=cfg.adam_eps,
-        fused=True,
-    )
-    if cfg.name == "adamw":
-        return [adamw]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
-        momentum=cfg.momentum,
-        nesterov=cfg.nesterov,
-        ns_steps=cfg.ns_steps or 5,
-        adjust_lr_fn=TORCH_SCALES[cfg.scale],
-    )
-    return [muon, adamw]
-
-
-def build_step(cfg, model, compiled=False):
-    """step(tokens_BT1 int64, rate=1.0) -> nats []: gradient, clipping, update of a TrainConfig.
-
-    Args:
-        compiled: forward and backward by torch.compile; optimizers are fused kernels as they are.
-    """
-    loss = torch.compile(model.loss) if compiled else model.loss
-    optimizers = build_optimizers(cfg.optim, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-
-    def step(tokens_BT1, rate=1.0):
-        nats = loss(tokens_BT1)
-        nats.backward()
-        if cfg.optim.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * rate
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return nats.detach()
-
-    return step

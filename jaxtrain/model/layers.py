@@ -4,6 +4,8 @@ Each parameter is declared by its axes string and the standard deviation it star
 initialisation, sharding, optimizer routing and export follow from those two.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -91,9 +93,33 @@ class Linear(nnx.Module):
         x_BTI = x.reshape(*x.shape[:2], -1)
         w_IO = w.reshape(x_BTI.shape[-1], -1)
         assert ins == x.shape[2:], f"{x.shape} does not end in {ins}"
-        y_BTO = DENSE[self.dense](x_BTI, w_IO)
-        y = y_BTO.reshape(*x.shape[:2], *outs)
-        return y + self.b[...].astype(y.dtype) if self.has_bias else y
+        b_O = self.b[...].reshape(-1) if self.has_bias else None
+        return DENSE[self.dense](x_BTI, w_IO, b_O).reshape(*x.shape[:2], *outs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(w_VD, tokens_BT, dtype, place):
+    """Rows of a table in dtype, [B,T,D]; the table's gradient is summed in its own type.
+
+    Left to JAX, a frequent token's gradients are added up in bfloat16, of which most are lost.
+
+    Args:
+        place: constrains the placement of the narrow table, [V,D].
+    """
+    return place(w_VD.astype(dtype))[tokens_BT]
+
+
+def _lookup_forward(w_VD, tokens_BT, dtype, place):
+    like_VD = jnp.zeros_like(w_VD)  # for its shape and type; never computed
+    return lookup(w_VD, tokens_BT, dtype, place), (like_VD, tokens_BT)
+
+
+def _lookup_backward(dtype, place, residuals, g_BTD):
+    like_VD, tokens_BT = residuals
+    return like_VD.at[tokens_BT].add(g_BTD.astype(like_VD.dtype)), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def rotate(x_BTHK, cos_TK, sin_TK):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.mesh import BATCH, param_spec
 from jaxtrain.model.attention import MASKED, attend
-from jaxtrain.model.layers import Transformer, rope_tables
+from jaxtrain.model.layers import Transformer, lookup, rope_tables
 
 policies = jax.checkpoint_policies
 REMAT = {
@@ -35,6 +35,9 @@ class Model(NamedTuple):
     shapes: Any  # tree of ShapeDtypeStruct
     init: Callable  # key -> params
     apply: Callable  # (params, tokens_BT, docs_BT=None) -> hidden_BTD
+    layers: (
+        Callable  # (params, tokens_BT, docs_BT=None) -> what enters and leaves each, [L+1,B,T,D]
+    )
     logits: Callable  # (params, hidden_BTD) -> float32 [B,T,V]; to sample, never in training
     init_cache: Callable  # (B, S) -> room for S keys and values a layer
     extend: Callable  # (params, cache, tokens_BT, start) -> (hidden_BTD, cache)
@@ -107,19 +110,19 @@ class _Network:
 
         return jax.tree.map(one, self.axes["blocks"], self.shapes["blocks"], layer)
 
-    def layers(self, params):
+    def layer_weights(self, params):
         """All layers' weights, matrices in the compute type; vectors stay wide for the norms."""
         cast = lambda axes, w: w.astype(self.dtype) if axes.is_matrix else w
         return jax.tree.map(cast, self.axes["blocks"], params["blocks"])
 
     def embed(self, params, tokens_BT, start):
         """(h_BTD, rope tables or None) of tokens that stand at start, start + 1, ..."""
-        w_VD = self.constrain(params["embed"].astype(self.dtype), P())  # lookups need it whole
-        h_BTD = w_VD[tokens_BT]
+        whole = lambda w_VD: self.constrain(w_VD, P())  # lookups need the table whole
+        h_BTD = lookup(params["embed"], tokens_BT, self.dtype, whole)
         at_T = start + jnp.arange(tokens_BT.shape[1])
         if self.cfg.position == "learned":
-            h_BTD = h_BTD + params["positions"].astype(self.dtype)[at_T]
-            return self.constrain(h_BTD, P(BATCH)), None
+            h_BTD = h_BTD.astype(self.wide) + params["positions"][at_T]  # one rounding, not two
+            return self.constrain(h_BTD.astype(self.dtype), P(BATCH)), None
         return self.constrain(h_BTD, P(BATCH)), rope_tables(self.cfg, at_T)
 
     def block(self, h_BTD, layer, rope, mix):
@@ -129,20 +132,30 @@ class _Network:
     def final_norm(self, params, h_BTD):
         return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)
 
-    def apply(self, params, tokens_BT, docs_BT=None):
-        h_BTD, rope = self.embed(params, tokens_BT, 0)
+    def run(self, params, tokens_BT, docs_BT, keep):
+        """(what enters the first layer, what leaves the last, keep(what leaves each))."""
+        first_BTD, rope = self.embed(params, tokens_BT, 0)
         attention = self.routes["attention"].implementation
         docs_BT = docs_BT if self.document_mask else None
 
         def body(h_BTD, layer):
             mix = lambda q, k, v: (attend(attention, q, k, v, docs_BT), None)
-            return self.block(h_BTD, layer, rope, mix)
+            h_BTD, _ = self.block(h_BTD, layer, rope, mix)
+            return h_BTD, keep(h_BTD)
 
         if self.cfg.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
         unroll = int(self.routes["layers"].implementation.removeprefix("unroll="))
-        h_BTD, _ = jax.lax.scan(body, h_BTD, self.layers(params), unroll=min(unroll, self.cfg.L))
-        return self.final_norm(params, h_BTD)
+        weights, unroll = self.layer_weights(params), min(unroll, self.cfg.L)
+        return first_BTD, *jax.lax.scan(body, first_BTD, weights, unroll=unroll)
+
+    def apply(self, params, tokens_BT, docs_BT=None):
+        _, last_BTD, _ = self.run(params, tokens_BT, docs_BT, lambda h_BTD: None)
+        return self.final_norm(params, last_BTD)
+
+    def layers(self, params, tokens_BT, docs_BT=None):
+        first_BTD, _, each_LBTD = self.run(params, tokens_BT, docs_BT, lambda h_BTD: h_BTD)
+        return jnp.concatenate([first_BTD[None], each_LBTD])
 
     def extend(self, params, cache, tokens_BT, start):
         h_BTD, rope = self.embed(params, tokens_BT, start)
@@ -151,7 +164,7 @@ class _Network:
             layer, seen = xs
             return self.block(h_BTD, layer, rope, functools.partial(_attend_cached, seen, start))
 
-        h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layers(params), cache))
+        h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layer_weights(params), cache))
         return self.final_norm(params, h_BTD), cache
 
     def init_cache(self, B, S):
@@ -185,6 +198,7 @@ def build_model(cfg, routes, mesh=None, document_mask=False) -> Model:
         shapes=net.shapes,
         init=_init(net.state),
         apply=net.apply,
+        layers=net.layers,
         logits=net.logits,
         init_cache=net.init_cache,
         extend=net.extend,

@@ -1,0 +1,192 @@
+r"""Proves a PyTorch result in JAX, step by step, or names the first tensor at which the two part.
+
+Both sides at once, ours and a PyTorch twin, from the same weights, shards and config:
+
+    python -m jaxtrain.crosscheck run --config=configs/crosscheck_gpt2.py --steps=50 \
+        --precision=float64
+
+A PyTorch loop of your own. Copy jaxtrain/crosscheck/recorder.py beside it, add the three lines
+that it shows, then train ours on the batches that it wrote, and compare:
+
+    python -m jaxtrain.crosscheck record --config=FILE --config.weights=HF_FOLDER --names=hf \
+        --batches=theirs.jsonl --steps=20 --out=ours.jsonl
+    python -m jaxtrain.crosscheck compare ours.jsonl theirs.jsonl
+
+llm.c's own check, of a model file and the debug state that was made with it:
+
+    python -m jaxtrain.crosscheck llmc --weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin
+
+float64 proves the algorithm: 1e-10 throughout. float32 has room for rounding, which grows with the
+steps. bfloat16 passes if our error against float32 is at most 1.1 times PyTorch's. Exit status: 0
+agree, 1 part or bad input. Needs the extra `crosscheck` for what runs PyTorch.
+"""
+
+import dataclasses
+import logging as std_logging
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import jaxtrain.config as config_lib
+from jaxtrain.checkpoint import CheckpointError
+from jaxtrain.crosscheck import compare as judge
+from jaxtrain.crosscheck import llmc_state, ours, picture, verdict
+from jaxtrain.crosscheck.names import STYLES
+from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
+from jaxtrain.files import write_atomic
+from jaxtrain.interop.hf import read_config
+from jaxtrain.report import set_up_logging
+from jaxtrain.run import parse_flags
+from jaxtrain.runtime import start_runtime
+
+FLAGS = flags.FLAGS
+_SIDES = ("jaxtrain", "pytorch")
+
+
+def say(text) -> None:
+    print(text, flush=True)
+
+
+def resolve(config, steps, precision):
+    """The TrainConfig of a run's ConfigDict at another length and precision."""
+    if steps:
+        config.steps = steps
+    if precision:
+        config.model.dtype = config.optim.ns_dtype = precision
+    cfg = config_lib.freeze(config)
+    start_runtime(cfg)
+    Path(cfg.workdir).mkdir(parents=True, exist_ok=True)
+    return cfg
+
+
+def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False) -> None:
+    """Writes one side's trace and says how long it took; batches: a Trace, or None for the data."""
+    began, cfg = time.perf_counter(), start.run.cfg
+    given = batches_of(batches) if batches else None
+    if side == "jaxtrain":
+        ours.record(start, cfg.steps, path, style, given, keep_batches)
+    else:
+        from jaxtrain.crosscheck import twin_data, twin_train
+
+        if given is None:
+            _need_windows(cfg.data)
+            paths, data = [shard.path for shard in start.corpus.shards], cfg.data
+            given = twin_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
+        twin_train.record(cfg, cfg.steps, path, start.params, given)
+    seconds = time.perf_counter() - began
+    say(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
+
+
+def _need_windows(data) -> None:
+    if data.pack or data.document_mask:
+        raise ValueError(
+            "the twin reads windows of the shards; got data.pack or data.document_mask. Record "
+            "ours with --keep_batches, then the twin with --batches=TRACE."
+        )
+
+
+def report(comparison, png) -> int:
+    """Prints a comparison and draws its curves; the exit status."""
+    say(verdict.table(comparison))
+    write_atomic(png, picture.draw(comparison))
+    say(f"loss curves: {png}")
+    say(verdict.explain(comparison))
+    return 1 if comparison.divergence else 0
+
+
+def run(config, steps, precision) -> int:
+    """Records both sides of a config and compares them; the exit status."""
+    cfg = resolve(config, steps, precision)
+    folder, start = Path(cfg.workdir), ours.start(cfg)
+    say(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
+    say(f"data       {start.corpus.describe()}")
+    for route in start.run.routes.values():
+        say(f"route      {route}")
+    paths = {side: folder / f"{side}_{cfg.model.dtype}.jsonl" for side in _SIDES}
+    for side, path in paths.items():
+        record_side(side, start, path, None)
+    if cfg.model.dtype != "bfloat16":
+        traces = (read_trace(path) for path in paths.values())
+        return report(judge.compare(*traces), folder / f"compare_{cfg.model.dtype}.png")
+    truth = folder / "pytorch_float32.jsonl"
+    wide = dataclasses.replace(cfg.model, dtype="float32")
+    exact = dataclasses.replace(
+        cfg, model=wide, optim=dataclasses.replace(cfg.optim, ns_dtype="float32")
+    )
+    record_side("pytorch", start._replace(run=start.run._replace(cfg=exact)), truth, None)
+    return report_narrow(truth, *paths.values())
+
+
+def report_narrow(truth, first, second) -> int:
+    errors = judge.compare_narrow(*map(read_trace, (truth, first, second)))
+    text, passed = verdict.narrow_table(errors)
+    say(text)
+    return 0 if passed else 1
+
+
+def llmc(weights, state, workdir) -> int:
+    """Compares our gradients with those of an llm.c debug state; the exit status."""
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = read_config(weights)
+    llmc_state.write_trace(state, model, folder / "llmc.jsonl")
+    theirs = read_trace(folder / "llmc.jsonl")
+    tokens = next(batches_of(theirs))["tokens"]
+    config = config_lib.to_config_dict(config_lib.TrainConfig(model=model))
+    config.update(steps=1, weights=str(weights), workdir=str(folder))
+    config.data.update(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
+    cfg = resolve(config, 1, "float32")
+    record_side("jaxtrain", ours.start(cfg, False), folder / "jaxtrain.jsonl", theirs, "hf")
+    return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
+
+
+def _command(argv) -> int:
+    name, paths = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+    if name == "compare" and len(paths) == 2:
+        if FLAGS.truth:
+            return report_narrow(FLAGS.truth, *paths)
+        comparison = judge.compare(*map(read_trace, paths))
+        return report(comparison, FLAGS.out or f"{Path(paths[0]).with_suffix('')}_compare.png")
+    if name == "llmc" and FLAGS.weights and FLAGS.state:
+        return llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
+    if name in ("run", "record") and FLAGS.config is not None and not paths:
+        if name == "run":
+            return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
+        cfg = resolve(FLAGS.config, FLAGS.steps, FLAGS.precision)
+        batches = read_trace(FLAGS.batches) if FLAGS.batches else None
+        out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
+        start = ours.start(cfg, read_data=batches is None)
+        record_side(FLAGS.side, start, out, batches, FLAGS.names, FLAGS.keep_batches)
+        return 0
+    raise ValueError(
+        f"the command must be run --config, record --config, compare TRACE TRACE or llmc --weights "
+        f"--state; got {argv[1:]}. See --help."
+    )
+
+
+def main(argv) -> None:
+    set_up_logging()
+    logging.get_absl_handler().setLevel(std_logging.INFO)
+    try:
+        sys.exit(_command(argv))
+    except (ValueError, ImportError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
+    flags.DEFINE_integer("steps", 0, "steps to train; 0 is as the config has", lower_bound=0)
+    flags.DEFINE_enum("precision", None, PRECISIONS, "to compute in; default: the config's")
+    flags.DEFINE_enum("side", "jaxtrain", _SIDES, "record: which")
+    flags.DEFINE_enum("names", "jaxtrain", STYLES, "record: whose names tensors have")
+    flags.DEFINE_string("batches", "", "record: trace whose batches to train on")
+    flags.DEFINE_bool("keep_batches", False, "record: write the batches beside their hashes")
+    flags.DEFINE_string("out", "", "record: the trace; compare: the picture")
+    flags.DEFINE_string("truth", "", "compare: float32 trace that two bfloat16 ones are held to")
+    flags.DEFINE_string("weights", "", "llmc: model file")
+    flags.DEFINE_string("state", "", "llmc: debug state")
+    flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "llmc: folder of the traces")
+    app.run(main, flags_parser=parse_flags)

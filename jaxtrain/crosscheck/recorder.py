@@ -1,0 +1,183 @@
+"""Writes a step trace of any PyTorch training loop. Copy this file: it needs nothing else.
+
+    recorder = Recorder("theirs.jsonl", model, split={"c_attn": 3})
+    for x, y in batches:
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        recorder.before_step(x, y, loss)  # gradients; before clipping, as it changes them
+        optimizer.step()
+        recorder.after_step()  # updates and parameters
+        optimizer.zero_grad()
+
+A trace is a file of JSON lines. The first is {"trace": 1, "side", "precision", "seed"}. Then one a
+step: {"step", "batch", "loss", "grad_norm", "activations", "gradient", "update", "parameter"}; step
+0 holds the parameters before any update, and nothing else.
+
+- "batch": first 16 hex digits of the SHA-256 of the inputs and then the targets, int32
+  little-endian, row by row; "tokens" beside it holds the batch itself, [B,T+1], so that another
+  framework can train on it.
+- "loss": mean nats of the next token. "grad_norm": the norm of all gradients as one vector.
+- the last four: {tensor's name: digest}. A digest is [norm, mean, largest size, p0 ... p15] in
+  float64; p_k is the sum of the entries, row by row, each with a sign: + where bit k of
+  lowbias32(i ^ lowbias32(seed)) is 1, i being the entry's place mod 2^32. The mean of
+  (p_k - q_k)^2 over k estimates the squared distance of two tensors, so that traces of a few
+  kilobytes tell the relative distance of models of any size.
+
+Source: Johnson & Lindenstrauss 1984, with signs as Achlioptas 2003,
+https://doi.org/10.1016/S0022-0000(03)00025-4; Wellons 2018, "lowbias32",
+https://nullprogram.com/blog/2018/07/31/
+"""
+
+import functools
+import hashlib
+import json
+
+import torch
+
+FORMAT = 1
+PROJECTIONS = 16
+CHUNK = 1 << 18  # entries digested at once
+LOW = 0xFFFFFFFF
+
+
+def _mix(h):
+    """lowbias32 of int64 numbers below 2^32, an int or a tensor."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & LOW
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & LOW
+    return h ^ (h >> 16)
+
+
+@functools.lru_cache(maxsize=1)
+def _first_signs(seed):
+    return _signs(0, CHUNK, seed)
+
+
+def _signs(start, stop, seed):
+    """+1 and -1 as float64 [PROJECTIONS, stop - start]."""
+    hashed = _mix((torch.arange(start, stop) & LOW) ^ _mix(seed & LOW))
+    bits = (hashed >> torch.arange(PROJECTIONS)[:, None]) & 1
+    return 2.0 * bits.double() - 1.0
+
+
+@torch.no_grad()
+def digest(x, seed=0) -> list[float]:
+    """[norm, mean, largest size, p0 ... p15] of a tensor, in float64."""
+    flat = x.detach().reshape(-1)
+    square = total = largest = 0.0
+    projections = torch.zeros(PROJECTIONS, dtype=torch.float64)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK].to("cpu", torch.float64)
+        signs = _signs(start, start + part.numel(), seed) if start else _first_signs(seed)
+        projections += signs[:, : part.numel()] @ part
+        square += float(part @ part)
+        total += float(part.sum())
+        largest = max(largest, float(part.abs().max()))
+    return [square**0.5, total / max(flat.numel(), 1), largest, *projections.tolist()]
+
+
+def batch_hash(inputs, targets) -> str:
+    """16 hex digits of the tokens [B,T] that go in and of those to be predicted."""
+    sha = hashlib.sha256()
+    for x in (inputs, targets):
+        sha.update(x.detach().to("cpu", torch.int32).contiguous().numpy().astype("<i4").tobytes())
+    return sha.hexdigest()[:16]
+
+
+class Recorder:
+    """Appends to one trace, from the first step on.
+
+    Args:
+        path: of the trace; it is written anew.
+        model: any nn.Module. Tensors have its names for its parameters.
+        split: {part of a name: count}; such a tensor is written as `name/0`, `name/1`, ... cut
+            along its longest dim, as where queries, keys and values share one matrix.
+        activations: {name: submodule} whose outputs are digested too. jaxtrain's names are
+            "embed" (what enters the first layer), "blocks.0", "blocks.1", ... and "logits".
+        precision: what the loop computes in: "float64", "float32" or "bfloat16".
+        keep_batches: writes the tokens of each batch beside its hash.
+    """
+
+    def __init__(
+        self,
+        path,
+        model,
+        split=None,
+        activations=None,
+        precision="float32",
+        keep_batches=True,
+        side="pytorch",
+        seed=0,
+    ):
+        self._model, self._split, self._seed = model, split or {}, seed
+        self._keep_batches, self._observed, self._step = keep_batches, {}, 0
+        self._file = open(path, "w", encoding="utf-8")
+        self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
+        self._write({"step": 0, "parameter": self._digests(lambda p: p)})
+        for name, module in (activations or {}).items():
+            module.register_forward_hook(
+                lambda module, args, out, name=name: self.observe(
+                    name, out[0] if isinstance(out, tuple) else out
+                )
+            )
+
+    def observe(self, name, x):
+        """Digests an activation of the step under way; the last of a name counts."""
+        self._observed[name] = digest(x, self._seed)
+
+    @torch.no_grad()
+    def before_step(self, inputs, targets, loss):
+        """After the backward pass, before clipping and the optimizer.
+
+        Args:
+            inputs, targets: integer [B,T]: tokens that went in and tokens to be predicted.
+            loss: mean nats of the targets.
+        """
+        self._step += 1
+        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+        square = sum(float(g.to("cpu", torch.float64).square().sum()) for g in grads)
+        self._line = {
+            "step": self._step,
+            "batch": batch_hash(inputs, targets),
+            "loss": float(loss),
+            "grad_norm": square**0.5,
+            "activations": self._observed,
+            "gradient": self._digests(lambda p: p.grad),
+        }
+        if self._keep_batches:
+            self._line["tokens"] = torch.cat((inputs, targets[:, -1:]), 1).tolist()
+        self._observed = {}
+        self._before = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+
+    @torch.no_grad()
+    def after_step(self):
+        """After the optimizer's step: what it changed, and what the parameters are now."""
+        before = self._before
+        named = {id(p): name for name, p in self._model.named_parameters()}
+        self._line["update"] = self._digests(lambda p: p.double() - before[named[id(p)]].double())
+        self._line["parameter"] = self._digests(lambda p: p)
+        self._write(self._line)
+
+    def close(self):
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _digests(self, value):
+        table = {}
+        for name, p in self._model.named_parameters():
+            x = value(p)
+            if x is None:
+                continue
+            count = next((n for part, n in self._split.items() if part in name), 1)
+            pieces = x.chunk(count, int(torch.tensor(x.shape).argmax())) if count > 1 else [x]
+            for i, piece in enumerate(pieces):
+                table[f"{name}/{i}" if count > 1 else name] = digest(piece, self._seed)
+        return table
+
+    def _write(self, line):
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()

@@ -1,0 +1,209 @@
+"""Ten classic faults, each planted in the twin: `compare` names the part and the first step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from tests.crosscheck_runs import ours_of, small, theirs_of
+
+torch = pytest.importorskip(
+    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
+)
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from jaxtrain.crosscheck import twin, twin_train  # noqa: E402
+from jaxtrain.crosscheck.compare import compare  # noqa: E402
+from jaxtrain.crosscheck.verdict import explain, table  # noqa: E402
+
+TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
+RUNS = {
+    "gpt2": {"form": "gpt2", "name": "adamw", "weight_decay": 0.1},
+    "llama": {"form": "llama", "name": "muon", "weight_decay": 0.1},
+    "packed": {"form": "llama", "name": "adamw", "data": {"pack": True, "seq_len": 64}},
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """{run: (Start, our trace)}, each recorded when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("faults"), {}
+    (folder / "text").mkdir()
+    for i in range(200):  # two do not fit into a packed row of 65: each ends in padding
+        (folder / "text" / f"{i:03}.txt").write_text(TEXT[40 * i : 40 * i + 50])
+    before = jax.config.jax_enable_x64
+
+    def get(name):
+        if name not in made:
+            cfg = small(folder=folder / name, text=folder / "text", **RUNS[name])
+            made[name] = ours_of(cfg, folder / f"{name}.jsonl", keep_batches=True)
+        return made[name]
+
+    yield get
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def interleave_rope(patch):
+    def rotate(x_BHTK, cos_TK, sin_TK):
+        turned = torch.stack((-x_BHTK[..., 1::2], x_BHTK[..., ::2]), -1).flatten(-2)
+        half = cos_TK.shape[-1] // 2
+        cos, sin = (table[:, :half].repeat_interleave(2, -1) for table in (cos_TK, sin_TK))
+        return x_BHTK * cos + turned * sin
+
+    patch.setattr(twin, "rotate", rotate)
+
+
+def exact_gelu(patch):
+    gelu = F.gelu
+    patch.setattr(F, "gelu", lambda x, approximate="none": gelu(x))
+
+
+def shift_targets(patch):
+    entropy = F.cross_entropy
+    patch.setattr(F, "cross_entropy", lambda logits, y: entropy(logits, y.roll(-1)))
+
+
+def count_padding(patch):
+    losses = twin.Twin.losses
+
+    def wrong(self, tokens_BT1, docs_BT1=None, **options):
+        return losses(self, tokens_BT1, torch.zeros_like(docs_BT1), **options)
+
+    patch.setattr(twin.Twin, "losses", wrong)
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW by hand, with a fault to choose."""
+
+    def __init__(self, groups, lr, betas, eps, fused, correct=True, inside=False):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.betas, self.eps, self.correct, self.inside = betas, eps, correct, inside
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                n = state["n"] = state.get("n", 0) + 1
+                b1, b2 = self.betas
+                m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * p.grad
+                v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * p.grad**2
+                if self.correct:
+                    m, v = m / (1 - b1**n), v / (1 - b2**n)
+                root = (v + self.eps).sqrt() if self.inside else v.sqrt() + self.eps
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * m / root)
+
+
+def adam(**fault):
+    def plant(patch):
+        patch.setattr(torch.optim, "AdamW", lambda *args, **kw: Adam(*args, **kw, **fault))
+
+    return plant
+
+
+def decay_gains(patch):
+    adamw = torch.optim.AdamW
+
+    def wrong(groups, **options):
+        return adamw([group | {"weight_decay": 0.1} for group in groups], **options)
+
+    patch.setattr(torch.optim, "AdamW", wrong)
+
+
+def late_nesterov(patch):
+    """The momentum alone, where the gradient should be mixed in once more."""
+    muon = torch.optim.Muon
+    patch.setattr(torch.optim, "Muon", lambda *a, **kw: muon(*a, **kw | {"nesterov": False}))
+
+
+def fan_of_the_wrong_side(patch):
+    ratio = lambda lr, kind, shape: lr * math.sqrt(max(1, shape[1] / shape[0]))
+    patch.setattr(torch.optim._muon, "_adjust_lr", ratio)
+
+
+# name: (run, fault, stage, first step, tensors among which the first one is)
+FAULTS = {
+    "rope interleaved": ("llama", interleave_rope, "forward", 1, "blocks.0"),
+    "exact gelu": ("gpt2", exact_gelu, "forward", 1, "blocks.0"),
+    "targets off by one": ("gpt2", shift_targets, "loss", 1, ""),
+    "mean over padding": ("packed", count_padding, "loss", 1, ""),
+    "no bias correction": ("gpt2", adam(correct=False), "optimizer", 1, ""),
+    "epsilon inside the root": ("gpt2", adam(inside=True), "optimizer", 1, ""),
+    "decay on gains": ("gpt2", decay_gains, "optimizer", 1, "gain"),
+    "wrong nesterov": ("llama", late_nesterov, "optimizer", 2, "blocks"),
+    "scale by the wrong fan": ("llama", fan_of_the_wrong_side, "optimizer", 1, "blocks"),
+    "wrong shuffle seed": ("gpt2", None, "batch", 1, ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named_by_part_and_first_step(fault, recorded, monkeypatch, tmp_path):
+    run, plant, stage, step, tensor = FAULTS[fault]
+    start, mine = recorded(run)
+    cfg = start.run.cfg
+    if plant:
+        plant(monkeypatch)
+    else:
+        cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
+    batches = mine if run == "packed" else None
+    found = compare(mine, theirs_of(start, tmp_path / "t.jsonl", cfg, batches)).divergence
+    assert (found.stage, found.gap.step) == (stage, step), found
+    assert tensor in found.gap.tensor
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_without_a_fault_both_sides_agree_to_1e_10(run, recorded, tmp_path):
+    start, mine = recorded(run)
+    batches = mine if run == "packed" else None
+    comparison = compare(mine, theirs_of(start, tmp_path / "t.jsonl", None, batches))
+    assert comparison.divergence is None, explain(comparison)
+    assert "AGREE" in explain(comparison)
+    sizes = [gap.size for gaps in comparison.gaps.values() for gap in gaps]
+    assert max(sizes) < 1e-10
+    assert len(sizes) > 100  # every tensor of every step was judged
+    assert table(comparison).count("\n") == len(comparison.steps)
+
+
+def test_a_fault_of_the_backward_pass_alone_is_one_of_the_gradient(recorded, monkeypatch, tmp_path):
+    """Forward and loss agree; the first tensor is the one nearest to the fault, going backward."""
+    start, mine = recorded("gpt2")
+    norm = nn.functional.layer_norm
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    calls = iter(range(1_000))
+    wrong = lambda x, *a: norm(Wrong.apply(x) if next(calls) % 5 == 2 else x, *a)
+    monkeypatch.setattr(F, "layer_norm", wrong)
+    found = compare(mine, theirs_of(start, tmp_path / "t.jsonl")).divergence
+    assert (found.stage, found.gap.step) == ("gradient", 1)
+    assert found.gap.tensor.startswith("blocks.0")  # block 1 is nearer to the loss, and right
+
+
+def test_noise_of_one_part_in_a_million_is_seen_in_float64_and_where(recorded, tmp_path):
+    start, mine = recorded("llama")
+    params = jax.tree.map(np.copy, start.params)
+    params["blocks"]["mlp"]["up"]["w"][1] *= 1 + 1e-6
+    theirs = theirs_of(start._replace(params=params), tmp_path / "t.jsonl")
+    found = compare(mine, theirs).divergence
+    assert (found.stage, found.gap.step) == ("start", 0)
+    assert found.gap.tensor == "blocks.1.mlp.up.weight"
+    assert found.gap.size == pytest.approx(1e-6, rel=0.7)  # an estimate from 16 projections
+    assert twin_train.TORCH_SCALES  # the twin itself was at work
