@@ -16,11 +16,12 @@ FAMILIES = {"__init__", "base", "gpt2", "llama"}  # started from, not trained
 STUDIES = {"study", "study_quick"}  # tests/test_optim_study.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
+CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}
 EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"}
 
 
 def test_the_shipped_sizes_are_there():
-    assert EXPECTED | {"quickstart", "debug"} == set(NAMES)
+    assert EXPECTED | CROSSCHECKS | {"quickstart", "debug"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -30,7 +31,8 @@ def test_the_header_states_the_parameter_count_and_the_command(name):
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
     stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
     assert int(stated.replace(",", "")) == count_params(model.axes, sizes(cfg.model))
-    assert f"python -m jaxtrain.train --config=configs/{name}.py" in module.__doc__
+    command = "jaxtrain.crosscheck run" if name in CROSSCHECKS else "jaxtrain.train"
+    assert f"python -m {command} --config=configs/{name}.py" in module.__doc__
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -11,7 +11,9 @@ from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, param_sharding
 from jaxtrain.model.attention import ATTENTION, attention_reference
 from jaxtrain.model.dense import DENSE, dense_plain
+from jaxtrain.model.layers import lookup
 from jaxtrain.model.transformer import build_model, head
+from jaxtrain.step import target_weights
 
 SMALL = dict(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
 GPT2 = SMALL | dict(
@@ -205,3 +207,31 @@ def test_a_layer_is_gathered_one_at_a_time_under_fsdp():
     gathers = re.findall(r"= \w+\[([\d,]+)\][^\n]* all-gather\(", text)
     stacked = [dims for dims in gathers if dims.startswith("4,") and dims.count(",") > 2]
     assert gathers and not stacked
+
+
+@pytest.mark.parametrize("dense", sorted(DENSE))
+def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
+    """Gradients of a bias and of a frequent token: 16,384 terms, far past bfloat16's 256."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w = (
+        jax.random.normal(key, s, jnp.bfloat16)
+        for key, s in zip(keys, [(64, 256, 4), (4, 8)], strict=False)
+    )
+    g = 1 + 0.1 * jax.random.normal(keys[2], (64, 256, 8))
+    tokens = jax.random.randint(keys[3], (64, 256), 0, 2)
+    narrow = g.astype(jnp.bfloat16)
+    _, pull_bias = jax.vjp(lambda b: DENSE[dense](x, w, b), jnp.zeros(8))
+    assert close(pull_bias(narrow)[0], g.sum((0, 1)), 1e-3)
+    read = lambda table: lookup(table, tokens, jnp.bfloat16, lambda x: x)
+    _, pull_table = jax.vjp(read, jnp.zeros((4, 8)))
+    assert close(pull_table(narrow)[0], jnp.zeros((4, 8)).at[tokens].add(g), 1e-3)
+
+
+def test_the_mean_loss_of_a_float64_model_is_rounded_as_float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        weights = target_weights({"tokens": jnp.zeros((2, 4), jnp.int32)})
+        assert weights.dtype == jnp.float64  # 1/6 in float32 is off by 2e-9
+    finally:
+        jax.config.update("jax_enable_x64", before)

@@ -72,7 +72,6 @@ def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False
         from jaxtrain.crosscheck import twin_data, twin_train
 
         if given is None:
-            _need_windows(cfg.data)
             paths, data = [shard.path for shard in start.corpus.shards], cfg.data
             given = twin_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
         twin_train.record(cfg, cfg.steps, path, start.params, given)
@@ -80,8 +79,17 @@ def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False
     say(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
 
 
-def _need_windows(data) -> None:
-    if data.pack or data.document_mask:
+def check_twin(cfg, reads_data=True) -> None:
+    """Raises, before anything is trained, where the PyTorch twin cannot follow a TrainConfig.
+
+    Raises:
+        ImportError: torch is missing.
+        ValueError: torch.optim lacks the optimizer, or the twin cannot make the batches.
+    """
+    from jaxtrain.crosscheck.twin_train import check_optimizer
+
+    check_optimizer(cfg.optim)
+    if reads_data and (cfg.data.pack or cfg.data.document_mask):
         raise ValueError(
             "the twin reads windows of the shards; got data.pack or data.document_mask. Record "
             "ours with --keep_batches, then the twin with --batches=TRACE."
@@ -100,6 +108,7 @@ def report(comparison, png) -> int:
 def run(config, steps, precision) -> int:
     """Records both sides of a config and compares them; the exit status."""
     cfg = resolve(config, steps, precision)
+    check_twin(cfg)
     folder, start = Path(cfg.workdir), ours.start(cfg)
     say(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
     say(f"data       {start.corpus.describe()}")
@@ -135,9 +144,9 @@ def llmc(weights, state, workdir) -> int:
     llmc_state.write_trace(state, model, folder / "llmc.jsonl")
     theirs = read_trace(folder / "llmc.jsonl")
     tokens = next(batches_of(theirs))["tokens"]
-    config = config_lib.to_config_dict(config_lib.TrainConfig(model=model))
-    config.update(steps=1, weights=str(weights), workdir=str(folder))
-    config.data.update(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
+    data = config_lib.DataConfig(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
+    paths = {"weights": str(weights), "workdir": str(folder)}
+    config = config_lib.to_config_dict(config_lib.TrainConfig(model=model, data=data, **paths))
     cfg = resolve(config, 1, "float32")
     record_side("jaxtrain", ours.start(cfg, False), folder / "jaxtrain.jsonl", theirs, "hf")
     return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
@@ -157,6 +166,8 @@ def _command(argv) -> int:
             return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
         cfg = resolve(FLAGS.config, FLAGS.steps, FLAGS.precision)
         batches = read_trace(FLAGS.batches) if FLAGS.batches else None
+        if FLAGS.side == "pytorch":
+            check_twin(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
         start = ours.start(cfg, read_data=batches is None)
         record_side(FLAGS.side, start, out, batches, FLAGS.names, FLAGS.keep_batches)

@@ -97,15 +97,16 @@ class Writer:
 
 
 def read_trace(path) -> Trace:
-    """A whole trace.
+    """The whole steps of a trace; the last line of a loop that was killed is left out.
 
     Raises:
         TraceError: the file is no trace, or a line of it is not as the format says.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"a trace must be a readable text file; got {path}: {error}.") from None
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line without an end was cut
     parsed = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
     if not parsed or parsed[0].get("trace") != FORMAT:
         found = parsed[0].get("trace") if parsed else "an empty file"

@@ -13,14 +13,8 @@ from jaxtrain.crosscheck.twin import build_twin
 TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 
 
-def build_optimizers(cfg, model) -> list:
-    """torch.optim's of an OptimConfig: matrices by optim.name, all else on fused AdamW.
-
-    Matrices, embedding and head decay; positions and vectors do not.
-
-    Raises:
-        ValueError: torch.optim has no such optimizer.
-    """
+def check_optimizer(cfg) -> None:
+    """Raises ValueError where torch.optim has no such optimizer as an OptimConfig's."""
     wanted = {"name": ("adamw", "muon"), "rest": ("adamw",), "noise_scale": (0.0,)}
     if cfg.name == "muon":
         wanted |= {"scale": tuple(TORCH_SCALES), "geometry": ("spectral",), "per_head": (False,)}
@@ -36,6 +30,17 @@ def build_optimizers(cfg, model) -> list:
             f"the PyTorch twin must have torch.optim's AdamW or Muon; got {', '.join(wrong)}. "
             "Set --config.optim.*."
         )
+
+
+def build_optimizers(cfg, model) -> list:
+    """torch.optim's of an OptimConfig: matrices by optim.name, all else on fused AdamW.
+
+    Matrices, embedding and head decay; positions and vectors do not.
+
+    Raises:
+        ValueError: torch.optim has no such optimizer.
+    """
+    check_optimizer(cfg)
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         inside = name.startswith("blocks.")
