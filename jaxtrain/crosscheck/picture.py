@@ -11,6 +11,7 @@ def draw(comparison) -> bytes:
     """PNG bytes: the losses above, their difference below on a logarithmic scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6.4), dpi=160, facecolor="white", layout="constrained")
     upper, lower = FigureCanvasAgg(figure).figure.subplots(
@@ -31,6 +32,7 @@ def draw(comparison) -> bytes:
     lower.semilogy(steps, allowed, color="#999999", linestyle="--", label="tolerance")
     lower.set_ylabel("difference (nats)", fontsize=13)
     lower.set_xlabel("step", fontsize=13)
+    lower.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     lower.legend(fontsize=13, frameon=False)
     found = comparison.divergence
     for axes in (upper, lower):
