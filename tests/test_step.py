@@ -48,7 +48,7 @@ def whole():
     return losses()
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_losses_agree_on_every_mesh(mesh):
     np.testing.assert_allclose(losses(mesh), whole(), rtol=1e-5)
 
@@ -112,9 +112,8 @@ def test_other_shapes_are_an_error_that_names_them():
         step(state, short, run.rates())
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_step_compiled_at_one_rate_serves_every_rate(name):
-    at = lambda rate: build(name=name, learning_rate=rate, adam_learning_rate=rate)
+def test_a_step_compiled_at_one_rate_serves_every_rate():
+    at = lambda rate: build(name="muon", learning_rate=rate, adam_learning_rate=rate)
     (_, step), (other, own_step) = at(0.01), at(0.03)
     state = lambda: init_state(other.model, other.optimizer, other.mesh, 0)
     batch = batch_at(0, other.mesh)

@@ -1,0 +1,1 @@
+"""Fused GPU kernels in Pallas, their chips, and what the compiler says of them with no GPU."""

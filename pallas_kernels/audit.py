@@ -1,0 +1,161 @@
+"""What the compiler makes of every kernel on a chip that is not there: registers to roofline.
+
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit --chip=a40
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit            (a40 and h100)
+
+Exit status 1 where a kernel spills, wants more shared memory than the chip has, lacks the
+tensor-core instructions that its products need, or fits fewer times on a multiprocessor than its
+floor below. Needs the extra `offline`, and no GPU. Nothing here is a measurement.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.chip import CHIPS, find_chip
+from pallas_kernels.offline import compile_for
+from pallas_kernels.symmetric import symmetric
+
+TENSOR_CORE = {"HMMA", "HGMMA"}
+SPILLS = {"STL", "LDL"}
+
+
+class Case(NamedTuple):
+    """One kernel at one shape, and what it must keep."""
+
+    name: str  # of the kernel in the compiled program
+    shape: str
+    build: Callable  # () -> (function, abstract arguments)
+    hbm_bytes: float
+    flops: float
+    floor: int  # blocks on a multiprocessor, at least
+    tensor_core: bool = False
+
+
+def _norm_case(backward, N, D, floor):
+    def build():
+        x, gain = jax.ShapeDtypeStruct((N, D), jnp.bfloat16), jax.ShapeDtypeStruct((D,), "float32")
+        if not backward:
+            return add_rms_norm, (x, x, gain)
+
+        def run(h, y, gain, ds, dn):
+            return jax.vjp(add_rms_norm, h, y, gain)[1]((ds, dn))
+
+        return run, (x, x, gain, x, x)
+
+    name = f"add_rms_norm_{'backward' if backward else 'forward'}"
+    return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2 + 4 * N, 0.0, floor)
+
+
+def _symmetric_case(X, M, N, floor):
+    build = lambda: (symmetric, (jax.ShapeDtypeStruct((X, M, N), jnp.bfloat16),))
+    size = 2 * X * (M * N + M * M)
+    return Case(
+        "symmetric",
+        f"{X}x{M}x{N} bf16",
+        build,
+        size,
+        X * M * (M + 128) * N,
+        floor,
+        tensor_core=True,
+    )
+
+
+CASES = [
+    _norm_case(False, 8_192, 768, floor=12),
+    _norm_case(False, 8_192, 2_048, floor=6),
+    _norm_case(False, 8_192, 8_192, floor=2),
+    _norm_case(True, 8_192, 768, floor=8),
+    _norm_case(True, 8_192, 2_048, floor=4),
+    _norm_case(True, 8_192, 8_192, floor=1),
+    _symmetric_case(26, 2_048, 2_048, floor=2),
+    _symmetric_case(12, 768, 3_072, floor=2),
+]
+
+
+def faults(case, report, chip) -> list[str]:
+    """What of a compiled kernel is not as it must be."""
+    resources, found = report.resources, []
+    spilled = sum(resources.instructions[name] for name in SPILLS)
+    if resources.stack_bytes or spilled:
+        found.append(f"spills: {resources.stack_bytes} bytes of stack, {spilled} instructions")
+    if report.shared_bytes > chip.shared_bytes_per_block:
+        found.append(
+            f"{report.shared_bytes} bytes of shared memory, of which a block has "
+            f"{chip.shared_bytes_per_block}"
+        )
+    if case.tensor_core and not sum(resources.instructions[name] for name in TENSOR_CORE):
+        found.append("no tensor-core instruction")
+    if report.blocks_per_sm(chip) < case.floor:
+        found.append(f"{report.blocks_per_sm(chip)} blocks a multiprocessor, at least {case.floor}")
+    return found
+
+
+HEAD = (
+    f"{'kernel':22} {'shape':18} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} "
+    f"{'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
+)
+
+
+def line(case, report, chip) -> str:
+    count = report.resources.instructions
+    spills = sum(count[name] for name in SPILLS)
+    tensor = sum(count[name] for name in TENSOR_CORE)
+    best = chip.seconds(case.hbm_bytes, case.flops) * 1e6
+    return (
+        f"{case.name:22} {case.shape:18} {report.resources.registers:9} {spills:6} "
+        f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} {tensor:6} "
+        f"{count['LDGSTS']:5} {best:8.1f} us"
+    )
+
+
+def audit(chip, cases=CASES, show=print) -> list[str]:
+    """Compiles every case for a chip and shows a table; the faults found, a sentence each.
+
+    Raises:
+        RuntimeError: the compiler for GPUs is not installed.
+    """
+    show(f"{chip.name}: {chip.kind}, {chip.arch}, compiled by jax {jax.__version__}; no GPU")
+    show(HEAD)
+    wrong = []
+    for case in cases:
+        function, abstract = case.build()
+        try:
+            report = compile_for(chip, function, *abstract)[1][case.name]
+        except jax.errors.JaxRuntimeError as error:
+            wrong.append(f"{chip.name}: {case.name} {case.shape}: {str(error).splitlines()[0]}")
+            continue
+        show(line(case, report, chip))
+        wrong += [
+            f"{chip.name}: {case.name} {case.shape}: {fault}"
+            for fault in faults(case, report, chip)
+        ]
+    return wrong
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m pallas_kernels.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--chip", action="append", choices=tuple(CHIPS), help="may be repeated; default: a40, h100"
+    )
+    wrong = []
+    try:
+        for name in parser.parse_args(argv).chip or ("a40", "h100"):
+            wrong += audit(find_chip(name))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(wrong) if wrong else "audit passed")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Chips: what each can do at most, from its datasheet. The only such table in the project.
+
+Peaks are dense (no sparsity), products with float32 accumulation. On the A40 and the RTX A6000 that
+costs nothing: the half rate is GeForce's alone.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One GPU model. Bandwidths and peaks are per second, sizes in bytes."""
+
+    name: str
+    kind: str  # jax's Device.device_kind; others of the family (PCIe, NVL) have other figures
+    compute_capability: tuple[int, int]
+    peak_flops: dict[str, float]  # by type of the operands
+    hbm_bytes_per_s: float
+    hbm_bytes: int  # nominal, or as its owners see it where that is known
+    sms: int
+    clock_ghz: float  # boost
+    shared_bytes_per_block: int  # at most, opted in
+    shared_bytes_per_sm: int
+    threads_per_sm: int
+    l2_bytes: int
+    nvlink_bytes_per_s: float  # both ways together; 0 is none
+    pcie_bytes_per_s: float  # one way
+    source: str
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
+
+    def seconds(self, hbm_bytes: float, flops: float, dtype: str = "bfloat16") -> float:
+        """Roofline: the time that moving these bytes or doing these FLOPs takes at least."""
+        return max(hbm_bytes / self.hbm_bytes_per_s, flops / self.peak_flops[dtype])
+
+
+def _peaks(half, tf32, single):
+    """TFLOP/s of bfloat16 and float16 alike, TF32 and float32."""
+    return {
+        "bfloat16": half * 1e12,
+        "float16": half * 1e12,
+        "tf32": tf32 * 1e12,
+        "float32": single * 1e12,
+    }
+
+
+_AMPERE_86 = {
+    "compute_capability": (8, 6),
+    "shared_bytes_per_block": 101_376,
+    "shared_bytes_per_sm": 102_400,
+    "threads_per_sm": 1_536,
+    "pcie_bytes_per_s": 32 * GB,
+}
+_A100 = {
+    "compute_capability": (8, 0),
+    "peak_flops": _peaks(312, 156, 19.5),
+    "sms": 108,
+    "clock_ghz": 1.41,
+    "shared_bytes_per_block": 166_912,
+    "shared_bytes_per_sm": 167_936,
+    "threads_per_sm": 2_048,
+    "l2_bytes": 40 << 20,
+    "nvlink_bytes_per_s": 600 * GB,
+    "pcie_bytes_per_s": 32 * GB,
+    "source": "NVIDIA A100 datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4-web",
+}
+_HOPPER = {
+    "compute_capability": (9, 0),
+    "shared_bytes_per_block": 232_448,
+    "shared_bytes_per_sm": 233_472,
+    "threads_per_sm": 2_048,
+    "l2_bytes": 50 << 20,
+    "pcie_bytes_per_s": 64 * GB,
+}
+_H100_SXM = _HOPPER | {
+    "peak_flops": _peaks(989.4, 494.7, 66.9),
+    "sms": 132,
+    "clock_ghz": 1.98,
+    "nvlink_bytes_per_s": 900 * GB,
+}
+
+# Compute capability, shared memory and threads: CUDA C++ Programming Guide, table of technical
+# specifications per compute capability. SMs, clocks and bandwidths as XLA's target descriptions
+# have them where it has one (a6000, a100, h100_sxm, h100_pcie, h200), and the datasheets.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="a40",
+            kind="NVIDIA A40",
+            peak_flops=_peaks(149.7, 74.8, 37.4),
+            hbm_bytes_per_s=696 * GB,
+            hbm_bytes=47_697_362_944,  # of 48 GB with ECC, as its users' out-of-memory errors say
+            sms=84,
+            clock_ghz=1.74,
+            l2_bytes=6 << 20,
+            nvlink_bytes_per_s=112.5 * GB,
+            source="NVIDIA A40 datasheet, 2022-06; bf16 149.7 TFLOP/s dense",
+            **_AMPERE_86,
+        ),
+        Chip(
+            name="a6000",
+            kind="NVIDIA RTX A6000",
+            peak_flops=_peaks(154.8, 77.4, 38.7),
+            hbm_bytes_per_s=768 * GB,
+            hbm_bytes=48 << 30,
+            sms=84,
+            clock_ghz=1.8,
+            l2_bytes=6 << 20,
+            nvlink_bytes_per_s=112.5 * GB,
+            source="NVIDIA RTX A6000 datasheet, 2021; NVIDIA GA102 whitepaper v2.1",
+            **_AMPERE_86,
+        ),
+        Chip(
+            name="a100_40gb",
+            kind="NVIDIA A100-SXM4-40GB",
+            hbm_bytes_per_s=1_555 * GB,
+            hbm_bytes=40 << 30,
+            **_A100,
+        ),
+        Chip(
+            name="a100_80gb",
+            kind="NVIDIA A100-SXM4-80GB",
+            hbm_bytes_per_s=2_039 * GB,
+            hbm_bytes=80 << 30,
+            **_A100,
+        ),
+        Chip(
+            name="l40s",
+            kind="NVIDIA L40S",
+            peak_flops=_peaks(362.05, 183.0, 91.6),
+            hbm_bytes_per_s=864 * GB,
+            hbm_bytes=48 << 30,
+            sms=142,
+            clock_ghz=2.52,
+            l2_bytes=96 << 20,
+            nvlink_bytes_per_s=0.0,
+            source="NVIDIA L40S datasheet, 2023-08; NVIDIA Ada whitepaper for the cache",
+            **_AMPERE_86 | {"compute_capability": (8, 9)},
+        ),
+        Chip(
+            name="h100_pcie",
+            kind="NVIDIA H100 PCIe",
+            peak_flops=_peaks(756.0, 378.0, 51.2),
+            hbm_bytes_per_s=2_039 * GB,
+            hbm_bytes=80 << 30,
+            sms=114,
+            clock_ghz=1.755,
+            nvlink_bytes_per_s=600 * GB,
+            source="NVIDIA H100 datasheet, 2023; NVIDIA H100 whitepaper v1.04",
+            **_HOPPER,
+        ),
+        Chip(
+            name="h100",
+            kind="NVIDIA H100 80GB HBM3",
+            hbm_bytes_per_s=3_352 * GB,
+            hbm_bytes=84_942_979_072,
+            source="NVIDIA H100 datasheet, 2023; NVIDIA H100 whitepaper v1.04",
+            **_H100_SXM,
+        ),
+        Chip(
+            name="h200",
+            kind="NVIDIA H200",
+            hbm_bytes_per_s=4_800 * GB,
+            hbm_bytes=141 * GB,
+            source="NVIDIA H200 datasheet, 2024",
+            **_H100_SXM,
+        ),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """The chip called `name`. Raises ValueError where the table has none."""
+    if name not in CHIPS:
+        raise ValueError(
+            f"the chip must be one of {', '.join(CHIPS)}; got {name!r}. Add it, with its source, "
+            "to pallas_kernels/chip.py."
+        )
+    return CHIPS[name]
+
+
+def detect_chip(device=None) -> Chip:
+    """The chip of a jax device, the first one by default.
+
+    Raises:
+        ValueError: it is no GPU, or none of the table: its peak would be a guess.
+    """
+    device = jax.devices()[0] if device is None else device
+    for chip in CHIPS.values():
+        if chip.kind == device.device_kind:
+            return chip
+    raise ValueError(
+        f"the device must be a GPU of {', '.join(CHIPS)}; got {device.device_kind!r}. Name the "
+        "chip that it is like, or add it, with its source, to pallas_kernels/chip.py."
+    )

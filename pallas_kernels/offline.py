@@ -1,0 +1,155 @@
+"""Compiles for a chip that is not there: XLA down to machine code on a CPU-only machine.
+
+Needs the extra `offline` (the CUDA plugin, its compiler and no GPU), and JAX_PLATFORMS=cpu in the
+environment before jax is imported, as the plugin would otherwise look for a driver.
+"""
+
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.experimental import serialize_executable, topologies
+
+from pallas_kernels.chip import Chip
+from pallas_kernels.cubin import Resources, find_cubins, read_resources
+
+REGISTERS_PER_SM = 65_536
+ALLOCATED_AT_ONCE = 256  # registers of a warp: CUDA's occupancy calculator, sm_80 to sm_90
+RESERVED_SHARED_BYTES = 1_024  # a block, by the system, from sm_80 on
+CUDA_VERSION = "12.9.0"
+
+
+class KernelReport(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    name: str
+    resources: Resources
+    threads: int  # of a block
+    blocks: int  # of the grid
+    shared_bytes: int  # of a block, static and dynamic
+
+    def blocks_per_sm(self, chip: Chip) -> int:
+        """Occupancy, by registers, shared memory and threads."""
+        warps = -(-self.threads // 32)
+        warp_registers = -(-self.resources.registers * 32 // ALLOCATED_AT_ONCE) * ALLOCATED_AT_ONCE
+        by_registers = REGISTERS_PER_SM // (warp_registers * warps)
+        shared = self.shared_bytes + RESERVED_SHARED_BYTES
+        return min(
+            by_registers, chip.shared_bytes_per_sm // shared, chip.threads_per_sm // self.threads
+        )
+
+
+def target_config(chip: Chip) -> str:
+    """The chip as XLA's target description, in protobuf's text format."""
+    major, minor = chip.compute_capability
+    feature = "ACCELERATED_FEATURES" if major == 9 else "NONE"
+    versions = "\n".join(
+        f'  {name}: "{CUDA_VERSION}"'
+        for name in ("runtime_version", "driver_version", "compile_time_toolkit_version")
+    )
+    return f"""gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {chip.shared_bytes_per_sm}
+  threads_per_core_limit: {chip.threads_per_sm}
+  core_count: {chip.sms}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(chip.hbm_bytes_per_s)}
+  l2_cache_size: {chip.l2_bytes}
+  clock_rate_ghz: {chip.clock_ghz}
+  device_memory_size: {chip.hbm_bytes}
+  shared_memory_per_block_optin: {chip.shared_bytes_per_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+  registers_per_core_limit: {REGISTERS_PER_SM}
+  registers_per_block_limit: {REGISTERS_PER_SM}
+  dnn_version: "9.8.0"
+{versions}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{chip.kind}"
+"""
+
+
+def devices_of(chip: Chip, count: int = 1) -> list:
+    """That many devices of a chip, to compile for.
+
+    Raises:
+        RuntimeError: the compiler for GPUs is not installed, or JAX_PLATFORMS is not cpu.
+    """
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise RuntimeError(
+            "to compile without a GPU, JAX_PLATFORMS must be cpu before jax is imported; got "
+            f"{os.environ.get('JAX_PLATFORMS')!r}. Start as JAX_PLATFORMS=cpu python -m ..."
+        )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=target_config(chip), topology=f"1x1x{count}"
+        )
+    except Exception as error:  # of several types, by version and by what is missing
+        raise RuntimeError(
+            f"the compiler for {chip.name} cannot be had: {error}. Run pip install "
+            '"jaxtrain[offline]".'
+        ) from error
+    return list(topology.devices)
+
+
+def compile_for(chip: Chip, function, *abstract, **options):
+    """(compiled, {kernel's name: KernelReport}) of a function on one device of the chip.
+
+    Args:
+        abstract: jax.ShapeDtypeStruct of each argument.
+        options: XLA's flags.
+
+    Raises:
+        jax.errors.JaxRuntimeError: it spills, or wants more shared memory than the chip has.
+    """
+    device = devices_of(chip)[0]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), abstract
+    )
+    with tempfile.TemporaryDirectory() as dump, jax.default_device(device):
+        flags = {
+            "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+            "xla_dump_to": dump,
+            "xla_dump_hlo_as_text": True,
+        }
+        compiled = jax.jit(function).lower(*abstract).compile(compiler_options=flags | options)
+        thunks = "".join(path.read_text() for path in Path(dump).glob("*thunk_sequence.txt"))
+    payload = serialize_executable.serialize(compiled)[0]
+    resources = {}
+    for cubin in find_cubins(payload):
+        resources |= read_resources(cubin)
+    launches = _launches(thunks)
+    return compiled, {
+        name: KernelReport(name, found, *launches.get(name, (0, 0, 0)))
+        for name, found in resources.items()
+    }
+
+
+LAUNCH = re.compile(
+    r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]\s+"
+    r"shared_memory: (\d+) bytes"
+)
+
+
+def _launches(text) -> dict:
+    """{kernel's name: (threads, blocks, shared bytes)} of XLA's dump of a thunk sequence."""
+    found = {}
+    for name, *numbers in LAUNCH.findall(text):
+        grid, threads, shared = numbers[:3], numbers[3:6], int(numbers[6])
+        found[name] = math.prod(map(int, threads)), math.prod(map(int, grid)), shared
+    return found

@@ -1,0 +1,81 @@
+"""Kernels compiled for chips that are not there; each command is a process of its own, as jax must
+be told before its import that no GPU is meant."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
+pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
+from pallas_kernels.audit import CASES, faults  # noqa: E402
+from pallas_kernels.chip import find_chip  # noqa: E402
+from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
+from pallas_kernels.offline import KernelReport  # noqa: E402
+
+
+def run(*argv, **env):
+    argv, env = [sys.executable, *argv], os.environ | env
+    env.pop("XLA_FLAGS", None)  # the suite's level 0 is not what runs on a card
+    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
+
+
+def test_the_audit_passes_for_both_chips():
+    done = run("-m", "pallas_kernels.audit", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("add_", "symmetric"))]
+    assert len(rows) == 2 * len(CASES)
+    assert "audit passed" in done.stdout
+
+
+CASE = next(case for case in CASES if case.tensor_core)
+GOOD = KernelReport("symmetric", Resources(200, 0, 0, Counter(HMMA=64)), 128, 136, 32_768)
+
+
+def broken(**resources):
+    return GOOD._replace(resources=GOOD.resources._replace(**resources))
+
+
+@pytest.mark.parametrize(
+    "report, says",
+    [
+        (broken(stack_bytes=8), "spills: 8 bytes"),
+        (broken(instructions=Counter(HMMA=64, STL=2)), "2 instructions"),
+        (GOOD._replace(shared_bytes=101_377), "101377 bytes of shared memory"),
+        (broken(instructions=Counter()), "no tensor-core instruction"),
+        (broken(registers=255), "1 blocks a multiprocessor, at least 2"),
+    ],
+)
+def test_each_fault_is_found(report, says):
+    report = report._replace(threads=256) if "blocks a" in says else report
+    assert any(says in fault for fault in faults(CASE, report, find_chip("a40")))
+    assert not faults(CASE, GOOD, find_chip("a40"))
+
+
+SPILLING = """
+import jax, jax.numpy as jnp
+from pallas_kernels import symmetric
+from pallas_kernels.chip import find_chip
+from pallas_kernels.offline import compile_for
+symmetric.WARPS = 1
+x = jax.ShapeDtypeStruct((1, 512, 512), jnp.bfloat16)
+compile_for(find_chip("a40"), symmetric.symmetric, x)
+"""
+
+
+def test_a_kernel_that_spills_does_not_compile():
+    done = run("-c", SPILLING, JAX_PLATFORMS="cpu")
+    assert done.returncode != 0
+    assert "register spilling" in done.stderr
+
+
+def test_without_the_platform_set_the_error_says_how_to_start():
+    done = run("-m", "pallas_kernels.audit", "--chip=a40", JAX_PLATFORMS="")
+    assert done.returncode == 1
+    assert "JAX_PLATFORMS=cpu" in done.stderr.splitlines()[-1]
+
+
+def test_what_is_no_executable_has_no_kernels():
+    assert find_cubins(b"nothing in here") == []

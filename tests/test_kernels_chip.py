@@ -1,0 +1,44 @@
+from types import SimpleNamespace
+
+import pytest
+
+from pallas_kernels.chip import CHIPS, detect_chip, find_chip
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_a_device_is_the_chip_that_names_it(name):
+    chip = find_chip(name)
+    assert detect_chip(SimpleNamespace(device_kind=chip.kind)) is chip
+    assert chip.source
+
+
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA A4000", "NVIDIA H200 NVL", "NVIDIA A100 80GB PCIe", "cpu"]
+)
+def test_a_relative_of_a_chip_is_not_that_chip(kind):
+    with pytest.raises(ValueError, match=f"got '{kind}'"):
+        detect_chip(SimpleNamespace(device_kind=kind))
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="one of a40, .*h200; got 'b300'"):
+        find_chip("b300")
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_figures_of_a_chip_fit_each_other(chip):
+    peaks = chip.peak_flops
+    assert peaks["bfloat16"] == peaks["float16"] > peaks["tf32"] > peaks["float32"]
+    assert chip.shared_bytes_per_block + 1_024 <= chip.shared_bytes_per_sm
+    assert 1e11 < chip.hbm_bytes_per_s < 1e13 < peaks["float32"]
+    # float32: two FLOPs a lane and clock, of 64 (A100) or 128 lanes a multiprocessor
+    lanes = 64 if chip.compute_capability == (8, 0) else 128
+    assert peaks["float32"] == pytest.approx(2 * lanes * chip.sms * chip.clock_ghz * 1e9, rel=0.02)
+
+
+def test_the_roofline_is_the_slower_of_moving_and_computing():
+    chip = find_chip("a40")
+    assert chip.seconds(696e9, 0) == 1
+    assert chip.seconds(0, 149.7e12) == pytest.approx(1)
+    assert chip.seconds(696e9, 2 * 149.7e12) == pytest.approx(2)
+    assert chip.seconds(0, 37.4e12, "float32") == pytest.approx(1)
