@@ -37,5 +37,5 @@ def theirs_of(start, path, cfg=None, batches=None):
         batches = twin_data.shard_batches(paths, cfg.data.batch, cfg.data.seq_len, cfg.seed)
     else:
         batches = batches_of(batches)
-    twin_train.record(cfg, cfg.steps, path, start.params, batches)
+    twin_train.record(cfg, cfg.steps, path, start.weights, batches)
     return read_trace(path)

@@ -199,9 +199,9 @@ def test_a_fault_of_the_backward_pass_alone_is_one_of_the_gradient(recorded, mon
 
 def test_noise_of_one_part_in_a_million_is_seen_in_float64_and_where(recorded, tmp_path):
     start, mine = recorded("llama")
-    params = jax.tree.map(np.copy, start.params)
+    params = jax.tree.map(np.copy, start.weights)
     params["blocks"]["mlp"]["up"]["w"][1] *= 1 + 1e-6
-    theirs = theirs_of(start._replace(params=params), tmp_path / "t.jsonl")
+    theirs = theirs_of(start._replace(weights=params), tmp_path / "t.jsonl")
     found = compare(mine, theirs).divergence
     assert (found.stage, found.gap.step) == ("start", 0)
     assert found.gap.tensor == "blocks.1.mlp.up.weight"

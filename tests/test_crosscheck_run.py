@@ -95,7 +95,7 @@ def test_a_narrower_side_fails_the_bfloat16_law():
 def gpt2_of(start, folder):
     """transformers' GPT-2 with the weights of our first state."""
     axes = start.run.model.axes
-    write_folder(folder, start.run.cfg.model, named_leaves(axes), named_leaves(start.params))
+    write_folder(folder, start.run.cfg.model, named_leaves(axes), named_leaves(start.weights))
     return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -161,7 +161,7 @@ def test_an_llmc_debug_state_is_a_trace_of_one_step(tmp_path, text, capsys):
     start = ours.start(freeze(config), read_data=False)
     axes = named_leaves(start.run.model.axes)
     model = gpt2_of(start, tmp_path / "hf")
-    write_folder(tmp_path / "w.bin", start.run.cfg.model, axes, named_leaves(start.params))
+    write_folder(tmp_path / "w.bin", start.run.cfg.model, axes, named_leaves(start.weights))
     tokens = torch.randint(0, 200, (2, 17), generator=torch.Generator().manual_seed(1))
     state = tmp_path / "state.bin"
     write_state(state, model, tokens[:, :-1], tokens[:, 1:])

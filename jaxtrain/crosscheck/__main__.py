@@ -74,7 +74,7 @@ def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False
         if given is None:
             paths, data = [shard.path for shard in start.corpus.shards], cfg.data
             given = twin_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
-        twin_train.record(cfg, cfg.steps, path, start.params, given)
+        twin_train.record(cfg, cfg.steps, path, start.weights, given)
     seconds = time.perf_counter() - began
     say(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
 

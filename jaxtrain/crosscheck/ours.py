@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
     run: Run
     state: TrainState
-    params: dict  # NumPy, of that state
+    weights: dict  # the parameters of that state, in NumPy
     corpus: Corpus | None  # None: batches are given
 
 
@@ -84,7 +84,7 @@ def record(start, steps, path, style="jaxtrain", batches=None, keep_batches=Fals
         reading = build_batches(cfg.data, start.corpus, run.mesh, cfg.seed)
     state, step = start.state, build_traced_step(run)
     with reading as batches, Writer(path, "jaxtrain", cfg.model.dtype) as writer:
-        writer.write({"step": 0, "parameter": writer.digests(naming(start.params))})
+        writer.write({"step": 0, "parameter": writer.digests(naming(start.weights))})
         for batch in islice(batches, steps):
             batch = {name: jax.device_put(np.asarray(x), at) for name, x in batch.items()}
             state = _write_step(writer, naming, step, state, batch, run.rates(), keep_batches)
