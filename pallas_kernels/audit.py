@@ -18,9 +18,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.chip import CHIPS, find_chip
+from pallas_kernels.flash_attention import BLOCKS, flash_attention
 from pallas_kernels.offline import compile_for
 from pallas_kernels.symmetric import symmetric
 
+AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in BLOCKS)
 TENSOR_CORE = {"HMMA", "HGMMA"}
 SPILLS = {"STL", "LDL"}
 
@@ -30,7 +32,7 @@ class Case(NamedTuple):
 
     name: str  # of the kernel in the compiled program
     shape: str
-    build: Callable  # () -> (function, abstract arguments)
+    build: Callable  # Chip -> (function, abstract arguments)
     hbm_bytes: float
     flops: float
     floor: int  # blocks on a multiprocessor, at least
@@ -38,7 +40,8 @@ class Case(NamedTuple):
 
 
 def _norm_case(backward, N, D, floor):
-    def build():
+    def build(chip):
+        del chip
         x, gain = jax.ShapeDtypeStruct((N, D), jnp.bfloat16), jax.ShapeDtypeStruct((D,), "float32")
         if not backward:
             return add_rms_norm, (x, x, gain)
@@ -53,7 +56,7 @@ def _norm_case(backward, N, D, floor):
 
 
 def _symmetric_case(X, M, N, floor):
-    build = lambda: (symmetric, (jax.ShapeDtypeStruct((X, M, N), jnp.bfloat16),))
+    build = lambda chip: (symmetric, (jax.ShapeDtypeStruct((X, M, N), jnp.bfloat16),))
     size = 2 * X * (M * N + M * M)
     return Case(
         "symmetric",
@@ -66,7 +69,35 @@ def _symmetric_case(X, M, N, floor):
     )
 
 
+ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
+
+
+def _attention_case(name, B, T, H, G, K):
+    """With documents, the harder case: more registers than without."""
+
+    def build(chip):
+        blocks = BLOCKS[chip.arch]
+        q, k = (jax.ShapeDtypeStruct((B, T, heads, K), jnp.bfloat16) for heads in (H, G))
+        docs = jax.ShapeDtypeStruct((B, T), jnp.int32)
+        run = lambda q, k, v, dq, dk: flash_attention(q, k, v, dq, dk, blocks)
+        if name == "forward":
+            return run, (q, k, k, docs, docs)
+
+        def backward(q, k, v, do, docs):
+            dq, dk, dv = jax.vjp(lambda *x: run(*x, docs, docs), q, k, v)[1](do)
+            return dq if name == "dq" else (dk, dv)
+
+        return backward, (q, k, k, q, docs)
+
+    flops = ATTENTION_WORK[name] * 2 * B * H * K * T * (T + 1)
+    size = 2 * B * T * K * (2 * H + 2 * G) * (2 if name == "dkv" else 1)
+    shape = f"{B}x{T}x{H}:{G}x{K} bf16"
+    return Case(f"flash_attention_{name}", shape, build, size, flops, 1, tensor_core=True)
+
+
 CASES = [
+    *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
+    *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
     _norm_case(False, 8_192, 768, floor=12),
     _norm_case(False, 8_192, 2_048, floor=6),
     _norm_case(False, 8_192, 8_192, floor=2),
@@ -97,7 +128,7 @@ def faults(case, report, chip) -> list[str]:
 
 
 HEAD = (
-    f"{'kernel':22} {'shape':18} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} "
+    f"{'kernel':23} {'shape':21} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} "
     f"{'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
 )
 
@@ -108,7 +139,7 @@ def line(case, report, chip) -> str:
     tensor = sum(count[name] for name in TENSOR_CORE)
     best = chip.seconds(case.hbm_bytes, case.flops) * 1e6
     return (
-        f"{case.name:22} {case.shape:18} {report.resources.registers:9} {spills:6} "
+        f"{case.name:23} {case.shape:21} {report.resources.registers:9} {spills:6} "
         f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} {tensor:6} "
         f"{count['LDGSTS']:5} {best:8.1f} us"
     )
@@ -124,7 +155,7 @@ def audit(chip, cases=CASES, show=print) -> list[str]:
     show(HEAD)
     wrong = []
     for case in cases:
-        function, abstract = case.build()
+        function, abstract = case.build(chip)
         try:
             report = compile_for(chip, function, *abstract)[1][case.name]
         except jax.errors.JaxRuntimeError as error:
@@ -145,7 +176,7 @@ def main(argv=None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--chip", action="append", choices=tuple(CHIPS), help="may be repeated; default: a40, h100"
+        "--chip", action="append", choices=AUDITED, help="may be repeated; default: a40, h100"
     )
     wrong = []
     try:

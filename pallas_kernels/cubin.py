@@ -101,9 +101,9 @@ def _simple_records(data):
 def _images(data):
     at = data.find(ELF)
     while at >= 0:
-        (sections_at,) = struct.unpack_from("<Q", data, at + 0x28)
-        size, count = struct.unpack_from("<HH", data, at + 0x3A)
-        end = at + sections_at + size * count
+        tables = struct.unpack_from("<QQ", data, at + 0x20)  # of segments, of sections
+        sizes = struct.unpack_from("<4H", data, at + 0x36)
+        end = at + max(tables[0] + sizes[0] * sizes[1], tables[1] + sizes[2] * sizes[3])
         yield data[at:end]
         at = data.find(ELF, end)
 
