@@ -102,6 +102,17 @@ def test_logits_loss_and_gradients_equal_the_twins(form):
     assert max(off.values()) < 1e-5, off
 
 
+@pytest.mark.parametrize("form", ["llama", "gpt2"])
+def test_logits_of_twelve_layers_are_within_5e_5(form):
+    cfg = ModelConfig(**FORMS[form] | dict(L=12, unroll=1))
+    run = build_run(TrainConfig(model=cfg, data=DataConfig(batch=B, seq_len=T)), jax.devices()[:1])
+    params, (tokens, their_tokens) = run.model.init(jax.random.key(0)), tokens_of(0)
+    ours = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens[:, :-1])))(params)
+    theirs = twin.build_twin(cfg, params)(their_tokens[:, :-1]).detach().numpy()
+    assert np.abs(np.asarray(ours) - theirs).max() < 5e-5
+    assert np.abs(theirs).max() > 0.1
+
+
 def moves_of_both(form, steps=5, **optim):
     """How far our weights and the twin's have moved after the same batches."""
     run = build(form, **optim)
