@@ -46,7 +46,7 @@ class ModelConfig(Section):
     attention: str = knob(
         "auto",
         "attention's route",
-        choices=("auto", "reference", "blocked", "blocked_wide", "cudnn"),
+        choices=("auto", "reference", "blocked", "blocked_wide", "cudnn", "flash"),
     )
     unroll: int = knob(0, "layers per scan iteration; 0 takes the chip's best", low=0)
     remat: str = knob(
@@ -54,6 +54,14 @@ class ModelConfig(Section):
         "activations to recompute in backward",
         choices=("none", "dots", "attention", "full"),
     )
+
+
+@dataclass(frozen=True)
+class KernelsConfig(Section):
+    PREFIX = "kernels."
+
+    strict: bool = knob(False, "what has a fused kernel must run it; an error says why it cannot")
+    interpret: bool = knob(False, "fused kernels run without a GPU, op by op and slowly: for tests")
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,7 @@ class TrainConfig(Section):
     deterministic: bool = knob(False, "bitwise repeatable on GPU, slower")
     compile_cache: str = knob("~/.cache/jaxtrain/xla", "compiled programs kept; empty is none")
     model: ModelConfig = field(default_factory=ModelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.chip import CHIPS, find_chip
-from pallas_kernels.flash_attention import BLOCKS, flash_attention
+from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.offline import compile_for
-from pallas_kernels.symmetric import symmetric
+from pallas_kernels.symmetric import TILE, symmetric
+from pallas_kernels.tuned import BLOCKS
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in BLOCKS)
 TENSOR_CORE = {"HMMA", "HGMMA"}
@@ -63,7 +64,7 @@ def _symmetric_case(X, M, N, floor):
         f"{X}x{M}x{N} bf16",
         build,
         size,
-        X * M * (M + 128) * N,
+        X * M * (M + TILE) * N,
         floor,
         tensor_core=True,
     )

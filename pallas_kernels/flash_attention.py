@@ -13,7 +13,6 @@ https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +23,6 @@ from pallas_kernels import triton
 
 MASKED = -1e30  # -inf would make nan of a row with nothing to see
 NOTHING = 1e30  # the log-sum-exp of such a row: its probabilities are then 0
-
-
-class Tiles(NamedTuple):
-    """Queries and keys of a block, warps of a program, stages of its pipeline."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Blocks(NamedTuple):
-    forward: Tiles
-    dkv: Tiles
-    dq: Tiles
-
-
-# By compute capability: none spills at K of 64 and 128 (audit). Chosen offline, no card has run
-# them; FlashAttention-2 too takes 64x64 for the backward where shared memory is short.
-BLOCKS = {
-    "sm_86": Blocks(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    "sm_90": Blocks(Tiles(128, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
-}
 
 
 def flash_attention_reference(q_BTHK, k_BSGK, v_BSGK, docs_BT=None, docs_BS=None):

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxtrain import kernels
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import KernelsConfig, ModelConfig
 from jaxtrain.kernels import choose_routes
 
 
@@ -45,3 +45,40 @@ def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
     assert unroll(L=4).implementation == "unroll=4"
     assert unroll(L=26).implementation == "unroll=1"
     assert unroll(L=26, unroll=13).implementation == "unroll=13"
+
+
+STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
+
+
+@pytest.mark.parametrize(
+    "values, where, says",
+    [
+        ({}, {}, "got no GPU"),
+        ({}, {"arch": "sm_75"}, "compiled for sm_86, sm_90; got sm_75"),
+        ({"K": 96}, {"arch": "sm_86"}, "a power of two, at least 16; got model.K=96"),
+        ({"K": 8}, {"arch": "sm_86"}, "at least 16; got model.K=8"),
+        ({"dtype": "float64"}, {"arch": "sm_90"}, "got model.dtype=float64"),
+        ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+    ],
+)
+def test_strict_kernels_refuse_with_the_reason(values, where, says):
+    platform = "gpu" if where else "cpu"
+    with pytest.raises(ValueError, match=f"kernels.strict needs fused attention.*{says}"):
+        choose_routes(ModelConfig(**values), False, platform, False, STRICT, **where)
+    if where:
+        choose_routes(ModelConfig(**values), False, platform, False, **where)  # another is taken
+    with pytest.raises(ValueError, match=f"model.attention=flash needs.*{says}"):
+        asked = ModelConfig(**values, attention="flash")
+        choose_routes(asked, False, platform, False, **where)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_route_is_taken_where_it_must_be_and_named_by_its_chip(masked):
+    route = lambda kernels, **where: (
+        choose_routes(ModelConfig(), masked, "gpu", False, kernels, **where)[
+            "attention"
+        ].implementation
+    )
+    assert route(STRICT, arch="sm_86") == "flash:sm_86"
+    assert route(INTERPRET) == "flash:interpret"
+    assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not before a card has run it

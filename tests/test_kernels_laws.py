@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from pallas_kernels.flash_attention import (
-    Blocks,
-    Tiles,
-    flash_attention,
-    flash_attention_reference,
-)
+from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.symmetric import TILE, _place, symmetric, symmetric_reference
+from pallas_kernels.tuned import Blocks, Tiles
 
 HALF, FULL = jnp.bfloat16, jnp.float32
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 files axes knobs
 config
-runtime mesh kernels stop
+runtime mesh stop
+kernels
 data.* model.* interop.*
 loss optim.*
 step

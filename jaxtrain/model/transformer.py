@@ -23,7 +23,7 @@ from jaxtrain.model.layers import Transformer, lookup, rope_tables
 policies = jax.checkpoint_policies
 REMAT = {
     "dots": policies.dots_with_no_batch_dims_saveable,
-    "attention": policies.save_only_these_names("attention"),
+    "attention": policies.save_only_these_names("attention", "attention_lse"),
     "full": policies.nothing_saveable,
 }  # and "none": no checkpoint at all
 
@@ -139,7 +139,7 @@ class _Network:
         docs_BT = docs_BT if self.document_mask else None
 
         def body(h_BTD, layer):
-            mix = lambda q, k, v: (attend(attention, q, k, v, docs_BT), None)
+            mix = lambda q, k, v: (attend(attention, q, k, v, docs_BT, self.mesh), None)
             h_BTD, _ = self.block(h_BTD, layer, rope, mix)
             return h_BTD, keep(h_BTD)
 
