@@ -7,17 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.crosscheck_runs import ours_of, small, theirs_of
-
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
 )
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from jaxtrain.crosscheck import twin, twin_train  # noqa: E402
+from jaxtrain.crosscheck import twin  # noqa: E402
 from jaxtrain.crosscheck.compare import compare  # noqa: E402
 from jaxtrain.crosscheck.verdict import explain, table  # noqa: E402
+from tests.crosscheck_runs import ours_of, small, theirs_of  # noqa: E402
 
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
 RUNS = {
@@ -206,4 +205,3 @@ def test_noise_of_one_part_in_a_million_is_seen_in_float64_and_where(recorded, t
     assert (found.stage, found.gap.step) == ("start", 0)
     assert found.gap.tensor == "blocks.1.mlp.up.weight"
     assert found.gap.size == pytest.approx(1e-6, rel=0.7)  # an estimate from 16 projections
-    assert twin_train.TORCH_SCALES  # the twin itself was at work

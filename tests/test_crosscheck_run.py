@@ -10,7 +10,6 @@ import pytest
 from jaxtrain.config import to_config_dict
 from jaxtrain.interop.hf import write_folder
 from jaxtrain.optim.groups import named_leaves
-from tests.crosscheck_runs import ours_of, small, theirs_of
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
@@ -25,6 +24,7 @@ from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
 from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
 from jaxtrain.crosscheck.verdict import explain, narrow_table  # noqa: E402
 from jaxtrain.interop.llmc import HEADER, layout  # noqa: E402
+from tests.crosscheck_runs import ours_of, small, theirs_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def distance(a, b) -> float:
 
 
 def tolerance(precision, quantity, step, layers=0) -> float:
-    """What a gap may be at a step: measured growth with room, from the thresholds of README.
+    """What a gap may be at a step: some ten times what tiny models were measured to differ by.
 
     Activations, gradients, updates, parameters: relative L2. Loss and gradient norm: absolute and
     relative.
