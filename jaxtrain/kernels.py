@@ -43,7 +43,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def arch_of(device) -> str:
-    """ "sm_86" of a GPU, "" of anything else."""
+    """A GPU's, as "sm_86"; empty of any other device."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else ""
 

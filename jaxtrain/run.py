@@ -41,14 +41,18 @@ class Run(NamedTuple):
         return place_rates(peak_rates(self.cfg.optim, self.model.axes), self.mesh)
 
 
-def run_main(main, errors=()):
-    """absl's app.run(main); bad input and broken checkpoints end in one line and status 1."""
+def run_main(main, errors=(), words=False):
+    """absl's app.run(main); bad input and broken checkpoints end in one line and status 1.
+
+    Args:
+        words: main takes the arguments that are no flags; else there must be none.
+    """
 
     def guarded(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not words:
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         try:
-            sys.exit(main())
+            sys.exit(main(argv[1:]) if words else main())
         except (ValueError, CheckpointError, *errors) as error:
             logging.debug("in full:", exc_info=True)
             sys.exit(f"error: {error}")

@@ -167,7 +167,7 @@ def place_rates(rates: dict, mesh) -> dict:
 
 
 def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
-    """advance(state, batch, rates) -> (state, scalars, grads, updates): the step, not yet compiled.
+    """advance(state, batch, rates) -> (state, scalars, grads): the step, not yet compiled.
 
     `rates` is from `place_rates(peak_rates(...))`.
 
@@ -195,7 +195,7 @@ def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
             "train/skipped_steps": skipped,
             "optim/rate": rate(state.step - state.skipped_steps),
         } | group_rms(updates, model.axes)
-        return new, scalars, grads, updates
+        return new, scalars, grads
 
     return advance
 

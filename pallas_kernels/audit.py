@@ -24,8 +24,6 @@ from pallas_kernels.symmetric import TILE, symmetric
 from pallas_kernels.tuned import BLOCKS
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in BLOCKS)
-TENSOR_CORE = {"HMMA", "HGMMA"}
-SPILLS = {"STL", "LDL"}
 
 
 class Case(NamedTuple):
@@ -113,15 +111,16 @@ CASES = [
 def faults(case, report, chip) -> list[str]:
     """What of a compiled kernel is not as it must be."""
     resources, found = report.resources, []
-    spilled = sum(resources.instructions[name] for name in SPILLS)
-    if resources.stack_bytes or spilled:
-        found.append(f"spills: {resources.stack_bytes} bytes of stack, {spilled} instructions")
+    if resources.stack_bytes or resources.spills:
+        found.append(
+            f"spills: {resources.stack_bytes} bytes of stack, {resources.spills} instructions"
+        )
     if report.shared_bytes > chip.shared_bytes_per_block:
         found.append(
             f"{report.shared_bytes} bytes of shared memory, of which a block has "
             f"{chip.shared_bytes_per_block}"
         )
-    if case.tensor_core and not sum(resources.instructions[name] for name in TENSOR_CORE):
+    if case.tensor_core and not resources.tensor_products:
         found.append("no tensor-core instruction")
     if report.blocks_per_sm(chip) < case.floor:
         found.append(f"{report.blocks_per_sm(chip)} blocks a multiprocessor, at least {case.floor}")
@@ -135,14 +134,12 @@ HEAD = (
 
 
 def line(case, report, chip) -> str:
-    count = report.resources.instructions
-    spills = sum(count[name] for name in SPILLS)
-    tensor = sum(count[name] for name in TENSOR_CORE)
+    found = report.resources
     best = chip.seconds(case.hbm_bytes, case.flops) * 1e6
     return (
-        f"{case.name:23} {case.shape:21} {report.resources.registers:9} {spills:6} "
-        f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} {tensor:6} "
-        f"{count['LDGSTS']:5} {best:8.1f} us"
+        f"{case.name:23} {case.shape:21} {found.registers:9} {found.spills:6} "
+        f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} "
+        f"{found.tensor_products:6} {found.instructions['LDGSTS']:5} {best:8.1f} us"
     )
 
 

@@ -41,6 +41,14 @@ class Resources(NamedTuple):
     static_shared_bytes: int
     instructions: Counter
 
+    @property
+    def spills(self) -> int:
+        return self.instructions["STL"] + self.instructions["LDL"]
+
+    @property
+    def tensor_products(self) -> int:
+        return self.instructions["HMMA"] + self.instructions["HGMMA"]
+
 
 def find_cubins(data: bytes) -> list[bytes]:
     """The ELF images of an executable, in order, each once."""

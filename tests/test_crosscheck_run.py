@@ -145,8 +145,8 @@ def write_state(path, model, x, y):
         for array in (head, x.int().numpy(), y.int().numpy()):
             file.write(array.tobytes())
         file.write(out.detach().numpy().tobytes() + np.float32(loss.item()).tobytes())
-        T, V, L, C = sizes.n_positions, sizes.vocab_size, sizes.n_layer, sizes.n_embd
-        for name, shape, turned in layout(T, V, L, C, padded):
+        T, L, C = sizes.n_positions, sizes.n_layer, sizes.n_embd
+        for name, shape, turned in layout(T, L, C, padded):
             g = grads[name].T if turned else grads[name]
             rows = [(0, shape[0] - g.shape[0])] + [(0, 0)] * (g.ndim - 1)
             file.write(np.pad(g, rows).astype("<f4").tobytes())

@@ -22,16 +22,13 @@ agree, 1 part or bad input. Needs the extra `crosscheck` for what runs PyTorch.
 """
 
 import dataclasses
-import logging as std_logging
-import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
-from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.crosscheck import compare as judge
 from jaxtrain.crosscheck import llmc_state, ours, picture, verdict
 from jaxtrain.crosscheck.names import STYLES
@@ -39,7 +36,7 @@ from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
 from jaxtrain.report import set_up_logging
-from jaxtrain.run import parse_flags
+from jaxtrain.run import run_main
 from jaxtrain.runtime import start_runtime
 
 FLAGS = flags.FLAGS
@@ -152,8 +149,10 @@ def llmc(weights, state, workdir) -> int:
     return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
 
 
-def _command(argv) -> int:
-    name, paths = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+def main(words) -> int:
+    """Does what the words of the command line say; the exit status."""
+    set_up_logging()
+    name, *paths = words or [""]
     if name == "compare" and len(paths) == 2:
         if FLAGS.truth:
             return report_narrow(FLAGS.truth, *paths)
@@ -174,17 +173,8 @@ def _command(argv) -> int:
         return 0
     raise ValueError(
         f"the command must be run --config, record --config, compare TRACE TRACE or llmc --weights "
-        f"--state; got {argv[1:]}. See --help."
+        f"--state; got {words}. See --help."
     )
-
-
-def main(argv) -> None:
-    set_up_logging()
-    logging.get_absl_handler().setLevel(std_logging.INFO)
-    try:
-        sys.exit(_command(argv))
-    except (ValueError, ImportError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
@@ -200,4 +190,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", "", "llmc: model file")
     flags.DEFINE_string("state", "", "llmc: debug state")
     flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "llmc: folder of the traces")
-    app.run(main, flags_parser=parse_flags)
+    run_main(main, (ImportError,), words=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.crosscheck.trace import TraceError, Writer, batch_hash
-from jaxtrain.interop.llmc import HEADER, PADDED_TO, layout
+from jaxtrain.interop.llmc import HEADER, layout, padded
 
 MAGIC, VERSION = 20240327, 2
 FUSED = "c_attn"  # queries, keys and values
@@ -27,8 +27,8 @@ def write_trace(state, cfg, path) -> None:
             f"an llm.c debug state must start with {MAGIC}, {VERSION}; got {head[:2]} in {state}."
         )
     B, T = int(head[2]), int(head[3])
-    P = -(-cfg.V // PADDED_TO) * PADDED_TO
-    tensors = list(layout(cfg.positions, cfg.V, cfg.L, cfg.D, P))
+    P = padded(cfg.V)
+    tensors = list(layout(cfg.positions, cfg.L, cfg.D, P))
     numbers = HEADER + 2 * B * T + B * T * cfg.V + 1
     numbers += sum(math.prod(shape) for _, shape, _ in tensors)
     if Path(state).stat().st_size != 4 * numbers:

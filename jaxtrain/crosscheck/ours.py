@@ -44,7 +44,7 @@ def start(cfg, read_data=True) -> Start:
 
 
 def build_traced_step(run):
-    """step(state, batch, rates) -> (new state, scalars, grads, updates, activations), jitted."""
+    """step(state, batch, rates) -> (new state, scalars, grads, activations), jitted."""
     cfg = run.cfg
     advance = build_advance(
         run.model, run.loss, run.optimizer, build_schedule(cfg.optim), None, cfg.accumulation
@@ -53,13 +53,12 @@ def build_traced_step(run):
     def activations(params, batch):
         inputs = batch["tokens"][:, :-1]
         docs = batch["docs"][:, :-1] if "docs" in batch else None
-        layers = run.model.layers(params, inputs, docs)
+        layers, hidden_BTD = run.model.layers(params, inputs, docs)
         named = {f"blocks.{i - 1}" if i else "embed": h_BTD for i, h_BTD in enumerate(layers)}
-        return named | {"logits": run.model.logits(params, run.model.apply(params, inputs, docs))}
+        return named | {"logits": run.model.logits(params, hidden_BTD)}
 
     def step(state, batch, rates):
-        new, scalars, grads, _ = advance(state, batch, rates)
-        return new, scalars, grads, activations(state.params, batch)
+        return *advance(state, batch, rates), activations(state.params, batch)
 
     return jax.jit(step)
 

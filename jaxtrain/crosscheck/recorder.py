@@ -112,7 +112,7 @@ class Recorder:
         self._keep_batches, self._observed, self._step = keep_batches, {}, 0
         self._file = open(path, "w", encoding="utf-8")
         self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
-        self._write({"step": 0, "parameter": self._digests(lambda p: p)})
+        self._write({"step": 0, "parameter": self._digests(lambda name, p: p)})
         for name, module in (activations or {}).items():
             module.register_forward_hook(
                 lambda module, args, out, name=name: self.observe(
@@ -133,15 +133,14 @@ class Recorder:
             loss: mean nats of the targets.
         """
         self._step += 1
-        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
-        square = sum(float(g.to("cpu", torch.float64).square().sum()) for g in grads)
+        gradient = self._digests(lambda name, p: p.grad)
         self._line = {
             "step": self._step,
             "batch": batch_hash(inputs, targets),
             "loss": float(loss),
-            "grad_norm": square**0.5,
+            "grad_norm": sum(norm**2 for norm, *_ in gradient.values()) ** 0.5,
             "activations": self._observed,
-            "gradient": self._digests(lambda p: p.grad),
+            "gradient": gradient,
         }
         if self._keep_batches:
             self._line["tokens"] = torch.cat((inputs, targets[:, -1:]), 1).tolist()
@@ -151,10 +150,9 @@ class Recorder:
     @torch.no_grad()
     def after_step(self):
         """After the optimizer's step: what it changed, and what the parameters are now."""
-        before = self._before
-        named = {id(p): name for name, p in self._model.named_parameters()}
-        self._line["update"] = self._digests(lambda p: p.double() - before[named[id(p)]].double())
-        self._line["parameter"] = self._digests(lambda p: p)
+        moved = lambda name, p: p.double() - self._before[name].double()
+        self._line["update"] = self._digests(moved)
+        self._line["parameter"] = self._digests(lambda name, p: p)
         self._write(self._line)
 
     def close(self):
@@ -169,7 +167,7 @@ class Recorder:
     def _digests(self, value):
         table = {}
         for name, p in self._model.named_parameters():
-            x = value(p)
+            x = value(name, p)
             if x is None:
                 continue
             count = next((n for part, n in self._split.items() if part in name), 1)

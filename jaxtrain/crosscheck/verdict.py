@@ -91,10 +91,8 @@ def _growth(comparison, rate) -> str:
 
 def narrow_table(errors) -> tuple[str, bool]:
     """Errors of two bfloat16 traces against the truth; whether ours are at most 1.1 of theirs."""
-    lines, passed = (
-        [f"{'error against float32':24} {'jaxtrain':>10} {'pytorch':>10} {'ratio':>7}"],
-        True,
-    )
+    lines = [f"{'error against float32':24} {'jaxtrain':>10} {'pytorch':>10} {'ratio':>7}"]
+    passed = True
     for quantity, (ours, theirs) in errors.items():
         good = ours <= NARROW_RATIO * theirs
         passed = passed and good

@@ -43,7 +43,12 @@ LAYOUT = {
 }
 
 
-def layout(T, V, L, C, P):
+def padded(V) -> int:
+    """Rows of the vocabulary in a file."""
+    return -(-V // PADDED_TO) * PADDED_TO
+
+
+def layout(T, L, C, P):
     """Yields (name, shape in the file, whether Hugging Face has it transposed), in file order."""
     sizes = {"T": T, "P": P, "C": C, "A": 3 * C, "F": 4 * C}
     for name, dims in LAYOUT.items():
@@ -76,7 +81,7 @@ class LlmcFile:
             )
         self.config = gpt2_config(L=L, D=C, H=H, V=V, positions=T)
         self._type, self._at, offset = VERSIONS[int(head[1])], {}, 4 * HEADER
-        for name, shape, turned in layout(T, V, L, C, P):
+        for name, shape, turned in layout(T, L, C, P):
             self._at[name] = offset, shape, turned
             offset += math.prod(shape) * self._type.itemsize
         if Path(path).stat().st_size != offset:
@@ -141,7 +146,7 @@ def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
             f"model.F={cfg.F}, model.D={cfg.D}, model.tied={cfg.tied}, model.norm_eps="
             f"{cfg.norm_eps}. Export a Hugging Face folder instead."
         )
-    P = -(-cfg.V // PADDED_TO) * PADDED_TO
+    P = padded(cfg.V)
     head = np.zeros(HEADER, "<i4")
     head[:8] = MAGIC, versions[dtype], cfg.positions, cfg.V, cfg.L, cfg.H, cfg.D, P
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,7 @@ def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
     try:
         with open(draft, "xb") as file:
             file.write(head.tobytes())
-            for name, shape, turned in layout(cfg.positions, cfg.V, cfg.L, cfg.D, P):
+            for name, shape, turned in layout(cfg.positions, cfg.L, cfg.D, P):
                 x = tensors[name].T if turned else tensors[name]
                 padding = [(0, shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
                 file.write(np.pad(x, padding).astype(VERSIONS[versions[dtype]]).tobytes())

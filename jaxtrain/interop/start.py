@@ -37,13 +37,12 @@ def load_params(source, cfg, axes, shapes, shardings):
     """Parameters of a Hugging Face folder, each placed as soon as it is read.
 
     Args:
-        cfg: ModelConfig.
+        cfg: ModelConfig that check_model has passed.
         axes, shapes, shardings: trees of Axes, ShapeDtypeStructs and Shardings.
 
     Raises:
-        InteropError: the weights are damaged, or of another model.
+        InteropError: the weights are damaged.
     """
-    check_model(cfg, source)
     named = lambda tree: {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

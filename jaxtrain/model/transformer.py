@@ -35,9 +35,7 @@ class Model(NamedTuple):
     shapes: Any  # tree of ShapeDtypeStruct
     init: Callable  # key -> params
     apply: Callable  # (params, tokens_BT, docs_BT=None) -> hidden_BTD
-    layers: (
-        Callable  # (params, tokens_BT, docs_BT=None) -> what enters and leaves each, [L+1,B,T,D]
-    )
+    layers: Callable  # as apply -> (what enters and leaves each, [L+1,B,T,D], hidden_BTD)
     logits: Callable  # (params, hidden_BTD) -> float32 [B,T,V]; to sample, never in training
     init_cache: Callable  # (B, S) -> room for S keys and values a layer
     extend: Callable  # (params, cache, tokens_BT, start) -> (hidden_BTD, cache)
@@ -154,8 +152,8 @@ class _Network:
         return self.final_norm(params, last_BTD)
 
     def layers(self, params, tokens_BT, docs_BT=None):
-        first_BTD, _, each_LBTD = self.run(params, tokens_BT, docs_BT, lambda h_BTD: h_BTD)
-        return jnp.concatenate([first_BTD[None], each_LBTD])
+        first_BTD, last_BTD, each_LBTD = self.run(params, tokens_BT, docs_BT, lambda h_BTD: h_BTD)
+        return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
 
     def extend(self, params, cache, tokens_BT, start):
         h_BTD, rope = self.embed(params, tokens_BT, start)
