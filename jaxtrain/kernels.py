@@ -1,6 +1,6 @@
-"""Which implementation of each fused op runs, and why: printed at start, stored with the run.
+"""Which implementation of each op runs, and why: printed at start, stored with the run.
 
-The one door to pallas_kernels: what they need of the chip and of the mesh is decided here.
+What a fused kernel needs of the chip and of the mesh is decided here; fused.py calls it.
 """
 
 import functools
@@ -8,12 +8,10 @@ import platform as host
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-from jax.sharding import PartitionSpec as P
-
 from jaxtrain.config import KernelsConfig
-from jaxtrain.mesh import BATCH
-from pallas_kernels.tuned import BLOCKS
+from pallas_kernels.chip import CHIPS
+from pallas_kernels.routes import choose, default_tiles
+from pallas_kernels.tuned import TILES
 
 UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
 
@@ -26,6 +24,7 @@ class Route:
     implementation: str
     reason: str
     fallback: bool = False
+    tiles: tuple | dict | None = None  # of a fused kernel
 
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
@@ -48,63 +47,84 @@ def arch_of(device) -> str:
     return f"sm_{str(capability).replace('.', '')}" if capability else ""
 
 
-def _no_flash(model, arch, tensor, interpret) -> str:
+def chip_of(device) -> str:
+    """The chip table's name of a device; empty of any other."""
+    return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
+
+
+def _no_flash(model, tensor, interpret) -> str:
     """Why fused attention cannot run, or nothing."""
-    if not interpret and arch not in BLOCKS:
-        return f"it is compiled for {', '.join(BLOCKS)}; got {arch or 'no GPU'}"
     narrowest = 1 if interpret else 16  # of Triton's products
     if model.K & (model.K - 1) or model.K < narrowest:
         return f"model.K must be a power of two, at least {narrowest}; got model.K={model.K}"
-    if model.dtype == "float64":
-        return "its sums are float32; got model.dtype=float64"
     if model.G % tensor:
         return f"mesh.tensor={tensor} must divide model.G={model.G}"
     return ""
 
 
-def _flash(model, arch, tensor, kernels) -> Route | None:
-    """The fused route where it is asked for or must be; None where another may be taken."""
-    wanted = model.attention == "flash" or kernels.interpret
-    if not (wanted or kernels.strict):
-        return None
-    why_not = _no_flash(model, arch, tensor, kernels.interpret)
-    if why_not:
-        flag = "model.attention=flash" if wanted else "kernels.strict"
-        raise ValueError(
-            f"{flag} needs fused attention, which cannot run: {why_not}. Set "
-            "--config.kernels.strict=false --config.model.attention=auto, or "
-            "--config.kernels.interpret=true to try it without a GPU."
-        )
-    if kernels.interpret:
-        return Route("attention", "flash:interpret", "kernels.interpret: op by op, for tests")
-    return Route("attention", f"flash:{arch}", f"{arch}: asked for; not measured on a card yet")
+# op -> the sizes that a measured row is found by
+SHAPES = {
+    "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
+    "norm": lambda model, seq_len: (model.D,),
+    "head": lambda model, seq_len: (model.D, model.V),
+    "square": lambda model, seq_len: (model.D,),
+}
+PREFIX = {"attention": "flash"}  # of the implementation's name; others are "fused"
 
 
-def build_flash(arch, mesh=None):
-    """attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None) by the fused kernel on each device's part.
+class _Fused:
+    """Routes to fused kernels, for one model on one device and mesh."""
 
-    Args:
-        arch: a key of BLOCKS, or "interpret".
-        mesh: rows lie over (replica, fsdp), heads over tensor; None is one device.
-    """
-    from pallas_kernels.flash_attention import flash_attention  # imports Pallas
+    def __init__(self, model, kernels, arch, chip, tensor, seq_len):
+        self.model, self.kernels, self.arch, self.chip = model, kernels, arch, chip
+        self.tensor, self.seq_len = tensor, seq_len
 
-    interpret = arch == "interpret"
-    blocks = BLOCKS["sm_86" if interpret else arch]
+    def why_not(self, op) -> str:
+        if not self.kernels.interpret and self.arch not in TILES:
+            return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
+        if self.model.dtype == "float64":
+            return "its sums are float32; got model.dtype=float64"
+        if op == "attention":
+            return _no_flash(self.model, self.tensor, self.kernels.interpret)
+        return ""
 
-    def local(q, k, v, docs=None):
-        return flash_attention(q, k, v, docs, docs, blocks, interpret)
+    def asked_by(self, op) -> str:
+        """The flag that wants op's kernel, whatever was measured; or nothing."""
+        if op == "attention" and self.model.attention == "flash":
+            return "model.attention=flash"
+        if self.kernels.interpret:
+            return "kernels.interpret"
+        return "kernels.strict" if self.kernels.strict else ""
 
-    def attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
-        given = (q_BTHK, k_BTGK, v_BTGK) + (() if docs_BT is None else (docs_BT,))
-        if mesh is None or mesh.size == 1:
-            return local(*given)
-        heads = P(BATCH, None, "tensor")
-        specs = (heads,) * 3 + (P(BATCH),) * (len(given) - 3)
-        run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-        return run(*given)
+    def route(self, op) -> Route | None:
+        """None where another than the kernel is to be taken."""
+        asked, why_not = self.asked_by(op), self.why_not(op)
+        if asked and why_not:
+            raise ValueError(
+                f"{asked} needs fused {op}, which cannot run: {why_not}. Set "
+                "--config.kernels.strict=false --config.model.attention=auto, or "
+                "--config.kernels.interpret=true to try it without a GPU."
+            )
+        name = PREFIX.get(op, "fused")
+        if self.kernels.interpret:
+            why = "kernels.interpret: op by op, for tests"
+            return Route(op, f"{name}:interpret", why, tiles=default_tiles(op, "sm_86"))
+        if why_not or op == "attention" and self.model.attention != "auto" and not asked:
+            return None
+        choice = self.measured(op)
+        if not (asked or choice.faster):
+            return None
+        why = f"asked for by {asked}; {choice.reason}" if asked else choice.reason
+        return Route(op, f"{name}:{self.arch}", why, tiles=choice.tiles)
 
-    return attention
+    def measured(self, op):
+        shape = SHAPES[op](self.model, self.seq_len)
+        return choose(op, self.arch, self.chip, self.model.dtype, shape)
+
+    def xla(self, op, what) -> Route:
+        """XLA's own, with the reason why the kernel is not taken."""
+        why_not = self.why_not(op) or self.measured(op).reason
+        return Route(op, what, f"XLA's; of a kernel: {why_not}")
 
 
 def _attention(model, document_mask, platform) -> Route:
@@ -155,26 +175,31 @@ def choose_routes(
     platform: str,
     strict: bool,
     kernels=KernelsConfig(),  # noqa: B008 - frozen
+    *,
     arch: str = "",
+    chip: str = "",
     tensor: int = 1,
+    seq_len: int = 1_024,
 ) -> dict[str, Route]:
     """The route of every op, from a ModelConfig and the platform ("cpu" or "gpu").
 
     Args:
         kernels: a KernelsConfig.
         arch: of the GPU, as arch_of has it.
+        chip: as chip_of has it.
         tensor: devices that the heads are split over.
+        seq_len: T of a batch.
 
     Raises:
         ValueError: the config asks for what the platform cannot serve, or strict and a fallback.
     """
+    fused = _Fused(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": _flash(model, arch, tensor, kernels)
-        or _attention(model, document_mask, platform),
+        "attention": fused.route("attention") or _attention(model, document_mask, platform),
         "dense": _dense(model, platform),
-        "loss": Route(
-            "head+loss", "chunked", "XLA; logits of one chunk of time at once, grad in forward"
-        ),
+        "norm": fused.route("norm") or fused.xla("norm", "plain"),
+        "head": fused.route("head") or fused.xla("head", "plain"),
+        "square": fused.route("square") or fused.xla("square", "plain"),
         "layers": _unroll(model, platform),
     }
     fallbacks = [str(route) for route in routes.values() if route.fallback]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain import fused
 from jaxtrain.mesh import BATCH
 
 MIN_CHUNKS = 4  # so that even a small vocabulary never makes [B,T,V]
@@ -45,7 +46,40 @@ class _Softmax:
         return jax.nn.one_hot(targets - self.first, self.V, dtype=dtype)
 
 
-def _local(h_BTD, w_VD, targets_BT, weights_BT, *, softcap, z_loss, chunk_bytes, axis, grads):
+class _Plain:
+    """Logits of a chunk by XLA, and what the loss wants of them."""
+
+    def __init__(self, h, w_VD, targets, vocabulary, softcap, keep):
+        del keep  # they are made either way
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        self.logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide)
+        if softcap:
+            self.logits = softcap * jnp.tanh(self.logits / softcap)
+        self.top = self.logits.max(-1)
+        self.e = jnp.exp(self.logits - self.top[..., None])
+        self.total = self.e.sum(-1)
+        self.hit = (vocabulary.onehot(targets, wide) * self.logits).sum(-1)
+
+    def softmax(self, lse):
+        return self.e * jnp.exp(self.top - lse)[..., None]
+
+
+class _Fused:
+    """The same, out of the kernel that makes the logits."""
+
+    def __init__(self, h, w_VD, targets, vocabulary, softcap, keep, scores):
+        found = scores(
+            h.reshape(-1, h.shape[-1]), w_VD, (targets - vocabulary.first).ravel(), softcap, keep
+        )
+        shaped = lambda x: x.reshape(*targets.shape, *x.shape[1:])
+        self.logits = shaped(found.logits_NV) if keep else None
+        self.top, self.total, self.hit = map(shaped, found[1:])
+
+    def softmax(self, lse):
+        return jnp.exp(self.logits - lse[..., None])
+
+
+def _local(h_BTD, w_VD, targets_BT, weights_BT, *, head, softcap, z_loss, chunk_bytes, axis, grads):
     """Weighted sums (objective, nats) over this device's rows; with grads also dh and dw."""
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)  # losses and softmax in float32
@@ -54,23 +88,18 @@ def _local(h_BTD, w_VD, targets_BT, weights_BT, *, softcap, z_loss, chunk_bytes,
 
     def one(carry, chunk):
         h, targets, weights = chunk
-        logits = einsum("BTD,VD->BTV", h, w_VD)
-        if softcap:
-            logits = softcap * jnp.tanh(logits / softcap)
-        peak = vocabulary.max(jax.lax.stop_gradient(logits.max(-1)))
-        e = jnp.exp(logits - peak[..., None])
-        total = vocabulary.sum(e.sum(-1))
-        lse = peak + jnp.log(total)
-        onehot = vocabulary.onehot(targets, wide)
-        nll = lse - vocabulary.sum((onehot * logits).sum(-1))
+        here = head(h, w_VD, targets, vocabulary, softcap, keep=grads)
+        top = vocabulary.max(here.top)
+        lse = top + jnp.log(vocabulary.sum(here.total * jnp.exp(here.top - top)))
+        nll = lse - vocabulary.sum(here.hit)
         nats = (weights * nll).sum()
         sums = (carry[0] + nats + z_loss * (weights * lse**2).sum(), carry[1] + nats)
         if not grads:
             return sums, None
-        p = e / total[..., None]
+        p, onehot = here.softmax(lse), vocabulary.onehot(targets, wide)
         d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
         if softcap:
-            d = d * (1 - (logits / softcap) ** 2)
+            d = d * (1 - (here.logits / softcap) ** 2)
         d = d.astype(h.dtype)
         dw = carry[2] + einsum("BTV,BTD->VD", d, h)
         return (*sums, dw), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
@@ -86,7 +115,7 @@ def _local(h_BTD, w_VD, targets_BT, weights_BT, *, softcap, z_loss, chunk_bytes,
     return (*carry, jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T])
 
 
-def build_loss(cfg, softcap, dtype, mesh=None):
+def build_loss(cfg, softcap, dtype, mesh=None, route=None):
     """loss(h_BTD, w_VD, targets_BT, weights_BT) -> (objective, nats), sums over weighted tokens.
 
     Weights that sum to one over the batch make both a mean. `objective` adds z_loss * lse^2, and
@@ -96,8 +125,12 @@ def build_loss(cfg, softcap, dtype, mesh=None):
         cfg: a LossConfig.
         softcap: c in c*tanh(logits/c), or 0.
         mesh: rows of h lie over (replica, fsdp) and, where it divides V, w over tensor.
+        route: the head's, from jaxtrain.kernels.choose_routes; None is XLA's.
     """
-    options = dict(softcap=softcap, z_loss=cfg.z_loss, chunk_bytes=cfg.chunk_bytes)
+    head = _Plain
+    if route is not None and route.tiles:
+        head = functools.partial(_Fused, scores=fused.build_scores(route))
+    options = dict(head=head, softcap=softcap, z_loss=cfg.z_loss, chunk_bytes=cfg.chunk_bytes)
 
     def run(h_BTD, w_VD, targets_BT, weights_BT, grads):
         w_VD = w_VD.astype(dtype)

@@ -13,7 +13,7 @@ from absl import app, logging
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
-from jaxtrain.kernels import arch_of, choose_routes
+from jaxtrain.kernels import arch_of, chip_of, choose_routes
 from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, check_batch
 from jaxtrain.model.layers import sizes
@@ -83,11 +83,21 @@ def build_run(cfg, devices=None) -> Run:
     mesh = build_mesh(cfg.mesh, devices)
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
     device, masked = mesh.devices.flat[0], cfg.data.document_mask
-    here = {"arch": arch_of(device), "tensor": mesh.shape["tensor"]}
-    routes = choose_routes(cfg.model, masked, device.platform, cfg.strict, cfg.kernels, **here)
+    routes = choose_routes(
+        cfg.model,
+        masked,
+        device.platform,
+        cfg.strict,
+        cfg.kernels,
+        arch=arch_of(device),
+        chip=chip_of(device),
+        tensor=mesh.shape["tensor"],
+        seq_len=cfg.data.seq_len,
+    )
     model = build_model(cfg.model, routes, mesh, masked)
-    loss = build_loss(cfg.loss, cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype), mesh)
-    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed)
+    softcap, dtype = cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype)
+    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"])
+    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes["square"])
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
 

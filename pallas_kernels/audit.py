@@ -16,14 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.add_rms_norm import add_rms_norm
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.chip import CHIPS, find_chip
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.head_scores import head_scores
 from pallas_kernels.offline import compile_for
-from pallas_kernels.symmetric import TILE, symmetric
-from pallas_kernels.tuned import BLOCKS
+from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tuned import TILES
 
-AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in BLOCKS)
+AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
 
 class Case(NamedTuple):
@@ -39,33 +40,53 @@ class Case(NamedTuple):
 
 
 def _norm_case(backward, N, D, floor):
+    """The backward of a layer norm with a bias, which holds the most registers."""
+
     def build(chip):
         del chip
-        x, gain = jax.ShapeDtypeStruct((N, D), jnp.bfloat16), jax.ShapeDtypeStruct((D,), "float32")
+        x, vector = (
+            jax.ShapeDtypeStruct((N, D), jnp.bfloat16),
+            jax.ShapeDtypeStruct((D,), "float32"),
+        )
         if not backward:
-            return add_rms_norm, (x, x, gain)
+            return lambda h, y, gain: add_norm(h, y, gain, None), (x, x, vector)
 
-        def run(h, y, gain, ds, dn):
-            return jax.vjp(add_rms_norm, h, y, gain)[1]((ds, dn))
+        def run(h, y, gain, bias, ds, dn):
+            return jax.vjp(lambda *given: add_norm(*given, "layer"), h, y, gain, bias)[1]((ds, dn))
 
-        return run, (x, x, gain, x, x)
+        return run, (x, x, vector, vector, x, x)
 
-    name = f"add_rms_norm_{'backward' if backward else 'forward'}"
-    return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2 + 4 * N, 0.0, floor)
+    name = f"add_norm_{'backward' if backward else 'forward'}"
+    return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2, 0.0, floor)
 
 
-def _symmetric_case(X, M, N, floor):
-    build = lambda chip: (symmetric, (jax.ShapeDtypeStruct((X, M, N), jnp.bfloat16),))
-    size = 2 * X * (M * N + M * M)
-    return Case(
-        "symmetric",
-        f"{X}x{M}x{N} bf16",
-        build,
-        size,
-        X * M * (M + TILE) * N,
-        floor,
-        tensor_core=True,
-    )
+def _symmetric_case(X, M, N, floor, adds=False):
+    op = "square_sum" if adds else "square"
+
+    def build(chip):
+        tiles = TILES[chip.arch][op]
+        x, c = (jax.ShapeDtypeStruct((X, M, size), jnp.bfloat16) for size in (N, M))
+        if not adds:
+            return lambda x: symmetric(x, tiles=tiles), (x,)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        run = lambda x, c, a, b: symmetric(x, x, c, (a, b), tiles=tiles)
+        return run, (x, c, scale, scale)
+
+    size, flops = 2 * X * (M * N + M * M * (1 + adds)), X * M * (M + 128) * N
+    name = "symmetric_sum" if adds else "symmetric"
+    return Case(name, f"{X}x{M}x{N} bf16", build, size, flops, floor, tensor_core=True)
+
+
+def _head_case(N, D, V, keep):
+    def build(chip):
+        tiles = TILES[chip.arch]["head"]
+        h, w = (jax.ShapeDtypeStruct((rows, D), jnp.bfloat16) for rows in (N, V))
+        run = lambda h, w, targets: head_scores(h, w, targets, tiles, keep=keep)
+        return run, (h, w, jax.ShapeDtypeStruct((N,), jnp.int32))
+
+    size = 2 * (N + V) * D + 4 * N * V * keep
+    shape = f"{N}x{D}x{V} bf16"
+    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, tensor_core=True)
 
 
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
@@ -75,7 +96,7 @@ def _attention_case(name, B, T, H, G, K):
     """With documents, the harder case: more registers than without."""
 
     def build(chip):
-        blocks = BLOCKS[chip.arch]
+        blocks = TILES[chip.arch]["attention"]
         q, k = (jax.ShapeDtypeStruct((B, T, heads, K), jnp.bfloat16) for heads in (H, G))
         docs = jax.ShapeDtypeStruct((B, T), jnp.int32)
         run = lambda q, k, v, dq, dk: flash_attention(q, k, v, dq, dk, blocks)
@@ -97,14 +118,14 @@ def _attention_case(name, B, T, H, G, K):
 CASES = [
     *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
-    _norm_case(False, 8_192, 768, floor=12),
-    _norm_case(False, 8_192, 2_048, floor=6),
-    _norm_case(False, 8_192, 8_192, floor=2),
-    _norm_case(True, 8_192, 768, floor=8),
-    _norm_case(True, 8_192, 2_048, floor=4),
-    _norm_case(True, 8_192, 8_192, floor=1),
+    *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
+    *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
+    _head_case(1_024, 2_048, 50_304, keep=True),
+    _head_case(1_024, 768, 50_257, keep=True),
+    _head_case(1_024, 2_048, 50_304, keep=False),
     _symmetric_case(26, 2_048, 2_048, floor=2),
     _symmetric_case(12, 768, 3_072, floor=2),
+    _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),
 ]
 
 

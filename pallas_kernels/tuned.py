@@ -1,15 +1,14 @@
 """Block sizes of kernels by compute capability; no Pallas in here, which costs a start 0.1 s.
 
-Those of attention spill at no head width of 64 and 128, with documents or without (audit). They
-were chosen offline, no card has run them; FlashAttention-2 too takes 64x64 for the backward where
-shared memory is short.
+They were chosen offline as the largest that do not spill (audit); a card's own rows, which
+`python -m pallas_kernels.bench` writes to tuned/, come before them.
 """
 
 from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a block, warps of a program, stages of its pipeline."""
+    """Of attention: queries and keys of a block, warps of a program, stages of its pipeline."""
 
     queries: int
     keys: int
@@ -18,12 +17,35 @@ class Tiles(NamedTuple):
 
 
 class Blocks(NamedTuple):
+    """FlashAttention-2 too takes 64x64 for the backward where shared memory is short."""
+
     forward: Tiles
     dkv: Tiles
     dq: Tiles
 
 
-BLOCKS = {
-    "sm_86": Blocks(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    "sm_90": Blocks(Tiles(128, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
+class ProductTiles(NamedTuple):
+    """Of a matrix product: a program's tile, the depth of a turn, row blocks that walk together."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+TILES = {
+    "sm_86": {
+        "attention": Blocks(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+        "head": ProductTiles(128, 128, 32, 4, 3),
+        "square": ProductTiles(128, 128, 32, 4, 3),
+        "square_sum": ProductTiles(128, 128, 32, 8, 3),
+    },
+    "sm_90": {
+        "attention": Blocks(Tiles(128, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
+        "head": ProductTiles(128, 256, 64, 8, 3),
+        "square": ProductTiles(128, 128, 64, 8, 3),
+        "square_sum": ProductTiles(128, 128, 64, 8, 3),
+    },
 }

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.symmetric import TILE, _place, symmetric, symmetric_reference
-from pallas_kernels.tuned import Blocks, Tiles
+from pallas_kernels.head_scores import _place as place_of_rows
+from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.symmetric import _place, symmetric, symmetric_reference
+from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
 
 HALF, FULL = jnp.bfloat16, jnp.float32
 
@@ -35,42 +37,77 @@ def exact(*arrays):
     return [jnp.asarray(x, jnp.float64) for x in arrays]
 
 
-@pytest.mark.parametrize("shape", [(3, 37, 192), (600, 64)])
-@pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
-def test_add_rms_norm_and_its_gradients_equal_the_reference(shape, dtype, tolerance):
-    h, y, ds, dn = (draw(seed, shape, dtype) for seed in range(4))
-    gain = 1 + 0.1 * draw(4, shape[-1:], FULL)
-    run = lambda h, y, gain: add_rms_norm(h, y, gain, 1e-6, True)
-    (s, n), pullback = jax.vjp(run, h, y, gain)
-    assert s.dtype == n.dtype == dtype
-    assert jnp.array_equal(s, h + y)
-    dh, dy, dgain = pullback((ds, dn))
-    assert jnp.array_equal(dh, dy)
+NORMS = {  # shape, form, adds, biased
+    "rms, ragged": ((3, 37, 192), "rms", True, False),
+    "rms, more rows than programs": ((600, 64), "rms", True, False),
+    "rms, nothing to add": ((5, 192), "rms", False, False),
+    "layer, biased": ((3, 37, 192), "layer", True, True),
+    "layer, nothing to add": ((600, 96), "layer", False, False),
+}
 
-    law = lambda s, gain: add_rms_norm_reference(s, jnp.zeros_like(s), gain, 1e-6)
-    (_, n_exact), pullback_exact = jax.vjp(law, *exact(s, gain))  # of the sum as it was rounded
-    dh_exact, dgain_exact = pullback_exact(tuple(exact(ds, dn)))
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
+def test_add_norm_and_its_gradients_equal_the_reference(name, dtype, tolerance):
+    shape, form, adds, biased = NORMS[name]
+    h, y, ds, dn = (draw(seed, shape, dtype) + seed / 4 for seed in range(4))
+    vectors = [1 + 0.1 * draw(4, shape[-1:], FULL)] + [draw(5, shape[-1:], FULL)] * biased
+    given = [h, y][: 1 + adds] + vectors
+
+    def split(given):
+        return given[0], given[1] if adds else None, given[1 + adds], given[-1] if biased else None
+
+    run = lambda *given: add_norm(*split(given), form, 1e-6, True)
+    (s, n), pullback = jax.vjp(run, *given)
+    assert s.dtype == n.dtype == dtype
+    assert jnp.array_equal(s, h + y if adds else h)
+    got = pullback((ds, dn))
+    assert not adds or jnp.array_equal(got[0], got[1])
+
+    def law(s, *vectors):  # of the sum as it was rounded
+        return add_norm_reference(s, None, vectors[0], vectors[1] if biased else None, form, 1e-6)
+
+    (_, n_exact), pullback_exact = jax.vjp(law, *exact(s, *vectors))
+    want = pullback_exact(tuple(exact(ds, dn)))
     assert off(n, n_exact) < tolerance
-    assert off(dh, dh_exact) < tolerance
-    assert off(dgain, dgain_exact) < 1e-5
+    assert off(got[0], want[0]) < tolerance
+    for x, x_exact in zip(got[1 + adds :], want[1:], strict=True):
+        assert off(x, x_exact) < 1e-5
 
 
 def test_the_gains_gradient_has_the_same_bits_every_time():
     h, y, ds, dn = (draw(seed, (600, 64), HALF) for seed in range(4))
-    grad = lambda: jax.vjp(lambda g: add_rms_norm(h, y, g, 1e-6, True), jnp.ones(64, FULL))[1](
-        (ds, dn)
-    )[0]
+    run = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, True)
+    grad = lambda: jax.vjp(run, jnp.ones(64, FULL))[1]((ds, dn))[0]
     assert jnp.array_equal(grad(), grad())
 
 
-@pytest.mark.parametrize("shape", [(2, 128, 64), (1, 300, 40)])
+SQUARE = ProductTiles(64, 64, 32, 4, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 64), (1, 150, 40)])
 @pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
 def test_symmetric_equals_the_product_and_its_own_transpose(shape, dtype, tolerance):
     x = draw(0, shape, dtype)
-    got = symmetric(x, interpret=True)
+    got = symmetric(x, tiles=SQUARE, interpret=True)
     assert got.dtype == dtype
     assert jnp.array_equal(got, got.mT)
     assert off(got, symmetric_reference(*exact(x))) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
+def test_the_quintics_sum_is_the_products_epilogue(dtype, tolerance):
+    """b A + c A^2 of a Gram matrix, and a product of two that commute, with traced scales."""
+    gram = draw(0, (2, 150, 300), FULL)
+    gram = (jnp.einsum("xmk,xjk->xmj", gram, gram) / 300).astype(dtype)
+    run = jax.jit(lambda x, scales: symmetric(x, x, x, scales, tiles=SQUARE, interpret=True))
+    scales = (jnp.float32(2.03), jnp.float32(-4.77))
+    got = run(gram, scales)
+    assert jnp.array_equal(got, got.mT)
+    (wide,) = exact(gram)
+    assert off(got, symmetric_reference(wide, wide, wide, scales)) < tolerance
+    cube = symmetric(gram, got, tiles=SQUARE, interpret=True)
+    assert off(cube, symmetric_reference(*exact(gram, got))) < tolerance
 
 
 def test_tiles_of_a_triangle_are_counted_once_each_to_any_size():
@@ -79,7 +116,37 @@ def test_tiles_of_a_triangle_are_counted_once_each_to_any_size():
         row, column = (np.asarray(a) for a in _place(jnp.arange(count, dtype=jnp.int32)))
         want = [(i, j) for i in range(tiles) for j in range(i + 1)]
         assert list(zip(row.tolist(), column.tolist(), strict=True)) == want
-    assert TILE % 16 == 0
+
+
+@pytest.mark.parametrize("blocks, tiles, group", [(1, 5, 8), (8, 3, 8), (19, 7, 8), (5, 4, 2)])
+def test_tiles_of_the_head_are_counted_once_each_and_its_groups_walk_together(blocks, tiles, group):
+    row, column = place_of_rows(jnp.arange(blocks * tiles), blocks, tiles, group)
+    seen = list(zip(row.tolist(), column.tolist(), strict=True))
+    assert sorted(seen) == [(i, j) for i in range(blocks) for j in range(tiles)]
+    assert all(abs(a // group - b // group) <= 1 for a, b in zip(row[1:], row, strict=False))
+
+
+HEAD = ProductTiles(32, 64, 32, 4, 2, group=2)
+
+
+@pytest.mark.parametrize("N, D, V, softcap", [(64, 64, 256, 0.0), (70, 40, 1_009, 15.0)])
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_the_heads_scores_equal_the_reference(N, D, V, softcap, dtype):
+    h, w = draw(0, (N, D), dtype), draw(1, (V, D), dtype) / 4
+    targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
+    got = head_scores(h, w, targets, HEAD, softcap, interpret=True)
+    want = head_scores_reference(*exact(h, w), targets, softcap)
+    assert off(got.logits_NV, want.logits_NV) < 2e-6
+    lse = lambda scores: scores.top_N + jnp.log(scores.total_N)
+    assert off(lse(got), lse(want)) < 1e-6
+    assert off(got.hit_N, want.hit_N) < 2e-6
+    assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
+    dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
+    assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+
+    lean = head_scores(h, w, targets, HEAD, softcap, keep=False, interpret=True)
+    assert lean.logits_NV is None
+    assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
 
 
 SMALL = Blocks(Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2))

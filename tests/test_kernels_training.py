@@ -8,6 +8,7 @@ from jaxtrain.config import freeze
 from jaxtrain.mesh import batch_sharding
 from jaxtrain.run import build_run, compile_step
 from jaxtrain.step import init_state
+from pallas_kernels.routes import OPS
 
 
 def losses(interpret, mesh=(1, 2, 2), steps=3):
@@ -16,8 +17,8 @@ def losses(interpret, mesh=(1, 2, 2), steps=3):
     config.kernels.interpret, config.data.document_mask, config.model.L = interpret, True, 1
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     run = build_run(freeze(config), jax.devices()[: int(np.prod(mesh))])
-    name = run.routes["attention"].implementation
-    assert name == ("flash:interpret" if interpret else "blocked")
+    fused = {op for op, route in run.routes.items() if "interpret" in route.implementation}
+    assert fused == (set(OPS) if interpret else set())
     state, step, out = init_state(run.model, run.optimizer, run.mesh, 0), compile_step(run), []
     rng = np.random.default_rng(0)
     for _ in range(steps):

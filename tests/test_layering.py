@@ -10,7 +10,7 @@ FLOORS = """
 files axes knobs
 config
 runtime mesh stop
-kernels
+kernels fused
 data.* model.* interop.*
 loss optim.*
 step

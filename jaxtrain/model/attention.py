@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.kernels import build_flash
+from jaxtrain import fused
 
 MASKED = -1e30  # finite: a row that is masked whole stays finite
 BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores
@@ -138,13 +138,12 @@ ATTENTION = {
 }
 
 
-def attend(implementation, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
-    """ATTENTION[implementation], or "flash:ARCH", its result named "attention" for remat policies.
+def attend(route, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
+    """The route's attention, its result named "attention" for remat policies.
 
     mesh: where q, k and v lie; only the fused kernel asks.
     """
-    name, _, arch = implementation.partition(":")
-    if name == "flash":  # names its result itself, and the log-sum-exp that belongs to it
-        return build_flash(arch, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
-    o_BTHK = ATTENTION[name](q_BTHK, k_BTGK, v_BTGK, docs_BT)
+    if route.tiles:  # names its result itself, and the log-sum-exp that belongs to it
+        return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
+    o_BTHK = ATTENTION[route.implementation](q_BTHK, k_BTGK, v_BTGK, docs_BT)
     return checkpoint_name(o_BTHK, "attention")

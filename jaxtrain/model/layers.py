@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain import fused
 from jaxtrain.axes import Axes
 from jaxtrain.model.dense import DENSE
 
@@ -40,6 +41,29 @@ def param(cfg, axes: str, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
     parsed = Axes.parse(axes)
     dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
     return nnx.Param(jnp.zeros(parsed.shape(sizes(cfg)), dtype), axes=parsed, std=std, mean=mean)
+
+
+def build_join(route, cfg, mesh=None):
+    """join(norm, h_BTD, y_BTD=None) -> (h + y, norm of it), by the route of a ModelConfig's norm.
+
+    Args:
+        mesh: rows lie over (replica, fsdp).
+    """
+    if not route.implementation.startswith("fused"):
+
+        def plain(norm, h_BTD, y_BTD=None):
+            h_BTD = h_BTD if y_BTD is None else h_BTD + y_BTD
+            return h_BTD, norm(h_BTD)
+
+        return plain
+
+    kernel = fused.build_add_norm(route, cfg.norm, cfg.norm_eps, mesh)
+
+    def joined(norm, h_BTD, y_BTD=None):
+        bias_D = norm.bias[...] if cfg.norm == "layer" and cfg.bias else None
+        return kernel(h_BTD, y_BTD, norm.gain[...], bias_D)
+
+    return joined
 
 
 class Norm(nnx.Module):
@@ -185,7 +209,8 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer, pre-norm: h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, cfg, dense):
+    def __init__(self, cfg, dense, join):
+        self.join = join
         self.attention_norm = Norm(cfg, "L|D")
         self.attention = Attention(cfg, dense)
         self.mlp_norm = Norm(cfg, "L|D")
@@ -193,9 +218,10 @@ class Block(nnx.Module):
 
     def __call__(self, h_BTD, rope, mix):
         """Returns ([B,T,D], whatever mix returned beside its output)."""
-        y_BTD, extra = self.attention(self.attention_norm(h_BTD), rope, mix)
-        h_BTD = h_BTD + y_BTD
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), extra
+        h_BTD, n_BTD = self.join(self.attention_norm, h_BTD)
+        y_BTD, extra = self.attention(n_BTD, rope, mix)
+        h_BTD, n_BTD = self.join(self.mlp_norm, h_BTD, y_BTD)
+        return h_BTD + self.mlp(n_BTD), extra
 
 
 def embed_std(cfg) -> float:
@@ -210,11 +236,11 @@ def embed_std(cfg) -> float:
 class Transformer(nnx.Module):
     """All parameters; the forward pass over them is in transformer.py."""
 
-    def __init__(self, cfg, dense):
+    def __init__(self, cfg, dense, join):
         self.embed = param(cfg, "V|D", embed_std(cfg))
         if cfg.position == "learned":
             self.positions = param(cfg, "T|D", embed_std(cfg))
-        self.blocks = Block(cfg, dense)
+        self.blocks = Block(cfg, dense, join)
         self.final_norm = Norm(cfg, "|D")
         if not cfg.tied:  # logits of standard deviation 1/sqrt(D): the first loss is ln V
             self.head = param(cfg, "|V<-D", 1 / cfg.D)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.mesh import BATCH, param_spec
 from jaxtrain.model.attention import MASKED, attend
-from jaxtrain.model.layers import Transformer, lookup, rope_tables
+from jaxtrain.model.layers import Transformer, build_join, lookup, rope_tables
 
 policies = jax.checkpoint_policies
 REMAT = {
@@ -85,7 +85,8 @@ class _Network:
         self.dtype = jnp.dtype(cfg.dtype)
         self.wide = jnp.promote_types(self.dtype, jnp.float32)
         dense = routes["dense"].implementation
-        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense))
+        join = build_join(routes["norm"], cfg, self.mesh)
+        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense, join))
         self.state = nnx.split(abstract, nnx.Param)[1]
         self.axes = tree_of(self.state, lambda _, variable: variable.get_metadata()["axes"])
         self.shapes = tree_of(self.state, lambda _, variable: variable.get_value())
@@ -133,7 +134,7 @@ class _Network:
     def run(self, params, tokens_BT, docs_BT, keep):
         """(what enters the first layer, what leaves the last, keep(what leaves each))."""
         first_BTD, rope = self.embed(params, tokens_BT, 0)
-        attention = self.routes["attention"].implementation
+        attention = self.routes["attention"]
         docs_BT = docs_BT if self.document_mask else None
 
         def body(h_BTD, layer):

@@ -1,6 +1,6 @@
 """build_optimizer: noise and clip, then each group's direction, rate, decay and acceleration."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain import fused
 from jaxtrain.mesh import moment_spec
 from jaxtrain.optim import pick
 from jaxtrain.optim.accelerated import ema_lookahead, transported
@@ -26,12 +27,21 @@ def _buffer_dtype(cfg):
     return jnp.bfloat16 if cfg.narrow_buffers else None
 
 
-def _lmo(cfg, axes, mesh, nesterov):
-    spectral = {}
+class _Place(NamedTuple):
+    """Where an optimizer steps, and by which route its square products are made."""
+
+    mesh: jax.sharding.Mesh | None
+    square: Any = None  # a Route
+
+
+def _lmo(cfg, axes, place, nesterov):
+    spectral, mesh = {}, place.mesh
     if cfg.geometry == "spectral":
         spectral = {"steps": cfg.ns_steps or None, "coefficients": cfg.ns_coefficients}
         if mesh is not None and mesh.size > 1:
             spectral["over"] = on_owners(mesh, copied=cfg.name != "accelerated_lmo")
+        if place.square is not None and place.square.tiles:
+            spectral["square"] = fused.build_square(place.square)
     return scale_by_lmo(
         axes,
         geometry=cfg.geometry,
@@ -45,24 +55,24 @@ def _lmo(cfg, axes, mesh, nesterov):
     )
 
 
-def _muon(cfg, axes, mesh):
-    return _lmo(cfg, axes, mesh, cfg.nesterov)
+def _muon(cfg, axes, place):
+    return _lmo(cfg, axes, place, cfg.nesterov)
 
 
-def _normuon(cfg, axes, mesh):
-    return optax.chain(_muon(cfg, axes, mesh), balance_neurons(axes, cfg.neuron_decay))
+def _normuon(cfg, axes, place):
+    return optax.chain(_muon(cfg, axes, place), balance_neurons(axes, cfg.neuron_decay))
 
 
-def _accelerated_lmo(cfg, axes, mesh):  # the wrapper takes the place of Nesterov's mixing
-    return _lmo(cfg, axes, mesh, nesterov=cfg.acceleration == "ema_lookahead" and cfg.nesterov)
+def _accelerated_lmo(cfg, axes, place):  # the wrapper takes the place of Nesterov's mixing
+    return _lmo(cfg, axes, place, nesterov=cfg.acceleration == "ema_lookahead" and cfg.nesterov)
 
 
-def _adamw(cfg, axes=None, mesh=None):
-    del axes, mesh
+def _adamw(cfg, axes=None, place=None):
+    del axes, place
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
 
-# optim.name -> direction of the matrices: (OptimConfig, axes, mesh) -> GradientTransformation
+# optim.name -> direction of the matrices: (OptimConfig, axes, _Place) -> GradientTransformation
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
@@ -119,17 +129,19 @@ def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _direction(cfg, name, geometry, axes, mesh):
+def _direction(cfg, name, geometry, axes, place):
     """The unscaled step of one group."""
     if name == MATRICES:
-        return pick(OPTIMIZERS, cfg.name, "optim.name")(cfg, axes, mesh)
+        return pick(OPTIMIZERS, cfg.name, "optim.name")(cfg, axes, place)
     if not geometry:
         return _adamw(cfg)
     options = {"scale": "none", "buffer_dtype": _buffer_dtype(cfg), "dtype": jnp.float32}
     return scale_by_lmo(axes, geometry, cfg.momentum, cfg.nesterov, **options)
 
 
-def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(
+    cfg, axes, mesh=None, seed=0, square=None
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of an OptimConfig; `update` needs params.
 
     `update(..., good=False)` gives updates of zero and the state as it was, whatever the gradients
@@ -140,6 +152,7 @@ def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformatio
         axes: pytree of Axes, like params.
         mesh: where params are split; None is one device.
         seed: of injected noise.
+        square: the route of Newton-Schulz' symmetric products; None is XLA's.
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
@@ -154,7 +167,7 @@ def build_optimizer(cfg, axes, mesh=None, seed=0) -> optax.GradientTransformatio
         only = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
-        direction = _direction(cfg, name, geometry, only(axes), mesh)
+        direction = _direction(cfg, name, geometry, only(axes), _Place(mesh, square))
         whole = optax.chain(direction, _scale_by_rate(only(groups), schedule))
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = pick(ACCELERATIONS, cfg.acceleration, "optim.acceleration")

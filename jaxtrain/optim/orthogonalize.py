@@ -5,6 +5,8 @@ Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,78 +36,84 @@ def _dot(equation, a, b, wide):
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
 
 
-def _tools(dtype, place):
-    """(dot, narrow): placed products, and placed casts to the dtype of their operands.
+class _Tools(NamedTuple):
+    """Products and casts of one dtype of operands, all placed.
 
     Products are placed too, or the partitioner splits them over idle mesh axes.
     """
+
+    dot: Callable  # (equation, a, b), wide
+    narrow: Callable
+    square: Callable  # as symmetric_reference: (x, y=x, c=None, scales), wide or narrow
+
+
+def _tools(dtype, place, square):
     wide = jnp.promote_types(dtype, jnp.float32)
     dot = lambda equation, a, b: place(_dot(equation, a, b, wide))
-    return dot, lambda x: place(x.astype(dtype))
 
+    def plain(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
+        if y_XMN is None:
+            return dot("xmn,xkn->xmk", x_XMN, x_XMN)
+        out_XMM = dot("xmk,xkj->xmj", x_XMN, y_XMN)  # y is symmetric, but for rounding
+        return out_XMM if c_XMM is None else scales[1] * c_XMM.astype(wide) + scales[0] * out_XMM
 
-def _gram(x_XMN, dot):
-    return dot("xmn,xkn->xmk", x_XMN, x_XMN)
+    return _Tools(dot, lambda x: place(x.astype(dtype)), square or plain)
 
 
 def _scaled(x_XMN, table, eps, tools):
     """(x with no singular value above 1, its Gram matrix or None); wide in, narrow out."""
-    dot, narrow = tools
     largest_X11 = jnp.max(jnp.abs(x_XMN), (-2, -1), keepdims=True)
     x_XMN /= jnp.maximum(largest_X11, jnp.finfo(x_XMN.dtype).tiny)  # squares stay in range
     if not table.aol:
         norm_X11 = jnp.sqrt(jnp.sum(x_XMN**2, (-2, -1), keepdims=True))
-        return narrow(x_XMN / jnp.maximum(table.safety * norm_X11, eps)), None
-    gram_XMM = _gram(narrow(x_XMN), dot)
+        return tools.narrow(x_XMN / jnp.maximum(table.safety * norm_X11, eps)), None
+    gram_XMM = tools.square(tools.narrow(x_XMN)).astype(x_XMN.dtype)
     norm_XM1 = jnp.sqrt(jnp.sum(jnp.abs(gram_XMM), -1, keepdims=True))
     root_XM1 = 1 / jnp.maximum(table.safety * norm_XM1, eps)
-    return narrow(root_XM1 * x_XMN), narrow(root_XM1 * gram_XMM * root_XM1.mT)
+    return tools.narrow(root_XM1 * x_XMN), tools.narrow(root_XM1 * gram_XMM * root_XM1.mT)
 
 
 def _iteration(x_XMN, abc_3, gram_XMM, tools):
     """X <- aX + (bA + cA^2)X."""
-    dot, narrow = tools
     a, b, c = abc_3
-    square_XMM = dot("xmk,xkj->xmj", gram_XMM, gram_XMM)
-    shift_XMM = narrow(b * gram_XMM.astype(a.dtype) + c * square_XMM)
-    return narrow(a * x_XMN.astype(a.dtype) + dot("xmk,xkn->xmn", shift_XMM, x_XMN))
+    shift_XMM = tools.narrow(tools.square(gram_XMM, gram_XMM, gram_XMM, (c, b)))
+    return tools.narrow(a * x_XMN.astype(a.dtype) + tools.dot("xmk,xkn->xmn", shift_XMM, x_XMN))
 
 
 def _segment(x_XMN, abc_N3, gram_XMM, tools):
     """N iterations as one product: the factors Z = aI + bA + cA^2, gathered while A <- ZAZ."""
-    dot, narrow = tools
-    dtype = abc_N3.dtype
-    times = lambda a, b: dot("xmk,xkj->xmj", a, b)
+    dtype, narrow, one = abc_N3.dtype, tools.narrow, jnp.ones((), abc_N3.dtype)
+
+    def added(a, b, c, scale):  # scale c + a b, of matrices that commute
+        return narrow(tools.square(a, b, c, (one, scale)))
 
     def shift(gram_XMM, abc_3):  # Z - aI
-        square_XMM = times(gram_XMM, gram_XMM)
-        return narrow(abc_3[1] * gram_XMM.astype(dtype) + abc_3[2] * square_XMM)
+        return narrow(tools.square(gram_XMM, gram_XMM, gram_XMM, (abc_3[2], abc_3[1])))
 
     def advance(carry, abc_3):
         gram_XMM, shift_XMM, product_XMM, a = carry
         gram_XMM, shift_XMM, product_XMM = map(narrow, (gram_XMM, shift_XMM, product_XMM))
-        half_XMM = narrow(a * gram_XMM.astype(dtype) + times(shift_XMM, gram_XMM))
-        gram_XMM = narrow(a * half_XMM.astype(dtype) + times(half_XMM, shift_XMM))
+        half_XMM = added(shift_XMM, gram_XMM, gram_XMM, a)
+        gram_XMM = added(half_XMM, shift_XMM, half_XMM, a)
         shift_XMM = shift(gram_XMM, abc_3)
-        longer_XMM = abc_3[0] * product_XMM.astype(dtype) + times(shift_XMM, product_XMM)
-        return (gram_XMM, shift_XMM, narrow(longer_XMM), abc_3[0]), None
+        longer_XMM = added(shift_XMM, product_XMM, product_XMM, abc_3[0])
+        return (gram_XMM, shift_XMM, longer_XMM, abc_3[0]), None
 
     a, shift_XMM = abc_N3[0, 0], shift(gram_XMM, abc_N3[0])
     factor_XMM = a * jnp.eye(x_XMN.shape[-2], dtype=dtype) + shift_XMM.astype(dtype)
     carry = (gram_XMM, shift_XMM, narrow(factor_XMM), a)
     (*_, product_XMM, _), _ = jax.lax.scan(advance, carry, abc_N3[1:])
-    return narrow(dot("xmk,xkn->xmn", narrow(product_XMM), x_XMN))
+    return narrow(tools.dot("xmk,xkn->xmn", narrow(product_XMM), x_XMN))
 
 
 def _standard(x_XMN, abc_N3, gram_XMM, tools):
-    dot, narrow = tools
     if gram_XMM is not None:
         x_XMN = _iteration(x_XMN, abc_N3[0], gram_XMM, tools)
         abc_N3 = abc_N3[1:]
 
     def iteration(x_XMN, abc_3):
-        x_XMN = narrow(x_XMN)  # placed: the carry has no placement of its own
-        return _iteration(x_XMN, abc_3, narrow(_gram(x_XMN, dot)), tools), None
+        x_XMN = tools.narrow(x_XMN)  # placed: the carry has no placement of its own
+        return _iteration(x_XMN, abc_3, tools.narrow(tools.square(x_XMN)), tools), None
 
     return jax.lax.scan(iteration, x_XMN, abc_N3)[0]
 
@@ -121,10 +129,9 @@ def _lengths(steps: int) -> list[int]:
 
 
 def _on_gram(x_XMN, abc_N3, gram_XMM, tools):
-    dot, narrow = tools
     start = 0
     for length in _lengths(len(abc_N3)):
-        gram_XMM = narrow(_gram(x_XMN, dot)) if gram_XMM is None else gram_XMM
+        gram_XMM = tools.narrow(tools.square(x_XMN)) if gram_XMM is None else gram_XMM
         x_XMN = _segment(x_XMN, abc_N3[start : start + length], gram_XMM, tools)
         start, gram_XMM = start + length, None
     return x_XMN
@@ -133,7 +140,7 @@ def _on_gram(x_XMN, abc_N3, gram_XMM, tools):
 FORMS = {"standard": _standard, "gram": _on_gram}
 
 
-def _iterate(x_XIO, table, dtype, eps, place, form):
+def _iterate(x_XIO, table, dtype, eps, place, form, square):
     """orthogonalize of one chunk; form is a key of FORMS."""
     tall = x_XIO.shape[-2] > x_XIO.shape[-1]
     x_XMN = place(x_XIO)
@@ -141,7 +148,7 @@ def _iterate(x_XIO, table, dtype, eps, place, form):
     x_XMN = barrier(x_XMN.swapaxes(-2, -1)) if tall else x_XMN  # M, the smaller side, is squared
     # Where the standard form is 1 off in bf16, the Gram form is up to 2.1 in bf16, 1.1 in float16.
     operands = jnp.float16 if form == "gram" and dtype == jnp.bfloat16 else dtype
-    tools = _tools(operands, place)
+    tools = _tools(operands, place, square)
     wide = jnp.promote_types(operands, jnp.float32)
     x_XMN, gram_XMM = _scaled(x_XMN.astype(wide), table, eps, tools)
     x_XMN = FORMS[form](x_XMN, jnp.array(table.rows, dtype=wide), gram_XMM, tools)
@@ -186,6 +193,7 @@ def orthogonalize(
     form="auto",
     place=whole,
     chunk_bytes=None,
+    square=None,
 ):
     """Each matrix with its singular values moved to about 1; any scale of it gives the same.
 
@@ -205,6 +213,7 @@ def orthogonalize(
             is lost in the scan's carry and every iteration gathers.
         chunk_bytes: bound on the float32 temporaries; None takes half of the stack's size, on a GPU
             256 MiB or more; 0 takes all matrices at once, which a `place` that splits X needs.
+        square: makes the products that are symmetric, as symmetric_reference; None is XLA's.
 
     Returns:
         [...,I,O] in dtype.
@@ -228,6 +237,7 @@ def orthogonalize(
         eps=eps,
         place=place,
         form=form,
+        square=square,
     )
     chunk_bytes = _chunk_bytes(x) if chunk_bytes is None else chunk_bytes
     size = _chunk(x.shape, form, chunk_bytes) if chunk_bytes else len(x)
