@@ -8,6 +8,27 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.mesh import BATCH
 
+# op -> the kernel that a compiled step holds where its route is fused
+KERNELS = {
+    "attention": "flash_attention_forward",
+    "norm": "add_norm_forward",
+    "head": "head_scores",
+    "square": "symmetric",
+}
+
+
+def missing_kernels(routes, compiled) -> list[str]:
+    """Ops whose route is a kernel that a compiled program does not hold."""
+    fused = [op for op, route in routes.items() if op in KERNELS and _is_fused(route)]
+    if not fused:
+        return []
+    text = compiled.as_text()
+    return [op for op in fused if KERNELS[op] not in text]
+
+
+def _is_fused(route) -> bool:
+    return route.implementation.startswith(("flash:", "fused:")) and not _interpreted(route)
+
 
 def _interpreted(route) -> bool:
     return route.implementation.endswith(":interpret")

@@ -16,6 +16,11 @@ BATCH = ("replica", "fsdp")  # mesh axes that split the batch
 LETTER_AXIS = {"D": "fsdp", "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 
 
+def platform() -> str:
+    """Of the device that is traced for, which may be one that is only compiled for."""
+    return getattr(jax.config.jax_default_device, "platform", None) or jax.default_backend()
+
+
 def build_mesh(cfg, devices=None) -> Mesh:
     """Mesh over `devices` (default: all, of all processes), from a MeshConfig.
 

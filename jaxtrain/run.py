@@ -13,6 +13,7 @@ from absl import app, logging
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
+from jaxtrain.fused import missing_kernels
 from jaxtrain.kernels import arch_of, chip_of, choose_routes
 from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, check_batch
@@ -21,7 +22,14 @@ from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.runtime import start_runtime
-from jaxtrain.step import Step, abstract_batch, abstract_state, build_step, place_rates
+from jaxtrain.step import (
+    Step,
+    abstract_batch,
+    abstract_rates,
+    abstract_state,
+    build_step,
+    place_rates,
+)
 
 
 class Run(NamedTuple):
@@ -94,22 +102,28 @@ def build_run(cfg, devices=None) -> Run:
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
     )
+    if cfg.optim.name == "adamw" or cfg.optim.geometry != "spectral":
+        del routes["square"]  # it has no Newton-Schulz
     model = build_model(cfg.model, routes, mesh, masked)
     softcap, dtype = cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype)
     loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"])
-    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes["square"])
+    optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
 
 def _compile(function, run) -> Step:
     """A function of (state, batch, rates), compiled for the run's."""
     data = run.cfg.data
-    return Step(
+    step = Step(
         function,
         abstract_state(run.model, run.optimizer, run.mesh),
         abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask),
-        run.rates(),
+        abstract_rates(peak_rates(run.cfg.optim, run.model.axes), run.mesh),
     )
+    missing = missing_kernels(run.routes, step.compiled)
+    if missing:
+        raise ValueError(f"the compiled step must hold the kernels of its routes; got no {missing}")
+    return step
 
 
 def compile_step(run) -> Step:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.mesh import batch_sharding, param_sharding, replicated
+from jaxtrain.mesh import batch_sharding, param_sharding, platform, replicated
 from jaxtrain.model.transformer import head
 from jaxtrain.optim.build import group_rms, state_shardings
 
@@ -46,7 +46,7 @@ class Step:
         start = time.perf_counter()
         self._abstract = abstract
         lowered = function.lower(*abstract)
-        options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+        options = CPU_OPTIONS if platform() == "cpu" else None
         self.compiled = lowered.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
 
@@ -160,9 +160,15 @@ def build_gradient(model, loss, accumulation, shardings=None):
     return gradient
 
 
+def abstract_rates(rates: dict, mesh) -> dict:
+    """What place_rates gives, as ShapeDtypeStructs."""
+    scalar = jax.ShapeDtypeStruct((), jnp.result_type(float), sharding=replicated(mesh))
+    return dict.fromkeys(rates, scalar)
+
+
 def place_rates(rates: dict, mesh) -> dict:
     """Peak rates as arrays: arguments of the step, so that another rate is no other program."""
-    dtype = jnp.zeros(()).dtype
+    dtype = jnp.result_type(float)
     return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.kernels import cpu_multiplies_bf16
+from jaxtrain.mesh import platform
 from jaxtrain.optim.coefficients import table_of
 
 LEAST_CHUNK_BYTES = 2**28  # on a GPU, whose products want many matrices at once
@@ -158,7 +159,7 @@ def _iterate(x_XIO, table, dtype, eps, place, form, square):
 
 def _chunk_bytes(x_XIO) -> int:
     """Half of what the stack would take in float32: less saves little, more costs memory."""
-    least = 0 if jax.default_backend() == "cpu" else LEAST_CHUNK_BYTES
+    least = 0 if platform() == "cpu" else LEAST_CHUNK_BYTES
     return max(2 * x_XIO.size, least)
 
 
