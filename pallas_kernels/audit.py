@@ -2,6 +2,7 @@
 
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --chip=a40
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit            (a40 and h100)
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    (all tiles of the search space)
 
 Exit status 1 where a kernel spills, wants more shared memory than the chip has, lacks the
 tensor-core instructions that its products need, or fits fewer times on a multiprocessor than its
@@ -21,6 +22,8 @@ from pallas_kernels.chip import CHIPS, find_chip
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.offline import compile_for
+from pallas_kernels.routes import default_tiles
+from pallas_kernels.search import candidates
 from pallas_kernels.symmetric import symmetric
 from pallas_kernels.tuned import TILES
 
@@ -32,18 +35,20 @@ class Case(NamedTuple):
 
     name: str  # of the kernel in the compiled program
     shape: str
-    build: Callable  # Chip -> (function, abstract arguments)
+    build: Callable  # (Chip, tiles) -> (function, abstract arguments)
     hbm_bytes: float
     flops: float
     floor: int  # blocks on a multiprocessor, at least
     tensor_core: bool = False
+    op: str = "norm"
+    part: str = ""  # whose tiles are this kernel's
 
 
 def _norm_case(backward, N, D, floor):
     """The backward of a layer norm with a bias, which holds the most registers."""
 
-    def build(chip):
-        del chip
+    def build(chip, tiles):
+        del chip, tiles
         x, vector = (
             jax.ShapeDtypeStruct((N, D), jnp.bfloat16),
             jax.ShapeDtypeStruct((D,), "float32"),
@@ -61,32 +66,33 @@ def _norm_case(backward, N, D, floor):
 
 
 def _symmetric_case(X, M, N, floor, adds=False):
-    op = "square_sum" if adds else "square"
+    part = "square_sum" if adds else "square"
 
-    def build(chip):
-        tiles = TILES[chip.arch][op]
+    def build(chip, tiles):
+        del chip
+        tile = tiles[part]
         x, c = (jax.ShapeDtypeStruct((X, M, size), jnp.bfloat16) for size in (N, M))
         if not adds:
-            return lambda x: symmetric(x, tiles=tiles), (x,)
+            return lambda x: symmetric(x, tiles=tile), (x,)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        run = lambda x, c, a, b: symmetric(x, x, c, (a, b), tiles=tiles)
+        run = lambda x, c, a, b: symmetric(x, x, c, (a, b), tiles=tile)
         return run, (x, c, scale, scale)
 
     size, flops = 2 * X * (M * N + M * M * (1 + adds)), X * M * (M + 128) * N
     name = "symmetric_sum" if adds else "symmetric"
-    return Case(name, f"{X}x{M}x{N} bf16", build, size, flops, floor, tensor_core=True)
+    return Case(name, f"{X}x{M}x{N} bf16", build, size, flops, floor, True, "square", part)
 
 
 def _head_case(N, D, V, keep):
-    def build(chip):
-        tiles = TILES[chip.arch]["head"]
+    def build(chip, tiles):
+        del chip
         h, w = (jax.ShapeDtypeStruct((rows, D), jnp.bfloat16) for rows in (N, V))
-        run = lambda h, w, targets: head_scores(h, w, targets, tiles, keep=keep)
+        run = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], keep=keep)
         return run, (h, w, jax.ShapeDtypeStruct((N,), jnp.int32))
 
     size = 2 * (N + V) * D + 4 * N * V * keep
     shape = f"{N}x{D}x{V} bf16"
-    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, tensor_core=True)
+    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, True, "head", "head")
 
 
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
@@ -95,8 +101,8 @@ ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forw
 def _attention_case(name, B, T, H, G, K):
     """With documents, the harder case: more registers than without."""
 
-    def build(chip):
-        blocks = TILES[chip.arch]["attention"]
+    def build(chip, blocks):
+        del chip
         q, k = (jax.ShapeDtypeStruct((B, T, heads, K), jnp.bfloat16) for heads in (H, G))
         docs = jax.ShapeDtypeStruct((B, T), jnp.int32)
         run = lambda q, k, v, dq, dk: flash_attention(q, k, v, dq, dk, blocks)
@@ -112,7 +118,8 @@ def _attention_case(name, B, T, H, G, K):
     flops = ATTENTION_WORK[name] * 2 * B * H * K * T * (T + 1)
     size = 2 * B * T * K * (2 * H + 2 * G) * (2 if name == "dkv" else 1)
     shape = f"{B}x{T}x{H}:{G}x{K} bf16"
-    return Case(f"flash_attention_{name}", shape, build, size, flops, 1, tensor_core=True)
+    kernel = f"flash_attention_{name}"
+    return Case(kernel, shape, build, size, flops, 1, True, "attention", name)
 
 
 CASES = [
@@ -164,6 +171,35 @@ def line(case, report, chip) -> str:
     )
 
 
+def compile_case(case, chip, tiles):
+    """Its KernelReport. Raises as compile_for."""
+    function, abstract = case.build(chip, tiles)
+    return compile_for(chip, function, *abstract)[1][case.name]
+
+
+def sweep(chip, show=print) -> None:
+    """Compiles all tiles of the search space at one shape a kernel; shows those that may run.
+
+    Raises:
+        RuntimeError: the compiler for GPUs is not installed.
+    """
+    show(f"{chip.name}: all tiles that neither spill nor want more shared memory than there is")
+    show(HEAD)
+    for case in {case.part: case for case in reversed(CASES) if case.part}.values():
+        tried = [t for part, t in candidates(case.op, chip.arch) if part == case.part]
+        good = 0
+        for tiles in tried:
+            try:
+                report = compile_case(case, chip, tiles)
+            except jax.errors.JaxRuntimeError:
+                continue
+            if not faults(case._replace(floor=1), report, chip):
+                good += 1
+                mine = getattr(tiles, case.part) if case.op == "attention" else tiles[case.part]
+                show(f"{line(case, report, chip)}  {'x'.join(map(str, mine))}")
+        show(f"{case.name}: {good} of {len(tried)} tiles compile without fault")
+
+
 def audit(chip, cases=CASES, show=print) -> list[str]:
     """Compiles every case for a chip and shows a table; the faults found, a sentence each.
 
@@ -174,9 +210,8 @@ def audit(chip, cases=CASES, show=print) -> list[str]:
     show(HEAD)
     wrong = []
     for case in cases:
-        function, abstract = case.build(chip)
         try:
-            report = compile_for(chip, function, *abstract)[1][case.name]
+            report = compile_case(case, chip, default_tiles(case.op, chip.arch))
         except jax.errors.JaxRuntimeError as error:
             wrong.append(f"{chip.name}: {case.name} {case.shape}: {str(error).splitlines()[0]}")
             continue
@@ -197,10 +232,13 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--chip", action="append", choices=AUDITED, help="may be repeated; default: a40, h100"
     )
-    wrong = []
+    parser.add_argument("--sweep", action="store_true", help="the whole search space: minutes")
+    args, wrong = parser.parse_args(argv), []
     try:
-        for name in parser.parse_args(argv).chip or ("a40", "h100"):
+        for name in args.chip or ("a40", "h100"):
             wrong += audit(find_chip(name))
+            if args.sweep:
+                sweep(find_chip(name))
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     print("\n".join(wrong) if wrong else "audit passed")

@@ -28,7 +28,7 @@ def test_the_audit_passes_for_both_chips():
     rows = [
         line
         for line in done.stdout.splitlines()
-        if line.startswith(("add_", "flash_", "symmetric"))
+        if line.startswith(("add_", "flash_", "head_", "symmetric"))
     ]
     assert len(rows) == 2 * len(CASES)
     assert "audit passed" in done.stdout
@@ -60,12 +60,13 @@ def test_each_fault_is_found(report, says):
 
 SPILLING = """
 import jax, jax.numpy as jnp
-from pallas_kernels import symmetric
 from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import compile_for
-symmetric.WARPS = 1
+from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tuned import ProductTiles
 x = jax.ShapeDtypeStruct((1, 512, 512), jnp.bfloat16)
-compile_for(find_chip("a40"), symmetric.symmetric, x)
+one_warp = ProductTiles(128, 128, 32, 1, 3)
+compile_for(find_chip("a40"), lambda x: symmetric(x, tiles=one_warp), x)
 """
 
 
@@ -73,6 +74,40 @@ def test_a_kernel_that_spills_does_not_compile():
     done = run("-c", SPILLING, JAX_PLATFORMS="cpu")
     assert done.returncode != 0
     assert "register spilling" in done.stderr
+
+
+def test_kernels_stand_where_xla_leaves_bytes_to_save_and_nowhere_else():
+    done = run("-m", "pallas_kernels.traffic", JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none: nothing to win" in done.stdout and "yes" in done.stdout
+
+
+STEP = """
+import jax
+from configs import debug
+from jaxtrain.config import freeze
+from jaxtrain.run import build_run, compile_step
+from pallas_kernels.chip import find_chip
+from pallas_kernels.offline import devices_of
+config = debug.get_config()
+config.kernels.strict, config.data.document_mask, config.model.K = True, True, 16
+for name in ("a40", "h100"):
+    devices = devices_of(find_chip(name))
+    with jax.default_device(devices[0]):
+        run = build_run(freeze(config), devices)
+        text = compile_step(run).compiled.as_text()
+    names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
+    assert all(kernel in text for kernel in names)
+    print(name, *(route.implementation for route in run.routes.values()))
+"""
+
+
+def test_a_strict_step_compiled_for_a_card_holds_the_fused_kernels():
+    """Those of the backward pass too; compile_step itself refuses where a promised one is not."""
+    done = run("-c", STEP, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    for line, arch in zip(done.stdout.splitlines(), ("sm_86", "sm_90"), strict=True):
+        assert line.count(f"fused:{arch}") == 3 and f"flash:{arch}" in line
 
 
 def test_without_the_platform_set_the_error_says_how_to_start():

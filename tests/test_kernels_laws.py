@@ -1,4 +1,5 @@
-"""Kernels, interpreted on CPU, against float64; that they compile is test_kernels_audit.py's."""
+"""Kernels against float64: interpreted on CPU, and as they are on a card (JAX_PLATFORMS=cuda
+python -m pytest -m gpu). That they compile is test_kernels_audit.py's."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from pallas_kernels.symmetric import _place, symmetric, symmetric_reference
 from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
 
 HALF, FULL = jnp.bfloat16, jnp.float32
+INTERPRET = jax.default_backend() != "gpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +60,7 @@ def test_add_norm_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     def split(given):
         return given[0], given[1] if adds else None, given[1 + adds], given[-1] if biased else None
 
-    run = lambda *given: add_norm(*split(given), form, 1e-6, True)
+    run = lambda *given: add_norm(*split(given), form, 1e-6, INTERPRET)
     (s, n), pullback = jax.vjp(run, *given)
     assert s.dtype == n.dtype == dtype
     assert jnp.array_equal(s, h + y if adds else h)
@@ -77,7 +80,7 @@ def test_add_norm_and_its_gradients_equal_the_reference(name, dtype, tolerance):
 
 def test_the_gains_gradient_has_the_same_bits_every_time():
     h, y, ds, dn = (draw(seed, (600, 64), HALF) for seed in range(4))
-    run = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, True)
+    run = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, INTERPRET)
     grad = lambda: jax.vjp(run, jnp.ones(64, FULL))[1]((ds, dn))[0]
     assert jnp.array_equal(grad(), grad())
 
@@ -89,7 +92,7 @@ SQUARE = ProductTiles(64, 64, 32, 4, 2)
 @pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
 def test_symmetric_equals_the_product_and_its_own_transpose(shape, dtype, tolerance):
     x = draw(0, shape, dtype)
-    got = symmetric(x, tiles=SQUARE, interpret=True)
+    got = symmetric(x, tiles=SQUARE, interpret=INTERPRET)
     assert got.dtype == dtype
     assert jnp.array_equal(got, got.mT)
     assert off(got, symmetric_reference(*exact(x))) < tolerance
@@ -100,13 +103,13 @@ def test_the_quintics_sum_is_the_products_epilogue(dtype, tolerance):
     """b A + c A^2 of a Gram matrix, and a product of two that commute, with traced scales."""
     gram = draw(0, (2, 150, 300), FULL)
     gram = (jnp.einsum("xmk,xjk->xmj", gram, gram) / 300).astype(dtype)
-    run = jax.jit(lambda x, scales: symmetric(x, x, x, scales, tiles=SQUARE, interpret=True))
+    run = jax.jit(lambda x, scales: symmetric(x, x, x, scales, tiles=SQUARE, interpret=INTERPRET))
     scales = (jnp.float32(2.03), jnp.float32(-4.77))
     got = run(gram, scales)
     assert jnp.array_equal(got, got.mT)
     (wide,) = exact(gram)
     assert off(got, symmetric_reference(wide, wide, wide, scales)) < tolerance
-    cube = symmetric(gram, got, tiles=SQUARE, interpret=True)
+    cube = symmetric(gram, got, tiles=SQUARE, interpret=INTERPRET)
     assert off(cube, symmetric_reference(*exact(gram, got))) < tolerance
 
 
@@ -134,7 +137,7 @@ HEAD = ProductTiles(32, 64, 32, 4, 2, group=2)
 def test_the_heads_scores_equal_the_reference(N, D, V, softcap, dtype):
     h, w = draw(0, (N, D), dtype), draw(1, (V, D), dtype) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
-    got = head_scores(h, w, targets, HEAD, softcap, interpret=True)
+    got = head_scores(h, w, targets, HEAD, softcap, interpret=INTERPRET)
     want = head_scores_reference(*exact(h, w), targets, softcap)
     assert off(got.logits_NV, want.logits_NV) < 2e-6
     lse = lambda scores: scores.top_N + jnp.log(scores.total_N)
@@ -144,7 +147,7 @@ def test_the_heads_scores_equal_the_reference(N, D, V, softcap, dtype):
     dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
     assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
 
-    lean = head_scores(h, w, targets, HEAD, softcap, keep=False, interpret=True)
+    lean = head_scores(h, w, targets, HEAD, softcap, keep=False, interpret=INTERPRET)
     assert lean.logits_NV is None
     assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
 
@@ -175,7 +178,7 @@ def attention_case(name, dtype):
 def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     """In bfloat16 also: at most 1.3 times the error of the plain attention, of each result."""
     (q, k, v, do), docs = attention_case(name, dtype)
-    fused = lambda *x: flash_attention(*x, *docs, SMALL, True)
+    fused = lambda *x: flash_attention(*x, *docs, SMALL, INTERPRET)
     plain = lambda *x: flash_attention_reference(*x, *docs)
     o, pullback = jax.vjp(fused, q, k, v)
     assert o.dtype == dtype
@@ -189,7 +192,7 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tole
 
 def test_a_query_with_nothing_to_see_gives_zeros_and_no_gradient():
     (q, k, v, do), _ = attention_case("queries with nothing to see", FULL)
-    o, pullback = jax.vjp(lambda *x: flash_attention(*x, None, None, SMALL, True), q, k, v)
+    o, pullback = jax.vjp(lambda *x: flash_attention(*x, None, None, SMALL, INTERPRET), q, k, v)
     blind = q.shape[1] - k.shape[1]
     assert not o[:, :blind].any()
     assert not pullback(do)[0][:, :blind].any()

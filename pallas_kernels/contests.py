@@ -1,0 +1,192 @@
+"""What is measured against what: each op at a shape, our kernel, then all who can do the same.
+
+Every contestant is a function of the same random arrays with the same results; what is not
+installed, or not for the device, does not enter and is named.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.add_norm import add_norm, add_norm_reference
+from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
+from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.symmetric import symmetric, symmetric_reference
+
+KERNEL = "kernel"
+
+
+class Contest(NamedTuple):
+    """One op at one shape and direction."""
+
+    op: str  # of routes.OPS
+    name: str
+    shape: tuple  # as in routes.Row
+    arrays: Callable  # key -> arguments of every contestant
+    contestants: Callable  # tiles -> {name: function}; KERNEL is ours
+    flops: float
+    hbm_bytes: float
+
+
+class Sizes(NamedTuple):
+    """Of all contests; the defaults are the shipped models'."""
+
+    attention: tuple = (  # B, T, H, G, K
+        (8, 1_024, 12, 12, 64),
+        (4, 2_048, 16, 4, 128),
+        (2, 4_096, 16, 4, 128),
+    )
+    norm: tuple = ((8_192, 768), (8_192, 2_048))  # N, D
+    head: tuple = ((1_024, 768, 50_304), (1_024, 2_048, 50_304))  # N, D, V
+    square: tuple = ((12, 768, 768), (24, 2_048, 2_048))  # X, M, N
+
+
+TINY = Sizes(((1, 128, 2, 1, 64),), ((64, 128),), ((64, 64, 256),), ((1, 64, 64),))
+
+
+def _normal(key, *shapes):
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+
+
+def _with_gradients(forward):
+    """(o, gradients) of forward(q, k, v) along the last argument."""
+
+    def run(q, k, v, do):
+        o, pullback = jax.vjp(forward, q, k, v)
+        return o, pullback(do)
+
+    return run
+
+
+def _tokamax():
+    if importlib.util.find_spec("tokamax") is None:
+        return None
+    import tokamax
+
+    return lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
+
+
+def _attention(size, backward, interpret):
+    B, T, H, G, K = size
+
+    def contestants(tiles):
+        found = {
+            KERNEL: lambda q, k, v: flash_attention(q, k, v, None, None, tiles, interpret),
+            "xla": flash_attention_reference,
+        }
+        if not interpret:
+            cudnn = functools.partial(
+                jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+            )
+            found |= {"cudnn": cudnn} | ({"tokamax": t} if (t := _tokamax()) else {})
+        if backward:
+            return {name: _with_gradients(f) for name, f in found.items()}
+        return {name: lambda q, k, v, do, f=f: f(q, k, v) for name, f in found.items()}
+
+    shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
+    forward_flops = 2 * B * H * K * T * (T + 1)
+    return Contest(
+        "attention",
+        f"attention {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
+        (T, H, G, K),
+        lambda key: _normal(key, *shapes),
+        contestants,
+        forward_flops * (3.5 if backward else 1),  # the backward's usual count: 2.5
+        4 * B * T * K * (H + G) * (2 if backward else 1),
+    )
+
+
+def _norm(size, interpret):
+    N, D = size
+
+    def both_ways(join):
+        def run(h, y, ds, dn, gain):
+            out, pullback = jax.vjp(join, h, y, gain)
+            return out, pullback((ds, dn))
+
+        return run
+
+    def contestants(tiles):
+        del tiles
+        ours = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
+        law = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
+        return {KERNEL: both_ways(ours), "xla": both_ways(law)}
+
+    arrays = lambda key: [*_normal(key, *[(N, D)] * 4), jnp.ones(D)]
+    return Contest("norm", f"norm both ways {N}x{D}", (D,), arrays, contestants, 0, 16 * N * D)
+
+
+def _head(size, interpret):
+    N, D, V = size
+
+    def losses(scores):
+        """Nats and the gradients of h and w, as the training loss makes them of a chunk."""
+
+        def run(h, w, targets):
+            found = scores(h, w, targets)
+            lse_N = found.top_N + jnp.log(found.total_N)
+            p_NV = jnp.exp(found.logits_NV - lse_N[:, None])
+            d_NV = (p_NV - jax.nn.one_hot(targets, V)).astype(h.dtype)
+            wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            return lse_N - found.hit_N, wide("NV,VD->ND", d_NV, w), wide("NV,ND->VD", d_NV, h)
+
+        return run
+
+    def contestants(tiles):
+        tile = tiles["head"] if tiles else None
+        ours = lambda h, w, y: head_scores(h, w, y, tile, interpret=interpret)
+        return {KERNEL: losses(ours), "xla": losses(head_scores_reference)}
+
+    def arrays(key):
+        return [*_normal(key, (N, D), (V, D)), jax.random.randint(key, (N,), 0, V)]
+
+    size = 2 * (N + V) * D * 3 + 10 * N * V
+    name = f"head both ways {N}x{D}x{V}"
+    return Contest("head", name, (D, V), arrays, contestants, 6 * N * D * V, size)
+
+
+def _square(size, interpret):
+    X, M, N = size
+
+    def contestants(tiles):
+        def ours(x):
+            gram = symmetric(x, tiles=tiles["square"], interpret=interpret)
+            sums = tiles["square_sum"]
+            return symmetric(gram, gram, gram, (2.0, -1.5), tiles=sums, interpret=interpret)
+
+        def law(x):
+            gram = symmetric_reference(x)
+            return symmetric_reference(gram, gram, gram, (2.0, -1.5))
+
+        return {KERNEL: ours, "xla": law}
+
+    flops = X * M * M * (N + M)  # of one triangle
+    name = f"square and quintic {X}x{M}x{N}"
+    return Contest(
+        "square",
+        name,
+        (M,),
+        lambda key: [x / N**0.5 for x in _normal(key, (X, M, N))],
+        contestants,
+        flops,
+        2 * X * (M * N + 3 * M * M),
+    )
+
+
+def build_contests(sizes=Sizes(), interpret=False) -> list[Contest]:  # noqa: B008 - a tuple
+    """All contests, the dearest first; interpret: on any device, without vendors' libraries."""
+    return [
+        *(
+            _attention(s, backward, interpret)
+            for s in sizes.attention
+            for backward in (True, False)
+        ),
+        *(_head(s, interpret) for s in sizes.head),
+        *(_square(s, interpret) for s in sizes.square),
+        *(_norm(s, interpret) for s in sizes.norm),
+    ]
