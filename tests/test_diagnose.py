@@ -35,7 +35,7 @@ def test_a_diagnosis_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("mesh", [(2, 1, 2)])
 def test_a_diagnosis_is_the_same_on_every_mesh(mesh):
     one, split = diagnose()[0], diagnose(mesh)[0]
     assert one.keys() == split.keys()

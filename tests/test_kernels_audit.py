@@ -91,7 +91,7 @@ from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask, config.model.K = True, True, 16
-for name in ("a40", "h100"):
+for name in ("a40",):
     devices = devices_of(find_chip(name))
     with jax.default_device(devices[0]):
         run = build_run(freeze(config), devices)
@@ -106,7 +106,7 @@ def test_a_strict_step_compiled_for_a_card_holds_the_fused_kernels():
     """Those of the backward pass too; compile_step itself refuses where a promised one is not."""
     done = run("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    for line, arch in zip(done.stdout.splitlines(), ("sm_86", "sm_90"), strict=True):
+    for line, arch in zip(done.stdout.splitlines(), ("sm_86",), strict=True):
         assert line.count(f"fused:{arch}") == 3 and f"flash:{arch}" in line
 
 

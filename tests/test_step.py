@@ -48,7 +48,7 @@ def whole():
     return losses()
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
 def test_losses_agree_on_every_mesh(mesh):
     np.testing.assert_allclose(losses(mesh), whole(), rtol=1e-5)
 
