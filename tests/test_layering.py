@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 files axes knobs
 config
-runtime mesh stop
+runtime mesh stop hlo
+collectives
 kernels fused
 data.* model.* interop.*
 loss optim.*

@@ -1,0 +1,194 @@
+"""What a compiled program does, read from its text: each instruction, how often, bytes and FLOPs.
+
+Loops count as often as XLA knows that they turn. A fusion reads of an operand only what it slices,
+and writes of a result only what it updates. Pallas' attention is counted by its formula, other
+custom calls by their bytes.
+
+Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+FREE = frozenset(
+    ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
+)
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
+BYTES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w-]*)\(")
+_CALLED = re.compile(r"(?:body|calls|to_apply|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Instruction(NamedTuple):
+    name: str
+    op: str
+    result: str  # its type, as XLA writes it
+    operands: tuple[str, ...]
+    rest: str  # the attributes
+    is_root: bool
+
+
+class Work(NamedTuple):
+    """One instruction of the running program, not one inside a fusion."""
+
+    instruction: Instruction
+    times: int
+    hbm_bytes: int  # of one time
+    flops: float
+    dtype: str  # of its products, as the chip table names peaks
+
+
+def shapes_of(types: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(element type, sizes) of each array of a type."""
+    return [
+        (name, tuple(int(size) for size in sizes.split(",") if size))
+        for name, sizes in _SHAPE.findall(types)
+        if name in BYTES
+    ]
+
+
+def bytes_of(types: str) -> int:
+    return sum(BYTES[name] * math.prod(sizes) for name, sizes in shapes_of(types))
+
+
+def _closing(text, start):
+    """Where the parenthesis that opens at start closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError("an instruction's parentheses must close")
+
+
+def _instruction(line) -> Instruction | None:
+    found = _INSTRUCTION.match(line)
+    if not found:
+        return None
+    root, name, right = found.groups()
+    start = _closing(right, 0) if right.startswith("(") else 0  # past a tuple's type
+    opcode = _OPCODE.search(right, start)
+    if not opcode:
+        return None
+    opened = opcode.end() - 1
+    closed = _closing(right, opened)
+    operands = tuple(re.findall(r"%([\w.-]+)", right[opened:closed]))
+    result = right[: opcode.start()]
+    return Instruction(name, opcode[1], result, operands, right[closed + 1 :], bool(root))
+
+
+class Program:
+    """A compiled module's text, as computations of instructions."""
+
+    def __init__(self, text: str):
+        self.computations, self.entry, current = {}, "", None
+        for line in text.splitlines():
+            header = _COMPUTATION.match(line)
+            if header:
+                current = self.computations.setdefault(header[1], [])
+                self.entry = header[1] if line.startswith("ENTRY") else self.entry
+            elif current is not None and (instruction := _instruction(line)):
+                current.append(instruction)
+
+    def executed(self):
+        """(instruction, the types of what it can name, how often it runs), loops turned."""
+        yield from self._walk(self.entry, 1)
+
+    def _walk(self, name, times):
+        instructions = self.computations[name]
+        types = {i.name: i.result for i in instructions}
+        for i in instructions:
+            if i.op == "while":
+                trips = int(found[1]) if (found := _TRIPS.search(i.rest)) else 1
+                for called in _CALLED.findall(i.rest):
+                    yield from self._walk(called, times * trips)
+            elif i.op == "conditional":  # any branch may run: all count
+                for many, one in _BRANCHES.findall(i.rest):
+                    for called in re.findall(r"[\w.-]+", many or one):
+                        yield from self._walk(called, times)
+            elif i.op in ("call", "async-start"):
+                for called in _CALLED.findall(i.rest):
+                    yield from self._walk(called, times)
+            else:
+                yield i, types, times
+
+    def work(self) -> list[Work]:
+        """Of every instruction that moves or computes something."""
+        return [
+            Work(i, times, self._bytes(i, types), *self._flops(i, types))
+            for i, types, times in self.executed()
+            if i.op not in FREE and not i.op.endswith(("-done", "-update"))
+        ]
+
+    def _bytes(self, i, types):
+        if i.op == "dynamic-slice":
+            return 2 * bytes_of(i.result)
+        if i.op == "dynamic-update-slice":
+            return 2 * bytes_of(types[i.operands[1]])
+        if i.op == "fusion":
+            return self._fusion_bytes(i)
+        return bytes_of(i.result) + sum(bytes_of(types.get(name, "")) for name in i.operands)
+
+    def _fusion_bytes(self, i):
+        inside = self.computations[_CALLED.search(i.rest)[1]]
+        types, total, updated = {j.name: j.result for j in inside}, 0, {}
+        for j in inside:
+            if j.op == "dynamic-update-slice":
+                updated[j.name] = bytes_of(types[j.operands[1]])
+        for j in inside:
+            if j.op == "parameter":
+                users = [user for user in inside if j.name in user.operands]
+                if users and all(_slices(user, j.name) for user in users):
+                    total += sum(bytes_of(u.result) for u in users if u.op == "dynamic-slice")
+                else:
+                    total += bytes_of(j.result)
+            if j.is_root:
+                results = j.operands if j.op == "tuple" else (j.name,)
+                total += sum(updated.get(name, bytes_of(types[name])) for name in results)
+        return total
+
+    def _flops(self, i, types):
+        """(FLOPs of its products, the type of their operands)."""
+        if i.op == "dot":
+            return _dot_flops(i, types)
+        if i.op == "fusion":
+            inside = self.computations[_CALLED.search(i.rest)[1]]
+            types = {j.name: j.result for j in inside}
+            dots = [_dot_flops(j, types) for j in inside if j.op == "dot"]
+            return sum(flops for flops, _ in dots), dots[0][1] if dots else "bfloat16"
+        return _attention_flops(i, types), "bfloat16"
+
+
+def _slices(user, name) -> bool:
+    """Whether an instruction takes a slice of `name`, or puts one into it."""
+    return user.op in ("dynamic-slice", "dynamic-update-slice") and user.operands[0] == name
+
+
+def _dot_flops(i, types):
+    left, sizes = shapes_of(types[i.operands[0]])[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+    depth = math.prod(sizes[int(dim)] for dim in contracted.split(",") if dim)
+    flops = 2 * depth * math.prod(shapes_of(i.result)[0][1])
+    if left in ("bf16", "f16"):
+        return flops, "bfloat16"
+    return flops, "float32" if "highest" in i.rest else "tf32"
+
+
+_ATTENTION = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in forward passes, causal
+
+
+def _attention_flops(i, types):
+    found = re.search(r"flash_attention_(\w+?)/", i.rest) if i.op == "custom-call" else None
+    if not found:
+        return 0
+    (_, (B, T, H, K)), (_, (_, S, _, _)) = (shapes_of(types[o])[0] for o in i.operands[:2])
+    return _ATTENTION[found[1]] * 2 * B * H * K * T * (2 * S - T + 1)

@@ -1,0 +1,116 @@
+"""Collectives of programs whose payloads can be counted by hand, on 8 devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.collectives import find_collectives, parse_groups
+from jaxtrain.config import MeshConfig
+from jaxtrain.hlo import Program
+from jaxtrain.mesh import build_mesh
+
+MESH = build_mesh(MeshConfig(2, 2, 2))
+ROWS, COLUMNS = 64, 32
+BYTES = ROWS * COLUMNS * 4  # of the whole array, float32
+
+
+def collectives_of(local, in_spec, out_spec):
+    run = jax.shard_map(local, mesh=MESH, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(MESH, in_spec))
+    text = jax.jit(run).lower(x).compile().as_text()
+    return find_collectives(Program(text), MESH)
+
+
+CASES = {  # local function, in, out, kind, payload of a device, axes, size
+    "a sum over one axis": (
+        lambda x: jax.lax.psum(x, "fsdp"),
+        P("fsdp"),
+        P(),
+        ("all-reduce", BYTES // 2, ("fsdp",), 2),
+    ),
+    "a sum over two axes": (
+        lambda x: jax.lax.psum(x, ("replica", "tensor")),
+        P(("replica", "tensor")),
+        P(),
+        ("all-reduce", BYTES // 4, ("replica", "tensor"), 4),
+    ),
+    "a gather": (
+        lambda x: jax.lax.all_gather(x, "tensor", tiled=True),
+        P("tensor"),
+        P(),
+        ("all-gather", BYTES, ("tensor",), 2),
+    ),
+    "a scattered sum": (
+        lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True),
+        P(),
+        P("fsdp"),
+        ("reduce-scatter", BYTES, ("fsdp",), 2),
+    ),
+    "an exchange": (
+        lambda x: jax.lax.all_to_all(x, "replica", 1, 0, tiled=True),
+        P("replica"),
+        P(None, "replica"),
+        ("all-to-all", BYTES // 2, ("replica",), 2),
+    ),
+    "a shift": (
+        lambda x: jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)]),
+        P("tensor"),
+        P("tensor"),
+        ("collective-permute", BYTES // 2, ("tensor",), 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_collective_is_read_as_it_was_written(name):
+    *program, want = CASES[name]
+    (found,) = collectives_of(*program)
+    assert found[:4] == want and found.times == 1 and not found.crosses_hosts
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    turn = lambda x, _: (jnp.sin(jax.lax.psum(x, "fsdp")), None)
+    local = lambda x: jax.lax.scan(turn, x, length=7)[0]
+    (found,) = collectives_of(local, P("fsdp"), P("fsdp"))
+    assert found.times == 7
+    assert found.wire_bytes == 7 * 2 * 0.5 * BYTES / 2  # a ring of two sends its half twice
+
+
+def test_a_program_of_one_device_has_none():
+    assert collectives_of(lambda x: x + 1, P(), P()) == []
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups={}", [list(range(8))]),
+    ],
+)
+def test_groups_are_read_in_each_of_xlas_forms(text, groups):
+    assert parse_groups(f"channel_id=1, {text}, dimensions=", 8) == groups
+
+
+def test_groups_in_an_unknown_form_are_an_error():
+    with pytest.raises(ValueError, match="must be in a known form"):
+        parse_groups("replica_groups=new_form", 8)
+
+
+def test_flops_and_bytes_of_a_program_are_those_of_its_products():
+    """A scan of 5 products, each fused with what follows it."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (5, 128, 128)))
+    scan = functools.partial(jax.lax.scan, lambda x, w: (jnp.tanh(x @ w), None))
+    work = Program(jax.jit(lambda x, w: scan(x, w)[0]).lower(x, w).compile().as_text()).work()
+    assert sum(w.times * w.flops for w in work) == 5 * 2 * 64 * 128 * 128
+    moved = sum(w.times * w.hbm_bytes for w in work)
+    least = 5 * 4 * (128 * 128 + 2 * 64 * 128)
+    assert least <= moved < 4 * least  # the stack of weights is read slice by slice
