@@ -1,4 +1,4 @@
-"""Every collective of a compiled program: kind, payload, mesh axes, and whether it leaves a host."""
+"""Every collective of a compiled program: kind, payload, mesh axes, whether it leaves a host."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def _iota(sizes, turned=None):
 
 
 def _along(listed, mesh_text, shape, turned):
-    """Groups along named axes, or parts of them ('x':(2)4: 4 devices after the first 2), of a mesh."""
+    """Groups along named axes of a mesh, or parts of them: 'x':(2)4 is 4 after the first 2."""
     names = [(name, int(size)) for name, size, *_ in _AXIS.findall(mesh_text)]
     sizes = [size for _, size in names]
     devices = _iota(_numbers(shape), _numbers(turned or "")) if shape else _iota(sizes)

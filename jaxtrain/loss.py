@@ -60,8 +60,8 @@ class _Plain:
         self.total = self.e.sum(-1)
         self.hit = (vocabulary.onehot(targets, wide) * self.logits).sum(-1)
 
-    def softmax(self, lse):
-        return self.e * jnp.exp(self.top - lse)[..., None]
+    def softmax(self, top, total):
+        return self.e * jnp.exp(self.top - top)[..., None] / total[..., None]
 
 
 class _Fused:
@@ -75,8 +75,8 @@ class _Fused:
         self.logits = shaped(found.logits_NV) if keep else None
         self.top, self.total, self.hit = map(shaped, found[1:])
 
-    def softmax(self, lse):
-        return jnp.exp(self.logits - lse[..., None])
+    def softmax(self, top, total):
+        return jnp.exp(self.logits - top[..., None]) / total[..., None]
 
 
 def _local(h_BTD, w_VD, targets_BT, weights_BT, *, head, softcap, z_loss, chunk_bytes, axis, grads):
@@ -90,13 +90,14 @@ def _local(h_BTD, w_VD, targets_BT, weights_BT, *, head, softcap, z_loss, chunk_
         h, targets, weights = chunk
         here = head(h, w_VD, targets, vocabulary, softcap, keep=grads)
         top = vocabulary.max(here.top)
-        lse = top + jnp.log(vocabulary.sum(here.total * jnp.exp(here.top - top)))
+        total = vocabulary.sum(here.total * jnp.exp(here.top - top))
+        lse = top + jnp.log(total)
         nll = lse - vocabulary.sum(here.hit)
         nats = (weights * nll).sum()
         sums = (carry[0] + nats + z_loss * (weights * lse**2).sum(), carry[1] + nats)
         if not grads:
             return sums, None
-        p, onehot = here.softmax(lse), vocabulary.onehot(targets, wide)
+        p, onehot = here.softmax(top, total), vocabulary.onehot(targets, wide)
         d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
         if softcap:
             d = d * (1 - (here.logits / softcap) ** 2)

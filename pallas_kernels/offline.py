@@ -83,8 +83,8 @@ device_description_str: "{chip.kind}"
 """
 
 
-def devices_of(chip: Chip, count: int = 1) -> list:
-    """That many devices of a chip, to compile for.
+def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list:
+    """That many devices of a chip on each of some hosts, to compile for; a host is a process.
 
     Raises:
         RuntimeError: the compiler for GPUs is not installed, or JAX_PLATFORMS is not cpu.
@@ -96,7 +96,7 @@ def devices_of(chip: Chip, count: int = 1) -> list:
         )
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=target_config(chip), topology=f"1x1x{count}"
+            platform="cuda", target_config=target_config(chip), topology=f"1x{hosts}x{count}"
         )
     except Exception as error:  # of several types, by version and by what is missing
         raise RuntimeError(

@@ -24,6 +24,8 @@ report
 evaluate generate
 loop
 train
+planning.*
+plan
 interop.__main__
 study.*
 optim.study

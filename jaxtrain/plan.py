@@ -1,0 +1,132 @@
+r"""Know before you rent: memory, time and collectives of a config on a GPU that is not there.
+
+    python -m jaxtrain.plan --config=configs/llama_1400m.py --chip=a40 --gpus=1
+    python -m jaxtrain.plan --config=configs/llama_1400m.py --chip=a40 --fit --write=mine.py
+    python -m jaxtrain.plan --config=configs/gpt_124m.py --compare=a40,h100 \
+        --price=a40=0.40,h100=2.50
+
+The run's own step is compiled for the chip, down to machine code, on this machine: what is printed
+is read from the compiled program. No time is measured: a bound is what the datasheet's peaks allow.
+Exit status 1 where the config does not fit. Needs the extra `offline`, and no GPU.
+
+Flags of the run (--config.model.remat=full) hold here as they do in training.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # chips are compiled for, none is looked for
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from jaxtrain import config as config_lib  # noqa: E402
+from jaxtrain.planning import fit, page  # noqa: E402
+from jaxtrain.planning.compiled import compile_plan  # noqa: E402
+from jaxtrain.planning.links import parse_link  # noqa: E402
+from jaxtrain.planning.tables import compare, table  # noqa: E402
+from jaxtrain.run import run_main  # noqa: E402
+from pallas_kernels.chip import find_chip  # noqa: E402
+
+CACHE = Path("runs/plans")
+
+
+def links_of(args, chip) -> tuple:
+    """(inside a host, between hosts)"""
+    return parse_link(args.link, chip), parse_link(args.host_link, chip)
+
+
+def make_evaluate(cfg, chip, args):
+    """(accumulation, remat) -> figures, from the cache where they are known."""
+    links = links_of(args, chip)
+    fsdp = None if cfg.mesh.fsdp == -1 else cfg.mesh.fsdp
+
+    def evaluate(parts, remat):
+        tried = fit.with_setting(cfg, parts, remat, fsdp)
+        return fit.figures_of(tried, chip, args.gpus, args.hosts, links, args.cache)
+
+    return evaluate
+
+
+def smallest_change(cfg, chip, args) -> str:
+    """Flags of the setting nearest to the config's that fits; smaller parts before more remat."""
+    evaluate = make_evaluate(cfg, chip, args)
+    choices = fit.accumulations(cfg, args.gpus * args.hosts)
+    for remat in fit.REMATS[fit.REMATS.index(cfg.model.remat) :]:
+        if not evaluate(choices[-1], remat)["fits"]:
+            continue
+        for parts in (p for p in choices if p > cfg.accumulation or remat != cfg.model.remat):
+            found = evaluate(parts, remat)
+            if found["fits"]:
+                return fit.flags_of(found)
+    return ""
+
+
+def plan(cfg, args) -> int:
+    """One setting: the page, or with --json its figures."""
+    chip = find_chip(args.chip)
+    links, found = links_of(args, chip), compile_plan(cfg, chip, args.gpus, args.hosts)
+    if args.json:
+        print(json.dumps(page.as_dict(found, *links)))
+    else:
+        print("\n".join(page.lines(found, *links)), flush=True)
+        change = "" if found.memory.fits else smallest_change(cfg, chip, args)
+        print(page.verdict(found, change))
+    return 0 if found.memory.fits else 1
+
+
+def search(cfg, name, args) -> int:
+    chip = find_chip(args.chip)
+    show = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    show(f"{name} on {args.gpus * args.hosts} x {chip.kind}, each line a compiled step")
+    show(fit.HEAD)
+    evaluate = make_evaluate(cfg, chip, args)
+    best, *_ = found = fit.search(cfg, args.gpus * args.hosts, evaluate, show)
+    if args.json:
+        print(json.dumps(found))
+    if not best["fits"]:
+        sys.exit(f"error: nothing fits {args.gpus * args.hosts} x {chip.name}: raise --gpus.")
+    show(f"fastest that fits: {fit.flags_of(best)}")
+    if args.write:
+        fit.write_config(args.write, name, best)
+        show(f"wrote {args.write}")
+    return 0
+
+
+def main() -> int:
+    args = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")
+    if args.table:
+        return table(args, show=print)
+    if args.config is None:
+        raise ValueError("--config must be a config file; got none. Or set --table.")
+    cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
+    if args.compare:
+        return compare(cfg, args, show=print)
+    return search(cfg, name, args) if args.fit else plan(cfg, args)
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
+    flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100, h100, h200, ...")
+    flags.DEFINE_integer("gpus", 1, "devices on each host", lower_bound=1)
+    flags.DEFINE_integer(
+        "hosts", 1, "hosts; what crosses them goes over --host_link", lower_bound=1
+    )
+    flags.DEFINE_string("link", "pcie4", "between devices of a host: pcie4, pcie5, nvlink")
+    flags.DEFINE_string("host_link", "ethernet10", "between hosts, or as wan:150ms,1gbps")
+    flags.DEFINE_bool("fit", False, "search micro-batch and remat for the fastest that fits")
+    flags.DEFINE_string("write", "", "with --fit: a config file of what was chosen")
+    flags.DEFINE_list("compare", [], "chips side by side, each at its own best setting")
+    flags.DEFINE_list("price", [], "of a device and hour, for --compare: a40=0.40,h100=2.50")
+    flags.DEFINE_bool("table", False, "all shipped configs on a40 and h100, 1 and 8 devices")
+    flags.DEFINE_bool("json", False, "figures for scripts; seconds, bytes, FLOPs")
+    flags.DEFINE_string("cache", str(CACHE), "folder of figures that were compiled before")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main, (RuntimeError,))

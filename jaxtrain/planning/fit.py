@@ -1,0 +1,127 @@
+"""The fastest setting of a config that fits: micro-batch, remat and mesh, each compiled."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+
+from jaxtrain.config import config_hash
+from jaxtrain.files import write_atomic
+from jaxtrain.planning.compiled import compile_plan, with_model
+from jaxtrain.planning.page import GIB, as_dict
+
+REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
+
+
+def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
+    """as_dict of a compiled plan, from `cache` (a folder) where this jax has made it before."""
+    text = json.dumps([config_hash(cfg), chip.name, gpus, hosts, links, jax.__version__])
+    path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    if path and path.exists():
+        return json.loads(path.read_text())
+    found = json.loads(json.dumps(as_dict(compile_plan(cfg, chip, gpus, hosts), *links)))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(found))
+    return found
+
+
+def with_setting(cfg, accumulation, remat, fsdp=None):
+    """The TrainConfig with these; fsdp devices share each copy of the parameters, or as it was."""
+    cfg = dataclasses.replace(with_model(cfg, remat=remat), accumulation=accumulation)
+    if fsdp is None:
+        return cfg
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, replica=-1, fsdp=fsdp))
+
+
+def flags_of(figures) -> str:
+    """The setting as flags of a run."""
+    return (
+        f"--config.accumulation={figures['accumulation']} --config.model.remat={figures['remat']} "
+        f"--config.mesh.fsdp={figures['fsdp']} --config.mesh.replica={figures['replica']}"
+    )
+
+
+def accumulations(cfg, devices) -> list[int]:
+    """What the batch can be cut into on so many devices, fewest parts first."""
+    rows = cfg.data.batch // devices
+    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
+
+
+def _fits_at(figures, micro_now, micro) -> bool:
+    """Whether another micro-batch fits: what is no state grows with its rows, gradients do not."""
+    m = figures["memory_bytes"]
+    activations = m["activations and workspace"] * micro / micro_now
+    return m["peak"] - m["activations and workspace"] + activations <= m["usable"]
+
+
+def search(cfg, devices, evaluate, show=print) -> list[dict]:
+    """Figures of all that was compiled, the fastest that fits first.
+
+    Of each remat the largest micro-batch is sought: one compile tells how memory grows with it,
+    the next ones correct the guess. A remat that recomputes more is tried only where the one
+    before it had to take less than all rows at once.
+
+    Args:
+        evaluate: (accumulation, remat) -> figures.
+    """
+    choices, tried = accumulations(cfg, devices), {}
+    rows = cfg.data.batch // devices
+
+    def look(parts, remat):
+        if (parts, remat) not in tried:
+            found = tried[parts, remat] = evaluate(parts, remat)
+            show(line(found))
+        return tried[parts, remat]
+
+    for remat in REMATS:
+        parts = choices[-1]
+        found = look(parts, remat)
+        while found["memory_bytes"]["peak"] <= found["memory_bytes"]["usable"]:
+            larger = [p for p in choices if p < parts and _fits_at(found, rows // parts, rows // p)]
+            if not larger:
+                break
+            parts = larger[0]
+            found = look(parts, remat)
+        for more in choices[choices.index(parts) + 1 :]:
+            if found["fits"]:
+                break
+            found = look(more, remat)
+    return sorted(tried.values(), key=lambda f: (not f["fits"], -f["tokens_per_s"]))
+
+
+HEAD = (
+    f"{'remat':9} {'parts':>6} {'fsdp':>5} {'peak GiB':>9} {'fits':>5} {'tokens/s':>10} {'MFU':>6}"
+)
+
+
+def line(figures) -> str:
+    return (
+        f"{figures['remat']:9} {figures['accumulation']:6} {figures['fsdp']:5} "
+        f"{figures['memory_bytes']['peak'] / GIB:9.2f} {'yes' if figures['fits'] else 'no':>5} "
+        f"{figures['tokens_per_s']:10,.0f} {figures['mfu_causal']:6.1%}"
+    )
+
+
+CONFIG = '''"""{name} as jaxtrain.plan --fit chose it for {devices} x {chip} with jax {version}.
+
+    python -m jaxtrain.train --config=THIS_FILE
+"""
+
+from configs import {name}
+
+
+def get_config():
+    config = {name}.get_config()
+    config.accumulation = {accumulation}
+    config.model.remat = "{remat}"
+    config.mesh.update(replica={replica}, fsdp={fsdp})
+    return config
+'''
+
+
+def write_config(path, name, figures) -> None:
+    """A config file that sets what the search chose over configs/NAME.py."""
+    write_atomic(Path(path), CONFIG.format(name=name, version=jax.__version__, **figures))

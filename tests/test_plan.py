@@ -1,0 +1,140 @@
+"""Plans of steps compiled for chips that are not there; searches over settings by known memory."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
+pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
+from jaxtrain.collectives import Collective  # noqa: E402
+from jaxtrain.planning import fit  # noqa: E402
+from jaxtrain.planning.compiled import Memory  # noqa: E402
+from jaxtrain.planning.links import LINKS, parse_link, seconds_of  # noqa: E402
+from jaxtrain.planning.page import verdict  # noqa: E402
+from jaxtrain.planning.tables import parse_prices  # noqa: E402
+from pallas_kernels.chip import find_chip  # noqa: E402
+
+A40 = find_chip("a40")
+GIB = 2**30
+
+
+def run(*argv):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    argv = [sys.executable, "-m", "jaxtrain.plan", *argv]
+    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
+
+
+def test_a_plan_over_hosts_shows_memory_bound_collectives_and_routes(tmp_path):
+    done = run("--config=configs/debug.py", "--gpus=2", "--hosts=2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    memory = found["memory_bytes"]
+    assert found["devices"] == 4 and found["hosts"] == 2 and found["fits"]
+    # Muon keeps one number a weight of matrices, AdamW two of the rest; both lie on 4 devices.
+    assert found["parameters"] / memory["parameters"] == pytest.approx(1, rel=0.3)
+    assert memory["parameters"] <= memory["optimizer state"] <= 2.2 * memory["parameters"]
+    assert 0 < memory["parameters"] + memory["optimizer state"] < memory["peak"]
+    kinds = {row["kind"] for row in found["collectives"]}
+    assert {"all-gather", "all-to-all"} <= kinds  # parameters for use, matrices to their owners
+    assert all(row["crosses_hosts"] and row["seconds"] > 0 for row in found["collectives"])
+    assert found["step_s"] > found["roofline_s"] > 0
+    assert found["routes"]["attention"]
+
+
+def test_bad_input_is_one_line_that_names_the_flag():
+    assert "--config must be a config file; got none" in run().stderr
+    done = run("--config=configs/debug.py", "--chip=b300")
+    assert done.returncode == 1 and "got 'b300'" in done.stderr
+
+
+def memory(peak, activations=0.0):
+    sizes = (4, 8, 4, 4 + activations, peak, 40)
+    return Memory(*(int(size * GIB) for size in sizes))
+
+
+def test_what_does_not_fit_names_the_largest_term_and_what_would():
+    plan = SimpleNamespace(memory=memory(50, 34), chip=A40)
+    says = verdict(plan, "--config.accumulation=64")
+    assert "does not fit: 50.0 GiB of 40.0" in says
+    assert "activations and workspace, 34.0 GiB" in says and "accumulation=64 would fit" in says
+    assert "use more GPUs" in verdict(plan, "")
+    assert verdict(SimpleNamespace(memory=memory(22), chip=A40), "").startswith("fits: 50% of")
+
+
+ROWS_BYTES = {"none": 9.0, "dots": 4.0, "attention": 1.5, "full": 1.0}  # GiB a row
+SLOWER = {"none": 1.0, "dots": 1.1, "attention": 1.25, "full": 1.3}
+
+
+def figures(rows, state):
+    """evaluate of a device whose memory and speed are known; small parts are slower."""
+
+    def evaluate(parts, remat):
+        activations = ROWS_BYTES[remat] * rows / parts
+        peak = state + activations
+        return {
+            "remat": remat,
+            "accumulation": parts,
+            "fsdp": 1,
+            "replica": 1,
+            "fits": peak <= 40,
+            "mfu_causal": 0.5,
+            "tokens_per_s": 1e4 / SLOWER[remat] / (1 + 0.01 * parts),
+            "memory_bytes": {
+                "activations and workspace": activations * GIB,
+                "peak": peak * GIB,
+                "usable": 40 * GIB,
+            },
+        }
+
+    return evaluate
+
+
+@pytest.mark.parametrize("state", [2.0, 30.0, 38.2, 39.5])
+def test_the_search_finds_what_trying_everything_finds(state):
+    rows, seen = 64, []
+    cfg = SimpleNamespace(data=SimpleNamespace(batch=rows))
+    evaluate = figures(rows, state)
+    found = fit.search(cfg, 1, evaluate, seen.append)
+    every = [evaluate(p, r) for p in fit.accumulations(cfg, 1) for r in fit.REMATS]
+    fitting = [f for f in every if f["fits"]]
+    if fitting:
+        assert found[0] == max(fitting, key=lambda f: f["tokens_per_s"])
+    else:
+        assert not found[0]["fits"]
+    assert len(seen) == len(found) < len(every)
+
+
+def test_a_chosen_setting_is_written_as_a_config(tmp_path):
+    chosen = figures(64, 2.0)(4, "dots") | {"devices": 1, "chip": "a40"}
+    fit.write_config(tmp_path / "mine.py", "gpt_124m", chosen)
+    space = {}
+    exec((tmp_path / "mine.py").read_text(), space)
+    config = space["get_config"]()
+    assert config.accumulation == 4 and config.model.remat == "dots" and config.model.D == 768
+
+
+def test_links_cost_their_bytes_and_their_latency():
+    gather = Collective("all-gather", 8 * 10**9, ("fsdp",), 8, False, 2)
+    inside, between = parse_link("pcie4", A40), parse_link("wan:150ms,1gbps", A40)
+    assert seconds_of(gather, inside, between) == pytest.approx(2 * 7 / 8 * 0.25, rel=1e-2)
+    far = seconds_of(gather._replace(crosses_hosts=True), inside, between)
+    assert far == pytest.approx(2 * (7 / 8 * 64 + 7 * 0.075))
+    assert parse_link("nvlink", A40).bytes_per_s == A40.nvlink_bytes_per_s / 2
+    for text in ("isdn", "wan:1s,2gbps", "wan:150ms,0gbps"):
+        with pytest.raises(ValueError, match=f"got '{text}'"):
+            parse_link(text, A40)
+    with pytest.raises(ValueError, match="got 'nvlink' for l40s"):
+        parse_link("nvlink", find_chip("l40s"))
+    assert set(LINKS)
+
+
+def test_prices_are_checked():
+    assert parse_prices(["a40=0.40", "h100=2.5"]) == {"a40": 0.4, "h100": 2.5}
+    with pytest.raises(ValueError, match="--price must be as"):
+        parse_prices(["a40"])
+    with pytest.raises(ValueError, match="got 'b300'"):
+        parse_prices(["b300=1"])
