@@ -96,7 +96,7 @@ def figures(rows, state):
 @pytest.mark.parametrize("state", [2.0, 30.0, 38.2, 39.5])
 def test_the_search_finds_what_trying_everything_finds(state):
     rows, seen = 64, []
-    cfg = SimpleNamespace(data=SimpleNamespace(batch=rows))
+    cfg = SimpleNamespace(data=SimpleNamespace(batch=rows, seq_len=512))
     evaluate = figures(rows, state)
     found = fit.search(cfg, 1, evaluate, seen.append)
     every = [evaluate(p, r) for p in fit.accumulations(cfg, 1) for r in fit.REMATS]
