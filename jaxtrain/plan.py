@@ -7,7 +7,8 @@ r"""Know before you rent: memory, time and collectives of a config on a GPU that
 
 The run's own step is compiled for the chip, down to machine code, on this machine: what is printed
 is read from the compiled program. No time is measured: a bound is what the datasheet's peaks allow.
-Exit status 1 where the config does not fit. Needs the extra `offline`, and no GPU.
+Exit status 1 where the config does not fit. Needs the extra `offline`, and no GPU; --formula needs
+neither, and gives memory alone.
 
 Flags of the run (--config.model.remat=full) hold here as they do in training.
 """
@@ -25,9 +26,10 @@ from ml_collections import config_flags  # noqa: E402
 
 from jaxtrain import config as config_lib  # noqa: E402
 from jaxtrain.planning import fit, page  # noqa: E402
-from jaxtrain.planning.compiled import compile_plan  # noqa: E402
+from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
+from jaxtrain.planning.compiled import USABLE, compile_plan  # noqa: E402
 from jaxtrain.planning.links import parse_link  # noqa: E402
-from jaxtrain.planning.tables import compare, table  # noqa: E402
+from jaxtrain.planning.tables import build_guess, compare, table  # noqa: E402
 from jaxtrain.run import run_main  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
@@ -53,12 +55,11 @@ def make_evaluate(cfg, chip, args):
 
 def smallest_change(cfg, chip, args) -> str:
     """Flags of the setting nearest to the config's that fits; smaller parts before more remat."""
-    evaluate = make_evaluate(cfg, chip, args)
-    choices = fit.accumulations(cfg, args.gpus * args.hosts)
+    evaluate, devices = make_evaluate(cfg, chip, args), args.gpus * args.hosts
+    guess, choices = build_guess(cfg, chip, devices), fit.accumulations(cfg, devices)
     for remat in fit.REMATS[fit.REMATS.index(cfg.model.remat) :]:
-        if not evaluate(choices[-1], remat)["fits"]:
-            continue
-        for parts in (p for p in choices if p > cfg.accumulation or remat != cfg.model.remat):
+        likely = [parts for parts in choices if guess(parts, remat)]
+        for parts in likely or choices[-1:]:
             found = evaluate(parts, remat)
             if found["fits"]:
                 return fit.flags_of(found)
@@ -78,13 +79,30 @@ def plan(cfg, args) -> int:
     return 0 if found.memory.fits else 1
 
 
+def by_formula(cfg, args) -> int:
+    """Memory alone, without the compiler."""
+    chip, found = find_chip(args.chip), estimate(cfg, args.gpus * args.hosts)
+    fits = found.peak <= USABLE * chip.hbm_bytes
+    if args.json:
+        print(json.dumps(found._asdict() | {"peak": found.peak, "fits": fits}))
+        return 0 if fits else 1
+    for name, size in (found._asdict() | {"peak": found.peak}).items():
+        print(f"  {name:26} {size / page.GIB:8.2f} GiB")
+    print(
+        f"by formula, to {RELATIVE:.0%} of the peak or {ABSOLUTE_BYTES / page.GIB:g} GiB; of "
+        f"{USABLE * chip.hbm_bytes / page.GIB:.2f} GiB usable: {'fits' if fits else 'does not fit'}"
+    )
+    return 0 if fits else 1
+
+
 def search(cfg, name, args) -> int:
     chip = find_chip(args.chip)
     show = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     show(f"{name} on {args.gpus * args.hosts} x {chip.kind}, each line a compiled step")
     show(fit.HEAD)
     evaluate = make_evaluate(cfg, chip, args)
-    best, *_ = found = fit.search(cfg, args.gpus * args.hosts, evaluate, show)
+    guess = build_guess(cfg, chip, args.gpus * args.hosts)
+    best, *_ = found = fit.search(cfg, args.gpus * args.hosts, evaluate, show, guess=guess)
     if args.json:
         print(json.dumps(found))
     if not best["fits"]:
@@ -99,6 +117,13 @@ def search(cfg, name, args) -> int:
 def main() -> int:
     args = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")
+    try:
+        return answer(args)
+    except RuntimeError as error:  # the compiler is missing
+        raise RuntimeError(f"{error} Or set --formula: memory alone, to {RELATIVE:.0%}.") from error
+
+
+def answer(args) -> int:
     if args.table:
         return table(args, show=print)
     if args.config is None:
@@ -106,6 +131,8 @@ def main() -> int:
     cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
     if args.compare:
         return compare(cfg, args, show=print)
+    if args.formula:
+        return by_formula(cfg, args)
     return search(cfg, name, args) if args.fit else plan(cfg, args)
 
 
@@ -123,6 +150,7 @@ def define_flags() -> None:
     flags.DEFINE_list("compare", [], "chips side by side, each at its own best setting")
     flags.DEFINE_list("price", [], "of a device and hour, for --compare: a40=0.40,h100=2.50")
     flags.DEFINE_bool("table", False, "all shipped configs on a40 and h100, 1 and 8 devices")
+    flags.DEFINE_bool("formula", False, "memory alone, by formula: needs no compiler, takes 1 s")
     flags.DEFINE_bool("json", False, "figures for scripts; seconds, bytes, FLOPs")
     flags.DEFINE_string("cache", str(CACHE), "folder of figures that were compiled before")
 

@@ -12,6 +12,7 @@ pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
 from jaxtrain.collectives import Collective  # noqa: E402
 from jaxtrain.planning import fit  # noqa: E402
+from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE  # noqa: E402
 from jaxtrain.planning.compiled import Memory  # noqa: E402
 from jaxtrain.planning.links import LINKS, parse_link, seconds_of  # noqa: E402
 from jaxtrain.planning.page import verdict  # noqa: E402
@@ -49,6 +50,38 @@ def test_bad_input_is_one_line_that_names_the_flag():
     assert "--config must be a config file; got none" in run().stderr
     done = run("--config=configs/debug.py", "--chip=b300")
     assert done.returncode == 1 and "got 'b300'" in done.stderr
+
+
+COMPILED = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+from configs import llama_135m
+from jaxtrain.config import freeze
+from jaxtrain.planning.analytic import estimate
+from jaxtrain.planning.compiled import compile_plan
+from pallas_kernels.chip import find_chip
+cfg = freeze(llama_135m.get_config())
+m = compile_plan(cfg, find_chip("a40"), 2).memory
+e = estimate(cfg, 2)
+print(m.peak, e.peak, m.parameters + m.optimizer_state, e.state)
+"""
+
+
+def test_the_formula_is_as_near_to_the_compiled_step_as_it_says():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    argv = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    peak, by_formula, state, state_by_formula = map(float, done.stdout.split())
+    assert state == pytest.approx(state_by_formula, rel=0.01)  # vectors lie whole on each
+    assert abs(peak - by_formula) < max(RELATIVE * peak, ABSOLUTE_BYTES)
+
+
+def test_the_formula_needs_no_compiler_and_says_how_far_it_may_be_off():
+    done = run("--config=configs/llama_1400m.py", "--formula", "--config.accumulation=64")
+    assert done.returncode == 0 and "to 10% of the peak or 0.5 GiB" in done.stdout, done.stderr
+    done = run("--config=configs/llama_1400m.py", "--formula", "--json")  # all rows at once
+    assert done.returncode == 1 and not json.loads(done.stdout)["fits"]
 
 
 def memory(peak, activations=0.0):
@@ -93,12 +126,15 @@ def figures(rows, state):
     return evaluate
 
 
+@pytest.mark.parametrize("optimism", [0.8, 1.0, 1.2])
 @pytest.mark.parametrize("state", [2.0, 30.0, 38.2, 39.5])
-def test_the_search_finds_what_trying_everything_finds(state):
+def test_the_search_finds_what_trying_everything_finds(state, optimism):
     rows, seen = 64, []
     cfg = SimpleNamespace(data=SimpleNamespace(batch=rows, seq_len=512))
     evaluate = figures(rows, state)
-    found = fit.search(cfg, 1, evaluate, seen.append)
+    rough = figures(rows, state * optimism)
+    guess = lambda *setting: rough(*setting)["fits"]
+    found = fit.search(cfg, 1, evaluate, seen.append, guess=guess)
     every = [evaluate(p, r) for p in fit.accumulations(cfg, 1) for r in fit.REMATS]
     fitting = [f for f in every if f["fits"]]
     if fitting:

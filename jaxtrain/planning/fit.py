@@ -58,14 +58,15 @@ def _fits_at(figures, micro_now, micro) -> bool:
     return m["peak"] - m["activations and workspace"] + activations <= m["usable"]
 
 
-def search(cfg, devices, evaluate, show=print, remats=REMATS) -> list[dict]:
+def search(cfg, devices, evaluate, show=print, remats=REMATS, guess=None) -> list[dict]:
     """Figures of all that was compiled, the fastest that fits first.
 
-    Of each remat the largest micro-batch is sought, up to ENOUGH tokens: one compile tells how
-    memory grows with it, the next ones correct the guess.
+    Of each remat the largest micro-batch is sought, up to ENOUGH tokens: a compile tells how memory
+    grows with it, the next ones correct the guess.
 
     Args:
         evaluate: (accumulation, remat) -> figures.
+        guess: (accumulation, remat) -> whether to begin there; None begins at the smallest rows.
     """
     choices, tried = accumulations(cfg, devices), {}
     rows = cfg.data.batch // devices
@@ -79,7 +80,8 @@ def search(cfg, devices, evaluate, show=print, remats=REMATS) -> list[dict]:
         return tried[parts, remat]
 
     for remat in remats:
-        parts = choices[-1]
+        likely = (p for p in choices if guess and guess(p, remat))
+        parts = next(likely, choices[-1])
         found = look(parts, remat)
         while found["memory_bytes"]["peak"] <= found["memory_bytes"]["usable"]:
             larger = [p for p in choices if p < parts and _fits_at(found, rows // parts, rows // p)]

@@ -4,12 +4,24 @@ import importlib
 
 from jaxtrain import config as config_lib
 from jaxtrain.planning import fit
+from jaxtrain.planning.analytic import estimate
+from jaxtrain.planning.compiled import USABLE
 from jaxtrain.planning.links import parse_link
 from jaxtrain.planning.page import GIB
 from pallas_kernels.chip import find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
 CHIPS, COUNTS = ("a40", "h100"), (1, 8)
+
+
+def build_guess(cfg, chip, devices):
+    """(accumulation, remat) -> whether it fits by formula."""
+
+    def guess(parts, remat):
+        peak = estimate(fit.with_setting(cfg, parts, remat), devices).peak
+        return peak <= USABLE * chip.hbm_bytes
+
+    return guess
 
 
 def best_setting(cfg, chip, gpus, args, remats=fit.REMATS) -> dict:
@@ -20,7 +32,9 @@ def best_setting(cfg, chip, gpus, args, remats=fit.REMATS) -> dict:
         tried = fit.with_setting(cfg, parts, remat)
         return fit.figures_of(tried, chip, gpus, args.hosts, links, args.cache)
 
-    return fit.search(cfg, gpus * args.hosts, evaluate, lambda text: None, remats)[0]
+    devices = gpus * args.hosts
+    guess = build_guess(cfg, chip, devices)
+    return fit.search(cfg, devices, evaluate, lambda text: None, remats, guess)[0]
 
 
 def first_that_fits(cfg, chip, gpus, args) -> dict:
