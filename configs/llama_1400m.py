@@ -5,7 +5,7 @@ r"""Llama with GQA 16:4: 1,378,461,696 parameters, vocabulary padded to 50304.
 One step on a CPU, to see it run (20 GiB):
 
     python -m jaxtrain.train --config=configs/llama_1400m.py --config.steps=1 \\
-        --config.data.batch=1 --config.data.seq_len=64
+        --config.accumulation=1 --config.data.batch=1 --config.data.seq_len=64
 """
 
 from configs import llama
@@ -16,4 +16,5 @@ def get_config():
     config.workdir = "runs/llama_1400m"
     config.model.update(L=26, D=2_048, H=16, G=4, K=128, F=5_632, V=50_304)
     config.data.update(batch=256, seq_len=2_048)
+    config.accumulation = 8  # jaxtrain.plan: the fewest parts that fit one A40
     return config
