@@ -143,7 +143,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "hosts", 1, "hosts; what crosses them goes over --host_link", lower_bound=1
     )
-    flags.DEFINE_string("link", "pcie4", "between devices of a host: pcie4, pcie5, nvlink")
+    flags.DEFINE_string("link", "", "inside a host: pcie4, pcie5, nvlink; default: as it is sold")
     flags.DEFINE_string("host_link", "ethernet10", "between hosts, or as wan:150ms,1gbps")
     flags.DEFINE_bool("fit", False, "search micro-batch and remat for the fastest that fits")
     flags.DEFINE_string("write", "", "with --fit: a config file of what was chosen")

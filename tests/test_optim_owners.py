@@ -28,7 +28,7 @@ MATRICES = {
 }
 AXES = MATRICES | {"norm": Axes.parse("L|D"), "embed": Axes.parse("V|D")}
 POOLS = 3  # wq with wo, wk with wv, w_gate with w_down
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 LAYERS = [8, 6]  # what 8 devices divide, and what they do not
 
 

@@ -165,6 +165,8 @@ def test_links_cost_their_bytes_and_their_latency():
             parse_link(text, A40)
     with pytest.raises(ValueError, match="got 'nvlink' for l40s"):
         parse_link("nvlink", find_chip("l40s"))
+    usual = {name: parse_link("", find_chip(name)).name for name in ("a40", "h100", "h100_pcie")}
+    assert usual == {"a40": "pcie4", "h100": "nvlink", "h100_pcie": "pcie5"}
     assert set(LINKS)
 
 

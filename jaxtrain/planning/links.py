@@ -29,12 +29,23 @@ LINKS = {
 _WAN = re.compile(r"wan:([\d.]+)ms,([\d.]+)(g|m)bps")
 
 
+SWITCHED = 600e9  # NVLink that joins all devices of a host, not a bridge between two of them
+
+
+def usual_link(chip) -> str:
+    """How a host's devices of a chip are joined as it is sold: NVLink, or PCIe."""
+    if chip.nvlink_bytes_per_s >= SWITCHED and "PCIe" not in chip.kind:
+        return "nvlink"
+    return "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
+
+
 def parse_link(text: str, chip) -> Link:
-    """A key of LINKS, "nvlink" (half of the chip's two ways), or as "wan:150ms,1gbps".
+    """A key of LINKS, "nvlink" (half of the chip's two ways), as "wan:150ms,1gbps"; "" is usual.
 
     Raises:
         ValueError: it is none of them, or the chip has no NVLink.
     """
+    text = text or usual_link(chip)
     if text in LINKS:
         return LINKS[text]
     if text == "nvlink" and chip.nvlink_bytes_per_s:
