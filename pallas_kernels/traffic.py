@@ -9,7 +9,6 @@ compiled program's instructions read and write. A kernel of ours exists where XL
 
 import argparse
 import functools
-import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,37 +18,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm_reference
 from pallas_kernels.chip import find_chip
+from pallas_kernels.hlo import Program
 from pallas_kernels.offline import compile_for
 
 N, D, F, V = 8_192, 2_048, 5_632, 50_304  # of llama_1400m, at 8,192 tokens a device
 HALF = 2  # bytes
 WORTHWHILE = 1.2
 
-FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
-INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:,|$)", re.M
-)
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-
-
-def _bytes_of(types) -> int:
-    total = 0
-    for name, sizes in re.findall(r"(\w+)\[([\d,]*)\]", types):
-        total += functools.reduce(
-            lambda a, b: a * int(b), filter(None, sizes.split(",")), BYTES[name]
-        )
-    return total
-
 
 def bytes_moved(hlo: str) -> int:
-    """What the entry computation of a compiled program without loops reads and writes."""
-    types, total = {}, 0
-    for name, result, op, operands in INSTRUCTION.findall(hlo[hlo.index("\nENTRY") :]):
-        types[name] = _bytes_of(result)
-        if op not in FREE:
-            read = sum(types[operand] for operand in re.findall(r"%([\w.-]+)", operands))
-            total += types[name] + read
-    return total
+    """What a compiled program reads and writes."""
+    return sum(work.times * work.hbm_bytes for work in Program(hlo).work())
 
 
 class Op(NamedTuple):

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.collectives import find_collectives, parse_groups
 from jaxtrain.config import MeshConfig
-from jaxtrain.hlo import Program
 from jaxtrain.mesh import build_mesh
+from pallas_kernels.hlo import Program
 
 MESH = build_mesh(MeshConfig(2, 2, 2))
 ROWS, COLUMNS = 64, 32

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 files axes knobs
 config
-runtime mesh stop hlo
+runtime mesh stop
 collectives
 kernels fused
 data.* model.* interop.*

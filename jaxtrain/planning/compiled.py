@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.collectives import Collective, find_collectives
-from jaxtrain.hlo import Program
 from jaxtrain.model.flops import Flops, training_flops
 from jaxtrain.run import build_run, compile_step
 from jaxtrain.step import abstract_state
 from pallas_kernels.chip import Chip
+from pallas_kernels.hlo import Program
 
 USABLE = 0.9  # of a card's memory; the rest is NCCL's, cuBLAS' and lost between the blocks
 
