@@ -42,11 +42,10 @@ def links_of(args, chip) -> tuple:
 
 
 def make_evaluate(cfg, chip, args):
-    """(accumulation, remat) -> figures, from the cache where they are known."""
+    """(accumulation, remat, fsdp) -> figures, from the cache where they are known."""
     links = links_of(args, chip)
-    fsdp = None if cfg.mesh.fsdp == -1 else cfg.mesh.fsdp
 
-    def evaluate(parts, remat):
+    def evaluate(parts, remat, fsdp=None):
         tried = fit.with_setting(cfg, parts, remat, fsdp)
         return fit.figures_of(tried, chip, args.gpus, args.hosts, links, args.cache)
 
@@ -102,7 +101,11 @@ def search(cfg, name, args) -> int:
     show(fit.HEAD)
     evaluate = make_evaluate(cfg, chip, args)
     guess = build_guess(cfg, chip, args.gpus * args.hosts)
-    best, *_ = found = fit.search(cfg, args.gpus * args.hosts, evaluate, show, guess=guess)
+    devices, shared = args.gpus * args.hosts, cfg.mesh.tensor
+    meshes = {size // shared for size in (shared, args.gpus, devices) if size >= shared}
+    best, *_ = found = fit.search(
+        cfg, devices, evaluate, show, guess=guess, meshes=sorted(meshes, reverse=True)
+    )
     if args.json:
         print(json.dumps(found))
     if not best["fits"]:
@@ -145,7 +148,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("link", "", "inside a host: pcie4, pcie5, nvlink; default: as it is sold")
     flags.DEFINE_string("host_link", "ethernet10", "between hosts, or as wan:150ms,1gbps")
-    flags.DEFINE_bool("fit", False, "search micro-batch and remat for the fastest that fits")
+    flags.DEFINE_bool("fit", False, "search micro-batch, remat and mesh for the fastest that fits")
     flags.DEFINE_string("write", "", "with --fit: a config file of what was chosen")
     flags.DEFINE_list("compare", [], "chips side by side, each at its own best setting")
     flags.DEFINE_list("price", [], "of a device and hour, for --compare: a40=0.40,h100=2.50")

@@ -105,17 +105,20 @@ SLOWER = {"none": 1.0, "dots": 1.1, "attention": 1.25, "full": 1.3}
 def figures(rows, state):
     """evaluate of a device whose memory and speed are known; small parts are slower."""
 
-    def evaluate(parts, remat):
+    def evaluate(parts, remat, fsdp=None):
         activations = ROWS_BYTES[remat] * rows / parts
         peak = state + activations
         return {
             "remat": remat,
             "accumulation": parts,
-            "fsdp": 1,
+            "fsdp": fsdp or 8,
             "replica": 1,
-            "fits": peak <= 40,
+            "fits": peak <= 40 and fsdp != 1,  # a copy of all parameters on each device does not
             "mfu_causal": 0.5,
-            "tokens_per_s": 1e4 / SLOWER[remat] / (1 + 0.01 * parts),
+            "tokens_per_s": 1e4
+            / SLOWER[remat]
+            / (1 + 0.01 * parts)
+            * {None: 1, 4: 1.1, 1: 1.2}[fsdp],
             "memory_bytes": {
                 "activations and workspace": activations * GIB,
                 "peak": peak * GIB,
@@ -142,6 +145,14 @@ def test_the_search_finds_what_trying_everything_finds(state, optimism):
     else:
         assert not found[0]["fits"]
     assert len(seen) == len(found) < len(every)
+
+
+def test_the_fastest_setting_is_tried_on_every_mesh():
+    cfg = SimpleNamespace(data=SimpleNamespace(batch=64, seq_len=512))
+    evaluate, seen = figures(64, 2.0), []
+    found = fit.search(cfg, 1, evaluate, seen.append, meshes=(8, 4, 1))
+    assert found[0]["fsdp"] == 4 and found[1]["fsdp"] == 8  # 1 is faster, and does not fit
+    assert [f["fsdp"] for f in found if not f["fits"]].count(1) == 1
 
 
 def test_a_chosen_setting_is_written_as_a_config(tmp_path):

@@ -58,42 +58,47 @@ def _fits_at(figures, micro_now, micro) -> bool:
     return m["peak"] - m["activations and workspace"] + activations <= m["usable"]
 
 
-def search(cfg, devices, evaluate, show=print, remats=REMATS, guess=None) -> list[dict]:
+def search(cfg, devices, evaluate, show=print, remats=REMATS, guess=None, meshes=()) -> list[dict]:
     """Figures of all that was compiled, the fastest that fits first.
 
     Of each remat the largest micro-batch is sought, up to ENOUGH tokens: a compile tells how memory
     grows with it, the next ones correct the guess.
 
     Args:
-        evaluate: (accumulation, remat) -> figures.
+        evaluate: (accumulation, remat, fsdp) -> figures; fsdp of None is the config's own.
         guess: (accumulation, remat) -> whether to begin there; None begins at the smallest rows.
+        meshes: sizes of fsdp that the fastest setting is tried with too; its rows stay as they are.
     """
     choices, tried = accumulations(cfg, devices), {}
     rows = cfg.data.batch // devices
     most = max(ENOUGH // cfg.data.seq_len, 1)  # rows of a micro-batch
     choices = [p for p in choices if rows // p <= most]
 
-    def look(parts, remat):
-        if (parts, remat) not in tried:
-            found = tried[parts, remat] = evaluate(parts, remat)
-            show(line(found))
-        return tried[parts, remat]
+    def look(*setting):
+        if setting not in tried:
+            tried[setting] = evaluate(*setting)
+            show(line(tried[setting]))
+        return tried[setting]
 
     for remat in remats:
         likely = (p for p in choices if guess and guess(p, remat))
         parts = next(likely, choices[-1])
-        found = look(parts, remat)
+        found = look(parts, remat, None)
         while found["memory_bytes"]["peak"] <= found["memory_bytes"]["usable"]:
             larger = [p for p in choices if p < parts and _fits_at(found, rows // parts, rows // p)]
             if not larger:
                 break
             parts = larger[0]
-            found = look(parts, remat)
+            found = look(parts, remat, None)
         for more in choices[choices.index(parts) + 1 :]:
             if found["fits"]:
                 break
-            found = look(more, remat)
-    return sorted(tried.values(), key=lambda f: (not f["fits"], -f["tokens_per_s"]))
+            found = look(more, remat, None)
+    rank = lambda figures: (not figures["fits"], -figures["tokens_per_s"])
+    best = min(tried.values(), key=rank)
+    for fsdp in (size for size in meshes if best["fits"] and size != best["fsdp"]):
+        look(best["accumulation"], best["remat"], fsdp)
+    return sorted(tried.values(), key=rank)
 
 
 HEAD = (
