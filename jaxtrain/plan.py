@@ -42,14 +42,22 @@ def links_of(args, chip) -> tuple:
 
 
 def make_evaluate(cfg, chip, args):
-    """(accumulation, remat, fsdp) -> figures, from the cache where they are known."""
+    """(accumulation, remat, **variant) -> figures, from the cache where they are known."""
     links = links_of(args, chip)
 
-    def evaluate(parts, remat, fsdp=None):
-        tried = fit.with_setting(cfg, parts, remat, fsdp)
+    def evaluate(parts, remat, **variant):
+        tried = fit.with_setting(cfg, parts, remat, **variant)
         return fit.figures_of(tried, chip, args.gpus, args.hosts, links, args.cache)
 
     return evaluate
+
+
+def variants_of(cfg, args) -> list[dict]:
+    """What the fastest setting is tried with too: meshes, two layers a turn, other lengths."""
+    devices, tensor = args.gpus * args.hosts, cfg.mesh.tensor
+    shares = {max(size // tensor, 1) for size in (devices, args.gpus, 1)}
+    found = [{"fsdp": share} for share in sorted(shares, reverse=True)] + [{"unroll": 2}]
+    return found + [{"seq_len": length} for length in map(int, args.seq_lens)]
 
 
 def smallest_change(cfg, chip, args) -> str:
@@ -101,11 +109,9 @@ def search(cfg, name, args) -> int:
     show(fit.HEAD)
     evaluate = make_evaluate(cfg, chip, args)
     guess = build_guess(cfg, chip, args.gpus * args.hosts)
-    devices, shared = args.gpus * args.hosts, cfg.mesh.tensor
-    meshes = {size // shared for size in (shared, args.gpus, devices) if size >= shared}
-    best, *_ = found = fit.search(
-        cfg, devices, evaluate, show, guess=guess, meshes=sorted(meshes, reverse=True)
-    )
+    devices = args.gpus * args.hosts
+    guess, variants = build_guess(cfg, chip, devices), variants_of(cfg, args)
+    best, *_ = found = fit.search(cfg, devices, evaluate, show, guess=guess, variants=variants)
     if args.json:
         print(json.dumps(found))
     if not best["fits"]:
@@ -148,7 +154,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("link", "", "inside a host: pcie4, pcie5, nvlink; default: as it is sold")
     flags.DEFINE_string("host_link", "ethernet10", "between hosts, or as wan:150ms,1gbps")
-    flags.DEFINE_bool("fit", False, "search micro-batch, remat and mesh for the fastest that fits")
+    flags.DEFINE_bool(
+        "fit", False, "search micro-batch, remat, mesh, unroll for the fastest that fits"
+    )
+    flags.DEFINE_list("seq_lens", [], "with --fit: lengths to try too, at the same tokens a step")
     flags.DEFINE_string("write", "", "with --fit: a config file of what was chosen")
     flags.DEFINE_list("compare", [], "chips side by side, each at its own best setting")
     flags.DEFINE_list("price", [], "of a device and hour, for --compare: a40=0.40,h100=2.50")

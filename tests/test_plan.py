@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
+from configs import debug  # noqa: E402
 from jaxtrain.collectives import Collective  # noqa: E402
+from jaxtrain.config import freeze  # noqa: E402
 from jaxtrain.planning import fit  # noqa: E402
 from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE  # noqa: E402
 from jaxtrain.planning.compiled import Memory  # noqa: E402
@@ -113,6 +115,9 @@ def figures(rows, state):
             "accumulation": parts,
             "fsdp": fsdp or 8,
             "replica": 1,
+            "unroll": 0,
+            "seq_len": 512,
+            "batch": rows,
             "fits": peak <= 40 and fsdp != 1,  # a copy of all parameters on each device does not
             "mfu_causal": 0.5,
             "tokens_per_s": 1e4
@@ -149,10 +154,20 @@ def test_the_search_finds_what_trying_everything_finds(state, optimism):
 
 def test_the_fastest_setting_is_tried_on_every_mesh():
     cfg = SimpleNamespace(data=SimpleNamespace(batch=64, seq_len=512))
-    evaluate, seen = figures(64, 2.0), []
-    found = fit.search(cfg, 1, evaluate, seen.append, meshes=(8, 4, 1))
+    evaluate, seen, variants = figures(64, 2.0), [], [{"fsdp": size} for size in (8, 4, 1)]
+    found = fit.search(cfg, 1, evaluate, seen.append, variants=variants)
     assert found[0]["fsdp"] == 4 and found[1]["fsdp"] == 8  # 1 is faster, and does not fit
     assert [f["fsdp"] for f in found if not f["fits"]].count(1) == 1
+
+
+def test_another_length_keeps_the_tokens_of_a_step():
+    cfg = freeze(debug.get_config())
+    other = fit.with_setting(cfg, 2, "dots", seq_len=64, unroll=2, fsdp=1)
+    assert other.data.batch * other.data.seq_len == cfg.data.batch * cfg.data.seq_len
+    assert (other.data.seq_len, other.accumulation, other.model.remat) == (64, 2, "dots")
+    assert (other.model.unroll, other.mesh.fsdp, other.mesh.replica) == (2, 1, -1)
+    with pytest.raises(ValueError, match="got 100. Set --seq_lens"):
+        fit.with_setting(cfg, 1, "none", seq_len=100)
 
 
 def test_a_chosen_setting_is_written_as_a_config(tmp_path):

@@ -12,13 +12,14 @@ from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
 from jaxtrain.planning.page import GIB, as_dict
 
+VERSION = 2  # of the figures in a cache: another is made anew
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
 ENOUGH = 32_768  # tokens of a micro-batch; of gpt_124m twice as many change the bound by under 3 %
 
 
 def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
     """as_dict of a compiled plan, from `cache` (a folder) where this jax has made it before."""
-    text = json.dumps([config_hash(cfg), chip.name, gpus, hosts, links, jax.__version__])
+    text = json.dumps([VERSION, config_hash(cfg), chip.name, gpus, hosts, links, jax.__version__])
     path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if path and path.exists():
         return json.loads(path.read_text())
@@ -29,19 +30,38 @@ def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
     return found
 
 
-def with_setting(cfg, accumulation, remat, fsdp=None):
-    """The TrainConfig with these; fsdp devices share each copy of the parameters, or as it was."""
-    cfg = dataclasses.replace(with_model(cfg, remat=remat), accumulation=accumulation)
-    if fsdp is None:
-        return cfg
-    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, replica=-1, fsdp=fsdp))
+def with_setting(cfg, accumulation, remat, fsdp=None, unroll=None, seq_len=None):
+    """The TrainConfig with these; what is None is as it was, the tokens of a step are in any case.
+
+    Args:
+        fsdp: devices that share each copy of the parameters.
+
+    Raises:
+        ValueError: seq_len does not divide the tokens of a step.
+    """
+    data, mesh, model = cfg.data, cfg.mesh, {"remat": remat}
+    if fsdp is not None:
+        mesh = dataclasses.replace(mesh, replica=-1, fsdp=fsdp)
+    if unroll is not None:
+        model["unroll"] = unroll
+    if seq_len is not None:
+        tokens = data.batch * data.seq_len
+        if tokens % seq_len:
+            raise ValueError(
+                f"lengths must divide the {tokens} tokens of a step; got {seq_len}. Set --seq_lens."
+            )
+        data = dataclasses.replace(data, batch=tokens // seq_len, seq_len=seq_len)
+    cfg = dataclasses.replace(with_model(cfg, **model), accumulation=accumulation)
+    return dataclasses.replace(cfg, data=data, mesh=mesh)
 
 
 def flags_of(figures) -> str:
     """The setting as flags of a run."""
     return (
         f"--config.accumulation={figures['accumulation']} --config.model.remat={figures['remat']} "
-        f"--config.mesh.fsdp={figures['fsdp']} --config.mesh.replica={figures['replica']}"
+        f"--config.mesh.fsdp={figures['fsdp']} --config.mesh.replica={figures['replica']} "
+        f"--config.model.unroll={figures['unroll']} --config.data.batch={figures['batch']} "
+        f"--config.data.seq_len={figures['seq_len']}"
     )
 
 
@@ -58,57 +78,60 @@ def _fits_at(figures, micro_now, micro) -> bool:
     return m["peak"] - m["activations and workspace"] + activations <= m["usable"]
 
 
-def search(cfg, devices, evaluate, show=print, remats=REMATS, guess=None, meshes=()) -> list[dict]:
+def search(
+    cfg, devices, evaluate, show=print, remats=REMATS, guess=None, variants=()
+) -> list[dict]:
     """Figures of all that was compiled, the fastest that fits first.
 
     Of each remat the largest micro-batch is sought, up to ENOUGH tokens: a compile tells how memory
     grows with it, the next ones correct the guess.
 
     Args:
-        evaluate: (accumulation, remat, fsdp) -> figures; fsdp of None is the config's own.
+        evaluate: (accumulation, remat, **variant) -> figures.
         guess: (accumulation, remat) -> whether to begin there; None begins at the smallest rows.
-        meshes: sizes of fsdp that the fastest setting is tried with too; its rows stay as they are.
+        variants: further arguments of with_setting, that the fastest setting is tried with too.
     """
     choices, tried = accumulations(cfg, devices), {}
     rows = cfg.data.batch // devices
     most = max(ENOUGH // cfg.data.seq_len, 1)  # rows of a micro-batch
     choices = [p for p in choices if rows // p <= most]
 
-    def look(*setting):
-        if setting not in tried:
-            tried[setting] = evaluate(*setting)
-            show(line(tried[setting]))
-        return tried[setting]
+    def look(parts, remat, **variant):
+        key = parts, remat, *variant.items()
+        if key not in tried:
+            tried[key] = evaluate(parts, remat, **variant)
+            show(line(tried[key]))
+        return tried[key]
 
     for remat in remats:
         likely = (p for p in choices if guess and guess(p, remat))
         parts = next(likely, choices[-1])
-        found = look(parts, remat, None)
+        found = look(parts, remat)
         while found["memory_bytes"]["peak"] <= found["memory_bytes"]["usable"]:
             larger = [p for p in choices if p < parts and _fits_at(found, rows // parts, rows // p)]
             if not larger:
                 break
             parts = larger[0]
-            found = look(parts, remat, None)
+            found = look(parts, remat)
         for more in choices[choices.index(parts) + 1 :]:
             if found["fits"]:
                 break
-            found = look(more, remat, None)
+            found = look(more, remat)
     rank = lambda figures: (not figures["fits"], -figures["tokens_per_s"])
     best = min(tried.values(), key=rank)
-    for fsdp in (size for size in meshes if best["fits"] and size != best["fsdp"]):
-        look(best["accumulation"], best["remat"], fsdp)
+    for variant in variants if best["fits"] else ():
+        if any(best[name] != value for name, value in variant.items()):
+            look(best["accumulation"], best["remat"], **variant)
     return sorted(tried.values(), key=rank)
 
 
-HEAD = (
-    f"{'remat':9} {'parts':>6} {'fsdp':>5} {'peak GiB':>9} {'fits':>5} {'tokens/s':>10} {'MFU':>6}"
-)
+HEAD = "remat      parts  fsdp unroll    T  peak GiB  fits   tokens/s    MFU"
 
 
 def line(figures) -> str:
     return (
         f"{figures['remat']:9} {figures['accumulation']:6} {figures['fsdp']:5} "
+        f"{figures['unroll']:6} {figures['seq_len']:4} "
         f"{figures['memory_bytes']['peak'] / GIB:9.2f} {'yes' if figures['fits'] else 'no':>5} "
         f"{figures['tokens_per_s']:10,.0f} {figures['mfu_causal']:6.1%}"
     )
@@ -126,7 +149,9 @@ def get_config():
     config = {name}.get_config()
     config.accumulation = {accumulation}
     config.model.remat = "{remat}"
+    config.model.unroll = {unroll}
     config.mesh.update(replica={replica}, fsdp={fsdp})
+    config.data.update(batch={batch}, seq_len={seq_len})
     return config
 '''
 

@@ -36,6 +36,8 @@ def as_dict(plan, inside, between) -> dict:
         "batch": plan.cfg.data.batch,
         "accumulation": plan.cfg.accumulation,
         "remat": plan.cfg.model.remat,
+        "unroll": plan.cfg.model.unroll,
+        "seq_len": plan.cfg.data.seq_len,
         "replica": plan.mesh["replica"],
         "fsdp": plan.mesh["fsdp"],
         "tensor": plan.mesh["tensor"],

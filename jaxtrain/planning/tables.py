@@ -28,8 +28,8 @@ def best_setting(cfg, chip, gpus, args, remats=fit.REMATS) -> dict:
     """Figures of the fastest setting that fits, or, where none does, of the smallest."""
     links = parse_link(args.link, chip), parse_link(args.host_link, chip)
 
-    def evaluate(parts, remat, fsdp):
-        tried = fit.with_setting(cfg, parts, remat, fsdp)
+    def evaluate(parts, remat):
+        tried = fit.with_setting(cfg, parts, remat)
         return fit.figures_of(tried, chip, gpus, args.hosts, links, args.cache)
 
     devices = gpus * args.hosts
