@@ -100,11 +100,12 @@ def _build(cfg, devices):
 
 def _memory(run, compiled, chip) -> Memory:
     state = abstract_state(run.model, run.optimizer, run.mesh)
-    parameters, found = shard_bytes(state.params), compiled.memory_analysis()
+    sizes = {name: shard_bytes(part) for name, part in state._asdict().items()}
+    parameters, found = sizes["params"], compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(
         parameters,
-        shard_bytes(state) - parameters,
+        sum(sizes.values()) - parameters,
         parameters,
         found.temp_size_in_bytes,
         kept + found.temp_size_in_bytes,
