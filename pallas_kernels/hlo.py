@@ -14,6 +14,7 @@ from typing import NamedTuple
 FREE = frozenset(
     ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
 )
+FUSIONS = ("fusion", "fusion-start")  # the second goes on beside what follows it
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
 BYTES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -134,8 +135,10 @@ class Program:
             return 2 * bytes_of(i.result)
         if i.op == "dynamic-update-slice":
             return 2 * bytes_of(types[i.operands[1]])
-        if i.op == "fusion":
+        if i.op in FUSIONS:
             return self._fusion_bytes(i)
+        if i.op.endswith("-start"):  # the type names what is read beside what is written
+            return bytes_of(i.result)
         return bytes_of(i.result) + sum(bytes_of(types.get(name, "")) for name in i.operands)
 
     def _fusion_bytes(self, i):
@@ -160,7 +163,7 @@ class Program:
         """(FLOPs of its products, the type of their operands)."""
         if i.op == "dot":
             return _dot_flops(i, types)
-        if i.op == "fusion":
+        if i.op in FUSIONS:
             inside = self.computations[_CALLED.search(i.rest)[1]]
             types = {j.name: j.result for j in inside}
             dots = [_dot_flops(j, types) for j in inside if j.op == "dot"]

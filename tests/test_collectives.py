@@ -105,6 +105,31 @@ def test_groups_in_an_unknown_form_are_an_error():
         parse_groups("replica_groups=new_form", 8)
 
 
+FUSED = """
+%slice (stack: f32[9,64], at: s32[]) -> f32[1,64] {
+  %stack = f32[9,64]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,64]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (x: f32[9,64], i: s32[]) -> f32[1,64] {
+  %x = f32[9,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+"""
+FORMS = {
+    "at once": "ROOT %y = f32[1,64]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice",
+    "beside": """%s = ((f32[9,64]{1,0}, s32[]), f32[1,64]{1,0}) fusion-start(%x, %i), calls=%slice
+  ROOT %y = f32[1,64]{1,0} fusion-done(%s)""",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fusion_reads_the_slice_that_it_takes_and_no_more(form):
+    (work,) = Program(f"{FUSED}  {FORMS[form]}\n}}\n").work()
+    assert work.hbm_bytes == 2 * 64 * 4 + 4  # the slice read and written, and its index
+
+
 def test_flops_and_bytes_of_a_program_are_those_of_its_products():
     """A scan of 5 products, each fused with what follows it."""
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (5, 128, 128)))
