@@ -1,0 +1,146 @@
+"""The hosts over SSH: the system's `ssh` in subprocesses, one shared connection per host."""
+
+import concurrent.futures
+import json
+import os
+import shlex
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+from launch.inventory import Host
+
+OPTIONS = {
+    "BatchMode": "yes",  # a question would hang a job; keys and agents answer
+    "ControlMaster": "auto",
+    "ControlPersist": "300",
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "3",
+    "ConnectTimeout": "15",
+    "ForwardX11": "no",
+}
+HOST_CODE = Path(__file__).parent / "host"
+
+
+class HostError(Exception):
+    """A host could not be reached, or could not do what it was asked. Its text says what to do."""
+
+
+def control_folder() -> Path:
+    """Where the shared connections' sockets live: this user's alone, and short (104 bytes)."""
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    folder /= f"jaxtrain-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        raise HostError(f"{folder} must be a folder of yours alone (mode 700). Remove it.")
+    return folder
+
+
+def sources() -> dict:
+    """{module name: source} of all that a host runs."""
+    found = {"launch": ""}
+    for path in sorted(HOST_CODE.glob("*.py")):
+        name = "launch.host" if path.stem == "__init__" else f"launch.host.{path.stem}"
+        found[name] = path.read_text()
+    return found
+
+
+class Fleet:
+    """Requests to hosts.
+
+    Args:
+        ssh_config: a file for `ssh -F`; "" leaves the user's own.
+    """
+
+    def __init__(self, hosts, ssh_config=""):
+        self.hosts: tuple[Host, ...] = tuple(hosts)
+        self._ssh_config = ssh_config
+        self._modules = sources()
+        self._boot = (HOST_CODE / "boot.py").read_text()
+
+    def ssh(self, host: Host, shared=True) -> list[str]:
+        """The ssh command up to its target's name."""
+        argv = ["ssh"] + (["-F", self._ssh_config] if self._ssh_config else [])
+        for name, value in OPTIONS.items():
+            argv += ["-o", f"{name}={value}"]
+        path = f"{control_folder()}/%C" if shared else "none"
+        argv += ["-o", f"ControlPath={path}"]
+        argv += ["-l", host.user] if host.user else []
+        return argv + (["-p", str(host.port)] if host.port else [])
+
+    def open(self, host: Host, request: dict) -> subprocess.Popen:
+        """Starts a request on a host; standard input stays open for what it may take."""
+        python = shlex.quote(host.python)
+        if host.python.startswith("~/"):
+            python = f'"$HOME"/{shlex.quote(host.python[2:])}'
+        command = f"exec {python} -I -c {shlex.quote(self._boot)}"
+        request = request | {"workdir": host.workdir}
+        sent = json.dumps({"modules": self._modules, "request": request}).encode()
+        argv = [*self.ssh(host), "--", host.target, command]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        try:
+            process.stdin.write(b"%d\n" % len(sent) + sent)
+            process.stdin.flush()
+        except BrokenPipeError:  # ssh has failed; its standard error says why
+            pass
+        return process
+
+    def call(self, host: Host, request: dict, timeout_s: float = 60.0) -> dict:
+        """The answer to one request.
+
+        Raises:
+            HostError: the host is unreachable, or answers with an error.
+        """
+        process = self.open(host, request)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise HostError(f"{host.name}: no answer within {timeout_s:.0f} s.") from None
+        except (BrokenPipeError, ValueError):
+            out, err = b"", process.stderr.read()
+            process.wait()
+        return self.answer(host, out.strip().splitlines()[-1:], err, process.returncode)
+
+    def answer(self, host: Host, lines, err: bytes, code) -> dict:
+        """What the last line that a host printed holds. Raises HostError."""
+        try:
+            answer = json.loads(lines[0])
+        except (IndexError, json.JSONDecodeError):
+            said = " ".join(err.decode(errors="replace").split())[-400:]
+            raise HostError(
+                f"{host.name}: `ssh {host.target}` ended with {code}: {said or 'nothing said'}. "
+                f"Try it by hand, and see that {host.python} is Python 3.11 or newer there."
+            ) from None
+        if "error" in answer:
+            raise HostError(f"{host.name}: {answer['error']}")
+        return answer["ok"]
+
+    def everywhere(self, function, hosts=None) -> dict:
+        """{host: function(host) or the HostError that it raised}, all at once."""
+        hosts = self.hosts if hosts is None else hosts
+
+        def guarded(host):
+            try:
+                return function(host)
+            except HostError as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            return dict(zip(hosts, pool.map(guarded, hosts), strict=True))
+
+    def call_everywhere(self, request: dict, timeout_s: float = 60.0, hosts=None) -> dict:
+        """{host: answer}, of all hosts or none.
+
+        Raises:
+            HostError: at least one host failed; names each.
+        """
+        answers = self.everywhere(lambda host: self.call(host, request, timeout_s), hosts)
+        failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
+        if failed:
+            raise HostError("\n".join(failed))
+        return answers

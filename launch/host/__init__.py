@@ -1,0 +1,1 @@
+"""What runs on the hosts: sent over SSH as one archive, standard library only, Linux."""

@@ -1,0 +1,174 @@
+"""Round trips and throughput between hosts, by plain TCP on the training network.
+
+Every host listens on its own training address and measures towards its peers when it is told to.
+Connections begin with the token of this measurement; others are dropped.
+"""
+
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+CHUNK = 1 << 18
+PINGS = 20
+HEAD = struct.Struct("!32scI")  # token, kind (p ping, s send, r receive), milliseconds
+
+
+def measure(request: dict, answer) -> None:
+    """Listens, answers {"ready": port}, then serves orders from standard input, a JSON line each.
+
+    An order is {"peer": [address, port], "streams": n, "seconds": s, "both": bool}; its answer
+    holds rtt_s (sorted) and bytes per second. {"done": true} or the end of input ends it.
+    """
+    token = request["token"].encode()
+    server = _listen(request["address"])
+    threading.Thread(target=_serve, args=(server, token), daemon=True).start()
+    answer({"ok": {"ready": server.getsockname()[1], "saw_nonce": _sees_nonce(request)}})
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order.get("done"):
+            return
+        try:
+            answer({"ok": _measure_peer(order, token)})
+        except OSError as error:
+            answer({"ok": {"error": str(error)}})
+
+
+def _measure_peer(order: dict, token: bytes) -> dict:
+    peer, ms = tuple(order["peer"]), int(order["seconds"] * 1e3)
+    found = {"rtt_s": _ping(peer, token, order.get("pings", PINGS))}
+    if ms:
+        kinds = [b"s", b"r"] if order.get("both") else [b"s"]
+        flows, before = [], _counters(order.get("interface"))
+        streams = [kind for kind in kinds for _ in range(order["streams"])]
+        threads = [
+            threading.Thread(target=lambda kind=kind: flows.append(_flow(peer, token, kind, ms)))
+            for kind in streams
+        ]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found["seconds"] = time.perf_counter() - start
+        found["bytes"] = sum(count for count, _ in flows)
+        found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
+        after = _counters(order.get("interface"))
+        found["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
+    return found
+
+
+def _sees_nonce(request: dict) -> bool | None:
+    """Whether this host reads what the first one wrote; None where none was asked for."""
+    if not (request.get("nonce") and request.get("shared")):
+        return None
+    path = Path(os.path.expanduser(request["shared"])) / f".shared-{request['nonce']}"
+    try:
+        found = path.read_text() == request["nonce"]
+    except OSError:
+        return False
+    return found
+
+
+def _listen(address: str):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.bind((address, 0))
+    server.listen(64)
+    return server
+
+
+def _serve(server, token: bytes) -> None:
+    while True:
+        sock, _ = server.accept()
+        threading.Thread(target=_serve_one, args=(sock, token), daemon=True).start()
+
+
+def _serve_one(sock, token: bytes) -> None:
+    with sock:
+        sock.settimeout(60)
+        try:
+            found, kind, ms = HEAD.unpack(_exactly(sock, HEAD.size))
+            if found != token:
+                return
+            if kind == b"p":
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while byte := sock.recv(1):
+                    sock.sendall(byte)
+            elif kind == b"s":
+                count, start, first = 0, time.perf_counter(), None
+                while data := sock.recv(CHUNK):
+                    first = first or time.perf_counter()
+                    count += len(data)
+                seconds = time.perf_counter() - (first or start)
+                sock.sendall(struct.pack("!Qd", count, seconds))
+            else:
+                _pour(sock, ms)
+        except OSError:
+            return
+
+
+def _pour(sock, ms: int) -> int:
+    """Sends for this long; returns the bytes handed over."""
+    data, count, deadline = bytes(CHUNK), 0, time.perf_counter() + ms / 1e3
+    while time.perf_counter() < deadline:
+        count += sock.send(data)
+    sock.shutdown(socket.SHUT_WR)
+    return count
+
+
+def _flow(peer, token: bytes, kind: bytes, ms: int) -> tuple[int, float]:
+    """(bytes that arrived, seconds from the first of them to the last)."""
+    with _connect(peer, token, kind, ms) as sock:
+        if kind == b"s":
+            _pour(sock, ms)
+            return struct.unpack("!Qd", _exactly(sock, 16))
+        count, first = 0, None
+        while data := sock.recv(CHUNK):
+            first = first or time.perf_counter()
+            count += len(data)
+        return count, time.perf_counter() - (first or time.perf_counter())
+
+
+def _ping(peer, token: bytes, count: int) -> list[float]:
+    times = []
+    with _connect(peer, token, b"p", 0) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            start = time.perf_counter()
+            sock.sendall(b"x")
+            _exactly(sock, 1)
+            times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def _connect(peer, token: bytes, kind: bytes, ms: int):
+    sock = socket.create_connection(peer, timeout=10)
+    sock.settimeout(60 + ms / 1e3)
+    sock.sendall(HEAD.pack(token, kind, ms))
+    return sock
+
+
+def _exactly(sock, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            raise ConnectionError("the peer closed the connection")
+        data += more
+    return data
+
+
+def _counters(interface) -> list[int]:
+    """[sent, received] bytes of an interface since boot, or of all but loopback. proc(5)."""
+    sent = received = 0
+    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+        name, _, numbers = line.partition(":")
+        fields = numbers.split()
+        if name.strip() == interface or (not interface and name.strip() != "lo"):
+            received, sent = received + int(fields[0]), sent + int(fields[8])
+    return [sent, received]

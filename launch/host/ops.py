@@ -1,0 +1,200 @@
+"""What the operator may ask of a host: a request on standard input, answers on standard output."""
+
+import fcntl
+import json
+import os
+import select
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from launch.host import log, tree
+from launch.host.facts import gather_facts
+from launch.host.files import read_json, write_json
+from launch.host.hashing import hash_files
+from launch.host.net import measure
+from launch.host.supervise import start_detached
+
+SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
+JOBS_KEPT = 50  # folders of ended jobs, per host
+
+
+def root_of(request) -> Path:
+    """The launcher's folder on this host: of this user alone."""
+    root = Path(os.path.expanduser(request["workdir"])).absolute()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return root
+
+
+def job_folder(request) -> Path:
+    return root_of(request) / "jobs" / request["job"]
+
+
+def start(request) -> dict:
+    """Starts a job's supervisor; a second request for the same job changes nothing."""
+    folder = job_folder(request)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lease").touch()
+        if is_running(folder) or (read_json(folder / "status.json").get("outcome")):
+            return {"started": False}
+        spec = request["spec"]
+        write_json(folder / "job.json", spec | {"cwd": os.path.expanduser(spec["cwd"])})
+        prune(folder.parent)
+        start_detached(folder)
+        deadline = time.monotonic() + 10
+        while not is_running(folder) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    if not is_running(folder):
+        why = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"the supervisor did not start: {' '.join(why) or 'no reason given'}")
+    return {"started": True}
+
+
+def prune(jobs: Path) -> None:
+    """Removes the oldest folders of ended jobs."""
+    ended = [path for path in jobs.iterdir() if read_json(path / "status.json").get("outcome")]
+    for path in sorted(ended, key=lambda path: path.stat().st_mtime)[:-JOBS_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether the supervisor that wrote the status lives: same boot, same start, same pid."""
+    status = read_json(folder / "status.json")
+    if not status or status["boot"] != tree.boot_id():
+        return False
+    stat = tree.read_stat(status["pid"])
+    return stat is not None and stat.started == status["started"] and stat.state not in "ZX"
+
+
+def status(request) -> dict:
+    """The job's status; `alive` is looked at now, as is what lives of the job."""
+    folder = job_folder(request)
+    if not (folder / "job.json").exists():
+        return {"known": False}
+    found = read_json(folder / "status.json")
+    return found | {
+        "known": True,
+        "alive": is_running(folder),
+        "processes": tree.marked(request["job"]),
+        "log_bytes": log.size(folder / "log"),
+    }
+
+
+def stop(request) -> dict:
+    """Asks the job to stop; without a supervisor, ends what is left of it here."""
+    folder = job_folder(request)
+    if not folder.exists():
+        return {"known": False, "left": []}
+    if is_running(folder) and not request.get("kill"):
+        (folder / "stop").write_text(request["why"])
+        return {"known": True, "left": []}
+    found = read_json(folder / "status.json")
+    supervisor = [found["pid"]] if is_running(folder) else []
+    keepers = [stat.parent for pid in supervisor if (stat := tree.read_stat(pid))]
+    find = lambda: [p for p in keepers + supervisor if tree.alive(p)] or tree.marked(request["job"])
+    return {"known": True, "left": tree.end_all(find)}
+
+
+def jobs(request) -> dict:
+    folder = root_of(request) / "jobs"
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    brief = lambda found: {key: found.get(key) for key in ("state", "attempt", "outcome")}
+    return {n: brief(read_json(folder / n / "status.json")) for n in names}
+
+
+def follow(request) -> None:
+    """The log from `offset` on, as frames `{"at": offset, "bytes": n}` and then the bytes.
+
+    A frame without bytes carries the status. Each line that the operator sends renews the lease;
+    the stream ends with the job, or when nothing was sent for a while.
+    """
+    folder, offset = job_folder(request), request["offset"]
+    said, heard = 0.0, time.monotonic()
+    while True:
+        at, data = log.read(folder / "log", offset)
+        if data:
+            frame({"at": at, "bytes": len(data)}, data)
+            offset = at + len(data)
+        now, alive = time.monotonic(), is_running(folder)
+        found = read_json(folder / "status.json")
+        if now - said > SILENT_S or not alive:
+            said = now
+            frame({"status": found, "alive": alive})
+        if not data and not alive and log.size(folder / "log") <= offset:
+            return
+        if select.select([0], [], [], 0.0 if data else 0.1)[0]:
+            if not os.read(0, 4096):
+                return
+            heard = now
+            (folder / "lease").touch()
+        if now - heard > 15:
+            return
+
+
+def frame(head: dict, data: bytes = b"") -> None:
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + data)
+    sys.stdout.buffer.flush()
+
+
+def facts(request) -> None:
+    """Facts of this host, then the time on each line that comes: the operator reckons the skew."""
+    frame({"ok": gather_facts(root_of(request), request)})
+    while os.read(0, 4096):
+        frame({"ok": {"time": time.time()}})
+
+
+def net(request) -> None:
+    """Measures the network to the other hosts; see net.measure."""
+    measure(request, frame)
+
+
+def land(request) -> dict:
+    """Gives code that has arrived whole its name; `missing` says whether it must be sent."""
+    folder = root_of(request) / "code" / request["hash"]
+    draft = folder.with_name(f".{request['hash']}.{request['by']}")
+    if folder.exists():
+        shutil.rmtree(draft, ignore_errors=True)
+        os.utime(folder)
+        return {"missing": False, "folder": str(folder)}
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not draft.exists():
+        draft.mkdir(mode=0o700)
+        return {"missing": True, "folder": str(draft)}
+    found = hash_files(draft, request["files"])
+    if found != request["hash"]:
+        raise RuntimeError(f"the code that arrived hashes to {found}, not to {request['hash']}")
+    runs = root_of(request) / "runs"  # a relative --config.workdir outlives this code
+    runs.mkdir(exist_ok=True)
+    if not (draft / "runs").exists():
+        os.symlink(runs, draft / "runs")
+    os.rename(draft, folder)
+    return {"missing": False, "folder": str(folder)}
+
+
+OPS = {
+    "start": start,
+    "status": status,
+    "stop": stop,
+    "jobs": jobs,
+    "follow": follow,
+    "facts": facts,
+    "net": net,
+    "land": land,
+}
+
+
+def main(request: dict) -> int:
+    """Answers one request. What fails is an answer too: {"error": text}."""
+    os.umask(0o077)
+    try:
+        answer = OPS[request["op"]](request)
+        if answer is not None:
+            frame({"ok": answer})
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        frame({"error": f"{type(error).__name__}: {error}"})
+    return 0

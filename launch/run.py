@@ -1,0 +1,283 @@
+"""Starts a training job on several hosts over SSH, and looks after it.
+
+    python -m launch.run --hosts=hosts.toml -- --config=configs/gpt_124m.py
+    python -m launch.run attach JOB      goes on with its log, no line lost or doubled
+    python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
+    python -m launch.run logs JOB        the whole log, and what is new
+    python -m launch.run stop JOB        saves and stops; --now does not save
+    python -m launch.run resume JOB      the same command as a new job, from its checkpoint
+
+What follows `--` are flags of the program (jaxtrain.train). The job's exit status is this
+command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, else the root cause's.
+The hosts need Python 3.11 with the project's dependencies and sshd; this machine needs Python, git,
+ssh and rsync. hosts.toml: see launch/inventory.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+
+from launch.fleet import Fleet, HostError
+from launch.host.lead import Policy
+from launch.inventory import read_inventory
+from launch.job import PYTHON, Job, jobs_folder
+from launch.preflight import preflight, table
+from launch.ship import read_code, ship
+from launch.watch import Watch, note
+
+VERBS = ("attach", "status", "logs", "stop", "resume")
+LEASE_S = 30.0
+GONE_S = 30.0  # for the last processes to be seen gone
+POLICY_HELP = {
+    "restarts": "attempts after the first, before the job gives up",
+    "backoff_s": "seconds before the first restart; doubles each time",
+    "on_loss": "a host that stays away: wait for it, go on with fewer, or stop",
+    "wait_s": "seconds to wait for hosts that are away",
+    "stall_s": "seconds without a step until a rank counts as stuck (at least 5 usual steps)",
+    "start_s": "seconds from a rank's start to its first step",
+    "lost_s": "seconds of silence until a host counts as lost",
+    "grace_s": "seconds between being asked to stop and being killed: a save must fit",
+}
+
+
+def parse(argv):
+    """(arguments, the program's flags after `--`)."""
+    ours, flags = argv, []
+    if "--" in argv:
+        at = argv.index("--")
+        ours, flags = argv[:at], argv[at + 1 :]
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("launch.run", description=__doc__, formatter_class=form)
+    parser.add_argument("--json", action="store_true", help="the log as JSON lines")
+    if ours and ours[0] in VERBS:
+        parser.add_argument("verb", choices=VERBS)
+        parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
+        if ours[0] == "stop":
+            parser.add_argument("--now", action="store_true", help="kill, do not save")
+        return parser.parse_args(ours), flags
+    parser.set_defaults(verb="start")
+    parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
+    parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
+    parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
+    parser.add_argument("--module", default="jaxtrain.train", help="what Python runs with -m")
+    parser.add_argument("--detach", action="store_true", help="return once it runs")
+    parser.add_argument(
+        "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the program"
+    )
+    for field in dataclasses.fields(Policy):
+        if field.name in POLICY_HELP:
+            choices = ("wait", "fewer", "stop") if field.name == "on_loss" else None
+            text = f"{POLICY_HELP[field.name]} [{field.default}]"
+            parser.add_argument(
+                f"--{field.name}",
+                type=type(field.default),
+                default=field.default,
+                choices=choices,
+                help=text,
+            )
+    return parser.parse_args(ours), flags
+
+
+def start(args, flags) -> int:
+    """Looks, sends, starts and follows a new job."""
+    inventory, code = read_inventory(args.hosts), read_code(args.code)
+    env = dict(pair.partition("=")[::2] for pair in args.env)
+    values = {name: getattr(args, name) for name in POLICY_HELP}
+    policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
+    job = Job.create(
+        inventory.hosts,
+        policy,
+        args.ssh_config,
+        ranks_per_host=inventory.ranks_per_host,
+        argv=[PYTHON, "-m", args.module, *flags],
+        env=env,
+        commit=code.commit,
+        code=code.hash,
+        folders={},
+    )
+    (job.folder / "code.patch").write_text(code.patch)
+    dirty = ", with changes of its own: code.patch" if code.patch else ""
+    note(f"job {job.id}: {job.folder}")
+    note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{dirty}")
+    return begin(job, code, args.shared, args.json, args.detach)
+
+
+def begin(job, code, shared, as_json, detach) -> int:
+    """Preflight, ship and start of a job that is on record; then its log."""
+    fleet = Fleet(job.hosts, job.ssh_config)
+    clock = time.monotonic()
+    findings = preflight(fleet, job.record["port"], shared)
+    note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
+    print(table(findings), file=sys.stderr)
+    if any(finding.problem and finding.fatal for finding in findings):
+        raise HostError("preflight: nothing was started. What FAILs above says what to do.")
+    clock = time.monotonic()
+    folders = ship(fleet, code)
+    job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
+    note(f"code is on every host, {time.monotonic() - clock:.1f} s")
+    try:
+        answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
+        failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
+        if failed:
+            raise HostError("\n".join(failed))
+    except (HostError, KeyboardInterrupt):
+        fleet.everywhere(lambda host: _ask_stop(fleet, job, host, "not all hosts started", True))
+        raise
+    if detach:
+        note(f"it runs by itself: python -m launch.run attach {job.id}")
+        return 0
+    return follow(job, as_json)
+
+
+def follow(job, as_json) -> int:
+    """The job's log until its end; its exit status. Ctrl-C asks what to do."""
+    fleet = Fleet(job.hosts, job.ssh_config)
+    while True:
+        watch = Watch(fleet, job, as_json)
+        try:
+            outcome = watch.run()
+            break
+        except KeyboardInterrupt:
+            if _asked_to_leave(job):
+                return 0
+    return conclude(fleet, job, outcome)
+
+
+def _asked_to_leave(job) -> bool:
+    """Detach or stop? True where the operator leaves the job to itself."""
+    if not sys.stdin.isatty():
+        stop(job, now=False)
+        return False
+    detached = (
+        "" if job.policy.lease_s == 0 else f" (ends {job.policy.lease_s:.0f} s after you leave)"
+    )
+    answer = (
+        input(f"\n[d]etach{detached}, [s]top after a save, or Enter to go on: ").strip().lower()
+    )
+    if answer.startswith("s"):
+        stop(job, now=False)
+    return answer.startswith("d")
+
+
+def conclude(fleet, job, outcome) -> int:
+    """Sees that nothing of the job is left on any host, and says how it ended."""
+    left = {}
+    deadline = time.monotonic() + GONE_S
+    while time.monotonic() < deadline:
+        found = fleet.everywhere(lambda h: fleet.call(h, {"op": "status", "job": job.id}, 15))
+        left = {
+            h.name: f.get("processes") for h, f in found.items() if not isinstance(f, HostError)
+        }
+        if not any(left.values()):
+            break
+        time.sleep(0.5)
+    unseen = [host.name for host in job.hosts if host.name not in left]
+    alive = {name: pids for name, pids in left.items() if pids}
+    job.change(outcome=outcome)
+    note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
+    note(f"why: {outcome['why']}")
+    gone = "no process of it is left on any host" if not unseen else f"not seen: {unseen}"
+    note(f"STILL ALIVE {alive}" if alive else gone)
+    return outcome["code"]
+
+
+def _ask_stop(fleet, job, host, why, kill):
+    return fleet.call(host, {"op": "stop", "job": job.id, "why": why, "kill": kill}, 30)
+
+
+def stop(job, now: bool) -> int:
+    """Asks every host, so that one that is out of reach does not keep the job alive."""
+    fleet = Fleet(job.hosts, job.ssh_config)
+    why = "now" if now else "the operator asked"
+    answers = fleet.everywhere(lambda host: _ask_stop(fleet, job, host, why, False))
+    for answer in answers.values():
+        if isinstance(answer, HostError):
+            note(str(answer))
+    if all(isinstance(answer, HostError) for answer in answers.values()):
+        raise HostError("no host answered: the job was not told to stop. Try again.")
+    return 0
+
+
+def status(job, as_json) -> int:
+    """What each host says of the job."""
+    fleet = Fleet(job.hosts, job.ssh_config)
+    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
+    for host, answer in found.items():
+        answer = {"error": str(answer)} if isinstance(answer, HostError) else answer
+        if as_json:
+            print(json.dumps({"host": host.name} | answer))
+            continue
+        ranks = answer.get("report", {}).get("ranks", [])
+        steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
+        state = answer.get("error") or (answer.get("outcome") or {}).get("why") or steps or "idle"
+        alive = "supervised" if answer.get("alive") else "no supervisor"
+        print(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
+    return 0
+
+
+def resume(job, as_json) -> int:
+    """A new job of the same hosts, program and flags, with the working tree's code of now."""
+    record = job.record
+    kept = {key: record[key] for key in ("ranks_per_host", "argv", "env")}
+    code = read_code(".")
+    new = Job.create(
+        job.hosts,
+        job.policy,
+        job.ssh_config,
+        **kept,
+        commit=code.commit,
+        code=code.hash,
+        folders={},
+    )
+    note(f"job {new.id} goes on with {job.id}")
+    return begin(new, code, record.get("shared", ""), as_json, job.policy.lease_s == 0)
+
+
+def list_jobs() -> int:
+    for path in sorted(jobs_folder().iterdir()):
+        with contextlib.suppress(ValueError):
+            record = Job(path.name).record
+            ended = record.get("outcome")
+            state = (
+                f"exit {ended['code']}: {ended['why'].splitlines()[0]}"
+                if ended
+                else "not seen to end"
+            )
+            print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
+    return 0
+
+
+def main(argv=None) -> int:
+    args, flags = parse(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if args.verb == "start":
+            return start(args, flags)
+        if args.job is None:
+            return list_jobs()
+        job = Job(args.job)
+        if args.verb == "logs":
+            for host in job.hosts:
+                job.log(host).unlink(missing_ok=True)  # read anew, from the first byte kept
+        verbs = {
+            "attach": lambda: follow(job, args.json),
+            "logs": lambda: follow(job, args.json),
+            "status": lambda: status(job, args.json),
+            "stop": lambda: stop(job, args.now),
+            "resume": lambda: resume(job, args.json),
+        }
+        return verbs[args.verb]()
+    except (ValueError, HostError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
