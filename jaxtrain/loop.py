@@ -3,6 +3,7 @@
 import jax
 
 import jaxtrain.config as config_lib
+from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.metrics import StepClock
@@ -53,12 +54,14 @@ class Loop:
 
     def _advance(self, step):
         """Starts a step, then waits for the one before it."""
+        beat("train", step)
         with self.clock.pause("data"):
             batch = next(self.batches)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
         with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
             self.state, scalars = self.step(self.state, batch, self.rates)
+        beat("train", step)  # another one: who is stuck in its data has not made it
         self._arrive()
         self._in_flight = step, scalars
 
@@ -92,6 +95,7 @@ class Loop:
     def evaluate(self, step) -> dict:
         """Held-out loss of the current weights, logged as this step's."""
         self._arrive()
+        beat("eval")
         with self.clock.pause("eval"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             per_token = self.held_out.bytes_per_token
@@ -108,6 +112,7 @@ class Loop:
         self._arrive()
         if step == self.saved_step:
             return
+        beat("save")
         with self.clock.pause("save"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)

@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from jaxtrain.step import (
     place_rates,
 )
 
+REFUSED = 78  # EX_CONFIG: the same start would fail again
+
 
 class Run(NamedTuple):
     cfg: config_lib.TrainConfig
@@ -50,7 +54,9 @@ class Run(NamedTuple):
 
 
 def run_main(main, errors=(), words=False):
-    """absl's app.run(main); bad input and broken checkpoints end in one line and status 1.
+    """absl's app.run(main); bad input and broken checkpoints end in one line and status REFUSED.
+
+    One of several processes ends at once on an error, without waiting at exit for the others.
 
     Args:
         words: main takes the arguments that are no flags; else there must be none.
@@ -63,9 +69,24 @@ def run_main(main, errors=(), words=False):
             sys.exit(main(argv[1:]) if words else main())
         except (ValueError, CheckpointError, *errors) as error:
             logging.debug("in full:", exc_info=True)
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            leave(REFUSED)
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            leave(1)
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def leave(code: int) -> None:
+    """Exits; one of several processes without JAX's barrier, where a dead peer is waited for."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse_flags(argv):

@@ -1,5 +1,6 @@
 """JAX's process-wide settings, made from the config before the first array."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,25 +8,25 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxtrain.engine import World, check
+
+HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
+JOIN_S = 300  # for all processes to come
+ALONE = World()
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
 
-def start_runtime(cfg, coordinator="", processes=1, process=0) -> None:
+def start_runtime(cfg, world=ALONE) -> None:
     """Sets precision, determinism and the compile cache, and joins the other processes.
 
     Args:
         cfg: a TrainConfig.
-        coordinator: `host:port` of process 0, with processes > 1.
+        world: the World that this process is one of.
 
     Raises:
-        ValueError: processes and coordinator do not fit each other.
+        ValueError: the world's parts do not fit each other.
     """
-    if processes > 1 and not (coordinator and 0 <= process < processes):
-        raise ValueError(
-            "several processes need the coordinator's host:port and 0 <= process < processes; got "
-            f"coordinator={coordinator!r}, processes={processes}, process={process}. "
-            "Set --coordinator, --processes, --process."
-        )
+    check(world)
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
@@ -35,9 +36,57 @@ def start_runtime(cfg, coordinator="", processes=1, process=0) -> None:
         # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if processes > 1:
-        jax.distributed.initialize(coordinator, processes, process)
-        logging.info("process %d of %d, coordinator %s", process, processes, coordinator)
+    if world.processes > 1:
+        join(world)
+
+
+def join(world) -> None:
+    """Joins the processes of a World, so that the death of one is an error in all, not a hang."""
+    # Else a process whose peer died sits in the barrier at exit until the heartbeat's limit.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.distributed.initialize(
+        world.coordinator,
+        world.processes,
+        world.process,
+        local_device_ids=world.local_devices,
+        cluster_detection_method="deactivate",  # `detect` has decided
+        heartbeat_timeout_seconds=HEARTBEAT_S,
+        initialization_timeout=JOIN_S,
+        coordinator_bind_address=world.coordinator,  # the stated network alone
+    )
+    logging.info(
+        "process %d of %d (%s), coordinator %s",
+        world.process,
+        world.processes,
+        world.engine,
+        world.coordinator,
+    )
+
+
+def fit_world(cfg, world):
+    """The config for a world of fewer processes than planned: the same batch, in more parts.
+
+    Raises:
+        ValueError: the batch divides over no number of parts that is enough.
+    """
+    if world.processes >= world.planned:
+        return cfg
+    least = -(-cfg.accumulation * world.planned // world.processes)
+    rows, devices = cfg.data.batch, jax.device_count()
+    parts = [n for n in range(least, rows + 1) if rows % (n * devices) == 0]
+    if not parts:
+        raise ValueError(
+            f"data.batch must divide over the {devices} devices that are left of a larger job; got "
+            f"{rows}. Set --config.data.batch to a multiple of {devices}, or wait for all hosts."
+        )
+    logging.warning(
+        "%d of %d planned processes: the same batch in %d parts, not %d",
+        world.processes,
+        world.planned,
+        parts[0],
+        cfg.accumulation,
+    )
+    return dataclasses.replace(cfg, accumulation=parts[0])
 
 
 def same_everywhere(name: str, text: str) -> None:

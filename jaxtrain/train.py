@@ -5,10 +5,13 @@
     python -m jaxtrain.train --config=configs/gpt_124m.py --config.data.shards=DIR
 
 The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the next step; exit
-status 75 says "preempted: start me again".
+status 75 says "preempted: start me again", 78 "the same start would fail again". Several processes
+find each other by --coordinator, --processes, --process, or by what started them (launch.run,
+SLURM's srun, mpirun, JAX_* variables).
 """
 
 import json
+import os
 import platform
 import signal
 import sys
@@ -19,10 +22,12 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
+from jaxtrain.beat import beat
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete
 from jaxtrain.interop.start import check_model, load_params
 from jaxtrain.knobs import describe
@@ -33,7 +38,7 @@ from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
-from jaxtrain.runtime import same_everywhere, start_runtime
+from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
 from jaxtrain.step import abstract_state, init_state
 from jaxtrain.stop import Stop
 
@@ -141,6 +146,7 @@ def train(cfg, devices=None, quiet=False) -> int:
         with Report(workdir, cfg.steps, first, quiet, active, title) as report, Stop() as stop:
             report.header(header(run, corpus, checkpoints, resumed))
             report.write_config(stored_config(run, corpus))
+            beat("compile", first)
             step = compile_step(run)
             report.note(f"compiled in {step.compile_s:.1f} s")
             report.write(first, {"perf/compile_time_s": step.compile_s})
@@ -196,6 +202,7 @@ def start_state(run, checkpoints, batches):
 def finish(loop, corpus, told) -> int:
     """Evaluates, samples and sums up a run that is through; says how to resume one that is not."""
     cfg, report = loop.cfg, loop.report
+    beat("end")
     if told is None:
         loop.evaluate(cfg.steps)
         print_sample(loop, corpus)
@@ -213,8 +220,12 @@ def finish(loop, corpus, told) -> int:
 def main() -> int:
     args = flags.FLAGS
     cfg = config_lib.freeze(args.config)
-    start_runtime(cfg, args.coordinator, args.processes, args.process)
+    beat("start")
+    by_hand = args.coordinator, args.processes, args.process, None, args.processes
+    world = World("flags", *by_hand) if args.processes > 1 else detect(os.environ)
+    start_runtime(cfg, world)
     set_up_logging(jax.process_index())
+    cfg = fit_world(cfg, world)
     same_everywhere("the config", config_lib.config_hash(cfg))
     return train(cfg)
 

@@ -216,7 +216,7 @@ class Bed:
 
 def main() -> int:
     at = sys.argv.index("--")
-    with Bed(int(sys.argv[1])) as bed:
+    with Bed(int(sys.argv[1]), os.environ.get("BED_SHARED")) as bed:
         hosts = bed.inventory(bed.folder / "hosts.toml")
         env = os.environ | {"BED_HOSTS": str(hosts), "BED_SSH_CONFIG": str(bed.ssh_config)}
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle

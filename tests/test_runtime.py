@@ -4,13 +4,14 @@ import pytest
 import runs
 
 from jaxtrain.config import TrainConfig
+from jaxtrain.engine import World
 from jaxtrain.runtime import DETERMINISTIC_FLAGS, start_runtime
 
 
 @pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
 def test_processes_without_a_place_in_the_world_are_refused(world):
     with pytest.raises(ValueError, match="Set --coordinator, --processes, --process"):
-        start_runtime(TrainConfig(), *world)
+        start_runtime(TrainConfig(), World("flags", *world))
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):

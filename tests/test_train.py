@@ -211,5 +211,5 @@ def test_the_generate_command_continues_each_prompt(trained):
 
 @pytest.mark.parametrize("module", ["evaluate", "generate"])
 def test_a_folder_without_a_run_is_named(module, tmp_path):
-    out = run_tool(module, f"--run={tmp_path}", status=1)
+    out = run_tool(module, f"--run={tmp_path}", status=78)
     assert "--run must be a run's folder" in out and "Traceback" not in out
