@@ -1,30 +1,27 @@
 """Checkpoints: a state and its record in one atomic folder per step, verified when read back.
 
-    <folder>/<step>/state/            the arrays, by path, written by Orbax
+    <folder>/<step>/state/            the arrays, by path: zarr in OCDBT, as Orbax writes them
     <folder>/<step>/record/metadata   JSON: format, step, meta, and each leaf's dtype, shape, digest
 
 Orbax restores a flipped byte, casts a dtype and takes an empty folder for the newest step without
 a word, so the record says what every leaf must be, and a step that differs is not restored.
 """
 
-import json
-import logging as std_logging
 import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
 from absl import logging
-from jax.experimental import multihost_utils
 
 from jaxtrain import digest
+from jaxtrain.agree import from_process_0
 from jaxtrain.digest import CheckpointError
+from jaxtrain.storage.host0 import Host0
+from jaxtrain.storage.shared import Shared
 
-REASON_BYTES = 512  # of a reason that one process tells the others
+STORAGE = {"shared": Shared, "host0": Host0}
 
 
 class Restored(NamedTuple):
@@ -37,22 +34,22 @@ class Checkpoints:
     """The checkpoints of one run. Use it as a context manager: leaving waits for the last save.
 
     Args:
-        folder: shared by all processes; made by the first save.
+        folder: shared by all processes, or process 0's own; made by the first save.
         keep_last: this many of the newest steps are kept.
         keep_every: steps that are multiples of it are kept too; 0 keeps no more.
         read_only: never writes, moves or cleans up, as beside a run that is still going.
+        storage: a key of STORAGE.
 
     Attributes:
         rejected: (step, reason) of every step that `restore` would not take.
     """
 
-    def __init__(self, folder, keep_last: int, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, folder, keep_last: int, keep_every=0, read_only=False, storage="shared"):
         assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)  # TrainConfig checks
-        quiet_orbax()
         self.folder = Path(folder).absolute()
         self.rejected: list[tuple[int, str]] = []
-        self._keep_last, self._keep_every, self._read_only = keep_last, keep_every, read_only
-        self._manager = None  # made by the first save, after restore has moved what is broken
+        self._read_only = read_only
+        self.storage = STORAGE[storage](self.folder, keep_last, keep_every)
 
     def __enter__(self):
         return self
@@ -65,9 +62,7 @@ class Checkpoints:
                 raise
             logging.error("The last checkpoint was not saved: %s", failure)
         finally:
-            manager, self._manager = self._manager, None
-            if manager is not None:
-                manager.close()
+            self.storage.close()
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first, good or not."""
@@ -93,22 +88,19 @@ class Checkpoints:
             raise ValueError("save needs Checkpoints(..., read_only=False); got read_only=True.")
         leaves = digest.flatten_state(state)
         record = digest.build_record(step, leaves, meta)
-        if self._manager is None:
-            self._manager = _open_manager(self.folder, self._keep_last, self._keep_every)
-        newest = self._manager.latest_step()
+        self.storage.check()
+        newest = self.storage.newest()
         if newest is not None and step <= newest:
             raise ValueError(
                 f"a checkpoint's step must be above the newest one's, {newest}; got step={step} in "
                 f"{self.folder}. Resume from it, or set another --config.workdir."
             )
-        items = {"state": ocp.args.PyTreeSave(leaves), "record": ocp.args.JsonSave(record)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self.storage.save(step, leaves, record)
         return time.perf_counter() - start
 
     def wait(self) -> None:
         """Blocks until the last save is on disk. Raises what failed in the background, if any."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        self.storage.wait()
 
     def restore(self, abstract_state, device_check=True, step=None) -> Restored | None:
         """The newest step that is what was saved, or None where no step is stored.
@@ -130,6 +122,8 @@ class Checkpoints:
         unplaced = [path for path, leaf in template.items() if leaf.sharding is None]
         if unplaced:
             raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
+        if not self._read_only:
+            self.storage.check()
         rejected, steps = [], from_process_0(self.steps)
         if step is not None:
             if step not in steps:
@@ -141,7 +135,7 @@ class Checkpoints:
                 record = from_process_0(lambda folder=folder: digest.read_record(folder))
                 digest.check_format(record)
                 digest.check_template(record, template)
-                arrays = _read_arrays(folder, template)
+                arrays = self.storage.read(folder, template)
                 if device_check:
                     digest.check_digests(record, arrays)
             except CheckpointError as error:
@@ -199,102 +193,4 @@ class Checkpoints:
                 os.rename(self.folder / str(step), aside / free)
 
         from_process_0(move)
-        if self._manager is not None:
-            self._manager.reload()  # it caches what it has seen, and would refuse these steps
-
-
-def _read_arrays(folder: Path, template: dict) -> dict:
-    """Every leaf, where the template wants it; raises CheckpointError in all processes or none.
-
-    By TensorStore alone: Orbax's own restore holds 0.5 to 0.9 of a second copy of the state, and
-    after an unreadable leaf its other reads land in an event loop that it has closed.
-    """
-    arrays, reading, reason = {}, {}, ""
-    paths = list(template)
-    for i, path in enumerate(paths):
-        try:
-            for name in paths[i : i + 2]:  # the next one is read while this one is placed
-                if name not in reading:
-                    reading[name] = _start_reading(folder / "state", name, template[name])
-            name, leaf, shards = path, template[path], reading.pop(path)
-            read = lambda index, shards=shards: shards[str(index)].result()
-            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-            arrays[path] = jax.block_until_ready(array)
-        except Exception as error:  # whatever it is, the other processes must hear of it
-            reason = f"{name} cannot be read: {str(error)[:300]}"
-            break
-    reason = first_reason(reason)
-    if reason:
-        raise CheckpointError(reason)
-    return arrays
-
-
-def _start_reading(folder: Path, path: str, leaf) -> dict:
-    """Futures of the parts of a leaf that this process's devices hold, by index."""
-    base = {"driver": "file", "path": f"{folder}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-    stored = tensorstore.open(spec, open=True, read=True).result()
-    found = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
-    if digest.describe(found) != digest.describe(leaf):
-        raise ValueError(f"stored as {digest.describe(found)}, recorded as {digest.describe(leaf)}")
-    indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    parts = {str(index): index for index in indices}  # copies on several devices are read once
-    return {key: stored[index].read() for key, index in parts.items()}
-
-
-def _open_manager(folder: Path, keep_last: int, keep_every: int) -> ocp.CheckpointManager:
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # floats: 8 % smaller, 2x slower,
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()  # and a copy of the state in memory
-    registry.add("state", ocp.args.PyTreeSave, handler)
-    registry.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep_last,
-        keep_period=keep_every or None,
-        cleanup_tmp_directories=True,
-        lightweight_initialize=True,
-    )
-    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
-
-
-def from_process_0(function):
-    """function()'s JSON-able value on process 0, in every process.
-
-    Raises:
-        CheckpointError: function raised on process 0; in every process, with its text.
-    """
-    answer = {}
-    if jax.process_index() == 0:
-        try:
-            answer = {"value": function()}
-        except (CheckpointError, OSError) as error:
-            answer = {"error": str(error)}
-    if jax.process_count() > 1:
-        text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-        text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
-        answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
-    if "error" in answer:
-        raise CheckpointError(answer["error"])
-    return answer["value"]
-
-
-def first_reason(reason: str) -> str:
-    """The first process's reason that is not empty, in every process."""
-    if jax.process_count() == 1:
-        return reason
-    text = reason.encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
-    texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(texts)]
-    return next((f"process {i}: {text}" for i, text in enumerate(texts) if text), "")
-
-
-def quiet_orbax() -> None:
-    """Drops Orbax's lines below warnings from absl's log; ours and others stay."""
-    logger = std_logging.getLogger("absl")
-    if _is_not_chatter not in logger.filters:
-        logger.addFilter(_is_not_chatter)
-
-
-def _is_not_chatter(record) -> bool:
-    return record.levelno >= std_logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+        self.storage.reload()

@@ -173,6 +173,15 @@ class MeshConfig(Section):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig(Section):
+    PREFIX = "checkpoint."
+
+    storage: str = knob(
+        "shared", "workdir is one disk for all, or process 0's own", choices=("shared", "host0")
+    )
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     PREFIX = "sample."
 
@@ -222,6 +231,7 @@ class TrainConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
@@ -284,5 +294,6 @@ def flatten(config) -> dict:
 
 def config_hash(config) -> str:
     """12 hex digits that name what is trained; where it is written does not count."""
-    values = {k: v for k, v in flatten(config).items() if k not in ("workdir", "compile_cache")}
+    places = ("workdir", "compile_cache", "checkpoint.storage")
+    values = {k: v for k, v in flatten(config).items() if k not in places}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -69,8 +69,7 @@ def run_main(main, errors=(), words=False):
             sys.exit(main(argv[1:]) if words else main())
         except (ValueError, CheckpointError, *errors) as error:
             logging.debug("in full:", exc_info=True)
-            print(f"error: {error}", file=sys.stderr)
-            leave(REFUSED)
+            refuse(error)
         except Exception:
             if not jax.distributed.is_initialized():
                 raise
@@ -78,6 +77,12 @@ def run_main(main, errors=(), words=False):
             leave(1)
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def refuse(reason) -> None:
+    """Ends the program: the same start would fail again."""
+    print(f"error: {reason}", file=sys.stderr)
+    leave(REFUSED)
 
 
 def leave(code: int) -> None:
@@ -96,11 +101,11 @@ def parse_flags(argv):
         name = arg.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             near = difflib.get_close_matches(name.removeprefix("config."), known, 1, cutoff=0.0)
-            sys.exit(f"error: no field --{name}. Did you mean --config.{near[0]}? See --help.")
+            refuse(f"no field --{name}. Did you mean --config.{near[0]}? See --help.")
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def build_run(cfg, devices=None) -> Run:

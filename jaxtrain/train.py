@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
+from jaxtrain.agree import from_process_0
 from jaxtrain.beat import beat
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
@@ -59,6 +60,10 @@ def header(run, corpus, checkpoints, resumed):
     yield "mesh", f"{shape}  of {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     for route in run.routes.values():
         yield "route", str(route)
+    if jax.process_count() > 1:
+        where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
+        storage = cfg.checkpoint.storage
+        yield "route", f"checkpoint.storage {storage}: {where[storage]}"
     if run.mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
         share = work_share(run.model.axes, run.model.shapes, run.mesh)
         yield "owners", f"whole matrices on each device, {share:.3f} of an even share of the work"
@@ -134,12 +139,17 @@ def train(cfg, devices=None, quiet=False) -> int:
     title = f"{workdir.name}\n{run.parameters:,} parameters"
     with (
         build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
-        Checkpoints(workdir / "checkpoints", cfg.keep_last, cfg.keep_every) as checkpoints,
+        Checkpoints(
+            workdir / "checkpoints",
+            cfg.keep_last,
+            cfg.keep_every,
+            storage=cfg.checkpoint.storage,
+        ) as checkpoints,
     ):
         state, resumed = start_state(run, checkpoints, batches)
         first = int(state.step)
         active = jax.process_index() == 0
-        if is_finished(workdir, cfg.steps, first):
+        if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
             if active:
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0

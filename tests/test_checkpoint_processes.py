@@ -61,11 +61,13 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
 
 SEVERAL = """
     import sys, jax, jax.numpy as jnp
-    port, i, own, shared = sys.argv[1:]
+    port, i, own, shared, alone = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(i))
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxtrain.checkpoint import Checkpoints
+    from jaxtrain.agree import from_process_0
+    from jaxtrain.checkpoint import CheckpointError, Checkpoints
     from jaxtrain.config import MeshConfig
+    from jaxtrain.storage.host0 import Host0
     from jaxtrain.mesh import build_mesh
 
     mesh = build_mesh(MeshConfig(1, 4, 1))
@@ -82,6 +84,32 @@ SEVERAL = """
             checkpoints.save(3, jax.tree.map(lambda x: 3 * x, state), {"next": 3})
             checkpoints.wait()
             assert float(checkpoints.restore(template).state["w"].sum()) == 3 * 8 * 1024
+
+        zero, deep = state["w"] * -0.0, state["w"].reshape(8, 8, 128)
+        state = {"w": zero, "step": jax.device_put(4, NamedSharding(mesh, P())), "deep": deep}
+        template = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        with Checkpoints(alone, 1) as checkpoints:
+            try:
+                checkpoints.save(4, state, {})
+            except ValueError as error:
+                assert "--config.checkpoint.storage=host0" in str(error), error
+            else:
+                raise AssertionError("two folders were taken for one")
+        with Checkpoints(alone, 1, storage="host0") as checkpoints:
+            checkpoints.storage = Host0(checkpoints.folder, 1, 0, piece_bytes=4096)
+            for step in (4, 5):
+                checkpoints.save(step, state, {"next": step})
+            step, _, meta = checkpoints.restore(template)  # it compares the bits' digests
+            assert (step, meta) == (5, {"next": 5}) and from_process_0(checkpoints.steps) == [5]
+        with Checkpoints(alone + "/5/record/metadata", 1, storage="host0") as checkpoints:
+            try:
+                checkpoints.save(6, state, {})
+            except CheckpointError as error:
+                assert "was not saved: process 0" in str(error), error
+            else:
+                raise AssertionError("a save into a file went through")
 """
 
 
@@ -92,20 +120,30 @@ def test_processes_agree_on_the_step_even_if_one_alone_cannot_read_it(tmp_path):
             state = {"w": jax.device_put(jnp.full((8, 1024), step, jnp.float32), split)}
             checkpoints.save(step, state, {"next": step})
     for i in "01":
-        shutil.copytree(tmp_path / "shared", tmp_path / i / "checkpoints")
-    truncate(tmp_path / "1/checkpoints/2")
+        shutil.copytree(tmp_path / "shared", tmp_path / "own" / i)
+    truncate(tmp_path / "own/1/2")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     children = [
-        start(SEVERAL, port, i, tmp_path / i / "checkpoints", tmp_path / "shared", **flags)
+        start(
+            SEVERAL,
+            port,
+            i,
+            tmp_path / "own" / i,
+            tmp_path / "shared",
+            tmp_path / i / "checkpoints",
+            **flags,
+        )
         for i in "01"
     ]
     errors = [child.communicate(timeout=120)[1].decode() for child in children]
     assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
-    assert (tmp_path / "0/checkpoints_rejected/2").is_dir()  # process 0 alone moves
-    assert not (tmp_path / "1/checkpoints_rejected").exists()
+    assert (tmp_path / "own/checkpoints_rejected/2").is_dir()  # process 0 alone moves
+    assert (tmp_path / "own/1/2").exists()
+    assert (tmp_path / "0/checkpoints/5").is_dir()  # host0: process 0 alone writes
+    assert not (tmp_path / "1/checkpoints").exists()
     with Checkpoints(tmp_path / "shared", 9) as checkpoints:
         restored = checkpoints.restore(abstract(state))
         assert restored.step == 3 and (np.asarray(restored.state["w"]) == 3).all()

@@ -17,6 +17,8 @@ loss optim.*
 step
 diagnose
 metrics digest
+agree
+storage.*
 checkpoint
 run
 scalars curve

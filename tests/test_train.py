@@ -183,7 +183,7 @@ def test_two_processes_train_as_one_and_one_restores_what_two_saved(tmp_path, te
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
-    out = runs.finish(runs.start(tmp_path / "run", text, *flags), 1)
+    out = runs.finish(runs.start(tmp_path / "run", text, *flags), 78)
     assert message in out
     assert "Traceback" not in out
 

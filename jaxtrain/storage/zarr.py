@@ -1,0 +1,25 @@
+"""One array of a checkpoint, as Orbax lays it out: zarr in an OCDBT store."""
+
+from pathlib import Path
+
+import jax
+import tensorstore
+
+from jaxtrain import digest
+
+
+def spec(folder: Path, path: str) -> dict:
+    """TensorStore's spec of a leaf in `folder`, a step's `state`."""
+    base = {"driver": "file", "path": f"{folder}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+    return {"driver": "zarr", "kvstore": kvstore}
+
+
+def open_stored(folder: Path, path: str, leaf):
+    """The stored array, for reading. Raises ValueError where it is not of the leaf's type."""
+    wanted = spec(folder, path) | {"fill_missing_data_reads": False}
+    stored = tensorstore.open(wanted, open=True, read=True).result()
+    found = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
+    if digest.describe(found) != digest.describe(leaf):
+        raise ValueError(f"stored as {digest.describe(found)}, recorded as {digest.describe(leaf)}")
+    return stored
