@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.runtime import start_runtime
+from jaxtrain.runtime import leave, part, start_runtime
 from jaxtrain.step import (
     Step,
     abstract_batch,
@@ -66,7 +65,7 @@ def run_main(main, errors=(), words=False):
         if len(argv) > 1 and not words:
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         try:
-            sys.exit(main(argv[1:]) if words else main())
+            part(main(argv[1:]) if words else main())
         except (ValueError, CheckpointError, *errors) as error:
             logging.debug("in full:", exc_info=True)
             refuse(error)
@@ -83,15 +82,6 @@ def refuse(reason) -> None:
     """Ends the program: the same start would fail again."""
     print(f"error: {reason}", file=sys.stderr)
     leave(REFUSED)
-
-
-def leave(code: int) -> None:
-    """Exits; one of several processes without JAX's barrier, where a dead peer is waited for."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def parse_flags(argv):

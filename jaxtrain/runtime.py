@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ from jaxtrain.engine import World, check
 
 HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
 JOIN_S = 300  # for all processes to come
+PART_S = 1.0  # for the other processes to be gone
 ALONE = World()
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
@@ -61,6 +64,29 @@ def join(world) -> None:
         world.engine,
         world.coordinator,
     )
+
+
+def part(code: int | None) -> None:
+    """Ends this process with a status, all of several processes together.
+
+    JAX's own exit would let process 0 go first, and the others abort when its service is gone.
+    """
+    if jax.distributed.is_initialized():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("part")
+        if jax.process_index() == 0:
+            time.sleep(PART_S)
+    leave(code)
+
+
+def leave(code: int | None) -> None:
+    """Exits; one of several processes at once, for in JAX's barrier a dead peer is waited for."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def fit_world(cfg, world):

@@ -219,6 +219,8 @@ def main() -> int:
     with Bed(int(sys.argv[1]), os.environ.get("BED_SHARED")) as bed:
         hosts = bed.inventory(bed.folder / "hosts.toml")
         env = os.environ | {"BED_HOSTS": str(hosts), "BED_SSH_CONFIG": str(bed.ssh_config)}
+        for name in bed.names if (mbit := os.environ.get("BED_MBIT")) else []:
+            bed.rate(name, int(mbit))
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
         return subprocess.run(sys.argv[at + 1 :], env=env).returncode
 

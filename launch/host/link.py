@@ -24,7 +24,6 @@ class Channel:
 
     def __init__(self, sock, token: str, nonce: str):
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock, self._key, self.nonce = sock, token.encode(), nonce
         self._in, self._out, self._sent, self._taken = b"", b"", 0, 0
 
@@ -89,6 +88,7 @@ class Listener:
         try:
             while True:
                 sock, _ = self._server.accept()
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 nonce = os.urandom(16).hex()
                 sock.sendall(f"{nonce}\n".encode())
                 self._channels[Channel(sock, self.token, nonce)] = None
@@ -151,6 +151,7 @@ class Follower:
         self._try_at = time.monotonic() + 1.0
         try:
             sock = socket.create_connection(self.where, timeout=CONNECT_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             nonce = b""
             while not nonce.endswith(b"\n"):
                 byte = sock.recv(1)

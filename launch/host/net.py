@@ -58,6 +58,7 @@ def _measure_peer(order: dict, token: bytes) -> dict:
         found["bytes"] = sum(count for count, _ in flows)
         found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
         after = _counters(order.get("interface"))
+        found["mtu"] = _mtu(order.get("interface"))
         found["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
     return found
 
@@ -161,6 +162,13 @@ def _exactly(sock, size: int) -> bytes:
             raise ConnectionError("the peer closed the connection")
         data += more
     return data
+
+
+def _mtu(interface) -> int | None:
+    try:
+        return int(Path("/sys/class/net", interface, "mtu").read_text())
+    except (OSError, TypeError):
+        return None
 
 
 def _counters(interface) -> list[int]:

@@ -1,0 +1,150 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launch.host import log, tree
+from launch.host.hashing import hash_files
+from launch.host.link import Channel, Follower, Listener, Refused, free_port
+from launch.host.ranks import decisive
+
+TOKEN = "a" * 64
+
+
+def test_a_log_gives_every_byte_once_whatever_the_offsets_and_segments(tmp_path):
+    written, kept = b"".join(b"line %d\n" % i for i in range(300)), log.Log(tmp_path, 256, 100)
+    for line in written.splitlines(True):
+        kept.write(line)
+    assert len(log.starts(tmp_path)) > 5 and log.size(tmp_path) == len(written)
+    for step in (1, 100, 4096):
+        offset, got = 0, b""
+        while offset < len(written):
+            at, data = log.read(tmp_path, offset, step)
+            assert at == offset
+            got, offset = got + data, offset + len(data)
+        assert got == written
+
+
+def test_a_log_rotates_and_says_where_it_begins(tmp_path):
+    kept = log.Log(tmp_path, 100, 3)
+    for _ in range(50):
+        kept.write(b"0123456789\n")
+    assert len(log.starts(tmp_path)) == 3
+    at, data = log.read(tmp_path, 0)
+    assert at == log.starts(tmp_path)[0] > 0 and data.startswith(b"0123456789\n")
+    with pytest.raises(ValueError, match="at most 550"):
+        log.read(tmp_path, 551)
+
+
+def test_a_full_disk_stops_no_job_and_the_log_says_what_it_lost(tmp_path):
+    kept, full = log.Log(tmp_path), os.open("/dev/full", os.O_WRONLY)
+    kept._file, real = full, kept._file
+    kept.write(b"lost\n")
+    kept._file = real
+    kept.write(b"kept\n")
+    assert log.read(tmp_path, 0)[1] == b"launch: 5 bytes of log lost: disk full\nkept\n"
+
+
+def test_lines_are_prefixed_at_newlines_only():
+    lines = log.Lines(b"[1] ", limit=50)
+    assert lines.feed(b"a\nb") == b"[1] a\n"
+    assert lines.feed(b"c\r\n") == b"[1] bc\n"
+    assert lines.feed(b"x" * 60) == b"[1] " + b"x" * 60 + b"\n"  # without end, cut
+    assert lines.feed(b"end") == b"" and lines.flush() == b"[1] end\n"
+
+
+@pytest.fixture(params=[TOKEN])
+def pair(request):
+    left, right = socket.socketpair()
+    with left, right:
+        yield Channel(left, TOKEN, "n"), Channel(right, request.param, "n")
+
+
+@pytest.mark.parametrize("pair", ["b" * 64], indirect=True)
+def test_a_message_without_the_jobs_token_is_refused(pair):
+    ours, theirs = pair
+    theirs.send({"host": 1}, "up")
+    with pytest.raises(Refused):
+        ours.take("up")
+
+
+def test_a_message_is_not_taken_twice(pair):
+    ours, theirs = pair
+    theirs.send({"host": 1}, "up")
+    line = ours.sock.recv(1 << 16)
+    theirs.sock.sendall(line + line)
+    with pytest.raises(Refused):
+        ours.take("up")
+
+
+def _ask_until(follower, said, wish, answers):
+    deadline = time.monotonic() + 20
+    while wish not in answers and time.monotonic() < deadline:
+        answers.append(follower.exchange(said))
+        time.sleep(0.01)
+
+
+def test_supervisors_talk_and_find_each_other_again():
+    port = free_port("127.0.0.1")
+    follower = Follower("127.0.0.1", port, TOKEN)
+    said = {"host": 1, "text": "é$(x)\n"}
+    for wish in ({"do": "run"}, {"do": "kill"}):  # the leader is killed and comes back
+        listener, heard, answers = Listener("127.0.0.1", port, TOKEN), [], []
+        ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
+        ask.start()
+        while ask.is_alive():
+            heard += listener.reports()
+            listener.tell(wish)
+            time.sleep(0.01)
+        assert answers[-1] == wish and heard[0] == said
+        listener.close()
+    follower.close()
+
+
+def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
+    program = "import os, time\nif os.fork() == 0:\n os.setsid()\n os.fork()\ntime.sleep(100)"
+    env = os.environ | {tree.JOB_MARK: "test-tree"}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=env)
+    deadline = time.monotonic() + 10
+    while len(tree.marked("test-tree")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(tree.marked("test-tree")) == 3
+    parent.kill()
+    parent.wait()
+    assert len(tree.marked("test-tree")) == 2  # orphans, known by their mark
+    assert tree.end_all(lambda: tree.marked("test-tree"), patience_s=10) == []
+    assert tree.marked("test-tree") == []
+
+
+def test_the_decisive_lines_are_those_that_name_an_error():
+    error = "OSError: [Errno 28] No space left"
+    assert decisive(["step 1", "Traceback (most recent call last):", error, "bye"]) == [error]
+    assert decisive(["only this"]) == ["only this"]
+
+
+def test_the_name_of_code_is_of_its_paths_modes_and_contents(tmp_path):
+    (tmp_path / "a").write_text("1")
+    names = {hash_files(tmp_path, ["a"])}
+    (tmp_path / "a").chmod(0o755)
+    names.add(hash_files(tmp_path, ["a"]))
+    (tmp_path / "a").write_text("2")
+    names.add(hash_files(tmp_path, ["a"]))
+    (tmp_path / "a").rename(tmp_path / "b")
+    names.add(hash_files(tmp_path, ["b"]))
+    assert len(names) == 4
+
+
+def test_a_beat_says_how_far_the_program_is(tmp_path):
+    program = (
+        "from jaxtrain.beat import beat\n"
+        "beat('compile', 7)\nbeat('train', 8)\nbeat('train', 8)\nbeat('train', 9)\n"
+    )
+    env = os.environ | {"JAXTRAIN_BEAT": str(tmp_path / "beat")}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)
+    said = json.loads((tmp_path / "beat").read_text())
+    assert (said["beats"], said["step"], said["phase"]) == (4, 9, "train")
