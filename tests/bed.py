@@ -23,8 +23,7 @@ from pathlib import Path
 INIT = r"""
 set -e
 mount --make-rprivate /
-mount -t tmpfs tmpfs "$1"
-mkdir "$1/up" "$1/work" "$1/root"
+mkdir -p "$1/up" "$1/work" "$1/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/up,workdir=$1/work" "$1/root"
 cd "$1/root"
 mkdir -p old
@@ -85,6 +84,9 @@ class Bed:
         with contextlib.ExitStack() as stack:
             self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-bed-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            (self.folder / "disks").mkdir()  # a power loss keeps them
+            sh("mount", "-t", "tmpfs", "tmpfs", str(self.folder / "disks"))
+            stack.callback(sh, "umount", "-l", str(self.folder / "disks"))
             self.ssh_config = self.folder / "ssh_config"
             self._write_settings()
             sh("ip", "link", "add", self.bridge, "type", "bridge")
@@ -139,7 +141,7 @@ class Bed:
         sh(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
         sh(*inside, "link", "set", there, "up")
         sh(*inside, "link", "set", "lo", "up")
-        root = self.folder / f"root.{name}"
+        root = self.folder / "disks" / name
         root.mkdir(exist_ok=True)
         own = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
         command = ["ip", "netns", "exec", netns, *own, "bash", "-c", INIT, "init"]

@@ -1,6 +1,7 @@
 """The floors of the house: a module imports only from modules that stand on an earlier line."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_files_stay_under_300_lines_and_functions_under_60():
     assert not long
     sizes = [(p, f.name, f.end_lineno - f.lineno + 1) for p, f in _functions()]
     assert not [entry for entry in sizes if entry[2] > 60]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").rglob("*.py")), ids=_name)
+def test_the_operators_side_and_the_hosts_need_the_standard_library_alone(path):
+    """So a laptop needs no JAX, and hosts take the supervisor as it comes over SSH."""
+    if path.name == "collectives.py":  # a program that launch.probe runs on the hosts
+        return
+    own = "launch.host" if path.parent.name == "host" else "launch"
+    for imported in _imports_of(path.read_text()):
+        root = imported.split(".")[0]
+        assert root in sys.stdlib_module_names or imported.startswith(own), f"{path}: {imported}"
