@@ -145,24 +145,25 @@ def follow(job, as_json) -> int:
             outcome = watch.run()
             break
         except KeyboardInterrupt:
-            if _asked_to_leave(job):
+            if _asked_to_leave(fleet, job):
                 return 0
     return conclude(fleet, job, outcome)
 
 
-def _asked_to_leave(job) -> bool:
+def _asked_to_leave(fleet, job) -> bool:
     """Detach or stop? True where the operator leaves the job to itself."""
     if not sys.stdin.isatty():
         stop(job, now=False)
         return False
-    detached = (
-        "" if job.policy.lease_s == 0 else f" (ends {job.policy.lease_s:.0f} s after you leave)"
-    )
-    answer = (
-        input(f"\n[d]etach{detached}, [s]top after a save, or Enter to go on: ").strip().lower()
-    )
+    try:
+        answer = input("\n[d]etach, [s]top after a save, or Enter to go on: ").strip().lower()
+    except (EOFError, KeyboardInterrupt):
+        answer = "s"
     if answer.startswith("s"):
         stop(job, now=False)
+    if answer.startswith("d"):
+        fleet.call_everywhere({"op": "detach", "job": job.id})
+        note(f"it goes on: python -m launch.run attach {job.id}")
     return answer.startswith("d")
 
 
@@ -277,6 +278,9 @@ def main(argv=None) -> int:
     except (ValueError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        note("interrupted before the job ran")
+        return 130
 
 
 if __name__ == "__main__":

@@ -206,6 +206,19 @@ class Bed:
                 found[int(pid)] = args.strip()
         return found
 
+    def outside(self, name, pid) -> int:
+        """The pid that a host's process has out here."""
+        init = self.inside(name)[2]
+        namespace = os.readlink(f"/proc/{init}/ns/pid")
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path / "ns" / "pid") != namespace:
+                    continue
+                fields = (path / "status").read_text().split("NSpid:")[1].splitlines()[0].split()
+                if int(fields[-1]) == pid:
+                    return int(fields[0])
+        raise ProcessLookupError(pid)
+
     def inventory(self, path, **fields) -> Path:
         """Writes a hosts.toml of the bed, for python of this environment."""
         values = {"python": sys.executable, "interface": "lan0", "workdir": "/root/jaxtrain"}

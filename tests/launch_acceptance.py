@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ import runs  # noqa: E402
 
 from jaxtrain.scalars import read_metrics  # noqa: E402
 
-TRAINER = "-m jaxtrain.train"
+TRAINER = "-m tests.launch_faulty"
 SUPERVISOR = "launch.host.ops"
 
 
@@ -50,7 +51,8 @@ class Scene:
         """A launcher on a new run."""
         env = os.environ | {"JAXTRAIN_JOBS": str(self.folder / "jobs"), "PYTHONPATH": str(ROOT)}
         argv = [sys.executable, "-m", "launch.run", f"--hosts={self.hosts}"]
-        argv += [f"--ssh_config={self.bed.ssh_config}", "--backoff_s=1", *options, "--"]
+        argv += [f"--ssh_config={self.bed.ssh_config}", "--backoff_s=1"]
+        argv += ["--module=tests.launch_faulty", *options, "--"]
         self.out = open(self.folder / f"{name}.out", "wb")
         self.process = subprocess.Popen(
             argv + self.flags(name, **values) + list(flags),
@@ -105,8 +107,11 @@ def cut_for(seconds):
 
 
 def kill_supervisor(scene):
-    """The newest of the two: the worker, whose keeper is its parent."""
-    scene.bed.run("h1", "kill", "-KILL", max(scene.pids("h1", SUPERVISOR)))
+    """The worker that runs the job, whose pid its status names; its keeper lives."""
+    jobs = "/root/jaxtrain/jobs"
+    newest = scene.bed.run("h1", "ls", "-t", jobs).split()[0]
+    pid = json.loads(scene.bed.run("h1", "cat", f"{jobs}/{newest}/status.json"))["pid"]
+    scene.bed.run("h1", "kill", "-KILL", pid)
 
 
 def power_loss(scene):
@@ -115,13 +120,21 @@ def power_loss(scene):
     scene.bed.boot("h2")
 
 
-def fill_disk(scene):
-    scene.bed.run("h0", "touch", "/tmp/full")
-
-
 def stick(scene):
-    """Stops the data: the rank lives, answers and does nothing."""
-    scene.bed.run("h1", "touch", "/tmp/stick")
+    """The rank lives, its heartbeats go on, and it does nothing."""
+    scene.bed.run("h1", "bash", "-c", "echo sleep > /tmp/fault")
+    scene.signal("h1", TRAINER, "USR2")
+
+
+def use_up_memory(scene):
+    """A limit of its own for the rank, which then asks for more."""
+    group = Path("/sys/fs/cgroup/memory") / f"jaxtrain-{os.getpid()}"
+    group.mkdir(exist_ok=True)
+    scene.bed.run("h1", "bash", "-c", "echo memory > /tmp/fault")
+    (group / "memory.limit_in_bytes").write_text(str(256 << 20))
+    [inside] = scene.pids("h1", TRAINER)
+    (group / "cgroup.procs").write_text(str(scene.bed.outside("h1", inside)))
+    scene.signal("h1", TRAINER, "USR2")
 
 
 # name: (what strikes, root cause that must be named, seconds until it is noticed)
@@ -132,6 +145,8 @@ FAULTS = {
     "sigstop": (lambda s: s.signal("h2", TRAINER, "STOP"), r"h2 rank 2 .*state T", 30),
     "flap": (cut_for(5), None, 0),
     "partition": (cut_for(25), r"h2: unreachable", 30),
+    "stuck": (stick, r"h1 rank 1 .*stuck", 30),
+    "memory": (use_up_memory, r"h1 rank 1 .*out of memory", 3),
     "power": (power_loss, r"h2: unreachable", 60),
 }
 
@@ -163,9 +178,75 @@ def strike(scene, name, at_step, reference):
     return {"noticed_s": noticed and round(noticed, 1), "named": named[:2]} | held
 
 
+def check(scene, name, code, cause, *options, flags=(), **values) -> dict:
+    """A run that must end with this status and root cause, without a restart."""
+    process = scene.launch(name, *options, flags=flags, **values)
+    process.wait()
+    said = scene.said(name)
+    held = {
+        f"exit {code}": process.returncode == code,
+        "named": bool(re.search(rf"ROOT CAUSE .*{cause}", said, re.DOTALL)),
+        "nothing left": not scene.left(),
+    }
+    return {"fault": name} | held
+
+
+def full_disk(scene) -> dict:
+    scene.bed.run("h0", "mkdir", "-p", "/root/small")
+    scene.bed.run("h0", "mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", "/root/small")
+    flags = ["--config.workdir=/root/small/run", "--config.checkpoint.storage=host0"]
+    return check(scene, "full disk", 78, "No space left", flags=flags)
+
+
+def non_finite(scene) -> dict:
+    values = dict(optim__learning_rate=1e308, optim__clip_norm=0.0, max_bad_steps=3)
+    return check(scene, "non-finite", 78, "may be skipped", **values)
+
+
+def stopped(scene, phase) -> dict:
+    """`stop` while it ships, compiles, trains or saves: nothing is left on any host."""
+    name = f"stop-{phase}"
+    process = scene.launch(name, steps=2000, save_every=1 if phase == "save" else 1000)
+    if phase in ("train", "save"):
+        scene.wait_for(name, 5)
+    else:
+        waited = {"ship": "preflight of", "compile": "launch: attempt 1"}[phase]
+        while waited not in scene.said(name):
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # no terminal to ask: Ctrl-C is stop
+    code = process.wait()
+    expected = {"train": (75,), "save": (75,), "compile": (143,), "ship": (143, 130, 1)}[phase]
+    return {"fault": name, "code": code, "exit": code in expected, "nothing left": not scene.left()}
+
+
+def operator_killed(scene) -> dict:
+    """An interactive job is gone soon after its operator, for want of a lease."""
+    process = scene.launch("operator", steps=5000)
+    scene.wait_for("operator", 5)
+    process.kill()
+    process.wait()
+    killed = time.time()
+    while scene.left() and time.time() - killed < 120:
+        time.sleep(0.5)
+    return {
+        "fault": "operator killed",
+        "gone_s": round(time.time() - killed),
+        "gone": not scene.left(),
+    }
+
+
+WHOLE_RUNS = {
+    "full_disk": full_disk,
+    "non_finite": non_finite,
+    "operator": operator_killed,
+} | {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument(
+        "faults", nargs="*", metavar="FAULT", help=", ".join([*FAULTS, *WHOLE_RUNS])
+    )
     parser.add_argument("--times", type=int, default=3, help="times each, at different steps")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jaxtrain-acceptance-"))
@@ -177,7 +258,12 @@ def main() -> int:
         assert process.wait() == 0, scene.said("whole")
         reference, failed = scene.bits("whole"), 0
         print(json.dumps({"fault": "none", "nothing left": not scene.left()}), flush=True)
-        for name in args.faults or FAULTS:
+        for name in args.faults or [*FAULTS, *WHOLE_RUNS]:
+            if name in WHOLE_RUNS:
+                row = WHOLE_RUNS[name](scene)
+                failed += not all(value for value in row.values() if isinstance(value, bool))
+                print(json.dumps(row), flush=True)
+                continue
             for at_step in (12, 25, 41)[: args.times]:
                 row = {"fault": name, "at_step": at_step}
                 row |= strike(scene, name, at_step, reference)

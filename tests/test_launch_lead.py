@@ -37,7 +37,7 @@ class Play:
             self.wish = self.leader.decide(self.now)
             if self.wish["do"] == "run":
                 self.attempt = self.wish["attempt"]
-            if self.wish["do"] in ("kill", "end"):
+            if self.wish["do"] in ("kill", "end") and self.leader.state != "run":
                 self.attempt = 0
         return self.wish
 
@@ -140,6 +140,16 @@ def test_a_program_that_refuses_to_go_on_is_not_started_again():
     assert play.wish["outcome"]["code"] == 78 and "data.batch" in play.wish["outcome"]["why"]
 
 
+def test_of_many_that_refuse_with_one_text_the_process_that_it_names_is_blamed():
+    play = Play()
+    play.go(2)
+    for host in range(3):
+        lines = ["error: checkpoint 10 was not saved: process 2: No space left on device"]
+        play.ranks[host] = {"code": 78, "lines": lines}
+    play.go(3)
+    assert play.causes()[0].startswith("ROOT CAUSE h2 rank 2")
+
+
 def test_a_stop_saves_where_there_is_something_to_save_and_kills_where_not():
     for step, do in ((5, "term"), (0, "kill")):
         play = Play()
@@ -147,7 +157,9 @@ def test_a_stop_saves_where_there_is_something_to_save_and_kills_where_not():
         play.go(2)
         play.extra[0] = {"stop": "the operator asked"}
         assert play.go(1)["do"] == do
-    play.ranks = {i: {"code": 75} for i in range(3)}
+        play.ranks = {i: {"code": 75 if step else 137} for i in range(3)}
+        play.go(1)
+        assert play.wish["outcome"]["code"] == (75 if step else 143)
 
 
 def test_a_stop_that_does_not_end_is_a_kill_after_its_grace():

@@ -60,7 +60,7 @@ class Host0:
                     while len(writing) > IN_FLIGHT:
                         writing.popleft().result()
                 except Exception as error:  # whatever it is, the other processes must hear of it
-                    reason = f"{draft} cannot be written: {str(error)[:300]}"
+                    reason = f"{draft} cannot be written: {zarr.why(error)}"
         reason = first_reason(reason)
         if reason:
             raise CheckpointError(f"checkpoint {step} was not saved: {reason}")
@@ -108,7 +108,7 @@ class Host0:
                         where = (slice(None),) * axis + (slice(start, stop),)
                         piece = (store[where] if leaf.ndim else store).read().result()
                     except Exception as error:
-                        reason = f"{path} cannot be read: {str(error)[:300]}"
+                        reason = f"{path} cannot be read: {zarr.why(error)}"
                 shape = (*leaf.shape[:axis], stop - start, *leaf.shape[axis + 1 :])
                 piece = _broadcast(piece, shape if leaf.ndim else (), leaf.dtype)
                 _place(piece, parts, axis, start, stop)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from jaxtrain.agree import first_reason, from_process_0
 from jaxtrain.digest import CheckpointError
-from jaxtrain.storage.zarr import open_stored
+from jaxtrain.storage.zarr import open_stored, why
 
 
 class Shared:
@@ -94,7 +94,7 @@ class Shared:
                 array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
                 arrays[path] = jax.block_until_ready(array)
             except Exception as error:  # whatever it is, the other processes must hear of it
-                reason = f"{name} cannot be read: {str(error)[:300]}"
+                reason = f"{name} cannot be read: {why(error)}"
                 break
         reason = first_reason(reason)
         if reason:

@@ -15,6 +15,12 @@ def spec(folder: Path, path: str) -> dict:
     return {"driver": "zarr", "kvstore": kvstore}
 
 
+def why(error: Exception) -> str:
+    """TensorStore's reason in at most 300 characters: its last words say what the disk said."""
+    text = str(error).split(" [source locations")[0]
+    return text if len(text) <= 300 else f"{text[:90]} ... {text[-200:]}"
+
+
 def open_stored(folder: Path, path: str, leaf):
     """The stored array, for reading. Raises ValueError where it is not of the leaf's type."""
     wanted = spec(folder, path) | {"fill_missing_data_reads": False}

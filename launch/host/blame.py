@@ -17,7 +17,7 @@ NO_RETRY = 78  # EX_CONFIG: the program says that the same start would fail agai
 class Cause(NamedTuple):
     """order: 0 is the surest; below SURE nothing more need be waited for."""
 
-    order: int
+    order: float
     kind: str
     host: int
     rank: int | None
@@ -74,8 +74,10 @@ def _of_rank(host, rank, report, name):
         yield make(2, "memory", "killed by the kernel, out of memory" + said)
     elif code > 128 and code != ABORTED:
         yield make(3, "signal", f"ended by {signal_name(code - 128)}" + said)
-    elif code == NO_RETRY:
-        yield make(4, "refused", f"refused to go on (exit {code})" + said, retry=False)
+    elif code == NO_RETRY:  # said by all where all must know: the process that it names is the one
+        named = re.findall(r"\bprocess (\d+):", said)
+        order = 4.5 if named and str(rank["rank"]) not in named else 4
+        yield make(order, "refused", f"refused to go on (exit {code})" + said, retry=False)
     elif not secondary:
         yield make(4 if code != ABORTED else 6, "error", f"exit {code}" + said)
     else:

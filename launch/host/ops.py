@@ -1,5 +1,6 @@
 """What the operator may ask of a host: a request on standard input, answers on standard output."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -37,10 +38,11 @@ def start(request) -> dict:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lease").touch()
         if is_running(folder) or (read_json(folder / "status.json").get("outcome")):
             return {"started": False}
         spec = request["spec"]
+        if not (folder / "job.json").exists():
+            (folder / "lease").touch()  # once: a job that was detached has none for good
         write_json(folder / "job.json", spec | {"cwd": os.path.expanduser(spec["cwd"])})
         prune(folder.parent)
         start_detached(folder)
@@ -98,11 +100,10 @@ def stop(request) -> dict:
     return {"known": True, "left": tree.end_all(find)}
 
 
-def jobs(request) -> dict:
-    folder = root_of(request) / "jobs"
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    brief = lambda found: {key: found.get(key) for key in ("state", "attempt", "outcome")}
-    return {n: brief(read_json(folder / n / "status.json")) for n in names}
+def detach(request) -> dict:
+    """Frees a job of its lease: it goes on without an operator."""
+    (job_folder(request) / "lease").unlink(missing_ok=True)
+    return {}
 
 
 def follow(request) -> None:
@@ -129,7 +130,8 @@ def follow(request) -> None:
             if not os.read(0, 4096):
                 return
             heard = now
-            (folder / "lease").touch()
+            with contextlib.suppress(FileNotFoundError):  # the job was detached: it needs none
+                os.utime(folder / "lease")
         if now - heard > 15:
             return
 
@@ -178,7 +180,7 @@ OPS = {
     "start": start,
     "status": status,
     "stop": stop,
-    "jobs": jobs,
+    "detach": detach,
     "follow": follow,
     "facts": facts,
     "net": net,

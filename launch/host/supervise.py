@@ -22,6 +22,7 @@ TURN_S = 0.1
 REPORT_S = 0.5
 STATUS_S = 2.0
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
+FAILED = 71  # exit status of a worker that raised; supervisor.err says what
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
 
 
@@ -49,7 +50,8 @@ class Supervisor:
         self._stuck_pids: list[int] = []
         self._told_at = self._ended_at = self._written_at = 0.0
         first = self.job["hosts"][0]
-        former = read_json(folder / "status.json") if orphaned else {}
+        former = read_json(folder / "status.json")  # of a worker or a power supply that failed
+        self.ranks.attempt = former.get("attempt", 0)  # it is over here, not to be started anew
         if self.leads:
             attempt = former.get("attempt", 0)
             coordinator = lambda: f"{first['address']}:{free_port(first['address'])}"
@@ -60,12 +62,14 @@ class Supervisor:
         else:
             self.follower = Follower(first["address"], self.job["port"], self.job["token"])
         if orphaned:
-            self.ranks.attempt = former.get("attempt", 0)  # it is over here, not to be started anew
             mark = "ROOT CAUSE " if self.leads else ""
             self.say(f"{mark}{self.names[self.me]}: its supervisor was killed; this is the next")
 
-    def say(self, line: str) -> None:
-        self.log.write(f"launch: {line}\n".encode())
+    def say(self, text: str) -> None:
+        """A line of the log, with the time (UTC) at its end; what follows it is indented."""
+        first, *rest = text.splitlines()
+        line = f"launch: {first}  [{time.strftime('%H:%M:%SZ', time.gmtime())}]"
+        self.log.write("\n".join([line, *rest, ""]).encode())
 
     def report(self) -> dict:
         now, left = time.time(), self.ranks.left()
@@ -186,9 +190,9 @@ def keep(folder: Path) -> int:
         if worker == 0:
             os._exit(_work(folder, orphaned=life > 0))
         ended = _wait_for(worker)
-        if ended < 128:
-            return ended
         tree.end_all(lambda: tree.descendants(os.getpid()))
+        if ended < 128 and ended != FAILED:
+            break
     return ended
 
 
@@ -210,7 +214,7 @@ def _work(folder: Path, orphaned: bool) -> int:
     except BaseException:
         with open(folder / "supervisor.err", "a") as file:
             traceback.print_exc(file=file)
-        return 71
+        return FAILED
 
 
 def start_detached(folder: Path) -> None:
