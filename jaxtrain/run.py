@@ -96,6 +96,9 @@ def parse_flags(argv):
         return app.parse_flags_with_usage(argv)
     except (AttributeError, OSError, TypeError, ValueError) as error:
         refuse(error)
+    except SystemExit as ended:  # absl's 1 for a bad flag, which it has told, and for --help
+        asked = any(arg.lstrip("-").partition("=")[0].startswith("help") for arg in argv[1:])
+        sys.exit(0 if asked else REFUSED if ended.code == 1 else ended.code)
 
 
 def build_run(cfg, devices=None) -> Run:

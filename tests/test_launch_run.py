@@ -31,8 +31,6 @@ for step in range(1, steps + 1):
     print(f"rank {rank} step {step}")
     if rank == 1 and step == 10 and fault and not os.path.exists("/tmp/once"):
         open("/tmp/once", "w").close()
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1000)
 """
 HOSTILE = "a b;$(touch /tmp/bad) `id` \"x\" 'y' * \\ \n-é"
@@ -99,18 +97,15 @@ def test_hostile_words_arrive_intact_and_nothing_is_left(bed):
     assert "no process of it is left on any host" in err and left(bed) == []
 
 
-@pytest.mark.parametrize("fault", ["kill", "hang"])
-def test_a_rank_that_dies_or_hangs_is_named_and_the_job_goes_on(bed, fault):
-    bed.run("h1", "rm", "-f", "/tmp/once")
-    out, err = finish(start(bed, fault=fault))
+def test_a_rank_that_hangs_is_named_and_the_job_goes_on_without_what_it_left(bed):
+    out, err = finish(start(bed, fault="hang"))
     [cause] = re.findall("ROOT CAUSE (.*)", out)
-    assert cause.startswith("h1 rank 1 at step 10: " + {"kill": "ended by", "hang": "stuck"}[fault])
+    assert cause.startswith("h1 rank 1 at step 10: stuck for")
     assert "exit 0 after 2 attempts" in err and left(bed) == []
 
 
-def test_a_detached_job_outlives_its_operator_whose_log_is_whole_in_the_end(bed):
-    process = start(bed, "--detach", steps=200)
-    job = job_of(finish(process)[1])
+def test_a_detached_job_outlives_its_operator_and_ends_whole_when_told_to(bed):
+    job = job_of(finish(start(bed, "--detach", steps=10_000))[1])
     first = launch(bed, "attach", job)
     time.sleep(1.5)
     first.send_signal(signal.SIGKILL)
@@ -119,21 +114,14 @@ def test_a_detached_job_outlives_its_operator_whose_log_is_whole_in_the_end(bed)
     second = launch(bed, "attach", job)
     time.sleep(1.0)
     bed.heal("h1")
-    finish(second)
+    finish(launch(bed, "stop", job))
+    _, err = finish(second, 75)
+    assert "the operator asked" in err and left(bed) == []
     for name in bed.names:
         there = bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
         assert (bed.folder / "jobs" / job / f"{name}.log").read_text() == there
-        assert there.count(" step ") == 200
-    assert left(bed) == []
-
-
-def test_stop_saves_and_leaves_nothing(bed):
-    process = start(bed, "--detach", steps=10_000)
-    job = job_of(finish(process)[1])
-    time.sleep(1.0)
-    finish(launch(bed, "stop", job))
-    _, err = finish(launch(bed, "attach", job), 75)
-    assert "the operator asked" in err and left(bed) == []
+        steps = [int(step) for step in re.findall(r"step (\d+)\n", there)]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) > 50
     out, _ = finish(launch(bed, "status", job))
     assert out.count("the operator asked") == 3
 
