@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = """
 files axes knobs beat engine
+sections
 config
 runtime mesh stop
 collectives
@@ -85,7 +86,7 @@ def test_kernels_know_nothing_of_the_training_stack():
         assert not roots & {"jaxtrain", "configs", "launch", "tests"}, path
 
 
-@pytest.mark.parametrize("name", ["axes", "beat", "config", "engine", "files"])
+@pytest.mark.parametrize("name", ["axes", "beat", "config", "engine", "files", "sections"])
 def test_the_ground_floor_does_not_know_jax(name):
     source = (ROOT / "jaxtrain" / f"{name}.py").read_text()
     assert "jax" not in {imported.split(".")[0] for imported in _imports_of(source)}
