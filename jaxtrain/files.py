@@ -4,35 +4,54 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import uuid
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def draft(path: str | Path):
+    """A hidden path beside `path`, for a file or a folder that becomes `path` when the block ends.
+
+    It is renamed in one step, on disk before and after; a block that raises leaves nothing behind.
+    A writer killed midway leaves only a hidden `.NAME.*.tmp` beside the untouched target.
+
+    Raises:
+        OSError: the parent is missing or cannot be written to, or a folder is already at `path`.
+    """
+    path = Path(path)
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # two writers never share
+    try:
+        yield hidden
+        for written in (*hidden.rglob("*"), hidden):
+            sync(written)  # else a power cut can leave the new name on empty blocks
+        os.replace(hidden, path)
+    except BaseException:
+        if hidden.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.unlink(missing_ok=True)
+        raise
+    sync(path.parent)  # the rename itself
+
+
+def sync(path: str | Path) -> None:
+    """Returns once a file, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Replaces the file by `data` (str as UTF-8) in one rename, durable when it returns.
 
-    A writer killed midway leaves only a hidden `.NAME.*.tmp` beside the untouched file.
-
     Raises:
         OSError: the folder is missing or cannot be written to.
     """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # two writers never share
-    try:
-        with open(draft, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name on empty blocks
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    with draft(path) as hidden:
+        hidden.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def strict_json(value, indent: int | None = None) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtrain.config import to_config_dict
 from jaxtrain.interop.hf import write_folder
-from jaxtrain.optim.groups import named_leaves
+from jaxtrain.trees import named_leaves
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'

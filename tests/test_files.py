@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.files import draft, strict_json, write_atomic
 
 REWRITE_FOREVER = """
 import sys
@@ -43,6 +43,20 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
         write_atomic(tmp_path / "file", 7)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), draft(tmp_path / "new") as hidden:
+        hidden.mkdir()
+        (hidden / "part").write_text("half")
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+    with draft(tmp_path / "new") as hidden:
+        hidden.mkdir()
+        (hidden / "part").write_text("whole")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "part").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_written_file_has_the_permissions_of_an_opened_one(tmp_path):

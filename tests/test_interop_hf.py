@@ -7,7 +7,7 @@ from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import INDEX, WHOLE, read_config, write_folder
-from jaxtrain.optim.groups import named_leaves
+from jaxtrain.trees import named_leaves
 
 
 @pytest.fixture(scope="module")

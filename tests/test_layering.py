@@ -11,7 +11,7 @@ FLOORS = """
 files axes knobs beat engine
 sections
 config
-runtime mesh stop
+runtime mesh stop trees
 collectives
 kernels fused
 data.* model.* interop.*

@@ -23,9 +23,9 @@ from jaxtrain.benchmarks import training
 from jaxtrain.benchmarks.measure import format_table, interleave, summarise, verdict, warm_up
 from jaxtrain.config import ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.optim.build import build_optimizer
-from jaxtrain.optim.groups import named_leaves
 from jaxtrain.run import build_run
 from jaxtrain.step import Step
+from jaxtrain.trees import named_leaves
 
 GPT_124M = dict(L=12, D=768, H=12, G=12, K=64, F=3_072, V=50_304, norm="layer", norm_eps=1e-5)
 GPT_124M |= dict(bias=True, tied=True, position="learned", positions=1_024, mlp="gelu")

@@ -17,11 +17,11 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import DTYPES, read_config, read_weights, write_folder
 from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.optim.groups import named_leaves
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run, read_stored, restore_run
 from jaxtrain.runtime import start_runtime
 from jaxtrain.train import start_state, stored_config
+from jaxtrain.trees import named_leaves
 
 HELP = """\
 Takes weights of GPT-2 and Llama models from Hugging Face folders (config.json, model.safetensors

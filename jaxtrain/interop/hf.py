@@ -6,10 +6,7 @@ Everything is checked before anything is taken: what is missing, left over or of
 listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
 """
 
-import contextlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.files import draft, strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.families import FAMILIES, family_of_config, family_of_model
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
@@ -223,19 +220,13 @@ def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_b
     if folder.exists():
         raise InteropError(f"an export must go to a new folder; {folder} is there. Set --to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    draft.mkdir()
-    try:
+    with draft(folder) as hidden:
+        hidden.mkdir()
         config = family.write_config(cfg) | {"dtype": dtype, "torch_dtype": dtype}
-        write_atomic(draft / "config.json", strict_json(config, indent=2) + "\n")
-        _write_parts(draft, their_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
+        write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
+        _write_parts(hidden, their_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
         if verify:
-            verify(draft)
-        draft.rename(folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(draft)
-        raise
+            verify(hidden)
 
 
 def _write_parts(folder, tensors, part_bytes) -> None:

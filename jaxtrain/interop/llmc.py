@@ -5,16 +5,14 @@ Matrices stand with outputs first, the vocabulary is padded to a multiple of 128
 Source: Karpathy et al., https://github.com/karpathy/llm.c, train_gpt2.py, `write_model`
 """
 
-import contextlib
 import math
-import os
-import uuid
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.files import draft
 from jaxtrain.interop import InteropError
 
 MAGIC = 20240326
@@ -150,20 +148,12 @@ def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
     head = np.zeros(HEADER, "<i4")
     head[:8] = MAGIC, versions[dtype], cfg.positions, cfg.V, cfg.L, cfg.H, cfg.D, P
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(draft, "xb") as file:
+    with draft(path) as hidden:
+        with open(hidden, "xb") as file:
             file.write(head.tobytes())
             for name, shape, turned in layout(cfg.positions, cfg.L, cfg.D, P):
                 x = tensors[name].T if turned else tensors[name]
                 padding = [(0, shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
                 file.write(np.pad(x, padding).astype(VERSIONS[versions[dtype]]).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
         if verify:
-            verify(draft)
-        os.rename(draft, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
-        raise
+            verify(hidden)

@@ -6,6 +6,7 @@ import jax
 
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import read_config, read_weights
+from jaxtrain.trees import named_leaves
 
 # ModelConfig's fields that decide what weights mean; the rest decides how they are computed.
 MEANING = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()
@@ -43,10 +44,6 @@ def load_params(source, cfg, axes, shapes, shardings):
     Raises:
         InteropError: the weights are damaged.
     """
-    named = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    readers = read_weights(source, cfg, named(axes), named(shapes))
-    placed = [jax.device_put(readers[name](), at) for name, at in named(shardings).items()]
+    readers = read_weights(source, cfg, named_leaves(axes), named_leaves(shapes))
+    placed = [jax.device_put(readers[name](), at) for name, at in named_leaves(shardings).items()]
     return jax.tree.unflatten(jax.tree.structure(shardings), placed)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-
 from jaxtrain.axes import Axes
 from jaxtrain.optim.lmo import SCALES
+from jaxtrain.trees import named_leaves
 
 MATRICES, REST = "matrices", "rest"
 
@@ -40,12 +39,6 @@ def group_of(cfg, axes: Axes) -> Group:
         return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
-
-
-def named_leaves(tree) -> dict:
-    """`{"blocks.wq": leaf}`; None is a leaf, so that a missing one is seen."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def check_axes(axes) -> None:

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.agree import first_reason, from_process_0
 from jaxtrain.digest import CheckpointError
-from jaxtrain.files import strict_json
+from jaxtrain.files import strict_json, sync
 from jaxtrain.mesh import replicated
 from jaxtrain.storage import zarr
 
@@ -76,9 +76,9 @@ class Host0:
         (draft / "record" / "metadata").write_text(strict_json(record))
         (draft / "state" / "_METADATA").write_text(json.dumps({"written_by": "host0"}))
         for path in [*draft.rglob("*"), draft]:
-            _sync(path)
+            sync(path)
         os.rename(draft, self._folder / str(step))
-        _sync(self._folder)
+        sync(self._folder)
         steps = _steps(self._folder)
         for old in steps[: -self._keep_last]:
             if not (self._keep_every and old % self._keep_every == 0):
@@ -198,11 +198,3 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
