@@ -24,24 +24,31 @@ else:
 CONSUMERS = 2  # warp groups that multiply; one more copies
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # a thread: 40 + 2 * 232 of 3 * 168
 ROW_BYTES = 128  # of a row of shared memory as products read it, swizzled
-ALIGNED_BYTES = 16  # of an array's rows, for TMA
+TYPES = (jnp.bfloat16, jnp.float16)
 SUFFIX = "_mosaic_gpu_kernel"  # of a kernel's name in machine code
 INTERPRETED_PROGRAMS = 2  # fewer than tiles, so that tests see a program go on to its next
 
 
-def check(**arrays) -> None:
-    """That TMA and warp-group products can take arrays, by name.
+def check(*written, **operands) -> None:
+    """That warp-group products can take operands, and TMA them and what is written.
 
     Raises:
-        ValueError: jax is too old, or an array has other elements or rows than they take.
+        ValueError: jax is too old, an operand's type is not of TYPES, or some array's rows are of
+            no multiple of 8 elements.
     """
     if not USABLE:
         raise ValueError(f"{REASON}. Give the kernel tiles of Triton's body.")
-    for name, x in arrays.items():
-        if x.dtype not in (jnp.bfloat16, jnp.float16) or 2 * x.shape[-1] % ALIGNED_BYTES:
+    for name, x in operands.items():
+        if x.dtype not in TYPES or x.shape[-1] % 8:
             raise ValueError(
                 "a Mosaic body takes bfloat16 or float16, in rows of a multiple of 8; got "
                 f"{name}={x.dtype}{list(x.shape)}. Give the kernel tiles of Triton's body."
+            )
+    for x in written:
+        if x.shape[-1] % 8:
+            raise ValueError(
+                f"a Mosaic body writes rows of a multiple of 8; got {x.dtype}{list(x.shape)}. Give "
+                "the kernel tiles of Triton's body."
             )
 
 

@@ -37,7 +37,7 @@ def _mosaic_products(part):
 SPACES = {
     "attention": ({"triton": _attention}, Blocks._fields),
     "norm": ({}, ()),
-    "head": ({"triton": _products}, ("head",)),
+    "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),
     "square": ({"triton": _products, "mosaic": _mosaic_products}, ("square", "square_sum")),
 }
 

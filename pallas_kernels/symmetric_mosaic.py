@@ -108,7 +108,7 @@ def symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret):
     X, M, _ = x_XMN.shape
     c = () if c_XMM is None else (c_XMM,)
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
-    mosaic.check(x=x_XMN, y=y_XMN, out=out)
+    mosaic.check(out, x=x_XMN, y=y_XMN)
     side = tiles.rows // mosaic.CONSUMERS
     assert tiles.columns in (side, tiles.rows), tiles
     squares = tiles.columns // side

@@ -69,6 +69,7 @@ TILES = {
 # op -> kernel -> tiles of its Mosaic body; as many stages as fit
 MOSAIC = {
     "sm_90": {
+        "head": {"head": MosaicTiles(128, 256, 64, 4)},
         "square": {
             "square": MosaicTiles(256, 128, 64, 3),
             "square_sum": MosaicTiles(256, 128, 64, 3),

@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.head_scores import _place as place_of_rows
 from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.head_scores import place as place_of_rows
 from pallas_kernels.symmetric import place, symmetric, symmetric_reference
 from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
 

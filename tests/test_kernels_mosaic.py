@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
+from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tuned import MosaicTiles
 
@@ -96,9 +97,35 @@ def test_of_a_product_that_is_not_symmetric_the_lower_triangle_counts():
     [
         (jnp.ones((1, 64, 64)), r"got x=float32\[1, 64, 64\]"),
         (jnp.ones((1, 64, 60), HALF), r"got x=bfloat16\[1, 64, 60\]"),
-        (jnp.ones((1, 60, 64), HALF), r"got out=bfloat16\[1, 60, 60\]"),
+        (jnp.ones((1, 60, 64), HALF), r"writes rows of .* got bfloat16\[1, 60, 60\]"),
     ],
 )
 def test_what_the_memory_accelerator_cannot_take_is_refused(x, says):
     with pytest.raises(ValueError, match=says):
         symmetric(x, tiles=SQUARES[0][0], interpret=True)
+
+
+def test_the_heads_scores_equal_the_reference():
+    """Ragged rows, width and vocabulary; targets inside, at the end of and past it."""
+    tiles, softcap, (N, D, V) = MosaicTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
+    h, w = draw(0, N, D), draw(1, V, D) / 4
+    targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
+    got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)
+    want = exact(lambda *x: head_scores_reference(*x, targets, softcap), h, w)
+    assert off(got.logits_NV, want.logits_NV) < 2e-6
+    lse = lambda scores: scores.top_N + np.log(scores.total_N)
+    assert off(lse(got), lse(want)) < 1e-6
+    assert off(got.hit_N, want.hit_N) < 2e-6
+    assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
+    dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
+    assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+
+    lean = head_scores(h, w, targets, tiles, softcap, keep=False, interpret=not ON_GPU)
+    assert lean.logits_NV is None
+    assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
+
+
+def test_logits_that_the_memory_accelerator_cannot_write_are_refused():
+    h, w, targets = jnp.ones((8, 64), HALF), jnp.ones((1_009, 64), HALF), jnp.zeros(8, jnp.int32)
+    with pytest.raises(ValueError, match=r"writes rows of .* got float32\[8, 1009\]"):
+        head_scores(h, w, targets, SQUARES[0][0], interpret=True)
