@@ -5,8 +5,9 @@
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    (all tiles of the search space)
 
 Exit status 1 where a kernel spills, wants more shared memory than the chip has, lacks the
-tensor-core instructions that its products need, or fits fewer times on a multiprocessor than its
-floor below. Needs the extra `offline`, and no GPU. Nothing here is a measurement.
+tensor-core instructions that its products need or, of a Mosaic body, the copies of the tensor
+memory accelerator, or fits fewer times on a multiprocessor than its floor below. Needs the extra
+`offline`, and no GPU. Nothing here is a measurement.
 """
 
 import argparse
@@ -17,15 +18,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.chip import CHIPS, find_chip
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.offline import compile_for
-from pallas_kernels.routes import default_tiles
-from pallas_kernels.search import candidates
+from pallas_kernels.routes import part_of
+from pallas_kernels.search import bodies, candidates
 from pallas_kernels.symmetric import symmetric
-from pallas_kernels.tuned import TILES
+from pallas_kernels.tuned import MOSAIC, TILES, body_of
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     tensor_core: bool = False
     op: str = "norm"
     part: str = ""  # whose tiles are this kernel's
+    triton_only: str = ""  # why a Mosaic body cannot take the shape
 
 
 def _norm_case(backward, N, D, floor):
@@ -83,16 +86,17 @@ def _symmetric_case(X, M, N, floor, adds=False):
     return Case(name, f"{X}x{M}x{N} bf16", build, size, flops, floor, True, "square", part)
 
 
-def _head_case(N, D, V, keep):
+def _head_case(N, D, V, keep, softcap=0.0):
     def build(chip, tiles):
         del chip
         h, w = (jax.ShapeDtypeStruct((rows, D), jnp.bfloat16) for rows in (N, V))
-        run = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], keep=keep)
+        run = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], softcap, keep)
         return run, (h, w, jax.ShapeDtypeStruct((N,), jnp.int32))
 
     size = 2 * (N + V) * D + 4 * N * V * keep
     shape = f"{N}x{D}x{V} bf16"
-    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, True, "head", "head")
+    why = "its logits' rows are no multiple of 8 long" if keep and V % 8 else ""
+    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, True, "head", "head", why)
 
 
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
@@ -129,15 +133,16 @@ CASES = [
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
     _head_case(1_024, 2_048, 50_304, keep=True),
     _head_case(1_024, 768, 50_257, keep=True),
-    _head_case(1_024, 2_048, 50_304, keep=False),
+    _head_case(1_024, 2_048, 50_304, keep=False, softcap=15.0),
     _symmetric_case(26, 2_048, 2_048, floor=2),
     _symmetric_case(12, 768, 3_072, floor=2),
     _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),
 ]
 
 
-def faults(case, report, chip) -> list[str]:
+def faults(case, report, chip, body="triton") -> list[str]:
     """What of a compiled kernel is not as it must be."""
+    floor = case.floor if body == "triton" else 1  # Mosaic's have three warp groups: one fits
     resources, found = report.resources, []
     if resources.stack_bytes or resources.spills:
         found.append(
@@ -150,25 +155,30 @@ def faults(case, report, chip) -> list[str]:
         )
     if case.tensor_core and not resources.tensor_products:
         found.append("no tensor-core instruction")
-    if report.blocks_per_sm(chip) < case.floor:
-        found.append(f"{report.blocks_per_sm(chip)} blocks a multiprocessor, at least {case.floor}")
+    if body == "mosaic" and not (resources.instructions["HGMMA"] and resources.tma_copies):
+        found.append("no product of warp groups, or no copy by the tensor memory accelerator")
+    if report.blocks_per_sm(chip) < floor:
+        found.append(f"{report.blocks_per_sm(chip)} blocks a multiprocessor, at least {floor}")
     return found
 
 
 HEAD = (
-    f"{'kernel':23} {'shape':21} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} "
-    f"{'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
+    f"{'kernel':23} {'body':6} {'shape':21} {'registers':>9} {'spills':>6} {'shared':>7} "
+    f"{'threads':>7} {'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
 )
 
 
-def line(case, report, chip) -> str:
+def line(case, report, chip, body) -> str:
     found = report.resources
     best = chip.seconds(case.hbm_bytes, case.flops) * 1e6
     return (
-        f"{case.name:23} {case.shape:21} {found.registers:9} {found.spills:6} "
+        f"{case.name:23} {body:6} {case.shape:21} {found.registers:9} {found.spills:6} "
         f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} "
-        f"{found.tensor_products:6} {found.instructions['LDGSTS']:5} {best:8.1f} us"
+        f"{found.tensor_products:6} {found.async_copies:5} {best:8.1f} us"
     )
+
+
+UNCOMPILED = jax.errors.JaxRuntimeError, ValueError  # Mosaic's: more shared memory than there is
 
 
 def compile_case(case, chip, tiles):
@@ -191,13 +201,27 @@ def sweep(chip, show=print) -> None:
         for tiles in tried:
             try:
                 report = compile_case(case, chip, tiles)
-            except jax.errors.JaxRuntimeError:
+            except UNCOMPILED:
                 continue
-            if not faults(case._replace(floor=1), report, chip):
+            mine = part_of(tiles, case.part)
+            if not faults(case._replace(floor=1), report, chip, body_of(mine)):
                 good += 1
-                mine = getattr(tiles, case.part) if case.op == "attention" else tiles[case.part]
-                show(f"{line(case, report, chip)}  {'x'.join(map(str, mine))}")
+                sizes = "x".join(str(size) for size in mine if size != "mosaic")
+                show(f"{line(case, report, chip, body_of(mine))}  {sizes}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without fault")
+
+
+def audited(chip, cases=CASES) -> list[tuple]:
+    """(case, its op's tiles, body) of every body that a case has on a chip."""
+    found = []
+    for case in cases:
+        by_body = {}
+        for tiles in bodies(case.op, chip.arch):
+            body = body_of(part_of(tiles, case.part)) if case.part else "triton"
+            if body == "triton" or not case.triton_only:
+                by_body[body] = tiles
+        found += [(case, tiles, body) for body, tiles in by_body.items()]
+    return found
 
 
 def audit(chip, cases=CASES, show=print) -> list[str]:
@@ -208,18 +232,22 @@ def audit(chip, cases=CASES, show=print) -> list[str]:
     """
     show(f"{chip.name}: {chip.kind}, {chip.arch}, compiled by jax {jax.__version__}; no GPU")
     show(HEAD)
+    if chip.arch in MOSAIC and not mosaic.USABLE:
+        show(f"{mosaic.REASON}; Triton's alone are audited")
+    elif chip.arch in MOSAIC:
+        for case in cases:
+            if case.triton_only:
+                show(f"{case.name} {case.shape} has Triton's body alone: {case.triton_only}")
     wrong = []
-    for case in cases:
+    for case, tiles, body in audited(chip, cases):
+        where = f"{chip.name}: {case.name} ({body}) {case.shape}"
         try:
-            report = compile_case(case, chip, default_tiles(case.op, chip.arch))
-        except jax.errors.JaxRuntimeError as error:
-            wrong.append(f"{chip.name}: {case.name} {case.shape}: {str(error).splitlines()[0]}")
+            report = compile_case(case, chip, tiles)
+        except UNCOMPILED as error:
+            wrong.append(f"{where}: {str(error).splitlines()[0]}")
             continue
-        show(line(case, report, chip))
-        wrong += [
-            f"{chip.name}: {case.name} {case.shape}: {fault}"
-            for fault in faults(case, report, chip)
-        ]
+        show(line(case, report, chip, body))
+        wrong += [f"{where}: {fault}" for fault in faults(case, report, chip, body)]
     return wrong
 
 

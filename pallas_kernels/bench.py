@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.chip import detect_chip
 from pallas_kernels.contests import KERNEL, TINY, Sizes, build_contests
-from pallas_kernels.routes import ROWS, Row, default_tiles
-from pallas_kernels.search import candidates
+from pallas_kernels.routes import ROWS, Row, default_tiles, part_of, with_part
+from pallas_kernels.search import bodies, candidates
 from pallas_kernels.timing import time_calls
 
 
@@ -51,20 +51,43 @@ def measure(contest, tiles) -> dict:
     return found
 
 
-def tune(contest, tiles, arch, until, show) -> tuple:
-    """The fastest tiles of the search space, as far as the time allows."""
-    arrays, best = contest.arrays(jax.random.key(1)), (float("inf"), tiles)
-    for _, tried in candidates(contest.op, arch):
+def _seconds(contest, tiles, arrays) -> float:
+    run = jax.jit(contest.contestants(tiles)[KERNEL])
+    return time_calls(lambda: run(*arrays), samples=5).median_s
+
+
+def best_body(contest, arch, show) -> tuple:
+    """(seconds, tiles) of the fastest of the op's bodies, each with its default tiles."""
+    arrays, best = (
+        contest.arrays(jax.random.key(1)),
+        (float("inf"), default_tiles(contest.op, arch)),
+    )
+    for body, tiles in zip(("Triton", "Mosaic"), bodies(contest.op, arch), strict=False):
+        try:
+            seconds = _seconds(contest, tiles, arrays)
+        except Exception as error:
+            show(f"{contest.name}: {body}'s body did not run: {str(error).splitlines()[0][:100]}")
+            continue
+        show(f"{contest.name}: {body}'s body took {seconds * 1e6:.1f} us")
+        best = min(best, (seconds, tiles), key=lambda pair: pair[0])
+    return best
+
+
+def tune(contest, arch, until, show) -> tuple:
+    """The fastest tiles of the search space, kernel after kernel, as far as the time allows."""
+    arrays, (best_s, best) = contest.arrays(jax.random.key(1)), best_body(contest, arch, show)
+    for part, tiles in candidates(contest.op, arch):
         if time.monotonic() > until:
             show(f"  the time is over: {contest.name} was not tuned to the end")
             break
-        run = jax.jit(contest.contestants(tried)[KERNEL])
+        tried = with_part(best, part, part_of(tiles, part))
         try:
-            seconds = time_calls(lambda run=run: run(*arrays), samples=5).median_s
+            seconds = _seconds(contest, tried, arrays)
         except Exception:  # too much shared memory: not a candidate here
             continue
-        best = min(best, (seconds, tried), key=lambda pair: pair[0])
-    return best[1]
+        if seconds < best_s:
+            best_s, best = seconds, tried
+    return best
 
 
 def as_row(contest, chip, tiles, found) -> Row | None:
@@ -129,9 +152,12 @@ def bench(args, show=print) -> dict:
         if time.monotonic() > until:
             show(f"{contest.name}: not measured, the {args.minutes:g} minutes are over")
             continue
-        tiles = default_tiles(contest.op, arch)
         if args.tune:
-            tiles = tune(contest, tiles, arch, until, show)
+            tiles = tune(contest, arch, until, show)
+        elif len(bodies(contest.op, arch)) > 1:
+            tiles = best_body(contest, arch, show)[1]
+        else:
+            tiles = default_tiles(contest.op, arch)
         found = measure(contest, tiles)
         show("\n".join(lines(contest, found, ceiling)))
         results["contests"][contest.name] = {

@@ -28,6 +28,8 @@ OPCODES = {
     0x9F0: "HGMMA",
     0x1F0: "HGMMA",
     0xFAE: "LDGSTS",  # copies to shared memory behind the threads' back
+    0x5B4: "UTMALDG",  # the same by Hopper's tensor memory accelerator
+    0x3B5: "UTMASTG",  # and back
     0x387: "STL",  # spills
     0x983: "LDL",
 }
@@ -48,6 +50,14 @@ class Resources(NamedTuple):
     @property
     def tensor_products(self) -> int:
         return self.instructions["HMMA"] + self.instructions["HGMMA"]
+
+    @property
+    def tma_copies(self) -> int:
+        return self.instructions["UTMALDG"] + self.instructions["UTMASTG"]
+
+    @property
+    def async_copies(self) -> int:
+        return self.instructions["LDGSTS"] + self.tma_copies
 
 
 def find_cubins(data: bytes) -> list[bytes]:

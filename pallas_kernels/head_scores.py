@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tuned import MosaicTiles
 
 LOWEST = -1e30  # -inf would make nan of exp(-inf - -inf) in a tile past the vocabulary
 
@@ -47,7 +48,7 @@ def head_scores_reference(h_ND, w_VD, targets_N, softcap=0.0, keep=True):
     return Scores(logits_NV if keep else None, top_N, total_N, hit_N)
 
 
-def _place(p, blocks, tiles, group):
+def place(p, blocks, tiles, group):
     """Row block and vocabulary tile of program p: `group` blocks of rows walk it together."""
     first = p // (group * tiles) * group
     here = jnp.minimum(blocks - first, group)
@@ -57,7 +58,7 @@ def _place(p, blocks, tiles, group):
 
 def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     (N, D), V = h_ref.shape, w_ref.shape[0]
-    block, tile = _place(
+    block, tile = place(
         pl.program_id(0), pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns), tiles.group
     )
     rows = block * tiles.rows + jnp.arange(tiles.rows)
@@ -97,15 +98,29 @@ def head_scores(h_ND, w_VD, targets_N, tiles, softcap=0.0, keep=True, interpret=
     Args:
         h_ND, w_VD: bfloat16, float16 or float32 (in full, not TF32).
         targets_N: int32.
-        tiles: a ProductTiles.
+        tiles: a ProductTiles or a MosaicTiles: its type says which body runs.
         softcap: c in c*tanh(logits/c), or 0.
         keep: whether logits are written.
         interpret: runs without a GPU, for tests.
     """
+    if isinstance(tiles, MosaicTiles):
+        from pallas_kernels import head_scores_mosaic  # it imports Mosaic, and this file
+
+        run = head_scores_mosaic.head_scores
+    else:
+        run = _head_scores
+    out = run(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+    top_PN, total_PN, hit_PN = out[keep:]
+    top_N = top_PN.max(0)
+    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)
+    return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))
+
+
+def _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
     (N, _), V = h_ND.shape, w_VD.shape[0]
     count = pl.cdiv(V, tiles.columns)
     part = jax.ShapeDtypeStruct((count, N), jnp.float32)
-    out = triton.call(
+    return triton.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
         grid=(pl.cdiv(N, tiles.rows) * count,),
@@ -114,7 +129,3 @@ def head_scores(h_ND, w_VD, targets_N, tiles, softcap=0.0, keep=True, interpret=
         stages=tiles.stages,
         interpret=interpret,
     )(h_ND, w_VD, targets_N)
-    top_PN, total_PN, hit_PN = out[keep:]
-    top_N = top_PN.max(0)
-    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)
-    return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import serialize_executable, topologies
 
+from pallas_kernels import mosaic
 from pallas_kernels.chip import Chip
 from pallas_kernels.cubin import Resources, find_cubins, read_resources
 
@@ -127,17 +128,19 @@ def compile_for(chip: Chip, function, *abstract, **options):
             "xla_dump_to": dump,
             "xla_dump_hlo_as_text": True,
         }
-        compiled = jax.jit(function).lower(*abstract).compile(compiler_options=flags | options)
+        lowered = jax.jit(function).lower(*abstract)
+        compiled = lowered.compile(compiler_options=flags | options)
         thunks = "".join(path.read_text() for path in Path(dump).glob("*thunk_sequence.txt"))
     payload = serialize_executable.serialize(compiled)[0]
     resources = {}
     for cubin in find_cubins(payload):
         resources |= read_resources(cubin)
-    launches = _launches(thunks)
-    return compiled, {
-        name: KernelReport(name, found, *launches.get(name, (0, 0, 0)))
+    launches = _launches(thunks) | mosaic.launches(lowered)
+    reports = (
+        KernelReport(name.removesuffix(mosaic.SUFFIX), found, *launches.get(name, (0, 0, 0)))
         for name, found in resources.items()
-    }
+    )
+    return compiled, {report.name: report for report in reports}
 
 
 LAUNCH = re.compile(

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.tuned import TILES, Blocks, ProductTiles, Tiles
+from pallas_kernels.tuned import (
+    MOSAIC,
+    TILES,
+    Blocks,
+    MosaicTiles,
+    ProductTiles,
+    Tiles,
+    body_of,
+)
 
 OPS = ("attention", "norm", "head", "square")
 ROWS = Path(__file__).parent / "tuned"
@@ -56,7 +64,8 @@ def _tiles(op, value):
         return None
     if op == "attention":
         return Blocks(*(Tiles(*tiles) for tiles in value))
-    return {name: ProductTiles(*tiles) for name, tiles in value.items()}
+    kinds = {"mosaic": MosaicTiles}
+    return {name: kinds.get(tiles[-1], ProductTiles)(*tiles) for name, tiles in value.items()}
 
 
 @functools.cache
@@ -84,6 +93,34 @@ def default_tiles(op, arch):
     return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
 
 
+def _mosaic_rows(op, tiles, shape):
+    """The lengths of arrays' rows that a Mosaic body among them would copy; of Triton's nothing."""
+    if tiles is None or all(body_of(part) == "triton" for part in _parts(tiles)):
+        return ()
+    return shape[3:] if op == "attention" else shape
+
+
+def _parts(tiles):
+    return tiles.values() if isinstance(tiles, dict) else tiles
+
+
+def with_part(tiles, part, value):
+    """An op's tiles with those of one of its kernels changed."""
+    return tiles | {part: value} if isinstance(tiles, dict) else tiles._replace(**{part: value})
+
+
+def part_of(tiles, part):
+    return tiles[part] if isinstance(tiles, dict) else getattr(tiles, part)
+
+
+def mosaic_tiles(op, arch):
+    """default_tiles with those of the Mosaic bodies where there are; None where there is none."""
+    tiles, found = default_tiles(op, arch), MOSAIC.get(arch, {}).get(op, {})
+    for part, value in found.items():
+        tiles = with_part(tiles, part, value)
+    return tiles if found else None
+
+
 def choose(op, arch, chip, dtype, shape, folder=ROWS) -> Choice:
     """The tiles of an op's kernel, and whether a card has found it faster.
 
@@ -99,6 +136,9 @@ def choose(op, arch, chip, dtype, shape, folder=ROWS) -> Choice:
         why = f"its kernel is not measured on {chip or arch} at this shape"
         return Choice(default_tiles(op, arch), False, why)
     row = found[-1]
+    if (sizes := _mosaic_rows(op, row.tiles, shape)) and any(size % 8 for size in sizes):
+        why = f"its fastest body takes sizes of a multiple of 8; got {', '.join(map(str, sizes))}"
+        return Choice(default_tiles(op, arch), False, why)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
     return Choice(row.tiles, ratio < 1, reason)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tuned import MosaicTiles
 
 
 def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
@@ -28,7 +29,7 @@ def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
     return product.astype(x_XMN.dtype)
 
 
-def _place(p):
+def place(p):
     """Row and column of tile p of a lower triangle, counted row by row."""
     row = ((jnp.sqrt(8.0 * p.astype(jnp.float32) + 1.0) - 1.0) / 2.0).astype(jnp.int32)
     row = jnp.where(row * (row + 1) // 2 > p, row - 1, row)  # float32 may be off by one
@@ -40,7 +41,7 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles):
     *c_ref, out_ref = refs
     M, N = x_ref.shape[1:]
     which, size = pl.program_id(1), tiles.rows
-    i, j = _place(pl.program_id(0))
+    i, j = place(pl.program_id(0))
     rows, columns = i * size + jnp.arange(size), j * size + jnp.arange(size)
 
     def one(turn, sum_TT):
@@ -75,10 +76,17 @@ def symmetric(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0), *, tiles, interp
             The law is met where x y^T is symmetric; of what is not, the lower triangle counts.
         c_XMM: what is added, of x's type and symmetric, or None.
         scales: of the product and of c; they may be traced.
-        tiles: a ProductTiles with as many rows as columns.
+        tiles: a ProductTiles with as many rows as columns, or a MosaicTiles: its type says which
+            body runs.
         interpret: runs without a GPU, for tests.
     """
     X, M, _ = x_XMN.shape
+    y_XMN = x_XMN if y_XMN is None else y_XMN
+    scales_2 = jnp.stack(scales).astype(jnp.float32)
+    if isinstance(tiles, MosaicTiles):
+        from pallas_kernels import symmetric_mosaic  # it imports Mosaic, and this file
+
+        return symmetric_mosaic.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
     assert tiles.rows == tiles.columns, tiles
     blocks = pl.cdiv(M, tiles.rows)
     c = () if c_XMM is None else (c_XMM,)
@@ -90,4 +98,4 @@ def symmetric(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0), *, tiles, interp
         warps=tiles.warps,
         stages=tiles.stages,
         interpret=interpret,
-    )(x_XMN, x_XMN if y_XMN is None else y_XMN, jnp.stack(scales).astype(jnp.float32), *c)
+    )(x_XMN, y_XMN, scales_2, *c)

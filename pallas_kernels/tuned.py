@@ -35,6 +35,22 @@ class ProductTiles(NamedTuple):
     group: int = 8
 
 
+class MosaicTiles(NamedTuple):
+    """Of a product's Mosaic body: a program's tile, the depth of a turn, turns on their way."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    group: int = 8  # row blocks that walk together
+    body: str = "mosaic"  # tells them apart where they are written as lists
+
+
+def body_of(tiles) -> str:
+    """Which body one kernel's tiles are for."""
+    return getattr(tiles, "body", "triton")
+
+
 TILES = {
     "sm_86": {
         "attention": Blocks(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
@@ -47,5 +63,16 @@ TILES = {
         "head": ProductTiles(128, 256, 64, 8, 3),
         "square": ProductTiles(128, 128, 64, 8, 3),
         "square_sum": ProductTiles(128, 128, 64, 8, 3),
+    },
+}
+
+# op -> kernel -> tiles of its Mosaic body; as many stages as fit
+MOSAIC = {
+    "sm_90": {
+        "head": {"head": MosaicTiles(128, 256, 64, 4)},
+        "square": {
+            "square": MosaicTiles(256, 128, 64, 3),
+            "square_sum": MosaicTiles(256, 128, 64, 3),
+        },
     },
 }

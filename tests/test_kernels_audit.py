@@ -10,10 +10,16 @@ import pytest
 
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
-from pallas_kernels.audit import CASES, faults  # noqa: E402
+from pallas_kernels import mosaic  # noqa: E402
+from pallas_kernels.audit import CASES, audited, faults  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
+from pallas_kernels.tuned import MOSAIC  # noqa: E402
+
+MOSAIC_CASES = [
+    case for case in CASES if case.part in MOSAIC["sm_90"].get(case.op, ()) and not case.triton_only
+]
 
 
 def run(*argv, **env):
@@ -30,8 +36,9 @@ def test_the_audit_passes_for_both_chips():
         for line in done.stdout.splitlines()
         if line.startswith(("add_", "flash_", "head_", "symmetric"))
     ]
-    assert len(rows) == 2 * len(CASES)
-    assert "audit passed" in done.stdout
+    assert len(rows) == sum(len(audited(find_chip(chip), CASES)) for chip in ("a40", "h100"))
+    assert sum(" mosaic " in row for row in rows) == len(MOSAIC_CASES) * mosaic.USABLE
+    assert (mosaic.REASON in done.stdout) and "audit passed" in done.stdout
 
 
 CASE = next(case for case in CASES if case.name == "symmetric")
@@ -56,6 +63,18 @@ def test_each_fault_is_found(report, says):
     report = report._replace(threads=256) if "blocks a" in says else report
     assert any(says in fault for fault in faults(CASE, report, find_chip("a40")))
     assert not faults(CASE, GOOD, find_chip("a40"))
+
+
+@pytest.mark.parametrize(
+    "instructions", [{"HGMMA": 8, "LDGSTS": 9}, {"HMMA": 8, "UTMALDG": 9}, {"HGMMA": 8}]
+)
+def test_a_mosaic_body_must_multiply_and_copy_as_hopper_does(instructions):
+    report, chip = broken(instructions=Counter(instructions)), find_chip("h100")
+    assert any(
+        "no product of warp groups" in fault for fault in faults(CASE, report, chip, "mosaic")
+    )
+    good = broken(instructions=Counter(HGMMA=8, UTMALDG=3))
+    assert not faults(CASE, good, chip, "mosaic")
 
 
 SPILLING = """

@@ -8,9 +8,9 @@ import pytest
 
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
-from pallas_kernels.head_scores import _place as place_of_rows
 from pallas_kernels.head_scores import head_scores, head_scores_reference
-from pallas_kernels.symmetric import _place, symmetric, symmetric_reference
+from pallas_kernels.head_scores import place as place_of_rows
+from pallas_kernels.symmetric import place, symmetric, symmetric_reference
 from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
 
 HALF, FULL = jnp.bfloat16, jnp.float32
@@ -116,7 +116,7 @@ def test_the_quintics_sum_is_the_products_epilogue(dtype, tolerance):
 def test_tiles_of_a_triangle_are_counted_once_each_to_any_size():
     for tiles in (1, 7, 300):
         count = tiles * (tiles + 1) // 2
-        row, column = (np.asarray(a) for a in _place(jnp.arange(count, dtype=jnp.int32)))
+        row, column = (np.asarray(a) for a in place(jnp.arange(count, dtype=jnp.int32)))
         want = [(i, j) for i in range(tiles) for j in range(i + 1)]
         assert list(zip(row.tolist(), column.tolist(), strict=True)) == want
 

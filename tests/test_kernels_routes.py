@@ -11,12 +11,12 @@ import pytest
 from jaxtrain.config import KernelsConfig, ModelConfig
 from jaxtrain.fused import KERNELS, missing_kernels
 from jaxtrain.kernels import choose_routes
-from pallas_kernels import bench, routes
+from pallas_kernels import bench, mosaic, routes
 from pallas_kernels.contests import KERNEL, TINY, build_contests
-from pallas_kernels.routes import OPS, choose, default_tiles, read_rows
+from pallas_kernels.routes import OPS, choose, default_tiles, part_of, read_rows
 from pallas_kernels.search import candidates
 from pallas_kernels.timing import Timing
-from pallas_kernels.tuned import TILES
+from pallas_kernels.tuned import TILES, MosaicTiles, body_of
 
 CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
 
@@ -120,3 +120,23 @@ def test_the_bench_runs_to_its_end_interpreted_and_writes_every_contest(tmp_path
     assert "of the ceiling" in capsys.readouterr().out
     bench.main(["--tiny", "--minutes=0"])
     assert capsys.readouterr().out.count("not measured, the 0 minutes are over") == len(CONTESTS)
+
+
+def test_a_row_says_which_body_won(tmp_path):
+    """Of one that mixes them: a kernel of Mosaic's beside one of Triton's."""
+    tiles = default_tiles("square", "sm_90") | {"square": MosaicTiles(256, 128, 64, 3)}
+    found = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
+    row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, found)
+    bench.write_json(tmp_path / "h100.json", [row._asdict()])
+    choice = choose("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
+    assert choice.faster and choice.tiles == tiles
+    assert [body_of(t) for t in choice.tiles.values()] == ["mosaic", "triton"]
+    odd = choose("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
+    assert not odd.faster and "multiple of 8; got 2050" in odd.reason
+    assert odd.tiles == default_tiles("square", "sm_90")
+
+
+def test_both_bodies_are_searched_where_mosaic_is_usable_and_one_elsewhere():
+    found = lambda arch: {body_of(part_of(t, part)) for part, t in candidates("square", arch)}
+    assert found("sm_86") == {"triton"}
+    assert found("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}

@@ -1,0 +1,131 @@
+"""The Mosaic bodies against float64: interpreted on CPU, thread by thread, and as they are on an
+H100 (JAX_PLATFORMS=cuda python -m pytest -m gpu). That they compile is test_kernels_audit.py's."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic
+from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.symmetric import symmetric, symmetric_reference
+from pallas_kernels.tuned import MosaicTiles
+
+ON_GPU = jax.default_backend() == "gpu"
+on_hopper = ON_GPU and jax.devices()[0].compute_capability == "9.0"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON),
+    pytest.mark.skipif(ON_GPU and not on_hopper, reason="Mosaic bodies are for sm_90"),
+]
+HALF = jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def no_race(capfd):
+    """Interpreted, no copy and no thread writes where another may still read."""
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@contextlib.contextmanager
+def float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def exact(function, *arrays):
+    """function of the same numbers in float64."""
+    with float64():
+        wide = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == HALF else jnp.asarray(x)
+        return jax.tree.map(np.asarray, function(*map(wide, arrays)))
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, HALF)
+
+
+def off(got, want):
+    """Relative Frobenius distance."""
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+# The two forms of a tile: half as many columns as rows, and as many; ragged rows and depth
+SQUARES = [
+    (MosaicTiles(128, 64, 64, 2), (1, 200, 136)),
+    (MosaicTiles(128, 128, 64, 3), (2, 136, 72)),
+]
+
+
+@pytest.mark.parametrize("tiles, shape", SQUARES)
+def test_symmetric_equals_the_product_and_its_own_transpose(tiles, shape):
+    x = draw(0, *shape)
+    got = symmetric(x, tiles=tiles, interpret=not ON_GPU)
+    assert got.dtype == HALF
+    assert jnp.array_equal(got, got.mT)
+    assert off(got, exact(symmetric_reference, x)) < 3e-3
+
+
+@pytest.mark.parametrize("tiles, shape", SQUARES)
+def test_the_quintics_sum_is_the_products_epilogue(tiles, shape):
+    """b A + c A^2 of a Gram matrix, with traced scales."""
+    x = draw(0, *shape).astype(jnp.float32)
+    gram = (jnp.einsum("xmk,xjk->xmj", x, x) / shape[2]).astype(HALF)
+    run = jax.jit(lambda x, a, b: symmetric(x, x, x, (a, b), tiles=tiles, interpret=not ON_GPU))
+    got = run(gram, 2.03, -4.77)
+    assert jnp.array_equal(got, got.mT)
+    want = exact(lambda x: symmetric_reference(x, x, x, (2.03, -4.77)), gram)
+    assert off(got, want) < 3e-3
+
+
+def test_of_a_product_that_is_not_symmetric_the_lower_triangle_counts():
+    x, y = draw(0, 1, 136, 64), draw(1, 1, 136, 64)
+    got = symmetric(x, y, tiles=SQUARES[0][0], interpret=not ON_GPU)
+    assert jnp.array_equal(got, got.mT)
+    assert off(jnp.tril(got), np.tril(exact(symmetric_reference, x, y))) < 3e-3
+
+
+@pytest.mark.parametrize(
+    "x, says",
+    [
+        (jnp.ones((1, 64, 64)), r"got x=float32\[1, 64, 64\]"),
+        (jnp.ones((1, 64, 60), HALF), r"got x=bfloat16\[1, 64, 60\]"),
+        (jnp.ones((1, 60, 64), HALF), r"writes rows of .* got bfloat16\[1, 60, 60\]"),
+    ],
+)
+def test_what_the_memory_accelerator_cannot_take_is_refused(x, says):
+    with pytest.raises(ValueError, match=says):
+        symmetric(x, tiles=SQUARES[0][0], interpret=True)
+
+
+def test_the_heads_scores_equal_the_reference():
+    """Ragged rows, width and vocabulary; targets inside, at the end of and past it."""
+    tiles, softcap, (N, D, V) = MosaicTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
+    h, w = draw(0, N, D), draw(1, V, D) / 4
+    targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
+    got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)
+    want = exact(lambda *x: head_scores_reference(*x, targets, softcap), h, w)
+    assert off(got.logits_NV, want.logits_NV) < 2e-6
+    lse = lambda scores: scores.top_N + np.log(scores.total_N)
+    assert off(lse(got), lse(want)) < 1e-6
+    assert off(got.hit_N, want.hit_N) < 2e-6
+    assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
+    dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
+    assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+
+    lean = head_scores(h, w, targets, tiles, softcap, keep=False, interpret=not ON_GPU)
+    assert lean.logits_NV is None
+    assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
+
+
+def test_logits_that_the_memory_accelerator_cannot_write_are_refused():
+    h, w, targets = jnp.ones((8, 64), HALF), jnp.ones((1_009, 64), HALF), jnp.zeros(8, jnp.int32)
+    with pytest.raises(ValueError, match=r"writes rows of .* got float32\[8, 1009\]"):
+        head_scores(h, w, targets, SQUARES[0][0], interpret=True)
