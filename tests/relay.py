@@ -132,13 +132,12 @@ class Relay:
     def deliver(self) -> float | None:
         """Writes what has arrived; seconds until the next arrival."""
         while self.flying:
-            at, _, link, to, packet = self.flying[0]
+            at, _, _, to, packet = self.flying[0]
             wait_s = at - time.monotonic()
             if wait_s > 0:
                 return wait_s
             heapq.heappop(self.flying)
-            if link.up:
-                self.give(to, packet)
+            self.give(to, packet)
         return None
 
     def give(self, to: str, packet: bytes) -> None:
