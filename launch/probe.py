@@ -19,7 +19,8 @@ from launch.fleet import Fleet, HostError
 from launch.host.files import write_json
 from launch.inventory import read_inventory
 from launch.job import Job
-from launch.preflight import Mesh, preflight, table
+from launch.mesh import Mesh
+from launch.preflight import preflight, table
 from launch.watch import note
 
 STREAMS = (1, 4, 8)
@@ -39,6 +40,9 @@ def measure_tcp(fleet, seconds: float) -> list[dict]:
     """A dict a directed pair, number of streams and way."""
     mesh, found = Mesh(fleet), []
     try:
+        for error in mesh.found.values():
+            if isinstance(error, HostError):
+                raise error
         for streams in STREAMS:
             for both in (False, True):
                 for pair in mesh.measure(streams, seconds, pings=100, both=both):

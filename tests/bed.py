@@ -120,12 +120,12 @@ class Bed:
 
     def _start_relay(self, stack):
         self._socket = self.folder / "relay"
-        program = subprocess.Popen([sys.executable, relay.__file__, str(self._socket)])
+        command = [sys.executable, relay.__file__, str(self._socket)]
+        program = subprocess.Popen(command, stdout=subprocess.PIPE)
         stack.callback(program.wait)
         stack.callback(program.kill)  # and with it its devices
-        while not self._socket.exists():
-            assert program.poll() is None, "the relay does not start"
-            time.sleep(0.01)
+        with program.stdout as said:
+            assert said.readline(), "the relay does not start"
         self._add(OPERATOR, f"{self.net}.254", self.bridge)
         sh("ip", "link", "set", self.bridge, "txqueuelen", QUEUE)
 

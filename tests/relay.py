@@ -229,4 +229,6 @@ def ask(path, request: dict):
 
 
 if __name__ == "__main__":
-    Relay(sys.argv[1]).run()
+    relay = Relay(sys.argv[1])
+    print("listening", flush=True)
+    relay.run()
