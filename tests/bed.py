@@ -268,12 +268,12 @@ class Bed:
                     return int(fields[0])
         raise ProcessLookupError(pid)
 
-    def inventory(self, path, **fields) -> Path:
-        """Writes a hosts.toml of the bed, for python of this environment."""
+    def inventory(self, path, only=None, **fields) -> Path:
+        """Writes a hosts.toml of the bed, or of `only` some hosts, for this Python."""
         values = {"python": sys.executable, "interface": "lan0", "workdir": "/root/jaxtrain"}
         lines = ["[defaults]"] + [f'{key} = "{value}"' for key, value in (values | fields).items()]
-        for name, address in self.address.items():
-            lines += ["[[hosts]]", f'name = "{name}"', f'address = "{address}"']
+        for name in only or self.names:
+            lines += ["[[hosts]]", f'name = "{name}"', f'address = "{self.address[name]}"']
         Path(path).write_text("\n".join(lines) + "\n")
         return Path(path)
 

@@ -48,7 +48,7 @@ def _measure_peer(order: dict, token: bytes) -> dict:
     found = {"rtt_s": _ping(peer, token, order["pings"])}
     if ms and order["seconds"] >= order["least_trips"] * statistics.median(found["rtt_s"]):
         kinds = [b"s", b"r"] if order.get("both") else [b"s"]
-        flows, before = [], _counters(order.get("interface"))
+        flows, before = [], wire_bytes(order.get("interface"))
         streams = [kind for kind in kinds for _ in range(order["streams"])]
         threads = [
             threading.Thread(target=lambda kind=kind: flows.append(_flow(peer, token, kind, ms)))
@@ -62,7 +62,7 @@ def _measure_peer(order: dict, token: bytes) -> dict:
         found["seconds"] = time.perf_counter() - start
         found["bytes"] = sum(count for count, _ in flows)
         found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
-        after = _counters(order.get("interface"))
+        after = wire_bytes(order.get("interface"))
         found["mtu"] = _mtu(order.get("interface"))
         found["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
     return found
@@ -180,12 +180,19 @@ def _mtu(interface) -> int | None:
         return None
 
 
-def _counters(interface) -> list[int]:
-    """[sent, received] bytes of an interface since boot, or of all but loopback. proc(5)."""
+def wire_bytes(interface) -> list[int]:
+    """[sent, received] bytes since boot of an interface, "" for all but loopback, and InfiniBand's.
+
+    The kernel counts what it hands to the card, before the card cuts it into segments, each with
+    headers of its own. RDMA passes by the kernel. Source: proc(5); sysfs-class-infiniband.
+    """
     sent = received = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         fields = numbers.split()
         if name.strip() == interface or (not interface and name.strip() != "lo"):
             received, sent = received + int(fields[0]), sent + int(fields[8])
+    ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
+    sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4
+    received += sum(4 * int((port / "port_rcv_data").read_text()) for port in ports)
     return [sent, received]
