@@ -96,6 +96,13 @@ def judge(host, found: dict, port: int) -> list[Finding]:
             host.address,
             "" if found["has_address"] else "no such address on it: correct the inventory",
         ),
+        make(
+            "own name",
+            found["own_address"] or "unknown",
+            f"gloo (JAX on CPU) takes it, not {host.address}: correct /etc/hosts"
+            * (host.gpus == 0 and found["own_address"] != host.address),
+            False,
+        ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
         make(

@@ -165,7 +165,10 @@ def land(request) -> dict:
         return {"missing": True, "folder": str(draft)}
     found = hash_files(draft, request["files"])
     if found != request["hash"]:
-        raise RuntimeError(f"the code that arrived hashes to {found}, not to {request['hash']}")
+        raise RuntimeError(
+            f"the code that arrived hashes to {found}, not to {request['hash']}: "
+            "a file was edited while it was sent. Start again"
+        )
     runs = root_of(request) / "runs"  # a relative --config.workdir outlives this code
     runs.mkdir(exist_ok=True)
     if not (draft / "runs").exists():
