@@ -25,7 +25,7 @@ from launch.preflight import preflight, table
 from launch.watch import note
 
 STREAMS = (1, 4, 8)
-PINGS, PERCENTILES = 100, (1, 50, 90, 99, 100)
+PERCENTILES = (1, 50, 90, 99, 100)
 ETHERNET_BYTES, TCP_BYTES = 14, 52  # header of a frame; of IPv4 and TCP with timestamps, in the MTU
 
 
@@ -38,14 +38,14 @@ def percentile(sorted_values, share: float) -> float:
     return sorted_values[min(len(sorted_values) - 1, round(share * (len(sorted_values) - 1)))]
 
 
-def measure_tcp(fleet, seconds: float) -> list[dict]:
+def measure_tcp(fleet, seconds: float, pings: int) -> list[dict]:
     """A dict a directed pair, number of streams and way."""
     mesh, found = Mesh(fleet), []
     try:
         for error in mesh.found.values():
             if isinstance(error, HostError):
                 raise error
-        idle = {_pair(p): p["rtt_s"] for p in _whole(mesh.measure(1, 0.0, PINGS))}
+        idle = {_pair(p): p["rtt_s"] for p in _whole(mesh.measure(1, 0.0, pings))}
         for streams in STREAMS:
             for both in (False, True):
                 for pair in _whole(mesh.measure(streams, seconds, pings=1, both=both)):
@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--out", default="network.json", metavar="FILE")
     parser.add_argument("--seconds", type=float, default=2.0, help="of traffic per measurement")
+    parser.add_argument("--pings", type=int, default=100, help="round trips of each pair")
     parser.add_argument("--mib", default="1,16,64", help="sizes of the collectives, MiB")
     parser.add_argument(
         "--cases", default="", metavar="KIND:BYTES,...", help="collectives in place of --mib's"
@@ -125,7 +126,7 @@ def main() -> int:
         if any(finding.problem and finding.fatal for finding in findings):
             raise HostError("preflight: nothing was measured. What FAILs above says what to do.")
         found = {"time": time.time(), "hosts": [host.name for host in hosts]}
-        found["tcp"] = measure_tcp(fleet, args.seconds) if len(hosts) > 1 else []
+        found["tcp"] = measure_tcp(fleet, args.seconds, args.pings) if len(hosts) > 1 else []
         found["collectives"] = [] if args.no_jax else measure_collectives(args)
         write_json(Path(args.out), found)
     except (ValueError, HostError) as error:

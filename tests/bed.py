@@ -272,7 +272,9 @@ class Bed:
     def inventory(self, path, only=None, **fields) -> Path:
         """Writes a hosts.toml of the bed, or of `only` some hosts, for this Python."""
         values = {"python": sys.executable, "interface": "lan0", "workdir": "/root/jaxtrain"}
-        lines = ["[defaults]"] + [f"{key} = {json.dumps(value)}" for key, value in (values | fields).items()]
+        lines = ["[defaults]"] + [
+            f"{key} = {json.dumps(value)}" for key, value in (values | fields).items()
+        ]
         for name in only or self.names:
             lines += ["[[hosts]]", f'name = "{name}"', f'address = "{self.address[name]}"']
         Path(path).write_text("\n".join(lines) + "\n")

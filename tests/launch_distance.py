@@ -41,9 +41,9 @@ def preflight(scene, times) -> dict:
 
 
 def _ended_well(scene, launched, job, name) -> dict:
-    said = launched.said()
+    code, said = launched.wait(), launched.said()
     return {
-        "exit 0": launched.wait() == 0,
+        "exit 0": code == 0,
         "one attempt": "exit 0 after 1 attempts" in said and "noticed" not in said,
         "same bits": scene.bits(name) == scene.reference(steps=STEPS),
         "log byte-identical": scene.same_logs(job),
@@ -95,7 +95,6 @@ def flap(scene, times) -> dict:
     scene.bed.cut("h1")
     time.sleep(5)
     scene.bed.heal("h1")
-    launched.wait()
     return _ended_well(scene, launched, launched.job, "operator-flap")
 
 
@@ -132,7 +131,7 @@ def headers(scene, times) -> dict:
 
 def job_over(scene, name, steps, counted) -> dict:
     """Median step time, and wire bytes of a step between hosts, over the steps `counted`."""
-    launched = scene.launch(name, steps=steps, save_every=steps, log_every=1)
+    launched = scene.launch(name, steps=steps, save_every=steps, model__L=1)
     marks = []
     for step in counted:
         scene.wait_for(launched, name, step, limit_s=500)
@@ -160,7 +159,7 @@ def distance(scene, times) -> dict:
     """
     del times
     argv = [sys.executable, "-m", "tests.launch_step", str(len(scene.bed.names))]
-    argv += scene.flags("plan", compile_cache=scene.folder / "xla")
+    argv += scene.flags("plan", model__L=1, compile_cache=scene.folder / "xla")
     env = scene.env | {"JAX_PLATFORMS": "cpu"}
     listed = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
@@ -169,13 +168,13 @@ def distance(scene, times) -> dict:
     row = {"turns": sum(turns.values()), "payload_bytes": sum(n * s for (_, s), n in turns.items())}
     spent_s, job, rtt_s = {}, {}, {}
     for name, one_way_ms, steps, counted in (
-        ("near", 0.0, 150, (20, 140)),
-        ("far", ONE_WAY_MS, 10, (2, 9)),
+        ("near", 0.0, 100, (20, 90)),
+        ("far", ONE_WAY_MS, 8, (2, 7)),
     ):
         for a, b in (("h0", "h1"), ("h0", "h2"), ("h1", "h2")):
             scene.bed.link(a, b, delay_ms=one_way_ms)
         job[name] = job_over(scene, f"job-{name}", steps, counted)
-        found = probe(scene, f"probe-{name}", "--seconds=2", f"--cases={cases}")
+        found = probe(scene, f"probe-{name}", "--seconds=2", "--pings=20", f"--cases={cases}")
         seconds = {(r["collective"], r["bytes"]): r["seconds"] for r in found["collectives"]}
         spent_s[name] = sum(count * seconds[turn] for turn, count in turns.items())
         rtt_s[name] = statistics.median(pair["rtt_p50_s"] for pair in found["tcp"])

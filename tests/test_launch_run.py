@@ -84,7 +84,7 @@ def left(bed):
 
 
 def test_hostile_words_arrive_intact_and_nothing_is_left(bed):
-    workdir = "/root/it's \"a\" $(touch /tmp/bad) `id` é"
+    workdir = '/root/it\'s "a" $(touch /tmp/bad) `id` é'
     hosts = bed.inventory(bed.folder / "hostile.toml", workdir=workdir)
     out, err = finish(start(bed, f"--hosts={hosts}", f"--env=HOSTILE={HOSTILE}", hostile=HOSTILE))
     for name in bed.names:
