@@ -1,6 +1,7 @@
 """Times JAX's collectives over all processes of a job: a program for launch.run.
 
     python -m launch.run --hosts=hosts.toml --module=launch.collectives -- --mib=1,16
+    ... --module=launch.collectives -- --cases=all_reduce:4096,all_gather:16384
 
 Prints one JSON line a collective and size, on process 0. Bandwidths are nccl-tests': algbw is bytes
 over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and (n-1)/n for the
@@ -13,7 +14,6 @@ import os
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.beat import beat
 from jaxtrain.engine import detect
 from jaxtrain.runtime import join, part
+from launch.host.net import wire_bytes
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
 
 
 def build(kind: str, mesh):
-    """The collective over mesh axis "all", jitted: float32 [N] of `size` bytes in all."""
+    """The collective over mesh axis "all", jitted, of a float32 [N], and how its input lies."""
     bodies = {
         "all_reduce": (lambda x: jax.lax.psum(x, "all"), P(), P()),
         "all_gather": (lambda x: jax.lax.all_gather(x, "all", tiled=True), P("all"), P()),
@@ -44,17 +45,19 @@ def build(kind: str, mesh):
 def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
     """Median seconds, bandwidths and wire bytes of one collective."""
     function, spec = build(kind, mesh)
-    count = size_bytes // 4 // mesh.size * mesh.size
+    count = size_bytes // 4 if kind == "all_reduce" else size_bytes // 4 // mesh.size * mesh.size
+    if not count:
+        raise ValueError(f"{kind} of {size_bytes} bytes has no float32 for each of {mesh.size}.")
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
     times = []
     for i in range(WARM_UP + REPEATS):
         if i == WARM_UP:
-            before = wire_bytes(interface)
+            before = wire_bytes(interface)[0]
         start = time.perf_counter()
         jax.block_until_ready(function(x))
         times.append(time.perf_counter() - start)
-    wire = wire_bytes(interface) - before
+    wire = wire_bytes(interface)[0] - before
     seconds, n = statistics.median(times[WARM_UP:]), mesh.size
     ideal = SHARE[kind] * (n - 1) / n * 4 * count
     return {
@@ -72,32 +75,23 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
     }
 
 
-def wire_bytes(interface: str) -> int:
-    """Bytes sent by an interface since boot, and by InfiniBand, which /proc/net does not see."""
-    sent = 0
-    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
-        name, _, numbers = line.partition(":")
-        if name.strip() == interface or (not interface and name.strip() != "lo"):
-            sent += int(numbers.split()[8])
-    for path in Path("/sys/class/infiniband").glob("*/ports/*/counters/port_xmit_data"):
-        sent += 4 * int(path.read_text())  # the counter is in words of 4 bytes
-    return sent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", default="1,16", help="sizes in MiB")
+    parser.add_argument("--mib", default="1,16", help="sizes in MiB, of every kind")
+    parser.add_argument("--cases", default="", help="KIND:BYTES,... in place of those")
     parser.add_argument("--interface", default="", help="of the training network")
     args = parser.parse_args()
     beat("start")
     join(detect(os.environ))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-    for size in args.mib.split(","):
-        for kind in SHARE:
-            beat("eval")
-            found = measure(kind, int(float(size) * 2**20), mesh, args.interface)
-            if jax.process_index() == 0:
-                print(json.dumps(found), flush=True)
+    cases = [case.split(":") for case in args.cases.split(",") if case] or [
+        (kind, float(size) * 2**20) for size in args.mib.split(",") for kind in SHARE
+    ]
+    for kind, size in cases:
+        beat("eval")
+        found = measure(kind, int(size), mesh, args.interface)
+        if jax.process_index() == 0:
+            print(json.dumps(found), flush=True)
     part(0)
 
 

@@ -1,18 +1,17 @@
 """Everything that can be known to go wrong, looked at on all hosts at once before a job starts."""
 
-import json
 import secrets
 import statistics
-import time
 from typing import NamedTuple
 
 from launch.fleet import Fleet, HostError
+from launch.mesh import Mesh
 
 SKEW_S = 1.0
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1024
-SLOW_WINDOW = 0.5  # share of a link's bytes in flight that one default TCP stream must hold
+SLOW_STREAM_BYTES_PER_S = 125e6  # a pair whose one TCP stream can do no more is warned of
+BURST_TRIPS = 20  # round trips that a burst must last to have left TCP's slow start
 NETWORK_FILES = ("nfs", "nfs4", "cifs", "lustre", "fuse.sshfs", "ceph", "gpfs", "beegfs")
-CLOCK_ROUNDS = 3
 
 
 class Finding(NamedTuple):
@@ -29,47 +28,29 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
     Args:
         port: that the supervisors will meet on, on the first host.
         shared: folder that all hosts must see as one; "" where none need be.
-        burst_s: seconds of traffic for each pair of hosts.
+        burst_s: seconds of traffic for each pair of hosts; none where that is too short to tell.
     """
     nonce, first = secrets.token_hex(8), fleet.hosts[0]
 
     def look(host):
         own = {"port": port, "nonce": nonce} if host == first else {"port": 0, "nonce": ""}
-        return _facts(fleet, host, own | {"shared": shared})
+        return {"op": "facts", "shared": shared} | own
 
-    facts = fleet.everywhere(look)
-    findings = [Finding(h.name, "reach", "", str(f)) for h, f in facts.items() if _failed(f)]
-    reached = {host: found for host, found in facts.items() if not _failed(found)}
-    for host, found in reached.items():
-        findings += judge(host, found, port)
-    findings += agreement(reached)
-    if len(reached) == len(fleet.hosts) and not any(f.problem and f.fatal for f in findings):
-        findings += network(fleet, nonce, shared, burst_s)
-    return findings
-
-
-def _failed(found) -> bool:
-    return isinstance(found, HostError)
-
-
-def _facts(fleet, host, request) -> dict:
-    """Facts of one host, with its clock's lead over this one's: of the quickest of three rounds."""
-    process = fleet.open(host, {"op": "facts", "address": host.address} | request)
-    line = process.stdout.readline()
-    if not line:
-        process.wait()
-        return fleet.answer(host, [], process.stderr.read(), process.returncode)
-    found, rounds = fleet.answer(host, [line], b"", 0), []
-    for _ in range(CLOCK_ROUNDS):
-        sent = time.time()
-        process.stdin.write(b"t\n")
-        process.stdin.flush()
-        there = json.loads(process.stdout.readline())["ok"]["time"]
-        back = time.time()
-        rounds.append((back - sent, there - (sent + back) / 2))
-    process.communicate()
-    found["rtt_s"], found["skew_s"] = min(rounds)
-    return found
+    mesh = Mesh(fleet, look)  # one request a host: from afar, each costs several round trips
+    try:
+        lost = {host: said for host, said in mesh.found.items() if isinstance(said, HostError)}
+        findings = [Finding(host.name, "reach", "", str(error)) for host, error in lost.items()]
+        facts = {host: found for host, found in mesh.found.items() if host not in lost}
+        clocks = fleet.everywhere(mesh.clock, list(facts))
+        for host, found in facts.items():
+            found["rtt_s"], found["skew_s"] = clocks[host]
+            findings += judge(host, found, port)
+        findings += agreement(facts)
+        if not any(finding.problem and finding.fatal for finding in findings):
+            findings += network(mesh, nonce, shared, burst_s)
+        return findings
+    finally:
+        mesh.close()
 
 
 def judge(host, found: dict, port: int) -> list[Finding]:
@@ -115,6 +96,13 @@ def judge(host, found: dict, port: int) -> list[Finding]:
             host.address,
             "" if found["has_address"] else "no such address on it: correct the inventory",
         ),
+        make(
+            "own name",
+            found["own_address"] or "unknown",
+            f"gloo (JAX on CPU) takes it, not {host.address}: correct /etc/hosts"
+            * (host.gpus == 0 and found["own_address"] != host.address),
+            False,
+        ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
         make(
@@ -146,68 +134,25 @@ def agreement(facts: dict) -> list[Finding]:
     return findings
 
 
-def network(fleet, nonce, shared, burst_s) -> list[Finding]:
+def network(mesh, nonce, shared, burst_s) -> list[Finding]:
     """Round trips and throughput of every pair, and who reads the shared folder's nonce."""
-    findings, mesh = [], Mesh(fleet, nonce, shared)
-    try:
-        for host, saw in mesh.saw_nonce.items():
-            if saw is False:
-                problem = "the hosts do not share it: --config.checkpoint.storage=host0"
-                findings.append(Finding(host.name, "shared", shared, problem))
-        for pair in mesh.measure(streams=1, seconds=burst_s, pings=5):
-            if "error" in pair:
-                problem = f"{pair['error']}: open the training network between them"
-                findings.append(Finding(pair["from"], f"to {pair['to']}", "", problem))
-                continue
-            rtt = statistics.median(pair["rtt_s"]) * 1e3
-            rate = f", {pair['bytes_per_s'] * 8e-6:,.0f} Mbit/s" if burst_s else ""
-            findings.append(Finding(pair["from"], f"to {pair['to']}", f"{rtt:.2f} ms{rate}"))
-    finally:
-        mesh.close()
+    findings = []
+    for host, saw in (mesh.read(shared, nonce) if shared else {}).items():
+        if not saw.get("same"):
+            problem = "the hosts do not share it: --config.checkpoint.storage=host0"
+            findings.append(Finding(host.name, "shared", shared, problem))
+    for pair in mesh.measure(streams=1, seconds=burst_s, pings=3, least_trips=BURST_TRIPS):
+        name, check = pair["from"], f"to {pair['to']}"
+        if "error" in pair:
+            problem = f"{pair['error']}: open the training network between them"
+            findings.append(Finding(name, check, "", problem))
+            continue
+        rtt_s, most = statistics.median(pair["rtt_s"]), mesh.stream_bytes_per_s(pair)
+        text = f"one stream at most {most * 8e-6:,.0f} Mbit/s by its TCP buffers"
+        slow = f"{text}: raise net.ipv4.tcp_rmem and tcp_wmem" * (most < SLOW_STREAM_BYTES_PER_S)
+        rate = f", {pair['bytes_per_s'] * 8e-6:,.0f} Mbit/s" if "bytes_per_s" in pair else ""
+        findings.append(Finding(name, check, f"{rtt_s * 1e3:.2f} ms{rate}", slow, False))
     return findings
-
-
-class Mesh:
-    """A measuring process on every host, all listening."""
-
-    def __init__(self, fleet, nonce="", shared=""):
-        self.hosts, self.saw_nonce, self._ports = fleet.hosts, {}, {}
-        request = {"op": "net", "token": secrets.token_hex(16), "nonce": nonce, "shared": shared}
-        start = lambda host: fleet.open(host, request | {"address": host.address})
-        self._processes = fleet.everywhere(start)
-        for host, process in self._processes.items():
-            line = process.stdout.readline()
-            found = fleet.answer(host, [line] if line else [], b"no measuring process", 1)
-            self._ports[host], self.saw_nonce[host] = found["ready"], found["saw_nonce"]
-
-    def measure(self, streams, seconds, pings=20, both=False) -> list[dict]:
-        """One dict a directed pair; pairs that share no host are measured at the same time."""
-        found = []
-        for pairs in rounds(len(self.hosts)):
-            for i, j in pairs:
-                peer = [self.hosts[j].address, self._ports[self.hosts[j]]]
-                order = {"peer": peer, "streams": streams, "seconds": seconds, "pings": pings}
-                order |= {"both": both, "interface": self.hosts[i].interface}
-                process = self._processes[self.hosts[i]]
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.flush()
-            for i, j in pairs:
-                line = self._processes[self.hosts[i]].stdout.readline()
-                names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
-                answer = json.loads(line)["ok"] if line else {"error": "it stopped answering"}
-                found.append(names | {"streams": streams, "both": both} | answer)
-        return found
-
-    def close(self):
-        for process in self._processes.values():
-            process.stdin.close()
-            process.kill()
-            process.wait()
-
-
-def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """All ordered pairs of `count` hosts, in rounds in which each sends once and receives once."""
-    return [[(i, (i + step) % count) for i in range(count)] for step in range(1, count)]
 
 
 def table(findings) -> str:

@@ -3,12 +3,14 @@
     python -m tests.bed 3 -- COMMAND     runs COMMAND with BED_HOSTS and BED_SSH_CONFIG set
 
 Each host has its own network, mount, pid and uts namespace, a root that is an overlay in memory,
-and an sshd with its own key. All hang on one bridge, which the operator (this process) shares. A
-link that is cut drops packets without a word, as a cable does; a host that is killed first loses
-its link, so that the kernel says no goodbye for it. Needs root and Linux.
+and an sshd with its own key. All hang on one bridge, which the operator (this process) shares, or
+on a relay (tests/relay.py), whose links have a length. A link that is cut drops packets without a
+word, as a cable does; a host that is killed first loses its link, so that the kernel says no
+goodbye for it. Needs root and Linux.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -20,6 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import relay
+
+OPERATOR = "operator"  # its name on a relay
+QUEUE = "5000"  # packets that a device holds until the relay reads them
 INIT = r"""
 set -e
 mount --make-rprivate /
@@ -45,13 +51,15 @@ exec /usr/sbin/sshd -D -e -f "$3/sshd_config.$2"
 """
 
 
-def available() -> str:
+def available(relayed=False) -> str:
     """ "" where a bed can be made, else the reason why not."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return "a bed of hosts needs root on Linux"
     for tool in ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd"):
         if shutil.which(tool) is None:
             return f"a bed of hosts needs {tool}"
+    if relayed and not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "a relayed bed needs /dev/net/tun"
     name = f"jtry{secrets.token_hex(2)}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
@@ -69,16 +77,17 @@ class Bed:
 
     Args:
         shared: a folder that all hosts see as /mnt/shared; None for none.
+        relayed: links of a relay, see `link`, in place of a bridge.
 
     Attributes:
         ssh_config: for `ssh -F`; address: {host: IP}; folder: of keys and settings.
     """
 
-    def __init__(self, count=3, shared=None):
+    def __init__(self, count=3, shared=None, relayed=False):
         self.names = [f"h{i}" for i in range(count)]
         self.tag, self.net = secrets.token_hex(2), f"10.77.{secrets.randbelow(250)}"
         self.address = {name: f"{self.net}.{i + 1}" for i, name in enumerate(self.names)}
-        self.shared, self._inits = str(shared or ""), {}
+        self.shared, self._inits, self.relayed = str(shared or ""), {}, relayed
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -89,8 +98,11 @@ class Bed:
             stack.callback(sh, "umount", "-l", str(self.folder / "disks"))
             self.ssh_config = self.folder / "ssh_config"
             self._write_settings()
-            sh("ip", "link", "add", self.bridge, "type", "bridge")
-            stack.callback(sh, "ip", "link", "del", self.bridge)
+            if self.relayed:
+                self._start_relay(stack)
+            else:
+                sh("ip", "link", "add", self.bridge, "type", "bridge")
+                stack.callback(sh, "ip", "link", "del", self.bridge)
             sh("ip", "addr", "add", f"{self.net}.254/24", "dev", self.bridge)
             sh("ip", "link", "set", self.bridge, "up")
             for name in self.names:
@@ -104,7 +116,32 @@ class Bed:
 
     @property
     def bridge(self) -> str:
+        """The operator's interface, on either kind of bed."""
         return f"jb{self.tag}"
+
+    def _start_relay(self, stack):
+        self._socket = self.folder / "relay"
+        command = [sys.executable, relay.__file__, str(self._socket)]
+        program = subprocess.Popen(command, stdout=subprocess.PIPE)
+        stack.callback(program.wait)
+        stack.callback(program.kill)  # and with it its devices
+        with program.stdout as said:
+            assert said.readline(), "the relay does not start"
+        self._add(OPERATOR, f"{self.net}.254", self.bridge)
+        sh("ip", "link", "set", self.bridge, "txqueuelen", QUEUE)
+
+    def _add(self, name, address, device):
+        request = {"do": "add", "name": name, "address": address, "device": device}
+        relay.ask(self._socket, request)
+
+    def link(self, a, b, **values):
+        """Sets both ways between two hosts of a relayed bed, `*` for all: see relay.Link."""
+        for given, to in ((a, b), (b, a)):
+            relay.ask(self._socket, {"do": "link", "from": given, "to": to} | values)
+
+    def traffic(self) -> dict:
+        """{"h0 > h1": counters of the relay}: packets, segments, bytes, dropped, lost."""
+        return relay.ask(self._socket, {"do": "stats"})
 
     def _netns(self, name):
         return f"j{self.tag}{name}"
@@ -135,8 +172,14 @@ class Bed:
         i, netns = self.names.index(name), self._netns(name)
         here, there = f"jv{self.tag}{i}", "lan0"
         sh("ip", "netns", "add", netns)
-        sh("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns)
-        sh("ip", "link", "set", here, "master", self.bridge, "up")
+        if self.relayed:
+            self._add(name, self.address[name], here)
+            moved = ["name", there, "netns", netns]
+            sh("ip", "link", "set", here, "txqueuelen", QUEUE, *moved)
+        else:
+            sh("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns)
+            sh("ip", "link", "set", here, "up")
+        self.heal(name)
         inside = ["ip", "-n", netns]
         sh(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
         sh(*inside, "link", "set", there, "up")
@@ -161,13 +204,20 @@ class Bed:
 
     def cut(self, name):
         """Drops all that would pass on the host's cable."""
+        if self.relayed:
+            return self.link(name, "*", up=False)
         sh("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "nomaster")
 
     def heal(self, name):
+        """Ends a cut."""
+        if self.relayed:
+            return self.link(name, "*", up=True)
         sh("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "master", self.bridge)
 
     def rate(self, name, mbit):
-        """Limits what a host sends and receives, Mbit/s."""
+        """Limits what a host sends and receives, Mbit/s; on a relay, to each other host."""
+        if self.relayed:
+            return self.link(name, "*", rate_mbit=mbit)
         inside = ["tc", "-n", self._netns(name), "qdisc", "replace", "dev", "lan0", "root", "tbf"]
         limits = ["rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms"]
         sh(*inside, *limits)
@@ -219,12 +269,14 @@ class Bed:
                     return int(fields[0])
         raise ProcessLookupError(pid)
 
-    def inventory(self, path, **fields) -> Path:
-        """Writes a hosts.toml of the bed, for python of this environment."""
+    def inventory(self, path, only=None, **fields) -> Path:
+        """Writes a hosts.toml of the bed, or of `only` some hosts, for this Python."""
         values = {"python": sys.executable, "interface": "lan0", "workdir": "/root/jaxtrain"}
-        lines = ["[defaults]"] + [f'{key} = "{value}"' for key, value in (values | fields).items()]
-        for name, address in self.address.items():
-            lines += ["[[hosts]]", f'name = "{name}"', f'address = "{address}"']
+        lines = ["[defaults]"] + [
+            f"{key} = {json.dumps(value)}" for key, value in (values | fields).items()
+        ]
+        for name in only or self.names:
+            lines += ["[[hosts]]", f'name = "{name}"', f'address = "{self.address[name]}"']
         Path(path).write_text("\n".join(lines) + "\n")
         return Path(path)
 

@@ -147,3 +147,9 @@ def test_processes_agree_on_the_step_even_if_one_alone_cannot_read_it(tmp_path):
     with Checkpoints(tmp_path / "shared", 9) as checkpoints:
         restored = checkpoints.restore(abstract(state))
         assert restored.step == 3 and (np.asarray(restored.state["w"]) == 3).all()
+    whole = NamedSharding(mesh_of(FSDP), P())
+    zero, step = (jax.device_put(x, whole) for x in (jnp.zeros((8, 1024)), jnp.int32(0)))
+    template = abstract({"w": zero, "step": step, "deep": zero.reshape(8, 8, 128)})
+    with Checkpoints(tmp_path / "0/checkpoints", 1) as checkpoints:  # host0's, of two, on one
+        restored = checkpoints.restore(template)  # it compares the bits' digests
+        assert restored.step == 5 and np.signbit(np.asarray(restored.state["w"])).all()

@@ -33,7 +33,7 @@ for step in range(1, steps + 1):
         open("/tmp/once", "w").close()
         time.sleep(1000)
 """
-HOSTILE = "a b;$(touch /tmp/bad) `id` \"x\" 'y' * \\ \n-é"
+HOSTILE = "--json -- a b;$(touch /tmp/bad) `id` \"x\" 'y' * \\ \n-é"
 reason = beds.available()
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
@@ -84,7 +84,9 @@ def left(bed):
 
 
 def test_hostile_words_arrive_intact_and_nothing_is_left(bed):
-    out, err = finish(start(bed, f"--env=HOSTILE={HOSTILE}", hostile=HOSTILE))
+    workdir = '/root/it\'s "a" $(touch /tmp/bad) `id` é'
+    hosts = bed.inventory(bed.folder / "hostile.toml", workdir=workdir)
+    out, err = finish(start(bed, f"--hosts={hosts}", f"--env=HOSTILE={HOSTILE}", hostile=HOSTILE))
     for name in bed.names:
         said = [line.partition(" | ")[2] for line in out.splitlines() if line.startswith(name)]
         assert json.loads(said[1 if name == "h0" else 0]) == {
@@ -93,7 +95,7 @@ def test_hostile_words_arrive_intact_and_nothing_is_left(bed):
         }
         assert sum("step" in line for line in said) == 20
         assert "/tmp/bad" not in bed.run(name, "ls", "/tmp")
-        assert bed.run(name, "stat", "-c", "%a", "/root/jaxtrain").strip() == "700"
+        assert bed.run(name, "stat", "-c", "%a", workdir).strip() == "700"
     assert "no process of it is left on any host" in err and left(bed) == []
 
 

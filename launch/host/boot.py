@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+import zlib
 
 
 def take(size):
@@ -21,7 +22,7 @@ def take(size):
 size = b""
 while size[-1:] != b"\n":
     size += take(1)
-sent = json.loads(take(int(size)))
+sent = json.loads(zlib.decompress(take(int(size))))
 
 
 class Sent(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -7,6 +7,7 @@ Connections begin with the token of this measurement; others are dropped.
 import json
 import os
 import socket
+import statistics
 import struct
 import sys
 import threading
@@ -14,36 +15,40 @@ import time
 from pathlib import Path
 
 CHUNK = 1 << 18
-PINGS = 20
 HEAD = struct.Struct("!32scI")  # token, kind (p ping, s send, r receive), milliseconds
 
 
-def measure(request: dict, answer) -> None:
-    """Listens, answers {"ready": port}, then serves orders from standard input, a JSON line each.
+def measure(request: dict, answer, found: dict) -> None:
+    """Listens, answers `found` and {"listens_on": port}, then serves a JSON line an order.
 
-    An order is {"peer": [address, port], "streams": n, "seconds": s, "both": bool}; its answer
-    holds rtt_s (sorted) and bytes per second. {"done": true} or the end of input ends it.
+    {"do": "measure", "peer": [address, port], "streams": n, "seconds": s, "both": bool} is
+    answered by rtt_s (sorted) and bytes per second; {"do": "read", "folder", "nonce"} by
+    {"same": bool}; {"do": "time"} by {"time": s}. It ends with standard input.
     """
     token = request["token"].encode()
-    server = _listen(request["address"])
-    threading.Thread(target=_serve, args=(server, token), daemon=True).start()
-    answer({"ok": {"ready": server.getsockname()[1], "saw_nonce": _sees_nonce(request)}})
+    try:
+        server = _listen(request["address"])
+    except OSError:
+        if not found:
+            raise
+        answer({"ok": found | {"listens_on": None}})  # the facts say what is wrong
+    else:
+        threading.Thread(target=_serve, args=(server, token), daemon=True).start()
+        answer({"ok": found | {"listens_on": server.getsockname()[1]}})
     for line in sys.stdin:
         order = json.loads(line)
-        if order.get("done"):
-            return
         try:
-            answer({"ok": _measure_peer(order, token)})
+            answer({"ok": ORDERS[order["do"]](order, token)})
         except OSError as error:
             answer({"ok": {"error": str(error)}})
 
 
 def _measure_peer(order: dict, token: bytes) -> dict:
     peer, ms = tuple(order["peer"]), int(order["seconds"] * 1e3)
-    found = {"rtt_s": _ping(peer, token, order.get("pings", PINGS))}
-    if ms:
+    found = {"rtt_s": _ping(peer, token, order["pings"])}
+    if ms and order["seconds"] >= order["least_trips"] * statistics.median(found["rtt_s"]):
         kinds = [b"s", b"r"] if order.get("both") else [b"s"]
-        flows, before = [], _counters(order.get("interface"))
+        flows, before = [], wire_bytes(order.get("interface"))
         streams = [kind for kind in kinds for _ in range(order["streams"])]
         threads = [
             threading.Thread(target=lambda kind=kind: flows.append(_flow(peer, token, kind, ms)))
@@ -57,22 +62,26 @@ def _measure_peer(order: dict, token: bytes) -> dict:
         found["seconds"] = time.perf_counter() - start
         found["bytes"] = sum(count for count, _ in flows)
         found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
-        after = _counters(order.get("interface"))
+        after = wire_bytes(order.get("interface"))
         found["mtu"] = _mtu(order.get("interface"))
         found["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
     return found
 
 
-def _sees_nonce(request: dict) -> bool | None:
-    """Whether this host reads what the first one wrote; None where none was asked for."""
-    if not (request.get("nonce") and request.get("shared")):
-        return None
-    path = Path(os.path.expanduser(request["shared"])) / f".shared-{request['nonce']}"
+def _read_nonce(order: dict, token: bytes) -> dict:
+    """Whether this host reads what the first one wrote."""
+    path = Path(os.path.expanduser(order["folder"])) / f".shared-{order['nonce']}"
     try:
-        found = path.read_text() == request["nonce"]
+        return {"same": path.read_text() == order["nonce"]}
     except OSError:
-        return False
-    return found
+        return {"same": False}
+
+
+ORDERS = {
+    "measure": _measure_peer,
+    "read": _read_nonce,
+    "time": lambda order, token: {"time": time.time()},
+}
 
 
 def _listen(address: str):
@@ -171,12 +180,19 @@ def _mtu(interface) -> int | None:
         return None
 
 
-def _counters(interface) -> list[int]:
-    """[sent, received] bytes of an interface since boot, or of all but loopback. proc(5)."""
+def wire_bytes(interface) -> list[int]:
+    """[sent, received] bytes since boot of an interface, "" for all but loopback, and InfiniBand's.
+
+    The kernel counts what it hands to the card, before the card cuts it into segments, each with
+    headers of its own. RDMA passes by the kernel. Source: proc(5); sysfs-class-infiniband.
+    """
     sent = received = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         fields = numbers.split()
         if name.strip() == interface or (not interface and name.strip() != "lo"):
             received, sent = received + int(fields[0]), sent + int(fields[8])
+    ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
+    sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4
+    received += sum(4 * int((port / "port_rcv_data").read_text()) for port in ports)
     return [sent, received]

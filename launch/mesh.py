@@ -1,0 +1,107 @@
+"""The network between the hosts of a job, as processes on them see it."""
+
+import json
+import secrets
+import statistics
+import time
+
+from launch.fleet import HostError
+
+CLOCK_ROUNDS = 3
+
+
+class Mesh:
+    """A process on every host that listens, and measures towards the others: host/net.py.
+
+    Args:
+        look: host -> the request that starts it.
+
+    Attributes:
+        found: {host: its first answer or the HostError in place of it}.
+    """
+
+    def __init__(self, fleet, look=lambda host: {"op": "net"}):
+        self.hosts, self._processes, token = fleet.hosts, {}, secrets.token_hex(16)
+
+        def start(host):
+            request = look(host) | {"address": host.address, "token": token}
+            process = self._processes[host] = fleet.open(host, request)
+            line = process.stdout.readline()
+            if line:
+                return fleet.answer(host, [line], b"", 0)
+            process.wait()
+            return fleet.answer(host, [], process.stderr.read(), process.returncode)
+
+        self.found = fleet.everywhere(start)
+
+    def _order(self, host, **order):
+        process = self._processes[host]
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # _answer says so
+            pass
+
+    def _answer(self, host) -> dict:
+        line = self._processes[host].stdout.readline()
+        return json.loads(line)["ok"] if line else {"error": "it stopped answering"}
+
+    def clock(self, host) -> tuple[float, float]:
+        """(round trip, lead of the host's clock over this one's), s, of the quickest round."""
+        rounds = []
+        for _ in range(CLOCK_ROUNDS):
+            sent = time.time()
+            self._order(host, do="time")
+            there = self._answer(host)
+            back = time.time()
+            if "error" in there:
+                raise HostError(f"{host.name}: {there['error']}")
+            rounds.append((back - sent, there["time"] - (sent + back) / 2))
+        return min(rounds)
+
+    def read(self, folder, nonce) -> dict:
+        """{host: {"same": whether it reads the nonce that the first one wrote}}."""
+        for host in self.hosts:
+            self._order(host, do="read", folder=folder, nonce=nonce)
+        return {host: self._answer(host) for host in self.hosts}
+
+    def measure(self, streams, seconds, pings=20, both=False, least_trips=0) -> list[dict]:
+        """One dict a directed pair; pairs that share no host are measured at the same time.
+
+        least_trips: traffic that lasts for fewer round trips is left out.
+        """
+        found, order = [], {"streams": streams, "seconds": seconds, "pings": pings, "both": both}
+        for pairs in rounds(len(self.hosts)):
+            for i, j in pairs:
+                peer = [self.hosts[j].address, self.found[self.hosts[j]]["listens_on"]]
+                more = {"peer": peer, "interface": self.hosts[i].interface}
+                self._order(self.hosts[i], do="measure", least_trips=least_trips, **order, **more)
+            for i, j in pairs:
+                names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
+                answer = self._answer(self.hosts[i])
+                found.append(names | {"streams": streams, "both": both} | answer)
+        return found
+
+    def stream_bytes_per_s(self, pair) -> float:
+        """What the buffers of a pair let one TCP stream carry at its round trip.
+
+        Half of a receive buffer is kept for packets' overhead. Source: tcp(7), tcp_adv_win_scale.
+        """
+        most = lambda name, key: next(
+            int(found["sysctls"][key].split()[-1])
+            for host, found in self.found.items()
+            if host.name == name
+        )
+        window = min(most(pair["from"], "tcp_wmem"), most(pair["to"], "tcp_rmem") / 2)
+        return window / statistics.median(pair["rtt_s"])
+
+    def close(self):
+        for process in self._processes.values():
+            process.stdin.close()
+            process.kill()
+            process.wait()
+
+
+def rounds(count: int) -> list[list[tuple[int, int]]]:
+    """All ordered pairs of `count` hosts, in rounds in which each sends once and receives once."""
+    return [[(i, (i + step) % count) for i in range(count)] for step in range(1, count)]

@@ -1,0 +1,43 @@
+"""The collectives of a run's step, as JSON [[kind, bytes], ...], one an operand: gloo's turns.
+
+python -m tests.launch_step DEVICES FLAGS       the flags of jaxtrain.train
+"""
+
+import json
+import os
+import sys
+
+DEVICES = int(sys.argv.pop(1))
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+from absl import app, flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from jaxtrain import config as config_lib  # noqa: E402
+from jaxtrain.collectives import KINDS, parse_groups  # noqa: E402
+from jaxtrain.run import build_run, compile_step  # noqa: E402
+from jaxtrain.runtime import World, start_runtime  # noqa: E402
+from pallas_kernels.hlo import Program, bytes_of  # noqa: E402
+
+
+def operands(program, devices):
+    """(kind, bytes of the whole array) of each operand of each collective of several devices."""
+    for i, types, times in program.executed():
+        kind = i.op.removesuffix("-start")
+        if kind in KINDS and len(parse_groups(i.rest, devices)[0]) > 1:
+            whole = devices if kind == "all-gather" else 1
+            sizes = [whole * bytes_of(types[name]) for name in i.operands]
+            yield from times * [(kind.replace("-", "_"), size) for size in sizes]
+
+
+def main(argv):
+    del argv
+    cfg = config_lib.freeze(flags.FLAGS.config)
+    start_runtime(cfg, World("alone", None, 1, 0, None, 1))
+    program = Program(compile_step(build_run(cfg)).compiled.as_text())
+    print(json.dumps(list(operands(program, DEVICES))))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config")
+    app.run(main)

@@ -1,0 +1,234 @@
+"""Links of any length between hosts of one machine: a relay of packets between TUN devices.
+
+    python tests/relay.py SOCKET
+
+A stand-in for netem, which many kernels lack. Each host has a TUN device; this process is the wire
+between them. Every directed pair of hosts is a link with a delay, jitter, rate, queue and loss of
+its own, which change at any time. Devices pass TCP's super-packets of 64 KiB whole (IFF_VNET_HDR
+with segmentation offload), so Python carries several Gbit/s; a link counts the segments that a wire
+would have seen. What is lost is lost by super-packet, with the chance that any of its segments is.
+
+Requests are JSON lines on the unix socket, each answered by one:
+
+    {"do": "add", "name": "h0", "address": "10.0.0.1", "device": "tun0"}  a device, to be moved
+    {"do": "link", "from": "h0", "to": "*", "delay_ms": 75.0}             others stay as they were
+    {"do": "stats"}                                                       {"h0 > h1": counters}
+"""
+
+import errno
+import fcntl
+import heapq
+import itertools
+import json
+import os
+import random
+import select
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+
+# linux/if_tun.h
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
+IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
+HEAD = 10  # bytes of struct virtio_net_hdr before each packet. Source: linux/virtio_net.h
+LARGEST = HEAD + 65_535
+AT_ONCE = 64  # packets of one device before the others have their turn
+FRAME_BYTES = 14  # Ethernet's header, for the rate and the counters
+
+
+class Link:
+    """One direction between two hosts. Times in seconds, sizes in bytes."""
+
+    def __init__(self):
+        self.delay_ms = self.jitter_ms = 0.0
+        self.rate_mbit = 0.0  # 0: as fast as this process
+        self.queue_bytes = 4 << 20  # what waits for a rate; more is dropped at the tail
+        self.loss = 0.0  # of a segment
+        self.up = True
+        self.free_at = self.last_at = 0.0
+        self.counts = dict.fromkeys(("packets", "segments", "bytes", "dropped", "lost"), 0)
+
+    def change(self, values: dict) -> None:
+        known = {"delay_ms", "jitter_ms", "rate_mbit", "queue_bytes", "loss", "up"}
+        if unknown := set(values) - known:
+            raise ValueError(f"a link has {sorted(known)}; got {sorted(unknown)}")
+        vars(self).update(values)
+
+    def release(self, packet, now: float):
+        """When the packet arrives; None where it does not."""
+        segments, size = on_the_wire(packet)
+        if not self.up or (self.loss and random.random() > (1 - self.loss) ** segments):
+            self.counts["lost"] += segments
+            return None
+        at = now
+        if self.rate_mbit:
+            start = max(now, self.free_at)
+            if (start - now) * self.rate_mbit * 125_000 > self.queue_bytes:
+                self.counts["dropped"] += segments
+                return None
+            at = self.free_at = start + size / (self.rate_mbit * 125_000)
+        at += (self.delay_ms + self.jitter_ms * random.uniform(-1, 1)) / 1e3
+        self.last_at = max(at, self.last_at, now)  # a wire keeps the order
+        self.counts["packets"] += 1
+        self.counts["segments"] += segments
+        self.counts["bytes"] += size
+        return self.last_at
+
+
+def on_the_wire(packet) -> tuple[int, int]:
+    """(segments, bytes with headers) into which a network card cuts a packet of a device."""
+    kind, segment_bytes = packet[1], packet[4] | packet[5] << 8  # gso_type, gso_size
+    size = len(packet) - HEAD
+    if not kind or not segment_bytes:
+        return 1, size + FRAME_BYTES
+    ip_bytes = (packet[HEAD] & 15) * 4
+    headers = ip_bytes + (packet[HEAD + ip_bytes + 12] >> 4) * 4  # TCP's data offset
+    segments = -(-(size - headers) // segment_bytes)
+    return segments, size + (segments - 1) * headers + segments * FRAME_BYTES
+
+
+def open_device(name: str) -> int:
+    """A TUN device in this process's network namespace."""
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
+    fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    fcntl.ioctl(device, TUNSETVNETHDRSZ, struct.pack("i", HEAD))
+    offload = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
+    fcntl.ioctl(device, TUNSETOFFLOAD, offload)
+    return device
+
+
+class Relay:
+    """Devices by name, links by (from, to), and what is on its way."""
+
+    def __init__(self, path: str):
+        self.server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.server.bind(path)
+        self.server.listen(16)
+        self.devices: dict[str, int] = {}
+        self.names: dict[int, str] = {}
+        self.by_address: dict[bytes, str] = {}
+        self.links: dict[tuple[str, str], Link] = {}
+        self.clients: set[socket.socket] = set()
+        self.flying: list = []  # heap of (arrival, number, link, to, packet)
+        self.numbers = itertools.count()
+
+    def run(self) -> None:
+        while True:
+            wait_s = self.deliver()
+            inputs = [self.server, *self.clients, *self.names]
+            ready, _, _ = select.select(inputs, [], [], wait_s)  # to the microsecond
+            for source in ready:
+                if source in self.names:
+                    self.take(source)
+                elif source is self.server:
+                    self.clients.add(self.server.accept()[0])
+                elif source in self.clients:
+                    self.answer(source)
+
+    def deliver(self) -> float | None:
+        """Writes what has arrived; seconds until the next arrival."""
+        while self.flying:
+            at, _, _, to, packet = self.flying[0]
+            wait_s = at - time.monotonic()
+            if wait_s > 0:
+                return wait_s
+            heapq.heappop(self.flying)
+            self.give(to, packet)
+        return None
+
+    def give(self, to: str, packet: bytes) -> None:
+        device = self.devices.get(to)
+        if device is not None:
+            with suppress(OSError):  # it is down or gone: a wire does not mind
+                os.write(device, packet)
+
+    def take(self, device: int) -> None:
+        name = self.names[device]
+        for _ in range(AT_ONCE):
+            try:
+                packet = os.read(device, LARGEST)
+            except OSError as error:
+                if error.errno != errno.EAGAIN:  # its host was switched off
+                    self.remove(name)
+                return
+            to = self.by_address.get(packet[HEAD + 16 : HEAD + 20])  # IPv4's destination
+            if to is None or to == name:
+                continue
+            link, now = self.links[name, to], time.monotonic()
+            at = link.release(packet, now)
+            if at is not None:
+                heapq.heappush(self.flying, (at, next(self.numbers), link, to, packet))
+        self.deliver()
+
+    def answer(self, client) -> None:
+        line = client.recv(1 << 16)
+        if not line:
+            self.clients.discard(client)
+            client.close()
+            return
+        try:
+            said = {"ok": self.serve(json.loads(line))}
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            said = {"error": f"{type(error).__name__}: {error}"}
+        client.sendall(json.dumps(said).encode() + b"\n")
+
+    def serve(self, request: dict):
+        do = request.pop("do")
+        if do == "add":
+            return self.add(**request)
+        if do == "link":
+            given, to = request.pop("from"), request.pop("to")
+            return [self.change(a, b, request) for a, b in self.links if self.fits(a, b, given, to)]
+        if do == "stats":
+            return {f"{a} > {b}": link.counts for (a, b), link in self.links.items()}
+        raise ValueError(f"do must be add, link or stats; got {do!r}")
+
+    def fits(self, a, b, given, to) -> bool:
+        for name in (given, to):
+            if name != "*" and name not in self.by_address.values():
+                raise ValueError(f"a host must be one of {sorted(self.devices)} or *; got {name!r}")
+        return given in (a, "*") and to in (b, "*")
+
+    def add(self, name: str, address: str, device: str) -> None:
+        self.remove(name)
+        self.devices[name] = fd = open_device(device)
+        self.names[fd] = name
+        self.by_address[socket.inet_aton(address)] = name
+        for other in set(self.by_address.values()) - {name}:  # a host that came back keeps its own
+            self.links.setdefault((name, other), Link())
+            self.links.setdefault((other, name), Link())
+
+    def remove(self, name: str) -> None:
+        device = self.devices.pop(name, None)
+        if device is not None:
+            del self.names[device]
+            os.close(device)
+
+    def change(self, a: str, b: str, values: dict) -> str:
+        link = self.links[a, b]
+        link.change(values)
+        if not link.up:  # what is on the cable when it is cut does not arrive
+            self.flying = [packet for packet in self.flying if packet[2] is not link]
+            heapq.heapify(self.flying)
+        return f"{a} > {b}"
+
+
+def ask(path, request: dict):
+    """The answer of the relay at a socket. Raises ValueError with what it says."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(str(path))
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        said = json.loads(sock.makefile().readline())
+    if "error" in said:
+        raise ValueError(f"relay: {said['error']}")
+    return said["ok"]
+
+
+if __name__ == "__main__":
+    relay = Relay(sys.argv[1])
+    print("listening", flush=True)
+    relay.run()
