@@ -15,6 +15,7 @@ from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.hashing import hash_files
 from launch.host.net import measure
+from launch.host.rundir import read_changes
 from launch.host.supervise import start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
@@ -141,6 +142,12 @@ def frame(head: dict, data: bytes = b"") -> None:
     sys.stdout.buffer.flush()
 
 
+def pull(request) -> dict:
+    """What is new in the job's run directory; a relative one begins where the job runs."""
+    cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
+    return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+
+
 def facts(request) -> None:
     """Facts of this host; then it measures what it is told to, see net.measure."""
     measure(request, frame, gather_facts(root_of(request), request))
@@ -182,6 +189,7 @@ OPS = {
     "status": status,
     "stop": stop,
     "detach": detach,
+    "pull": pull,
     "follow": follow,
     "facts": facts,
     "net": net,

@@ -1,0 +1,39 @@
+"""A job's run directory, given from where the operator's copy ends."""
+
+import base64
+import os
+from pathlib import Path
+
+LIMIT_BYTES = 4 << 20  # of one answer
+
+
+def read_changes(folder: Path, have: dict, limit: int = LIMIT_BYTES) -> dict:
+    """What is new of the files that a summary reads.
+
+    Args:
+        have: file -> [inode, bytes] of the operator's copy. Another inode or a shorter file was
+            replaced, and comes again from its first byte.
+
+    Returns:
+        {"files": {name: {"inode", "at", "base64"}}, "names": all there are, "more": bool}
+    """
+    whole = [folder / name for name in ("config.json", "summary.json", "metrics.jsonl")]
+    paths = [path for path in (*whole, *sorted(folder.glob("hosts/*.jsonl"))) if path.exists()]
+    found, more = {}, False
+    for path in paths:
+        name = str(path.relative_to(folder))
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            inode, at = have.get(name, (0, 0))
+            if inode != stat.st_ino or at > stat.st_size:
+                at = 0
+            elif at == stat.st_size:
+                continue
+            file.seek(at)
+            data = file.read(limit)
+        limit -= len(data)
+        more = more or at + len(data) < stat.st_size
+        text = base64.b64encode(data).decode()
+        found[name] = {"inode": stat.st_ino, "at": at, "base64": text}
+    names = [str(path.relative_to(folder)) for path in paths]
+    return {"files": found, "names": names, "more": more}

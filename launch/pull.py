@@ -1,0 +1,87 @@
+"""A job's run directory copied here, each time from where the copy ends."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+from launch.fleet import Fleet, HostError
+from launch.host.files import read_json, write_json
+from launch.job import Job
+
+HELD = ".held.json"  # host -> file -> [inode there, bytes here]
+
+
+class Pull:
+    """The copy, `jobs_folder()/ID/run`.
+
+    Args:
+        name: the job's id.
+        workdir: the run directory on the hosts; "" is what the job's flags say.
+
+    Raises:
+        ValueError: no such job, or its flags do not name the run directory.
+    """
+
+    def __init__(self, name: str, workdir: str = ""):
+        self.job = Job(name)
+        self.workdir = workdir or flag(self.job.record["argv"], "--config.workdir")
+        if not self.workdir:
+            raise ValueError(
+                f"job {name} must say where its run directory is; its flags have no "
+                "--config.workdir. Set --workdir."
+            )
+        self.fleet = Fleet(self.job.hosts, self.job.ssh_config)
+        self.folder = self.job.folder / "run"
+        (self.folder / "hosts").mkdir(parents=True, exist_ok=True)
+
+    def fetch(self) -> Path:
+        """Takes what is new from every host, and returns the copy's folder.
+
+        The first host's files are the run's; of the others only their own hosts/<process>.jsonl.
+
+        Raises:
+            HostError: the first host does not answer.
+        """
+        held = read_json(self.folder / HELD)
+        answers = self.fleet.everywhere(
+            lambda host: self._take(host, held.setdefault(host.name, {}))
+        )
+        first = answers[self.job.hosts[0]]
+        write_json(self.folder / HELD, held)
+        if isinstance(first, HostError):
+            raise first
+        return self.folder
+
+    def _take(self, host, held):
+        is_first, more = host == self.job.hosts[0], True
+        while more:
+            request = {"op": "pull", "job": self.job.id, "folder": self.workdir, "have": held}
+            answer = self.fleet.call(host, request)
+            more = answer["more"]
+            for name, part in answer["files"].items():
+                if not re.fullmatch(r"(hosts/)?[\w.-]+\.jsonl?", name):
+                    raise HostError(f"{host.name}: it sent a file that no run has: {name!r}.")
+                data = base64.b64decode(part["base64"])
+                if is_first or name.startswith("hosts/"):
+                    put(self.folder / name, part["at"], data)
+                held[name] = [part["inode"], part["at"] + len(data)]
+
+
+def put(path: Path, at: int, data: bytes) -> None:
+    """Writes bytes at an offset; what followed them is of an older file."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        file.seek(at)
+        file.write(data)
+        file.truncate()
+
+
+def flag(argv, name: str) -> str:
+    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent."""
+    value = ""
+    for i, part in enumerate(argv):
+        if part.startswith(f"{name}="):
+            value = part.partition("=")[2]
+        elif part == name and i + 1 < len(argv):
+            value = argv[i + 1]
+    return value

@@ -1,0 +1,114 @@
+"""What a run did, or does: a table here, and one HTML page to look at on a phone.
+
+    python -m launch.summary runs/quickstart
+    python -m launch.summary runs/a runs/b --out=both.html
+    python -m launch.summary runs/quickstart --follow      again every 10 s, until it ends
+    python -m launch.summary 1125-142201-9f3c --follow     a job of launch.run, over SSH
+
+The page is one file that needs no network and no script. A job's run directory is what its flags
+name as --config.workdir; its files are fetched, each time what is new, into the job's record.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from launch.figures import rows_of, spark
+from launch.fleet import HostError
+from launch.host.files import write_text
+from launch.page import page
+from launch.pull import Pull
+from launch.rundir import LOSS, Run, read_run
+
+FOLLOW_S = 10
+DONE = ("done", "stopped")
+
+
+def table(runs: list[Run]) -> str:
+    """Rows of names and figures, a column a run."""
+    tables = [dict(rows_of(run)) for run in runs]
+    names = list(dict.fromkeys(name for rows in tables for name in rows))
+    width = max(len(name) for name in names)
+    columns = [[rows.get(name, "-") for name in names] for rows in tables]
+    columns = [[run.name, *column] for run, column in zip(runs, columns, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for i, name in enumerate(["", *names]):
+        cells = [f"{column[i]:>{w}}" for column, w in zip(columns, widths, strict=True)]
+        lines.append(f"{name:<{width}}  {'  '.join(cells)}".rstrip())
+    for run in runs:
+        curve = spark([value for _, value in run.points(LOSS)])
+        steps = spark([value for _, value in run.step_times[0]])
+        lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
+    return "\n".join(lines)
+
+
+def as_json(run: Run) -> dict:
+    """All figures of a run by metric name."""
+    kept = ("config_hash", "versions", "routes", "device", "devices", "chip")
+    found = {key: run.config.get(key) for key in kept} | {"run": str(run.folder)}
+    last = {m: points[-1][1] for m in (LOSS, "eval/loss_nats") if (points := run.points(m))}
+    state = {"state": run.state, "step": run.step, "lost_s": run.lost_s}
+    return found | state | last | run.figures
+
+
+def parse(argv):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("launch.summary", description=__doc__, formatter_class=form)
+    parser.add_argument("runs", nargs="+", metavar="DIR|JOB", help="run directories, or jobs")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page [DIR/summary.html]")
+    parser.add_argument("--follow", action="store_true", help="again and again, until all ended")
+    parser.add_argument(
+        "--every", type=float, default=FOLLOW_S, metavar="S", help="of --follow [%(default)s]"
+    )
+    parser.add_argument(
+        "--workdir", default="", metavar="DIR", help="of a JOB whose flags do not name it"
+    )
+    parser.add_argument("--json", action="store_true", help="figures as JSON, a line a run")
+    args = parser.parse_args(argv)
+    if args.every <= 0:
+        parser.error(f"--every must be positive; got {args.every}.")
+    return args
+
+
+def show(args, sources, live: bool) -> bool:
+    """Reads, prints and writes once; whether all runs have ended."""
+    runs = [read_run(source()) for source in sources]
+    ended = all(run.state.startswith(DONE) for run in runs)
+    out = args.out or runs[0].folder / "summary.html"
+    write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
+    if args.json:
+        print("\n".join(json.dumps(as_json(run)) for run in runs), flush=True)
+        return ended
+    if live and sys.stdout.isatty():
+        print("\033[H\033[J", end="")
+    print(table(runs), f"page {out}", sep="\n", flush=True)
+    return ended
+
+
+def source_of(name: str, workdir: str):
+    """What gives the folder of a run, fresh: the folder itself, or a job's, fetched."""
+    if os.sep in name or Path(name).exists():
+        return lambda: Path(name)
+    return Pull(name, workdir).fetch
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        sources = [source_of(name, args.workdir) for name in args.runs]
+        while not show(args, sources, args.follow) and args.follow:
+            time.sleep(args.every)
+    except (ValueError, HostError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Charts as inline SVG, drawn at the width of a phone. Colours are the page's CSS variables.
+
+A chart is 360 units wide, so that a phone shows its text at the size that it has here.
+"""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 360, 190
+LEFT, TOP, BOTTOM = 40, 10, 22  # room for the labels of ticks
+LETTER = 6.3  # width of one at the labels' size
+COLOURS = 6
+SIZES = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. `colour` is 1 to 6; a faint one lies behind and has no label."""
+
+    points: list
+    label: str = ""
+    colour: int = 1
+    faint: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plot's rectangle and its scales."""
+
+    low: tuple[float, float]  # of x, y
+    high: tuple[float, float]
+    right: float = WIDTH - 8
+
+    def x(self, value) -> float:
+        share = (value - self.low[0]) / ((self.high[0] - self.low[0]) or 1)
+        return round(LEFT + share * (self.right - LEFT), 1)
+
+    def y(self, value) -> float:
+        share = (value - self.low[1]) / ((self.high[1] - self.low[1]) or 1)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten in [low, high], at most `most`."""
+    if high <= low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    while math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1 > most:
+        step *= 2.5 if str(f"{step:.0e}").startswith("2") else 2
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """`0.35`, `12`, `1500`, `15k`, `3.2M`, `1.1G`: three significant digits at most."""
+    if value != value or math.isinf(value):
+        return str(value)
+    for least, size, letter in SIZES:
+        if abs(value) >= least * 0.9995:
+            return f"{_trim(digits(value / size))}{letter}"
+    return _trim(digits(value))
+
+
+def digits(value: float, count: int = 3) -> str:
+    """That many significant digits, without an exponent: `1.00`, `8.67`, `801`, `1643`."""
+    if not value or value != value or math.isinf(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value)) + 1e-9))}f}"
+
+
+def _trim(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def thin(points, most: int = 320) -> list:
+    """Of many points, the lowest and the highest of each of `most / 2` stretches, in order."""
+    if len(points) <= most:
+        return points
+    kept, parts = [], most // 2
+    for i in range(parts):
+        part = points[i * len(points) // parts : (i + 1) * len(points) // parts]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def smooth(points) -> list:
+    """Each point's mean with its neighbours: 1/8 of those before it, at most 1/40 of all."""
+    total, sums = 0.0, [0.0]
+    for _, y in points:
+        total += y
+        sums.append(total)
+    trend = []
+    for i, (x, _) in enumerate(points):
+        half = min(i // 8, len(points) // 40, len(points) - 1 - i)
+        trend.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
+    return trend
+
+
+def _text(x, y, words, kind="", anchor="") -> str:
+    kind = f' class="{kind}"' if kind else ""
+    anchor = f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}"{kind}{anchor}>{escape(words)}</text>'
+
+
+def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -> str:
+    """Lines over steps, each named at its end, cut off at `high`.
+
+    Args:
+        title: said to a screen reader.
+        series: at least one, with points.
+        marks: (step, words) of events, as ticks on the axis of steps.
+        mark_above: a triangle at the top for every point that is cut off.
+    """
+    values = [y for one in series for _, y in one.points]
+    steps = [x for one in series for x, _ in one.points]
+    low = min(values) if low is None else low
+    top = max(values) if high is None else high
+    margin = 0.06 * (top - low) or abs(top) * 0.1 or 1.0
+    named = [one for one in series if one.label]
+    room = max((LETTER * len(one.label) for one in named), default=0)
+    bottom = low - margin if low else low
+    frame = Frame((min(steps), bottom), (max(steps), top + margin), WIDTH - 8 - min(room, 130))
+    body = _grid(frame)
+    for one in series:
+        body += _line(frame, one, top) + (_above(frame, one, top) if mark_above else "")
+    for step, words in marks:
+        if frame.low[0] <= step <= frame.high[0]:
+            place = f"M{frame.x(step)} {HEIGHT - BOTTOM}v-8"
+            body += f'<path class="mark" d="{place}"><title>{escape(words)}</title></path>'
+    heights = [frame.y(min(one.points[-1][1], top)) for one in named]
+    for one, y in zip(named, apart(heights, TOP + 4, HEIGHT - BOTTOM - 2), strict=True):
+        body += _text(frame.right + 5, y + 4, one.label, f"c{one.colour}")
+    return wrap(title, body)
+
+
+def apart(heights, low: float, high: float, gap: float = 13) -> list[float]:
+    """Heights of labels, moved as little as needed for none to lie on another."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed, last = [0.0] * len(heights), low - gap
+    for i in order:
+        placed[i] = last = max(heights[i], last + gap)
+    limit = high
+    for i in reversed(order):
+        placed[i] = limit = min(placed[i], limit)
+        limit -= gap
+    return placed
+
+
+def _line(frame, one, top) -> str:
+    points = thin(one.points)
+    path = " ".join(f"{frame.x(x)},{frame.y(min(y, top))}" for x, y in points)
+    kind = "faint" if one.faint else "line"
+    body = f'<polyline class="{kind} k{one.colour}" points="{path}"/>'
+    if one.dots or len(points) == 1:
+        for x, y in points[-40:]:
+            place = f'cx="{frame.x(x)}" cy="{frame.y(min(y, top))}"'
+            body += f'<circle class="f{one.colour}" {place} r="2.6"/>'
+    return body
+
+
+def _above(frame, one, top) -> str:
+    body = ""
+    for step, value in one.points:
+        if value > top:
+            place = f"M{frame.x(step) - 3:.1f} {TOP + 3}h6l-3 -5z"
+            words = f"<title>step {step}: {short(value)}</title>"
+            body += f'<path class="f{one.colour}" d="{place}">{words}</path>'
+    return body
+
+
+def _grid(frame) -> str:
+    body = ""
+    for value in ticks(frame.low[1], frame.high[1]):
+        y = frame.y(value)
+        body += f'<path class="grid" d="M{LEFT} {y}H{frame.right}"/>'
+        body += (
+            f'<text class="tick" x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{short(value)}</text>'
+        )
+    for value in ticks(frame.low[0], frame.high[0], 4):
+        body += _text(frame.x(value), HEIGHT - 6, short(value), "tick", "middle")
+    return body
+
+
+def histogram_chart(title, counts, low, high, colours, marks) -> str:
+    """Bars of one series, outlines of several, over the same bins.
+
+    Args:
+        counts: for each series, how many values lie in each bin.
+        marks: (value, words), named lines, in rising order.
+    """
+    shares = [[n / max(sum(one), 1) for n in one] for one in counts]
+    peak = max(max(one) for one in shares)
+    frame = Frame((low, 0.0), (high, peak * 1.3))
+    body = "".join(
+        _text(frame.x(value), HEIGHT - 6, short(value), "tick", "middle")
+        for value in ticks(low, high, 5)
+    )
+    floor = HEIGHT - BOTTOM
+    for one, colour in zip(shares, colours, strict=True):
+        width = (high - low) / len(one)
+        path = f"M{frame.x(low)} {floor}"
+        for i, share in enumerate(one):
+            path += f"V{frame.y(share)}H{frame.x(low + (i + 1) * width)}"
+        filled = f" f{colour} bars" if len(shares) == 1 else ""
+        body += f'<path class="line k{colour}{filled}" d="{path}V{floor}"/>'
+    body += f'<path class="axis" d="M{LEFT} {floor}H{frame.right}"/>'
+    places = _spread([frame.x(value) for value, _ in marks], 40)
+    for (value, words), place in zip(marks, places, strict=True):
+        x = frame.x(value)
+        body += f'<path class="mark" d="M{x} {floor}V{TOP + 16}"/>'
+        body += _text(place, TOP + 10, words, "", "middle")
+    return wrap(title, body)
+
+
+def _spread(places, gap):
+    """Places on the axis of x, moved so that words of width `gap` do not touch."""
+    return apart(places, LEFT + gap / 2 - 10, WIDTH - gap / 2, gap)
+
+
+def heat_map(title, rows, low, high) -> str:
+    """A row of cells a host; a cell is the darker the nearer it is to `high`.
+
+    Args:
+        rows: (name, [(words, value or None) of each stretch of steps]).
+    """
+    row_height, left = 20, 18 + LETTER * max(len(name) for name, _ in rows)
+    height = TOP + row_height * len(rows) + 6
+    body = ""
+    for i, (name, cells) in enumerate(rows):
+        y = TOP + i * row_height
+        body += _text(left - 6, y + 13, name, "", "end")
+        width = (WIDTH - 8 - left) / len(cells)
+        for j, (words, value) in enumerate(cells):
+            if value is None:
+                continue
+            share = min(1.0, max(0.0, (value - low) / ((high - low) or 1)))
+            body += (
+                f'<rect class="heat" x="{left + j * width:.1f}" y="{y}" width="{width - 0.5:.1f}" '
+                f'height="{row_height - 2}" fill-opacity="{0.12 + 0.88 * share:.2f}">'
+                f"<title>{escape(words)}</title></rect>"
+            )
+    return wrap(title, body, height)
+
+
+def share_bar(title, shares) -> str:
+    """One bar of (colour class, share) parts: what the time went to."""
+    body, x = "", 0.0
+    for colour, share in shares:
+        width = share * WIDTH
+        body += (
+            f'<rect class="{colour}" x="{x:.1f}" y="0" width="{max(width, 0.5):.1f}" height="22"/>'
+        )
+        x += width
+    return wrap(title, body, 22)
+
+
+def wrap(title, body, height=HEIGHT) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    )

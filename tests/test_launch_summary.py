@@ -1,0 +1,200 @@
+"""Run directories read back, and the page made of them."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from run_directories import curve, series, write_run
+
+from launch import summary
+from launch.figures import rows_of
+from launch.host.rundir import read_changes
+from launch.page import page
+from launch.pull import flag, put
+from launch.rundir import read_run
+from launch.stats import percentile
+from launch.svg import apart, short, thin, ticks
+
+VOID = {"meta"}
+
+
+class Checked(HTMLParser):
+    """Every element closed where it must be, and the words of those that draw text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "one", series(300), processes=4)
+    write_run(folder / "two", series(300, 0.8, seed=1), curve(300, 1), log_every=10)
+    write_run(folder / "cpu", series(30), chip=None)
+    return [read_run(folder / name) for name in ("one", "two", "cpu")]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(runs, count):
+    text = page(runs[:count])
+    found = Checked(text)
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link|<img|<iframe", text)
+    assert not [name for name, _ in found.attributes if name in ("src", "href", "xlink:href")]
+    for name in ("Loss, nats a token", "Step times", "Where the time went", "Routes", "Versions"):
+        assert any(name in words for words in found.words), name
+
+
+def test_the_page_shows_words_from_a_run_as_words(tmp_path):
+    hostile = "<script>alert(1)</script>&"
+    write_run(tmp_path / "<b>run", series(20), routes={"x": hostile}, processes=2)
+    text = page([read_run(tmp_path / "<b>run")])
+    assert hostile in Checked(text).words and "<script" not in text and "<b>run" not in text
+
+
+def test_every_polyline_stays_inside_its_picture(runs):
+    found = Checked(page(runs))
+    corners = [
+        pair for name, value in found.attributes if name == "points" for pair in value.split()
+    ]
+    assert len(corners) > 500
+    for corner in corners:
+        x, y = map(float, corner.split(","))
+        assert 0 <= x <= 360 and 0 <= y <= 190
+
+
+def test_only_a_page_that_is_followed_looks_again(runs):
+    assert 'http-equiv="refresh"' not in page(runs)
+    assert ("content", "7") in Checked(page(runs, 7)).attributes
+
+
+def test_figures_do_not_depend_on_who_tells_them(runs):
+    """Per-step files, lines of every step and windows of ten tell the same throughput."""
+    times = series(300, seed=5)
+    one = write_run(runs[0].folder.parent / "each", times, processes=2)
+    two = write_run(runs[0].folder.parent / "windows", times, log_every=10)
+    one, two = read_run(one), read_run(two)
+    assert "hosts/0.jsonl" in one.step_times[1] and "means of 10 steps" in two.step_times[1]
+    for metric in ("perf/tokens_per_s", "perf/step_time_s"):
+        assert one.figures[metric] == pytest.approx(two.figures[metric], rel=0.02)
+    median = percentile([value for _, value in one.step_times[0]], 0.5)
+    assert one.figures["perf/step_time_s"] == median
+
+
+def test_what_was_not_measured_is_not_shown(runs):
+    names = [name for name, _ in rows_of(runs[2])]
+    assert not {"MFU, causal", "MBU"} & set(names) and "step p50" in names
+    assert "MFU" not in page([runs[2]])
+
+
+def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_path):
+    run = write_run(tmp_path / "run", series(40), processes=2)
+    before = read_run(run).figures
+    lines = (run / "hosts" / "0.jsonl").read_text().splitlines(keepends=True)
+    with open(run / "hosts" / "0.jsonl", "a") as file:
+        file.write("".join(lines[-10:]) + lines[-1][:20])
+    assert read_run(run).figures == before
+
+
+def test_a_damaged_line_and_a_folder_that_is_no_run_are_named(tmp_path, capsys):
+    assert summary.main([str(tmp_path)]) == 1
+    assert "DIR must be a run directory" in capsys.readouterr().err
+    run = write_run(tmp_path / "run", series(20))
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("torn\n" + text)
+    assert summary.main([str(run)]) == 1
+    assert "metrics.jsonl, line 1 must be a JSON object" in capsys.readouterr().err
+
+
+def test_following_ends_with_the_run(tmp_path):
+    run = write_run(tmp_path / "run", series(20))
+    ended = (run / "summary.json").read_text()
+    (run / "summary.json").unlink()
+    argv = [sys.executable, "-m", "launch.summary", str(run), "--follow", "--every=0.05", "--json"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    first = json.loads(process.stdout.readline())
+    (run / "summary.json").write_text(ended)
+    last = json.loads(process.communicate(timeout=20)[0].splitlines()[-1])
+    assert first["state"] != "done" and last["state"] == "done" and process.returncode == 0
+    assert last["perf/tokens_per_s"] == read_run(run).figures["perf/tokens_per_s"]
+
+
+def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
+    """Through growth, a rewind (another file of that name) and answers cut short."""
+    run, copy, held, sent = write_run(tmp_path / "run", series(60)), tmp_path / "copy", {}, 0
+    (copy / "hosts").mkdir(parents=True)
+    whole = (run / "metrics.jsonl").read_bytes()
+    for change in ("none", "grown", "rewound"):
+        if change == "grown":
+            with open(run / "metrics.jsonl", "ab") as file:
+                file.write(whole)
+        if change == "rewound":
+            (run / "new").write_bytes(whole[:5000])
+            (run / "new").rename(run / "metrics.jsonl")
+        more = True
+        while more:
+            answer = read_changes(run, held, limit=3_000)
+            more = answer["more"]
+            for name, part in answer["files"].items():
+                data = base64.b64decode(part["base64"])
+                put(copy / name, part["at"], data)
+                held[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
+        for name in ("config.json", "summary.json", "metrics.jsonl"):
+            assert (copy / name).read_bytes() == (run / name).read_bytes()
+    rest = sum((run / name).stat().st_size for name in ("config.json", "summary.json"))
+    assert sent == rest + 2 * len(whole) + 5000
+
+
+def test_the_run_directory_is_the_last_one_that_the_flags_name():
+    argv = ["--config.workdir=a", "--config.workdir", "b", "--config.steps=3"]
+    assert flag(argv, "--config.workdir") == "b" and flag(argv, "--workdir") == ""
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (3.2, 5.6), (0.0071, 0.0093), (0, 652_000), (990, 1040)]
+)
+def test_ticks_are_round_few_and_inside(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 5 and low <= found[0] and found[-1] <= high
+    step = found[1] - found[0]
+    assert f"{step:.0e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
+
+
+def test_labels_do_not_lie_on_each_other():
+    placed = apart([100, 101, 99, 180, 181], 10, 182)
+    gaps = sorted(placed)
+    assert all(b - a >= 12.999 for a, b in zip(gaps, gaps[1:], strict=False)) and gaps[-1] <= 182
+    assert placed[2] < placed[0] < placed[1] < placed[3] < placed[4]
+
+
+def test_thinning_keeps_the_extremes_and_the_order():
+    points = [(i, (i * 7919) % 1009) for i in range(5_000)]
+    kept = thin(points)
+    assert len(kept) <= 320 and kept == sorted(kept)
+    assert max(y for _, y in kept) == max(y for _, y in points)
+
+
+def test_numbers_are_short():
+    assert [short(x) for x in (0.35, 1500, 15_000, 3.25e6, 0, 999.6)] == [
+        *("0.35", "1500", "15k", "3.25M", "0", "1000")
+    ]
