@@ -6,7 +6,6 @@ import jaxtrain.config as config_lib
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
-from jaxtrain.metrics import StepClock
 
 
 class Diverged(RuntimeError):
@@ -23,14 +22,16 @@ class Loop:
         diagnosis: likewise, of what `diagnose` gives; None where the run asks for none.
         batches: training batches, at the state's step.
         held_out: corpus to evaluate on.
+        measure: Measure of this process, started.
     """
 
-    def __init__(self, run, state, step, diagnosis, batches, held_out, checkpoints, report):
+    def __init__(
+        self, run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
+    ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
-        self.checkpoints, self.report = checkpoints, report
-        self.clock = StepClock(run.cfg.data.batch * run.cfg.data.seq_len)
+        self.checkpoints, self.report, self.measure = checkpoints, report, measure
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = int(state.step)
@@ -40,7 +41,6 @@ class Loop:
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
         cfg = self.cfg
-        self.clock.start()
         for step in range(self.first + 1, cfg.steps + 1):
             self._advance(step)
             if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
@@ -55,8 +55,10 @@ class Loop:
     def _advance(self, step):
         """Starts a step, then waits for the one before it."""
         beat("train", step)
-        with self.clock.pause("data"):
+        with self.measure.pause("data"):
             batch = next(self.batches)
+        if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
+            self.measure.clock.starved(throughout=self._in_flight is None)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
         with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
@@ -68,7 +70,7 @@ class Loop:
     def _diagnose(self, step, batch):
         """Logs what the optimizer is about to do; its time is no step's."""
         self._arrive()
-        with self.clock.pause("diagnosis"):
+        with self.measure.pause("diagnosis"):
             metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
         self.report.write(step, {name: float(x) for name, x in metrics.items()})
 
@@ -78,11 +80,11 @@ class Loop:
             return
         (step, scalars), self._in_flight = self._in_flight, None
         bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
-        self.clock.tick()
+        self.measure.tick(step, skipped=bad_steps > 0)
         self.report.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            self.report.write(step, metrics | self.clock.summary())
+            self.report.write(step, metrics | self.measure.summary())
         if bad_steps:
             self.report.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
@@ -96,7 +98,7 @@ class Loop:
         """Held-out loss of the current weights, logged as this step's."""
         self._arrive()
         beat("eval")
-        with self.clock.pause("eval"):
+        with self.measure.pause("eval"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             per_token = self.held_out.bytes_per_token
             metrics = evaluate(self.eval_step, self.state, batches, per_token, self._eval_tokens())
@@ -113,7 +115,7 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
-        with self.clock.pause("save"):
+        with self.measure.pause("save"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step

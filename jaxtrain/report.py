@@ -42,12 +42,14 @@ class Report:
         self._latest = {"step": resume_step}  # newest of each metric of training and evaluation
         self._first_logged = None  # (step, monotonic s)
         self._finished = False
+        self.removed_s = 0.0  # of steps that were logged and have to be made again
 
     def __enter__(self):
         if not self.active:
             return self
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._scalars = ScalarLog(self.workdir, self.resume_step)
+        self.removed_s = self._scalars.removed_s
         for record in read_metrics(self.workdir / FILE):
             self._remember(record["step"], record)
         if self._scalars.removed_lines:
@@ -116,7 +118,7 @@ class Report:
         """Writes summary.json and the loss curve, and prints the closing lines.
 
         summary.json holds `step`, `steps`, the newest training and evaluation metrics, and
-        `summary`: StepClock.total(), versions, whatever else there is to say.
+        `summary`: Measure.total(), versions, whatever else there is to say.
         """
         if not self.active:
             return
@@ -210,6 +212,10 @@ def closing_lines(summary: dict) -> list[str]:
         share = f", {share:.0%} of it in steps" if share is not None else ""
         tokens = grouped(summary["perf/tokens"])
         lines.append(f"time  {duration(summary['perf/wall_s'])} for {tokens} tokens{share}")
+    if "lost_s" in summary:
+        most = sorted(summary["lost_s"].items(), key=lambda item: -item[1])
+        lost = "  ".join(f"{cause} {seconds:.1f} s" for cause, seconds in most if seconds >= 0.05)
+        lines.append(f"lost  {lost or 'nothing'}")
     return lines
 
 

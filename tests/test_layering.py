@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine
+files axes knobs beat engine wire
 sections
 config
 runtime mesh stop
@@ -18,12 +18,14 @@ data.* model.* interop.*
 loss optim.*
 step
 diagnose
-metrics digest
+metrics digest work
 agree
 storage.*
 checkpoint
 run
 scalars curve
+steplog
+measure about
 report
 evaluate generate
 loop

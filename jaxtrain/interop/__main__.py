@@ -10,6 +10,7 @@ import numpy as np
 from absl import app, flags
 
 from jaxtrain import config as config_lib
+from jaxtrain.about import stored_config
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
@@ -21,7 +22,7 @@ from jaxtrain.optim.groups import named_leaves
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run, read_stored, restore_run
 from jaxtrain.runtime import start_runtime
-from jaxtrain.train import start_state, stored_config
+from jaxtrain.train import start_state
 
 HELP = """\
 Takes weights of GPT-2 and Llama models from Hugging Face folders (config.json, model.safetensors
