@@ -41,11 +41,12 @@ class StepWork(NamedTuple):
     flops_6n: float  # weights that multiply a token, no attention
     flops_causal: float  # and attention, of the keys that a query sees
     flops_full: float  # and attention, of all keys: PaLM's
-    hbm_bytes: float
+    hbm_bytes: float | None  # None where the program could not be read
     roofline_s: float | None  # without a chip there is none
     collectives: tuple[Collective, ...]
     devices: int
     dtype: str  # of the products
+    problem: str = ""  # why the program could not be read
 
     @property
     def payload_bytes(self) -> int:
@@ -96,11 +97,13 @@ class StepWork(NamedTuple):
         if chip is None or self.dtype not in PEAK_OF:
             return {}
         peak = chip.peak_flops[PEAK_OF[self.dtype]] * self.devices
-        return {
+        figures = {
             "perf/mfu": self.flops_causal / step_time_s / peak,
             "perf/mfu_6n": self.flops_6n / step_time_s / peak,
-            "perf/mbu": self.hbm_bytes / step_time_s / chip.hbm_bytes_per_s,
         }
+        if self.hbm_bytes is not None:
+            figures["perf/mbu"] = self.hbm_bytes / step_time_s / chip.hbm_bytes_per_s
+        return figures
 
 
 def build_work(run, compiled, hosts=None) -> StepWork:
@@ -109,23 +112,34 @@ def build_work(run, compiled, hosts=None) -> StepWork:
     Args:
         hosts: name of each process's host.
     """
-    cfg, program = run.cfg, Program(compiled.as_text())
-    tokens = cfg.data.batch * cfg.data.seq_len
+    cfg, tokens = run.cfg, run.cfg.data.batch * run.cfg.data.seq_len
     causal = training_flops(cfg.model, cfg.data.seq_len, causal=True)
     full = training_flops(cfg.model, cfg.data.seq_len)
-    chip = find_device_chip(run.mesh.devices.flat[0])
     return StepWork(
         tokens=tokens,
         params=run.parameters,
         flops_6n=tokens * causal.matrices,
         flops_causal=tokens * causal.total,
         flops_full=tokens * full.total,
-        hbm_bytes=sum(work.times * work.hbm_bytes for work in program.work()),
-        roofline_s=roofline(program, chip).seconds if chip else None,
-        collectives=tuple(find_collectives(program, run.mesh, hosts)),
         devices=run.mesh.size,
         dtype=cfg.model.dtype,
+        **_read_program(compiled, run.mesh, hosts),
     )
+
+
+def _read_program(compiled, mesh, hosts) -> dict:
+    """What StepWork holds of the program; a form that is not known says so and stops no run."""
+    chip = find_device_chip(mesh.devices.flat[0])
+    try:
+        program = Program(compiled.as_text())
+        return {
+            "hbm_bytes": sum(work.times * work.hbm_bytes for work in program.work()),
+            "roofline_s": roofline(program, chip).seconds if chip else None,
+            "collectives": tuple(find_collectives(program, mesh, hosts)),
+        }
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        nothing = {"hbm_bytes": None, "roofline_s": None, "collectives": ()}
+        return nothing | {"problem": f"{type(error).__name__}: {error}"[:300]}
 
 
 def find_device_chip(device) -> Chip | None:
@@ -149,20 +163,25 @@ def chip_dict(chip: Chip | None) -> dict | None:
 
 def conventions(work: StepWork, chip: Chip | None, device) -> list[str]:
     """What MFU and MBU mean here, or why there is none: lines for the start of a run."""
+    lines = []
     if chip is None:
-        return [
+        lines.append(
             f"no MFU, no MBU: {device.device_kind!r} has no peak in pallas_kernels/chip.py, and "
             "none is guessed"
+        )
+    elif work.dtype not in PEAK_OF:
+        lines.append(f"no MFU, no MBU: the table has no peak of {chip.name} for {work.dtype}")
+    else:
+        name = PEAK_OF[work.dtype]
+        lines += [
+            f"mfu of {work.devices} x {chip.peak_flops[name] / 1e12:g} TFLOP/s ({name}, dense): "
+            "6N and attention's products, once, of the keys that a query sees; mfu_6n: 6N alone",
+            f"mbu of {chip.hbm_bytes_per_s / 1e9:g} GB/s: what the compiled step's instructions "
+            f"read and write; peaks: {chip.source}",
         ]
-    if work.dtype not in PEAK_OF:
-        return [f"no MFU, no MBU: {chip.name} has no peak for {work.dtype} in its table"]
-    name = PEAK_OF[work.dtype]
-    return [
-        f"mfu of {work.devices} x {chip.peak_flops[name] / 1e12:g} TFLOP/s ({name}, dense): "
-        "6N and attention's products, once, of the keys that a query sees; mfu_6n: 6N alone",
-        f"mbu of {chip.hbm_bytes_per_s / 1e9:g} GB/s: bytes that the compiled step's instructions "
-        f"read and write; peaks: {chip.source}",
-    ]
+    if work.problem:
+        lines.append(f"NOT KNOWN: bytes and collectives of the compiled step: {work.problem}")
+    return lines
 
 
 def memory_figures() -> dict[str, int]:
