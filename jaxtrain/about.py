@@ -54,6 +54,8 @@ def measured(run, work, measure):
         yield "measure", f"no memory in use: {device.platform}'s allocator does not count it"
     if jax.process_count() > 1:
         yield "measure", measure.describe()
+    if run.cfg.export.port:
+        yield "export", f"http://{run.cfg.export.address}:{run.cfg.export.port}/metrics"
     for (kind, axis, inter_host), row in work.by_kind().items():
         where = "between hosts" if inter_host else "inside a host"
         yield "collect", f"{row['count']} x {kind} over {axis}, {row['bytes']:,} bytes, {where}"

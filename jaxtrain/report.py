@@ -11,6 +11,7 @@ from absl import flags, logging
 
 import jaxtrain
 from jaxtrain.curve import loss_curve
+from jaxtrain.export import Exporter
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.scalars import FILE, ScalarLog, read_metrics
 
@@ -31,14 +32,18 @@ class Report:
         active: False, on all processes but the first, writes and prints nothing.
         title: of the loss curve; first line the run, the next lines what it trains. Default: the
             folder's name.
+        export: an ExportConfig; None serves no metrics.
     """
 
-    def __init__(self, workdir, steps, resume_step=0, quiet=False, active=True, title=""):
+    def __init__(
+        self, workdir, steps, resume_step=0, quiet=False, active=True, title="", export=None
+    ):
         self.workdir = Path(workdir)
         self.steps, self.resume_step = steps, resume_step
         self.active, self.quiet = active, quiet or not active
         self.title = title or self.workdir.resolve().name
-        self._bar = self._scalars = None
+        self._bar = self._scalars = self._exporter = None
+        self._export = export
         self._latest = {"step": resume_step}  # newest of each metric of training and evaluation
         self._first_logged = None  # (step, monotonic s)
         self._finished = False
@@ -48,6 +53,8 @@ class Report:
         if not self.active:
             return self
         self.workdir.mkdir(parents=True, exist_ok=True)
+        if self._export and self._export.port:
+            self._exporter = Exporter(self._export.address, self._export.port)
         self._scalars = ScalarLog(self.workdir, self.resume_step)
         self.removed_s = self._scalars.removed_s
         for record in read_metrics(self.workdir / FILE):
@@ -62,6 +69,8 @@ class Report:
             return
         self._close_bar()
         self._scalars.close()
+        if self._exporter:
+            self._exporter.close()
         if self._finished:
             return
         try:
@@ -97,6 +106,8 @@ class Report:
             return
         metrics = self._scalars.write(step, metrics)
         self._remember(step, metrics)
+        if self._exporter:
+            self._exporter.write(step, metrics)
         if LOSS in metrics and not self.quiet:
             self._show_step(step, metrics)
         if EVAL_LOSS in metrics:

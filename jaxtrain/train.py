@@ -98,7 +98,8 @@ def train(cfg, devices=None, quiet=False) -> int:
             if active:
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0
-        with Report(workdir, cfg.steps, first, quiet, active, title) as report, Stop() as stop:
+        about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
+        with Report(*about) as report, Stop() as stop:
             hosts = of_all(socket.gethostname())
             report.header(header(run, corpus, checkpoints, resumed))
             report.write_config(stored_config(run, corpus, hosts))

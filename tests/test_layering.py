@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire
+files axes knobs beat engine wire names
 sections
 config
 runtime mesh stop
@@ -23,7 +23,7 @@ agree
 storage.*
 checkpoint
 run
-scalars curve
+scalars curve export
 steplog
 measure about
 report
@@ -88,7 +88,9 @@ def test_kernels_know_nothing_of_the_training_stack():
         assert not roots & {"jaxtrain", "configs", "launch", "tests"}, path
 
 
-@pytest.mark.parametrize("name", ["axes", "beat", "config", "engine", "files", "sections"])
+@pytest.mark.parametrize(
+    "name", ["axes", "beat", "config", "engine", "export", "files", "names", "sections", "wire"]
+)
 def test_the_ground_floor_does_not_know_jax(name):
     source = (ROOT / "jaxtrain" / f"{name}.py").read_text()
     assert "jax" not in {imported.split(".")[0] for imported in _imports_of(source)}
