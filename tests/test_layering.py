@@ -25,7 +25,7 @@ checkpoint
 run
 scalars curve export
 steplog
-measure about
+measure about tracing
 report
 evaluate generate
 loop
@@ -38,6 +38,7 @@ optim.study
 crosscheck.*
 benchmarks.*
 bench
+profile
 """
 FLOOR = {name: height for height, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 FILES = sorted((ROOT / "jaxtrain").rglob("*.py"))
