@@ -12,6 +12,7 @@ those inside of it; on several threads or streams at once they add up to more th
 import argparse
 import re
 import sys
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -181,8 +182,15 @@ def read_trace(path: Path) -> Trace:
     Raises:
         ValueError: it holds none.
     """
+    with warnings.catch_warnings():
+        # jax 0.11.2 makes a type in the midst of it, whose warning as an error would abort Python.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _read_trace(path)
+
+
+def _read_trace(path):
     devices, host, read, left = [], Host(), [], []
-    data = ProfileData.from_file(str(path))  # named: its planes do not keep it alive
+    data = ProfileData.from_file(str(path))  # named: its planes may not keep it alive
     for plane in data.planes:
         found = []
         if GPU.match(plane.name):
