@@ -6,6 +6,7 @@ import jaxtrain.config as config_lib
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.tracing import Tracer
 
 
@@ -48,7 +49,9 @@ class Loop:
             if self.tracer.turns_at(step):
                 self._switch_trace()
             with self.tracer.step(step):
-                self._advance(step)
+                batch = self._advance(step)
+            if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
+                self._measure_phases(step, batch)
             if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
                 self.evaluate(step)
             told = stop.asked(step)
@@ -68,7 +71,7 @@ class Loop:
             self.report.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile tells it")
 
     def _advance(self, step):
-        """Starts a step, then waits for the one before it."""
+        """Starts a step, then waits for the one before it; returns the step's batch."""
         beat("train", step)
         with self.measure.pause("data"), self.tracer.part("data"):
             batch = next(self.batches)
@@ -82,6 +85,17 @@ class Loop:
         beat("train", step)  # another one: who is stuck in its data has not made it
         self._arrive()
         self._in_flight = step, scalars
+        return batch
+
+    def _measure_phases(self, step, batch):
+        """Logs and shows what the parts of a step take alone."""
+        self._arrive()
+        with self.measure.pause("phases"):
+            whole_s = self.measure.clock.usual_s()
+            figures = measure_phases(self.run, self.state, batch, self.rates, whole_s)
+        self.report.write(step, figures)
+        for line in show_phases(figures):
+            self.report.note(line)
 
     def _diagnose(self, step, batch):
         """Logs what the optimizer is about to do; its time is no step's."""

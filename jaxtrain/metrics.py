@@ -120,6 +120,10 @@ class StepClock:
         """The last wait for data since the last tick."""
         return self._waited_s
 
+    def usual_s(self) -> float:
+        """Median step time of the run so far."""
+        return statistics.median(self._run.step_times_s)
+
     def summary(self) -> dict[str, float]:
         """Figures since the last summary, by metric name; a window without a step has no times.
 

@@ -14,7 +14,7 @@ COLLECTIVES = (
     "all_to_all",
     "collective_permute",
 )
-PHASES = ("forward", "forward_backward", "optimizer", "exchange", "whole", "overlap", "exposed")
+PHASES = ("forward", "forward_backward", "exchange", "optimizer", "whole", "overlap", "exposed")
 
 MEASURED = {
     "perf/compile_time_s": "compiling the step",

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.beat import beat
 from jaxtrain.engine import detect
 from jaxtrain.runtime import join, part
+from jaxtrain.wire import Wire
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
@@ -47,14 +47,15 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
     count = size_bytes // 4 // mesh.size * mesh.size
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
-    times = []
+    times, wire = [], Wire(interface)
     for i in range(WARM_UP + REPEATS):
         if i == WARM_UP:
-            before = wire_bytes(interface)
+            before, _ = wire.read()
         start = time.perf_counter()
         jax.block_until_ready(function(x))
         times.append(time.perf_counter() - start)
-    wire = wire_bytes(interface) - before
+    sent = wire.read()[0] - before
+    wire.close()
     seconds, n = statistics.median(times[WARM_UP:]), mesh.size
     ideal = SHARE[kind] * (n - 1) / n * 4 * count
     return {
@@ -66,22 +67,10 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
         "spread_s": [min(times[WARM_UP:]), max(times[WARM_UP:])],
         "algbw_bytes_per_s": 4 * count / seconds,
         "busbw_bytes_per_s": ideal / seconds,
-        "wire_sent_bytes": wire / REPEATS,
+        "wire_sent_bytes": sent / REPEATS,
         "ideal_sent_bytes": ideal,
         "interface": interface,
     }
-
-
-def wire_bytes(interface: str) -> int:
-    """Bytes sent by an interface since boot, and by InfiniBand, which /proc/net does not see."""
-    sent = 0
-    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
-        name, _, numbers = line.partition(":")
-        if name.strip() == interface or (not interface and name.strip() != "lo"):
-            sent += int(numbers.split()[8])
-    for path in Path("/sys/class/infiniband").glob("*/ports/*/counters/port_xmit_data"):
-        sent += 4 * int(path.read_text())  # the counter is in words of 4 bytes
-    return sent
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ storage.*
 checkpoint
 run
 scalars curve export
-steplog
+steplog phases
 measure about tracing
 report
 evaluate generate
