@@ -33,11 +33,18 @@ def from_process_0(function):
     return answer["value"]
 
 
+def of_all(text: str) -> list[str]:
+    """What each process says, cut to REASON_BYTES, in every process."""
+    if jax.process_count() == 1:
+        return [text]
+    said = text.encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
+    texts = multihost_utils.process_allgather(np.frombuffer(said, np.uint8))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(texts)]
+
+
 def first_reason(reason: str) -> str:
     """The first process's reason that is not empty, in every process."""
-    if jax.process_count() == 1:
+    texts = of_all(reason)
+    if len(texts) == 1:
         return reason
-    text = reason.encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
-    texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(texts)]
     return next((f"process {i}: {text}" for i, text in enumerate(texts) if text), "")

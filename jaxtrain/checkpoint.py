@@ -98,6 +98,10 @@ class Checkpoints:
         self.storage.save(step, leaves, record)
         return time.perf_counter() - start
 
+    def is_saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self.storage.is_saving()
+
     def wait(self) -> None:
         """Blocks until the last save is on disk. Raises what failed in the background, if any."""
         self.storage.wait()

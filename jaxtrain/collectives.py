@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    r"replica_groups=mesh\[([^\]]*)\](?:(?:, device_ids=)?\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+    r"\{([^}]*)\}"
 )
 _AXIS = re.compile(r"'(\w+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 
@@ -25,6 +27,12 @@ class Collective(NamedTuple):
     size: int  # devices of a group
     crosses_hosts: bool
     times: int  # a run of the program
+    rings: int = 1  # most groups of one host that hold devices of other hosts too
+
+    @property
+    def host_bytes(self) -> float:
+        """What such a host sends to others in all: each ring leaves it once."""
+        return self.rings * self.wire_bytes if self.crosses_hosts else 0.0
 
     @property
     def wire_bytes(self) -> float:
@@ -89,17 +97,26 @@ def _axes(groups, mesh) -> tuple[str, ...]:
     return tuple(itertools.compress(mesh.axis_names, moves))
 
 
-def _hosts(mesh):
-    return np.array([device.process_index for device in mesh.devices.flat])
+def _hosts(mesh, names):
+    processes = [device.process_index for device in mesh.devices.flat]
+    return np.array([names[i] for i in processes] if names else processes)
 
 
-def find_collectives(program: Program, mesh) -> list[Collective]:
+def _rings(groups, hosts) -> int:
+    """Most groups that one host shares with others."""
+    shared = [set(hosts[group]) for group in groups]
+    counts = Counter(host for members in shared if len(members) > 1 for host in members)
+    return max(counts.values(), default=0)
+
+
+def find_collectives(program: Program, mesh, names=None) -> list[Collective]:
     """Those of more than one device, in the order they run in; loops turned.
 
     Args:
         program: compiled for `mesh`, devices in its order.
+        names: of each process's host; None: each process is on one of its own.
     """
-    found, hosts = [], _hosts(mesh)
+    found, hosts = [], _hosts(mesh, names)
     for i, types, times in program.executed():
         kind = i.op.removesuffix("-start")
         if kind not in KINDS or i.op.endswith("-done"):
@@ -111,6 +128,6 @@ def find_collectives(program: Program, mesh) -> list[Collective]:
         given = sum(bytes_of(types[name]) for name in i.operands)
         # Gathered is what all give; reduced, scattered and exchanged is what each gives.
         payload = given * size if kind == "all-gather" else given
-        crosses = any(len(set(hosts[group])) > 1 for group in groups)
-        found.append(Collective(kind, payload, _axes(groups, mesh), size, crosses, times))
+        rings, axes = _rings(groups, hosts), _axes(groups, mesh)
+        found.append(Collective(kind, payload, axes, size, rings > 0, times, rings))
     return found

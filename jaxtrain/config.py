@@ -16,11 +16,14 @@ from jaxtrain.knobs import Section, knob
 from jaxtrain.sections import (
     CheckpointConfig,
     DataConfig,
+    ExportConfig,
     KernelsConfig,
     LossConfig,
+    MeasureConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     SampleConfig,
 )
 
@@ -69,6 +72,9 @@ class TrainConfig(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,7 +135,9 @@ def flatten(config) -> dict:
 
 
 def config_hash(config) -> str:
-    """12 hex digits that name what is trained; where it is written does not count."""
+    """12 hex digits that name what is trained; where it goes and who looks on do not count."""
     places = ("workdir", "compile_cache", "checkpoint.storage")
-    values = {k: v for k, v in flatten(config).items() if k not in places}
+    onlookers = ("measure.", "profile.", "export.")
+    flat = flatten(config).items()
+    values = {k: v for k, v in flat if k not in places and not k.startswith(onlookers)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

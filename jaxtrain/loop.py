@@ -6,7 +6,8 @@ import jaxtrain.config as config_lib
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
-from jaxtrain.metrics import StepClock
+from jaxtrain.phases import AFTER_STEPS, measure_phases, show_phases
+from jaxtrain.tracing import Tracer
 
 
 class Diverged(RuntimeError):
@@ -23,52 +24,83 @@ class Loop:
         diagnosis: likewise, of what `diagnose` gives; None where the run asks for none.
         batches: training batches, at the state's step.
         held_out: corpus to evaluate on.
+        measure: Measure of this process, started.
     """
 
-    def __init__(self, run, state, step, diagnosis, batches, held_out, checkpoints, report):
+    def __init__(
+        self, run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
+    ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
-        self.checkpoints, self.report = checkpoints, report
-        self.clock = StepClock(run.cfg.data.batch * run.cfg.data.seq_len)
+        self.checkpoints, self.report, self.measure = checkpoints, report, measure
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = int(state.step)
         self.saved_step = self.first
+        cfg = self.cfg
+        self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
         self._in_flight = None  # (step, scalars), the scalars still on the device
 
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
         cfg = self.cfg
-        self.clock.start()
         for step in range(self.first + 1, cfg.steps + 1):
-            self._advance(step)
+            if self.tracer.turns_at(step):
+                self._switch_trace()
+            with self.tracer.step(step):
+                batch = self._advance(step)
+            if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
+                self._measure_phases(step, batch)
             if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
                 self.evaluate(step)
             told = stop.asked(step)
             if told or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
             if told:
-                return told
-        return None
+                break
+        if self.tracer.is_on:
+            self._switch_trace()
+        return told
+
+    def _switch_trace(self):
+        self._arrive()
+        with self.measure.pause("profile"):
+            self.tracer.switch()
+        if not self.tracer.is_on:
+            self.report.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile tells it")
 
     def _advance(self, step):
-        """Starts a step, then waits for the one before it."""
+        """Starts a step, then waits for the one before it; returns the step's batch."""
         beat("train", step)
-        with self.clock.pause("data"):
+        with self.measure.pause("data"), self.tracer.part("data"):
             batch = next(self.batches)
+        if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
+            self.measure.clock.starved(throughout=self._in_flight is None)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
-        with jax.transfer_guard("disallow"):  # a hidden copy would stall every step
+        with jax.transfer_guard("disallow"), self.tracer.part("dispatch"):
+            # A hidden copy would stall every step.
             self.state, scalars = self.step(self.state, batch, self.rates)
         beat("train", step)  # another one: who is stuck in its data has not made it
         self._arrive()
         self._in_flight = step, scalars
+        return batch
+
+    def _measure_phases(self, step, batch):
+        """Logs and shows what the parts of a step take alone."""
+        self._arrive()
+        with self.measure.pause("phases"):
+            whole_s = self.measure.clock.usual_s()
+            figures = measure_phases(self.run, self.state, batch, self.rates, whole_s)
+        self.report.write(step, figures)
+        for line in show_phases(figures):
+            self.report.note(line)
 
     def _diagnose(self, step, batch):
         """Logs what the optimizer is about to do; its time is no step's."""
         self._arrive()
-        with self.clock.pause("diagnosis"):
+        with self.measure.pause("diagnosis"), self.tracer.part("pause"):
             metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
         self.report.write(step, {name: float(x) for name, x in metrics.items()})
 
@@ -77,12 +109,13 @@ class Loop:
         if self._in_flight is None:
             return
         (step, scalars), self._in_flight = self._in_flight, None
-        bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
-        self.clock.tick()
+        with self.tracer.part("wait"):
+            bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
+        self.measure.tick(step, skipped=bad_steps > 0)
         self.report.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            self.report.write(step, metrics | self.clock.summary())
+            self.report.write(step, metrics | self.measure.summary())
         if bad_steps:
             self.report.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
@@ -96,7 +129,7 @@ class Loop:
         """Held-out loss of the current weights, logged as this step's."""
         self._arrive()
         beat("eval")
-        with self.clock.pause("eval"):
+        with self.measure.pause("eval"), self.tracer.part("pause"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             per_token = self.held_out.bytes_per_token
             metrics = evaluate(self.eval_step, self.state, batches, per_token, self._eval_tokens())
@@ -113,7 +146,7 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
-        with self.clock.pause("save"):
+        with self.measure.pause("save"), self.tracer.part("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step

@@ -11,6 +11,7 @@ from absl import flags, logging
 
 import jaxtrain
 from jaxtrain.curve import loss_curve
+from jaxtrain.export import Exporter
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.scalars import FILE, ScalarLog, read_metrics
 
@@ -31,23 +32,31 @@ class Report:
         active: False, on all processes but the first, writes and prints nothing.
         title: of the loss curve; first line the run, the next lines what it trains. Default: the
             folder's name.
+        export: an ExportConfig; None serves no metrics.
     """
 
-    def __init__(self, workdir, steps, resume_step=0, quiet=False, active=True, title=""):
+    def __init__(
+        self, workdir, steps, resume_step=0, quiet=False, active=True, title="", export=None
+    ):
         self.workdir = Path(workdir)
         self.steps, self.resume_step = steps, resume_step
         self.active, self.quiet = active, quiet or not active
         self.title = title or self.workdir.resolve().name
-        self._bar = self._scalars = None
+        self._bar = self._scalars = self._exporter = None
+        self._export = export
         self._latest = {"step": resume_step}  # newest of each metric of training and evaluation
         self._first_logged = None  # (step, monotonic s)
         self._finished = False
+        self.removed_s = 0.0  # of steps that were logged and have to be made again
 
     def __enter__(self):
         if not self.active:
             return self
         self.workdir.mkdir(parents=True, exist_ok=True)
+        if self._export and self._export.port:
+            self._exporter = Exporter(self._export.address, self._export.port)
         self._scalars = ScalarLog(self.workdir, self.resume_step)
+        self.removed_s = self._scalars.removed_s
         for record in read_metrics(self.workdir / FILE):
             self._remember(record["step"], record)
         if self._scalars.removed_lines:
@@ -60,6 +69,8 @@ class Report:
             return
         self._close_bar()
         self._scalars.close()
+        if self._exporter:
+            self._exporter.close()
         if self._finished:
             return
         try:
@@ -95,6 +106,8 @@ class Report:
             return
         metrics = self._scalars.write(step, metrics)
         self._remember(step, metrics)
+        if self._exporter:
+            self._exporter.write(step, metrics)
         if LOSS in metrics and not self.quiet:
             self._show_step(step, metrics)
         if EVAL_LOSS in metrics:
@@ -116,7 +129,7 @@ class Report:
         """Writes summary.json and the loss curve, and prints the closing lines.
 
         summary.json holds `step`, `steps`, the newest training and evaluation metrics, and
-        `summary`: StepClock.total(), versions, whatever else there is to say.
+        `summary`: Measure.total(), versions, whatever else there is to say.
         """
         if not self.active:
             return
@@ -210,6 +223,10 @@ def closing_lines(summary: dict) -> list[str]:
         share = f", {share:.0%} of it in steps" if share is not None else ""
         tokens = grouped(summary["perf/tokens"])
         lines.append(f"time  {duration(summary['perf/wall_s'])} for {tokens} tokens{share}")
+    if "lost_s" in summary:
+        most = sorted(summary["lost_s"].items(), key=lambda item: -item[1])
+        lost = "  ".join(f"{cause} {seconds:.1f} s" for cause, seconds in most if seconds >= 0.05)
+        lines.append(f"lost  {lost or 'nothing'}")
     return lines
 
 

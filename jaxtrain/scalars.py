@@ -42,16 +42,17 @@ def read_metrics(path: str | Path) -> list[dict]:
     return records
 
 
-def rewind_metrics(path: Path, step: int) -> int:
-    """Drops a metrics.jsonl's lines after `step`, all if it is 0, in one rename; their number."""
+def rewind_metrics(path: Path, step: int) -> list[dict]:
+    """Drops a metrics.jsonl's lines after `step`, all if it is 0, in one rename; returns them."""
     if not path.exists():
-        return 0
-    records = read_metrics(path)
-    kept = [record for record in records if 0 < step and record["step"] <= step]
+        return []
+    kept, removed = [], []
+    for record in read_metrics(path):
+        (kept if 0 < step and record["step"] <= step else removed).append(record)
     text = "".join(strict_json(record) + "\n" for record in kept)
     if text.encode() != path.read_bytes():
         write_atomic(path, text)
-    return len(records) - len(kept)
+    return removed
 
 
 class ScalarLog:
@@ -62,10 +63,17 @@ class ScalarLog:
     Args:
         workdir: existing folder of the run.
         resume_step: the step that this process resumes from; what was logged after it goes.
+
+    Attributes:
+        removed_lines: number of lines that went.
+        removed_s: seconds from the first to the last of them; 0 where nothing is resumed.
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0):
-        self.removed_lines = rewind_metrics(workdir / FILE, resume_step)
+        removed = rewind_metrics(workdir / FILE, resume_step)
+        self.removed_lines, self.removed_s = len(removed), 0.0
+        if removed and resume_step:
+            self.removed_s = max(removed[-1]["time"] - removed[0]["time"], 0.0)
         self._lines = open(workdir / FILE, "ab", buffering=0)
         self._events = _EventFile(workdir, resume_step + 1 if resume_step else 0)
 

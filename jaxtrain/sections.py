@@ -177,3 +177,27 @@ class SampleConfig(Section):
     tokens: int = knob(256, "tokens to sample at the end of a run; 0 samples none", low=0)
     temperature: float = knob(0.7, "0 takes the likeliest token", low=0.0)
     top_k: int = knob(50, "likeliest tokens to draw from; 0 is all", low=0)
+
+
+@dataclass(frozen=True)
+class MeasureConfig(Section):
+    """What is measured beside the training; no value changes what is trained."""
+
+    PREFIX = "measure."
+
+    phases: bool = knob(False, "time forward, backward, optimizer and exchange alone, once")
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Section):
+    PREFIX = "profile."
+
+    steps: int = knob(0, "steps to trace after warm-up into workdir/profile; 0 is none", low=0)
+
+
+@dataclass(frozen=True)
+class ExportConfig(Section):
+    PREFIX = "export."
+
+    port: int = knob(0, "of the newest metrics for Prometheus; 0 is none", low=0, high=65_535)
+    address: str = knob("127.0.0.1", "that it listens on; 0.0.0.0 is every network")

@@ -12,9 +12,9 @@ SLURM's srun, mpirun, JAX_* variables).
 
 import json
 import os
-import platform
 import signal
-import sys
+import socket
+import time
 from pathlib import Path
 
 import jax
@@ -22,7 +22,8 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
-from jaxtrain.agree import from_process_0
+from jaxtrain.about import header, measured, stored_config, versions
+from jaxtrain.agree import from_process_0, of_all
 from jaxtrain.beat import beat
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
@@ -33,77 +34,20 @@ from jaxtrain.generate import complete
 from jaxtrain.interop.start import check_model, load_params
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
+from jaxtrain.measure import Measure, open_wire
 from jaxtrain.mesh import param_sharding
 from jaxtrain.optim.accelerated import evaluated
-from jaxtrain.optim.groups import format_group_table, group_table
-from jaxtrain.optim.owners import work_share
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
 from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
 from jaxtrain.step import abstract_state, init_state
+from jaxtrain.steplog import StepLog
 from jaxtrain.stop import Stop
+from jaxtrain.work import build_work, find_device_chip
 
 PREEMPTED = 75  # EX_TEMPFAIL: start me again
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PROMPT_TOKENS = 64  # of held-out text, where sample.prompt is empty
-
-
-def header(run, corpus, checkpoints, resumed):
-    """What the run will do, as (name, value) pairs for Report.header."""
-    cfg = run.cfg
-    tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
-    letters = "  ".join(f"{letter} {getattr(cfg.model, letter)}" for letter in "LDHGKFV")
-    shape = "  ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    yield "model", f"{run.parameters:,} parameters  {letters}  {cfg.model.dtype}"
-    yield "data", corpus.describe()
-    yield "tokens", f"{tokens:,} = {cfg.steps} steps x {cfg.data.batch} x {cfg.data.seq_len}"
-    yield "mesh", f"{shape}  of {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
-    for route in run.routes.values():
-        yield "route", str(route)
-    if jax.process_count() > 1:
-        where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
-        storage = cfg.checkpoint.storage
-        yield "route", f"checkpoint.storage {storage}: {where[storage]}"
-    if run.mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
-        share = work_share(run.model.axes, run.model.shapes, run.mesh)
-        yield "owners", f"whole matrices on each device, {share:.3f} of an even share of the work"
-    for line in format_group_table(group_table(cfg.optim, run.model.axes, run.model.shapes)).split(
-        "\n"
-    ):
-        yield "optim", line
-    yield "run", f"{Path(cfg.workdir).resolve()}  config {config_lib.config_hash(cfg)}"
-    for step, reason in checkpoints.rejected:
-        yield "rejected", f"checkpoint {step}: {reason}"
-    if resumed is not None:
-        yield "resume", f"step {resumed}"
-    elif cfg.weights:
-        yield "weights", f"{Path(cfg.weights).resolve()}"
-
-
-def versions() -> dict:
-    """Versions that a result depends on."""
-    from importlib.metadata import version
-
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def stored_config(run, corpus) -> dict:
-    """What config.json holds: all that names this run."""
-    return {
-        "config": config_lib.to_dict(run.cfg),
-        "config_hash": config_lib.config_hash(run.cfg),
-        "versions": versions(),
-        "command": sys.argv,
-        "device": run.mesh.devices.flat[0].device_kind,
-        "devices": run.mesh.size,
-        "routes": {name: str(route) for name, route in run.routes.items()},
-        "data": {
-            "fingerprint": corpus.fingerprint,
-            "tokens": corpus.tokens,
-            "tokenizer": corpus.tokenizer_name,
-        },
-    }
 
 
 def print_sample(loop, corpus):
@@ -116,7 +60,7 @@ def print_sample(loop, corpus):
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
     prompt = cfg.prompt or tokenizer.decode(loop.held_out.read(0, 1, 1 + PROMPT_TOKENS))
-    with loop.clock.pause("sample"):
+    with loop.measure.pause("sample"):
         texts, tokens_per_s = complete(
             loop.run, loop.state, tokenizer, [prompt], cfg.tokens, cfg.temperature, cfg.top_k
         )
@@ -131,6 +75,7 @@ def train(cfg, devices=None, quiet=False) -> int:
     Returns:
         the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
     """
+    started_s = time.perf_counter()
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
     corpus = open_corpus(cfg.data, "train", cfg.model.V, workdir)
@@ -153,19 +98,48 @@ def train(cfg, devices=None, quiet=False) -> int:
             if active:
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0
-        with Report(workdir, cfg.steps, first, quiet, active, title) as report, Stop() as stop:
+        about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
+        with Report(*about) as report, Stop() as stop:
+            hosts = of_all(socket.gethostname())
             report.header(header(run, corpus, checkpoints, resumed))
-            report.write_config(stored_config(run, corpus))
+            report.write_config(stored_config(run, corpus, hosts))
             beat("compile", first)
-            step = compile_step(run)
-            report.note(f"compiled in {step.compile_s:.1f} s")
-            report.write(first, {"perf/compile_time_s": step.compile_s})
-            diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
-            if diagnosis:
-                report.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
-            loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, report)
-            del state  # the loop donates it
-            return finish(loop, corpus, loop.run_to_end(stop))
+            step, diagnosis = compile_all(run, report, first)
+            work = build_work(run, step.compiled, hosts)
+            report.write_config(stored_config(run, corpus, hosts, work))
+            with open_measure(run, work, hosts, first, checkpoints) as measure:
+                report.header(measured(run, work, measure))
+                loop = Loop(
+                    run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
+                )
+                del state  # the loop donates it
+                measure.start(before_s(step, diagnosis, report, started_s))
+                return finish(loop, corpus, loop.run_to_end(stop))
+
+
+def compile_all(run, report, first):
+    """(step, diagnosis or None), compiled; how long that took is reported."""
+    step = compile_step(run)
+    report.note(f"compiled in {step.compile_s:.1f} s")
+    report.write(first, {"perf/compile_time_s": step.compile_s})
+    diagnosis = compile_diagnosis(run) if run.cfg.diagnose_every else None
+    if diagnosis:
+        report.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+    return step, diagnosis
+
+
+def open_measure(run, work, hosts, first, checkpoints) -> Measure:
+    """The Measure of this process."""
+    log = StepLog(Path(run.cfg.workdir), jax.process_index(), first)
+    chip = find_device_chip(run.mesh.devices.flat[0])
+    return Measure(work, chip, log, open_wire(hosts), checkpoints.is_saving)
+
+
+def before_s(step, diagnosis, report, started_s) -> dict:
+    """{cause: seconds} of a run before its first step, and of steps that it has to make again."""
+    compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
+    start_s = time.perf_counter() - started_s - compile_s
+    return {"start": start_s, "compile": compile_s, "restart": report.removed_s}
 
 
 def is_finished(workdir, steps, first) -> bool:
@@ -216,11 +190,11 @@ def finish(loop, corpus, told) -> int:
     if told is None:
         loop.evaluate(cfg.steps)
         print_sample(loop, corpus)
-    with loop.clock.pause("save"):
+    with loop.measure.pause("save"):
         loop.checkpoints.wait()
     ended = {"stopped_by": told and told.name, "versions": versions()}
     ended["eval_at"] = f"eval_params: {evaluated(loop.state.opt_state)}"
-    report.finish(loop.clock.total() | ended)
+    report.finish(loop.measure.total() | ended)
     if told is None:
         return 0
     report.note(f"saved step {loop.saved_step} of {cfg.steps}; the same command resumes it")

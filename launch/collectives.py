@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.beat import beat
 from jaxtrain.engine import detect
 from jaxtrain.runtime import join, part
-from launch.host.net import wire_bytes
+from jaxtrain.wire import Wire
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
@@ -50,14 +50,15 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
         raise ValueError(f"{kind} of {size_bytes} bytes has no float32 for each of {mesh.size}.")
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
-    times = []
+    times, wire = [], Wire(interface)
     for i in range(WARM_UP + REPEATS):
         if i == WARM_UP:
-            before = wire_bytes(interface)[0]
+            before, _ = wire.read()
         start = time.perf_counter()
         jax.block_until_ready(function(x))
         times.append(time.perf_counter() - start)
-    wire = wire_bytes(interface)[0] - before
+    sent = wire.read()[0] - before
+    wire.close()
     seconds, n = statistics.median(times[WARM_UP:]), mesh.size
     ideal = SHARE[kind] * (n - 1) / n * 4 * count
     return {
@@ -69,7 +70,7 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
         "spread_s": [min(times[WARM_UP:]), max(times[WARM_UP:])],
         "algbw_bytes_per_s": 4 * count / seconds,
         "busbw_bytes_per_s": ideal / seconds,
-        "wire_sent_bytes": wire / REPEATS,
+        "wire_sent_bytes": sent / REPEATS,
         "ideal_sent_bytes": ideal,
         "interface": interface,
     }

@@ -59,6 +59,7 @@ class Job:
     def request(self, host: Host) -> dict:
         """What starts this job's supervisor on a host."""
         record = self.record
+        interface = {"JAXTRAIN_INTERFACE": host.interface} if host.interface else {}
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -69,7 +70,7 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [host_python(host, part) for part in record["argv"]],
-            "env": record["env"] | {"PYTHONPATH": record["folders"][host.name]},
+            "env": interface | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
             "cwd": record["folders"][host.name],
         }
         return {"op": "start", "job": self.id, "spec": spec}

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine
+files axes knobs beat engine wire names
 sections
 config
 runtime mesh stop trees
@@ -18,12 +18,14 @@ data.* model.* interop.*
 loss optim.*
 step
 diagnose
-metrics digest
+metrics digest work
 agree
 storage.*
 checkpoint
 run
-scalars curve
+scalars curve export
+steplog phases
+measure about tracing
 report
 evaluate generate
 loop
@@ -36,6 +38,7 @@ optim.study
 crosscheck.*
 benchmarks.*
 bench
+profile
 """
 FLOOR = {name: height for height, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 FILES = sorted((ROOT / "jaxtrain").rglob("*.py"))
@@ -86,7 +89,9 @@ def test_kernels_know_nothing_of_the_training_stack():
         assert not roots & {"jaxtrain", "configs", "launch", "tests"}, path
 
 
-@pytest.mark.parametrize("name", ["axes", "beat", "config", "engine", "files", "sections"])
+@pytest.mark.parametrize(
+    "name", ["axes", "beat", "config", "engine", "export", "files", "names", "sections", "wire"]
+)
 def test_the_ground_floor_does_not_know_jax(name):
     source = (ROOT / "jaxtrain" / f"{name}.py").read_text()
     assert "jax" not in {imported.split(".")[0] for imported in _imports_of(source)}

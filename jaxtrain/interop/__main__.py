@@ -10,6 +10,7 @@ import numpy as np
 from absl import app, flags
 
 from jaxtrain import config as config_lib
+from jaxtrain.about import stored_config
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
@@ -20,7 +21,7 @@ from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run, read_stored, restore_run
 from jaxtrain.runtime import start_runtime
-from jaxtrain.train import start_state, stored_config
+from jaxtrain.train import start_state
 from jaxtrain.trees import named_leaves
 
 HELP = """\

@@ -10,6 +10,7 @@ from jaxtrain.collectives import Collective, find_collectives
 from jaxtrain.model.flops import Flops, training_flops
 from jaxtrain.run import build_run, compile_step
 from jaxtrain.step import abstract_state
+from jaxtrain.work import Roofline, roofline
 from pallas_kernels.chip import Chip
 from pallas_kernels.hlo import Program
 
@@ -42,15 +43,6 @@ class Memory(NamedTuple):
             "gradients": self.gradients,
             "activations and workspace": self.activations,
         }
-
-
-class Roofline(NamedTuple):
-    """Of one step on one device, every instruction at the datasheet's peak, none overlapping."""
-
-    flops: float  # executed: recomputation and the optimizer too
-    hbm_bytes: float
-    seconds: float  # sum over instructions of the slower of computing and moving
-    compute_s: float  # of those that compute longer than they move
 
 
 class Plan(NamedTuple):
@@ -111,17 +103,6 @@ def _memory(run, compiled, chip) -> Memory:
         kept + found.temp_size_in_bytes,
         int(USABLE * chip.hbm_bytes),
     )
-
-
-def roofline(program, chip) -> Roofline:
-    flops = moved = seconds = compute_s = 0.0
-    for work in program.work():
-        one = chip.seconds(work.hbm_bytes, work.flops, work.dtype)
-        flops += work.times * work.flops
-        moved += work.times * work.hbm_bytes
-        seconds += work.times * one
-        compute_s += work.times * one * (one > work.hbm_bytes / chip.hbm_bytes_per_s)
-    return Roofline(flops, moved, seconds, compute_s)
 
 
 def compile_plan(cfg, chip, gpus=1, hosts=1) -> Plan:

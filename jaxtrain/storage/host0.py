@@ -84,6 +84,9 @@ class Host0:
             if not (self._keep_every and old % self._keep_every == 0):
                 shutil.rmtree(self._folder / str(old))
 
+    def is_saving(self) -> bool:
+        return False  # it blocks until all is on disk
+
     def wait(self) -> None:
         pass
 

@@ -63,6 +63,9 @@ class Shared:
         items = {"state": ocp.args.PyTreeSave(leaves), "record": ocp.args.JsonSave(record)}
         self._open().save(step, args=ocp.args.Composite(**items), force=True)
 
+    def is_saving(self) -> bool:
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         if self._manager is not None:
             self._manager.wait_until_finished()

@@ -1,0 +1,90 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtrain import profile
+from jaxtrain.profile import Device, Op, find_traces, own_times, read_trace
+from jaxtrain.tracing import Tracer
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """A folder with a trace of three steps: products of 256 x 256, after one that is not traced."""
+    folder = tmp_path_factory.mktemp("traced")
+    tracer = Tracer(folder, 0, STEPS + 1, STEPS)
+    program = jax.jit(lambda x: jnp.tanh(x @ x))
+    x = jax.device_put(jnp.ones((256, 256)), jax.devices()[0])
+    for step in range(1, STEPS + 2):
+        if tracer.turns_at(step):
+            tracer.switch()
+        with tracer.step(step):
+            with tracer.part("dispatch"):
+                y = program(x)
+            with tracer.part("wait"):
+                y.block_until_ready()
+    tracer.switch()
+    return folder
+
+
+def test_a_trace_tells_each_operation_and_the_hosts_parts(traced):
+    trace = read_trace(*find_traces(traced))
+    assert "/host:CPU" in trace.read and trace.left
+    [device] = trace.devices
+    rows = device.by_op()
+    assert {row["count"] % STEPS for row in rows} == {0}
+    assert {row["module"] for row in rows} == {"jit__lambda"}
+    assert 0 < device.busy_s <= device.span_s
+    parts = trace.host.parts_s()
+    assert len(trace.host.steps) == STEPS and parts.keys() == {"dispatch", "wait"}
+    assert parts["dispatch"] + parts["wait"] <= trace.host.step_s
+
+
+def test_the_command_prints_what_it_read(traced, capsys):
+    profile.main([str(traced), "--top=1"])
+    shown = capsys.readouterr().out
+    assert "planes read: /host:CPU; left:" in shown and "% idle" in shown
+    assert "host: 3 steps of" in shown and "1 others" not in shown.split("own ms")[0]
+
+
+def test_a_folder_without_a_trace_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="DIR must hold a trace"):
+        profile.main([str(tmp_path)])
+
+
+def test_time_is_the_operations_own():
+    assert own_times([(0, 10), (1, 4), (2, 3), (5, 6), (10, 12)]) == [6, 2, 1, 1, 2]
+
+
+def test_what_runs_at_once_is_busy_once_and_pauses_are_not_idle():
+    ops = [Op("a", "m", 0.0, 2.0, 2.0), Op("b", "m", 1.0, 3.0, 2.0)]
+    ops += [Op("eval", "m", 5.0, 6.0, 1.0), Op("all-reduce.1", "m", 9.0, 10.0, 1.0)]
+    device = Device("d", tuple(ops)).without([(4.0, 8.0)])
+    assert device.span_s == 6.0 and device.busy_s == 4.0 and device.collective_s == 1.0
+
+
+def test_a_gpus_streams_are_read_and_not_the_lines_that_repeat_them():
+    event = lambda name, start, **stats: types.SimpleNamespace(
+        name=name, start_ns=start, duration_ns=10, stats=stats.items()
+    )
+    line = lambda name, *events: types.SimpleNamespace(name=name, events=events)
+    kernel = event("void gemm", 0, hlo_op="dot.1", hlo_module="jit_step")
+    lines = [line("Stream #1(Compute)", kernel, event("MemcpyD2D", 20)), line("XLA Ops", kernel)]
+    plane = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
+    device = profile._gpu(plane)
+    assert [(op.name, op.module) for op in device.ops] == [("dot.1", "jit_step"), ("MemcpyD2D", "")]
+
+
+@pytest.mark.parametrize(
+    "first, last, steps, traced", [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))]
+)
+def test_as_many_steps_are_traced_as_there_are_after_warm_up(tmp_path, first, last, steps, traced):
+    tracer, turns = Tracer(tmp_path, first, last, steps), []
+    for step in range(first + 1, last + 2):
+        if tracer.turns_at(step):
+            turns.append(step)
+            tracer.is_on = not tracer.is_on
+    assert turns == [traced[0], traced[1] + 1]
