@@ -92,7 +92,8 @@ def _open_mpi(env):
     count, rank = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
     local_size = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
     local = None if local_size == 1 else (int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),)
-    port = 61_440 + int(uri.partition(".")[0] or 0) % 4_096
+    job = int(uri.partition(".")[0] or 0) >> 16  # its lower half counts what one mpirun starts
+    port = 61_440 + job % 4_096
     return f"{match[1]}:{port}", count, rank, local, count
 
 

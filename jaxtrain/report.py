@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 from absl import flags, logging
 
 import jaxtrain
@@ -154,7 +155,7 @@ class Report:
         if step > first_step:  # evaluations and saves count, compilation does not
             step_s = (now_s - first_s) / (step - first_step)
         eta_s = None if step_s is None else step_s * (self.steps - step)
-        if not sys.stdout.isatty():
+        if not _is_watched():
             count = f"step {step:>{len(str(self.steps))}}/{self.steps}"
             self.note(f"{count}  {step_text(metrics, eta_s)}")
             return
@@ -177,6 +178,11 @@ class Report:
         if finite:
             write_atomic(self.curve_path, loss_curve(points[LOSS], points[EVAL_LOSS], self.title))
         return bool(finite)
+
+
+def _is_watched() -> bool:
+    """Whether a bar has a terminal to be redrawn on; mpirun's processes have one that has none."""
+    return sys.stdout.isatty() and jax.process_count() == 1
 
 
 def _build_bar(steps, resume_step):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -66,16 +67,21 @@ def run_main(main, errors=(), words=False):
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         try:
             part(main(argv[1:]) if words else main())
-        except (ValueError, CheckpointError, *errors) as error:
-            logging.debug("in full:", exc_info=True)
-            refuse(error)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
+                logging.debug("in full:", exc_info=True)
+                refuse(error)
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
             leave(1)
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def of_runtime(error) -> bool:
+    """Whether JAX's runtime raised it; that of a collective whose peer has died is a ValueError."""
+    return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
 
 
 def refuse(reason) -> None:

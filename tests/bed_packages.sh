@@ -7,6 +7,11 @@ command -v ip > /dev/null || missing="$missing iproute2"
 command -v rsync > /dev/null || missing="$missing rsync"
 command -v nsenter > /dev/null || missing="$missing util-linux"
 command -v ps > /dev/null || missing="$missing procps"
+command -v slurmctld > /dev/null || [ -x /usr/sbin/slurmctld ] || missing="$missing slurmctld"
+command -v slurmd > /dev/null || [ -x /usr/sbin/slurmd ] || missing="$missing slurmd"
+command -v srun > /dev/null || missing="$missing slurm-client"
+command -v munged > /dev/null || [ -x /usr/sbin/munged ] || missing="$missing munge"
+command -v mpirun > /dev/null || missing="$missing openmpi-bin"
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
     echo "bed of hosts: not installed, for want of root or apt-get:$missing"

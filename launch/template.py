@@ -1,0 +1,56 @@
+"""Prints the template of an engine that starts the same training program as launch.run does.
+
+    python -m launch.template slurm > train.sh
+    python -m launch.template --list
+
+Each begins with how it is used, and with what of it has run for real. jaxtrain/engine.py reads
+what the engine, or the template, says of a process in its environment.
+"""
+
+import argparse
+import sys
+from importlib import resources
+
+TEMPLATES = {
+    "slurm": "slurm.sh",
+    "openmpi": "openmpi.sh",
+    "torchrun": "torchrun.sh",
+    "jobset": "jobset.yaml",
+    "skypilot": "skypilot.yaml",
+    "ray": "ray_driver.py",
+    "systemd": "systemd.service",
+}
+
+
+def read_template(engine: str) -> str:
+    """A template's text. Raises KeyError where there is none."""
+    return (resources.files("launch") / "templates" / TEMPLATES[engine]).read_text()
+
+
+def summary(engine: str) -> str:
+    """What its first comment line says of it."""
+    lines = read_template(engine).splitlines()
+    first = next(line for line in lines if line.startswith(("# ", '"""')))
+    return first.strip('#" ')
+
+
+def main(argv=None) -> int:
+    listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "launch.template", description=f"{__doc__}\n{listed}", formatter_class=form
+    )
+    parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")
+    parser.add_argument("--list", action="store_true", help="the engines, and what each is for")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(listed)
+    elif args.engine is None:
+        parser.error(f"ENGINE must be one of {', '.join(TEMPLATES)}")
+    else:
+        print(read_template(args.engine), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

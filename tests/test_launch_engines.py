@@ -1,0 +1,92 @@
+"""The training program under engines that run here for real, by the templates that are shipped."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import bed as beds
+import jax
+import pytest
+import runs
+import slurm_bed
+
+from configs import debug
+from jaxtrain import config as config_lib
+from jaxtrain.train import train
+from launch.template import read_template
+
+ROOT = Path(__file__).parent.parent
+no_slurm = slurm_bed.available()
+no_mpi = beds.available() or ("" if shutil.which("mpirun") else "mpirun is not installed")
+SETTINGS = {
+    "steps": 3,
+    "sample.tokens": 0,
+    "data.batch": 4,
+    "model.L": 1,
+    "optim.name": "adamw",
+    "mesh.fsdp": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for all hosts, with a text and the losses of one process."""
+    folder = tmp_path_factory.mktemp("shared")
+    config = debug.get_config()
+    text = runs.write_text(folder)
+    config.update_from_flattened_dict(SETTINGS | {"data.text": str(text)})
+    config.workdir, config.compile_cache = str(folder / "alone"), ""
+    assert train(config_lib.freeze(config), jax.devices()[:1], quiet=True) == 0
+    return folder
+
+
+def flags(name):
+    settings = SETTINGS | {"mesh.replica": -1, "compile_cache": "/mnt/shared/xla"}
+    settings |= {"data.text": "/mnt/shared/text.txt", "workdir": f"/mnt/shared/{name}"}
+    return ["--config=configs/debug.py"] + [f"--config.{k}={v}" for k, v in settings.items()]
+
+
+def run_on_first(bed, *argv, **env):
+    """What a command on h0 prints, with this environment's python and the working tree."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    command = bed.inside("h0", "env", "-C", ROOT, *argv)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=env, timeout=200, **both)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def check(shared, name, out, engine):
+    assert f"process 1 of 2 ({engine})" in out, out
+    losses, alone = (dict(runs.losses(shared / run)) for run in (name, "alone"))
+    assert losses == pytest.approx(alone, abs=1e-5) and list(losses) == [1, 2, 3]
+
+
+@pytest.mark.skipif(bool(no_slurm), reason=no_slurm)
+def test_two_nodes_of_slurm_train_as_one_process(shared):
+    (shared / "train.sh").write_text(read_template("slurm"))
+    with slurm_bed.SlurmBed(2, shared) as bed:
+        log = shared / "slurm.out"
+        submit = ["sbatch", "--wait", "--output=/mnt/shared/slurm.out", "/mnt/shared/train.sh"]
+        run_on_first(bed, *submit, *flags("slurm"))
+        check(shared, "slurm", log.read_text(), "SLURM")
+
+
+@pytest.mark.skipif(bool(no_mpi), reason=no_mpi)
+def test_two_hosts_of_mpirun_train_as_one_process(shared):
+    (shared / "mpi.sh").write_text(read_template("openmpi"))
+    with beds.Bed(2, shared) as bed:
+        out = run_on_first(
+            bed,
+            *("bash", "/mnt/shared/mpi.sh", *flags("mpi")),
+            HOSTS="h0,h1",
+            NETWORK="lan0",
+            OMPI_MCA_plm_rsh_agent=f"ssh -F {bed.ssh_config}",
+            OMPI_ALLOW_RUN_AS_ROOT="1",
+            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+        )
+        check(shared, "mpi", out, "Open MPI")
