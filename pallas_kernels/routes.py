@@ -13,7 +13,7 @@ import jax
 
 from pallas_kernels.tuned import TILES, Blocks, ProductTiles, Tiles
 
-OPS = ("attention", "norm", "head", "square")
+OPS = ("attention", "norm", "qk_rope", "head", "square")
 ROWS = Path(__file__).parent / "tuned"
 NEAR = 0.5  # of a factor of two: a row speaks for sizes that round to its own
 
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     op: str
     chip: str
     dtype: str
-    shape: tuple  # attention: T, H, G, K; norm and square: D; head: D, V
+    shape: tuple  # attention: T, H, G, K; norm and square: D; qk_rope: K; head: D, V
     jax: str
     tiles: tuple | None
     kernel_s: float

@@ -30,6 +30,7 @@ def _products(names, square):
 SPACES = {
     "attention": _attention,
     "norm": lambda arch: iter(()),  # its one number, elements a warp, follows from D
+    "qk_rope": lambda arch: iter(()),  # and here from K
     "head": _products(("head",), square=False),
     "square": _products(("square", "square_sum"), square=True),
 }

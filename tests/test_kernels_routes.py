@@ -102,12 +102,11 @@ def test_the_search_changes_one_kernels_tiles_at_a_time(op, arch):
 
 
 def test_a_promised_kernel_that_a_program_lacks_is_named():
-    promised = choose_routes(
-        ModelConfig(), False, "gpu", False, KernelsConfig(strict=True), arch="sm_86"
-    )
+    model, strict = ModelConfig(qk_norm=True), KernelsConfig(strict=True)
+    promised = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
-    assert missing_kernels(promised, compiled) == list(KERNELS)
-    plain = choose_routes(ModelConfig(), False, "gpu", False, arch="sm_86")
+    assert set(missing_kernels(promised, compiled)) == set(KERNELS)
+    plain = choose_routes(model, False, "gpu", False, arch="sm_86")
     assert missing_kernels(plain, compiled) == []
 
 
