@@ -12,6 +12,7 @@ from jaxtrain.mesh import BATCH
 KERNELS = {
     "attention": "flash_attention_forward",
     "norm": "add_norm_forward",
+    "qk_rope": "qk_rope_backward",
     "head": "head_scores",
     "square": "symmetric",
 }
@@ -78,6 +79,17 @@ def build_add_norm(route, form, eps, mesh=None):
         )
 
     return join
+
+
+def build_qk_rope(route, eps, mesh=None):
+    """turn(x_BTHK, gain_K, cos_TK, sin_TK) -> normed and rotated; rows and heads as they lie."""
+    from pallas_kernels.qk_rope import qk_rope
+
+    def local(*given):
+        return qk_rope(*given, eps, _interpreted(route))
+
+    heads = P(BATCH, None, "tensor")
+    return _apart(local, mesh, (heads, P(), P(), P()), heads)
 
 
 def build_scores(route):

@@ -66,6 +66,7 @@ def _no_flash(model, tensor, interpret) -> str:
 SHAPES = {
     "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
     "norm": lambda model, seq_len: (model.D,),
+    "qk_rope": lambda model, seq_len: (model.K,),
     "head": lambda model, seq_len: (model.D, model.V),
     "square": lambda model, seq_len: (model.D,),
 }
@@ -86,6 +87,8 @@ class _Fused:
             return "its sums are float32; got model.dtype=float64"
         if op == "attention":
             return _no_flash(self.model, self.tensor, self.kernels.interpret)
+        if op == "qk_rope" and self.model.G % self.tensor:
+            return f"mesh.tensor={self.tensor} must divide model.G={self.model.G}"
         return ""
 
     def asked_by(self, op) -> str:
@@ -202,6 +205,8 @@ def choose_routes(
         "square": fused.route("square") or fused.xla("square", "plain"),
         "layers": _unroll(model, platform),
     }
+    if model.qk_norm and model.position == "rope":
+        routes["qk_rope"] = fused.route("qk_rope") or fused.xla("qk_rope", "plain")
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
         raise ValueError(

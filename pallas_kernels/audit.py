@@ -24,6 +24,7 @@ from pallas_kernels.chip import CHIPS, find_chip
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.offline import compile_for
+from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.routes import part_of
 from pallas_kernels.search import bodies, candidates
 from pallas_kernels.symmetric import symmetric
@@ -66,6 +67,21 @@ def _norm_case(backward, N, D, floor):
 
     name = f"add_norm_{'backward' if backward else 'forward'}"
     return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2, 0.0, floor)
+
+
+def _qk_rope_case(B, T, H, K, floor):
+    def build(chip, tiles):
+        del chip, tiles
+        x = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16)
+        gain, table = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((K,), (T, K)))
+
+        def run(x, gain, cos, sin, dy):
+            return jax.vjp(lambda *given: qk_rope(*given, cos, sin), x, gain)[1](dy)
+
+        return run, (x, gain, table, table, x)
+
+    shape, moved = f"{B}x{T}x{H}x{K} bf16", 6 * B * T * H * K + 4 * T * K
+    return Case("qk_rope_backward", shape, build, moved, 0.0, floor, op="qk_rope")
 
 
 def _symmetric_case(X, M, N, floor, adds=False):
@@ -131,6 +147,8 @@ CASES = [
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
     *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
+    _qk_rope_case(4, 2_048, 16, 128, floor=8),
+    _qk_rope_case(8, 1_024, 12, 64, floor=8),
     _head_case(1_024, 2_048, 50_304, keep=True),
     _head_case(1_024, 768, 50_257, keep=True),
     _head_case(1_024, 2_048, 50_304, keep=False, softcap=15.0),

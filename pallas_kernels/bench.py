@@ -5,8 +5,10 @@
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      (interpreted: no figure counts)
 
 Medians of 20 samples with the range of the middle eight tenths, random data, all contestants in
-one run. Speeds are also given as shares of what the same card's own copy and matrix product reach
-in this run. Every finished row is written at once; when the minutes are over, the rest is named.
+one run. PyTorch, where it is installed with CUDA, takes part on the same arrays, timed by CUDA
+events; JAX then takes memory as it needs it (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set).
+Speeds are also given as shares of what the same card's own copy and matrix product reach in this
+run. Every finished row is written at once; when the minutes are over, the rest is named.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pallas_kernels.contests import KERNEL, TINY, Sizes, build_contests
 from pallas_kernels.routes import ROWS, Row, default_tiles, part_of, with_part
 from pallas_kernels.search import bodies, candidates
 from pallas_kernels.timing import time_calls
+from pallas_kernels.torch_contests import measure_torch
 
 
 def ceilings(size=8_192) -> dict[str, float]:
@@ -39,8 +42,12 @@ def ceilings(size=8_192) -> dict[str, float]:
     }
 
 
-def measure(contest, tiles) -> dict:
-    """{contestant: Timing or the error that it ended in}, all on the same arrays."""
+def measure(contest, tiles, device) -> dict:
+    """{contestant: Timing or the error that it ended in}, all on the same arrays.
+
+    Args:
+        device: torch's, "cuda" or "cpu".
+    """
     arrays, found = contest.arrays(jax.random.key(1)), {}
     for name, function in contest.contestants(tiles).items():
         run = jax.jit(function)
@@ -48,7 +55,7 @@ def measure(contest, tiles) -> dict:
             found[name] = time_calls(lambda run=run: run(*arrays))
         except Exception as error:  # one that cannot run must not end the others
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-    return found
+    return found | measure_torch(contest, arrays, device)
 
 
 def _seconds(contest, tiles, arrays) -> float:
@@ -91,8 +98,9 @@ def tune(contest, arch, until, show) -> tuple:
 
 
 def as_row(contest, chip, tiles, found) -> Row | None:
-    """What the routes read; None where the kernel or all others failed."""
+    """What the routes read, of what JAX can run; None where the kernel or all others failed."""
     timed = {name: t for name, t in found.items() if not isinstance(t, str)}
+    timed = {name: t for name, t in timed.items() if not name.startswith("torch")}
     if KERNEL not in timed or len(timed) < 2:
         return None
     other = min((name for name in timed if name != KERNEL), key=lambda name: timed[name].median_s)
@@ -127,13 +135,13 @@ def lines(contest, found, ceiling):
     ours = found[KERNEL]
     for name, timing in found.items():
         if isinstance(timing, str):
-            yield f"  {name:10} did not run: {timing}"
+            yield f"  {name:14} did not run: {timing}"
             continue
         flops, moved = (x / timing.median_s for x in (contest.flops, contest.hbm_bytes))
         share = max(flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"])
         ratio = "" if isinstance(ours, str) else f" {timing.median_s / ours.median_s:5.2f}x"
         yield (
-            f"  {name:10} {timing!s:28} {flops / 1e12:7.1f} TFLOP/s {moved / 1e9:7.0f} GB/s "
+            f"  {name:14} {timing!s:28} {flops / 1e12:7.1f} TFLOP/s {moved / 1e9:7.0f} GB/s "
             f"{share:4.0%} of the ceiling{ratio}"
         )
 
@@ -158,7 +166,7 @@ def bench(args, show=print) -> dict:
             tiles = best_body(contest, arch, show)[1]
         else:
             tiles = default_tiles(contest.op, arch)
-        found = measure(contest, tiles)
+        found = measure(contest, tiles, "cpu" if args.tiny else "cuda")
         show("\n".join(lines(contest, found, ceiling)))
         results["contests"][contest.name] = {
             name: t if isinstance(t, str) else t._asdict() for name, t in found.items()
@@ -192,6 +200,7 @@ def parse(argv=None):
 
 def main(argv=None) -> None:
     args = parse(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some too
     try:
         bench(args)
     except ValueError as error:

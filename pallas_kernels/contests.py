@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
 KERNEL = "kernel"
@@ -41,11 +42,14 @@ class Sizes(NamedTuple):
         (2, 4_096, 16, 4, 128),
     )
     norm: tuple = ((8_192, 768), (8_192, 2_048))  # N, D
+    qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
     head: tuple = ((1_024, 768, 50_304), (1_024, 2_048, 50_304))  # N, D, V
     square: tuple = ((12, 768, 768), (24, 2_048, 2_048))  # X, M, N
 
 
-TINY = Sizes(((1, 128, 2, 1, 64),), ((64, 128),), ((64, 64, 256),), ((1, 64, 64),))
+TINY = Sizes(
+    ((1, 128, 2, 1, 64),), ((64, 128),), ((2, 32, 2, 64),), ((64, 64, 256),), ((1, 64, 64),)
+)
 
 
 def _normal(key, *shapes):
@@ -121,6 +125,31 @@ def _norm(size, interpret):
     return Contest("norm", f"norm both ways {N}x{D}", (D,), arrays, contestants, 0, 16 * N * D)
 
 
+def _qk_rope(size, interpret):
+    B, T, H, K = size
+
+    def both_ways(turn):
+        def run(x, dy, gain, cos, sin):
+            out, pullback = jax.vjp(lambda x, gain: turn(x, gain, cos, sin), x, gain)
+            return out, pullback(dy)
+
+        return run
+
+    def contestants(tiles):
+        del tiles
+        ours = lambda *given: qk_rope(*given, 1e-6, interpret)
+        law = lambda *given: qk_rope_reference(*given, 1e-6)
+        return {KERNEL: both_ways(ours), "xla": both_ways(law)}
+
+    def arrays(key):
+        angle_TK = jnp.tile(jnp.arange(T)[:, None] * 1e4 ** -jnp.linspace(0, 1, K // 2), 2)
+        return [*_normal(key, *[size] * 2), jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK)]
+
+    moved = 10 * B * T * H * K + 8 * T * K
+    name = f"qk_rope both ways {B}x{T}x{H}x{K}"
+    return Contest("qk_rope", name, (K,), arrays, contestants, 0, moved)
+
+
 def _head(size, interpret):
     N, D, V = size
 
@@ -189,4 +218,5 @@ def build_contests(sizes=Sizes(), interpret=False) -> list[Contest]:  # noqa: B0
         *(_head(s, interpret) for s in sizes.head),
         *(_square(s, interpret) for s in sizes.square),
         *(_norm(s, interpret) for s in sizes.norm),
+        *(_qk_rope(s, interpret) for s in sizes.qk_rope),
     ]

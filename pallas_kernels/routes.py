@@ -21,7 +21,7 @@ from pallas_kernels.tuned import (
     body_of,
 )
 
-OPS = ("attention", "norm", "head", "square")
+OPS = ("attention", "norm", "qk_rope", "head", "square")
 ROWS = Path(__file__).parent / "tuned"
 NEAR = 0.5  # of a factor of two: a row speaks for sizes that round to its own
 
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     op: str
     chip: str
     dtype: str
-    shape: tuple  # attention: T, H, G, K; norm and square: D; head: D, V
+    shape: tuple  # attention: T, H, G, K; norm and square: D; qk_rope: K; head: D, V
     jax: str
     tiles: tuple | None
     kernel_s: float

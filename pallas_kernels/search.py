@@ -33,10 +33,11 @@ def _mosaic_products(part):
             yield MosaicTiles(rows, columns, depth, stages)
 
 
-# op -> ({body: tiles of one of its kernels}, its kernels); norm's one number follows from D
+# op -> ({body: tiles of one of its kernels}, its kernels); others' one number follows from D or K
 SPACES = {
     "attention": ({"triton": _attention}, Blocks._fields),
     "norm": ({}, ()),
+    "qk_rope": ({}, ()),
     "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),
     "square": ({"triton": _products, "mosaic": _mosaic_products}, ("square", "square_sum")),
 }

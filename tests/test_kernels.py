@@ -47,6 +47,21 @@ def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
     assert unroll(L=26, unroll=13).implementation == "unroll=13"
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"qk_norm": True, "position": "learned"}, {"qk_norm": True}]
+)
+def test_only_a_model_with_qk_norm_and_rope_has_a_route_for_both(values):
+    routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_86")
+    assert ("qk_rope" in routes) == (values == {"qk_norm": True})
+
+
+def test_heads_that_do_not_divide_over_devices_have_no_kernel():
+    where = dict(arch="sm_90", tensor=4)
+    route = choose_routes(ModelConfig(qk_norm=True, G=2), False, "gpu", False, **where)["qk_rope"]
+    assert route.implementation == "plain"
+    assert "mesh.tensor=4 must divide model.G=2" in route.reason
+
+
 STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
 
 

@@ -34,7 +34,7 @@ def test_the_audit_passes_for_both_chips():
     rows = [
         line
         for line in done.stdout.splitlines()
-        if line.startswith(("add_", "flash_", "head_", "symmetric"))
+        if line.startswith(("add_", "flash_", "head_", "qk_rope", "symmetric"))
     ]
     assert len(rows) == sum(len(audited(find_chip(chip), CASES)) for chip in ("a40", "h100"))
     assert sum(" mosaic " in row for row in rows) == len(MOSAIC_CASES) * mosaic.USABLE
@@ -116,6 +116,7 @@ for name in ("a40",):
         run = build_run(freeze(config), devices)
         text = compile_step(run).compiled.as_text()
     names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
+    names += ("qk_rope_backward",)
     assert all(kernel in text for kernel in names)
     print(name, *(route.implementation for route in run.routes.values()))
 """
@@ -126,7 +127,7 @@ def test_a_strict_step_compiled_for_a_card_holds_the_fused_kernels():
     done = run("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     for line, arch in zip(done.stdout.splitlines(), ("sm_86",), strict=True):
-        assert line.count(f"fused:{arch}") == 3 and f"flash:{arch}" in line
+        assert line.count(f"fused:{arch}") == 4 and f"flash:{arch}" in line
 
 
 def test_without_the_platform_set_the_error_says_how_to_start():

@@ -10,6 +10,7 @@ from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.head_scores import place as place_of_rows
+from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import place, symmetric, symmetric_reference
 from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
 
@@ -82,6 +83,46 @@ def test_the_gains_gradient_has_the_same_bits_every_time():
     h, y, ds, dn = (draw(seed, (600, 64), HALF) for seed in range(4))
     run = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, INTERPRET)
     grad = lambda: jax.vjp(run, jnp.ones(64, FULL))[1]((ds, dn))[0]
+    assert jnp.array_equal(grad(), grad())
+
+
+HEADS = {  # B, T, H, K
+    "grouped keys, ragged": (2, 37, 3, 64),
+    "wide heads": (1, 50, 4, 128),
+    "narrow heads, no power of two": (2, 21, 1, 24),
+    "more blocks than programs": (2, 1_100, 4, 64),
+}
+
+
+def heads_case(name, dtype):
+    """(x, dy), (gain, cos, sin)"""
+    B, T, H, K = HEADS[name]
+    x, dy = (draw(seed, (B, T, H, K), dtype) + seed / 4 for seed in range(2))
+    angle_TK = jnp.tile(100 * draw(2, (T, K // 2), FULL), 2)
+    return (x, dy), (1 + 0.1 * draw(3, (K,), FULL), jnp.cos(angle_TK), jnp.sin(angle_TK))
+
+
+@pytest.mark.parametrize(
+    "name, dtype, tolerance",
+    [("narrow heads, no power of two", FULL, 2e-6), *((name, HALF, 3e-3) for name in HEADS)],
+)
+def test_qk_rope_and_its_gradients_equal_the_reference(name, dtype, tolerance):
+    (x, dy), (gain, *angles) = heads_case(name, dtype)
+    run = lambda x, gain: qk_rope(x, gain, *angles, 1e-6, INTERPRET)
+    y, pullback = jax.vjp(run, x, gain)
+    law = lambda x, gain: qk_rope_reference(x, gain, *exact(*angles), 1e-6)
+    y_exact, pullback_exact = jax.vjp(law, *exact(x, gain))
+    assert y.dtype == dtype
+    got, want = pullback(dy), pullback_exact(*exact(dy))
+    assert off(y, y_exact) < tolerance
+    assert off(got[0], want[0]) < tolerance
+    assert off(got[1], want[1]) < 1e-5
+
+
+def test_the_heads_gains_gradient_has_the_same_bits_every_time():
+    (x, dy), (gain, *angles) = heads_case("grouped keys, ragged", HALF)
+    run = lambda gain: qk_rope(x, gain, *angles, 1e-6, INTERPRET)
+    grad = lambda: jax.vjp(run, gain)[1](dy)[0]
     assert jnp.array_equal(grad(), grad())
 
 

@@ -66,6 +66,25 @@ def build_join(route, cfg, mesh=None):
     return joined
 
 
+def build_turn(route, cfg, mesh=None):
+    """turn(norm, x_BTHK, rope) -> queries or keys normed and rotated; norm and rope may be None.
+
+    Args:
+        route: of a ModelConfig's qk_rope; None where it has no such op.
+        mesh: rows lie over (replica, fsdp), heads over tensor.
+    """
+    if route is None or not route.implementation.startswith("fused"):
+
+        def plain(norm, x_BTHK, rope):
+            x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
+            return x_BTHK if rope is None else rotate(x_BTHK, *rope)
+
+        return plain
+
+    kernel = fused.build_qk_rope(route, cfg.norm_eps, mesh)
+    return lambda norm, x_BTHK, rope: kernel(x_BTHK, norm.gain[...], *rope)
+
+
 class Norm(nnx.Module):
     """RMS or layer norm, inside in at least float32, where bf16 would lose the mean square."""
 
@@ -168,23 +187,19 @@ def rope_tables(cfg, positions):
 
 
 class Attention(nnx.Module):
-    def __init__(self, cfg, dense):
-        self.cfg = cfg
+    def __init__(self, cfg, dense, turn):
+        self.turn = turn
         self.q = Linear(cfg, "L|D->HK", small_std(cfg), dense)
         self.k = Linear(cfg, "L|D->GK", small_std(cfg), dense)
         self.v = Linear(cfg, "L|D->GK", small_std(cfg), dense)
         self.o = Linear(cfg, "L|HK->D", residual_std(cfg), dense)
-        if cfg.qk_norm:
-            self.q_norm = HeadNorm(cfg)
-            self.k_norm = HeadNorm(cfg)
+        self.q_norm = HeadNorm(cfg) if cfg.qk_norm else None
+        self.k_norm = HeadNorm(cfg) if cfg.qk_norm else None
 
     def __call__(self, x_BTD, rope, mix):
         """mix: (q_BTHK, k_BTGK, v_BTGK) -> (o_BTHK, extra); returns ([B,T,D], extra)."""
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = self.turn(self.q_norm, q, rope), self.turn(self.k_norm, k, rope)
         o_BTHK, extra = mix(q, k, v)
         return self.o(o_BTHK), extra
 
@@ -209,10 +224,10 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer, pre-norm: h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, cfg, dense, join):
+    def __init__(self, cfg, dense, join, turn):
         self.join = join
         self.attention_norm = Norm(cfg, "L|D")
-        self.attention = Attention(cfg, dense)
+        self.attention = Attention(cfg, dense, turn)
         self.mlp_norm = Norm(cfg, "L|D")
         self.mlp = Mlp(cfg, dense)
 
@@ -236,11 +251,11 @@ def embed_std(cfg) -> float:
 class Transformer(nnx.Module):
     """All parameters; the forward pass over them is in transformer.py."""
 
-    def __init__(self, cfg, dense, join):
+    def __init__(self, cfg, dense, join, turn):
         self.embed = param(cfg, "V|D", embed_std(cfg))
         if cfg.position == "learned":
             self.positions = param(cfg, "T|D", embed_std(cfg))
-        self.blocks = Block(cfg, dense, join)
+        self.blocks = Block(cfg, dense, join, turn)
         self.final_norm = Norm(cfg, "|D")
         if not cfg.tied:  # logits of standard deviation 1/sqrt(D): the first loss is ln V
             self.head = param(cfg, "|V<-D", 1 / cfg.D)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.mesh import BATCH, param_spec
 from jaxtrain.model.attention import MASKED, attend
-from jaxtrain.model.layers import Transformer, build_join, lookup, rope_tables
+from jaxtrain.model.layers import Transformer, build_join, build_turn, lookup, rope_tables
 
 policies = jax.checkpoint_policies
 REMAT = {
@@ -86,7 +86,8 @@ class _Network:
         self.wide = jnp.promote_types(self.dtype, jnp.float32)
         dense = routes["dense"].implementation
         join = build_join(routes["norm"], cfg, self.mesh)
-        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense, join))
+        turn = build_turn(routes.get("qk_rope"), cfg, self.mesh)
+        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense, join, turn))
         self.state = nnx.split(abstract, nnx.Param)[1]
         self.axes = tree_of(self.state, lambda _, variable: variable.get_metadata()["axes"])
         self.shapes = tree_of(self.state, lambda _, variable: variable.get_value())

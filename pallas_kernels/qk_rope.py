@@ -1,0 +1,148 @@
+"""QK-norm and RoPE of a layer's queries or keys, rms_norm(x) * gain rotated: the way back, fused.
+
+Bound: memory. Of B*T*H heads of K elements of b bytes, backward moves 3*B*T*H*K*b (reads dy, x;
+writes dx) and the tables. XLA moves 2.4 times that (python -m pallas_kernels.traffic): it sums the
+gain's gradient in passes of its own. Forward it moves the least, so forward is XLA's, as is RoPE
+without a norm, both ways.
+
+Source: Henry et al. 2020, https://arxiv.org/abs/2010.04245; Su et al. 2021,
+https://arxiv.org/abs/2104.09864
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import triton
+
+PROGRAMS = 512  # of the backward: each sums the gain's gradient over its share of the heads
+ELEMENTS = 1_024  # of a block of heads, 8 a thread: whole heads, as many as that makes
+WARPS = 4
+
+
+def qk_rope_reference(x_BTHK, gain_K, cos_TK, sin_TK, eps):
+    """The law: inside in at least float32, then x.dtype; halves rotated, as in Llama."""
+    x = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
+    n_BTHK = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * gain_K
+    first, second = jnp.split(n_BTHK, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (n_BTHK * cos_TK[:, None] + turned * sin_TK[:, None]).astype(x_BTHK.dtype)
+
+
+class _Heads:
+    """Reads, writes and norms of blocks of heads, each head as its two halves.
+
+    Args:
+        T, H: of the arrays: row r is head r % H of token (r // H) % T.
+    """
+
+    def __init__(self, N, T, H, K, eps):
+        self.N, self.T, self.H, self.K, self.eps = N, T, H, K, eps
+        self.rows = max(ELEMENTS // pl.next_power_of_2(K), 1)
+        self.column = jnp.arange(pl.next_power_of_2(K // 2))[None]  # Triton's are powers of two
+
+    def places(self, block):
+        """(row, whether it is one), of a block's heads; past the last there are zeros."""
+        row = (block * self.rows + jnp.arange(self.rows))[:, None]
+        return row, (row < self.N) & (self.column < self.K // 2)
+
+    def read(self, ref, row, there):
+        halves = (ref.at[row, self.column + start] for start in (0, self.K // 2))
+        return [triton.load(x, mask=there, other=0.0).astype(jnp.float32) for x in halves]
+
+    def write(self, ref, row, there, halves):
+        for start, x in zip((0, self.K // 2), halves, strict=True):
+            place = ref.at[row, self.column + start]
+            triton.store(place, x.astype(ref.dtype), mask=there)
+
+    def gain(self, ref):
+        """Its halves, [1, K/2] each."""
+        inside = self.column < self.K // 2
+        starts = (0, self.K // 2)
+        return [triton.load(ref.at[self.column + at], mask=inside, other=0.0) for at in starts]
+
+    def tables(self, cos_ref, sin_ref, row, there):
+        """Of the first half, which the second repeats."""
+        token = jax.lax.rem(
+            jax.lax.div(row, jnp.full_like(row, self.H)), jnp.full_like(row, self.T)
+        )
+        read = lambda ref: triton.load(ref.at[token, self.column], mask=there, other=0.0)
+        return read(cos_ref), read(sin_ref)
+
+    def mean(self, first, second):
+        return jnp.sum(first + second, axis=1, keepdims=True) / self.K
+
+    def unit(self, first, second):
+        """(the heads normed, the 1/rms that they were multiplied by)"""
+        scale = jax.lax.rsqrt(self.mean(first * first, second * second) + self.eps)
+        return (first * scale, second * scale), scale
+
+
+def _backward_kernel(dy_ref, x_ref, gain_ref, cos_ref, sin_ref, dx_ref, sum_ref, *, T, H, eps):
+    (N, K), program, programs = x_ref.shape, pl.program_id(0), sum_ref.shape[0]
+    heads = _Heads(N, T, H, K, eps)
+    gains = heads.gain(gain_ref)
+
+    def one(turn, sums):
+        at = heads.places(program + turn * programs)
+        (first, second), (cos, sin) = heads.read(dy_ref, *at), heads.tables(cos_ref, sin_ref, *at)
+        dn = first * cos + second * sin, second * cos - first * sin
+        units, scale = heads.unit(*heads.read(x_ref, *at))
+        g = [d * gain for d, gain in zip(dn, gains, strict=True)]
+        along = heads.mean(g[0] * units[0], g[1] * units[1])
+        dx = [scale * (d - u * along) for d, u in zip(g, units, strict=True)]
+        heads.write(dx_ref, *at, dx)
+        return tuple(total + d * u for total, d, u in zip(sums, dn, units, strict=True))
+
+    zeros = (jnp.zeros((heads.rows, heads.column.shape[1]), jnp.float32),) * 2
+    blocks = pl.cdiv(N, heads.rows)
+    sums = jax.lax.fori_loop(0, pl.cdiv(blocks, programs), one, zeros)
+    inside = heads.column[0] < K // 2
+    for start, total in zip((0, K // 2), sums, strict=True):
+        place = sum_ref.at[program, heads.column[0] + start]
+        triton.store(place, jnp.sum(total, axis=0), mask=inside)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps=1e-6, interpret=False):
+    """qk_rope_reference, its backward fused; call it inside shard_map, on one device's part.
+
+    Args:
+        x_BTHK: queries or keys, of a floating type.
+        gain_K: float32.
+        cos_TK, sin_TK: float32, the second half of K as the first; they get no gradient.
+        interpret: runs without a GPU, for tests.
+
+    Returns:
+        [B,T,H,K] in x.dtype.
+    """
+    return _forward(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret)[0]
+
+
+def _forward(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret):
+    del interpret
+    given = x_BTHK, gain_K, cos_TK, sin_TK
+    return qk_rope_reference(*given, eps), given
+
+
+def _backward(eps, interpret, residuals, dy_BTHK):
+    x_BTHK, *given = residuals
+    _, T, H, K = x_BTHK.shape
+    dy_NK, x_NK = (x.reshape(-1, K) for x in (dy_BTHK, x_BTHK))
+    rows = _Heads(len(x_NK), T, H, K, eps).rows
+    programs = min(PROGRAMS, pl.cdiv(len(x_NK), rows))
+    dx_NK, partial_PK = triton.call(
+        functools.partial(_backward_kernel, T=T, H=H, eps=eps),
+        name="qk_rope_backward",
+        grid=(programs,),
+        out_shape=[triton.like(x_NK), triton.like(x_NK, jnp.float32, (programs, K))],
+        warps=WARPS,
+        interpret=interpret,
+    )(dy_NK, x_NK, *given)
+    dgain_K = partial_PK.sum(0)  # in one order: the same bits every time
+    return dx_NK.reshape(x_BTHK.shape), dgain_K, None, None
+
+
+qk_rope.defvjp(_forward, _backward)
