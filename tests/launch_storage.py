@@ -33,7 +33,7 @@ def restored(scene, times, storage) -> dict:
     """
     del times
     place = {"shared": "/mnt/shared", "host0": "/root/runs"}[storage]
-    keep = dict(save_every=HALF, checkpoint__storage=storage)
+    keep = dict(save_every=HALF, checkpoint__storage=storage, optim__total_steps=WHOLE)
     first = f"{storage}-half"
     values = lambda name, steps: keep | dict(workdir=f"{place}/{name}", steps=steps)
     scene.bed.run("h0", "mkdir", "-p", place)
