@@ -46,8 +46,14 @@ class Mesh:
         line = self._processes[host].stdout.readline()
         return json.loads(line)["ok"] if line else {"error": "it stopped answering"}
 
-    def clock(self, host) -> tuple[float, float]:
-        """(round trip, lead of the host's clock over this one's), s, of the quickest round."""
+    def look(self, host) -> dict:
+        """The host's first answer, with its round trip from here and its clock's lead, s.
+
+        Raises:
+            HostError: there is none.
+        """
+        if isinstance(self.found[host], HostError):
+            raise self.found[host]
         rounds = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
@@ -57,13 +63,17 @@ class Mesh:
             if "error" in there:
                 raise HostError(f"{host.name}: {there['error']}")
             rounds.append((back - sent, there["time"] - (sent + back) / 2))
-        return min(rounds)
+        rtt_s, skew_s = min(rounds)
+        return self.found[host] | {"rtt_s": rtt_s, "skew_s": skew_s}
 
     def read(self, folder, nonce) -> dict:
-        """{host: {"same": whether it reads the nonce that the first one wrote}}."""
+        """{host: {"same": whether it reads the first one's nonce}}, which is then removed."""
         for host in self.hosts:
             self._order(host, do="read", folder=folder, nonce=nonce)
-        return {host: self._answer(host) for host in self.hosts}
+        found = {host: self._answer(host) for host in self.hosts}
+        self._order(self.hosts[0], do="forget", folder=folder, nonce=nonce)
+        self._answer(self.hosts[0])
+        return found
 
     def measure(self, streams, seconds, pings=20, both=False, least_trips=0) -> list[dict]:
         """One dict a directed pair; pairs that share no host are measured at the same time.
@@ -88,7 +98,7 @@ class Mesh:
         Half of a receive buffer is kept for packets' overhead. Source: tcp(7), tcp_adv_win_scale.
         """
         most = lambda name, key: next(
-            int(found["sysctls"][key].split()[-1])
+            float((found["sysctls"][key].split() or ["inf"])[-1])
             for host, found in self.found.items()
             if host.name == name
         )
@@ -97,9 +107,8 @@ class Mesh:
 
     def close(self):
         for process in self._processes.values():
-            process.stdin.close()
-            process.kill()
-            process.wait()
+            with process:
+                process.kill()
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:

@@ -38,12 +38,11 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
 
     mesh = Mesh(fleet, look)  # one request a host: from afar, each costs several round trips
     try:
-        lost = {host: said for host, said in mesh.found.items() if isinstance(said, HostError)}
+        answers = fleet.everywhere(mesh.look)
+        lost = {host: said for host, said in answers.items() if isinstance(said, HostError)}
         findings = [Finding(host.name, "reach", "", str(error)) for host, error in lost.items()]
-        facts = {host: found for host, found in mesh.found.items() if host not in lost}
-        clocks = fleet.everywhere(mesh.clock, list(facts))
+        facts = {host: found for host, found in answers.items() if host not in lost}
         for host, found in facts.items():
-            found["rtt_s"], found["skew_s"] = clocks[host]
             findings += judge(host, found, port)
         findings += agreement(facts)
         if not any(finding.problem and finding.fatal for finding in findings):

@@ -179,6 +179,9 @@ class Bed:
         else:
             sh("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns)
             sh("ip", "link", "set", here, "up")
+            # Its own for good: who knows the address of before its reboot finds it at once.
+            own = f"02:00:00:00:00:{i + 1:02x}"
+            sh("ip", "-n", netns, "link", "set", there, "address", own)
         self.heal(name)
         inside = ["ip", "-n", netns]
         sh(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
@@ -192,7 +195,7 @@ class Bed:
             self._inits[name] = subprocess.Popen(
                 [*command, str(root), name, str(self.folder), self.shared], stdout=out, stderr=out
             )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with (
                 contextlib.suppress(OSError),

@@ -145,8 +145,7 @@ def job_over(scene, name, steps, counted) -> dict:
     step_time_s = statistics.median(times[2:])
     return {
         "step_time_s": step_time_s,
-        "wire_bytes": round(sum(wire.values())),
-        "h1_to_h2_bytes": round(wire["h1 > h2"]),  # no supervisor speaks on it
+        "wire_bytes": round(sum(wire.values())),  # with headers, and what supervisors say
         "effective_bytes_per_s": round(sum(wire.values()) / step_time_s),
     }
 
@@ -165,7 +164,9 @@ def distance(scene, times) -> dict:
     assert listed.returncode == 0, listed.stderr
     turns = collections.Counter(map(tuple, json.loads(listed.stdout.splitlines()[-1])))
     cases = ",".join(f"{kind}:{size}" for kind, size in turns)
-    row = {"turns": sum(turns.values()), "payload_bytes": sum(n * s for (_, s), n in turns.items())}
+    passes = {"all_reduce": 2 * (len(scene.bed.names) - 1), "all_gather": len(scene.bed.names) - 1}
+    ideal_bytes = sum(passes[kind] * size * count for (kind, size), count in turns.items())
+    row = {"turns": sum(turns.values()), "ideal_bytes": ideal_bytes}
     spent_s, job, rtt_s = {}, {}, {}
     for name, one_way_ms, steps, counted in (
         ("near", 0.0, 100, (20, 90)),

@@ -9,6 +9,9 @@ from launch_scene import ROOT
 from jaxtrain.scalars import read_metrics
 
 HALF, WHOLE = 20, 40  # steps
+# Of losses against one process'. The float32 run's sums, taken in another order, part by 2.3e-5 in
+# 200 steps (2 vCPU, jax 0.10.2); float64's by 1e-13: the algorithm is the same.
+WITHIN = {"float32": 1e-4, "float64": 1e-5}
 
 
 def losses(path) -> dict:
@@ -33,7 +36,7 @@ def restored(scene, times, storage) -> dict:
     """
     del times
     place = {"shared": "/mnt/shared", "host0": "/root/runs"}[storage]
-    keep = dict(save_every=HALF, checkpoint__storage=storage)
+    keep = dict(save_every=HALF, checkpoint__storage=storage, optim__total_steps=WHOLE)
     first = f"{storage}-half"
     values = lambda name, steps: keep | dict(workdir=f"{place}/{name}", steps=steps)
     scene.bed.run("h0", "mkdir", "-p", place)
@@ -63,7 +66,7 @@ def restored(scene, times, storage) -> dict:
 
 
 def two_hundred(scene, times, dtype) -> dict:
-    """200 steps on 3 hosts have the losses of one process to 1e-5."""
+    """200 steps on 3 hosts have the losses of one process."""
     del times
     name, values = f"steps-200-{dtype}", dict(steps=200, save_every=100, model__dtype=dtype)
     launched = scene.launch(name, **values)
@@ -74,7 +77,11 @@ def two_hundred(scene, times, dtype) -> dict:
     subprocess.run(argv, env=scene.env, cwd=ROOT, check=True, capture_output=True)
     gap = furthest(losses(scene.shared / name), losses(alone))
     last = losses(alone)[200]
-    return row | {"last_loss_nats": last, "largest_gap_nats": gap, "losses equal": gap <= 1e-5}
+    return row | {
+        "last_loss_nats": last,
+        "largest_gap_nats": gap,
+        "losses equal": gap <= WITHIN[dtype],
+    }
 
 
 ROWS = {f"restore-{storage}": partial(restored, storage=storage) for storage in ("shared", "host0")}

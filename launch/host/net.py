@@ -23,7 +23,8 @@ def measure(request: dict, answer, found: dict) -> None:
 
     {"do": "measure", "peer": [address, port], "streams": n, "seconds": s, "both": bool} is
     answered by rtt_s (sorted) and bytes per second; {"do": "read", "folder", "nonce"} by
-    {"same": bool}; {"do": "time"} by {"time": s}. It ends with standard input.
+    {"same": bool}, "forget" removes what it reads; {"do": "time"} is answered by {"time": s}. It
+    ends with standard input.
     """
     token = request["token"].encode()
     try:
@@ -70,16 +71,25 @@ def _measure_peer(order: dict, token: bytes) -> dict:
 
 def _read_nonce(order: dict, token: bytes) -> dict:
     """Whether this host reads what the first one wrote."""
-    path = Path(os.path.expanduser(order["folder"])) / f".shared-{order['nonce']}"
     try:
-        return {"same": path.read_text() == order["nonce"]}
+        return {"same": _nonce_path(order).read_text() == order["nonce"]}
     except OSError:
         return {"same": False}
+
+
+def _forget_nonce(order: dict, token: bytes) -> dict:
+    _nonce_path(order).unlink(missing_ok=True)
+    return {}
+
+
+def _nonce_path(order: dict) -> Path:
+    return Path(os.path.expanduser(order["folder"])) / f".shared-{order['nonce']}"
 
 
 ORDERS = {
     "measure": _measure_peer,
     "read": _read_nonce,
+    "forget": _forget_nonce,
     "time": lambda order, token: {"time": time.time()},
 }
 

@@ -1,0 +1,56 @@
+"""What preflight and probe say of the network is what the links of a relayed bed are."""
+
+import bed as beds
+import pytest
+
+from launch import probe
+from launch.fleet import Fleet
+from launch.inventory import read_inventory
+from launch.preflight import preflight
+
+reason = beds.available(relayed=True)
+pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+
+
+@pytest.fixture(scope="module")
+def bed():
+    with beds.Bed(2, relayed=True) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(made.folder))
+        yield made
+
+
+@pytest.fixture
+def fleet(bed):
+    bed.link("*", "*", delay_ms=0, rate_mbit=0)
+    hosts = read_inventory(bed.inventory(bed.folder / "hosts.toml")).hosts
+    return Fleet(hosts, str(bed.ssh_config))
+
+
+def test_the_probe_sees_round_trips_rates_and_the_headers_that_offload_hides(bed, fleet):
+    bed.link("h0", "h1", delay_ms=20, rate_mbit=80)
+    before = bed.traffic()["h0 > h1"]["bytes"]
+    found = probe.measure_tcp(fleet, seconds=0.5, pings=5)
+    ways = [(pair["from"], pair["streams"], pair["both"]) for pair in found]
+    assert sorted(ways) == [(h, s, b) for h in bed.names for s in (1, 4, 8) for b in (False, True)]
+    assert all(pair["rtt_p50_s"] == pytest.approx(0.040, abs=0.010) for pair in found)
+    one_way = [pair for pair in found if pair["from"] == "h0" and not pair["both"]]
+    for pair in one_way:
+        wire_bytes_per_s = pair["bytes_per_s"] * (1 + pair["header_share"])
+        assert wire_bytes_per_s == pytest.approx(10e6, rel=0.3)  # a short time: queues drain
+    reckoned = sum(
+        pair["bytes"] / (2 if pair["both"] else 1) * (1 + pair["header_share"])
+        for pair in found
+        if pair["from"] == "h0" or pair["both"]
+    )
+    assert bed.traffic()["h0 > h1"]["bytes"] - before == pytest.approx(reckoned, rel=0.1)
+
+
+def test_a_long_link_is_warned_of_with_what_its_buffers_let_one_stream_carry(bed, fleet):
+    near = [found for found in preflight(fleet, 23_456) if found.check.startswith("to ")]
+    assert all("Mbit/s" in found.value and not found.problem for found in near)
+    bed.link("h0", "h1", delay_ms=40)
+    far = [found for found in preflight(fleet, 23_456) if found.check.startswith("to ")]
+    assert len(far) == len(near) == 2
+    for found in far:
+        assert found.value.startswith("8") and "Mbit/s" not in found.value  # no burst could tell
+        assert "one stream at most" in found.problem and not found.fatal
