@@ -12,7 +12,7 @@ SLURM = {
 MPI = {
     "OMPI_COMM_WORLD_SIZE": "3",
     "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.9.0.1:43911",
+    "OMPI_MCA_orte_hnp_uri": "3195404288.0;tcp://10.0.0.1,10.9.0.1:43911",
 }
 
 
@@ -41,7 +41,7 @@ MPI = {
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
             World("SLURM", "gpu07:61443", 4, 3, None, 4),
         ),
-        (MPI, World("Open MPI", "10.0.0.1:61440", 3, 2, None, 3)),
+        (MPI, World("Open MPI", "10.0.0.1:65142", 3, 2, None, 3)),  # 61,440 + 48,758 % 4,096
         (
             {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NODE_RANK": "1"},
             World("SkyPilot", "10.0.0.5:62317", 2, 1, None, 2),
