@@ -10,6 +10,7 @@ from launch.host.files import read_json, write_json
 from launch.host.lead import Policy
 from launch.inventory import Host
 
+PYTHON = "{python}"  # in an argv: the host's own
 PORTS = range(20_000, 30_000)  # below Linux's range of ports given to clients
 
 
@@ -59,6 +60,7 @@ class Job:
     def request(self, host: Host) -> dict:
         """What starts this job's supervisor on a host."""
         record = self.record
+        python = record.get("pythons", {}).get(host.name, host.python)
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -68,15 +70,8 @@ class Job:
             "port": record["port"],
             "token": record["token"],
             "policy": record["policy"],
-            "argv": [host_python(host, part) for part in record["argv"]],
+            "argv": [python if part == PYTHON else part for part in record["argv"]],
             "env": record["env"] | {"PYTHONPATH": record["folders"][host.name]},
             "cwd": record["folders"][host.name],
         }
         return {"op": "start", "job": self.id, "spec": spec}
-
-
-PYTHON = "{python}"  # in an argv: the host's own
-
-
-def host_python(host: Host, part: str) -> str:
-    return host.python if part == PYTHON else part

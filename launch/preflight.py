@@ -23,13 +23,14 @@ class Finding(NamedTuple):
     fatal: bool = True
 
 
-def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
+def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3, build=False) -> list[Finding]:
     """Looks at every host and at the network between them.
 
     Args:
         port: that the supervisors will meet on, on the first host.
         shared: folder that all hosts must see as one; "" where none need be.
         burst_s: seconds of traffic for each pair of hosts.
+        build: packages will be built on the hosts: those that are there now do not matter.
     """
     nonce, first = secrets.token_hex(8), fleet.hosts[0]
 
@@ -40,6 +41,8 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
     facts = fleet.everywhere(look)
     findings = [Finding(h.name, "reach", "", str(f)) for h, f in facts.items() if _failed(f)]
     reached = {host: found for host, found in facts.items() if not _failed(found)}
+    for found in reached.values() if build else ():
+        found["versions"] = {"jax": "to be built"}
     for host, found in reached.items():
         findings += judge(host, found, port)
     findings += agreement(reached)
@@ -134,8 +137,10 @@ def agreement(facts: dict) -> list[Finding]:
     """What must be the same everywhere: Python's minor version, packages, driver."""
     rows = {}
     for host, found in facts.items():
-        row = dict(found["versions"], python=found["python"].rpartition(".")[0])
-        row["driver"] = found["gpus"][0]["driver"] if found["gpus"] else "none"
+        row = dict(found["versions"])
+        if "python" in found:
+            row["python"] = found["python"].rpartition(".")[0]
+            row["driver"] = found["gpus"][0]["driver"] if found["gpus"] else "none"
         rows[host.name] = row
     findings = []
     for name in sorted({name for row in rows.values() for name in row}):

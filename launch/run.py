@@ -25,7 +25,8 @@ from launch.fleet import Fleet, HostError
 from launch.host.lead import Policy
 from launch.inventory import read_inventory
 from launch.job import PYTHON, Job, jobs_folder
-from launch.preflight import preflight, table
+from launch.preflight import preflight
+from launch.prepare import prepare, read_constraints, show
 from launch.ship import read_code, ship
 from launch.watch import Watch, note
 
@@ -71,6 +72,9 @@ def parse(argv):
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for the program"
     )
+    build = "pip constraints: build Python packages on the hosts once, and use those"
+    parser.add_argument("--env_build", default="", metavar="FILE", help=build)
+    parser.add_argument("--env_extras", default="", metavar="A,B", help="of pyproject.toml, too")
     for field in dataclasses.fields(Policy):
         if field.name in POLICY_HELP:
             choices = ("wait", "fewer", "stop") if field.name == "on_loss" else None
@@ -98,6 +102,8 @@ def start(args, flags) -> int:
         ranks_per_host=inventory.ranks_per_host,
         argv=[PYTHON, "-m", args.module, *flags],
         env=env,
+        env_build=read_constraints(args.env_build),
+        env_extras=[extra for extra in args.env_extras.split(",") if extra],
         commit=code.commit,
         code=code.hash,
         folders={},
@@ -113,15 +119,15 @@ def begin(job, code, shared, as_json, detach) -> int:
     """Preflight, ship and start of a job that is on record; then its log."""
     fleet = Fleet(job.hosts, job.ssh_config)
     clock = time.monotonic()
-    findings = preflight(fleet, job.record["port"], shared)
+    build = bool(job.record.get("env_build"))
+    findings = preflight(fleet, job.record["port"], shared, build=build)
     note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
-    print(table(findings), file=sys.stderr)
-    if any(finding.problem and finding.fatal for finding in findings):
-        raise HostError("preflight: nothing was started. What FAILs above says what to do.")
+    show(findings)
     clock = time.monotonic()
     folders = ship(fleet, code)
     job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
     note(f"code is on every host, {time.monotonic() - clock:.1f} s")
+    prepare(fleet, job, code)
     try:
         answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
@@ -226,7 +232,8 @@ def status(job, as_json) -> int:
 def resume(job, as_json) -> int:
     """A new job of the same hosts, program and flags, with the working tree's code of now."""
     record = job.record
-    kept = {key: record[key] for key in ("ranks_per_host", "argv", "env")}
+    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras")
+    kept = {key: record[key] for key in names if key in record}
     code = read_code(".")
     new = Job.create(
         job.hosts,

@@ -27,7 +27,7 @@ scalars curve
 report
 evaluate generate
 loop
-train
+train glance
 planning.*
 plan
 interop.__main__

@@ -15,6 +15,7 @@ from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.hashing import hash_files
 from launch.host.net import measure
+from launch.host.prepare import build_environment, glance
 from launch.host.supervise import start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
@@ -43,7 +44,9 @@ def start(request) -> dict:
         spec = request["spec"]
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # once: a job that was detached has none for good
-        write_json(folder / "job.json", spec | {"cwd": os.path.expanduser(spec["cwd"])})
+        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
+        spec["argv"][0] = os.path.expanduser(spec["argv"][0])
+        write_json(folder / "job.json", spec)
         prune(folder.parent)
         start_detached(folder)
         deadline = time.monotonic() + 10
@@ -185,6 +188,8 @@ OPS = {
     "facts": facts,
     "net": net,
     "land": land,
+    "build": lambda request: build_environment(root_of(request), request),
+    "glance": glance,
 }
 
 
