@@ -13,6 +13,9 @@ from launch.inventory import Host
 
 OPTIONS = {
     "BatchMode": "yes",  # a question would hang a job; keys and agents answer
+    "StrictHostKeyChecking": "yes",  # whatever the user's configuration says
+    "ForwardAgent": "no",
+    "ClearAllForwardings": "yes",  # no port is opened but the launcher's own
     "ControlMaster": "auto",
     "ControlPersist": "300",
     "ServerAliveInterval": "5",
@@ -20,6 +23,9 @@ OPTIONS = {
     "ConnectTimeout": "15",
     "ForwardX11": "no",
 }
+SOCKET_BYTES = 104
+HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh writes it, and its suffix
+SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
 HOST_CODE = Path(__file__).parent / "host"
 
 
@@ -27,10 +33,22 @@ class HostError(Exception):
     """A host could not be reached, or could not do what it was asked. Its text says what to do."""
 
 
-def control_folder() -> Path:
-    """Where the shared connections' sockets live: this user's alone, and short (104 bytes)."""
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder /= f"jaxtrain-{os.getuid()}"
+def control_path(limit=SOCKET_BYTES) -> str:
+    """ControlPath: a socket in a folder of this user alone; "none" where there can be none.
+
+    A socket's path is short, 104 bytes with macOS, and ssh adds 17 to it while it is made. OpenSSH
+    for Windows has no shared connections.
+    """
+    if os.name == "nt":
+        return "none"
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+        folder = Path(parent or "/", f"jaxtrain-{os.getuid()}")
+        if parent and len(os.fsencode(folder)) + HASH_BYTES < limit:
+            return f"{_own_folder(folder)}/%C"
+    return "none"
+
+
+def _own_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
@@ -65,8 +83,7 @@ class Fleet:
         argv = ["ssh"] + (["-F", self._ssh_config] if self._ssh_config else [])
         for name, value in OPTIONS.items():
             argv += ["-o", f"{name}={value}"]
-        path = f"{control_folder()}/%C" if shared else "none"
-        argv += ["-o", f"ControlPath={path}"]
+        argv += ["-o", f"ControlPath={control_path() if shared else 'none'}"]
         argv += ["-l", host.user] if host.user else []
         return argv + (["-p", str(host.port)] if host.port else [])
 
@@ -75,7 +92,8 @@ class Fleet:
         python = shlex.quote(host.python)
         if host.python.startswith("~/"):
             python = f'"$HOME"/{shlex.quote(host.python[2:])}'
-        command = f"exec {python} -I -c {shlex.quote(self._boot)}"
+        scope = SCOPE if request.get("scope") else ""
+        command = f"exec {scope}{python} -I -c {shlex.quote(self._boot)}"
         request = request | {"workdir": host.workdir}
         sent = json.dumps({"modules": self._modules, "request": request}).encode()
         argv = [*self.ssh(host), "--", host.target, command]

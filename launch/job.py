@@ -71,7 +71,13 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            "env": record["env"] | {"PYTHONPATH": record["folders"][host.name]},
+            "env": network_of(host) | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
             "cwd": record["folders"][host.name],
         }
-        return {"op": "start", "job": self.id, "spec": spec}
+        scope = host.name in record.get("scopes", ())
+        return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
+
+
+def network_of(host: Host) -> dict:
+    """What keeps NCCL's sockets on the training network, where its interface is stated."""
+    return {"NCCL_SOCKET_IFNAME": f"={host.interface}"} if host.interface else {}

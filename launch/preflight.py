@@ -7,12 +7,19 @@ import time
 from typing import NamedTuple
 
 from launch.fleet import Fleet, HostError
+from launch.host import logout
 
 SKEW_S = 1.0
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1024
 SLOW_WINDOW = 0.5  # share of a link's bytes in flight that one default TCP stream must hold
 NETWORK_FILES = ("nfs", "nfs4", "cifs", "lustre", "fuse.sshfs", "ceph", "gpfs", "beegfs")
 CLOCK_ROUNDS = 3
+LOGOUT = {
+    logout.LINGER: "systemd would end the job at logout (KillUserProcesses=yes): run `loginctl "
+    "enable-linger` there once",
+    logout.ENDS: "systemd would end the job at logout (KillUserProcesses=yes), and there is no "
+    "systemd-run to keep it: ask for KillExcludeUsers= with this user",
+}
 
 
 class Finding(NamedTuple):
@@ -120,11 +127,7 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
-        make(
-            "logout",
-            "stays",
-            "systemd would end the job at logout: loginctl enable-linger" * bool(found["logout"]),
-        ),
+        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
         make("shared", "", found["nonce_error"]),
     ]
 

@@ -1,6 +1,7 @@
 """Between code that has arrived and a job that starts: packages built, data compared."""
 
 import collections
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,16 @@ from launch.watch import note
 BUILD_S = 1800.0  # for pip, on a slow line
 GLANCE_S = 300.0
 TRAINER = "jaxtrain.train"  # the program whose flags name data
+
+
+def read_env(pairs) -> dict:
+    """{name: value} of --env's NAME=VALUE, or NAME, of this machine. Raises ValueError."""
+    env = dict(pair.partition("=")[::2] for pair in pairs if "=" in pair)
+    for name in (pair for pair in pairs if "=" not in pair):
+        if name not in os.environ:
+            raise ValueError(f"--env={name} must be set here, or be --env={name}=VALUE.")
+        env[name] = os.environ[name]
+    return env
 
 
 def read_constraints(path: str) -> str:

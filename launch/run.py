@@ -23,10 +23,11 @@ import time
 
 from launch.fleet import Fleet, HostError
 from launch.host.lead import Policy
+from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
 from launch.job import PYTHON, Job, jobs_folder
 from launch.preflight import preflight
-from launch.prepare import prepare, read_constraints, show
+from launch.prepare import prepare, read_constraints, read_env, show
 from launch.ship import read_code, ship
 from launch.watch import Watch, note
 
@@ -43,6 +44,9 @@ POLICY_HELP = {
     "lost_s": "seconds of silence until a host counts as lost",
     "grace_s": "seconds between being asked to stop and being killed: a save must fit",
 }
+
+
+ENV_HELP = "for the program; NAME alone takes this machine's value: for secrets, which ps shows"
 
 
 def parse(argv):
@@ -69,9 +73,7 @@ def parse(argv):
     parser.add_argument(
         "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
     )
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the program"
-    )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=ENV_HELP)
     build = "pip constraints: build Python packages on the hosts once, and use those"
     parser.add_argument("--env_build", default="", metavar="FILE", help=build)
     parser.add_argument("--env_extras", default="", metavar="A,B", help="of pyproject.toml, too")
@@ -92,7 +94,7 @@ def parse(argv):
 def start(args, flags) -> int:
     """Looks, sends, starts and follows a new job."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
-    env = dict(pair.partition("=")[::2] for pair in args.env)
+    env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
     policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
     job = Job.create(
@@ -123,6 +125,8 @@ def begin(job, code, shared, as_json, detach) -> int:
     findings = preflight(fleet, job.record["port"], shared, build=build)
     note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
     show(findings)
+    scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
+    job.change(scopes=scopes)
     clock = time.monotonic()
     folders = ship(fleet, code)
     job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
