@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 from launch.inventory import Host
@@ -161,4 +162,30 @@ class Fleet:
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
         if failed:
             raise HostError("\n".join(failed))
+        return answers
+
+    def ask(self, requests: dict, timeout_s: float) -> dict:
+        """{host: answer or the HostError in its place} of long requests, {host: request}.
+
+        Standard input stays open meanwhile, so that a host ends its work if this end goes away.
+        """
+        processes, answers = {}, {}
+        too_long = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
+        too_long.daemon = True
+        try:
+            for host, request in requests.items():
+                processes[host] = self.open(host, request)
+            too_long.start()
+            for host, process in processes.items():
+                line = process.stdout.readline()
+                said = b"" if line else process.stderr.read()
+                try:
+                    answers[host] = self.answer(host, [line] if line else [], said, process.poll())
+                except HostError as error:
+                    answers[host] = error
+        finally:
+            too_long.cancel()
+            for process in processes.values():
+                process.kill()
+                process.wait()
         return answers

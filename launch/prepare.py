@@ -44,12 +44,18 @@ def prepare(fleet, job, code) -> None:
     """Packages and data, once the code is there."""
     record, clock = job.record, time.monotonic()
     if record.get("env_build"):
-        pyproject = (code.root / "pyproject.toml").read_text()
+        try:
+            pyproject = (code.root / "pyproject.toml").read_text()
+        except OSError as error:
+            raise ValueError(f"--env_build needs the code's pyproject.toml: {error}.") from None
         pythons = build_environments(fleet, record["env_build"], pyproject, record["env_extras"])
         job.change(pythons=pythons)
         note(f"packages are on every host, {time.monotonic() - clock:.1f} s")
     if record["argv"][2] == TRAINER:
-        show(compare_data(fleet, job))
+        clock = time.monotonic()
+        findings = compare_data(fleet, job)
+        note(f"data was looked at on every host, {time.monotonic() - clock:.1f} s")
+        show(findings)
 
 
 def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
@@ -62,7 +68,11 @@ def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
         HostError: pip failed on a host, with its last lines, or versions differ.
     """
     request = {"op": "build", "constraints": constraints, "pyproject": pyproject}
-    built = fleet.call_everywhere(request | {"extras": list(extras)}, BUILD_S)
+    request |= {"extras": list(extras)}
+    built = fleet.ask(dict.fromkeys(fleet.hosts, request), BUILD_S)
+    failed = [str(answer) for answer in built.values() if isinstance(answer, HostError)]
+    if failed:
+        raise HostError("\n".join(failed))
     alike = {host: {"versions": found["versions"]} for host, found in built.items()}
     differing = agreement(alike)
     if differing:
@@ -73,14 +83,13 @@ def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
 
 def compare_data(fleet, job) -> list[Finding]:
     """What each host's data is at a glance; a host that differs from most has a problem."""
-    spec = {host: job.request(host)["spec"] for host in fleet.hosts}
-
-    def look(host):
-        python, _, _, *flags = spec[host]["argv"]
-        own = {key: spec[host][key] for key in ("env", "cwd")} | {"python": python, "flags": flags}
-        return fleet.call(host, {"op": "glance"} | own, GLANCE_S)
-
-    return judge_data(fleet.everywhere(look))
+    requests = {}
+    for host in fleet.hosts:
+        spec = job.request(host)["spec"]
+        python, _, _, *flags = spec["argv"]
+        own = {"python": python, "flags": flags, "env": spec["env"], "cwd": spec["cwd"]}
+        requests[host] = {"op": "glance"} | own
+    return judge_data(fleet.ask(requests, GLANCE_S))
 
 
 def judge_data(found: dict) -> list[Finding]:

@@ -1,9 +1,10 @@
 import subprocess
+import tomllib
 import zipfile
 
 import pytest
 
-from launch.host.prepare import build_environment, environment_key
+from launch.host.prepare import build_environment, environment_key, requirements
 from launch.inventory import Host
 from launch.prepare import HostError, judge_data
 
@@ -63,6 +64,13 @@ def test_packages_are_built_once_of_their_constraints_and_a_failure_says_pips_la
         build_environment(root, request_of(["more"]))
     left = [path.name for path in (root / "envs").iterdir() if path.is_dir()]
     assert left == [environment.name]  # nothing of what failed
+
+
+def test_an_extra_brings_those_that_it_is_made_of_and_an_unknown_one_is_refused():
+    project = tomllib.loads(PYPROJECT)["project"]
+    assert requirements(project, ["more"]) == ["tiny>=1", "absent"]
+    with pytest.raises(ValueError, match=r"--env_extras must be of \['more', 'most'\]; got 'cuda'"):
+        requirements(project, ["cuda"])
 
 
 def test_an_environments_name_is_of_all_that_decides_what_is_in_it():

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -179,6 +180,22 @@ def land(request) -> dict:
     return {"missing": False, "folder": str(folder)}
 
 
+def held(function):
+    """The function, ended with all its processes when the operator's end of the line is gone."""
+
+    def watch():
+        while os.read(0, 4096):
+            pass
+        tree.end_all(lambda: tree.descendants(os.getpid()))
+        os._exit(1)
+
+    def run(request):
+        threading.Thread(target=watch, daemon=True).start()
+        return function(request)
+
+    return run
+
+
 OPS = {
     "start": start,
     "status": status,
@@ -188,8 +205,8 @@ OPS = {
     "facts": facts,
     "net": net,
     "land": land,
-    "build": lambda request: build_environment(root_of(request), request),
-    "glance": glance,
+    "build": held(lambda request: build_environment(root_of(request), request)),
+    "glance": held(glance),
 }
 
 

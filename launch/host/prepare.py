@@ -33,6 +33,7 @@ def build_environment(root: Path, request: dict) -> dict:
 
     Raises:
         RuntimeError: pip failed; with its last lines.
+        ValueError: pyproject.toml has no such extra.
     """
     key = environment_key(request["constraints"], request["pyproject"], request["extras"])
     folder, began = root / "envs" / key, time.monotonic()
@@ -54,16 +55,29 @@ def build_environment(root: Path, request: dict) -> dict:
     return {"python": str(folder / "bin" / "python"), "versions": versions, "made_s": made_s}
 
 
+def requirements(project: dict, extras) -> list[str]:
+    """What pyproject.toml's [project] asks for, with extras; an extra may be made of others.
+
+    Raises:
+        ValueError: it has no such extra.
+    """
+    known, name = project.get("optional-dependencies", {}), project["name"]
+    wanted, open_, seen = list(project.get("dependencies", [])), list(extras), set()
+    while open_:
+        extra = open_.pop()
+        if extra not in known:
+            raise ValueError(f"--env_extras must be of {sorted(known)}; got {extra!r}.")
+        for package in () if extra in seen else known[extra]:
+            if package.startswith(f"{name}["):  # NAME[one,other]
+                open_ += package[len(name) + 1 : package.index("]")].split(",")
+            else:
+                wanted.append(package)
+        seen.add(extra)
+    return wanted
+
+
 def _build(draft: Path, request: dict) -> None:
-    project = tomllib.loads(request["pyproject"])["project"]
-    packages = list(project.get("dependencies", []))
-    for extra in request["extras"]:
-        packages += project["optional-dependencies"][extra]
-    name = project["name"]  # an extra may be made of others: NAME[other]
-    while mine := [p for p in packages if p.startswith(f"{name}[")]:
-        packages = [p for p in packages if p not in mine]
-        others = [extra for p in mine for extra in p[len(name) + 1 : p.index("]")].split(",")]
-        packages += [p for extra in others for p in project["optional-dependencies"][extra]]
+    packages = requirements(tomllib.loads(request["pyproject"])["project"], request["extras"])
     _run([sys.executable, "-m", "venv", "--without-pip", draft])  # this Python's pip serves
     wanted = draft / "constraints.txt"
     wanted.write_text(request["constraints"])
