@@ -61,6 +61,19 @@ def test_explicit_variables_come_before_an_engines():
     assert detect(env).engine == "JAX_*"
 
 
+def test_mpirun_in_an_allocation_of_slurm_is_mpiruns():
+    """There the daemons are a step of SLURM's, and the processes have both in their environment."""
+    assert detect(SLURM | MPI) == detect(MPI) != detect(SLURM)
+
+
+def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
+    batch = {"SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
+    with pytest.raises(ValueError, match="Start it by srun"):
+        detect(batch | {"SLURM_JOB_NUM_NODES": "2"})
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "2", "JAX_NUM_PROCESSES": "1"}).processes == 1
+
+
 def test_half_a_world_is_refused():
     with pytest.raises(ValueError, match="process=-1"):
         detect({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"})
