@@ -56,16 +56,22 @@ def _explicit(env):
     where = env.get("JAX_COORDINATOR_ADDRESS", "")
     if where and ":" not in where:
         where = f"{where}:{env.get('JAX_COORDINATOR_PORT', PORT)}"
-    rank = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", -1))
+    count = int(env["JAX_NUM_PROCESSES"])
+    unknown = -1 if count > 1 else 0
+    rank = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", unknown))
     ids = env.get("JAX_LOCAL_DEVICE_IDS", "")
     local = tuple(int(i) for i in ids.split(",")) if ids else None
-    count = int(env["JAX_NUM_PROCESSES"])
     planned = max(count, int(env.get("JAXTRAIN_PLANNED_PROCESSES", 0)))
     return where, count, int(rank), local, planned
 
 
 def _slurm(env):
     if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
+        if int(env.get("SLURM_JOB_NUM_NODES", 1)) > 1:
+            raise ValueError(
+                f"SLURM has given this job {env['SLURM_JOB_NUM_NODES']} nodes, and this process is "
+                "on one of them alone. Start it by srun; JAX_NUM_PROCESSES=1 says that it is meant."
+            )
         return None
     count, rank = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
     port = 61_440 + int(env["SLURM_JOB_ID"]) % 4_096  # as JAX has it: other jobs' differ
@@ -115,8 +121,8 @@ def _torchrun(env):
 
 ENGINES = {
     "JAX_*": _explicit,
+    "Open MPI": _open_mpi,  # before SLURM, whose srun starts mpirun's daemons in an allocation
     "SLURM": _slurm,
-    "Open MPI": _open_mpi,
     "SkyPilot": _skypilot,
     "MASTER_ADDR": _torchrun,
 }

@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from launch.inventory import Host
 
 OPTIONS = {
     "BatchMode": "yes",  # a question would hang a job; keys and agents answer
+    "StrictHostKeyChecking": "yes",  # whatever the user's configuration says
+    "ForwardAgent": "no",
+    "ClearAllForwardings": "yes",  # no port is opened but the launcher's own
     "ControlMaster": "auto",
     "ControlPersist": "300",
     "ServerAliveInterval": "5",
@@ -21,6 +25,9 @@ OPTIONS = {
     "ConnectTimeout": "15",
     "ForwardX11": "no",
 }
+SOCKET_BYTES = 104
+HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh writes it, and its suffix
+SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
 HOST_CODE = Path(__file__).parent / "host"
 
 
@@ -28,10 +35,22 @@ class HostError(Exception):
     """A host could not be reached, or could not do what it was asked. Its text says what to do."""
 
 
-def control_folder() -> Path:
-    """Where the shared connections' sockets live: this user's alone, and short (104 bytes)."""
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder /= f"jaxtrain-{os.getuid()}"
+def control_path(limit=SOCKET_BYTES) -> str:
+    """ControlPath: a socket in a folder of this user alone; "none" where there can be none.
+
+    A socket's path is short, 104 bytes with macOS, and ssh adds 17 to it while it is made. OpenSSH
+    for Windows has no shared connections.
+    """
+    if os.name == "nt":
+        return "none"
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+        folder = Path(parent or "/", f"jaxtrain-{os.getuid()}")
+        if parent and len(os.fsencode(folder)) + HASH_BYTES < limit:
+            return f"{_own_folder(folder)}/%C"
+    return "none"
+
+
+def _own_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
@@ -66,8 +85,7 @@ class Fleet:
         argv = ["ssh"] + (["-F", self._ssh_config] if self._ssh_config else [])
         for name, value in OPTIONS.items():
             argv += ["-o", f"{name}={value}"]
-        path = f"{control_folder()}/%C" if shared else "none"
-        argv += ["-o", f"ControlPath={path}"]
+        argv += ["-o", f"ControlPath={control_path() if shared else 'none'}"]
         argv += ["-l", host.user] if host.user else []
         return argv + (["-p", str(host.port)] if host.port else [])
 
@@ -76,7 +94,8 @@ class Fleet:
         python = shlex.quote(host.python)
         if host.python.startswith("~/"):
             python = f'"$HOME"/{shlex.quote(host.python[2:])}'
-        command = f"exec {python} -I -c {shlex.quote(self._boot)}"
+        scope = SCOPE if request.get("scope") else ""
+        command = f"exec {scope}{python} -I -c {shlex.quote(self._boot)}"
         request = request | {"workdir": host.workdir}
         sent = json.dumps({"modules": self._modules, "request": request}).encode()
         sent = zlib.compress(sent, 9)  # a third of it: round trips of a connection's slow start
@@ -145,4 +164,30 @@ class Fleet:
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
         if failed:
             raise HostError("\n".join(failed))
+        return answers
+
+    def ask(self, requests: dict, timeout_s: float) -> dict:
+        """{host: answer or the HostError in its place} of long requests, {host: request}.
+
+        Standard input stays open meanwhile, so that a host ends its work if this end goes away.
+        """
+        processes, answers = {}, {}
+        too_long = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
+        too_long.daemon = True
+        try:
+            for host, request in requests.items():
+                processes[host] = self.open(host, request)
+            too_long.start()
+            for host, process in processes.items():
+                line = process.stdout.readline()
+                said = b"" if line else process.stderr.read()
+                try:
+                    answers[host] = self.answer(host, [line] if line else [], said, process.poll())
+                except HostError as error:
+                    answers[host] = error
+        finally:
+            too_long.cancel()
+            for process in processes.values():
+                process.kill()
+                process.wait()
         return answers

@@ -10,6 +10,7 @@ from launch.host.files import read_json, write_json
 from launch.host.lead import Policy
 from launch.inventory import Host
 
+PYTHON = "{python}"  # in an argv: the host's own
 PORTS = range(20_000, 30_000)  # below Linux's range of ports given to clients
 
 
@@ -59,7 +60,7 @@ class Job:
     def request(self, host: Host) -> dict:
         """What starts this job's supervisor on a host."""
         record = self.record
-        interface = {"JAXTRAIN_INTERFACE": host.interface} if host.interface else {}
+        python = record.get("pythons", {}).get(host.name, host.python)
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -69,15 +70,16 @@ class Job:
             "port": record["port"],
             "token": record["token"],
             "policy": record["policy"],
-            "argv": [host_python(host, part) for part in record["argv"]],
-            "env": interface | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
+            "argv": [python if part == PYTHON else part for part in record["argv"]],
+            "env": network_of(host) | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
             "cwd": record["folders"][host.name],
         }
-        return {"op": "start", "job": self.id, "spec": spec}
+        scope = host.name in record.get("scopes", ())
+        return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
 
 
-PYTHON = "{python}"  # in an argv: the host's own
-
-
-def host_python(host: Host, part: str) -> str:
-    return host.python if part == PYTHON else part
+def network_of(host: Host) -> dict:
+    """Where the training network's interface is stated: what is counted, and what NCCL keeps to."""
+    if not host.interface:
+        return {}
+    return {"JAXTRAIN_INTERFACE": host.interface, "NCCL_SOCKET_IFNAME": f"={host.interface}"}

@@ -5,6 +5,7 @@ import statistics
 from typing import NamedTuple
 
 from launch.fleet import Fleet, HostError
+from launch.host import logout
 from launch.mesh import Mesh
 
 SKEW_S = 1.0
@@ -12,6 +13,12 @@ DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1
 SLOW_STREAM_BYTES_PER_S = 125e6  # a pair whose one TCP stream can do no more is warned of
 BURST_TRIPS = 20  # round trips that a burst must last to have left TCP's slow start
 NETWORK_FILES = ("nfs", "nfs4", "cifs", "lustre", "fuse.sshfs", "ceph", "gpfs", "beegfs")
+LOGOUT = {
+    logout.LINGER: "systemd would end the job at logout (KillUserProcesses=yes): run `loginctl "
+    "enable-linger` there once",
+    logout.ENDS: "systemd would end the job at logout (KillUserProcesses=yes), and there is no "
+    "systemd-run to keep it: ask for KillExcludeUsers= with this user",
+}
 
 
 class Finding(NamedTuple):
@@ -22,13 +29,14 @@ class Finding(NamedTuple):
     fatal: bool = True
 
 
-def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
+def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3, build=False) -> list[Finding]:
     """Looks at every host and at the network between them.
 
     Args:
         port: that the supervisors will meet on, on the first host.
         shared: folder that all hosts must see as one; "" where none need be.
         burst_s: seconds of traffic for each pair of hosts; none where that is too short to tell.
+        build: packages will be built on the hosts: those that are there now do not matter.
     """
     nonce, first = secrets.token_hex(8), fleet.hosts[0]
 
@@ -42,6 +50,8 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3) -> list[Finding]:
         lost = {host: said for host, said in answers.items() if isinstance(said, HostError)}
         findings = [Finding(host.name, "reach", "", str(error)) for host, error in lost.items()]
         facts = {host: found for host, found in answers.items() if host not in lost}
+        for found in facts.values() if build else ():
+            found["versions"] = {"jax": "to be built"}
         for host, found in facts.items():
             findings += judge(host, found, port)
         findings += agreement(facts)
@@ -104,11 +114,7 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
-        make(
-            "logout",
-            "stays",
-            "systemd would end the job at logout: loginctl enable-linger" * bool(found["logout"]),
-        ),
+        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
         make("shared", "", found["nonce_error"]),
     ]
 
@@ -121,8 +127,10 @@ def agreement(facts: dict) -> list[Finding]:
     """What must be the same everywhere: Python's minor version, packages, driver."""
     rows = {}
     for host, found in facts.items():
-        row = dict(found["versions"], python=found["python"].rpartition(".")[0])
-        row["driver"] = found["gpus"][0]["driver"] if found["gpus"] else "none"
+        row = dict(found["versions"])
+        if "python" in found:
+            row["python"] = found["python"].rpartition(".")[0]
+            row["driver"] = found["gpus"][0]["driver"] if found["gpus"] else "none"
         rows[host.name] = row
     findings = []
     for name in sorted({name for row in rows.values() for name in row}):

@@ -23,9 +23,11 @@ import time
 
 from launch.fleet import Fleet, HostError
 from launch.host.lead import Policy
+from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
 from launch.job import PYTHON, Job, jobs_folder
-from launch.preflight import preflight, table
+from launch.preflight import preflight
+from launch.prepare import prepare, read_constraints, read_env, show
 from launch.ship import read_code, ship
 from launch.watch import Watch, note
 
@@ -42,6 +44,9 @@ POLICY_HELP = {
     "lost_s": "seconds of silence until a host counts as lost",
     "grace_s": "seconds between being asked to stop and being killed: a save must fit",
 }
+
+
+ENV_HELP = "for the program; NAME alone takes this machine's value: for secrets, which ps shows"
 
 
 def parse(argv):
@@ -68,9 +73,10 @@ def parse(argv):
     parser.add_argument(
         "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
     )
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the program"
-    )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=ENV_HELP)
+    build = "pip constraints: build Python packages on the hosts once, and use those"
+    parser.add_argument("--env_build", default="", metavar="FILE", help=build)
+    parser.add_argument("--env_extras", default="", metavar="A,B", help="of pyproject.toml, too")
     for field in dataclasses.fields(Policy):
         if field.name in POLICY_HELP:
             choices = ("wait", "fewer", "stop") if field.name == "on_loss" else None
@@ -88,7 +94,7 @@ def parse(argv):
 def start(args, flags) -> int:
     """Looks, sends, starts and follows a new job."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
-    env = dict(pair.partition("=")[::2] for pair in args.env)
+    env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
     policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
     job = Job.create(
@@ -98,6 +104,8 @@ def start(args, flags) -> int:
         ranks_per_host=inventory.ranks_per_host,
         argv=[PYTHON, "-m", args.module, *flags],
         env=env,
+        env_build=read_constraints(args.env_build),
+        env_extras=[extra for extra in args.env_extras.split(",") if extra],
         commit=code.commit,
         code=code.hash,
         folders={},
@@ -113,15 +121,17 @@ def begin(job, code, shared, as_json, detach) -> int:
     """Preflight, ship and start of a job that is on record; then its log."""
     fleet = Fleet(job.hosts, job.ssh_config)
     clock = time.monotonic()
-    findings = preflight(fleet, job.record["port"], shared)
+    build = bool(job.record.get("env_build"))
+    findings = preflight(fleet, job.record["port"], shared, build=build)
     note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
-    print(table(findings), file=sys.stderr)
-    if any(finding.problem and finding.fatal for finding in findings):
-        raise HostError("preflight: nothing was started. What FAILs above says what to do.")
+    show(findings)
+    scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
+    job.change(scopes=scopes)
     clock = time.monotonic()
     folders = ship(fleet, code)
     job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
     note(f"code is on every host, {time.monotonic() - clock:.1f} s")
+    prepare(fleet, job, code)
     try:
         answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
@@ -226,7 +236,8 @@ def status(job, as_json) -> int:
 def resume(job, as_json) -> int:
     """A new job of the same hosts, program and flags, with the working tree's code of now."""
     record = job.record
-    kept = {key: record[key] for key in ("ranks_per_host", "argv", "env")}
+    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras")
+    kept = {key: record[key] for key in names if key in record}
     code = read_code(".")
     new = Job.create(
         job.hosts,

@@ -1,6 +1,6 @@
 """SLURM on a bed of hosts: munge and slurmd on each, slurmctld on the first. As root, on Debian.
 
-    python tests/slurm_bed.py 3 -- COMMAND     runs COMMAND on h0, the first of 3 nodes
+python tests/slurm_bed.py 3 -- COMMAND     runs COMMAND on h0, the first of 3 nodes
 """
 
 import os

@@ -12,7 +12,7 @@ SLURM = {
 MPI = {
     "OMPI_COMM_WORLD_SIZE": "3",
     "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1,10.9.0.1:43911",
+    "OMPI_MCA_orte_hnp_uri": "3195404288.0;tcp://10.0.0.1,10.9.0.1:43911",
 }
 
 
@@ -41,7 +41,7 @@ MPI = {
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
             World("SLURM", "gpu07:61443", 4, 3, None, 4),
         ),
-        (MPI, World("Open MPI", "10.0.0.1:61440", 3, 2, None, 3)),
+        (MPI, World("Open MPI", "10.0.0.1:65142", 3, 2, None, 3)),  # 61,440 + 48,758 % 4,096
         (
             {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NODE_RANK": "1"},
             World("SkyPilot", "10.0.0.5:62317", 2, 1, None, 2),
@@ -59,6 +59,19 @@ def test_each_engine_names_the_world_in_its_own_words(env, world):
 def test_explicit_variables_come_before_an_engines():
     env = SLURM | MPI | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
     assert detect(env).engine == "JAX_*"
+
+
+def test_mpirun_in_an_allocation_of_slurm_is_mpiruns():
+    """There the daemons are a step of SLURM's, and the processes have both in their environment."""
+    assert detect(SLURM | MPI) == detect(MPI) != detect(SLURM)
+
+
+def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
+    batch = {"SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
+    with pytest.raises(ValueError, match="Start it by srun"):
+        detect(batch | {"SLURM_JOB_NUM_NODES": "2"})
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "2", "JAX_NUM_PROCESSES": "1"}).processes == 1
 
 
 def test_half_a_world_is_refused():

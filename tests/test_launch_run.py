@@ -106,10 +106,30 @@ def test_a_rank_that_hangs_is_named_and_the_job_goes_on_without_what_it_left(bed
     assert "exit 0 after 2 attempts" in err and left(bed) == []
 
 
+def check_privacy(bed, job, secret):
+    """Of a job that runs: its token and a secret are in no command line, all is the user's own."""
+    token = json.loads((bed.folder / "jobs" / job / "job.json").read_text())["token"]
+    here = subprocess.run(
+        ["ps", "-eo", "args="], capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in bed.names:
+        lines = [*bed.processes(name).values(), *here]
+        assert any("program" in line for line in lines)
+        assert not [line for line in lines if token in line or secret in line]
+        open_to_others = ["find", f"/root/jaxtrain/jobs/{job}", "-perm", "/077"]
+        assert bed.run(name, *open_to_others) == ""
+        ports = [line.split()[3] for line in bed.run(name, "ss", "-Hltn").splitlines()]
+        assert {port.rpartition(":")[0] for port in ports} == {bed.address[name]}
+        assert token not in bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
+
+
 def test_a_detached_job_outlives_its_operator_and_ends_whole_when_told_to(bed):
-    job = job_of(finish(start(bed, "--detach", steps=10_000))[1])
+    secret = "not-for-ps"
+    started = start(bed, "--detach", "--env=SECRET", steps=10_000, SECRET=secret)
+    job = job_of(finish(started)[1])
     first = launch(bed, "attach", job)
     time.sleep(1.5)
+    check_privacy(bed, job, secret)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     bed.cut("h1")
@@ -142,10 +162,10 @@ def test_a_host_that_is_not_what_the_inventory_says_stops_all_before_anything_st
     assert "nothing was started" in err and left(bed) == []
 
 
-def test_an_unknown_host_key_is_refused(bed):
+def test_an_unknown_host_key_is_refused_even_where_the_configuration_would_take_it(bed):
     config = bed.folder / "no_keys"
     text = bed.ssh_config.read_text().replace("known_hosts", "known_nobody")
-    config.write_text(text)
+    config.write_text(text.replace("StrictHostKeyChecking yes", "StrictHostKeyChecking no"))
     elsewhere = tempfile.mkdtemp(dir=bed.folder)  # no connection that stands already
     _, err = finish(start(bed, f"--ssh_config={config}", XDG_RUNTIME_DIR=elsewhere), 1)
     assert "Host key verification failed" in err and left(bed) == []

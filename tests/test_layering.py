@@ -29,7 +29,7 @@ measure about tracing
 report
 evaluate generate
 loop
-train
+train glance
 planning.*
 plan
 interop.__main__
@@ -125,6 +125,8 @@ def test_files_stay_under_300_lines_and_functions_under_60():
 def test_the_operators_side_and_the_hosts_need_the_standard_library_alone(path):
     """So a laptop needs no JAX, and hosts take the supervisor as it comes over SSH."""
     if path.name == "collectives.py":  # a program that launch.probe runs on the hosts
+        return
+    if path.parent.name == "templates":  # text that is printed
         return
     own = "launch.host" if path.parent.name == "host" else "launch"
     for imported in _imports_of(path.read_text()):

@@ -11,6 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from launch.host import logout
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -47,7 +49,7 @@ def gather_facts(root: Path, request: dict) -> dict:
         "open_files": [nofile[0], nofile[1]],
         "proxies": sorted(n for n in os.environ if n.lower() in PROXIES),
         "local_disk": _local(root),
-        "logout": _logout(),
+        "logout": logout.look(),
         "rsync": shutil.which("rsync") is not None,
         "has_address": _has_address(request["address"]),
         "port_free": request["port"] == 0 or _port_free(request["address"], request["port"]),
@@ -92,16 +94,6 @@ def _local(root: Path) -> str:
         if (str(root) + "/").startswith(where.rstrip("/") + "/") and len(where) >= len(best):
             best, kind = where, found
     return kind
-
-
-def _logout() -> str:
-    """ "ends" where systemd ends a user's processes at logout and lingering is off, else ""."""
-    settings = [Path("/etc/systemd/logind.conf"), *Path("/etc/systemd/logind.conf.d").glob("*")]
-    text = "\n".join(path.read_text() for path in settings if path.is_file())
-    lines = [line.strip().replace(" ", "").lower() for line in text.splitlines()]
-    kills = "killuserprocesses=yes" in lines and Path("/run/systemd/system").exists()
-    lingers = Path("/var/lib/systemd/linger", os.environ.get("USER", "")).is_file()
-    return "ends" if kills and not lingers and os.getuid() != 0 else ""
 
 
 def _resolve(name: str) -> str:

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.hashing import hash_files
 from launch.host.net import measure
+from launch.host.prepare import build_environment, glance
 from launch.host.rundir import read_changes
 from launch.host.supervise import start_detached
 
@@ -44,7 +46,9 @@ def start(request) -> dict:
         spec = request["spec"]
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # once: a job that was detached has none for good
-        write_json(folder / "job.json", spec | {"cwd": os.path.expanduser(spec["cwd"])})
+        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
+        spec["argv"][0] = os.path.expanduser(spec["argv"][0])
+        write_json(folder / "job.json", spec)
         prune(folder.parent)
         start_detached(folder)
         deadline = time.monotonic() + 10
@@ -184,6 +188,22 @@ def land(request) -> dict:
     return {"missing": False, "folder": str(folder)}
 
 
+def held(function):
+    """The function, ended with all its processes when the operator's end of the line is gone."""
+
+    def watch():
+        while os.read(0, 4096):
+            pass
+        tree.end_all(lambda: tree.descendants(os.getpid()))
+        os._exit(1)
+
+    def run(request):
+        threading.Thread(target=watch, daemon=True).start()
+        return function(request)
+
+    return run
+
+
 OPS = {
     "start": start,
     "status": status,
@@ -194,6 +214,8 @@ OPS = {
     "facts": facts,
     "net": net,
     "land": land,
+    "build": held(lambda request: build_environment(root_of(request), request)),
+    "glance": held(glance),
 }
 
 

@@ -1,0 +1,16 @@
+#!/bin/bash
+# torchrun, or whatever sets MASTER_ADDR, WORLD_SIZE and RANK: one process a host.
+#
+#     python -m launch.template torchrun > train.sh
+#     HEAD=10.0.0.11 HOSTS=2 RANK=0 bash train.sh --config=configs/gpt_124m.py    on each, its RANK
+#
+# HEAD is the address of host 0 on the training network. torchrun starts the program again at most
+# three times, on all hosts, and takes every status but 0 for a failure: also 75 (saved, start me
+# again) and 78 (the same start would fail again). Needs torch on the hosts, as a starter alone:
+# jaxtrain/engine.py reads the variables, and JAX's coordinator has its own port (62317).
+#
+# Ran on: torchrun of torch 2.13 with two CPU processes, by hand. Not run: with GPUs.
+set -eu
+: "${HEAD:?set HEAD: address of host 0}" "${HOSTS:?set HOSTS: their number}" "${RANK:?set RANK}"
+exec torchrun --nnodes="$HOSTS" --node-rank="$RANK" --nproc-per-node=1 --max-restarts=3 \
+    --master-addr="$HEAD" --master-port=29500 -m jaxtrain.train "$@"

@@ -1,0 +1,67 @@
+import os
+import shutil
+import stat
+import subprocess
+
+import pytest
+
+from launch.fleet import Fleet, HostError, control_path
+from launch.host.lead import Policy
+from launch.inventory import Host
+from launch.job import Job
+from launch.prepare import read_env
+
+HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tmp_path):
+    config = tmp_path / "config"
+    config.write_text(
+        "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"
+        "  LocalForward 8080 localhost:80\n  ForwardX11 yes\n"
+    )
+    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", HOST.target]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(line.partition(" ")[::2] for line in said.splitlines())
+    wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
+    wanted |= {"forwardx11": "no", "clearallforwardings": "yes", "user": "u", "port": "2200"}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):
+    short = tmp_path / "s"
+    limit = len(str(short)) + 100
+    for where in (short, tmp_path / ("long" * 30)):
+        where.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    assert control_path(limit) == f"{short}/jaxtrain-{os.getuid()}/%C"
+    folder = short / f"jaxtrain-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(HostError, match="mode 700"):
+        control_path(limit)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 30)))
+    assert "long" not in control_path(limit) and control_path(10) == "none"
+
+
+def test_a_secret_comes_from_the_environment_and_not_from_a_command_line(monkeypatch):
+    monkeypatch.setenv("SECRET", "a=b c")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert read_env(["SECRET", "X=1=2", "Y="]) == {"SECRET": "a=b c", "X": "1=2", "Y": ""}
+    with pytest.raises(ValueError, match="--env=NOT_SET"):
+        read_env(["NOT_SET"])
+
+
+def test_a_job_keeps_to_its_interface_and_to_the_python_that_was_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
+    record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "env": {"A": "{python}"}}
+    job = Job.create([HOST], Policy(), "", **record, folders={"a": "/code"})
+    assert job.request(HOST)["spec"]["env"]["NCCL_SOCKET_IFNAME"] == "=eth1"
+    assert job.request(HOST)["spec"]["argv"][0] == "python3"
+    assert stat.S_IMODE((job.folder / "job.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
+    job.change(pythons={"a": "/envs/1/bin/python"}, scopes=["a"])
+    request = job.request(HOST)
+    assert request["spec"]["argv"] == ["/envs/1/bin/python", "-m", "m"]
+    assert request["scope"] is True

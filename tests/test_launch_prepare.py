@@ -1,0 +1,97 @@
+import subprocess
+import tomllib
+import zipfile
+
+import pytest
+
+from launch.host.prepare import build_environment, environment_key, requirements
+from launch.inventory import Host
+from launch.prepare import HostError, judge_data
+
+HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
+PYPROJECT = """
+[project]
+name = "own"
+dependencies = ["tiny>=1"]
+[project.optional-dependencies]
+more = ["own[most]"]
+most = ["absent"]
+"""
+
+
+def write_wheel(folder, version):
+    """The least that pip installs: a package `tiny` that holds its version."""
+    info = f"tiny-{version}.dist-info"
+    files = {
+        "tiny.py": f"version = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+
+
+@pytest.fixture
+def request_of(tmp_path, monkeypatch):
+    for version in ("1.0", "2.0"):
+        write_wheel(tmp_path, version)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return lambda extras=(): {
+        "constraints": "tiny==1.0\n",
+        "pyproject": PYPROJECT,
+        "extras": list(extras),
+    }
+
+
+def test_packages_are_built_once_of_their_constraints_and_a_failure_says_pips_last_lines(
+    tmp_path, request_of
+):
+    root = tmp_path / "root"
+    root.mkdir()
+    made = build_environment(root, request_of())
+    said = subprocess.run(
+        [made["python"], "-c", "import tiny; print(tiny.version)"], capture_output=True, text=True
+    )
+    assert said.stdout == "1.0\n" and made["versions"]["tiny"] == "1.0"
+    [environment] = [path for path in (root / "envs").iterdir() if (path / "bin").is_dir()]
+    (environment / "kept").write_text("")
+    again = build_environment(root, request_of())
+    assert again["python"] == made["python"] and (environment / "kept").exists()
+    with pytest.raises(RuntimeError, match=r"(?s)pip.* ended with 1.*No matching .* absent"):
+        build_environment(root, request_of(["more"]))
+    left = [path.name for path in (root / "envs").iterdir() if path.is_dir()]
+    assert left == [environment.name]  # nothing of what failed
+
+
+def test_an_extra_brings_those_that_it_is_made_of_and_an_unknown_one_is_refused():
+    project = tomllib.loads(PYPROJECT)["project"]
+    assert requirements(project, ["more"]) == ["tiny>=1", "absent"]
+    with pytest.raises(ValueError, match=r"--env_extras must be of \['more', 'most'\]; got 'cuda'"):
+        requirements(project, ["cuda"])
+
+
+def test_an_environments_name_is_of_all_that_decides_what_is_in_it():
+    made = [
+        environment_key(*parts)
+        for parts in (
+            ("a==1", PYPROJECT, []),
+            ("a==2", PYPROJECT, []),
+            ("a==1", PYPROJECT + " ", []),
+            ("a==1", PYPROJECT, ["more"]),
+            ("a==1", PYPROJECT, [], "3.12"),
+        )
+    ]
+    assert len(set(made)) == 5 and environment_key("a==1", PYPROJECT, []) == made[0]
+
+
+def test_the_host_whose_data_differs_is_named():
+    same = {"files": 2, "bytes": 30, "fingerprint": "a" * 32}
+    other = same | {"fingerprint": "b" * 32}
+    findings = judge_data(dict(zip(HOSTS, (same, other, same), strict=True)))
+    assert [f.host for f in findings if f.problem] == ["b"]
+    assert findings[1].fatal and "not the data of a c" in findings[1].problem
+    findings = judge_data(dict(zip(HOSTS, (same, same, HostError("c: no shards")), strict=True)))
+    assert [(f.host, f.problem) for f in findings if f.problem] == [("c", "c: no shards")]

@@ -1,0 +1,91 @@
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from jaxtrain.engine import World, detect
+from launch.template import TEMPLATES, main, read_template
+
+
+class Read(dict):
+    """An environment that remembers which of its variables were read."""
+
+    def __init__(self, variables):
+        super().__init__(variables)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name):
+        self.names.add(name)
+        return super().__contains__(name)
+
+
+def world(variables):
+    """What detect makes of variables; each JAX_ one must be one that it reads."""
+    env = Read(variables)
+    found = detect(env)
+    assert {name for name in variables if name.startswith("JAX")} <= env.names
+    return found
+
+
+def worlds(where, count):
+    return [World("JAX_*", where, count, i, None, count) for i in range(count)]
+
+
+def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
+    spec = yaml.safe_load(read_template("jobset"))
+    [job] = spec["spec"]["replicatedJobs"]
+    pods = job["template"]["spec"]
+    [container] = pods["template"]["spec"]["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    found = [world(env | {"JOB_COMPLETION_INDEX": str(i)}) for i in range(pods["completions"])]
+    name = spec["metadata"]["name"]
+    first = f"{name}-{job['name']}-0-0.{name}:{container['ports'][0]['containerPort']}"
+    assert found == worlds(first, pods["parallelism"])
+    [rule] = pods["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    [refused] = spec["spec"]["failurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [78] and refused["action"] == "FailJobSet"
+
+
+def test_the_nodes_of_a_skypilot_task_are_the_processes_of_one_job():
+    task = yaml.safe_load(read_template("skypilot"))
+    count = task["num_nodes"]
+    ips = "\n".join(f"10.0.0.{i + 1}" for i in range(count))
+    found = [world({"SKYPILOT_NODE_IPS": ips, "SKYPILOT_NODE_RANK": str(i)}) for i in range(count)]
+    assert found == [
+        World("SkyPilot", "10.0.0.1:62317", count, i, None, count) for i in range(count)
+    ]
+    assert not {"envs", "secrets"} & task.keys()  # nothing that would come before SkyPilot's
+
+
+def test_the_service_of_a_user_is_one_process_and_with_its_marked_lines_one_of_several():
+    text = read_template("systemd")
+    variables = lambda mark: dict(re.findall(rf"^{mark}Environment=(\w+)=(.*)$", text, re.M))
+    assert world(variables("")) == World()
+    marked = variables("#")
+    found = [world(marked | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    assert found == worlds("10.0.0.11:8476", 2)
+
+
+@pytest.mark.parametrize("name", [n for n, file in TEMPLATES.items() if file.endswith(".sh")])
+def test_a_shell_template_parses_and_starts_the_training_program(name):
+    text = read_template(name)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert '-m jaxtrain.train "$@"' in text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_printed_as_it_is_and_says_what_has_run(name, capsys):
+    assert main([name]) == 0
+    text = capsys.readouterr().out
+    assert text == read_template(name) and f"launch.template {name}" in text
+    assert re.search(r"^(# )?(Ran on|Checked): ", text, re.M) and "Not run: " in text
