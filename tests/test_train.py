@@ -13,6 +13,7 @@ from jaxtrain import config as config_lib
 from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
+from jaxtrain.names import measured_names
 from jaxtrain.run import restore_run
 from jaxtrain.train import train
 
@@ -62,6 +63,39 @@ def test_a_run_leaves_what_the_design_says(trained):
     assert summary["step"] == 40 and summary["eval/loss_nats"] < 3.5
     bits = summary["eval/loss_nats"] * 1.442695  # a byte is a token, and documents add one each
     assert summary["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_a_run_leaves_what_it_measured(trained):
+    stored = json.loads((trained / "config.json").read_text())
+    assert stored["processes"] == len(stored["hosts"]) == 1 and stored["chip"] is None
+    work = stored["work"]
+    assert work["tokens_per_step"] == 256 and work["params"] == 35_008
+    assert work["flops_causal_per_step"] > work["flops_6n_per_step"] > 6 * 256 * 16_000
+    assert work["hbm_bytes_per_step"] > 4 * work["params"] and work["collectives"] == []
+    host = runs.read_metrics(trained / "hosts" / "0.jsonl")
+    assert [line["step"] for line in host if "event" not in line] == list(range(1, 41))
+    summary = json.loads((trained / "summary.json").read_text())
+    good_s = summary["perf/goodput"] * summary["perf/wall_s"]
+    lost = summary["lost_s"]
+    assert good_s + sum(lost.values()) == pytest.approx(summary["perf/wall_s"], rel=1e-6)
+    assert {"compile", "start", "save", "eval", "sample", "other"} <= lost.keys()
+    logged = {name for line in runs.read_metrics(trained / "metrics.jsonl") for name in line}
+    measured = {name for name in logged if name.split("/")[0] in ("perf", "data", "comm")}
+    assert len(measured) > 8 and measured <= measured_names().keys()
+
+
+def test_a_run_that_is_watched_computes_the_same(tmp_path, text, trained):
+    """A trace, phases and a page for Prometheus: no loss differs by a bit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = dict(steps=10, optim__total_steps=40, sample__tokens=0, eval_tokens=256)
+    watched = dict(profile__steps=2, measure__phases=True, export__port=port)
+    train(config(tmp_path, text, **values, **watched), jax.devices()[:1], quiet=True)
+    assert runs.losses(tmp_path) == runs.losses(trained)[:10]
+    records = runs.read_metrics(tmp_path / "metrics.jsonl")
+    assert any("perf/phase_forward_backward_s" in record for record in records)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_short_run_is_not_followed_by_a_long_evaluation(tmp_path, text):
