@@ -2,13 +2,14 @@ import json
 
 import pytest
 
+from jaxtrain.collectives import Collective
 from jaxtrain.measure import Measure, open_wire
 from jaxtrain.names import measured_names
 from jaxtrain.steplog import StepLog
 from jaxtrain.work import StepWork
-from tests.test_work import REDUCE
 
-SENT_BYTES = 3_000  # of REDUCE, by the ring's count
+REDUCE = Collective("all-reduce", 3_000, ("replica",), 2, crosses_hosts=True, times=1)
+SENT_BYTES = 3_000  # of it, by the ring's count: a ring of two sends its half twice
 
 
 class HandWire:

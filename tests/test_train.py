@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,16 @@ def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
     assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
     assert "nothing left to train" in capsys.readouterr().out
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_after_its_last_step_is_only_summed_up(trained, text, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    cfg = config(tmp_path / "run", text, steps=40, sample__tokens=0)
+    assert train(cfg, jax.devices()[:1], quiet=True) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["perf/steps"] == 0 and summary["eval/loss_nats"] < 3.5
+    assert runs.losses(tmp_path / "run") == runs.losses(trained)
 
 
 def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
