@@ -11,6 +11,8 @@ Suites:
     dispatch  Python time of a step at 24 layers: target below 1 ms
     loader    tokens/s from a 100M-token shard: target 20M; first batch: target below 1 s
     startup   process start to first step, without and with the compile cache: target half
+    metrics   what measuring a step costs the thread that trains, as a share of the step: target
+              below 0.5 %
     optimizer one update of all parameters by Muon and AdamW, against optax.contrib.muon (target
               2x) and torch.optim.Muon (1x), and its temporary memory (1.5 of the largest stack).
               --sizes=124m is on request: minutes and 10 GB. Where the processor has no bf16
@@ -27,10 +29,10 @@ import functools
 import importlib
 import sys
 
-from jaxtrain.benchmarks import dispatch, loader, machine, optimizer, startup, training
+from jaxtrain.benchmarks import dispatch, loader, machine, metrics, optimizer, startup, training
 from jaxtrain.files import strict_json, write_atomic
 
-ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "optimizer": 7}
+ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
 
 # What a suite has to choose from; what is not given is all of it, but for ON_REQUEST.
 CHOICES = {
@@ -99,6 +101,7 @@ SUITES = {
     "dispatch": functools.partial(_simple, dispatch),
     "loader": functools.partial(_simple, loader),
     "startup": functools.partial(_simple, startup),
+    "metrics": functools.partial(_simple, metrics),
     "optimizer": _optimizer,
 }
 

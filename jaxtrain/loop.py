@@ -37,14 +37,13 @@ class Loop:
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = int(state.step)
-        self.saved_step = self.first
-        cfg = self.cfg
+        self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
         self._in_flight = None  # (step, scalars), the scalars still on the device
 
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
-        cfg = self.cfg
+        cfg, told = self.cfg, None
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.turns_at(step):
                 self._switch_trace()
@@ -65,6 +64,7 @@ class Loop:
 
     def _switch_trace(self):
         self._arrive()
+        beat("save")
         with self.measure.pause("profile"):
             self.tracer.switch()
         if not self.tracer.is_on:
@@ -90,6 +90,7 @@ class Loop:
     def _measure_phases(self, step, batch):
         """Logs and shows what the parts of a step take alone."""
         self._arrive()
+        beat("compile")
         with self.measure.pause("phases"):
             whole_s = self.measure.clock.usual_s()
             figures = measure_phases(self.run, self.state, batch, self.rates, whole_s)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jaxtrain import bench
-from jaxtrain.benchmarks import dispatch, loader, machine, startup, training
+from jaxtrain.benchmarks import dispatch, loader, machine, metrics, startup, training
 from jaxtrain.benchmarks.measure import Sample, format_table, interleave, summarise, timed, warm_up
 from jaxtrain.files import strict_json
 
@@ -118,6 +118,12 @@ def test_loader_rates_count_the_tokens_that_are_delivered(monkeypatch):
         assert row["tokens_per_s"] * row["wall_s"] == pytest.approx(2 * 64 * 1024)
     assert first["first_batch_s"] > first["open_corpus_s"] > 0
     assert "first batch" in loader.show(rows)
+
+
+def test_the_cost_of_measuring_is_set_against_the_step():
+    [row] = metrics.run(rounds=2, cases=("debug",))
+    assert 0 < row["cpu_s"] and row["share"] == row["cpu_s"] / row["step_s"]
+    assert f"{row['share']:.3%}" in metrics.show([row])
 
 
 def test_a_start_is_its_imports_and_then_its_first_step(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Collectives of programs whose payloads can be counted by hand, on 8 devices."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -78,6 +80,27 @@ def test_a_loop_counts_as_often_as_it_turns():
     (found,) = collectives_of(local, P("fsdp"), P("fsdp"))
     assert found.times == 7
     assert found.wire_bytes == 7 * 2 * 0.5 * BYTES / 2  # a ring of two sends its half twice
+
+
+@pytest.mark.parametrize(
+    "axis, names, rings", [("replica", "ab", 4), ("fsdp", "ab", 0), ("fsdp", "aa", 0)]
+)
+def test_a_host_sends_its_part_of_each_ring_that_leaves_it(axis, names, rings):
+    """Eight devices of this process stand for two: the first four and the rest."""
+    devices = [SimpleNamespace(process_index=int(i >= 4)) for i in range(8)]
+    mesh = SimpleNamespace(
+        size=8,
+        devices=np.array(devices, dtype=object).reshape(2, 2, 2),
+        axis_names=MESH.axis_names,
+    )
+    run = jax.shard_map(
+        lambda x: jax.lax.psum(x, axis), mesh=MESH, in_specs=P(axis), out_specs=P(), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(MESH, P(axis)))
+    text = jax.jit(run).lower(x).compile().as_text()
+    (found,) = find_collectives(Program(text), mesh, names)
+    assert found.rings == max(rings, 1) * found.crosses_hosts
+    assert found.host_bytes == rings * BYTES // 2  # a ring of two sends half its array twice
 
 
 def test_a_program_of_one_device_has_none():

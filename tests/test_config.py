@@ -73,3 +73,9 @@ def test_the_hash_names_what_is_trained_and_not_where():
     others = (TrainConfig(seed=1), TrainConfig(data=DataConfig(batch=16)))
     others += (TrainConfig(optim=OptimConfig(momentum=0.9)),)
     assert len({config_lib.config_hash(cfg) for cfg in (base, *others)}) == 4
+
+
+def test_what_is_measured_beside_the_training_does_not_change_its_hash():
+    onlookers = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
+    watched = config_lib.freeze(onlookers)
+    assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())

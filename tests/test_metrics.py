@@ -119,6 +119,45 @@ def test_an_exception_in_a_pause_still_counts_its_time(clock, hand):
     assert clock.summary()["perf/step_time_s"] == pytest.approx(0.5)
 
 
+def test_goodput_and_what_was_lost_add_up_to_the_wall_time(clock, hand):
+    clock.start({"compile": 60.0, "restart": 0.0})
+    run_steps(clock, hand, [1.0, 1.0])
+    pause(clock, hand, "data", 0.5)
+    run_steps(clock, hand, [1.0])  # fed: the device was at work throughout the wait
+    pause(clock, hand, "save", 3.0)
+    hand.now_s += 2.0
+    clock.tick(skipped=True)
+    hand.now_s += 0.25  # after the last step
+    lost, total = clock.lost_s(), clock.total()
+    expected = {"compile": 60.0, "save": 3.0, "skipped": 2.0, "other": 0.25}
+    assert lost == pytest.approx(expected)
+    good_s = total["perf/goodput"] * total["perf/wall_s"]
+    assert good_s == pytest.approx(3.5) and total["perf/wall_s"] == pytest.approx(68.75)
+    assert good_s + sum(lost.values()) == pytest.approx(total["perf/wall_s"])
+
+
+def test_a_step_without_a_batch_lost_what_it_took_above_the_others(clock, hand):
+    run_steps(clock, hand, [1.0, 1.0, 1.0])
+    pause(clock, hand, "data", 1.5)
+    clock.starved(throughout=False)
+    run_steps(clock, hand, [0.1])  # 1.6 in all, where 1.0 is usual
+    pause(clock, hand, "data", 0.25)
+    clock.starved(throughout=True)  # nothing was in flight: all of the wait is lost
+    run_steps(clock, hand, [1.0])
+    assert clock.lost_s()["data"] == pytest.approx(0.6 + 0.25)
+
+
+def test_a_windows_goodput_is_of_its_own_time(clock, hand):
+    run_steps(clock, hand, [1.0])
+    hand.now_s += 0.5  # of the next step, under way when the window is summed up
+    assert clock.summary()["perf/goodput"] == pytest.approx(1.0)
+    run_steps(clock, hand, [0.5])
+    pause(clock, hand, "eval", 3.0)
+    summary = clock.summary()
+    assert summary["perf/goodput"] == pytest.approx(0.25)
+    assert summary["perf/tokens_per_s_actual"] == pytest.approx(100 / 4)
+
+
 @pytest.mark.parametrize("misuse", ["tick", "pause"])
 def test_a_pause_holds_neither_a_tick_nor_another_pause(clock, misuse):
     with pytest.raises(AssertionError, match="inside pause"), clock.pause("eval"):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from jaxtrain import config as config_lib
 from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
+from jaxtrain.names import measured_names
 from jaxtrain.run import restore_run
 from jaxtrain.train import train
 
@@ -64,6 +66,39 @@ def test_a_run_leaves_what_the_design_says(trained):
     assert summary["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-3)
 
 
+def test_a_run_leaves_what_it_measured(trained):
+    stored = json.loads((trained / "config.json").read_text())
+    assert stored["processes"] == len(stored["hosts"]) == 1 and stored["chip"] is None
+    work = stored["work"]
+    assert work["tokens_per_step"] == 256 and work["params"] == 35_008
+    assert work["flops_causal_per_step"] > work["flops_6n_per_step"] > 6 * 256 * 16_000
+    assert work["hbm_bytes_per_step"] > 4 * work["params"] and work["collectives"] == []
+    host = runs.read_metrics(trained / "hosts" / "0.jsonl")
+    assert [line["step"] for line in host if "event" not in line] == list(range(1, 41))
+    summary = json.loads((trained / "summary.json").read_text())
+    good_s = summary["perf/goodput"] * summary["perf/wall_s"]
+    lost = summary["lost_s"]
+    assert good_s + sum(lost.values()) == pytest.approx(summary["perf/wall_s"], rel=1e-6)
+    assert {"compile", "start", "save", "eval", "sample", "other"} <= lost.keys()
+    logged = {name for line in runs.read_metrics(trained / "metrics.jsonl") for name in line}
+    measured = {name for name in logged if name.split("/")[0] in ("perf", "data", "comm")}
+    assert len(measured) > 8 and measured <= measured_names().keys()
+
+
+def test_a_run_that_is_watched_computes_the_same(tmp_path, text, trained):
+    """A trace, phases and a page for Prometheus: no loss differs by a bit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = dict(steps=10, optim__total_steps=40, sample__tokens=0, eval_tokens=256)
+    watched = dict(profile__steps=2, measure__phases=True, export__port=port)
+    train(config(tmp_path, text, **values, **watched), jax.devices()[:1], quiet=True)
+    assert runs.losses(tmp_path) == runs.losses(trained)[:10]
+    records = runs.read_metrics(tmp_path / "metrics.jsonl")
+    assert any("perf/phase_forward_backward_s" in record for record in records)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_a_short_run_is_not_followed_by_a_long_evaluation(tmp_path, text):
     cfg = config(tmp_path, text, steps=1, sample__tokens=0)
     assert train(cfg, jax.devices()[:1], quiet=True) == 0
@@ -86,6 +121,16 @@ def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
     assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
     assert "nothing left to train" in capsys.readouterr().out
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_after_its_last_step_is_only_summed_up(trained, text, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    cfg = config(tmp_path / "run", text, steps=40, sample__tokens=0)
+    assert train(cfg, jax.devices()[:1], quiet=True) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["perf/steps"] == 0 and summary["eval/loss_nats"] < 3.5
+    assert runs.losses(tmp_path / "run") == runs.losses(trained)
 
 
 def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
