@@ -91,7 +91,8 @@ def _events(run: Run):
     found = {}
     for record in run.hosts.get("0", []):
         if "event" in record and record.get("step") is not None:
-            found[record["step"]] = f"step {record['step']}: {record['event']}"
+            cause = f", {record['cause']}" if "cause" in record else ""
+            found[record["step"]] = f"step {record['step']}: {record['event']}{cause}"
     return sorted(found.items())
 
 

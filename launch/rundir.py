@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.stats import mean, percentile
 
 NOT_JSON = ("nan", "inf", "-inf")
+PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # as XLA makes them on tensor cores
 LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_time_s"
 
 
@@ -63,9 +64,9 @@ class Run:
 
     @property
     def peak_flops_per_s(self) -> float | None:
-        """Of the type that the model computes in."""
+        """Of the type that its products are made in."""
         dtype = self.settings["model"]["dtype"]
-        return self.chip["peak_flops_per_s"].get(dtype) if self.chip else None
+        return self.chip["peak_flops_per_s"].get(PEAK_OF.get(dtype)) if self.chip else None
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of each line that has it and a finite number."""

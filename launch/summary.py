@@ -68,7 +68,7 @@ def parse(argv):
         "--workdir", default="", metavar="DIR", help="of a JOB whose flags do not name it"
     )
     parser.add_argument("--json", action="store_true", help="figures as JSON, a line a run")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.every <= 0:
         parser.error(f"--every must be positive; got {args.every}.")
     return args
