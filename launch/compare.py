@@ -228,7 +228,7 @@ def parse(argv):
         "--by",
         choices=NORMALISERS,
         default="",
-        help="whose verdict is the last line's [the last known]",
+        help="whose verdict is the last line's [roofline, else peak_flops, else raw]",
     )
     parser.add_argument(
         "--may_differ", default="", metavar="NAMES", help="settings that need not be the same: a,b"

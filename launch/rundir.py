@@ -138,19 +138,29 @@ class Run:
         return every * steps / wall if wall and steps else None
 
     @property
-    def step(self) -> int:
+    def logged_step(self) -> int:
         return max((record["step"] for record in self.metrics), default=0)
+
+    @property
+    def step(self) -> int:
+        """The newest one: processes write each step, metrics.jsonl has the logged ones alone."""
+        timed = (r["step"] for r in self.hosts.get("0", []) if STEP_TIME in r)
+        return max(timed, default=self.logged_step)
 
     @property
     def state(self) -> str:
         """`done`, `stopped by SIGTERM`, or what the last line says of a run without an end."""
-        if self.summary and self.summary.get("step", 0) >= self.step:
+        if self.summary and self.summary.get("step", 0) >= self.logged_step:
             stopped = self.summary.get("stopped_by")
             return f"stopped by {stopped}" if stopped else "done"
         if not self.metrics:
             return "no step yet"
         silent_s = max(0.0, time.time() - self.metrics[-1]["time"])
         return "running" if silent_s < 60 else f"silent for {duration(silent_s)}"
+
+
+class NoRun(ValueError):
+    """The folder holds no run, or none yet."""
 
 
 COMM = (
@@ -171,12 +181,13 @@ def read_run(folder) -> Run:
     """The run in a folder.
 
     Raises:
-        ValueError: it holds no run, or one with a damaged line; says which.
+        NoRun: it holds none.
+        ValueError: a line of it is damaged; says which.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     if config is None:
-        raise ValueError(
+        raise NoRun(
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is what the run was given as --config.workdir."
         )

@@ -143,18 +143,21 @@ def parse(argv):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("launch.slo", description=__doc__, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("record", help="a baseline file from one run or more")
+    add = lambda name, text: verbs.add_parser(
+        name, help=text, description=__doc__, formatter_class=form
+    )
+    one = add("record", "a baseline file from one run or more")
     one.add_argument("runs", nargs="+", metavar="RUN", help="run directories, repetitions")
     one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the baseline, JSON")
     one.add_argument(
         "--confidence", type=float, default=CONFIDENCE, help="of each tolerance [%(default)s]"
     )
-    two = verbs.add_parser("check", help="a run held against a baseline")
+    two = add("check", "a run held against a baseline")
     two.add_argument("run", metavar="RUN", help="a run directory")
     two.add_argument(
         "--across", default="", metavar="KEYS", help="may differ: versions, hosts, ... (commas)"
     )
-    three = verbs.add_parser("price", help="cost per 1e9 tokens, GPUs for a deadline")
+    three = add("price", "cost per 1e9 tokens, GPUs for a deadline")
     three.add_argument("--prices", required=True, metavar="FILE", help="TOML: docs/prices.toml")
     three.add_argument("--tokens", type=float, help="to train on, with --deadline")
     three.add_argument("--deadline", metavar="SPAN", help="90m, 36h, 7d, 2w")

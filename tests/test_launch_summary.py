@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import bed as beds
 import pytest
 from run_directories import curve, series, write_run
 
@@ -14,7 +16,7 @@ from launch import summary
 from launch.figures import rows_of
 from launch.host.rundir import read_changes
 from launch.page import page
-from launch.pull import flag, put
+from launch.pull import Pull, flag, put
 from launch.rundir import read_run
 from launch.stats import percentile
 from launch.svg import apart, short, thin, ticks
@@ -198,3 +200,37 @@ def test_numbers_are_short():
     assert [short(x) for x in (0.35, 1500, 15_000, 3.25e6, 0, 999.6)] == [
         *("0.35", "1500", "15k", "3.25M", "0", "1000")
     ]
+
+
+PROGRAM = """
+import os, shutil, sys
+rank, workdir = os.environ["JAX_PROCESS_ID"], sys.argv[1].partition("=")[2]
+os.makedirs(workdir + "/hosts")
+shutil.copy(f"made/hosts/{rank}.jsonl", workdir + "/hosts")
+for name in ("config.json", "metrics.jsonl", "summary.json") if rank == "0" else ():
+    shutil.copy("made/" + name, workdir)
+"""
+no_bed = beds.available()
+
+
+@pytest.mark.skipif(bool(no_bed), reason=no_bed)
+def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
+    """Whose disks are their own: the first host has the run, the others their processes' files."""
+    code = tmp_path / "code"
+    made = read_run(write_run(code / "made", series(60), processes=2))
+    (code / "program.py").write_text(PROGRAM)
+    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
+        subprocess.run([*git, *argv], check=True)
+    with beds.Bed(2) as bed:
+        monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
+        hosts = bed.inventory(tmp_path / "hosts.toml")
+        argv = [sys.executable, "-m", "launch.run", f"--hosts={hosts}", f"--code={code}"]
+        argv += [f"--ssh_config={bed.ssh_config}", "--module=program", "--restarts=0", "--"]
+        done = subprocess.run([*argv, "--config.workdir=runs/one"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        [job] = os.listdir(tmp_path / "jobs")
+        copy = read_run(Pull(job).fetch())
+    assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
+    assert "Step time by process" in page([copy])
