@@ -18,7 +18,7 @@ LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_tim
 
 @dataclass(frozen=True)
 class Run:
-    """One run; `metrics` and `hosts` are in the order written, `summary` is {} until the end."""
+    """One run; `metrics` and `hosts` are in the order written, `summary` is {} until it ends."""
 
     folder: Path
     config: dict
@@ -138,19 +138,16 @@ class Run:
         return every * steps / wall if wall and steps else None
 
     @property
-    def logged_step(self) -> int:
-        return max((record["step"] for record in self.metrics), default=0)
-
-    @property
     def step(self) -> int:
         """The newest one: processes write each step, metrics.jsonl has the logged ones alone."""
         timed = (r["step"] for r in self.hosts.get("0", []) if STEP_TIME in r)
-        return max(timed, default=self.logged_step)
+        logged = (record["step"] for record in self.metrics)
+        return max((*timed, *logged), default=0)
 
     @property
     def state(self) -> str:
         """`done`, `stopped by SIGTERM`, or what the last line says of a run without an end."""
-        if self.summary and self.summary.get("step", 0) >= self.logged_step:
+        if self.summary:
             stopped = self.summary.get("stopped_by")
             return f"stopped by {stopped}" if stopped else "done"
         if not self.metrics:
@@ -191,10 +188,13 @@ def read_run(folder) -> Run:
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is what the run was given as --config.workdir."
         )
-    hosts = {path.stem: _read_lines(path) for path in sorted(folder.glob("hosts/*.jsonl"))}
     metrics = _read_lines(folder / "metrics.jsonl")
-    summary = _read_json(folder / "summary.json") or {}
-    return Run(folder, config, metrics, hosts, _numbers(summary))
+    paths = sorted(folder.glob("hosts/*.jsonl"), key=lambda path: (len(path.stem), path.stem))
+    hosts = {path.stem: _read_lines(path) for path in paths}
+    summary = _numbers(_read_json(folder / "summary.json") or {})
+    if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
+        summary = {}  # of what came before a resume
+    return Run(folder, config, metrics, hosts, summary)
 
 
 def find_runs(path) -> list[Run]:

@@ -81,7 +81,10 @@ def show(args, sources, live: bool) -> bool:
     runs = [read_run(folder) for folder in folders]
     ended = all(run.state.startswith(DONE) for run in runs)
     out = args.out or runs[0].folder / "summary.html"
-    write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
+    try:
+        write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
+    except OSError as error:
+        raise ValueError(f"the page must be writable; got {error}. Set --out.") from None
     if args.json:
         print("\n".join(json.dumps(as_json(run)) for run in runs), flush=True)
         return ended

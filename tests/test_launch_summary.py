@@ -118,6 +118,22 @@ def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_
     assert read_run(run).figures == before
 
 
+def test_the_summary_of_a_run_that_was_resumed_is_not_yet_its_own(tmp_path):
+    run = write_run(tmp_path / "run", series(40))
+    assert read_run(run).state == "done"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "time": 1e9, "train/loss_nats": 3.0}\n')
+    assert read_run(run).state.startswith("silent for") and read_run(run).step == 41
+
+
+def test_processes_are_in_the_order_of_their_numbers_and_silent_ones_left_out(tmp_path):
+    run = write_run(tmp_path / "run", series(20), processes=12)
+    (run / "hosts" / "11.jsonl").write_text('{"step": 0, "time": 1e9, "event": "start"}\n')
+    assert list(read_run(run).hosts) == [str(i) for i in range(12)]
+    text = page([read_run(run)])
+    assert text.count('class="heat"') == 2 * 11 * 19
+
+
 def test_a_damaged_line_and_a_folder_that_is_no_run_are_named(tmp_path, capsys):
     assert summary.main([str(tmp_path)]) == 1
     assert "DIR must be a run directory" in capsys.readouterr().err
