@@ -34,7 +34,7 @@ NORMALISERS = {  # name -> words, what a device of that side can do (per s), why
         "no bandwidth is known for {device}",
     ),
     "ceiling_flops": (
-        "per measured matmul FLOP/s",
+        "per measured bf16 matmul FLOP/s",
         lambda side: side.matmul_flops_per_s,
         "no --ceilings given",
     ),
@@ -92,7 +92,7 @@ def judge(found: dict, margin: float) -> dict:
     ratio = found["ratio"]
     low, high = (ratio if found[key] is None else found[key] for key in ("low", "high"))
     if 1 / (1 + margin) <= low and high <= 1 + margin:
-        return {"verdict": "equal", "margin": margin, "words": f"equal within {margin:.0%}"}
+        return {"verdict": "equal", "margin": margin, "words": f"equal within {share(margin)}"}
     times = f"{digits(ratio)} times B"
     if low > 1 + margin:
         return {"verdict": "ahead", "margin": low - 1, "words": f"A ahead, {times}"}
@@ -100,10 +100,14 @@ def judge(found: dict, margin: float) -> dict:
         return {"verdict": "behind", "margin": 1 - high, "words": f"A behind, {times}"}
     if low <= 1 <= high:
         wider = max(high - 1, 1 / low - 1)
-        words = f"equal within {wider:.0%}: these steps cannot tell {margin:.0%}"
+        words = f"equal within {share(wider)}: these steps cannot tell {share(margin)}"
         return {"verdict": "equal", "margin": wider, "words": words}
-    words = f"undecided: the interval crosses the margin of {margin:.0%}"
+    words = f"undecided: the interval crosses the margin of {share(margin)}"
     return {"verdict": "undecided", "margin": margin, "words": words}
+
+
+def share(value: float) -> str:
+    return f"{float(digits(100 * value, 2)):g} %"
 
 
 def normalise(a: Side, b: Side, raw: dict, margin: float) -> dict[str, dict]:
@@ -141,20 +145,29 @@ def compare(a: Side, b: Side, margin=MARGIN, by="", resamples=RESAMPLES, seed=SE
         found["why"] = [f"--by={by}: {rows[by]['missing']}"]
         return found
     by = by or next(name for name in ("roofline", "peak_flops", "raw") if name in known)
-    blocks = sorted({block_length(len(run)) for side in (a, b) for run in side.times_s})
-    method = (
-        f"95 % intervals by circular block bootstrap over steps, blocks of "
-        f"{' and '.join(map(str, blocks))}, {resamples} resamples, seed {seed}"
-    )
     return found | {
         "losses": str(match),
         "rows": rows,
         "by": by,
-        "interval": method,
+        "interval": method(a, b, rows["raw"], resamples, seed),
         "verdict": rows[by]["verdict"]["verdict"],
         "words": rows[by]["verdict"]["words"],
         "margin": rows[by]["verdict"]["margin"],
     }
+
+
+def method(a: Side, b: Side, raw: dict, resamples: int, seed: int) -> str:
+    """How the intervals came about, and what in the table is not of one kind."""
+    if raw["tokens_per_s"]["low"] is None:
+        return "no intervals: a side has one figure alone"
+    blocks = sorted({block_length(len(run)) for side in (a, b) for run in side.times_s})
+    words = (
+        f"95 % intervals by circular block bootstrap over steps, blocks of "
+        f"{' and '.join(map(str, blocks))}, {resamples} resamples, seed {seed}"
+    )
+    if a.what != b.what:
+        words += f"\np50 and p95 are not of one kind: {a.what} against {b.what}"
+    return words
 
 
 def describe(side: Side) -> dict:

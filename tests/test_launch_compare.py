@@ -50,7 +50,7 @@ def test_the_published_pair_has_its_published_figures(capsys):
     assert found["verdict"] == "ahead" and found["by"] == "peak_flops"
 
 
-def test_the_rounded_figures_alone_give_the_same_ratios(tmp_path, capsys):
+def test_the_rounded_figures_alone_give_the_same_ratios():
     """1033.1 against 326.6 ms, without an interval, since there is one figure a side."""
     sides = [
         replace(side, times_s=[[seconds]])
@@ -60,6 +60,7 @@ def test_the_rounded_figures_alone_give_the_same_ratios(tmp_path, capsys):
     found = [rows[name]["tokens_per_s"] for name in ("raw", "peak_flops", "hbm_bytes")]
     assert [round(row["ratio"], 2) for row in found] == [0.32, 2.09, 1.52]
     assert [row["low"] for row in found] == [None] * 3
+    assert compare.compare(*sides)["interval"].startswith("no intervals")
 
 
 def test_a_side_against_itself_is_one_and_swapped_sides_are_the_inverse(sides):
@@ -81,7 +82,7 @@ def test_a_device_twice_as_able_that_is_twice_as_fast_is_equal(sides):
     assert rows["raw"]["tokens_per_s"]["ratio"] == pytest.approx(2, rel=1e-12)
     for name in ("peak_flops", "hbm_bytes", "roofline"):
         assert rows[name]["tokens_per_s"]["ratio"] == pytest.approx(1, rel=1e-12)
-        assert rows[name]["verdict"]["words"] == "equal within 5%"
+        assert rows[name]["verdict"]["words"] == "equal within 5 %"
 
 
 def test_units_of_time_and_number_of_devices_do_not_matter(sides):
@@ -118,7 +119,7 @@ def test_runs_without_a_known_chip_compare_raw_alone(tmp_path, capsys):
         write_run(tmp_path / name, series(200, seed=ord(name)), chip=None, device="cpu")
     code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
     assert code == 0 and "no peak is known for cpu" in out
-    assert "verdict, raw, per device: equal within 5%" in out
+    assert "verdict, raw, per device: equal within 5 %" in out
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,14 @@ def test_repetitions_tell_the_noise_and_must_be_repetitions(tmp_path, capsys):
         (1.02, 1.08, "undecided"),
     ],
 )
+def test_percentiles_of_unlike_things_are_said_to_be(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60), processes=2)
+    write_run(tmp_path / "b", series(60), log_every=5, config_hash="ba9876543210")
+    argv = (tmp_path / "a", tmp_path / "b", "--may_differ=log_every")
+    code, out = run(*argv, capsys=capsys)
+    assert code == 0 and "p50 and p95 are not of one kind" in out
+
+
 def test_a_verdict_needs_the_whole_interval(low, high, verdict):
     found = {"ratio": (low * high) ** 0.5, "low": low, "high": high}
     inverse = {"ratio": 1 / found["ratio"], "low": 1 / high, "high": 1 / low}
