@@ -108,7 +108,10 @@ def show_price(found: dict) -> str:
 
 def do_record(args) -> int:
     baseline = record([read_run(path) for path in args.runs], args.confidence)
-    write_text(args.out, json.dumps(baseline, indent=1) + "\n")
+    try:
+        write_text(args.out, json.dumps(baseline, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"--out must be writable; got {error}.") from None
     print(json.dumps(baseline) if args.json else show_record(baseline, args.out))
     return 0
 

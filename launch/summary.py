@@ -96,7 +96,12 @@ def show(args, sources, live: bool) -> bool:
 
 def source_of(name: str, workdir: str) -> Path | Pull:
     """A run directory, or a job's."""
-    return Path(name) if os.sep in name or Path(name).exists() else Pull(name, workdir)
+    if os.sep in name or Path(name).exists():
+        return Path(name)
+    try:
+        return Pull(name, workdir)
+    except ValueError as error:
+        raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
 
 
 def follow(args, sources) -> None:

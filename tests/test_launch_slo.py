@@ -144,6 +144,12 @@ def test_a_run_too_short_to_show_a_spread_is_refused(tmp_path, capsys):
     assert code == 2 and "must have 15 step times or more" in out
 
 
+def test_a_baseline_that_cannot_be_written_says_so(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    code, out = run("record", tmp_path / "a", f"--out={tmp_path}/no/base.json", capsys=capsys)
+    assert code == 2 and "--out must be writable" in out
+
+
 def test_what_the_run_no_longer_measures_is_a_breach(tmp_path, recorded, capsys):
     one = write_run(tmp_path / "blind", series(200))
     text = (one / "metrics.jsonl").read_text().replace("comm/effective", "comm/other")

@@ -134,7 +134,10 @@ def test_processes_are_in_the_order_of_their_numbers_and_silent_ones_left_out(tm
     assert text.count('class="heat"') == 2 * 11 * 19
 
 
-def test_a_damaged_line_and_a_folder_that_is_no_run_are_named(tmp_path, capsys):
+def test_a_damaged_line_and_what_is_no_run_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    assert summary.main(["nowhere"]) == 1
+    assert "no folder is called 'nowhere', so it must be a job" in capsys.readouterr().err
     assert summary.main([str(tmp_path)]) == 1
     assert "DIR must be a run directory" in capsys.readouterr().err
     run = write_run(tmp_path / "run", series(20))
