@@ -91,10 +91,13 @@ def rows_of(run: Run) -> list[tuple[str, str]]:
     rows += [(name, form(found[metric])) for metric, name, form in ROWS if metric in found]
     wall = run.summary.get("perf/wall_s")
     if wall is not None:
-        rows.append(("time after compilation", duration(wall)))
+        rows.append(("wall time", duration(wall)))
     compiled = latest(run, "perf/compile_time_s")
     if compiled is not None:
         rows.append(("compilation", duration(compiled)))
+    outliers = run.summary.get("outliers")
+    if outliers:
+        rows.append(("long steps", ", ".join(f"{n} {cause}" for cause, n in outliers.items())))
     rows += [(f"lost to {cause}", duration_or_ms(s)) for cause, s in run.lost_s.items() if s]
     rows.append(("device", f"{run.devices} x {run.device}{'' if run.chip else ' (no peak known)'}"))
     return rows

@@ -27,7 +27,8 @@ figcaption{margin-top:4px}
 padding:10px 12px;min-width:0}
 .tiles b{display:block;font-size:20px;font-weight:600;white-space:nowrap}
 .tiles span{font-size:13px;color:var(--dim)}
-main,aside{display:grid;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:10px}
+main,aside{display:grid;align-items:start;gap:10px;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 aside{margin-top:10px}
 section{padding:12px}
 figure{margin:0}
@@ -40,7 +41,8 @@ svg .tick{fill:var(--dim);font-size:11.5px}
 .faint{fill:none;stroke-width:1;stroke-opacity:.35}
 .bars{fill-opacity:.22;stroke-width:1.2}
 .heat{fill:var(--c1)}
-.idle{fill:var(--grid)}
+.f0{fill:var(--dim)}
+.b0{background:var(--dim)}
 table{border-collapse:collapse;width:100%;font-size:14px}
 td,th{padding:3px 0;text-align:right;vertical-align:top;border-top:1px solid var(--grid);
 font-weight:400}
@@ -104,8 +106,8 @@ def _legend(runs) -> str:
     lines = ""
     for i, run in enumerate(runs):
         key = f'<span class="key b{i % COLOURS + 1}"></span>'
-        state = f"{run.state}, step {progress(run)}"
-        lines += f"<p>{key}{escape(run.name)} <span class=dim>{escape(state)}</span></p>"
+        state = f'<span class="dim">{escape(run.state)}, step {escape(progress(run))}</span>'
+        lines += f"<p>{key}{escape(run.name)} {state}</p>"
     return f"<h1>{len(runs)} runs</h1>{lines}"
 
 

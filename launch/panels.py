@@ -91,7 +91,8 @@ def _events(run: Run):
     found = {}
     for record in run.hosts.get("0", []):
         if "event" in record and record.get("step") is not None:
-            found[record["step"]] = f"step {record['step']}: {record['event']}"
+            cause = f", {record['cause']}" if "cause" in record else ""
+            found[record["step"]] = f"step {record['step']}: {record['event']}{cause}"
     return sorted(found.items())
 
 
@@ -170,17 +171,16 @@ def goodput(run: Run, name: str) -> str:
         return ""
     lost_s = {cause: value for cause, value in run.lost_s.items() if value > 0}
     total = sum(lost_s.values())
-    parts, rows = [("f1", share)], [(1, "steps", share, None)]
+    rows = [(1, "steps", share, "")]
     for i, (cause, value) in enumerate(lost_s.items()):
-        part = (1 - share) * value / total
-        parts.append((f"f{(i + 1) % COLOURS + 1}", part))
-        rows.append(((i + 1) % COLOURS + 1, cause, part, value))
+        key = i + 2 if i + 2 <= COLOURS else 0  # the smallest share one colour
+        rows.append((key, cause, (1 - share) * value / total, duration_or_ms(value)))
     table = "".join(
         f'<tr><th><span class="key b{key}"></span>{escape(cause)}</th>'
-        f"<td>{'' if value is None else duration_or_ms(value)}</td><td>{percent(part)}</td></tr>"
-        for key, cause, part, value in rows
+        f"<td>{words}</td><td>{percent(part)}</td></tr>"
+        for key, cause, part, words in rows
     )
-    bar = share_bar("where the time went", parts)
+    bar = share_bar("where the time went", [(key, part) for key, _, part, _ in rows])
     return section(f"Where the time went{name}", f"{bar}<table>{table}</table>")
 
 
@@ -190,7 +190,8 @@ def heat(run: Run, name: str):
         return
     for metric, title in ((STEP_TIME, "Step time by process"), ("data/wait_s", "Wait for data")):
         rows = [(process, _cells(lines, metric)) for process, lines in run.hosts.items()]
-        values = [value for _, cells in rows for _, value in cells if value is not None]
+        rows = [(process, cells) for process, cells in rows if cells]
+        values = [value for _, cells in rows for _, value in cells]
         if not values:
             continue
         low, high = percentile(values, 0.02), percentile(values, 0.98)

@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.fleet import Fleet, HostError
 from launch.host.files import read_json, write_json
 from launch.job import Job
+from launch.watch import note
 
 HELD = ".held.json"  # host -> file -> [inode there, bytes here]
 
@@ -51,6 +52,9 @@ class Pull:
         write_json(self.folder / HELD, held)
         if isinstance(first, HostError):
             raise first
+        for answer in answers.values():
+            if isinstance(answer, HostError):
+                note(f"{answer} What is shown of it is what came before.")
         return self.folder
 
     def _take(self, host, held):

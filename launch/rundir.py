@@ -12,12 +12,13 @@ from pathlib import Path
 from launch.stats import mean, percentile
 
 NOT_JSON = ("nan", "inf", "-inf")
+PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # as XLA makes them on tensor cores
 LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_time_s"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run; `metrics` and `hosts` are in the order written, `summary` is {} until the end."""
+    """One run; `metrics` and `hosts` are in the order written, `summary` is {} until it ends."""
 
     folder: Path
     config: dict
@@ -63,9 +64,9 @@ class Run:
 
     @property
     def peak_flops_per_s(self) -> float | None:
-        """Of the type that the model computes in."""
+        """Of the type that its products are made in."""
         dtype = self.settings["model"]["dtype"]
-        return self.chip["peak_flops_per_s"].get(dtype) if self.chip else None
+        return self.chip["peak_flops_per_s"].get(PEAK_OF.get(dtype)) if self.chip else None
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of each line that has it and a finite number."""
@@ -138,18 +139,25 @@ class Run:
 
     @property
     def step(self) -> int:
-        return max((record["step"] for record in self.metrics), default=0)
+        """The newest one: processes write each step, metrics.jsonl has the logged ones alone."""
+        timed = (r["step"] for r in self.hosts.get("0", []) if STEP_TIME in r)
+        logged = (record["step"] for record in self.metrics)
+        return max((*timed, *logged), default=0)
 
     @property
     def state(self) -> str:
         """`done`, `stopped by SIGTERM`, or what the last line says of a run without an end."""
-        if self.summary and self.summary.get("step", 0) >= self.step:
+        if self.summary:
             stopped = self.summary.get("stopped_by")
             return f"stopped by {stopped}" if stopped else "done"
         if not self.metrics:
             return "no step yet"
         silent_s = max(0.0, time.time() - self.metrics[-1]["time"])
         return "running" if silent_s < 60 else f"silent for {duration(silent_s)}"
+
+
+class NoRun(ValueError):
+    """The folder holds no run, or none yet."""
 
 
 COMM = (
@@ -170,19 +178,23 @@ def read_run(folder) -> Run:
     """The run in a folder.
 
     Raises:
-        ValueError: it holds no run, or one with a damaged line; says which.
+        NoRun: it holds none.
+        ValueError: a line of it is damaged; says which.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     if config is None:
-        raise ValueError(
+        raise NoRun(
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is what the run was given as --config.workdir."
         )
-    hosts = {path.stem: _read_lines(path) for path in sorted(folder.glob("hosts/*.jsonl"))}
     metrics = _read_lines(folder / "metrics.jsonl")
-    summary = _read_json(folder / "summary.json") or {}
-    return Run(folder, config, metrics, hosts, _numbers(summary))
+    paths = sorted(folder.glob("hosts/*.jsonl"), key=lambda path: (len(path.stem), path.stem))
+    hosts = {path.stem: _read_lines(path) for path in paths}
+    summary = _numbers(_read_json(folder / "summary.json") or {})
+    if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
+        summary = {}  # of what came before a resume
+    return Run(folder, config, metrics, hosts, summary)
 
 
 def find_runs(path) -> list[Run]:

@@ -21,7 +21,8 @@ from launch.fleet import HostError
 from launch.host.files import write_text
 from launch.page import page
 from launch.pull import Pull
-from launch.rundir import LOSS, Run, read_run
+from launch.rundir import LOSS, NoRun, Run, read_run
+from launch.watch import note
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")
@@ -68,7 +69,7 @@ def parse(argv):
         "--workdir", default="", metavar="DIR", help="of a JOB whose flags do not name it"
     )
     parser.add_argument("--json", action="store_true", help="figures as JSON, a line a run")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.every <= 0:
         parser.error(f"--every must be positive; got {args.every}.")
     return args
@@ -76,10 +77,14 @@ def parse(argv):
 
 def show(args, sources, live: bool) -> bool:
     """Reads, prints and writes once; whether all runs have ended."""
-    runs = [read_run(source()) for source in sources]
+    folders = [s.fetch() if isinstance(s, Pull) else s for s in sources]
+    runs = [read_run(folder) for folder in folders]
     ended = all(run.state.startswith(DONE) for run in runs)
     out = args.out or runs[0].folder / "summary.html"
-    write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
+    try:
+        write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
+    except OSError as error:
+        raise ValueError(f"the page must be writable; got {error}. Set --out.") from None
     if args.json:
         print("\n".join(json.dumps(as_json(run)) for run in runs), flush=True)
         return ended
@@ -89,19 +94,38 @@ def show(args, sources, live: bool) -> bool:
     return ended
 
 
-def source_of(name: str, workdir: str):
-    """What gives the folder of a run, fresh: the folder itself, or a job's, fetched."""
+def source_of(name: str, workdir: str) -> Path | Pull:
+    """A run directory, or a job's."""
     if os.sep in name or Path(name).exists():
-        return lambda: Path(name)
-    return Pull(name, workdir).fetch
+        return Path(name)
+    try:
+        return Pull(name, workdir)
+    except ValueError as error:
+        raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
+
+
+def follow(args, sources) -> None:
+    """Shows it until all have ended; waits for a job's run to begin and its hosts to answer."""
+    jobs = any(isinstance(source, Pull) for source in sources)
+    while True:
+        try:
+            if show(args, sources, True):
+                return
+        except (NoRun, HostError) as error:
+            if not jobs:
+                raise
+            note(f"{error} Looking again in {args.every:g} s.")
+        time.sleep(args.every)
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     try:
         sources = [source_of(name, args.workdir) for name in args.runs]
-        while not show(args, sources, args.follow) and args.follow:
-            time.sleep(args.every)
+        if args.follow:
+            follow(args, sources)
+        else:
+            show(args, sources, False)
     except (ValueError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -176,9 +176,7 @@ def _grid(frame) -> str:
     for value in ticks(frame.low[1], frame.high[1]):
         y = frame.y(value)
         body += f'<path class="grid" d="M{LEFT} {y}H{frame.right}"/>'
-        body += (
-            f'<text class="tick" x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{short(value)}</text>'
-        )
+        body += _text(LEFT - 5, y + 4, short(value), "tick", "end")
     for value in ticks(frame.low[0], frame.high[0], 4):
         body += _text(frame.x(value), HEIGHT - 6, short(value), "tick", "middle")
     return body
@@ -221,39 +219,37 @@ def _spread(places, gap):
 
 
 def heat_map(title, rows, low, high) -> str:
-    """A row of cells a host; a cell is the darker the nearer it is to `high`.
+    """A row of cells a process; a cell is the fuller the nearer it is to `high`.
 
     Args:
-        rows: (name, [(words, value or None) of each stretch of steps]).
+        rows: (name, [(words, value) of each stretch of steps, one at least]).
     """
-    row_height, left = 20, 18 + LETTER * max(len(name) for name, _ in rows)
-    height = TOP + row_height * len(rows) + 6
+    row_height = max(4, min(20, 480 // len(rows)))
+    named = math.ceil(13 / row_height)  # every which row has room for its name
+    left = 18 + LETTER * max(len(name) for name, _ in rows)
     body = ""
     for i, (name, cells) in enumerate(rows):
         y = TOP + i * row_height
-        body += _text(left - 6, y + 13, name, "", "end")
+        if i % named == 0:
+            body += _text(left - 6, y + row_height / 2 + 3, name, "", "end")
         width = (WIDTH - 8 - left) / len(cells)
         for j, (words, value) in enumerate(cells):
-            if value is None:
-                continue
             share = min(1.0, max(0.0, (value - low) / ((high - low) or 1)))
             body += (
                 f'<rect class="heat" x="{left + j * width:.1f}" y="{y}" width="{width - 0.5:.1f}" '
-                f'height="{row_height - 2}" fill-opacity="{0.12 + 0.88 * share:.2f}">'
+                f'height="{row_height - 1}" fill-opacity="{0.12 + 0.88 * share:.2f}">'
                 f"<title>{escape(words)}</title></rect>"
             )
-    return wrap(title, body, height)
+    return wrap(title, body, TOP + row_height * len(rows) + 6)
 
 
 def share_bar(title, shares) -> str:
-    """One bar of (colour class, share) parts: what the time went to."""
+    """One bar of (colour, share) parts, which fill it; colour 0 is grey."""
     body, x = "", 0.0
     for colour, share in shares:
-        width = share * WIDTH
-        body += (
-            f'<rect class="{colour}" x="{x:.1f}" y="0" width="{max(width, 0.5):.1f}" height="22"/>'
-        )
-        x += width
+        place = f'x="{x:.1f}" y="0" width="{share * WIDTH:.1f}" height="22"'
+        body += f'<rect class="f{colour}" {place}/>'
+        x += share * WIDTH
     return wrap(title, body, 22)
 
 

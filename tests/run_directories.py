@@ -7,7 +7,7 @@ import random
 A40 = {
     "name": "a40",
     "kind": "NVIDIA A40",
-    "peak_flops_per_s": {"bfloat16": 149.7e12, "float32": 37.4e12},
+    "peak_flops_per_s": {"bfloat16": 149.7e12, "tf32": 74.8e12},
     "hbm_bytes_per_s": 696e9,
     "hbm_bytes": 47_697_362_944,
     "source": "NVIDIA A40 datasheet, 2022-06",

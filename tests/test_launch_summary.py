@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import bed as beds
 import pytest
 from run_directories import curve, series, write_run
 
@@ -14,7 +16,7 @@ from launch import summary
 from launch.figures import rows_of
 from launch.host.rundir import read_changes
 from launch.page import page
-from launch.pull import flag, put
+from launch.pull import Pull, flag, put
 from launch.rundir import read_run
 from launch.stats import percentile
 from launch.svg import apart, short, thin, ticks
@@ -116,7 +118,26 @@ def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_
     assert read_run(run).figures == before
 
 
-def test_a_damaged_line_and_a_folder_that_is_no_run_are_named(tmp_path, capsys):
+def test_the_summary_of_a_run_that_was_resumed_is_not_yet_its_own(tmp_path):
+    run = write_run(tmp_path / "run", series(40))
+    assert read_run(run).state == "done"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "time": 1e9, "train/loss_nats": 3.0}\n')
+    assert read_run(run).state.startswith("silent for") and read_run(run).step == 41
+
+
+def test_processes_are_in_the_order_of_their_numbers_and_silent_ones_left_out(tmp_path):
+    run = write_run(tmp_path / "run", series(20), processes=12)
+    (run / "hosts" / "11.jsonl").write_text('{"step": 0, "time": 1e9, "event": "start"}\n')
+    assert list(read_run(run).hosts) == [str(i) for i in range(12)]
+    text = page([read_run(run)])
+    assert text.count('class="heat"') == 2 * 11 * 19
+
+
+def test_a_damaged_line_and_what_is_no_run_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    assert summary.main(["nowhere"]) == 1
+    assert "no folder is called 'nowhere', so it must be a job" in capsys.readouterr().err
     assert summary.main([str(tmp_path)]) == 1
     assert "DIR must be a run directory" in capsys.readouterr().err
     run = write_run(tmp_path / "run", series(20))
@@ -198,3 +219,37 @@ def test_numbers_are_short():
     assert [short(x) for x in (0.35, 1500, 15_000, 3.25e6, 0, 999.6)] == [
         *("0.35", "1500", "15k", "3.25M", "0", "1000")
     ]
+
+
+PROGRAM = """
+import os, shutil, sys
+rank, workdir = os.environ["JAX_PROCESS_ID"], sys.argv[1].partition("=")[2]
+os.makedirs(workdir + "/hosts")
+shutil.copy(f"made/hosts/{rank}.jsonl", workdir + "/hosts")
+for name in ("config.json", "metrics.jsonl", "summary.json") if rank == "0" else ():
+    shutil.copy("made/" + name, workdir)
+"""
+no_bed = beds.available()
+
+
+@pytest.mark.skipif(bool(no_bed), reason=no_bed)
+def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
+    """Whose disks are their own: the first host has the run, the others their processes' files."""
+    code = tmp_path / "code"
+    made = read_run(write_run(code / "made", series(60), processes=2))
+    (code / "program.py").write_text(PROGRAM)
+    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
+        subprocess.run([*git, *argv], check=True)
+    with beds.Bed(2) as bed:
+        monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
+        hosts = bed.inventory(tmp_path / "hosts.toml")
+        argv = [sys.executable, "-m", "launch.run", f"--hosts={hosts}", f"--code={code}"]
+        argv += [f"--ssh_config={bed.ssh_config}", "--module=program", "--restarts=0", "--"]
+        done = subprocess.run([*argv, "--config.workdir=runs/one"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        [job] = os.listdir(tmp_path / "jobs")
+        copy = read_run(Pull(job).fetch())
+    assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
+    assert "Step time by process" in page([copy])

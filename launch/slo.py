@@ -1,0 +1,191 @@
+"""Baselines that an operator can hold a cluster to, and what they say about cost.
+
+    python -m launch.slo record runs/a runs/b runs/c --out=a40x8.json
+    python -m launch.slo check runs/today --against=a40x8.json
+    python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml
+    python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
+        --tokens=2.5e9 --deadline=7d --availability=0.95
+
+`record` takes a figure's tolerance from the spread between the runs, or between parts of a single
+one. `check` exits with 0 where all figures hold, 1 on a breach, which it names, and 2 where the run
+is not what the baseline is of: another config, chip, number of hosts or versions.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from launch.baseline import FIGURES, KEYS, LOOSE, VERSION, check, record, refusals
+from launch.host.files import write_text
+from launch.price import price, read_prices, read_span
+from launch.rundir import read_run
+
+CONFIDENCE = 0.99
+BREACH, REFUSED = 1, 2
+
+
+def read_baseline(path) -> dict:
+    """What `record` wrote.
+
+    Raises:
+        ValueError: the file is no baseline.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        version = found["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--against must be a file of `launch.slo record`; got {path}: {error}."
+        ) from None
+    if version != VERSION:
+        raise ValueError(f"--against must be of version {VERSION}; {path} is of {version}.")
+    return found
+
+
+def show_record(baseline: dict, path) -> str:
+    lines = [f"{'figure':20} {'baseline':>14} {'bound':>16} {'tolerance':>10}  from"]
+    for name, held in baseline["figures"].items():
+        figure, bound = FIGURES[name], held["bound"]
+        cells = [figure.form(held["value"]), "-", "not held"]
+        note = ""
+        if bound is not None:
+            tolerance = abs(bound / held["value"] - 1)
+            cells[1:] = [_bound(figure, bound), f"{tolerance:.1%}"]
+            note = "; LOOSE: longer or more runs tighten it" if tolerance > LOOSE else ""
+        lines.append(
+            f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {held['how']}{note}"
+        )
+    words = f"{baseline['confidence']:.0%} prediction bound of one more run, by Student's t"
+    return "\n".join([*lines, f"tolerance: {words} on logarithms", f"baseline {path}"])
+
+
+def _bound(figure, bound) -> str:
+    return f"{'>=' if figure.sign > 0 else '<='} {figure.form(bound)}"
+
+
+def show_check(rows, run, baseline, path) -> str:
+    day = time.strftime("%Y-%m-%d", time.gmtime(baseline["recorded"]))
+    lines = [
+        f"{run.name} against {path}, of {day}, {', '.join(baseline['runs'])}",
+        f"{'figure':20} {'baseline':>14} {'bound':>16} {'run':>14} {'margin':>9}",
+    ]
+    for row in rows:
+        figure = FIGURES[row["figure"]]
+        cells = [figure.form(row["baseline"]), "-", "-", "-"]
+        if row["bound"] is not None:
+            cells[1] = _bound(figure, row["bound"])
+        if row["run"] is not None:
+            cells[2] = figure.form(row["run"])
+        if row["margin"] is not None:
+            cells[3] = f"{row['margin']:+.1%}"
+        words = "" if row["state"] == "ok" else f"  {row['state']}"
+        words += f": {row['how']}" if row["state"] == "not held" else ""
+        words += " (not measured)" if row["run"] is None else ""
+        lines.append(
+            f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>14} {cells[3]:>9}{words}"
+        )
+    broken = [FIGURES[row["figure"]].words for row in rows if row["state"] == "BREACH"]
+    lines.append(f"BREACH: {', '.join(broken)}" if broken else "all figures hold")
+    return "\n".join(lines)
+
+
+def show_price(found: dict) -> str:
+    money = found["currency"]
+    lines = [
+        f"{found['cost_per_1e9_tokens']:,.2f} {money} per 1e9 tokens",
+        f"{found['tokens_per_month']:.4g} tokens a month, "
+        f"{found['tokens_per_month_per_gpu']:.4g} on each GPU",
+    ]
+    if "gpus" in found:
+        lines.append(
+            f"{found['tokens']:.4g} tokens in {found['deadline_s'] / 86_400:g} days: "
+            f"{found['gpus']} GPUs, {found['cost']:,.2f} {money}"
+        )
+    return "\n".join([*lines, "taken for granted:", *(f"  {a}" for a in found["assumptions"])])
+
+
+def do_record(args) -> int:
+    baseline = record([read_run(path) for path in args.runs], args.confidence)
+    try:
+        write_text(args.out, json.dumps(baseline, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"--out must be writable; got {error}.") from None
+    print(json.dumps(baseline) if args.json else show_record(baseline, args.out))
+    return 0
+
+
+def do_check(args) -> int:
+    across = [name for name in args.across.split(",") if name]
+    unknown = [name for name in across if name not in KEYS]
+    if unknown:
+        raise ValueError(f"--across must be of {', '.join(KEYS)}; got {unknown[0]!r}.")
+    baseline, run = read_baseline(args.against), read_run(args.run)
+    differing = refusals(baseline, run, across)
+    if differing:
+        raise ValueError("\n".join(["not what --against is of:", *differing]))
+    rows = check(baseline, run)
+    print(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
+    return BREACH if any(row["state"] == "BREACH" for row in rows) else 0
+
+
+def do_price(args) -> int:
+    if bool(args.tokens) != bool(args.deadline):
+        raise ValueError("--tokens and --deadline must come together.")
+    if not 0 < args.availability <= 1:
+        raise ValueError(f"--availability must be in (0, 1]; got {args.availability}.")
+    span_s = read_span(args.deadline) if args.deadline else None
+    baseline, prices = read_baseline(args.against), read_prices(args.prices)
+    found = price(baseline, prices, args.availability, args.tokens, span_s, args.params)
+    print(json.dumps(found) if args.json else show_price(found))
+    return 0
+
+
+def parse(argv):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("launch.slo", description=__doc__, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add = lambda name, text: verbs.add_parser(
+        name, help=text, description=__doc__, formatter_class=form
+    )
+    one = add("record", "a baseline file from one run or more")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="run directories, repetitions")
+    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the baseline, JSON")
+    one.add_argument(
+        "--confidence", type=float, default=CONFIDENCE, help="of each tolerance [%(default)s]"
+    )
+    two = add("check", "a run held against a baseline")
+    two.add_argument("run", metavar="RUN", help="a run directory")
+    two.add_argument(
+        "--across", default="", metavar="KEYS", help="may differ: versions, hosts, ... (commas)"
+    )
+    three = add("price", "cost per 1e9 tokens, GPUs for a deadline")
+    three.add_argument("--prices", required=True, metavar="FILE", help="TOML: docs/prices.toml")
+    three.add_argument("--tokens", type=float, help="to train on, with --deadline")
+    three.add_argument("--deadline", metavar="SPAN", help="90m, 36h, 7d, 2w")
+    three.add_argument("--params", type=float, help="of another model, in proportion")
+    three.add_argument(
+        "--availability", type=float, default=1.0, help="share of the time [%(default)s]"
+    )
+    for verb in (two, three):
+        verb.add_argument("--against", required=True, metavar="FILE", help="the baseline")
+    for verb in (one, two, three):
+        verb.add_argument("--json", action="store_true", help="as JSON")
+    args = parser.parse_args(argv)
+    if args.verb == "record" and not 0.5 < args.confidence < 1:
+        parser.error(f"--confidence must be in (0.5, 1); got {args.confidence}.")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    try:
+        return {"record": do_record, "check": do_check, "price": do_price}[args.verb](args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

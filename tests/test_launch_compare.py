@@ -1,0 +1,259 @@
+"""The normalised comparison: its invariances, what it refuses, and the published pair."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from run_directories import A40, curve, series, write_run
+
+from launch import compare
+from launch.compare import judge, normalise, ratios
+from launch.samework import match_losses
+from launch.sides import read_external, read_side
+from launch.stats import bootstrap, deviation, mean, noise, percentile, t_quantile
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "docs" / "track3_record44.toml"
+H100 = A40 | {"name": "h100", "kind": "NVIDIA H100 80GB HBM3", "hbm_bytes_per_s": 3352e9}
+H100 |= {"peak_flops_per_s": {"bfloat16": 989.4e12}}
+
+
+@pytest.fixture
+def sides(tmp_path):
+    write_run(tmp_path / "a", series(200))
+    write_run(tmp_path / "b", series(200, 0.4, seed=1), curve(200, 0), chip=H100)
+    return read_side(tmp_path / "a"), read_side(tmp_path / "b")
+
+
+def run(*argv, capsys):
+    code = compare.main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_the_published_pair_has_its_published_figures(capsys):
+    code, out = run("--external", RECORD, "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["b"]["times"] == 14
+    a, b = read_external(RECORD)
+    assert [round(1e3 * mean(side.times_s[0]), 1) for side in (a, b)] == [1033.2, 326.6]
+    rounded = {
+        name: round(row["tokens_per_s"]["ratio"], 3)
+        for name, row in found["rows"].items()
+        if "missing" not in row
+    }
+    assert rounded == {"raw": 0.316, "peak_flops": 2.089, "hbm_bytes": 1.522}
+    verdicts = {name: found["rows"][name]["verdict"]["verdict"] for name in rounded}
+    assert verdicts == {"raw": "behind", "peak_flops": "ahead", "hbm_bytes": "ahead"}
+    assert found["verdict"] == "ahead" and found["by"] == "peak_flops"
+
+
+def test_the_rounded_figures_alone_give_the_same_ratios():
+    """1033.1 against 326.6 ms, without an interval, since there is one figure a side."""
+    sides = [
+        replace(side, times_s=[[seconds]])
+        for side, seconds in zip(read_external(RECORD), (1.0331, 0.3266), strict=True)
+    ]
+    rows = normalise(*sides, ratios(*sides), 0.05)
+    found = [rows[name]["tokens_per_s"] for name in ("raw", "peak_flops", "hbm_bytes")]
+    assert [round(row["ratio"], 2) for row in found] == [0.32, 2.09, 1.52]
+    assert [row["low"] for row in found] == [None] * 3
+    assert compare.compare(*sides)["interval"].startswith("no intervals")
+
+
+def test_a_side_against_itself_is_one_and_swapped_sides_are_the_inverse(sides):
+    a, b = sides
+    assert all(row["ratio"] == 1 for row in ratios(a, a).values())
+    forth, back = (normalise(*pair, ratios(*pair), 0.05) for pair in ((a, b), (b, a)))
+    for name in ("raw", "peak_flops", "hbm_bytes", "roofline"):
+        for speed in compare.SPEEDS:
+            product = forth[name][speed]["ratio"] * back[name][speed]["ratio"]
+            assert product == pytest.approx(1, rel=1e-12)
+
+
+def test_a_device_twice_as_able_that_is_twice_as_fast_is_equal(sides):
+    a, _ = sides
+    times = [[seconds / 2 for seconds in run] for run in a.times_s]
+    able = replace(a, times_s=times, peak_flops_per_s=2 * a.peak_flops_per_s)
+    able = replace(able, hbm_bytes_per_s=2 * a.hbm_bytes_per_s, roofline_s=a.roofline_s / 2)
+    rows = normalise(able, a, ratios(able, a), 0.05)
+    assert rows["raw"]["tokens_per_s"]["ratio"] == pytest.approx(2, rel=1e-12)
+    for name in ("peak_flops", "hbm_bytes", "roofline"):
+        assert rows[name]["tokens_per_s"]["ratio"] == pytest.approx(1, rel=1e-12)
+        assert rows[name]["verdict"]["words"] == "equal within 5 %"
+
+
+def test_units_of_time_and_number_of_devices_do_not_matter(sides):
+    a, b = sides
+    scaled = [
+        replace(s, times_s=[[1e3 * t for t in run] for run in s.times_s], devices=3 * s.devices)
+        for s in sides
+    ]
+    for name, row in ratios(a, b).items():
+        assert ratios(*scaled)[name] == pytest.approx(row, rel=1e-9)
+
+
+def test_ceilings_normalise_and_must_be_of_the_sides_devices(tmp_path, sides, capsys):
+    files = []
+    for side, flops in zip(sides, (1.2e14, 6e14), strict=True):
+        found = {"device": side.device_kind, "matmul_flops_per_s": flops, "copy_bytes_per_s": 5e11}
+        files.append(tmp_path / f"{side.device}.json")
+        files[-1].write_text(json.dumps(found))
+    argv = (tmp_path / "a", tmp_path / "b", "--json", "--ceilings")
+    code, out = run(*argv, *files, capsys=capsys)
+    rows = json.loads(out)["rows"]
+    raw = rows["raw"]["tokens_per_s"]["ratio"]
+    assert code == 0
+    assert rows["ceiling_flops"]["tokens_per_s"]["ratio"] == pytest.approx(raw * 5)
+    assert rows["ceiling_bytes"]["tokens_per_s"]["ratio"] == pytest.approx(raw)
+    code, out = run(*argv, *files[::-1], capsys=capsys)
+    assert code == 1 and "Give the file of A first" in out
+    code, out = run(*argv, tmp_path / "a" / "config.json", files[1], capsys=capsys)
+    assert code == 1 and "--ceilings must be a file of" in out
+
+
+def test_runs_without_a_known_chip_compare_raw_alone(tmp_path, capsys):
+    for name in "ab":
+        write_run(tmp_path / name, series(200, seed=ord(name)), chip=None, device="cpu")
+    code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 0 and "no peak is known for cpu" in out
+    assert "verdict, raw, per device: equal within 5 %" in out
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"data": {"fingerprint": "0" * 32, "tokens": 1}}, "data fingerprint"),
+        ({"config_hash": "ba9876543210"}, None),  # by seed alone, as the settings say
+        ({"work": {"tokens_per_step": 1}}, "tokens a step: 524288 against 1"),
+    ],
+)
+def test_different_work_is_refused_and_named(tmp_path, capsys, change, words):
+    write_run(tmp_path / "a", series(60))
+    write_run(tmp_path / "b", series(60), **change)
+    code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == (1 if words else 0)
+    assert words is None or ("not comparable" in out and words in out)
+
+
+def test_the_setting_that_differs_is_named_and_may_be_allowed(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    write_run(tmp_path / "b", series(60), log_every=2, config_hash="ba9876543210")
+    argv = (tmp_path / "a", tmp_path / "b")
+    code, out = run(*argv, capsys=capsys)
+    assert code == 1 and "not comparable: config: log_every 1 against 2" in out
+    assert run(*argv, "--may_differ=log_every", capsys=capsys)[0] == 0
+
+
+def test_curves_of_other_seeds_agree_and_a_worse_one_does_not(tmp_path, capsys):
+    refused = 0
+    for seed in range(1, 9):
+        write_run(tmp_path / f"seed{seed}", series(200), curve(200, seed))
+    sides = [read_side(tmp_path / f"seed{seed}") for seed in range(1, 9)]
+    for i, a in enumerate(sides):
+        for b in sides[i + 1 :]:
+            match = match_losses(a, b)
+            refused += match.errors > match.limit
+    assert refused == 0
+    write_run(tmp_path / "worse", series(200), curve(200, 1, shift=0.05))
+    code, out = run(tmp_path / "seed2", tmp_path / "worse", capsys=capsys)
+    assert code == 1 and "not comparable: losses" in out
+
+
+def test_repetitions_tell_the_noise_and_must_be_repetitions(tmp_path, capsys):
+    """Runs that differ by 0.05 among themselves excuse a gap of 0.03; steady ones do not."""
+    shifts = {"steady": (0.0, 0.001, -0.001), "wild": (0.0, 0.05, -0.05), "other": (0.03, 0.031)}
+    for name, values in shifts.items():
+        for i, shift in enumerate(values):
+            losses = curve(200, 7, shift)
+            write_run(tmp_path / name / str(i), series(200, seed=i), losses)
+    argv = ("--resamples=100", tmp_path / "other")
+    assert run(tmp_path / "wild", *argv, capsys=capsys)[0] == 0
+    code, out = run(tmp_path / "steady", *argv, capsys=capsys)
+    assert code == 1 and "the noise between 5 runs" in out
+    write_run(tmp_path / "wild" / "third", series(200))
+    config = tmp_path / "wild" / "third" / "config.json"
+    config.write_text(config.read_text().replace('"batch": 512', '"batch": 256'))
+    code, out = run(tmp_path / "wild", *argv, capsys=capsys)
+    assert code == 1 and "must be repetitions of one" in out
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        (0.97, 1.04, "equal"),
+        (1.06, 1.2, "ahead"),
+        (0.7, 0.9, "behind"),
+        (0.9, 1.2, "equal"),  # within 20 %, as is said
+        (1.02, 1.08, "undecided"),
+    ],
+)
+def test_percentiles_of_unlike_things_are_said_to_be(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60), processes=2)
+    write_run(tmp_path / "b", series(60), log_every=5, config_hash="ba9876543210")
+    argv = (tmp_path / "a", tmp_path / "b", "--may_differ=log_every")
+    code, out = run(*argv, capsys=capsys)
+    assert code == 0 and "p50 and p95 are not of one kind" in out
+
+
+def test_a_verdict_needs_the_whole_interval(low, high, verdict):
+    found = {"ratio": (low * high) ** 0.5, "low": low, "high": high}
+    inverse = {"ratio": 1 / found["ratio"], "low": 1 / high, "high": 1 / low}
+    other = {"ahead": "behind", "behind": "ahead"}.get(verdict, verdict)
+    assert judge(found, 0.05)["verdict"] == verdict
+    assert judge(inverse, 0.05)["verdict"] == other
+    if (low, high) == (0.9, 1.2):
+        assert judge(found, 0.05)["margin"] == pytest.approx(0.2)
+
+
+def test_the_interval_holds_the_truth_where_steps_hang_together():
+    """90 % or more of 95 % intervals of a mean hold it, though neighbours are alike (r = 0.5)."""
+    held = 0
+    for seed in range(100):
+        rng, value, values = random.Random(seed), 0.0, []
+        for _ in range(400):
+            value = 0.5 * value + rng.gauss(0, 1)
+            values.append(10 + value)
+        bounds = bootstrap(lambda sides: {"mean": mean(sides[0][0])}, [[values]], 150)
+        held += bounds["mean"][0] <= 10 <= bounds["mean"][1]
+    assert held >= 85
+
+
+def test_the_same_seed_gives_the_same_interval(sides):
+    assert ratios(*sides) == ratios(*sides) != ratios(*sides, seed=1)
+
+
+def test_statistics_are_what_their_names_say():
+    rng = random.Random(0)
+    values = [rng.gauss(0, 2) for _ in range(2_000)]
+    straight = [0.3 * i + value for i, value in enumerate(values)]
+    assert noise(straight) == pytest.approx(noise(values)) == pytest.approx(2, rel=0.1)
+    assert deviation([1, 3]) == pytest.approx(2**0.5) and percentile([4, 1, 3, 2], 0.5) == 2.5
+    tables = {(0.975, 1): 12.706, (0.975, 10): 2.228, (0.99, 4): 3.747, (0.975, 10_000): 1.960}
+    for (share, freedom), expected in tables.items():
+        assert t_quantile(share, freedom) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "must have name"),
+        ("colour = 1", "has no key 'colour'"),
+        ("devices = 8.5", "devices must be int"),
+    ],
+)
+def test_a_file_of_figures_that_is_wrong_is_named(tmp_path, capsys, line, words):
+    path = tmp_path / "figures.toml"
+    path.write_text(f"[[side]]\n{line}\n")
+    code, out = run("--external", path, capsys=capsys)
+    assert code == 1 and words in out
+
+
+def test_two_sides_are_needed(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    code, out = run(tmp_path / "a", capsys=capsys)
+    assert code == 1 and "two sides must be given; got 1" in out
+    code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
+    assert code == 1 and "DIR must be a run directory" in out

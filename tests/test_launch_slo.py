@@ -1,0 +1,227 @@
+"""Baselines: what holds, what breaches, what is refused; and prices made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run_directories import A40, curve, series, write_run
+
+from launch import slo
+from launch.baseline import check, record
+from launch.price import price, read_span
+from launch.rundir import read_run
+
+ROOT = Path(__file__).parent.parent
+H100 = A40 | {"name": "h100", "kind": "NVIDIA H100 80GB HBM3"}
+
+
+def slowed(times, factor):
+    return [factor * seconds for seconds in times]
+
+
+def run(*argv, capsys):
+    code = slo.main([str(part) for part in argv])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.fixture
+def recorded(tmp_path, capsys):
+    write_run(tmp_path / "good", series(200))
+    code, out = run("record", tmp_path / "good", f"--out={tmp_path}/base.json", capsys=capsys)
+    assert code == 0 and "spread of 10 blocks of the run" in out
+    return tmp_path / "base.json"
+
+
+def test_the_run_itself_holds_and_one_with_slower_steps_names_p50(tmp_path, recorded, capsys):
+    code, out = run("check", tmp_path / "good", f"--against={recorded}", capsys=capsys)
+    assert code == 0 and "all figures hold" in out
+    write_run(tmp_path / "slow", slowed(series(200), 1.2))
+    code, out = run("check", tmp_path / "slow", f"--against={recorded}", capsys=capsys)
+    broken = out.splitlines()[-1]
+    assert code == 1 and broken.startswith("BREACH: ") and "step p50" in broken
+    assert "HBM headroom" not in broken and "goodput" not in broken
+
+
+def test_a_better_run_holds(tmp_path, recorded, capsys):
+    write_run(tmp_path / "fast", slowed(series(200, seed=1), 0.5))
+    code, out = run("check", tmp_path / "fast", f"--against={recorded}", "--json", capsys=capsys)
+    rows = {row["figure"]: row for row in json.loads(out)}
+    assert code == 0
+    for name in ("tokens_per_s", "step_p50_s", "step_p95_s", "effective_bytes_per_s"):
+        assert rows[name]["margin"] > 0.4
+
+
+def test_runs_alike_hold_and_slower_ones_do_not(tmp_path):
+    """A baseline of one run alone lets 20 others pass, and none of them at 20 % slower."""
+    baseline = record([read_run(write_run(tmp_path / "base", series(200)))], 0.99)
+    broken = {1.0: 0, 1.2: 0}
+    for factor in broken:
+        for seed in range(1, 21):
+            times = slowed(series(200, seed=seed), factor)
+            one = read_run(write_run(tmp_path / f"{factor}_{seed}", times))
+            states = {row["figure"]: row["state"] for row in check(baseline, one)}
+            broken[factor] += states["step_p50_s"] == "BREACH"
+    assert broken == {1.0: 0, 1.2: 20}
+
+
+def bounds(folder, medians, factor=1.0):
+    """{figure: bound over value} of runs with these medians."""
+    made = [
+        write_run(folder / str(i), slowed(series(100, median, seed=i), factor))
+        for i, median in enumerate(medians)
+    ]
+    found = record([read_run(path) for path in made], 0.99)["figures"]
+    held = {name: one for name, one in found.items() if one["bound"] is not None}
+    return {name: one["bound"] / one["value"] for name, one in held.items()}
+
+
+def test_the_tolerance_is_the_spread_of_the_runs_whatever_their_speed(tmp_path):
+    wide = bounds(tmp_path / "wide", (1.0, 1.03, 0.97, 1.02))
+    narrow = bounds(tmp_path / "narrow", (1.0, 1.003, 0.997, 1.002))
+    assert wide["step_p50_s"] - 1 > 4 * (narrow["step_p50_s"] - 1) > 0
+    assert wide["tokens_per_s"] < narrow["tokens_per_s"] < 1
+    scaled = bounds(tmp_path / "scaled", (1.0, 1.03, 0.97, 1.02), 7.0)
+    assert scaled == pytest.approx(wide, rel=1e-9)
+
+
+def test_runs_without_any_spread_are_held_to_their_very_figure(tmp_path):
+    times = series(100)
+    made = [read_run(write_run(tmp_path / str(i), times)) for i in range(3)]
+    baseline = record(made, 0.99)
+    held = [one for one in baseline["figures"].values() if one["bound"] is not None]
+    assert len(held) == 5 and all(one["bound"] == pytest.approx(one["value"]) for one in held)
+    assert {row["state"] for row in check(baseline, made[0])} == {"ok", "not held"}
+    slower = read_run(write_run(tmp_path / "slower", slowed(times, 1.001)))
+    assert "BREACH" in {row["state"] for row in check(baseline, slower)}
+
+
+def test_a_percentile_is_held_only_where_steps_lie_beyond_it(tmp_path):
+    for steps, p95, p99 in (
+        (100, "not held", "not held"),
+        (300, "ok", "not held"),
+        (1200, "ok", "ok"),
+    ):
+        one = read_run(write_run(tmp_path / str(steps), series(steps)))
+        rows = {row["figure"]: row for row in check(record([one], 0.99), one)}
+        assert (rows["step_p95_s"]["state"], rows["step_p99_over_p50"]["state"]) == (p95, p99)
+        assert rows["step_p50_s"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"config_hash": "ba9876543210"}, "config_hash"),
+        ({"chip": H100}, "device"),
+        ({"devices": 16}, "devices"),
+        ({"hosts": ["a", "b"]}, "hosts"),
+        ({"versions": {"jax": "0.11.2"}}, "versions"),
+    ],
+)
+def test_a_run_of_something_else_is_refused_not_judged(tmp_path, recorded, capsys, change, name):
+    write_run(tmp_path / "other", series(200), **change)
+    argv = ("check", tmp_path / "other", f"--against={recorded}")
+    code, out = run(*argv, capsys=capsys)
+    assert code == 2 and f"{name}: the baseline is of" in out and "BREACH" not in out
+    if name == "versions":
+        assert run(*argv, "--across=versions", capsys=capsys)[0] == 0
+    code, out = run(*argv, "--across=weather", capsys=capsys)
+    assert code == 2 and "--across must be of" in out
+
+
+def test_runs_of_two_kinds_do_not_make_one_baseline(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    write_run(tmp_path / "b", series(60), chip=H100)
+    argv = ("record", tmp_path / "a", tmp_path / "b", f"--out={tmp_path}/base.json")
+    code, out = run(*argv, capsys=capsys)
+    assert code == 2 and "a and b differ in device" in out
+    assert not (tmp_path / "base.json").exists()
+
+
+def test_a_run_too_short_to_show_a_spread_is_refused(tmp_path, capsys):
+    write_run(tmp_path / "a", series(12))
+    code, out = run("record", tmp_path / "a", f"--out={tmp_path}/base.json", capsys=capsys)
+    assert code == 2 and "must have 15 step times or more" in out
+
+
+def test_a_baseline_that_cannot_be_written_says_so(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    code, out = run("record", tmp_path / "a", f"--out={tmp_path}/no/base.json", capsys=capsys)
+    assert code == 2 and "--out must be writable" in out
+
+
+def test_what_the_run_no_longer_measures_is_a_breach(tmp_path, recorded, capsys):
+    one = write_run(tmp_path / "blind", series(200))
+    text = (one / "metrics.jsonl").read_text().replace("comm/effective", "comm/other")
+    (one / "metrics.jsonl").write_text(text)
+    code, out = run("check", one, f"--against={recorded}", capsys=capsys)
+    assert code == 1 and "BREACH: effective bandwidth" in out and "(not measured)" in out
+
+
+def test_without_a_chip_there_is_no_headroom_to_hold(tmp_path):
+    one = read_run(write_run(tmp_path / "cpu", series(60), curve(60), chip=None, device="cpu"))
+    found = record([one], 0.99)
+    assert "hbm_headroom" not in found["figures"] and found["key"]["device"] == "cpu"
+
+
+PRICES = {"currency": "USD", "per_gpu_hour": {"a40": 0.40}}
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prices")
+    once, twice = (write_run(folder / str(f), slowed(series(60), f)) for f in (1.0, 0.5))
+    return [record([read_run(path)], 0.99) for path in (once, twice)]
+
+
+def test_twice_the_speed_is_half_the_cost_and_twice_the_capacity(baselines):
+    once, twice = (price(baseline, PRICES) for baseline in baselines)
+    assert once["cost_per_1e9_tokens"] == pytest.approx(2 * twice["cost_per_1e9_tokens"])
+    assert 2 * once["tokens_per_month"] == pytest.approx(twice["tokens_per_month"])
+    gpu_hours = 1e9 / once["tokens_per_s_per_gpu"] / 3_600
+    assert once["cost_per_1e9_tokens"] == pytest.approx(0.40 * gpu_hours)
+
+
+def test_the_gpus_for_a_deadline_make_it_and_one_fewer_does_not(baselines):
+    for availability in (1.0, 0.7):
+        found = price(baselines[0], PRICES, availability, 3e12, read_span("30d"))
+        each = found["tokens_per_month_per_gpu"]
+        assert (found["gpus"] - 1) * each < 3e12 <= found["gpus"] * each
+    fewer = price(baselines[0], PRICES, 1.0, 7 * each, read_span("30d"))
+    assert fewer["gpus"] < 7  # availability 1 makes more of each
+
+
+def test_a_model_twice_as_large_costs_twice_as_much(baselines):
+    own = baselines[0]["params"]
+    small, large = (price(baselines[0], PRICES, params=n * own) for n in (1, 2))
+    assert large["cost_per_1e9_tokens"] == pytest.approx(2 * small["cost_per_1e9_tokens"])
+    assert any("same MFU" in line for line in large["assumptions"])
+
+
+def test_prices_are_printed_with_what_they_take_for_granted(recorded, capsys):
+    prices = f"--prices={ROOT / 'docs' / 'prices.toml'}"
+    argv = ("price", f"--against={recorded}", prices, "--tokens=2.5e9", "--deadline=1h")
+    code, out = run(*argv, "--availability=0.9", capsys=capsys)
+    assert code == 0 and "USD per 1e9 tokens" in out and "GPUs" in out
+    assert "taken for granted:" in out and "90.0% of the time" in out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tokens=1e9"], "--tokens and --deadline must come together"),
+        (["--tokens=1e9", "--deadline=soon"], "--deadline must be like"),
+        (["--availability=1.5"], "--availability must be in (0, 1]"),
+        (["--prices=nowhere.toml"], "--prices must name a file"),
+        (["--against=nowhere.json"], "--against must be a file of"),
+    ],
+)
+def test_wrong_flags_are_named(recorded, capsys, flags, words):
+    prices = f"--prices={ROOT / 'docs' / 'prices.toml'}"
+    code, out = run("price", f"--against={recorded}", prices, *flags, capsys=capsys)
+    assert code == 2 and words in out
+
+
+def test_a_chip_without_a_price_is_named(baselines):
+    with pytest.raises(ValueError, match="--prices must have 'a40'"):
+        price(baselines[0], {"currency": "USD", "per_gpu_hour": {"h100": 2.5}})
