@@ -237,7 +237,7 @@ def audited(chip, cases=CASES) -> list[tuple]:
         for tiles in bodies(case.op, chip.arch):
             body = body_of(part_of(tiles, case.part)) if case.part else "triton"
             if body == "triton" or not case.triton_only:
-                by_body[body] = tiles
+                by_body.setdefault(body, tiles)
         found += [(case, tiles, body) for body, tiles in by_body.items()]
     return found
 
