@@ -26,17 +26,17 @@ def fleet(bed):
     return Fleet(hosts, str(bed.ssh_config))
 
 
-def test_the_probe_sees_round_trips_rates_and_the_headers_that_offload_hides(bed, fleet):
-    bed.link("h0", "h1", delay_ms=20, rate_mbit=80)
+def test_the_probe_sees_round_trips_and_rates_of_a_link_and_counts_what_it_sends(bed, fleet):
+    bed.link("h0", "h1", delay_ms=5, rate_mbit=80)
     before = bed.traffic()["h0 > h1"]["bytes"]
     found = probe.measure_tcp(fleet, seconds=0.5, pings=5)
     ways = [(pair["from"], pair["streams"], pair["both"]) for pair in found]
     assert sorted(ways) == [(h, s, b) for h in bed.names for s in (1, 4, 8) for b in (False, True)]
-    assert all(pair["rtt_p50_s"] == pytest.approx(0.040, abs=0.010) for pair in found)
-    one_way = [pair for pair in found if pair["from"] == "h0" and not pair["both"]]
-    for pair in one_way:
-        wire_bytes_per_s = pair["bytes_per_s"] * (1 + pair["header_share"])
-        assert wire_bytes_per_s == pytest.approx(10e6, rel=0.3)  # a short time: queues drain
+    assert all(pair["rtt_p50_s"] == pytest.approx(0.010, abs=0.005) for pair in found)
+    for pair in found:
+        if pair["streams"] == 1 and not pair["both"]:
+            wire_bytes_per_s = pair["bytes_per_s"] * (1 + pair["header_share"])
+            assert 4e6 < wire_bytes_per_s < 11e6  # of 10e6: half a second tells no more
     reckoned = sum(
         pair["bytes"] / (2 if pair["both"] else 1) * (1 + pair["header_share"])
         for pair in found
