@@ -13,8 +13,9 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 @pytest.fixture(scope="module")
-def bed():
-    with beds.Bed(2, relayed=True) as made, pytest.MonkeyPatch.context() as patch:
+def bed(tmp_path_factory):
+    shared = tmp_path_factory.mktemp("shared")
+    with beds.Bed(2, shared, relayed=True) as made, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(made.folder))
         yield made
 
@@ -54,3 +55,14 @@ def test_a_long_link_is_warned_of_with_what_its_buffers_let_one_stream_carry(bed
     for found in far:
         assert found.value.startswith("8") and "Mbit/s" not in found.value  # no burst could tell
         assert "one stream at most" in found.problem and not found.fatal
+
+
+def test_a_folder_that_is_not_one_for_all_hosts_is_refused_and_no_trace_is_left_in_one(bed, fleet):
+    refused = [f for f in preflight(fleet, 23_456, "/root/own", burst_s=0) if f.problem]
+    assert [(f.host, f.check, f.fatal) for f in refused] == [("h1", "shared", True)]
+    assert "--config.checkpoint.storage=host0" in refused[0].problem
+    assert not [f for f in preflight(fleet, 23_456, "/mnt/shared", burst_s=0) if f.problem]
+    assert bed.run("h0", "ls", "-A", "/mnt/shared", "/root/own").split() == [
+        "/mnt/shared:",
+        "/root/own:",
+    ]
