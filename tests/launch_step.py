@@ -16,7 +16,7 @@ from ml_collections import config_flags  # noqa: E402
 from jaxtrain import config as config_lib  # noqa: E402
 from jaxtrain.collectives import KINDS, parse_groups  # noqa: E402
 from jaxtrain.run import build_run, compile_step  # noqa: E402
-from jaxtrain.runtime import World, start_runtime  # noqa: E402
+from jaxtrain.runtime import start_runtime  # noqa: E402
 from pallas_kernels.hlo import Program, bytes_of  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def operands(program, devices):
 def main(argv):
     del argv
     cfg = config_lib.freeze(flags.FLAGS.config)
-    start_runtime(cfg, World("alone", None, 1, 0, None, 1))
+    start_runtime(cfg)
     program = Program(compile_step(build_run(cfg)).compiled.as_text())
     print(json.dumps(list(operands(program, DEVICES))))
 
