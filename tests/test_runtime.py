@@ -1,4 +1,7 @@
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import runs
@@ -12,6 +15,23 @@ from jaxtrain.runtime import DETERMINISTIC_FLAGS, start_runtime
 def test_processes_without_a_place_in_the_world_are_refused(world):
     with pytest.raises(ValueError, match="Set --coordinator, --processes, --process"):
         start_runtime(TrainConfig(), World("flags", *world))
+
+
+def test_the_coordinator_listens_on_the_stated_address_alone():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "from jaxtrain.engine import World\nfrom jaxtrain.runtime import join\n"
+        f"join(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=runs.ROOT, **pipes) as process:
+        assert "joined" in process.stdout.readline()
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), 5)
+        process.kill()
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):

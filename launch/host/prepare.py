@@ -93,10 +93,8 @@ def _run(argv) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines()[-SAID_LINES:]
-        what = " ".join(str(part) for part in argv[1:4])
-        raise RuntimeError(
-            f"`python {what}` ended with {done.returncode}:\n    " + "\n    ".join(said)
-        )
+        why = f"`python -m {argv[2]}` ended with {done.returncode}:"
+        raise RuntimeError("\n    ".join([why, *said]))
     return done.stdout
 
 
