@@ -97,7 +97,8 @@ class Measure:
         self.log.flush()
         wire = self._meter.total() if self._meter else None
         figures = self._with_rates(self.clock.total(), wire)
-        return figures | {"lost_s": self.clock.lost_s(), "outliers": dict(self.log.outliers)}
+        lost_s = self.clock.lost_s(figures["perf/wall_s"])
+        return figures | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
 
     def _with_rates(self, figures, wire) -> dict:
         if "perf/tokens_per_s" not in figures:

@@ -151,15 +151,18 @@ class StepClock:
             figures["perf/goodput"] = self._good_s(span) / figures["perf/wall_s"]
         return figures
 
-    def lost_s(self) -> dict[str, float]:
+    def lost_s(self, wall_s: float) -> dict[str, float]:
         """{cause: seconds} of the run that moved no loss, and `other` for what has no name.
 
         With `perf/goodput` x `perf/wall_s` they add up to the wall time.
+
+        Args:
+            wall_s: total()'s `perf/wall_s`.
         """
         span = self._run
         pauses = {k: s for k, s in span.host_s.items() if k not in OVERLAPPED}
         lost = Counter(self._before_s) + Counter(pauses) + span.lost_s
-        other_s = self._wall_s() - sum(lost.values()) - self._good_s(span)
+        other_s = wall_s - sum(lost.values()) - self._good_s(span)
         return dict(sorted(lost.items())) | {"other": max(other_s, 0.0)}
 
     def _wall_s(self) -> float:

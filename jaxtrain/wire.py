@@ -33,10 +33,11 @@ class Wire:
     """
 
     def __init__(self, interface: str = ""):
-        self._interface = interface.encode()
         self._table = os.open(TABLE, os.O_RDONLY)
-        found = self._rows()
-        if not found:
+        self._counted = None  # all, until it is known which
+        wanted = lambda name: name == interface.encode() if interface else name != b"lo"
+        self._counted = [name for name in self._rows() if wanted(name)]
+        if not self._counted:
             os.close(self._table)
             raise ValueError(
                 f"{INTERFACE} must name a network interface of this host; got {interface!r}. See "
@@ -45,16 +46,18 @@ class Wire:
         ports = sorted(PORTS.glob("*/ports/*/counters"))
         count = lambda name: [os.open(port / name, os.O_RDONLY) for port in ports]
         self._sent, self._received = count("port_xmit_data"), count("port_rcv_data")
-        self.names = [name.decode() for name in found] + [port.parts[-4] for port in ports]
+        self.names = [name.decode() for name in self._counted] + [port.parts[-4] for port in ports]
         self.read_s = self._time_a_read()
 
     def _rows(self) -> dict[bytes, list[bytes]]:
-        """{interface: its 16 numbers}, as proc(5) has them."""
-        rows = (line.split() for line in os.pread(self._table, 1 << 16, 0).splitlines()[2:])
-        named = {row[0][:-1]: row[1:] for row in rows}
-        if self._interface:
-            return {name: row for name, row in named.items() if name == self._interface}
-        return {name: row for name, row in named.items() if name != b"lo"}
+        """{interface: its 16 numbers}, as proc(5) has them, of those that are counted."""
+        rows = {}
+        for line in os.pread(self._table, 1 << 16, 0).splitlines()[2:]:
+            name, _, numbers = line.partition(b":")
+            name = name.strip()
+            if self._counted is None or name in self._counted:
+                rows[name] = numbers.split()
+        return rows
 
     def _time_a_read(self) -> float:
         times_s = []

@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import debug
-from jaxtrain.collectives import find_collectives
+from jaxtrain.collectives import KINDS, Collective, find_collectives
 from jaxtrain.config import freeze
 from jaxtrain.mesh import batch_sharding
 from jaxtrain.phases import build_exchange, build_forward, measure_phases, show_phases
-from jaxtrain.run import build_run, compile_step
+from jaxtrain.run import build_run
 from jaxtrain.step import build_gradient, init_state
 from pallas_kernels.hlo import Program
 
@@ -49,14 +49,8 @@ def test_the_parts_of_a_step_and_their_overlap(run, arguments):
     assert len(show_phases(figures)) == len(figures)
 
 
-def test_the_exchange_alone_sends_what_the_step_does(run):
-    wanted = [c for c in _collectives(run) if c.payload_bytes > 64]
+def test_the_exchange_alone_sends_each_kind_as_often_as_the_step(run):
+    wanted = [Collective(kind, 4_096, ("replica",), 2, False, 3) for kind in KINDS]
     text = build_exchange(wanted, run.mesh).lower(jnp.float32(1)).compile().as_text()
     found = find_collectives(Program(text), run.mesh)
-    total = lambda listed: sum(c.times * c.payload_bytes for c in listed)
-    assert total(found) == pytest.approx(total(wanted), abs=8 * len(wanted))
-    assert {c.kind for c in found} == {c.kind for c in wanted}
-
-
-def _collectives(run):
-    return find_collectives(Program(compile_step(run).compiled.as_text()), run.mesh)
+    assert [c[:6] for c in found] == [c[:6] for c in wanted]
