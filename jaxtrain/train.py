@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
+from jaxtrain import tuning
 from jaxtrain.agree import from_process_0
 from jaxtrain.beat import beat
 from jaxtrain.checkpoint import Checkpoints
@@ -31,6 +32,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete
 from jaxtrain.interop.start import check_model, load_params
+from jaxtrain.kernels import chip_of
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.mesh import param_sharding
@@ -60,6 +62,8 @@ def header(run, corpus, checkpoints, resumed):
     yield "mesh", f"{shape}  of {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     for route in run.routes.values():
         yield "route", str(route)
+    for choice in _tuning(run):
+        yield "tuning", choice
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage
@@ -80,6 +84,11 @@ def header(run, corpus, checkpoints, resumed):
         yield "weights", f"{Path(cfg.weights).resolve()}"
 
 
+def _tuning(run) -> list[str]:
+    device = run.mesh.devices.flat[0]
+    return tuning.describe(device.platform, chip_of(device))
+
+
 def versions() -> dict:
     """Versions that a result depends on."""
     from importlib.metadata import version
@@ -98,6 +107,7 @@ def stored_config(run, corpus) -> dict:
         "device": run.mesh.devices.flat[0].device_kind,
         "devices": run.mesh.size,
         "routes": {name: str(route) for name, route in run.routes.items()},
+        "tuning": _tuning(run),
         "data": {
             "fingerprint": corpus.fingerprint,
             "tokens": corpus.tokens,

@@ -11,7 +11,7 @@ FLOORS = """
 files axes knobs beat engine
 sections
 config
-runtime mesh stop
+runtime mesh stop tuning
 collectives
 kernels fused
 data.* model.* interop.*
