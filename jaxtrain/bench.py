@@ -229,7 +229,7 @@ def main(argv=None) -> None:
                 if args.json:  # at once: a run that is cut keeps what it has measured
                     write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
                 print(text if name in OF_GPUS else f"\n== {name}\n{text}", flush=True)
-    except ValueError as error:
+    except gpu.NoGpu as error:
         sys.exit(f"error: {error}")
 
 

@@ -36,6 +36,10 @@ START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.35
 STEP_S, COUNTED_S, LEAST_TOKENS = 1.5, 15.0, 16_384
 
 
+class NoGpu(ValueError):
+    """A suite of GPUs was asked for where there is none."""
+
+
 def build_items(sizes, optimizers, variants, choices=()) -> list[Item]:
     """All rows, the most valuable first: Muon at each size beside its twin, then the others."""
     found = []
@@ -51,9 +55,9 @@ def build_items(sizes, optimizers, variants, choices=()) -> list[Item]:
 
 
 def need_gpu(tiny: bool) -> None:
-    """Raises ValueError where there is no GPU and no trial was asked for."""
+    """Raises NoGpu where there is none and no trial was asked for."""
     if not tiny and not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
-        raise ValueError(
+        raise NoGpu(
             "suites gpu and judge need a GPU, as their figures mean nothing elsewhere; got none. "
             "Set --tiny to try their path on this processor."
         )
@@ -218,7 +222,7 @@ def run(args):
     """Yields the suite's rows, each as soon as it is measured.
 
     Raises:
-        ValueError: there is no GPU, and --tiny was not given.
+        NoGpu: there is none, and --tiny was not given.
     """
     need_gpu(args.tiny)
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the children have the GPU

@@ -47,7 +47,7 @@ def run(args):
     """Yields the suite's rows.
 
     Raises:
-        ValueError: there is no GPU, and --tiny was not given.
+        NoGpu: there is none, and --tiny was not given.
     """
     need_gpu(args.tiny)
     until = time.monotonic() + 60 * args.minutes
