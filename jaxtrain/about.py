@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 
 from jaxtrain import config as config_lib
+from jaxtrain import tuning
+from jaxtrain.kernels import chip_of
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
 from jaxtrain.work import chip_dict, conventions, find_device_chip, memory_figures
@@ -25,6 +27,8 @@ def header(run, corpus, checkpoints, resumed):
     yield "mesh", f"{shape}  of {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     for route in run.routes.values():
         yield "route", str(route)
+    for choice in _tuning(run):
+        yield "tuning", choice
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage
@@ -43,6 +47,11 @@ def header(run, corpus, checkpoints, resumed):
         yield "resume", f"step {resumed}"
     elif cfg.weights:
         yield "weights", f"{Path(cfg.weights).resolve()}"
+
+
+def _tuning(run) -> list[str]:
+    device = run.mesh.devices.flat[0]
+    return tuning.describe(device.platform, chip_of(device))
 
 
 def measured(run, work, measure):
@@ -89,6 +98,7 @@ def stored_config(run, corpus, hosts=None, work=None) -> dict:
         "chip": chip_dict(find_device_chip(device)),
         "work": work and work.as_dict(),
         "routes": {name: str(route) for name, route in run.routes.items()},
+        "tuning": _tuning(run),
         "data": {
             "fingerprint": corpus.fingerprint,
             "tokens": corpus.tokens,

@@ -1,11 +1,12 @@
-"""Benchmarks, side by side: medians of interleaved turns in one process, with their ratios.
+"""Benchmarks, side by side, with their ratios.
 
-    python -m jaxtrain.bench                                  every suite
+    python -m jaxtrain.bench                                  every suite of this processor
     python -m jaxtrain.bench --suite=cpu --sizes=s --dtypes=float32 --optimizers=adamw
     python -m jaxtrain.bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
     python -m jaxtrain.bench --suite=loader --json=loader.jsonl
+    python -m jaxtrain.bench --suite=gpu --minutes=10         on a card; --tiny tries it anywhere
 
-Suites:
+Suites of the processor:
     cpu       training steps against the PyTorch twin, eager and compiled (needs the extra
               `crosscheck`); model FLOP/s are 6N + full attention, set against the GEMM peak
     dispatch  Python time of a step at 24 layers: target below 1 ms
@@ -18,18 +19,47 @@ Suites:
               --sizes=124m is on request: minutes and 10 GB. Where the processor has no bf16
               products, torch's bfloat16 takes 25 times as long: --dtypes=float32 leaves it out
 
-How to read them: every variant of a comparison takes its turns among the others, on fresh data,
-after two calls that are not counted; compilation stands apart under `first s`. `cpu ms` are the
-process's CPU milliseconds, which hardly move when the machine is shared. `others` is what other
-processes took of the machine meanwhile: where it is not near 0 %, wall times are not to be trusted.
+Suites of GPUs, by name alone:
+    gpu       our step at 124M to 1.4B against the compiled PyTorch twin (extra `crosscheck`), each
+              in processes of its own, at the same tokens a step, in its own best micro-batch: step
+              p50 and p95, tokens/s, MFU by both conventions, the optimizer's and the host's share,
+              compile time, time to first step, memory against the compiler's and the formula's
+              prediction, clocks; then XLA options that jaxtrain/tuning.py lists as assumed, one by
+              one. Planned to end inside --minutes, what they do not reach is named; a row is on
+              disk as soon as it is measured. --trace=DIR keeps a profile of each of our steps
+    judge     300 steps of gpt_124m on real text (--text, --shards) beside the twin, from the same
+              weights and batches, three seeds: our gap to it must be within the seeds' own noise
+    scaling   data-parallel and fsdp, weak and strong, on all local devices against the ideal, and
+              what of the communication nothing hides. Without a GPU on 8 virtual devices: a trial
+
+How to read those of the processor: variants of a comparison take turns in one process, on fresh
+data, after two calls that are not counted; figures are medians, and compilation stands apart under
+`first s`. `cpu ms` are the process's CPU milliseconds, which hardly move when the machine is busy.
+`others` is what other processes took of the machine meanwhile: where it is not near 0 %, wall times
+are not to be trusted.
 """
 
 import argparse
 import functools
 import importlib
+import subprocess
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
-from jaxtrain.benchmarks import dispatch, loader, machine, metrics, optimizer, startup, training
+from jaxtrain.benchmarks import (
+    dispatch,
+    gpu,
+    gpu_rows,
+    judge,
+    loader,
+    machine,
+    metrics,
+    optimizer,
+    scaling,
+    startup,
+    training,
+)
 from jaxtrain.files import strict_json, write_atomic
 
 ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
@@ -47,6 +77,7 @@ CHOICES = {
         "dtypes": optimizer.DTYPES,
         "variants": optimizer.VARIANTS,
     },
+    "gpu": {"sizes": gpu.SIZES, "optimizers": gpu.OPTIMIZERS, "variants": gpu.VARIANTS},
 }
 ON_REQUEST = ("124m",)
 
@@ -96,7 +127,22 @@ def _simple(suite, args, rounds):
     yield rows, suite.show(rows)
 
 
-SUITES = {
+def _each(suite, line, args, rounds):
+    """Rows and text of a suite of GPUs, row by row."""
+    del rounds
+    chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu else {})
+    if suite is judge or suite is gpu and "pytorch" in chosen["variants"]:
+        _need_twin(without="jaxtrain")
+    for row in suite.run(argparse.Namespace(**chosen)):
+        yield [row], line(row)
+
+
+OF_GPUS = {
+    "gpu": functools.partial(_each, gpu, gpu_rows.line),
+    "judge": functools.partial(_each, judge, judge.line),
+    "scaling": functools.partial(_each, scaling, scaling.line),
+}
+OF_CPU = {
     "cpu": _cpu,
     "dispatch": functools.partial(_simple, dispatch),
     "loader": functools.partial(_simple, loader),
@@ -104,11 +150,13 @@ SUITES = {
     "metrics": functools.partial(_simple, metrics),
     "optimizer": _optimizer,
 }
+SUITES = OF_CPU | OF_GPUS
 
 
 def _check_chosen(parser, args):
     """A name that a suite to run does not have is an error, in the suite's own words."""
-    for suite in CHOICES if args.suite == "all" else CHOICES.keys() & {args.suite}:
+    asked = OF_CPU if args.suite == "all" else [args.suite]
+    for suite in filter(CHOICES.__contains__, asked):
         for flag, allowed in CHOICES[suite].items():
             unknown = [name for name in getattr(args, flag) or () if name not in allowed]
             if unknown:
@@ -145,6 +193,12 @@ def parse(argv=None) -> argparse.Namespace:
             f"{name}: {', '.join(c[flag])}" for name, c in CHOICES.items() if flag in c
         )
         only.add_argument(f"--{flag}", type=lambda text: text.split(","), help=text)
+    add = parser.add_argument_group("of the suites of GPUs").add_argument
+    add("--minutes", type=_positive(float), default=10.0, help="to plan for; default: 10")
+    add("--tiny", action="store_true", help="small shapes on any processor: a trial of the path")
+    add("--trace", metavar="DIR", default="", help="gpu: profile two of our steps a size into DIR")
+    add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
+    add("--shards", metavar="PATH", help="judge: token shards to train on")
     text = "seconds after which a slow variant sits the later rounds out; default: 60"
     only.add_argument("--most", type=_positive(float), default=60.0, metavar="S", help=text)
     args = parser.parse_args(argv)
@@ -152,18 +206,35 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+def provenance() -> dict:
+    """The command, when it was given, and the commit of this code, where git knows it."""
+    here = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"} | {
+        "commit": commit
+    }
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     about = machine.describe()
     print(machine.header(about), flush=True)
-    rows = [about]
-    for name in SUITES if args.suite == "all" else [args.suite]:
-        rounds = args.rounds or ROUNDS[name]
-        for new, text in SUITES[name](args, rounds):
-            rows += new
-            print(f"\n== {name}\n{text}", flush=True)
-        if args.json:  # after each suite: what is measured is kept
-            write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
+    rows = [about | provenance()]
+    if args.suite in OF_GPUS and not args.json:
+        args.json = f"bench_{args.suite}_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
+        print(f"rows      {args.json}", flush=True)
+    try:
+        for name in OF_CPU if args.suite == "all" else [args.suite]:
+            for new, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
+                rows += new
+                if args.json:  # at once: a run that is cut keeps what it has measured
+                    write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
+                print(text if name in OF_GPUS else f"\n== {name}\n{text}", flush=True)
+    except gpu.NoGpu as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform as host
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtrain import tuning
 from jaxtrain.config import KernelsConfig
 from pallas_kernels.chip import CHIPS
 from pallas_kernels.routes import choose, default_tiles
@@ -164,12 +165,15 @@ def _dense(model, platform) -> Route:
     return Route("dense", "cpu", "cpu: float32 results and unflattened dW reach XLA's fast kernels")
 
 
-def _unroll(model, platform) -> Route:
+def _unroll(model, platform, chip) -> Route:
     if model.unroll:
         return Route("layers", f"unroll={model.unroll}", "asked for by model.unroll")
     if platform == "cpu" and model.L <= UNROLLED_LAYERS:
         return Route("layers", f"unroll={model.L}", "cpu: a rolled scan costs 8-28 % of the step")
-    return Route("layers", "unroll=1", f"{platform}: one compiled layer, scanned")
+    turn = tuning.hint(chip, "unroll", 1)
+    return Route(
+        "layers", f"unroll={turn}", f"{platform}: a scan, layers a turn by jaxtrain.tuning"
+    )
 
 
 def choose_routes(
@@ -203,7 +207,7 @@ def choose_routes(
         "norm": fused.route("norm") or fused.xla("norm", "plain"),
         "head": fused.route("head") or fused.xla("head", "plain"),
         "square": fused.route("square") or fused.xla("square", "plain"),
-        "layers": _unroll(model, platform),
+        "layers": _unroll(model, platform, chip),
     }
     if model.qk_norm and model.position == "rope":
         routes["qk_rope"] = fused.route("qk_rope") or fused.xla("qk_rope", "plain")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import app, logging
 
 from jaxtrain import config as config_lib
+from jaxtrain import tuning
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
 from jaxtrain.fused import missing_kernels
@@ -136,14 +137,16 @@ def build_run(cfg, devices=None) -> Run:
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
 
-def _compile(function, run) -> Step:
-    """A function of (state, batch, rates), compiled for the run's."""
+def _compile(function, run, options=None) -> Step:
+    """A function of (state, batch, rates), compiled for the run's, with the chip's XLA options."""
+    chosen = tuning.compiler_options(chip_of(run.mesh.devices.flat[0])) | (options or {})
     data = run.cfg.data
     step = Step(
         function,
         abstract_state(run.model, run.optimizer, run.mesh),
         abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask),
         abstract_rates(peak_rates(run.cfg.optim, run.model.axes), run.mesh),
+        options=chosen,
     )
     missing = missing_kernels(run.routes, step.compiled)
     if missing:
@@ -151,11 +154,15 @@ def _compile(function, run) -> Step:
     return step
 
 
-def compile_step(run) -> Step:
-    """step(state, batch, run.rates()) -> (state, scalars), the state donated."""
+def compile_step(run, options=None) -> Step:
+    """step(state, batch, run.rates()) -> (state, scalars), the state donated.
+
+    Args:
+        options: of XLA, over those that jaxtrain.tuning chooses for the chip.
+    """
     rate, accumulation = build_schedule(run.cfg.optim), run.cfg.accumulation
     return _compile(
-        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run
+        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run, options
     )
 
 

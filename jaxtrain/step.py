@@ -40,13 +40,16 @@ class Step:
     """A jitted function compiled ahead of time; other argument types are an error, not a compile.
 
     compile_s is what lowering and compiling took.
+
+    Args:
+        options: of XLA, on a GPU.
     """
 
-    def __init__(self, function, *abstract):
+    def __init__(self, function, *abstract, options=None):
         start = time.perf_counter()
         self._abstract = abstract
         lowered = function.lower(*abstract)
-        options = CPU_OPTIONS if platform() == "cpu" else None
+        options = CPU_OPTIONS if platform() == "cpu" else options
         self.compiled = lowered.compile(compiler_options=options)
         self.compile_s = time.perf_counter() - start
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.collectives import Collective, find_collectives
+from jaxtrain.kernels import chip_of
 from jaxtrain.model.flops import training_flops
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
@@ -144,7 +145,7 @@ def _read_program(compiled, mesh, hosts) -> dict:
 
 def find_device_chip(device) -> Chip | None:
     """The chip table's entry of a jax device; None of any other."""
-    return next((chip for chip in CHIPS.values() if chip.kind == device.device_kind), None)
+    return CHIPS.get(chip_of(device))
 
 
 def chip_dict(chip: Chip | None) -> dict | None:

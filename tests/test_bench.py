@@ -151,7 +151,7 @@ def test_rows_are_kept_as_lines_of_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flag, said",
     [
-        ("--suite=gpu", "'cpu'"),
+        ("--suite=tpu", "'cpu'"),
         ("--sizes=s,xl", "--sizes of suite cpu must be of s, m, separated by commas; got xl"),
         ("--suite=optimizer --sizes=xl", "suite optimizer must be of s, m, 124m, separated"),
         ("--suite=cpu --sizes=124m", "suite cpu must be of s, m, separated by commas; got 124m"),

@@ -104,7 +104,7 @@ def heads_case(name, dtype):
 
 @pytest.mark.parametrize(
     "name, dtype, tolerance",
-    [("narrow heads, no power of two", FULL, 2e-6), *((name, HALF, 3e-3) for name in HEADS)],
+    [(name, *((FULL, 2e-6) if "narrow" in name else (HALF, 3e-3))) for name in HEADS],
 )
 def test_qk_rope_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     (x, dy), (gain, *angles) = heads_case(name, dtype)
@@ -117,13 +117,6 @@ def test_qk_rope_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     assert off(y, y_exact) < tolerance
     assert off(got[0], want[0]) < tolerance
     assert off(got[1], want[1]) < 1e-5
-
-
-def test_the_heads_gains_gradient_has_the_same_bits_every_time():
-    (x, dy), (gain, *angles) = heads_case("grouped keys, ragged", HALF)
-    run = lambda gain: qk_rope(x, gain, *angles, 1e-6, INTERPRET)
-    grad = lambda: jax.vjp(run, gain)[1](dy)[0]
-    assert jnp.array_equal(grad(), grad())
 
 
 SQUARE = ProductTiles(64, 64, 32, 4, 2)

@@ -11,7 +11,7 @@ FLOORS = """
 files axes knobs beat engine wire names
 sections
 config
-runtime mesh stop trees
+runtime mesh stop trees tuning
 collectives
 kernels fused
 data.* model.* interop.*

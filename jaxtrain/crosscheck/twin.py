@@ -116,8 +116,9 @@ class Twin(nn.Module):
             self.head = nn.Parameter(torch.zeros(cfg.V, cfg.D))
 
     def _rope(self, T):
-        exponent_K = torch.arange(0, self.cfg.K, 2, dtype=self.embed.dtype) / self.cfg.K
-        at_T = torch.arange(T, dtype=self.embed.dtype)
+        like = {"dtype": self.embed.dtype, "device": self.embed.device}
+        exponent_K = torch.arange(0, self.cfg.K, 2, **like) / self.cfg.K
+        at_T = torch.arange(T, **like)
         angle_TK = torch.outer(at_T, self.cfg.rope_theta**-exponent_K).repeat(1, 2)
         return angle_TK.cos(), angle_TK.sin()
 
@@ -125,7 +126,8 @@ class Twin(nn.Module):
         """docs_BT: attention stays inside documents; observe(name, x) sees each layer's output."""
         cfg, T = self.cfg, tokens_BT.shape[1]
         seen_B1TT = None if docs_BT is None else same_document(docs_BT)
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        device, narrow = tokens_BT.device.type, cfg.dtype == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=narrow):
             h_BTD, rope = F.embedding(tokens_BT, self.embed), None
             if cfg.position == "learned":
                 h_BTD = h_BTD + self.positions[:T]

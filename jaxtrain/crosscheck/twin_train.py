@@ -99,12 +99,31 @@ def muon_products(dtype: str):
 
 
 def clip(model, clip_norm):
-    """Scales gradients to a global norm of clip_norm; clip_grad_norm_ adds 1e-6 to the norm."""
+    """Scales gradients to a global norm of clip_norm; clip_grad_norm_ adds 1e-6 to the norm.
+
+    The host does not ask how large the norm is: on a GPU it would wait for the whole step.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    if norm > clip_norm:
-        for g in grads:
-            g.mul_(clip_norm / norm)
+    scale = (clip_norm / nn.utils.get_total_norm(grads)).clamp(max=1.0)
+    torch._foreach_mul_(grads, scale)
+
+
+def build_update(cfg, model):
+    """update(rate=1.0): clips the gradients that are there and steps with them; a TrainConfig's."""
+    optimizers = build_optimizers(cfg.optim, model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+
+    def update(rate=1.0):
+        if cfg.optim.clip_norm:
+            clip(model, cfg.optim.clip_norm)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * rate
+        with muon_products(cfg.optim.ns_dtype):
+            for optimizer in optimizers:
+                optimizer.step()
+
+    return update
 
 
 def build_step(cfg, model, compiled=False, recorder=None):
@@ -117,9 +136,7 @@ def build_step(cfg, model, compiled=False, recorder=None):
         recorder: a Recorder of the model, which every step is written to.
     """
     losses = torch.compile(model.losses) if compiled else model.losses
-    optimizers = build_optimizers(cfg.optim, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
+    update = build_update(cfg, model)
     options = {"z_loss": cfg.loss.z_loss, "masked": cfg.data.document_mask}
     if recorder:
         options["observe"] = recorder.observe
@@ -129,17 +146,10 @@ def build_step(cfg, model, compiled=False, recorder=None):
         objective.backward()
         if recorder:
             recorder.before_step(tokens_BT1[:, :-1], tokens_BT1[:, 1:], nats)
-        if cfg.optim.clip_norm:
-            clip(model, cfg.optim.clip_norm)
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * rate
-        with muon_products(cfg.optim.ns_dtype):
-            for optimizer in optimizers:
-                optimizer.step()
+        update(rate)
         if recorder:
             recorder.after_step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        model.zero_grad()
         return nats.detach()
 
     return step
