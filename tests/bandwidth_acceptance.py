@@ -5,7 +5,8 @@
 Hosts of a bed train copies of one model over links of --mbit Mbit/s, so that a step is little but
 its gradients' all-reduce. The payload must be the parameters' bytes; the wire's counters those of
 the bridge's side of each cable; and what went through the wire a second, while the step did nothing
-else and when the exchange ran alone, by the run's own figures, the link's rate within 5 %. Prints a row of figures and one of what held; exits nonzero unless all.
+else and when the exchange ran alone, by the run's own figures, the link's rate within 5 %. Prints a
+row of figures and one of what held; exits nonzero unless all.
 """
 
 import argparse
