@@ -131,6 +131,8 @@ def _each(suite, line, args, rounds):
     """Rows and text of a suite of GPUs, row by row."""
     del rounds
     chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu else {})
+    if suite is not scaling:
+        gpu.need_gpu(args.tiny)  # before a package is asked for that would not help
     if suite is judge or suite is gpu and "pytorch" in chosen["variants"]:
         _need_twin(without="jaxtrain")
     for row in suite.run(argparse.Namespace(**chosen)):
