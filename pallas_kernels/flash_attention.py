@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tuned import body_of
 
 MASKED = -1e30  # -inf would make nan of a row with nothing to see
 NOTHING = 1e30  # the log-sum-exp of such a row: its probabilities are then 0
@@ -190,7 +191,7 @@ def flash_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret=
         q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K a power of two from 16 on; H a
             multiple of G.
         docs_BT, docs_BS: int32 from 0 on, or both None.
-        blocks: one of BLOCKS.
+        blocks: a Blocks; the type of each of its tiles says which body that kernel has.
         interpret: runs without a GPU, for tests.
 
     Returns:
@@ -203,10 +204,15 @@ def flash_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret=
 def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
-    grid = (pl.cdiv(T, tiles.queries), H, B)
-    shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
-    run = _call(_forward_kernel, "forward", tiles, grid, shapes, H // k.shape[2], interpret)
-    o, lse = run(q, k, v, *docs)
+    if body_of(tiles) == "mosaic":
+        from pallas_kernels import flash_attention_mosaic  # it imports Mosaic, and this file
+
+        o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+    else:
+        grid = (pl.cdiv(T, tiles.queries), H, B)
+        shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
+        run = _call(_forward_kernel, "forward", tiles, grid, shapes, H // k.shape[2], interpret)
+        o, lse = run(q, k, v, *docs)
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 

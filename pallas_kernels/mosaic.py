@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 OLDEST = (0, 11, 2)
 USABLE = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
@@ -66,11 +67,12 @@ def programs(most, interpret) -> int:
     return min(most, jax.extend.backend.get_default_device().core_count)
 
 
-def call(kernel, *, name, grid, out_shape, scratch, interpret=False):
+def call(kernel, *, name, grid, out_shape, scratch, approximate=False, interpret=False):
     """plgpu.kernel of CONSUMERS + 1 warp groups, its axis "group".
 
     Args:
         grid: {axis name: programs}.
+        approximate: exponentials and the like by the chip's own, of 22 bits; not what interprets.
         scratch: {keyword of the kernel: shared memory or barriers}.
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
             copies may meet in memory: for tests alone.
@@ -84,9 +86,41 @@ def call(kernel, *, name, grid, out_shape, scratch, interpret=False):
         num_threads=CONSUMERS + 1,
         thread_name="group",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
+
+
+def accumulate(products, start, interpret) -> list:
+    """What products(*accumulators) makes of accumulators that begin as the arrays of `start`.
+
+    Interpreted they begin as zeros and `start` is added at the end: the interpreter of jax 0.11.2
+    knows no run_state.
+    """
+    if interpret:
+
+        def from_zero(*refs):
+            products(*refs)
+            return [ref[...] for ref in refs]
+
+        sums = pl.run_scoped(from_zero, *(plgpu.ACC(x.shape, x.dtype) for x in start))
+        return [x + y for x, y in zip(start, sums, strict=True)]
+    refs = tuple(plgpu.ACC.init(x) for x in start)
+    return pl.run_state(lambda refs: products(*refs))(refs)
+
+
+def multiply_registers(sum_ref, x, y_ref, staging=None) -> None:
+    """wgmma of x, an array in registers.
+
+    Args:
+        staging: shared memory that x goes through where it is interpreted: the interpreter of jax
+            0.11.2 multiplies shared memory alone.
+    """
+    if staging is not None:
+        staging[...] = x
+        plgpu.commit_smem()
+        x = staging
+    plgpu.wgmma(sum_ref, x, y_ref)
 
 
 def launches(lowered) -> dict:

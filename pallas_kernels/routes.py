@@ -15,6 +15,7 @@ from pallas_kernels.tuned import (
     MOSAIC,
     TILES,
     Blocks,
+    MosaicBlock,
     MosaicTiles,
     ProductTiles,
     Tiles,
@@ -63,7 +64,8 @@ def _tiles(op, value):
     if value is None:
         return None
     if op == "attention":
-        return Blocks(*(Tiles(*tiles) for tiles in value))
+        kinds = {"mosaic": MosaicBlock}
+        return Blocks(*(kinds.get(tiles[-1], Tiles)(*tiles) for tiles in value))
     kinds = {"mosaic": MosaicTiles}
     return {name: kinds.get(tiles[-1], ProductTiles)(*tiles) for name, tiles in value.items()}
 

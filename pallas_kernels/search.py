@@ -4,13 +4,18 @@ import itertools
 
 from pallas_kernels import mosaic
 from pallas_kernels.routes import default_tiles, mosaic_tiles, with_part
-from pallas_kernels.tuned import MOSAIC, Blocks, MosaicTiles, ProductTiles, Tiles
+from pallas_kernels.tuned import MOSAIC, Blocks, MosaicBlock, MosaicTiles, ProductTiles, Tiles
 
 
 def _attention(part):
     del part
     sides = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     return itertools.starmap(Tiles, sides)
+
+
+def _mosaic_attention(part):
+    if part == "forward":  # the backward has Triton's body alone
+        yield from itertools.starmap(MosaicBlock, itertools.product((128, 256), (64, 128), (2, 3)))
 
 
 def _products(part):
@@ -35,7 +40,7 @@ def _mosaic_products(part):
 
 # op -> ({body: tiles of one of its kernels}, its kernels); others' one number follows from D or K
 SPACES = {
-    "attention": ({"triton": _attention}, Blocks._fields),
+    "attention": ({"triton": _attention, "mosaic": _mosaic_attention}, Blocks._fields),
     "norm": ({}, ()),
     "qk_rope": ({}, ()),
     "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),

@@ -100,7 +100,7 @@ def symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret):
     """As pallas_kernels.symmetric.symmetric, which calls it.
 
     Args:
-        tiles: a MosaicTiles, its columns half of its rows, as many or twice as many as half.
+        tiles: a MosaicTiles of as many columns as rows, or half as many.
 
     Raises:
         ValueError: as mosaic.check; M is no multiple of 8.

@@ -46,6 +46,15 @@ class MosaicTiles(NamedTuple):
     body: str = "mosaic"  # tells them apart where they are written as lists
 
 
+class MosaicBlock(NamedTuple):
+    """Of attention's Mosaic body: a program's queries, keys of a step, steps on their way."""
+
+    queries: int
+    keys: int
+    stages: int
+    body: str = "mosaic"
+
+
 def body_of(tiles) -> str:
     """Which body one kernel's tiles are for."""
     return getattr(tiles, "body", "triton")
@@ -69,6 +78,7 @@ TILES = {
 # op -> kernel -> tiles of its Mosaic body; as many stages as fit
 MOSAIC = {
     "sm_90": {
+        "attention": {"forward": MosaicBlock(128, 128, 2)},
         "head": {"head": MosaicTiles(128, 256, 64, 4)},
         "square": {
             "square": MosaicTiles(256, 128, 64, 3),
