@@ -15,6 +15,8 @@ BLOCKS, STEPS_PER_BLOCK, LEAST_BLOCKS = 10, 5, 3
 BEYOND = 10  # steps at or above a percentile; fewer are an accident that the next run has not
 SLACK = 1e-9  # of a figure: the rounding of sums in another order
 KEYS = ("config_hash", "device", "devices", "hosts", "processes", "versions")
+LEAST_RUNS = 3  # whose own spread is taken; Student's t of two runs is 32 of their spreads
+BLUNT = 2.0  # a bound farther than this many times from its figure holds nothing
 LOOSE = 0.2  # a tolerance beyond this share of its figure would miss what an operator must see
 
 
@@ -84,12 +86,13 @@ def record(runs: list[Run], confidence: float) -> dict:
     """A baseline of runs of one key.
 
     A figure's bound is the one-sided prediction bound, by Student's t on its logarithm, of one more
-    run: from the figure's spread between the runs, or with one run alone between blocks of its
-    steps, as if the next run were as unlike this one as a block is unlike another.
+    run: from the figure's spread between the runs, or with fewer than LEAST_RUNS between blocks of
+    all their steps, as if the next run were as unlike these as a block is unlike another.
     Source: Hahn & Meeker 1991, Statistical Intervals, chapter 4.
 
     Raises:
-        ValueError: the runs are of several keys, or too short to show a spread.
+        ValueError: the runs are of several keys, too short to show a spread, or too unlike to hold
+            another to.
     """
     key = key_of(runs[0])
     for run in runs[1:]:
@@ -104,6 +107,9 @@ def record(runs: list[Run], confidence: float) -> dict:
         values = [measure(run, name) for run in runs]
         if None not in values:
             figures[name] = {"value": mean(values)} | _bound(runs, name, values, confidence)
+    if all(held["bound"] is None for held in figures.values()):
+        why = "; ".join(f"{name}: {held['how']}" for name, held in figures.items())
+        raise ValueError(f"a baseline must hold something; got {why}. Give longer or more RUNs.")
     first = runs[0]
     return {
         "version": VERSION,
@@ -132,27 +138,37 @@ def _bound(runs, name, values, confidence) -> dict:
     few = [why for run in runs if (why := too_few(run, name))]
     if few:
         return {"bound": None, "how": few[0]}
-    if len(runs) > 1:
-        samples, how = values, f"spread of {len(runs)} runs"
-    else:
-        parts = series(runs[0], name)
-        count = min(BLOCKS, len(parts) // STEPS_PER_BLOCK)
-        if count < LEAST_BLOCKS and not FIGURES[name].metric:
-            least = LEAST_BLOCKS * STEPS_PER_BLOCK
-            raise ValueError(
-                f"{runs[0].folder} must have {least} step times or more to show a spread; got "
-                f"{len(parts)}. Give a longer RUN, or several."
-            )
-        if count < LEAST_BLOCKS:
-            return {"bound": None, "how": "one value: no spread to see"}
-        samples = [measure(runs[0], name, part) for part in split(parts, count)]
-        how = f"spread of {count} blocks of the run"
+    samples, how = (values, f"spread of {len(runs)} runs")
+    if len(runs) < LEAST_RUNS:
+        samples, how = _blocks(runs, name)
+    if len(samples) < LEAST_BLOCKS:
+        return {"bound": None, "how": "one value: no spread to see"}
     if min(samples) <= 0:
         return {"bound": None, "how": f"{how}, which reaches {min(samples):g}"}
     n, sign = len(samples), FIGURES[name].sign
     spread = deviation([math.log(sample) for sample in samples])
     factor = math.exp(t_quantile(confidence, n - 1) * spread * math.sqrt(1 + 1 / n))
+    if factor > BLUNT:
+        return {"bound": None, "how": f"{how}: {factor:.3g} times as much is too wide to hold"}
     return {"bound": mean(values) * factor**-sign, "how": how}
+
+
+def _blocks(runs, name) -> tuple[list[float], str]:
+    """A figure of each part of every run, and what they are called."""
+    samples, metric = [], FIGURES[name].metric
+    for run in runs:
+        parts = series(run, name)
+        count = min(BLOCKS, len(parts) // STEPS_PER_BLOCK)
+        if count < LEAST_BLOCKS and not metric:
+            least = LEAST_BLOCKS * STEPS_PER_BLOCK
+            raise ValueError(
+                f"{run.folder} must have {least} step times or more to show a spread; got "
+                f"{len(parts)}. Give a longer RUN, or {LEAST_RUNS} of them."
+            )
+        if count >= LEAST_BLOCKS:
+            samples += [measure(run, name, part) for part in split(parts, count)]
+    whose = "the run" if len(runs) == 1 else f"{len(runs)} runs"
+    return samples, f"spread of {len(samples)} blocks of {whose}"
 
 
 def refusals(baseline: dict, run: Run, across=()) -> list[str]:

@@ -6,9 +6,10 @@
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
         --tokens=2.5e9 --deadline=7d --availability=0.95
 
-`record` takes a figure's tolerance from the spread between the runs, or between parts of a single
-one. `check` exits with 0 where all figures hold, 1 on a breach, which it names, and 2 where the run
-is not what the baseline is of: another config, chip, number of hosts or versions.
+`record` takes a figure's tolerance from the spread between the runs, or with fewer than three
+between the parts of them. `check` exits with 0 where all figures hold, 1 on a breach, which it
+names, and 2 where the run is not what the baseline is of: another config, chip, number of hosts or
+versions.
 """
 
 import argparse
