@@ -1,6 +1,6 @@
 """Bandwidth as a run reports it, against a link of known speed and bytes counted by hand.
 
-    python tests/bandwidth_acceptance.py [--hosts=2] [--mbit=100]        as root; 3 minutes
+    python tests/bandwidth_acceptance.py [--hosts=2] [--mbit=100]        as root; 4 minutes
 
 Hosts of a bed train copies of one model over links of --mbit Mbit/s, so that a step is little but
 its gradients' all-reduce. The payload must be the parameters' bytes; the wire's counters those of
@@ -37,12 +37,12 @@ STEPS, LOG_EVERY, PHASES_AT = 21, 2, 20
 
 
 def command(hosts, bed, text, count, shared):
-    """A launcher of the run: AdamW on copies of 32 MB of parameters, a row of 8 tokens a host.
+    """A launcher of the run: AdamW on copies of 53 MB of parameters, a row of 8 tokens a host.
 
     One layer, so that no copy takes a part of the moments: then all is one all-reduce.
     """
     values = dict(steps=STEPS, log_every=LOG_EVERY, save_every=1_000, sample__tokens=0)
-    values |= dict(model__L=1, model__D=768, model__F=2304, model__H=12, model__G=12, model__K=64)
+    values |= dict(model__L=1, model__D=768, model__F=4608, model__H=12, model__G=12, model__K=64)
     values |= dict(data__batch=count, data__seq_len=8, mesh__replica=-1, mesh__fsdp=1)
     values |= dict(optim__name="adamw", measure__phases="true", compile_cache="/tmp/xla")
     values |= dict(data__text=text, workdir=shared / "run", checkpoint__storage="shared")
