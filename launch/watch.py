@@ -157,7 +157,9 @@ class Watch:
             if len(away) == len(self.followers):
                 note("no host answers: this machine may be offline; the job does not need it")
             else:
-                note(f"ROOT CAUSE {host.name}: out of reach from here for {AWAY_S:.0f} s: {reason}")
+                # Of any other host's absence the first host's supervisor says what it means.
+                mark = "ROOT CAUSE " if host == self.followers[0].host else ""
+                note(f"{mark}{host.name}: out of reach from here for {AWAY_S:.0f} s: {reason}")
         for host in self._away - away:
             note(f"{host.name}: back")
         self._away = away
