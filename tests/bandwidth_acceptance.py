@@ -32,6 +32,7 @@ TOLERANCE = 0.05
 # Of a full packet at MTU 1500: Ethernet, IP and TCP with timestamps, and as much for the
 # acknowledgement of every second one, where none rides on data of the other direction.
 HEADERS = 66 / 1448 * 1.5
+CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"
 SCALARS_BYTES = 256  # most of what a step reduces beside its gradients: losses, counts
 STEPS, LOG_EVERY, PHASES_AT = 21, 2, 20
 
@@ -145,6 +146,7 @@ def main() -> int:
         text, hosts = runs.write_text(folder), bed.inventory(folder / "hosts.toml")
         for name in bed.names:
             bed.rate(name, args.mbit)
+            bed.run(name, "sh", "-c", f"echo reno > {CONGESTION}")  # bbr leaves some of a link idle
         env = os.environ | {"JAXTRAIN_JOBS": str(folder / "jobs"), "PYTHONPATH": str(ROOT)}
         argv = command(hosts, bed, text, args.hosts, Path("/mnt/shared"))
         with Outside(bed) as outside, open(folder / "out", "wb") as out:
