@@ -203,14 +203,16 @@ class Suite:
         return row
 
     def mfu(self, cfg, tokens_per_s) -> dict:
-        """By both conventions; None, with the reason, on a chip that the table does not have."""
+        """As a run has it: 6N and attention of the keys that a query sees, and 6N alone.
+
+        None, with the reason, on a chip that the table does not have.
+        """
         if self.chip is None:
             reason = f"{self.device.get('device')!r} is not in the chip table"
-            return {"mfu_full": None, "mfu_causal": None, "no_mfu": reason}
-        peak = self.chip.peak_flops["bfloat16"]
-        flops = lambda causal: training_flops(cfg.model, cfg.data.seq_len, causal).total
-        of = lambda causal: flops(causal) * tokens_per_s / peak
-        return {"mfu_full": of(False), "mfu_causal": of(True)}
+            return {"mfu": None, "mfu_6n": None, "no_mfu": reason}
+        flops = training_flops(cfg.model, cfg.data.seq_len, causal=True)
+        of = lambda flops: flops * tokens_per_s / self.chip.peak_flops["bfloat16"]
+        return {"mfu": of(flops.total), "mfu_6n": of(flops.matrices)}
 
 
 def stamp() -> dict:

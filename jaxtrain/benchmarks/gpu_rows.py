@@ -44,8 +44,8 @@ def targets(item, row) -> dict:
     found = {"host_share": verdict(row["host_share"], HOST_SHARE, at_most=True)}
     share = row["optimizer_share_at_524288"]
     found["optimizer_share_at_524288"] = verdict(share, OPTIMIZER_SHARE, at_most=True)
-    if item.optimizer == "muon" and row["mfu_causal"] is not None:
-        found["mfu_causal"] = verdict(row["mfu_causal"], MFU[item.size])
+    if item.optimizer == "muon" and row["mfu"] is not None:
+        found["mfu"] = verdict(row["mfu"], MFU[item.size])
     # Of Muon alone, which comes first: the others find some of its programs in the cache.
     limits_s = {"step": COLD_S, "warm start": WARM_S} if item.optimizer == "muon" else {}
     if item.size == "llama_1400m" and item.what in limits_s:
@@ -85,8 +85,8 @@ def line(row) -> str:
         return f"{name} {row['value']:.2f}x {row['ratio']}; {verdicts}"
     mfu = (
         "no MFU: " + row["no_mfu"]
-        if row["mfu_full"] is None
-        else (f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} 6N")
+        if row["mfu"] is None
+        else (f"MFU {row['mfu']:.1%}, {row['mfu_6n']:.1%} by 6N alone")
     )
     memory = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.1f} GiB"
     planned = row.get("planned_bytes", row["formula_bytes"]) / 2**30
