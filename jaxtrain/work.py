@@ -38,7 +38,7 @@ class StepWork(NamedTuple):
     """FLOPs are of all devices, bytes of one."""
 
     tokens: int
-    params: int
+    parameters: int
     flops_6n: float  # weights that multiply a token, no attention
     flops_causal: float  # and attention, of the keys that a query sees
     flops_full: float  # and attention, of all keys: PaLM's
@@ -73,7 +73,7 @@ class StepWork(NamedTuple):
         names = ("kind", "axis", "inter_host")
         return {
             "tokens_per_step": self.tokens,
-            "params": self.params,
+            "params": self.parameters,
             "flops_6n_per_step": self.flops_6n,
             "flops_causal_per_step": self.flops_causal,
             "flops_full_per_step": self.flops_full,
@@ -118,7 +118,7 @@ def build_work(run, compiled, hosts=None) -> StepWork:
     full = training_flops(cfg.model, cfg.data.seq_len)
     return StepWork(
         tokens=tokens,
-        params=run.parameters,
+        parameters=run.parameters,
         flops_6n=tokens * causal.matrices,
         flops_causal=tokens * causal.total,
         flops_full=tokens * full.total,

@@ -1,5 +1,6 @@
 """Laws of whole runs on both sides: thresholds, a user's own loop, llm.c's states, the command."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -75,16 +76,24 @@ def test_20_steps_of_adamw_in_float32_stay_within_the_thresholds(tmp_path, text)
     assert largest(found, "parameter", range(1, 21)) < 1e-5
 
 
+def narrow_errors(seed, folder, text):
+    """compare_narrow of a GPT-2, whose biases' gradients are sums over all tokens."""
+    one = lambda dtype: small("gpt2", folder, text, dtype, 20, name="adamw")
+    cfg, exact = (dataclasses.replace(one(dtype), seed=seed) for dtype in ("bfloat16", "float32"))
+    start, mine, theirs = both(cfg, folder)
+    truth = theirs_of(start, folder / "truth.jsonl", exact)
+    return compare_narrow(truth, mine, theirs)
+
+
 def test_bfloat16_costs_us_at_most_a_tenth_more_than_pytorch(tmp_path, text):
-    form = "gpt2"  # with its biases: their gradients are sums over all tokens
-    cfg = small(form, tmp_path, text, "bfloat16", 20, name="adamw")
-    start, mine, theirs = both(cfg, tmp_path)
-    exact = small(form, tmp_path, text, "float32", 20, name="adamw")
-    truth = theirs_of(start, tmp_path / "truth.jsonl", exact)
-    errors = compare_narrow(truth, mine, theirs)
-    shown, passed = narrow_table(errors)
+    """Over three starts. A step of Adam is a near-zero gradient's sign: what it makes of such
+    noise is chance (0.3 to 4 times PyTorch's error in one start), so the passes alone are judged.
+    """
+    found = [narrow_errors(seed, tmp_path, text) for seed in range(3)]
+    mean = lambda quantity: np.exp(np.log([errors[quantity] for errors in found]).mean(0))
+    shown, passed = narrow_table({name: mean(name) for name in ("activations", "gradient")})
     assert passed, shown
-    assert all(1e-4 < error < 0.5 for pair in errors.values() for error in pair)
+    assert all(1e-4 < e < 0.5 for errors in found for pair in errors.values() for e in pair)
 
 
 def test_a_narrower_side_fails_the_bfloat16_law():
