@@ -34,7 +34,7 @@ def build(folder, wire, collectives=(REDUCE,), saving=lambda: False):
     flops = dict(flops_6n=1.0, flops_causal=2.0, flops_full=3.0)
     work = StepWork(
         tokens=100,
-        params=7,
+        parameters=7,
         **flops,
         hbm_bytes=1.0,
         roofline_s=None,

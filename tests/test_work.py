@@ -17,7 +17,7 @@ def work_of(**values):
     values = (
         dict(
             tokens=100,
-            params=7,
+            parameters=7,
             flops_6n=4e12,
             flops_causal=5e12,
             flops_full=6e12,
@@ -73,7 +73,7 @@ def test_copies_of_a_model_reduce_its_gradients_and_scalars_and_no_more():
     work = build_work(run, compile_step(run).compiled, ["a"])
     assert {c.kind for c in work.collectives} == {"all-reduce"}
     assert 0 <= work.payload_bytes - 4 * run.parameters <= 256
-    assert work.sent_bytes == 0.0 and work.params == run.parameters  # both devices on one host
+    assert work.sent_bytes == 0.0 and work.parameters == run.parameters  # both devices on one host
     tokens = config.data.batch * config.data.seq_len
     assert work.flops_6n == 6 * matrix_weights(config.model) * tokens
     assert work.flops_6n < work.flops_causal < work.flops_full
