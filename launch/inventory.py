@@ -56,12 +56,21 @@ def read_inventory(path) -> Inventory:
     Raises:
         ValueError: the file is no inventory; it names the host, the key and what to write.
     """
+    return parse_inventory(read_toml(path, "--hosts"), str(path))
+
+
+def read_toml(path, flag: str) -> dict:
+    """The file's value.
+
+    Raises:
+        ValueError: there is none, or it is not TOML; names the flag that gave the path.
+    """
     try:
-        return parse_inventory(tomllib.loads(Path(path).read_text()), str(path))
+        return tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise ValueError(f"--hosts must name a file; got {path}.") from None
+        raise ValueError(f"{flag} must name a file; got {path}.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} must be TOML; got: {error}.") from error
+        raise ValueError(f"{flag} must be TOML; got {path}: {error}.") from None
 
 
 def parse_inventory(found: dict, where: str) -> Inventory:

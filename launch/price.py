@@ -1,8 +1,8 @@
 """What tokens cost and how many GPUs they take, from a baseline and a price list."""
 
 import math
-import tomllib
-from pathlib import Path
+
+from launch.inventory import read_toml
 
 MONTH_S = 30 * 86_400
 SPANS_S = {"m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
@@ -14,12 +14,7 @@ def read_prices(path) -> dict:
     Raises:
         ValueError: the file is not of that form.
     """
-    try:
-        found = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--prices must name a file; got {path}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--prices must be TOML; got {path}: {error}.") from None
+    found = read_toml(path, "--prices")
     prices = found.get("per_gpu_hour")
     good = isinstance(prices, dict) and all(
         isinstance(price, int | float) and price >= 0 for price in prices.values()

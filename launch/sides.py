@@ -1,10 +1,10 @@
 """What is compared: runs of one work on one kind of device, of ours or from published figures."""
 
 import json
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.inventory import read_toml
 from launch.rundir import EVAL_LOSS, LOSS, Run, find_runs
 
 NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
@@ -103,12 +103,7 @@ def read_external(path) -> list[Side]:
     Raises:
         ValueError: the file is not of that form; names the key.
     """
-    try:
-        found = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--external must name a file; got {path}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--external must be TOML; got {path}: {error}.") from None
+    found = read_toml(path, "--external")
     sides = found.get("side")
     if not isinstance(sides, list) or not 1 <= len(sides) <= 2:
         raise ValueError(f"--external {path} must have one or two [[side]] tables.")
