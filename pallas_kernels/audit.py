@@ -45,7 +45,8 @@ class Case(NamedTuple):
     tensor_core: bool = False
     op: str = "norm"
     part: str = ""  # whose tiles are this kernel's
-    triton_only: str = ""  # why a Mosaic body cannot take the shape
+    only: str = ""  # the one body that is compiled at this shape
+    why: str = ""
 
 
 def _norm_case(backward, N, D, floor):
@@ -111,39 +112,42 @@ def _head_case(N, D, V, keep, softcap=0.0):
 
     size = 2 * (N + V) * D + 4 * N * V * keep
     shape = f"{N}x{D}x{V} bf16"
-    why = "its logits' rows are no multiple of 8 long" if keep and V % 8 else ""
-    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, True, "head", "head", why)
+    only = ("triton", "its logits' rows are no multiple of 8 long") if keep and V % 8 else ()
+    return Case("head_scores", shape, build, size, 2 * N * D * V, 1, True, "head", "head", *only)
 
 
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
 
 
-def _attention_case(name, B, T, H, G, K):
-    """With documents, the harder case: more registers than without."""
+def _attention_case(name, B, T, H, G, K, documents=True):
+    """Triton's with documents, the harder case: more registers than without. Mosaic's do more
+    where they mask some steps alone, so that they are compiled without documents too."""
 
     def build(chip, blocks):
         del chip
         q, k = (jax.ShapeDtypeStruct((B, T, heads, K), jnp.bfloat16) for heads in (H, G))
-        docs = jax.ShapeDtypeStruct((B, T), jnp.int32)
-        run = lambda q, k, v, dq, dk: flash_attention(q, k, v, dq, dk, blocks)
+        docs = jax.ShapeDtypeStruct((B, T), jnp.int32) if documents else None
+        run = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, blocks)
         if name == "forward":
-            return run, (q, k, k, docs, docs)
+            return run, (q, k, k, docs)
 
         def backward(q, k, v, do, docs):
-            dq, dk, dv = jax.vjp(lambda *x: run(*x, docs, docs), q, k, v)[1](do)
+            dq, dk, dv = jax.vjp(lambda *x: run(*x, docs), q, k, v)[1](do)
             return dq if name == "dq" else (dk, dv)
 
         return backward, (q, k, k, q, docs)
 
     flops = ATTENTION_WORK[name] * 2 * B * H * K * T * (T + 1)
     size = 2 * B * T * K * (2 * H + 2 * G) * (2 if name == "dkv" else 1)
-    shape = f"{B}x{T}x{H}:{G}x{K} bf16"
+    shape = f"{B}x{T}x{H}:{G}x{K} bf16{' docs' * documents}"
     kernel = f"flash_attention_{name}"
-    return Case(kernel, shape, build, size, flops, 1, True, "attention", name)
+    only = () if documents else ("mosaic", "no documents: Triton's needs less than with them")
+    return Case(kernel, shape, build, size, flops, 1, True, "attention", name, *only)
 
 
 CASES = [
     *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
+    *(_attention_case(name, 4, 2_048, 16, 4, 128, documents=False) for name in ATTENTION_WORK),
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
     *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
@@ -181,7 +185,7 @@ def faults(case, report, chip, body="triton") -> list[str]:
 
 
 HEAD = (
-    f"{'kernel':23} {'body':6} {'shape':21} {'registers':>9} {'spills':>6} {'shared':>7} "
+    f"{'kernel':23} {'body':6} {'shape':25} {'registers':>9} {'spills':>6} {'shared':>7} "
     f"{'threads':>7} {'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
 )
 
@@ -190,7 +194,7 @@ def line(case, report, chip, body) -> str:
     found = report.resources
     best = chip.seconds(case.hbm_bytes, case.flops) * 1e6
     return (
-        f"{case.name:23} {body:6} {case.shape:21} {found.registers:9} {found.spills:6} "
+        f"{case.name:23} {body:6} {case.shape:25} {found.registers:9} {found.spills:6} "
         f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} "
         f"{found.tensor_products:6} {found.async_copies:5} {best:8.1f} us"
     )
@@ -236,7 +240,7 @@ def audited(chip, cases=CASES) -> list[tuple]:
         by_body = {}
         for tiles in bodies(case.op, chip.arch):
             body = body_of(part_of(tiles, case.part)) if case.part else "triton"
-            if body == "triton" or not case.triton_only:
+            if case.only in ("", body):
                 by_body.setdefault(body, tiles)
         found += [(case, tiles, body) for body, tiles in by_body.items()]
     return found
@@ -254,8 +258,8 @@ def audit(chip, cases=CASES, show=print) -> list[str]:
         show(f"{mosaic.REASON}; Triton's alone are audited")
     elif chip.arch in MOSAIC:
         for case in cases:
-            if case.triton_only:
-                show(f"{case.name} {case.shape} has Triton's body alone: {case.triton_only}")
+            if case.only:
+                show(f"{case.name} {case.shape}: {case.only} alone, {case.why}")
     wrong = []
     for case, tiles, body in audited(chip, cases):
         where = f"{chip.name}: {case.name} ({body}) {case.shape}"

@@ -217,17 +217,35 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     return o, (q, k, v, docs, o, lse)
 
 
+def _dkv(given, tiles, interpret):
+    """(dk, dv) of (q, k, v, do, log-sum-exp, delta, documents of both or neither)."""
+    if body_of(tiles) == "mosaic":
+        from pallas_kernels import flash_attention_mosaic_backward  # as above
+
+        return flash_attention_mosaic_backward.dkv(given, tiles, interpret)
+    q, k, v = given[:3]
+    (B, S, G, _), shapes = k.shape, (triton.like(k), triton.like(v))
+    grid = (pl.cdiv(S, tiles.keys), G, B)
+    return _call(_dkv_kernel, "dkv", tiles, grid, shapes, q.shape[2] // G, interpret)(*given)
+
+
+def _dq(given, tiles, interpret):
+    if body_of(tiles) == "mosaic":
+        from pallas_kernels import flash_attention_mosaic_backward  # as above
+
+        return flash_attention_mosaic_backward.dq(given, tiles, interpret)
+    q, k = given[:2]
+    B, T, H, _ = q.shape
+    grid, group = (pl.cdiv(T, tiles.queries), H, B), H // k.shape[2]
+    return _call(_dq_kernel, "dq", tiles, grid, triton.like(q), group, interpret)(*given)
+
+
 def _backward(blocks, interpret, residuals, do):
     q, k, v, docs, o, lse = residuals
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     given = (q, k, v, do, lse, delta_BHT, *docs)
-    grid = (pl.cdiv(S, blocks.dkv.keys), G, B)
-    shapes = triton.like(k), triton.like(v)
-    dk, dv = _call(_dkv_kernel, "dkv", blocks.dkv, grid, shapes, H // G, interpret)(*given)
-    grid = (pl.cdiv(T, blocks.dq.queries), H, B)
-    dq = _call(_dq_kernel, "dq", blocks.dq, grid, triton.like(q), H // G, interpret)(*given)
-    return dq, dk, dv, None, None
+    dk, dv = _dkv(given, blocks.dkv, interpret)
+    return _dq(given, blocks.dq, interpret), dk, dv, None, None
 
 
 flash_attention.defvjp(_forward, _backward)

@@ -24,6 +24,15 @@ PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
 LOWEST = MASKED / 10  # where a row's largest score starts: above what is masked, which exp2 makes 0
 
 
+def check_heads(K) -> None:
+    """Raises ValueError where K is not of WIDTHS."""
+    if K not in WIDTHS:
+        raise ValueError(
+            f"Mosaic's attention has heads of 64 or 128; got K={K}. Give the kernel tiles of "
+            "Triton's body."
+        )
+
+
 def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_free):
     plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
 
@@ -188,11 +197,7 @@ def forward(q_BTHK, k_BSGK, v_BSGK, docs, tiles, interpret):
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
-    if K not in WIDTHS:
-        raise ValueError(
-            f"Mosaic's attention has heads of 64 or 128; got K={K}. Give the kernel tiles of "
-            "Triton's body."
-        )
+    check_heads(K)
     blocks = pl.cdiv(T, tiles.queries)
     padded = jax.ShapeDtypeStruct((B, H, blocks * tiles.queries), jnp.float32)
     docs = [

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 OLDEST = (0, 11, 2)
@@ -89,6 +90,30 @@ def call(kernel, *, name, grid, out_shape, scratch, approximate=False, interpret
         compiler_params=plgpu.CompilerParams(approx_math=approximate),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
+
+
+def copy_steps(count, stages, copies, full, free) -> None:
+    """What the copying warp group does: the slots filled in turn, each once all have freed it.
+
+    Args:
+        copies: step -> ((part of an array, its shared memory [stages,...]), ...).
+        full, free: barriers, one a slot.
+    """
+
+    @pl.loop(0, count)
+    def _step(j):
+        slot = lax.rem(j, stages)
+
+        @pl.when(j >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        for source, smem in copies(j):
+            plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+
+    @pl.loop(0, jnp.minimum(count, stages))
+    def _to_the_end(slot):
+        plgpu.barrier_wait(free.at[slot])
 
 
 def accumulate(products, start, interpret) -> list:

@@ -14,8 +14,13 @@ def _attention(part):
 
 
 def _mosaic_attention(part):
-    if part == "forward":  # the backward has Triton's body alone
-        yield from itertools.starmap(MosaicBlock, itertools.product((128, 256), (64, 128), (2, 3)))
+    """What a multiplying warp group holds in registers bounds it: half of a block's rows."""
+    queries, keys = {
+        "forward": ((128, 256), (64, 128)),
+        "dkv": ((64,), (128,)),
+        "dq": ((128,), (64, 128)),
+    }[part]
+    yield from itertools.starmap(MosaicBlock, itertools.product(queries, keys, (2, 3, 4)))
 
 
 def _products(part):

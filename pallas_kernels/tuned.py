@@ -78,7 +78,11 @@ TILES = {
 # op -> kernel -> tiles of its Mosaic body; as many stages as fit
 MOSAIC = {
     "sm_90": {
-        "attention": {"forward": MosaicBlock(128, 128, 2)},
+        "attention": {
+            "forward": MosaicBlock(128, 128, 2),
+            "dkv": MosaicBlock(64, 128, 3),
+            "dq": MosaicBlock(128, 64, 3),
+        },
         "head": {"head": MosaicTiles(128, 256, 64, 4)},
         "square": {
             "square": MosaicTiles(256, 128, 64, 3),

@@ -18,7 +18,9 @@ from pallas_kernels.offline import KernelReport  # noqa: E402
 from pallas_kernels.tuned import MOSAIC  # noqa: E402
 
 MOSAIC_CASES = [
-    case for case in CASES if case.part in MOSAIC["sm_90"].get(case.op, ()) and not case.triton_only
+    case
+    for case in CASES
+    if case.part in MOSAIC["sm_90"].get(case.op, ()) and case.only != "triton"
 ]
 
 
