@@ -1,14 +1,36 @@
 import os
 
-# Before jax. Every test sees 8 devices; a mesh takes as many as it asks for. Laws hold at any
-# optimisation level, and most of the suite's time is compilation: level 0 is 3.7 times faster.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+import xla_flags
+
+# Before jax. Every test sees 8 devices; a mesh takes as many as it asks for.
+os.environ["XLA_FLAGS"] = xla_flags.flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# xdist hands out whole files, in this order: a long one that comes last keeps one worker waiting.
+LONGEST = (
+    "test_launch_engines.py",
+    "test_train.py",
+    "test_benchmarks_gpu.py",
+    "test_kernels_laws.py",
+    "test_crosscheck_run.py",
+    "test_kernels_audit.py",
+    "test_launch_run.py",
+    "test_model.py",
+    "test_plan.py",
+    "test_optim_owners.py",
+    "test_optim_study.py",
+    "test_bench.py",
+    "test_diagnose.py",
+    "test_kernels_routes.py",
+    "test_step.py",
+    "test_runtime.py",
+    "test_interop_start.py",
+    "test_crosscheck_faults.py",
+    "test_kernels_training.py",
+)
 
 
 def pytest_configure(config):
@@ -16,3 +38,8 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"-m gpu needs a GPU; got {jax.default_backend()}. Set JAX_PLATFORMS=cuda."
         )
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))

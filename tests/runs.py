@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import xla_flags
+
 from jaxtrain.scalars import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -23,9 +25,7 @@ def write_text(folder: Path) -> Path:
 def command(workdir, text, *flags, devices=1):
     argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
     argv += [f"--config.workdir={workdir}", f"--config.data.text={text}", *flags]
-    level = "--xla_backend_optimization_level=0"
-    flags = f"--xla_force_host_platform_device_count={devices} {level}"
-    return argv, os.environ | {"XLA_FLAGS": flags}
+    return argv, os.environ | {"XLA_FLAGS": xla_flags.flags(devices)}
 
 
 def start(workdir, text, *flags, devices=1):

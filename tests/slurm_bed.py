@@ -4,6 +4,7 @@ python tests/slurm_bed.py 3 -- COMMAND     runs COMMAND on h0, the first of 3 no
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,7 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 PartitionName=bed Nodes={names} Default=YES State=UP
 """
 UP_S = 30.0
+GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
 
 def available() -> str:
@@ -95,6 +97,16 @@ class SlurmBed(beds.Bed):
             time.sleep(0.1)
         logs = self.run("h0", "bash", "-c", "tail -n 20 /run/*.log")
         raise RuntimeError(f"SLURM is not up after {UP_S:.0f} s: {said}\n{logs}")
+
+    def end_of(self, job, limit_s) -> str:
+        """The state that a job ends in. `sbatch --wait` looks after 2, 8, 18, 32 s and so on."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            found = re.search(r"JobState=(\w+)", self.run("h0", "scontrol", "show", "job", job))[1]
+            if found not in GOING:
+                return found
+            time.sleep(0.1)
+        raise RuntimeError(f"job {job} has not ended after {limit_s:.0f} s")
 
 
 def main() -> int:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain import files
 from jaxtrain.files import draft, strict_json, write_atomic
 
 REWRITE_FOREVER = """
-import sys
-from jaxtrain.files import write_atomic
+import runpy, sys
+write_atomic = runpy.run_path(sys.argv[2])["write_atomic"]  # without the package, which loads jax
 contents = [bytes([65 + i]) * 300_000 for i in range(8)]
 print("ready", flush=True)
 while True:
@@ -28,7 +29,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_version(tmp_path):
     write_atomic(path, b"A" * 300_000)
     delays = np.random.default_rng(0).uniform(0, 0.05, 12)
     for delay_s in delays:
-        command = [sys.executable, "-c", REWRITE_FOREVER, str(path)]
+        command = [sys.executable, "-c", REWRITE_FOREVER, str(path), files.__file__]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout.readline() == b"ready\n"
             time.sleep(delay_s)

@@ -11,6 +11,7 @@ import jax
 import pytest
 import runs
 import slurm_bed
+import xla_flags
 
 from configs import debug
 from jaxtrain import config as config_lib
@@ -52,7 +53,7 @@ def run_on_first(bed, *argv, **env):
     """What a command on h0 prints, with this environment's python and the working tree."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    env["XLA_FLAGS"] = xla_flags.QUICK
     command = bed.inside("h0", "env", "-C", ROOT, *argv)
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, env=env, timeout=200, **both)
@@ -71,8 +72,9 @@ def test_two_nodes_of_slurm_train_as_one_process(shared):
     (shared / "train.sh").write_text(read_template("slurm"))
     with slurm_bed.SlurmBed(2, shared) as bed:
         log = shared / "slurm.out"
-        submit = ["sbatch", "--wait", "--output=/mnt/shared/slurm.out", "/mnt/shared/train.sh"]
-        run_on_first(bed, *submit, *flags("slurm"))
+        submit = ["sbatch", "--parsable", "--output=/mnt/shared/slurm.out", "/mnt/shared/train.sh"]
+        job = run_on_first(bed, *submit, *flags("slurm")).strip()
+        assert bed.end_of(job, 200) == "COMPLETED", log.read_text()
         check(shared, "slurm", log.read_text(), "SLURM")
 
 
