@@ -3,6 +3,7 @@
 import jax
 
 import jaxtrain.config as config_lib
+from jaxtrain.agree import from_process_0
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
@@ -44,6 +45,10 @@ class Loop:
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
         cfg, told = self.cfg, None
+        if self._evaluates_after(self.first):
+            seen = self.report.evaluated_step == self.first  # else the run ended right after a save
+            if not from_process_0(lambda: seen):
+                self.evaluate(self.first)
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.turns_at(step):
                 self._switch_trace()
@@ -51,16 +56,21 @@ class Loop:
                 batch = self._advance(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-                self.evaluate(step)
             told = stop.asked(step)
             if told or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
             if told:
                 break
+            if self._evaluates_after(step):
+                self.evaluate(step)
         if self.tracer.is_on:
             self._switch_trace()
         return told
+
+    def _evaluates_after(self, step) -> bool:
+        """Whether an evaluation is due that is not the last, which `finish` makes."""
+        every = self.cfg.eval_every
+        return bool(every) and step % every == 0 and 0 < step < self.cfg.steps
 
     def _switch_trace(self):
         self._arrive()
