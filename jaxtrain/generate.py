@@ -29,8 +29,11 @@ def choose(logits_BV, key, temperature, top_k):
     return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
 
 
-def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int):
+def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int, vocab_size=None):
     """sample(params, prompt_BT, key) -> int32 [B,tokens], jitted; the prompt is read in one pass.
+
+    Args:
+        vocab_size: of the tokenizer; what the model's is padded with is never drawn.
 
     Raises:
         ValueError: tokens, temperature or top_k is out of range.
@@ -47,7 +50,8 @@ def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int):
         hidden_BTD, cache = model.extend(params, cache, prompt_BT, 0)
 
         def draw(hidden_BTD, key):
-            return choose(model.logits(params, hidden_BTD[:, -1:])[:, 0], key, temperature, top_k)
+            logits_BV = model.logits(params, hidden_BTD[:, -1:])[:, 0, :vocab_size]
+            return choose(logits_BV, key, temperature, top_k)
 
         def one(carry, x):
             (cache, token_B), (at, key) = carry, x
@@ -81,7 +85,8 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
     encoded = [np.asarray(tokenizer.encode(prompt), np.int32) for prompt in prompts]
     encoded = [np.append(np.int32(tokenizer.eot), ids) for ids in encoded]  # documents start so
     check_length(run.cfg.model, max(map(len, encoded)), tokens)
-    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k)
+    known = tokenizer.vocab_size
+    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k, known)
     texts, elapsed_s = [""] * len(prompts), 0.0
     for length in sorted({len(ids) for ids in encoded}):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]

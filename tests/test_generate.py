@@ -75,6 +75,15 @@ def test_learned_positions_bound_the_sample():
         check_length(learned, 33, 32)
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 8)])
+def test_what_the_vocabulary_is_padded_with_is_never_drawn(model, mesh, temperature, top_k):
+    params = model.init(jax.random.key(0))
+    params["head"] = params["head"].at[..., 5:].multiply(100.0)  # the likeliest by far
+    sample = build_sampler(model, mesh, 8, temperature, top_k, vocab_size=5)
+    drawn = np.asarray(sample(params, jnp.ones((16, 3), jnp.int32), jax.random.key(0)))
+    assert drawn.max() < 5
+
+
 def test_a_sample_speaks_the_tokens_of_the_shards_that_the_run_read(tmp_path):
     stored = {"config": {"data": {"tokenizer": "bytes"}}, "data": {"tokenizer": "gpt2"}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
