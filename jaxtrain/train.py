@@ -30,7 +30,7 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.engine import World, detect
-from jaxtrain.generate import complete
+from jaxtrain.generate import complete, fit_positions
 from jaxtrain.interop.start import check_model, load_params
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
@@ -59,12 +59,23 @@ def print_sample(loop, corpus):
         loop.report.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
-    prompt = cfg.prompt or tokenizer.decode(loop.held_out.read(0, 1, 1 + PROMPT_TOKENS))
+    ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
+    if cfg.prompt:
+        ids = tokenizer.encode(cfg.prompt)
+    prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
+    if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
+        loop.report.note(
+            f"the sample is {tokens} of sample.tokens={cfg.tokens} after {prompt_tokens} of "
+            f"{len(ids)} prompt tokens: model.positions={loop.cfg.model.positions}"
+        )
+    if not tokens:
+        return
+    ids = ids[len(ids) - prompt_tokens :]
     with loop.measure.pause("sample"):
         texts, tokens_per_s = complete(
-            loop.run, loop.state, tokenizer, [prompt], cfg.tokens, cfg.temperature, cfg.top_k
+            loop.run, loop.state, tokenizer, [ids], tokens, cfg.temperature, cfg.top_k
         )
-    rule = "-" * 80
+    rule, prompt = "-" * 80, tokenizer.decode(ids)
     loop.report.note(f"sample, {tokens_per_s:,.0f} tokens/s; what follows the bar is the model's")
     loop.report.note(f"{rule}\n{prompt}|{texts[0]}\n{rule}")
 
