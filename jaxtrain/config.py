@@ -134,6 +134,15 @@ def flatten(config) -> dict:
     return flat
 
 
+def changes(stored: dict, config) -> list[str]:
+    """`optim.learning_rate 0.02, was 0.01` of each field that is not as in an earlier `flatten`."""
+    return [
+        f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"
+        for name, value in flatten(config).items()
+        if name not in stored or stored[name] != value
+    ]
+
+
 def config_hash(config) -> str:
     """12 hex digits that name what is trained; where it goes and who looks on do not count."""
     places = ("workdir", "compile_cache", "checkpoint.storage")

@@ -31,7 +31,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete, fit_positions
-from jaxtrain.interop.start import check_model, load_params
+from jaxtrain.interop.start import check_model, check_resumed, load_params
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.measure import Measure, open_wire
@@ -102,7 +102,7 @@ def train(cfg, devices=None, quiet=False) -> int:
             storage=cfg.checkpoint.storage,
         ) as checkpoints,
     ):
-        state, resumed = start_state(run, checkpoints, batches)
+        state, restored = start_state(run, checkpoints, batches)
         first = int(state.step)
         active = jax.process_index() == 0
         if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
@@ -112,7 +112,7 @@ def train(cfg, devices=None, quiet=False) -> int:
         about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
         with Report(*about) as report, Stop() as stop:
             hosts = of_all(socket.gethostname())
-            report.header(header(run, corpus, checkpoints, resumed))
+            report.header(header(run, corpus, checkpoints, restored))
             report.write_config(stored_config(run, corpus, hosts))
             beat("compile", first)
             step, diagnosis = compile_all(run, report, first)
@@ -181,17 +181,22 @@ def first_state(run):
 
 
 def start_state(run, checkpoints, batches):
-    """(TrainState, step it was restored from or None), with `batches` at the same step."""
+    """(TrainState, the Restored that it is from or None), with `batches` at the same step.
+
+    Raises:
+        ValueError: the checkpoint is of other data or another model, or past the last step.
+    """
     restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
     if restored is None:
         return first_state(run), None
     batches.restore(restored.meta["data"])
+    check_resumed(run.cfg.model, restored.meta["config"])
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
         )
-    return restored.state, restored.step
+    return restored.state, restored._replace(state=None)  # the loop donates it
 
 
 def finish(loop, corpus, told) -> int:

@@ -79,3 +79,15 @@ def test_what_is_measured_beside_the_training_does_not_change_its_hash():
     onlookers = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
     watched = config_lib.freeze(onlookers)
     assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())
+
+
+def test_changes_are_those_fields_whose_value_is_another_than_stored():
+    stored = config_lib.flatten(TrainConfig())
+    assert config_lib.changes(stored, TrainConfig()) == []
+    del stored["optim.momentum"]
+    now = config_lib.freeze({"seed": 1, "optim": {"learning_rate": 0.01}})
+    assert config_lib.changes(stored, now) == [
+        "seed 1, was 0",
+        "optim.learning_rate 0.01, was 0.02",
+        "optim.momentum 0.95, was not known",
+    ]
