@@ -19,7 +19,7 @@ from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
 from jaxtrain.names import measured_names
-from jaxtrain.run import build_run, restore_run
+from jaxtrain.run import build_run, load_config, restore_run
 from jaxtrain.train import start_state, train
 
 
@@ -188,6 +188,22 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert metrics["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
     assert metrics["eval/tokens"] == corpus.tokens - 1
+
+
+def test_a_run_is_read_by_this_machines_routes_whatever_it_was_trained_by(
+    trained, tmp_path, caplog
+):
+    stored = json.loads((trained / "config.json").read_text())
+    stored["config"]["model"]["attention"] = "cudnn"
+    stored["config"]["kernels"]["strict"] = True
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    with pytest.raises(ValueError, match="kernels.strict"):
+        build_run(load_config(tmp_path), jax.devices()[:1])
+    with caplog.at_level("INFO"):
+        run, state = restore_run(tmp_path)
+    assert int(state.step) == 40 and run.cfg.model.attention == "auto"
+    assert "model.attention 'auto', was 'cudnn'; kernels.strict False, was True" in caplog.text
 
 
 def test_steps_that_stay_bad_stop_the_run_and_name_the_flag(tmp_path, text):
