@@ -44,6 +44,9 @@ def header(run, corpus, checkpoints, restored):
         "\n"
     ):
         yield "optim", line
+    warmup, total = cfg.optim.warmup_steps, cfg.optim.total_steps
+    if warmup > total:  # as in the first steps of a longer run: no error
+        yield "optim", f"peak rates are not reached: warmup_steps {warmup} of total_steps {total}"
     yield "run", f"{Path(cfg.workdir).resolve()}  config {config_lib.config_hash(cfg)}"
     for step, reason in checkpoints.rejected:
         yield "rejected", f"checkpoint {step}: {reason}"

@@ -78,13 +78,15 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        model, data = self.model, self.data
+        model, data, optim = self.model, self.data, self.optim
         if model.H % model.G:
             model.fail("G", f"must divide model.H={model.H}")
         if model.position == "rope" and model.K % 2:
             model.fail("K", "must be even with position=rope")
         if model.position == "learned" and data.seq_len > model.positions:
             data.fail("seq_len", f"must be at most model.positions={model.positions}")
+        if optim.ns_dtype == "float64" and model.dtype != "float64":
+            optim.fail("ns_dtype", f"needs model.dtype=float64, not {model.dtype}")
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:

@@ -40,6 +40,12 @@ def test_every_field_has_a_text_and_stands_in_the_help():
         ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
         ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
+        ({"optim": {"adam_eps": 0.0}}, "optim.adam_eps must be at least 1e-30; got 0.0"),
+        ({"optim": {"ns_dtype": "float64"}}, "optim.ns_dtype needs model.dtype=float64"),
+        (
+            {"optim": {"acceleration": "ema_lookahead", "strength": 1.0}},
+            "optim.strength must be below 1 with optim.acceleration=ema_lookahead",
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_its_flag(values, message):

@@ -146,6 +146,12 @@ def test_a_run_says_which_values_it_is_resumed_with(trained, text):
     assert changed == steps | {"optim.learning_rate 0.01, was 0.02"}
 
 
+@pytest.mark.parametrize(("warmup_steps", "said"), [(40, False), (41, True)])
+def test_a_warm_up_that_is_longer_than_the_run_is_said(trained, text, warmup_steps, said):
+    told = told_at_start(config(trained, text, steps=40, optim__warmup_steps=warmup_steps))
+    assert any("peak rates are not reached" in value for _, value in told) == said
+
+
 def test_a_run_killed_after_its_last_step_is_only_summed_up(trained, text, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
