@@ -1,6 +1,9 @@
 """The training loop: what happens in a step, and between steps."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 
 import jaxtrain.config as config_lib
 from jaxtrain.agree import from_process_0
@@ -41,6 +44,7 @@ class Loop:
         self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
         self._in_flight = None  # (step, scalars), the scalars still on the device
+        self._scalars = {}  # of the last step that has arrived
 
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
@@ -120,6 +124,7 @@ class Loop:
         if self._in_flight is None:
             return
         (step, scalars), self._in_flight = self._in_flight, None
+        self._scalars = scalars
         with self.tracer.part("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.measure.tick(step, skipped=bad_steps > 0)
@@ -157,7 +162,31 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
+        if not self._is_sound(step):
+            self.report.note(
+                f"step {step} is not saved: its loss, gradient or update is not finite; the newest "
+                f"checkpoint is step {self.saved_step}"
+            )
+            return
         with self.measure.pause("save"), self.tracer.part("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step
+
+    def _is_sound(self, step) -> bool:
+        """Whether the last step's figures are finite; at the run's end, whether the state is.
+
+        A skipped step changes nothing, but what the one before it made may be why it was skipped,
+        and each save of that takes the place of an older, good one.
+        """
+        figures = jax.device_get(self._scalars)
+        if not figures["train/bad_steps"] and all(map(math.isfinite, figures.values())):
+            return True
+        return step == self.cfg.steps and bool(jax.device_get(all_finite(self.state)))
+
+
+@jax.jit
+def all_finite(tree):
+    """bool []: no floating-point number in the tree is infinite or not a number."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()

@@ -213,7 +213,8 @@ def finish(loop, corpus, told) -> int:
     report.finish(loop.measure.total() | ended)
     if told is None:
         return 0
-    report.note(f"saved step {loop.saved_step} of {cfg.steps}; the same command resumes it")
+    saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
+    report.note(f"{saved} of {cfg.steps}; the same command resumes it")
     return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
 
 

@@ -14,7 +14,7 @@ from jaxtrain.steplog import StepLog
 from jaxtrain.stop import Stop
 from jaxtrain.work import StepWork
 
-GOOD = (0, 0.1)  # bad_steps, update_rms
+GOOD, SKIPPED, HUGE = (0, 0.1), (1, 0.0), (0, float("inf"))  # bad_steps, update_rms
 
 
 class Steps:
@@ -82,3 +82,13 @@ def test_an_evaluation_that_the_end_of_a_run_cut_off_is_made_by_the_next_start(t
         report.write(2, {EVAL_LOSS: 1.0} if seen else {"train/loss_nats": 1.0})
     loop, _ = run_loop(tmp_path, [GOOD], first=2, eval_every=2)
     assert [step for step, _ in loop.evaluated] == ([] if seen else [2])
+
+
+def test_a_step_whose_figures_are_not_finite_takes_no_good_checkpoints_place(tmp_path):
+    figures = [GOOD, HUGE, SKIPPED, GOOD, SKIPPED, GOOD]
+    assert run_loop(tmp_path, figures)[1] == [1, 4, 6]
+
+
+@pytest.mark.parametrize(("w", "saved"), [(1.0, [1, 2]), (float("nan"), [1])])
+def test_a_run_that_ends_on_a_skipped_step_is_saved_if_its_state_is_finite(tmp_path, w, saved):
+    assert run_loop(tmp_path, [GOOD, SKIPPED], w=w)[1] == saved
