@@ -147,8 +147,15 @@ def changes(stored: dict, config) -> list[str]:
 
 def config_hash(config) -> str:
     """12 hex digits that name what is trained; where it goes and who looks on do not count."""
-    places = ("workdir", "compile_cache", "checkpoint.storage")
-    onlookers = ("measure.", "profile.", "export.")
-    flat = flatten(config).items()
-    values = {k: v for k, v in flat if k not in places and not k.startswith(onlookers)}
+    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.")
+
+
+def start_hash(config) -> str:
+    """12 hex digits of all that processes of one run must be started alike with."""
+    return _hash(config)
+
+
+def _hash(config, *without) -> str:
+    without = ("workdir", "compile_cache", *without)  # folders may be named otherwise elsewhere
+    values = {k: v for k, v in flatten(config).items() if not k.startswith(without)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -227,7 +227,7 @@ def main() -> int:
     start_runtime(cfg, world)
     set_up_logging(jax.process_index())
     cfg = fit_world(cfg, world)
-    same_everywhere("the config", config_lib.config_hash(cfg))
+    same_everywhere("the config", config_lib.start_hash(cfg))
     return train(cfg)
 
 

@@ -87,6 +87,14 @@ def test_what_is_measured_beside_the_training_does_not_change_its_hash():
     assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())
 
 
+def test_processes_are_started_alike_in_all_but_their_folders():
+    elsewhere = TrainConfig(workdir="/elsewhere", compile_cache="/tmp")
+    assert config_lib.start_hash(elsewhere) == config_lib.start_hash(TrainConfig())
+    others = [{"measure": {"phases": True}}, {"checkpoint": {"storage": "host0"}}, {"seed": 1}]
+    hashes = {config_lib.start_hash(config_lib.freeze(values)) for values in ({}, *others)}
+    assert len(hashes) == 4
+
+
 def test_changes_are_those_fields_whose_value_is_another_than_stored():
     stored = config_lib.flatten(TrainConfig())
     assert config_lib.changes(stored, TrainConfig()) == []
