@@ -36,6 +36,7 @@ from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.measure import Measure, open_wire
 from jaxtrain.mesh import param_sharding
+from jaxtrain.moved import check_not_moved
 from jaxtrain.optim.accelerated import evaluated
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
@@ -103,6 +104,8 @@ def train(cfg, devices=None, quiet=False) -> int:
         ) as checkpoints,
     ):
         state, restored = start_state(run, checkpoints, batches)
+        if restored is None and cfg.checkpoint.storage == "host0":
+            check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)
         active = jax.process_index() == 0
         if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
