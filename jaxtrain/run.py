@@ -35,6 +35,16 @@ from jaxtrain.step import (
 )
 
 REFUSED = 78  # EX_CONFIG: the same start would fail again
+# What a run was trained by and need not be read by: the function of its weights is the same, and
+# this machine may have no GPU, or another number of them.
+HERE = {
+    "mesh.replica": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 1,
+    "model.attention": "auto",
+    "kernels.strict": False,
+    "strict": False,
+}
 
 
 class Run(NamedTuple):
@@ -217,18 +227,6 @@ def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
         ) from None
 
 
-# What a run was trained by and need not be read by: the function of its weights is the same, and
-# this machine may have no GPU, or another number of them.
-HERE = {
-    "mesh.replica": 1,
-    "mesh.fsdp": -1,
-    "mesh.tensor": 1,
-    "model.attention": "auto",
-    "kernels.strict": False,
-    "strict": False,
-}
-
-
 def restore_run(workdir, step=None):
     """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
 
@@ -247,9 +245,7 @@ def restore_run(workdir, step=None):
     devices, rows = jax.devices(), cfg.data.batch // cfg.accumulation
     used = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     if used < len(devices):
-        logging.warning(
-            "%d of %d devices: a batch of %d divides no further", used, len(devices), rows
-        )
+        logging.info("%d of %d devices: a batch of %d divides no further", used, len(devices), rows)
     run = build_run(cfg, devices[:used])
     folder = Path(workdir) / "checkpoints"
     with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
