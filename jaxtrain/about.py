@@ -15,8 +15,12 @@ from jaxtrain.optim.owners import work_share
 from jaxtrain.work import chip_dict, conventions, find_device_chip, memory_figures
 
 
-def header(run, corpus, checkpoints, resumed):
-    """What the run will do, as (name, value) pairs for Report.header."""
+def header(run, corpus, checkpoints, restored):
+    """What the run will do, as (name, value) pairs for Report.header.
+
+    Args:
+        restored: the checkpoint's step and meta; None at step 0.
+    """
     cfg = run.cfg
     tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
     letters = "  ".join(f"{letter} {getattr(cfg.model, letter)}" for letter in "LDHGKFV")
@@ -40,11 +44,16 @@ def header(run, corpus, checkpoints, resumed):
         "\n"
     ):
         yield "optim", line
+    warmup, total = cfg.optim.warmup_steps, cfg.optim.total_steps
+    if warmup > total:  # as in the first steps of a longer run: no error
+        yield "optim", f"peak rates are not reached: warmup_steps {warmup} of total_steps {total}"
     yield "run", f"{Path(cfg.workdir).resolve()}  config {config_lib.config_hash(cfg)}"
     for step, reason in checkpoints.rejected:
         yield "rejected", f"checkpoint {step}: {reason}"
-    if resumed is not None:
-        yield "resume", f"step {resumed}"
+    if restored is not None:
+        yield "resume", f"step {restored.step}"
+        for change in config_lib.changes(restored.meta["config"], cfg):
+            yield "resumed with", change
     elif cfg.weights:
         yield "weights", f"{Path(cfg.weights).resolve()}"
 

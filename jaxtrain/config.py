@@ -78,13 +78,15 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        model, data = self.model, self.data
+        model, data, optim = self.model, self.data, self.optim
         if model.H % model.G:
             model.fail("G", f"must divide model.H={model.H}")
         if model.position == "rope" and model.K % 2:
             model.fail("K", "must be even with position=rope")
         if model.position == "learned" and data.seq_len > model.positions:
             data.fail("seq_len", f"must be at most model.positions={model.positions}")
+        if optim.ns_dtype == "float64" and model.dtype != "float64":
+            optim.fail("ns_dtype", f"needs model.dtype=float64, not {model.dtype}")
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:
@@ -134,10 +136,26 @@ def flatten(config) -> dict:
     return flat
 
 
+def changes(stored: dict, config) -> list[str]:
+    """`optim.learning_rate 0.02, was 0.01` of each field that is not as in an earlier `flatten`."""
+    return [
+        f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"
+        for name, value in flatten(config).items()
+        if name not in stored or stored[name] != value
+    ]
+
+
 def config_hash(config) -> str:
     """12 hex digits that name what is trained; where it goes and who looks on do not count."""
-    places = ("workdir", "compile_cache", "checkpoint.storage")
-    onlookers = ("measure.", "profile.", "export.")
-    flat = flatten(config).items()
-    values = {k: v for k, v in flat if k not in places and not k.startswith(onlookers)}
+    return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.")
+
+
+def start_hash(config) -> str:
+    """12 hex digits of all that processes of one run must be started alike with."""
+    return _hash(config)
+
+
+def _hash(config, *without) -> str:
+    without = ("workdir", "compile_cache", *without)  # folders may be named otherwise elsewhere
+    values = {k: v for k, v in flatten(config).items() if not k.startswith(without)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,10 +1,11 @@
 """Held-out loss: nats per token and, where the text's bytes are known, bits per byte.
 
-    python -m jaxtrain.evaluate --run=DIR [--step=N]
+    python -m jaxtrain.evaluate --run=DIR [--step=N] [--rows=N]
 
 restores the newest good checkpoint of a run and reads all of its validation shard.
 """
 
+import dataclasses
 import json
 import math
 
@@ -15,19 +16,52 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.run import restore_run, run_main
-from jaxtrain.step import batch_loss, target_weights
+from jaxtrain.run import read_stored, restore_run, run_main
+from jaxtrain.step import batch_loss, microbatches, target_weights
 
 
 def build_eval_step(run):
-    """eval_step(params, batch) -> (sum of nats, targets), jitted; sums of one batch, float32."""
+    """eval_step(params, batch) -> (sum of nats, targets), jitted; sums of one batch, float32.
+
+    The batch is read in as many microbatches as training's is: what fits there fits here.
+    """
+    parts = run.cfg.accumulation
 
     def eval_step(params, batch):
-        weights_BT = target_weights(batch)
-        _, nats = batch_loss(run.model, run.loss, params, batch, weights_BT)
-        return nats, weights_BT.sum()
+        def one(batch):
+            weights_BT = target_weights(batch)
+            _, nats = batch_loss(run.model, run.loss, params, batch, weights_BT)
+            return nats, weights_BT.sum()
+
+        if parts == 1:
+            return one(batch)
+        split = jax.tree.map(lambda x: microbatches(x, parts), batch)
+        return jax.tree.map(lambda sums: sums.sum(), jax.lax.map(one, split))
 
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
+
+
+def rows_in_training(stored: dict) -> int:
+    """Sequences that a device held at once, of a run's config.json."""
+    cfg, mesh = stored["config"], stored["config"]["mesh"]
+    if mesh["tensor"] > 0:
+        split = stored["devices"] // mesh["tensor"]
+    else:  # it was the rest of the devices
+        split = mesh["replica"] * mesh["fsdp"]
+    return cfg["data"]["batch"] // cfg["accumulation"] // split
+
+
+def fit_parts(cfg, devices: int, rows: int):
+    """The TrainConfig in the fewest microbatches of at most `rows` sequences a device.
+
+    Raises:
+        ValueError: rows is below 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1; got {rows}. Set --rows.")
+    each = cfg.data.batch // devices  # restore_run has taken devices that divide it
+    parts = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= rows)
+    return dataclasses.replace(cfg, accumulation=parts)
 
 
 def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> dict:
@@ -60,7 +94,10 @@ def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> d
 def main() -> None:
     from tqdm import tqdm
 
-    run, state = restore_run(flags.FLAGS.run, flags.FLAGS.step or None)
+    args = flags.FLAGS
+    run, state = restore_run(args.run, args.step or None)
+    rows = args.rows or rows_in_training(read_stored(args.run))
+    run = run._replace(cfg=fit_parts(run.cfg, run.mesh.size, rows))
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
     print(corpus.describe())
     batches = eval_batches(run.cfg.data, corpus, run.mesh)
@@ -72,4 +109,5 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
+    flags.DEFINE_integer("rows", 0, "sequences a device reads at once; 0 is training's")
     run_main(main)

@@ -29,8 +29,11 @@ def choose(logits_BV, key, temperature, top_k):
     return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
 
 
-def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int):
+def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int, vocab_size=None):
     """sample(params, prompt_BT, key) -> int32 [B,tokens], jitted; the prompt is read in one pass.
+
+    Args:
+        vocab_size: of the tokenizer; what the model's is padded with is never drawn.
 
     Raises:
         ValueError: tokens, temperature or top_k is out of range.
@@ -47,7 +50,8 @@ def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int):
         hidden_BTD, cache = model.extend(params, cache, prompt_BT, 0)
 
         def draw(hidden_BTD, key):
-            return choose(model.logits(params, hidden_BTD[:, -1:])[:, 0], key, temperature, top_k)
+            logits_BV = model.logits(params, hidden_BTD[:, -1:])[:, 0, :vocab_size]
+            return choose(logits_BV, key, temperature, top_k)
 
         def one(carry, x):
             (cache, token_B), (at, key) = carry, x
@@ -72,16 +76,29 @@ def check_length(cfg, prompt_tokens: int, tokens: int) -> None:
         )
 
 
+def fit_positions(cfg, prompt_tokens: int, tokens: int) -> tuple[int, int]:
+    """(prompt, sample) in tokens, cut to what learned positions hold behind a document's start."""
+    if cfg.position != "learned":
+        return prompt_tokens, tokens
+    room = cfg.positions - 1
+    prompt_tokens = min(prompt_tokens, max(room - tokens, room // 2))
+    return prompt_tokens, min(tokens, room - prompt_tokens)
+
+
 def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0):
     """(texts, tokens/s): what follows each prompt; prompts of one length are sampled together.
 
     Compile time is not in the tokens/s.
+
+    Args:
+        prompts: [T] token ids each, of any T.
     """
     params = eval_params(state.opt_state, state.params)
-    encoded = [np.asarray(tokenizer.encode(prompt), np.int32) for prompt in prompts]
-    encoded = [np.append(np.int32(tokenizer.eot), ids) for ids in encoded]  # documents start so
+    # Documents start with eot.
+    encoded = [np.append(tokenizer.eot, ids).astype(np.int32) for ids in prompts]
     check_length(run.cfg.model, max(map(len, encoded)), tokens)
-    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k)
+    known = tokenizer.vocab_size
+    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k, known)
     texts, elapsed_s = [""] * len(prompts), 0.0
     for length in sorted({len(ids) for ids in encoded}):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
@@ -116,8 +133,9 @@ def main() -> None:
     tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
     run, state = restore_run(args.run, args.step or None)
     prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     texts, tokens_per_s = complete(
-        run, state, tokenizer, prompts, args.tokens, args.temperature, args.top_k, args.seed
+        run, state, tokenizer, encoded, args.tokens, args.temperature, args.top_k, args.seed
     )
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{'-' * 80}\n{prompt}{text}")

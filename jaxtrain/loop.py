@@ -1,8 +1,12 @@
 """The training loop: what happens in a step, and between steps."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 
 import jaxtrain.config as config_lib
+from jaxtrain.agree import from_process_0
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
@@ -40,10 +44,15 @@ class Loop:
         self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
         self._in_flight = None  # (step, scalars), the scalars still on the device
+        self._scalars = {}  # of the last step that has arrived
 
     def run_to_end(self, stop):
         """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
         cfg, told = self.cfg, None
+        if self._evaluates_after(self.first):
+            seen = self.report.evaluated_step == self.first  # else the run ended right after a save
+            if not from_process_0(lambda: seen):
+                self.evaluate(self.first)
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.turns_at(step):
                 self._switch_trace()
@@ -51,16 +60,21 @@ class Loop:
                 batch = self._advance(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-                self.evaluate(step)
             told = stop.asked(step)
             if told or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
             if told:
                 break
+            if self._evaluates_after(step):
+                self.evaluate(step)
         if self.tracer.is_on:
             self._switch_trace()
         return told
+
+    def _evaluates_after(self, step) -> bool:
+        """Whether an evaluation is due that is not the last, which `finish` makes."""
+        every = self.cfg.eval_every
+        return bool(every) and step % every == 0 and 0 < step < self.cfg.steps
 
     def _switch_trace(self):
         self._arrive()
@@ -110,6 +124,7 @@ class Loop:
         if self._in_flight is None:
             return
         (step, scalars), self._in_flight = self._in_flight, None
+        self._scalars = scalars
         with self.tracer.part("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.measure.tick(step, skipped=bad_steps > 0)
@@ -147,7 +162,31 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
+        if not self._is_sound(step):
+            self.report.note(
+                f"step {step} is not saved: its loss, gradient or update is not finite; the newest "
+                f"checkpoint is step {self.saved_step}"
+            )
+            return
         with self.measure.pause("save"), self.tracer.part("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step
+
+    def _is_sound(self, step) -> bool:
+        """Whether the last step's figures are finite; at the run's end, whether the state is.
+
+        A skipped step changes nothing, but what the one before it made may be why it was skipped,
+        and each save of that takes the place of an older, good one.
+        """
+        figures = jax.device_get(self._scalars)
+        if not figures["train/bad_steps"] and all(map(math.isfinite, figures.values())):
+            return True
+        return step == self.cfg.steps and bool(jax.device_get(all_finite(self.state)))
+
+
+@jax.jit
+def all_finite(tree):
+    """bool []: no floating-point number in the tree is infinite or not a number."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()

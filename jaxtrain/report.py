@@ -48,6 +48,7 @@ class Report:
         self._latest = {"step": resume_step}  # newest of each metric of training and evaluation
         self._first_logged = None  # (step, monotonic s)
         self._finished = False
+        self.evaluated_step = None  # of the newest evaluation, an earlier start's too
         self.removed_s = 0.0  # of steps that were logged and have to be made again
 
     def __enter__(self):
@@ -147,6 +148,8 @@ class Report:
     def _remember(self, step, metrics):
         kept = {k: v for k, v in metrics.items() if k.startswith(("train/", "eval/"))}
         self._latest |= kept | {"step": step}
+        if EVAL_LOSS in metrics:
+            self.evaluated_step = step
 
     def _show_step(self, step, metrics):
         now_s = time.monotonic()

@@ -35,6 +35,16 @@ from jaxtrain.step import (
 )
 
 REFUSED = 78  # EX_CONFIG: the same start would fail again
+# What a run was trained by and need not be read by: the function of its weights is the same, and
+# this machine may have no GPU, or another number of them.
+HERE = {
+    "mesh.replica": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 1,
+    "model.attention": "auto",
+    "kernels.strict": False,
+    "strict": False,
+}
 
 
 class Run(NamedTuple):
@@ -197,22 +207,41 @@ def read_stored(workdir) -> dict:
 
 
 def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
-    """The TrainConfig that a run stored. Raises as read_stored, or where a field is unknown."""
-    values = read_stored(workdir)["config"]
-    return config_lib.freeze(values | {"workdir": str(workdir)} | (overrides or {}))
+    """The TrainConfig that a run stored.
+
+    Args:
+        overrides: by the names of flags.
+
+    Raises:
+        ValueError: as read_stored; or a field is unknown, or its value is refused by now.
+    """
+    values = read_stored(workdir)["config"] | {"workdir": str(workdir)}
+    for name, value in (overrides or {}).items():
+        section, _, field = name.rpartition(".")
+        values |= {section: values.get(section, {}) | {field: value}} if section else {name: value}
+    try:
+        return config_lib.freeze(values)
+    except ValueError as error:
+        raise ValueError(
+            f"{Path(workdir) / 'config.json'} (edit it, no flag does): {error}"
+        ) from None
 
 
 def restore_run(workdir, step=None):
     """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
 
-    It takes the most devices that its batch divides over, and says so where that is not all.
+    It takes the most devices that its batch divides over, and the routes that this machine has;
+    it says so where these are not all, or not those that the run asked for.
 
     Raises:
         ValueError: the folder holds no run, or no checkpoint yet.
     """
-    mesh = {"replica": 1, "fsdp": -1, "tensor": 1}
-    cfg = load_config(workdir, {"mesh": mesh})
+    trained, cfg = load_config(workdir), load_config(workdir, HERE)
     start_runtime(cfg)
+    asked = config_lib.changes(config_lib.flatten(trained), cfg)
+    asked = [change for change in asked if not change.startswith("mesh.")]
+    if asked:
+        logging.info("for this machine's routes: %s", "; ".join(asked))
     devices, rows = jax.devices(), cfg.data.batch // cfg.accumulation
     used = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     if used < len(devices):

@@ -140,7 +140,7 @@ class OptimConfig(Section):
     )
     adam_b1: float = knob(0.9, "AdamW's first moment decay", low=0.0, high=0.9999)
     adam_b2: float = knob(0.95, "AdamW's second moment decay", low=0.0, high=0.99999)
-    adam_eps: float = knob(1e-8, "added to the root of AdamW's second moment", low=0.0)
+    adam_eps: float = knob(1e-8, "added to the root of AdamW's second moment", low=1e-30)
     clip_norm: float = knob(1.0, "largest global gradient norm; 0 never clips", low=0.0)
     schedule: str = knob("wsd", "rate after warm-up", choices=("wsd", "cosine", "constant"))
     warmup_steps: int = knob(10, "linear rise from 0", unit="steps", low=0)
@@ -149,6 +149,11 @@ class OptimConfig(Section):
     total_steps: int = knob(200, "where the schedule ends; follows steps", unit="steps", low=1)
     decay_fraction: float = knob(0.4, "wsd: last share of the run that decays", low=0.0, high=1.0)
     final_scale: float = knob(0.0, "rate at the end, of the peak", low=0.0, high=1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.acceleration == "ema_lookahead" and self.strength == 1:
+            self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.engine import World, detect
-from jaxtrain.generate import complete
-from jaxtrain.interop.start import check_model, load_params
+from jaxtrain.generate import complete, fit_positions
+from jaxtrain.interop.start import check_model, check_resumed, load_params
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.measure import Measure, open_wire
 from jaxtrain.mesh import param_sharding
+from jaxtrain.moved import check_not_moved
 from jaxtrain.optim.accelerated import evaluated
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
@@ -59,12 +60,23 @@ def print_sample(loop, corpus):
         loop.report.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
-    prompt = cfg.prompt or tokenizer.decode(loop.held_out.read(0, 1, 1 + PROMPT_TOKENS))
+    ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
+    if cfg.prompt:
+        ids = tokenizer.encode(cfg.prompt)
+    prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
+    if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
+        loop.report.note(
+            f"the sample is {tokens} of sample.tokens={cfg.tokens} after {prompt_tokens} of "
+            f"{len(ids)} prompt tokens: model.positions={loop.cfg.model.positions}"
+        )
+    if not tokens:
+        return
+    ids = ids[len(ids) - prompt_tokens :]
     with loop.measure.pause("sample"):
         texts, tokens_per_s = complete(
-            loop.run, loop.state, tokenizer, [prompt], cfg.tokens, cfg.temperature, cfg.top_k
+            loop.run, loop.state, tokenizer, [ids], tokens, cfg.temperature, cfg.top_k
         )
-    rule = "-" * 80
+    rule, prompt = "-" * 80, tokenizer.decode(ids)
     loop.report.note(f"sample, {tokens_per_s:,.0f} tokens/s; what follows the bar is the model's")
     loop.report.note(f"{rule}\n{prompt}|{texts[0]}\n{rule}")
 
@@ -91,7 +103,9 @@ def train(cfg, devices=None, quiet=False) -> int:
             storage=cfg.checkpoint.storage,
         ) as checkpoints,
     ):
-        state, resumed = start_state(run, checkpoints, batches)
+        state, restored = start_state(run, checkpoints, batches)
+        if restored is None and cfg.checkpoint.storage == "host0":
+            check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)
         active = jax.process_index() == 0
         if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
@@ -101,7 +115,7 @@ def train(cfg, devices=None, quiet=False) -> int:
         about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
         with Report(*about) as report, Stop() as stop:
             hosts = of_all(socket.gethostname())
-            report.header(header(run, corpus, checkpoints, resumed))
+            report.header(header(run, corpus, checkpoints, restored))
             report.write_config(stored_config(run, corpus, hosts))
             beat("compile", first)
             step, diagnosis = compile_all(run, report, first)
@@ -170,17 +184,22 @@ def first_state(run):
 
 
 def start_state(run, checkpoints, batches):
-    """(TrainState, step it was restored from or None), with `batches` at the same step."""
+    """(TrainState, the Restored that it is from or None), with `batches` at the same step.
+
+    Raises:
+        ValueError: the checkpoint is of other data or another model, or past the last step.
+    """
     restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
     if restored is None:
         return first_state(run), None
     batches.restore(restored.meta["data"])
+    check_resumed(run.cfg.model, restored.meta["config"])
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
         )
-    return restored.state, restored.step
+    return restored.state, restored._replace(state=None)  # the loop donates it
 
 
 def finish(loop, corpus, told) -> int:
@@ -197,7 +216,8 @@ def finish(loop, corpus, told) -> int:
     report.finish(loop.measure.total() | ended)
     if told is None:
         return 0
-    report.note(f"saved step {loop.saved_step} of {cfg.steps}; the same command resumes it")
+    saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
+    report.note(f"{saved} of {cfg.steps}; the same command resumes it")
     return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
 
 
@@ -210,7 +230,7 @@ def main() -> int:
     start_runtime(cfg, world)
     set_up_logging(jax.process_index())
     cfg = fit_world(cfg, world)
-    same_everywhere("the config", config_lib.config_hash(cfg))
+    same_everywhere("the config", config_lib.start_hash(cfg))
     return train(cfg)
 
 

@@ -48,6 +48,7 @@ class StepWork(NamedTuple):
     devices: int
     dtype: str  # of the products
     problem: str = ""  # why the program could not be read
+    counted: tuple[str, ...] = ()  # what is counted though it is masked or no token
 
     @property
     def payload_bytes(self) -> int:
@@ -124,8 +125,19 @@ def build_work(run, compiled, hosts=None) -> StepWork:
         flops_full=tokens * full.total,
         devices=run.mesh.size,
         dtype=cfg.model.dtype,
+        counted=_counted(cfg.data),
         **_read_program(compiled, run.mesh, hosts),
     )
+
+
+def _counted(data) -> tuple[str, ...]:
+    """What a DataConfig's batches hold that figures do not tell apart, in words."""
+    lines = ()
+    if data.document_mask:
+        lines += ("documents: mfu counts keys as if a row were one, more than a query sees",)
+    if data.pack:
+        lines += ("packing: tokens/s, mfu and mfu_6n count the padding of a row as tokens",)
+    return lines
 
 
 def _read_program(compiled, mesh, hosts) -> dict:
@@ -180,6 +192,7 @@ def conventions(work: StepWork, chip: Chip | None, device) -> list[str]:
             f"mbu of {chip.hbm_bytes_per_s / 1e9:g} GB/s: what the compiled step's instructions "
             f"read and write; peaks: {chip.source}",
         ]
+    lines += work.counted
     if work.problem:
         lines.append(f"NOT KNOWN: bytes and collectives of the compiled step: {work.problem}")
     return lines

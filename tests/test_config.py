@@ -40,6 +40,12 @@ def test_every_field_has_a_text_and_stands_in_the_help():
         ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
         ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
+        ({"optim": {"adam_eps": 0.0}}, "optim.adam_eps must be at least 1e-30; got 0.0"),
+        ({"optim": {"ns_dtype": "float64"}}, "optim.ns_dtype needs model.dtype=float64"),
+        (
+            {"optim": {"acceleration": "ema_lookahead", "strength": 1.0}},
+            "optim.strength must be below 1 with optim.acceleration=ema_lookahead",
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_its_flag(values, message):
@@ -79,3 +85,23 @@ def test_what_is_measured_beside_the_training_does_not_change_its_hash():
     onlookers = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
     watched = config_lib.freeze(onlookers)
     assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())
+
+
+def test_processes_are_started_alike_in_all_but_their_folders():
+    elsewhere = TrainConfig(workdir="/elsewhere", compile_cache="/tmp")
+    assert config_lib.start_hash(elsewhere) == config_lib.start_hash(TrainConfig())
+    others = [{"measure": {"phases": True}}, {"checkpoint": {"storage": "host0"}}, {"seed": 1}]
+    hashes = {config_lib.start_hash(config_lib.freeze(values)) for values in ({}, *others)}
+    assert len(hashes) == 4
+
+
+def test_changes_are_those_fields_whose_value_is_another_than_stored():
+    stored = config_lib.flatten(TrainConfig())
+    assert config_lib.changes(stored, TrainConfig()) == []
+    del stored["optim.momentum"]
+    now = config_lib.freeze({"seed": 1, "optim": {"learning_rate": 0.01}})
+    assert config_lib.changes(stored, now) == [
+        "seed 1, was 0",
+        "optim.learning_rate 0.01, was 0.02",
+        "optim.momentum 0.95, was not known",
+    ]

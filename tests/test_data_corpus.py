@@ -219,6 +219,20 @@ def test_files_named_val_are_validation_and_the_rest_train(tmp_path):
         assert files == {name for name, kind in names.items() if kind == split}
 
 
+def test_no_split_holds_a_test_set_and_the_note_says_so(tmp_path):
+    names = ["train.bin", "val.bin", "test.bin", "a_dev_000000.bin", "eval-1.bin"]
+    for name in [*names, "test_train_000000.bin", "contest.bin"]:
+        (tmp_path / name).write_bytes(llmc())
+    train, val = (opened(tmp_path, split) for split in ("train", "val"))
+    read = {Path(shard.path).name for shard in train.shards}
+    assert read == {"train.bin", "test_train_000000.bin", "contest.bin"}
+    assert [Path(shard.path).name for shard in val.shards] == ["val.bin"]
+    note = "3 file(s) left out by name: a_dev_000000.bin, eval-1.bin, test.bin"
+    assert note in train.describe() and "left out" not in val.describe()
+    with pytest.raises(ValueError, match="must hold a train shard.*only test.bin"):
+        opened(tmp_path / "test.bin")
+
+
 def test_validation_shards_are_missed_only_when_asked_for(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc())
     assert opened(tmp_path).tokens == len(TOKENS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig, ModelConfig
-from jaxtrain.generate import build_sampler, check_length, choose, tokenizer_name
+from jaxtrain.generate import build_sampler, check_length, choose, fit_positions, tokenizer_name
 from jaxtrain.kernels import choose_routes
 from jaxtrain.mesh import build_mesh
 from jaxtrain.model.transformer import build_model
@@ -73,6 +73,26 @@ def test_learned_positions_bound_the_sample():
     check_length(learned, 32, 32)
     with pytest.raises(ValueError, match=r"fit model.positions=64; got 33 \+ 32"):
         check_length(learned, 33, 32)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "fitted"),
+    [(10, 20, (10, 20)), (64, 20, (43, 20)), (64, 256, (31, 32)), (0, 256, (0, 63))],
+)
+def test_a_sample_of_learned_positions_is_cut_to_what_they_hold(prompt, tokens, fitted):
+    learned = ModelConfig(position="learned", positions=64)
+    assert fit_positions(learned, prompt, tokens) == fitted
+    check_length(learned, 1 + fitted[0], fitted[1])  # 1: what starts a document
+    assert fit_positions(ModelConfig(position="rope"), prompt, tokens) == (prompt, tokens)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 8)])
+def test_what_the_vocabulary_is_padded_with_is_never_drawn(model, mesh, temperature, top_k):
+    params = model.init(jax.random.key(0))
+    params["head"] = params["head"].at[..., 5:].multiply(100.0)  # the likeliest by far
+    sample = build_sampler(model, mesh, 8, temperature, top_k, vocab_size=5)
+    drawn = np.asarray(sample(params, jnp.ones((16, 3), jnp.int32), jax.random.key(0)))
+    assert drawn.max() < 5
 
 
 def test_a_sample_speaks_the_tokens_of_the_shards_that_the_run_read(tmp_path):

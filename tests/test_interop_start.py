@@ -16,7 +16,7 @@ from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.__main__ import export_weights, import_weights
-from jaxtrain.interop.start import check_model
+from jaxtrain.interop.start import check_model, check_resumed
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import restore_run
 from jaxtrain.train import train
@@ -95,6 +95,19 @@ def test_weights_of_another_model_are_refused_with_each_flag_to_set(exported, te
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, F=96, rope_theta=5e5))
     with pytest.raises(InteropError, match="model.F=96, there 64; model.rope_theta=5.*--config.m"):
         train(other, jax.devices()[:1], quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)],
+)
+def test_a_checkpoint_is_not_resumed_as_another_function_of_its_weights(field, value, tmp_path):
+    cfg = config(tmp_path, "unused").model
+    stored = config_lib.flatten(config(tmp_path, "unused"))
+    other = dataclasses.replace(cfg, attention="reference", remat="full", positions=7)
+    check_resumed(other, stored)
+    with pytest.raises(InteropError, match=f"that the run began with; got model.{field}=.*workdir"):
+        check_resumed(dataclasses.replace(cfg, **{field: value}), stored)
 
 
 def test_a_value_that_went_through_float32_is_the_same_value(exported, text, tmp_path):

@@ -25,7 +25,7 @@ checkpoint
 run
 scalars curve export
 steplog phases
-measure about tracing
+measure about tracing moved
 report
 evaluate generate
 loop

@@ -167,6 +167,7 @@ def test_weights_leave_the_step_only_through_eval_params():
         (lambda: transported(inner(), 1.0, 0.5), "optim.momentum"),
         (lambda: transported(inner(), 0.9, -0.5), "optim.strength"),
         (lambda: ema_lookahead(inner(), 0.5, 1.0), "optim.lookahead_decay"),
+        (lambda: ema_lookahead(inner(), 1.0), "optim.strength"),
     ],
 )
 def test_values_out_of_range_name_their_flag(build, flag):

@@ -11,12 +11,16 @@ import runs
 
 from configs import debug
 from jaxtrain import config as config_lib
+from jaxtrain.about import header
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.loader import build_batches, eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
 from jaxtrain.names import measured_names
-from jaxtrain.run import restore_run
-from jaxtrain.train import train
+from jaxtrain.run import build_run, load_config, restore_run
+from jaxtrain.train import start_state, train
 
 
 def config(workdir, text, **values):
@@ -123,6 +127,31 @@ def test_a_finished_run_says_so_and_logs_nothing_more(trained, text, capsys):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def told_at_start(cfg) -> list:
+    """(name, value) of what a run that resumes says of itself."""
+    run = build_run(cfg, jax.devices()[:1])
+    corpus = open_corpus(cfg.data, "train", cfg.model.V, cfg.workdir)
+    with (
+        build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
+        Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
+    ):
+        _, restored = start_state(run, checkpoints, batches)
+        return list(header(run, corpus, checkpoints, restored))
+
+
+def test_a_run_says_which_values_it_is_resumed_with(trained, text):
+    told = told_at_start(config(trained, text, steps=41, optim__learning_rate=0.01))
+    steps = {"steps 41, was 40", "optim.total_steps 41, was 40"}
+    changed = {value for name, value in told if name == "resumed with"}
+    assert changed == steps | {"optim.learning_rate 0.01, was 0.02"}
+
+
+@pytest.mark.parametrize(("warmup_steps", "said"), [(40, False), (41, True)])
+def test_a_warm_up_that_is_longer_than_the_run_is_said(trained, text, warmup_steps, said):
+    told = told_at_start(config(trained, text, steps=40, optim__warmup_steps=warmup_steps))
+    assert any("peak rates are not reached" in value for _, value in told) == said
+
+
 def test_a_run_killed_after_its_last_step_is_only_summed_up(trained, text, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
@@ -140,9 +169,13 @@ def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
         train(config(trained, text, steps=30), jax.devices()[:1], quiet=True)
 
 
-def test_another_model_in_the_same_folder_is_refused(trained, text):
-    with pytest.raises(ValueError, match="embed"):
-        train(config(trained, text, steps=50, model__D=64), jax.devices()[:1], quiet=True)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"model__D": 64}, "embed"), ({"model__rope_theta": 5e4}, "got model.rope_theta=50000.0")],
+)
+def test_another_model_in_the_same_folder_is_refused(trained, text, other, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(trained, text, steps=50, **other), jax.devices()[:1], quiet=True)
 
 
 def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
@@ -155,9 +188,6 @@ def test_other_data_in_the_same_folder_is_refused(trained, text, tmp_path):
 def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     run, state = restore_run(trained)
     assert run.mesh.size == 8 and int(state.step) == 40
-    from jaxtrain.data.corpus import open_corpus
-    from jaxtrain.data.loader import eval_batches
-
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
     batches = eval_batches(run.cfg.data, corpus, run.mesh)
     metrics = evaluate(build_eval_step(run), state, batches, corpus.bytes_per_token)
@@ -166,13 +196,29 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     assert metrics["eval/tokens"] == corpus.tokens - 1
 
 
+def test_a_run_is_read_by_this_machines_routes_whatever_it_was_trained_by(
+    trained, tmp_path, caplog
+):
+    stored = json.loads((trained / "config.json").read_text())
+    stored["config"]["model"]["attention"] = "cudnn"
+    stored["config"]["kernels"]["strict"] = True
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    with pytest.raises(ValueError, match="kernels.strict"):
+        build_run(load_config(tmp_path), jax.devices()[:1])
+    with caplog.at_level("INFO"):
+        run, state = restore_run(tmp_path)
+    assert int(state.step) == 40 and run.cfg.model.attention == "auto"
+    assert "model.attention 'auto', was 'cudnn'; kernels.strict False, was True" in caplog.text
+
+
 def test_steps_that_stay_bad_stop_the_run_and_name_the_flag(tmp_path, text):
     wild = dict(optim__learning_rate=1e38, optim__adam_learning_rate=1e38, optim__warmup_steps=0)
+    cfg = config(tmp_path, text, steps=30, max_bad_steps=3, save_every=1, **wild)
     with pytest.raises(Diverged, match="--config.optim.learning_rate"):
-        train(
-            config(tmp_path, text, steps=30, max_bad_steps=3, **wild), jax.devices()[:1], quiet=True
-        )
+        train(cfg, jax.devices()[:1], quiet=True)
     assert runs.losses(tmp_path)[-1][0] <= 6
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # none of them is worth keeping
 
 
 def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path, text):

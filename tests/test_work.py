@@ -32,6 +32,13 @@ def work_of(**values):
     return StepWork(**values)
 
 
+class Unreadable:
+    """A compiled program that this code does not know."""
+
+    def as_text(self):
+        raise ValueError("a form of tomorrow")
+
+
 def test_utilisation_is_of_all_devices_peaks_and_of_one_devices_bytes():
     used = work_of().utilisation(A40, 0.5)
     assert used["perf/mfu"] == pytest.approx(5e12 / 0.5 / (2 * 149.7e12))
@@ -48,6 +55,18 @@ def test_where_no_peak_is_known_none_is_guessed():
     assert "'cpu' has no peak" in conventions(work_of(), None, device)[0]
     assert "float64" in conventions(work_of(dtype="float64"), A40, device)[0]
     assert "149.7 TFLOP/s (bfloat16" in conventions(work_of(), A40, device)[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [({}, ""), ({"document_mask": True}, "mfu counts keys"), ({"pack": True}, "padding")],
+)
+def test_what_is_counted_though_it_is_masked_or_padding_is_said(data, said):
+    config = debug.get_config()
+    config.data.update(data)
+    run = build_run(freeze(config), jax.devices()[:1])
+    lines = "\n".join(conventions(build_work(run, Unreadable()), None, jax.devices()[0]))
+    assert ("mfu counts keys" in lines or "padding" in lines) == bool(said) and said in lines
 
 
 def test_collectives_are_summed_by_kind_axis_and_whether_they_leave_a_host():
@@ -80,10 +99,6 @@ def test_copies_of_a_model_reduce_its_gradients_and_scalars_and_no_more():
 
 
 def test_a_program_that_cannot_be_read_is_said_and_stops_nothing():
-    class Unreadable:
-        def as_text(self):
-            raise ValueError("a form of tomorrow")
-
     run = build_run(freeze(debug.get_config()), jax.devices()[:1])
     work = build_work(run, Unreadable())
     assert "a form of tomorrow" in conventions(work, None, jax.devices()[0])[-1]

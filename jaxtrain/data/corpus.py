@@ -15,7 +15,7 @@ from absl import logging
 from jaxtrain.config import DataConfig
 from jaxtrain.data.encode import META_FORMAT, SHARD_TOKENS, describe_skipped, encode, encoding_key
 from jaxtrain.data.scan import scan_shards
-from jaxtrain.data.shards import Shard, find_shards, probe
+from jaxtrain.data.shards import Shard, find_shards, left_out, probe
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 
@@ -153,7 +153,9 @@ def _locate(cfg, split, vocab_size, workdir):
     if folder in metas:  # what meta.json lists must be there: _check_shards names what is not
         listed = {folder / e["file"] for e in metas[folder]["shards"] if e["split"] == split}
         paths = sorted({*paths, *listed})
-    return paths, metas, ""
+    others = left_out(cfg.shards) if split == "train" else []
+    note = f"{len(others)} file(s) left out by name: {', '.join(others[:4])}" if others else ""
+    return paths, metas, note
 
 
 def _check_shards(paths, cfg, vocab_size, entries):

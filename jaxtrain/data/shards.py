@@ -34,6 +34,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive",
 }
 VAL_NAME = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
+OTHER_NAME = re.compile(r"(^|[^a-z])(test|dev|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,37 @@ def refuse(path, expected: str, found: str):
     raise ValueError(f"{path}: expected {expected}; found {found}.")
 
 
+def split_of(name: str) -> str:
+    """val, train, or other (test sets and the like, which nothing reads), by a file's name."""
+    other = OTHER_NAME.search(name) and "train" not in name.lower()
+    return "val" if VAL_NAME.search(name) else "other" if other else "train"
+
+
 def find_shards(pattern: str, split: str) -> list[Path]:
-    """Sorted shard files of a folder, a file or a glob that belong to split "train" or "val".
+    """Sorted shard files of a folder, a file or a glob that belong to a split, as split_of has it.
 
     Where a folder's numbered files have gaps, the missing ones are in the list too.
 
     Raises:
         ValueError: there is none.
     """
+    found = _all_shards(pattern)
+    chosen = [path for path in found if split_of(path.name) == split]
+    if not chosen:
+        hint = "named with 'val'" if split == "val" else "not named with 'val', 'test', ..."
+        raise ValueError(
+            f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
+            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards."
+        )
+    return chosen
+
+
+def left_out(pattern: str) -> list[str]:
+    """Names of the files that find_shards gives to neither train nor val."""
+    return [path.name for path in _all_shards(pattern) if split_of(path.name) == "other"]
+
+
+def _all_shards(pattern) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = [*path.glob("[!.]*.bin"), *path.glob("[!.]*.idx")]
@@ -138,15 +162,7 @@ def find_shards(pattern: str, split: str) -> list[Path]:
             f"data.shards must name token shards (*.bin): a folder, a file or a glob; got "
             f"{pattern!r}, where there is none. Set --config.data.shards."
         )
-    found = sorted([*found, *_gaps(found)]) if path.is_dir() else found
-    chosen = [p for p in found if bool(VAL_NAME.search(p.name)) == (split == "val")]
-    if not chosen:
-        hint = "named with 'val'" if split == "val" else "not named with 'val'"
-        raise ValueError(
-            f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
-            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards."
-        )
-    return chosen
+    return sorted([*found, *_gaps(found)]) if path.is_dir() else found
 
 
 def _gaps(paths) -> list[Path]:

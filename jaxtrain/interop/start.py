@@ -1,4 +1,4 @@
-"""A run's first parameters from weights made elsewhere."""
+"""Whether weights fit the model that is asked for, and a run's first ones from elsewhere."""
 
 import math
 
@@ -19,18 +19,30 @@ def _same(ours, theirs) -> bool:
 
 def check_model(cfg, source) -> None:
     """Raises InteropError where a ModelConfig is not that of the weights in `source`."""
-    theirs = read_config(source)
+    _compare(cfg, vars(read_config(source)), f"of the weights in {source}", "--config.weights")
+
+
+def check_resumed(cfg, stored: dict) -> None:
+    """Raises InteropError where a ModelConfig is not that of the checkpoint to be resumed.
+
+    Args:
+        stored: config of the checkpoint, by the names of flags; what it lacks is not compared.
+    """
+    theirs = {field: stored[f"model.{field}"] for field in vars(cfg) if f"model.{field}" in stored}
+    _compare(cfg, theirs, "that the run began with", "a new --config.workdir")
+
+
+def _compare(cfg, theirs, whose, otherwise):
     used = {"rope": "rope_theta", "learned": "positions"}
     wrong = [
-        f"model.{field}={getattr(cfg, field)!r}, there {getattr(theirs, field)!r}"
-        for field in (*MEANING, used[theirs.position])
-        if not _same(getattr(cfg, field), getattr(theirs, field))
+        f"model.{field}={getattr(cfg, field)!r}, there {theirs[field]!r}"
+        for field in (*MEANING, used[cfg.position])
+        if field in theirs and not _same(getattr(cfg, field), theirs[field])
     ]
     if wrong:
         flags = " ".join(f"--config.{fault.split('=')[0]}" for fault in wrong)
         raise InteropError(
-            f"the model must be that of the weights in {source}; got {'; '.join(wrong)}. "
-            f"Set {flags}, or --config.weights."
+            f"the model must be that {whose}; got {'; '.join(wrong)}. Set {flags}, or {otherwise}."
         )
 
 

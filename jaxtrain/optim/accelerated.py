@@ -104,9 +104,14 @@ def ema_lookahead(
         buffer_dtype: of the average; None is the parameter's.
 
     Raises:
-        ValueError: decay is outside [0, 1), or strength is negative.
+        ValueError: decay or strength is outside [0, 1).
     """
     _check(decay, strength, "optim.lookahead_decay")
+    if not callable(strength) and strength >= 1:
+        raise ValueError(
+            f"optim.strength must be below 1 to look ahead; got {strength}. Set "
+            "--config.optim.strength."
+        )
     strength, inner = _schedule(strength), optax.with_extra_args_support(inner)
 
     def init(params):
