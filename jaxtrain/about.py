@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxtrain import config as config_lib
-from jaxtrain import tuning
+from jaxtrain import memory, tuning
 from jaxtrain.kernels import chip_of
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
@@ -29,6 +29,8 @@ def header(run, corpus, checkpoints, resumed):
         yield "route", str(route)
     for choice in _tuning(run):
         yield "tuning", choice
+    if run.mesh.devices.flat[0].platform == "gpu":
+        yield "memory", f"JAX takes {memory.share():.0%} of each GPU: {memory.NAMES[0]}"
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage

@@ -72,6 +72,9 @@ def run_main(main, errors=(), words=False):
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)
                 refuse(error)
+            if out_of_memory(error):
+                logging.debug("in full:", exc_info=True)
+                refuse(what_takes_less(error))
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
@@ -83,6 +86,20 @@ def run_main(main, errors=(), words=False):
 def of_runtime(error) -> bool:
     """Whether JAX's runtime raised it; that of a collective whose peer has died is a ValueError."""
     return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
+
+
+def out_of_memory(error) -> bool:
+    """Whether a device's memory did not suffice; a full disk is RESOURCE_EXHAUSTED too."""
+    return bool(re.match(r"RESOURCE_EXHAUSTED: .*out of memory", str(error), re.I | re.S))
+
+
+def what_takes_less(error) -> str:
+    """The error of a device's memory with the flags that change what a step takes."""
+    return (
+        f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
+        "--config.accumulation, or set --config.model.remat=full; python -m jaxtrain.plan --fit "
+        "tells what fits a GPU."
+    )
 
 
 def refuse(reason) -> None:

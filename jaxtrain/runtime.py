@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxtrain import memory
 from jaxtrain.engine import World, check
 
 HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
@@ -20,16 +21,18 @@ DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
 
 def start_runtime(cfg, world=ALONE) -> None:
-    """Sets precision, determinism and the compile cache, and joins the other processes.
+    """Sets precision, determinism, memory and the compile cache, and joins the other processes.
 
     Args:
         cfg: a TrainConfig.
         world: the World that this process is one of.
 
     Raises:
-        ValueError: the world's parts do not fit each other.
+        ValueError: the world's parts do not fit each other, or the user's share of memory is none.
     """
     check(world)
+    memory.share()
+    os.environ.update(memory.setting())
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
