@@ -1,6 +1,7 @@
 """JAX's process-wide settings, made from the config before the first array."""
 
 import dataclasses
+import ipaddress
 import os
 import sys
 import time
@@ -46,6 +47,20 @@ def start_runtime(cfg, world=ALONE) -> None:
         join(world)
 
 
+def bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: on the stated network alone, if an address states it.
+
+    A host's own name is often 127.0.1.1 in its /etc/hosts, where no other host can reach it: None,
+    which is all networks.
+    """
+    host = coordinator.rpartition(":")[0].strip("[]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return coordinator
+
+
 def join(world) -> None:
     """Joins the processes of a World, so that the death of one is an error in all, not a hang."""
     # Else a process whose peer died sits in the barrier at exit until the heartbeat's limit.
@@ -58,7 +73,7 @@ def join(world) -> None:
         cluster_detection_method="deactivate",  # `detect` has decided
         heartbeat_timeout_seconds=HEARTBEAT_S,
         initialization_timeout=JOIN_S,
-        coordinator_bind_address=world.coordinator,  # the stated network alone
+        coordinator_bind_address=bind_address(world.coordinator),
     )
     logging.info(
         "process %d of %d (%s), coordinator %s",

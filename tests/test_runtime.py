@@ -8,7 +8,7 @@ import runs
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.engine import World
-from jaxtrain.runtime import DETERMINISTIC_FLAGS, start_runtime
+from jaxtrain.runtime import DETERMINISTIC_FLAGS, bind_address, start_runtime
 
 
 @pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
@@ -17,10 +17,14 @@ def test_processes_without_a_place_in_the_world_are_refused(world):
         start_runtime(TrainConfig(), World("flags", *world))
 
 
-def test_the_coordinator_listens_on_the_stated_address_alone():
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_the_coordinator_listens_on_the_stated_address_alone():
+    port = free_port()
     program = (
         "from jaxtrain.engine import World\nfrom jaxtrain.runtime import join\n"
         f"join(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
@@ -32,6 +36,19 @@ def test_the_coordinator_listens_on_the_stated_address_alone():
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), 5)
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("10.0.0.7:1234", "10.0.0.7:1234"),
+        ("[fd00::7]:1234", "[fd00::7]:1234"),
+        ("gpu03:1234", None),  # may be 127.0.1.1 on gpu03 itself
+        ("localhost:1234", None),
+    ],
+)
+def test_only_a_literal_address_limits_where_the_coordinator_listens(coordinator, address):
+    assert bind_address(coordinator) == address
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):
