@@ -47,6 +47,11 @@ def start_runtime(cfg, world=ALONE) -> None:
         join(world)
 
 
+def on_cpu() -> bool:
+    """Whether JAX was told to take this host's processor; asks for no device, which starts one."""
+    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+
+
 def bind_address(coordinator: str) -> str | None:
     """Where process 0 listens: on the stated network alone, if an address states it.
 
@@ -62,9 +67,16 @@ def bind_address(coordinator: str) -> str | None:
 
 
 def join(world) -> None:
-    """Joins the processes of a World, so that the death of one is an error in all, not a hang."""
-    # Else a process whose peer died sits in the barrier at exit until the heartbeat's limit.
-    jax.config.update("jax_enable_recoverability", True)
+    """Joins the processes of a World, so that the death of one is an error in all, not a hang.
+
+    On CPU gloo raises it within seconds. On GPUs a peer's death ends a NCCL collective in no
+    process (XLA's xla_gpu_nccl_terminate_on_error is off): there JAX ends all processes after
+    HEARTBEAT_S of a peer's silence, whatever they wait in. That was measured with processes that
+    wait on a CPU host, never with NCCL; a peer that hangs alive is left to launch's watch.
+    """
+    # Where this is off, an error waits at exit for the dead peer until JAX ends all; where it is
+    # on, JAX ends none.
+    jax.config.update("jax_enable_recoverability", on_cpu())
     jax.distributed.initialize(
         world.coordinator,
         world.processes,

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,33 @@ def test_the_coordinator_listens_on_the_stated_address_alone():
 )
 def test_only_a_literal_address_limits_where_the_coordinator_listens(coordinator, address):
     assert bind_address(coordinator) == address
+
+
+RANK = """
+import os, sys, time
+import jax
+from jaxtrain import runtime
+from jaxtrain.config import TrainConfig
+from jaxtrain.engine import World
+
+address, process = sys.argv[1:]
+jax.config.update("jax_platforms", "cuda")  # as where there are GPUs; no device is asked for
+runtime.HEARTBEAT_S = 2
+runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
+if process == "0":
+    time.sleep(60)  # as in a collective that the dead peer does not come to
+os._exit(1)
+"""
+
+
+def test_of_processes_on_gpus_none_outlives_another():
+    address, ranks = f"localhost:{free_port()}", []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for process in "01":
+        argv = [sys.executable, "-c", RANK, address, process]
+        ranks.append(subprocess.Popen(argv, cwd=runs.ROOT, **pipes))
+    said = [rank.communicate(timeout=45)[0] for rank in ranks]
+    assert ranks[0].returncode == -signal.SIGABRT, said[0]
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):
