@@ -37,7 +37,7 @@ def start_runtime(cfg, world=ALONE) -> None:
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
-    if cfg.compile_cache:
+    if cfg.compile_cache and keeps_programs(world.processes):
         cache = Path(cfg.compile_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
@@ -50,6 +50,17 @@ def start_runtime(cfg, world=ALONE) -> None:
 def on_cpu() -> bool:
     """Whether JAX was told to take this host's processor; asks for no device, which starts one."""
     return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+
+
+def keeps_programs(processes: int) -> bool:
+    """Whether compiled programs are kept on disk: not by several processes on GPUs.
+
+    They share the autotuning of a program, so that it is the same in all; without that, collectives
+    may come in another order and hang (https://github.com/openxla/xla/issues/7716). But JAX writes
+    its cache on process 0 alone: at the next start it would read where the others, with caches of
+    their own, compile and wait for what it has tuned. Read in JAX's source; not seen on GPUs.
+    """
+    return processes == 1 or on_cpu()
 
 
 def bind_address(coordinator: str) -> str | None:

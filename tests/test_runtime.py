@@ -63,20 +63,23 @@ address, process = sys.argv[1:]
 jax.config.update("jax_platforms", "cuda")  # as where there are GPUs; no device is asked for
 runtime.HEARTBEAT_S = 2
 runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
+print("cache:", jax.config.jax_compilation_cache_dir, flush=True)
 if process == "0":
     time.sleep(60)  # as in a collective that the dead peer does not come to
 os._exit(1)
 """
 
 
-def test_of_processes_on_gpus_none_outlives_another():
+def test_of_processes_on_gpus_none_outlives_another_and_none_reads_a_cache_of_process_0():
     address, ranks = f"localhost:{free_port()}", []
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     for process in "01":
         argv = [sys.executable, "-c", RANK, address, process]
         ranks.append(subprocess.Popen(argv, cwd=runs.ROOT, **pipes))
     said = [rank.communicate(timeout=45)[0] for rank in ranks]
     assert ranks[0].returncode == -signal.SIGABRT, said[0]
+    assert all("cache: None" in text for text in said)
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):
