@@ -131,15 +131,31 @@ class _Fused:
         return Route(op, what, f"XLA's; of a kernel: {why_not}")
 
 
-def _attention(model, document_mask, platform) -> Route:
+def _no_cudnn(model, document_mask, platform, arch, tensor) -> str:
+    """Why cuDNN's attention cannot run, or nothing; JAX itself would say so in the compile."""
+    if platform != "gpu":
+        return f"it needs a GPU; got platform={platform}"
+    if model.dtype != "bfloat16":
+        return f"it has bfloat16 products alone; got model.dtype={model.dtype}"
+    if document_mask:
+        return "its route has no documents; got data.document_mask=true"
+    widest = 256 if arch and int(arch.removeprefix("sm_")) >= 90 else 128
+    if model.K > widest or model.K % 8:
+        where = arch or "a GPU of unknown kind"
+        return f"model.K must be a multiple of 8, at most {widest} on {where}; got {model.K}"
+    if model.G % tensor:
+        return f"mesh.tensor={tensor} must divide model.G={model.G}"
+    return ""
+
+
+def _attention(model, document_mask, platform, arch, tensor) -> Route:
     asked = model.attention
-    if asked == "cudnn":
-        if platform != "gpu" or model.dtype != "bfloat16" or document_mask:
-            raise ValueError(
-                "model.attention=cudnn needs a GPU, model.dtype=bfloat16 and no document mask; got "
-                f"platform={platform}, model.dtype={model.dtype}, data.document_mask="
-                f"{document_mask}. Set --config.model.attention=auto."
-            )
+    why_not = _no_cudnn(model, document_mask, platform, arch, tensor)
+    if asked == "cudnn" and why_not:
+        raise ValueError(
+            f"model.attention=cudnn must be a route that can run: {why_not}. "
+            "Set --config.model.attention=auto."
+        )
     if asked != "auto":
         return Route("attention", asked, "asked for by model.attention")
     if platform != "gpu":
@@ -148,10 +164,8 @@ def _attention(model, document_mask, platform) -> Route:
             ", float32 products" if wide else ""
         )
         return Route("attention", "blocked_wide" if wide else "blocked", f"{platform}: {why}")
-    if model.dtype != "bfloat16":
-        return Route("attention", "reference", f"cuDNN has no {model.dtype}", fallback=True)
-    if document_mask:
-        return Route("attention", "reference", "cuDNN's route has no document mask", fallback=True)
+    if why_not:
+        return Route("attention", "reference", f"cuDNN's cannot run: {why_not}", fallback=True)
     return Route("attention", "cudnn", "gpu: flash attention, nothing of size [T,T]")
 
 
@@ -202,7 +216,8 @@ def choose_routes(
     """
     fused = _Fused(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": fused.route("attention") or _attention(model, document_mask, platform),
+        "attention": fused.route("attention")
+        or _attention(model, document_mask, platform, arch, tensor),
         "dense": _dense(model, platform),
         "norm": fused.route("norm") or fused.xla("norm", "plain"),
         "head": fused.route("head") or fused.xla("head", "plain"),

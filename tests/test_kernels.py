@@ -28,8 +28,31 @@ def test_a_fallback_says_so_and_strict_makes_it_an_error(masked, dtype):
 
 
 def test_an_explicit_route_that_cannot_be_served_raises():
-    with pytest.raises(ValueError, match="model.attention=cudnn needs a GPU"):
+    with pytest.raises(ValueError, match="model.attention=cudnn must be .* needs a GPU"):
         choose_routes(ModelConfig(attention="cudnn"), False, "cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "says"),
+    [
+        ({"K": 20}, {"arch": "sm_90"}, "a multiple of 8, at most 256 on sm_90; got 20"),
+        ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
+        ({"K": 264}, {"arch": "sm_90"}, "at most 256 on sm_90; got 264"),
+        ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+    ],
+)
+def test_cudnn_is_no_route_where_the_compile_would_fail(values, where, says):
+    route = choose_routes(ModelConfig(**values), False, "gpu", False, **where)["attention"]
+    assert route.implementation == "reference" and route.fallback and says in route.reason
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--config.model.attent"):
+        asked = ModelConfig(**values, attention="cudnn")
+        choose_routes(asked, False, "gpu", False, **where)
+
+
+@pytest.mark.parametrize(("K", "arch"), [(128, "sm_86"), (256, "sm_90"), (136, "sm_120")])
+def test_cudnn_is_a_route_up_to_its_widest_head(K, arch):
+    route = choose_routes(ModelConfig(K=K), False, "gpu", True, arch=arch)["attention"]
+    assert route.implementation == "cudnn"
 
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "cpu"), (False, "cpu_wide")])
