@@ -190,6 +190,11 @@ def _unroll(model, platform, chip) -> Route:
     )
 
 
+def _device(platform) -> Route:
+    why = "JAX has a CUDA plugin and found no GPU; JAX_PLATFORMS=cpu says that this is meant"
+    return Route("device", platform, why, fallback=True)
+
+
 def choose_routes(
     model,
     document_mask: bool,
@@ -201,6 +206,7 @@ def choose_routes(
     chip: str = "",
     tensor: int = 1,
     seq_len: int = 1_024,
+    wants_gpu: bool = False,
 ) -> dict[str, Route]:
     """The route of every op, from a ModelConfig and the platform ("cpu" or "gpu").
 
@@ -210,6 +216,7 @@ def choose_routes(
         chip: as chip_of has it.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
+        wants_gpu: a CPU is a fallback.
 
     Raises:
         ValueError: the config asks for what the platform cannot serve, or strict and a fallback.
@@ -226,6 +233,8 @@ def choose_routes(
     }
     if model.qk_norm and model.position == "rope":
         routes["qk_rope"] = fused.route("qk_rope") or fused.xla("qk_rope", "plain")
+    if wants_gpu and platform == "cpu":
+        routes = {"device": _device(platform)} | routes
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
         raise ValueError(

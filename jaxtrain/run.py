@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, logging
 
+from jaxtrain import WANTS_GPU, tuning
 from jaxtrain import config as config_lib
-from jaxtrain import tuning
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
 from jaxtrain.fused import missing_kernels
@@ -144,6 +144,7 @@ def build_run(cfg, devices=None) -> Run:
         chip=chip_of(device),
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
+        wants_gpu=WANTS_GPU,
     )
     if cfg.optim.name == "adamw" or cfg.optim.geometry != "spectral":
         del routes["square"]  # it has no Newton-Schulz
