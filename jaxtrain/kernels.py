@@ -139,7 +139,8 @@ def _no_cudnn(model, document_mask, platform, arch, tensor) -> str:
         return f"it has bfloat16 products alone; got model.dtype={model.dtype}"
     if document_mask:
         return "its route has no documents; got data.document_mask=true"
-    widest = 256 if arch and int(arch.removeprefix("sm_")) >= 90 else 128
+    capability = arch.removeprefix("sm_")
+    widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
     if model.K > widest or model.K % 8:
         where = arch or "a GPU of unknown kind"
         return f"model.K must be a multiple of 8, at most {widest} on {where}; got {model.K}"
