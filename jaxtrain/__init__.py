@@ -46,13 +46,21 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def _cuda_plugins() -> list[str]:
+    """Libraries of JAX's CUDA plugins that are installed."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else ()
+    return [path for folder in folders for path in glob.glob(f"{folder}/*/xla_cuda_plugin.so")]
+
+
+_PLUGINS = _cuda_plugins()
+# Whether a run on the processor is a fallback: it could have GPUs, and nobody said not to.
+WANTS_GPU = bool(_PLUGINS) and not os.environ.get("JAX_PLATFORMS")
+
 # CUDA plugins without a GPU (as the offline compilers need) log a failed cuInit, and every command
 # would look broken. Device nodes are how NVIDIA's driver shows a GPU, /dev/dxg how WSL does.
 if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     _keep_freed_memory()
-    plugins = importlib.util.find_spec("jax_plugins")
-    folders = plugins.submodule_search_locations if plugins and "jax" not in sys.modules else ()
-    found = [path for folder in folders for path in glob.glob(f"{folder}/*/xla_cuda_plugin.so")]
-    if found:
-        _load_without(NO_GPU, found)
+    if _PLUGINS and "jax" not in sys.modules:
+        _load_without(NO_GPU, _PLUGINS)

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 
 from jaxtrain import config as config_lib
-from jaxtrain import tuning
+from jaxtrain import memory, tuning
 from jaxtrain.kernels import chip_of
 from jaxtrain.optim.groups import format_group_table, group_table
 from jaxtrain.optim.owners import work_share
+from jaxtrain.runtime import keeps_programs
 from jaxtrain.work import chip_dict, conventions, find_device_chip, memory_figures
 
 
@@ -33,6 +34,10 @@ def header(run, corpus, checkpoints, restored):
         yield "route", str(route)
     for choice in _tuning(run):
         yield "tuning", choice
+    if run.mesh.devices.flat[0].platform == "gpu":
+        yield "memory", f"JAX takes {memory.share():.0%} of each GPU: {memory.NAMES[0]}"
+    if not keeps_programs(jax.process_count()):
+        yield "cache", "none: of several processes JAX would keep programs on process 0 alone"
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage

@@ -61,6 +61,16 @@ def build_attention(route, mesh=None):
     return attention
 
 
+def on_heads(local, mesh=None):
+    """local(q_BTHK, k_BTGK, v_BTGK) on each device's rows and heads; None is one device.
+
+    cuDNN's call has a partitioner of its own outside of this, and its address in this process in
+    the program: none would ever be found in the compile cache again.
+    """
+    heads = P(BATCH, None, "tensor")
+    return _apart(local, mesh, (heads,) * 3, heads)
+
+
 def build_add_norm(route, form, eps, mesh=None):
     """join(h_BTD, y_BTD or None, gain_D, bias_D or None) -> (h + y, its norm); rows as they lie.
 

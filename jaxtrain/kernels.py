@@ -131,15 +131,32 @@ class _Fused:
         return Route(op, what, f"XLA's; of a kernel: {why_not}")
 
 
-def _attention(model, document_mask, platform) -> Route:
+def _no_cudnn(model, document_mask, platform, arch, tensor) -> str:
+    """Why cuDNN's attention cannot run, or nothing; JAX itself would say so in the compile."""
+    if platform != "gpu":
+        return f"it needs a GPU; got platform={platform}"
+    if model.dtype != "bfloat16":
+        return f"it has bfloat16 products alone; got model.dtype={model.dtype}"
+    if document_mask:
+        return "its route has no documents; got data.document_mask=true"
+    capability = arch.removeprefix("sm_")
+    widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
+    if model.K > widest or model.K % 8:
+        where = arch or "a GPU of unknown kind"
+        return f"model.K must be a multiple of 8, at most {widest} on {where}; got {model.K}"
+    if model.G % tensor:
+        return f"mesh.tensor={tensor} must divide model.G={model.G}"
+    return ""
+
+
+def _attention(model, document_mask, platform, arch, tensor) -> Route:
     asked = model.attention
-    if asked == "cudnn":
-        if platform != "gpu" or model.dtype != "bfloat16" or document_mask:
-            raise ValueError(
-                "model.attention=cudnn needs a GPU, model.dtype=bfloat16 and no document mask; got "
-                f"platform={platform}, model.dtype={model.dtype}, data.document_mask="
-                f"{document_mask}. Set --config.model.attention=auto."
-            )
+    why_not = _no_cudnn(model, document_mask, platform, arch, tensor)
+    if asked == "cudnn" and why_not:
+        raise ValueError(
+            f"model.attention=cudnn must be a route that can run: {why_not}. "
+            "Set --config.model.attention=auto."
+        )
     if asked != "auto":
         return Route("attention", asked, "asked for by model.attention")
     if platform != "gpu":
@@ -148,10 +165,8 @@ def _attention(model, document_mask, platform) -> Route:
             ", float32 products" if wide else ""
         )
         return Route("attention", "blocked_wide" if wide else "blocked", f"{platform}: {why}")
-    if model.dtype != "bfloat16":
-        return Route("attention", "reference", f"cuDNN has no {model.dtype}", fallback=True)
-    if document_mask:
-        return Route("attention", "reference", "cuDNN's route has no document mask", fallback=True)
+    if why_not:
+        return Route("attention", "reference", f"cuDNN's cannot run: {why_not}", fallback=True)
     return Route("attention", "cudnn", "gpu: flash attention, nothing of size [T,T]")
 
 
@@ -176,6 +191,11 @@ def _unroll(model, platform, chip) -> Route:
     )
 
 
+def _device(platform) -> Route:
+    why = "JAX has a CUDA plugin and found no GPU; JAX_PLATFORMS=cpu says that this is meant"
+    return Route("device", platform, why, fallback=True)
+
+
 def choose_routes(
     model,
     document_mask: bool,
@@ -187,6 +207,7 @@ def choose_routes(
     chip: str = "",
     tensor: int = 1,
     seq_len: int = 1_024,
+    wants_gpu: bool = False,
 ) -> dict[str, Route]:
     """The route of every op, from a ModelConfig and the platform ("cpu" or "gpu").
 
@@ -196,13 +217,15 @@ def choose_routes(
         chip: as chip_of has it.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
+        wants_gpu: a CPU is a fallback.
 
     Raises:
         ValueError: the config asks for what the platform cannot serve, or strict and a fallback.
     """
     fused = _Fused(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": fused.route("attention") or _attention(model, document_mask, platform),
+        "attention": fused.route("attention")
+        or _attention(model, document_mask, platform, arch, tensor),
         "dense": _dense(model, platform),
         "norm": fused.route("norm") or fused.xla("norm", "plain"),
         "head": fused.route("head") or fused.xla("head", "plain"),
@@ -211,6 +234,8 @@ def choose_routes(
     }
     if model.qk_norm and model.position == "rope":
         routes["qk_rope"] = fused.route("qk_rope") or fused.xla("qk_rope", "plain")
+    if wants_gpu and platform == "cpu":
+        routes = {"device": _device(platform)} | routes
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
         raise ValueError(

@@ -25,9 +25,10 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from jaxtrain import config as config_lib  # noqa: E402
+from jaxtrain import memory  # noqa: E402
 from jaxtrain.planning import fit, page  # noqa: E402
 from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
-from jaxtrain.planning.compiled import USABLE, compile_plan  # noqa: E402
+from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.links import parse_link  # noqa: E402
 from jaxtrain.planning.tables import build_guess, compare, table  # noqa: E402
 from jaxtrain.run import run_main  # noqa: E402
@@ -89,7 +90,8 @@ def plan(cfg, args) -> int:
 def by_formula(cfg, args) -> int:
     """Memory alone, without the compiler."""
     chip, found = find_chip(args.chip), estimate(cfg, args.gpus * args.hosts)
-    fits = found.peak <= USABLE * chip.hbm_bytes
+    usable = memory.share() * chip.hbm_bytes
+    fits = found.peak <= usable
     if args.json:
         print(json.dumps(found._asdict() | {"peak": found.peak, "fits": fits}))
         return 0 if fits else 1
@@ -97,7 +99,7 @@ def by_formula(cfg, args) -> int:
         print(f"  {name:26} {size / page.GIB:8.2f} GiB")
     print(
         f"by formula, to {RELATIVE:.0%} of the peak or {ABSOLUTE_BYTES / page.GIB:g} GiB; of "
-        f"{USABLE * chip.hbm_bytes / page.GIB:.2f} GiB usable: {'fits' if fits else 'does not fit'}"
+        f"{usable / page.GIB:.2f} GiB usable: {'fits' if fits else 'does not fit'}"
     )
     return 0 if fits else 1
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, logging
 
+from jaxtrain import WANTS_GPU, tuning
 from jaxtrain import config as config_lib
-from jaxtrain import tuning
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
 from jaxtrain.fused import missing_kernels
@@ -82,6 +82,9 @@ def run_main(main, errors=(), words=False):
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)
                 refuse(error)
+            if out_of_memory(error):
+                logging.debug("in full:", exc_info=True)
+                refuse(what_takes_less(error))
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
@@ -93,6 +96,20 @@ def run_main(main, errors=(), words=False):
 def of_runtime(error) -> bool:
     """Whether JAX's runtime raised it; that of a collective whose peer has died is a ValueError."""
     return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
+
+
+def out_of_memory(error) -> bool:
+    """Whether a device's memory did not suffice; a full disk is RESOURCE_EXHAUSTED too."""
+    return bool(re.match(r"RESOURCE_EXHAUSTED: .*out of memory", str(error), re.I | re.S))
+
+
+def what_takes_less(error) -> str:
+    """The error of a device's memory with the flags that change what a step takes."""
+    return (
+        f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
+        "--config.accumulation, or set --config.model.remat=full; python -m jaxtrain.plan --fit "
+        "tells what fits a GPU."
+    )
 
 
 def refuse(reason) -> None:
@@ -137,6 +154,7 @@ def build_run(cfg, devices=None) -> Run:
         chip=chip_of(device),
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
+        wants_gpu=WANTS_GPU,
     )
     if cfg.optim.name == "adamw" or cfg.optim.geometry != "spectral":
         del routes["square"]  # it has no Newton-Schulz

@@ -1,6 +1,7 @@
 """JAX's process-wide settings, made from the config before the first array."""
 
 import dataclasses
+import ipaddress
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from jaxtrain import memory
 from jaxtrain.engine import World, check
 
 HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
@@ -20,20 +22,22 @@ DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
 
 def start_runtime(cfg, world=ALONE) -> None:
-    """Sets precision, determinism and the compile cache, and joins the other processes.
+    """Sets precision, determinism, memory and the compile cache, and joins the other processes.
 
     Args:
         cfg: a TrainConfig.
         world: the World that this process is one of.
 
     Raises:
-        ValueError: the world's parts do not fit each other.
+        ValueError: the world's parts do not fit each other, or the user's share of memory is none.
     """
     check(world)
+    memory.share()
+    os.environ.update(memory.setting())
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
-    if cfg.compile_cache:
+    if cfg.compile_cache and keeps_programs(world.processes):
         cache = Path(cfg.compile_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
@@ -43,10 +47,47 @@ def start_runtime(cfg, world=ALONE) -> None:
         join(world)
 
 
+def on_cpu() -> bool:
+    """Whether JAX was told to take this host's processor; asks for no device, which starts one."""
+    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+
+
+def keeps_programs(processes: int) -> bool:
+    """Whether compiled programs are kept on disk: not by several processes on GPUs.
+
+    They share the autotuning of a program, so that it is the same in all; without that, collectives
+    may come in another order and hang (https://github.com/openxla/xla/issues/7716). But JAX writes
+    its cache on process 0 alone: at the next start it would read where the others, with caches of
+    their own, compile and wait for what it has tuned. Read in JAX's source; not seen on GPUs.
+    """
+    return processes == 1 or on_cpu()
+
+
+def bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: on the stated network alone, if an address states it.
+
+    A host's own name is often 127.0.1.1 in its /etc/hosts, where no other host can reach it: None,
+    which is all networks.
+    """
+    host = coordinator.rpartition(":")[0].strip("[]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return coordinator
+
+
 def join(world) -> None:
-    """Joins the processes of a World, so that the death of one is an error in all, not a hang."""
-    # Else a process whose peer died sits in the barrier at exit until the heartbeat's limit.
-    jax.config.update("jax_enable_recoverability", True)
+    """Joins the processes of a World, so that the death of one is an error in all, not a hang.
+
+    On CPU gloo raises it within seconds. On GPUs a peer's death ends a NCCL collective in no
+    process (XLA's xla_gpu_nccl_terminate_on_error is off): there JAX ends all processes after
+    HEARTBEAT_S of a peer's silence, whatever they wait in. That was measured with processes that
+    wait on a CPU host, never with NCCL; a peer that hangs alive is left to launch's watch.
+    """
+    # Where this is off, an error waits at exit for the dead peer until JAX ends all; where it is
+    # on, JAX ends none.
+    jax.config.update("jax_enable_recoverability", on_cpu())
     jax.distributed.initialize(
         world.coordinator,
         world.processes,
@@ -55,7 +96,7 @@ def join(world) -> None:
         cluster_detection_method="deactivate",  # `detect` has decided
         heartbeat_timeout_seconds=HEARTBEAT_S,
         initialization_timeout=JOIN_S,
-        coordinator_bind_address=world.coordinator,  # the stated network alone
+        coordinator_bind_address=bind_address(world.coordinator),
     )
     logging.info(
         "process %d of %d (%s), coordinator %s",

@@ -1,6 +1,12 @@
-import pytest
+import glob
+import os
+import subprocess
+import sys
 
-from jaxtrain import kernels
+import pytest
+import runs
+
+from jaxtrain import WANTS_GPU, kernels
 from jaxtrain.config import KernelsConfig, ModelConfig
 from jaxtrain.kernels import choose_routes
 
@@ -28,8 +34,50 @@ def test_a_fallback_says_so_and_strict_makes_it_an_error(masked, dtype):
 
 
 def test_an_explicit_route_that_cannot_be_served_raises():
-    with pytest.raises(ValueError, match="model.attention=cudnn needs a GPU"):
+    with pytest.raises(ValueError, match="model.attention=cudnn must be .* needs a GPU"):
         choose_routes(ModelConfig(attention="cudnn"), False, "cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "says"),
+    [
+        ({"K": 20}, {"arch": "sm_90"}, "a multiple of 8, at most 256 on sm_90; got 20"),
+        ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
+        ({"K": 264}, {"arch": "sm_90"}, "at most 256 on sm_90; got 264"),
+        ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+    ],
+)
+def test_cudnn_is_no_route_where_the_compile_would_fail(values, where, says):
+    route = choose_routes(ModelConfig(**values), False, "gpu", False, **where)["attention"]
+    assert route.implementation == "reference" and route.fallback and says in route.reason
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--config.model.attent"):
+        asked = ModelConfig(**values, attention="cudnn")
+        choose_routes(asked, False, "gpu", False, **where)
+
+
+@pytest.mark.parametrize(("K", "arch"), [(128, "sm_86"), (256, "sm_90"), (136, "sm_120")])
+def test_cudnn_is_a_route_up_to_its_widest_head(K, arch):
+    route = choose_routes(ModelConfig(K=K), False, "gpu", True, arch=arch)["attention"]
+    assert route.implementation == "cudnn"
+
+
+def test_a_cpu_where_a_gpu_is_wanted_is_a_fallback():
+    choose = lambda strict, **where: choose_routes(ModelConfig(), False, "cpu", strict, **where)
+    assert "FALLBACK" in str(choose(False, wants_gpu=True)["device"])
+    with pytest.raises(ValueError, match="strict forbids.*device.*JAX_PLATFORMS=cpu says"):
+        choose(True, wants_gpu=True)
+    assert "device" not in choose(True)
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia[0-9]*")), reason="there is a GPU")
+def test_a_cuda_plugin_wants_a_gpu_unless_the_user_has_named_the_cpu():
+    pytest.importorskip("jax_cuda12_plugin", reason="no CUDA plugin: offline")
+    argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    how = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    refused = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
+    assert refused.returncode == 78 and "JAX_PLATFORMS=cpu says" in refused.stderr
+    assert not WANTS_GPU  # here conftest has named it
 
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "cpu"), (False, "cpu_wide")])

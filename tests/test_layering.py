@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire names
+files axes knobs beat engine wire names memory
 sections
 config
 runtime mesh stop trees tuning
@@ -90,7 +90,8 @@ def test_kernels_know_nothing_of_the_training_stack():
 
 
 @pytest.mark.parametrize(
-    "name", ["axes", "beat", "config", "engine", "export", "files", "names", "sections", "wire"]
+    "name",
+    ["axes", "beat", "config", "engine", "export", "files", "memory", "names", "sections", "wire"],
 )
 def test_the_ground_floor_does_not_know_jax(name):
     source = (ROOT / "jaxtrain" / f"{name}.py").read_text()

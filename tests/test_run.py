@@ -1,6 +1,8 @@
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxtrain.run import of_runtime
+from jaxtrain.run import of_runtime, out_of_memory, run_main
 
 
 @pytest.mark.parametrize(
@@ -13,3 +15,23 @@ from jaxtrain.run import of_runtime
 )
 def test_the_death_of_a_peer_is_not_taken_for_bad_input(text, expected):
     assert of_runtime(ValueError(text)) == expected
+
+
+def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train"])
+
+    def main():
+        whole = jax.jit(lambda x: jnp.sin(jnp.broadcast_to(x, 2**45))[::-1])  # 128 TiB
+        jax.block_until_ready(whole(1.0))
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == 78
+    said = capsys.readouterr().err
+    assert "got RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes" in said
+    for way in ("--config.accumulation", "--config.model.remat=full", "jaxtrain.plan --fit"):
+        assert way in said
+
+
+def test_a_full_disk_is_not_taken_for_a_full_device():
+    assert not out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device"))

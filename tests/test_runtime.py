@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import runs
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.engine import World
-from jaxtrain.runtime import DETERMINISTIC_FLAGS, start_runtime
+from jaxtrain.runtime import DETERMINISTIC_FLAGS, bind_address, start_runtime
 
 
 @pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
@@ -17,10 +18,14 @@ def test_processes_without_a_place_in_the_world_are_refused(world):
         start_runtime(TrainConfig(), World("flags", *world))
 
 
-def test_the_coordinator_listens_on_the_stated_address_alone():
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_the_coordinator_listens_on_the_stated_address_alone():
+    port = free_port()
     program = (
         "from jaxtrain.engine import World\nfrom jaxtrain.runtime import join\n"
         f"join(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
@@ -32,6 +37,49 @@ def test_the_coordinator_listens_on_the_stated_address_alone():
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), 5)
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("10.0.0.7:1234", "10.0.0.7:1234"),
+        ("[fd00::7]:1234", "[fd00::7]:1234"),
+        ("gpu03:1234", None),  # may be 127.0.1.1 on gpu03 itself
+        ("localhost:1234", None),
+    ],
+)
+def test_only_a_literal_address_limits_where_the_coordinator_listens(coordinator, address):
+    assert bind_address(coordinator) == address
+
+
+RANK = """
+import os, sys, time
+import jax
+from jaxtrain import runtime
+from jaxtrain.config import TrainConfig
+from jaxtrain.engine import World
+
+address, process = sys.argv[1:]
+jax.config.update("jax_platforms", "cuda")  # as where there are GPUs; no device is asked for
+runtime.HEARTBEAT_S = 2
+runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
+print("cache:", jax.config.jax_compilation_cache_dir, flush=True)
+if process == "0":
+    time.sleep(60)  # as in a collective that the dead peer does not come to
+os._exit(1)
+"""
+
+
+def test_of_processes_on_gpus_none_outlives_another_and_none_reads_a_cache_of_process_0():
+    address, ranks = f"localhost:{free_port()}", []
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    for process in "01":
+        argv = [sys.executable, "-c", RANK, address, process]
+        ranks.append(subprocess.Popen(argv, cwd=runs.ROOT, **pipes))
+    said = [rank.communicate(timeout=45)[0] for rank in ranks]
+    assert ranks[0].returncode == -signal.SIGABRT, said[0]
+    assert all("cache: None" in text for text in said)
 
 
 def test_deterministic_sets_its_flags_once(monkeypatch):

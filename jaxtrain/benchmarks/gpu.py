@@ -16,20 +16,18 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain import tuning
+from jaxtrain import memory, tuning
 from jaxtrain.benchmarks.gpu_rows import IN_TORCH, Item, ratio_row, shares, targets
 from jaxtrain.benchmarks.job import Job, config_of, run_child
 from jaxtrain.model.flops import training_flops
 from jaxtrain.planning.analytic import estimate
-from jaxtrain.planning.compiled import USABLE
 from pallas_kernels.chip import CHIPS
 
 SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
 OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
 VARIANTS = ("jaxtrain", "pytorch")
 CHILD = {"jaxtrain": "on_jax", "pytorch": "on_torch"}
-# What JAX takes of a card at its start; the rest is cuBLAS', cuDNN's and the driver's.
-ENV = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(USABLE)}
+ENV = memory.setting()  # for the children that start no run
 
 # To plan the minutes, not to report: what a child takes before its steps, and its likely speed.
 START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.35

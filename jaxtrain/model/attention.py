@@ -141,9 +141,12 @@ ATTENTION = {
 def attend(route, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
     """The route's attention, its result named "attention" for remat policies.
 
-    mesh: where q, k and v lie; only the fused kernel asks.
+    mesh: where q, k and v lie; None leaves that to JAX, as all but the kernels do.
     """
     if route.tiles:  # names its result itself, and the log-sum-exp that belongs to it
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
-    o_BTHK = ATTENTION[route.implementation](q_BTHK, k_BTGK, v_BTGK, docs_BT)
+    attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT)
+    if route.implementation == "cudnn":
+        attention = fused.on_heads(attention, mesh)
+    o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK)
     return checkpoint_name(o_BTHK, "attention")

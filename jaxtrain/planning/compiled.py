@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxtrain import memory
 from jaxtrain.collectives import Collective, find_collectives
 from jaxtrain.model.flops import Flops, training_flops
 from jaxtrain.run import build_run, compile_step
@@ -13,8 +14,6 @@ from jaxtrain.step import abstract_state
 from jaxtrain.work import Roofline, roofline
 from pallas_kernels.chip import Chip
 from pallas_kernels.hlo import Program
-
-USABLE = 0.9  # of a card's memory; the rest is NCCL's, cuBLAS' and lost between the blocks
 
 
 class Memory(NamedTuple):
@@ -101,7 +100,7 @@ def _memory(run, compiled, chip) -> Memory:
         parameters,
         found.temp_size_in_bytes,
         kept + found.temp_size_in_bytes,
-        int(USABLE * chip.hbm_bytes),
+        int(memory.share() * chip.hbm_bytes),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxtrain import memory
 from jaxtrain.config import config_hash
 from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
@@ -19,7 +20,8 @@ ENOUGH = 32_768  # tokens of a micro-batch; of gpt_124m twice as many change the
 
 def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
     """as_dict of a compiled plan, from `cache` (a folder) where this jax has made it before."""
-    text = json.dumps([VERSION, config_hash(cfg), chip.name, gpus, hosts, links, jax.__version__])
+    where = chip.name, gpus, hosts, links, memory.share()
+    text = json.dumps([VERSION, config_hash(cfg), *where, jax.__version__])
     path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     if path and path.exists():
         return json.loads(path.read_text())

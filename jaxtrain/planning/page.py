@@ -67,8 +67,9 @@ def _memory_lines(plan):
     for name, size in m.terms().items():
         yield f"  {name:26} {size / GIB:8.2f}"
     yield (
-        f"  {'peak':26} {m.peak / GIB:8.2f} of {m.usable / GIB:.2f} usable (90 % of "
-        f"{plan.chip.hbm_bytes / GIB:.2f}: the rest is NCCL's, cuBLAS' and fragmentation's)"
+        f"  {'peak':26} {m.peak / GIB:8.2f} of {m.usable / GIB:.2f} usable "
+        f"({m.usable / plan.chip.hbm_bytes:.0%} of {plan.chip.hbm_bytes / GIB:.2f}, what JAX takes "
+        "in training: the rest is the driver's, NCCL's and cuBLAS')"
     )
 
 

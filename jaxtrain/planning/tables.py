@@ -3,9 +3,9 @@
 import importlib
 
 from jaxtrain import config as config_lib
+from jaxtrain import memory
 from jaxtrain.planning import fit
 from jaxtrain.planning.analytic import estimate
-from jaxtrain.planning.compiled import USABLE
 from jaxtrain.planning.links import parse_link
 from jaxtrain.planning.page import GIB
 from pallas_kernels.chip import find_chip
@@ -19,7 +19,7 @@ def build_guess(cfg, chip, devices):
 
     def guess(parts, remat):
         peak = estimate(fit.with_setting(cfg, parts, remat), devices).peak
-        return peak <= USABLE * chip.hbm_bytes
+        return peak <= memory.share() * chip.hbm_bytes
 
     return guess
 
