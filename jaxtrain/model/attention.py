@@ -13,6 +13,7 @@ from jaxtrain import fused
 
 MASKED = -1e30  # finite: a row that is masked whole stays finite
 BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive: result and log-sum-exp
 
 
 def _mask(T, S, docs_BT, start=0):
@@ -145,5 +146,7 @@ def attend(route, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
     """
     if route.tiles:  # names its result itself, and the log-sum-exp that belongs to it
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
+    if route.implementation == "cudnn":  # kept as CUDNN_FORWARD; a name would keep it twice
+        return attention_cudnn(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     o_BTHK = ATTENTION[route.implementation](q_BTHK, k_BTGK, v_BTGK, docs_BT)
     return checkpoint_name(o_BTHK, "attention")
