@@ -158,7 +158,7 @@ def figures(rows, state):
             "batch": rows,
             "fits": peak <= 40 and fsdp != 1,  # a copy of all parameters on each device does not
             "mfu_causal": 0.5,
-            "tokens_per_s": 1e4
+            "tokens_per_s": (5e3 if peak > 36 else 1e4)  # where memory is tight, XLA recomputes
             / SLOWER[remat]
             / (1 + 0.01 * parts)
             * {None: 1, 4: 1.1, 1: 1.2}[fsdp],
@@ -173,7 +173,7 @@ def figures(rows, state):
 
 
 @pytest.mark.parametrize("optimism", [0.8, 1.0, 1.2])
-@pytest.mark.parametrize("state", [2.0, 30.0, 38.2, 39.5])
+@pytest.mark.parametrize("state", [2.0, 30.0, 34.5, 38.2, 39.5])
 def test_the_search_finds_what_trying_everything_finds(state, optimism):
     rows, seen = 64, []
     cfg = SimpleNamespace(data=SimpleNamespace(batch=rows, seq_len=512))
