@@ -60,8 +60,9 @@ def test_what_does_not_fit_at_all_is_an_error_and_no_gap():
 
 
 def test_a_child_that_crashes_or_lasts_too_long_is_a_row_with_its_last_words(tmp_path):
-    broken = run_child("on_jax", Job("train", "gpt_none"), tmp_path, 60)
-    assert "exit status 1" in broken["error"] and "gpt_none" in broken["error"]
+    broken = run_child("on_jax", Job("train", "gpt_124m"), tmp_path, 60)
+    assert "exit status 1" in broken["error"]
+    assert "JAX runs on cpu, so its figures would be another device's" in broken["error"]
     assert "more than the 0 s" in run_child("on_jax", Job("about"), tmp_path, 0.1)["error"]
 
 
@@ -146,12 +147,6 @@ def is_running(pid) -> bool:
     """Not a zombie either, that nobody has waited for."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_a_gpu_that_jax_does_not_use_is_an_error_and_no_slow_row():
-    assert "JAX runs on cpu" in gpu.no_gpu_for_jax({"platform": "cpu"}, tiny=False)["error"]
-    assert gpu.no_gpu_for_jax({"platform": "cpu"}, tiny=True) == {}
-    assert gpu.no_gpu_for_jax({"platform": "gpu"}, tiny=False) == {}
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason='torch is missing: pip install "jaxtrain[crosscheck]"')

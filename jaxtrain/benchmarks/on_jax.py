@@ -33,9 +33,20 @@ def is_oom(error) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
+def device_of(job):
+    """The device. Raises RuntimeError where it is no GPU and the job is no trial."""
+    device = jax.devices()[0]
+    if not job.tiny and device.platform != "gpu":
+        raise RuntimeError(
+            f"JAX runs on {device.platform}, so its figures would be another device's. Run pip "
+            'install -e ".[cuda12]" (or cuda13), and leave JAX_PLATFORMS unset.'
+        )
+    return device
+
+
 def about(job) -> dict:
     """The device and what its matrix product and copy reach."""
-    device = jax.devices()[0]
+    device = device_of(job)
     found = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     return found | {"bytes_limit": limit} | ceilings(256 if job.tiny else 8_192)
@@ -95,7 +106,7 @@ def train(job) -> dict:
     """Times, memory and the optimizer's share of our step; see job.measure_steps."""
     cfg = config_of(job)
     start_runtime(cfg)
-    device = jax.devices()[0]
+    device = device_of(job)
     run = build_run(cfg, [device])
     step = compile_step(run, job.options)
     planned = planned_bytes(step.compiled)
@@ -118,7 +129,7 @@ def losses(job) -> dict:
     """Each seed's training losses on real text; its first weights go to job.folder for the twin."""
     cfg, found = config_of(job), {}
     start_runtime(cfg)
-    run = build_run(cfg, jax.devices()[:1])
+    run = build_run(cfg, [device_of(job)])
     corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(job.folder))
     step, rates = compile_step(run), run.rates()
     for seed in job.seeds:
