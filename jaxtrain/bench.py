@@ -26,7 +26,12 @@ Suites of GPUs, by name alone:
               compile time, time to first step, memory against the compiler's and the formula's
               prediction, clocks; then XLA options that jaxtrain/tuning.py lists as assumed, one by
               one. Planned to end inside --minutes, what they do not reach is named; a row is on
-              disk as soon as it is measured. --trace=DIR keeps a profile of each of our steps
+              disk as soon as it is measured. --trace=DIR keeps a profile of each of our steps.
+              Steps are shortened to 1.5 s, which shows more of the optimizer: figures `at 524288`
+              are computed for a step of so many tokens, from the optimizer's part and the rest.
+              The optimizer's part of the twin is timed in its steps; ours, inside one program,
+              as a program of its own, launched one ahead, with the range of the middle eight
+              tenths. The host's share is CPU time of the thread that launches, at most its work
     judge     300 steps of gpt_124m on real text (--text, --shards) beside the twin, from the same
               weights and batches, three seeds: our gap to it must be within the seeds' own noise
     scaling   data-parallel and fsdp, weak and strong, on all local devices against the ideal, and

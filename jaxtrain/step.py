@@ -155,8 +155,10 @@ def build_gradient(model, loss, accumulation, shardings=None):
             return one(batch, weights)
         split = lambda x: microbatches(x, accumulation)
         parts = jax.tree.map(split, batch), split(weights)
-        zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
-        carry = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+        # Hidden, or XLA takes these zeros for those of the optimizer's skipped step and keeps a
+        # second tree of them through the loop: 3.5 of 30.6 GiB at 1.4B (A40, jax 0.10.2).
+        zero = jax.lax.optimization_barrier(jnp.zeros((), jax.tree.leaves(params)[0].dtype))
+        carry = (zero, zero, jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), params))
         add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(*part)), None)
         return jax.lax.scan(add, carry, parts)[0]
 

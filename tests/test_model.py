@@ -1,17 +1,19 @@
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxtrain.config import LossConfig, MeshConfig, ModelConfig
 from jaxtrain.kernels import choose_routes
 from jaxtrain.loss import build_loss
 from jaxtrain.mesh import build_mesh, param_sharding
-from jaxtrain.model.attention import ATTENTION, attention_reference
+from jaxtrain.model.attention import ATTENTION, CUDNN_FORWARD, attention_reference
 from jaxtrain.model.dense import DENSE, dense_plain
-from jaxtrain.model.layers import lookup
+from jaxtrain.model.layers import build_pair, lookup
 from jaxtrain.model.transformer import build_model, head
 from jaxtrain.step import target_weights
 
@@ -133,6 +135,36 @@ def test_unroll_and_remat_change_no_gradient():
         want = want or got
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
         assert all(close(a, b, 1e-5) for a, b in pairs), (unroll, remat)
+
+
+def test_one_product_of_gate_and_up_gives_both_and_all_gradients():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, *weights = map(jax.random.normal, keys, [(2, 5, 16), (16, 24), (16, 24)])
+    one_product = build_pair("plain", ModelConfig(**SMALL))
+    gate_and_up = lambda x, *weights: one_product(*(SimpleNamespace(w=w) for w in weights), x)
+    apart = lambda x, *weights: tuple(dense_plain(x, w) for w in weights)
+    got, pullback = jax.vjp(gate_and_up, x, *weights)
+    want, pullback_apart = jax.vjp(apart, x, *weights)
+    pairs = zip((*got, *pullback(got)), (*want, *pullback_apart(want)), strict=True)
+    assert all(close(a, b, 1e-6) for a, b in pairs)
+
+
+def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_several():
+    cfg = ModelConfig(**SMALL)
+    routes = choose_routes(cfg, False, "gpu", False)
+    products = lambda mesh: str(
+        jax.make_jaxpr(build_model(cfg, routes, mesh).apply)(build().shapes, tokens_of())
+    ).count("dot_general[")
+    assert products(build_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])) == products(None) + 1
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("attention", 1), ("full", 2)])
+def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(remat, times, monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)  # tracing wants no more of it
+    cfg = ModelConfig(**SMALL | dict(remat=remat, dtype="bfloat16"))
+    model = build_model(cfg, choose_routes(cfg, False, "gpu", False))
+    traced = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, tokens_of()).sum()))
+    assert str(traced(model.shapes)).count(f"{CUDNN_FORWARD}[") == times
 
 
 def test_full_remat_keeps_less_than_none():

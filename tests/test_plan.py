@@ -79,6 +79,44 @@ def test_the_formula_is_as_near_to_the_compiled_step_as_it_says():
     assert abs(peak - by_formula) < max(RELATIVE * peak, ABSOLUTE_BYTES)
 
 
+ZEROS = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+from types import SimpleNamespace
+import jax
+import jax.numpy as jnp
+from jaxtrain.step import build_gradient
+from pallas_kernels.chip import find_chip
+from pallas_kernels.hlo import Program, bytes_of
+from pallas_kernels.offline import compile_for
+
+def loss(h_BTD, w_VD, targets_BT, weights_BT):
+    nats = (jnp.tanh(h_BTD * w_VD[targets_BT]).sum(-1) * weights_BT).sum()
+    return nats, nats
+
+def step(params, tokens_BT1):
+    nats, _, grads = gradient(params, {"tokens": tokens_BT1})
+    keep = lambda w, g: w - jnp.where(jnp.isfinite(nats), g, 0)  # as the optimizer skips a step
+    return nats, jax.tree.map(keep, params, grads)
+
+model = SimpleNamespace(apply=lambda params, tokens_BT, docs_BT: params["embed"][tokens_BT])
+gradient = build_gradient(model, loss, accumulation=4)
+embed, tokens = jax.ShapeDtypeStruct((4_096, 64), "float32"), jax.ShapeDtypeStruct((4, 9), "int32")
+compiled, _ = compile_for(find_chip("a40"), step, {"embed": embed}, tokens)
+program = Program(compiled.as_text())
+made = (i for i in program.computations[program.entry] if not i.operands)
+print(max(bytes_of(i.result) for i in made if i.op in ("fusion", "broadcast", "constant")))
+"""
+
+
+def test_no_tree_of_zeros_lies_through_the_accumulation():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    argv = [sys.executable, "-c", ZEROS]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1_024  # the gradient is 1 MiB
+
+
 def test_the_formula_needs_no_compiler_and_says_how_far_it_may_be_off():
     done = run("--config=configs/llama_1400m.py", "--formula", "--config.accumulation=64")
     assert done.returncode == 0 and "to 10% of the peak or 0.5 GiB" in done.stdout, done.stderr
@@ -120,7 +158,7 @@ def figures(rows, state):
             "batch": rows,
             "fits": peak <= 40 and fsdp != 1,  # a copy of all parameters on each device does not
             "mfu_causal": 0.5,
-            "tokens_per_s": 1e4
+            "tokens_per_s": (5e3 if peak > 36 else 1e4)  # where memory is tight, XLA recomputes
             / SLOWER[remat]
             / (1 + 0.01 * parts)
             * {None: 1, 4: 1.1, 1: 1.2}[fsdp],
@@ -135,7 +173,7 @@ def figures(rows, state):
 
 
 @pytest.mark.parametrize("optimism", [0.8, 1.0, 1.2])
-@pytest.mark.parametrize("state", [2.0, 30.0, 38.2, 39.5])
+@pytest.mark.parametrize("state", [2.0, 30.0, 34.5, 38.2, 39.5])
 def test_the_search_finds_what_trying_everything_finds(state, optimism):
     rows, seen = 64, []
     cfg = SimpleNamespace(data=SimpleNamespace(batch=rows, seq_len=512))

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.mesh import batch_sharding
 from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import Recompiled, init_state
+from jaxtrain.step import Recompiled, abstract_state, init_state
 
 B, T = 16, 16
 
@@ -60,6 +61,14 @@ def test_losses_agree_whatever_the_microbatches():
 def test_training_learns_and_repeats_bitwise():
     assert whole()[-1] < whole()[0] - 0.5
     np.testing.assert_array_equal(losses(steps=5), whole()[:5])
+
+
+def test_every_buffer_of_the_state_is_made_in_place():
+    run, step = build()
+    state = abstract_state(run.model, run.optimizer, run.mesh)
+    aliased = re.search(r"input_output_alias=\{(.*?) \}, ", step.compiled.as_text())[1]
+    taken = [int(n) for n in re.findall(r"\((\d+), ", aliased)]
+    assert sorted(taken) == list(range(len(jax.tree.leaves(state))))
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():

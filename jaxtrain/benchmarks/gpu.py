@@ -28,9 +28,11 @@ OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
 VARIANTS = ("jaxtrain", "pytorch")
 CHILD = {"jaxtrain": "on_jax", "pytorch": "on_torch"}
 ENV = memory.setting()  # for the children that start no run
+TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
-# To plan the minutes, not to report: what a child takes before its steps, and its likely speed.
-START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.35
+# To plan the minutes, not to report: what a child takes before its steps, and its likely speed
+# as a share of the measured matrix product.
+START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.4
 STEP_S, COUNTED_S, LEAST_TOKENS = 1.5, 15.0, 16_384
 
 
@@ -61,14 +63,15 @@ def need_gpu(tiny: bool) -> None:
         )
 
 
-def batch_of(cfg, chip) -> int:
-    """Sequences a step: the config's, halved while a step would likely take over STEP_S."""
+def batch_of(cfg, flops_per_s) -> int:
+    """Sequences a step: the config's, halved while a step would likely take over STEP_S.
+
+    Args:
+        flops_per_s: what the device's bf16 matrix product reaches.
+    """
     batch, data = cfg.data.batch, cfg.data
-    if chip is None:
-        return batch
-    token_s = training_flops(cfg.model, data.seq_len, causal=True).total / (
-        LIKELY_MFU * chip.peak_flops["bfloat16"]
-    )
+    flops = training_flops(cfg.model, data.seq_len, causal=True).total
+    token_s = flops / (LIKELY_MFU * flops_per_s)
     while batch * data.seq_len * token_s > STEP_S and batch * data.seq_len > LEAST_TOKENS:
         batch //= 2
     return batch
@@ -118,7 +121,9 @@ class Suite:
         return self.until - time.monotonic()
 
     def child(self, variant, job) -> dict:
-        return run_child(CHILD[variant], job, self.folder, max(self.left_s, 1.0), ENV)
+        # Else torch's first start would find what an earlier suite has compiled, and ours nothing.
+        kept = {name: f"{self.folder / job.size}/{name}" for name in TORCH_CACHES}
+        return run_child(CHILD[variant], job, self.folder, max(self.left_s, 1.0), ENV | kept)
 
     def look(self) -> dict:
         """The row of the device and its ceilings."""
@@ -144,7 +149,7 @@ class Suite:
             options={c.name: c.value for c in tried},
         )
         cfg = config_of(job)
-        batch = batch_of(cfg, self.chip)
+        batch = batch_of(cfg, self.device["matmul_flops_per_s"])
         data = dataclasses.replace(cfg.data, batch=batch)
         cfg = dataclasses.replace(cfg, accumulation=1, data=data)
         return dataclasses.replace(job, batch=batch), cfg
@@ -176,18 +181,22 @@ class Suite:
         start_s = time.monotonic()
         found, rows = halve_until_it_fits(attempt, rows)
         self.taken_s[key] = time.monotonic() - start_s
-        yield self.row(item, cfg, rows, found)
+        yield self.row(item, likely, rows, found)
         if key in self.best or "error" in found:
             return
         self.best[key] = rows
         if rows > 1 and self.left_s > needs_s and not self.args.tiny:
             half = attempt(rows // 2)
-            yield self.row(item, cfg, rows // 2, half)
+            yield self.row(item, likely, rows // 2, half)
             if half.get("tokens_per_s", 0) > found["tokens_per_s"]:
                 self.best[key] = rows // 2
 
     def row(self, item, cfg, rows, found) -> dict:
-        """An item's row: what the child found, and what follows from it."""
+        """An item's row: what the child found, and what follows from it.
+
+        Args:
+            cfg: of whose memory the formula is asked; see as_torch.
+        """
         row = {"suite": "gpu", "case": f"{item.size} {item.optimizer}", "variant": item.variant}
         if "oom" in found:
             found = {"error": f"out of memory: {found['oom']}"}
@@ -196,21 +205,29 @@ class Suite:
             parts = cfg.data.batch // rows
             row["formula_bytes"] = estimate(dataclasses.replace(cfg, accumulation=parts), 1).peak
         if "step_s" in found:
-            row |= shares(found) | self.mfu(cfg, found["tokens_per_s"])
+            row |= shares(found)
+            row |= self.mfu(cfg, row["tokens_per_s"], row["tokens_per_s_at_524288"])
             row["targets"] = targets(item, row)
         return row
 
-    def mfu(self, cfg, tokens_per_s) -> dict:
+    def mfu(self, cfg, tokens_per_s, there) -> dict:
         """As a run has it: 6N and attention of the keys that a query sees, and 6N alone.
 
         None, with the reason, on a chip that the table does not have.
+
+        Args:
+            there: tokens/s of a step of SHARE_TOKENS; None where it is not known.
         """
         if self.chip is None:
             reason = f"{self.device.get('device')!r} is not in the chip table"
-            return {"mfu": None, "mfu_6n": None, "no_mfu": reason}
+            return {"mfu": None, "mfu_6n": None, "mfu_at_524288": None, "no_mfu": reason}
         flops = training_flops(cfg.model, cfg.data.seq_len, causal=True)
-        of = lambda flops: flops * tokens_per_s / self.chip.peak_flops["bfloat16"]
-        return {"mfu": of(flops.total), "mfu_6n": of(flops.matrices)}
+        of = lambda flops, rate: flops * rate / self.chip.peak_flops["bfloat16"]
+        return {
+            "mfu": of(flops.total, tokens_per_s),
+            "mfu_6n": of(flops.matrices, tokens_per_s),
+            "mfu_at_524288": None if there is None else of(flops.total, there),
+        }
 
 
 def stamp() -> dict:

@@ -4,11 +4,13 @@ A child is one process of one framework, so that neither holds the other's memor
 as JSON and writes one result, a dict; it never waits for another child.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from jaxtrain.files import strict_json, write_atomic
 
 WARM_UP = 2  # steps that are not counted
 LEAST, MOST = 5, 20  # counted steps
+SMI_S = 20.0  # for nvidia-smi, which wakes the driver where persistence mode is off
 TINY = dict(L=1, D=32, F=64, H=4, G=2, K=8, V=256)  # of --tiny: any processor, no figure counts
 TINY_T = 16
 CLOCKS = (
@@ -83,10 +86,12 @@ def zipf_tokens(seed: int, batch: int, seq_len: int, V: int) -> np.ndarray:
 
 
 def pace(launch, wait, batches) -> tuple[list[float], list[float]]:
-    """(seconds of each step, from arrival to arrival; seconds until each launch returned).
+    """(seconds of each step, from arrival to arrival; CPU seconds of each launch).
 
-    A step is launched before the one before it is waited for, as in training; the first one's
-    time is from its launch.
+    A step is launched before the one before it is waited for, as in training, so that the device
+    never waits for the host and what a wait itself takes is in no step; the first one's time is
+    from its launch. A launch's own thread is counted: sleeping where the device's queue is full is
+    no work, but a driver that spins there is counted, so it is at most that.
 
     Args:
         launch: batch -> what wait takes.
@@ -94,9 +99,9 @@ def pace(launch, wait, batches) -> tuple[list[float], list[float]]:
     steps_s, hosts_s, flying = [], [], None
     arrived_s = time.perf_counter()
     for batch in batches:
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         launched = launch(batch)
-        hosts_s.append(time.perf_counter() - start_s)
+        hosts_s.append(time.thread_time() - start_s)
         if flying is not None:
             wait(flying)
             steps_s.append(time.perf_counter() - arrived_s)
@@ -104,6 +109,12 @@ def pace(launch, wait, batches) -> tuple[list[float], list[float]]:
         flying = launched
     wait(flying)
     return [*steps_s, time.perf_counter() - arrived_s], hosts_s
+
+
+def spread(name: str, times_s) -> dict:
+    """{name_s: median, name_range_s: [a tenth is below, a tenth is above]}, seconds."""
+    low_s, median_s, high_s = np.percentile(times_s, (10, 50, 90)).tolist()
+    return {f"{name}_s": median_s, f"{name}_range_s": [low_s, high_s]}
 
 
 def measure_steps(job, cfg, launch, wait) -> dict:
@@ -130,13 +141,39 @@ def measure_steps(job, cfg, launch, wait) -> dict:
     }
 
 
+def first_gpu(environ) -> str:
+    """nvidia-smi's name (index, UUID) of the card that a process sees as its first."""
+    return environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+
+
 def clocks() -> str:
     """nvidia-smi's clocks, power and temperature of the first GPU, or why there are none."""
     if not shutil.which("nvidia-smi"):
         return "no nvidia-smi"
-    argv = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else f"nvidia-smi: {done.stderr.strip()}"
+    argv = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    argv.append(f"--id={first_gpu(os.environ)}")
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=SMI_S)
+    except subprocess.TimeoutExpired:
+        return f"nvidia-smi: no answer in {SMI_S:g} s"
+    said = done.stdout.strip()
+    return said if done.returncode == 0 else f"nvidia-smi: {done.stderr.strip() or said}"
+
+
+def run_group(argv, said, limit_s: float, env) -> int | None:
+    """The exit status of a process, or None where it took more than limit_s and was killed.
+
+    What it has started (torch.compile's workers) ends with it: nothing of it slows the next one.
+    """
+    child = subprocess.Popen(argv, stdout=said, stderr=said, env=env, start_new_session=True)
+    try:
+        return child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the group is empty
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def run_child(module: str, job: Job, folder: Path, limit_s: float, env=None) -> dict:
@@ -154,18 +191,13 @@ def run_child(module: str, job: Job, folder: Path, limit_s: float, env=None) -> 
     write_atomic(paths[0], strict_json(dataclasses.asdict(job)))
     argv = [sys.executable, "-m", f"jaxtrain.benchmarks.{module}", *map(str, paths[:2])]
     with open(paths[2], "w+") as said:
-        child = subprocess.Popen(argv, stdout=said, stderr=said, env=os.environ | (env or {}))
-        try:
-            child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return {"error": f"killed: it took more than the {limit_s:.0f} s that were left"}
-        finally:
-            child.kill()
-            child.wait()
-    if child.returncode == 0:
+        status = run_group(argv, said, limit_s, os.environ | (env or {}))
+    if status is None:
+        return {"error": f"killed: it took more than the {limit_s:.0f} s that were left"}
+    if status == 0:
         return json.loads(paths[1].read_text())
     words = paths[2].read_text(errors="replace").strip().splitlines()[-3:]
-    return {"error": f"exit status {child.returncode}: {' | '.join(words)[-600:]}"}
+    return {"error": f"exit status {status}: {' | '.join(words)[-600:]}"}
 
 
 def child_main(kinds: dict, is_oom) -> None:

@@ -1,7 +1,6 @@
 """A child that holds JAX: ceilings, our training step, losses on real text. See job.py."""
 
 import statistics
-import time
 from pathlib import Path
 
 import jax
@@ -10,7 +9,14 @@ import jaxlib
 import numpy as np
 import optax
 
-from jaxtrain.benchmarks.job import child_main, config_of, measure_steps, zipf_tokens
+from jaxtrain.benchmarks.job import (
+    child_main,
+    config_of,
+    measure_steps,
+    pace,
+    spread,
+    zipf_tokens,
+)
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.mesh import batch_sharding
@@ -19,7 +25,7 @@ from jaxtrain.runtime import start_runtime
 from jaxtrain.step import Step, init_state
 from pallas_kernels.bench import ceilings
 
-OPTIMIZER_TURNS = 10
+UPDATES, FIRST = 12, 2  # updates by the optimizer alone, of which the first are not counted
 TRACED = 2  # steps of a trace
 
 
@@ -27,9 +33,20 @@ def is_oom(error) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
+def device_of(job):
+    """The device. Raises RuntimeError where it is no GPU and the job is no trial."""
+    device = jax.devices()[0]
+    if not job.tiny and device.platform != "gpu":
+        raise RuntimeError(
+            f"JAX runs on {device.platform}, so its figures would be another device's. Run pip "
+            'install -e ".[cuda12]" (or cuda13), and leave JAX_PLATFORMS unset.'
+        )
+    return device
+
+
 def about(job) -> dict:
     """The device and what its matrix product and copy reach."""
-    device = jax.devices()[0]
+    device = device_of(job)
     found = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     return found | {"bytes_limit": limit} | ceilings(256 if job.tiny else 8_192)
@@ -42,26 +59,33 @@ def planned_bytes(compiled) -> int:
     return kept + found.temp_size_in_bytes
 
 
-def optimizer_s(run, state) -> float:
-    """Seconds of the optimizer alone, a program of its own; median of turns. Takes the state."""
+def optimizer_times(run, state) -> dict:
+    """Seconds of the optimizer alone, a program of its own; see gpu_rows.shares. Takes the state.
+
+    Updates are launched as steps are, one ahead: waiting for each would count the wait.
+    """
 
     def update(params, opt_state, grads, rates):
         good = jnp.ones((), bool)
         updates, opt_state = run.optimizer.update(grads, opt_state, params, good=good, rates=rates)
-        return optax.apply_updates(params, updates), opt_state
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, jax.tree.leaves(params)[0].ravel()[0]  # to wait for
 
-    params, opt_state, rates = state.params, state.opt_state, run.rates()
-    grads = jax.tree.map(jnp.copy, params)  # random like gradients; its values change no time
-    given = params, opt_state, grads, rates
+    grads = jax.tree.map(jnp.copy, state.params)  # random like gradients; no value changes a time
+    given = state.params, state.opt_state, grads, run.rates()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given
     )
-    step, taken_s = Step(jax.jit(update, donate_argnums=(0, 1)), *abstract), []
-    for _ in range(1 + OPTIMIZER_TURNS):
-        start_s = time.perf_counter()
-        params, opt_state = jax.block_until_ready(step(params, opt_state, grads, rates))
-        taken_s.append(time.perf_counter() - start_s)
-    return statistics.median(taken_s[1:])
+    step = Step(jax.jit(update, donate_argnums=(0, 1)), *abstract)
+    held = list(given)
+
+    def launch(_):
+        *held[:2], done = step(*held)
+        return done
+
+    times_s, hosts_s = pace(launch, jax.block_until_ready, range(UPDATES))
+    host_s = statistics.median(hosts_s[FIRST:])
+    return spread("optimizer", times_s[FIRST:]) | {"optimizer_host_s": host_s}
 
 
 class Ours:
@@ -82,7 +106,7 @@ def train(job) -> dict:
     """Times, memory and the optimizer's share of our step; see job.measure_steps."""
     cfg = config_of(job)
     start_runtime(cfg)
-    device = jax.devices()[0]
+    device = device_of(job)
     run = build_run(cfg, [device])
     step = compile_step(run, job.options)
     planned = planned_bytes(step.compiled)
@@ -97,7 +121,7 @@ def train(job) -> dict:
         tokens = zipf_tokens(0, job.batch, cfg.data.seq_len, cfg.model.V)
         with jax.profiler.trace(job.trace):
             jax.block_until_ready([ours.launch(tokens) for _ in range(TRACED)])
-    found["optimizer_s"] = optimizer_s(run, ours.state)
+    found |= optimizer_times(run, ours.state)
     return found | {"versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__}}
 
 
@@ -105,7 +129,7 @@ def losses(job) -> dict:
     """Each seed's training losses on real text; its first weights go to job.folder for the twin."""
     cfg, found = config_of(job), {}
     start_runtime(cfg)
-    run = build_run(cfg, jax.devices()[:1])
+    run = build_run(cfg, [device_of(job)])
     corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(job.folder))
     step, rates = compile_step(run), run.rates()
     for seed in job.seeds:

@@ -13,6 +13,7 @@ from jaxtrain import fused
 
 MASKED = -1e30  # finite: a row that is masked whole stays finite
 BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive: result and log-sum-exp
 
 
 def _mask(T, S, docs_BT, start=0):
@@ -146,7 +147,7 @@ def attend(route, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
     if route.tiles:  # names its result itself, and the log-sum-exp that belongs to it
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT)
-    if route.implementation == "cudnn":
-        attention = fused.on_heads(attention, mesh)
+    if route.implementation == "cudnn":  # kept as CUDNN_FORWARD; a name would keep it twice
+        return fused.on_heads(attention, mesh)(q_BTHK, k_BTGK, v_BTGK)
     o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK)
     return checkpoint_name(o_BTHK, "attention")

@@ -85,6 +85,24 @@ def build_turn(route, cfg, mesh=None):
     return lambda norm, x_BTHK, rope: kernel(x_BTHK, norm.gain[...], *rope)
 
 
+def build_pair(dense, cfg, mesh=None):
+    """pair(gate, up, x_BTD) -> both Linears' ([B,T,F], [B,T,F]).
+
+    On one GPU by one product, which reads x once and sums its gradient inside: 5.5 % fewer bytes a
+    step at 1.4B. On 8 with fsdp the collectives would take 15 % longer (jaxtrain.plan, jax 0.10.2).
+    The weights are two parameters, stepped and stored apart, either way.
+    """
+    if dense != "plain" or cfg.bias or mesh is not None:
+        return lambda gate, up, x_BTD: (gate(x_BTD), up(x_BTD))
+
+    def pair(gate, up, x_BTD):
+        w_DNF = jnp.stack([gate.w[...], up.w[...]], 1)
+        y_BTNF = jnp.einsum("BTD,DNF->BTNF", x_BTD, w_DNF)
+        return y_BTNF[:, :, 0], y_BTNF[:, :, 1]
+
+    return pair
+
+
 class Norm(nnx.Module):
     """RMS or layer norm, inside in at least float32, where bf16 would lose the mean square."""
 
@@ -205,17 +223,18 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, cfg, dense):
-        self.form = cfg.mlp
+    def __init__(self, cfg, dense, pair):
+        self.form, self.pair = cfg.mlp, pair
         if cfg.mlp == "swiglu":
             self.gate = Linear(cfg, "L|D->F", small_std(cfg), dense)
         self.up = Linear(cfg, "L|D->F", small_std(cfg), dense)
         self.down = Linear(cfg, "L|F->D", residual_std(cfg), dense)
 
     def __call__(self, x_BTD):
-        up = self.up(x_BTD)
         if self.form == "swiglu":  # https://arxiv.org/abs/2002.05202
-            return self.down(jax.nn.silu(self.gate(x_BTD)) * up)
+            gate, up = self.pair(self.gate, self.up, x_BTD)
+            return self.down(jax.nn.silu(gate) * up)
+        up = self.up(x_BTD)
         if self.form == "gelu":  # the tanh form, as GPT-2
             return self.down(jax.nn.gelu(up, approximate=True))
         return self.down(jnp.square(jax.nn.relu(up)))  # https://arxiv.org/abs/2109.08668
@@ -224,12 +243,12 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One layer, pre-norm: h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, cfg, dense, join, turn):
+    def __init__(self, cfg, dense, join, turn, pair):
         self.join = join
         self.attention_norm = Norm(cfg, "L|D")
         self.attention = Attention(cfg, dense, turn)
         self.mlp_norm = Norm(cfg, "L|D")
-        self.mlp = Mlp(cfg, dense)
+        self.mlp = Mlp(cfg, dense, pair)
 
     def __call__(self, h_BTD, rope, mix):
         """Returns ([B,T,D], whatever mix returned beside its output)."""
@@ -251,11 +270,11 @@ def embed_std(cfg) -> float:
 class Transformer(nnx.Module):
     """All parameters; the forward pass over them is in transformer.py."""
 
-    def __init__(self, cfg, dense, join, turn):
+    def __init__(self, cfg, dense, join, turn, pair):
         self.embed = param(cfg, "V|D", embed_std(cfg))
         if cfg.position == "learned":
             self.positions = param(cfg, "T|D", embed_std(cfg))
-        self.blocks = Block(cfg, dense, join, turn)
+        self.blocks = Block(cfg, dense, join, turn, pair)
         self.final_norm = Norm(cfg, "|D")
         if not cfg.tied:  # logits of standard deviation 1/sqrt(D): the first loss is ln V
             self.head = param(cfg, "|V<-D", 1 / cfg.D)

@@ -17,13 +17,28 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.mesh import BATCH, param_spec
-from jaxtrain.model.attention import MASKED, attend
-from jaxtrain.model.layers import Transformer, build_join, build_turn, lookup, rope_tables
+from jaxtrain.model.attention import CUDNN_FORWARD, MASKED, attend
+from jaxtrain.model.layers import (
+    Transformer,
+    build_join,
+    build_pair,
+    build_turn,
+    lookup,
+    rope_tables,
+)
 
 policies = jax.checkpoint_policies
+_named = policies.save_only_these_names("attention", "attention_lse")
+
+
+def _is_cudnn(primitive, *_, **__):
+    """cuDNN's log-sum-exp cannot be named, and without it the backward runs the forward again."""
+    return primitive.name == CUDNN_FORWARD
+
+
 REMAT = {
     "dots": policies.dots_with_no_batch_dims_saveable,
-    "attention": policies.save_only_these_names("attention", "attention_lse"),
+    "attention": policies.save_from_both_policies(_named, _is_cudnn),
     "full": policies.nothing_saveable,
 }  # and "none": no checkpoint at all
 
@@ -87,7 +102,8 @@ class _Network:
         dense = routes["dense"].implementation
         join = build_join(routes["norm"], cfg, self.mesh)
         turn = build_turn(routes.get("qk_rope"), cfg, self.mesh)
-        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense, join, turn))
+        pair = build_pair(dense, cfg, self.mesh)
+        abstract = nnx.eval_shape(lambda: Transformer(cfg, dense, join, turn, pair))
         self.state = nnx.split(abstract, nnx.Param)[1]
         self.axes = tree_of(self.state, lambda _, variable: variable.get_metadata()["axes"])
         self.shapes = tree_of(self.state, lambda _, variable: variable.get_value())
