@@ -158,11 +158,15 @@ def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_several():
     assert products(build_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])) == products(None) + 1
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("remat, times", [("none", 1), ("attention", 1), ("full", 2)])
-def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(remat, times, monkeypatch):
+def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(
+    remat, times, devices, monkeypatch
+):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)  # tracing wants no more of it
     cfg = ModelConfig(**SMALL | dict(remat=remat, dtype="bfloat16"))
-    model = build_model(cfg, choose_routes(cfg, False, "gpu", False))
+    mesh = None if devices == 1 else build_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
+    model = build_model(cfg, choose_routes(cfg, False, "gpu", False), mesh)
     traced = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, tokens_of()).sum()))
     assert str(traced(model.shapes)).count(f"{CUDNN_FORWARD}[") == times
 
