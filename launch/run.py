@@ -14,9 +14,7 @@ ssh and rsync. hosts.toml: see launch/inventory.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -25,15 +23,15 @@ from launch.fleet import Fleet, HostError
 from launch.host.lead import Policy
 from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
-from launch.job import PYTHON, Job, jobs_folder
+from launch.job import PYTHON, Job
+from launch.operate import ask_stop, follow, list_jobs, status, stop
 from launch.preflight import preflight
 from launch.prepare import prepare, read_constraints, read_env, show
 from launch.ship import read_code, ship
-from launch.watch import Watch, note
+from launch.watch import note
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
 LEASE_S = 30.0
-GONE_S = 30.0  # for the last processes to be seen gone
 POLICY_HELP = {
     "restarts": "attempts after the first, before the job gives up",
     "backoff_s": "seconds before the first restart; doubles each time",
@@ -138,99 +136,12 @@ def begin(job, code, shared, as_json, detach) -> int:
         if failed:
             raise HostError("\n".join(failed))
     except (HostError, KeyboardInterrupt):
-        fleet.everywhere(lambda host: _ask_stop(fleet, job, host, "not all hosts started", True))
+        fleet.everywhere(lambda host: ask_stop(fleet, job, host, "not all hosts started", True))
         raise
     if detach:
         note(f"it runs by itself: python -m launch.run attach {job.id}")
         return 0
     return follow(job, as_json)
-
-
-def follow(job, as_json) -> int:
-    """The job's log until its end; its exit status. Ctrl-C asks what to do."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    while True:
-        watch = Watch(fleet, job, as_json)
-        try:
-            outcome = watch.run()
-            break
-        except KeyboardInterrupt:
-            if _asked_to_leave(fleet, job):
-                return 0
-    return conclude(fleet, job, outcome)
-
-
-def _asked_to_leave(fleet, job) -> bool:
-    """Detach or stop? True where the operator leaves the job to itself."""
-    if not sys.stdin.isatty():
-        stop(job, now=False)
-        return False
-    try:
-        answer = input("\n[d]etach, [s]top after a save, or Enter to go on: ").strip().lower()
-    except (EOFError, KeyboardInterrupt):
-        answer = "s"
-    if answer.startswith("s"):
-        stop(job, now=False)
-    if answer.startswith("d"):
-        fleet.call_everywhere({"op": "detach", "job": job.id})
-        note(f"it goes on: python -m launch.run attach {job.id}")
-    return answer.startswith("d")
-
-
-def conclude(fleet, job, outcome) -> int:
-    """Sees that nothing of the job is left on any host, and says how it ended."""
-    left = {}
-    deadline = time.monotonic() + GONE_S
-    while time.monotonic() < deadline:
-        found = fleet.everywhere(lambda h: fleet.call(h, {"op": "status", "job": job.id}, 15))
-        left = {
-            h.name: f.get("processes") for h, f in found.items() if not isinstance(f, HostError)
-        }
-        if not any(left.values()):
-            break
-        time.sleep(0.5)
-    unseen = [host.name for host in job.hosts if host.name not in left]
-    alive = {name: pids for name, pids in left.items() if pids}
-    job.change(outcome=outcome)
-    note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
-    note(f"why: {outcome['why']}")
-    gone = "no process of it is left on any host" if not unseen else f"not seen: {unseen}"
-    note(f"STILL ALIVE {alive}" if alive else gone)
-    return outcome["code"]
-
-
-def _ask_stop(fleet, job, host, why, kill):
-    return fleet.call(host, {"op": "stop", "job": job.id, "why": why, "kill": kill}, 30)
-
-
-def stop(job, now: bool) -> int:
-    """Asks every host, so that one that is out of reach does not keep the job alive."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    why = "now" if now else "the operator asked"
-    answers = fleet.everywhere(lambda host: _ask_stop(fleet, job, host, why, False))
-    for answer in answers.values():
-        if isinstance(answer, HostError):
-            note(str(answer))
-    if all(isinstance(answer, HostError) for answer in answers.values()):
-        raise HostError("no host answered: the job was not told to stop. Try again.")
-    return 0
-
-
-def status(job, as_json) -> int:
-    """What each host says of the job."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
-    for host, answer in found.items():
-        answer = {"error": str(answer)} if isinstance(answer, HostError) else answer
-        if as_json:
-            print(json.dumps({"host": host.name} | answer))
-            continue
-        ranks = answer.get("report", {}).get("ranks", [])
-        steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
-        state = answer.get("error") or (answer.get("outcome") or {}).get("why") or steps or "idle"
-        alive = "supervised" if answer.get("alive") else "no supervisor"
-        print(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
-    return 0
 
 
 def resume(job, as_json) -> int:
@@ -250,20 +161,6 @@ def resume(job, as_json) -> int:
     )
     note(f"job {new.id} goes on with {job.id}")
     return begin(new, code, record.get("shared", ""), as_json, job.policy.lease_s == 0)
-
-
-def list_jobs() -> int:
-    for path in sorted(jobs_folder().iterdir()):
-        with contextlib.suppress(ValueError):
-            record = Job(path.name).record
-            ended = record.get("outcome")
-            state = (
-                f"exit {ended['code']}: {ended['why'].splitlines()[0]}"
-                if ended
-                else "not seen to end"
-            )
-            print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
-    return 0
 
 
 def main(argv=None) -> int:

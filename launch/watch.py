@@ -91,7 +91,7 @@ class Follower(threading.Thread):
 
 
 class Watch:
-    """All followers of a job, and what is printed of them.
+    """All followers of a job, and what is printed of them; a context, in which they follow.
 
     Args:
         as_json: prints {"host", "line"} objects in place of prefixed lines.
@@ -106,25 +106,28 @@ class Watch:
         self._away: set = set()
         self._causes = collections.deque(maxlen=8)
 
-    def run(self) -> dict:
-        """Prints the job until it ends; returns its outcome {"code", "why"}."""
+    def __enter__(self):
         for follower in self.followers:
             follower.start()
-        try:
-            while True:
-                try:
-                    host, data = self.events.get(timeout=0.5)
-                except queue.Empty:
-                    outcome = self._outcome()
-                    if outcome:
-                        return outcome
-                    self._tell_of_absence()
-                    continue
-                if data:
-                    self.show(host, data)
-        finally:
-            for follower in self.followers:
-                follower.close()
+        return self
+
+    def __exit__(self, *exc):
+        for follower in self.followers:
+            follower.close()
+
+    def run(self) -> dict:
+        """Prints the job until it ends; returns its outcome {"code", "why"}."""
+        while True:
+            try:
+                host, data = self.events.get(timeout=0.5)
+            except queue.Empty:
+                outcome = self._outcome()
+                if outcome:
+                    return outcome
+                self._tell_of_absence()
+                continue
+            if data:
+                self.show(host, data)
 
     def show(self, host, data: bytes):
         for line in self._lines[host].feed(data).splitlines():

@@ -1,0 +1,109 @@
+"""What an operator does with a job: on real hosts (namespaces with sshd), at a real terminal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bed as beds
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+for step in range(1, int(sys.argv[1]) + 1):
+    time.sleep(0.05)
+    beat = {"beats": step, "step": step, "phase": "train", "time": time.time(), "step_s": 0.05}
+    with open(os.environ["JAXTRAIN_BEAT"] + ".new", "w") as file:
+        json.dump(beat, file)
+    os.replace(os.environ["JAXTRAIN_BEAT"] + ".new", os.environ["JAXTRAIN_BEAT"])
+    print("step", step)
+"""
+reason = beds.available()
+pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+
+
+@pytest.fixture(scope="module")
+def bed():
+    with beds.Bed(1) as made:
+        made.inventory(made.folder / "hosts.toml")
+        code = made.folder / "code"
+        code.mkdir()
+        (code / "program.py").write_text(PROGRAM)
+        git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
+        for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
+            subprocess.run([*git, *argv], check=True)
+        yield made
+
+
+class Terminal:
+    """A command of launch.run at a terminal of its own: `said` grows, `type` answers."""
+
+    def __init__(self, bed, *argv):
+        env = {"JAXTRAIN_JOBS": str(bed.folder / "jobs"), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"XDG_RUNTIME_DIR": str(bed.folder)} | env
+        self._ours, theirs = os.openpty()
+        argv = ["setsid", "--ctty", sys.executable, "-m", "launch.run", *argv]
+        ends = dict(stdin=theirs, stdout=theirs, stderr=theirs)
+        self.process = subprocess.Popen(argv, cwd=bed.folder, env=env, **ends)
+        os.close(theirs)
+        os.set_blocking(self._ours, False)
+        self.said = ""
+
+    def _read(self):
+        try:
+            self.said += os.read(self._ours, 1 << 16).decode(errors="replace")
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:  # EIO: the command has ended
+            return False
+        return True
+
+    def until(self, text, limit_s=60):
+        deadline = time.monotonic() + limit_s
+        while text not in self.said:
+            assert time.monotonic() < deadline and self._read(), self.said
+        return self
+
+    def type(self, keys):
+        os.write(self._ours, keys.encode())
+
+    def end(self, code):
+        while self._read():
+            pass
+        os.close(self._ours)
+        assert self.process.wait(60) == code, self.said
+        return self.said
+
+    @property
+    def job(self):
+        return re.search(r"job (\d{4}-\d{6}-\w{4}):", self.said)[1]
+
+
+def start(bed, *options, steps=10_000):
+    common = [f"--hosts={bed.folder / 'hosts.toml'}", f"--ssh_config={bed.ssh_config}"]
+    common += [f"--code={bed.folder / 'code'}", "--module=program", "--backoff_s=0"]
+    return Terminal(bed, *common, *options, "--", str(steps))
+
+
+def held(bed, job, name):
+    """A JSON file of the job's folder on its host."""
+    return json.loads(bed.run("h0", "cat", f"/root/jaxtrain/jobs/{job}/{name}"))
+
+
+def test_a_job_hears_its_operator_while_he_is_asked_what_to_do_and_goes_on_when_let_go(bed):
+    terminal = start(bed).until("| step 3")
+    terminal.type("\x03")
+    terminal.until("[d]etach")
+    lease = f"/root/jaxtrain/jobs/{terminal.job}/lease"
+    time.sleep(6.0)  # renewed every 2 s
+    age_s = time.time() - float(bed.run("h0", "stat", "-c", "%Y", lease))
+    terminal.type("d\n")
+    assert "it goes on" in terminal.end(0) and age_s < 4.5
+    assert bed.run("h0", "find", lease[:-5], "-name", "lease") == ""
+    assert held(bed, terminal.job, "status.json")["outcome"] is None
+    Terminal(bed, "stop", terminal.job).end(0)
