@@ -12,16 +12,28 @@ from launch.watch import Watch, note
 GONE_S = 30.0  # for the last processes to be seen gone
 
 
-def follow(job, as_json) -> int:
-    """The job's log until its end; its exit status. Ctrl-C asks what to do."""
+def follow(job, as_json, whole=False) -> int:
+    """The job's log until its end; its exit status. Ctrl-C asks what to do.
+
+    Args:
+        whole: the log from its first byte on, as a reader: Ctrl-C ends the reading alone.
+
+    Raises:
+        ValueError: the job never started.
+    """
+    if not job.record.get("begun"):
+        raise ValueError(
+            f"job {job.id} never started: there is no log of it. `launch.run resume {job.id}` "
+            "starts what it was to run."
+        )
     fleet = Fleet(job.hosts, job.ssh_config)
-    with Watch(fleet, job, as_json) as watch:
+    with Watch(fleet, job, as_json, whole) as watch:
         outcome = None
         while not outcome:
             try:
                 outcome = watch.run()
             except KeyboardInterrupt:  # the followers live on: they renew the lease meanwhile
-                if _asked_to_leave(fleet, job):
+                if whole or _asked_to_leave(fleet, job):
                     return 0
     return conclude(fleet, job, outcome)
 
@@ -113,6 +125,8 @@ def list_jobs() -> int:
                 f"exit {ended['code']}: {ended['why'].splitlines()[0]}"
                 if ended
                 else "not seen to end"
+                if record.get("begun")
+                else "never started"
             )
             print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
     return 0

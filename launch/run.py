@@ -3,7 +3,7 @@
     python -m launch.run --hosts=hosts.toml -- --config=configs/gpt_124m.py
     python -m launch.run attach JOB      goes on with its log, no line lost or doubled
     python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
-    python -m launch.run logs JOB        the whole log, and what is new
+    python -m launch.run logs JOB        the whole log, and what is new; to read alone
     python -m launch.run stop JOB        saves and stops; --now does not save
     python -m launch.run resume JOB      the same command as a new job, from its checkpoint
 
@@ -20,7 +20,7 @@ import sys
 import time
 
 from launch.fleet import Fleet, HostError
-from launch.host.lead import Policy
+from launch.host.lead import STOPPED, Policy
 from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
 from launch.job import PYTHON, Job
@@ -130,13 +130,16 @@ def begin(job, code, shared, as_json, detach) -> int:
     job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
     note(f"code is on every host, {time.monotonic() - clock:.1f} s")
     prepare(fleet, job, code)
+    job.change(begun=time.time())
     try:
         answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
         if failed:
             raise HostError("\n".join(failed))
-    except (HostError, KeyboardInterrupt):
-        fleet.everywhere(lambda host: ask_stop(fleet, job, host, "not all hosts started", True))
+    except BaseException:  # an interrupt, and SIGTERM, too
+        why = "not all hosts started"
+        job.change(outcome={"code": STOPPED, "why": why})  # so that nothing starts it again
+        fleet.everywhere(lambda host: ask_stop(fleet, job, host, why, True))
         raise
     if detach:
         note(f"it runs by itself: python -m launch.run attach {job.id}")
@@ -172,12 +175,9 @@ def main(argv=None) -> int:
         if args.job is None:
             return list_jobs()
         job = Job(args.job)
-        if args.verb == "logs":
-            for host in job.hosts:
-                job.log(host).unlink(missing_ok=True)  # read anew, from the first byte kept
         verbs = {
             "attach": lambda: follow(job, args.json),
-            "logs": lambda: follow(job, args.json),
+            "logs": lambda: follow(job, args.json, whole=True),
             "status": lambda: status(job, args.json),
             "stop": lambda: stop(job, args.now),
             "resume": lambda: resume(job, args.json),

@@ -5,6 +5,7 @@ leaves its children to the keeper, which ends them and starts another worker.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from launch.host.ranks import Ranks
 TURN_S = 0.1
 REPORT_S = 0.5
 STATUS_S = 2.0
+KEEPER = "keeper"  # file that the keeper and its worker hold locked
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
@@ -232,5 +234,6 @@ def start_detached(folder: Path) -> None:
     for number, target in ((0, null), (1, null), (2, errors)):
         os.dup2(target, number)
     os.closerange(3, 256)
+    fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     os.chdir("/")
     os._exit(keep(folder))
