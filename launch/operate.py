@@ -6,6 +6,7 @@ import sys
 import time
 
 from launch.fleet import Fleet, HostError
+from launch.host.lead import NOW
 from launch.job import Job, jobs_folder
 from launch.watch import Watch, note
 
@@ -84,7 +85,7 @@ def ask_stop(fleet, job, host, why, kill):
 def stop(job, now: bool) -> int:
     """Asks every host, so that one that is out of reach does not keep the job alive."""
     fleet = Fleet(job.hosts, job.ssh_config)
-    why = "now" if now else "the operator asked"
+    why = NOW if now else "the operator asked"
     _tell(fleet, lambda host: ask_stop(fleet, job, host, why, False), "told to stop")
     return 0
 

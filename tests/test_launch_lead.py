@@ -197,3 +197,14 @@ def test_a_supervisor_that_was_killed_is_named():
     play.extra[1] = {"orphaned": True, "ranks": []}
     play.go(3)
     assert play.causes() == ["ROOT CAUSE h1: its supervisor was killed"]
+
+
+def test_a_stop_that_shall_not_save_overtakes_one_that_shall():
+    play = Play(grace_s=600, stall_s=1000)
+    play.go(2)
+    play.extra[0] = {"stop": "the operator asked"}
+    assert play.go(2)["do"] == "term"
+    play.extra[1] = {"stop": "now"}
+    assert play.go(1)["do"] == "kill"
+    play.extra[1] = {}
+    assert play.go(1)["do"] == "kill"  # and is not overtaken by it

@@ -11,6 +11,7 @@ from launch.host.blame import SURE, Cause, find_cause
 
 PREEMPTED = 75
 STOPPED = 143  # 128 + SIGTERM: stopped before there was anything to save
+NOW = "now"  # the reason of a stop that does not wait for a save, whatever was asked before
 PHASE_LIMIT_S = {"train": None, "save": 600.0, "eval": 1800.0}  # None: Policy.stall_s
 SETTLE_S = 1.5  # for the evidence of the other hosts
 DUMP_S = 2.0  # for stacks to reach the log
@@ -57,8 +58,9 @@ class Leader:
     def hear(self, report: dict, now: float) -> None:
         self.reports[report["host"]] = report
         self._heard_at[report["host"]] = now
-        if report.get("stop") and not self._stop:
-            self._ask_stop(report["stop"], now)
+        stop = report.get("stop")
+        if stop and (not self._stop or (stop == NOW and self._stop != NOW)):
+            self._ask_stop(stop, now)
 
     def _ask_stop(self, why: str, now: float):
         self._stop, self._stop_at = why, now
@@ -71,7 +73,7 @@ class Leader:
         do = {"gather": "kill", "pause": "kill", "settle": "run", "dump": "dump"}
         do = do.get(self.state, self.state)
         if self.state == "run" and self._stop:
-            do = "kill" if self._stop == "now" or not self._can_save() else "term"
+            do = "kill" if self._stop == NOW or not self._can_save() else "term"
         return {"attempt": self.attempt, "do": do, "world": self.world, "outcome": self.outcome}
 
     def _go(self, state: str, now: float):
