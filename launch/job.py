@@ -11,6 +11,7 @@ from launch.host.lead import Policy
 from launch.inventory import Host
 
 PYTHON = "{python}"  # in an argv: the host's own
+TRAINER = "jaxtrain.train"  # the program whose flags name data, and which beats
 PORTS = range(20_000, 30_000)  # below Linux's range of ports given to clients
 
 
@@ -73,6 +74,7 @@ class Job:
             "argv": [python if part == PYTHON else part for part in record["argv"]],
             "env": network_of(host) | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
             "cwd": record["folders"][host.name],
+            "beats": TRAINER in record["argv"][:3],
         }
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}

@@ -109,6 +109,17 @@ def test_a_job_that_was_killed_at_its_start_is_not_started_by_a_later_request(jo
     assert follow(job)["why"] == "not all hosts started" and not tree.marked(job.id)
 
 
+def test_a_trainer_that_hangs_in_its_imports_is_stuck_after_the_time_for_a_start(job, tmp_path):
+    (tmp_path / "jaxtrain").mkdir()
+    (tmp_path / "jaxtrain" / "train.py").write_text("import time\ntime.sleep(100)\n")
+    job.record["argv"] = [PYTHON, "-m", "jaxtrain.train"]
+    job.record["policy"] |= {"restarts": 0, "start_s": 1.0}
+    [host] = job.hosts
+    Here(job.hosts).call(host, job.request(host))
+    outcome = follow(job)
+    assert outcome["code"] == 124 and "before its first sign of life" in outcome["why"]
+
+
 def test_a_job_that_never_started_is_refused_and_not_waited_for(job):
     job.change(begun=None)
     with pytest.raises(ValueError, match=f"job {job.id} never started"):

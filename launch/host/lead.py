@@ -103,22 +103,31 @@ class Leader:
     # --- the states
 
     def _gather(self, now: float):
-        """Waits until every host is there with nothing of the job running."""
+        """Waits until every host is there with nothing of the job running.
+
+        A host with a process that cannot be killed is as one that is away.
+        """
         if self._stop:
             return self._end(now, STOPPED, self._stop)
         present = sorted(self._present(now))
-        clean = all(self.reports[host]["clean"] for host in present)
-        missing = sorted(set(range(len(self.names))) - set(present))
+        free = [host for host in present if self.reports[host]["clean"]]
+        missing = sorted(set(range(len(self.names))) - set(free))
         waited = now - self._since
         if missing and waited > self.policy.wait_s:
-            away = ", ".join(self.names[host] for host in missing)
-            return self._end(now, 113, f"{away} did not come within {self.policy.wait_s:.0f} s")
+            unclean = [self.names[host] for host in missing if host in present]
+            away = [self.names[host] for host in missing if host not in present]
+            why = [f"{', '.join(away)} did not come"] * bool(away)
+            why += [f"{', '.join(unclean)} must reboot (a process cannot be killed)"] * bool(
+                unclean
+            )
+            text = f"{', '.join(why)} within {self.policy.wait_s:.0f} s"
+            return self._end(now, 113, text)
         patience = 2 * self.policy.lost_s
         fewer = self.policy.on_loss == "fewer" and waited > patience and self.attempt > 1
-        if not clean or now < self._not_before or (missing and not fewer) or 0 in missing:
+        if now < self._not_before or (missing and not fewer) or 0 in missing:
             return None
-        self.world = {"members": present, "coordinator": self._new_coordinator()}
-        self._say(f"attempt {self.attempt}: {' '.join(self.names[host] for host in present)}")
+        self.world = {"members": free, "coordinator": self._new_coordinator()}
+        self._say(f"attempt {self.attempt}: {' '.join(self.names[host] for host in free)}")
         self.cause = None
         return self._go("run", now)
 
@@ -136,7 +145,7 @@ class Leader:
             saved = set(codes) <= {0, PREEMPTED}
             return self._end(now, PREEMPTED if saved else STOPPED, self._stop)
         if all_here and set(codes) <= {0, PREEMPTED}:
-            return self._again(now, "preempted by a signal that was not ours")
+            return self._again(now, "preempted by a signal that was not ours", PREEMPTED)
         self.cause = self._find_cause(now)
         if self.cause:
             self._say(f"noticed: {self.cause.text.splitlines()[0]}")
@@ -189,18 +198,19 @@ class Leader:
             return self._end(now, cause.code, text)
         if cause.kind == "lost" and self.policy.on_loss == "stop":
             return self._end(now, cause.code, cause.text)
-        if self.restarts >= self.policy.restarts:
-            text = f"{cause.text}\nno restart left of {self.policy.restarts}"
-            return self._end(now, cause.code, text)
-        return self._again(now, cause.text.splitlines()[0])
+        return self._again(now, cause.text, cause.code)
 
-    def _again(self, now: float, why: str):
+    def _again(self, now: float, why: str, code: int):
+        """A restart; where none is left, the job's end with this code."""
+        if self.restarts >= self.policy.restarts:
+            return self._end(now, code, f"{why}\nno restart left of {self.policy.restarts}")
         pause = min(300.0, self.policy.backoff_s * 2**self.restarts)
         self.restarts += 1
         self.attempt += 1
         self._not_before = now + pause
-        self._say(f"restart {self.restarts} of {self.policy.restarts} in {pause:.0f} s: {why}")
-        self._go("gather", now)
+        which = f"restart {self.restarts} of {self.policy.restarts}"
+        self._say(f"{which} in {pause:.0f} s: {why.splitlines()[0]}")
+        return self._go("gather", now)
 
     def _end(self, now: float, code=None, why=""):
         """Ends the job; hosts kill what is left of it. Once ended, it stays so."""

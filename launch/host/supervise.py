@@ -25,6 +25,7 @@ STATUS_S = 2.0
 KEEPER = "keeper"  # file that the keeper and its worker hold locked
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
+UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
 
 
@@ -50,6 +51,7 @@ class Supervisor:
         self._wish = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._wished_at = time.monotonic()
         self._stuck_pids: list[int] = []
+        self._over_at = 0.0
         self._told_at = self._ended_at = self._written_at = 0.0
         first = self.job["hosts"][0]
         former = read_json(folder / "status.json")  # of a worker or a power supply that failed
@@ -113,11 +115,16 @@ class Supervisor:
                 if now - self._written_at >= STATUS_S:
                     self._write_status(report)
             outcome = self._wish["outcome"]
-            if outcome and not self.ranks.left():
+            if outcome and not self._waits_for(now):
                 self._ended_at = self._ended_at or now
                 if not self.leads or self._all_know() or now - self._ended_at > 10:
                     self._write_status(self.report(), outcome)
                     return outcome["code"]
+
+    def _waits_for(self, now: float) -> list[int]:
+        """What lives of the job after its end, for as long as it may still die."""
+        self._over_at = self._over_at or now
+        return self.ranks.left() if now - self._over_at < UNKILLABLE_S else []
 
     def _consult(self, report: dict, now: float) -> None:
         if self.leads:
