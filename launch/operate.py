@@ -100,6 +100,21 @@ def _tell(fleet, function, what: str) -> None:
         raise HostError(f"no host answered: the job was not {what}. Try again.")
 
 
+def refuse_while_alive(job) -> None:
+    """Raises HostError unless every host says that nothing of the job lives there."""
+    fleet, problems = Fleet(job.hosts, job.ssh_config), []
+    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
+    for host, answer in found.items():
+        if isinstance(answer, HostError):
+            problems.append(str(answer))
+        elif answer.get("alive") or answer["processes"]:
+            problems.append(f"{host.name}: it still runs there")
+    if problems:
+        what = f"job {job.id} must have ended on every host before it is resumed: two jobs would "
+        what += f"write to one run directory. `python -m launch.run stop {job.id}` ends it."
+        raise HostError("\n".join([what, *problems]))
+
+
 def status(job, as_json) -> int:
     """What each host says of the job."""
     fleet = Fleet(job.hosts, job.ssh_config)

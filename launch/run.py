@@ -5,7 +5,8 @@
     python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
     python -m launch.run logs JOB        the whole log, and what is new; to read alone
     python -m launch.run stop JOB        saves and stops; --now does not save
-    python -m launch.run resume JOB      the same command as a new job, from its checkpoint
+    python -m launch.run resume JOB      the same command as a new job, from its checkpoint,
+                                         with the code of now; the job must have ended
 
 What follows `--` are flags of the program (jaxtrain.train). The job's exit status is this
 command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, else the root cause's.
@@ -23,8 +24,8 @@ from launch.fleet import Fleet, HostError
 from launch.host.lead import STOPPED, Policy
 from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
-from launch.job import PYTHON, Job
-from launch.operate import ask_stop, follow, list_jobs, status, stop
+from launch.job import PYTHON, TRAINER, Job
+from launch.operate import ask_stop, follow, list_jobs, refuse_while_alive, status, stop
 from launch.preflight import preflight
 from launch.prepare import prepare, read_constraints, read_env, show
 from launch.ship import read_code, ship
@@ -61,12 +62,18 @@ def parse(argv):
         parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
         if ours[0] == "stop":
             parser.add_argument("--now", action="store_true", help="kill, do not save")
-        return parser.parse_args(ours), flags
+        args = parser.parse_args(ours)
+        if flags:
+            parser.error(
+                f"{args.verb} takes no flags of the program; got {flags}. A new job with other "
+                "flags and the same --config.workdir goes on from its checkpoint."
+            )
+        return args, flags
     parser.set_defaults(verb="start")
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
-    parser.add_argument("--module", default="jaxtrain.train", help="what Python runs with -m")
+    parser.add_argument("--module", default=TRAINER, help="what Python runs with -m")
     parser.add_argument("--detach", action="store_true", help="return once it runs")
     parser.add_argument(
         "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
@@ -95,39 +102,45 @@ def start(args, flags) -> int:
     env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
     policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
-    job = Job.create(
+    job = create(
         inventory.hosts,
         policy,
         args.ssh_config,
+        code,
         ranks_per_host=inventory.ranks_per_host,
         argv=[PYTHON, "-m", args.module, *flags],
         env=env,
         env_build=read_constraints(args.env_build),
         env_extras=[extra for extra in args.env_extras.split(",") if extra],
-        commit=code.commit,
-        code=code.hash,
-        folders={},
+        shared=args.shared,
     )
+    return begin(job, code, args.json, args.detach)
+
+
+def create(hosts, policy, ssh_config, code, **record) -> Job:
+    """A new job's record, with what its code is and where it came from."""
+    of_code = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
+    job = Job.create(hosts, policy, ssh_config, **record, **of_code, folders={})
     (job.folder / "code.patch").write_text(code.patch)
     dirty = ", with changes of its own: code.patch" if code.patch else ""
     note(f"job {job.id}: {job.folder}")
     note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{dirty}")
-    return begin(job, code, args.shared, args.json, args.detach)
+    return job
 
 
-def begin(job, code, shared, as_json, detach) -> int:
+def begin(job, code, as_json, detach) -> int:
     """Preflight, ship and start of a job that is on record; then its log."""
     fleet = Fleet(job.hosts, job.ssh_config)
     clock = time.monotonic()
     build = bool(job.record.get("env_build"))
-    findings = preflight(fleet, job.record["port"], shared, build=build)
+    findings = preflight(fleet, job.record["port"], job.record["shared"], build=build)
     note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
     show(findings)
     scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
     job.change(scopes=scopes)
     clock = time.monotonic()
     folders = ship(fleet, code)
-    job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
+    job.change(folders={host.name: folder for host, folder in folders.items()})
     note(f"code is on every host, {time.monotonic() - clock:.1f} s")
     prepare(fleet, job, code)
     job.change(begun=time.time())
@@ -148,22 +161,19 @@ def begin(job, code, shared, as_json, detach) -> int:
 
 
 def resume(job, as_json) -> int:
-    """A new job of the same hosts, program and flags, with the working tree's code of now."""
+    """A new job of the same hosts, program and flags, with its working tree's code of now.
+
+    Raises:
+        HostError: something of the job lives, or a host does not say.
+    """
+    refuse_while_alive(job)
     record = job.record
-    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras")
-    kept = {key: record[key] for key in names if key in record}
-    code = read_code(".")
-    new = Job.create(
-        job.hosts,
-        job.policy,
-        job.ssh_config,
-        **kept,
-        commit=code.commit,
-        code=code.hash,
-        folders={},
-    )
+    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
+    kept = {key: record[key] for key in names}
+    code = read_code(record["tree"])
+    new = create(job.hosts, job.policy, job.ssh_config, code, **kept)
     note(f"job {new.id} goes on with {job.id}")
-    return begin(new, code, record.get("shared", ""), as_json, job.policy.lease_s == 0)
+    return begin(new, code, as_json, job.policy.lease_s == 0)
 
 
 def main(argv=None) -> int:

@@ -11,6 +11,8 @@ from pathlib import Path
 import bed as beds
 import pytest
 
+from launch import run
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, os, signal, sys, time
@@ -79,15 +81,19 @@ class Terminal:
         assert self.process.wait(60) == code, self.said
         return self.said
 
-    @property
-    def job(self):
-        return re.search(r"job (\d{4}-\d{6}-\w{4}):", self.said)[1]
 
-
-def start(bed, *options, steps=10_000):
+def command(bed, *options, steps=10_000):
     common = [f"--hosts={bed.folder / 'hosts.toml'}", f"--ssh_config={bed.ssh_config}"]
     common += [f"--code={bed.folder / 'code'}", "--module=program", "--backoff_s=0"]
-    return Terminal(bed, *common, *options, "--", str(steps))
+    return [*common, *options, "--", str(steps)]
+
+
+def start(bed, *options):
+    return Terminal(bed, *command(bed, *options))
+
+
+def job_of(said):
+    return re.search(r"job (\d{4}-\d{6}-\w{4}):", said)[1]
 
 
 def held(bed, job, name):
@@ -99,11 +105,34 @@ def test_a_job_hears_its_operator_while_he_is_asked_what_to_do_and_goes_on_when_
     terminal = start(bed).until("| step 3")
     terminal.type("\x03")
     terminal.until("[d]etach")
-    lease = f"/root/jaxtrain/jobs/{terminal.job}/lease"
+    job = job_of(terminal.said)
+    lease = f"/root/jaxtrain/jobs/{job}/lease"
     time.sleep(6.0)  # renewed every 2 s
     age_s = time.time() - float(bed.run("h0", "stat", "-c", "%Y", lease))
     terminal.type("d\n")
     assert "it goes on" in terminal.end(0) and age_s < 4.5
     assert bed.run("h0", "find", lease[:-5], "-name", "lease") == ""
-    assert held(bed, terminal.job, "status.json")["outcome"] is None
-    Terminal(bed, "stop", terminal.job).end(0)
+    assert held(bed, job, "status.json")["outcome"] is None
+    Terminal(bed, "stop", job).end(0)
+
+
+def test_a_resumed_job_has_ended_and_takes_its_own_tree_as_it_is_now(bed):
+    first = start(bed, "--detach").end(0)
+    job = job_of(first)
+    said = Terminal(bed, "resume", job).end(1)
+    assert "h0: it still runs there" in said and f"launch.run stop {job}" in said
+    Terminal(bed, "stop", job).end(0)
+    Terminal(bed, "attach", job).end(75)
+    with open(bed.folder / "code" / "program.py", "a") as program:
+        program.write("# of now\n")
+    resumed = job_of(Terminal(bed, "resume", job).end(0))
+    assert "+# of now" in (bed.folder / "jobs" / resumed / "code.patch").read_text()
+    Terminal(bed, "stop", resumed).end(0)
+    assert "attempts" in Terminal(bed, "attach", resumed).end(75)
+
+
+@pytest.mark.parametrize("verb", ["attach", "status", "logs", "stop", "resume"])
+def test_flags_that_a_verb_would_drop_are_refused(verb, capsys):
+    with pytest.raises(SystemExit):
+        run.parse([verb, "1125-142201-9f3c", "--", "--config.steps=20000"])
+    assert f"{verb} takes no flags of the program" in capsys.readouterr().err

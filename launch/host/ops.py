@@ -96,11 +96,11 @@ def status(request) -> dict:
     """The job's status; `alive` is looked at now, as is what lives of the job."""
     folder = job_folder(request)
     if not (folder / "job.json").exists():
-        return {"known": False}
+        return {"known": False, "processes": tree.marked(request["job"])}
     found = read_json(folder / "status.json")
     return found | {
         "known": True,
-        "alive": is_running(folder),
+        "alive": is_kept(folder),
         "processes": tree.marked(request["job"]),
         "log_bytes": log.size(folder / "log"),
     }
