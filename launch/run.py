@@ -96,8 +96,8 @@ def parse(argv):
     return parser.parse_args(ours), flags
 
 
-def start(args, flags) -> int:
-    """Looks, sends, starts and follows a new job."""
+def start(args, flags) -> tuple[Job, int]:
+    """Looks, sends, starts and follows a new job; the job and its exit status."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
     env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
@@ -114,7 +114,7 @@ def start(args, flags) -> int:
         env_extras=[extra for extra in args.env_extras.split(",") if extra],
         shared=args.shared,
     )
-    return begin(job, code, args.json, args.detach)
+    return job, begin(job, code, args.json, args.detach)
 
 
 def create(hosts, policy, ssh_config, code, **record) -> Job:
@@ -181,7 +181,7 @@ def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.verb == "start":
-            return start(args, flags)
+            return start(args, flags)[1]
         if args.job is None:
             return list_jobs()
         job = Job(args.job)

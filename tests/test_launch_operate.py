@@ -136,3 +136,11 @@ def test_flags_that_a_verb_would_drop_are_refused(verb, capsys):
     with pytest.raises(SystemExit):
         run.parse([verb, "1125-142201-9f3c", "--", "--config.steps=20000"])
     assert f"{verb} takes no flags of the program" in capsys.readouterr().err
+
+
+def test_a_start_returns_its_own_job_whatever_else_is_on_record(bed, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(bed.folder / "jobs"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
+    (bed.folder / "jobs" / "1231-235959-last").mkdir(parents=True)
+    job, code = run.start(*run.parse(command(bed, steps=2)))
+    assert code == 0 and "step 2" in job.log(job.hosts[0]).read_text()
