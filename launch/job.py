@@ -62,6 +62,8 @@ class Job:
         """What starts this job's supervisor on a host."""
         record = self.record
         python = record.get("pythons", {}).get(host.name, host.python)
+        folder, wanted = record["folders"][host.name], record["env"].get("PYTHONPATH")
+        path = f"{folder}:{wanted}" if wanted else folder  # the job's code comes first
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -72,8 +74,8 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            "env": network_of(host) | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
-            "cwd": record["folders"][host.name],
+            "env": network_of(host) | record["env"] | {"PYTHONPATH": path},
+            "cwd": folder,
             "beats": TRAINER in record["argv"][:3],
         }
         scope = host.name in record.get("scopes", ())

@@ -20,6 +20,9 @@ class Pull:
         name: the job's id.
         workdir: the run directory on the hosts; "" is what the job's flags say.
 
+    Attributes:
+        over: the first host has said that the job has ended, before it gave what there was.
+
     Raises:
         ValueError: no such job, or its flags do not name the run directory.
     """
@@ -33,7 +36,7 @@ class Pull:
                 "--config.workdir. Set --workdir."
             )
         self.fleet = Fleet(self.job.hosts, self.job.ssh_config)
-        self.folder = self.job.folder / "run"
+        self.folder, self.over = self.job.folder / "run", False
         (self.folder / "hosts").mkdir(parents=True, exist_ok=True)
 
     def fetch(self) -> Path:
@@ -63,6 +66,7 @@ class Pull:
             request = {"op": "pull", "job": self.job.id, "folder": self.workdir, "have": held}
             answer = self.fleet.call(host, request)
             more = answer["more"]
+            self.over = answer["over"] if is_first else self.over
             for name, part in answer["files"].items():
                 if not re.fullmatch(r"(hosts/)?[\w.-]+\.jsonl?", name):
                     raise HostError(f"{host.name}: it sent a file that no run has: {name!r}.")

@@ -109,6 +109,16 @@ def test_a_job_that_was_killed_at_its_start_is_not_started_by_a_later_request(jo
     assert follow(job)["why"] == "not all hosts started" and not tree.marked(job.id)
 
 
+def test_a_program_that_exits_as_a_broken_supervisor_would_is_run_once(job, capsys):
+    job.record["argv"] = [PYTHON, "-c", "print('it ran'); raise SystemExit(71)"]
+    job.record["policy"]["restarts"] = 0
+    [host] = job.hosts
+    Here(job.hosts).call(host, job.request(host))
+    outcome = follow(job)
+    assert (outcome["code"], outcome["attempts"]) == (71, 1)
+    assert capsys.readouterr().out.count("a | it ran") == 1
+
+
 def test_a_trainer_that_hangs_in_its_imports_is_stuck_after_the_time_for_a_start(job, tmp_path):
     (tmp_path / "jaxtrain").mkdir()
     (tmp_path / "jaxtrain" / "train.py").write_text("import time\ntime.sleep(100)\n")

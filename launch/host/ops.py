@@ -171,9 +171,15 @@ def frame(head: dict, data: bytes = b"") -> None:
 
 
 def pull(request) -> dict:
-    """What is new in the job's run directory; a relative one begins where the job runs."""
-    cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
-    return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+    """What is new in the job's run directory; a relative one begins where the job runs.
+
+    `over` says that the job has ended, and that all it wrote is in this answer or its next ones.
+    """
+    folder = job_folder(request)
+    ended = bool(read_json(folder / "status.json").get("outcome")) and not is_kept(folder)
+    cwd = read_json(folder / "job.json").get("cwd", "")
+    changes = read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+    return changes | {"over": ended}
 
 
 def facts(request) -> None:

@@ -103,7 +103,7 @@ class Supervisor:
             return None
 
     def run(self) -> int:
-        """Until the job's end; returns its exit status."""
+        """Until the job's end; returns the job's exit status."""
         while True:
             self.ranks.turn(TURN_S)
             now = time.monotonic()
@@ -192,7 +192,7 @@ class Supervisor:
 
 
 def keep(folder: Path) -> int:
-    """The keeper's life: the exit status of the job."""
+    """The keeper's life; 0 where a worker has brought the job to its end."""
     tree.adopt_orphans()
     for life in range(WORKERS):
         worker = os.fork()
@@ -200,7 +200,7 @@ def keep(folder: Path) -> int:
             os._exit(_work(folder, orphaned=life > 0))
         ended = _wait_for(worker)
         tree.end_all(lambda: tree.descendants(os.getpid()))
-        if ended < 128 and ended != FAILED:
+        if ended == 0:
             break
     return ended
 
@@ -219,7 +219,8 @@ def _work(folder: Path, orphaned: bool) -> int:
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        return min(Supervisor(folder, orphaned).run(), 127)
+        Supervisor(folder, orphaned).run()
+        return 0  # whatever the job's: that is in the status, and could be FAILED too
     except BaseException:
         with open(folder / "supervisor.err", "a") as file:
             traceback.print_exc(file=file)
