@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.fleet import Fleet, HostError
 from launch.host.files import read_json, write_json
+from launch.host.rundir import WORKDIR, flag
 from launch.job import Job
 from launch.watch import note
 
@@ -29,7 +30,7 @@ class Pull:
 
     def __init__(self, name: str, workdir: str = ""):
         self.job = Job(name)
-        self.workdir = workdir or flag(self.job.record["argv"], "--config.workdir")
+        self.workdir = workdir or flag(self.job.record["argv"], WORKDIR)
         if not self.workdir:
             raise ValueError(
                 f"job {name} must say where its run directory is; its flags have no "
@@ -82,14 +83,3 @@ def put(path: Path, at: int, data: bytes) -> None:
         file.seek(at)
         file.write(data)
         file.truncate()
-
-
-def flag(argv, name: str) -> str:
-    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent."""
-    value = ""
-    for i, part in enumerate(argv):
-        if part.startswith(f"{name}="):
-            value = part.partition("=")[2]
-        elif part == name and i + 1 < len(argv):
-            value = argv[i + 1]
-    return value

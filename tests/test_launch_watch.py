@@ -109,6 +109,31 @@ def test_a_job_that_was_killed_at_its_start_is_not_started_by_a_later_request(jo
     assert follow(job)["why"] == "not all hosts started" and not tree.marked(job.id)
 
 
+def test_two_jobs_that_live_on_a_host_do_not_write_to_one_run_directory(job, tmp_path):
+    [host] = job.hosts
+    sleeping = [PYTHON, "-c", "import time; time.sleep(60)"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    record = {"ranks_per_host": 1, "env": {}, "folders": {"a": str(tmp_path)}}
+
+    def start(workdir):
+        argv = [*sleeping, "--config.workdir", workdir]
+        request = Job.create([host], Policy(), "", **record, argv=argv).request(host)
+        return request["job"], fleet.call(host, request)
+
+    fleet = Here(job.hosts)
+    first, _ = start("runs/a")
+    with pytest.raises(HostError, match=f"job {first} lives and writes to .*/runs/a"):
+        start(str(tmp_path / "link" / "runs" / "a"))
+    second, answer = start("runs/b")
+    assert answer == {"started": True}
+    kill = {"op": "stop", "why": "", "kill": True}
+    fleet.call(host, kill | {"job": first})
+    third, answer = start("runs/a")
+    assert answer == {"started": True}
+    for name in (second, third):
+        fleet.call(host, kill | {"job": name})
+
+
 def test_a_program_that_exits_as_a_broken_supervisor_would_is_run_once(job, capsys):
     job.record["argv"] = [PYTHON, "-c", "print('it ran'); raise SystemExit(71)"]
     job.record["policy"]["restarts"] = 0

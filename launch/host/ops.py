@@ -18,7 +18,7 @@ from launch.host.hashing import hash_files
 from launch.host.lead import STOPPED
 from launch.host.net import measure
 from launch.host.prepare import build_environment, glance
-from launch.host.rundir import read_changes
+from launch.host.rundir import WORKDIR, read_changes, run_directory
 from launch.host.supervise import KEEPER, start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
@@ -50,9 +50,10 @@ def start(request) -> dict:
         if is_kept(folder) or (read_json(folder / "status.json").get("outcome")):
             return {"started": False}
         spec = request["spec"]
+        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
+        refuse_second(folder, spec)
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # once: a job that was detached has none for good
-        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
         write_json(folder / "job.json", spec)
         prune(folder.parent)
@@ -64,6 +65,16 @@ def start(request) -> dict:
         why = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"the supervisor did not start: {' '.join(why) or 'no reason given'}")
     return {"started": True}
+
+
+def refuse_second(folder: Path, spec: dict) -> None:
+    """Raises RuntimeError where another job that lives on this host writes to the same run."""
+    where = run_directory(spec)
+    for other in folder.parent.iterdir() if where else ():
+        if other != folder and is_kept(other):
+            if run_directory(read_json(other / "job.json")) == where:
+                what = f"job {other.name} lives and writes to {where}"
+                raise RuntimeError(f"{what}. Stop it, or set another {WORKDIR}")
 
 
 def prune(jobs: Path) -> None:

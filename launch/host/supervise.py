@@ -25,8 +25,8 @@ STATUS_S = 2.0
 KEEPER = "keeper"  # file that the keeper and its worker hold locked
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
-UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
+UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 
 
 def oom_kills() -> int:
