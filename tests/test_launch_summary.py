@@ -14,9 +14,9 @@ from run_directories import curve, series, write_run
 
 from launch import summary
 from launch.figures import rows_of
-from launch.host.rundir import flag, read_changes
+from launch.host.rundir import read_changes
 from launch.page import page
-from launch.pull import Pull, put
+from launch.pull import Pull, flag, put
 from launch.rundir import read_run
 from launch.stats import percentile
 from launch.svg import apart, short, thin, ticks

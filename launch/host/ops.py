@@ -182,15 +182,16 @@ def frame(head: dict, data: bytes = b"") -> None:
 
 
 def pull(request) -> dict:
-    """What is new in the job's run directory; a relative one begins where the job runs.
+    """What is new in the job's run directory; a relative one begins where the job runs."""
+    cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
+    return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
 
-    `over` says that the job has ended, and that all it wrote is in this answer or its next ones.
-    """
+
+def over(request) -> dict:
+    """Whether the job has ended, so that all it wrote is there."""
     folder = job_folder(request)
-    ended = bool(read_json(folder / "status.json").get("outcome")) and not is_kept(folder)
-    cwd = read_json(folder / "job.json").get("cwd", "")
-    changes = read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
-    return changes | {"over": ended}
+    ended = bool(read_json(folder / "status.json").get("outcome"))
+    return {"over": ended and not is_kept(folder)}
 
 
 def facts(request) -> None:
@@ -250,7 +251,7 @@ OPS = {
     "status": status,
     "stop": stop,
     "detach": detach,
-    "pull": pull,
+    "pull": lambda request: over(request) | pull(request),  # in this order
     "follow": follow,
     "facts": facts,
     "net": net,
