@@ -47,21 +47,22 @@ class Mirror:
         at = max(self._place["there"], self.end() - TAIL_BYTES)
         return self.read(at, TAIL_BYTES)
 
-    def add(self, at: int, data: bytes, line: bytes = b"") -> None:
+    def add(self, at: int, data: bytes, line: bytes = b"", replaced=False) -> None:
         """Takes what is not here yet of the host's bytes from offset `at` on.
 
         Args:
             line: what is to be said before them, where they do not follow on what is here.
+            replaced: from `at` on the host has other bytes than those that are here.
         """
         with open(self.path, "ab") as file, locked(file):
             place, size = self._read_place(), file.seek(0, os.SEEK_END)
-            if line and place == self._place:  # else another terminal has said it
+            held = place["there"] + size - place["here"]
+            ours = place == self._place  # else another terminal has said what is missing
+            if line and ours and (replaced or at > held):
                 file.write(line)
-                size += len(line)
-                place = {"here": size, "there": at}
+                place, held = {"here": size + len(line), "there": at}, at
                 file.flush()
                 write_json(self._place_path, place)
-            held = place["there"] + size - place["here"]
             file.write(data[max(0, held - at) :])
             self._place = place
 

@@ -106,10 +106,10 @@ class Follower(threading.Thread):
 
     def _take(self, at: int, data: bytes):
         """Bytes of the log from offset `at` on: they follow on, or a line says why not."""
-        line = b""
+        line, replaced = b"", at < self._offset
         if at > self._offset:
             line = GONE % (at - self._offset)
-        elif at < self._offset:  # the host's log is no longer the one that was read
+        elif replaced:  # the host's log is no longer the one that was read
             same = self._same(at, data)
             at, data = at + same, data[same:]
             if not data:
@@ -120,7 +120,7 @@ class Follower(threading.Thread):
             self._tail = b""
         try:
             if self._mirror:
-                self._mirror.add(at, data, line)
+                self._mirror.add(at, data, line, replaced)
         except OSError as error:
             note(f"{self.host.name}: its log is shown, but no longer stored here: {error}")
             self._mirror = None
@@ -237,8 +237,8 @@ class Watch:
         for host in away.keys() - self._away:
             # Of any other host's absence the first host's supervisor says what it means.
             first = host == self.followers[0].host and len(away) < len(self.followers)
-            mark = "ROOT CAUSE " if first else ""
-            note(f"{mark}{host.name}: out of reach from here for {AWAY_S:.0f} s: {away[host]}")
+            cause = "ROOT CAUSE " if first else ""
+            note(f"{cause}{host.name}: out of reach from here for {AWAY_S:.0f} s: {away[host]}")
             if len(away) == len(self.followers):
                 note("no host answers: this machine may be offline; the job does not need it")
         for host in self._away - away.keys():

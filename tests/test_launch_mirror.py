@@ -24,6 +24,22 @@ def test_after_a_gap_an_offset_is_still_the_hosts(tmp_path):
     assert again.read(502, 3) == b"ter" and again.read(499, 3) == b""
 
 
+def test_bytes_that_are_gone_for_a_late_terminal_alone_leave_no_gap(tmp_path):
+    early, late = Mirror(tmp_path / "log"), Mirror(tmp_path / "log")
+    early.add(0, b"0123456789")
+    late.add(6, b"6789ab", b"gap\n")
+    assert (tmp_path / "log").read_bytes() == b"0123456789ab"
+
+
+def test_bytes_that_a_host_replaced_follow_what_was_here_of_the_others(tmp_path):
+    one, other = Mirror(tmp_path / "log"), Mirror(tmp_path / "log")
+    one.add(0, b"old 1\nold 2\n")
+    for mirror in (one, other):
+        mirror.add(6, b"new 2\n", b"lost\n", replaced=True)
+    assert (tmp_path / "log").read_bytes() == b"old 1\nold 2\nlost\nnew 2\n"
+    assert Mirror(tmp_path / "log").end() == 12
+
+
 def test_a_reader_goes_on_where_he_was_unless_the_log_holds_other_bytes_there(tmp_path):
     kept = log.Log(tmp_path)
     kept.write(b"0123456789")

@@ -116,12 +116,10 @@ class Leader:
         if missing and waited > self.policy.wait_s:
             unclean = [self.names[host] for host in missing if host in present]
             away = [self.names[host] for host in missing if host not in present]
-            why = [f"{', '.join(away)} did not come"] * bool(away)
-            why += [f"{', '.join(unclean)} must reboot (a process cannot be killed)"] * bool(
-                unclean
-            )
-            text = f"{', '.join(why)} within {self.policy.wait_s:.0f} s"
-            return self._end(now, 113, text)
+            why = f"{', '.join(away)} did not come" if away else ""
+            if unclean:
+                why += f"{' and ' * bool(why)}nothing could kill what runs on {', '.join(unclean)}"
+            return self._end(now, 113, f"{why} within {self.policy.wait_s:.0f} s")
         patience = 2 * self.policy.lost_s
         fewer = self.policy.on_loss == "fewer" and waited > patience and self.attempt > 1
         if now < self._not_before or (missing and not fewer) or 0 in missing:
