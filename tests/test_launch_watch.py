@@ -162,13 +162,13 @@ def test_a_job_that_never_started_is_refused_and_not_waited_for(job):
 
 
 def test_a_host_whose_every_answer_is_an_error_is_spoken_of(job, monkeypatch, capsys):
-    monkeypatch.setattr(watch, "AWAY_S", 0.5)
+    monkeypatch.setattr(watch, "AWAY_S", 1.9)  # more than the first pause between two tries
 
     class Failing(Here):
         command = """echo '{"error": "no such thing"}'"""
 
     with watch.Watch(Failing(job.hosts), job) as watching:
-        time.sleep(2.0)
+        time.sleep(2.5)
         watching._tell_of_absence()
     assert "a: no such thing" in capsys.readouterr().err
 
