@@ -11,6 +11,7 @@ from launch.host.lead import Policy
 from launch.inventory import Host
 
 PYTHON = "{python}"  # in an argv: the host's own
+TRAINER = "jaxtrain.train"  # the program whose flags name data, and which beats
 PORTS = range(20_000, 30_000)  # below Linux's range of ports given to clients
 
 
@@ -61,6 +62,8 @@ class Job:
         """What starts this job's supervisor on a host."""
         record = self.record
         python = record.get("pythons", {}).get(host.name, host.python)
+        folder, wanted = record["folders"][host.name], record["env"].get("PYTHONPATH")
+        path = f"{folder}:{wanted}" if wanted else folder  # the job's code comes first
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -71,8 +74,9 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            "env": network_of(host) | record["env"] | {"PYTHONPATH": record["folders"][host.name]},
-            "cwd": record["folders"][host.name],
+            "env": network_of(host) | record["env"] | {"PYTHONPATH": path},
+            "cwd": folder,
+            "beats": TRAINER in record["argv"][:3],
         }
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 from launch.fleet import HostError
+from launch.job import TRAINER
 from launch.preflight import Finding, agreement, table
 from launch.watch import note
 
 BUILD_S = 1800.0  # for pip, on a slow line
 GLANCE_S = 300.0
-TRAINER = "jaxtrain.train"  # the program whose flags name data
 
 
 def read_env(pairs) -> dict:

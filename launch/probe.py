@@ -19,7 +19,6 @@ from launch import run
 from launch.fleet import Fleet, HostError
 from launch.host.files import write_json
 from launch.inventory import read_inventory
-from launch.job import Job
 from launch.mesh import Mesh
 from launch.preflight import preflight, table
 from launch.watch import note
@@ -76,8 +75,7 @@ def measure_collectives(args) -> list[dict]:
     hosts = read_inventory(args.hosts).hosts
     flags = [f"--mib={args.mib}", f"--cases={args.cases}", f"--interface={hosts[0].interface}"]
     options = [f"--hosts={args.hosts}", f"--ssh_config={args.ssh_config}", "--restarts=0"]
-    code = run.main([*options, "--module=launch.collectives", "--", *flags])
-    job = Job(sorted(path.name for path in run.jobs_folder().iterdir())[-1])
+    job, code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
     lines = job.log(job.hosts[0]).read_text().splitlines()
     if code:
         raise HostError(f"the collectives ended with {code}: {job.log(job.hosts[0])} says why.")

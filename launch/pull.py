@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.fleet import Fleet, HostError
 from launch.host.files import read_json, write_json
+from launch.host.rundir import WORKDIR, flag
 from launch.job import Job
 from launch.watch import note
 
@@ -20,20 +21,23 @@ class Pull:
         name: the job's id.
         workdir: the run directory on the hosts; "" is what the job's flags say.
 
+    Attributes:
+        over: the first host has said that the job has ended, before it gave what there was.
+
     Raises:
         ValueError: no such job, or its flags do not name the run directory.
     """
 
     def __init__(self, name: str, workdir: str = ""):
         self.job = Job(name)
-        self.workdir = workdir or flag(self.job.record["argv"], "--config.workdir")
+        self.workdir = workdir or flag(self.job.record["argv"], WORKDIR)
         if not self.workdir:
             raise ValueError(
                 f"job {name} must say where its run directory is; its flags have no "
                 "--config.workdir. Set --workdir."
             )
         self.fleet = Fleet(self.job.hosts, self.job.ssh_config)
-        self.folder = self.job.folder / "run"
+        self.folder, self.over = self.job.folder / "run", False
         (self.folder / "hosts").mkdir(parents=True, exist_ok=True)
 
     def fetch(self) -> Path:
@@ -63,6 +67,7 @@ class Pull:
             request = {"op": "pull", "job": self.job.id, "folder": self.workdir, "have": held}
             answer = self.fleet.call(host, request)
             more = answer["more"]
+            self.over = answer["over"] if is_first else self.over
             for name, part in answer["files"].items():
                 if not re.fullmatch(r"(hosts/)?[\w.-]+\.jsonl?", name):
                     raise HostError(f"{host.name}: it sent a file that no run has: {name!r}.")
@@ -78,14 +83,3 @@ def put(path: Path, at: int, data: bytes) -> None:
         file.seek(at)
         file.write(data)
         file.truncate()
-
-
-def flag(argv, name: str) -> str:
-    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent."""
-    value = ""
-    for i, part in enumerate(argv):
-        if part.startswith(f"{name}="):
-            value = part.partition("=")[2]
-        elif part == name and i + 1 < len(argv):
-            value = argv[i + 1]
-    return value

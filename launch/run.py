@@ -3,9 +3,10 @@
     python -m launch.run --hosts=hosts.toml -- --config=configs/gpt_124m.py
     python -m launch.run attach JOB      goes on with its log, no line lost or doubled
     python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
-    python -m launch.run logs JOB        the whole log, and what is new
+    python -m launch.run logs JOB        the whole log, and what is new; to read alone
     python -m launch.run stop JOB        saves and stops; --now does not save
-    python -m launch.run resume JOB      the same command as a new job, from its checkpoint
+    python -m launch.run resume JOB      the same command as a new job, from its checkpoint,
+                                         with the code of now; the job must have ended
 
 What follows `--` are flags of the program (jaxtrain.train). The job's exit status is this
 command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, else the root cause's.
@@ -14,26 +15,24 @@ ssh and rsync. hosts.toml: see launch/inventory.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
 
 from launch.fleet import Fleet, HostError
-from launch.host.lead import Policy
+from launch.host.lead import STOPPED, Policy
 from launch.host.logout import SCOPE
 from launch.inventory import read_inventory
-from launch.job import PYTHON, Job, jobs_folder
+from launch.job import PYTHON, TRAINER, Job
+from launch.operate import ask_stop, follow, list_jobs, refuse_while_alive, status, stop
 from launch.preflight import preflight
 from launch.prepare import prepare, read_constraints, read_env, show
 from launch.ship import read_code, ship
-from launch.watch import Watch, note
+from launch.watch import note
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
 LEASE_S = 30.0
-GONE_S = 30.0  # for the last processes to be seen gone
 POLICY_HELP = {
     "restarts": "attempts after the first, before the job gives up",
     "backoff_s": "seconds before the first restart; doubles each time",
@@ -63,12 +62,18 @@ def parse(argv):
         parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
         if ours[0] == "stop":
             parser.add_argument("--now", action="store_true", help="kill, do not save")
-        return parser.parse_args(ours), flags
+        args = parser.parse_args(ours)
+        if flags:
+            parser.error(
+                f"{args.verb} takes no flags of the program; got {flags}. A new job with other "
+                "flags and the same --config.workdir goes on from its checkpoint."
+            )
+        return args, flags
     parser.set_defaults(verb="start")
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
-    parser.add_argument("--module", default="jaxtrain.train", help="what Python runs with -m")
+    parser.add_argument("--module", default=TRAINER, help="what Python runs with -m")
     parser.add_argument("--detach", action="store_true", help="return once it runs")
     parser.add_argument(
         "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
@@ -91,54 +96,63 @@ def parse(argv):
     return parser.parse_args(ours), flags
 
 
-def start(args, flags) -> int:
-    """Looks, sends, starts and follows a new job."""
+def start(args, flags) -> tuple[Job, int]:
+    """Looks, sends, starts and follows a new job; the job and its exit status."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
     env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
     policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
-    job = Job.create(
+    job = create(
         inventory.hosts,
         policy,
         args.ssh_config,
+        code,
         ranks_per_host=inventory.ranks_per_host,
         argv=[PYTHON, "-m", args.module, *flags],
         env=env,
         env_build=read_constraints(args.env_build),
         env_extras=[extra for extra in args.env_extras.split(",") if extra],
-        commit=code.commit,
-        code=code.hash,
-        folders={},
+        shared=args.shared,
     )
+    return job, begin(job, code, args.json, args.detach)
+
+
+def create(hosts, policy, ssh_config, code, **record) -> Job:
+    """A new job's record, with what its code is and where it came from."""
+    of_code = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
+    job = Job.create(hosts, policy, ssh_config, **record, **of_code, folders={})
     (job.folder / "code.patch").write_text(code.patch)
     dirty = ", with changes of its own: code.patch" if code.patch else ""
     note(f"job {job.id}: {job.folder}")
     note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{dirty}")
-    return begin(job, code, args.shared, args.json, args.detach)
+    return job
 
 
-def begin(job, code, shared, as_json, detach) -> int:
+def begin(job, code, as_json, detach) -> int:
     """Preflight, ship and start of a job that is on record; then its log."""
     fleet = Fleet(job.hosts, job.ssh_config)
     clock = time.monotonic()
     build = bool(job.record.get("env_build"))
-    findings = preflight(fleet, job.record["port"], shared, build=build)
+    findings = preflight(fleet, job.record["port"], job.record["shared"], build=build)
     note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
     show(findings)
     scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
     job.change(scopes=scopes)
     clock = time.monotonic()
     folders = ship(fleet, code)
-    job.change(folders={host.name: folder for host, folder in folders.items()}, shared=shared)
+    job.change(folders={host.name: folder for host, folder in folders.items()})
     note(f"code is on every host, {time.monotonic() - clock:.1f} s")
     prepare(fleet, job, code)
+    job.change(begun=time.time())
     try:
         answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
         failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
         if failed:
             raise HostError("\n".join(failed))
-    except (HostError, KeyboardInterrupt):
-        fleet.everywhere(lambda host: _ask_stop(fleet, job, host, "not all hosts started", True))
+    except BaseException:  # an interrupt, and SIGTERM, too
+        why = "not all hosts started"
+        job.change(outcome={"code": STOPPED, "why": why})  # so that nothing starts it again
+        fleet.everywhere(lambda host: ask_stop(fleet, job, host, why, True))
         raise
     if detach:
         note(f"it runs by itself: python -m launch.run attach {job.id}")
@@ -146,124 +160,20 @@ def begin(job, code, shared, as_json, detach) -> int:
     return follow(job, as_json)
 
 
-def follow(job, as_json) -> int:
-    """The job's log until its end; its exit status. Ctrl-C asks what to do."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    while True:
-        watch = Watch(fleet, job, as_json)
-        try:
-            outcome = watch.run()
-            break
-        except KeyboardInterrupt:
-            if _asked_to_leave(fleet, job):
-                return 0
-    return conclude(fleet, job, outcome)
-
-
-def _asked_to_leave(fleet, job) -> bool:
-    """Detach or stop? True where the operator leaves the job to itself."""
-    if not sys.stdin.isatty():
-        stop(job, now=False)
-        return False
-    try:
-        answer = input("\n[d]etach, [s]top after a save, or Enter to go on: ").strip().lower()
-    except (EOFError, KeyboardInterrupt):
-        answer = "s"
-    if answer.startswith("s"):
-        stop(job, now=False)
-    if answer.startswith("d"):
-        fleet.call_everywhere({"op": "detach", "job": job.id})
-        note(f"it goes on: python -m launch.run attach {job.id}")
-    return answer.startswith("d")
-
-
-def conclude(fleet, job, outcome) -> int:
-    """Sees that nothing of the job is left on any host, and says how it ended."""
-    left = {}
-    deadline = time.monotonic() + GONE_S
-    while time.monotonic() < deadline:
-        found = fleet.everywhere(lambda h: fleet.call(h, {"op": "status", "job": job.id}, 15))
-        left = {
-            h.name: f.get("processes") for h, f in found.items() if not isinstance(f, HostError)
-        }
-        if not any(left.values()):
-            break
-        time.sleep(0.5)
-    unseen = [host.name for host in job.hosts if host.name not in left]
-    alive = {name: pids for name, pids in left.items() if pids}
-    job.change(outcome=outcome)
-    note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
-    note(f"why: {outcome['why']}")
-    gone = "no process of it is left on any host" if not unseen else f"not seen: {unseen}"
-    note(f"STILL ALIVE {alive}" if alive else gone)
-    return outcome["code"]
-
-
-def _ask_stop(fleet, job, host, why, kill):
-    return fleet.call(host, {"op": "stop", "job": job.id, "why": why, "kill": kill}, 30)
-
-
-def stop(job, now: bool) -> int:
-    """Asks every host, so that one that is out of reach does not keep the job alive."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    why = "now" if now else "the operator asked"
-    answers = fleet.everywhere(lambda host: _ask_stop(fleet, job, host, why, False))
-    for answer in answers.values():
-        if isinstance(answer, HostError):
-            note(str(answer))
-    if all(isinstance(answer, HostError) for answer in answers.values()):
-        raise HostError("no host answered: the job was not told to stop. Try again.")
-    return 0
-
-
-def status(job, as_json) -> int:
-    """What each host says of the job."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
-    for host, answer in found.items():
-        answer = {"error": str(answer)} if isinstance(answer, HostError) else answer
-        if as_json:
-            print(json.dumps({"host": host.name} | answer))
-            continue
-        ranks = answer.get("report", {}).get("ranks", [])
-        steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
-        state = answer.get("error") or (answer.get("outcome") or {}).get("why") or steps or "idle"
-        alive = "supervised" if answer.get("alive") else "no supervisor"
-        print(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
-    return 0
-
-
 def resume(job, as_json) -> int:
-    """A new job of the same hosts, program and flags, with the working tree's code of now."""
+    """A new job of the same hosts, program and flags, with its working tree's code of now.
+
+    Raises:
+        HostError: something of the job lives, or a host does not say.
+    """
+    refuse_while_alive(job)
     record = job.record
-    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras")
-    kept = {key: record[key] for key in names if key in record}
-    code = read_code(".")
-    new = Job.create(
-        job.hosts,
-        job.policy,
-        job.ssh_config,
-        **kept,
-        commit=code.commit,
-        code=code.hash,
-        folders={},
-    )
+    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
+    kept = {key: record[key] for key in names}
+    code = read_code(record["tree"])
+    new = create(job.hosts, job.policy, job.ssh_config, code, **kept)
     note(f"job {new.id} goes on with {job.id}")
-    return begin(new, code, record.get("shared", ""), as_json, job.policy.lease_s == 0)
-
-
-def list_jobs() -> int:
-    for path in sorted(jobs_folder().iterdir()):
-        with contextlib.suppress(ValueError):
-            record = Job(path.name).record
-            ended = record.get("outcome")
-            state = (
-                f"exit {ended['code']}: {ended['why'].splitlines()[0]}"
-                if ended
-                else "not seen to end"
-            )
-            print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
-    return 0
+    return begin(new, code, as_json, job.policy.lease_s == 0)
 
 
 def main(argv=None) -> int:
@@ -271,16 +181,13 @@ def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.verb == "start":
-            return start(args, flags)
+            return start(args, flags)[1]
         if args.job is None:
             return list_jobs()
         job = Job(args.job)
-        if args.verb == "logs":
-            for host in job.hosts:
-                job.log(host).unlink(missing_ok=True)  # read anew, from the first byte kept
         verbs = {
             "attach": lambda: follow(job, args.json),
-            "logs": lambda: follow(job, args.json),
+            "logs": lambda: follow(job, args.json, whole=True),
             "status": lambda: status(job, args.json),
             "stop": lambda: stop(job, args.now),
             "resume": lambda: resume(job, args.json),

@@ -79,7 +79,10 @@ def show(args, sources, live: bool) -> bool:
     """Reads, prints and writes once; whether all runs have ended."""
     folders = [s.fetch() if isinstance(s, Pull) else s for s in sources]
     runs = [read_run(folder) for folder in folders]
-    ended = all(run.state.startswith(DONE) for run in runs)
+    ended = all(
+        run.state.startswith(DONE) or is_over(source)
+        for run, source in zip(runs, sources, strict=True)
+    )
     out = args.out or runs[0].folder / "summary.html"
     try:
         write_text(out, page(runs, 0 if ended or not live else max(1, round(args.every))))
@@ -92,6 +95,11 @@ def show(args, sources, live: bool) -> bool:
         print("\033[H\033[J", end="")
     print(table(runs), f"page {out}", sep="\n", flush=True)
     return ended
+
+
+def is_over(source) -> bool:
+    """Whether it is of a job that has ended: one that fails leaves a run without an end."""
+    return isinstance(source, Pull) and source.over
 
 
 def source_of(name: str, workdir: str) -> Path | Pull:
@@ -112,7 +120,7 @@ def follow(args, sources) -> None:
             if show(args, sources, True):
                 return
         except (NoRun, HostError) as error:
-            if not jobs:
+            if not jobs or all(is_over(source) for source in sources):
                 raise
             note(f"{error} Looking again in {args.every:g} s.")
         time.sleep(args.every)

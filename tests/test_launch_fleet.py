@@ -65,3 +65,13 @@ def test_a_job_keeps_to_its_interface_and_to_the_python_that_was_built(tmp_path,
     request = job.request(HOST)
     assert request["spec"]["argv"] == ["/envs/1/bin/python", "-m", "m"]
     assert request["scope"] is True
+
+
+def test_a_path_that_the_user_gives_python_follows_the_jobs_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
+    record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "folders": {"a": "/code"}}
+    paths = [
+        Job.create([HOST], Policy(), "", **record, env=env).request(HOST)["spec"]["env"]
+        for env in ({}, {"PYTHONPATH": "/mine:/yours"})
+    ]
+    assert [env["PYTHONPATH"] for env in paths] == ["/code", "/code:/mine:/yours"]

@@ -191,9 +191,57 @@ def test_a_lost_host_is_waited_for_left_behind_or_the_end(on_loss):
         assert wish["world"]["members"] == [0, 1]
 
 
+def test_a_host_with_a_process_that_cannot_be_killed_is_waited_for_as_one_that_is_away():
+    for on_loss, do in (("fewer", "run"), ("wait", "end")):
+        play = Play(on_loss=on_loss, wait_s=60, lost_s=12)
+        play.go(2)
+        play.ranks[1], play.extra[1] = {"code": 137}, {}
+        play.go(3)
+        play.ranks[1], play.extra[1] = {}, {"clean": False}
+        wish = play.go(70)
+        assert wish["do"] == do
+        if do == "run":
+            assert wish["world"]["members"] == [0, 2]
+        else:
+            assert wish["outcome"]["why"] == "nothing could kill what runs on h1 within 60 s"
+
+
+def test_preemptions_that_no_one_asked_for_are_bounded_as_failures_are():
+    play = Play(restarts=2, backoff_s=0.0)
+    for _ in range(4):
+        play.ranks = {i: {} for i in range(3)}
+        play.go(3)
+        play.ranks = {i: {"code": 75} for i in range(3)}
+        play.go(1)
+    assert play.leader.restarts == 2
+    assert play.wish["do"] == "end" and play.wish["outcome"]["code"] == 75
+
+
+def test_a_rank_that_hangs_before_its_first_beat_is_stuck_after_the_time_for_a_start():
+    play = Play(start_s=100, stall_s=20)
+    play.go(2)
+    play.ranks = {i: {"age_s": 90.0, "phase": "compile"} for i in range(3)}
+    play.ranks[1] = {"beats": None, "step": None, "phase": "start", "age_s": 90.0}
+    assert play.go(2)["do"] == "run"
+    play.ranks[1]["age_s"] = 101.0
+    play.go(4)
+    assert "h1 rank 1" in play.causes()[0] and "first sign of life" in play.causes()[0]
+
+
 def test_a_supervisor_that_was_killed_is_named():
     play = Play()
     play.go(2)
     play.extra[1] = {"orphaned": True, "ranks": []}
     play.go(3)
     assert play.causes() == ["ROOT CAUSE h1: its supervisor was killed"]
+
+
+def test_a_stop_that_shall_not_save_overtakes_one_that_shall():
+    play = Play(grace_s=600, stall_s=1000)
+    play.go(2)
+    play.extra[0] = {"stop": "the operator asked"}
+    assert play.go(2)["do"] == "term"
+    play.extra[1] = {"stop": "now"}
+    assert play.go(1)["do"] == "kill"
+    play.extra[1] = {}
+    assert play.go(1)["do"] == "kill"  # and is not overtaken by it

@@ -95,7 +95,8 @@ def _stuck(reports, stalls, names):
     text = (
         f"{names[host]} rank {rank['rank']} at step {rank['step'] or 0}: stuck for {seconds:.0f} s"
     )
-    text += f" in {rank['phase']}; its stack is in the log"
+    where = f"in {rank['phase']}; its stack is in the log"
+    text += f" {where if rank['beats'] else 'before its first sign of life (in its imports?)'}"
     yield Cause(5, "stuck", host, rank["rank"], rank["step"], text, 124)
 
 

@@ -11,6 +11,7 @@ from launch.host.blame import SURE, Cause, find_cause
 
 PREEMPTED = 75
 STOPPED = 143  # 128 + SIGTERM: stopped before there was anything to save
+NOW = "now"  # the reason of a stop that does not wait for a save, whatever was asked before
 PHASE_LIMIT_S = {"train": None, "save": 600.0, "eval": 1800.0}  # None: Policy.stall_s
 SETTLE_S = 1.5  # for the evidence of the other hosts
 DUMP_S = 2.0  # for stacks to reach the log
@@ -57,8 +58,9 @@ class Leader:
     def hear(self, report: dict, now: float) -> None:
         self.reports[report["host"]] = report
         self._heard_at[report["host"]] = now
-        if report.get("stop") and not self._stop:
-            self._ask_stop(report["stop"], now)
+        stop = report.get("stop")
+        if stop and (not self._stop or (stop == NOW and self._stop != NOW)):
+            self._ask_stop(stop, now)
 
     def _ask_stop(self, why: str, now: float):
         self._stop, self._stop_at = why, now
@@ -71,7 +73,7 @@ class Leader:
         do = {"gather": "kill", "pause": "kill", "settle": "run", "dump": "dump"}
         do = do.get(self.state, self.state)
         if self.state == "run" and self._stop:
-            do = "kill" if self._stop == "now" or not self._can_save() else "term"
+            do = "kill" if self._stop == NOW or not self._can_save() else "term"
         return {"attempt": self.attempt, "do": do, "world": self.world, "outcome": self.outcome}
 
     def _go(self, state: str, now: float):
@@ -101,22 +103,29 @@ class Leader:
     # --- the states
 
     def _gather(self, now: float):
-        """Waits until every host is there with nothing of the job running."""
+        """Waits until every host is there with nothing of the job running.
+
+        A host with a process that cannot be killed is as one that is away.
+        """
         if self._stop:
             return self._end(now, STOPPED, self._stop)
         present = sorted(self._present(now))
-        clean = all(self.reports[host]["clean"] for host in present)
-        missing = sorted(set(range(len(self.names))) - set(present))
+        free = [host for host in present if self.reports[host]["clean"]]
+        missing = sorted(set(range(len(self.names))) - set(free))
         waited = now - self._since
         if missing and waited > self.policy.wait_s:
-            away = ", ".join(self.names[host] for host in missing)
-            return self._end(now, 113, f"{away} did not come within {self.policy.wait_s:.0f} s")
+            unclean = [self.names[host] for host in missing if host in present]
+            away = [self.names[host] for host in missing if host not in present]
+            why = f"{', '.join(away)} did not come" if away else ""
+            if unclean:
+                why += f"{' and ' * bool(why)}nothing could kill what runs on {', '.join(unclean)}"
+            return self._end(now, 113, f"{why} within {self.policy.wait_s:.0f} s")
         patience = 2 * self.policy.lost_s
         fewer = self.policy.on_loss == "fewer" and waited > patience and self.attempt > 1
-        if not clean or now < self._not_before or (missing and not fewer) or 0 in missing:
+        if now < self._not_before or (missing and not fewer) or 0 in missing:
             return None
-        self.world = {"members": present, "coordinator": self._new_coordinator()}
-        self._say(f"attempt {self.attempt}: {' '.join(self.names[host] for host in present)}")
+        self.world = {"members": free, "coordinator": self._new_coordinator()}
+        self._say(f"attempt {self.attempt}: {' '.join(self.names[host] for host in free)}")
         self.cause = None
         return self._go("run", now)
 
@@ -134,7 +143,7 @@ class Leader:
             saved = set(codes) <= {0, PREEMPTED}
             return self._end(now, PREEMPTED if saved else STOPPED, self._stop)
         if all_here and set(codes) <= {0, PREEMPTED}:
-            return self._again(now, "preempted by a signal that was not ours")
+            return self._again(now, "preempted by a signal that was not ours", PREEMPTED)
         self.cause = self._find_cause(now)
         if self.cause:
             self._say(f"noticed: {self.cause.text.splitlines()[0]}")
@@ -187,18 +196,19 @@ class Leader:
             return self._end(now, cause.code, text)
         if cause.kind == "lost" and self.policy.on_loss == "stop":
             return self._end(now, cause.code, cause.text)
-        if self.restarts >= self.policy.restarts:
-            text = f"{cause.text}\nno restart left of {self.policy.restarts}"
-            return self._end(now, cause.code, text)
-        return self._again(now, cause.text.splitlines()[0])
+        return self._again(now, cause.text, cause.code)
 
-    def _again(self, now: float, why: str):
+    def _again(self, now: float, why: str, code: int):
+        """A restart; where none is left, the job's end with this code."""
+        if self.restarts >= self.policy.restarts:
+            return self._end(now, code, f"{why}\nno restart left of {self.policy.restarts}")
         pause = min(300.0, self.policy.backoff_s * 2**self.restarts)
         self.restarts += 1
         self.attempt += 1
         self._not_before = now + pause
-        self._say(f"restart {self.restarts} of {self.policy.restarts} in {pause:.0f} s: {why}")
-        self._go("gather", now)
+        which = f"restart {self.restarts} of {self.policy.restarts}"
+        self._say(f"{which} in {pause:.0f} s: {why.splitlines()[0]}")
+        return self._go("gather", now)
 
     def _end(self, now: float, code=None, why=""):
         """Ends the job; hosts kill what is left of it. Once ended, it stays so."""

@@ -4,10 +4,12 @@ A segment is named by the offset of its first byte, so an offset means one byte 
 """
 
 import os
+import zlib
 from pathlib import Path
 
 SEGMENT_BYTES = 64 << 20
 SEGMENTS = 8  # 512 MiB a host
+TAIL_BYTES = 4096  # by which a reader knows the log that it has read so far
 
 
 class Log:
@@ -90,3 +92,31 @@ def read(folder, offset: int, limit: int = 1 << 20) -> tuple[int, bytes]:
             following = min(other for other in held if other > start)
             return read(folder, following, limit)
     return offset, b""
+
+
+def mark(data: bytes) -> list[int]:
+    """What `resume` knows bytes by: how many, and their CRC."""
+    return [len(data), zlib.crc32(data)]
+
+
+def resume(folder, offset: int, tail) -> int:
+    """Where one goes on who has read up to `offset`, `tail` being the mark of what came last.
+
+    That is the offset itself, unless the log ends before it or holds other bytes there: what was
+    not yet on disk is gone after a power loss. Each supervisor begins a segment, so the bytes
+    that were never read begin with the newest one that is not past the offset, or later.
+    """
+    held, end = starts(folder), size(folder)
+    count, _ = tail
+    if offset <= end and (not held or offset - count < held[0]):
+        return offset  # what came before is rotated away
+    if offset <= end and mark(_between(folder, offset - count, offset)) == list(tail):
+        return offset
+    return max((start for start in held if start <= offset), default=0)
+
+
+def _between(folder, offset: int, end: int) -> bytes:
+    data = b""
+    while offset + len(data) < end:
+        data += read(folder, offset + len(data), end - offset - len(data))[1]
+    return data

@@ -15,10 +15,11 @@ from launch.host import log, tree
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.hashing import hash_files
+from launch.host.lead import STOPPED
 from launch.host.net import measure
 from launch.host.prepare import build_environment, glance
-from launch.host.rundir import read_changes
-from launch.host.supervise import start_detached
+from launch.host.rundir import WORKDIR, read_changes, run_directory
+from launch.host.supervise import KEEPER, start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
 JOBS_KEPT = 50  # folders of ended jobs, per host
@@ -36,17 +37,23 @@ def job_folder(request) -> Path:
 
 
 def start(request) -> dict:
-    """Starts a job's supervisor; a second request for the same job changes nothing."""
+    """Starts a job's supervisor; a second request for the same job changes nothing.
+
+    With `again` it is one of a job that this host has had: it begins none.
+    """
     folder = job_folder(request)
+    if request.get("again") and not (folder / "job.json").exists():
+        return {"started": False}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_running(folder) or (read_json(folder / "status.json").get("outcome")):
+        if is_kept(folder) or (read_json(folder / "status.json").get("outcome")):
             return {"started": False}
         spec = request["spec"]
+        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
+        refuse_second(folder, spec)
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # once: a job that was detached has none for good
-        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
         write_json(folder / "job.json", spec)
         prune(folder.parent)
@@ -60,6 +67,16 @@ def start(request) -> dict:
     return {"started": True}
 
 
+def refuse_second(folder: Path, spec: dict) -> None:
+    """Raises RuntimeError where another job that lives on this host writes to the same run."""
+    where = run_directory(spec)
+    for other in folder.parent.iterdir() if where else ():
+        if other != folder and is_kept(other):
+            if run_directory(read_json(other / "job.json")) == where:
+                what = f"job {other.name} lives and writes to {where}"
+                raise RuntimeError(f"{what}. Stop it, or set another {WORKDIR}")
+
+
 def prune(jobs: Path) -> None:
     """Removes the oldest folders of ended jobs."""
     ended = [path for path in jobs.iterdir() if read_json(path / "status.json").get("outcome")]
@@ -70,21 +87,31 @@ def prune(jobs: Path) -> None:
 def is_running(folder: Path) -> bool:
     """Whether the supervisor that wrote the status lives: same boot, same start, same pid."""
     status = read_json(folder / "status.json")
-    if not status or status["boot"] != tree.boot_id():
+    if status.get("boot") != tree.boot_id():
         return False
     stat = tree.read_stat(status["pid"])
     return stat is not None and stat.started == status["started"] and stat.state not in "ZX"
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether there is a supervisor, be it between two lives of its worker."""
+    with contextlib.suppress(FileNotFoundError), open(folder / KEEPER) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return is_running(folder)
 
 
 def status(request) -> dict:
     """The job's status; `alive` is looked at now, as is what lives of the job."""
     folder = job_folder(request)
     if not (folder / "job.json").exists():
-        return {"known": False}
+        return {"known": False, "processes": tree.marked(request["job"])}
     found = read_json(folder / "status.json")
     return found | {
         "known": True,
-        "alive": is_running(folder),
+        "alive": is_kept(folder),
         "processes": tree.marked(request["job"]),
         "log_bytes": log.size(folder / "log"),
     }
@@ -95,14 +122,19 @@ def stop(request) -> dict:
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
-    if is_running(folder) and not request.get("kill"):
+    if is_kept(folder) and not request.get("kill"):
         (folder / "stop").write_text(request["why"])
         return {"known": True, "left": []}
     found = read_json(folder / "status.json")
     supervisor = [found["pid"]] if is_running(folder) else []
     keepers = [stat.parent for pid in supervisor if (stat := tree.read_stat(pid))]
     find = lambda: [p for p in keepers + supervisor if tree.alive(p)] or tree.marked(request["job"])
-    return {"known": True, "left": tree.end_all(find)}
+    left = tree.end_all(find)
+    found = read_json(folder / "status.json")
+    if not found.get("outcome"):  # else a request to start it again would
+        outcome = {"code": STOPPED, "why": request["why"]}
+        write_json(folder / "status.json", found | {"outcome": outcome})
+    return {"known": True, "left": left}
 
 
 def detach(request) -> dict:
@@ -114,21 +146,24 @@ def detach(request) -> dict:
 def follow(request) -> None:
     """The log from `offset` on, as frames `{"at": offset, "bytes": n}` and then the bytes.
 
+    It begins earlier where `tail` is not the mark of what is before the offset, see log.resume.
     A frame without bytes carries the status. Each line that the operator sends renews the lease;
     the stream ends with the job, or when nothing was sent for a while.
     """
-    folder, offset = job_folder(request), request["offset"]
+    folder = job_folder(request)
+    offset = log.resume(folder / "log", request["offset"], request["tail"])
     said, heard = 0.0, time.monotonic()
     while True:
         at, data = log.read(folder / "log", offset)
         if data:
             frame({"at": at, "bytes": len(data)}, data)
             offset = at + len(data)
-        now, alive = time.monotonic(), is_running(folder)
+        now, alive = time.monotonic(), is_kept(folder)
         found = read_json(folder / "status.json")
         if now - said > SILENT_S or not alive:
             said = now
-            frame({"status": found, "alive": alive})
+            known = (folder / "job.json").exists()
+            frame({"status": found, "alive": alive, "known": known})
         if not data and not alive and log.size(folder / "log") <= offset:
             return
         if select.select([0], [], [], 0.0 if data else 0.1)[0]:
@@ -150,6 +185,13 @@ def pull(request) -> dict:
     """What is new in the job's run directory; a relative one begins where the job runs."""
     cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
     return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+
+
+def over(request) -> dict:
+    """Whether the job has ended, so that all it wrote is there."""
+    folder = job_folder(request)
+    ended = bool(read_json(folder / "status.json").get("outcome"))
+    return {"over": ended and not is_kept(folder)}
 
 
 def facts(request) -> None:
@@ -209,7 +251,7 @@ OPS = {
     "status": status,
     "stop": stop,
     "detach": detach,
-    "pull": pull,
+    "pull": lambda request: over(request) | pull(request),  # in this order
     "follow": follow,
     "facts": facts,
     "net": net,

@@ -18,10 +18,15 @@ DECISIVE_LINES = 5
 
 
 class Rank:
-    """One process: its output goes to the log line by line, its last lines are kept."""
+    """One process: its output goes to the log line by line, its last lines are kept.
 
-    def __init__(self, rank: int, process, beat: Path, prefix: bytes):
+    Args:
+        beats: the program is known to beat, so its start counts as the first one.
+    """
+
+    def __init__(self, rank: int, process, beat: Path, prefix: bytes, beats=False):
         self.rank, self.process, self.beat = rank, process, beat
+        self._began_at = time.time() if beats else None
         self.code = None
         self.ended_at = None
         self._stopped_at = None
@@ -42,6 +47,7 @@ class Rank:
 
     def report(self, now: float) -> dict:
         beat, stat = self.read_beat(), tree.read_stat(self.process.pid)
+        alive_at = beat.get("time", self._began_at)
         stopped = self.code is None and stat is not None and stat.state in "Tt"
         self._stopped_at = (self._stopped_at or now) if stopped else None
         return {
@@ -54,7 +60,7 @@ class Rank:
             "step": beat.get("step"),
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
-            "age_s": round(now - beat["time"], 1) if beat else None,
+            "age_s": None if alive_at is None else round(now - alive_at, 1),
             "lines": [] if self.code in (None, 0) else decisive(self.tail),
         }
 
@@ -102,7 +108,7 @@ class Ranks:
             except OSError as error:
                 self.log.write(b"launch: cannot start: %s\n" % str(error).encode())
                 process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"])
-            made = Rank(rank, process, beat, prefix)
+            made = Rank(rank, process, beat, prefix, self.job.get("beats", False))
             self.ranks.append(made)
             if process.stdout:
                 os.set_blocking(process.stdout.fileno(), False)

@@ -4,6 +4,7 @@ import base64
 import os
 from pathlib import Path
 
+WORKDIR = "--config.workdir"
 LIMIT_BYTES = 4 << 20  # of one answer
 
 
@@ -37,3 +38,20 @@ def read_changes(folder: Path, have: dict, limit: int = LIMIT_BYTES) -> dict:
         found[name] = {"inode": stat.st_ino, "at": at, "base64": text}
     names = [str(path.relative_to(folder)) for path in paths]
     return {"files": found, "names": names, "more": more}
+
+
+def run_directory(spec: dict) -> Path | None:
+    """Where a job of this specification writes, on this host; None where its flags do not say."""
+    named = flag(spec["argv"], WORKDIR)
+    return Path(spec["cwd"], os.path.expanduser(named)).resolve() if named else None
+
+
+def flag(argv, name: str) -> str:
+    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent."""
+    value = ""
+    for i, part in enumerate(argv):
+        if part.startswith(f"{name}="):
+            value = part.partition("=")[2]
+        elif part == name and i + 1 < len(argv):
+            value = argv[i + 1]
+    return value

@@ -5,6 +5,7 @@ leaves its children to the keeper, which ends them and starts another worker.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -21,9 +22,11 @@ from launch.host.ranks import Ranks
 TURN_S = 0.1
 REPORT_S = 0.5
 STATUS_S = 2.0
+KEEPER = "keeper"  # file that the keeper and its worker hold locked
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
+UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 
 
 def oom_kills() -> int:
@@ -48,6 +51,7 @@ class Supervisor:
         self._wish = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._wished_at = time.monotonic()
         self._stuck_pids: list[int] = []
+        self._over_at = 0.0
         self._told_at = self._ended_at = self._written_at = 0.0
         first = self.job["hosts"][0]
         former = read_json(folder / "status.json")  # of a worker or a power supply that failed
@@ -99,7 +103,7 @@ class Supervisor:
             return None
 
     def run(self) -> int:
-        """Until the job's end; returns its exit status."""
+        """Until the job's end; returns the job's exit status."""
         while True:
             self.ranks.turn(TURN_S)
             now = time.monotonic()
@@ -111,11 +115,16 @@ class Supervisor:
                 if now - self._written_at >= STATUS_S:
                     self._write_status(report)
             outcome = self._wish["outcome"]
-            if outcome and not self.ranks.left():
+            if outcome and not self._waits_for(now):
                 self._ended_at = self._ended_at or now
                 if not self.leads or self._all_know() or now - self._ended_at > 10:
                     self._write_status(self.report(), outcome)
                     return outcome["code"]
+
+    def _waits_for(self, now: float) -> list[int]:
+        """What lives of the job after its end, for as long as it may still die."""
+        self._over_at = self._over_at or now
+        return self.ranks.left() if now - self._over_at < UNKILLABLE_S else []
 
     def _consult(self, report: dict, now: float) -> None:
         if self.leads:
@@ -183,7 +192,7 @@ class Supervisor:
 
 
 def keep(folder: Path) -> int:
-    """The keeper's life: the exit status of the job."""
+    """The keeper's life; 0 where a worker has brought the job to its end."""
     tree.adopt_orphans()
     for life in range(WORKERS):
         worker = os.fork()
@@ -191,7 +200,7 @@ def keep(folder: Path) -> int:
             os._exit(_work(folder, orphaned=life > 0))
         ended = _wait_for(worker)
         tree.end_all(lambda: tree.descendants(os.getpid()))
-        if ended < 128 and ended != FAILED:
+        if ended == 0:
             break
     return ended
 
@@ -210,7 +219,8 @@ def _work(folder: Path, orphaned: bool) -> int:
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        return min(Supervisor(folder, orphaned).run(), 127)
+        Supervisor(folder, orphaned).run()
+        return 0  # whatever the job's: that is in the status, and could be FAILED too
     except BaseException:
         with open(folder / "supervisor.err", "a") as file:
             traceback.print_exc(file=file)
@@ -232,5 +242,6 @@ def start_detached(folder: Path) -> None:
     for number, target in ((0, null), (1, null), (2, errors)):
         os.dup2(target, number)
     os.closerange(3, 256)
+    fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     os.chdir("/")
     os._exit(keep(folder))

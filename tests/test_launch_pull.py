@@ -1,0 +1,40 @@
+import json
+import shutil
+import sys
+import threading
+
+import pytest
+from here import Here
+from run_directories import series, write_run
+
+from launch import summary
+from launch.host.lead import Policy
+from launch.inventory import Host
+from launch.job import Job
+from launch.pull import Pull
+from launch.rundir import NoRun
+
+
+def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    run = write_run(tmp_path / "run", series(60))
+    (run / "summary.json").unlink(missing_ok=True)
+    host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
+    record = {"argv": [f"--config.workdir={run}"], "env": {}, "ranks_per_host": 1}
+    job = Job.create([host], Policy(), "", **record, folders={})
+    there = tmp_path / "host" / "jobs" / job.id
+    there.mkdir(parents=True)
+    (there / "status.json").write_text(json.dumps({"outcome": {"code": 1, "why": "an error"}}))
+    source = Pull(job.id)
+    source.fleet = Here(job.hosts)
+    args = summary.parse([job.id, "--follow", "--every=0.1"])
+    following = threading.Thread(target=summary.follow, args=(args, [source]), daemon=True)
+    following.start()
+    following.join(20)
+    assert not following.is_alive()
+    shutil.rmtree(run)  # one that failed before it wrote anything
+    shutil.rmtree(source.folder)
+    source = Pull(job.id)
+    source.fleet = Here(job.hosts)
+    with pytest.raises(NoRun):
+        summary.follow(args, [source])
