@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -89,20 +90,39 @@ def _ask_until(follower, said, wish, answers):
         time.sleep(0.01)
 
 
+def _talk(listener, follower, said, wish):
+    """(reports that the leader heard, what the follower was told), until it is told the wish."""
+    heard, answers = [], []
+    ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
+    ask.start()
+    while ask.is_alive():
+        heard += listener.reports()
+        listener.tell(wish)
+        time.sleep(0.01)
+    return heard, answers
+
+
 def test_supervisors_talk_and_find_each_other_again():
     port = free_port("127.0.0.1")
     follower = Follower("127.0.0.1", port, TOKEN)
     said = {"host": 1, "text": "é$(x)\n"}
     for wish in ({"do": "run"}, {"do": "kill"}):  # the leader is killed and comes back
-        listener, heard, answers = Listener("127.0.0.1", port, TOKEN), [], []
-        ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
-        ask.start()
-        while ask.is_alive():
-            heard += listener.reports()
-            listener.tell(wish)
-            time.sleep(0.01)
+        listener = Listener("127.0.0.1", port, TOKEN)
+        heard, answers = _talk(listener, follower, said, wish)
         assert answers[-1] == wish and heard[0] == said
         listener.close()
+    follower.close()
+
+
+def test_a_connection_that_is_reset_before_it_is_greeted_harms_no_other():
+    port = free_port("127.0.0.1")
+    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    scanner = socket.create_connection(("127.0.0.1", port))
+    scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    scanner.close()  # a reset, not an end
+    heard, answers = _talk(listener, follower, {"host": 1}, {"do": "run"})
+    assert heard[0] == {"host": 1} and answers[-1] == {"do": "run"}
+    listener.close()
     follower.close()
 
 

@@ -85,15 +85,7 @@ class Listener:
 
     def reports(self) -> list[dict]:
         """What hosts have said since the last call."""
-        try:
-            while True:
-                sock, _ = self._server.accept()
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                nonce = os.urandom(16).hex()
-                sock.sendall(f"{nonce}\n".encode())
-                self._channels[Channel(sock, self.token, nonce)] = None
-        except BlockingIOError:
-            pass
+        self._accept()
         heard = []
         for channel in list(self._channels):
             try:
@@ -103,6 +95,21 @@ class Listener:
             except (OSError, Refused, ValueError, KeyError):
                 self._drop(channel)
         return heard
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:  # no more, or no descriptor free for one: looked at in the next turn
+                return
+            nonce = os.urandom(16).hex()
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.sendall(f"{nonce}\n".encode())
+            except OSError:  # reset already, as by a scan of ports: no host of this job
+                sock.close()
+                continue
+            self._channels[Channel(sock, self.token, nonce)] = None
 
     def tell(self, wanted: dict) -> None:
         for channel, host in list(self._channels.items()):
