@@ -23,6 +23,8 @@ REPORT_S = 0.5
 STATUS_S = 2.0
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
+RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # room for the outcome, should the disk be full
+OUTCOME_S, RETRY_S = 86_400.0, 1.0  # to wait for more: who follows starts a job without outcome
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
 
 
@@ -49,6 +51,8 @@ class Supervisor:
         self._wished_at = time.monotonic()
         self._stuck_pids: list[int] = []
         self._told_at = self._ended_at = self._written_at = 0.0
+        with contextlib.suppress(OSError):
+            (folder / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # that nothing compresses
         first = self.job["hosts"][0]
         former = read_json(folder / "status.json")  # of a worker or a power supply that failed
         self.ranks.attempt = former.get("attempt", 0)  # it is over here, not to be started anew
@@ -114,8 +118,16 @@ class Supervisor:
             if outcome and not self.ranks.left():
                 self._ended_at = self._ended_at or now
                 if not self.leads or self._all_know() or now - self._ended_at > 10:
-                    self._write_status(self.report(), outcome)
-                    return outcome["code"]
+                    if self._keep(outcome) or now - self._ended_at > OUTCOME_S:
+                        return outcome["code"]
+                    time.sleep(RETRY_S)
+
+    def _keep(self, outcome: dict) -> bool:
+        """Whether the outcome is on disk."""
+        kept = self._write_status(self.report(), outcome)
+        with contextlib.suppress(OSError):
+            (self.folder / RESERVE).unlink(missing_ok=True)
+        return kept or self._write_status(self.report(), outcome)
 
     def _consult(self, report: dict, now: float) -> None:
         if self.leads:
@@ -161,7 +173,8 @@ class Supervisor:
             if self._stuck_pids:
                 self.say(f"cannot kill {self._stuck_pids} (in the kernel): reboot this host")
 
-    def _write_status(self, report: dict, outcome=None) -> None:
+    def _write_status(self, report: dict, outcome=None) -> bool:
+        """Whether there was room for it: a full disk must not end the job."""
         status = {
             "job": self.job["id"],
             "host": self.names[self.me],
@@ -178,8 +191,11 @@ class Supervisor:
             status["hosts"] = {self.names[h]: r for h, r in self.leader.reports.items()}
             status["state"] = self.leader.state
         self._written_at = time.monotonic()
-        with contextlib.suppress(OSError):  # a full disk must not end the job
+        try:
             write_json(self.folder / "status.json", status)
+        except OSError:
+            return False
+        return True
 
 
 def keep(folder: Path) -> int:

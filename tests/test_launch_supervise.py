@@ -1,0 +1,80 @@
+"""One supervisor as a process of its own, on this machine: a job of one host on loopback."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.host.lead import Policy
+from launch.host.link import free_port
+
+ROOT = Path(__file__).parent.parent
+SUPERVISE = (
+    "import sys, pathlib; from launch.host.supervise import Supervisor\n"
+    "sys.exit(Supervisor(pathlib.Path(sys.argv[1]), False).run())"
+)
+FILL = """
+import os
+def fill():
+    try:
+        with open("fill", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+    except OSError:
+        pass
+"""
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 256 KiB."""
+    if os.geteuid():
+        pytest.skip("mounting a small disk needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def supervise(folder, program, address="127.0.0.1", **job):
+    """Starts the supervisor of a job whose one process runs the program's text in `folder`."""
+    spec = {"id": f"test-{os.getpid()}", "me": 0, "ranks_per_host": 1, "gpus": 0, "env": {}}
+    spec |= {"hosts": [{"name": "a", "address": address}], "token": "a" * 64, "cwd": str(folder)}
+    spec |= {"port": free_port(address), "policy": dataclasses.asdict(Policy(restarts=0))}
+    spec |= {"argv": [sys.executable, "-c", program]} | job
+    (folder / "job.json").write_text(json.dumps(spec))
+    return subprocess.Popen([sys.executable, "-c", SUPERVISE, folder], cwd=ROOT)
+
+
+def outcome_in(folder):
+    return json.loads((folder / "status.json").read_text())["outcome"]
+
+
+def test_the_outcome_of_a_job_that_filled_its_disk_is_kept(disk):
+    process = supervise(disk, f"{FILL}\nfill()")
+    assert process.wait(20) == 0
+    assert outcome_in(disk)["why"] == "done" and not (disk / "reserve").exists()
+
+
+def test_a_supervisor_stays_until_there_is_room_for_the_outcome(disk):
+    process = supervise(disk, f"{FILL}\nfill()\nos.unlink('reserve')\nfill()")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)
+    assert outcome_in(disk) is None
+    (disk / "fill").unlink()
+    assert process.wait(20) == 0 and outcome_in(disk)["why"] == "done"
+
+
+def test_a_program_beats_on_where_the_disk_is_full(disk):
+    program = f"""{FILL}
+from jaxtrain.beat import beat
+beat("train", 1)
+fill()
+beat("train", 2)
+"""
+    env = os.environ | {"JAXTRAIN_BEAT": str(disk / "beat"), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], cwd=disk, env=env, check=True)
+    assert json.loads((disk / "beat").read_text())["step"] == 2
