@@ -27,7 +27,7 @@ def start_runtime(cfg, world=ALONE) -> None:
         world: the World that this process is one of.
 
     Raises:
-        ValueError: the world's parts do not fit each other.
+        ValueError: the world's parts do not fit each other, or JAX finds other devices than stated.
     """
     check(world)
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
@@ -41,6 +41,11 @@ def start_runtime(cfg, world=ALONE) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:
         join(world)
+    if world.devices and jax.local_device_count() != world.devices:
+        raise ValueError(
+            f"this process must have the {world.devices} devices that the inventory states; JAX "
+            f"finds {jax.local_device_count()}: {jax.local_devices()}. Correct gpus in --hosts."
+        )
 
 
 def join(world) -> None:

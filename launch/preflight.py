@@ -51,7 +51,7 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3, build=False) -> l
         findings = [Finding(host.name, "reach", "", str(error)) for host, error in lost.items()]
         facts = {host: found for host, found in answers.items() if host not in lost}
         for found in facts.values() if build else ():
-            found["versions"] = {"jax": "to be built"}
+            found |= {"versions": {"jax": "to be built"}, "to_build": True}
         for host, found in facts.items():
             findings += judge(host, found, port)
         findings += agreement(facts)
@@ -69,6 +69,7 @@ def judge(host, found: dict, port: int) -> list[Finding]:
     )
     gib = lambda count: f"{count / 2**30:.0f} GiB"
     skew, chips = abs(found["skew_s"]), [gpu["name"] for gpu in found["gpus"]]
+    plugin = "" if found.get("to_build") else lacks_plugin(host, found["versions"])
     named = all(host.chip.lower() in name.lower().replace(" ", "") for name in chips)
     soft, hard = found["open_files"]
     return [
@@ -77,7 +78,9 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         make(
             "python",
             found["python"],
-            "" if "jax" in found["versions"] else f"install the project for {found['executable']}",
+            plugin
+            if "jax" in found["versions"]
+            else f"install the project for {found['executable']}",
         ),
         make(
             "gpus",
@@ -117,6 +120,13 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
         make("shared", "", found["nonce_error"]),
     ]
+
+
+def lacks_plugin(host, versions) -> str:
+    """What to do on a host with GPUs where JAX has no plugin for them; "" where all is well."""
+    has = any(name.startswith("jax-cuda") and name.endswith("-plugin") for name in versions)
+    text = "JAX has no CUDA plugin there: install jaxtrain[cuda], or build with --env_extras=cuda"
+    return text * (host.gpus > 0 and not has)
 
 
 def _short(found: int, least: int) -> str:

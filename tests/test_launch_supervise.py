@@ -53,6 +53,25 @@ def outcome_in(folder):
     return json.loads((folder / "status.json").read_text())["outcome"]
 
 
+def environment_of(folder, **job):
+    """What the process of a job finds in its environment."""
+    program = "import json, os\nwith open('env', 'w') as file: json.dump(dict(os.environ), file)"
+    assert supervise(folder, program, **job).wait(20) == 0
+    return json.loads((folder / "env").read_text())
+
+
+def test_on_a_host_with_gpus_jax_may_not_fall_back_to_the_cpu(tmp_path, monkeypatch):
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    names = ("JAX_PLATFORMS", "JAXTRAIN_LOCAL_DEVICES")
+    given = lambda **job: tuple(environment_of(tmp_path, **job).get(name) for name in names)
+    assert given() == (None, None)
+    (tmp_path / "status.json").unlink()
+    assert given(gpus=8) == ("cuda,cpu", "8")
+    (tmp_path / "status.json").unlink()
+    assert given(gpus=8, env={"JAX_PLATFORMS": "cpu"}) == ("cpu", None)
+
+
 def test_the_outcome_of_a_job_that_filled_its_disk_is_kept(disk):
     process = supervise(disk, f"{FILL}\nfill()")
     assert process.wait(20) == 0

@@ -108,14 +108,26 @@ class Ranks:
                 os.set_blocking(process.stdout.fileno(), False)
                 self._selector.register(process.stdout, selectors.EVENT_READ, made)
 
+    def _devices(self, env: dict, local: int) -> dict:
+        """Which GPUs a process takes, and that it takes no CPU in their place.
+
+        JAX falls back to the CPU where CUDA fails, unless its platforms are named. The first is
+        the one that it computes on; host callbacks want the second.
+        """
+        if not self.job["gpus"]:
+            return {}
+        per_host, devices = self.job["ranks_per_host"], {}
+        if "JAX_PLATFORMS" not in env:
+            devices = {"JAX_PLATFORMS": "cuda,cpu"}
+            if "CUDA_VISIBLE_DEVICES" not in env:  # else the user has chosen among them
+                devices["JAXTRAIN_LOCAL_DEVICES"] = str(self.job["gpus"] // per_host)
+        return devices | ({"JAX_LOCAL_DEVICE_IDS": str(local)} if per_host > 1 else {})
+
     def _environment(self, world, rank, local, processes, beat) -> dict:
-        devices = {}
-        if self.job["ranks_per_host"] > 1 and self.job["gpus"]:
-            devices = {"JAX_LOCAL_DEVICE_IDS": str(local)}
+        env = os.environ | self.job["env"]
         return (
-            os.environ
-            | self.job["env"]
-            | devices
+            env
+            | self._devices(env, local)
             | {
                 tree.JOB_MARK: self.job["id"],
                 "JAXTRAIN_BEAT": str(beat),
