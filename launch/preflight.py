@@ -87,7 +87,8 @@ def judge(host, found: dict, port: int) -> list[Finding]:
             f"{len(chips)} {chips[0] if chips else ''}".strip(),
             ""
             if len(chips) == host.gpus and (not host.chip or named)
-            else f"the inventory says {host.gpus} {host.chip}: correct it or the host",
+            else found["gpus_error"]
+            or f"the inventory says {host.gpus} {host.chip}: correct it or the host",
         ),
         make("disk", gib(found["disk_free_bytes"]), _short(found["disk_free_bytes"], DISK_BYTES)),
         make(
@@ -156,7 +157,8 @@ def network(mesh, nonce, shared, burst_s) -> list[Finding]:
     findings = []
     for host, saw in (mesh.read(shared, nonce) if shared else {}).items():
         if not saw.get("same"):
-            problem = "the hosts do not share it: --config.checkpoint.storage=host0"
+            apart = "the hosts do not share it: --config.checkpoint.storage=host0"
+            problem = saw.get("error") or apart
             findings.append(Finding(host.name, "shared", shared, problem))
     for pair in mesh.measure(streams=1, seconds=burst_s, pings=3, least_trips=BURST_TRIPS):
         name, check = pair["from"], f"to {pair['to']}"

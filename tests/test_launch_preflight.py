@@ -1,8 +1,13 @@
 """What preflight says of facts that this machine gives, with one of them changed."""
 
+import os
+import time
+
 import pytest
 
+from launch.host import facts as host_facts
 from launch.host.facts import gather_facts
+from launch.host.net import ORDERS
 from launch.inventory import Host
 from launch.preflight import judge
 
@@ -18,6 +23,28 @@ def facts(tmp_path_factory):
 
 def problems(host, found, check):
     return [f.problem for f in judge(host, found, 23_456) if f.check == check and f.problem]
+
+
+def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_facts, "PATIENCE_S", 0.5)
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nsleep 8\n:\n")  # kill the shell, and sleep holds the pipes
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("w", "r"):
+        os.mkfifo(tmp_path / f".shared-{name}")  # nobody is at its other end: to open it never ends
+    shared = {"shared": str(tmp_path), "nonce": "w"}
+    began = time.monotonic()
+    found = gather_facts(tmp_path, {"address": "127.0.0.1", "port": 0} | shared)
+    order = {"folder": str(tmp_path), "nonce": "r"}
+    with pytest.raises(TimeoutError):
+        ORDERS["read"](order, b"")
+    assert time.monotonic() - began < 5
+    found |= {"rtt_s": 0.01, "skew_s": 0.0}
+    assert problems(Host("a", "127.0.0.1", gpus=8), found, "gpus") == [
+        "nvidia-smi: no end within 0 s"
+    ]
+    assert problems(HOST, found, "shared") == [f"{tmp_path}: no end within 0 s"]
 
 
 @pytest.mark.parametrize(("gpus", "plugin", "wanted"), [(0, 0, 0), (1, 1, 0), (1, 0, 1)])

@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+from launch.host.facts import in_time
+
 CHUNK = 1 << 18
 HEAD = struct.Struct("!32scI")  # token, kind (p ping, s send, r receive), milliseconds
 
@@ -72,13 +74,15 @@ def _measure_peer(order: dict, token: bytes) -> dict:
 def _read_nonce(order: dict, token: bytes) -> dict:
     """Whether this host reads what the first one wrote."""
     try:
-        return {"same": _nonce_path(order).read_text() == order["nonce"]}
+        return {"same": in_time(_nonce_path(order).read_text) == order["nonce"]}
+    except TimeoutError:
+        raise
     except OSError:
         return {"same": False}
 
 
 def _forget_nonce(order: dict, token: bytes) -> dict:
-    _nonce_path(order).unlink(missing_ok=True)
+    in_time(_nonce_path(order).unlink, True)
     return {}
 
 
