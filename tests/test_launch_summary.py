@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import bed as beds
@@ -69,9 +70,26 @@ def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(runs, count):
 
 def test_the_page_shows_words_from_a_run_as_words(tmp_path):
     hostile = "<script>alert(1)</script>&"
-    write_run(tmp_path / "<b>run", series(20), routes={"x": hostile}, processes=2)
-    text = page([read_run(tmp_path / "<b>run")])
+    folder = write_run(tmp_path / "<b>run", series(20), routes={hostile: hostile}, processes=2)
+    found = json.loads((folder / "config.json").read_text())
+    chip = found["chip"] | {"name": hostile}
+    found |= {"config_hash": hostile, "versions": {hostile: hostile}, "chip": chip}
+    found["config"]["steps"] = hostile
+    (folder / "config.json").write_text(json.dumps(found))
+    summary = {"step": 20, "stopped_by": hostile, "outliers": {hostile: hostile}}
+    summary |= {"lost_s": {hostile: 3.0}, "perf/goodput": 0.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "hosts" / "0.jsonl").rename(folder / "hosts" / "<script>.jsonl")
+    event = {"step": 9, "event": hostile, "cause": hostile}
+    times = [{"step": step, "perf/step_time_s": 1.0} for step in range(20)]
+    lines = "".join(json.dumps(line) + "\n" for line in [*times, event])
+    (folder / "hosts" / "0.jsonl").write_text(lines)
+    text = page([read_run(folder)])
     assert hostile in Checked(text).words and "<script" not in text and "<b>run" not in text
+    assert text.count("&lt;script") >= 10
+    read = read_run(folder)
+    text = page([replace(read, config=read.config | {"devices": hostile}, hosts={}, metrics=[])])
+    assert "<script" not in text
 
 
 def test_every_polyline_stays_inside_its_picture(runs):
