@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch.host import log, tree
+from launch.host import log, net, tree
 from launch.host.hashing import hash_files
 from launch.host.link import Channel, Follower, Listener, Refused, free_port
 from launch.host.ranks import decisive
@@ -138,6 +138,28 @@ def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
     parent.wait()
     assert len(tree.marked("test-tree")) == 2  # orphans, known by their mark
     assert tree.end_all(lambda: tree.marked("test-tree"), patience_s=10) == []
+def test_a_measurement_of_which_a_stream_fails_is_an_error_and_not_a_slower_one():
+    token, serve = b"a" * 32, []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            for i in range(1 + 4):  # the ping, then four streams of which the last is closed
+                sock, _ = server.accept()
+                if i == 4:
+                    sock.close()
+                    return
+                serve.append(threading.Thread(target=net._serve_one, args=(sock, token)))
+                serve[-1].start()
+
+        serve.append(threading.Thread(target=accept))
+        serve[0].start()
+        order = {"peer": server.getsockname(), "streams": 4, "seconds": 0.1, "pings": 1}
+        with pytest.raises(OSError):
+            net.ORDERS["measure"](order | {"least_trips": 0}, token)
+        for thread in serve:
+            thread.join()
+
+
     assert tree.marked("test-tree") == []
 
 

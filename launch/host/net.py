@@ -4,6 +4,7 @@ Every host listens on its own training address and measures towards its peers wh
 Connections begin with the token of this measurement; others are dropped.
 """
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -51,17 +52,12 @@ def _measure_peer(order: dict, token: bytes) -> dict:
     found = {"rtt_s": _ping(peer, token, order["pings"])}
     if ms and order["seconds"] >= order["least_trips"] * statistics.median(found["rtt_s"]):
         kinds = [b"s", b"r"] if order.get("both") else [b"s"]
-        flows, before = [], wire_bytes(order.get("interface"))
+        before = wire_bytes(order.get("interface"))
         streams = [kind for kind in kinds for _ in range(order["streams"])]
-        threads = [
-            threading.Thread(target=lambda kind=kind: flows.append(_flow(peer, token, kind, ms)))
-            for kind in streams
-        ]
         start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(len(streams)) as pool:
+            flow = lambda kind: _flow(peer, token, kind, ms)
+            flows = list(pool.map(flow, streams))  # a stream that failed is no slow one: it raises
         found["seconds"] = time.perf_counter() - start
         found["bytes"] = sum(count for count, _ in flows)
         found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
@@ -158,6 +154,8 @@ def _flow(peer, token: bytes, kind: bytes, ms: int) -> tuple[int, float]:
         return count, time.perf_counter() - (first or time.perf_counter())
 
 
+        if not count:
+            raise ConnectionError("the peer sent nothing")
 def _ping(peer, token: bytes, count: int) -> list[float]:
     times = []
     with _connect(peer, token, b"p", 0) as sock:
