@@ -114,6 +114,18 @@ def test_supervisors_talk_and_find_each_other_again():
     follower.close()
 
 
+def test_the_last_wish_of_a_leader_is_heard_though_it_ended_with_a_report_unread():
+    port = free_port("127.0.0.1")
+    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    _talk(listener, follower, {"host": 1}, {"do": "run"})
+    follower.exchange({"host": 1})
+    listener.tell({"do": "end"})
+    listener.close()  # with what it has not read: the kernel resets the connection
+    time.sleep(0.05)
+    assert follower.exchange({"host": 1}) == {"do": "end"}
+    follower.close()
+
+
 def test_a_connection_that_is_reset_before_it_is_greeted_harms_no_other():
     port = free_port("127.0.0.1")
     listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
@@ -126,18 +138,6 @@ def test_a_connection_that_is_reset_before_it_is_greeted_harms_no_other():
     follower.close()
 
 
-def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
-    program = "import os, time\nif os.fork() == 0:\n os.setsid()\n os.fork()\ntime.sleep(100)"
-    env = os.environ | {tree.JOB_MARK: "test-tree"}
-    parent = subprocess.Popen([sys.executable, "-c", program], env=env)
-    deadline = time.monotonic() + 10
-    while len(tree.marked("test-tree")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(tree.marked("test-tree")) == 3
-    parent.kill()
-    parent.wait()
-    assert len(tree.marked("test-tree")) == 2  # orphans, known by their mark
-    assert tree.end_all(lambda: tree.marked("test-tree"), patience_s=10) == []
 def test_a_measurement_of_which_a_stream_fails_is_an_error_and_not_a_slower_one():
     token, serve = b"a" * 32, []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -160,6 +160,18 @@ def test_a_measurement_of_which_a_stream_fails_is_an_error_and_not_a_slower_one(
             thread.join()
 
 
+def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
+    program = "import os, time\nif os.fork() == 0:\n os.setsid()\n os.fork()\ntime.sleep(100)"
+    env = os.environ | {tree.JOB_MARK: "test-tree"}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=env)
+    deadline = time.monotonic() + 10
+    while len(tree.marked("test-tree")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(tree.marked("test-tree")) == 3
+    parent.kill()
+    parent.wait()
+    assert len(tree.marked("test-tree")) == 2  # orphans, known by their mark
+    assert tree.end_all(lambda: tree.marked("test-tree"), patience_s=10) == []
     assert tree.marked("test-tree") == []
 
 

@@ -142,12 +142,12 @@ class Follower:
         if self._channel is None:
             if now < self._try_at or not self._connect():
                 return None
-        try:
-            self._channel.send(report, "up")
+        wishes = []
+        try:  # first what has come: a leader that ended may have left its last wish and a reset
             wishes = self._channel.take("down")
+            self._channel.send(report, "up")
         except (OSError, Refused, ValueError):
             self.close()
-            return None
         if wishes:
             self._heard_at = now
         elif now - self._heard_at > self._silent_s:

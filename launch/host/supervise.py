@@ -87,6 +87,7 @@ class Supervisor:
             "orphaned": self._orphaned,
             "lease_age_s": self._lease_age_s(),
             "stop": self._stop_asked(),
+            "knows": self._wish["outcome"] is not None,
             "time": now,
         }
 
@@ -119,6 +120,8 @@ class Supervisor:
                 self._ended_at = self._ended_at or now
                 if not self.leads or self._all_know() or now - self._ended_at > 10:
                     if self._keep(outcome) or now - self._ended_at > OUTCOME_S:
+                        if not self.leads:
+                            self.follower.exchange(self.report())  # for this the leader waits
                         return outcome["code"]
                     time.sleep(RETRY_S)
 
@@ -151,10 +154,10 @@ class Supervisor:
                 self._wish = self._wish | {"outcome": {"code": LOST_LEADER, "why": why}}
 
     def _all_know(self) -> bool:
-        """Whether every host that still speaks has ended its part."""
+        """Whether every host that still speaks knows the outcome: else it would wait for us."""
         others = [r for host, r in self.leader.reports.items() if host != 0]
         fresh = [r for r in others if time.time() - r["time"] < self.policy.lost_s]
-        return all(r["clean"] and r["attempt"] == self._wish["attempt"] for r in fresh)
+        return all(r["clean"] and r["knows"] for r in fresh)
 
     def _obey(self, now: float) -> None:
         """Brings about what the leader wishes."""
