@@ -32,7 +32,9 @@ class Host:
     python: str = "python3"
     gpus: int = 0
     chip: str = ""
-    interface: str = ""  # of the training network: ports bind to its address, counters are its own
+    interface: str = (
+        ""  # that holds the address: NCCL keeps to it, counters are its own; "" finds it
+    )
     site: str = ""
 
     @property

@@ -105,10 +105,24 @@ def judge(host, found: dict, port: int) -> list[Finding]:
             "unset them for the job: gRPC would hang" * bool(found["proxies"]),
         ),
         make(
+            "rsync",
+            "there" if found["rsync"] else "absent",
+            "install rsync: code comes by it" * (not found["rsync"]),
+        ),
+        *_judge_network(make, host, found, port),
+        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
+        make("shared", "", found["nonce_error"]),
+    ]
+
+
+def _judge_network(make, host, found: dict, port: int) -> list[Finding]:
+    return [
+        make(
             "address",
             host.address,
             "" if found["has_address"] else "no such address on it: correct the inventory",
         ),
+        make("interface", host.interface or found["interface"], _misplaced(host, found)),
         make(
             "own name",
             found["own_address"] or "unknown",
@@ -118,9 +132,16 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
-        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
-        make("shared", "", found["nonce_error"]),
     ]
+
+
+def _misplaced(host, found: dict) -> str:
+    """What is wrong with the stated interface."""
+    named, holds = host.interface, found["interface"]
+    if named and named not in found["interfaces"]:
+        return f"no such interface among {' '.join(found['interfaces'])}: correct the inventory"
+    elsewhere = f"{host.address} is on {holds}, not on {named}: correct one of the two"
+    return elsewhere * bool(named and holds and named != holds)
 
 
 def lacks_plugin(host, versions) -> str:

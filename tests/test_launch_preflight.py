@@ -7,7 +7,7 @@ import pytest
 
 from launch.host import facts as host_facts
 from launch.host.facts import gather_facts
-from launch.host.net import ORDERS
+from launch.host.net import ORDERS, wire_bytes
 from launch.inventory import Host
 from launch.preflight import judge
 
@@ -45,6 +45,26 @@ def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path,
         "nvidia-smi: no end within 0 s"
     ]
     assert problems(HOST, found, "shared") == [f"{tmp_path}: no end within 0 s"]
+
+
+def test_an_interface_must_be_there_and_hold_the_address(facts):
+    judged = lambda name: problems(Host("a", "127.0.0.1", interface=name), facts, "interface")
+    assert judged("") == judged("lo") == [] and facts["interface"] == "lo"
+    assert "no such interface among" in judged("eth99")[0]
+    other = facts | {"interfaces": facts["interfaces"] | {"eth1": ["10.0.0.1"]}}
+    found = problems(Host("a", "127.0.0.1", interface="eth1"), other, "interface")
+    assert found == ["127.0.0.1 is on lo, not on eth1: correct one of the two"]
+
+
+def test_what_an_interface_that_is_not_there_carries_is_unknown_and_not_nothing():
+    assert min(wire_bytes("lo")) >= 0
+    with pytest.raises(OSError, match="got 'eth99'. Correct --hosts"):
+        wire_bytes("eth99")
+
+
+def test_a_host_without_rsync_cannot_take_the_code(facts):
+    assert "install rsync" in problems(HOST, facts | {"rsync": False}, "rsync")[0]
+    assert problems(HOST, facts | {"rsync": True}, "rsync") == []
 
 
 @pytest.mark.parametrize(("gpus", "plugin", "wanted"), [(0, 0, 0), (1, 1, 0), (1, 0, 1)])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ SUPERVISE = (
     "import sys, pathlib; from launch.host.supervise import Supervisor\n"
     "sys.exit(Supervisor(pathlib.Path(sys.argv[1]), False).run())"
 )
+START = """
+import json, sys
+from pathlib import Path
+from launch.host.log import Log, read
+from launch.host.ranks import Ranks
+folder = Path(sys.argv[2])
+ranks = Ranks(json.loads(sys.argv[1]), folder, Log(folder / "log"))
+ranks.start(1, {"members": [0], "coordinator": "127.0.0.1:1"})
+while not ranks.over():
+    ranks.turn(0.02)
+print(read(folder / "log", 0)[1].decode())
+"""
 FILL = """
 import os
 def fill():
@@ -53,23 +66,33 @@ def outcome_in(folder):
     return json.loads((folder / "status.json").read_text())["outcome"]
 
 
-def environment_of(folder, **job):
-    """What the process of a job finds in its environment."""
-    program = "import json, os\nwith open('env', 'w') as file: json.dump(dict(os.environ), file)"
-    assert supervise(folder, program, **job).wait(20) == 0
-    return json.loads((folder / "env").read_text())
+def started(folder, env=(), **job):
+    """The environment of the process that a host starts of a job, told by the process."""
+    program = "import json, os\nprint(json.dumps(dict(os.environ)))"
+    spec = {"id": f"test-{os.getpid()}", "me": 0, "ranks_per_host": 1, "gpus": 0, "env": dict(env)}
+    spec |= {"hosts": [{"name": "a", "address": "127.0.0.1"}], "cwd": str(folder)}
+    spec |= {"argv": [sys.executable, "-c", program]} | job
+    argv = [sys.executable, "-c", START, json.dumps(spec), tempfile.mkdtemp(dir=folder)]
+    return json.loads(subprocess.run(argv, cwd=ROOT, capture_output=True, check=True).stdout)
 
 
 def test_on_a_host_with_gpus_jax_may_not_fall_back_to_the_cpu(tmp_path, monkeypatch):
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     names = ("JAX_PLATFORMS", "JAXTRAIN_LOCAL_DEVICES")
-    given = lambda **job: tuple(environment_of(tmp_path, **job).get(name) for name in names)
+    given = lambda **job: tuple(started(tmp_path, **job).get(name) for name in names)
     assert given() == (None, None)
-    (tmp_path / "status.json").unlink()
     assert given(gpus=8) == ("cuda,cpu", "8")
-    (tmp_path / "status.json").unlink()
     assert given(gpus=8, env={"JAX_PLATFORMS": "cpu"}) == ("cpu", None)
+
+
+def test_of_several_hosts_each_keeps_to_the_interface_of_its_address(tmp_path):
+    names = ("JAXTRAIN_INTERFACE", "NCCL_SOCKET_IFNAME")
+    given = lambda **job: tuple(started(tmp_path, **job).get(name) for name in names)
+    one, two = ({"name": n, "address": a} for n, a in (("a", "127.0.0.1"), ("b", "127.0.0.2")))
+    assert given(hosts=[one]) == (None, None)
+    assert given(hosts=[one, two]) == ("lo", "=lo")
+    assert given(hosts=[one, two], env={"NCCL_SOCKET_IFNAME": "=ib0"}) == ("lo", "=ib0")
 
 
 def test_the_outcome_of_a_job_that_filled_its_disk_is_kept(disk):

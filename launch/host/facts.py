@@ -13,7 +13,7 @@ import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launch.host import logout
+from launch.host import logout, nics
 
 PACKAGES = (
     "jax",
@@ -56,6 +56,8 @@ def gather_facts(root: Path, request: dict) -> dict:
         "local_disk": _local(root),
         "logout": logout.look(),
         "rsync": shutil.which("rsync") is not None,
+        "interfaces": nics.addresses(),
+        "interface": nics.holder(request["address"]),
         "has_address": _has_address(request["address"]),
         "port_free": request["port"] == 0 or _port_free(request["address"], request["port"]),
         "sysctls": {name: _sysctl(path) for name, path in SYSCTLS.items()},

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from launch.host import nics
 from launch.host.facts import in_time
 
 CHUNK = 1 << 18
@@ -39,8 +40,10 @@ def measure(request: dict, answer, found: dict) -> None:
     else:
         threading.Thread(target=_serve, args=(server, token), daemon=True).start()
         answer({"ok": found | {"listens_on": server.getsockname()[1]}})
+    interface = nics.holder(request["address"])
     for line in sys.stdin:
         order = json.loads(line)
+        order["interface"] = order.get("interface") or interface
         try:
             answer({"ok": ORDERS[order["do"]](order, token)})
         except OSError as error:
@@ -151,11 +154,11 @@ def _flow(peer, token: bytes, kind: bytes, ms: int) -> tuple[int, float]:
         while data := sock.recv(CHUNK):
             first = first or time.perf_counter()
             count += len(data)
+        if not count:
+            raise ConnectionError("the peer sent nothing")
         return count, time.perf_counter() - (first or time.perf_counter())
 
 
-        if not count:
-            raise ConnectionError("the peer sent nothing")
 def _ping(peer, token: bytes, count: int) -> list[float]:
     times = []
     with _connect(peer, token, b"p", 0) as sock:
@@ -195,15 +198,19 @@ def _mtu(interface) -> int | None:
 def wire_bytes(interface) -> list[int]:
     """[sent, received] bytes since boot of an interface, "" for all but loopback, and InfiniBand's.
 
+    Raises OSError where there is no such interface.
+
     The kernel counts what it hands to the card, before the card cuts it into segments, each with
     headers of its own. RDMA passes by the kernel. Source: proc(5); sysfs-class-infiniband.
     """
-    sent = received = 0
+    sent = received = found = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         fields = numbers.split()
         if name.strip() == interface or (not interface and name.strip() != "lo"):
-            received, sent = received + int(fields[0]), sent + int(fields[8])
+            received, sent, found = received + int(fields[0]), sent + int(fields[8]), found + 1
+    if interface and not found:
+        raise OSError(f"interface must be one of this host; got {interface!r}. Correct --hosts")
     ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
     sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4
     received += sum(4 * int((port / "port_rcv_data").read_text()) for port in ports)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.host import tree
 from launch.host.log import Lines
+from launch.host.nics import holder
 
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")
@@ -123,8 +124,15 @@ class Ranks:
                 devices["JAXTRAIN_LOCAL_DEVICES"] = str(self.job["gpus"] // per_host)
         return devices | ({"JAX_LOCAL_DEVICE_IDS": str(local)} if per_host > 1 else {})
 
+    def _network(self) -> dict:
+        """What NCCL keeps to, and what is counted, where nothing else is said: the interface of
+        the training address. A host alone has no training network."""
+        hosts, me = self.job["hosts"], self.job["me"]
+        name = holder(hosts[me]["address"]) if len(hosts) > 1 else ""
+        return {"JAXTRAIN_INTERFACE": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+
     def _environment(self, world, rank, local, processes, beat) -> dict:
-        env = os.environ | self.job["env"]
+        env = self._network() | os.environ | self.job["env"]
         return (
             env
             | self._devices(env, local)
