@@ -101,6 +101,20 @@ def test_the_outcome_of_a_job_that_filled_its_disk_is_kept(disk):
     assert outcome_in(disk)["why"] == "done" and not (disk / "reserve").exists()
 
 
+def test_processes_meet_at_an_ipv6_address(tmp_path):
+    program = """
+import os
+from jaxtrain.engine import detect
+from jaxtrain.runtime import join
+join(detect(os.environ))
+open("joined", "w").write(os.environ["JAX_COORDINATOR_ADDRESS"])
+os._exit(0)
+"""
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    assert supervise(tmp_path, program, "::1", env=env).wait(60) == 0
+    assert (tmp_path / "joined").read_text().startswith("[::1]:")
+
+
 def test_a_supervisor_stays_until_there_is_room_for_the_outcome(disk):
     process = supervise(disk, f"{FILL}\nfill()\nos.unlink('reserve')\nfill()")
     with pytest.raises(subprocess.TimeoutExpired):

@@ -177,6 +177,11 @@ class Follower:
         self._channel = None
 
 
+def endpoint(address: str, port: int) -> str:
+    """`address:port`; an IPv6 address stands in brackets. Source: RFC 3986, 3.2.2."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def free_port(address: str) -> int:
     """A port of this address that nothing listens on now."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.host import tree
 from launch.host.files import read_json, write_json
 from launch.host.lead import Leader, Policy
-from launch.host.link import Follower, Listener, free_port
+from launch.host.link import Follower, Listener, endpoint, free_port
 from launch.host.log import Log
 from launch.host.ranks import Ranks
 
@@ -58,7 +58,7 @@ class Supervisor:
         self.ranks.attempt = former.get("attempt", 0)  # it is over here, not to be started anew
         if self.leads:
             attempt = former.get("attempt", 0)
-            coordinator = lambda: f"{first['address']}:{free_port(first['address'])}"
+            coordinator = lambda: endpoint(first["address"], free_port(first["address"]))
             self.listener = Listener(first["address"], self.job["port"], self.job["token"])
             self.leader = Leader(
                 self.policy, self.names, coordinator, self.say, attempt, time.monotonic()
