@@ -2,7 +2,10 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
+import bed as beds
 import pytest
 
 from launch.fleet import Fleet, HostError, control_path
@@ -10,10 +13,10 @@ from launch.host.lead import Policy
 from launch.inventory import Host
 from launch.job import Job
 from launch.prepare import read_env
+from launch.ship import place
 
 HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
-from launch.ship import place
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
 def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tmp_path):
@@ -30,9 +33,6 @@ def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tm
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):
-    short = tmp_path / "s"
-    limit = len(str(short)) + 100
 def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     fleet = Fleet([Host(f"h{i}", "10.0.0.1") for i in range(32)])
@@ -78,6 +78,9 @@ def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
         assert refused.returncode == 255 and "Host key verification failed" in refused.stderr
 
 
+def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):
+    short = tmp_path / "s"
+    limit = len(str(short)) + 100
     for where in (short, tmp_path / ("long" * 30)):
         where.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
