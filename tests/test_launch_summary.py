@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from launch import summary
 from launch.figures import rows_of
 from launch.host.rundir import read_changes
 from launch.page import page
-from launch.pull import Pull, flag, put
+from launch.pull import HELD, Pull, flag, put
 from launch.rundir import read_run
 from launch.stats import percentile
 from launch.svg import apart, short, thin, ticks
@@ -259,7 +260,9 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
     git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
     for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
         subprocess.run([*git, *argv], check=True)
-    with beds.Bed(2) as bed:
+    shared = tmp_path / "shared"
+    shutil.copytree(code / "made", shared / "one")
+    with beds.Bed(2, shared) as bed:
         monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
         hosts = bed.inventory(tmp_path / "hosts.toml")
@@ -269,5 +272,10 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         [job] = os.listdir(tmp_path / "jobs")
         copy = read_run(Pull(job).fetch())
+        shutil.rmtree(Pull(job).folder)
+        pull = Pull(job, "/mnt/shared/one")
+        assert read_run(pull.fetch()).hosts == made.hosts
+        held = json.loads((pull.folder / HELD).read_text())
+        assert len(held["h0"]) == 5 and held["h1"] == {}
     assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
     assert "Step time by process" in page([copy])

@@ -149,7 +149,8 @@ def frame(head: dict, data: bytes = b"") -> None:
 def pull(request) -> dict:
     """What is new in the job's run directory; a relative one begins where the job runs."""
     cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
-    return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+    folder = Path(cwd, os.path.expanduser(request["folder"]))
+    return read_changes(folder, request["have"], request["skip"])
 
 
 def facts(request) -> None:
