@@ -1,5 +1,6 @@
 """Everything that can be known to go wrong, looked at on all hosts at once before a job starts."""
 
+import re
 import secrets
 import statistics
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def judge(host, found: dict, port: int) -> list[Finding]:
     gib = lambda count: f"{count / 2**30:.0f} GiB"
     skew, chips = abs(found["skew_s"]), [gpu["name"] for gpu in found["gpus"]]
     plugin = "" if found.get("to_build") else lacks_plugin(host, found["versions"])
-    named = all(host.chip.lower() in name.lower().replace(" ", "") for name in chips)
+    named = all(is_chip(name, host.chip) for name in chips)
     soft, hard = found["open_files"]
     return [
         make("reach", f"{found['rtt_s'] * 1e3:.0f} ms"),
@@ -113,6 +114,14 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
         make("shared", "", found["nonce_error"]),
     ]
+
+
+def is_chip(name: str, chip: str) -> bool:
+    """Whether whole words of a GPU's name are the chip: "a40" is no "RTX A4000"."""
+    cut = lambda text: re.findall("[a-z0-9]+", text.lower())
+    words, wanted = cut(name), "".join(cut(chip))
+    ends = range(len(words) + 1)
+    return any("".join(words[i:j]) == wanted for i in ends for j in ends)
 
 
 def _judge_network(make, host, found: dict, port: int) -> list[Finding]:

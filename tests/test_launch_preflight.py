@@ -9,7 +9,7 @@ from launch.host import facts as host_facts
 from launch.host.facts import gather_facts
 from launch.host.net import ORDERS, wire_bytes
 from launch.inventory import Host
-from launch.preflight import judge
+from launch.preflight import is_chip, judge
 
 HOST = Host("a", "127.0.0.1")
 GPU = {"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}
@@ -45,6 +45,22 @@ def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path,
         "nvidia-smi: no end within 0 s"
     ]
     assert problems(HOST, found, "shared") == [f"{tmp_path}: no end within 0 s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [
+        ("NVIDIA A40", ["a40", "A40"]),
+        ("NVIDIA RTX A4000", ["a4000", "rtx a4000", "rtxa4000"]),
+        ("NVIDIA H100 80GB HBM3", ["h100", "h100-80gb"]),
+        ("NVIDIA GH200 480GB", ["gh200"]),
+        ("NVIDIA GeForce RTX 4090", ["rtx4090", "4090"]),
+    ],
+)
+def test_a_chip_is_named_by_whole_words_of_what_the_driver_calls_it(name, chips):
+    known = ["a40", "a4000", "h100", "h200", "gh200", "4090", "409", "rtx"]
+    assert all(is_chip(name, chip) for chip in chips)
+    assert not [chip for chip in known if is_chip(name, chip) and chip not in (*chips, "rtx")]
 
 
 def test_an_interface_must_be_there_and_hold_the_address(facts):
