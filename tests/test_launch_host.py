@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from launch.host import log, net, tree
+from launch.host import log, net, ops, tree
 from launch.host.hashing import hash_files
 from launch.host.link import Channel, Follower, Listener, Refused, free_port
 from launch.host.ranks import decisive
@@ -191,6 +192,17 @@ def test_the_name_of_code_is_of_its_paths_modes_and_contents(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     names.add(hash_files(tmp_path, ["b"]))
     assert len(names) == 4
+
+
+def test_what_came_of_code_whose_sending_was_cut_off_goes_after_a_day(tmp_path, monkeypatch):
+    ask = {"workdir": str(tmp_path), "hash": "1", "files": []}
+    cut_off = Path(ops.land(ask | {"by": "a"})["folder"])
+    (cut_off / "file").write_text("half")
+    under_way = Path(ops.land(ask | {"by": "b"})["folder"])
+    assert cut_off.exists() and under_way.exists()
+    monkeypatch.setattr(ops, "STALE_S", -1.0)
+    mine = Path(ops.land(ask | {"by": "c"})["folder"])
+    assert list((tmp_path / "code").iterdir()) == [mine]
 
 
 def test_a_beat_says_how_far_the_program_is(tmp_path):
