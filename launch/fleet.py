@@ -1,6 +1,7 @@
 """The hosts over SSH: the system's `ssh` in subprocesses, one shared connection per host."""
 
 import concurrent.futures
+import glob
 import hashlib
 import json
 import os
@@ -58,8 +59,13 @@ def config_file(given="") -> str:
 
     The first value of an option is the one in force. Options on a command line do not reach the
     connections that ProxyJump makes; those take the file. Source: ssh_config(5).
+
+    Raises:
+        HostError: there is no file `given`; Include would say nothing of that.
     """
-    names = [f'"{Path(given).absolute()}"'] if given else CONFIGS
+    if given and not os.path.exists(given):
+        raise HostError(f"--ssh_config must name a file; got {given}.")
+    names = [f'"{glob.escape(os.path.abspath(given))}"'] if given else CONFIGS
     lines = [f"{name} {value}" for name, value in OPTIONS.items()]
     text = "\n".join([*lines, *(f"Include {name}" for name in names), ""])
     if os.name == "nt":

@@ -32,9 +32,7 @@ class Host:
     python: str = "python3"
     gpus: int = 0
     chip: str = ""
-    interface: str = (
-        ""  # that holds the address: NCCL keeps to it, counters are its own; "" finds it
-    )
+    interface: str = ""  # for NCCL and the byte counters; "": the one that holds the address
     site: str = ""
 
     @property

@@ -9,9 +9,7 @@ import time
 from launch.fleet import HostError
 
 CLOCK_ROUNDS = 3
-LOOK_S = (
-    90.0  # for a host's first answer; what may hang there is given up after 20 s: host/facts.py
-)
+LOOK_S = 90.0  # for a host's first answer; there, what hangs is given up after 20 s: host/facts.py
 ANSWER_S = 90.0  # for an answer, above what was ordered; hosts give each other 60 s: host/net.py
 
 

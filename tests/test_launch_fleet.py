@@ -33,6 +33,18 @@ def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tm
     assert {name: found[name] for name in wanted} == wanted
 
 
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_a_configuration_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    config = tmp_path / "of [mine]"
+    with pytest.raises(HostError, match="--ssh_config must name a file; got .*of .mine.*"):
+        Fleet([HOST], str(config)).ssh(HOST)
+    config.write_text("Host a\n  HostName elsewhere\n")
+    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", "a"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "hostname elsewhere\n" in said
+
+
 def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     fleet = Fleet([Host(f"h{i}", "10.0.0.1") for i in range(32)])

@@ -74,7 +74,7 @@ def _versions() -> dict:
 
 
 def in_time(function, *args):
-    """The function's value, or its OSError.
+    """The function's value, or what it raises.
 
     Raises:
         TimeoutError: it hangs. It is left behind, not waited for: what sits in a driver or on a
@@ -85,7 +85,7 @@ def in_time(function, *args):
     def run():
         try:
             ended.put((function(*args), None))
-        except OSError as error:
+        except Exception as error:
             ended.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()

@@ -20,7 +20,7 @@ _Entry._fields_ = [
 
 
 def addresses() -> dict[str, list[str]]:
-    """{interface: its IPs}, also of one that has none. Raises OSError."""
+    """{interface: its IPs}, also of one that has none. Raises OSError where libc does."""
     libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Entry)()
     if libc.getifaddrs(ctypes.byref(first)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
