@@ -4,6 +4,7 @@ The launcher names a file in JAXTRAIN_BEAT and reads it from outside: JAX itself
 for a rank that lives and does nothing. SIGUSR1 writes the stacks of all threads to standard error.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 
 PATH = "JAXTRAIN_BEAT"
+BEAT_BYTES = 256  # each overwrites the last: on a disk that is full there is room for no other
 
 
 class Beat:
@@ -38,10 +40,10 @@ class Beat:
             self._step_at = now
         said |= {"beats": said["beats"] + 1, "phase": phase, "time": now}
         said["step"] = said["step"] if step is None else step
-        draft = f"{self._path}.tmp"
-        with open(draft, "w") as file:
-            json.dump(said, file)
-        os.replace(draft, self._path)  # no fsync: a beat is worth nothing after a power cut
+        with contextlib.suppress(OSError):  # no training ends for want of a sign of life
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+            with open(file, "wb") as beats:  # no fsync: worth nothing after a power cut
+                beats.write(json.dumps(said).ljust(BEAT_BYTES).encode())
 
 
 beat = Beat()  # of this process

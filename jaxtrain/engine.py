@@ -17,6 +17,7 @@ class World(NamedTuple):
     process: int = 0
     local_devices: tuple[int, ...] | None = None  # None: all that this host has
     planned: int = 1  # processes that the batch was laid out for
+    devices: int = 0  # that this process must find; 0: as many as there are
 
 
 def detect(env) -> World:
@@ -62,7 +63,7 @@ def _explicit(env):
     ids = env.get("JAX_LOCAL_DEVICE_IDS", "")
     local = tuple(int(i) for i in ids.split(",")) if ids else None
     planned = max(count, int(env.get("JAXTRAIN_PLANNED_PROCESSES", 0)))
-    return where, count, int(rank), local, planned
+    return where, count, int(rank), local, planned, int(env.get("JAXTRAIN_LOCAL_DEVICES", 0))
 
 
 def _slurm(env):

@@ -29,7 +29,8 @@ def start_runtime(cfg, world=ALONE) -> None:
         world: the World that this process is one of.
 
     Raises:
-        ValueError: the world's parts do not fit each other, or the user's share of memory is none.
+        ValueError: the world's parts do not fit each other, the user's share of memory is none, or
+            JAX finds other devices than stated.
     """
     check(world)
     memory.share()
@@ -45,6 +46,11 @@ def start_runtime(cfg, world=ALONE) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:
         join(world)
+    if world.devices and jax.local_device_count() != world.devices:
+        raise ValueError(
+            f"this process must have the {world.devices} devices that the inventory states; JAX "
+            f"finds {jax.local_device_count()}: {jax.local_devices()}. Correct gpus in --hosts."
+        )
 
 
 def on_cpu() -> bool:

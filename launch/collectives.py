@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.beat import beat
 from jaxtrain.engine import detect
 from jaxtrain.runtime import join, part
-from jaxtrain.wire import Wire
+from jaxtrain.wire import INTERFACE, Wire
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
@@ -90,7 +90,7 @@ def main() -> None:
     ]
     for kind, size in cases:
         beat("eval")
-        found = measure(kind, int(size), mesh, args.interface)
+        found = measure(kind, int(size), mesh, args.interface or os.environ.get(INTERFACE, ""))
         if jax.process_index() == 0:
             print(json.dumps(found), flush=True)
     part(0)

@@ -1,6 +1,8 @@
 """The hosts over SSH: the system's `ssh` in subprocesses, one shared connection per host."""
 
 import concurrent.futures
+import glob
+import hashlib
 import json
 import os
 import shlex
@@ -11,23 +13,25 @@ import threading
 import zlib
 from pathlib import Path
 
+from launch.host.files import write_text
 from launch.inventory import Host
 
-OPTIONS = {
+OPTIONS = {  # of every connection, those to ProxyJump's hosts among them
     "BatchMode": "yes",  # a question would hang a job; keys and agents answer
     "StrictHostKeyChecking": "yes",  # whatever the user's configuration says
     "ForwardAgent": "no",
     "ClearAllForwardings": "yes",  # no port is opened but the launcher's own
-    "ControlMaster": "auto",
-    "ControlPersist": "300",
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
     "ConnectTimeout": "15",
     "ForwardX11": "no",
 }
+SHARED = {"ControlMaster": "auto", "ControlPersist": "300"}  # of those to the hosts themselves
+CONFIGS = ("~/.ssh/config", "/etc/ssh/ssh_config")  # that ssh reads by itself
 SOCKET_BYTES = 104
 HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh writes it, and its suffix
 SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
+WRITING = threading.Lock()  # a thread for each host wants the one file of options
 HOST_CODE = Path(__file__).parent / "host"
 
 
@@ -43,11 +47,42 @@ def control_path(limit=SOCKET_BYTES) -> str:
     """
     if os.name == "nt":
         return "none"
-    for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
-        folder = Path(parent or "/", f"jaxtrain-{os.getuid()}")
-        if parent and len(os.fsencode(folder)) + HASH_BYTES < limit:
+    for parent in _parents():
+        folder = Path(parent, f"jaxtrain-{os.getuid()}")
+        if len(os.fsencode(folder)) + HASH_BYTES < limit:
             return f"{_own_folder(folder)}/%C"
     return "none"
+
+
+def config_file(given="") -> str:
+    """For `ssh -F`: OPTIONS, then what ssh would have read, or `given` in place of that.
+
+    The first value of an option is the one in force. Options on a command line do not reach the
+    connections that ProxyJump makes; those take the file. Source: ssh_config(5).
+
+    Raises:
+        HostError: there is no file `given`; Include would say nothing of that.
+    """
+    if given and not os.path.exists(given):
+        raise HostError(f"--ssh_config must name a file; got {given}.")
+    names = [f'"{glob.escape(os.path.abspath(given))}"'] if given else CONFIGS
+    lines = [f"{name} {value}" for name, value in OPTIONS.items()]
+    text = "\n".join([*lines, *(f"Include {name}" for name in names), ""])
+    if os.name == "nt":
+        folder = Path(tempfile.gettempdir())  # of this user alone, there
+    else:
+        folder = _own_folder(Path(_parents()[0], f"jaxtrain-{os.getuid()}"))
+    path = folder / f"ssh_config.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    with WRITING:
+        if not path.exists():  # a logout or a cleaner of /tmp may have taken it
+            write_text(path, text, 0o600)
+    return str(path)
+
+
+def _parents() -> list[str]:
+    """Folders that there are for what lasts as long as a login."""
+    names = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")
+    return [name for name in names if name and os.path.isdir(name)]
 
 
 def _own_folder(folder: Path) -> Path:
@@ -82,8 +117,8 @@ class Fleet:
 
     def ssh(self, host: Host, shared=True) -> list[str]:
         """The ssh command up to its target's name."""
-        argv = ["ssh"] + (["-F", self._ssh_config] if self._ssh_config else [])
-        for name, value in OPTIONS.items():
+        argv = ["ssh", "-F", config_file(self._ssh_config)]
+        for name, value in SHARED.items():
             argv += ["-o", f"{name}={value}"]
         argv += ["-o", f"ControlPath={control_path() if shared else 'none'}"]
         argv += ["-l", host.user] if host.user else []

@@ -32,7 +32,7 @@ class Host:
     python: str = "python3"
     gpus: int = 0
     chip: str = ""
-    interface: str = ""  # of the training network: ports bind to its address, counters are its own
+    interface: str = ""  # for NCCL and the byte counters; "": the one that holds the address
     site: str = ""
 
     @property

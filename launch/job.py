@@ -83,7 +83,7 @@ class Job:
 
 
 def network_of(host: Host) -> dict:
-    """Where the training network's interface is stated: what is counted, and what NCCL keeps to."""
+    """A stated interface: what is counted, and what NCCL keeps to. Else the host finds its own."""
     if not host.interface:
         return {}
     return {"JAXTRAIN_INTERFACE": host.interface, "NCCL_SOCKET_IFNAME": f"={host.interface}"}

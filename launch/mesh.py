@@ -3,11 +3,14 @@
 import json
 import secrets
 import statistics
+import threading
 import time
 
 from launch.fleet import HostError
 
 CLOCK_ROUNDS = 3
+LOOK_S = 90.0  # for a host's first answer; there, what hangs is given up after 20 s: host/facts.py
+ANSWER_S = 90.0  # for an answer, above what was ordered; hosts give each other 60 s: host/net.py
 
 
 class Mesh:
@@ -26,9 +29,13 @@ class Mesh:
         def start(host):
             request = look(host) | {"address": host.address, "token": token}
             process = self._processes[host] = fleet.open(host, request)
-            line = process.stdout.readline()
+            line, in_time = self._read(host, LOOK_S)
             if line:
                 return fleet.answer(host, [line], b"", 0)
+            if not in_time:
+                raise HostError(
+                    f"{host.name}: no answer within {LOOK_S:.0f} s: look what hangs there"
+                )
             process.wait()
             return fleet.answer(host, [], process.stderr.read(), process.returncode)
 
@@ -42,9 +49,22 @@ class Mesh:
         except BrokenPipeError:  # _answer says so
             pass
 
-    def _answer(self, host) -> dict:
+    def _read(self, host, limit_s) -> tuple[bytes, bool]:
+        """(a line of a host's or b"", whether it or its end came in time); else it is given up."""
+        too_long = threading.Timer(limit_s, self._processes[host].kill)
+        too_long.daemon = True
+        too_long.start()
         line = self._processes[host].stdout.readline()
-        return json.loads(line)["ok"] if line else {"error": "it stopped answering"}
+        in_time = bool(line) or not too_long.finished.is_set()
+        too_long.cancel()
+        return line, in_time
+
+    def _answer(self, host, ordered_s=0.0) -> dict:
+        line, in_time = self._read(host, ordered_s + ANSWER_S)
+        if line:
+            return json.loads(line)["ok"]
+        late = f"it gave no answer within {ordered_s + ANSWER_S:.0f} s"
+        return {"error": "it stopped answering" if in_time else late}
 
     def look(self, host) -> dict:
         """The host's first answer, with its round trip from here and its clock's lead, s.
@@ -88,7 +108,7 @@ class Mesh:
                 self._order(self.hosts[i], do="measure", least_trips=least_trips, **order, **more)
             for i, j in pairs:
                 names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
-                answer = self._answer(self.hosts[i])
+                answer = self._answer(self.hosts[i], seconds)
                 found.append(names | {"streams": streams, "both": both} | answer)
         return found
 

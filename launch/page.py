@@ -97,8 +97,8 @@ def _head(run: Run) -> str:
             tiles.append(f"<div><b>{form(value)}</b><span>{name}</span></div>")
     return (
         f"<h1>{escape(run.name)}</h1><p>{escape(run.state)}, step {escape(progress(run))}</p>"
-        f'<p class="dim">{run.devices} x {escape(run.device)}, config {run.config["config_hash"]}'
-        f'</p><div class="tiles">{"".join(tiles)}</div>'
+        f'<p class="dim">{escape(f"{run.devices} x {run.device}, config {run.config_hash}")}</p>'
+        f'<div class="tiles">{"".join(tiles)}</div>'
     )
 
 

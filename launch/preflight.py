@@ -1,5 +1,6 @@
 """Everything that can be known to go wrong, looked at on all hosts at once before a job starts."""
 
+import re
 import secrets
 import statistics
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def preflight(fleet: Fleet, port: int, shared="", burst_s=0.3, build=False) -> l
         findings = [Finding(host.name, "reach", "", str(error)) for host, error in lost.items()]
         facts = {host: found for host, found in answers.items() if host not in lost}
         for found in facts.values() if build else ():
-            found["versions"] = {"jax": "to be built"}
+            found |= {"versions": {"jax": "to be built"}, "to_build": True}
         for host, found in facts.items():
             findings += judge(host, found, port)
         findings += agreement(facts)
@@ -69,7 +70,8 @@ def judge(host, found: dict, port: int) -> list[Finding]:
     )
     gib = lambda count: f"{count / 2**30:.0f} GiB"
     skew, chips = abs(found["skew_s"]), [gpu["name"] for gpu in found["gpus"]]
-    named = all(host.chip.lower() in name.lower().replace(" ", "") for name in chips)
+    plugin = "" if found.get("to_build") else lacks_plugin(host, found["versions"])
+    named = all(is_chip(name, host.chip) for name in chips)
     soft, hard = found["open_files"]
     return [
         make("reach", f"{found['rtt_s'] * 1e3:.0f} ms"),
@@ -77,14 +79,17 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         make(
             "python",
             found["python"],
-            "" if "jax" in found["versions"] else f"install the project for {found['executable']}",
+            plugin
+            if "jax" in found["versions"]
+            else f"install the project for {found['executable']}",
         ),
         make(
             "gpus",
             f"{len(chips)} {chips[0] if chips else ''}".strip(),
             ""
             if len(chips) == host.gpus and (not host.chip or named)
-            else f"the inventory says {host.gpus} {host.chip}: correct it or the host",
+            else found["gpus_error"]
+            or f"the inventory says {host.gpus} {host.chip}: correct it or the host",
         ),
         make("disk", gib(found["disk_free_bytes"]), _short(found["disk_free_bytes"], DISK_BYTES)),
         make(
@@ -101,10 +106,32 @@ def judge(host, found: dict, port: int) -> list[Finding]:
             "unset them for the job: gRPC would hang" * bool(found["proxies"]),
         ),
         make(
+            "rsync",
+            "there" if found["rsync"] else "absent",
+            "install rsync: code comes by it" * (not found["rsync"]),
+        ),
+        *_judge_network(make, host, found, port),
+        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
+        make("shared", "", found["nonce_error"]),
+    ]
+
+
+def is_chip(name: str, chip: str) -> bool:
+    """Whether whole words of a GPU's name are the chip: "a40" is no "RTX A4000"."""
+    cut = lambda text: re.findall("[a-z0-9]+", text.lower())
+    words, wanted = cut(name), "".join(cut(chip))
+    ends = range(len(words) + 1)
+    return any("".join(words[i:j]) == wanted for i in ends for j in ends)
+
+
+def _judge_network(make, host, found: dict, port: int) -> list[Finding]:
+    return [
+        make(
             "address",
             host.address,
             "" if found["has_address"] else "no such address on it: correct the inventory",
         ),
+        make("interface", host.interface or found["interface"], _misplaced(host, found)),
         make(
             "own name",
             found["own_address"] or "unknown",
@@ -114,9 +141,23 @@ def judge(host, found: dict, port: int) -> list[Finding]:
         ),
         make("port", str(port), "" if found["port_free"] else "in use: start again for another"),
         make("tcp", found["sysctls"]["congestion"]),
-        make("logout", found["logout"], LOGOUT.get(found["logout"], "")),
-        make("shared", "", found["nonce_error"]),
     ]
+
+
+def _misplaced(host, found: dict) -> str:
+    """What is wrong with the stated interface."""
+    named, holds = host.interface, found["interface"]
+    if named and named not in found["interfaces"]:
+        return f"no such interface among {' '.join(found['interfaces'])}: correct the inventory"
+    elsewhere = f"{host.address} is on {holds}, not on {named}: correct one of the two"
+    return elsewhere * bool(named and holds and named != holds)
+
+
+def lacks_plugin(host, versions) -> str:
+    """What to do on a host with GPUs where JAX has no plugin for them; "" where all is well."""
+    has = any(name.startswith("jax-cuda") and name.endswith("-plugin") for name in versions)
+    text = "JAX has no CUDA plugin there: install jaxtrain[cuda], or build with --env_extras=cuda"
+    return text * (host.gpus > 0 and not has)
 
 
 def _short(found: int, least: int) -> str:
@@ -146,7 +187,8 @@ def network(mesh, nonce, shared, burst_s) -> list[Finding]:
     findings = []
     for host, saw in (mesh.read(shared, nonce) if shared else {}).items():
         if not saw.get("same"):
-            problem = "the hosts do not share it: --config.checkpoint.storage=host0"
+            apart = "the hosts do not share it: --config.checkpoint.storage=host0"
+            problem = saw.get("error") or apart
             findings.append(Finding(host.name, "shared", shared, problem))
     for pair in mesh.measure(streams=1, seconds=burst_s, pings=3, least_trips=BURST_TRIPS):
         name, check = pair["from"], f"to {pair['to']}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.fleet import HostError
 from launch.job import TRAINER
-from launch.preflight import Finding, agreement, table
+from launch.preflight import Finding, agreement, lacks_plugin, table
 from launch.watch import note
 
 BUILD_S = 1800.0  # for pip, on a slow line
@@ -65,7 +65,8 @@ def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
         constraints: pip's, as text; pyproject: of the code, as text; extras: names in it.
 
     Raises:
-        HostError: pip failed on a host, with its last lines, or versions differ.
+        HostError: pip failed on a host, with its last lines, versions differ, or a host with GPUs
+            was built without JAX's plugin for them.
     """
     request = {"op": "build", "constraints": constraints, "pyproject": pyproject}
     request |= {"extras": list(extras)}
@@ -73,6 +74,9 @@ def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
     failed = [str(answer) for answer in built.values() if isinstance(answer, HostError)]
     if failed:
         raise HostError("\n".join(failed))
+    bare = {host.name: lacks_plugin(host, found["versions"]) for host, found in built.items()}
+    if any(bare.values()):
+        raise HostError("\n".join(f"{name}: {why}" for name, why in bare.items() if why))
     alike = {host: {"versions": found["versions"]} for host, found in built.items()}
     differing = agreement(alike)
     if differing:

@@ -44,15 +44,17 @@ class Pull:
         """Takes what is new from every host, and returns the copy's folder.
 
         The first host's files are the run's; of the others only their own hosts/<process>.jsonl.
+        In a folder that hosts share the first gives them all: two would write over each other.
 
         Raises:
             HostError: the first host does not answer.
         """
         held = read_json(self.folder / HELD)
-        answers = self.fleet.everywhere(
-            lambda host: self._take(host, held.setdefault(host.name, {}))
-        )
+        take = lambda skip: lambda host: self._take(host, held.setdefault(host.name, {}), skip)
+        answers = self.fleet.everywhere(take({}), self.job.hosts[:1])
         first = answers[self.job.hosts[0]]
+        given = {name: inode for name, (inode, _) in held[self.job.hosts[0].name].items()}
+        answers |= self.fleet.everywhere(take(given), self.job.hosts[1:])
         write_json(self.folder / HELD, held)
         if isinstance(first, HostError):
             raise first
@@ -61,10 +63,11 @@ class Pull:
                 note(f"{answer} What is shown of it is what came before.")
         return self.folder
 
-    def _take(self, host, held):
+    def _take(self, host, held, skip):
         is_first, more = host == self.job.hosts[0], True
         while more:
-            request = {"op": "pull", "job": self.job.id, "folder": self.workdir, "have": held}
+            request = {"op": "pull", "job": self.job.id, "folder": self.workdir}
+            request |= {"have": held, "skip": skip}
             answer = self.fleet.call(host, request)
             more = answer["more"]
             self.over = answer["over"] if is_first else self.over

@@ -49,6 +49,10 @@ class Run:
         return self.config["devices"]
 
     @property
+    def config_hash(self) -> str:
+        return self.config["config_hash"]
+
+    @property
     def hosts_count(self) -> int:
         """Hosts of the run; a run that did not say so had one process."""
         return count(self.config.get("hosts", 1))
@@ -170,8 +174,8 @@ COMM = (
 
 
 def count(value) -> int:
-    """A number of hosts, given as itself or as the list of their names."""
-    return len(value) if isinstance(value, list | dict) else value
+    """A number of hosts, given as itself or by the host of each process."""
+    return len(set(value)) if isinstance(value, list | dict) else value
 
 
 def read_run(folder) -> Run:

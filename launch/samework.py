@@ -8,6 +8,7 @@ from launch.stats import deviation, mean, noise, split, t_quantile
 
 CHANCE = 1e-3  # of refusing two sides that are the same, over all parts of the curve
 PARTS = 4
+FREEDOM = 5  # degrees of it below which the noise between runs is no measure: t's limit is 22 at 3
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def _get(side, name):
 def match_losses(a: Side, b: Side) -> LossMatch | None:
     """The largest difference of the curves in their parts; None where no step has both losses.
 
-    With several runs on a side the noise is that between them. With one run on each it is that of
-    the batches within a run: what another seed would draw, but not where it would lead, so it
-    rather refuses too much.
+    With seven runs or more the noise is that between them. With two it is that of the batches
+    within a run: what another seed would draw, but not where it would lead, so it rather refuses
+    too much. With three to six it is the larger of the two, held against the batches' limit.
     """
     runs = a.losses + b.losses
     steps = sorted(set.intersection(*(set(run) for run in runs))) if a.losses and b.losses else []
@@ -71,14 +72,14 @@ def _match(a, b, steps, share) -> LossMatch:
     means = [[mean(curve) for curve in side] for side in curves]
     gap = mean(means[0]) - mean(means[1])
     counts = [len(side) for side in means]
-    if sum(counts) > 2:
+    freedom, error, words = sum(counts) - 2, 0.0, f"the noise between {sum(counts)} runs"
+    if freedom:
         squares = sum(deviation(side) ** 2 * (len(side) - 1) for side in means if len(side) > 1)
-        freedom = sum(counts) - 2
         error = math.sqrt(squares / freedom * sum(1 / n for n in counts))
-        words = f"the noise between {sum(counts)} runs"
-    else:
-        freedom = 2 * (len(steps) - 2)
-        error = math.sqrt(sum(noise(side[0]) ** 2 for side in curves) / len(steps))
-        words = "the batches' noise within a run"
+    if freedom < FREEDOM and len(steps) >= 3:
+        squares = [mean([noise(curve) ** 2 for curve in side]) / len(side) for side in curves]
+        within = math.sqrt(sum(squares) / len(steps))
+        words = words if error > within else "the batches' noise within a run"
+        freedom, error = sum(counts) * (len(steps) - 2), max(error, within)
     errors = 0.0 if gap == 0 else abs(gap) / error if error else math.inf
     return LossMatch((steps[0], steps[-1]), gap, errors, t_quantile(share, freedom), words)

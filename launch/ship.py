@@ -65,8 +65,14 @@ def ship(fleet: Fleet, code: Code) -> dict:
     return folders
 
 
+def place(host, path: str) -> str:
+    """A host's path as rsync reads it: an IPv6 address stands in brackets, for its colons."""
+    user, at, name = host.target.rpartition("@")
+    return f"{user}{at}[{name}]:{path}" if ":" in name else f"{host.target}:{path}"
+
+
 def _rsync(fleet, host, code, folder):
-    target = f"{host.target}:{folder}/"
+    target = place(host, f"{folder}/")
     argv = ["rsync", "-lptz", "--from0", "--files-from=-", "-s", "-e", shlex.join(fleet.ssh(host))]
     names = b"\0".join(os.fsencode(name) for name in code.files)
     try:

@@ -56,6 +56,11 @@ def test_each_engine_names_the_world_in_its_own_words(env, world):
     assert detect(env) == world
 
 
+def test_a_process_knows_how_many_devices_it_was_promised():
+    env = {"JAX_NUM_PROCESSES": "1", "JAXTRAIN_LOCAL_DEVICES": "8"}
+    assert detect(env) == World("JAX_*", "", 1, 0, None, 1, 8)
+
+
 def test_explicit_variables_come_before_an_engines():
     env = SLURM | MPI | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
     assert detect(env).engine == "JAX_*"

@@ -172,12 +172,25 @@ def test_repetitions_tell_the_noise_and_must_be_repetitions(tmp_path, capsys):
     argv = ("--resamples=100", tmp_path / "other")
     assert run(tmp_path / "wild", *argv, capsys=capsys)[0] == 0
     code, out = run(tmp_path / "steady", *argv, capsys=capsys)
-    assert code == 1 and "the noise between 5 runs" in out
+    assert code == 1 and "not comparable: losses" in out
     write_run(tmp_path / "wild" / "third", series(200))
     config = tmp_path / "wild" / "third" / "config.json"
     config.write_text(config.read_text().replace('"batch": 512', '"batch": 256'))
     code, out = run(tmp_path / "wild", *argv, capsys=capsys)
     assert code == 1 and "must be repetitions of one" in out
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 4)])
+def test_however_few_the_runs_a_gap_that_all_can_see_is_refused_and_none_is_not(tmp_path, counts):
+    """The batches' noise is 0.03 nats a step, so of 50 steps' means 0.004: 0.05 stands out."""
+    for name, shift, seeds in (("a", 0.0, 0), ("same", 0.0, 10), ("worse", 0.05, 20)):
+        for i in range(counts[name != "a"]):
+            losses = curve(200, seeds + i, shift)
+            write_run(tmp_path / name / str(i), series(200), losses)
+    a, same, worse = (read_side(tmp_path / name) for name in ("a", "same", "worse"))
+    assert match_losses(a, same).errors < match_losses(a, same).limit
+    refused = match_losses(a, worse)
+    assert refused.errors > refused.limit and (sum(counts) < 7 or "8 runs" in refused.noise)
 
 
 def test_percentiles_of_unlike_things_are_said_to_be(tmp_path, capsys):

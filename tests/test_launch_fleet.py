@@ -2,7 +2,10 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
+import bed as beds
 import pytest
 
 from launch.fleet import Fleet, HostError, control_path
@@ -10,6 +13,7 @@ from launch.host.lead import Policy
 from launch.inventory import Host
 from launch.job import Job
 from launch.prepare import read_env
+from launch.ship import place
 
 HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
@@ -27,6 +31,63 @@ def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tm
     wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
     wanted |= {"forwardx11": "no", "clearallforwardings": "yes", "user": "u", "port": "2200"}
     assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_a_configuration_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    config = tmp_path / "of [mine]"
+    with pytest.raises(HostError, match="--ssh_config must name a file; got .*of .mine.*"):
+        Fleet([HOST], str(config)).ssh(HOST)
+    config.write_text("Host a\n  HostName elsewhere\n")
+    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", "a"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "hostname elsewhere\n" in said
+
+
+def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    fleet = Fleet([Host(f"h{i}", "10.0.0.1") for i in range(32)])
+    found = fleet.everywhere(lambda host: Path(fleet.ssh(host)[2]).read_text())
+    [text] = set(found.values())
+    assert text.endswith("Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n")
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
+@pytest.mark.parametrize(("ssh", "asked"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
+def test_code_reaches_a_host_by_name_or_by_address(tmp_path, ssh, asked):
+    shell = tmp_path / "shell"  # in place of ssh: notes the host, runs the command here
+    text = f"""#!/bin/sh
+said="$1"; shift
+while [ "$1" != rsync ]; do said="$said $1"; shift; done
+echo "$said" > {tmp_path}/said
+exec "$@"
+"""
+    shell.write_text(text)
+    shell.chmod(0o755)
+    (tmp_path / "code").write_text("1")
+    target = place(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
+    subprocess.run(["rsync", "-e", str(shell), str(tmp_path / "code"), target], check=True)
+    assert (tmp_path / "there").read_text() == "1"
+    assert (tmp_path / "said").read_text().strip() == asked
+
+
+@pytest.mark.skipif(bool(beds.available()), reason=beds.available())
+def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
+    """Whatever the user's configuration says of it."""
+    with beds.Bed(2) as bed:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
+        config = bed.folder / "jump"
+        config.write_text(f"Host h1\n  ProxyJump h0\n{bed.ssh_config.read_text()}")
+        host = Host("h1", bed.address["h1"], python=sys.executable)
+        request = {"op": "status", "job": "none"}
+        assert Fleet([host], str(config)).call(host, request) == {"known": False}
+        careless = bed.folder / "careless"
+        unknown = f"Host h0\n  StrictHostKeyChecking no\n  UserKnownHostsFile {bed.folder}/none\n"
+        careless.write_text(unknown + config.read_text())
+        alone = Fleet([host], str(careless)).ssh(host, shared=False)
+        refused = subprocess.run([*alone, "--", "h1", "true"], capture_output=True, text=True)
+        assert refused.returncode == 255 and "Host key verification failed" in refused.stderr
 
 
 def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):

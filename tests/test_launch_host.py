@@ -1,14 +1,16 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from launch.host import log, tree
+from launch.host import log, net, ops, tree
 from launch.host.hashing import hash_files
 from launch.host.link import Channel, Follower, Listener, Refused, free_port
 from launch.host.ranks import decisive
@@ -89,21 +91,74 @@ def _ask_until(follower, said, wish, answers):
         time.sleep(0.01)
 
 
+def _talk(listener, follower, said, wish):
+    """(reports that the leader heard, what the follower was told), until it is told the wish."""
+    heard, answers = [], []
+    ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
+    ask.start()
+    while ask.is_alive():
+        heard += listener.reports()
+        listener.tell(wish)
+        time.sleep(0.01)
+    return heard, answers
+
+
 def test_supervisors_talk_and_find_each_other_again():
     port = free_port("127.0.0.1")
     follower = Follower("127.0.0.1", port, TOKEN)
     said = {"host": 1, "text": "é$(x)\n"}
     for wish in ({"do": "run"}, {"do": "kill"}):  # the leader is killed and comes back
-        listener, heard, answers = Listener("127.0.0.1", port, TOKEN), [], []
-        ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
-        ask.start()
-        while ask.is_alive():
-            heard += listener.reports()
-            listener.tell(wish)
-            time.sleep(0.01)
+        listener = Listener("127.0.0.1", port, TOKEN)
+        heard, answers = _talk(listener, follower, said, wish)
         assert answers[-1] == wish and heard[0] == said
         listener.close()
     follower.close()
+
+
+def test_the_last_wish_of_a_leader_is_heard_though_it_ended_with_a_report_unread():
+    port = free_port("127.0.0.1")
+    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    _talk(listener, follower, {"host": 1}, {"do": "run"})
+    follower.exchange({"host": 1})
+    listener.tell({"do": "end"})
+    listener.close()  # with what it has not read: the kernel resets the connection
+    time.sleep(0.05)
+    assert follower.exchange({"host": 1}) == {"do": "end"}
+    follower.close()
+
+
+def test_a_connection_that_is_reset_before_it_is_greeted_harms_no_other():
+    port = free_port("127.0.0.1")
+    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    scanner = socket.create_connection(("127.0.0.1", port))
+    scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    scanner.close()  # a reset, not an end
+    heard, answers = _talk(listener, follower, {"host": 1}, {"do": "run"})
+    assert heard[0] == {"host": 1} and answers[-1] == {"do": "run"}
+    listener.close()
+    follower.close()
+
+
+def test_a_measurement_of_which_a_stream_fails_is_an_error_and_not_a_slower_one():
+    token, serve = b"a" * 32, []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            for i in range(1 + 4):  # the ping, then four streams of which the last is closed
+                sock, _ = server.accept()
+                if i == 4:
+                    sock.close()
+                    return
+                serve.append(threading.Thread(target=net._serve_one, args=(sock, token)))
+                serve[-1].start()
+
+        serve.append(threading.Thread(target=accept))
+        serve[0].start()
+        order = {"peer": server.getsockname(), "streams": 4, "seconds": 0.1, "pings": 1}
+        with pytest.raises(OSError):
+            net.ORDERS["measure"](order | {"least_trips": 0}, token)
+        for thread in serve:
+            thread.join()
 
 
 def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
@@ -137,6 +192,17 @@ def test_the_name_of_code_is_of_its_paths_modes_and_contents(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     names.add(hash_files(tmp_path, ["b"]))
     assert len(names) == 4
+
+
+def test_what_came_of_code_whose_sending_was_cut_off_goes_after_a_day(tmp_path, monkeypatch):
+    ask = {"workdir": str(tmp_path), "hash": "1", "files": []}
+    cut_off = Path(ops.land(ask | {"by": "a"})["folder"])
+    (cut_off / "file").write_text("half")
+    under_way = Path(ops.land(ask | {"by": "b"})["folder"])
+    assert cut_off.exists() and under_way.exists()
+    monkeypatch.setattr(ops, "STALE_S", -1.0)
+    mine = Path(ops.land(ask | {"by": "c"})["folder"])
+    assert list((tmp_path / "code").iterdir()) == [mine]
 
 
 def test_a_beat_says_how_far_the_program_is(tmp_path):

@@ -1,10 +1,13 @@
 """What preflight and probe say of the network is what the links of a relayed bed are."""
 
+import dataclasses
+
 import bed as beds
 import pytest
 
+from launch import mesh as meshes
 from launch import probe
-from launch.fleet import Fleet
+from launch.fleet import Fleet, HostError
 from launch.inventory import read_inventory
 from launch.preflight import preflight
 
@@ -55,6 +58,28 @@ def test_a_long_link_is_warned_of_with_what_its_buffers_let_one_stream_carry(bed
     for found in far:
         assert found.value.startswith("8") and "Mbit/s" not in found.value  # no burst could tell
         assert "one stream at most" in found.problem and not found.fatal
+
+
+def test_a_host_that_hangs_is_given_up_by_name_and_the_others_are_looked_at(
+    bed, fleet, monkeypatch
+):
+    monkeypatch.setattr(meshes, "LOOK_S", 3.0)
+    bed.run("h1", "sh", "-c", "printf '#!/bin/sh\nexec sleep 100\n' > /root/h && chmod +x /root/h")
+    hangs = dataclasses.replace(fleet.hosts[1], python="/root/h")
+    found = preflight(Fleet([fleet.hosts[0], hangs], str(bed.ssh_config)), 23_456)
+    reached = {f.host: f.problem for f in found if f.check == "reach"}
+    assert reached == {"h0": "", "h1": "h1: no answer within 3 s: look what hangs there"}
+
+
+def test_a_host_that_stops_answering_is_given_up_by_name(bed, fleet, monkeypatch):
+    monkeypatch.setattr(meshes, "ANSWER_S", 1.0)
+    mesh = meshes.Mesh(fleet)
+    [pid] = [pid for pid, line in bed.processes("h1").items() if "python" in line.split()[0]]
+    bed.run("h1", "kill", "-STOP", pid)
+    assert "rtt_s" in mesh.look(fleet.hosts[0])
+    with pytest.raises(HostError, match="h1: it gave no answer within 1 s"):
+        mesh.look(fleet.hosts[1])
+    mesh.close()
 
 
 def test_a_folder_that_is_not_one_for_all_hosts_is_refused_and_no_trace_is_left_in_one(bed, fleet):

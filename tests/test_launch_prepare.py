@@ -6,7 +6,7 @@ import pytest
 
 from launch.host.prepare import build_environment, environment_key, requirements
 from launch.inventory import Host
-from launch.prepare import HostError, judge_data
+from launch.prepare import HostError, build_environments, judge_data
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
 PYPROJECT = """
@@ -17,6 +17,16 @@ dependencies = ["tiny>=1"]
 more = ["own[most]"]
 most = ["absent"]
 """
+
+
+class Here:
+    """A fleet whose hosts are this machine."""
+
+    def __init__(self, hosts, root):
+        self.hosts, self.root = hosts, root
+
+    def ask(self, requests, timeout_s):
+        return {host: build_environment(self.root, request) for host, request in requests.items()}
 
 
 def write_wheel(folder, version):
@@ -60,6 +70,11 @@ def test_packages_are_built_once_of_their_constraints_and_a_failure_says_pips_la
     (environment / "kept").write_text("")
     again = build_environment(root, request_of())
     assert again["python"] == made["python"] and (environment / "kept").exists()
+    asked = ("tiny==1.0\n", PYPROJECT, [])
+    assert build_environments(Here(HOSTS, root), *asked).keys() == {"a", "b", "c"}
+    with_gpus = [Host("g", "10.0.0.9", gpus=8)]
+    with pytest.raises(HostError, match="g: JAX has no CUDA plugin there: .*--env_extras=cuda"):
+        build_environments(Here(with_gpus, root), *asked)
     with pytest.raises(RuntimeError, match=r"(?s)pip.* ended with 1.*No matching .* absent"):
         build_environment(root, request_of(["more"]))
     left = [path.name for path in (root / "envs").iterdir() if path.is_dir()]

@@ -142,6 +142,12 @@ def test_a_run_of_something_else_is_refused_not_judged(tmp_path, recorded, capsy
     assert code == 2 and "--across must be of" in out
 
 
+def test_a_host_of_several_processes_is_one_host(tmp_path, recorded, capsys):
+    write_run(tmp_path / "other", series(200), hosts=4 * ["a"])
+    code, out = run("check", tmp_path / "other", f"--against={recorded}", capsys=capsys)
+    assert code == 0, out
+
+
 def test_runs_of_two_kinds_do_not_make_one_baseline(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     write_run(tmp_path / "b", series(60), chip=H100)

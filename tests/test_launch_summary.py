@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import bed as beds
@@ -16,7 +18,7 @@ from launch import summary
 from launch.figures import rows_of
 from launch.host.rundir import read_changes
 from launch.page import page
-from launch.pull import Pull, flag, put
+from launch.pull import HELD, Pull, flag, put
 from launch.rundir import read_run
 from launch.stats import percentile
 from launch.svg import apart, short, thin, ticks
@@ -69,9 +71,26 @@ def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(runs, count):
 
 def test_the_page_shows_words_from_a_run_as_words(tmp_path):
     hostile = "<script>alert(1)</script>&"
-    write_run(tmp_path / "<b>run", series(20), routes={"x": hostile}, processes=2)
-    text = page([read_run(tmp_path / "<b>run")])
+    folder = write_run(tmp_path / "<b>run", series(20), routes={hostile: hostile}, processes=2)
+    found = json.loads((folder / "config.json").read_text())
+    chip = found["chip"] | {"name": hostile}
+    found |= {"config_hash": hostile, "versions": {hostile: hostile}, "chip": chip}
+    found["config"]["steps"] = hostile
+    (folder / "config.json").write_text(json.dumps(found))
+    summary = {"step": 20, "stopped_by": hostile, "outliers": {hostile: hostile}}
+    summary |= {"lost_s": {hostile: 3.0}, "perf/goodput": 0.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "hosts" / "0.jsonl").rename(folder / "hosts" / "<script>.jsonl")
+    event = {"step": 9, "event": hostile, "cause": hostile}
+    times = [{"step": step, "perf/step_time_s": 1.0} for step in range(20)]
+    lines = "".join(json.dumps(line) + "\n" for line in [*times, event])
+    (folder / "hosts" / "0.jsonl").write_text(lines)
+    text = page([read_run(folder)])
     assert hostile in Checked(text).words and "<script" not in text and "<b>run" not in text
+    assert text.count("&lt;script") >= 10
+    read = read_run(folder)
+    text = page([replace(read, config=read.config | {"devices": hostile}, hosts={}, metrics=[])])
+    assert "<script" not in text
 
 
 def test_every_polyline_stays_inside_its_picture(runs):
@@ -241,7 +260,9 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
     git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
     for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
         subprocess.run([*git, *argv], check=True)
-    with beds.Bed(2) as bed:
+    shared = tmp_path / "shared"
+    shutil.copytree(code / "made", shared / "one")
+    with beds.Bed(2, shared) as bed:
         monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
         hosts = bed.inventory(tmp_path / "hosts.toml")
@@ -251,5 +272,10 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         [job] = os.listdir(tmp_path / "jobs")
         copy = read_run(Pull(job).fetch())
+        shutil.rmtree(Pull(job).folder)
+        pull = Pull(job, "/mnt/shared/one")
+        assert read_run(pull.fetch()).hosts == made.hosts
+        held = json.loads((pull.folder / HELD).read_text())
+        assert len(held["h0"]) == 5 and held["h1"] == {}
     assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
     assert "Step time by process" in page([copy])

@@ -18,6 +18,12 @@ def test_processes_without_a_place_in_the_world_are_refused(world):
         start_runtime(TrainConfig(), World("flags", *world))
 
 
+def test_a_process_that_lacks_a_promised_device_is_refused():
+    start_runtime(TrainConfig(compile_cache=""), World(devices=8))
+    with pytest.raises(ValueError, match="must have the 9 devices.*finds 8.*gpus in --hosts"):
+        start_runtime(TrainConfig(compile_cache=""), World(devices=9))
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

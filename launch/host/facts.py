@@ -3,15 +3,17 @@
 import contextlib
 import os
 import platform
+import queue
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launch.host import logout
+from launch.host import logout, nics
 
 PACKAGES = (
     "jax",
@@ -29,19 +31,22 @@ SYSCTLS = {
     "tcp_rmem": "net/ipv4/tcp_rmem",
     "tcp_wmem": "net/ipv4/tcp_wmem",
 }
+PATIENCE_S = 20.0  # with what may hang in the kernel: a driver, a network file system
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 
 
 def gather_facts(root: Path, request: dict) -> dict:
     """Facts as JSON. `request` holds address, port and, for the shared folder, nonce and shared."""
     nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gpus, gpus_error = _gpus()
     return {
         "host": socket.gethostname(),
         "own_address": _resolve(socket.gethostname()),
         "python": platform.python_version(),
         "executable": sys.executable,
         "versions": _versions(),
-        "gpus": _gpus(),
+        "gpus": gpus,
+        "gpus_error": gpus_error,
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": _memory(),
         "disk_free_bytes": shutil.disk_usage(root).free,
@@ -51,6 +56,8 @@ def gather_facts(root: Path, request: dict) -> dict:
         "local_disk": _local(root),
         "logout": logout.look(),
         "rsync": shutil.which("rsync") is not None,
+        "interfaces": nics.addresses(),
+        "interface": nics.holder(request["address"]),
         "has_address": _has_address(request["address"]),
         "port_free": request["port"] == 0 or _port_free(request["address"], request["port"]),
         "sysctls": {name: _sysctl(path) for name, path in SYSCTLS.items()},
@@ -66,16 +73,47 @@ def _versions() -> dict:
     return found
 
 
-def _gpus() -> list[dict]:
-    """Of nvidia-smi; [] where there is none."""
+def in_time(function, *args):
+    """The function's value, or what it raises.
+
+    Raises:
+        TimeoutError: it hangs. It is left behind, not waited for: what sits in a driver or on a
+            network file system that is away may not even be killed.
+    """
+    ended: queue.Queue = queue.Queue()
+
+    def run():
+        try:
+            ended.put((function(*args), None))
+        except Exception as error:
+            ended.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = ended.get(timeout=PATIENCE_S)
+    except queue.Empty:
+        raise TimeoutError(f"no end within {PATIENCE_S:.0f} s") from None
+    if error:
+        raise error
+    return value
+
+
+def _gpus() -> tuple[list[dict], str]:
+    """(GPUs, what is wrong), by nvidia-smi; none and "" where there is no nvidia-smi."""
     fields = "name,driver_version,memory.total,uuid"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
+        said = in_time(lambda: subprocess.run(command, **options))
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        return [], f"nvidia-smi: {error}"
+    if said.returncode:
+        lines = (said.stdout + said.stderr).strip().splitlines()
+        return [], f"nvidia-smi ended with {said.returncode}: {' '.join(lines[:2])}"
     rows = [line.split(", ") for line in said.stdout.strip().splitlines()]
-    return [{"name": r[0], "driver": r[1], "memory_mib": int(float(r[2]))} for r in rows]
+    return [{"name": r[0], "driver": r[1], "memory_mib": int(float(r[2]))} for r in rows], ""
 
 
 def _memory() -> int:
@@ -130,9 +168,13 @@ def _write_nonce(request: dict) -> str:
     if not (request.get("nonce") and request.get("shared")):
         return ""
     folder = Path(os.path.expanduser(request["shared"]))
-    try:
+
+    def write():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f".shared-{request['nonce']}").write_text(request["nonce"])
+
+    try:
+        in_time(write)
     except OSError as error:
-        return str(error)
+        return f"{folder}: {error}"
     return ""

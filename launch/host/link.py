@@ -85,15 +85,7 @@ class Listener:
 
     def reports(self) -> list[dict]:
         """What hosts have said since the last call."""
-        try:
-            while True:
-                sock, _ = self._server.accept()
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                nonce = os.urandom(16).hex()
-                sock.sendall(f"{nonce}\n".encode())
-                self._channels[Channel(sock, self.token, nonce)] = None
-        except BlockingIOError:
-            pass
+        self._accept()
         heard = []
         for channel in list(self._channels):
             try:
@@ -103,6 +95,21 @@ class Listener:
             except (OSError, Refused, ValueError, KeyError):
                 self._drop(channel)
         return heard
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:  # no more, or no descriptor free for one: looked at in the next turn
+                return
+            nonce = os.urandom(16).hex()
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.sendall(f"{nonce}\n".encode())
+            except OSError:  # reset already, as by a scan of ports: no host of this job
+                sock.close()
+                continue
+            self._channels[Channel(sock, self.token, nonce)] = None
 
     def tell(self, wanted: dict) -> None:
         for channel, host in list(self._channels.items()):
@@ -135,12 +142,12 @@ class Follower:
         if self._channel is None:
             if now < self._try_at or not self._connect():
                 return None
-        try:
-            self._channel.send(report, "up")
+        wishes = []
+        try:  # first what has come: a leader that ended may have left its last wish and a reset
             wishes = self._channel.take("down")
+            self._channel.send(report, "up")
         except (OSError, Refused, ValueError):
             self.close()
-            return None
         if wishes:
             self._heard_at = now
         elif now - self._heard_at > self._silent_s:
@@ -168,6 +175,11 @@ class Follower:
         if self._channel:
             self._channel.close()
         self._channel = None
+
+
+def endpoint(address: str, port: int) -> str:
+    """`address:port`; an IPv6 address stands in brackets. Source: RFC 3986, 3.2.2."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def free_port(address: str) -> int:

@@ -4,6 +4,7 @@ Every host listens on its own training address and measures towards its peers wh
 Connections begin with the token of this measurement; others are dropped.
 """
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -13,6 +14,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from launch.host import nics
+from launch.host.facts import in_time
 
 CHUNK = 1 << 18
 HEAD = struct.Struct("!32scI")  # token, kind (p ping, s send, r receive), milliseconds
@@ -36,8 +40,10 @@ def measure(request: dict, answer, found: dict) -> None:
     else:
         threading.Thread(target=_serve, args=(server, token), daemon=True).start()
         answer({"ok": found | {"listens_on": server.getsockname()[1]}})
+    interface = nics.holder(request["address"])
     for line in sys.stdin:
         order = json.loads(line)
+        order["interface"] = order.get("interface") or interface
         try:
             answer({"ok": ORDERS[order["do"]](order, token)})
         except OSError as error:
@@ -49,17 +55,12 @@ def _measure_peer(order: dict, token: bytes) -> dict:
     found = {"rtt_s": _ping(peer, token, order["pings"])}
     if ms and order["seconds"] >= order["least_trips"] * statistics.median(found["rtt_s"]):
         kinds = [b"s", b"r"] if order.get("both") else [b"s"]
-        flows, before = [], wire_bytes(order.get("interface"))
+        before = wire_bytes(order.get("interface"))
         streams = [kind for kind in kinds for _ in range(order["streams"])]
-        threads = [
-            threading.Thread(target=lambda kind=kind: flows.append(_flow(peer, token, kind, ms)))
-            for kind in streams
-        ]
         start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(len(streams)) as pool:
+            flow = lambda kind: _flow(peer, token, kind, ms)
+            flows = list(pool.map(flow, streams))  # a stream that failed is no slow one: it raises
         found["seconds"] = time.perf_counter() - start
         found["bytes"] = sum(count for count, _ in flows)
         found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
@@ -72,13 +73,15 @@ def _measure_peer(order: dict, token: bytes) -> dict:
 def _read_nonce(order: dict, token: bytes) -> dict:
     """Whether this host reads what the first one wrote."""
     try:
-        return {"same": _nonce_path(order).read_text() == order["nonce"]}
+        return {"same": in_time(_nonce_path(order).read_text) == order["nonce"]}
+    except TimeoutError:
+        raise
     except OSError:
         return {"same": False}
 
 
 def _forget_nonce(order: dict, token: bytes) -> dict:
-    _nonce_path(order).unlink(missing_ok=True)
+    in_time(_nonce_path(order).unlink, True)
     return {}
 
 
@@ -151,6 +154,8 @@ def _flow(peer, token: bytes, kind: bytes, ms: int) -> tuple[int, float]:
         while data := sock.recv(CHUNK):
             first = first or time.perf_counter()
             count += len(data)
+        if not count:
+            raise ConnectionError("the peer sent nothing")
         return count, time.perf_counter() - (first or time.perf_counter())
 
 
@@ -193,15 +198,19 @@ def _mtu(interface) -> int | None:
 def wire_bytes(interface) -> list[int]:
     """[sent, received] bytes since boot of an interface, "" for all but loopback, and InfiniBand's.
 
+    Raises OSError where there is no such interface.
+
     The kernel counts what it hands to the card, before the card cuts it into segments, each with
     headers of its own. RDMA passes by the kernel. Source: proc(5); sysfs-class-infiniband.
     """
-    sent = received = 0
+    sent = received = found = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         fields = numbers.split()
         if name.strip() == interface or (not interface and name.strip() != "lo"):
-            received, sent = received + int(fields[0]), sent + int(fields[8])
+            received, sent, found = received + int(fields[0]), sent + int(fields[8]), found + 1
+    if interface and not found:
+        raise OSError(f"interface must be one of this host; got {interface!r}. Correct --hosts")
     ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
     sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4
     received += sum(4 * int((port / "port_rcv_data").read_text()) for port in ports)

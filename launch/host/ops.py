@@ -22,6 +22,7 @@ from launch.host.rundir import WORKDIR, read_changes, run_directory
 from launch.host.supervise import KEEPER, start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
+STALE_S = 86_400.0  # of code that began to come: nobody sends it any more
 JOBS_KEPT = 50  # folders of ended jobs, per host
 
 
@@ -184,7 +185,8 @@ def frame(head: dict, data: bytes = b"") -> None:
 def pull(request) -> dict:
     """What is new in the job's run directory; a relative one begins where the job runs."""
     cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
-    return read_changes(Path(cwd, os.path.expanduser(request["folder"])), request["have"])
+    folder = Path(cwd, os.path.expanduser(request["folder"]))
+    return read_changes(folder, request["have"], request["skip"])
 
 
 def over(request) -> dict:
@@ -213,6 +215,10 @@ def land(request) -> dict:
         os.utime(folder)
         return {"missing": False, "folder": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in folder.parent.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):  # whole now, and renamed
+            if time.time() - path.stat().st_ctime > STALE_S:  # mtime may be what was sent
+                shutil.rmtree(path, ignore_errors=True)
     if not draft.exists():
         draft.mkdir(mode=0o700)
         return {"missing": True, "folder": str(draft)}

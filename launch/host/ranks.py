@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.host import tree
 from launch.host.log import Lines
+from launch.host.nics import holder
 
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")
@@ -114,14 +115,33 @@ class Ranks:
                 os.set_blocking(process.stdout.fileno(), False)
                 self._selector.register(process.stdout, selectors.EVENT_READ, made)
 
+    def _devices(self, env: dict, local: int) -> dict:
+        """Which GPUs a process takes, and that it takes no CPU in their place.
+
+        JAX falls back to the CPU where CUDA fails, unless its platforms are named. The first is
+        the one that it computes on; host callbacks want the second.
+        """
+        if not self.job["gpus"]:
+            return {}
+        per_host, devices = self.job["ranks_per_host"], {}
+        if "JAX_PLATFORMS" not in env:
+            devices = {"JAX_PLATFORMS": "cuda,cpu"}
+            if "CUDA_VISIBLE_DEVICES" not in env:  # else the user has chosen among them
+                devices["JAXTRAIN_LOCAL_DEVICES"] = str(self.job["gpus"] // per_host)
+        return devices | ({"JAX_LOCAL_DEVICE_IDS": str(local)} if per_host > 1 else {})
+
+    def _network(self) -> dict:
+        """What NCCL keeps to, and what is counted, where nothing else is said: the interface of
+        the training address. A host alone has no training network."""
+        hosts, me = self.job["hosts"], self.job["me"]
+        name = holder(hosts[me]["address"]) if len(hosts) > 1 else ""
+        return {"JAXTRAIN_INTERFACE": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+
     def _environment(self, world, rank, local, processes, beat) -> dict:
-        devices = {}
-        if self.job["ranks_per_host"] > 1 and self.job["gpus"]:
-            devices = {"JAX_LOCAL_DEVICE_IDS": str(local)}
+        env = self._network() | os.environ | self.job["env"]
         return (
-            os.environ
-            | self.job["env"]
-            | devices
+            env
+            | self._devices(env, local)
             | {
                 tree.JOB_MARK: self.job["id"],
                 "JAXTRAIN_BEAT": str(beat),

@@ -8,12 +8,13 @@ WORKDIR = "--config.workdir"
 LIMIT_BYTES = 4 << 20  # of one answer
 
 
-def read_changes(folder: Path, have: dict, limit: int = LIMIT_BYTES) -> dict:
+def read_changes(folder: Path, have: dict, skip=(), limit: int = LIMIT_BYTES) -> dict:
     """What is new of the files that a summary reads.
 
     Args:
         have: file -> [inode, bytes] of the operator's copy. Another inode or a shorter file was
             replaced, and comes again from its first byte.
+        skip: file -> inode of files that another host gives, should they be the very same here.
 
     Returns:
         {"files": {name: {"inode", "at", "base64"}}, "names": all there are, "more": bool}
@@ -25,6 +26,8 @@ def read_changes(folder: Path, have: dict, limit: int = LIMIT_BYTES) -> dict:
         name = str(path.relative_to(folder))
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
+            if dict(skip).get(name) == stat.st_ino:
+                continue
             inode, at = have.get(name, (0, 0))
             if inode != stat.st_ino or at > stat.st_size:
                 at = 0

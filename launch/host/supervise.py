@@ -15,7 +15,7 @@ from pathlib import Path
 from launch.host import tree
 from launch.host.files import read_json, write_json
 from launch.host.lead import Leader, Policy
-from launch.host.link import Follower, Listener, free_port
+from launch.host.link import Follower, Listener, endpoint, free_port
 from launch.host.log import Log
 from launch.host.ranks import Ranks
 
@@ -25,6 +25,8 @@ STATUS_S = 2.0
 KEEPER = "keeper"  # file that the keeper and its worker hold locked
 WORKERS = 5  # lives of the worker; a host that kills more of them is not one to run on
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
+RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # room for the outcome, should the disk be full
+OUTCOME_S, RETRY_S = 86_400.0, 1.0  # to wait for more: who follows starts a job without outcome
 LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
 UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 
@@ -53,12 +55,14 @@ class Supervisor:
         self._stuck_pids: list[int] = []
         self._over_at = 0.0
         self._told_at = self._ended_at = self._written_at = 0.0
+        with contextlib.suppress(OSError):
+            (folder / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # that nothing compresses
         first = self.job["hosts"][0]
         former = read_json(folder / "status.json")  # of a worker or a power supply that failed
         self.ranks.attempt = former.get("attempt", 0)  # it is over here, not to be started anew
         if self.leads:
             attempt = former.get("attempt", 0)
-            coordinator = lambda: f"{first['address']}:{free_port(first['address'])}"
+            coordinator = lambda: endpoint(first["address"], free_port(first["address"]))
             self.listener = Listener(first["address"], self.job["port"], self.job["token"])
             self.leader = Leader(
                 self.policy, self.names, coordinator, self.say, attempt, time.monotonic()
@@ -87,6 +91,7 @@ class Supervisor:
             "orphaned": self._orphaned,
             "lease_age_s": self._lease_age_s(),
             "stop": self._stop_asked(),
+            "knows": self._wish["outcome"] is not None,
             "time": now,
         }
 
@@ -118,8 +123,18 @@ class Supervisor:
             if outcome and not self._waits_for(now):
                 self._ended_at = self._ended_at or now
                 if not self.leads or self._all_know() or now - self._ended_at > 10:
-                    self._write_status(self.report(), outcome)
-                    return outcome["code"]
+                    if self._keep(outcome) or now - self._ended_at > OUTCOME_S:
+                        if not self.leads:
+                            self.follower.exchange(self.report())  # for this the leader waits
+                        return outcome["code"]
+                    time.sleep(RETRY_S)
+
+    def _keep(self, outcome: dict) -> bool:
+        """Whether the outcome is on disk."""
+        kept = self._write_status(self.report(), outcome)
+        with contextlib.suppress(OSError):
+            (self.folder / RESERVE).unlink(missing_ok=True)
+        return kept or self._write_status(self.report(), outcome)
 
     def _waits_for(self, now: float) -> list[int]:
         """What lives of the job after its end, for as long as it may still die."""
@@ -148,10 +163,10 @@ class Supervisor:
                 self._wish = self._wish | {"outcome": {"code": LOST_LEADER, "why": why}}
 
     def _all_know(self) -> bool:
-        """Whether every host that still speaks has ended its part."""
+        """Whether every host that still speaks knows the outcome: else it would wait for us."""
         others = [r for host, r in self.leader.reports.items() if host != 0]
         fresh = [r for r in others if time.time() - r["time"] < self.policy.lost_s]
-        return all(r["clean"] and r["attempt"] == self._wish["attempt"] for r in fresh)
+        return all(r["clean"] and r["knows"] for r in fresh)
 
     def _obey(self, now: float) -> None:
         """Brings about what the leader wishes."""
@@ -170,7 +185,8 @@ class Supervisor:
             if self._stuck_pids:
                 self.say(f"cannot kill {self._stuck_pids} (in the kernel): reboot this host")
 
-    def _write_status(self, report: dict, outcome=None) -> None:
+    def _write_status(self, report: dict, outcome=None) -> bool:
+        """Whether there was room for it: a full disk must not end the job."""
         status = {
             "job": self.job["id"],
             "host": self.names[self.me],
@@ -187,8 +203,11 @@ class Supervisor:
             status["hosts"] = {self.names[h]: r for h, r in self.leader.reports.items()}
             status["state"] = self.leader.state
         self._written_at = time.monotonic()
-        with contextlib.suppress(OSError):  # a full disk must not end the job
+        try:
             write_json(self.folder / "status.json", status)
+        except OSError:
+            return False
+        return True
 
 
 def keep(folder: Path) -> int:

@@ -1,0 +1,91 @@
+"""What preflight says of facts that this machine gives, with one of them changed."""
+
+import os
+import time
+
+import pytest
+
+from launch.host import facts as host_facts
+from launch.host.facts import gather_facts
+from launch.host.net import ORDERS, wire_bytes
+from launch.inventory import Host
+from launch.preflight import is_chip, judge
+
+HOST = Host("a", "127.0.0.1")
+GPU = {"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    found = gather_facts(tmp_path_factory.mktemp("root"), {"address": "127.0.0.1", "port": 0})
+    return found | {"rtt_s": 0.01, "skew_s": 0.0, "gpus": [], "proxies": []}
+
+
+def problems(host, found, check):
+    return [f.problem for f in judge(host, found, 23_456) if f.check == check and f.problem]
+
+
+def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_facts, "PATIENCE_S", 0.5)
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nsleep 8\n:\n")  # kill the shell, and sleep holds the pipes
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("w", "r"):
+        os.mkfifo(tmp_path / f".shared-{name}")  # nobody is at its other end: to open it never ends
+    shared = {"shared": str(tmp_path), "nonce": "w"}
+    began = time.monotonic()
+    found = gather_facts(tmp_path, {"address": "127.0.0.1", "port": 0} | shared)
+    order = {"folder": str(tmp_path), "nonce": "r"}
+    with pytest.raises(TimeoutError):
+        ORDERS["read"](order, b"")
+    assert time.monotonic() - began < 5
+    found |= {"rtt_s": 0.01, "skew_s": 0.0}
+    assert problems(Host("a", "127.0.0.1", gpus=8), found, "gpus") == [
+        "nvidia-smi: no end within 0 s"
+    ]
+    assert problems(HOST, found, "shared") == [f"{tmp_path}: no end within 0 s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [
+        ("NVIDIA A40", ["a40", "A40"]),
+        ("NVIDIA RTX A4000", ["a4000", "rtx a4000", "rtxa4000"]),
+        ("NVIDIA H100 80GB HBM3", ["h100", "h100-80gb"]),
+        ("NVIDIA GH200 480GB", ["gh200"]),
+        ("NVIDIA GeForce RTX 4090", ["rtx4090", "4090"]),
+    ],
+)
+def test_a_chip_is_named_by_whole_words_of_what_the_driver_calls_it(name, chips):
+    known = ["a40", "a4000", "h100", "h200", "gh200", "4090", "409", "rtx"]
+    assert all(is_chip(name, chip) for chip in chips)
+    assert not [chip for chip in known if is_chip(name, chip) and chip not in (*chips, "rtx")]
+
+
+def test_an_interface_must_be_there_and_hold_the_address(facts):
+    judged = lambda name: problems(Host("a", "127.0.0.1", interface=name), facts, "interface")
+    assert judged("") == judged("lo") == [] and facts["interface"] == "lo"
+    assert "no such interface among" in judged("eth99")[0]
+    other = facts | {"interfaces": facts["interfaces"] | {"eth1": ["10.0.0.1"]}}
+    found = problems(Host("a", "127.0.0.1", interface="eth1"), other, "interface")
+    assert found == ["127.0.0.1 is on lo, not on eth1: correct one of the two"]
+
+
+def test_what_an_interface_that_is_not_there_carries_is_unknown_and_not_nothing():
+    assert min(wire_bytes("lo")) >= 0
+    with pytest.raises(OSError, match="got 'eth99'. Correct --hosts"):
+        wire_bytes("eth99")
+
+
+def test_a_host_without_rsync_cannot_take_the_code(facts):
+    assert "install rsync" in problems(HOST, facts | {"rsync": False}, "rsync")[0]
+    assert problems(HOST, facts | {"rsync": True}, "rsync") == []
+
+
+@pytest.mark.parametrize(("gpus", "plugin", "wanted"), [(0, 0, 0), (1, 1, 0), (1, 0, 1)])
+def test_a_host_with_gpus_needs_jaxs_plugin_for_them(facts, gpus, plugin, wanted):
+    versions = {"jax": "0.10.2"} | ({"jax-cuda12-plugin": "0.10.2"} if plugin else {})
+    found = facts | {"versions": versions, "gpus": gpus * [GPU]}
+    said = problems(Host("a", "127.0.0.1", gpus=gpus), found, "python")
+    assert len(said) == wanted and all("--env_extras=cuda" in text for text in said)
