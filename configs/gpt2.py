@@ -13,10 +13,11 @@ def get_config():
     config.model.update(V=50_304, norm="layer", norm_eps=1e-5, bias=True, tied=True)
     config.model.update(position="learned", positions=1_024, mlp="gelu")
     # On GPUs what is kept costs more than what is made anew, and a chunk's gradient of the head is
-    # as large as the head: jaxtrain.plan bounds an A40 at 61, 87 and 97 thousand tokens/s with
-    # neither, the first and both (124M, 2026-11-24). Not measured on a card.
+    # as large as the head: jaxtrain.plan bounds an A40 at 124M at 66 thousand tokens/s with nothing
+    # made anew, at 87 with 64 MiB of logits at once and at 97 as it is (2026-11-25); an H100 at 1 %
+    # more than with 256 MiB. Not measured on a card.
     config.model.remat = "attention"
-    config.loss.chunk_bytes = 256 << 20
+    config.loss.chunk_bytes = 512 << 20
     config.data.update(batch=512, seq_len=1_024)
     config.optim.update(learning_rate=0.02, adam_learning_rate=6e-4, weight_decay=0.1)
     config.optim.update(warmup_steps=250)

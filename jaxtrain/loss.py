@@ -17,9 +17,14 @@ from jaxtrain.mesh import BATCH
 MIN_CHUNKS = 4  # so that even a small vocabulary never makes [B,T,V]
 
 
-def _chunk_steps(B, T, V, chunk_bytes):
-    """Time steps a chunk holds: at most chunk_bytes of float32 logits, at most T / MIN_CHUNKS."""
-    return max(1, min(chunk_bytes // (4 * B * V), -(-T // MIN_CHUNKS)))
+def chunk_steps(B, T, V, chunk_bytes):
+    """Time steps a chunk holds: at most chunk_bytes of float32 logits, at most T / MIN_CHUNKS.
+
+    As many chunks as that takes, of even length: 2,048 in 25 are 82 steps and 2 of padding, where
+    83 would pad 27, each of which costs what a token costs.
+    """
+    most = max(1, min(chunk_bytes // (4 * B * V), -(-T // MIN_CHUNKS)))
+    return -(-T // -(-T // most))
 
 
 def _chunks(x, steps):
@@ -105,7 +110,7 @@ def _local(h_BTD, w_VD, targets_BT, weights_BT, *, head, softcap, z_loss, chunk_
         dw = carry[2] + einsum("BTV,BTD->VD", d, h)
         return (*sums, dw), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
 
-    steps = _chunk_steps(B, T, V, chunk_bytes)
+    steps = chunk_steps(B, T, V, chunk_bytes)
     chunks = tuple(_chunks(x, steps) for x in (h_BTD, targets_BT, weights_BT))
     count = chunks[0].shape[0]
     zero = jnp.zeros((), wide)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.config import LossConfig, MeshConfig
-from jaxtrain.loss import build_loss
+from jaxtrain.loss import build_loss, chunk_steps
 from jaxtrain.mesh import build_mesh
 
 B, T, D, V = 8, 33, 16, 48
@@ -68,6 +68,15 @@ def test_padding_contributes_neither_loss_nor_gradient(inputs):
     assert a[0] == b[0]
     assert jnp.all(dh[:, 20:] == 0)
     assert jnp.allclose(dw, dw_b, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [7, 1_024, 2_048])
+def test_chunks_are_as_few_as_must_be_and_pad_less_than_a_step_each(T):
+    for most in range(1, T // 4 + 1, 9):
+        steps = chunk_steps(2, T, 50, 4 * 2 * 50 * most)
+        chunks = -(-T // steps)
+        assert steps <= most and chunks == -(-T // most)
+        assert steps * chunks - T < chunks
 
 
 def test_no_array_of_all_logits_exists(inputs):

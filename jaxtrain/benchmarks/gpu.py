@@ -30,9 +30,8 @@ CHILD = {"jaxtrain": "on_jax", "pytorch": "on_torch"}
 ENV = memory.setting()  # for the children that start no run
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
-# To plan the minutes, not to report: what a child takes before its steps, and its likely speed
-# as a share of the measured matrix product.
-START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.4
+# To plan the minutes, not to report: what a child takes before its steps, and its likely speed.
+START_S, COMPILE_S, TORCH_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.35
 STEP_S, COUNTED_S, LEAST_TOKENS = 1.5, 15.0, 16_384
 
 
@@ -67,7 +66,7 @@ def batch_of(cfg, flops_per_s) -> int:
     """Sequences a step: the config's, halved while a step would likely take over STEP_S.
 
     Args:
-        flops_per_s: what the device's bf16 matrix product reaches.
+        flops_per_s: the device's peak, or what its matrix product was measured to reach.
     """
     batch, data = cfg.data.batch, cfg.data
     flops = training_flops(cfg.model, data.seq_len, causal=True).total
@@ -149,7 +148,7 @@ class Suite:
             options={c.name: c.value for c in tried},
         )
         cfg = config_of(job)
-        batch = batch_of(cfg, self.device["matmul_flops_per_s"])
+        batch = batch_of(cfg, self.flops_per_s)
         data = dataclasses.replace(cfg.data, batch=batch)
         cfg = dataclasses.replace(cfg, accumulation=1, data=data)
         return dataclasses.replace(job, batch=batch), cfg
@@ -157,6 +156,13 @@ class Suite:
     @property
     def name(self) -> str:
         return self.chip.name if self.chip else ""
+
+    @property
+    def flops_per_s(self) -> float:
+        """The datasheet's where the chip is known, so that a step has the same tokens each time."""
+        if self.chip is None:
+            return self.device["matmul_flops_per_s"]
+        return self.chip.peak_flops["bfloat16"]
 
     def needs_s(self, item, cfg) -> float:
         """Likely seconds of an item; what its like took, where one is known."""
