@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 LONGEST = (
     "test_launch_engines.py",
     "test_train.py",
+    "test_train_killed.py",
     "test_benchmarks_gpu.py",
     "test_kernels_laws.py",
     "test_crosscheck_run.py",

@@ -81,7 +81,7 @@ def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
         config.write_text(f"Host h1\n  ProxyJump h0\n{bed.ssh_config.read_text()}")
         host = Host("h1", bed.address["h1"], python=sys.executable)
         request = {"op": "status", "job": "none"}
-        assert Fleet([host], str(config)).call(host, request) == {"known": False}
+        assert Fleet([host], str(config)).call(host, request) == {"known": False, "processes": []}
         careless = bed.folder / "careless"
         unknown = f"Host h0\n  StrictHostKeyChecking no\n  UserKnownHostsFile {bed.folder}/none\n"
         careless.write_text(unknown + config.read_text())
