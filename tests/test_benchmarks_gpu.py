@@ -212,6 +212,7 @@ def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, capsys):
     about, ceilings, *rows = map(json.loads, path.read_text().splitlines())
     assert about["commit"] and about["command"] and ceilings["matmul_flops_per_s"] > 0
     assert not [row for row in rows if "error" in row], rows
+    assert not any(row["targets"] for row in rows)  # they are a card's
     steps = [row for row in rows if row["what"] != "ratio"]
     assert [row["variant"] for row in steps] == variants.split(",") + ["jaxtrain"]
     for row in steps:
@@ -220,7 +221,9 @@ def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, capsys):
         assert row["mfu"] is None and "not in the chip table" in row["no_mfu"]
     assert steps[-1]["what"] == "warm start"
     assert ("ratio" in [row["what"] for row in rows]) == HAS_TORCH
-    assert "no MFU: 'cpu' is not in the chip table" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no MFU: 'cpu' is not in the chip table" in said
+    assert "tiny: a trial of the path" in said and "target" not in said
 
 
 def test_losses_apart_by_more_than_the_seeds_are_outside():

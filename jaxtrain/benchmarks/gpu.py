@@ -236,9 +236,10 @@ class Suite:
         }
 
 
-def stamp() -> dict:
-    """When these figures were made."""
-    return {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+def stamp(row, tiny: bool) -> dict:
+    """A row with when it was made; a trial's is held against no target of a card."""
+    date = {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    return row | date | ({"tiny": True, "targets": {}} if tiny else {})
 
 
 def run(args):
@@ -254,15 +255,15 @@ def run(args):
     with tempfile.TemporaryDirectory() as folder:
         suite, rows = Suite(args, Path(folder)), []
         row = suite.look()
-        yield row | stamp()
+        yield stamp(row, args.tiny)
         if "error" in row:
             return
         told = set()
         for item in build_items(*chosen, tuning.choices_for(suite.name)):
             for row in suite.measure(item):
                 rows.append(row)
-                yield row | stamp()
+                yield stamp(row, args.tiny)
             pair = ratio_row(rows, item.size, item.optimizer)
             if pair and pair["case"] not in told:
                 told.add(pair["case"])
-                yield pair | stamp()
+                yield stamp(pair, args.tiny)

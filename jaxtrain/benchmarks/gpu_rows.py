@@ -113,11 +113,12 @@ def line(row) -> str:
     name = f"{row['case']:28} {row.get('variant', ''):9} {row.get('what', ''):12}"
     if "error" in row:
         return f"{name} {row['error']}"
-    verdicts = "; ".join(f"{key} {text}" for key, text in row["targets"].items())
+    verdicts = "".join(f"; {key} {text}" for key, text in row["targets"].items())
+    verdicts += "; tiny: a trial of the path" if row.get("tiny") else ""
     if row["what"] == "ratio":
         there = row["value_at_524288"]
         there = "" if there is None else f", {there:.2f}x at {SHARE_TOKENS} tokens a step"
-        return f"{name} {row['value']:.2f}x {row['ratio']}{there}; {verdicts}"
+        return f"{name} {row['value']:.2f}x {row['ratio']}{there}{verdicts}"
     mfu = (
         "no MFU: " + row["no_mfu"]
         if row["mfu"] is None
@@ -129,7 +130,7 @@ def line(row) -> str:
         f"{name} {row['rows']} rows at once of {row['tokens_per_step']} tokens a step, "
         f"{1e3 * row['step_s']:.1f} ms (p95 {1e3 * row['step_p95_s']:.1f}), "
         f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}, {_optimizer_text(row)}, "
-        f"host {row['host_share']:.1%}{memory} (predicted {planned:.1f} GiB); {verdicts}"
+        f"host {row['host_share']:.1%}{memory} (predicted {planned:.1f} GiB){verdicts}"
     )
 
 
