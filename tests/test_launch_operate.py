@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import bed as beds
+import git_trees
 import pytest
 
 from launch import run
@@ -33,12 +34,7 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 def bed():
     with beds.Bed(1) as made:
         made.inventory(made.folder / "hosts.toml")
-        code = made.folder / "code"
-        code.mkdir()
-        (code / "program.py").write_text(PROGRAM)
-        git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
-        for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
-            subprocess.run([*git, *argv], check=True)
+        git_trees.commit_program(made.folder / "code", PROGRAM)
         yield made
 
 

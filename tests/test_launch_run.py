@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import bed as beds
+import git_trees
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +43,7 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 def bed():
     with beds.Bed(3) as made:
         made.inventory(made.folder / "hosts.toml")
-        code = made.folder / "code"
-        code.mkdir()
-        (code / "program.py").write_text(PROGRAM)
-        git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
-        for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
-            subprocess.run([*git, *argv], check=True)
+        git_trees.commit_program(made.folder / "code", PROGRAM)
         yield made
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import bed as beds
+import git_trees
 import pytest
 from run_directories import curve, series, write_run
 
@@ -256,10 +257,7 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
     """Whose disks are their own: the first host has the run, the others their processes' files."""
     code = tmp_path / "code"
     made = read_run(write_run(code / "made", series(60), processes=2))
-    (code / "program.py").write_text(PROGRAM)
-    git = ["git", "-C", str(code), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):
-        subprocess.run([*git, *argv], check=True)
+    git_trees.commit_program(code, PROGRAM)
     shared = tmp_path / "shared"
     shutil.copytree(code / "made", shared / "one")
     with beds.Bed(2, shared) as bed:
