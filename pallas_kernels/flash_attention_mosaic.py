@@ -9,6 +9,7 @@ Source: the turns are FlashAttention-3's, Shah et al. 2024, https://arxiv.org/ab
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +34,33 @@ def check_heads(K) -> None:
         )
 
 
+class Place(NamedTuple):
+    """A program that has one block of queries."""
+
+    group: object  # this warp group
+    head: object
+    shared: object  # the head of keys and values
+    batch: object
+    start: object  # its first query
+    steps: object  # blocks of keys that its last query sees
+
+
+def place_of(T, S, tiles, ratio) -> Place:
+    """Of grid axes head, block and batch; ratio: query heads to a head of keys and values."""
+    group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
+    block = lax.axis_size("block") - 1 - lax.axis_index("block")  # the longest first
+    start = block * tiles.queries
+    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last row sees
+    steps = lax.div(last + tiles.keys - 1, tiles.keys)
+    return Place(group, head, lax.div(head, ratio), batch, start, steps)
+
+
 def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_free):
     plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
-
-    @pl.loop(0, steps)
-    def _step(j):
-        slot, rows = lax.rem(j, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
-        for ref, smem, full, free in (
-            (k_ref, k_smem, k_full, k_free),
-            (v_ref, v_smem, v_full, v_free),
-        ):
-
-            @pl.when(j >= tiles.stages)
-            def _():
-                plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced at once
-
-            plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], full.at[slot])
-
-    @pl.loop(0, jnp.minimum(steps, tiles.stages))
-    def _to_the_end(slot):
-        plgpu.barrier_wait(k_free.at[slot])
-        plgpu.barrier_wait(v_free.at[slot])
+    rows = lambda j: pl.ds(j * tiles.keys, tiles.keys)
+    keys, values = lambda j: [(k_ref.at[rows(j)], k_smem)], lambda j: [(v_ref.at[rows(j)], v_smem)]
+    streams = (keys, k_full, k_free), (values, v_full, v_free)
+    mosaic.copy_steps(steps, tiles.stages, streams)
 
 
 class _Rows:
@@ -90,12 +97,8 @@ def _kernel(
 ):
     *docs, o_ref, lse_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
-    group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
     half = tiles.queries // mosaic.CONSUMERS
-    block = lax.axis_size("block") - 1 - lax.axis_index("block")  # the longest first
-    start, shared = block * tiles.queries, lax.div(head, ratio)
-    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last row sees
-    steps = lax.div(last + tiles.keys - 1, tiles.keys)
+    group, head, shared, batch, start, steps = place_of(T, S, tiles, ratio)
 
     @pl.when(group == mosaic.CONSUMERS)
     def _():

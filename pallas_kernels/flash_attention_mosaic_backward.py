@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import MASKED, NOTHING
-from pallas_kernels.flash_attention_mosaic import check_heads
+from pallas_kernels.flash_attention_mosaic import check_heads, place_of
 from pallas_kernels.mosaic import plgpu
 
 # A thread's: dk, dv and both products alone are 192 at K=128, and 232 spill (audit, ptxas 12.9.86)
@@ -142,7 +142,8 @@ def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging=None
     @pl.when(group == mosaic.CONSUMERS)
     def _():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        mosaic.copy_steps(ratio * count, tiles.stages, copies, pipeline["full"], pipeline["free"])
+        stream = copies, pipeline["full"], pipeline["free"]
+        mosaic.copy_steps(ratio * count, tiles.stages, [stream])
 
     @pl.when(group < mosaic.CONSUMERS)
     def _():
@@ -172,12 +173,8 @@ def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging=None
 def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging=None, **pipeline):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
-    group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
     half = tiles.queries // mosaic.CONSUMERS
-    block = lax.axis_size("block") - 1 - lax.axis_index("block")  # the longest first
-    start, shared = block * tiles.queries, lax.div(head, ratio)
-    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last row sees
-    steps = lax.div(last + tiles.keys - 1, tiles.keys)
+    group, head, shared, batch, start, steps = place_of(T, S, tiles, ratio)
 
     def copies(j):
         rows = pl.ds(j * tiles.keys, tiles.keys)
@@ -188,7 +185,7 @@ def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging=None,
     @pl.when(group == mosaic.CONSUMERS)
     def _():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        mosaic.copy_steps(steps, tiles.stages, copies, pipeline["full"], pipeline["free"])
+        mosaic.copy_steps(steps, tiles.stages, [(copies, pipeline["full"], pipeline["free"])])
 
     @pl.when(group < mosaic.CONSUMERS)
     def _():

@@ -92,28 +92,30 @@ def call(kernel, *, name, grid, out_shape, scratch, approximate=False, interpret
     )
 
 
-def copy_steps(count, stages, copies, full, free) -> None:
-    """What the copying warp group does: the slots filled in turn, each once all have freed it.
+def copy_steps(count, stages, streams) -> None:
+    """What the copying warp group does: each stream's slots filled in turn, once all freed them.
 
     Args:
-        copies: step -> ((part of an array, its shared memory [stages,...]), ...).
-        full, free: barriers, one a slot.
+        streams: (copies, full, free) each: step -> ((part of an array, its shared memory
+            [stages,...]), ...), and its barriers, one a slot.
     """
 
     @pl.loop(0, count)
     def _step(j):
         slot = lax.rem(j, stages)
+        for copies, full, free in streams:
 
-        @pl.when(j >= stages)
-        def _():
-            plgpu.barrier_wait(free.at[slot])
+            @pl.when(j >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced at once
 
-        for source, smem in copies(j):
-            plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+            for source, smem in copies(j):
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
 
     @pl.loop(0, jnp.minimum(count, stages))
     def _to_the_end(slot):
-        plgpu.barrier_wait(free.at[slot])
+        for _, _, free in streams:
+            plgpu.barrier_wait(free.at[slot])
 
 
 def accumulate(products, start, interpret) -> list:
