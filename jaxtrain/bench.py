@@ -1,10 +1,10 @@
 """Benchmarks, side by side, with their ratios.
 
-    python -m jaxtrain.bench                                  every suite of this processor
-    python -m jaxtrain.bench --suite=cpu --sizes=s --dtypes=float32 --optimizers=adamw
-    python -m jaxtrain.bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
-    python -m jaxtrain.bench --suite=loader --json=loader.jsonl
-    python -m jaxtrain.bench --suite=gpu --minutes=10         on a card; --tiny tries it anywhere
+    jaxtrain bench                             # every suite of this processor
+    jaxtrain bench --suite=cpu --sizes=s --dtypes=float32 --optimizers=adamw
+    jaxtrain bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
+    jaxtrain bench --suite=loader --json=loader.jsonl
+    jaxtrain bench --suite=gpu --minutes=10    # on a card; --tiny tries it anywhere
 
 Suites of the processor:
     cpu       training steps against the PyTorch twin, eager and compiled (needs the extra
@@ -65,7 +65,9 @@ from jaxtrain.benchmarks import (
     startup,
     training,
 )
+from jaxtrain.commands import in_form
 from jaxtrain.files import strict_json, write_atomic
+from pallas_kernels.arguments import Parser
 
 ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
 
@@ -183,12 +185,8 @@ def _positive(kind):
     return parse
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtrain.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(argv=None, prog="python -m jaxtrain.bench") -> argparse.Namespace:
+    parser = Parser(prog, in_form(__doc__, prog))
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all", help="default: all")
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
@@ -225,8 +223,8 @@ def provenance() -> dict:
     }
 
 
-def main(argv=None) -> None:
-    args = parse(argv)
+def main(argv=None, prog="python -m jaxtrain.bench") -> None:
+    args = parse(argv, prog)
     about = machine.describe()
     print(machine.header(about), flush=True)
     rows = [about | provenance()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ml_collections import ConfigDict
 
-from jaxtrain.knobs import Section, knob
+from jaxtrain.knobs import Section, fault, knob, refusal
 from jaxtrain.sections import (
     CheckpointConfig,
     DataConfig,
@@ -117,6 +117,10 @@ def freeze(values, cls=TrainConfig):
             near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
             hint = f" Did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"config has no field {prefix}{key}.{hint} --help lists them all.")
+        # Before the sections: their values may follow this one, as optim.total_steps does steps.
+        if what := fault(fields[key], values[key]):
+            raise refusal(cls, key, what, values[key])
+    for key in values:
         nested = dataclasses.is_dataclass(fields[key].type)
         kwargs[key] = freeze(values[key], fields[key].type) if nested else values[key]
     return cls(**kwargs)

@@ -1,8 +1,11 @@
 """Held-out loss: nats per token and, where the text's bytes are known, bits per byte.
 
-    python -m jaxtrain.evaluate --run=DIR [--step=N] [--rows=N]
+    jaxtrain evaluate --run=runs/quickstart
+    jaxtrain evaluate --run=runs/quickstart --step=100
+    jaxtrain evaluate --run=runs/quickstart --rows=4
 
-restores the newest good checkpoint of a run and reads all of its validation shard.
+Restores the newest good checkpoint of a run, or that of --step, and reads all of its validation
+shard. --rows takes fewer sequences at once, where memory is short.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import math
 import jax
 from absl import flags
 
+from jaxtrain.commandline import Form
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.mesh import replicated
@@ -106,8 +110,15 @@ def main() -> None:
     print(json.dumps({"step": int(state.step)} | metrics))
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
     flags.DEFINE_integer("rows", 0, "sequences a device reads at once; 0 is training's")
-    run_main(main)
+
+
+def command(argv=None, prog="python -m jaxtrain.evaluate") -> None:
+    run_main(main, (), Form("evaluate", __doc__, define_flags), argv, prog)
+
+
+if __name__ == "__main__":
+    command()

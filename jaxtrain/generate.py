@@ -1,6 +1,8 @@
 """Sampling from a checkpoint with a KV cache, batched.
 
-python -m jaxtrain.generate --run=DIR --prompt="def main(" --tokens=200 --samples=4
+jaxtrain generate --run=runs/quickstart
+jaxtrain generate --run=runs/quickstart --prompt="def main(" --tokens=200 --samples=4
+jaxtrain generate --run=runs/quickstart --prompt="import " --temperature=0
 """
 
 import time
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from jaxtrain.commandline import Form
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.accelerated import eval_params
@@ -142,7 +145,7 @@ def main() -> None:
     print(f"{'-' * 80}\n{len(prompts)} x {args.tokens} tokens, {tokens_per_s:,.0f} tokens/s")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to sample from; 0 is the newest good one")
     flags.DEFINE_string("tokenizer", "", "as data.tokenizer; empty is the one of the run's shards")
@@ -152,4 +155,11 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token")
     flags.DEFINE_integer("top_k", 50, "likeliest tokens to draw from; 0 is all")
     flags.DEFINE_integer("seed", 0, "of the draws")
-    run_main(main)
+
+
+def command(argv=None, prog="python -m jaxtrain.generate") -> None:
+    run_main(main, (), Form("generate", __doc__, define_flags), argv, prog)
+
+
+if __name__ == "__main__":
+    command()

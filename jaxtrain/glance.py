@@ -1,6 +1,6 @@
 """What a config's data is on this machine, at a glance: launch.run compares hosts by it.
 
-    python -m jaxtrain.glance --config=configs/gpt_124m.py --config.data.shards=DIR
+    python -m jaxtrain.glance gpt_124m --data.shards=DIR
 
 Prints {"files", "bytes", "fingerprint"}: of names, sizes and blocks that are read here and there,
 so that it takes seconds where training's own fingerprint reads every byte. Files that differ
@@ -11,9 +11,9 @@ import hashlib
 import json
 
 from absl import flags
-from ml_collections import config_flags
 
 from jaxtrain import config as config_lib
+from jaxtrain.commandline import Form
 from jaxtrain.data.shards import find_shards
 from jaxtrain.data.text import list_files
 from jaxtrain.run import run_main
@@ -59,7 +59,9 @@ def main() -> None:
     print(json.dumps(glance(config_lib.freeze(flags.FLAGS.config))))
 
 
+def command(argv=None, prog="python -m jaxtrain.glance") -> None:
+    run_main(main, (), Form("train", __doc__, config="must"), argv, prog)
+
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
-    flags.mark_flag_as_required("config")
-    run_main(main)
+    command()

@@ -10,6 +10,27 @@ def knob(default, text, unit="", low=None, high=None, choices=None):
     return field(default=default, metadata=meta)
 
 
+def plain_fields(cls):
+    """Yields the fields of a dataclass that are no sections."""
+    yield from (f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type))
+
+
+def fault(f, value) -> str:
+    """Returns what a field's value must be and is not; "" where it is valid."""
+    if not isinstance(f.type, type) or f.type not in (bool, int, float, str):
+        return ""
+    if type(value) is not f.type and not (f.type is float and type(value) is int):
+        return f"must be of type {f.type.__name__}"
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if choices and value not in choices:
+        return f"must be one of {', '.join(map(repr, choices))}"
+    if low is not None and not value >= low:  # not >= : a nan fails too
+        return f"must be at least {low}"
+    if high is not None and not value <= high:
+        return f"must be at most {high}"
+    return ""
+
+
 class Section:
     """Checks every field's type, bounds and choices when built."""
 
@@ -17,28 +38,21 @@ class Section:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if isinstance(f.type, type) and f.type in (bool, int, float, str):
-                self._check(f)
-
-    def _check(self, f):
-        value = getattr(self, f.name)
-        if f.type is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(self, f.name, value)
-        if type(value) is not f.type:
-            self.fail(f.name, f"must be of type {f.type.__name__}")
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if choices and value not in choices:
-            self.fail(f.name, f"must be one of {', '.join(map(repr, choices))}")
-        if low is not None and not value >= low:  # not >= : a nan fails too
-            self.fail(f.name, f"must be at least {low}")
-        if high is not None and not value <= high:
-            self.fail(f.name, f"must be at most {high}")
+            value = getattr(self, f.name)
+            if what := fault(f, value):
+                self.fail(f.name, what)
+            if f.type is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
 
     def fail(self, name, what):
         """Raises ValueError naming this field, its value and the flag that sets it."""
-        flag = f"{self.PREFIX}{name}"
-        raise ValueError(f"{flag} {what}; got {getattr(self, name)!r}. Set --config.{flag}.")
+        raise refusal(type(self), name, what, getattr(self, name))
+
+
+def refusal(cls, name, what, value) -> ValueError:
+    """The error for a Section's field whose value is not what it must be."""
+    flag = f"{cls.PREFIX}{name}"
+    return ValueError(f"{flag} {what}; got {value!r}. Set --{flag}.")
 
 
 def sections(cls):
@@ -51,11 +65,9 @@ def sections(cls):
 
 def describe(top) -> str:
     """The table of all flags for --help: flag, default, unit, meaning."""
-    lines = ["Fields (override with --config.NAME=VALUE):", ""]
+    lines = ["Fields of the config (set with --NAME=VALUE, or --config.NAME=VALUE):", ""]
     for prefix, cls in sections(top):
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(f.type):
-                continue
+        for f in plain_fields(cls):
             meta = f.metadata
             allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""
             unit = f" [{meta['unit']}]" if meta["unit"] else ""

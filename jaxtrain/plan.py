@@ -1,16 +1,15 @@
 r"""Know before you rent: memory, time and collectives of a config on a GPU that is not there.
 
-    python -m jaxtrain.plan --config=configs/llama_1400m.py --chip=a40 --gpus=1
-    python -m jaxtrain.plan --config=configs/llama_1400m.py --chip=a40 --fit --write=mine.py
-    python -m jaxtrain.plan --config=configs/gpt_124m.py --compare=a40,h100 \
-        --price=a40=0.40,h100=2.50
+    jaxtrain plan llama_1400m --chip=a40 --gpus=1
+    jaxtrain plan llama_1400m --chip=a40 --fit --write=mine.py
+    jaxtrain plan gpt_124m --compare=a40,h100 --price=a40=0.40,h100=2.50
 
 The run's own step is compiled for the chip, down to machine code, on this machine: what is printed
 is read from the compiled program. No time is measured: a bound is what the datasheet's peaks allow.
 Exit status 1 where the config does not fit. Needs the extra `offline`, and no GPU; --formula needs
 neither, and gives memory alone.
 
-Flags of the run (--config.model.remat=full) hold here as they do in training.
+Fields of the config (--model.remat=full) are flags here as they are in training.
 """
 
 import json
@@ -22,10 +21,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # chips are compiled for, none is looked fo
 
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
 
 from jaxtrain import config as config_lib  # noqa: E402
 from jaxtrain import memory  # noqa: E402
+from jaxtrain.commandline import Form  # noqa: E402
 from jaxtrain.planning import fit, page  # noqa: E402
 from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
@@ -138,7 +137,9 @@ def answer(args) -> int:
     if args.table:
         return table(args, show=print)
     if args.config is None:
-        raise ValueError("--config must be a config file; got none. Or set --table.")
+        raise ValueError(
+            "a config must be named, as in `jaxtrain plan gpt_124m`; got none. Or set --table."
+        )
     cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
     if args.compare:
         return compare(cfg, args, show=print)
@@ -148,7 +149,6 @@ def answer(args) -> int:
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
     flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100, h100, h200, ...")
     flags.DEFINE_integer("gpus", 1, "devices on each host", lower_bound=1)
     flags.DEFINE_integer(
@@ -169,6 +169,10 @@ def define_flags() -> None:
     flags.DEFINE_string("cache", str(CACHE), "folder of figures that were compiled before")
 
 
+def command(argv=None, prog="python -m jaxtrain.plan") -> None:
+    form = Form("plan", __doc__, define_flags, config="may")
+    run_main(main, (RuntimeError,), form, argv, prog)
+
+
 if __name__ == "__main__":
-    define_flags()
-    run_main(main, (RuntimeError,))
+    command()

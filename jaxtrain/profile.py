@@ -1,7 +1,8 @@
 """A trace as tables: where a device's time went, where it was idle, what the host did meanwhile.
 
-    python -m jaxtrain.train --config=... --config.profile.steps=10
-    python -m jaxtrain.profile DIR [--top=20]
+    jaxtrain train quickstart --profile.steps=10 --workdir=runs/traced   # make a trace
+    jaxtrain profile runs/traced
+    jaxtrain profile runs/traced --top=40
 
 DIR is a run's folder or any folder with XProf traces (*.xplane.pb); of several made by one process
 the newest is read. GPU planes are read stream by stream; a CPU's operations stand among the host's
@@ -9,7 +10,6 @@ threads and are found by their name in the program. Times of an operation are it
 those inside of it; on several threads or streams at once they add up to more than the busy time.
 """
 
-import argparse
 import re
 import sys
 import warnings
@@ -20,7 +20,9 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from jaxtrain.benchmarks.measure import format_table
+from jaxtrain.commands import in_form
 from jaxtrain.tracing import MARK
+from pallas_kernels.arguments import Parser
 
 GPU = re.compile(r"/device:(?!CUSTOM)")
 STREAM = "Stream"  # lines of a GPU's plane; others repeat them by module, step, source
@@ -275,12 +277,8 @@ def _table(rows, total_s) -> str:
     )
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtrain.profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv=None, prog="python -m jaxtrain.profile") -> None:
+    parser = Parser(prog, in_form(__doc__, prog))
     parser.add_argument("folder", metavar="DIR", help="of a run, or of traces")
     parser.add_argument("--top", type=int, default=20, help="operations to show; default: 20")
     args = parser.parse_args(argv)

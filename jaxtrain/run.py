@@ -1,6 +1,5 @@
 """The parts of a run, assembled from its config: what training, evaluation and sampling share."""
 
-import difflib
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ from absl import app, logging
 from jaxtrain import WANTS_GPU, tuning
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.commandline import REFUSED, Form, parse
 from jaxtrain.diagnose import build_diagnosis, count_parts
 from jaxtrain.fused import missing_kernels
 from jaxtrain.kernels import arch_of, chip_of, choose_routes
@@ -34,7 +34,7 @@ from jaxtrain.step import (
     place_rates,
 )
 
-REFUSED = 78  # EX_CONFIG: the same start would fail again
+NO_FLAGS = Form("", "")
 # What a run was trained by and need not be read by: the function of its weights is the same, and
 # this machine may have no GPU, or another number of them.
 HERE = {
@@ -64,20 +64,20 @@ class Run(NamedTuple):
         return place_rates(peak_rates(self.cfg.optim, self.model.axes), self.mesh)
 
 
-def run_main(main, errors=(), words=False):
+def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain"):
     """absl's app.run(main); bad input and broken checkpoints end in one line and status REFUSED.
 
     One of several processes ends at once on an error, without waiting at exit for the others.
 
     Args:
-        words: main takes the arguments that are no flags; else there must be none.
+        form: what the command line may hold; main takes its words where it has some.
+        argv: the arguments; None is sys.argv's.
+        prog: what the user typed to start the command.
     """
 
-    def guarded(argv):
-        if len(argv) > 1 and not words:
-            raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
+    def guarded(words):
         try:
-            part(main(argv[1:]) if words else main())
+            part(main(words) if form.words else main())
         except Exception as error:
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)
@@ -90,7 +90,8 @@ def run_main(main, errors=(), words=False):
             traceback.print_exc()
             leave(1)
 
-    app.run(guarded, flags_parser=parse_flags)
+    argv = sys.argv[1:] if argv is None else argv
+    app.run(guarded, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
 
 
 def of_runtime(error) -> bool:
@@ -116,23 +117,6 @@ def refuse(reason) -> None:
     """Ends the program: the same start would fail again."""
     print(f"error: {reason}", file=sys.stderr)
     leave(REFUSED)
-
-
-def parse_flags(argv):
-    """absl's parser; an unknown config field names the nearest, and any error is one line."""
-    known = list(config_lib.flatten(config_lib.TrainConfig()))
-    for arg in argv[1:]:
-        name = arg.lstrip("-").partition("=")[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
-            near = difflib.get_close_matches(name.removeprefix("config."), known, 1, cutoff=0.0)
-            refuse(f"no field --{name}. Did you mean --config.{near[0]}? See --help.")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        refuse(error)
-    except SystemExit as ended:  # absl's 1 for a bad flag, which it has told, and for --help
-        asked = any(arg.lstrip("-").partition("=")[0].startswith("help") for arg in argv[1:])
-        sys.exit(0 if asked else REFUSED if ended.code == 1 else ended.code)
 
 
 def build_run(cfg, devices=None) -> Run:

@@ -1,8 +1,8 @@
 """Trains the model that a config names, resuming from its workdir.
 
-    python -m jaxtrain.train --config=configs/quickstart.py
-    python -m jaxtrain.train --config=configs/quickstart.py --config.data.text=PATH
-    python -m jaxtrain.train --config=configs/gpt_124m.py --config.data.shards=DIR
+    jaxtrain train quickstart
+    jaxtrain train quickstart --steps=300 --data.text=docs --workdir=runs/docs
+    jaxtrain train debug --optim.name=adamw --optim.adam_learning_rate=0.01 --workdir=runs/adamw
 
 The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the next step; exit
 status 75 says "preempted: start me again", 78 "the same start would fail again". Several processes
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
 from jaxtrain.about import header, measured, stored_config, versions
 from jaxtrain.agree import from_process_0, of_all
 from jaxtrain.beat import beat
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.commandline import Form
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -234,12 +234,17 @@ def main() -> int:
     return train(cfg)
 
 
-__doc__ += "\n" + describe(config_lib.TrainConfig)  # what --help shows
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
-    flags.mark_flag_as_required("config")
+def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
     flags.DEFINE_integer("process", 0, "which of them this is", lower_bound=0)
-    run_main(main, (Diverged,))
+
+
+def command(argv=None, prog="python -m jaxtrain.train") -> None:
+    tables = describe(config_lib.TrainConfig)
+    form = Form("train", __doc__, define_flags, config="must", tables=tables)
+    run_main(main, (Diverged,), form, argv, prog)
+
+
+if __name__ == "__main__":
+    command()

@@ -2,7 +2,7 @@
 
     python -m launch.compare runs/a40 runs/h100
     python -m launch.compare runs/a40 runs/h100 --ceilings a40.json h100.json
-    python -m launch.compare --external docs/track3_record44.toml
+    python -m launch.compare --external docs/track3_record44.toml   # published figures
 
 A side is a run directory, a folder of run directories (repetitions), or a [[side]] of a TOML file
 of published figures. Refused (exit status 1) unless config, data and tokens a step are the same and
@@ -10,10 +10,10 @@ the losses agree within their noise. A ratio above 1 says that A does more. --ce
 `python -m pallas_kernels.bench --out=FILE` measured on A's device and on B's.
 """
 
-import argparse
 import json
 import sys
 
+from launch.arguments import Parser
 from launch.samework import differences, match_losses
 from launch.sides import Side, read_external, read_side, with_ceilings
 from launch.stats import RESAMPLES, SEED, block_length, bootstrap, mean, percentile
@@ -221,9 +221,8 @@ def _cell(found) -> str:
     return f"{digits(found['ratio'])} ({digits(found['low'])}-{digits(found['high'])})"
 
 
-def parse(argv):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.compare", description=__doc__, formatter_class=form)
+def parse(argv, prog="python -m launch.compare"):
+    parser = Parser(prog, __doc__.replace("python -m launch.compare", prog))
     parser.add_argument("sides", nargs="*", metavar="DIR", help="A and B, as far as not --external")
     parser.add_argument(
         "--external", metavar="FILE", help="published figures, TOML: one or two sides"
@@ -270,8 +269,8 @@ def read_sides(args) -> list[Side]:
     return sides
 
 
-def main(argv=None) -> int:
-    args = parse(argv)
+def main(argv=None, prog="python -m launch.compare") -> int:
+    args = parse(argv, prog)
     try:
         a, b = read_sides(args)
         found = compare(a, b, args.margin, args.by, args.resamples, args.seed)

@@ -1,6 +1,8 @@
 """Measures the network of a job's hosts, and writes the file that baselines are held against.
 
     python -m launch.probe --hosts=hosts.toml --out=network.json
+    python -m launch.probe --hosts=hosts.toml --seconds=5 --pings=1000
+    python -m launch.probe --hosts=hosts.toml --no_jax
 
 Round trips of every pair while nothing else is sent; TCP throughput with 1, 4 and 8 streams, one
 way and both; and, unless --no_jax, JAX's all-reduce, all-gather and reduce-scatter over all hosts,
@@ -8,7 +10,6 @@ by size, with the bytes that the interface counted beside those that were asked 
 counts before segmentation: `header_share` is what the wire carries on top of the payload.
 """
 
-import argparse
 import json
 import secrets
 import sys
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from launch import run
+from launch.arguments import Parser
 from launch.fleet import Fleet, HostError
 from launch.host.files import write_json
 from launch.inventory import read_inventory
@@ -103,8 +105,7 @@ def show(found: dict) -> str:
 
 
 def main() -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.probe", description=__doc__, formatter_class=form)
+    parser = Parser("python -m launch.probe", __doc__)
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--out", default="network.json", metavar="FILE")

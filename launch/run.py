@@ -1,25 +1,29 @@
 """Starts a training job on several hosts over SSH, and looks after it.
 
-    python -m launch.run --hosts=hosts.toml -- --config=configs/gpt_124m.py
-    python -m launch.run attach JOB      goes on with its log, no line lost or doubled
-    python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
-    python -m launch.run logs JOB        the whole log, and what is new; to read alone
-    python -m launch.run stop JOB        saves and stops; --now does not save
-    python -m launch.run resume JOB      the same command as a new job, from its checkpoint,
-                                         with the code of now; the job must have ended
+    python -m launch.run --hosts=hosts.toml -- gpt_124m --data.shards=/data/shards
+    python -m launch.run --hosts=hosts.toml --detach -- gpt_124m --checkpoint.storage=host0
+    python -m launch.run status
 
-What follows `--` are flags of the program (jaxtrain.train). The job's exit status is this
+A job that is on record:
+  attach JOB      goes on with its log, no line lost or doubled
+  status [JOB]    what it does, on every host; without JOB: all jobs
+  logs JOB        the whole log, and what is new; read-only
+  stop JOB        saves and stops; --now does not save
+  resume JOB      starts the same command as a new job, from the last checkpoint, with the current
+                  code; the job must have ended
+
+What follows `--` is a command line of the program (jaxtrain.train). The job's exit status is this
 command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, else the root cause's.
 The hosts need Python 3.11 with the project's dependencies and sshd; this machine needs Python, git,
 ssh and rsync. hosts.toml: see launch/inventory.py.
 """
 
-import argparse
 import dataclasses
 import signal
 import sys
 import time
 
+from launch.arguments import Parser
 from launch.fleet import Fleet, HostError
 from launch.host.lead import STOPPED, Policy
 from launch.host.logout import SCOPE
@@ -48,14 +52,13 @@ POLICY_HELP = {
 ENV_HELP = "for the program; NAME alone takes this machine's value: for secrets, which ps shows"
 
 
-def parse(argv):
+def parse(argv, prog="python -m launch.run"):
     """(arguments, the program's flags after `--`)."""
     ours, flags = argv, []
     if "--" in argv:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.run", description=__doc__, formatter_class=form)
+    parser = Parser(prog, __doc__.replace("python -m launch.run", prog))
     parser.add_argument("--json", action="store_true", help="the log as JSON lines")
     if ours and ours[0] in VERBS:
         parser.add_argument("verb", choices=VERBS)
@@ -176,8 +179,8 @@ def resume(job, as_json) -> int:
     return begin(new, code, as_json, job.policy.lease_s == 0)
 
 
-def main(argv=None) -> int:
-    args, flags = parse(sys.argv[1:] if argv is None else argv)
+def main(argv=None, prog="python -m launch.run") -> int:
+    args, flags = parse(sys.argv[1:] if argv is None else argv, prog)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.verb == "start":

@@ -12,12 +12,12 @@ names, and 2 where the run is not what the baseline is of: another config, chip,
 versions.
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.baseline import FIGURES, KEYS, LOOSE, VERSION, check, record, refusals
 from launch.host.files import write_text
 from launch.price import price, read_prices, read_span
@@ -143,13 +143,11 @@ def do_price(args) -> int:
     return 0
 
 
-def parse(argv):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.slo", description=__doc__, formatter_class=form)
+def parse(argv, prog="python -m launch.slo"):
+    doc = __doc__.replace("python -m launch.slo", prog)
+    parser = Parser(prog, doc)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    add = lambda name, text: verbs.add_parser(
-        name, help=text, description=__doc__, formatter_class=form
-    )
+    add = lambda name, text: verbs.add_parser(name, help=text, doc=doc)
     one = add("record", "a baseline file from one run or more")
     one.add_argument("runs", nargs="+", metavar="RUN", help="run directories, repetitions")
     one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the baseline, JSON")
@@ -179,8 +177,8 @@ def parse(argv):
     return args
 
 
-def main(argv=None) -> int:
-    args = parse(argv)
+def main(argv=None, prog="python -m launch.slo") -> int:
+    args = parse(argv, prog)
     try:
         return {"record": do_record, "check": do_check, "price": do_price}[args.verb](args)
     except ValueError as error:

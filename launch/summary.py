@@ -2,20 +2,20 @@
 
     python -m launch.summary runs/quickstart
     python -m launch.summary runs/a runs/b --out=both.html
-    python -m launch.summary runs/quickstart --follow      again every 10 s, until it ends
-    python -m launch.summary 1125-142201-9f3c --follow     a job of launch.run, over SSH
+    python -m launch.summary runs/quickstart --follow      # again every 10 s, until it ends
+    python -m launch.summary 1125-142201-9f3c --follow     # a job of launch.run, over SSH
 
 The page is one file that needs no network and no script. A job's run directory is what its flags
 name as --config.workdir; its files are fetched, each time what is new, into the job's record.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.figures import rows_of, spark
 from launch.fleet import HostError
 from launch.host.files import write_text
@@ -56,9 +56,8 @@ def as_json(run: Run) -> dict:
     return found | state | last | run.figures
 
 
-def parse(argv):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("launch.summary", description=__doc__, formatter_class=form)
+def parse(argv, prog="python -m launch.summary"):
+    parser = Parser(prog, __doc__.replace("python -m launch.summary", prog))
     parser.add_argument("runs", nargs="+", metavar="DIR|JOB", help="run directories, or jobs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page [DIR/summary.html]")
     parser.add_argument("--follow", action="store_true", help="again and again, until all ended")
@@ -126,8 +125,8 @@ def follow(args, sources) -> None:
         time.sleep(args.every)
 
 
-def main(argv=None) -> int:
-    args = parse(argv)
+def main(argv=None, prog="python -m launch.summary") -> int:
+    args = parse(argv, prog)
     try:
         sources = [source_of(name, args.workdir) for name in args.runs]
         if args.follow:

@@ -1,15 +1,17 @@
 """Prints the template of an engine that starts the same training program as launch.run does.
 
     python -m launch.template slurm > train.sh
+    python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
 Each begins with how it is used, and with what of it has run for real. jaxtrain/engine.py reads
 what the engine, or the template, says of a process in its environment.
 """
 
-import argparse
 import sys
 from importlib import resources
+
+from launch.arguments import Parser
 
 TEMPLATES = {
     "slurm": "slurm.sh",
@@ -36,10 +38,7 @@ def summary(engine: str) -> str:
 
 def main(argv=None) -> int:
     listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "launch.template", description=f"{__doc__}\n{listed}", formatter_class=form
-    )
+    parser = Parser("python -m launch.template", f"{__doc__}\n{listed}")
     parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")
     parser.add_argument("--list", action="store_true", help="the engines, and what each is for")
     args = parser.parse_args(argv)

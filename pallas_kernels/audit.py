@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel on a chip that is not there: registers to roofline.
 
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --chip=a40
-    JAX_PLATFORMS=cpu python -m pallas_kernels.audit            (a40 and h100)
-    JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    (all tiles of the search space)
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit            # a40 and h100
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    # all tiles of the search space
 
 Exit status 1 where a kernel spills, wants more shared memory than the chip has, lacks the
 tensor-core instructions that its products need or, of a Mosaic body, the copies of the tensor
@@ -10,7 +10,6 @@ memory accelerator, or fits fewer times on a multiprocessor than its floor below
 `offline`, and no GPU. Nothing here is a measurement.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.arguments import Parser
 from pallas_kernels.chip import CHIPS, find_chip
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
@@ -274,11 +274,7 @@ def audit(chip, cases=CASES, show=print) -> list[str]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m pallas_kernels.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m pallas_kernels.audit", __doc__)
     parser.add_argument(
         "--chip", action="append", choices=AUDITED, help="may be repeated; default: a40, h100"
     )

@@ -1,8 +1,8 @@
 """Every kernel against all who can do the same, on the card at hand; the faster one is then routed.
 
     python -m pallas_kernels.bench --minutes=10 --out=kernels.json
-    python -m pallas_kernels.bench --minutes=10 --tune --save    (writes tuned/CHIP.json)
-    JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      (interpreted: no figure counts)
+    python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
+    JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # interpreted: no figure counts
 
 Medians of 20 samples with the range of the middle eight tenths, random data, all contestants in
 one run. PyTorch, where it is installed with CUDA, takes part on the same arrays, timed by CUDA
@@ -11,7 +11,6 @@ Speeds are also given as shares of what the same card's own copy and matrix prod
 run. Every finished row is written at once; when the minutes are over, the rest is named.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import Parser
 from pallas_kernels.chip import detect_chip
 from pallas_kernels.contests import KERNEL, TINY, Sizes, build_contests
 from pallas_kernels.routes import ROWS, Row, default_tiles, part_of, with_part
@@ -182,11 +182,7 @@ def bench(args, show=print) -> dict:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        "python -m pallas_kernels.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m pallas_kernels.bench", __doc__)
     parser.add_argument("--minutes", type=float, default=10, help="no contest starts after them")
     parser.add_argument("--tune", action="store_true", help="first search each op's tiles")
     parser.add_argument("--save", action="store_true", help="write the rows that routes read")

@@ -1,13 +1,14 @@
 """How many bytes XLA itself moves for an op, against the least: where a kernel can win.
 
     JAX_PLATFORMS=cpu python -m pallas_kernels.traffic --chip=a40
+    JAX_PLATFORMS=cpu python -m pallas_kernels.traffic --chip=a40 --chip=h100_pcie
+    JAX_PLATFORMS=cpu python -m pallas_kernels.traffic          # a40 and h100
 
 Every op is compiled for the chip with no GPU, as in the audit; the bytes are those that the
 compiled program's instructions read and write. A kernel of ours exists where XLA moves at least
 1.2 times the least. Exit status 1 where that and the kernels of this folder have come apart.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm_reference
+from pallas_kernels.arguments import Parser
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
 from pallas_kernels.offline import compile_for
@@ -131,11 +133,7 @@ def survey(chip, show=print) -> list[str]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m pallas_kernels.traffic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m pallas_kernels.traffic", __doc__)
     parser.add_argument("--chip", action="append", help="may be repeated; default: a40, h100")
     wrong = []
     try:

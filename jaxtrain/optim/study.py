@@ -1,8 +1,8 @@
 """Compares optimizers honestly: equal tuning budgets, paired fresh seeds, verdicts with errors.
 
-    python -m jaxtrain.optim.study --config=configs/study_quick.py
-    python -m jaxtrain.optim.study --config=configs/study_quick.py --config.study.workdir=DIR
-    python -m jaxtrain.optim.study --overhead --config=configs/gpt_124m.py
+    jaxtrain study study_quick
+    jaxtrain study study_quick --base.steps=60 --study.workdir=runs/study_short
+    jaxtrain study gpt_124m --overhead
 
 In each condition every contender tries the same number of settings on one seed; the one of the
 lowest held-out loss is trained anew on fresh seeds, the same for all contenders. The folder
@@ -13,19 +13,18 @@ The same command resumes a study that was stopped: what has ended is read, not t
 --overhead nothing is trained: what Newton-Schulz will cost a config is predicted.
 """
 
-import dataclasses
-import difflib
 import math
 import sys
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
 from jaxtrain.checkpoint import CheckpointError
+from jaxtrain.commandline import Form, parse
 from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.knobs import sections
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import count_params
 from jaxtrain.optim.overhead import TOKENS, overhead_table
@@ -161,11 +160,10 @@ def print_overhead(args) -> None:
     print(overhead_table(cfg, run.model, tokens, args.chips, peak, args.efficiency))
 
 
-def main(argv) -> int:
+def main(words) -> int:
+    del words  # there are none
     args = flags.FLAGS
     try:
-        if len(argv) > 1:
-            raise ValueError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         if args.overhead:
             print_overhead(args)
             return 0
@@ -180,29 +178,7 @@ def main(argv) -> int:
     return 0
 
 
-def _parse(argv):
-    """absl's parser; an unknown field names the nearest, and any error is one line."""
-    of_run = list(config_lib.flatten(config_lib.TrainConfig()))
-    of_study = [f"study.{f.name}" for f in dataclasses.fields(StudyConfig)]
-    known = [*of_run, *(f"base.{name}" for name in of_run), *of_study]
-    for arg in argv[1:]:
-        name = arg.lstrip("-").partition("=")[0]
-        field = name.removeprefix("config.")
-        within = ".".join(field.split(".")[:2])  # a study's own names follow
-        if name != field and field not in known and within not in of_study:
-            near = difflib.get_close_matches(field, known, 1, cutoff=0.0)
-            sys.exit(f"error: no field --{name}. Did you mean --config.{near[0]}? See --help.")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-__doc__ += "\n" + describe()  # what --help shows
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "config file; --config.NAME=VALUE overrides")
-    flags.mark_flag_as_required("config")
+def define_flags() -> None:
     flags.DEFINE_bool("overhead", False, "print what Newton-Schulz will cost, and train nothing")
     flags.DEFINE_list("tokens", [], "with --overhead: tokens a step, separated by commas")
     flags.DEFINE_integer("chips", 8, "with --overhead: devices that repeat the work", 1)
@@ -212,4 +188,23 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "efficiency", 0.6, "with --overhead: of Newton-Schulz, share of peak", 0.01, 1
     )
-    app.run(main, flags_parser=_parse)
+
+
+def command(argv=None, prog="python -m jaxtrain.optim.study") -> None:
+    of_run = tuple(sections(config_lib.TrainConfig))
+    form = Form(
+        "study",
+        __doc__,
+        define_flags,
+        config="must",
+        sections=(*of_run, *((f"base.{p}", cls) for p, cls in of_run), ("study.", StudyConfig)),
+        open_fields=tuple(f"study.{name}." for name in ("contenders", "grid", "conditions")),
+        tables=describe(),
+        status=1,
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    app.run(main, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

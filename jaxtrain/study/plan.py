@@ -199,7 +199,9 @@ def _plain(value):
 def describe() -> str:
     """The table of the study's flags for --help."""
     lines = [
-        "Fields (override with --config.study.NAME=VALUE; --config.base.NAME=VALUE is of all runs):"
+        "Fields of the study, set with --study.NAME=VALUE. --base.NAME=VALUE is a field of all runs,",
+        "as `jaxtrain train --help` lists them.",
+        "",
     ]
     for f in dataclasses.fields(StudyConfig):
         shown = f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default!r}"

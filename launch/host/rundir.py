@@ -4,7 +4,7 @@ import base64
 import os
 from pathlib import Path
 
-WORKDIR = "--config.workdir"
+WORKDIR = "--config.workdir"  # or --workdir: a config's fields are flags as they stand
 LIMIT_BYTES = 4 << 20  # of one answer
 
 
@@ -50,11 +50,17 @@ def run_directory(spec: dict) -> Path | None:
 
 
 def flag(argv, name: str) -> str:
-    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent."""
-    value = ""
+    """The last value of a flag, `--name=value` or `--name value`; "" where it is absent.
+
+    Args:
+        name: with `config.` or without; the flag counts in both forms.
+    """
+    value, bare = "", name.lstrip("-").removeprefix("config.")
     for i, part in enumerate(argv):
-        if part.startswith(f"{name}="):
-            value = part.partition("=")[2]
-        elif part == name and i + 1 < len(argv):
-            value = argv[i + 1]
+        given, equals, text = part.partition("=")
+        if given.startswith("-") and given.lstrip("-").removeprefix("config.") == bare:
+            if equals:
+                value = text
+            elif i + 1 < len(argv):
+                value = argv[i + 1]
     return value
