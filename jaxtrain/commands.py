@@ -48,7 +48,7 @@ COMMANDS = (
     Command("plan", "jaxtrain.plan", "command", "plan", "memory and time on a GPU not at hand"),
     Command("bench", "jaxtrain.bench", "main", "plan", "time training against PyTorch and peaks"),
     Command(
-        "study", "jaxtrain.optim.study", "command", "plan", "compare optimizers by equal rules"
+        "study", "jaxtrain.optim.study", "command", "plan", "compare optimizers on equal terms"
     ),
     Command("launch", "launch.run", "main", "hosts", "train on several hosts over SSH"),
     Command("slo", "launch.slo", "main", "hosts", "hold runs to a baseline; price tokens"),

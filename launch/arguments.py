@@ -89,8 +89,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Ends the program with status 2 and one line."""
         message = re.sub(r"^argument ", "", message)
-        message = re.sub(
-            r"^the following arguments are required: (.*)", r"\1 must be given", message
-        )
+        required = "the following arguments are required: "
+        if message.startswith(required):
+            message = f"{message.removeprefix(required)} must be given"
         end = "" if message.endswith((".", "?")) else "."
         self.exit(2, f"error: {message}{end} See {self.prog} --help.\n")

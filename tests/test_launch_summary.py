@@ -208,7 +208,9 @@ def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
 
 def test_the_run_directory_is_the_last_one_that_the_flags_name():
     argv = ["--config.workdir=a", "--config.workdir", "b", "--config.steps=3"]
-    assert flag(argv, "--config.workdir") == "b" and flag(argv, "--workdir") == ""
+    assert flag(argv, "--config.workdir") == "b"
+    assert flag([*argv, "--workdir=c"], "--config.workdir") == "c"
+    assert flag(argv, "--config.data.text") == ""
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_two_processes_train_as_one_and_one_restores_what_two_saved(tmp_path, te
     ("flags", "message"),
     [
         (("--config.model.l=3",), "Did you mean"),
-        (("--config.optim.learning_rate=fast",), "could not convert"),
+        (("--config.optim.learning_rate=fast",), "must be a number; got 'fast'"),
         (("--config.model.G=3",), "model.G must divide model.H=4; got 3. Set --model.G."),
         (("--config.data.text=nowhere",), "nowhere"),
         (("--config.mesh.fsdp=3",), "must be the 1 devices; got replica=1 fsdp=3"),

@@ -199,8 +199,8 @@ def _plain(value):
 def describe() -> str:
     """The table of the study's flags for --help."""
     lines = [
-        "Fields of the study, set with --study.NAME=VALUE. --base.NAME=VALUE is a field of all runs,",
-        "as `jaxtrain train --help` lists them.",
+        "Fields of the study, set with --study.NAME=VALUE. --base.NAME=VALUE sets a field of all",
+        "runs, as `jaxtrain train --help` lists them.",
         "",
     ]
     for f in dataclasses.fields(StudyConfig):
