@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from absl import logging
-
 from flag_scenes import exit_status, fresh_flags
+
 from jaxtrain import cli
 from jaxtrain.commands import BY_NAME, COMMANDS, in_form
 

@@ -190,9 +190,10 @@ def define_flags() -> None:
     )
 
 
-def command(argv=None, prog="python -m jaxtrain.optim.study") -> None:
+def form() -> Form:
+    """Returns what the command line may hold: `base.` may be left out before a run's fields."""
     of_run = tuple(sections(config_lib.TrainConfig))
-    form = Form(
+    return Form(
         "study",
         __doc__,
         define_flags,
@@ -202,8 +203,11 @@ def command(argv=None, prog="python -m jaxtrain.optim.study") -> None:
         tables=describe(),
         status=1,
     )
+
+
+def command(argv=None, prog="python -m jaxtrain.optim.study") -> None:
     argv = sys.argv[1:] if argv is None else argv
-    app.run(main, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
+    app.run(main, argv=[prog, *argv], flags_parser=lambda argv: parse(form(), prog, argv[1:]))
 
 
 if __name__ == "__main__":
