@@ -17,6 +17,7 @@ from pathlib import Path
 from jaxtrain.commands import BY_NAME, COMMANDS, GROUPS
 from pallas_kernels.arguments import nearest, show
 
+HELP = ("help", "-h", "--help")
 USAGE = 2  # exit status, as argparse's
 
 
@@ -77,8 +78,8 @@ def main(argv=None) -> int | None:
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = program()
     first = argv[0] if argv else "help"
-    if first in ("help", "-h", "--help"):
-        if len(argv) < 2:
+    if first in HELP:
+        if len(argv) < 2 or argv[1] in HELP:
             show(overview(prog))
             return 0
         argv = [argv[1], "--help"]

@@ -16,6 +16,7 @@ from absl import flags
 from jaxtrain import shipped
 from jaxtrain.commands import in_form
 from jaxtrain.config import TrainConfig
+from jaxtrain.flag_table import entry, fit
 from jaxtrain.knobs import fault, plain_fields, sections
 from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag
 
@@ -91,12 +92,14 @@ class _Line:
         try:
             self._split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
         except flags.Error as error:  # a --flagfile that cannot be read
-            self.refuse(str(error).splitlines()[0])
+            self.refuse(str(error).splitlines()[0].removeprefix("ERROR:: "))
         self._check_own()
         if self.form.config:
             self._take_config()
         if len(self.words) > self.form.words:
-            self.refuse(f"flags only; got {' '.join(self.words)}. Write --NAME=VALUE.")
+            name = "run" if "run" in self.own else "NAME"
+            extra = self.words[self.form.words]
+            self.refuse(f"{self.prog} takes flags only; got {extra}. Write --{name}={extra}.")
         try:
             flags.FLAGS([self.prog, *(f"--{name}={value}" for name, value in self.given)])
         except flags.Error as error:
@@ -250,29 +253,14 @@ class _Line:
 
     def help(self) -> str:
         """Examples, what the command does, its flags, and the config's fields."""
-        own = ["Flags:\n" + "\n".join(map(_entry, self.own))] if self.own else []
+        own = ["Flags:\n" + "\n".join(map(entry, self.own))] if self.own else []
         tables = [self.form.tables.strip("\n")] if self.form.tables else []
-        parts = [examples_first(self.form.doc), *own, *tables]
-        return in_form("\n\n".join(parts), self.prog)
+        fitted = [fit(in_form(table, self.prog)) for table in (*own, *tables)]
+        return "\n\n".join([in_form(examples_first(self.form.doc), self.prog), *fitted])
 
 
 def _flag_name(arg: str) -> str:
     return arg.lstrip("-").partition("=")[0] if arg.startswith("-") else ""
-
-
-def _entry(name: str) -> str:
-    """A flag's line in the help: `  --step=0    checkpoint to evaluate`."""
-    flag = flags.FLAGS[name]
-    default = flag.default
-    shown = ",".join(map(str, default)) if isinstance(default, list) else default
-    head = (
-        f"--[no]{name}" if flag.boolean else f"--{name}={'...' if shown in ('', None) else shown}"
-    )
-    # absl puts an enum's values before the text, and behind it that a flag may be repeated.
-    text = re.sub(r"^<[^>]*>: ", "", flag.help.partition(";\n")[0])
-    if values := getattr(flag.parser, "enum_values", None):
-        text += f". One of {', '.join(values)}."
-    return f"  {head:<30} {text}"
 
 
 def _names(config, prefix=""):

@@ -25,7 +25,8 @@ def nearest(name: str, known) -> str:
     The last part of a dotted name counts as the name: `batch` is near to `data.batch`.
     """
     same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    return next(iter(same or difflib.get_close_matches(name, known, 1, cutoff=0.5)), "")
+    same += [other for other in known if other.startswith(f"{name}.")]
+    return next(iter(same or difflib.get_close_matches(name, known, 1)), "")
 
 
 def unknown_flag(name: str, known) -> str:

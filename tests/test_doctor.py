@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from jaxtrain.doctor import __main__ as doctor
 from jaxtrain.doctor import devices, gpu, host, versions
@@ -64,11 +65,13 @@ def test_jax_and_jaxlib_must_fit(installed, state, fix):
     + [("0.12.0", PROBLEM), (None, PROBLEM)],
 )
 def test_versions_of_jax_that_were_excluded_are_named_with_the_ones_that_work(version, state):
-    wanted = [text for text in importlib.metadata.requires("jaxtrain") if text.startswith("jax!")]
-    check = versions.check_packages(wanted[:1], {"jax": version}.get, PIP)
+    needs = importlib.metadata.requires("jaxtrain")
+    wanted = [text for text in needs if Requirement(text).name == "jax" and ";" not in text]
+    check = versions.check_packages(wanted, {"jax": version}.get, PIP)
+    assert len(wanted) == 1
     assert check.state == state
     if state == PROBLEM:
-        assert check.fix.startswith(f"{PIP} install 'jax!=0.11.0,!=0.11.1,<0.12,>=0.10.2'")
+        assert check.fix.startswith(f"{PIP} install 'jax") and "!=0.11.1" in check.fix
 
 
 @pytest.mark.parametrize(
@@ -81,9 +84,9 @@ def test_versions_of_jax_that_were_excluded_are_named_with_the_ones_that_work(ve
         (PLUGIN12, False, "", OK, ""),
         (PLUGIN12, True, "550.54.15", OK, ""),
         (PLUGIN13, True, "580.65.06", OK, ""),
-        (PLUGIN12 | {"jax-cuda12-plugin": "0.9.0"}, True, "550.54.15", PROBLEM, "") + (),
+        (PLUGIN12 | {"jax-cuda12-plugin": "0.9.0"}, True, "550.54.15", PROBLEM, ""),
         ({"jax-cuda12-pjrt": "0.10.2"}, True, "550.54.15", PROBLEM, ""),
-        (PLUGIN12 | PLUGIN13, True, "580.65.06", WARNING, "") + (),
+        (PLUGIN12 | PLUGIN13, True, "580.65.06", WARNING, ""),
     ],
 )
 def test_the_plugin_must_be_of_jax_own_version_and_for_the_driver(

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire names memory invocation commands
+files axes knobs beat engine wire names memory invocation commands flag_table
 sections
 config
 shipped

@@ -171,7 +171,7 @@ def build_plan(values) -> Plan:
     if set(values) != {"base", "study"}:
         raise ValueError(
             "a study config must hold `base` and `study`; got "
-            f"{', '.join(map(str, values))}. See configs/study_quick.py."
+            f"{', '.join(list(map(str, values))[:4])}, ... See configs/study_quick.py."
         )
     given = {name: _plain(value) for name, value in values["study"].items()}
     unknown = set(given) - set(StudyConfig.__dataclass_fields__)
