@@ -17,7 +17,7 @@ def invocation() -> str:
     on_path = shutil.which("jaxtrain")
     if on_path and installed.exists() and os.path.samefile(on_path, installed):
         return "jaxtrain"
-    return f"{_python()} -m jaxtrain"
+    return f"{python()} -m jaxtrain"
 
 
 def command(name: str, *arguments: str) -> str:
@@ -30,8 +30,8 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([invocation(), name, *map(shlex.quote, arguments)])
 
 
-def _python() -> str:
-    """The shortest name of this interpreter that works in the current folder."""
+def python() -> str:
+    """Returns the shortest name of this interpreter that works in the current folder, quoted."""
     on_path = shutil.which("python")
     # Not samefile: a virtual environment's python is a link to the system's.
     if on_path and os.path.abspath(on_path) == os.path.abspath(sys.executable):

@@ -15,6 +15,7 @@ runtime mesh stop trees tuning
 collectives
 kernels fused
 data.* model.* interop.*
+interop.tokenizer interop.verify
 loss optim.*
 step
 diagnose
