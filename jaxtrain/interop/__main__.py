@@ -26,7 +26,7 @@ from jaxtrain.interop.tokenizer import (
     write_generation_config,
     write_tokenizer,
 )
-from jaxtrain.interop.verify import check_reading, check_transformers
+from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.invocation import command, python
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.report import set_up_logging
@@ -43,9 +43,9 @@ EXAMPLES = """\
 HELP = f"""\
 {EXAMPLES}
 export writes a run's weights, config and tokenizer as a Hugging Face folder that transformers'
-AutoModelForCausalLM, AutoTokenizer and pipeline load (Llama; Qwen3 with model.qk_norm; GPT-2), or as
-llm.c's .bin file (GPT-2). import makes a run at step 0 of such a folder (config.json,
-model.safetensors or its indexed parts) or file (versions 3 and 5), to evaluate, sample or train.
+AutoModelForCausalLM, AutoTokenizer and pipeline load (Llama; Qwen3 with model.qk_norm; GPT-2), or
+as llm.c's .bin file (GPT-2). import makes a run at step 0 of such a folder (config.json,
+model.safetensors or its indexed parts) or file (versions 3 and 5), to evaluate or to sample.
 
 To train on from weights without a run of their own: --config.weights=HF_DIR beside any config of
 the same model. What is missing, left over or mis-shaped is listed before anything is written. An
@@ -172,6 +172,7 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
         if hidden.is_dir():
             checks.append(check_transformers(hidden, cfg, logits, reader))
 
+    check_finite(named, dtype)
     write_folder(to, cfg, axes, named, dtype, finish, special=special.fields())
     kind = json_of(to / "config.json")["architectures"][0] if to.is_dir() else "llm.c's GPT-2"
     print(f"step {int(state.step)} of {workdir} is in {to}: {kind}, {dtype}")
@@ -210,7 +211,9 @@ def _describe(to, tokenizer, special, dtype) -> None:
         code += f"print(AutoModelForCausalLM.from_pretrained({path}))"
     else:
         ends = ", ".join(map(str, special.eos))
-        print(f"text: AutoTokenizer puts token {special.bos} first, as training did, and generation")
+        print(
+            f"text: AutoTokenizer puts token {special.bos} first, as training did, and generation"
+        )
         print(f"      stops at token {ends}")
         code = "from transformers import pipeline; "
         code += f'print(pipeline("text-generation", {path})("def main(", max_new_tokens=100)'

@@ -78,7 +78,9 @@ class Stored:
     def __init__(self, folder):
         folder = Path(folder)
         if (folder / INDEX).exists():
-            at = json_of(folder / INDEX)["weight_map"]
+            at = json_of(folder / INDEX).get("weight_map")
+            if not isinstance(at, dict) or not all(isinstance(name, str) for name in at.values()):
+                raise InteropError(f"{folder / INDEX} must hold a weight_map of tensors to files.")
         else:
             at = dict.fromkeys(self._open(folder / WHOLE).keys(), WHOLE)
         files = {name: self._open(folder / name) for name in sorted(set(at.values()))}

@@ -45,6 +45,26 @@ def check_tokens(cfg) -> np.ndarray:
     return np.random.default_rng(0).integers(0, cfg.V, (1, length))
 
 
+def _rounded(x, dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(x).astype(DTYPES[dtype])
+
+
+def check_finite(params, dtype) -> None:
+    """Raises InteropError where a type cannot hold the weights, or they are not finite at all.
+
+    Args:
+        params: {name: array}.
+        dtype: a key of DTYPES.
+    """
+    wrong = [name for name, x in params.items() if not np.isfinite(_rounded(x, dtype)).all()]
+    if wrong:
+        raise InteropError(
+            f"weights must be finite in {dtype}; got NaN or infinity in {len(wrong)} tensor(s), as "
+            f"in {wrong[0]}. Set --dtype=float32, or --step to an earlier checkpoint."
+        )
+
+
 def check_reading(source, cfg, axes, params, dtype) -> np.ndarray:
     """Reads an export back, config and weights, and returns the logits of check_tokens.
 
@@ -57,13 +77,7 @@ def check_reading(source, cfg, axes, params, dtype) -> np.ndarray:
         InteropError: what is read back is not what was exported.
     """
     check_model(cfg, source)
-    kept = {n: np.asarray(x).astype(DTYPES[dtype]).astype(x.dtype) for n, x in params.items()}
-    wide = [name for name, x in kept.items() if not np.isfinite(x).all()]
-    if wide:
-        raise InteropError(
-            f"weights must be finite in {dtype}; got NaN or infinity in {', '.join(wide[:4])} of "
-            f"{len(wide)} tensors. Set --dtype=float32, or --step to an earlier checkpoint."
-        )
+    kept = {name: _rounded(x, dtype).astype(x.dtype) for name, x in params.items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in kept.items()}
     read = {name: load() for name, load in read_weights(source, cfg, axes, shapes).items()}
     wrong = [name for name, x in kept.items() if not np.array_equal(x, read[name])]
@@ -93,7 +107,10 @@ def check_transformers(folder, cfg, logits_BTV, tokenizer=None) -> str:
         import transformers
     except ImportError as error:
         return f"not compared with transformers: {error}. {INSTALL} lets the next export do it"
-    name, version = json_of(Path(folder) / "config.json")["architectures"][0], transformers.__version__
+    name, version = (
+        json_of(Path(folder) / "config.json")["architectures"][0],
+        transformers.__version__,
+    )
     if not hasattr(transformers, name):
         return f"not compared with transformers {version}, which has no {name}"
     with _quiet(transformers):
