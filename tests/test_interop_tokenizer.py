@@ -146,6 +146,17 @@ def test_a_folder_that_names_its_own_end_of_text_stops_there_and_at_the_next_doc
     assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
 
 
+def test_the_folder_that_a_tokenizer_was_copied_from_names_its_ends_of_text(tmp_path):
+    name = bpe(tmp_path / "run/tokenizer.json", ("<s>", "</s>"))
+    for home in ("same", "other"):
+        bpe(tmp_path / home / "tokenizer.json", ("<s>", "</s>"))
+        (tmp_path / home / "generation_config.json").write_text('{"eos_token_id": 1}')
+    bpe(tmp_path / "other/tokenizer.json", ("<s>", "<more>", "</s>"))
+    ours = build_tokenizer(name)
+    assert special_tokens(ours, -1, [tmp_path / "same"]).eos == (1, 0)
+    assert special_tokens(ours, -1, [tmp_path / "other"]).eos == (0,)
+
+
 def test_tokens_that_a_folder_declares_are_read_in_transformers_order(tmp_path):
     bpe(tmp_path / "tokenizer.json", ("<s>", "</s>", "<pad>"))
     assert declared_tokens(tmp_path) == Special()

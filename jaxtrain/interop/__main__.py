@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.files import draft, strict_json, write_atomic
+from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import DTYPES, json_of, read_config, write_folder
 from jaxtrain.interop.tokenizer import (
@@ -102,23 +103,29 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
     )
     start_runtime(cfg)
     run = build_run(cfg, jax.local_devices()[:1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with draft(out) as hidden:  # an import that fails leaves no half of a run
-        hidden.mkdir()
-        corpus = open_corpus(cfg.data, "train", model.V, hidden)
-        with (
-            build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
-            Checkpoints(hidden / "checkpoints", 1) as checkpoints,
-        ):
-            state, _ = start_state(run, checkpoints, batches)
-            meta = {"data": batches.state(), "config": config_lib.flatten(cfg)}
-            checkpoints.save(0, state, meta)
-            checkpoints.wait()
-        stored = strict_json(stored_config(run, corpus), indent=2) + "\n"
-        write_atomic(hidden / "config.json", stored)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        _store_step_0(run, out)
+    except BaseException:  # an import that fails leaves no half of a run, only the folder
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
     print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
     print(f"next: {command('evaluate', f'--run={out}')}")
     print(f"      {command('generate', f'--run={out}', '--prompt=def main(')}")
+
+
+def _store_step_0(run, out) -> None:
+    corpus = open_corpus(run.cfg.data, "train", run.cfg.model.V, out)
+    with (
+        build_batches(run.cfg.data, corpus, run.mesh, run.cfg.seed) as batches,
+        Checkpoints(out / "checkpoints", 1) as checkpoints,
+    ):
+        state, _ = start_state(run, checkpoints, batches)
+        meta = {"data": batches.state(), "config": config_lib.flatten(run.cfg)}
+        checkpoints.save(0, state, meta)
+        checkpoints.wait()
+    write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
 
 
 def _declared_eot(folder, tokenizer) -> int:
@@ -150,17 +157,18 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
     Raises:
         InteropError: no family computes the model, or what was written computes something else.
     """
-    stored, to = read_stored(workdir), Path(to)
+    read_stored(workdir)  # a folder that is no run is refused first
+    to = Path(to)
     if to.exists():
         raise InteropError(f"an export must go to a new path; {to} exists. Set --to.")
-    reader = None if to.suffix == ".bin" else _tokenizer_of(stored, tokenizer)
+    reader = None if to.suffix == ".bin" else _tokenizer_of(workdir, tokenizer)
     run, state = restore_run(workdir, step)
     params, data = eval_params(state.opt_state, state.params), run.cfg.data
     cfg = run.cfg.model
     if cfg.position == "rope" and not run.cfg.weights:  # known only of imported weights
         cfg = dataclasses.replace(cfg, positions=data.seq_len)
     axes, named = named_leaves(run.model.axes), named_leaves(params)
-    special, checks = special_tokens(reader, data.eot), []
+    special, checks = special_tokens(reader, data.eot, _homes(run.cfg)), []
 
     def finish(hidden):
         if hidden.is_dir():
@@ -181,22 +189,29 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
     _describe(to, reader, special, cfg.dtype)
 
 
-def _tokenizer_of(stored, name):
-    """Returns the tokenizer of a stored run, or of --tokenizer; None where there is none.
+def _tokenizer_of(workdir, name):
+    """Returns the tokenizer of a run, or of --tokenizer; None where there is none.
 
     Raises:
         InteropError: the run's tokenizer.json is gone.
     """
-    name = name or stored["data"].get("tokenizer") or "none"
+    own = read_stored(workdir)["data"].get("tokenizer") or "none"
+    if not name and Path(own).name == FILE and not Path(own).is_file():
+        own = str(Path(workdir, *Path(own).parts[-3:]))  # data/KEY/tokenizer.json of a moved run
+    name = name or own
     if name == "none":
         return None
     try:
         return build_tokenizer(name)
     except ValueError as error:
-        raise InteropError(
-            f"{str(error).replace('--config.data.tokenizer', '--tokenizer')} "
-            "--tokenizer=none exports without one."
-        ) from error
+        reason = str(error).replace("--config.data.tokenizer", "--tokenizer")
+        raise InteropError(f"{reason} --tokenizer=none exports without one.") from error
+
+
+def _homes(cfg) -> list[Path]:
+    """Returns the folders that a run's tokenizer and weights came from."""
+    named = [Path(name) for name in (cfg.data.tokenizer, cfg.weights) if name]
+    return [path.parent if path.is_file() else path for path in named if path.exists()]
 
 
 def _describe(to, tokenizer, special, dtype) -> None:

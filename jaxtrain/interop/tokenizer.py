@@ -72,12 +72,17 @@ def declared_tokens(folder) -> Special:
     return Special(bos, tuple(eos), pad)
 
 
-def special_tokens(tokenizer: Tokenizer | None, data_eot=-1) -> Special:
+def special_tokens(tokenizer: Tokenizer | None, data_eot=-1, homes=()) -> Special:
     """Returns the special tokens of a run.
 
     Args:
         tokenizer: of the run's text; None where it is not known.
         data_eot: data.eot, the token that starts documents in the run's shards; -1 is not set.
+        homes: folders that the tokenizer or the weights came from; where one holds this tokenizer,
+            the ends of text that it names count too, before our own.
+
+    Raises:
+        InteropError: a file of such a folder is damaged.
     """
     eot = [] if data_eot < 0 else [data_eot]
     if tokenizer is None:
@@ -86,9 +91,11 @@ def special_tokens(tokenizer: Tokenizer | None, data_eot=-1) -> Special:
     if path.is_file():
         ids = _vocabulary(path)
         pad = next((ids[name] for name in PADDING if name in ids), None)
-        if any((path.parent / name).is_file() for name in HUB_FILES):  # its own folder's come first
-            declared = declared_tokens(path.parent)
-            eos = [token for token in declared.eos if token in ids.values()] + eos
+        for home in dict.fromkeys((path.parent, *homes)):
+            hub = any((home / name).is_file() for name in HUB_FILES)
+            if hub and (home / FILE).is_file() and _vocabulary(home / FILE) == ids:
+                declared = [token for token in declared_tokens(home).eos if token in ids.values()]
+                eos = declared + eos
     return Special(tokenizer.eot, tuple(dict.fromkeys(eos)), pad)
 
 
