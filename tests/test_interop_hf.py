@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import INDEX, WHOLE, read_config, write_folder
+from jaxtrain.interop.hf import INDEX, WHOLE, _save, read_config, write_folder
 from jaxtrain.trees import named_leaves
 
 
@@ -66,6 +66,12 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
     with pytest.raises(InteropError, match="no"):
         export("llama", tmp_path / "out", verify=refuse)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_cannot_take_the_weights_is_named_with_their_size(tmp_path):
+    # A missing folder fails in the same library call as a full disk.
+    with pytest.raises(InteropError, match="must take 128 bytes of weights; got .*Set --to"):
+        _save({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
 
 
 def test_an_existing_folder_is_never_written_over(folders):

@@ -33,6 +33,7 @@ loop
 train glance
 planning.*
 plan
+interop.runs
 interop.__main__
 study.*
 optim.study

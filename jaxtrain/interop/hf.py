@@ -253,7 +253,13 @@ def write_folder(
 
 
 def _save(tensors, path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what writes it is Rust: no OSError on a full disk
+        size = sum(x.nbytes for x in tensors.values())
+        raise InteropError(
+            f"{path.parent.parent} must take {size:,} bytes of weights; got {error}. Set --to."
+        ) from None
     shutil.copymode(path.parent / "config.json", path)  # safetensors lets only the owner read
 
 

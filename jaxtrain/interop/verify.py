@@ -105,14 +105,14 @@ def check_transformers(folder, cfg, logits_BTV, tokenizer=None) -> str:
     try:
         import torch
         import transformers
-    except ImportError as error:
-        return f"not compared with transformers: {error}. {INSTALL} lets the next export do it"
+    except (ImportError, OSError, RuntimeError) as error:  # missing, or broken
+        return f"not checked: transformers' reading, for lack of it ({error}): {INSTALL}"
     name, version = (
         json_of(Path(folder) / "config.json")["architectures"][0],
         transformers.__version__,
     )
     if not hasattr(transformers, name):
-        return f"not compared with transformers {version}, which has no {name}"
+        return f"not checked: transformers' reading, for {version} has no {name}"
     with _quiet(transformers):
         try:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -142,8 +142,8 @@ def check_transformers(folder, cfg, logits_BTV, tokenizer=None) -> str:
         )
     ids = " and gives the same token ids" if tokenizer is not None else ""
     return (
-        f"transformers {version} loads it as {type(model).__name__}, computes the same logits in "
-        f"float32 ({off:.0e} of the largest apart){ids}"
+        f"checked: transformers {version} loads it as {type(model).__name__}, computes the same "
+        f"logits in float32 ({off:.0e} of the largest apart){ids}"
     )
 
 
