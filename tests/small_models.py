@@ -1,5 +1,6 @@
-"""Small Llamas and a GPT-2 with random weights, and their way out and in."""
+"""Small Llamas, Qwen3s and a GPT-2 with random weights, and their way out and in."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,9 +26,12 @@ GPT2 = ModelConfig(
     bias=True,
     tied=True,
 )
+QWEN3 = dataclasses.replace(LLAMA, D=40, qk_norm=True)  # D is not H * K
 MODELS = {
     "llama": LLAMA,
-    "llama_tied": LLAMA.__class__(**(vars(LLAMA) | {"tied": True})),
+    "llama_tied": dataclasses.replace(LLAMA, tied=True),
+    "qwen3": QWEN3,
+    "qwen3_tied": dataclasses.replace(QWEN3, tied=True),
     "gpt2": GPT2,
 }
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 17))

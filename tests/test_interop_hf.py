@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import INDEX, WHOLE, read_config, write_folder
+from jaxtrain.interop.hf import INDEX, WHOLE, _save, read_config, write_folder
 from jaxtrain.trees import named_leaves
 
 
@@ -67,6 +68,12 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_cannot_take_the_weights_is_named_with_their_size(tmp_path):
+    # A missing folder fails in the same library call as a full disk.
+    with pytest.raises(InteropError, match="must take 128 bytes of weights; got .*Set --to"):
+        _save({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
+
+
 def test_an_existing_folder_is_never_written_over(folders):
     with pytest.raises(InteropError, match="must go to a new folder"):
         export("llama", folders["llama"])
@@ -121,24 +128,70 @@ def test_a_truncated_file_is_named(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "name, fields, message",
     [
-        ({"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM, GPT2LMHeadModel; got"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' .must be 'silu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "plain RoPE over whole heads; got .*yarn"),
+        ("llama", {"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM, .*; got"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' .must be 'silu'"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "plain RoPE over whole .*yarn"),
+        ("llama", {"model_type": "mistral"}, "model_type='mistral' .must be 'llama'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
+        ("llama", {"num_attention_heads": 0}, "must hold a model's sizes"),
+        ("llama", {"hidden_size": "32"}, "must hold a model's sizes"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types of full"),
     ],
 )
 def test_a_model_that_ours_does_not_compute_is_refused_by_its_config(
-    folders, tmp_path, fields, message
+    folders, tmp_path, name, fields, message
 ):
     with pytest.raises(InteropError, match=message):
-        read_config(damaged(folders["llama"], tmp_path, **fields))
+        read_config(damaged(folders[name], tmp_path, **fields))
 
 
-def test_a_model_that_no_family_computes_is_refused_before_anything_is_written(tmp_path):
+@pytest.mark.parametrize("content", ["[]", "{", '"text"', "[" * 200_000])
+def test_a_damaged_config_is_named(folders, tmp_path, content):
+    copy = damaged(folders["llama"], tmp_path)
+    (copy / "config.json").write_text(content)
+    with pytest.raises(InteropError, match="config.json must hold "):
+        read_config(copy)
+
+
+def test_an_index_without_a_map_is_named(folders, tmp_path):
+    copy = damaged(folders["llama"], tmp_path)
+    (copy / INDEX).write_text("{}")
+    with pytest.raises(InteropError, match="index.json must hold a weight_map"):
+        read(copy, "llama")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"logit_softcap": 30.0}, "nearest, llama, .* model.logit_softcap=30.0 .must be 0.0"),
+        ({"qk_norm": True, "mlp": "relu2"}, "nearest, qwen3, .* model.mlp='relu2'"),
+        ({"bias": True}, "model.bias=True"),
+        ({"D": 33}, "model.D=33 .must be a multiple of model.H=4"),
+    ],
+)
+def test_a_model_that_no_family_computes_is_refused_before_anything_is_written(
+    tmp_path, fields, message
+):
     cfg, model, params = model_of("llama")
-    odd = cfg.__class__(**(vars(cfg) | {"qk_norm": True}))
-    with pytest.raises(InteropError, match="for llama, got model.qk_norm=True"):
+    odd = dataclasses.replace(cfg, **fields)
+    with pytest.raises(InteropError, match=message):
         write_folder(tmp_path / "out", odd, named_leaves(model.axes), named_leaves(params))
     assert not list(tmp_path.iterdir())
+
+
+def test_special_tokens_are_null_unless_they_are_given(folders, tmp_path):
+    """Null is not transformers' default: a Llama's eos would be the ordinary token 2."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    assert [config[name] for name in names] == [None] * 3
+    given = {"bos_token_id": 5, "eos_token_id": [5, 7]}
+    config = json.loads(
+        (export("llama", tmp_path / "x", special=given) / "config.json").read_text()
+    )
+    assert [config[name] for name in names] == [5, [5, 7], None]

@@ -1,7 +1,10 @@
 """Weights through whole runs: a run's exported, imported and trained on from."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +18,11 @@ from safetensors.numpy import load_file
 from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.__main__ import export_weights, import_weights
+from jaxtrain.interop.__main__ import _parse, main
+from jaxtrain.interop.runs import export_weights, import_weights
 from jaxtrain.interop.start import check_model, check_resumed
 from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.run import restore_run
+from jaxtrain.run import REFUSED, restore_run
 from jaxtrain.train import train
 
 
@@ -127,13 +131,104 @@ def test_a_folder_that_holds_something_is_not_imported_into(exported, text):
 
 
 def test_text_without_a_tokenizer_is_refused_before_anything_is_made(exported, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(exported[1], bare, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(InteropError, match="needs the model's tokenizer.*--tokenizer"):
-        import_weights(exported[1], tmp_path / "run")
-    assert not list(tmp_path.iterdir())
+        import_weights(bare, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == [bare]
 
 
-def test_the_command_ends_in_one_line_on_bad_input(tmp_path):
+def test_an_import_that_fails_leaves_no_file(exported, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError):
+        import_weights(exported[1], tmp_path / "run", text=str(tmp_path / "empty.txt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_shards_of_an_unknown_tokenizer_start_documents_as_the_folder_says(exported, tmp_path):
+    copy, shards = tmp_path / "hf", tmp_path / "shards"
+    copy.mkdir()
+    shards.mkdir()
+    shutil.copy(exported[1] / "model.safetensors", copy)
+    fields = json.loads((exported[1] / "config.json").read_text()) | {"vocab_size": 256}
+    (copy / "config.json").write_text(json.dumps(fields | {"bos_token_id": 7, "eos_token_id": 9}))
+    for name in ("train", "val"):
+        np.arange(20_000, dtype="<u2").__mod__(256).tofile(shards / f"{name}.bin")
+    import_weights(copy, tmp_path / "run", shards=str(shards))
+    assert restore_run(tmp_path / "run")[0].cfg.data.eot == 7
+
+
+def test_a_tokenizer_that_starts_documents_otherwise_than_the_folder_says_is_reported(
+    exported, text, tmp_path, capsys
+):
+    copy = tmp_path / "hf"
+    shutil.copytree(exported[1], copy)
+    fields = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(fields | {"bos_token_id": 7, "eos_token_id": 9}))
+    (copy / "generation_config.json").unlink()
+    import_weights(copy, tmp_path / "run", text=str(text))
+    out = capsys.readouterr().out
+    assert "documents start with token 0 of" in out and "bos_token_id 7 and eos_token_id [9]" in out
+
+
+def command(*argv):
+    """(exit status, stderr) of `python -m jaxtrain.interop`, in this process."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main(_parse(["interop", *map(str, argv)]))
+    return ended.value.code, err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def broken(exported, tmp_path_factory):
+    """A folder of inputs that no command can use."""
+    root = tmp_path_factory.mktemp("broken")
+    (root / "empty").mkdir()
+    (root / "file").write_text("text")
+    shutil.copytree(exported[1], root / "cut")
+    whole = (root / "cut/model.safetensors").read_bytes()
+    (root / "cut/model.safetensors").write_bytes(whole[:1_000])
+    return root
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("import --from={}/none --run={}/x", "--from must be .*; .*/none does not exist"),
+        ("import --from={}/empty --run={}/x", "must hold config.json; got none in .*/empty"),
+        ("import --from={}/file --run={}/x --tokenizer=bytes", "llm.c model must start with"),
+        ("import --from={}/cut --run={}/x", "model.safetensors must be whole safetensors"),
+        ("import --from={hf} --run={}", "must go to a new folder; .* is not empty. Set --run"),
+        ("import --from={hf} --run={}/file", "must go to a new folder; .*/file is a file"),
+        ("import --from={hf} --run={}/file/x", "/file/x: Not a directory. Set --run"),
+        ("import --from={hf} --run={}/x --text={}/none", "--text must be .*/none.* Set --text"),
+        ("import --from={hf} --run={}/x --shards={}/none", "--shards must .* Set --shards"),
+        ("import --from={hf} --run={}/x --tokenizer=none", "--tokenizer must be .* --tokenizer"),
+        ("import --from={hf} --run={}/x --tokenizer=gpt2", "gpt2 has 50,257 tokens, .* 256"),
+        ("export --run={}/none --to={}/x", "--run must be a run's folder; .*/none does not exist"),
+        ("export --run={}/file --to={}/x", "--run must be a run's folder; .*/file is a file"),
+        ("export --run={}/empty --to={}/x", "--run must be a run's folder with a config.json"),
+        ("export --run={run} --to={}/empty", "must go to a new path; .*/empty exists. Set --to"),
+        ("export --run={run} --to={}/file/x", "/file: .*. Set --to"),
+        ("export --run={run} --to=/proc/none/x", "/proc/none: .*. Set --to"),
+        ("import --from={hf} --run=/proc/none/x", "/proc/none: .*. Set --run"),
+        ("export --run={run} --to={}/x --step=2", "step must be one of .*; got 2. Set --step"),
+        ("export --run={run} --to={}/x.bin", "hold GPT-2; got LlamaForCausalLM. Set --to"),
+    ],
+)
+def test_bad_input_ends_in_one_line_that_names_this_commands_flag(exported, broken, line, message):
+    argv = line.replace("{}", str(broken)).format(run=exported[0], hf=exported[1]).split()
+    before = sorted(broken.rglob("*"))
+    status, err = command(*argv)
+    assert status == REFUSED
+    lines = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), err
+    assert "Traceback" not in err and "--config." not in lines[0]
+    assert sorted(broken.rglob("*")) == before
+
+
+def test_the_command_ends_with_the_status_of_bad_input(tmp_path):
     argv = [sys.executable, "-m", "jaxtrain.interop", "export", f"--run={tmp_path}", "--to=x"]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == REFUSED and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --run must be a run's folder")

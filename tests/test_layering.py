@@ -17,6 +17,7 @@ runtime mesh stop trees tuning
 collectives
 kernels fused
 data.* model.* interop.*
+interop.tokenizer interop.verify
 loss optim.*
 step
 diagnose
@@ -34,6 +35,7 @@ loop
 train glance
 planning.*
 plan
+interop.runs
 interop.__main__
 study.*
 optim.study

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.__main__ import export_weights, import_weights
+from jaxtrain.interop.runs import export_weights, import_weights
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import restore_run

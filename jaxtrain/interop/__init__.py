@@ -1,4 +1,4 @@
-"""Weights of other frameworks, in and out: Hugging Face folders of GPT-2 and Llama, llm.c files."""
+"""Import and export: Hugging Face folders of Llama, Qwen3 and GPT-2, and llm.c's model files."""
 
 
 class InteropError(ValueError):

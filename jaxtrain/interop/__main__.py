@@ -1,36 +1,23 @@
 """Weights in and out: `jaxtrain export --help` and `jaxtrain import --help`."""
 
-import shutil
 import sys
-from pathlib import Path
 
-import jax
-import numpy as np
 from absl import app, flags
 
-from jaxtrain import config as config_lib
-from jaxtrain.about import stored_config
-from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.commands import in_form
-from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_batches
-from jaxtrain.files import strict_json, write_atomic
-from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import DTYPES, read_config, read_weights, write_folder
-from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.interop.hf import DTYPES
+from jaxtrain.interop.runs import export_weights, import_weights
 from jaxtrain.report import set_up_logging
-from jaxtrain.run import build_run, read_stored, restore_run
-from jaxtrain.runtime import start_runtime
-from jaxtrain.train import start_state
-from jaxtrain.trees import named_leaves
+from jaxtrain.run import refuse
 from pallas_kernels.arguments import Parser
 
 ABOUT = """\
 What is missing, left over or mis-shaped is listed before anything is written. To train on from
 weights without a run of their own, give --weights=HF_DIR beside any config of the same model."""
 IMPORT_HELP = f"""\
-Makes a run at step 0 of a Hugging Face folder (GPT-2 or Llama: config.json, and model.safetensors
-or its indexed parts), or of llm.c's GPT-2 file (.bin, versions 3 and 5).
+Makes a run at step 0 of a Hugging Face folder (GPT-2, Llama or Qwen3: config.json, and
+model.safetensors or its indexed parts), or of llm.c's GPT-2 file (.bin, versions 3 and 5).
 
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported_docs --text=docs --tokenizer=bytes
@@ -54,82 +41,14 @@ Takes weights from Hugging Face and llm.c, and gives them back.
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
     jaxtrain evaluate --run=runs/imported
 """
-EVAL_BATCH = 8  # an import's, to evaluate it
-CHECK_TOKENS = 32  # of a random sequence that an export is computed with
-
-
-def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
-    """Makes a run at step 0 of a Hugging Face folder or an llm.c file.
-
-    Args:
-        text, shards: what the run is evaluated on, as data.text and data.shards.
-        tokenizer: as data.tokenizer; empty is the folder's tokenizer.json.
-
-    Raises:
-        InteropError: the weights are damaged, of no known family, or `workdir` holds a run.
-    """
-    folder, out = Path(source), Path(workdir)
-    if out.exists() and any(out.iterdir()):
-        raise InteropError(f"an import must go to a new folder; {out} is not empty. Set --run.")
-    own = (folder.parent if folder.is_file() else folder) / "tokenizer.json"
-    tokenizer = tokenizer or (str(own.resolve()) if own.exists() else "")
-    if not tokenizer and not shards:
-        raise InteropError(
-            f"text needs the model's tokenizer; {own} is not there. Set --tokenizer."
-        )
-    model = read_config(folder)
-    data = {"text": text, "shards": shards, "tokenizer": tokenizer or "bytes"}
-    data |= {"batch": EVAL_BATCH, "seq_len": min(model.positions, 1_024)}
-    cfg = config_lib.TrainConfig(
-        workdir=str(out),
-        weights=str(folder.resolve()),
-        model=model,
-        data=config_lib.DataConfig(**data),
-        mesh=config_lib.MeshConfig(1, 1, 1),
-    )
-    start_runtime(cfg)
-    run = build_run(cfg, jax.local_devices()[:1])
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = open_corpus(cfg.data, "train", model.V, out)
-    with (
-        build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
-        Checkpoints(out / "checkpoints", 1) as checkpoints,
-    ):
-        state, _ = start_state(run, checkpoints, batches)
-        checkpoints.save(0, state, {"data": batches.state(), "config": config_lib.flatten(cfg)})
-        checkpoints.wait()
-    write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
-    print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
-
-
-def export_weights(workdir, to, dtype="float32", step=None) -> None:
-    """Writes a run's weights, those that evaluation sees, as a Hugging Face folder or llm.c file.
-
-    Raises:
-        InteropError: no family computes the model, or what was written computes something else.
-    """
-    run, state = restore_run(workdir, step)
-    params = eval_params(state.opt_state, state.params)
-    axes, named, cfg = named_leaves(run.model.axes), named_leaves(params), run.cfg.model
-
-    def verify(folder):
-        back = read_weights(folder, cfg, axes, named_leaves(run.model.shapes))
-        read = jax.tree.unflatten(jax.tree.structure(params), [back[name]() for name in named])
-        kept = jax.tree.map(lambda x: np.asarray(x).astype(DTYPES[dtype]).astype(x.dtype), params)
-        tokens = np.random.default_rng(0).integers(0, cfg.V, (1, min(CHECK_TOKENS, cfg.positions)))
-        logits = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens)))
-        ours, theirs = np.asarray(logits(kept)), np.asarray(logits(read))
-        if not np.array_equal(ours, theirs):
-            off = float(np.max(np.abs(ours - theirs)))
-            raise InteropError(
-                f"an export must compute what the run does; logits are {off:.3g} off."
-            )
-
-    write_folder(to, cfg, axes, named, dtype, verify)
-    name = read_stored(workdir)["data"].get("tokenizer") or ""
-    if Path(name).is_file() and Path(to).is_dir():
-        shutil.copyfile(name, Path(to) / "tokenizer.json")
-    print(f"step {int(state.step)} of {workdir} is in {to}, {dtype}, read back: the same logits")
+# Config fields that an error may name, and import's flags for the same values.
+FLAGS_OF_IMPORT = {
+    "data.text": "--text",
+    "data.shards": "--shards",
+    "data.tokenizer": "--tokenizer",
+    "weights": "--from",
+    "workdir": "--run",
+}
 
 
 def _parse(argv):
@@ -142,12 +61,7 @@ def _parse(argv):
     add_import = add("import", "a Hugging Face folder to a run", IMPORT_HELP)
     add_export = add("export", "a run to a Hugging Face folder", EXPORT_HELP)
     add = add_import
-    add(
-        "--from",
-        dest="source",
-        required=True,
-        help="folder with config.json and weights, or llm.c file",
-    )
+    add("--from", dest="source", required=True, help="Hugging Face folder, or llm.c file")
     add("--run", required=True, help="new folder of the run")
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
     add("--shards", default="", help="token shards instead")
@@ -157,6 +71,7 @@ def _parse(argv):
     add("--to", required=True, help="new folder, or new .bin file")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="default: %(default)s")
     add("--step", type=int, help="checkpoint; default: the newest good one")
+    add("--tokenizer", default="", help="default: the run's; 'none' writes no tokenizer files")
     return parser.parse_args(argv[1:])
 
 
@@ -166,9 +81,22 @@ def main(args) -> None:
         if args.command == "import":
             import_weights(args.source, args.run, args.text, args.shards, args.tokenizer)
         else:
-            export_weights(args.run, args.to, args.dtype, args.step)
+            export_weights(args.run, args.to, args.dtype, args.step, args.tokenizer)
     except (ValueError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        refuse(_by_own_flags(str(error)) if args.command == "import" else error)
+    except OSError as error:
+        found = str(error.filename or args.run)
+        to = "--to" if args.command == "export" else "--run"
+        flag = "--from" if found.startswith(getattr(args, "source", "\0")) else to
+        refuse(f"{found}: {error.strerror or error}. Set {flag}.")
+
+
+def _by_own_flags(message: str) -> str:
+    """Returns an error of training's parts in the flags of import."""
+    for field, flag in FLAGS_OF_IMPORT.items():
+        message = message.replace(f"--config.{field}", flag).replace(f"--{field}", flag)
+        message = message.replace(field, flag) if "." in field else message
+    return message
 
 
 def command(argv=None, prog="python -m jaxtrain.interop") -> None:

@@ -1,6 +1,6 @@
 """Model families as Hugging Face stores them: config.json's fields, and tensors by name.
 
-Source: transformers 5.23, models/gpt2 and models/llama.
+Source: transformers 5.23, models/gpt2, models/llama and models/qwen3.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,7 @@ def _must(config, **expected):
     ]
     if wrong:
         raise InteropError(
-            f"config.json must describe a model of this family as ours computes it; got "
-            f"{', '.join(wrong)}."
+            f"config.json must describe what jaxtrain computes; got {', '.join(wrong)}."
         )
 
 
@@ -56,6 +55,11 @@ def _llama_tensors(cfg):
         yield Tensor(
             f"blocks.attention.{letter}.w", f"{layer}self_attn.{letter}_proj.weight", turned=True
         )
+    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE: so have Qwen3 and layers.HeadNorm
+        for letter in "qk":
+            yield Tensor(
+                f"blocks.attention.{letter}_norm.gain", f"{layer}self_attn.{letter}_norm.weight"
+            )
     for name in ("gate", "up", "down"):
         yield Tensor(f"blocks.mlp.{name}.w", f"{layer}mlp.{name}_proj.weight", turned=True)
     yield Tensor("blocks.attention_norm.gain", f"{layer}input_layernorm.weight")
@@ -74,32 +78,48 @@ def _rope_theta(config) -> float:
     return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
 
 
-def _read_llama(config) -> ModelConfig:
-    _must(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    D, H = config["hidden_size"], config["num_attention_heads"]
+def _decoder(config, K, qk_norm, positions) -> ModelConfig:
+    """What Llama and Qwen3 share; `positions` is the family's default."""
+    H = config["num_attention_heads"]
     return ModelConfig(
         L=config["num_hidden_layers"],
-        D=D,
+        D=config["hidden_size"],
         H=H,
         G=config.get("num_key_value_heads") or H,
-        K=config.get("head_dim") or D // H,
+        K=K,
         F=config["intermediate_size"],
         V=config["vocab_size"],
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         position="rope",
         rope_theta=_rope_theta(config),
-        positions=config.get("max_position_embeddings", 2_048),
+        positions=config.get("max_position_embeddings", positions),
         mlp="swiglu",
+        qk_norm=qk_norm,
         tied=config.get("tie_word_embeddings", False),
         dtype="float32",
     )
 
 
-def _write_llama(cfg) -> dict:
+def _read_llama(config) -> ModelConfig:
+    _must(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    K = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return _decoder(config, K, qk_norm=False, positions=2_048)
+
+
+def _read_qwen3(config) -> ModelConfig:
+    _must(config, hidden_act="silu", attention_bias=False, use_sliding_window=False)
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise InteropError(
+            f"config.json must have layer_types of full_attention; got {config['layer_types']}."
+        )
+    return _decoder(config, config.get("head_dim", 128), qk_norm=True, positions=32_768)
+
+
+def _write_decoder(cfg, architecture, model_type) -> dict:
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture],
+        "model_type": model_type,
         "hidden_size": cfg.D,
         "num_hidden_layers": cfg.L,
         "num_attention_heads": cfg.H,
@@ -114,8 +134,15 @@ def _write_llama(cfg) -> dict:
         "tie_word_embeddings": cfg.tied,
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
     }
+
+
+def _write_llama(cfg) -> dict:
+    return _write_decoder(cfg, "LlamaForCausalLM", "llama") | {"mlp_bias": False}
+
+
+def _write_qwen3(cfg) -> dict:
+    return _write_decoder(cfg, "Qwen3ForCausalLM", "qwen3") | {"use_sliding_window": False}
 
 
 def _gpt2_tensors(cfg):
@@ -191,6 +218,14 @@ FAMILIES = {
         "model.",
         ("rotary_emb.inv_freq",),
     ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _llama_tensors,
+        _read_qwen3,
+        _write_qwen3,
+        "model.",
+        ("rotary_emb.inv_freq",),
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _gpt2_tensors,
@@ -203,43 +238,48 @@ FAMILIES = {
 
 
 def family_of_config(config: dict) -> Family:
-    """The family that config.json names.
+    """Returns the family that config.json names.
 
     Raises:
-        InteropError: it is neither GPT-2 nor Llama.
+        InteropError: it names none of FAMILIES, or needs code or a quantization of its own.
     """
     named = config.get("architectures") or [config.get("model_type")]
-    for kind, family in FAMILIES.items():
-        if family.architecture in named or (kind == config.get("model_type") == named[0]):
-            return family
-    known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise InteropError(f"config.json must name an architecture of {known}; got {named}.")
+    found = [k for k, f in FAMILIES.items() if f.architecture in named or named == [k]]
+    if not found:
+        known = ", ".join(family.architecture for family in FAMILIES.values())
+        raise InteropError(f"config.json must name an architecture of {known}; got {named}.")
+    # transformers chooses the class by model_type, and by auto_map the folder's own code.
+    _must(config, model_type=found[0], quantization_config=None, auto_map=None)
+    return FAMILIES[found[0]]
 
 
 def family_of_model(cfg: ModelConfig) -> Family:
-    """The family that computes what a ModelConfig's model computes.
+    """Returns the family that computes what a ModelConfig's model computes.
 
     Raises:
         InteropError: none does; the fields that stand in the way are named.
     """
+    decoder = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
     wants = {
-        "llama": {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False},
-        "gpt2": {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True, "G": cfg.H}
-        | {"K": cfg.D // cfg.H},
+        "llama": decoder | {"qk_norm": False},
+        "qwen3": decoder | {"qk_norm": True},
+        "gpt2": {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}
+        | {"qk_norm": False, "G": cfg.H, "K": cfg.D // cfg.H},
     }
-    common = {"qk_norm": False, "logit_softcap": 0.0}
     faults = {
         kind: [
             f"model.{key}={getattr(cfg, key)!r} (must be {value!r})"
-            for key, value in (fields | common).items()
+            for key, value in (fields | {"logit_softcap": 0.0}).items()
             if getattr(cfg, key) != value
         ]
         for kind, fields in wants.items()
     }
+    for kind in ("llama", "gpt2") if cfg.D % cfg.H else ():  # so transformers checks
+        faults[kind].append(f"model.D={cfg.D} (must be a multiple of model.H={cfg.H})")
     kind = min(faults, key=lambda kind: len(faults[kind]))
     if faults[kind]:
         raise InteropError(
-            f"to be exported the model must be a GPT-2 or a Llama; for {kind}, got "
-            f"{', '.join(faults[kind])}."
+            f"an exported model must be a Llama, a Qwen3 or a GPT-2; the nearest, {kind}, does not "
+            f"have {', '.join(faults[kind])}."
         )
     return FAMILIES[kind]

@@ -7,6 +7,7 @@ listed in one error. Writing goes to a hidden folder that is renamed when it is 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,15 +26,26 @@ PART_BYTES = 5 * 10**9  # of a file, as transformers splits them
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 READABLE = ("F32", "F16", "BF16", "F64")
 SHOWN = 20  # faults in a message
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
-def _json_of(path) -> dict:
+def json_of(path) -> dict:
+    """Returns the JSON object in a file of a Hugging Face folder.
+
+    Raises:
+        InteropError: the file is missing, or holds no JSON object.
+    """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InteropError(f"a Hugging Face folder must hold {path.name}; got {path}.") from None
-    except ValueError as error:
+        raise InteropError(
+            f"a Hugging Face folder must hold {path.name}; got none in {path.parent}."
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise InteropError(f"{path} must hold JSON; got {error}.") from None
+    if not isinstance(value, dict):
+        raise InteropError(f"{path} must hold a JSON object; got {type(value).__name__}.")
+    return value
 
 
 def read_config(folder):
@@ -44,12 +56,16 @@ def read_config(folder):
     """
     if Path(folder).is_file():
         return LlmcFile(folder).config
-    config = _json_of(Path(folder) / "config.json")
-    family = family_of_config(config)
+    path = Path(folder) / "config.json"
+    config = json_of(path)
     try:
-        return family.read_config(config)
+        return family_of_config(config).read_config(config)
     except KeyError as error:
         raise InteropError(f"config.json must have {error}; got none in {folder}.") from None
+    except InteropError:
+        raise
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise InteropError(f"{path} must hold a model's sizes; got {error}.") from None
 
 
 class Stored:
@@ -62,7 +78,9 @@ class Stored:
     def __init__(self, folder):
         folder = Path(folder)
         if (folder / INDEX).exists():
-            at = _json_of(folder / INDEX)["weight_map"]
+            at = json_of(folder / INDEX).get("weight_map")
+            if not isinstance(at, dict) or not all(isinstance(name, str) for name in at.values()):
+                raise InteropError(f"{folder / INDEX} must hold a weight_map of tensors to files.")
         else:
             at = dict.fromkeys(self._open(folder / WHOLE).keys(), WHOLE)
         files = {name: self._open(folder / name) for name in sorted(set(at.values()))}
@@ -161,7 +179,7 @@ def read_weights(folder, cfg, axes, shapes) -> dict[str, Callable]:
     if Path(folder).is_file():
         family, stored = FAMILIES["gpt2"], LlmcFile(folder)
     else:
-        family, stored = family_of_config(_json_of(Path(folder) / "config.json")), Stored(folder)
+        family, stored = family_of_config(json_of(Path(folder) / "config.json")), Stored(folder)
     rows = _rows(family, cfg, axes, shapes)
     tied_to = next(t.theirs for t, _, _ in rows if t.ours == "embed") if cfg.tied else None
     at = _check(stored, rows, family, tied_to)
@@ -198,7 +216,9 @@ def their_tensors(family, cfg, axes, params, dtype):
             yield name, np.ascontiguousarray(x.T if tensor.turned else x).astype(dtype)
 
 
-def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_bytes=PART_BYTES):
+def write_folder(
+    folder, cfg, axes, params, dtype="float32", verify=None, part_bytes=PART_BYTES, special=None
+):
     """Writes a Hugging Face folder that transformers loads, or a .bin file that llm.c does.
 
     Args:
@@ -206,6 +226,8 @@ def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_b
         axes, params: {name: Axes} and {name: array}.
         dtype: a key of DTYPES.
         verify: called with the complete, still hidden folder; what it raises leaves nothing behind.
+        special: config.json's ids of special tokens; None writes null, for a family's default would
+            be an ordinary token of this vocabulary.
 
     Raises:
         InteropError: the folder exists, or no family computes what the model computes.
@@ -223,10 +245,22 @@ def write_folder(folder, cfg, axes, params, dtype="float32", verify=None, part_b
     with draft(folder) as hidden:
         hidden.mkdir()
         config = family.write_config(cfg) | {"dtype": dtype, "torch_dtype": dtype}
+        config |= NO_TOKENS | (special or {})
         write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
         _write_parts(hidden, their_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
         if verify:
             verify(hidden)
+
+
+def _save(tensors, path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what writes it is Rust: no OSError on a full disk
+        size = sum(x.nbytes for x in tensors.values())
+        raise InteropError(
+            f"{path.parent.parent} must take {size:,} bytes of weights; got {error}. Set --to."
+        ) from None
+    shutil.copymode(path.parent / "config.json", path)  # safetensors lets only the owner read
 
 
 def _write_parts(folder, tensors, part_bytes) -> None:
@@ -235,16 +269,16 @@ def _write_parts(folder, tensors, part_bytes) -> None:
     where, total = {}, 0
     for name, x in tensors:
         if held and held + x.nbytes > part_bytes:
-            save_file(parts[-1], folder / f"part{len(parts)}", metadata={"format": "pt"})
+            _save(parts[-1], folder / f"part{len(parts)}")
             parts[-1] = dict.fromkeys(parts[-1])
             parts.append({})
             held = 0
         parts[-1][name] = x
         held, total = held + x.nbytes, total + x.nbytes
     if len(parts) == 1:
-        save_file(parts[0], folder / WHOLE, metadata={"format": "pt"})
+        _save(parts[0], folder / WHOLE)
         return
-    save_file(parts[-1], folder / f"part{len(parts)}", metadata={"format": "pt"})
+    _save(parts[-1], folder / f"part{len(parts)}")
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05}-of-{len(parts):05}.safetensors"
         (folder / f"part{i}").rename(folder / file)

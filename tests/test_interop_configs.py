@@ -1,0 +1,78 @@
+"""Every config that is shipped can be exported: what one command trains, another gives away."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import configs
+from jaxtrain import config as config_lib
+from jaxtrain.interop import InteropError
+from jaxtrain.interop.hf import write_folder
+from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
+from jaxtrain.kernels import choose_routes
+from jaxtrain.model.transformer import build_model
+from jaxtrain.trees import named_leaves
+
+SHARED = {"__init__", "base", "gpt2", "llama"}  # other files start from them
+NAMES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in SHARED)
+
+
+def small(name):
+    """The ModelConfig of a shipped config, its sizes made small and its form kept."""
+    values = importlib.import_module(f"configs.{name}").get_config()
+    cfg = config_lib.freeze(values.base if "base" in values else values).model
+    groups = cfg.H // cfg.G
+    H = 2 * groups
+    wide = cfg.D == cfg.H * cfg.K
+    return dataclasses.replace(
+        cfg, L=2, H=H, G=2, K=8, D=8 * H if wide else 24, F=48, V=96, positions=64
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_is_exported_and_transformers_computes_the_same(name, tmp_path):
+    reason = "transformers is missing: install the crosscheck extra to compare with it"
+    pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("torch", reason=reason)
+    cfg = small(name)
+    model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
+    rng = np.random.default_rng(1)
+    draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+    axes, params = named_leaves(model.axes), named_leaves(jax.tree.map(draw, model.shapes))
+    said = []
+
+    def verify(folder):
+        logits = check_reading(folder, cfg, axes, params, "float32")
+        said.append(check_transformers(folder, cfg, logits))
+
+    write_folder(tmp_path / "out", cfg, axes, params, verify=verify)
+    assert "computes the same logits" in said[0]
+
+
+def test_the_comparison_with_transformers_notices_a_wrong_model(tmp_path):
+    reason = "transformers is missing: install the crosscheck extra to compare with it"
+    pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("torch", reason=reason)
+    cfg = small("quickstart")
+    model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
+    params = named_leaves(model.init(jax.random.key(0)))
+    axes = named_leaves(model.axes)
+    write_folder(tmp_path / "out", cfg, axes, params)
+    logits = check_reading(tmp_path / "out", cfg, axes, params, "float32")
+    with pytest.raises(InteropError, match="must compute the run's logits"):
+        check_transformers(tmp_path / "out", cfg, logits * 1.001)
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 1e5), ("float32", np.nan)])
+def test_weights_that_the_type_cannot_hold_are_named(dtype, value):
+    x = np.ones((2, 3), np.float32)
+    bad = x.copy()
+    bad[1, 1] = value
+    check_finite({"head": x, "embed": x}, dtype)
+    with pytest.raises(InteropError, match=f"finite in {dtype}; .* as in embed. Set --dtype"):
+        check_finite({"head": x, "embed": bad}, dtype)
