@@ -29,6 +29,7 @@ from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.vocabulary import check_source
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete, fit_positions
 from jaxtrain.interop.start import check_model, check_resumed, load_params
@@ -88,6 +89,7 @@ def train(cfg, devices=None, quiet=False) -> int:
         the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
     """
     started_s = time.perf_counter()
+    check_source(cfg.data, cfg.model.V)
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
     corpus = open_corpus(cfg.data, "train", cfg.model.V, workdir)
