@@ -14,7 +14,7 @@ from jaxtrain.about import header
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
-from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
 from jaxtrain.names import measured_names
@@ -189,9 +189,11 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     assert run.mesh.size == 8 and int(state.step) == 40
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
     batches = eval_batches(run.cfg.data, corpus, run.mesh)
-    metrics = evaluate(build_eval_step(run), state, batches, corpus.bytes_per_token)
+    counter = build_byte_counter(corpus, run.mesh)
+    metrics = evaluate(build_eval_step(run), state, batches, counter)
     summary = json.loads((trained / "summary.json").read_text())
-    assert metrics["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
+    for name in ("eval/loss_nats", "eval/bits_per_byte"):
+        assert metrics[name] == pytest.approx(summary[name], rel=1e-5)
     assert metrics["eval/tokens"] == corpus.tokens - 1
 
 
