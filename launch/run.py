@@ -1,6 +1,6 @@
 """Starts a training job on several hosts over SSH, and looks after it.
 
-    python -m launch.run --hosts=hosts.toml -- --config=configs/gpt_124m.py
+    python -m launch.run --hosts=hosts.toml -- --config=configs/quickstart.py
     python -m launch.run attach JOB      goes on with its log, no line lost or doubled
     python -m launch.run status [JOB]    what it does, on every host; without JOB: all jobs
     python -m launch.run logs JOB        the whole log, and what is new; to read alone
