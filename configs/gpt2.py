@@ -18,7 +18,7 @@ def get_config():
     # more than with 256 MiB. Not measured on a card.
     config.model.remat = "attention"
     config.loss.chunk_bytes = 512 << 20
-    config.data.update(batch=512, seq_len=1_024)
+    config.data.update(batch=512, seq_len=1_024, tokenizer="gpt2")
     config.optim.update(learning_rate=0.02, adam_learning_rate=6e-4, weight_decay=0.1)
     config.optim.update(warmup_steps=250)
     return config

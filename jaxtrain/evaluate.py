@@ -11,8 +11,10 @@ shard. --rows takes fewer sequences at once, where memory is short.
 import dataclasses
 import json
 import math
+import sys
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from jaxtrain.commandline import Form
@@ -22,6 +24,8 @@ from jaxtrain.mesh import replicated
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import read_stored, restore_run, run_main
 from jaxtrain.step import batch_loss, microbatches, target_weights
+
+FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by about 0.1
 
 
 def build_eval_step(run):
@@ -43,6 +47,26 @@ def build_eval_step(run):
         return jax.tree.map(lambda sums: sums.sum(), jax.lax.map(one, split))
 
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
+
+
+def build_byte_counter(corpus, mesh):
+    """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
+
+    It is a program of its own, so that the evaluation step is the same with and without it. A
+    token that starts a document stands for no byte. None where the tokenizer is unknown.
+    """
+    sizes = corpus.token_bytes()
+    if sizes is None:
+        return None
+    whole = replicated(mesh)
+    sizes_V = jax.device_put(sizes, whole)
+
+    def count(sizes_V, batch):
+        sizes_BT = sizes_V[batch["tokens"][:, 1:]]
+        return jnp.where(target_weights(batch) > 0, sizes_BT, 0).sum()
+
+    counted = jax.jit(count, out_shardings=whole)
+    return lambda batch: counted(sizes_V, batch)
 
 
 def rows_in_training(stored: dict) -> int:
@@ -68,31 +92,46 @@ def fit_parts(cfg, devices: int, rows: int):
     return dataclasses.replace(cfg, accumulation=parts)
 
 
-def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> dict:
+def evaluate(eval_step, state, batches, count_bytes=None, max_tokens=0) -> dict:
     """{"eval/loss_nats", "eval/tokens", "eval/bits_per_byte"} of held-out batches.
+
+    Bits per byte divide the nats of all targets by the bytes that the same targets stand for. The
+    tokens that start documents add nats and no bytes.
 
     Args:
         state: a TrainState; its optimizer says which weights are evaluated.
         batches: from data.eval_batches; padding (docs of -1) does not count.
-        bytes_per_token: of the held-out text; None leaves bits per byte out.
+        count_bytes: from build_byte_counter; None leaves bits per byte out.
         max_tokens: stops after the batch that reaches it; 0 reads all.
 
     Raises:
         ValueError: batches hold no target.
     """
     params = eval_params(state.opt_state, state.params)
-    nats = tokens = 0.0  # float64 on the host: float32 would lose bits over a long shard
+    nats = tokens = text_bytes = (
+        0.0  # float64 on the host: float32 would lose bits over a long shard
+    )
     for batch in batches:
+        counted = count_bytes(batch) if count_bytes else 0
         batch_nats, batch_tokens = jax.device_get(eval_step(params, batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
+        text_bytes += int(counted)
         if max_tokens and tokens >= max_tokens:
             break
     if not tokens:
         raise ValueError("evaluation needs a held-out token; got none. Set --config.data.shards.")
     metrics = {"eval/loss_nats": nats / tokens, "eval/tokens": int(tokens)}
-    if bytes_per_token:
-        metrics["eval/bits_per_byte"] = nats / tokens / math.log(2) / bytes_per_token
+    if text_bytes:
+        metrics["eval/bits_per_byte"] = nats / math.log(2) / text_bytes
     return metrics
+
+
+def warn_of_noise(metrics: dict) -> str:
+    """Returns a warning where too few tokens were evaluated for a steady figure, else ""."""
+    tokens = metrics["eval/tokens"]
+    if tokens >= FEW_TOKENS:
+        return ""
+    return f"warning: only {tokens:,} held-out tokens were read, so the eval figures are noisy"
 
 
 def main() -> None:
@@ -106,7 +145,10 @@ def main() -> None:
     print(corpus.describe())
     batches = eval_batches(run.cfg.data, corpus, run.mesh)
     progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
-    metrics = evaluate(build_eval_step(run), state, progress, corpus.bytes_per_token)
+    count_bytes = build_byte_counter(corpus, run.mesh)
+    metrics = evaluate(build_eval_step(run), state, progress, count_bytes)
+    if warning := warn_of_noise(metrics):
+        print(warning, file=sys.stderr)
     print(json.dumps({"step": int(state.step)} | metrics))
 
 

@@ -7,7 +7,9 @@
 Restores the newest good checkpoint of a run, or that of --step.
 """
 
+import shutil
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,15 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import read_stored, restore_run, run_main
+
+PROMPT_CHARS = 400  # of a prompt that is shown; a longer one loses its middle
+# A terminal acts on control characters, and a model of bytes may draw any.
+CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
+class Sample(NamedTuple):
+    text: str
+    ended: bool  # the model drew the end of the text
 
 
 def choose(logits_BV, key, temperature, top_k):
@@ -73,12 +84,57 @@ def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int, voca
 
 
 def check_length(cfg, prompt_tokens: int, tokens: int) -> None:
-    """Raises ValueError where learned positions end before the sample does."""
+    """Raises ValueError where learned positions end before the sample does.
+
+    Args:
+        prompt_tokens: with the token that starts the document.
+    """
     if cfg.position == "learned" and prompt_tokens + tokens > cfg.positions:
+        room = cfg.positions - prompt_tokens
+        advice = f"Set --tokens to at most {room}" if room > 0 else "Shorten --prompt"
         raise ValueError(
             f"prompt and sample must fit model.positions={cfg.positions}; got {prompt_tokens} + "
-            f"{tokens} tokens. Set --tokens."
+            f"{tokens} tokens. {advice}."
         )
+
+
+def check_flags(samples: int, tokens: int, temperature: float, top_k: int) -> None:
+    """Raises ValueError where a flag is out of range, before anything is read."""
+    lows = {"samples": (samples, 1), "tokens": (tokens, 1)}
+    lows |= {"temperature": (temperature, 0), "top_k": (top_k, 0)}
+    for name, (value, low) in lows.items():
+        if not low <= value < float("inf"):
+            raise ValueError(
+                f"{name} must be a number of at least {low}; got {value}. Set --{name}."
+            )
+
+
+def from_shell(prompt: str, flag: str) -> str:
+    """Returns a flag's value as the UTF-8 text that was typed, in any locale.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:  # in an ASCII locale Python reads each other byte as a lone surrogate
+        return prompt.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        raise ValueError(
+            f"the prompt must be UTF-8; got {prompt!r}: {error}. Set {flag}."
+        ) from None
+
+
+def shown(text: str) -> str:
+    """Returns the text with control characters spelled out, for a terminal."""
+    return text.translate(CONTROLS)
+
+
+def shorten(prompt: str) -> str:
+    """Returns a prompt to show; a long one as its two ends and how much is between them."""
+    left_out = len(prompt) - PROMPT_CHARS
+    if left_out <= 0:
+        return prompt
+    half = PROMPT_CHARS // 2
+    return f"{prompt[:half]} ... [{left_out:,} characters] ... {prompt[-half:]}"
 
 
 def fit_positions(cfg, prompt_tokens: int, tokens: int) -> tuple[int, int]:
@@ -91,9 +147,9 @@ def fit_positions(cfg, prompt_tokens: int, tokens: int) -> tuple[int, int]:
 
 
 def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0):
-    """(texts, tokens/s): what follows each prompt; prompts of one length are sampled together.
+    """([Sample], tokens/s): what follows each prompt, up to where the model ends the text.
 
-    Compile time is not in the tokens/s.
+    Prompts of one length are sampled together. Compile time is not in the tokens/s.
 
     Args:
         prompts: [T] token ids each, of any T.
@@ -104,7 +160,7 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
     check_length(run.cfg.model, max(map(len, encoded)), tokens)
     known = tokenizer.vocab_size
     sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k, known)
-    texts, elapsed_s = [""] * len(prompts), 0.0
+    samples, elapsed_s = [None] * len(prompts), 0.0
     for length in sorted({len(ids) for ids in encoded}):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
         prompt_BT = np.stack([encoded[i] for i in rows])
@@ -114,8 +170,9 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
         out_BT = jax.device_get(compiled(*args))
         elapsed_s += time.perf_counter() - start
         for row, ids in zip(rows, out_BT, strict=True):
-            texts[row] = tokenizer.decode(ids)
-    return texts, len(prompts) * tokens / elapsed_s
+            stop = int(np.argmax(np.append(ids, tokenizer.eot) == tokenizer.eot))
+            samples[row] = Sample(tokenizer.decode(ids[:stop]), stop < len(ids))
+    return samples, len(prompts) * tokens / elapsed_s
 
 
 def tokenizer_name(workdir, name="") -> str:
@@ -135,16 +192,29 @@ def tokenizer_name(workdir, name="") -> str:
 
 def main() -> None:
     args = flags.FLAGS
+    check_flags(args.samples, args.tokens, args.temperature, args.top_k)
+    asked = [from_shell(prompt, "--prompt") for prompt in args.prompt]
     tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
+    encoded = [tokenizer.encode(prompt) for prompt in asked for _ in range(args.samples)]
+    V = read_stored(args.run)["config"]["model"]["V"]
+    largest = max(tokenizer.eot, *(max(ids, default=0) for ids in encoded))
+    if largest >= V:
+        raise ValueError(
+            f"the tokenizer must give tokens below model.V={V}; got {largest} by {tokenizer.name}. "
+            "Set --tokenizer."
+        )
     run, state = restore_run(args.run, args.step or None)
-    prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    texts, tokens_per_s = complete(
+    samples, tokens_per_s = complete(
         run, state, tokenizer, encoded, args.tokens, args.temperature, args.top_k, args.seed
     )
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{'-' * 80}\n{prompt}{text}")
-    print(f"{'-' * 80}\n{len(prompts)} x {args.tokens} tokens, {tokens_per_s:,.0f} tokens/s")
+    width = min(shutil.get_terminal_size().columns, 80)
+    for i, sample in enumerate(samples):
+        prompt = asked[i // args.samples]
+        end = ", the model ends the text" if sample.ended else ""
+        print(f"--- sample {i + 1} of {len(samples)}{end} ".ljust(width, "-"))
+        print(shown(shorten(prompt) + sample.text))
+    print("-" * width)
+    print(f"{len(samples)} x {args.tokens} tokens, {tokens_per_s:,.0f} tokens/s")
 
 
 def define_flags() -> None:

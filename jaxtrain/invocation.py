@@ -30,6 +30,19 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([invocation(), name, *map(shlex.quote, arguments)])
 
 
+def again(*arguments: str) -> str:
+    """Returns the command that started this process with more flags, as one line for the shell.
+
+    Where a program of someone else started us, its words would not be a command of ours.
+    """
+    program, words = Path(sys.argv[0]), sys.argv[1:]
+    if program.name in ("jaxtrain", "__main__.py") and words:
+        return command(*words, *arguments)
+    if program.parent.name == "jaxtrain" and program.suffix == ".py":
+        return command(program.stem, *words, *arguments)
+    return f"the same command with {shlex.join(arguments)}"
+
+
 def python() -> str:
     """Returns the shortest name of this interpreter that works in the current folder, quoted."""
     on_path = shutil.which("python")

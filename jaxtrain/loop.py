@@ -1,6 +1,7 @@
 """The training loop: what happens in a step, and between steps."""
 
 import math
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jaxtrain.config as config_lib
 from jaxtrain.agree import from_process_0
 from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
-from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate, warn_of_noise
 from jaxtrain.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.tracing import Tracer
 
@@ -43,6 +44,7 @@ class Loop:
         self.first = int(state.step)
         self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
+        self._warned = False  # of few held-out tokens
         self._in_flight = None  # (step, scalars), the scalars still on the device
         self._scalars = {}  # of the last step that has arrived
 
@@ -147,10 +149,17 @@ class Loop:
         beat("eval")
         with self.measure.pause("eval"), self.tracer.part("pause"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            per_token = self.held_out.bytes_per_token
-            metrics = evaluate(self.eval_step, self.state, batches, per_token, self._eval_tokens())
+            counter = self._count_bytes
+            metrics = evaluate(self.eval_step, self.state, batches, counter, self._eval_tokens())
         self.report.write(step, metrics)
+        if (warning := warn_of_noise(metrics)) and not self._warned:
+            self.report.note(warning)
+            self._warned = True
         return metrics
+
+    @cached_property
+    def _count_bytes(self):
+        return build_byte_counter(self.held_out, self.run.mesh)
 
     def _eval_tokens(self) -> int:
         """At most what the run trains on: one step of a large model is not followed by hours."""

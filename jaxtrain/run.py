@@ -76,6 +76,7 @@ def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain
     """
 
     def guarded(words):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no locale stops a message
         try:
             part(main(words) if form.words else main())
         except Exception as error:

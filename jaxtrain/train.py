@@ -29,8 +29,9 @@ from jaxtrain.commandline import Form
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.vocabulary import check_source
 from jaxtrain.engine import World, detect
-from jaxtrain.generate import complete, fit_positions
+from jaxtrain.generate import complete, fit_positions, from_shell, shorten, shown
 from jaxtrain.interop.start import check_model, check_resumed, load_params
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
@@ -48,6 +49,7 @@ from jaxtrain.work import build_work, find_device_chip
 
 PREEMPTED = 75  # EX_TEMPFAIL: start me again
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+SAMPLE_FLAG = "--config.sample.prompt"
 PROMPT_TOKENS = 64  # of held-out text, where sample.prompt is empty
 
 
@@ -62,7 +64,7 @@ def print_sample(loop, corpus):
     tokenizer = build_tokenizer(corpus.tokenizer_name)
     ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
     if cfg.prompt:
-        ids = tokenizer.encode(cfg.prompt)
+        ids = tokenizer.encode(from_shell(cfg.prompt, SAMPLE_FLAG))
     prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
     if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
         loop.report.note(
@@ -73,12 +75,12 @@ def print_sample(loop, corpus):
         return
     ids = ids[len(ids) - prompt_tokens :]
     with loop.measure.pause("sample"):
-        texts, tokens_per_s = complete(
+        [sample], tokens_per_s = complete(
             loop.run, loop.state, tokenizer, [ids], tokens, cfg.temperature, cfg.top_k
         )
-    rule, prompt = "-" * 80, tokenizer.decode(ids)
+    rule, prompt = "-" * 80, shorten(tokenizer.decode(ids))
     loop.report.note(f"sample, {tokens_per_s:,.0f} tokens/s; what follows the bar is the model's")
-    loop.report.note(f"{rule}\n{prompt}|{texts[0]}\n{rule}")
+    loop.report.note(f"{rule}\n{shown(f'{prompt}|{sample.text}')}\n{rule}")
 
 
 def train(cfg, devices=None, quiet=False) -> int:
@@ -88,6 +90,8 @@ def train(cfg, devices=None, quiet=False) -> int:
         the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
     """
     started_s = time.perf_counter()
+    check_source(cfg.data, cfg.model.V)
+    from_shell(cfg.sample.prompt, SAMPLE_FLAG)  # refused now and not after the last step
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
     corpus = open_corpus(cfg.data, "train", cfg.model.V, workdir)

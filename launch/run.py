@@ -1,6 +1,6 @@
 """Starts a training job on several hosts over SSH, and looks after it.
 
-    python -m launch.run --hosts=hosts.toml -- gpt_124m --data.shards=/data/shards
+    python -m launch.run --hosts=hosts.toml -- quickstart
     python -m launch.run --hosts=hosts.toml --detach -- gpt_124m --checkpoint.storage=host0
     python -m launch.run status
 

@@ -1,30 +1,21 @@
 import json
+import random
 import sys
 
 import numpy as np
 import pytest
+import tokenizer_files
+import tokenizers
+from tokenizer_files import TEXT, changed
+from tokenizers import normalizers, pre_tokenizers, processors
 
+from jaxtrain.data import tokenizer as tokenizer_module
 from jaxtrain.data.tokenizer import build_tokenizer
-
-TEXT = "Hello, world! The quick brown fox\n\n  naïve 你好 🦊\tend <|endoftext|>"
 
 
 @pytest.fixture
 def json_path(tmp_path):
-    """A byte-level BPE of 300 entries trained here, saved as tokenizer.json."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 20, trainer)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return str(tmp_path / "tokenizer.json")
+    return tokenizer_files.byte_level(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "json"])
@@ -79,6 +70,135 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # what import sees when it is not there
     with pytest.raises(ValueError, match=r"tiktoken.*pip install tiktoken"):
         build_tokenizer("gpt2")
+
+
+RUNS = [" ", "\n", "\u00a0", "a", "7", "[", "'", "你", "🦊"]
+
+
+@pytest.mark.parametrize(
+    ("name", "letter"),
+    [*(("gpt2", letter) for letter in RUNS), ("json", " "), ("json", "\n"), ("json", "a")],
+    ids=ascii,
+)
+def test_a_million_equal_characters_survive_encoding_and_decoding(name, letter, request):
+    path = request.getfixturevalue("json_path") if name == "json" else name
+    tokenizer = build_tokenizer(path)
+    text = f"Before{letter * 1_000_000}after."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_one_word_of_five_million_characters_is_encoded():
+    tokenizer, text = build_tokenizer("gpt2"), "abcdefghij" * 500_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_cuts_at_long_whitespace_change_no_token():
+    tokenizer, draw = build_tokenizer("gpt2"), random.Random(0)
+    white = [chr(i) for i in range(0x3001) if chr(i).isspace()]
+    parts = [*" \n\t ", *white, "a", "don't", "'s", "12", "!?", "你", "é", "\u200b"]
+    for _ in range(300):
+        text = "".join(draw.choice(parts) * draw.choice((1, 1, 2, 5, 9)) for _ in range(30))
+        whole = tokenizer._encoding.encode_ordinary(text)
+        assert all(tokenizer._encode_parts(text, longest) == whole for longest in (2, 4, 8))
+
+
+def test_runs_shorter_than_what_tiktoken_takes_have_its_tokens():
+    tokenizer = build_tokenizer("gpt2")
+    for text in (" " * 300_000, "a" + "\n" * 200_000 + " b", "x" + " \t" * 100_000 + "y"):
+        assert tokenizer.encode(text).tolist() == tokenizer._encoding.encode_ordinary(text)
+
+
+def test_what_a_library_fails_on_is_an_error_that_names_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "LONG_SPACES", 1 << 30)  # as if nothing was cut
+    with pytest.raises(ValueError, match="gpt2 must encode every text; it failed on 1,100,000 cha"):
+        build_tokenizer("gpt2").encode(" " * 1_100_000)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="none"))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(ValueError, match=r"words\.json must encode every text.*start with 'b'"):
+        build_tokenizer(str(tmp_path / "words.json")).encode("b")
+
+
+def test_truncation_padding_and_dropout_of_a_file_are_switched_off_and_reported(json_path):
+    def cut(tokenizer):
+        tokenizer.enable_truncation(5)
+        tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=8_192)
+        tokenizer.model.dropout = 0.5
+
+    plain, other = build_tokenizer(json_path), build_tokenizer(changed(json_path, cut))
+    assert other.encode(TEXT).tolist() == plain.encode(TEXT).tolist()
+    assert plain.notes == ()
+    assert other.notes == (
+        "truncation to 5 tokens switched off",
+        "padding to 8192 tokens switched off",
+        "BPE dropout of 0.5 switched off",
+    )
+
+
+SETTINGS = {
+    "Lowercase": lambda t: setattr(t, "normalizer", normalizers.Lowercase()),
+    "Replace 'a' by 'b'": lambda t: setattr(t, "normalizer", normalizers.Replace("a", "b")),
+    "Prepend '>'": lambda t: setattr(
+        t, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(">")])
+    ),
+    "WhitespaceSplit drops": lambda t: setattr(
+        t,
+        "pre_tokenizer",
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()]),
+    ),
+    "a space before each document": lambda t: setattr(
+        t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "post-processor TemplateProcessing not used": lambda t: setattr(
+        t,
+        "post_processor",
+        processors.TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 0)]),
+    ),
+    "drop the whitespace after them: '<tag>'": lambda t: t.add_tokens(
+        [tokenizers.AddedToken("<tag>", rstrip=True)]
+    ),
+}
+
+
+@pytest.mark.parametrize("note", SETTINGS)
+def test_a_setting_that_changes_the_text_is_reported_in_words(note, json_path):
+    notes = build_tokenizer(changed(json_path, SETTINGS[note])).notes
+    assert any(note in line for line in notes), notes
+
+
+def test_a_vocabulary_without_bytes_is_reported(tmp_path):
+    [*_, note] = build_tokenizer(tokenizer_files.word_piece(tmp_path / "t.json")).notes
+    assert note == "no byte fallback: text outside the vocabulary is lost (it becomes [UNK])"
+
+
+@pytest.mark.parametrize("family", tokenizer_files.FAMILIES)
+def test_no_text_spells_a_special_token(family, tmp_path):
+    tokenizer = build_tokenizer(tokenizer_files.FAMILIES[family](tmp_path / "t.json"))
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.eot not in ids
+    assert tokenizer.spell(ids) == tokenizer.expect(TEXT)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_start_token_that_is_not_marked_special_is_plain_text_all_the_same(special, json_path):
+    content = json.loads(open_text(json_path))
+    for token in content["added_tokens"]:
+        token["special"] = special
+    with open(json_path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    tokenizer = build_tokenizer(json_path)
+    assert tokenizer.eot not in tokenizer.encode("a<|endoftext|>b")
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "json"])
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(name, request):
+    path = request.getfixturevalue("json_path") if name == "json" else name
+    tokenizer = build_tokenizer(path)
+    sizes = tokenizer.token_bytes
+    assert sizes.shape == (tokenizer.vocab_size,) and sizes.dtype == np.int32
+    ids = tokenizer.encode(TEXT)
+    assert sizes[ids].sum() == len(TEXT.encode())
+    assert tokenizer.spell(ids) == tokenizer.expect(TEXT) == TEXT.encode()
+    assert sizes[tokenizer.eot] == 0 and sizes.max() > 0
 
 
 def open_text(path):

@@ -5,8 +5,20 @@ import numpy as np
 import pytest
 
 from configs import debug
-from jaxtrain.config import freeze
-from jaxtrain.evaluate import build_eval_step, evaluate, fit_parts, rows_in_training
+from jaxtrain.config import DataConfig, freeze
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.encode import encode
+from jaxtrain.data.loader import eval_batches
+from jaxtrain.data.text import list_files
+from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.evaluate import (
+    build_byte_counter,
+    build_eval_step,
+    evaluate,
+    fit_parts,
+    rows_in_training,
+    warn_of_noise,
+)
 from jaxtrain.run import build_run
 from jaxtrain.step import TrainState
 
@@ -63,3 +75,69 @@ def test_fewer_devices_read_a_batch_in_more_parts(devices, rows, parts):
     assert fit_parts(cfg, devices, rows).accumulation == parts
     with pytest.raises(ValueError, match="--rows"):
         fit_parts(cfg, devices, 0)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """corpus(texts, tokenizer): the documents as one split."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def build(texts, tokenizer="bytes"):
+        (tmp_path / "texts").mkdir()
+        for i, text in enumerate(texts):
+            (tmp_path / "texts" / f"{i:04}.txt").write_text(text)
+        files = list_files(str(tmp_path / "texts"), exclude=tmp_path / "out")
+        encode(files, tmp_path / "out", tokenizer)
+        cfg = DataConfig(shards=str(tmp_path / "out"), batch=BATCH, seq_len=32)
+        return cfg, open_corpus(cfg, "train", 50_304, tmp_path)
+
+    return build
+
+
+def evaluated(cfg, corpus, counted=True):
+    run = run_in(1)
+    params = jax.jit(run.model.init)(jax.random.key(0))
+    batches = eval_batches(cfg, corpus, run.mesh)
+    counter = build_byte_counter(corpus, run.mesh) if counted else None
+    return evaluate(build_eval_step(run), TrainState(0, params, (), 0, 0), batches, counter)
+
+
+@pytest.mark.parametrize("size", [1, 600])
+def test_bits_per_byte_of_a_small_text_are_its_nats_in_bits(corpus, size):
+    """One document: the token that starts it, then targets that are each a byte."""
+    cfg, held_out = corpus([("The quick brown fox jumps over the lazy dog. " * 20)[:size]])
+    metrics = evaluated(cfg, held_out)
+    assert metrics["eval/tokens"] == size
+    assert metrics["eval/bits_per_byte"] == pytest.approx(metrics["eval/loss_nats"] / np.log(2))
+
+
+def test_a_token_that_starts_a_document_adds_nats_and_no_bytes(corpus):
+    cfg, held_out = corpus(["abcdefg"] * 50)  # 400 tokens; targets: 350 letters, 49 starts
+    metrics = evaluated(cfg, held_out)
+    assert metrics["eval/tokens"] == 399
+    bits = metrics["eval/loss_nats"] / np.log(2) * 399 / 350
+    assert metrics["eval/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_the_loss_is_bitwise_the_same_with_and_without_the_bytes(corpus):
+    cfg, held_out = corpus(["abcdefg é" * 9] * 50)
+    with_bytes, without = (evaluated(cfg, held_out, counted) for counted in (True, False))
+    assert "eval/bits_per_byte" in with_bytes and "eval/bits_per_byte" not in without
+    assert with_bytes["eval/loss_nats"] == without["eval/loss_nats"]
+
+
+def test_the_bytes_of_a_batch_are_those_of_its_targets_without_padding(corpus):
+    texts = ["Hello, wörld! 你好 🦊", "The quick brown fox"]
+    _, held_out = corpus(texts, "gpt2")
+    tokenizer = build_tokenizer("gpt2")
+    ids = np.concatenate([tokenizer.encode(text) for text in texts]).astype(np.int32)
+    tokens = np.append(np.append(tokenizer.eot, ids), [ids[0]] * 5)  # the last 5 are padding
+    docs = np.append(np.zeros(len(ids) + 1), [-1] * 5).astype(np.int32)
+    count = build_byte_counter(held_out, run_in(1).mesh)
+    batch = {"tokens": np.stack([tokens] * 2), "docs": np.stack([docs] * 2)}
+    assert int(count(batch)) == 2 * sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize(("tokens", "warns"), [(999, True), (1_000, False)])
+def test_few_held_out_tokens_are_warned_of(tokens, warns):
+    assert bool(warn_of_noise({"eval/tokens": tokens})) == warns

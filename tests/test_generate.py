@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig, ModelConfig
-from jaxtrain.generate import build_sampler, check_length, choose, fit_positions, tokenizer_name
+from jaxtrain.data.tokenizer import ByteTokenizer
+from jaxtrain.generate import (
+    build_sampler,
+    check_flags,
+    check_length,
+    choose,
+    complete,
+    fit_positions,
+    from_shell,
+    shorten,
+    shown,
+    tokenizer_name,
+)
 from jaxtrain.kernels import choose_routes
 from jaxtrain.mesh import build_mesh
 from jaxtrain.model.transformer import build_model
@@ -68,11 +80,83 @@ def test_bad_settings_are_named(model, mesh, name, values):
         build_sampler(model, mesh, *values)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("samples", 0),
+        ("tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+    ],
+)
+def test_a_flag_out_of_range_is_named_before_anything_is_read(name, value):
+    good = {"samples": 1, "tokens": 1, "temperature": 0.0, "top_k": 0}
+    check_flags(**good)
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got {value}\. Set --{name}\."):
+        check_flags(**good | {name: value})
+
+
 def test_learned_positions_bound_the_sample():
     learned = ModelConfig(position="learned", positions=64)
     check_length(learned, 32, 32)
-    with pytest.raises(ValueError, match=r"fit model.positions=64; got 33 \+ 32"):
+    message = r"fit model.positions=64; got 33 \+ 32 tokens. Set --tokens to at most 31"
+    with pytest.raises(ValueError, match=message):
         check_length(learned, 33, 32)
+    with pytest.raises(ValueError, match=r"got 64 \+ 1 tokens. Shorten --prompt"):
+        check_length(learned, 64, 1)
+
+
+def test_a_prompt_of_an_ascii_locale_is_the_text_that_was_typed():
+    typed = "naïve 你好"
+    read = typed.encode().decode("ascii", "surrogateescape")  # sys.argv with LC_ALL=C
+    assert from_shell(read, "--prompt") == typed == from_shell(typed, "--prompt")
+    with pytest.raises(ValueError, match="Set --prompt"):
+        from_shell("\udcff", "--prompt")
+
+
+def test_a_long_prompt_is_shown_by_its_two_ends():
+    prompt = "start" + "x" * 3_000 + "end"
+    assert shorten("short") == "short" and shorten("x" * 400) == "x" * 400
+    short = shorten(prompt)
+    assert short.startswith("start") and short.endswith("end") and len(short) < 450
+    assert " ... [2,608 characters] ... " in short
+
+
+def test_control_characters_are_spelled_out():
+    assert shown("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
+
+
+class Fixed:
+    """A model that continues any prompt with `says`, token by token."""
+
+    def __init__(self, says):
+        self.says = jnp.array([*says, 0])
+
+    def init_cache(self, B, T):
+        return jnp.zeros((B, 1))
+
+    def extend(self, params, cache, tokens_BT, at):
+        after = at + tokens_BT.shape[1] - params  # the prompt's length
+        return jnp.full((*tokens_BT.shape, 1), after, jnp.int32), cache
+
+    def logits(self, params, hidden_BT1):
+        return 100.0 * jax.nn.one_hot(self.says[hidden_BT1[..., 0]], 256)
+
+
+@pytest.mark.parametrize(
+    ("says", "text", "ended"),
+    [(b"abc\0def", "abc", True), (b"abcdefg", "abcdefg", False), (b"\0abcdef", "", True)],
+)
+def test_a_sample_ends_where_the_model_ends_the_text(mesh, says, text, ended):
+    class Run:
+        cfg, model = type("Cfg", (), {"model": MODEL}), Fixed(says)
+
+    Run.mesh = mesh
+    state = type("State", (), {"opt_state": (), "params": jnp.int32(3)})  # eot and "xy"
+    [sample], _ = complete(Run, state, ByteTokenizer(), [np.frombuffer(b"xy", np.uint8)], 7, 0, 0)
+    assert (sample.text, sample.ended) == (text, ended)
 
 
 @pytest.mark.parametrize(

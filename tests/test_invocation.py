@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxtrain.invocation import command, invocation
+import pytest
+
+from jaxtrain.invocation import again, command, invocation
 
 ROOT = Path(__file__).parent.parent
 # The module alone: the package imports jax, which the linked interpreter does not have.
@@ -48,3 +50,21 @@ def test_arguments_with_spaces_are_quoted():
     words = shlex.split(command("evaluate", "--run=my run"))
     assert words[-2:] == ["evaluate", "--run=my run"]
     assert words[:-2] == shlex.split(invocation())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["/x/jaxtrain/train.py", "--config=a b"], ["train", "--config=a b", "--steps=3"]),
+        (["/x/bin/jaxtrain", "train", "debug"], ["train", "debug", "--steps=3"]),
+        (["/x/jaxtrain/__main__.py", "train", "debug"], ["train", "debug", "--steps=3"]),
+    ],
+)
+def test_the_command_that_started_us_is_repeated_with_more_flags(argv, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert shlex.split(again("--steps=3")) == [*shlex.split(invocation()), *words]
+
+
+def test_a_command_of_someone_elses_program_is_not_repeated(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/bin/pytest", "-q"])
+    assert again("--a=b c") == "the same command with '--a=b c'"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from jaxtrain.about import header
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
-from jaxtrain.evaluate import build_eval_step, evaluate
+from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.loop import Diverged
 from jaxtrain.names import measured_names
@@ -189,9 +190,11 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     assert run.mesh.size == 8 and int(state.step) == 40
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
     batches = eval_batches(run.cfg.data, corpus, run.mesh)
-    metrics = evaluate(build_eval_step(run), state, batches, corpus.bytes_per_token)
+    counter = build_byte_counter(corpus, run.mesh)
+    metrics = evaluate(build_eval_step(run), state, batches, counter)
     summary = json.loads((trained / "summary.json").read_text())
-    assert metrics["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
+    for name in ("eval/loss_nats", "eval/bits_per_byte"):
+        assert metrics[name] == pytest.approx(summary[name], rel=1e-5)
     assert metrics["eval/tokens"] == corpus.tokens - 1
 
 
@@ -258,9 +261,14 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
     assert "Traceback" not in out
 
 
-def run_tool(module, *flags, status=0):
+# A locale whose characters are ASCII; by itself Python takes UTF-8 for C.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def run_tool(module, *flags, status=0, env=None):
     argv = [sys.executable, "-m", f"jaxtrain.{module}", *flags]
-    done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
+    pipes = {"capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(argv, cwd=runs.ROOT, env=os.environ | (env or {}), **pipes)
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 
@@ -272,11 +280,31 @@ def test_the_evaluate_command_reads_every_held_out_token(trained):
     assert figures["eval/loss_nats"] == pytest.approx(summary["eval/loss_nats"], rel=1e-5)
 
 
-def test_the_generate_command_continues_each_prompt(trained):
-    flags = ("--prompt=1 plus", "--prompt=59", "--samples=2", "--tokens=8")
-    out = run_tool("generate", f"--run={trained}", *flags)
-    assert out.count("\n1 plus") == 2 and out.count("\n59") == 2
+def test_the_generate_command_numbers_the_samples_of_each_prompt_in_any_locale(trained):
+    flags = ("--prompt=1 plus", "--prompt=59 é", "--samples=2", "--tokens=8")
+    out = run_tool("generate", f"--run={trained}", *flags, env=ASCII)
+    assert out.count("\n1 plus") == 2 and out.count("\n59 \\xe9") == 2
+    for i in range(1, 5):
+        assert f"--- sample {i} of 4 " in out
     assert "4 x 8 tokens" in out and "tokens/s" in out
+
+
+def test_generate_refuses_a_tokenizer_that_the_model_does_not_have(trained):
+    out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=78)
+    assert "below model.V=256; got 50256 by gpt2. Set --tokenizer." in out
+
+
+def test_a_run_prints_its_sample_in_an_ascii_locale(tmp_path, text):
+    argv, env = runs.command(tmp_path, text, "--config.steps=1", "--config.sample.prompt=é 你")
+    done = subprocess.run(argv, cwd=runs.ROOT, env=env | ASCII, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n\\xe9 \\u4f60|" in done.stdout
+    assert "warning: only" in done.stdout  # 1 step is evaluated on few tokens
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_before_the_first_step(tmp_path, text):
+    with pytest.raises(ValueError, match="Set --config.sample.prompt"):
+        train(config(tmp_path, text, sample__prompt="\udcff"), jax.devices()[:1], quiet=True)
 
 
 @pytest.mark.parametrize("module", ["evaluate", "generate"])

@@ -13,11 +13,13 @@ import numpy as np
 from absl import logging
 
 from jaxtrain.config import DataConfig
+from jaxtrain.data.coverage import LOST
 from jaxtrain.data.encode import META_FORMAT, SHARD_TOKENS, describe_skipped, encode, encoding_key
 from jaxtrain.data.scan import scan_shards
 from jaxtrain.data.shards import Shard, find_shards, left_out, probe
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.vocabulary import check_vocabulary
 
 META_KEYS = {"format", "source", "tokenizer", "vocab_size", "eot", "skipped", "shards"}
 
@@ -84,6 +86,15 @@ class Corpus:
             )
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
+    def token_bytes(self) -> np.ndarray | None:
+        """Returns the bytes of text that each token stands for, [vocabulary] int32.
+
+        Special tokens stand for none. None where it is unknown what made the shards.
+        """
+        if self.bytes_per_token is None:
+            return None
+        return build_tokenizer(self.tokenizer_name).token_bytes
+
     def describe(self) -> str:
         """One line for the start of a run."""
         formats = sorted({f"{s.format} {np.dtype(s.dtype).name}" for s in self.shards})
@@ -121,8 +132,9 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
     tokens = sum(shard.tokens for shard in shards)
     largest = max(scan.largest for scan in scans)
     makers = {(metas[p.parent]["tokenizer"], metas[p.parent]["eot"]) for p in paths if p in entries}
-    all_listed = len(text_bytes) == len(paths)
-    name, eot = _tokenizer_of(cfg, makers if all_listed else (), largest)
+    known = len(text_bytes) == len(paths) and len(makers) == 1
+    name, eot = _tokenizer_of(cfg, makers if known else (), largest)
+    notes = [note, *_losses(metas)] if note else _losses(metas)
     return Corpus(
         split=split,
         shards=tuple(shards),
@@ -130,8 +142,8 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         largest=largest,
         tokenizer_name=name,
         eot=eot,
-        bytes_per_token=sum(text_bytes) / tokens if all_listed else None,
-        note=note,
+        bytes_per_token=sum(text_bytes) / tokens if known else None,
+        note=", ".join(notes),
     )
 
 
@@ -156,6 +168,19 @@ def _locate(cfg, split, vocab_size, workdir):
     others = left_out(cfg.shards) if split == "train" else []
     note = f"{len(others)} file(s) left out by name: {', '.join(others[:4])}" if others else ""
     return paths, metas, note
+
+
+def _losses(metas) -> list[str]:
+    """What the tokenizer.json files of encoded shards leave out of the text or change in it."""
+    notes = []
+    for name in sorted({meta["tokenizer"] for meta in metas.values()}):
+        notes += [f"{Path(name).name}: {note}" for note in build_tokenizer(name).notes]
+    for meta in metas.values():
+        lost = meta["skipped"].get(LOST)
+        if lost:
+            text_bytes = sum(entry["text_bytes"] for entry in meta["shards"])
+            notes.append(f"{lost / text_bytes:.2%} of the text is unknown to the tokenizer")
+    return notes
 
 
 def _check_shards(paths, cfg, vocab_size, entries):
@@ -228,17 +253,13 @@ def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
 
 def _encode_text(cfg, vocab_size, workdir) -> tuple[Path, dict]:
     """Folder and meta.json of data.text in tokens, made now unless an earlier start made it."""
-    tokenizer = build_tokenizer(cfg.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"model.V must be at least the tokenizer's {tokenizer.vocab_size}; got "
-            f"model.V={vocab_size}, data.tokenizer={cfg.tokenizer}. Set --config.model.V."
-        )
     files = list_files(cfg.text, exclude=workdir)
     key = encoding_key(files, cfg.tokenizer, cfg.val_fraction, SHARD_TOKENS, "text", "text")
     folder = workdir / "data" / key[:12]  # another text or tokenizer is another folder
     meta = _read_meta(folder)
-    if meta is None or meta["source"] != key:
+    encoded = meta is not None and meta["source"] == key
+    check_vocabulary(cfg, build_tokenizer(cfg.tokenizer), vocab_size, encoded)
+    if not encoded:
         logging.info("encoding %d files into %s", len(files), folder)
         text_bytes = sum(path.stat().st_size for path, _ in files)
         many = cfg.tokenizer != "bytes" and text_bytes > FEW_BYTES

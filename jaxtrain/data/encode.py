@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxtrain.commands import in_form
+from jaxtrain.data.coverage import LOST, check_lost
 from jaxtrain.data.shards import MAX_SHARD_TOKENS, ShardWriter
 from jaxtrain.data.text import (
     PIECE_BYTES,
@@ -93,6 +94,8 @@ def encode(
                 f"{len(files)} files, {describe_skipped(skipped)}. "
                 "Set --config.data.text (--input)."
             )
+        text_bytes = sum(entry["text_bytes"] for entry in entries)
+        check_lost(skipped[LOST], text_bytes, tokenizer_name)
         return _publish(entries, aside, out, key, tokenizer, skipped)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -236,6 +239,8 @@ def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
         tokens, text = (sum(s[key] for s in shards) for key in ("tokens", "text_bytes"))
         print(f"{split}: {tokens:,} tokens of {text:,} text bytes in {len(shards)} shards")
     print(f"{out}: tokenizer {args.tokenizer}, {describe_skipped(meta['skipped'])}")
+    for note in build_tokenizer(args.tokenizer).notes:
+        print(f"{args.tokenizer}: {note}")
 
 
 if __name__ == "__main__":

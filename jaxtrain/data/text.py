@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jaxtrain.data.coverage import LOST, check_covers
+
 PIECE_BYTES = 1 << 20
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -115,7 +117,8 @@ def encode_pieces(pieces, tokenizer, text_field: str, val_fraction: float) -> En
     """Tokens of each document, with eot before its first.
 
     Raises:
-        ValueError: a line is not a JSON object with a string under `text_field`.
+        ValueError: a line is not a JSON object with a string under `text_field`, or a document's
+            tokens do not stand for it.
     """
     tokens, sizes, skipped = {"train": [], "val": []}, {"train": [], "val": []}, Counter()
     dtype = token_dtype(tokenizer.vocab_size)
@@ -125,7 +128,10 @@ def encode_pieces(pieces, tokenizer, text_field: str, val_fraction: float) -> En
             if reason:
                 skipped[reason] += 1
                 continue
-            ids = tokenizer.encode(content.decode()).astype(dtype)
+            text = content.decode()
+            ids = tokenizer.encode(text).astype(dtype)
+            lost = check_covers(tokenizer, text, ids, f"{piece.path}, from byte {piece.start}")
+            skipped.update({LOST: lost} if lost else {})
             eot = np.full(int(piece.first or piece.lines), tokenizer.eot, dtype)
             tokens[split] += [eot, ids]
             sizes[split].append((eot.size + ids.size, len(content)))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from jaxtrain.data.tokenizer import Tokenizer, byte_letters, gpt2_ranks
+from jaxtrain.data.tokenizer import Tokenizer, gpt2_ranks
+from jaxtrain.data.tokenizer_file import byte_letters
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import json_of

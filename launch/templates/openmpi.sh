@@ -2,7 +2,8 @@
 # Open MPI: mpirun over ssh, one process a host, which takes all the host's GPUs.
 #
 #     python -m launch.template openmpi > train.sh
-#     HOSTS=a40-1,a40-2 NETWORK=10.0.0.0/24 bash train.sh --config=configs/gpt_124m.py
+#     HOSTS=a40-1,a40-2 NETWORK=10.0.0.0/24 bash train.sh \
+#         --config=configs/gpt_124m.py --config.data.shards=DIR
 #
 # Run it on the first of HOSTS, where JAX's coordinator is then found, in the project's working
 # tree. That folder and the environment's python must have the same path on every host. NETWORK is

@@ -2,7 +2,7 @@
 
     python -m launch.template ray > ray_driver.py
     ray job submit --working-dir=. -- python ray_driver.py --nodes=2 --gpus=8 -- \
-        --config=configs/gpt_124m.py --config.checkpoint.storage=host0
+        --config=configs/gpt_124m.py --config.data.shards=DIR --config.checkpoint.storage=host0
 
 Ray starts and places; the training program is the same and makes its own connections. Exits with
 the first status that is not 0: 75 says "saved, start me again". The code must be on every node:

@@ -2,7 +2,8 @@
 # SLURM: a batch script for sbatch, one process a node, which takes all the node's GPUs.
 #
 #     python -m launch.template slurm > train.sh
-#     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 train.sh --config=configs/gpt_124m.py
+#     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 train.sh \
+#         --config=configs/gpt_124m.py --config.data.shards=DIR
 #
 # Run on the project's working tree, which all nodes must see, with its environment's python first
 # in PATH. Two minutes before the time limit SLURM asks for the end: the run saves, ends with 75,

@@ -2,7 +2,8 @@
 # torchrun, or whatever sets MASTER_ADDR, WORLD_SIZE and RANK: one process a host.
 #
 #     python -m launch.template torchrun > train.sh
-#     HEAD=10.0.0.11 HOSTS=2 RANK=0 bash train.sh --config=configs/gpt_124m.py    on each, its RANK
+#     HEAD=10.0.0.11 HOSTS=2 RANK=0 bash train.sh \
+#         --config=configs/gpt_124m.py --config.data.shards=DIR    on each, its RANK
 #
 # HEAD is the address of host 0 on the training network. torchrun starts the program again at most
 # three times, on all hosts, and takes every status but 0 for a failure: also 75 (saved, start me

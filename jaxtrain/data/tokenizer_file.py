@@ -1,0 +1,230 @@
+"""What a tokenizer.json does to text: the settings to report, and the bytes each token stands for.
+
+Such files come from elsewhere and carry settings of another program. Those that would drop or add
+tokens are switched off; those that change the text are reported.
+"""
+
+import json
+import re
+
+SPACE = "▁"  # stands for a space in SentencePiece's vocabularies
+ASCII_SPACE = b" \t\n\r\v\f"
+DROPS_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
+KEEPS_SPACE = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
+ADDS_TOKENS = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
+MOST_NAMES = 4  # of added tokens in a note
+
+
+def byte_letters() -> dict[str, int]:
+    """Returns the printable letter that stands for each byte in GPT-2's vocabulary files."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable}
+    return letters | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def switch_off(tokenizer) -> list[str]:
+    """Switches off what would drop, add or randomise tokens; returns a note for each setting."""
+    notes = []
+    if tokenizer.truncation:
+        notes.append(f"truncation to {tokenizer.truncation['max_length']} tokens switched off")
+        tokenizer.no_truncation()
+    if tokenizer.padding:
+        length = tokenizer.padding["length"]
+        to = f" to {length} tokens" if length else ""
+        notes.append(f"padding{to} switched off")
+        tokenizer.no_padding()
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if dropout:
+        notes.append(f"BPE dropout of {dropout:g} switched off")
+        tokenizer.model.dropout = None
+    return notes
+
+
+def hide_special_tokens(tokenizer, tokenizers) -> str | None:
+    """Makes the model read the spelling of a special token in a text as plain text.
+
+    A Unigram model's vocabulary holds them with the best score, so that an HTML page's <s> would
+    otherwise become the token that starts documents. The entries are renamed; their ids stay.
+
+    Returns:
+        the token of what is not in the vocabulary; None where there is none.
+    """
+    if type(tokenizer.model).__name__ != "Unigram":
+        return getattr(tokenizer.model, "unk_token", None)
+    model = json.loads(tokenizer.to_str())["model"]
+    special = {token.content for token in _added(tokenizer).values() if token.special}
+    entries = [("\0" + t if t in special else t, score) for t, score in model["vocab"]]
+    fallback = model.get("byte_fallback", False)
+    tokenizer.model = tokenizers.models.Unigram(entries, model["unk_id"], fallback)
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+
+
+class TextForm:
+    """How a tokenizer.json's tokens spell a text.
+
+    Attributes:
+        spellings: bytes that each id stands for; empty for special tokens and gaps.
+        lossless: the spellings of a text's tokens are exactly its normalised form; otherwise
+            text may be lost, and where whitespace may be, both are compared without it.
+        approximate: `expect` may be a few bytes off, because the library normalises the text
+            between added tokens part by part.
+        notes: the settings that change the text, in words.
+    """
+
+    def __init__(self, tokenizer, start: str, unknown: str | None):
+        self._normalizer = tokenizer.normalizer
+        self._normalizers, self._splitters, self._decoders = (
+            _parts(part)
+            for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
+        )
+        every = self._normalizers + self._splitters + self._decoders
+        self._byte_level = any(part["type"] == "ByteLevel" for part in every)
+        self._spaced = any(
+            part["type"] == "Metaspace" or SPACE in json.dumps(part, ensure_ascii=False)
+            for part in every
+        )
+        self._letters = byte_letters()
+        self._to_latin = {ord(letter): byte for letter, byte in self._letters.items()}
+        model, vocabulary = tokenizer.model, tokenizer.get_vocab(with_added_tokens=True)
+        self._fallback = bool(getattr(model, "byte_fallback", False))
+        self._prefix = getattr(model, "continuing_subword_prefix", None) or ""
+        self._suffix = getattr(model, "end_of_word_suffix", None) or ""
+        self._missing = self._missing_bytes(vocabulary)
+        added = _added(tokenizer)
+        self._keeps_space = self._find_keeps_space(added)
+        plain = [token for token in added.values() if not token.special]
+        covers = self._missing == 0
+        self.approximate = bool(plain and self._normalizers)
+        self.lossless = covers and self._keeps_space and not self.approximate
+        self.spellings = self._spell_all(vocabulary, added, unknown)
+        self.notes = self._describe(tokenizer, added, unknown, start)
+
+    def expect(self, text: str) -> bytes:
+        """Returns the bytes that a text's tokens must spell."""
+        if self._normalizer is not None:
+            text = self._normalizer.normalize_str(text)
+        if any(part["type"] == "ByteLevel" for part in self._normalizers):
+            return self._comparable(text.translate(self._to_latin).encode("latin-1"))
+        return self._comparable((text.replace(SPACE, " ") if self._spaced else text).encode())
+
+    def spell(self, ids) -> bytes:
+        """Returns the bytes that tokens stand for, in the form that `expect` has."""
+        return self._comparable(b"".join([self.spellings[i] for i in ids]))
+
+    def _comparable(self, content: bytes) -> bytes:
+        if self._keeps_space:
+            return content
+        if self._byte_level or self._fallback:  # a token may be a part of a character
+            return content.translate(None, ASCII_SPACE)
+        return "".join(content.decode().split()).encode()
+
+    def _missing_bytes(self, vocabulary) -> int:
+        """How many of the 256 bytes no token stands for; -1 where tokens stand for characters."""
+        if self._byte_level:
+            return sum(letter not in vocabulary for letter in self._letters)
+        if self._fallback:
+            return sum(f"<0x{byte:02X}>" not in vocabulary for byte in range(256))
+        return -1
+
+    def _find_keeps_space(self, added) -> bool:
+        strips = any(token.lstrip or token.rstrip for token in added.values())
+        return not (strips or self._prefix or self._suffix) and all(
+            part["type"] in KEEPS_SPACE
+            and part.get("behavior") != "Removed"
+            and not part.get("add_prefix_space")
+            for part in self._splitters
+        )
+
+    def _spell_all(self, vocabulary, added, unknown) -> list[bytes]:
+        spellings = [b""] * (max(vocabulary.values()) + 1)
+        for token, i in vocabulary.items():
+            spellings[i] = self._spell_one(token)
+        if unknown in vocabulary:
+            spellings[vocabulary[unknown]] = b""
+        for i, token in added.items():
+            if token.special:
+                spellings[i] = self._fallback_byte(token.content)
+            else:
+                spellings[i] = token.content.encode()
+        return spellings
+
+    def _fallback_byte(self, token) -> bytes:
+        match = self._fallback and re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes([int(match[1], 16)]) if match else b""
+
+    def _spell_one(self, token) -> bytes:
+        if self._byte_level:
+            if all(letter in self._letters for letter in token):
+                return token.translate(self._to_latin).encode("latin-1")
+            return token.encode()
+        if byte := self._fallback_byte(token):
+            return byte
+        if self._spaced:
+            token = token.replace(SPACE, " ")
+        return token.removeprefix(self._prefix).removesuffix(self._suffix).encode()
+
+    def _describe(self, tokenizer, added, unknown, start) -> list[str]:
+        notes = []
+        rewriting = [p for p in self._normalizers if p["type"] != "ByteLevel"]
+        if rewriting:
+            notes.append(f"normalizer rewrites the text: {', '.join(map(_name, rewriting))}")
+        for part in self._splitters:
+            if part["type"] in DROPS_SPACE or part.get("behavior") == "Removed":
+                notes.append(f"pre-tokenizer {part['type']} drops whitespace or separators")
+            elif part.get("add_prefix_space") or part.get("prepend_scheme") in ("always", "first"):
+                notes.append(f"pre-tokenizer {part['type']} puts a space before each document")
+        processors = [p["type"] for p in _parts(tokenizer.post_processor)]
+        ignored = [name for name in processors if name in ADDS_TOKENS]
+        if ignored:
+            notes.append(
+                f"post-processor {', '.join(ignored)} not used: each document starts with {start}"
+            )
+        for flag in ("lstrip", "rstrip"):
+            names = [repr(t.content) for t in added.values() if not t.special and getattr(t, flag)]
+            if names:
+                side = {"lstrip": "before", "rstrip": "after"}[flag]
+                notes.append(f"added tokens drop the whitespace {side} them: {_few(names)}")
+        lost = f"is lost (it becomes {unknown})" if unknown else "is lost"
+        if self._missing > 0:
+            notes.append(f"{self._missing} of 256 bytes have no token: what holds them {lost}")
+        elif self._missing < 0:
+            notes.append(f"no byte fallback: text outside the vocabulary {lost}")
+        return notes
+
+
+def _added(tokenizer) -> dict:
+    """{id: AddedToken}"""
+    return tokenizer.get_added_tokens_decoder()
+
+
+def _parts(component) -> list[dict]:
+    """The settings of each part of a component, sequences flattened, in their order."""
+    if component is None:
+        return []
+    return list(_flatten(json.loads(component.__getstate__())))
+
+
+def _flatten(settings):
+    for key in ("normalizers", "pretokenizers", "decoders", "processors"):
+        if key in settings:
+            for part in settings[key]:
+                yield from _flatten(part)
+            return
+    yield settings
+
+
+def _name(part) -> str:
+    """A normalizer in a few words: `Lowercase`, `Replace ' ' by '▁'`."""
+    kind = part["type"]
+    if kind == "Replace":
+        [pattern] = part["pattern"].values()
+        return f"Replace {pattern!r} by {part['content']!r}"
+    if kind == "Prepend":
+        return f"Prepend {part['prepend']!r}"
+    return f"{kind} (lowercase)" if part.get("lowercase") else kind
+
+
+def _few(names) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more

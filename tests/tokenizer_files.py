@@ -1,0 +1,73 @@
+"""Small tokenizer.json files of each family, trained here, as they are found on the hub."""
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+TEXT = "Hello, world! The quick brown fox\n\n  naïve 你好 🦊\tend <|endoftext|> <s>Bad</s> [UNK]"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def byte_level(path, text=TEXT, **prefix):
+    """GPT-2's kind: every byte has a token."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | prefix)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return _trained(tokenizer, trainer, path, text)
+
+
+def sentencepiece(path, text=TEXT):
+    """Llama 2's kind: spaces are written as another letter, rare characters as bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    rewrite = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(rewrite)
+    special = ["<unk>", "<s>", "</s>", *BYTES]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    return _trained(tokenizer, trainer, path, text)
+
+
+def word_piece(path, text=TEXT):
+    """BERT's kind: lower case, no whitespace, unknown words are lost."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[UNK]", "[BOS]"], show_progress=False
+    )
+    return _trained(tokenizer, trainer, path, text)
+
+
+def unigram(path, text=TEXT):
+    """T5's kind: its vocabulary holds the special tokens as if they were words."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    return _trained(tokenizer, trainer, path, text)
+
+
+FAMILIES = {f.__name__: f for f in (byte_level, sentencepiece, word_piece, unigram)}
+
+
+def _trained(tokenizer, trainer, path, text):
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def changed(path, change):
+    """Applies `change` to the file's tokenizer, writes it beside and returns the new path."""
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    change(tokenizer)
+    tokenizer.save(path + ".changed")
+    return path + ".changed"
