@@ -26,6 +26,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint, or each of them, cannot be trusted."""
 
 
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
 def digests(arrays) -> list[str]:
     """16 hex digits for each array, in one compiled call and one transfer.
 
