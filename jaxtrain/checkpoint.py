@@ -24,6 +24,11 @@ from jaxtrain.storage.host0 import Host0
 from jaxtrain.storage.shared import Shared
 
 STORAGE = {"shared": Shared, "host0": Host0}
+TRIES = 5  # to read a step before the run that is going on replaces it
+
+
+class _Replaced(CheckpointError):
+    """A step was removed while it was read; there is a newer one."""
 
 
 class Restored(NamedTuple):
@@ -151,6 +156,9 @@ class Checkpoints:
             device_check: compares the digests of what was read, on the devices.
             step: only this one; None takes the newest good one.
 
+        With read_only, a step that the run beside it removes meanwhile is not rejected: the newer
+        one is read.
+
         Raises:
             ValueError: the newest intact step is of another state, or of a newer format; or `step`
                 is not stored.
@@ -162,7 +170,18 @@ class Checkpoints:
             raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
         if not self._read_only:
             self.storage.check()
+        for _ in range(TRIES):
+            with contextlib.suppress(_Replaced):
+                return self._restore(abstract_state, template, device_check, step)
+        raise CheckpointError(
+            f"a checkpoint must stay while it is read; the run that writes to {self.folder} "
+            f"replaced {TRIES}. Wait for its end, or train with a larger --config.keep_last."
+        )
+
+    def _restore(self, abstract_state, template, device_check, step) -> Restored | None:
+        """As restore(); raises _Replaced if what it read was removed."""
         rejected, steps = [], from_process_0(self.steps)
+        listed = steps
         if step is not None:
             if step not in steps:
                 raise ValueError(f"step must be one of {steps}; got {step}. Set --step.")
@@ -177,6 +196,8 @@ class Checkpoints:
                 if device_check:
                     digest.check_digests(record, arrays)
             except CheckpointError as error:
+                if self._read_only and from_process_0(self.steps) != listed:
+                    raise _Replaced from error
                 rejected.append((step, str(error)))
                 if jax.process_index() == 0:
                     logging.warning("Checkpoint at step %d rejected: %s", step, error)
@@ -189,10 +210,10 @@ class Checkpoints:
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
             return Restored(step, state, record["meta"])
         if rejected:
-            lines = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in rejected)
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint that can be trusted:{lines}\n"
-                "Nothing was moved. Put back a good step, or set another --config.workdir."
+                f"{self.folder} holds no checkpoint that can be trusted: {reasons}. Nothing was "
+                "moved. Put back a good step, or set another --config.workdir."
             )
         return None
 
@@ -211,12 +232,12 @@ class Checkpoints:
             try:
                 record = digest.read_record(self.folder / str(candidate))
             except CheckpointError as error:
-                reasons += f"\n  step {candidate}: {error}"
+                reasons += f"; step {candidate}: {error}"
                 continue
             digest.check_format(record)
             return record["meta"]
         if reasons:
-            raise CheckpointError(f"{self.folder} holds no readable record:{reasons}")
+            raise CheckpointError(f"{self.folder} holds no readable record{reasons}")
         return None
 
     @contextlib.contextmanager
@@ -231,8 +252,10 @@ class Checkpoints:
         except (SaveFailed, OSError) as error:
             if not is_of_disk(error):
                 raise
-            with contextlib.suppress(SaveFailed):
+            try:
                 self.wait()  # the save under way may become the newest
+            except SaveFailed as failed:  # it, rather than a line of a log, has filled the disk
+                error = failed
             steps = self.steps()
             newest = f"the newest checkpoint is step {steps[-1]}" if steps else "no step is saved"
             reason = str(error) if isinstance(error, SaveFailed) else explain(error)

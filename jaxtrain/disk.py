@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 # Refusals of a file system. With these an OSError is about files even if it names none.
@@ -109,6 +110,17 @@ def explain_stored(error: BaseException, folder) -> str | None:
         return None
     code = int(found[1] or found[2])
     return f"{folder}: {os.strerror(code)}{_detail(code, folder)}"
+
+
+@contextlib.contextmanager
+def ends_in_one_line():
+    """Ends a program that the file system stops, in one line. Decorates `main` of commands."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_files(error):
+            raise
+        sys.exit(f"error: {explain(error)}")
 
 
 def _detail(code: int | None, path) -> str:

@@ -56,6 +56,7 @@ class RunLock:
         run: id that the processes of one run share to hold the lock together; None: one process.
         flock: takes the kernel's lock.
         beat_s: between signs of life, where the kernel's lock does not reach.
+        wait_s: for an owner to end, before this one is refused.
 
     Raises:
         RunLocked: on entry, another run has the lock; in check(), another run has taken it.
@@ -63,10 +64,17 @@ class RunLock:
     """
 
     def __init__(
-        self, workdir, flag="--config.workdir", run=None, flock=fcntl.flock, beat_s=BEAT_S
+        self,
+        workdir,
+        flag="--config.workdir",
+        run=None,
+        flock=fcntl.flock,
+        beat_s=BEAT_S,
+        wait_s=WAIT_S,
     ):
         self.workdir, self.path = Path(workdir), Path(workdir) / FILE
-        self._flag, self._run, self._flock, self._beat_s = flag, run, flock, beat_s
+        self._flag, self._run, self._flock = flag, run, flock
+        self._beat_s, self._wait_s = beat_s, wait_s
         self._file, self._made = None, False
         self._gap = ""  # what the lock does not protect from
         self._ended = threading.Event()
@@ -110,7 +118,7 @@ class RunLock:
         return [self._gap] if self._gap else []
 
     def _take(self) -> None:
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + self._wait_s
         while not self._try():
             owner = read_owner(self.path)
             if time.monotonic() > deadline:
@@ -161,9 +169,15 @@ class RunLock:
 
     def _write(self) -> None:
         owner = this_process(self._run, os.fstat(self._file).st_ino)
+        text = (json.dumps(owner, indent=1) + "\n").encode()
         with naming(self.path):
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, (json.dumps(owner, indent=1) + "\n").encode(), 0)
+            try:
+                os.ftruncate(self._file, 0)
+                if os.pwrite(self._file, text, 0) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self.path.unlink()
+                raise
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_s):

@@ -24,10 +24,11 @@ import jaxtrain.config as config_lib
 from jaxtrain.about import header, measured, stored_config, versions
 from jaxtrain.agree import from_process_0, of_all, on_all
 from jaxtrain.beat import beat
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.disk import naming
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete, fit_positions
 from jaxtrain.interop.start import check_model, check_resumed, load_params
@@ -146,7 +147,8 @@ def train_on(run, data, checkpoints, lock, quiet, started_s) -> int:
 
 def open_data(cfg, workdir):
     """Returns the corpora that a run trains and is evaluated on."""
-    return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
+    with naming(cfg.data.text or cfg.data.shards):
+        return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
 
 
 def compile_all(run, report, first):
@@ -196,17 +198,32 @@ def start_state(run, checkpoints, batches):
     Raises:
         ValueError: the checkpoint is of other data or another model, or past the last step.
     """
-    restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
+    stored = from_process_0(lambda: newest_config(checkpoints))
+    check_resumed(run.cfg.model, stored)
+    try:
+        restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
+    except ValueError as error:
+        changed = config_lib.changes(stored, run.cfg) if stored else []
+        changed = "; ".join(change for change in changed if change.startswith("optim."))
+        raise ValueError(f"{error}{changed and f' Changed: {changed}.'}") from error
     if restored is None:
         return first_state(run), None
     batches.restore(restored.meta["data"])
-    check_resumed(run.cfg.model, restored.meta["config"])
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
         )
     return restored.state, restored._replace(state=None)  # the loop donates it
+
+
+def newest_config(checkpoints) -> dict:
+    """Returns the config of the newest checkpoint, by the names of flags; {} if there is none."""
+    try:
+        meta = checkpoints.read_meta()
+    except CheckpointError:  # restore() says more of it
+        return {}
+    return meta["config"] if meta else {}
 
 
 def finish(loop, corpus, told) -> int:

@@ -151,22 +151,22 @@ def _open_manager(folder: Path, keep_last: int, keep_every: int) -> ocp.Checkpoi
 
 
 def quiet_orbax() -> None:
-    """Drops from absl's log Orbax's lines below warnings, and what the file system refuses.
+    """Drops from the log Orbax's lines below warnings, and what the file system refuses.
 
-    Orbax also raises the latter. A full disk is logged four times, with 100 lines of traceback
-    each; -v=1 shows them.
+    Orbax also raises the latter. A full disk is logged four times by it and once for each array by
+    asyncio, with 100 lines of traceback; -v=1 shows them.
     """
-    logger = std_logging.getLogger("absl")
-    if _is_not_chatter not in logger.filters:
-        logger.addFilter(_is_not_chatter)
+    for name in ("absl", "asyncio"):
+        logger = std_logging.getLogger(name)
+        if _is_not_chatter not in logger.filters:
+            logger.addFilter(_is_not_chatter)
 
 
 def _is_not_chatter(record) -> bool:
-    if f"{os.sep}orbax{os.sep}" not in record.pathname:
-        return True
-    if record.exc_info and explain_stored(record.exc_info[1], ""):
-        return logging.level_debug()
-    return record.levelno >= std_logging.WARNING
+    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    if (orbax or record.name == "asyncio") and record.exc_info:
+        return logging.level_debug() or not explain_stored(record.exc_info[1], "")
+    return not orbax or record.levelno >= std_logging.WARNING
 
 
 def quiet_closed_loops() -> None:
