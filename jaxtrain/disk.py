@@ -23,13 +23,20 @@ TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+)\b")
 
 
 @contextlib.contextmanager
-def naming(path):
-    """Adds `path` to an OSError of the block that names no file, as those of write() do."""
+def naming(path, file=None):
+    """Adds `path` to an OSError of the block that names no file, as those of write() do.
+
+    Args:
+        file: closed with the error; else Python would report later that its buffer is lost.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
         raise
 
 

@@ -9,7 +9,6 @@ https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py,
 https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py
 """
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -78,7 +77,7 @@ class ShardWriter:
             stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
             text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
             chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            with self._naming():
+            with naming(self._path, self._file):
                 self._file.write(chunk)
             self._digest.update(chunk)
             entry["tokens"] += stop - done
@@ -97,17 +96,6 @@ class ShardWriter:
             self._digest = hashlib.sha256()
         return self.entries[-1]
 
-    @contextlib.contextmanager
-    def _naming(self):
-        """Names the file that a full disk stops, and closes it: its buffer cannot be written."""
-        try:
-            with naming(self._path):
-                yield
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            raise
-
     def close(self) -> None:
         """Completes the shard being written: its header, then the disk."""
         if self._file is None:
@@ -119,7 +107,7 @@ class ShardWriter:
             if np.dtype(dtype) == self._dtype
         )
         header[:3] = magic, version, entry["tokens"]
-        with self._naming():
+        with naming(self._path, self._file):
             self._file.seek(0)
             self._file.write(header)
             self._file.flush()
