@@ -66,6 +66,7 @@ from jaxtrain.benchmarks import (
     training,
 )
 from jaxtrain.commands import in_form
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 
@@ -223,6 +224,7 @@ def provenance() -> dict:
     }
 
 
+@ends_in_one_line()
 def main(argv=None, prog="python -m jaxtrain.bench") -> None:
     args = parse(argv, prog)
     about = machine.describe()

@@ -21,6 +21,7 @@ from jax.profiler import ProfileData
 
 from jaxtrain.benchmarks.measure import format_table
 from jaxtrain.commands import in_form
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.tracing import MARK
 from pallas_kernels.arguments import Parser
 
@@ -284,6 +285,7 @@ def parse(argv=None, prog="python -m jaxtrain.profile"):
     return parser.parse_args(argv)
 
 
+@ends_in_one_line()
 def main(argv=None, prog="python -m jaxtrain.profile") -> None:
     args = parse(argv, prog)
     try:

@@ -26,6 +26,7 @@ from jaxtrain.data.text import (
     token_dtype,
 )
 from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import write_atomic
 from pallas_kernels.arguments import Parser
 
@@ -207,6 +208,7 @@ def _held_shards(out: Path, overwrite: bool) -> list[Path]:
     return held
 
 
+@ends_in_one_line()
 def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
     args = _parse(argv, prog)
     out = Path(args.out)

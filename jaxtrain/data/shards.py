@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.disk import naming
+
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 LLMC_FORMS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, dtype
@@ -75,7 +77,8 @@ class ShardWriter:
             stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
             text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
             chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            self._file.write(chunk)
+            with naming(self._path, self._file):
+                self._file.write(chunk)
             self._digest.update(chunk)
             entry["tokens"] += stop - done
             entry["text_bytes"] += text - text_done
@@ -87,7 +90,8 @@ class ShardWriter:
         if self._file is None:
             name = f"{self._stem}_{self._split}_{len(self.entries):06d}.bin"
             self.entries.append({"file": name, "split": self._split, "tokens": 0, "text_bytes": 0})
-            self._file = open(self._folder / name, "wb")
+            self._path = self._folder / name
+            self._file = open(self._path, "wb")
             self._file.write(bytes(HEADER_BYTES))
             self._digest = hashlib.sha256()
         return self.entries[-1]
@@ -103,11 +107,12 @@ class ShardWriter:
             if np.dtype(dtype) == self._dtype
         )
         header[:3] = magic, version, entry["tokens"]
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self._path, self._file):
+            self._file.seek(0)
+            self._file.write(header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._file = None
         entry["fingerprint"] = self._digest.hexdigest()[:32]
 

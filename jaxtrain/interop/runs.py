@@ -28,6 +28,8 @@ from jaxtrain.interop.verify import check_finite, check_reading, check_transform
 from jaxtrain.invocation import command, python
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.run import build_run, read_stored, restore_run
+from jaxtrain.run_lock import FILE as LOCK
+from jaxtrain.run_lock import RunLock
 from jaxtrain.runtime import start_runtime
 from jaxtrain.train import start_state
 from jaxtrain.trees import named_leaves
@@ -50,7 +52,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
         raise InteropError(
             f"--from must be a Hugging Face folder or an llm.c file; {folder} does not exist."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         found = "is not empty" if out.is_dir() else "is a file"
         raise InteropError(f"an import must go to a new folder; {out} {found}. Set --run.")
     model = read_config(folder)
@@ -82,12 +84,12 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
     run = build_run(cfg, jax.local_devices()[:1])
     axes, shapes = named_leaves(run.model.axes), named_leaves(run.model.shapes)
     read_weights(folder, model, axes, shapes)  # every fault shows before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        _store_step_0(run, out)
-    except BaseException:  # an import that fails leaves no half of a run
-        shutil.rmtree(out)
-        raise
+    with RunLock(out, "--run"):
+        try:
+            _store_step_0(run, out)
+        except BaseException:  # an import that fails leaves no half of a run
+            shutil.rmtree(out)
+            raise
     print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
     print(f"next: {command('evaluate', f'--run={out}')}")
     print(f"      {command('generate', f'--run={out}', '--prompt=def main(')}")

@@ -23,6 +23,7 @@ from absl import app, flags, logging
 import jaxtrain.config as config_lib
 from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.commandline import Form, parse
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.knobs import sections
 from jaxtrain.model.layers import sizes
@@ -160,6 +161,7 @@ def print_overhead(args) -> None:
     print(overhead_table(cfg, run.model, tokens, args.chips, peak, args.efficiency))
 
 
+@ends_in_one_line()
 def main(words) -> int:
     del words  # there are none
     args = flags.FLAGS
