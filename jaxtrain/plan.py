@@ -137,9 +137,7 @@ def answer(args) -> int:
     if args.table:
         return table(args, show=print)
     if args.config is None:
-        raise ValueError(
-            "a config must be named, as in `jaxtrain plan gpt_124m`; got none. Or set --table."
-        )
+        raise ValueError("a config must be named, such as gpt_124m; got none. Or set --table.")
     cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
     if args.compare:
         return compare(cfg, args, show=print)

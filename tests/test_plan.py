@@ -49,7 +49,7 @@ def test_a_plan_over_hosts_shows_memory_bound_collectives_and_routes(tmp_path):
 
 
 def test_bad_input_is_one_line_that_names_the_flag():
-    assert "--config must be a config file; got none" in run().stderr
+    assert "a config must be named, such as" in run().stderr
     done = run("--config=configs/debug.py", "--chip=b300")
     assert done.returncode == 78 and "got 'b300'" in done.stderr
 
