@@ -64,7 +64,9 @@ def fit_parts(cfg, devices: int, rows: int):
     return dataclasses.replace(cfg, accumulation=parts)
 
 
-def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> dict:
+def evaluate(
+    eval_step, state, batches, bytes_per_token=None, max_tokens=0, asked=lambda: None
+) -> dict | None:
     """{"eval/loss_nats", "eval/tokens", "eval/bits_per_byte"} of held-out batches.
 
     Args:
@@ -72,6 +74,8 @@ def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> d
         batches: from data.eval_batches; padding (docs of -1) does not count.
         bytes_per_token: of the held-out text; None leaves bits per byte out.
         max_tokens: stops after the batch that reaches it; 0 reads all.
+        asked: called before each batch; the evaluation is given up, and None returned, once it
+            returns a signal.
 
     Raises:
         ValueError: batches hold no target.
@@ -79,6 +83,8 @@ def evaluate(eval_step, state, batches, bytes_per_token=None, max_tokens=0) -> d
     params = eval_params(state.opt_state, state.params)
     nats = tokens = 0.0  # float64 on the host: float32 would lose bits over a long shard
     for batch in batches:
+        if asked():
+            return None
         batch_nats, batch_tokens = jax.device_get(eval_step(params, batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
         if max_tokens and tokens >= max_tokens:

@@ -33,6 +33,7 @@ from jaxtrain.step import (
     build_step,
     place_rates,
 )
+from jaxtrain.stop import INTERRUPTED, interruptible
 
 REFUSED = 78  # EX_CONFIG: the same start would fail again
 # What a run was trained by and need not be read by: the function of its weights is the same, and
@@ -77,7 +78,12 @@ def run_main(main, errors=(), words=False):
         if len(argv) > 1 and not words:
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         try:
-            part(main(argv[1:]) if words else main())
+            with interruptible():
+                status = main(argv[1:]) if words else main()
+            part(status)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            leave(INTERRUPTED)
         except Exception as error:
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)

@@ -4,15 +4,15 @@
     python -m jaxtrain.train --config=configs/quickstart.py --config.data.text=PATH
     python -m jaxtrain.train --config=configs/gpt_124m.py --config.data.shards=DIR
 
-The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the next step; exit
-status 75 says "preempted: start me again", 78 "the same start would fail again". Several processes
+The same command resumes a run that was stopped. Ctrl-C and SIGTERM save after the step, or the
+evaluation batch, that is under way; a second one ends the process at once. Exit status 75 says
+"preempted: start me again", 78 "the same start would fail again". Several processes
 find each other by --coordinator, --processes, --process, or by what started them (launch.run,
 SLURM's srun, mpirun, JAX_* variables).
 """
 
 import json
 import os
-import signal
 import socket
 import time
 from pathlib import Path
@@ -43,11 +43,9 @@ from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
 from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
 from jaxtrain.step import abstract_state, init_state
 from jaxtrain.steplog import StepLog
-from jaxtrain.stop import Stop
+from jaxtrain.stop import Stop, status_of
 from jaxtrain.work import build_work, find_device_chip
 
-PREEMPTED = 75  # EX_TEMPFAIL: start me again
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 PROMPT_TOKENS = 64  # of held-out text, where sample.prompt is empty
 
 
@@ -81,15 +79,21 @@ def print_sample(loop, corpus):
     loop.report.note(f"{rule}\n{prompt}|{texts[0]}\n{rule}")
 
 
-def train(cfg, devices=None, quiet=False) -> int:
+def train(cfg, devices=None, quiet=False, stop=None) -> int:
     """Trains up to cfg.steps, resuming from cfg.workdir if it holds a checkpoint.
 
+    Args:
+        stop: an entered Stop, which ends the process if a signal comes before the first step;
+            None leaves signals alone until then.
+
     Returns:
-        the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
+        the exit status: 0, or that of the signal that asked for a save.
     """
     started_s = time.perf_counter()
+    stop = stop or Stop(jax.process_count() > 1)
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
+    stop.starting("reading the data")
     corpus = open_corpus(cfg.data, "train", cfg.model.V, workdir)
     held_out = open_corpus(cfg.data, "val", cfg.model.V, workdir)
     same_everywhere("the data", corpus.fingerprint)
@@ -103,6 +107,7 @@ def train(cfg, devices=None, quiet=False) -> int:
             storage=cfg.checkpoint.storage,
         ) as checkpoints,
     ):
+        stop.starting("making or restoring the weights")
         state, restored = start_state(run, checkpoints, batches)
         if restored is None and cfg.checkpoint.storage == "host0":
             check_not_moved(workdir, checkpoints.steps())
@@ -113,11 +118,12 @@ def train(cfg, devices=None, quiet=False) -> int:
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0
         about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
-        with Report(*about) as report, Stop() as stop:
+        with Report(*about) as report:
             hosts = of_all(socket.gethostname())
             report.header(header(run, corpus, checkpoints, restored))
             report.write_config(stored_config(run, corpus, hosts))
             beat("compile", first)
+            stop.starting("compiling the step")
             step, diagnosis = compile_all(run, report, first)
             work = build_work(run, step.compiled, hosts)
             report.write_config(stored_config(run, corpus, hosts, work))
@@ -127,8 +133,9 @@ def train(cfg, devices=None, quiet=False) -> int:
                     run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
                 )
                 del state  # the loop donates it
-                measure.start(before_s(step, diagnosis, report, started_s))
-                return finish(loop, corpus, loop.run_to_end(stop))
+                with stop:
+                    measure.start(before_s(step, diagnosis, report, started_s))
+                    return finish(loop, corpus, loop.run_to_end(stop))
 
 
 def compile_all(run, report, first):
@@ -206,8 +213,10 @@ def finish(loop, corpus, told) -> int:
     """Evaluates, samples and sums up a run that is through; says how to resume one that is not."""
     cfg, report = loop.cfg, loop.report
     beat("end")
+    if told is None and loop.evaluate(cfg.steps) is None:
+        told = loop.stop.signal
     if told is None:
-        loop.evaluate(cfg.steps)
+        loop.stop.serve("ending after the sample")
         print_sample(loop, corpus)
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
@@ -218,7 +227,7 @@ def finish(loop, corpus, told) -> int:
         return 0
     saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
     report.note(f"{saved} of {cfg.steps}; the same command resumes it")
-    return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
+    return status_of(told)
 
 
 def main() -> int:
@@ -227,11 +236,12 @@ def main() -> int:
     beat("start")
     by_hand = args.coordinator, args.processes, args.process, None, args.processes
     world = World("flags", *by_hand) if args.processes > 1 else detect(os.environ)
-    start_runtime(cfg, world)
-    set_up_logging(jax.process_index())
-    cfg = fit_world(cfg, world)
-    same_everywhere("the config", config_lib.start_hash(cfg))
-    return train(cfg)
+    set_up_logging(world.process)
+    with Stop(world.processes > 1) as stop:
+        start_runtime(cfg, world)
+        cfg = fit_world(cfg, world)
+        same_everywhere("the config", config_lib.start_hash(cfg))
+        return train(cfg, stop=stop)
 
 
 __doc__ += "\n" + describe(config_lib.TrainConfig)  # what --help shows

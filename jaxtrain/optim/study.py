@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
+from jaxtrain.about import versions
 from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import sizes
@@ -32,11 +33,11 @@ from jaxtrain.optim.overhead import TOKENS, overhead_table
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run
 from jaxtrain.runtime import start_runtime
+from jaxtrain.stop import INTERRUPTED, interruptible
 from jaxtrain.study.picture import study_curves
 from jaxtrain.study.plan import Plan, StudyConfig, build_plan, describe
 from jaxtrain.study.result import Finding, choose, find, text
 from jaxtrain.study.runs import Interrupted, Progress, check_folder, open_data
-from jaxtrain.train import INTERRUPTED, versions
 
 
 def run_study(values, devices=None, show=print) -> list[Finding]:
@@ -170,7 +171,8 @@ def main(argv) -> int:
             print_overhead(args)
             return 0
         set_up_logging()
-        run_study(args.config)
+        with interruptible():
+            run_study(args.config)
     except (Interrupted, KeyboardInterrupt) as stop:
         print("\nstopped; the same command goes on from here, and trains nothing twice")
         return getattr(stop, "status", INTERRUPTED)
