@@ -20,10 +20,11 @@ step
 diagnose
 metrics digest work
 agree
+precision
 storage.*
 checkpoint
 run
-scalars curve export
+scalars curve export report_text
 steplog phases
 measure about tracing moved
 report
