@@ -30,6 +30,14 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([invocation(), name, *map(shlex.quote, arguments)])
 
 
+def typed() -> str:
+    """Returns the command line that started this process, as one line for the user's shell."""
+    words = sys.orig_argv[1:]
+    if words and Path(words[0]).name == "jaxtrain":  # the installed script
+        return command(*words[1:])
+    return f"{_python()} {shlex.join(words)}"
+
+
 def _python() -> str:
     """The shortest name of this interpreter that works in the current folder."""
     on_path = shutil.which("python")

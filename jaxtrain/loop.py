@@ -11,6 +11,7 @@ from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_eval_step, evaluate
 from jaxtrain.phases import AFTER_STEPS, measure_phases, show_phases
+from jaxtrain.report_text import duration, span
 from jaxtrain.stop import Stop
 from jaxtrain.tracing import Tracer
 
@@ -48,6 +49,7 @@ class Loop:
         self.first = int(state.step)
         self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
+        self._told_time = False  # how long the steps will take
         self._in_flight = None  # (step, scalars), the scalars still on the device
         self._scalars = {}  # of the last step that has arrived
 
@@ -143,6 +145,7 @@ class Loop:
         with self.tracer.part("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.measure.tick(step, skipped=bad_steps > 0)
+        self._tell_time(step)
         self.report.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
@@ -155,6 +158,17 @@ class Loop:
                 f"by step {step} (checkpoint: step {self.saved_step}). Lower "
                 "--config.optim.learning_rate or raise --config.max_bad_steps."
             )
+
+    def _tell_time(self, step):
+        """Prints once, from the first timed steps, how long all of them will take."""
+        made = step - self.first
+        if self._told_time or made < 3 or made < 6 and self.measure.clock.steps_s < 10:
+            return
+        self._told_time, step_s = True, self.measure.clock.usual_s()
+        left, left_s = self.cfg.steps - step, step_s * (self.cfg.steps - step)
+        if left_s >= 10:
+            text = f"about {duration(left_s)} for {left:,} more steps of {span(step_s)}"
+            self.report.header([("time", f"{text}, without evaluations and saves")])
 
     def evaluate(self, step) -> dict | None:
         """Logs the held-out loss of the current weights as this step's; None where a signal came.

@@ -24,6 +24,7 @@ from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.precision import resolve
 from jaxtrain.runtime import leave, part, start_runtime
 from jaxtrain.step import (
     Step,
@@ -77,6 +78,9 @@ def run_main(main, errors=(), words=False):
     def guarded(argv):
         if len(argv) > 1 and not words:
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
+        # A terminal or locale that lacks a character, or a name that is no UTF-8, ends no run.
+        if hasattr(sys.stdout, "reconfigure"):  # not where a caller has replaced it
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with interruptible():
                 status = main(argv[1:]) if words else main()
@@ -148,6 +152,7 @@ def build_run(cfg, devices=None) -> Run:
         ValueError: the mesh, the batch or a route does not fit this machine.
     """
     mesh = build_mesh(cfg.mesh, devices)
+    cfg, _ = resolve(cfg, mesh.devices.flat[0])
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
     device, masked = mesh.devices.flat[0], cfg.data.document_mask
     routes = choose_routes(

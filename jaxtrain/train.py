@@ -32,12 +32,14 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete, fit_positions
 from jaxtrain.interop.start import check_model, check_resumed, load_params
+from jaxtrain.invocation import command, typed
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.measure import Measure, open_wire
 from jaxtrain.mesh import param_sharding
 from jaxtrain.moved import check_not_moved
 from jaxtrain.optim.accelerated import evaluated
+from jaxtrain.precision import resolve
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
 from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
@@ -91,6 +93,7 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
     """
     started_s = time.perf_counter()
     stop = stop or Stop(jax.process_count() > 1)
+    cfg, dtype_reason = resolve(cfg, (devices or jax.devices())[0], cfg.workdir)
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
     stop.starting("reading the data")
@@ -120,14 +123,14 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
         about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
         with Report(*about) as report:
             hosts = of_all(socket.gethostname())
-            report.header(header(run, corpus, checkpoints, restored))
+            report.header(header(run, corpus, checkpoints, restored, dtype_reason))
             report.write_config(stored_config(run, corpus, hosts))
             beat("compile", first)
             stop.starting("compiling the step")
             step, diagnosis = compile_all(run, report, first)
             work = build_work(run, step.compiled, hosts)
-            report.write_config(stored_config(run, corpus, hosts, work))
             with open_measure(run, work, hosts, first, checkpoints) as measure:
+                report.write_config(stored_config(run, corpus, hosts, work, measure))
                 report.header(measured(run, work, measure))
                 loop = Loop(
                     run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
@@ -221,13 +224,24 @@ def finish(loop, corpus, told) -> int:
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
     ended = {"stopped_by": told and told.name, "versions": versions()}
-    ended["eval_at"] = f"eval_params: {evaluated(loop.state.opt_state)}"
+    ended["eval_at"] = evaluated(loop.state.opt_state)
     report.finish(loop.measure.total() | ended)
     if told is None:
+        for line in next_commands(cfg.workdir):
+            report.note(line)
         return 0
     saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
     report.note(f"{saved} of {cfg.steps}; the same command resumes it")
     return status_of(told)
+
+
+def next_commands(workdir):
+    """Yields what to do with a run that has ended: a command a line, to paste."""
+    run = f"--run={workdir}"
+    yield "next:"
+    yield f"  {command('evaluate', run)}"
+    yield f"  {command('generate', run, '--samples=2')}"
+    yield f"  {command('summary', str(workdir))}"
 
 
 def main() -> int:
@@ -241,7 +255,10 @@ def main() -> int:
         start_runtime(cfg, world)
         cfg = fit_world(cfg, world)
         same_everywhere("the config", config_lib.start_hash(cfg))
-        return train(cfg, stop=stop)
+        status = train(cfg, stop=stop)
+        if stop.signal and status and jax.process_index() == 0:
+            print(f"resume with:\n  {typed()}", flush=True)
+        return status
 
 
 __doc__ += "\n" + describe(config_lib.TrainConfig)  # what --help shows

@@ -48,3 +48,14 @@ def test_arguments_with_spaces_are_quoted():
     words = shlex.split(command("evaluate", "--run=my run"))
     assert words[-2:] == ["evaluate", "--run=my run"]
     assert words[:-2] == shlex.split(invocation())
+
+
+def test_the_typed_command_is_printed_so_that_it_can_be_pasted(tmp_path):
+    program = tmp_path / "a b.py"
+    program.write_text(PROGRAM.replace('"invocation"', '"typed"'))
+    words = [str(program), "--config.workdir=runs/it's ü", "-v"]
+    run = lambda command, **how: (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, **how).stdout
+    )
+    typed = run([sys.executable, *words])
+    assert run(typed.strip(), shell=True) == typed and "it'\"'\"'s" in typed

@@ -30,6 +30,7 @@ def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path):
     runs.signal_at(process, broken, 90, signal.SIGTERM)
     out = runs.finish(process, 75)
     assert "resume" in out and "the same command resumes it" in out
+    assert f"-m jaxtrain.train --config=configs/debug.py --config.workdir={broken}" in out
     assert 90 <= runs.losses(broken)[-1][0] < 200
     process = runs.start(broken, text, *flags)
     runs.signal_at(process, broken, 140, signal.SIGINT)

@@ -25,6 +25,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -35,6 +36,7 @@ from jaxtrain.crosscheck.names import STYLES
 from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
+from jaxtrain.precision import resolve as resolve_dtype
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import run_main
 from jaxtrain.runtime import start_runtime
@@ -55,6 +57,7 @@ def resolve(config, steps, precision):
         config.model.dtype = config.optim.ns_dtype = precision
     cfg = config_lib.freeze(config)
     start_runtime(cfg)
+    cfg, _ = resolve_dtype(cfg, jax.devices()[0])
     Path(cfg.workdir).mkdir(parents=True, exist_ok=True)
     return cfg
 

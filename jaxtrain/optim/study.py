@@ -30,6 +30,7 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import count_params
 from jaxtrain.optim.overhead import TOKENS, overhead_table
+from jaxtrain.precision import resolve
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run
 from jaxtrain.runtime import start_runtime
@@ -49,6 +50,8 @@ def run_study(values, devices=None, show=print) -> list[Finding]:
     """
     plan = build_plan(values)
     start_runtime(plan.base)
+    base, _ = resolve(plan.base, (devices or jax.devices())[0])
+    plan = plan._replace(base=base)
     folder = Path(plan.study.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(plan.base, folder)
