@@ -14,6 +14,7 @@ def get_config():
     config = ConfigDict({"base": quickstart.get_config(), "study": {"workdir": "runs/study"}})
     run = config.base
     run.steps = 120
+    run.model.dtype = "float32"  # the same study on every machine
     run.save_every = 120
     run.keep_last = 1
     run.eval_every = 30

@@ -1,6 +1,7 @@
 """The loss curve of a run as a PNG, legible at the width of a phone."""
 
 import io
+import warnings
 
 import numpy as np
 
@@ -53,7 +54,10 @@ def loss_curve(train, evals, title: str) -> bytes:
     _set_limits(axes, np.concatenate([train[:, 1], evals[:, 1]]))
     _set_text(axes, title)
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    with warnings.catch_warnings():
+        # A folder's name may have characters that the font lacks: they are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(png, format="png")
     return png.getvalue()
 
 
@@ -90,7 +94,8 @@ def _set_text(axes, title):
     from matplotlib.ticker import MaxNLocator
 
     name, *subtitle = title.splitlines() or [""]
-    axes.set_title(name, loc="left", fontsize=20, fontweight="bold", pad=14 + 19 * len(subtitle))
+    style = {"fontsize": 20, "fontweight": "bold", "pad": 14 + 19 * len(subtitle)}
+    axes.set_title(name, loc="left", parse_math=False, **style)  # a folder's name may hold a $
     below = {"fontsize": 14, "color": "#555555", "transform": axes.transAxes}
     axes.text(0, 1.03, "\n".join(subtitle), **below)
     axes.set_xlabel("step", fontsize=16)

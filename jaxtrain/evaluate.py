@@ -92,7 +92,9 @@ def fit_parts(cfg, devices: int, rows: int):
     return dataclasses.replace(cfg, accumulation=parts)
 
 
-def evaluate(eval_step, state, batches, count_bytes=None, max_tokens=0) -> dict:
+def evaluate(
+    eval_step, state, batches, count_bytes=None, max_tokens=0, asked=lambda: None
+) -> dict | None:
     """{"eval/loss_nats", "eval/tokens", "eval/bits_per_byte"} of held-out batches.
 
     Bits per byte divide the nats of all targets by the bytes that the same targets stand for. The
@@ -103,6 +105,8 @@ def evaluate(eval_step, state, batches, count_bytes=None, max_tokens=0) -> dict:
         batches: from data.eval_batches; padding (docs of -1) does not count.
         count_bytes: from build_byte_counter; None leaves bits per byte out.
         max_tokens: stops after the batch that reaches it; 0 reads all.
+        asked: called before each batch; the evaluation is given up, and None returned, once it
+            returns a signal.
 
     Raises:
         ValueError: batches hold no target.
@@ -112,6 +116,8 @@ def evaluate(eval_step, state, batches, count_bytes=None, max_tokens=0) -> dict:
         0.0  # float64 on the host: float32 would lose bits over a long shard
     )
     for batch in batches:
+        if asked():
+            return None
         counted = count_bytes(batch) if count_bytes else 0
         batch_nats, batch_tokens = jax.device_get(eval_step(params, batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)

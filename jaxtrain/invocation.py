@@ -30,17 +30,17 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([invocation(), name, *map(shlex.quote, arguments)])
 
 
-def again(*arguments: str) -> str:
-    """Returns the command that started this process with more flags, as one line for the shell.
+def typed() -> str:
+    """Returns the command line that started this process, as one line for the user's shell."""
+    words = sys.orig_argv[1:]
+    if words and Path(words[0]).name == "jaxtrain":  # the installed script
+        return command(*words[1:])
+    return f"{python()} {shlex.join(words)}"
 
-    Where a program of someone else started us, its words would not be a command of ours.
-    """
-    program, words = Path(sys.argv[0]), sys.argv[1:]
-    if program.name in ("jaxtrain", "__main__.py") and words:
-        return command(*words, *arguments)
-    if program.parent.name == "jaxtrain" and program.suffix == ".py":
-        return command(program.stem, *words, *arguments)
-    return f"the same command with {shlex.join(arguments)}"
+
+def again(*arguments: str) -> str:
+    """Returns the command that started this process with more arguments, as one line."""
+    return f"{typed()} {shlex.join(arguments)}"
 
 
 def python() -> str:

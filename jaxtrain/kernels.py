@@ -1,4 +1,4 @@
-"""Which implementation of each op runs, and why: printed at start, stored with the run.
+"""Which implementation of each op runs, and why: stored with the run; what is unusual is printed.
 
 What a fused kernel needs of the chip and of the mesh is decided here; fused.py calls it.
 """
@@ -14,6 +14,7 @@ from pallas_kernels.chip import CHIPS
 from pallas_kernels.routes import choose, default_tiles
 from pallas_kernels.tuned import TILES
 
+ASKED = "asked for by"  # in the reason of a route that the config names
 UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
 
 
@@ -27,19 +28,29 @@ class Route:
     fallback: bool = False
     tiles: tuple | dict | None = None  # of a fused kernel
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is what this platform takes by default, at full speed."""
+        wide = self.implementation in ("blocked_wide", "cpu_wide")
+        return not (self.fallback or self.tiles or wide or ASKED in self.reason)
+
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
         return f"{self.op:<10} {self.implementation:<10} {mark}{self.reason}"
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Returns the words of this host's /proc/cpuinfo, none where it is not Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
 def cpu_multiplies_bf16() -> bool:
     """Whether this host's processor has bf16 products (AVX512-BF16, AMX or Arm's BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():  # not Linux: Apple's processors since M2 have them
+    if not cpu_flags():  # not Linux: Apple's processors since M2 have them
         return host.machine() == "arm64"
-    flags = set(cpuinfo.read_text().split())
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def arch_of(device) -> str:
@@ -118,7 +129,7 @@ class _Fused:
         choice = self.measured(op)
         if not (asked or choice.faster):
             return None
-        why = f"asked for by {asked}; {choice.reason}" if asked else choice.reason
+        why = f"{ASKED} {asked}; {choice.reason}" if asked else choice.reason
         return Route(op, f"{name}:{self.arch}", why, tiles=choice.tiles)
 
     def measured(self, op):
@@ -158,7 +169,7 @@ def _attention(model, document_mask, platform, arch, tensor) -> Route:
             "Set --config.model.attention=auto."
         )
     if asked != "auto":
-        return Route("attention", asked, "asked for by model.attention")
+        return Route("attention", asked, f"{ASKED} model.attention")
     if platform != "gpu":
         wide = platform == "cpu" and not cpu_multiplies_bf16() and model.dtype == "bfloat16"
         why = "query blocks over their prefix, own backward" + (
@@ -182,7 +193,7 @@ def _dense(model, platform) -> Route:
 
 def _unroll(model, platform, chip) -> Route:
     if model.unroll:
-        return Route("layers", f"unroll={model.unroll}", "asked for by model.unroll")
+        return Route("layers", f"unroll={model.unroll}", f"{ASKED} model.unroll")
     if platform == "cpu" and model.L <= UNROLLED_LAYERS:
         return Route("layers", f"unroll={model.L}", "cpu: a rolled scan costs 8-28 % of the step")
     turn = tuning.hint(chip, "unroll", 1)
@@ -242,3 +253,17 @@ def choose_routes(
             f"strict forbids fallbacks; got {'; '.join(fallbacks)}. Set --config.strict=false."
         )
     return routes
+
+
+def describe(routes: dict[str, Route]):
+    """Yields (name, text): each route that is a kernel, a fallback or asked for, then the rest."""
+    for route in routes.values():
+        if route.fallback:
+            yield "FALLBACK", f"{route.op:<10} {route.implementation:<10} {route.reason}"
+        elif not route.is_usual:
+            yield "route", str(route)
+    found = routes["attention"]
+    cudnn = found.is_usual and found.implementation == "cudnn"
+    others = cudnn or not all(route.is_usual for route in routes.values())
+    rest = "all others by XLA" if others else "all by XLA"
+    yield "routes", f"attention by cuDNN, {rest}" if cudnn else rest

@@ -12,7 +12,12 @@ from jaxtrain.beat import beat
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate, warn_of_noise
 from jaxtrain.phases import AFTER_STEPS, measure_phases, show_phases
+from jaxtrain.report_text import duration, span
+from jaxtrain.stop import Stop
 from jaxtrain.tracing import Tracer
+
+IN_STEP = "saving after this step, then stopping"
+IN_EVALUATION = "leaving the evaluation, saving, then stopping"
 
 
 class Diverged(RuntimeError):
@@ -39,22 +44,31 @@ class Loop:
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
         self.checkpoints, self.report, self.measure = checkpoints, report, measure
+        self.stop = Stop()
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = int(state.step)
         self.saved_step, cfg = self.first, run.cfg
         self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
         self._warned = False  # of few held-out tokens
+        self._told_time = False  # how long the steps will take
         self._in_flight = None  # (step, scalars), the scalars still on the device
         self._scalars = {}  # of the last step that has arrived
 
     def run_to_end(self, stop):
-        """Trains to cfg.steps, or until `stop` is asked for; returns the signal that asked."""
-        cfg, told = self.cfg, None
+        """Trains to cfg.steps, or until a signal asks to stop; returns that signal or None.
+
+        Args:
+            stop: Stop of this process, entered.
+        """
+        cfg, told, self.stop = self.cfg, None, stop
+        stop.serve(IN_STEP)
         if self._evaluates_after(self.first):
             seen = self.report.evaluated_step == self.first  # else the run ended right after a save
             if not from_process_0(lambda: seen):
                 self.evaluate(self.first)
+        if stop.signal:
+            return stop.signal
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.turns_at(step):
                 self._switch_trace()
@@ -62,13 +76,16 @@ class Loop:
                 batch = self._advance(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            told = stop.asked(step)
+            told = stop.asked()
             if told or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
+            if not told and self._evaluates_after(step):
+                self.evaluate(step)
+                told = stop.signal  # served between two batches
+                if told:
+                    self._save(step)
             if told:
                 break
-            if self._evaluates_after(step):
-                self.evaluate(step)
         if self.tracer.is_on:
             self._switch_trace()
         return told
@@ -130,6 +147,7 @@ class Loop:
         with self.tracer.part("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.measure.tick(step, skipped=bad_steps > 0)
+        self._tell_time(step)
         self.report.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
@@ -143,14 +161,35 @@ class Loop:
                 "--config.optim.learning_rate or raise --config.max_bad_steps."
             )
 
-    def evaluate(self, step) -> dict:
-        """Held-out loss of the current weights, logged as this step's."""
+    def _tell_time(self, step):
+        """Prints once, from the first timed steps, how long all of them will take."""
+        made = step - self.first
+        if self._told_time or made < 3 or made < 6 and self.measure.clock.steps_s < 10:
+            return
+        self._told_time, step_s = True, self.measure.clock.usual_s()
+        left, left_s = self.cfg.steps - step, step_s * (self.cfg.steps - step)
+        if left_s >= 10:
+            text = f"about {duration(left_s)} for {left:,} more steps of {span(step_s)}"
+            self.report.header([("time", f"{text}, without evaluations and saves")])
+
+    def evaluate(self, step) -> dict | None:
+        """Logs the held-out loss of the current weights as this step's; None where a signal came.
+
+        An evaluation may take longer than a scheduler waits after SIGTERM, so a signal is served
+        between its batches.
+        """
         self._arrive()
         beat("eval")
+        self.stop.serve(IN_EVALUATION)
         with self.measure.pause("eval"), self.tracer.part("pause"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            counter = self._count_bytes
-            metrics = evaluate(self.eval_step, self.state, batches, counter, self._eval_tokens())
+            counter, most = self._count_bytes, self._eval_tokens()
+            asked = self.stop.asked
+            metrics = evaluate(self.eval_step, self.state, batches, counter, most, asked)
+        self.stop.serve(IN_STEP)
+        if metrics is None:
+            self.report.note(f"the evaluation of step {step} was left; a resumed run makes it")
+            return None
         self.report.write(step, metrics)
         if (warning := warn_of_noise(metrics)) and not self._warned:
             self.report.note(warning)

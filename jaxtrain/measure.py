@@ -4,10 +4,11 @@ import os
 from contextlib import contextmanager
 
 import jax
+from absl import logging
 
 from jaxtrain.disk import closing
-from jaxtrain.metrics import OVERLAPPED, StepClock
-from jaxtrain.steplog import StepLog
+from jaxtrain.metrics import OF_STEPS, OVERLAPPED, StepClock, step_figures
+from jaxtrain.steplog import StepLog, read_step_times
 from jaxtrain.wire import INTERFACE, Wire
 from jaxtrain.work import StepWork, memory_figures
 
@@ -95,12 +96,27 @@ class Measure:
         return self._with_rates(self.clock.summary(), wire)
 
     def total(self) -> dict:
-        """Figures of the run, `lost_s` {cause: s} and `outliers` {cause: steps}."""
+        """Figures of the run, `lost_s` {cause: s} and `outliers` {cause: steps}.
+
+        Step times and tokens/s are of all the run's steps, those of earlier starts too, but the
+        first of each start: the same that launch.summary shows.
+        """
         self.log.flush()
         wire = self._meter.total() if self._meter else None
-        figures = self._with_rates(self.clock.total(), wire)
+        figures = self._with_rates(self._of_all_steps(self.clock.total()), wire)
         lost_s = self.clock.lost_s(figures["perf/wall_s"])
         return figures | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
+
+    def _of_all_steps(self, figures) -> dict[str, float]:
+        """Replaces the clock's figures of steps by those of the step log."""
+        try:
+            times_s = read_step_times(self.log.path)
+        except (OSError, ValueError) as error:
+            logging.warning("step times are of this start alone: %s", error)
+            return figures
+        if times_s:
+            return figures | step_figures(times_s, self.work.tokens, self.work.devices)
+        return {name: value for name, value in figures.items() if name not in OF_STEPS}
 
     def _with_rates(self, figures, wire) -> dict:
         if "perf/tokens_per_s" not in figures:

@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 OVERLAPPED = ("data",)  # the host waits, but the device is at work on the step before
+OF_STEPS = (  # figures of step times alone
+    "perf/step_time_s",
+    "perf/step_time_p95_s",
+    "perf/step_time_p99_s",
+    "perf/step_time_max_s",
+    "perf/tokens_per_s",
+    "perf/tokens_per_s_per_device",
+)
 FED_STEPS = 64  # that say what a step takes whose batch came in time
 
 
@@ -120,6 +128,11 @@ class StepClock:
         """The last wait for data since the last tick."""
         return self._waited_s
 
+    @property
+    def steps_s(self) -> float:
+        """Time of the run's steps so far."""
+        return sum(self._run.step_times_s)
+
     def usual_s(self) -> float:
         """Median step time of the run so far."""
         return statistics.median(self._run.step_times_s)
@@ -177,17 +190,25 @@ class StepClock:
         figures = {f"perf/pause_{cause}_s": seconds for cause, seconds in pauses.items()}
         if not times_s.size:
             return figures
-        p50_s, p95_s, p99_s, max_s = np.percentile(times_s, [50, 95, 99, 100])
         tokens, all_s = times_s.size * self.tokens_per_step, now_s - span.started_s
-        tokens_per_s = tokens / float(times_s.sum())
-        return {
-            "perf/step_time_s": float(p50_s),
-            "perf/step_time_p95_s": float(p95_s),
-            "perf/step_time_p99_s": float(p99_s),
-            "perf/step_time_max_s": float(max_s),
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/tokens_per_s_per_device": tokens_per_s / self.devices,
-            "perf/tokens_per_s_actual": tokens / all_s,
-            "perf/goodput": self._good_s(span) / all_s,
-            "data/wait_s": span.host_s["data"] / times_s.size,
-        } | figures
+        return (
+            step_figures(times_s, self.tokens_per_step, self.devices)
+            | {
+                "perf/tokens_per_s_actual": tokens / all_s,
+                "perf/goodput": self._good_s(span) / all_s,
+                "data/wait_s": span.host_s["data"] / times_s.size,
+            }
+            | figures
+        )
+
+
+def step_figures(times_s, tokens_per_step: int, devices: int) -> dict[str, float]:
+    """Returns the percentiles of step times and the tokens that their sum gives a second.
+
+    Args:
+        times_s: at least one.
+    """
+    tokens_per_s = tokens_per_step / np.mean(times_s)
+    rates = tokens_per_s, tokens_per_s / devices
+    values = *np.percentile(times_s, [50, 95, 99, 100]), *rates
+    return dict(zip(OF_STEPS, map(float, values), strict=True))

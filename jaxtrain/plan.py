@@ -30,6 +30,7 @@ from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noq
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.links import parse_link  # noqa: E402
 from jaxtrain.planning.tables import build_guess, compare, table  # noqa: E402
+from jaxtrain.precision import resolve_for_chip  # noqa: E402
 from jaxtrain.run import run_main  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
@@ -141,6 +142,7 @@ def answer(args) -> int:
     cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
     if args.compare:
         return compare(cfg, args, show=print)
+    cfg = resolve_for_chip(cfg, find_chip(args.chip))
     if args.formula:
         return by_formula(cfg, args)
     return search(cfg, name, args) if args.fit else plan(cfg, args)

@@ -16,9 +16,11 @@ from jaxtrain.curve import loss_curve
 from jaxtrain.disk import closing
 from jaxtrain.export import Exporter
 from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.report_text import EVAL_LOSS, LOSS, closing_lines, eval_text, step_text
 from jaxtrain.scalars import FILE, ScalarLog, read_metrics
 
-LOSS, EVAL_LOSS, EVAL_BITS = "train/loss_nats", "eval/loss_nats", "eval/bits_per_byte"
+NAME_WIDTH = 8  # of the header's first column: "FALLBACK"
+BAR_COLUMNS = 4  # that are left to the bar itself
 
 
 class Report:
@@ -94,7 +96,8 @@ class Report:
     def header(self, lines) -> None:
         """Prints what the run will do: lines of text, or (name, value) pairs in two columns."""
         lines = list(lines)
-        width = max((len(line[0]) for line in lines if not isinstance(line, str)), default=0)
+        names = [line[0] for line in lines if not isinstance(line, str)]
+        width = max(NAME_WIDTH, *map(len, names), 0)
         for line in lines:
             self.note(line if isinstance(line, str) else f"{line[0]:<{width}}  {line[1]}")
 
@@ -121,7 +124,8 @@ class Report:
             self.note(f"eval  step {step}  {eval_text(metrics)}")
 
     def advance(self, step: int) -> None:
-        """Moves the bar, where there is one, to `step` between two logged steps."""
+        """Counts a step that is not logged, on the bar too where there is one."""
+        self._latest["step"] = step
         if self._bar:
             self._bar.update(step - self._bar.n)
 
@@ -170,7 +174,8 @@ class Report:
         if self._bar is None:
             self._bar = _build_bar(self.steps, self.resume_step)
         self._bar.n = step
-        self._bar.set_description_str(step_text(metrics, eta_s))
+        taken = len(f"step {self.steps}/{self.steps}  100 %  ") + BAR_COLUMNS
+        self._bar.set_description_str(step_text(metrics, eta_s, _columns() - taken))
 
     def _close_bar(self):
         if self._bar:
@@ -193,75 +198,18 @@ def _is_watched() -> bool:
     return sys.stdout.isatty() and jax.process_count() == 1
 
 
+def _columns(unknown: int = 80) -> int:
+    """Width of the terminal; some containers' terminals state 0, and tqdm would draw nothing."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns or unknown
+
+
 def _build_bar(steps, resume_step):
     from tqdm import tqdm
 
     width = len(str(steps))
     form = f"step {{n:>{width}d}}/{{total}} {{bar}} {{percentage:3.0f}} %  {{desc}}"
-    # Some containers' terminals say that they have 0 columns; tqdm would then draw nothing.
-    columns = os.get_terminal_size(sys.stdout.fileno()).columns
-    size = {"dynamic_ncols": True} if columns else {"ncols": 80}
+    size = {"dynamic_ncols": True} if _columns(0) else {"ncols": _columns()}
     return tqdm(total=steps, initial=resume_step, bar_format=form, file=sys.stdout, **size)
-
-
-def step_text(metrics: dict, eta_s: float | None) -> str:
-    """Loss, tokens/s, median step time and time left, in columns that do not move."""
-    tokens_per_s, step_s = metrics.get("perf/tokens_per_s"), metrics.get("perf/step_time_s")
-    speed = "-" if tokens_per_s is None else grouped(tokens_per_s)
-    step_ms = "-" if step_s is None else milliseconds(step_s)
-    eta = "-" if eta_s is None else duration(eta_s)
-    return f"loss {metrics[LOSS]:6.3f}  {speed:>9} tok/s  {step_ms:>6} ms/step  eta {eta}"
-
-
-def eval_text(metrics: dict) -> str:
-    """`loss 1.702 nats/token  2.456 bits/byte`, the latter where it is known."""
-    bits = f"  {metrics[EVAL_BITS]:.3f} bits/byte" if EVAL_BITS in metrics else ""
-    return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}"
-
-
-def closing_lines(summary: dict) -> list[str]:
-    """What became of the run, from the entries of summary.json; lines without figures stay out."""
-    step, steps = summary["step"], summary["steps"]
-    loss = f"  loss {summary[LOSS]:.3f} nats/token" if LOSS in summary else ""
-    lines = [f"{'done ' if step >= steps else 'stopped'} step {step}/{steps}{loss}"]
-    if EVAL_LOSS in summary:
-        at = f"  at {summary['eval_at']}" if "eval_at" in summary else ""
-        lines.append(f"eval  {eval_text(summary)}{at}")
-    if "perf/step_time_s" in summary:
-        names = {"p50": "_s", "p95": "_p95_s", "p99": "_p99_s"}
-        times = {q: summary.get(f"perf/step_time{name}") for q, name in names.items()}
-        steps_ms = "  ".join(f"{q} {milliseconds(s)} ms" for q, s in times.items() if s)
-        lines.append(f"steps {steps_ms}  {grouped(summary['perf/tokens_per_s'])} tok/s")
-    if "perf/wall_s" in summary:
-        share = summary.get("perf/goodput")
-        share = f", {share:.0%} of it in steps" if share is not None else ""
-        tokens = grouped(summary["perf/tokens"])
-        lines.append(f"time  {duration(summary['perf/wall_s'])} for {tokens} tokens{share}")
-    if "lost_s" in summary:
-        most = sorted(summary["lost_s"].items(), key=lambda item: -item[1])
-        lost = "  ".join(f"{cause} {seconds:.1f} s" for cause, seconds in most if seconds >= 0.05)
-        lines.append(f"lost  {lost or 'nothing'}")
-    return lines
-
-
-def grouped(number: float) -> str:
-    """`6 842`: thousands apart; `0.13` below 10."""
-    return f"{number:.2g}" if number < 9.5 else f"{number:,.0f}".replace(",", " ")
-
-
-def milliseconds(seconds: float) -> str:
-    """`0.8`, `299`, `12 345`: ms, with a decimal below 10."""
-    return f"{seconds * 1e3:.1f}" if seconds < 9.95e-3 else grouped(seconds * 1e3)
-
-
-def duration(seconds: float) -> str:
-    """`0:54`, `1:02:03`, `2d 01:02:03`."""
-    minutes, s = divmod(round(max(seconds, 0)), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02}:{m:02}:{s:02}"
-    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
 
 
 class _LineHandler(std_logging.StreamHandler):

@@ -25,6 +25,7 @@ from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.precision import resolve
 from jaxtrain.runtime import leave, part, start_runtime
 from jaxtrain.step import (
     Step,
@@ -34,6 +35,7 @@ from jaxtrain.step import (
     build_step,
     place_rates,
 )
+from jaxtrain.stop import INTERRUPTED, interruptible
 
 NO_FLAGS = Form("", "")
 # What a run was trained by and need not be read by: the function of its weights is the same, and
@@ -78,9 +80,16 @@ def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain
     """
 
     def guarded(words):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no locale stops a message
+        # A terminal or locale that lacks a character, or a name that is no UTF-8, ends no run.
+        if hasattr(sys.stdout, "reconfigure"):  # not where a caller has replaced it
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            part(main(words) if form.words else main())
+            with interruptible():
+                status = main(words) if form.words else main()
+            part(status)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            leave(INTERRUPTED)
         except Exception as error:
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)
@@ -132,6 +141,7 @@ def build_run(cfg, devices=None) -> Run:
         ValueError: the mesh, the batch or a route does not fit this machine.
     """
     mesh = build_mesh(cfg.mesh, devices)
+    cfg, _ = resolve(cfg, mesh.devices.flat[0])
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
     device, masked = mesh.devices.flat[0], cfg.data.document_mask
     routes = choose_routes(

@@ -38,8 +38,8 @@ def start_runtime(cfg, world=ALONE) -> None:
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
-    if cfg.compile_cache and keeps_programs(world.processes):
-        cache = Path(cfg.compile_cache).expanduser()
+    cache = find_cache(cfg.compile_cache) if keeps_programs(world.processes) else None
+    if cache:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -51,6 +51,25 @@ def start_runtime(cfg, world=ALONE) -> None:
             f"this process must have the {world.devices} devices that the inventory states; JAX "
             f"finds {jax.local_device_count()}: {jax.local_devices()}. Correct gpus in --hosts."
         )
+
+
+def find_cache(folder: str) -> Path | None:
+    """Returns the folder of compiled programs, made if missing; None where there can be none.
+
+    A run is slower to start without it, and otherwise the same: a line says why it is off.
+    """
+    if not folder:
+        return None
+    try:
+        cache = Path(folder).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK | os.X_OK):
+            return cache
+        reason = f"{cache} cannot be written to"
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
+        reason = str(error)
+    logging.warning("no compile cache: %s (--config.compile_cache=%s)", reason, folder)
+    return None
 
 
 def on_cpu() -> bool:

@@ -28,8 +28,9 @@ class ModelConfig(Section):
     logit_softcap: float = knob(0.0, "c in c*tanh(logits/c); 0 is none", low=0.0)
     dtype: str = knob(
         "bfloat16",
-        "compute type; masters are float32, or float64 with float64",
-        choices=("bfloat16", "float32", "float64"),
+        "compute type; auto is bfloat16 where the chip multiplies it fast, else float32; masters "
+        "are float32, or float64 with float64",
+        choices=("auto", "bfloat16", "float32", "float64"),
     )
     attention: str = knob(
         "auto",
@@ -191,6 +192,9 @@ class MeasureConfig(Section):
     PREFIX = "measure."
 
     phases: bool = knob(False, "time forward, backward, optimizer and exchange alone, once")
+    details: bool = knob(
+        False, "print at start what config.json holds: routes, optimizer groups, what is measured"
+    )
 
 
 @dataclass(frozen=True)

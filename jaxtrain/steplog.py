@@ -1,8 +1,9 @@
 """hosts/PROCESS.jsonl: every step of one process, and those that took too long with the reason.
 
-A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"} and, with several hosts,
-{"comm/wire_sent_bytes", "comm/wire_received_bytes"}; an event is {"step", "time", "event":
-"outlier", "perf/step_time_s", "cause"}. Lines are written when flush() is called, not step by step.
+A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}, with several hosts also
+{"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and {"first": true} where it is the first
+after a start. An event is {"step", "time", "event": "outlier", "perf/step_time_s", "cause"}. Lines
+are written when flush() is called, not step by step.
 """
 
 import gc
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxtrain.disk import Appender
-from jaxtrain.scalars import rewind_metrics
+from jaxtrain.scalars import read_metrics, rewind_metrics
 
 FOLDER = "hosts"
 HISTORY = 200  # steps that say what is usual
@@ -42,6 +43,8 @@ class Row(NamedTuple):
         if self.wire:
             sent, received = self.wire
             line += f', "comm/wire_sent_bytes": {sent}, "comm/wire_received_bytes": {received}'
+        if "start" in self.beside:
+            line += ', "first": true'
         return f"{{{line}}}"
 
 
@@ -55,7 +58,7 @@ class StepLog:
     """
 
     def __init__(self, workdir: Path, process: int, resume_step: int = 0):
-        path = Path(workdir) / FOLDER / f"{process}.jsonl"
+        self.path = path = Path(workdir) / FOLDER / f"{process}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rewind_metrics(path, resume_step)
         self._file = Appender(path)
@@ -109,6 +112,21 @@ class StepLog:
             self.flush()
         finally:
             self._file.close()
+
+
+def read_step_times(path: Path) -> list[float]:
+    """Returns the seconds of every step in a hosts/N.jsonl but the first after each start.
+
+    The first step after a start also pays for what the device does once.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line of it is damaged.
+    """
+    lines = [record for record in read_metrics(path) if "event" not in record]
+    times_s = {line["step"]: line["perf/step_time_s"] for line in lines}
+    first = {line["step"] for line in lines if line.get("first")} | {min(times_s, default=0)}
+    return [s for step, s in times_s.items() if step not in first]
 
 
 def explain(row: Row, excess_s: float) -> str:

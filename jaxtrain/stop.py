@@ -1,51 +1,203 @@
-"""Stopping on request: a signal to one process is a save at the next step on all of them."""
+"""Stopping on request: Ctrl-C and SIGTERM are answered at once and served between two steps.
 
+Python runs a signal handler only between two bytecodes of the main thread: while XLA compiles or
+the host waits for a step, it would answer nothing. The interpreter also writes the signal's number
+to a file descriptor (`signal.set_wakeup_fd`), which a thread reads here.
+"""
+
+import contextlib
 import os
 import signal
+import sys
+import threading
+import time
 
-import jax
 from absl import logging
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PREEMPTED = 75  # EX_TEMPFAIL: start me again
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+DUPLICATE_S = 0.05  # `timeout` signals a process and then its group: two signals, one request
+PATIENCE_S = 0.5  # that the main thread has to begin to end by itself
 
 
-class Stop:
-    """Holds the signal that asked the run to stop. A second Ctrl-C ends the process at once.
+class Listener:
+    """Calls `hear(number)` in a thread for each signal; a context manager that may be nested.
 
-    With several processes JAX's own SIGTERM handler tells all of them which step to stop after, so
-    SIGTERM to any one stops the run, and Ctrl-C is turned into it.
+    Args:
+        numbers: signals to listen to.
+        hear: called in the thread, whatever the main thread does.
+        handler: called in the main thread once it runs Python code again.
     """
 
-    def __init__(self):
-        self.signal = None
-        self._former = {}
+    def __init__(self, numbers, hear, handler):
+        self._numbers, self._hear, self._handler = numbers, hear, handler
+        self._depth, self._former = 0, {}
 
     def __enter__(self):
-        several = jax.process_count() > 1
-        for number in SIGNALS if not several else (signal.SIGINT,):
-            self._former[number] = signal.signal(number, self._pass_on if several else self._ask)
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._former_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, self._handler) for number in self._numbers}
+        self._thread = threading.Thread(target=self._listen, args=(reading,), daemon=True)
+        self._thread.start()
+        _LISTENERS.append(self)
         return self
 
     def __exit__(self, *exc):
+        self._depth -= 1
+        if self._depth:
+            return
+        _LISTENERS.remove(self)
+        self._restore(self._former_fd)
+        os.close(self._writing)
+        self._thread.join()
+
+    def _restore(self, wakeup_fd):
         for number, former in self._former.items():
-            signal.signal(number, former)
+            if former is not None:  # None: a handler that Python did not install
+                signal.signal(number, former)
+        signal.set_wakeup_fd(wakeup_fd)
 
-    def _ask(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        logging.warning("%s: saving at the next step; again ends at once.", self.signal.name)
+    def _listen(self, reading):
+        last, last_s = None, 0.0
+        with open(reading, "rb", buffering=0) as numbers:
+            while read := numbers.read(1):
+                [number], now_s = read, time.monotonic()
+                duplicate = number == last and now_s - last_s < DUPLICATE_S
+                if number in self._numbers and not duplicate:
+                    last, last_s = number, now_s
+                    self._hear(number)
 
-    def _pass_on(self, number, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_LISTENERS = []  # those that are entered
+
+
+def _forget_in_child():
+    """Gives a forked child its parent's former handlers: it shares the descriptor's other end."""
+    for listener in reversed(_LISTENERS):
+        listener._restore(-1)
+    _LISTENERS.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def end_now(status: int) -> None:
+    """Ends the process without running another line of the main thread, as kill -9 would."""
+    os._exit(status)
+
+
+def status_of(number) -> int:
+    """Returns the exit status of a run that a signal stopped, with nothing lost."""
+    return PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+
+
+class Stop(Listener):
+    """The signal that asked a run to stop.
+
+    Before the first step nothing is to be saved: a signal ends the process at once. From `serve`
+    on, the first signal is for the training loop, and a second one ends the process at once.
+
+    With several processes JAX's own SIGTERM handler agrees on where all of them stop, so SIGTERM to
+    any one stops the run. Ctrl-C is passed on as SIGTERM. Each process of a job may get a SIGTERM
+    of its own, however late, so there only a second Ctrl-C ends a process at once.
+
+    Args:
+        several: whether this is one of several processes.
+    """
+
+    def __init__(self, several: bool = False):
+        super().__init__((signal.SIGINT,) if several else SIGNALS, self._answer, self._ignore)
+        self.signal = None  # what asked
+        self._several, self._passed_on = several, False
+        self._activity, self._promise = "starting", ""
+        self._calls = 0  # of asked()
+
+    def _ignore(self, number, frame):
+        """The thread has answered."""
+
+    def starting(self, activity: str) -> None:
+        """Names what the process does before its first step, for the line that a signal prints."""
+        self._activity, self._promise = activity, ""
+
+    def serve(self, promise: str) -> None:
+        """From now on `asked` returns the signal; `promise` says what the first one brings about.
+
+        Args:
+            promise: such as "saving after this step, then stopping".
+        """
+        self._promise = promise
+
+    def _answer(self, number):
+        name = signal.Signals(number).name
+        if self._several:
+            self._pass_on(number, name)
+        elif self.signal is not None:
+            end_now(128 + number)
+        elif self._promise:
+            self.signal = signal.Signals(number)
+            logging.warning("%s: %s (again: end now without saving)", name, self._promise)
+        else:
+            logging.warning(
+                "%s while %s: ended before a step was made; the same command starts again",
+                name,
+                self._activity,
+            )
+            end_now(status_of(number))
+
+    def _pass_on(self, number, name):
+        if self._passed_on or not _has_joined():
+            end_now(128 + number)
+        self._passed_on = True
+        what = self._promise or f"{self._activity}; all processes stop after their first step"
+        logging.warning("%s: %s (again: end this process now)", name, what)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def asked(self, step: int):
-        """The signal to stop for after this step, or None; the same on every process."""
-        if jax.process_count() == 1:
+    def asked(self):
+        """Returns the signal to stop for, or None.
+
+        Every process must call it equally often: where all of them stop is agreed on as a number of
+        calls. A call costs microseconds.
+        """
+        if not self._several or self.signal is not None:
             return self.signal
         from jax.experimental import multihost_utils
 
-        if multihost_utils.reached_preemption_sync_point(step):
+        self._calls += 1
+        if multihost_utils.reached_preemption_sync_point(self._calls):
             self.signal = signal.SIGTERM
+            logging.warning("SIGTERM to a process of this run: %s", self._promise)
         return self.signal
+
+
+def _has_joined() -> bool:
+    """Whether JAX's SIGTERM handler is there; without it SIGTERM ends a process at once."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Raises KeyboardInterrupt on Ctrl-C, and prints a line where compiled code delays it.
+
+    A second Ctrl-C ends the process at once.
+    """
+    asked, answered = threading.Event(), threading.Event()
+
+    def hear(number):
+        if asked.is_set():
+            end_now(INTERRUPTED)
+        asked.set()
+        if not answered.wait(PATIENCE_S):
+            logging.warning("SIGINT: ending when the compiled code returns (again: end now)")
+
+    def handler(number, frame):
+        answered.set()
+        raise KeyboardInterrupt
+
+    with Listener((signal.SIGINT,), hear, handler):
+        yield

@@ -4,14 +4,14 @@
     jaxtrain train quickstart --steps=300 --data.text=docs --workdir=runs/docs
     jaxtrain train debug --optim.name=adamw --optim.adam_learning_rate=0.01 --workdir=runs/adamw
 
-The same command resumes a run that was stopped. Ctrl-C and SIGTERM save at the next step; exit
-status 75 says "preempted: start me again", 78 "the same start would fail again". Several processes
+The same command resumes a run that was stopped. Ctrl-C and SIGTERM save after the step, or the
+evaluation batch, that is under way; a second one ends the process at once. Exit status 75 says
+"preempted: start me again", 78 "the same start would fail again". Several processes
 find each other by --coordinator, --processes, --process, or by what started them (launch.run,
 SLURM's srun, mpirun, JAX_* variables).
 """
 
 import os
-import signal
 import socket
 import time
 from pathlib import Path
@@ -24,80 +24,54 @@ from jaxtrain.about import header, measured, stored_config, versions
 from jaxtrain.agree import from_process_0, of_all, on_all
 from jaxtrain.beat import beat
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.closing import SAMPLE_FLAG, next_commands, print_sample
 from jaxtrain.commandline import Form
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.disk import naming
 from jaxtrain.engine import World, detect
-from jaxtrain.generate import complete, fit_positions, from_shell, shorten, shown
+from jaxtrain.generate import from_shell
 from jaxtrain.interop.start import check_model, check_resumed, load_params
+from jaxtrain.invocation import typed
 from jaxtrain.knobs import describe
 from jaxtrain.loop import Diverged, Loop
 from jaxtrain.measure import Measure, open_wire
 from jaxtrain.mesh import param_sharding
 from jaxtrain.moved import check_not_moved
 from jaxtrain.optim.accelerated import evaluated
+from jaxtrain.precision import resolve
 from jaxtrain.report import Report, set_up_logging
 from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
 from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
 from jaxtrain.step import abstract_state, init_state
 from jaxtrain.steplog import StepLog
-from jaxtrain.stop import Stop
+from jaxtrain.stop import Stop, status_of
 from jaxtrain.work import build_work, find_device_chip
 from jaxtrain.workdir import hold, is_finished
 
-PREEMPTED = 75  # EX_TEMPFAIL: start me again
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-SAMPLE_FLAG = "--config.sample.prompt"
-PROMPT_TOKENS = 64  # of held-out text, where sample.prompt is empty
 
-
-def print_sample(loop, corpus):
-    """Prints text from the trained weights, and how fast it came."""
-    cfg = loop.cfg.sample
-    if not cfg.tokens:
-        return
-    if corpus.tokenizer_name is None:
-        loop.report.note("no sample: the shards do not name their tokenizer")
-        return
-    tokenizer = build_tokenizer(corpus.tokenizer_name)
-    ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
-    if cfg.prompt:
-        ids = tokenizer.encode(from_shell(cfg.prompt, SAMPLE_FLAG))
-    prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
-    if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
-        loop.report.note(
-            f"the sample is {tokens} of sample.tokens={cfg.tokens} after {prompt_tokens} of "
-            f"{len(ids)} prompt tokens: model.positions={loop.cfg.model.positions}"
-        )
-    if not tokens:
-        return
-    ids = ids[len(ids) - prompt_tokens :]
-    with loop.measure.pause("sample"):
-        [sample], tokens_per_s = complete(
-            loop.run, loop.state, tokenizer, [ids], tokens, cfg.temperature, cfg.top_k
-        )
-    rule, prompt = "-" * 80, shorten(tokenizer.decode(ids))
-    loop.report.note(f"sample, {tokens_per_s:,.0f} tokens/s; what follows the bar is the model's")
-    loop.report.note(f"{rule}\n{shown(f'{prompt}|{sample.text}')}\n{rule}")
-
-
-def train(cfg, devices=None, quiet=False) -> int:
+def train(cfg, devices=None, quiet=False, stop=None) -> int:
     """Trains up to cfg.steps, resuming from cfg.workdir if it holds a checkpoint.
 
+    Args:
+        stop: an entered Stop, which ends the process if a signal comes before the first step;
+            None leaves signals alone until then.
+
     Returns:
-        the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
+        the exit status: 0, or that of the signal that asked for a save.
 
     Raises:
         RunLocked: another run writes to cfg.workdir.
     """
     started_s = time.perf_counter()
+    stop = stop or Stop(jax.process_count() > 1)
+    cfg, dtype_reason = resolve(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     from_shell(cfg.sample.prompt, SAMPLE_FLAG)  # refused now and not after the last step
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
+    stop.starting("reading the data")
     with hold(cfg) as lock:
         corpus, held_out = on_all(lambda: open_data(cfg, workdir))
         same_everywhere("the data", corpus.fingerprint)
@@ -112,12 +86,14 @@ def train(cfg, devices=None, quiet=False) -> int:
             ) as checkpoints,
         ):
             data = batches, corpus, held_out
-            return train_on(run, data, checkpoints, lock, quiet, started_s)
+            about = quiet, started_s, dtype_reason
+            return train_on(run, data, checkpoints, lock, stop, *about)
 
 
-def train_on(run, data, checkpoints, lock, quiet, started_s) -> int:
-    """As train(), of a run whose directory, data and checkpoints are open."""
+def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason) -> int:
+    """Trains a run whose directory, data and checkpoints are open; returns as train() does."""
     cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
+    stop.starting("making or restoring the weights")
     state, restored = start_state(run, checkpoints, batches)
     if restored is None and cfg.checkpoint.storage == "host0":
         check_not_moved(workdir, checkpoints.steps())
@@ -129,24 +105,26 @@ def train_on(run, data, checkpoints, lock, quiet, started_s) -> int:
         return 0
     title = f"{workdir.name}\n{run.parameters:,} parameters"
     about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
-    with checkpoints.naming_newest(), Report(*about) as report, Stop() as stop:
+    with checkpoints.naming_newest(), Report(*about) as report:
         hosts = of_all(socket.gethostname())
-        report.header(header(run, corpus, checkpoints, restored))
+        report.header(header(run, corpus, checkpoints, restored, dtype_reason))
         report.header(("lock", line) for line in lock.describe())
         report.write_config(stored_config(run, corpus, hosts))
         log = on_all(lambda: StepLog(workdir, jax.process_index(), first))
         beat("compile", first)
+        stop.starting("compiling the step")
         step, diagnosis = compile_all(run, report, first)
         work = build_work(run, step.compiled, hosts)
-        report.write_config(stored_config(run, corpus, hosts, work))
         with open_measure(run, work, hosts, log, checkpoints) as measure:
+            report.write_config(stored_config(run, corpus, hosts, work, measure))
             report.header(measured(run, work, measure))
             loop = Loop(
                 run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
             )
             del state  # the loop donates it
-            measure.start(before_s(step, diagnosis, report, started_s))
-            return finish(loop, corpus, loop.run_to_end(stop))
+            with stop:
+                measure.start(before_s(step, diagnosis, report, started_s))
+                return finish(loop, corpus, loop.run_to_end(stop))
 
 
 def open_data(cfg, workdir):
@@ -234,19 +212,23 @@ def finish(loop, corpus, told) -> int:
     """Evaluates, samples and sums up a run that is through; says how to resume one that is not."""
     cfg, report = loop.cfg, loop.report
     beat("end")
+    if told is None and loop.evaluate(cfg.steps) is None:
+        told = loop.stop.signal
     if told is None:
-        loop.evaluate(cfg.steps)
+        loop.stop.serve("ending after the sample")
         print_sample(loop, corpus)
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
     ended = {"stopped_by": told and told.name, "versions": versions()}
-    ended["eval_at"] = f"eval_params: {evaluated(loop.state.opt_state)}"
+    ended["eval_at"] = evaluated(loop.state.opt_state)
     report.finish(loop.measure.total() | ended)
     if told is None:
+        for line in next_commands(cfg.workdir):
+            report.note(line)
         return 0
     saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
     report.note(f"{saved} of {cfg.steps}; the same command resumes it")
-    return PREEMPTED if told == signal.SIGTERM else INTERRUPTED
+    return status_of(told)
 
 
 def main() -> int:
@@ -255,11 +237,15 @@ def main() -> int:
     beat("start")
     by_hand = args.coordinator, args.processes, args.process, None, args.processes
     world = World("flags", *by_hand) if args.processes > 1 else detect(os.environ)
-    start_runtime(cfg, world)
-    set_up_logging(jax.process_index())
-    cfg = fit_world(cfg, world)
-    same_everywhere("the config", config_lib.start_hash(cfg))
-    return train(cfg)
+    set_up_logging(world.process)
+    with Stop(world.processes > 1) as stop:
+        start_runtime(cfg, world)
+        cfg = fit_world(cfg, world)
+        same_everywhere("the config", config_lib.start_hash(cfg))
+        status = train(cfg, stop=stop)
+        if stop.signal and status and jax.process_index() == 0:
+            print(f"resume with:\n  {typed()}", flush=True)
+        return status
 
 
 def define_flags() -> None:

@@ -194,7 +194,7 @@ def conventions(work: StepWork, chip: Chip | None, device) -> list[str]:
         ]
     lines += work.counted
     if work.problem:
-        lines.append(f"NOT KNOWN: bytes and collectives of the compiled step: {work.problem}")
+        lines.append(f"unknown bytes and collectives of the compiled step: {work.problem}")
     return lines
 
 

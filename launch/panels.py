@@ -18,6 +18,7 @@ from launch.svg import (
 )
 
 SMOOTH_FROM = 40  # points; fewer show the trend by themselves
+LEFT_OUT = "The first step after each start is left out."
 CELLS = 40  # at most in a row, and bars in a histogram
 
 
@@ -78,7 +79,7 @@ def timeline(runs) -> str:
     caption = "; ".join(words).capitalize() + (f"; {above} above the frame" if above else "")
     marks = _events(runs[0]) if len(runs) == 1 else ()
     chart = line_chart("step time over steps", series, None, min(high, max(values)), marks, True)
-    return section(f"Step time, {unit}", chart, caption + ". The first step is left out.")
+    return section(f"Step time, {unit}", chart, caption + f". {LEFT_OUT}")
 
 
 def _time_unit(runs):

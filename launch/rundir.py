@@ -79,14 +79,17 @@ class Run:
 
     @cached_property
     def step_times(self) -> tuple[list[tuple[int, float]], str]:
-        """((step, s) of each step or window, without the first; what they are, in words).
+        """((step, s) of each step or window; what they are, in words).
 
-        The first step after a start also pays for what the device does once.
+        The first step after each start is left out, since it also pays for what the device does
+        once. The trainer's closing lines leave it out too (jaxtrain.steplog.read_step_times).
         """
         lines = self.hosts.get("0", [])
-        timed = {r["step"]: r[STEP_TIME] for r in lines if STEP_TIME in r}
+        timed = sorted({r["step"]: r[STEP_TIME] for r in lines if STEP_TIME in r}.items())
         if timed:
-            return sorted(timed.items())[1:], "each step, hosts/0.jsonl"
+            first = {r["step"] for r in lines if r.get("first")} | {timed[0][0]}
+            kept = [(step, value) for step, value in timed if step not in first]
+            return kept, "each step, hosts/0.jsonl"
         every = self.settings["log_every"]
         if every == 1:
             return self.points(STEP_TIME)[1:], "each step, metrics.jsonl"
@@ -109,7 +112,7 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """What is known of the run by metric name, of all its steps but the first."""
+        """What is known of the run by metric name, of the steps in step_times."""
         times = [seconds for _, seconds in self.step_times[0]]
         found = {}
         if times:

@@ -1,5 +1,6 @@
 """Whole runs in processes of their own, for the tests that kill them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -60,3 +61,11 @@ def losses(workdir):
     """(step, loss) of every logged training step."""
     records = read_metrics(workdir / "metrics.jsonl")
     return [(r["step"], r["train/loss_nats"]) for r in records if "train/loss_nats" in r]
+
+
+def phase_of(beats: Path) -> str:
+    """The phase that a process names in the file of its JAXTRAIN_BEAT."""
+    try:
+        return json.loads(beats.read_text())["phase"]
+    except (FileNotFoundError, ValueError):  # not yet written, or being written
+        return ""

@@ -3,6 +3,7 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import configs
@@ -10,6 +11,7 @@ from jaxtrain import config as config_lib
 from jaxtrain.kernels import choose_routes
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import build_model, count_params
+from jaxtrain.precision import resolve
 
 FOLDER = Path(configs.__file__).parent
 FAMILIES = {"__init__", "base", "gpt2", "llama"}  # started from, not trained
@@ -27,7 +29,7 @@ def test_the_shipped_sizes_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_states_the_parameter_count_and_the_command(name):
     module = importlib.import_module(f"configs.{name}")
-    cfg = config_lib.freeze(module.get_config())
+    cfg, _ = resolve(config_lib.freeze(module.get_config()), jax.devices()[0])
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
     stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
     assert int(stated.replace(",", "")) == count_params(model.axes, sizes(cfg.model))

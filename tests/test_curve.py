@@ -43,3 +43,9 @@ def test_losses_that_are_not_finite_leave_the_picture_as_if_they_were_not_there(
 def test_a_curve_without_a_finite_loss_is_refused():
     with pytest.raises(ValueError, match="finite"):
         loss_curve([(1, np.nan)], [], "run")
+
+
+@pytest.mark.parametrize("name", ["a$b$c", r"$\nosuch{$", "漢字"])
+def test_a_folders_name_is_drawn_as_it_is_and_without_a_warning(name):
+    points = [(1, 2.0), (2, 1.0)]
+    assert loss_curve(points, [], f"{name}\n7 parameters").startswith(b"\x89PNG")

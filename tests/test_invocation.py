@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from jaxtrain.invocation import again, command, invocation
+from jaxtrain.invocation import command, invocation
 
 ROOT = Path(__file__).parent.parent
 # The module alone: the package imports jax, which the linked interpreter does not have.
@@ -52,19 +50,12 @@ def test_arguments_with_spaces_are_quoted():
     assert words[:-2] == shlex.split(invocation())
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["/x/jaxtrain/train.py", "--config=a b"], ["train", "--config=a b", "--steps=3"]),
-        (["/x/bin/jaxtrain", "train", "debug"], ["train", "debug", "--steps=3"]),
-        (["/x/jaxtrain/__main__.py", "train", "debug"], ["train", "debug", "--steps=3"]),
-    ],
-)
-def test_the_command_that_started_us_is_repeated_with_more_flags(argv, words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", argv)
-    assert shlex.split(again("--steps=3")) == [*shlex.split(invocation()), *words]
-
-
-def test_a_command_of_someone_elses_program_is_not_repeated(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/bin/pytest", "-q"])
-    assert again("--a=b c") == "the same command with '--a=b c'"
+def test_the_typed_command_is_printed_so_that_it_can_be_pasted(tmp_path):
+    program = tmp_path / "a b.py"
+    program.write_text(PROGRAM.replace('"invocation"', '"typed"'))
+    words = [str(program), "--config.workdir=runs/it's ü", "-v"]
+    run = lambda command, **how: (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, **how).stdout
+    )
+    typed = run([sys.executable, *words])
+    assert run(typed.strip(), shell=True) == typed and "it'\"'\"'s" in typed

@@ -145,3 +145,34 @@ def test_the_fused_route_is_taken_where_it_must_be_and_named_by_its_chip(masked)
     assert route(STRICT, arch="sm_86") == "flash:sm_86"
     assert route(INTERPRET) == "flash:interpret"
     assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not before a card has run it
+
+
+def described(**values):
+    where = values.pop("where", {})
+    kernels_ = values.pop("kernels", KernelsConfig())
+    platform = values.pop("platform", "cpu")
+    masked = values.pop("masked", False)
+    model = ModelConfig(qk_norm=True, **values)
+    return list(kernels.describe(choose_routes(model, masked, platform, False, kernels_, **where)))
+
+
+def test_usual_routes_are_one_line():
+    assert described(dtype="float32") == [("routes", "all by XLA")]
+    assert described(platform="gpu") == [("routes", "attention by cuDNN, all others by XLA")]
+
+
+def test_a_fallback_stands_first_in_its_line():
+    rows = described(platform="gpu", masked=True)
+    assert [name for name, _ in rows] == ["FALLBACK", "routes"]
+    assert rows[0][1].startswith("attention  reference  cuDNN's cannot run")
+    assert rows[1][1] == "all others by XLA"
+
+
+def test_kernels_and_what_the_config_asks_for_have_a_line_each(monkeypatch):
+    rows = described(platform="gpu", kernels=KernelsConfig(strict=True), where={"arch": "sm_86"})
+    fused = [text.split()[:2] for name, text in rows if name == "route"]
+    assert ["norm", "fused:sm_86"] in fused and ["attention", "flash:sm_86"] in fused
+    assert described(attention="reference", dtype="float32")[0][0] == "route"
+    monkeypatch.setattr(kernels, "cpu_multiplies_bf16", lambda: False)
+    slow = described(dtype="bfloat16")
+    assert ["dense", "cpu_wide"] in [text.split()[:2] for name, text in slow if name == "route"]

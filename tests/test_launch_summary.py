@@ -15,6 +15,9 @@ import git_trees
 import pytest
 from run_directories import curve, series, write_run
 
+from jaxtrain.metrics import step_figures
+from jaxtrain.report_text import closing_lines
+from jaxtrain.steplog import read_step_times
 from launch import summary
 from launch.figures import rows_of
 from launch.host.rundir import read_changes
@@ -121,6 +124,34 @@ def test_figures_do_not_depend_on_who_tells_them(runs):
         assert one.figures[metric] == pytest.approx(two.figures[metric], rel=0.02)
     median = percentile([value for _, value in one.step_times[0]], 0.5)
     assert one.figures["perf/step_time_s"] == median
+
+
+def test_the_end_of_a_run_and_its_page_show_the_same_step_times_and_rate(tmp_path):
+    """Of a run that was resumed: neither counts the first step after a start."""
+    times = series(40, 0.03)
+    times[0], times[20] = 3.0, 5.0
+    folder = write_run(tmp_path / "run", times, processes=2)
+    path = folder / "hosts" / "0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | {"first": True} if line["step"] in (1, 21) else line for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokens = 512 * 1_024
+    figures = step_figures(read_step_times(path), tokens, 8)
+    closing = closing_lines({"step": 40, "steps": 40} | figures)
+    assert words_of(closing) == words_of_page(read_run(folder))
+    assert figures["perf/step_time_p99_s"] < 1 and len(read_step_times(path)) == 38
+
+
+def words_of(closing):
+    """p50, p95, p99 and tokens/s as a run's last lines have them."""
+    [line] = [line for line in closing if line.startswith("steps")]
+    return re.fullmatch(r"steps p50 (.+?)  p95 (.+?)  p99 (.+?)  (.+?) tok/s", line).groups()
+
+
+def words_of_page(run):
+    rows = dict(rows_of(run))
+    names = ("step p50", "step p95", "step p99", "tokens/s, in steps")
+    return tuple(rows[name].replace("\u202f", " ") for name in names)
 
 
 def test_what_was_not_measured_is_not_shown(runs):

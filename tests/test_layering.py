@@ -24,16 +24,17 @@ step
 diagnose
 metrics digest work
 agree
+precision
 storage.*
 checkpoint
 run
-scalars curve export
+scalars curve export report_text
 steplog phases
 measure about tracing moved
 workdir
 report
 evaluate generate
-loop
+loop closing
 train glance
 planning.*
 plan

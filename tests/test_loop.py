@@ -1,3 +1,7 @@
+import re
+import signal
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +42,17 @@ class Steps:
             return new, jax.tree.map(jnp.asarray, scalars)
 
 
+class Slow(Steps):
+    """Steps of 50 ms, the eighth of which is the last: SIGTERM comes."""
+
+    def __call__(self, state, batch, rates):
+        time.sleep(0.05)
+        if self.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        return super().__call__(state, batch, rates)
+
+
 class Watched(Loop):
     """Keeps which steps were saved when one is evaluated."""
 
@@ -48,20 +63,20 @@ class Watched(Loop):
         self.evaluated += ((step, self.checkpoints.steps()),)
 
 
-def run_loop(workdir, figures, first=0, w=1.0, **values):
+def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values):
     """(Loop that has ended, steps of its checkpoints)."""
     config = debug.get_config()
     config.update({"workdir": str(workdir), "steps": first + len(figures), "save_every": 1})
     config.update(keep_last=9, **values)
     config.checkpoint.storage = "host0"  # saved when save() returns
     run = build_run(freeze(config), jax.devices()[:1])
-    steps = Steps([GOOD] * first + figures, w)
+    steps = build([GOOD] * first + figures, w)
     steps.step = first
     state = TrainState(jnp.int32(first), {"w": jnp.ones(4)}, (), jnp.int32(0), jnp.int32(0))
     work = StepWork(256, 4, 1.0, 1.0, 1.0, None, None, (), 1, "float32")
     with (
         Checkpoints(workdir / "checkpoints", 9, storage="host0") as checkpoints,
-        Report(workdir, run.cfg.steps, first, quiet=True) as report,
+        Report(workdir, run.cfg.steps, first, quiet=quiet) as report,
         Stop() as stop,
         Measure(work, None, StepLog(workdir, 0, first), None, checkpoints.is_saving) as measure,
     ):
@@ -92,3 +107,16 @@ def test_a_step_whose_figures_are_not_finite_takes_no_good_checkpoints_place(tmp
 @pytest.mark.parametrize(("w", "saved"), [(1.0, [1, 2]), (float("nan"), [1])])
 def test_a_run_that_ends_on_a_skipped_step_is_saved_if_its_state_is_finite(tmp_path, w, saved):
     assert run_loop(tmp_path, [GOOD, SKIPPED], w=w)[1] == saved
+
+
+def test_how_long_the_steps_will_take_is_printed_once_from_the_first_of_them(tmp_path, capsys):
+    run_loop(tmp_path, [GOOD] * 1_006, build=Slow, quiet=False, save_every=5_000, log_every=5_000)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time")]
+    found = re.fullmatch(r"time +about (\d):(\d\d) for 1,000 more steps of (5\d\.\d) ms, .*", line)
+    minutes, seconds, step_ms = map(float, found.groups())
+    assert 60 * minutes + seconds == pytest.approx(step_ms, abs=0.6)
+
+
+def test_no_time_is_printed_of_a_run_that_is_over_in_seconds(tmp_path, capsys):
+    run_loop(tmp_path, [GOOD] * 30, quiet=False, save_every=50, log_every=50)
+    assert "about" not in capsys.readouterr().out

@@ -215,7 +215,7 @@ def test_acceleration_moves_the_query_point_of_the_groups_that_it_is_for(acceler
         updates, state = jax.jit(optimizer.update)(random_params(i), state, params)
         params = optax.apply_updates(params, updates)
     at = eval_params(state, params)
-    assert evaluated(state) == "the iterate, behind the parameters"
+    assert evaluated(state) == "the iterate, not the look-ahead point"
     moved = {key for key in FEW if not jnp.array_equal(at[key], params[key])}
     assert moved == (set(FEW) if all_groups else {"w_in", "w_out"})
 

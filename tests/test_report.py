@@ -12,7 +12,8 @@ import termios
 import pytest
 
 from jaxtrain import report as report_module
-from jaxtrain.report import Report, duration, read_metrics
+from jaxtrain.report import Report, read_metrics
+from jaxtrain.report_text import duration
 
 METRICS = {"train/loss_nats": 2.413, "perf/tokens_per_s": 6842.0, "perf/step_time_s": 0.299}
 EVAL = {"eval/loss_nats": 1.702, "eval/bits_per_byte": 2.456}
@@ -94,6 +95,24 @@ def test_a_terminal_gets_a_bar_that_other_lines_do_not_break(tmp_path, columns):
     assert not re.search(r"(?m)^step \d/8  loss", shown)
     assert re.search(r"\r *\reval  step 4  loss 1.702 nats/token  2.456 bits/byte\r\n", shown)
     assert re.search(r"\r *\r\d\d:\d\d:\d\d WARNING <string>: a log line\r\n", shown)
+
+
+def test_on_60_columns_no_figure_of_the_bar_is_cut(tmp_path):
+    shown = run_on_a_terminal(tmp_path, 60)
+    bars = [
+        line for line in re.split(r"[\r\n]+", shown) if line.startswith("step") and "loss" in line
+    ]
+    assert len(bars) >= 4 and all(len(line) <= 60 for line in bars)
+    assert all(re.search(r"loss  \d\.\d{3}  6 842 tok/s  eta 0:0\d$", line) for line in bars)
+    assert "\x1b[3" not in shown  # a colour
+
+
+def test_a_run_that_stops_between_two_logged_steps_counts_all_of_them(tmp_path):
+    with Report(tmp_path, 200, quiet=True) as report:
+        report.write(100, METRICS)
+        report.advance(107)
+        report.finish({"stopped_by": "SIGTERM"})
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 107
 
 
 def test_a_killed_and_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path):

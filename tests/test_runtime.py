@@ -1,4 +1,5 @@
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import runs
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.engine import World
-from jaxtrain.runtime import DETERMINISTIC_FLAGS, bind_address, start_runtime
+from jaxtrain.runtime import DETERMINISTIC_FLAGS, bind_address, find_cache, start_runtime
 
 
 @pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
@@ -106,3 +107,17 @@ def test_deterministic_runs_repeat_bitwise(tmp_path):
         runs.finish(runs.start(tmp_path / name, text, *flags, cache))
     assert len(runs.losses(tmp_path / "a")) == 8
     assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
+
+
+def test_a_user_without_a_home_trains_without_a_compile_cache(monkeypatch, caplog):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id
+    assert find_cache("~/.cache/jaxtrain/xla") is None
+    assert "no compile cache" in caplog.text and "--config.compile_cache=~/.cache" in caplog.text
+
+
+def test_a_cache_that_cannot_be_made_is_off_with_a_line(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert find_cache(str(tmp_path / "file" / "cache")) is None
+    assert "no compile cache" in caplog.text
+    assert find_cache(str(tmp_path / "cache")) == tmp_path / "cache" and find_cache("") is None

@@ -17,10 +17,13 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
 from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
+from jaxtrain.invocation import invocation
 from jaxtrain.loop import Diverged
 from jaxtrain.names import measured_names
 from jaxtrain.run import build_run, load_config, restore_run
-from jaxtrain.train import start_state, train
+from jaxtrain.train import next_commands, start_state, train
+from launch.figures import grouped, seconds
+from launch.rundir import read_run
 
 
 def config(workdir, text, **values):
@@ -87,6 +90,32 @@ def test_a_run_leaves_what_it_measured(trained):
     logged = {name for line in runs.read_metrics(trained / "metrics.jsonl") for name in line}
     measured = {name for name in logged if name.split("/")[0] in ("perf", "data", "comm")}
     assert len(measured) > 8 and measured <= measured_names().keys()
+
+
+def test_a_run_prints_the_step_times_that_launch_summary_shows(trained, text, tmp_path, capsys):
+    """Also after a resume, whose first step is none of them."""
+    shutil.copytree(trained, tmp_path / "run")
+    assert train(config(tmp_path / "run", text, steps=44, sample__tokens=0), jax.devices()[:1]) == 0
+    out = capsys.readouterr().out
+    figures = read_run(tmp_path / "run").figures
+    for metric, name in (("time_s", "p50"), ("time_p95_s", "p95"), ("time_p99_s", "p99")):
+        assert f"{name} {seconds(figures[f'perf/step_{metric}'])}" in out
+    assert f"{grouped(figures['perf/tokens_per_s'])} tok/s".replace("\u202f", " ") in out
+    first = [r["step"] for r in runs.read_metrics(tmp_path / "run/hosts/0.jsonl") if "first" in r]
+    assert first == [1, 41]
+
+
+def test_a_run_ends_with_the_commands_that_come_next(trained):
+    modules = {"evaluate": "jaxtrain.evaluate", "generate": "jaxtrain.generate"}
+    modules |= {"summary": "launch.summary"}
+    head, *lines = next_commands(trained)
+    assert head == "next:" and len(lines) == 3
+    for line, (name, module) in zip(lines, modules.items(), strict=True):
+        assert line.startswith(f"  {invocation()} {name} ")
+        words = line.removeprefix(f"  {invocation()} {name} ")
+        pasted = f"{sys.executable} -m {module} {words}"
+        done = subprocess.run(pasted, shell=True, cwd=runs.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_run_that_is_watched_computes_the_same(tmp_path, text, trained):
@@ -262,6 +291,17 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
     out = runs.finish(runs.start(tmp_path / "run", text, *flags), 78)
     assert message in out
     assert "Traceback" not in out
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_run(tmp_path, monkeypatch):
+    """The folder has a space and letters beyond ASCII, and so has the text that is sampled."""
+    (tmp_path / "text.txt").write_text("naïve → über ☃\n" * 1_000)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.delenv("HOME")
+    flags = ("--config.steps=2", "--config.log_every=1")
+    out = runs.finish(runs.start(tmp_path / "a ü", tmp_path / "text.txt", *flags))
+    assert f"run       {tmp_path}/a \\xfc\n" in out and "na\\xefve \\u2192 \\xfcber" in out
+    assert "\x1b" not in out and "\r" not in out and "Traceback" not in out
 
 
 # A locale whose characters are ASCII; by itself Python takes UTF-8 for C.

@@ -27,6 +27,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from absl import flags
 
 import jaxtrain.config as config_lib
@@ -37,6 +38,7 @@ from jaxtrain.crosscheck.names import STYLES
 from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
+from jaxtrain.precision import resolve as resolve_dtype
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import run_main
 from jaxtrain.runtime import start_runtime
@@ -57,6 +59,7 @@ def resolve(config, steps, precision):
         config.model.dtype = config.optim.ns_dtype = precision
     cfg = config_lib.freeze(config)
     start_runtime(cfg)
+    cfg, _ = resolve_dtype(cfg, jax.devices()[0])
     Path(cfg.workdir).mkdir(parents=True, exist_ok=True)
     return cfg
 

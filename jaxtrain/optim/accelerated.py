@@ -148,10 +148,10 @@ def _check(decay, strength, flag):
 
 
 def evaluated(opt_state) -> str:
-    """What eval_params gives, in words."""
+    """Names the weights that eval_params returns."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, WRAPPERS))
     ahead = any(isinstance(node, WRAPPERS) for node in nodes)
-    return "the iterate, behind the parameters" if ahead else "the parameters"
+    return "the iterate, not the look-ahead point" if ahead else "the parameters"
 
 
 def eval_params(opt_state, params):

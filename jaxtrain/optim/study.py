@@ -21,6 +21,7 @@ import jax
 from absl import app, flags, logging
 
 import jaxtrain.config as config_lib
+from jaxtrain.about import versions
 from jaxtrain.checkpoint import CheckpointError
 from jaxtrain.commandline import Form, parse
 from jaxtrain.disk import ends_in_one_line
@@ -29,14 +30,15 @@ from jaxtrain.knobs import sections
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import count_params
 from jaxtrain.optim.overhead import TOKENS, overhead_table
+from jaxtrain.precision import resolve
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run
 from jaxtrain.runtime import start_runtime
+from jaxtrain.stop import INTERRUPTED, interruptible
 from jaxtrain.study.picture import study_curves
 from jaxtrain.study.plan import Plan, StudyConfig, build_plan, describe
 from jaxtrain.study.result import Finding, choose, find, text
 from jaxtrain.study.runs import Interrupted, Progress, check_folder, open_data
-from jaxtrain.train import INTERRUPTED, versions
 
 
 def run_study(values, devices=None, show=print) -> list[Finding]:
@@ -48,6 +50,8 @@ def run_study(values, devices=None, show=print) -> list[Finding]:
     """
     plan = build_plan(values)
     start_runtime(plan.base)
+    base, _ = resolve(plan.base, (devices or jax.devices())[0])
+    plan = plan._replace(base=base)
     folder = Path(plan.study.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(plan.base, folder)
@@ -170,7 +174,8 @@ def main(words) -> int:
             print_overhead(args)
             return 0
         set_up_logging()
-        run_study(args.config)
+        with interruptible():
+            run_study(args.config)
     except (Interrupted, KeyboardInterrupt) as stop:
         print("\nstopped; the same command goes on from here, and trains nothing twice")
         return getattr(stop, "status", INTERRUPTED)

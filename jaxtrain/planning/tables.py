@@ -8,6 +8,7 @@ from jaxtrain.planning import fit
 from jaxtrain.planning.analytic import estimate
 from jaxtrain.planning.links import parse_link
 from jaxtrain.planning.page import GIB
+from jaxtrain.precision import resolve_for_chip
 from pallas_kernels.chip import find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
@@ -67,7 +68,7 @@ def compare(cfg, args, show=print) -> int:
     show(f"{args.gpus * args.hosts} device(s) of each chip, each at its fastest setting that fits")
     for name in args.compare:
         chip = find_chip(name)
-        rows.append((chip, best_setting(cfg, chip, args.gpus, args)))
+        rows.append((chip, best_setting(resolve_for_chip(cfg, chip), chip, args.gpus, args)))
     show(
         f"{'chip':10} {'fits':>4} {'tokens/s':>10} {'ratio':>6} {'per FLOP/s':>10} {'per B/s':>8} "
         f"{'MFU':>6} {'price of 1e9 tokens':>20}  setting"

@@ -43,7 +43,7 @@ def study_curves(title: str, results: dict) -> bytes:
         axes.spines[["top", "right", "left"]].set_visible(False)
     both[0].set_ylabel("loss (nats/token)", fontsize=14)
     both[0].legend(fontsize=13, frameon=False, loc="upper right")
-    both[0].set_title(title, loc="left", fontsize=16, fontweight="bold")
+    both[0].set_title(title, loc="left", fontsize=16, fontweight="bold", parse_math=False)
     both[1].set_title(
         "thin: training, smoothed, a line a seed; points: held out, mean", fontsize=12
     )

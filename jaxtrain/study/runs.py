@@ -13,7 +13,7 @@ from jaxtrain.curve import smooth
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.loop import Diverged
-from jaxtrain.report import EVAL_LOSS, LOSS, duration
+from jaxtrain.report_text import EVAL_LOSS, LOSS, duration
 from jaxtrain.run import load_config
 from jaxtrain.scalars import FILE, read_metrics
 from jaxtrain.study.plan import Trial
