@@ -154,10 +154,10 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
             write_generation_config(hidden, special, reader, cfg.V)
             if reader is not None:
                 write_tokenizer(hidden, reader, special, cfg.positions)
-        logits = check_reading(hidden, cfg, axes, named, dtype)
+        reference = check_reading(hidden, cfg, axes, named, dtype)
         checks.append("checked: read back: the same weights and logits")
         if hidden.is_dir():
-            checks.append(check_transformers(hidden, cfg, logits, reader))
+            checks.append(check_transformers(hidden, cfg, reference, reader))
 
     check_finite(named, dtype)
     write_folder(to, cfg, axes, named, dtype, finish, special=special.fields())
