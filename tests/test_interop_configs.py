@@ -47,8 +47,8 @@ def test_a_shipped_config_is_exported_and_transformers_computes_the_same(name, t
     said = []
 
     def verify(folder):
-        logits = check_reading(folder, cfg, axes, params, "float32")
-        said.append(check_transformers(folder, cfg, logits))
+        reference = check_reading(folder, cfg, axes, params, "float32")
+        said.append(check_transformers(folder, cfg, reference))
 
     write_folder(tmp_path / "out", cfg, axes, params, verify=verify)
     assert "computes the same logits" in said[0]
@@ -63,9 +63,10 @@ def test_the_comparison_with_transformers_notices_a_wrong_model(tmp_path):
     params = named_leaves(model.init(jax.random.key(0)))
     axes = named_leaves(model.axes)
     write_folder(tmp_path / "out", cfg, axes, params)
-    logits = check_reading(tmp_path / "out", cfg, axes, params, "float32")
+    reference = check_reading(tmp_path / "out", cfg, axes, params, "float32")
     with pytest.raises(InteropError, match="must compute the run's logits"):
-        check_transformers(tmp_path / "out", cfg, logits * 1.001)
+        wrong = reference._replace(logits_BTV=reference.logits_BTV * 1.0001)
+        check_transformers(tmp_path / "out", cfg, wrong)
 
 
 @pytest.mark.parametrize("dtype, value", [("float16", 1e5), ("float32", np.nan)])

@@ -124,7 +124,7 @@ def test_an_export_prints_what_was_checked_and_what_works_next(made, tmp_path, c
     assert "checked: read back: the same weights and logits" in out
     assert "computes the same logits" in out or "not checked: transformers" in out
     last = out.splitlines()[-1]
-    assert last.startswith("next: ") and " -c 'from transformers import pipeline" in last
+    assert last.startswith("next") and " -c 'from transformers import pipeline" in last
 
 
 def test_positions_are_the_sequence_length_that_rope_was_trained_with(made):

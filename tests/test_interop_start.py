@@ -210,6 +210,8 @@ def broken(exported, tmp_path_factory):
         ("export --run={}/empty --to={}/x", "--run must be a run's folder with a config.json"),
         ("export --run={run} --to={}/empty", "must go to a new path; .*/empty exists. Set --to"),
         ("export --run={run} --to={}/file/x", "/file: .*. Set --to"),
+        ("export --run={run} --to={}/x --tokenizer=gpt2", "gpt2 has 50,257 tokens, .* 256"),
+        ("export --run={run} --to={}/x --tokenizer=no", "got 'no', .* Set --tokenizer. --token"),
         ("export --run={run} --to=/proc/none/x", "/proc/none: .*. Set --to"),
         ("import --from={hf} --run=/proc/none/x", "/proc/none: .*. Set --run"),
         ("export --run={run} --to={}/x --step=2", "step must be one of .*; got 2. Set --step"),

@@ -64,12 +64,8 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
             f"text needs the model's tokenizer; {own} is not there. Set --tokenizer to 'bytes', "
             "'gpt2' or the path of a tokenizer.json."
         )
-    known = build_tokenizer(tokenizer).vocab_size if tokenizer else 0
-    if known > model.V:
-        raise InteropError(
-            f"--tokenizer must be the model's; {tokenizer} has {known:,} tokens, and the weights "
-            f"have rows for {model.V:,}."
-        )
+    if tokenizer:
+        _check_size(build_tokenizer(tokenizer), model.V)
     data = {"text": text, "shards": shards, "tokenizer": tokenizer or "bytes"}
     data |= {"batch": EVAL_BATCH, "seq_len": min(model.positions, 1_024)}
     data |= {"eot": _declared_eot(folder, tokenizer) if folder.is_dir() else -1}
@@ -106,6 +102,14 @@ def _store_step_0(run, out) -> None:
         checkpoints.save(0, state, meta)
         checkpoints.wait()
     write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
+
+
+def _check_size(tokenizer, V) -> None:
+    if tokenizer.vocab_size > V:
+        raise InteropError(
+            f"--tokenizer must be the model's; {tokenizer.name} has {tokenizer.vocab_size:,} "
+            f"tokens, and the weights have rows for {V:,}."
+        )
 
 
 def _declared_eot(folder, tokenizer) -> int:
@@ -146,6 +150,8 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
     run, state = restore_run(workdir, step)
     params, data = eval_params(state.opt_state, state.params), run.cfg.data
     cfg = run.cfg.model
+    if reader is not None:
+        _check_size(reader, cfg.V)
     if cfg.position == "rope" and not run.cfg.weights:  # known only of imported weights
         cfg = dataclasses.replace(cfg, positions=data.seq_len)
     axes, named = named_leaves(run.model.axes), named_leaves(params)
@@ -156,17 +162,19 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
             write_generation_config(hidden, special, reader, cfg.V)
             if reader is not None:
                 write_tokenizer(hidden, reader, special, cfg.positions)
-        logits = check_reading(hidden, cfg, axes, named, dtype)
+        reference = check_reading(hidden, cfg, axes, named, dtype)
         checks.append("checked: read back: the same weights and logits")
         if hidden.is_dir():
-            checks.append(check_transformers(hidden, cfg, logits, reader))
+            checks.append(check_transformers(hidden, cfg, reference, reader))
 
     check_finite(named, dtype)
     write_folder(to, cfg, axes, named, dtype, finish, special=special.fields())
     kind = json_of(to / "config.json")["architectures"][0] if to.is_dir() else "llm.c's GPT-2"
     print(f"step {int(state.step)} of {workdir} is in {to}: {kind}, {dtype}")
     print("\n".join(checks))
-    _describe(to, reader, special, cfg.dtype)
+    if to.is_dir():
+        ready = checks[-1].startswith("checked")
+        _describe(to, reader, special, cfg, "next" if ready else "next, with transformers")
 
 
 def _tokenizer_of(workdir, name):
@@ -176,8 +184,9 @@ def _tokenizer_of(workdir, name):
         InteropError: the run's tokenizer.json is gone.
     """
     own = read_stored(workdir)["data"].get("tokenizer") or "none"
-    if not name and Path(own).name == FILE and not Path(own).is_file():
-        own = str(Path(workdir, *Path(own).parts[-3:]))  # data/KEY/tokenizer.json of a moved run
+    inside = Path(workdir, *Path(own).parts[-3:])  # data/KEY/tokenizer.json of a run that was moved
+    if Path(own).name == FILE and not Path(own).exists() and inside.is_file():
+        own = str(inside)
     name = name or own
     if name == "none":
         return None
@@ -194,11 +203,9 @@ def _homes(cfg) -> list[Path]:
     return [path.parent if path.is_file() else path for path in named if path.exists()]
 
 
-def _describe(to, tokenizer, special, dtype) -> None:
-    """Prints what an export does with text, and the command that uses it next."""
-    if to.is_file():
-        return
-    path = json.dumps(str(to))
+def _describe(to, tokenizer, special, cfg, title) -> None:
+    """Prints what a Hugging Face folder does with text, and the command that uses it next."""
+    path = json.dumps(str(to), ensure_ascii=False)
     if tokenizer is None:
         ids = f"data.eot={special.bos}" if special.eos else "null"
         print(f"no tokenizer files: no tokenizer is known. bos and eos are {ids}. See --tokenizer")
@@ -208,8 +215,9 @@ def _describe(to, tokenizer, special, dtype) -> None:
         ends = " or ".join(map(str, special.eos))
         print(f"text starts with token {special.bos}, as in training, and ends at token {ends}")
         code = "from transformers import pipeline; "
-        code += f'print(pipeline("text-generation", {path})("def main(", max_new_tokens=100)'
+        tokens = min(100, cfg.positions // 2)
+        code += f'print(pipeline("text-generation", {path})("def main(", max_new_tokens={tokens})'
         code += '[0]["generated_text"])'
-    if dtype == "bfloat16":
+    if cfg.dtype == "bfloat16":
         print("note: the run computed in bfloat16; in float32, another token may be the likeliest")
-    print(f"next: {python()} -c {shlex.quote(code)}")
+    print(f"{title}: {python()} -c {shlex.quote(code)}")
