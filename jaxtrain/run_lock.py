@@ -102,14 +102,17 @@ class RunLock:
         with contextlib.suppress(OSError):  # a disk that is gone must not hide why the run ends
             if self._run and not self._gap:
                 self._flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last one removes it
-            if self._is_at_path():
+            if self._is_at_path() and self._is_ours():
                 self.path.unlink()
         self._release()
         self._remove_folder()
 
     def check(self) -> None:
-        """Raises RunLocked if the lock's file was removed and another run has locked a new one."""
-        if not self._is_at_path():
+        """Raises RunLocked if the lock's file was removed and another run has locked a new one.
+
+        To be called before anything is overwritten: it costs two looks at the file system.
+        """
+        if not (self._is_at_path() and self._is_ours()):
             self._release()
             self._take()
 
@@ -189,6 +192,12 @@ class RunLock:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except FileNotFoundError:
             return False
+
+    def _is_ours(self) -> bool:
+        """Whether the file names this run; where nothing is locked, another may have taken it."""
+        owner = read_owner(self.path)
+        mine = owner.get("run") == self._run
+        return mine and (self._run is not None or owner.get("pid") == os.getpid())
 
     def _release(self) -> None:
         file, self._file = self._file, None

@@ -77,7 +77,7 @@ class ShardWriter:
             stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
             text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
             chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            with naming(self._path, self._file):
+            with naming(self._file.name, self._file):
                 self._file.write(chunk)
             self._digest.update(chunk)
             entry["tokens"] += stop - done
@@ -90,8 +90,7 @@ class ShardWriter:
         if self._file is None:
             name = f"{self._stem}_{self._split}_{len(self.entries):06d}.bin"
             self.entries.append({"file": name, "split": self._split, "tokens": 0, "text_bytes": 0})
-            self._path = self._folder / name
-            self._file = open(self._path, "wb")
+            self._file = open(self._folder / name, "wb")
             self._file.write(bytes(HEADER_BYTES))
             self._digest = hashlib.sha256()
         return self.entries[-1]
@@ -101,13 +100,9 @@ class ShardWriter:
         if self._file is None:
             return
         entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
-        magic, version = next(
-            (magic, version)
-            for magic, (version, dtype) in LLMC_FORMS.items()
-            if np.dtype(dtype) == self._dtype
-        )
-        header[:3] = magic, version, entry["tokens"]
-        with naming(self._path, self._file):
+        forms = {np.dtype(form): (magic, version) for magic, (version, form) in LLMC_FORMS.items()}
+        header[:3] = *forms[self._dtype], entry["tokens"]
+        with naming(self._file.name, self._file):
             self._file.seek(0)
             self._file.write(header)
             self._file.flush()
