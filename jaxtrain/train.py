@@ -243,7 +243,7 @@ def main() -> int:
         cfg = fit_world(cfg, world)
         same_everywhere("the config", config_lib.start_hash(cfg))
         status = train(cfg, stop=stop)
-        if stop.signal and status and jax.process_index() == 0:
+        if stop.signal and status and world.engine == "alone":  # else a launcher starts it again
             print(f"resume with:\n  {typed()}", flush=True)
         return status
 
