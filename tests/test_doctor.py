@@ -45,6 +45,19 @@ def test_on_this_machine_it_prints_one_screen_within_seconds_and_as_json(tmp_pat
         assert check["state"] == OK or check["value"]
 
 
+def test_packages_that_cannot_be_imported_do_not_end_it(tmp_path):
+    for name in ("ml_collections", "packaging", "absl", "jax"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    argv = [sys.executable, "-m", "jaxtrain", "doctor", "--json"]
+    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 1 and done.stderr == ""
+    assert checks["devices"]["state"] == PROBLEM and "no jax here" in checks["devices"]["value"]
+    assert "no ml_collections here" in checks["compile cache"]["value"]
+    assert checks["packages"]["state"] == OK  # by pip's own copy of `packaging`
+
+
 @pytest.mark.parametrize(
     ("installed", "state", "fix"),
     [

@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 
 from jaxtrain.commands import in_form
-from jaxtrain.config import TrainConfig
 from jaxtrain.doctor import devices, gpu, host, versions
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, guarded
 from jaxtrain.invocation import python
@@ -67,7 +66,7 @@ def examine(workdir: Path, seconds: float) -> list[Check]:
         ("memory share", host.check_share),
         ("memory", host.check_memory),
         ("disk", lambda: host.check_disk(workdir)),
-        ("compile cache", lambda: host.check_cache(TrainConfig().compile_cache)),
+        ("compile cache", _cache),
         ("tokenizers", lambda: host.check_tokenizers(installed)),
         ("extras", lambda: host.check_extras(installed)),
         ("data", host.check_data),
@@ -80,6 +79,12 @@ def examine(workdir: Path, seconds: float) -> list[Check]:
     at = order.index("memory share")
     checks = [check for name in order[:at] for check in found[name]]
     return [*checks, *of_jax, *(check for name in order[at:] for check in found[name])]
+
+
+def _cache() -> Check:
+    from jaxtrain.config import TrainConfig  # here: what it needs may be missing
+
+    return host.check_cache(TrainConfig().compile_cache)
 
 
 def _python() -> str:

@@ -2,9 +2,6 @@
 
 import shlex
 
-from packaging.requirements import Requirement
-from packaging.version import InvalidVersion, Version
-
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check
 
 # Source: https://docs.jax.dev/en/latest/installation.html (NVIDIA GPU), and NVIDIA's table at
@@ -13,6 +10,15 @@ LEAST_DRIVER = {12: 525, 13: 580}
 LEAST_CAPABILITY = {12: (5, 2), 13: (7, 5)}
 TESTED = ((3, 11), (3, 12))
 CUDAS = (13, 12)  # the newer is advised where the driver allows it
+
+
+def requirement(text: str):
+    """Parses a requirement; `packaging` may be among the packages that are missing."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        from pip._vendor.packaging.requirements import Requirement
+    return Requirement(text)
 
 
 def check_python(version: tuple[int, ...], text: str) -> Check:
@@ -34,7 +40,7 @@ def check_packages(requirements, installed, pip: str) -> Check:
     """
     wrong, count = {}, 0
     for text in requirements:
-        wanted = Requirement(text)
+        wanted = requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         count += 1
@@ -64,7 +70,7 @@ def check_jax(installed, needs, pip: str) -> Check:
     if jax == jaxlib:
         return Check("jax", text)
     fix = f'{pip} install "jaxlib=={jax}"'
-    bounds = [Requirement(need) for need in needs]
+    bounds = [requirement(need) for need in needs]
     allowed = [need.specifier for need in bounds if need.name == "jaxlib" and need.marker is None]
     if allowed and allowed[0].contains(jaxlib, prereleases=True):
         return Check("jax", f"{text}: not the same version, which JAX allows", WARNING, fix)
@@ -114,10 +120,8 @@ def check_plugin(installed, has_gpu: bool, driver: str, pip: str) -> Check:
 
 def major(version: str) -> int:
     """The first number of a version; 0 where there is none."""
-    try:
-        return Version(version).major
-    except InvalidVersion:
-        return 0
+    first = version.partition(".")[0]
+    return int(first) if first.isdigit() else 0
 
 
 def advise_cuda(driver: str) -> int:
