@@ -74,7 +74,8 @@ def run_main(main, errors=(), words=False):
     """
 
     def guarded(argv):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no locale stops a message
+        if sys.stdout:  # as stderr: no locale stops a message
+            sys.stdout.reconfigure(errors="backslashreplace")
         if len(argv) > 1 and not words:
             raise app.UsageError(f"flags only; got {argv[1:]}. Write --NAME=VALUE.")
         try:
