@@ -80,11 +80,11 @@ def _windows_match(tokenizer, text, ids) -> bool:
 
 def _ends_match(tokenizer, text, ids) -> bool:
     """Whether a text that is rewritten first has its tokens' ends and about their bytes."""
-    if len(text) < WINDOW:
-        return tokenizer.expect(text) == tokenizer.spell(ids)
     size = int(tokenizer.token_bytes[ids].sum())
     if not size < 2 * len(text.encode()) < 4 * size:
         return False
+    if len(text) < WINDOW:
+        return tokenizer.expect(text) == tokenizer.spell(ids)
     start, end = tokenizer.expect(text[:WINDOW])[:-EDGE], tokenizer.expect(text[-WINDOW:])[EDGE:]
     some = 2 * WINDOW  # tokens, mostly of more than half a character each
     return tokenizer.spell(ids[:some]).startswith(start) and tokenizer.spell(ids[-some:]).endswith(
