@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizer_files
+import tokenizers
 from tokenizer_files import TEXT, changed
+from tokenizers import normalizers
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.corpus import open_corpus
@@ -82,6 +84,15 @@ def test_text_outside_a_vocabulary_is_counted_in_bytes(name, tmp_path):
     tokenizer = build(name, tmp_path)
     text = "Hello world\n" + "ж" * 7
     assert check_covers(tokenizer, text, tokenizer.encode(text), "here") == 14
+
+
+def test_text_that_a_normalizer_removes_is_counted_as_lost(tmp_path):
+    path = tokenizer_files.byte_level(tmp_path / "t.json")
+    erase = lambda t: setattr(t, "normalizer", normalizers.Replace(tokenizers.Regex("[a-z]"), ""))
+    tokenizer = build_tokenizer(changed(path, erase))
+    for text in ("ABCabcdefgh" * 100, "abc"):
+        lost = check_covers(tokenizer, text, tokenizer.encode(text), "here")
+        assert lost == sum(letter.islower() for letter in text)
 
 
 def test_a_file_that_truncates_and_pads_gives_the_tokens_of_one_that_does_not(tmp_path, capsys):

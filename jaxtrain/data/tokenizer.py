@@ -5,6 +5,7 @@ All of them work with no network: GPT-2's vocabulary comes with the package `gpt
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 from contextlib import contextmanager
@@ -49,6 +50,9 @@ class Tokenizer(Protocol):
     notes: tuple[str, ...]  # settings of a foreign file that change what is computed
     lossless: bool  # spell(encode(text)) is always expect(text)
     approximate: bool  # expect(text) may be a few bytes off
+    rewrites: bool  # expect(text) is not the text's bytes
+    drops: bool  # text may be lost without an unknown token
+    unknown: int  # id of what the vocabulary does not hold; -1: none
     token_bytes: np.ndarray  # [vocab_size] int32: bytes each id stands for; special tokens 0
 
     def encode(self, text: str) -> np.ndarray: ...  # [tokens] uint8, uint16 or uint32
@@ -64,7 +68,8 @@ class ByteTokenizer:
     """UTF-8 bytes; eot is byte 0, which text does not hold."""
 
     name, vocab_size, eot = "bytes", 256, 0
-    notes, lossless, approximate = (), True, False
+    notes, unknown = (), -1
+    lossless, approximate, rewrites, drops = True, False, False, False
     token_bytes = np.append(0, np.ones(255)).astype(np.int32)
 
     def encode(self, text: str) -> np.ndarray:
@@ -88,7 +93,8 @@ class Gpt2Tokenizer:
     """
 
     name, vocab_size, eot = "gpt2", 50_257, 50_256
-    notes, lossless, approximate = (), True, False
+    notes, unknown = (), -1
+    lossless, approximate, rewrites, drops = True, False, False, False
 
     def __init__(self):
         self._tiktoken, self._ranks = _import("tiktoken", "gpt2"), gpt2_ranks()
@@ -99,10 +105,10 @@ class Gpt2Tokenizer:
             return np.asarray(self._encode_parts(text, LONG_SPACES), np.uint16)
 
     def decode(self, ids) -> str:
-        return self._encoding.decode([int(i) for i in ids])
+        return self._encoding.decode(np.asarray(ids).tolist())
 
     def spell(self, ids) -> bytes:
-        return self._encoding.decode_bytes([int(i) for i in ids])
+        return self._encoding.decode_bytes(np.asarray(ids).tolist())
 
     def expect(self, text: str) -> bytes:
         return text.encode()
@@ -129,10 +135,11 @@ class Gpt2Tokenizer:
         return self._build(r"\s+")
 
     def _encode_parts(self, text, longest) -> list[int]:
-        ids = []
-        for part, is_run in cut_long_spaces(text, longest):
-            ids += (self._whole if is_run else self._encoding).encode_ordinary(part)
-        return ids
+        parts = [
+            (self._whole if is_run else self._encoding).encode_ordinary(part)
+            for part, is_run in cut_long_spaces(text, longest)
+        ]
+        return parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
 
 
 class JsonTokenizer:
@@ -168,6 +175,8 @@ class JsonTokenizer:
         self._form = TextForm(self._tokenizer, known[0], unknown)
         self.notes = (*notes, *self._form.notes)
         self.lossless, self.approximate = self._form.lossless, self._form.approximate
+        self.rewrites, self.drops = self._form.rewrites, self._form.drops
+        self.unknown = vocabulary.get(unknown, -1)
 
     def encode(self, text: str) -> np.ndarray:
         with _naming(self.name, text):

@@ -7,6 +7,8 @@ tokens are switched off; those that change the text are reported.
 import json
 import re
 
+import numpy as np
+
 SPACE = "▁"  # stands for a space in SentencePiece's vocabularies
 ASCII_SPACE = b" \t\n\r\v\f"
 DROPS_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
@@ -67,6 +69,8 @@ class TextForm:
         spellings: bytes that each id stands for; empty for special tokens and gaps.
         lossless: the spellings of a text's tokens are exactly its normalised form; otherwise
             text may be lost, and where whitespace may be, both are compared without it.
+        rewrites: `expect` is not the text's own bytes.
+        drops: text may be lost without an unknown token.
         approximate: `expect` may be a few bytes off, because the library normalises the text
             between added tokens part by part.
         notes: the settings that change the text, in words.
@@ -97,6 +101,12 @@ class TextForm:
         covers = self._missing == 0
         self.approximate = bool(plain and self._normalizers)
         self.lossless = covers and self._keeps_space and not self.approximate
+        self.rewrites = bool(self._normalizers) or not self._keeps_space
+        removes = any(
+            part.get("behavior") == "Removed" or part["type"] == "CharDelimiterSplit"
+            for part in self._splitters
+        )
+        self.drops = removes or not (covers or unknown in vocabulary)
         self.spellings = self._spell_all(vocabulary, added, unknown)
         self.notes = self._describe(tokenizer, added, unknown, start)
 
@@ -110,7 +120,7 @@ class TextForm:
 
     def spell(self, ids) -> bytes:
         """Returns the bytes that tokens stand for, in the form that `expect` has."""
-        return self._comparable(b"".join([self.spellings[i] for i in ids]))
+        return self._comparable(b"".join([self.spellings[i] for i in np.asarray(ids).tolist()]))
 
     def _comparable(self, content: bytes) -> bytes:
         if self._keeps_space:
