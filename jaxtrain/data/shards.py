@@ -10,8 +10,6 @@ https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_d
 """
 
 import glob
-import hashlib
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -51,65 +49,6 @@ class Shard:
         """[tokens] of dtype, mapped from the file and read as it is touched."""
         shape = (self.tokens,)
         return np.memmap(self.path, self.dtype, "r", self.offset, shape).view(np.ndarray)
-
-
-class ShardWriter:
-    """Writes one split's tokens into a row of llm.c shards of `shard_tokens` each."""
-
-    def __init__(self, folder: Path, stem: str, split: str, dtype: str, shard_tokens: int):
-        self._folder, self._stem, self._split = folder, stem, split
-        self._dtype, self._shard_tokens = np.dtype(dtype), shard_tokens
-        self._file = None
-        self.entries: list[dict] = []
-
-    def append(self, tokens: np.ndarray, sizes) -> None:
-        """Adds documents; `sizes` holds the (tokens, text bytes) of each.
-
-        A document that is cut by a shard's end shares its bytes out by tokens.
-        """
-        ends = np.cumsum([n for n, _ in sizes])
-        text_ends = np.cumsum([n for _, n in sizes])
-        done, text_done = 0, 0
-        while done < len(tokens):
-            entry = self._open()
-            stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
-            text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
-            chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            self._file.write(chunk)
-            self._digest.update(chunk)
-            entry["tokens"] += stop - done
-            entry["text_bytes"] += text - text_done
-            done, text_done = stop, text
-            if entry["tokens"] == self._shard_tokens:
-                self.close()
-
-    def _open(self) -> dict:
-        if self._file is None:
-            name = f"{self._stem}_{self._split}_{len(self.entries):06d}.bin"
-            self.entries.append({"file": name, "split": self._split, "tokens": 0, "text_bytes": 0})
-            self._file = open(self._folder / name, "wb")
-            self._file.write(bytes(HEADER_BYTES))
-            self._digest = hashlib.sha256()
-        return self.entries[-1]
-
-    def close(self) -> None:
-        """Completes the shard being written: its header, then the disk."""
-        if self._file is None:
-            return
-        entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
-        magic, version = next(
-            (magic, version)
-            for magic, (version, dtype) in LLMC_FORMS.items()
-            if np.dtype(dtype) == self._dtype
-        )
-        header[:3] = magic, version, entry["tokens"]
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        entry["fingerprint"] = self._digest.hexdigest()[:32]
 
 
 def refuse(path, expected: str, found: str):
