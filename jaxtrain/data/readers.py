@@ -68,7 +68,7 @@ def _read_jsonl(unit, text_field, piece_bytes):
                 if newline := chunk.rfind(b"\n") + 1:
                     end = size + newline  # of the whole lines in `kept`
                 size += len(chunk)
-                if size >= piece_bytes and end:
+                if end and size >= min(piece_bytes, DOCUMENT_BYTES):
                     task, kept = block(end)
                     yield task
                     at, before, size, end = at + end, file.tell(), size - end, 0
@@ -120,7 +120,7 @@ def _elements(unit, stream):
                 yield Problem(*place, at + start, "not JSON", found)
                 return
             if depth == base and (stray := data[begin:start].strip(b" \t\r\n,")):
-                yield at + begin, stray
+                yield at + data.index(stray, begin), stray
             if token in OPENING:
                 if depth <= base:
                     begin = start if depth == base else scanned

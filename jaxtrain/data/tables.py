@@ -69,7 +69,7 @@ def read_parquet(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task
             yield damage(unit.path, error, unit.row + read, "rows", what=what)
 
     with _disk(unit.path) as file:
-        table = pq.ParquetFile(file, buffer_size=1 << 20)  # else a whole column is in memory
+        table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # page by page
         group = table.metadata.row_group(unit.group)
         position = lambda: unit.size * read // max(1, group.num_rows)
         yield from tasks_of_rows(unit, "rows", rows(table, group), piece_bytes, position)
@@ -108,9 +108,8 @@ def read_arrow(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
 def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     """Yields tasks of a CSV file; its first record names the columns."""
 
-    def rows(stream):
+    def rows(text):
         csv.field_size_limit(DOCUMENT_BYTES)
-        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         at = 0
         try:
             head = text.readline(DOCUMENT_BYTES)
@@ -134,7 +133,9 @@ def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
         return found[0] if found else "\t" if ".tsv" in os.path.basename(unit.path) else ","
 
     with open_content(unit.path, unit.compression) as (stream, file):
-        yield from tasks_of_rows(unit, "rows", rows(stream), piece_bytes, file.tell)
+        # Held here: it closes the stream when nothing refers to it any more.
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        yield from tasks_of_rows(unit, "rows", rows(text), piece_bytes, file.tell)
 
 
 def _disk(path):
