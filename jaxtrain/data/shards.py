@@ -32,6 +32,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive",
 }
 VAL_NAME = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
+OUR_NAME = re.compile(r"_(train|val)_[0-9]{6}\.(bin|idx)$")  # of `encode` and of llm.c's scripts
 OTHER_NAME = re.compile(r"(^|[^a-z])(test|dev|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -58,6 +59,8 @@ def refuse(path, expected: str, found: str):
 
 def split_of(name: str) -> str:
     """val, train, or other (test sets and the like, which nothing reads), by a file's name."""
+    if ours := OUR_NAME.search(name):  # whatever stands before it
+        return ours[1]
     other = OTHER_NAME.search(name) and "train" not in name.lower()
     return "val" if VAL_NAME.search(name) else "other" if other else "train"
 
@@ -74,9 +77,10 @@ def find_shards(pattern: str, split: str) -> list[Path]:
     chosen = [path for path in found if split_of(path.name) == split]
     if not chosen:
         hint = "named with 'val'" if split == "val" else "not named with 'val', 'test', ..."
+        fix = "or encode the text again with --val_fraction=0.01" if split == "val" else ""
         raise ValueError(
             f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
-            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards."
+            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards{fix and ', ' + fix}."
         )
     return chosen
 
