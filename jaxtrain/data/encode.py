@@ -106,7 +106,8 @@ def _default_name(source: str) -> str:
             name = name.removesuffix(suffix)
     if not path.is_dir():
         name = Path(name).stem
-    return re.sub(r"^\.+", "", name) or "text"
+    # The same in every locale, and a name like "val" is no trap: the split stands behind it.
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-") or "text"
 
 
 def _held_shards(out: Path, overwrite: bool) -> list[Path]:

@@ -2,7 +2,7 @@
 
     text              UTF-8; the file is a document
     jsonl             a JSON object a line
-    json              a JSON array of objects or strings, or an object over several lines
+    json              a JSON array of objects or strings
     csv               comma- or tab-separated values with a header; known by its suffix alone
     parquet, arrow    tables; arrow is IPC, as a file or as a stream
 
@@ -97,8 +97,6 @@ def _kind(head, suffix) -> str:
         cut = not newline and len(head) >= HEAD_BYTES  # the first line goes on past the head
         if (OBJECT.match(line) if cut else _is_object(line)) or by_lines:
             return "jsonl"
-        if suffix == ".json":
-            return "json"
     elif start[:1] == b"[":
         if not by_lines and (suffix == ".json" or ARRAY_OF_OBJECTS.match(start)):
             return "json"

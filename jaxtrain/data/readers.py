@@ -92,12 +92,12 @@ def _read_json(unit, text_field, piece_bytes):
 
 
 def _elements(unit, stream):
-    """(place, bytes) of each element of an array, or of each object where there is no array.
+    """(place, bytes) of each element of an array, or of several arrays one after the other.
 
     Only brackets and strings are looked at; the processes parse the elements.
     """
     place = unit.path, "json", unit.compression
-    data, at, scanned, begin, depth, base = b"", 0, 0, 0, 0, -1  # at: the place of data[0]
+    data, at, scanned, begin, depth = b"", 0, 0, 0, 0  # at: the place of data[0]
     while True:
         try:
             chunk = b"".join(iter_bytes(stream, max(HEAD_BYTES, len(data))))
@@ -105,30 +105,27 @@ def _elements(unit, stream):
             yield damage(unit.path, error, at + scanned, *place[1:], "the rest of the file")
             return
         data += chunk
-        if base < 0:
-            at = len(BOM) if data.startswith(BOM) else 0
-            data = data[at:]
-            base = int(data.lstrip()[:1] == b"[")  # the depth of the elements
+        if not at and not scanned and data.startswith(BOM):
+            scanned = begin = len(BOM)
         for match in TOKEN.finditer(data, scanned):
             start, scanned = match.span()
             token = data[start]
             if token == QUOTE and scanned == start + 1:  # a string that ends in a later chunk
                 scanned = start
                 break
-            if (depth < base and token != OPENED) or (depth == 0 and token in CLOSING):
-                found = f"expected {'arrays' if base else 'objects'}; found something else"
-                yield Problem(*place, at + start, "not JSON", found)
+            if depth == 0 and token != OPENED:
+                yield Problem(*place, at + start, "not JSON", "expected an array; found no '['")
                 return
-            if depth == base and (stray := data[begin:start].strip(b" \t\r\n,")):
+            if depth == 1 and (stray := data[begin:start].strip(b" \t\r\n,")):
                 yield at + data.index(stray, begin), stray
             if token in OPENING:
-                if depth <= base:
-                    begin = start if depth == base else scanned
+                if depth < 2:
+                    begin = start if depth else scanned  # of an element; of the array
                 depth += 1
             elif token in CLOSING:
                 depth -= 1
-                begin = scanned if depth < base else begin
-            if depth == base and token not in OPENING:
+                begin = begin if depth else scanned
+            if depth == 1 and token not in OPENING:
                 first = start if token == QUOTE else begin
                 yield at + first, data[first:scanned]
                 begin = scanned
@@ -136,11 +133,8 @@ def _elements(unit, stream):
             scanned = len(data)
         data, at, scanned, begin = data[begin:], at + begin, scanned - begin, 0
         if not chunk:
-            if depth or data.strip(b" \t\r\n,]"):
-                found = (
-                    f"expected {'arrays' if base else 'objects'}; found no end, or something else"
-                )
-                yield Problem(*place, at, "not JSON", found)
+            if depth or data.strip():
+                yield Problem(*place, at, "not JSON", "expected an array; found no ']'")
             return
         if len(data) > DOCUMENT_BYTES:
             yield Problem(*place, at, *TOO_LONG)

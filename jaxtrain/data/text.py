@@ -41,9 +41,9 @@ def list_files(source: str, exclude: str | Path, flag: str = "--config.data.text
         return Files([(root, root.name)])
     if not root.is_dir():
         found = "a pipe or a device" if os.path.exists(root) else "nothing there"
+        seen_from = "" if root.is_absolute() else f" (from {shown(Path.cwd())})"
         raise ValueError(
-            f"{flag} must be a file or a folder; got {where}, found {found} "
-            f"(in {shown(Path.cwd())})."
+            f"{flag} must be a file or a folder; got {where}, found {found}{seen_from}."
         )
     found, left_out = _walk(root, Path(exclude).resolve(), NOT_SOURCE if stdlib else set())
     if stdlib:  # _sysconfigdata holds one machine's build flags
