@@ -22,12 +22,13 @@ FEW_TOKENS = 8 * (256 + 1)  # a batch of configs/quickstart.py
 VOCABULARY_STEP = 64  # model.V is rounded up to it: matrix units like multiples
 
 HELP = """\
-Turns text into token shards, which `train --data.shards=DIR` reads.
+Turns text into token shards, which `jaxtrain train --data.shards=DIR` reads.
 
-  {encode} --input=books/ --out=shards/ --tokenizer=gpt2
-  {encode} --input=fineweb/ --out=shards/ --tokenizer=gpt2 --val_fraction=0.001
-  {encode} --input=reviews.jsonl.zst --out=shards/ --tokenizer=my/tokenizer.json \\
-      --text_field=content
+  jaxtrain encode --input=books/ --out=shards/ --tokenizer=gpt2
+  jaxtrain encode --input=fineweb/ --out=shards/ --tokenizer=gpt2 --val_fraction=0.001
+  jaxtrain encode --input=reviews.jsonl.zst --out=shards/ --tokenizer=bytes --text_field=content
+
+`python -m jaxtrain.data.encode` is the same command.
 
 INPUT is a file, or a folder with everything below it; a folder may mix formats. The format is
 recognised by content:
@@ -42,8 +43,8 @@ counted. Links to folders are followed.
 Held out for validation are whole text files or the end of one, and lines and rows by a draw that
 depends on their file's name and their place: at least one document, about --val_fraction.
 
-Memory stays bounded, a few hundred MB and about 10 MB a process: files are read in pieces of a
-megabyte, parquet by its pages. All cores encode; the result is the same for any --workers.
+Memory stays bounded, about 300 MB a process, whatever the input's size: files are read in pieces
+of a megabyte, parquet by its pages. All cores encode; the result is the same for any --workers.
 
 An encoding that is stopped, also by kill -9 or a power cut, goes on with the same command; the
 result is the same as if it had not been stopped. Where the input or an option has changed it
@@ -63,9 +64,9 @@ end-of-text token.
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        command("encode"),
+        "jaxtrain encode",
         usage="%(prog)s --input=PATH --out=DIR --tokenizer=NAME [options]",
-        description=HELP.replace("{encode}", command("encode")),
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

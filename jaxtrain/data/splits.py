@@ -139,6 +139,8 @@ def _cut_place(piece, wanted) -> int:
 
 def _cut(piece: Piece, piece_bytes) -> list[Piece]:
     out, start = [], piece.start
+    if piece.stop - start <= piece_bytes:
+        return [piece]
     with open(piece.path, "rb") as file:
         while piece.stop - start > piece_bytes:
             cut = _boundary(file, piece.kind, start + piece_bytes)

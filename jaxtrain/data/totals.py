@@ -82,7 +82,8 @@ def check_so_far(totals: Totals, rules: Rules) -> None:
     """Raises ValueError where it is of no use to go on."""
     documents = sum(totals.documents.values())
     if totals.bad and rules.on_bad_document == "stop":
-        raise ValueError(f"{totals.problems[0].describe()}.{_advice(totals, rules)}")
+        advice = _advice(totals, rules) + " Or set --on_bad_document=skip."
+        raise ValueError(f"{totals.problems[0].describe()}.{advice}")
     if totals.bad >= HOPELESS and not documents:
         _refuse(f"the first {totals.bad:,} documents cannot be used", totals, rules)
 
@@ -131,4 +132,4 @@ def _advice(totals, rules) -> str:
     reason = totals.problems[0].reason
     if reason.startswith("without a string"):
         return f" Set {rules.flags.text_field} to the one that holds the text."
-    return f" Repair or remove it, or set {rules.flags.text} to other text."
+    return " Repair or remove what is named here."
