@@ -67,7 +67,8 @@ class LossConfig(Section):
 class DataConfig(Section):
     PREFIX = "data."
 
-    text: str = knob("", "text file or folder; empty is Python's own standard library")
+    text: str = knob("", "text: file or folder; empty is Python's own standard library")
+    text_field: str = knob("text", "key or column of the text, where data.text is JSON or tables")
     shards: str = knob("", "token shards: folder, file or glob; empty encodes data.text")
     shard_format: str = knob(
         "auto", "what the shards are", choices=("auto", "llmc", "nanogpt", "megatron")

@@ -7,7 +7,7 @@ import pytest
 from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.data.shards import ShardWriter
+from jaxtrain.data.writer import ShardWriter
 from jaxtrain.mesh import build_mesh
 
 pytest.importorskip(

@@ -10,7 +10,8 @@ import pytest
 from jaxtrain.config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import encode, main
-from jaxtrain.data.text import list_files, plan_pieces
+from jaxtrain.data.splits import plan_units
+from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 
 
@@ -85,8 +86,8 @@ def test_cutting_a_long_text_into_pieces_changes_no_token(name, texts, tmp_path)
     run(whole, tmp_path / "cut", name, piece_bytes=10_000)
     run(whole, tmp_path / "uncut", name, piece_bytes=1 << 30)
     assert shards_of(tmp_path / "cut") == shards_of(tmp_path / "uncut")
-    tasks, _ = plan_pieces(list_files(str(whole), exclude=tmp_path), 0.0, 10_000)
-    assert len(tasks) > 10
+    units, _ = plan_units(list_files(str(whole), exclude=tmp_path), 0.0, "text", 10_000)
+    assert len(units) > 10
 
 
 def test_a_text_without_newlines_is_cut_between_characters(tmp_path):
@@ -144,8 +145,8 @@ def test_each_line_of_jsonl_is_a_document(tmp_path):
 @pytest.mark.parametrize("line", ["no json", '{"other": "x"}', '{"text": 3}', "[1]"])
 def test_a_bad_line_of_jsonl_is_named_by_file_and_place(line, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line at byte 17: expected .*; found"):
-        run(tmp_path / "rows.jsonl", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, byte 17: expected .*; found"):
+        run(tmp_path / "rows.jsonl", tmp_path / "out", on_bad_document="stop")
     assert not list((tmp_path / "out").iterdir())  # nothing half-written stays
 
 

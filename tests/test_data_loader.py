@@ -10,7 +10,7 @@ from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import BatchSource, WindowRows, build_batches, eval_batches
 from jaxtrain.data.permutation import permute
-from jaxtrain.data.shards import ShardWriter
+from jaxtrain.data.writer import ShardWriter
 from jaxtrain.mesh import batch_sharding, build_mesh
 
 T, B, EOT = 16, 8, 1_000

@@ -14,7 +14,7 @@ from jaxtrain.benchmarks.measure import format_table, interleave, summarise, ver
 from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.data.shards import ShardWriter
+from jaxtrain.data.writer import ShardWriter
 from jaxtrain.mesh import build_mesh
 
 TOKENS, V = 100_000_000, 50_304

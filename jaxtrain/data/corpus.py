@@ -14,14 +14,17 @@ from absl import logging
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.coverage import LOST
-from jaxtrain.data.encode import META_FORMAT, SHARD_TOKENS, describe_skipped, encode, encoding_key
+from jaxtrain.data.journal import lock_folder
+from jaxtrain.data.pipeline import META_FORMAT, SHARD_TOKENS, encode, encoding_key
 from jaxtrain.data.scan import scan_shards
 from jaxtrain.data.shards import Shard, find_shards, left_out, probe
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.totals import describe_skipped
 from jaxtrain.data.vocabulary import check_vocabulary
 
 META_KEYS = {"format", "source", "tokenizer", "vocab_size", "eot", "skipped", "shards"}
+SHARD_KEYS = {"file", "split", "tokens", "text_bytes", "fingerprint"}
 
 FEW_BYTES = 32 << 20  # of text that one process encodes before others have started
 
@@ -155,7 +158,7 @@ def _locate(cfg, split, vocab_size, workdir):
         if not paths:
             raise ValueError(
                 f"data.text must hold a document for {split}; got none with "
-                f"data.val_fraction={cfg.val_fraction}. Set --config.data.val_fraction."
+                f"data.val_fraction={cfg.val_fraction}. Set --config.data.val_fraction=0.05."
             )
         return paths, {folder: meta}, describe_skipped(meta["skipped"])
     paths = find_shards(cfg.shards, split)
@@ -228,7 +231,7 @@ def _read_meta(folder: Path) -> dict | None:
         meta = json.loads(path.read_text())
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
+    if not _is_meta(meta):
         raise ValueError(
             f"{path}: expected what `python -m jaxtrain.data.encode` writes; found something "
             "else. Move it away, or encode again."
@@ -238,6 +241,15 @@ def _read_meta(folder: Path) -> dict | None:
     if meta["tokenizer"] == "tokenizer.json":  # it moves with its folder
         meta["tokenizer"] = str(folder / "tokenizer.json")
     return meta
+
+
+def _is_meta(meta) -> bool:
+    if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
+        return False
+    shards = meta["shards"]
+    return isinstance(shards, list) and all(
+        isinstance(entry, dict) and SHARD_KEYS <= entry.keys() for entry in shards
+    )
 
 
 def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
@@ -254,16 +266,34 @@ def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
 def _encode_text(cfg, vocab_size, workdir) -> tuple[Path, dict]:
     """Folder and meta.json of data.text in tokens, made now unless an earlier start made it."""
     files = list_files(cfg.text, exclude=workdir)
-    key = encoding_key(files, cfg.tokenizer, cfg.val_fraction, SHARD_TOKENS, "text", "text")
+    options = cfg.val_fraction, SHARD_TOKENS, cfg.text_field, "text"
+    key = encoding_key(files, cfg.tokenizer, *options)
     folder = workdir / "data" / key[:12]  # another text or tokenizer is another folder
-    meta = _read_meta(folder)
-    encoded = meta is not None and meta["source"] == key
-    check_vocabulary(cfg, build_tokenizer(cfg.tokenizer), vocab_size, encoded)
-    if not encoded:
+    meta = _encoded(folder, key)
+    check_vocabulary(cfg, build_tokenizer(cfg.tokenizer), vocab_size, meta is not None)
+    if meta:
+        return folder, meta
+    with lock_folder(folder, wait=True) as locked:  # of several processes, one encodes
+        if meta := _encoded(folder, key):
+            return folder, meta
         logging.info("encoding %d files into %s", len(files), folder)
         text_bytes = sum(path.stat().st_size for path, _ in files)
         many = cfg.tokenizer != "bytes" and text_bytes > FEW_BYTES
-        workers = (os.cpu_count() or 1) if many else 1
-        encode(files, folder, cfg.tokenizer, "text", cfg.val_fraction, workers=workers)
-        meta = _read_meta(folder)
-    return folder, meta
+        meta = encode(
+            files,
+            folder,
+            cfg.tokenizer,
+            "text",
+            cfg.val_fraction,
+            workers=(os.cpu_count() or 1) if many else 1,
+            text_field=cfg.text_field,
+            locked=locked,
+        )
+    for problem in meta["problems"]:
+        logging.warning("skipped %s", problem)
+    return folder, _read_meta(folder)
+
+
+def _encoded(folder, key) -> dict | None:
+    meta = _read_meta(folder)
+    return meta if meta and meta["source"] == key else None

@@ -1,186 +1,84 @@
-"""Text to token shards: `jaxtrain encode --help`."""
+"""Text to token shards: `python -m jaxtrain.data.encode --help`."""
 
 import argparse
 import json
-import multiprocessing
 import os
-import shutil
+import re
 import sys
-import uuid
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jaxtrain.commands import in_form
-from jaxtrain.data.coverage import LOST, check_lost
-from jaxtrain.data.shards import MAX_SHARD_TOKENS, ShardWriter
-from jaxtrain.data.text import (
-    PIECE_BYTES,
-    encode_pieces,
-    list_files,
-    plan_pieces,
-    source_key,
-    token_dtype,
-)
-from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
-from jaxtrain.disk import ends_in_one_line
-from jaxtrain.files import write_atomic
+from jaxtrain.data.formats import SUFFIXES, shown
+from jaxtrain.data.journal import PROGRESS, STATE, lock_folder
+from jaxtrain.data.pipeline import SHARD_TOKENS, encode
+from jaxtrain.data.shards import MAX_SHARD_TOKENS
+from jaxtrain.data.text import list_files
+from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.totals import Flags, describe_skipped
+from jaxtrain.invocation import command
 from pallas_kernels.arguments import Parser
 
-META_FORMAT = 1
-SHARD_TOKENS = 100_000_000
+FLAGS = Flags("--input", "--text_field", "--val_fraction")
+FEW_TOKENS = 8 * (256 + 1)  # a batch of configs/quickstart.py
+VOCABULARY_STEP = 64  # model.V is rounded up to it: matrix units like multiples
 
 HELP = """\
-Turns text into llm.c token shards, which `jaxtrain train CONFIG --data.shards=DIR` trains on.
+Turns text into token shards, which `jaxtrain train CONFIG --data.shards=DIR` trains on.
 
     jaxtrain encode --input=docs --out=runs/docs_gpt2 --tokenizer=gpt2
     jaxtrain encode --input=docs --out=runs/docs_bytes --tokenizer=bytes --val_fraction=0.1
     jaxtrain encode --input=README.md --out=runs/readme --tokenizer=gpt2 --name=readme
 
-INPUT is a UTF-8 text file, a .jsonl file with a document a line, or a folder of both. A text file
-is one document. Each document starts with the tokenizer's end-of-text token. Files that are not
-UTF-8 or hold NUL bytes are no text: they are skipped and counted.
+INPUT is a file, or a folder with everything below it; a folder may mix formats. The format is
+recognised by content:
+  UTF-8 text           a file is a document
+  JSON lines           a line is a document: the string under --text_field
+  JSON array           an element is a document: an object with --text_field, or a string
+  CSV, TSV             a row is a document; a .csv or .tsv file with a header, column --text_field
+  parquet, Arrow IPC   a row is a document, column --text_field
+The first four may be compressed by gzip or zstd. Other files that are no text are skipped and
+counted. Links to folders are followed.
+
+Held out for validation are whole text files or the end of one, and lines and rows by a draw that
+depends on their file's name and their place: at least one document, about --val_fraction.
+
+Memory stays bounded, about 300 MB a process, whatever the input's size: files are read in pieces
+of a megabyte, parquet by its pages. All cores encode; the result is the same for any --workers.
+
+An encoding that is stopped, also by kill -9 or a power cut, goes on with the same command; the
+result is the same as if it had not been stopped. Where the input or an option has changed it
+starts over, and says so.
+
+A document that cannot be used (a line that is no JSON, a damaged row group, the rest of a
+truncated file, a text that the tokenizer refuses) is skipped; the number and the first places
+are printed. More than half of the documents or bytes is an error. --on_bad_document=stop makes
+the first one an error.
 
 DIR receives NAME_train_000000.bin, NAME_val_000000.bin, ... (256 int32 of header, then uint16
 tokens; uint32 where the vocabulary needs it) and meta.json: tokenizer, vocabulary size, eot, and
-each shard's tokens, text bytes and fingerprint. The result is the same for any --workers.
+each shard's tokens, text bytes and fingerprint. Each document starts with the tokenizer's
+end-of-text token.
 """
-
-
-def encode(
-    files,
-    out: str | Path,
-    tokenizer_name: str,
-    name: str = "text",
-    val_fraction: float = 0.0,
-    shard_tokens: int = SHARD_TOKENS,
-    workers: int = 1,
-    text_field: str = "text",
-    piece_bytes: int = PIECE_BYTES,
-    delay_s: float = 1.0,
-) -> dict:
-    """Encodes `files` (of list_files) into shards in `out` and returns what its meta.json holds.
-
-    Shards are completed aside and renamed into place, meta.json last; without it nothing counts.
-
-    Raises:
-        ValueError: no document is left, or a line of a .jsonl file is not as announced.
-    """
-    out = Path(out)
-    tokenizer = build_tokenizer(tokenizer_name)
-    key = encoding_key(files, tokenizer_name, val_fraction, shard_tokens, text_field, name)
-    tasks, skipped = plan_pieces(files, val_fraction, piece_bytes)
-    aside = out / f".encoding-{uuid.uuid4().hex[:12]}"
-    aside.mkdir(parents=True)
-    try:
-        dtype = token_dtype(tokenizer.vocab_size)
-        writers = {s: ShardWriter(aside, name, s, dtype, shard_tokens) for s in ("train", "val")}
-        options = tokenizer_name, text_field, val_fraction
-        total = sum(piece.stop - piece.start for task in tasks for piece in task)
-        with tqdm(total=total, desc="encode", unit="B", unit_scale=True, delay=delay_s) as bar:
-            for task, encoded in _run(tasks, tokenizer, options, workers):
-                for split, writer in writers.items():
-                    writer.append(encoded.tokens[split], encoded.sizes[split])
-                skipped += encoded.skipped
-                bar.update(sum(piece.stop - piece.start for piece in task))
-        for writer in writers.values():
-            writer.close()
-        entries = [entry for writer in writers.values() for entry in writer.entries]
-        if not entries:
-            raise ValueError(
-                "text must hold at least one document of UTF-8 without NUL bytes; got "
-                f"{len(files)} files, {describe_skipped(skipped)}. "
-                "Set --config.data.text (--input)."
-            )
-        text_bytes = sum(entry["text_bytes"] for entry in entries)
-        check_lost(skipped[LOST], text_bytes, tokenizer_name)
-        return _publish(entries, aside, out, key, tokenizer, skipped)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish(entries, aside, out, key, tokenizer, skipped) -> dict:
-    meta = {
-        "format": META_FORMAT,
-        "source": key,
-        "tokenizer": _keep_tokenizer(tokenizer.name, out),
-        "vocab_size": tokenizer.vocab_size,
-        "eot": tokenizer.eot,
-        "skipped": dict(sorted(skipped.items())),
-        "shards": entries,
-    }
-    for entry in entries:
-        os.replace(aside / entry["file"], out / entry["file"])
-    write_atomic(out / "meta.json", json.dumps(meta, indent=1) + "\n")
-    return meta
-
-
-def encoding_key(files, tokenizer_name, val_fraction, shard_tokens, text_field, name) -> str:
-    """Stands for what an encoding is made of; equal keys make equal shards."""
-    identity = tokenizer_identity(tokenizer_name)
-    return source_key(files, META_FORMAT, identity, val_fraction, shard_tokens, text_field, name)
-
-
-def describe_skipped(skipped) -> str:
-    """`skipped 3 not UTF-8, 1 empty`, or nothing skipped."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    return f"skipped {counts}" if counts else "nothing skipped"
-
-
-def _keep_tokenizer(tokenizer_name, out) -> str:
-    """A tokenizer.json goes with the shards, so that a moved folder stays whole."""
-    if not Path(tokenizer_name).is_file():
-        return tokenizer_name
-    write_atomic(out / "tokenizer.json", Path(tokenizer_name).read_bytes())
-    return "tokenizer.json"
-
-
-def _run(tasks, tokenizer, options, workers):
-    """(task, Encoded) in the order of tasks; at most 2 x workers results wait in memory."""
-    if workers == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task, encode_pieces(task, tokenizer, *options[1:])
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads' locks
-    workers = min(workers, len(tasks))
-    with ProcessPoolExecutor(workers, context, _start_worker, options) as pool:
-        waiting = deque()
-        try:
-            for task in tasks:
-                waiting.append((task, pool.submit(_work, task)))
-                if len(waiting) > 2 * workers:
-                    task, future = waiting.popleft()
-                    yield task, future.result()
-            while waiting:
-                task, future = waiting.popleft()
-                yield task, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(tokenizer_name, text_field, val_fraction):
-    global _worker
-    _worker = build_tokenizer(tokenizer_name), text_field, val_fraction
-
-
-def _work(task):
-    return encode_pieces(task, *_worker)
 
 
 def _parse(argv, prog) -> argparse.Namespace:
     parser = Parser(prog, in_form(HELP, prog))
     add = parser.add_argument
-    add("--input", required=True, help="text file, .jsonl file or folder")
+    add("--input", required=True, help="file or folder of text")
     add("--out", required=True, help="folder for the shards; made if missing")
     add("--tokenizer", required=True, help="bytes, gpt2 or the path of a tokenizer.json")
     add("--name", help="first part of the files' names; default: the input's name")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens a shard; %(default)s")
+    add("--text_field", default="text", help="key or column of the text; %(default)s")
     add("--val_fraction", type=float, default=0.01, help="share held out; %(default)s")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens a shard; %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; all %(default)s cores")
-    add("--text_field", default="text", help="key of a .jsonl line's text; %(default)s")
+    add(
+        "--on_bad_document",
+        choices=("skip", "stop"),
+        default="skip",
+        help="what cannot be used is counted, or an error; %(default)s",
+    )
     add("--overwrite", action="store_true", help="replace the shards that DIR holds")
     args = parser.parse_args(argv)
     if not 0 <= args.val_fraction <= 0.5:
@@ -189,60 +87,137 @@ def _parse(argv, prog) -> argparse.Namespace:
         parser.error(f"--shard_tokens must be in 1..{MAX_SHARD_TOKENS}; got {args.shard_tokens}.")
     if args.workers < 1:
         parser.error(f"--workers must be at least 1; got {args.workers}.")
+    if args.name is not None and (not args.name or args.name[0] == "." or "/" in args.name):
+        parser.error(f"--name must be the beginning of a file's name; got {args.name!r}.")
     return args
+
+
+def _default_name(source: str) -> str:
+    """The input's name without suffixes, as shards may be named."""
+    path = Path(source).expanduser().resolve()
+    name = path.name
+    for suffixes in SUFFIXES.values():
+        for suffix in suffixes:
+            name = name.removesuffix(suffix)
+    if not path.is_dir():
+        name = Path(name).stem
+    # The same in every locale, and a name like "val" is no trap: the split stands behind it.
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-") or "text"
 
 
 def _held_shards(out: Path, overwrite: bool) -> list[Path]:
     """Shards of an earlier encoding in `out`; any other there ends the program."""
     held = sorted(out.glob("*.bin"))
-    if held and not overwrite:
-        sys.exit(f"--out must hold no shards; got {held[0]}. Choose another, or add --overwrite.")
-    try:
-        meta = json.loads((out / "meta.json").read_text())
-        ours = {entry["file"] for entry in meta["shards"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
-    foreign = [path for path in held if path.name not in ours]
-    if foreign:
-        sys.exit(f"--overwrite replaces what meta.json lists; got {foreign[0]}. Choose another.")
+    ours = _shards_of(out / "meta.json", "shards")
+    # An encoding that was stopped while it moved its shards here lists them in its journal.
+    journals = out.glob(f"{STATE}*/{PROGRESS}")
+    moved = set().union(*(_shards_of(path, "progress", "meta", "shards") for path in journals))
+    others = [path for path in held if path.name not in moved]
+    if others and not overwrite:
+        found = shown(others[0])
+        sys.exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+    if foreign := [path for path in others if path.name not in ours]:
+        found = shown(foreign[0])
+        sys.exit(f"--overwrite replaces what meta.json lists; got {found}. Choose another --out.")
     return held
 
 
-@ends_in_one_line()
-def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
-    args = _parse(argv, prog)
-    out = Path(args.out)
-    held = _held_shards(out, args.overwrite)
-    name = args.name or Path(args.input).resolve().stem
+def _shards_of(path: Path, *keys) -> set[str]:
+    """Names of the shards that a JSON file lists, or none."""
     try:
-        meta = encode(
-            list_files(args.input, exclude=out),
-            out,
-            args.tokenizer,
-            name,
-            args.val_fraction,
-            args.shard_tokens,
-            args.workers,
-            args.text_field,
-            delay_s=0,
-        )
+        found = json.loads(path.read_text())
+        for key in keys:
+            found = found[key]
+        return {entry["file"] for entry in found}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _check_tokenizer(name: str):
+    """The tokenizer; one that cannot be built ends the program, named by this command's flag."""
+    try:
+        return build_tokenizer(name)
     except ValueError as error:
-        sys.exit(str(error))
-    except BrokenProcessPool:
-        sys.exit("an encoding process was killed, most likely for memory. Lower --workers.")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; {out} is as it was.")
-    written = {entry["file"] for entry in meta["shards"]}
-    for path in held:
-        if path.name not in written:
-            path.unlink()
+        message = str(error).replace("--config.data.tokenizer", "--tokenizer")
+        sys.exit(message.replace("data.tokenizer", "--tokenizer"))
+
+
+def _train_command(out: Path, name: str, meta: dict) -> str:
+    """The command that trains on the shards, on any machine."""
+    arguments = ["quickstart", f"--data.shards={out}"]
+    vocabulary = -(-meta["vocab_size"] // VOCABULARY_STEP) * VOCABULARY_STEP
+    if vocabulary != 256:
+        arguments.append(f"--model.V={vocabulary}")
+    tokens = sum(e["tokens"] for e in meta["shards"] if e["split"] == "train")
+    if tokens < FEW_TOKENS:  # else there is not one batch
+        arguments += ["--data.batch=1", f"--data.seq_len={max(1, min(256, tokens - 1))}"]
+    return command("train", *arguments, f"--workdir=runs/{name}")
+
+
+def _print_summary(args, out, name, meta) -> None:
     for split in ("train", "val"):
         shards = [entry for entry in meta["shards"] if entry["split"] == split]
         tokens, text = (sum(s[key] for s in shards) for key in ("tokens", "text_bytes"))
-        print(f"{split}: {tokens:,} tokens of {text:,} text bytes in {len(shards)} shards")
-    print(f"{out}: tokenizer {args.tokenizer}, {describe_skipped(meta['skipped'])}")
-    for note in build_tokenizer(args.tokenizer).notes:
-        print(f"{args.tokenizer}: {note}")
+        documents = meta["documents"].get(split, 0)
+        print(
+            f"{split}: {documents:,} documents, {tokens:,} tokens of {text:,} text bytes in "
+            f"{len(shards)} shards"
+        )
+    print(f"{shown(out)}: tokenizer {args.tokenizer}, {describe_skipped(meta['skipped'])}")
+    for problem in meta["problems"]:
+        print(f"  skipped {problem}")
+    for line in build_tokenizer(args.tokenizer).notes:
+        print(f"{args.tokenizer}: {line}")
+    if args.val_fraction:
+        print(f"train on it:\n  {_train_command(out, name, meta)}")
+    else:
+        print(
+            "nothing is held out, and training needs a held-out shard: encode again with "
+            "--val_fraction, or put a shard with 'val' in its name beside these"
+        )
+
+
+def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # in any locale
+    args = _parse(argv, prog)
+    out, name = Path(args.out), args.name or _default_name(args.input)
+    _check_tokenizer(args.tokenizer)
+    try:
+        files = list_files(args.input, exclude=out, flag="--input")
+        with lock_folder(out) as locked:
+            held = _held_shards(out, args.overwrite)
+            meta = encode(
+                files,
+                out,
+                args.tokenizer,
+                name,
+                args.val_fraction,
+                args.shard_tokens,
+                args.workers,
+                args.text_field,
+                delay_s=0,
+                on_bad_document=args.on_bad_document,
+                locked=locked,
+                flags=FLAGS,
+                note=lambda line: print(line, file=sys.stderr),
+            )
+            written = {entry["file"] for entry in meta["shards"]}
+            for path in held:
+                if path.name not in written:
+                    path.unlink()
+    except ValueError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{shown(error.filename or out)}: {error.strerror or error}")
+    except BrokenProcessPool:
+        sys.exit(
+            "an encoding process was killed, most likely for memory. Lower --workers; the same "
+            "command goes on."
+        )
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the same command goes on. The shards in {shown(out)} are as they were.")
+    _print_summary(args, out, name, meta)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,12 @@ https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_d
 """
 
 import glob
-import hashlib
-import os
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from jaxtrain.disk import naming
 
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
@@ -36,6 +32,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive",
 }
 VAL_NAME = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
+OUR_NAME = re.compile(r"_(train|val)_[0-9]{6}\.(bin|idx)$")  # of `encode` and of llm.c's scripts
 OTHER_NAME = re.compile(r"(^|[^a-z])(test|dev|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -55,63 +52,6 @@ class Shard:
         return np.memmap(self.path, self.dtype, "r", self.offset, shape).view(np.ndarray)
 
 
-class ShardWriter:
-    """Writes one split's tokens into a row of llm.c shards of `shard_tokens` each."""
-
-    def __init__(self, folder: Path, stem: str, split: str, dtype: str, shard_tokens: int):
-        self._folder, self._stem, self._split = folder, stem, split
-        self._dtype, self._shard_tokens = np.dtype(dtype), shard_tokens
-        self._file = None
-        self.entries: list[dict] = []
-
-    def append(self, tokens: np.ndarray, sizes) -> None:
-        """Adds documents; `sizes` holds the (tokens, text bytes) of each.
-
-        A document that is cut by a shard's end shares its bytes out by tokens.
-        """
-        ends = np.cumsum([n for n, _ in sizes])
-        text_ends = np.cumsum([n for _, n in sizes])
-        done, text_done = 0, 0
-        while done < len(tokens):
-            entry = self._open()
-            stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
-            text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
-            chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            with naming(self._file.name, self._file):
-                self._file.write(chunk)
-            self._digest.update(chunk)
-            entry["tokens"] += stop - done
-            entry["text_bytes"] += text - text_done
-            done, text_done = stop, text
-            if entry["tokens"] == self._shard_tokens:
-                self.close()
-
-    def _open(self) -> dict:
-        if self._file is None:
-            name = f"{self._stem}_{self._split}_{len(self.entries):06d}.bin"
-            self.entries.append({"file": name, "split": self._split, "tokens": 0, "text_bytes": 0})
-            self._file = open(self._folder / name, "wb")
-            self._file.write(bytes(HEADER_BYTES))
-            self._digest = hashlib.sha256()
-        return self.entries[-1]
-
-    def close(self) -> None:
-        """Completes the shard being written: its header, then the disk."""
-        if self._file is None:
-            return
-        entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
-        forms = {np.dtype(form): (magic, version) for magic, (version, form) in LLMC_FORMS.items()}
-        header[:3] = *forms[self._dtype], entry["tokens"]
-        with naming(self._file.name, self._file):
-            self._file.seek(0)
-            self._file.write(header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        self._file = None
-        entry["fingerprint"] = self._digest.hexdigest()[:32]
-
-
 def refuse(path, expected: str, found: str):
     """Raises the ValueError of a shard that is not what it should be."""
     raise ValueError(f"{path}: expected {expected}; found {found}.")
@@ -119,6 +59,8 @@ def refuse(path, expected: str, found: str):
 
 def split_of(name: str) -> str:
     """val, train, or other (test sets and the like, which nothing reads), by a file's name."""
+    if ours := OUR_NAME.search(name):  # whatever stands before it
+        return ours[1]
     other = OTHER_NAME.search(name) and "train" not in name.lower()
     return "val" if VAL_NAME.search(name) else "other" if other else "train"
 
@@ -135,9 +77,10 @@ def find_shards(pattern: str, split: str) -> list[Path]:
     chosen = [path for path in found if split_of(path.name) == split]
     if not chosen:
         hint = "named with 'val'" if split == "val" else "not named with 'val', 'test', ..."
+        fix = "or encode the text again with --val_fraction=0.01" if split == "val" else ""
         raise ValueError(
             f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
-            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards."
+            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards{fix and ', ' + fix}."
         )
     return chosen
 

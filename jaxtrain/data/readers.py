@@ -1,0 +1,156 @@
+"""Readers: each cuts a unit of the input into tasks of about a megabyte, in order."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window
+from jaxtrain.data.documents import TOO_LONG, Piece, Problem
+from jaxtrain.data.formats import BOM, DAMAGE, DOCUMENT_BYTES, HEAD_BYTES, iter_bytes, open_content
+from jaxtrain.data.tables import read_arrow, read_csv, read_parquet
+from jaxtrain.data.units import Task, Unit, damage, tasks_of_rows
+
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+
+
+def read_unit(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
+    """Yields the tasks of a unit; what cannot be read becomes a task with a problem."""
+    try:
+        yield from READERS[unit.kind](unit, text_field, piece_bytes)
+    except OSError as error:  # the file was there when the units were planned
+        yield Task((), 0, damage(unit.path, error))
+
+
+def _read_pieces(unit, text_field, piece_bytes):
+    yield Task(unit.pieces, unit.size)
+
+
+def _read_problem(unit, text_field, piece_bytes):
+    yield Task((), 0, unit.problem)
+
+
+def _read_text(unit, text_field, piece_bytes):
+    """A compressed text, whose parts (one, or the trained and the held-out one) are known."""
+    with open_content(unit.path, unit.compression) as (stream, file):
+        before, kept = 0, b""
+        for part in unit.pieces:
+            at = part.start
+            while at < part.stop:
+                wanted = min(piece_bytes + WINDOW_BYTES, part.stop - at)
+                kept += b"".join(iter_bytes(stream, max(0, wanted - len(kept))))
+                size = part.stop - at
+                if size > piece_bytes:
+                    size = piece_bytes + cut_in_window(kept[piece_bytes:wanted])
+                first = part.first and at == part.start
+                piece = replace(part, start=at, stop=at + size, first=first, content=kept[:size])
+                yield Task((piece,), file.tell() - before)
+                before, kept, at = file.tell(), kept[size:], at + size
+
+
+def _read_jsonl(unit, text_field, piece_bytes):
+    """A compressed .jsonl file: blocks of whole lines, which the processes parse."""
+    place = unit.path, "jsonl", unit.compression
+    with open_content(unit.path, unit.compression) as (stream, file):
+        at, before, kept, size, end, skipping = 0, 0, [], 0, 0, False
+
+        def block(stop):
+            content = b"".join(kept)
+            piece = Piece(unit.path, unit.name, at, at + stop, *place[1:], content=content[:stop])
+            return Task((piece,), file.tell() - before), [content[stop:]]
+
+        try:
+            for chunk in iter_bytes(stream):
+                if skipping:  # the rest of a line that is too long
+                    stop = chunk.find(b"\n") + 1
+                    at += stop or len(chunk)
+                    skipping, chunk = not stop, chunk[stop:] if stop else b""
+                kept.append(chunk)
+                if newline := chunk.rfind(b"\n") + 1:
+                    end = size + newline  # of the whole lines in `kept`
+                size += len(chunk)
+                if end and size >= min(piece_bytes, DOCUMENT_BYTES):
+                    task, kept = block(end)
+                    yield task
+                    at, before, size, end = at + end, file.tell(), size - end, 0
+                elif size > DOCUMENT_BYTES:
+                    yield Task((), 0, Problem(*place, at, *TOO_LONG))
+                    at, kept, size, skipping = at + size, [], 0, True
+        except DAMAGE as error:
+            if end:
+                yield block(end)[0]
+            what = "the rest of the file"
+            yield Task((), 0, damage(*place[:1], error, at + end, *place[1:], what))
+            return
+        if size:
+            yield block(size)[0]
+
+
+def _read_json(unit, text_field, piece_bytes):
+    with open_content(unit.path, unit.compression) as (stream, file):
+        elements = _elements(unit, stream)
+        yield from tasks_of_rows(unit, "json", elements, piece_bytes, file.tell)
+
+
+def _elements(unit, stream):
+    """(place, bytes) of each element of an array, or of several arrays one after the other.
+
+    Only brackets and strings are looked at; the processes parse the elements.
+    """
+    place = unit.path, "json", unit.compression
+    data, at, scanned, begin, depth = b"", 0, 0, 0, 0  # at: the place of data[0]
+    while True:
+        try:
+            chunk = b"".join(iter_bytes(stream, max(HEAD_BYTES, len(data))))
+        except DAMAGE as error:
+            yield damage(unit.path, error, at + scanned, *place[1:], "the rest of the file")
+            return
+        data += chunk
+        if not at and not scanned and data.startswith(BOM):
+            scanned = begin = len(BOM)
+        for match in TOKEN.finditer(data, scanned):
+            start, scanned = match.span()
+            token = data[start]
+            if token == QUOTE and scanned == start + 1:  # a string that ends in a later chunk
+                scanned = start
+                break
+            if depth == 0 and token != OPENED:
+                yield Problem(*place, at + start, "not JSON", "expected an array; found no '['")
+                return
+            if depth == 1 and (stray := data[begin:start].strip(b" \t\r\n,")):
+                yield at + data.index(stray, begin), stray
+            if token in OPENING:
+                if depth < 2:
+                    begin = start if depth else scanned  # of an element; of the array
+                depth += 1
+            elif token in CLOSING:
+                depth -= 1
+                begin = begin if depth else scanned
+            if depth == 1 and token not in OPENING:
+                first = start if token == QUOTE else begin
+                yield at + first, data[first:scanned]
+                begin = scanned
+        else:
+            scanned = len(data)
+        data, at, scanned, begin = data[begin:], at + begin, scanned - begin, 0
+        if not chunk:
+            if depth or data.strip():
+                yield Problem(*place, at, "not JSON", "expected an array; found no ']'")
+            return
+        if len(data) > DOCUMENT_BYTES:
+            yield Problem(*place, at, *TOO_LONG)
+            return
+
+
+QUOTE, OPENED = b'"['
+OPENING, CLOSING = b"[{", b"]}"
+
+READERS = {
+    "pieces": _read_pieces,
+    "problem": _read_problem,
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": read_csv,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}

@@ -1,0 +1,127 @@
+"""`jaxtrain encode`, as a user types it: messages, names, locales, and the command that follows."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import jaxtrain.config as config_lib
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.encode import main
+from jaxtrain.data.loader import WindowRows
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def write_lines(path, count, text="a document of some words\\n"):
+    path.write_text("".join(f'{{"text": "{i} {text}"}}\n' for i in range(count)))
+    return path
+
+
+WRONG = {
+    "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', found nothing there"),
+    "no tokenizer": (["--tokenizer=nosuch"], "^--tokenizer must be .*'nosuch'.* Set --tokenizer"),
+    "no key": (["--text_field=content"], "rows.jsonl, line 1, byte 0: .*Set --text_field"),
+    "no folder": (["--out=/dev/null/shards"], "^/dev/null/shards: Not a directory$"),
+    "a file as folder": (["--out=rows.jsonl"], "^rows.jsonl: File exists$"),
+    "too little": (["--input=one.jsonl"], "--input"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_each_error_names_the_flags_of_this_command(kind, tmp_path):
+    write_lines(tmp_path / "rows.jsonl", 20)
+    write_lines(tmp_path / "one.jsonl", 1).write_text('{"text": "a"}')
+    flags, message = WRONG[kind]
+    command = ["--input=rows.jsonl", "--out=shards", "--tokenizer=bytes", "--workers=1", *flags]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    found = str(stop.value.code)
+    assert re.search(message, found.replace("\n", " ")), found
+    assert "config" not in found and "data.t" not in found
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+@pytest.mark.parametrize("count", [2, 9, 2_000])
+def test_the_command_that_is_printed_trains_on_the_shards(tokenizer, count, tmp_path, capsys):
+    write_lines(tmp_path / "some rows.jsonl", count)
+    main(["--input=some rows.jsonl", "--out=my shards", f"--tokenizer={tokenizer}", "--workers=1"])
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if " train quickstart " in line]
+    words = shlex.split(line)
+    flags = words[words.index("quickstart") + 1 :]
+    config = importlib.import_module("configs.quickstart").get_config()
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        old = config_lib.flatten(config_lib.freeze(config))[name]
+        config.update_from_flattened_dict({name: type(old)(value)})
+    cfg = config_lib.freeze(config)
+    for split in ("train", "val"):
+        corpus = open_corpus(cfg.data, split, cfg.model.V, tmp_path / "run")
+        assert corpus.tokenizer_name == tokenizer and corpus.tokens > 1
+        if split == "train":
+            assert len(WindowRows(corpus, cfg.data.seq_len)) >= cfg.data.batch
+
+
+def test_documents_of_each_split_are_printed_and_what_was_skipped(tmp_path, capsys):
+    path = write_lines(tmp_path / "rows.jsonl", 60)
+    path.write_text(path.read_text() + "bad\n")
+    main(["--input=rows.jsonl", "--out=shards", "--tokenizer=bytes", "--workers=1"])
+    printed = capsys.readouterr().out
+    assert "train: 58 documents, " in printed and "val: 2 documents, " in printed
+    assert "skipped 1 not JSON" in printed and "rows.jsonl, line 61, byte " in printed
+
+
+def test_shards_without_held_out_text_say_that_training_needs_some(tmp_path, capsys):
+    write_lines(tmp_path / "rows.jsonl", 60)
+    main(["--input=rows.jsonl", "--out=a", "--tokenizer=bytes", "--workers=1", "--val_fraction=0"])
+    printed = capsys.readouterr().out
+    assert "training needs a held-out shard" in printed and "quickstart" not in printed
+
+
+LOCALES = {
+    "utf-8": {"LC_ALL": "C.UTF-8"},
+    "C": {"LC_ALL": "C"},
+    "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+def test_names_with_spaces_and_unicode_give_the_same_shards_in_every_locale(tmp_path):
+    folder = tmp_path / "über alles 文"
+    folder.mkdir()
+    for i in range(40):
+        write_lines(folder / f"é {i}.jsonl", 5)
+        (folder / f"文 {i}.txt").write_text(f"some text {i}\n" * 9)
+    results = []
+    for locale, variables in LOCALES.items():
+        out = tmp_path / f"ö {locale}"
+        command = [sys.executable, "-m", "jaxtrain.data.encode", "--input", str(folder)]
+        command += ["--out", str(out), "--tokenizer", "bytes", "--workers", "1"]
+        for again in ([], ["--overwrite"]) if locale == "ascii" else ([],):
+            here = os.path.dirname(os.path.dirname(__file__))
+            env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL")} | variables
+            finished = subprocess.run([*command, *again], capture_output=True, env=env, cwd=here)
+            assert finished.returncode == 0, finished.stderr.decode()
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert set(found) == {"ber_alles_train_000000.bin", "ber_alles_val_000000.bin", "meta.json"}
+        results.append(found)
+    assert results[0] == results[1] == results[2]
+
+
+def test_help_starts_with_three_examples_and_holds_no_path_of_this_machine(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert [line[:17] for line in shown.splitlines()[4:7]] == ["  jaxtrain encode"] * 3
+    assert os.path.dirname(sys.executable) not in shown
+    for word in ("parquet", "zstd", "--on_bad_document", "kill -9", "Memory"):
+        assert word in shown
