@@ -56,5 +56,5 @@ def test_a_gpt2_config_without_a_corpus_is_refused_with_two_commands(tmp_path):
     line, make, use = done.stderr.strip().split("\n")
     assert "model.V=50304 and data.tokenizer=gpt2; got neither" in line
     assert shlex.split(make)[-4:] == ["encode", "--input=PATH", "--out=shards", "--tokenizer=gpt2"]
-    assert shlex.split(use)[-4:] == ["train", *flags, "--config.data.shards=shards"]
+    assert shlex.split(use)[-4:] == ["jaxtrain.train", *flags, "--config.data.shards=shards"]
     assert not (tmp_path / "run").exists()
