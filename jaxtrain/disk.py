@@ -18,7 +18,6 @@ OF_FILES = {
     getattr(errno, name)
     for name in "EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EROFS ESTALE".split()
 }
-FULL = {errno.ENOSPC, errno.EDQUOT}
 TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+)\b")
 
 
@@ -137,21 +136,19 @@ def _detail(code: int | None, path) -> str:
         return f" ({found} is a file, not a folder)" if found else ""
     if code in (errno.EACCES, errno.EPERM):
         return f" (as user {os.geteuid()})"
-    if code in FULL:
-        return _free(path)
-    return ""
+    return _size(path) if code == errno.ENOSPC else ""
 
 
-def _free(path: Path) -> str:
-    """` (3.1 MB of 4.2 MB free)`, of the file system that holds the path; nothing if unknown."""
+def _size(path: Path) -> str:
+    """` (a disk of 4.2 MB)`: the file system that holds the path; nothing if unknown.
+
+    Not what is free: by now the unfinished files that filled it may be removed.
+    """
     nearest = next((p for p in (path, *path.parents) if p.exists()), None)
-    if nearest is None:
-        return ""
     try:
-        usage = shutil.disk_usage(nearest)
+        return f" (a disk of {megabytes(shutil.disk_usage(nearest).total)})" if nearest else ""
     except OSError:
         return ""
-    return f" ({megabytes(usage.free)} of {megabytes(usage.total)} free)"
 
 
 def megabytes(size: int) -> str:

@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_at_a_save_ends_in_one_line_and_loses_nothing(
         assert status == 78 and len(lines) == 1, "\n".join(lines)
         folder = workdir / "checkpoints"
         assert lines[0].startswith("error: checkpoint 6 was not saved: "), lines
-        assert f"{folder}: {disk.reason} (" in lines[0]
+        assert f"{folder}: {disk.reason}" in lines[0]
         assert f"the newest checkpoint is step {STEPS} in {folder}." in lines[0]
         assert [path.name for path in folder.iterdir()] == [str(STEPS)]
         disk.free()
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_at_a_logged_step_ends_in_one_line(
         disk.fill(leave=100 << 10)
         status, lines = end_of(cfg, monkeypatch, capfd)
         assert status == 78 and len(lines) == 1, "\n".join(lines)
-        assert re.match(rf"error: {workdir}/\S+: {disk.reason} \(", lines[0]), lines
+        assert re.match(rf"error: {workdir}/\S+: {disk.reason}", lines[0]), lines
         assert f"the newest checkpoint is step {STEPS} in" in lines[0]
         assert len(runs.losses(workdir)) > STEPS  # every line can be read
 
