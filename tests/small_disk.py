@@ -26,7 +26,8 @@ class SmallDisk:
     def fill(self, leave=0):
         """Leaves this many bytes."""
         if not self.mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (leave, self._former[1]))
+            limit = leave // 6  # of each file; what is left is for several
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, self._former[1]))
             return
         filler = self.path / ".filler"
         with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
