@@ -1,4 +1,4 @@
-"""Small facts that all processes must share: said by process 0, or by whoever has a complaint."""
+"""Facts that all processes share: process 0's value, or the error of whichever process has one."""
 
 import json
 
@@ -7,34 +7,63 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.digest import CheckpointError
+from jaxtrain.disk import explain
 
-REASON_BYTES = 512  # of a reason that one process tells the others
+REASON_BYTES = 1024  # of a reason that one process tells the others
 
 
 def from_process_0(function):
-    """function()'s JSON-able value on process 0, in every process.
+    """Returns function()'s JSON-able value on process 0, in every process.
 
     Raises:
-        CheckpointError: function raised on process 0; in every process, with its text.
+        CheckpointError: function raised it, or an OSError, on process 0; in every process, with its
+            text.
+        ValueError: likewise.
+        Exception: any other, on process 0; a CheckpointError with its text in the others.
     """
-    answer = {}
+    answer, raised = {}, None
     if jax.process_index() == 0:
         try:
             answer = {"value": function()}
-        except (CheckpointError, OSError) as error:
-            answer = {"error": str(error)}
+        except Exception as error:
+            raised = error
+            answer = {"error": explain(error), "bad_input": isinstance(error, ValueError)}
     if jax.process_count() > 1:
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
         text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
         answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
-    if "error" in answer:
-        raise CheckpointError(answer["error"])
-    return answer["value"]
+    if "error" not in answer:
+        return answer["value"]
+    if raised and not isinstance(raised, OSError):
+        raise raised
+    raise (ValueError if answer["bad_input"] else CheckpointError)(answer["error"]) from raised
+
+
+def on_all(function):
+    """Returns function() of this process; raises in every process if it raised in one.
+
+    Raises:
+        ValueError: function raised one, or an OSError, in some process; with the first one's text.
+        Exception: any other, where it was raised; a ValueError with its text in the others.
+    """
+    value, raised = None, None
+    try:
+        value = function()
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        raised = error
+    reason = first_reason((explain(raised) or repr(raised)) if raised else "")
+    if raised and not isinstance(raised, ValueError | OSError):
+        raise raised
+    if reason:
+        raise ValueError(reason) from raised
+    return value
 
 
 def of_all(text: str) -> list[str]:
-    """What each process says, cut to REASON_BYTES, in every process."""
+    """Returns each process's text, cut to REASON_BYTES, in every process."""
     if jax.process_count() == 1:
         return [text]
     said = text.encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
@@ -43,7 +72,7 @@ def of_all(text: str) -> list[str]:
 
 
 def first_reason(reason: str) -> str:
-    """The first process's reason that is not empty, in every process."""
+    """Returns the first process's reason that is not empty, in every process."""
     texts = of_all(reason)
     if len(texts) == 1:
         return reason

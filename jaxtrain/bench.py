@@ -65,6 +65,7 @@ from jaxtrain.benchmarks import (
     startup,
     training,
 )
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 
 ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
@@ -225,6 +226,7 @@ def provenance() -> dict:
     }
 
 
+@ends_in_one_line()
 def main(argv=None) -> None:
     args = parse(argv)
     about = machine.describe()

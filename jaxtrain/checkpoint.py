@@ -7,6 +7,7 @@ Orbax restores a flipped byte, casts a dtype and takes an empty folder for the n
 a word, so the record says what every leaf must be, and a step that differs is not restored.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -17,11 +18,17 @@ from absl import logging
 
 from jaxtrain import digest
 from jaxtrain.agree import from_process_0
-from jaxtrain.digest import CheckpointError
+from jaxtrain.digest import CheckpointError, SaveFailed
+from jaxtrain.disk import explain, explain_stored, is_of_files
 from jaxtrain.storage.host0 import Host0
 from jaxtrain.storage.shared import Shared
 
 STORAGE = {"shared": Shared, "host0": Host0}
+TRIES = 5  # to read a step before the run that is going on replaces it
+
+
+class _Replaced(CheckpointError):
+    """A step was removed while it was read; there is a newer one."""
 
 
 class Restored(NamedTuple):
@@ -39,16 +46,26 @@ class Checkpoints:
         keep_every: steps that are multiples of it are kept too; 0 keeps no more.
         read_only: never writes, moves or cleans up, as beside a run that is still going.
         storage: a key of STORAGE.
+        before_save: called by process 0 before each save; an error of it prevents the save.
 
     Attributes:
         rejected: (step, reason) of every step that `restore` would not take.
     """
 
-    def __init__(self, folder, keep_last: int, keep_every=0, read_only=False, storage="shared"):
+    def __init__(
+        self,
+        folder,
+        keep_last: int,
+        keep_every=0,
+        read_only=False,
+        storage="shared",
+        before_save=lambda: None,
+    ):
         assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)  # TrainConfig checks
         self.folder = Path(folder).absolute()
         self.rejected: list[tuple[int, str]] = []
-        self._read_only = read_only
+        self._read_only, self._before_save = read_only, before_save
+        self._saving: int | None = None  # step of the last save, which may be under way
         self.storage = STORAGE[storage](self.folder, keep_last, keep_every)
 
     def __enter__(self):
@@ -60,7 +77,8 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise
-            logging.error("The last checkpoint was not saved: %s", failure)
+            if not (isinstance(failure, SaveFailed) and is_of_disk(error)):  # the same twice
+                logging.error("The last checkpoint was not saved: %s", failure)
         finally:
             self.storage.close()
 
@@ -81,22 +99,42 @@ class Checkpoints:
 
         Raises:
             ValueError: the step is not new, a leaf is no array or two share a path, or read_only.
-            Exception: the save before this one failed.
+            SaveFailed: the file system refused this save, or the one before it.
+            Exception: what before_save raised, or else failed in the save before this one.
         """
         start = time.perf_counter()
         if self._read_only:
             raise ValueError("save needs Checkpoints(..., read_only=False); got read_only=True.")
         leaves = digest.flatten_state(state)
         record = digest.build_record(step, leaves, meta)
-        self.storage.check()
-        newest = self.storage.newest()
+        from_process_0(self._before_save)
+        self.wait()
+        with self._naming(step):
+            self.storage.check()
+            newest = self.storage.newest()
         if newest is not None and step <= newest:
             raise ValueError(
                 f"a checkpoint's step must be above the newest one's, {newest}; got step={step} in "
                 f"{self.folder}. Resume from it, or set another --config.workdir."
             )
-        self.storage.save(step, leaves, record)
+        self._saving = step
+        with self._naming(step):
+            self.storage.save(step, leaves, record)
         return time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _naming(self, step: int):
+        """Turns what the file system refuses into a SaveFailed, and removes the unfinished step."""
+        try:
+            yield
+        except Exception as error:
+            reason = explain_stored(error, self.folder)
+            if reason is None and not isinstance(error, SaveFailed):
+                raise
+            self.storage.discard(step)  # it may be all that fills the disk
+            if isinstance(error, SaveFailed):
+                raise
+            raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
 
     def is_saving(self) -> bool:
         """Whether a save is under way in the background."""
@@ -104,7 +142,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until the last save is on disk. Raises what failed in the background, if any."""
-        self.storage.wait()
+        with self._naming(self._saving):
+            self.storage.wait()
 
     def restore(self, abstract_state, device_check=True, step=None) -> Restored | None:
         """The newest step that is what was saved, or None where no step is stored.
@@ -117,6 +156,9 @@ class Checkpoints:
             device_check: compares the digests of what was read, on the devices.
             step: only this one; None takes the newest good one.
 
+        With read_only, a step that the run beside it removes meanwhile is not rejected: the newer
+        one is read.
+
         Raises:
             ValueError: the newest intact step is of another state, or of a newer format; or `step`
                 is not stored.
@@ -128,7 +170,18 @@ class Checkpoints:
             raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
         if not self._read_only:
             self.storage.check()
+        for _ in range(TRIES):
+            with contextlib.suppress(_Replaced):
+                return self._restore(abstract_state, template, device_check, step)
+        raise CheckpointError(
+            f"a checkpoint must stay while it is read; the run that writes to {self.folder} "
+            f"replaced {TRIES}. Wait for its end, or train with a larger --config.keep_last."
+        )
+
+    def _restore(self, abstract_state, template, device_check, step) -> Restored | None:
+        """As restore(); raises _Replaced if what it read was removed."""
         rejected, steps = [], from_process_0(self.steps)
+        listed = steps
         if step is not None:
             if step not in steps:
                 raise ValueError(f"step must be one of {steps}; got {step}. Set --step.")
@@ -143,6 +196,8 @@ class Checkpoints:
                 if device_check:
                     digest.check_digests(record, arrays)
             except CheckpointError as error:
+                if self._read_only and from_process_0(self.steps) != listed:
+                    raise _Replaced from error
                 rejected.append((step, str(error)))
                 if jax.process_index() == 0:
                     logging.warning("Checkpoint at step %d rejected: %s", step, error)
@@ -155,10 +210,10 @@ class Checkpoints:
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
             return Restored(step, state, record["meta"])
         if rejected:
-            lines = "".join(f"\n  step {step}: {reason}" for step, reason in rejected)
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in rejected)
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint that can be trusted:{lines}\n"
-                "Nothing was moved. Put back a good step, or set another --config.workdir."
+                f"{self.folder} holds no checkpoint that can be trusted: {reasons}. Nothing was "
+                "moved. Put back a good step, or set another --config.workdir."
             )
         return None
 
@@ -177,13 +232,37 @@ class Checkpoints:
             try:
                 record = digest.read_record(self.folder / str(candidate))
             except CheckpointError as error:
-                reasons += f"\n  step {candidate}: {error}"
+                reasons += f"; step {candidate}: {error}"
                 continue
             digest.check_format(record)
             return record["meta"]
         if reasons:
-            raise CheckpointError(f"{self.folder} holds no readable record:{reasons}")
+            raise CheckpointError(f"{self.folder} holds no readable record{reasons}")
         return None
+
+    @contextlib.contextmanager
+    def naming_newest(self):
+        """Adds the newest step on disk to what the file system refuses in the block.
+
+        Raises:
+            SaveFailed: a checkpoint or another file of the run cannot be written.
+        """
+        try:
+            yield
+        except (SaveFailed, OSError) as error:
+            if not is_of_disk(error):
+                raise
+            try:
+                self.wait()  # the save under way may become the newest
+            except SaveFailed as failed:  # it, rather than a line of a log, has filled the disk
+                error = failed
+            steps = self.steps()
+            newest = f"the newest checkpoint is step {steps[-1]}" if steps else "no step is saved"
+            reason = str(error) if isinstance(error, SaveFailed) else explain(error)
+            raise SaveFailed(
+                f"{reason}; {newest} in {self.folder}. Free some space or mend what is named, then "
+                "run the same command again."
+            ) from error
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves these steps' folders out of the way, over nothing that is there already."""
@@ -198,3 +277,8 @@ class Checkpoints:
 
         from_process_0(move)
         self.storage.reload()
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether the file system is why something ends, rather than its input or a fault of ours."""
+    return isinstance(error, SaveFailed) or is_of_files(error)

@@ -26,6 +26,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint, or each of them, cannot be trusted."""
 
 
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
 def digests(arrays) -> list[str]:
     """16 hex digits for each array, in one compiled call and one transfer.
 
@@ -184,14 +188,15 @@ def check_template(record: dict, template: dict) -> None:
     stored = {path: leaf["type"] for path, leaf in record["leaves"].items()}
     asked = {path: describe(leaf) for path, leaf in template.items()}
     different = [
-        f"\n  {path}: stored {stored.get(path, 'nothing')}, asked {asked.get(path, 'nothing')}"
+        f"{path}: stored {stored.get(path, 'nothing')}, asked {asked.get(path, 'nothing')}"
         for path in sorted(stored | asked)
         if stored.get(path) != asked.get(path)
     ]
     if different:
         raise ValueError(
             f"the config must describe the state of the checkpoint at step {record['step']}; got "
-            f"{len(different)} leaves that differ:{''.join(different)}\n"
+            f"{len(different)} leaves that differ: {'; '.join(different[:3])}"
+            f"{'; ...' * (len(different) > 3)}. "
             "Set --config.model.* and --config.optim.* as in that run, or another --config.workdir."
         )
 

@@ -8,6 +8,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from jaxtrain.disk import naming
+
 
 @contextlib.contextmanager
 def draft(path: str | Path):
@@ -22,15 +24,18 @@ def draft(path: str | Path):
     path = Path(path)
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # two writers never share
     try:
-        yield hidden
-        for written in (*hidden.rglob("*"), hidden):
-            sync(written)  # else a power cut can leave the new name on empty blocks
-        os.replace(hidden, path)
-    except BaseException:
+        with naming(path):
+            yield hidden
+            for written in (*hidden.rglob("*"), hidden):
+                sync(written)  # else a power cut can leave the new name on empty blocks
+            os.replace(hidden, path)
+    except BaseException as error:
         if hidden.is_dir():
             shutil.rmtree(hidden, ignore_errors=True)
-        else:
-            hidden.unlink(missing_ok=True)
+        elif os.path.lexists(hidden):
+            hidden.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(hidden):
+            error.filename = str(path)  # the name that the user knows
         raise
     sync(path.parent)  # the rename itself
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import jax
 
+from jaxtrain.disk import closing
 from jaxtrain.metrics import OVERLAPPED, StepClock
 from jaxtrain.steplog import StepLog
 from jaxtrain.wire import INTERFACE, Wire
@@ -37,11 +38,12 @@ class Measure:
         jax.monitoring.register_event_duration_secs_listener(self._hear)
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, traceback):
         jax.monitoring.unregister_event_duration_listener(self._hear)
-        self.log.close()
         if self.wire:
             self.wire.close()
+        with closing(error):
+            self.log.close()
 
     def _hear(self, event: str, duration_s: float, **kwargs):
         if event == COMPILED:

@@ -8,7 +8,7 @@ import json
 import socket
 from pathlib import Path
 
-from jaxtrain.agree import of_all
+from jaxtrain.agree import of_all, on_all
 from jaxtrain.scalars import read_metrics
 from jaxtrain.steplog import FOLDER
 
@@ -47,7 +47,8 @@ def check_not_moved(workdir, saved: list[int]) -> None:
     Args:
         saved: steps of the checkpoints that this process sees.
     """
-    found = [json.loads(text) for text in of_all(json.dumps(look(workdir, saved)))]
+    here = on_all(lambda: json.dumps(look(workdir, saved)))
+    found = [json.loads(text) for text in of_all(here)]
     further = find_further(found)
     if further:
         raise ValueError(

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from jaxtrain.benchmarks.measure import format_table
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.tracing import MARK
 
 GPU = re.compile(r"/device:(?!CUSTOM)")
@@ -275,6 +276,7 @@ def _table(rows, total_s) -> str:
     )
 
 
+@ends_in_one_line()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jaxtrain.profile",

@@ -11,7 +11,9 @@ import jax
 from absl import flags, logging
 
 import jaxtrain
+from jaxtrain.agree import from_process_0
 from jaxtrain.curve import loss_curve
+from jaxtrain.disk import closing
 from jaxtrain.export import Exporter
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.scalars import FILE, ScalarLog, read_metrics
@@ -52,8 +54,10 @@ class Report:
         self.removed_s = 0.0  # of steps that were logged and have to be made again
 
     def __enter__(self):
-        if not self.active:
-            return self
+        from_process_0(lambda: self._open() if self.active else None)
+        return self
+
+    def _open(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         if self._export and self._export.port:
             self._exporter = Exporter(self._export.address, self._export.port)
@@ -64,19 +68,20 @@ class Report:
         if self._scalars.removed_lines:
             after = f"after step {self.resume_step} " if self.resume_step else ""
             self.note(f"{FILE}: removed {self._scalars.removed_lines} lines {after}of a former run")
-        return self
 
     def __exit__(self, kind, error, traceback):
         if not self.active:
             return
         self._close_bar()
-        self._scalars.close()
         if self._exporter:
             self._exporter.close()
+        with closing(error):
+            self._scalars.close()
         if self._finished:
             return
         try:
-            self._draw_curve()
+            with closing(error):
+                self._draw_curve()
         except Exception:
             if error is None:
                 raise

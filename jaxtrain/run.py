@@ -16,6 +16,7 @@ from jaxtrain import WANTS_GPU, tuning
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.diagnose import build_diagnosis, count_parts
+from jaxtrain.disk import explain, is_of_files
 from jaxtrain.fused import missing_kernels
 from jaxtrain.kernels import arch_of, chip_of, choose_routes
 from jaxtrain.loss import build_loss
@@ -65,7 +66,8 @@ class Run(NamedTuple):
 
 
 def run_main(main, errors=(), words=False):
-    """absl's app.run(main); bad input and broken checkpoints end in one line and status REFUSED.
+    """absl's app.run(main); bad input, broken checkpoints and what the file system refuses end in
+    one line and status REFUSED.
 
     One of several processes ends at once on an error, without waiting at exit for the others.
 
@@ -82,6 +84,9 @@ def run_main(main, errors=(), words=False):
             if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
                 logging.debug("in full:", exc_info=True)
                 refuse(error)
+            if is_of_files(error):
+                logging.debug("in full:", exc_info=True)
+                refuse(explain(error))
             if out_of_memory(error):
                 logging.debug("in full:", exc_info=True)
                 refuse(what_takes_less(error))
@@ -212,15 +217,22 @@ def read_stored(workdir) -> dict:
     """
     path = Path(workdir) / "config.json"
     try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
+        stored = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"--run must be a run's folder with a config.json; got {workdir}."
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold a run's config; got {error!r}.") from error
-    if not isinstance(stored, dict) or not {"config", "data"} <= stored.keys():
-        raise ValueError(f"{path} must hold a run's config and data; got something else.")
+    except ValueError as error:  # not UTF-8, or no JSON
+        raise ValueError(
+            f"{path} must hold a run's config as JSON; got {error}. The training command writes it "
+            "again."
+        ) from error
+    parts = [stored.get(key) for key in ("config", "data")] if isinstance(stored, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"{path} must hold a run's config and data; got something else. The training command "
+            "writes it again."
+        )
     return stored
 
 
@@ -234,12 +246,13 @@ def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
         ValueError: as read_stored; or a field is unknown, or its value is refused by now.
     """
     values = read_stored(workdir)["config"] | {"workdir": str(workdir)}
-    for name, value in (overrides or {}).items():
-        section, _, field = name.rpartition(".")
-        values |= {section: values.get(section, {}) | {field: value}} if section else {name: value}
     try:
+        for name, value in (overrides or {}).items():
+            section, _, field = name.rpartition(".")
+            part = values.get(section, {}) | {field: value}
+            values |= {section: part} if section else {name: value}
         return config_lib.freeze(values)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:  # a section may be anything
         raise ValueError(
             f"{Path(workdir) / 'config.json'} (edit it, no flag does): {error}"
         ) from None

@@ -11,6 +11,7 @@ import socket
 import time
 from pathlib import Path
 
+from jaxtrain.disk import Appender
 from jaxtrain.files import strict_json, write_atomic
 
 FILE = "metrics.jsonl"
@@ -35,7 +36,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # a kill between two bytes of the last write
                 break
-            what = "each line of metrics.jsonl must be a JSON object with a step"
+            what = f"each line of {Path(path).name} must be a JSON object with a step"
             where = f"got {line[:80]!r} in {path}, line {number}"
             raise ValueError(f"{what}; {where}. Remove the line.") from error
         records.append({k: float(v) if v in NOT_JSON else v for k, v in record.items()})
@@ -74,7 +75,7 @@ class ScalarLog:
         self.removed_lines, self.removed_s = len(removed), 0.0
         if removed and resume_step:
             self.removed_s = max(removed[-1]["time"] - removed[0]["time"], 0.0)
-        self._lines = open(workdir / FILE, "ab", buffering=0)
+        self._lines = Appender(workdir / FILE)
         self._events = _EventFile(workdir, resume_step + 1 if resume_step else 0)
 
     def write(self, step: int, metrics: dict) -> dict[str, int | float]:
@@ -82,11 +83,12 @@ class ScalarLog:
 
         Raises:
             ValueError: a metric is not a scalar number.
+        OSError: the disk is full, or refuses for another reason; the path is in it.
         """
         now_s = time.time()
         numbers_ = {name: _number(name, value) for name, value in metrics.items()}
         line = strict_json({"step": int(step), "time": now_s} | numbers_)
-        self._lines.write(line.encode() + b"\n")  # one write: a reader sees a line or none
+        self._lines.write(line.encode() + b"\n")  # at once: a reader sees a line or none
         self._events.write(int(step), now_s, numbers_)
         return numbers_
 
@@ -113,7 +115,7 @@ class _EventFile:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # names must sort in time
         name = f"{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(open(workdir / f"events.out.tfevents.{name}", "xb"))
+        self._records = RecordWriter(Appender(workdir / f"events.out.tfevents.{name}"))
         self._append(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._append(step=first_step, session_log=start)  # readers drop what is at or after it
@@ -126,7 +128,6 @@ class _EventFile:
     def _append(self, now_s=None, **fields):
         event = self._event(wall_time=now_s or time.time(), **fields)
         self._records.write(event.SerializeToString())
-        self._records.flush()
 
     def close(self):
         self._records.close()

@@ -7,13 +7,13 @@ A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"} and, with 
 
 import gc
 import json
-import os
 import statistics
 import time
 from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtrain.disk import Appender
 from jaxtrain.scalars import rewind_metrics
 
 FOLDER = "hosts"
@@ -58,7 +58,7 @@ class StepLog:
         path = Path(workdir) / FOLDER / f"{process}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rewind_metrics(path, resume_step)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = Appender(path)
         self._rows, self._usual_s = [], deque(maxlen=HISTORY)
         self.outliers = Counter()  # cause -> steps
         self._collecting_s, self.gc_s = 0.0, 0.0  # collector's time since it was last taken
@@ -99,14 +99,16 @@ class StepLog:
                 event = {"step": row.step, "time": row.time, "event": "outlier"}
                 event |= {"perf/step_time_s": row.step_time_s, "cause": cause}
                 lines.append(json.dumps(event))
-        os.write(self._file, ("\n".join(lines) + "\n").encode())
         self._usual_s.extend(row.step_time_s for row in rows)
         rows.clear()
+        self._file.write(("\n".join(lines) + "\n").encode())
 
     def close(self) -> None:
-        self.flush()
         gc.callbacks.remove(self._watch_collector)
-        os.close(self._file)
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def explain(row: Row, excess_s: float) -> str:

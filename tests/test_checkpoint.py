@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.digest import FORMAT, CheckpointError
+from jaxtrain.storage.shared import Shared
 
 
 @pytest.fixture
@@ -195,3 +196,25 @@ def test_orbax_is_quiet_and_our_own_lines_are_not(tmp_path, caplog):
         checkpoints.restore(abstract(build_state()))
     logging.info("a line of ours")
     assert [record.getMessage() for record in caplog.records] == ["a line of ours"]
+
+
+def test_a_reader_beside_a_run_takes_the_step_that_has_replaced_the_one_it_was_reading(tmp_path):
+    template = abstract(build_state())
+    with Checkpoints(tmp_path, 1) as run, Checkpoints(tmp_path, 1, read_only=True) as reader:
+
+        class Slow(Shared):
+            """Reads so slowly that the run saves two more steps meanwhile, and removes this one."""
+
+            def read(self, folder, template):
+                newest = int(folder.name)
+                for step in range(newest + 1, 4):
+                    run.save(step, build_state(seed=step), {"next": step})
+                    run.wait()
+                return super().read(folder, template)
+
+        run.save(1, build_state(seed=1), {"next": 1})
+        run.wait()
+        reader.storage = Slow(tmp_path, 1, 0)
+        restored = reader.restore(template)
+        assert restored.step == 3 and reader.rejected == []
+        assert_same(restored.state, build_state(seed=3))

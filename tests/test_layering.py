@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = """
-files axes knobs beat engine wire names memory invocation
+disk liveness
+files run_lock axes knobs beat engine wire names memory invocation
 sections
 config
 runtime mesh stop trees tuning
@@ -26,6 +27,7 @@ run
 scalars curve export
 steplog phases
 measure about tracing moved
+workdir
 report
 evaluate generate
 loop

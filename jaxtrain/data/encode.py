@@ -24,6 +24,7 @@ from jaxtrain.data.text import (
     token_dtype,
 )
 from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import write_atomic
 
 META_FORMAT = 1
@@ -205,6 +206,7 @@ def _held_shards(out: Path, overwrite: bool) -> list[Path]:
     return held
 
 
+@ends_in_one_line()
 def main(argv=None) -> None:
     args = _parse(argv)
     out = Path(args.out)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.disk import naming
+
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 LLMC_FORMS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, dtype
@@ -75,7 +77,8 @@ class ShardWriter:
             stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
             text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
             chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            self._file.write(chunk)
+            with naming(self._file.name, self._file):
+                self._file.write(chunk)
             self._digest.update(chunk)
             entry["tokens"] += stop - done
             entry["text_bytes"] += text - text_done
@@ -97,17 +100,14 @@ class ShardWriter:
         if self._file is None:
             return
         entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
-        magic, version = next(
-            (magic, version)
-            for magic, (version, dtype) in LLMC_FORMS.items()
-            if np.dtype(dtype) == self._dtype
-        )
-        header[:3] = magic, version, entry["tokens"]
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        forms = {np.dtype(form): (magic, version) for magic, (version, form) in LLMC_FORMS.items()}
+        header[:3] = *forms[self._dtype], entry["tokens"]
+        with naming(self._file.name, self._file):
+            self._file.seek(0)
+            self._file.write(header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._file = None
         entry["fingerprint"] = self._digest.hexdigest()[:32]
 

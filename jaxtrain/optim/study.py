@@ -25,6 +25,7 @@ from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
 from jaxtrain.checkpoint import CheckpointError
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import count_params
@@ -161,6 +162,7 @@ def print_overhead(args) -> None:
     print(overhead_table(cfg, run.model, tokens, args.chips, peak, args.efficiency))
 
 
+@ends_in_one_line()
 def main(argv) -> int:
     args = flags.FLAGS
     try:

@@ -17,7 +17,8 @@ import tensorstore
 from jax.experimental import multihost_utils
 
 from jaxtrain.agree import first_reason, from_process_0
-from jaxtrain.digest import CheckpointError
+from jaxtrain.digest import CheckpointError, SaveFailed
+from jaxtrain.disk import explain_stored, naming
 from jaxtrain.files import strict_json, sync
 from jaxtrain.mesh import replicated
 from jaxtrain.storage import zarr
@@ -40,7 +41,7 @@ class Host0:
         return from_process_0(lambda: max(_steps(self._folder), default=None))
 
     def save(self, step: int, leaves: dict, record: dict) -> None:
-        """Raises CheckpointError in all processes where process 0 could not write."""
+        """Raises SaveFailed in all processes where process 0 could not write."""
         first = jax.process_index() == 0
         draft = self._folder / f".{step}.tmp"
         reason, writing = "", deque()
@@ -60,10 +61,10 @@ class Host0:
                     while len(writing) > IN_FLIGHT:
                         writing.popleft().result()
                 except Exception as error:  # whatever it is, the other processes must hear of it
-                    reason = f"{draft} cannot be written: {zarr.why(error)}"
+                    reason = explain_stored(error, self._folder) or f"{draft}: {zarr.why(error)}"
         reason = first_reason(reason)
         if reason:
-            raise CheckpointError(f"checkpoint {step} was not saved: {reason}")
+            raise SaveFailed(f"checkpoint {step} was not saved: {reason}")
         from_process_0(lambda: self._commit(draft, step, record, writing))
 
     def _commit(self, draft, step, record, writing) -> None:
@@ -71,12 +72,14 @@ class Host0:
             for write in writing:
                 write.result()
         except ValueError as error:
-            raise CheckpointError(f"checkpoint {step} was not saved: {error}") from error
+            reason = explain_stored(error, self._folder) or zarr.why(error)
+            raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
         (draft / "record").mkdir()
-        (draft / "record" / "metadata").write_text(strict_json(record))
-        (draft / "state" / "_METADATA").write_text(json.dumps({"written_by": "host0"}))
-        for path in [*draft.rglob("*"), draft]:
-            sync(path)
+        with naming(draft):
+            (draft / "record" / "metadata").write_text(strict_json(record))
+            (draft / "state" / "_METADATA").write_text(json.dumps({"written_by": "host0"}))
+            for path in [*draft.rglob("*"), draft]:
+                sync(path)
         os.rename(draft, self._folder / str(step))
         sync(self._folder)
         steps = _steps(self._folder)
@@ -86,6 +89,11 @@ class Host0:
 
     def is_saving(self) -> bool:
         return False  # it blocks until all is on disk
+
+    def discard(self, step: int) -> None:
+        """Removes what a failed save of this step has written."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / f".{step}.tmp", ignore_errors=True)
 
     def wait(self) -> None:
         pass

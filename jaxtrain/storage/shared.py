@@ -7,14 +7,18 @@ closed.
 
 import logging as std_logging
 import os
+import shutil
+import sys
 import uuid
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from jaxtrain.agree import first_reason, from_process_0
 from jaxtrain.digest import CheckpointError
+from jaxtrain.disk import explain_stored
 from jaxtrain.storage.zarr import open_stored, why
 
 
@@ -55,6 +59,7 @@ class Shared:
 
     def _open(self):
         if self._manager is None:
+            quiet_closed_loops()
             self._manager = _open_manager(self._folder, *self._keep)
         return self._manager
 
@@ -73,6 +78,13 @@ class Shared:
     def reload(self) -> None:
         if self._manager is not None:
             self._manager.reload()  # it caches what it has seen, and would refuse moved steps
+
+    def discard(self, step: int) -> None:
+        """Removes what a failed save of this step has written, as far as that can be done."""
+        self._manager = None  # it would raise the same error again
+        if jax.process_index() == 0:
+            for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def close(self) -> None:
         manager, self._manager = self._manager, None
@@ -139,11 +151,38 @@ def _open_manager(folder: Path, keep_last: int, keep_every: int) -> ocp.Checkpoi
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's lines below warnings from absl's log; ours and others stay."""
-    logger = std_logging.getLogger("absl")
-    if _is_not_chatter not in logger.filters:
-        logger.addFilter(_is_not_chatter)
+    """Drops from the log Orbax's lines below warnings, and what the file system refuses.
+
+    Orbax also raises the latter. A full disk is logged four times by it and once for each array by
+    asyncio, with 100 lines of traceback; -v=1 shows them.
+    """
+    for name in ("absl", "asyncio"):
+        logger = std_logging.getLogger(name)
+        if _is_not_chatter not in logger.filters:
+            logger.addFilter(_is_not_chatter)
 
 
 def _is_not_chatter(record) -> bool:
-    return record.levelno >= std_logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    if (orbax or record.name == "asyncio") and record.exc_info:
+        return logging.level_debug() or not explain_stored(record.exc_info[1], "")
+    return not orbax or record.levelno >= std_logging.WARNING
+
+
+def quiet_closed_loops() -> None:
+    """Prints nothing where an array's write ends after Orbax has closed the event loop it was in.
+
+    One write that fails closes the loop; TensorStore's threads then print a traceback for every
+    other write that ends, which is no error of its own. -v=1 shows them.
+    """
+    former = sys.unraisablehook
+    if getattr(former, "of", None) is quiet_closed_loops:
+        return
+
+    def hook(raised):
+        closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
+        if not closed or raised.object is not None or logging.level_debug():
+            former(raised)
+
+    hook.of = quiet_closed_loops
+    sys.unraisablehook = hook
