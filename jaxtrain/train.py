@@ -10,7 +10,6 @@ find each other by --coordinator, --processes, --process, or by what started the
 SLURM's srun, mpirun, JAX_* variables).
 """
 
-import json
 import os
 import signal
 import socket
@@ -23,12 +22,13 @@ from ml_collections import config_flags
 
 import jaxtrain.config as config_lib
 from jaxtrain.about import header, measured, stored_config, versions
-from jaxtrain.agree import from_process_0, of_all
+from jaxtrain.agree import from_process_0, of_all, on_all
 from jaxtrain.beat import beat
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.disk import naming
 from jaxtrain.engine import World, detect
 from jaxtrain.generate import complete, fit_positions
 from jaxtrain.interop.start import check_model, check_resumed, load_params
@@ -45,6 +45,7 @@ from jaxtrain.step import abstract_state, init_state
 from jaxtrain.steplog import StepLog
 from jaxtrain.stop import Stop
 from jaxtrain.work import build_work, find_device_chip
+from jaxtrain.workdir import hold, is_finished
 
 PREEMPTED = 75  # EX_TEMPFAIL: start me again
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -86,49 +87,68 @@ def train(cfg, devices=None, quiet=False) -> int:
 
     Returns:
         the exit status: 0, or PREEMPTED or INTERRUPTED after the save that a signal asked for.
+
+    Raises:
+        RunLocked: another run writes to cfg.workdir.
     """
     started_s = time.perf_counter()
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
-    corpus = open_corpus(cfg.data, "train", cfg.model.V, workdir)
-    held_out = open_corpus(cfg.data, "val", cfg.model.V, workdir)
-    same_everywhere("the data", corpus.fingerprint)
+    with hold(cfg) as lock:
+        corpus, held_out = on_all(lambda: open_data(cfg, workdir))
+        same_everywhere("the data", corpus.fingerprint)
+        with (
+            build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
+            Checkpoints(
+                workdir / "checkpoints",
+                cfg.keep_last,
+                cfg.keep_every,
+                storage=cfg.checkpoint.storage,
+                before_save=lock.check,
+            ) as checkpoints,
+        ):
+            data = batches, corpus, held_out
+            return train_on(run, data, checkpoints, lock, quiet, started_s)
+
+
+def train_on(run, data, checkpoints, lock, quiet, started_s) -> int:
+    """As train(), of a run whose directory, data and checkpoints are open."""
+    cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
+    state, restored = start_state(run, checkpoints, batches)
+    if restored is None and cfg.checkpoint.storage == "host0":
+        check_not_moved(workdir, checkpoints.steps())
+    first = int(state.step)
+    active = jax.process_index() == 0
+    if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
+        if active:
+            print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
+        return 0
     title = f"{workdir.name}\n{run.parameters:,} parameters"
-    with (
-        build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
-        Checkpoints(
-            workdir / "checkpoints",
-            cfg.keep_last,
-            cfg.keep_every,
-            storage=cfg.checkpoint.storage,
-        ) as checkpoints,
-    ):
-        state, restored = start_state(run, checkpoints, batches)
-        if restored is None and cfg.checkpoint.storage == "host0":
-            check_not_moved(workdir, checkpoints.steps())
-        first = int(state.step)
-        active = jax.process_index() == 0
-        if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
-            if active:
-                print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
-            return 0
-        about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
-        with Report(*about) as report, Stop() as stop:
-            hosts = of_all(socket.gethostname())
-            report.header(header(run, corpus, checkpoints, restored))
-            report.write_config(stored_config(run, corpus, hosts))
-            beat("compile", first)
-            step, diagnosis = compile_all(run, report, first)
-            work = build_work(run, step.compiled, hosts)
-            report.write_config(stored_config(run, corpus, hosts, work))
-            with open_measure(run, work, hosts, first, checkpoints) as measure:
-                report.header(measured(run, work, measure))
-                loop = Loop(
-                    run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
-                )
-                del state  # the loop donates it
-                measure.start(before_s(step, diagnosis, report, started_s))
-                return finish(loop, corpus, loop.run_to_end(stop))
+    about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
+    with checkpoints.naming_newest(), Report(*about) as report, Stop() as stop:
+        hosts = of_all(socket.gethostname())
+        report.header(header(run, corpus, checkpoints, restored))
+        report.header(("lock", line) for line in lock.describe())
+        report.write_config(stored_config(run, corpus, hosts))
+        log = on_all(lambda: StepLog(workdir, jax.process_index(), first))
+        beat("compile", first)
+        step, diagnosis = compile_all(run, report, first)
+        work = build_work(run, step.compiled, hosts)
+        report.write_config(stored_config(run, corpus, hosts, work))
+        with open_measure(run, work, hosts, log, checkpoints) as measure:
+            report.header(measured(run, work, measure))
+            loop = Loop(
+                run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
+            )
+            del state  # the loop donates it
+            measure.start(before_s(step, diagnosis, report, started_s))
+            return finish(loop, corpus, loop.run_to_end(stop))
+
+
+def open_data(cfg, workdir):
+    """Returns the corpora that a run trains and is evaluated on."""
+    with naming(cfg.data.text or cfg.data.shards):
+        return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
 
 
 def compile_all(run, report, first):
@@ -142,9 +162,8 @@ def compile_all(run, report, first):
     return step, diagnosis
 
 
-def open_measure(run, work, hosts, first, checkpoints) -> Measure:
+def open_measure(run, work, hosts, log, checkpoints) -> Measure:
     """The Measure of this process."""
-    log = StepLog(Path(run.cfg.workdir), jax.process_index(), first)
     chip = find_device_chip(run.mesh.devices.flat[0])
     return Measure(work, chip, log, open_wire(hosts), checkpoints.is_saving)
 
@@ -154,16 +173,6 @@ def before_s(step, diagnosis, report, started_s) -> dict:
     compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
     start_s = time.perf_counter() - started_s - compile_s
     return {"start": start_s, "compile": compile_s, "restart": report.removed_s}
-
-
-def is_finished(workdir, steps, first) -> bool:
-    """Whether the last step is saved, evaluated and summed up."""
-    try:
-        summary = json.loads((workdir / "summary.json").read_text())
-    except FileNotFoundError:
-        return False
-    ended = summary["stopped_by"] is None and "eval/loss_nats" in summary
-    return ended and first == steps == summary["step"]
 
 
 def first_state(run):
@@ -189,17 +198,32 @@ def start_state(run, checkpoints, batches):
     Raises:
         ValueError: the checkpoint is of other data or another model, or past the last step.
     """
-    restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
+    stored = from_process_0(lambda: newest_config(checkpoints))
+    check_resumed(run.cfg.model, stored)
+    try:
+        restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
+    except ValueError as error:
+        changed = config_lib.changes(stored, run.cfg) if stored else []
+        changed = "; ".join(change for change in changed if change.startswith("optim."))
+        raise ValueError(f"{error}{changed and f' Changed: {changed}.'}") from error
     if restored is None:
         return first_state(run), None
     batches.restore(restored.meta["data"])
-    check_resumed(run.cfg.model, restored.meta["config"])
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
         )
     return restored.state, restored._replace(state=None)  # the loop donates it
+
+
+def newest_config(checkpoints) -> dict:
+    """Returns the config of the newest checkpoint, by the names of flags; {} if there is none."""
+    try:
+        meta = checkpoints.read_meta()
+    except CheckpointError:  # restore() says more of it
+        return {}
+    return meta["config"] if meta else {}
 
 
 def finish(loop, corpus, told) -> int:

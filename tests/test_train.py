@@ -170,7 +170,10 @@ def test_fewer_steps_than_the_checkpoint_are_refused(trained, text):
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [({"model__D": 64}, "embed"), ({"model__rope_theta": 5e4}, "got model.rope_theta=50000.0")],
+    [
+        ({"model__D": 64}, "got model.D=64, there 32"),
+        ({"model__rope_theta": 5e4}, "got model.rope_theta=50000.0"),
+    ],
 )
 def test_another_model_in_the_same_folder_is_refused(trained, text, other, message):
     with pytest.raises(ValueError, match=message):

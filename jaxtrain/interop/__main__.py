@@ -14,12 +14,15 @@ from jaxtrain.about import stored_config
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import DTYPES, read_config, read_weights, write_folder
 from jaxtrain.optim.accelerated import eval_params
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import build_run, read_stored, restore_run
+from jaxtrain.run_lock import FILE as LOCK
+from jaxtrain.run_lock import RunLock
 from jaxtrain.runtime import start_runtime
 from jaxtrain.train import start_state
 from jaxtrain.trees import named_leaves
@@ -53,7 +56,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
         InteropError: the weights are damaged, of no known family, or `workdir` holds a run.
     """
     folder, out = Path(source), Path(workdir)
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise InteropError(f"an import must go to a new folder; {out} is not empty. Set --run.")
     own = (folder.parent if folder.is_file() else folder) / "tokenizer.json"
     tokenizer = tokenizer or (str(own.resolve()) if own.exists() else "")
@@ -73,16 +76,16 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
     )
     start_runtime(cfg)
     run = build_run(cfg, jax.local_devices()[:1])
-    out.mkdir(parents=True, exist_ok=True)
-    corpus = open_corpus(cfg.data, "train", model.V, out)
-    with (
-        build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
-        Checkpoints(out / "checkpoints", 1) as checkpoints,
-    ):
-        state, _ = start_state(run, checkpoints, batches)
-        checkpoints.save(0, state, {"data": batches.state(), "config": config_lib.flatten(cfg)})
-        checkpoints.wait()
-    write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
+    with RunLock(out, "--run"):
+        corpus = open_corpus(cfg.data, "train", model.V, out)
+        with (
+            build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
+            Checkpoints(out / "checkpoints", 1) as checkpoints,
+        ):
+            state, _ = start_state(run, checkpoints, batches)
+            checkpoints.save(0, state, {"data": batches.state(), "config": config_lib.flatten(cfg)})
+            checkpoints.wait()
+        write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
     print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
 
 
@@ -143,6 +146,7 @@ def _parse(argv):
     return parser.parse_args(argv[1:])
 
 
+@ends_in_one_line()
 def main(args) -> None:
     set_up_logging()
     try:
