@@ -12,9 +12,12 @@ from small_disk import small_disk
 from configs import debug
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import CheckpointError, Checkpoints
+from jaxtrain.planning.fit import read_cached
 from jaxtrain.report import set_up_logging
 from jaxtrain.run import load_config, run_main
 from jaxtrain.run_lock import RunLock
+from jaxtrain.study.plan import Trial
+from jaxtrain.study.runs import is_finished
 from jaxtrain.train import train
 
 STEPS = 4
@@ -248,3 +251,21 @@ def test_a_text_that_cannot_be_read_is_named_in_one_line(tmp_path, text, monkeyp
     lines = [line for line in lines if " INFO " not in line]
     assert status == 78 and len(lines) == 1, lines
     assert "text.txt" in lines[0] or "/proc/self/mem" in lines[0]
+
+
+@pytest.mark.parametrize("kind", GARBLED)
+def test_a_damaged_summary_of_a_studys_run_counts_as_none(workdir, text, kind):
+    trial = Trial("c", "a", "s", 0, config(workdir, text))
+    assert is_finished(trial)
+    path = workdir / "summary.json"
+    path.write_bytes(GARBLED[kind](path.read_bytes()))
+    assert not is_finished(trial)
+
+
+@pytest.mark.parametrize("kind", GARBLED)
+def test_a_plan_that_was_kept_in_a_damaged_file_is_made_again(tmp_path, kind):
+    path = tmp_path / "plan.json"
+    path.write_text('{"peak_bytes": 1}')
+    assert read_cached(path) == {"peak_bytes": 1}
+    path.write_bytes(GARBLED[kind](path.read_bytes()))
+    assert read_cached(path) is None

@@ -24,13 +24,23 @@ def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
     where = chip.name, gpus, hosts, links, memory.share()
     text = json.dumps([VERSION, config_hash(cfg), *where, jax.__version__])
     path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if path and path.exists():
-        return json.loads(path.read_text())
+    kept = path and read_cached(path)
+    if kept:
+        return kept
     found = json.loads(json.dumps(as_dict(compile_plan(cfg, chip, gpus, hosts), *links)))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(found))
     return found
+
+
+def read_cached(path) -> dict | None:
+    """Returns figures that were kept in a file; None if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def with_setting(cfg, accumulation, remat, fsdp=None, unroll=None, seq_len=None):

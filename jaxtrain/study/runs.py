@@ -61,11 +61,11 @@ def is_finished(trial: Trial) -> bool:
     if (folder / DIVERGED).exists():
         return True
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except FileNotFoundError:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        ended = summary["stopped_by"] is None and EVAL_LOSS in summary
+        return ended and summary["step"] == trial.config.steps
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # damaged: train() writes it again
         return False
-    ended = summary.get("stopped_by") is None and EVAL_LOSS in summary
-    return ended and summary["step"] == trial.config.steps
 
 
 def check_folder(trial: Trial) -> None:
