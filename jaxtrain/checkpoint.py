@@ -115,7 +115,7 @@ class Checkpoints:
         if newest is not None and step <= newest:
             raise ValueError(
                 f"a checkpoint's step must be above the newest one's, {newest}; got step={step} in "
-                f"{self.folder}. Resume from it, or set another --config.workdir."
+                f"{self.folder}. Resume from it, or set another --workdir."
             )
         self._saving = step
         with self._naming(step):
@@ -175,7 +175,7 @@ class Checkpoints:
                 return self._restore(abstract_state, template, device_check, step)
         raise CheckpointError(
             f"a checkpoint must stay while it is read; the run that writes to {self.folder} "
-            f"replaced {TRIES}. Wait for its end, or train with a larger --config.keep_last."
+            f"replaced {TRIES}. Wait for its end, or train with a larger --keep_last."
         )
 
     def _restore(self, abstract_state, template, device_check, step) -> Restored | None:
@@ -213,7 +213,7 @@ class Checkpoints:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in rejected)
             raise CheckpointError(
                 f"{self.folder} holds no checkpoint that can be trusted: {reasons}. Nothing was "
-                "moved. Put back a good step, or set another --config.workdir."
+                "moved. Put back a good step, or set another --workdir."
             )
         return None
 

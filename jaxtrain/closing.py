@@ -4,7 +4,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import complete, fit_positions, from_shell, shorten, shown
 from jaxtrain.invocation import command
 
-SAMPLE_FLAG = "--config.sample.prompt"
+SAMPLE_FLAG = "--sample.prompt"
 PROMPT_TOKENS = 64  # of held-out text, where sample.prompt is empty
 
 

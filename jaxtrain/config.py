@@ -1,7 +1,7 @@
 """TrainConfig: every knob of a run, with its type, default, unit and check. No JAX in here.
 
 A config file in `configs/` returns `to_config_dict(TrainConfig())` with values set; flags override
-it (`--config.model.L=6`); `freeze` turns it into the checked, frozen TrainConfig that code takes.
+it (`--model.L=6`); `freeze` turns it into the checked, frozen TrainConfig that code takes.
 """
 
 import dataclasses

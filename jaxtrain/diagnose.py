@@ -27,7 +27,7 @@ def count_parts(batch: int, accumulation: int, mesh) -> int:
     if parts == 1:
         raise ValueError(
             f"diagnose_every needs two microbatches of replica x fsdp = {rows} rows; got "
-            f"data.batch={batch}. Set --config.data.batch={2 * rows}, or --config.diagnose_every=0."
+            f"data.batch={batch}. Set --data.batch={2 * rows}, or --diagnose_every=0."
         )
     return parts
 

@@ -197,7 +197,7 @@ def check_template(record: dict, template: dict) -> None:
             f"the config must describe the state of the checkpoint at step {record['step']}; got "
             f"{len(different)} leaves that differ: {'; '.join(different[:3])}"
             f"{'; ...' * (len(different) > 3)}. "
-            "Set --config.model.* and --config.optim.* as in that run, or another --config.workdir."
+            "Set --model.* and --optim.* as in that run, or another --workdir."
         )
 
 

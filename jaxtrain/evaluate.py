@@ -125,7 +125,7 @@ def evaluate(
         if max_tokens and tokens >= max_tokens:
             break
     if not tokens:
-        raise ValueError("evaluation needs a held-out token; got none. Set --config.data.shards.")
+        raise ValueError("evaluation needs a held-out token; got none. Set --data.shards.")
     metrics = {"eval/loss_nats": nats / tokens, "eval/tokens": int(tokens)}
     if text_bytes:
         metrics["eval/bits_per_byte"] = nats / math.log(2) / text_bytes

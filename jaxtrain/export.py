@@ -32,7 +32,7 @@ class Exporter:
         except OSError as error:
             raise ValueError(
                 f"export.address and export.port must be free on this host; got {address}:{port}: "
-                f"{error.strerror}. Set --config.export.port."
+                f"{error.strerror}. Set --export.port."
             ) from error
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -117,8 +117,8 @@ class _Fused:
         if asked and why_not:
             raise ValueError(
                 f"{asked} needs fused {op}, which cannot run: {why_not}. Set "
-                "--config.kernels.strict=false --config.model.attention=auto, or "
-                "--config.kernels.interpret=true to try it without a GPU."
+                "--kernels.strict=false --model.attention=auto, or "
+                "--kernels.interpret=true to try it without a GPU."
             )
         name = PREFIX.get(op, "fused")
         if self.kernels.interpret:
@@ -166,7 +166,7 @@ def _attention(model, document_mask, platform, arch, tensor) -> Route:
     if asked == "cudnn" and why_not:
         raise ValueError(
             f"model.attention=cudnn must be a route that can run: {why_not}. "
-            "Set --config.model.attention=auto."
+            "Set --model.attention=auto."
         )
     if asked != "auto":
         return Route("attention", asked, f"{ASKED} model.attention")
@@ -250,7 +250,7 @@ def choose_routes(
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
         raise ValueError(
-            f"strict forbids fallbacks; got {'; '.join(fallbacks)}. Set --config.strict=false."
+            f"strict forbids fallbacks; got {'; '.join(fallbacks)}. Set --strict=false."
         )
     return routes
 

@@ -158,7 +158,7 @@ class Loop:
             raise Diverged(
                 f"at most {self.cfg.max_bad_steps} steps in a row may be skipped; got {bad_steps} "
                 f"by step {step} (checkpoint: step {self.saved_step}). Lower "
-                "--config.optim.learning_rate or raise --config.max_bad_steps."
+                "--optim.learning_rate or raise --max_bad_steps."
             )
 
     def _tell_time(self, step):

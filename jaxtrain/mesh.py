@@ -35,7 +35,7 @@ def build_mesh(cfg, devices=None) -> Mesh:
         asked = f"replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}"
         raise ValueError(
             f"mesh.replica x mesh.fsdp x mesh.tensor must be the {len(devices)} devices; "
-            f"got {asked}. Set one to -1, or --config.mesh.*."
+            f"got {asked}. Set one to -1, or --mesh.*."
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -46,7 +46,7 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
     if batch // accumulation % parts:
         raise ValueError(
             f"data.batch / accumulation must be a multiple of replica x fsdp = {parts}; got "
-            f"data.batch={batch}, accumulation={accumulation}. Set --config.data.batch."
+            f"data.batch={batch}, accumulation={accumulation}. Set --data.batch."
         )
 
 

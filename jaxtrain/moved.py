@@ -55,5 +55,5 @@ def check_not_moved(workdir, saved: list[int]) -> None:
             f"process 0 must be on the host that holds the checkpoints (checkpoint.storage=host0); "
             f"{found[0]['host']} holds none, but {further}. Start with the former process 0's host "
             f"first, copy its checkpoints to {Path(workdir).resolve() / 'checkpoints'} on "
-            f"{found[0]['host']}, or set another --config.workdir to begin anew."
+            f"{found[0]['host']}, or set another --workdir to begin anew."
         )

@@ -205,7 +205,7 @@ def _read_trace(path):
     if not devices:
         raise ValueError(
             f"a trace must hold operations of a device; got none in {path}: planes "
-            f"{', '.join(left)}. Trace more steps: --config.profile.steps."
+            f"{', '.join(left)}. Trace more steps: --profile.steps."
         )
     devices = tuple(device.without(host.pauses) for device in devices)
     return Trace(devices, host, tuple(read), tuple(left))
@@ -222,8 +222,7 @@ def find_traces(folder: str | Path) -> list[Path]:
         newest[path.parents[3], path.name] = path
     if not newest:
         raise ValueError(
-            f"DIR must hold a trace (*.xplane.pb); got {folder}. Make one: "
-            "--config.profile.steps=10."
+            f"DIR must hold a trace (*.xplane.pb); got {folder}. Make one: --profile.steps=10."
         )
     return list(newest.values())
 

@@ -123,7 +123,7 @@ def what_takes_less(error) -> str:
     """The error of a device's memory with the flags that change what a step takes."""
     return (
         f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
-        "--config.accumulation, or set --config.model.remat=full; python -m jaxtrain.plan --fit "
+        "--accumulation, or set --model.remat=full; python -m jaxtrain.plan --fit "
         "tells what fits a GPU."
     )
 

@@ -66,7 +66,7 @@ class RunLock:
     def __init__(
         self,
         workdir,
-        flag="--config.workdir",
+        flag="--workdir",
         run=None,
         flock=fcntl.flock,
         beat_s=BEAT_S,

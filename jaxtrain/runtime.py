@@ -68,7 +68,7 @@ def find_cache(folder: str) -> Path | None:
         reason = f"{cache} cannot be written to"
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
         reason = str(error)
-    logging.warning("no compile cache: %s (--config.compile_cache=%s)", reason, folder)
+    logging.warning("no compile cache: %s (--compile_cache=%s)", reason, folder)
     return None
 
 
@@ -169,7 +169,7 @@ def fit_world(cfg, world):
     if not parts:
         raise ValueError(
             f"data.batch must divide over the {devices} devices that are left of a larger job; got "
-            f"{rows}. Set --config.data.batch to a multiple of {devices}, or wait for all hosts."
+            f"{rows}. Set --data.batch to a multiple of {devices}, or wait for all hosts."
         )
     logging.warning(
         "%d of %d planned processes: the same batch in %d parts, not %d",

@@ -194,7 +194,7 @@ def start_state(run, checkpoints, batches):
     if restored.step > run.cfg.steps:
         raise ValueError(
             f"steps must be at least the checkpoint's step {restored.step}; got "
-            f"steps={run.cfg.steps}. Set --config.steps or another --config.workdir."
+            f"steps={run.cfg.steps}. Set --steps or another --workdir."
         )
     return restored.state, restored._replace(state=None)  # the loop donates it
 

@@ -205,7 +205,7 @@ def test_one_error_lists_every_bad_shard_and_every_missing_one(tmp_path):
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/*.bin", "."])
 def test_where_there_is_no_shard_the_flag_is_named(source, tmp_path):
-    with pytest.raises(ValueError, match=r"--config\.data\.shards"):
+    with pytest.raises(ValueError, match=r"--data\.shards"):
         opened(tmp_path / source)
 
 
@@ -279,9 +279,9 @@ def test_documents_start_at_eot_and_hold_every_token_once(tmp_path):
 
 def test_an_eot_that_stands_nowhere_or_is_unknown_is_refused(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc(TOKENS + 20))
-    with pytest.raises(ValueError, match=r"--config\.data\.eot"):
+    with pytest.raises(ValueError, match=r"--data\.eot"):
         opened(tmp_path, eot=9, vocab_size=2_000).documents()
     unknown = opened(tmp_path, vocab_size=2_000)  # tokens past 255 are no bytes
     assert (unknown.tokenizer_name, unknown.eot, unknown.bytes_per_token) == (None, -1, None)
-    with pytest.raises(ValueError, match=r"--config\.data\.eot"):
+    with pytest.raises(ValueError, match=r"--data\.eot"):
         unknown.documents()

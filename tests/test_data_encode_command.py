@@ -28,10 +28,13 @@ def write_lines(path, count, text="a document of some words\\n"):
 
 WRONG = {
     "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', found nothing there"),
-    "no tokenizer": (["--tokenizer=nosuch"], "^--tokenizer must be .*'nosuch'.* Set --tokenizer"),
+    "no tokenizer": (
+        ["--tokenizer=nosuch"],
+        "^error: --tokenizer must be .*'nosuch'.* Set --tokenizer",
+    ),
     "no key": (["--text_field=content"], "rows.jsonl, line 1, byte 0: .*Set --text_field"),
-    "no folder": (["--out=/dev/null/shards"], "^/dev/null/shards: Not a directory$"),
-    "a file as folder": (["--out=rows.jsonl"], "^rows.jsonl: File exists$"),
+    "no folder": (["--out=/dev/null/shards"], "^error: /dev/null/shards: Not a directory"),
+    "a file as folder": (["--out=rows.jsonl"], "^error: rows.jsonl: File exists"),
     "too little": (["--input=one.jsonl"], "--input"),
 }
 

@@ -143,7 +143,7 @@ def test_training_reads_every_format_and_names_its_own_flag(tmp_path):
     cfg = DataConfig(text=str(source), val_fraction=0.1)
     train, val = (open_corpus(cfg, split, 256, tmp_path / "run") for split in ("train", "val"))
     assert train.tokens + val.tokens == sum(len(d.encode()) + 1 for d in DOCUMENTS)
-    with pytest.raises(ValueError, match=r"'id', 'text'\n.*--config\.data\.text_field"):
+    with pytest.raises(ValueError, match=r"'id', 'text'\n.*--data\.text_field"):
         open_corpus(DataConfig(text=str(source), text_field="body"), "train", 256, tmp_path / "run")
 
 

@@ -197,7 +197,7 @@ def test_resuming_on_other_data_is_refused_with_what_changed(change, flag, folde
     cfg, corpus = opened(folder)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
         [(name, value)] = change.items()
-        with pytest.raises(ValueError, match=rf"{name}={value!r}, now .*--config\.{flag}"):
+        with pytest.raises(ValueError, match=rf"{name}={value!r}, now .*--{flag}"):
             batches.restore(batches.state() | change)
 
 
@@ -206,7 +206,7 @@ def test_too_few_windows_for_a_batch_is_an_error_that_names_both(folder):
     wide = DataConfig(batch=512, seq_len=T)
     with pytest.raises(ValueError, match=r"data\.batch=512 .* got 5\d sequences") as error:
         build_batches(wide, corpus, mesh_of(), 0)
-    assert "--config.data.batch" in str(error.value)
+    assert "--data.batch" in str(error.value)
 
 
 def test_evaluation_predicts_every_token_but_the_first_once_in_order(folder):

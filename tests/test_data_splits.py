@@ -78,7 +78,7 @@ def test_a_single_document_is_cut_near_its_end(name, text, tmp_path):
 @pytest.mark.parametrize("texts", [["a"], ["a", ""]])
 def test_a_text_too_short_to_be_cut_is_refused_in_words(texts, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", texts)
-    with pytest.raises(ValueError, match="must hold two documents.*got 1.*--config.data.text"):
+    with pytest.raises(ValueError, match="must hold two documents.*got 1.*--data.text"):
         run(source, tmp_path / "out", 0.1)
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="must hold two documents"):
@@ -106,7 +106,7 @@ def test_shards_without_held_out_text_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="must hold a val shard.*encode.*--val_fraction"):
         open_corpus(DataConfig(shards=str(tmp_path / "out")), "val", 256, tmp_path)
     cfg = DataConfig(text=str(source), val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"document for val.*--config\.data\.val_fraction=0\.05"):
+    with pytest.raises(ValueError, match=r"document for val.*--data\.val_fraction=0\.05"):
         open_corpus(cfg, "val", 256, tmp_path / "run")
 
 

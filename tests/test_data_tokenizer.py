@@ -62,7 +62,7 @@ def test_a_name_that_is_no_tokenizer_is_refused_with_its_flag(content, tmp_path)
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=r"--config\.data\.tokenizer"):
+    with pytest.raises(ValueError, match=r"--data\.tokenizer"):
         build_tokenizer(str(path))
 
 

@@ -34,10 +34,10 @@ def test_a_tokenizer_far_smaller_than_the_model_is_refused(tokenizer, V, fitting
         check_vocabulary(cfg, built, V, False)
     line, make, use = str(error.value).split("\n")
     assert f"got model.V={V} and data.tokenizer={tokenizer} of {built.vocab_size} entries" in line
-    assert f"--config.data.tokenizer={fitting}" in line and "--config.model.V" in line
+    assert f"--data.tokenizer={fitting}" in line and "--model.V" in line
     words = ["encode", "--input=my books", "--out=shards", f"--tokenizer={fitting}"]
     assert shlex.split(make)[-4:] == words
-    assert "--config.data.shards=shards" in use
+    assert "--data.shards=shards" in use
     check_vocabulary(cfg, built, V, True)  # a run that has its tokens is read as it is
 
 
@@ -56,5 +56,5 @@ def test_a_gpt2_config_without_a_corpus_is_refused_with_two_commands(tmp_path):
     line, make, use = done.stderr.strip().split("\n")
     assert "model.V=50304 and data.tokenizer=gpt2; got neither" in line
     assert shlex.split(make)[-4:] == ["encode", "--input=PATH", "--out=shards", "--tokenizer=gpt2"]
-    assert shlex.split(use)[-4:] == ["jaxtrain.train", *flags, "--config.data.shards=shards"]
+    assert shlex.split(use)[-4:] == ["jaxtrain.train", *flags, "--data.shards=shards"]
     assert not (tmp_path / "run").exists()

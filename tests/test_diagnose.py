@@ -59,5 +59,5 @@ def test_no_microbatch_is_larger_than_the_training_steps():
     assert count_parts(64, 1, mesh) == 8
     assert count_parts(64, 32, mesh) == 32
     assert count_parts(6, 1, mesh) == 6
-    with pytest.raises(ValueError, match="got data.batch=1. Set --config.data.batch=2, or"):
+    with pytest.raises(ValueError, match="got data.batch=1. Set --data.batch=2, or"):
         count_parts(1, 1, mesh)

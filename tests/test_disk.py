@@ -148,7 +148,7 @@ def test_a_run_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, wh
     with pytest.raises(ValueError) as error, RunLock(tmp_path / where):
         pass
     said = str(error.value)
-    assert str(tmp_path / where) in said and said.endswith("Set --config.workdir.")
+    assert str(tmp_path / where) in said and said.endswith("Set --workdir.")
 
 
 def test_a_run_directory_on_a_full_disk_is_refused_and_not_left_behind(disk):

@@ -10,7 +10,7 @@ from jaxtrain.run import of_runtime, out_of_memory, run_main
     [
         ("UNKNOWN: Gloo AllGather failed: Connection closed by peer [10.77.222.1]:20881", True),
         ("UNAVAILABLE: failed to connect to all addresses", True),
-        ("data.batch must divide over 2 devices; got 3. Set --config.data.batch.", False),
+        ("data.batch must divide over 2 devices; got 3. Set --data.batch.", False),
     ],
 )
 def test_the_death_of_a_peer_is_not_taken_for_bad_input(text, expected):
@@ -29,7 +29,7 @@ def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, 
     assert ended.value.code == 78
     said = capsys.readouterr().err
     assert "got RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes" in said
-    for way in ("--config.accumulation", "--config.model.remat=full", "jaxtrain.plan --fit"):
+    for way in ("--accumulation", "--model.remat=full", "jaxtrain.plan --fit"):
         assert way in said
 
 

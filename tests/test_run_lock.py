@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_by_name_and_a_kill_9_frees_the_folder_at_once(t
     said = str(error.value)
     start = read_owner(tmp_path / ".lock")["start"]
     assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in said
-    assert f"kill {owner.pid}: it saves first" in said and "set another --config.workdir" in said
+    assert f"kill {owner.pid}: it saves first" in said and "set another --workdir" in said
     assert "remove" not in said and "\n" not in said
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
     owner.send_signal(signal.SIGKILL)

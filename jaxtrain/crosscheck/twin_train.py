@@ -28,7 +28,7 @@ def check_optimizer(cfg) -> None:
     if wrong:
         raise ValueError(
             f"the PyTorch twin must have torch.optim's AdamW or Muon; got {', '.join(wrong)}. "
-            "Set --config.optim.*."
+            "Set --optim.*."
         )
 
 

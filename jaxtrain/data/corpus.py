@@ -85,7 +85,7 @@ class Corpus:
         if not starts_found:
             raise ValueError(
                 f"data.eot must be the token that starts documents; got data.eot={self.eot}, "
-                f"which stands nowhere in {self.shards[0].path}. Set --config.data.eot."
+                f"which stands nowhere in {self.shards[0].path}. Set --data.eot."
             )
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
@@ -114,7 +114,7 @@ def check_eot(corpus: Corpus) -> None:
     if corpus.eot < 0:
         raise ValueError(
             "data.eot must be known for data.pack and data.document_mask; got data.eot=-1 and "
-            "shards whose tokenizer is unknown. Set --config.data.eot (GPT-2's is 50256)."
+            "shards whose tokenizer is unknown. Set --data.eot (GPT-2's is 50256)."
         )
 
 
@@ -158,7 +158,7 @@ def _locate(cfg, split, vocab_size, workdir):
         if not paths:
             raise ValueError(
                 f"data.text must hold a document for {split}; got none with "
-                f"data.val_fraction={cfg.val_fraction}. Set --config.data.val_fraction=0.05."
+                f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
         return paths, {folder: meta}, describe_skipped(meta["skipped"])
     paths = find_shards(cfg.shards, split)
@@ -215,10 +215,7 @@ def _judge(shard, scan, vocab_size, entry) -> str:
     if declared != scan.fingerprint:
         return f"expected fingerprint {declared} by meta.json; found {scan.fingerprint}"
     if scan.largest >= vocab_size:
-        return (
-            f"expected tokens below model.V={vocab_size}; found {scan.largest}. "
-            "Set --config.model.V"
-        )
+        return f"expected tokens below model.V={vocab_size}; found {scan.largest}. Set --model.V"
     return ""
 
 

@@ -16,6 +16,7 @@ from jaxtrain.data.shards import MAX_SHARD_TOKENS
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.totals import Flags, describe_skipped
+from jaxtrain.disk import ends_in_one_line
 from jaxtrain.invocation import command
 from pallas_kernels.arguments import Parser
 
@@ -92,6 +93,11 @@ def _parse(argv, prog) -> argparse.Namespace:
     return args
 
 
+def _refuse(reason) -> None:
+    """Ends the program with the reason in one line."""
+    sys.exit(f"error: {reason}")
+
+
 def _default_name(source: str) -> str:
     """The input's name without suffixes, as shards may be named."""
     path = Path(source).expanduser().resolve()
@@ -115,10 +121,14 @@ def _held_shards(out: Path, overwrite: bool) -> list[Path]:
     others = [path for path in held if path.name not in moved]
     if others and not overwrite:
         found = shown(others[0])
-        sys.exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+        sys.exit(
+            f"error: --out must hold no shards; got {found}. Choose another, or add --overwrite."
+        )
     if foreign := [path for path in others if path.name not in ours]:
         found = shown(foreign[0])
-        sys.exit(f"--overwrite replaces what meta.json lists; got {found}. Choose another --out.")
+        sys.exit(
+            f"error: --overwrite replaces what meta.json lists; got {found}. Choose another --out."
+        )
     return held
 
 
@@ -138,8 +148,8 @@ def _check_tokenizer(name: str):
     try:
         return build_tokenizer(name)
     except ValueError as error:
-        message = str(error).replace("--config.data.tokenizer", "--tokenizer")
-        sys.exit(message.replace("data.tokenizer", "--tokenizer"))
+        message = str(error).replace("--data.tokenizer", "--tokenizer")
+        _refuse(message.replace("data.tokenizer", "--tokenizer"))
 
 
 def _train_command(out: Path, name: str, meta: dict) -> str:
@@ -177,6 +187,7 @@ def _print_summary(args, out, name, meta) -> None:
         )
 
 
+@ends_in_one_line()
 def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # in any locale
@@ -207,11 +218,9 @@ def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
                 if path.name not in written:
                     path.unlink()
     except ValueError as error:
-        sys.exit(str(error))
-    except OSError as error:
-        sys.exit(f"{shown(error.filename or out)}: {error.strerror or error}")
+        _refuse(error)
     except BrokenProcessPool:
-        sys.exit(
+        _refuse(
             "an encoding process was killed, most likely for memory. Lower --workers; the same "
             "command goes on."
         )

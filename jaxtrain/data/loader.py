@@ -171,7 +171,7 @@ class Batches:
             raise ValueError(
                 f"the {corpus.split} corpus must hold at least one batch of data.batch={cfg.batch} "
                 f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(rows)} sequences "
-                f"from {corpus.tokens} tokens. Set --config.data.batch or --config.data.seq_len."
+                f"from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
         source = BatchSource(rows, cfg.batch, seed, self._placer.places, with_docs)
@@ -216,14 +216,14 @@ class Batches:
             ValueError: the state is of other data, seed or shape.
         """
         changed = [
-            f"{name}={state.get(name)!r}, now {value!r} (--config.{STATE_FLAGS[name]})"
+            f"{name}={state.get(name)!r}, now {value!r} (--{STATE_FLAGS[name]})"
             for name, value in self._identity.items()
             if state.get(name) != value
         ]
         if changed:
             raise ValueError(
                 f"a run must resume on the data it began with; got {'; '.join(changed)}. Set "
-                "the flags back, or start a new --config.workdir."
+                "the flags back, or start a new --workdir."
             )
         self._reader.set_state({"next_index": state["step"]})
         self.step = state["step"]
@@ -254,7 +254,7 @@ class EvalBatches:
         if not len(self._rows):
             raise ValueError(
                 f"the {corpus.split} corpus must hold at least 2 tokens; got {corpus.tokens}. "
-                "Set --config.data.val_fraction or --config.data.shards."
+                "Set --data.val_fraction or --data.shards."
             )
         self._placer = Placer(cfg.batch, cfg.seq_len, mesh)
 

@@ -80,7 +80,7 @@ def find_shards(pattern: str, split: str) -> list[Path]:
         fix = "or encode the text again with --val_fraction=0.01" if split == "val" else ""
         raise ValueError(
             f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
-            f"{', '.join(p.name for p in found[:4])}. Set --config.data.shards{fix and ', ' + fix}."
+            f"{', '.join(p.name for p in found[:4])}. Set --data.shards{fix and ', ' + fix}."
         )
     return chosen
 
@@ -103,7 +103,7 @@ def _all_shards(pattern) -> list[Path]:
     if not found:
         raise ValueError(
             f"data.shards must name token shards (*.bin): a folder, a file or a glob; got "
-            f"{pattern!r}, where there is none. Set --config.data.shards."
+            f"{pattern!r}, where there is none. Set --data.shards."
         )
     return sorted([*found, *_gaps(found)]) if path.is_dir() else found
 
@@ -161,7 +161,7 @@ def _detect(path) -> str:
         f"an llm.c header (magic {' or '.join(map(str, LLMC_FORMS))}), an .idx beside it, or "
         f"nanoGPT's file name ({', '.join(NANOGPT_NAMES)})",
         f"none, and first bytes {_head(path, 8).hex(' ')}; if it is headerless uint16, pass "
-        "--config.data.shard_format=nanogpt",
+        "--data.shard_format=nanogpt",
     )
 
 

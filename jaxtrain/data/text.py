@@ -21,7 +21,7 @@ class Files(list):
         self.left_out = Counter(left_out or {})
 
 
-def list_files(source: str, exclude: str | Path, flag: str = "--config.data.text") -> Files:
+def list_files(source: str, exclude: str | Path, flag: str = "--data.text") -> Files:
     """Sorted (path, name) of a file, of a folder's files, or of Python's own source ("").
 
     Links to folders are followed, each folder once. Hidden files are left out, and so is the

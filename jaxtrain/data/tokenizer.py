@@ -157,7 +157,7 @@ class JsonTokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(
                 f"data.tokenizer must be a readable tokenizer.json; got {path!r}: {error}. "
-                "Set --config.data.tokenizer."
+                "Set --data.tokenizer."
             ) from error
         notes = switch_off(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -198,7 +198,7 @@ class JsonTokenizer:
 
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --config.data.tokenizer names: bytes, gpt2 or a tokenizer.json's path.
+    """The tokenizer that --data.tokenizer names: bytes, gpt2 or a tokenizer.json's path.
 
     Raises:
         ValueError: the name is none of these, or its package is not installed.
@@ -210,7 +210,7 @@ def build_tokenizer(name: str) -> Tokenizer:
         return JsonTokenizer(name)
     raise ValueError(
         f"data.tokenizer must be 'bytes', 'gpt2' or the path of a tokenizer.json; got {name!r}, "
-        "which is no file. Set --config.data.tokenizer."
+        "which is no file. Set --data.tokenizer."
     )
 
 

@@ -12,9 +12,9 @@ HOPELESS = 1_000  # documents that cannot be used, and none that can: the input 
 class Flags(NamedTuple):
     """What the user's command calls the options that errors name."""
 
-    text: str = "--config.data.text"
-    text_field: str = "--config.data.text_field"
-    val_fraction: str = "--config.data.val_fraction"
+    text: str = "--data.text"
+    text_field: str = "--data.text_field"
+    val_fraction: str = "--data.val_fraction"
 
 
 class Rules(NamedTuple):

@@ -18,7 +18,7 @@ def check_source(cfg: DataConfig, vocab_size: int) -> None:
         raise ValueError(
             f"data.shards or data.text must be set for model.V={vocab_size} and "
             f"data.tokenizer={cfg.tokenizer}; got neither, and Python's standard library is a "
-            "corpus for models of bytes only. Set --config.data.text. "
+            "corpus for models of bytes only. Set --data.text. "
             f"{_two_commands(cfg.tokenizer, 'PATH')}"
         )
 
@@ -35,14 +35,14 @@ def check_vocabulary(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int, enc
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"model.V must be at least the tokenizer's {tokenizer.vocab_size}; got "
-            f"model.V={vocab_size}, data.tokenizer={cfg.tokenizer}. Set --config.model.V."
+            f"model.V={vocab_size}, data.tokenizer={cfg.tokenizer}. Set --model.V."
         )
     if not encoded and _leaves_unused(vocab_size, tokenizer.vocab_size):
         fitting = "tokenizer.json" if _leaves_unused(vocab_size, GPT2_ENTRIES) else "gpt2"
         raise ValueError(
             f"the tokenizer must fit the model's vocabulary; got model.V={vocab_size} and "
             f"data.tokenizer={cfg.tokenizer} of {tokenizer.vocab_size} entries. Set "
-            f"--config.data.tokenizer={fitting}, or --config.model.V to about "
+            f"--data.tokenizer={fitting}, or --model.V to about "
             f"{tokenizer.vocab_size}. {_two_commands(fitting, cfg.text or 'PATH')}"
         )
 
@@ -54,5 +54,5 @@ def _leaves_unused(vocab_size, entries) -> bool:
 
 def _two_commands(tokenizer, text) -> str:
     make = command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
-    use = again("--config.data.shards=shards")
+    use = again("--data.shards=shards")
     return f"Or make token shards and train on them:\n  {make}\n  {use}"

@@ -94,7 +94,7 @@ def main(args) -> None:
 def _by_own_flags(message: str) -> str:
     """Returns an error of training's parts in the flags of import."""
     for field, flag in FLAGS_OF_IMPORT.items():
-        message = message.replace(f"--config.{field}", flag).replace(f"--{field}", flag)
+        message = message.replace(f"--{field}", flag)
         message = message.replace(field, flag) if "." in field else message
     return message
 

@@ -193,7 +193,7 @@ def _tokenizer_of(workdir, name):
     try:
         return build_tokenizer(name)
     except ValueError as error:
-        reason = str(error).replace("--config.data.tokenizer", "--tokenizer")
+        reason = str(error).replace("--data.tokenizer", "--tokenizer")
         raise InteropError(f"{reason} --tokenizer=none exports without one.") from error
 
 

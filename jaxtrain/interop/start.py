@@ -19,7 +19,7 @@ def _same(ours, theirs) -> bool:
 
 def check_model(cfg, source) -> None:
     """Raises InteropError where a ModelConfig is not that of the weights in `source`."""
-    _compare(cfg, vars(read_config(source)), f"of the weights in {source}", "--config.weights")
+    _compare(cfg, vars(read_config(source)), f"that of the weights in {source}", "--weights")
 
 
 def check_resumed(cfg, stored: dict) -> None:
@@ -29,7 +29,7 @@ def check_resumed(cfg, stored: dict) -> None:
         stored: config of the checkpoint, by the names of flags; what it lacks is not compared.
     """
     theirs = {field: stored[f"model.{field}"] for field in vars(cfg) if f"model.{field}" in stored}
-    _compare(cfg, theirs, "that the run began with", "a new --config.workdir")
+    _compare(cfg, theirs, "the one that the run began with", "a new --workdir")
 
 
 def _compare(cfg, theirs, whose, otherwise):
@@ -40,9 +40,9 @@ def _compare(cfg, theirs, whose, otherwise):
         if field in theirs and not _same(getattr(cfg, field), theirs[field])
     ]
     if wrong:
-        flags = " ".join(f"--config.{fault.split('=')[0]}" for fault in wrong)
+        flags = " ".join(f"--{fault.split('=')[0]}" for fault in wrong)
         raise InteropError(
-            f"the model must be that {whose}; got {'; '.join(wrong)}. Set {flags}, or {otherwise}."
+            f"the model must be {whose}; got {'; '.join(wrong)}. Set {flags}, or {otherwise}."
         )
 
 

@@ -8,7 +8,5 @@ def pick(table: dict, name: str, flag: str):
         ValueError: no such entry; the message lists them.
     """
     if name not in table:
-        raise ValueError(
-            f"{flag} must be one of {', '.join(table)}; got {name!r}. Set --config.{flag}."
-        )
+        raise ValueError(f"{flag} must be one of {', '.join(table)}; got {name!r}. Set --{flag}.")
     return table[name]

@@ -109,8 +109,7 @@ def ema_lookahead(
     _check(decay, strength, "optim.lookahead_decay")
     if not callable(strength) and strength >= 1:
         raise ValueError(
-            f"optim.strength must be below 1 to look ahead; got {strength}. Set "
-            "--config.optim.strength."
+            f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
         )
     strength, inner = _schedule(strength), optax.with_extra_args_support(inner)
 
@@ -140,11 +139,9 @@ def ema_lookahead(
 
 def _check(decay, strength, flag):
     if not 0 <= decay < 1:
-        raise ValueError(f"{flag} must be in [0, 1); got {decay}. Set --config.{flag}.")
+        raise ValueError(f"{flag} must be in [0, 1); got {decay}. Set --{flag}.")
     if not callable(strength) and not strength >= 0:
-        raise ValueError(
-            f"optim.strength must be 0 or more; got {strength}. Set --config.optim.strength."
-        )
+        raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
 
 
 def evaluated(opt_state) -> str:

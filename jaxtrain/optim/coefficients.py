@@ -97,13 +97,11 @@ def table_of(coefficients="jordan", steps: int | None = None) -> Table:
         if not rows or not all(map(_is_row, rows)):
             raise ValueError(
                 "optim.ns_coefficients must name a table or be rows of three finite numbers; got "
-                f"{coefficients!r}. Set --config.optim.ns_coefficients."
+                f"{coefficients!r}. Set --optim.ns_coefficients."
             )
         table = Table(tuple(map(tuple, rows)), steps=len(rows))
     steps = table.steps if steps is None else steps
     if steps < 1:
-        raise ValueError(
-            f"optim.ns_steps must be at least 1; got {steps}. Set --config.optim.ns_steps."
-        )
+        raise ValueError(f"optim.ns_steps must be at least 1; got {steps}. Set --optim.ns_steps.")
     rows = table.rows[:steps] + table.rows[-1:] * (steps - len(table.rows))
     return table._replace(rows=rows, steps=steps)

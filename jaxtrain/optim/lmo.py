@@ -143,9 +143,7 @@ def scale_by_lmo(
         ValueError: momentum is outside [0, 1), or an option is not in its table.
     """
     if not 0 <= momentum < 1:
-        raise ValueError(
-            f"optim.momentum must be in [0, 1); got {momentum}. Set --config.optim.momentum."
-        )
+        raise ValueError(f"optim.momentum must be in [0, 1); got {momentum}. Set --optim.momentum.")
     step = build_unit_step(geometry, **options)
 
     def average(m, g):

@@ -46,12 +46,10 @@ def heavy_tailed_noise(alpha, scale, seed=0) -> optax.GradientTransformationExtr
         ValueError: alpha or scale is out of range.
     """
     if not alpha > 1:
-        raise ValueError(
-            f"optim.noise_tail must be above 1; got {alpha}. Set --config.optim.noise_tail."
-        )
+        raise ValueError(f"optim.noise_tail must be above 1; got {alpha}. Set --optim.noise_tail.")
     if not scale >= 0:
         raise ValueError(
-            f"optim.noise_scale must be 0 or more; got {scale}. Set --config.optim.noise_scale."
+            f"optim.noise_scale must be 0 or more; got {scale}. Set --optim.noise_scale."
         )
     if not scale:
         return optax.with_extra_args_support(optax.identity())

@@ -31,7 +31,7 @@ def balance_neurons(axes, decay=0.95) -> optax.GradientTransformationExtraArgs:
     """
     if not 0 <= decay < 1:
         raise ValueError(
-            f"optim.neuron_decay must be in [0, 1); got {decay}. Set --config.optim.neuron_decay."
+            f"optim.neuron_decay must be in [0, 1); got {decay}. Set --optim.neuron_decay."
         )
 
     def neurons(a, p):

@@ -71,10 +71,10 @@ def with_setting(cfg, accumulation, remat, fsdp=None, unroll=None, seq_len=None)
 def flags_of(figures) -> str:
     """The setting as flags of a run."""
     return (
-        f"--config.accumulation={figures['accumulation']} --config.model.remat={figures['remat']} "
-        f"--config.mesh.fsdp={figures['fsdp']} --config.mesh.replica={figures['replica']} "
-        f"--config.model.unroll={figures['unroll']} --config.data.batch={figures['batch']} "
-        f"--config.data.seq_len={figures['seq_len']}"
+        f"--accumulation={figures['accumulation']} --model.remat={figures['remat']} "
+        f"--mesh.fsdp={figures['fsdp']} --mesh.replica={figures['replica']} "
+        f"--model.unroll={figures['unroll']} --data.batch={figures['batch']} "
+        f"--data.seq_len={figures['seq_len']}"
     )
 
 

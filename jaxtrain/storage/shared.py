@@ -50,7 +50,7 @@ class Shared:
         if reason:
             raise ValueError(
                 f"checkpoint.storage=shared needs a folder that all processes share; {reason}. Set "
-                "--config.checkpoint.storage=host0, or a --config.workdir on a shared disk."
+                "--checkpoint.storage=host0, or a --workdir on a shared disk."
             )
         self._checked = True
 

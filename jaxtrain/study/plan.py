@@ -158,7 +158,7 @@ def _check_study(study: StudyConfig, settings) -> None:
             raise ValueError(
                 f"every contender must tune {AUXILIARY} too, which decides comparisons of matrix "
                 f"optimizers; got fewer than two values in study.grid.{name}. Add values, or set "
-                "--config.study.tune_adam=false."
+                "--study.tune_adam=false."
             )
 
 

@@ -78,7 +78,7 @@ def check_folder(trial: Trial) -> None:
     if changed:
         raise ValueError(
             f"the study's folder must hold runs of this study alone; got {'; '.join(changed)} in "
-            f"{folder}. Set --config.study.workdir to a new folder, or remove that one."
+            f"{folder}. Set --study.workdir to a new folder, or remove that one."
         )
 
 
