@@ -292,5 +292,9 @@ def _encode_text(cfg, vocab_size, workdir) -> tuple[Path, dict]:
 
 
 def _encoded(folder, key) -> dict | None:
-    meta = _read_meta(folder)
+    try:
+        meta = _read_meta(folder)
+    except ValueError as error:  # our own, below the run's folder: made again
+        logging.warning("%s The text is encoded again.", error)
+        return None
     return meta if meta and meta["source"] == key else None

@@ -134,7 +134,8 @@ def _elements(unit, stream):
         data, at, scanned, begin = data[begin:], at + begin, scanned - begin, 0
         if not chunk:
             if depth or data.strip():
-                yield Problem(*place, at, "not JSON", "expected an array; found no ']'")
+                found = "no ']'" if depth else "something behind it"
+                yield Problem(*place, at, "not JSON", f"expected an array; found {found}")
             return
         if len(data) > DOCUMENT_BYTES:
             yield Problem(*place, at, *TOO_LONG)

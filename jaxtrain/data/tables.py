@@ -19,6 +19,8 @@ COLUMNS_SHOWN, NAME_SHOWN = 20, 40  # columns of a message, and characters of th
 def _no_text(path, text_field, columns, wrong_type="") -> Problem:
     """The Problem of a table without a column of text under `text_field`."""
     names = ", ".join(repr(str(name)[:NAME_SHOWN]) for name in list(columns)[:COLUMNS_SHOWN])
+    if len(columns) > COLUMNS_SHOWN:
+        names += f" and {len(columns) - COLUMNS_SHOWN} more"
     found = f"found {wrong_type} in it" if wrong_type else f"found {names or 'no column'}"
     reason = f"without a string {text_field!r}"
     return Problem(path, "", "", 0, reason, f"expected a column {text_field!r} of text; {found}")

@@ -98,7 +98,7 @@ def check_all(totals: Totals, rules: Rules) -> None:
     if not documents:
         raise ValueError(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{rules.files:,} files, {describe_skipped(totals.skipped)}. Set {rules.flags.text}."
+            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. Set {rules.flags.text}."
         )
     if rules.val_fraction and len(+totals.documents) < 2:
         raise ValueError(
@@ -121,10 +121,12 @@ def next_forced(totals: Totals, val_fraction: float) -> Forced | None:
 
 
 def _refuse(what, totals, rules):
-    listed = "".join(f"\n  {line}" for line in totals.describe_problems())
+    first = totals.problems[0].describe()
+    if not sum(totals.documents.values()):
+        raise ValueError(f"{first}; no document can be used.{_advice(totals, rules)}")
     raise ValueError(
-        f"at least half of the input must be text that can be used; got {what} that cannot:"
-        f"{listed}\n{_advice(totals, rules).strip()}"
+        f"at least half of the input must be text that can be used; got {what} that cannot, "
+        f"first {first}.{_advice(totals, rules)}"
     )
 
 
