@@ -48,15 +48,17 @@ def parquet(path, texts=None, **knobs) -> bytes:
 
 SAMPLES = {
     "rows.jsonl": lambda path: json_lines(),
-    "rows.jsonl.gz": lambda path: gzip.compress(json_lines()),
+    "rows.jsonl.gz": lambda path: gzip.compress(json_lines(), mtime=0),
     "members.jsonl.gz": lambda path: (
-        gzip.compress(json_lines()[:777]) + gzip.compress(json_lines()[777:]) + bytes(512)
+        gzip.compress(json_lines()[:777], mtime=0)
+        + gzip.compress(json_lines()[777:], mtime=0)
+        + bytes(512)
     ),
     "rows.jsonl.zst": lambda path: zstd(json_lines()),
     "frames.jsonl.zst": lambda path: zstd(json_lines(), frames=5),
     "lines.txt": lambda path: json_lines(),
     "array.json": lambda path: json.dumps([{"text": d} for d in DOCUMENTS], indent=1).encode(),
-    "strings.json.gz": lambda path: gzip.compress(json.dumps(DOCUMENTS).encode()),
+    "strings.json.gz": lambda path: gzip.compress(json.dumps(DOCUMENTS).encode(), mtime=0),
     "table.csv": lambda path: b"\xef\xbb\xbf" + separated(path, ","),
     "table.tsv": lambda path: separated(path, "\t"),
     "table.csv.zst": lambda path: zstd(separated(path, ";")),

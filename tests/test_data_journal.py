@@ -42,7 +42,9 @@ def source(tmp_path):
     for i, text in enumerate(texts[:10]):
         (folder / f"{i}.txt").write_text(text)
     lines = [json.dumps({"text": text}) for text in texts[10:20]]
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join([*lines, "bad"]).encode()))
+    (folder / "rows.jsonl.gz").write_bytes(
+        gzip.compress("\n".join([*lines, "bad"]).encode(), mtime=0)
+    )
     pq.write_table(pa.table({"text": texts[20:]}), folder / "t.parquet", row_group_size=4)
     return folder
 

@@ -136,7 +136,7 @@ DAMAGED = {
     "config.json": "again",
     "metrics.jsonl": "named",
     "hosts/0.jsonl": "named",
-    "data/*/meta.json": "named",
+    "data/*/meta.json": "again",
     "data/*/*_train_*.bin": "named",
     "data/*/*_val_*.bin": "named",
     "checkpoints/*/record/metadata": "named",
@@ -178,15 +178,19 @@ def test_every_other_file_of_a_finished_run_may_be_damaged(workdir, text, kind, 
     assert "nothing left to train" in capsys.readouterr().out
 
 
-def test_a_damaged_summary_and_config_are_written_again(workdir, text, caplog):
+def test_a_damaged_summary_config_and_meta_are_written_again(workdir, text, caplog):
     whole = json.loads((workdir / "summary.json").read_text())
     (workdir / "summary.json").write_text('{"step": 4, "stop')
     (workdir / "config.json").write_text("null")
+    [meta] = workdir.glob("data/*/meta.json")
+    encoded = meta.read_text()
+    meta.write_text(encoded[:100])
     assert train_here(config(workdir, text)) == 0
     assert f"{workdir / 'summary.json'} is written again: " in caplog.text
     again = json.loads((workdir / "summary.json").read_text())
     assert again["eval/loss_nats"] == whole["eval/loss_nats"] and again["step"] == STEPS
     assert load_config(workdir).steps == STEPS
+    assert json.loads(meta.read_text()) == json.loads(encoded)
 
 
 @pytest.mark.parametrize("kind", GARBLED)
@@ -244,13 +248,13 @@ def test_a_run_may_change_its_storage(workdir, text):
     assert runs.losses(workdir)[-1][0] == STEPS + 1
 
 
-def test_a_text_that_cannot_be_read_is_named(tmp_path, text, monkeypatch, capfd):
+def test_a_text_that_cannot_be_read_is_named_in_one_line(tmp_path, text, monkeypatch, capfd):
     unreadable = tmp_path / "text.txt"
     unreadable.symlink_to("/proc/self/mem")  # EIO, for root too
     status, lines = end_of(config(tmp_path / "run", unreadable), monkeypatch, capfd)
     lines = [line for line in lines if " INFO " not in line]
-    assert status == 78 and lines[0].startswith("error: "), lines
-    assert f"{unreadable}: the file cannot be read: Input/output error" in lines[1]
+    assert status == 78 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert f"{unreadable}: the file cannot be read: Input/output error" in lines[0]
 
 
 @pytest.mark.parametrize("kind", GARBLED)
