@@ -103,7 +103,7 @@ SEVERAL = """
             try:
                 checkpoints.save(4, state, {})
             except ValueError as error:
-                assert "--config.checkpoint.storage=host0" in str(error), error
+                assert "--checkpoint.storage=host0" in str(error), error
             else:
                 raise AssertionError("two folders were taken for one")
         with Checkpoints(alone, 1, storage="host0") as checkpoints:

@@ -46,7 +46,7 @@ def test_only_the_metrics_are_there(exporter):
 
 
 def test_a_port_that_is_taken_names_the_flag(exporter):
-    with pytest.raises(ValueError, match="--config.export.port"):
+    with pytest.raises(ValueError, match="--export.port"):
         Exporter("127.0.0.1", exporter.port)
 
 

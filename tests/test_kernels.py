@@ -50,7 +50,7 @@ def test_an_explicit_route_that_cannot_be_served_raises():
 def test_cudnn_is_no_route_where_the_compile_would_fail(values, where, says):
     route = choose_routes(ModelConfig(**values), False, "gpu", False, **where)["attention"]
     assert route.implementation == "reference" and route.fallback and says in route.reason
-    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--config.model.attent"):
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--model.attent"):
         asked = ModelConfig(**values, attention="cudnn")
         choose_routes(asked, False, "gpu", False, **where)
 

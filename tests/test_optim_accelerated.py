@@ -171,5 +171,5 @@ def test_weights_leave_the_step_only_through_eval_params():
     ],
 )
 def test_values_out_of_range_name_their_flag(build, flag):
-    with pytest.raises(ValueError, match=f"--config.{flag}"):
+    with pytest.raises(ValueError, match=f"--{flag}"):
         build()

@@ -183,7 +183,7 @@ def test_a_parameter_that_axes_forget_is_an_error_naming_it():
 def test_an_unknown_optimizer_lists_the_known_ones():
     cfg = OptimConfig()
     object.__setattr__(cfg, "name", "lion")
-    with pytest.raises(ValueError, match="muon, normuon, .*--config.optim.name"):
+    with pytest.raises(ValueError, match="muon, normuon, .*--optim.name"):
         build_optimizer(cfg, FEW)
 
 

@@ -80,7 +80,7 @@ def test_rows_of_ones_own_and_tables_of_ones_own_are_taken_as_they_are():
 
 @pytest.mark.parametrize("wrong", ["euler", (), ((1.0, 2.0),), ((1, 2, math.nan),), (1, 2, 3), 7])
 def test_what_is_no_table_names_its_flag(wrong):
-    with pytest.raises(ValueError, match="--config.optim.ns_coefficients"):
+    with pytest.raises(ValueError, match="--optim.ns_coefficients"):
         table_of(wrong)
 
 
@@ -91,5 +91,5 @@ def test_an_unknown_table_lists_the_known_ones():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_name_their_flag(steps):
-    with pytest.raises(ValueError, match="--config.optim.ns_steps"):
+    with pytest.raises(ValueError, match="--optim.ns_steps"):
         table_of("jordan", steps)

@@ -118,5 +118,5 @@ def test_a_bad_step_leaves_the_state_and_all_later_noise_as_they_were():
     ("alpha", "scale", "flag"), [(1.0, 1, "noise_tail"), (2, -1, "noise_scale")]
 )
 def test_noise_that_has_no_mean_or_a_negative_size_is_refused(alpha, scale, flag):
-    with pytest.raises(ValueError, match=f"--config.optim.{flag}"):
+    with pytest.raises(ValueError, match=f"--optim.{flag}"):
         heavy_tailed_noise(alpha, scale)

@@ -58,5 +58,5 @@ def test_the_recipe_descends_a_quadratic():
 
 
 def test_a_decay_out_of_range_names_its_flag():
-    with pytest.raises(ValueError, match="--config.optim.neuron_decay"):
+    with pytest.raises(ValueError, match="--optim.neuron_decay"):
         balance_neurons(AXES, 1.0)

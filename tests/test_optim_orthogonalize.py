@@ -245,9 +245,9 @@ def test_an_infinite_entry_is_not_hidden():
 
 
 def test_an_unknown_table_form_or_no_steps_is_an_error():
-    with pytest.raises(ValueError, match="--config.optim.ns_coefficients"):
+    with pytest.raises(ValueError, match="--optim.ns_coefficients"):
         orthogonalize(normal(4, 4), coefficients="euler")
-    with pytest.raises(ValueError, match="--config.optim.ns_steps"):
+    with pytest.raises(ValueError, match="--optim.ns_steps"):
         orthogonalize(normal(4, 4), steps=0)
     with pytest.raises(ValueError, match="auto, standard, gram; got form='fast'"):
         orthogonalize(normal(4, 4), form="fast")

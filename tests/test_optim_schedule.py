@@ -75,5 +75,5 @@ def test_the_last_step_of_a_very_long_run_still_moves(schedule):
 def test_an_unknown_schedule_lists_the_known_ones():
     cfg = dataclasses.replace(OptimConfig())
     object.__setattr__(cfg, "schedule", "triangle")
-    with pytest.raises(ValueError, match="wsd, cosine, constant.*--config.optim.schedule"):
+    with pytest.raises(ValueError, match="wsd, cosine, constant.*--optim.schedule"):
         build_schedule(cfg)

@@ -135,7 +135,7 @@ def test_a_results_loss_and_time_are_those_that_its_run_logged(studied, values):
 def test_a_folder_of_another_study_is_refused_before_any_run(studied, values):
     base = config_lib.to_dict(config_lib.freeze(values["base"])) | {"steps": 9}
     lines = []
-    with pytest.raises(ValueError, match="steps=8, now 9.*--config.study.workdir"):
+    with pytest.raises(ValueError, match="steps=8, now 9.*--study.workdir"):
         run_study(values | {"base": base}, jax.devices()[:1], lines.append)
     assert trained(lines) == []
 
