@@ -17,7 +17,7 @@ def read_unit(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     """Yields the tasks of a unit; what cannot be read becomes a task with a problem."""
     try:
         yield from READERS[unit.kind](unit, text_field, piece_bytes)
-    except OSError as error:  # the file was there when the units were planned
+    except DAMAGE as error:  # the file was whole when the units were planned
         yield Task((), 0, damage(unit.path, error))
 
 
@@ -38,6 +38,8 @@ def _read_text(unit, text_field, piece_bytes):
             while at < part.stop:
                 wanted = min(piece_bytes + WINDOW_BYTES, part.stop - at)
                 kept += b"".join(iter_bytes(stream, max(0, wanted - len(kept))))
+                if len(kept) < wanted:
+                    raise EOFError(f"it had {part.stop:,} bytes of text, and now has fewer")
                 size = part.stop - at
                 if size > piece_bytes:
                     size = piece_bytes + cut_in_window(kept[piece_bytes:wanted])

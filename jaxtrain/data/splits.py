@@ -12,7 +12,8 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window, cut_near_end
-from jaxtrain.data.documents import PIECE_BYTES, Piece, draw
+from jaxtrain.data.documents import PIECE_BYTES, Piece
+from jaxtrain.data.draws import draw
 from jaxtrain.data.formats import DAMAGE, detect, open_content, read_at
 from jaxtrain.data.tables import parquet_units
 from jaxtrain.data.units import Unit, damage
