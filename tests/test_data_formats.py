@@ -107,7 +107,8 @@ def test_files_of_other_formats_are_skipped_by_the_name_of_their_format(content,
         ("ini", "[section]\nkey=1\n"),
         ("a.txt", '{"text": "an object" that is none\n'),
         ("a.txt", "id,text\n1,x\n"),
-        ("package.json", '{\n "name": "x"\n}\n'),
+        ("todo.md", "[ ] buy bread\n[1] a footnote\n"),
+        ("a.txt", '{\n "text": "x"\n} and more\n'),
     ],
 )
 def test_text_that_only_begins_like_json_is_text(name, content, tmp_path):

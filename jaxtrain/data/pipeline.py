@@ -35,7 +35,7 @@ from jaxtrain.data.writer import ShardWriter
 from jaxtrain.files import write_atomic
 
 META_FORMAT = 1
-ENCODING = 2  # raised when the same input gives other tokens
+ENCODING = 3  # raised when the same input gives other tokens
 SHARD_TOKENS = 100_000_000
 JOURNAL_S = 10.0  # between entries of the journal: what a kill can cost
 

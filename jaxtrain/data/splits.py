@@ -26,7 +26,7 @@ def plan_units(files, val_fraction: float, text_field: str, piece_bytes: int = P
         size = 0
         try:
             size = path.stat().st_size
-            entry = _entry(str(path), name, size, detect(path), text_field)
+            entry = _entry(str(path), name, size, detect(path, text_field), text_field)
         except DAMAGE as error:
             entry = Unit("problem", size, problem=damage(str(path), error))
         if isinstance(entry, str):
