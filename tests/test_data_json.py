@@ -66,6 +66,12 @@ def test_json_without_the_text_field_is_skipped_and_counted(kind, suffix, tmp_pa
     assert meta["skipped"] == {"JSON without the text field 'text'": 3}
 
 
+def test_where_all_json_is_without_the_field_the_error_names_the_flag_that_chooses_it(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"content": "alone"}, indent=2))
+    with pytest.raises(ValueError, match=r"1 JSON without the .*'text'\. Set --data\.text_field"):
+        run(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
+
+
 def test_text_between_two_arrays_is_counted_and_located(tmp_path):
     (tmp_path / "a.json").write_text('["a", "b"] some words ["c"]\n5 ["d"]')
     meta = run(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)

@@ -35,6 +35,7 @@ BOM = b"\xef\xbb\xbf"
 ARRAY_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"')
 OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 SPACE = re.compile(r"[ \t\r\n]*")
+NO_FIELD = "JSON without the text field"
 NUMBERS = re.compile(rb"\[\s*[-\d]")
 CUT_VALUE = 16  # characters of a number, literal or escape that the end of the head may cut
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a compressed file raises
@@ -88,7 +89,7 @@ def detect(path: str, text_field: str = "text") -> Format:
         return Format("text", compression, "tar archives")
     kind = _kind(head, os.path.splitext(name)[1])
     without = kind == "json" and not _may_hold_text(head, text_field)
-    return Format(kind, compression, f"JSON without the text field {text_field!r}" * without)
+    return Format(kind, compression, f"{NO_FIELD} {text_field!r}" * without)
 
 
 def _compression(head) -> str:
@@ -155,10 +156,8 @@ def _may_hold_text(head, text_field) -> bool:
     start = head.removeprefix(BOM).lstrip()
     if start[:1] == b"[":
         return not NUMBERS.match(start)
-    return (
-        json.dumps(text_field).encode() in head
-        or json.dumps(text_field, ensure_ascii=False).encode(errors="replace") in head
-    )
+    names = {json.dumps(text_field, ensure_ascii=ascii_only) for ascii_only in (True, False)}
+    return any(name.encode(errors="replace") in head for name in names)
 
 
 def _is_json(line) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jaxtrain.data.coverage import Refused
 from jaxtrain.data.documents import PROBLEMS, Encoded, Forced, Problem
 from jaxtrain.data.draws import merge_drawn
+from jaxtrain.data.formats import NO_FIELD
 
 HOPELESS = 1_000  # documents that cannot be used, and none that can: the input is another
 
@@ -99,9 +100,11 @@ def check_all(totals: Totals, rules: Rules) -> None:
     if 2 * totals.lost_bytes > rules.size:
         _refuse(f"{totals.lost_bytes:,} of {rules.size:,} bytes on disk", totals, rules)
     if not documents:
+        other = any(reason.startswith(NO_FIELD) for reason in totals.skipped)
         raise Refused(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. Set {rules.flags.text}."
+            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. "
+            f"Set {rules.flags.text_field if other else rules.flags.text}."
         )
     if rules.val_fraction and len(+totals.documents) < 2:
         raise Refused(
