@@ -32,6 +32,7 @@ UNSUPPORTED = {
     b"PK\x03\x04": "zip archives",
 }
 BOM = b"\xef\xbb\xbf"
+UTF16 = b"\xff\xfe", b"\xfe\xff"  # their marks of the byte order
 ARRAY_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"')
 OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -85,6 +86,8 @@ def detect(path: str, text_field: str = "text") -> Format:
             return Format("text", compression, "empty")
         if head.startswith(tuple(TABLES)):
             return Format("text", compression, f"tables compressed by {compression}")
+    if head.startswith(UTF16) and b"\0" in head:
+        return Format("text", compression, "UTF-16 text")
     if head[257:262] == b"ustar":
         return Format("text", compression, "tar archives")
     kind = _kind(head, os.path.splitext(name)[1])

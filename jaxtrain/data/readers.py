@@ -33,6 +33,8 @@ def _read_text(unit, text_field, piece_bytes):
     """A compressed text, whose parts (one, or the trained and the held-out one) are known."""
     with open_content(unit.path, unit.compression) as (stream, file):
         before, kept = 0, b""
+        for _ in iter_bytes(stream, unit.pieces[0].start):
+            pass  # a BOM
         for part in unit.pieces:
             at = part.start
             while at < part.stop:
