@@ -90,7 +90,7 @@ def test_text_that_a_normalizer_removes_is_counted_as_lost(tmp_path):
     path = tokenizer_files.byte_level(tmp_path / "t.json")
     erase = lambda t: setattr(t, "normalizer", normalizers.Replace(tokenizers.Regex("[a-z]"), ""))
     tokenizer = build_tokenizer(changed(path, erase))
-    for text in ("ABCabcdefgh" * 100, "abc"):
+    for text in ("ABCabcdefgh" * 100, "abc", "abc " * 100 + "B"):
         lost = check_covers(tokenizer, text, tokenizer.encode(text), "here")
         assert lost == sum(letter.islower() for letter in text)
 

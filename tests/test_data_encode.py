@@ -226,16 +226,3 @@ def test_the_command_encodes_refuses_to_overwrite_and_explains_itself(texts, tmp
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "--val_fraction" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"shards": []}', "shards"])
-def test_a_damaged_meta_is_named_and_that_of_a_run_is_made_again(damage, texts, tmp_path):
-    run(texts, tmp_path / "out", val_fraction=0.1)
-    cfg = DataConfig(text=str(texts))
-    first = open_corpus(cfg, "train", 256, tmp_path / "run")
-    for path in (tmp_path / "out" / "meta.json", Path(first.shards[0].path).parent / "meta.json"):
-        meta = json.loads(path.read_text())
-        path.write_text(json.dumps(meta | {"shards": [3]}) if damage == "shards" else damage)
-    with pytest.raises(ValueError, match=r"out/meta\.json: expected"):
-        opened(tmp_path / "out")
-    assert open_corpus(cfg, "train", 256, tmp_path / "run") == first

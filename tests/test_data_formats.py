@@ -44,6 +44,19 @@ def test_a_compressed_text_is_the_text(tmp_path):
         assert len(found) == 1
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_the_byte_order_mark_of_a_text_is_no_part_of_it(fraction, tmp_path):
+    text = "".join(DOCUMENTS).encode()
+    marked = b"\xef\xbb\xbf" + text
+    (tmp_path / "a.txt").write_bytes(marked)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(marked, mtime=0))
+    for name in ("a.txt", "a.txt.gz"):
+        out = tmp_path / "out" / name
+        meta = run(tmp_path / name, out, val_fraction=fraction, piece_bytes=5_000)
+        found = documents_of(out, "train") + (documents_of(out, "val") if fraction else [])
+        assert "".join(found).encode() == text and not meta["skipped"]
+
+
 def test_a_folder_may_mix_formats_and_workers_do_not_change_the_result(tmp_path):
     for name in ("rows.jsonl", "rows.jsonl.zst", "table.csv", "table.parquet", "stream.arrow"):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -87,6 +100,10 @@ def test_a_missing_column_lists_those_that_exist_and_names_the_flag(name, tmp_pa
         (gzip.compress(b"a" * 257 + b"ustar" + bytes(99), mtime=0), "tar archives"),
         (gzip.compress(b"PAR1" + bytes(99), mtime=0), "tables compressed by gzip"),
         (gzip.compress(b"", mtime=0), "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+        (gzip.compress(b"\xef\xbb\xbf", mtime=0), "empty"),
+        ("some words".encode("utf-16"), "UTF-16 text"),
+        (gzip.compress(b"\xfe\xff" + "words".encode("utf-16-be"), mtime=0), "UTF-16 text"),
         (gzip.compress("é".encode("latin-1"), mtime=0), "not UTF-8"),
     ],
 )
@@ -107,7 +124,8 @@ def test_files_of_other_formats_are_skipped_by_the_name_of_their_format(content,
         ("ini", "[section]\nkey=1\n"),
         ("a.txt", '{"text": "an object" that is none\n'),
         ("a.txt", "id,text\n1,x\n"),
-        ("package.json", '{\n "name": "x"\n}\n'),
+        ("todo.md", "[ ] buy bread\n[1] a footnote\n"),
+        ("a.txt", '{\n "text": "x"\n} and more\n'),
     ],
 )
 def test_text_that_only_begins_like_json_is_text(name, content, tmp_path):

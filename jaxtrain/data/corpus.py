@@ -4,8 +4,6 @@ Text is encoded once, into shards below the run's folder; what trains is always 
 """
 
 import hashlib
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,19 +12,11 @@ from absl import logging
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data.coverage import LOST
-from jaxtrain.data.journal import lock_folder
-from jaxtrain.data.pipeline import META_FORMAT, SHARD_TOKENS, encode, encoding_key
+from jaxtrain.data.encoded import encode_text, prepare_again, read_meta
 from jaxtrain.data.scan import scan_shards
 from jaxtrain.data.shards import Shard, find_shards, left_out, probe
-from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.totals import describe_skipped
-from jaxtrain.data.vocabulary import check_vocabulary
-
-META_KEYS = {"format", "source", "tokenizer", "vocab_size", "eot", "skipped", "shards"}
-SHARD_KEYS = {"file", "split", "tokens", "text_bytes", "fingerprint"}
-
-FEW_BYTES = 32 << 20  # of text that one process encodes before others have started
 
 
 @dataclass(frozen=True)
@@ -125,9 +115,19 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         ValueError: shards are missing, or are not what they declare, or hold a token outside
             the vocabulary; one message lists all of them as file, expected, found.
     """
-    paths, metas, note = _locate(cfg, split, vocab_size, Path(workdir))
-    entries = {folder / e["file"]: e for folder, meta in metas.items() for e in meta["shards"]}
-    shards, scans = _check_shards(paths, cfg, vocab_size, entries)
+    where = cfg, split, vocab_size, Path(workdir)
+    paths, metas, note = _locate(*where)
+    try:
+        shards, scans = _check_shards(paths, cfg, vocab_size, metas)
+    except ValueError as error:
+        if cfg.shards or not prepare_again(
+            *metas, lambda: _check_shards(paths, cfg, vocab_size, metas)
+        ):
+            raise
+        logging.warning("%s\nThe text is encoded again.", error)
+        paths, metas, note = _locate(*where)
+        shards, scans = _check_shards(paths, cfg, vocab_size, metas)
+    entries = _entries(metas)
     digest = hashlib.sha256()
     for shard, scan in zip(shards, scans, strict=True):
         digest.update(f"{shard.tokens} {scan.fingerprint}\n".encode())
@@ -153,7 +153,7 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
 def _locate(cfg, split, vocab_size, workdir):
     """(paths, {folder: its meta.json}, note) of the split's shards."""
     if not cfg.shards:
-        folder, meta = _encode_text(cfg, vocab_size, workdir)
+        folder, meta = encode_text(cfg, vocab_size, workdir)
         paths = [folder / e["file"] for e in meta["shards"] if e["split"] == split]
         if not paths:
             raise ValueError(
@@ -162,7 +162,7 @@ def _locate(cfg, split, vocab_size, workdir):
             )
         return paths, {folder: meta}, describe_skipped(meta["skipped"])
     paths = find_shards(cfg.shards, split)
-    metas = {folder: _read_meta(folder) for folder in {path.parent for path in paths}}
+    metas = {folder: read_meta(folder) for folder in {path.parent for path in paths}}
     metas = {folder: meta for folder, meta in metas.items() if meta}
     folder = Path(cfg.shards).expanduser()
     if folder in metas:  # what meta.json lists must be there: _check_shards names what is not
@@ -186,9 +186,14 @@ def _losses(metas) -> list[str]:
     return notes
 
 
-def _check_shards(paths, cfg, vocab_size, entries):
+def _entries(metas) -> dict:
+    """What each meta.json says of its shards, by path."""
+    return {folder / e["file"]: e for folder, meta in metas.items() for e in meta["shards"]}
+
+
+def _check_shards(paths, cfg, vocab_size, metas):
     """Shards and their scans; every bad one is named in one ValueError."""
-    problems, shards = [], []
+    problems, shards, entries = [], [], _entries(metas)
     for path in paths:
         try:
             shards.append(probe(path, cfg.shard_format))
@@ -219,36 +224,6 @@ def _judge(shard, scan, vocab_size, entry) -> str:
     return ""
 
 
-def _read_meta(folder: Path) -> dict | None:
-    """meta.json of `encode` in the folder, or None where there is none."""
-    path = folder / "meta.json"
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError:
-        meta = None
-    if not _is_meta(meta):
-        raise ValueError(
-            f"{path}: expected what `python -m jaxtrain.data.encode` writes; found something "
-            "else. Move it away, or encode again."
-        )
-    if meta["format"] != META_FORMAT:
-        raise ValueError(f"{path}: expected format {META_FORMAT}; found {meta['format']}.")
-    if meta["tokenizer"] == "tokenizer.json":  # it moves with its folder
-        meta["tokenizer"] = str(folder / "tokenizer.json")
-    return meta
-
-
-def _is_meta(meta) -> bool:
-    if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
-        return False
-    shards = meta["shards"]
-    return isinstance(shards, list) and all(
-        isinstance(entry, dict) and SHARD_KEYS <= entry.keys() for entry in shards
-    )
-
-
 def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
     """(name, eot): the makers' by meta.json; else data.tokenizer's if it can have made them."""
     if len(makers) == 1:
@@ -258,43 +233,3 @@ def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
     if largest >= tokenizer.vocab_size:
         return None, cfg.eot
     return cfg.tokenizer, cfg.eot if cfg.eot >= 0 else tokenizer.eot
-
-
-def _encode_text(cfg, vocab_size, workdir) -> tuple[Path, dict]:
-    """Folder and meta.json of data.text in tokens, made now unless an earlier start made it."""
-    files = list_files(cfg.text, exclude=workdir)
-    options = cfg.val_fraction, SHARD_TOKENS, cfg.text_field, "text"
-    key = encoding_key(files, cfg.tokenizer, *options)
-    folder = workdir / "data" / key[:12]  # another text or tokenizer is another folder
-    meta = _encoded(folder, key)
-    check_vocabulary(cfg, build_tokenizer(cfg.tokenizer), vocab_size, meta is not None)
-    if meta:
-        return folder, meta
-    with lock_folder(folder, wait=True) as locked:  # of several processes, one encodes
-        if meta := _encoded(folder, key):
-            return folder, meta
-        logging.info("encoding %d files into %s", len(files), folder)
-        text_bytes = sum(path.stat().st_size for path, _ in files)
-        many = cfg.tokenizer != "bytes" and text_bytes > FEW_BYTES
-        meta = encode(
-            files,
-            folder,
-            cfg.tokenizer,
-            "text",
-            cfg.val_fraction,
-            workers=(os.cpu_count() or 1) if many else 1,
-            text_field=cfg.text_field,
-            locked=locked,
-        )
-    for problem in meta["problems"]:
-        logging.warning("skipped %s", problem)
-    return folder, _read_meta(folder)
-
-
-def _encoded(folder, key) -> dict | None:
-    try:
-        meta = _read_meta(folder)
-    except ValueError as error:  # our own, below the run's folder: made again
-        logging.warning("%s The text is encoded again.", error)
-        return None
-    return meta if meta and meta["source"] == key else None

@@ -9,6 +9,14 @@ LOST = "bytes unknown to the tokenizer"
 MOST_LOST = 0.01  # share of the text's bytes
 
 
+class Refused(ValueError):
+    """An error after which an encoding does not go on from where it stopped."""
+
+
+class HoldsStart(ValueError):
+    """A document whose tokens hold the token that starts documents."""
+
+
 def check_covers(tokenizer, text: str, ids: np.ndarray, where: str) -> int:
     """Returns how many bytes of a document its tokens do not stand for.
 
@@ -19,10 +27,11 @@ def check_covers(tokenizer, text: str, ids: np.ndarray, where: str) -> int:
         where: names the document in the error.
 
     Raises:
-        ValueError: the tokens spell something else, more, or, with a lossless tokenizer, less.
+        HoldsStart: a token is the one that starts documents.
+        Refused: the tokens spell something else, more, or, with a lossless tokenizer, less.
     """
     if (ids == tokenizer.eot).any():
-        raise ValueError(
+        raise HoldsStart(
             f"{where}: a text must not hold the token that starts documents, {tokenizer.eot}; got "
             f"it at token {int(np.argmax(ids == tokenizer.eot))}, by {tokenizer.name}."
         )
@@ -31,26 +40,31 @@ def check_covers(tokenizer, text: str, ids: np.ndarray, where: str) -> int:
     if not loses and matches(tokenizer, text, ids):
         return 0
     expected, spelled = tokenizer.expect(text), tokenizer.spell(ids)
-    text_bytes = len("".join(text.split()).encode())
-    if 2 * len(expected) < text_bytes:  # a normalizer that removes most of the text
-        return text_bytes - len(expected)
+    text_bytes = _bytes_without_space(text)
+    left = _bytes_without_space(expected.decode(errors="ignore"))
+    if 2 * left < text_bytes:  # a normalizer that removes most of the text
+        return text_bytes - left
     missing = len(expected) - len(spelled)
     if not tokenizer.lossless and missing > 0:
         return missing
     if spelled == expected or (tokenizer.approximate and -missing <= max(16, len(expected) // 100)):
         return 0
     same = _first_difference(expected, spelled)
-    raise ValueError(
+    raise Refused(
         f"{where}: the tokens must spell the text; {tokenizer.name} gives {len(ids):,} tokens of "
         f"{len(spelled):,} bytes for {len(expected):,} bytes, and they differ at byte {same:,}: "
         f"{expected[same : same + 24]!r} became {spelled[same : same + 24]!r}."
     )
 
 
+def _bytes_without_space(text: str) -> int:
+    return len("".join(text.split()).encode())
+
+
 def check_lost(lost: int, text_bytes: int, tokenizer_name: str) -> None:
-    """Raises ValueError where more than MOST_LOST of a corpus is unknown to its tokenizer."""
+    """Raises Refused where more than MOST_LOST of a corpus is unknown to its tokenizer."""
     if lost > MOST_LOST * text_bytes:
-        raise ValueError(
+        raise Refused(
             f"at most {MOST_LOST:.0%} of the text may be unknown to the tokenizer; got "
             f"{lost:,} of {text_bytes:,} bytes ({lost / text_bytes:.1%}) with {tokenizer_name}. "
             "Take a tokenizer with bytes in its vocabulary, such as gpt2."

@@ -4,17 +4,16 @@ A document that cannot be used is counted with its reason and its place; it neve
 """
 
 import contextlib
-import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.coverage import LOST, check_covers
+from jaxtrain.data.coverage import LOST, HoldsStart, check_covers
 from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window, cut_near_end
+from jaxtrain.data.draws import draw, merge_drawn
 from jaxtrain.data.formats import BOM, DAMAGE, DOCUMENT_BYTES, line_number, read_at, shown
 
 PIECE_BYTES = 1 << 20
@@ -95,12 +94,8 @@ class Encoded:
     documents: Counter = field(default_factory=Counter)  # that begin here, by split
     skipped: Counter = field(default_factory=Counter)  # without being an error, by reason
     problems: list[Problem] = field(default_factory=list)
+    lost_bytes: int = 0  # on disk, of pieces that cannot be read any more
     drawn: dict = field(default_factory=dict)  # split -> (draw, name, at) nearest to the other
-
-
-def draw(name: str) -> float:
-    """Returns a number in [0, 1) that belongs to the name, on every machine."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -112,26 +107,24 @@ def encode_pieces(pieces, tokenizer, options: Options) -> Encoded:
     """Returns the tokens of each document, with eot before its first.
 
     Raises:
-        ValueError: the tokens of a document do not stand for it.
+        Refused: the tokens of a document do not stand for it.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     out = Encoded({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
     for piece in pieces:
-        for at, content in _contents(piece, options.text_field):
+        for at, content in _contents(piece, options.text_field, out):
             if content == b"" or content is None:
                 out.skipped["empty"] += 1
                 continue
             for split, begins, part in _parts(piece, at, content, options):
-                ids = _tokenize(part, tokenizer)
+                ids, lost = _tokenize(part, tokenizer, f"{shown(piece.path)}, {piece.kind} {at}")
                 if isinstance(ids, Bad):
                     place = piece.path, piece.kind, piece.compression, at
                     out.problems.append(Problem(*place, *ids))
                     if not (piece.kind == "text" and begins):
                         continue
                     part, ids = b"", []  # the rest of the text still needs its eot
-                elif lost := check_covers(
-                    tokenizer, part.decode(), ids, f"{shown(piece.path)}, {piece.kind} {at}"
-                ):
+                elif lost:
                     out.skipped[LOST] += lost
                 eot = np.full(int(begins), tokenizer.eot, dtype)
                 out.tokens[split] += [eot, np.asarray(ids, dtype)]
@@ -141,13 +134,6 @@ def encode_pieces(pieces, tokenizer, options: Options) -> Encoded:
     empty = [np.empty(0, dtype)]
     out.tokens = {split: np.concatenate(empty + arrays) for split, arrays in out.tokens.items()}
     return out
-
-
-def merge_drawn(drawn: dict, other: dict) -> None:
-    """Keeps, for each split, the row whose draw is nearest to the other split's."""
-    for split, found in other.items():
-        nearest = min if split == "train" else max
-        drawn[split] = nearest(tuple(drawn.get(split, found)), tuple(found))
 
 
 def _note_draw(drawn, piece, at, split) -> None:
@@ -170,10 +156,19 @@ def _parts(piece, at, content, options):
     return [part for part in parts if part[2]]
 
 
-def _tokenize(content, tokenizer):
+def _tokenize(content, tokenizer, where):
+    """(token ids of a document or why there are none, its bytes that they do not stand for)."""
+    ids = content if isinstance(content, Bad) else _ids_of(content, tokenizer)
+    if isinstance(ids, Bad):
+        return ids, 0
+    try:
+        return ids, check_covers(tokenizer, content.decode(), ids, where)
+    except HoldsStart as error:
+        return Bad("refused by the tokenizer", first_line(error).removeprefix(f"{where}: ")), 0
+
+
+def _ids_of(content, tokenizer):
     """Token ids of a document's bytes, or the Bad that says why there are none."""
-    if isinstance(content, Bad):
-        return content
     if b"\0" in content:
         return Bad("holding NUL bytes", "the text holds a NUL character")
     try:
@@ -200,12 +195,14 @@ def first_line(error) -> str:
     return text.splitlines()[0][:200]
 
 
-def _contents(piece: Piece, text_field):
+def _contents(piece: Piece, text_field, out):
     """(place, bytes, None or Bad) of each document in the piece, or of the piece of one."""
     try:
         yield from _read_contents(piece, text_field)
-    except OSError as error:  # the file was there when the pieces were planned
-        yield piece.start, Bad("unreadable", f"the file cannot be read: {error.strerror}")
+    except (OSError, EOFError) as error:  # the file was whole when the pieces were planned
+        out.lost_bytes += piece.stop - piece.start
+        what = getattr(error, "strerror", None) or first_line(error)
+        yield piece.start, Bad("unreadable", f"the file cannot be read: {what}")
 
 
 def _read_contents(piece, text_field):
@@ -224,7 +221,14 @@ def _read_contents(piece, text_field):
 def _bytes_of(piece) -> bytes:
     if piece.content is not None:
         return piece.content
-    return read_at(piece.path, piece.compression, piece.start, piece.stop - piece.start)
+    content = read_at(piece.path, piece.compression, piece.start, piece.stop - piece.start)
+    _check_read(piece, piece.start + len(content))
+    return content
+
+
+def _check_read(piece, end) -> None:
+    if end < piece.stop:
+        raise EOFError(f"it had {piece.stop:,} bytes or more, and now ends at byte {end:,}")
 
 
 def _lines(piece):
@@ -245,6 +249,7 @@ def _long_lines(piece):
         at = file.seek(piece.start)
         while at < piece.stop:
             line = file.readline(DOCUMENT_BYTES + 1)
+            _check_read(piece, piece.stop if line else at)
             start, at = at, file.tell()
             if not line.endswith(b"\n") and len(line) > DOCUMENT_BYTES:
                 while (rest := file.readline(PIECE_BYTES)) and not rest.endswith(b"\n"):

@@ -2,7 +2,7 @@
 
     text              UTF-8; the file is a document
     jsonl             a JSON object a line
-    json              a JSON array of objects or strings
+    json              JSON values one after the other: objects, and arrays of objects or strings
     csv               comma- or tab-separated values with a header; known by its suffix alone
     parquet, arrow    tables; arrow is IPC, as a file or as a stream
 
@@ -32,8 +32,13 @@ UNSUPPORTED = {
     b"PK\x03\x04": "zip archives",
 }
 BOM = b"\xef\xbb\xbf"
+UTF16 = b"\xff\xfe", b"\xfe\xff"  # their marks of the byte order
 ARRAY_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"')
 OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+SPACE = re.compile(r"[ \t\r\n]*")
+NO_FIELD = "JSON without the text field"
+NUMBERS = re.compile(rb"\[\s*[-\d]")
+CUT_VALUE = 16  # characters of a number, literal or escape that the end of the head may cut
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a compressed file raises
 
 
@@ -50,8 +55,11 @@ def shown(path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def detect(path: str) -> Format:
+def detect(path: str, text_field: str = "text") -> Format:
     """Finds a file's format by its first bytes; the suffix only where content leaves a choice.
+
+    Args:
+        text_field: what objects of JSON hold their text under; without it a file is skipped.
 
     Raises:
         OSError, EOFError, zlib.error: the file cannot be read, or its compression is damaged.
@@ -78,9 +86,13 @@ def detect(path: str) -> Format:
             return Format("text", compression, "empty")
         if head.startswith(tuple(TABLES)):
             return Format("text", compression, f"tables compressed by {compression}")
+    if head.startswith(UTF16) and b"\0" in head:
+        return Format("text", compression, "UTF-16 text")
     if head[257:262] == b"ustar":
         return Format("text", compression, "tar archives")
-    return Format(_kind(head, os.path.splitext(name)[1]), compression)
+    kind = _kind(head, os.path.splitext(name)[1])
+    without = kind == "json" and not _may_hold_text(head, text_field)
+    return Format(kind, compression, f"{NO_FIELD} {text_field!r}" * without)
 
 
 def _compression(head) -> str:
@@ -97,14 +109,58 @@ def _kind(head, suffix) -> str:
         cut = not newline and len(head) >= HEAD_BYTES  # the first line goes on past the head
         if (OBJECT.match(line) if cut else _is_object(line)) or by_lines:
             return "jsonl"
+        if _values(head) is not None:
+            return "json"
     elif start[:1] == b"[":
         if not by_lines and (suffix == ".json" or ARRAY_OF_OBJECTS.match(start)):
             return "json"
         if by_lines and ARRAY_OF_OBJECTS.match(start) and not _is_json(line):
             return "json"
+        if not by_lines and _values(head) is not None:
+            return "json"
     if by_lines:
         return "jsonl"
     return "csv" if suffix in (".csv", ".tsv") else "text"
+
+
+def _values(head) -> list | None:
+    """The JSON values that a file begins with, or None if it does not hold values alone.
+
+    The last one may go on behind the head.
+    """
+    text = head.removeprefix(BOM).decode(errors="replace")
+    decoder, values, at = json.JSONDecoder(), [], 0
+    while (at := SPACE.match(text, at).end()) < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except RecursionError:
+            return None
+        except ValueError as error:
+            cut = len(head) >= HEAD_BYTES and isinstance(error, json.JSONDecodeError)
+            at_end = cut and ("Unterminated" in error.msg or error.pos > len(text) - CUT_VALUE)
+            return values if at_end else None
+        values.append(value)
+    return values
+
+
+def _may_hold_text(head, text_field) -> bool:
+    """Whether JSON may hold documents: objects with the field, or arrays of objects or strings."""
+    values = _values(head)
+    if values is None or (not values and len(head) < HEAD_BYTES):
+        return True  # damaged: the reader says where
+    for value in values:
+        inside = value if isinstance(value, list) else []
+        if any(isinstance(element, (dict, str, list)) for element in inside):
+            return True
+        if isinstance(value, dict) and text_field in value:
+            return True
+    if len(head) < HEAD_BYTES:
+        return False
+    start = head.removeprefix(BOM).lstrip()
+    if start[:1] == b"[":
+        return not NUMBERS.match(start)
+    names = {json.dumps(text_field, ensure_ascii=ascii_only) for ascii_only in (True, False)}
+    return any(name.encode(errors="replace") in head for name in names)
 
 
 def _is_json(line) -> bool:

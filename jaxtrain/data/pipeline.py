@@ -13,12 +13,12 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-from jaxtrain.data.coverage import LOST, check_lost
+from jaxtrain.data.coverage import LOST, Refused, check_lost
 from jaxtrain.data.documents import PIECE_BYTES, SPLITS, TOO_LONG, Forced, Options, token_dtype
 from jaxtrain.data.journal import Journal
 from jaxtrain.data.readers import read_unit
 from jaxtrain.data.splits import plan_units
-from jaxtrain.data.text import source_key
+from jaxtrain.data.text import check_unchanged, source_key, stamps
 from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
 from jaxtrain.data.totals import (
     Flags,
@@ -35,7 +35,7 @@ from jaxtrain.data.writer import ShardWriter
 from jaxtrain.files import write_atomic
 
 META_FORMAT = 1
-ENCODING = 2  # raised when the same input gives other tokens
+ENCODING = 3  # raised when the same input gives other tokens
 SHARD_TOKENS = 100_000_000
 JOURNAL_S = 10.0  # between entries of the journal: what a kill can cost
 
@@ -78,9 +78,10 @@ def encode(
 
     Raises:
         ValueError: no document is left, or too few to hold some out; more than half of the
-            documents or bytes cannot be used; or one cannot, with on_bad_document="stop".
+            documents or bytes cannot be used, or one with "stop"; or the input has changed.
     """
     out, tokenizer = Path(out), build_tokenizer(tokenizer_name)
+    before = stamps(files)
     key = encoding_key(
         files, tokenizer_name, val_fraction, shard_tokens, text_field, name, on_bad_document
     )
@@ -98,11 +99,12 @@ def encode(
             with Encoding(journal, journal_s, stem, skipped, note) as encoding:
                 knobs = workers, text_field, piece_bytes, delay_s
                 encoding.run_to_end(units, tokenizer, rules, *knobs)
+                check_unchanged(files, before)
                 journal.write({"meta": _meta(encoding, key, tokenizer, tokenizer_name)})
         _publish(journal.progress["meta"], journal.folder, out, tokenizer_name)
         resumable = False
         return journal.progress["meta"]
-    except ValueError:
+    except Refused:
         resumable = False
         raise
     finally:

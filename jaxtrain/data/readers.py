@@ -17,7 +17,7 @@ def read_unit(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     """Yields the tasks of a unit; what cannot be read becomes a task with a problem."""
     try:
         yield from READERS[unit.kind](unit, text_field, piece_bytes)
-    except OSError as error:  # the file was there when the units were planned
+    except DAMAGE as error:  # the file was whole when the units were planned
         yield Task((), 0, damage(unit.path, error))
 
 
@@ -33,11 +33,15 @@ def _read_text(unit, text_field, piece_bytes):
     """A compressed text, whose parts (one, or the trained and the held-out one) are known."""
     with open_content(unit.path, unit.compression) as (stream, file):
         before, kept = 0, b""
+        for _ in iter_bytes(stream, unit.pieces[0].start):
+            pass  # a BOM
         for part in unit.pieces:
             at = part.start
             while at < part.stop:
                 wanted = min(piece_bytes + WINDOW_BYTES, part.stop - at)
                 kept += b"".join(iter_bytes(stream, max(0, wanted - len(kept))))
+                if len(kept) < wanted:
+                    raise EOFError(f"it had {part.stop:,} bytes of text, and now has fewer")
                 size = part.stop - at
                 if size > piece_bytes:
                     size = piece_bytes + cut_in_window(kept[piece_bytes:wanted])
@@ -92,12 +96,14 @@ def _read_json(unit, text_field, piece_bytes):
 
 
 def _elements(unit, stream):
-    """(place, bytes) of each element of an array, or of several arrays one after the other.
+    """(place, bytes) of each object, or element of an array, of values one after the other.
 
-    Only brackets and strings are looked at; the processes parse the elements.
+    What stands between them is an element too, which is then no JSON. Only brackets and strings
+    are looked at; the processes parse the elements.
     """
     place = unit.path, "json", unit.compression
     data, at, scanned, begin, depth = b"", 0, 0, 0, 0  # at: the place of data[0]
+    base = 0  # the depth at which elements begin: 1 in an array
     while True:
         try:
             chunk = b"".join(iter_bytes(stream, max(HEAD_BYTES, len(data))))
@@ -113,19 +119,21 @@ def _elements(unit, stream):
             if token == QUOTE and scanned == start + 1:  # a string that ends in a later chunk
                 scanned = start
                 break
-            if depth == 0 and token != OPENED:
-                yield Problem(*place, at + start, "not JSON", "expected an array; found no '['")
-                return
-            if depth == 1 and (stray := data[begin:start].strip(b" \t\r\n,")):
+            if depth == 0:
+                if token not in OPENING:
+                    yield Problem(*place, at + start, "not JSON", f"{EXPECTED}; found neither")
+                    return
+                base = int(token == OPENED)
+            if depth <= base and (stray := data[begin:start].strip(b" \t\r\n,")):
                 yield at + data.index(stray, begin), stray
             if token in OPENING:
-                if depth < 2:
-                    begin = start if depth else scanned  # of an element; of the array
+                if depth <= base:
+                    begin = start if depth == base else scanned  # of an element; of the array
                 depth += 1
             elif token in CLOSING:
                 depth -= 1
-                begin = begin if depth else scanned
-            if depth == 1 and token not in OPENING:
+                begin = scanned if depth < base else begin
+            if depth == base and token not in OPENING:
                 first = start if token == QUOTE else begin
                 yield at + first, data[first:scanned]
                 begin = scanned
@@ -134,8 +142,8 @@ def _elements(unit, stream):
         data, at, scanned, begin = data[begin:], at + begin, scanned - begin, 0
         if not chunk:
             if depth or data.strip():
-                found = "no ']'" if depth else "something behind it"
-                yield Problem(*place, at, "not JSON", f"expected an array; found {found}")
+                found = "no end of it" if depth else "something behind it"
+                yield Problem(*place, at, "not JSON", f"{EXPECTED}; found {found}")
             return
         if len(data) > DOCUMENT_BYTES:
             yield Problem(*place, at, *TOO_LONG)
@@ -143,6 +151,7 @@ def _elements(unit, stream):
 
 
 QUOTE, OPENED = b'"['
+EXPECTED = "expected an array or an object"
 OPENING, CLOSING = b"[{", b"]}"
 
 READERS = {

@@ -12,8 +12,9 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window, cut_near_end
-from jaxtrain.data.documents import PIECE_BYTES, Piece, draw
-from jaxtrain.data.formats import DAMAGE, detect, open_content, read_at
+from jaxtrain.data.documents import PIECE_BYTES, Piece
+from jaxtrain.data.draws import draw
+from jaxtrain.data.formats import BOM, DAMAGE, detect, open_content, read_at
 from jaxtrain.data.tables import parquet_units
 from jaxtrain.data.units import Unit, damage
 
@@ -25,7 +26,7 @@ def plan_units(files, val_fraction: float, text_field: str, piece_bytes: int = P
         size = 0
         try:
             size = path.stat().st_size
-            entry = _entry(str(path), name, size, detect(path), text_field)
+            entry = _entry(str(path), name, size, detect(path, text_field), text_field)
         except DAMAGE as error:
             entry = Unit("problem", size, problem=damage(str(path), error))
         if isinstance(entry, str):
@@ -86,12 +87,13 @@ def _fill_units(entries, piece_bytes) -> list[Unit]:
 
 
 def _judge_text(piece: Piece):
-    """The piece of the text's whole size, or why it is none; its parts could not be judged."""
-    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+    """The piece of the whole text behind its BOM, or why it is none; no part could be judged."""
+    head, decoder, size = b"", codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with open_content(piece.path, piece.compression) as (stream, _):
             while chunk := stream.read1(PIECE_BYTES):
                 size += len(chunk)
+                head = (head + chunk[: len(BOM)])[: len(BOM)]
                 if b"\0" in chunk:
                     return "holding NUL bytes"
                 decoder.decode(chunk)
@@ -101,7 +103,8 @@ def _judge_text(piece: Piece):
     except DAMAGE as error:
         problem = damage(piece.path, error, size, "text", piece.compression)
         return Unit("problem", piece.stop, problem=problem)
-    return replace(piece, stop=size)
+    start = len(BOM) if head == BOM else 0
+    return "empty" if start == size else replace(piece, start=start, stop=size)
 
 
 def _hold_out(texts, fraction) -> list[list[Piece]]:
@@ -116,7 +119,7 @@ def _hold_out(texts, fraction) -> list[list[Piece]]:
     if target and taken < target / 2:
         largest = max((p for p in texts if p.name not in held), key=lambda p: p.stop)
         cut = _cut_place(largest, max(1, round(target - taken)))
-        if 0 < cut < largest.stop:
+        if largest.start < cut < largest.stop:
             last = replace(largest, start=cut, split="val")
             parts[largest.name] = [replace(largest, stop=cut), last]
         elif not held and len(texts) > 1:  # texts of a character
@@ -127,12 +130,12 @@ def _hold_out(texts, fraction) -> list[list[Piece]]:
 
 def _cut_place(piece, wanted) -> int:
     """Where the last `wanted` bytes of a text begin, or near there."""
-    position = piece.stop - wanted
+    position = max(piece.start, piece.stop - wanted)
     window = read_at(piece.path, piece.compression, position, WINDOW_BYTES)
     cut = position + cut_in_window(window)
     if cut < piece.stop and piece.stop - cut >= wanted / 2:
         return cut
-    start = max(0, piece.stop - max(WINDOW_BYTES, 2 * wanted))
+    start = max(piece.start, piece.stop - max(WINDOW_BYTES, 2 * wanted))
     tail = read_at(piece.path, piece.compression, start, piece.stop - start)
     return start + cut_near_end(tail, wanted)
 

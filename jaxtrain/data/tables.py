@@ -32,7 +32,7 @@ def parquet_units(path: str, name: str, size: int, text_field: str) -> list[Unit
 
     try:
         with _disk(path) as file:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, page_checksum_verification=True)
             rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
             problem = _check_column(path, table.schema_arrow, text_field)
     except Exception as error:  # damage is an OSError, a ValueError, or pyarrow's own
@@ -50,31 +50,34 @@ def read_parquet(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task
     """Yields tasks of one group of rows; its column is read page by page."""
     import pyarrow.parquet as pq
 
-    read = 0
+    read = count = 0
 
-    def rows(table, group):
-        nonlocal read
+    def rows(file):
+        nonlocal read, count
         try:
+            table = pq.ParquetFile(
+                file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+            )  # page by page
+            group = table.metadata.row_group(unit.group)
+            count = group.num_rows
             column = next(
                 group.column(i)
                 for i in range(group.num_columns)
                 if group.column(i).path_in_schema == text_field
             )
-            long = max(1, column.total_uncompressed_size // max(1, group.num_rows))
+            long = max(1, column.total_uncompressed_size // max(1, count))
             batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // long))
             for batch in table.iter_batches(batch_rows, [unit.group], [text_field], False):
                 for content in _contents(batch.column(0)):
                     yield unit.row + read, content
                     read += 1
-        except Exception as error:
+        except Exception as error:  # a missing group or column: the file has changed since
             what = f"the rest of row group {unit.group}"
             yield damage(unit.path, error, unit.row + read, "rows", what=what)
 
     with _disk(unit.path) as file:
-        table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # page by page
-        group = table.metadata.row_group(unit.group)
-        position = lambda: unit.size * read // max(1, group.num_rows)
-        yield from tasks_of_rows(unit, "rows", rows(table, group), piece_bytes, position)
+        position = lambda: unit.size * read // max(1, count)
+        yield from tasks_of_rows(unit, "rows", rows(file), piece_bytes, position)
 
 
 def read_arrow(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
@@ -108,26 +111,39 @@ def read_arrow(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
 
 
 def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
-    """Yields tasks of a CSV file; its first record names the columns."""
+    """Yields tasks of a CSV file; its first record names the columns.
 
-    def rows(text):
+    A record that has more or fewer fields than the header is a bad document. What is wrong with
+    the quotes ends the file: where the next record begins is then unknown.
+    """
+    began = 0  # where the record begins that is read now: what is lost if it cannot be read
+
+    def rows(text, position):
+        nonlocal began
         csv.field_size_limit(DOCUMENT_BYTES)
         at = 0
         try:
             head = text.readline(DOCUMENT_BYTES)
-            records = csv.reader(itertools.chain([head], text), delimiter=_delimiter(head))
+            lines = itertools.chain([head], text)
+            records = csv.reader(lines, delimiter=_delimiter(head), strict=True)
             header = next(records, [])
-            if text_field not in header:
+            if header.count(text_field) != 1:
                 yield _no_text(unit.path, text_field, header)
                 return
             column = header.index(text_field)
+            began = position()
             for at, record in enumerate(records, start=1):
-                if column < len(record):
+                if len(record) == len(header):
                     yield at, record[column].encode(errors="surrogateescape")
                 elif record:
+                    many = "many" if len(record) > len(header) else "few"
                     found = f"expected {len(header)} fields; found {len(record)}"
-                    yield at, Bad("with too few fields", found)
-        except (*DAMAGE, csv.Error) as error:
+                    yield at, Bad(f"with too {many} fields", found)
+                began = position()
+        except csv.Error as error:
+            what = "the file from this row on"
+            yield damage(unit.path, _in_words(error), at + 1, "rows", unit.compression, what)
+        except DAMAGE as error:
             yield damage(unit.path, error, at, "rows", unit.compression, "the rest of the file")
 
     def _delimiter(head):
@@ -137,7 +153,33 @@ def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     with open_content(unit.path, unit.compression) as (stream, file):
         # Held here: it closes the stream when nothing refers to it any more.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        yield from tasks_of_rows(unit, "rows", rows(text), piece_bytes, file.tell)
+        lines = _Lines(text)
+        position = file.tell if unit.compression else lambda: lines.bytes
+        yield from tasks_of_rows(unit, "rows", rows(lines, position), piece_bytes, lambda: began)
+
+
+class _Lines:
+    """Lines of a text, with the bytes of those that were read."""
+
+    def __init__(self, text):
+        self._text, self.bytes = text, 0
+
+    def readline(self, size=-1) -> str:
+        line = self._text.readline(size)
+        self.bytes += len(line.encode(errors="surrogateescape"))
+        return line
+
+    def __iter__(self):
+        return iter(self.readline, "")
+
+
+def _in_words(error) -> str:
+    """What csv found wrong, for people."""
+    if "unexpected end" in str(error):
+        return "a quote opens here that nothing closes"
+    if "expected after" in str(error):
+        return f"a quote inside a field must be doubled ({error})"
+    return str(error)
 
 
 def _disk(path):

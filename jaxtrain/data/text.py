@@ -1,5 +1,6 @@
 """Which files are the text: one file, a folder with everything below it, or Python's own source."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,6 +9,9 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
+from jaxtrain.data.coverage import Refused
 from jaxtrain.data.formats import shown
 
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -94,6 +98,27 @@ def _walk(root, exclude, hidden):
             elif path.resolve() != exclude:
                 (linked if entry.is_symlink() else folders).append(path)
     return found, left_out
+
+
+def stamps(files) -> np.ndarray:
+    """Returns the size and the time of each file, [files, 2]; -1 where it cannot be asked for."""
+    out = np.full((len(files), 2), -1, np.int64)
+    for i, (path, _) in enumerate(files):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            out[i] = status.st_size, status.st_mtime_ns
+    return out
+
+
+def check_unchanged(files, before: np.ndarray) -> None:
+    """Raises Refused where a file's size or time differs from what `stamps` returned before."""
+    changed = np.flatnonzero((stamps(files) != before).any(axis=1))
+    if changed.size:
+        more = f" and {changed.size - 1:,} more" if changed.size > 1 else ""
+        raise Refused(
+            "the input must not change while it is encoded; "
+            f"{shown(files[changed[0]][0])}{more} did. Run the same command again."
+        )
 
 
 def source_key(files, *options) -> str:

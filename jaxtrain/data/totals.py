@@ -4,7 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxtrain.data.documents import PROBLEMS, Encoded, Forced, Problem, merge_drawn
+from jaxtrain.data.coverage import Refused
+from jaxtrain.data.documents import PROBLEMS, Encoded, Forced, Problem
+from jaxtrain.data.draws import merge_drawn
+from jaxtrain.data.formats import NO_FIELD
 
 HOPELESS = 1_000  # documents that cannot be used, and none that can: the input is another
 
@@ -42,6 +45,7 @@ class Totals:
         """Adds what a process made of a task."""
         self.documents += encoded.documents
         self.skipped += encoded.skipped
+        self.lost_bytes += encoded.lost_bytes
         merge_drawn(self.drawn, encoded.drawn)
         for problem in encoded.problems:
             self.add_problem(problem)
@@ -79,29 +83,31 @@ def describe_skipped(skipped) -> str:
 
 
 def check_so_far(totals: Totals, rules: Rules) -> None:
-    """Raises ValueError where it is of no use to go on."""
+    """Raises Refused where it is of no use to go on."""
     documents = sum(totals.documents.values())
     if totals.bad and rules.on_bad_document == "stop":
         advice = _advice(totals, rules) + " Or set --on_bad_document=skip."
-        raise ValueError(f"{totals.problems[0].describe()}.{advice}")
+        raise Refused(f"{totals.problems[0].describe()}.{advice}")
     if totals.bad >= HOPELESS and not documents:
         _refuse(f"the first {totals.bad:,} documents cannot be used", totals, rules)
 
 
 def check_all(totals: Totals, rules: Rules) -> None:
-    """Raises ValueError where the input holds too little text, or too much that is not usable."""
+    """Raises Refused where the input holds too little text, or too much that is not usable."""
     documents = sum(totals.documents.values())
     if 2 * totals.bad > totals.bad + documents:
         _refuse(f"{totals.bad:,} of {totals.bad + documents:,} documents", totals, rules)
     if 2 * totals.lost_bytes > rules.size:
         _refuse(f"{totals.lost_bytes:,} of {rules.size:,} bytes on disk", totals, rules)
     if not documents:
-        raise ValueError(
+        other = any(reason.startswith(NO_FIELD) for reason in totals.skipped)
+        raise Refused(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. Set {rules.flags.text}."
+            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. "
+            f"Set {rules.flags.text_field if other else rules.flags.text}."
         )
     if rules.val_fraction and len(+totals.documents) < 2:
-        raise ValueError(
+        raise Refused(
             "the input must hold two documents, or one that can be cut, so that a part is held "
             f"out; got {documents}. Add text to {rules.flags.text}."
         )
@@ -123,8 +129,8 @@ def next_forced(totals: Totals, val_fraction: float) -> Forced | None:
 def _refuse(what, totals, rules):
     first = totals.problems[0].describe()
     if not sum(totals.documents.values()):
-        raise ValueError(f"{first}; no document can be used.{_advice(totals, rules)}")
-    raise ValueError(
+        raise Refused(f"{first}; no document can be used.{_advice(totals, rules)}")
+    raise Refused(
         f"at least half of the input must be text that can be used; got {what} that cannot, "
         f"first {first}.{_advice(totals, rules)}"
     )
