@@ -1,5 +1,7 @@
 """Signals: answered at once, served between steps, and the second one ends the process."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import time
 import pytest
 import runs
 
-from jaxtrain.stop import Stop
+from jaxtrain.stop import Stop, status_of
 
 COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
 PROGRAMS = {
@@ -117,6 +119,70 @@ def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
         time.sleep(0.1)  # a second request would have ended this process
         assert stop.asked() == signal.SIGTERM
     assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request_to_end():
+    """The kernel, the shell and the session manager may each send one, at any distance."""
+    with Stop() as stop:
+        stop.serve("saving")
+        signal.raise_signal(signal.SIGHUP)
+        wait_for(lambda: stop.signal == signal.SIGHUP)
+        assert status_of(stop.asked()) == 75
+        for _ in range(2):
+            time.sleep(0.1)  # longer than the window in which two signals are one
+            signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: stop.signal == signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert stop.asked() == signal.SIGTERM
+
+
+def test_sighup_before_the_first_step_ends_the_process_with_status_75():
+    with Program("starting") as program:
+        program.process.send_signal(signal.SIGHUP)
+        line, _ = program.read_until("SIGHUP")
+        assert "while compiling the step: ended before a step was made" in line
+        assert program.ends_in_s() < 2 and program.process.returncode == 75
+
+
+def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            stop.serve("saving")
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.1)
+            assert stop.signal is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_output_after_the_terminal_is_lost_does_not_end_the_process(tmp_path):
+    program = f"""
+import time
+from jaxtrain.stop import Stop, status_of
+with Stop() as stop:
+    stop.serve("saving")
+    print("ready", flush=True)
+    while not stop.signal:
+        time.sleep(0.01)
+    print("saved", flush=True)  # would raise OSError
+    open({str(tmp_path / "saved")!r}, "w").close()
+raise SystemExit(status_of(stop.signal))
+"""
+    child, master = pty.fork()  # the child leads a session on a terminal of its own
+    if not child:
+        os.chdir(runs.ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    said = b""
+    while b"ready" not in said:
+        said += os.read(master, 1000)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_signal_to_a_forked_child_is_not_one_to_its_parent():
