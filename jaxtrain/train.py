@@ -6,9 +6,9 @@
 
 The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a lost connection) save
 after the step, or the evaluation batch, that is under way; a second Ctrl-C or SIGTERM ends the
-process at once. Exit status 75 says "preempted: start me again", 78 "the same start would fail again". Several processes
-find each other by --coordinator, --processes, --process, or by what started them (launch.run,
-SLURM's srun, mpirun, JAX_* variables).
+process at once. Exit status 75 says "preempted: start me again", 78 "the same start would fail
+again". Several processes find each other by --coordinator, --processes, --process, or by what
+started them (launch.run, SLURM's srun, mpirun, JAX_* variables).
 """
 
 import os
