@@ -116,6 +116,9 @@ class _Line:
             if arg == "--":
                 self.words += args
                 return
+            if re.match(r"[\u2010-\u2015\u2212]", arg):
+                right = "--" + arg.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
+                self.refuse(f"{arg} begins with a dash that is not '--'. Write {right}.")
             if not re.match(r"--?[A-Za-z_]", arg):
                 self.words.append(arg)
                 continue
@@ -204,10 +207,21 @@ class _Line:
             if str(error).startswith("no config"):
                 listing = f"\n{shipped.listing(self.form.name, self.prog)}"
             self.refuse(f"{error}{listing}")
+        self._check_names(config)
         for field in self.overrides:
             self._override(config, field)
         flags.FLAGS["config"].value = config
         flags.FLAGS["config"].config_filename = str(path)
+
+    def _check_names(self, config) -> None:
+        """Refuses a config file with a field that no TrainConfig has, and names the file."""
+        if "model" not in config:  # a study's, or another command's
+            return
+        for name in config:
+            if name not in {known.partition(".")[0] for known in self.fields}:
+                near = nearest(name, list(self.fields))
+                hint = f" Did you mean {near}?" if near else ""
+                self.refuse(f"{self.named}: config has no field {name}.{hint}")
 
     def _override(self, config, field: Field) -> None:
         """Sets one field in a ConfigDict, checked by its type and its own bounds."""
