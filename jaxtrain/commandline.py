@@ -18,7 +18,7 @@ from jaxtrain.commands import in_form
 from jaxtrain.config import TrainConfig
 from jaxtrain.flag_table import entry, fit
 from jaxtrain.knobs import fault, plain_fields, sections
-from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag
+from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag, wrong_dash
 
 REFUSED = 78  # EX_CONFIG: the same start would fail again
 ASKS_HELP = ("help", "helpshort", "helpfull", "h", "?")
@@ -116,9 +116,8 @@ class _Line:
             if arg == "--":
                 self.words += args
                 return
-            if re.match(r"[\u2010-\u2015\u2212]", arg):
-                right = "--" + arg.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2015\u2212")
-                self.refuse(f"{arg} begins with a dash that is not '--'. Write {right}.")
+            if wrong := wrong_dash(arg):
+                self.refuse(wrong)
             if not re.match(r"--?[A-Za-z_]", arg):
                 self.words.append(arg)
                 continue
