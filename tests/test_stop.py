@@ -1,7 +1,6 @@
 """Signals: answered at once, served between steps, and the second one ends the process."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -173,15 +172,18 @@ with Stop() as stop:
     open({str(tmp_path / "saved")!r}, "w").close()
 raise SystemExit(status_of(stop.signal))
 """
-    child, master = pty.fork()  # the child leads a session on a terminal of its own
-    if not child:
-        os.chdir(runs.ROOT)
-        os.execv(sys.executable, [sys.executable, "-c", program])
+    master, slave = os.openpty()
+    # A session's leader that opens a terminal is the one to get its SIGHUP.
+    take = f"import os\nfd = os.open({os.ttyname(slave)!r}, os.O_RDWR)\n"
+    take += "os.dup2(fd, 1), os.dup2(fd, 2), os.close(fd)\n"
+    argv = [sys.executable, "-c", take + program]
+    process = subprocess.Popen(argv, cwd=runs.ROOT, start_new_session=True)
     said = b""
     while b"ready" not in said:
         said += os.read(master, 1000)
+    os.close(slave)
     os.close(master)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert process.wait(runs.DEADLINE_S) == 75
     assert (tmp_path / "saved").exists()
 
 
