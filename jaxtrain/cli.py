@@ -19,6 +19,7 @@ from pallas_kernels.arguments import nearest, show
 
 HELP = ("help", "-h", "--help")
 USAGE = 2  # exit status, as argparse's
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def program() -> str:
@@ -93,9 +94,13 @@ def main(argv=None) -> int | None:
         print(f"error: no command {first}.{hint} {prog} lists all.", file=sys.stderr)
         return USAGE
     command = BY_NAME[first]
-    module = importlib.import_module(command.module)
-    if hasattr(module, "__path__"):  # a package: what `python -m` runs of it
-        module = importlib.import_module(f"{command.module}.__main__")
+    try:
+        module = importlib.import_module(command.module)
+        if hasattr(module, "__path__"):  # a package: what `python -m` runs of it
+            module = importlib.import_module(f"{command.module}.__main__")
+    except KeyboardInterrupt:  # imports take seconds
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     # A command with words of its own, as `interop export`, puts its name behind prog itself.
     prog = prog if command.words else f"{prog} {first}"
     return getattr(module, command.function)([*command.words, *argv[1:]], prog=prog)

@@ -18,7 +18,7 @@ from jaxtrain.commands import in_form
 from jaxtrain.config import TrainConfig
 from jaxtrain.flag_table import entry, fit
 from jaxtrain.knobs import fault, plain_fields, sections
-from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag
+from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag, wrong_dash
 
 REFUSED = 78  # EX_CONFIG: the same start would fail again
 ASKS_HELP = ("help", "helpshort", "helpfull", "h", "?")
@@ -116,6 +116,8 @@ class _Line:
             if arg == "--":
                 self.words += args
                 return
+            if wrong := wrong_dash(arg):
+                self.refuse(wrong)
             if not re.match(r"--?[A-Za-z_]", arg):
                 self.words.append(arg)
                 continue
@@ -204,10 +206,21 @@ class _Line:
             if str(error).startswith("no config"):
                 listing = f"\n{shipped.listing(self.form.name, self.prog)}"
             self.refuse(f"{error}{listing}")
+        self._check_names(config)
         for field in self.overrides:
             self._override(config, field)
         flags.FLAGS["config"].value = config
         flags.FLAGS["config"].config_filename = str(path)
+
+    def _check_names(self, config) -> None:
+        """Refuses a config file with a field that no TrainConfig has, and names the file."""
+        if "model" not in config:  # a study's, or another command's
+            return
+        for name in config:
+            if name not in {known.partition(".")[0] for known in self.fields}:
+                near = nearest(name, list(self.fields))
+                hint = f" Did you mean {near}?" if near else ""
+                self.refuse(f"{self.named}: config has no field {name}.{hint}")
 
     def _override(self, config, field: Field) -> None:
         """Sets one field in a ConfigDict, checked by its type and its own bounds."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ml_collections import ConfigDict
 
-from jaxtrain.knobs import Section, fault, knob, refusal
+from jaxtrain.knobs import INT64_MAX, Section, fault, knob, refusal
 from jaxtrain.sections import (
     CheckpointConfig,
     DataConfig,
@@ -48,6 +48,7 @@ class TrainConfig(Section):
         "held-out tokens an evaluation reads, at most those that the run trains on; 0 is all",
         unit="tokens",
         low=0,
+        high=INT64_MAX,
     )
     save_every: int = knob(100, "between checkpoints; the last step is always one", low=1)
     keep_last: int = knob(2, "newest checkpoints kept", low=1)
@@ -79,6 +80,8 @@ class TrainConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         model, data, optim = self.model, self.data, self.optim
+        if not self.workdir.strip():
+            self.fail("workdir", "must name a folder")
         if model.H % model.G:
             model.fail("G", f"must divide model.H={model.H}")
         if model.position == "rope" and model.K % 2:

@@ -1,11 +1,19 @@
 """Knobs: config fields that carry their help text and check their values when built."""
 
 import dataclasses
+import math
 from dataclasses import field
+
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 def knob(default, text, unit="", low=None, high=None, choices=None):
-    """A field with its help text, unit, inclusive bounds or allowed values."""
+    """Returns a field with its help text, unit, inclusive bounds or allowed values.
+
+    The upper bound of an int is INT32_MAX by default: devices count steps in int32.
+    """
+    if type(default) is int and high is None:
+        high = INT32_MAX
     meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=meta)
 
@@ -28,7 +36,17 @@ def fault(f, value) -> str:
         return f"must be at least {low}"
     if high is not None and not value <= high:
         return f"must be at most {high}"
+    if f.type is float and not is_finite(value):
+        return "must be a finite number"
     return ""
+
+
+def is_finite(value: float | int) -> bool:
+    """Returns whether a float can hold the value; False for inf, nan and ints past its range."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class Section:

@@ -210,6 +210,8 @@ def read_stored(workdir) -> dict:
     Raises:
         ValueError: there is no such file, or it is not a run's.
     """
+    if not str(workdir).strip():
+        raise ValueError(f"--run must name a folder; got {str(workdir)!r}.")
     path = Path(workdir) / "config.json"
     try:
         stored = json.loads(path.read_bytes())
@@ -248,9 +250,9 @@ def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
             values |= {section: part} if section else {name: value}
         return config_lib.freeze(values)
     except (AttributeError, TypeError, ValueError) as error:  # a section may be anything
-        raise ValueError(
-            f"{Path(workdir) / 'config.json'} (edit it, no flag does): {error}"
-        ) from None
+        what = re.sub(r" Set --\S+\.$", "", str(error))
+        path = Path(workdir) / "config.json"
+        raise ValueError(f"{path} (edit it, no flag does): {what}") from None
 
 
 def restore_run(workdir, step=None):

@@ -110,11 +110,19 @@ class RunLock:
     def check(self) -> None:
         """Raises RunLocked if the lock's file was removed and another run has locked a new one.
 
+        A lock that cannot be taken again, such as a folder in its place, is a ValueError.
+
         To be called before anything is overwritten: it costs two looks at the file system.
         """
         if not (self._is_at_path() and self._is_ours()):
             self._release()
-            self._take()
+            try:
+                self._take()
+            except OSError as error:
+                raise ValueError(
+                    f"the lock of a run must be a file that it can write to; got {explain(error)}. "
+                    f"Remove {self.path} and start again, or set {self._flag}."
+                ) from error
 
     def describe(self) -> list[str]:
         """Returns a line on what the lock does not protect from; none if it protects."""

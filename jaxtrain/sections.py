@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtrain.knobs import Section, knob
+from jaxtrain.knobs import INT64_MAX, Section, knob
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,11 @@ class LossConfig(Section):
 
     z_loss: float = knob(0.0, "weight of logsumexp(logits)^2", low=0.0)
     chunk_bytes: int = knob(
-        64 << 20, "most float32 logits held at once on a device", unit="bytes", low=1_024
+        64 << 20,
+        "most float32 logits held at once on a device",
+        unit="bytes",
+        low=1_024,
+        high=INT64_MAX,
     )
 
 

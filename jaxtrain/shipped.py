@@ -117,7 +117,7 @@ def load(name: str):
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([argument] if colon else []))
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise ValueError(_fault(name, path, error)) from error
     if not hasattr(config, "lock"):
         raise ValueError(f"{name}: get_config() must return a ConfigDict; got {config!r}.")

@@ -1,4 +1,4 @@
-"""Stopping on request: Ctrl-C and SIGTERM are answered at once and served between two steps.
+"""Stopping on request: Ctrl-C, SIGTERM and SIGHUP are answered at once, served between two steps.
 
 Python runs a signal handler only between two bytecodes of the main thread: while XLA compiles or
 the host waits for a step, it would answer nothing. The interpreter also writes the signal's number
@@ -6,15 +6,17 @@ to a file descriptor (`signal.set_wakeup_fd`), which a thread reads here.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
+import termios
 import threading
 import time
 
 from absl import logging
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PREEMPTED = 75  # EX_TEMPFAIL: start me again
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DUPLICATE_S = 0.05  # `timeout` signals a process and then its group: two signals, one request
@@ -93,7 +95,7 @@ def end_now(status: int) -> None:
 
 def status_of(number) -> int:
     """Returns the exit status of a run that a signal stopped, with nothing lost."""
-    return PREEMPTED if number == signal.SIGTERM else INTERRUPTED
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 class Stop(Listener):
@@ -102,16 +104,24 @@ class Stop(Listener):
     Before the first step nothing is to be saved: a signal ends the process at once. From `serve`
     on, the first signal is for the training loop, and a second one ends the process at once.
 
+    SIGHUP says that the terminal is gone, such as that of a lost ssh connection. The kernel, the
+    shell and the session manager may each send it, beside a SIGTERM, so a SIGHUP never counts as
+    the second signal, nor does the one that follows it. A process that was started with SIGHUP
+    ignored (nohup) ignores it.
+
     With several processes JAX's own SIGTERM handler agrees on where all of them stop, so SIGTERM to
-    any one stops the run. Ctrl-C is passed on as SIGTERM. Each process of a job may get a SIGTERM
-    of its own, however late, so there only a second Ctrl-C ends a process at once.
+    any one stops the run. Ctrl-C and SIGHUP are passed on as SIGTERM. Each process of a job may get
+    a SIGTERM of its own, however late, so there only a second Ctrl-C ends a process at once.
 
     Args:
         several: whether this is one of several processes.
     """
 
     def __init__(self, several: bool = False):
-        super().__init__((signal.SIGINT,) if several else SIGNALS, self._answer, self._ignore)
+        numbers = [number for number in SIGNALS if not (several and number == signal.SIGTERM)]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        super().__init__(numbers, self._answer, self._ignore)
         self.signal = None  # what asked
         self._several, self._passed_on = several, False
         self._activity, self._promise = "starting", ""
@@ -133,14 +143,19 @@ class Stop(Listener):
         self._promise = promise
 
     def _answer(self, number):
-        name = signal.Signals(number).name
+        name, hangup = signal.Signals(number).name, number == signal.SIGHUP
+        if hangup:
+            _silence_lost_terminal()
+        if hangup and (self.signal is not None or self._passed_on):
+            return
         if self._several:
             self._pass_on(number, name)
-        elif self.signal is not None:
+        elif self.signal not in (None, signal.SIGHUP):
             end_now(128 + number)
         elif self._promise:
             self.signal = signal.Signals(number)
-            logging.warning("%s: %s (again: end now without saving)", name, self._promise)
+            again = "" if hangup else " (again: end now without saving)"
+            logging.warning("%s: %s%s", name, self._promise, again)
         else:
             logging.warning(
                 "%s while %s: ended before a step was made; the same command starts again",
@@ -172,6 +187,18 @@ class Stop(Listener):
             self.signal = signal.SIGTERM
             logging.warning("SIGTERM to a process of this run: %s", self._promise)
         return self.signal
+
+
+def _silence_lost_terminal() -> None:
+    """Replaces output to a terminal that is gone by /dev/null: a failed write would end the run."""
+    for fd in (1, 2):
+        try:
+            termios.tcgetattr(fd)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # hung up; ENOTTY: a file or a pipe
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, fd)
+                os.close(null)
 
 
 def _has_joined() -> bool:

@@ -4,11 +4,11 @@
     jaxtrain train quickstart --steps=300 --data.text=docs --workdir=runs/docs
     jaxtrain train debug --optim.name=adamw --optim.adam_learning_rate=0.01 --workdir=runs/adamw
 
-The same command resumes a run that was stopped. Ctrl-C and SIGTERM save after the step, or the
-evaluation batch, that is under way; a second one ends the process at once. Exit status 75 says
-"preempted: start me again", 78 "the same start would fail again". Several processes
-find each other by --coordinator, --processes, --process, or by what started them (launch.run,
-SLURM's srun, mpirun, JAX_* variables).
+The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a lost connection) save
+after the step, or the evaluation batch, that is under way; a second Ctrl-C or SIGTERM ends the
+process at once. Exit status 75 says "preempted: start me again", 78 "the same start would fail
+again". Several processes find each other by --coordinator, --processes, --process, or by what
+started them (launch.run, SLURM's srun, mpirun, JAX_* variables).
 """
 
 import os

@@ -72,7 +72,7 @@ def progress(run: Run) -> str:
     """`120 of 200, 12 min 04 s left`."""
     steps = run.settings["steps"]
     text = f"{run.step} of {steps}"
-    if run.state == "running" and run.step_times[0]:
+    if run.state == "running" and run.step_times[0] and type(steps) is int:
         goodput = run.figures.get("perf/goodput") or 1.0
         step_s = mean([value for _, value in run.step_times[0]])
         left_s = (steps - run.step) * step_s / goodput

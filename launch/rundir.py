@@ -4,6 +4,7 @@ What an older run or one without a GPU did not write is absent here too; nothing
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,10 +196,11 @@ def read_run(folder) -> Run:
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is what the run was given as --config.workdir."
         )
+    _check_config(folder / "config.json", config)
     metrics = _read_lines(folder / "metrics.jsonl")
     paths = sorted(folder.glob("hosts/*.jsonl"), key=lambda path: (len(path.stem), path.stem))
     hosts = {path.stem: _read_lines(path) for path in paths}
-    summary = _numbers(_read_json(folder / "summary.json") or {})
+    summary = _read_summary(folder / "summary.json")
     if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
         summary = {}  # of what came before a resume
     return Run(folder, config, metrics, hosts, summary)
@@ -217,11 +219,40 @@ def find_runs(path) -> list[Run]:
     return [read_run(folder) for folder in inner]
 
 
+def _check_config(path: Path, config) -> None:
+    """Raises ValueError where config.json lacks what every run's has."""
+    settings = config.get("config") if isinstance(config, dict) else None
+    sections = ("model", "data")
+    if (
+        not isinstance(settings, dict)
+        or not all(isinstance(settings.get(key), dict) for key in sections)
+        or type(settings.get("log_every")) is not int
+    ):
+        raise ValueError(
+            f"{path} must hold a run's config and data; got something else. "
+            "The training command writes it again."
+        )
+
+
+def _read_summary(path: Path) -> dict:
+    """Returns the figures of summary.json; {} with a warning where it is damaged.
+
+    The figures of steps are computed from the other files.
+    """
+    try:
+        return _numbers(_read_json(path) or {})
+    except (ValueError, AttributeError):
+        print(f"warning: {path} is not a run's summary, so it is left out", file=sys.stderr)
+        return {}
+
+
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read; got {error.strerror}.") from None
     except ValueError as error:
         raise ValueError(f"{path} must be JSON; got: {error}. Is it of a run?") from None
 
@@ -232,6 +263,8 @@ def _read_lines(path: Path) -> list[dict]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read; got {error.strerror}.") from None
     records = []
     for number, line in enumerate(lines, 1):
         if not line:

@@ -103,6 +103,8 @@ def is_over(source) -> bool:
 
 def source_of(name: str, workdir: str) -> Path | Pull:
     """A run directory, or a job's."""
+    if not name.strip():
+        raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
     if os.sep in name or Path(name).exists():
         return Path(name)
     try:

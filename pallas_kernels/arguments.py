@@ -35,6 +35,14 @@ def unknown_flag(name: str, known) -> str:
     return f"no flag --{name}." + (f" Did you mean --{near}?" if near else "")
 
 
+def wrong_dash(arg: str) -> str:
+    """Returns the error for a flag whose dash is a typographic one; "" for other arguments."""
+    dashes = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+    if not arg.startswith(tuple(dashes)):
+        return ""
+    return f"{arg} begins with a dash that is not '--'. Write --{arg.lstrip('-' + dashes)}."
+
+
 def examples_first(doc: str) -> str:
     """Returns a docstring with its first indented block, the examples, moved to the top."""
     blocks = doc.strip("\n").split("\n\n")
@@ -83,6 +91,8 @@ class Parser(argparse.ArgumentParser):
         known = self._flags()
         for arg in args[: args.index("--")] if "--" in args else args:
             name = arg.lstrip("-").partition("=")[0]
+            if wrong := wrong_dash(arg):
+                self.error(wrong)
             if re.match("--?[A-Za-z]", arg) and name not in known:
                 self.error(unknown_flag(name, [k for k in known if k not in ("h", "help")]))
         return super().parse_known_args(args, namespace)

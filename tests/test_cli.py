@@ -164,6 +164,24 @@ def test_a_misspelt_flag_or_command_names_the_one_that_was_meant(argv, meant, ca
     assert len(said.splitlines()) == 1 and said.startswith("error: ")
 
 
+def test_a_typographic_dash_is_explained(capsys):
+    assert exit_status(cli.main, ["doctor", "\u2014json"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: \u2014json begins with a dash that is not '--'. Write --json.")
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_in_one_line_and_status_130(capsys, monkeypatch):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "launch.summary":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "launch.summary", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert cli.main(["summary", "runs/a"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_flag_may_not_be_shortened():
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--js"])

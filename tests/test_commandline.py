@@ -139,6 +139,14 @@ def test_the_last_of_two_values_counts_and_negative_numbers_are_values():
         (("debug", "--strict=maybe"), "strict must be true or false; got 'maybe'. Set --strict."),
         (("debug", "--optim.name=mun"), "optim.name must be one of 'muon', "),
         (("debug", "--nostrict=true"), "--nostrict takes no value; got 'true'. Set --strict=true."),
+        (
+            ("debug", "\u2014steps=3"),
+            "\u2014steps=3 begins with a dash that is not '--'. Write --steps=3.",
+        ),
+        (
+            ("debug", "\u2013steps=3"),
+            "\u2013steps=3 begins with a dash that is not '--'. Write --steps=3.",
+        ),
         (("debug", "--steps"), "--steps needs a value. Write --steps=VALUE."),
         (("debug", "--steps", "--seed=1"), "--steps needs a value."),
         (("debug", "--step=1"), "no flag --step. Did you mean --steps?"),
@@ -185,6 +193,12 @@ def test_without_a_known_config_the_shipped_ones_are_listed_with_a_command(argv,
         ("def get_config():\n    return nosuch\n", "mine.py, line 2: "),
         ("def get_config():\n    return None\n", "mine.py: get_config() must return a ConfigDict"),
         ("import nosuch_module\n", "mine.py, line 1: "),
+        ("import sys\nsys.exit(3)\n", "mine.py, line 2: a config must define get_config(); got S"),
+        (
+            "from configs import debug\ndef get_config():\n    c = debug.get_config()\n"
+            "    c.unlock()\n    c.stepz = 4\n    return c\n",
+            "mine.py: config has no field stepz. Did you mean steps?",
+        ),
     ],
 )
 def test_a_broken_config_file_is_named_with_its_line(text, said, tmp_path, monkeypatch, capsys):

@@ -36,6 +36,17 @@ def test_every_field_has_a_text_and_stands_in_the_help():
         ({"steps": 0}, "steps must be at least 1; got 0. Set --steps."),
         ({"steps": 1.5}, "steps must be of type int; got 1.5"),
         ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate must be at least 0.0"),
+        ({"steps": 2**31}, "steps must be at most 2147483647; got 2147483648. Set --steps."),
+        ({"save_every": 10**20}, "save_every must be at most 2147483647; got 1000"),
+        ({"optim": {"warmup_steps": 2**31}}, "optim.warmup_steps must be at most 2147483647"),
+        ({"optim": {"total_steps": 2**31}}, "optim.total_steps must be at most 2147483647"),
+        ({"eval_tokens": 2**63}, "eval_tokens must be at most 9223372036854775807"),
+        (
+            {"optim": {"learning_rate": float("inf")}},
+            "optim.learning_rate must be a finite number; got inf. Set --optim.learning_rate.",
+        ),
+        ({"optim": {"clip_norm": 10**400}}, "optim.clip_norm must be a finite number; got 1000"),
+        ({"workdir": ""}, "workdir must name a folder; got ''. Set --workdir."),
         ({"accumulation": 3}, "data.batch must be a multiple of accumulation=3; got 8"),
         ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
@@ -51,6 +62,11 @@ def test_every_field_has_a_text_and_stands_in_the_help():
 def test_a_bad_value_is_named_with_its_flag(values, message):
     with pytest.raises(ValueError, match=re.escape(message).replace(r"\.learning", ".learning")):
         config_lib.freeze(values)
+
+
+def test_counts_of_tokens_and_bytes_may_be_past_int32():
+    cfg = config_lib.freeze({"eval_tokens": 2**40, "loss": {"chunk_bytes": 2**40}})
+    assert cfg.eval_tokens == cfg.loss.chunk_bytes == 2**40
 
 
 def test_an_int_is_widened_to_float_but_never_narrowed():

@@ -198,6 +198,28 @@ def test_a_damaged_line_and_what_is_no_run_are_named(tmp_path, capsys, monkeypat
     assert "metrics.jsonl, line 1 must be a JSON object" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "status"),
+    [
+        ("config.json", '{"config": {"model": 5, "steps": "a"}, "data": {}}', 1),
+        ("config.json", "[]", 1),
+        ("config.json", None, 1),
+        ("metrics.jsonl", None, 1),
+        ("summary.json", None, 0),
+        ("summary.json", "{torn", 0),
+        ("summary.json", "[1]", 0),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_one_line(name, text, status, tmp_path, capsys):
+    run = write_run(tmp_path / "run", series(20))
+    (run / name).unlink()
+    (run / name).mkdir() if text is None else (run / name).write_text(text)
+    assert summary.main([str(run)]) == status
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and str(run / name) in said
+    assert said.startswith("error: " if status else "warning: ")
+
+
 def test_following_ends_with_the_run(tmp_path):
     run = write_run(tmp_path / "run", series(20))
     ended = (run / "summary.json").read_text()

@@ -1,8 +1,10 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.run import of_runtime, out_of_memory, run_main
+from jaxtrain.run import load_config, of_runtime, out_of_memory, read_stored, run_main
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,20 @@ def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, 
 
 def test_a_full_disk_is_not_taken_for_a_full_device():
     assert not out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
+
+
+def test_a_bad_value_in_a_stored_config_names_the_file_and_no_flag(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": {"steps": "a"}, "data": {}}))
+    with pytest.raises(ValueError) as error:
+        load_config(tmp_path)
+    assert str(error.value) == (
+        f"{path} (edit it, no flag does): steps must be of type int; got 'a'."
+    )
+
+
+def test_an_empty_run_folder_is_not_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "data": {}}))
+    with pytest.raises(ValueError, match="--run must name a folder; got ''."):
+        read_stored("")

@@ -113,6 +113,14 @@ def test_a_run_whose_lock_file_was_removed_takes_it_again_or_stops(tmp_path):
         other.communicate()
 
 
+def test_a_folder_in_place_of_the_lock_ends_in_a_line_that_says_what_to_do(tmp_path):
+    with RunLock(tmp_path) as lock:
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").mkdir()
+        with pytest.raises(ValueError, match=f"Remove {tmp_path / '.lock'} and start again"):
+            lock.check()
+
+
 def test_a_host_that_died_can_be_freed_by_removing_the_file_that_the_message_names(tmp_path):
     owner = start_owner(tmp_path)  # NFSv3's server would hold a dead client's lock just so
     rewrite_owner(tmp_path / ".lock", host="gone")

@@ -1,5 +1,6 @@
 """Signals: answered at once, served between steps, and the second one ends the process."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 import pytest
 import runs
 
-from jaxtrain.stop import Stop
+from jaxtrain.stop import Stop, status_of
 
 COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
 PROGRAMS = {
@@ -117,6 +118,73 @@ def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
         time.sleep(0.1)  # a second request would have ended this process
         assert stop.asked() == signal.SIGTERM
     assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request_to_end():
+    """The kernel, the shell and the session manager may each send one, at any distance."""
+    with Stop() as stop:
+        stop.serve("saving")
+        signal.raise_signal(signal.SIGHUP)
+        wait_for(lambda: stop.signal == signal.SIGHUP)
+        assert status_of(stop.asked()) == 75
+        for _ in range(2):
+            time.sleep(0.1)  # longer than the window in which two signals are one
+            signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: stop.signal == signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert stop.asked() == signal.SIGTERM
+
+
+def test_sighup_before_the_first_step_ends_the_process_with_status_75():
+    with Program("starting") as program:
+        program.process.send_signal(signal.SIGHUP)
+        line, _ = program.read_until("SIGHUP")
+        assert "while compiling the step: ended before a step was made" in line
+        assert program.ends_in_s() < 2 and program.process.returncode == 75
+
+
+def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            stop.serve("saving")
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.1)
+            assert stop.signal is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_output_after_the_terminal_is_lost_does_not_end_the_process(tmp_path):
+    program = f"""
+import time
+from jaxtrain.stop import Stop, status_of
+with Stop() as stop:
+    stop.serve("saving")
+    print("ready", flush=True)
+    while not stop.signal:
+        time.sleep(0.01)
+    print("saved", flush=True)  # would raise OSError
+    open({str(tmp_path / "saved")!r}, "w").close()
+raise SystemExit(status_of(stop.signal))
+"""
+    master, slave = os.openpty()
+    # A session's leader that opens a terminal is the one to get its SIGHUP.
+    take = f"import os\nfd = os.open({os.ttyname(slave)!r}, os.O_RDWR)\n"
+    take += "os.dup2(fd, 1), os.dup2(fd, 2), os.close(fd)\n"
+    argv = [sys.executable, "-c", take + program]
+    process = subprocess.Popen(argv, cwd=runs.ROOT, start_new_session=True)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(master, 1000)
+    os.close(slave)
+    os.close(master)
+    assert process.wait(runs.DEADLINE_S) == 75
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_signal_to_a_forked_child_is_not_one_to_its_parent():

@@ -139,6 +139,8 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
     Raises:
         InteropError: no family computes the model, or what was written computes something else.
     """
+    if not str(workdir).strip():
+        raise InteropError(f"--run must name a folder; got {workdir!r}.")
     if not Path(workdir).is_dir():
         found = "is a file" if Path(workdir).exists() else "does not exist"
         raise InteropError(f"--run must be a run's folder; {workdir} {found}.")
