@@ -16,7 +16,7 @@ from absl import flags
 from jaxtrain import shipped
 from jaxtrain.commands import in_form
 from jaxtrain.config import TrainConfig
-from jaxtrain.flag_table import entry, fit
+from jaxtrain.flag_table import entry, fit, usual_name
 from jaxtrain.knobs import fault, plain_fields, sections
 from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag, wrong_dash
 
@@ -159,7 +159,8 @@ class _Line:
             own, known = [], [f"config.{field}" for field in self.fields]
         else:
             known = [*own, *self.fields]
-        self.refuse(f"{unknown_flag(typed, known)} See {self.prog} --help.")
+        text = unknown_flag(usual_name(typed), known).replace(usual_name(typed), typed, 1)
+        self.refuse(f"{text} See {self.prog} --help.")
 
     def _check_own(self) -> None:
         """A value that its flag cannot take ends the program, in words of ours."""

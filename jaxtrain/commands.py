@@ -77,7 +77,9 @@ def in_form(text: str, prog: str) -> str:
     Args:
         prog: as the user started this command, `jaxtrain plan` or `python -m jaxtrain.plan`.
     """
-    base = "" if re.search(r" -m (jaxtrain|launch|pallas_kernels)\.", prog) else prog.split()[:-1]
+    words = prog.split()
+    at = next((i for i, word in enumerate(words) if word in BY_NAME), len(words) - 1)
+    base = "" if re.search(r" -m (jaxtrain|launch|pallas_kernels)\.", prog) else words[:at]
 
     def form(found):
         groups = found.groupdict()

@@ -22,6 +22,7 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.mesh import replicated
 from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.report_text import eval_text
 from jaxtrain.run import read_stored, restore_run, run_main
 from jaxtrain.step import batch_loss, microbatches, target_weights
 
@@ -155,6 +156,7 @@ def main() -> None:
     metrics = evaluate(build_eval_step(run), state, progress, count_bytes)
     if warning := warn_of_noise(metrics):
         print(warning, file=sys.stderr)
+    print(f"step {int(state.step)}  {eval_text(metrics)}")
     print(json.dumps({"step": int(state.step)} | metrics))
 
 

@@ -38,3 +38,23 @@ def entry(name: str) -> str:
     if values := getattr(flag.parser, "enum_values", None):
         text += f". One of {', '.join(values)}."
     return f"  {head:<30} {text}"
+
+
+OTHER_NAMES = {  # of fields, in other stacks
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "batch_size": "batch",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "block_size": "seq_len",
+    "n_layer": "L",
+    "n_embd": "D",
+    "n_head": "H",
+    "output_dir": "workdir",
+}
+
+
+def usual_name(typed: str) -> str:
+    """Returns the name of a field in this project for the name that it has in other stacks."""
+    *sections, last = typed.split(".")
+    return ".".join([*sections, OTHER_NAMES.get(last, last)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def invocation() -> str:
-    """Returns the words that start a command: `jaxtrain`, or `PYTHON -m jaxtrain`.
+    """Returns the words that start a command: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
 
     The short form needs the `jaxtrain` on PATH to be the one installed beside this interpreter;
     otherwise it could be absent, or belong to another environment.
@@ -17,6 +17,8 @@ def invocation() -> str:
     on_path = shutil.which("jaxtrain")
     if on_path and installed.exists() and os.path.samefile(on_path, installed):
         return "jaxtrain"
+    if os.access(installed, os.X_OK):
+        return _from_here(installed)
     return f"{python()} -m jaxtrain"
 
 
@@ -49,7 +51,13 @@ def python() -> str:
     # Not samefile: a virtual environment's python is a link to the system's.
     if on_path and os.path.abspath(on_path) == os.path.abspath(sys.executable):
         return "python"
-    path, here = Path(sys.executable), Path.cwd()
+    return _from_here(Path(sys.executable))
+
+
+def _from_here(path: Path) -> str:
+    """Returns the path as the current folder's shell may take it, relative where it is below."""
+    here = Path.cwd()
     if path.is_relative_to(here) and here != Path(here.anchor):
-        return shlex.quote(os.path.join(os.curdir, path.relative_to(here)))
+        below = str(path.relative_to(here))
+        return shlex.quote(below if os.sep in below else os.path.join(os.curdir, below))
     return shlex.quote(str(path))

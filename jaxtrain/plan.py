@@ -149,7 +149,7 @@ def answer(args) -> int:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100, h100, h200, ...")
+    flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100_80gb, h100, h200, ...")
     flags.DEFINE_integer("gpus", 1, "devices on each host", lower_bound=1)
     flags.DEFINE_integer(
         "hosts", 1, "hosts; what crosses them goes over --host_link", lower_bound=1

@@ -3,6 +3,7 @@
 import math
 
 LOSS, EVAL_LOSS, EVAL_BITS = "train/loss_nats", "eval/loss_nats", "eval/bits_per_byte"
+EVAL_TOKENS = "eval/tokens"
 PLAIN = "the parameters"  # what is evaluated where no average or look-ahead is kept
 
 
@@ -26,9 +27,10 @@ def step_text(metrics: dict, eta_s: float | None, columns: int | None = None) ->
 
 
 def eval_text(metrics: dict) -> str:
-    """`loss 1.702 nats/token  2.456 bits/byte`, the latter where it is known."""
+    """Returns `loss 1.702 nats/token  2.456 bits/byte  of 65,536 tokens`, as far as it is known."""
     bits = f"  {metrics[EVAL_BITS]:.3f} bits/byte" if EVAL_BITS in metrics else ""
-    return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}"
+    tokens = f"  of {metrics[EVAL_TOKENS]:,} tokens" if EVAL_TOKENS in metrics else ""
+    return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}{tokens}"
 
 
 def closing_lines(summary: dict) -> list[str]:

@@ -78,7 +78,8 @@ def find(name: str) -> Path:
         hint = f" Did you mean ./{name}.py?"
     elif near := difflib.get_close_matches(path.stem, shipped(), 1, cutoff=0.5):
         hint = f" Did you mean {near[0]}?"
-    raise ValueError(f"no config is called {name}.{hint}")
+    absent = ", and there is no such file" if is_path else ""
+    raise ValueError(f"no config is called {name}{absent}.{hint}")
 
 
 def _import_package(beside: Path) -> None:

@@ -237,9 +237,10 @@ def main() -> int:
     beat("start")
     by_hand = args.coordinator, args.processes, args.process, None, args.processes
     world = World("flags", *by_hand) if args.processes > 1 else detect(os.environ)
-    set_up_logging(world.process)
+    set_up_logging()  # every process says where it joins
     with Stop(world.processes > 1) as stop:
         start_runtime(cfg, world)
+        set_up_logging(world.process)
         cfg = fit_world(cfg, world)
         same_everywhere("the config", config_lib.start_hash(cfg))
         status = train(cfg, stop=stop)

@@ -4,6 +4,7 @@ Peaks are dense (no sparsity), products with float32 accumulation. On the A40 an
 costs nothing: the half rate is GeForce's alone.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import jax
@@ -179,9 +180,12 @@ CHIPS = {
 def find_chip(name: str) -> Chip:
     """The chip called `name`. Raises ValueError where the table has none."""
     if name not in CHIPS:
+        near = [chip for chip in CHIPS if chip.startswith(name)] if name else []
+        near = near or difflib.get_close_matches(name, CHIPS, 1)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
-            f"the chip must be one of {', '.join(CHIPS)}; got {name!r}. Add it, with its source, "
-            "to pallas_kernels/chip.py."
+            f"the chip must be one of {', '.join(CHIPS)}; got {name!r}.{hint} Another chip "
+            "can be added, with its source, to pallas_kernels/chip.py."
         )
     return CHIPS[name]
 

@@ -160,8 +160,8 @@ def test_the_last_of_two_values_counts_and_negative_numbers_are_values():
         (("debug", "--processes=0"), "--processes must be a positive integer; got '0'."),
         (("debug", "quickstart"), "one config; got debug, quickstart."),
         (("debug", "--config=quickstart"), "one config; got quickstart, debug."),
-        (("nosuch/mine.py",), "no config is called nosuch/mine.py."),
-        (("configs/degub.py",), "no config is called configs/degub.py. Did you mean debug?"),
+        (("nosuch/mine.py",), "no config is called nosuch/mine.py, and there is no such file."),
+        (("configs/degub.py",), "no config is called configs/degub.py, and there is no such file."),
         (("quikstart",), "no config is called quikstart. Did you mean quickstart?"),
         ((".",), "no config is called ."),
         (("configs/",), "a config must be a file; got the folder configs/."),
@@ -253,3 +253,13 @@ def test_the_module_trains_a_config_by_its_name_in_another_folder(tmp_path):
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path, "a run", "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "field"),
+    [("lr", "optim.learning_rate"), ("batch_size", "data.batch"), ("max_steps", "steps")],
+)
+def test_a_name_of_other_stacks_is_answered_by_the_name_here(typed, field, capsys):
+    with pytest.raises(SystemExit):
+        read("debug", f"--{typed}=1")
+    assert f"no flag --{typed}. Did you mean --{field}?" in capsys.readouterr().err

@@ -37,11 +37,11 @@ def test_the_short_name_is_printed_where_it_is_on_the_path(tmp_path):
     assert _asked(python, python.parent, tmp_path) == "jaxtrain"
 
 
-def test_an_environment_that_is_not_active_is_named_by_its_python(tmp_path):
+def test_the_command_of_an_environment_that_is_not_active_is_named_by_its_path(tmp_path):
     python = _environment(tmp_path / "venv" / "bin")
     other = _environment(tmp_path / "other" / "bin")
-    assert _asked(python, other.parent, tmp_path) == "./venv/bin/python -m jaxtrain"
-    assert _asked(python, "/nowhere", Path("/")) == f"{python} -m jaxtrain"
+    assert _asked(python, other.parent, tmp_path) == "venv/bin/jaxtrain"
+    assert _asked(python, "/nowhere", Path("/")) == str(python.with_name("jaxtrain"))
 
 
 def test_arguments_with_spaces_are_quoted():

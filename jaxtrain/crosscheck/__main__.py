@@ -23,6 +23,7 @@ agree, 1 part or bad input. Needs the extra `crosscheck` for what runs PyTorch.
 """
 
 import dataclasses
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,7 @@ def check_twin(cfg, reads_data=True) -> None:
         ImportError: torch is missing.
         ValueError: torch.optim lacks the optimizer, or the twin cannot make the batches.
     """
+    importlib.import_module("jaxtrain.crosscheck.twin")  # says what to install without torch
     from jaxtrain.crosscheck.twin_train import check_optimizer
 
     check_optimizer(cfg.optim)

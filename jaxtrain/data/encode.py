@@ -20,6 +20,7 @@ from jaxtrain.disk import ends_in_one_line
 from jaxtrain.invocation import command
 from pallas_kernels.arguments import Parser
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 FLAGS = Flags("--input", "--text_field", "--val_fraction")
 FEW_TOKENS = 8 * (256 + 1)  # a batch of configs/quickstart.py
 VOCABULARY_STEP = 64  # model.V is rounded up to it: matrix units like multiples
@@ -161,7 +162,13 @@ def _train_command(out: Path, name: str, meta: dict) -> str:
     tokens = sum(e["tokens"] for e in meta["shards"] if e["split"] == "train")
     if tokens < FEW_TOKENS:  # else there is not one batch
         arguments += ["--data.batch=1", f"--data.seq_len={max(1, min(256, tokens - 1))}"]
-    return command("train", *arguments, f"--workdir=runs/{name}")
+    return command("train", *arguments, f"--workdir={_new_folder(Path('runs', name))}")
+
+
+def _new_folder(path: Path) -> Path:
+    """The path, with a number behind it where it is taken: another corpus may have a run there."""
+    numbered = (path.with_name(f"{path.name}_{i}") for i in range(2, 1_000))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
 def _print_summary(args, out, name, meta) -> None:
@@ -225,7 +232,9 @@ def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
             "command goes on."
         )
     except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command goes on. The shards in {shown(out)} are as they were.")
+        where = f"The shards in {shown(out)} are as they were."
+        print(f"stopped; the same command goes on. {where}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     _print_summary(args, out, name, meta)
 
 

@@ -1,5 +1,6 @@
 """Encoding processes: tasks go out in order, and their results come back in order."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,8 @@ def run_tasks(tasks, tokenizer, options: Options, workers: int):
         waiting = deque()
         try:
             for task in chain(first, tasks):
-                waiting.append((task._replace(pieces=()), pool.submit(_work, task)))
+                with _sigint_blocked():  # a submission may start processes
+                    waiting.append((task._replace(pieces=()), pool.submit(_work, task)))
                 if len(waiting) > 2 * workers:
                     task, future = waiting.popleft()
                     yield task, future.result()
@@ -42,9 +44,18 @@ def run_tasks(tasks, tokenizer, options: Options, workers: int):
             pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _sigint_blocked():
+    """Holds Ctrl-C back, also in the processes that the block starts: the parent acts on it."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _start(tokenizer_name, options):
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent acts
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = build_tokenizer(tokenizer_name), options
 

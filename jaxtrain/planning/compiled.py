@@ -111,7 +111,13 @@ def compile_plan(cfg, chip, gpus=1, hosts=1) -> Plan:
         ValueError: the config does not fit the mesh, or asks for a route that is not to be had.
         RuntimeError: the compiler for GPUs is not installed.
     """
-    from pallas_kernels.offline import devices_of  # wants the extra `offline`
+    try:
+        from pallas_kernels.offline import devices_of
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "the plan compiles for a GPU that is not there, which needs the extra `offline`; "
+            f'{error.name} is missing. Run pip install "jaxtrain[offline]", or add --formula.'
+        ) from error
 
     devices = devices_of(chip, gpus, hosts)
     with jax.default_device(devices[0]):
