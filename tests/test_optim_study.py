@@ -140,9 +140,16 @@ def test_a_folder_of_another_study_is_refused_before_any_run(studied, values):
     assert trained(lines) == []
 
 
+def _stop_of_the_run():
+    """Returns the Stop that handles SIGINT now, if one does."""
+    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return owner if isinstance(owner, Stop) else None
+
+
 def interrupt_when_handled():
     """Sends SIGINT once the run has taken it over; before, it may even be ignored."""
-    while not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Stop):
+    # Until the loop serves signals, one would end the process, which runs the tests.
+    while not getattr(_stop_of_the_run(), "_promise", ""):
         time.sleep(0.001)
     signal.raise_signal(signal.SIGINT)
 
