@@ -16,6 +16,7 @@ from jaxtrain.interop.hf import write_folder
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
+from jaxtrain.precision import resolve
 from jaxtrain.trees import named_leaves
 
 SHARED = {"__init__", "base", "gpt2", "llama"}  # other files start from them
@@ -25,7 +26,8 @@ NAMES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.s
 def small(name):
     """The ModelConfig of a shipped config, its sizes made small and its form kept."""
     values = importlib.import_module(f"configs.{name}").get_config()
-    cfg = config_lib.freeze(values.base if "base" in values else values).model
+    whole = config_lib.freeze(values.base if "base" in values else values)
+    cfg = resolve(whole, jax.devices()[0])[0].model
     groups = cfg.H // cfg.G
     H = 2 * groups
     wide = cfg.D == cfg.H * cfg.K
