@@ -192,13 +192,16 @@ class Stop(Listener):
 def _silence_lost_terminal() -> None:
     """Replaces output to a terminal that is gone by /dev/null: a failed write would end the run."""
     for fd in (1, 2):
-        try:
-            termios.tcgetattr(fd)
-        except termios.error as error:
-            if error.args[0] == errno.EIO:  # hung up; ENOTTY: a file or a pipe
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, fd)
-                os.close(null)
+        for _ in range(20):  # Linux sends the signal before it hangs the terminal up
+            try:
+                termios.tcgetattr(fd)
+                time.sleep(0.01)
+            except termios.error as error:
+                if error.args[0] == errno.EIO:  # hung up; ENOTTY: a file or a pipe
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, fd)
+                    os.close(null)
+                break
 
 
 def _has_joined() -> bool:

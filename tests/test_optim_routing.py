@@ -11,13 +11,14 @@ from jaxtrain import config as config_lib
 from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
 from jaxtrain.optim.groups import MATRICES, group_table
+from jaxtrain.precision import resolve
 
 
 @functools.cache
 def rows_of(config_name, **optim):
     config = importlib.import_module(f"configs.{config_name}").get_config()
     config.optim.update(optim)
-    cfg = config_lib.freeze(config)
+    cfg, _ = resolve(config_lib.freeze(config), jax.devices()[0])
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
     rows = group_table(cfg.optim, model.axes, model.shapes)
     leaves = jax.tree.leaves(model.shapes)
