@@ -113,9 +113,8 @@ def evaluate(
         ValueError: batches hold no target.
     """
     params = eval_params(state.opt_state, state.params)
-    nats = tokens = text_bytes = (
-        0.0  # float64 on the host: float32 would lose bits over a long shard
-    )
+    text_bytes = 0
+    nats = tokens = 0.0  # float64 on the host: float32 would lose bits over a long shard
     for batch in batches:
         if asked():
             return None

@@ -68,10 +68,10 @@ class Run(NamedTuple):
 
 
 def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain"):
-    """absl's app.run(main); bad input, broken checkpoints and what the file system
-    refuses end in one line and status REFUSED.
+    """Runs main by absl's app.run, and ends the process in one line where it cannot go on.
 
-    One of several processes ends at once on an error, without waiting at exit for the others.
+    Bad input, broken checkpoints and what the file system refuses end with status REFUSED. One of
+    several processes ends at once on an error, without waiting at exit for the others.
 
     Args:
         form: what the command line may hold; main takes its words where it has some.

@@ -18,9 +18,9 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.totals import Flags, describe_skipped
 from jaxtrain.disk import ends_in_one_line
 from jaxtrain.invocation import command
+from jaxtrain.stop import INTERRUPTED
 from pallas_kernels.arguments import Parser
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 FLAGS = Flags("--input", "--text_field", "--val_fraction")
 FEW_TOKENS = 8 * (256 + 1)  # a batch of configs/quickstart.py
 VOCABULARY_STEP = 64  # model.V is rounded up to it: matrix units like multiples
