@@ -1,6 +1,6 @@
-"""The defaults of jaxtrain/config.py, for the other files to start from."""
+"""The defaults of jaxtrain/config/train_config.py, for the other files to start from."""
 
-from jaxtrain import config
+from jaxtrain.config import train_config as config
 
 
 def get_config():

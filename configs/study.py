@@ -2,7 +2,7 @@ r"""Muon, transported Muon and AdamW, without and with heavy tails: 3,541,760 pa
 
 66 runs, an hour or more on 2 CPU cores.
 
-python -m jaxtrain.optim.study --config=configs/study.py
+python -m jaxtrain.study --config=configs/study.py
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 r"""Four optimizers in minutes on 2 CPU cores: 115,072 parameters.
 
-python -m jaxtrain.optim.study --config=configs/study_quick.py
+python -m jaxtrain.study --config=configs/study_quick.py
 """
 
 from ml_collections import ConfigDict

@@ -24,9 +24,10 @@ Suites of GPUs, by name alone:
               in processes of its own, at the same tokens a step, in its own best micro-batch: step
               p50 and p95, tokens/s, MFU by both conventions, the optimizer's and the host's share,
               compile time, time to first step, memory against the compiler's and the formula's
-              prediction, clocks; then XLA options that jaxtrain/tuning.py lists as assumed, one by
-              one. Planned to end inside --minutes, what they do not reach is named; a row is on
-              disk as soon as it is measured. --trace=DIR keeps a profile of each of our steps.
+              prediction, clocks; then XLA options that jaxtrain/ops/tuning.py lists as assumed,
+              one by one. The suites are planned to end inside --minutes, and rows that they do not
+              reach are named. A row is on disk as soon as it is measured. --trace=DIR keeps a
+              profile of each of our steps.
               Steps are shortened to 1.5 s, which shows more of the optimizer: figures `at 524288`
               are computed for a step of so many tokens, from the optimizer's part and the rest.
               The optimizer's part of the twin is timed in its steps; ours, inside one program,
@@ -65,8 +66,8 @@ from jaxtrain.benchmarks import (
     startup,
     training,
 )
-from jaxtrain.commands import in_form
-from jaxtrain.disk import ends_in_one_line
+from jaxtrain.config.commands import in_form
+from jaxtrain.file_errors import ends_in_one_line
 from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 

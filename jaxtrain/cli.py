@@ -14,12 +14,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from jaxtrain.commands import BY_NAME, COMMANDS, GROUPS
+from jaxtrain.config.commands import BY_NAME, COMMANDS, GROUPS
+from jaxtrain.errors import INTERRUPTED
 from pallas_kernels.arguments import nearest, show
 
 HELP = ("help", "-h", "--help")
 USAGE = 2  # exit status, as argparse's
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def program() -> str:

@@ -8,7 +8,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from jaxtrain.disk import naming
+from jaxtrain.file_errors import naming
 
 
 @contextlib.contextmanager

@@ -22,16 +22,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # chips are compiled for, none is looked fo
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-from jaxtrain import config as config_lib  # noqa: E402
-from jaxtrain import memory  # noqa: E402
-from jaxtrain.commandline import Form  # noqa: E402
+from jaxtrain.config import train_config as config_lib  # noqa: E402
+from jaxtrain.config.command_line import Form  # noqa: E402
+from jaxtrain.distributed import memory  # noqa: E402
+from jaxtrain.distributed.program import run_main  # noqa: E402
+from jaxtrain.ops.precision import resolve_for_chip  # noqa: E402
 from jaxtrain.planning import fit, page  # noqa: E402
 from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.links import parse_link  # noqa: E402
 from jaxtrain.planning.tables import build_guess, compare, table  # noqa: E402
-from jaxtrain.precision import resolve_for_chip  # noqa: E402
-from jaxtrain.run import run_main  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 CACHE = Path("runs/plans")

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
-from jaxtrain.benchmarks.measure import format_table
-from jaxtrain.commands import in_form
-from jaxtrain.disk import ends_in_one_line
-from jaxtrain.tracing import MARK
+from jaxtrain.config.commands import in_form
+from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.reporting.table import format_table
+from jaxtrain.reporting.tracing import MARK
 from pallas_kernels.arguments import Parser
 
 GPU = re.compile(r"/device:(?!CUSTOM)")

@@ -19,36 +19,36 @@ from pathlib import Path
 import jax
 from absl import flags
 
-import jaxtrain.config as config_lib
-from jaxtrain.about import header, measured, stored_config, versions
-from jaxtrain.agree import from_process_0, of_all, on_all
-from jaxtrain.beat import beat
-from jaxtrain.checkpoint import CheckpointError, Checkpoints
-from jaxtrain.closing import SAMPLE_FLAG, next_commands, print_sample
-from jaxtrain.commandline import Form
+import jaxtrain.config.train_config as config_lib
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.checkpoint.relocation import check_not_moved
+from jaxtrain.config.command_line import Form
+from jaxtrain.config.fields import describe
+from jaxtrain.config.invocation import typed
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
-from jaxtrain.disk import naming
-from jaxtrain.engine import World, detect
-from jaxtrain.generate import from_shell
-from jaxtrain.interop.start import check_model, check_resumed, load_params
-from jaxtrain.invocation import typed
-from jaxtrain.knobs import describe
-from jaxtrain.loop import Diverged, Loop
-from jaxtrain.measure import Measure, open_wire
-from jaxtrain.mesh import param_sharding
-from jaxtrain.moved import check_not_moved
-from jaxtrain.optim.accelerated import evaluated
-from jaxtrain.precision import resolve
-from jaxtrain.report import Report, set_up_logging
-from jaxtrain.run import build_run, compile_diagnosis, compile_step, run_main
-from jaxtrain.runtime import fit_world, same_everywhere, start_runtime
-from jaxtrain.step import abstract_state, init_state
-from jaxtrain.steplog import StepLog
-from jaxtrain.stop import Stop, status_of
-from jaxtrain.work import build_work, find_device_chip
-from jaxtrain.workdir import hold, is_finished
+from jaxtrain.distributed.broadcast import from_process_0, of_all, on_all
+from jaxtrain.distributed.cluster import World, detect
+from jaxtrain.distributed.heartbeat import beat
+from jaxtrain.distributed.preemption import Stop, status_of
+from jaxtrain.distributed.program import run_main
+from jaxtrain.distributed.runtime import fit_world, same_everywhere, start_runtime
+from jaxtrain.file_errors import naming
+from jaxtrain.interop.start import first_state
+from jaxtrain.metrics.collector import Measure, open_wire
+from jaxtrain.metrics.mfu import build_work, find_device_chip
+from jaxtrain.metrics.step_log import StepLog
+from jaxtrain.ops.precision import resolve
+from jaxtrain.optim.acceleration import evaluated
+from jaxtrain.reporting.run_logger import Report, set_up_logging
+from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
+from jaxtrain.training.loop import Diverged, Loop
+from jaxtrain.training.resume import start_state
+from jaxtrain.training.run import build_run, compile_diagnosis, compile_step
+from jaxtrain.training.sampling import from_shell
+from jaxtrain.training.startup import header, measured, stored_config, versions
+from jaxtrain.training.workdir import hold, is_finished
 
 
 def train(cfg, devices=None, quiet=False, stop=None) -> int:
@@ -94,7 +94,7 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
     """Trains a run whose directory, data and checkpoints are open; returns as train() does."""
     cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
     stop.starting("making or restoring the weights")
-    state, restored = start_state(run, checkpoints, batches)
+    state, restored = start_state(run, checkpoints, batches, first_state)
     if restored is None and cfg.checkpoint.storage == "host0":
         check_not_moved(workdir, checkpoints.steps())
     first = int(state.step)
@@ -155,57 +155,6 @@ def before_s(step, diagnosis, report, started_s) -> dict:
     compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
     start_s = time.perf_counter() - started_s - compile_s
     return {"start": start_s, "compile": compile_s, "restart": report.removed_s}
-
-
-def first_state(run):
-    """Step 0: parameters drawn, or those of cfg.weights.
-
-    Raises:
-        InteropError: the weights are damaged, or of another model.
-    """
-    source, model = run.cfg.weights, run.model
-    if source:
-        check_model(run.cfg.model, source)  # before memory is taken
-    state = init_state(model, run.optimizer, run.mesh, run.cfg.seed)
-    if not source:
-        return state
-    place = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
-    at = jax.tree.map(place, model.axes, model.shapes)
-    return state._replace(params=load_params(source, run.cfg.model, model.axes, model.shapes, at))
-
-
-def start_state(run, checkpoints, batches):
-    """(TrainState, the Restored that it is from or None), with `batches` at the same step.
-
-    Raises:
-        ValueError: the checkpoint is of other data or another model, or past the last step.
-    """
-    stored = from_process_0(lambda: newest_config(checkpoints))
-    check_resumed(run.cfg.model, stored)
-    try:
-        restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
-    except ValueError as error:
-        changed = config_lib.changes(stored, run.cfg) if stored else []
-        changed = "; ".join(change for change in changed if change.startswith("optim."))
-        raise ValueError(f"{error}{changed and f' Changed: {changed}.'}") from error
-    if restored is None:
-        return first_state(run), None
-    batches.restore(restored.meta["data"])
-    if restored.step > run.cfg.steps:
-        raise ValueError(
-            f"steps must be at least the checkpoint's step {restored.step}; got "
-            f"steps={run.cfg.steps}. Set --steps or another --workdir."
-        )
-    return restored.state, restored._replace(state=None)  # the loop donates it
-
-
-def newest_config(checkpoints) -> dict:
-    """Returns the config of the newest checkpoint, by the names of flags; {} if there is none."""
-    try:
-        meta = checkpoints.read_meta()
-    except CheckpointError:  # restore() says more of it
-        return {}
-    return meta["config"] if meta else {}
 
 
 def finish(loop, corpus, told) -> int:

@@ -21,10 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.beat import beat
-from jaxtrain.engine import detect
-from jaxtrain.runtime import join, part
-from jaxtrain.wire import INTERFACE, Wire
+from jaxtrain.distributed.cluster import detect
+from jaxtrain.distributed.heartbeat import beat
+from jaxtrain.distributed.runtime import join, part
+from jaxtrain.metrics.network import INTERFACE, Wire
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus

@@ -14,10 +14,10 @@ import json
 import sys
 
 from launch.arguments import Parser
-from launch.samework import differences, match_losses
-from launch.sides import Side, read_external, read_side, with_ceilings
-from launch.stats import RESAMPLES, SEED, block_length, bootstrap, mean, percentile
-from launch.svg import digits
+from launch.report.comparable import differences, match_losses
+from launch.report.sides import Side, read_external, read_side, with_ceilings
+from launch.report.stats import RESAMPLES, SEED, block_length, bootstrap, mean, percentile
+from launch.report.svg import digits
 
 MARGIN = 0.05
 SPEEDS = {"tokens_per_s": "tokens/s", "p50": "at step p50", "p95": "at step p95"}

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from launch.host.files import read_json, write_json
-from launch.host.lead import Policy
+from launch.host.restart_policy import Policy
 from launch.inventory import Host
 
 PYTHON = "{python}"  # in an argv: the host's own

@@ -5,10 +5,10 @@ import json
 import sys
 import time
 
-from launch.fleet import Fleet, HostError
-from launch.host.lead import NOW
+from launch.follow import Watch, note
+from launch.host.restart_policy import NOW
 from launch.job import Job, jobs_folder
-from launch.watch import Watch, note
+from launch.ssh import Fleet, HostError
 
 GONE_S = 30.0  # for the last processes to be seen gone
 

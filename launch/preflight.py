@@ -5,9 +5,9 @@ import secrets
 import statistics
 from typing import NamedTuple
 
-from launch.fleet import Fleet, HostError
 from launch.host import logout
-from launch.mesh import Mesh
+from launch.network import Mesh
+from launch.ssh import Fleet, HostError
 
 SKEW_S = 1.0
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1024

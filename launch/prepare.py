@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-from launch.fleet import HostError
+from launch.follow import note
 from launch.job import TRAINER
 from launch.preflight import Finding, agreement, lacks_plugin, table
-from launch.watch import note
+from launch.ssh import HostError
 
 BUILD_S = 1800.0  # for pip, on a slow line
 GLANCE_S = 300.0

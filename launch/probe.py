@@ -18,12 +18,12 @@ from pathlib import Path
 
 from launch import run
 from launch.arguments import Parser
-from launch.fleet import Fleet, HostError
+from launch.follow import note
 from launch.host.files import write_json
 from launch.inventory import read_inventory
-from launch.mesh import Mesh
+from launch.network import Mesh
 from launch.preflight import preflight, table
-from launch.watch import note
+from launch.ssh import Fleet, HostError
 
 STREAMS = (1, 4, 8)
 PERCENTILES = (1, 50, 90, 99, 100)

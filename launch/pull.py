@@ -5,11 +5,11 @@ import os
 import re
 from pathlib import Path
 
-from launch.fleet import Fleet, HostError
+from launch.follow import note
 from launch.host.files import read_json, write_json
-from launch.host.rundir import WORKDIR, flag
+from launch.host.run_copy import WORKDIR, flag
 from launch.job import Job
-from launch.watch import note
+from launch.ssh import Fleet, HostError
 
 HELD = ".held.json"  # host -> file -> [inode there, bytes here]
 

@@ -24,16 +24,17 @@ import sys
 import time
 
 from launch.arguments import Parser
-from launch.fleet import Fleet, HostError
-from launch.host.lead import STOPPED, Policy
+from launch.follow import note
+from launch.host.exit_codes import STOPPED
 from launch.host.logout import SCOPE
+from launch.host.restart_policy import Policy
 from launch.inventory import read_inventory
 from launch.job import PYTHON, TRAINER, Job
 from launch.operate import ask_stop, follow, list_jobs, refuse_while_alive, status, stop
 from launch.preflight import preflight
 from launch.prepare import prepare, read_constraints, read_env, show
-from launch.ship import read_code, ship
-from launch.watch import note
+from launch.ssh import Fleet, HostError
+from launch.sync_code import read_code, ship
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
 LEASE_S = 30.0

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from launch.arguments import Parser
-from launch.baseline import FIGURES, KEYS, LOOSE, VERSION, check, record, refusals
 from launch.host.files import write_text
-from launch.price import price, read_prices, read_span
-from launch.rundir import read_run
+from launch.report.baseline import FIGURES, KEYS, LOOSE, VERSION, check, record, refusals
+from launch.report.price import price, read_prices, read_span
+from launch.report.run_folder import read_run
 
 CONFIDENCE = 0.99
 BREACH, REFUSED = 1, 2

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 from launch.arguments import Parser
-from launch.figures import rows_of, spark
-from launch.fleet import HostError
+from launch.follow import note
 from launch.host.files import write_text
-from launch.page import page
 from launch.pull import Pull
-from launch.rundir import LOSS, NoRun, Run, read_run
-from launch.watch import note
+from launch.report.figures import rows_of, spark
+from launch.report.page import page
+from launch.report.run_folder import LOSS, NoRun, Run, read_run
+from launch.ssh import HostError
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")

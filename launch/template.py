@@ -4,8 +4,8 @@
     python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
-Each begins with how it is used, and with what of it has run for real. jaxtrain/engine.py reads
-what the engine, or the template, says of a process in its environment.
+Each begins with how it is used, and with what of it has run for real.
+jaxtrain/distributed/cluster.py reads the environment variables that the engine or template sets.
 """
 
 import sys

@@ -20,10 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
 from pallas_kernels.tuned import body_of
-
-MASKED = -1e30  # -inf would make nan of a row with nothing to see
-NOTHING = 1e30  # the log-sum-exp of such a row: its probabilities are then 0
 
 
 def flash_attention_reference(q_BTHK, k_BSGK, v_BSGK, docs_BT=None, docs_BS=None):
@@ -110,7 +108,7 @@ def _forward_kernel(*refs, tiles, group):
     top, total, sum_QK = jax.lax.fori_loop(0, -(-last // tiles.keys), one, start)
     blind = total == 0
     mine.write(o_ref, rows, sum_QK / jnp.where(blind, 1.0, total)[:, None])
-    lse = jnp.where(blind, NOTHING, top + jnp.log2(jnp.where(blind, 1.0, total)))
+    lse = jnp.where(blind, EMPTY_ROW_LSE, top + jnp.log2(jnp.where(blind, 1.0, total)))
     triton.store(lse_ref.at[batch, head, rows], lse, mask=rows < T)
 
 
@@ -137,7 +135,10 @@ def _dkv_kernel(*refs, tiles, group):
         mine = _Head(batch, shared_head * group + turn // count)
         rows = (first + turn % count) * tiles.queries + jnp.arange(tiles.queries)
         q, do = mine.read(q_ref, rows), mine.read(do_ref, rows)
-        lse, delta = mine.read_row(lse_ref, rows, NOTHING), mine.read_row(delta_ref, rows, 0.0)
+        lse, delta = (
+            mine.read_row(lse_ref, rows, EMPTY_ROW_LSE),
+            mine.read_row(delta_ref, rows, 0.0),
+        )
         pair = _pair(docs, batch, rows, columns)
         p, ds = _gradient_of_scores(q, k, v, do, lse, delta, rows, columns, S - T, pair)
         return dk + triton.dot(ds, q, trans_a=True), dv + triton.dot(p, do, trans_a=True)
@@ -156,7 +157,8 @@ def _dq_kernel(*refs, tiles, group):
     mine, shared = _Head(batch, head), _Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q, do = mine.read(q_ref, rows), mine.read(do_ref, rows)
-    lse, delta = mine.read_row(lse_ref, rows, NOTHING), mine.read_row(delta_ref, rows, 0.0)
+    lse = mine.read_row(lse_ref, rows, EMPTY_ROW_LSE)
+    delta = mine.read_row(delta_ref, rows, 0.0)
 
     def one(j, dq):
         columns = j * tiles.keys + jnp.arange(tiles.keys)

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.flash_attention import MASKED, NOTHING
 from pallas_kernels.mosaic import plgpu
+from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
 
 WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
@@ -130,7 +130,7 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, o_ref.at[batch, rows, head])
         lse = top + jnp.log(total) * math.log2(math.e)
-        lse_ref[batch, head, rows] = jnp.where(blind, NOTHING, lse)
+        lse_ref[batch, head, rows] = jnp.where(blind, EMPTY_ROW_LSE, lse)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -20,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.flash_attention import MASKED, NOTHING
 from pallas_kernels.flash_attention_mosaic import check_heads, place_of
 from pallas_kernels.mosaic import plgpu
+from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
 
 # A thread's: dk, dv and both products alone are 192 at K=128, and 232 spill (audit, ptxas 12.9.86)
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 of 3 * 168
@@ -229,7 +229,7 @@ def _call(kernel, name, tiles, sizes, vectors, given, grid, out_shape, interpret
     )
     scale = math.log2(math.e) * K**-0.5
     lse, delta, *docs = given[4:]
-    lse, delta = pad(-lse / scale, tiles.queries, -NOTHING), pad(-delta, tiles.queries, 0.0)
+    lse, delta = pad(-lse / scale, tiles.queries, -EMPTY_ROW_LSE), pad(-delta, tiles.queries, 0.0)
     docs = [pad(x, size, -1) for x, size in zip(docs, (tiles.queries, tiles.keys), strict=False)]
     numbers = [jnp.arange(lse.shape[2], dtype=jnp.int32) + S - T] * (len(vectors) > 2)
     memory = functools.partial(mosaic.shared, dtype=q.dtype)

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tiling import MASKED, grouped_tile
 from pallas_kernels.tuned import MosaicTiles
-
-LOWEST = -1e30  # -inf would make nan of exp(-inf - -inf) in a tile past the vocabulary
 
 
 class Scores(NamedTuple):
@@ -48,17 +47,9 @@ def head_scores_reference(h_ND, w_VD, targets_N, softcap=0.0, keep=True):
     return Scores(logits_NV if keep else None, top_N, total_N, hit_N)
 
 
-def place(p, blocks, tiles, group):
-    """Row block and vocabulary tile of program p: `group` blocks of rows walk it together."""
-    first = p // (group * tiles) * group
-    here = jnp.minimum(blocks - first, group)
-    within = p % (group * tiles)
-    return first + within % here, within // here
-
-
 def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     (N, D), V = h_ref.shape, w_ref.shape[0]
-    block, tile = place(
+    block, tile = grouped_tile(
         pl.program_id(0), pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns), tiles.group
     )
     rows = block * tiles.rows + jnp.arange(tiles.rows)
@@ -84,7 +75,7 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     target = triton.load(targets_ref.at[rows], mask=inside, other=-1)
     # Before the mask: past the vocabulary logits are 0, and so is what a target there hits.
     hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
-    logits = jnp.where((columns < V)[None, :], logits, LOWEST)
+    logits = jnp.where((columns < V)[None, :], logits, MASKED)
     top = logits.max(1)
     total = jnp.exp(logits - top[:, None]).sum(1)
     for ref, x in zip(out_refs[keep:], (top, total, hit), strict=True):

@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.head_scores import LOWEST, place
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
+from pallas_kernels.tiling import MASKED, grouped_tile
 
 STRIP = 32  # float32 columns in a row of swizzled shared memory
 BUFFERS = 2
@@ -24,7 +24,7 @@ def _kernel(h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem=
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
     blocks, count = pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns)
-    where = lambda p: place(p, blocks, count, tiles.group)
+    where = lambda p: grouped_tile(p, blocks, count, tiles.group)
 
     def operands(p):
         block, tile = where(p)
@@ -46,7 +46,7 @@ def _kernel(h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem=
         # Before the mask: past the vocabulary logits are 0, and so is what a target there hits.
         hit = jnp.where(column == target, logits, 0.0).sum(1)
         if V % tiles.columns:
-            logits = jnp.where(column < V, logits, LOWEST)
+            logits = jnp.where(column < V, logits, MASKED)
         top = logits.max(1)
         total = jnp.exp(logits - lax.broadcast_in_dim(top, logits.shape, [0])).sum(1)
         for ref, x in zip(refs[keep:], (top, total, hit), strict=True):

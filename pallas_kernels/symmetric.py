@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.tiling import triangle_tile
 from pallas_kernels.tuned import MosaicTiles
 
 
@@ -29,19 +30,11 @@ def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
     return product.astype(x_XMN.dtype)
 
 
-def place(p):
-    """Row and column of tile p of a lower triangle, counted row by row."""
-    row = ((jnp.sqrt(8.0 * p.astype(jnp.float32) + 1.0) - 1.0) / 2.0).astype(jnp.int32)
-    row = jnp.where(row * (row + 1) // 2 > p, row - 1, row)  # float32 may be off by one
-    row = jnp.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
-    return row, p - row * (row + 1) // 2
-
-
 def _kernel(x_ref, y_ref, scales_ref, *refs, tiles):
     *c_ref, out_ref = refs
     M, N = x_ref.shape[1:]
     which, size = pl.program_id(1), tiles.rows
-    i, j = place(pl.program_id(0))
+    i, j = triangle_tile(pl.program_id(0))
     rows, columns = i * size + jnp.arange(size), j * size + jnp.arange(size)
 
     def one(turn, sum_TT):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.symmetric import place
+from pallas_kernels.tiling import triangle_tile
 
 
 class _Triangle:
@@ -29,7 +29,7 @@ class _Triangle:
     def __getitem__(self, p):
         """Matrix, block of rows, block of columns of tile p."""
         which, p = lax.div(p, self.each), lax.rem(p, self.each)
-        i, j = place(lax.div(p, self.wide))
+        i, j = triangle_tile(lax.div(p, self.wide))
         return which, i, j * self.wide + lax.rem(p, self.wide)
 
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bed as beds  # noqa: E402
 import runs  # noqa: E402
 
-from jaxtrain.scalars import read_metrics  # noqa: E402
+from jaxtrain.metrics.jsonl import read_metrics  # noqa: E402
 
 TOLERANCE = 0.05
 # Of a full packet at MTU 1500: Ethernet, IP and TCP with timestamps, and as much for the

@@ -11,10 +11,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import MeshConfig
-from jaxtrain.digest import _seal
-from jaxtrain.mesh import build_mesh
+from jaxtrain.checkpoint.integrity import _seal
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.config.train_config import MeshConfig
+from jaxtrain.distributed.mesh import build_mesh
 
 ONE, FSDP, MIXED = MeshConfig(1, 1, 1), MeshConfig(1, 8, 1), MeshConfig(1, 2, 4)
 

@@ -3,7 +3,7 @@
 import jax
 
 from configs import crosscheck_gpt2, crosscheck_llama
-from jaxtrain.config import freeze
+from jaxtrain.config.train_config import freeze
 from jaxtrain.crosscheck import ours, twin_data, twin_train
 from jaxtrain.crosscheck.trace import batches_of, read_trace
 

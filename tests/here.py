@@ -1,6 +1,6 @@
 """Hosts that are this machine: sh takes ssh's place, all else is what runs on hosts."""
 
-from launch.fleet import Fleet
+from launch.ssh import Fleet
 
 
 class Here(Fleet):

@@ -13,7 +13,7 @@ import time
 from bed import OPERATOR
 from launch_scene import ROOT
 
-from jaxtrain.scalars import read_metrics
+from jaxtrain.metrics.jsonl import read_metrics
 
 ONE_WAY_MS = 75.0
 PREFLIGHT_S = 5.0

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import runs
 
-from jaxtrain.scalars import read_metrics
+from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TRAINER = "-m tests.launch_faulty"
-SUPERVISOR = "launch.host.ops"
+SUPERVISOR = "launch.host.requests"
 # Double precision: what two runs do alike is seen to the last bit.
 FLAGS = {
     "steps": 60,

@@ -13,10 +13,10 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from jaxtrain import config as config_lib  # noqa: E402
-from jaxtrain.collectives import KINDS, parse_groups  # noqa: E402
-from jaxtrain.run import build_run, compile_step  # noqa: E402
-from jaxtrain.runtime import start_runtime  # noqa: E402
+from jaxtrain.config import train_config as config_lib  # noqa: E402
+from jaxtrain.distributed.runtime import start_runtime  # noqa: E402
+from jaxtrain.metrics.hlo_collectives import KINDS, parse_groups  # noqa: E402
+from jaxtrain.training.run import build_run, compile_step  # noqa: E402
 from pallas_kernels.hlo import Program, bytes_of  # noqa: E402
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from launch_scene import ROOT
 
-from jaxtrain.scalars import read_metrics
+from jaxtrain.metrics.jsonl import read_metrics
 
 HALF, WHOLE = 20, 40  # steps
 # Of losses against one process'. The float32 run's sums, taken in another order, part by 2.3e-5 in

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xla_flags
 
-from jaxtrain.scalars import read_metrics
+from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 240

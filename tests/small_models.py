@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop.hf import read_weights, write_folder
-from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.ops.routes import choose_routes
 
 SMALL = {"L": 2, "D": 32, "H": 4, "K": 8, "V": 96, "positions": 64, "dtype": "float32"}
 LLAMA = ModelConfig(**SMALL, G=2, F=48, norm_eps=1e-5, rope_theta=5e4)

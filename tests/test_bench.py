@@ -7,8 +7,9 @@ import pytest
 
 from jaxtrain import bench
 from jaxtrain.benchmarks import dispatch, loader, machine, metrics, startup, training
-from jaxtrain.benchmarks.measure import Sample, format_table, interleave, summarise, timed, warm_up
+from jaxtrain.benchmarks.measure import Sample, interleave, summarise, timed, warm_up
 from jaxtrain.files import strict_json
+from jaxtrain.reporting.table import format_table
 
 TINY = dict(L=1, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")
 HAS_TORCH = importlib.util.find_spec("torch") is not None

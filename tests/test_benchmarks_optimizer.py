@@ -10,7 +10,7 @@ import pytest
 from configs import gpt_124m
 from jaxtrain import bench
 from jaxtrain.benchmarks import optimizer, training
-from jaxtrain.config import freeze
+from jaxtrain.config.train_config import freeze
 from jaxtrain.optim.build import build_optimizer
 
 TINY = dict(L=2, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")

@@ -15,8 +15,8 @@ from checkpoint_states import (
     truncate,
 )
 
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.digest import CheckpointError
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from checkpoint_states import FSDP, abstract, mesh_of, truncate
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint.manager import Checkpoints
 
 KILLED = """
     import sys, jax, jax.numpy as jnp
-    from jaxtrain.checkpoint import Checkpoints
+    from jaxtrain.checkpoint.manager import Checkpoints
 
     with Checkpoints(sys.argv[1], 1) as checkpoints:
         for step in (1, 2):
@@ -65,11 +65,12 @@ SEVERAL = """
     jax.distributed.initialize(f"localhost:{port}", 2, int(i))
     from jax.experimental.multihost_utils import reached_preemption_sync_point
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxtrain.agree import from_process_0
-    from jaxtrain.checkpoint import CheckpointError, Checkpoints
-    from jaxtrain.config import MeshConfig
-    from jaxtrain.storage.host0 import Host0
-    from jaxtrain.mesh import build_mesh
+    from jaxtrain.distributed.broadcast import from_process_0
+    from jaxtrain.checkpoint.manager import Checkpoints
+    from jaxtrain.errors import CheckpointError
+    from jaxtrain.config.train_config import MeshConfig
+    from jaxtrain.checkpoint.process0_store import Host0
+    from jaxtrain.distributed.mesh import build_mesh
 
     mesh = build_mesh(MeshConfig(1, 4, 1))
     split = NamedSharding(mesh, P("fsdp"))

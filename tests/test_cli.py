@@ -13,7 +13,7 @@ from absl import logging
 from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import cli
-from jaxtrain.commands import BY_NAME, COMMANDS, in_form
+from jaxtrain.config.commands import BY_NAME, COMMANDS, in_form
 
 ROOT = Path(__file__).parent.parent
 NAMES = [command.name for command in COMMANDS]

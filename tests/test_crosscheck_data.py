@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataConfig, MeshConfig
+from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.writer import ShardWriter
-from jaxtrain.mesh import build_mesh
+from jaxtrain.distributed.mesh import build_mesh
 
 pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'

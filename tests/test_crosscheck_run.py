@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import to_config_dict
+from jaxtrain.config.train_config import to_config_dict
 from jaxtrain.interop.hf import write_folder
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
@@ -165,7 +165,7 @@ def test_an_llmc_debug_state_is_a_trace_of_one_step(tmp_path, text, capsys):
     cfg = small("gpt2", tmp_path, text, "float32")
     config = to_config_dict(cfg)
     config.model.update(F=4 * cfg.model.D, V=200)
-    from jaxtrain.config import freeze
+    from jaxtrain.config.train_config import freeze
 
     start = ours.start(freeze(config), read_data=False)
     axes = named_leaves(start.run.model.axes)

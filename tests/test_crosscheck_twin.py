@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.run import build_run
-from jaxtrain.step import build_gradient
+from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.training.run import build_run
+from jaxtrain.training.step import build_gradient
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'

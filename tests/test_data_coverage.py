@@ -8,7 +8,7 @@ import tokenizers
 from tokenizer_files import TEXT, changed
 from tokenizers import normalizers
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.coverage import LOST, check_covers
 from jaxtrain.data.encode import encode, main

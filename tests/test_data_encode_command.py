@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-import jaxtrain.config as config_lib
+import jaxtrain.config.train_config as config_lib
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 from jaxtrain.data.loader import WindowRows

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from data_samples import run
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from data_samples import DOCUMENTS, SAMPLES, documents_of, run, write, zstd
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data import journal, pipeline
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import encode, main

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataConfig, MeshConfig
+from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import BatchSource, WindowRows, build_batches, eval_batches
 from jaxtrain.data.permutation import permute
 from jaxtrain.data.writer import ShardWriter
-from jaxtrain.mesh import batch_sharding, build_mesh
+from jaxtrain.distributed.mesh import batch_sharding, build_mesh
 
 T, B, EOT = 16, 8, 1_000
 

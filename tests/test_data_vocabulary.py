@@ -5,7 +5,7 @@ import sys
 import pytest
 import runs
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_vocabulary

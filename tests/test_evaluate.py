@@ -5,22 +5,21 @@ import numpy as np
 import pytest
 
 from configs import debug
-from jaxtrain.config import DataConfig, freeze
+from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import encode
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.evaluate import (
+from jaxtrain.evaluate import fit_parts, rows_in_training
+from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
     evaluate,
-    fit_parts,
-    rows_in_training,
     warn_of_noise,
 )
-from jaxtrain.run import build_run
-from jaxtrain.step import TrainState
+from jaxtrain.training.run import build_run
+from jaxtrain.training.step import TrainState
 
 BATCH = 32
 

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import MeshConfig, ModelConfig
+from jaxtrain.config.train_config import MeshConfig, ModelConfig
 from jaxtrain.data.tokenizer import ByteTokenizer
-from jaxtrain.generate import (
+from jaxtrain.distributed.mesh import build_mesh
+from jaxtrain.generate import check_flags, tokenizer_name
+from jaxtrain.model.transformer import build_model
+from jaxtrain.ops.routes import choose_routes
+from jaxtrain.training.sampling import (
     build_sampler,
-    check_flags,
     check_length,
     choose,
     complete,
@@ -17,11 +20,7 @@ from jaxtrain.generate import (
     from_shell,
     shorten,
     shown,
-    tokenizer_name,
 )
-from jaxtrain.kernels import choose_routes
-from jaxtrain.mesh import build_mesh
-from jaxtrain.model.transformer import build_model
 
 MODEL = ModelConfig(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
 

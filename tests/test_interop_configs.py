@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import configs
-from jaxtrain import config as config_lib
+from jaxtrain.config import train_config as config_lib
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import write_folder
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
-from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
-from jaxtrain.precision import resolve
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.routes import choose_routes
 
 SHARED = {"__init__", "base", "gpt2", "llama"}  # other files start from them
 NAMES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in SHARED)

@@ -11,17 +11,18 @@ from small_models import MODELS
 from test_interop_tokenizer import bpe
 
 from configs import debug
-from jaxtrain import config as config_lib
+from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.generate import complete, tokenizer_name
+from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import write_folder
 from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
-from jaxtrain.run import build_run, restore_run
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.ops.routes import choose_routes
 from jaxtrain.train import train
-from jaxtrain.trees import named_leaves
+from jaxtrain.training.run import build_run, restore_run
+from jaxtrain.training.sampling import complete
 
 PROMPT = "3 plus 4"
 TOKENS = 40

@@ -8,7 +8,7 @@ from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import INDEX, WHOLE, _save, read_config, write_folder
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from small_models import export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import read_config
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
 
 C, V, T, L, P = 32, 96, 64, 2, 128  # of the small GPT-2
 

@@ -16,14 +16,16 @@ import runs
 from safetensors.numpy import load_file
 
 from configs import debug
-from jaxtrain import config as config_lib
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.errors import REFUSED
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.__main__ import _parse, main
 from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.interop.start import check_model, check_resumed
-from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.run import REFUSED, restore_run
+from jaxtrain.interop.start import check_model
+from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.train import train
+from jaxtrain.training.resume import check_resumed
+from jaxtrain.training.run import restore_run
 
 
 def config(workdir, text, **values):

@@ -106,8 +106,8 @@ def test_kernels_stand_where_xla_leaves_bytes_to_save_and_nowhere_else():
 STEP = """
 import jax
 from configs import debug
-from jaxtrain.config import freeze
-from jaxtrain.run import build_run, compile_step
+from jaxtrain.config.train_config import freeze
+from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import devices_of
 config = debug.get_config()

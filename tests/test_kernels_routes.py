@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import KernelsConfig, ModelConfig
-from jaxtrain.fused import KERNELS, missing_kernels
-from jaxtrain.kernels import choose_routes
+from jaxtrain.config.train_config import KernelsConfig, ModelConfig
+from jaxtrain.ops.fused import KERNELS, missing_kernels
+from jaxtrain.ops.routes import choose_routes
 from pallas_kernels import bench, mosaic, routes
 from pallas_kernels.contests import KERNEL, TINY, build_contests
 from pallas_kernels.routes import OPS, choose, default_tiles, part_of, read_rows

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 
 from configs import debug
-from jaxtrain.config import freeze
-from jaxtrain.mesh import batch_sharding
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import init_state
+from jaxtrain.config.train_config import freeze
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import init_state
 from pallas_kernels.routes import OPS
 
 

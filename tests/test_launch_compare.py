@@ -10,9 +10,9 @@ from run_directories import A40, curve, series, write_run
 
 from launch import compare
 from launch.compare import judge, normalise, ratios
-from launch.samework import match_losses
-from launch.sides import read_external, read_side
-from launch.stats import bootstrap, deviation, mean, noise, percentile, t_quantile
+from launch.report.comparable import match_losses
+from launch.report.sides import read_external, read_side
+from launch.report.stats import bootstrap, deviation, mean, noise, percentile, t_quantile
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "docs" / "track3_record44.toml"

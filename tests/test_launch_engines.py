@@ -14,7 +14,7 @@ import slurm_bed
 import xla_flags
 
 from configs import debug
-from jaxtrain import config as config_lib
+from jaxtrain.config import train_config as config_lib
 from jaxtrain.train import train
 from launch.template import read_template
 

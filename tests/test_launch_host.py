@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.host import log, net, ops, tree
+from launch.host import log, net, tree
+from launch.host import requests as ops
+from launch.host.channel import Channel, Follower, Listener, Refused, free_port
 from launch.host.hashing import hash_files
-from launch.host.link import Channel, Follower, Listener, Refused, free_port
 from launch.host.ranks import decisive
 
 TOKEN = "a" * 64
@@ -207,7 +208,7 @@ def test_what_came_of_code_whose_sending_was_cut_off_goes_after_a_day(tmp_path, 
 
 def test_a_beat_says_how_far_the_program_is(tmp_path):
     program = (
-        "from jaxtrain.beat import beat\n"
+        "from jaxtrain.distributed.heartbeat import beat\n"
         "beat('compile', 7)\nbeat('train', 8)\nbeat('train', 8)\nbeat('train', 9)\n"
     )
     env = os.environ | {"JAXTRAIN_BEAT": str(tmp_path / "beat")}

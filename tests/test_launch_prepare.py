@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from launch.host.prepare import build_environment, environment_key, requirements
+from launch.host.environment import build_environment, environment_key, requirements
 from launch.inventory import Host
 from launch.prepare import HostError, build_environments, judge_data
 

@@ -8,11 +8,11 @@ from here import Here
 from run_directories import series, write_run
 
 from launch import summary
-from launch.host.lead import Policy
+from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import Job
 from launch.pull import Pull
-from launch.rundir import NoRun
+from launch.report.run_folder import NoRun
 
 
 def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import slo
-from launch.baseline import check, record
-from launch.price import price, read_span
-from launch.rundir import read_run
+from launch.report.baseline import check, record
+from launch.report.price import price, read_span
+from launch.report.run_folder import read_run
 
 ROOT = Path(__file__).parent.parent
 H100 = A40 | {"name": "h100", "kind": "NVIDIA H100 80GB HBM3"}

@@ -15,17 +15,17 @@ import git_trees
 import pytest
 from run_directories import curve, series, write_run
 
-from jaxtrain.metrics import step_figures
-from jaxtrain.report_text import closing_lines
-from jaxtrain.steplog import read_step_times
+from jaxtrain.metrics.step_log import read_step_times
+from jaxtrain.metrics.step_timer import step_figures
+from jaxtrain.reporting.progress_text import closing_lines
 from launch import summary
-from launch.figures import rows_of
-from launch.host.rundir import read_changes
-from launch.page import page
+from launch.host.run_copy import read_changes
 from launch.pull import HELD, Pull, flag, put
-from launch.rundir import read_run
-from launch.stats import percentile
-from launch.svg import apart, short, thin, ticks
+from launch.report.figures import rows_of
+from launch.report.page import page
+from launch.report.run_folder import read_run
+from launch.report.stats import percentile
+from launch.report.svg import apart, short, thin, ticks
 
 VOID = {"meta"}
 

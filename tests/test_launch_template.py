@@ -4,7 +4,7 @@ import subprocess
 import pytest
 import yaml
 
-from jaxtrain.engine import World, detect
+from jaxtrain.distributed.cluster import World, detect
 from launch.template import TEMPLATES, main, read_template
 
 

@@ -5,10 +5,10 @@ import optax
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.config import OptimConfig
-from jaxtrain.optim.accelerated import eval_params, evaluated
+from jaxtrain.config.train_config import OptimConfig
+from jaxtrain.optim.acceleration import eval_params, evaluated
 from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, group_rms
-from jaxtrain.optim.groups import format_group_table, group_table
+from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 
 SIZES = {"L": 8, "D": 64, "H": 4, "G": 2, "K": 16, "F": 192, "V": 128, "T": 32}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.config import OptimConfig
+from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim import diagnostics
 from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.lmo import scale_by_lmo

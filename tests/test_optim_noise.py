@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.config import MeshConfig
-from jaxtrain.mesh import build_mesh
+from jaxtrain.config.train_config import MeshConfig
+from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.optim.noise import heavy_tailed_noise, symmetric_lomax
 
 GRADS = {"a": jnp.full((64, 8), 2.0), "b": {"c": jnp.linspace(-1.0, 1.0, 100)}}

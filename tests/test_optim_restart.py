@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import MeshConfig, OptimConfig
-from jaxtrain.mesh import build_mesh, param_sharding
-from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.config.train_config import MeshConfig, OptimConfig
+from jaxtrain.distributed.mesh import build_mesh, param_sharding
+from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.optim.build import build_optimizer, state_shardings
 
 AXES = {"wq": Axes.parse("L|D->HK"), "w_down": Axes.parse("L|F->D"), "gain": Axes.parse("L|D")}

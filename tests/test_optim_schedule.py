@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import OptimConfig
+from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim.schedule import SCHEDULES, build_schedule
 
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.config import OptimConfig
-from jaxtrain.optim.accelerated import eval_params
+from jaxtrain.config.train_config import OptimConfig
+from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.optim.build import build_optimizer
 
 FLOAT32 = 4  # bytes

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
 from configs import debug  # noqa: E402
-from jaxtrain.collectives import Collective  # noqa: E402
-from jaxtrain.config import freeze  # noqa: E402
+from jaxtrain.config.train_config import freeze  # noqa: E402
+from jaxtrain.metrics.hlo_collectives import Collective  # noqa: E402
 from jaxtrain.planning import fit  # noqa: E402
 from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE  # noqa: E402
 from jaxtrain.planning.compiled import Memory  # noqa: E402
@@ -58,7 +58,7 @@ COMPILED = """
 import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 from configs import llama_135m
-from jaxtrain.config import freeze
+from jaxtrain.config.train_config import freeze
 from jaxtrain.planning.analytic import estimate
 from jaxtrain.planning.compiled import compile_plan
 from pallas_kernels.chip import find_chip
@@ -85,7 +85,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
-from jaxtrain.step import build_gradient
+from jaxtrain.training.step import build_gradient
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program, bytes_of
 from pallas_kernels.offline import compile_for

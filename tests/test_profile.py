@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain import profile
 from jaxtrain.profile import Device, Op, find_traces, own_times, read_trace
-from jaxtrain.tracing import Tracer
+from jaxtrain.reporting.tracing import Tracer
 
 STEPS = 3
 

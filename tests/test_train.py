@@ -10,20 +10,22 @@ import pytest
 import runs
 
 from configs import debug
-from jaxtrain import config as config_lib
-from jaxtrain.about import header
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.config.invocation import invocation
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
-from jaxtrain.evaluate import build_byte_counter, build_eval_step, evaluate
 from jaxtrain.generate import tokenizer_name
-from jaxtrain.invocation import invocation
-from jaxtrain.loop import Diverged
-from jaxtrain.names import measured_names
-from jaxtrain.run import build_run, load_config, restore_run
-from jaxtrain.train import next_commands, start_state, train
-from launch.figures import grouped, seconds
-from launch.rundir import read_run
+from jaxtrain.interop.start import first_state
+from jaxtrain.metrics.names import measured_names
+from jaxtrain.train import next_commands, train
+from jaxtrain.training.evaluation import build_byte_counter, build_eval_step, evaluate
+from jaxtrain.training.loop import Diverged
+from jaxtrain.training.resume import start_state
+from jaxtrain.training.run import build_run, load_config, restore_run
+from jaxtrain.training.startup import header
+from launch.report.figures import grouped, seconds
+from launch.report.run_folder import read_run
 
 
 def config(workdir, text, **values):
@@ -164,7 +166,7 @@ def told_at_start(cfg) -> list:
         build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
         Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
     ):
-        _, restored = start_state(run, checkpoints, batches)
+        _, restored = start_state(run, checkpoints, batches, first_state)
         return list(header(run, corpus, checkpoints, restored))
 
 

@@ -11,10 +11,10 @@ import pytest
 import runs
 
 from configs import debug
-from jaxtrain import config as config_lib
-from jaxtrain import loop as loop_module
+from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.train import train
+from jaxtrain.training import loop as loop_module
 
 
 def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import runs
 
-from jaxtrain.run_lock import RunLock
+from jaxtrain.run_directory.lock import RunLock
 
 
 def flags(cache, steps):

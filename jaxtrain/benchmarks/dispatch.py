@@ -11,11 +11,12 @@ import time
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import format_table, verdict
-from jaxtrain.config import DataConfig, ModelConfig, TrainConfig
-from jaxtrain.mesh import batch_sharding
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import init_state
+from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.config.train_config import DataConfig, ModelConfig, TrainConfig
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.reporting.table import format_table
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import init_state
 
 MOST_S = 1e-3  # a step of the smallest models on a GPU is 10 ms
 WARM_UP = 10  # calls

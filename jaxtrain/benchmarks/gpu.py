@@ -16,10 +16,11 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain import memory, tuning
 from jaxtrain.benchmarks.gpu_rows import IN_TORCH, Item, ratio_row, shares, targets
 from jaxtrain.benchmarks.job import Job, config_of, run_child
-from jaxtrain.model.flops import training_flops
+from jaxtrain.distributed import memory
+from jaxtrain.metrics.flops import training_flops
+from jaxtrain.ops import tuning
 from jaxtrain.planning.analytic import estimate
 from pallas_kernels.chip import CHIPS
 

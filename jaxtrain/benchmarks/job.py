@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain import config as config_lib
+from jaxtrain.config import train_config as config_lib
 from jaxtrain.files import strict_json, write_atomic
 
 WARM_UP = 2  # steps that are not counted

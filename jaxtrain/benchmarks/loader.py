@@ -10,12 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import format_table, interleave, summarise, verdict, warm_up
-from jaxtrain.config import DataConfig, MeshConfig
+from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.writer import ShardWriter
-from jaxtrain.mesh import build_mesh
+from jaxtrain.distributed.mesh import build_mesh
+from jaxtrain.reporting.table import format_table
 
 TOKENS, V = 100_000_000, 50_304
 BATCH, T = 64, 1_024

@@ -71,17 +71,6 @@ def summarise(samples: list[Sample]) -> dict[str, float]:
     }
 
 
-def format_table(rows: list[dict], columns: dict) -> str:
-    """Aligned columns, numbers to the right; columns: header -> function(row) -> text."""
-    aligned = []
-    for header, show in columns.items():
-        cells = [header, *map(show, rows)]
-        width = max(map(len, cells))
-        number = cells[1][:1].isdigit()
-        aligned.append([c.rjust(width) if number else c.ljust(width) for c in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
-
-
 def verdict(value: float, target: float, at_most: bool = False) -> str:
     """`target >= 1 met`, or missed."""
     met = value <= target if at_most else value >= target

@@ -14,15 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtrain import config as config_lib
-from jaxtrain.benchmarks.measure import format_table, verdict
-from jaxtrain.measure import Measure
-from jaxtrain.mesh import batch_sharding
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import init_state
-from jaxtrain.steplog import StepLog
-from jaxtrain.wire import Wire
-from jaxtrain.work import build_work, find_device_chip
+from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.metrics.collector import Measure
+from jaxtrain.metrics.mfu import build_work, find_device_chip
+from jaxtrain.metrics.network import Wire
+from jaxtrain.metrics.step_log import StepLog
+from jaxtrain.reporting.table import format_table
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import init_state
 
 MOST = 0.005  # of a step
 CASES = ("debug", "quickstart")

@@ -19,10 +19,10 @@ from jaxtrain.benchmarks.job import (
 )
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.mesh import batch_sharding
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.runtime import start_runtime
-from jaxtrain.step import Step, init_state
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.distributed.runtime import start_runtime
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import Step, init_state
 from pallas_kernels.bench import ceilings
 
 UPDATES, FIRST = 12, 2  # updates by the optimizer alone, of which the first are not counted

@@ -20,12 +20,13 @@ import numpy as np
 import optax
 
 from jaxtrain.benchmarks import training
-from jaxtrain.benchmarks.measure import format_table, interleave, summarise, verdict, warm_up
-from jaxtrain.config import ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.config.train_config import ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.build import build_optimizer
-from jaxtrain.run import build_run
-from jaxtrain.step import Step
-from jaxtrain.trees import named_leaves
+from jaxtrain.reporting.table import format_table
+from jaxtrain.training.run import build_run
+from jaxtrain.training.step import Step
 
 GPT_124M = dict(L=12, D=768, H=12, G=12, K=64, F=3_072, V=50_304, norm="layer", norm_eps=1e-5)
 GPT_124M |= dict(bias=True, tied=True, position="learned", positions=1_024, mlp="gelu")

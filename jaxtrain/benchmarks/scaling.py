@@ -16,9 +16,9 @@ import jax
 
 from jaxtrain.benchmarks.job import Job, child_main, config_of, measure_steps, run_child
 from jaxtrain.benchmarks.on_jax import Ours, is_oom
-from jaxtrain.config import MeshConfig
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.runtime import start_runtime
+from jaxtrain.config.train_config import MeshConfig
+from jaxtrain.distributed.runtime import start_runtime
+from jaxtrain.training.run import build_run, compile_step
 
 MESHES = {
     "data-parallel": lambda n: MeshConfig(replica=n, fsdp=1),

@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxtrain.benchmarks.measure import format_table, verdict
+from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.reporting.table import format_table
 
 CONFIG = "configs/quickstart.py"
 FLAGS = ("log_every=1",)

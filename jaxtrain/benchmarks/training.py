@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from jaxtrain.benchmarks.machine import peak_of
-from jaxtrain.benchmarks.measure import format_table, interleave, summarise, verdict, warm_up
-from jaxtrain.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.mesh import batch_sharding
-from jaxtrain.model.flops import training_flops
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import init_state
+from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.metrics.flops import training_flops
+from jaxtrain.reporting.table import format_table
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import init_state
 
 S = dict(L=4, D=256, H=4, G=4, K=64, F=768, V=256, qk_norm=True)
 SIZES = {"s": S, "m": S | dict(L=6, D=384, H=6, G=6, F=1_024)}

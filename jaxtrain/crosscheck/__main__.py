@@ -31,18 +31,18 @@ from pathlib import Path
 import jax
 from absl import flags
 
-import jaxtrain.config as config_lib
-from jaxtrain.commandline import Form
+import jaxtrain.config.train_config as config_lib
+from jaxtrain.config.command_line import Form
 from jaxtrain.crosscheck import compare as judge
 from jaxtrain.crosscheck import llmc_state, ours, picture, verdict
 from jaxtrain.crosscheck.names import STYLES
 from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
+from jaxtrain.distributed.program import run_main
+from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
-from jaxtrain.precision import resolve as resolve_dtype
-from jaxtrain.report import set_up_logging
-from jaxtrain.run import run_main
-from jaxtrain.runtime import start_runtime
+from jaxtrain.ops.precision import resolve as resolve_dtype
+from jaxtrain.reporting.run_logger import set_up_logging
 
 FLAGS = flags.FLAGS
 _SIDES = ("jaxtrain", "pytorch")

@@ -7,7 +7,7 @@ Face's of the family, in which a part of a fused tensor is called `...c_attn.wei
 import numpy as np
 
 from jaxtrain.interop.families import Tensor, family_of_model
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
 ENDS = {"w": "weight", "b": "bias"}  # ours -> nn.Linear's; the others are called alike

@@ -12,11 +12,11 @@ from jaxtrain.crosscheck.names import build_naming
 from jaxtrain.crosscheck.trace import Writer, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.mesh import batch_sharding
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.interop.start import first_state
 from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.run import Run, build_run
-from jaxtrain.step import TrainState, build_advance
-from jaxtrain.train import first_state
+from jaxtrain.training.run import Run, build_run
+from jaxtrain.training.step import TrainState, build_advance
 
 
 class Start(NamedTuple):

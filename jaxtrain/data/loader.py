@@ -12,11 +12,11 @@ import grain
 import jax
 import numpy as np
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import Corpus, check_eot
 from jaxtrain.data.pack import pack
 from jaxtrain.data.permutation import permute
-from jaxtrain.mesh import batch_sharding
+from jaxtrain.distributed.mesh import batch_sharding
 
 BLOCK = 4096  # indices shuffled at once: 40 us each at 8 a call, 0.3 us in a block
 STATE_FLAGS = {

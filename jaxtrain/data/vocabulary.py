@@ -1,8 +1,8 @@
 """Whether a model, its tokenizer and its text were made for each other."""
 
-from jaxtrain.config import DataConfig
+from jaxtrain.config.invocation import again, command
+from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
-from jaxtrain.invocation import again, command
 
 FEW_ENTRIES = 1_024  # a model may have so many unused, whatever their share
 GPT2_ENTRIES = 50_257

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.data.shards import HEADER_BYTES, LLMC_FORMS
-from jaxtrain.disk import naming
+from jaxtrain.file_errors import naming
 
 
 class ShardWriter:

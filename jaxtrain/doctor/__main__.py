@@ -15,10 +15,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from jaxtrain.commands import in_form
+from jaxtrain.config.commands import in_form
+from jaxtrain.config.invocation import python
 from jaxtrain.doctor import devices, gpu, host, versions
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, guarded
-from jaxtrain.invocation import python
 from pallas_kernels.arguments import Parser
 
 DEVICES_S = 60.0  # eight cards whose driver sleeps take 20 s
@@ -82,7 +82,7 @@ def examine(workdir: Path, seconds: float) -> list[Check]:
 
 
 def _cache() -> Check:
-    from jaxtrain.config import TrainConfig  # here: what it needs may be missing
+    from jaxtrain.config.train_config import TrainConfig  # here: what it needs may be missing
 
     return host.check_cache(TrainConfig().compile_cache)
 

@@ -23,8 +23,9 @@ def report() -> dict:
     import jax
     import jax.numpy as jnp
 
-    from jaxtrain import WANTS_GPU, memory
-    from jaxtrain.kernels import cpu_multiplies_bf16
+    from jaxtrain import WANTS_GPU
+    from jaxtrain.distributed import memory
+    from jaxtrain.ops.routes import cpu_multiplies_bf16
 
     os.environ.update(memory.setting() if not _both_set(memory) else {})
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # to look, not to take it all

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxtrain import memory
+from jaxtrain.distributed import memory
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check
 
 GIB = 1 << 30

@@ -4,12 +4,12 @@ import sys
 
 from absl import app, flags
 
-from jaxtrain.checkpoint import CheckpointError
-from jaxtrain.commands import in_form
+from jaxtrain.config.commands import in_form
+from jaxtrain.distributed.program import refuse
+from jaxtrain.errors import CheckpointError
 from jaxtrain.interop.hf import DTYPES
 from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.report import set_up_logging
-from jaxtrain.run import refuse
+from jaxtrain.reporting.run_logger import set_up_logging
 from pallas_kernels.arguments import Parser
 
 ABOUT = """\

@@ -6,7 +6,7 @@ Source: transformers 5.23, models/gpt2, models/llama and models/qwen3.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop import InteropError
 
 

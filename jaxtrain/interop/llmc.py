@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.files import draft
 from jaxtrain.interop import InteropError
 

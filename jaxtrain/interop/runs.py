@@ -8,15 +8,17 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain import config as config_lib
-from jaxtrain.about import stored_config
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.config.invocation import command, python
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import json_of, read_config, read_weights, write_folder
+from jaxtrain.interop.start import first_state
 from jaxtrain.interop.tokenizer import (
     FILE,
     declared_tokens,
@@ -25,14 +27,13 @@ from jaxtrain.interop.tokenizer import (
     write_tokenizer,
 )
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
-from jaxtrain.invocation import command, python
-from jaxtrain.optim.accelerated import eval_params
-from jaxtrain.run import build_run, read_stored, restore_run
-from jaxtrain.run_lock import FILE as LOCK
-from jaxtrain.run_lock import RunLock
-from jaxtrain.runtime import start_runtime
-from jaxtrain.train import start_state
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.run_directory.lock import FILE as LOCK
+from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.training.resume import start_state
+from jaxtrain.training.run import build_run, read_stored, restore_run
+from jaxtrain.training.startup import stored_config
 
 EVAL_BATCH = 8  # an import's, to evaluate it
 
@@ -97,7 +98,7 @@ def _store_step_0(run, out) -> None:
         build_batches(run.cfg.data, corpus, run.mesh, run.cfg.seed) as batches,
         Checkpoints(out / "checkpoints", 1) as checkpoints,
     ):
-        state, _ = start_state(run, checkpoints, batches)
+        state, _ = start_state(run, checkpoints, batches, first_state)
         meta = {"data": batches.state(), "config": config_lib.flatten(run.cfg)}
         checkpoints.save(0, state, meta)
         checkpoints.wait()

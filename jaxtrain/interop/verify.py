@@ -15,9 +15,9 @@ from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import DTYPES, json_of, read_config, read_weights
 from jaxtrain.interop.start import check_model
 from jaxtrain.interop.tokenizer import FILE, SAMPLES
-from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
-from jaxtrain.trees import named_leaves
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.ops.routes import choose_routes
 
 CHECK_TOKENS = 32  # of a random sequence
 RTOL = 1e-5  # of the largest logit

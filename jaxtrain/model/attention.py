@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain import fused
+from jaxtrain.ops import fused
 
 MASKED = -1e30  # finite: a row that is masked whole stays finite
 BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores

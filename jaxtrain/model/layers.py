@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtrain import fused
 from jaxtrain.axes import Axes
 from jaxtrain.model.dense import DENSE
+from jaxtrain.ops import fused
 
 
 def sizes(cfg) -> dict[str, int]:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.mesh import BATCH, param_spec
+from jaxtrain.distributed.mesh import BATCH, param_spec
 from jaxtrain.model.attention import CUDNN_FORWARD, MASKED, attend
 from jaxtrain.model.layers import (
     Transformer,
@@ -204,7 +204,7 @@ def build_model(cfg, routes, mesh=None, document_mask=False) -> Model:
     """The model of a ModelConfig with the implementations that `routes` names.
 
     Args:
-        routes: from jaxtrain.kernels.choose_routes.
+        routes: from jaxtrain.ops.routes.choose_routes.
         mesh: where params lie; None or one device leaves placement to JAX.
         document_mask: attention stays inside the documents that apply is given.
     """

@@ -8,17 +8,17 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain import fused
-from jaxtrain.mesh import moment_spec
+from jaxtrain.distributed.mesh import moment_spec
+from jaxtrain.ops import fused
 from jaxtrain.optim import pick
-from jaxtrain.optim.accelerated import ema_lookahead, transported
+from jaxtrain.optim.acceleration import ema_lookahead, transported
 from jaxtrain.optim.adam import scale_by_adam
-from jaxtrain.optim.groups import MATRICES, REST, check_axes, check_same_names, group_of
 from jaxtrain.optim.lmo import scale_by_lmo
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
-from jaxtrain.optim.owners import on_owners
+from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.optim.sharded_muon import on_owners
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # of the run; source: as ema_lookahead's
 

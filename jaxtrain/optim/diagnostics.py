@@ -7,10 +7,10 @@ tail of a few thousand coordinates, so that the cost stays near that of one step
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.optim.groups import group_of
+from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.lmo import build_unit_step, on_each
-from jaxtrain.optim.owners import on_owners
-from jaxtrain.trees import named_leaves
+from jaxtrain.optim.param_groups import group_of
+from jaxtrain.optim.sharded_muon import on_owners
 
 MOMENTS = ("momentum", "mean")  # what the states call their averaged gradient
 COORDINATES = 8_192  # of each parameter, at even distances, for the tail

@@ -16,7 +16,7 @@ import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.optim import pick
-from jaxtrain.optim.orthogonalize import orthogonalize
+from jaxtrain.optim.newton_schulz import orthogonalize
 
 
 def _over(x_XIO, dims, size):

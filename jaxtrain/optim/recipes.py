@@ -2,7 +2,7 @@
 
 import optax
 
-from jaxtrain.optim.accelerated import transported
+from jaxtrain.optim.acceleration import transported
 from jaxtrain.optim.lmo import scale_by_lmo
 from jaxtrain.optim.normuon import balance_neurons
 

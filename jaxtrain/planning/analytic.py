@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtrain.kernels import choose_routes
 from jaxtrain.model.transformer import build_model
+from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer
 
 RELATIVE, ABSOLUTE_BYTES = 0.1, 2**29  # the error: at most the larger of the two

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtrain import memory
-from jaxtrain.collectives import Collective, find_collectives
-from jaxtrain.model.flops import Flops, training_flops
-from jaxtrain.run import build_run, compile_step
-from jaxtrain.step import abstract_state
-from jaxtrain.work import Roofline, roofline
+from jaxtrain.distributed import memory
+from jaxtrain.metrics.flops import Flops, training_flops
+from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
+from jaxtrain.metrics.mfu import Roofline, roofline
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import abstract_state
 from pallas_kernels.chip import Chip
 from pallas_kernels.hlo import Program
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain import memory
-from jaxtrain.config import config_hash
+from jaxtrain.config.train_config import config_hash
+from jaxtrain.distributed import memory
 from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
 from jaxtrain.planning.page import GIB, as_dict

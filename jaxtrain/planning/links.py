@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from jaxtrain.collectives import Collective
+from jaxtrain.metrics.hlo_collectives import Collective
 
 
 class Link(NamedTuple):

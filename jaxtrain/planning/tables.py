@@ -2,13 +2,13 @@
 
 import importlib
 
-from jaxtrain import config as config_lib
-from jaxtrain import memory
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.distributed import memory
+from jaxtrain.ops.precision import resolve_for_chip
 from jaxtrain.planning import fit
 from jaxtrain.planning.analytic import estimate
 from jaxtrain.planning.links import parse_link
 from jaxtrain.planning.page import GIB
-from jaxtrain.precision import resolve_for_chip
 from pallas_kernels.chip import find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from jaxtrain.curve import smooth
+from jaxtrain.reporting.loss_curve import smooth
 
 COLORS = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e08e1b", "#7a4fa3", "#4d4d4d", "#17a2b8", "#9c6b30")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import jaxtrain.config as config_lib
-from jaxtrain.config import freeze
-from jaxtrain.knobs import Section, knob
+import jaxtrain.config.train_config as config_lib
+from jaxtrain.config.fields import Section, knob
+from jaxtrain.config.train_config import freeze
 from jaxtrain.study.statistics import FEWEST_PAIRS
 
 AUXILIARY = "optim.adam_learning_rate"

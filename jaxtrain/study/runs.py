@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.config import flatten, freeze, to_dict
-from jaxtrain.curve import smooth
+from jaxtrain.config.train_config import flatten, freeze, to_dict
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.files import strict_json, write_atomic
-from jaxtrain.loop import Diverged
-from jaxtrain.report_text import EVAL_LOSS, LOSS, duration
-from jaxtrain.run import load_config
-from jaxtrain.scalars import FILE, read_metrics
+from jaxtrain.metrics.jsonl import FILE, read_metrics
+from jaxtrain.reporting.loss_curve import smooth
+from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, duration
 from jaxtrain.study.plan import Trial
 from jaxtrain.train import train
+from jaxtrain.training.loop import Diverged
+from jaxtrain.training.run import load_config
 
 DIVERGED = "diverged.json"
 

@@ -39,6 +39,6 @@ class Sent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"python must be 3.11 or newer; got {sys.version}. Set python in the inventory")
 sys.meta_path.insert(0, Sent())
-from launch.host.ops import main  # noqa: E402
+from launch.host.requests import main  # noqa: E402
 
 sys.exit(main(sent["request"]))

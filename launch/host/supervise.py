@@ -13,11 +13,12 @@ import traceback
 from pathlib import Path
 
 from launch.host import tree
+from launch.host.channel import Follower, Listener, endpoint, free_port
+from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
-from launch.host.lead import Leader, Policy
-from launch.host.link import Follower, Listener, endpoint, free_port
 from launch.host.log import Log
 from launch.host.ranks import Ranks
+from launch.host.restart_policy import Leader, Policy
 
 TURN_S = 0.1
 REPORT_S = 0.5
@@ -27,7 +28,6 @@ WORKERS = 5  # lives of the worker; a host that kills more of them is not one to
 FAILED = 71  # exit status of a worker that raised; supervisor.err says what
 RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # room for the outcome, should the disk be full
 OUTCOME_S, RETRY_S = 86_400.0, 1.0  # to wait for more: who follows starts a job without outcome
-LOST_LEADER = 70  # exit status: the first host was away for longer than Policy.wait_s
 UNKILLABLE_S = 30.0  # a process that lives on after SIGKILL sits in the kernel: wait no longer
 
 

@@ -37,7 +37,7 @@ class Node:
 
 
 def world(coordinator: str, nodes: int, node: int) -> dict:
-    """The variables of one process, as jaxtrain/engine.py reads them."""
+    """The variables of one process, as jaxtrain/distributed/cluster.py reads them."""
     return {
         "JAX_COORDINATOR_ADDRESS": coordinator,
         "JAX_NUM_PROCESSES": str(nodes),

@@ -8,7 +8,7 @@
 # HEAD is the address of host 0 on the training network. torchrun starts the program again at most
 # three times, on all hosts, and takes every status but 0 for a failure: also 75 (saved, start me
 # again) and 78 (the same start would fail again). Needs torch on the hosts, as a starter alone:
-# jaxtrain/engine.py reads the variables, and JAX's coordinator has its own port (62317).
+# jaxtrain/distributed/cluster.py reads the variables, and JAX's coordinator has its own port (62317).
 #
 # Ran on: torchrun of torch 2.13 with two CPU processes, by hand. Not run: with GPUs.
 set -eu

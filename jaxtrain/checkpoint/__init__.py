@@ -1,0 +1,1 @@
+"""Checkpoints: saving, restoring, verifying, and the two kinds of storage."""

@@ -1,0 +1,1 @@
+"""Every field of a run with its type, default and check; command lines; shipped configs."""

@@ -1,0 +1,1 @@
+"""Processes, the device mesh, agreement between processes, signals and heartbeats."""

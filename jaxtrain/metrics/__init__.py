@@ -1,0 +1,1 @@
+"""What is measured: step times, FLOPs, MFU, collectives, network bytes."""

@@ -1,0 +1,1 @@
+"""The transformer: its layers, attention, loss and parameter trees."""

@@ -1,0 +1,1 @@
+"""Which implementation of each op runs on this chip, and why."""

@@ -1,0 +1,64 @@
+"""FLOPs of Newton-Schulz, by formula.
+
+Forms, for a matrix of m <= n entries a side, k iterations, multiply-adds counted as 2:
+
+    standard   k (4 m^2 n + 2 m^3)
+    Gram       4 s m^2 n + 2 (4k - 3s) m^3, s segments: one restart makes two
+
+The Gram form squares once a segment and iterates on m x m matrices; `best` takes the cheaper one
+of the two, matrix by matrix. A kernel that computes symmetric products by half needs
+k (3 m^2 n + m^3) and 3 s m^2 n + (4k - 3s) m^3.
+
+Source: Gram Newton-Schulz 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz
+"""
+
+from collections.abc import Iterable
+
+import jax
+
+SEGMENTS = 2
+
+
+def _standard(m, n, k):
+    return k * (4 * m**2 * n + 2 * m**3)
+
+
+def _standard_symmetric(m, n, k):
+    return k * (3 * m**2 * n + m**3)
+
+
+def _gram(m, n, k):
+    return 4 * SEGMENTS * m**2 * n + 2 * (4 * k - 3 * SEGMENTS) * m**3
+
+
+def _gram_symmetric(m, n, k):
+    return 3 * SEGMENTS * m**2 * n + (4 * k - 3 * SEGMENTS) * m**3
+
+
+# form -> the ways to compute one matrix, the cheapest of which is taken
+FORMS = {
+    "standard": (_standard,),
+    "best": (_standard, _gram),
+    "standard, symmetric": (_standard_symmetric,),
+    "best, symmetric": (_standard_symmetric, _gram_symmetric),
+}
+
+
+def newton_schulz_flops(stacks: Iterable, steps: int, form: str = "standard") -> float:
+    """FLOPs of one optimizer step on all matrices, over all devices.
+
+    Args:
+        stacks: (X, I, O) of each stack of X matrices.
+        form: a key of FORMS.
+    """
+    total = 0
+    for X, I, O in stacks:  # noqa: E741
+        m, n = min(I, O), max(I, O)
+        total += X * min(cost(m, n, steps) for cost in FORMS[form])
+    return float(total)
+
+
+def matrix_stacks(axes, shapes) -> list[tuple[int, int, int]]:
+    """(X, I, O) of every parameter that its axes call a matrix."""
+    pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(shapes), strict=True)
+    return [a.matrix_shape(s.shape) for a, s in pairs if a.is_matrix]

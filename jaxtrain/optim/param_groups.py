@@ -1,0 +1,102 @@
+"""Groups: what each parameter's step follows. The axes string alone decides."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtrain.axes import Axes
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.optim.lmo import SCALES
+
+MATRICES, REST = "matrices", "rest"
+
+# role -> (norm, peak rate over the matrices') with optim.rest=lmo. The ratios are those of the
+# radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
+FULL_GEOMETRY = {
+    "embedding": ("column_norm", 1.0),
+    "head": ("sign", 60.0),
+    "vector": ("frobenius", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are stepped alike."""
+
+    name: str  # MATRICES, REST or, with optim.rest=lmo, a role
+    optimizer: str  # optim.name, "adamw" or "lmo"
+    geometry: str  # norm of the step; empty is none
+    rate: float  # peak
+    decay: float
+
+
+def group_of(cfg, axes: Axes) -> Group:
+    """The group of a parameter. Matrices, embedding and head (with a V) decay, vectors do not."""
+    decay = cfg.weight_decay if axes.is_matrix or "V" in axes.letters else 0.0
+    if axes.is_matrix and cfg.name != "adamw":
+        return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
+    if axes.is_matrix or cfg.rest == "adamw":
+        name = MATRICES if axes.is_matrix else REST
+        return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
+    geometry, ratio = FULL_GEOMETRY[axes.role]
+    return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
+
+
+def check_axes(axes) -> None:
+    """Raises ValueError where a leaf is no Axes."""
+    for name, leaf in named_leaves(axes).items():
+        if not isinstance(leaf, Axes):
+            raise ValueError(f"every parameter must have Axes; got {name}={leaf!r}. Set its axes.")
+
+
+def check_same_names(axes, params) -> None:
+    """Raises ValueError where a parameter has no axes, or axes have no parameter."""
+    named, wanted = set(named_leaves(axes)), set(named_leaves(params))
+    if named != wanted:
+        missing, extra = sorted(wanted - named), sorted(named - wanted)
+        raise ValueError(f"axes must name the parameters; got missing={missing}, extra={extra}.")
+
+
+class Row(NamedTuple):
+    """One parameter as the optimizer sees it."""
+
+    name: str
+    axes: str
+    view: str  # [X,I,O] where the step has a norm, else the array's shape
+    group: str
+    optimizer: str
+    geometry: str
+    scale: float  # of the unit step, from the view
+    rate: float
+    decay: float
+
+
+def _row(cfg, name, axes, shape) -> Row:
+    group, view, scale = group_of(cfg, axes), shape, 1.0
+    if group.geometry:
+        view = axes.matrix_shape(shape)
+    if group.geometry and group.name == MATRICES:
+        if cfg.per_head:
+            sizes = dict(zip(axes.letters, shape, strict=True))
+            heads = axes.of_heads()
+            view = heads.matrix_shape(heads.shape(sizes))
+        scale = SCALES[cfg.scale](*view[1:])
+    shown = "x".join(map(str, view))
+    kind = (group.name, group.optimizer, group.geometry, scale, group.rate, group.decay)
+    return Row(name, str(axes), shown, *kind)
+
+
+def group_table(cfg, axes, params) -> list[Row]:
+    """A row for each parameter; params may be ShapeDtypeStructs."""
+    check_axes(axes)
+    check_same_names(axes, params)
+    shapes = named_leaves(params)
+    return [_row(cfg, name, a, shapes[name].shape) for name, a in named_leaves(axes).items()]
+
+
+def format_group_table(rows: list[Row]) -> str:
+    """Aligned columns under a header."""
+    shown = lambda x: f"{x:.4g}" if isinstance(x, float) else x or "-"
+    cells = [Row._fields] + [tuple(map(shown, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in padded)

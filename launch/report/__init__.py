@@ -1,0 +1,1 @@
+"""Run directories read back: tables, pages, baselines, prices and comparisons."""

@@ -1,0 +1,85 @@
+"""Whether two sides did the same work: the same config and data, and curves that seeds explain."""
+
+import math
+from dataclasses import dataclass
+
+from launch.report.sides import Side
+from launch.report.stats import deviation, mean, noise, split, t_quantile
+
+CHANCE = 1e-3  # of refusing two sides that are the same, over all parts of the curve
+PARTS = 4
+FREEDOM = 5  # degrees of it below which the noise between runs is no measure: t's limit is 22 at 3
+
+
+@dataclass(frozen=True)
+class LossMatch:
+    """The part of the curve where the sides differ most, in standard errors of the difference."""
+
+    steps: tuple[int, int]
+    gap_nats: float  # A's mean less B's
+    errors: float
+    limit: float  # errors that the noise explains
+    noise: str  # where it was seen, in words
+
+    def __str__(self):
+        return (
+            f"{self.gap_nats:+.4f} nats over steps {self.steps[0]} to {self.steps[1]}, "
+            f"{self.errors:.1f} standard errors (at most {self.limit:.1f}) of {self.noise}"
+        )
+
+
+def differences(a: Side, b: Side) -> list[str]:
+    """What of the work differs, apart from the losses; [] where nothing does."""
+    found = []
+    same = a.config_hash == b.config_hash
+    both = a.settings is not None and b.settings is not None
+    if both and not same and a.settings != b.settings:
+        names = sorted(k for k in {**a.settings, **b.settings} if _get(a, k) != _get(b, k))
+        pairs = [f"{name} {_get(a, name)!r} against {_get(b, name)!r}" for name in names]
+        found.append(f"config: {'; '.join(pairs)}")
+    elif not both and not same:
+        found.append(f"config hash: {a.config_hash} against {b.config_hash}")
+    if a.data_fingerprint != b.data_fingerprint:
+        found.append(f"data fingerprint: {a.data_fingerprint} against {b.data_fingerprint}")
+    if a.tokens_per_step != b.tokens_per_step:
+        found.append(f"tokens a step: {a.tokens_per_step} against {b.tokens_per_step}")
+    return found
+
+
+def _get(side, name):
+    return side.settings.get(name, "(none)")
+
+
+def match_losses(a: Side, b: Side) -> LossMatch | None:
+    """The largest difference of the curves in their parts; None where no step has both losses.
+
+    With seven runs or more the noise is that between them. With two it is that of the batches
+    within a run: what another seed would draw, but not where it would lead, so it rather refuses
+    too much. With three to six it is the larger of the two, held against the batches' limit.
+    """
+    runs = a.losses + b.losses
+    steps = sorted(set.intersection(*(set(run) for run in runs))) if a.losses and b.losses else []
+    if not steps or (len(runs) == 2 and len(steps) < 3):
+        return None
+    parts = split(steps, PARTS) if len(steps) >= 3 * PARTS else [steps]
+    share = 1 - CHANCE / 2 / len(parts)
+    found = [_match(a, b, part, share) for part in parts]
+    return max(found, key=lambda match: match.errors / match.limit)
+
+
+def _match(a, b, steps, share) -> LossMatch:
+    curves = [[[run[step] for step in steps] for run in side.losses] for side in (a, b)]
+    means = [[mean(curve) for curve in side] for side in curves]
+    gap = mean(means[0]) - mean(means[1])
+    counts = [len(side) for side in means]
+    freedom, error, words = sum(counts) - 2, 0.0, f"the noise between {sum(counts)} runs"
+    if freedom:
+        squares = sum(deviation(side) ** 2 * (len(side) - 1) for side in means if len(side) > 1)
+        error = math.sqrt(squares / freedom * sum(1 / n for n in counts))
+    if freedom < FREEDOM and len(steps) >= 3:
+        squares = [mean([noise(curve) ** 2 for curve in side]) / len(side) for side in curves]
+        within = math.sqrt(sum(squares) / len(steps))
+        words = words if error > within else "the batches' noise within a run"
+        freedom, error = sum(counts) * (len(steps) - 2), max(error, within)
+    errors = 0.0 if gap == 0 else abs(gap) / error if error else math.inf
+    return LossMatch((steps[0], steps[-1]), gap, errors, t_quantile(share, freedom), words)

@@ -1,0 +1,169 @@
+"""What is compared: runs of one work on one kind of device, of ours or from published figures."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.inventory import read_toml
+from launch.report.run_folder import EVAL_LOSS, LOSS, Run, find_runs
+
+NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
+ONLOOKERS = ("measure.", "profile.", "export.")  # sections that config_hash leaves out too
+EXTERNAL = {  # key of a [[side]] -> its type; the first seven must be there
+    "name": str,
+    "config_hash": str,
+    "data_fingerprint": str,
+    "tokens_per_step": int,
+    "devices": int,
+    "device": str,
+    "source": str,
+    "step_time_s": list,
+    "clock_s": list,
+    "loss_nats": list,
+    "peak_flops_per_s": float,
+    "hbm_bytes_per_s": float,
+    "roofline_s": float,
+}
+NEEDED = 7
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison. What is None is not known."""
+
+    name: str
+    device: str  # chip, else what JAX calls it
+    device_kind: str  # what JAX calls it
+    devices: int
+    config_hash: str
+    settings: dict | None  # flat, what names the work; None of published figures
+    data_fingerprint: str
+    tokens_per_step: int
+    times_s: list[list[float]]  # of each run, in order
+    what: str  # the times are, in words
+    losses: list[dict[int, float]]  # of each run, by step, nats
+    peak_flops_per_s: float | None = None
+    hbm_bytes_per_s: float | None = None
+    roofline_s: float | None = None
+    matmul_flops_per_s: float | None = None  # measured
+    copy_bytes_per_s: float | None = None
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat |= nested if nested is not None else {f"{prefix}{key}": value}
+    return flat
+
+
+def read_side(path: str, may_differ=()) -> Side:
+    """Of a run directory, or of a folder of them: repetitions, which may differ in their seed.
+
+    Raises:
+        ValueError: no run, a run without step times, or runs that are no repetitions.
+    """
+    runs = find_runs(path)
+    first = runs[0]
+    for run in runs:
+        if not run.step_times[0]:
+            raise ValueError(f"{run.folder} must have two logged steps or more to be compared.")
+        if work_of(run, may_differ) != work_of(first, may_differ) or run.device != first.device:
+            raise ValueError(
+                f"the runs in {path} must be repetitions of one; got {first.name} and {run.name}, "
+                "whose configs or devices differ. Give one run a side, or set --may_differ."
+            )
+    return Side(
+        name=first.name if len(runs) == 1 else f"{Path(path).name}, {len(runs)} runs",
+        device=first.device,
+        device_kind=first.config["device"],
+        devices=first.devices,
+        config_hash=first.config["config_hash"],
+        settings=work_of(first, may_differ),
+        data_fingerprint=first.config["data"]["fingerprint"],
+        tokens_per_step=first.tokens_per_step,
+        times_s=[[seconds for _, seconds in run.step_times[0]] for run in runs],
+        what=f"{first.step_times[1]}, without the first",
+        losses=[dict(run.points(LOSS) or run.points(EVAL_LOSS)) for run in runs],
+        peak_flops_per_s=first.peak_flops_per_s,
+        hbm_bytes_per_s=first.chip["hbm_bytes_per_s"] if first.chip else None,
+        roofline_s=first.work.get("roofline_s"),
+    )
+
+
+def work_of(run: Run, may_differ=()) -> dict:
+    """The settings that name the work, by their flags."""
+    skipped, flat = (*NOT_WORK, *may_differ), flatten(run.settings)
+    return {k: v for k, v in flat.items() if k not in skipped and not k.startswith(ONLOOKERS)}
+
+
+def read_external(path) -> list[Side]:
+    """The sides of a TOML file of published figures; docs/track3_record44.toml shows all keys.
+
+    Raises:
+        ValueError: the file is not of that form; names the key.
+    """
+    found = read_toml(path, "--external")
+    sides = found.get("side")
+    if not isinstance(sides, list) or not 1 <= len(sides) <= 2:
+        raise ValueError(f"--external {path} must have one or two [[side]] tables.")
+    return [_external(side, f"{path}: side {i + 1}") for i, side in enumerate(sides)]
+
+
+def _external(values: dict, where: str) -> Side:
+    for key, value in values.items():
+        kind = EXTERNAL.get(key)
+        if kind is None:
+            raise ValueError(f"{where} has no key {key!r}; it has {', '.join(EXTERNAL)}.")
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{where}: {key} must be {kind.__name__}; got {value!r}.")
+    missing = [key for key in list(EXTERNAL)[:NEEDED] if key not in values]
+    if missing:
+        raise ValueError(f"{where} must have {', '.join(missing)}.")
+    if ("clock_s" in values) == ("step_time_s" in values):
+        raise ValueError(f"{where} must have step_time_s, or clock_s in its place.")
+    times, what = values.get("step_time_s"), "published step times"
+    if times is None:
+        clock = values["clock_s"]
+        pairs = list(zip(clock, clock[1:], strict=False))
+        spans = {after[0] - before[0] for before, after in pairs}
+        if len(spans) != 1 or min(spans) <= 0:
+            raise ValueError(f"{where}: clock_s must rise by one number of steps; got {spans}.")
+        times = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
+        what = f"means of {spans.pop()} steps, from published clocks"
+    if not times or min(times) <= 0:
+        raise ValueError(f"{where}: step times must be positive; got {times}.")
+    kept = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
+    peaks = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
+    return Side(
+        **{key: values[key] for key in kept},
+        device_kind=values["device"],
+        settings=None,
+        times_s=[times],
+        what=what,
+        losses=[dict(map(tuple, run)) for run in values.get("loss_nats", [])],
+        **{key: values.get(key) for key in peaks},
+    )
+
+
+def with_ceilings(side: Side, path) -> Side:
+    """The side with what `pallas_kernels.bench --out` measured on its kind of device.
+
+    Raises:
+        ValueError: the file is not such a file, or of another device.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        ceilings = {key: found[key] for key in ("matmul_flops_per_s", "copy_bytes_per_s")}
+        device = found["device"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--ceilings must be a file of `python -m pallas_kernels.bench --out`; got {path}: "
+            f"{type(error).__name__} {error}."
+        ) from None
+    if device not in (side.device_kind, side.device):
+        raise ValueError(
+            f"--ceilings {path} is of {device!r}; {side.name} ran on {side.device_kind!r}. "
+            "Give the file of A first, then that of B."
+        )
+    return replace(side, **ceilings)

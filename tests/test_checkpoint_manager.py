@@ -1,0 +1,221 @@
+import logging as std_logging
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from checkpoint_states import (
+    FSDP,
+    MIXED,
+    ONE,
+    abstract,
+    assert_same,
+    bits,
+    build_state,
+    mesh_of,
+    rewrite_record,
+    saved,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.checkpoint.integrity import FORMAT
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.checkpoint.shared_store import Shared
+from jaxtrain.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with good steps 1 and 2."""
+    saved(tmp_path / "checkpoints", [1, 2])
+    return tmp_path / "checkpoints"
+
+
+def test_where_no_step_is_stored_there_is_nothing_to_restore(tmp_path):
+    for folder in (tmp_path, tmp_path / "not" / "there"):
+        with Checkpoints(folder, 1) as checkpoints:
+            assert checkpoints.restore(abstract(build_state())) is None
+            assert checkpoints.steps() == [] and checkpoints.read_meta() is None
+
+
+def other_shape(state):
+    state["params"]["w"] = jnp.zeros((16, 48))
+
+
+def other_dtype(state):
+    state["params"]["w"] = state["params"]["w"].astype(jnp.bfloat16)
+
+
+MISMATCHES = {
+    "shape": (other_shape, r"params\.w: stored float32\[16,32\], asked float32\[16,48\]"),
+    "dtype": (other_dtype, r"params\.w: stored float32\[16,32\], asked bfloat16\[16,32\]"),
+    "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], asked nothing"),
+    "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, asked float32\[3\]"),
+}
+
+
+@pytest.mark.parametrize("kind", MISMATCHES)
+def test_a_config_of_another_state_is_refused_and_no_step_blamed(folder, kind):
+    state = build_state()
+    change, message = MISMATCHES[kind]
+    change(state)
+    with Checkpoints(folder, 9) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(abstract(state))
+    assert checkpoints.rejected == [] and checkpoints.steps() == [1, 2]
+
+
+def test_a_newer_format_is_an_error_that_says_so(folder):
+    rewrite_record(folder / "2", format=FORMAT + 1)
+    with Checkpoints(folder, 9) as checkpoints:
+        for read in (lambda: checkpoints.restore(abstract(build_state())), checkpoints.read_meta):
+            with pytest.raises(ValueError, match=f"at most {FORMAT}; got format={FORMAT + 1}"):
+                read()
+
+
+def test_meta_is_read_without_the_arrays_and_from_the_newest_intact_record(folder):
+    shutil.rmtree(folder / "2/state/ocdbt.process_0")
+    with Checkpoints(folder, 9, read_only=True) as checkpoints:
+        assert checkpoints.read_meta() == checkpoints.read_meta(2) == {"next": 2}
+        (folder / "2/record/metadata").write_text("{")
+        assert checkpoints.read_meta() == {"next": 1}
+        with pytest.raises(CheckpointError, match="is not JSON"):
+            checkpoints.read_meta(2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(ONE, FSDP), (FSDP, MIXED), (MIXED, ONE)])
+def test_a_checkpoint_restores_on_another_mesh_bit_for_bit(tmp_path, before, after):
+    saved(tmp_path, [3], before)
+    template = abstract(build_state(after))
+    with Checkpoints(tmp_path, 1) as checkpoints, jax.set_mesh(mesh_of(after)):
+        state = checkpoints.restore(template).state
+    assert_same(state, build_state(ONE, 3))
+    assert [x.sharding for x in jax.tree.leaves(state)] == [
+        x.sharding for x in jax.tree.leaves(template)
+    ]
+
+
+def test_double_precision_restores_bit_for_bit(tmp_path):
+    with jax.enable_x64(True), Checkpoints(tmp_path, 1) as checkpoints:
+        state = {"w": jax.random.normal(jax.random.key(0), (33,)), "n": jnp.int64(2**40 + 1)}
+        assert state["w"].dtype == jnp.float64
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        assert_same(checkpoints.restore(abstract(state)).state, state)
+
+
+@pytest.mark.parametrize("cfg", [ONE, FSDP])
+def test_a_state_donated_right_after_save_is_stored_as_it_was(tmp_path, cfg):
+    sharding = NamedSharding(mesh_of(cfg), P("fsdp"))
+    w = jax.device_put(np.arange(1 << 21, dtype=np.float32).reshape(8, -1), sharding)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
+    state = {"w": w, "m": step(w + 0)}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        template, before = abstract(state), bits(state)
+        checkpoints.save(1, state, {})
+        for _ in range(4):
+            state = step(state)
+        jax.block_until_ready(state)
+        checkpoints.wait()
+        assert bits(checkpoints.restore(template).state) == before != bits(state)
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, {"x": jnp.int32(step)}, {})
+    assert checkpoints.steps() == [4, 8, 9, 10]
+
+
+def test_a_step_must_be_newer_than_what_is_stored(folder):
+    with Checkpoints(folder, 9) as checkpoints:
+        for step in (0, 1, 2):
+            with pytest.raises(ValueError, match=rf"above the newest one's, 2; got step={step}"):
+                checkpoints.save(step, build_state(), {})
+
+
+def test_a_leaf_that_is_no_array_is_refused(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        for leaf in (3, np.zeros(2), "text"):
+            with pytest.raises(ValueError, match="a.x="):
+                checkpoints.save(1, {"a": {"x": leaf}}, {})
+        with pytest.raises(ValueError, match=r"a, float32\[2,0\]"):
+            checkpoints.save(1, {"a": jnp.zeros((2, 0))}, {})
+        with pytest.raises(ValueError, match="unique"):
+            checkpoints.save(1, {"a": {"x": jnp.zeros(1)}, "a.x": jnp.zeros(1)}, {})
+        with pytest.raises(ValueError, match="key_data"):
+            checkpoints.save(1, {"rng": jax.random.key(0)}, {})
+    assert checkpoints.steps() == []
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow past 64 KiB: what a full disk does to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_fails_in_the_background_is_raised_by_wait_and_on_leaving(tmp_path, full_disk):
+    state = {"w": jnp.arange(1 << 20)}
+    with pytest.raises(Exception, match="File too large"):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(1, state, {})
+    with pytest.raises(Exception, match="File too large"):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+    assert checkpoints.steps() == []
+
+
+def test_a_failed_save_does_not_mask_the_error_that_stops_the_run(tmp_path, full_disk, caplog):
+    with pytest.raises(ZeroDivisionError):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(1, {"w": jnp.arange(1 << 20)}, {})
+            raise ZeroDivisionError
+    assert "The last checkpoint was not saved" in caplog.text
+
+
+def test_an_error_in_the_run_leaves_the_save_before_it_whole(tmp_path):
+    state = {"w": jnp.arange(1 << 20)}
+    with pytest.raises(KeyboardInterrupt):
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(1, state, {})
+            raise KeyboardInterrupt
+    assert_same(Checkpoints(tmp_path, 1).restore(abstract(state)).state, state)
+
+
+def test_orbax_is_quiet_and_our_own_lines_are_not(tmp_path, caplog):
+    caplog.set_level(std_logging.INFO, "absl")
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, build_state(), {})
+        checkpoints.wait()
+        checkpoints.restore(abstract(build_state()))
+    logging.info("a line of ours")
+    assert [record.getMessage() for record in caplog.records] == ["a line of ours"]
+
+
+def test_a_reader_beside_a_run_takes_the_step_that_has_replaced_the_one_it_was_reading(tmp_path):
+    template = abstract(build_state())
+    with Checkpoints(tmp_path, 1) as run, Checkpoints(tmp_path, 1, read_only=True) as reader:
+
+        class Slow(Shared):
+            """Reads so slowly that the run saves two more steps meanwhile, and removes this one."""
+
+            def read(self, folder, template):
+                newest = int(folder.name)
+                for step in range(newest + 1, 4):
+                    run.save(step, build_state(seed=step), {"next": step})
+                    run.wait()
+                return super().read(folder, template)
+
+        run.save(1, build_state(seed=1), {"next": 1})
+        run.wait()
+        reader.storage = Slow(tmp_path, 1, 0)
+        restored = reader.restore(template)
+        assert restored.step == 3 and reader.rejected == []
+        assert_same(restored.state, build_state(seed=3))

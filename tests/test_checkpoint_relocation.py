@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from jaxtrain.checkpoint.relocation import check_not_moved, find_further, look
+
+
+def folder(root, **logs):
+    """A host's workdir with the last steps of hosts/N.jsonl."""
+    (root / "hosts").mkdir(parents=True)
+    for name, last in logs.items():
+        lines = [json.dumps({"step": step, "time": 0.0}) for step in range(1, last + 1)]
+        (root / "hosts" / f"{name.removeprefix('p')}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_where_another_host_has_become_process_0_later_steps_are_found(tmp_path):
+    a = look(folder(tmp_path / "a", p0=50), [20, 40])  # it was process 0
+    b = look(folder(tmp_path / "b", p1=49), [])
+    assert "has logged step 50 and holds checkpoint 40" in find_further([b, a])
+    c = look(folder(tmp_path / "c"), [])
+    assert "has logged step 49" in find_further([b, c]) and "checkpoint" not in find_further([c, b])
+    again = look(folder(tmp_path / "again", p0=9, p1=49), [])  # it was both, one after the other
+    assert "holds checkpoint 40" in find_further([again, a])
+
+
+def test_a_run_that_ended_before_its_first_save_begins_anew_where_it_was(tmp_path):
+    led = look(folder(tmp_path / "a", p0=0), [])  # killed before a line was written
+    other = look(folder(tmp_path / "b", p1=8), [])
+    fresh = look(folder(tmp_path / "c"), [])
+    assert find_further([led, other]) == find_further([led, fresh]) == find_further([fresh]) == ""
+
+
+def test_a_start_without_the_checkpoints_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="step 49. Start with the former process 0's host first"):
+        check_not_moved(folder(tmp_path / "b", p1=49), [])

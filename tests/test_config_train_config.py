@@ -1,0 +1,123 @@
+import dataclasses
+import re
+
+import pytest
+
+from configs import debug
+from jaxtrain.config import fields as knobs
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def test_there_are_at_most_100_fields():
+    assert len(config_lib.flatten(TrainConfig())) <= config_lib.MAX_FIELDS
+
+
+def test_every_field_has_a_text_and_stands_in_the_help():
+    text = knobs.describe(TrainConfig)
+    for prefix, cls in knobs.sections(TrainConfig):
+        for field in dataclasses.fields(cls):
+            if not dataclasses.is_dataclass(field.type):
+                assert field.metadata["text"], field.name
+                assert f"  {prefix}{field.name}=" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, "no field modle. Did you mean model?"),
+        (
+            {"optim": {"learning_rat": 1.0}},
+            "no field optim.learning_rat. Did you mean optim.learning",
+        ),
+        ({"model": {"G": 3}}, r"model.G must divide model.H=4; got 3. Set --model.G."),
+        ({"model": {"K": 7}}, "model.K must be even with position=rope; got 7"),
+        ({"model": {"norm": "batch"}}, "model.norm must be one of 'rms', 'layer'; got 'batch'"),
+        ({"steps": 0}, "steps must be at least 1; got 0. Set --steps."),
+        ({"steps": 1.5}, "steps must be of type int; got 1.5"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate must be at least 0.0"),
+        ({"steps": 2**31}, "steps must be at most 2147483647; got 2147483648. Set --steps."),
+        ({"save_every": 10**20}, "save_every must be at most 2147483647; got 1000"),
+        ({"optim": {"warmup_steps": 2**31}}, "optim.warmup_steps must be at most 2147483647"),
+        ({"optim": {"total_steps": 2**31}}, "optim.total_steps must be at most 2147483647"),
+        ({"eval_tokens": 2**63}, "eval_tokens must be at most 9223372036854775807"),
+        (
+            {"optim": {"learning_rate": float("inf")}},
+            "optim.learning_rate must be a finite number; got inf. Set --optim.learning_rate.",
+        ),
+        ({"optim": {"clip_norm": 10**400}}, "optim.clip_norm must be a finite number; got 1000"),
+        ({"workdir": ""}, "workdir must name a folder; got ''. Set --workdir."),
+        ({"accumulation": 3}, "data.batch must be a multiple of accumulation=3; got 8"),
+        ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
+        ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
+        ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
+        ({"optim": {"adam_eps": 0.0}}, "optim.adam_eps must be at least 1e-30; got 0.0"),
+        ({"optim": {"ns_dtype": "float64"}}, "optim.ns_dtype needs model.dtype=float64"),
+        (
+            {"optim": {"acceleration": "ema_lookahead", "strength": 1.0}},
+            "optim.strength must be below 1 with optim.acceleration=ema_lookahead",
+        ),
+    ],
+)
+def test_a_bad_value_is_named_with_its_flag(values, message):
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.learning", ".learning")):
+        config_lib.freeze(values)
+
+
+def test_counts_of_tokens_and_bytes_may_be_past_int32():
+    cfg = config_lib.freeze({"eval_tokens": 2**40, "loss": {"chunk_bytes": 2**40}})
+    assert cfg.eval_tokens == cfg.loss.chunk_bytes == 2**40
+
+
+def test_an_int_is_widened_to_float_but_never_narrowed():
+    assert config_lib.freeze({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
+    with pytest.raises(ValueError, match="of type bool"):
+        ModelConfig(tied=1)
+
+
+def test_total_steps_follows_steps_until_it_is_set():
+    config = debug.get_config()
+    config.steps = 7
+    assert config_lib.freeze(config).optim.total_steps == 7
+    config.optim.total_steps = 9
+    assert config_lib.freeze(config).optim.total_steps == 9
+    assert config_lib.freeze(config).steps == 7
+
+
+def test_freezing_the_plain_form_gives_the_same_config():
+    cfg = config_lib.freeze(debug.get_config())
+    assert config_lib.freeze(config_lib.to_dict(cfg)) == cfg
+
+
+def test_the_hash_names_what_is_trained_and_not_where():
+    base = TrainConfig()
+    assert config_lib.config_hash(base) == config_lib.config_hash(TrainConfig(workdir="/elsewhere"))
+    others = (TrainConfig(seed=1), TrainConfig(data=DataConfig(batch=16)))
+    others += (TrainConfig(optim=OptimConfig(momentum=0.9)),)
+    assert len({config_lib.config_hash(cfg) for cfg in (base, *others)}) == 4
+
+
+def test_what_is_measured_beside_the_training_does_not_change_its_hash():
+    onlookers = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
+    watched = config_lib.freeze(onlookers)
+    assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())
+
+
+def test_processes_are_started_alike_in_all_but_their_folders():
+    elsewhere = TrainConfig(workdir="/elsewhere", compile_cache="/tmp")
+    assert config_lib.start_hash(elsewhere) == config_lib.start_hash(TrainConfig())
+    others = [{"measure": {"phases": True}}, {"checkpoint": {"storage": "host0"}}, {"seed": 1}]
+    hashes = {config_lib.start_hash(config_lib.freeze(values)) for values in ({}, *others)}
+    assert len(hashes) == 4
+
+
+def test_changes_are_those_fields_whose_value_is_another_than_stored():
+    stored = config_lib.flatten(TrainConfig())
+    assert config_lib.changes(stored, TrainConfig()) == []
+    del stored["optim.momentum"]
+    now = config_lib.freeze({"seed": 1, "optim": {"learning_rate": 0.01}})
+    assert config_lib.changes(stored, now) == [
+        "seed 1, was 0",
+        "optim.learning_rate 0.01, was 0.02",
+        "optim.momentum 0.95, was not known",
+    ]

@@ -1,0 +1,92 @@
+import pytest
+
+from jaxtrain.distributed.cluster import World, detect, first_host
+
+SLURM = {
+    "SLURM_JOB_ID": "4099",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "3",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_MCA_orte_hnp_uri": "3195404288.0;tcp://10.0.0.1,10.9.0.1:43911",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "world"),
+    [
+        ({}, World()),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            World("JAX_*", "a:1", 2, 1, None, 2),
+        ),
+        (  # the Kubernetes template: the index of the job's pod
+            {
+                "JAX_COORDINATOR_ADDRESS": "train-workers-0-0.train",
+                "JAX_COORDINATOR_PORT": "8476",
+                "JAX_NUM_PROCESSES": "4",
+                "JOB_COMPLETION_INDEX": "3",
+            },
+            World("JAX_*", "train-workers-0-0.train:8476", 4, 3, None, 4),
+        ),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            World("SLURM", "gpu07:61443", 4, 3, (1,), 4),
+        ),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
+            World("SLURM", "gpu07:61443", 4, 3, None, 4),
+        ),
+        (MPI, World("Open MPI", "10.0.0.1:65142", 3, 2, None, 3)),  # 61,440 + 48,758 % 4,096
+        (
+            {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NODE_RANK": "1"},
+            World("SkyPilot", "10.0.0.5:62317", 2, 1, None, 2),
+        ),
+        (
+            {"MASTER_ADDR": "m", "WORLD_SIZE": "2", "RANK": "0"},
+            World("MASTER_ADDR", "m:62317", 2, 0, None, 2),
+        ),
+    ],
+)
+def test_each_engine_names_the_world_in_its_own_words(env, world):
+    assert detect(env) == world
+
+
+def test_a_process_knows_how_many_devices_it_was_promised():
+    env = {"JAX_NUM_PROCESSES": "1", "JAXTRAIN_LOCAL_DEVICES": "8"}
+    assert detect(env) == World("JAX_*", "", 1, 0, None, 1, 8)
+
+
+def test_explicit_variables_come_before_an_engines():
+    env = SLURM | MPI | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    assert detect(env).engine == "JAX_*"
+
+
+def test_mpirun_in_an_allocation_of_slurm_is_mpiruns():
+    """There the daemons are a step of SLURM's, and the processes have both in their environment."""
+    assert detect(SLURM | MPI) == detect(MPI) != detect(SLURM)
+
+
+def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
+    batch = {"SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
+    with pytest.raises(ValueError, match="Start it by srun"):
+        detect(batch | {"SLURM_JOB_NUM_NODES": "2"})
+    assert detect(batch | {"SLURM_JOB_NUM_NODES": "2", "JAX_NUM_PROCESSES": "1"}).processes == 1
+
+
+def test_half_a_world_is_refused():
+    with pytest.raises(ValueError, match="process=-1"):
+        detect({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-07,12],login", "gpu03"), ("a", "a"), ("h[1,5]", "h1"), ("x,y", "x")],
+)
+def test_the_first_of_slurms_hosts(nodes, first):
+    assert first_host(nodes) == first

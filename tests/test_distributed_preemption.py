@@ -1,0 +1,225 @@
+"""Signals: answered at once, served between steps, and the second one ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+from jaxtrain.distributed.preemption import Stop, status_of
+
+COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
+PROGRAMS = {
+    "running": f"""
+with Stop() as stop:
+    stop.serve("saving after this step, then stopping")
+    print("ready", flush=True)
+    {COMPILED}
+""",
+    "starting": f"""
+with Stop() as stop:
+    stop.starting("compiling the step")
+    print("ready", flush=True)
+    {COMPILED}
+""",
+    "command": f"""
+with interruptible():
+    print("ready", flush=True)
+    {COMPILED}
+""",
+}
+
+
+class Program:
+    """A program in a process of its own, whose output is read as it comes."""
+
+    def __init__(self, name):
+        head = "import hashlib\nfrom jaxtrain.distributed.preemption import Stop, interruptible\n"
+        argv = [sys.executable, "-c", head + PROGRAMS[name]]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(argv, cwd=runs.ROOT, text=True, **pipe)
+        self.read_until("ready")
+        time.sleep(0.2)  # to be in compiled code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.communicate()
+
+    def read_until(self, text):
+        """The line with `text`, and the seconds until it came."""
+        started_s = time.monotonic()
+        for line in self.process.stdout:
+            if text in line:
+                return line, time.monotonic() - started_s
+        raise AssertionError(f"no line with {text!r}; it ended with {self.process.wait()}")
+
+    def ends_in_s(self):
+        started_s = time.monotonic()
+        self.process.wait(runs.DEADLINE_S)
+        return time.monotonic() - started_s
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_is_answered_inside_compiled_code_and_a_second_one_ends_the_process(
+    number, status
+):
+    with Program("running") as program:
+        program.process.send_signal(number)
+        line, after_s = program.read_until(number.name)
+        assert "saving after this step, then stopping (again: end now without saving)" in line
+        assert after_s < 2 and program.process.poll() is None
+        time.sleep(0.2)
+        program.process.send_signal(number)
+        assert program.ends_in_s() < 2 and program.process.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_before_the_first_step_ends_the_process_at_once(number, status):
+    with Program("starting") as program:
+        program.process.send_signal(number)
+        line, _ = program.read_until(number.name)
+        assert "while compiling the step: ended before a step was made" in line
+        assert program.ends_in_s() < 2 and program.process.returncode == status
+
+
+def test_ctrl_c_to_any_command_in_compiled_code_is_answered_and_a_second_one_ends_it():
+    with Program("command") as program:
+        program.process.send_signal(signal.SIGINT)
+        assert "ending when the compiled code returns" in program.read_until("SIGINT")[0]
+        program.process.send_signal(signal.SIGINT)
+        assert program.ends_in_s() < 2 and program.process.returncode == 130
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
+    """As `timeout` does: to its child, then to the group that the child is in."""
+    formers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Stop() as stop:
+        stop.serve("saving")
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: stop.signal)
+        time.sleep(0.1)  # a second request would have ended this process
+        assert stop.asked() == signal.SIGTERM
+    assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request_to_end():
+    """The kernel, the shell and the session manager may each send one, at any distance."""
+    with Stop() as stop:
+        stop.serve("saving")
+        signal.raise_signal(signal.SIGHUP)
+        wait_for(lambda: stop.signal == signal.SIGHUP)
+        assert status_of(stop.asked()) == 75
+        for _ in range(2):
+            time.sleep(0.1)  # longer than the window in which two signals are one
+            signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: stop.signal == signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert stop.asked() == signal.SIGTERM
+
+
+def test_sighup_before_the_first_step_ends_the_process_with_status_75():
+    with Program("starting") as program:
+        program.process.send_signal(signal.SIGHUP)
+        line, _ = program.read_until("SIGHUP")
+        assert "while compiling the step: ended before a step was made" in line
+        assert program.ends_in_s() < 2 and program.process.returncode == 75
+
+
+def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            stop.serve("saving")
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.1)
+            assert stop.signal is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_output_after_the_terminal_is_lost_does_not_end_the_process(tmp_path):
+    program = f"""
+import time
+from jaxtrain.distributed.preemption import Stop, status_of
+with Stop() as stop:
+    stop.serve("saving")
+    print("ready", flush=True)
+    while not stop.signal:
+        time.sleep(0.01)
+    print("saved", flush=True)  # would raise OSError
+    open({str(tmp_path / "saved")!r}, "w").close()
+raise SystemExit(status_of(stop.signal))
+"""
+    master, slave = os.openpty()
+    # A session's leader that opens a terminal is the one to get its SIGHUP.
+    take = f"import os\nfd = os.open({os.ttyname(slave)!r}, os.O_RDWR)\n"
+    take += "os.dup2(fd, 1), os.dup2(fd, 2), os.close(fd)\n"
+    argv = [sys.executable, "-c", take + program]
+    process = subprocess.Popen(argv, cwd=runs.ROOT, start_new_session=True)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(master, 1000)
+    os.close(slave)
+    os.close(master)
+    assert process.wait(runs.DEADLINE_S) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_signal_to_a_forked_child_is_not_one_to_its_parent():
+    program = """
+import os, signal, time
+from jaxtrain.distributed.preemption import Stop
+with Stop() as stop:
+    stop.serve("saving")
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    time.sleep(0.1)
+    assert stop.signal is None
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=runs.ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_ctrl_c_while_a_run_compiles_ends_it_at_once_and_says_that_nothing_is_lost(
+    tmp_path, monkeypatch
+):
+    beats = tmp_path / "beats"
+    monkeypatch.setenv("JAXTRAIN_BEAT", str(beats))
+    process = runs.start(tmp_path / "run", runs.write_text(tmp_path), "--config.compile_cache=")
+    while runs.phase_of(beats) != "compile":
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    started_s = time.monotonic()
+    out = runs.finish(process, 130)
+    assert time.monotonic() - started_s < 1
+    assert "SIGINT while compiling the step: ended before a step was made" in out
+    assert "Traceback" not in out and "compiled in" not in out
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,129 @@
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.distributed.cluster import World
+from jaxtrain.distributed.runtime import (
+    DETERMINISTIC_FLAGS,
+    bind_address,
+    find_cache,
+    start_runtime,
+)
+
+
+@pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
+def test_processes_without_a_place_in_the_world_are_refused(world):
+    with pytest.raises(ValueError, match="Set --coordinator, --processes, --process"):
+        start_runtime(TrainConfig(), World("flags", *world))
+
+
+def test_a_process_that_lacks_a_promised_device_is_refused():
+    start_runtime(TrainConfig(compile_cache=""), World(devices=8))
+    with pytest.raises(ValueError, match="must have the 9 devices.*finds 8.*gpus in --hosts"):
+        start_runtime(TrainConfig(compile_cache=""), World(devices=9))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_the_coordinator_listens_on_the_stated_address_alone():
+    port = free_port()
+    program = (
+        "from jaxtrain.distributed.cluster import World\n"
+        "from jaxtrain.distributed.runtime import join\n"
+        f"join(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=runs.ROOT, **pipes) as process:
+        assert "joined" in process.stdout.readline()
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), 5)
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("10.0.0.7:1234", "10.0.0.7:1234"),
+        ("[fd00::7]:1234", "[fd00::7]:1234"),
+        ("gpu03:1234", None),  # may be 127.0.1.1 on gpu03 itself
+        ("localhost:1234", None),
+    ],
+)
+def test_only_a_literal_address_limits_where_the_coordinator_listens(coordinator, address):
+    assert bind_address(coordinator) == address
+
+
+RANK = """
+import os, sys, time
+import jax
+from jaxtrain.distributed import runtime
+from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.distributed.cluster import World
+
+address, process = sys.argv[1:]
+jax.config.update("jax_platforms", "cuda")  # as where there are GPUs; no device is asked for
+runtime.HEARTBEAT_S = 2
+runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
+print("cache:", jax.config.jax_compilation_cache_dir, flush=True)
+if process == "0":
+    time.sleep(60)  # as in a collective that the dead peer does not come to
+os._exit(1)
+"""
+
+
+def test_of_processes_on_gpus_none_outlives_another_and_none_reads_a_cache_of_process_0():
+    address, ranks = f"localhost:{free_port()}", []
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    for process in "01":
+        argv = [sys.executable, "-c", RANK, address, process]
+        ranks.append(subprocess.Popen(argv, cwd=runs.ROOT, **pipes))
+    said = [rank.communicate(timeout=45)[0] for rank in ranks]
+    assert ranks[0].returncode == -signal.SIGABRT, said[0]
+    assert all("cache: None" in text for text in said)
+
+
+def test_deterministic_sets_its_flags_once(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    for _ in range(2):
+        start_runtime(TrainConfig(deterministic=True, compile_cache=""))
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_force_host_platform_device_count=8",
+        DETERMINISTIC_FLAGS,
+    ]
+
+
+def test_deterministic_runs_repeat_bitwise(tmp_path):
+    text = runs.write_text(tmp_path)
+    flags = ("--config.deterministic=true", "--config.steps=8", "--config.sample.tokens=0")
+    cache = f"--compile_cache={tmp_path / 'cache'}"
+    for name in ("a", "b"):
+        runs.finish(runs.start(tmp_path / name, text, *flags, cache))
+    assert len(runs.losses(tmp_path / "a")) == 8
+    assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
+
+
+def test_a_user_without_a_home_trains_without_a_compile_cache(monkeypatch, caplog):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id
+    assert find_cache("~/.cache/jaxtrain/xla") is None
+    assert "no compile cache" in caplog.text and "--compile_cache=~/.cache" in caplog.text
+
+
+def test_a_cache_that_cannot_be_made_is_off_with_a_line(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert find_cache(str(tmp_path / "file" / "cache")) is None
+    assert "no compile cache" in caplog.text
+    assert find_cache(str(tmp_path / "cache")) == tmp_path / "cache" and find_cache("") is None

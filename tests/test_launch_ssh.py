@@ -1,0 +1,138 @@
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import bed as beds
+import pytest
+
+from launch.host.restart_policy import Policy
+from launch.inventory import Host
+from launch.job import Job
+from launch.prepare import read_env
+from launch.ssh import Fleet, HostError, control_path
+from launch.sync_code import place
+
+HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tmp_path):
+    config = tmp_path / "config"
+    config.write_text(
+        "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"
+        "  LocalForward 8080 localhost:80\n  ForwardX11 yes\n"
+    )
+    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", HOST.target]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(line.partition(" ")[::2] for line in said.splitlines())
+    wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
+    wanted |= {"forwardx11": "no", "clearallforwardings": "yes", "user": "u", "port": "2200"}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_a_configuration_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    config = tmp_path / "of [mine]"
+    with pytest.raises(HostError, match="--ssh_config must name a file; got .*of .mine.*"):
+        Fleet([HOST], str(config)).ssh(HOST)
+    config.write_text("Host a\n  HostName elsewhere\n")
+    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", "a"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "hostname elsewhere\n" in said
+
+
+def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    fleet = Fleet([Host(f"h{i}", "10.0.0.1") for i in range(32)])
+    found = fleet.everywhere(lambda host: Path(fleet.ssh(host)[2]).read_text())
+    [text] = set(found.values())
+    assert text.endswith("Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n")
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
+@pytest.mark.parametrize(("ssh", "asked"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
+def test_code_reaches_a_host_by_name_or_by_address(tmp_path, ssh, asked):
+    shell = tmp_path / "shell"  # in place of ssh: notes the host, runs the command here
+    text = f"""#!/bin/sh
+said="$1"; shift
+while [ "$1" != rsync ]; do said="$said $1"; shift; done
+echo "$said" > {tmp_path}/said
+exec "$@"
+"""
+    shell.write_text(text)
+    shell.chmod(0o755)
+    (tmp_path / "code").write_text("1")
+    target = place(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
+    subprocess.run(["rsync", "-e", str(shell), str(tmp_path / "code"), target], check=True)
+    assert (tmp_path / "there").read_text() == "1"
+    assert (tmp_path / "said").read_text().strip() == asked
+
+
+@pytest.mark.skipif(bool(beds.available()), reason=beds.available())
+def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
+    """Whatever the user's configuration says of it."""
+    with beds.Bed(2) as bed:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
+        config = bed.folder / "jump"
+        config.write_text(f"Host h1\n  ProxyJump h0\n{bed.ssh_config.read_text()}")
+        host = Host("h1", bed.address["h1"], python=sys.executable)
+        request = {"op": "status", "job": "none"}
+        assert Fleet([host], str(config)).call(host, request) == {"known": False, "processes": []}
+        careless = bed.folder / "careless"
+        unknown = f"Host h0\n  StrictHostKeyChecking no\n  UserKnownHostsFile {bed.folder}/none\n"
+        careless.write_text(unknown + config.read_text())
+        alone = Fleet([host], str(careless)).ssh(host, shared=False)
+        refused = subprocess.run([*alone, "--", "h1", "true"], capture_output=True, text=True)
+        assert refused.returncode == 255 and "Host key verification failed" in refused.stderr
+
+
+def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):
+    short = tmp_path / "s"
+    limit = len(str(short)) + 100
+    for where in (short, tmp_path / ("long" * 30)):
+        where.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    assert control_path(limit) == f"{short}/jaxtrain-{os.getuid()}/%C"
+    folder = short / f"jaxtrain-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(HostError, match="mode 700"):
+        control_path(limit)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 30)))
+    assert "long" not in control_path(limit) and control_path(10) == "none"
+
+
+def test_a_secret_comes_from_the_environment_and_not_from_a_command_line(monkeypatch):
+    monkeypatch.setenv("SECRET", "a=b c")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert read_env(["SECRET", "X=1=2", "Y="]) == {"SECRET": "a=b c", "X": "1=2", "Y": ""}
+    with pytest.raises(ValueError, match="--env=NOT_SET"):
+        read_env(["NOT_SET"])
+
+
+def test_a_job_keeps_to_its_interface_and_to_the_python_that_was_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
+    record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "env": {"A": "{python}"}}
+    job = Job.create([HOST], Policy(), "", **record, folders={"a": "/code"})
+    assert job.request(HOST)["spec"]["env"]["NCCL_SOCKET_IFNAME"] == "=eth1"
+    assert job.request(HOST)["spec"]["argv"][0] == "python3"
+    assert stat.S_IMODE((job.folder / "job.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
+    job.change(pythons={"a": "/envs/1/bin/python"}, scopes=["a"])
+    request = job.request(HOST)
+    assert request["spec"]["argv"] == ["/envs/1/bin/python", "-m", "m"]
+    assert request["scope"] is True
+
+
+def test_a_path_that_the_user_gives_python_follows_the_jobs_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
+    record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "folders": {"a": "/code"}}
+    paths = [
+        Job.create([HOST], Policy(), "", **record, env=env).request(HOST)["spec"]["env"]
+        for env in ({}, {"PYTHONPATH": "/mine:/yours"})
+    ]
+    assert [env["PYTHONPATH"] for env in paths] == ["/code", "/code:/mine:/yours"]

@@ -1,0 +1,88 @@
+import gc
+import json
+
+import pytest
+
+from jaxtrain.metrics.step_log import Row, StepLog, explain
+
+USUAL_S = 0.1
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "hosts" / "3.jsonl").read_text().splitlines()]
+
+
+def steps(workdir):
+    return [line["step"] for line in lines(workdir) if "event" not in line]
+
+
+def outliers(workdir):
+    return {line["step"]: line["cause"] for line in lines(workdir) if "event" in line}
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = StepLog(tmp_path, 3)
+    yield log
+    log.close()
+
+
+def add_usual(log, first, count=20):
+    for step in range(first, first + count):
+        log.add(step, USUAL_S + 1e-4 * (step % 5), 0.0)
+
+
+def test_steps_are_lines_once_they_are_flushed(log, tmp_path):
+    add_usual(log, 1, 2)
+    log.add(3, 0.1, 0.02, wire=(7, 9))
+    log.flush(wait_s=60)
+    assert lines(tmp_path) == []
+    log.flush()
+    assert steps(tmp_path) == [1, 2, 3]
+    entry = lines(tmp_path)[-1]
+    assert entry["perf/step_time_s"] == 0.1 and entry["data/wait_s"] == 0.02
+    assert (entry["comm/wire_sent_bytes"], entry["comm/wire_received_bytes"]) == (7, 9)
+    assert "comm/wire_sent_bytes" not in lines(tmp_path)[0]
+
+
+def test_a_step_that_takes_too_long_is_an_event_with_what_coincided(log, tmp_path):
+    add_usual(log, 1)
+    log.add(21, 3 * USUAL_S, 0.0, beside=["save"])
+    log.add(22, 3 * USUAL_S, 0.19)
+    log.add(23, 3 * USUAL_S, 0.0)
+    log.add(24, 1.4 * USUAL_S, 0.19)  # not long enough
+    log.flush()
+    assert outliers(tmp_path) == {21: "save", 22: "data", 23: "unknown"}
+    assert log.outliers == {"save": 1, "data": 1, "unknown": 1}
+
+
+def test_steps_that_always_vary_are_no_outliers(log, tmp_path):
+    for step in range(1, 60):
+        log.add(step, USUAL_S * (1 + step % 3), 0.0)
+    log.flush()
+    assert outliers(tmp_path) == {}
+
+
+def test_the_collectors_time_is_known(log, tmp_path):
+    add_usual(log, 1)
+    gc.collect()
+    assert log.gc_s > 0
+    log.gc_s = USUAL_S
+    log.add(21, 2 * USUAL_S, 0.0)
+    log.flush()
+    assert outliers(tmp_path) == {21: "gc"} and log.gc_s == 0.0
+
+
+def test_a_cause_that_took_little_of_the_excess_is_not_named():
+    row = Row(1, 0.0, 1.0, 0.0, None, ("save",), {"gc": 0.2, "data": 0.1})
+    assert explain(row, 0.4) == "save+gc+data"
+    assert explain(row, 0.9) == "save"
+
+
+def test_a_resumed_process_goes_on_where_its_run_does(tmp_path):
+    for resume_step, last in ((0, 10), (4, 7)):
+        log = StepLog(tmp_path, 3, resume_step)
+        for step in range(resume_step + 1, last + 1):
+            log.add(step, USUAL_S, 0.0)
+        log.close()
+    assert steps(tmp_path) == list(range(1, 8))

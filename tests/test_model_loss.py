@@ -1,0 +1,95 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtrain.config.train_config import LossConfig, MeshConfig
+from jaxtrain.distributed.mesh import build_mesh
+from jaxtrain.model.loss import build_loss, chunk_steps
+
+B, T, D, V = 8, 33, 16, 48
+
+
+@pytest.fixture
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    h = jax.random.normal(keys[0], (B, T, D))
+    w = jax.random.normal(keys[1], (V, D))
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = (jax.random.uniform(keys[3], (B, T)) > 0.3).astype(jnp.float32)
+    return h, w, targets, weights / weights.sum()
+
+
+def reference(h, w, targets, weights, softcap, z_loss):
+    logits = jnp.einsum("BTD,VD->BTV", h, w)
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    lse = jax.nn.logsumexp(logits, -1)
+    nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (weights * nll).sum() + z_loss * (weights * lse**2).sum(), (weights * nll).sum()
+
+
+def value_and_grads(loss, h, w, targets, weights):
+    function = lambda h, w: loss(h, w, targets, weights)
+    return jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(h, w)
+
+
+@pytest.mark.parametrize(
+    "mesh, softcap, z_loss, chunk_bytes",
+    [
+        (None, 0.0, 0.0, 1 << 26),
+        (None, 5.0, 1e-2, 1 << 10),
+        ((2, 2, 2), 0.0, 0.0, 1 << 10),
+        ((2, 2, 2), 5.0, 1e-2, 1 << 26),
+        ((1, 8, 1), 5.0, 1e-2, 1 << 10),
+    ],
+)
+def test_value_and_gradients_are_the_unchunked_ones(inputs, mesh, softcap, z_loss, chunk_bytes):
+    cfg = LossConfig(z_loss=z_loss, chunk_bytes=chunk_bytes)
+    loss = build_loss(cfg, softcap, jnp.float32, mesh and build_mesh(MeshConfig(*mesh)))
+    got = value_and_grads(loss, *inputs)
+    want = value_and_grads(lambda *args: reference(*args, softcap, z_loss), *inputs)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
+    plain = loss(*inputs)  # without gradients
+    assert jnp.allclose(jnp.array(plain), jnp.array(got[0]), rtol=1e-5)
+
+
+def test_padding_contributes_neither_loss_nor_gradient(inputs):
+    h, w, targets, weights = inputs
+    loss = build_loss(LossConfig(), 0.0, jnp.float32)
+    weights = weights.at[:, 20:].set(0)
+    changed = h.at[:, 20:].add(3.0), w, (targets + 7) % V, weights
+    changed = (changed[0], w, jnp.where(jnp.arange(T) < 20, targets, changed[2]), weights)
+    (a, (dh, dw)), (b, (_, dw_b)) = (
+        value_and_grads(loss, h, w, targets, weights),
+        value_and_grads(loss, *changed),
+    )
+    assert a[0] == b[0]
+    assert jnp.all(dh[:, 20:] == 0)
+    assert jnp.allclose(dw, dw_b, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [7, 1_024, 2_048])
+def test_chunks_are_as_few_as_must_be_and_pad_less_than_a_step_each(T):
+    for most in range(1, T // 4 + 1, 9):
+        steps = chunk_steps(2, T, 50, 4 * 2 * 50 * most)
+        chunks = -(-T // steps)
+        assert steps <= most and chunks == -(-T // most)
+        assert steps * chunks - T < chunks
+
+
+def test_no_array_of_all_logits_exists(inputs):
+    loss = build_loss(LossConfig(), 0.0, jnp.float32)
+    program = jax.jit(jax.grad(lambda h, w: loss(h, w, *inputs[2:])[0], argnums=(0, 1)))
+    text = program.lower(*inputs[:2]).compile().as_text()
+    sizes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    elements = {size: jnp.prod(jnp.array(size)) for size in sizes if V in size}
+    assert elements and max(elements.values()) < B * T * V
+
+
+def test_the_loss_of_a_uniform_head_is_ln_v(inputs):
+    h, w, targets, weights = inputs
+    loss = build_loss(LossConfig(), 0.0, jnp.float32)
+    nats = loss(h, jnp.zeros_like(w), targets, weights)[1]
+    assert jnp.allclose(nats, jnp.log(V), rtol=1e-6)

@@ -1,0 +1,273 @@
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from jaxtrain.config.train_config import LossConfig, MeshConfig, ModelConfig
+from jaxtrain.distributed.mesh import build_mesh, param_sharding
+from jaxtrain.model.attention import ATTENTION, CUDNN_FORWARD, attention_reference
+from jaxtrain.model.dense import DENSE, dense_plain
+from jaxtrain.model.layers import build_pair, lookup
+from jaxtrain.model.loss import build_loss
+from jaxtrain.model.transformer import build_model, head
+from jaxtrain.ops.routes import choose_routes
+from jaxtrain.training.step import target_weights
+
+SMALL = dict(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
+GPT2 = SMALL | dict(
+    G=4, norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=64
+)
+FORMS = [
+    SMALL,
+    SMALL | dict(qk_norm=True, mlp="relu2", logit_softcap=15.0),
+    GPT2,
+    SMALL | dict(G=1, tied=True),
+]
+
+
+def build(document_mask=False, mesh=None, **values):
+    cfg = ModelConfig(**(SMALL | values))
+    return build_model(cfg, choose_routes(cfg, document_mask, "cpu", False), mesh, document_mask)
+
+
+def tokens_of(B=4, T=24, V=64, seed=1):
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, V)
+
+
+def close(a, b, tolerance):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTENTION) - {"reference", "cudnn"}))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("T", [1, 7, 64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradient_equal_the_reference(name, dtype, T, masked):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, T, 6, 8), (2, T, 3, 8), (2, T, 3, 8), (2, T, 6, 8)]
+    q, k, v, do = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
+    docs = jnp.cumsum(jnp.arange(T) % 5 == 4)[None].repeat(2, 0) if masked else None
+    run = lambda function, *x: jax.vjp(lambda *qkv: function(*qkv, docs), *x)
+    o, pullback = run(ATTENTION[name], q, k, v)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    o_reference, pullback_reference = run(attention_reference, *wide)
+    tolerance = 2e-6 if dtype == jnp.float32 else 1e-2
+    assert o.dtype == dtype
+    assert close(o, o_reference, tolerance)
+    grads = zip(pullback(do), pullback_reference(do.astype(jnp.float32)), strict=True)
+    for got, want in grads:
+        assert close(got, want, tolerance) or jnp.abs(want).max() < 1e-6  # T=1: no gradient
+
+
+def test_documents_do_not_see_each_other():
+    model = build(document_mask=True)
+    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    docs = (jnp.arange(24) >= 10).astype(jnp.int32)[None].repeat(4, 0)
+    other = tokens.at[:, :10].set((tokens[:, :10] + 1) % 64)
+    a, b = model.apply(params, tokens, docs), model.apply(params, other, docs)
+    assert jnp.array_equal(a[:, 10:], b[:, 10:])
+    assert not jnp.array_equal(a[:, :10], b[:, :10])
+
+
+@pytest.mark.parametrize("name", sorted(set(DENSE) - {"plain"}))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_and_its_gradient_equal_the_plain_product(name, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, 5, 16), (16, 24), (2, 5, 24)]
+    x, w, g = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
+    y, pullback = jax.vjp(DENSE[name], x, w)
+    wide = x.astype(jnp.float32), w.astype(jnp.float32)
+    y_plain, pullback_plain = jax.vjp(dense_plain, *wide)
+    tolerance = 1e-6 if dtype == jnp.float32 else 4e-3  # half an ulp of bf16 a product
+    assert y.dtype == dtype
+    assert close(y, y_plain, tolerance)
+    for got, want in zip(pullback(g), pullback_plain(g.astype(jnp.float32)), strict=True):
+        assert got.dtype == dtype
+        assert close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("values", FORMS)
+def test_a_later_token_changes_no_earlier_output(values):
+    model = build(**values)
+    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    changed = tokens.at[:, 17].set((tokens[:, 17] + 1) % 64)
+    a, b = model.apply(params, tokens), model.apply(params, changed)
+    assert jnp.array_equal(a[:, :17], b[:, :17])
+    assert not jnp.array_equal(a[:, 17:], b[:, 17:])
+
+
+@pytest.mark.parametrize("values", FORMS)
+def test_decoding_with_a_cache_gives_the_training_logits(values):
+    model = build(**values)
+    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    want = model.logits(params, model.apply(params, tokens))
+    cache = model.init_cache(4, 32)  # longer than the text
+    hidden, cache = model.extend(params, cache, tokens[:, :9], 0)
+    parts, step = [hidden], jax.jit(model.extend)
+    for t in range(9, 24):
+        hidden, cache = step(params, cache, tokens[:, t : t + 1], t)
+        parts.append(hidden)
+    got = model.logits(params, jnp.concatenate(parts, 1))
+    assert jnp.abs(got - want).max() < 1e-5
+
+
+def gradients(model, params, tokens):
+    loss = build_loss(LossConfig(), 0.0, jnp.float32)
+    weights = jnp.full((4, 23), 1 / (4 * 23))
+
+    def objective(params):
+        hidden = model.apply(params, tokens[:, :-1])
+        return loss(hidden, head(params), tokens[:, 1:], weights)[0]
+
+    return jax.jit(jax.value_and_grad(objective))(params)
+
+
+def test_unroll_and_remat_change_no_gradient():
+    tokens, want = tokens_of(), None
+    for unroll, remat in ((2, "none"), (1, "dots"), (1, "attention"), (1, "full")):
+        model = build(unroll=unroll, remat=remat)
+        got = gradients(model, model.init(jax.random.key(0)), tokens)
+        want = want or got
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        assert all(close(a, b, 1e-5) for a, b in pairs), (unroll, remat)
+
+
+def test_one_product_of_gate_and_up_gives_both_and_all_gradients():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, *weights = map(jax.random.normal, keys, [(2, 5, 16), (16, 24), (16, 24)])
+    one_product = build_pair("plain", ModelConfig(**SMALL))
+    gate_and_up = lambda x, *weights: one_product(*(SimpleNamespace(w=w) for w in weights), x)
+    apart = lambda x, *weights: tuple(dense_plain(x, w) for w in weights)
+    got, pullback = jax.vjp(gate_and_up, x, *weights)
+    want, pullback_apart = jax.vjp(apart, x, *weights)
+    pairs = zip((*got, *pullback(got)), (*want, *pullback_apart(want)), strict=True)
+    assert all(close(a, b, 1e-6) for a, b in pairs)
+
+
+def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_several():
+    cfg = ModelConfig(**SMALL)
+    routes = choose_routes(cfg, False, "gpu", False)
+    products = lambda mesh: str(
+        jax.make_jaxpr(build_model(cfg, routes, mesh).apply)(build().shapes, tokens_of())
+    ).count("dot_general[")
+    assert products(build_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])) == products(None) + 1
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("remat, times", [("none", 1), ("attention", 1), ("full", 2)])
+def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(
+    remat, times, devices, monkeypatch
+):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)  # tracing wants no more of it
+    cfg = ModelConfig(**SMALL | dict(remat=remat, dtype="bfloat16"))
+    mesh = None if devices == 1 else build_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
+    model = build_model(cfg, choose_routes(cfg, False, "gpu", False), mesh)
+    traced = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, tokens_of()).sum()))
+    assert str(traced(model.shapes)).count(f"{CUDNN_FORWARD}[") == times
+
+
+def test_full_remat_keeps_less_than_none():
+    def temporaries(remat):
+        model = build(L=8, remat=remat, unroll=1)
+        run = jax.jit(jax.grad(lambda p: model.apply(p, tokens_of()).astype(jnp.float32).sum()))
+        return run.lower(model.shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < 0.7 * temporaries("none")
+
+
+@pytest.mark.parametrize("values", FORMS + [GPT2 | dict(L=12, D=64, K=16, F=256, V=512)])
+def test_the_first_loss_is_ln_v(values):
+    model = build(**values)
+    V = model.shapes["embed"].shape[0]
+    tokens = tokens_of(16, 65, V)
+    params = model.init(jax.random.key(3))
+    nats = build_loss(LossConfig(), 0.0, jnp.float32)(
+        model.apply(params, tokens[:, :-1]),
+        head(params),
+        tokens[:, 1:],
+        jnp.full((16, 64), 1 / (16 * 64)),
+    )[1]
+    assert abs(nats / jnp.log(V) - 1) < 0.02
+
+
+def test_a_parameter_starts_the_same_whatever_else_the_model_has():
+    plain, normed = build().init(jax.random.key(0)), build(qk_norm=True).init(jax.random.key(0))
+    assert jnp.array_equal(plain["blocks"]["mlp"]["up"]["w"], normed["blocks"]["mlp"]["up"]["w"])
+    assert jnp.array_equal(plain["embed"], normed["embed"])
+
+
+def test_initialisation_does_not_depend_on_the_mesh():
+    mesh = build_mesh(MeshConfig(2, 2, 2))
+    model = build(mesh=mesh)
+    place = lambda axes, x: param_sharding(axes, x.shape, mesh)
+    shardings = jax.tree.map(place, model.axes, model.shapes)
+    split = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
+    whole = jax.jit(model.init)(jax.random.key(0))
+    pairs = zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_bf16_compute_is_near_float32_and_masters_stay_float32():
+    tokens = tokens_of()
+    wide, half = build(), build(dtype="bfloat16")
+    params = wide.init(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(half.shapes)} == {jnp.dtype("float32")}
+    got, want = half.apply(params, tokens), wide.apply(params, tokens)
+    assert got.dtype == jnp.bfloat16
+    assert close(got, want, 2e-2)
+
+
+def test_float64_agrees_with_float32_to_float32():
+    tokens = tokens_of()
+    want = build().apply(build().init(jax.random.key(0)), tokens)
+    params = build().init(jax.random.key(0))
+    with jax.enable_x64(True):
+        exact = build(dtype="float64")
+        got = exact.apply(jax.tree.map(lambda x: x.astype(jnp.float64), params), tokens)
+        assert got.dtype == jnp.float64
+    assert close(want, got, 2e-6)
+
+
+def test_a_layer_is_gathered_one_at_a_time_under_fsdp():
+    mesh = build_mesh(MeshConfig(1, 8, 1))
+    model = build(L=4, D=64, unroll=1, mesh=mesh)
+    place = lambda axes, x: param_sharding(axes, x.shape, mesh)
+    shardings = jax.tree.map(place, model.axes, model.shapes)
+    run = jax.jit(lambda p, t: model.apply(p, t), in_shardings=(shardings, None))
+    text = run.lower(model.shapes, tokens_of(8)).compile().as_text()
+    gathers = re.findall(r"= \w+\[([\d,]+)\][^\n]* all-gather\(", text)
+    stacked = [dims for dims in gathers if dims.startswith("4,") and dims.count(",") > 2]
+    assert gathers and not stacked
+
+
+@pytest.mark.parametrize("dense", sorted(DENSE))
+def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
+    """Gradients of a bias and of a frequent token: 16,384 terms, far past bfloat16's 256."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w = (
+        jax.random.normal(key, s, jnp.bfloat16)
+        for key, s in zip(keys, [(64, 256, 4), (4, 8)], strict=False)
+    )
+    g = 1 + 0.1 * jax.random.normal(keys[2], (64, 256, 8))
+    tokens = jax.random.randint(keys[3], (64, 256), 0, 2)
+    narrow = g.astype(jnp.bfloat16)
+    _, pull_bias = jax.vjp(lambda b: DENSE[dense](x, w, b), jnp.zeros(8))
+    assert close(pull_bias(narrow)[0], g.sum((0, 1)), 1e-3)
+    read = lambda table: lookup(table, tokens, jnp.bfloat16, lambda x: x)
+    _, pull_table = jax.vjp(read, jnp.zeros((4, 8)))
+    assert close(pull_table(narrow)[0], jnp.zeros((4, 8)).at[tokens].add(g), 1e-3)
+
+
+def test_the_mean_loss_of_a_float64_model_is_rounded_as_float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        weights = target_weights({"tokens": jnp.zeros((2, 4), jnp.int32)})
+        assert weights.dtype == jnp.float64  # 1/6 in float32 is off by 2e-9
+    finally:
+        jax.config.update("jax_enable_x64", before)

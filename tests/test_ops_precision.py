@@ -1,0 +1,92 @@
+"""model.dtype=auto: what it becomes, and that a run keeps what it began with."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+import runs
+
+from configs import debug, quickstart, study
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.ops import precision
+from jaxtrain.ops.precision import choose, resolve, resolve_for_chip
+from jaxtrain.train import train
+from jaxtrain.training.run import load_config
+from pallas_kernels.chip import CHIPS
+
+AMX = frozenset({"amx_bf16", "avx512_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "why"),
+    [
+        ({"avx2"}, "float32", "this processor has neither AVX512-BF16 nor AMX-BF16"),
+        ({"avx2", "avx512_bf16"}, "bfloat16", "this processor has AVX512-BF16"),
+        ({"amx_bf16", "amx_tile"}, "bfloat16", "this processor has AMX-BF16"),
+        (AMX, "bfloat16", "this processor has AVX512-BF16 and AMX-BF16"),
+        (set(), "float32", "neither"),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_where_it_has_instructions_for_it(
+    monkeypatch, flags, dtype, why
+):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset(flags))
+    found, reason = choose(SimpleNamespace(platform="cpu"))
+    assert found == dtype and why in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ("7.0", "float32"),
+        ("7.5", "float32"),
+        ("8.0", "bfloat16"),
+        ("8.6", "bfloat16"),
+        ("10.0", "bfloat16"),
+        ("gfx90a", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16_from_compute_capability_8_on(capability, dtype):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert choose(gpu)[0] == dtype
+
+
+def test_a_plan_is_of_the_type_that_the_planned_chip_computes_in():
+    cfg = config_lib.freeze(quickstart.get_config())
+    assert cfg.model.dtype == "auto"
+    assert {resolve_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()} == {"bfloat16"}
+
+
+def test_a_stated_type_is_kept(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: AMX)
+    cfg = config_lib.freeze(debug.get_config())
+    assert resolve(cfg, jax.devices()[0]) == (cfg, "")
+
+
+def test_the_study_is_the_same_on_every_machine():
+    assert study.get_config().base.model.dtype == "float32"
+
+
+def test_a_run_goes_on_in_the_type_that_it_began_with(tmp_path, monkeypatch, capsys):
+    def start(steps):
+        config = debug.get_config()
+        config.update({"workdir": str(tmp_path / "run"), "steps": steps})
+        config.data.text, config.sample.tokens = str(text), 0
+        config.model.dtype = "auto"
+        assert train(config_lib.freeze(config), jax.devices()[:1]) == 0
+        return capsys.readouterr().out
+
+    text = runs.write_text(tmp_path)
+    monkeypatch.setattr(precision, "cpu_flags", lambda: AMX)
+    began = "bfloat16 (model.dtype=auto: this processor has AVX512-BF16 and AMX-BF16)"
+    assert began in start(2)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["config"]["model"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset())
+    out = start(3)
+    assert "bfloat16 (model.dtype=auto: as the run began; this processor has neither" in out
+    changed = [line.split()[2] for line in out.splitlines() if line.startswith("resumed with")]
+    assert changed == ["steps", "optim.total_steps"]
+    assert load_config(tmp_path / "run").model.dtype == "bfloat16"

@@ -1,0 +1,179 @@
+import glob
+import os
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from jaxtrain import WANTS_GPU
+from jaxtrain.config.train_config import KernelsConfig, ModelConfig
+from jaxtrain.ops import routes as kernels
+from jaxtrain.ops.routes import choose_routes
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_op_has_a_route_with_a_reason(platform, masked):
+    for route in choose_routes(ModelConfig(), masked, platform, False).values():
+        assert route.implementation and route.reason in str(route)
+
+
+def test_a_gpu_takes_flash_attention_and_the_plain_product():
+    routes = choose_routes(ModelConfig(), False, "gpu", True)
+    assert routes["attention"].implementation == "cudnn"
+    assert routes["dense"].implementation == "plain"
+
+
+@pytest.mark.parametrize(("masked", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_fallback_says_so_and_strict_makes_it_an_error(masked, dtype):
+    model = ModelConfig(dtype=dtype)
+    route = choose_routes(model, masked, "gpu", False)["attention"]
+    assert route.fallback and "FALLBACK" in str(route)
+    with pytest.raises(ValueError, match="strict forbids fallbacks; got attention"):
+        choose_routes(model, masked, "gpu", True)
+
+
+def test_an_explicit_route_that_cannot_be_served_raises():
+    with pytest.raises(ValueError, match="model.attention=cudnn must be .* needs a GPU"):
+        choose_routes(ModelConfig(attention="cudnn"), False, "cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "says"),
+    [
+        ({"K": 20}, {"arch": "sm_90"}, "a multiple of 8, at most 256 on sm_90; got 20"),
+        ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
+        ({"K": 264}, {"arch": "sm_90"}, "at most 256 on sm_90; got 264"),
+        ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+    ],
+)
+def test_cudnn_is_no_route_where_the_compile_would_fail(values, where, says):
+    route = choose_routes(ModelConfig(**values), False, "gpu", False, **where)["attention"]
+    assert route.implementation == "reference" and route.fallback and says in route.reason
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--model.attent"):
+        asked = ModelConfig(**values, attention="cudnn")
+        choose_routes(asked, False, "gpu", False, **where)
+
+
+@pytest.mark.parametrize(("K", "arch"), [(128, "sm_86"), (256, "sm_90"), (136, "sm_120")])
+def test_cudnn_is_a_route_up_to_its_widest_head(K, arch):
+    route = choose_routes(ModelConfig(K=K), False, "gpu", True, arch=arch)["attention"]
+    assert route.implementation == "cudnn"
+
+
+def test_a_cpu_where_a_gpu_is_wanted_is_a_fallback():
+    choose = lambda strict, **where: choose_routes(ModelConfig(), False, "cpu", strict, **where)
+    assert "FALLBACK" in str(choose(False, wants_gpu=True)["device"])
+    with pytest.raises(ValueError, match="strict forbids.*device.*JAX_PLATFORMS=cpu says"):
+        choose(True, wants_gpu=True)
+    assert "device" not in choose(True)
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia[0-9]*")), reason="there is a GPU")
+def test_a_cuda_plugin_wants_a_gpu_unless_the_user_has_named_the_cpu():
+    pytest.importorskip("jax_cuda12_plugin", reason="no CUDA plugin: offline")
+    argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    how = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    refused = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
+    assert refused.returncode == 78 and "JAX_PLATFORMS=cpu says" in refused.stderr
+    assert not WANTS_GPU  # here conftest has named it
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "cpu"), (False, "cpu_wide")])
+def test_a_cpu_without_bf16_products_multiplies_in_float32(monkeypatch, has, expected):
+    monkeypatch.setattr(kernels, "cpu_multiplies_bf16", lambda: has)
+    assert choose_routes(ModelConfig(), False, "cpu", False)["dense"].implementation == expected
+    wide = choose_routes(ModelConfig(dtype="float32"), False, "cpu", False)["dense"]
+    assert wide.implementation == "cpu"
+
+
+def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
+    unroll = lambda **values: choose_routes(ModelConfig(**values), False, "cpu", False)["layers"]
+    assert unroll(L=4).implementation == "unroll=4"
+    assert unroll(L=26).implementation == "unroll=1"
+    assert unroll(L=26, unroll=13).implementation == "unroll=13"
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"qk_norm": True, "position": "learned"}, {"qk_norm": True}]
+)
+def test_only_a_model_with_qk_norm_and_rope_has_a_route_for_both(values):
+    routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_86")
+    assert ("qk_rope" in routes) == (values == {"qk_norm": True})
+
+
+def test_heads_that_do_not_divide_over_devices_have_no_kernel():
+    where = dict(arch="sm_90", tensor=4)
+    route = choose_routes(ModelConfig(qk_norm=True, G=2), False, "gpu", False, **where)["qk_rope"]
+    assert route.implementation == "plain"
+    assert "mesh.tensor=4 must divide model.G=2" in route.reason
+
+
+STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
+
+
+@pytest.mark.parametrize(
+    "values, where, says",
+    [
+        ({}, {}, "got no GPU"),
+        ({}, {"arch": "sm_75"}, "compiled for sm_86, sm_90; got sm_75"),
+        ({"K": 96}, {"arch": "sm_86"}, "a power of two, at least 16; got model.K=96"),
+        ({"K": 8}, {"arch": "sm_86"}, "at least 16; got model.K=8"),
+        ({"dtype": "float64"}, {"arch": "sm_90"}, "got model.dtype=float64"),
+        ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+    ],
+)
+def test_strict_kernels_refuse_with_the_reason(values, where, says):
+    platform = "gpu" if where else "cpu"
+    with pytest.raises(ValueError, match=f"kernels.strict needs fused attention.*{says}"):
+        choose_routes(ModelConfig(**values), False, platform, False, STRICT, **where)
+    if where:
+        choose_routes(ModelConfig(**values), False, platform, False, **where)  # another is taken
+    with pytest.raises(ValueError, match=f"model.attention=flash needs.*{says}"):
+        asked = ModelConfig(**values, attention="flash")
+        choose_routes(asked, False, platform, False, **where)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_route_is_taken_where_it_must_be_and_named_by_its_chip(masked):
+    route = lambda kernels, **where: (
+        choose_routes(ModelConfig(), masked, "gpu", False, kernels, **where)[
+            "attention"
+        ].implementation
+    )
+    assert route(STRICT, arch="sm_86") == "flash:sm_86"
+    assert route(INTERPRET) == "flash:interpret"
+    assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not before a card has run it
+
+
+def described(**values):
+    where = values.pop("where", {})
+    kernels_ = values.pop("kernels", KernelsConfig())
+    platform = values.pop("platform", "cpu")
+    masked = values.pop("masked", False)
+    model = ModelConfig(qk_norm=True, **values)
+    return list(kernels.describe(choose_routes(model, masked, platform, False, kernels_, **where)))
+
+
+def test_usual_routes_are_one_line():
+    assert described(dtype="float32") == [("routes", "all by XLA")]
+    assert described(platform="gpu") == [("routes", "attention by cuDNN, all others by XLA")]
+
+
+def test_a_fallback_stands_first_in_its_line():
+    rows = described(platform="gpu", masked=True)
+    assert [name for name, _ in rows] == ["FALLBACK", "routes"]
+    assert rows[0][1].startswith("attention  reference  cuDNN's cannot run")
+    assert rows[1][1] == "all others by XLA"
+
+
+def test_kernels_and_what_the_config_asks_for_have_a_line_each(monkeypatch):
+    rows = described(platform="gpu", kernels=KernelsConfig(strict=True), where={"arch": "sm_86"})
+    fused = [text.split()[:2] for name, text in rows if name == "route"]
+    assert ["norm", "fused:sm_86"] in fused and ["attention", "flash:sm_86"] in fused
+    assert described(attention="reference", dtype="float32")[0][0] == "route"
+    monkeypatch.setattr(kernels, "cpu_multiplies_bf16", lambda: False)
+    slow = described(dtype="bfloat16")
+    assert ["dense", "cpu_wide"] in [text.split()[:2] for name, text in slow if name == "route"]

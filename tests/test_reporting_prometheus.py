@@ -1,0 +1,66 @@
+import json
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.metrics.names import measured_names, prometheus_name
+from jaxtrain.reporting.prometheus import Exporter
+
+DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
+TRAINED = ("step", "train/loss_nats", "train/grad_norm", "train/skipped_steps", "eval/loss_nats")
+
+
+@pytest.fixture
+def exporter():
+    exporter = Exporter("127.0.0.1", 0)
+    yield exporter
+    exporter.close()
+
+
+def read(exporter, path="/metrics"):
+    with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}{path}", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def values(page):
+    lines = [line.split() for line in page.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_the_page_holds_the_newest_value_of_every_metric(exporter):
+    exporter.write(1, {"perf/step_time_s": 0.1, "train/loss_nats": 5.5})
+    exporter.write(2, {"perf/step_time_s": 0.3, "eval/loss_nats": float("nan"), "a": float("-inf")})
+    page = read(exporter)
+    found = values(page)
+    assert found["jaxtrain_perf_step_time_s"] == 0.3 and found["jaxtrain_train_loss_nats"] == 5.5
+    assert found["jaxtrain_step"] == 2 and found["jaxtrain_a"] == float("-inf")
+    assert "jaxtrain_eval_loss_nats NaN" in page
+
+
+def test_only_the_metrics_are_there(exporter):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        read(exporter, "/etc/passwd")
+
+
+def test_a_port_that_is_taken_names_the_flag(exporter):
+    with pytest.raises(ValueError, match="--export.port"):
+        Exporter("127.0.0.1", exporter.port)
+
+
+def test_names_of_two_metrics_never_become_one():
+    names = [*measured_names(), *TRAINED]
+    exported = {prometheus_name(name) for name in names}
+    assert len(exported) == len(names)
+    assert all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in exported)
+
+
+def test_the_dashboard_asks_for_names_that_are_exported():
+    known = {prometheus_name(name): name for name in (*measured_names(), *TRAINED)}
+    dashboard = json.loads(DASHBOARD.read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = [re.match(r"\w+", target["expr"])[0] for target in targets]
+    assert len(asked) > 20 and not set(asked) - known.keys()
+    assert [known[name] for name in asked] == [target["legendFormat"] for target in targets]

@@ -1,0 +1,225 @@
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from jaxtrain.run_directory import lock as run_lock
+from jaxtrain.run_directory.liveness import locks_this_host_only, pid_start, read_owner
+from jaxtrain.run_directory.lock import RunLocked
+
+RunLock = functools.partial(run_lock.RunLock, wait_s=0.1)
+OWNER = """
+import sys, time
+from jaxtrain.run_directory.lock import RunLock
+with RunLock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_owner(workdir):
+    """A process that holds the lock of `workdir`."""
+    argv = [sys.executable, "-c", OWNER, str(workdir)]
+    process = subprocess.Popen(argv, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def no_locks(file, operation):
+    """flock() of a file system without locks."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def rewrite_owner(path, **values):
+    path.write_text(json.dumps(read_owner(path) | values))
+
+
+def test_a_second_run_is_refused_by_name_and_a_kill_9_frees_the_folder_at_once(tmp_path):
+    owner = start_owner(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunLocked) as error, RunLock(tmp_path):
+        pass
+    said = str(error.value)
+    start = read_owner(tmp_path / ".lock")["start"]
+    assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in said
+    assert f"kill {owner.pid}: it saves first" in said and "set another --workdir" in said
+    assert "remove" not in said and "\n" not in said
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    assert read_owner(tmp_path / ".lock")["pid"] == owner.pid  # out of date, and no hindrance
+    with RunLock(tmp_path):
+        assert read_owner(tmp_path / ".lock")["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_reading_who_has_the_lock_does_not_free_it(tmp_path):
+    with RunLock(tmp_path):
+        (tmp_path / ".lock").read_text()  # closing any descriptor would free a POSIX lock
+        with pytest.raises(RunLocked), RunLock(tmp_path):
+            pass
+
+
+def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path):
+    program = """if True:
+        import os, subprocess, sys, time
+        from jaxtrain.run_directory.lock import RunLock
+        RunLock(sys.argv[1]).__enter__()
+        child = subprocess.Popen(["sleep", "30"], close_fds=False, stdout=subprocess.DEVNULL)
+        fork = os.fork()
+        if not fork:
+            os.close(1)
+            time.sleep(30)
+        print(child.pid, fork, flush=True)
+        os._exit(1)
+    """
+    argv = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    done = subprocess.run(argv, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and read_owner(tmp_path / ".lock")
+    try:
+        with RunLock(tmp_path):
+            pass
+    finally:
+        for pid in done.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_start_that_is_refused_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunLock(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_lock_file_was_removed_takes_it_again_or_stops(tmp_path):
+    with RunLock(tmp_path) as first:
+        first.check()
+        (tmp_path / ".lock").unlink()
+        first.check()
+        with pytest.raises(RunLocked), RunLock(tmp_path):
+            pass
+        (tmp_path / ".lock").unlink()
+        other = start_owner(tmp_path)
+        with pytest.raises(RunLocked, match=f"in use by pid {other.pid}"):
+            first.check()
+        other.kill()
+        other.communicate()
+
+
+def test_a_folder_in_place_of_the_lock_ends_in_a_line_that_says_what_to_do(tmp_path):
+    with RunLock(tmp_path) as lock:
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").mkdir()
+        with pytest.raises(ValueError, match=f"Remove {tmp_path / '.lock'} and start again"):
+            lock.check()
+
+
+def test_a_host_that_died_can_be_freed_by_removing_the_file_that_the_message_names(tmp_path):
+    owner = start_owner(tmp_path)  # NFSv3's server would hold a dead client's lock just so
+    rewrite_owner(tmp_path / ".lock", host="gone")
+    with pytest.raises(RunLocked) as error, RunLock(tmp_path):
+        pass
+    assert f"If that host has died, remove {tmp_path / '.lock'} and start" in str(error.value)
+    (tmp_path / ".lock").unlink()
+    with RunLock(tmp_path):
+        pass
+    owner.kill()
+    owner.communicate()
+
+
+def test_processes_of_one_run_share_a_lock_that_keeps_other_runs_out(tmp_path):
+    with RunLock(tmp_path, run="a"):
+        with RunLock(tmp_path, run="a") as second:
+            with pytest.raises(RunLocked), RunLock(tmp_path, run="b"):
+                pass
+            with pytest.raises(RunLocked), RunLock(tmp_path):
+                pass
+        assert (tmp_path / ".lock").exists()  # the last one removes it
+        with pytest.raises(RunLocked), RunLock(tmp_path, run="b"):
+            pass
+    assert not (tmp_path / ".lock").exists() and second.describe() == []
+    with RunLock(tmp_path, run="b"):
+        pass
+
+
+def test_without_the_kernels_locks_a_live_pid_of_this_host_is_refused_and_a_dead_one_is_not(
+    tmp_path,
+):
+    with RunLock(tmp_path, flock=no_locks) as lock:
+        [line] = lock.describe()
+        assert f"{tmp_path / '.lock'} cannot be locked (No locks available)" in line
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        for pid, alive in ((dead.pid, False), (os.getppid(), True)):
+            values = {"pid": pid, "pid_start": pid_start(pid) if alive else "1"}
+            rewrite_owner(tmp_path / ".lock", **values)
+            if alive:
+                with pytest.raises(RunLocked, match=f"in use by pid {pid} "):
+                    RunLock(tmp_path, flock=no_locks).__enter__()
+            else:
+                RunLock(tmp_path, flock=no_locks).__enter__()
+
+
+def test_without_the_kernels_locks_a_pid_that_was_given_to_another_process_is_no_owner(tmp_path):
+    with RunLock(tmp_path, flock=no_locks):
+        rewrite_owner(tmp_path / ".lock", pid=os.getppid(), pid_start="1")
+        with RunLock(tmp_path, flock=no_locks):
+            pass
+
+
+def test_without_the_kernels_locks_a_host_is_refused_while_the_other_one_touches_the_file(tmp_path):
+    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # it touches the file
+        rewrite_owner(tmp_path / ".lock", boot="another", host="gpu7")
+        with pytest.raises(RunLocked, match="on gpu7, started"):
+            RunLock(tmp_path, flock=no_locks, beat_s=0.2).__enter__()
+    RunLock(tmp_path, flock=no_locks).__enter__()
+    rewrite_owner(tmp_path / ".lock", boot="another", host="gpu7")
+    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # that one has touched it no more
+        assert read_owner(tmp_path / ".lock")["host"] == socket.gethostname()
+
+
+def test_the_owner_of_a_folder_is_not_the_owner_of_its_copy(tmp_path):
+    with RunLock(tmp_path / "run", flock=no_locks):
+        pid = os.getppid()
+        rewrite_owner(tmp_path / "run" / ".lock", pid=pid, pid_start=pid_start(pid))
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with RunLock(tmp_path / "copy", flock=no_locks):
+            pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "\0\xff"])
+def test_a_damaged_lock_file_is_replaced(tmp_path, text):
+    (tmp_path / ".lock").write_text(text)
+    for flock in ({}, {"flock": no_locks}):
+        with RunLock(tmp_path, **flock):
+            assert read_owner(tmp_path / ".lock")["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("mount", "kind"),
+    [
+        ("nfs4 srv:/x rw,vers=4.2,local_lock=none", ""),
+        ("nfs srv:/x rw,vers=3,nolock", "nfs"),
+        ("nfs srv:/x rw,vers=3,local_lock=all", "nfs"),
+        ("fuse.sshfs host:/x rw", "fuse.sshfs"),
+        ("ext4 /dev/sda1 rw", ""),
+        ("lustre mgs:/x rw,localflock", "lustre"),
+        ("cifs //srv/x rw,nobrl", "cifs"),
+    ],
+)
+def test_a_mount_whose_locks_stay_on_one_host_is_recognised(tmp_path, mount, kind):
+    mounts = tmp_path / "mountinfo"
+    point = str(tmp_path / "my runs").replace(" ", "\\040")
+    lines = ["21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"]
+    lines.append(f"33 21 0:40 / {point} rw,relatime shared:7 - {mount}")
+    mounts.write_text("\n".join(lines) + "\n")
+    (tmp_path / "my runs").mkdir()
+    assert locks_this_host_only(tmp_path / "my runs" / "a", mounts) == kind
+    assert locks_this_host_only(tmp_path / "other", mounts) == ""

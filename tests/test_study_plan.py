@@ -1,0 +1,178 @@
+import copy
+import dataclasses
+import importlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import study_quick
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.study.plan import build_plan, flat
+from jaxtrain.study.result import choose, find
+from jaxtrain.study.runs import Result, falling_curve
+from jaxtrain.training.run import build_run
+
+MUON = {"optim": {"learning_rate": (0.02, 0.06), "adam_learning_rate": (0.01, 0.03)}}
+ADAMW = {"optim": {"adam_learning_rate": (0.001, 0.002, 0.003, 0.004)}}
+
+
+def values(**study):
+    given = {
+        "workdir": "runs/x",
+        "contenders": {"muon": {}, "adamw": {"optim": {"name": "adamw"}}},
+        "grid": {"muon": MUON, "adamw": ADAMW},
+    }
+    return {"base": config_lib.to_dict(config_lib.TrainConfig()), "study": given | study}
+
+
+def test_a_run_is_the_base_with_its_overrides_and_nothing_else():
+    plan = build_plan(values(conditions={"short": {"steps": 50}}))
+    trial = plan.tuning("short", "adamw")[3]
+    base, ours = (config_lib.flatten(cfg) for cfg in (plan.base, trial.config))
+    assert {name: value for name, value in ours.items() if base[name] != value} == {
+        "steps": 50,
+        "optim.total_steps": 50,  # the schedule follows
+        "optim.name": "adamw",
+        "optim.adam_learning_rate": 0.004,
+        "workdir": "runs/x/short/adamw/adam_learning_rate=0.004/seed0",
+    }
+
+
+def test_every_contender_has_the_same_number_of_runs_and_no_two_share_a_folder():
+    plan = build_plan(values(conditions={"a": {}, "b": {}}, seeds=(5, 6, 7, 8)))
+    trials = []
+    for condition in ("a", "b"):
+        chosen = {}
+        for contender in ("muon", "adamw"):
+            tuning = plan.tuning(condition, contender)
+            assert len(tuning) == plan.budget == 4
+            chosen[contender] = tuning[0].setting
+            trials += tuning
+        paired = plan.paired(condition, chosen)
+        assert [trial.seed for trial in paired] == [5, 5, 6, 6, 7, 7, 8, 8]
+        trials += paired
+    folders = {trial.config.workdir for trial in trials}
+    assert len(folders) == len(trials) == plan.runs == 2 * 2 * (4 + 4)
+
+
+def test_paired_runs_differ_in_the_contender_alone():
+    plan = build_plan(
+        values(contenders={"muon": {}, "twin": {}}, grid={"muon": MUON, "twin": MUON})
+    )
+    setting = plan.tuning("plain", "muon")[0].setting
+    one, other, *_ = plan.paired("plain", {"muon": setting, "twin": setting})
+    assert config_lib.config_hash(one.config) == config_lib.config_hash(other.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"grid": {"muon": MUON, "adamw": {"optim": {"adam_learning_rate": (0.1, 0.2)}}}},
+            "same number of tuning runs; got muon 4, adamw 2",
+        ),
+        (
+            {"grid": {"muon": {"optim": {"learning_rate": (1, 2, 3, 4)}}, "adamw": ADAMW}},
+            "must tune optim.adam_learning_rate too.*study.grid.muon",
+        ),
+        ({"grid": {"muon": MUON}}, "an entry for each contender"),
+        ({"grid": {"muon": {"optim": {"momentum": 0.9}}, "adamw": ADAMW}}, "distinct values"),
+        ({"seeds": (1, 2)}, "3 or more fresh seeds"),
+        ({"seeds": (1, 2, 2)}, "3 or more fresh seeds"),
+        ({"seeds": (0, 1, 2)}, "not the tuning seed"),
+        ({"baseline": "sgd"}, "must be one of at least two contenders"),
+        ({"level": 0.9}, "study.level must be at most 0.5"),
+        ({"seed": 3}, "study has no field seed"),
+        ({"conditions": {}}, "names of folders"),
+        ({"conditions": {"a/b": {}}}, "names of folders"),
+        (
+            {"contenders": {"muon": {"optim": {"momentun": 0.9}}, "adamw": {}}},
+            "Did you mean optim.momentum",
+        ),
+        ({"conditions": {"a": {"optim": {"momentum": 2.0}}}}, "optim.momentum must be at most"),
+    ],
+)
+def test_an_unfair_or_misspelt_plan_ends_before_any_run(change, message):
+    with pytest.raises(ValueError, match=message):
+        build_plan(values(**change))
+
+
+def test_a_grid_without_the_auxiliary_rate_must_be_asked_for():
+    grid = {name: {"optim": {"learning_rate": (1.0, 2.0)}} for name in ("muon", "adamw")}
+    assert build_plan(values(grid=grid, tune_adam=False)).budget == 2
+
+
+def curve(plan, held_out, train=()):
+    trial = plan.tuning("plain", "muon")[0]
+    return Result(trial, held_out[-1][2], 9.0, 1.0, list(train), held_out)
+
+
+def test_steps_to_the_baselines_loss_are_counted_seed_by_seed():
+    plan = build_plan(values())
+    base = [curve(plan, [(10, 1.0, 3.0), (20, 2.0, end)]) for end in (2.0, 1.0, 2.5)]
+    fast = [curve(plan, [(10, 2.0, 2.0), (20, 4.0, 1.0)]) for _ in base]
+    choice = choose(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
+    choices = {"muon": choice, "adamw": choice}
+    finding = find(plan, "plain", choices, {"muon": base, "adamw": fast})
+    muon, adamw = finding.contests
+    assert (muon.reached, muon.reach_steps, muon.reach_seconds) == (3, 20, 2.0)
+    assert (adamw.reach_steps, adamw.reach_seconds) == ((10 + 20 + 10) / 3, (2 + 4 + 2) / 3)
+    assert finding.target == pytest.approx(5.5 / 3) and adamw.verdict == "ties"
+
+
+def test_one_evaluation_is_no_curve_so_the_smoothed_training_loss_is_taken():
+    plan = build_plan(values())
+    line = [(step, step / 10, 4.0 - step / 100) for step in range(1, 101)]
+    rows = falling_curve(curve(plan, [(100, 10.0, 3.3)], line))
+    steps, seconds, losses = map(np.array, zip(*rows, strict=True))
+    np.testing.assert_allclose(losses, 4 - steps / 100, rtol=1e-9)
+    np.testing.assert_allclose(seconds, steps / 10, rtol=1e-9)
+
+
+def results(plan, contender, losses):
+    trials = plan.tuning("plain", contender)
+    return [Result(t, loss, 1.0, 1.0, [], []) for t, loss in zip(trials, losses, strict=True)]
+
+
+def test_a_best_setting_at_the_edge_of_its_grid_is_reported_and_one_inside_is_not():
+    plan = build_plan(values())
+    inside = choose(plan, "adamw", results(plan, "adamw", [3.0, 1.0, 2.0, 3.0]))
+    assert (inside.setting, inside.edges) == ("adam_learning_rate=0.002", {})
+    least = choose(plan, "adamw", results(plan, "adamw", [1.0, 2.0, 2.0, float("inf")]))
+    assert least.edges == {"optim.adam_learning_rate": 0.001}
+    both = choose(plan, "muon", results(plan, "muon", [3.0, 3.0, 3.0, 1.0]))
+    assert both.edges == {"optim.learning_rate": 0.06, "optim.adam_learning_rate": 0.03}
+
+
+def test_a_contender_that_diverges_everywhere_names_its_grid():
+    plan = build_plan(values())
+    with pytest.raises(ValueError, match="all 4 of muon diverged.*study.grid.muon"):
+        choose(plan, "muon", results(plan, "muon", [float("inf")] * 4))
+
+
+@pytest.mark.parametrize("name", ["study", "study_quick"])
+def test_the_shipped_studies_are_fair_and_state_their_size_and_command(name):
+    module = importlib.import_module(f"configs.{name}")
+    plan = build_plan(module.get_config())
+    assert plan.base.sample.tokens == 0 and plan.base.save_every == plan.base.steps
+    parameters = build_run(plan.base, jax.devices()[:1]).parameters
+    stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
+    assert int(stated.replace(",", "")) == parameters
+    assert f"python -m jaxtrain.study --config=configs/{name}.py" in module.__doc__
+
+
+def test_a_flag_of_the_base_reaches_every_run():
+    config = study_quick.get_config()
+    config.base.steps = 30
+    plan = build_plan(copy.deepcopy(config))
+    trial = plan.tuning("plain", "muon")[0]
+    assert trial.config.steps == trial.config.optim.total_steps == 30
+
+
+def test_nested_overrides_are_named_as_flags_are():
+    nested = {"seed": 1, "optim": {"name": "muon", "momentum": 0.9}}
+    assert flat(nested) == {"seed": 1, "optim.name": "muon", "optim.momentum": 0.9}
+    default = config_lib.TrainConfig()
+    assert flat(dataclasses.asdict(default)) == config_lib.flatten(default)

@@ -1,0 +1,152 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import debug
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.distributed.mesh import batch_sharding
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.step import Recompiled, abstract_state, init_state
+
+B, T = 16, 16
+
+
+@functools.cache
+def build(mesh=(1, 1, 1), accumulation=1, docs=False, **optim):
+    config = debug.get_config()
+    config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
+    config.update(accumulation=accumulation, data=dict(batch=B, seq_len=T, pack=docs))
+    config.optim.update(ns_dtype="float32", **optim)
+    cfg = config_lib.freeze(config)
+    run = build_run(cfg, jax.devices()[: int(np.prod(mesh))])
+    return run, compile_step(run)
+
+
+def batch_at(step, mesh, docs=None):
+    """Tokens to learn from: counting, from a start that the step draws."""
+    start = np.random.default_rng(step).integers(0, 256, (B, 1))
+    tokens = ((start + np.arange(T + 1)) % 256).astype(np.int32)
+    batch = {"tokens": tokens} | ({"docs": docs} if docs is not None else {})
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def losses(mesh=(1, 1, 1), accumulation=1, steps=20):
+    run, step = build(mesh, accumulation)
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    out = []
+    for n in range(steps):
+        state, scalars = step(state, batch_at(n, run.mesh), run.rates())
+        out.append(float(scalars["train/loss_nats"]))
+    return np.array(out)
+
+
+@functools.cache
+def whole():
+    return losses()
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_losses_agree_on_every_mesh(mesh):
+    np.testing.assert_allclose(losses(mesh), whole(), rtol=1e-5)
+
+
+def test_losses_agree_whatever_the_microbatches():
+    np.testing.assert_allclose(losses((1, 2, 1), accumulation=4), whole(), rtol=1e-5)
+
+
+def test_training_learns_and_repeats_bitwise():
+    assert whole()[-1] < whole()[0] - 0.5
+    np.testing.assert_array_equal(losses(steps=5), whole()[:5])
+
+
+def test_every_buffer_of_the_state_is_made_in_place():
+    run, step = build()
+    state = abstract_state(run.model, run.optimizer, run.mesh)
+    aliased = re.search(r"input_output_alias=\{(.*?) \}, ", step.compiled.as_text())[1]
+    taken = [int(n) for n in re.findall(r"\((\d+), ", aliased)]
+    assert sorted(taken) == list(range(len(jax.tree.leaves(state))))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    state, _ = step(state, batch_at(0, run.mesh), run.rates())
+    poisoned = state._replace(
+        params=jax.tree.map(lambda x: x.at[..., 0].set(jnp.inf), state.params)
+    )
+    before = jax.device_get((poisoned.params, poisoned.opt_state))
+    after, scalars = step(poisoned, batch_at(1, run.mesh), run.rates())
+    pairs = zip(
+        jax.tree.leaves(before), jax.tree.leaves((after.params, after.opt_state)), strict=True
+    )
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert (int(after.step), int(after.bad_steps), int(after.skipped_steps)) == (2, 1, 1)
+    assert int(scalars["train/bad_steps"]) == 1
+
+
+def test_a_good_step_ends_the_row_of_bad_ones():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    state = state._replace(bad_steps=jnp.int32(3), skipped_steps=jnp.int32(5))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+    after, _ = step(state, batch_at(0, run.mesh), run.rates())
+    assert (int(after.bad_steps), int(after.skipped_steps)) == (0, 5)
+
+
+def test_padding_weighs_nothing_in_loss_or_update():
+    run, step = build(docs=True)
+    docs = np.zeros((B, T + 1), np.int32)
+    docs[:, 9:] = -1
+    outcomes = []
+    for filler in (0, 7):
+        state = init_state(run.model, run.optimizer, run.mesh, 0)
+        batch = jax.device_get(batch_at(0, run.mesh, docs))
+        batch["tokens"] = np.where(docs < 0, filler, batch["tokens"])
+        batch = jax.device_put(batch, batch_sharding(run.mesh))
+        state, scalars = step(state, batch, run.rates())
+        outcomes.append((float(scalars["train/loss_nats"]), jax.device_get(state.params["head"])))
+    assert outcomes[0][0] == outcomes[1][0]
+    np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_other_shapes_are_an_error_that_names_them():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    short = {"tokens": batch_at(0, run.mesh)["tokens"][:, :-1]}
+    with pytest.raises(Recompiled, match=r"\['tokens'\]: int32\[16, 17\] -> int32\[16, 16\]"):
+        step(state, short, run.rates())
+
+
+def test_a_step_compiled_at_one_rate_serves_every_rate():
+    at = lambda rate: build(name="muon", learning_rate=rate, adam_learning_rate=rate)
+    (_, step), (other, own_step) = at(0.01), at(0.03)
+    state = lambda: init_state(other.model, other.optimizer, other.mesh, 0)
+    batch = batch_at(0, other.mesh)
+    borrowed, _ = step(state(), batch, other.rates())
+    own, _ = own_step(state(), batch, other.rates())
+    jax.tree.map(np.testing.assert_array_equal, borrowed.params, own.params)
+
+
+def test_the_state_is_donated():
+    run, step = build()
+    state = init_state(run.model, run.optimizer, run.mesh, 0)
+    step(state, batch_at(0, run.mesh), run.rates())
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+
+
+def test_a_batch_that_does_not_divide_the_mesh_is_named():
+    with pytest.raises(
+        ValueError, match="multiple of replica x fsdp = 8; got data.batch=16, accum"
+    ):
+        build((1, 8, 1), accumulation=4)
+
+
+def test_a_mesh_that_is_not_the_devices_is_named():
+    config = debug.get_config()
+    config.mesh.fsdp = 3
+    with pytest.raises(ValueError, match="must be the 8 devices; got replica=1 fsdp=3 tensor=1"):
+        build_run(config_lib.freeze(config))
