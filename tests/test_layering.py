@@ -108,12 +108,12 @@ def _functions():
                     yield path, node
 
 
-def test_files_stay_under_300_lines_and_functions_under_60():
+def test_files_stay_under_300_lines_and_functions_under_100():
     files = (*FILES["jaxtrain"], *FILES["pallas_kernels"])
     long = [path for path in files if len(path.read_text().splitlines()) > 300]
     assert not long
     sizes = [(p, f.name, f.end_lineno - f.lineno + 1) for p, f in _functions()]
-    assert not [entry for entry in sizes if entry[2] > 60]
+    assert not [entry for entry in sizes if entry[2] > 100]
 
 
 @pytest.mark.parametrize("path", FILES["launch"], ids=_name)
