@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # The module alone: the package imports jax, which the linked interpreter does not have.
 PROGRAM = f"""
 import runpy
-print(runpy.run_path({str(ROOT / "jaxtrain" / "config" / "shell_commands.py")!r})["jaxtrain_program"]())
+path = {str(ROOT / "jaxtrain" / "config" / "shell_commands.py")!r}
+print(runpy.run_path(path)["jaxtrain_program"]())
 """
 
 

@@ -121,7 +121,8 @@ class RunLock:
             except OSError as error:
                 raise ValueError(
                     f"the lock of a run must be a file that it can write to; got "
-                    f"{describe_error(error)}. Remove {self.path} and start again, or set {self._flag}."
+                    f"{describe_error(error)}. Remove {self.path} and start again, or "
+                    f"set {self._flag}."
                 ) from error
 
     def describe(self) -> list[str]:
