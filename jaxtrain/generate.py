@@ -14,7 +14,8 @@ from absl import flags
 from jaxtrain.config.command_line import Form
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
-from jaxtrain.training.run import read_stored, restore_run
+from jaxtrain.run_directory.contents import read_config_json
+from jaxtrain.training.run import restore_run
 from jaxtrain.training.sampling import complete, from_shell, shorten, shown
 
 
@@ -35,7 +36,7 @@ def tokenizer_name(workdir, name="") -> str:
     Raises:
         ValueError: the run's shards did not say.
     """
-    name = name or read_stored(workdir)["data"].get("tokenizer")
+    name = name or read_config_json(workdir)["data"].get("tokenizer")
     if not name:
         raise ValueError(
             f"the tokenizer of {workdir} must be known; got shards that do not name theirs. Set "
@@ -50,7 +51,7 @@ def main() -> None:
     asked = [from_shell(prompt, "--prompt") for prompt in args.prompt]
     tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
     encoded = [tokenizer.encode(prompt) for prompt in asked for _ in range(args.samples)]
-    V = read_stored(args.run)["config"]["model"]["V"]
+    V = read_config_json(args.run)["config"]["model"]["V"]
     largest = max(tokenizer.eot, *(max(ids, default=0) for ids in encoded))
     if largest >= V:
         raise ValueError(

@@ -35,20 +35,21 @@ from jaxtrain.distributed.preemption import Stop, status_of
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import fit_world, same_everywhere, start_runtime
 from jaxtrain.file_errors import naming
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.collector import Measure, open_wire
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve
 from jaxtrain.optim.acceleration import evaluated
 from jaxtrain.reporting.run_logger import Report, set_up_logging
+from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, compile_diagnosis, compile_step
 from jaxtrain.training.sampling import from_shell
-from jaxtrain.training.startup import header, measured, stored_config, versions
-from jaxtrain.training.workdir import hold, is_finished
+from jaxtrain.training.startup import header, library_versions, measured, stored_config
+from jaxtrain.training.workdir import lock_workdir
 
 
 def train(cfg, devices=None, quiet=False, stop=None) -> int:
@@ -72,7 +73,7 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
     stop.starting("reading the data")
-    with hold(cfg) as lock:
+    with lock_workdir(cfg) as lock:
         corpus, held_out = on_all(lambda: open_data(cfg, workdir))
         same_everywhere("the data", corpus.fingerprint)
         with (
@@ -94,7 +95,7 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
     """Trains a run whose directory, data and checkpoints are open; returns as train() does."""
     cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
     stop.starting("making or restoring the weights")
-    state, restored = start_state(run, checkpoints, batches, first_state)
+    state, restored = start_state(run, checkpoints, batches, initial_state)
     if restored is None and cfg.checkpoint.storage == "host0":
         check_not_moved(workdir, checkpoints.steps())
     first = int(state.step)
@@ -168,7 +169,7 @@ def finish(loop, corpus, told) -> int:
         print_sample(loop, corpus)
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
-    ended = {"stopped_by": told and told.name, "versions": versions()}
+    ended = {"stopped_by": told and told.name, "versions": library_versions()}
     ended["eval_at"] = evaluated(loop.state.opt_state)
     report.finish(loop.measure.total() | ended)
     if told is None:

@@ -16,13 +16,14 @@ from jaxtrain.config.invocation import invocation
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
 from jaxtrain.generate import tokenizer_name
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.names import measured_names
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.train import next_commands, train
 from jaxtrain.training.evaluation import build_byte_counter, build_eval_step, evaluate
 from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, load_config, restore_run
+from jaxtrain.training.run import build_run, restore_run
 from jaxtrain.training.startup import header
 from launch.report.figures import grouped, seconds
 from launch.report.run_folder import read_run
@@ -166,7 +167,7 @@ def told_at_start(cfg) -> list:
         build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
         Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
     ):
-        _, restored = start_state(run, checkpoints, batches, first_state)
+        _, restored = start_state(run, checkpoints, batches, initial_state)
         return list(header(run, corpus, checkpoints, restored))
 
 
@@ -241,7 +242,7 @@ def test_a_run_is_read_by_this_machines_routes_whatever_it_was_trained_by(
     (tmp_path / "config.json").write_text(json.dumps(stored))
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     with pytest.raises(ValueError, match="kernels.strict"):
-        build_run(load_config(tmp_path), jax.devices()[:1])
+        build_run(load_train_config(tmp_path), jax.devices()[:1])
     with caplog.at_level("INFO"):
         run, state = restore_run(tmp_path)
     assert int(state.step) == 40 and run.cfg.model.attention == "auto"

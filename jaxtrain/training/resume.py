@@ -7,8 +7,8 @@ from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.training.step import abstract_state
 
 
-def start_state(run, checkpoints, batches, first_state):
-    """Restores the newest checkpoint, or calls first_state(run) where there is none.
+def start_state(run, checkpoints, batches, initial_state):
+    """Restores the newest checkpoint, or calls initial_state(run) where there is none.
 
     Returns:
         (TrainState, the Restored that it is from or None); `batches` is moved to the same step.
@@ -25,7 +25,7 @@ def start_state(run, checkpoints, batches, first_state):
         changed = "; ".join(change for change in changed if change.startswith("optim."))
         raise ValueError(f"{error}{changed and f' Changed: {changed}.'}") from error
     if restored is None:
-        return first_state(run), None
+        return initial_state(run), None
     batches.restore(restored.meta["data"])
     if restored.step > run.cfg.steps:
         raise ValueError(

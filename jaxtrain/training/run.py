@@ -1,7 +1,5 @@
 """The parts of a run, assembled from its config: what training, evaluation and sampling share."""
 
-import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from jaxtrain.ops.precision import resolve
 from jaxtrain.ops.routes import arch_of, chip_of, choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.training.diagnostic_step import build_diagnosis, count_parts
 from jaxtrain.training.step import (
     Step,
@@ -132,57 +131,6 @@ def compile_diagnosis(run) -> Step:
     return _compile(build_diagnosis(run, parts), run)
 
 
-def read_stored(workdir) -> dict:
-    """What a run stored in `workdir/config.json`: its config, versions, routes and data.
-
-    Raises:
-        ValueError: there is no such file, or it is not a run's.
-    """
-    if not str(workdir).strip():
-        raise ValueError(f"--run must name a folder; got {str(workdir)!r}.")
-    path = Path(workdir) / "config.json"
-    try:
-        stored = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"--run must be a run's folder with a config.json; got {workdir}."
-        ) from None
-    except ValueError as error:  # not UTF-8, or no JSON
-        raise ValueError(
-            f"{path} must hold a run's config as JSON; got {error}. The training command writes it "
-            "again."
-        ) from error
-    parts = [stored.get(key) for key in ("config", "data")] if isinstance(stored, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{path} must hold a run's config and data; got something else. The training command "
-            "writes it again."
-        )
-    return stored
-
-
-def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
-    """The TrainConfig that a run stored.
-
-    Args:
-        overrides: by the names of flags.
-
-    Raises:
-        ValueError: as read_stored; or a field is unknown, or its value is refused by now.
-    """
-    values = read_stored(workdir)["config"] | {"workdir": str(workdir)}
-    try:
-        for name, value in (overrides or {}).items():
-            section, _, field = name.rpartition(".")
-            part = values.get(section, {}) | {field: value}
-            values |= {section: part} if section else {name: value}
-        return config_lib.freeze(values)
-    except (AttributeError, TypeError, ValueError) as error:  # a section may be anything
-        what = re.sub(r" Set --\S+\.$", "", str(error))
-        path = Path(workdir) / "config.json"
-        raise ValueError(f"{path} (edit it, no flag does): {what}") from None
-
-
 def restore_run(workdir, step=None):
     """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
 
@@ -192,7 +140,7 @@ def restore_run(workdir, step=None):
     Raises:
         ValueError: the folder holds no run, or no checkpoint yet.
     """
-    trained, cfg = load_config(workdir), load_config(workdir, HERE)
+    trained, cfg = load_train_config(workdir), load_train_config(workdir, HERE)
     start_runtime(cfg)
     asked = config_lib.changes(config_lib.flatten(trained), cfg)
     asked = [change for change in asked if not change.startswith("mesh.")]

@@ -129,7 +129,7 @@ def measures(run, work, measure) -> list[str]:
     return found
 
 
-def versions() -> dict:
+def library_versions() -> dict:
     """Versions that a result depends on."""
     from importlib.metadata import version
 
@@ -150,7 +150,7 @@ def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
     return {
         "config": config_lib.to_dict(run.cfg),
         "config_hash": config_lib.config_hash(run.cfg),
-        "versions": versions(),
+        "versions": library_versions(),
         "command": sys.argv,
         "device": device.device_kind,
         "devices": run.mesh.size,
