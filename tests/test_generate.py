@@ -16,10 +16,10 @@ from jaxtrain.training.sampling import (
     check_length,
     choose,
     complete,
+    decode_shell_text,
+    escape_controls,
     fit_positions,
-    from_shell,
-    shorten,
-    shown,
+    shorten_prompt,
 )
 
 MODEL = ModelConfig(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
@@ -110,21 +110,21 @@ def test_learned_positions_bound_the_sample():
 def test_a_prompt_of_an_ascii_locale_is_the_text_that_was_typed():
     typed = "naïve 你好"
     read = typed.encode().decode("ascii", "surrogateescape")  # sys.argv with LC_ALL=C
-    assert from_shell(read, "--prompt") == typed == from_shell(typed, "--prompt")
+    assert decode_shell_text(read, "--prompt") == typed == decode_shell_text(typed, "--prompt")
     with pytest.raises(ValueError, match="Set --prompt"):
-        from_shell("\udcff", "--prompt")
+        decode_shell_text("\udcff", "--prompt")
 
 
 def test_a_long_prompt_is_shown_by_its_two_ends():
     prompt = "start" + "x" * 3_000 + "end"
-    assert shorten("short") == "short" and shorten("x" * 400) == "x" * 400
-    short = shorten(prompt)
+    assert shorten_prompt("short") == "short" and shorten_prompt("x" * 400) == "x" * 400
+    short = shorten_prompt(prompt)
     assert short.startswith("start") and short.endswith("end") and len(short) < 450
     assert " ... [2,608 characters] ... " in short
 
 
 def test_control_characters_are_spelled_out():
-    assert shown("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
+    assert escape_controls("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
 
 
 class Fixed:

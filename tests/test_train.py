@@ -12,19 +12,20 @@ import runs
 from configs import debug
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.invocation import invocation
+from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_batches, eval_batches
+from jaxtrain.data.loader import build_batches, build_eval_batches
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.names import measured_names
 from jaxtrain.run_directory.contents import load_train_config
-from jaxtrain.train import next_commands, train
+from jaxtrain.train import train
 from jaxtrain.training.evaluation import build_byte_counter, build_eval_step, evaluate
+from jaxtrain.training.finish import next_commands
 from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, restore_run
-from jaxtrain.training.startup import header
+from jaxtrain.training.startup import startup_lines
 from launch.report.figures import grouped, seconds
 from launch.report.run_folder import read_run
 
@@ -114,8 +115,8 @@ def test_a_run_ends_with_the_commands_that_come_next(trained):
     head, *lines = next_commands(trained)
     assert head == "next:" and len(lines) == 3
     for line, (name, module) in zip(lines, modules.items(), strict=True):
-        assert line.startswith(f"  {invocation()} {name} ")
-        words = line.removeprefix(f"  {invocation()} {name} ")
+        assert line.startswith(f"  {jaxtrain_program()} {name} ")
+        words = line.removeprefix(f"  {jaxtrain_program()} {name} ")
         pasted = f"{sys.executable} -m {module} {words}"
         done = subprocess.run(pasted, shell=True, cwd=runs.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -168,7 +169,7 @@ def told_at_start(cfg) -> list:
         Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
     ):
         _, restored = start_state(run, checkpoints, batches, initial_state)
-        return list(header(run, corpus, checkpoints, restored))
+        return list(startup_lines(run, corpus, checkpoints, restored))
 
 
 def test_a_run_says_which_values_it_is_resumed_with(trained, text):
@@ -224,7 +225,7 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     run, state = restore_run(trained)
     assert run.mesh.size == 8 and int(state.step) == 40
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
-    batches = eval_batches(run.cfg.data, corpus, run.mesh)
+    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
     counter = build_byte_counter(corpus, run.mesh)
     metrics = evaluate(build_eval_step(run), state, batches, counter)
     summary = json.loads((trained / "summary.json").read_text())

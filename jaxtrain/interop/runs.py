@@ -10,7 +10,7 @@ import jax
 
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.invocation import command, python
+from jaxtrain.config.shell_commands import python_program, shell_command
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -30,11 +30,10 @@ from jaxtrain.interop.verify import check_finite, check_reading, check_transform
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.run_directory.contents import read_config_json
-from jaxtrain.run_directory.lock import FILE as LOCK
-from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.run_directory.lock import LOCK_FILE, RunLock
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, restore_run
-from jaxtrain.training.startup import stored_config
+from jaxtrain.training.startup import build_config_json
 
 EVAL_BATCH = 8  # an import's, to evaluate it
 
@@ -54,7 +53,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
         raise InteropError(
             f"--from must be a Hugging Face folder or an llm.c file; {folder} does not exist."
         )
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
         found = "is not empty" if out.is_dir() else "is a file"
         raise InteropError(f"an import must go to a new folder; {out} {found}. Set --run.")
     model = read_config(folder)
@@ -89,8 +88,8 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
             shutil.rmtree(out)
             raise
     print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
-    print(f"next: {command('evaluate', f'--run={out}')}")
-    print(f"      {command('generate', f'--run={out}', '--prompt=def main(')}")
+    print(f"next: {shell_command('evaluate', f'--run={out}')}")
+    print(f"      {shell_command('generate', f'--run={out}', '--prompt=def main(')}")
 
 
 def _store_step_0(run, out) -> None:
@@ -103,7 +102,7 @@ def _store_step_0(run, out) -> None:
         meta = {"data": batches.state(), "config": config_lib.flatten(run.cfg)}
         checkpoints.save(0, state, meta)
         checkpoints.wait()
-    write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
+    write_atomic(out / "config.json", strict_json(build_config_json(run, corpus), indent=2) + "\n")
 
 
 def _check_size(tokenizer, V) -> None:
@@ -224,4 +223,4 @@ def _describe(to, tokenizer, special, cfg, title) -> None:
         code += '[0]["generated_text"])'
     if cfg.dtype == "bfloat16":
         print("note: the run computed in bfloat16; in float32, another token may be the likeliest")
-    print(f"{title}: {python()} -c {shlex.quote(code)}")
+    print(f"{title}: {python_program()} -c {shlex.quote(code)}")

@@ -7,7 +7,7 @@ reads them hold the type that was trained in.
 import dataclasses
 from pathlib import Path
 
-from jaxtrain.distributed.broadcast import from_process_0, of_all
+from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_texts
 from jaxtrain.ops.routes import cpu_flags
 from jaxtrain.run_directory.contents import read_config_json
 
@@ -16,7 +16,7 @@ FAST = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}  # flag in /proc/c
 AMPERE = (8, 0)  # the first compute capability with bfloat16 tensor cores
 
 
-def resolve(cfg, device, workdir=None):
+def resolve_dtype(cfg, device, workdir=None):
     """Returns (the TrainConfig without model.dtype=auto, why its type was chosen or "").
 
     Every process must call it. A checkpoint in `workdir` decides before the device does: a run goes
@@ -28,16 +28,16 @@ def resolve(cfg, device, workdir=None):
     """
     if cfg.model.dtype != AUTO:
         return cfg, ""
-    found = of_all(" ".join(choose(device)))
+    found = gather_texts(" ".join(choose(device)))
     # One process without fast products would hold up all the others.
     dtype, _, why = next((x for x in found if x.startswith("float32")), found[0]).partition(" ")
-    stored = workdir and from_process_0(lambda: stored_dtype(Path(workdir)))
+    stored = workdir and broadcast_from_process_0(lambda: stored_dtype(Path(workdir)))
     if stored and stored != dtype:
         dtype, why = stored, f"as the run began; {why}, which would take {dtype}"
     return with_dtype(cfg, dtype), f"model.dtype=auto: {why}"
 
 
-def resolve_for_chip(cfg, chip):
+def resolve_dtype_for_chip(cfg, chip):
     """Returns the TrainConfig without model.dtype=auto for an entry of the chip table."""
     if cfg.model.dtype != AUTO:
         return cfg

@@ -21,16 +21,16 @@ import jax
 from absl import app, flags, logging
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.config.command_line import Form, parse
-from jaxtrain.config.fields import sections
+from jaxtrain.config.command_line import CommandForm, parse
+from jaxtrain.config.fields import list_sections
 from jaxtrain.distributed.preemption import interruptible
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.errors import INTERRUPTED, CheckpointError
-from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
-from jaxtrain.model.layers import sizes
+from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import count_params
-from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import set_up_logging
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.picture import study_curves
@@ -50,7 +50,7 @@ def run_study(values, devices=None, show=print) -> list[Finding]:
     """
     plan = build_plan(values)
     start_runtime(plan.base)
-    base, _ = resolve(plan.base, (devices or jax.devices())[0])
+    base, _ = resolve_dtype(plan.base, (devices or jax.devices())[0])
     plan = plan._replace(base=base)
     folder = Path(plan.study.workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def header(plan: Plan, corpus):
     """What the study will do, a line each."""
     study, base = plan.study, plan.base
     run = build_run(base, jax.local_devices()[:1])
-    parameters = count_params(run.model.axes, sizes(base.model))
+    parameters = count_params(run.model.axes, letter_sizes(base.model))
     tokens = base.steps * base.data.batch * base.data.seq_len
     pairs = len(study.contenders) * len(study.seeds)
     tuning = len(study.contenders) * plan.budget
@@ -165,7 +165,7 @@ def print_overhead(args) -> None:
     print(overhead_table(cfg, run.model, tokens, args.chips, peak, args.efficiency))
 
 
-@ends_in_one_line()
+@exit_on_file_error()
 def main(words) -> int:
     del words  # there are none
     args = flags.FLAGS
@@ -197,10 +197,10 @@ def define_flags() -> None:
     )
 
 
-def form() -> Form:
+def form() -> CommandForm:
     """Returns what the command line may hold: `base.` may be left out before a run's fields."""
-    of_run = tuple(sections(config_lib.TrainConfig))
-    return Form(
+    of_run = tuple(list_sections(config_lib.TrainConfig))
+    return CommandForm(
         "study",
         __doc__,
         define_flags,

@@ -88,7 +88,7 @@ def check_length(cfg, prompt_tokens: int, tokens: int) -> None:
         )
 
 
-def from_shell(prompt: str, flag: str) -> str:
+def decode_shell_text(prompt: str, flag: str) -> str:
     """Returns a flag's value as the UTF-8 text that was typed, in any locale.
 
     Raises:
@@ -102,12 +102,12 @@ def from_shell(prompt: str, flag: str) -> str:
         ) from None
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Returns the text with control characters spelled out, for a terminal."""
     return text.translate(CONTROLS)
 
 
-def shorten(prompt: str) -> str:
+def shorten_prompt(prompt: str) -> str:
     """Returns a prompt to show; a long one as its two ends and how much is between them."""
     left_out = len(prompt) - PROMPT_CHARS
     if left_out <= 0:

@@ -9,16 +9,15 @@ import jax
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed import memory
-from jaxtrain.distributed.runtime import keeps_programs
+from jaxtrain.distributed.runtime import uses_compile_cache
 from jaxtrain.metrics.mfu import chip_dict, conventions, find_device_chip, memory_figures
 from jaxtrain.ops import tuning
-from jaxtrain.ops.routes import chip_of
-from jaxtrain.ops.routes import describe as describe_routes
+from jaxtrain.ops.routes import chip_name, describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
-from jaxtrain.optim.sharded_muon import work_share
+from jaxtrain.optim.sharded_muon import load_imbalance
 
 
-def header(run, corpus, checkpoints, restored, dtype_reason=""):
+def startup_lines(run, corpus, checkpoints, restored, dtype_reason=""):
     """Yields what the run will do, as (name, value) pairs for Report.header.
 
     Args:
@@ -45,7 +44,7 @@ def header(run, corpus, checkpoints, restored, dtype_reason=""):
         yield "rejected", f"checkpoint {step}: {reason}"
     if restored is not None:
         yield "resume", f"step {restored.step}"
-        for change in config_lib.changes(restored.meta["config"], cfg):
+        for change in config_lib.describe_changes(restored.meta["config"], cfg):
             yield "resumed with", change
     elif cfg.weights:
         yield "weights", f"{Path(cfg.weights).resolve()}"
@@ -85,25 +84,25 @@ def notes(run) -> list[str]:
     cfg, mesh = run.cfg, run.mesh
     found = []
     if mesh.devices.flat[0].platform == "gpu":
-        found.append(f"JAX takes {memory.share():.0%} of each GPU: {memory.NAMES[0]}")
-    if not keeps_programs(jax.process_count()):
+        found.append(f"JAX takes {memory.fraction():.0%} of each GPU: {memory.VARIABLES[0]}")
+    if not uses_compile_cache(jax.process_count()):
         found.append("no compile cache: of several processes JAX would keep programs on process 0")
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage
         found.append(f"checkpoint.storage {storage}: {where[storage]}")
     if mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
-        share = work_share(run.model.axes, run.model.shapes, mesh)
+        share = load_imbalance(run.model.axes, run.model.shapes, mesh)
         found.append(f"whole matrices on each device, {share:.3f} of an even share of the work")
     return found
 
 
 def _tuning(run) -> list[str]:
     device = run.mesh.devices.flat[0]
-    return tuning.describe(device.platform, chip_of(device))
+    return tuning.describe_tuning(device.platform, chip_name(device))
 
 
-def measured(run, work, measure):
+def measurement_lines(run, work, measure):
     """Yields what is measured and by what, as (name, value) pairs for Report.header."""
     if work.problem:
         yield "warning", f"bytes and collectives of the compiled step are unknown: {work.problem}"
@@ -111,14 +110,14 @@ def measured(run, work, measure):
         yield "export", f"http://{run.cfg.export.address}:{run.cfg.export.port}/metrics"
     if not run.cfg.measure.details:
         return
-    for line in measures(run, work, measure):
+    for line in describe_measurements(run, work, measure):
         yield "measure", line
     for (kind, axis, inter_host), row in work.by_kind().items():
         where = "between hosts" if inter_host else "inside a host"
         yield "collect", f"{row['count']} x {kind} over {axis}, {row['bytes']:,} bytes, {where}"
 
 
-def measures(run, work, measure) -> list[str]:
+def describe_measurements(run, work, measure) -> list[str]:
     """Returns what the run's figures mean, in words."""
     device = run.mesh.devices.flat[0]
     found = conventions(work, measure.chip, device)
@@ -137,7 +136,7 @@ def library_versions() -> dict:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
+def build_config_json(run, corpus, hosts=None, work=None, measure=None) -> dict:
     """What config.json holds: all that names this run.
 
     Args:
@@ -163,7 +162,7 @@ def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
         "tuning": _tuning(run),
         "notes": notes(run),
         "optimizer_groups": [row._asdict() for row in groups],
-        "measures": measure and measures(run, work, measure),
+        "measures": measure and describe_measurements(run, work, measure),
         "data": {
             "fingerprint": corpus.fingerprint,
             "tokens": corpus.tokens,

@@ -1,0 +1,45 @@
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import configs
+from jaxtrain.config import train_config as config_lib
+from jaxtrain.model.layers import letter_sizes
+from jaxtrain.model.transformer import build_model, count_params
+from jaxtrain.ops.precision import resolve_dtype
+from jaxtrain.ops.routes import choose_routes
+
+FOLDER = Path(configs.__file__).parent
+FAMILIES = {"__init__", "base", "gpt2", "llama"}  # started from, not trained
+STUDIES = {"study", "study_quick"}  # tests/test_study.py
+OTHERS = FAMILIES | STUDIES
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
+CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}
+EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"}
+
+
+def test_the_shipped_sizes_are_there():
+    assert EXPECTED | CROSSCHECKS | {"quickstart", "debug"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_states_the_parameter_count_and_the_command(name):
+    module = importlib.import_module(f"configs.{name}")
+    cfg, _ = resolve_dtype(config_lib.freeze(module.get_config()), jax.devices()[0])
+    model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
+    stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
+    assert int(stated.replace(",", "")) == count_params(model.axes, letter_sizes(cfg.model))
+    command = "jaxtrain.crosscheck run" if name in CROSSCHECKS else "jaxtrain.train"
+    assert f"python -m {command} --config=configs/{name}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_file_only_sets_values(path):
+    branches = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.comprehension)
+    assert not [
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, branches)
+    ]
