@@ -54,10 +54,11 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import Report, set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, compile_diagnosis, compile_step
+from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
 from jaxtrain.training.startup import build_config_json, measurement_lines, startup_lines
 

@@ -14,9 +14,9 @@ from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.sampling import (
     build_sampler,
     check_length,
-    choose,
     complete,
     decode_shell_text,
+    draw_tokens,
     escape_controls,
     fit_positions,
     shorten_prompt,
@@ -60,7 +60,7 @@ def test_samples_follow_from_the_key_and_rows_draw_apart(model, mesh):
 
 def test_top_k_draws_only_from_the_likeliest():
     logits = jax.random.normal(jax.random.key(0), (512, 64))
-    drawn = choose(logits, jax.random.key(1), 1.0, 3)
+    drawn = draw_tokens(logits, jax.random.key(1), 1.0, 3)
     likeliest = jax.lax.top_k(logits, 3)[1]
     assert jnp.all((drawn[:, None] == likeliest).any(-1))
     assert len(set((drawn[:, None] == likeliest).argmax(-1).tolist())) == 3
@@ -68,7 +68,7 @@ def test_top_k_draws_only_from_the_likeliest():
 
 def test_temperature_draws_with_the_softmax_of_scaled_logits():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).repeat(20_000, 0)
-    drawn = choose(logits, jax.random.key(0), 0.5, 0)
+    drawn = draw_tokens(logits, jax.random.key(0), 0.5, 0)
     want = np.array([0.25, 0.09, 0.04]) / 0.38
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20_000, want, atol=0.015)
 
