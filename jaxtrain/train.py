@@ -30,6 +30,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
+    check_same_on_all_processes,
     gather_texts,
     run_on_all_processes,
 )
@@ -38,7 +39,6 @@ from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener, exit_status_of
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import (
-    check_same_on_all_processes,
     fit_config_to_world,
     start_runtime,
 )
