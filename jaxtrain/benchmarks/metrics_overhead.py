@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.benchmarks.timing import verdict
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.metrics.collector import Measure
