@@ -100,7 +100,7 @@ class Axes:
             I, O = math.prod(dims[: len(self.inputs)]), math.prod(dims[len(self.inputs) :])  # noqa: E741
         return math.prod(stack), I, O
 
-    def matrices(self, x):
+    def to_matrices(self, x):
         """The matrix view of x, [X,I,O]; x may be one device's part."""
         X, I, O = self.matrix_shape(x.shape)  # noqa: E741
         return x.reshape(X, O, I).swapaxes(1, 2) if self.outputs_first else x.reshape(X, I, O)
@@ -111,19 +111,19 @@ class Axes:
 
     def on_matrices(self, function, x):
         """function: [X,I,O] -> [X,I,O], applied to the matrix view of x."""
-        return self.from_matrices(function(self.matrices(x)), x.shape)
+        return self.from_matrices(function(self.to_matrices(x)), x.shape)
 
-    def by_head(self, x):
+    def split_heads(self, x):
         """(Axes, x) with the heads among the stack: each head's slice is a matrix of its own."""
         dims = self._heads_first()
-        return (self, x) if dims is None else (self.of_heads(), x.transpose(dims))
+        return (self, x) if dims is None else (self.head_axes(), x.transpose(dims))
 
-    def from_heads(self, x):
+    def merge_heads(self, x):
         """Undoes by_head."""
         dims = self._heads_first()
         return x if dims is None else x.transpose(sorted(range(len(dims)), key=dims.__getitem__))
 
-    def of_heads(self) -> "Axes":
+    def head_axes(self) -> "Axes":
         """The Axes that by_head gives."""
         dims = self._heads_first()
         if dims is None:

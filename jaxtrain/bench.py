@@ -66,8 +66,8 @@ from jaxtrain.benchmarks import (
     processor,
     scaling,
 )
-from jaxtrain.config.commands import in_form
-from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 
@@ -192,7 +192,7 @@ def _positive(kind):
 
 
 def parse(argv=None, prog="python -m jaxtrain.bench") -> argparse.Namespace:
-    parser = Parser(prog, in_form(__doc__, prog))
+    parser = Parser(prog, rewrite_commands(__doc__, prog))
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all", help="default: all")
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
@@ -229,7 +229,7 @@ def provenance() -> dict:
     }
 
 
-@ends_in_one_line()
+@exit_on_file_error()
 def main(argv=None, prog="python -m jaxtrain.bench") -> None:
     args = parse(argv, prog)
     about = processor.describe()

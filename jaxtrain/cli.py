@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxtrain.config.commands import BY_NAME, COMMANDS, GROUPS
 from jaxtrain.errors import INTERRUPTED
-from pallas_kernels.arguments import nearest, show
+from pallas_kernels.arguments import nearest_name, print_text
 
 HELP = ("help", "-h", "--help")
 USAGE = 2  # exit status, as argparse's
@@ -81,15 +81,15 @@ def main(argv=None) -> int | None:
     first = argv[0] if argv else "help"
     if first in HELP:
         if len(argv) < 2 or argv[1] in HELP:
-            show(overview(prog))
+            print_text(overview(prog))
             return 0
         argv = [argv[1], "--help"]
         first = argv[0]
     if first in ("--version", "-V", "version"):
-        show(version())
+        print_text(version())
         return 0
     if first not in BY_NAME:
-        near = nearest(first, [*BY_NAME, "help"])
+        near = nearest_name(first, [*BY_NAME, "help"])
         hint = f" Did you mean {prog} {near}?" if near else ""
         print(f"error: no command {first}.{hint} {prog} lists all.", file=sys.stderr)
         return USAGE

@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from jaxtrain.config.command_line import Form
+from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import eval_batches
 from jaxtrain.distributed.program import run_main
@@ -77,7 +77,7 @@ def define_flags() -> None:
 
 
 def command(argv=None, prog="python -m jaxtrain.evaluate") -> None:
-    run_main(main, (), Form("evaluate", __doc__, define_flags), argv, prog)
+    run_main(main, (), CommandForm("evaluate", __doc__, define_flags), argv, prog)
 
 
 if __name__ == "__main__":

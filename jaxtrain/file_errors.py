@@ -22,7 +22,7 @@ TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+)\b")
 
 
 @contextlib.contextmanager
-def naming(path, file=None):
+def add_path_to_errors(path, file=None):
     """Adds `path` to an OSError of the block that names no file, as those of write() do.
 
     Args:
@@ -40,7 +40,7 @@ def naming(path, file=None):
 
 
 @contextlib.contextmanager
-def closing(error: BaseException | None):
+def keep_first_error(error: BaseException | None):
     """Lets no OSError of the block hide `error`, which is why files are being closed, or repeat it.
 
     A disk that was full when a line was written is full when the last lines are written, too.
@@ -50,7 +50,7 @@ def closing(error: BaseException | None):
     except OSError as failure:
         if error is None:
             raise
-        logging.debug("while closing: %s", explain(failure))
+        logging.debug("while closing: %s", describe_error(failure))
 
 
 class Appender:
@@ -68,7 +68,7 @@ class Appender:
 
     def write(self, data: bytes) -> None:
         written = 0
-        with naming(self.path):
+        with add_path_to_errors(self.path):
             try:
                 while written < len(data):
                     written += os.write(self._file, data[written:])
@@ -81,20 +81,20 @@ class Appender:
         pass
 
     def close(self) -> None:
-        with naming(self.path):
+        with add_path_to_errors(self.path):
             os.close(self._file)
 
 
-def is_of_files(error: BaseException) -> bool:
+def is_file_error(error: BaseException) -> bool:
     """Whether an OSError is a file system's refusal: it names a file, or its errno says so."""
     if not isinstance(error, OSError):
         return False
     return isinstance(error.filename, str | bytes | os.PathLike) or error.errno in OF_FILES
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Returns `PATH: reason` of a file system's refusal, and the text of any other error."""
-    if not is_of_files(error):
+    if not is_file_error(error):
         return str(error)
     reason = error.strerror or str(error)
     if not isinstance(error.filename, str | bytes | os.PathLike):
@@ -102,15 +102,15 @@ def explain(error: BaseException) -> str:
     return f"{os.fsdecode(error.filename)}: {reason}{_detail(error.errno, error.filename)}"
 
 
-def explain_stored(error: BaseException, folder) -> str | None:
+def describe_storage_error(error: BaseException, folder) -> str | None:
     """Returns `FOLDER: reason` of a write or read of arrays that the file system refused.
 
     Args:
         error: of Orbax or TensorStore, whose texts are hundreds of characters long.
         folder: that was written to or read.
     """
-    if is_of_files(error):
-        return explain(error)
+    if is_file_error(error):
+        return describe_error(error)
     found = TENSORSTORE_CODE.search(str(error))
     if not found:
         return None
@@ -119,14 +119,14 @@ def explain_stored(error: BaseException, folder) -> str | None:
 
 
 @contextlib.contextmanager
-def ends_in_one_line():
+def exit_on_file_error():
     """Ends a program that the file system stops, in one line. Decorates `main` of commands."""
     try:
         yield
     except OSError as error:
-        if not is_of_files(error):
+        if not is_file_error(error):
             raise
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 def _detail(code: int | None, path) -> str:
@@ -146,12 +146,14 @@ def _size(path: Path) -> str:
     """
     nearest = next((p for p in (path, *path.parents) if p.exists()), None)
     try:
-        return f" (a disk of {megabytes(shutil.disk_usage(nearest).total)})" if nearest else ""
+        return (
+            f" (a disk of {format_megabytes(shutil.disk_usage(nearest).total)})" if nearest else ""
+        )
     except OSError:
         return ""
 
 
-def megabytes(size: int) -> str:
+def format_megabytes(size: int) -> str:
     """`0.4 MB`, `1,204 MB`."""
     mb = size / 1e6
     return f"{mb:.1f} MB" if mb < 10 else f"{mb:,.0f} MB"

@@ -8,11 +8,11 @@ import shutil
 import uuid
 from pathlib import Path
 
-from jaxtrain.file_errors import naming
+from jaxtrain.file_errors import add_path_to_errors
 
 
 @contextlib.contextmanager
-def draft(path: str | Path):
+def atomic_path(path: str | Path):
     """A hidden path beside `path`, for a file or a folder that becomes `path` when the block ends.
 
     It is renamed in one step, on disk before and after; a block that raises leaves nothing behind.
@@ -24,10 +24,10 @@ def draft(path: str | Path):
     path = Path(path)
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # two writers never share
     try:
-        with naming(path):
+        with add_path_to_errors(path):
             yield hidden
             for written in (*hidden.rglob("*"), hidden):
-                sync(written)  # else a power cut can leave the new name on empty blocks
+                sync_to_disk(written)  # else a power cut can leave the new name on empty blocks
             os.replace(hidden, path)
     except BaseException as error:
         if hidden.is_dir():
@@ -37,10 +37,10 @@ def draft(path: str | Path):
         if isinstance(error, OSError) and str(error.filename) == str(hidden):
             error.filename = str(path)  # the name that the user knows
         raise
-    sync(path.parent)  # the rename itself
+    sync_to_disk(path.parent)  # the rename itself
 
 
-def sync(path: str | Path) -> None:
+def sync_to_disk(path: str | Path) -> None:
     """Returns once a file, or the names in a folder, are on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
@@ -55,7 +55,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     Raises:
         OSError: the folder is missing or cannot be written to.
     """
-    with draft(path) as hidden:
+    with atomic_path(path) as hidden:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

@@ -11,7 +11,7 @@ import shutil
 
 from absl import flags
 
-from jaxtrain.config.command_line import Form
+from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
 from jaxtrain.training.run import read_stored, restore_run
@@ -84,7 +84,7 @@ def define_flags() -> None:
 
 
 def command(argv=None, prog="python -m jaxtrain.generate") -> None:
-    run_main(main, (), Form("generate", __doc__, define_flags), argv, prog)
+    run_main(main, (), CommandForm("generate", __doc__, define_flags), argv, prog)
 
 
 if __name__ == "__main__":

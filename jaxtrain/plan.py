@@ -23,7 +23,7 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 from jaxtrain.config import train_config as config_lib  # noqa: E402
-from jaxtrain.config.command_line import Form  # noqa: E402
+from jaxtrain.config.command_line import CommandForm  # noqa: E402
 from jaxtrain.distributed import memory  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
 from jaxtrain.ops.precision import resolve_for_chip  # noqa: E402
@@ -90,7 +90,7 @@ def plan(cfg, args) -> int:
 def by_formula(cfg, args) -> int:
     """Memory alone, without the compiler."""
     chip, found = find_chip(args.chip), estimate(cfg, args.gpus * args.hosts)
-    usable = memory.share() * chip.hbm_bytes
+    usable = memory.fraction() * chip.hbm_bytes
     fits = found.peak <= usable
     if args.json:
         print(json.dumps(found._asdict() | {"peak": found.peak, "fits": fits}))
@@ -172,7 +172,7 @@ def define_flags() -> None:
 
 
 def command(argv=None, prog="python -m jaxtrain.plan") -> None:
-    form = Form("plan", __doc__, define_flags, config="may")
+    form = CommandForm("plan", __doc__, define_flags, config="may")
     run_main(main, (RuntimeError,), form, argv, prog)
 
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
-from jaxtrain.config.commands import in_form
-from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.reporting.table import format_table
 from jaxtrain.reporting.tracing import MARK
 from pallas_kernels.arguments import Parser
@@ -278,13 +278,13 @@ def _table(rows, total_s) -> str:
 
 
 def parse(argv=None, prog="python -m jaxtrain.profile"):
-    parser = Parser(prog, in_form(__doc__, prog))
+    parser = Parser(prog, rewrite_commands(__doc__, prog))
     parser.add_argument("folder", metavar="DIR", help="of a run, or of traces")
     parser.add_argument("--top", type=int, default=20, help="operations to show; default: 20")
     return parser.parse_args(argv)
 
 
-@ends_in_one_line()
+@exit_on_file_error()
 def main(argv=None, prog="python -m jaxtrain.profile") -> None:
     args = parse(argv, prog)
     try:

@@ -22,19 +22,27 @@ from absl import flags
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.checkpoint.relocation import check_not_moved
-from jaxtrain.config.command_line import Form
-from jaxtrain.config.fields import describe
-from jaxtrain.config.invocation import typed
+from jaxtrain.config.command_line import CommandForm
+from jaxtrain.config.fields import describe_flags
+from jaxtrain.config.shell_commands import current_command
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
-from jaxtrain.distributed.broadcast import from_process_0, of_all, on_all
-from jaxtrain.distributed.cluster import World, detect
+from jaxtrain.distributed.broadcast import (
+    broadcast_from_process_0,
+    gather_texts,
+    run_on_all_processes,
+)
+from jaxtrain.distributed.cluster import World, detect_world
 from jaxtrain.distributed.heartbeat import beat
-from jaxtrain.distributed.preemption import Stop, status_of
+from jaxtrain.distributed.preemption import StopListener, exit_status_of
 from jaxtrain.distributed.program import run_main
-from jaxtrain.distributed.runtime import fit_world, same_everywhere, start_runtime
-from jaxtrain.file_errors import naming
+from jaxtrain.distributed.runtime import (
+    check_same_on_all_processes,
+    fit_config_to_world,
+    start_runtime,
+)
+from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.start import first_state
 from jaxtrain.metrics.collector import Measure, open_wire
 from jaxtrain.metrics.mfu import build_work, find_device_chip
@@ -55,8 +63,8 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
     """Trains up to cfg.steps, resuming from cfg.workdir if it holds a checkpoint.
 
     Args:
-        stop: an entered Stop, which ends the process if a signal comes before the first step;
-            None leaves signals alone until then.
+        stop: an entered StopListener, which ends the process if a signal comes before the first
+            step; None leaves signals alone until then.
 
     Returns:
         the exit status: 0, or that of the signal that asked for a save.
@@ -65,16 +73,16 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
         RunLocked: another run writes to cfg.workdir.
     """
     started_s = time.perf_counter()
-    stop = stop or Stop(jax.process_count() > 1)
+    stop = stop or StopListener(jax.process_count() > 1)
     cfg, dtype_reason = resolve(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     from_shell(cfg.sample.prompt, SAMPLE_FLAG)  # refused now and not after the last step
     run = build_run(cfg, devices)
     workdir = Path(cfg.workdir)
-    stop.starting("reading the data")
+    stop.set_activity("reading the data")
     with hold(cfg) as lock:
-        corpus, held_out = on_all(lambda: open_data(cfg, workdir))
-        same_everywhere("the data", corpus.fingerprint)
+        corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
+        check_same_on_all_processes("the data", corpus.fingerprint)
         with (
             build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
             Checkpoints(
@@ -93,26 +101,26 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
 def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason) -> int:
     """Trains a run whose directory, data and checkpoints are open; returns as train() does."""
     cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
-    stop.starting("making or restoring the weights")
+    stop.set_activity("making or restoring the weights")
     state, restored = start_state(run, checkpoints, batches, first_state)
     if restored is None and cfg.checkpoint.storage == "host0":
         check_not_moved(workdir, checkpoints.steps())
     first = int(state.step)
     active = jax.process_index() == 0
-    if from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
+    if broadcast_from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
         if active:
             print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
         return 0
     title = f"{workdir.name}\n{run.parameters:,} parameters"
     about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
     with checkpoints.naming_newest(), Report(*about) as report:
-        hosts = of_all(socket.gethostname())
+        hosts = gather_texts(socket.gethostname())
         report.header(header(run, corpus, checkpoints, restored, dtype_reason))
         report.header(("lock", line) for line in lock.describe())
         report.write_config(stored_config(run, corpus, hosts))
-        log = on_all(lambda: StepLog(workdir, jax.process_index(), first))
+        log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
         beat("compile", first)
-        stop.starting("compiling the step")
+        stop.set_activity("compiling the step")
         step, diagnosis = compile_all(run, report, first)
         work = build_work(run, step.compiled, hosts)
         with open_measure(run, work, hosts, log, checkpoints) as measure:
@@ -129,7 +137,7 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
 
 def open_data(cfg, workdir):
     """Returns the corpora that a run trains and is evaluated on."""
-    with naming(cfg.data.text or cfg.data.shards):
+    with add_path_to_errors(cfg.data.text or cfg.data.shards):
         return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
 
 
@@ -164,7 +172,7 @@ def finish(loop, corpus, told) -> int:
     if told is None and loop.evaluate(cfg.steps) is None:
         told = loop.stop.signal
     if told is None:
-        loop.stop.serve("ending after the sample")
+        loop.stop.defer_signals("ending after the sample")
         print_sample(loop, corpus)
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
@@ -177,7 +185,7 @@ def finish(loop, corpus, told) -> int:
         return 0
     saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
     report.note(f"{saved} of {cfg.steps}; the same command resumes it")
-    return status_of(told)
+    return exit_status_of(told)
 
 
 def main() -> int:
@@ -185,16 +193,16 @@ def main() -> int:
     cfg = config_lib.freeze(args.config)
     beat("start")
     by_hand = args.coordinator, args.processes, args.process, None, args.processes
-    world = World("flags", *by_hand) if args.processes > 1 else detect(os.environ)
+    world = World("flags", *by_hand) if args.processes > 1 else detect_world(os.environ)
     set_up_logging()  # every process says where it joins
-    with Stop(world.processes > 1) as stop:
+    with StopListener(world.processes > 1) as stop:
         start_runtime(cfg, world)
         set_up_logging(world.process)
-        cfg = fit_world(cfg, world)
-        same_everywhere("the config", config_lib.start_hash(cfg))
+        cfg = fit_config_to_world(cfg, world)
+        check_same_on_all_processes("the config", config_lib.start_hash(cfg))
         status = train(cfg, stop=stop)
         if stop.signal and status and world.engine == "alone":  # else a launcher starts it again
-            print(f"resume with:\n  {typed()}", flush=True)
+            print(f"resume with:\n  {current_command()}", flush=True)
         return status
 
 
@@ -205,8 +213,8 @@ def define_flags() -> None:
 
 
 def command(argv=None, prog="python -m jaxtrain.train") -> None:
-    tables = describe(config_lib.TrainConfig)
-    form = Form("train", __doc__, define_flags, config="must", tables=tables)
+    tables = describe_flags(config_lib.TrainConfig)
+    form = CommandForm("train", __doc__, define_flags, config="must", tables=tables)
     run_main(main, (Diverged,), form, argv, prog)
 
 

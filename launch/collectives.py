@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.distributed.cluster import detect
+from jaxtrain.distributed.cluster import detect_world
 from jaxtrain.distributed.heartbeat import beat
-from jaxtrain.distributed.runtime import join, part
+from jaxtrain.distributed.runtime import exit_together, join_processes
 from jaxtrain.metrics.network import INTERFACE, Wire
 
 REPEATS, WARM_UP = 9, 2
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--interface", default="", help="of the training network")
     args = parser.parse_args()
     beat("start")
-    join(detect(os.environ))
+    join_processes(detect_world(os.environ))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
     cases = [case.split(":") for case in args.cases.split(",") if case] or [
         (kind, float(size) * 2**20) for size in args.mib.split(",") for kind in SHARE
@@ -93,7 +93,7 @@ def main() -> None:
         found = measure(kind, int(size), mesh, args.interface or os.environ.get(INTERFACE, ""))
         if jax.process_index() == 0:
             print(json.dumps(found), flush=True)
-    part(0)
+    exit_together(0)
 
 
 if __name__ == "__main__":

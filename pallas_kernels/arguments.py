@@ -11,7 +11,7 @@ import re
 import sys
 
 
-def show(text: str) -> None:
+def print_text(text: str) -> None:
     """Prints a long text; a reader that closes the pipe, such as `head`, is no error."""
     try:
         print(text, flush=True)
@@ -19,7 +19,7 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
 
 
-def nearest(name: str, known) -> str:
+def nearest_name(name: str, known) -> str:
     """Returns the known name that the user most likely meant; "" where none is near.
 
     The last part of a dotted name counts as the name: `batch` is near to `data.batch`.
@@ -29,13 +29,13 @@ def nearest(name: str, known) -> str:
     return next(iter(same or difflib.get_close_matches(name, known, 1)), "")
 
 
-def unknown_flag(name: str, known) -> str:
+def unknown_flag_error(name: str, known) -> str:
     """Returns the error for a flag that a command does not have."""
-    near = nearest(name, list(known))
+    near = nearest_name(name, list(known))
     return f"no flag --{name}." + (f" Did you mean --{near}?" if near else "")
 
 
-def wrong_dash(arg: str) -> str:
+def wrong_dash_error(arg: str) -> str:
     """Returns the error for a flag whose dash is a typographic one; "" for other arguments."""
     dashes = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
     if not arg.startswith(tuple(dashes)):
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file=None) -> None:
         if file is None:
-            show(self.format_help().rstrip())
+            print_text(self.format_help().rstrip())
         else:
             super().print_help(file)
 
@@ -91,10 +91,10 @@ class Parser(argparse.ArgumentParser):
         known = self._flags()
         for arg in args[: args.index("--")] if "--" in args else args:
             name = arg.lstrip("-").partition("=")[0]
-            if wrong := wrong_dash(arg):
+            if wrong := wrong_dash_error(arg):
                 self.error(wrong)
             if re.match("--?[A-Za-z]", arg) and name not in known:
-                self.error(unknown_flag(name, [k for k in known if k not in ("h", "help")]))
+                self.error(unknown_flag_error(name, [k for k in known if k not in ("h", "help")]))
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):

@@ -72,14 +72,14 @@ def test_the_matrix_view_flattens_inputs_and_outputs_and_is_undone():
 def test_heads_become_matrices_of_their_own_and_back(text, view):
     axes = Axes.parse(text)
     x = np.arange(np.prod(axes.shape(SIZES))).reshape(axes.shape(SIZES))
-    apart, y = axes.by_head(x)
+    apart, y = axes.split_heads(x)
     assert str(apart) == view and y.shape == apart.shape(SIZES)
-    np.testing.assert_array_equal(axes.from_heads(y), x)
+    np.testing.assert_array_equal(axes.merge_heads(y), x)
 
 
 def test_a_matrix_without_heads_is_its_own_view_by_head():
     axes = Axes.parse("L|D->F")
     x = np.zeros(axes.shape(SIZES))
-    apart, y = axes.by_head(x)
+    apart, y = axes.split_heads(x)
     assert apart == axes and y is x
-    assert axes.from_heads(x) is x
+    assert axes.merge_heads(x) is x

@@ -65,7 +65,7 @@ SEVERAL = """
     jax.distributed.initialize(f"localhost:{port}", 2, int(i))
     from jax.experimental.multihost_utils import reached_preemption_sync_point
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxtrain.distributed.broadcast import from_process_0
+    from jaxtrain.distributed.broadcast import broadcast_from_process_0
     from jaxtrain.checkpoint.manager import Checkpoints
     from jaxtrain.errors import CheckpointError
     from jaxtrain.config.train_config import MeshConfig
@@ -112,7 +112,8 @@ SEVERAL = """
             for step in (4, 5):
                 checkpoints.save(step, state, {"next": step})
             step, _, meta = checkpoints.restore(template)  # it compares the bits' digests
-            assert (step, meta) == (5, {"next": 5}) and from_process_0(checkpoints.steps) == [5]
+            assert (step, meta) == (5, {"next": 5})
+            assert broadcast_from_process_0(checkpoints.steps) == [5]
         with Checkpoints(alone + "/5/record/metadata", 1, storage="host0") as checkpoints:
             try:
                 checkpoints.save(6, state, {})

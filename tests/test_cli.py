@@ -13,7 +13,7 @@ from absl import logging
 from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import cli
-from jaxtrain.config.commands import BY_NAME, COMMANDS, in_form
+from jaxtrain.config.commands import BY_NAME, COMMANDS, rewrite_commands
 
 ROOT = Path(__file__).parent.parent
 NAMES = [command.name for command in COMMANDS]
@@ -198,11 +198,11 @@ def test_version_names_the_commit_of_a_checkout(capsys):
 
 def test_commands_in_a_text_are_written_in_the_form_that_the_user_knows():
     text = "run jaxtrain plan, or python -m jaxtrain.interop export --run=a; see jaxtrain trains"
-    assert in_form(text, "python -m jaxtrain.train") == (
+    assert rewrite_commands(text, "python -m jaxtrain.train") == (
         "run python -m jaxtrain.plan, or python -m jaxtrain.interop export --run=a; "
         "see jaxtrain trains"
     )
-    assert in_form(text, "bin/jaxtrain train").startswith(
+    assert rewrite_commands(text, "bin/jaxtrain train").startswith(
         "run bin/jaxtrain plan, or bin/jaxtrain export --run=a;"
     )
 

@@ -10,13 +10,13 @@ import runs
 from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import evaluate, train
-from jaxtrain.config import shipped
+from jaxtrain.config import config_files
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.command_line import Form, parse
+from jaxtrain.config.command_line import CommandForm, parse
 from jaxtrain.study import __main__ as study
 from launch import run as launch_run
 
-FORM = Form("train", "", train.define_flags, config="must")
+FORM = CommandForm("train", "", train.define_flags, config="must")
 
 
 def read(*argv):
@@ -180,7 +180,7 @@ def test_without_a_known_config_the_shipped_ones_are_listed_with_a_command(argv,
     lines = refused(capsys, *argv).splitlines()
     assert "  quickstart   Byte model on Python's standard library" in "\n".join(lines)
     listed = {line.split()[0] for line in lines if line.startswith("  ")}
-    assert listed == set(shipped.shipped("train"))
+    assert listed == set(config_files.shipped_configs("train"))
     assert {"debug", "gpt_124m", "llama_1400m"} <= listed
     assert not listed & {"base", "gpt2", "study"}
     assert any(line.endswith("jaxtrain train quickstart") for line in lines)

@@ -14,8 +14,8 @@ def test_there_are_at_most_100_fields():
 
 
 def test_every_field_has_a_text_and_stands_in_the_help():
-    text = knobs.describe(TrainConfig)
-    for prefix, cls in knobs.sections(TrainConfig):
+    text = knobs.describe_flags(TrainConfig)
+    for prefix, cls in knobs.list_sections(TrainConfig):
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.type):
                 assert field.metadata["text"], field.name
@@ -113,10 +113,10 @@ def test_processes_are_started_alike_in_all_but_their_folders():
 
 def test_changes_are_those_fields_whose_value_is_another_than_stored():
     stored = config_lib.flatten(TrainConfig())
-    assert config_lib.changes(stored, TrainConfig()) == []
+    assert config_lib.describe_changes(stored, TrainConfig()) == []
     del stored["optim.momentum"]
     now = config_lib.freeze({"seed": 1, "optim": {"learning_rate": 0.01}})
-    assert config_lib.changes(stored, now) == [
+    assert config_lib.describe_changes(stored, now) == [
         "seed 1, was 0",
         "optim.learning_rate 0.01, was 0.02",
         "optim.momentum 0.95, was not known",

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxtrain.distributed.cluster import World, detect, first_host
+from jaxtrain.distributed.cluster import World, detect_world, first_host
 
 SLURM = {
     "SLURM_JOB_ID": "4099",
@@ -53,35 +53,37 @@ MPI = {
     ],
 )
 def test_each_engine_names_the_world_in_its_own_words(env, world):
-    assert detect(env) == world
+    assert detect_world(env) == world
 
 
 def test_a_process_knows_how_many_devices_it_was_promised():
     env = {"JAX_NUM_PROCESSES": "1", "JAXTRAIN_LOCAL_DEVICES": "8"}
-    assert detect(env) == World("JAX_*", "", 1, 0, None, 1, 8)
+    assert detect_world(env) == World("JAX_*", "", 1, 0, None, 1, 8)
 
 
 def test_explicit_variables_come_before_an_engines():
     env = SLURM | MPI | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
-    assert detect(env).engine == "JAX_*"
+    assert detect_world(env).engine == "JAX_*"
 
 
 def test_mpirun_in_an_allocation_of_slurm_is_mpiruns():
     """There the daemons are a step of SLURM's, and the processes have both in their environment."""
-    assert detect(SLURM | MPI) == detect(MPI) != detect(SLURM)
+    assert detect_world(SLURM | MPI) == detect_world(MPI) != detect_world(SLURM)
 
 
 def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
     batch = {"SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}
-    assert detect(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
+    assert detect_world(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
     with pytest.raises(ValueError, match="Start it by srun"):
-        detect(batch | {"SLURM_JOB_NUM_NODES": "2"})
-    assert detect(batch | {"SLURM_JOB_NUM_NODES": "2", "JAX_NUM_PROCESSES": "1"}).processes == 1
+        detect_world(batch | {"SLURM_JOB_NUM_NODES": "2"})
+    assert (
+        detect_world(batch | {"SLURM_JOB_NUM_NODES": "2", "JAX_NUM_PROCESSES": "1"}).processes == 1
+    )
 
 
 def test_half_a_world_is_refused():
     with pytest.raises(ValueError, match="process=-1"):
-        detect({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"})
+        detect_world({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"})
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,19 @@ import time
 import pytest
 import runs
 
-from jaxtrain.distributed.preemption import Stop, status_of
+from jaxtrain.distributed.preemption import StopListener, exit_status_of
 
 COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
 PROGRAMS = {
     "running": f"""
-with Stop() as stop:
-    stop.serve("saving after this step, then stopping")
+with StopListener() as stop:
+    stop.defer_signals("saving after this step, then stopping")
     print("ready", flush=True)
     {COMPILED}
 """,
     "starting": f"""
-with Stop() as stop:
-    stop.starting("compiling the step")
+with StopListener() as stop:
+    stop.set_activity("compiling the step")
     print("ready", flush=True)
     {COMPILED}
 """,
@@ -37,7 +37,7 @@ class Program:
     """A program in a process of its own, whose output is read as it comes."""
 
     def __init__(self, name):
-        head = "import hashlib\nfrom jaxtrain.distributed.preemption import Stop, interruptible\n"
+        head = "import hashlib\nfrom jaxtrain.distributed.preemption import *\n"
         argv = [sys.executable, "-c", head + PROGRAMS[name]]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(argv, cwd=runs.ROOT, text=True, **pipe)
@@ -110,23 +110,23 @@ def wait_for(condition):
 def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
     """As `timeout` does: to its child, then to the group that the child is in."""
     formers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Stop() as stop:
-        stop.serve("saving")
+    with StopListener() as stop:
+        stop.defer_signals("saving")
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         wait_for(lambda: stop.signal)
         time.sleep(0.1)  # a second request would have ended this process
-        assert stop.asked() == signal.SIGTERM
+        assert stop.agreed_signal() == signal.SIGTERM
     assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request_to_end():
     """The kernel, the shell and the session manager may each send one, at any distance."""
-    with Stop() as stop:
-        stop.serve("saving")
+    with StopListener() as stop:
+        stop.defer_signals("saving")
         signal.raise_signal(signal.SIGHUP)
         wait_for(lambda: stop.signal == signal.SIGHUP)
-        assert status_of(stop.asked()) == 75
+        assert exit_status_of(stop.agreed_signal()) == 75
         for _ in range(2):
             time.sleep(0.1)  # longer than the window in which two signals are one
             signal.raise_signal(signal.SIGHUP)
@@ -135,7 +135,7 @@ def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request
         wait_for(lambda: stop.signal == signal.SIGTERM)
         signal.raise_signal(signal.SIGHUP)
         time.sleep(0.1)
-        assert stop.asked() == signal.SIGTERM
+        assert stop.agreed_signal() == signal.SIGTERM
 
 
 def test_sighup_before_the_first_step_ends_the_process_with_status_75():
@@ -149,8 +149,8 @@ def test_sighup_before_the_first_step_ends_the_process_with_status_75():
 def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stop() as stop:
-            stop.serve("saving")
+        with StopListener() as stop:
+            stop.defer_signals("saving")
             signal.raise_signal(signal.SIGHUP)
             time.sleep(0.1)
             assert stop.signal is None
@@ -162,15 +162,15 @@ def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
 def test_output_after_the_terminal_is_lost_does_not_end_the_process(tmp_path):
     program = f"""
 import time
-from jaxtrain.distributed.preemption import Stop, status_of
-with Stop() as stop:
-    stop.serve("saving")
+from jaxtrain.distributed.preemption import StopListener, exit_status_of
+with StopListener() as stop:
+    stop.defer_signals("saving")
     print("ready", flush=True)
     while not stop.signal:
         time.sleep(0.01)
     print("saved", flush=True)  # would raise OSError
     open({str(tmp_path / "saved")!r}, "w").close()
-raise SystemExit(status_of(stop.signal))
+raise SystemExit(exit_status_of(stop.signal))
 """
     master, slave = os.openpty()
     # A session's leader that opens a terminal is the one to get its SIGHUP.
@@ -190,9 +190,9 @@ raise SystemExit(status_of(stop.signal))
 def test_a_signal_to_a_forked_child_is_not_one_to_its_parent():
     program = """
 import os, signal, time
-from jaxtrain.distributed.preemption import Stop
-with Stop() as stop:
-    stop.serve("saving")
+from jaxtrain.distributed.preemption import StopListener
+with StopListener() as stop:
+    stop.defer_signals("saving")
     child = os.fork()
     if not child:
         time.sleep(60)

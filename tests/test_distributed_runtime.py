@@ -13,7 +13,7 @@ from jaxtrain.distributed.cluster import World
 from jaxtrain.distributed.runtime import (
     DETERMINISTIC_FLAGS,
     bind_address,
-    find_cache,
+    find_compile_cache,
     start_runtime,
 )
 
@@ -40,8 +40,8 @@ def test_the_coordinator_listens_on_the_stated_address_alone():
     port = free_port()
     program = (
         "from jaxtrain.distributed.cluster import World\n"
-        "from jaxtrain.distributed.runtime import join\n"
-        f"join(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
+        "from jaxtrain.distributed.runtime import join_processes\n"
+        f"join_processes(World('test', '127.0.0.1:{port}'))\nprint('joined', flush=True)\ninput()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", program], cwd=runs.ROOT, **pipes) as process:
@@ -118,12 +118,15 @@ def test_deterministic_runs_repeat_bitwise(tmp_path):
 def test_a_user_without_a_home_trains_without_a_compile_cache(monkeypatch, caplog):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id
-    assert find_cache("~/.cache/jaxtrain/xla") is None
+    assert find_compile_cache("~/.cache/jaxtrain/xla") is None
     assert "no compile cache" in caplog.text and "--compile_cache=~/.cache" in caplog.text
 
 
 def test_a_cache_that_cannot_be_made_is_off_with_a_line(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert find_cache(str(tmp_path / "file" / "cache")) is None
+    assert find_compile_cache(str(tmp_path / "file" / "cache")) is None
     assert "no compile cache" in caplog.text
-    assert find_cache(str(tmp_path / "cache")) == tmp_path / "cache" and find_cache("") is None
+    assert (
+        find_compile_cache(str(tmp_path / "cache")) == tmp_path / "cache"
+        and find_compile_cache("") is None
+    )

@@ -230,12 +230,12 @@ def test_of_gpus_it_says_how_many_bf16_and_cudnn():
 
 
 def test_both_names_of_the_memory_share_are_refused_as_jax_does(monkeypatch):
-    for name in host.memory.NAMES:
+    for name in host.memory.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert host.check_share().state == OK
-    monkeypatch.setenv(host.memory.NAMES[1], "1.5")
-    assert host.check_share().fix == f"unset {host.memory.NAMES[1]}"
-    monkeypatch.setenv(host.memory.NAMES[0], "0.5")
+    monkeypatch.setenv(host.memory.VARIABLES[1], "1.5")
+    assert host.check_share().fix == f"unset {host.memory.VARIABLES[1]}"
+    monkeypatch.setenv(host.memory.VARIABLES[0], "0.5")
     assert host.check_share().state == PROBLEM
 
 

@@ -6,7 +6,14 @@ import pytest
 from small_disk import small_disk
 
 from jaxtrain.data import encode
-from jaxtrain.file_errors import Appender, closing, explain, explain_stored, is_of_files, naming
+from jaxtrain.file_errors import (
+    Appender,
+    add_path_to_errors,
+    describe_error,
+    describe_storage_error,
+    is_file_error,
+    keep_first_error,
+)
 from jaxtrain.files import write_atomic
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.metrics.step_log import StepLog
@@ -29,23 +36,27 @@ def test_an_error_of_the_system_is_one_line_with_the_path_and_the_reason(tmp_pat
     with pytest.raises(OSError) as error:
         (file / "x").mkdir()
     text = f"{file / 'x'}: Not a directory ({file} is a file, not a folder)"
-    assert explain(error.value) == text and is_of_files(error.value)
+    assert describe_error(error.value) == text and is_file_error(error.value)
     with pytest.raises(OSError) as error:
         open(tmp_path / "missing")
-    assert explain(error.value) == f"{tmp_path / 'missing'}: No such file or directory"
+    assert describe_error(error.value) == f"{tmp_path / 'missing'}: No such file or directory"
 
 
 def test_an_error_that_names_no_file_is_of_files_by_its_number_alone():
-    assert is_of_files(OSError(errno.ENOSPC, "No space left on device"))
-    assert not is_of_files(ConnectionResetError(errno.ECONNRESET, "reset"))
-    assert not is_of_files(BrokenPipeError(errno.EPIPE, "Broken pipe"))
-    assert not is_of_files(ValueError("text"))
+    assert is_file_error(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_file_error(ConnectionResetError(errno.ECONNRESET, "reset"))
+    assert not is_file_error(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert not is_file_error(ValueError("text"))
 
 
 def test_a_block_adds_its_path_to_an_error_without_one():
-    with pytest.raises(OSError) as error, naming("/dev/full"), open("/dev/full", "wb", 0) as file:
+    with (
+        pytest.raises(OSError) as error,
+        add_path_to_errors("/dev/full"),
+        open("/dev/full", "wb", 0) as file,
+    ):
         file.write(b"x")
-    assert explain(error.value).startswith("/dev/full: No space left on device (")
+    assert describe_error(error.value).startswith("/dev/full: No space left on device (")
 
 
 def test_what_tensorstore_says_of_the_disk_becomes_the_folder_and_the_reason(tmp_path):
@@ -53,16 +64,16 @@ def test_what_tensorstore_says_of_the_disk_becomes_the_folder_and_the_reason(tmp
         'RESOURCE_EXHAUSTED: Error writing "w/0.0" in ... Failed to write 70388 bytes to file 9: '
     )
     said += "No space left on device [os_error_code='28']"
-    text = explain_stored(ValueError(said), tmp_path)
+    text = describe_storage_error(ValueError(said), tmp_path)
     assert text.startswith(f"{tmp_path}: No space left on device (a disk of ")
-    assert explain_stored(ValueError("a bug"), tmp_path) is None
+    assert describe_storage_error(ValueError("a bug"), tmp_path) is None
 
 
 def test_closing_hides_no_earlier_error_and_passes_its_own_where_there_is_none():
     full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError), closing(None):
+    with pytest.raises(OSError), keep_first_error(None):
         raise full
-    with closing(KeyboardInterrupt()):
+    with keep_first_error(KeyboardInterrupt()):
         raise full
 
 
@@ -74,7 +85,7 @@ def test_on_a_full_disk_a_line_is_appended_whole_or_not_at_all(disk):
         for _ in range(2_000):
             appender.write(line)
     appender.close()
-    assert explain(error.value).startswith(f"{path}: {disk.reason}")
+    assert describe_error(error.value).startswith(f"{path}: {disk.reason}")
     written = path.read_bytes()
     assert written and written == line * (len(written) // len(line))
 
@@ -86,7 +97,9 @@ def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
     with pytest.raises(OSError) as error:
         for step in range(2, 10_000):
             log.write(step, METRICS)
-    assert f"{disk.path}/" in explain(error.value) and disk.reason in explain(error.value)
+    assert f"{disk.path}/" in describe_error(error.value) and disk.reason in describe_error(
+        error.value
+    )
     log.close()
     lines = (disk.path / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
@@ -105,7 +118,7 @@ def test_a_step_log_on_a_full_disk_names_its_file_and_closes(disk):
         log.add(step, 0.1, 0.0)
     with pytest.raises(OSError) as error:
         log.flush()
-    assert f"{disk.path / 'hosts' / '0.jsonl'}: {disk.reason}" in explain(error.value)
+    assert f"{disk.path / 'hosts' / '0.jsonl'}: {disk.reason}" in describe_error(error.value)
     log.close()
 
 
@@ -115,7 +128,7 @@ def test_a_summary_on_a_full_disk_is_named_once_and_the_old_one_stays(disk, capl
         report.write(1, METRICS)
         disk.fill()
         report.finish({"note": "x" * 100_000})
-    assert explain(error.value).startswith(f"{disk.path / 'summary.json'}: {disk.reason}")
+    assert describe_error(error.value).startswith(f"{disk.path / 'summary.json'}: {disk.reason}")
     assert (disk.path / "summary.json").read_text() == "{}\n"
     assert "Traceback" not in caplog.text + capfd.readouterr().err
     assert not list(disk.path.glob(".*.tmp"))

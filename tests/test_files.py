@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import files
-from jaxtrain.files import draft, strict_json, write_atomic
+from jaxtrain.files import atomic_path, strict_json, write_atomic
 
 REWRITE_FOREVER = """
 import runpy, sys
@@ -47,12 +47,12 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
 
 
 def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError), draft(tmp_path / "new") as hidden:
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "new") as hidden:
         hidden.mkdir()
         (hidden / "part").write_text("half")
         1 / 0  # noqa: B018
     assert not list(tmp_path.iterdir())
-    with draft(tmp_path / "new") as hidden:
+    with atomic_path(tmp_path / "new") as hidden:
         hidden.mkdir()
         (hidden / "part").write_text("whole")
         assert not (tmp_path / "new").exists()

@@ -104,9 +104,9 @@ def test_the_outcome_of_a_job_that_filled_its_disk_is_kept(disk):
 def test_processes_meet_at_an_ipv6_address(tmp_path):
     program = """
 import os
-from jaxtrain.distributed.cluster import detect
-from jaxtrain.distributed.runtime import join
-join(detect(os.environ))
+from jaxtrain.distributed.cluster import detect_world
+from jaxtrain.distributed.runtime import join_processes
+join_processes(detect_world(os.environ))
 open("joined", "w").write(os.environ["JAX_COORDINATOR_ADDRESS"])
 os._exit(0)
 """

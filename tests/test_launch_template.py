@@ -4,7 +4,7 @@ import subprocess
 import pytest
 import yaml
 
-from jaxtrain.distributed.cluster import World, detect
+from jaxtrain.distributed.cluster import World, detect_world
 from launch.template import TEMPLATES, main, read_template
 
 
@@ -31,7 +31,7 @@ class Read(dict):
 def world(variables):
     """What detect makes of variables; each JAX_ one must be one that it reads."""
     env = Read(variables)
-    found = detect(env)
+    found = detect_world(env)
     assert {name for name in variables if name.startswith("JAX")} <= env.names
     return found
 

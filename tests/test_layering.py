@@ -90,7 +90,7 @@ def test_kernels_know_nothing_of_the_training_stack():
     "name",
     [
         *("axes", "cli", "errors", "files", "config.command_line", "config.commands"),
-        *("config.sections", "config.shipped", "config.train_config", "distributed.cluster"),
+        *("config.sections", "config.config_files", "config.train_config", "distributed.cluster"),
         *("distributed.heartbeat", "distributed.memory", "metrics.names", "metrics.network"),
         *("reporting.prometheus",),
     ],

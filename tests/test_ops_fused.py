@@ -16,14 +16,14 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtrain.config.train_config import MeshConfig
 from jaxtrain.ops.routes import Route
-from jaxtrain.distributed.mesh import BATCH, build_mesh
+from jaxtrain.distributed.mesh import BATCH_AXES, build_mesh
 from jaxtrain.model.attention import attend
 from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import devices_of
 
 cudnn.check_cudnn_version = lambda: 91_000  # lowering wants no more of the library
 mesh = build_mesh(MeshConfig(1, 2, 2), devices_of(find_chip("h100"), 4))
-heads = NamedSharding(mesh, P(BATCH, None, "tensor"))
+heads = NamedSharding(mesh, P(BATCH_AXES, None, "tensor"))
 x_BTHK = jax.ShapeDtypeStruct((4, 128, 4, 64), jnp.bfloat16, sharding=heads)
 route = Route("attention", "cudnn", "")
 loss = lambda *qkv: attend(route, *qkv, mesh=mesh).astype(jnp.float32).sum()

@@ -12,7 +12,7 @@ import runs
 
 from configs import debug
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.distributed.preemption import Stop
+from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.study.__main__ import run_study
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Interrupted, is_finished, read_result, run_trial
@@ -141,9 +141,9 @@ def test_a_folder_of_another_study_is_refused_before_any_run(studied, values):
 
 
 def _stop_of_the_run():
-    """Returns the Stop that handles SIGINT now, if one does."""
+    """Returns the StopListener that handles SIGINT now, if one does."""
     owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    return owner if isinstance(owner, Stop) else None
+    return owner if isinstance(owner, StopListener) else None
 
 
 def interrupt_when_handled():

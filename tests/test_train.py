@@ -12,7 +12,7 @@ import runs
 from configs import debug
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.invocation import invocation
+from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, eval_batches
 from jaxtrain.generate import tokenizer_name
@@ -113,8 +113,8 @@ def test_a_run_ends_with_the_commands_that_come_next(trained):
     head, *lines = next_commands(trained)
     assert head == "next:" and len(lines) == 3
     for line, (name, module) in zip(lines, modules.items(), strict=True):
-        assert line.startswith(f"  {invocation()} {name} ")
-        words = line.removeprefix(f"  {invocation()} {name} ")
+        assert line.startswith(f"  {jaxtrain_program()} {name} ")
+        words = line.removeprefix(f"  {jaxtrain_program()} {name} ")
         pasted = f"{sys.executable} -m {module} {words}"
         done = subprocess.run(pasted, shell=True, cwd=runs.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 from configs import debug
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.train_config import freeze
-from jaxtrain.distributed.preemption import Stop
+from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.metrics.collector import Measure
 from jaxtrain.metrics.mfu import StepWork
 from jaxtrain.metrics.step_log import StepLog
@@ -77,7 +77,7 @@ def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values
     with (
         Checkpoints(workdir / "checkpoints", 9, storage="host0") as checkpoints,
         Report(workdir, run.cfg.steps, first, quiet=quiet) as report,
-        Stop() as stop,
+        StopListener() as stop,
         Measure(work, None, StepLog(workdir, 0, first), None, checkpoints.is_saving) as measure,
     ):
         loop = Watched(run, state, steps, None, steps, None, checkpoints, report, measure)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.distributed.program import of_runtime, out_of_memory, run_main
+from jaxtrain.distributed.program import is_out_of_memory, is_runtime_error, run_main
 from jaxtrain.training.run import load_config, read_stored
 
 
@@ -17,7 +17,7 @@ from jaxtrain.training.run import load_config, read_stored
     ],
 )
 def test_the_death_of_a_peer_is_not_taken_for_bad_input(text, expected):
-    assert of_runtime(ValueError(text)) == expected
+    assert is_runtime_error(ValueError(text)) == expected
 
 
 def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, capsys):
@@ -37,7 +37,7 @@ def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, 
 
 
 def test_a_full_disk_is_not_taken_for_a_full_device():
-    assert not out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
+    assert not is_out_of_memory(ValueError("RESOURCE_EXHAUSTED: No space left on device"))
 
 
 def test_a_bad_value_in_a_stored_config_names_the_file_and_no_flag(tmp_path):

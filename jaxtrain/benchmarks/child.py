@@ -1,7 +1,7 @@
 """What a child of the GPU suites is told, and what both frameworks share: no JAX, no torch.
 
-A child is one process of one framework, so that neither holds the other's memory. It reads a BenchJob
-as JSON and writes one result, a dict; it never waits for another child.
+A child is one process of one framework, so that neither holds the memory of the other. It reads a
+BenchJob as JSON and writes one result, a dict; it never waits for another child.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
 OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
 VARIANTS = ("jaxtrain", "pytorch")
 CHILD = {"jaxtrain": "jax_child", "pytorch": "torch_child"}
-ENV = memory.setting()  # for the children that start no run
+ENV = memory.environment()  # for the children that start no run
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
 # To plan the minutes, not to report: what a child takes before its steps, and its likely speed.

@@ -1,6 +1,6 @@
 """Suite judge: the loss says whether speed was bought with correctness.
 
-JaxStep and the compiled PyTorch twin train gpt_124m on the same real text, from the same weights and
+Ours and the compiled PyTorch twin train gpt_124m on the same real text, from the same weights and
 batches, once for each seed. The verdict compares the mean of the last tenth of the steps: our gap
 to the twin, averaged over seeds, must be within what another seed changes, the standard deviation
 of the twin's own losses.

@@ -19,9 +19,9 @@ from absl import logging
 from jaxtrain.checkpoint import integrity as digest
 from jaxtrain.checkpoint.process0_store import Host0
 from jaxtrain.checkpoint.shared_store import Shared
-from jaxtrain.distributed.broadcast import from_process_0
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError, SaveFailed
-from jaxtrain.file_errors import explain, explain_stored, is_of_files
+from jaxtrain.file_errors import describe_error, describe_storage_error, is_file_error
 
 STORAGE = {"shared": Shared, "host0": Host0}
 TRIES = 5  # to read a step before the run that is going on replaces it
@@ -107,7 +107,7 @@ class Checkpoints:
             raise ValueError("save needs Checkpoints(..., read_only=False); got read_only=True.")
         leaves = digest.flatten_state(state)
         record = digest.build_record(step, leaves, meta)
-        from_process_0(self._before_save)
+        broadcast_from_process_0(self._before_save)
         self.wait()
         with self._naming(step):
             self.storage.check()
@@ -128,7 +128,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = explain_stored(error, self.folder)
+            reason = describe_storage_error(error, self.folder)
             if reason is None and not isinstance(error, SaveFailed):
                 raise
             self.storage.discard(step)  # it may be all that fills the disk
@@ -180,7 +180,7 @@ class Checkpoints:
 
     def _restore(self, abstract_state, template, device_check, step) -> Restored | None:
         """As restore(); raises _Replaced if what it read was removed."""
-        rejected, steps = [], from_process_0(self.steps)
+        rejected, steps = [], broadcast_from_process_0(self.steps)
         listed = steps
         if step is not None:
             if step not in steps:
@@ -189,14 +189,14 @@ class Checkpoints:
         for step in reversed(steps):
             folder, arrays = self.folder / str(step), None  # frees a rejected step's before reading
             try:
-                record = from_process_0(lambda folder=folder: digest.read_record(folder))
+                record = broadcast_from_process_0(lambda folder=folder: digest.read_record(folder))
                 digest.check_format(record)
                 digest.check_template(record, template)
                 arrays = self.storage.read(folder, template)
                 if device_check:
                     digest.check_digests(record, arrays)
             except CheckpointError as error:
-                if self._read_only and from_process_0(self.steps) != listed:
+                if self._read_only and broadcast_from_process_0(self.steps) != listed:
                     raise _Replaced from error
                 rejected.append((step, str(error)))
                 if jax.process_index() == 0:
@@ -258,7 +258,7 @@ class Checkpoints:
                 error = failed
             steps = self.steps()
             newest = f"the newest checkpoint is step {steps[-1]}" if steps else "no step is saved"
-            reason = str(error) if isinstance(error, SaveFailed) else explain(error)
+            reason = str(error) if isinstance(error, SaveFailed) else describe_error(error)
             raise SaveFailed(
                 f"{reason}; {newest} in {self.folder}. Free some space or mend what is named, then "
                 "run the same command again."
@@ -275,10 +275,10 @@ class Checkpoints:
                 free = next(name for name in names if not (aside / name).exists())
                 os.rename(self.folder / str(step), aside / free)
 
-        from_process_0(move)
+        broadcast_from_process_0(move)
         self.storage.reload()
 
 
 def is_of_disk(error: BaseException) -> bool:
     """Whether the file system is why something ends, rather than its input or a fault of ours."""
-    return isinstance(error, SaveFailed) or is_of_files(error)
+    return isinstance(error, SaveFailed) or is_file_error(error)

@@ -17,11 +17,11 @@ import tensorstore
 from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import zarr
-from jaxtrain.distributed.broadcast import first_reason, from_process_0
+from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_first_error
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.errors import CheckpointError, SaveFailed
-from jaxtrain.file_errors import explain_stored, naming
-from jaxtrain.files import strict_json, sync
+from jaxtrain.file_errors import add_path_to_errors, describe_storage_error
+from jaxtrain.files import strict_json, sync_to_disk
 
 PIECE_BYTES = 256 << 20  # of an array that a process holds twice while it is gathered
 IN_FLIGHT = 2  # pieces being written
@@ -38,7 +38,7 @@ class Host0:
         pass
 
     def newest(self) -> int | None:
-        return from_process_0(lambda: max(_steps(self._folder), default=None))
+        return broadcast_from_process_0(lambda: max(_steps(self._folder), default=None))
 
     def save(self, step: int, leaves: dict, record: dict) -> None:
         """Raises SaveFailed in all processes where process 0 could not write."""
@@ -61,27 +61,29 @@ class Host0:
                     while len(writing) > IN_FLIGHT:
                         writing.popleft().result()
                 except Exception as error:  # whatever it is, the other processes must hear of it
-                    reason = explain_stored(error, self._folder) or f"{draft}: {zarr.why(error)}"
-        reason = first_reason(reason)
+                    reason = (
+                        describe_storage_error(error, self._folder) or f"{draft}: {zarr.why(error)}"
+                    )
+        reason = gather_first_error(reason)
         if reason:
             raise SaveFailed(f"checkpoint {step} was not saved: {reason}")
-        from_process_0(lambda: self._commit(draft, step, record, writing))
+        broadcast_from_process_0(lambda: self._commit(draft, step, record, writing))
 
     def _commit(self, draft, step, record, writing) -> None:
         try:
             for write in writing:
                 write.result()
         except ValueError as error:
-            reason = explain_stored(error, self._folder) or zarr.why(error)
+            reason = describe_storage_error(error, self._folder) or zarr.why(error)
             raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
         (draft / "record").mkdir()
-        with naming(draft):
+        with add_path_to_errors(draft):
             (draft / "record" / "metadata").write_text(strict_json(record))
             (draft / "state" / "_METADATA").write_text(json.dumps({"written_by": "host0"}))
             for path in [*draft.rglob("*"), draft]:
-                sync(path)
+                sync_to_disk(path)
         os.rename(draft, self._folder / str(step))
-        sync(self._folder)
+        sync_to_disk(self._folder)
         steps = _steps(self._folder)
         for old in steps[: -self._keep_last]:
             if not (self._keep_every and old % self._keep_every == 0):
@@ -125,7 +127,7 @@ class Host0:
                 _place(piece, parts, axis, start, stop)
             read = lambda index, parts=parts: parts[str(index)][1]
             arrays[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-        reason = first_reason(reason)
+        reason = gather_first_error(reason)
         if reason:
             raise CheckpointError(reason)
         return arrays

@@ -8,7 +8,7 @@ import json
 import socket
 from pathlib import Path
 
-from jaxtrain.distributed.broadcast import of_all, on_all
+from jaxtrain.distributed.broadcast import gather_texts, run_on_all_processes
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.metrics.step_log import FOLDER
 
@@ -47,8 +47,8 @@ def check_not_moved(workdir, saved: list[int]) -> None:
     Args:
         saved: steps of the checkpoints that this process sees.
     """
-    here = on_all(lambda: json.dumps(look(workdir, saved)))
-    found = [json.loads(text) for text in of_all(here)]
+    here = run_on_all_processes(lambda: json.dumps(look(workdir, saved)))
+    found = [json.loads(text) for text in gather_texts(here)]
     further = find_further(found)
     if further:
         raise ValueError(

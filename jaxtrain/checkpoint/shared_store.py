@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from jaxtrain.checkpoint.zarr import open_stored, why
-from jaxtrain.distributed.broadcast import first_reason, from_process_0
+from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_first_error
 from jaxtrain.errors import CheckpointError
-from jaxtrain.file_errors import explain_stored
+from jaxtrain.file_errors import describe_storage_error
 
 
 class Shared:
@@ -35,18 +35,20 @@ class Shared:
         """Raises ValueError unless all processes see one folder. Once, before anything is lost."""
         if self._checked:
             return
-        nonce = self._folder.parent / f".shared-{from_process_0(lambda: uuid.uuid4().hex)}"
+        nonce = (
+            self._folder.parent / f".shared-{broadcast_from_process_0(lambda: uuid.uuid4().hex)}"
+        )
 
         def write():
             nonce.parent.mkdir(parents=True, exist_ok=True)
             nonce.touch()
 
-        from_process_0(write)
+        broadcast_from_process_0(write)
         seen = nonce.exists()
-        reason = first_reason(
+        reason = gather_first_error(
             "" if seen else f"does not see what process 0 wrote in {nonce.parent}"
         )
-        from_process_0(lambda: nonce.unlink())
+        broadcast_from_process_0(lambda: nonce.unlink())
         if reason:
             raise ValueError(
                 f"checkpoint.storage=shared needs a folder that all processes share; {reason}. Set "
@@ -111,7 +113,7 @@ class Shared:
             except Exception as error:  # whatever it is, the other processes must hear of it
                 reason = f"{name} cannot be read: {why(error)}"
                 break
-        reason = first_reason(reason)
+        reason = gather_first_error(reason)
         if reason:
             raise CheckpointError(reason)
         return arrays
@@ -167,7 +169,7 @@ def quiet_orbax() -> None:
 def _is_not_chatter(record) -> bool:
     orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     if (orbax or record.name == "asyncio") and record.exc_info:
-        return logging.level_debug() or not explain_stored(record.exc_info[1], "")
+        return logging.level_debug() or not describe_storage_error(record.exc_info[1], "")
     return not orbax or record.levelno >= std_logging.WARNING
 
 

@@ -13,19 +13,25 @@ from typing import NamedTuple
 
 from absl import flags
 
-from jaxtrain.config import shipped
-from jaxtrain.config.commands import in_form
-from jaxtrain.config.fields import fault, plain_fields, sections
-from jaxtrain.config.flag_table import entry, fit, usual_name
+from jaxtrain.config import config_files
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.config.fields import find_fault, list_sections, plain_fields
+from jaxtrain.config.help_text import format_flag, translate_name, wrap_table
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.errors import REFUSED
-from pallas_kernels.arguments import examples_first, nearest, show, unknown_flag, wrong_dash
+from pallas_kernels.arguments import (
+    examples_first,
+    nearest_name,
+    print_text,
+    unknown_flag_error,
+    wrong_dash_error,
+)
 
 ASKS_HELP = ("help", "helpshort", "helpfull", "h", "?")
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "values as 1,2,3"}
 
 
-class Form(NamedTuple):
+class CommandForm(NamedTuple):
     """What a command's line may hold.
 
     Args:
@@ -44,7 +50,7 @@ class Form(NamedTuple):
     doc: str
     define: Callable[[], None] = lambda: None
     config: str = ""
-    sections: tuple = tuple(sections(TrainConfig))
+    sections: tuple = tuple(list_sections(TrainConfig))
     open_fields: tuple[str, ...] = ()
     tables: str = ""
     status: int = REFUSED
@@ -62,7 +68,7 @@ class Field(NamedTuple):
 class _Line:
     """Reads one command line; `read` does it all."""
 
-    def __init__(self, form: Form, prog: str):
+    def __init__(self, form: CommandForm, prog: str):
         before = set(flags.FLAGS)
         form.define()
         if form.config:
@@ -87,7 +93,7 @@ class _Line:
     def read(self, argv: list[str]) -> list[str]:
         """Sets absl's FLAGS; returns the words that are left."""
         if any(_flag_name(arg) in ASKS_HELP for arg in argv):
-            show(self.help())
+            print_text(self.help())
             sys.exit(0)
         try:
             self._split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
@@ -116,7 +122,7 @@ class _Line:
             if arg == "--":
                 self.words += args
                 return
-            if wrong := wrong_dash(arg):
+            if wrong := wrong_dash_error(arg):
                 self.refuse(wrong)
             if not re.match(r"--?[A-Za-z_]", arg):
                 self.words.append(arg)
@@ -159,7 +165,9 @@ class _Line:
             own, known = [], [f"config.{field}" for field in self.fields]
         else:
             known = [*own, *self.fields]
-        text = unknown_flag(usual_name(typed), known).replace(usual_name(typed), typed, 1)
+        text = unknown_flag_error(translate_name(typed), known).replace(
+            translate_name(typed), typed, 1
+        )
         self.refuse(f"{text} See {self.prog} --help.")
 
     def _check_own(self) -> None:
@@ -193,7 +201,7 @@ class _Line:
         self.given = [(name, value) for name, value in self.given if name != "config"]
         self.named = named[0] if named else ""
         if not self.named and (self.form.config == "must" or self.overrides):
-            listing = shipped.listing(self.form.name, self.prog)
+            listing = config_files.format_listing(self.form.name, self.prog)
             self.refuse(f"{self.prog} needs a config.\n{listing}")
 
     def _load_config(self) -> None:
@@ -201,11 +209,11 @@ class _Line:
         if not self.named:
             return
         try:
-            config, path = shipped.load(self.named)
+            config, path = config_files.load_config_file(self.named)
         except ValueError as error:
             listing = ""
             if str(error).startswith("no config"):
-                listing = f"\n{shipped.listing(self.form.name, self.prog)}"
+                listing = f"\n{config_files.format_listing(self.form.name, self.prog)}"
             self.refuse(f"{error}{listing}")
         self._check_names(config)
         for field in self.overrides:
@@ -219,7 +227,7 @@ class _Line:
             return
         for name in config:
             if name not in {known.partition(".")[0] for known in self.fields}:
-                near = nearest(name, list(self.fields))
+                near = nearest_name(name, list(self.fields))
                 hint = f" Did you mean {near}?" if near else ""
                 self.refuse(f"{self.named}: config has no field {name}.{hint}")
 
@@ -233,12 +241,12 @@ class _Line:
         for section in sections:
             inner = inner[section] if section in inner else {}
         if last not in inner:
-            near = nearest(name, list(_names(config)))
+            near = nearest_name(name, list(_names(config)))
             hint = f" Did you mean --{near}?" if near else ""
             self.refuse(f"{self.named} has no field {name} for --{field.typed}.{hint}")
         value = self._value(field, inner[last])
         knob = self.fields.get(field.name)
-        if knob is not None and (what := fault(knob, value)):
+        if knob is not None and (what := find_fault(knob, value)):
             self.refuse(f"{field.name} {what}; got {value!r}. Set --{field.typed}.")
         try:
             inner[last] = value
@@ -267,10 +275,10 @@ class _Line:
 
     def help(self) -> str:
         """Examples, what the command does, its flags, and the config's fields."""
-        own = ["Flags:\n" + "\n".join(map(entry, self.own))] if self.own else []
+        own = ["Flags:\n" + "\n".join(map(format_flag, self.own))] if self.own else []
         tables = [self.form.tables.strip("\n")] if self.form.tables else []
-        fitted = [fit(in_form(table, self.prog)) for table in (*own, *tables)]
-        return "\n\n".join([in_form(examples_first(self.form.doc), self.prog), *fitted])
+        fitted = [wrap_table(rewrite_commands(table, self.prog)) for table in (*own, *tables)]
+        return "\n\n".join([rewrite_commands(examples_first(self.form.doc), self.prog), *fitted])
 
 
 def _flag_name(arg: str) -> str:
@@ -286,7 +294,7 @@ def _names(config, prefix=""):
             yield f"{prefix}{key}"
 
 
-def parse(form: Form, prog: str, argv: list[str]) -> list[str]:
+def parse(form: CommandForm, prog: str, argv: list[str]) -> list[str]:
     """Reads a command line into absl's FLAGS and returns the words that are no flags.
 
     FLAGS.config is the ConfigDict with the user's fields. Help and bad input end the program.

@@ -69,7 +69,7 @@ _MENTION = re.compile(
 )
 
 
-def in_form(text: str, prog: str) -> str:
+def rewrite_commands(text: str, prog: str) -> str:
     """Writes all commands that a text mentions in the form in which the user started this one.
 
     Args:

@@ -23,7 +23,7 @@ def plain_fields(cls):
     yield from (f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type))
 
 
-def fault(f, value) -> str:
+def find_fault(f, value) -> str:
     """Returns what a field's value must be and is not; "" where it is valid."""
     if not isinstance(f.type, type) or f.type not in (bool, int, float, str):
         return ""
@@ -57,23 +57,23 @@ class Section:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if what := fault(f, value):
+            if what := find_fault(f, value):
                 self.fail(f.name, what)
             if f.type is float and type(value) is int:
                 object.__setattr__(self, f.name, float(value))
 
     def fail(self, name, what):
         """Raises ValueError naming this field, its value and the flag that sets it."""
-        raise refusal(type(self), name, what, getattr(self, name))
+        raise field_error(type(self), name, what, getattr(self, name))
 
 
-def refusal(cls, name, what, value) -> ValueError:
+def field_error(cls, name, what, value) -> ValueError:
     """The error for a Section's field whose value is not what it must be."""
     flag = f"{cls.PREFIX}{name}"
     return ValueError(f"{flag} {what}; got {value!r}. Set --{flag}.")
 
 
-def sections(cls):
+def list_sections(cls):
     """(prefix, dataclass) of the top level and of every section, in declared order."""
     yield "", cls
     for f in dataclasses.fields(cls):
@@ -81,10 +81,10 @@ def sections(cls):
             yield f"{f.name}.", f.type
 
 
-def describe(top) -> str:
+def describe_flags(top) -> str:
     """The table of all flags for --help: flag, default, unit, meaning."""
     lines = ["Fields of the config (set with --NAME=VALUE, or --config.NAME=VALUE):", ""]
-    for prefix, cls in sections(top):
+    for prefix, cls in list_sections(top):
         for f in plain_fields(cls):
             meta = f.metadata
             allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ml_collections import ConfigDict
 
-from jaxtrain.config.fields import INT64_MAX, Section, fault, knob, refusal
+from jaxtrain.config.fields import INT64_MAX, Section, field_error, find_fault, knob
 from jaxtrain.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -121,8 +121,8 @@ def freeze(values, cls=TrainConfig):
             hint = f" Did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"config has no field {prefix}{key}.{hint} --help lists them all.")
         # Before the sections: their values may follow this one, as optim.total_steps does steps.
-        if what := fault(fields[key], values[key]):
-            raise refusal(cls, key, what, values[key])
+        if what := find_fault(fields[key], values[key]):
+            raise field_error(cls, key, what, values[key])
     for key in values:
         nested = dataclasses.is_dataclass(fields[key].type)
         kwargs[key] = freeze(values[key], fields[key].type) if nested else values[key]
@@ -143,7 +143,7 @@ def flatten(config) -> dict:
     return flat
 
 
-def changes(stored: dict, config) -> list[str]:
+def describe_changes(stored: dict, config) -> list[str]:
     """`optim.learning_rate 0.02, was 0.01` of each field that is not as in an earlier `flatten`."""
     return [
         f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"

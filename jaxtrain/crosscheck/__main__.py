@@ -32,7 +32,7 @@ import jax
 from absl import flags
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.config.command_line import Form
+from jaxtrain.config.command_line import CommandForm
 from jaxtrain.crosscheck import comparison as judge
 from jaxtrain.crosscheck import explanation, jax_train, llmc_state, loss_plot
 from jaxtrain.crosscheck.tensor_names import STYLES
@@ -212,10 +212,10 @@ def _define_llmc() -> None:
 
 # A word that is not here has no flags; `main` then says which words there are.
 VERBS = {
-    "run": Form("crosscheck", __doc__, _define_training, config="must"),
-    "record": Form("crosscheck", __doc__, _define_record, config="must"),
-    "compare": Form("crosscheck", __doc__, _define_compare, words=2),
-    "llmc": Form("crosscheck", __doc__, _define_llmc),
+    "run": CommandForm("crosscheck", __doc__, _define_training, config="must"),
+    "record": CommandForm("crosscheck", __doc__, _define_record, config="must"),
+    "compare": CommandForm("crosscheck", __doc__, _define_compare, words=2),
+    "llmc": CommandForm("crosscheck", __doc__, _define_llmc),
 }
 HELP = f"""{__doc__}
 `run`, `record`, `compare` and `llmc` have flags of their own: see `jaxtrain crosscheck run --help`.
@@ -229,7 +229,7 @@ def command(argv=None, prog="python -m jaxtrain.crosscheck") -> None:
         argv.remove(verb)
         form, prog = VERBS[verb], f"{prog} {verb}"
     else:
-        form = Form("crosscheck", HELP, words=len(argv))
+        form = CommandForm("crosscheck", HELP, words=len(argv))
     run_main(lambda *words: main(verb, *words or ([],)), (ImportError,), form, argv, prog)
 
 

@@ -170,7 +170,7 @@ class TorchTransformer(nn.Module):
 
 
 def build_torch_model(cfg, params=None) -> TorchTransformer:
-    """The TorchTransformer of a ModelConfig, with float64 masters for float64; params: see load_params."""
+    """The PyTorch model of a ModelConfig, with float64 masters for float64."""
     model = TorchTransformer(cfg)
     model = model.double() if cfg.dtype == "float64" else model
     if params is not None:

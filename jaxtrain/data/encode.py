@@ -8,8 +8,8 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from jaxtrain.config.commands import in_form
-from jaxtrain.config.invocation import command
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.config.shell_commands import shell_command
 from jaxtrain.data.formats import SUFFIXES, shown
 from jaxtrain.data.journal import PROGRESS, STATE, lock_folder
 from jaxtrain.data.pipeline import SHARD_TOKENS, encode
@@ -18,7 +18,7 @@ from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.totals import Flags, describe_skipped
 from jaxtrain.errors import INTERRUPTED
-from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.file_errors import exit_on_file_error
 from pallas_kernels.arguments import Parser
 
 FLAGS = Flags("--input", "--text_field", "--val_fraction")
@@ -65,7 +65,7 @@ end-of-text token.
 
 
 def _parse(argv, prog) -> argparse.Namespace:
-    parser = Parser(prog, in_form(HELP, prog))
+    parser = Parser(prog, rewrite_commands(HELP, prog))
     add = parser.add_argument
     add("--input", required=True, help="file or folder of text")
     add("--out", required=True, help="folder for the shards; made if missing")
@@ -162,7 +162,7 @@ def _train_command(out: Path, name: str, meta: dict) -> str:
     tokens = sum(e["tokens"] for e in meta["shards"] if e["split"] == "train")
     if tokens < FEW_TOKENS:  # else there is not one batch
         arguments += ["--data.batch=1", f"--data.seq_len={max(1, min(256, tokens - 1))}"]
-    return command("train", *arguments, f"--workdir={_new_folder(Path('runs', name))}")
+    return shell_command("train", *arguments, f"--workdir={_new_folder(Path('runs', name))}")
 
 
 def _new_folder(path: Path) -> Path:
@@ -194,7 +194,7 @@ def _print_summary(args, out, name, meta) -> None:
         )
 
 
-@ends_in_one_line()
+@exit_on_file_error()
 def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # in any locale

@@ -13,7 +13,7 @@ import json
 from absl import flags
 
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.command_line import Form
+from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.shards import find_shards
 from jaxtrain.data.text import list_files
 from jaxtrain.distributed.program import run_main
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def command(argv=None, prog="python -m jaxtrain.data.glance") -> None:
-    run_main(main, (), Form("train", __doc__, config="must"), argv, prog)
+    run_main(main, (), CommandForm("train", __doc__, config="must"), argv, prog)
 
 
 if __name__ == "__main__":

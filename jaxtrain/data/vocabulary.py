@@ -1,6 +1,6 @@
 """Whether a model, its tokenizer and its text were made for each other."""
 
-from jaxtrain.config.invocation import again, command
+from jaxtrain.config.shell_commands import current_command_with, shell_command
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
 
@@ -53,6 +53,6 @@ def _leaves_unused(vocab_size, entries) -> bool:
 
 
 def _two_commands(tokenizer, text) -> str:
-    make = command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
-    use = again("--data.shards=shards")
+    make = shell_command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
+    use = current_command_with("--data.shards=shards")
     return f"Or make token shards and train on them:\n  {make}\n  {use}"

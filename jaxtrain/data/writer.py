@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.data.shards import HEADER_BYTES, LLMC_FORMS
-from jaxtrain.file_errors import naming
+from jaxtrain.file_errors import add_path_to_errors
 
 
 class ShardWriter:
@@ -32,7 +32,7 @@ class ShardWriter:
             stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
             text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
             chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            with naming(self._file.name, self._file):
+            with add_path_to_errors(self._file.name, self._file):
                 self._file.write(chunk)
             self._digest.update(chunk)
             entry["tokens"] += stop - done
@@ -57,7 +57,7 @@ class ShardWriter:
         entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
         forms = {np.dtype(form): (magic, version) for magic, (version, form) in LLMC_FORMS.items()}
         header[:3] = *forms[self._dtype], entry["tokens"]
-        with naming(self._file.name, self._file):
+        with add_path_to_errors(self._file.name, self._file):
             self._file.seek(0)
             self._file.write(header)
             self._file.flush()

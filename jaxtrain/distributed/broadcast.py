@@ -7,12 +7,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.errors import CheckpointError
-from jaxtrain.file_errors import explain
+from jaxtrain.file_errors import describe_error
 
-REASON_BYTES = 1024  # of a reason that one process tells the others
+MESSAGE_BYTES = 1024  # of a reason that one process tells the others
 
 
-def from_process_0(function):
+def broadcast_from_process_0(function):
     """Returns function()'s JSON-able value on process 0, in every process.
 
     Raises:
@@ -27,7 +27,7 @@ def from_process_0(function):
             answer = {"value": function()}
         except Exception as error:
             raised = error
-            answer = {"error": explain(error), "bad_input": isinstance(error, ValueError)}
+            answer = {"error": describe_error(error), "bad_input": isinstance(error, ValueError)}
     if jax.process_count() > 1:
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
@@ -40,7 +40,7 @@ def from_process_0(function):
     raise (ValueError if answer["bad_input"] else CheckpointError)(answer["error"]) from raised
 
 
-def on_all(function):
+def run_on_all_processes(function):
     """Returns function() of this process; raises in every process if it raised in one.
 
     Raises:
@@ -54,7 +54,7 @@ def on_all(function):
         if jax.process_count() == 1:
             raise
         raised = error
-    reason = first_reason((explain(raised) or repr(raised)) if raised else "")
+    reason = gather_first_error((describe_error(raised) or repr(raised)) if raised else "")
     if raised and not isinstance(raised, ValueError | OSError):
         raise raised
     if reason:
@@ -62,18 +62,18 @@ def on_all(function):
     return value
 
 
-def of_all(text: str) -> list[str]:
+def gather_texts(text: str) -> list[str]:
     """Returns each process's text, cut to REASON_BYTES, in every process."""
     if jax.process_count() == 1:
         return [text]
-    said = text.encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
+    said = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     texts = multihost_utils.process_allgather(np.frombuffer(said, np.uint8))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(texts)]
 
 
-def first_reason(reason: str) -> str:
+def gather_first_error(reason: str) -> str:
     """Returns the first process's reason that is not empty, in every process."""
-    texts = of_all(reason)
+    texts = gather_texts(reason)
     if len(texts) == 1:
         return reason
     return next((f"process {i}: {text}" for i, text in enumerate(texts) if text), "")

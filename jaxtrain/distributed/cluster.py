@@ -20,7 +20,7 @@ class World(NamedTuple):
     devices: int = 0  # that this process must find; 0: as many as there are
 
 
-def detect(env) -> World:
+def detect_world(env) -> World:
     """The World that the environment variables `env` describe; World() where none is named.
 
     Raises:
@@ -33,11 +33,11 @@ def detect(env) -> World:
                 world = World(engine, *found)
             except (TypeError, KeyError) as error:
                 raise ValueError(f"{engine}'s variables are incomplete: {error}.") from error
-            return check(world)
+            return check_world(world)
     return World()
 
 
-def check(world: World) -> World:
+def check_world(world: World) -> World:
     """The world, if its parts fit. Raises ValueError."""
     if world.processes == 1 and world.process == 0:
         return world

@@ -16,7 +16,7 @@ PATH = "JAXTRAIN_BEAT"
 BEAT_BYTES = 256  # each overwrites the last: on a disk that is full there is room for no other
 
 
-class Beat:
+class Heartbeat:
     """Writes {"beats", "step", "phase", "time", "step_s"}; without JAXTRAIN_BEAT it does nothing.
 
     Every rank makes the same beats in the same order, so the one with the fewest is the one that
@@ -46,4 +46,4 @@ class Beat:
                 beats.write(json.dumps(said).ljust(BEAT_BYTES).encode())
 
 
-beat = Beat()  # of this process
+beat = Heartbeat()  # of this process

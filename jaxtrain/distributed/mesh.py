@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.axes import Axes
 
 AXES = ("replica", "fsdp", "tensor")
-BATCH = ("replica", "fsdp")  # mesh axes that split the batch
+BATCH_AXES = ("replica", "fsdp")  # mesh axes that split the batch
 LETTER_AXIS = {"D": "fsdp", "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 
 
@@ -80,7 +80,7 @@ def moment_spec(axes: Axes, shape, mesh: Mesh) -> P:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over replica and fsdp; each tensor group sees the same rows."""
-    return NamedSharding(mesh, P(BATCH))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,7 @@ DUPLICATE_S = 0.05  # `timeout` signals a process and then its group: two signal
 PATIENCE_S = 0.5  # that the main thread has to begin to end by itself
 
 
-class Listener:
+class SignalListener:
     """Calls `hear(number)` in a thread for each signal; a context manager that may be nested.
 
     Args:
@@ -93,12 +93,12 @@ def end_now(status: int) -> None:
     os._exit(status)
 
 
-def status_of(number) -> int:
+def exit_status_of(number) -> int:
     """Returns the exit status of a run that a signal stopped, with nothing lost."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
-class Stop(Listener):
+class StopListener(SignalListener):
     """The signal that asked a run to stop.
 
     Before the first step nothing is to be saved: a signal ends the process at once. From `serve`
@@ -130,11 +130,11 @@ class Stop(Listener):
     def _ignore(self, number, frame):
         """The thread has answered."""
 
-    def starting(self, activity: str) -> None:
+    def set_activity(self, activity: str) -> None:
         """Names what the process does before its first step, for the line that a signal prints."""
         self._activity, self._promise = activity, ""
 
-    def serve(self, promise: str) -> None:
+    def defer_signals(self, promise: str) -> None:
         """From now on `asked` returns the signal; `promise` says what the first one brings about.
 
         Args:
@@ -162,7 +162,7 @@ class Stop(Listener):
                 name,
                 self._activity,
             )
-            end_now(status_of(number))
+            end_now(exit_status_of(number))
 
     def _pass_on(self, number, name):
         if self._passed_on or not _has_joined():
@@ -172,7 +172,7 @@ class Stop(Listener):
         logging.warning("%s: %s (again: end this process now)", name, what)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def asked(self):
+    def agreed_signal(self):
         """Returns the signal to stop for, or None.
 
         Every process must call it equally often: where all of them stop is agreed on as a number of
@@ -229,5 +229,5 @@ def interruptible():
         answered.set()
         raise KeyboardInterrupt
 
-    with Listener((signal.SIGINT,), hear, handler):
+    with SignalListener((signal.SIGINT,), hear, handler):
         yield

@@ -7,13 +7,13 @@ import traceback
 import jax
 from absl import app, logging
 
-from jaxtrain.config.command_line import Form, parse
+from jaxtrain.config.command_line import CommandForm, parse
 from jaxtrain.distributed.preemption import interruptible
-from jaxtrain.distributed.runtime import leave, part
+from jaxtrain.distributed.runtime import exit_process, exit_together
 from jaxtrain.errors import INTERRUPTED, REFUSED, CheckpointError
-from jaxtrain.file_errors import explain, is_of_files
+from jaxtrain.file_errors import describe_error, is_file_error
 
-NO_FLAGS = Form("", "")
+NO_FLAGS = CommandForm("", "")
 
 
 def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain"):
@@ -35,40 +35,42 @@ def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain
         try:
             with interruptible():
                 status = main(words) if form.words else main()
-            part(status)
+            exit_together(status)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            leave(INTERRUPTED)
+            exit_process(INTERRUPTED)
         except Exception as error:
-            if isinstance(error, (ValueError, CheckpointError, *errors)) and not of_runtime(error):
+            if isinstance(error, (ValueError, CheckpointError, *errors)) and not is_runtime_error(
+                error
+            ):
                 logging.debug("in full:", exc_info=True)
-                refuse(error)
-            if is_of_files(error):
+                exit_refused(error)
+            if is_file_error(error):
                 logging.debug("in full:", exc_info=True)
-                refuse(explain(error))
-            if out_of_memory(error):
+                exit_refused(describe_error(error))
+            if is_out_of_memory(error):
                 logging.debug("in full:", exc_info=True)
-                refuse(what_takes_less(error))
+                exit_refused(describe_out_of_memory(error))
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
-            leave(1)
+            exit_process(1)
 
     argv = sys.argv[1:] if argv is None else argv
     app.run(guarded, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
 
 
-def of_runtime(error) -> bool:
+def is_runtime_error(error) -> bool:
     """Whether JAX's runtime raised it; that of a collective whose peer has died is a ValueError."""
     return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
 
 
-def out_of_memory(error) -> bool:
+def is_out_of_memory(error) -> bool:
     """Whether a device's memory did not suffice; a full disk is RESOURCE_EXHAUSTED too."""
     return bool(re.match(r"RESOURCE_EXHAUSTED: .*out of memory", str(error), re.I | re.S))
 
 
-def what_takes_less(error) -> str:
+def describe_out_of_memory(error) -> str:
     """The error of a device's memory with the flags that change what a step takes."""
     return (
         f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
@@ -77,7 +79,7 @@ def what_takes_less(error) -> str:
     )
 
 
-def refuse(reason) -> None:
+def exit_refused(reason) -> None:
     """Ends the program: the same start would fail again."""
     print(f"error: {reason}", file=sys.stderr)
-    leave(REFUSED)
+    exit_process(REFUSED)

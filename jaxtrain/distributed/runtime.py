@@ -12,16 +12,16 @@ import numpy as np
 from absl import logging
 
 from jaxtrain.distributed import memory
-from jaxtrain.distributed.cluster import World, check
+from jaxtrain.distributed.cluster import World, check_world
 
 HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
 JOIN_S = 300  # for all processes to come
 PART_S = 1.0  # for the other processes to be gone
-ALONE = World()
+SINGLE_PROCESS = World()
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
 
-def start_runtime(cfg, world=ALONE) -> None:
+def start_runtime(cfg, world=SINGLE_PROCESS) -> None:
     """Sets precision, determinism, memory and the compile cache, and joins the other processes.
 
     Args:
@@ -32,20 +32,20 @@ def start_runtime(cfg, world=ALONE) -> None:
         ValueError: the world's parts do not fit each other, the user's share of memory is none, or
             JAX finds other devices than stated.
     """
-    check(world)
-    memory.share()
-    os.environ.update(memory.setting())
+    check_world(world)
+    memory.fraction()
+    os.environ.update(memory.environment())
     if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
-    cache = find_cache(cfg.compile_cache) if keeps_programs(world.processes) else None
+    cache = find_compile_cache(cfg.compile_cache) if uses_compile_cache(world.processes) else None
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:
-        join(world)
+        join_processes(world)
     if world.devices and jax.local_device_count() != world.devices:
         raise ValueError(
             f"this process must have the {world.devices} devices that the inventory states; JAX "
@@ -53,7 +53,7 @@ def start_runtime(cfg, world=ALONE) -> None:
         )
 
 
-def find_cache(folder: str) -> Path | None:
+def find_compile_cache(folder: str) -> Path | None:
     """Returns the folder of compiled programs, made if missing; None where there can be none.
 
     A run is slower to start without it, and otherwise the same: a line says why it is off.
@@ -77,7 +77,7 @@ def on_cpu() -> bool:
     return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
 
 
-def keeps_programs(processes: int) -> bool:
+def uses_compile_cache(processes: int) -> bool:
     """Whether compiled programs are kept on disk: not by several processes on GPUs.
 
     They share the autotuning of a program, so that it is the same in all; without that, collectives
@@ -102,7 +102,7 @@ def bind_address(coordinator: str) -> str | None:
     return coordinator
 
 
-def join(world) -> None:
+def join_processes(world) -> None:
     """Joins the processes of a World, so that the death of one is an error in all, not a hang.
 
     On CPU gloo raises it within seconds. On GPUs a peer's death ends a NCCL collective in no
@@ -132,7 +132,7 @@ def join(world) -> None:
     )
 
 
-def part(code: int | None) -> None:
+def exit_together(code: int | None) -> None:
     """Ends this process with a status, all of several processes together.
 
     JAX's own exit would let process 0 go first, and the others abort when its service is gone.
@@ -143,10 +143,10 @@ def part(code: int | None) -> None:
         multihost_utils.sync_global_devices("part")
         if jax.process_index() == 0:
             time.sleep(PART_S)
-    leave(code)
+    exit_process(code)
 
 
-def leave(code: int | None) -> None:
+def exit_process(code: int | None) -> None:
     """Exits; one of several processes at once, for in JAX's barrier a dead peer is waited for."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -155,7 +155,7 @@ def leave(code: int | None) -> None:
     sys.exit(code)
 
 
-def fit_world(cfg, world):
+def fit_config_to_world(cfg, world):
     """The config for a world of fewer processes than planned: the same batch, in more parts.
 
     Raises:
@@ -181,7 +181,7 @@ def fit_world(cfg, world):
     return dataclasses.replace(cfg, accumulation=parts[0])
 
 
-def same_everywhere(name: str, text: str) -> None:
+def check_same_on_all_processes(name: str, text: str) -> None:
     """Raises ValueError unless all processes hold the same short text (a hash, a fingerprint)."""
     if jax.process_count() == 1:
         return

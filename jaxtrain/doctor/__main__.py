@@ -15,8 +15,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from jaxtrain.config.commands import in_form
-from jaxtrain.config.invocation import python
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.config.shell_commands import python_program
 from jaxtrain.doctor import devices, gpu, host, versions
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, guarded
 from pallas_kernels.arguments import Parser
@@ -44,7 +44,7 @@ def requires(package: str) -> list[str]:
 def examine(workdir: Path, seconds: float) -> list[Check]:
     """Returns all that was found, in the order of the screen."""
     asked = devices.Asked()  # meanwhile the rest is looked at
-    pip = f"{python()} -m pip" if importlib.util.find_spec("pip") else "uv pip"
+    pip = f"{python_program()} -m pip" if importlib.util.find_spec("pip") else "uv pip"
     try:
         gpus = gpu.look()
     except Exception as error:
@@ -98,20 +98,20 @@ def screen(checks: list[Check], prog: str) -> str:
     for check in checks:
         lines.append(f"{MARKS[check.state]:<8} {check.name:<{width}}  {check.value}")
         if check.fix:
-            lines.append(f"{'':<8} {'':<{width}}  $ {in_form(check.fix, prog)}")
+            lines.append(f"{'':<8} {'':<{width}}  $ {rewrite_commands(check.fix, prog)}")
     problems = sum(check.state == PROBLEM for check in checks)
     warnings = sum(check.state == WARNING for check in checks)
     noted = f" ({warnings} warning{'s' * (warnings != 1)})" if warnings else ""
     if problems:
         verdict = f"{problems} problem{'s' * (problems != 1)}{noted}: run the commands after $."
     else:
-        start = in_form("jaxtrain train quickstart", prog)
+        start = rewrite_commands("jaxtrain train quickstart", prog)
         verdict = f"This machine can train{noted}. Start with: {start}"
     return "\n".join([*lines, "", verdict])
 
 
 def parse(argv=None, prog="python -m jaxtrain.doctor"):
-    parser = Parser(prog, in_form(__doc__, prog))
+    parser = Parser(prog, rewrite_commands(__doc__, prog))
     parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of runs; %(default)s")
     parser.add_argument("--json", action="store_true", help="the checks as JSON, for scripts")
     parser.add_argument(

@@ -27,7 +27,7 @@ def report() -> dict:
     from jaxtrain.distributed import memory
     from jaxtrain.ops.routes import cpu_multiplies_bf16
 
-    os.environ.update(memory.setting() if not _both_set(memory) else {})
+    os.environ.update(memory.environment() if not _both_set(memory) else {})
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # to look, not to take it all
     devices = jax.local_devices()
     x = jnp.ones((256, 256), jnp.bfloat16)
@@ -48,7 +48,7 @@ def report() -> dict:
 
 
 def _both_set(memory) -> bool:
-    return all(os.environ.get(name) for name in memory.NAMES)
+    return all(os.environ.get(name) for name in memory.VARIABLES)
 
 
 def _cudnn() -> int | None:

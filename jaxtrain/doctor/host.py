@@ -21,7 +21,7 @@ FOLDERS = ("runs", "data", "shards", ".")  # looked through for shards
 
 def check_share() -> Check:
     """The share of a GPU's memory that JAX will take."""
-    both = [name for name in memory.NAMES if os.environ.get(name)]
+    both = [name for name in memory.VARIABLES if os.environ.get(name)]
     if len(both) > 1:
         return Check(
             "memory share",
@@ -30,10 +30,10 @@ def check_share() -> Check:
             f"unset {both[1]}",
         )
     try:
-        share = memory.share()
+        share = memory.fraction()
     except ValueError as error:
         return Check("memory share", str(error), PROBLEM, f"unset {both[0]}")
-    where = both[0] if both else f"set {memory.NAMES[0]} to change it"
+    where = both[0] if both else f"set {memory.VARIABLES[0]} to change it"
     return Check("memory share", f"{share:.0%} of each GPU; {where}")
 
 

@@ -4,8 +4,8 @@ import sys
 
 from absl import app, flags
 
-from jaxtrain.config.commands import in_form
-from jaxtrain.distributed.program import refuse
+from jaxtrain.config.commands import rewrite_commands
+from jaxtrain.distributed.program import exit_refused
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop.hf import DTYPES
 from jaxtrain.interop.runs import export_weights, import_weights
@@ -54,7 +54,7 @@ FLAGS_OF_IMPORT = {
 def _parse(argv):
     flags.FLAGS(argv[:1])  # absl's own, for its logging
     prog = argv[0]
-    doc = lambda text: in_form(text, f"{prog} COMMAND")
+    doc = lambda text: rewrite_commands(text, f"{prog} COMMAND")
     parser = Parser(prog, doc(HELP))
     commands = parser.add_subparsers(dest="command", required=True)
     add = lambda name, help, text: commands.add_parser(name, help=help, doc=doc(text)).add_argument
@@ -83,12 +83,12 @@ def main(args) -> None:
         else:
             export_weights(args.run, args.to, args.dtype, args.step, args.tokenizer)
     except (ValueError, CheckpointError) as error:
-        refuse(_by_own_flags(str(error)) if args.command == "import" else error)
+        exit_refused(_by_own_flags(str(error)) if args.command == "import" else error)
     except OSError as error:
         found = str(error.filename or args.run)
         to = "--to" if args.command == "export" else "--run"
         flag = "--from" if found.startswith(getattr(args, "source", "\0")) else to
-        refuse(f"{found}: {error.strerror or error}. Set {flag}.")
+        exit_refused(f"{found}: {error.strerror or error}. Set {flag}.")
 
 
 def _by_own_flags(message: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtrain.files import draft, strict_json, write_atomic
+from jaxtrain.files import atomic_path, strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.families import FAMILIES, family_of_config, family_of_model
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
@@ -242,7 +242,7 @@ def write_folder(
     if folder.exists():
         raise InteropError(f"an export must go to a new folder; {folder} is there. Set --to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with draft(folder) as hidden:
+    with atomic_path(folder) as hidden:
         hidden.mkdir()
         config = family.write_config(cfg) | {"dtype": dtype, "torch_dtype": dtype}
         config |= NO_TOKENS | (special or {})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.files import draft
+from jaxtrain.files import atomic_path
 from jaxtrain.interop import InteropError
 
 MAGIC = 20240326
@@ -148,7 +148,7 @@ def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
     head = np.zeros(HEADER, "<i4")
     head[:8] = MAGIC, versions[dtype], cfg.positions, cfg.V, cfg.L, cfg.H, cfg.D, P
     path.parent.mkdir(parents=True, exist_ok=True)
-    with draft(path) as hidden:
+    with atomic_path(path) as hidden:
         with open(hidden, "xb") as file:
             file.write(head.tobytes())
             for name, shape, turned in layout(cfg.positions, cfg.L, cfg.D, P):

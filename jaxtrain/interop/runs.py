@@ -10,7 +10,7 @@ import jax
 
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.config.invocation import command, python
+from jaxtrain.config.shell_commands import python_program, shell_command
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -29,8 +29,7 @@ from jaxtrain.interop.tokenizer import (
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
-from jaxtrain.run_directory.lock import FILE as LOCK
-from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.run_directory.lock import LOCK_FILE, RunLock
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, read_stored, restore_run
 from jaxtrain.training.startup import stored_config
@@ -53,7 +52,7 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
         raise InteropError(
             f"--from must be a Hugging Face folder or an llm.c file; {folder} does not exist."
         )
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
         found = "is not empty" if out.is_dir() else "is a file"
         raise InteropError(f"an import must go to a new folder; {out} {found}. Set --run.")
     model = read_config(folder)
@@ -88,8 +87,8 @@ def import_weights(source, workdir, text="", shards="", tokenizer="") -> None:
             shutil.rmtree(out)
             raise
     print(f"{run.parameters:,} parameters of {folder} are step 0 of {out}")
-    print(f"next: {command('evaluate', f'--run={out}')}")
-    print(f"      {command('generate', f'--run={out}', '--prompt=def main(')}")
+    print(f"next: {shell_command('evaluate', f'--run={out}')}")
+    print(f"      {shell_command('generate', f'--run={out}', '--prompt=def main(')}")
 
 
 def _store_step_0(run, out) -> None:
@@ -223,4 +222,4 @@ def _describe(to, tokenizer, special, cfg, title) -> None:
         code += '[0]["generated_text"])'
     if cfg.dtype == "bfloat16":
         print("note: the run computed in bfloat16; in float32, another token may be the likeliest")
-    print(f"{title}: {python()} -c {shlex.quote(code)}")
+    print(f"{title}: {python_program()} -c {shlex.quote(code)}")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import jax
 from absl import logging
 
-from jaxtrain.file_errors import closing
+from jaxtrain.file_errors import keep_first_error
 from jaxtrain.metrics.mfu import StepWork, memory_figures
 from jaxtrain.metrics.network import INTERFACE, Wire
 from jaxtrain.metrics.step_log import StepLog, read_step_times
@@ -43,7 +43,7 @@ class Measure:
         jax.monitoring.unregister_event_duration_listener(self._hear)
         if self.wire:
             self.wire.close()
-        with closing(error):
+        with keep_first_error(error):
             self.log.close()
 
     def _hear(self, event: str, duration_s: float, **kwargs):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.distributed.mesh import BATCH
+from jaxtrain.distributed.mesh import BATCH_AXES
 from jaxtrain.ops import fused
 
 MIN_CHUNKS = 4  # so that even a small vocabulary never makes [B,T,V]
@@ -147,13 +147,13 @@ def build_loss(cfg, softcap, dtype, mesh=None, route=None):
 
         def local(*args):
             out = _local(*args, **options, axis="tensor" if split else None, grads=grads)
-            return tuple(jax.lax.psum(x, BATCH) for x in out[:3]) + out[3:]
+            return tuple(jax.lax.psum(x, BATCH_AXES) for x in out[:3]) + out[3:]
 
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(P(BATCH), w_spec, P(BATCH), P(BATCH)),
-            out_specs=(P(), P(), w_spec, P(BATCH)) if grads else (P(), P()),
+            in_specs=(P(BATCH_AXES), w_spec, P(BATCH_AXES), P(BATCH_AXES)),
+            out_specs=(P(), P(), w_spec, P(BATCH_AXES)) if grads else (P(), P()),
             check_vma=False,
         )(h_BTD, w_VD, targets_BT, weights_BT)
 

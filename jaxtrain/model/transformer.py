@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.distributed.mesh import BATCH, param_spec
+from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
 from jaxtrain.model.attention import CUDNN_FORWARD, MASKED, attend
 from jaxtrain.model.layers import (
     Transformer,
@@ -138,12 +138,12 @@ class _Network:
         at_T = start + jnp.arange(tokens_BT.shape[1])
         if self.cfg.position == "learned":
             h_BTD = h_BTD.astype(self.wide) + params["positions"][at_T]  # one rounding, not two
-            return self.constrain(h_BTD.astype(self.dtype), P(BATCH)), None
-        return self.constrain(h_BTD, P(BATCH)), rope_tables(self.cfg, at_T)
+            return self.constrain(h_BTD.astype(self.dtype), P(BATCH_AXES)), None
+        return self.constrain(h_BTD, P(BATCH_AXES)), rope_tables(self.cfg, at_T)
 
     def block(self, h_BTD, layer, rope, mix):
         h_BTD, extra = nnx.merge(self.block_def, self.gather(layer))(h_BTD, rope, mix)
-        return self.constrain(h_BTD, P(BATCH)), extra
+        return self.constrain(h_BTD, P(BATCH_AXES)), extra
 
     def final_norm(self, params, h_BTD):
         return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)

@@ -6,7 +6,7 @@ Pallas is imported where a kernel is asked for: it costs a start 0.1 s.
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.distributed.mesh import BATCH
+from jaxtrain.distributed.mesh import BATCH_AXES
 
 # op -> the kernel that a compiled step holds where its route is fused
 KERNELS = {
@@ -55,8 +55,10 @@ def build_attention(route, mesh=None):
 
     def attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
         given = (q_BTHK, k_BTGK, v_BTGK) + (() if docs_BT is None else (docs_BT,))
-        heads = P(BATCH, None, "tensor")
-        return _apart(local, mesh, (heads,) * 3 + (P(BATCH),) * (len(given) - 3), heads)(*given)
+        heads = P(BATCH_AXES, None, "tensor")
+        return _apart(local, mesh, (heads,) * 3 + (P(BATCH_AXES),) * (len(given) - 3), heads)(
+            *given
+        )
 
     return attention
 
@@ -67,7 +69,7 @@ def on_heads(local, mesh=None):
     cuDNN's call has a partitioner of its own outside of this, and its address in this process in
     the program: none would ever be found in the compile cache again.
     """
-    heads = P(BATCH, None, "tensor")
+    heads = P(BATCH_AXES, None, "tensor")
     return _apart(local, mesh, (heads,) * 3, heads)
 
 
@@ -83,7 +85,7 @@ def build_add_norm(route, form, eps, mesh=None):
         return add_norm(*given, form, eps, _interpreted(route))
 
     def join(h_BTD, y_BTD, gain_D, bias_D):
-        rows = P(BATCH)
+        rows = P(BATCH_AXES)
         return _apart(local, mesh, (rows, rows, P(), P()), (rows, rows))(
             h_BTD, y_BTD, gain_D, bias_D
         )
@@ -98,7 +100,7 @@ def build_qk_rope(route, eps, mesh=None):
     def local(*given):
         return qk_rope(*given, eps, _interpreted(route))
 
-    heads = P(BATCH, None, "tensor")
+    heads = P(BATCH_AXES, None, "tensor")
     return _apart(local, mesh, (heads, P(), P(), P()), heads)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxtrain.distributed.broadcast import from_process_0, of_all
+from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_texts
 from jaxtrain.ops.routes import cpu_flags
 
 AUTO = "auto"
@@ -28,10 +28,10 @@ def resolve(cfg, device, workdir=None):
     """
     if cfg.model.dtype != AUTO:
         return cfg, ""
-    found = of_all(" ".join(choose(device)))
+    found = gather_texts(" ".join(choose(device)))
     # One process without fast products would hold up all the others.
     dtype, _, why = next((x for x in found if x.startswith("float32")), found[0]).partition(" ")
-    stored = workdir and from_process_0(lambda: stored_dtype(Path(workdir)))
+    stored = workdir and broadcast_from_process_0(lambda: stored_dtype(Path(workdir)))
     if stored and stored != dtype:
         dtype, why = stored, f"as the run began; {why}, which would take {dtype}"
     return with_dtype(cfg, dtype), f"model.dtype=auto: {why}"

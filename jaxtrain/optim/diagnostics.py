@@ -94,8 +94,8 @@ def averaged_gradients(opt_state, params) -> dict:
 
 def _gram(axes, x, per_head):
     """Gram matrices of the first and last matrix in x's stack, [2,M,M], of largest entry 1."""
-    axes, x = axes.by_head(x) if per_head else (axes, x)
-    x_XIO = axes.matrices(x)[jnp.array([0, -1])].astype(jnp.float32)
+    axes, x = axes.split_heads(x) if per_head else (axes, x)
+    x_XIO = axes.to_matrices(x)[jnp.array([0, -1])].astype(jnp.float32)
     largest = jnp.max(jnp.abs(x_XIO), (-2, -1), keepdims=True)
     x_XIO /= jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
     equation = "xmn,xkn->xmk" if x_XIO.shape[-2] <= x_XIO.shape[-1] else "xnm,xnk->xmk"

@@ -109,11 +109,11 @@ def build_unit_step(
 
     def narrow(axes, x):  # before it travels
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else dtype)
-        return axes.by_head(x)[1] if per_head else x
+        return axes.split_heads(x)[1] if per_head else x
 
     def scaled(axes, view, y, x):
         _, inputs, outputs = view.matrix_shape(y.shape)
-        y = axes.from_heads(y) if per_head else y
+        y = axes.merge_heads(y) if per_head else y
         return factor(inputs, outputs) * y.astype(x.dtype)
 
     def step(axes, tree):

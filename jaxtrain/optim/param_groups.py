@@ -77,7 +77,7 @@ def _row(cfg, name, axes, shape) -> Row:
     if group.geometry and group.name == MATRICES:
         if cfg.per_head:
             sizes = dict(zip(axes.letters, shape, strict=True))
-            heads = axes.of_heads()
+            heads = axes.head_axes()
             view = heads.matrix_shape(heads.shape(sizes))
         scale = SCALES[cfg.scale](*view[1:])
     shown = "x".join(map(str, view))

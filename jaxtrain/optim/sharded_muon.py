@@ -153,7 +153,7 @@ def on_owners(mesh: Mesh, copied: bool = True):
         def local(*parts):
             done = list(parts)
             for layout, members in pooled.items():
-                matrices = [turn(axes[i].matrices(parts[i]), turned) for i, turned in members]
+                matrices = [turn(axes[i].to_matrices(parts[i]), turned) for i, turned in members]
                 stepped = _step_pool(function, layout, mesh, matrices, copied)
                 for (i, turned), y_Xio in zip(members, stepped, strict=True):
                     shape = -1, *parts[i].shape[1:]

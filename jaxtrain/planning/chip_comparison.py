@@ -20,7 +20,7 @@ def build_fits_by_formula(cfg, chip, devices):
 
     def guess(parts, remat):
         peak = estimate(search.with_setting(cfg, parts, remat), devices).peak
-        return peak <= memory.share() * chip.hbm_bytes
+        return peak <= memory.fraction() * chip.hbm_bytes
 
     return guess
 

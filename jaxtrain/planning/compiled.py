@@ -100,7 +100,7 @@ def _memory(run, compiled, chip) -> Memory:
         parameters,
         found.temp_size_in_bytes,
         kept + found.temp_size_in_bytes,
-        int(memory.share() * chip.hbm_bytes),
+        int(memory.fraction() * chip.hbm_bytes),
     )
 
 

@@ -21,7 +21,7 @@ ENOUGH = 32_768  # tokens of a micro-batch; of gpt_124m twice as many change the
 
 def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
     """as_dict of a compiled plan, from `cache` (a folder) where this jax has made it before."""
-    where = chip.name, gpus, hosts, links, memory.share()
+    where = chip.name, gpus, hosts, links, memory.fraction()
     text = json.dumps([VERSION, config_hash(cfg), *where, jax.__version__])
     path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     kept = path and read_cached(path)

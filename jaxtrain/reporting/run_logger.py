@@ -11,8 +11,8 @@ import jax
 from absl import flags, logging
 
 import jaxtrain
-from jaxtrain.distributed.broadcast import from_process_0
-from jaxtrain.file_errors import closing
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
+from jaxtrain.file_errors import keep_first_error
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import loss_curve
@@ -57,7 +57,7 @@ class Report:
         self.removed_s = 0.0  # of steps that were logged and have to be made again
 
     def __enter__(self):
-        from_process_0(lambda: self._open() if self.active else None)
+        broadcast_from_process_0(lambda: self._open() if self.active else None)
         return self
 
     def _open(self) -> None:
@@ -78,12 +78,12 @@ class Report:
         self._close_bar()
         if self._exporter:
             self._exporter.close()
-        with closing(error):
+        with keep_first_error(error):
             self._scalars.close()
         if self._finished:
             return
         try:
-            with closing(error):
+            with keep_first_error(error):
                 self._draw_curve()
         except Exception:
             if error is None:

@@ -34,10 +34,10 @@ import threading
 import time
 from pathlib import Path
 
-from jaxtrain.file_errors import explain, naming
+from jaxtrain.file_errors import add_path_to_errors, describe_error
 from jaxtrain.run_directory.liveness import is_alive, locks_this_host_only, read_owner, this_process
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 WAIT_S = 2.0  # for an owner that is ending: a killed process may free GPU memory for a second
 BEAT_S, BEATS = 10.0, 6  # a touch of the file every BEAT_S; an owner that misses BEATS is dead
 UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
@@ -72,7 +72,7 @@ class RunLock:
         beat_s=BEAT_S,
         wait_s=WAIT_S,
     ):
-        self.workdir, self.path = Path(workdir), Path(workdir) / FILE
+        self.workdir, self.path = Path(workdir), Path(workdir) / LOCK_FILE
         self._flag, self._run, self._flock = flag, run, flock
         self._beat_s, self._wait_s = beat_s, wait_s
         self._file, self._made = None, False
@@ -88,7 +88,7 @@ class RunLock:
             self._release()
             self._remove_folder()
             raise ValueError(
-                f"a run needs a folder that it can write to; got {explain(error)}. "
+                f"a run needs a folder that it can write to; got {describe_error(error)}. "
                 f"Set {self._flag}."
             ) from error
         if self._gap:
@@ -120,8 +120,9 @@ class RunLock:
                 self._take()
             except OSError as error:
                 raise ValueError(
-                    f"the lock of a run must be a file that it can write to; got {explain(error)}. "
-                    f"Remove {self.path} and start again, or set {self._flag}."
+                    f"the lock of a run must be a file that it can write to; got "
+                    f"{describe_error(error)}. Remove {self.path} and start again, or "
+                    f"set {self._flag}."
                 ) from error
 
     def describe(self) -> list[str]:
@@ -181,7 +182,7 @@ class RunLock:
     def _write(self) -> None:
         owner = this_process(self._run, os.fstat(self._file).st_ino)
         text = (json.dumps(owner, indent=1) + "\n").encode()
-        with naming(self.path):
+        with add_path_to_errors(self.path):
             try:
                 os.ftruncate(self._file, 0)
                 if os.pwrite(self._file, text, 0) < len(text):
@@ -221,7 +222,7 @@ class RunLock:
     def _refusal(self, owner: dict) -> str:
         rule = f"only one run may write to a folder; {self.workdir} is in use by"
         if not owner:
-            return f"{rule} a process that {FILE} does not name. End it, or set {self._flag}."
+            return f"{rule} a process that {LOCK_FILE} does not name. End it, or set {self._flag}."
         here = owner["host"] == socket.gethostname()
         kill = f"kill {owner['pid']}" + ("" if here else f" on {owner['host']}")
         text = (

@@ -21,12 +21,12 @@ import jax
 from absl import app, flags, logging
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.config.command_line import Form, parse
-from jaxtrain.config.fields import sections
+from jaxtrain.config.command_line import CommandForm, parse
+from jaxtrain.config.fields import list_sections
 from jaxtrain.distributed.preemption import interruptible
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.errors import INTERRUPTED, CheckpointError
-from jaxtrain.file_errors import ends_in_one_line
+from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import sizes
 from jaxtrain.model.transformer import count_params
@@ -165,7 +165,7 @@ def print_overhead(args) -> None:
     print(overhead_table(cfg, run.model, tokens, args.chips, peak, args.efficiency))
 
 
-@ends_in_one_line()
+@exit_on_file_error()
 def main(words) -> int:
     del words  # there are none
     args = flags.FLAGS
@@ -197,10 +197,10 @@ def define_flags() -> None:
     )
 
 
-def form() -> Form:
+def form() -> CommandForm:
     """Returns what the command line may hold: `base.` may be left out before a run's fields."""
-    of_run = tuple(sections(config_lib.TrainConfig))
-    return Form(
+    of_run = tuple(list_sections(config_lib.TrainConfig))
+    return CommandForm(
         "study",
         __doc__,
         define_flags,

@@ -1,6 +1,6 @@
 """What a run prints after its last step: a sample, and the commands that come next."""
 
-from jaxtrain.config.invocation import command
+from jaxtrain.config.shell_commands import shell_command
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.training.sampling import complete, fit_positions, from_shell, shorten, shown
 
@@ -42,6 +42,6 @@ def next_commands(workdir):
     """Yields what to do with a run that has ended: a command a line, to paste."""
     run = f"--run={workdir}"
     yield "next:"
-    yield f"  {command('evaluate', run)}"
-    yield f"  {command('generate', run, '--samples=2')}"
-    yield f"  {command('summary', str(workdir))}"
+    yield f"  {shell_command('evaluate', run)}"
+    yield f"  {shell_command('generate', run, '--samples=2')}"
+    yield f"  {shell_command('summary', str(workdir))}"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.data.loader import eval_batches
-from jaxtrain.distributed.broadcast import from_process_0
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
-from jaxtrain.distributed.preemption import Stop
+from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.reporting.progress_text import duration, span
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
@@ -49,7 +49,7 @@ class Loop:
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
         self.checkpoints, self.report, self.measure = checkpoints, report, measure
-        self.stop = Stop()
+        self.stop = StopListener()
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
         self.first = int(state.step)
@@ -64,13 +64,13 @@ class Loop:
         """Trains to cfg.steps, or until a signal asks to stop; returns that signal or None.
 
         Args:
-            stop: Stop of this process, entered.
+            stop: the entered StopListener of this process.
         """
         cfg, told, self.stop = self.cfg, None, stop
-        stop.serve(IN_STEP)
+        stop.defer_signals(IN_STEP)
         if self._evaluates_after(self.first):
             seen = self.report.evaluated_step == self.first  # else the run ended right after a save
-            if not from_process_0(lambda: seen):
+            if not broadcast_from_process_0(lambda: seen):
                 self.evaluate(self.first)
         if stop.signal:
             return stop.signal
@@ -81,7 +81,7 @@ class Loop:
                 batch = self._advance(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            told = stop.asked()
+            told = stop.agreed_signal()
             if told or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
             if not told and self._evaluates_after(step):
@@ -185,13 +185,13 @@ class Loop:
         """
         self._arrive()
         beat("eval")
-        self.stop.serve(IN_EVALUATION)
+        self.stop.defer_signals(IN_EVALUATION)
         with self.measure.pause("eval"), self.tracer.part("pause"):
             batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             counter, most = self._count_bytes, self._eval_tokens()
-            asked = self.stop.asked
+            asked = self.stop.agreed_signal
             metrics = evaluate(self.eval_step, self.state, batches, counter, most, asked)
-        self.stop.serve(IN_STEP)
+        self.stop.defer_signals(IN_STEP)
         if metrics is None:
             self.report.note(f"the evaluation of step {step} was left; a resumed run makes it")
             return None

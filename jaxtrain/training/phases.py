@@ -24,7 +24,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config.train_config import MeshConfig
-from jaxtrain.distributed.mesh import BATCH, replicated
+from jaxtrain.distributed.mesh import BATCH_AXES, replicated
 from jaxtrain.metrics.hlo_collectives import find_collectives
 from jaxtrain.metrics.names import PHASES
 from jaxtrain.training.run import build_run
@@ -112,7 +112,7 @@ def _on_own_rows(function, mesh):
     if mesh.size == 1:
         return jax.jit(function)
     local = jax.shard_map(
-        function, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False
+        function, mesh=mesh, in_specs=(P(), P(BATCH_AXES)), out_specs=P(), check_vma=False
     )
     return jax.jit(local)
 

@@ -1,7 +1,7 @@
 """Restores the newest checkpoint of a run, or starts it at step 0."""
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.distributed.broadcast import from_process_0
+from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.training.step import abstract_state
@@ -16,12 +16,12 @@ def start_state(run, checkpoints, batches, first_state):
     Raises:
         ValueError: the checkpoint is of other data or another model, or past the last step.
     """
-    stored = from_process_0(lambda: newest_config(checkpoints))
+    stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
     try:
         restored = checkpoints.restore(abstract_state(run.model, run.optimizer, run.mesh))
     except ValueError as error:
-        changed = config_lib.changes(stored, run.cfg) if stored else []
+        changed = config_lib.describe_changes(stored, run.cfg) if stored else []
         changed = "; ".join(change for change in changed if change.startswith("optim."))
         raise ValueError(f"{error}{changed and f' Changed: {changed}.'}") from error
     if restored is None:

@@ -194,7 +194,7 @@ def restore_run(workdir, step=None):
     """
     trained, cfg = load_config(workdir), load_config(workdir, HERE)
     start_runtime(cfg)
-    asked = config_lib.changes(config_lib.flatten(trained), cfg)
+    asked = config_lib.describe_changes(config_lib.flatten(trained), cfg)
     asked = [change for change in asked if not change.startswith("mesh.")]
     if asked:
         logging.info("for this machine's routes: %s", "; ".join(asked))

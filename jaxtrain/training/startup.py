@@ -9,7 +9,7 @@ import jax
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed import memory
-from jaxtrain.distributed.runtime import keeps_programs
+from jaxtrain.distributed.runtime import uses_compile_cache
 from jaxtrain.metrics.mfu import chip_dict, conventions, find_device_chip, memory_figures
 from jaxtrain.ops import tuning
 from jaxtrain.ops.routes import chip_of
@@ -45,7 +45,7 @@ def header(run, corpus, checkpoints, restored, dtype_reason=""):
         yield "rejected", f"checkpoint {step}: {reason}"
     if restored is not None:
         yield "resume", f"step {restored.step}"
-        for change in config_lib.changes(restored.meta["config"], cfg):
+        for change in config_lib.describe_changes(restored.meta["config"], cfg):
             yield "resumed with", change
     elif cfg.weights:
         yield "weights", f"{Path(cfg.weights).resolve()}"
@@ -85,8 +85,8 @@ def notes(run) -> list[str]:
     cfg, mesh = run.cfg, run.mesh
     found = []
     if mesh.devices.flat[0].platform == "gpu":
-        found.append(f"JAX takes {memory.share():.0%} of each GPU: {memory.NAMES[0]}")
-    if not keeps_programs(jax.process_count()):
+        found.append(f"JAX takes {memory.fraction():.0%} of each GPU: {memory.VARIABLES[0]}")
+    if not uses_compile_cache(jax.process_count()):
         found.append("no compile cache: of several processes JAX would keep programs on process 0")
     if jax.process_count() > 1:
         where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}

@@ -7,7 +7,7 @@ import uuid
 import jax
 from absl import logging
 
-from jaxtrain.distributed.broadcast import from_process_0, on_all
+from jaxtrain.distributed.broadcast import broadcast_from_process_0, run_on_all_processes
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.training.run import read_stored
 
@@ -23,10 +23,10 @@ def hold(cfg):
     """
     run, locks = None, jax.process_index() == 0
     if cfg.checkpoint.storage == "host0" and jax.process_count() > 1:
-        run, locks = from_process_0(lambda: uuid.uuid4().hex), True
+        run, locks = broadcast_from_process_0(lambda: uuid.uuid4().hex), True
     lock = RunLock(cfg.workdir, run=run)
     with contextlib.ExitStack() as stack:
-        on_all(lambda: stack.enter_context(lock) if locks else None)
+        run_on_all_processes(lambda: stack.enter_context(lock) if locks else None)
         yield lock
 
 

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxtrain.config.invocation import command, invocation
+from jaxtrain.config.shell_commands import jaxtrain_program, shell_command
 
 ROOT = Path(__file__).parent.parent
 # The module alone: the package imports jax, which the linked interpreter does not have.
 PROGRAM = f"""
 import runpy
-print(runpy.run_path({str(ROOT / "jaxtrain" / "invocation.py")!r})["invocation"]())
+path = {str(ROOT / "jaxtrain" / "config" / "shell_commands.py")!r}
+print(runpy.run_path(path)["jaxtrain_program"]())
 """
 
 
@@ -45,9 +46,9 @@ def test_the_command_of_an_environment_that_is_not_active_is_named_by_its_path(t
 
 
 def test_arguments_with_spaces_are_quoted():
-    words = shlex.split(command("evaluate", "--run=my run"))
+    words = shlex.split(shell_command("evaluate", "--run=my run"))
     assert words[-2:] == ["evaluate", "--run=my run"]
-    assert words[:-2] == shlex.split(invocation())
+    assert words[:-2] == shlex.split(jaxtrain_program())
 
 
 def test_the_typed_command_is_printed_so_that_it_can_be_pasted(tmp_path):

@@ -9,7 +9,7 @@ from absl import flags
 WIDTH = 100  # where the help is not for a terminal
 
 
-def fit(table: str) -> str:
+def wrap_table(table: str) -> str:
     """Wraps the lines of a table of flags to the terminal's width, below their text."""
     width = max(shutil.get_terminal_size((WIDTH + 1, 24)).columns - 1, 40)
     lines = []
@@ -25,7 +25,7 @@ def fit(table: str) -> str:
     return "\n".join(lines)
 
 
-def entry(name: str) -> str:
+def format_flag(name: str) -> str:
     """A flag's line in the help: `  --step=0    checkpoint to evaluate`."""
     flag = flags.FLAGS[name]
     default = flag.default
@@ -54,7 +54,7 @@ OTHER_NAMES = {  # of fields, in other stacks
 }
 
 
-def usual_name(typed: str) -> str:
+def translate_name(typed: str) -> str:
     """Returns the name of a field in this project for the name that it has in other stacks."""
     *sections, last = typed.split(".")
     return ".".join([*sections, OTHER_NAMES.get(last, last)])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def invocation() -> str:
+def jaxtrain_program() -> str:
     """Returns the words that start a command: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
 
     The short form needs the `jaxtrain` on PATH to be the one installed beside this interpreter;
@@ -19,33 +19,33 @@ def invocation() -> str:
         return "jaxtrain"
     if os.access(installed, os.X_OK):
         return _from_here(installed)
-    return f"{python()} -m jaxtrain"
+    return f"{python_program()} -m jaxtrain"
 
 
-def command(name: str, *arguments: str) -> str:
+def shell_command(name: str, *arguments: str) -> str:
     """Returns a command of ours as one line for the user's shell, its arguments quoted.
 
     Args:
         name: a command of `jaxtrain`, such as "evaluate".
         arguments: flags and words, unquoted.
     """
-    return " ".join([invocation(), name, *map(shlex.quote, arguments)])
+    return " ".join([jaxtrain_program(), name, *map(shlex.quote, arguments)])
 
 
-def typed() -> str:
+def current_command() -> str:
     """Returns the command line that started this process, as one line for the user's shell."""
     words = sys.orig_argv[1:]
     if words and Path(words[0]).name == "jaxtrain":  # the installed script
-        return command(*words[1:])
-    return f"{python()} {shlex.join(words)}"
+        return shell_command(*words[1:])
+    return f"{python_program()} {shlex.join(words)}"
 
 
-def again(*arguments: str) -> str:
+def current_command_with(*arguments: str) -> str:
     """Returns the command that started this process with more arguments, as one line."""
-    return f"{typed()} {shlex.join(arguments)}"
+    return f"{current_command()} {shlex.join(arguments)}"
 
 
-def python() -> str:
+def python_program() -> str:
     """Returns the shortest name of this interpreter that works in the current folder, quoted."""
     on_path = shutil.which("python")
     # Not samefile: a virtual environment's python is a link to the system's.

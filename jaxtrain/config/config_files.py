@@ -17,7 +17,7 @@ from jaxtrain.config.commands import BY_NAME, COMMANDS
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
-def shipped(command: str = "") -> dict[str, str]:
+def shipped_configs(command: str = "") -> dict[str, str]:
     """Returns {name: first line of its docstring} of the configs that can be started.
 
     Args:
@@ -31,14 +31,14 @@ def shipped(command: str = "") -> dict[str, str]:
     return found
 
 
-def listing(command: str, prog: str) -> str:
+def format_listing(command: str, prog: str) -> str:
     """Returns the shipped configs with a line each, and the command that starts the first.
 
     Args:
         command: that takes the config, such as "train".
         prog: what the user typed to start it.
     """
-    configs = shipped(command) or shipped("train")
+    configs = shipped_configs(command) or shipped_configs("train")
     width = max(map(len, configs), default=0)
     lines = [f"  {name:<{width}}  {text}" for name, text in sorted(configs.items(), key=_order)]
     first = min(configs.items(), key=_order, default=("mine.py",))[0]
@@ -57,7 +57,7 @@ def _order(entry):
     return name != "quickstart", name != "debug", name != "study_quick", name
 
 
-def find(name: str) -> Path:
+def find_config(name: str) -> Path:
     """Returns the file of a config, by its path or by a shipped config's name.
 
     Raises:
@@ -76,7 +76,7 @@ def find(name: str) -> Path:
     hint = ""
     if not is_path and Path(f"{name}.py").is_file():
         hint = f" Did you mean ./{name}.py?"
-    elif near := difflib.get_close_matches(path.stem, shipped(), 1, cutoff=0.5):
+    elif near := difflib.get_close_matches(path.stem, shipped_configs(), 1, cutoff=0.5):
         hint = f" Did you mean {near[0]}?"
     absent = ", and there is no such file" if is_path else ""
     raise ValueError(f"no config is called {name}{absent}.{hint}")
@@ -99,7 +99,7 @@ def _import_package(beside: Path) -> None:
     package.__path__ = [*theirs, str(FOLDER)]
 
 
-def load(name: str):
+def load_config_file(name: str):
     """Returns (what get_config() returns, the file) of a config.
 
     Args:
@@ -109,7 +109,7 @@ def load(name: str):
         ValueError: there is no such config, or the file does not give one.
     """
     name, colon, argument = (name, "", "") if Path(name).is_file() else name.partition(":")
-    path = find(name).resolve()
+    path = find_config(name).resolve()
     _import_package(path.parent)
     spec = importlib.util.spec_from_file_location("_config_file", path)
     if spec is None:
