@@ -47,8 +47,8 @@ from jaxtrain.interop.start import first_state
 from jaxtrain.metrics.collector import Measure, open_wire
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.step_log import StepLog
-from jaxtrain.ops.precision import resolve
-from jaxtrain.optim.acceleration import evaluated
+from jaxtrain.ops.precision import resolve_dtype
+from jaxtrain.optim.acceleration import describe_evaluated_weights
 from jaxtrain.reporting.run_logger import Report, set_up_logging
 from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
 from jaxtrain.training.loop import Diverged, Loop
@@ -74,7 +74,7 @@ def train(cfg, devices=None, quiet=False, stop=None) -> int:
     """
     started_s = time.perf_counter()
     stop = stop or StopListener(jax.process_count() > 1)
-    cfg, dtype_reason = resolve(cfg, (devices or jax.devices())[0], cfg.workdir)
+    cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     from_shell(cfg.sample.prompt, SAMPLE_FLAG)  # refused now and not after the last step
     run = build_run(cfg, devices)
@@ -177,7 +177,7 @@ def finish(loop, corpus, told) -> int:
     with loop.measure.pause("save"):
         loop.checkpoints.wait()
     ended = {"stopped_by": told and told.name, "versions": versions()}
-    ended["eval_at"] = evaluated(loop.state.opt_state)
+    ended["eval_at"] = describe_evaluated_weights(loop.state.opt_state)
     report.finish(loop.measure.total() | ended)
     if told is None:
         for line in next_commands(cfg.workdir):

@@ -19,8 +19,8 @@ from jaxtrain.metrics.step_log import read_step_times
 from jaxtrain.metrics.step_timer import step_figures
 from jaxtrain.reporting.progress_text import closing_lines
 from launch import summary
-from launch.host.run_copy import read_changes
-from launch.pull import HELD, Pull, flag, put
+from launch.host.run_files import flag_value, read_changes
+from launch.pull import POSITIONS, RunCopy, write_at
 from launch.report.figures import rows_of
 from launch.report.page import page
 from launch.report.run_folder import read_run
@@ -247,11 +247,11 @@ def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
             (run / "new").rename(run / "metrics.jsonl")
         more = True
         while more:
-            answer = read_changes(run, held, limit=3_000)
+            answer = read_changes(run, held, {}, limit=3_000)
             more = answer["more"]
             for name, part in answer["files"].items():
                 data = base64.b64decode(part["base64"])
-                put(copy / name, part["at"], data)
+                write_at(copy / name, part["at"], data)
                 held[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
         for name in ("config.json", "summary.json", "metrics.jsonl"):
             assert (copy / name).read_bytes() == (run / name).read_bytes()
@@ -261,9 +261,9 @@ def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
 
 def test_the_run_directory_is_the_last_one_that_the_flags_name():
     argv = ["--config.workdir=a", "--config.workdir", "b", "--config.steps=3"]
-    assert flag(argv, "--config.workdir") == "b"
-    assert flag([*argv, "--workdir=c"], "--config.workdir") == "c"
-    assert flag(argv, "--config.data.text") == ""
+    assert flag_value(argv, "--config.workdir") == "b"
+    assert flag_value([*argv, "--workdir=c"], "--config.workdir") == "c"
+    assert flag_value(argv, "--config.data.text") == ""
 
 
 @pytest.mark.parametrize(
@@ -324,11 +324,11 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
         done = subprocess.run([*argv, "--config.workdir=runs/one"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         [job] = os.listdir(tmp_path / "jobs")
-        copy = read_run(Pull(job).fetch())
-        shutil.rmtree(Pull(job).folder)
-        pull = Pull(job, "/mnt/shared/one")
+        copy = read_run(RunCopy(job).fetch())
+        shutil.rmtree(RunCopy(job).folder)
+        pull = RunCopy(job, "/mnt/shared/one")
         assert read_run(pull.fetch()).hosts == made.hosts
-        held = json.loads((pull.folder / HELD).read_text())
+        held = json.loads((pull.folder / POSITIONS).read_text())
         assert len(held["h0"]) == 5 and held["h1"] == {}
     assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
     assert "Step time by process" in page([copy])

@@ -6,7 +6,7 @@ import jax
 
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
-from jaxtrain.ops.routes import chip_of
+from jaxtrain.ops.routes import chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 
@@ -157,7 +157,7 @@ def _read_program(compiled, mesh, hosts) -> dict:
 
 def find_device_chip(device) -> Chip | None:
     """The chip table's entry of a jax device; None of any other."""
-    return CHIPS.get(chip_of(device))
+    return CHIPS.get(chip_name(device))
 
 
 def chip_dict(chip: Chip | None) -> dict | None:

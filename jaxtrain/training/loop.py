@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.data.loader import eval_batches
+from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
@@ -187,7 +187,7 @@ class Loop:
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
         with self.measure.pause("eval"), self.tracer.part("pause"):
-            batches = eval_batches(self.cfg.data, self.held_out, self.run.mesh)
+            batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             counter, most = self._count_bytes, self._eval_tokens()
             asked = self.stop.agreed_signal
             metrics = evaluate(self.eval_step, self.state, batches, counter, most, asked)

@@ -12,10 +12,9 @@ from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import uses_compile_cache
 from jaxtrain.metrics.mfu import chip_dict, conventions, find_device_chip, memory_figures
 from jaxtrain.ops import tuning
-from jaxtrain.ops.routes import chip_of
-from jaxtrain.ops.routes import describe as describe_routes
+from jaxtrain.ops.routes import chip_name, describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
-from jaxtrain.optim.sharded_muon import work_share
+from jaxtrain.optim.sharded_muon import load_imbalance
 
 
 def header(run, corpus, checkpoints, restored, dtype_reason=""):
@@ -93,14 +92,14 @@ def notes(run) -> list[str]:
         storage = cfg.checkpoint.storage
         found.append(f"checkpoint.storage {storage}: {where[storage]}")
     if mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
-        share = work_share(run.model.axes, run.model.shapes, mesh)
+        share = load_imbalance(run.model.axes, run.model.shapes, mesh)
         found.append(f"whole matrices on each device, {share:.3f} of an even share of the work")
     return found
 
 
 def _tuning(run) -> list[str]:
     device = run.mesh.devices.flat[0]
-    return tuning.describe(device.platform, chip_of(device))
+    return tuning.describe_tuning(device.platform, chip_name(device))
 
 
 def measured(run, work, measure):

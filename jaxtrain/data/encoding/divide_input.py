@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window, cut_near_end
-from jaxtrain.data.documents import PIECE_BYTES, Piece
-from jaxtrain.data.draws import draw
-from jaxtrain.data.formats import BOM, DAMAGE, detect, open_content, read_at
-from jaxtrain.data.tables import parquet_units
-from jaxtrain.data.units import Unit, damage
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, cut_in_window, cut_near_end
+from jaxtrain.data.encoding.documents import PIECE_BYTES, Piece
+from jaxtrain.data.encoding.formats import BOM, DAMAGE, detect, open_content, read_at
+from jaxtrain.data.encoding.held_out import draw
+from jaxtrain.data.encoding.table_readers import parquet_units
+from jaxtrain.data.encoding.work_units import Unit, damage
 
 
 def plan_units(files, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxtrain.data.pack import best_fit, pack
+from jaxtrain.data.packing import best_fit, pack
 
 KINDS = ["short", "long_tail", "half_rows", "one_size"]
 

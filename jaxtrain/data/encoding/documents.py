@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.coverage import LOST, HoldsStart, check_covers
-from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window, cut_near_end
-from jaxtrain.data.draws import draw, merge_drawn
-from jaxtrain.data.formats import BOM, DAMAGE, DOCUMENT_BYTES, line_number, read_at, shown
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, cut_in_window, cut_near_end
+from jaxtrain.data.encoding.formats import BOM, DAMAGE, DOCUMENT_BYTES, line_number, read_at, shown
+from jaxtrain.data.encoding.held_out import draw, merge_drawn
+from jaxtrain.data.encoding.roundtrip import LOST, HoldsStart, check_covers
 
 PIECE_BYTES = 1 << 20
 LONG_BYTES = 8 * PIECE_BYTES  # a longer document is tokenized in parts, to bound the memory

@@ -11,7 +11,7 @@ import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jaxtrain.data.formats import shown
+from jaxtrain.data.encoding.formats import shown
 from jaxtrain.files import write_atomic
 
 try:

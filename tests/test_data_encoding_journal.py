@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.config.train_config import DataConfig
-from jaxtrain.data import journal, pipeline
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import encode, main
-from jaxtrain.data.journal import lock_folder
-from jaxtrain.data.text import list_files
+from jaxtrain.data.encoding import journal, pipeline
+from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.journal import lock_folder
 
 
 @pytest.fixture(autouse=True)

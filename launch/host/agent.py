@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from launch.host import nics
+from launch.host import interfaces as nics
 from launch.host.facts import in_time
 
 CHUNK = 1 << 18

@@ -1,6 +1,6 @@
 """What a config's data is on this machine, at a glance: launch.run compares hosts by it.
 
-    python -m jaxtrain.data.glance gpt_124m --data.shards=DIR
+    python -m jaxtrain.data.quick_fingerprint gpt_124m --data.shards=DIR
 
 Prints {"files", "bytes", "fingerprint"}: of names, sizes and blocks that are read here and there,
 so that it takes seconds where training's own fingerprint reads every byte. Files that differ
@@ -14,14 +14,14 @@ from absl import flags
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
+from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.shards import find_shards
-from jaxtrain.data.text import list_files
 from jaxtrain.distributed.program import run_main
 
 BLOCK_BYTES, BLOCKS = 1 << 12, 16  # read of each file: its first, its last, and some between
 
 
-def glance(cfg) -> dict:
+def quick_fingerprint(cfg) -> dict:
     """Of a TrainConfig's data, wherever the files lie.
 
     Raises:
@@ -56,10 +56,10 @@ def _sample(path, size: int) -> bytes:
 
 
 def main() -> None:
-    print(json.dumps(glance(config_lib.freeze(flags.FLAGS.config))))
+    print(json.dumps(quick_fingerprint(config_lib.freeze(flags.FLAGS.config))))
 
 
-def command(argv=None, prog="python -m jaxtrain.data.glance") -> None:
+def command(argv=None, prog="python -m jaxtrain.data.quick_fingerprint") -> None:
     run_main(main, (), CommandForm("train", __doc__, config="must"), argv, prog)
 
 

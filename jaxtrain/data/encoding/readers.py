@@ -4,11 +4,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jaxtrain.data.cutting import WINDOW_BYTES, cut_in_window
-from jaxtrain.data.documents import TOO_LONG, Piece, Problem
-from jaxtrain.data.formats import BOM, DAMAGE, DOCUMENT_BYTES, HEAD_BYTES, iter_bytes, open_content
-from jaxtrain.data.tables import read_arrow, read_csv, read_parquet
-from jaxtrain.data.units import Task, Unit, damage, tasks_of_rows
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, cut_in_window
+from jaxtrain.data.encoding.documents import TOO_LONG, Piece, Problem
+from jaxtrain.data.encoding.formats import (
+    BOM,
+    DAMAGE,
+    DOCUMENT_BYTES,
+    HEAD_BYTES,
+    iter_bytes,
+    open_content,
+)
+from jaxtrain.data.encoding.table_readers import read_arrow, read_csv, read_parquet
+from jaxtrain.data.encoding.work_units import Task, Unit, damage, tasks_of_rows
 
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 

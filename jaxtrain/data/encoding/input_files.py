@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.data.coverage import Refused
-from jaxtrain.data.formats import shown
+from jaxtrain.data.encoding.formats import shown
+from jaxtrain.data.encoding.roundtrip import Refused
 
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 

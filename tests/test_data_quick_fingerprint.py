@@ -3,12 +3,14 @@ import dataclasses
 import pytest
 
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.data.glance import BLOCK_BYTES, glance
+from jaxtrain.data.quick_fingerprint import BLOCK_BYTES, quick_fingerprint
 
 
 def of_shards(folder):
     cfg = config_lib.TrainConfig()
-    return glance(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, shards=str(folder))))
+    return quick_fingerprint(
+        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, shards=str(folder)))
+    )
 
 
 def test_data_looks_the_same_wherever_it_lies_and_not_when_a_part_or_a_size_differs(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from data_samples import documents_of, run
 
-from jaxtrain.data import journal, pipeline, tokenizer
-from jaxtrain.data.documents import Options, Piece, encode_pieces
+from jaxtrain.data import tokenizer
+from jaxtrain.data.encoding import journal, pipeline
+from jaxtrain.data.encoding.documents import Options, Piece, encode_pieces
 from jaxtrain.data.tokenizer import build_tokenizer
 
 
@@ -71,7 +72,7 @@ def test_the_bytes_of_what_is_shorter_than_planned_count_as_lost(kind, tmp_path,
     path = tmp_path / "file"
     path.write_text('{"text": "x"}\n' * 10)
     for limit in (1 << 20, 100):  # a piece of lines is read at once, or line by line
-        monkeypatch.setattr("jaxtrain.data.documents.DOCUMENT_BYTES", limit)
+        monkeypatch.setattr("jaxtrain.data.encoding.documents.DOCUMENT_BYTES", limit)
         piece = Piece(str(path), "file", 0, 200, kind)
         encoded = encode_pieces([piece], build_tokenizer("bytes"), Options())
         assert encoded.lost_bytes == 200

@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxtrain.data.coverage import Refused
-from jaxtrain.data.documents import PROBLEMS, Encoded, Forced, Problem
-from jaxtrain.data.draws import merge_drawn
-from jaxtrain.data.formats import NO_FIELD
+from jaxtrain.data.encoding.documents import PROBLEMS, Encoded, Forced, Problem
+from jaxtrain.data.encoding.formats import NO_FIELD
+from jaxtrain.data.encoding.held_out import merge_drawn
+from jaxtrain.data.encoding.roundtrip import Refused
 
 HOPELESS = 1_000  # documents that cannot be used, and none that can: the input is another
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_samples import documents_of, run
 
-from jaxtrain.data import pipeline
+from jaxtrain.data.encoding import pipeline
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,7 @@ from pathlib import Path
 from absl import logging
 from tqdm import tqdm
 
-from jaxtrain.data.coverage import LOST, Refused, check_lost
-from jaxtrain.data.documents import PIECE_BYTES, SPLITS, TOO_LONG, Forced, Options, token_dtype
-from jaxtrain.data.journal import Journal
-from jaxtrain.data.readers import read_unit
-from jaxtrain.data.splits import plan_units
-from jaxtrain.data.text import check_unchanged, source_key, stamps
-from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
-from jaxtrain.data.totals import (
+from jaxtrain.data.encoding.counts import (
     Flags,
     Rules,
     Totals,
@@ -30,8 +23,22 @@ from jaxtrain.data.totals import (
     stored_totals,
     totals_of,
 )
-from jaxtrain.data.workers import run_tasks
-from jaxtrain.data.writer import ShardWriter
+from jaxtrain.data.encoding.divide_input import plan_units
+from jaxtrain.data.encoding.documents import (
+    PIECE_BYTES,
+    SPLITS,
+    TOO_LONG,
+    Forced,
+    Options,
+    token_dtype,
+)
+from jaxtrain.data.encoding.input_files import check_unchanged, source_key, stamps
+from jaxtrain.data.encoding.journal import Journal
+from jaxtrain.data.encoding.readers import read_unit
+from jaxtrain.data.encoding.roundtrip import LOST, Refused, check_lost
+from jaxtrain.data.encoding.workers import run_tasks
+from jaxtrain.data.shard_writer import ShardWriter
+from jaxtrain.data.tokenizer import build_tokenizer, tokenizer_identity
 from jaxtrain.files import write_atomic
 
 META_FORMAT = 1

@@ -152,7 +152,7 @@ def test_where_most_documents_are_bad_the_encoding_is_refused(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_is_skipped_without_being_read(tmp_path, monkeypatch):
-    from jaxtrain.data import documents, readers
+    from jaxtrain.data.encoding import documents, readers
 
     for module in (documents, readers):
         monkeypatch.setattr(module, "DOCUMENT_BYTES", 10_000)

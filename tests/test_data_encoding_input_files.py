@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from jaxtrain.data.encode import encode
-from jaxtrain.data.formats import shown
-from jaxtrain.data.text import list_files
+from jaxtrain.data.encoding.formats import shown
+from jaxtrain.data.encoding.input_files import list_files
 
 
 def names_of(folder):

@@ -10,9 +10,9 @@ from tokenizers import normalizers
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.coverage import LOST, check_covers
 from jaxtrain.data.encode import encode, main
-from jaxtrain.data.text import list_files
+from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.roundtrip import LOST, check_covers
 from jaxtrain.data.tokenizer import build_tokenizer
 
 SOURCE = Path(json.__file__).parent.joinpath("decoder.py").read_text()

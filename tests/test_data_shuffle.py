@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxtrain.data.permutation import permute
+from jaxtrain.data.shuffle import permute
 
 SIZES = [10_000, 1_000_000, 4_000_000, 1_000_000_000]
 DRAWN = 300_000  # consecutive indices looked at; 0.03 is then 16 sigma (3 at 10_000)

@@ -8,9 +8,9 @@ from pathlib import Path
 from absl import logging
 
 from jaxtrain.config.train_config import DataConfig
-from jaxtrain.data.journal import lock_folder
-from jaxtrain.data.pipeline import META_FORMAT, SHARD_TOKENS, encode, encoding_key
-from jaxtrain.data.text import list_files
+from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.journal import lock_folder
+from jaxtrain.data.encoding.pipeline import META_FORMAT, SHARD_TOKENS, encode, encoding_key
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_vocabulary
 

@@ -6,9 +6,9 @@ import itertools
 import os
 from collections.abc import Iterator
 
-from jaxtrain.data.documents import Bad, Problem
-from jaxtrain.data.formats import DAMAGE, DOCUMENT_BYTES, open_content
-from jaxtrain.data.units import Task, Unit, damage, tasks_of_rows
+from jaxtrain.data.encoding.documents import Bad, Problem
+from jaxtrain.data.encoding.formats import DAMAGE, DOCUMENT_BYTES, open_content
+from jaxtrain.data.encoding.work_units import Task, Unit, damage, tasks_of_rows
 
 BATCH_BYTES = 8 << 20  # of text that is decoded at once, by the average length of a row
 BATCH_ROWS = 4096

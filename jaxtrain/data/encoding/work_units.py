@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtrain.data.documents import Piece, Problem, first_line
+from jaxtrain.data.encoding.documents import Piece, Problem, first_line
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing.connection import wait
 
-from jaxtrain.data.documents import Encoded, Options, encode_pieces
+from jaxtrain.data.encoding.documents import Encoded, Options, encode_pieces
+from jaxtrain.data.encoding.work_units import Task
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.data.units import Task
 
 
 def run_tasks(tasks, tokenizer, options: Options, workers: int):
