@@ -26,7 +26,7 @@ from jaxtrain.config import train_config as config_lib  # noqa: E402
 from jaxtrain.config.command_line import CommandForm  # noqa: E402
 from jaxtrain.distributed import memory  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
-from jaxtrain.ops.precision import resolve_for_chip  # noqa: E402
+from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
 from jaxtrain.planning import render, search  # noqa: E402
 from jaxtrain.planning.chip_comparison import build_fits_by_formula, compare, table  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
@@ -144,7 +144,7 @@ def answer(args) -> int:
     cfg, name = config_lib.freeze(args.config), Path(flags.FLAGS["config"].config_filename).stem
     if args.compare:
         return compare(cfg, args, show=print)
-    cfg = resolve_for_chip(cfg, find_chip(args.chip))
+    cfg = resolve_dtype_for_chip(cfg, find_chip(args.chip))
     if args.formula:
         return by_formula(cfg, args)
     return find_fastest(cfg, name, args) if args.fit else plan(cfg, args)

@@ -16,7 +16,6 @@ from jaxtrain.benchmarks import (
 )
 from jaxtrain.benchmarks.timing import TimedCall, interleave, summarise, timed, warm_up
 from jaxtrain.files import strict_json
-from jaxtrain.reporting.table import format_table
 
 TINY = dict(L=1, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -58,12 +57,6 @@ def test_a_summary_is_of_medians_and_the_fastest():
     summary = summarise(samples)
     assert summary["wall_s"] == 0.02 and summary["wall_min_s"] == 0.01
     assert summary["cpu_s"] == 0.01 and summary["samples"] == 3
-
-
-def test_numbers_stand_right_and_names_left():
-    rows = [{"n": "a", "x": "1.5"}, {"n": "long", "x": "10.25"}]
-    table = format_table(rows, {"name": lambda r: r["n"], "x": lambda r: r["x"]})
-    assert table == "name      x\na       1.5\nlong  10.25"
 
 
 def test_the_peak_of_bf16_is_never_below_that_of_float32():

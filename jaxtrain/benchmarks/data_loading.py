@@ -14,7 +14,7 @@ from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
 from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
-from jaxtrain.data.writer import ShardWriter
+from jaxtrain.data.shard_writer import ShardWriter
 from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.reporting.table import format_table
 

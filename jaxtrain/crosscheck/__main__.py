@@ -41,7 +41,7 @@ from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
-from jaxtrain.ops.precision import resolve as resolve_dtype
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import set_up_logging
 
 FLAGS = flags.FLAGS

@@ -4,7 +4,7 @@ import importlib
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed import memory
-from jaxtrain.ops.precision import resolve_for_chip
+from jaxtrain.ops.precision import resolve_dtype_for_chip
 from jaxtrain.planning import search
 from jaxtrain.planning.links import parse_link
 from jaxtrain.planning.memory_formula import estimate
@@ -68,7 +68,7 @@ def compare(cfg, args, show=print) -> int:
     show(f"{args.gpus * args.hosts} device(s) of each chip, each at its fastest setting that fits")
     for name in args.compare:
         chip = find_chip(name)
-        rows.append((chip, best_setting(resolve_for_chip(cfg, chip), chip, args.gpus, args)))
+        rows.append((chip, best_setting(resolve_dtype_for_chip(cfg, chip), chip, args.gpus, args)))
     show(
         f"{'chip':10} {'fits':>4} {'tokens/s':>10} {'ratio':>6} {'per FLOP/s':>10} {'per B/s':>8} "
         f"{'MFU':>6} {'price of 1e9 tokens':>20}  setting"
