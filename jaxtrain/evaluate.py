@@ -16,7 +16,7 @@ from absl import flags
 
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import eval_batches
+from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.program import run_main
 from jaxtrain.reporting.progress_text import eval_text
 from jaxtrain.training.evaluation import (
@@ -60,7 +60,7 @@ def main() -> None:
     run = run._replace(cfg=fit_parts(run.cfg, run.mesh.size, rows))
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
     print(corpus.describe())
-    batches = eval_batches(run.cfg.data, corpus, run.mesh)
+    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
     progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
     count_bytes = build_byte_counter(corpus, run.mesh)
     metrics = evaluate(build_eval_step(run), state, progress, count_bytes)

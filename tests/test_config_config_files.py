@@ -8,9 +8,9 @@ import pytest
 
 import configs
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.model.layers import sizes
+from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
-from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
@@ -29,10 +29,10 @@ def test_the_shipped_sizes_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_states_the_parameter_count_and_the_command(name):
     module = importlib.import_module(f"configs.{name}")
-    cfg, _ = resolve(config_lib.freeze(module.get_config()), jax.devices()[0])
+    cfg, _ = resolve_dtype(config_lib.freeze(module.get_config()), jax.devices()[0])
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
     stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
-    assert int(stated.replace(",", "")) == count_params(model.axes, sizes(cfg.model))
+    assert int(stated.replace(",", "")) == count_params(model.axes, letter_sizes(cfg.model))
     command = "jaxtrain.crosscheck run" if name in CROSSCHECKS else "jaxtrain.train"
     assert f"python -m {command} --config=configs/{name}.py" in module.__doc__
 

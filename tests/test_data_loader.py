@@ -8,9 +8,9 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import BatchSource, WindowRows, build_batches, eval_batches
-from jaxtrain.data.permutation import permute
-from jaxtrain.data.writer import ShardWriter
+from jaxtrain.data.loader import BatchSource, WindowRows, build_batches, build_eval_batches
+from jaxtrain.data.shard_writer import ShardWriter
+from jaxtrain.data.shuffle import permute
 from jaxtrain.distributed.mesh import batch_sharding, build_mesh
 
 T, B, EOT = 16, 8, 1_000
@@ -212,7 +212,7 @@ def test_too_few_windows_for_a_batch_is_an_error_that_names_both(folder):
 def test_evaluation_predicts_every_token_but_the_first_once_in_order(folder):
     cfg, corpus = opened(folder, split="val")
     for mesh in (mesh_of(), mesh_of(2, 2, 2)):
-        evaluation = eval_batches(cfg, corpus, mesh)
+        evaluation = build_eval_batches(cfg, corpus, mesh)
         for _ in range(2):  # it may be repeated
             batches = [jax.tree.map(np.asarray, batch) for batch in evaluation]
             assert len(batches) == len(evaluation)

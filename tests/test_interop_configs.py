@@ -16,7 +16,7 @@ from jaxtrain.interop.hf import write_folder
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.model.transformer import build_model
 from jaxtrain.model.trees import named_leaves
-from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 SHARED = {"__init__", "base", "gpt2", "llama"}  # other files start from them
@@ -27,7 +27,7 @@ def small(name):
     """The ModelConfig of a shipped config, its sizes made small and its form kept."""
     values = importlib.import_module(f"configs.{name}").get_config()
     whole = config_lib.freeze(values.base if "base" in values else values)
-    cfg = resolve(whole, jax.devices()[0])[0].model
+    cfg = resolve_dtype(whole, jax.devices()[0])[0].model
     groups = cfg.H // cfg.G
     H = 2 * groups
     wide = cfg.D == cfg.H * cfg.K

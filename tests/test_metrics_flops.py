@@ -4,7 +4,7 @@ import pytest
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.metrics.flops import forward_flops, matrix_weights, training_flops
-from jaxtrain.model.layers import sizes
+from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
 from jaxtrain.ops.routes import choose_routes
 
@@ -41,7 +41,7 @@ def test_causal_attention_counts_each_query_and_key_pair_once():
 def test_the_weights_are_the_matrices_of_the_model_and_its_head(values):
     cfg, model = build(values)
     matrices = [a for a in jax.tree.leaves(model.axes) if a.is_matrix]
-    assert matrix_weights(cfg) == count_params(matrices, sizes(cfg)) + cfg.V * cfg.D
+    assert matrix_weights(cfg) == count_params(matrices, letter_sizes(cfg)) + cfg.V * cfg.D
 
 
 @pytest.mark.parametrize("values", [LLAMA, GPT2])

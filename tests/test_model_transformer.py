@@ -13,7 +13,7 @@ from jaxtrain.model.attention import ATTENTION, CUDNN_FORWARD, attention_referen
 from jaxtrain.model.dense import DENSE, dense_plain
 from jaxtrain.model.layers import build_pair, lookup
 from jaxtrain.model.loss import build_loss
-from jaxtrain.model.transformer import build_model, head
+from jaxtrain.model.transformer import build_model, head_weights
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.step import target_weights
 
@@ -122,7 +122,7 @@ def gradients(model, params, tokens):
 
     def objective(params):
         hidden = model.apply(params, tokens[:, :-1])
-        return loss(hidden, head(params), tokens[:, 1:], weights)[0]
+        return loss(hidden, head_weights(params), tokens[:, 1:], weights)[0]
 
     return jax.jit(jax.value_and_grad(objective))(params)
 
@@ -188,7 +188,7 @@ def test_the_first_loss_is_ln_v(values):
     params = model.init(jax.random.key(3))
     nats = build_loss(LossConfig(), 0.0, jnp.float32)(
         model.apply(params, tokens[:, :-1]),
-        head(params),
+        head_weights(params),
         tokens[:, 1:],
         jnp.full((16, 64), 1 / (16 * 64)),
     )[1]

@@ -10,7 +10,7 @@ import runs
 from configs import debug, quickstart, study
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.ops import precision
-from jaxtrain.ops.precision import choose, resolve, resolve_for_chip
+from jaxtrain.ops.precision import choose, resolve_dtype, resolve_dtype_for_chip
 from jaxtrain.train import train
 from jaxtrain.training.run import load_config
 from pallas_kernels.chip import CHIPS
@@ -56,13 +56,15 @@ def test_a_gpu_computes_in_bfloat16_from_compute_capability_8_on(capability, dty
 def test_a_plan_is_of_the_type_that_the_planned_chip_computes_in():
     cfg = config_lib.freeze(quickstart.get_config())
     assert cfg.model.dtype == "auto"
-    assert {resolve_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()} == {"bfloat16"}
+    assert {resolve_dtype_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()} == {
+        "bfloat16"
+    }
 
 
 def test_a_stated_type_is_kept(monkeypatch):
     monkeypatch.setattr(precision, "cpu_flags", lambda: AMX)
     cfg = config_lib.freeze(debug.get_config())
-    assert resolve(cfg, jax.devices()[0]) == (cfg, "")
+    assert resolve_dtype(cfg, jax.devices()[0]) == (cfg, "")
 
 
 def test_the_study_is_the_same_on_every_machine():

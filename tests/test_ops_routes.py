@@ -154,7 +154,9 @@ def described(**values):
     platform = values.pop("platform", "cpu")
     masked = values.pop("masked", False)
     model = ModelConfig(qk_norm=True, **values)
-    return list(kernels.describe(choose_routes(model, masked, platform, False, kernels_, **where)))
+    return list(
+        kernels.describe_routes(choose_routes(model, masked, platform, False, kernels_, **where))
+    )
 
 
 def test_usual_routes_are_one_line():

@@ -18,7 +18,7 @@ def test_what_is_assumed_is_listed_and_not_applied():
         applied = tuning.compiler_options(chip)
         for choice in choices:
             assumed = choice.is_option and choice.evidence == "assumed"
-            line = next((x for x in tuning.describe("gpu", chip) if choice.name in x), "")
+            line = next((x for x in tuning.describe_tuning("gpu", chip) if choice.name in x), "")
             assert ("not applied" in line) == assumed
             assert not (assumed and choice.name in applied)
 
@@ -33,12 +33,12 @@ def test_the_start_says_where_gemm_tunings_are_kept(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        assert tuning.describe("gpu", "")[-1].endswith(f"{tmp_path}/{tuning.AUTOTUNED}")
+        assert tuning.describe_tuning("gpu", "")[-1].endswith(f"{tmp_path}/{tuning.AUTOTUNED}")
         jax.config.update("jax_compilation_cache_dir", None)
-        assert "made anew" in tuning.describe("gpu", "")[-1]
+        assert "made anew" in tuning.describe_tuning("gpu", "")[-1]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert tuning.describe("cpu", "") == []
+    assert tuning.describe_tuning("cpu", "") == []
 
 
 COMPILE = """

@@ -6,8 +6,8 @@ import pytest
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
-from jaxtrain.optim.acceleration import eval_params, evaluated
-from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, group_rms
+from jaxtrain.optim.acceleration import describe_evaluated_weights, eval_params
+from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, update_rms_by_group
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 
@@ -189,7 +189,7 @@ def test_an_unknown_optimizer_lists_the_known_ones():
 
 def test_group_rms_is_the_root_mean_square_of_each_group():
     updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
-    rms = group_rms(updates, FEW)
+    rms = update_rms_by_group(updates, FEW)
     assert {k: float(v) for k, v in rms.items()} == {
         "optim/matrices/update_rms": pytest.approx(2),
         "optim/rest/update_rms": pytest.approx(3),
@@ -201,7 +201,7 @@ def test_without_acceleration_the_parameters_themselves_are_evaluated(name):
     params = random_params(0)
     state = build_optimizer(OptimConfig(name=name), FEW).init(params)
     assert eval_params(state, params) is params
-    assert evaluated(state) == "the parameters"
+    assert describe_evaluated_weights(state) == "the parameters"
 
 
 @pytest.mark.parametrize("acceleration", ["transport", "ema_lookahead"])
@@ -215,7 +215,7 @@ def test_acceleration_moves_the_query_point_of_the_groups_that_it_is_for(acceler
         updates, state = jax.jit(optimizer.update)(random_params(i), state, params)
         params = optax.apply_updates(params, updates)
     at = eval_params(state, params)
-    assert evaluated(state) == "the iterate, not the look-ahead point"
+    assert describe_evaluated_weights(state) == "the iterate, not the look-ahead point"
     moved = {key for key in FEW if not jnp.array_equal(at[key], params[key])}
     assert moved == (set(FEW) if all_groups else {"w_in", "w_out"})
 

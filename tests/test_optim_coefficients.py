@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxtrain.optim.coefficients import COEFFICIENTS, Table, table_of
+from jaxtrain.optim.coefficients import COEFFICIENTS, Table, coefficient_table
 
 # Smallest and largest result where singular values are within these edges.
 EDGES = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0)
@@ -35,7 +35,7 @@ def follow(table, sigma):
 
 @pytest.mark.parametrize("name, steps", BANDS)
 def test_singular_values_end_in_the_bands_of_the_published_table(name, steps):
-    table = table_of(name, steps)
+    table = coefficient_table(name, steps)
     for low, high, band in zip(EDGES[:-1], EDGES[1:], BANDS[name, steps], strict=True):
         ends = follow(table, np.geomspace(low, high, 20_001) / table.safety)
         np.testing.assert_allclose((ends.min(), ends.max()), band, atol=1.1e-3)
@@ -47,49 +47,49 @@ def test_singular_values_end_in_the_bands_of_the_published_table(name, steps):
     + [("polar_express", steps, slope) for steps, slope in ((6, 1810), (7, 3360), (8, 6300))],
 )
 def test_small_singular_values_grow_by_the_product_of_the_first_coefficients(name, steps, slope):
-    table = table_of(name, steps)
+    table = coefficient_table(name, steps)
     assert math.prod(a for a, _, _ in table.rows) / table.safety == pytest.approx(slope, rel=2e-3)
 
 
 def test_eight_steps_of_polar_express_end_at_one():
-    ends = follow(table_of("polar_express", 8), np.geomspace(1e-2, 1, 1001) / 1.01)
+    ends = follow(coefficient_table("polar_express", 8), np.geomspace(1e-2, 1, 1001) / 1.01)
     assert np.abs(ends - 1).max() < 1e-6
 
 
 def test_no_table_turns_a_singular_value_around_even_if_rounding_left_it_above_one():
     for name in COEFFICIENTS:
-        ends = follow(table_of(name), np.linspace(0.02, 1.01, 10_001))
+        ends = follow(coefficient_table(name), np.linspace(0.02, 1.01, 10_001))
         assert 0.67 < ends.min() <= ends.max() < 1.21, name
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_fewer_steps_take_the_first_rows_and_more_repeat_the_last(name):
     rows = COEFFICIENTS[name].rows
-    assert table_of(name, 1).rows == rows[:1]
-    assert table_of(name, len(rows) + 3).rows == rows + rows[-1:] * 3
-    own = table_of(name)
+    assert coefficient_table(name, 1).rows == rows[:1]
+    assert coefficient_table(name, len(rows) + 3).rows == rows + rows[-1:] * 3
+    own = coefficient_table(name)
     assert len(own.rows) == own.steps == {"aol4": 4}.get(name, 5)
 
 
 def test_rows_of_ones_own_and_tables_of_ones_own_are_taken_as_they_are():
     rows = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
-    assert table_of(rows) == Table(rows, steps=2)
-    assert table_of([list(row) for row in rows], 3).rows == (*rows, rows[1])
-    assert table_of(Table(rows, steps=4, safety=1.02)).rows == (*rows, rows[1], rows[1])
+    assert coefficient_table(rows) == Table(rows, steps=2)
+    assert coefficient_table([list(row) for row in rows], 3).rows == (*rows, rows[1])
+    assert coefficient_table(Table(rows, steps=4, safety=1.02)).rows == (*rows, rows[1], rows[1])
 
 
 @pytest.mark.parametrize("wrong", ["euler", (), ((1.0, 2.0),), ((1, 2, math.nan),), (1, 2, 3), 7])
 def test_what_is_no_table_names_its_flag(wrong):
     with pytest.raises(ValueError, match="--optim.ns_coefficients"):
-        table_of(wrong)
+        coefficient_table(wrong)
 
 
 def test_an_unknown_table_lists_the_known_ones():
     with pytest.raises(ValueError, match="jordan, quintic, polar_express, aol4; got 'euler'"):
-        table_of("euler")
+        coefficient_table("euler")
 
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_name_their_flag(steps):
     with pytest.raises(ValueError, match="--optim.ns_steps"):
-        table_of("jordan", steps)
+        coefficient_table("jordan", steps)

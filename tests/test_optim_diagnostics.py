@@ -74,7 +74,7 @@ def test_every_role_has_the_dual_of_its_own_norm():
 def test_sizes_are_root_mean_squares_and_steepest_descent_has_cosine_one():
     params, grads = draw(0), draw(1)
     updates = jax.tree.map(lambda g: -0.1 * g, grads)
-    found = diagnostics.sizes(CFG, AXES, params, grads, updates)
+    found = diagnostics.weight_and_update_sizes(CFG, AXES, params, grads, updates)
     rms = lambda *xs: np.sqrt(np.mean(np.concatenate([np.ravel(x) for x in xs]) ** 2))
     np.testing.assert_allclose(found["optim/matrices/step_gradient_cosine"], 1, rtol=1e-6)
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import build_square
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim import newton_schulz as module
-from jaxtrain.optim.coefficients import COEFFICIENTS, table_of
+from jaxtrain.optim.coefficients import COEFFICIENTS, coefficient_table
 from jaxtrain.optim.newton_schulz import FORMS
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -94,7 +94,7 @@ def test_singular_values_land_in_the_bands_of_their_ranges(name, form, dtype, sl
 @pytest.mark.parametrize("form", FORMS)
 def test_singular_vectors_stay_and_singular_values_follow_the_polynomials(name, form):
     x, _, _ = with_spectrum(np.geomspace(0.01, 1, ROWS))
-    assert distance(run(x, name, form, F32), exact(x, table_of(name))) < 5e-5
+    assert distance(run(x, name, form, F32), exact(x, coefficient_table(name))) < 5e-5
 
 
 def hard_matrices():
@@ -113,7 +113,7 @@ def hard_matrices():
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_the_gram_form_is_as_close_to_exact_as_the_standard_form(name):
     for case, x in hard_matrices():
-        y = exact(x, table_of(name))
+        y = exact(x, coefficient_table(name))
         off = {
             (form, dtype): distance(run(jnp.asarray(x, F32), name, form, dtype), y)
             for form in FORMS
@@ -127,7 +127,7 @@ def test_the_gram_form_is_as_close_to_exact_as_the_standard_form(name):
 def test_the_gram_form_makes_a_run_of_any_length(steps):
     x = with_spectrum(np.geomspace(0.1, 1, ROWS))[0]
     y = run(x, "jordan", "gram", F32, steps)
-    assert distance(y, exact(x, table_of("jordan", steps))) < 1e-4
+    assert distance(y, exact(x, coefficient_table("jordan", steps))) < 1e-4
 
 
 def test_the_gram_form_is_taken_where_a_matrix_is_twice_as_long_as_wide():

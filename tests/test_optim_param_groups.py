@@ -5,11 +5,11 @@ import importlib
 
 import jax
 import pytest
-from test_config_shipped import NAMES
+from test_config_config_files import NAMES
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.model.transformer import build_model
-from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.param_groups import MATRICES, group_table
 
@@ -18,7 +18,7 @@ from jaxtrain.optim.param_groups import MATRICES, group_table
 def rows_of(config_name, **optim):
     config = importlib.import_module(f"configs.{config_name}").get_config()
     config.optim.update(optim)
-    cfg, _ = resolve(config_lib.freeze(config), jax.devices()[0])
+    cfg, _ = resolve_dtype(config_lib.freeze(config), jax.devices()[0])
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
     rows = group_table(cfg.optim, model.axes, model.shapes)
     leaves = jax.tree.leaves(model.shapes)

@@ -14,7 +14,7 @@ from jaxtrain.config.train_config import MeshConfig, OptimConfig, freeze
 from jaxtrain.distributed.mesh import build_mesh, moment_spec, param_sharding
 from jaxtrain.optim.build import build_optimizer, state_shardings
 from jaxtrain.optim.lmo import build_unit_step
-from jaxtrain.optim.sharded_muon import on_owners, pools, work_share
+from jaxtrain.optim.sharded_muon import load_imbalance, on_owners, pools
 from jaxtrain.training.run import build_run
 
 SIZES = {"D": 64, "H": 4, "G": 2, "K": 16, "F": 192, "V": 128}
@@ -158,7 +158,7 @@ def flops_of_steps(sizes, layers):
     options, share = {"dtype": jnp.float32, "chunk_bytes": 0}, 1.0  # a loop is counted once
     if sizes is not None:
         mesh = mesh_of(sizes)
-        share = work_share(MATRICES, tree, mesh)
+        share = load_imbalance(MATRICES, tree, mesh)
         rest = {k: NamedSharding(mesh, moment_spec(MATRICES[k], tree[k].shape, mesh)) for k in tree}
         tree = {k: x.update(sharding=rest[k]) for k, x in tree.items()}
         options["over"] = on_owners(mesh)
@@ -183,7 +183,7 @@ def test_the_shipped_models_keep_eight_owners_busy(name, sizes):
     config.accumulation = 1
     cfg = freeze(config)
     model = build_run(cfg, jax.devices()).model
-    assert work_share(model.axes, model.shapes, mesh_of(sizes)) <= 1.1
+    assert load_imbalance(model.axes, model.shapes, mesh_of(sizes)) <= 1.1
 
 
 def test_the_program_does_not_grow_with_layers():

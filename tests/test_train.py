@@ -14,7 +14,7 @@ from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_batches, eval_batches
+from jaxtrain.data.loader import build_batches, build_eval_batches
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop.start import first_state
 from jaxtrain.metrics.names import measured_names
@@ -223,7 +223,7 @@ def test_a_restored_run_evaluates_on_any_number_of_devices(trained):
     run, state = restore_run(trained)
     assert run.mesh.size == 8 and int(state.step) == 40
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, trained)
-    batches = eval_batches(run.cfg.data, corpus, run.mesh)
+    batches = build_eval_batches(run.cfg.data, corpus, run.mesh)
     counter = build_byte_counter(corpus, run.mesh)
     metrics = evaluate(build_eval_step(run), state, batches, counter)
     summary = json.loads((trained / "summary.json").read_text())

@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 
 from jaxtrain.config.train_config import DataConfig
-from jaxtrain.data.coverage import LOST
-from jaxtrain.data.encoded import encode_text, prepare_again, read_meta
-from jaxtrain.data.scan import scan_shards
+from jaxtrain.data.encoding.counts import describe_skipped
+from jaxtrain.data.encoding.roundtrip import LOST
+from jaxtrain.data.shard_checksums import scan_shards
 from jaxtrain.data.shards import Shard, find_shards, left_out, probe
+from jaxtrain.data.text_cache import encode_text, prepare_again, read_meta
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.data.totals import describe_skipped
 
 
 @dataclass(frozen=True)

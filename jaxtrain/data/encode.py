@@ -10,13 +10,13 @@ from pathlib import Path
 
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.config.shell_commands import shell_command
-from jaxtrain.data.formats import SUFFIXES, shown
-from jaxtrain.data.journal import PROGRESS, STATE, lock_folder
-from jaxtrain.data.pipeline import SHARD_TOKENS, encode
+from jaxtrain.data.encoding.counts import Flags, describe_skipped
+from jaxtrain.data.encoding.formats import SUFFIXES, shown
+from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.journal import PROGRESS, STATE, lock_folder
+from jaxtrain.data.encoding.pipeline import SHARD_TOKENS, encode
 from jaxtrain.data.shards import MAX_SHARD_TOKENS
-from jaxtrain.data.text import list_files
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.data.totals import Flags, describe_skipped
 from jaxtrain.errors import INTERRUPTED
 from jaxtrain.file_errors import exit_on_file_error
 from pallas_kernels.arguments import Parser

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import Corpus, check_eot
-from jaxtrain.data.pack import pack
-from jaxtrain.data.permutation import permute
+from jaxtrain.data.packing import pack
+from jaxtrain.data.shuffle import permute
 from jaxtrain.distributed.mesh import batch_sharding
 
 BLOCK = 4096  # indices shuffled at once: 40 us each at 8 a call, 0.3 us in a block
@@ -282,6 +282,6 @@ def build_batches(cfg: DataConfig, corpus: Corpus, mesh, seed: int) -> Batches:
     return Batches(cfg, corpus, mesh, seed)
 
 
-def eval_batches(cfg: DataConfig, corpus: Corpus, mesh) -> EvalBatches:
+def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh) -> EvalBatches:
     """The corpus once, in order, in batches of data.batch rows."""
     return EvalBatches(cfg, corpus, mesh)

@@ -15,7 +15,7 @@ from jaxtrain.model.dense import DENSE
 from jaxtrain.ops import fused
 
 
-def sizes(cfg) -> dict[str, int]:
+def letter_sizes(cfg) -> dict[str, int]:
     """Letter -> size, from a ModelConfig; T is the learned positions."""
     return {letter: getattr(cfg, letter) for letter in "DFGHKLV"} | {"T": cfg.positions}
 
@@ -40,7 +40,9 @@ def param(cfg, axes: str, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
     """Declares a parameter; built under nnx.eval_shape, so no array is made here."""
     parsed = Axes.parse(axes)
     dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
-    return nnx.Param(jnp.zeros(parsed.shape(sizes(cfg)), dtype), axes=parsed, std=std, mean=mean)
+    return nnx.Param(
+        jnp.zeros(parsed.shape(letter_sizes(cfg)), dtype), axes=parsed, std=std, mean=mean
+    )
 
 
 def build_join(route, cfg, mesh=None):

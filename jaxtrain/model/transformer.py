@@ -50,7 +50,7 @@ class Model(NamedTuple):
     shapes: Any  # tree of ShapeDtypeStruct
     init: Callable  # key -> params
     apply: Callable  # (params, tokens_BT, docs_BT=None) -> hidden_BTD
-    layers: Callable  # as apply -> (what enters and leaves each, [L+1,B,T,D], hidden_BTD)
+    hidden_states: Callable  # as apply -> (what enters and leaves each, [L+1,B,T,D], hidden_BTD)
     logits: Callable  # (params, hidden_BTD) -> float32 [B,T,V]; to sample, never in training
     init_cache: Callable  # (B, S) -> room for S keys and values a layer
     extend: Callable  # (params, cache, tokens_BT, start) -> (hidden_BTD, cache)
@@ -169,7 +169,7 @@ class _Network:
         _, last_BTD, _ = self.run(params, tokens_BT, docs_BT, lambda h_BTD: None)
         return self.final_norm(params, last_BTD)
 
-    def layers(self, params, tokens_BT, docs_BT=None):
+    def hidden_states(self, params, tokens_BT, docs_BT=None):
         first_BTD, last_BTD, each_LBTD = self.run(params, tokens_BT, docs_BT, lambda h_BTD: h_BTD)
         return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
 
@@ -189,13 +189,13 @@ class _Network:
         return {"k": empty, "v": empty}
 
     def logits(self, params, h_BTD):
-        w_VD = head(params).astype(self.dtype)
+        w_VD = head_weights(params).astype(self.dtype)
         out_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=self.wide)
         cap = self.cfg.logit_softcap
         return cap * jnp.tanh(out_BTV / cap) if cap else out_BTV
 
 
-def head(params):
+def head_weights(params):
     """The head's master weights [V,D]: its own, or the embedding that it shares."""
     return params["head"] if "head" in params else params["embed"]
 
@@ -214,7 +214,7 @@ def build_model(cfg, routes, mesh=None, document_mask=False) -> Model:
         shapes=net.shapes,
         init=_init(net.state),
         apply=net.apply,
-        layers=net.layers,
+        hidden_states=net.hidden_states,
         logits=net.logits,
         init_cache=net.init_cache,
         extend=net.extend,

@@ -16,7 +16,7 @@ FAST = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}  # flag in /proc/c
 AMPERE = (8, 0)  # the first compute capability with bfloat16 tensor cores
 
 
-def resolve(cfg, device, workdir=None):
+def resolve_dtype(cfg, device, workdir=None):
     """Returns (the TrainConfig without model.dtype=auto, why its type was chosen or "").
 
     Every process must call it. A checkpoint in `workdir` decides before the device does: a run goes
@@ -37,7 +37,7 @@ def resolve(cfg, device, workdir=None):
     return with_dtype(cfg, dtype), f"model.dtype=auto: {why}"
 
 
-def resolve_for_chip(cfg, chip):
+def resolve_dtype_for_chip(cfg, chip):
     """Returns the TrainConfig without model.dtype=auto for an entry of the chip table."""
     if cfg.model.dtype != AUTO:
         return cfg

@@ -53,13 +53,13 @@ def cpu_multiplies_bf16() -> bool:
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def arch_of(device) -> str:
+def gpu_architecture(device) -> str:
     """A GPU's, as "sm_86"; empty of any other device."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else ""
 
 
-def chip_of(device) -> str:
+def chip_name(device) -> str:
     """The chip table's name of a device; empty of any other."""
     return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
 
@@ -224,8 +224,8 @@ def choose_routes(
 
     Args:
         kernels: a KernelsConfig.
-        arch: of the GPU, as arch_of has it.
-        chip: as chip_of has it.
+        arch: of the GPU, as gpu_architecture has it.
+        chip: as chip_name has it.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
         wants_gpu: a CPU is a fallback.
@@ -255,7 +255,7 @@ def choose_routes(
     return routes
 
 
-def describe(routes: dict[str, Route]):
+def describe_routes(routes: dict[str, Route]):
     """Yields (name, text): each route that is a kernel, a fallback or asked for, then the rest."""
     for route in routes.values():
         if route.fallback:

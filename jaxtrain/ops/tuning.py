@@ -15,7 +15,7 @@ EVIDENCE = ("measured", "offline", "assumed")
 AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # also the folder's name in the compile cache
 
 
-class Choice(NamedTuple):
+class TuningChoice(NamedTuple):
     """One choice; what is not of HINTS is an option of XLA."""
 
     name: str
@@ -33,19 +33,19 @@ class Choice(NamedTuple):
 
 
 _OPTIONS = (
-    Choice(
+    TuningChoice(
         "xla_gpu_enable_latency_hiding_scheduler",
         True,
         "assumed",
         "overlaps collectives with products; on one device there is nothing to overlap",
     ),
-    Choice(
+    TuningChoice(
         "xla_gpu_enable_triton_gemm",
         False,
         "assumed",
         "cuBLAS alone; XLA's autotuner already takes the faster of both",
     ),
-    Choice(
+    TuningChoice(
         "xla_gpu_graph_min_graph_size",
         1,
         "assumed",
@@ -55,20 +55,24 @@ _OPTIONS = (
 _PLAN = "bound of gpt_124m by jaxtrain.plan, 2026-11-25: "
 CHOICES = {
     "a40": (
-        Choice("micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"),
-        Choice("unroll", 1, "offline", _PLAN + "1.9 % lower with 2"),
+        TuningChoice(
+            "micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"
+        ),
+        TuningChoice("unroll", 1, "offline", _PLAN + "1.9 % lower with 2"),
         *_OPTIONS,
     ),
     "h100": (
-        Choice("micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"),
-        Choice("unroll", 1, "offline", _PLAN + "0.3 % lower with 2"),
+        TuningChoice(
+            "micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"
+        ),
+        TuningChoice("unroll", 1, "offline", _PLAN + "0.3 % lower with 2"),
         *_OPTIONS,
     ),
     "h200": _OPTIONS,
 }
 
 
-def choices_for(chip: str) -> tuple[Choice, ...]:
+def choices_for(chip: str) -> tuple[TuningChoice, ...]:
     """Of a chip by its name in the chip table; none of one that nobody has looked at."""
     return CHOICES.get(chip, ())
 
@@ -83,7 +87,7 @@ def compiler_options(chip: str) -> dict:
     return {c.name: c.value for c in choices_for(chip) if c.is_option and c.applied}
 
 
-def describe(platform: str, chip: str) -> list[str]:
+def describe_tuning(platform: str, chip: str) -> list[str]:
     """Lines for the start of a run: what is applied, what is not, where GEMMs' tunings are kept."""
     if platform != "gpu":
         return []

@@ -144,7 +144,7 @@ def _check(decay, strength, flag):
         raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
 
 
-def evaluated(opt_state) -> str:
+def describe_evaluated_weights(opt_state) -> str:
     """Names the weights that eval_params returns."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, WRAPPERS))
     ahead = any(isinstance(node, WRAPPERS) for node in nodes)

@@ -214,7 +214,7 @@ def state_shardings(optimizer, axes, params, mesh):
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(optimizer.init, params))
 
 
-def group_rms(updates, axes) -> dict:
+def update_rms_by_group(updates, axes) -> dict:
     """`{"optim/matrices/update_rms": float32 [], ...}` of the groups that have parameters."""
     squares, sizes = {}, {}
     for a, u in zip(jax.tree.leaves(axes), jax.tree.leaves(updates), strict=True):

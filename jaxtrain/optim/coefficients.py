@@ -77,7 +77,7 @@ def _is_row(row) -> bool:
     return numbers and len(row) == 3 and all(math.isfinite(v) for v in row)
 
 
-def table_of(coefficients="jordan", steps: int | None = None) -> Table:
+def coefficient_table(coefficients="jordan", steps: int | None = None) -> Table:
     """The table with as many rows as the run has iterations.
 
     Args:

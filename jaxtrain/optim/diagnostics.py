@@ -36,7 +36,7 @@ def squared_norms(cfg, axes, tree) -> dict:
     return {name: _square(x for _, x in rows) for name, rows in _by_group(cfg, axes, tree).items()}
 
 
-def sizes(cfg, axes, params, grads, updates) -> dict:
+def weight_and_update_sizes(cfg, axes, params, grads, updates) -> dict:
     """Root mean squares of weights and updates, and the cosine of -update and gradient.
 
     The cosine is 1 for steepest descent and 0 for a step that has forgotten this gradient.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxtrain.distributed.mesh import platform
 from jaxtrain.ops.routes import cpu_multiplies_bf16
-from jaxtrain.optim.coefficients import table_of
+from jaxtrain.optim.coefficients import coefficient_table
 
 LEAST_CHUNK_BYTES = 2**28  # on a GPU, whose products want many matrices at once
 
@@ -204,7 +204,7 @@ def orthogonalize(
 
     Args:
         x_XIO: [...,I,O], any leading dims; entries from 1e-30 to 1e30. Zeros give zeros.
-        steps, coefficients: see `table_of`.
+        steps, coefficients: see `coefficient_table`.
         dtype: bfloat16, float32 or float64, of the products' operands; sums and epilogues are at
             least float32. In the Gram form bfloat16 means operands of float16, which GPUs multiply
             as fast: rounding there is absolute, and bfloat16 loses small singular values.
@@ -220,7 +220,7 @@ def orthogonalize(
         [...,I,O] in dtype.
 
     Raises:
-        ValueError: form is unknown, or `table_of` refuses coefficients or steps.
+        ValueError: form is unknown, or `coefficient_table` refuses coefficients or steps.
 
     Source: of the Gram form, Zhang et al. 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz
     """
@@ -233,7 +233,7 @@ def orthogonalize(
     x = (0.5 * x_XIO).astype(dtype).reshape(math.prod(x_XIO.shape[:-2]), I, O)
     iterate = functools.partial(
         _iterate,
-        table=table_of(coefficients, steps),
+        table=coefficient_table(coefficients, steps),
         dtype=dtype,
         eps=eps,
         place=place,

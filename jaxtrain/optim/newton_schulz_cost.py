@@ -36,7 +36,7 @@ def _gram_symmetric(m, n, k):
 
 
 # form -> the ways to compute one matrix, the cheapest of which is taken
-FORMS = {
+FLOPS_BY_FORM = {
     "standard": (_standard,),
     "best": (_standard, _gram),
     "standard, symmetric": (_standard_symmetric,),
@@ -49,12 +49,12 @@ def newton_schulz_flops(stacks: Iterable, steps: int, form: str = "standard") ->
 
     Args:
         stacks: (X, I, O) of each stack of X matrices.
-        form: a key of FORMS.
+        form: a key of FLOPS_BY_FORM.
     """
     total = 0
     for X, I, O in stacks:  # noqa: E741
         m, n = min(I, O), max(I, O)
-        total += X * min(cost(m, n, steps) for cost in FORMS[form])
+        total += X * min(cost(m, n, steps) for cost in FLOPS_BY_FORM[form])
     return float(total)
 
 

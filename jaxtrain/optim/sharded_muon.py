@@ -65,7 +65,7 @@ def pools(axes, shapes, mesh: Mesh) -> dict[Layout, list[tuple[str, bool]]]:
     return found
 
 
-def work_share(axes, shapes, mesh: Mesh) -> float:
+def load_imbalance(axes, shapes, mesh: Mesh) -> float:
     """FLOPs of Newton-Schulz on a device over an even share: 1 where every pool divides.
 
     Args:

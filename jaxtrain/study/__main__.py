@@ -28,9 +28,9 @@ from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.errors import INTERRUPTED, CheckpointError
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
-from jaxtrain.model.layers import sizes
+from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import count_params
-from jaxtrain.ops.precision import resolve
+from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.run_logger import set_up_logging
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.picture import study_curves
@@ -50,7 +50,7 @@ def run_study(values, devices=None, show=print) -> list[Finding]:
     """
     plan = build_plan(values)
     start_runtime(plan.base)
-    base, _ = resolve(plan.base, (devices or jax.devices())[0])
+    base, _ = resolve_dtype(plan.base, (devices or jax.devices())[0])
     plan = plan._replace(base=base)
     folder = Path(plan.study.workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def header(plan: Plan, corpus):
     """What the study will do, a line each."""
     study, base = plan.study, plan.base
     run = build_run(base, jax.local_devices()[:1])
-    parameters = count_params(run.model.axes, sizes(base.model))
+    parameters = count_params(run.model.axes, letter_sizes(base.model))
     tokens = base.steps * base.data.batch * base.data.seq_len
     pairs = len(study.contenders) * len(study.seeds)
     tuning = len(study.contenders) * plan.budget

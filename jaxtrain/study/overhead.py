@@ -1,8 +1,8 @@
 """The FLOPs of Newton-Schulz as a share of the model's, as a table, before anything runs."""
 
 from jaxtrain.metrics.flops import training_flops
-from jaxtrain.optim.coefficients import table_of
-from jaxtrain.optim.newton_schulz_cost import FORMS, matrix_stacks, newton_schulz_flops
+from jaxtrain.optim.coefficients import coefficient_table
+from jaxtrain.optim.newton_schulz_cost import FLOPS_BY_FORM, matrix_stacks, newton_schulz_flops
 
 TOKENS = (32_768, 131_072, 524_288, 1_048_576)
 
@@ -26,9 +26,9 @@ def overhead_table(cfg, model, tokens=TOKENS, devices=8, peak_flops=0.0, efficie
         efficiency: share of the peak that Newton-Schulz reaches.
     """
     stacks = matrix_stacks(model.axes, model.shapes)
-    steps = len(table_of(cfg.optim.ns_coefficients, cfg.optim.ns_steps or None).rows)
+    steps = len(coefficient_table(cfg.optim.ns_coefficients, cfg.optim.ns_steps or None).rows)
     a_token = training_flops(cfg.model, cfg.data.seq_len, causal=True).total
-    cost = {form: newton_schulz_flops(stacks, steps, form) for form in FORMS}
+    cost = {form: newton_schulz_flops(stacks, steps, form) for form in FLOPS_BY_FORM}
     weights = sum(X * I * O for X, I, O in stacks)  # noqa: E741
     lines = [
         f"Newton-Schulz of {weights:,} weights in {sum(s[0] for s in stacks)} matrices, {steps} "

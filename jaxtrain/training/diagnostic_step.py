@@ -65,7 +65,7 @@ def build_diagnosis(run, parts):
         apart = jax.tree.map(lambda x_Pn: x_Pn[1:pairs:2] - x_Pn[0:pairs:2], coordinates)
         whole = diagnostics.squared_norms(cfg, axes, grads)
         return (
-            diagnostics.sizes(cfg, axes, state.params, grads, updates)
+            diagnostics.weight_and_update_sizes(cfg, axes, state.params, grads, updates)
             | diagnostics.dual_norms(cfg, axes, grads, run.mesh)
             | diagnostics.spectra(cfg, axes, moments, updates)
             | diagnostics.noise_scales(squares, whole, part_tokens, parts)

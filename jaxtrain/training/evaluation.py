@@ -63,7 +63,7 @@ def evaluate(
 
     Args:
         state: a TrainState; its optimizer says which weights are evaluated.
-        batches: from data.eval_batches; padding (docs of -1) does not count.
+        batches: from data.build_eval_batches; padding (docs of -1) does not count.
         count_bytes: from build_byte_counter; None leaves bits per byte out.
         max_tokens: stops after the batch that reaches it; 0 reads all.
         asked: called before each batch; the evaluation is given up, and None returned, once it

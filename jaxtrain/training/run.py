@@ -14,13 +14,13 @@ from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import build_mesh, check_batch
 from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.model.layers import sizes
+from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.ops import tuning
 from jaxtrain.ops.fused import missing_kernels
-from jaxtrain.ops.precision import resolve
-from jaxtrain.ops.routes import arch_of, chip_of, choose_routes
+from jaxtrain.ops.precision import resolve_dtype
+from jaxtrain.ops.routes import chip_name, choose_routes, gpu_architecture
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.diagnostic_step import build_diagnosis, count_parts
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        return count_params(self.model.axes, sizes(self.cfg.model))
+        return count_params(self.model.axes, letter_sizes(self.cfg.model))
 
     def rates(self) -> dict:
         """The step's third argument: each group's peak rate, on the mesh."""
@@ -69,7 +69,7 @@ def build_run(cfg, devices=None) -> Run:
         ValueError: the mesh, the batch or a route does not fit this machine.
     """
     mesh = build_mesh(cfg.mesh, devices)
-    cfg, _ = resolve(cfg, mesh.devices.flat[0])
+    cfg, _ = resolve_dtype(cfg, mesh.devices.flat[0])
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
     device, masked = mesh.devices.flat[0], cfg.data.document_mask
     routes = choose_routes(
@@ -78,8 +78,8 @@ def build_run(cfg, devices=None) -> Run:
         device.platform,
         cfg.strict,
         cfg.kernels,
-        arch=arch_of(device),
-        chip=chip_of(device),
+        arch=gpu_architecture(device),
+        chip=chip_name(device),
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
         wants_gpu=WANTS_GPU,
@@ -95,7 +95,7 @@ def build_run(cfg, devices=None) -> Run:
 
 def _compile(function, run, options=None) -> Step:
     """A function of (state, batch, rates), compiled for the run's, with the chip's XLA options."""
-    chosen = tuning.compiler_options(chip_of(run.mesh.devices.flat[0])) | (options or {})
+    chosen = tuning.compiler_options(chip_name(run.mesh.devices.flat[0])) | (options or {})
     data = run.cfg.data
     step = Step(
         function,

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from jaxtrain.distributed.mesh import batch_sharding, param_sharding, platform, replicated
-from jaxtrain.model.transformer import head
-from jaxtrain.optim.build import group_rms, state_shardings
+from jaxtrain.model.transformer import head_weights
+from jaxtrain.optim.build import state_shardings, update_rms_by_group
 
 # XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool has no use for:
 # 11.7 GB of temporaries against 7.2 at 1.4B parameters with Muon, the same step time at 3.5M.
@@ -129,7 +129,7 @@ def batch_loss(model, loss, params, batch, weights_BT):
     """(objective, nats) of one microbatch: weighted sums over its targets."""
     docs_BT = batch["docs"][:, :-1] if "docs" in batch else None
     h_BTD = model.apply(params, batch["tokens"][:, :-1], docs_BT)
-    return loss(h_BTD, head(params), batch["tokens"][:, 1:], weights_BT)
+    return loss(h_BTD, head_weights(params), batch["tokens"][:, 1:], weights_BT)
 
 
 def microbatches(x, count):
@@ -205,7 +205,7 @@ def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
             "train/bad_steps": bad_steps,
             "train/skipped_steps": skipped,
             "optim/rate": rate(state.step - state.skipped_steps),
-        } | group_rms(updates, model.axes)
+        } | update_rms_by_group(updates, model.axes)
         return new, scalars, grads
 
     return advance

@@ -99,12 +99,17 @@ def _run(argv) -> str:
 
 
 def glance(request: dict) -> dict:
-    """What the shipped code says of this host's data; see jaxtrain/data/glance.py.
+    """What the shipped code says of this host's data; see jaxtrain/data/quick_fingerprint.py.
 
     Raises:
         RuntimeError: it found none, or could not be run.
     """
-    argv = [os.path.expanduser(request["python"]), "-m", "jaxtrain.data.glance", *request["flags"]]
+    argv = [
+        os.path.expanduser(request["python"]),
+        "-m",
+        "jaxtrain.data.quick_fingerprint",
+        *request["flags"],
+    ]
     env = os.environ | request["env"] | {"PYTHONPATH": request["cwd"]}
     done = subprocess.run(
         argv, cwd=request["cwd"], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL

@@ -1,0 +1,1 @@
+"""Encodes text files into token shards: `encoding.pipeline.encode` is the entry point."""
