@@ -33,6 +33,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
+    check_same_on_all_processes,
     gather_texts,
     run_on_all_processes,
 )
@@ -41,17 +42,16 @@ from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import (
-    check_same_on_all_processes,
     fit_config_to_world,
     start_runtime,
 )
 from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.start import initial_state
-from jaxtrain.metrics.collector import Measure, open_wire
+from jaxtrain.metrics.collector import Collector, open_network_counters
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.reporting.run_logger import Report, set_up_logging
+from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.training.diagnostic_step import compile_diagnosis
@@ -65,7 +65,7 @@ from jaxtrain.training.startup import build_config_json, measurement_lines, star
 
 def train(
     cfg: config_lib.TrainConfig,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence | None = None,
     quiet: bool = False,
     stop: StopListener | None = None,
 ) -> int:
@@ -121,43 +121,43 @@ def train(
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0
 
-        # Report: the start-up lines, config.json and the metrics files.
+        # RunLogger: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.naming_newest())
         active = jax.process_index() == 0
         title = f"{workdir.name}\n{run.parameters:,} parameters"
-        report = Report(workdir, cfg.steps, first, quiet, active, title, cfg.export)
-        stack.enter_context(report)
+        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
+        stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
-        report.header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
-        report.header(("lock", line) for line in lock.describe())
-        report.write_config(build_config_json(run, corpus, hosts))
+        logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        logger.print_header(("lock", line) for line in lock.describe())
+        logger.write_config(build_config_json(run, corpus, hosts))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
         # Step: compiled once, ahead of time; other shapes later are an error, not a recompile.
         beat("compile", first)
         stop.set_activity("compiling the step")
         step = compile_step(run)
-        report.note(f"compiled in {step.compile_s:.1f} s")
-        report.write(first, {"perf/compile_time_s": step.compile_s})
+        logger.note(f"compiled in {step.compile_s:.1f} s")
+        logger.write(first, {"perf/compile_time_s": step.compile_s})
         diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
         if diagnosis:
-            report.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+            logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
 
         # Measurements: what a step computes and moves, and the counters of this process.
         work = build_work(run, step.compiled, hosts)
         chip = find_device_chip(run.mesh.devices.flat[0])
-        measure = Measure(work, chip, log, open_wire(hosts), checkpoints.is_saving)
-        stack.enter_context(measure)
-        report.write_config(build_config_json(run, corpus, hosts, work, measure))
-        report.header(measurement_lines(run, work, measure))
+        collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
+        stack.enter_context(collector)
+        logger.write_config(build_config_json(run, corpus, hosts, work, collector))
+        logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
-        loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, report, measure)
+        loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, logger, collector)
         del state  # the first step donates its buffers
         stack.enter_context(stop)
         compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
         start_s = time.perf_counter() - started_s - compile_s
-        measure.start({"start": start_s, "compile": compile_s, "restart": report.removed_s})
+        collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
 
 
@@ -214,10 +214,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("process", 0, "index of this process", lower_bound=0)
 
 
-def command(argv: Sequence[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:
+def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:
     """Runs the train command; argv of None is sys.argv's."""
     tables = describe_flags(config_lib.TrainConfig)
-    form = CommandForm("train", __doc__, define_flags, config="must", tables=tables)
+    form = CommandForm("train", __doc__ or "", define_flags, config="must", tables=tables)
     run_main(main, (Diverged,), form, argv, prog)
 
 

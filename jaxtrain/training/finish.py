@@ -34,24 +34,24 @@ def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) ->
     Returns:
         the exit status.
     """
-    cfg, report = loop.cfg, loop.report
+    cfg, logger = loop.cfg, loop.logger
     beat("end")
     if stopped_by is None and loop.evaluate(cfg.steps) is None:
         stopped_by = loop.stop.signal
     if stopped_by is None:
         loop.stop.defer_signals("ending after the sample")
         print_sample(loop, corpus)
-    with loop.measure.pause("save"):
+    with loop.collector.pause("save"):
         loop.checkpoints.wait()
     summary = {"stopped_by": stopped_by and stopped_by.name, "versions": library_versions()}
     summary["eval_at"] = describe_evaluated_weights(loop.state.opt_state)
-    report.finish(loop.measure.total() | summary)
+    logger.finish(loop.collector.total() | summary)
     if stopped_by is None:
         for line in next_commands(cfg.workdir):
-            report.note(line)
+            logger.note(line)
         return 0
     saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
-    report.note(f"{saved} of {cfg.steps}; the same command resumes it")
+    logger.note(f"{saved} of {cfg.steps}; the same command resumes it")
     return exit_status_of(stopped_by)
 
 
@@ -61,7 +61,7 @@ def print_sample(loop: Loop, corpus: Corpus) -> None:
     if not cfg.tokens:
         return
     if corpus.tokenizer_name is None:
-        loop.report.note("no sample: the shards do not name their tokenizer")
+        loop.logger.note("no sample: the shards do not name their tokenizer")
         return
     tokenizer = build_tokenizer(corpus.tokenizer_name)
     ids = loop.held_out.read(0, 1, 1 + PROMPT_TOKENS)
@@ -69,20 +69,20 @@ def print_sample(loop: Loop, corpus: Corpus) -> None:
         ids = tokenizer.encode(decode_shell_text(cfg.prompt, SAMPLE_FLAG))
     prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
     if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
-        loop.report.note(
+        loop.logger.note(
             f"the sample is {tokens} of sample.tokens={cfg.tokens} after {prompt_tokens} of "
             f"{len(ids)} prompt tokens: model.positions={loop.cfg.model.positions}"
         )
     if not tokens:
         return
     ids = ids[len(ids) - prompt_tokens :]
-    with loop.measure.pause("sample"):
+    with loop.collector.pause("sample"):
         [sample], tokens_per_s = complete(
             loop.run, loop.state, tokenizer, [ids], tokens, cfg.temperature, cfg.top_k
         )
     rule, prompt = "-" * 80, shorten_prompt(tokenizer.decode(ids))
-    loop.report.note(f"sample, {tokens_per_s:,.0f} tokens/s; the model wrote what follows the bar")
-    loop.report.note(f"{rule}\n{escape_controls(f'{prompt}|{sample.text}')}\n{rule}")
+    loop.logger.note(f"sample, {tokens_per_s:,.0f} tokens/s; the model wrote what follows the bar")
+    loop.logger.note(f"{rule}\n{escape_controls(f'{prompt}|{sample.text}')}\n{rule}")
 
 
 def next_commands(workdir: Path | str) -> Iterator[str]:

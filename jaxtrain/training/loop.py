@@ -15,9 +15,9 @@ from jaxtrain.data.loader import Batches, build_eval_batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
-from jaxtrain.metrics.collector import Measure
-from jaxtrain.reporting.progress_text import duration, span
-from jaxtrain.reporting.run_logger import Report
+from jaxtrain.metrics.collector import Collector
+from jaxtrain.reporting.progress_text import format_duration, format_seconds
+from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
     build_byte_counter,
@@ -50,7 +50,7 @@ class Loop:
         diagnosis: from compile_diagnosis; None if the config asks for none.
         batches: training batches, positioned at the state's step.
         held_out: corpus to evaluate on.
-        measure: Measure of this process, entered.
+        collector: the entered Collector of this process.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Loop:
         batches: Batches,
         held_out: Corpus,
         checkpoints: Checkpoints,
-        report: Report,
-        measure: Measure,
+        logger: RunLogger,
+        collector: Collector,
     ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
-        self.checkpoints, self.report, self.measure = checkpoints, report, measure
+        self.checkpoints, self.logger, self.collector = checkpoints, logger, collector
         self.stop = StopListener()
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
@@ -76,28 +76,28 @@ class Loop:
         self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
         self._warned_of_noise = False
         self._showed_time_left = False
-        self._in_flight: tuple[int, dict[str, jax.Array]] | None = None  # scalars on the device
+        self._in_flight: tuple[int, dict[str, Any]] | None = None  # step, scalars on the device
         self._scalars: dict[str, jax.Array] = {}  # of the last step that was collected
 
     def run_to_end(self, stop: StopListener) -> signal.Signals | None:
         """Trains to cfg.steps or until a signal; returns that signal, or None at the end.
 
         Args:
-            stop: StopListener of this process, entered.
+            stop: the entered StopListener of this process.
         """
         cfg, stopped_by, self.stop = self.cfg, None, stop
         stop.defer_signals(IN_STEP)
         if self._evaluation_is_due(self.first):
             # An earlier start may have ended between this step's save and its evaluation.
-            is_logged = self.report.evaluated_step == self.first
+            is_logged = self.logger.evaluated_step == self.first
             if not broadcast_from_process_0(lambda: is_logged):
                 self.evaluate(self.first)
         if stop.signal:
             return stop.signal
         for step in range(self.first + 1, cfg.steps + 1):
-            if self.tracer.turns_at(step):
+            if self.tracer.switches_before(step):
                 self._toggle_trace()
-            with self.tracer.step(step):
+            with self.tracer.annotate_step(step):
                 batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
@@ -123,16 +123,16 @@ class Loop:
     def _train_step(self, step: int) -> dict[str, jax.Array]:
         """Starts a step, then collects the one before it; returns the step's batch."""
         beat("train", step)
-        with self.measure.pause("data"), self.tracer.part("data"):
+        with self.collector.pause("data"), self.tracer.annotate("data"):
             batch = next(self.batches)
         # If the previous step is done by now, the device has been waiting for this batch.
         if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
-            self.measure.clock.starved(throughout=self._in_flight is None)
+            self.collector.timer.starved(throughout=self._in_flight is None)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
         # A NumPy argument or a float() in here would copy between host and device at every step.
         # The guard turns such an implicit transfer into an error.
-        with jax.transfer_guard("disallow"), self.tracer.part("dispatch"):
+        with jax.transfer_guard("disallow"), self.tracer.annotate("dispatch"):
             # The old state's buffers are donated: the new state overwrites them in place.
             self.state, scalars = self.step(self.state, batch, self.rates)
         beat("train", step)  # a second beat, so that a stall in data loading is detectable
@@ -150,16 +150,16 @@ class Loop:
             return
         (step, scalars), self._in_flight = self._in_flight, None
         self._scalars = scalars
-        with self.tracer.part("wait"):
+        with self.tracer.annotate("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
-        self.measure.tick(step, skipped=bad_steps > 0)
+        self.collector.tick(step, skipped=bad_steps > 0)
         self._show_time_left(step)
-        self.report.advance(step)
+        self.logger.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            self.report.write(step, metrics | self.measure.summary())
+            self.logger.write(step, metrics | self.collector.summary())
         if bad_steps:
-            self.report.note(f"step {step} skipped: its loss or its gradient is not finite")
+            self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
             raise Diverged(
                 f"fewer than {self.cfg.max_bad_steps} steps in a row must be skipped; got "
@@ -170,14 +170,16 @@ class Loop:
     def _show_time_left(self, step: int) -> None:
         """Prints once, from the first timed steps, how long the remaining ones will take."""
         timed_steps = step - self.first
-        is_early = timed_steps < 3 or timed_steps < 6 and self.measure.clock.steps_s < 10
+        is_early = timed_steps < 3 or timed_steps < 6 and self.collector.timer.steps_s < 10
         if self._showed_time_left or is_early:
             return
-        self._showed_time_left, step_s = True, self.measure.clock.usual_s()
+        self._showed_time_left, step_s = True, self.collector.timer.usual_s()
         steps_left = self.cfg.steps - step
         if step_s * steps_left >= 10:
-            text = f"about {duration(step_s * steps_left)} for {steps_left:,} more steps of"
-            self.report.header([("time", f"{text} {span(step_s)}, without evaluations and saves")])
+            text = f"about {format_duration(step_s * steps_left)} for {steps_left:,} more steps of"
+            self.logger.print_header(
+                [("time", f"{text} {format_seconds(step_s)}, without evaluations and saves")]
+            )
 
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Logs the held-out loss of the current weights; returns None if a signal came.
@@ -188,7 +190,7 @@ class Loop:
         self._collect_step()
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
-        with self.measure.pause("eval"), self.tracer.part("pause"):
+        with self.collector.pause("eval"), self.tracer.annotate("pause"):
             batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             # At most as many tokens as the run trains on: one step of a large model should not be
             # followed by hours of evaluation.
@@ -204,13 +206,13 @@ class Loop:
             )
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
-            self.report.note(
+            self.logger.note(
                 f"the evaluation of step {step} was interrupted; a resumed run repeats it"
             )
             return None
-        self.report.write(step, metrics)
+        self.logger.write(step, metrics)
         if (warning := warn_of_noise(metrics)) and not self._warned_of_noise:
-            self.report.note(warning)
+            self.logger.note(warning)
             self._warned_of_noise = True
         return metrics
 
@@ -225,12 +227,12 @@ class Loop:
             return
         beat("save")
         if not self._is_sound(step):
-            self.report.note(
+            self.logger.note(
                 f"step {step} is not saved: its loss, gradient or update is not finite; the newest "
                 f"checkpoint is step {self.saved_step}"
             )
             return
-        with self.measure.pause("save"), self.tracer.part("pause"):
+        with self.collector.pause("save"), self.tracer.annotate("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step
@@ -250,29 +252,29 @@ class Loop:
         """Logs what the optimizer is about to do. The time counts as a pause, not as a step."""
         assert self.diagnosis is not None
         self._collect_step()
-        with self.measure.pause("diagnosis"), self.tracer.part("pause"):
+        with self.collector.pause("diagnosis"), self.tracer.annotate("pause"):
             metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
-        self.report.write(step, {name: float(x) for name, x in metrics.items()})
+        self.logger.write(step, {name: float(x) for name, x in metrics.items()})
 
     def _measure_phases(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Times the parts of a step separately, logs and prints them."""
         self._collect_step()
         beat("compile")
-        with self.measure.pause("phases"):
-            step_s = self.measure.clock.usual_s()
+        with self.collector.pause("phases"):
+            step_s = self.collector.timer.usual_s()
             figures = measure_phases(self.run, self.state, batch, self.rates, step_s)
-        self.report.write(step, figures)
+        self.logger.write(step, figures)
         for line in show_phases(figures):
-            self.report.note(line)
+            self.logger.note(line)
 
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""
         self._collect_step()
         beat("save")
-        with self.measure.pause("profile"):
+        with self.collector.pause("profile"):
             self.tracer.switch()
         if not self.tracer.is_on:
-            self.report.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile shows it")
+            self.logger.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile shows it")
 
 
 @jax.jit
