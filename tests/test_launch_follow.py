@@ -3,11 +3,12 @@ import sys
 import time
 
 import pytest
-from here import Here
+from local_client import Here
 
 from launch import follow as watch
 from launch import operate
-from launch.host import log, tree
+from launch.host import log
+from launch.host import processes as tree
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import PYTHON, Job

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.host import log, net, tree
+from launch.host import agent as net
+from launch.host import log
+from launch.host import processes as tree
 from launch.host import requests as ops
 from launch.host.channel import Channel, Follower, Listener, Refused, free_port
 from launch.host.hashing import hash_files

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from launch.host import facts as host_facts
+from launch.host.agent import ORDERS, wire_bytes
 from launch.host.facts import gather_facts
-from launch.host.net import ORDERS, wire_bytes
 from launch.inventory import Host
 from launch.preflight import is_chip, judge
 

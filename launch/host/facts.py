@@ -13,7 +13,8 @@ import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from launch.host import logout, nics
+from launch.host import interfaces as nics
+from launch.host import logout
 
 PACKAGES = (
     "jax",

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from launch.host import tree
+from launch.host import processes as tree
+from launch.host.interfaces import holder
 from launch.host.log import Lines
-from launch.host.nics import holder
 
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")

@@ -11,14 +11,15 @@ import threading
 import time
 from pathlib import Path
 
-from launch.host import log, tree
+from launch.host import log
+from launch.host import processes as tree
+from launch.host.agent import measure
 from launch.host.environment import build_environment, glance
 from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
 from launch.host.hashing import hash_files
-from launch.host.net import measure
-from launch.host.run_copy import WORKDIR, read_changes, run_directory
+from launch.host.run_files import WORKDIR, read_changes, run_directory
 from launch.host.supervise import KEEPER, start_detached
 
 SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say

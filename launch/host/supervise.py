@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from launch.host import tree
+from launch.host import processes as tree
 from launch.host.channel import Follower, Listener, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
