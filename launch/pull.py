@@ -1,88 +1,93 @@
-"""A job's run directory copied here, each time from where the copy ends."""
+"""Copies a job's run directory to this machine, each time only what is new."""
 
 import base64
 import os
-import re
 from pathlib import Path
 
 from launch.follow import note
 from launch.host.files import read_json, write_json
-from launch.host.run_copy import WORKDIR, flag
+from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
+from launch.inventory import Host
 from launch.job import Job
-from launch.ssh import Fleet, HostError
+from launch.ssh import HostError, SshClient
 
-HELD = ".held.json"  # host -> file -> [inode there, bytes here]
+POSITIONS = ".held.json"  # {host: {file: [inode there, bytes here]}}
 
 
-class Pull:
-    """The copy, `jobs_folder()/ID/run`.
+class RunCopy:
+    """The copy of a job's run directory, in the folder `run` of the job's record.
 
     Args:
-        name: the job's id.
-        workdir: the run directory on the hosts; "" is what the job's flags say.
+        job_id: the job.
+        workdir: the run directory on the hosts; "" takes it from the job's flags.
 
     Attributes:
-        over: the first host has said that the job has ended, before it gave what there was.
+        job_ended: the job had ended before the first host sent its files, so they are complete.
 
     Raises:
-        ValueError: no such job, or its flags do not name the run directory.
+        ValueError: there is no such job, or its flags do not name the run directory.
     """
 
-    def __init__(self, name: str, workdir: str = ""):
-        self.job = Job(name)
-        self.workdir = workdir or flag(self.job.record["argv"], WORKDIR)
+    def __init__(self, job_id: str, workdir: str = ""):
+        self.job = Job(job_id)
+        self.workdir = workdir or flag_value(self.job.record["argv"], WORKDIR)
         if not self.workdir:
             raise ValueError(
-                f"job {name} must say where its run directory is; its flags have no "
-                "--config.workdir. Set --workdir."
+                f"job {job_id} must say where its run directory is; its flags have no "
+                f"{WORKDIR}. Set --workdir."
             )
-        self.fleet = Fleet(self.job.hosts, self.job.ssh_config)
-        self.folder, self.over = self.job.folder / "run", False
-        (self.folder / "hosts").mkdir(parents=True, exist_ok=True)
+        self.client = SshClient(self.job.hosts, self.job.ssh_config)
+        self.folder, self.job_ended = self.job.folder / "run", False
+        (self.folder / PROCESSES).mkdir(parents=True, exist_ok=True)
 
     def fetch(self) -> Path:
-        """Takes what is new from every host, and returns the copy's folder.
+        """Fetches what is new from every host, and returns the copy's folder.
 
-        The first host's files are the run's; of the others only their own hosts/<process>.jsonl.
-        In a folder that hosts share the first gives them all: two would write over each other.
+        The first host sends the whole run; each other host only its own hosts/<process>.jsonl. If
+        the hosts share the directory, the first host sends everything, so that no file is written
+        by two transfers.
 
         Raises:
             HostError: the first host does not answer.
         """
-        held = read_json(self.folder / HELD)
-        take = lambda skip: lambda host: self._take(host, held.setdefault(host.name, {}), skip)
-        answers = self.fleet.everywhere(take({}), self.job.hosts[:1])
-        first = answers[self.job.hosts[0]]
-        given = {name: inode for name, (inode, _) in held[self.job.hosts[0].name].items()}
-        answers |= self.fleet.everywhere(take(given), self.job.hosts[1:])
-        write_json(self.folder / HELD, held)
-        if isinstance(first, HostError):
-            raise first
+        positions = read_json(self.folder / POSITIONS)
+        first, *others = self.job.hosts
+
+        def fetch_from(skip):
+            return lambda host: self._fetch_from(host, positions.setdefault(host.name, {}), skip)
+
+        answers = self.client.map(fetch_from({}), [first])
+        sent_by_first = {name: inode for name, (inode, _) in positions[first.name].items()}
+        answers |= self.client.map(fetch_from(sent_by_first), others)
+        write_json(self.folder / POSITIONS, positions)
+        if isinstance(error := answers[first], HostError):
+            raise error
         for answer in answers.values():
             if isinstance(answer, HostError):
-                note(f"{answer} What is shown of it is what came before.")
+                note(f"{answer} Its files here are those of the last successful copy.")
         return self.folder
 
-    def _take(self, host, held, skip):
+    def _fetch_from(self, host: Host, positions: dict, skip: dict) -> None:
         is_first, more = host == self.job.hosts[0], True
         while more:
             request = {"op": "pull", "job": self.job.id, "folder": self.workdir}
-            request |= {"have": held, "skip": skip}
-            answer = self.fleet.call(host, request)
+            request |= {"have": positions, "skip": skip}
+            answer = self.client.call(host, request)
             more = answer["more"]
-            self.over = answer["over"] if is_first else self.over
+            if is_first:
+                self.job_ended = answer["over"]
             for name, part in answer["files"].items():
-                if not re.fullmatch(r"(hosts/)?[\w.-]+\.jsonl?", name):
+                if not NAME.fullmatch(name):  # a host must not write outside the copy
                     raise HostError(f"{host.name}: it sent a file that no run has: {name!r}.")
                 data = base64.b64decode(part["base64"])
-                if is_first or name.startswith("hosts/"):
-                    put(self.folder / name, part["at"], data)
-                held[name] = [part["inode"], part["at"] + len(data)]
+                if is_first or name.startswith(f"{PROCESSES}/"):
+                    write_at(self.folder / name, part["at"], data)
+                positions[name] = [part["inode"], part["at"] + len(data)]
 
 
-def put(path: Path, at: int, data: bytes) -> None:
-    """Writes bytes at an offset; what followed them is of an older file."""
+def write_at(path: Path, offset: int, data: bytes) -> None:
+    """Writes bytes at an offset and cuts the file behind them: the rest is an older file's."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-        file.seek(at)
+        file.seek(offset)
         file.write(data)
         file.truncate()

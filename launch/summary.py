@@ -18,7 +18,7 @@ from pathlib import Path
 from launch.arguments import Parser
 from launch.follow import note
 from launch.host.files import write_text
-from launch.pull import Pull
+from launch.pull import RunCopy
 from launch.report.figures import rows_of, spark
 from launch.report.page import page
 from launch.report.run_folder import LOSS, NoRun, Run, read_run
@@ -76,7 +76,7 @@ def parse(argv, prog="python -m launch.summary"):
 
 def show(args, sources, live: bool) -> bool:
     """Reads, prints and writes once; whether all runs have ended."""
-    folders = [s.fetch() if isinstance(s, Pull) else s for s in sources]
+    folders = [s.fetch() if isinstance(s, RunCopy) else s for s in sources]
     runs = [read_run(folder) for folder in folders]
     ended = all(
         run.state.startswith(DONE) or is_over(source)
@@ -98,24 +98,24 @@ def show(args, sources, live: bool) -> bool:
 
 def is_over(source) -> bool:
     """Whether it is of a job that has ended: one that fails leaves a run without an end."""
-    return isinstance(source, Pull) and source.over
+    return isinstance(source, RunCopy) and source.job_ended
 
 
-def source_of(name: str, workdir: str) -> Path | Pull:
+def source_of(name: str, workdir: str) -> Path | RunCopy:
     """A run directory, or a job's."""
     if not name.strip():
         raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
     if os.sep in name or Path(name).exists():
         return Path(name)
     try:
-        return Pull(name, workdir)
+        return RunCopy(name, workdir)
     except ValueError as error:
         raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
 
 
 def follow(args, sources) -> None:
     """Shows it until all have ended; waits for a job's run to begin and its hosts to answer."""
-    jobs = any(isinstance(source, Pull) for source in sources)
+    jobs = any(isinstance(source, RunCopy) for source in sources)
     while True:
         try:
             if show(args, sources, True):

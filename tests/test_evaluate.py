@@ -7,9 +7,9 @@ import pytest
 from configs import debug
 from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode
-from jaxtrain.data.loader import eval_batches
-from jaxtrain.data.text import list_files
+from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
+from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.evaluate import fit_parts, rows_in_training
 from jaxtrain.training.evaluation import (
@@ -96,7 +96,7 @@ def corpus(tmp_path, monkeypatch):
 def evaluated(cfg, corpus, counted=True):
     run = run_in(1)
     params = jax.jit(run.model.init)(jax.random.key(0))
-    batches = eval_batches(cfg, corpus, run.mesh)
+    batches = build_eval_batches(cfg, corpus, run.mesh)
     counter = build_byte_counter(corpus, run.mesh) if counted else None
     return evaluate(build_eval_step(run), TrainState(0, params, (), 0, 0), batches, counter)
 

@@ -4,14 +4,14 @@ import sys
 import threading
 
 import pytest
-from here import Here
+from local_client import Here
 from run_directories import series, write_run
 
 from launch import summary
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import Job
-from launch.pull import Pull
+from launch.pull import RunCopy
 from launch.report.run_folder import NoRun
 
 
@@ -25,8 +25,8 @@ def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, 
     there = tmp_path / "host" / "jobs" / job.id
     there.mkdir(parents=True)
     (there / "status.json").write_text(json.dumps({"outcome": {"code": 1, "why": "an error"}}))
-    source = Pull(job.id)
-    source.fleet = Here(job.hosts)
+    source = RunCopy(job.id)
+    source.client = Here(job.hosts)
     args = summary.parse([job.id, "--follow", "--every=0.1"])
     following = threading.Thread(target=summary.follow, args=(args, [source]), daemon=True)
     following.start()
@@ -34,7 +34,7 @@ def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, 
     assert not following.is_alive()
     shutil.rmtree(run)  # one that failed before it wrote anything
     shutil.rmtree(source.folder)
-    source = Pull(job.id)
-    source.fleet = Here(job.hosts)
+    source = RunCopy(job.id)
+    source.client = Here(job.hosts)
     with pytest.raises(NoRun):
         summary.follow(args, [source])

@@ -16,11 +16,11 @@ import pytest
 from run_directories import curve, series, write_run
 
 from jaxtrain.metrics.step_log import read_step_times
-from jaxtrain.metrics.step_timer import step_figures
+from jaxtrain.metrics.step_timer import step_time_metrics
 from jaxtrain.reporting.progress_text import closing_lines
 from launch import summary
-from launch.host.run_copy import read_changes
-from launch.pull import HELD, Pull, flag, put
+from launch.host.run_files import flag_value, read_changes
+from launch.pull import POSITIONS, RunCopy, write_at
 from launch.report.figures import rows_of
 from launch.report.page import page
 from launch.report.run_folder import read_run
@@ -136,7 +136,7 @@ def test_the_end_of_a_run_and_its_page_show_the_same_step_times_and_rate(tmp_pat
     lines = [line | {"first": True} if line["step"] in (1, 21) else line for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = 512 * 1_024
-    figures = step_figures(read_step_times(path), tokens, 8)
+    figures = step_time_metrics(read_step_times(path), tokens, 8)
     closing = closing_lines({"step": 40, "steps": 40} | figures)
     assert words_of(closing) == words_of_page(read_run(folder))
     assert figures["perf/step_time_p99_s"] < 1 and len(read_step_times(path)) == 38
@@ -247,11 +247,11 @@ def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
             (run / "new").rename(run / "metrics.jsonl")
         more = True
         while more:
-            answer = read_changes(run, held, limit=3_000)
+            answer = read_changes(run, held, {}, limit=3_000)
             more = answer["more"]
             for name, part in answer["files"].items():
                 data = base64.b64decode(part["base64"])
-                put(copy / name, part["at"], data)
+                write_at(copy / name, part["at"], data)
                 held[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
         for name in ("config.json", "summary.json", "metrics.jsonl"):
             assert (copy / name).read_bytes() == (run / name).read_bytes()
@@ -261,9 +261,9 @@ def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
 
 def test_the_run_directory_is_the_last_one_that_the_flags_name():
     argv = ["--config.workdir=a", "--config.workdir", "b", "--config.steps=3"]
-    assert flag(argv, "--config.workdir") == "b"
-    assert flag([*argv, "--workdir=c"], "--config.workdir") == "c"
-    assert flag(argv, "--config.data.text") == ""
+    assert flag_value(argv, "--config.workdir") == "b"
+    assert flag_value([*argv, "--workdir=c"], "--config.workdir") == "c"
+    assert flag_value(argv, "--config.data.text") == ""
 
 
 @pytest.mark.parametrize(
@@ -324,11 +324,11 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
         done = subprocess.run([*argv, "--config.workdir=runs/one"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         [job] = os.listdir(tmp_path / "jobs")
-        copy = read_run(Pull(job).fetch())
-        shutil.rmtree(Pull(job).folder)
-        pull = Pull(job, "/mnt/shared/one")
+        copy = read_run(RunCopy(job).fetch())
+        shutil.rmtree(RunCopy(job).folder)
+        pull = RunCopy(job, "/mnt/shared/one")
         assert read_run(pull.fetch()).hosts == made.hosts
-        held = json.loads((pull.folder / HELD).read_text())
+        held = json.loads((pull.folder / POSITIONS).read_text())
         assert len(held["h0"]) == 5 and held["h1"] == {}
     assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
     assert "Step time by process" in page([copy])

@@ -18,7 +18,7 @@ from jaxtrain.optim.muon import muon
 
 AXES = {"w": Axes.parse("|D->F")}
 PACKAGE = Path(__file__).parent.parent / "jaxtrain"
-INSIDE_THE_STEP = ("step.py", "diagnostic_step.py", "phases.py", "ours.py")
+INSIDE_THE_STEP = ("step.py", "diagnostic_step.py", "phases.py", "jax_train.py")
 
 
 def weights(seed=0):

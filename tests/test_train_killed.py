@@ -12,7 +12,7 @@ import runs
 
 from configs import debug
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.data.loader import eval_batches
+from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.train import train
 from jaxtrain.training import loop as loop_module
 
@@ -74,7 +74,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it(
 
     def with_a_signal(*args):
         begun.append(len(begun) + 1)
-        for number, batch in enumerate(eval_batches(*args)):
+        for number, batch in enumerate(build_eval_batches(*args)):
             if begun[-1] == evaluation and number == 2:
                 signal.raise_signal(signal.SIGTERM)
                 time.sleep(0.1)
@@ -84,7 +84,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it(
 
     broken = config(tmp_path / "broken", shared, **VALUES)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "eval_batches", with_a_signal)
+        patch.setattr(loop_module, "build_eval_batches", with_a_signal)
         assert train(broken, device, quiet=True) == 75
     assert len(after) <= 1
     assert [row[0] for row in logged(tmp_path / "broken")][-1] == step
@@ -115,5 +115,5 @@ def test_a_signal_to_one_of_two_processes_ends_the_evaluation_of_both(tmp_path, 
     started_s = time.monotonic()
     outs = [runs.finish(process, 75) for process in pair]
     assert time.monotonic() - started_s < 10
-    assert "the evaluation of step 3 was left" in outs[0]
+    assert "the evaluation of step 3 was interrupted" in outs[0]
     assert logged(tmp_path / "pair")[-1][0] == 3 and logged(tmp_path / "pair")[-1][2] is None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
 from launch.report.stats import mean, percentile
 
 NOT_JSON = ("nan", "inf", "-inf")
@@ -191,17 +192,17 @@ def read_run(folder) -> Run:
         ValueError: a line of it is damaged; says which.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / CONFIG)
     if config is None:
         raise NoRun(
             f"DIR must be a run directory, with config.json; got {str(folder)!r}. "
             "It is what the run was given as --config.workdir."
         )
-    _check_config(folder / "config.json", config)
-    metrics = _read_lines(folder / "metrics.jsonl")
-    paths = sorted(folder.glob("hosts/*.jsonl"), key=lambda path: (len(path.stem), path.stem))
+    _check_config(folder / CONFIG, config)
+    metrics = _read_lines(folder / METRICS)
+    paths = sorted(process_files(folder), key=lambda path: (len(path.stem), path.stem))
     hosts = {path.stem: _read_lines(path) for path in paths}
-    summary = _read_summary(folder / "summary.json")
+    summary = _read_summary(folder / SUMMARY)
     if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
         summary = {}  # of what came before a resume
     return Run(folder, config, metrics, hosts, summary)
@@ -214,8 +215,8 @@ def find_runs(path) -> list[Run]:
         ValueError: there is none.
     """
     path = Path(path)
-    inner = sorted(p.parent for p in path.glob("*/config.json"))
-    if (path / "config.json").exists() or not inner:
+    inner = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    if (path / CONFIG).exists() or not inner:
         return [read_run(path)]
     return [read_run(folder) for folder in inner]
 

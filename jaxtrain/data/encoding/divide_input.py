@@ -1,0 +1,143 @@
+"""Divides the input files into units, with the validation text separated from the training text."""
+
+import codecs
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut
+from jaxtrain.data.encoding.formats import BOM, DAMAGE, Format, detect, open_content
+from jaxtrain.data.encoding.held_out import hold_out_texts
+from jaxtrain.data.encoding.input_files import InputFiles
+from jaxtrain.data.encoding.table_readers import parquet_units
+from jaxtrain.data.encoding.work_units import PIECE_BYTES, Piece, Unit, damage_problem
+
+
+def divide_input(
+    files: InputFiles, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES
+) -> tuple[list[Unit], Counter]:
+    """Returns the units in the order of the output, and counts by reason the files without text."""
+    skipped, parts = Counter(), []
+    for path, name in tqdm(files, desc="read text", unit="file", delay=1):
+        size = 0
+        try:
+            size = path.stat().st_size
+            file_format = detect(str(path), text_field)
+            part = _inspect(str(path), name, size, file_format, text_field)
+        except DAMAGE as error:
+            part = Unit("problem", size, problem=damage_problem(str(path), error))
+        if isinstance(part, str):
+            skipped[part] += 1
+        else:
+            parts += part if isinstance(part, list) else [part]
+    texts = [part for part in parts if isinstance(part, Piece) and part.kind == "text"]
+    pieces_of = dict(zip(map(id, texts), hold_out_texts(texts, val_fraction), strict=True))
+    divided = []
+    for part in parts:
+        pieces = pieces_of.get(id(part), [part])
+        if isinstance(part, Unit):
+            divided.append(part)
+        elif part.compression:
+            divided.append(_whole_file(part, os.stat(part.path).st_size, tuple(pieces)))
+        else:
+            divided += [cut for piece in pieces for cut in _cut(piece, piece_bytes)]
+    return _join_pieces(divided, piece_bytes), skipped
+
+
+def _inspect(
+    path: str, name: str, size: int, file_format: Format, text_field: str
+) -> Piece | Unit | list[Unit] | str:
+    """Returns the parts of a file, or the reason why it holds no text."""
+    if file_format.skip:
+        return file_format.skip
+    piece = Piece(path, name, 0, size, file_format.kind, file_format.compression)
+    if file_format.kind == "text":
+        return _inspect_text(piece)
+    if file_format.kind == "jsonl" and not file_format.compression:
+        return piece
+    if file_format.kind == "parquet":
+        return parquet_units(path, name, size, text_field)
+    return _whole_file(piece, size)
+
+
+def _whole_file(piece: Piece, size: int, pieces: tuple[Piece, ...] = ()) -> Unit:
+    return Unit(piece.kind, size, pieces, piece.path, piece.name, piece.compression)
+
+
+def _join_pieces(parts: list[Piece | Unit], piece_bytes: int) -> list[Unit]:
+    """Joins consecutive small pieces into units of about piece_bytes."""
+    units, joined, room = [], [], 0
+
+    def end_unit() -> None:
+        if joined:
+            size = sum(piece.stop - piece.start for piece in joined)
+            units.append(Unit("pieces", size, tuple(joined)))
+            joined.clear()
+
+    for part in parts:
+        if isinstance(part, Unit):
+            end_unit()
+            units.append(part)
+            continue
+        size = part.stop - part.start
+        if not joined or room < size:
+            end_unit()
+            room = piece_bytes
+        joined.append(part)
+        room -= size
+    end_unit()
+    return units
+
+
+def _inspect_text(piece: Piece) -> Piece | Unit | str:
+    """Returns the piece of a whole text without its byte order mark, or why it is not a text.
+
+    Reads all of the file: a NUL byte or invalid UTF-8 anywhere means that it is not a text.
+    """
+    head, decoder, size = b"", codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with open_content(piece.path, piece.compression) as (stream, _):
+            while chunk := stream.read1(PIECE_BYTES):
+                size += len(chunk)
+                head = (head + chunk[: len(BOM)])[: len(BOM)]
+                if b"\0" in chunk:
+                    return "holding NUL bytes"
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except DAMAGE as error:
+        problem = damage_problem(piece.path, error, size, "text", piece.compression)
+        return Unit("problem", piece.stop, problem=problem)
+    start = len(BOM) if head == BOM else 0
+    return "empty" if start == size else replace(piece, start=start, stop=size)
+
+
+def _cut(piece: Piece, piece_bytes: int) -> list[Piece]:
+    """Cuts a text or JSON lines into pieces of about piece_bytes."""
+    cuts = [piece.start]
+    if piece.stop - piece.start > piece_bytes:
+        with open(piece.path, "rb") as file:
+            while piece.stop - cuts[-1] > piece_bytes:
+                cut = _find_boundary(file, piece.kind, cuts[-1] + piece_bytes)
+                if not cuts[-1] < cut < piece.stop:
+                    break
+                cuts.append(cut)
+    return [
+        replace(piece, start=start, stop=stop, first=piece.first and start == piece.start)
+        for start, stop in zip(cuts, [*cuts[1:], piece.stop], strict=True)
+    ]
+
+
+def _find_boundary(file: BinaryIO, kind: str, position: int) -> int:
+    """Returns where a file can be cut at or after `position`: after a line, or inside a text."""
+    file.seek(position)
+    if kind == "text":
+        return position + find_cut(file.read(WINDOW_BYTES))
+    # Read in parts, because a line may be longer than the memory.
+    while (line := file.readline(PIECE_BYTES)) and not line.endswith(b"\n"):
+        pass
+    return file.tell()

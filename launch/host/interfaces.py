@@ -1,0 +1,49 @@
+"""Lists this host's network interfaces and their addresses, through libc's getifaddrs."""
+
+import ctypes
+import ipaddress
+import socket
+
+# In a sockaddr of this family: (offset of the IP, its size in bytes).
+IP_IN_SOCKADDR = {int(socket.AF_INET): (4, 4), int(socket.AF_INET6): (8, 16)}
+
+
+class _Ifaddrs(ctypes.Structure):
+    """The first fields of struct ifaddrs. Source: getifaddrs(3)."""
+
+
+_Ifaddrs._fields_ = [
+    ("next", ctypes.POINTER(_Ifaddrs)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
+
+
+def addresses() -> dict[str, list[str]]:
+    """Returns {interface: its IPs}; an interface without an IP has an empty list.
+
+    Raises:
+        OSError: libc could not list them.
+    """
+    libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Ifaddrs)()
+    if libc.getifaddrs(ctypes.byref(first)):
+        raise OSError(ctypes.get_errno(), "getifaddrs")
+    ips_of: dict[str, list[str]] = {}
+    entry = first
+    while entry:
+        name = entry.contents.name.decode().partition(":")[0]  # eth0:1 is a second IP of eth0
+        ips, sockaddr = ips_of.setdefault(name, []), entry.contents.address
+        family = ctypes.c_ushort.from_address(sockaddr).value if sockaddr else -1
+        if family in IP_IN_SOCKADDR:
+            offset, size = IP_IN_SOCKADDR[family]
+            ips.append(str(ipaddress.ip_address(ctypes.string_at(sockaddr + offset, size))))
+        entry = entry.contents.next
+    libc.freeifaddrs(first)
+    return ips_of
+
+
+def interface_of(address: str) -> str:
+    """Returns the interface that has this IP; "" if none has."""
+    wanted = str(ipaddress.ip_address(address))
+    return next((name for name, ips in addresses().items() if wanted in ips), "")

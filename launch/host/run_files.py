@@ -1,0 +1,80 @@
+"""The files of a run directory: their names, how to find them, and how to send what is new."""
+
+import base64
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
+NAME = re.compile(rf"({PROCESSES}/)?[\w.-]+\.jsonl?")  # every file that a host may send
+WORKDIR = "--config.workdir"  # or --workdir: the trainer takes its flags in both forms
+ANSWER_BYTES = 4 << 20  # the most that one answer carries
+
+
+def process_files(folder: Path) -> list[Path]:
+    """Returns the existing hosts/<process>.jsonl, sorted by name."""
+    return sorted(folder.glob(f"{PROCESSES}/*.jsonl"))
+
+
+def read_changes(
+    folder: Path, have: Mapping, skip: Mapping, limit: int = ANSWER_BYTES
+) -> dict[str, object]:
+    """Reads what the operator's copy of a run directory lacks.
+
+    Args:
+        have: {file: [inode, bytes]} of the copy. A file with another inode, or one that is now
+            shorter, was replaced and is sent again from its first byte.
+        skip: {file: inode} of files that another host sends: the same inode means that this host
+            sees the same file, through a shared file system.
+
+    Returns:
+        {"files": {name: {"inode", "at", "base64"}}, "names": all files, "more": whether the size
+        limit left something out}
+    """
+    paths = [folder / name for name in (CONFIG, SUMMARY, METRICS)]
+    paths = [path for path in (*paths, *process_files(folder)) if path.exists()]
+    files, more = {}, False
+    for path in paths:
+        name = str(path.relative_to(folder))
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            if skip.get(name) == stat.st_ino:
+                continue
+            inode, offset = have.get(name, (0, 0))
+            if inode != stat.st_ino or offset > stat.st_size:
+                offset = 0
+            elif offset == stat.st_size:
+                continue
+            file.seek(offset)
+            data = file.read(limit)
+        limit -= len(data)
+        more = more or offset + len(data) < stat.st_size
+        text = base64.b64encode(data).decode()
+        files[name] = {"inode": stat.st_ino, "at": offset, "base64": text}
+    names = [str(path.relative_to(folder)) for path in paths]
+    return {"files": files, "names": names, "more": more}
+
+
+def run_directory(spec: Mapping) -> Path | None:
+    """Returns the directory that a job writes to on this host; None if its flags name none."""
+    workdir = flag_value(spec["argv"], WORKDIR)
+    return Path(spec["cwd"], os.path.expanduser(workdir)).resolve() if workdir else None
+
+
+def flag_value(argv: list[str], name: str) -> str:
+    """Returns the last value of a flag, given as `--name=value` or `--name value`; "" if absent.
+
+    Args:
+        name: with or without the prefix `config.`; both forms of the flag are found.
+    """
+    value, bare_name = "", name.lstrip("-").removeprefix("config.")
+    for i, arg in enumerate(argv):
+        flag, equals, text = arg.partition("=")
+        if flag.startswith("-") and flag.lstrip("-").removeprefix("config.") == bare_name:
+            if equals:
+                value = text
+            elif i + 1 < len(argv):
+                value = argv[i + 1]
+    return value
