@@ -1,6 +1,6 @@
 """Whether a model, its tokenizer and its text were made for each other."""
 
-from jaxtrain.config.shell_commands import current_command_with, shell_command
+from jaxtrain.config.shell_commands import current_command, shell_command
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
 
@@ -54,5 +54,5 @@ def _leaves_unused(vocab_size, entries) -> bool:
 
 def _two_commands(tokenizer, text) -> str:
     make = shell_command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
-    use = current_command_with("--data.shards=shards")
+    use = current_command("--data.shards=shards")
     return f"Or make token shards and train on them:\n  {make}\n  {use}"
