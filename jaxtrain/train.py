@@ -44,8 +44,9 @@ from jaxtrain.distributed.runtime import (
 )
 from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.start import first_state
-from jaxtrain.metrics.collector import Collector, open_network_counters
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
+from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.optim.acceleration import describe_evaluated_weights
