@@ -50,7 +50,8 @@ from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.optim.acceleration import describe_evaluated_weights
-from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
+from jaxtrain.reporting.run_logger import RunLogger
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
@@ -123,7 +124,7 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
         beat("compile", first)
         stop.set_activity("compiling the step")
         step, diagnosis = compile_all(run, report, first)
-        work = build_work(run, step.compiled, hosts)
+        work = build_work(run.cfg, run.parameters, run.mesh, step.compiled, hosts)
         with open_measure(run, work, hosts, log, checkpoints) as measure:
             report.write_config(stored_config(run, corpus, hosts, work, measure))
             report.print_header(measured(run, work, measure))

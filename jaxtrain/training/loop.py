@@ -11,7 +11,7 @@ from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
-from jaxtrain.reporting.progress_text import format_duration, format_seconds
+from jaxtrain.reporting.terminal import format_duration, format_seconds
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
     build_byte_counter,
