@@ -1,0 +1,170 @@
+"""A kernel is routed where a card has found it faster, and nowhere else."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.config.train_config import KernelsConfig, ModelConfig
+from jaxtrain.ops.fused import KERNELS, missing_kernels
+from jaxtrain.ops.routes import choose_routes
+from pallas_kernels import bench, kernel_choice, mosaic
+from pallas_kernels.contests import KERNEL, TINY, build_contests
+from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
+from pallas_kernels.search_space import candidates
+from pallas_kernels.tiles import TILES, MosaicProductTiles, body_of, default_tiles, kernel_tiles
+from pallas_kernels.timing import Timing
+from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
+
+CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_all_contestants_do_the_same(name):
+    contest = CONTESTS[name]
+    arrays = contest.arrays(jax.random.key(0))
+    run = contest.contestants(default_tiles(contest.op, "sm_86"))
+    want = jax.tree.leaves(run.pop(KERNEL)(*arrays))
+    for other in run.values():
+        for x, y in zip(want, jax.tree.leaves(other(*arrays)), strict=True):
+            x, y = (np.asarray(a, np.float32) for a in (x, y))
+            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTS if "forward" not in name])
+def test_torchs_contestants_do_the_same(name):
+    pytest.importorskip("torch", reason='torch is missing: pip install "jaxtrain[crosscheck]"')
+    contest = CONTESTS[name]
+    arrays = contest.arrays(jax.random.key(0))
+    law = contest.contestants(default_tiles(contest.op, "sm_86"))["xla"]
+    want = jax.tree.leaves(law(*arrays))
+    for run in torch_contestants(contest).values():
+        got = jax.tree.leaves(run(*as_tensors(arrays)))
+        for x, y in zip(got, want, strict=True):
+            x, y = x.detach().float().numpy(), np.asarray(y, np.float32)
+            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+
+
+def test_torch_that_cannot_take_part_says_why():
+    found = measure_torch(next(iter(CONTESTS.values())), [], "cuda")
+    assert found.keys() == {"torch"}
+    assert "not installed" in found["torch"] or "no CUDA device" in found["torch"]
+
+
+def test_what_jax_cannot_run_routes_nothing():
+    contest, seconds = SimpleNamespace(op="norm", shape=(768,)), (1.0, 2.0, 0.5)
+    names = KERNEL, "xla", "torch compiled"
+    found = {n: Timing(s, 0.0, 9.0) for n, s in zip(names, seconds, strict=True)}
+    row = bench.as_row(contest, "a40", None, found)
+    assert row.other == "xla" and row.kernel_s < row.other_s
+
+
+ROUTED = {"norm": (768,), "attention": (1_024, 12, 12, 64), "head": (768, 50_304)}
+
+
+def rows_of(seconds, tmp_path):
+    """What the bench writes of three ops whose kernel took so long, and all others 1 s."""
+    rows, (low, high) = [], (0.0, 9.0)
+    for op, shape in ROUTED.items():
+        contest = SimpleNamespace(op=op, shape=shape)
+        found = {KERNEL: Timing(seconds, low, high), "xla": Timing(1.0, low, high), "cudnn": "no"}
+        row = bench.as_row(contest, "a40", default_tiles(op, "sm_86"), found)
+        rows.append(row._asdict())
+    bench.write_json(tmp_path / f"rows{seconds}" / "a40.json", rows)
+    return tmp_path / f"rows{seconds}"
+
+
+@pytest.mark.parametrize("op", ROUTED)
+def test_a_row_routes_its_kernel_where_it_won_at_a_like_shape_and_version(op, tmp_path):
+    folder, shape = rows_of(0.5, tmp_path), ROUTED[op]
+    ask = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
+        op, "sm_86", chip, dtype, shape, folder
+    )
+    assert ask().faster and ask().tiles == default_tiles(op, "sm_86")
+    assert "0.50 times the time of xla on a40" in ask().reason
+    assert ask(tuple(1.3 * size for size in shape)).faster
+    assert not ask(tuple(2 * size for size in shape)).faster
+    assert not ask(chip="a6000").faster
+    assert not ask(dtype="float32").faster
+    slower = ask(folder=rows_of(2.0, tmp_path))
+    assert not slower.faster and "2.00 times the time" in slower.reason
+
+
+def test_a_row_of_another_jax_says_nothing(tmp_path, monkeypatch):
+    folder = rows_of(0.5, tmp_path)
+    monkeypatch.setattr(kernel_choice.jax, "__version__", "0.99.1")
+    assert "not measured" in choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
+
+
+def test_the_model_takes_what_was_measured_faster(tmp_path, monkeypatch):
+    rows = read_rows(rows_of(0.5, tmp_path))
+    monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
+    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
+    ask = lambda chip, **values: choose_routes(
+        model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip=chip
+    )
+    measured = {op: route.implementation for op, route in ask("a40").items()}
+    assert measured["attention"] == "flash:sm_86" and measured["norm"] == "fused:sm_86"
+    assert measured["square"] == "plain"  # no row
+    assert ask("a6000")["norm"].implementation == "plain"
+    assert ask("a6000", strict=True)["norm"].implementation == "fused:sm_86"
+
+
+def test_a_file_that_the_bench_did_not_write_is_named(tmp_path):
+    (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
+    with pytest.raises(ValueError, match="a40.json must hold rows of the bench"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("arch", TILES)
+@pytest.mark.parametrize("op", OPS)
+def test_the_search_changes_one_kernels_tiles_at_a_time(op, arch):
+    for part, tiles in candidates(op, arch):
+        as_dict = tiles if isinstance(tiles, dict) else tiles._asdict()
+        default = default_tiles(op, arch)
+        default = default if isinstance(default, dict) else default._asdict()
+        assert as_dict.keys() == default.keys()
+        assert {name for name in as_dict if as_dict[name] != default[name]} <= {part}
+
+
+def test_a_promised_kernel_that_a_program_lacks_is_named():
+    model, strict = ModelConfig(qk_norm=True), KernelsConfig(strict=True)
+    promised = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
+    assert set(missing_kernels(promised, compiled)) == set(KERNELS)
+    plain = choose_routes(model, False, "gpu", False, arch="sm_86")
+    assert missing_kernels(plain, compiled) == []
+
+
+def test_the_bench_runs_to_its_end_interpreted_and_writes_every_contest(tmp_path, capsys):
+    out = tmp_path / "results.json"
+    bench.main(["--tiny", "--minutes=1", f"--out={out}"])
+    results = json.loads(out.read_text())
+    assert results["contests"].keys() == CONTESTS.keys()
+    assert all(found[KERNEL]["median_s"] > 0 for found in results["contests"].values())
+    assert "of the ceiling" in capsys.readouterr().out
+    bench.main(["--tiny", "--minutes=0"])
+    assert capsys.readouterr().out.count("not measured, the 0 minutes are over") == len(CONTESTS)
+
+
+def test_a_row_says_which_body_won(tmp_path):
+    """Of one that mixes them: a kernel of Mosaic's beside one of Triton's."""
+    tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
+    found = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
+    row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, found)
+    bench.write_json(tmp_path / "h100.json", [row._asdict()])
+    choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
+    assert choice.faster and choice.tiles == tiles
+    assert [body_of(t) for t in choice.tiles.values()] == ["mosaic", "triton"]
+    odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
+    assert not odd.faster and "multiple of 8; got 2050" in odd.reason
+    assert odd.tiles == default_tiles("square", "sm_90")
+
+
+def test_both_bodies_are_searched_where_mosaic_is_usable_and_one_elsewhere():
+    found = lambda arch: {body_of(kernel_tiles(t, part)) for part, t in candidates("square", arch)}
+    assert found("sm_86") == {"triton"}
+    assert found("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}
