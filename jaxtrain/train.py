@@ -122,7 +122,7 @@ def train(
             return 0
 
         # RunLogger: the start-up lines, config.json and the metrics files.
-        stack.enter_context(checkpoints.naming_newest())
+        stack.enter_context(checkpoints.add_newest_step_to_errors())
         active = jax.process_index() == 0
         title = f"{workdir.name}\n{run.parameters:,} parameters"
         logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
