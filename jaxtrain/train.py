@@ -175,7 +175,7 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
     run_id, takes_lock = None, jax.process_index() == 0
     if cfg.checkpoint.storage == "host0" and jax.process_count() > 1:
         run_id, takes_lock = broadcast_from_process_0(lambda: uuid.uuid4().hex), True
-    lock = RunLock(cfg.workdir, run=run_id)
+    lock = RunLock(cfg.workdir, run_id=run_id)
     with contextlib.ExitStack() as stack:
         run_on_all_processes(lambda: stack.enter_context(lock) if takes_lock else None)
         yield lock
