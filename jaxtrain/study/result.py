@@ -170,8 +170,9 @@ def format_result(plan: StudyPlan, result: ConditionResult) -> str:
         f"diff, se, t, p: difference from {study.baseline}, paired by seed, with its standard "
         "error and two-sided t-test.",
         "Holm p: p corrected for comparing several contenders.",
-        f"track-3: (target - mean) * sqrt(n), target {target}. The run-to-run sigma is "
-        f"{result.sigma:.4f}; the track requires {st.TRACK_3_SIGMAS:.2f} sigma.",
+        f"track-3: (target - mean) * sqrt(n), target {target}.",
+        f"in sigma: track-3 over the run-to-run sigma of {result.sigma:.4f}; the track requires "
+        f"{st.TRACK_3_SIGMAS:.2f}.",
         "",
         format_table(comparisons, speed),
         "",
