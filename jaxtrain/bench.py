@@ -54,17 +54,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jaxtrain.benchmarks import (
+    cpu_training,
+    data_loading,
     dispatch,
-    gpu,
-    gpu_rows,
-    judge,
-    loader,
-    machine,
-    metrics,
+    first_step,
+    gpu_results,
+    gpu_training,
+    loss_parity,
+    metrics_overhead,
     optimizer,
+    processor,
     scaling,
-    startup,
-    training,
 )
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
@@ -76,17 +76,21 @@ ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15,
 # What a suite has to choose from; what is not given is all of it, but for ON_REQUEST.
 CHOICES = {
     "cpu": {
-        "sizes": tuple(training.SIZES),
-        "dtypes": training.DTYPES,
-        "optimizers": training.OPTIMIZERS,
-        "variants": training.VARIANTS,
+        "sizes": tuple(cpu_training.SIZES),
+        "dtypes": cpu_training.DTYPES,
+        "optimizers": cpu_training.OPTIMIZERS,
+        "variants": cpu_training.VARIANTS,
     },
     "optimizer": {
         "sizes": tuple(optimizer.SIZES),
         "dtypes": optimizer.DTYPES,
         "variants": optimizer.VARIANTS,
     },
-    "gpu": {"sizes": gpu.SIZES, "optimizers": gpu.OPTIMIZERS, "variants": gpu.VARIANTS},
+    "gpu": {
+        "sizes": gpu_training.SIZES,
+        "optimizers": gpu_training.OPTIMIZERS,
+        "variants": gpu_training.VARIANTS,
+    },
 }
 ON_REQUEST = ("124m",)
 
@@ -100,7 +104,7 @@ def _chosen(args, suite) -> dict[str, list]:
 def _need_twin(without):
     """Exits where torch is missing: now, not after minutes of measuring."""
     try:
-        importlib.import_module("jaxtrain.crosscheck.twin")
+        importlib.import_module("jaxtrain.crosscheck.torch_model")
     except ImportError as error:
         sys.exit(f"error: {error} Or leave torch out: --variants={without}.")
 
@@ -111,12 +115,12 @@ def _cpu(args, rounds):
     sizes = chosen.pop("sizes")
     if set(chosen["variants"]) != {"jaxtrain"}:
         _need_twin(without="jaxtrain")
-    peaks = machine.gemm_peaks()
+    peaks = processor.gemm_peaks()
     row = {"suite": "machine", "gemm_peak_flops_per_s": peaks}
-    yield [row], machine.peaks_text(peaks)
+    yield [row], processor.peaks_text(peaks)
     for size in sizes:
-        rows = training.run(size, peaks, rounds, args.most, **chosen)
-        yield rows + training.ratios(rows), training.show(rows)
+        rows = cpu_training.run(size, peaks, rounds, args.most, **chosen)
+        yield rows + cpu_training.ratios(rows), cpu_training.show(rows)
 
 
 def _optimizer(args, rounds):
@@ -139,26 +143,26 @@ def _simple(suite, args, rounds):
 def _each(suite, line, args, rounds):
     """Rows and text of a suite of GPUs, row by row."""
     del rounds
-    chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu else {})
+    chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu_training else {})
     if suite is not scaling:
-        gpu.need_gpu(args.tiny)  # before a package is asked for that would not help
-    if suite is judge or suite is gpu and "pytorch" in chosen["variants"]:
+        gpu_training.need_gpu(args.tiny)  # before a package is asked for that would not help
+    if suite is loss_parity or suite is gpu_training and "pytorch" in chosen["variants"]:
         _need_twin(without="jaxtrain")
     for row in suite.run(argparse.Namespace(**chosen)):
         yield [row], line(row)
 
 
 OF_GPUS = {
-    "gpu": functools.partial(_each, gpu, gpu_rows.line),
-    "judge": functools.partial(_each, judge, judge.line),
+    "gpu": functools.partial(_each, gpu_training, gpu_results.line),
+    "judge": functools.partial(_each, loss_parity, loss_parity.line),
     "scaling": functools.partial(_each, scaling, scaling.line),
 }
 OF_CPU = {
     "cpu": _cpu,
     "dispatch": functools.partial(_simple, dispatch),
-    "loader": functools.partial(_simple, loader),
-    "startup": functools.partial(_simple, startup),
-    "metrics": functools.partial(_simple, metrics),
+    "loader": functools.partial(_simple, data_loading),
+    "startup": functools.partial(_simple, first_step),
+    "metrics": functools.partial(_simple, metrics_overhead),
     "optimizer": _optimizer,
 }
 SUITES = OF_CPU | OF_GPUS
@@ -228,8 +232,8 @@ def provenance() -> dict:
 @exit_on_file_error()
 def main(argv=None, prog="python -m jaxtrain.bench") -> None:
     args = parse(argv, prog)
-    about = machine.describe()
-    print(machine.header(about), flush=True)
+    about = processor.describe()
+    print(processor.header(about), flush=True)
     rows = [about | provenance()]
     if args.suite in OF_GPUS and not args.json:
         args.json = f"bench_{args.suite}_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
@@ -241,7 +245,7 @@ def main(argv=None, prog="python -m jaxtrain.bench") -> None:
                 if args.json:  # at once: a run that is cut keeps what it has measured
                     write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
                 print(text if name in OF_GPUS else f"\n== {name}\n{text}", flush=True)
-    except gpu.NoGpu as error:
+    except gpu_training.NoGpu as error:
         sys.exit(f"error: {error}")
 
 

@@ -27,11 +27,11 @@ from jaxtrain.config.command_line import CommandForm  # noqa: E402
 from jaxtrain.distributed import memory  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
 from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
-from jaxtrain.planning import fit, page  # noqa: E402
-from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
+from jaxtrain.planning import render, search  # noqa: E402
+from jaxtrain.planning.chip_comparison import build_fits_by_formula, compare, table  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.links import parse_link  # noqa: E402
-from jaxtrain.planning.tables import build_guess, compare, table  # noqa: E402
+from jaxtrain.planning.memory_formula import ABSOLUTE_BYTES, RELATIVE, estimate  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 CACHE = Path("runs/plans")
@@ -47,8 +47,8 @@ def make_evaluate(cfg, chip, args):
     links = links_of(args, chip)
 
     def evaluate(parts, remat, **variant):
-        tried = fit.with_setting(cfg, parts, remat, **variant)
-        return fit.figures_of(tried, chip, args.gpus, args.hosts, links, args.cache)
+        tried = search.with_setting(cfg, parts, remat, **variant)
+        return search.figures_of(tried, chip, args.gpus, args.hosts, links, args.cache)
 
     return evaluate
 
@@ -64,13 +64,13 @@ def variants_of(cfg, args) -> list[dict]:
 def smallest_change(cfg, chip, args) -> str:
     """Flags of the setting nearest to the config's that fits; smaller parts before more remat."""
     evaluate, devices = make_evaluate(cfg, chip, args), args.gpus * args.hosts
-    guess, choices = build_guess(cfg, chip, devices), fit.accumulations(cfg, devices)
-    for remat in fit.REMATS[fit.REMATS.index(cfg.model.remat) :]:
+    guess, choices = build_fits_by_formula(cfg, chip, devices), search.accumulations(cfg, devices)
+    for remat in search.REMATS[search.REMATS.index(cfg.model.remat) :]:
         likely = [parts for parts in choices if guess(parts, remat)]
         for parts in likely or choices[-1:]:
             found = evaluate(parts, remat)
             if found["fits"]:
-                return fit.flags_of(found)
+                return search.flags_of(found)
     return ""
 
 
@@ -79,11 +79,11 @@ def plan(cfg, args) -> int:
     chip = find_chip(args.chip)
     links, found = links_of(args, chip), compile_plan(cfg, chip, args.gpus, args.hosts)
     if args.json:
-        print(json.dumps(page.as_dict(found, *links)))
+        print(json.dumps(render.as_dict(found, *links)))
     else:
-        print("\n".join(page.lines(found, *links)), flush=True)
+        print("\n".join(render.lines(found, *links)), flush=True)
         change = "" if found.memory.fits else smallest_change(cfg, chip, args)
-        print(page.verdict(found, change))
+        print(render.verdict(found, change))
     return 0 if found.memory.fits else 1
 
 
@@ -96,31 +96,33 @@ def by_formula(cfg, args) -> int:
         print(json.dumps(found._asdict() | {"peak": found.peak, "fits": fits}))
         return 0 if fits else 1
     for name, size in (found._asdict() | {"peak": found.peak}).items():
-        print(f"  {name:26} {size / page.GIB:8.2f} GiB")
+        print(f"  {name:26} {size / render.GIB:8.2f} GiB")
     print(
-        f"by formula, to {RELATIVE:.0%} of the peak or {ABSOLUTE_BYTES / page.GIB:g} GiB; of "
-        f"{usable / page.GIB:.2f} GiB usable: {'fits' if fits else 'does not fit'}"
+        f"by formula, to {RELATIVE:.0%} of the peak or {ABSOLUTE_BYTES / render.GIB:g} GiB; of "
+        f"{usable / render.GIB:.2f} GiB usable: {'fits' if fits else 'does not fit'}"
     )
     return 0 if fits else 1
 
 
-def search(cfg, name, args) -> int:
+def find_fastest(cfg, name, args) -> int:
     chip = find_chip(args.chip)
     show = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     show(f"{name} on {args.gpus * args.hosts} x {chip.kind}, each line a compiled step")
-    show(fit.HEAD)
+    show(search.HEAD)
     evaluate = make_evaluate(cfg, chip, args)
-    guess = build_guess(cfg, chip, args.gpus * args.hosts)
+    guess = build_fits_by_formula(cfg, chip, args.gpus * args.hosts)
     devices = args.gpus * args.hosts
-    guess, variants = build_guess(cfg, chip, devices), variants_of(cfg, args)
-    best, *_ = found = fit.search(cfg, devices, evaluate, show, guess=guess, variants=variants)
+    guess, variants = build_fits_by_formula(cfg, chip, devices), variants_of(cfg, args)
+    best, *_ = found = search.search_settings(
+        cfg, devices, evaluate, show, guess=guess, variants=variants
+    )
     if args.json:
         print(json.dumps(found))
     if not best["fits"]:
         sys.exit(f"error: nothing fits {args.gpus * args.hosts} x {chip.name}: raise --gpus.")
-    show(f"fastest that fits: {fit.flags_of(best)}")
+    show(f"fastest that fits: {search.flags_of(best)}")
     if args.write:
-        fit.write_config(args.write, name, best)
+        search.write_config(args.write, name, best)
         show(f"wrote {args.write}")
     return 0
 
@@ -145,7 +147,7 @@ def answer(args) -> int:
     cfg = resolve_dtype_for_chip(cfg, find_chip(args.chip))
     if args.formula:
         return by_formula(cfg, args)
-    return search(cfg, name, args) if args.fit else plan(cfg, args)
+    return find_fastest(cfg, name, args) if args.fit else plan(cfg, args)
 
 
 def define_flags() -> None:

@@ -44,12 +44,12 @@ from jaxtrain.distributed.runtime import (
 )
 from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.start import first_state
-from jaxtrain.metrics.collector import Measure, open_wire
+from jaxtrain.metrics.collector import Collector, open_network_counters
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.optim.acceleration import describe_evaluated_weights
-from jaxtrain.reporting.run_logger import Report, set_up_logging
+from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
 from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
@@ -113,10 +113,10 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
         return 0
     title = f"{workdir.name}\n{run.parameters:,} parameters"
     about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
-    with checkpoints.naming_newest(), Report(*about) as report:
+    with checkpoints.naming_newest(), RunLogger(*about) as report:
         hosts = gather_texts(socket.gethostname())
-        report.header(header(run, corpus, checkpoints, restored, dtype_reason))
-        report.header(("lock", line) for line in lock.describe())
+        report.print_header(header(run, corpus, checkpoints, restored, dtype_reason))
+        report.print_header(("lock", line) for line in lock.describe())
         report.write_config(stored_config(run, corpus, hosts))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
         beat("compile", first)
@@ -125,7 +125,7 @@ def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason)
         work = build_work(run, step.compiled, hosts)
         with open_measure(run, work, hosts, log, checkpoints) as measure:
             report.write_config(stored_config(run, corpus, hosts, work, measure))
-            report.header(measured(run, work, measure))
+            report.print_header(measured(run, work, measure))
             loop = Loop(
                 run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
             )
@@ -152,10 +152,10 @@ def compile_all(run, report, first):
     return step, diagnosis
 
 
-def open_measure(run, work, hosts, log, checkpoints) -> Measure:
-    """The Measure of this process."""
+def open_measure(run, work, hosts, log, checkpoints) -> Collector:
+    """The Collector of this process."""
     chip = find_device_chip(run.mesh.devices.flat[0])
-    return Measure(work, chip, log, open_wire(hosts), checkpoints.is_saving)
+    return Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
 
 
 def before_s(step, diagnosis, report, started_s) -> dict:

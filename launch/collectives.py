@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.distributed.cluster import detect_world
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.runtime import exit_together, join_processes
-from jaxtrain.metrics.network import INTERFACE, Wire
+from jaxtrain.metrics.network import INTERFACE, NetworkCounters
 
 REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
@@ -50,7 +50,7 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
         raise ValueError(f"{kind} of {size_bytes} bytes has no float32 for each of {mesh.size}.")
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
-    times, wire = [], Wire(interface)
+    times, wire = [], NetworkCounters(interface)
     for i in range(WARM_UP + REPEATS):
         if i == WARM_UP:
             before, _ = wire.read()

@@ -9,7 +9,7 @@ import pytest
 
 from configs import gpt_124m
 from jaxtrain import bench
-from jaxtrain.benchmarks import optimizer, training
+from jaxtrain.benchmarks import cpu_training, optimizer
 from jaxtrain.config.train_config import freeze
 from jaxtrain.optim.build import build_optimizer
 
@@ -36,7 +36,7 @@ def one_thread():
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(optimizer.SIZES, "s", TINY)
-        yield optimizer.Problem("s")
+        yield optimizer.OptimizerProblem("s")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_sizes_are_the_training_suites_and_the_124m_config():
     model = freeze(gpt_124m.get_config()).model
     shapes = optimizer.ModelConfig(**optimizer.SIZES["124m"], remat=model.remat)
     assert shapes == model
-    assert {name: optimizer.SIZES[name] for name in training.SIZES} == training.SIZES
+    assert {name: optimizer.SIZES[name] for name in cpu_training.SIZES} == cpu_training.SIZES
 
 
 def test_every_variant_takes_turns_and_is_compared_in_its_own_dtype(rows):
@@ -108,7 +108,7 @@ def _is_masked(x):
 @pytest.mark.parametrize("wrong", [dict(ns_steps=4), dict(adam_learning_rate=3.03e-3)])
 def test_a_variant_that_makes_another_step_is_refused(tiny, stepped, wrong):
     cfg = dataclasses.replace(optimizer.optim_config("float32"), **wrong)
-    other = optimizer.OnJax(build_optimizer(cfg, tiny.axes), tiny)
+    other = optimizer.JaxUpdate(build_optimizer(cfg, tiny.axes), tiny)
     other(0)
     group = {"jaxtrain float32": stepped["jaxtrain float32"], "other float32": other}
     with pytest.raises(RuntimeError, match="must make the same first step within 0.0001; got "):
@@ -129,7 +129,7 @@ def test_one_wrong_matrix_of_a_stack_is_seen(tiny, stepped, monkeypatch):
 def test_torch_narrows_again_after_the_patched_iteration(tiny):
     import torch
 
-    update = optimizer.OnTorch("float32", tiny)
+    update = optimizer.TorchUpdate("float32", tiny)
     update(0)
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16
 

@@ -13,10 +13,10 @@ torch = pytest.importorskip(
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from jaxtrain.crosscheck import twin  # noqa: E402
-from jaxtrain.crosscheck.compare import compare  # noqa: E402
-from jaxtrain.crosscheck.verdict import explain, table  # noqa: E402
-from tests.crosscheck_runs import ours_of, small, theirs_of  # noqa: E402
+from jaxtrain.crosscheck import torch_model  # noqa: E402
+from jaxtrain.crosscheck.comparison import compare  # noqa: E402
+from jaxtrain.crosscheck.explanation import explain, table  # noqa: E402
+from tests.crosscheck_sides import ours_of, small, theirs_of  # noqa: E402
 
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
 RUNS = {
@@ -60,7 +60,7 @@ def interleave_rope(patch):
         cos, sin = (table[:, :half].repeat_interleave(2, -1) for table in (cos_TK, sin_TK))
         return x_BHTK * cos + turned * sin
 
-    patch.setattr(twin, "rotate", rotate)
+    patch.setattr(torch_model, "rotate", rotate)
 
 
 def exact_gelu(patch):
@@ -74,12 +74,12 @@ def shift_targets(patch):
 
 
 def count_padding(patch):
-    losses = twin.Twin.losses
+    losses = torch_model.TorchTransformer.losses
 
     def wrong(self, tokens_BT1, docs_BT1=None, **options):
         return losses(self, tokens_BT1, torch.zeros_like(docs_BT1), **options)
 
-    patch.setattr(twin.Twin, "losses", wrong)
+    patch.setattr(torch_model.TorchTransformer, "losses", wrong)
 
 
 class Adam(torch.optim.Optimizer):

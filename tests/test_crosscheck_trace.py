@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.crosscheck import trace
-from jaxtrain.crosscheck.compare import compare, distance
+from jaxtrain.crosscheck.comparison import compare, distance
 from jaxtrain.crosscheck.trace import CHUNK, TraceError, Writer, batch_hash, digest, read_trace
 
 

@@ -17,8 +17,8 @@ from jaxtrain.file_errors import (
 from jaxtrain.files import write_atomic
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.metrics.step_log import StepLog
-from jaxtrain.reporting.metrics_file import ScalarLog
-from jaxtrain.reporting.run_logger import Report
+from jaxtrain.reporting.metrics_file import MetricsFile
+from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.run_directory.lock import RunLock
 
 METRICS = {"train/loss_nats": 2.5}
@@ -91,7 +91,7 @@ def test_on_a_full_disk_a_line_is_appended_whole_or_not_at_all(disk):
 
 
 def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
-    log = ScalarLog(disk.path)
+    log = MetricsFile(disk.path)
     log.write(1, METRICS)
     disk.fill(leave=1 << 13)
     with pytest.raises(OSError) as error:
@@ -105,7 +105,7 @@ def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, len(steps) + 1))
     disk.free()
-    log = ScalarLog(disk.path, resume_step=1)
+    log = MetricsFile(disk.path, resume_step=1)
     log.write(2, METRICS)
     log.close()
     assert [record["step"] for record in read_metrics(disk.path / "metrics.jsonl")] == [1, 2]
@@ -124,7 +124,7 @@ def test_a_step_log_on_a_full_disk_names_its_file_and_closes(disk):
 
 def test_a_summary_on_a_full_disk_is_named_once_and_the_old_one_stays(disk, caplog, capfd):
     write_atomic(disk.path / "summary.json", "{}\n")
-    with pytest.raises(OSError) as error, Report(disk.path, 2, quiet=True) as report:
+    with pytest.raises(OSError) as error, RunLogger(disk.path, 2, quiet=True) as report:
         report.write(1, METRICS)
         disk.fill()
         report.finish({"note": "x" * 100_000})

@@ -16,7 +16,7 @@ import pytest
 from run_directories import curve, series, write_run
 
 from jaxtrain.metrics.step_log import read_step_times
-from jaxtrain.metrics.step_timer import step_figures
+from jaxtrain.metrics.step_timer import step_time_metrics
 from jaxtrain.reporting.progress_text import closing_lines
 from launch import summary
 from launch.host.run_files import flag_value, read_changes
@@ -136,7 +136,7 @@ def test_the_end_of_a_run_and_its_page_show_the_same_step_times_and_rate(tmp_pat
     lines = [line | {"first": True} if line["step"] in (1, 21) else line for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = 512 * 1_024
-    figures = step_figures(read_step_times(path), tokens, 8)
+    figures = step_time_metrics(read_step_times(path), tokens, 8)
     closing = closing_lines({"step": 40, "steps": 40} | figures)
     assert words_of(closing) == words_of_page(read_run(folder))
     assert figures["perf/step_time_p99_s"] < 1 and len(read_step_times(path)) == 38

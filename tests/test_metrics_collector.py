@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxtrain.metrics.collector import Measure, open_wire
+from jaxtrain.metrics.collector import Collector, open_network_counters
 from jaxtrain.metrics.hlo_collectives import Collective
 from jaxtrain.metrics.mfu import StepWork
 from jaxtrain.metrics.names import measured_names
@@ -42,7 +42,7 @@ def build(folder, wire, collectives=(REDUCE,), saving=lambda: False):
         devices=4,
         dtype="float32",
     )
-    measure = Measure(work, None, StepLog(folder, 0), wire, saving)
+    measure = Collector(work, None, StepLog(folder, 0), wire, saving)
     measure.start({"compile": 1.0})
     return measure
 
@@ -110,8 +110,8 @@ def test_a_slow_step_beside_a_save_in_the_background_says_so(tmp_path):
 
 def test_one_host_reads_no_wire_unless_told_to(monkeypatch):
     monkeypatch.delenv("JAXTRAIN_INTERFACE", raising=False)
-    assert open_wire(["a", "a"]) is None
+    assert open_network_counters(["a", "a"]) is None
     monkeypatch.setenv("JAXTRAIN_INTERFACE", "lo")
-    wire = open_wire(["a"])
+    wire = open_network_counters(["a"])
     assert wire.names == ["lo"]
     wire.close()

@@ -5,7 +5,7 @@ from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.metrics.flops import matrix_weights
 from jaxtrain.metrics.hlo_collectives import Collective
-from jaxtrain.metrics.mfu import StepWork, build_work, chip_dict, conventions
+from jaxtrain.metrics.mfu import StepWork, build_work, chip_dict, describe_utilisation
 from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import find_chip
 
@@ -52,9 +52,9 @@ def test_where_no_peak_is_known_none_is_guessed():
     assert work_of().utilisation(None, 0.5) == {} and chip_dict(None) is None
     assert work_of(dtype="float64").utilisation(A40, 0.5) == {}
     device = jax.devices()[0]
-    assert "'cpu' has no peak" in conventions(work_of(), None, device)[0]
-    assert "float64" in conventions(work_of(dtype="float64"), A40, device)[0]
-    assert "149.7 TFLOP/s (bfloat16" in conventions(work_of(), A40, device)[0]
+    assert "'cpu' has no peak" in describe_utilisation(work_of(), None, device)[0]
+    assert "float64" in describe_utilisation(work_of(dtype="float64"), A40, device)[0]
+    assert "149.7 TFLOP/s (bfloat16" in describe_utilisation(work_of(), A40, device)[0]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_is_counted_though_it_is_masked_or_padding_is_said(data, said):
     config = debug.get_config()
     config.data.update(data)
     run = build_run(freeze(config), jax.devices()[:1])
-    lines = "\n".join(conventions(build_work(run, Unreadable()), None, jax.devices()[0]))
+    lines = "\n".join(describe_utilisation(build_work(run, Unreadable()), None, jax.devices()[0]))
     assert ("mfu counts keys" in lines or "padding" in lines) == bool(said) and said in lines
 
 
@@ -75,7 +75,7 @@ def test_collectives_are_summed_by_kind_axis_and_whether_they_leave_a_host():
         {"kind": "all-reduce", "axis": "replica", "inter_host": True, "bytes": 3_000, "count": 3},
         {"kind": "all-gather", "axis": "replica", "inter_host": False, "bytes": 3_000, "count": 3},
     ]
-    assert work.collective_figures() == {
+    assert work.collective_metrics() == {
         "comm/all_reduce_bytes": 3_000,
         "comm/all_gather_bytes": 3_000,
     }
@@ -101,5 +101,5 @@ def test_copies_of_a_model_reduce_its_gradients_and_scalars_and_no_more():
 def test_a_program_that_cannot_be_read_is_said_and_stops_nothing():
     run = build_run(freeze(debug.get_config()), jax.devices()[:1])
     work = build_work(run, Unreadable())
-    assert "a form of tomorrow" in conventions(work, None, jax.devices()[0])[-1]
+    assert "a form of tomorrow" in describe_utilisation(work, None, jax.devices()[0])[-1]
     assert work.utilisation(A40, 0.5).keys() == {"perf/mfu", "perf/mfu_6n"}

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from jaxtrain.metrics.network import Wire
+from jaxtrain.metrics.network import NetworkCounters
 
 SIZE = 1 << 20
 
@@ -21,7 +21,7 @@ def send_over_loopback(size):
 
 
 def test_what_is_sent_is_counted_on_both_sides():
-    wire = Wire("lo")
+    wire = NetworkCounters("lo")
     before = wire.read()
     send_over_loopback(SIZE)
     sent, received = (b - a for a, b in zip(before, wire.read(), strict=True))
@@ -31,11 +31,11 @@ def test_what_is_sent_is_counted_on_both_sides():
 
 
 def test_loopback_is_no_network():
-    wire = Wire()
+    wire = NetworkCounters()
     assert wire.names and "lo" not in wire.names
     wire.close()
 
 
 def test_an_interface_that_is_not_there_names_the_variable():
     with pytest.raises(ValueError, match="JAXTRAIN_INTERFACE must name .*got 'eth99'"):
-        Wire("eth99")
+        NetworkCounters("eth99")

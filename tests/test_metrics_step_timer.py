@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxtrain.metrics.step_timer import StepClock
+from jaxtrain.metrics.step_timer import StepTimer
 
 
 class Hand:
@@ -23,7 +23,7 @@ def hand():
 
 @pytest.fixture
 def clock(hand):
-    clock = StepClock(tokens_per_step=100, now=hand)
+    clock = StepTimer(tokens_per_step=100, now=hand)
     hand.now_s += 60  # compiling
     clock.start()
     return clock
@@ -169,7 +169,7 @@ def test_a_pause_holds_neither_a_tick_nor_another_pause(clock, misuse):
 
 
 def test_the_real_clock_measures_real_time():
-    clock = StepClock(tokens_per_step=1)
+    clock = StepTimer(tokens_per_step=1)
     clock.start()
     time.sleep(0.05)
     with clock.pause("eval"):

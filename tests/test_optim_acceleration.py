@@ -138,7 +138,7 @@ def test_weights_leave_the_step_only_through_eval_params():
     """Outside the step and its trace, a state's params are read only through eval_params."""
     readers = {}
     for path in PACKAGE.rglob("*.py"):
-        names = ("step.py", "diagnostic_step.py", "phases.py", "ours.py")
+        names = ("step.py", "diagnostic_step.py", "phases.py", "jax_train.py")
         inside = path.name in names or path.parent.name == "benchmarks"
         if inside:
             continue

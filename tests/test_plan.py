@@ -13,12 +13,12 @@ pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missin
 from configs import debug  # noqa: E402
 from jaxtrain.config.train_config import freeze  # noqa: E402
 from jaxtrain.metrics.hlo_collectives import Collective  # noqa: E402
-from jaxtrain.planning import fit  # noqa: E402
-from jaxtrain.planning.analytic import ABSOLUTE_BYTES, RELATIVE  # noqa: E402
+from jaxtrain.planning import search  # noqa: E402
+from jaxtrain.planning.chip_comparison import parse_prices  # noqa: E402
 from jaxtrain.planning.compiled import Memory  # noqa: E402
 from jaxtrain.planning.links import LINKS, parse_link, seconds_of  # noqa: E402
-from jaxtrain.planning.page import verdict  # noqa: E402
-from jaxtrain.planning.tables import parse_prices  # noqa: E402
+from jaxtrain.planning.memory_formula import ABSOLUTE_BYTES, RELATIVE  # noqa: E402
+from jaxtrain.planning.render import verdict  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 A40 = find_chip("a40")
@@ -59,7 +59,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 from configs import llama_135m
 from jaxtrain.config.train_config import freeze
-from jaxtrain.planning.analytic import estimate
+from jaxtrain.planning.memory_formula import estimate
 from jaxtrain.planning.compiled import compile_plan
 from pallas_kernels.chip import find_chip
 cfg = freeze(llama_135m.get_config())
@@ -180,8 +180,8 @@ def test_the_search_finds_what_trying_everything_finds(state, optimism):
     evaluate = figures(rows, state)
     rough = figures(rows, state * optimism)
     guess = lambda *setting: rough(*setting)["fits"]
-    found = fit.search(cfg, 1, evaluate, seen.append, guess=guess)
-    every = [evaluate(p, r) for p in fit.accumulations(cfg, 1) for r in fit.REMATS]
+    found = search.search_settings(cfg, 1, evaluate, seen.append, guess=guess)
+    every = [evaluate(p, r) for p in search.accumulations(cfg, 1) for r in search.REMATS]
     fitting = [f for f in every if f["fits"]]
     if fitting:
         assert found[0] == max(fitting, key=lambda f: f["tokens_per_s"])
@@ -193,24 +193,24 @@ def test_the_search_finds_what_trying_everything_finds(state, optimism):
 def test_the_fastest_setting_is_tried_on_every_mesh():
     cfg = SimpleNamespace(data=SimpleNamespace(batch=64, seq_len=512))
     evaluate, seen, variants = figures(64, 2.0), [], [{"fsdp": size} for size in (8, 4, 1)]
-    found = fit.search(cfg, 1, evaluate, seen.append, variants=variants)
+    found = search.search_settings(cfg, 1, evaluate, seen.append, variants=variants)
     assert found[0]["fsdp"] == 4 and found[1]["fsdp"] == 8  # 1 is faster, and does not fit
     assert [f["fsdp"] for f in found if not f["fits"]].count(1) == 1
 
 
 def test_another_length_keeps_the_tokens_of_a_step():
     cfg = freeze(debug.get_config())
-    other = fit.with_setting(cfg, 2, "dots", seq_len=64, unroll=2, fsdp=1)
+    other = search.with_setting(cfg, 2, "dots", seq_len=64, unroll=2, fsdp=1)
     assert other.data.batch * other.data.seq_len == cfg.data.batch * cfg.data.seq_len
     assert (other.data.seq_len, other.accumulation, other.model.remat) == (64, 2, "dots")
     assert (other.model.unroll, other.mesh.fsdp, other.mesh.replica) == (2, 1, -1)
     with pytest.raises(ValueError, match="got 100. Set --seq_lens"):
-        fit.with_setting(cfg, 1, "none", seq_len=100)
+        search.with_setting(cfg, 1, "none", seq_len=100)
 
 
 def test_a_chosen_setting_is_written_as_a_config(tmp_path):
     chosen = figures(64, 2.0)(4, "dots") | {"devices": 1, "chip": "a40"}
-    fit.write_config(tmp_path / "mine.py", "gpt_124m", chosen)
+    search.write_config(tmp_path / "mine.py", "gpt_124m", chosen)
     space = {}
     exec((tmp_path / "mine.py").read_text(), space)
     config = space["get_config"]()

@@ -19,12 +19,12 @@ def traced(tmp_path_factory):
     program = jax.jit(lambda x: jnp.tanh(x @ x))
     x = jax.device_put(jnp.ones((256, 256)), jax.devices()[0])
     for step in range(1, STEPS + 2):
-        if tracer.turns_at(step):
+        if tracer.switches_before(step):
             tracer.switch()
-        with tracer.step(step):
-            with tracer.part("dispatch"):
+        with tracer.annotate_step(step):
+            with tracer.annotate("dispatch"):
                 y = program(x)
-            with tracer.part("wait"):
+            with tracer.annotate("wait"):
                 y.block_until_ready()
     tracer.switch()
     return folder
@@ -84,7 +84,7 @@ def test_a_gpus_streams_are_read_and_not_the_lines_that_repeat_them():
 def test_as_many_steps_are_traced_as_there_are_after_warm_up(tmp_path, first, last, steps, traced):
     tracer, turns = Tracer(tmp_path, first, last, steps), []
     for step in range(first + 1, last + 2):
-        if tracer.turns_at(step):
+        if tracer.switches_before(step):
             turns.append(step)
             tracer.is_on = not tracer.is_on
     assert turns == [traced[0], traced[1] + 1]

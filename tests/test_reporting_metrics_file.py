@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jaxtrain.metrics.jsonl import read_metrics
-from jaxtrain.reporting.metrics_file import ScalarLog
+from jaxtrain.reporting.metrics_file import MetricsFile
 
 LOSS = "train/loss_nats"
 
@@ -17,7 +17,7 @@ def loss_at(step):
 
 
 def log_steps(workdir, steps, resume_step=0):
-    log = ScalarLog(workdir, resume_step)
+    log = MetricsFile(workdir, resume_step)
     for step in steps:
         log.write(step, {LOSS: loss_at(step)})
     log.close()
@@ -29,7 +29,7 @@ def steps_and_losses(workdir):
 
 
 def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
-    log = ScalarLog(tmp_path)
+    log = MetricsFile(tmp_path)
     values = {"a": 0.1, "b": 5e-324, "c": -math.inf, "d": np.float32(0.1), "e": 2**60}
     log.write(3, values | {"f": jnp.float32(1 / 3), "g": jnp.int32(7)})
     log.close()
@@ -39,7 +39,7 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path):
-    log = ScalarLog(tmp_path)
+    log = MetricsFile(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {LOSS: loss_at(step)})
         assert steps_and_losses(tmp_path)[-1] == (step, loss_at(step))
@@ -88,7 +88,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, resume_step):
 @pytest.mark.parametrize("resume_step", [0, 4])
 def test_tensorboard_reads_it_and_drops_the_rewound_steps(tmp_path, resume_step):
     log_steps(tmp_path, range(0, 11))
-    log = ScalarLog(tmp_path, resume_step)
+    log = MetricsFile(tmp_path, resume_step)
     for step in range(resume_step + 1, 7):
         log.write(step, {LOSS: -step})
     log.close()
@@ -100,7 +100,7 @@ def test_tensorboard_reads_it_and_drops_the_rewound_steps(tmp_path, resume_step)
 
 
 def test_a_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
-    log = ScalarLog(tmp_path)
+    log = MetricsFile(tmp_path)
     log.write(1, {LOSS: math.nan})
     log.close()
     refuse = {"parse_constant": lambda text: pytest.fail(f"{text} is not JSON")}
@@ -111,7 +111,7 @@ def test_a_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
 
 @pytest.mark.parametrize("value", [np.zeros(2), "1.0", None])
 def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path, value):
-    log = ScalarLog(tmp_path)
+    log = MetricsFile(tmp_path)
     with pytest.raises(ValueError, match="train/vector"):
         log.write(1, {"train/vector": value})
     log.close()

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxtrain.reporting.progress_text import closing_lines, span, step_text
+from jaxtrain.reporting.progress_text import closing_lines, format_seconds, step_text
 
 METRICS = {"train/loss_nats": 2.413, "perf/tokens_per_s": 6842.0, "perf/step_time_s": 0.299}
 
@@ -31,7 +31,7 @@ def test_a_narrow_terminal_gets_fewer_figures_and_none_that_is_cut(columns, text
     ],
 )
 def test_step_times_have_three_digits(seconds, text):
-    assert span(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 SUMMARY = {"step": 200, "steps": 200, "train/loss_nats": 1.5, "eval/loss_nats": 1.7}

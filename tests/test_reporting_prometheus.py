@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.metrics.names import measured_names, prometheus_name
-from jaxtrain.reporting.prometheus import Exporter
+from jaxtrain.reporting.prometheus import PrometheusExporter
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 TRAINED = ("step", "train/loss_nats", "train/grad_norm", "train/skipped_steps", "eval/loss_nats")
@@ -15,7 +15,7 @@ TRAINED = ("step", "train/loss_nats", "train/grad_norm", "train/skipped_steps", 
 
 @pytest.fixture
 def exporter():
-    exporter = Exporter("127.0.0.1", 0)
+    exporter = PrometheusExporter("127.0.0.1", 0)
     yield exporter
     exporter.close()
 
@@ -47,7 +47,7 @@ def test_only_the_metrics_are_there(exporter):
 
 def test_a_port_that_is_taken_names_the_flag(exporter):
     with pytest.raises(ValueError, match="--export.port"):
-        Exporter("127.0.0.1", exporter.port)
+        PrometheusExporter("127.0.0.1", exporter.port)
 
 
 def test_names_of_two_metrics_never_become_one():

@@ -12,20 +12,20 @@ import termios
 import pytest
 
 from jaxtrain.reporting import run_logger as report_module
-from jaxtrain.reporting.progress_text import duration
-from jaxtrain.reporting.run_logger import Report, read_metrics
+from jaxtrain.reporting.progress_text import format_duration
+from jaxtrain.reporting.run_logger import RunLogger, read_metrics
 
 METRICS = {"train/loss_nats": 2.413, "perf/tokens_per_s": 6842.0, "perf/step_time_s": 0.299}
 EVAL = {"eval/loss_nats": 1.702, "eval/bits_per_byte": 2.456}
 
 RUN = """
 import os, signal, sys, time
-from jaxtrain.reporting.run_logger import Report, set_up_logging
+from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
 from absl import logging
 set_up_logging()
 workdir, steps, resume_step, stop = sys.argv[1], *map(int, sys.argv[2:5])
-with Report(workdir, steps, resume_step=resume_step) as report:
-    report.header(["hello", ("model", "tiny"), ("parameters", "7")])
+with RunLogger(workdir, steps, resume_step=resume_step) as report:
+    report.print_header(["hello", ("model", "tiny"), ("parameters", "7")])
     for step in range(resume_step + 1, steps + 1):
         report.advance(step)
         if step % 2 == 0:
@@ -108,7 +108,7 @@ def test_on_60_columns_no_figure_of_the_bar_is_cut(tmp_path):
 
 
 def test_a_run_that_stops_between_two_logged_steps_counts_all_of_them(tmp_path):
-    with Report(tmp_path, 200, quiet=True) as report:
+    with RunLogger(tmp_path, 200, quiet=True) as report:
         report.write(100, METRICS)
         report.advance(107)
         report.finish({"stopped_by": "SIGTERM"})
@@ -128,7 +128,7 @@ def test_a_killed_and_resumed_run_logs_what_an_uninterrupted_one_does(tmp_path):
 
 def test_columns_stay_in_place_whatever_the_numbers(tmp_path, capsys):
     rows = [(10.8, 123.0, 0.0004), (1.5, 1_234_567.0, 12.5), (float("nan"), 6842.0, 0.299)]
-    with Report(tmp_path, 10_000) as report:
+    with RunLogger(tmp_path, 10_000) as report:
         for i, (loss, speed, step_s) in enumerate(rows):
             names = ("train/loss_nats", "perf/tokens_per_s", "perf/step_time_s")
             report.write(10**i, dict(zip(names, (loss, speed, step_s), strict=True)))
@@ -138,7 +138,7 @@ def test_columns_stay_in_place_whatever_the_numbers(tmp_path, capsys):
 
 
 def test_the_time_left_is_the_steps_left_at_the_pace_so_far(tmp_path, capsys):
-    with Report(tmp_path, 200) as report:
+    with RunLogger(tmp_path, 200) as report:
         report.write(20, METRICS)
     assert capsys.readouterr().out.splitlines()[0].endswith("eta 0:54")  # 180 x 299 ms
 
@@ -147,11 +147,11 @@ def test_the_time_left_is_the_steps_left_at_the_pace_so_far(tmp_path, capsys):
     "seconds, text", [(0, "0:00"), (54, "0:54"), (3_723, "1:02:03"), (180_123, "2d 02:02:03")]
 )
 def test_durations_read_like_a_clock(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_an_exception_passes_and_the_curve_is_drawn(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Report(tmp_path, 10, quiet=True) as report:
+    with pytest.raises(KeyboardInterrupt), RunLogger(tmp_path, 10, quiet=True) as report:
         report.write(1, METRICS)
         raise KeyboardInterrupt
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -159,17 +159,17 @@ def test_an_exception_passes_and_the_curve_is_drawn(tmp_path):
 
 
 def test_an_error_in_the_drawing_does_not_hide_the_one_in_the_loop(tmp_path):
-    with pytest.raises(ZeroDivisionError), Report(tmp_path, 10, quiet=True) as report:
+    with pytest.raises(ZeroDivisionError), RunLogger(tmp_path, 10, quiet=True) as report:
         report.write(1, METRICS)
         (tmp_path / "metrics.jsonl").unlink()
         raise ZeroDivisionError
-    with pytest.raises(FileNotFoundError), Report(tmp_path, 10, quiet=True) as report:
+    with pytest.raises(FileNotFoundError), RunLogger(tmp_path, 10, quiet=True) as report:
         report.write(1, METRICS)
         (tmp_path / "metrics.jsonl").unlink()
 
 
 def test_a_run_stopped_before_its_first_loss_draws_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Report(tmp_path, 10, quiet=True):
+    with pytest.raises(KeyboardInterrupt), RunLogger(tmp_path, 10, quiet=True):
         raise KeyboardInterrupt
     assert not (tmp_path / "loss_curve.png").exists()
 
@@ -177,7 +177,7 @@ def test_a_run_stopped_before_its_first_loss_draws_nothing(tmp_path):
 def test_the_summary_holds_the_newest_figures_and_what_was_passed(tmp_path, capsys):
     total = {"perf/wall_s": 62.0, "perf/tokens": 409_600, "perf/goodput": 0.93}
     total |= {"perf/step_time_s": 0.299, "perf/step_time_p99_s": 0.4, "perf/tokens_per_s": 6842.0}
-    with Report(tmp_path, 200) as report:
+    with RunLogger(tmp_path, 200) as report:
         report.write(100, METRICS | EVAL)
         report.write(200, {"train/loss_nats": 1.5})
         report.finish(total | {"versions": {"jax": "1.2.3"}})
@@ -194,17 +194,17 @@ def test_the_summary_holds_the_newest_figures_and_what_was_passed(tmp_path, caps
 
 
 def test_a_run_that_has_nothing_left_to_do_still_knows_its_loss(tmp_path):
-    with Report(tmp_path, 4, quiet=True) as report:
+    with RunLogger(tmp_path, 4, quiet=True) as report:
         report.write(4, METRICS | EVAL)
-    with Report(tmp_path, 4, resume_step=4, quiet=True) as report:
+    with RunLogger(tmp_path, 4, resume_step=4, quiet=True) as report:
         report.finish({})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["train/loss_nats"] == 2.413 and summary["eval/loss_nats"] == 1.702
 
 
 def test_an_inactive_report_writes_and_prints_nothing(tmp_path, capsys):
-    with Report(tmp_path / "run", 10, active=False) as report:
-        report.header(["text"])
+    with RunLogger(tmp_path / "run", 10, active=False) as report:
+        report.print_header(["text"])
         report.write_config({"a": 1})
         report.advance(1)
         report.write(1, METRICS | EVAL)
@@ -214,8 +214,8 @@ def test_an_inactive_report_writes_and_prints_nothing(tmp_path, capsys):
 
 
 def test_a_quiet_report_writes_all_and_prints_nothing(tmp_path, capsys):
-    with Report(tmp_path, 1, quiet=True) as report:
-        report.header(["text"])
+    with RunLogger(tmp_path, 1, quiet=True) as report:
+        report.print_header(["text"])
         report.write_config({"a": float("inf")})
         report.write(1, METRICS | EVAL)
         report.finish({})

@@ -10,10 +10,10 @@ from configs import debug
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.train_config import freeze
 from jaxtrain.distributed.preemption import StopListener
-from jaxtrain.metrics.collector import Measure
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import StepWork
 from jaxtrain.metrics.step_log import StepLog
-from jaxtrain.reporting.run_logger import EVAL_LOSS, Report
+from jaxtrain.reporting.run_logger import EVAL_LOSS, RunLogger
 from jaxtrain.training.loop import Loop
 from jaxtrain.training.run import build_run
 from jaxtrain.training.step import TrainState
@@ -76,9 +76,9 @@ def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values
     work = StepWork(256, 4, 1.0, 1.0, 1.0, None, None, (), 1, "float32")
     with (
         Checkpoints(workdir / "checkpoints", 9, storage="host0") as checkpoints,
-        Report(workdir, run.cfg.steps, first, quiet=quiet) as report,
+        RunLogger(workdir, run.cfg.steps, first, quiet=quiet) as report,
         StopListener() as stop,
-        Measure(work, None, StepLog(workdir, 0, first), None, checkpoints.is_saving) as measure,
+        Collector(work, None, StepLog(workdir, 0, first), None, checkpoints.is_saving) as measure,
     ):
         loop = Watched(run, state, steps, None, steps, None, checkpoints, report, measure)
         measure.start({})
@@ -93,7 +93,7 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path):
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_an_evaluation_that_the_end_of_a_run_cut_off_is_made_by_the_next_start(tmp_path, seen):
-    with Report(tmp_path, 4, quiet=True) as report:
+    with RunLogger(tmp_path, 4, quiet=True) as report:
         report.write(2, {EVAL_LOSS: 1.0} if seen else {"train/loss_nats": 1.0})
     loop, _ = run_loop(tmp_path, [GOOD], first=2, eval_every=2)
     assert [step for step, _ in loop.evaluated] == ([] if seen else [2])

@@ -14,7 +14,7 @@ from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.program import run_main
 from jaxtrain.errors import CheckpointError
-from jaxtrain.planning.fit import read_cached
+from jaxtrain.planning.search import read_cached
 from jaxtrain.reporting.run_logger import set_up_logging
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.study.plan import Trial

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.benchmarks.timing import verdict
 from jaxtrain.config.train_config import DataConfig, ModelConfig, TrainConfig
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.reporting.table import format_table

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.benchmarks import training
-from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks import cpu_training
+from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
 from jaxtrain.config.train_config import ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.build import build_optimizer
@@ -30,7 +30,7 @@ from jaxtrain.training.step import Step
 
 GPT_124M = dict(L=12, D=768, H=12, G=12, K=64, F=3_072, V=50_304, norm="layer", norm_eps=1e-5)
 GPT_124M |= dict(bias=True, tied=True, position="learned", positions=1_024, mlp="gelu")
-SIZES = training.SIZES | {"124m": GPT_124M}  # the last as configs/gpt_124m.py
+SIZES = cpu_training.SIZES | {"124m": GPT_124M}  # the last as configs/gpt_124m.py
 DTYPES = ("float32", "bfloat16")  # the strictest to agree with comes first
 VARIANTS = ("jaxtrain", "optax", "torch")
 AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}  # of first moves, relative Frobenius distance
@@ -38,7 +38,7 @@ TIMES_AS_FAST = {"optax": 2.0, "torch": 1.0}
 MOST_OF_STACK = 1.5  # temporary memory over the largest stack [X,I,O] in float32
 
 
-class Problem:
+class OptimizerProblem:
     """A model's parameters, made once: NumPy trees `params` and `grads`, beside their `axes`."""
 
     def __init__(self, size: str):
@@ -90,7 +90,7 @@ def optax_muon(cfg: OptimConfig, axes) -> optax.GradientTransformation:
     )
 
 
-class OnJax:
+class JaxUpdate:
     """A GradientTransformation's update, compiled, parameters and state donated."""
 
     def __init__(self, optimizer, problem):
@@ -115,22 +115,22 @@ class OnJax:
         return jax.tree.map(np.array, self._params)
 
 
-class OnTorch:
+class TorchUpdate:
     """torch.optim's Muon and AdamW on the twin's parameters."""
 
     compile_s, temp_bytes = 0.0, None
 
     def __init__(self, dtype, problem):
-        from jaxtrain.crosscheck import twin, twin_train
+        from jaxtrain.crosscheck import torch_model, torch_train
 
         cfg = problem.model_cfg
-        self._model = twin.build_twin(cfg, problem.params)
-        grads = twin.build_twin(cfg, problem.grads).parameters()
+        self._model = torch_model.build_torch_model(cfg, problem.params)
+        grads = torch_model.build_torch_model(cfg, problem.grads).parameters()
         for p, g in zip(self._model.parameters(), grads, strict=True):
             p.grad = g.detach()
-        self._optimizers = twin_train.build_optimizers(optim_config(dtype), self._model)
-        self._products = lambda: twin_train.muon_products(dtype)
-        self.read = lambda: twin.read_params(self._model, problem.params)
+        self._optimizers = torch_train.build_optimizers(optim_config(dtype), self._model)
+        self._products = lambda: torch_train.muon_products(dtype)
+        self.read = lambda: torch_model.read_params(self._model, problem.params)
 
     def __call__(self, turn):
         del turn
@@ -144,11 +144,11 @@ def contenders(problem, dtypes=DTYPES, variants=VARIANTS) -> dict:
     kinds = {}
     for dtype in (d for d in DTYPES if d in dtypes):
         cfg = optim_config(dtype)
-        kinds["jaxtrain", dtype] = lambda cfg=cfg: OnJax(
+        kinds["jaxtrain", dtype] = lambda cfg=cfg: JaxUpdate(
             build_optimizer(cfg, problem.axes), problem
         )
-        kinds["torch", dtype] = lambda dtype=dtype: OnTorch(dtype, problem)
-    theirs = lambda: OnJax(optax_muon(optim_config("float32"), problem.axes), problem)
+        kinds["torch", dtype] = lambda dtype=dtype: TorchUpdate(dtype, problem)
+    theirs = lambda: JaxUpdate(optax_muon(optim_config("float32"), problem.axes), problem)
     kinds["optax", "float32"] = theirs
     order = sorted(kinds, key=lambda kind: (DTYPES.index(kind[1]), VARIANTS.index(kind[0])))
     return {" ".join(kind): kinds[kind]() for kind in order if kind[0] in variants}
@@ -178,7 +178,7 @@ def check_agreement(case, group, problem):
 
 def run(size, rounds, most_s, dtypes=DTYPES, variants=VARIANTS) -> list[dict]:
     """Rows of one size: the variants take turns; `temp_bytes` is None where XLA does not say."""
-    problem = Problem(size)
+    problem = OptimizerProblem(size)
     group = contenders(problem, dtypes, variants)
     first_s = warm_up(group, most_s=0)  # the first call alone
     check_agreement(size, group, problem)

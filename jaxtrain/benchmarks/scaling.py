@@ -14,8 +14,8 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain.benchmarks.job import Job, child_main, config_of, measure_steps, run_child
-from jaxtrain.benchmarks.on_jax import Ours, is_oom
+from jaxtrain.benchmarks.child import BenchJob, child_main, config_of, measure_steps, run_child
+from jaxtrain.benchmarks.jax_child import JaxStep, is_oom
 from jaxtrain.config.train_config import MeshConfig
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.training.run import build_run, compile_step
@@ -44,7 +44,7 @@ def step_s(job, mesh, batch, devices) -> float:
     cfg = dataclasses.replace(cfg, mesh=mesh)
     start_runtime(cfg)
     run = build_run(cfg, devices)
-    ours = Ours(run, compile_step(run))
+    ours = JaxStep(run, compile_step(run))
     return measure_steps(dataclasses.replace(job, batch=batch), cfg, ours.launch, float)["step_s"]
 
 
@@ -84,7 +84,7 @@ def run(args):
         env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*kept, VIRTUAL_FLAG])}
     with tempfile.TemporaryDirectory() as folder:
         values = TINY if tiny else dict(optimizer="muon", rows=ROWS, most_s=5.0)
-        job = Job("scale", SIZE, **values)
+        job = BenchJob("scale", SIZE, **values)
         found = run_child("scaling", job, Path(folder), 60 * args.minutes, env)
     if "rows" not in found:
         reason = found.get("error") or found["oom"]

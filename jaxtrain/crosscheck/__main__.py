@@ -2,7 +2,7 @@ r"""Proves a PyTorch result in JAX, step by step, or names the first tensor at w
 
     jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
     jaxtrain crosscheck run crosscheck_llama --precision=float32 --optim.name=adamw
-    jaxtrain crosscheck record crosscheck_gpt2 --keep_batches --out=runs/ours.jsonl
+    jaxtrain crosscheck record crosscheck_gpt2 --keep_batches --out=runs/jax_train.jsonl
 
 `run` trains both sides, ours and a PyTorch twin, from the same weights, shards and config.
 
@@ -10,8 +10,8 @@ A PyTorch loop of your own. Copy jaxtrain/crosscheck/recorder.py beside it, add 
 that it shows, then train ours on the batches that it wrote, and compare:
 
     jaxtrain crosscheck record FILE --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
-        --steps=20 --out=ours.jsonl
-    jaxtrain crosscheck compare ours.jsonl theirs.jsonl
+        --steps=20 --out=jax_train.jsonl
+    jaxtrain crosscheck compare jax_train.jsonl theirs.jsonl
 
 llm.c's own check, of a model file and the debug state that was made with it:
 
@@ -33,9 +33,9 @@ from absl import flags
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
-from jaxtrain.crosscheck import compare as judge
-from jaxtrain.crosscheck import llmc_state, ours, picture, verdict
-from jaxtrain.crosscheck.names import STYLES
+from jaxtrain.crosscheck import comparison as judge
+from jaxtrain.crosscheck import explanation, jax_train, llmc_state, loss_plot
+from jaxtrain.crosscheck.tensor_names import STYLES
 from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import start_runtime
@@ -70,14 +70,14 @@ def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False
     began, cfg = time.perf_counter(), start.run.cfg
     given = batches_of(batches) if batches else None
     if side == "jaxtrain":
-        ours.record(start, cfg.steps, path, style, given, keep_batches)
+        jax_train.record(start, cfg.steps, path, style, given, keep_batches)
     else:
-        from jaxtrain.crosscheck import twin_data, twin_train
+        from jaxtrain.crosscheck import torch_data, torch_train
 
         if given is None:
             paths, data = [shard.path for shard in start.corpus.shards], cfg.data
-            given = twin_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
-        twin_train.record(cfg, cfg.steps, path, start.weights, given)
+            given = torch_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
+        torch_train.record(cfg, cfg.steps, path, start.weights, given)
     seconds = time.perf_counter() - began
     say(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
 
@@ -89,8 +89,8 @@ def check_twin(cfg, reads_data=True) -> None:
         ImportError: torch is missing.
         ValueError: torch.optim lacks the optimizer, or the twin cannot make the batches.
     """
-    importlib.import_module("jaxtrain.crosscheck.twin")  # says what to install without torch
-    from jaxtrain.crosscheck.twin_train import check_optimizer
+    importlib.import_module("jaxtrain.crosscheck.torch_model")  # says what to install without torch
+    from jaxtrain.crosscheck.torch_train import check_optimizer
 
     check_optimizer(cfg.optim)
     if reads_data and (cfg.data.pack or cfg.data.document_mask):
@@ -102,10 +102,10 @@ def check_twin(cfg, reads_data=True) -> None:
 
 def report(comparison, png) -> int:
     """Prints a comparison and draws its curves; the exit status."""
-    say(verdict.table(comparison))
-    write_atomic(png, picture.draw(comparison))
+    say(explanation.table(comparison))
+    write_atomic(png, loss_plot.draw(comparison))
     say(f"loss curves: {png}")
-    say(verdict.explain(comparison))
+    say(explanation.explain(comparison))
     return 1 if comparison.divergence else 0
 
 
@@ -113,7 +113,7 @@ def run(config, steps, precision) -> int:
     """Records both sides of a config and compares them; the exit status."""
     cfg = resolve(config, steps, precision)
     check_twin(cfg)
-    folder, start = Path(cfg.workdir), ours.start(cfg)
+    folder, start = Path(cfg.workdir), jax_train.start(cfg)
     say(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
     say(f"data       {start.corpus.describe()}")
     for route in start.run.routes.values():
@@ -135,7 +135,7 @@ def run(config, steps, precision) -> int:
 
 def report_narrow(truth, first, second) -> int:
     errors = judge.compare_narrow(*map(read_trace, (truth, first, second)))
-    text, passed = verdict.narrow_table(errors)
+    text, passed = explanation.narrow_table(errors)
     say(text)
     return 0 if passed else 1
 
@@ -152,7 +152,7 @@ def llmc(weights, state, workdir) -> int:
     paths = {"weights": str(weights), "workdir": str(folder)}
     config = config_lib.to_config_dict(config_lib.TrainConfig(model=model, data=data, **paths))
     cfg = resolve(config, 1, "float32")
-    record_side("jaxtrain", ours.start(cfg, False), folder / "jaxtrain.jsonl", theirs, "hf")
+    record_side("jaxtrain", jax_train.start(cfg, False), folder / "jaxtrain.jsonl", theirs, "hf")
     return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
 
 
@@ -176,7 +176,7 @@ def main(verb, paths) -> int:
         if FLAGS.side == "pytorch":
             check_twin(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
-        start = ours.start(cfg, read_data=batches is None)
+        start = jax_train.start(cfg, read_data=batches is None)
         record_side(FLAGS.side, start, out, batches, FLAGS.names, FLAGS.keep_batches)
         return 0
     raise ValueError(

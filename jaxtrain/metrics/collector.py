@@ -7,17 +7,17 @@ import jax
 from absl import logging
 
 from jaxtrain.file_errors import keep_first_error
-from jaxtrain.metrics.mfu import StepWork, memory_figures
-from jaxtrain.metrics.network import INTERFACE, Wire
+from jaxtrain.metrics.mfu import StepWork, memory_metrics
+from jaxtrain.metrics.network import INTERFACE, NetworkCounters
 from jaxtrain.metrics.step_log import StepLog, read_step_times
-from jaxtrain.metrics.step_timer import OF_STEPS, OVERLAPPED, StepClock, step_figures
+from jaxtrain.metrics.step_timer import OF_STEPS, OVERLAPPED, StepTimer, step_time_metrics
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, s
 MOST_READ_S = 100e-6  # that a look at the wire may take after every step
 FLUSH_S = 1.0  # lines of steps wait so long for company
 
 
-class Measure:
+class Collector:
     """Clock, step log, utilisation, memory and wire of one process, as a context manager.
 
     Args:
@@ -27,8 +27,8 @@ class Measure:
         is_saving: () -> whether a checkpoint is being written in the background.
     """
 
-    def __init__(self, work: StepWork, chip, log: StepLog, wire: Wire | None, is_saving):
-        self.clock = StepClock(work.tokens, work.devices)
+    def __init__(self, work: StepWork, chip, log: StepLog, wire: NetworkCounters | None, is_saving):
+        self.timer = StepTimer(work.tokens, work.devices)
         self.work, self.chip, self.log, self.wire = work, chip, log, wire
         self._is_saving, self._compiled_s = is_saving, 0.0
         self._just_ended = {"start": None}  # pauses since the last tick, in order
@@ -51,24 +51,24 @@ class Measure:
             self._compiled_s += duration_s
 
     def start(self, before_s: dict) -> None:
-        """As StepClock.start()."""
+        """As StepTimer.start()."""
         self._compiled_s = 0.0
-        self.clock.start(before_s)
+        self.timer.start(before_s)
         if self._meter:
             self._meter.skip()
 
     @contextmanager
     def pause(self, cause: str):
-        """As StepClock.pause(); what the wire carries meanwhile is no step's."""
+        """As StepTimer.pause(); what the wire carries meanwhile is no step's."""
         if cause in OVERLAPPED:
-            with self.clock.pause(cause):
+            with self.timer.pause(cause):
                 yield
             return
         if self._meter:
             self._meter.read()
         if cause == "save":
             self.log.flush()  # a run that goes on from this save finds its steps before it
-        with self.clock.pause(cause):
+        with self.timer.pause(cause):
             yield
         self._compiled_s = 0.0
         self._just_ended[cause] = None
@@ -77,8 +77,8 @@ class Measure:
 
     def tick(self, step: int, skipped: bool) -> None:
         """A step's results have arrived."""
-        wait_s = self.clock.waited_s
-        step_time_s = self.clock.tick(skipped)
+        wait_s = self.timer.waited_s
+        step_time_s = self.timer.tick(skipped)
         wire = self._meter.tick(self._each_step) if self._meter else None
         beside = [*self._just_ended]
         if "save" not in beside and self._is_saving():
@@ -93,7 +93,7 @@ class Measure:
             self._meter.read()
         self.log.flush(FLUSH_S)
         wire = self._meter.window() if self._meter else None
-        return self._with_rates(self.clock.summary(), wire)
+        return self._with_rates(self.timer.summary(), wire)
 
     def total(self) -> dict:
         """Figures of the run, `lost_s` {cause: s} and `outliers` {cause: steps}.
@@ -103,8 +103,8 @@ class Measure:
         """
         self.log.flush()
         wire = self._meter.total() if self._meter else None
-        figures = self._with_rates(self._of_all_steps(self.clock.total()), wire)
-        lost_s = self.clock.lost_s(figures["perf/wall_s"])
+        figures = self._with_rates(self._of_all_steps(self.timer.total()), wire)
+        lost_s = self.timer.lost_s(figures["perf/wall_s"])
         return figures | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
 
     def _of_all_steps(self, figures) -> dict[str, float]:
@@ -115,15 +115,15 @@ class Measure:
             logging.warning("step times are of this start alone: %s", error)
             return figures
         if times_s:
-            return figures | step_figures(times_s, self.work.tokens, self.work.devices)
+            return figures | step_time_metrics(times_s, self.work.tokens, self.work.devices)
         return {name: value for name, value in figures.items() if name not in OF_STEPS}
 
     def _with_rates(self, figures, wire) -> dict:
         if "perf/tokens_per_s" not in figures:
             return figures
         step_time_s = self.work.tokens / figures["perf/tokens_per_s"]  # the mean
-        figures = figures | self.work.utilisation(self.chip, step_time_s) | memory_figures()
-        figures |= self.work.collective_figures()
+        figures = figures | self.work.utilisation(self.chip, step_time_s) | memory_metrics()
+        figures |= self.work.collective_metrics()
         return figures | self._wire_figures(wire, step_time_s) if wire else figures
 
     def _wire_figures(self, wire, step_time_s) -> dict[str, float]:
@@ -152,7 +152,7 @@ class Measure:
 class _Meter:
     """Bytes that went over the wire in steps, and not in pauses between them."""
 
-    def __init__(self, wire: Wire):
+    def __init__(self, wire: NetworkCounters):
         self._wire = wire
         self._at = wire.read()
         self._step = [0, 0]
@@ -194,7 +194,7 @@ def _mean(span):
     return (sent / steps, received / steps) if steps else None
 
 
-def open_wire(hosts: list[str]) -> Wire | None:
+def open_network_counters(hosts: list[str]) -> NetworkCounters | None:
     """The counters of the training network; None where all processes are on one host.
 
     Raises:
@@ -203,4 +203,4 @@ def open_wire(hosts: list[str]) -> Wire | None:
     interface = os.environ.get(INTERFACE, "")
     if not interface and len(set(hosts)) == 1:
         return None
-    return Wire(interface)
+    return NetworkCounters(interface)

@@ -86,7 +86,7 @@ class StepWork(NamedTuple):
             "host_sent_bytes": self.sent_bytes,
         }
 
-    def collective_figures(self) -> dict[str, int]:
+    def collective_metrics(self) -> dict[str, int]:
         """{"comm/all_reduce_bytes": payload of a device and step, ...}"""
         figures = {}
         for (kind, _, _), row in self.by_kind().items():
@@ -174,7 +174,7 @@ def chip_dict(chip: Chip | None) -> dict | None:
     }
 
 
-def conventions(work: StepWork, chip: Chip | None, device) -> list[str]:
+def describe_utilisation(work: StepWork, chip: Chip | None, device) -> list[str]:
     """What MFU and MBU mean here, or why there is none: lines for the start of a run."""
     lines = []
     if chip is None:
@@ -198,7 +198,7 @@ def conventions(work: StepWork, chip: Chip | None, device) -> list[str]:
     return lines
 
 
-def memory_figures() -> dict[str, int]:
+def memory_metrics() -> dict[str, int]:
     """Bytes that the allocators of this process's devices hold and have held, the fullest's; {}
     where the backend does not say."""
     stats = [device.memory_stats() for device in jax.local_devices()]

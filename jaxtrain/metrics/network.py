@@ -17,7 +17,7 @@ WORD_BYTES = 4  # InfiniBand counts words of 4 bytes
 READS = 5  # that say what one takes
 
 
-class Wire:
+class NetworkCounters:
     """The counters of one interface, or of all but loopback, and of every InfiniBand port.
 
     Args:

@@ -29,7 +29,7 @@ class _Span:
     lost_s: Counter = field(default_factory=Counter)  # cause -> seconds inside of steps
 
 
-class StepClock:
+class StepTimer:
     """Measures steps from arrival to arrival of their results, on the host alone.
 
     Args:
@@ -192,7 +192,7 @@ class StepClock:
             return figures
         tokens, all_s = times_s.size * self.tokens_per_step, now_s - span.started_s
         return (
-            step_figures(times_s, self.tokens_per_step, self.devices)
+            step_time_metrics(times_s, self.tokens_per_step, self.devices)
             | {
                 "perf/tokens_per_s_actual": tokens / all_s,
                 "perf/goodput": self._good_s(span) / all_s,
@@ -202,7 +202,7 @@ class StepClock:
         )
 
 
-def step_figures(times_s, tokens_per_step: int, devices: int) -> dict[str, float]:
+def step_time_metrics(times_s, tokens_per_step: int, devices: int) -> dict[str, float]:
     """Returns the percentiles of step times and the tokens that their sum gives a second.
 
     Args:

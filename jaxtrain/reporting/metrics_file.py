@@ -14,7 +14,7 @@ from jaxtrain.metrics.jsonl import FILE, rewind_metrics
 from jaxtrain.reporting.tensorboard import EventFile
 
 
-class ScalarLog:
+class MetricsFile:
     """Appends metrics to workdir/metrics.jsonl and to a TensorBoard event file.
 
     A line has reached the system when write() returns: a kill of the process loses none.

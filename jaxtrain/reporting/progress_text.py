@@ -14,9 +14,9 @@ def step_text(metrics: dict, eta_s: float | None, columns: int | None = None) ->
         columns: that the text may take; it is shortened where it would be cut. None is any number.
     """
     tokens_per_s, step_s = metrics.get("perf/tokens_per_s"), metrics.get("perf/step_time_s")
-    speed = "-" if tokens_per_s is None else grouped(tokens_per_s)
+    speed = "-" if tokens_per_s is None else format_grouped(tokens_per_s)
     step_ms = "-" if step_s is None else milliseconds(step_s)
-    eta = "-" if eta_s is None else duration(eta_s)
+    eta = "-" if eta_s is None else format_duration(eta_s)
     loss = f"loss {metrics[LOSS]:6.3f}"
     texts = [
         f"{loss}  {speed:>9} tok/s  {step_ms:>6} ms/step  eta {eta}",
@@ -45,13 +45,13 @@ def closing_lines(summary: dict) -> list[str]:
     if "perf/step_time_s" in summary:
         names = {"p50": "_s", "p95": "_p95_s", "p99": "_p99_s"}
         times = {q: summary.get(f"perf/step_time{name}") for q, name in names.items()}
-        shown = "  ".join(f"{q} {span(s)}" for q, s in times.items() if s)
-        lines.append(f"steps {shown}  {grouped(summary['perf/tokens_per_s'])} tok/s")
+        shown = "  ".join(f"{q} {format_seconds(s)}" for q, s in times.items() if s)
+        lines.append(f"steps {shown}  {format_grouped(summary['perf/tokens_per_s'])} tok/s")
     if "perf/wall_s" in summary:
         share = summary.get("perf/goodput")
         share = f", {share:.0%} of it in steps" if share is not None else ""
-        tokens = grouped(summary["perf/tokens"])
-        lines.append(f"time  {duration(summary['perf/wall_s'])} for {tokens} tokens{share}")
+        tokens = format_grouped(summary["perf/tokens"])
+        lines.append(f"time  {format_duration(summary['perf/wall_s'])} for {tokens} tokens{share}")
     if "lost_s" in summary:
         most = sorted(summary["lost_s"].items(), key=lambda item: -item[1])
         lost = "  ".join(f"{cause} {seconds:.1f} s" for cause, seconds in most if seconds >= 0.05)
@@ -59,24 +59,24 @@ def closing_lines(summary: dict) -> list[str]:
     return lines
 
 
-def grouped(number: float) -> str:
+def format_grouped(number: float) -> str:
     """`6 842`: thousands apart; `0.13` below 10."""
     return f"{number:.2g}" if number < 9.5 else f"{number:,.0f}".replace(",", " ")
 
 
 def milliseconds(seconds: float) -> str:
     """`0.8`, `299`, `12 345`: ms, with a decimal below 10."""
-    return f"{seconds * 1e3:.1f}" if seconds < 9.95e-3 else grouped(seconds * 1e3)
+    return f"{seconds * 1e3:.1f}" if seconds < 9.95e-3 else format_grouped(seconds * 1e3)
 
 
-def span(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """`8.67 ms`, `720 ms`, `3.41 s`: three digits, as launch.summary shows the same figure."""
     value, unit = (1e3 * seconds, "ms") if seconds < 0.9995 else (seconds, "s")
     decimals = max(0, 2 - math.floor(math.log10(value) + 1e-9)) if value > 0 else 0
     return f"{value:.{decimals}f} {unit}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`0:54`, `1:02:03`, `2d 01:02:03`."""
     minutes, s = divmod(round(max(seconds, 0)), 60)
     hours, m = divmod(minutes, 60)

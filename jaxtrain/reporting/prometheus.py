@@ -13,7 +13,7 @@ from jaxtrain.metrics.names import measured_names, prometheus_name
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Exporter:
+class PrometheusExporter:
     """Serves GET /metrics in a thread of its own, until close().
 
     Args:

@@ -16,15 +16,15 @@ from jaxtrain.file_errors import keep_first_error
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import loss_curve
-from jaxtrain.reporting.metrics_file import ScalarLog
+from jaxtrain.reporting.metrics_file import MetricsFile
 from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, closing_lines, eval_text, step_text
-from jaxtrain.reporting.prometheus import Exporter
+from jaxtrain.reporting.prometheus import PrometheusExporter
 
 NAME_WIDTH = 8  # of the header's first column: "FALLBACK"
 BAR_COLUMNS = 4  # that are left to the bar itself
 
 
-class Report:
+class RunLogger:
     """Everything that a run writes but checkpoints, and everything that it prints but logs.
 
     A context manager: however the loop ends, files are closed, the bar is closed and the curve of
@@ -63,8 +63,8 @@ class Report:
     def _open(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         if self._export and self._export.port:
-            self._exporter = Exporter(self._export.address, self._export.port)
-        self._scalars = ScalarLog(self.workdir, self.resume_step)
+            self._exporter = PrometheusExporter(self._export.address, self._export.port)
+        self._scalars = MetricsFile(self.workdir, self.resume_step)
         self.removed_s = self._scalars.removed_s
         for record in read_metrics(self.workdir / FILE):
             self._remember(record["step"], record)
@@ -94,7 +94,7 @@ class Report:
     def curve_path(self) -> Path:
         return self.workdir / "loss_curve.png"
 
-    def header(self, lines) -> None:
+    def print_header(self, lines) -> None:
         """Prints what the run will do: lines of text, or (name, value) pairs in two columns."""
         lines = list(lines)
         names = [line[0] for line in lines if not isinstance(line, str)]
@@ -141,7 +141,7 @@ class Report:
         """Writes summary.json and the loss curve, and prints the closing lines.
 
         summary.json holds `step`, `steps`, the newest training and evaluation metrics, and
-        `summary`: Measure.total(), versions, whatever else there is to say.
+        `summary`: Collector.total(), versions, whatever else there is to say.
         """
         if not self.active:
             return

@@ -25,7 +25,7 @@ class Tracer:
         self._end = min(self._begin + steps, last + 1)
         self.is_on = False
 
-    def turns_at(self, step: int) -> bool:
+    def switches_before(self, step: int) -> bool:
         """Whether it is to be switched, on or off, before this step."""
         return self._begin < self._end and step == (self._end if self.is_on else self._begin)
 
@@ -39,11 +39,11 @@ class Tracer:
             jax.profiler.start_trace(self.folder, profiler_options=options)
         self.is_on = not self.is_on
 
-    def step(self, step: int):
+    def annotate_step(self, step: int):
         """A context: what the host does to start a step and to wait for the one before."""
         return jax.profiler.StepTraceAnnotation(f"{MARK}step", step_num=step) if self.is_on else _NO
 
-    def part(self, name: str):
+    def annotate(self, name: str):
         """A context: a named part of it."""
         return jax.profiler.TraceAnnotation(f"{MARK}{name}") if self.is_on else _NO
 

@@ -13,7 +13,7 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
-from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, duration
+from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, format_duration
 from jaxtrain.study.plan import Trial
 from jaxtrain.train import train
 from jaxtrain.training.loop import Diverged
@@ -169,6 +169,6 @@ class Progress:
         self._show(
             f"run {number:>{len(str(self._runs))}} of {self._runs}  {trial.condition}  "
             f"{trial.contender}  {trial.setting}  seed {trial.seed}  {outcome}  "
-            f"{self._trained[-1]:.1f} s  eta {duration(eta_s)}"
+            f"{self._trained[-1]:.1f} s  eta {format_duration(eta_s)}"
         )
         return result

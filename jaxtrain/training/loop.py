@@ -11,7 +11,7 @@ from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
-from jaxtrain.reporting.progress_text import duration, span
+from jaxtrain.reporting.progress_text import format_duration, format_seconds
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
     build_byte_counter,
@@ -39,7 +39,7 @@ class Loop:
         diagnosis: likewise, of what `diagnose` gives; None where the run asks for none.
         batches: training batches, at the state's step.
         held_out: corpus to evaluate on.
-        measure: Measure of this process, started.
+        measure: Collector of this process, started.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Loop:
         if stop.signal:
             return stop.signal
         for step in range(self.first + 1, cfg.steps + 1):
-            if self.tracer.turns_at(step):
+            if self.tracer.switches_before(step):
                 self._switch_trace()
-            with self.tracer.step(step):
+            with self.tracer.annotate_step(step):
                 batch = self._advance(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
@@ -111,13 +111,13 @@ class Loop:
     def _advance(self, step):
         """Starts a step, then waits for the one before it; returns the step's batch."""
         beat("train", step)
-        with self.measure.pause("data"), self.tracer.part("data"):
+        with self.measure.pause("data"), self.tracer.annotate("data"):
             batch = next(self.batches)
         if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
-            self.measure.clock.starved(throughout=self._in_flight is None)
+            self.measure.timer.starved(throughout=self._in_flight is None)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
-        with jax.transfer_guard("disallow"), self.tracer.part("dispatch"):
+        with jax.transfer_guard("disallow"), self.tracer.annotate("dispatch"):
             # A hidden copy would stall every step.
             self.state, scalars = self.step(self.state, batch, self.rates)
         beat("train", step)  # another one: who is stuck in its data has not made it
@@ -130,7 +130,7 @@ class Loop:
         self._arrive()
         beat("compile")
         with self.measure.pause("phases"):
-            whole_s = self.measure.clock.usual_s()
+            whole_s = self.measure.timer.usual_s()
             figures = measure_phases(self.run, self.state, batch, self.rates, whole_s)
         self.report.write(step, figures)
         for line in show_phases(figures):
@@ -139,7 +139,7 @@ class Loop:
     def _diagnose(self, step, batch):
         """Logs what the optimizer is about to do; its time is no step's."""
         self._arrive()
-        with self.measure.pause("diagnosis"), self.tracer.part("pause"):
+        with self.measure.pause("diagnosis"), self.tracer.annotate("pause"):
             metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
         self.report.write(step, {name: float(x) for name, x in metrics.items()})
 
@@ -149,7 +149,7 @@ class Loop:
             return
         (step, scalars), self._in_flight = self._in_flight, None
         self._scalars = scalars
-        with self.tracer.part("wait"):
+        with self.tracer.annotate("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
         self.measure.tick(step, skipped=bad_steps > 0)
         self._tell_time(step)
@@ -169,13 +169,14 @@ class Loop:
     def _tell_time(self, step):
         """Prints once, from the first timed steps, how long all of them will take."""
         made = step - self.first
-        if self._told_time or made < 3 or made < 6 and self.measure.clock.steps_s < 10:
+        if self._told_time or made < 3 or made < 6 and self.measure.timer.steps_s < 10:
             return
-        self._told_time, step_s = True, self.measure.clock.usual_s()
+        self._told_time, step_s = True, self.measure.timer.usual_s()
         left, left_s = self.cfg.steps - step, step_s * (self.cfg.steps - step)
         if left_s >= 10:
-            text = f"about {duration(left_s)} for {left:,} more steps of {span(step_s)}"
-            self.report.header([("time", f"{text}, without evaluations and saves")])
+            text = f"about {format_duration(left_s)} for {left:,} more steps"
+            text += f" of {format_seconds(step_s)}"
+            self.report.print_header([("time", f"{text}, without evaluations and saves")])
 
     def evaluate(self, step) -> dict | None:
         """Logs the held-out loss of the current weights as this step's; None where a signal came.
@@ -186,7 +187,7 @@ class Loop:
         self._arrive()
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
-        with self.measure.pause("eval"), self.tracer.part("pause"):
+        with self.measure.pause("eval"), self.tracer.annotate("pause"):
             batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
             counter, most = self._count_bytes, self._eval_tokens()
             asked = self.stop.agreed_signal
@@ -221,7 +222,7 @@ class Loop:
                 f"checkpoint is step {self.saved_step}"
             )
             return
-        with self.measure.pause("save"), self.tracer.part("pause"):
+        with self.measure.pause("save"), self.tracer.annotate("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step

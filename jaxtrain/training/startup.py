@@ -10,7 +10,7 @@ import jax
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import uses_compile_cache
-from jaxtrain.metrics.mfu import chip_dict, conventions, find_device_chip, memory_figures
+from jaxtrain.metrics.mfu import chip_dict, describe_utilisation, find_device_chip, memory_metrics
 from jaxtrain.ops import tuning
 from jaxtrain.ops.routes import chip_name, describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
@@ -18,7 +18,7 @@ from jaxtrain.optim.sharded_muon import load_imbalance
 
 
 def header(run, corpus, checkpoints, restored, dtype_reason=""):
-    """Yields what the run will do, as (name, value) pairs for Report.header.
+    """Yields what the run will do, as (name, value) pairs for RunLogger.print_header.
 
     Args:
         restored: the checkpoint's step and meta; None at step 0.
@@ -103,7 +103,7 @@ def _tuning(run) -> list[str]:
 
 
 def measured(run, work, measure):
-    """Yields what is measured and by what, as (name, value) pairs for Report.header."""
+    """Yields what is measured and by what, as (name, value) pairs for RunLogger.print_header."""
     if work.problem:
         yield "warning", f"bytes and collectives of the compiled step are unknown: {work.problem}"
     if run.cfg.export.port:
@@ -120,8 +120,8 @@ def measured(run, work, measure):
 def measures(run, work, measure) -> list[str]:
     """Returns what the run's figures mean, in words."""
     device = run.mesh.devices.flat[0]
-    found = conventions(work, measure.chip, device)
-    if not memory_figures():
+    found = describe_utilisation(work, measure.chip, device)
+    if not memory_metrics():
         found.append(f"no memory in use: {device.platform}'s allocator does not count it")
     if jax.process_count() > 1:
         found.append(measure.describe())
@@ -142,7 +142,7 @@ def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
     Args:
         hosts: name of each process's host; None is this one alone.
         work: StepWork of the compiled step; None before there is one.
-        measure: Measure of this process; likewise.
+        measure: Collector of this process; likewise.
     """
     device = run.mesh.devices.flat[0]
     groups = group_table(run.cfg.optim, run.model.axes, run.model.shapes)

@@ -13,7 +13,7 @@ from jaxtrain.distributed.mesh import build_mesh
 pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
 )
-from jaxtrain.crosscheck.twin_data import read_shard, shard_batches, shuffled  # noqa: E402
+from jaxtrain.crosscheck.torch_data import read_shard, shard_batches, shuffled  # noqa: E402
 
 
 def write_shards(folder, dtype):

@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxtrain.benchmarks.gpu import CHILD, ENV, need_gpu
-from jaxtrain.benchmarks.job import Job, run_child
+from jaxtrain.benchmarks.child import BenchJob, run_child
+from jaxtrain.benchmarks.gpu_training import CHILD, ENV, need_gpu
 
 SIZE, STEPS, BATCH, ROWS, SEEDS = "gpt_124m", 300, 64, 16, (0, 1, 2)
 TINY = dict(tiny=True, optimizer="adamw", steps=20, batch=4, rows=2, seeds=(0, 1))
@@ -56,7 +56,7 @@ def run(args):
         given = dict(data=data_of(args), folder=folder)
         found, shards = {}, ()
         for variant, module in CHILD.items():
-            job = Job("losses", SIZE, **(TINY if args.tiny else plain), **given, shards=shards)
+            job = BenchJob("losses", SIZE, **(TINY if args.tiny else plain), **given, shards=shards)
             left_s = max(until - time.monotonic(), 1.0)
             child = run_child(module, job, Path(folder), left_s, ENV)
             if "losses" not in child:

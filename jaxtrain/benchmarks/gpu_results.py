@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.benchmarks.timing import verdict
 
 IN_TORCH = ("muon", "adamw")  # torch.optim has no accelerated_lmo: it is held against its Muon
 # Targets on an H100 or H200: causal MFU of ours with Muon, and against compiled PyTorch.

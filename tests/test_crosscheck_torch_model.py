@@ -14,7 +14,7 @@ from jaxtrain.training.step import build_gradient
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
 )
-from jaxtrain.crosscheck import twin, twin_train  # noqa: E402
+from jaxtrain.crosscheck import torch_model, torch_train  # noqa: E402
 
 SMALL = dict(L=2, D=32, H=4, K=8, F=48, V=64, dtype="float32")
 ROLLED = SMALL | dict(unroll=1, attention="reference")  # compiles in half the time
@@ -90,14 +90,14 @@ def distances(got, want):
 def test_logits_loss_and_gradients_equal_the_twins(form):
     run = build(form)
     params, (tokens, their_tokens) = weights_of(run), tokens_of(0)
-    theirs = twin.build_twin(run.cfg.model, params)
+    theirs = torch_model.build_torch_model(run.cfg.model, params)
     nats = theirs.loss(their_tokens)
     nats.backward()
     logits, our_nats, grads = our_gradient(form)(params, tokens)
     their_logits = theirs(their_tokens[:, :-1]).detach().numpy()
     assert distances([logits], [their_logits])["[0]"] < 1e-5
     assert float(our_nats) == pytest.approx(float(nats.detach()), rel=1e-5)
-    off = distances(grads, twin.read_params(theirs, grads, grads=True))
+    off = distances(grads, torch_model.read_params(theirs, grads, grads=True))
     off.pop(KEY_BIAS, None)
     assert max(off.values()) < 1e-5, off
 
@@ -108,7 +108,7 @@ def test_logits_of_twelve_layers_are_within_5e_5(form):
     run = build_run(TrainConfig(model=cfg, data=DataConfig(batch=B, seq_len=T)), jax.devices()[:1])
     params, (tokens, their_tokens) = run.model.init(jax.random.key(0)), tokens_of(0)
     ours = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens[:, :-1])))(params)
-    theirs = twin.build_twin(cfg, params)(their_tokens[:, :-1]).detach().numpy()
+    theirs = torch_model.build_torch_model(cfg, params)(their_tokens[:, :-1]).detach().numpy()
     assert np.abs(np.asarray(ours) - theirs).max() < 5e-5
     assert np.abs(theirs).max() > 0.1
 
@@ -117,8 +117,8 @@ def moves_of_both(form, steps=5, **optim):
     """How far our weights and the twin's have moved after the same batches."""
     run = build(form, **optim)
     start = weights_of(run)
-    model = twin.build_twin(run.cfg.model, start)
-    step = twin_train.build_step(run.cfg, model)
+    model = torch_model.build_torch_model(run.cfg.model, start)
+    step = torch_train.build_step(run.cfg, model)
 
     @jax.jit
     def update(grads, opt_state, params):
@@ -132,7 +132,7 @@ def moves_of_both(form, steps=5, **optim):
         step(their_tokens)
     move = lambda x, y: np.asarray(x, np.float64) - y
     return jax.tree.map(move, params, start), jax.tree.map(
-        move, twin.read_params(model, start), start
+        move, torch_model.read_params(model, start), start
     )
 
 
@@ -153,26 +153,28 @@ def test_five_steps_of_muon_move_the_weights_as_torchs_does(narrow):
 def test_weights_go_into_the_twin_and_back_unchanged():
     run = build("gpt2")
     params = weights_of(run)
-    back = twin.read_params(twin.build_twin(run.cfg.model, params), params)
+    back = torch_model.read_params(torch_model.build_torch_model(run.cfg.model, params), params)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 
 
 def test_weights_of_another_model_are_refused():
     with pytest.raises(ValueError, match="must hold the twin's .* weights; got"):
-        twin.build_twin(ModelConfig(**FORMS["gpt2"]), weights_of(build("llama")))
+        torch_model.build_torch_model(ModelConfig(**FORMS["gpt2"]), weights_of(build("llama")))
 
 
 def test_bf16_of_the_twin_is_near_its_float32_and_masters_stay_float32():
     params, (_, tokens) = weights_of(build("llama")), tokens_of(0)
-    wide = twin.build_twin(ModelConfig(**FORMS["llama"]), params)
-    half = twin.build_twin(ModelConfig(**FORMS["llama"] | dict(dtype="bfloat16")), params)
+    wide = torch_model.build_torch_model(ModelConfig(**FORMS["llama"]), params)
+    half = torch_model.build_torch_model(
+        ModelConfig(**FORMS["llama"] | dict(dtype="bfloat16")), params
+    )
     off = distances([half(tokens).detach().numpy()], [wide(tokens).detach().numpy()])
     assert 1e-4 < off["[0]"] < 3e-2
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
 def test_without_torch_the_import_says_what_to_install():
-    code = "import sys; sys.modules['torch'] = None; import jaxtrain.crosscheck.twin"
+    code = "import sys; sys.modules['torch'] = None; import jaxtrain.crosscheck.torch_model"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
     assert "ImportError: the PyTorch twin needs torch" in run.stderr

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jaxtrain.benchmarks.job import WARM_UP, child_main, config_of, measure_steps, spread
-from jaxtrain.crosscheck.twin import build_twin
-from jaxtrain.crosscheck.twin_data import shard_batches
-from jaxtrain.crosscheck.twin_train import build_update, scale_at
+from jaxtrain.benchmarks.child import WARM_UP, child_main, config_of, measure_steps, spread
+from jaxtrain.crosscheck.torch_data import shard_batches
+from jaxtrain.crosscheck.torch_model import build_torch_model
+from jaxtrain.crosscheck.torch_train import build_update, scale_at
 
 STD = 0.02  # of the first weights, where only the time counts
 OOM_WORDS = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS raises no error of torch's
@@ -46,7 +46,7 @@ def between_s(start, end) -> float:
     return end - start if device().type == "cpu" else start.elapsed_time(end) / 1e3
 
 
-class Theirs:
+class TorchStep:
     """The twin's step: micro-batches of compiled forward and backward, clipping, fused optimizers.
 
     On a CPU (a trial) it stays eager: there torch.compile's C++ takes minutes.
@@ -54,7 +54,7 @@ class Theirs:
 
     def __init__(self, cfg, params=None):
         torch.set_float32_matmul_precision("high")
-        self.model = build_twin(cfg.model, params)
+        self.model = build_torch_model(cfg.model, params)
         if params is None:
             for p in self.model.parameters():
                 if p.ndim > 1:
@@ -101,7 +101,7 @@ def train(job) -> dict:
     """Times and memory of the twin's step; see job.measure_steps."""
     need_cuda(job)
     cfg = config_of(job)
-    theirs = Theirs(cfg)
+    theirs = TorchStep(cfg)
     found = measure_steps(job, cfg, theirs.launch, wait)
     found["compile_s"] = None  # torch compiles within the first step, which first_step_s holds
     found["peak_bytes"] = torch.cuda.max_memory_allocated() if device().type == "cuda" else None
@@ -128,7 +128,7 @@ def losses(job) -> dict:
     found = {}
     for seed in job.seeds:
         cfg = config_of(job)
-        theirs = Theirs(cfg, nested(np.load(Path(job.folder) / f"weights_{seed}.npz")))
+        theirs = TorchStep(cfg, nested(np.load(Path(job.folder) / f"weights_{seed}.npz")))
         batches = shard_batches(job.shards, cfg.data.batch, cfg.data.seq_len, seed)
         nats = []
         for count, batch in enumerate(islice(batches, job.steps)):

@@ -14,12 +14,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.benchmarks.timing import verdict
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import batch_sharding
-from jaxtrain.metrics.collector import Measure
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
-from jaxtrain.metrics.network import Wire
+from jaxtrain.metrics.network import NetworkCounters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.reporting.table import format_table
 from jaxtrain.training.run import build_run, compile_step
@@ -56,7 +56,8 @@ def cost_s(work, chip, steps=STEPS) -> tuple[float, float]:
     """(CPU, wall) seconds that measuring a step costs this thread."""
     with tempfile.TemporaryDirectory() as folder:
         log = StepLog(Path(folder), 0)
-        with Measure(work, chip, log, Wire(INTERFACE), is_saving=lambda: False) as measure:
+        counters = NetworkCounters(INTERFACE)
+        with Collector(work, chip, log, counters, is_saving=lambda: False) as measure:
             measure.start({})
             cpu_s, wall_s = time.thread_time(), time.perf_counter()
             for step in range(1, steps + 1):

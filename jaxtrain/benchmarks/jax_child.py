@@ -9,7 +9,7 @@ import jaxlib
 import numpy as np
 import optax
 
-from jaxtrain.benchmarks.job import (
+from jaxtrain.benchmarks.child import (
     child_main,
     config_of,
     measure_steps,
@@ -88,7 +88,7 @@ def optimizer_times(run, state) -> dict:
     return spread("optimizer", times_s[FIRST:]) | {"optimizer_host_s": host_s}
 
 
-class Ours:
+class JaxStep:
     """The compiled step and its state, launched without a wait."""
 
     def __init__(self, run, step):
@@ -112,7 +112,7 @@ def train(job) -> dict:
     planned = planned_bytes(step.compiled)
     if job.usable_bytes and planned > job.usable_bytes:
         return {"oom": f"the compiled step wants {planned} bytes of {job.usable_bytes}"}
-    ours = Ours(run, step)
+    ours = JaxStep(run, step)
     found = measure_steps(job, cfg, ours.launch, float)
     found |= {"compile_s": step.compile_s, "planned_bytes": planned}
     found["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")

@@ -19,13 +19,13 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 from torch.nn import functional as F  # noqa: E402
 
 from jaxtrain.crosscheck import __main__ as command  # noqa: E402
-from jaxtrain.crosscheck import ours  # noqa: E402
-from jaxtrain.crosscheck.compare import compare, compare_narrow  # noqa: E402
+from jaxtrain.crosscheck import jax_train  # noqa: E402
+from jaxtrain.crosscheck.comparison import compare, compare_narrow  # noqa: E402
+from jaxtrain.crosscheck.explanation import explain, narrow_table  # noqa: E402
 from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
 from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
-from jaxtrain.crosscheck.verdict import explain, narrow_table  # noqa: E402
 from jaxtrain.interop.llmc import HEADER, layout  # noqa: E402
-from tests.crosscheck_runs import ours_of, small, theirs_of  # noqa: E402
+from tests.crosscheck_sides import ours_of, small, theirs_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_users_own_loop_on_transformers_gpt2_is_followed_to_the_first_fault(tm
     options = {"name": "adamw", "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
     options["weight_decay"] = 0.0
     cfg = small("gpt2", tmp_path, text, "float32", 4, adam_eps=1e-6, **options)
-    start = ours.start(cfg)
+    start = jax_train.start(cfg)
     model = gpt2_of(start, tmp_path / "hf")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0
@@ -134,7 +134,7 @@ def test_a_users_own_loop_on_transformers_gpt2_is_followed_to_the_first_fault(tm
             recorder.after_step()
             optimizer.zero_grad()
     theirs = read_trace(tmp_path / "theirs.jsonl")
-    ours.record(start, 4, tmp_path / "ours.jsonl", "hf", batches_of(theirs))
+    jax_train.record(start, 4, tmp_path / "ours.jsonl", "hf", batches_of(theirs))
     found = compare(read_trace(tmp_path / "ours.jsonl"), theirs)
     assert found.absent == []
     assert (found.divergence.stage, found.divergence.gap.step) == ("optimizer", 3), explain(found)
@@ -167,7 +167,7 @@ def test_an_llmc_debug_state_is_a_trace_of_one_step(tmp_path, text, capsys):
     config.model.update(F=4 * cfg.model.D, V=200)
     from jaxtrain.config.train_config import freeze
 
-    start = ours.start(freeze(config), read_data=False)
+    start = jax_train.start(freeze(config), read_data=False)
     axes = named_leaves(start.run.model.axes)
     model = gpt2_of(start, tmp_path / "hf")
     write_folder(tmp_path / "w.bin", start.run.cfg.model, axes, named_leaves(start.weights))

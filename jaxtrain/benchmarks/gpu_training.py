@@ -16,18 +16,18 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain.benchmarks.gpu_rows import IN_TORCH, Item, ratio_row, shares, targets
-from jaxtrain.benchmarks.job import Job, config_of, run_child
+from jaxtrain.benchmarks.child import BenchJob, config_of, run_child
+from jaxtrain.benchmarks.gpu_results import IN_TORCH, Item, ratio_row, shares, targets
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.ops import tuning
-from jaxtrain.planning.analytic import estimate
+from jaxtrain.planning.memory_formula import estimate
 from pallas_kernels.chip import CHIPS
 
 SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
 OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
 VARIANTS = ("jaxtrain", "pytorch")
-CHILD = {"jaxtrain": "on_jax", "pytorch": "on_torch"}
+CHILD = {"jaxtrain": "jax_child", "pytorch": "torch_child"}
 ENV = memory.environment()  # for the children that start no run
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
@@ -127,17 +127,17 @@ class Suite:
 
     def look(self) -> dict:
         """The row of the device and its ceilings."""
-        self.device = self.child("jaxtrain", Job("about", tiny=self.args.tiny))
+        self.device = self.child("jaxtrain", BenchJob("about", tiny=self.args.tiny))
         kinds = {chip.kind: chip for chip in CHIPS.values()}
         self.chip = kinds.get(self.device.get("device"))
         return {"suite": "gpu", "case": "ceilings", **self.device}
 
     def job(self, item) -> tuple:
-        """(Job, TrainConfig) of an item but for its micro-batch."""
+        """(BenchJob, TrainConfig) of an item but for its micro-batch."""
         args = self.args
         tried = [c for c in tuning.choices_for(self.name) if c.name == item.what]
         trace = f"{args.trace}/{item}".replace(" ", "_") if args.trace else ""
-        job = Job(
+        job = BenchJob(
             "train",
             item.size,
             item.optimizer,

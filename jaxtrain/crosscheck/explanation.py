@@ -1,6 +1,6 @@
 """A comparison in words: a table by step, where the two part, and how the gap grows."""
 
-from jaxtrain.crosscheck.compare import EPS, STAGES, growth
+from jaxtrain.crosscheck.comparison import EPS, STAGES, growth
 from jaxtrain.crosscheck.trace import QUANTITIES
 
 ROWS = 20  # steps shown, evenly spaced; the one where they part is always among them

@@ -4,7 +4,7 @@ import jax
 
 from configs import crosscheck_gpt2, crosscheck_llama
 from jaxtrain.config.train_config import freeze
-from jaxtrain.crosscheck import ours, twin_data, twin_train
+from jaxtrain.crosscheck import jax_train, torch_data, torch_train
 from jaxtrain.crosscheck.trace import batches_of, read_trace
 
 CONFIGS = {"gpt2": crosscheck_gpt2, "llama": crosscheck_llama}
@@ -24,8 +24,8 @@ def small(form, folder, text, precision="float64", steps=3, data=None, **optim):
 
 def ours_of(cfg, path, **options):
     """(Start, our trace)"""
-    start = ours.start(cfg)
-    ours.record(start, cfg.steps, path, **options)
+    start = jax_train.start(cfg)
+    jax_train.record(start, cfg.steps, path, **options)
     return start, read_trace(path)
 
 
@@ -34,8 +34,8 @@ def theirs_of(start, path, cfg=None, batches=None):
     cfg = cfg or start.run.cfg
     if batches is None:
         paths = [shard.path for shard in start.corpus.shards]
-        batches = twin_data.shard_batches(paths, cfg.data.batch, cfg.data.seq_len, cfg.seed)
+        batches = torch_data.shard_batches(paths, cfg.data.batch, cfg.data.seq_len, cfg.seed)
     else:
         batches = batches_of(batches)
-    twin_train.record(cfg, cfg.steps, path, start.weights, batches)
+    torch_train.record(cfg, cfg.steps, path, start.weights, batches)
     return read_trace(path)

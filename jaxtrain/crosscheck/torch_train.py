@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jaxtrain.crosscheck.recorder import Recorder
-from jaxtrain.crosscheck.twin import build_twin
+from jaxtrain.crosscheck.torch_model import build_torch_model
 
 TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 
@@ -165,7 +165,7 @@ def record(cfg, steps, path, params, batches) -> None:
     Raises:
         ValueError: torch.optim has no such optimizer, or batches end early.
     """
-    model, count = build_twin(cfg.model, params), 0
+    model, count = build_torch_model(cfg.model, params), 0
     options = {"precision": cfg.model.dtype, "keep_batches": False}
     with Recorder(path, model, **options) as recorder:
         step = build_step(cfg, model, recorder=recorder)

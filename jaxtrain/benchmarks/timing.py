@@ -9,7 +9,7 @@ from typing import NamedTuple
 SETTLE_S = 0.02  # between turns: the thread pool of the one before spins on for milliseconds
 
 
-class Sample(NamedTuple):
+class TimedCall(NamedTuple):
     wall_s: float
     cpu_s: float  # of this process, all threads
     others: float  # share of the machine that other processes used meanwhile; nan if unknown
@@ -24,13 +24,13 @@ def machine_busy_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(function, *args) -> Sample:
+def timed(function, *args) -> TimedCall:
     """One call; it must return when its work is done."""
     busy_s, wall_s, cpu_s = machine_busy_s(), time.perf_counter(), time.process_time()
     function(*args)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     others_s = machine_busy_s() - busy_s - cpu_s
-    return Sample(wall_s, cpu_s, max(others_s / (wall_s * (os.cpu_count() or 1)), 0.0))
+    return TimedCall(wall_s, cpu_s, max(others_s / (wall_s * (os.cpu_count() or 1)), 0.0))
 
 
 def warm_up(variants, most_s: float) -> dict[str, float]:
@@ -43,7 +43,7 @@ def warm_up(variants, most_s: float) -> dict[str, float]:
     return first_s
 
 
-def interleave(variants, rounds: int, most_s: float = float("inf")) -> dict[str, list[Sample]]:
+def interleave(variants, rounds: int, most_s: float = float("inf")) -> dict[str, list[TimedCall]]:
     """Samples of each variant, taken in turns A B C A B C, so that all meet the same machine.
 
     Args:
@@ -59,7 +59,7 @@ def interleave(variants, rounds: int, most_s: float = float("inf")) -> dict[str,
     return samples
 
 
-def summarise(samples: list[Sample]) -> dict[str, float]:
+def summarise(samples: list[TimedCall]) -> dict[str, float]:
     """Medians, and the fastest sample: what the machine can do when left alone."""
     walls_s, cpus_s, others = zip(*samples, strict=True)
     return {

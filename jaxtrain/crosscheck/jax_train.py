@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxtrain.crosscheck.names import build_naming
+from jaxtrain.crosscheck.tensor_names import build_naming
 from jaxtrain.crosscheck.trace import Writer, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches

@@ -101,7 +101,7 @@ class Block(nn.Module):
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))
 
 
-class Twin(nn.Module):
+class TorchTransformer(nn.Module):
     """tokens int64 [B,T] -> logits float32 [B,T,V]; `loss` is the mean nats of the next token."""
 
     def __init__(self, cfg):
@@ -169,9 +169,9 @@ class Twin(nn.Module):
         return nats + z_loss * logits_ND.logsumexp(-1).square().mean(), nats
 
 
-def build_twin(cfg, params=None) -> Twin:
-    """The Twin of a ModelConfig, with float64 masters for float64; params: see load_params."""
-    model = Twin(cfg)
+def build_torch_model(cfg, params=None) -> TorchTransformer:
+    """The PyTorch model of a ModelConfig, with float64 masters for float64."""
+    model = TorchTransformer(cfg)
     model = model.double() if cfg.dtype == "float64" else model
     if params is not None:
         load_params(model, params)
@@ -197,7 +197,7 @@ def _tensors(model, path):
 
 @torch.no_grad()
 def load_params(model, params) -> None:
-    """Copies our plain dict of arrays into a Twin.
+    """Copies our plain dict of arrays into a TorchTransformer.
 
     Raises:
         ValueError: the dict does not hold exactly the model's parameters.

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxtrain.benchmarks.measure import verdict
+from jaxtrain.benchmarks.timing import verdict
 from jaxtrain.reporting.table import format_table
 
 CONFIG = "configs/quickstart.py"

@@ -1,7 +1,7 @@
 """What a child of the GPU suites is told, and what both frameworks share: no JAX, no torch.
 
-A child is one process of one framework, so that neither holds the other's memory. It reads a Job
-as JSON and writes one result, a dict; it never waits for another child.
+A child is one process of one framework, so that neither holds the memory of the other. It reads a
+BenchJob as JSON and writes one result, a dict; it never waits for another child.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ CLOCKS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One child's work; which fields it reads depends on its kind."""
 
     kind: str  # a key of the child's KINDS
@@ -54,7 +54,7 @@ class Job:
     folder: str = ""  # that children of one suite share
 
 
-def config_of(job: Job):
+def config_of(job: BenchJob):
     """The TrainConfig of a job: a shipped config, or with tiny its form at TINY's sizes."""
     config = importlib.import_module(f"configs.{job.size}").get_config()
     if job.tiny:
@@ -176,7 +176,7 @@ def run_group(argv, said, limit_s: float, env) -> int | None:
         child.wait()
 
 
-def run_child(module: str, job: Job, folder: Path, limit_s: float, env=None) -> dict:
+def run_child(module: str, job: BenchJob, folder: Path, limit_s: float, env=None) -> dict:
     """The result of `python -m jaxtrain.benchmarks.MODULE`, or {"error": its last words}.
 
     Args:
@@ -204,11 +204,11 @@ def child_main(kinds: dict, is_oom) -> None:
     """Does the job of argv[1], writes its result to argv[2]; out of memory is a result too.
 
     Args:
-        kinds: {kind: function(Job) -> dict}.
+        kinds: {kind: function(BenchJob) -> dict}.
         is_oom: error -> whether the device's memory did not suffice.
     """
     values = json.loads(Path(sys.argv[1]).read_text())
-    job = Job(**values | {name: tuple(values[name]) for name in ("seeds", "shards")})
+    job = BenchJob(**values | {name: tuple(values[name]) for name in ("seeds", "shards")})
     try:
         found = kinds[job.kind](job)
     except Exception as error:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.benchmarks.measure import interleave, warm_up
+from jaxtrain.benchmarks.timing import interleave, warm_up
 from jaxtrain.ops.routes import cpu_multiplies_bf16
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")

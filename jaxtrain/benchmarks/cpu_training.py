@@ -7,8 +7,8 @@ first losses must agree, or the comparison is refused.
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.machine import peak_of
-from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks.processor import peak_of
+from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.metrics.flops import training_flops
@@ -26,7 +26,7 @@ EAGER_TARGETS = {"s": 1.0, "m": 0.95}  # float32, against eager
 FASTEST_TARGETS = {"s": 1.0, "m": 0.9}  # bfloat16, against the faster of eager and compile
 
 
-class Ours:
+class JaxStep:
     """The compiled step of a TrainConfig, called with NumPy tokens and waited for."""
 
     def __init__(self, cfg):
@@ -42,17 +42,17 @@ class Ours:
         return float(scalars["train/loss_nats"])
 
 
-class Theirs:
+class TorchStep:
     """The twin's step from the same weights."""
 
     def __init__(self, cfg, params, compiled):
         import torch
 
-        from jaxtrain.crosscheck import twin, twin_train
+        from jaxtrain.crosscheck import torch_model, torch_train
 
         self._tensor = torch.from_numpy
-        model = twin.build_twin(cfg.model, params)
-        self._step = twin_train.build_step(cfg, model, compiled)
+        model = torch_model.build_torch_model(cfg.model, params)
+        self._step = torch_train.build_step(cfg, model, compiled)
 
     def __call__(self, tokens_BT1) -> float:
         return float(self._step(self._tensor(tokens_BT1.astype(np.int64))))
@@ -81,10 +81,10 @@ def config_of(size: str, dtype: str, optimizer: str) -> TrainConfig:
 
 def contenders(cfg, variants) -> dict[str, Contender]:
     """{variant: Contender}, all with the weights that ours starts from."""
-    ours = Ours(cfg)
+    ours = JaxStep(cfg)
     steps = {"jaxtrain": lambda: ours}
     steps |= {
-        name: lambda name=name: Theirs(cfg, ours.params, name == "compile")
+        name: lambda name=name: TorchStep(cfg, ours.params, name == "compile")
         for name in ("eager", "compile")
     }
     return {name: Contender(steps[name](), cfg) for name in variants}

@@ -5,42 +5,42 @@ import importlib
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed import memory
 from jaxtrain.ops.precision import resolve_dtype_for_chip
-from jaxtrain.planning import fit
-from jaxtrain.planning.analytic import estimate
+from jaxtrain.planning import search
 from jaxtrain.planning.links import parse_link
-from jaxtrain.planning.page import GIB
+from jaxtrain.planning.memory_formula import estimate
+from jaxtrain.planning.render import GIB
 from pallas_kernels.chip import find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
 CHIPS, COUNTS = ("a40", "h100"), (1, 8)
 
 
-def build_guess(cfg, chip, devices):
+def build_fits_by_formula(cfg, chip, devices):
     """(accumulation, remat) -> whether it fits by formula."""
 
     def guess(parts, remat):
-        peak = estimate(fit.with_setting(cfg, parts, remat), devices).peak
+        peak = estimate(search.with_setting(cfg, parts, remat), devices).peak
         return peak <= memory.fraction() * chip.hbm_bytes
 
     return guess
 
 
-def best_setting(cfg, chip, gpus, args, remats=fit.REMATS) -> dict:
+def best_setting(cfg, chip, gpus, args, remats=search.REMATS) -> dict:
     """Figures of the fastest setting that fits, or, where none does, of the smallest."""
     links = parse_link(args.link, chip), parse_link(args.host_link, chip)
 
     def evaluate(parts, remat):
-        tried = fit.with_setting(cfg, parts, remat)
-        return fit.figures_of(tried, chip, gpus, args.hosts, links, args.cache)
+        tried = search.with_setting(cfg, parts, remat)
+        return search.figures_of(tried, chip, gpus, args.hosts, links, args.cache)
 
     devices = gpus * args.hosts
-    guess = build_guess(cfg, chip, devices)
-    return fit.search(cfg, devices, evaluate, lambda text: None, remats, guess)[0]
+    guess = build_fits_by_formula(cfg, chip, devices)
+    return search.search_settings(cfg, devices, evaluate, lambda text: None, remats, guess)[0]
 
 
 def first_that_fits(cfg, chip, gpus, args) -> dict:
     """best_setting of the config's own remat, or of the first stronger one that fits."""
-    for remat in fit.REMATS[fit.REMATS.index(cfg.model.remat) :]:
+    for remat in search.REMATS[search.REMATS.index(cfg.model.remat) :]:
         found = best_setting(cfg, chip, gpus, args, (remat,))
         if found["fits"]:
             break

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxtrain import bench
-from jaxtrain.benchmarks import gpu, gpu_rows, judge, scaling
-from jaxtrain.benchmarks.job import (
-    Job,
+from jaxtrain.benchmarks import gpu_results, gpu_training, loss_parity, scaling
+from jaxtrain.benchmarks.child import (
+    BenchJob,
     config_of,
     first_gpu,
     pace,
@@ -48,45 +48,47 @@ def test_a_step_is_launched_before_the_one_before_it_is_waited_for():
 @pytest.mark.parametrize("fits, rows, tried", [(8, 8, []), (2, 2, [8, 4])])
 def test_a_micro_batch_that_does_not_fit_is_halved(fits, rows, tried):
     attempt = lambda rows: {"oom": "no room"} if rows > fits else {"tokens_per_s": 1.0}
-    assert gpu.halve_until_it_fits(attempt, 8) == (
+    assert gpu_training.halve_until_it_fits(attempt, 8) == (
         {"tokens_per_s": 1.0, "out_of_memory_at": tried},
         rows,
     )
 
 
 def test_what_does_not_fit_at_all_is_an_error_and_no_gap():
-    found, rows = gpu.halve_until_it_fits(lambda rows: {"oom": "no room"}, 4)
+    found, rows = gpu_training.halve_until_it_fits(lambda rows: {"oom": "no room"}, 4)
     assert rows == 1 and "out of memory with one row: no room" in found["error"]
 
 
 def test_a_child_that_crashes_or_lasts_too_long_is_a_row_with_its_last_words(tmp_path):
-    broken = run_child("on_jax", Job("train", "gpt_124m"), tmp_path, 60)
+    broken = run_child("jax_child", BenchJob("train", "gpt_124m"), tmp_path, 60)
     assert "exit status 1" in broken["error"]
     assert "JAX runs on cpu, so its figures would be another device's" in broken["error"]
-    assert "more than the 0 s" in run_child("on_jax", Job("about"), tmp_path, 0.1)["error"]
+    assert "more than the 0 s" in run_child("jax_child", BenchJob("about"), tmp_path, 0.1)["error"]
 
 
 def test_memory_that_the_compiler_wants_in_vain_is_not_tried(tmp_path):
-    job = Job("train", "gpt_124m", "adamw", 2, 2, tiny=True, usable_bytes=1_000)
-    assert "bytes of 1000" in run_child("on_jax", job, tmp_path, 120)["oom"]
+    job = BenchJob("train", "gpt_124m", "adamw", 2, 2, tiny=True, usable_bytes=1_000)
+    assert "bytes of 1000" in run_child("jax_child", job, tmp_path, 120)["oom"]
 
 
 def test_the_first_micro_batch_fits_by_the_formula():
-    cfg = config_of(Job("train", "gpt_124m"))
-    sizes = [gpu.first_rows(cfg, 2**gib * 2**30, 32_768) for gib in (1, 3, 5, 7)]
+    cfg = config_of(BenchJob("train", "gpt_124m"))
+    sizes = [gpu_training.first_rows(cfg, 2**gib * 2**30, 32_768) for gib in (1, 3, 5, 7)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 32
-    assert gpu.first_rows(cfg, 0, 4_096) == 4
+    assert gpu_training.first_rows(cfg, 0, 4_096) == 4
 
 
 def test_a_step_is_shortened_to_its_time_on_the_slower_chip():
     peak = lambda chip: find_chip(chip).peak_flops["bfloat16"]
-    batch = lambda size, chip: gpu.batch_of(config_of(Job("train", size)), peak(chip))
+    batch = lambda size, chip: gpu_training.batch_of(config_of(BenchJob("train", size)), peak(chip))
     assert batch("gpt_124m", "a40") < batch("gpt_124m", "h100") <= 512
-    assert batch("llama_1400m", "a40") * 2_048 >= gpu.LEAST_TOKENS
+    assert batch("llama_1400m", "a40") * 2_048 >= gpu_training.LEAST_TOKENS
 
 
 def test_muon_and_its_twin_come_first_and_every_item_once():
-    items = gpu.build_items(gpu.SIZES, gpu.OPTIMIZERS, gpu.VARIANTS)
+    items = gpu_training.build_items(
+        gpu_training.SIZES, gpu_training.OPTIMIZERS, gpu_training.VARIANTS
+    )
     assert len(set(items)) == len(items) == 4 * 5 + 1
     assert {item.optimizer for item in items[:8]} == {"muon"}
     assert not any(i.optimizer == "accelerated_lmo" and i.variant == "pytorch" for i in items)
@@ -97,7 +99,7 @@ FOUND |= {"host_s": 0.01, "tokens_per_step": 65_536}
 
 
 def test_the_optimizers_share_falls_with_the_tokens_of_a_step():
-    shares = gpu_rows.shares(FOUND)
+    shares = gpu_results.shares(FOUND)
     assert shares["optimizer_share"] == pytest.approx(0.1)
     assert shares["optimizer_share_range"] == pytest.approx([0.08, 0.12])
     assert shares["optimizer_share_at_524288"] == pytest.approx(0.05 / (0.45 * 8 + 0.05))
@@ -107,7 +109,7 @@ def test_the_optimizers_share_falls_with_the_tokens_of_a_step():
 
 @pytest.mark.parametrize("values", [{"optimizer_s": 0.6}, {"optimizer_host_s": 0.045}])
 def test_what_cannot_be_the_optimizers_time_in_the_step_is_no_share_but_a_reason(values):
-    shares = gpu_rows.shares(FOUND | values)
+    shares = gpu_results.shares(FOUND | values)
     assert shares["optimizer_share"] is shares["optimizer_share_at_524288"] is None
     assert "took" in shares["no_optimizer_share"]
 
@@ -151,14 +153,14 @@ def is_running(pid) -> bool:
 
 @pytest.mark.skipif(not HAS_TORCH, reason='torch is missing: pip install "jaxtrain[crosscheck]"')
 def test_torch_without_a_gpu_is_an_error_and_no_slow_row(tmp_path):
-    found = run_child("on_torch", Job("train", "gpt_124m", batch=1, rows=1), tmp_path, 60)
+    found = run_child("torch_child", BenchJob("train", "gpt_124m", batch=1, rows=1), tmp_path, 60)
     assert "sees no GPU" in found["error"]
 
 
 def test_mfu_has_the_conventions_of_a_run(tmp_path):
     """6N alone is less by attention's products, of the keys that a query sees."""
-    suite = gpu.Suite(SimpleNamespace(minutes=1.0), tmp_path)
-    suite.chip, cfg = find_chip("h100"), config_of(Job("train", "gpt_124m"))
+    suite = gpu_training.Suite(SimpleNamespace(minutes=1.0), tmp_path)
+    suite.chip, cfg = find_chip("h100"), config_of(BenchJob("train", "gpt_124m"))
     found, model, T = suite.mfu(cfg, 4e5, 5e5), cfg.model, cfg.data.seq_len
     attention = 12 * model.L * model.H * model.K * (T + 1) / 2 * 4e5
     gap = attention / suite.chip.peak_flops["bfloat16"]
@@ -167,15 +169,15 @@ def test_mfu_has_the_conventions_of_a_run(tmp_path):
 
 
 def test_targets_are_met_or_missed_by_what_was_measured():
-    item = gpu_rows.Item("gpt_124m", "jaxtrain", "muon")
-    row = gpu_rows.shares(FOUND) | {"mfu": 0.4, "mfu_at_524288": 0.6, "first_step_s": 70.0}
-    found = gpu_rows.targets(item, row)
+    item = gpu_results.Item("gpt_124m", "jaxtrain", "muon")
+    row = gpu_results.shares(FOUND) | {"mfu": 0.4, "mfu_at_524288": 0.6, "first_step_s": 70.0}
+    found = gpu_results.targets(item, row)
     assert "MISSED" in found["mfu"] and "met" in found["host_share"]
     assert "met" in found["mfu_at_524288"]
     assert "first_step_s" not in found  # asked of the largest size alone
     large = item._replace(size="llama_1400m")
-    assert "<= 60 MISSED" in gpu_rows.targets(large, row)["first_step_s"]
-    assert gpu_rows.targets(item._replace(variant="pytorch"), row) == {}
+    assert "<= 60 MISSED" in gpu_results.targets(large, row)["first_step_s"]
+    assert gpu_results.targets(item._replace(variant="pytorch"), row) == {}
 
 
 def test_the_ratio_is_of_the_fastest_rows_of_both():
@@ -187,14 +189,14 @@ def test_the_ratio_is_of_the_fastest_rows_of_both():
         "tokens_per_s_at_524288": 2 * rate if variant == "jaxtrain" else None,
     }
     rows = [row("jaxtrain", 90.0), row("jaxtrain", 120.0), row("pytorch", 100.0)]
-    pair = gpu_rows.ratio_row(rows, "gpt_124m", "muon")
+    pair = gpu_results.ratio_row(rows, "gpt_124m", "muon")
     assert pair["value"] == pytest.approx(1.2) and pair["value_at_524288"] is None
     rows[-1]["tokens_per_s_at_524288"] = 160.0
-    pair = gpu_rows.ratio_row(rows, "gpt_124m", "muon")
+    pair = gpu_results.ratio_row(rows, "gpt_124m", "muon")
     assert pair["value_at_524288"] == pytest.approx(1.5)
-    assert gpu_rows.ratio_row(rows[:2], "gpt_124m", "muon") is None
+    assert gpu_results.ratio_row(rows[:2], "gpt_124m", "muon") is None
     rows.append(row("jaxtrain", 80.0, "accelerated_lmo"))
-    pair = gpu_rows.ratio_row(rows, "gpt_124m", "accelerated_lmo")
+    pair = gpu_results.ratio_row(rows, "gpt_124m", "accelerated_lmo")
     assert pair["value"] == pytest.approx(0.8) and "pytorch's muon" in pair["ratio"]
 
 
@@ -228,10 +230,10 @@ def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, capsys):
 
 def test_losses_apart_by_more_than_the_seeds_are_outside():
     ours = {"0": [2.0] * 10, "1": [2.2] * 10}
-    near = judge.compare(ours, {"0": [2.01] * 10, "1": [2.21] * 10})[-1]
-    far = judge.compare(ours, {"0": [2.5] * 10, "1": [2.7] * 10})[-1]
+    near = loss_parity.compare(ours, {"0": [2.01] * 10, "1": [2.21] * 10})[-1]
+    far = loss_parity.compare(ours, {"0": [2.5] * 10, "1": [2.7] * 10})[-1]
     assert near["within_noise"] and near["gap_nats"] == pytest.approx(-0.01)
-    assert not far["within_noise"] and "OUTSIDE" in judge.line(far)
+    assert not far["within_noise"] and "OUTSIDE" in loss_parity.line(far)
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason='torch is missing: pip install "jaxtrain[crosscheck]"')

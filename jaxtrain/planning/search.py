@@ -11,7 +11,7 @@ from jaxtrain.config.train_config import config_hash
 from jaxtrain.distributed import memory
 from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
-from jaxtrain.planning.page import GIB, as_dict
+from jaxtrain.planning.render import GIB, as_dict
 
 VERSION = 3  # of the figures in a cache: another is made anew
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
@@ -97,7 +97,7 @@ def _is_tight(figures) -> bool:
     return figures["fits"] and m["peak"] > TIGHT * m["usable"]
 
 
-def search(
+def search_settings(
     cfg, devices, evaluate, show=print, remats=REMATS, guess=None, variants=()
 ) -> list[dict]:
     """Figures of all that was compiled, the fastest that fits first.

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.measure import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
 from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
