@@ -26,7 +26,7 @@ import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.checkpoint.relocation import check_not_moved
 from jaxtrain.config.command_line import CommandForm
-from jaxtrain.config.fields import describe_flags
+from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
