@@ -117,8 +117,8 @@ print(f"adamw - muon: {difference.mean():+.3f} +- {error:.3f} nats/byte, p {test
 print(verdict)
 
 # %% [markdown]
-# What is tuned decides: with AdamW's rate for the embeddings and the head left at 0.003, Muon reaches
-# 3.73 nats/byte at best on the tuning seed, and AdamW would seem to win by a whole nat.
+# What is tuned decides: with the rate of embeddings and head left at 0.003, Muon reaches 3.73
+# nats/byte at best on the tuning seed, and AdamW would seem to win by a whole nat.
 #
 # What this does **not** show: these runs are 20 steps of a model of 35,008 parameters. A verdict
 # holds for the budget at which it was measured. Before you publish one, extend the grid until the
