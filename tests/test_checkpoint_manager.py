@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.checkpoint.integrity import FORMAT
 from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.checkpoint.shared_store import Shared
+from jaxtrain.checkpoint.shared_store import SharedStore
 from jaxtrain.errors import CheckpointError
 
 
@@ -51,10 +51,10 @@ def other_dtype(state):
 
 
 MISMATCHES = {
-    "shape": (other_shape, r"params\.w: stored float32\[16,32\], asked float32\[16,48\]"),
-    "dtype": (other_dtype, r"params\.w: stored float32\[16,32\], asked bfloat16\[16,32\]"),
-    "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], asked nothing"),
-    "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, asked float32\[3\]"),
+    "shape": (other_shape, r"params\.w: stored float32\[16,32\], expected float32\[16,48\]"),
+    "dtype": (other_dtype, r"params\.w: stored float32\[16,32\], expected bfloat16\[16,32\]"),
+    "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], expected nothing"),
+    "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, expected float32\[3\]"),
 }
 
 
@@ -82,7 +82,7 @@ def test_meta_is_read_without_the_arrays_and_from_the_newest_intact_record(folde
         assert checkpoints.read_meta() == checkpoints.read_meta(2) == {"next": 2}
         (folder / "2/record/metadata").write_text("{")
         assert checkpoints.read_meta() == {"next": 1}
-        with pytest.raises(CheckpointError, match="is not JSON"):
+        with pytest.raises(CheckpointError, match="is not valid JSON"):
             checkpoints.read_meta(2)
 
 
@@ -203,7 +203,7 @@ def test_a_reader_beside_a_run_takes_the_step_that_has_replaced_the_one_it_was_r
     template = abstract(build_state())
     with Checkpoints(tmp_path, 1) as run, Checkpoints(tmp_path, 1, read_only=True) as reader:
 
-        class Slow(Shared):
+        class Slow(SharedStore):
             """Reads so slowly that the run saves two more steps meanwhile, and removes this one."""
 
             def read(self, folder, template):

@@ -24,7 +24,7 @@ from jaxtrain.crosscheck.comparison import compare, compare_narrow  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain, narrow_table  # noqa: E402
 from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
 from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
-from jaxtrain.interop.llmc import HEADER, layout  # noqa: E402
+from jaxtrain.interop.llmc import HEADER, file_layout  # noqa: E402
 from tests.crosscheck_sides import ours_of, small, theirs_of  # noqa: E402
 
 
@@ -155,7 +155,7 @@ def write_state(path, model, x, y):
             file.write(array.tobytes())
         file.write(out.detach().numpy().tobytes() + np.float32(loss.item()).tobytes())
         T, L, C = sizes.n_positions, sizes.n_layer, sizes.n_embd
-        for name, shape, turned in layout(T, L, C, padded):
+        for name, shape, turned in file_layout(T, L, C, padded):
             g = grads[name].T if turned else grads[name]
             rows = [(0, shape[0] - g.shape[0])] + [(0, 0)] * (g.ndim - 1)
             file.write(np.pad(g, rows).astype("<f4").tobytes())

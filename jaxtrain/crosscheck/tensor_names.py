@@ -6,7 +6,7 @@ Face's of the family, in which a part of a fused tensor is called `...c_attn.wei
 
 import numpy as np
 
-from jaxtrain.interop.families import Tensor, family_of_model
+from jaxtrain.interop.families import TensorMapping, family_of_model
 from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
@@ -21,7 +21,7 @@ def _plain(axes):
         theirs = ".".join([*rest, ENDS.get(end, end)])
         layered = path.startswith("blocks.")
         theirs = theirs.replace("blocks.", "blocks.{}.", 1) if layered else theirs
-        yield Tensor(path, theirs, turned=layered and bool(axes[path].outputs))
+        yield TensorMapping(path, theirs, transposed=layered and bool(axes[path].outputs))
 
 
 def build_naming(style, cfg, axes):
@@ -33,19 +33,19 @@ def build_naming(style, cfg, axes):
     """
     axes = named_leaves(axes)
     rows = family_of_model(cfg).tensors(cfg) if style == "hf" else _plain(axes)
-    rows = [row for row in rows if row.ours in axes]
+    rows = [row for row in rows if row.name in axes]
 
-    layered = [row for row in rows if "{}" in row.theirs]
+    layered = [row for row in rows if "{}" in row.hf_name]
     last = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
-    front = [row for row in rows if row not in layered and not row.theirs.startswith(last)]
+    front = [row for row in rows if row not in layered and not row.hf_name.startswith(last)]
     back = [row for row in rows if row not in layered and row not in front]
 
     def tensor(row, leaves, i=None):
-        a, x = axes[row.ours], np.asarray(leaves[row.ours])
+        a, x = axes[row.name], np.asarray(leaves[row.name])
         part = f"/{row.part[0]}" if row.part[1] > 1 else ""
         if i is not None:
             x = x[i].reshape(a.matrix_shape(x.shape)[1:]) if a.outputs else x[i]
-        return row.theirs.format(i) + part, x.T if row.turned else x
+        return row.hf_name.format(i) + part, x.T if row.transposed else x
 
     def naming(tree):
         leaves = named_leaves(tree)

@@ -31,14 +31,14 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import count_params
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.picture import study_curves
 from jaxtrain.study.plan import Plan, StudyConfig, build_plan, describe
 from jaxtrain.study.result import Finding, choose, find, text
 from jaxtrain.study.runs import Interrupted, Progress, check_folder, open_data
 from jaxtrain.training.run import build_run
-from jaxtrain.training.startup import versions
+from jaxtrain.training.startup import library_versions
 
 
 def run_study(values, devices=None, show=print) -> list[Finding]:
@@ -140,7 +140,7 @@ def _write(plan: Plan, corpus, findings, results, texts) -> None:
         "study": vars(plan.study),
         "base": config_lib.to_dict(plan.base),
         "data": corpus.fingerprint,
-        "versions": versions(),
+        "versions": library_versions(),
         "device": jax.devices()[0].device_kind,
         "findings": [_as_dict(finding) for finding in findings],
         "runs": runs,
