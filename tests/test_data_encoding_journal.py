@@ -1,5 +1,6 @@
 """A stopped encoding goes on with the same command; two never write one folder."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -216,7 +217,7 @@ def test_where_there_are_no_locks_two_encodings_do_not_share_their_files(
     source, tmp_path, monkeypatch
 ):
     def flock(*_):
-        raise OSError(journal.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(journal.fcntl, "flock", flock)
     with lock_folder(tmp_path / "out") as locked:
