@@ -95,9 +95,10 @@ def write_modules(folder, count=30, characters=5_000):
 
 
 def encode_source(source, out, tokenizer="bytes", note=logging.info, **options):
-    """Encodes a file or folder and returns the metadata; holds out 10 % unless told otherwise."""
-    options = EncodeOptions(tokenizer, **{"val_fraction": 0.1} | options)
-    return encode(list_files(str(source), exclude=out), out, options, note=note)
+    """Encodes a file or folder and returns the metadata; holds out 10 % by default."""
+    options.setdefault("val_fraction", 0.1)
+    files = list_files(str(source), exclude=out)
+    return encode(files, out, EncodeOptions(tokenizer, **options), note=note)
 
 
 def change_after_planning(monkeypatch, change):

@@ -9,6 +9,7 @@ import data_samples
 import numpy as np
 import pytest
 from data_samples import encode_source, tokens_of
+from numpy.typing import ArrayLike
 
 TOKENS = np.random.default_rng(0).integers(0, 1_000, 5_000)
 TOKENS[::97] = 7  # starts documents
@@ -19,9 +20,9 @@ open_shards = functools.partial(data_samples.open_shards, vocab_size=V)
 pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
-def llmc(tokens=TOKENS, magic=20240520, version=1, count=None, dtype="<u2"):
+def llmc(tokens: ArrayLike = TOKENS, magic=20240520, version=1, count=None, dtype="<u2"):
     header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
+    header[:3] = magic, version, np.size(tokens) if count is None else count
     return header.tobytes() + np.asarray(tokens).astype(dtype).tobytes()
 
 

@@ -1,6 +1,7 @@
 """A stopped encoding continues with the same command; two never write one folder."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +26,7 @@ from jaxtrain.data.encoding import journal, pipeline
 from jaxtrain.data.encoding.journal import lock_folder
 
 pytestmark = pytest.mark.usefixtures("shard_cache")
-OPTIONS = {"piece_bytes": 300, "shard_tokens": 500}
+OPTIONS: dict[str, Any] = {"piece_bytes": 300, "shard_tokens": 500}
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ def test_runs_that_share_a_folder_wait_for_the_one_that_encodes_the_text(source,
 
 def test_without_file_locks_two_encodings_do_not_share_their_files(tmp_path, monkeypatch):
     def flock(*_):
-        raise OSError(journal.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(journal.fcntl, "flock", flock)
     with lock_folder(tmp_path / "out") as locked:

@@ -10,7 +10,7 @@ from tokenizer_files import TEXT, changed
 from tokenizers import normalizers, pre_tokenizers, processors
 
 from jaxtrain.data import tokenizer as tokenizer_module
-from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.tokenizer import Gpt2Tokenizer, build_tokenizer
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_json_tokenizer_encodes_long_runs_of_characters(json_path):
 
 
 def test_separating_long_whitespace_changes_no_token():
-    tokenizer, draw = build_tokenizer("gpt2"), random.Random(0)
+    tokenizer, draw = Gpt2Tokenizer(), random.Random(0)
     white = [chr(i) for i in range(0x3001) if chr(i).isspace()]
     parts = [*" \n\t ", *white, "a", "don't", "'s", "12", "!?", "你", "é", "\u200b"]
     for _ in range(300):
@@ -102,7 +102,7 @@ def test_separating_long_whitespace_changes_no_token():
 
 
 def test_whitespace_that_tiktoken_can_encode_gets_its_tokens():
-    tokenizer = build_tokenizer("gpt2")
+    tokenizer = Gpt2Tokenizer()
     for text in (" " * 300_000, "a" + "\n" * 200_000 + " b", "x" + " \t" * 100_000 + "y"):
         assert tokenizer.encode(text).tolist() == tokenizer._encoding.encode_ordinary(text)
 
