@@ -112,7 +112,7 @@ def test_a_checkpoint_is_not_resumed_as_another_function_of_its_weights(field, v
     stored = config_lib.flatten(config(tmp_path, "unused"))
     other = dataclasses.replace(cfg, attention="reference", remat="full", positions=7)
     check_resumed(other, stored)
-    with pytest.raises(InteropError, match=f"that the run began with; got model.{field}=.*workdir"):
+    with pytest.raises(ValueError, match=f"that the run began with; got model.{field}=.*workdir"):
         check_resumed(dataclasses.replace(cfg, **{field: value}), stored)
 
 
