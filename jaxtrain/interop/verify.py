@@ -162,8 +162,8 @@ def check_transformers(
     gap, allowed = reference.relative_gap(theirs_BTV), max(RTOL, ROUNDINGS * reference.rounding)
     if not gap <= allowed:  # NaN fails too
         raise InteropError(
-            f"transformers {version} must compute the run's logits; they differ by {gap:.1e} of the "
-            f"largest, and rounding explains at most {allowed:.1e}."
+            f"transformers {version} must compute the run's logits; they differ by {gap:.1e} of "
+            f"the largest, and rounding explains at most {allowed:.1e}."
         )
     difference = f"within {gap:.0e} of the largest, rounding makes {reference.rounding:.0e}"
     ids = " and gives the same token ids" if tokenizer is not None else ""
