@@ -76,7 +76,7 @@ def run(rounds: int, cases=CASES) -> list[dict]:
     for name in cases:
         parts = build_run(_config(name), jax.devices()[:1])
         step = compile_step(parts)
-        work = build_work(parts, step.compiled)
+        work = build_work(parts.cfg, parts.parameters, parts.mesh, step.compiled)
         chip = find_device_chip(parts.mesh.devices.flat[0])
         cpu_s, wall_s = cost_s(work, chip)
         row = {"suite": "metrics", "case": name, "cpu_s": cpu_s, "wall_s": wall_s}
