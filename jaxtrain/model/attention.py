@@ -41,13 +41,32 @@ def attention_reference(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
 ) -> jax.Array:
     """Reference implementation; materialises [B,H,T,T]."""
-    B, T, H, K = q_BTHK.shape
-    q_BTGRK = _group_heads(q_BTHK, k_BTGK.shape[2])
-    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BTGK, preferred_element_type=_wide_dtype(q_BTHK))
-    s = jnp.where(_mask(T, T, docs_BT), s * K**-0.5, MASKED)
-    p = jax.nn.softmax(s, axis=-1).astype(v_BTGK.dtype)
-    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BTGK, preferred_element_type=_wide_dtype(q_BTHK))
-    return o_BTGRK.reshape(B, T, H, K).astype(q_BTHK.dtype)
+    T = q_BTHK.shape[1]
+    return _attend_masked(q_BTHK, k_BTGK, v_BTGK, _mask(T, T, docs_BT))
+
+
+def attend_cached(
+    cache: dict[str, jax.Array],
+    start: jax.Array | int,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Writes keys and values into a cache [B,S,G,K] at start, then attends over it."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+    k_BSGK, v_BSGK = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
+    mask = _mask(q_BTHK.shape[1], k_BSGK.shape[1], None, start)
+    return _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask), {"k": k_BSGK, "v": v_BSGK}
+
+
+def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask):
+    wide = _wide_dtype(q_BTHK)
+    q_BTGRK = _group_heads(q_BTHK, k_BSGK.shape[2])
+    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
+    s = jnp.where(mask, s * q_BTHK.shape[-1] ** -0.5, MASKED)
+    p = jax.nn.softmax(s, axis=-1).astype(v_BSGK.dtype)
+    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BSGK, preferred_element_type=wide)
+    return o_BTGRK.reshape(q_BTHK.shape).astype(q_BTHK.dtype)
 
 
 def _block_bounds(T):

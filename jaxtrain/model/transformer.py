@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config.sections import ModelConfig
 from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
-from jaxtrain.model.attention import CUDNN_FORWARD, MASKED, attend
+from jaxtrain.model.attention import CUDNN_FORWARD, attend, attend_cached
 from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
 from jaxtrain.model.rope import rope_tables
@@ -156,7 +156,7 @@ class _Network:
 
         def body(h_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            attend_layer = functools.partial(_attend_cached, layer_cache, start)
+            attend_layer = functools.partial(attend_cached, layer_cache, start)
             return self.block(h_BTD, layer, rope, attend_layer)
 
         h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layer_weights(params), cache))
@@ -203,18 +203,3 @@ def build_model(
         init_cache=network.init_cache,
         extend=network.extend,
     )
-
-
-def _attend_cached(cache, start, q_BTHK, k_BTGK, v_BTGK):
-    """Writes keys and values into a cache [B,S,G,K] at start, then attends over it."""
-    B, T, H, K = q_BTHK.shape
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    k_BSGK, v_BSGK = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
-    S, G = k_BSGK.shape[1:3]
-    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
-    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
-    visible_TS = (start + jnp.arange(T))[:, None] >= jnp.arange(S)[None, :]
-    p = jax.nn.softmax(jnp.where(visible_TS, s * K**-0.5, MASKED), axis=-1).astype(v_BSGK.dtype)
-    o = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BSGK, preferred_element_type=wide)
-    return o.reshape(B, T, H, K).astype(q_BTHK.dtype), {"k": k_BSGK, "v": v_BSGK}
