@@ -29,9 +29,7 @@ MOSAIC_CASES = [
 
 def run_python(*argv, **env):
     argv, env = [sys.executable, *argv], os.environ | env
-    env.pop(
-        "XLA_FLAGS", None
-    )  # the suite lowers XLA's optimisation level, which the audit must not see
+    env.pop("XLA_FLAGS", None)  # the tests' optimisation level 0 must not reach it
     return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
 
 
@@ -41,8 +39,7 @@ def test_the_audit_passes_for_both_chips():
     rows = [
         line
         for line in done.stdout.splitlines()
-        if line.split()[1:2]
-        in (["triton"], ["mosaic"])  # other lines have no body in the second column
+        if line.split()[1:2] in (["triton"], ["mosaic"])  # other lines name no body
     ]
     assert len(rows) == sum(len(cases_with_bodies(find_chip(chip))) for chip in ("a40", "h100"))
     assert sum(" mosaic " in row for row in rows) == len(MOSAIC_CASES) * mosaic.USABLE
