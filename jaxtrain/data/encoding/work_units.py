@@ -27,7 +27,7 @@ class DocumentProblem(NamedTuple):
     """A document, or the rest of a file, that could not be used."""
 
     path: str
-    kind: str  # says what `place` is: a row for "rows", nothing for "", else a byte
+    kind: str  # decides what `place` is: a row for "rows", nothing for "", otherwise a byte
     compression: str
     place: int
     reason: str
