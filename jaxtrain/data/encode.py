@@ -185,8 +185,8 @@ def _print_summary(
         tokens, text = (sum(s[key] for s in shards) for key in ("tokens", "text_bytes"))
         documents = meta["documents"].get(split, 0)
         print(
-            f"{split}: {documents:,} document(s), {tokens:,} tokens from {text:,} bytes of text, in "
-            f"{len(shards)} shard(s)"
+            f"{split}: {documents:,} document(s), {tokens:,} tokens from {text:,} bytes of text, "
+            f"in {len(shards)} shard(s)"
         )
     print(f"The shards are in {printable_path(out)}, encoded with tokenizer {args.tokenizer}.")
     print(describe_skipped(meta["skipped"]))

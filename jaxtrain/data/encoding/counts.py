@@ -95,7 +95,7 @@ def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> 
     if not documents:
         advice = f"Set {options.flags.text} to a file or folder of text."
         if any(reason.startswith(NO_FIELD) for reason in counts.skipped):
-            advice = f"Set {options.flags.text_field} to the name of the key that holds the text."
+            advice = f"Set {options.flags.text_field} to the key that holds the text."
         raise UnusableInput(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
             f"{files:,} file(s), {describe_skipped(counts.skipped)}. {advice}"
@@ -121,7 +121,5 @@ def _refuse(what: str, counts: Counts, options: EncodeOptions) -> NoReturn:
 
 def _advice(counts: Counts, options: EncodeOptions) -> str:
     if counts.problems[0].reason.startswith("without a string"):
-        return (
-            f"Set {options.flags.text_field} to the name of the key or column that holds the text."
-        )
+        return f"Set {options.flags.text_field} to the key or column that holds the text."
     return "Repair or remove the file or document named here."
