@@ -20,6 +20,7 @@ LONGEST = (
     "test_kernels_audit.py",
     "test_launch_run.py",
     "test_model_transformer.py",
+    "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
     "test_study.py",

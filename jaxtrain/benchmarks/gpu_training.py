@@ -21,7 +21,7 @@ from jaxtrain.benchmarks.gpu_results import IN_TORCH, Item, ratio_row, shares, t
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.ops import tuning
-from jaxtrain.planning.memory_formula import estimate
+from jaxtrain.planning.memory_formula import estimate_memory
 from pallas_kernels.chip import CHIPS
 
 SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
@@ -89,7 +89,7 @@ def first_rows(cfg, usable_bytes, tokens) -> int:
     rows = 1
     while 2 * rows <= min(cfg.data.batch, max(tokens // cfg.data.seq_len, 1)):
         tried = dataclasses.replace(cfg, accumulation=cfg.data.batch // (2 * rows))
-        if usable_bytes and estimate(tried, 1).peak > usable_bytes:
+        if usable_bytes and estimate_memory(tried, 1).peak > usable_bytes:
             break
         rows *= 2
     return rows
@@ -210,7 +210,9 @@ class Suite:
         row |= {"what": item.what, "rows": rows, **found}
         if rows:
             parts = cfg.data.batch // rows
-            row["formula_bytes"] = estimate(dataclasses.replace(cfg, accumulation=parts), 1).peak
+            row["formula_bytes"] = estimate_memory(
+                dataclasses.replace(cfg, accumulation=parts), 1
+            ).peak
         if "step_s" in found:
             row |= shares(found)
             row |= self.mfu(cfg, row["tokens_per_s"], row["tokens_per_s_at_524288"])
