@@ -19,13 +19,14 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.program import run_main
 from jaxtrain.reporting.progress_text import eval_text
+from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
     evaluate,
     warn_of_noise,
 )
-from jaxtrain.training.run import read_stored, restore_run
+from jaxtrain.training.run import restore_run
 
 
 def rows_in_training(stored: dict) -> int:
@@ -56,7 +57,7 @@ def main() -> None:
 
     args = flags.FLAGS
     run, state = restore_run(args.run, args.step or None)
-    rows = args.rows or rows_in_training(read_stored(args.run))
+    rows = args.rows or rows_in_training(read_config_json(args.run))
     run = run._replace(cfg=fit_parts(run.cfg, run.mesh.size, rows))
     corpus = open_corpus(run.cfg.data, "val", run.cfg.model.V, run.cfg.workdir)
     print(corpus.describe())

@@ -14,8 +14,9 @@ from absl import flags
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
-from jaxtrain.training.run import read_stored, restore_run
-from jaxtrain.training.sampling import complete, from_shell, shorten, shown
+from jaxtrain.run_directory.contents import read_config_json
+from jaxtrain.training.run import restore_run
+from jaxtrain.training.sampling import complete, decode_shell_text, escape_controls, shorten_prompt
 
 
 def check_flags(samples: int, tokens: int, temperature: float, top_k: int) -> None:
@@ -35,7 +36,7 @@ def tokenizer_name(workdir, name="") -> str:
     Raises:
         ValueError: the run's shards did not say.
     """
-    name = name or read_stored(workdir)["data"].get("tokenizer")
+    name = name or read_config_json(workdir)["data"].get("tokenizer")
     if not name:
         raise ValueError(
             f"the tokenizer of {workdir} must be known; got shards that do not name theirs. Set "
@@ -47,10 +48,10 @@ def tokenizer_name(workdir, name="") -> str:
 def main() -> None:
     args = flags.FLAGS
     check_flags(args.samples, args.tokens, args.temperature, args.top_k)
-    asked = [from_shell(prompt, "--prompt") for prompt in args.prompt]
+    asked = [decode_shell_text(prompt, "--prompt") for prompt in args.prompt]
     tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
     encoded = [tokenizer.encode(prompt) for prompt in asked for _ in range(args.samples)]
-    V = read_stored(args.run)["config"]["model"]["V"]
+    V = read_config_json(args.run)["config"]["model"]["V"]
     largest = max(tokenizer.eot, *(max(ids, default=0) for ids in encoded))
     if largest >= V:
         raise ValueError(
@@ -66,7 +67,7 @@ def main() -> None:
         prompt = asked[i // args.samples]
         end = ", the model ends the text" if sample.ended else ""
         print(f"--- sample {i + 1} of {len(samples)}{end} ".ljust(width, "-"))
-        print(shown(shorten(prompt) + sample.text))
+        print(escape_controls(shorten_prompt(prompt) + sample.text))
     print("-" * width)
     print(f"{len(samples)} x {args.tokens} tokens, {tokens_per_s:,.0f} tokens/s")
 

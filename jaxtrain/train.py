@@ -1,19 +1,22 @@
-"""Trains the model that a config names, resuming from its workdir.
+"""Trains the model that a config describes, resuming from its workdir.
 
     jaxtrain train quickstart
     jaxtrain train quickstart --steps=300 --data.text=docs --workdir=runs/docs
     jaxtrain train debug --optim.name=adamw --optim.adam_learning_rate=0.01 --workdir=runs/adamw
 
 The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a lost connection) save
-after the step, or the evaluation batch, that is under way; a second Ctrl-C or SIGTERM ends the
-process at once. Exit status 75 says "preempted: start me again", 78 "the same start would fail
-again". Several processes find each other by --coordinator, --processes, --process, or by what
-started them (launch.run, SLURM's srun, mpirun, JAX_* variables).
+after the current step or evaluation batch, then stop; a second Ctrl-C or SIGTERM ends the process
+at once. Exit status 75 means "preempted: start again", 78 "the same start would fail again".
+Several processes find each other by --coordinator, --processes and --process, or by the environment
+of whatever started them (launch.run, SLURM's srun, mpirun, JAX_* variables).
 """
 
+import contextlib
 import os
 import socket
 import time
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,196 +28,196 @@ from jaxtrain.checkpoint.relocation import check_not_moved
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.fields import describe_flags
 from jaxtrain.config.shell_commands import current_command
-from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
     broadcast_from_process_0,
+    check_same_on_all_processes,
     gather_texts,
     run_on_all_processes,
 )
 from jaxtrain.distributed.cluster import World, detect_world
 from jaxtrain.distributed.heartbeat import beat
-from jaxtrain.distributed.preemption import StopListener, exit_status_of
+from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import (
-    check_same_on_all_processes,
     fit_config_to_world,
     start_runtime,
 )
 from jaxtrain.file_errors import add_path_to_errors
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.collector import Collector, open_network_counters
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.optim.acceleration import describe_evaluated_weights
 from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
-from jaxtrain.training.closing import SAMPLE_FLAG, next_commands, print_sample
+from jaxtrain.run_directory.contents import is_finished
+from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.training.diagnostic_step import compile_diagnosis
+from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, compile_diagnosis, compile_step
-from jaxtrain.training.sampling import from_shell
-from jaxtrain.training.startup import header, measured, stored_config, versions
-from jaxtrain.training.workdir import hold, is_finished
+from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.sampling import decode_shell_text
+from jaxtrain.training.startup import build_config_json, measurement_lines, startup_lines
 
 
-def train(cfg, devices=None, quiet=False, stop=None) -> int:
-    """Trains up to cfg.steps, resuming from cfg.workdir if it holds a checkpoint.
+def train(
+    cfg: config_lib.TrainConfig,
+    devices: Sequence | None = None,
+    quiet: bool = False,
+    stop: StopListener | None = None,
+) -> int:
+    """Trains up to cfg.steps, resuming from cfg.workdir if it has a checkpoint.
 
     Args:
+        devices: to train on; None takes all.
+        quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
-            step; None leaves signals alone until then.
+            step;
+            None leaves signals alone until then.
 
     Returns:
-        the exit status: 0, or that of the signal that asked for a save.
+        the exit status: 0, or that of the signal that stopped the run.
 
     Raises:
         RunLocked: another run writes to cfg.workdir.
     """
     started_s = time.perf_counter()
     stop = stop or StopListener(jax.process_count() > 1)
+    workdir = Path(cfg.workdir)
+
+    # Config: settle the dtype, and refuse now what would otherwise fail after the last step.
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
-    from_shell(cfg.sample.prompt, SAMPLE_FLAG)  # refused now and not after the last step
+    decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
+
+    # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
-    workdir = Path(cfg.workdir)
-    stop.set_activity("reading the data")
-    with hold(cfg) as lock:
+
+    with contextlib.ExitStack() as stack:  # closes what is entered below, last in first out
+        # Data.
+        stop.set_activity("reading the data")
+        lock = stack.enter_context(lock_workdir(cfg))
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
-        with (
-            build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
+        batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
+
+        # State: the newest checkpoint, or step 0.
+        storage = cfg.checkpoint.storage
+        checkpoints = stack.enter_context(
             Checkpoints(
-                workdir / "checkpoints",
-                cfg.keep_last,
-                cfg.keep_every,
-                storage=cfg.checkpoint.storage,
-                before_save=lock.check,
-            ) as checkpoints,
-        ):
-            data = batches, corpus, held_out
-            about = quiet, started_s, dtype_reason
-            return train_on(run, data, checkpoints, lock, stop, *about)
+                workdir / "checkpoints", cfg.keep_last, cfg.keep_every, False, storage, lock.check
+            )
+        )
+        stop.set_activity("making or restoring the weights")
+        state, restored = start_state(run, checkpoints, batches, initial_state)
+        if restored is None and storage == "host0":
+            check_not_moved(workdir, checkpoints.steps())
+        first = int(state.step)
+        if broadcast_from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
+            if jax.process_index() == 0:
+                print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
+            return 0
 
-
-def train_on(run, data, checkpoints, lock, stop, quiet, started_s, dtype_reason) -> int:
-    """Trains a run whose directory, data and checkpoints are open; returns as train() does."""
-    cfg, workdir, (batches, corpus, held_out) = run.cfg, Path(run.cfg.workdir), data
-    stop.set_activity("making or restoring the weights")
-    state, restored = start_state(run, checkpoints, batches, first_state)
-    if restored is None and cfg.checkpoint.storage == "host0":
-        check_not_moved(workdir, checkpoints.steps())
-    first = int(state.step)
-    active = jax.process_index() == 0
-    if broadcast_from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
-        if active:
-            print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
-        return 0
-    title = f"{workdir.name}\n{run.parameters:,} parameters"
-    about = (workdir, cfg.steps, first, quiet, active, title, cfg.export)
-    with checkpoints.naming_newest(), RunLogger(*about) as report:
+        # RunLogger: the start-up lines, config.json and the metrics files.
+        stack.enter_context(checkpoints.naming_newest())
+        active = jax.process_index() == 0
+        title = f"{workdir.name}\n{run.parameters:,} parameters"
+        logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
+        stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
-        report.print_header(header(run, corpus, checkpoints, restored, dtype_reason))
-        report.print_header(("lock", line) for line in lock.describe())
-        report.write_config(stored_config(run, corpus, hosts))
+        logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        logger.print_header(("lock", line) for line in lock.describe())
+        logger.write_config(build_config_json(run, corpus, hosts))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
+
+        # Step: compiled once, ahead of time; other shapes later are an error, not a recompile.
         beat("compile", first)
         stop.set_activity("compiling the step")
-        step, diagnosis = compile_all(run, report, first)
+        step = compile_step(run)
+        logger.note(f"compiled in {step.compile_s:.1f} s")
+        logger.write(first, {"perf/compile_time_s": step.compile_s})
+        diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
+        if diagnosis:
+            logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+
+        # Measurements: what a step computes and moves, and the counters of this process.
         work = build_work(run, step.compiled, hosts)
-        with open_measure(run, work, hosts, log, checkpoints) as measure:
-            report.write_config(stored_config(run, corpus, hosts, work, measure))
-            report.print_header(measured(run, work, measure))
-            loop = Loop(
-                run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
-            )
-            del state  # the loop donates it
-            with stop:
-                measure.start(before_s(step, diagnosis, report, started_s))
-                return finish(loop, corpus, loop.run_to_end(stop))
+        chip = find_device_chip(run.mesh.devices.flat[0])
+        collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
+        stack.enter_context(collector)
+        logger.write_config(build_config_json(run, corpus, hosts, work, collector))
+        logger.print_header(measurement_lines(run, work, collector))
+
+        # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
+        loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, logger, collector)
+        del state  # the first step donates its buffers
+        stack.enter_context(stop)
+        compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
+        start_s = time.perf_counter() - started_s - compile_s
+        collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
+        return finish_run(loop, corpus, loop.run_to_end(stop))
 
 
-def open_data(cfg, workdir):
-    """Returns the corpora that a run trains and is evaluated on."""
+@contextlib.contextmanager
+def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
+    """Locks cfg.workdir against other runs. Enter it before anything in the folder is touched.
+
+    Process 0 takes the lock; where every host has a folder of its own, every process does.
+
+    Raises:
+        RunLocked: another run has locked it; with several processes a ValueError in each of them.
+    """
+    run_id, takes_lock = None, jax.process_index() == 0
+    if cfg.checkpoint.storage == "host0" and jax.process_count() > 1:
+        run_id, takes_lock = broadcast_from_process_0(lambda: uuid.uuid4().hex), True
+    lock = RunLock(cfg.workdir, run=run_id)
+    with contextlib.ExitStack() as stack:
+        run_on_all_processes(lambda: stack.enter_context(lock) if takes_lock else None)
+        yield lock
+
+
+def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus]:
+    """Returns the corpora to train on and to evaluate on."""
     with add_path_to_errors(cfg.data.text or cfg.data.shards):
         return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
 
 
-def compile_all(run, report, first):
-    """(step, diagnosis or None), compiled; how long that took is reported."""
-    step = compile_step(run)
-    report.note(f"compiled in {step.compile_s:.1f} s")
-    report.write(first, {"perf/compile_time_s": step.compile_s})
-    diagnosis = compile_diagnosis(run) if run.cfg.diagnose_every else None
-    if diagnosis:
-        report.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
-    return step, diagnosis
-
-
-def open_measure(run, work, hosts, log, checkpoints) -> Collector:
-    """The Collector of this process."""
-    chip = find_device_chip(run.mesh.devices.flat[0])
-    return Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
-
-
-def before_s(step, diagnosis, report, started_s) -> dict:
-    """{cause: seconds} of a run before its first step, and of steps that it has to make again."""
-    compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
-    start_s = time.perf_counter() - started_s - compile_s
-    return {"start": start_s, "compile": compile_s, "restart": report.removed_s}
-
-
-def finish(loop, corpus, told) -> int:
-    """Evaluates, samples and sums up a run that is through; says how to resume one that is not."""
-    cfg, report = loop.cfg, loop.report
-    beat("end")
-    if told is None and loop.evaluate(cfg.steps) is None:
-        told = loop.stop.signal
-    if told is None:
-        loop.stop.defer_signals("ending after the sample")
-        print_sample(loop, corpus)
-    with loop.measure.pause("save"):
-        loop.checkpoints.wait()
-    ended = {"stopped_by": told and told.name, "versions": versions()}
-    ended["eval_at"] = describe_evaluated_weights(loop.state.opt_state)
-    report.finish(loop.measure.total() | ended)
-    if told is None:
-        for line in next_commands(cfg.workdir):
-            report.note(line)
-        return 0
-    saved = f"saved step {loop.saved_step}" if loop.saved_step else "saved no step"
-    report.note(f"{saved} of {cfg.steps}; the same command resumes it")
-    return exit_status_of(told)
-
-
 def main() -> int:
+    """Joins this run's other processes, if any, and trains; returns the exit status."""
     args = flags.FLAGS
     cfg = config_lib.freeze(args.config)
     beat("start")
-    by_hand = args.coordinator, args.processes, args.process, None, args.processes
-    world = World("flags", *by_hand) if args.processes > 1 else detect_world(os.environ)
-    set_up_logging()  # every process says where it joins
+    if args.processes > 1:
+        by_hand = args.coordinator, args.processes, args.process, None, args.processes
+        world = World("flags", *by_hand)
+    else:
+        world = detect_world(os.environ)
+    set_up_logging()  # until its index is known, every process logs that it joins
     with StopListener(world.processes > 1) as stop:
         start_runtime(cfg, world)
         set_up_logging(world.process)
         cfg = fit_config_to_world(cfg, world)
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
         status = train(cfg, stop=stop)
-        if stop.signal and status and world.engine == "alone":  # else a launcher starts it again
+        if stop.signal and status and world.engine == "alone":  # a launcher restarts by itself
             print(f"resume with:\n  {current_command()}", flush=True)
         return status
 
 
 def define_flags() -> None:
+    """Defines the flags of a run of several processes."""
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
-    flags.DEFINE_integer("process", 0, "which of them this is", lower_bound=0)
+    flags.DEFINE_integer("process", 0, "index of this process", lower_bound=0)
 
 
-def command(argv=None, prog="python -m jaxtrain.train") -> None:
+def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:
+    """Runs the train command; argv of None is sys.argv's."""
     tables = describe_flags(config_lib.TrainConfig)
-    form = CommandForm("train", __doc__, define_flags, config="must", tables=tables)
+    form = CommandForm("train", __doc__ or "", define_flags, config="must", tables=tables)
     run_main(main, (Diverged,), form, argv, prog)
 
 

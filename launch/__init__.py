@@ -1,4 +1,4 @@
-"""Multi-host jobs over SSH: started from the operator's machine, kept by a supervisor on each host.
+"""Runs jobs on several hosts over SSH: started by the operator, supervised on each host.
 
-The operator's side and `launch.host` are standard library only, so neither needs JAX installed.
+The operator's side and `launch.host` use only the standard library, so neither needs JAX.
 """

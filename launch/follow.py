@@ -1,184 +1,209 @@
-"""Following a job: every host's log as one stream, on this machine to the last byte."""
+"""Follows a job: merges the logs of all hosts into one stream and copies each to this machine."""
 
 import collections
 import json
 import queue
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
-from launch.host.log import TAIL_BYTES, Lines, mark
+from launch.host.log import TAIL_BYTES, LineSplitter, checksum
+from launch.inventory import Host
 from launch.job import Job
-from launch.log_copy import Mirror
-from launch.ssh import HostError
+from launch.log_copy import LogCopy
+from launch.ssh import HostError, SshClient
 
-RENEW_S = 2.0
-SILENT_S = 12.0  # of a stream that should speak every 2 s
-AWAY_S = 20.0  # until an unreachable host is spoken of
+RENEW_S = 2.0  # between renewals of a job's lease
+SILENT_S = 12.0  # a stream sends at least a status every 2 s
+AWAY_S = 20.0  # after which an unreachable host is reported
+STEADY_S = 30.0  # a stream that lasted this long is reopened without a growing pause
 
-
-GONE = b"launch: %d bytes of this log are gone there, and never came here\n"
-LOST = b"launch: this host has lost %d bytes of its log that had come here; it goes on so\n"
+DELETED = (
+    b"launch: %d bytes of this log were deleted on the host before they could be copied here\n"
+)
+LOST = b"launch: the host lost the last %d bytes copied from its log; its log goes on below\n"
+ROOT_CAUSE = "launch: ROOT CAUSE "  # how a supervisor's log line begins
 
 
 class Follower(threading.Thread):
-    """One host's stream, opened again where it broke off.
+    """Follows one host's log in a thread, and reopens the stream when it breaks.
 
     Args:
-        may_revive: says whether a supervisor that is gone shall be started again.
-        whole: from the first byte that the host keeps, and nothing of it is stored here.
+        events: takes (host, bytes of its log), or (host, the exception that ended this thread).
+        may_revive: whether a dead supervisor may be restarted; called with this follower.
+        read_only: read the whole log from its first byte, and store nothing.
 
     Attributes:
-        ended: nothing more will come; status: the newest; supervised: whether that was alive.
+        ended: nothing more will come.
+        status: the host's newest status.
+        supervised: a supervisor was alive then.
+        error: why the host is unreachable; "" if it is not.
     """
 
-    def __init__(self, fleet, job, host, events, may_revive, whole=False):
+    def __init__(
+        self,
+        client: SshClient,
+        job: Job,
+        host: Host,
+        events: queue.Queue[tuple[Host, bytes | Exception]],
+        may_revive: Callable[["Follower"], bool],
+        read_only: bool = False,
+    ):
         super().__init__(daemon=True, name=f"follow {host.name}")
-        self.fleet, self.job, self.host, self.events = fleet, job, host, events
-        self.status: dict = {}
+        self.client, self.job, self.host, self.events = client, job, host, events
+        self.status: dict[str, Any] = {}
         self.heard_at, self.ended, self.error = time.monotonic(), False, ""
         self.supervised = False
-        self._may_revive, self._closing, self._process = may_revive, threading.Event(), None
-        self._mirror = None if whole else Mirror(job.log(host))
-        self._offset = 0 if whole else self._mirror.end()  # of the next byte, in the host's log
-        self._tail = b"" if whole else self._mirror.tail()
+        self._may_revive, self._closing = may_revive, threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._copy = None if read_only else LogCopy(job.log(host))
+        self._offset = self._copy.end() if self._copy else 0  # of the next byte, in the host's log
+        self._tail = self._copy.tail() if self._copy else b""
 
-    def run(self):
-        pause = 0.5
+    def run(self) -> None:
+        pause_s = 0.5
         while not self._closing.is_set() and not self.ended:
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 self._stream()
             except (HostError, OSError) as error:
                 self.error = str(error)
-            except Exception as error:  # of this program: a thread must not die in silence
+            except Exception as error:  # a bug: the main thread must end with it
                 self.events.put((self.host, error))
                 return
-            pause = 0.5 if time.monotonic() - began > 30 else min(8.0, 2 * pause)
+            lasted_s = time.monotonic() - start
+            pause_s = 0.5 if lasted_s > STEADY_S else min(8.0, 2 * pause_s)
             if not self.ended:
-                self._closing.wait(pause)
+                self._closing.wait(pause_s)
         self.events.put((self.host, b""))
 
-    def _stream(self):
-        """Until the job or the connection ends. A host that came back gets its supervisor back."""
+    def _stream(self) -> None:
+        """Follows until the job or the connection ends. Restarts a supervisor that is gone."""
         request = {"op": "follow", "job": self.job.id}
-        request |= {"offset": self._offset, "tail": mark(self._tail)}
-        process = self._process = self.fleet.open(self.host, request)
-        self._spoken_at, gone = time.monotonic(), False
-        renewal = threading.Thread(target=self._renew, args=(process,), daemon=True)
-        renewal.start()
+        request |= {"offset": self._offset, "tail": checksum(self._tail)}
+        process = self._process = self.client.start(self.host, request)
+        assert process.stdout
+        self._frame_at, gone = time.monotonic(), False
+        threading.Thread(target=self._renew_lease, args=(process,), daemon=True).start()
         try:
-            while head := process.stdout.readline():
-                self._spoken_at = time.monotonic()
-                frame = json.loads(head)
+            while header := process.stdout.readline():
+                self._frame_at = time.monotonic()
+                frame = json.loads(header)
                 if "error" in frame:
                     raise HostError(f"{self.host.name}: {frame['error']}")
                 self.heard_at, self.error = time.monotonic(), ""
                 if "bytes" in frame:
                     data = process.stdout.read(frame["bytes"])
                     if len(data) < frame["bytes"]:
-                        return  # cut short: asked for again from the last whole frame
-                    self._take(frame["at"], data)
+                        return  # cut short: request again from the last complete frame
+                    self._add(frame["at"], data)
                 else:
-                    gone = self._note(frame)
+                    gone = self._take_status(frame)
         except (OSError, json.JSONDecodeError) as error:
             raise HostError(f"{self.host.name}: {error}") from None
         finally:
             process.kill()
-            _, said = process.communicate()
+            _, errors = process.communicate()
         if gone:
-            note(f"{self.host.name}: no supervisor is there (power loss?): starting it again")
+            note(f"{self.host.name}: its supervisor is gone (power loss?): starting a new one")
             try:
-                self.fleet.call(self.host, self.job.request(self.host) | {"again": True}, 30.0)
+                self.client.call(self.host, self.job.request(self.host) | {"again": True}, 30.0)
             except HostError as error:
                 note(str(error))
         elif not self.ended:
-            said = said.decode(errors="replace").strip()[-300:] or "nothing said"
-            raise HostError(f"{self.host.name}: the connection ended: {said}")
+            output = errors.decode(errors="replace").strip()[-300:] or "no reason given"
+            raise HostError(f"{self.host.name}: the connection ended: {output}")
 
-    def _note(self, frame) -> bool:
-        """Whether this host should have a supervisor and has none."""
+    def _take_status(self, frame: dict[str, Any]) -> bool:
+        """Returns whether this host should have a supervisor and has none."""
         self.status, self.supervised = frame["status"], frame["alive"]
-        gone = not frame["alive"] and not self.status.get("outcome")
-        gone = gone and frame["known"] and self._may_revive(self)
+        unfinished = not frame["alive"] and not self.status.get("outcome")
+        gone = unfinished and frame["known"] and self._may_revive(self)
         self.ended = not frame["alive"] and not gone
         return gone
 
-    def _take(self, at: int, data: bytes):
-        """Bytes of the log from offset `at` on: they follow on, or a line says why not."""
-        line, replaced = b"", at < self._offset
-        if at > self._offset:
-            line = GONE % (at - self._offset)
-        elif replaced:  # the host's log is no longer the one that was read
-            same = self._same(at, data)
-            at, data = at + same, data[same:]
+    def _add(self, offset: int, data: bytes) -> None:
+        """Takes log bytes from `offset` on. If they do not continue the log, a line explains it."""
+        gap_line, replaced = b"", offset < self._offset
+        if offset > self._offset:
+            gap_line = DELETED % (offset - self._offset)
+        elif replaced:  # the host sends earlier bytes again, because its log is no longer the same
+            same = self._count_same(offset, data)
+            offset, data = offset + same, data[same:]
             if not data:
                 return
-            line = LOST % (self._offset - at) if at < self._offset else b""
-        if line:
-            line = line if self._tail[-1:] in (b"", b"\n") else b"\n" + line
+            if offset < self._offset:
+                gap_line = LOST % (self._offset - offset)
+        if gap_line:
+            ends_line = self._tail[-1:] in (b"", b"\n")
+            gap_line = gap_line if ends_line else b"\n" + gap_line
             self._tail = b""
         try:
-            if self._mirror:
-                self._mirror.add(at, data, line, replaced)
+            if self._copy:
+                self._copy.add(offset, data, gap_line, replaced)
         except OSError as error:
-            note(f"{self.host.name}: its log is shown, but no longer stored here: {error}")
-            self._mirror = None
-        self._offset, self._tail = at + len(data), (self._tail + data)[-TAIL_BYTES:]
-        self.events.put((self.host, line + data))
+            note(f"{self.host.name}: its log is shown but no longer stored here: {error}")
+            self._copy = None
+        self._offset, self._tail = offset + len(data), (self._tail + data)[-TAIL_BYTES:]
+        self.events.put((self.host, gap_line + data))
 
-    def _same(self, at: int, data: bytes) -> int:
-        """How many of the bytes were read before, and are here."""
-        held = self._mirror.read(at, self._offset - at) if self._mirror else b""
-        pairs = enumerate(zip(held, data, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(held), len(data)))
+    def _count_same(self, offset: int, data: bytes) -> int:
+        """Returns how many of the first bytes equal those that are here."""
+        here = self._copy.read(offset, self._offset - offset) if self._copy else b""
+        pairs = enumerate(zip(here, data, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(here), len(data)))
 
-    def _renew(self, process):
+    def _renew_lease(self, process: subprocess.Popen[bytes]) -> None:
+        """Sends a sign of life every RENEW_S; kills a stream that has become silent."""
+        assert process.stdin
         while process.poll() is None and not self._closing.wait(RENEW_S):
             try:
                 process.stdin.write(b"\n")
                 process.stdin.flush()
-            except (OSError, ValueError):  # its end has closed it
+            except (OSError, ValueError):  # the stream has ended and closed it
                 return
-            if time.monotonic() - self._spoken_at > SILENT_S:
-                process.kill()  # a link that drops packets ends no connection by itself
+            if time.monotonic() - self._frame_at > SILENT_S:
+                process.kill()  # TCP does not notice for minutes that packets are dropped
                 return
 
-    def close(self):
+    def close(self) -> None:
         self._closing.set()
         if self._process:
             self._process.kill()
 
 
-class Watch:
-    """All followers of a job, and what is printed of them; a context, in which they follow.
+class JobMonitor:
+    """Follows all hosts of a job and prints their logs. A context manager.
 
     Args:
-        as_json: prints {"host", "line"} objects in place of prefixed lines.
-        whole: the log from its first byte on, to be read: nothing is stored and nothing started.
+        as_json: print {"host", "line"} objects instead of prefixed lines.
+        read_only: print the whole log from its first byte; store nothing and start nothing.
     """
 
-    def __init__(self, fleet, job, as_json=False, whole=False):
-        self.fleet, self.job, self._json, self._whole = fleet, job, as_json, whole
-        self.events: queue.Queue = queue.Queue()
-        more = (self.events, self._may_revive, whole)
-        self.followers = [Follower(fleet, job, host, *more) for host in job.hosts]
-        self._lines = {host: Lines(b"") for host in job.hosts}
+    def __init__(self, client: SshClient, job: Job, as_json: bool = False, read_only: bool = False):
+        self.job, self._json, self._read_only = job, as_json, read_only
+        self.events: queue.Queue[tuple[Host, bytes | Exception]] = queue.Queue()
+        options = (self.events, self._may_revive, read_only)
+        self.followers = [Follower(client, job, host, *options) for host in job.hosts]
+        self._lines = {host: LineSplitter() for host in job.hosts}
         self._width = max(len(host.name) for host in job.hosts)
-        self._away: set = set()
-        self._causes = collections.deque(maxlen=8)
+        self._away: set[Host] = set()
+        self._causes: collections.deque[str] = collections.deque(maxlen=8)
 
-    def __enter__(self):
+    def __enter__(self) -> "JobMonitor":
         for follower in self.followers:
             follower.start()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         for follower in self.followers:
             follower.close()
 
-    def run(self) -> dict:
-        """Prints the job until it ends; returns its outcome {"code", "why"}."""
+    def run(self) -> dict[str, Any]:
+        """Prints the job's log until it ends; returns its outcome {"code", "why", ...}."""
         while True:
             try:
                 host, data = self.events.get(timeout=0.5)
@@ -186,65 +211,72 @@ class Watch:
                 outcome = self._outcome()
                 if outcome:
                     return outcome
-                self._tell_of_absence()
+                self.report_absent_hosts()
                 continue
             if isinstance(data, Exception):
                 raise HostError(f"{host.name}: cannot be followed: {data!r}") from data
-            self.show(host, data)
+            self._print(host, data)
 
-    def _record(self) -> dict:
-        """The job's, as it is now: another terminal may have seen its end."""
+    def _stored_record(self) -> dict[str, Any]:
+        """Returns the job's record as it is on disk: another terminal may have seen its end."""
         return Job(self.job.id).record
 
-    def _may_revive(self, follower) -> bool:
-        """A supervisor is started again for a job that began, and for all that is known lives."""
-        record, first = self._record(), self.followers[0]
-        live = record.get("begun") and not record.get("outcome") and not self._whole
-        return live and (follower is first or first.supervised)
+    def _may_revive(self, follower: Follower) -> bool:
+        """Returns whether a dead supervisor may be restarted: if the job began and may still run.
 
-    def show(self, host, data: bytes):
+        Another host's supervisor waits for the first host's, so it is restarted only after that.
+        """
+        record, first = self._stored_record(), self.followers[0]
+        if self._read_only or not record.get("begun") or record.get("outcome"):
+            return False
+        return follower is first or first.supervised
+
+    def _print(self, host: Host, data: bytes) -> None:
         for line in self._lines[host].feed(data).splitlines():
             text = line.decode(errors="replace")
-            if text.startswith("launch: ROOT CAUSE "):
-                self._causes.append(text.removeprefix("launch: ROOT CAUSE "))
+            if text.startswith(ROOT_CAUSE):
+                self._causes.append(text.removeprefix(ROOT_CAUSE))
             if self._json:
                 print(json.dumps({"host": host.name, "line": text}), flush=True)
             else:
                 print(f"{host.name:{self._width}} | {text}", flush=True)
 
-    def _outcome(self):
-        """The first host's; where it is gone for good, another's that gave up waiting."""
-        first, *others = self.followers
+    def _outcome(self) -> dict[str, Any] | None:
+        """Returns the outcome once every host has ended or is unreachable.
+
+        It is the first host's; if that is gone for good, another host's that gave up waiting.
+        """
         if not all(f.ended or self._is_away(f) for f in self.followers):
             return None
-        said = [f.status["outcome"] for f in self.followers if f.status.get("outcome")]
-        outcome = said[0] if said else self._record().get("outcome")
+        outcomes = [f.status["outcome"] for f in self.followers if f.status.get("outcome")]
+        outcome = outcomes[0] if outcomes else self._stored_record().get("outcome")
         if outcome:
             return outcome | {"causes": list(self._causes)}
-        if first.ended:
+        if self.followers[0].ended:
             raise HostError(
-                f"no host can say how job {self.job.id} ended: what they held of it is gone. "
-                f"What came of its log is in {self.job.folder}."
+                f"no host knows how job {self.job.id} ended: they no longer have its files. "
+                f"The part of its log that was copied is in {self.job.folder}."
             )
         return None
 
-    def _is_away(self, follower) -> bool:
+    def _is_away(self, follower: Follower) -> bool:
         return time.monotonic() - follower.heard_at > AWAY_S and bool(follower.error)
 
-    def _tell_of_absence(self):
-        """Says once which hosts are out of reach, or that this machine is offline."""
+    def report_absent_hosts(self) -> None:
+        """Reports, once each, hosts that have become unreachable from here or have returned."""
         away = {f.host: f.error for f in self.followers if self._is_away(f)}
         for host in away.keys() - self._away:
-            # Of any other host's absence the first host's supervisor says what it means.
+            # If another host is away, the first host's supervisor reports what it means.
             first = host == self.followers[0].host and len(away) < len(self.followers)
-            cause = "ROOT CAUSE " if first else ""
-            note(f"{cause}{host.name}: out of reach from here for {AWAY_S:.0f} s: {away[host]}")
+            mark = "ROOT CAUSE " if first else ""
+            note(f"{mark}{host.name}: unreachable from here for {AWAY_S:.0f} s: {away[host]}")
             if len(away) == len(self.followers):
-                note("no host answers: this machine may be offline; the job does not need it")
+                note("no host answers: this machine may be offline. The job does not need it.")
         for host in self._away - away.keys():
-            note(f"{host.name}: back")
+            note(f"{host.name}: reachable again")
         self._away = set(away)
 
 
 def note(text: str) -> None:
+    """Prints a line about the launcher's own progress, to standard error."""
     print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -1,45 +1,51 @@
-"""A job as the operator's machine knows it: what was started where, and its logs so far."""
+"""The operator's record of a job: what was started, where, and the logs so far."""
 
 import dataclasses
 import os
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from launch.host.files import read_json, write_json
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 
-PYTHON = "{python}"  # in an argv: the host's own
-TRAINER = "jaxtrain.train"  # the program whose flags name data, and which beats
-PORTS = range(20_000, 30_000)  # below Linux's range of ports given to clients
+PYTHON = "{python}"  # in an argv: replaced by each host's interpreter
+TRAINER = "jaxtrain.train"  # the program whose flags name data, and which writes a heartbeat
+PORTS = range(20_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
 def jobs_folder() -> Path:
-    """Of this user alone; JAXTRAIN_JOBS names another."""
+    """Returns the folder of all records: JAXTRAIN_JOBS, or ~/.jaxtrain/jobs."""
     folder = Path(os.environ.get("JAXTRAIN_JOBS") or Path.home() / ".jaxtrain" / "jobs")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 
 class Job:
-    """One job's record, `jobs_folder()/ID`: job.json, HOST.log."""
+    """One job's record: the folder ID in jobs_folder(), with job.json and a log per host.
 
-    def __init__(self, name: str):
-        self.id, self.folder = name, jobs_folder() / name
+    Raises:
+        ValueError: this machine has no such job.
+    """
+
+    def __init__(self, job_id: str):
+        self.id, self.folder = job_id, jobs_folder() / job_id
         self.record = read_json(self.folder / "job.json")
         if not self.record:
             known = sorted(path.name for path in jobs_folder().iterdir())[-8:]
-            raise ValueError(f"JOB must be one of this machine's jobs, {known}; got {name!r}.")
+            raise ValueError(f"JOB must be one of this machine's jobs, {known}; got {job_id!r}.")
         self.hosts = tuple(Host(**host) for host in self.record["hosts"])
         self.policy = Policy(**self.record["policy"])
-        self.ssh_config = self.record["ssh_config"]
+        self.ssh_config: str = self.record["ssh_config"]
 
     @classmethod
-    def create(cls, hosts, policy: Policy, ssh_config: str, **record) -> "Job":
-        """A new job, with an id of its own and a secret that its supervisors share."""
-        name = time.strftime("%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
-        folder = jobs_folder() / name
+    def create(cls, hosts: Iterable[Host], policy: Policy, ssh_config: str, **record: Any) -> "Job":
+        """Creates a record with a new id, and a secret token that the job's supervisors share."""
+        job_id = time.strftime("%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+        folder = jobs_folder() / job_id
         folder.mkdir(mode=0o700)
         record |= {
             "hosts": [dataclasses.asdict(host) for host in hosts],
@@ -49,21 +55,22 @@ class Job:
             "port": secrets.choice(PORTS),
         }
         write_json(folder / "job.json", record)
-        return cls(name)
+        return cls(job_id)
 
-    def change(self, **values) -> None:
+    def change(self, **values: Any) -> None:
+        """Changes the record, here and on disk."""
         self.record |= values
         write_json(self.folder / "job.json", self.record)
 
     def log(self, host: Host) -> Path:
         return self.folder / f"{host.name}.log"
 
-    def request(self, host: Host) -> dict:
-        """What starts this job's supervisor on a host."""
+    def request(self, host: Host) -> dict[str, Any]:
+        """Returns the request that starts this job's supervisor on a host."""
         record = self.record
         python = record.get("pythons", {}).get(host.name, host.python)
-        folder, wanted = record["folders"][host.name], record["env"].get("PYTHONPATH")
-        path = f"{folder}:{wanted}" if wanted else folder  # the job's code comes first
+        code, users_path = record["folders"][host.name], record["env"].get("PYTHONPATH")
+        path = f"{code}:{users_path}" if users_path else code  # the job's code takes precedence
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -74,16 +81,19 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            "env": network_of(host) | record["env"] | {"PYTHONPATH": path},
-            "cwd": folder,
+            "env": interface_variables(host) | record["env"] | {"PYTHONPATH": path},
+            "cwd": code,
             "beats": TRAINER in record["argv"][:3],
         }
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
 
 
-def network_of(host: Host) -> dict:
-    """A stated interface: what is counted, and what NCCL keeps to. Else the host finds its own."""
+def interface_variables(host: Host) -> dict[str, str]:
+    """Returns the variables that bind NCCL and the byte counters to the inventory's interface.
+
+    If the inventory names none, the host finds the interface of its address by itself.
+    """
     if not host.interface:
         return {}
     return {"JAXTRAIN_INTERFACE": host.interface, "NCCL_SOCKET_IFNAME": f"={host.interface}"}

@@ -1,77 +1,78 @@
-"""A host's log as this machine holds it, whichever of several terminals brought the bytes."""
+"""This machine's copy of a host's log. Several terminals can add to it at the same time."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from launch.host.files import read_json, write_json
 from launch.host.log import TAIL_BYTES
 
 try:
     import fcntl
-except ImportError:  # Windows has none: one terminal a job there
+except ImportError:  # Windows has no file locks of this kind: use one terminal per job there
     fcntl = None
 
 READ_BYTES = 1 << 20  # the most that a host sends at once
 
 
-class Mirror:
-    """The file `path`: the host's bytes, one for one, but for lines that say where some are gone.
+class LogCopy:
+    """The file `path`: the host's bytes, plus a line of our own wherever some are missing.
 
-    Beside it, `path`.at holds {"here", "there"} after such a line: from byte `here` of the file
-    on, it is the host's log from byte `there` on. Several processes may add to it.
+    After such a line, `path`.at holds {"here", "there"}: byte `here` of the file is byte `there`
+    of the host's log, and both go on from there.
     """
 
-    def __init__(self, path):
-        self.path, self._place_path = Path(path), Path(f"{path}.at")
+    def __init__(self, path: Path):
+        self.path, self._anchor_path = Path(path), Path(f"{path}.at")
         self.path.touch(mode=0o600)
-        self._place = self._read_place()  # as this process knows it
+        self._anchor = self._read_anchor()  # as this process last saw it
 
-    def _read_place(self) -> dict:
-        return {"here": 0, "there": 0} | read_json(self._place_path)
+    def _read_anchor(self) -> dict[str, int]:
+        return {"here": 0, "there": 0} | read_json(self._anchor_path)
 
     def end(self) -> int:
-        """The host's offset of the first byte that is not here."""
-        return self._place["there"] + self.path.stat().st_size - self._place["here"]
+        """Returns the host's offset of the first byte that is not here."""
+        return self._anchor["there"] + self.path.stat().st_size - self._anchor["here"]
 
-    def read(self, at: int, size: int) -> bytes:
-        """The host's bytes from offset `at` on, at most 1 MiB; none from before a gap."""
-        if at < self._place["there"]:
+    def read(self, offset: int, size: int) -> bytes:
+        """Returns at most `size` bytes from the host's offset on; none from before a gap."""
+        if offset < self._anchor["there"]:
             return b""
         with open(self.path, "rb") as file:
-            file.seek(self._place["here"] + at - self._place["there"])
+            file.seek(self._anchor["here"] + offset - self._anchor["there"])
             return file.read(min(size, READ_BYTES))
 
     def tail(self) -> bytes:
-        """The last bytes that are here, at most TAIL_BYTES."""
-        at = max(self._place["there"], self.end() - TAIL_BYTES)
-        return self.read(at, TAIL_BYTES)
+        """Returns the last bytes, at most TAIL_BYTES."""
+        return self.read(max(self._anchor["there"], self.end() - TAIL_BYTES), TAIL_BYTES)
 
-    def add(self, at: int, data: bytes, line: bytes = b"", replaced=False) -> None:
-        """Takes what is not here yet of the host's bytes from offset `at` on.
+    def add(self, offset: int, data: bytes, gap_line: bytes = b"", replaced: bool = False) -> None:
+        """Adds those of the host's bytes from `offset` on that are not here yet.
 
         Args:
-            line: what is to be said before them, where they do not follow on what is here.
-            replaced: from `at` on the host has other bytes than those that are here.
+            gap_line: written before them if they do not continue what is here.
+            replaced: from `offset` on the host has other bytes than those that are here.
         """
-        with open(self.path, "ab") as file, locked(file):
-            place, size = self._read_place(), file.seek(0, os.SEEK_END)
-            held = place["there"] + size - place["here"]
-            ours = place == self._place  # else another terminal has said what is missing
-            if line and ours and (replaced or at > held):
-                file.write(line)
-                place, held = {"here": size + len(line), "there": at}, at
+        with open(self.path, "ab") as file, _locked(file):
+            anchor, size = self._read_anchor(), file.seek(0, os.SEEK_END)
+            end = anchor["there"] + size - anchor["here"]
+            unchanged = anchor == self._anchor  # else another terminal has written the gap line
+            if gap_line and unchanged and (replaced or offset > end):
+                file.write(gap_line)
+                anchor, end = {"here": size + len(gap_line), "there": offset}, offset
                 file.flush()
-                write_json(self._place_path, place)
-            file.write(data[max(0, held - at) :])
-            self._place = place
+                write_json(self._anchor_path, anchor)
+            file.write(data[max(0, end - offset) :])
+            self._anchor = anchor
 
 
 @contextlib.contextmanager
-def locked(file):
-    """The file as this process's alone, until it is written out."""
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Locks a file against other processes until what is written here is on its way to disk."""
     if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, if it comes to that
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it if this process dies
     try:
         yield
         file.flush()

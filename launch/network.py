@@ -1,136 +1,182 @@
-"""The network between the hosts of a job, as processes on them see it."""
+"""Examines the hosts and the network between them, through one agent process on every host."""
 
 import json
 import secrets
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
-from launch.ssh import HostError
+from launch.inventory import Host
+from launch.ssh import HostError, SshClient
 
 CLOCK_ROUNDS = 3
-LOOK_S = 90.0  # for a host's first answer; there, what hangs is given up after 20 s: host/facts.py
-ANSWER_S = 90.0  # for an answer, above what was ordered; hosts give each other 60 s: host/net.py
+# For a host's first answer. On the host, a call that hangs is given up after 20 s: host/facts.py.
+FIRST_ANSWER_S = 90.0
+# For an answer, in addition to the ordered seconds. Hosts give each other 60 s: host/agent.py.
+ANSWER_S = 90.0
+Pair = dict[str, Any]  # what was measured from one host to another
 
 
-class Mesh:
-    """A process on every host that listens, and measures towards the others: host/net.py.
+class NetworkAgents:
+    """A process on every host that takes orders on standard input, see launch/host/agent.py.
+
+    Use it as a context manager: the agents end with it.
 
     Args:
-        look: host -> the request that starts it.
+        first_request: returns the request that starts a host's agent.
 
     Attributes:
-        found: {host: its first answer or the HostError in place of it}.
+        first_answers: {host: its first answer, or the HostError in its place}.
     """
 
-    def __init__(self, fleet, look=lambda host: {"op": "net"}):
-        self.hosts, self._processes, token = fleet.hosts, {}, secrets.token_hex(16)
+    def __init__(
+        self,
+        client: SshClient,
+        first_request: Callable[[Host], dict[str, Any]] = lambda host: {"op": "net"},
+    ):
+        self.hosts, token = client.hosts, secrets.token_hex(16)
+        self._processes: dict[Host, Any] = {}  # Popen with pipes
 
-        def start(host):
-            request = look(host) | {"address": host.address, "token": token}
-            process = self._processes[host] = fleet.open(host, request)
-            line, in_time = self._read(host, LOOK_S)
-            if line:
-                return fleet.answer(host, [line], b"", 0)
+        def start_agent(host: Host) -> dict[str, Any]:
+            request = first_request(host) | {"address": host.address, "token": token}
+            process = self._processes[host] = client.start(host, request)
+            assert process.stderr
+            line, in_time = self._read_line(host, FIRST_ANSWER_S)
             if not in_time:
-                raise HostError(
-                    f"{host.name}: no answer within {LOOK_S:.0f} s: look what hangs there"
-                )
+                problem = f"no answer within {FIRST_ANSWER_S:.0f} s"
+                raise HostError(f"{host.name}: {problem}. Log in and see what hangs there.")
+            if line:
+                return client.parse_answer(host, line, b"", 0)
             process.wait()
-            return fleet.answer(host, [], process.stderr.read(), process.returncode)
+            return client.parse_answer(host, b"", process.stderr.read(), process.returncode)
 
-        self.found = fleet.everywhere(start)
+        self.first_answers: dict[Host, Any] = client.map(start_agent)
 
-    def _order(self, host, **order):
-        process = self._processes[host]
-        try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:  # _answer says so
-            pass
+    def __enter__(self) -> "NetworkAgents":
+        return self
 
-    def _read(self, host, limit_s) -> tuple[bytes, bool]:
-        """(a line of a host's or b"", whether it or its end came in time); else it is given up."""
-        too_long = threading.Timer(limit_s, self._processes[host].kill)
-        too_long.daemon = True
-        too_long.start()
-        line = self._processes[host].stdout.readline()
-        in_time = bool(line) or not too_long.finished.is_set()
-        too_long.cancel()
-        return line, in_time
-
-    def _answer(self, host, ordered_s=0.0) -> dict:
-        line, in_time = self._read(host, ordered_s + ANSWER_S)
-        if line:
-            return json.loads(line)["ok"]
-        late = f"it gave no answer within {ordered_s + ANSWER_S:.0f} s"
-        return {"error": "it stopped answering" if in_time else late}
-
-    def look(self, host) -> dict:
-        """The host's first answer, with its round trip from here and its clock's lead, s.
-
-        Raises:
-            HostError: there is none.
-        """
-        if isinstance(self.found[host], HostError):
-            raise self.found[host]
-        rounds = []
-        for _ in range(CLOCK_ROUNDS):
-            sent = time.time()
-            self._order(host, do="time")
-            there = self._answer(host)
-            back = time.time()
-            if "error" in there:
-                raise HostError(f"{host.name}: {there['error']}")
-            rounds.append((back - sent, there["time"] - (sent + back) / 2))
-        rtt_s, skew_s = min(rounds)
-        return self.found[host] | {"rtt_s": rtt_s, "skew_s": skew_s}
-
-    def read(self, folder, nonce) -> dict:
-        """{host: {"same": whether it reads the first one's nonce}}, which is then removed."""
-        for host in self.hosts:
-            self._order(host, do="read", folder=folder, nonce=nonce)
-        found = {host: self._answer(host) for host in self.hosts}
-        self._order(self.hosts[0], do="forget", folder=folder, nonce=nonce)
-        self._answer(self.hosts[0])
-        return found
-
-    def measure(self, streams, seconds, pings=20, both=False, least_trips=0) -> list[dict]:
-        """One dict a directed pair; pairs that share no host are measured at the same time.
-
-        least_trips: traffic that lasts for fewer round trips is left out.
-        """
-        found, order = [], {"streams": streams, "seconds": seconds, "pings": pings, "both": both}
-        for pairs in rounds(len(self.hosts)):
-            for i, j in pairs:
-                peer = [self.hosts[j].address, self.found[self.hosts[j]]["listens_on"]]
-                more = {"peer": peer, "interface": self.hosts[i].interface}
-                self._order(self.hosts[i], do="measure", least_trips=least_trips, **order, **more)
-            for i, j in pairs:
-                names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
-                answer = self._answer(self.hosts[i], seconds)
-                found.append(names | {"streams": streams, "both": both} | answer)
-        return found
-
-    def stream_bytes_per_s(self, pair) -> float:
-        """What the buffers of a pair let one TCP stream carry at its round trip.
-
-        Half of a receive buffer is kept for packets' overhead. Source: tcp(7), tcp_adv_win_scale.
-        """
-        most = lambda name, key: next(
-            float((found["sysctls"][key].split() or ["inf"])[-1])
-            for host, found in self.found.items()
-            if host.name == name
-        )
-        window = min(most(pair["from"], "tcp_wmem"), most(pair["to"], "tcp_rmem") / 2)
-        return window / statistics.median(pair["rtt_s"])
-
-    def close(self):
+    def __exit__(self, *exc: object) -> None:
         for process in self._processes.values():
             with process:
                 process.kill()
 
+    def _send_order(self, host: Host, **order: Any) -> None:
+        process = self._processes[host]
+        try:
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # _read_answer reports it
+            pass
+
+    def _read_line(self, host: Host, limit_s: float) -> tuple[bytes, bool]:
+        """Returns (the agent's next line or b"", whether it or its end came in time).
+
+        An agent that is late is killed.
+        """
+        timer = threading.Timer(limit_s, self._processes[host].kill)
+        timer.daemon = True
+        timer.start()
+        line = self._processes[host].stdout.readline()
+        in_time = bool(line) or not timer.finished.is_set()
+        timer.cancel()
+        return line, in_time
+
+    def _read_answer(self, host: Host, ordered_s: float = 0.0) -> dict[str, Any]:
+        limit_s = ordered_s + ANSWER_S
+        line, in_time = self._read_line(host, limit_s)
+        if line:
+            return json.loads(line)["ok"]
+        if in_time:
+            return {"error": "it stopped answering"}
+        return {"error": f"it gave no answer within {limit_s:.0f} s"}
+
+    def answer_with_clock(self, host: Host) -> dict[str, Any]:
+        """Returns the host's first answer, with its round trip and its clock's lead added, in s.
+
+        Raises:
+            HostError: there is no answer.
+        """
+        answer = self.first_answers[host]
+        if isinstance(answer, HostError):
+            raise answer
+        rounds = []
+        for _ in range(CLOCK_ROUNDS):
+            sent = time.time()
+            self._send_order(host, do="time")
+            there = self._read_answer(host)
+            received = time.time()
+            if "error" in there:
+                raise HostError(f"{host.name}: {there['error']}")
+            rounds.append((received - sent, there["time"] - (sent + received) / 2))
+        rtt_s, skew_s = min(rounds)  # the shortest round trip bounds the skew best
+        return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
+
+    def read_nonce(self, folder: str, nonce: str) -> dict[Host, dict[str, Any]]:
+        """Returns {host: {"same": whether it reads the first host's nonce}}; deletes the nonce."""
+        for host in self.hosts:
+            self._send_order(host, do="read", folder=folder, nonce=nonce)
+        answers = {host: self._read_answer(host) for host in self.hosts}
+        self._send_order(self.hosts[0], do="forget", folder=folder, nonce=nonce)
+        self._read_answer(self.hosts[0])
+        return answers
+
+    def measure(
+        self,
+        streams: int,
+        seconds: float,
+        pings: int = 20,
+        both: bool = False,
+        least_trips: float = 0,
+    ) -> list[Pair]:
+        """Measures every directed pair; pairs that share no host are measured at the same time.
+
+        Args:
+            streams: TCP streams at once; seconds: of traffic.
+            both: send in both directions at once.
+            least_trips: no traffic is sent if it would last for fewer round trips.
+
+        Returns:
+            A dict per pair, with "from", "to" and either "error" or the figures.
+        """
+        pairs = []
+        for round_pairs in rounds(len(self.hosts)):
+            for i, j in round_pairs:
+                self._send_order(
+                    self.hosts[i],
+                    do="measure",
+                    peer=[self.hosts[j].address, self.first_answers[self.hosts[j]]["listens_on"]],
+                    interface=self.hosts[i].interface,
+                    streams=streams,
+                    seconds=seconds,
+                    pings=pings,
+                    both=both,
+                    least_trips=least_trips,
+                )
+            for i, j in round_pairs:
+                names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
+                answer = self._read_answer(self.hosts[i], seconds)
+                pairs.append(names | {"streams": streams, "both": both} | answer)
+        return pairs
+
+    def stream_limit_bytes_per_s(self, pair: Pair) -> float:
+        """Returns the most that one TCP stream can carry, given the pair's buffers and round trip.
+
+        Half of a receive buffer is for packets' overhead. Source: tcp(7), tcp_adv_win_scale.
+        """
+
+        def largest_buffer(name: str, sysctl: str) -> float:
+            answers = {host.name: answer for host, answer in self.first_answers.items()}
+            values = answers[name]["sysctls"][sysctl].split()  # least, default, largest
+            return float(values[-1]) if values else float("inf")
+
+        window = min(
+            largest_buffer(pair["from"], "tcp_wmem"), largest_buffer(pair["to"], "tcp_rmem") / 2
+        )
+        return window / statistics.median(pair["rtt_s"])
+
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """All ordered pairs of `count` hosts, in rounds in which each sends once and receives once."""
+    """Returns all ordered pairs of hosts, in rounds in which each sends once and receives once."""
     return [[(i, (i + step) % count) for i in range(count)] for step in range(1, count)]

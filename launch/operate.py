@@ -1,46 +1,53 @@
-"""What an operator does with a job that is on record: follows it, stops it, asks how it is."""
+"""What an operator does with a job that was started: follow it, stop it, ask for its status."""
 
 import contextlib
 import json
 import sys
 import time
+from typing import Any
 
-from launch.follow import Watch, note
+from launch.follow import JobMonitor, note
 from launch.host.restart_policy import NOW
+from launch.inventory import Host
 from launch.job import Job, jobs_folder
-from launch.ssh import Fleet, HostError
+from launch.ssh import HostError, SshClient, errors_in
 
-GONE_S = 30.0  # for the last processes to be seen gone
+GONE_S = 30.0  # for the last processes to end
 
 
-def follow(job, as_json, whole=False) -> int:
-    """The job's log until its end; its exit status. Ctrl-C asks what to do.
+def connect(job: Job) -> SshClient:
+    """Returns a client for the job's hosts."""
+    return SshClient(job.hosts, job.ssh_config)
+
+
+def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
+    """Prints the job's log until it ends; returns its exit status. Ctrl-C asks what to do.
 
     Args:
-        whole: the log from its first byte on, as a reader: Ctrl-C ends the reading alone.
+        read_only: print the whole log from its first byte. Ctrl-C only ends the reading.
 
     Raises:
         ValueError: the job never started.
     """
     if not job.record.get("begun"):
         raise ValueError(
-            f"job {job.id} never started: there is no log of it. `launch.run resume {job.id}` "
+            f"job {job.id} never started, so there is no log. `launch.run resume {job.id}` "
             "starts what it was to run."
         )
-    fleet = Fleet(job.hosts, job.ssh_config)
-    with Watch(fleet, job, as_json, whole) as watch:
+    client = connect(job)
+    with JobMonitor(client, job, as_json, read_only) as monitor:
         outcome = None
         while not outcome:
             try:
-                outcome = watch.run()
-            except KeyboardInterrupt:  # the followers live on: they renew the lease meanwhile
-                if whole or _asked_to_leave(fleet, job):
+                outcome = monitor.run()
+            except KeyboardInterrupt:  # the followers go on, and renew the lease, while it asks
+                if read_only or _ask_to_leave(client, job):
                     return 0
-    return conclude(fleet, job, outcome)
+    return conclude(client, job, outcome)
 
 
-def _asked_to_leave(fleet, job) -> bool:
-    """Detach or stop? True where the operator leaves the job to itself."""
+def _ask_to_leave(client: SshClient, job: Job) -> bool:
+    """Asks whether to detach, to stop the job or to go on; returns whether to detach."""
     if not sys.stdin.isatty():
         stop(job, now=False)
         return False
@@ -51,60 +58,77 @@ def _asked_to_leave(fleet, job) -> bool:
     if answer.startswith("s"):
         stop(job, now=False)
     if answer.startswith("d"):
-        _tell(fleet, lambda host: fleet.call(host, {"op": "detach", "job": job.id}), "let go")
+        _request_of_any(client, {"op": "detach", "job": job.id}, "detached")
         note(f"it goes on: python -m launch.run attach {job.id}")
     return answer.startswith("d")
 
 
-def conclude(fleet, job, outcome) -> int:
-    """Sees that nothing of the job is left on any host, and says how it ended."""
-    left = {}
-    deadline = time.monotonic() + GONE_S
+def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host, Any]:
+    """Returns {host: its status of the job, or the HostError in its place}."""
+    request = {"op": "status", "job": job.id}
+    return client.map(lambda host: client.call(host, request, timeout_s))
+
+
+def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
+    """Waits until no process of the job is left on any host, and prints how it ended.
+
+    Returns:
+        The job's exit status.
+    """
+    deadline, living = time.monotonic() + GONE_S, {}
     while time.monotonic() < deadline:
-        found = fleet.everywhere(lambda h: fleet.call(h, {"op": "status", "job": job.id}, 15))
-        left = {
-            h.name: f.get("processes") for h, f in found.items() if not isinstance(f, HostError)
+        living = {
+            host.name: answer.get("processes")
+            for host, answer in statuses(client, job, 15).items()
+            if not isinstance(answer, HostError)
         }
-        if not any(left.values()):
+        if not any(living.values()):
             break
         time.sleep(0.5)
-    unseen = [host.name for host in job.hosts if host.name not in left]
-    alive = {name: pids for name, pids in left.items() if pids}
+    unseen = [host.name for host in job.hosts if host.name not in living]
+    left = {name: pids for name, pids in living.items() if pids}
     job.change(outcome=outcome)
     note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
     note(f"why: {outcome['why']}")
-    gone = "no process of it is left on any host" if not unseen else f"not seen: {unseen}"
-    note(f"STILL ALIVE {alive}" if alive else gone)
+    if left:
+        note(f"STILL ALIVE, host: pids {left}")
+    elif unseen:
+        note(f"{' '.join(unseen)}: could not be asked whether processes are left")
+    else:
+        note("no process of it is left on any host")
     return outcome["code"]
 
 
-def ask_stop(fleet, job, host, why, kill):
-    return fleet.call(host, {"op": "stop", "job": job.id, "why": why, "kill": kill}, 30)
+def stop_request(job: Job, why: str, kill: bool) -> dict[str, Any]:
+    """Returns the request that stops a job on a host; `kill` does not wait for a save."""
+    return {"op": "stop", "job": job.id, "why": why, "kill": kill}
 
 
-def stop(job, now: bool) -> int:
-    """Asks every host, so that one that is out of reach does not keep the job alive."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    why = NOW if now else "the operator asked"
-    _tell(fleet, lambda host: ask_stop(fleet, job, host, why, False), "told to stop")
+def stop(job: Job, now: bool) -> int:
+    """Asks every host to stop the job, so that an unreachable one does not keep it alive."""
+    request = stop_request(job, NOW if now else "the operator asked", kill=False)
+    _request_of_any(connect(job), request, "stopped")
     return 0
 
 
-def _tell(fleet, function, what: str) -> None:
-    """Calls it on every host: one that has heard is enough, as the first host's takes it up."""
-    answers = fleet.everywhere(function)
-    for answer in answers.values():
-        if isinstance(answer, HostError):
-            note(str(answer))
-    if all(isinstance(answer, HostError) for answer in answers.values()):
-        raise HostError(f"no host answered: the job was not {what}. Try again.")
+def _request_of_any(client: SshClient, request: dict[str, Any], done: str) -> None:
+    """Sends a request to every host. One answer is enough, as the first host's takes it up.
+
+    Raises:
+        HostError: no host answered.
+    """
+    answers = client.map(lambda host: client.call(host, request, 30))
+    errors = errors_in(answers)
+    for error in errors:
+        note(error)
+    if len(errors) == len(answers):
+        raise HostError(f"no host answered: the job was not {done}. Try again.")
 
 
-def refuse_while_alive(job) -> None:
-    """Raises HostError unless every host says that nothing of the job lives there."""
-    fleet, problems = Fleet(job.hosts, job.ssh_config), []
-    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
-    for host, answer in found.items():
+def refuse_while_alive(job: Job) -> None:
+    """Raises HostError unless every host reports that nothing of the job is left there."""
+    problems = []
+    for host, answer in statuses(connect(job), job).items():
         if isinstance(answer, HostError):
             problems.append(str(answer))
         elif answer.get("alive") or answer["processes"]:
@@ -115,34 +139,30 @@ def refuse_while_alive(job) -> None:
         raise HostError("\n".join([what, *problems]))
 
 
-def status(job, as_json) -> int:
-    """What each host says of the job."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    found = fleet.everywhere(lambda host: fleet.call(host, {"op": "status", "job": job.id}, 20))
-    for host, answer in found.items():
-        answer = {"error": str(answer)} if isinstance(answer, HostError) else answer
+def status(job: Job, as_json: bool) -> int:
+    """Prints each host's status of the job."""
+    for host, answer in statuses(connect(job), job).items():
+        answer: dict[str, Any] = {"error": str(answer)} if isinstance(answer, HostError) else answer
         if as_json:
             print(json.dumps({"host": host.name} | answer))
             continue
         ranks = answer.get("report", {}).get("ranks", [])
         steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
-        state = answer.get("error") or (answer.get("outcome") or {}).get("why") or steps or "idle"
+        why = (answer.get("outcome") or {}).get("why")
+        state = answer.get("error") or why or steps or "idle"
         alive = "supervised" if answer.get("alive") else "no supervisor"
         print(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
     return 0
 
 
 def list_jobs() -> int:
+    """Prints a line per job of this machine."""
     for path in sorted(jobs_folder().iterdir()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # a folder without a record
             record = Job(path.name).record
-            ended = record.get("outcome")
-            state = (
-                f"exit {ended['code']}: {ended['why'].splitlines()[0]}"
-                if ended
-                else "not seen to end"
-                if record.get("begun")
-                else "never started"
-            )
+            outcome = record.get("outcome")
+            state = "running or not yet seen to end" if record.get("begun") else "never started"
+            if outcome:
+                state = f"exit {outcome['code']}: {outcome['why'].splitlines()[0]}"
             print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
     return 0

@@ -1,113 +1,145 @@
-"""Between code that has arrived and a job that starts: packages built, data compared."""
+"""Prepares hosts that have the code for a job: builds packages and compares the data."""
 
 import collections
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.follow import note
-from launch.job import TRAINER
-from launch.preflight import Finding, agreement, lacks_plugin, table
-from launch.ssh import HostError
+from launch.inventory import Host
+from launch.job import TRAINER, Job
+from launch.preflight import Finding, differences, format_findings, plugin_problem
+from launch.ssh import HostError, SshClient, raise_errors
+from launch.sync_code import Code
 
-BUILD_S = 1800.0  # for pip, on a slow line
-GLANCE_S = 300.0
+BUILD_S = 1800.0  # for pip over a slow connection
+DATA_S = 300.0
 
 
-def read_env(pairs) -> dict:
-    """{name: value} of --env's NAME=VALUE, or NAME, of this machine. Raises ValueError."""
-    env = dict(pair.partition("=")[::2] for pair in pairs if "=" in pair)
-    for name in (pair for pair in pairs if "=" not in pair):
-        if name not in os.environ:
+def read_env(pairs: Iterable[str]) -> dict[str, str]:
+    """Returns {name: value} for --env's NAME=VALUE, or NAME with this machine's value.
+
+    Raises:
+        ValueError: a NAME without a value is not set here.
+    """
+    env = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals and name not in os.environ:
             raise ValueError(f"--env={name} must be set here, or be --env={name}=VALUE.")
-        env[name] = os.environ[name]
+        env[name] = value if equals else os.environ[name]
     return env
 
 
 def read_constraints(path: str) -> str:
-    """The text of --env_build; "" where none is named. Raises ValueError."""
+    """Returns the text of the file that --env_build names; "" without one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     try:
         return Path(path).read_text() + "\n" if path else ""
     except OSError as error:
         raise ValueError(f"--env_build must name a file of pip constraints: {error}.") from None
 
 
-def show(findings) -> None:
-    """Prints what was looked at. Raises HostError where it lets no job start."""
-    print(table(findings), file=sys.stderr)
-    if any(finding.problem and finding.fatal for finding in findings):
-        raise HostError("preflight: nothing was started. What FAILs above says what to do.")
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Prints the table of findings.
+
+    Raises:
+        HostError: one of them aborts the launch.
+    """
+    print(format_findings(findings), file=sys.stderr)
+    if any(finding.aborts for finding in findings):
+        raise HostError("preflight: nothing was started. Each FAIL above says what to do.")
 
 
-def prepare(fleet, job, code) -> None:
-    """Packages and data, once the code is there."""
-    record, clock = job.record, time.monotonic()
+def prepare(client: SshClient, job: Job, code: Code) -> None:
+    """Builds the job's packages, if it asks for that, and compares the hosts' data.
+
+    Raises:
+        HostError: a host could not do it, or differs from the others.
+        ValueError: the code has no pyproject.toml.
+    """
+    record, start = job.record, time.monotonic()
     if record.get("env_build"):
         try:
             pyproject = (code.root / "pyproject.toml").read_text()
         except OSError as error:
             raise ValueError(f"--env_build needs the code's pyproject.toml: {error}.") from None
-        pythons = build_environments(fleet, record["env_build"], pyproject, record["env_extras"])
+        pythons = build_environments(client, record["env_build"], pyproject, record["env_extras"])
         job.change(pythons=pythons)
-        note(f"packages are on every host, {time.monotonic() - clock:.1f} s")
+        note(f"packages are on every host, {time.monotonic() - start:.1f} s")
     if record["argv"][2] == TRAINER:
-        clock = time.monotonic()
-        findings = compare_data(fleet, job)
-        note(f"data was looked at on every host, {time.monotonic() - clock:.1f} s")
-        show(findings)
+        start = time.monotonic()
+        findings = judge_data(client.call_all(data_requests(client, job), DATA_S))
+        note(f"data was compared on all hosts, {time.monotonic() - start:.1f} s")
+        print_findings(findings)
 
 
-def build_environments(fleet, constraints: str, pyproject: str, extras) -> dict:
-    """{host name: its Python}, with the same versions of all packages everywhere.
+def build_environments(
+    client: SshClient, constraints: str, pyproject: str, extras: Iterable[str]
+) -> dict[str, str]:
+    """Builds the same packages on every host; returns {host name: its Python}.
 
     Args:
-        constraints: pip's, as text; pyproject: of the code, as text; extras: names in it.
+        constraints: pip's, as text; pyproject: the code's, as text; extras: names in it.
 
     Raises:
-        HostError: pip failed on a host, with its last lines, versions differ, or a host with GPUs
+        HostError: pip failed on a host, with its last lines; versions differ; or a host with GPUs
             was built without JAX's plugin for them.
     """
     request = {"op": "build", "constraints": constraints, "pyproject": pyproject}
     request |= {"extras": list(extras)}
-    built = fleet.ask(dict.fromkeys(fleet.hosts, request), BUILD_S)
-    failed = [str(answer) for answer in built.values() if isinstance(answer, HostError)]
-    if failed:
-        raise HostError("\n".join(failed))
-    bare = {host.name: lacks_plugin(host, found["versions"]) for host, found in built.items()}
-    if any(bare.values()):
-        raise HostError("\n".join(f"{name}: {why}" for name, why in bare.items() if why))
-    alike = {host: {"versions": found["versions"]} for host, found in built.items()}
-    differing = agreement(alike)
+    built = client.call_all(dict.fromkeys(client.hosts, request), BUILD_S)
+    raise_errors(built)
+    problems = {host.name: plugin_problem(host, b["versions"]) for host, b in built.items()}
+    if any(problems.values()):
+        raise HostError("\n".join(f"{name}: {text}" for name, text in problems.items() if text))
+    differing = differences({host: {"versions": b["versions"]} for host, b in built.items()})
     if differing:
         rows = "; ".join(f"{finding.check}: {finding.value}" for finding in differing)
         raise HostError(f"the hosts built different packages ({rows}). Pin them in --env_build.")
-    return {host.name: found["python"] for host, found in built.items()}
+    return {host.name: b["python"] for host, b in built.items()}
 
 
-def compare_data(fleet, job) -> list[Finding]:
-    """What each host's data is at a glance; a host that differs from most has a problem."""
+def data_requests(client: SshClient, job: Job) -> dict[Host, dict[str, Any]]:
+    """Returns {host: the request for a summary of its data}."""
     requests = {}
-    for host in fleet.hosts:
+    for host in client.hosts:
         spec = job.request(host)["spec"]
-        python, _, _, *flags = spec["argv"]
-        own = {"python": python, "flags": flags, "env": spec["env"], "cwd": spec["cwd"]}
-        requests[host] = {"op": "glance"} | own
-    return judge_data(fleet.ask(requests, GLANCE_S))
+        python, _, _, *flags = spec["argv"]  # python -m jaxtrain.train FLAGS
+        request = {"op": "glance", "python": python, "flags": flags}
+        requests[host] = request | {"env": spec["env"], "cwd": spec["cwd"]}
+    return requests
 
 
-def judge_data(found: dict) -> list[Finding]:
-    """Findings of {host: its glance, or the HostError in its place}."""
-    seen = {host: glance for host, glance in found.items() if not isinstance(glance, HostError)}
-    prints = collections.Counter(glance["fingerprint"] for glance in seen.values())
-    usual = prints.most_common(1)[0][0] if prints else ""  # of equal counts, the first host's
+def judge_data(summaries: Mapping[Host, Any]) -> list[Finding]:
+    """Returns a finding per host; a host whose data differs from most has a problem.
+
+    Args:
+        summaries: {host: {"files", "bytes", "fingerprint"}, or the HostError in its place}.
+    """
+    fingerprints = {
+        host: summary["fingerprint"]
+        for host, summary in summaries.items()
+        if not isinstance(summary, HostError)
+    }
+    # If two are equally frequent, most_common returns the one that comes first.
+    usual = collections.Counter(fingerprints.values()).most_common(1)[0][0] if fingerprints else ""
     findings = []
-    for host, glance in found.items():
-        if host not in seen:
-            findings.append(Finding(host.name, "data", "none", str(glance)))
+    for host, summary in summaries.items():
+        if isinstance(summary, HostError):
+            findings.append(Finding(host.name, "data", "none", str(summary)))
             continue
-        value = f"{glance['files']} files, {glance['bytes']:,} bytes, {glance['fingerprint'][:12]}"
-        others = " ".join(h.name for h, g in seen.items() if g["fingerprint"] == usual)
-        problem = f"not the data of {others}: copy it from there" * (glance["fingerprint"] != usual)
+        fingerprint = fingerprints[host]
+        value = f"{summary['files']} files, {summary['bytes']:,} bytes, {fingerprint[:12]}"
+        problem = ""
+        if fingerprint != usual:
+            others = " ".join(h.name for h, other in fingerprints.items() if other == usual)
+            problem = f"not the data of {others}: copy it from there"
         findings.append(Finding(host.name, "data", value, problem))
     return findings

@@ -1,92 +1,105 @@
-"""Measures the network of a job's hosts, and writes the file that baselines are held against.
+"""Measures the network between a job's hosts, and writes the result as a file for baselines.
 
     python -m launch.probe --hosts=hosts.toml --out=network.json
     python -m launch.probe --hosts=hosts.toml --seconds=5 --pings=1000
     python -m launch.probe --hosts=hosts.toml --no_jax
 
-Round trips of every pair while nothing else is sent; TCP throughput with 1, 4 and 8 streams, one
-way and both; and, unless --no_jax, JAX's all-reduce, all-gather and reduce-scatter over all hosts,
-by size, with the bytes that the interface counted beside those that were asked for. The interface
-counts before segmentation: `header_share` is what the wire carries on top of the payload.
+It measures the round trips of every pair of hosts while nothing else is sent; TCP throughput with
+1, 4 and 8 streams, in one direction and in both; and, unless --no_jax, JAX's all-reduce, all-gather
+and reduce-scatter over all hosts, by size. `wire_bytes` is what the interface counted, before it
+cut the data into segments; `header_share` is the share of headers that the segments add.
 """
 
+import argparse
 import json
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import run
 from launch.arguments import Parser
 from launch.follow import note
 from launch.host.files import write_json
 from launch.inventory import read_inventory
-from launch.network import Mesh
-from launch.preflight import preflight, table
-from launch.ssh import Fleet, HostError
+from launch.job import PORTS
+from launch.network import NetworkAgents, Pair
+from launch.preflight import preflight
+from launch.prepare import print_findings
+from launch.ssh import HostError, SshClient, raise_errors
 
 STREAMS = (1, 4, 8)
 PERCENTILES = (1, 50, 90, 99, 100)
-ETHERNET_BYTES, TCP_BYTES = 14, 52  # header of a frame; of IPv4 and TCP with timestamps, in the MTU
+ETHERNET_BYTES = 14  # header of a frame
+TCP_BYTES = 52  # headers of IPv4 and of TCP with timestamps, which count towards the MTU
 
 
 def header_share(mtu: int) -> float:
-    """Bytes of headers per byte of payload in full segments; offload hides them from counters."""
+    """Returns bytes of headers per byte of payload in full segments.
+
+    The interface's counters do not show them when the card does the segmentation (offload).
+    """
     return (mtu + ETHERNET_BYTES) / (mtu - TCP_BYTES) - 1
 
 
-def percentile(sorted_values, share: float) -> float:
+def percentile(sorted_values: Sequence[float], share: float) -> float:
+    """Returns the value below which a share of the sorted values lies."""
     return sorted_values[min(len(sorted_values) - 1, round(share * (len(sorted_values) - 1)))]
 
 
-def measure_tcp(fleet, seconds: float, pings: int) -> list[dict]:
-    """A dict a directed pair, number of streams and way."""
-    mesh, found = Mesh(fleet), []
-    try:
-        for error in mesh.found.values():
-            if isinstance(error, HostError):
-                raise error
-        idle = {_pair(p): p["rtt_s"] for p in _whole(mesh.measure(1, 0.0, pings))}
+def measure_tcp(client: SshClient, seconds: float, pings: int) -> list[Pair]:
+    """Returns a dict per directed pair, number of streams and direction.
+
+    Raises:
+        HostError: a host does not answer, or a pair could not be measured.
+    """
+    rows = []
+    with NetworkAgents(client) as agents:
+        raise_errors(agents.first_answers)
+        idle = _require_all(agents.measure(1, 0.0, pings))
+        rtt_s = {(pair["from"], pair["to"]): pair["rtt_s"] for pair in idle}
         for streams in STREAMS:
             for both in (False, True):
-                for pair in _whole(mesh.measure(streams, seconds, pings=1, both=both)):
-                    del pair["rtt_s"]
-                    rtt = idle[_pair(pair)]
-                    pair |= {f"rtt_p{p}_s": percentile(rtt, p / 100) for p in PERCENTILES}
+                for pair in _require_all(agents.measure(streams, seconds, pings=1, both=both)):
+                    del pair["rtt_s"]  # of a loaded network
+                    times = rtt_s[pair["from"], pair["to"]]
+                    pair |= {f"rtt_p{p}_s": percentile(times, p / 100) for p in PERCENTILES}
                     if pair["mtu"]:
                         pair["header_share"] = header_share(pair["mtu"])
-                    found.append(pair)
-    finally:
-        mesh.close()
-    return found
+                    rows.append(pair)
+    return rows
 
 
-def _pair(measured: dict) -> tuple[str, str]:
-    return measured["from"], measured["to"]
-
-
-def _whole(measured: list[dict]) -> list[dict]:
-    for pair in measured:
+def _require_all(pairs: list[Pair]) -> list[Pair]:
+    for pair in pairs:
         if "error" in pair:
             raise HostError(f"{pair['from']} to {pair['to']}: {pair['error']}")
-    return measured
+    return pairs
 
 
-def measure_collectives(args) -> list[dict]:
-    """What launch.collectives prints, started as any job is."""
+def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs launch.collectives as a job; returns the rows that it prints.
+
+    Raises:
+        HostError: the job failed.
+    """
     hosts = read_inventory(args.hosts).hosts
     flags = [f"--mib={args.mib}", f"--cases={args.cases}", f"--interface={hosts[0].interface}"]
     options = [f"--hosts={args.hosts}", f"--ssh_config={args.ssh_config}", "--restarts=0"]
     job, code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
-    lines = job.log(job.hosts[0]).read_text().splitlines()
+    log = job.log(job.hosts[0])
     if code:
-        raise HostError(f"the collectives ended with {code}: {job.log(job.hosts[0])} says why.")
+        raise HostError(f"the collectives ended with {code}: see {log}.")
+    lines = log.read_text().splitlines()
     return [json.loads(line) for line in lines if line.startswith('{"collective"')]
 
 
-def show(found: dict) -> str:
+def format_result(result: dict[str, Any]) -> str:
+    """Returns the measured figures as two tables."""
     lines = ["from -> to      streams   ways   RTT p50 ms   p99 ms     Mbit/s"]
-    for pair in found["tcp"]:
+    for pair in result["tcp"]:
         ways = "both" if pair["both"] else "one"
         rate = pair["bytes_per_s"] * 8e-6
         lines.append(
@@ -94,18 +107,19 @@ def show(found: dict) -> str:
             f"  {pair['rtt_p50_s'] * 1e3:10.2f} {pair['rtt_p99_s'] * 1e3:9.2f} {rate:10,.0f}"
         )
     lines.append("collective            bytes       ms   algbw MB/s   busbw MB/s   wire/ideal")
-    for row in found["collectives"]:
-        ratio = row["wire_sent_bytes"] / (row["ideal_sent_bytes"] or float("nan"))  # of one: none
+    for row in result["collectives"]:
+        ideal_bytes = row["ideal_sent_bytes"] or float("nan")  # a single host sends nothing
         lines.append(
             f"{row['collective']:15} {row['bytes']:11,} {row['seconds'] * 1e3:8.1f}"
             f" {row['algbw_bytes_per_s'] * 1e-6:12,.1f} {row['busbw_bytes_per_s'] * 1e-6:12,.1f}"
-            f" {ratio:12.3f}"
+            f" {row['wire_sent_bytes'] / ideal_bytes:12.3f}"
         )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = Parser("python -m launch.probe", __doc__)
+    """Runs the command; returns its exit status."""
+    parser = Parser("python -m launch.probe", __doc__ or "")
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--out", default="network.json", metavar="FILE")
@@ -113,25 +127,22 @@ def main() -> int:
     parser.add_argument("--pings", type=int, default=100, help="round trips of each pair")
     parser.add_argument("--mib", default="1,16,64", help="sizes of the collectives, MiB")
     parser.add_argument(
-        "--cases", default="", metavar="KIND:BYTES,...", help="collectives in place of --mib's"
+        "--cases", default="", metavar="KIND:BYTES,...", help="collectives instead of --mib's"
     )
-    parser.add_argument("--no_jax", action="store_true", help="no collectives")
+    parser.add_argument("--no_jax", action="store_true", help="skip the collectives")
     args = parser.parse_args()
     try:
         hosts = read_inventory(args.hosts).hosts
-        fleet = Fleet(hosts, args.ssh_config)
-        findings = preflight(fleet, secrets.choice(range(20_000, 30_000)), burst_s=0)
-        print(table(findings), file=sys.stderr)
-        if any(finding.problem and finding.fatal for finding in findings):
-            raise HostError("preflight: nothing was measured. What FAILs above says what to do.")
-        found = {"time": time.time(), "hosts": [host.name for host in hosts]}
-        found["tcp"] = measure_tcp(fleet, args.seconds, args.pings) if len(hosts) > 1 else []
-        found["collectives"] = [] if args.no_jax else measure_collectives(args)
-        write_json(Path(args.out), found)
+        client = SshClient(hosts, args.ssh_config)
+        print_findings(preflight(client, secrets.choice(PORTS), burst_s=0))
+        result: dict[str, Any] = {"time": time.time(), "hosts": [host.name for host in hosts]}
+        result["tcp"] = measure_tcp(client, args.seconds, args.pings) if len(hosts) > 1 else []
+        result["collectives"] = [] if args.no_jax else measure_collectives(args)
+        write_json(Path(args.out), result)
     except (ValueError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(show(found))
+    print(format_result(result))
     note(f"written to {args.out}")
     return 0
 

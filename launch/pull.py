@@ -9,7 +9,7 @@ from launch.host.files import read_json, write_json
 from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
 from launch.inventory import Host
 from launch.job import Job
-from launch.ssh import Fleet, HostError
+from launch.ssh import HostError, SshClient
 
 POSITIONS = ".held.json"  # {host: {file: [inode there, bytes here]}}
 
@@ -36,7 +36,7 @@ class RunCopy:
                 f"job {job_id} must say where its run directory is; its flags have no "
                 f"{WORKDIR}. Set --workdir."
             )
-        self.fleet = Fleet(self.job.hosts, self.job.ssh_config)
+        self.client = SshClient(self.job.hosts, self.job.ssh_config)
         self.folder, self.job_ended = self.job.folder / "run", False
         (self.folder / PROCESSES).mkdir(parents=True, exist_ok=True)
 
@@ -56,12 +56,12 @@ class RunCopy:
         def fetch_from(skip):
             return lambda host: self._fetch_from(host, positions.setdefault(host.name, {}), skip)
 
-        answers = self.fleet.everywhere(fetch_from({}), [first])
+        answers = self.client.map(fetch_from({}), [first])
         sent_by_first = {name: inode for name, (inode, _) in positions[first.name].items()}
-        answers |= self.fleet.everywhere(fetch_from(sent_by_first), others)
+        answers |= self.client.map(fetch_from(sent_by_first), others)
         write_json(self.folder / POSITIONS, positions)
-        if isinstance(answers[first], HostError):
-            raise answers[first]
+        if isinstance(error := answers[first], HostError):
+            raise error
         for answer in answers.values():
             if isinstance(answer, HostError):
                 note(f"{answer} Its files here are those of the last successful copy.")
@@ -72,7 +72,7 @@ class RunCopy:
         while more:
             request = {"op": "pull", "job": self.job.id, "folder": self.workdir}
             request |= {"have": positions, "skip": skip}
-            answer = self.fleet.call(host, request)
+            answer = self.client.call(host, request)
             more = answer["more"]
             if is_first:
                 self.job_ended = answer["over"]

@@ -4,68 +4,80 @@
     python -m launch.run --hosts=hosts.toml --detach -- gpt_124m --checkpoint.storage=host0
     python -m launch.run status
 
-A job that is on record:
-  attach JOB      goes on with its log, no line lost or doubled
-  status [JOB]    what it does, on every host; without JOB: all jobs
-  logs JOB        the whole log, and what is new; read-only
-  stop JOB        saves and stops; --now does not save
+Commands for a job that was started:
+  attach JOB      prints its log from where this machine's copy ends
+  status [JOB]    prints what it does on every host; without JOB: all jobs of this machine
+  logs JOB        prints the whole log, and what is new; changes nothing
+  stop JOB        saves and stops; with --now it does not save
   resume JOB      starts the same command as a new job, from the last checkpoint, with the current
                   code; the job must have ended
 
 What follows `--` is a command line of the program (jaxtrain.train). The job's exit status is this
-command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, else the root cause's.
-The hosts need Python 3.11 with the project's dependencies and sshd; this machine needs Python, git,
-ssh and rsync. hosts.toml: see launch/inventory.py.
+command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, otherwise that of the
+root cause. The hosts need sshd and Python 3.11 with the project's dependencies; this machine needs
+Python, git, ssh and rsync. For hosts.toml see launch/inventory.py.
 """
 
+import argparse
 import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from launch.arguments import Parser
 from launch.follow import note
-from launch.host.exit_codes import STOPPED
+from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.logout import SCOPE
 from launch.host.restart_policy import Policy
-from launch.inventory import read_inventory
+from launch.inventory import Host, read_inventory
 from launch.job import PYTHON, TRAINER, Job
-from launch.operate import ask_stop, follow, list_jobs, refuse_while_alive, status, stop
+from launch.operate import (
+    connect,
+    follow,
+    list_jobs,
+    refuse_while_alive,
+    status,
+    stop,
+    stop_request,
+)
 from launch.preflight import preflight
-from launch.prepare import prepare, read_constraints, read_env, show
-from launch.ssh import Fleet, HostError
-from launch.sync_code import read_code, ship
+from launch.prepare import prepare, print_findings, read_constraints, read_env
+from launch.ssh import HostError, raise_errors
+from launch.sync_code import Code, read_code, send_code
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
 LEASE_S = 30.0
 POLICY_HELP = {
     "restarts": "attempts after the first, before the job gives up",
     "backoff_s": "seconds before the first restart; doubles each time",
-    "on_loss": "a host that stays away: wait for it, go on with fewer, or stop",
+    "on_loss": "if a host stays away: wait for it, go on with fewer, or stop",
     "wait_s": "seconds to wait for hosts that are away",
     "stall_s": "seconds without a step until a rank counts as stuck (at least 5 usual steps)",
     "start_s": "seconds from a rank's start to its first step",
     "lost_s": "seconds of silence until a host counts as lost",
-    "grace_s": "seconds between being asked to stop and being killed: a save must fit",
+    "grace_s": "seconds from the request to stop until the ranks are killed: a save must fit in",
 }
+ENV_HELP = "for the program; NAME passes this machine's value without showing it in ps"
+BUILD_HELP = "pip constraints: build the Python packages on the hosts, once, and use them"
 
 
-ENV_HELP = "for the program; NAME alone takes this machine's value: for secrets, which ps shows"
-
-
-def parse(argv, prog="python -m launch.run"):
-    """(arguments, the program's flags after `--`)."""
+def parse(
+    argv: list[str], prog: str = "python -m launch.run"
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns (arguments, the program's flags after `--`)."""
     ours, flags = argv, []
     if "--" in argv:
         at = argv.index("--")
         ours, flags = argv[:at], argv[at + 1 :]
-    parser = Parser(prog, __doc__.replace("python -m launch.run", prog))
-    parser.add_argument("--json", action="store_true", help="the log as JSON lines")
+    parser = Parser(prog, (__doc__ or "").replace("python -m launch.run", prog))
+    parser.add_argument("--json", action="store_true", help="print the log as JSON lines")
     if ours and ours[0] in VERBS:
         parser.add_argument("verb", choices=VERBS)
         parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
         if ours[0] == "stop":
-            parser.add_argument("--now", action="store_true", help="kill, do not save")
+            parser.add_argument("--now", action="store_true", help="kill without a save")
         args = parser.parse_args(ours)
         if flags:
             parser.error(
@@ -78,37 +90,33 @@ def parse(argv, prog="python -m launch.run"):
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
     parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
     parser.add_argument("--module", default=TRAINER, help="what Python runs with -m")
-    parser.add_argument("--detach", action="store_true", help="return once it runs")
-    parser.add_argument(
-        "--shared", default="", metavar="DIR", help="folder that all hosts must see as one"
-    )
+    parser.add_argument("--detach", action="store_true", help="return once the job runs")
+    parser.add_argument("--shared", default="", metavar="DIR", help="folder that all hosts share")
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=ENV_HELP)
-    build = "pip constraints: build Python packages on the hosts once, and use those"
-    parser.add_argument("--env_build", default="", metavar="FILE", help=build)
-    parser.add_argument("--env_extras", default="", metavar="A,B", help="of pyproject.toml, too")
+    parser.add_argument("--env_build", default="", metavar="FILE", help=BUILD_HELP)
+    parser.add_argument(
+        "--env_extras", default="", metavar="A,B", help="extras of pyproject.toml to build"
+    )
     for field in dataclasses.fields(Policy):
         if field.name in POLICY_HELP:
-            choices = ("wait", "fewer", "stop") if field.name == "on_loss" else None
-            text = f"{POLICY_HELP[field.name]} [{field.default}]"
             parser.add_argument(
                 f"--{field.name}",
                 type=type(field.default),
                 default=field.default,
-                choices=choices,
-                help=text,
+                choices=("wait", "fewer", "stop") if field.name == "on_loss" else None,
+                help=f"{POLICY_HELP[field.name]} [{field.default}]",
             )
     return parser.parse_args(ours), flags
 
 
-def start(args, flags) -> tuple[Job, int]:
-    """Looks, sends, starts and follows a new job; the job and its exit status."""
+def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
+    """Starts and follows a new job; returns it with its exit status."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
     env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
-    policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
     job = create(
         inventory.hosts,
-        policy,
+        Policy(**values, lease_s=0.0 if args.detach else LEASE_S),
         args.ssh_config,
         code,
         ranks_per_host=inventory.ranks_per_host,
@@ -121,68 +129,67 @@ def start(args, flags) -> tuple[Job, int]:
     return job, begin(job, code, args.json, args.detach)
 
 
-def create(hosts, policy, ssh_config, code, **record) -> Job:
-    """A new job's record, with what its code is and where it came from."""
-    of_code = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
-    job = Job.create(hosts, policy, ssh_config, **record, **of_code, folders={})
+def create(
+    hosts: Iterable[Host], policy: Policy, ssh_config: str, code: Code, **record: Any
+) -> Job:
+    """Creates a job's record, with the origin of its code."""
+    origin = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
+    job = Job.create(hosts, policy, ssh_config, **record, **origin, folders={})
     (job.folder / "code.patch").write_text(code.patch)
-    dirty = ", with changes of its own: code.patch" if code.patch else ""
+    dirty = ", with uncommitted changes (code.patch)" if code.patch else ""
     note(f"job {job.id}: {job.folder}")
     note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{dirty}")
     return job
 
 
-def begin(job, code, as_json, detach) -> int:
-    """Preflight, ship and start of a job that is on record; then its log."""
-    fleet = Fleet(job.hosts, job.ssh_config)
-    clock = time.monotonic()
+def begin(job: Job, code: Code, as_json: bool, detach: bool) -> int:
+    """Checks the hosts, sends the code, starts a created job, and follows it unless detached."""
+    client = connect(job)
+    start_s = time.monotonic()
     build = bool(job.record.get("env_build"))
-    findings = preflight(fleet, job.record["port"], job.record["shared"], build=build)
-    note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - clock:.1f} s")
-    show(findings)
+    findings = preflight(client, job.record["port"], job.record["shared"], build=build)
+    note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - start_s:.1f} s")
+    print_findings(findings)
     scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
     job.change(scopes=scopes)
-    clock = time.monotonic()
-    folders = ship(fleet, code)
+    start_s = time.monotonic()
+    folders = send_code(client, code)
     job.change(folders={host.name: folder for host, folder in folders.items()})
-    note(f"code is on every host, {time.monotonic() - clock:.1f} s")
-    prepare(fleet, job, code)
+    note(f"code is on every host, {time.monotonic() - start_s:.1f} s")
+    prepare(client, job, code)
     job.change(begun=time.time())
     try:
-        answers = fleet.everywhere(lambda host: fleet.call(host, job.request(host)))
-        failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
-        if failed:
-            raise HostError("\n".join(failed))
-    except BaseException:  # an interrupt, and SIGTERM, too
+        raise_errors(client.map(lambda host: client.call(host, job.request(host))))
+    except BaseException:  # also an interrupt or SIGTERM
         why = "not all hosts started"
-        job.change(outcome={"code": STOPPED, "why": why})  # so that nothing starts it again
-        fleet.everywhere(lambda host: ask_stop(fleet, job, host, why, True))
+        job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
+        client.map(lambda host: client.call(host, stop_request(job, why, kill=True), 30))
         raise
     if detach:
-        note(f"it runs by itself: python -m launch.run attach {job.id}")
+        note(f"it runs without this machine: python -m launch.run attach {job.id}")
         return 0
     return follow(job, as_json)
 
 
-def resume(job, as_json) -> int:
-    """A new job of the same hosts, program and flags, with its working tree's code of now.
+def resume(job: Job, as_json: bool) -> int:
+    """Starts a new job with the same hosts, program and flags, and the tree's current code.
 
     Raises:
-        HostError: something of the job lives, or a host does not say.
+        HostError: something of the old job is alive, or a host does not answer.
     """
     refuse_while_alive(job)
-    record = job.record
     names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
-    kept = {key: record[key] for key in names}
-    code = read_code(record["tree"])
-    new = create(job.hosts, job.policy, job.ssh_config, code, **kept)
-    note(f"job {new.id} goes on with {job.id}")
+    record = {name: job.record[name] for name in names}
+    code = read_code(job.record["tree"])
+    new = create(job.hosts, job.policy, job.ssh_config, code, **record)
+    note(f"job {new.id} continues {job.id}")
     return begin(new, code, as_json, job.policy.lease_s == 0)
 
 
-def main(argv=None, prog="python -m launch.run") -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> int:
+    """Runs the command; returns its exit status."""
     args, flags = parse(sys.argv[1:] if argv is None else argv, prog)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     try:
         if args.verb == "start":
             return start(args, flags)[1]
@@ -191,7 +198,7 @@ def main(argv=None, prog="python -m launch.run") -> int:
         job = Job(args.job)
         verbs = {
             "attach": lambda: follow(job, args.json),
-            "logs": lambda: follow(job, args.json, whole=True),
+            "logs": lambda: follow(job, args.json, read_only=True),
             "status": lambda: status(job, args.json),
             "stop": lambda: stop(job, args.now),
             "resume": lambda: resume(job, args.json),
@@ -202,7 +209,7 @@ def main(argv=None, prog="python -m launch.run") -> int:
         return 1
     except KeyboardInterrupt:
         note("interrupted before the job ran")
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The hosts over SSH: the system's `ssh` in subprocesses, one shared connection per host."""
+"""Sends requests to hosts through the system's `ssh`, over one shared connection per host."""
 
 import concurrent.futures
 import glob
@@ -11,112 +11,125 @@ import subprocess
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from launch.host.files import write_text
 from launch.inventory import Host
 
-OPTIONS = {  # of every connection, those to ProxyJump's hosts among them
-    "BatchMode": "yes",  # a question would hang a job; keys and agents answer
-    "StrictHostKeyChecking": "yes",  # whatever the user's configuration says
+T = TypeVar("T")
+# For every connection, including those that ProxyJump makes.
+OPTIONS = {
+    "BatchMode": "yes",  # a password prompt would hang the job; keys and agents still work
+    "StrictHostKeyChecking": "yes",
     "ForwardAgent": "no",
-    "ClearAllForwardings": "yes",  # no port is opened but the launcher's own
+    "ClearAllForwardings": "yes",  # only the launcher's own ports are opened
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
     "ConnectTimeout": "15",
     "ForwardX11": "no",
 }
-SHARED = {"ControlMaster": "auto", "ControlPersist": "300"}  # of those to the hosts themselves
-CONFIGS = ("~/.ssh/config", "/etc/ssh/ssh_config")  # that ssh reads by itself
-SOCKET_BYTES = 104
-HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh writes it, and its suffix
+# ControlMaster: the first connection to a host stays open for 5 minutes, and later requests reuse
+# it. That saves a handshake of several round trips each.
+SHARED = {"ControlMaster": "auto", "ControlPersist": "300"}
+USER_CONFIGS = ("~/.ssh/config", "/etc/ssh/ssh_config")  # what ssh reads without -F
+SOCKET_BYTES = 104  # the longest path of a Unix socket on macOS; Linux allows 108
+HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh expands it, and the suffix while it creates the socket
 SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
-WRITING = threading.Lock()  # a thread for each host wants the one file of options
+CONFIG_LOCK = threading.Lock()  # one thread per host wants to write the same file
 HOST_CODE = Path(__file__).parent / "host"
 
 
 class HostError(Exception):
-    """A host could not be reached, or could not do what it was asked. Its text says what to do."""
+    """A host could not be reached, or could not do what it was asked. The text says what to do."""
 
 
-def control_path(limit=SOCKET_BYTES) -> str:
-    """ControlPath: a socket in a folder of this user alone; "none" where there can be none.
+def control_path(limit: int = SOCKET_BYTES) -> str:
+    """Returns ssh's ControlPath, in a folder that only this user can enter.
 
-    A socket's path is short, 104 bytes with macOS, and ssh adds 17 to it while it is made. OpenSSH
-    for Windows has no shared connections.
+    It is "none", and connections are not shared, if every possible path is too long or if this is
+    Windows, whose OpenSSH has no shared connections.
     """
     if os.name == "nt":
         return "none"
-    for parent in _parents():
+    for parent in _runtime_folders():
         folder = Path(parent, f"jaxtrain-{os.getuid()}")
         if len(os.fsencode(folder)) + HASH_BYTES < limit:
-            return f"{_own_folder(folder)}/%C"
+            return f"{_create_private_folder(folder)}/%C"
     return "none"
 
 
-def config_file(given="") -> str:
-    """For `ssh -F`: OPTIONS, then what ssh would have read, or `given` in place of that.
+def config_file(user_config: str = "") -> str:
+    """Writes a file for `ssh -F`: OPTIONS, then the user's own configuration; returns its path.
 
-    The first value of an option is the one in force. Options on a command line do not reach the
-    connections that ProxyJump makes; those take the file. Source: ssh_config(5).
+    ssh takes the first value that it finds for an option, so OPTIONS cannot be overridden. They
+    must be in a file: the connections that ProxyJump makes ignore options on the command line.
+    Source: ssh_config(5).
+
+    Args:
+        user_config: replaces the configuration files that ssh reads by default.
 
     Raises:
-        HostError: there is no file `given`; Include would say nothing of that.
+        HostError: there is no such file. ssh's Include would ignore that.
     """
-    if given and not os.path.exists(given):
-        raise HostError(f"--ssh_config must name a file; got {given}.")
-    names = [f'"{glob.escape(os.path.abspath(given))}"'] if given else CONFIGS
+    if user_config and not os.path.exists(user_config):
+        raise HostError(f"--ssh_config must name a file; got {user_config}.")
+    names = USER_CONFIGS
+    if user_config:
+        names = [f'"{glob.escape(os.path.abspath(user_config))}"']  # Include expands patterns
     lines = [f"{name} {value}" for name, value in OPTIONS.items()]
     text = "\n".join([*lines, *(f"Include {name}" for name in names), ""])
     if os.name == "nt":
-        folder = Path(tempfile.gettempdir())  # of this user alone, there
+        folder = Path(tempfile.gettempdir())  # private on Windows
     else:
-        folder = _own_folder(Path(_parents()[0], f"jaxtrain-{os.getuid()}"))
+        folder = _create_private_folder(Path(_runtime_folders()[0], f"jaxtrain-{os.getuid()}"))
     path = folder / f"ssh_config.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    with WRITING:
-        if not path.exists():  # a logout or a cleaner of /tmp may have taken it
+    with CONFIG_LOCK:
+        if not path.exists():  # a logout, or a job that cleans /tmp, may have deleted it
             write_text(path, text, 0o600)
     return str(path)
 
 
-def _parents() -> list[str]:
-    """Folders that there are for what lasts as long as a login."""
+def _runtime_folders() -> list[str]:
+    """Returns existing folders for files that need to last only as long as a login."""
     names = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")
     return [name for name in names if name and os.path.isdir(name)]
 
 
-def _own_folder(folder: Path) -> Path:
+def _create_private_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        raise HostError(f"{folder} must be a folder of yours alone (mode 700). Remove it.")
+        raise HostError(f"{folder} must be your own folder, with mode 700. Remove it.")
     return folder
 
 
-def sources() -> dict:
-    """{module name: source} of all that a host runs."""
-    found = {"launch": ""}
+def host_modules() -> dict[str, str]:
+    """Returns {module name: source} of everything that a host runs."""
+    modules = {"launch": ""}
     for path in sorted(HOST_CODE.glob("*.py")):
         name = "launch.host" if path.stem == "__init__" else f"launch.host.{path.stem}"
-        found[name] = path.read_text()
-    return found
+        modules[name] = path.read_text()
+    return modules
 
 
-class Fleet:
-    """Requests to hosts.
+class SshClient:
+    """Sends requests to hosts and takes their answers, see launch/host/requests.py.
 
     Args:
-        ssh_config: a file for `ssh -F`; "" leaves the user's own.
+        hosts: those that `map` calls.
+        ssh_config: a file for `ssh -F`; "" reads the user's own configuration.
     """
 
-    def __init__(self, hosts, ssh_config=""):
-        self.hosts: tuple[Host, ...] = tuple(hosts)
+    def __init__(self, hosts: Iterable[Host], ssh_config: str = ""):
+        self.hosts = tuple(hosts)
         self._ssh_config = ssh_config
-        self._modules = sources()
+        self._modules = host_modules()
         self._boot = (HOST_CODE / "boot.py").read_text()
 
-    def ssh(self, host: Host, shared=True) -> list[str]:
-        """The ssh command up to its target's name."""
+    def ssh_command(self, host: Host, shared: bool = True) -> list[str]:
+        """Returns the ssh command up to, and without, the name of the host."""
         argv = ["ssh", "-F", config_file(self._ssh_config)]
         for name, value in SHARED.items():
             argv += ["-o", f"{name}={value}"]
@@ -124,19 +137,20 @@ class Fleet:
         argv += ["-l", host.user] if host.user else []
         return argv + (["-p", str(host.port)] if host.port else [])
 
-    def open(self, host: Host, request: dict) -> subprocess.Popen:
-        """Starts a request on a host; standard input stays open for what it may take."""
+    def start(self, host: Host, request: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        """Starts a request on a host. Standard input stays open for what the request reads."""
         python = shlex.quote(host.python)
         if host.python.startswith("~/"):
             python = f'"$HOME"/{shlex.quote(host.python[2:])}'
         scope = SCOPE if request.get("scope") else ""
         command = f"exec {scope}{python} -I -c {shlex.quote(self._boot)}"
-        request = request | {"workdir": host.workdir}
+        request = {**request, "workdir": host.workdir}
         sent = json.dumps({"modules": self._modules, "request": request}).encode()
-        sent = zlib.compress(sent, 9)  # a third of it: round trips of a connection's slow start
-        argv = [*self.ssh(host), "--", host.target, command]
+        sent = zlib.compress(sent, 9)  # a third of the size saves round trips in TCP's slow start
+        argv = [*self.ssh_command(host), "--", host.target, command]
         pipe = subprocess.PIPE
         process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        assert process.stdin
         try:
             process.stdin.write(b"%d\n" % len(sent) + sent)
             process.stdin.flush()
@@ -144,85 +158,100 @@ class Fleet:
             pass
         return process
 
-    def call(self, host: Host, request: dict, timeout_s: float = 60.0) -> dict:
-        """The answer to one request.
+    def call(self, host: Host, request: Mapping[str, Any], timeout_s: float = 60.0) -> Any:
+        """Returns the answer to one request.
 
         Raises:
             HostError: the host is unreachable, or answers with an error.
         """
-        process = self.open(host, request)
+        process = self.start(host, request)
         try:
-            out, err = process.communicate(timeout=timeout_s)
+            out, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             raise HostError(f"{host.name}: no answer within {timeout_s:.0f} s.") from None
-        except (BrokenPipeError, ValueError):
-            out, err = b"", process.stderr.read()
+        except (BrokenPipeError, ValueError):  # ssh ended before it had read the request
+            out, errors = b"", process.stderr.read() if process.stderr else b""
             process.wait()
-        return self.answer(host, out.strip().splitlines()[-1:], err, process.returncode)
+        lines = out.strip().splitlines()
+        return self.parse_answer(host, lines[-1] if lines else b"", errors, process.returncode)
 
-    def answer(self, host: Host, lines, err: bytes, code) -> dict:
-        """What the last line that a host printed holds. Raises HostError."""
+    def parse_answer(self, host: Host, line: bytes, errors: bytes, code: int | None) -> Any:
+        """Returns the value of an answer.
+
+        Args:
+            line: the last line of the host's standard output; b"" if it printed none.
+            errors: ssh's standard error; code: ssh's exit status.
+
+        Raises:
+            HostError: it is no answer, or it reports an error.
+        """
         try:
-            answer = json.loads(lines[0])
-        except (IndexError, json.JSONDecodeError):
-            said = " ".join(err.decode(errors="replace").split())[-400:]
+            answer = json.loads(line)
+        except ValueError:
+            output = " ".join(errors.decode(errors="replace").split())[-400:] or "no output"
             raise HostError(
-                f"{host.name}: `ssh {host.target}` ended with {code}: {said or 'nothing said'}. "
-                f"Try it by hand, and see that {host.python} is Python 3.11 or newer there."
+                f"{host.name}: `ssh {host.target}` ended with {code}: {output}. "
+                f"Try it by hand, and check that {host.python} is Python 3.11 or newer there."
             ) from None
         if "error" in answer:
             raise HostError(f"{host.name}: {answer['error']}")
         return answer["ok"]
 
-    def everywhere(self, function, hosts=None) -> dict:
-        """{host: function(host) or the HostError that it raised}, all at once."""
-        hosts = self.hosts if hosts is None else hosts
+    def map(
+        self, function: Callable[[Host], T], hosts: Iterable[Host] | None = None
+    ) -> dict[Host, T | HostError]:
+        """Calls a function for all hosts at once; returns {host: its value or its HostError}."""
+        hosts = self.hosts if hosts is None else tuple(hosts)
 
-        def guarded(host):
+        def call_or_error(host: Host) -> T | HostError:
             try:
                 return function(host)
             except HostError as error:
                 return error
 
         with concurrent.futures.ThreadPoolExecutor(max(1, len(hosts))) as pool:
-            return dict(zip(hosts, pool.map(guarded, hosts), strict=True))
+            return dict(zip(hosts, pool.map(call_or_error, hosts), strict=True))
 
-    def call_everywhere(self, request: dict, timeout_s: float = 60.0, hosts=None) -> dict:
-        """{host: answer}, of all hosts or none.
+    def call_all(
+        self, requests: Mapping[Host, Mapping[str, Any]], timeout_s: float
+    ) -> dict[Host, Any]:
+        """Sends long requests, {host: request}; returns {host: its answer or its HostError}.
 
-        Raises:
-            HostError: at least one host failed; names each.
+        Standard input stays open until the answer comes, so that a host ends its work if this
+        machine goes away.
         """
-        answers = self.everywhere(lambda host: self.call(host, request, timeout_s), hosts)
-        failed = [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
-        if failed:
-            raise HostError("\n".join(failed))
-        return answers
-
-    def ask(self, requests: dict, timeout_s: float) -> dict:
-        """{host: answer or the HostError in its place} of long requests, {host: request}.
-
-        Standard input stays open meanwhile, so that a host ends its work if this end goes away.
-        """
-        processes, answers = {}, {}
-        too_long = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
-        too_long.daemon = True
+        processes: dict[Host, subprocess.Popen[bytes]] = {}
+        answers = {}
+        timer = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
+        timer.daemon = True
         try:
             for host, request in requests.items():
-                processes[host] = self.open(host, request)
-            too_long.start()
+                processes[host] = self.start(host, request)
+            timer.start()
             for host, process in processes.items():
+                assert process.stdout and process.stderr
                 line = process.stdout.readline()
-                said = b"" if line else process.stderr.read()
+                errors = b"" if line else process.stderr.read()
                 try:
-                    answers[host] = self.answer(host, [line] if line else [], said, process.poll())
+                    answers[host] = self.parse_answer(host, line, errors, process.poll())
                 except HostError as error:
                     answers[host] = error
         finally:
-            too_long.cancel()
+            timer.cancel()
             for process in processes.values():
                 process.kill()
                 process.wait()
         return answers
+
+
+def errors_in(answers: Mapping[Host, Any]) -> list[str]:
+    """Returns the texts of the HostErrors among the answers of several hosts."""
+    return [str(answer) for answer in answers.values() if isinstance(answer, HostError)]
+
+
+def raise_errors(answers: Mapping[Host, Any]) -> None:
+    """Raises a HostError with one line per host that failed, if any did."""
+    if errors := errors_in(answers):
+        raise HostError("\n".join(errors))

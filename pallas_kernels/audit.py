@@ -25,10 +25,9 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.offline import compile_for
 from pallas_kernels.qk_rope import qk_rope
-from pallas_kernels.routes import part_of
-from pallas_kernels.search import bodies, candidates
+from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.symmetric import symmetric
-from pallas_kernels.tuned import MOSAIC, TILES, body_of
+from pallas_kernels.tiles import MOSAIC, TILES, body_of, kernel_tiles
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
@@ -225,7 +224,7 @@ def sweep(chip, show=print) -> None:
                 report = compile_case(case, chip, tiles)
             except UNCOMPILED:
                 continue
-            mine = part_of(tiles, case.part)
+            mine = kernel_tiles(tiles, case.part)
             if not faults(case._replace(floor=1), report, chip, body_of(mine)):
                 good += 1
                 sizes = "x".join(str(size) for size in mine if size != "mosaic")
@@ -238,8 +237,8 @@ def audited(chip, cases=CASES) -> list[tuple]:
     found = []
     for case in cases:
         by_body = {}
-        for tiles in bodies(case.op, chip.arch):
-            body = body_of(part_of(tiles, case.part)) if case.part else "triton"
+        for tiles in default_bodies(case.op, chip.arch):
+            body = body_of(kernel_tiles(tiles, case.part)) if case.part else "triton"
             if case.only in ("", body):
                 by_body.setdefault(body, tiles)
         found += [(case, tiles, body) for body, tiles in by_body.items()]

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import Parser
 from pallas_kernels.chip import detect_chip
 from pallas_kernels.contests import KERNEL, TINY, Sizes, build_contests
-from pallas_kernels.routes import ROWS, Row, default_tiles, part_of, with_part
-from pallas_kernels.search import bodies, candidates
+from pallas_kernels.kernel_choice import ROWS, BenchRow
+from pallas_kernels.search_space import candidates, default_bodies
+from pallas_kernels.tiles import default_tiles, kernel_tiles, replace_tiles
 from pallas_kernels.timing import time_calls
 from pallas_kernels.torch_contests import measure_torch
 
 
-def ceilings(size=8_192) -> dict[str, float]:
+def measure_ceilings(size=8_192) -> dict[str, float]:
     """FLOP/s of a bfloat16 product and bytes/s of a copy on this device."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.bfloat16))
@@ -69,7 +70,7 @@ def best_body(contest, arch, show) -> tuple:
         contest.arrays(jax.random.key(1)),
         (float("inf"), default_tiles(contest.op, arch)),
     )
-    for body, tiles in zip(("Triton", "Mosaic"), bodies(contest.op, arch), strict=False):
+    for body, tiles in zip(("Triton", "Mosaic"), default_bodies(contest.op, arch), strict=False):
         try:
             seconds = _seconds(contest, tiles, arrays)
         except Exception as error:
@@ -87,7 +88,7 @@ def tune(contest, arch, until, show) -> tuple:
         if time.monotonic() > until:
             show(f"  the time is over: {contest.name} was not tuned to the end")
             break
-        tried = with_part(best, part, part_of(tiles, part))
+        tried = replace_tiles(best, part, kernel_tiles(tiles, part))
         try:
             seconds = _seconds(contest, tried, arrays)
         except Exception:  # too much shared memory: not a candidate here
@@ -97,14 +98,14 @@ def tune(contest, arch, until, show) -> tuple:
     return best
 
 
-def as_row(contest, chip, tiles, found) -> Row | None:
+def as_row(contest, chip, tiles, found) -> BenchRow | None:
     """What the routes read, of what JAX can run; None where the kernel or all others failed."""
     timed = {name: t for name, t in found.items() if not isinstance(t, str)}
     timed = {name: t for name, t in timed.items() if not name.startswith("torch")}
     if KERNEL not in timed or len(timed) < 2:
         return None
     other = min((name for name in timed if name != KERNEL), key=lambda name: timed[name].median_s)
-    return Row(
+    return BenchRow(
         contest.op,
         chip,
         "bfloat16",
@@ -151,7 +152,7 @@ def bench(args, show=print) -> dict:
     until = time.monotonic() + 60 * args.minutes
     chip = None if args.tiny else detect_chip()
     arch = "sm_86" if args.tiny else chip.arch
-    ceiling = ceilings(256 if args.tiny else 8_192)
+    ceiling = measure_ceilings(256 if args.tiny else 8_192)
     show(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceiling}")
     results = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, **ceiling}
     results |= {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%d}", "contests": {}}
@@ -162,7 +163,7 @@ def bench(args, show=print) -> dict:
             continue
         if args.tune:
             tiles = tune(contest, arch, until, show)
-        elif len(bodies(contest.op, arch)) > 1:
+        elif len(default_bodies(contest.op, arch)) > 1:
             tiles = best_body(contest, arch, show)[1]
         else:
             tiles = default_tiles(contest.op, arch)

@@ -24,9 +24,9 @@ KERNEL = "kernel"
 class Contest(NamedTuple):
     """One op at one shape and direction."""
 
-    op: str  # of routes.OPS
+    op: str  # of kernel_choice.OPS
     name: str
-    shape: tuple  # as in routes.Row
+    shape: tuple  # as in kernel_choice.BenchRow
     arrays: Callable  # key -> arguments of every contestant
     contestants: Callable  # tiles -> {name: function}; KERNEL is ours
     flops: float

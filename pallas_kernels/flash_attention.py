@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
-from pallas_kernels.tuned import body_of
+from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tiles import body_of
 
 
 def flash_attention_reference(q_BTHK, k_BSGK, v_BSGK, docs_BT=None, docs_BS=None):
@@ -193,7 +193,7 @@ def flash_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret=
         q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K a power of two from 16 on; H a
             multiple of G.
         docs_BT, docs_BS: int32 from 0 on, or both None.
-        blocks: a Blocks; the type of each of its tiles says which body that kernel has.
+        blocks: the tiles of the three kernels; the type of each selects the kernel's body.
         interpret: runs without a GPU, for tests.
 
     Returns:

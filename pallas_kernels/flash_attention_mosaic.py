@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
 
 WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
@@ -193,7 +193,7 @@ def forward(q_BTHK, k_BSGK, v_BSGK, docs, tiles, interpret):
 
     Args:
         docs: (docs_BT, docs_BS) or ().
-        tiles: a MosaicBlock; queries a multiple of 128, keys of 64.
+        tiles: a MosaicAttentionTiles; queries a multiple of 128, keys of 64.
 
     Raises:
         ValueError: as mosaic.check; K is not of WIDTHS.

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention_mosaic import check_heads, place_of
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.tiling import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
 
 # A thread's: dk, dv and both products alone are 192 at K=128, and 232 spill (audit, ptxas 12.9.86)
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 of 3 * 168
@@ -261,7 +261,7 @@ def dkv(given, tiles, interpret):
 
     Args:
         given: (q, k, v, do, log-sum-exp, delta, documents of queries and of keys or neither).
-        tiles: a MosaicBlock; keys a multiple of 128, queries of 64.
+        tiles: a MosaicAttentionTiles; keys a multiple of 128, queries of 64.
 
     Raises:
         ValueError: as flash_attention_mosaic.forward.

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tiling import MASKED, grouped_tile
-from pallas_kernels.tuned import MosaicTiles
+from pallas_kernels.tile_order import MASKED, grouped_tile
+from pallas_kernels.tiles import MosaicProductTiles
 
 
 class Scores(NamedTuple):
@@ -89,12 +89,12 @@ def head_scores(h_ND, w_VD, targets_N, tiles, softcap=0.0, keep=True, interpret=
     Args:
         h_ND, w_VD: bfloat16, float16 or float32 (in full, not TF32).
         targets_N: int32.
-        tiles: a ProductTiles or a MosaicTiles: its type says which body runs.
+        tiles: a ProductTiles or a MosaicProductTiles: its type says which body runs.
         softcap: c in c*tanh(logits/c), or 0.
         keep: whether logits are written.
         interpret: runs without a GPU, for tests.
     """
-    if isinstance(tiles, MosaicTiles):
+    if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import head_scores_mosaic  # it imports Mosaic, and this file
 
         run = head_scores_mosaic.head_scores

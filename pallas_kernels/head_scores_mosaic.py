@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.tiling import MASKED, grouped_tile
+from pallas_kernels.tile_order import MASKED, grouped_tile
 
 STRIP = 32  # float32 columns in a row of swizzled shared memory
 BUFFERS = 2
@@ -70,7 +70,7 @@ def head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
     """Outputs of pallas_kernels.head_scores.head_scores' kernel: of tiles, not yet joined.
 
     Args:
-        tiles: a MosaicTiles.
+        tiles: a MosaicProductTiles.
 
     Returns:
         logits_NV where they are kept, then top, total and hit, [vocabulary tiles, N] each.

@@ -31,7 +31,7 @@ def run_products(tiles, count, turns, operands, before, after, **pipeline):
     """The whole kernel's body, in every warp group.
 
     Args:
-        tiles: a MosaicTiles.
+        tiles: a MosaicProductTiles.
         count: tiles of all programs together.
         turns: slices of depth that make a tile.
         operands: p -> ((x_ref [M,N], block of rows), (y_ref, block of its rows)) of tile p.

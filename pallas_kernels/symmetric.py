@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tiling import triangle_tile
-from pallas_kernels.tuned import MosaicTiles
+from pallas_kernels.tile_order import triangle_tile
+from pallas_kernels.tiles import MosaicProductTiles
 
 
 def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
@@ -69,14 +69,14 @@ def symmetric(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0), *, tiles, interp
             The law is met where x y^T is symmetric; of what is not, the lower triangle counts.
         c_XMM: what is added, of x's type and symmetric, or None.
         scales: of the product and of c; they may be traced.
-        tiles: a ProductTiles with as many rows as columns, or a MosaicTiles: its type says which
-            body runs.
+        tiles: a ProductTiles with as many rows as columns, or a MosaicProductTiles; its type
+            selects the body.
         interpret: runs without a GPU, for tests.
     """
     X, M, _ = x_XMN.shape
     y_XMN = x_XMN if y_XMN is None else y_XMN
     scales_2 = jnp.stack(scales).astype(jnp.float32)
-    if isinstance(tiles, MosaicTiles):
+    if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import symmetric_mosaic  # it imports Mosaic, and this file
 
         return symmetric_mosaic.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)

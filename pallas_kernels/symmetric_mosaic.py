@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.tiling import triangle_tile
+from pallas_kernels.tile_order import triangle_tile
 
 
 class _Triangle:
@@ -100,7 +100,7 @@ def symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret):
     """As pallas_kernels.symmetric.symmetric, which calls it.
 
     Args:
-        tiles: a MosaicTiles of as many columns as rows, or half as many.
+        tiles: a MosaicProductTiles of as many columns as rows, or half as many.
 
     Raises:
         ValueError: as mosaic.check; M is no multiple of 8.

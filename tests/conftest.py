@@ -26,7 +26,7 @@ LONGEST = (
     "test_study.py",
     "test_bench.py",
     "test_training_diagnostic_step.py",
-    "test_kernels_routes.py",
+    "test_kernels_choice.py",
     "test_training_step.py",
     "test_distributed_runtime.py",
     "test_interop_start.py",

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.encode import encode
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
 
 DOCUMENTS = [f'{i}: "é", a\n' + f"line\t{i}\n" * (i % 13) for i in range(200)]
 

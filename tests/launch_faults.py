@@ -121,7 +121,7 @@ def full_disk(scene, times) -> dict:
 def non_finite(scene, times) -> dict:
     bad = (3, 5, 8)[times]
     values = dict(optim__learning_rate=1e308, optim__clip_norm=0.0, max_bad_steps=bad)
-    return refused(scene, f"non-finite-{times}", 78, "may be skipped", **values)
+    return refused(scene, f"non-finite-{times}", 78, "in a row must be skipped", **values)
 
 
 def stopped(scene, times, phase) -> dict:

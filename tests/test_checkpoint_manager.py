@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.checkpoint.integrity import FORMAT
 from jaxtrain.checkpoint.manager import Checkpoints
-from jaxtrain.checkpoint.shared_store import Shared
+from jaxtrain.checkpoint.shared_store import SharedStore
 from jaxtrain.errors import CheckpointError
 
 
@@ -203,7 +203,7 @@ def test_a_reader_beside_a_run_takes_the_step_that_has_replaced_the_one_it_was_r
     template = abstract(build_state())
     with Checkpoints(tmp_path, 1) as run, Checkpoints(tmp_path, 1, read_only=True) as reader:
 
-        class Slow(Shared):
+        class Slow(SharedStore):
             """Reads so slowly that the run saves two more steps meanwhile, and removes this one."""
 
             def read(self, folder, template):

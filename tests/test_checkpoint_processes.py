@@ -69,7 +69,7 @@ SEVERAL = """
     from jaxtrain.checkpoint.manager import Checkpoints
     from jaxtrain.errors import CheckpointError
     from jaxtrain.config.train_config import MeshConfig
-    from jaxtrain.checkpoint.process0_store import Host0
+    from jaxtrain.checkpoint.process0_store import Process0Store
     from jaxtrain.distributed.mesh import build_mesh
 
     mesh = build_mesh(MeshConfig(1, 4, 1))
@@ -108,7 +108,7 @@ SEVERAL = """
             else:
                 raise AssertionError("two folders were taken for one")
         with Checkpoints(alone, 1, storage="host0") as checkpoints:
-            checkpoints.storage = Host0(checkpoints.folder, 1, 0, piece_bytes=4096)
+            checkpoints.storage = Process0Store(checkpoints.folder, 1, 0, piece_bytes=4096)
             for step in (4, 5):
                 checkpoints.save(step, state, {"next": step})
             step, _, meta = checkpoints.restore(template)  # it compares the bits' digests

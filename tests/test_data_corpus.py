@@ -75,7 +75,7 @@ def test_each_format_is_detected_and_gives_back_its_tokens(name, tmp_path):
     for source in (tmp_path, path, tmp_path / "*.bin"):
         corpus = opened(source)
         assert (everything(corpus) == TOKENS).all()
-        assert corpus.tokens == len(TOKENS) and corpus.largest == TOKENS.max()
+        assert corpus.tokens == len(TOKENS) and corpus.largest_token == TOKENS.max()
         assert f" of {name.split('_')[0]} " in corpus.describe()  # which format was taken
 
 
@@ -248,7 +248,7 @@ def test_scans_are_remembered_until_the_file_changes_and_rebuilt_when_damaged(tm
     known = json.loads(entry.read_text())
     known["scan"]["largest"] = 123
     entry.write_text(json.dumps(known))
-    assert opened(path).largest == 123  # recalled, not scanned again
+    assert opened(path).largest_token == 123  # recalled, not scanned again
     for damage in ("", "{", '{"key": 1}', json.dumps(known | {"scan": {"largest": "x"}})):
         entry.write_text(damage)
         assert opened(path) == first

@@ -12,7 +12,7 @@ import pytest
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
-from jaxtrain.data.loader import WindowRows
+from jaxtrain.data.sequences import WindowSequences
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_the_command_that_is_printed_trains_on_the_shards(tokenizer, count, tmp_
         corpus = open_corpus(cfg.data, split, cfg.model.V, tmp_path / "run")
         assert corpus.tokenizer_name == tokenizer and corpus.tokens > 1
         if split == "train":
-            assert len(WindowRows(corpus, cfg.data.seq_len)) >= cfg.data.batch
+            assert len(WindowSequences(corpus, cfg.data.seq_len)) >= cfg.data.batch
 
 
 def test_documents_of_each_split_are_printed_and_what_was_skipped(tmp_path, capsys):

@@ -9,9 +9,10 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode, main
-from jaxtrain.data.encoding.divide_input import plan_units
+from jaxtrain.data.encode import main
+from jaxtrain.data.encoding.divide_input import divide_input
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.tokenizer import build_tokenizer
 
 
@@ -86,7 +87,7 @@ def test_cutting_a_long_text_into_pieces_changes_no_token(name, texts, tmp_path)
     run(whole, tmp_path / "cut", name, piece_bytes=10_000)
     run(whole, tmp_path / "uncut", name, piece_bytes=1 << 30)
     assert shards_of(tmp_path / "cut") == shards_of(tmp_path / "uncut")
-    units, _ = plan_units(list_files(str(whole), exclude=tmp_path), 0.0, "text", 10_000)
+    units, _ = divide_input(list_files(str(whole), exclude=tmp_path), 0.0, "text", 10_000)
     assert len(units) > 10
 
 

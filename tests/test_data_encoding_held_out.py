@@ -9,8 +9,8 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from jaxtrain.data.encode import encode
-from jaxtrain.data.encoding.formats import shown
+from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
 
 
 def names_of(folder):
@@ -68,7 +68,7 @@ def test_names_need_not_be_utf8_and_are_drawn_by_their_bytes(tmp_path):
     meta = encode(files, tmp_path / "out", "bytes", val_fraction=0.1)
     assert meta["documents"]["val"] >= 3
     assert r"/\xfe.jsonl, line 3, byte 28: " in meta["problems"][0]
-    assert shown(os.fsdecode(b"a\xff\xc3\xa9")) == "a\\xffé"
+    assert printable_path(os.fsdecode(b"a\xff\xc3\xa9")) == "a\\xffé"
 
 
 def test_an_unreadable_file_is_counted_by_its_name(folder, tmp_path):

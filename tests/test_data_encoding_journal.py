@@ -16,10 +16,11 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode, main
+from jaxtrain.data.encode import main
 from jaxtrain.data.encoding import journal, pipeline
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import lock_folder
+from jaxtrain.data.encoding.pipeline import encode
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_an_encoding_stopped_anywhere_goes_on_to_the_same_bytes(source, tmp_path
                 with open(state / entry["file"], "ab") as file:
                     file.write(b"more")
         notes = run(source, out)
-        assert not progress.get("entries") or notes[0].startswith("going on")
+        assert not progress.get("entries") or notes[0].startswith("continuing")
         assert contents(out) == contents(tmp_path / "whole")
         shutil.rmtree(out)
     assert stops > 15
@@ -140,7 +141,7 @@ def test_what_cannot_go_on_starts_over(change, source, tmp_path):
     if change == "shard":
         max(state.glob("*.bin")).write_bytes(b"short")
     notes = run(source, out, **knobs)
-    assert not any(note.startswith("going on") for note in notes)
+    assert not any(note.startswith("continuing") for note in notes)
     if change in ("input", "option"):
         assert notes == [
             "starting over: the input or an option has changed since an encoding was stopped"

@@ -32,14 +32,14 @@ def folder(tmp_path):
 
 def after_planning(monkeypatch, change):
     """Changes the input when its units are planned, as another program may."""
-    plan = pipeline.plan_units
+    plan = pipeline.divide_input
 
     def plan_and_change(*args):
         planned = plan(*args)
         change()
         return planned
 
-    monkeypatch.setattr(pipeline, "plan_units", plan_and_change)
+    monkeypatch.setattr(pipeline, "divide_input", plan_and_change)
 
 
 CHANGES = {

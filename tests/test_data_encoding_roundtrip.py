@@ -10,9 +10,10 @@ from tokenizers import normalizers
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode, main
+from jaxtrain.data.encode import main
 from jaxtrain.data.encoding.input_files import list_files
-from jaxtrain.data.encoding.roundtrip import LOST, check_covers
+from jaxtrain.data.encoding.pipeline import encode
+from jaxtrain.data.encoding.roundtrip import LOST, count_lost_bytes
 from jaxtrain.data.tokenizer import build_tokenizer
 
 SOURCE = Path(json.__file__).parent.joinpath("decoder.py").read_text()
@@ -43,7 +44,7 @@ def test_real_texts_are_covered_by_every_family_of_tokenizers(name, tmp_path):
     tokenizer = build(name, tmp_path)
     for text in ("", " ", "a", TEXT, SOURCE, TEXT * 100 + SOURCE, "\n\n \t x \u00a0\n"):
         text = text if tokenizer.lossless else text.replace("\u00a0", "")
-        assert check_covers(tokenizer, text, tokenizer.encode(text), "here") == 0
+        assert count_lost_bytes(tokenizer, text, tokenizer.encode(text), "here") == 0
 
 
 DAMAGES = {
@@ -62,7 +63,7 @@ def test_tokens_that_do_not_spell_the_text_are_refused_with_the_place(name, dama
     with pytest.raises(
         ValueError, match=r"file\.txt: the tokens must spell.*differ at byte [\d,]+"
     ):
-        check_covers(tokenizer, SOURCE, ids, "file.txt")
+        count_lost_bytes(tokenizer, SOURCE, ids, "file.txt")
 
 
 def test_the_place_is_the_first_byte_that_differs():
@@ -70,20 +71,20 @@ def test_the_place_is_the_first_byte_that_differs():
     ids = tokenizer.encode(SOURCE)
     at = len(tokenizer.decode(ids[:512]).encode())
     with pytest.raises(ValueError, match=f"gpt2 gives 512 tokens.*differ at byte {at:,}: "):
-        check_covers(tokenizer, SOURCE, ids[:512], "file.txt")
+        count_lost_bytes(tokenizer, SOURCE, ids[:512], "file.txt")
 
 
 def test_a_text_that_holds_the_token_that_starts_documents_is_refused():
     tokenizer = build_tokenizer("bytes")
     with pytest.raises(ValueError, match="must not hold the token that starts documents, 0"):
-        check_covers(tokenizer, "a\0b", tokenizer.encode("a\0b"), "file.txt")
+        count_lost_bytes(tokenizer, "a\0b", tokenizer.encode("a\0b"), "file.txt")
 
 
 @pytest.mark.parametrize("name", ["word_piece", "unigram"])
 def test_text_outside_a_vocabulary_is_counted_in_bytes(name, tmp_path):
     tokenizer = build(name, tmp_path)
     text = "Hello world\n" + "ж" * 7
-    assert check_covers(tokenizer, text, tokenizer.encode(text), "here") == 14
+    assert count_lost_bytes(tokenizer, text, tokenizer.encode(text), "here") == 14
 
 
 def test_text_that_a_normalizer_removes_is_counted_as_lost(tmp_path):
@@ -91,7 +92,7 @@ def test_text_that_a_normalizer_removes_is_counted_as_lost(tmp_path):
     erase = lambda t: setattr(t, "normalizer", normalizers.Replace(tokenizers.Regex("[a-z]"), ""))
     tokenizer = build_tokenizer(changed(path, erase))
     for text in ("ABCabcdefgh" * 100, "abc", "abc " * 100 + "B"):
-        lost = check_covers(tokenizer, text, tokenizer.encode(text), "here")
+        lost = count_lost_bytes(tokenizer, text, tokenizer.encode(text), "here")
         assert lost == sum(letter.islower() for letter in text)
 
 

@@ -70,13 +70,13 @@ def test_a_parquet_file_that_breaks_after_planning_is_named(tmp_path, monkeypatc
     (folder / "a.txt").write_text("a text\n" * 99)
     source = folder / "b.parquet"
     pq.write_table(pa.table({"text": ["a", "b"]}), source)
-    plan = pipeline.plan_units
+    plan = pipeline.divide_input
 
     def break_after_planning(*args):
         planned = plan(*args)
         source.write_bytes(b"PAR1 is all that is left")
         return planned
 
-    monkeypatch.setattr(pipeline, "plan_units", break_after_planning)
+    monkeypatch.setattr(pipeline, "divide_input", break_after_planning)
     with pytest.raises(ValueError, match="b.parquet"):
         run(folder, tmp_path / "out", val_fraction=0.0, on_bad_document="stop")

@@ -8,7 +8,8 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig, MeshConfig
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import BatchSource, WindowRows, build_batches, build_eval_batches
+from jaxtrain.data.loader import BatchSource, build_batches, build_eval_batches
+from jaxtrain.data.sequences import WindowSequences
 from jaxtrain.data.shard_writer import ShardWriter
 from jaxtrain.data.shuffle import permute
 from jaxtrain.distributed.mesh import batch_sharding, build_mesh
@@ -78,7 +79,7 @@ def test_batches_are_the_same_on_every_mesh(knobs, shape, folder):
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_the_parts_that_processes_read_make_the_whole_batch(processes, folder):
-    rows = WindowRows(opened(folder)[1], T)
+    rows = WindowSequences(opened(folder)[1], T)
     whole = BatchSource(rows, B, 3, np.arange(B), True)
     places = np.split(np.arange(B), processes)
     parts = [BatchSource(rows, B, 3, mine, True) for mine in places]
@@ -92,7 +93,7 @@ def test_the_parts_that_processes_read_make_the_whole_batch(processes, folder):
 def test_a_restored_run_continues_as_if_never_stopped(knobs, prefetch, folder):
     cfg, corpus = opened(folder, prefetch=prefetch, **knobs)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
-        epoch = -(-batches.rows // B)
+        epoch = -(-batches.sequences_per_epoch // B)
         for stop in (0, 3, epoch - 1, epoch, 2 * epoch + 1):  # within and across epochs
             batches.restore(batches.state() | {"step": 0})
             for _ in range(stop):
@@ -110,7 +111,7 @@ def test_a_restored_run_continues_as_if_never_stopped(knobs, prefetch, folder):
 def test_every_row_appears_exactly_once_an_epoch(knobs, folder):
     cfg, corpus = opened(folder, **knobs)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
-        n = batches.rows
+        n = batches.sequences_per_epoch
     rows = np.concatenate([b["tokens"] for b in stream(folder, 3 * n // B + 1, **knobs)])
     epochs = [sorted(map(tuple, rows[i * n : (i + 1) * n])) for i in range(3)]
     assert epochs[0] == epochs[1] == epochs[2] and len(set(epochs[0])) == n
@@ -122,7 +123,7 @@ def test_windows_tile_each_shard_and_never_cross_two(folder):
     cfg, corpus = opened(folder)
     n = corpus.windows(T)
     assert n == sum((shard.tokens - 1) // T for shard in corpus.shards)
-    rows = WindowRows(corpus, T).read(np.arange(n))["tokens"]
+    rows = WindowSequences(corpus, T).read(np.arange(n))["tokens"]
     expected = [
         corpus.read(s, w * T, w * T + T + 1)
         for s, shard in enumerate(corpus.shards)
@@ -134,7 +135,7 @@ def test_windows_tile_each_shard_and_never_cross_two(folder):
 def test_packed_rows_hold_every_token_once_and_mark_the_rest_as_padding(folder):
     cfg, corpus = opened(folder, pack=True)
     with build_batches(cfg, corpus, mesh_of(), 0) as batches:
-        n = batches.rows
+        n = batches.sequences_per_epoch
     batches = stream(folder, n // B + 1, pack=True)
     tokens, docs = (np.concatenate([b[k] for b in batches])[:n] for k in ("tokens", "docs"))
     found = Counter(tokens[docs >= 0].tolist())

@@ -88,7 +88,7 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(number, status)
     with Program("starting") as program:
         program.process.send_signal(number)
         line, _ = program.read_until(number.name)
-        assert "while compiling the step: ended before a step was made" in line
+        assert "while compiling the step: ended before the first step" in line
         assert program.ends_in_s() < 2 and program.process.returncode == status
 
 
@@ -142,7 +142,7 @@ def test_sighup_before_the_first_step_ends_the_process_with_status_75():
     with Program("starting") as program:
         program.process.send_signal(signal.SIGHUP)
         line, _ = program.read_until("SIGHUP")
-        assert "while compiling the step: ended before a step was made" in line
+        assert "while compiling the step: ended before the first step" in line
         assert program.ends_in_s() < 2 and program.process.returncode == 75
 
 
@@ -220,6 +220,6 @@ def test_ctrl_c_while_a_run_compiles_ends_it_at_once_and_says_that_nothing_is_lo
     started_s = time.monotonic()
     out = runs.finish(process, 130)
     assert time.monotonic() - started_s < 1
-    assert "SIGINT while compiling the step: ended before a step was made" in out
+    assert "SIGINT while compiling the step: ended before the first step" in out
     assert "Traceback" not in out and "compiled in" not in out
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -7,8 +7,8 @@ import pytest
 from configs import debug
 from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.encode import encode
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.evaluate import fit_parts, rows_in_training

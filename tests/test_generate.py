@@ -14,12 +14,12 @@ from jaxtrain.ops.routes import choose_routes
 from jaxtrain.training.sampling import (
     build_sampler,
     check_length,
-    choose,
     complete,
+    decode_shell_text,
+    draw_tokens,
+    escape_controls,
     fit_positions,
-    from_shell,
-    shorten,
-    shown,
+    shorten_prompt,
 )
 
 MODEL = ModelConfig(L=2, D=32, H=4, G=2, K=8, F=48, V=64, dtype="float32")
@@ -60,7 +60,7 @@ def test_samples_follow_from_the_key_and_rows_draw_apart(model, mesh):
 
 def test_top_k_draws_only_from_the_likeliest():
     logits = jax.random.normal(jax.random.key(0), (512, 64))
-    drawn = choose(logits, jax.random.key(1), 1.0, 3)
+    drawn = draw_tokens(logits, jax.random.key(1), 1.0, 3)
     likeliest = jax.lax.top_k(logits, 3)[1]
     assert jnp.all((drawn[:, None] == likeliest).any(-1))
     assert len(set((drawn[:, None] == likeliest).argmax(-1).tolist())) == 3
@@ -68,7 +68,7 @@ def test_top_k_draws_only_from_the_likeliest():
 
 def test_temperature_draws_with_the_softmax_of_scaled_logits():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).repeat(20_000, 0)
-    drawn = choose(logits, jax.random.key(0), 0.5, 0)
+    drawn = draw_tokens(logits, jax.random.key(0), 0.5, 0)
     want = np.array([0.25, 0.09, 0.04]) / 0.38
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20_000, want, atol=0.015)
 
@@ -110,21 +110,21 @@ def test_learned_positions_bound_the_sample():
 def test_a_prompt_of_an_ascii_locale_is_the_text_that_was_typed():
     typed = "naïve 你好"
     read = typed.encode().decode("ascii", "surrogateescape")  # sys.argv with LC_ALL=C
-    assert from_shell(read, "--prompt") == typed == from_shell(typed, "--prompt")
+    assert decode_shell_text(read, "--prompt") == typed == decode_shell_text(typed, "--prompt")
     with pytest.raises(ValueError, match="Set --prompt"):
-        from_shell("\udcff", "--prompt")
+        decode_shell_text("\udcff", "--prompt")
 
 
 def test_a_long_prompt_is_shown_by_its_two_ends():
     prompt = "start" + "x" * 3_000 + "end"
-    assert shorten("short") == "short" and shorten("x" * 400) == "x" * 400
-    short = shorten(prompt)
+    assert shorten_prompt("short") == "short" and shorten_prompt("x" * 400) == "x" * 400
+    short = shorten_prompt(prompt)
     assert short.startswith("start") and short.endswith("end") and len(short) < 450
     assert " ... [2,608 characters] ... " in short
 
 
 def test_control_characters_are_spelled_out():
-    assert shown("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
+    assert escape_controls("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
 
 
 class Fixed:

@@ -15,7 +15,7 @@ from pallas_kernels.audit import CASES, audited, faults  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
-from pallas_kernels.tuned import MOSAIC  # noqa: E402
+from pallas_kernels.tiles import MOSAIC  # noqa: E402
 
 MOSAIC_CASES = [
     case
@@ -84,7 +84,7 @@ import jax, jax.numpy as jnp
 from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import compile_for
 from pallas_kernels.symmetric import symmetric
-from pallas_kernels.tuned import ProductTiles
+from pallas_kernels.tiles import ProductTiles
 x = jax.ShapeDtypeStruct((1, 512, 512), jnp.bfloat16)
 one_warp = ProductTiles(128, 128, 32, 1, 3)
 compile_for(find_chip("a40"), lambda x: symmetric(x, tiles=one_warp), x)

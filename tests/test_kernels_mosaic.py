@@ -12,7 +12,12 @@ from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-from pallas_kernels.tuned import Blocks, MosaicBlock, MosaicTiles, Tiles
+from pallas_kernels.tiles import (
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
+    MosaicProductTiles,
+)
 
 ON_GPU = jax.default_backend() == "gpu"
 on_hopper = ON_GPU and jax.devices()[0].compute_capability == "9.0"
@@ -60,8 +65,8 @@ def off(got, want):
 
 # The two forms of a tile: half as many columns as rows, and as many; ragged rows and depth
 SQUARES = [
-    (MosaicTiles(128, 64, 64, 2), (1, 200, 136)),
-    (MosaicTiles(128, 128, 64, 3), (2, 136, 72)),
+    (MosaicProductTiles(128, 64, 64, 2), (1, 200, 136)),
+    (MosaicProductTiles(128, 128, 64, 3), (2, 136, 72)),
 ]
 
 
@@ -108,7 +113,7 @@ def test_what_the_memory_accelerator_cannot_take_is_refused(x, says):
 
 def test_the_heads_scores_equal_the_reference():
     """Ragged rows, width and vocabulary; targets inside, at the end of and past it."""
-    tiles, softcap, (N, D, V) = MosaicTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
+    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
     got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)
@@ -151,8 +156,10 @@ def test_flash_attention_equals_the_reference(name):
         starts = jax.random.bernoulli(jax.random.key(9), 0.03, (B, S))
         docs = (jnp.cumsum(starts, 1, dtype=jnp.int32),) * 2
         docs = docs[0][:, S - T :], docs[1]
-    dkv = Tiles(64, 64, 8, 2) if "Triton" in name else MosaicBlock(64, 128, 2)
-    blocks = Blocks(MosaicBlock(128, keys, 2), dkv, MosaicBlock(128, 64, 2))
+    dkv = AttentionTiles(64, 64, 8, 2) if "Triton" in name else MosaicAttentionTiles(64, 128, 2)
+    blocks = FlashAttentionTiles(
+        MosaicAttentionTiles(128, keys, 2), dkv, MosaicAttentionTiles(128, 64, 2)
+    )
 
     def both_ways(attention):
         def run(q, k, v, do):

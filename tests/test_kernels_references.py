@@ -11,8 +11,8 @@ from pallas_kernels.flash_attention import flash_attention, flash_attention_refe
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-from pallas_kernels.tiling import grouped_tile, triangle_tile
-from pallas_kernels.tuned import Blocks, ProductTiles, Tiles
+from pallas_kernels.tile_order import grouped_tile, triangle_tile
+from pallas_kernels.tiles import AttentionTiles, FlashAttentionTiles, ProductTiles
 
 HALF, FULL = jnp.bfloat16, jnp.float32
 INTERPRET = jax.default_backend() != "gpu"
@@ -186,7 +186,9 @@ def test_the_heads_scores_equal_the_reference(N, D, V, softcap, dtype):
     assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
 
 
-SMALL = Blocks(Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2))
+SMALL = FlashAttentionTiles(
+    AttentionTiles(64, 32, 4, 2), AttentionTiles(32, 64, 4, 2), AttentionTiles(64, 32, 4, 2)
+)
 ATTENTION = {  # B, T, S, H, G, K
     "whole tiles": (1, 128, 128, 2, 1, 64),
     "documents, ragged": (2, 200, 200, 4, 2, 64),

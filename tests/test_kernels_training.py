@@ -8,7 +8,7 @@ from jaxtrain.config.train_config import freeze
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.step import init_state
-from pallas_kernels.routes import OPS
+from pallas_kernels.kernel_choice import OPS
 
 
 def losses(interpret, mesh=(1, 2, 2), steps=3):

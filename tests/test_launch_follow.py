@@ -38,7 +38,7 @@ def there(job, tmp_path):
 
 
 def follow(job, whole=False, fleet=Here):
-    with watch.Watch(fleet(job.hosts), job, whole=whole) as watching:
+    with watch.JobMonitor(fleet(job.hosts), job, read_only=whole) as watching:
         return watching.run()
 
 
@@ -51,7 +51,7 @@ def test_a_log_that_a_host_lost_the_end_of_is_followed_on_and_the_loss_is_said(j
     (there / "status.json").write_text(json.dumps(ENDED))
     assert follow(job)["code"] == 0
     said = capsys.readouterr().out.splitlines()
-    lost = "launch: this host has lost 13 bytes of its log that had come here; it goes on so"
+    lost = "launch: the host lost the last 13 bytes copied from its log; its log goes on below"
     after = "after the power was back, far more than what was lost"
     assert said == [f"a | {lost}", f"a | {after}"]
     assert held.read_text().splitlines()[-3:] == ["it came here", lost, after]
@@ -69,12 +69,12 @@ def test_bytes_that_a_host_no_longer_keeps_are_counted(job, there, capsys):
     follow(job)
     gone, first, *_ = capsys.readouterr().out.splitlines()
     bytes_gone = log.starts(there / "log")[0]
-    assert f"{bytes_gone} bytes of this log are gone" in gone
+    assert f"{bytes_gone} bytes of this log were deleted" in gone
     assert first == f"a | line {100 + bytes_gone // 9}"
 
 
 def test_nothing_is_started_for_a_job_that_its_host_no_longer_knows(job, tmp_path):
-    with pytest.raises(HostError, match="no host can say how job .* ended"):
+    with pytest.raises(HostError, match="no host knows how job .* ended"):
         follow(job)
     job.change(outcome=ENDED["outcome"])
     assert follow(job)["why"] == "done"  # as this machine has it on record
@@ -88,7 +88,7 @@ def test_a_supervisor_that_is_gone_stays_so_for_a_reader_and_after_the_end(job, 
         job.change(outcome=ENDED["outcome"])
         assert follow(job)["code"] == 0
     else:
-        with pytest.raises(HostError, match="no host can say"):
+        with pytest.raises(HostError, match="no host knows"):
             follow(job, whole=True)
     assert not (there / "log").exists() and not tree.marked(job.id)
 
@@ -97,7 +97,7 @@ def test_a_host_that_came_back_gets_its_supervisor_back(job, there, capsys):
     (there / "status.json").write_text(json.dumps({"outcome": None, "attempt": 1}))
     assert follow(job) | {"causes": []} == ENDED["outcome"] | {"attempts": 2, "causes": []}
     said = capsys.readouterr()
-    assert "a | it ran" in said.out and "a: no supervisor is there" in said.err
+    assert "a | it ran" in said.out and "a: its supervisor is gone" in said.err
 
 
 def test_a_job_that_was_killed_at_its_start_is_not_started_by_a_later_request(job):
@@ -124,7 +124,7 @@ def test_two_jobs_that_live_on_a_host_do_not_write_to_one_run_directory(job, tmp
 
     fleet = Here(job.hosts)
     first, _ = start("runs/a")
-    with pytest.raises(HostError, match=f"job {first} lives and writes to .*/runs/a"):
+    with pytest.raises(HostError, match=f"job {first} is running and writes to .*/runs/a"):
         start(str(tmp_path / "link" / "runs" / "a"))
     second, answer = start("runs/b")
     assert answer == {"started": True}
@@ -169,9 +169,9 @@ def test_a_host_whose_every_answer_is_an_error_is_spoken_of(job, monkeypatch, ca
     class Failing(Here):
         command = """echo '{"error": "no such thing"}'"""
 
-    with watch.Watch(Failing(job.hosts), job) as watching:
+    with watch.JobMonitor(Failing(job.hosts), job) as watching:
         time.sleep(2.5)
-        watching._tell_of_absence()
+        watching.report_absent_hosts()
     assert "a: no such thing" in capsys.readouterr().err
 
 

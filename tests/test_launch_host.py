@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.host import agent as net
-from launch.host import log
-from launch.host import processes as tree
+from launch.host import log, processes
 from launch.host import requests as ops
-from launch.host.channel import Channel, Follower, Listener, Refused, free_port
+from launch.host.channel import Channel, FollowerChannel, InvalidMessage, LeaderChannel, free_port
 from launch.host.hashing import hash_files
-from launch.host.ranks import decisive
+from launch.host.ranks import decisive_lines
 
 TOKEN = "a" * 64
 
@@ -56,7 +55,7 @@ def test_a_full_disk_stops_no_job_and_the_log_says_what_it_lost(tmp_path):
 
 
 def test_lines_are_prefixed_at_newlines_only():
-    lines = log.Lines(b"[1] ", limit=50)
+    lines = log.LineSplitter(b"[1] ", limit=50)
     assert lines.feed(b"a\nb") == b"[1] a\n"
     assert lines.feed(b"c\r\n") == b"[1] bc\n"
     assert lines.feed(b"x" * 60) == b"[1] " + b"x" * 60 + b"\n"  # without end, cut
@@ -74,8 +73,8 @@ def pair(request):
 def test_a_message_without_the_jobs_token_is_refused(pair):
     ours, theirs = pair
     theirs.send({"host": 1}, "up")
-    with pytest.raises(Refused):
-        ours.take("up")
+    with pytest.raises(InvalidMessage):
+        ours.receive("up")
 
 
 def test_a_message_is_not_taken_twice(pair):
@@ -83,8 +82,8 @@ def test_a_message_is_not_taken_twice(pair):
     theirs.send({"host": 1}, "up")
     line = ours.sock.recv(1 << 16)
     theirs.sock.sendall(line + line)
-    with pytest.raises(Refused):
-        ours.take("up")
+    with pytest.raises(InvalidMessage):
+        ours.receive("up")
 
 
 def _ask_until(follower, said, wish, answers):
@@ -100,18 +99,18 @@ def _talk(listener, follower, said, wish):
     ask = threading.Thread(target=_ask_until, args=(follower, said, wish, answers))
     ask.start()
     while ask.is_alive():
-        heard += listener.reports()
-        listener.tell(wish)
+        heard += listener.receive_reports()
+        listener.send_target(wish)
         time.sleep(0.01)
     return heard, answers
 
 
 def test_supervisors_talk_and_find_each_other_again():
     port = free_port("127.0.0.1")
-    follower = Follower("127.0.0.1", port, TOKEN)
+    follower = FollowerChannel("127.0.0.1", port, TOKEN)
     said = {"host": 1, "text": "é$(x)\n"}
     for wish in ({"do": "run"}, {"do": "kill"}):  # the leader is killed and comes back
-        listener = Listener("127.0.0.1", port, TOKEN)
+        listener = LeaderChannel("127.0.0.1", port, TOKEN)
         heard, answers = _talk(listener, follower, said, wish)
         assert answers[-1] == wish and heard[0] == said
         listener.close()
@@ -120,10 +119,13 @@ def test_supervisors_talk_and_find_each_other_again():
 
 def test_the_last_wish_of_a_leader_is_heard_though_it_ended_with_a_report_unread():
     port = free_port("127.0.0.1")
-    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    listener, follower = (
+        LeaderChannel("127.0.0.1", port, TOKEN),
+        FollowerChannel("127.0.0.1", port, TOKEN),
+    )
     _talk(listener, follower, {"host": 1}, {"do": "run"})
     follower.exchange({"host": 1})
-    listener.tell({"do": "end"})
+    listener.send_target({"do": "end"})
     listener.close()  # with what it has not read: the kernel resets the connection
     time.sleep(0.05)
     assert follower.exchange({"host": 1}) == {"do": "end"}
@@ -132,7 +134,10 @@ def test_the_last_wish_of_a_leader_is_heard_though_it_ended_with_a_report_unread
 
 def test_a_connection_that_is_reset_before_it_is_greeted_harms_no_other():
     port = free_port("127.0.0.1")
-    listener, follower = Listener("127.0.0.1", port, TOKEN), Follower("127.0.0.1", port, TOKEN)
+    listener, follower = (
+        LeaderChannel("127.0.0.1", port, TOKEN),
+        FollowerChannel("127.0.0.1", port, TOKEN),
+    )
     scanner = socket.create_connection(("127.0.0.1", port))
     scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     scanner.close()  # a reset, not an end
@@ -152,37 +157,37 @@ def test_a_measurement_of_which_a_stream_fails_is_an_error_and_not_a_slower_one(
                 if i == 4:
                     sock.close()
                     return
-                serve.append(threading.Thread(target=net._serve_one, args=(sock, token)))
+                serve.append(threading.Thread(target=net.serve_peer, args=(sock, token)))
                 serve[-1].start()
 
         serve.append(threading.Thread(target=accept))
         serve[0].start()
         order = {"peer": server.getsockname(), "streams": 4, "seconds": 0.1, "pings": 1}
         with pytest.raises(OSError):
-            net.ORDERS["measure"](order | {"least_trips": 0}, token)
+            net.ORDERS["measure"](order | {"least_trips": 0, "interface": "lo"}, token)
         for thread in serve:
             thread.join()
 
 
 def test_all_of_a_tree_ends_also_what_left_its_session_and_its_parent():
     program = "import os, time\nif os.fork() == 0:\n os.setsid()\n os.fork()\ntime.sleep(100)"
-    env = os.environ | {tree.JOB_MARK: "test-tree"}
+    env = os.environ | {processes.JOB_MARK: "test-tree"}
     parent = subprocess.Popen([sys.executable, "-c", program], env=env)
     deadline = time.monotonic() + 10
-    while len(tree.marked("test-tree")) < 3 and time.monotonic() < deadline:
+    while len(processes.marked("test-tree")) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(tree.marked("test-tree")) == 3
+    assert len(processes.marked("test-tree")) == 3
     parent.kill()
     parent.wait()
-    assert len(tree.marked("test-tree")) == 2  # orphans, known by their mark
-    assert tree.end_all(lambda: tree.marked("test-tree"), patience_s=10) == []
-    assert tree.marked("test-tree") == []
+    assert len(processes.marked("test-tree")) == 2  # orphans, known by their mark
+    assert processes.kill_all(lambda: processes.marked("test-tree"), patience_s=10) == []
+    assert processes.marked("test-tree") == []
 
 
 def test_the_decisive_lines_are_those_that_name_an_error():
     error = "OSError: [Errno 28] No space left"
-    assert decisive(["step 1", "Traceback (most recent call last):", error, "bye"]) == [error]
-    assert decisive(["only this"]) == ["only this"]
+    assert decisive_lines(["step 1", "Traceback (most recent call last):", error, "bye"]) == [error]
+    assert decisive_lines(["only this"]) == ["only this"]
 
 
 def test_the_name_of_code_is_of_its_paths_modes_and_contents(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from launch.host.logout import ENDS, LINGER, SCOPE, STAYS, decide, look
+from launch.host.logout import ENDS, LINGER, SCOPE, STAYS, check_logout, choose_start
 
 KILLS = "[Login]\nKillUserProcesses=no\nKillUserProcesses = yes\n"
 
@@ -22,8 +22,8 @@ KILLS = "[Login]\nKillUserProcesses=no\nKillUserProcesses = yes\n"
     ],
 )
 def test_a_job_is_started_where_no_logout_ends_it(text, says, user, lingers, can_scope, expected):
-    assert decide(text, says, user, lingers, can_scope) == expected
+    assert choose_start(text, says, user, lingers, can_scope) == expected
 
 
 def test_this_machine_is_looked_at_without_an_error():
-    assert look() in (STAYS, SCOPE, LINGER, ENDS)
+    assert check_logout() in (STAYS, SCOPE, LINGER, ENDS)

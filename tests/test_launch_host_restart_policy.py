@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.host.restart_policy import Leader, Policy
+from launch.host.restart_policy import JobController, Policy
 
 NAMES = ["h0", "h1", "h2"]
 
@@ -13,7 +13,9 @@ class Play:
     def __init__(self, **policy):
         ports = iter(range(7000, 8000))
         self.said, self.now, self.silent = [], 0.0, set()
-        self.leader = Leader(Policy(**policy), NAMES, lambda: f"a:{next(ports)}", self.said.append)
+        self.leader = JobController(
+            Policy(**policy), NAMES, lambda: f"a:{next(ports)}", self.said.append
+        )
         self.ranks = {i: {} for i in range(3)}
         self.attempt, self.extra = 0, {i: {} for i in range(3)}
 
@@ -33,8 +35,8 @@ class Play:
                 ranks = [self.rank(host, **self.ranks[host])] if running else []
                 report = {"host": host, "attempt": self.attempt, "ranks": ranks}
                 report |= {"clean": not running, "lease_age_s": 0.0, "stop": None, "time": 0}
-                self.leader.hear(report | self.extra[host], self.now)
-            self.wish = self.leader.decide(self.now)
+                self.leader.take_report(report | self.extra[host], self.now)
+            self.wish = self.leader.next_target(self.now)
             if self.wish["do"] == "run":
                 self.attempt = self.wish["attempt"]
             if self.wish["do"] in ("kill", "end") and self.leader.state != "run":
@@ -42,7 +44,7 @@ class Play:
         return self.wish
 
     def causes(self):
-        return [line for line in self.said if line.startswith("ROOT CAUSE")]
+        return [line.splitlines()[0] for line in self.said if line.startswith("ROOT CAUSE")]
 
 
 def test_a_job_starts_only_when_every_host_is_there_and_clean():

@@ -22,12 +22,12 @@ START = """
 import json, sys
 from pathlib import Path
 from launch.host.log import Log, read
-from launch.host.ranks import Ranks
+from launch.host.ranks import LocalRanks
 folder = Path(sys.argv[2])
-ranks = Ranks(json.loads(sys.argv[1]), folder, Log(folder / "log"))
+ranks = LocalRanks(json.loads(sys.argv[1]), folder, Log(folder / "log"))
 ranks.start(1, {"members": [0], "coordinator": "127.0.0.1:1"})
-while not ranks.over():
-    ranks.turn(0.02)
+while ranks.ranks[0].code is None:
+    ranks.poll(0.02)
 print(read(folder / "log", 0)[1].decode())
 """
 FILL = """

@@ -9,7 +9,7 @@ from launch.host import facts as host_facts
 from launch.host.agent import ORDERS, wire_bytes
 from launch.host.facts import gather_facts
 from launch.inventory import Host
-from launch.preflight import is_chip, judge
+from launch.preflight import is_chip, judge_host
 
 HOST = Host("a", "127.0.0.1")
 GPU = {"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}
@@ -22,7 +22,7 @@ def facts(tmp_path_factory):
 
 
 def problems(host, found, check):
-    return [f.problem for f in judge(host, found, 23_456) if f.check == check and f.problem]
+    return [f.problem for f in judge_host(host, found, 23_456) if f.check == check and f.problem]
 
 
 def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path, monkeypatch):
@@ -42,9 +42,9 @@ def test_a_driver_and_a_shared_folder_that_hang_are_given_up_and_named(tmp_path,
     assert time.monotonic() - began < 5
     found |= {"rtt_s": 0.01, "skew_s": 0.0}
     assert problems(Host("a", "127.0.0.1", gpus=8), found, "gpus") == [
-        "nvidia-smi: no end within 0 s"
+        "nvidia-smi: no answer within 0 s"
     ]
-    assert problems(HOST, found, "shared") == [f"{tmp_path}: no end within 0 s"]
+    assert problems(HOST, found, "shared") == [f"{tmp_path}: no answer within 0 s"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Here:
     def __init__(self, hosts, root):
         self.hosts, self.root = hosts, root
 
-    def ask(self, requests, timeout_s):
+    def call_all(self, requests, timeout_s):
         return {host: build_environment(self.root, request) for host, request in requests.items()}
 
 

@@ -26,7 +26,7 @@ def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, 
     there.mkdir(parents=True)
     (there / "status.json").write_text(json.dumps({"outcome": {"code": 1, "why": "an error"}}))
     source = RunCopy(job.id)
-    source.fleet = Here(job.hosts)
+    source.client = Here(job.hosts)
     args = summary.parse([job.id, "--follow", "--every=0.1"])
     following = threading.Thread(target=summary.follow, args=(args, [source]), daemon=True)
     following.start()
@@ -35,6 +35,6 @@ def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, 
     shutil.rmtree(run)  # one that failed before it wrote anything
     shutil.rmtree(source.folder)
     source = RunCopy(job.id)
-    source.fleet = Here(job.hosts)
+    source.client = Here(job.hosts)
     with pytest.raises(NoRun):
         summary.follow(args, [source])

@@ -12,8 +12,8 @@ from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import Job
 from launch.prepare import read_env
-from launch.ssh import Fleet, HostError, control_path
-from launch.sync_code import place
+from launch.ssh import HostError, SshClient, control_path
+from launch.sync_code import rsync_path
 
 HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
@@ -25,7 +25,7 @@ def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tm
         "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"
         "  LocalForward 8080 localhost:80\n  ForwardX11 yes\n"
     )
-    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", HOST.target]
+    command = [*SshClient([HOST], str(config)).ssh_command(HOST), "-G", "--", HOST.target]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(line.partition(" ")[::2] for line in said.splitlines())
     wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
@@ -38,17 +38,17 @@ def test_a_configuration_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     config = tmp_path / "of [mine]"
     with pytest.raises(HostError, match="--ssh_config must name a file; got .*of .mine.*"):
-        Fleet([HOST], str(config)).ssh(HOST)
+        SshClient([HOST], str(config)).ssh_command(HOST)
     config.write_text("Host a\n  HostName elsewhere\n")
-    command = [*Fleet([HOST], str(config)).ssh(HOST), "-G", "--", "a"]
+    command = [*SshClient([HOST], str(config)).ssh_command(HOST), "-G", "--", "a"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "hostname elsewhere\n" in said
 
 
 def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    fleet = Fleet([Host(f"h{i}", "10.0.0.1") for i in range(32)])
-    found = fleet.everywhere(lambda host: Path(fleet.ssh(host)[2]).read_text())
+    fleet = SshClient([Host(f"h{i}", "10.0.0.1") for i in range(32)])
+    found = fleet.map(lambda host: Path(fleet.ssh_command(host)[2]).read_text())
     [text] = set(found.values())
     assert text.endswith("Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n")
 
@@ -66,7 +66,7 @@ exec "$@"
     shell.write_text(text)
     shell.chmod(0o755)
     (tmp_path / "code").write_text("1")
-    target = place(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
+    target = rsync_path(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
     subprocess.run(["rsync", "-e", str(shell), str(tmp_path / "code"), target], check=True)
     assert (tmp_path / "there").read_text() == "1"
     assert (tmp_path / "said").read_text().strip() == asked
@@ -81,11 +81,14 @@ def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
         config.write_text(f"Host h1\n  ProxyJump h0\n{bed.ssh_config.read_text()}")
         host = Host("h1", bed.address["h1"], python=sys.executable)
         request = {"op": "status", "job": "none"}
-        assert Fleet([host], str(config)).call(host, request) == {"known": False, "processes": []}
+        assert SshClient([host], str(config)).call(host, request) == {
+            "known": False,
+            "processes": [],
+        }
         careless = bed.folder / "careless"
         unknown = f"Host h0\n  StrictHostKeyChecking no\n  UserKnownHostsFile {bed.folder}/none\n"
         careless.write_text(unknown + config.read_text())
-        alone = Fleet([host], str(careless)).ssh(host, shared=False)
+        alone = SshClient([host], str(careless)).ssh_command(host, shared=False)
         refused = subprocess.run([*alone, "--", "h1", "true"], capture_output=True, text=True)
         assert refused.returncode == 255 and "Host key verification failed" in refused.stderr
 

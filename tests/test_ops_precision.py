@@ -11,8 +11,8 @@ from configs import debug, quickstart, study
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.ops import precision
 from jaxtrain.ops.precision import choose, resolve_dtype, resolve_dtype_for_chip
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.train import train
-from jaxtrain.training.run import load_config
 from pallas_kernels.chip import CHIPS
 
 AMX = frozenset({"amx_bf16", "avx512_bf16"})
@@ -91,4 +91,4 @@ def test_a_run_goes_on_in_the_type_that_it_began_with(tmp_path, monkeypatch, cap
     assert "bfloat16 (model.dtype=auto: as the run began; this processor has neither" in out
     changed = [line.split()[2] for line in out.splitlines() if line.startswith("resumed with")]
     assert changed == ["steps", "optim.total_steps"]
-    assert load_config(tmp_path / "run").model.dtype == "bfloat16"
+    assert load_train_config(tmp_path / "run").model.dtype == "bfloat16"

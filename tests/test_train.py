@@ -16,14 +16,16 @@ from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, build_eval_batches
 from jaxtrain.generate import tokenizer_name
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.names import measured_names
-from jaxtrain.train import next_commands, train
+from jaxtrain.run_directory.contents import load_train_config
+from jaxtrain.train import train
 from jaxtrain.training.evaluation import build_byte_counter, build_eval_step, evaluate
+from jaxtrain.training.finish import next_commands
 from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, load_config, restore_run
-from jaxtrain.training.startup import header
+from jaxtrain.training.run import build_run, restore_run
+from jaxtrain.training.startup import startup_lines
 from launch.report.figures import grouped, seconds
 from launch.report.run_folder import read_run
 
@@ -166,8 +168,8 @@ def told_at_start(cfg) -> list:
         build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
         Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
     ):
-        _, restored = start_state(run, checkpoints, batches, first_state)
-        return list(header(run, corpus, checkpoints, restored))
+        _, restored = start_state(run, checkpoints, batches, initial_state)
+        return list(startup_lines(run, corpus, checkpoints, restored))
 
 
 def test_a_run_says_which_values_it_is_resumed_with(trained, text):
@@ -241,7 +243,7 @@ def test_a_run_is_read_by_this_machines_routes_whatever_it_was_trained_by(
     (tmp_path / "config.json").write_text(json.dumps(stored))
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     with pytest.raises(ValueError, match="kernels.strict"):
-        build_run(load_config(tmp_path), jax.devices()[:1])
+        build_run(load_train_config(tmp_path), jax.devices()[:1])
     with caplog.at_level("INFO"):
         run, state = restore_run(tmp_path)
     assert int(state.step) == 40 and run.cfg.model.attention == "auto"

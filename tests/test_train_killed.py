@@ -115,5 +115,5 @@ def test_a_signal_to_one_of_two_processes_ends_the_evaluation_of_both(tmp_path, 
     started_s = time.monotonic()
     outs = [runs.finish(process, 75) for process in pair]
     assert time.monotonic() - started_s < 10
-    assert "the evaluation of step 3 was left" in outs[0]
+    assert "the evaluation of step 3 was interrupted" in outs[0]
     assert logged(tmp_path / "pair")[-1][0] == 3 and logged(tmp_path / "pair")[-1][2] is None

@@ -7,8 +7,8 @@ import pytest
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import batch_sharding
-from jaxtrain.training.diagnostic_step import count_parts
-from jaxtrain.training.run import build_run, compile_diagnosis
+from jaxtrain.training.diagnostic_step import compile_diagnosis, count_parts
+from jaxtrain.training.run import build_run
 from jaxtrain.training.step import init_state
 
 B, T = 16, 16

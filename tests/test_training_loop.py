@@ -59,7 +59,7 @@ class Watched(Loop):
     evaluated = ()
 
     def evaluate(self, step):
-        self._arrive()
+        self._collect_step()
         self.evaluated += ((step, self.checkpoints.steps()),)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.distributed.program import is_out_of_memory, is_runtime_error, run_main
-from jaxtrain.training.run import load_config, read_stored
+from jaxtrain.run_directory.contents import load_train_config, read_config_json
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_bad_value_in_a_stored_config_names_the_file_and_no_flag(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"config": {"steps": "a"}, "data": {}}))
     with pytest.raises(ValueError) as error:
-        load_config(tmp_path)
+        load_train_config(tmp_path)
     assert str(error.value) == (
         f"{path} (edit it, no flag does): steps must be of type int; got 'a'."
     )
@@ -54,4 +54,4 @@ def test_an_empty_run_folder_is_not_the_current_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "data": {}}))
     with pytest.raises(ValueError, match="--run must name a folder; got ''."):
-        read_stored("")
+        read_config_json("")

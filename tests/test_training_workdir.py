@@ -16,11 +16,11 @@ from jaxtrain.distributed.program import run_main
 from jaxtrain.errors import CheckpointError
 from jaxtrain.planning.search import read_cached
 from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.study.plan import Trial
 from jaxtrain.study.runs import is_finished
 from jaxtrain.train import train
-from jaxtrain.training.run import load_config
 
 STEPS = 4
 
@@ -191,10 +191,10 @@ def test_what_is_derived_is_written_again_where_it_is_damaged(workdir, text, cap
     tokens = shard.read_bytes()
     shard.write_bytes(tokens[:2_000])
     assert train_here(config(workdir, text)) == 0
-    assert f"{workdir / 'summary.json'} is written again: " in caplog.text
+    assert f"{workdir / 'summary.json'} will be rewritten: " in caplog.text
     again = json.loads((workdir / "summary.json").read_text())
     assert again["eval/loss_nats"] == whole["eval/loss_nats"] and again["step"] == STEPS
-    assert load_config(workdir).steps == STEPS
+    assert load_train_config(workdir).steps == STEPS
     assert json.loads(meta.read_text()) == json.loads(encoded)
     assert shard.read_bytes() == tokens
 
@@ -205,7 +205,7 @@ def test_commands_that_read_a_run_name_its_damaged_file(workdir, name, kind):
     [path] = workdir.glob(name)
     path.write_bytes(GARBLED[kind](path.read_bytes()))
     with pytest.raises((ValueError, CheckpointError)) as error:
-        load_config(workdir)
+        load_train_config(workdir)
         Checkpoints(workdir / "checkpoints", 1, read_only=True).read_meta()
     assert path.name in str(error.value)
 
@@ -216,7 +216,7 @@ def test_a_config_whose_sections_are_no_sections_is_named(workdir):
         stored["config"]["model"] = broken
         (workdir / "config.json").write_text(json.dumps(stored))
         with pytest.raises(ValueError, match=r"config\.json"):
-            load_config(workdir, {"model.L": 1})
+            load_train_config(workdir, {"model.L": 1})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.step import Step, init_state
-from pallas_kernels.bench import ceilings
+from pallas_kernels.bench import measure_ceilings
 
 UPDATES, FIRST = 12, 2  # updates by the optimizer alone, of which the first are not counted
 TRACED = 2  # steps of a trace
@@ -49,7 +49,7 @@ def about(job) -> dict:
     device = device_of(job)
     found = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return found | {"bytes_limit": limit} | ceilings(256 if job.tiny else 8_192)
+    return found | {"bytes_limit": limit} | measure_ceilings(256 if job.tiny else 8_192)
 
 
 def planned_bytes(compiled) -> int:

@@ -17,13 +17,13 @@ import jax
 from absl import logging
 
 from jaxtrain.checkpoint import integrity as digest
-from jaxtrain.checkpoint.process0_store import Host0
-from jaxtrain.checkpoint.shared_store import Shared
+from jaxtrain.checkpoint.process0_store import Process0Store
+from jaxtrain.checkpoint.shared_store import SharedStore
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError, SaveFailed
 from jaxtrain.file_errors import describe_error, describe_storage_error, is_file_error
 
-STORAGE = {"shared": Shared, "host0": Host0}
+STORAGE = {"shared": SharedStore, "host0": Process0Store}
 TRIES = 5  # to read a step before the run that is going on replaces it
 
 

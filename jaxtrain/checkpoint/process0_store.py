@@ -27,7 +27,7 @@ PIECE_BYTES = 256 << 20  # of an array that a process holds twice while it is ga
 IN_FLIGHT = 2  # pieces being written
 
 
-class Host0:
+class Process0Store:
     """Steps' arrays in `folder` on process 0's host. Saves are over when `save` returns."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int, piece_bytes=PIECE_BYTES):

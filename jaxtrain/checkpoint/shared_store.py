@@ -22,7 +22,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_storage_error
 
 
-class Shared:
+class SharedStore:
     """Steps' arrays in `folder`. Makes Orbax's manager with the first save."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int):

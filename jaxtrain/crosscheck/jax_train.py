@@ -15,7 +15,7 @@ from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_advance
@@ -43,7 +43,7 @@ def build_start(cfg: TrainConfig, read_data: bool = True) -> Start:
     corpus = None
     if read_data:
         corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(cfg.workdir))
-    state = first_state(run)
+    state = initial_state(run)
     return Start(run, state, jax.tree.map(np.asarray, state.params), corpus)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.crosscheck.trace import TraceError, TraceWriter, batch_hash
-from jaxtrain.interop.llmc import HEADER, layout, padded
+from jaxtrain.interop.llmc import HEADER, file_layout, padded_vocab_size
 
 MAGIC, VERSION = 20240327, 2
 FUSED = "c_attn"  # queries, keys and values in one tensor
@@ -28,8 +28,8 @@ def write_trace(state: str | Path, cfg: ModelConfig, path: str | Path) -> None:
             f"an llm.c debug state must start with {MAGIC}, {VERSION}; got {head[:2]} in {state}."
         )
     B, T = int(head[2]), int(head[3])
-    P = padded(cfg.V)
-    tensors = list(layout(cfg.positions, cfg.L, cfg.D, P))
+    P = padded_vocab_size(cfg.V)
+    tensors = list(file_layout(cfg.positions, cfg.L, cfg.D, P))
     numbers = HEADER + 2 * B * T + B * T * cfg.V + 1
     numbers += sum(math.prod(shape) for _, shape, _ in tensors)
     if Path(state).stat().st_size != 4 * numbers:
@@ -48,10 +48,10 @@ def write_trace(state: str | Path, cfg: ModelConfig, path: str | Path) -> None:
     logits, loss = read(B * T * cfg.V), float(read(1)[0])
     grads, square = {}, 0.0
     with TraceWriter(path, "llm.c", "float32") as writer:
-        for name, shape, turned in tensors:
+        for name, shape, transposed in tensors:
             x = read(math.prod(shape)).reshape(shape)
             x = x[: cfg.V] if shape[0] == P else x
-            x = x.T if turned else x
+            x = x.T if transposed else x
             square += float(np.square(x.astype(np.float64)).sum())
             parts = np.split(x, 3, -1) if FUSED in name else [x]
             for i, part in enumerate(parts):

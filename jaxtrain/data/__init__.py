@@ -1,1 +1,5 @@
-"""Token shards and text in, batches on the mesh out; see corpus, loader and encode."""
+"""Text and token shards in, batches on the device mesh out.
+
+`encode` turns text into token shards, `corpus` opens and checks the shards of a split, `loader`
+makes batches of them.
+"""

@@ -1,11 +1,12 @@
-"""A corpus: the token shards of one split, checked in full before the first step.
+"""Opens a corpus: all token shards of one split, checked in full before the first step.
 
-Text is encoded once, into shards below the run's folder; what trains is always shards.
+Training only reads shards. Text is encoded into shards below the run's folder first.
 """
 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -13,27 +14,28 @@ from absl import logging
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.counts import describe_skipped
 from jaxtrain.data.encoding.roundtrip import LOST
-from jaxtrain.data.shard_checksums import scan_shards
-from jaxtrain.data.shards import Shard, find_shards, left_out, probe
-from jaxtrain.data.text_cache import encode_text, prepare_again, read_meta
+from jaxtrain.data.metadata import read_metadata, shard_entries
+from jaxtrain.data.shard_checksums import ShardChecksum, checksum_shards
+from jaxtrain.data.shards import Shard, find_shards, probe, unused_files
+from jaxtrain.data.text_cache import discard_if_damaged, encode_text
 from jaxtrain.data.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Checked shards of one split. Files are opened when read, and dropped when pickled."""
+    """The checked shards of one split. Files are opened when first read; pickling drops them."""
 
     split: str
     shards: tuple[Shard, ...]
-    fingerprint: str  # of the tokens and their order; not of paths or file formats
-    largest: int  # token
-    tokenizer_name: str | None  # None: unknown, shards of others
-    eot: int  # -1: unknown
-    bytes_per_token: float | None  # of text; None: unknown
+    fingerprint: str  # of the tokens in their order, not of paths or file formats
+    largest_token: int
+    tokenizer_name: str | None  # None: unknown, as the shards were made elsewhere
+    eot: int  # the token that starts documents; -1: unknown
+    bytes_per_token: float | None  # of the encoded text; None: unknown
     note: str = ""
-    _open: dict = field(default_factory=dict, repr=False, compare=False)
+    _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}
 
     @property
@@ -41,66 +43,70 @@ class Corpus:
         return sum(shard.tokens for shard in self.shards)
 
     def windows(self, T: int) -> int:
-        """Windows of T+1 tokens that start every T tokens; none crosses a shard."""
+        """Returns how many windows of T+1 tokens there are: one every T tokens of each shard."""
         return int(self.windows_by_shard(T).sum())
 
     def windows_by_shard(self, T: int) -> np.ndarray:
-        """[shards] int64"""
+        """Returns the number of whole windows in each shard, [shards] int64."""
         return (np.array([shard.tokens for shard in self.shards], np.int64) - 1) // T
 
     def read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start:stop of a shard, in its own dtype, not copied."""
+        """Returns tokens start:stop of a shard in its own dtype, as a view of the mapped file."""
         tokens = self._open.get(shard)
         if tokens is None:
             tokens = self._open[shard] = self.shards[shard].open()
         return tokens[start:stop]
 
     def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard, start, length), [N] int64 each: from an eot to before the next one.
+        """Returns (shard, start, length) of each document, int64 [documents] each.
+
+        A document reaches from an eot to the token before the next eot or the end of the shard.
 
         Raises:
-            ValueError: eot is unknown, or stands nowhere.
+            ValueError: eot is unknown, or no shard contains it.
         """
         check_eot(self)
-        parts, starts_found = [], 0
+        shards, starts, lengths, eots = [], [], [], 0
         for i, shard in enumerate(self.shards):
             step = 1 << 22  # bounds the memory of the comparison
             found = [
                 start + np.flatnonzero(self.read(i, start, start + step) == self.eot)
                 for start in range(0, shard.tokens, step)
             ]
-            starts_found += sum(map(len, found))
-            starts = np.union1d(np.concatenate(found), [0]).astype(np.int64)
-            parts.append((np.full(len(starts), i), starts, np.diff(starts, append=shard.tokens)))
-        if not starts_found:
+            eots += sum(map(len, found))
+            starts.append(np.union1d(np.concatenate(found), [0]).astype(np.int64))
+            shards.append(np.full(len(starts[-1]), i))
+            lengths.append(np.diff(starts[-1], append=shard.tokens))
+        if not eots:
             raise ValueError(
                 f"data.eot must be the token that starts documents; got data.eot={self.eot}, "
-                f"which stands nowhere in {self.shards[0].path}. Set --data.eot."
+                f"which no shard contains, from {self.shards[0].path} on. Set --data.eot."
             )
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+        return np.concatenate(shards), np.concatenate(starts), np.concatenate(lengths)
 
     def token_bytes(self) -> np.ndarray | None:
         """Returns the bytes of text that each token stands for, [vocabulary] int32.
 
-        Special tokens stand for none. None where it is unknown what made the shards.
+        Special tokens stand for 0 bytes. None if it is unknown which tokenizer made the shards.
         """
-        if self.bytes_per_token is None:
+        if self.bytes_per_token is None or self.tokenizer_name is None:
             return None
         return build_tokenizer(self.tokenizer_name).token_bytes
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Returns one line about the corpus for the start of a run."""
         formats = sorted({f"{s.format} {np.dtype(s.dtype).name}" for s in self.shards})
         text = "" if self.bytes_per_token is None else f", {self.bytes_per_token:.3f} bytes/token"
+        note = f", {self.note}" if self.note else ""
         return (
             f"{self.split}: {self.tokens:,} tokens in {len(self.shards)} shard(s) of "
             f"{' and '.join(formats)}, tokenizer {self.tokenizer_name or 'unknown'}{text}, "
-            f"fingerprint {self.fingerprint[:12]}{self.note and ', ' + self.note}"
+            f"fingerprint {self.fingerprint[:12]}{note}"
         )
 
 
 def check_eot(corpus: Corpus) -> None:
-    """Raises ValueError unless the token that starts documents is known."""
+    """Raises ValueError if the token that starts documents is unknown."""
     if corpus.eot < 0:
         raise ValueError(
             "data.eot must be known for data.pack and data.document_mask; got data.eot=-1 and "
@@ -108,128 +114,143 @@ def check_eot(corpus: Corpus) -> None:
         )
 
 
+class _SplitFiles(NamedTuple):
+    """The shard files of a split before they are checked."""
+
+    paths: list[Path]
+    metadata_of: dict[Path, dict]  # folder -> its meta.json
+    note: str
+
+
 def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Path) -> Corpus:
-    """The corpus of split "train" or "val", encoded first if it is text; every shard is checked.
+    """Returns the corpus of split "train" or "val" with every shard checked.
+
+    With data.text the text is encoded below `workdir` first, unless an earlier start did that.
 
     Raises:
         ValueError: shards are missing, or are not what they declare, or hold a token outside
-            the vocabulary; one message lists all of them as file, expected, found.
+            the vocabulary. One message lists all of them as file, expected, found.
     """
-    where = cfg, split, vocab_size, Path(workdir)
-    paths, metas, note = _locate(*where)
+    files = _find_files(cfg, split, vocab_size, Path(workdir))
     try:
-        shards, scans = _check_shards(paths, cfg, vocab_size, metas)
+        shards, checksums = _check_shards(files, cfg, vocab_size)
     except ValueError as error:
-        if cfg.shards or not prepare_again(
-            *metas, lambda: _check_shards(paths, cfg, vocab_size, metas)
-        ):
+        if cfg.shards:  # the user's own files
+            raise
+        [folder] = files.metadata_of
+        if not discard_if_damaged(folder, lambda: _check_shards(files, cfg, vocab_size)):
             raise
         logging.warning("%s\nThe text is encoded again.", error)
-        paths, metas, note = _locate(*where)
-        shards, scans = _check_shards(paths, cfg, vocab_size, metas)
-    entries = _entries(metas)
+        files = _find_files(cfg, split, vocab_size, Path(workdir))
+        shards, checksums = _check_shards(files, cfg, vocab_size)
     digest = hashlib.sha256()
-    for shard, scan in zip(shards, scans, strict=True):
-        digest.update(f"{shard.tokens} {scan.fingerprint}\n".encode())
-    text_bytes = [entries[path]["text_bytes"] for path in paths if path in entries]
-    tokens = sum(shard.tokens for shard in shards)
-    largest = max(scan.largest for scan in scans)
-    makers = {(metas[p.parent]["tokenizer"], metas[p.parent]["eot"]) for p in paths if p in entries}
-    known = len(text_bytes) == len(paths) and len(makers) == 1
-    name, eot = _tokenizer_of(cfg, makers if known else (), largest)
-    notes = [note, *_losses(metas)] if note else _losses(metas)
+    for shard, checksum in zip(shards, checksums, strict=True):
+        digest.update(f"{shard.tokens} {checksum.fingerprint}\n".encode())
+    largest_token = max(checksum.largest for checksum in checksums)
+
+    # What meta.json knows counts only if it covers all shards and one tokenizer made them.
+    entries = shard_entries(files.metadata_of)
+    described = [path for path in files.paths if path in entries]
+    folders = [files.metadata_of[path.parent] for path in described]
+    made_with = {(metadata["tokenizer"], metadata["eot"]) for metadata in folders}
+    if len(described) == len(files.paths) and len(made_with) == 1:
+        [(tokenizer_name, eot)] = made_with
+        text_bytes = sum(entries[path]["text_bytes"] for path in described)
+        bytes_per_token = text_bytes / sum(shard.tokens for shard in shards)
+    else:
+        tokenizer_name, eot = _guess_tokenizer(cfg, largest_token)
+        bytes_per_token = None
     return Corpus(
         split=split,
         shards=tuple(shards),
         fingerprint=digest.hexdigest()[:32],
-        largest=largest,
-        tokenizer_name=name,
-        eot=eot,
-        bytes_per_token=sum(text_bytes) / tokens if known else None,
-        note=", ".join(notes),
+        largest_token=largest_token,
+        tokenizer_name=tokenizer_name,
+        eot=cfg.eot if cfg.eot >= 0 else eot,
+        bytes_per_token=bytes_per_token,
+        note=", ".join(note for note in (files.note, *_text_losses(files.metadata_of)) if note),
     )
 
 
-def _locate(cfg, split, vocab_size, workdir):
-    """(paths, {folder: its meta.json}, note) of the split's shards."""
+def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> _SplitFiles:
     if not cfg.shards:
-        folder, meta = encode_text(cfg, vocab_size, workdir)
-        paths = [folder / e["file"] for e in meta["shards"] if e["split"] == split]
+        folder, metadata = encode_text(cfg, vocab_size, workdir)
+        paths = [folder / e["file"] for e in metadata["shards"] if e["split"] == split]
         if not paths:
             raise ValueError(
                 f"data.text must hold a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
-        return paths, {folder: meta}, describe_skipped(meta["skipped"])
+        return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))
     paths = find_shards(cfg.shards, split)
-    metas = {folder: read_meta(folder) for folder in {path.parent for path in paths}}
-    metas = {folder: meta for folder, meta in metas.items() if meta}
+    metadata_of = {}
+    for folder in {path.parent for path in paths}:
+        if metadata := read_metadata(folder):
+            metadata_of[folder] = metadata
     folder = Path(cfg.shards).expanduser()
-    if folder in metas:  # what meta.json lists must be there: _check_shards names what is not
-        listed = {folder / e["file"] for e in metas[folder]["shards"] if e["split"] == split}
+    if folder in metadata_of:  # a listed shard that is gone is added, so that it is reported
+        entries = metadata_of[folder]["shards"]
+        listed = {folder / entry["file"] for entry in entries if entry["split"] == split}
         paths = sorted({*paths, *listed})
-    others = left_out(cfg.shards) if split == "train" else []
-    note = f"{len(others)} file(s) left out by name: {', '.join(others[:4])}" if others else ""
-    return paths, metas, note
+    unused = unused_files(cfg.shards) if split == "train" else []
+    note = f"{len(unused)} file(s) left out by name: {', '.join(unused[:4])}" if unused else ""
+    return _SplitFiles(paths, metadata_of, note)
 
 
-def _losses(metas) -> list[str]:
-    """What the tokenizer.json files of encoded shards leave out of the text or change in it."""
+def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
+    """Returns how the tokens of encoded shards differ from their text, in words."""
     notes = []
-    for name in sorted({meta["tokenizer"] for meta in metas.values()}):
+    for name in sorted({metadata["tokenizer"] for metadata in metadata_of.values()}):
         notes += [f"{Path(name).name}: {note}" for note in build_tokenizer(name).notes]
-    for meta in metas.values():
-        lost = meta["skipped"].get(LOST)
+    for metadata in metadata_of.values():
+        lost = metadata["skipped"].get(LOST)
         if lost:
-            text_bytes = sum(entry["text_bytes"] for entry in meta["shards"])
+            text_bytes = sum(entry["text_bytes"] for entry in metadata["shards"])
             notes.append(f"{lost / text_bytes:.2%} of the text is unknown to the tokenizer")
     return notes
 
 
-def _entries(metas) -> dict:
-    """What each meta.json says of its shards, by path."""
-    return {folder / e["file"]: e for folder, meta in metas.items() for e in meta["shards"]}
-
-
-def _check_shards(paths, cfg, vocab_size, metas):
-    """Shards and their scans; every bad one is named in one ValueError."""
-    problems, shards, entries = [], [], _entries(metas)
-    for path in paths:
+def _check_shards(
+    files: _SplitFiles, cfg: DataConfig, vocab_size: int
+) -> tuple[list[Shard], list[ShardChecksum]]:
+    """Returns the shards and their checksums; raises one ValueError that lists every bad shard."""
+    problems, shards, entries = [], [], shard_entries(files.metadata_of)
+    for path in files.paths:
         try:
             shards.append(probe(path, cfg.shard_format))
         except ValueError as error:
             problems.append(str(error))
-    scans = scan_shards(shards)
-    for shard, scan in zip(shards, scans, strict=True):
-        entry = entries.get(Path(shard.path), {})
-        problem = _judge(shard, scan, vocab_size, entry)
+    checksums = checksum_shards(shards)
+    for shard, checksum in zip(shards, checksums, strict=True):
+        problem = _find_problem(shard, checksum, vocab_size, entries.get(Path(shard.path), {}))
         if problem:
             problems.append(f"{shard.path}: {problem}.")
     if problems:
         listed = "\n  ".join(sorted(problems))
-        raise ValueError(f"{len(problems)} of {len(paths)} shards cannot be used:\n  {listed}")
-    return shards, scans
+        raise ValueError(
+            f"{len(problems)} of {len(files.paths)} shards cannot be used:\n  {listed}"
+        )
+    return shards, checksums
 
 
-def _judge(shard, scan, vocab_size, entry) -> str:
-    if shard.format == "nanogpt" and scan.odd_zero and scan.largest:
-        return "expected uint16 tokens; found every second one 0, the look of uint32"
-    if scan.smallest < 0:
-        return f"expected tokens of at least 0; found {scan.smallest}"
-    declared = entry.get("fingerprint", scan.fingerprint)
-    if declared != scan.fingerprint:
-        return f"expected fingerprint {declared} by meta.json; found {scan.fingerprint}"
-    if scan.largest >= vocab_size:
-        return f"expected tokens below model.V={vocab_size}; found {scan.largest}. Set --model.V"
+def _find_problem(shard: Shard, checksum: ShardChecksum, vocab_size: int, entry: dict) -> str:
+    """Returns what is wrong with a shard's tokens, or ""; `entry` is the shard's in meta.json."""
+    if shard.format == "nanogpt" and checksum.odd_zero and checksum.largest:
+        return "expected uint16 tokens; found every second token 0, as in a file of uint32"
+    if checksum.smallest < 0:
+        return f"expected tokens of at least 0; found {checksum.smallest}"
+    declared = entry.get("fingerprint", checksum.fingerprint)
+    if declared != checksum.fingerprint:
+        return f"expected fingerprint {declared} by meta.json; found {checksum.fingerprint}"
+    if checksum.largest >= vocab_size:
+        found = checksum.largest
+        return f"expected tokens below model.V={vocab_size}; found {found}. Set --model.V"
     return ""
 
 
-def _tokenizer_of(cfg, makers, largest) -> tuple[str | None, int]:
-    """(name, eot): the makers' by meta.json; else data.tokenizer's if it can have made them."""
-    if len(makers) == 1:
-        [(name, eot)] = makers
-        return name, cfg.eot if cfg.eot >= 0 else eot
+def _guess_tokenizer(cfg: DataConfig, largest_token: int) -> tuple[str | None, int]:
+    """Returns data.tokenizer and its eot if that vocabulary holds all tokens, else (None, -1)."""
     tokenizer = build_tokenizer(cfg.tokenizer)
-    if largest >= tokenizer.vocab_size:
-        return None, cfg.eot
-    return cfg.tokenizer, cfg.eot if cfg.eot >= 0 else tokenizer.eot
+    if largest_token >= tokenizer.vocab_size:
+        return None, -1
+    return cfg.tokenizer, tokenizer.eot

@@ -1,29 +1,33 @@
-"""Text to token shards: `python -m jaxtrain.data.encode --help`."""
+"""The command that turns text into token shards: `python -m jaxtrain.data.encode --help`."""
 
 import argparse
 import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.config.shell_commands import shell_command
 from jaxtrain.data.encoding.counts import Flags, describe_skipped
-from jaxtrain.data.encoding.formats import SUFFIXES, shown
+from jaxtrain.data.encoding.formats import SUFFIXES, printable_path
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import PROGRESS, STATE, lock_folder
 from jaxtrain.data.encoding.pipeline import SHARD_TOKENS, encode
+from jaxtrain.data.metadata import META_FILE
 from jaxtrain.data.shards import MAX_SHARD_TOKENS
-from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
 from jaxtrain.errors import INTERRUPTED
 from jaxtrain.file_errors import exit_on_file_error
 from pallas_kernels.arguments import Parser
 
 FLAGS = Flags("--input", "--text_field", "--val_fraction")
-FEW_TOKENS = 8 * (256 + 1)  # a batch of configs/quickstart.py
-VOCABULARY_STEP = 64  # model.V is rounded up to it: matrix units like multiples
+BATCH_TOKENS = 8 * (256 + 1)  # of configs/quickstart.py
+VOCABULARY_STEP = 64  # model.V is rounded up to a multiple, which suits matrix units
 
 HELP = """\
 Turns text into token shards, which `jaxtrain train CONFIG --data.shards=DIR` trains on.
@@ -32,56 +36,57 @@ Turns text into token shards, which `jaxtrain train CONFIG --data.shards=DIR` tr
     jaxtrain encode --input=docs --out=runs/docs_bytes --tokenizer=bytes --val_fraction=0.1
     jaxtrain encode --input=README.md --out=runs/readme --tokenizer=gpt2 --name=readme
 
-INPUT is a file, or a folder with everything below it; a folder may mix formats. The format is
-recognised by content:
+INPUT is a file, or a folder with everything below it; a folder may contain several formats. The
+format of a file is recognised by its content:
   UTF-8 text           a file is a document
   JSON lines           a line is a document: the string under --text_field
   JSON array           an element is a document: an object with --text_field, or a string
   CSV, TSV             a row is a document; a .csv or .tsv file with a header, column --text_field
   parquet, Arrow IPC   a row is a document, column --text_field
-The first four may be compressed by gzip or zstd. Other files that are no text are skipped and
+The first four may be compressed with gzip or zstd. Other files without text are skipped and
 counted. Links to folders are followed.
 
-Held out for validation are whole text files or the end of one, and lines and rows by a draw that
-depends on their file's name and their place: at least one document, about --val_fraction.
+About --val_fraction of the text is held out for validation, and at least one document. Text files
+are held out as a whole, or the end of the largest is. Lines and rows are held out one by one. The
+choice depends on the file's name and the place in the file only.
 
-Memory stays bounded, about 300 MB a process, whatever the input's size: files are read in pieces
-of a megabyte, parquet by its pages. All cores encode; the result is the same for any --workers.
+Memory stays bounded, at about 300 MB a process, whatever the size of the input. All cores encode;
+the result is the same for any --workers.
 
-An encoding that is stopped, also by kill -9 or a power cut, goes on with the same command; the
-result is the same as if it had not been stopped. Where the input or an option has changed it
-starts over, and says so.
+If an encoding is stopped, even by kill -9 or a power cut, the same command continues it, and the
+result is as if it had not been stopped. If the input or an option has changed, the command starts
+over and says so.
 
-A document that cannot be used (a line that is no JSON, a damaged row group, the rest of a
-truncated file, a text that the tokenizer refuses) is skipped; the number and the first places
-are printed. More than half of the documents or bytes is an error. --on_bad_document=stop makes
-the first one an error.
+A document that cannot be used is skipped: a line that is not JSON, a damaged row group, the rest of
+a truncated file, a text that the tokenizer refuses. Their number and the first places are printed.
+If more than half of the documents or bytes cannot be used, the command fails. With
+--on_bad_document=stop it fails at the first one.
 
 DIR receives NAME_train_000000.bin, NAME_val_000000.bin, ... (256 int32 of header, then uint16
-tokens; uint32 where the vocabulary needs it) and meta.json: tokenizer, vocabulary size, eot, and
+tokens, or uint32 for vocabularies that need it) and meta.json: tokenizer, vocabulary size, eot, and
 each shard's tokens, text bytes and fingerprint. Each document starts with the tokenizer's
 end-of-text token.
 """
 
 
-def _parse(argv, prog) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = Parser(prog, rewrite_commands(HELP, prog))
     add = parser.add_argument
     add("--input", required=True, help="file or folder of text")
-    add("--out", required=True, help="folder for the shards; made if missing")
+    add("--out", required=True, help="folder for the shards; created if missing")
     add("--tokenizer", required=True, help="bytes, gpt2 or the path of a tokenizer.json")
-    add("--name", help="first part of the files' names; default: the input's name")
+    add("--name", help="first part of the shards' names; default: the input's name")
     add("--text_field", default="text", help="key or column of the text; %(default)s")
     add("--val_fraction", type=float, default=0.01, help="share held out; %(default)s")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens a shard; %(default)s")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard; %(default)s")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes; all %(default)s cores")
     add(
         "--on_bad_document",
         choices=("skip", "stop"),
         default="skip",
-        help="what cannot be used is counted, or an error; %(default)s",
+        help="skip and count a document that cannot be used, or stop there; %(default)s",
     )
-    add("--overwrite", action="store_true", help="replace the shards that DIR holds")
+    add("--overwrite", action="store_true", help="replace the shards in DIR")
     args = parser.parse_args(argv)
     if not 0 <= args.val_fraction <= 0.5:
         parser.error(f"--val_fraction must be in [0, 0.5]; got {args.val_fraction}.")
@@ -94,13 +99,13 @@ def _parse(argv, prog) -> argparse.Namespace:
     return args
 
 
-def _refuse(reason) -> None:
-    """Ends the program with the reason in one line."""
+def _exit(reason: object) -> NoReturn:
+    """Ends the program with an error of one line."""
     sys.exit(f"error: {reason}")
 
 
 def _default_name(source: str) -> str:
-    """The input's name without suffixes, as shards may be named."""
+    """Returns the input's name without suffixes, as the first part of the shards' names."""
     path = Path(source).expanduser().resolve()
     name = path.name
     for suffixes in SUFFIXES.values():
@@ -108,103 +113,108 @@ def _default_name(source: str) -> str:
             name = name.removesuffix(suffix)
     if not path.is_dir():
         name = Path(name).stem
-    # The same in every locale, and a name like "val" is no trap: the split stands behind it.
+    # ASCII only, so that it is the same in every locale. A name like "val" is safe, because the
+    # split follows it.
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-") or "text"
 
 
-def _held_shards(out: Path, overwrite: bool) -> list[Path]:
-    """Shards of an earlier encoding in `out`; any other there ends the program."""
-    held = sorted(out.glob("*.bin"))
-    ours = _shards_of(out / "meta.json", "shards")
+def _find_replaceable_shards(out: Path, overwrite: bool) -> list[Path]:
+    """Returns the shards of an earlier encoding in `out`; ends the program if others are there."""
+    shards = sorted(out.glob("*.bin"))
+    listed = _listed_shards(out / META_FILE, "shards")
     # An encoding that was stopped while it moved its shards here lists them in its journal.
     journals = out.glob(f"{STATE}*/{PROGRESS}")
-    moved = set().union(*(_shards_of(path, "progress", "meta", "shards") for path in journals))
-    others = [path for path in held if path.name not in moved]
-    if others and not overwrite:
-        found = shown(others[0])
-        sys.exit(
-            f"error: --out must hold no shards; got {found}. Choose another, or add --overwrite."
+    moved = set().union(*(_listed_shards(path, "progress", "meta", "shards") for path in journals))
+    finished = [path for path in shards if path.name not in moved]
+    if finished and not overwrite:
+        found = printable_path(finished[0])
+        _exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+    if foreign := [path for path in finished if path.name not in listed]:
+        found = printable_path(foreign[0])
+        _exit(
+            "--overwrite only replaces shards that meta.json lists; got another one, "
+            f"{found}. Choose another --out."
         )
-    if foreign := [path for path in others if path.name not in ours]:
-        found = shown(foreign[0])
-        sys.exit(
-            f"error: --overwrite replaces what meta.json lists; got {found}. Choose another --out."
-        )
-    return held
+    return shards
 
 
-def _shards_of(path: Path, *keys) -> set[str]:
-    """Names of the shards that a JSON file lists, or none."""
+def _listed_shards(path: Path, *keys: str) -> set[str]:
+    """Returns the names of the shards that a JSON file lists under the keys, or none."""
     try:
-        found = json.loads(path.read_text())
+        entries = json.loads(path.read_text())
         for key in keys:
-            found = found[key]
-        return {entry["file"] for entry in found}
+            entries = entries[key]
+        return {entry["file"] for entry in entries}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 
-def _check_tokenizer(name: str):
-    """The tokenizer; one that cannot be built ends the program, named by this command's flag."""
+def _build_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer; an error ends the program and names this command's flag."""
     try:
         return build_tokenizer(name)
     except ValueError as error:
         message = str(error).replace("--data.tokenizer", "--tokenizer")
-        _refuse(message.replace("data.tokenizer", "--tokenizer"))
+        _exit(message.replace("data.tokenizer", "--tokenizer"))
 
 
 def _train_command(out: Path, name: str, meta: dict) -> str:
-    """The command that trains on the shards, on any machine."""
+    """Returns a command that trains on the shards, on any machine."""
     arguments = ["quickstart", f"--data.shards={out}"]
     vocabulary = -(-meta["vocab_size"] // VOCABULARY_STEP) * VOCABULARY_STEP
     if vocabulary != 256:
         arguments.append(f"--model.V={vocabulary}")
     tokens = sum(e["tokens"] for e in meta["shards"] if e["split"] == "train")
-    if tokens < FEW_TOKENS:  # else there is not one batch
+    if tokens < BATCH_TOKENS:
         arguments += ["--data.batch=1", f"--data.seq_len={max(1, min(256, tokens - 1))}"]
     return shell_command("train", *arguments, f"--workdir={_new_folder(Path('runs', name))}")
 
 
 def _new_folder(path: Path) -> Path:
-    """The path, with a number behind it where it is taken: another corpus may have a run there."""
+    """Returns the path, with a number appended if it exists: it may be a run on other data."""
     numbered = (path.with_name(f"{path.name}_{i}") for i in range(2, 1_000))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
-def _print_summary(args, out, name, meta) -> None:
+def _print_summary(
+    args: argparse.Namespace, out: Path, name: str, tokenizer: Tokenizer, meta: dict
+) -> None:
     for split in ("train", "val"):
         shards = [entry for entry in meta["shards"] if entry["split"] == split]
         tokens, text = (sum(s[key] for s in shards) for key in ("tokens", "text_bytes"))
         documents = meta["documents"].get(split, 0)
         print(
-            f"{split}: {documents:,} documents, {tokens:,} tokens of {text:,} text bytes in "
-            f"{len(shards)} shards"
+            f"{split}: {documents:,} documents, {tokens:,} tokens from {text:,} bytes of text, in "
+            f"{len(shards)} shard(s)"
         )
-    print(f"{shown(out)}: tokenizer {args.tokenizer}, {describe_skipped(meta['skipped'])}")
+    print(f"wrote {printable_path(out)} with tokenizer {args.tokenizer}")
+    print(describe_skipped(meta["skipped"]))
     for problem in meta["problems"]:
         print(f"  skipped {problem}")
-    for line in build_tokenizer(args.tokenizer).notes:
-        print(f"{args.tokenizer}: {line}")
+    for note in tokenizer.notes:
+        print(f"{args.tokenizer}: {note}")
     if args.val_fraction:
         print(f"train on it:\n  {_train_command(out, name, meta)}")
     else:
         print(
-            "nothing is held out, and training needs a held-out shard: encode again with "
-            "--val_fraction, or put a shard with 'val' in its name beside these"
+            "no text is held out, but training needs a held-out shard: encode again with "
+            "--val_fraction=0.01, or add a shard with 'val' in its name to the folder"
         )
 
 
 @exit_on_file_error()
-def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxtrain.data.encode") -> None:
+    """Runs the command."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # in any locale
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # prints any name in any locale
     args = _parse(argv, prog)
     out, name = Path(args.out), args.name or _default_name(args.input)
-    _check_tokenizer(args.tokenizer)
+    tokenizer = _build_tokenizer(args.tokenizer)
     try:
         files = list_files(args.input, exclude=out, flag="--input")
         with lock_folder(out) as locked:
-            held = _held_shards(out, args.overwrite)
+            replaceable = _find_replaceable_shards(out, args.overwrite)
             meta = encode(
                 files,
                 out,
@@ -221,21 +231,21 @@ def main(argv=None, prog="python -m jaxtrain.data.encode") -> None:
                 note=lambda line: print(line, file=sys.stderr),
             )
             written = {entry["file"] for entry in meta["shards"]}
-            for path in held:
+            for path in replaceable:
                 if path.name not in written:
                     path.unlink()
     except ValueError as error:
-        _refuse(error)
+        _exit(error)
     except BrokenProcessPool:
-        _refuse(
-            "an encoding process was killed, most likely for memory. Lower --workers; the same "
-            "command goes on."
+        _exit(
+            "an encoding process was killed, most likely because memory ran out. Run the same "
+            "command with fewer --workers: it continues where this one stopped."
         )
     except KeyboardInterrupt:
-        where = f"The shards in {shown(out)} are as they were."
-        print(f"stopped; the same command goes on. {where}", file=sys.stderr)
+        unchanged = f"The shards in {printable_path(out)} are unchanged."
+        print(f"stopped; run the same command to continue. {unchanged}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    _print_summary(args, out, name, meta)
+    _print_summary(args, out, name, tokenizer, meta)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Batches on the mesh: batch n is a pure function of (corpus fingerprint, seed, n).
+"""Makes the batches: reads sequences in shuffled order and lays them out on the device mesh.
 
-Rows are windows of the token stream, or packed documents; the row that batch n holds at place b
-is row n * B + b of an endless sequence of epochs, each a shuffle of all rows. A process reads only
-the rows that its devices hold. Grain reads ahead in a thread; no state lives there but n.
+Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. Take
+the sequences of an endless row of epochs, each in its own shuffled order: batch n holds number
+n * B to n * B + B - 1 of them. A process reads only the sequences that its devices hold. Grain
+reads ahead in threads; the only state is n, so a checkpoint stores n and what n refers to.
 """
 
 import sys
 import time
+from collections.abc import Iterator
 
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import Corpus, check_eot
-from jaxtrain.data.packing import pack
+from jaxtrain.data.sequences import PackedSequences, Sequences, WindowSequences
 from jaxtrain.data.shuffle import permute
 from jaxtrain.distributed.mesh import batch_sharding
 
-BLOCK = 4096  # indices shuffled at once: 40 us each at 8 a call, 0.3 us in a block
+BLOCK = 4096  # indices shuffled per call: an index costs 40 us in calls of 8, 0.3 us in a block
 STATE_FLAGS = {
     "fingerprint": "data.shards or data.text",
     "seed": "seed",
@@ -29,153 +32,95 @@ STATE_FLAGS = {
 }
 
 
-class WindowRows:
-    """Row r: the T+1 tokens from r * T of the corpus, counted within shards."""
-
-    def __init__(self, corpus: Corpus, T: int, tail: bool = False):
-        """tail: the last tokens of a shard, fewer than T+1, are a row too (padded)."""
-        self._corpus, self._T = corpus, T
-        windows = corpus.windows_by_shard(T)
-        if tail:
-            windows = windows + np.array([(s.tokens - 1) % T > 0 for s in corpus.shards])
-        self._ends = np.cumsum(windows)
-        self._firsts = (self._ends - windows).tolist()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def read(self, rows: np.ndarray, with_docs: bool = True) -> dict[str, np.ndarray]:
-        """[rows] -> "tokens" and "docs", int32 [rows, T+1]; docs count the eots inside the row.
-
-        Padding, which only the tail has, is -1 in docs.
-        """
-        T = self._T
-        tokens = np.zeros((len(rows), T + 1), np.int32)
-        lengths = np.full((len(rows), 1), T + 1)
-        shards = np.searchsorted(self._ends, rows, side="right")
-        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            start = (row - self._firsts[shard]) * T
-            window = self._corpus.read(shard, start, start + T + 1)
-            tokens[i, : len(window)] = window
-            lengths[i] = len(window)
-        if not with_docs:
-            return {"tokens": tokens}
-        # A row's first document is 0, whether it starts there or before; eot -1 is no token.
-        starts = tokens[:, 1:] == self._corpus.eot
-        docs = np.zeros_like(tokens)
-        np.cumsum(starts, axis=1, out=docs[:, 1:])
-        docs[np.arange(T + 1) >= lengths] = -1
-        return {"tokens": tokens, "docs": docs}
-
-
-class PackedRows:
-    """Row r: documents, or parts of those longer than a row, best-fit into T+1 tokens."""
-
-    def __init__(self, corpus: Corpus, T: int):
-        self._corpus, self._T = corpus, T
-        self._packing = pack(corpus.documents(), T + 1)
-
-    def __len__(self) -> int:
-        return self._packing.rows
-
-    def read(self, rows: np.ndarray, with_docs: bool = True) -> dict[str, np.ndarray]:
-        """[rows] -> "tokens" and "docs", int32 [rows, T+1]; docs count the pieces of the row.
-
-        Padding is -1 in docs and eot in tokens, so docs are always there.
-        """
-        assert with_docs, "without docs, padding would be trained on"
-        tokens = np.full((len(rows), self._T + 1), self._corpus.eot, np.int32)
-        docs = np.full((len(rows), self._T + 1), -1, np.int32)
-        shard, start, length, first = self._packing
-        for i, row in enumerate(rows.tolist()):
-            at = 0
-            for doc, piece in enumerate(range(first[row], first[row + 1])):
-                begin, size = int(start[piece]), int(length[piece])
-                tokens[i, at : at + size] = self._corpus.read(
-                    int(shard[piece]), begin, begin + size
-                )
-                docs[i, at : at + size] = doc
-                at += size
-        return {"tokens": tokens, "docs": docs}
-
-
 class BatchSource:
-    """Grain's source: item n is this process's part of batch n, {"tokens", "docs"} in NumPy."""
+    """Grain's data source: item n is this process's part of batch n, as NumPy arrays."""
 
-    def __init__(self, rows, batch: int, seed: int, places: np.ndarray, with_docs: bool):
-        self._rows, self._batch, self._seed = rows, batch, seed
-        self._places = places  # of the batch that this process reads, ascending
-        self._with_docs = with_docs
-        self._block = (-1, None)
+    def __init__(
+        self, sequences: Sequences, batch: int, seed: int, places: np.ndarray, with_docs: bool
+    ):
+        """Stores what defines the batches.
+
+        Args:
+            batch: sequences in a whole batch.
+            places: which of these 0..batch-1 this process reads, ascending.
+            with_docs: whether document ids are read too.
+        """
+        self._sequences, self._batch, self._seed = sequences, batch, seed
+        self._places, self._with_docs = places, with_docs
+        self._block = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch  # steps have no end
+        return sys.maxsize // self._batch  # endless: Grain needs some length
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        positions = step * self._batch + self._places
-        return self._rows.read(self._shuffled(positions), self._with_docs)
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        positions = index * self._batch + self._places
+        return self._sequences.read(self._shuffled(positions), self._with_docs)
 
-    def _shuffled(self, positions):
-        """Rows at positions of the endless sequence of epochs. [N] int64 -> [N] int64"""
-        out = np.empty_like(positions)
+    def _shuffled(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the sequence at each position of the endless row of epochs, [N] int64."""
+        shuffled = np.empty_like(positions)
         blocks = positions // BLOCK
         for number in np.unique(blocks):
-            known, block = self._block  # one tuple: several threads may replace it
-            if known != number:
+            # Grain's threads share this cache without a lock: number and block are replaced
+            # together, as one tuple.
+            cached_number, block = self._block
+            if cached_number != number:
                 block = self._shuffle(number * BLOCK + np.arange(BLOCK))
                 self._block = (number, block)
-            here = blocks == number
-            out[here] = block[positions[here] - number * BLOCK]
-        return out
+            inside = blocks == number
+            shuffled[inside] = block[positions[inside] - number * BLOCK]
+        return shuffled
 
-    def _shuffle(self, positions):
-        n = len(self._rows)
-        epochs, indices = np.divmod(positions, n)
-        out = np.empty_like(positions)
+    def _shuffle(self, positions: np.ndarray) -> np.ndarray:
+        sequences = len(self._sequences)
+        epochs, indices = np.divmod(positions, sequences)
+        shuffled = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(indices[here], n, self._seed, int(epoch))
-        return out
+            inside = epochs == epoch
+            shuffled[inside] = permute(indices[inside], sequences, self._seed, int(epoch))
+        return shuffled
 
 
-class Placer:
-    """NumPy rows of this process -> global arrays [B,T+1], laid out by batch_sharding(mesh)."""
+class BatchPlacer:
+    """Puts this process's sequences on its devices, as global arrays [B,T+1] over the mesh."""
 
-    def __init__(self, batch: int, T: int, mesh):
+    def __init__(self, batch: int, T: int, mesh: Mesh):
         self._shape = (batch, T + 1)
         self._sharding = batch_sharding(mesh)
         indices = self._sharding.addressable_devices_indices_map(self._shape).values()
-        ranges = [index[0].indices(batch)[:2] for index in indices]
+        ranges = [index[0].indices(batch)[:2] for index in indices if index]
         self.places = np.unique(np.concatenate([np.arange(*span) for span in ranges]))
 
-    def place(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        with jax.transfer_guard("allow"):  # the one copy to the devices that a step means to make
-            return {name: self._place(array) for name, array in rows.items()}
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Copies arrays of len(self.places) sequences to the devices."""
+        # The train loop forbids implicit transfers; this copy is the one that a step needs.
+        with jax.transfer_guard("allow"):
+            return {name: self._place(array) for name, array in batch.items()}
 
-    def _place(self, array):
-        def part(index):
+    def _place(self, array: np.ndarray) -> jax.Array:
+        def slice_for_device(index) -> np.ndarray:
             start, stop = index[0].indices(self._shape[0])[:2]
             first = int(np.searchsorted(self.places, start))
             return array[first : first + stop - start]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, part)
+        return jax.make_array_from_callback(self._shape, self._sharding, slice_for_device)
 
 
 class Batches:
     """Endless iterator of {"tokens": int32[B,T+1], and "docs" with pack or document_mask}."""
 
-    def __init__(self, cfg: DataConfig, corpus: Corpus, mesh, seed: int):
-        self._placer = Placer(cfg.batch, cfg.seq_len, mesh)
-        rows = (PackedRows if cfg.pack else WindowRows)(corpus, cfg.seq_len)
-        if len(rows) < cfg.batch:
+    def __init__(self, cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int):
+        self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
+        sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
+        if len(sequences) < cfg.batch:
             raise ValueError(
                 f"the {corpus.split} corpus must hold at least one batch of data.batch={cfg.batch} "
-                f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(rows)} sequences "
-                f"from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
+                f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
+                f"sequences from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
-        source = BatchSource(rows, cfg.batch, seed, self._placer.places, with_docs)
-        threads = min(cfg.prefetch, 16)  # more hide no more of a slow disk
+        source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs)
+        threads = min(cfg.prefetch, 16)  # more threads do not hide more of a slow disk's latency
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
         self._reader = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self._identity = {
@@ -186,34 +131,34 @@ class Batches:
             "pack": cfg.pack,
             "eot": corpus.eot if with_docs else None,
         }
-        self.step = 0  # batches handed out; the next is batch `step`
-        self.rows = len(rows)  # of an epoch
+        self.step = 0  # batches handed out, which is the number of the next one
+        self.sequences_per_epoch = len(sequences)
         self._wait_s = 0.0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
         start = time.perf_counter()
-        rows = next(self._reader)
+        batch = next(self._reader)
         self._wait_s += time.perf_counter() - start
         self.step += 1
-        return self._placer.place(rows)
+        return self._placer.place(batch)
 
     def wait_s(self) -> float:
-        """Seconds that next() has waited for rows since the last call of wait_s."""
+        """Returns the seconds that next() waited for data since the last call of wait_s."""
         waited, self._wait_s = self._wait_s, 0.0
         return waited
 
     def state(self) -> dict:
-        """The position, and what it is a position in; JSON-able."""
+        """Returns the loader's state for a checkpoint: the step and the dataset's identity."""
         return self._identity | {"step": self.step}
 
     def restore(self, state: dict) -> None:
-        """Continues at a state().
+        """Continues from what state() returned, in this process or an earlier one.
 
         Raises:
-            ValueError: the state is of other data, seed or shape.
+            ValueError: the state belongs to other data, another seed or another batch shape.
         """
         changed = [
             f"{name}={state.get(name)!r}, now {value!r} (--{STATE_FLAGS[name]})"
@@ -229,7 +174,7 @@ class Batches:
         self.step = state["step"]
 
     def close(self) -> None:
-        """Ends the reading thread; the position stays readable."""
+        """Ends the reading threads; state() can still be called."""
         self._reader.close()
 
     def __enter__(self):
@@ -240,48 +185,54 @@ class Batches:
 
 
 class EvalBatches:
-    """Every window of a corpus once, in order: {"tokens", "docs"} int32[B,T+1]; may be repeated.
+    """All windows of a corpus in order, {"tokens", "docs"} int32[B,T+1]; can be iterated again.
 
-    The last tokens of a shard, too few for a whole window, are a row too: every token but each
-    shard's first is predicted once. Padding has docs = -1.
+    The last tokens of a shard, too few for a whole window, are padded to one: every token but the
+    first of each shard is predicted exactly once. Padding has docs = -1.
     """
 
-    def __init__(self, cfg: DataConfig, corpus: Corpus, mesh):
+    def __init__(self, cfg: DataConfig, corpus: Corpus, mesh: Mesh):
         if cfg.document_mask:
             check_eot(corpus)
         self._batch = cfg.batch
-        self._rows = WindowRows(corpus, cfg.seq_len, tail=True)
-        if not len(self._rows):
+        self._sequences = WindowSequences(corpus, cfg.seq_len, partial=True)
+        if not len(self._sequences):
             raise ValueError(
                 f"the {corpus.split} corpus must hold at least 2 tokens; got {corpus.tokens}. "
                 "Set --data.val_fraction or --data.shards."
             )
-        self._placer = Placer(cfg.batch, cfg.seq_len, mesh)
+        self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch)
+        return -(-len(self._sequences) // self._batch)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        last = len(self._sequences) - 1
         for step in range(len(self)):
-            rows = step * self._batch + self._placer.places
-            inside = rows < len(self._rows)
-            batch = self._rows.read(np.minimum(rows, len(self._rows) - 1))
-            batch["tokens"][~inside], batch["docs"][~inside] = 0, -1
+            numbers = step * self._batch + self._placer.places
+            batch = self._sequences.read(np.minimum(numbers, last))
+            past_end = numbers > last  # all batches have one shape: the last is filled up
+            batch["tokens"][past_end], batch["docs"][past_end] = 0, -1
             yield self._placer.place(batch)
 
 
-def build_batches(cfg: DataConfig, corpus: Corpus, mesh, seed: int) -> Batches:
-    """Training batches from step 0, shuffled by `seed`.
+def build_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int) -> Batches:
+    """Returns the training batches from step 0 on, shuffled by `seed`.
 
     Raises:
-        ValueError: the corpus is shorter than a batch, or documents are asked for and their eot
-            is unknown.
+        ValueError: the corpus is smaller than a batch, or data.pack or data.document_mask is set
+            and the token that starts documents is unknown.
     """
     if cfg.pack or cfg.document_mask:
         check_eot(corpus)
     return Batches(cfg, corpus, mesh, seed)
 
 
-def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh) -> EvalBatches:
-    """The corpus once, in order, in batches of data.batch rows."""
+def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh) -> EvalBatches:
+    """Returns all windows of the corpus in order, in batches of data.batch sequences.
+
+    Raises:
+        ValueError: the corpus is empty, or data.document_mask is set and the token that starts
+            documents is unknown.
+    """
     return EvalBatches(cfg, corpus, mesh)

@@ -1,31 +1,35 @@
-"""What a config's data is on this machine, at a glance: launch.run compares hosts by it.
+"""Prints a quick fingerprint of a config's data, which the launcher compares between hosts.
 
     python -m jaxtrain.data.quick_fingerprint gpt_124m --data.shards=DIR
 
-Prints {"files", "bytes", "fingerprint"}: of names, sizes and blocks that are read here and there,
-so that it takes seconds where training's own fingerprint reads every byte. Files that differ
-elsewhere alone look the same; training then refuses at its start.
+It is {"files", "bytes", "fingerprint"}. The fingerprint covers the names and sizes of all files
+and 16 blocks of each, so it takes seconds, while training reads every byte for its own. Data that
+differs only outside these blocks is not noticed here; training refuses it at its start.
 """
 
 import hashlib
 import json
+from pathlib import Path
 
 from absl import flags
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.shards import find_shards
 from jaxtrain.distributed.program import run_main
 
-BLOCK_BYTES, BLOCKS = 1 << 12, 16  # read of each file: its first, its last, and some between
+BLOCK_BYTES, BLOCKS = 1 << 12, 16  # read from each file: the first, the last, and 14 between
 
 
-def quick_fingerprint(cfg) -> dict:
-    """Of a TrainConfig's data, wherever the files lie.
+def quick_fingerprint(cfg: TrainConfig) -> dict:
+    """Returns the number of files, their bytes, and a hash of names, sizes and some blocks.
+
+    The folder is not part of it, so that hosts can store the data in different places.
 
     Raises:
-        ValueError: there are no files, or numbered ones have gaps.
+        ValueError: there are no files, or the numbers of shards have gaps.
     """
     if cfg.data.shards:
         paths = find_shards(cfg.data.shards, "train") + find_shards(cfg.data.shards, "val")
@@ -36,19 +40,19 @@ def quick_fingerprint(cfg) -> dict:
         files = [(path, path.name) for path in paths]
     else:
         files = list_files(cfg.data.text, exclude=cfg.workdir)
-    whole, total = hashlib.sha256(), 0
+    digest, total = hashlib.sha256(), 0
     for path, name in files:
         size = path.stat().st_size
-        whole.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-        whole.update(_sample(path, size))
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        digest.update(_read_blocks(path, size))
         total += size
-    return {"files": len(files), "bytes": total, "fingerprint": whole.hexdigest()[:32]}
+    return {"files": len(files), "bytes": total, "fingerprint": digest.hexdigest()[:32]}
 
 
-def _sample(path, size: int) -> bytes:
+def _read_blocks(path: Path, size: int) -> bytes:
     last = max(0, size - BLOCK_BYTES)
+    blocks = []
     with open(path, "rb") as file:
-        blocks = []
         for start in sorted({last * i // (BLOCKS - 1) for i in range(BLOCKS)}):
             file.seek(start)
             blocks.append(file.read(BLOCK_BYTES))
@@ -59,8 +63,10 @@ def main() -> None:
     print(json.dumps(quick_fingerprint(config_lib.freeze(flags.FLAGS.config))))
 
 
-def command(argv=None, prog="python -m jaxtrain.data.quick_fingerprint") -> None:
-    run_main(main, (), CommandForm("train", __doc__, config="must"), argv, prog)
+def command(
+    argv: list[str] | None = None, prog: str = "python -m jaxtrain.data.quick_fingerprint"
+) -> None:
+    run_main(main, (), CommandForm("train", __doc__ or "", config="must"), argv, prog)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One pass over every shard: its largest and smallest token and a fingerprint, remembered.
+"""Reads every shard once for a fingerprint and its largest and smallest token, and caches them.
 
-Results are kept in `$XDG_CACHE_HOME/jaxtrain/shards` (default ~/.cache), one small file a shard,
-valid while the shard's path, size and modification time stay as they were.
+The cache is `$XDG_CACHE_HOME/jaxtrain/shards` (default ~/.cache), one small file per shard. An
+entry is valid while the shard's path, size and modification time stay the same.
 """
 
 import hashlib
@@ -23,45 +23,46 @@ CACHE_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Scan:
-    """Facts about a shard's tokens."""
+class ShardChecksum:
+    """What one pass over a shard's tokens finds."""
 
     smallest: int
     largest: int
-    odd_zero: bool  # every second token is 0: the look of uint32 read as uint16
+    odd_zero: bool  # every second token is 0, as when uint32 is read as uint16
     fingerprint: str  # SHA-256 of the tokens' bytes, first 32 hex digits
 
 
-def scan_shards(shards: list[Shard]) -> list[Scan]:
-    """Scans each shard, or recalls its scan; a bar shows when it takes over a second."""
-    keys = [_key(shard) for shard in shards]  # before reading: a later change must not hide
-    scans = [_recall(key) for key in keys]
-    todo = [i for i, scan in enumerate(scans) if scan is None]
-    if not todo:
-        return scans
-    total = sum(shards[i].tokens * np.dtype(shards[i].dtype).itemsize for i in todo)
-    workers = min(len(todo), os.cpu_count() or 1, 8)  # hashing releases the interpreter lock
-    with (
-        tqdm(total=total, desc="scan shards", unit="B", unit_scale=True, delay=1) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for i, scan in zip(todo, pool.map(lambda i: _scan(shards[i], bar), todo), strict=True):
-            scans[i] = scan
-            _remember(keys[i], scan)
-    return scans
+def checksum_shards(shards: list[Shard]) -> list[ShardChecksum]:
+    """Returns each shard's checksum, cached or computed; shows a progress bar after a second."""
+    # Keys are made before reading: a file that changes while it is read gets no valid entry.
+    keys = [_cache_key(shard) for shard in shards]
+    checksums = {i: cached for i, key in enumerate(keys) if (cached := _read_cache(key))}
+    missing = [i for i in range(len(shards)) if i not in checksums]
+    if missing:
+        total = sum(shards[i].tokens * np.dtype(shards[i].dtype).itemsize for i in missing)
+        threads = min(len(missing), os.cpu_count() or 1, 8)  # hashing releases the GIL
+        with (
+            tqdm(total=total, desc="scan shards", unit="B", unit_scale=True, delay=1) as bar,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            computed = pool.map(lambda i: _compute(shards[i], bar), missing)
+            for i, checksum in zip(missing, computed, strict=True):
+                checksums[i] = checksum
+                _write_cache(keys[i], checksum)
+    return [checksums[i] for i in range(len(shards))]
 
 
-def _scan(shard: Shard, bar=None) -> Scan:
+def _compute(shard: Shard, bar: tqdm) -> ShardChecksum:
     tokens, digest = shard.open(), hashlib.sha256()
-    smallest, largest, odd_zero = np.inf, -np.inf, len(tokens) > 1
+    smallest, largest = int(tokens[0]), int(tokens[0])
+    odd_zero = len(tokens) > 1
     for start in range(0, len(tokens), CHUNK_TOKENS):
         chunk = tokens[start : start + CHUNK_TOKENS]
-        digest.update(chunk)
+        digest.update(chunk.data)
         smallest, largest = min(smallest, int(chunk.min())), max(largest, int(chunk.max()))
         odd_zero = odd_zero and not chunk[1::2].any()  # CHUNK_TOKENS is even
-        if bar is not None:
-            bar.update(chunk.nbytes)
-    return Scan(smallest, largest, bool(odd_zero), digest.hexdigest()[:32])
+        bar.update(chunk.nbytes)
+    return ShardChecksum(smallest, largest, bool(odd_zero), digest.hexdigest()[:32])
 
 
 def _cache_file(key: dict) -> Path:
@@ -70,26 +71,30 @@ def _cache_file(key: dict) -> Path:
     return Path(root, "jaxtrain", "shards", f"{name}.json")
 
 
-def _key(shard: Shard) -> dict:
+def _cache_key(shard: Shard) -> dict:
     stat = os.stat(shard.path)
-    known = {"version": CACHE_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return known | asdict(shard) | {"path": str(Path(shard.path).resolve())}
+    key = {"version": CACHE_VERSION, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return key | asdict(shard) | {"path": str(Path(shard.path).resolve())}
 
 
-def _recall(key: dict) -> Scan | None:
+def _read_cache(key: dict) -> ShardChecksum | None:
     try:
         entry = json.loads(_cache_file(key).read_text())
-        scan = Scan(**entry["scan"])
-        types = [type(value) for value in asdict(scan).values()]
-        return scan if entry["key"] == key and types == [int, int, bool, str] else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: scanned again
+        checksum = ShardChecksum(**entry["scan"])
+        types = [type(value) for value in asdict(checksum).values()]
+        return checksum if entry["key"] == key and types == [int, int, bool, str] else None
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: computed again
         return None
 
 
-def _remember(key: dict, scan: Scan) -> None:
+def _write_cache(key: dict, checksum: ShardChecksum) -> None:
     path = _cache_file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"key": key, "scan": asdict(scan)}))
-    except OSError as error:  # costs the next start a scan, nothing else
-        logging.warning("shard scan not kept: %s. Set XDG_CACHE_HOME to a writable folder.", error)
+        write_atomic(path, json.dumps({"key": key, "scan": asdict(checksum)}))
+    except OSError as error:  # only costs the next start another pass over the shard
+        logging.warning(
+            "The checksum of a shard could not be cached, so the next start reads the shard "
+            "again: %s. Set XDG_CACHE_HOME to a writable folder.",
+            error,
+        )

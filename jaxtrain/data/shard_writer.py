@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,47 +12,58 @@ from jaxtrain.file_errors import add_path_to_errors
 
 
 class ShardWriter:
-    """Writes one split's tokens into a row of llm.c shards of `shard_tokens` each."""
+    """Writes the tokens of a split into numbered shards of `shard_tokens` tokens each.
+
+    Attributes:
+        entries: for each shard its file, split, tokens and text_bytes; a complete one also has its
+            fingerprint.
+    """
 
     def __init__(self, folder: Path, stem: str, split: str, dtype: str, shard_tokens: int):
         self._folder, self._stem, self._split = folder, stem, split
         self._dtype, self._shard_tokens = np.dtype(dtype), shard_tokens
         self._file = None
+        self._digest = hashlib.sha256()  # of the tokens in the open file
         self.entries: list[dict] = []
 
-    def append(self, tokens: np.ndarray, sizes) -> None:
-        """Adds documents; `sizes` holds the (tokens, text bytes) of each.
+    def append(self, tokens: np.ndarray, sizes: Sequence[tuple[int, int]]) -> None:
+        """Appends documents.
 
-        A document that is cut by a shard's end shares its bytes out by tokens.
+        Where a shard ends inside a document, its text bytes are divided in proportion to tokens.
+
+        Args:
+            tokens: the documents' tokens, end to end.
+            sizes: (tokens, text bytes) of each document.
         """
-        ends = np.cumsum([n for n, _ in sizes])
+        token_ends = np.cumsum([n for n, _ in sizes])
         text_ends = np.cumsum([n for _, n in sizes])
-        done, text_done = 0, 0
-        while done < len(tokens):
-            entry = self._open()
-            stop = min(len(tokens), done + self._shard_tokens - entry["tokens"])
-            text = round(np.interp(stop, [0, *ends], [0, *text_ends]))
-            chunk = np.ascontiguousarray(tokens[done:stop], self._dtype)
-            with add_path_to_errors(self._file.name, self._file):
-                self._file.write(chunk)
-            self._digest.update(chunk)
-            entry["tokens"] += stop - done
-            entry["text_bytes"] += text - text_done
-            done, text_done = stop, text
+        start = text_start = 0
+        while start < len(tokens):
+            file, entry = self._open()
+            stop = min(len(tokens), start + self._shard_tokens - entry["tokens"])
+            text_stop = round(np.interp(stop, [0, *token_ends], [0, *text_ends]))
+            chunk = np.ascontiguousarray(tokens[start:stop], self._dtype)
+            with add_path_to_errors(file.name, file):
+                file.write(chunk.data)
+            self._digest.update(chunk.data)
+            entry["tokens"] += stop - start
+            entry["text_bytes"] += text_stop - text_start
+            start, text_start = stop, text_stop
             if entry["tokens"] == self._shard_tokens:
                 self.close()
 
-    def _open(self) -> dict:
+    def _open(self):
+        """Returns the file of the unfinished shard and its entry; starts one if there is none."""
         if self._file is None:
             name = f"{self._stem}_{self._split}_{len(self.entries):06d}.bin"
             self.entries.append({"file": name, "split": self._split, "tokens": 0, "text_bytes": 0})
             self._file = open(self._folder / name, "wb")
-            self._file.write(bytes(HEADER_BYTES))
+            self._file.write(bytes(HEADER_BYTES))  # filled in by close(), which knows the count
             self._digest = hashlib.sha256()
-        return self.entries[-1]
+        return self._file, self.entries[-1]
 
     def close(self) -> None:
-        """Completes the shard being written: its header, then the disk."""
+        """Writes the header of the unfinished shard and returns once the shard is on disk."""
         if self._file is None:
             return
         entry, header = self.entries[-1], np.zeros(HEADER_BYTES // 4, "<i4")
@@ -59,7 +71,7 @@ class ShardWriter:
         header[:3] = *forms[self._dtype], entry["tokens"]
         with add_path_to_errors(self._file.name, self._file):
             self._file.seek(0)
-            self._file.write(header)
+            self._file.write(header.data)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -67,13 +79,13 @@ class ShardWriter:
         entry["fingerprint"] = self._digest.hexdigest()[:32]
 
     def flush(self) -> None:
-        """Returns once all that was appended is on disk; `entries` then describe it."""
+        """Returns once all appended tokens are on disk, so that `entries` describe the files."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def restore(self, entries: list[dict]) -> None:
-        """Goes on behind what `entries` of an earlier writer describe.
+        """Continues after the tokens that `entries` of an earlier writer describe.
 
         Raises:
             OSError, ValueError: a shard is missing, or shorter than described.
@@ -82,20 +94,21 @@ class ShardWriter:
         if not entries or "fingerprint" in entries[-1]:
             return
         entry = self.entries[-1]
-        self._file, self._digest = open(self._folder / entry["file"], "r+b"), hashlib.sha256()
-        self._file.seek(HEADER_BYTES)
+        file = self._file = open(self._folder / entry["file"], "r+b")
+        self._digest = hashlib.sha256()
+        file.seek(HEADER_BYTES)
         left = entry["tokens"] * self._dtype.itemsize
         while left:
-            chunk = self._file.read(min(left, 1 << 24))
+            chunk = file.read(min(left, 1 << 24))
             if not chunk:
                 raise ValueError(f"{entry['file']} is shorter than its {entry['tokens']} tokens")
             self._digest.update(chunk)
             left -= len(chunk)
-        self._file.truncate()
-        self._file.seek(0, os.SEEK_END)
+        file.truncate()  # drops what was written after the entries were stored
+        file.seek(0, os.SEEK_END)
 
     def abandon(self) -> None:
-        """Closes the file being written, as it is."""
+        """Closes the unfinished shard as it is, without a header."""
         if self._file is not None:
             self._file.close()
             self._file = None

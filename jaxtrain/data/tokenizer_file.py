@@ -1,11 +1,14 @@
-"""What a tokenizer.json does to text: the settings to report, and the bytes each token stands for.
+"""Finds out what a tokenizer.json does to text, and which bytes each of its tokens stands for.
 
-Such files come from elsewhere and carry settings of another program. Those that would drop or add
+Such a file carries settings of the program that it was made for. Those that would drop or add
 tokens are switched off; those that change the text are reported.
 """
 
 import json
 import re
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -14,19 +17,19 @@ ASCII_SPACE = b" \t\n\r\v\f"
 DROPS_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
 KEEPS_SPACE = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
 ADDS_TOKENS = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
-MOST_NAMES = 4  # of added tokens in a note
+MAX_NAMES = 4  # of added tokens in a note
 
 
 def byte_letters() -> dict[str, int]:
-    """Returns the printable letter that stands for each byte in GPT-2's vocabulary files."""
+    """Returns letter -> byte: GPT-2's vocabulary files write each byte as a printable letter."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     letters = {chr(b): b for b in printable}
     return letters | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def switch_off(tokenizer) -> list[str]:
-    """Switches off what would drop, add or randomise tokens; returns a note for each setting."""
+def switch_off(tokenizer: Any) -> list[str]:
+    """Switches off settings that drop, add or randomise tokens; returns a note for each."""
     notes = []
     if tokenizer.truncation:
         notes.append(f"truncation to {tokenizer.truncation['max_length']} tokens switched off")
@@ -43,14 +46,14 @@ def switch_off(tokenizer) -> list[str]:
     return notes
 
 
-def hide_special_tokens(tokenizer, tokenizers) -> str | None:
-    """Makes the model read the spelling of a special token in a text as plain text.
+def hide_special_tokens(tokenizer: Any, tokenizers: ModuleType) -> str | None:
+    """Makes a Unigram model read the spelling of a special token in a text as plain text.
 
-    A Unigram model's vocabulary holds them with the best score, so that an HTML page's <s> would
-    otherwise become the token that starts documents. The entries are renamed; their ids stay.
+    Its vocabulary contains special tokens with the best score, so an <s> in an HTML page would
+    become the token that starts documents. These entries are renamed; their ids stay.
 
     Returns:
-        the token of what is not in the vocabulary; None where there is none.
+        the token that stands for text outside the vocabulary, or None.
     """
     if type(tokenizer.model).__name__ != "Unigram":
         return getattr(tokenizer.model, "unk_token", None)
@@ -63,35 +66,36 @@ def hide_special_tokens(tokenizer, tokenizers) -> str | None:
 
 
 class TextForm:
-    """How a tokenizer.json's tokens spell a text.
+    """How the tokens of a tokenizer.json spell a text.
+
+    If whitespace can be lost, `expect` and `spell` both leave it out.
 
     Attributes:
         spellings: bytes that each id stands for; empty for special tokens and gaps.
-        lossless: the spellings of a text's tokens are exactly its normalised form; otherwise
-            text may be lost, and where whitespace may be, both are compared without it.
-        rewrites: `expect` is not the text's own bytes.
-        drops: text may be lost without an unknown token.
-        approximate: `expect` may be a few bytes off, because the library normalises the text
-            between added tokens part by part.
+        lossless: whether a text's tokens always spell exactly its normalised form.
+        rewrites: whether `expect` can differ from the text's own bytes.
+        drops: whether text can be lost without an unknown token in its place.
+        approximate: whether `expect` may be wrong by a few bytes, because the library normalises
+            the parts of a text between added tokens one by one.
         notes: the settings that change the text, in words.
     """
 
-    def __init__(self, tokenizer, start: str, unknown: str | None):
+    def __init__(self, tokenizer: Any, start: str, unknown: str | None):
         self._normalizer = tokenizer.normalizer
         self._normalizers, self._splitters, self._decoders = (
             _parts(part)
             for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
         )
-        every = self._normalizers + self._splitters + self._decoders
-        self._byte_level = any(part["type"] == "ByteLevel" for part in every)
-        self._spaced = any(
+        parts = self._normalizers + self._splitters + self._decoders
+        self._byte_level = any(part["type"] == "ByteLevel" for part in parts)
+        self._writes_space = any(  # as the letter SPACE
             part["type"] == "Metaspace" or SPACE in json.dumps(part, ensure_ascii=False)
-            for part in every
+            for part in parts
         )
         self._letters = byte_letters()
         self._to_latin = {ord(letter): byte for letter, byte in self._letters.items()}
         model, vocabulary = tokenizer.model, tokenizer.get_vocab(with_added_tokens=True)
-        self._fallback = bool(getattr(model, "byte_fallback", False))
+        self._has_byte_tokens = bool(getattr(model, "byte_fallback", False))
         self._prefix = getattr(model, "continuing_subword_prefix", None) or ""
         self._suffix = getattr(model, "end_of_word_suffix", None) or ""
         self._missing = self._missing_bytes(vocabulary)
@@ -116,28 +120,28 @@ class TextForm:
             text = self._normalizer.normalize_str(text)
         if any(part["type"] == "ByteLevel" for part in self._normalizers):
             return self._comparable(text.translate(self._to_latin).encode("latin-1"))
-        return self._comparable((text.replace(SPACE, " ") if self._spaced else text).encode())
+        return self._comparable((text.replace(SPACE, " ") if self._writes_space else text).encode())
 
-    def spell(self, ids) -> bytes:
-        """Returns the bytes that tokens stand for, in the form that `expect` has."""
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """Returns the bytes that tokens stand for, in the form of `expect`."""
         return self._comparable(b"".join([self.spellings[i] for i in np.asarray(ids).tolist()]))
 
     def _comparable(self, content: bytes) -> bytes:
         if self._keeps_space:
             return content
-        if self._byte_level or self._fallback:  # a token may be a part of a character
+        if self._byte_level or self._has_byte_tokens:  # a token may be part of a character
             return content.translate(None, ASCII_SPACE)
         return "".join(content.decode().split()).encode()
 
-    def _missing_bytes(self, vocabulary) -> int:
-        """How many of the 256 bytes no token stands for; -1 where tokens stand for characters."""
+    def _missing_bytes(self, vocabulary: dict[str, int]) -> int:
+        """Returns how many of the 256 bytes have no token; -1 if tokens stand for characters."""
         if self._byte_level:
             return sum(letter not in vocabulary for letter in self._letters)
-        if self._fallback:
+        if self._has_byte_tokens:
             return sum(f"<0x{byte:02X}>" not in vocabulary for byte in range(256))
         return -1
 
-    def _find_keeps_space(self, added) -> bool:
+    def _find_keeps_space(self, added: dict[int, Any]) -> bool:
         strips = any(token.lstrip or token.rstrip for token in added.values())
         return not (strips or self._prefix or self._suffix) and all(
             part["type"] in KEEPS_SPACE
@@ -146,35 +150,40 @@ class TextForm:
             for part in self._splitters
         )
 
-    def _spell_all(self, vocabulary, added, unknown) -> list[bytes]:
+    def _spell_all(
+        self, vocabulary: dict[str, int], added: dict[int, Any], unknown: str | None
+    ) -> list[bytes]:
         spellings = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
-            spellings[i] = self._spell_one(token)
+            spellings[i] = self._spell_token(token)
         if unknown in vocabulary:
             spellings[vocabulary[unknown]] = b""
         for i, token in added.items():
             if token.special:
-                spellings[i] = self._fallback_byte(token.content)
+                spellings[i] = self._byte_of(token.content)
             else:
                 spellings[i] = token.content.encode()
         return spellings
 
-    def _fallback_byte(self, token) -> bytes:
-        match = self._fallback and re.fullmatch("<0x([0-9A-F]{2})>", token)
+    def _byte_of(self, token: str) -> bytes:
+        """Returns the byte that a token like <0x0A> stands for, or b""."""
+        match = re.fullmatch("<0x([0-9A-F]{2})>", token) if self._has_byte_tokens else None
         return bytes([int(match[1], 16)]) if match else b""
 
-    def _spell_one(self, token) -> bytes:
+    def _spell_token(self, token: str) -> bytes:
         if self._byte_level:
             if all(letter in self._letters for letter in token):
                 return token.translate(self._to_latin).encode("latin-1")
             return token.encode()
-        if byte := self._fallback_byte(token):
+        if byte := self._byte_of(token):
             return byte
-        if self._spaced:
+        if self._writes_space:
             token = token.replace(SPACE, " ")
         return token.removeprefix(self._prefix).removesuffix(self._suffix).encode()
 
-    def _describe(self, tokenizer, added, unknown, start) -> list[str]:
+    def _describe(
+        self, tokenizer: Any, added: dict[int, Any], unknown: str | None, start: str
+    ) -> list[str]:
         notes = []
         rewriting = [p for p in self._normalizers if p["type"] != "ByteLevel"]
         if rewriting:
@@ -190,32 +199,33 @@ class TextForm:
             notes.append(
                 f"post-processor {', '.join(ignored)} not used: each document starts with {start}"
             )
-        for flag in ("lstrip", "rstrip"):
+        for flag, side in (("lstrip", "before"), ("rstrip", "after")):
             names = [repr(t.content) for t in added.values() if not t.special and getattr(t, flag)]
             if names:
-                side = {"lstrip": "before", "rstrip": "after"}[flag]
                 notes.append(f"added tokens drop the whitespace {side} them: {_few(names)}")
         lost = f"is lost (it becomes {unknown})" if unknown else "is lost"
         if self._missing > 0:
-            notes.append(f"{self._missing} of 256 bytes have no token: what holds them {lost}")
+            notes.append(
+                f"{self._missing} of 256 bytes have no token: text that contains them {lost}"
+            )
         elif self._missing < 0:
             notes.append(f"no byte fallback: text outside the vocabulary {lost}")
         return notes
 
 
-def _added(tokenizer) -> dict:
-    """{id: AddedToken}"""
+def _added(tokenizer: Any) -> dict[int, Any]:
+    """Returns {id: AddedToken}."""
     return tokenizer.get_added_tokens_decoder()
 
 
-def _parts(component) -> list[dict]:
-    """The settings of each part of a component, sequences flattened, in their order."""
+def _parts(component: Any) -> list[dict]:
+    """Returns the settings of each part of a component, with sequences flattened."""
     if component is None:
         return []
     return list(_flatten(json.loads(component.__getstate__())))
 
 
-def _flatten(settings):
+def _flatten(settings: dict) -> Iterator[dict]:
     for key in ("normalizers", "pretokenizers", "decoders", "processors"):
         if key in settings:
             for part in settings[key]:
@@ -224,8 +234,8 @@ def _flatten(settings):
     yield settings
 
 
-def _name(part) -> str:
-    """A normalizer in a few words: `Lowercase`, `Replace ' ' by '▁'`."""
+def _name(part: dict) -> str:
+    """Returns a normalizer in a few words: `Lowercase`, `Replace ' ' by '▁'`."""
     kind = part["type"]
     if kind == "Replace":
         [pattern] = part["pattern"].values()
@@ -235,6 +245,6 @@ def _name(part) -> str:
     return f"{kind} (lowercase)" if part.get("lowercase") else kind
 
 
-def _few(names) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

@@ -1,15 +1,15 @@
-"""Whether a model, its tokenizer and its text were made for each other."""
+"""Checks that a model's vocabulary, its tokenizer and its text fit together."""
 
 from jaxtrain.config.shell_commands import current_command_with, shell_command
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
 
-FEW_ENTRIES = 1_024  # a model may have so many unused, whatever their share
+MAX_UNUSED_ENTRIES = 1_024  # of a model's vocabulary, or a quarter of it if that is more
 GPT2_ENTRIES = 50_257
 
 
 def check_source(cfg: DataConfig, vocab_size: int) -> None:
-    """Refuses to train a model of words on the text that only stands in for a corpus.
+    """Checks that a model of words has a corpus: the default text only suits models of bytes.
 
     Raises:
         ValueError: neither data.shards nor data.text is set, and data.tokenizer is not bytes.
@@ -17,17 +17,20 @@ def check_source(cfg: DataConfig, vocab_size: int) -> None:
     if not (cfg.shards or cfg.text or cfg.tokenizer == "bytes"):
         raise ValueError(
             f"data.shards or data.text must be set for model.V={vocab_size} and "
-            f"data.tokenizer={cfg.tokenizer}; got neither, and Python's standard library is a "
-            "corpus for models of bytes only. Set --data.text. "
-            f"{_two_commands(cfg.tokenizer, 'PATH')}"
+            f"data.tokenizer={cfg.tokenizer}; got neither, and the default text, Python's standard "
+            f"library, is only for models of bytes. Set --data.text. "
+            f"{_encode_and_train(cfg.tokenizer, 'PATH')}"
         )
 
 
-def check_vocabulary(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int, encoded: bool) -> None:
-    """Refuses to encode text with a tokenizer that the model was not made for.
+def check_vocabulary(
+    cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int, is_encoded: bool
+) -> None:
+    """Checks that a tokenizer's vocabulary has about the size of the model's.
 
     Args:
-        encoded: an earlier start has encoded the text; its run may be read and resumed as it is.
+        is_encoded: whether an earlier start has encoded the text. Such a run can be resumed even
+            if the model's vocabulary is far larger.
 
     Raises:
         ValueError: the model has fewer entries than the tokenizer, or far more.
@@ -37,22 +40,23 @@ def check_vocabulary(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int, enc
             f"model.V must be at least the tokenizer's {tokenizer.vocab_size}; got "
             f"model.V={vocab_size}, data.tokenizer={cfg.tokenizer}. Set --model.V."
         )
-    if not encoded and _leaves_unused(vocab_size, tokenizer.vocab_size):
-        fitting = "tokenizer.json" if _leaves_unused(vocab_size, GPT2_ENTRIES) else "gpt2"
+    if not is_encoded and _is_far_larger(vocab_size, tokenizer.vocab_size):
+        fitting = "tokenizer.json" if _is_far_larger(vocab_size, GPT2_ENTRIES) else "gpt2"
         raise ValueError(
             f"the tokenizer must fit the model's vocabulary; got model.V={vocab_size} and "
             f"data.tokenizer={cfg.tokenizer} of {tokenizer.vocab_size} entries. Set "
             f"--data.tokenizer={fitting}, or --model.V to about "
-            f"{tokenizer.vocab_size}. {_two_commands(fitting, cfg.text or 'PATH')}"
+            f"{tokenizer.vocab_size}. {_encode_and_train(fitting, cfg.text or 'PATH')}"
         )
 
 
-def _leaves_unused(vocab_size, entries) -> bool:
-    """Whether the model has far more entries than the tokenizer, beyond any padding."""
-    return vocab_size < entries or vocab_size - entries > max(vocab_size // 4, FEW_ENTRIES)
+def _is_far_larger(vocab_size: int, entries: int) -> bool:
+    """Whether a tokenizer with so many entries cannot be the model's, however it is padded."""
+    unused = vocab_size - entries
+    return unused < 0 or unused > max(vocab_size // 4, MAX_UNUSED_ENTRIES)
 
 
-def _two_commands(tokenizer, text) -> str:
-    make = shell_command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
-    use = current_command_with("--data.shards=shards")
-    return f"Or make token shards and train on them:\n  {make}\n  {use}"
+def _encode_and_train(tokenizer: str, text: str) -> str:
+    encode = shell_command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
+    train = current_command_with("--data.shards=shards")
+    return f"Or make token shards and train on them:\n  {encode}\n  {train}"

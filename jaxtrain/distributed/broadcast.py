@@ -1,6 +1,8 @@
-"""Facts that all processes share: process 0's value, or the error of whichever process has one."""
+"""Shares values and errors between processes, so that all of them go on or stop together."""
 
 import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -9,17 +11,19 @@ from jax.experimental import multihost_utils
 from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_error
 
-MESSAGE_BYTES = 1024  # of a reason that one process tells the others
+MESSAGE_BYTES = 1024  # length to which a gathered text is cut
+Value = TypeVar("Value")
 
 
-def broadcast_from_process_0(function):
-    """Returns function()'s JSON-able value on process 0, in every process.
+def broadcast_from_process_0(function: Callable[[], Value]) -> Value:
+    """Calls function() on process 0 only and returns its JSON-able value on every process.
+
+    If the call fails, every process raises, so that none waits for the others in a collective.
 
     Raises:
-        CheckpointError: function raised it, or an OSError, on process 0; in every process, with its
-            text.
-        ValueError: likewise.
-        Exception: any other, on process 0; a CheckpointError with its text in the others.
+        CheckpointError: function raised it, or an OSError, on process 0.
+        ValueError: function raised it on process 0.
+        Exception: any other on process 0; a CheckpointError with its text on the others.
     """
     answer, raised = {}, None
     if jax.process_index() == 0:
@@ -29,6 +33,7 @@ def broadcast_from_process_0(function):
             raised = error
             answer = {"error": describe_error(error), "bad_input": isinstance(error, ValueError)}
     if jax.process_count() > 1:
+        # The others must know the size of the array before they can take part in its broadcast.
         text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
         size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
         text = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
@@ -40,40 +45,57 @@ def broadcast_from_process_0(function):
     raise (ValueError if answer["bad_input"] else CheckpointError)(answer["error"]) from raised
 
 
-def run_on_all_processes(function):
-    """Returns function() of this process; raises in every process if it raised in one.
+def run_on_all_processes(function: Callable[[], Value]) -> Value:
+    """Calls function() on every process, and raises on every process if one call failed.
+
+    Returns:
+        This process's own value.
 
     Raises:
-        ValueError: function raised one, or an OSError, in some process; with the first one's text.
-        Exception: any other, where it was raised; a ValueError with its text in the others.
+        ValueError: function raised one, or an OSError, on some process; the text is the first's.
+        Exception: any other, where it was raised; a ValueError with its text on the others.
     """
-    value, raised = None, None
+    value: Any = None
+    raised = None
     try:
         value = function()
     except Exception as error:
         if jax.process_count() == 1:
             raise
         raised = error
-    reason = gather_first_error((describe_error(raised) or repr(raised)) if raised else "")
+    first_error = gather_first_error((describe_error(raised) or repr(raised)) if raised else "")
     if raised and not isinstance(raised, ValueError | OSError):
         raise raised
-    if reason:
-        raise ValueError(reason) from raised
+    if first_error:
+        raise ValueError(first_error) from raised
     return value
 
 
 def gather_texts(text: str) -> list[str]:
-    """Returns each process's text, cut to REASON_BYTES, in every process."""
+    """Returns the texts of all processes, each cut to MESSAGE_BYTES, in the processes' order."""
     if jax.process_count() == 1:
         return [text]
-    said = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
-    texts = multihost_utils.process_allgather(np.frombuffer(said, np.uint8))
+    padded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+    texts = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(texts)]
 
 
-def gather_first_error(reason: str) -> str:
-    """Returns the first process's reason that is not empty, in every process."""
-    texts = gather_texts(reason)
+def gather_first_error(error: str) -> str:
+    """Returns the first text that is not empty among those of all processes; "" if all are.
+
+    With several processes, the text is prefixed by the process that it comes from.
+    """
+    texts = gather_texts(error)
     if len(texts) == 1:
-        return reason
+        return error
     return next((f"process {i}: {text}" for i, text in enumerate(texts) if text), "")
+
+
+def check_same_on_all_processes(name: str, text: str) -> None:
+    """Raises ValueError unless all processes pass the same text, such as a hash."""
+    texts = gather_texts(text)
+    if len(set(texts)) > 1:
+        raise ValueError(
+            f"{name} must be the same on every process; got {dict(enumerate(texts))}. "
+            "Start all of them with the same flags, code and data."
+        )

@@ -1,44 +1,62 @@
-"""Which process of which job this is, from the environment of whatever started it.
+"""Finds out which process of which job this is, from the variables of the cluster's engine.
 
-Explicit flags come first, then the JAX_* variables (set by launch.run, the Kubernetes and Ray
-templates, or by hand), then the engines' own. `jax.distributed` is given the answer whole.
+The JAX_* variables come first: launch.run and the Kubernetes and Ray templates set them, and so can
+the user. Open MPI, SLURM, SkyPilot and torchrun follow. All that `jax.distributed` needs is decided
+here; its own cluster detection is off.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-PORT = 62_317  # of the coordinator, where an engine names a host and no port
+PORT = 62_317  # of the coordinator, if the engine names a host but no port
+# Jobs that share a host need different ports: 61,440 + the job's number modulo 4,096, as in JAX.
+FIRST_PORT, PORTS = 61_440, 4_096
+
+
+Environment = Mapping[str, str]
 
 
 class World(NamedTuple):
+    """All processes of a job, and which of them this one is.
+
+    Attributes:
+        engine: what started the processes, such as "SLURM"; "alone" for a single process.
+        coordinator: host:port of process 0.
+        processes: how many there are.
+        process: index of this one.
+        local_devices: indices of the host's devices that this process uses; None uses all.
+        planned: processes that the batch was laid out for, if the job now runs with fewer.
+        devices: how many devices this process must find; 0 accepts any number.
+    """
+
     engine: str = "alone"
-    coordinator: str = ""  # host:port of process 0
+    coordinator: str = ""
     processes: int = 1
     process: int = 0
-    local_devices: tuple[int, ...] | None = None  # None: all that this host has
-    planned: int = 1  # processes that the batch was laid out for
-    devices: int = 0  # that this process must find; 0: as many as there are
+    local_devices: tuple[int, ...] | None = None
+    planned: int = 1
+    devices: int = 0
 
 
-def detect_world(env) -> World:
-    """The World that the environment variables `env` describe; World() where none is named.
+def detect_world(env: Environment) -> World:
+    """Returns the World that environment variables describe; World() if no engine set any.
 
     Raises:
-        ValueError: an engine is named and its variables do not fit each other.
+        ValueError: an engine's variables are incomplete or contradict each other.
     """
     for engine, find in ENGINES.items():
-        found = find(env)
-        if found:
-            try:
-                world = World(engine, *found)
-            except (TypeError, KeyError) as error:
-                raise ValueError(f"{engine}'s variables are incomplete: {error}.") from error
-            return check_world(world)
+        try:
+            world = find(env)
+        except KeyError as error:
+            raise ValueError(f"{engine} must set {error}, which is missing.") from error
+        if world is not None:
+            return check_world(world._replace(engine=engine))
     return World()
 
 
 def check_world(world: World) -> World:
-    """The world, if its parts fit. Raises ValueError."""
+    """Returns the world; raises ValueError if several processes lack a coordinator or an index."""
     if world.processes == 1 and world.process == 0:
         return world
     host, _, port = world.coordinator.rpartition(":")
@@ -51,79 +69,103 @@ def check_world(world: World) -> World:
     return world
 
 
-def _explicit(env):
+def _world(
+    coordinator: str, processes: int, process: int, local_devices: tuple[int, ...] | None
+) -> World:
+    return World("", coordinator, processes, process, local_devices, planned=processes)
+
+
+def _from_jax_variables(env: Environment) -> World | None:
     if "JAX_NUM_PROCESSES" not in env:
         return None
-    where = env.get("JAX_COORDINATOR_ADDRESS", "")
-    if where and ":" not in where:
-        where = f"{where}:{env.get('JAX_COORDINATOR_PORT', PORT)}"
-    count = int(env["JAX_NUM_PROCESSES"])
-    unknown = -1 if count > 1 else 0
-    rank = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", unknown))
+    coordinator = env.get("JAX_COORDINATOR_ADDRESS", "")
+    if coordinator and ":" not in coordinator:
+        coordinator = f"{coordinator}:{env.get('JAX_COORDINATOR_PORT', PORT)}"
+    processes = int(env["JAX_NUM_PROCESSES"])
+    unknown = "-1" if processes > 1 else "0"  # check_world refuses -1
+    process = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", unknown))
     ids = env.get("JAX_LOCAL_DEVICE_IDS", "")
-    local = tuple(int(i) for i in ids.split(",")) if ids else None
-    planned = max(count, int(env.get("JAXTRAIN_PLANNED_PROCESSES", 0)))
-    return where, count, int(rank), local, planned, int(env.get("JAXTRAIN_LOCAL_DEVICES", 0))
+    return World(
+        coordinator=coordinator,
+        processes=processes,
+        process=int(process),
+        local_devices=tuple(int(i) for i in ids.split(",")) if ids else None,
+        planned=max(processes, int(env.get("JAXTRAIN_PLANNED_PROCESSES", 0))),
+        devices=int(env.get("JAXTRAIN_LOCAL_DEVICES", 0)),
+    )
 
 
-def _slurm(env):
+def _from_slurm(env: Environment) -> World | None:
     if "SLURM_STEP_NUM_TASKS" not in env or "SLURM_PROCID" not in env:
         if int(env.get("SLURM_JOB_NUM_NODES", 1)) > 1:
             raise ValueError(
-                f"SLURM has given this job {env['SLURM_JOB_NUM_NODES']} nodes, and this process is "
-                "on one of them alone. Start it by srun; JAX_NUM_PROCESSES=1 says that it is meant."
+                "SLURM must start a process on each node of this job; got one process for "
+                f"{env['SLURM_JOB_NUM_NODES']} nodes. Start it by srun, or set JAX_NUM_PROCESSES=1 "
+                "to use one node only."
             )
         return None
-    count, rank = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
-    port = 61_440 + int(env["SLURM_JOB_ID"]) % 4_096  # as JAX has it: other jobs' differ
-    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    alone = re.fullmatch(r"1(\(x\d+\))?", per_node)
-    local = None if alone else (int(env["SLURM_LOCALID"]),)
-    first = first_host(env["SLURM_STEP_NODELIST"])
-    return f"{first}:{port}", count, rank, local, count
+    port = FIRST_PORT + int(env["SLURM_JOB_ID"]) % PORTS
+    one_per_node = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return _world(
+        f"{first_host(env['SLURM_STEP_NODELIST'])}:{port}",
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env["SLURM_PROCID"]),
+        None if one_per_node else (int(env["SLURM_LOCALID"]),),
+    )
 
 
 def first_host(nodes: str) -> str:
-    """The first name of SLURM's list: `gpu[03-07,12],login` is gpu03."""
+    """Returns the first host of a list in SLURM's notation: `gpu[03-07,12],login` is gpu03."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+))?", nodes)
+    assert match  # the pattern matches any text
     return match[1] + (match[2] or "")
 
 
-def _open_mpi(env):
+def _from_open_mpi(env: Environment) -> World | None:
     if "OMPI_COMM_WORLD_SIZE" not in env:
         return None
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")  # 1734.0;tcp://10.0.0.1,10.1.0.1:43911
     match = re.search(r"tcp://([^,:]+)", uri)
     if not match:
         raise ValueError("Open MPI names no address of mpirun: set --coordinator=HOST:PORT.")
-    count, rank = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
-    local_size = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
-    local = None if local_size == 1 else (int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),)
-    job = int(uri.partition(".")[0] or 0) >> 16  # its lower half counts what one mpirun starts
-    port = 61_440 + job % 4_096
-    return f"{match[1]}:{port}", count, rank, local, count
+    job = int(uri.partition(".")[0] or 0) >> 16  # the lower 16 bits count what mpirun has started
+    return _world(
+        f"{match[1]}:{FIRST_PORT + job % PORTS}",
+        int(env["OMPI_COMM_WORLD_SIZE"]),
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        _local_device(env, "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    )
 
 
-def _skypilot(env):
+def _from_skypilot(env: Environment) -> World | None:
     if "SKYPILOT_NODE_IPS" not in env:
         return None
     nodes = env["SKYPILOT_NODE_IPS"].split()
-    return f"{nodes[0]}:{PORT}", len(nodes), int(env["SKYPILOT_NODE_RANK"]), None, len(nodes)
+    return _world(f"{nodes[0]}:{PORT}", len(nodes), int(env["SKYPILOT_NODE_RANK"]), None)
 
 
-def _torchrun(env):
+def _from_torchrun(env: Environment) -> World | None:
     if "MASTER_ADDR" not in env or "WORLD_SIZE" not in env:
         return None
-    count, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
-    local = None if int(env.get("LOCAL_WORLD_SIZE", 1)) == 1 else (int(env["LOCAL_RANK"]),)
-    # torchrun's own store listens on MASTER_PORT.
-    return f"{env['MASTER_ADDR']}:{PORT}", count, rank, local, count
+    return _world(
+        f"{env['MASTER_ADDR']}:{PORT}",  # not MASTER_PORT, where torchrun's own store listens
+        int(env["WORLD_SIZE"]),
+        int(env["RANK"]),
+        _local_device(env, "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    )
 
 
-ENGINES = {
-    "JAX_*": _explicit,
-    "Open MPI": _open_mpi,  # before SLURM, whose srun starts mpirun's daemons in an allocation
-    "SLURM": _slurm,
-    "SkyPilot": _skypilot,
-    "MASTER_ADDR": _torchrun,
+def _local_device(env: Environment, size: str, rank: str) -> tuple[int] | None:
+    """Returns the device of this process if several share the host, one device each."""
+    return None if int(env.get(size, 1)) == 1 else (int(env[rank]),)
+
+
+ENGINES: dict[str, Callable[[Environment], World | None]] = {
+    "JAX_*": _from_jax_variables,
+    # Before SLURM: in an allocation, mpirun's processes also have the variables of the SLURM step
+    # in which mpirun's daemons run.
+    "Open MPI": _from_open_mpi,
+    "SLURM": _from_slurm,
+    "SkyPilot": _from_skypilot,
+    "MASTER_ADDR": _from_torchrun,
 }

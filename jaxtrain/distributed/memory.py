@@ -1,38 +1,33 @@
-"""The share of each GPU's memory that JAX takes at its start, for training and for its plans."""
+"""The fraction of each GPU's memory that JAX reserves at its start, for training and planning."""
 
 import os
 
-DEFAULT_FRACTION = (
-    0.9  # JAX's own default is 0.75; the rest is the driver's, NCCL's, cuBLAS' and cuDNN's
-)
-VARIABLES = (
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # JAX refuses both at once
+# JAX's own default is 0.75. The rest is for the driver, NCCL, cuBLAS and cuDNN.
+DEFAULT_FRACTION = 0.9
+# JAX raises an error if both are set.
+VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def environment() -> dict[str, str]:
-    """The environment variable to set before JAX's first array; none where the user has set one."""
-    return (
-        {}
-        if any(os.environ.get(name) for name in VARIABLES)
-        else {VARIABLES[0]: str(DEFAULT_FRACTION)}
-    )
+    """Returns the variable to set before JAX's first array; {} if the user has set one."""
+    if any(os.environ.get(name) for name in VARIABLES):
+        return {}
+    return {VARIABLES[0]: str(DEFAULT_FRACTION)}
 
 
 def fraction() -> float:
-    """The user's share, else SHARE.
+    """Returns the fraction that the user has set, else DEFAULT_FRACTION.
 
     Raises:
-        ValueError: the user's is outside (0, 1].
+        ValueError: the user's fraction is outside (0, 1].
     """
     name = next((name for name in VARIABLES if os.environ.get(name)), "")
     if not name:
         return DEFAULT_FRACTION
     try:
-        found = float(os.environ[name])
+        value = float(os.environ[name])
     except ValueError:
-        found = 0.0
-    if not 0 < found <= 1:
+        value = 0.0
+    if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1]; got {os.environ[name]!r}. Unset it.")
-    return found
+    return value

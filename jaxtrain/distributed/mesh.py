@@ -1,8 +1,12 @@
-"""The device mesh (replica, fsdp, tensor), and where every array lies on it.
+"""Builds the device mesh (replica, fsdp, tensor) and gives every array its sharding on it.
 
-Parameters rest split: D over fsdp, heads, ffn and vocabulary over tensor, never L (a split stack
-would be gathered whole by every layer of the scan). Vectors are small and stay whole.
+Stored parameters are split: D over fsdp; heads, ffn width and vocabulary over tensor. The layer
+dim L is never split, as every iteration of the scan over layers would gather the whole stack.
+Vectors are small and are replicated.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.axes import Axes
+from jaxtrain.config.sections import MeshConfig
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")  # mesh axes that split the batch
@@ -17,12 +22,16 @@ LETTER_AXIS = {"D": "fsdp", "H": "tensor", "G": "tensor", "F": "tensor", "V": "t
 
 
 def platform() -> str:
-    """Of the device that is traced for, which may be one that is only compiled for."""
-    return getattr(jax.config.jax_default_device, "platform", None) or jax.default_backend()
+    """Returns the platform that programs are traced for: "cpu" or "gpu".
+
+    The default device decides, which may be a GPU that is compiled for without being present.
+    """
+    default_device = getattr(jax.config, "jax_default_device", None)
+    return getattr(default_device, "platform", None) or jax.default_backend()
 
 
-def build_mesh(cfg, devices=None) -> Mesh:
-    """Mesh over `devices` (default: all, of all processes), from a MeshConfig.
+def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh over `devices`; by default those of all processes.
 
     Raises:
         ValueError: the axis sizes do not multiply to the number of devices.
@@ -32,16 +41,16 @@ def build_mesh(cfg, devices=None) -> Mesh:
     known = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if np.prod(sizes) != len(devices):
-        asked = f"replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}"
         raise ValueError(
-            f"mesh.replica x mesh.fsdp x mesh.tensor must be the {len(devices)} devices; "
-            f"got {asked}. Set one to -1, or --mesh.*."
+            f"mesh.replica x mesh.fsdp x mesh.tensor must be the {len(devices)} devices; got "
+            f"replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one to -1, or "
+            "--mesh.*."
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError unless a microbatch of `batch / accumulation` rows divides the mesh."""
+    """Raises ValueError unless the rows of a microbatch divide over the mesh."""
     parts = mesh.shape["replica"] * mesh.shape["fsdp"]
     if batch // accumulation % parts:
         raise ValueError(
@@ -50,8 +59,14 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def param_spec(axes: Axes, shape, mesh: Mesh, over=("fsdp", "tensor")) -> P:
-    """Layout of a parameter over these mesh axes; over=("tensor",) is gathered for use."""
+def param_spec(
+    axes: Axes, shape: Sequence[int], mesh: Mesh, over: Sequence[str] = ("fsdp", "tensor")
+) -> P:
+    """Returns how a parameter is split over the mesh axes in `over`.
+
+    With over=("tensor",) it is the layout in use, gathered over fsdp. A dim that a mesh axis does
+    not divide, or whose axis already splits an earlier dim, stays whole.
+    """
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
     spec = [LETTER_AXIS.get(letter) for letter in axes.letters]
@@ -61,27 +76,31 @@ def param_spec(axes: Axes, shape, mesh: Mesh, over=("fsdp", "tensor")) -> P:
     return P(*spec)
 
 
-def param_sharding(axes: Axes, shape, mesh: Mesh, over=("fsdp", "tensor")) -> NamedSharding:
-    """Where a parameter and its gradient rest."""
+def param_sharding(
+    axes: Axes, shape: Sequence[int], mesh: Mesh, over: Sequence[str] = ("fsdp", "tensor")
+) -> NamedSharding:
+    """Returns the sharding in which a parameter and its gradient are stored."""
     return NamedSharding(mesh, param_spec(axes, shape, mesh, over))
 
 
-def moment_spec(axes: Axes, shape, mesh: Mesh) -> P:
-    """Layout of a parameter's moments: as it rests, and a matrix's stack over `replica` as well.
+def moment_spec(axes: Axes, shape: Sequence[int], mesh: Mesh) -> P:
+    """Returns the layout of a parameter's optimizer moments.
 
-    Copies of a parameter need one copy of its moments, each replica a slice of them; its gradient
-    is summed over replicas anyway, and the all-gather that returns the updates is the second half
-    of what an all-reduce would send.
+    It is the parameter's own, except that a stack of matrices is also split over `replica`: the
+    replicas have equal moments, so each stores and updates only a slice. This sends no more bytes:
+    the reduce-scatter of gradients and the all-gather of updates are the two halves of the
+    all-reduce that data parallelism needs anyway.
     """
-    spec, copies = param_spec(axes, shape, mesh), mesh.shape["replica"]
-    divides = axes.is_matrix and axes.stack and copies > 1 and shape[0] % copies == 0
+    spec, replicas = param_spec(axes, shape, mesh), mesh.shape["replica"]
+    divides = axes.is_matrix and axes.stack and replicas > 1 and shape[0] % replicas == 0
     return P("replica", *spec[1:]) if divides else spec
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over replica and fsdp; each tensor group sees the same rows."""
+    """Returns the sharding of a batch's rows; all devices of a tensor group get the same rows."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device has in full."""
     return NamedSharding(mesh, P())

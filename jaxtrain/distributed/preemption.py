@@ -1,8 +1,14 @@
-"""Stopping on request: Ctrl-C, SIGTERM and SIGHUP are answered at once, served between two steps.
+"""Stops a run on Ctrl-C, SIGTERM or SIGHUP: answers at once, saves between two steps, then exits.
 
-Python runs a signal handler only between two bytecodes of the main thread: while XLA compiles or
-the host waits for a step, it would answer nothing. The interpreter also writes the signal's number
-to a file descriptor (`signal.set_wakeup_fd`), which a thread reads here.
+| signal | before the first step | during training | a second one |
+|---|---|---|---|
+| SIGTERM | exits with PREEMPTED | saves, exits with PREEMPTED | exits at once: 143 |
+| SIGINT (Ctrl-C) | exits with INTERRUPTED | saves, exits with INTERRUPTED | exits at once: 130 |
+| SIGHUP | exits with PREEMPTED | saves, exits with PREEMPTED | is ignored |
+
+Python runs a signal handler only between two bytecodes of the main thread, so nothing would answer
+while XLA compiles or the host waits for a step. But the interpreter also writes each signal's
+number to a file descriptor at once (`signal.set_wakeup_fd`), and a thread here reads that.
 """
 
 import contextlib
@@ -13,30 +19,39 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import NoReturn, Self
 
 from absl import logging
 
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DUPLICATE_S = 0.05  # `timeout` signals a process and then its group: two signals, one request
-PATIENCE_S = 0.5  # that the main thread has to begin to end by itself
+# `timeout` signals its child and then the child's process group, so the child gets two signals.
+DUPLICATE_S = 0.05
+PATIENCE_S = 0.5  # time in which the main thread must react before the delay is explained
 
 
 class SignalListener:
-    """Calls `hear(number)` in a thread for each signal; a context manager that may be nested.
+    """Calls a function in a thread for each signal; a context manager that may be nested.
 
     Args:
-        numbers: signals to listen to.
-        hear: called in the thread, whatever the main thread does.
-        handler: called in the main thread once it runs Python code again.
+        numbers: the signals.
+        answer: called with the number, in the thread, while the main thread may be in C++ code.
+        handler: Python's usual handler, called in the main thread when it runs Python again.
     """
 
-    def __init__(self, numbers, hear, handler):
-        self._numbers, self._hear, self._handler = numbers, hear, handler
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        answer: Callable[[int], None],
+        handler: Callable[[int, FrameType | None], None],
+    ):
+        self._numbers, self._answer, self._handler = numbers, answer, handler
         self._depth, self._former = 0, {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._depth += 1
         if self._depth > 1:
             return self
@@ -60,7 +75,7 @@ class SignalListener:
 
     def _restore(self, wakeup_fd):
         for number, former in self._former.items():
-            if former is not None:  # None: a handler that Python did not install
+            if former is not None:  # None: a handler that C code had installed
                 signal.signal(number, former)
         signal.set_wakeup_fd(wakeup_fd)
 
@@ -68,18 +83,21 @@ class SignalListener:
         last, last_s = None, 0.0
         with open(reading, "rb", buffering=0) as numbers:
             while read := numbers.read(1):
-                [number], now_s = read, time.monotonic()
+                number, now_s = read[0], time.monotonic()
                 duplicate = number == last and now_s - last_s < DUPLICATE_S
                 if number in self._numbers and not duplicate:
                     last, last_s = number, now_s
-                    self._hear(number)
+                    self._answer(number)
 
 
-_LISTENERS = []  # those that are entered
+_LISTENERS: list[SignalListener] = []  # those that are entered
 
 
 def _forget_in_child():
-    """Gives a forked child its parent's former handlers: it shares the descriptor's other end."""
+    """Restores the former handlers in a forked child.
+
+    The child shares the pipe with its parent, whose thread would answer the child's signals.
+    """
     for listener in reversed(_LISTENERS):
         listener._restore(-1)
     _LISTENERS.clear()
@@ -88,30 +106,32 @@ def _forget_in_child():
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def end_now(status: int) -> None:
-    """Ends the process without running another line of the main thread, as kill -9 would."""
+def end_now(status: int) -> NoReturn:
+    """Exits without running another line of the main thread, as kill -9 would."""
     os._exit(status)
 
 
-def exit_status_of(number) -> int:
-    """Returns the exit status of a run that a signal stopped, with nothing lost."""
+def exit_status_of(number: int) -> int:
+    """Returns the exit status of a run that a signal has stopped without loss."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 class StopListener(SignalListener):
-    """The signal that asked a run to stop.
+    """Receives the signal that stops a run.
 
-    Before the first step nothing is to be saved: a signal ends the process at once. From `serve`
-    on, the first signal is for the training loop, and a second one ends the process at once.
+    Before the first step there is nothing to save, and a signal ends the process at once. After
+    `defer_signals`, the first signal is left to the training loop, which asks `agreed_signal` for
+    it; a second one ends the process at once.
 
-    SIGHUP says that the terminal is gone, such as that of a lost ssh connection. The kernel, the
-    shell and the session manager may each send it, beside a SIGTERM, so a SIGHUP never counts as
-    the second signal, nor does the one that follows it. A process that was started with SIGHUP
-    ignored (nohup) ignores it.
+    SIGHUP means that the terminal is gone, for instance because an ssh connection was lost. The
+    kernel, the shell and the session manager may each send one, and a SIGTERM as well. So a SIGHUP
+    never counts as the second signal, and the signal after a SIGHUP counts as the first. A process
+    that was started with SIGHUP ignored, as by nohup, ignores it.
 
-    With several processes JAX's own SIGTERM handler agrees on where all of them stop, so SIGTERM to
-    any one stops the run. Ctrl-C and SIGHUP are passed on as SIGTERM. Each process of a job may get
-    a SIGTERM of its own, however late, so there only a second Ctrl-C ends a process at once.
+    With several processes, JAX's own SIGTERM handler agrees with the other processes on the step at
+    which all stop, so a SIGTERM to any process stops the run. Ctrl-C and SIGHUP are forwarded to
+    that handler as SIGTERM. As each process may get its own SIGTERM at any time, only a second
+    Ctrl-C ends a process at once.
 
     Args:
         several: whether this is one of several processes.
@@ -121,62 +141,59 @@ class StopListener(SignalListener):
         numbers = [number for number in SIGNALS if not (several and number == signal.SIGTERM)]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)
-        super().__init__(numbers, self._answer, self._ignore)
-        self.signal = None  # what asked
-        self._several, self._passed_on = several, False
+        super().__init__(numbers, self._on_signal, lambda number, frame: None)
+        self.signal: signal.Signals | None = None  # the one to stop for
+        self._several, self._forwarded = several, False
         self._activity, self._promise = "starting", ""
-        self._calls = 0  # of asked()
-
-    def _ignore(self, number, frame):
-        """The thread has answered."""
+        self._calls = 0  # of agreed_signal
 
     def set_activity(self, activity: str) -> None:
-        """Names what the process does before its first step, for the line that a signal prints."""
+        """Names what the process is doing before its first step; a signal prints it and exits."""
         self._activity, self._promise = activity, ""
 
     def defer_signals(self, promise: str) -> None:
-        """From now on `asked` returns the signal; `promise` says what the first one brings about.
+        """Leaves the first signal to the training loop from now on.
 
         Args:
-            promise: such as "saving after this step, then stopping".
+            promise: what the signal's line announces: "saving after this step, then stopping".
         """
         self._promise = promise
 
-    def _answer(self, number):
+    def _on_signal(self, number: int) -> None:
         name, hangup = signal.Signals(number).name, number == signal.SIGHUP
         if hangup:
             _silence_lost_terminal()
-        if hangup and (self.signal is not None or self._passed_on):
+        if hangup and (self.signal is not None or self._forwarded):
             return
         if self._several:
-            self._pass_on(number, name)
+            self._forward(number, name)
         elif self.signal not in (None, signal.SIGHUP):
             end_now(128 + number)
         elif self._promise:
             self.signal = signal.Signals(number)
-            again = "" if hangup else " (again: end now without saving)"
-            logging.warning("%s: %s%s", name, self._promise, again)
+            hint = "" if hangup else " (again: end now without saving)"
+            logging.warning("%s: %s%s", name, self._promise, hint)
         else:
             logging.warning(
-                "%s while %s: ended before a step was made; the same command starts again",
+                "%s while %s: ended before the first step; the same command starts again",
                 name,
                 self._activity,
             )
             end_now(exit_status_of(number))
 
-    def _pass_on(self, number, name):
-        if self._passed_on or not _has_joined():
+    def _forward(self, number: int, name: str) -> None:
+        if self._forwarded or not _is_sigterm_handled_by_jax():
             end_now(128 + number)
-        self._passed_on = True
-        what = self._promise or f"{self._activity}; all processes stop after their first step"
-        logging.warning("%s: %s (again: end this process now)", name, what)
+        self._forwarded = True
+        promise = self._promise or f"{self._activity}; all processes stop after their first step"
+        logging.warning("%s: %s (again: end this process now)", name, promise)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def agreed_signal(self):
-        """Returns the signal to stop for, or None.
+    def agreed_signal(self) -> signal.Signals | None:
+        """Returns the signal to stop for at this step, the same on every process, or None.
 
-        Every process must call it equally often: where all of them stop is agreed on as a number of
-        calls. A call costs microseconds.
+        Every process must call it equally often: JAX counts the calls to agree on the one at which
+        all stop. A call costs microseconds.
         """
         if not self._several or self.signal is not None:
             return self.signal
@@ -190,44 +207,44 @@ class StopListener(SignalListener):
 
 
 def _silence_lost_terminal() -> None:
-    """Replaces output to a terminal that is gone by /dev/null: a failed write would end the run."""
+    """Redirects output from a terminal that is gone to /dev/null; else a print would raise."""
     for fd in (1, 2):
-        for _ in range(20):  # Linux sends the signal before it hangs the terminal up
+        for _ in range(20):  # Linux sends SIGHUP shortly before it hangs up the terminal
             try:
                 termios.tcgetattr(fd)
                 time.sleep(0.01)
             except termios.error as error:
-                if error.args[0] == errno.EIO:  # hung up; ENOTTY: a file or a pipe
+                if error.args[0] == errno.EIO:  # the terminal is gone; ENOTTY: a file or a pipe
                     null = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(null, fd)
                     os.close(null)
                 break
 
 
-def _has_joined() -> bool:
-    """Whether JAX's SIGTERM handler is there; without it SIGTERM ends a process at once."""
+def _is_sigterm_handled_by_jax() -> bool:
+    """Returns whether JAX has installed its SIGTERM handler, without importing JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
-def interruptible():
-    """Raises KeyboardInterrupt on Ctrl-C, and prints a line where compiled code delays it.
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt on Ctrl-C, and prints a line if compiled code delays that.
 
     A second Ctrl-C ends the process at once.
     """
-    asked, answered = threading.Event(), threading.Event()
+    signalled, raised = threading.Event(), threading.Event()
 
-    def hear(number):
-        if asked.is_set():
+    def explain_delay(number):
+        if signalled.is_set():
             end_now(INTERRUPTED)
-        asked.set()
-        if not answered.wait(PATIENCE_S):
+        signalled.set()
+        if not raised.wait(PATIENCE_S):
             logging.warning("SIGINT: ending when the compiled code returns (again: end now)")
 
-    def handler(number, frame):
-        answered.set()
+    def raise_interrupt(number, frame):
+        raised.set()
         raise KeyboardInterrupt
 
-    with SignalListener((signal.SIGINT,), hear, handler):
+    with SignalListener((signal.SIGINT,), explain_delay, raise_interrupt):
         yield

@@ -1,8 +1,22 @@
-"""Runs the main function of a command, and turns errors into one line and an exit status."""
+"""Runs a command's main function, and turns its errors into one line and an exit status.
 
+| status | meaning |
+|---|---|
+| 0 | the command has done its work |
+| 1 | an unexpected error, printed with its traceback |
+| PREEMPTED (75) | a signal stopped the run and nothing is lost; the same command goes on |
+| REFUSED (78) | bad input, damaged checkpoint, full disk, too little memory: one line explains it |
+| INTERRUPTED (130) | Ctrl-C |
+
+The constants are in jaxtrain/errors.py. A launcher restarts a job after 75, and never after 78.
+"""
+
+import io
 import re
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, logging
@@ -16,21 +30,30 @@ from jaxtrain.file_errors import describe_error, is_file_error
 NO_FLAGS = CommandForm("", "")
 
 
-def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain"):
-    """Runs main by absl's app.run, and ends the process in one line where it cannot go on.
+def run_main(
+    main: Callable[..., int | None],
+    errors: Sequence[type[Exception]] = (),
+    form: CommandForm = NO_FLAGS,
+    argv: list[str] | None = None,
+    prog: str = "python -m jaxtrain",
+) -> None:
+    """Reads the command line, runs main, and exits the process with main's status.
 
-    Bad input, broken checkpoints and what the file system refuses end with status REFUSED. One of
-    several processes ends at once on an error, without waiting at exit for the others.
+    With several processes, all exit together if main returns. A process whose main raises exits at
+    once and does not wait for the others, which would wait for it.
 
     Args:
-        form: what the command line may hold; main takes its words where it has some.
-        argv: the arguments; None is sys.argv's.
+        main: the command. It is passed the command line's words if `form` accepts any.
+        errors: exceptions that end in one line, besides ValueError and CheckpointError.
+        form: what the command line may contain.
+        argv: the arguments; by default those of the process.
         prog: what the user typed to start the command.
     """
 
-    def guarded(words):
-        # A terminal or locale that lacks a character, or a name that is no UTF-8, ends no run.
-        if hasattr(sys.stdout, "reconfigure"):  # not where a caller has replaced it
+    def run_and_exit(words: list[str]) -> None:
+        # Text that the terminal cannot show, such as a file name that is not UTF-8, is escaped
+        # instead of ending the run. A caller may have replaced stdout by another object.
+        if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with interruptible():
@@ -40,46 +63,52 @@ def run_main(main, errors=(), form=NO_FLAGS, argv=None, prog="python -m jaxtrain
             print("interrupted", file=sys.stderr)
             exit_process(INTERRUPTED)
         except Exception as error:
-            if isinstance(error, (ValueError, CheckpointError, *errors)) and not is_runtime_error(
-                error
-            ):
-                logging.debug("in full:", exc_info=True)
-                exit_refused(error)
-            if is_file_error(error):
-                logging.debug("in full:", exc_info=True)
-                exit_refused(describe_error(error))
-            if is_out_of_memory(error):
-                logging.debug("in full:", exc_info=True)
-                exit_refused(describe_out_of_memory(error))
+            if (reason := _describe_refusal(error, errors)) is not None:
+                logging.debug("the full traceback:", exc_info=True)
+                exit_refused(reason)
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
             exit_process(1)
 
     argv = sys.argv[1:] if argv is None else argv
-    app.run(guarded, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
+    app.run(run_and_exit, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
 
 
-def is_runtime_error(error) -> bool:
-    """Whether JAX's runtime raised it; that of a collective whose peer has died is a ValueError."""
+def _describe_refusal(error: Exception, errors: Sequence[type[Exception]]) -> str | None:
+    """Returns the line for an error that the same start would meet again; None for others."""
+    if isinstance(error, (ValueError, CheckpointError, *errors)) and not is_runtime_error(error):
+        return str(error)
+    if is_file_error(error):
+        return describe_error(error)
+    if is_out_of_memory(error):
+        return describe_out_of_memory(error)
+    return None
+
+
+def is_runtime_error(error: BaseException) -> bool:
+    """Returns whether JAX's runtime raised the error.
+
+    The type does not tell: a collective whose peer has died raises a plain ValueError.
+    """
     return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
 
 
-def is_out_of_memory(error) -> bool:
-    """Whether a device's memory did not suffice; a full disk is RESOURCE_EXHAUSTED too."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether a device ran out of memory; a full disk is RESOURCE_EXHAUSTED too."""
     return bool(re.match(r"RESOURCE_EXHAUSTED: .*out of memory", str(error), re.I | re.S))
 
 
-def describe_out_of_memory(error) -> str:
-    """The error of a device's memory with the flags that change what a step takes."""
+def describe_out_of_memory(error: BaseException) -> str:
+    """Returns the error of a device that ran out of memory, with the flags that reduce it."""
     return (
         f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
-        "--accumulation, or set --model.remat=full; python -m jaxtrain.plan --fit "
-        "tells what fits a GPU."
+        "--accumulation, or set --model.remat=full; python -m jaxtrain.plan --fit shows what fits "
+        "a GPU."
     )
 
 
-def exit_refused(reason) -> None:
-    """Ends the program: the same start would fail again."""
+def exit_refused(reason: object) -> NoReturn:
+    """Prints the reason and exits with status REFUSED: the same start would fail again."""
     print(f"error: {reason}", file=sys.stderr)
     exit_process(REFUSED)

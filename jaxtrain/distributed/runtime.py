@@ -1,4 +1,7 @@
-"""JAX's process-wide settings, made from the config before the first array."""
+"""Starts and ends JAX in this process: settings, compile cache, and the other processes of a job.
+
+`start_runtime` must run before the first array, because JAX reads most of its settings only once.
+"""
 
 import dataclasses
 import ipaddress
@@ -6,42 +9,40 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
-import numpy as np
 from absl import logging
 
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.cluster import World, check_world
 
-HEARTBEAT_S = 20  # of silence, until JAX ends all processes; a link may be down for less
-JOIN_S = 300  # for all processes to come
-PART_S = 1.0  # for the other processes to be gone
+HEARTBEAT_S = 20  # silence of a process after which JAX ends all; shorter network outages pass
+JOIN_S = 300  # within which all processes must have started
+EXIT_DELAY_S = 1.0  # process 0 exits so much later, because it hosts JAX's coordination service
 SINGLE_PROCESS = World()
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
 
-def start_runtime(cfg, world=SINGLE_PROCESS) -> None:
+def start_runtime(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> None:
     """Sets precision, determinism, memory and the compile cache, and joins the other processes.
 
-    Args:
-        cfg: a TrainConfig.
-        world: the World that this process is one of.
-
     Raises:
-        ValueError: the world's parts do not fit each other, the user's share of memory is none, or
-            JAX finds other devices than stated.
+        ValueError: `world` is inconsistent, the user's fraction of memory is invalid, or JAX finds
+            another number of devices than the inventory states.
     """
     check_world(world)
-    memory.fraction()
+    memory.fraction()  # raises
     os.environ.update(memory.environment())
-    if cfg.deterministic and DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if cfg.deterministic and DETERMINISTIC_FLAGS not in xla_flags:
+        os.environ["XLA_FLAGS"] = f"{xla_flags} {DETERMINISTIC_FLAGS}".strip()
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
-    cache = find_compile_cache(cfg.compile_cache) if uses_compile_cache(world.processes) else None
-    if cache:
+    if uses_compile_cache(world.processes) and (cache := find_compile_cache(cfg.compile_cache)):
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        # The defaults keep only programs of over 1 s: initialisation alone is 1.7 s of small ones.
+        # By default JAX stores only programs that take over 1 s to compile. Initialisation alone
+        # compiles small ones for 1.7 s.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:
@@ -54,9 +55,9 @@ def start_runtime(cfg, world=SINGLE_PROCESS) -> None:
 
 
 def find_compile_cache(folder: str) -> Path | None:
-    """Returns the folder of compiled programs, made if missing; None where there can be none.
+    """Returns the folder of compiled programs, created if missing; None if it cannot be used.
 
-    A run is slower to start without it, and otherwise the same: a line says why it is off.
+    The cache only makes starts faster, so a folder that cannot be used is a warning, not an error.
     """
     if not folder:
         return None
@@ -72,27 +73,28 @@ def find_compile_cache(folder: str) -> Path | None:
     return None
 
 
-def on_cpu() -> bool:
-    """Whether JAX was told to take this host's processor; asks for no device, which starts one."""
-    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+def is_set_to_cpu() -> bool:
+    """Returns whether JAX's settings choose the CPU. Asking JAX for a device would start it."""
+    return (getattr(jax.config, "jax_platforms", None) or "").split(",")[0] == "cpu"
 
 
 def uses_compile_cache(processes: int) -> bool:
-    """Whether compiled programs are kept on disk: not by several processes on GPUs.
+    """Returns whether compiled programs are stored on disk: not with several processes on GPUs.
 
-    They share the autotuning of a program, so that it is the same in all; without that, collectives
-    may come in another order and hang (https://github.com/openxla/xla/issues/7716). But JAX writes
-    its cache on process 0 alone: at the next start it would read where the others, with caches of
-    their own, compile and wait for what it has tuned. Read in JAX's source; not seen on GPUs.
+    These share a program's autotuning results, so that all compile the same program; otherwise
+    collectives may be ordered differently and hang (https://github.com/openxla/xla/issues/7716).
+    JAX writes its cache on process 0 only. At the next start process 0 would read the program from
+    there, while the others compile it and wait for the autotuning results of process 0. This
+    follows from JAX's source; it was not observed on GPUs.
     """
-    return processes == 1 or on_cpu()
+    return processes == 1 or is_set_to_cpu()
 
 
 def bind_address(coordinator: str) -> str | None:
-    """Where process 0 listens: on the stated network alone, if an address states it.
+    """Returns the address on which process 0 listens; None for every network of the host.
 
-    A host's own name is often 127.0.1.1 in its /etc/hosts, where no other host can reach it: None,
-    which is all networks.
+    A literal IP address limits it to that network. A host name cannot: in /etc/hosts it often is
+    127.0.1.1, which other hosts cannot reach.
     """
     host = coordinator.rpartition(":")[0].strip("[]")
     try:
@@ -102,23 +104,23 @@ def bind_address(coordinator: str) -> str | None:
     return coordinator
 
 
-def join_processes(world) -> None:
-    """Joins the processes of a World, so that the death of one is an error in all, not a hang.
+def join_processes(world: World) -> None:
+    """Connects this process to the others, so that the death of one is an error in all, no hang.
 
-    On CPU gloo raises it within seconds. On GPUs a peer's death ends a NCCL collective in no
-    process (XLA's xla_gpu_nccl_terminate_on_error is off): there JAX ends all processes after
-    HEARTBEAT_S of a peer's silence, whatever they wait in. That was measured with processes that
-    wait on a CPU host, never with NCCL; a peer that hangs alive is left to launch's watch.
+    On CPU, gloo raises the error within seconds. On GPUs an NCCL collective does not end when a
+    peer dies (XLA's xla_gpu_nccl_terminate_on_error is off); instead JAX ends all processes when
+    one has been silent for HEARTBEAT_S. That was tested with processes waiting on a CPU host, never
+    with NCCL. A peer that hangs without dying is only detected by the launcher.
     """
-    # Where this is off, an error waits at exit for the dead peer until JAX ends all; where it is
-    # on, JAX ends none.
-    jax.config.update("jax_enable_recoverability", on_cpu())
+    # With "recoverability" off, JAX ends all processes when one dies, but after an error a process
+    # waits for the dead peer when it exits. With it on, JAX ends none.
+    jax.config.update("jax_enable_recoverability", is_set_to_cpu())
     jax.distributed.initialize(
         world.coordinator,
         world.processes,
         world.process,
         local_device_ids=world.local_devices,
-        cluster_detection_method="deactivate",  # `detect` has decided
+        cluster_detection_method="deactivate",  # detect_world has done it
         heartbeat_timeout_seconds=HEARTBEAT_S,
         initialization_timeout=JOIN_S,
         coordinator_bind_address=bind_address(world.coordinator),
@@ -132,66 +134,54 @@ def join_processes(world) -> None:
     )
 
 
-def exit_together(code: int | None) -> None:
-    """Ends this process with a status, all of several processes together.
+def exit_together(status: int | None) -> NoReturn:
+    """Exits when all processes have called it.
 
-    JAX's own exit would let process 0 go first, and the others abort when its service is gone.
+    JAX's own exit would let process 0 end first; the others would then abort, because the
+    coordination service that it hosts is gone.
     """
     if jax.distributed.is_initialized():
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("part")
+        multihost_utils.sync_global_devices("exit")
         if jax.process_index() == 0:
-            time.sleep(PART_S)
-    exit_process(code)
+            time.sleep(EXIT_DELAY_S)
+    exit_process(status)
 
 
-def exit_process(code: int | None) -> None:
-    """Exits; one of several processes at once, for in JAX's barrier a dead peer is waited for."""
+def exit_process(status: int | None) -> NoReturn:
+    """Exits; with several processes without JAX's exit barrier, which would wait for dead peers."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code or 0)
-    sys.exit(code)
+        os._exit(status or 0)
+    sys.exit(status)
 
 
-def fit_config_to_world(cfg, world):
-    """The config for a world of fewer processes than planned: the same batch, in more parts.
+def fit_config_to_world(cfg: TrainConfig, world: World) -> TrainConfig:
+    """Returns the config for a job that runs with fewer processes than planned.
+
+    The batch stays the same and is accumulated over more microbatches, so that each device still
+    needs no more memory.
 
     Raises:
-        ValueError: the batch divides over no number of parts that is enough.
+        ValueError: no number of microbatches divides the batch over the devices.
     """
     if world.processes >= world.planned:
         return cfg
-    least = -(-cfg.accumulation * world.planned // world.processes)
+    least = -(-cfg.accumulation * world.planned // world.processes)  # rounded up
     rows, devices = cfg.data.batch, jax.device_count()
-    parts = [n for n in range(least, rows + 1) if rows % (n * devices) == 0]
-    if not parts:
+    microbatches = [n for n in range(least, rows + 1) if rows % (n * devices) == 0]
+    if not microbatches:
         raise ValueError(
             f"data.batch must divide over the {devices} devices that are left of a larger job; got "
             f"{rows}. Set --data.batch to a multiple of {devices}, or wait for all hosts."
         )
     logging.warning(
-        "%d of %d planned processes: the same batch in %d parts, not %d",
+        "%d of %d planned processes: the same batch in %d microbatches, not %d",
         world.processes,
         world.planned,
-        parts[0],
+        microbatches[0],
         cfg.accumulation,
     )
-    return dataclasses.replace(cfg, accumulation=parts[0])
-
-
-def check_same_on_all_processes(name: str, text: str) -> None:
-    """Raises ValueError unless all processes hold the same short text (a hash, a fingerprint)."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(text.encode().ljust(64)[:64], np.uint8)
-    all_texts = multihost_utils.process_allgather(mine)
-    texts = [bytes(row).decode().strip() for row in np.atleast_2d(all_texts)]
-    if len(set(texts)) > 1:
-        raise ValueError(
-            f"{name} must be the same on every process; got {dict(enumerate(texts))}. "
-            "Start all of them with the same flags, code and data."
-        )
+    return dataclasses.replace(cfg, accumulation=microbatches[0])

@@ -10,18 +10,18 @@ from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop import InteropError
 
 
-class Tensor(NamedTuple):
-    """One parameter of ours and where it stands in theirs; layers of a stack are {} in the name."""
+class TensorMapping(NamedTuple):
+    """One of our parameters and its tensor in a Hugging Face folder."""
 
-    ours: str  # "blocks.attention.q.w"
-    theirs: str  # "model.layers.{}.self_attn.q_proj.weight"
-    turned: bool = False  # theirs has outputs first, [O,I]
+    name: str  # "blocks.attention.q.w"
+    hf_name: str  # "model.layers.{}.self_attn.q_proj.weight"
+    transposed: bool = False  # Hugging Face has outputs first, [O,I]
     part: tuple[int, int] = (0, 1)  # which of how many equal parts of their last dim
 
 
 class Family(NamedTuple):
     architecture: str  # as config.json names it
-    tensors: Callable  # ModelConfig -> [Tensor]
+    tensors: Callable  # ModelConfig -> [TensorMapping]
     read_config: Callable  # dict -> ModelConfig
     write_config: Callable  # ModelConfig -> dict
     prefix: str  # of their names, which some files leave out
@@ -50,23 +50,27 @@ def _one_of(config, key, allowed):
 
 def _llama_tensors(cfg):
     layer = "model.layers.{}."
-    yield Tensor("embed", "model.embed_tokens.weight")
+    yield TensorMapping("embed", "model.embed_tokens.weight")
     for letter in "qkvo":
-        yield Tensor(
-            f"blocks.attention.{letter}.w", f"{layer}self_attn.{letter}_proj.weight", turned=True
+        yield TensorMapping(
+            f"blocks.attention.{letter}.w",
+            f"{layer}self_attn.{letter}_proj.weight",
+            transposed=True,
         )
     if cfg.qk_norm:  # one gain [K] for all heads, before RoPE: so have Qwen3 and layers.HeadNorm
         for letter in "qk":
-            yield Tensor(
+            yield TensorMapping(
                 f"blocks.attention.{letter}_norm.gain", f"{layer}self_attn.{letter}_norm.weight"
             )
     for name in ("gate", "up", "down"):
-        yield Tensor(f"blocks.mlp.{name}.w", f"{layer}mlp.{name}_proj.weight", turned=True)
-    yield Tensor("blocks.attention_norm.gain", f"{layer}input_layernorm.weight")
-    yield Tensor("blocks.mlp_norm.gain", f"{layer}post_attention_layernorm.weight")
-    yield Tensor("final_norm.gain", "model.norm.weight")
+        yield TensorMapping(
+            f"blocks.mlp.{name}.w", f"{layer}mlp.{name}_proj.weight", transposed=True
+        )
+    yield TensorMapping("blocks.attention_norm.gain", f"{layer}input_layernorm.weight")
+    yield TensorMapping("blocks.mlp_norm.gain", f"{layer}post_attention_layernorm.weight")
+    yield TensorMapping("final_norm.gain", "model.norm.weight")
     if not cfg.tied:
-        yield Tensor("head", "lm_head.weight")
+        yield TensorMapping("head", "lm_head.weight")
 
 
 def _rope_theta(config) -> float:
@@ -147,22 +151,22 @@ def _write_qwen3(cfg) -> dict:
 
 def _gpt2_tensors(cfg):
     layer = "transformer.h.{}."
-    yield Tensor("embed", "transformer.wte.weight")
-    yield Tensor("positions", "transformer.wpe.weight")
+    yield TensorMapping("embed", "transformer.wte.weight")
+    yield TensorMapping("positions", "transformer.wpe.weight")
     for kind, ending in (("w", "weight"), ("b", "bias")):  # their Conv1D has inputs first, as ours
         for i, letter in enumerate("qkv"):
-            yield Tensor(
+            yield TensorMapping(
                 f"blocks.attention.{letter}.{kind}", f"{layer}attn.c_attn.{ending}", part=(i, 3)
             )
-        yield Tensor(f"blocks.attention.o.{kind}", f"{layer}attn.c_proj.{ending}")
-        yield Tensor(f"blocks.mlp.up.{kind}", f"{layer}mlp.c_fc.{ending}")
-        yield Tensor(f"blocks.mlp.down.{kind}", f"{layer}mlp.c_proj.{ending}")
+        yield TensorMapping(f"blocks.attention.o.{kind}", f"{layer}attn.c_proj.{ending}")
+        yield TensorMapping(f"blocks.mlp.up.{kind}", f"{layer}mlp.c_fc.{ending}")
+        yield TensorMapping(f"blocks.mlp.down.{kind}", f"{layer}mlp.c_proj.{ending}")
     for kind, ending in (("gain", "weight"), ("bias", "bias")):
-        yield Tensor(f"blocks.attention_norm.{kind}", f"{layer}ln_1.{ending}")
-        yield Tensor(f"blocks.mlp_norm.{kind}", f"{layer}ln_2.{ending}")
-        yield Tensor(f"final_norm.{kind}", f"transformer.ln_f.{ending}")
+        yield TensorMapping(f"blocks.attention_norm.{kind}", f"{layer}ln_1.{ending}")
+        yield TensorMapping(f"blocks.mlp_norm.{kind}", f"{layer}ln_2.{ending}")
+        yield TensorMapping(f"final_norm.{kind}", f"transformer.ln_f.{ending}")
     if not cfg.tied:
-        yield Tensor("head", "lm_head.weight")
+        yield TensorMapping("head", "lm_head.weight")
 
 
 def _read_gpt2(config) -> ModelConfig:

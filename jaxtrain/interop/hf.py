@@ -116,7 +116,9 @@ def _listed(faults) -> str:
 def _names(tensor, axes, shape) -> list[str]:
     """Their names of one parameter: one for each layer where it is stacked."""
     return (
-        [tensor.theirs.format(i) for i in range(shape[0])] if "L" in axes.stack else [tensor.theirs]
+        [tensor.hf_name.format(i) for i in range(shape[0])]
+        if "L" in axes.stack
+        else [tensor.hf_name]
     )
 
 
@@ -129,7 +131,7 @@ def _their_shape(tensor, axes, shape) -> tuple[int, ...]:
     elif axes.role == "vector":
         shape = (int(np.prod(shape)),)
     shape = (*shape[:-1], shape[-1] * tensor.part[1])
-    return shape[::-1] if tensor.turned else shape
+    return shape[::-1] if tensor.transposed else shape
 
 
 def _check(stored, rows, family, tied_to) -> dict[str, str]:
@@ -159,9 +161,9 @@ def _check(stored, rows, family, tied_to) -> dict[str, str]:
 
 
 def _rows(family, cfg, axes, shapes):
-    """[(Tensor, Axes, shape)] of every parameter; axes and shapes by name."""
-    rows = [(t, axes[t.ours], shapes[t.ours].shape) for t in family.tensors(cfg)]
-    unnamed = set(axes) - {t.ours for t, _, _ in rows}
+    """[(TensorMapping, Axes, shape)] of every parameter; axes and shapes by name."""
+    rows = [(t, axes[t.name], shapes[t.name].shape) for t in family.tensors(cfg)]
+    unnamed = set(axes) - {t.name for t, _, _ in rows}
     assert not unnamed, f"no tensor of theirs for {sorted(unnamed)}"
     return rows
 
@@ -181,20 +183,20 @@ def read_weights(folder, cfg, axes, shapes) -> dict[str, Callable]:
     else:
         family, stored = family_of_config(json_of(Path(folder) / "config.json")), Stored(folder)
     rows = _rows(family, cfg, axes, shapes)
-    tied_to = next(t.theirs for t, _, _ in rows if t.ours == "embed") if cfg.tied else None
+    tied_to = next(t.hf_name for t, _, _ in rows if t.name == "embed") if cfg.tied else None
     at = _check(stored, rows, family, tied_to)
 
     def reader(tensor, a, shape, dtype):
         def one(name):
             x = stored.read(at[name])
-            x = x.T if tensor.turned else x
+            x = x.T if tensor.transposed else x
             index, count = tensor.part
             return np.split(x, count, axis=-1)[index] if count > 1 else x
 
         names = _names(tensor, a, shape)
         return lambda: np.stack([one(name) for name in names]).reshape(shape).astype(dtype)
 
-    return {t.ours: reader(t, a, shape, shapes[t.ours].dtype) for t, a, shape in rows}
+    return {t.name: reader(t, a, shape, shapes[t.name].dtype) for t, a, shape in rows}
 
 
 def their_tensors(family, cfg, axes, params, dtype):
@@ -202,18 +204,18 @@ def their_tensors(family, cfg, axes, params, dtype):
     rows = _rows(family, cfg, axes, params)
     groups = {}
     for row in rows:
-        groups.setdefault(row[0].theirs, []).append(row)
+        groups.setdefault(row[0].hf_name, []).append(row)
     for members in groups.values():
         tensor, a, shape = members[0]
         for i, name in enumerate(_names(tensor, a, shape)):
             parts = []
             for t, a, shape in members:
-                x = np.asarray(params[t.ours])
+                x = np.asarray(params[t.name])
                 x = x[i] if "L" in a.stack else x
-                single = _their_shape(t._replace(part=(0, 1), turned=False), a, shape)
+                single = _their_shape(t._replace(part=(0, 1), transposed=False), a, shape)
                 parts.append(x.reshape(single))
             x = np.concatenate(parts, axis=-1)
-            yield name, np.ascontiguousarray(x.T if tensor.turned else x).astype(dtype)
+            yield name, np.ascontiguousarray(x.T if tensor.transposed else x).astype(dtype)
 
 
 def write_folder(

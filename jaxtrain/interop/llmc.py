@@ -41,12 +41,12 @@ LAYOUT = {
 }
 
 
-def padded(V) -> int:
+def padded_vocab_size(V) -> int:
     """Rows of the vocabulary in a file."""
     return -(-V // PADDED_TO) * PADDED_TO
 
 
-def layout(T, L, C, P):
+def file_layout(T, L, C, P):
     """Yields (name, shape in the file, whether Hugging Face has it transposed), in file order."""
     sizes = {"T": T, "P": P, "C": C, "A": 3 * C, "F": 4 * C}
     for name, dims in LAYOUT.items():
@@ -79,25 +79,27 @@ class LlmcFile:
             )
         self.config = gpt2_config(L=L, D=C, H=H, V=V, positions=T)
         self._type, self._at, offset = VERSIONS[int(head[1])], {}, 4 * HEADER
-        for name, shape, turned in layout(T, L, C, P):
-            self._at[name] = offset, shape, turned
+        for name, shape, transposed in file_layout(T, L, C, P):
+            self._at[name] = offset, shape, transposed
             offset += math.prod(shape) * self._type.itemsize
         if Path(path).stat().st_size != offset:
             raise InteropError(
                 f"{path} must have {offset:,} bytes by its header; got "
                 f"{Path(path).stat().st_size:,}."
             )
-        self.shapes = {n: s[::-1] if turned else s for n, (_, s, turned) in self._at.items()}
+        self.shapes = {
+            n: s[::-1] if transposed else s for n, (_, s, transposed) in self._at.items()
+        }
         self.shapes["transformer.wte.weight"] = V, C
         self.dtypes = dict.fromkeys(self._at, {3: "F32", 5: "BF16"}[int(head[1])])
         self._data = np.memmap(path, np.uint8, "r")
 
     def read(self, name) -> np.ndarray:
         """The tensor in float32, without the padding."""
-        offset, shape, turned = self._at[name]
+        offset, shape, transposed = self._at[name]
         raw = self._data[offset : offset + math.prod(shape) * self._type.itemsize]
         x = np.frombuffer(raw, self._type).reshape(shape).astype(np.float32)
-        return (x.T if turned else x)[: self.shapes[name][0]]
+        return (x.T if transposed else x)[: self.shapes[name][0]]
 
 
 def gpt2_config(L, D, H, V, positions) -> ModelConfig:
@@ -144,15 +146,15 @@ def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
             f"model.F={cfg.F}, model.D={cfg.D}, model.tied={cfg.tied}, model.norm_eps="
             f"{cfg.norm_eps}. Export a Hugging Face folder instead."
         )
-    P = padded(cfg.V)
+    P = padded_vocab_size(cfg.V)
     head = np.zeros(HEADER, "<i4")
     head[:8] = MAGIC, versions[dtype], cfg.positions, cfg.V, cfg.L, cfg.H, cfg.D, P
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as hidden:
         with open(hidden, "xb") as file:
             file.write(head.tobytes())
-            for name, shape, turned in layout(cfg.positions, cfg.L, cfg.D, P):
-                x = tensors[name].T if turned else tensors[name]
+            for name, shape, transposed in file_layout(cfg.positions, cfg.L, cfg.D, P):
+                x = tensors[name].T if transposed else tensors[name]
                 padding = [(0, shape[0] - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
                 file.write(np.pad(x, padding).astype(VERSIONS[versions[dtype]]).tobytes())
         if verify:

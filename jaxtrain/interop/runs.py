@@ -18,7 +18,7 @@ from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import json_of, read_config, read_weights, write_folder
-from jaxtrain.interop.start import first_state
+from jaxtrain.interop.start import initial_state
 from jaxtrain.interop.tokenizer import (
     FILE,
     declared_tokens,
@@ -29,10 +29,11 @@ from jaxtrain.interop.tokenizer import (
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.run_directory.lock import LOCK_FILE, RunLock
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, read_stored, restore_run
-from jaxtrain.training.startup import stored_config
+from jaxtrain.training.run import build_run, restore_run
+from jaxtrain.training.startup import build_config_json
 
 EVAL_BATCH = 8  # an import's, to evaluate it
 
@@ -97,11 +98,11 @@ def _store_step_0(run, out) -> None:
         build_batches(run.cfg.data, corpus, run.mesh, run.cfg.seed) as batches,
         Checkpoints(out / "checkpoints", 1) as checkpoints,
     ):
-        state, _ = start_state(run, checkpoints, batches, first_state)
+        state, _ = start_state(run, checkpoints, batches, initial_state)
         meta = {"data": batches.state(), "config": config_lib.flatten(run.cfg)}
         checkpoints.save(0, state, meta)
         checkpoints.wait()
-    write_atomic(out / "config.json", strict_json(stored_config(run, corpus), indent=2) + "\n")
+    write_atomic(out / "config.json", strict_json(build_config_json(run, corpus), indent=2) + "\n")
 
 
 def _check_size(tokenizer, V) -> None:
@@ -144,7 +145,7 @@ def export_weights(workdir, to, dtype="float32", step=None, tokenizer="") -> Non
     if not Path(workdir).is_dir():
         found = "is a file" if Path(workdir).exists() else "does not exist"
         raise InteropError(f"--run must be a run's folder; {workdir} {found}.")
-    read_stored(workdir)  # a folder that holds no run is refused first
+    read_config_json(workdir)  # a folder that holds no run is refused first
     to = Path(to)
     if to.exists():
         raise InteropError(f"an export must go to a new path; {to} exists. Set --to.")
@@ -185,7 +186,7 @@ def _tokenizer_of(workdir, name):
     Raises:
         InteropError: the run's tokenizer.json is gone.
     """
-    own = read_stored(workdir)["data"].get("tokenizer") or "none"
+    own = read_config_json(workdir)["data"].get("tokenizer") or "none"
     inside = Path(workdir, *Path(own).parts[-3:])  # data/KEY/tokenizer.json of a run that was moved
     if Path(own).name == FILE and not Path(own).exists() and inside.is_file():
         own = str(inside)

@@ -31,7 +31,7 @@ def load_params(source, cfg, axes, shapes, shardings):
     return jax.tree.unflatten(jax.tree.structure(shardings), placed)
 
 
-def first_state(run):
+def initial_state(run):
     """Step 0: parameters drawn, or those of cfg.weights.
 
     Raises:

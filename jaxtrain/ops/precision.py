@@ -5,11 +5,11 @@ reads them hold the type that was trained in.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_texts
 from jaxtrain.ops.routes import cpu_flags
+from jaxtrain.run_directory.contents import read_config_json
 
 AUTO = "auto"
 FAST = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}  # flag in /proc/cpuinfo -> its name
@@ -73,7 +73,7 @@ def stored_dtype(workdir: Path) -> str:
     if not any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         return ""
     try:
-        dtype = json.loads((workdir / "config.json").read_bytes())["config"]["model"]["dtype"]
+        dtype = read_config_json(workdir)["config"]["model"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return dtype if dtype in ("bfloat16", "float32") else ""

@@ -11,8 +11,8 @@ from pathlib import Path
 from jaxtrain.config.train_config import KernelsConfig
 from jaxtrain.ops import tuning
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.routes import choose, default_tiles
-from pallas_kernels.tuned import TILES
+from pallas_kernels.kernel_choice import choose_body
+from pallas_kernels.tiles import TILES, default_tiles
 
 ASKED = "asked for by"  # in the reason of a route that the config names
 UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
@@ -134,7 +134,7 @@ class _Fused:
 
     def measured(self, op):
         shape = SHAPES[op](self.model, self.seq_len)
-        return choose(op, self.arch, self.chip, self.model.dtype, shape)
+        return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
 
     def xla(self, op, what) -> Route:
         """XLA's own, with the reason why the kernel is not taken."""

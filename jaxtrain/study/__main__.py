@@ -38,7 +38,7 @@ from jaxtrain.study.plan import Plan, StudyConfig, build_plan, describe
 from jaxtrain.study.result import Finding, choose, find, text
 from jaxtrain.study.runs import Interrupted, Progress, check_folder, open_data
 from jaxtrain.training.run import build_run
-from jaxtrain.training.startup import versions
+from jaxtrain.training.startup import library_versions
 
 
 def run_study(values, devices=None, show=print) -> list[Finding]:
@@ -140,7 +140,7 @@ def _write(plan: Plan, corpus, findings, results, texts) -> None:
         "study": vars(plan.study),
         "base": config_lib.to_dict(plan.base),
         "data": corpus.fingerprint,
-        "versions": versions(),
+        "versions": library_versions(),
         "device": jax.devices()[0].device_kind,
         "findings": [_as_dict(finding) for finding in findings],
         "runs": runs,

@@ -1,7 +1,6 @@
 """The runs of a study: each an ordinary run directory, trained once and read as often as asked."""
 
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +13,15 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
 from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, format_duration
+from jaxtrain.run_directory.contents import (
+    CONFIG,
+    has_ended,
+    load_train_config,
+    read_summary_json,
+)
 from jaxtrain.study.plan import Trial
 from jaxtrain.train import train
 from jaxtrain.training.loop import Diverged
-from jaxtrain.training.run import load_config
 
 DIVERGED = "diverged.json"
 
@@ -61,19 +65,17 @@ def is_finished(trial: Trial) -> bool:
     if (folder / DIVERGED).exists():
         return True
     try:
-        summary = json.loads((folder / "summary.json").read_bytes())
-        ended = summary["stopped_by"] is None and EVAL_LOSS in summary
-        return ended and summary["step"] == trial.config.steps
-    except (FileNotFoundError, KeyError, TypeError, ValueError):  # damaged: train() writes it again
+        return has_ended(read_summary_json(folder), trial.config.steps)
+    except (FileNotFoundError, ValueError):  # damaged: train() writes it again
         return False
 
 
 def check_folder(trial: Trial) -> None:
     """Raises ValueError where the run's folder holds a run of another config."""
     folder = Path(trial.config.workdir)
-    if not (folder / "config.json").exists():
+    if not (folder / CONFIG).exists():
         return
-    stored, asked = (_identity(cfg) for cfg in (load_config(folder), trial.config))
+    stored, asked = (_identity(cfg) for cfg in (load_train_config(folder), trial.config))
     changed = [f"{k}={stored[k]!r}, now {v!r}" for k, v in asked.items() if stored[k] != v]
     if changed:
         raise ValueError(

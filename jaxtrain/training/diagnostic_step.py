@@ -1,25 +1,39 @@
-"""The diagnosis: a second compiled program that looks at a step and changes nothing.
+"""The diagnosis: a second compiled program that examines a step and changes nothing.
 
-It makes the batch's gradient again in microbatches, so that their spread shows, asks the optimizer
-for the update it would make, and reports `optim.diagnostics` of both. The training step is not
-touched: without `diagnose_every` no part of this is compiled.
+It recomputes the batch's gradient in microbatches, to see how much they differ, asks the optimizer
+for the update it would make, and reports `optim.diagnostics` of both. Without `diagnose_every` it
+is not compiled; the training step is the same either way.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim import diagnostics
-from jaxtrain.training.step import build_gradient, microbatches
+from jaxtrain.training.run import Run, compile_for_run
+from jaxtrain.training.step import Step, build_gradient, microbatches
 
-PARTS = 8  # most microbatches, unless accumulation makes more
+PARTS = 8  # microbatches at most, unless accumulation asks for more
 
 
-def count_parts(batch: int, accumulation: int, mesh) -> int:
-    """Microbatches of a diagnosis: none larger than the training step's.
+def compile_diagnosis(run: Run) -> Step:
+    """Compiles diagnose(state, batch, run.rates()) -> {metric: float32 []}.
 
     Raises:
-        ValueError: the batch cannot be cut in two.
+        ValueError: the batch cannot be split in two.
+    """
+    parts = count_parts(run.cfg.data.batch, run.cfg.accumulation, run.mesh)
+    return compile_for_run(build_diagnosis(run, parts), run)
+
+
+def count_parts(batch: int, accumulation: int, mesh: Mesh) -> int:
+    """Returns the number of microbatches of a diagnosis, none larger than the training step's.
+
+    Raises:
+        ValueError: the batch cannot be split in two.
     """
     rows = mesh.shape["replica"] * mesh.shape["fsdp"]
     most = max(PARTS, accumulation)
@@ -32,44 +46,45 @@ def count_parts(batch: int, accumulation: int, mesh) -> int:
     return parts
 
 
-def build_diagnosis(run, parts):
-    """diagnose(state, batch, rates) -> {"optim/GROUP/NAME": float32 []}, jitted.
+def build_diagnosis(run: Run, parts: int) -> Callable:
+    """Returns diagnose(state, batch, rates) -> {"optim/GROUP/NAME": float32 []}, jitted.
 
-    Arguments are the training step's; nothing is donated.
+    Its arguments are the training step's; nothing is donated.
     """
     cfg, axes = run.cfg.optim, run.model.axes
     part_tokens = run.cfg.data.batch * run.cfg.data.seq_len // parts
     gradient = build_gradient(run.model, run.loss, 1)
 
-    def look(state, batch):
-        """Scan over parts: (mean gradient, mean of squared norms), sampled coordinates [P,n]."""
+    def microbatch_gradients(state, batch):
+        """Returns ((mean gradient, mean of squared norms), sampled coordinates [P,n])."""
 
-        def one(carry, part):
+        def add_microbatch(means, part):
             _, _, grads = gradient(state.params, part)
             squares = diagnostics.squared_norms(cfg, axes, grads)
-            carry = jax.tree.map(lambda c, x: c + x / parts, carry, (grads, squares))
-            return carry, jax.tree.map(diagnostics.sampled, grads)
+            means = jax.tree.map(lambda mean, x: mean + x / parts, means, (grads, squares))
+            return means, jax.tree.map(diagnostics.sampled, grads)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        nothing = diagnostics.squared_norms(cfg, axes, zeros)
+        zero_grads = jax.tree.map(jnp.zeros_like, state.params)
+        zero_squares = diagnostics.squared_norms(cfg, axes, zero_grads)
         split = jax.tree.map(lambda x: microbatches(x, parts), batch)
-        return jax.lax.scan(one, (zeros, nothing), split)
+        return jax.lax.scan(add_microbatch, (zero_grads, zero_squares), split)
 
     def diagnose(state, batch, rates):
-        (grads, squares), coordinates = look(state, batch)
+        (grads, squares), coordinates = microbatch_gradients(state, batch)
         updates, opt_state = run.optimizer.update(
             grads, state.opt_state, state.params, good=True, rates=rates
         )
         moments = diagnostics.averaged_gradients(opt_state, state.params)
-        pairs = parts // 2 * 2  # each microbatch in one difference: they stay independent
-        apart = jax.tree.map(lambda x_Pn: x_Pn[1:pairs:2] - x_Pn[0:pairs:2], coordinates)
-        whole = diagnostics.squared_norms(cfg, axes, grads)
+        # Each microbatch is in one difference only, so that the differences are independent.
+        pairs = parts // 2 * 2
+        differences = jax.tree.map(lambda x_Pn: x_Pn[1:pairs:2] - x_Pn[0:pairs:2], coordinates)
+        batch_squares = diagnostics.squared_norms(cfg, axes, grads)
         return (
             diagnostics.weight_and_update_sizes(cfg, axes, state.params, grads, updates)
             | diagnostics.dual_norms(cfg, axes, grads, run.mesh)
             | diagnostics.spectra(cfg, axes, moments, updates)
-            | diagnostics.noise_scales(squares, whole, part_tokens, parts)
-            | diagnostics.tail_indices(cfg, axes, apart)
+            | diagnostics.noise_scales(squares, batch_squares, part_tokens, parts)
+            | diagnostics.tail_indices(cfg, axes, differences)
         )
 
     return jax.jit(diagnose, out_shardings=replicated(run.mesh))

@@ -1,87 +1,95 @@
-"""Held-out loss: nats per token and, where the bytes of the text are known, bits per byte."""
+"""Held-out loss: nats per token and, if the text's size in bytes is known, bits per byte."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxtrain.data.corpus import Corpus
 from jaxtrain.distributed.mesh import replicated
 from jaxtrain.optim.acceleration import eval_params
-from jaxtrain.training.step import batch_loss, microbatches, target_weights
+from jaxtrain.training.run import Run
+from jaxtrain.training.step import TrainState, batch_loss, microbatches, target_weights
 
 FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by about 0.1
 
 
-def build_eval_step(run):
-    """eval_step(params, batch) -> (sum of nats, targets), jitted; sums of one batch, float32.
+def build_eval_step(run: Run) -> Callable:
+    """Returns eval_step(params, batch) -> (sum of nats, targets), jitted; float32 [] each.
 
-    The batch is read in as many microbatches as training's is: what fits there fits here.
+    It splits a batch into as many microbatches as training does: what fits there fits here.
     """
     parts = run.cfg.accumulation
 
     def eval_step(params, batch):
-        def one(batch):
+        def sum_of_microbatch(batch):
             weights_BT = target_weights(batch)
             _, nats = batch_loss(run.model, run.loss, params, batch, weights_BT)
             return nats, weights_BT.sum()
 
         if parts == 1:
-            return one(batch)
+            return sum_of_microbatch(batch)
         split = jax.tree.map(lambda x: microbatches(x, parts), batch)
-        return jax.tree.map(lambda sums: sums.sum(), jax.lax.map(one, split))
+        return jax.tree.map(lambda sums: sums.sum(), jax.lax.map(sum_of_microbatch, split))
 
     return jax.jit(eval_step, out_shardings=replicated(run.mesh))
 
 
-def build_byte_counter(corpus, mesh):
+def build_byte_counter(corpus: Corpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
     """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
 
-    It is a program of its own, so that the evaluation step is the same with and without it. A
-    token that starts a document stands for no byte. None where the tokenizer is unknown.
+    It is a separate program, so that the evaluation step is the same with and without it. The token
+    that starts a document counts as no bytes. None if the tokenizer is unknown.
     """
     sizes = corpus.token_bytes()
     if sizes is None:
         return None
-    whole = replicated(mesh)
-    sizes_V = jax.device_put(sizes, whole)
+    sizes_V = jax.device_put(sizes, replicated(mesh))
 
     def count(sizes_V, batch):
         sizes_BT = sizes_V[batch["tokens"][:, 1:]]
         return jnp.where(target_weights(batch) > 0, sizes_BT, 0).sum()
 
-    counted = jax.jit(count, out_shardings=whole)
-    return lambda batch: counted(sizes_V, batch)
+    jitted = jax.jit(count, out_shardings=replicated(mesh))
+    return lambda batch: jitted(sizes_V, batch)
 
 
 def evaluate(
-    eval_step, state, batches, count_bytes=None, max_tokens=0, asked=lambda: None
-) -> dict | None:
-    """{"eval/loss_nats", "eval/tokens", "eval/bits_per_byte"} of held-out batches.
+    eval_step: Callable,
+    state: TrainState,
+    batches: Iterable[dict],
+    count_bytes: Callable[[dict], jax.Array] | None = None,
+    max_tokens: int = 0,
+    stop_signal: Callable = lambda: None,
+) -> dict[str, float] | None:
+    """Returns "eval/loss_nats", "eval/tokens" and "eval/bits_per_byte" of held-out batches.
 
-    Bits per byte divide the nats of all targets by the bytes that the same targets stand for. The
+    Bits per byte divide the nats of all targets by the bytes that the same targets stand for;
     tokens that start documents add nats and no bytes.
 
     Args:
-        state: a TrainState; its optimizer says which weights are evaluated.
+        state: a TrainState; its optimizer chooses which weights are evaluated.
         batches: from data.build_eval_batches; padding (docs of -1) does not count.
         count_bytes: from build_byte_counter; None leaves bits per byte out.
-        max_tokens: stops after the batch that reaches it; 0 reads all.
-        asked: called before each batch; the evaluation is given up, and None returned, once it
-            returns a signal.
+        max_tokens: stops after the batch that reaches it; 0 reads everything.
+        stop_signal: called before each batch; once it returns a signal, the result is None.
 
     Raises:
-        ValueError: batches hold no target.
+        ValueError: batches contain no target.
     """
     params = eval_params(state.opt_state, state.params)
     text_bytes = 0
-    nats = tokens = 0.0  # float64 on the host: float32 would lose bits over a long shard
+    nats = tokens = 0.0  # float64 on the host: a float32 sum would lose bits over a long shard
     for batch in batches:
-        if asked():
+        if stop_signal():
             return None
-        counted = count_bytes(batch) if count_bytes else 0
+        # Dispatched before the host waits for the step, so that the device computes both in turn.
+        batch_bytes = count_bytes(batch) if count_bytes else 0
         batch_nats, batch_tokens = jax.device_get(eval_step(params, batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
-        text_bytes += int(counted)
+        text_bytes += int(batch_bytes)
         if max_tokens and tokens >= max_tokens:
             break
     if not tokens:
@@ -92,8 +100,8 @@ def evaluate(
     return metrics
 
 
-def warn_of_noise(metrics: dict) -> str:
-    """Returns a warning where too few tokens were evaluated for a steady figure, else ""."""
+def warn_of_noise(metrics: dict[str, float]) -> str:
+    """Returns a warning if too few tokens were evaluated for a steady figure, else ""."""
     tokens = metrics["eval/tokens"]
     if tokens >= FEW_TOKENS:
         return ""

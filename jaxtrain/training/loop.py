@@ -1,17 +1,23 @@
-"""The training loop: what happens in a step, and between steps."""
+"""The training loop: batch, step, log, evaluate, save."""
 
 import math
+import signal
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxtrain.config.train_config as config_lib
-from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.checkpoint.manager import Checkpoints
+from jaxtrain.data.corpus import Corpus
+from jaxtrain.data.loader import Batches, build_eval_batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.reporting.progress_text import format_duration, format_seconds
+from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
     build_byte_counter,
@@ -20,6 +26,8 @@ from jaxtrain.training.evaluation import (
     warn_of_noise,
 )
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
+from jaxtrain.training.run import Run
+from jaxtrain.training.step import Step, TrainState
 
 IN_STEP = "saving after this step, then stopping"
 IN_EVALUATION = "leaving the evaluation, saving, then stopping"
@@ -30,217 +38,247 @@ class Diverged(RuntimeError):
 
 
 class Loop:
-    """One run under way. The device is always a step ahead of what the host has read.
+    """The loop over a run's steps, and its state between them.
+
+    JAX dispatches asynchronously, so the loop starts step n+1 before it reads the scalars of step
+    n: the device computes while the host waits, logs and fetches the next batch.
 
     Args:
         run: from build_run.
-        state: TrainState to go on from; donated to the steps.
-        step: compiled step(state, batch, rates).
-        diagnosis: likewise, of what `diagnose` gives; None where the run asks for none.
-        batches: training batches, at the state's step.
+        state: TrainState to continue from. The first step donates it.
+        step: from compile_step.
+        diagnosis: from compile_diagnosis; None if the config asks for none.
+        batches: training batches, positioned at the state's step.
         held_out: corpus to evaluate on.
-        measure: Collector of this process, started.
+        collector: the entered Collector of this process.
     """
 
     def __init__(
-        self, run, state, step, diagnosis, batches, held_out, checkpoints, report, measure
+        self,
+        run: Run,
+        state: TrainState,
+        step: Step,
+        diagnosis: Step | None,
+        batches: Batches,
+        held_out: Corpus,
+        checkpoints: Checkpoints,
+        logger: RunLogger,
+        collector: Collector,
     ):
         self.cfg, self.run = run.cfg, run
         self.state, self.step, self.diagnosis = state, step, diagnosis
         self.batches, self.held_out = batches, held_out
-        self.checkpoints, self.report, self.measure = checkpoints, report, measure
+        self.checkpoints, self.logger, self.collector = checkpoints, logger, collector
         self.stop = StopListener()
         self.eval_step = build_eval_step(run)
         self.rates = run.rates()
-        self.first = int(state.step)
-        self.saved_step, cfg = self.first, run.cfg
-        self.tracer = Tracer(cfg.workdir, self.first, cfg.steps, cfg.profile.steps)
-        self._warned = False  # of few held-out tokens
-        self._told_time = False  # how long the steps will take
-        self._in_flight = None  # (step, scalars), the scalars still on the device
-        self._scalars = {}  # of the last step that has arrived
+        self.first = self.saved_step = int(state.step)
+        self.tracer = Tracer(self.cfg.workdir, self.first, self.cfg.steps, self.cfg.profile.steps)
+        self._warned_of_noise = False
+        self._showed_time_left = False
+        self._in_flight: tuple[int, dict[str, Any]] | None = None  # step, scalars on the device
+        self._scalars: dict[str, jax.Array] = {}  # of the last step that was collected
 
-    def run_to_end(self, stop):
-        """Trains to cfg.steps, or until a signal asks to stop; returns that signal or None.
+    def run_to_end(self, stop: StopListener) -> signal.Signals | None:
+        """Trains to cfg.steps or until a signal; returns that signal, or None at the end.
 
         Args:
             stop: the entered StopListener of this process.
         """
-        cfg, told, self.stop = self.cfg, None, stop
+        cfg, stopped_by, self.stop = self.cfg, None, stop
         stop.defer_signals(IN_STEP)
-        if self._evaluates_after(self.first):
-            seen = self.report.evaluated_step == self.first  # else the run ended right after a save
-            if not broadcast_from_process_0(lambda: seen):
+        if self._evaluation_is_due(self.first):
+            # An earlier start may have ended between this step's save and its evaluation.
+            is_logged = self.logger.evaluated_step == self.first
+            if not broadcast_from_process_0(lambda: is_logged):
                 self.evaluate(self.first)
         if stop.signal:
             return stop.signal
         for step in range(self.first + 1, cfg.steps + 1):
             if self.tracer.switches_before(step):
-                self._switch_trace()
+                self._toggle_trace()
             with self.tracer.annotate_step(step):
-                batch = self._advance(step)
+                batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
-            told = stop.agreed_signal()
-            if told or step % cfg.save_every == 0 or step == cfg.steps:
+            stopped_by = stop.agreed_signal()
+            if stopped_by or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
-            if not told and self._evaluates_after(step):
+            if not stopped_by and self._evaluation_is_due(step):
                 self.evaluate(step)
-                told = stop.signal  # served between two batches
-                if told:
+                stopped_by = stop.signal  # it may have come between two evaluation batches
+                if stopped_by:
                     self._save(step)
-            if told:
+            if stopped_by:
                 break
         if self.tracer.is_on:
-            self._switch_trace()
-        return told
+            self._toggle_trace()
+        return stopped_by
 
-    def _evaluates_after(self, step) -> bool:
-        """Whether an evaluation is due that is not the last, which `finish` makes."""
+    def _evaluation_is_due(self, step: int) -> bool:
+        """Returns whether to evaluate after a step; finish_run does so after the last one."""
         every = self.cfg.eval_every
         return bool(every) and step % every == 0 and 0 < step < self.cfg.steps
 
-    def _switch_trace(self):
-        self._arrive()
-        beat("save")
-        with self.measure.pause("profile"):
-            self.tracer.switch()
-        if not self.tracer.is_on:
-            self.report.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile tells it")
-
-    def _advance(self, step):
-        """Starts a step, then waits for the one before it; returns the step's batch."""
+    def _train_step(self, step: int) -> dict[str, jax.Array]:
+        """Starts a step, then collects the one before it; returns the step's batch."""
         beat("train", step)
-        with self.measure.pause("data"), self.tracer.annotate("data"):
+        with self.collector.pause("data"), self.tracer.annotate("data"):
             batch = next(self.batches)
+        # If the previous step is done by now, the device has been waiting for this batch.
         if self._in_flight is None or self._in_flight[1]["train/bad_steps"].is_ready():
-            self.measure.timer.starved(throughout=self._in_flight is None)
+            self.collector.timer.starved(throughout=self._in_flight is None)
         if self.diagnosis and step % self.cfg.diagnose_every == 0:
             self._diagnose(step, batch)
+        # A NumPy argument or a float() in here would copy between host and device at every step.
+        # The guard turns such an implicit transfer into an error.
         with jax.transfer_guard("disallow"), self.tracer.annotate("dispatch"):
-            # A hidden copy would stall every step.
+            # The old state's buffers are donated: the new state overwrites them in place.
             self.state, scalars = self.step(self.state, batch, self.rates)
-        beat("train", step)  # another one: who is stuck in its data has not made it
-        self._arrive()
+        beat("train", step)  # a second beat, so that a stall in data loading is detectable
+        self._collect_step()
         self._in_flight = step, scalars
         return batch
 
-    def _measure_phases(self, step, batch):
-        """Logs and shows what the parts of a step take alone."""
-        self._arrive()
-        beat("compile")
-        with self.measure.pause("phases"):
-            whole_s = self.measure.timer.usual_s()
-            figures = measure_phases(self.run, self.state, batch, self.rates, whole_s)
-        self.report.write(step, figures)
-        for line in show_phases(figures):
-            self.report.note(line)
+    def _collect_step(self) -> None:
+        """Waits for the step in flight, if any, and logs it.
 
-    def _diagnose(self, step, batch):
-        """Logs what the optimizer is about to do; its time is no step's."""
-        self._arrive()
-        with self.measure.pause("diagnosis"), self.tracer.annotate("pause"):
-            metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
-        self.report.write(step, {name: float(x) for name, x in metrics.items()})
-
-    def _arrive(self):
-        """Waits for the step in flight, logs it, and stops a run that has diverged."""
+        Raises:
+            Diverged: as many steps in a row as cfg.max_bad_steps were skipped.
+        """
         if self._in_flight is None:
             return
         (step, scalars), self._in_flight = self._in_flight, None
         self._scalars = scalars
         with self.tracer.annotate("wait"):
             bad_steps = int(jax.device_get(scalars["train/bad_steps"]))
-        self.measure.tick(step, skipped=bad_steps > 0)
-        self._tell_time(step)
-        self.report.advance(step)
+        self.collector.tick(step, skipped=bad_steps > 0)
+        self._show_time_left(step)
+        self.logger.advance(step)
         if step % self.cfg.log_every == 0 or step == self.cfg.steps or bad_steps:
             metrics = {name: float(x) for name, x in jax.device_get(scalars).items()}
-            self.report.write(step, metrics | self.measure.summary())
+            self.logger.write(step, metrics | self.collector.summary())
         if bad_steps:
-            self.report.note(f"step {step} skipped: its loss or its gradient is not finite")
+            self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
             raise Diverged(
-                f"at most {self.cfg.max_bad_steps} steps in a row may be skipped; got {bad_steps} "
-                f"by step {step} (checkpoint: step {self.saved_step}). Lower "
+                f"fewer than {self.cfg.max_bad_steps} steps in a row must be skipped; got "
+                f"{bad_steps} by step {step} (checkpoint: step {self.saved_step}). Lower "
                 "--optim.learning_rate or raise --max_bad_steps."
             )
 
-    def _tell_time(self, step):
-        """Prints once, from the first timed steps, how long all of them will take."""
-        made = step - self.first
-        if self._told_time or made < 3 or made < 6 and self.measure.timer.steps_s < 10:
+    def _show_time_left(self, step: int) -> None:
+        """Prints once, from the first timed steps, how long the remaining ones will take."""
+        timed_steps = step - self.first
+        is_early = timed_steps < 3 or timed_steps < 6 and self.collector.timer.steps_s < 10
+        if self._showed_time_left or is_early:
             return
-        self._told_time, step_s = True, self.measure.timer.usual_s()
-        left, left_s = self.cfg.steps - step, step_s * (self.cfg.steps - step)
-        if left_s >= 10:
-            text = f"about {format_duration(left_s)} for {left:,} more steps"
-            text += f" of {format_seconds(step_s)}"
-            self.report.print_header([("time", f"{text}, without evaluations and saves")])
+        self._showed_time_left, step_s = True, self.collector.timer.usual_s()
+        steps_left = self.cfg.steps - step
+        if step_s * steps_left >= 10:
+            text = f"about {format_duration(step_s * steps_left)} for {steps_left:,} more steps of"
+            self.logger.print_header(
+                [("time", f"{text} {format_seconds(step_s)}, without evaluations and saves")]
+            )
 
-    def evaluate(self, step) -> dict | None:
-        """Logs the held-out loss of the current weights as this step's; None where a signal came.
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """Logs the held-out loss of the current weights; returns None if a signal came.
 
-        An evaluation may take longer than a scheduler waits after SIGTERM, so a signal is served
-        between its batches.
+        Signals are also served between evaluation batches: a scheduler may wait less after SIGTERM
+        than an evaluation takes.
         """
-        self._arrive()
+        self._collect_step()
         beat("eval")
         self.stop.defer_signals(IN_EVALUATION)
-        with self.measure.pause("eval"), self.tracer.annotate("pause"):
+        with self.collector.pause("eval"), self.tracer.annotate("pause"):
             batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            counter, most = self._count_bytes, self._eval_tokens()
-            asked = self.stop.agreed_signal
-            metrics = evaluate(self.eval_step, self.state, batches, counter, most, asked)
+            # At most as many tokens as the run trains on: one step of a large model should not be
+            # followed by hours of evaluation.
+            cfg = self.cfg
+            max_tokens = min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
+            metrics = evaluate(
+                self.eval_step,
+                self.state,
+                batches,
+                self._count_bytes,
+                max_tokens,
+                self.stop.agreed_signal,
+            )
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
-            self.report.note(f"the evaluation of step {step} was left; a resumed run makes it")
+            self.logger.note(
+                f"the evaluation of step {step} was interrupted; a resumed run repeats it"
+            )
             return None
-        self.report.write(step, metrics)
-        if (warning := warn_of_noise(metrics)) and not self._warned:
-            self.report.note(warning)
-            self._warned = True
+        self.logger.write(step, metrics)
+        if (warning := warn_of_noise(metrics)) and not self._warned_of_noise:
+            self.logger.note(warning)
+            self._warned_of_noise = True
         return metrics
 
     @cached_property
     def _count_bytes(self):
         return build_byte_counter(self.held_out, self.run.mesh)
 
-    def _eval_tokens(self) -> int:
-        """At most what the run trains on: one step of a large model is not followed by hours."""
-        cfg = self.cfg
-        return min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
-
-    def _save(self, step):
-        self._arrive()
+    def _save(self, step: int) -> None:
+        """Starts to write a checkpoint, unless the step is stored already or not finite."""
+        self._collect_step()
         if step == self.saved_step:
             return
         beat("save")
         if not self._is_sound(step):
-            self.report.note(
+            self.logger.note(
                 f"step {step} is not saved: its loss, gradient or update is not finite; the newest "
                 f"checkpoint is step {self.saved_step}"
             )
             return
-        with self.measure.pause("save"), self.tracer.annotate("pause"):
+        with self.collector.pause("save"), self.tracer.annotate("pause"):
             meta = {"data": self.batches.state(), "config": config_lib.flatten(self.cfg)}
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step
 
-    def _is_sound(self, step) -> bool:
-        """Whether the last step's figures are finite; at the run's end, whether the state is.
+    def _is_sound(self, step: int) -> bool:
+        """Returns whether the last step's scalars, or after the last step the state, are finite.
 
-        A skipped step changes nothing, but what the one before it made may be why it was skipped,
-        and each save of that takes the place of an older, good one.
+        A skipped step changes nothing, but the update before it may be why it was skipped. Saving
+        that state would push an older, good checkpoint out of keep_last.
         """
-        figures = jax.device_get(self._scalars)
-        if not figures["train/bad_steps"] and all(map(math.isfinite, figures.values())):
+        scalars = jax.device_get(self._scalars)
+        if not scalars["train/bad_steps"] and all(map(math.isfinite, scalars.values())):
             return True
         return step == self.cfg.steps and bool(jax.device_get(all_finite(self.state)))
 
+    def _diagnose(self, step: int, batch: dict[str, jax.Array]) -> None:
+        """Logs what the optimizer is about to do. The time counts as a pause, not as a step."""
+        assert self.diagnosis is not None
+        self._collect_step()
+        with self.collector.pause("diagnosis"), self.tracer.annotate("pause"):
+            metrics = jax.device_get(self.diagnosis(self.state, batch, self.rates))
+        self.logger.write(step, {name: float(x) for name, x in metrics.items()})
+
+    def _measure_phases(self, step: int, batch: dict[str, jax.Array]) -> None:
+        """Times the parts of a step separately, logs and prints them."""
+        self._collect_step()
+        beat("compile")
+        with self.collector.pause("phases"):
+            step_s = self.collector.timer.usual_s()
+            figures = measure_phases(self.run, self.state, batch, self.rates, step_s)
+        self.logger.write(step, figures)
+        for line in show_phases(figures):
+            self.logger.note(line)
+
+    def _toggle_trace(self) -> None:
+        """Starts or stops the profiler while no step is in flight."""
+        self._collect_step()
+        beat("save")
+        with self.collector.pause("profile"):
+            self.tracer.switch()
+        if not self.tracer.is_on:
+            self.logger.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile shows it")
+
 
 @jax.jit
-def all_finite(tree):
-    """bool []: no floating-point number in the tree is infinite or not a number."""
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether all floating-point numbers of a pytree are finite: bool []."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()

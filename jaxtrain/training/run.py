@@ -1,7 +1,6 @@
-"""The parts of a run, assembled from its config: what training, evaluation and sampling share."""
+"""Builds the parts of a run from its config: what training, evaluation and sampling share."""
 
-import json
-import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +22,10 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import chip_name, choose_routes, gpu_architecture
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.training.diagnostic_step import build_diagnosis, count_parts
+from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.training.step import (
     Step,
+    TrainState,
     abstract_batch,
     abstract_rates,
     abstract_state,
@@ -33,9 +33,9 @@ from jaxtrain.training.step import (
     place_rates,
 )
 
-# What a run was trained by and need not be read by: the function of its weights is the same, and
-# this machine may have no GPU, or another number of them.
-HERE = {
+# Fields that describe the machine of the training run. Its weights define the same function on any
+# other: a machine that reads them may have no GPU, or a different number of devices.
+READER_OVERRIDES = {
     "mesh.replica": 1,
     "mesh.fsdp": -1,
     "mesh.tensor": 1,
@@ -46,32 +46,36 @@ HERE = {
 
 
 class Run(NamedTuple):
+    """The parts that a config describes, without data or arrays."""
+
     cfg: config_lib.TrainConfig
     mesh: jax.sharding.Mesh
-    routes: dict
+    routes: dict[str, Any]  # op -> the implementation chosen for this machine
     model: Model
-    loss: Any
+    loss: Callable
     optimizer: Any
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         return count_params(self.model.axes, letter_sizes(self.cfg.model))
 
-    def rates(self) -> dict:
-        """The step's third argument: each group's peak rate, on the mesh."""
+    def rates(self) -> dict[str, jax.Array]:
+        """Returns the step's third argument: each group's peak learning rate, on the mesh."""
         return place_rates(peak_rates(self.cfg.optim, self.model.axes), self.mesh)
 
 
-def build_run(cfg, devices=None) -> Run:
-    """Every part of a TrainConfig's run but its data; no array is made.
+def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> Run:
+    """Builds every part of a run but its data; no array is allocated.
 
     Raises:
         ValueError: the mesh, the batch or a route does not fit this machine.
     """
     mesh = build_mesh(cfg.mesh, devices)
-    cfg, _ = resolve_dtype(cfg, mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    cfg, _ = resolve_dtype(cfg, device)
     check_batch(cfg.data.batch, cfg.accumulation, mesh)
-    device, masked = mesh.devices.flat[0], cfg.data.document_mask
+    masked = cfg.data.document_mask
     routes = choose_routes(
         cfg.model,
         masked,
@@ -85,7 +89,7 @@ def build_run(cfg, devices=None) -> Run:
         wants_gpu=WANTS_GPU,
     )
     if cfg.optim.name == "adamw" or cfg.optim.geometry != "spectral":
-        del routes["square"]  # it has no Newton-Schulz
+        del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
     model = build_model(cfg.model, routes, mesh, masked)
     softcap, dtype = cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype)
     loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"])
@@ -93,8 +97,24 @@ def build_run(cfg, devices=None) -> Run:
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
 
-def _compile(function, run, options=None) -> Step:
-    """A function of (state, batch, rates), compiled for the run's, with the chip's XLA options."""
+def compile_step(run: Run, options: dict[str, Any] | None = None) -> Step:
+    """Compiles step(state, batch, run.rates()) -> (state, scalars); the state is donated.
+
+    Args:
+        options: XLA options, over those that jaxtrain.ops.tuning chooses for the chip.
+    """
+    rate, accumulation = build_schedule(run.cfg.optim), run.cfg.accumulation
+    return compile_for_run(
+        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run, options
+    )
+
+
+def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None = None) -> Step:
+    """Compiles a jitted function of (state, batch, rates) with the chip's XLA options.
+
+    Raises:
+        ValueError: a kernel that the routes promise is not in the program.
+    """
     chosen = tuning.compiler_options(chip_name(run.mesh.devices.flat[0])) | (options or {})
     data = run.cfg.data
     step = Step(
@@ -106,108 +126,40 @@ def _compile(function, run, options=None) -> Step:
     )
     missing = missing_kernels(run.routes, step.compiled)
     if missing:
-        raise ValueError(f"the compiled step must hold the kernels of its routes; got no {missing}")
+        raise ValueError(
+            f"the compiled step must contain the kernels of its routes; got none of {missing}"
+        )
     return step
 
 
-def compile_step(run, options=None) -> Step:
-    """step(state, batch, run.rates()) -> (state, scalars), the state donated.
+def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
+    """Restores a run's newest good checkpoint, or that of `step`, on this machine's devices.
 
-    Args:
-        options: of XLA, over those that jaxtrain.ops.tuning chooses for the chip.
-    """
-    rate, accumulation = build_schedule(run.cfg.optim), run.cfg.accumulation
-    return _compile(
-        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run, options
-    )
-
-
-def compile_diagnosis(run) -> Step:
-    """diagnose(state, batch, run.rates()) -> {metric: float32 []}.
+    Uses the most devices that divide the batch, and the routes that this machine has; logs it if
+    these are not all devices, or not the routes that the run asked for.
 
     Raises:
-        ValueError: the batch cannot be cut in two.
+        ValueError: the folder contains no run, or no checkpoint yet.
     """
-    parts = count_parts(run.cfg.data.batch, run.cfg.accumulation, run.mesh)
-    return _compile(build_diagnosis(run, parts), run)
-
-
-def read_stored(workdir) -> dict:
-    """What a run stored in `workdir/config.json`: its config, versions, routes and data.
-
-    Raises:
-        ValueError: there is no such file, or it is not a run's.
-    """
-    if not str(workdir).strip():
-        raise ValueError(f"--run must name a folder; got {str(workdir)!r}.")
-    path = Path(workdir) / "config.json"
-    try:
-        stored = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"--run must be a run's folder with a config.json; got {workdir}."
-        ) from None
-    except ValueError as error:  # not UTF-8, or no JSON
-        raise ValueError(
-            f"{path} must hold a run's config as JSON; got {error}. The training command writes it "
-            "again."
-        ) from error
-    parts = [stored.get(key) for key in ("config", "data")] if isinstance(stored, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{path} must hold a run's config and data; got something else. The training command "
-            "writes it again."
-        )
-    return stored
-
-
-def load_config(workdir, overrides=None) -> config_lib.TrainConfig:
-    """The TrainConfig that a run stored.
-
-    Args:
-        overrides: by the names of flags.
-
-    Raises:
-        ValueError: as read_stored; or a field is unknown, or its value is refused by now.
-    """
-    values = read_stored(workdir)["config"] | {"workdir": str(workdir)}
-    try:
-        for name, value in (overrides or {}).items():
-            section, _, field = name.rpartition(".")
-            part = values.get(section, {}) | {field: value}
-            values |= {section: part} if section else {name: value}
-        return config_lib.freeze(values)
-    except (AttributeError, TypeError, ValueError) as error:  # a section may be anything
-        what = re.sub(r" Set --\S+\.$", "", str(error))
-        path = Path(workdir) / "config.json"
-        raise ValueError(f"{path} (edit it, no flag does): {what}") from None
-
-
-def restore_run(workdir, step=None):
-    """(Run, TrainState) of a run's newest good checkpoint, or of `step`, on this machine's devices.
-
-    It takes the most devices that its batch divides over, and the routes that this machine has;
-    it says so where these are not all, or not those that the run asked for.
-
-    Raises:
-        ValueError: the folder holds no run, or no checkpoint yet.
-    """
-    trained, cfg = load_config(workdir), load_config(workdir, HERE)
+    trained, cfg = load_train_config(workdir), load_train_config(workdir, READER_OVERRIDES)
     start_runtime(cfg)
-    asked = config_lib.describe_changes(config_lib.flatten(trained), cfg)
-    asked = [change for change in asked if not change.startswith("mesh.")]
-    if asked:
-        logging.info("for this machine's routes: %s", "; ".join(asked))
+    changes = config_lib.describe_changes(config_lib.flatten(trained), cfg)
+    changes = [change for change in changes if not change.startswith("mesh.")]
+    if changes:
+        logging.info("for this machine's routes: %s", "; ".join(changes))
     devices, rows = jax.devices(), cfg.data.batch // cfg.accumulation
     used = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     if used < len(devices):
-        logging.info("%d of %d devices: a batch of %d divides no further", used, len(devices), rows)
+        logging.info(
+            "using %d of %d devices: they must divide a batch of %d", used, len(devices), rows
+        )
     run = build_run(cfg, devices[:used])
     folder = Path(workdir) / "checkpoints"
+    template = abstract_state(run.model, run.optimizer, run.mesh)
     with Checkpoints(folder, cfg.keep_last, read_only=True) as checkpoints:
-        restored = checkpoints.restore(
-            abstract_state(run.model, run.optimizer, run.mesh), step=step
-        )
+        restored = checkpoints.restore(template, step=step)
     if restored is None:
-        raise ValueError(f"--run must hold a checkpoint; got none in {folder}. Train it first.")
+        raise ValueError(
+            f"--run must contain a checkpoint; got none in {folder}. Train the run first."
+        )
     return run, restored.state

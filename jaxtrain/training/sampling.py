@@ -1,29 +1,36 @@
-"""Samples text from a model: prompts are read in one pass, then tokens are drawn one by one."""
+"""Samples text from a model: reads the prompt in one pass, then draws one token at a time."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.distributed.mesh import replicated
+from jaxtrain.model.transformer import Model
 from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.training.run import Run
+from jaxtrain.training.step import TrainState
 
-PROMPT_CHARS = 400  # of a prompt that is shown; a longer one loses its middle
-
-
-# A terminal acts on control characters, and a model of bytes may draw any.
+PROMPT_CHARS = 400  # printed of a prompt; the middle of a longer one is left out
+# Terminals act on control characters, and a byte-level model may draw any of them.
 CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
 class Sample(NamedTuple):
+    """The text that a model continued a prompt with."""
+
     text: str
-    ended: bool  # the model drew the end of the text
+    ended: bool  # the model drew the end of the text before the last token
 
 
-def choose(logits_BV, key, temperature, top_k):
-    """One token a row, int32 [B], from float32 logits.
+def draw_tokens(logits_BV: jax.Array, key: jax.Array, temperature: float, top_k: int) -> jax.Array:
+    """Draws one token per row, int32 [B], from float32 logits.
 
     temperature 0 takes the likeliest; top_k > 0 draws from that many likeliest tokens.
     """
@@ -35,11 +42,18 @@ def choose(logits_BV, key, temperature, top_k):
     return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
 
 
-def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int, vocab_size=None):
-    """sample(params, prompt_BT, key) -> int32 [B,tokens], jitted; the prompt is read in one pass.
+def build_sampler(
+    model: Model,
+    mesh: Mesh,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    vocab_size: int | None = None,
+) -> Callable:
+    """Returns sample(params, prompt_BT, key) -> int32 [B,tokens], jitted.
 
     Args:
-        vocab_size: of the tokenizer; what the model's is padded with is never drawn.
+        vocab_size: of the tokenizer; the ids above it, which only pad the model's, are never drawn.
 
     Raises:
         ValueError: tokens, temperature or top_k is out of range.
@@ -57,44 +71,46 @@ def build_sampler(model, mesh, tokens: int, temperature: float, top_k: int, voca
 
         def draw(hidden_BTD, key):
             logits_BV = model.logits(params, hidden_BTD[:, -1:])[:, 0, :vocab_size]
-            return choose(logits_BV, key, temperature, top_k)
+            return draw_tokens(logits_BV, key, temperature, top_k)
 
-        def one(carry, x):
-            (cache, token_B), (at, key) = carry, x
-            hidden_BTD, cache = model.extend(params, cache, token_B[:, None], at)
+        def read_and_draw(carry, x):
+            (cache, token_B), (position, key) = carry, x
+            hidden_BTD, cache = model.extend(params, cache, token_B[:, None], position)
             return (cache, draw(hidden_BTD, key)), token_B
 
         keys = jax.random.split(key, tokens)
         first_B = draw(hidden_BTD, keys[0])
-        at = T + jnp.arange(tokens - 1)
-        (_, last_B), rest = jax.lax.scan(one, (cache, first_B), (at, keys[1:]))
-        return jnp.concatenate([rest.T, last_B[:, None]], axis=1).astype(jnp.int32)
+        positions = T + jnp.arange(tokens - 1)
+        # Each round stacks the token that it reads and carries the one that it draws, so the last
+        # token is in the carry.
+        (_, last_B), stacked = jax.lax.scan(read_and_draw, (cache, first_B), (positions, keys[1:]))
+        return jnp.concatenate([stacked.T, last_B[:, None]], axis=1).astype(jnp.int32)
 
     return jax.jit(sample, out_shardings=replicated(mesh))
 
 
-def check_length(cfg, prompt_tokens: int, tokens: int) -> None:
-    """Raises ValueError where learned positions end before the sample does.
+def check_length(cfg: ModelConfig, prompt_tokens: int, tokens: int) -> None:
+    """Raises ValueError if learned positions end before the sample does.
 
     Args:
-        prompt_tokens: with the token that starts the document.
+        prompt_tokens: including the token that starts the document.
     """
     if cfg.position == "learned" and prompt_tokens + tokens > cfg.positions:
-        room = cfg.positions - prompt_tokens
-        advice = f"Set --tokens to at most {room}" if room > 0 else "Shorten --prompt"
+        left = cfg.positions - prompt_tokens
+        advice = f"Set --tokens to at most {left}" if left > 0 else "Shorten --prompt"
         raise ValueError(
             f"prompt and sample must fit model.positions={cfg.positions}; got {prompt_tokens} + "
             f"{tokens} tokens. {advice}."
         )
 
 
-def from_shell(prompt: str, flag: str) -> str:
-    """Returns a flag's value as the UTF-8 text that was typed, in any locale.
+def decode_shell_text(prompt: str, flag: str) -> str:
+    """Returns a flag's value as the UTF-8 text that the user typed, in any locale.
 
     Raises:
         ValueError: it is not UTF-8.
     """
-    try:  # in an ASCII locale Python reads each other byte as a lone surrogate
+    try:  # in an ASCII locale Python decodes each byte above 127 to a lone surrogate
         return prompt.encode(errors="surrogateescape").decode()
     except UnicodeError as error:
         raise ValueError(
@@ -102,13 +118,13 @@ def from_shell(prompt: str, flag: str) -> str:
         ) from None
 
 
-def shown(text: str) -> str:
-    """Returns the text with control characters spelled out, for a terminal."""
+def escape_controls(text: str) -> str:
+    """Returns text for a terminal, with control characters as escapes such as \\x1b."""
     return text.translate(CONTROLS)
 
 
-def shorten(prompt: str) -> str:
-    """Returns a prompt to show; a long one as its two ends and how much is between them."""
+def shorten_prompt(prompt: str) -> str:
+    """Returns a prompt to print: of a long one, both ends and the number of omitted characters."""
     left_out = len(prompt) - PROMPT_CHARS
     if left_out <= 0:
         return prompt
@@ -116,30 +132,42 @@ def shorten(prompt: str) -> str:
     return f"{prompt[:half]} ... [{left_out:,} characters] ... {prompt[-half:]}"
 
 
-def fit_positions(cfg, prompt_tokens: int, tokens: int) -> tuple[int, int]:
-    """(prompt, sample) in tokens, cut to what learned positions hold behind a document's start."""
+def fit_positions(cfg: ModelConfig, prompt_tokens: int, tokens: int) -> tuple[int, int]:
+    """Returns (prompt, sample) lengths, cut so that both fit the learned positions.
+
+    One position is for the token that starts the document. A prompt that is too long gives way to
+    the sample, but keeps at least half of the positions.
+    """
     if cfg.position != "learned":
         return prompt_tokens, tokens
-    room = cfg.positions - 1
-    prompt_tokens = min(prompt_tokens, max(room - tokens, room // 2))
-    return prompt_tokens, min(tokens, room - prompt_tokens)
+    available = cfg.positions - 1
+    prompt_tokens = min(prompt_tokens, max(available - tokens, available // 2))
+    return prompt_tokens, min(tokens, available - prompt_tokens)
 
 
-def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0):
-    """([Sample], tokens/s): what follows each prompt, up to where the model ends the text.
+def complete(
+    run: Run,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int = 0,
+) -> tuple[list[Sample], float]:
+    """Continues each prompt up to where the model ends the text; returns (samples, tokens/s).
 
-    Prompts of one length are sampled together. Compile time is not in the tokens/s.
+    Prompts of equal length are sampled together. The speed excludes compilation.
 
     Args:
         prompts: [T] token ids each, of any T.
     """
     params = eval_params(state.opt_state, state.params)
-    # Documents start with eot.
+    # As in training, a document starts with the end-of-text token.
     encoded = [np.append(tokenizer.eot, ids).astype(np.int32) for ids in prompts]
     check_length(run.cfg.model, max(map(len, encoded)), tokens)
-    known = tokenizer.vocab_size
-    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k, known)
-    samples, elapsed_s = [None] * len(prompts), 0.0
+    sampler = build_sampler(run.model, run.mesh, tokens, temperature, top_k, tokenizer.vocab_size)
+    samples, elapsed_s = [Sample("", False)] * len(prompts), 0.0
     for length in sorted({len(ids) for ids in encoded}):
         rows = [i for i, ids in enumerate(encoded) if len(ids) == length]
         prompt_BT = np.stack([encoded[i] for i in rows])
@@ -149,6 +177,6 @@ def complete(run, state, tokenizer, prompts, tokens, temperature, top_k, seed=0)
         out_BT = jax.device_get(compiled(*args))
         elapsed_s += time.perf_counter() - start
         for row, ids in zip(rows, out_BT, strict=True):
-            stop = int(np.argmax(np.append(ids, tokenizer.eot) == tokenizer.eot))
-            samples[row] = Sample(tokenizer.decode(ids[:stop]), stop < len(ids))
+            end = int(np.argmax(np.append(ids, tokenizer.eot) == tokenizer.eot))
+            samples[row] = Sample(tokenizer.decode(ids[:end]), end < len(ids))
     return samples, len(prompts) * tokens / elapsed_s

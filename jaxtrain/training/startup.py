@@ -1,28 +1,53 @@
-"""What a run says of itself at its start: lines for people, config.json for programs."""
+"""Describes a run when it starts: lines for the terminal, and config.json for programs."""
 
 import platform
 import socket
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from jaxtrain.checkpoint.manager import Checkpoints, Restored
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.data.corpus import Corpus
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import uses_compile_cache
-from jaxtrain.metrics.mfu import chip_dict, describe_utilisation, find_device_chip, memory_metrics
+from jaxtrain.metrics.collector import Collector
+from jaxtrain.metrics.mfu import (
+    StepWork,
+    chip_dict,
+    describe_utilisation,
+    find_device_chip,
+    memory_metrics,
+)
 from jaxtrain.ops import tuning
 from jaxtrain.ops.routes import chip_name, describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.sharded_muon import load_imbalance
+from jaxtrain.training.run import Run
+
+STORAGE_NOTES = {
+    "shared": "a folder that all processes share",
+    "host0": "process 0 gathers arrays to save and distributes restored ones",
+}
 
 
-def header(run, corpus, checkpoints, restored, dtype_reason=""):
+def startup_lines(
+    run: Run,
+    corpus: Corpus,
+    checkpoints: Checkpoints,
+    restored: Restored | None,
+    dtype_reason: str = "",
+) -> Iterator[tuple[str, str]]:
     """Yields what the run will do, as (name, value) pairs for RunLogger.print_header.
 
     Args:
         restored: the checkpoint's step and meta; None at step 0.
-        dtype_reason: why the run's type was chosen, where the config left it to the device.
+        dtype_reason: why the dtype was chosen, if the config left it to the device.
     """
     cfg, model = run.cfg, run.cfg.model
     tokens = cfg.steps * cfg.data.batch * cfg.data.seq_len
@@ -34,10 +59,11 @@ def header(run, corpus, checkpoints, restored, dtype_reason=""):
     )
     yield "data", corpus.describe()
     yield "tokens", f"{tokens:,} in {cfg.steps:,} steps of {cfg.data.batch} x {cfg.data.seq_len}"
-    yield "devices", f"{_devices(run.mesh)}, {model.dtype}{dtype_reason and f' ({dtype_reason})'}"
+    reason = f" ({dtype_reason})" if dtype_reason else ""
+    yield "devices", f"{_describe_mesh(run.mesh)}, {model.dtype}{reason}"
     yield from describe_routes(run.routes)
     warmup, total = cfg.optim.warmup_steps, cfg.optim.total_steps
-    if warmup > total:  # as in the first steps of a longer run: no error
+    if warmup > total:  # no error: the first part of a longer run may be trained on its own
         yield "warning", f"peak rates are not reached: warmup_steps {warmup} of total_steps {total}"
     yield "run", f"{Path(cfg.workdir).resolve()}"
     for step, reason in checkpoints.rejected:
@@ -49,11 +75,11 @@ def header(run, corpus, checkpoints, restored, dtype_reason=""):
     elif cfg.weights:
         yield "weights", f"{Path(cfg.weights).resolve()}"
     if cfg.measure.details:
-        yield from details(run)
+        yield from _detail_lines(run)
 
 
-def _devices(mesh) -> str:
-    """`1 x cpu`, `8 x NVIDIA A40: replica 2, fsdp 4, 2 processes`."""
+def _describe_mesh(mesh: Mesh) -> str:
+    """Returns `1 x cpu`, or `8 x NVIDIA A40: replica 2, fsdp 4, 2 processes`."""
     text = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     axes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
     if jax.process_count() > 1:
@@ -61,95 +87,95 @@ def _devices(mesh) -> str:
     return f"{text}: {', '.join(axes)}" if axes else text
 
 
-def details(run):
-    """Yields (name, value) of what the start of a run prints only if measure.details asks for it.
-
-    config.json holds all of it.
-    """
+def _detail_lines(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields the (name, value) pairs of measure.details; config.json always has them."""
     cfg = run.cfg
     yield "config", config_lib.config_hash(cfg)
     for route in run.routes.values():
         yield "route", str(route)
-    for choice in _tuning(run):
+    for choice in _describe_tuning(run):
         yield "tuning", choice
-    for note in notes(run):
+    for note in machine_notes(run):
         yield "note", note
     table = format_group_table(group_table(cfg.optim, run.model.axes, run.model.shapes))
     for line in table.split("\n"):
         yield "optim", line
 
 
-def notes(run) -> list[str]:
-    """Returns what else this machine and mesh mean for a run, in words."""
+def machine_notes(run: Run) -> list[str]:
+    """Returns sentences on what this machine and mesh mean for the run."""
     cfg, mesh = run.cfg, run.mesh
-    found = []
+    notes = []
     if mesh.devices.flat[0].platform == "gpu":
-        found.append(f"JAX takes {memory.fraction():.0%} of each GPU: {memory.VARIABLES[0]}")
+        notes.append(f"JAX takes {memory.fraction():.0%} of each GPU: {memory.VARIABLES[0]}")
     if not uses_compile_cache(jax.process_count()):
-        found.append("no compile cache: of several processes JAX would keep programs on process 0")
+        notes.append("no compile cache: of several processes JAX would write it on process 0 only")
     if jax.process_count() > 1:
-        where = {"shared": "a folder that all share", "host0": "process 0 gathers and feeds"}
         storage = cfg.checkpoint.storage
-        found.append(f"checkpoint.storage {storage}: {where[storage]}")
+        notes.append(f"checkpoint.storage {storage}: {STORAGE_NOTES[storage]}")
     if mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
         share = load_imbalance(run.model.axes, run.model.shapes, mesh)
-        found.append(f"whole matrices on each device, {share:.3f} of an even share of the work")
-    return found
+        notes.append(f"whole matrices on each device, {share:.3f} of an even share of the work")
+    return notes
 
 
-def _tuning(run) -> list[str]:
+def _describe_tuning(run: Run) -> list[str]:
     device = run.mesh.devices.flat[0]
     return tuning.describe_tuning(device.platform, chip_name(device))
 
 
-def measured(run, work, measure):
-    """Yields what is measured and by what, as (name, value) pairs for RunLogger.print_header."""
+def measurement_lines(run: Run, work: StepWork, collector: Collector) -> Iterator[tuple[str, str]]:
+    """Yields what is measured, as (name, value) pairs for RunLogger.print_header."""
     if work.problem:
         yield "warning", f"bytes and collectives of the compiled step are unknown: {work.problem}"
     if run.cfg.export.port:
         yield "export", f"http://{run.cfg.export.address}:{run.cfg.export.port}/metrics"
     if not run.cfg.measure.details:
         return
-    for line in measures(run, work, measure):
+    for line in describe_measurements(run, work, collector):
         yield "measure", line
     for (kind, axis, inter_host), row in work.by_kind().items():
         where = "between hosts" if inter_host else "inside a host"
         yield "collect", f"{row['count']} x {kind} over {axis}, {row['bytes']:,} bytes, {where}"
 
 
-def measures(run, work, measure) -> list[str]:
-    """Returns what the run's figures mean, in words."""
+def describe_measurements(run: Run, work: StepWork, collector: Collector) -> list[str]:
+    """Returns sentences on what the run's figures mean."""
     device = run.mesh.devices.flat[0]
-    found = describe_utilisation(work, measure.chip, device)
+    lines = describe_utilisation(work, collector.chip, device)
     if not memory_metrics():
-        found.append(f"no memory in use: {device.platform}'s allocator does not count it")
+        lines.append(f"no memory in use: {device.platform}'s allocator does not count it")
     if jax.process_count() > 1:
-        found.append(measure.describe())
-    return found
+        lines.append(collector.describe())
+    return lines
 
 
-def versions() -> dict:
-    """Versions that a result depends on."""
-    from importlib.metadata import version
-
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that a result depends on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
-    """What config.json holds: all that names this run.
+def build_config_json(
+    run: Run,
+    corpus: Corpus,
+    hosts: list[str] | None = None,
+    work: StepWork | None = None,
+    collector: Collector | None = None,
+) -> dict[str, Any]:
+    """Returns the contents of config.json: everything that identifies this run.
 
     Args:
-        hosts: name of each process's host; None is this one alone.
-        work: StepWork of the compiled step; None before there is one.
-        measure: Collector of this process; likewise.
+        hosts: name of each process's host; None is this process only.
+        work: StepWork of the compiled step; None before it is compiled.
+        collector: Collector of this process; None before it is created.
     """
     device = run.mesh.devices.flat[0]
     groups = group_table(run.cfg.optim, run.model.axes, run.model.shapes)
     return {
         "config": config_lib.to_dict(run.cfg),
         "config_hash": config_lib.config_hash(run.cfg),
-        "versions": versions(),
+        "versions": library_versions(),
         "command": sys.argv,
         "device": device.device_kind,
         "devices": run.mesh.size,
@@ -159,10 +185,10 @@ def stored_config(run, corpus, hosts=None, work=None, measure=None) -> dict:
         "chip": chip_dict(find_device_chip(device)),
         "work": work and work.as_dict(),
         "routes": {name: str(route) for name, route in run.routes.items()},
-        "tuning": _tuning(run),
-        "notes": notes(run),
+        "tuning": _describe_tuning(run),
+        "notes": machine_notes(run),
         "optimizer_groups": [row._asdict() for row in groups],
-        "measures": measure and measures(run, work, measure),
+        "measures": describe_measurements(run, work, collector) if work and collector else None,
         "data": {
             "fingerprint": corpus.fingerprint,
             "tokens": corpus.tokens,

@@ -1,22 +1,24 @@
-"""One training step: microbatches in a scan, one optimizer update, compiled once, donated.
+"""One training step: gradients summed over microbatches, one optimizer update, compiled once.
 
-A step whose loss or gradient is not finite changes neither parameters nor optimizer state; it is
-counted. Nothing in here waits for the device.
+A step whose loss or gradient is not finite is skipped: it changes neither parameters nor optimizer
+state, and is counted. Nothing in here waits for the device.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxtrain.distributed.mesh import batch_sharding, param_sharding, platform, replicated
-from jaxtrain.model.transformer import head_weights
+from jaxtrain.model.transformer import Model, head_weights
 from jaxtrain.optim.build import state_shardings, update_rms_by_group
 
-# XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool has no use for:
+# XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool cannot use:
 # 11.7 GB of temporaries against 7.2 at 1.4B parameters with Muon, the same step time at 3.5M.
 CPU_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -25,11 +27,13 @@ CPU_OPTIONS = {
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # int32, batches consumed
-    params: Any  # fp32 masters, nested dict
+    """Everything that a step reads and replaces. Also used as a tree of shapes or shardings."""
+
+    step: Any  # int32 [], batches consumed
+    params: Any  # float32 masters, nested dict
     opt_state: Any
-    bad_steps: jax.Array  # int32, skipped in a row
-    skipped_steps: jax.Array  # int32, skipped in all
+    bad_steps: Any  # int32 [], steps skipped in a row
+    skipped_steps: Any  # int32 [], steps skipped in total
 
 
 class Recompiled(ValueError):
@@ -37,15 +41,21 @@ class Recompiled(ValueError):
 
 
 class Step:
-    """A jitted function compiled ahead of time; other argument types are an error, not a compile.
+    """A jitted function compiled ahead of time; arguments of other types are an error.
 
-    compile_s is what lowering and compiling took.
+    Calling a jitted function with a new shape or dtype would silently compile it again.
 
     Args:
-        options: of XLA, on a GPU.
+        function: the result of jax.jit.
+        abstract: ShapeDtypeStructs, with shardings, of its arguments.
+        options: for XLA, on a GPU.
+
+    Attributes:
+        compiled: JAX's compiled executable.
+        compile_s: seconds that lowering and compiling took.
     """
 
-    def __init__(self, function, *abstract, options=None):
+    def __init__(self, function, *abstract, options: dict[str, Any] | None = None):
         start = time.perf_counter()
         self._abstract = abstract
         lowered = function.lower(*abstract)
@@ -57,39 +67,43 @@ class Step:
         try:
             return self.compiled(*args)
         except (TypeError, ValueError) as error:
-            changed = _changed(self._abstract, args)
+            changed = _describe_changes(self._abstract, args)
             if not changed:
                 raise
             raise Recompiled(
-                f"the step is compiled once; got other arguments: {'; '.join(changed[:4])}."
+                f"a step must get the arguments that it was compiled for; got other ones: "
+                f"{'; '.join(changed[:4])}."
             ) from error
 
 
-def _changed(abstract, args):
-    """`path: was -> is` of the leaves whose shape, dtype or presence differs."""
-    table = lambda tree: {
-        jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    was, now = table(abstract), table(args)
-    keys = sorted(was.keys() | now.keys())
+def _describe_changes(abstract, args) -> list[str]:
+    """Returns `path: expected -> actual` for each leaf of another shape or dtype, or absent."""
+
+    def types_by_path(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+    expected, actual = types_by_path(abstract), types_by_path(args)
     return [
-        f"{key}: {was.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in keys
-        if was.get(key) != now.get(key)
+        f"{path}: {expected.get(path, 'absent')} -> {actual.get(path, 'absent')}"
+        for path in sorted(expected.keys() | actual.keys())
+        if expected.get(path) != actual.get(path)
     ]
 
 
-def state_sharding_tree(model, optimizer, mesh) -> TrainState:
-    """Shardings of a TrainState; optimizer moments may be split further than their parameters."""
+def state_sharding_tree(model: Model, optimizer, mesh: Mesh) -> TrainState:
+    """Returns the sharding of each leaf of a TrainState.
+
+    Optimizer moments may be split further than their parameters.
+    """
     params = jax.tree.map(lambda a, s: param_sharding(a, s.shape, mesh), model.axes, model.shapes)
-    whole = replicated(mesh)
+    scalar = replicated(mesh)
     opt_state = state_shardings(optimizer, model.axes, model.shapes, mesh)
-    return TrainState(whole, params, opt_state, whole, whole)
+    return TrainState(scalar, params, opt_state, scalar, scalar)
 
 
-def abstract_state(model, optimizer, mesh) -> TrainState:
-    """The TrainState as ShapeDtypeStructs with shardings, for compiling and restoring."""
+def abstract_state(model: Model, optimizer, mesh: Mesh) -> TrainState:
+    """Returns the TrainState as ShapeDtypeStructs with shardings, to compile and restore with."""
     state = jax.eval_shape(lambda: _new_state(model.init(jax.random.key(0)), optimizer))
     shardings = state_sharding_tree(model, optimizer, mesh)
     return jax.tree.map(
@@ -97,94 +111,116 @@ def abstract_state(model, optimizer, mesh) -> TrainState:
     )
 
 
-def _new_state(params, optimizer):
+def _new_state(params, optimizer) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def init_state(model, optimizer, mesh, seed: int) -> TrainState:
-    """Step 0, each array made where it rests; the same numbers on any mesh."""
-    shardings = state_sharding_tree(model, optimizer, mesh)
-    make = jax.jit(
+def init_state(model: Model, optimizer, mesh: Mesh, seed: int) -> TrainState:
+    """Returns the state at step 0; the numbers are the same on any mesh.
+
+    out_shardings make every device compute only its own part of each array.
+    """
+    init = jax.jit(
         lambda seed: _new_state(model.init(jax.random.key(seed)), optimizer),
-        out_shardings=shardings,
+        out_shardings=state_sharding_tree(model, optimizer, mesh),
     )
-    return make(seed)
+    return init(seed)
 
 
-def abstract_batch(batch: int, seq_len: int, mesh, docs: bool) -> dict:
-    """What `data.build_batches` yields, as ShapeDtypeStructs."""
+def abstract_batch(batch: int, seq_len: int, mesh: Mesh, docs: bool) -> dict:
+    """Returns what `data.build_batches` yields, as ShapeDtypeStructs."""
     tokens = jax.ShapeDtypeStruct((batch, seq_len + 1), jnp.int32, sharding=batch_sharding(mesh))
     return {"tokens": tokens} | ({"docs": tokens} if docs else {})
 
 
-def target_weights(batch):
-    """[B,T]: 1 where the target is a token, 0 where it is padding; float64 if that is enabled."""
+def abstract_rates(rates: dict[str, float], mesh: Mesh) -> dict:
+    """Returns what place_rates returns, as ShapeDtypeStructs."""
+    scalar = jax.ShapeDtypeStruct((), jnp.result_type(float), sharding=replicated(mesh))
+    return dict.fromkeys(rates, scalar)
+
+
+def place_rates(rates: dict[str, float], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns peak learning rates as arrays on the mesh.
+
+    They are arguments of the step and not constants in it: a study of learning rates then compiles
+    one program.
+    """
+    dtype = jnp.result_type(float)
+    return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
+
+
+def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns [B,T]: 1 for a token, 0 for padding; float32, or float64 where that is enabled."""
     if "docs" not in batch:
         return jnp.ones(batch["tokens"][:, 1:].shape, float)
     return (batch["docs"][:, 1:] >= 0).astype(float)
 
 
-def batch_loss(model, loss, params, batch, weights_BT):
-    """(objective, nats) of one microbatch: weighted sums over its targets."""
+def batch_loss(model: Model, loss: Callable, params, batch: dict, weights_BT) -> tuple:
+    """Returns (objective, nats) of a microbatch: weighted sums over its targets."""
     docs_BT = batch["docs"][:, :-1] if "docs" in batch else None
     h_BTD = model.apply(params, batch["tokens"][:, :-1], docs_BT)
     return loss(h_BTD, head_weights(params), batch["tokens"][:, 1:], weights_BT)
 
 
-def microbatches(x, count):
-    """[B,...] -> [count,B/count,...], each holding rows of every device."""
+def microbatches(x: jax.Array, count: int) -> jax.Array:
+    """Reshapes [B,...] to [count,B/count,...].
+
+    Microbatch i takes rows i, i + count, ...: every device holds a share of each microbatch, and
+    no row moves to another device.
+    """
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def build_gradient(model, loss, accumulation, shardings=None):
-    """gradient(params, batch) -> (nats, objective, grads), means over the batch's targets."""
+def build_gradient(model: Model, loss: Callable, accumulation: int, shardings=None) -> Callable:
+    """Returns gradient(params, batch) -> (nats, objective, grads), means over the batch's targets.
+
+    Args:
+        accumulation: microbatches, one after another, to fit in memory.
+        shardings: of the gradients, like params; None leaves them to XLA.
+    """
 
     def gradient(params, batch):
+        # Weights are normalised over the whole batch before it is split, so that the sum over
+        # microbatches is the mean over the batch however the padding is distributed.
         weights = target_weights(batch)
         weights = weights / jnp.maximum(weights.sum(), 1)
 
-        def one(batch, weights):
-            run = lambda params: batch_loss(model, loss, params, batch, weights)
-            (objective, nats), grads = jax.value_and_grad(run, has_aux=True)(params)
+        def microbatch_gradient(batch, weights):
+            objective_of = lambda params: batch_loss(model, loss, params, batch, weights)
+            (objective, nats), grads = jax.value_and_grad(objective_of, has_aux=True)(params)
             if shardings is not None:
+                # Reduce-scatters each gradient to the parameter's own split. Without it the
+                # partitioner may all-reduce, and every device holds whole gradients.
                 grads = jax.lax.with_sharding_constraint(grads, shardings)
             return nats, objective, grads
 
         if accumulation == 1:
-            return one(batch, weights)
+            return microbatch_gradient(batch, weights)
         split = lambda x: microbatches(x, accumulation)
         parts = jax.tree.map(split, batch), split(weights)
-        # Hidden, or XLA takes these zeros for those of the optimizer's skipped step and keeps a
-        # second tree of them through the loop: 3.5 of 30.6 GiB at 1.4B (A40, jax 0.10.2).
+        # The barrier hides that these are zeros: XLA otherwise shares them with the zeros of the
+        # optimizer's skipped step and keeps a second tree of them through the loop, 3.5 of
+        # 30.6 GiB at 1.4B parameters (A40, jax 0.10.2).
         zero = jax.lax.optimization_barrier(jnp.zeros((), jax.tree.leaves(params)[0].dtype))
-        carry = (zero, zero, jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), params))
-        add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(*part)), None)
-        return jax.lax.scan(add, carry, parts)[0]
+        sums = (zero, zero, jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), params))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, microbatch_gradient(*part)), None)
+        return jax.lax.scan(add, sums, parts)[0]
 
     return gradient
 
 
-def abstract_rates(rates: dict, mesh) -> dict:
-    """What place_rates gives, as ShapeDtypeStructs."""
-    scalar = jax.ShapeDtypeStruct((), jnp.result_type(float), sharding=replicated(mesh))
-    return dict.fromkeys(rates, scalar)
-
-
-def place_rates(rates: dict, mesh) -> dict:
-    """Peak rates as arrays: arguments of the step, so that another rate is no other program."""
-    dtype = jnp.result_type(float)
-    return jax.device_put({n: np.asarray(r, dtype) for n, r in rates.items()}, replicated(mesh))
-
-
-def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
-    """advance(state, batch, rates) -> (state, scalars, grads): the step, not yet compiled.
+def build_advance(
+    model: Model, loss: Callable, optimizer, rate: Callable, shardings=None, accumulation: int = 1
+) -> Callable:
+    """Returns advance(state, batch, rates) -> (state, scalars, grads), not yet compiled.
 
     `rates` is from `place_rates(peak_rates(...))`.
 
     Args:
-        rate: updates applied so far -> share of the peak learning rate, a report only.
-        shardings: of the gradients; None is as they come.
+        rate: updates applied so far -> fraction of the peak learning rate; only reported.
+        shardings: of the gradients; None leaves them to XLA.
     """
     gradient = build_gradient(model, loss, accumulation, shardings)
 
@@ -192,6 +228,8 @@ def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
         nats, objective, grads = gradient(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
+        # With good=False the optimizer returns zero updates and its old state, selected on the
+        # device: the host need not look at the loss before the next step starts.
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, good=good, rates=rates
         )
@@ -211,10 +249,17 @@ def build_advance(model, loss, optimizer, rate, shardings=None, accumulation=1):
     return advance
 
 
-def build_step(model, loss, optimizer, rate, mesh, accumulation=1):
-    """step(state, batch, rates) -> (state, scalars): build_advance's, jitted, the state donated."""
+def build_step(
+    model: Model, loss: Callable, optimizer, rate: Callable, mesh: Mesh, accumulation: int = 1
+) -> Callable:
+    """Returns step(state, batch, rates) -> (state, scalars), jitted.
+
+    The state is donated: XLA writes the new state into the old one's buffers, so that the device
+    stores it once. XLA reuses a buffer only for an output of the same shape and sharding, hence
+    out_shardings.
+    """
     shardings = state_sharding_tree(model, optimizer, mesh)
-    spread = shardings.params if mesh.size > 1 else None
-    advance = build_advance(model, loss, optimizer, rate, spread, accumulation)
+    grad_shardings = shardings.params if mesh.size > 1 else None
+    advance = build_advance(model, loss, optimizer, rate, grad_shardings, accumulation)
     step = lambda state, batch, rates: advance(state, batch, rates)[:2]
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

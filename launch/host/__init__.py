@@ -1,1 +1,1 @@
-"""What runs on the hosts: sent over SSH as one archive, standard library only, Linux."""
+"""The code that runs on the hosts: sent over SSH as source. Standard library only, Linux only."""

@@ -1,46 +1,54 @@
-"""Round trips and throughput between hosts, by plain TCP on the training network.
+"""Answers the operator's orders on one open connection: measure the network, read a nonce, clock.
 
-Every host listens on its own training address and measures towards its peers when it is told to.
-Connections begin with the token of this measurement; others are dropped.
+Every host listens on its own training address, and measures by plain TCP towards the peers that it
+is given. Each connection begins with this session's token; a connection without it is closed.
 """
 
 import concurrent.futures
 import json
-import os
 import socket
 import statistics
 import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from launch.host import interfaces as nics
-from launch.host.facts import in_time
+from launch.host.facts import nonce_path, with_timeout
+from launch.host.interfaces import interface_of
 
-CHUNK = 1 << 18
-HEAD = struct.Struct("!32scI")  # token, kind (p ping, s send, r receive), milliseconds
+CHUNK_BYTES = 1 << 18
+HEADER = struct.Struct("!32scI")  # token, what the client will do, milliseconds
+RESULT = struct.Struct("!Qd")  # bytes, seconds
+PING, SEND, RECEIVE = b"p", b"s", b"r"
 
 
-def measure(request: dict, answer, found: dict) -> None:
-    """Listens, answers `found` and {"listens_on": port}, then serves a JSON line an order.
+def serve_orders(request: dict, answer: Callable[[dict], None], facts: dict) -> None:
+    """Listens, answers `facts` with {"listens_on": port} added, then serves one order per line.
 
-    {"do": "measure", "peer": [address, port], "streams": n, "seconds": s, "both": bool} is
-    answered by rtt_s (sorted) and bytes per second; {"do": "read", "folder", "nonce"} by
-    {"same": bool}, "forget" removes what it reads; {"do": "time"} is answered by {"time": s}. It
-    ends with standard input.
+    Orders are JSON lines on standard input; the agent ends with it:
+        {"do": "measure", "peer": [address, port], "streams": n, "seconds": s, "both": bool, ...}
+            is answered by "rtt_s" (sorted) and, if there is traffic, bytes and bytes per second.
+        {"do": "read", "folder", "nonce"} is answered by {"same": whether the nonce is there}.
+        {"do": "forget", "folder", "nonce"} deletes the nonce.
+        {"do": "time"} is answered by {"time": this host's clock}.
+
+    Args:
+        facts: this host's facts, see launch.host.facts; {} if none were requested.
     """
     token = request["token"].encode()
     try:
         server = _listen(request["address"])
     except OSError:
-        if not found:
+        if not facts:
             raise
-        answer({"ok": found | {"listens_on": None}})  # the facts say what is wrong
+        answer({"ok": facts | {"listens_on": None}})  # the facts show what is wrong
     else:
-        threading.Thread(target=_serve, args=(server, token), daemon=True).start()
-        answer({"ok": found | {"listens_on": server.getsockname()[1]}})
-    interface = nics.holder(request["address"])
+        threading.Thread(target=_accept_peers, args=(server, token), daemon=True).start()
+        answer({"ok": facts | {"listens_on": server.getsockname()[1]}})
+    interface = interface_of(request["address"])
     for line in sys.stdin:
         order = json.loads(line)
         order["interface"] = order.get("interface") or interface
@@ -50,30 +58,30 @@ def measure(request: dict, answer, found: dict) -> None:
             answer({"ok": {"error": str(error)}})
 
 
-def _measure_peer(order: dict, token: bytes) -> dict:
-    peer, ms = tuple(order["peer"]), int(order["seconds"] * 1e3)
-    found = {"rtt_s": _ping(peer, token, order["pings"])}
-    if ms and order["seconds"] >= order["least_trips"] * statistics.median(found["rtt_s"]):
-        kinds = [b"s", b"r"] if order.get("both") else [b"s"]
-        before = wire_bytes(order.get("interface"))
-        streams = [kind for kind in kinds for _ in range(order["streams"])]
-        start = time.perf_counter()
+def _measure_peer(order: dict, token: bytes) -> dict[str, Any]:
+    peer, milliseconds = tuple(order["peer"]), int(order["seconds"] * 1e3)
+    rtt_s = _ping(peer, token, order["pings"])
+    result: dict[str, Any] = {"rtt_s": rtt_s}
+    # A burst of a few round trips ends within TCP's slow start, so it shows no throughput.
+    if milliseconds and order["seconds"] >= order["least_trips"] * statistics.median(rtt_s):
+        directions = [SEND, RECEIVE] if order.get("both") else [SEND]
+        streams = [direction for direction in directions for _ in range(order["streams"])]
+        before, start = wire_bytes(order["interface"]), time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor(len(streams)) as pool:
-            flow = lambda kind: _flow(peer, token, kind, ms)
-            flows = list(pool.map(flow, streams))  # a stream that failed is no slow one: it raises
-        found["seconds"] = time.perf_counter() - start
-        found["bytes"] = sum(count for count, _ in flows)
-        found["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in flows)
-        after = wire_bytes(order.get("interface"))
-        found["mtu"] = _mtu(order.get("interface"))
-        found["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
-    return found
+            stream = lambda direction: _stream(peer, token, direction, milliseconds)
+            streamed = list(pool.map(stream, streams))  # raises if a stream failed
+        result["seconds"] = time.perf_counter() - start
+        result["bytes"] = sum(count for count, _ in streamed)
+        result["bytes_per_s"] = sum(count / max(s, 1e-9) for count, s in streamed)
+        after = wire_bytes(order["interface"])
+        result["mtu"] = _mtu(order["interface"])
+        result["wire_bytes"] = [b - a for a, b in zip(before, after, strict=True)]
+    return result
 
 
-def _read_nonce(order: dict, token: bytes) -> dict:
-    """Whether this host reads what the first one wrote."""
+def _read_nonce(order: dict, token: bytes) -> dict[str, bool]:
     try:
-        return {"same": in_time(_nonce_path(order).read_text) == order["nonce"]}
+        return {"same": with_timeout(nonce_path(order).read_text) == order["nonce"]}
     except TimeoutError:
         raise
     except OSError:
@@ -81,12 +89,8 @@ def _read_nonce(order: dict, token: bytes) -> dict:
 
 
 def _forget_nonce(order: dict, token: bytes) -> dict:
-    in_time(_nonce_path(order).unlink, True)
+    with_timeout(nonce_path(order).unlink, True)
     return {}
-
-
-def _nonce_path(order: dict) -> Path:
-    return Path(os.path.expanduser(order["folder"])) / f".shared-{order['nonce']}"
 
 
 ORDERS = {
@@ -97,7 +101,7 @@ ORDERS = {
 }
 
 
-def _listen(address: str):
+def _listen(address: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
     server.bind((address, 0))
@@ -105,111 +109,117 @@ def _listen(address: str):
     return server
 
 
-def _serve(server, token: bytes) -> None:
+def _accept_peers(server: socket.socket, token: bytes) -> None:
     while True:
         sock, _ = server.accept()
-        threading.Thread(target=_serve_one, args=(sock, token), daemon=True).start()
+        threading.Thread(target=serve_peer, args=(sock, token), daemon=True).start()
 
 
-def _serve_one(sock, token: bytes) -> None:
+def serve_peer(sock: socket.socket, token: bytes) -> None:
+    """Does a peer's part of one measurement: echoes pings, or takes or sends a stream."""
     with sock:
         sock.settimeout(60)
         try:
-            found, kind, ms = HEAD.unpack(_exactly(sock, HEAD.size))
-            if found != token:
+            given_token, kind, milliseconds = HEADER.unpack(_receive_exactly(sock, HEADER.size))
+            if given_token != token:
                 return
-            if kind == b"p":
+            if kind == PING:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while byte := sock.recv(1):
                     sock.sendall(byte)
-            elif kind == b"s":
-                count, start, first = 0, time.perf_counter(), None
-                while data := sock.recv(CHUNK):
-                    first = first or time.perf_counter()
-                    count += len(data)
-                seconds = time.perf_counter() - (first or start)
-                sock.sendall(struct.pack("!Qd", count, seconds))
+            elif kind == SEND:
+                sock.sendall(RESULT.pack(*_receive_stream(sock)))
             else:
-                _pour(sock, ms)
+                _send_stream(sock, milliseconds)
         except OSError:
             return
 
 
-def _pour(sock, ms: int) -> int:
-    """Sends for this long; returns the bytes handed over."""
-    data, count, deadline = bytes(CHUNK), 0, time.perf_counter() + ms / 1e3
+def _send_stream(sock: socket.socket, milliseconds: int) -> None:
+    data, deadline = bytes(CHUNK_BYTES), time.perf_counter() + milliseconds / 1e3
     while time.perf_counter() < deadline:
-        count += sock.send(data)
+        sock.send(data)
     sock.shutdown(socket.SHUT_WR)
-    return count
 
 
-def _flow(peer, token: bytes, kind: bytes, ms: int) -> tuple[int, float]:
-    """(bytes that arrived, seconds from the first of them to the last)."""
-    with _connect(peer, token, kind, ms) as sock:
-        if kind == b"s":
-            _pour(sock, ms)
-            return struct.unpack("!Qd", _exactly(sock, 16))
-        count, first = 0, None
-        while data := sock.recv(CHUNK):
-            first = first or time.perf_counter()
-            count += len(data)
+def _receive_stream(sock: socket.socket) -> tuple[int, float]:
+    """Receives until the end; returns (bytes, seconds from the first chunk to the end)."""
+    count, first_at = 0, None
+    while data := sock.recv(CHUNK_BYTES):
+        first_at = first_at or time.perf_counter()
+        count += len(data)
+    return count, time.perf_counter() - (first_at or time.perf_counter())
+
+
+def _stream(peer: tuple, token: bytes, direction: bytes, milliseconds: int) -> tuple[int, float]:
+    """Sends to a peer, or receives from it; returns (bytes that arrived, seconds)."""
+    with _connect(peer, token, direction, milliseconds) as sock:
+        if direction == SEND:
+            _send_stream(sock, milliseconds)
+            return RESULT.unpack(_receive_exactly(sock, RESULT.size))
+        count, seconds = _receive_stream(sock)
         if not count:
             raise ConnectionError("the peer sent nothing")
-        return count, time.perf_counter() - (first or time.perf_counter())
+        return count, seconds
 
 
-def _ping(peer, token: bytes, count: int) -> list[float]:
+def _ping(peer: tuple, token: bytes, count: int) -> list[float]:
     times = []
-    with _connect(peer, token, b"p", 0) as sock:
+    with _connect(peer, token, PING, 0) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(count):
             start = time.perf_counter()
             sock.sendall(b"x")
-            _exactly(sock, 1)
+            _receive_exactly(sock, 1)
             times.append(time.perf_counter() - start)
     return sorted(times)
 
 
-def _connect(peer, token: bytes, kind: bytes, ms: int):
+def _connect(peer: tuple, token: bytes, kind: bytes, milliseconds: int) -> socket.socket:
     sock = socket.create_connection(peer, timeout=10)
-    sock.settimeout(60 + ms / 1e3)
-    sock.sendall(HEAD.pack(token, kind, ms))
+    sock.settimeout(60 + milliseconds / 1e3)
+    sock.sendall(HEADER.pack(token, kind, milliseconds))
     return sock
 
 
-def _exactly(sock, size: int) -> bytes:
+def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        more = sock.recv(size - len(data))
-        if not more:
+        chunk = sock.recv(size - len(data))
+        if not chunk:
             raise ConnectionError("the peer closed the connection")
-        data += more
+        data += chunk
     return data
 
 
-def _mtu(interface) -> int | None:
+def _mtu(interface: str) -> int | None:
     try:
         return int(Path("/sys/class/net", interface, "mtu").read_text())
-    except (OSError, TypeError):
+    except OSError:
         return None
 
 
-def wire_bytes(interface) -> list[int]:
-    """[sent, received] bytes since boot of an interface, "" for all but loopback, and InfiniBand's.
+def wire_bytes(interface: str) -> list[int]:
+    """Returns [sent, received] bytes since boot.
 
-    Raises OSError where there is no such interface.
+    The kernel counts what it hands to the card, before the card cuts it into segments that each
+    have their own headers. RDMA traffic bypasses the kernel, so InfiniBand's counters are added.
+    Source: proc(5); sysfs-class-infiniband.
 
-    The kernel counts what it hands to the card, before the card cuts it into segments, each with
-    headers of its own. RDMA passes by the kernel. Source: proc(5); sysfs-class-infiniband.
+    Args:
+        interface: the one to count; "" counts all but loopback.
+
+    Raises:
+        OSError: there is no such interface.
     """
-    sent = received = found = 0
+    sent = received = matches = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         name, _, numbers = line.partition(":")
         fields = numbers.split()
         if name.strip() == interface or (not interface and name.strip() != "lo"):
-            received, sent, found = received + int(fields[0]), sent + int(fields[8]), found + 1
-    if interface and not found:
+            received, sent = received + int(fields[0]), sent + int(fields[8])
+            matches += 1
+    if interface and not matches:
         raise OSError(f"interface must be one of this host; got {interface!r}. Correct --hosts")
     ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
     sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4

@@ -1,6 +1,6 @@
-# The first thing a host runs, as `python -c`: takes this package's source and a request from
-# standard input, byte for byte, so that what follows on it is left to the request. Nothing is
-# installed and nothing is left on disk.
+# The first code that a host runs, as `python -c`. It reads this package's source and one request
+# from standard input, imports the package from memory, and answers the request. Nothing is
+# installed and nothing is written to disk.
 import importlib.abc
 import importlib.util
 import json
@@ -9,27 +9,28 @@ import sys
 import zlib
 
 
-def take(size):
+def read_exactly(size):
+    """Reads without a buffer, so that what follows on standard input is left for the request."""
     data = b""
     while len(data) < size:
-        more = os.read(0, size - len(data))
-        if not more:
-            sys.exit("the connection closed before the request had come")
-        data += more
+        chunk = os.read(0, size - len(data))
+        if not chunk:
+            sys.exit("the connection closed before the whole request had arrived")
+        data += chunk
     return data
 
 
-size = b""
-while size[-1:] != b"\n":
-    size += take(1)
-sent = json.loads(zlib.decompress(take(int(size))))
+header = b""
+while header[-1:] != b"\n":
+    header += read_exactly(1)
+sent = json.loads(zlib.decompress(read_exactly(int(header))))
 
 
-class Sent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name in sent["modules"]:
-            package = name in ("launch", "launch.host")
-            return importlib.util.spec_from_loader(name, self, is_package=package)
+class SentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname in sent["modules"]:
+            is_package = fullname in ("launch", "launch.host")
+            return importlib.util.spec_from_loader(fullname, self, is_package=is_package)
 
     def exec_module(self, module):
         source = sent["modules"][module.__name__]
@@ -37,8 +38,8 @@ class Sent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"python must be 3.11 or newer; got {sys.version}. Set python in the inventory")
-sys.meta_path.insert(0, Sent())
+    sys.exit(f"python must be 3.11 or newer; got {sys.version}. Set python in the inventory.")
+sys.meta_path.insert(0, SentModules())
 from launch.host.requests import main  # noqa: E402
 
 sys.exit(main(sent["request"]))

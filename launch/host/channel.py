@@ -1,7 +1,9 @@
-"""Messages between the supervisors of a job: JSON lines over TCP, signed with the job's token.
+"""Messages between a job's supervisors: JSON lines over TCP, signed with the job's token.
 
-The leader listens on its training address. It greets with a nonce, so a recorded line is worth
-nothing on another connection, and every line carries its number, so none can be played again.
+The leader (the first host's supervisor) listens on its training address; the others, the followers,
+connect to it. The leader greets each connection with a random nonce. A signature covers the nonce,
+the direction, the line's number and its text, so a line cannot be forged without the token, nor
+replayed on the same connection or on another one.
 """
 
 import hashlib
@@ -10,59 +12,73 @@ import json
 import os
 import socket
 import time
+from typing import Any
 
 LINE_BYTES = 1 << 20
 CONNECT_S = 3.0
+UP, DOWN = "up", "down"  # directions: to the leader, from the leader
 
 
-class Refused(Exception):
-    """A line was not signed with this job's token, or was out of order."""
+class InvalidMessage(Exception):
+    """A line without a valid signature, or one that is too long."""
 
 
 class Channel:
-    """One connection. Sends and takes messages without waiting."""
+    """One signed connection. Neither sending nor receiving blocks."""
 
-    def __init__(self, sock, token: str, nonce: str):
+    def __init__(self, sock: socket.socket, token: str, nonce: str):
         sock.setblocking(False)
-        self.sock, self._key, self.nonce = sock, token.encode(), nonce
-        self._in, self._out, self._sent, self._taken = b"", b"", 0, 0
+        self.sock, self._key, self._nonce = sock, token.encode(), nonce
+        self._received, self._unsent = b"", b""
+        self._sent_count = self._received_count = 0
 
-    def _sign(self, way: str, number: int, body: str) -> str:
-        text = f"{self.nonce}|{way}|{number}|{body}".encode()
+    def _sign(self, direction: str, number: int, body: str) -> str:
+        text = f"{self._nonce}|{direction}|{number}|{body}".encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()
 
-    def send(self, message: dict, way: str) -> None:
-        """Raises OSError where the other side is gone, or has taken nothing for 1 MiB."""
+    def send(self, message: dict[str, Any], direction: str) -> None:
+        """Sends as much as the socket takes; the rest follows with the next message.
+
+        Raises:
+            OSError: the connection is gone, or 1 MiB waits because the other side does not read.
+        """
         body = json.dumps(message)
-        self._out += f"{self._sign(way, self._sent, body)} {body}\n".encode()
-        self._sent += 1
-        if len(self._out) > LINE_BYTES:
-            raise OSError("the other side takes nothing")
+        self._unsent += f"{self._sign(direction, self._sent_count, body)} {body}\n".encode()
+        self._sent_count += 1
+        if len(self._unsent) > LINE_BYTES:
+            raise OSError("the other side does not read")
         try:
-            self._out = self._out[self.sock.send(self._out) :]
+            self._unsent = self._unsent[self.sock.send(self._unsent) :]
         except BlockingIOError:
             pass
 
-    def take(self, way: str) -> list[dict]:
-        """Messages that have come. Raises OSError at the end of the stream, or Refused."""
+    def receive(self, direction: str) -> list[dict[str, Any]]:
+        """Returns the messages that have arrived.
+
+        Raises:
+            OSError: the connection has ended.
+            InvalidMessage: a line's signature is wrong.
+        """
         messages = []
         try:
             while data := self.sock.recv(1 << 16):
-                self._in += data
+                self._received += data
             raise OSError("closed")
         except BlockingIOError:
             pass
         except OSError:
-            if b"\n" not in self._in:
+            if b"\n" not in self._received:  # else the lines that came before the end count
                 raise
-        *lines, self._in = self._in.split(b"\n")
-        if len(self._in) > LINE_BYTES:
-            raise Refused("a line of over 1 MiB")
+        *lines, self._received = self._received.split(b"\n")
+        if len(self._received) > LINE_BYTES:
+            raise InvalidMessage("a line of over 1 MiB")
         for line in lines:
             signature, _, body = line.decode(errors="replace").partition(" ")
-            if not hmac.compare_digest(signature, self._sign(way, self._taken, body)):
-                raise Refused("a message without this job's signature")
-            self._taken += 1
+            if not hmac.compare_digest(
+                signature, self._sign(direction, self._received_count, body)
+            ):
+                raise InvalidMessage("a message without this job's signature")
+            self._received_count += 1
             messages.append(json.loads(body))
         return messages
 
@@ -70,94 +86,100 @@ class Channel:
         self.sock.close()
 
 
-class Listener:
-    """The leader's side: {host: latest report} from those who hold the token."""
+class LeaderChannel:
+    """The leader's side: takes reports from every follower, and sends all of them one target."""
 
     def __init__(self, address: str, port: int, token: str):
         self.token = token
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._server = socket.socket(family, socket.SOCK_STREAM)
+        # Without it, a restarted leader could not listen while old connections are in TIME_WAIT.
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._server.bind((address, port))
         self._server.listen(256)
         self._server.setblocking(False)
-        self._channels: dict[Channel, int | None] = {}
+        self._host_of: dict[Channel, int | None] = {}  # None until its first valid report
 
-    def reports(self) -> list[dict]:
-        """What hosts have said since the last call."""
+    def receive_reports(self) -> list[dict[str, Any]]:
+        """Returns the reports that have arrived since the last call."""
         self._accept()
-        heard = []
-        for channel in list(self._channels):
+        reports = []
+        for channel in list(self._host_of):
             try:
-                for report in channel.take("up"):
-                    self._channels[channel] = report["host"]
-                    heard.append(report)
-            except (OSError, Refused, ValueError, KeyError):
+                for report in channel.receive(UP):
+                    self._host_of[channel] = report["host"]
+                    reports.append(report)
+            except (OSError, InvalidMessage, ValueError, KeyError):
                 self._drop(channel)
-        return heard
+        return reports
 
     def _accept(self) -> None:
         while True:
             try:
                 sock, _ = self._server.accept()
-            except OSError:  # no more, or no descriptor free for one: looked at in the next turn
+            except OSError:  # none is waiting, or no file descriptor is free: try again next time
                 return
             nonce = os.urandom(16).hex()
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.sendall(f"{nonce}\n".encode())
-            except OSError:  # reset already, as by a scan of ports: no host of this job
+            except OSError:  # reset already, for example by a port scan
                 sock.close()
                 continue
-            self._channels[Channel(sock, self.token, nonce)] = None
+            self._host_of[Channel(sock, self.token, nonce)] = None
 
-    def tell(self, wanted: dict) -> None:
-        for channel, host in list(self._channels.items()):
+    def send_target(self, target: dict[str, Any]) -> None:
+        """Sends to every host that has proved, by a signed report, that it has the token."""
+        for channel, host in list(self._host_of.items()):
             if host is not None:
                 try:
-                    channel.send(wanted, "down")
+                    channel.send(target, DOWN)
                 except OSError:
                     self._drop(channel)
 
-    def _drop(self, channel) -> None:
+    def _drop(self, channel: Channel) -> None:
         channel.close()
-        self._channels.pop(channel, None)
+        self._host_of.pop(channel, None)
 
     def close(self) -> None:
-        for channel in list(self._channels):
+        for channel in list(self._host_of):
             self._drop(channel)
         self._server.close()
 
 
-class Follower:
-    """The other hosts' side: connects again whenever the link is gone or says nothing."""
+class FollowerChannel:
+    """The other hosts' side: reconnects whenever the connection is gone or silent."""
 
     def __init__(self, address: str, port: int, token: str, silent_s: float = 5.0):
-        self.where, self.token, self._silent_s = (address, port), token, silent_s
-        self._channel, self._heard_at, self._try_at = None, 0.0, 0.0
+        self._leader, self._token, self._silent_s = (address, port), token, silent_s
+        self._channel: Channel | None = None
+        self._heard_at = self._try_at = 0.0
 
-    def exchange(self, report: dict) -> dict | None:
-        """Sends a report; the leader's newest wish, or None where nothing has come."""
+    def exchange(self, report: dict[str, Any]) -> dict[str, Any] | None:
+        """Sends a report; returns the leader's newest target, or None if none has come."""
         now = time.monotonic()
+        if self._channel is None and now >= self._try_at:
+            self._channel = self._connect()
         if self._channel is None:
-            if now < self._try_at or not self._connect():
-                return None
-        wishes = []
-        try:  # first what has come: a leader that ended may have left its last wish and a reset
-            wishes = self._channel.take("down")
-            self._channel.send(report, "up")
-        except (OSError, Refused, ValueError):
+            return None
+        targets = []
+        try:
+            # Receive first: a leader that has ended may have left its last target, but a send
+            # to it makes the kernel reset the connection and discard that.
+            targets = self._channel.receive(DOWN)
+            self._channel.send(report, UP)
+        except (OSError, InvalidMessage, ValueError):
             self.close()
-        if wishes:
+        if targets:
             self._heard_at = now
         elif now - self._heard_at > self._silent_s:
             self.close()
-        return wishes[-1] if wishes else None
+        return targets[-1] if targets else None
 
-    def _connect(self) -> bool:
+    def _connect(self) -> Channel | None:
         self._try_at = time.monotonic() + 1.0
         try:
-            sock = socket.create_connection(self.where, timeout=CONNECT_S)
+            sock = socket.create_connection(self._leader, timeout=CONNECT_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             nonce = b""
             while not nonce.endswith(b"\n"):
@@ -166,10 +188,9 @@ class Follower:
                     raise OSError("closed")
                 nonce += byte
         except OSError:
-            return False
-        self._channel = Channel(sock, self.token, nonce.decode().strip())
+            return None
         self._heard_at = time.monotonic()
-        return True
+        return Channel(sock, self._token, nonce.decode().strip())
 
     def close(self) -> None:
         if self._channel:
@@ -178,12 +199,12 @@ class Follower:
 
 
 def endpoint(address: str, port: int) -> str:
-    """`address:port`; an IPv6 address stands in brackets. Source: RFC 3986, 3.2.2."""
+    """Returns `address:port`, with an IPv6 address in brackets. Source: RFC 3986, 3.2.2."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def free_port(address: str) -> int:
-    """A port of this address that nothing listens on now."""
+    """Returns a port of this address on which nothing listens now."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))

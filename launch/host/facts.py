@@ -1,4 +1,4 @@
-"""What a host is, for the preflight table: read here, judged on the operator's machine."""
+"""Gathers the facts about a host that preflight judges on the operator's machine."""
 
 import contextlib
 import os
@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeVar
 
-from launch.host import interfaces as nics
-from launch.host import logout
+from launch.host.interfaces import addresses, interface_of
+from launch.host.logout import check_logout
 
+T = TypeVar("T")
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -32,14 +35,21 @@ SYSCTLS = {
     "tcp_rmem": "net/ipv4/tcp_rmem",
     "tcp_wmem": "net/ipv4/tcp_wmem",
 }
-PATIENCE_S = 20.0  # with what may hang in the kernel: a driver, a network file system
+PATIENCE_S = 20.0  # for calls that may hang in the kernel: a driver, a network file system
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 
 
-def gather_facts(root: Path, request: dict) -> dict:
-    """Facts as JSON. `request` holds address, port and, for the shared folder, nonce and shared."""
-    nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+def gather_facts(root: Path, request: Mapping) -> dict[str, Any]:
+    """Returns this host's facts, as JSON values.
+
+    Args:
+        root: the launcher's folder on this host.
+        request: holds address and port, and on the first host also the nonce that it must write
+            and the folder for it, `shared`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     gpus, gpus_error = _gpus()
+    address, port = request["address"], request["port"]
     return {
         "host": socket.gethostname(),
         "own_address": _resolve(socket.gethostname()),
@@ -49,104 +59,102 @@ def gather_facts(root: Path, request: dict) -> dict:
         "gpus": gpus,
         "gpus_error": gpus_error,
         "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": _memory(),
+        "memory_bytes": _available_memory(),
         "disk_free_bytes": shutil.disk_usage(root).free,
         "shm_bytes": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else 0,
-        "open_files": [nofile[0], nofile[1]],
+        "open_files": [soft, hard],
         "proxies": sorted(n for n in os.environ if n.lower() in PROXIES),
-        "local_disk": _local(root),
-        "logout": logout.look(),
+        "local_disk": _file_system(root),
+        "logout": check_logout(),
         "rsync": shutil.which("rsync") is not None,
-        "interfaces": nics.addresses(),
-        "interface": nics.holder(request["address"]),
-        "has_address": _has_address(request["address"]),
-        "port_free": request["port"] == 0 or _port_free(request["address"], request["port"]),
+        "interfaces": addresses(),
+        "interface": interface_of(address),
+        "has_address": _can_bind(address, 0),
+        "port_free": port == 0 or _can_bind(address, port),
         "sysctls": {name: _sysctl(path) for name, path in SYSCTLS.items()},
         "nonce_error": _write_nonce(request),
     }
 
 
-def _versions() -> dict:
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def in_time(function, *args):
-    """The function's value, or what it raises.
+def with_timeout(function: Callable[..., T], *args: Any) -> T:
+    """Returns the function's value, or raises what it raises.
 
     Raises:
-        TimeoutError: it hangs. It is left behind, not waited for: what sits in a driver or on a
-            network file system that is away may not even be killed.
+        TimeoutError: it took longer than PATIENCE_S. Its thread is abandoned: a process that hangs
+            in a driver or on a network file system often cannot even be killed.
     """
-    ended: queue.Queue = queue.Queue()
+    results: queue.Queue = queue.Queue()
 
-    def run():
+    def call_function():
         try:
-            ended.put((function(*args), None))
+            results.put((function(*args), None))
         except Exception as error:
-            ended.put((None, error))
+            results.put((None, error))
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=call_function, daemon=True).start()
     try:
-        value, error = ended.get(timeout=PATIENCE_S)
+        value, error = results.get(timeout=PATIENCE_S)
     except queue.Empty:
-        raise TimeoutError(f"no end within {PATIENCE_S:.0f} s") from None
+        raise TimeoutError(f"no answer within {PATIENCE_S:.0f} s") from None
     if error:
         raise error
     return value
 
 
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def _gpus() -> tuple[list[dict], str]:
-    """(GPUs, what is wrong), by nvidia-smi; none and "" where there is no nvidia-smi."""
+    """Asks nvidia-smi; returns (GPUs, error). Without nvidia-smi both are empty."""
     fields = "name,driver_version,memory.total,uuid"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        said = in_time(lambda: subprocess.run(command, **options))
+        done = with_timeout(lambda: subprocess.run(command, **options))
     except FileNotFoundError:
         return [], ""
     except OSError as error:
         return [], f"nvidia-smi: {error}"
-    if said.returncode:
-        lines = (said.stdout + said.stderr).strip().splitlines()
-        return [], f"nvidia-smi ended with {said.returncode}: {' '.join(lines[:2])}"
-    rows = [line.split(", ") for line in said.stdout.strip().splitlines()]
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        return [], f"nvidia-smi ended with {done.returncode}: {' '.join(lines[:2])}"
+    rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
     return [{"name": r[0], "driver": r[1], "memory_mib": int(float(r[2]))} for r in rows], ""
 
 
-def _memory() -> int:
-    """Bytes that a new program may take. Source: /proc/meminfo."""
+def _available_memory() -> int:
+    """Returns the bytes that a new program can take. Source: /proc/meminfo."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def _local(root: Path) -> str:
-    """The file system's type: status and locks want a local disk."""
-    best, kind = "", "unknown"
+def _file_system(folder: Path) -> str:
+    """Returns the type of the file system below a folder: that of its longest mount point."""
+    longest, kind = "", "unknown"
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, found = line.split()[:3]
-        if (str(root) + "/").startswith(where.rstrip("/") + "/") and len(where) >= len(best):
-            best, kind = where, found
+        _, mount_point, this_kind = line.split()[:3]
+        is_above = f"{folder}/".startswith(mount_point.rstrip("/") + "/")
+        if is_above and len(mount_point) >= len(longest):
+            longest, kind = mount_point, this_kind
     return kind
 
 
 def _resolve(name: str) -> str:
     try:
-        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
         return ""
 
 
-def _has_address(address: str) -> bool:
-    return _port_free(address, 0)
-
-
-def _port_free(address: str, port: int) -> bool:
+def _can_bind(address: str, port: int) -> bool:
+    """Returns whether a server could listen there; port 0 asks only about the address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,18 +172,23 @@ def _sysctl(path: str) -> str:
         return ""
 
 
-def _write_nonce(request: dict) -> str:
-    """The first host writes the nonce that all must read in the folder for checkpoints."""
+def nonce_path(request: Mapping) -> Path:
+    """Returns the file by which hosts find out whether they share a folder."""
+    return Path(os.path.expanduser(request["folder"])) / f".shared-{request['nonce']}"
+
+
+def _write_nonce(request: Mapping) -> str:
+    """Writes the nonce that all hosts must read in the shared folder; returns the error or ""."""
     if not (request.get("nonce") and request.get("shared")):
         return ""
-    folder = Path(os.path.expanduser(request["shared"]))
+    path = nonce_path({"folder": request["shared"], "nonce": request["nonce"]})
 
-    def write():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f".shared-{request['nonce']}").write_text(request["nonce"])
+    def write_nonce():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(request["nonce"])
 
     try:
-        in_time(write)
+        with_timeout(write_nonce)
     except OSError as error:
-        return f"{folder}: {error}"
+        return f"{path.parent}: {error}"
     return ""

@@ -1,12 +1,13 @@
-"""Files that are whole or not there; JSON ones for this user alone."""
+"""Atomic writes: a reader sees the old file or the new one, never a part."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replaces the file in one rename."""
+    """Replaces a file by one rename, after its content has reached the disk."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
         file.write(text)
@@ -15,13 +16,13 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     os.replace(draft, path)
 
 
-def write_json(path: Path, value) -> None:
-    """Replaces the file in one rename."""
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file by one rename. Only this user can read it."""
     write_text(path, json.dumps(value), 0o600)
 
 
-def read_json(path: Path) -> dict:
-    """The file's value; {} where there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file; {} if there is no file."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:

@@ -1,19 +1,24 @@
-"""The name of a tree of files: one hash over their paths, modes and contents."""
+"""Names code by its content: one hash over the paths, modes and contents of its files."""
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def hash_files(folder: Path, files) -> str:
-    """16 hex digits. files: paths relative to the folder, links hashed as their targets' names."""
-    whole = hashlib.sha256()
-    for name in sorted(files):
+def hash_files(folder: Path, names: Iterable[str]) -> str:
+    """Returns 16 hex digits.
+
+    Args:
+        names: paths relative to `folder`. Of a symbolic link the target's name is hashed.
+    """
+    total = hashlib.sha256()
+    for name in sorted(names):
         path = Path(folder) / name
         if path.is_symlink():
             kind, data = "l", os.readlink(path).encode()
         else:
             kind, data = "x" if os.access(path, os.X_OK) else "-", path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        whole.update(f"{kind} {digest} {name}\0".encode(errors="surrogateescape"))
-    return whole.hexdigest()[:16]
+        total.update(f"{kind} {digest} {name}\0".encode(errors="surrogateescape"))
+    return total.hexdigest()[:16]

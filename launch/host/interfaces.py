@@ -1,18 +1,19 @@
-"""Network interfaces of this host and their addresses, as the kernel says through libc."""
+"""Lists this host's network interfaces and their addresses, through libc's getifaddrs."""
 
 import ctypes
 import ipaddress
 import socket
 
-FAMILIES = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}  # of sockaddr: offset, size of an IP
+# In a sockaddr of this family: (offset of the IP, its size in bytes).
+IP_IN_SOCKADDR = {int(socket.AF_INET): (4, 4), int(socket.AF_INET6): (8, 16)}
 
 
-class _Entry(ctypes.Structure):
-    """The beginning of struct ifaddrs. Source: getifaddrs(3)."""
+class _Ifaddrs(ctypes.Structure):
+    """The first fields of struct ifaddrs. Source: getifaddrs(3)."""
 
 
-_Entry._fields_ = [
-    ("next", ctypes.POINTER(_Entry)),
+_Ifaddrs._fields_ = [
+    ("next", ctypes.POINTER(_Ifaddrs)),
     ("name", ctypes.c_char_p),
     ("flags", ctypes.c_uint),
     ("address", ctypes.c_void_p),
@@ -20,24 +21,29 @@ _Entry._fields_ = [
 
 
 def addresses() -> dict[str, list[str]]:
-    """{interface: its IPs}, also of one that has none. Raises OSError where libc does."""
-    libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Entry)()
+    """Returns {interface: its IPs}; an interface without an IP has an empty list.
+
+    Raises:
+        OSError: libc could not list them.
+    """
+    libc, first = ctypes.CDLL(None, use_errno=True), ctypes.POINTER(_Ifaddrs)()
     if libc.getifaddrs(ctypes.byref(first)):
         raise OSError(ctypes.get_errno(), "getifaddrs")
-    found, entry = {}, first
+    ips_of: dict[str, list[str]] = {}
+    entry = first
     while entry:
         name = entry.contents.name.decode().partition(":")[0]  # eth0:1 is a second IP of eth0
-        held, where = found.setdefault(name, []), entry.contents.address
-        family = ctypes.c_ushort.from_address(where).value if where else None
-        if family in FAMILIES:
-            offset, size = FAMILIES[family]
-            held.append(str(ipaddress.ip_address(ctypes.string_at(where + offset, size))))
+        ips, sockaddr = ips_of.setdefault(name, []), entry.contents.address
+        family = ctypes.c_ushort.from_address(sockaddr).value if sockaddr else -1
+        if family in IP_IN_SOCKADDR:
+            offset, size = IP_IN_SOCKADDR[family]
+            ips.append(str(ipaddress.ip_address(ctypes.string_at(sockaddr + offset, size))))
         entry = entry.contents.next
     libc.freeifaddrs(first)
-    return found
+    return ips_of
 
 
-def holder(address: str) -> str:
-    """The interface that holds an IP; "" where none does."""
+def interface_of(address: str) -> str:
+    """Returns the interface that has this IP; "" if none has."""
     wanted = str(ipaddress.ip_address(address))
-    return next((name for name, held in addresses().items() if wanted in held), "")
+    return next((name for name, ips in addresses().items() if wanted in ips), "")

@@ -1,6 +1,6 @@
-"""A log on local disk that is read by byte offset, in segments of which the oldest go.
+"""A log on local disk, read by byte offset and stored in segments; the oldest are deleted.
 
-A segment is named by the offset of its first byte, so an offset means one byte for ever.
+Each segment's file name is the offset of its first byte, so an offset always means the same byte.
 """
 
 import os
@@ -8,26 +8,25 @@ import zlib
 from pathlib import Path
 
 SEGMENT_BYTES = 64 << 20
-SEGMENTS = 8  # 512 MiB a host
-TAIL_BYTES = 4096  # by which a reader knows the log that it has read so far
+SEGMENTS = 8  # 512 MiB per host
+TAIL_BYTES = 4096  # compared on reconnection: does the log still end as the reader saw it?
 
 
 class Log:
-    """Appends whole lines. A disk that is full stops no job: what could not be kept is counted."""
+    """Appends whole lines. A full disk does not stop the job: lost bytes are counted instead."""
 
-    def __init__(self, folder, segment_bytes=SEGMENT_BYTES, segments=SEGMENTS):
+    def __init__(self, folder: Path, segment_bytes=SEGMENT_BYTES, segments=SEGMENTS):
         self.folder, self._segment_bytes, self._segments = Path(folder), segment_bytes, segments
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lost_bytes = 0
-        self._open(size(self.folder))
+        self._open_segment(size(self.folder))
 
-    def _open(self, offset: int):
+    def _open_segment(self, offset: int) -> None:
         self._start = self._end = offset
-        self._file = os.open(
-            self.folder / f"{offset:020d}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-        )
+        path = _segment(self.folder, offset)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for old in starts(self.folder)[: -self._segments]:
-            (self.folder / f"{old:020d}").unlink()
+            _segment(self.folder, old).unlink()
 
     def write(self, data: bytes) -> None:
         if self.lost_bytes:
@@ -40,82 +39,88 @@ class Log:
             self.lost_bytes += len(data)
         if self._end - self._start >= self._segment_bytes:
             os.close(self._file)
-            self._open(self._end)
-
-    def close(self) -> None:
-        os.close(self._file)
+            self._open_segment(self._end)
 
 
-class Lines:
-    """Cuts a stream at newlines, each line after its prefix; `\\r` redraws end a line too."""
+class LineSplitter:
+    """Cuts a stream into lines and puts a prefix before each."""
 
-    def __init__(self, prefix: bytes, limit: int = 1 << 16):
+    def __init__(self, prefix: bytes = b"", limit: int = 1 << 16):
         self._prefix, self._limit, self._rest = prefix, limit, b""
 
     def feed(self, data: bytes) -> bytes:
+        """Takes bytes of the stream; returns the lines that are complete now."""
         *lines, self._rest = (self._rest + data.replace(b"\r\n", b"\n")).split(b"\n")
-        if len(self._rest) > self._limit:  # a line without end must not fill memory
+        if len(self._rest) > self._limit:  # a line without an end must not fill memory
             lines, self._rest = [*lines, self._rest], b""
         return b"".join(self._prefix + line + b"\n" for line in lines)
 
     def flush(self) -> bytes:
+        """Returns the unfinished line, as a line."""
         return self.feed(b"\n") if self._rest else b""
 
 
-def starts(folder) -> list[int]:
+def _segment(folder: Path, start: int) -> Path:
+    return Path(folder) / f"{start:020d}"
+
+
+def starts(folder: Path) -> list[int]:
+    """Returns the offsets at which the stored segments begin, in order."""
     return sorted(int(path.name) for path in Path(folder).glob("[0-9]*"))
 
 
-def size(folder) -> int:
-    """Bytes ever written: the offset of the next one."""
-    held = starts(folder)
-    return held[-1] + (Path(folder) / f"{held[-1]:020d}").stat().st_size if held else 0
+def size(folder: Path) -> int:
+    """Returns the number of bytes ever written, which is the offset of the next one."""
+    segments = starts(folder)
+    return segments[-1] + _segment(folder, segments[-1]).stat().st_size if segments else 0
 
 
-def read(folder, offset: int, limit: int = 1 << 20) -> tuple[int, bytes]:
-    """(offset of the first byte given, bytes): later than asked where those are rotated away.
+def read(folder: Path, offset: int, limit: int = 1 << 20) -> tuple[int, bytes]:
+    """Returns (offset of the first byte, bytes). It is later than asked if those were deleted.
 
     Raises:
-        ValueError: the offset is past the end: this is not the log that it was counted on.
+        ValueError: the offset is past the end, so the caller counted it on another log.
     """
-    held = starts(folder)
+    segments = starts(folder)
     if offset > size(folder):
         raise ValueError(f"log offset must be at most {size(folder)}; got {offset}.")
-    offset = max(offset, held[0]) if held else offset
-    for start in reversed(held):
+    offset = max(offset, segments[0]) if segments else offset
+    for start in reversed(segments):
         if start <= offset:
-            with open(Path(folder) / f"{start:020d}", "rb") as file:
+            with open(_segment(folder, start), "rb") as file:
                 file.seek(offset - start)
                 data = file.read(limit)
-            if data or start == held[-1]:
+            if data or start == segments[-1]:
                 return offset, data
-            following = min(other for other in held if other > start)
-            return read(folder, following, limit)
+            return read(folder, min(other for other in segments if other > start), limit)
     return offset, b""
 
 
-def mark(data: bytes) -> list[int]:
-    """What `resume` knows bytes by: how many, and their CRC."""
+def checksum(data: bytes) -> list[int]:
+    """Returns [length, CRC], by which `resume` recognises the bytes that a reader has."""
     return [len(data), zlib.crc32(data)]
 
 
-def resume(folder, offset: int, tail) -> int:
-    """Where one goes on who has read up to `offset`, `tail` being the mark of what came last.
+def resume(folder: Path, offset: int, tail: list[int]) -> int:
+    """Returns the offset at which a reader who has read up to `offset` must go on.
 
-    That is the offset itself, unless the log ends before it or holds other bytes there: what was
-    not yet on disk is gone after a power loss. Each supervisor begins a segment, so the bytes
-    that were never read begin with the newest one that is not past the offset, or later.
+    This is `offset` itself, unless the log ends before it or holds other bytes there: a power loss
+    takes what had not reached the disk. A supervisor begins a new segment when it starts, so the
+    bytes that the reader lacks begin with the newest segment that is not past the offset, or later.
+
+    Args:
+        tail: the checksum of the last bytes before `offset` that the reader has.
     """
-    held, end = starts(folder), size(folder)
-    count, _ = tail
-    if offset <= end and (not held or offset - count < held[0]):
-        return offset  # what came before is rotated away
-    if offset <= end and mark(_between(folder, offset - count, offset)) == list(tail):
+    segments, end = starts(folder), size(folder)
+    length = tail[0]
+    if offset <= end and (not segments or offset - length < segments[0]):
+        return offset  # what came before is deleted, so there is nothing to compare
+    if offset <= end and checksum(_read_between(folder, offset - length, offset)) == list(tail):
         return offset
-    return max((start for start in held if start <= offset), default=0)
+    return max((start for start in segments if start <= offset), default=0)
 
 
-def _between(folder, offset: int, end: int) -> bytes:
+def _read_between(folder: Path, offset: int, end: int) -> bytes:
     data = b""
     while offset + len(data) < end:
         data += read(folder, offset + len(data), end - offset - len(data))[1]

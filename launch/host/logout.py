@@ -1,8 +1,9 @@
-"""Whether a job outlives the end of the connection that started it, where systemd-logind rules.
+"""Finds how to start a supervisor so that systemd-logind does not kill it at logout.
 
-With KillUserProcesses=yes a session's end takes all of its processes, however detached. A scope of
-the user's own manager is no part of the session; but that manager itself ends with the last
-session, unless the user lingers. Source: logind.conf(5), systemd-run(1).
+With KillUserProcesses=yes, logind kills every process of a session when the session ends, also a
+detached one. A scope of the user's own service manager is not part of the session; but that
+manager itself ends with the user's last session, unless lingering is enabled for the user.
+Source: logind.conf(5), systemd-run(1).
 """
 
 import getpass
@@ -20,24 +21,28 @@ CONFIGS = (
 PROPERTY = ["org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"]
 
 
-def decide(text: str, says: str, user: str, lingers: bool, can_scope: bool) -> str:
-    """How the supervisor must be started.
+def choose_start(settings: str, answer: str, user: str, lingers: bool, can_scope: bool) -> str:
+    """Returns how the supervisor must be started.
 
     Args:
-        text: logind's settings, later ones first in force; says: what logind itself answers for
-            KillUserProcesses ("b true"), "" where it cannot be asked.
-        can_scope: systemd-run is there, and the user's manager runs.
+        settings: the text of logind's configuration files; the last value of a key is in force.
+        answer: what the running logind answers for KillUserProcesses ("b true"); "" if it cannot
+            be asked. It takes precedence over the files, as logind has a compiled-in default.
+        lingers: lingering is enabled for the user.
+        can_scope: systemd-run is installed and the user's service manager runs.
 
     Returns:
-        STAYS (as any process), SCOPE (in one of its own), LINGER (after loginctl enable-linger) or
-        ENDS (it would be killed, and nothing that a user may do helps).
+        STAYS: start it as any process. SCOPE: start it in a scope of its own. LINGER: the user
+        must first run loginctl enable-linger. ENDS: it would be killed, and the user cannot
+        prevent it.
     """
-    pairs = [line.partition("=")[::2] for line in text.splitlines() if "=" in line]
-    settings = {name.strip().lower(): value.strip() for name, value in pairs}
-    kills = settings.get("killuserprocesses", "no").lower() in ("yes", "true", "on", "1")
-    kills = says == "b true" if says else kills
-    only = settings.get("killonlyusers", "").split()
-    spared = settings.get("killexcludeusers", "root").split()
+    pairs = [line.partition("=")[::2] for line in settings.splitlines() if "=" in line]
+    values = {name.strip().lower(): value.strip() for name, value in pairs}
+    kills = values.get("killuserprocesses", "no").lower() in ("yes", "true", "on", "1")
+    if answer:
+        kills = answer == "b true"
+    only = values.get("killonlyusers", "").split()
+    spared = values.get("killexcludeusers", "root").split()
     if not kills or user in spared or (only and user not in only):
         return STAYS
     if not lingers:
@@ -45,24 +50,24 @@ def decide(text: str, says: str, user: str, lingers: bool, can_scope: bool) -> s
     return SCOPE if can_scope else ENDS
 
 
-def look() -> str:
-    """`decide` for this host and user."""
-    if not Path("/run/systemd/system").exists():  # another init: no logind
+def check_logout() -> str:
+    """Returns choose_start's answer for this host and user."""
+    if not Path("/run/systemd/system").exists():  # another init, so there is no logind
         return STAYS
     paths = [Path(name) for name in CONFIGS]
     files = [file for p in paths for file in (sorted(p.glob("*.conf")) if p.is_dir() else [p])]
-    text = "\n".join(file.read_text() for file in files if file.is_file())
+    settings = "\n".join(file.read_text() for file in files if file.is_file())
     user = getpass.getuser()
     manager = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}", "systemd")
     can_scope = shutil.which("systemd-run") is not None and manager.exists()
     lingers = Path("/var/lib/systemd/linger", user).is_file()
-    return decide(text, _ask_logind(), user, lingers, can_scope)
+    return choose_start(settings, _ask_logind(), user, lingers, can_scope)
 
 
 def _ask_logind() -> str:
     argv = ["busctl", "get-property", *PROPERTY, "KillUserProcesses"]
     try:
-        asked = subprocess.run(argv, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""

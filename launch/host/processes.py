@@ -1,7 +1,7 @@
-"""Processes of a job, found by looking: in /proc, by ancestry and by the mark in their environment.
+"""Finds and ends all processes of a job, by their ancestry in /proc and a mark in the environment.
 
-A child that calls setsid or whose parent died is still a descendant of the supervisor, which is
-their subreaper; one that outlived its supervisor still carries JOB_MARK.
+A child that calls setsid, or whose parent died, is still a descendant of the supervisor, because
+the supervisor is its subreaper. A process that outlived its supervisor still carries JOB_MARK.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,15 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class Stat(NamedTuple):
-    state: str  # R, S, D, T (stopped), Z, ...
+    """Fields of /proc/PID/stat."""
+
+    state: str  # R, S, D, T (stopped), Z (zombie), ...
     parent: int
-    started: int  # clock ticks since boot: with the boot id, it tells a pid from its next owner
+    started: int  # clock ticks since boot; with the boot id, it tells a reused pid apart
 
 
 def read_stat(pid: int) -> Stat | None:
-    """A process's /proc/PID/stat, or None where it is gone. Source: proc(5)."""
+    """Returns a process's state, or None if it is gone. Source: proc(5)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -33,6 +36,7 @@ def read_stat(pid: int) -> Stat | None:
 
 
 def boot_id() -> str:
+    """Returns the id that the kernel draws at each boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -41,7 +45,7 @@ def pids() -> list[int]:
 
 
 def descendants(root: int) -> list[int]:
-    """Living processes below `root`; zombies hold nothing and do not count."""
+    """Returns the living processes below `root`. A zombie holds no resources and is left out."""
     stats = {pid: stat for pid in pids() if (stat := read_stat(pid))}
     below, grown = {root}, True
     while grown:
@@ -50,62 +54,79 @@ def descendants(root: int) -> list[int]:
     return sorted(pid for pid in below - {root} if stats[pid].state not in "ZX")
 
 
-def marked(job: str) -> list[int]:
-    """Living processes of this user whose environment names the job, this one excepted."""
-    mark, found = f"{JOB_MARK}={job}".encode(), []
+def marked(job_id: str) -> list[int]:
+    """Returns this user's living processes whose environment names the job, except this process."""
+    mark, found = f"{JOB_MARK}={job_id}".encode(), []
     for pid in pids():
         with contextlib.suppress(OSError):  # gone, or another user's
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(pid)
-    return [pid for pid in found if pid != os.getpid() and alive(pid)]
+    return [pid for pid in found if pid != os.getpid() and is_alive(pid)]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Returns whether a process exists and is not a zombie."""
     stat = read_stat(pid)
     return stat is not None and stat.state not in "ZX"
 
 
-def end_all(find, note=lambda ended: None, patience_s: float = 5.0) -> list[int]:
-    """SIGKILLs what `find` gives until it gives nothing; returns what is left (stuck in a driver).
+def kill_all(
+    find: Callable[[], list[int]],
+    on_exit: Callable[[dict[int, int]], None] = lambda exits: None,
+    patience_s: float = 5.0,
+) -> list[int]:
+    """Sends SIGKILL to every process that `find` returns, until it returns none.
 
-    It looks again after each round: a process may fork while it is being killed.
+    It asks `find` again after each round, because a process may fork while it is being killed.
 
     Args:
-        note: takes {pid: exit status} of the children that end meanwhile.
+        on_exit: called with {pid: exit status} of the children that have ended.
+
+    Returns:
+        The processes that are still alive after patience_s: they hang in the kernel.
     """
     deadline = time.monotonic() + patience_s
     while left := find():
         for pid in left:
-            send(pid, signal.SIGKILL)
-        note(reap())
+            send_signal(pid, signal.SIGKILL)
+        on_exit(reap())
         if time.monotonic() > deadline:
             return left
         time.sleep(0.02)
     return []
 
 
-def send(pid: int, number: int) -> None:
+def send_signal(pid: int, number: int) -> None:
+    """Sends a signal to a process, which may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def reap() -> dict[int, int]:
-    """{pid: exit status as shells have it} of children that have ended."""
-    ended = {}
+    """Returns {pid: exit status} of the children that have ended, and frees their entries."""
+    exits = {}
     with contextlib.suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            code = os.waitstatus_to_exitcode(found[1])
-            ended[found[0]] = 128 - code if code < 0 else code
-    return ended
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            exits[pid] = exit_status(status)
+    return exits
+
+
+def exit_status(wait_status: int) -> int:
+    """Converts the status that wait() returns to that of shells: 128 + N after signal N."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return 128 - code if code < 0 else code
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of its descendants whose own parent ends."""
+    """Makes this process the parent of every descendant whose own parent ends."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """This process gets the signal when its parent ends."""
+    """Makes the kernel send this process a signal when its parent ends."""
     _prctl(PR_SET_PDEATHSIG, number)
 
 

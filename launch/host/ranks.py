@@ -1,4 +1,4 @@
-"""The processes of one attempt on this host: started, read, watched and ended."""
+"""Runs the processes of one attempt on this host: starts them, logs their output, ends them."""
 
 import collections
 import json
@@ -7,54 +7,68 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from launch.host import processes as tree
-from launch.host.interfaces import holder
-from launch.host.log import Lines
+from launch.host import processes
+from launch.host.exit_codes import CANNOT_START
+from launch.host.interfaces import interface_of
+from launch.host.log import LineSplitter, Log
 
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")
 DECISIVE_LINES = 5
 
 
-class Rank:
-    """One process: its output goes to the log line by line, its last lines are kept.
+class RankProcess:
+    """One process of the job: its heartbeat, its exit status and its last lines of output.
 
     Args:
-        beats: the program is known to beat, so its start counts as the first one.
+        heartbeat: the file that the program replaces to show its progress.
+        prefix: put before each line of its output.
+        has_heartbeat: the program is known to write one, so its age counts from the start.
     """
 
-    def __init__(self, rank: int, process, beat: Path, prefix: bytes, beats=False):
-        self.rank, self.process, self.beat = rank, process, beat
-        self._began_at = time.time() if beats else None
-        self.code = None
-        self.ended_at = None
-        self._stopped_at = None
-        self._lines = Lines(prefix)
-        self.tail = collections.deque(maxlen=TAIL_LINES)
+    def __init__(
+        self,
+        rank: int,
+        process: subprocess.Popen,
+        heartbeat: Path,
+        prefix: bytes,
+        has_heartbeat: bool = False,
+    ):
+        self.rank, self.process, self._heartbeat = rank, process, heartbeat
+        self._started_at = time.time() if has_heartbeat else None
+        self.code: int | None = None
+        self.ended_at: float | None = None
+        self._stopped_at: float | None = None
+        self._lines = LineSplitter(prefix)
+        self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
 
-    def take(self, data: bytes) -> bytes:
-        whole = self._lines.feed(data) if data else self._lines.flush()
-        self.tail.extend(line.decode(errors="replace") for line in whole.splitlines())
-        return whole
+    def split_output(self, data: bytes) -> bytes:
+        """Takes output; b"" is its end. Returns the lines that are complete now."""
+        lines = self._lines.feed(data) if data else self._lines.flush()
+        self._tail.extend(line.decode(errors="replace") for line in lines.splitlines())
+        return lines
 
-    def read_beat(self) -> dict:
-        """What the program last said of itself: {"beats", "step", "phase", "time", "step_s"}."""
+    def _read_heartbeat(self) -> dict[str, Any]:
+        """Returns {"beats", "step", "phase", "time", "step_s"}; {} if there is none yet."""
         try:
-            return json.loads(self.beat.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):  # none yet, or between two writes
+            return json.loads(self._heartbeat.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
-    def report(self, now: float) -> dict:
-        beat, stat = self.read_beat(), tree.read_stat(self.process.pid)
-        alive_at = beat.get("time", self._began_at)
-        stopped = self.code is None and stat is not None and stat.state in "Tt"
-        self._stopped_at = (self._stopped_at or now) if stopped else None
+    def report(self, now: float) -> dict[str, Any]:
+        """Returns this process's part of the host's report."""
+        beat, stat = self._read_heartbeat(), processes.read_stat(self.process.pid)
+        alive_at = beat.get("time", self._started_at)
+        is_stopped = self.code is None and stat is not None and stat.state in "Tt"
+        self._stopped_at = (self._stopped_at or now) if is_stopped else None
         return {
             "rank": self.rank,
             "pid": self.process.pid,
-            "stopped_s": now - self._stopped_at if stopped else 0.0,
+            "stopped_s": now - self._stopped_at if self._stopped_at else 0.0,
             "code": self.code,
             "ended_at": self.ended_at,
             "beats": beat.get("beats"),
@@ -62,38 +76,45 @@ class Rank:
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
             "age_s": None if alive_at is None else round(now - alive_at, 1),
-            "lines": [] if self.code in (None, 0) else decisive(self.tail),
+            "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
 
 
-def decisive(tail) -> list[str]:
-    """The lines of an output that say why it ended; its last ones where none says so."""
+def decisive_lines(tail: Iterable[str]) -> list[str]:
+    """Returns the lines that name an error; if none does, the last ones."""
     lines = [line.strip()[:300] for line in tail if line.strip()]
-    telling = [line for line in lines if any(word in line for word in DECISIVE)]
-    return (telling or lines)[-DECISIVE_LINES:]
+    errors = [line for line in lines if any(word in line for word in DECISIVE)]
+    return (errors or lines)[-DECISIVE_LINES:]
 
 
-class Ranks:
-    """The attempt under way on this host, or none.
+class LocalRanks:
+    """The processes of the current attempt on this host; none before the first attempt.
 
     Args:
-        job: the job's specification; folder: its folder on this host; log: of this host.
+        job: the job's specification, see launch.job.Job.request.
+        folder: the job's folder on this host.
+        log: this host's log of the job.
     """
 
-    def __init__(self, job: dict, folder: Path, log):
+    def __init__(self, job: Mapping[str, Any], folder: Path, log: Log):
         self.job, self.folder, self.log = job, folder, log
-        self.attempt, self.ranks, self._sent = 0, [], set()
+        self.attempt, self.ranks = 0, []
+        self._sent_signals: set[int] = set()
         self._selector = selectors.DefaultSelector()
 
-    def start(self, attempt: int, world: dict) -> None:
-        """Starts this host's processes of an attempt. A command that cannot start has code 127."""
-        self.attempt, self.ranks, self._sent = attempt, [], set()
-        per_host, place = self.job["ranks_per_host"], world["members"].index(self.job["me"])
+    def start(self, attempt: int, world: Mapping[str, Any]) -> None:
+        """Starts this host's processes of an attempt.
+
+        Args:
+            world: {"members": indices of the hosts that take part, "coordinator": address:port}.
+        """
+        self.attempt, self.ranks, self._sent_signals = attempt, [], set()
+        per_host, position = self.job["ranks_per_host"], world["members"].index(self.job["me"])
         for local in range(per_host):
-            rank = place * per_host + local
-            beat = self.folder / f"beat.{local}"
-            beat.unlink(missing_ok=True)
-            env = self._environment(world, rank, local, len(world["members"]) * per_host, beat)
+            rank = position * per_host + local
+            heartbeat = self.folder / f"beat.{local}"
+            heartbeat.unlink(missing_ok=True)
+            env = self._environment(world, rank, local, heartbeat)
             prefix = b"" if per_host == 1 else b"[%d] " % rank
             try:
                 process = subprocess.Popen(
@@ -103,102 +124,103 @@ class Ranks:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=tree.die_with_parent,
+                    start_new_session=True,  # a signal to the supervisor's group is not for it
+                    preexec_fn=processes.die_with_parent,  # no orphan outlives the supervisor
                 )
             except OSError as error:
                 self.log.write(b"launch: cannot start: %s\n" % str(error).encode())
-                process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"])
-            made = Rank(rank, process, beat, prefix, self.job.get("beats", False))
-            self.ranks.append(made)
+                failing = f"raise SystemExit({CANNOT_START})"
+                process = subprocess.Popen([sys.executable, "-c", failing])
+            beats = self.job.get("beats", False)
+            started = RankProcess(rank, process, heartbeat, prefix, beats)
+            self.ranks.append(started)
             if process.stdout:
                 os.set_blocking(process.stdout.fileno(), False)
-                self._selector.register(process.stdout, selectors.EVENT_READ, made)
+                self._selector.register(process.stdout, selectors.EVENT_READ, started)
 
-    def _devices(self, env: dict, local: int) -> dict:
-        """Which GPUs a process takes, and that it takes no CPU in their place.
+    def _device_variables(self, env: Mapping[str, str], local: int) -> dict[str, str]:
+        """Returns the variables that choose a process's GPUs.
 
-        JAX falls back to the CPU where CUDA fails, unless its platforms are named. The first is
-        the one that it computes on; host callbacks want the second.
+        JAX falls back to the CPU without an error if CUDA fails, unless its platforms are named.
+        It computes on the first platform; host callbacks need the second.
         """
         if not self.job["gpus"]:
             return {}
-        per_host, devices = self.job["ranks_per_host"], {}
+        per_host, variables = self.job["ranks_per_host"], {}
         if "JAX_PLATFORMS" not in env:
-            devices = {"JAX_PLATFORMS": "cuda,cpu"}
-            if "CUDA_VISIBLE_DEVICES" not in env:  # else the user has chosen among them
-                devices["JAXTRAIN_LOCAL_DEVICES"] = str(self.job["gpus"] // per_host)
-        return devices | ({"JAX_LOCAL_DEVICE_IDS": str(local)} if per_host > 1 else {})
+            variables["JAX_PLATFORMS"] = "cuda,cpu"
+            if "CUDA_VISIBLE_DEVICES" not in env:  # else the user has chosen among the GPUs
+                variables["JAXTRAIN_LOCAL_DEVICES"] = str(self.job["gpus"] // per_host)
+        if per_host > 1:
+            variables["JAX_LOCAL_DEVICE_IDS"] = str(local)
+        return variables
 
-    def _network(self) -> dict:
-        """What NCCL keeps to, and what is counted, where nothing else is said: the interface of
-        the training address. A host alone has no training network."""
+    def _network_variables(self) -> dict[str, str]:
+        """Returns the defaults that bind NCCL and the byte counters to the training interface.
+
+        A single host has no training network.
+        """
         hosts, me = self.job["hosts"], self.job["me"]
-        name = holder(hosts[me]["address"]) if len(hosts) > 1 else ""
+        name = interface_of(hosts[me]["address"]) if len(hosts) > 1 else ""
+        # "=" makes NCCL match the whole name, not a prefix of it.
         return {"JAXTRAIN_INTERFACE": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
 
-    def _environment(self, world, rank, local, processes, beat) -> dict:
-        env = self._network() | os.environ | self.job["env"]
-        return (
-            env
-            | self._devices(env, local)
-            | {
-                tree.JOB_MARK: self.job["id"],
-                "JAXTRAIN_BEAT": str(beat),
-                "JAXTRAIN_PLANNED_PROCESSES": str(
-                    len(self.job["hosts"]) * self.job["ranks_per_host"]
-                ),
-                "JAX_COORDINATOR_ADDRESS": world["coordinator"],
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(rank),
-                "PYTHONUNBUFFERED": "1",
-            }
-        )
+    def _environment(self, world, rank: int, local: int, heartbeat: Path) -> dict[str, str]:
+        per_host = self.job["ranks_per_host"]
+        env = self._network_variables() | os.environ | self.job["env"]
+        env |= self._device_variables(env, local)
+        return env | {
+            processes.JOB_MARK: self.job["id"],
+            "JAXTRAIN_BEAT": str(heartbeat),
+            "JAXTRAIN_PLANNED_PROCESSES": str(len(self.job["hosts"]) * per_host),
+            "JAX_COORDINATOR_ADDRESS": world["coordinator"],
+            "JAX_NUM_PROCESSES": str(len(world["members"]) * per_host),
+            "JAX_PROCESS_ID": str(rank),
+            "PYTHONUNBUFFERED": "1",
+        }
 
-    def turn(self, wait_s: float) -> None:
-        """Moves output to the log for at most wait_s, then notes who has ended."""
+    def poll(self, wait_s: float) -> None:
+        """Moves output to the log for at most wait_s, then records which processes have ended."""
         if self._selector.get_map():
             for key, _ in self._selector.select(wait_s):
                 self._drain(key.fileobj, key.data)
         else:
             time.sleep(wait_s)
-        self._note(tree.reap())  # adopted orphans too, else they would stay as zombies
+        self._record_exits(processes.reap())  # adopted orphans too, or they would stay zombies
 
-    def _note(self, ended: dict) -> None:
+    def _record_exits(self, exits: Mapping[int, int]) -> None:
         for rank in self.ranks:
-            if rank.code is None and rank.process.pid in ended:
-                rank.code = rank.process.returncode = ended[rank.process.pid]
+            if rank.code is None and rank.process.pid in exits:
+                rank.code = rank.process.returncode = exits[rank.process.pid]
                 rank.ended_at = time.time()
                 if rank.process.stdout:
                     self._drain(rank.process.stdout, rank)
 
-    def _drain(self, pipe, rank) -> None:
+    def _drain(self, pipe, rank: RankProcess) -> None:
+        """Logs what a pipe holds now, and closes it at its end."""
         while True:
             try:
                 data = os.read(pipe.fileno(), 1 << 16)
-            except (BlockingIOError, ValueError):
+            except (BlockingIOError, ValueError):  # empty, or closed already
                 return
-            self.log.write(rank.take(data))
+            self.log.write(rank.split_output(data))
             if not data:
                 self._selector.unregister(pipe)
                 pipe.close()
                 return
 
     def signal_once(self, number: int) -> None:
-        """Sends a signal to each process of the attempt, the first time that it is asked."""
-        if number not in self._sent:
-            self._sent.add(number)
+        """Sends a signal to each process, once per attempt however often it is asked for."""
+        if number not in self._sent_signals:
+            self._sent_signals.add(number)
             for rank in self.ranks:
                 if rank.code is None:
-                    tree.send(rank.process.pid, number)
+                    processes.send_signal(rank.process.pid, number)
 
-    def over(self) -> bool:
-        return all(rank.code is not None for rank in self.ranks)
+    def living(self) -> list[int]:
+        """Returns the job's living processes: this one's descendants, or any with its mark."""
+        return processes.descendants(os.getpid()) or processes.marked(self.job["id"])
 
-    def left(self) -> list[int]:
-        """Processes of this job that live: this one's descendants, and any with its mark."""
-        return tree.descendants(os.getpid()) or tree.marked(self.job["id"])
-
-    def end(self) -> list[int]:
-        """Kills all that lives of the job; returns what would not die."""
-        return tree.end_all(self.left, self._note)
+    def kill(self) -> list[int]:
+        """Kills every process of the job; returns those that cannot be killed."""
+        return processes.kill_all(self.living, self._record_exits)

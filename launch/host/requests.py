@@ -1,4 +1,4 @@
-"""What the operator may ask of a host: a request on standard input, answers on standard output."""
+"""Answers the operator's requests: one comes on standard input, answers go to standard output."""
 
 import contextlib
 import fcntl
@@ -9,12 +9,13 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from launch.host import log
-from launch.host import processes as tree
-from launch.host.agent import measure
-from launch.host.environment import build_environment, glance
+from launch.host import log, processes
+from launch.host.agent import serve_orders
+from launch.host.environment import build_environment, summarize_data
 from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
@@ -22,26 +23,29 @@ from launch.host.hashing import hash_files
 from launch.host.run_files import WORKDIR, read_changes, run_directory
 from launch.host.supervise import KEEPER, start_detached
 
-SILENT_S = 2.0  # between the signs of life of a stream that has nothing to say
-STALE_S = 86_400.0  # of code that began to come: nobody sends it any more
+Request = dict[str, Any]
+STATUS_S = 2.0  # between the status frames of a stream
+LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
+STALE_S = 86_400.0  # age at which code that arrived in part is deleted
 JOBS_KEPT = 50  # folders of ended jobs, per host
 
 
-def root_of(request) -> Path:
-    """The launcher's folder on this host: of this user alone."""
+def root_of(request: Request) -> Path:
+    """Returns the launcher's folder on this host. Only this user can read it."""
     root = Path(os.path.expanduser(request["workdir"])).absolute()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     return root
 
 
-def job_folder(request) -> Path:
+def job_folder(request: Request) -> Path:
+    """Returns the folder of the request's job on this host."""
     return root_of(request) / "jobs" / request["job"]
 
 
-def start(request) -> dict:
-    """Starts a job's supervisor; a second request for the same job changes nothing.
+def start(request: Request) -> dict[str, bool]:
+    """Starts a job's supervisor. A second request for the same job changes nothing.
 
-    With `again` it is one of a job that this host has had: it begins none.
+    A request with `again` only restarts the supervisor of a job that this host already has.
     """
     folder = job_folder(request)
     if request.get("again") and not (folder / "job.json").exists():
@@ -49,13 +53,13 @@ def start(request) -> dict:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_kept(folder) or (read_json(folder / "status.json").get("outcome")):
+        if has_supervisor(folder) or read_json(folder / "status.json").get("outcome"):
             return {"started": False}
         spec = request["spec"]
-        spec |= {"cwd": os.path.expanduser(spec["cwd"])}
-        refuse_second(folder, spec)
+        spec["cwd"] = os.path.expanduser(spec["cwd"])
+        refuse_second_writer(folder, spec)
         if not (folder / "job.json").exists():
-            (folder / "lease").touch()  # once: a job that was detached has none for good
+            (folder / "lease").touch()  # only the first time: a detached job must not get it back
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
         write_json(folder / "job.json", spec)
         prune(folder.parent)
@@ -64,39 +68,41 @@ def start(request) -> dict:
         while not is_running(folder) and time.monotonic() < deadline:
             time.sleep(0.02)
     if not is_running(folder):
-        why = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"the supervisor did not start: {' '.join(why) or 'no reason given'}")
+        error = (folder / "supervisor.err").read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"the supervisor did not start: {' '.join(error) or 'no reason given'}")
     return {"started": True}
 
 
-def refuse_second(folder: Path, spec: dict) -> None:
-    """Raises RuntimeError where another job that lives on this host writes to the same run."""
-    where = run_directory(spec)
-    for other in folder.parent.iterdir() if where else ():
-        if other != folder and is_kept(other):
-            if run_directory(read_json(other / "job.json")) == where:
-                what = f"job {other.name} lives and writes to {where}"
-                raise RuntimeError(f"{what}. Stop it, or set another {WORKDIR}")
+def refuse_second_writer(folder: Path, spec: Request) -> None:
+    """Raises RuntimeError if another job runs on this host and writes to the same run directory."""
+    workdir = run_directory(spec)
+    if not workdir:
+        return
+    for other in folder.parent.iterdir():
+        if other != folder and has_supervisor(other):
+            if run_directory(read_json(other / "job.json")) == workdir:
+                problem = f"job {other.name} is running and writes to {workdir}"
+                raise RuntimeError(f"{problem}. Stop it, or set another {WORKDIR}")
 
 
 def prune(jobs: Path) -> None:
-    """Removes the oldest folders of ended jobs."""
+    """Deletes the oldest folders of ended jobs."""
     ended = [path for path in jobs.iterdir() if read_json(path / "status.json").get("outcome")]
     for path in sorted(ended, key=lambda path: path.stat().st_mtime)[:-JOBS_KEPT]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def is_running(folder: Path) -> bool:
-    """Whether the supervisor that wrote the status lives: same boot, same start, same pid."""
+    """Returns whether the worker that wrote the status lives: same boot, same pid, same start."""
     status = read_json(folder / "status.json")
-    if status.get("boot") != tree.boot_id():
+    if status.get("boot") != processes.boot_id():
         return False
-    stat = tree.read_stat(status["pid"])
+    stat = processes.read_stat(status["pid"])
     return stat is not None and stat.started == status["started"] and stat.state not in "ZX"
 
 
-def is_kept(folder: Path) -> bool:
-    """Whether there is a supervisor, be it between two lives of its worker."""
+def has_supervisor(folder: Path) -> bool:
+    """Returns whether a supervisor lives, perhaps between two lives of its worker."""
     with contextlib.suppress(FileNotFoundError), open(folder / KEEPER) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -105,110 +111,113 @@ def is_kept(folder: Path) -> bool:
     return is_running(folder)
 
 
-def status(request) -> dict:
-    """The job's status; `alive` is looked at now, as is what lives of the job."""
+def status(request: Request) -> dict[str, Any]:
+    """Returns the job's status, with what is true now: its supervisor and its living processes."""
     folder = job_folder(request)
     if not (folder / "job.json").exists():
-        return {"known": False, "processes": tree.marked(request["job"])}
-    found = read_json(folder / "status.json")
-    return found | {
+        return {"known": False, "processes": processes.marked(request["job"])}
+    return read_json(folder / "status.json") | {
         "known": True,
-        "alive": is_kept(folder),
-        "processes": tree.marked(request["job"]),
+        "alive": has_supervisor(folder),
+        "processes": processes.marked(request["job"]),
         "log_bytes": log.size(folder / "log"),
     }
 
 
-def stop(request) -> dict:
-    """Asks the job to stop; without a supervisor, ends what is left of it here."""
+def stop(request: Request) -> dict[str, Any]:
+    """Asks the supervisor to stop the job. With `kill`, or without a supervisor, kills all here."""
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
-    if is_kept(folder) and not request.get("kill"):
+    if has_supervisor(folder) and not request.get("kill"):
         (folder / "stop").write_text(request["why"])
         return {"known": True, "left": []}
-    found = read_json(folder / "status.json")
-    supervisor = [found["pid"]] if is_running(folder) else []
-    keepers = [stat.parent for pid in supervisor if (stat := tree.read_stat(pid))]
-    find = lambda: [p for p in keepers + supervisor if tree.alive(p)] or tree.marked(request["job"])
-    left = tree.end_all(find)
-    found = read_json(folder / "status.json")
-    if not found.get("outcome"):  # else a request to start it again would
+    workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
+    keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]
+
+    def living():  # the keeper and its worker first, or they would restart the rest
+        supervisor = [pid for pid in keepers + workers if processes.is_alive(pid)]
+        return supervisor or processes.marked(request["job"])
+
+    left = processes.kill_all(living)
+    stored = read_json(folder / "status.json")
+    if not stored.get("outcome"):  # without one, a later request could start the job
         outcome = {"code": STOPPED, "why": request["why"]}
-        write_json(folder / "status.json", found | {"outcome": outcome})
+        write_json(folder / "status.json", stored | {"outcome": outcome})
     return {"known": True, "left": left}
 
 
-def detach(request) -> dict:
-    """Frees a job of its lease: it goes on without an operator."""
+def detach(request: Request) -> dict:
+    """Removes the job's lease, so that it goes on without an operator."""
     (job_folder(request) / "lease").unlink(missing_ok=True)
     return {}
 
 
-def follow(request) -> None:
-    """The log from `offset` on, as frames `{"at": offset, "bytes": n}` and then the bytes.
+def follow(request: Request) -> None:
+    """Sends the log from `offset` on, as frames {"at": offset, "bytes": n}, each with its bytes.
 
-    It begins earlier where `tail` is not the mark of what is before the offset, see log.resume.
-    A frame without bytes carries the status. Each line that the operator sends renews the lease;
-    the stream ends with the job, or when nothing was sent for a while.
+    It begins earlier if `tail` does not match what is before the offset, see log.resume. A frame
+    without bytes carries the status. Each line from the operator renews the job's lease. The stream
+    ends with the job, with the connection, or when the operator has sent nothing for LEASE_S.
     """
     folder = job_folder(request)
     offset = log.resume(folder / "log", request["offset"], request["tail"])
-    said, heard = 0.0, time.monotonic()
+    status_at, heard_at = 0.0, time.monotonic()
     while True:
-        at, data = log.read(folder / "log", offset)
+        start, data = log.read(folder / "log", offset)
         if data:
-            frame({"at": at, "bytes": len(data)}, data)
-            offset = at + len(data)
-        now, alive = time.monotonic(), is_kept(folder)
-        found = read_json(folder / "status.json")
-        if now - said > SILENT_S or not alive:
-            said = now
+            send_frame({"at": start, "bytes": len(data)}, data)
+            offset = start + len(data)
+        now, alive = time.monotonic(), has_supervisor(folder)
+        stored = read_json(folder / "status.json")
+        if now - status_at > STATUS_S or not alive:
+            status_at = now
             known = (folder / "job.json").exists()
-            frame({"status": found, "alive": alive, "known": known})
+            send_frame({"status": stored, "alive": alive, "known": known})
         if not data and not alive and log.size(folder / "log") <= offset:
             return
         if select.select([0], [], [], 0.0 if data else 0.1)[0]:
             if not os.read(0, 4096):
                 return
-            heard = now
-            with contextlib.suppress(FileNotFoundError):  # the job was detached: it needs none
+            heard_at = now
+            with contextlib.suppress(FileNotFoundError):  # a detached job has no lease
                 os.utime(folder / "lease")
-        if now - heard > 15:
+        if now - heard_at > LEASE_S:
             return
 
 
-def frame(head: dict, data: bytes = b"") -> None:
-    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + data)
+def send_frame(header: dict, data: bytes = b"") -> None:
+    """Writes a JSON line to standard output, and bytes after it."""
+    sys.stdout.buffer.write(json.dumps(header).encode() + b"\n" + data)
     sys.stdout.buffer.flush()
 
 
-def pull(request) -> dict:
-    """What is new in the job's run directory; a relative one begins where the job runs."""
-    cwd = read_json(job_folder(request) / "job.json").get("cwd", "")
-    folder = Path(cwd, os.path.expanduser(request["folder"]))
-    return read_changes(folder, request["have"], request["skip"])
+def pull(request: Request) -> dict[str, Any]:
+    """Sends what is new in the job's run directory; `over` says whether the job had ended before.
 
-
-def over(request) -> dict:
-    """Whether the job has ended, so that all it wrote is there."""
+    It is looked up first: if it is true, the files are complete. A relative run directory begins
+    in the folder in which the job runs.
+    """
     folder = job_folder(request)
     ended = bool(read_json(folder / "status.json").get("outcome"))
-    return {"over": ended and not is_kept(folder)}
+    over = ended and not has_supervisor(folder)
+    cwd = read_json(folder / "job.json").get("cwd", "")
+    workdir = Path(cwd, os.path.expanduser(request["folder"]))
+    return {"over": over} | read_changes(workdir, request["have"], request["skip"])
 
 
-def facts(request) -> None:
-    """Facts of this host; then it measures what it is told to, see net.measure."""
-    measure(request, frame, gather_facts(root_of(request), request))
+def facts(request: Request) -> None:
+    """Sends this host's facts, then serves orders, see launch.host.agent."""
+    serve_orders(request, send_frame, gather_facts(root_of(request), request))
 
 
-def net(request) -> None:
-    """Measures the network to the other hosts; see net.measure."""
-    measure(request, frame, {})
+def net(request: Request) -> None:
+    """Serves orders, see launch.host.agent."""
+    serve_orders(request, send_frame, {})
 
 
-def land(request) -> dict:
-    """Gives code that has arrived whole its name; `missing` says whether it must be sent."""
+def land(request: Request) -> dict[str, Any]:
+    """Moves complete code to the folder that its hash names; `missing` asks for it to be sent."""
     folder = root_of(request) / "code" / request["hash"]
     draft = folder.with_name(f".{request['hash']}.{request['by']}")
     if folder.exists():
@@ -217,19 +226,19 @@ def land(request) -> dict:
         return {"missing": False, "folder": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in folder.parent.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # whole now, and renamed
-            if time.time() - path.stat().st_ctime > STALE_S:  # mtime may be what was sent
+        with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
+            if time.time() - path.stat().st_ctime > STALE_S:  # rsync may have set its mtime
                 shutil.rmtree(path, ignore_errors=True)
     if not draft.exists():
         draft.mkdir(mode=0o700)
         return {"missing": True, "folder": str(draft)}
-    found = hash_files(draft, request["files"])
-    if found != request["hash"]:
+    arrived_hash = hash_files(draft, request["files"])
+    if arrived_hash != request["hash"]:
         raise RuntimeError(
-            f"the code that arrived hashes to {found}, not to {request['hash']}: "
+            f"the code that arrived hashes to {arrived_hash}, not to {request['hash']}: "
             "a file was edited while it was sent. Start again"
         )
-    runs = root_of(request) / "runs"  # a relative --config.workdir outlives this code
+    runs = root_of(request) / "runs"  # so that a relative --config.workdir outlives this code
     runs.mkdir(exist_ok=True)
     if not (draft / "runs").exists():
         os.symlink(runs, draft / "runs")
@@ -237,46 +246,50 @@ def land(request) -> dict:
     return {"missing": False, "folder": str(folder)}
 
 
-def held(function):
-    """The function, ended with all its processes when the operator's end of the line is gone."""
+def tied_to_connection(function: Callable[[Request], dict]) -> Callable[[Request], dict]:
+    """Returns a function that is killed, with its processes, when the operator's side is gone.
 
-    def watch():
+    sshd does not end a command that has no terminal when its connection breaks; but standard input
+    reaches its end.
+    """
+
+    def kill_at_end_of_input():
         while os.read(0, 4096):
             pass
-        tree.end_all(lambda: tree.descendants(os.getpid()))
+        processes.kill_all(lambda: processes.descendants(os.getpid()))
         os._exit(1)
 
-    def run(request):
-        threading.Thread(target=watch, daemon=True).start()
+    def call(request: Request) -> dict:
+        threading.Thread(target=kill_at_end_of_input, daemon=True).start()
         return function(request)
 
-    return run
+    return call
 
 
-OPS = {
+REQUESTS: dict[str, Callable[[Request], dict | None]] = {
     "start": start,
     "status": status,
     "stop": stop,
     "detach": detach,
-    "pull": lambda request: over(request) | pull(request),  # in this order
+    "pull": pull,
     "follow": follow,
     "facts": facts,
     "net": net,
     "land": land,
-    "build": held(lambda request: build_environment(root_of(request), request)),
-    "glance": held(glance),
+    "build": tied_to_connection(lambda request: build_environment(root_of(request), request)),
+    "glance": tied_to_connection(summarize_data),
 }
 
 
-def main(request: dict) -> int:
-    """Answers one request. What fails is an answer too: {"error": text}."""
+def main(request: Request) -> int:
+    """Answers one request with {"ok": value} or {"error": text}."""
     os.umask(0o077)
     try:
-        answer = OPS[request["op"]](request)
+        answer = REQUESTS[request["op"]](request)
         if answer is not None:
-            frame({"ok": answer})
+            send_frame({"ok": answer})
     except BrokenPipeError:
         return 0
     except Exception as error:
-        frame({"error": f"{type(error).__name__}: {error}"})
+        send_frame({"error": f"{type(error).__name__}: {error}"})
     return 0

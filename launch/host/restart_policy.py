@@ -1,218 +1,244 @@
-"""What a job does next, decided in one place: the supervisor of the first host.
+"""Decides what a job does next. Only the first host's supervisor, the leader, does this.
 
-Pure: reports go in with the time, wishes come out. Every wish is a state that hosts bring about,
-so one that is lost or comes twice does no harm.
+It is pure: reports and the time go in, a target state comes out. Hosts bring the target about, so
+one that is lost or arrives twice does no harm.
 """
 
 import dataclasses
 import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from launch.host.exit_codes import PREEMPTED, STOPPED
+from launch.host.exit_codes import PREEMPTED, STOPPED, UNREACHABLE
 from launch.host.root_cause import SURE, Cause, find_cause
 
-NOW = "now"  # the reason of a stop that does not wait for a save, whatever was asked before
+NOW = "now"  # the reason for a stop that does not wait for a save; it overrides earlier stops
 PHASE_LIMIT_S = {"train": None, "save": 600.0, "eval": 1800.0}  # None: Policy.stall_s
-SETTLE_S = 1.5  # for the evidence of the other hosts
+SETTLE_S = 1.5  # for the evidence of the other hosts to arrive
 DUMP_S = 2.0  # for stacks to reach the log
+MAX_PAUSE_S = 300.0  # before a restart
+Report = dict[str, Any]  # what launch.host.supervise.Supervisor.report returns
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When a job gives up, waits or starts again. Times in seconds."""
+    """When a job gives up, waits or restarts. Times are in seconds."""
 
     restarts: int = 3  # attempts after the first
-    backoff_s: float = 2.0  # before the first restart; doubles up to 5 minutes
-    on_loss: str = "wait"  # a host that stays away: wait for it, go on with "fewer", or "stop"
+    backoff_s: float = 2.0  # before the first restart; doubles up to MAX_PAUSE_S
+    on_loss: str = "wait"  # for a host that stays away: "wait" for it, go on with "fewer", "stop"
     wait_s: float = 3600.0  # how long to wait for hosts, and for the leader
-    stall_s: float = 20.0  # without a step, and 5 times the usual step
-    start_s: float = 1800.0  # from start to the first step
-    lost_s: float = 12.0  # of silence, until a host counts as lost
-    grace_s: float = 120.0  # from SIGTERM to SIGKILL: a save fits in
-    lease_s: float = 0.0  # the job ends when no operator is attached for this long; 0: detached
+    stall_s: float = 20.0  # without a step; at least 5 times the usual step
+    start_s: float = 1800.0  # from the start to the first step
+    lost_s: float = 12.0  # of silence until a host counts as lost
+    grace_s: float = 120.0  # from SIGTERM to SIGKILL; a save must fit in
+    lease_s: float = 0.0  # the job ends if no operator is attached for this long; 0: detached
 
 
-class Leader:
-    """One job's course: gather -> run -> (settle -> kill -> pause -> gather)* -> end.
+class JobController:
+    """The state machine of a job: gather -> run -> (settle or dump -> gather -> run)* -> end.
+
+    gather: wait until every host is present and runs nothing of the job. run: watch the ranks.
+    settle: something failed; wait for surer evidence. dump: a rank is stuck; let all write their
+    stacks. end: the outcome is known.
 
     Args:
-        names: of the hosts, by index; 0 is the leader's own.
-        new_coordinator: gives `address:port` for an attempt, never the port of the last.
-        say: takes a line for the log.
+        names: of the hosts, by index; 0 is the leader's own host.
+        new_coordinator: returns the `address:port` of a new attempt's JAX coordinator. Each
+            attempt needs a new port, as processes of the last one may still connect to the old.
+        log: takes a text for the job's log.
+        attempt: the last one that this job has made; 0 for a new job.
+        now: the time, in seconds of a monotonic clock.
     """
 
-    def __init__(self, policy: Policy, names, new_coordinator, say, attempt=0, now=0.0):
+    def __init__(
+        self,
+        policy: Policy,
+        names: Sequence[str],
+        new_coordinator: Callable[[], str],
+        log: Callable[[str], None],
+        attempt: int = 0,
+        now: float = 0.0,
+    ):
         self.policy, self.names, self._new_coordinator = policy, names, new_coordinator
-        self._say = say
-        self.reports: dict[int, dict] = {}
-        self._heard_at: dict[int, float] = dict.fromkeys(range(len(names)), now)
+        self._log = log
+        self.reports: dict[int, Report] = {}
+        self._heard_at = dict.fromkeys(range(len(names)), now)
         self.attempt, self.restarts = attempt + 1, attempt
         self.state, self._since, self._not_before = "gather", now, now
-        self.world: dict = {}
-        self.cause: Cause | None = None
-        self.outcome: dict | None = None
-        self._stop: str | None = None
+        self.world: dict[str, Any] = {}
+        self.outcome: dict[str, Any] | None = None
+        self._cause: Cause | None = None  # in the states settle and dump
+        self._stop: str | None = None  # why the job is to stop
         self._stop_at = 0.0
         self._failures: set[tuple] = set()
 
-    def hear(self, report: dict, now: float) -> None:
+    def take_report(self, report: Report, now: float) -> None:
+        """Takes a host's report, and the operator's request to stop if the report carries one."""
         self.reports[report["host"]] = report
         self._heard_at[report["host"]] = now
         stop = report.get("stop")
         if stop and (not self._stop or (stop == NOW and self._stop != NOW)):
-            self._ask_stop(stop, now)
+            self._begin_stop(stop, now)
 
-    def _ask_stop(self, why: str, now: float):
-        self._stop, self._stop_at = why, now
-        self._say(f"stopping: {why}")
+    def _begin_stop(self, reason: str, now: float) -> None:
+        self._stop, self._stop_at = reason, now
+        self._log(f"stopping: {reason}")
 
-    def decide(self, now: float) -> dict:
-        """Takes the next step of the job's course; returns what all hosts shall do."""
-        self._check_lease(now)
-        getattr(self, f"_{self.state}")(now)
-        do = {"gather": "kill", "pause": "kill", "settle": "run", "dump": "dump"}
-        do = do.get(self.state, self.state)
+    def next_target(self, now: float) -> dict[str, Any]:
+        """Advances the state machine, and returns what all hosts must bring about.
+
+        Returns:
+            {"do": "run", "term" (ask to save and stop), "dump" (write stacks), "kill" or "end",
+            "attempt", "world": {"members", "coordinator"}, "outcome": None until the end}
+        """
+        leases = [report["lease_age_s"] for report in self.reports.values()]
+        if self.policy.lease_s and leases and min(leases) > self.policy.lease_s and not self._stop:
+            self._begin_stop("no operator is attached, and the job was not detached", now)
+        if self.state == "gather":
+            self._gather(now)
+        elif self.state == "run":
+            self._watch(now)
+        elif self.state == "dump":
+            if now - self._since > DUMP_S:
+                self._handle_failure(now)
+        elif self.state == "settle":
+            self._settle(now)
+        do = {"gather": "kill", "settle": "run"}.get(self.state, self.state)
         if self.state == "run" and self._stop:
             do = "kill" if self._stop == NOW or not self._can_save() else "term"
         return {"attempt": self.attempt, "do": do, "world": self.world, "outcome": self.outcome}
 
-    def _go(self, state: str, now: float):
+    def _enter(self, state: str, now: float) -> None:
         self.state, self._since = state, now
 
-    def _check_lease(self, now: float):
-        leases = [report["lease_age_s"] for report in self.reports.values()]
-        if self.policy.lease_s and leases and min(leases) > self.policy.lease_s and not self._stop:
-            self._ask_stop("no operator is attached, and the run is not a detached one", now)
-
     def _can_save(self) -> bool:
-        steps = [rank["step"] for report in self._members() for rank in report["ranks"]]
-        beating = [rank["beats"] for report in self._members() for rank in report["ranks"]]
-        return None in beating or any(steps)  # a program that does not beat may know SIGTERM
+        """Returns whether SIGTERM is worth sending: a step was made, or nobody knows.
 
-    def _members(self) -> list[dict]:
+        A program that writes no heartbeat may still handle SIGTERM.
+        """
+        ranks = [rank for report in self._members() for rank in report["ranks"]]
+        return any(rank["beats"] is None or rank["step"] for rank in ranks)
+
+    def _members(self) -> list[Report]:
         hosts = self.world.get("members", [])
         return [self.reports[host] for host in hosts if host in self.reports]
 
-    def _silent_s(self, now: float, hosts) -> dict:
+    def _silent_s(self, now: float, hosts: Iterable[int]) -> dict[int, float]:
         return {host: now - self._heard_at[host] for host in hosts}
 
-    def _present(self, now: float) -> list[int]:
-        silent = self._silent_s(now, range(len(self.names)))
-        return [host for host in self.reports if silent[host] < self.policy.lost_s / 2]
+    def _gather(self, now: float) -> None:
+        """Waits until every host is present with nothing of the job running.
 
-    # --- the states
-
-    def _gather(self, now: float):
-        """Waits until every host is there with nothing of the job running.
-
-        A host with a process that cannot be killed is as one that is away.
+        A host with a process that cannot be killed is treated as unreachable.
         """
         if self._stop:
             return self._end(now, STOPPED, self._stop)
-        present = sorted(self._present(now))
+        hosts = range(len(self.names))
+        silent = self._silent_s(now, hosts)
+        present = [h for h in hosts if h in self.reports and silent[h] < self.policy.lost_s / 2]
         free = [host for host in present if self.reports[host]["clean"]]
-        missing = sorted(set(range(len(self.names))) - set(free))
+        missing = sorted(set(hosts) - set(free))
         waited = now - self._since
         if missing and waited > self.policy.wait_s:
-            unclean = [self.names[host] for host in missing if host in present]
-            away = [self.names[host] for host in missing if host not in present]
-            why = f"{', '.join(away)} did not come" if away else ""
-            if unclean:
-                why += f"{' and ' * bool(why)}nothing could kill what runs on {', '.join(unclean)}"
-            return self._end(now, 113, f"{why} within {self.policy.wait_s:.0f} s")
-        patience = 2 * self.policy.lost_s
-        fewer = self.policy.on_loss == "fewer" and waited > patience and self.attempt > 1
+            unclean = ", ".join(self.names[host] for host in missing if host in present)
+            away = ", ".join(self.names[host] for host in missing if host not in present)
+            reasons = [f"{away} did not come"] if away else []
+            reasons += [f"nothing could kill what runs on {unclean}"] if unclean else []
+            why = f"{' and '.join(reasons)} within {self.policy.wait_s:.0f} s"
+            return self._end(now, UNREACHABLE, why)
+        patience_s = 2 * self.policy.lost_s
+        fewer = self.policy.on_loss == "fewer" and waited > patience_s and self.attempt > 1
         if now < self._not_before or (missing and not fewer) or 0 in missing:
-            return None
+            return
         self.world = {"members": free, "coordinator": self._new_coordinator()}
-        self._say(f"attempt {self.attempt}: {' '.join(self.names[host] for host in free)}")
-        self.cause = None
-        return self._go("run", now)
+        self._log(f"attempt {self.attempt}: {' '.join(self.names[host] for host in free)}")
+        self._cause = None
+        self._enter("run", now)
 
-    def _run(self, now: float):
+    def _watch(self, now: float) -> None:
+        """Watches a running attempt for its end or a failure."""
         if self._stop and now - self._stop_at > self.policy.grace_s:
-            self._say(f"no end within {self.policy.grace_s:.0f} s of being asked: killing")
+            grace = f"{self.policy.grace_s:.0f} s (--grace_s)"
+            self._log(f"the ranks did not stop within {grace}: killing them")
             return self._end(now, STOPPED, self._stop)
-        members = self._members()
-        current = [r for r in members if r["attempt"] == self.attempt]
+        current = [report for report in self._members() if report["attempt"] == self.attempt]
         codes = [rank["code"] for report in current for rank in report["ranks"]]
-        all_here = len(current) == len(self.world["members"]) and None not in codes and codes
-        if all_here and set(codes) == {0}:
-            return self._end(now, 0, "done")
-        if all_here and self._stop:
+        if codes and len(current) == len(self.world["members"]) and None not in codes:
+            if set(codes) == {0}:
+                return self._end(now, 0, "done")
             saved = set(codes) <= {0, PREEMPTED}
-            return self._end(now, PREEMPTED if saved else STOPPED, self._stop)
-        if all_here and set(codes) <= {0, PREEMPTED}:
-            return self._again(now, "preempted by a signal that was not ours", PREEMPTED)
-        self.cause = self._find_cause(now)
-        if self.cause:
-            self._say(f"noticed: {self.cause.text.splitlines()[0]}")
-            self._go("dump" if self.cause.kind == "stuck" else "settle", now)
-        return None
+            if self._stop:
+                return self._end(now, PREEMPTED if saved else STOPPED, self._stop)
+            if saved:
+                why = "preempted by a signal that the launcher did not send"
+                return self._restart(now, why, PREEMPTED)
+        self._cause = self._find_cause(now)
+        if self._cause:
+            self._log(f"noticed: {self._cause.headline}")
+            self._enter("dump" if self._cause.kind == "stuck" else "settle", now)
 
-    def _find_cause(self, now: float):
+    def _find_cause(self, now: float) -> Cause | None:
         hosts = self.world["members"]
         reports = {h: r for h in hosts if (r := self.reports[h])["attempt"] == self.attempt}
-        silent = self._silent_s(now, hosts)
         stalls = {
             (host, rank["rank"]): rank["age_s"]
             for host, report in reports.items()
             for rank in report["ranks"]
             if rank["code"] is None and self._is_stalled(rank)
         }
+        silent = self._silent_s(now, hosts)
         return find_cause(reports, silent, self.names, self.policy.lost_s, stalls)
 
-    def _is_stalled(self, rank) -> bool:
-        if rank["age_s"] is None:
+    def _is_stalled(self, rank: dict) -> bool:
+        if rank["age_s"] is None:  # the program writes no heartbeat
             return False
-        limit = PHASE_LIMIT_S.get(rank["phase"], self.policy.start_s)
-        usual = [r["step_s"] for report in self._members() for r in report["ranks"]]
-        return rank["age_s"] > (limit or max(self.policy.stall_s, 5 * statistics.median(usual)))
+        limit_s = PHASE_LIMIT_S.get(rank["phase"], self.policy.start_s)
+        if limit_s is None:
+            step_s = [r["step_s"] for report in self._members() for r in report["ranks"]]
+            limit_s = max(self.policy.stall_s, 5 * statistics.median(step_s))
+        return rank["age_s"] > limit_s
 
-    def _dump(self, now: float):
-        if now - self._since > DUMP_S:
-            self._conclude(now)
+    def _settle(self, now: float) -> None:
+        """Waits for a surer cause: a silent host is known to be lost only after lost_s."""
+        assert self._cause
+        self._cause = min(self._cause, self._find_cause(now) or self._cause, key=lambda c: c.order)
+        silent = max(self._silent_s(now, self.world["members"]).values()) > SETTLE_S
+        if now - self._since > SETTLE_S and not (silent and self._cause.order > SURE):
+            self._handle_failure(now)
 
-    def _settle(self, now: float):
-        """Looks on for a surer cause: a silent host is known as lost only after lost_s."""
-        self.cause = min(self.cause, self._find_cause(now) or self.cause, key=lambda c: c.order)
-        quiet = max(self._silent_s(now, self.world["members"]).values()) > SETTLE_S
-        waiting = self.cause.order > SURE and quiet
-        if now - self._since > SETTLE_S and not waiting:
-            self._conclude(now)
-
-    def _conclude(self, now: float):
-        cause = self.cause
-        self._say(f"ROOT CAUSE {cause.text}")
-        mark = (cause.kind, cause.rank, cause.step)
-        same = cause.kind in ("error", "memory") and mark in self._failures
-        self._failures.add(mark)
+    def _handle_failure(self, now: float) -> None:
+        """Reports the cause, then ends the job or restarts it."""
+        assert self._cause
+        cause = self._cause
+        self._log(f"ROOT CAUSE {cause.text}")
+        failure = (cause.kind, cause.rank, cause.step)
+        repeated = cause.kind in ("error", "memory") and failure in self._failures
+        self._failures.add(failure)
         if self._stop:
             return self._end(now, cause.code, self._stop)
-        if not cause.retry:
+        if repeated:
+            why = f"the same failure at the same step twice: {cause.text}"
+            return self._end(now, cause.code, why)
+        if not cause.retry or (cause.kind == "lost" and self.policy.on_loss == "stop"):
             return self._end(now, cause.code, cause.text)
-        if same:
-            text = f"the same failure at the same step twice: {cause.text}"
-            return self._end(now, cause.code, text)
-        if cause.kind == "lost" and self.policy.on_loss == "stop":
-            return self._end(now, cause.code, cause.text)
-        return self._again(now, cause.text, cause.code)
+        self._restart(now, cause.text, cause.code)
 
-    def _again(self, now: float, why: str, code: int):
-        """A restart; where none is left, the job's end with this code."""
+    def _restart(self, now: float, why: str, code: int) -> None:
+        """Starts another attempt; if none is left, ends the job with this exit status."""
         if self.restarts >= self.policy.restarts:
-            return self._end(now, code, f"{why}\nno restart left of {self.policy.restarts}")
-        pause = min(300.0, self.policy.backoff_s * 2**self.restarts)
+            limit = f"all {self.policy.restarts} restarts are used (--restarts)"
+            return self._end(now, code, f"{why}\n{limit}")
+        pause_s = min(MAX_PAUSE_S, self.policy.backoff_s * 2**self.restarts)
         self.restarts += 1
         self.attempt += 1
-        self._not_before = now + pause
+        self._not_before = now + pause_s
         which = f"restart {self.restarts} of {self.policy.restarts}"
-        self._say(f"{which} in {pause:.0f} s: {why.splitlines()[0]}")
-        return self._go("gather", now)
+        self._log(f"{which} in {pause_s:.0f} s: {why.splitlines()[0]}")
+        self._enter("gather", now)
 
-    def _end(self, now: float, code=None, why=""):
-        """Ends the job; hosts kill what is left of it. Once ended, it stays so."""
-        if self.outcome:
-            return
+    def _end(self, now: float, code: int, why: str) -> None:
+        """Ends the job for good; hosts kill what is left of it."""
         self.outcome = {"code": code, "why": why, "attempts": self.attempt}
-        self._say(f"END code {code}: {why.splitlines()[0]}")
-        self._go("end", now)
+        self._log(f"END code {code}: {why.splitlines()[0]}")
+        self._enter("end", now)

@@ -1,10 +1,11 @@
-"""Which host and rank a failure began with: the one that caused it, not the first that noticed."""
+"""Finds the host and rank that caused a failure, which is rarely the one that noticed it first."""
 
 import re
 import signal
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from launch.host.exit_codes import NO_RETRY, PREEMPTED, STOPPED
+from launch.host.exit_codes import KILLED, NO_RETRY, PREEMPTED, STOPPED, STUCK, UNREACHABLE
 
 # What a rank prints when another one has gone: gloo, NCCL and JAX's coordination service.
 SECONDARY = re.compile(
@@ -12,96 +13,129 @@ SECONDARY = re.compile(
     r"|[Cc]oordination ?[Ss]ervice|heartbeat timeout|distributed service detected"
     r"|UNAVAILABLE|DEADLINE_EXCEEDED|Broken pipe"
 )
-ABORTED = 128 + signal.SIGABRT  # how JAX ends a process whose cluster is broken
+ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is broken
+SURE = 5  # causes up to this order need no further evidence
+STOPPED_S = 3.0  # a debugger that attaches stops a process for less
+ADVICE = {  # what the operator can do, by kind of cause
+    "lost": "Check that host's power and network.",
+    "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
+    "stopped": "Look for a debugger or a `kill -STOP` on that host.",
+    "memory": "Use less host memory per process, or a host with more.",
+    "signal": "If nobody sent it, look in that host's `dmesg`.",
+    "refused": "It is not restarted: correct what it reports, then start a new job.",
+    "error": "`logs JOB` shows this rank's whole output.",
+    "noticed": "No rank reported a cause of its own: read the logs of all hosts.",
+    "stuck": "`logs JOB` shows the stack of every rank at that moment.",
+}
 
 
 class Cause(NamedTuple):
-    """order: 0 is the surest; below SURE nothing more need be waited for."""
+    """A possible cause of a failure.
+
+    Attributes:
+        order: rank by plausibility; the lowest is the likeliest.
+        kind: a key of ADVICE.
+        headline: host, rank, step and what happened, in one line.
+        output: the rank's decisive lines.
+        code: the job's exit status if it ends because of this.
+        retry: a restart may succeed.
+    """
 
     order: float
     kind: str
     host: int
     rank: int | None
     step: int | None
-    text: str
+    headline: str
     code: int
     retry: bool = True
+    output: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Returns the headline, the output and what to do, for the operator."""
+        return "\n    ".join([self.headline, *self.output, f"What to do: {ADVICE[self.kind]}"])
 
 
-SURE = 5
-STOPPED_S = 3.0  # a debugger that attaches stops a process for less
-
-
-def find_cause(reports: dict, silent_s: dict, names: list, lost_s: float, stalls) -> Cause | None:
-    """The likeliest root of what has gone wrong, or None where nothing has.
+def find_cause(
+    reports: Mapping[int, Mapping[str, Any]],
+    silent_s: Mapping[int, float],
+    names: Sequence[str],
+    lost_s: float,
+    stalls: Mapping[tuple[int, int], float],
+) -> Cause | None:
+    """Returns the likeliest cause of what has gone wrong; None if nothing has.
 
     Args:
-        reports: {host: newest report}, of the members of the attempt.
-        silent_s: {host: seconds since its report}.
-        names: of the hosts.
-        lost_s: silence after which a host counts as lost.
-        stalls: {(host, rank): seconds without a beat} of ranks that are past their limit.
+        reports: {host: its newest report}, for the members of the attempt.
+        silent_s: {host: seconds since its last report}.
+        names: of the hosts, by index.
+        lost_s: seconds of silence after which a host counts as lost.
+        stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
     """
-    causes = [*_lost(silent_s, lost_s, names), *_stuck(reports, stalls, names)]
+    causes = [*_lost_hosts(silent_s, lost_s, names), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
         if report.get("orphaned"):
-            text = f"{names[host]}: its supervisor was killed"
-            causes.append(Cause(1, "supervisor", host, None, None, text, 137))
+            headline = f"{names[host]}: its supervisor was killed"
+            causes.append(Cause(1, "supervisor", host, None, None, headline, KILLED))
         for rank in report["ranks"]:
             if silent_s.get(host, 0.0) <= lost_s:
-                causes += _of_rank(host, rank, report, names[host])
+                causes += _failures_of_rank(host, rank, report, names[host])
     return min(causes, key=lambda cause: (cause.order, cause.step or 0), default=None)
 
 
-def _lost(silent_s, lost_s, names):
+def _lost_hosts(silent_s, lost_s, names) -> Iterator[Cause]:
     for host, seconds in silent_s.items():
         if seconds > lost_s:
-            text = f"{names[host]}: unreachable for {seconds:.0f} s (power, network or sleep)"
-            yield Cause(0, "lost", host, None, None, text, 113)
+            headline = f"{names[host]}: unreachable for {seconds:.0f} s (power, network or sleep)"
+            yield Cause(0, "lost", host, None, None, headline, UNREACHABLE)
 
 
-def _of_rank(host, rank, report, name):
+def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
     where, code = f"{name} rank {rank['rank']} at step {rank['step'] or 0}", rank["code"]
-    make = lambda order, kind, text, retry=True: Cause(
-        order, kind, host, rank["rank"], rank["step"], f"{where}: {text}", code or STOPPED, retry
-    )
-    said = "".join(f"\n    {line}" for line in rank["lines"])
+    output = tuple(rank["lines"])
+
+    def cause(order, kind, happened, retry=True):
+        headline, status = f"{where}: {happened}", code or STOPPED
+        return Cause(order, kind, host, rank["rank"], rank["step"], headline, status, retry, output)
+
     if rank["stopped_s"] > STOPPED_S:
-        yield make(2, "stopped", "stopped by a signal (state T); it can only be killed")
+        yield cause(2, "stopped", "stopped by a signal (state T); it can only be killed")
     if not code or code == PREEMPTED:
         return
-    secondary = any(SECONDARY.search(line) for line in rank["lines"])
-    if code == 137 and report.get("oom_kills"):
-        yield make(2, "memory", "killed by the kernel, out of memory" + said)
+    if code == KILLED and report.get("oom_kills"):
+        yield cause(2, "memory", "killed by the kernel, out of memory")
     elif code > 128 and code != ABORTED:
-        yield make(3, "signal", f"ended by {signal_name(code - 128)}" + said)
-    elif code == NO_RETRY:  # said by all where all must know: the process that it names is the one
-        named = re.findall(r"\bprocess (\d+):", said)
+        yield cause(3, "signal", f"ended by {signal_name(code - 128)}")
+    elif code == NO_RETRY:
+        # Every rank may report a problem that all must know of, with the text of the one that has
+        # it. That text names its process, so a rank that names another one is not the cause.
+        named = re.findall(r"\bprocess (\d+):", "\n".join(output))
         order = 4.5 if named and str(rank["rank"]) not in named else 4
-        yield make(order, "refused", f"refused to go on (exit {code})" + said, retry=False)
-    elif not secondary:
-        yield make(4 if code != ABORTED else 6, "error", f"exit {code}" + said)
+        yield cause(order, "refused", f"refused to go on (exit {code})", retry=False)
+    elif any(SECONDARY.search(line) for line in output):
+        yield cause(7, "noticed", f"exit {code}, because of another rank")
     else:
-        yield make(7, "noticed", f"exit {code}, because of another rank" + said)
+        yield cause(4 if code != ABORTED else 6, "error", f"exit {code}")
 
 
-def _stuck(reports, stalls, names):
-    """The rank that has come least far: all others wait for it."""
+def _stuck_rank(reports, stalls, names) -> Iterator[Cause]:
+    """Yields the rank that has made the least progress: all others wait for it."""
     if not stalls:
         return
     ranks = [(host, rank) for host, report in reports.items() for rank in report["ranks"]]
     ranks = [(host, rank) for host, rank in ranks if rank["code"] is None]
     host, rank = min(ranks, key=lambda pair: (pair[1]["beats"] or 0, pair[1]["rank"]))
-    seconds = max(stalls.values())
-    text = (
-        f"{names[host]} rank {rank['rank']} at step {rank['step'] or 0}: stuck for {seconds:.0f} s"
-    )
     where = f"in {rank['phase']}; its stack is in the log"
-    text += f" {where if rank['beats'] else 'before its first sign of life (in its imports?)'}"
-    yield Cause(5, "stuck", host, rank["rank"], rank["step"], text, 124)
+    if not rank["beats"]:
+        where = "before its first sign of life (in its imports?)"
+    place, seconds = f"{names[host]} rank {rank['rank']}", max(stalls.values())
+    headline = f"{place} at step {rank['step'] or 0}: stuck for {seconds:.0f} s {where}"
+    yield Cause(5, "stuck", host, rank["rank"], rank["step"], headline, STUCK)
 
 
 def signal_name(number: int) -> str:
+    """Returns a signal's name, such as SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -1,1 +1,5 @@
-"""Encodes text files into token shards: `encoding.pipeline.encode` is the entry point."""
+"""Encodes text files of any supported format into token shards; `pipeline.encode` does it all.
+
+input_files lists the files, divide_input makes units of them, readers cut the units into tasks,
+workers run documents.encode_pieces on the tasks in several processes, pipeline writes the shards.
+"""

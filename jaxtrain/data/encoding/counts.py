@@ -1,19 +1,21 @@
-"""Counts over an encoding, and when it cannot be used: too few documents, or too many bad ones."""
+"""Counts what is encoded and skipped, and refuses an input with too little usable text."""
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from jaxtrain.data.encoding.documents import PROBLEMS, Encoded, Forced, Problem
+from jaxtrain.data.encoding.documents import Encoded
 from jaxtrain.data.encoding.formats import NO_FIELD
-from jaxtrain.data.encoding.held_out import merge_drawn
-from jaxtrain.data.encoding.roundtrip import Refused
+from jaxtrain.data.encoding.held_out import Nearest, merge_nearest
+from jaxtrain.data.encoding.roundtrip import UnusableInput
+from jaxtrain.data.encoding.work_units import DocumentProblem
 
-HOPELESS = 1_000  # documents that cannot be used, and none that can: the input is another
+MAX_PROBLEMS = 5  # described in full; all are counted
+HOPELESS = 1_000  # bad documents without a good one, after which reading stops
 
 
 class Flags(NamedTuple):
-    """What the user's command calls the options that errors name."""
+    """The command-line flags that errors name, which differ between commands."""
 
     text: str = "--data.text"
     text_field: str = "--data.text_field"
@@ -21,9 +23,9 @@ class Flags(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """When an encoding is refused."""
+    """What decides whether an encoding is refused."""
 
-    on_bad_document: str
+    on_bad_document: str  # skip or stop
     val_fraction: float
     flags: Flags
     files: int
@@ -31,31 +33,31 @@ class Rules(NamedTuple):
 
 
 @dataclass
-class Totals:
-    """Counts over all that is encoded so far."""
+class Counts:
+    """Counts over everything encoded so far. The journal stores the fields under their names."""
 
     documents: Counter = field(default_factory=Counter)  # by split
     skipped: Counter = field(default_factory=Counter)  # by reason
     bad: int = 0  # of the skipped, those that should have held text
     lost_bytes: int = 0  # on disk, of what could not be read
-    problems: list[Problem] = field(default_factory=list)  # the first ones
-    drawn: dict = field(default_factory=dict)  # split -> (draw, name, at) nearest to the other
+    problems: list[DocumentProblem] = field(default_factory=list)  # the first ones
+    drawn: Nearest = field(default_factory=dict)
 
     def add(self, encoded: Encoded) -> None:
-        """Adds what a process made of a task."""
+        """Adds the documents of a task."""
         self.documents += encoded.documents
         self.skipped += encoded.skipped
         self.lost_bytes += encoded.lost_bytes
-        merge_drawn(self.drawn, encoded.drawn)
+        merge_nearest(self.drawn, encoded.nearest)
         for problem in encoded.problems:
             self.add_problem(problem)
 
-    def add_problem(self, problem: Problem, lost_bytes: int = 0) -> None:
+    def add_problem(self, problem: DocumentProblem, lost_bytes: int = 0) -> None:
         """Adds a document, or the rest of a file, that could not be used."""
         self.bad += 1
         self.lost_bytes += lost_bytes
         self.skipped[problem.reason] += 1
-        if len(self.problems) < PROBLEMS:
+        if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
     def describe_problems(self) -> list[str]:
@@ -64,80 +66,72 @@ class Totals:
         more = self.bad - len(lines)
         return [*lines, f"and {more:,} more"] if more else lines
 
+    def to_json(self) -> dict:
+        """Returns the counts as a dictionary for JSON."""
+        return dict(vars(self))  # asdict would turn a Counter into a Counter of pairs
 
-def totals_of(stored: dict) -> Totals:
-    """Returns the Totals that stored_totals made a dictionary of, by way of JSON."""
-    counts = {key: Counter(stored[key]) for key in ("documents", "skipped")}
-    return Totals(**stored | counts | {"problems": [Problem(*p) for p in stored["problems"]]})
+    @classmethod
+    def from_json(cls, stored: dict) -> "Counts":
+        """Returns the counts that to_json stored."""
+        return cls(
+            documents=Counter(stored["documents"]),
+            skipped=Counter(stored["skipped"]),
+            bad=stored["bad"],
+            lost_bytes=stored["lost_bytes"],
+            problems=[DocumentProblem(*problem) for problem in stored["problems"]],
+            drawn={split: tuple(document) for split, document in stored["drawn"].items()},
+        )
 
 
-def stored_totals(totals: Totals) -> dict:
-    """Returns what totals_of takes; JSON-able."""
-    return dict(vars(totals))  # not asdict: it turns a Counter into one of pairs
-
-
-def describe_skipped(skipped) -> str:
-    """Returns `skipped 3 not UTF-8, 1 empty`, or nothing skipped."""
+def describe_skipped(skipped: dict[str, int]) -> str:
+    """Returns a text like `skipped 1 empty, 3 not UTF-8`, or `nothing skipped`."""
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
     return f"skipped {counts}" if counts else "nothing skipped"
 
 
-def check_so_far(totals: Totals, rules: Rules) -> None:
-    """Raises Refused where it is of no use to go on."""
-    documents = sum(totals.documents.values())
-    if totals.bad and rules.on_bad_document == "stop":
-        advice = _advice(totals, rules) + " Or set --on_bad_document=skip."
-        raise Refused(f"{totals.problems[0].describe()}.{advice}")
-    if totals.bad >= HOPELESS and not documents:
-        _refuse(f"the first {totals.bad:,} documents cannot be used", totals, rules)
+def check_so_far(counts: Counts, rules: Rules) -> None:
+    """Raises UnusableInput if it is useless to read on."""
+    if counts.bad and rules.on_bad_document == "stop":
+        advice = f"{_advice(counts, rules)} Or set --on_bad_document=skip."
+        raise UnusableInput(f"{counts.problems[0].describe()}. {advice}")
+    if counts.bad >= HOPELESS and not sum(counts.documents.values()):
+        _refuse(f"the first {counts.bad:,} documents cannot be used", counts, rules)
 
 
-def check_all(totals: Totals, rules: Rules) -> None:
-    """Raises Refused where the input holds too little text, or too much that is not usable."""
-    documents = sum(totals.documents.values())
-    if 2 * totals.bad > totals.bad + documents:
-        _refuse(f"{totals.bad:,} of {totals.bad + documents:,} documents", totals, rules)
-    if 2 * totals.lost_bytes > rules.size:
-        _refuse(f"{totals.lost_bytes:,} of {rules.size:,} bytes on disk", totals, rules)
+def check_all(counts: Counts, rules: Rules) -> None:
+    """Raises UnusableInput if the input holds too little text, or too much that is not usable."""
+    documents = sum(counts.documents.values())
+    if 2 * counts.bad > counts.bad + documents:
+        _refuse(f"{counts.bad:,} of {counts.bad + documents:,} documents", counts, rules)
+    if 2 * counts.lost_bytes > rules.size:
+        _refuse(f"{counts.lost_bytes:,} of {rules.size:,} bytes on disk", counts, rules)
     if not documents:
-        other = any(reason.startswith(NO_FIELD) for reason in totals.skipped)
-        raise Refused(
+        other_field = any(reason.startswith(NO_FIELD) for reason in counts.skipped)
+        raise UnusableInput(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{rules.files:,} file(s), {describe_skipped(totals.skipped)}. "
-            f"Set {rules.flags.text_field if other else rules.flags.text}."
+            f"{rules.files:,} file(s), {describe_skipped(counts.skipped)}. "
+            f"Set {rules.flags.text_field if other_field else rules.flags.text}."
         )
-    if rules.val_fraction and len(+totals.documents) < 2:
-        raise Refused(
-            "the input must hold two documents, or one that can be cut, so that a part is held "
-            f"out; got {documents}. Add text to {rules.flags.text}."
+    if rules.val_fraction and len(+counts.documents) < 2:
+        [(split, count)] = (+counts.documents).items()
+        raise UnusableInput(
+            "the input must hold two documents, or one that is long enough to be cut, so that a "
+            f"part can be held out for validation; got {count} document(s), all in {split}. "
+            f"Add text to {rules.flags.text}, or set {rules.flags.val_fraction}=0."
         )
 
 
-def next_forced(totals: Totals, val_fraction: float) -> Forced | None:
-    """Returns the document that has to change its split, where the draws left a split empty.
-
-    The one whose draw is nearest to the other split; a document that is alone is cut.
-    """
-    filled = [split for split in ("train", "val") if totals.documents[split]]
-    if not val_fraction or len(filled) != 1 or filled[0] not in totals.drawn:
-        return None
-    _, name, at = totals.drawn[filled[0]]
-    other = "val" if filled == ["train"] else "train"
-    return Forced(name, at, other if totals.documents[filled[0]] > 1 else "cut")
-
-
-def _refuse(what, totals, rules):
-    first = totals.problems[0].describe()
-    if not sum(totals.documents.values()):
-        raise Refused(f"{first}; no document can be used.{_advice(totals, rules)}")
-    raise Refused(
+def _refuse(what: str, counts: Counts, rules: Rules) -> NoReturn:
+    first, advice = counts.problems[0].describe(), _advice(counts, rules)
+    if not sum(counts.documents.values()):
+        raise UnusableInput(f"{first}; no document can be used. {advice}")
+    raise UnusableInput(
         f"at least half of the input must be text that can be used; got {what} that cannot, "
-        f"first {first}.{_advice(totals, rules)}"
+        f"first {first}. {advice}"
     )
 
 
-def _advice(totals, rules) -> str:
-    reason = totals.problems[0].reason
-    if reason.startswith("without a string"):
-        return f" Set {rules.flags.text_field} to the one that holds the text."
-    return " Repair or remove what is named here."
+def _advice(counts: Counts, rules: Rules) -> str:
+    if counts.problems[0].reason.startswith("without a string"):
+        return f"Set {rules.flags.text_field} to the one that holds the text."
+    return "Repair or remove what is named here."

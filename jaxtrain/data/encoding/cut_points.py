@@ -1,35 +1,38 @@
-"""Where a text may be cut, so that its parts have the tokens of the whole."""
+"""Finds places where a text can be cut without changing its tokens."""
 
 import re
 
 WINDOW_BYTES = 1 << 16  # searched for a newline to cut at
+# Between a printable character and a newline. No token of GPT-2's pattern spans this place.
+SAFE_CUT = re.compile(rb"[!-~]\n")
 
 
-def cut_in_window(window: bytes) -> int:
-    """Returns where a text may be cut inside the window that follows a wanted place.
+def find_cut(window: bytes) -> int:
+    """Returns the offset of the first good cut in the bytes that follow a wanted place.
 
-    Between a printable character and a newline, where no token of GPT-2's pattern reaches across;
-    if there is none near, before the first character that begins in the window.
+    If the window has no newline after a printable character, the cut is before the first character
+    that begins in the window, so that no UTF-8 character is divided.
     """
-    if match := re.search(rb"[!-~]\n", window):
+    if match := SAFE_CUT.search(window):
         return match.start() + 1
-    continuations = 0
-    while continuations < len(window) and window[continuations] & 0xC0 == 0x80:
-        continuations += 1
-    return continuations
+    continuation_bytes = 0
+    while continuation_bytes < len(window) and window[continuation_bytes] & 0xC0 == 0x80:
+        continuation_bytes += 1
+    return continuation_bytes
 
 
-def cut_near_end(tail: bytes, wanted: int) -> int:
+def find_cut_near_end(tail: bytes, wanted: int) -> int:
     """Returns where to cut a text, or its last bytes, so that about `wanted` bytes follow.
 
-    At a newline if one is near, else between two characters; 0 or all where it has too few.
+    The cut is at a newline if one is near, otherwise between two characters. It is 0 or len(tail)
+    if there are too few characters to cut.
     """
     position = max(0, len(tail) - wanted)
-    cut = position + cut_in_window(tail[position : position + WINDOW_BYTES])
+    cut = position + find_cut(tail[position : position + WINDOW_BYTES])
     if 0 < cut < len(tail) and len(tail) - cut >= wanted / 2:
         return cut
     before = max(0, len(tail) - 2 * wanted)
-    if matches := list(re.finditer(rb"[!-~]\n", tail[before:position])):
+    if matches := list(SAFE_CUT.finditer(tail[before:position])):
         return before + matches[-1].start() + 1
     while position and tail[position] & 0xC0 == 0x80:
         position -= 1

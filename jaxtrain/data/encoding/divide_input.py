@@ -1,93 +1,102 @@
-"""Which text is held out, and in what units the input is read.
-
-Whole text files are held out, drawn by name up to val_fraction of the bytes; where no set of whole
-files comes near that, the last part of the largest. Lines and rows are drawn one by one.
-"""
+"""Divides the input files into units, with the validation text separated from the training text."""
 
 import codecs
 import os
 from collections import Counter
 from dataclasses import replace
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, cut_in_window, cut_near_end
-from jaxtrain.data.encoding.documents import PIECE_BYTES, Piece
-from jaxtrain.data.encoding.formats import BOM, DAMAGE, detect, open_content, read_at
-from jaxtrain.data.encoding.held_out import draw
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut
+from jaxtrain.data.encoding.formats import BOM, DAMAGE, Format, detect, open_content
+from jaxtrain.data.encoding.held_out import hold_out_texts
+from jaxtrain.data.encoding.input_files import InputFiles
 from jaxtrain.data.encoding.table_readers import parquet_units
-from jaxtrain.data.encoding.work_units import Unit, damage
+from jaxtrain.data.encoding.work_units import PIECE_BYTES, Piece, Unit, damage_problem
 
 
-def plan_units(files, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES):
-    """(units, skipped): the input in the order of the output, and files that are no text."""
-    skipped, entries = Counter(), []
+def divide_input(
+    files: InputFiles, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES
+) -> tuple[list[Unit], Counter]:
+    """Returns the units in the order of the output, and counts by reason the files without text."""
+    skipped, parts = Counter(), []
     for path, name in tqdm(files, desc="read text", unit="file", delay=1):
         size = 0
         try:
             size = path.stat().st_size
-            entry = _entry(str(path), name, size, detect(path, text_field), text_field)
+            file_format = detect(str(path), text_field)
+            part = _inspect(str(path), name, size, file_format, text_field)
         except DAMAGE as error:
-            entry = Unit("problem", size, problem=damage(str(path), error))
-        if isinstance(entry, str):
-            skipped[entry] += 1
+            part = Unit("problem", size, problem=damage_problem(str(path), error))
+        if isinstance(part, str):
+            skipped[part] += 1
         else:
-            entries += entry if isinstance(entry, list) else [entry]
-    texts = [entry for entry in entries if isinstance(entry, Piece) and entry.kind == "text"]
-    held = {
-        id(text): parts for text, parts in zip(texts, _hold_out(texts, val_fraction), strict=True)
-    }
-    units = []
-    for entry in entries:
-        parts = held.get(id(entry), [entry])
-        if isinstance(entry, Unit):
-            units.append(entry)
-        elif entry.compression:
-            size = os.stat(entry.path).st_size
-            units.append(_stream(entry, size, tuple(parts)))
+            parts += part if isinstance(part, list) else [part]
+    texts = [part for part in parts if isinstance(part, Piece) and part.kind == "text"]
+    pieces_of = dict(zip(map(id, texts), hold_out_texts(texts, val_fraction), strict=True))
+    divided = []
+    for part in parts:
+        pieces = pieces_of.get(id(part), [part])
+        if isinstance(part, Unit):
+            divided.append(part)
+        elif part.compression:
+            divided.append(_whole_file(part, os.stat(part.path).st_size, tuple(pieces)))
         else:
-            units += [cut for part in parts for cut in _cut(part, piece_bytes)]
-    return _fill_units(units, piece_bytes), skipped
+            divided += [cut for piece in pieces for cut in _cut(piece, piece_bytes)]
+    return _join_pieces(divided, piece_bytes), skipped
 
 
-def _entry(path, name, size, form, text_field):
-    """A Piece, a Unit, Units, or the reason why the file is no text."""
-    if form.skip:
-        return form.skip
-    piece = Piece(path, name, 0, size, form.kind, form.compression)
-    if form.kind == "text":
-        return _judge_text(piece)
-    if form.kind == "jsonl" and not form.compression:
+def _inspect(
+    path: str, name: str, size: int, file_format: Format, text_field: str
+) -> Piece | Unit | list[Unit] | str:
+    """Returns the parts of a file, or the reason why it holds no text."""
+    if file_format.skip:
+        return file_format.skip
+    piece = Piece(path, name, 0, size, file_format.kind, file_format.compression)
+    if file_format.kind == "text":
+        return _inspect_text(piece)
+    if file_format.kind == "jsonl" and not file_format.compression:
         return piece
-    if form.kind == "parquet":
+    if file_format.kind == "parquet":
         return parquet_units(path, name, size, text_field)
-    return _stream(piece, size)
+    return _whole_file(piece, size)
 
 
-def _stream(piece, size, pieces=()) -> Unit:
+def _whole_file(piece: Piece, size: int, pieces: tuple[Piece, ...] = ()) -> Unit:
     return Unit(piece.kind, size, pieces, piece.path, piece.name, piece.compression)
 
 
-def _fill_units(entries, piece_bytes) -> list[Unit]:
-    """Joins small pieces into units of about piece_bytes."""
-    groups, room = [], 0
-    for entry in entries:
-        if isinstance(entry, Unit):
-            groups.append(entry)
-            room = 0
+def _join_pieces(parts: list[Piece | Unit], piece_bytes: int) -> list[Unit]:
+    """Joins consecutive small pieces into units of about piece_bytes."""
+    units, joined, room = [], [], 0
+
+    def end_unit() -> None:
+        if joined:
+            size = sum(piece.stop - piece.start for piece in joined)
+            units.append(Unit("pieces", size, tuple(joined)))
+            joined.clear()
+
+    for part in parts:
+        if isinstance(part, Unit):
+            end_unit()
+            units.append(part)
             continue
-        size = entry.stop - entry.start
-        if room < size:
-            groups.append([])
+        size = part.stop - part.start
+        if not joined or room < size:
+            end_unit()
             room = piece_bytes
-        groups[-1].append(entry)
+        joined.append(part)
         room -= size
-    size_of = lambda pieces: sum(piece.stop - piece.start for piece in pieces)
-    return [g if isinstance(g, Unit) else Unit("pieces", size_of(g), tuple(g)) for g in groups]
+    end_unit()
+    return units
 
 
-def _judge_text(piece: Piece):
-    """The piece of the whole text behind its BOM, or why it is none; no part could be judged."""
+def _inspect_text(piece: Piece) -> Piece | Unit | str:
+    """Returns the piece of a whole text without its byte order mark, or why it is not a text.
+
+    Reads all of the file: a NUL byte or invalid UTF-8 anywhere means that it is not a text.
+    """
     head, decoder, size = b"", codecs.getincrementaldecoder("utf-8")(), 0
     try:
         with open_content(piece.path, piece.compression) as (stream, _):
@@ -101,64 +110,34 @@ def _judge_text(piece: Piece):
     except UnicodeDecodeError:
         return "not UTF-8"
     except DAMAGE as error:
-        problem = damage(piece.path, error, size, "text", piece.compression)
+        problem = damage_problem(piece.path, error, size, "text", piece.compression)
         return Unit("problem", piece.stop, problem=problem)
     start = len(BOM) if head == BOM else 0
     return "empty" if start == size else replace(piece, start=start, stop=size)
 
 
-def _hold_out(texts, fraction) -> list[list[Piece]]:
-    """Each text in its parts, of which each is in one split."""
-    target = fraction * sum(piece.stop for piece in texts)
-    held, taken = set(), 0
-    for piece in sorted(texts, key=lambda piece: draw(piece.name)):
-        if taken + piece.stop <= target:
-            held.add(piece.name)
-            taken += piece.stop
-    parts = {p.name: [replace(p, split="val") if p.name in held else p] for p in texts}
-    if target and taken < target / 2:
-        largest = max((p for p in texts if p.name not in held), key=lambda p: p.stop)
-        cut = _cut_place(largest, max(1, round(target - taken)))
-        if largest.start < cut < largest.stop:
-            last = replace(largest, start=cut, split="val")
-            parts[largest.name] = [replace(largest, stop=cut), last]
-        elif not held and len(texts) > 1:  # texts of a character
-            smallest = min(texts, key=lambda p: draw(p.name))
-            parts[smallest.name] = [replace(smallest, split="val")]
-    return [parts[piece.name] for piece in texts]
+def _cut(piece: Piece, piece_bytes: int) -> list[Piece]:
+    """Cuts a text or JSON lines into pieces of about piece_bytes."""
+    cuts = [piece.start]
+    if piece.stop - piece.start > piece_bytes:
+        with open(piece.path, "rb") as file:
+            while piece.stop - cuts[-1] > piece_bytes:
+                cut = _find_boundary(file, piece.kind, cuts[-1] + piece_bytes)
+                if not cuts[-1] < cut < piece.stop:
+                    break
+                cuts.append(cut)
+    return [
+        replace(piece, start=start, stop=stop, first=piece.first and start == piece.start)
+        for start, stop in zip(cuts, [*cuts[1:], piece.stop], strict=True)
+    ]
 
 
-def _cut_place(piece, wanted) -> int:
-    """Where the last `wanted` bytes of a text begin, or near there."""
-    position = max(piece.start, piece.stop - wanted)
-    window = read_at(piece.path, piece.compression, position, WINDOW_BYTES)
-    cut = position + cut_in_window(window)
-    if cut < piece.stop and piece.stop - cut >= wanted / 2:
-        return cut
-    start = max(piece.start, piece.stop - max(WINDOW_BYTES, 2 * wanted))
-    tail = read_at(piece.path, piece.compression, start, piece.stop - start)
-    return start + cut_near_end(tail, wanted)
-
-
-def _cut(piece: Piece, piece_bytes) -> list[Piece]:
-    out, start = [], piece.start
-    if piece.stop - start <= piece_bytes:
-        return [piece]
-    with open(piece.path, "rb") as file:
-        while piece.stop - start > piece_bytes:
-            cut = _boundary(file, piece.kind, start + piece_bytes)
-            if not start < cut < piece.stop:
-                break
-            out.append(replace(piece, start=start, stop=cut, first=piece.first and not out))
-            start = cut
-    return [*out, replace(piece, start=start, first=piece.first and not out)]
-
-
-def _boundary(file, kind, position) -> int:
-    """Where a file may be cut at or after `position`: after a line, or inside a text."""
+def _find_boundary(file: BinaryIO, kind: str, position: int) -> int:
+    """Returns where a file can be cut at or after `position`: after a line, or inside a text."""
     file.seek(position)
     if kind == "text":
-        return position + cut_in_window(file.read(WINDOW_BYTES))
+        return position + find_cut(file.read(WINDOW_BYTES))
+    # Read in parts, because a line may be longer than the memory.
     while (line := file.readline(PIECE_BYTES)) and not line.endswith(b"\n"):
-        pass  # a line may be longer than the memory
+        pass
     return file.tell()

@@ -1,10 +1,10 @@
-"""File formats of text: which one a file has, by its content, and how its bytes are read.
+"""Recognises the format of an input file by its content and reads its uncompressed bytes.
 
     text              UTF-8; the file is a document
     jsonl             a JSON object a line
     json              JSON values one after the other: objects, and arrays of objects or strings
-    csv               comma- or tab-separated values with a header; known by its suffix alone
-    parquet, arrow    tables; arrow is IPC, as a file or as a stream
+    csv               comma- or tab-separated values with a header; recognised by the suffix
+    parquet, arrow    tables; arrow is Arrow IPC, as a file or as a stream
 
 The first four may be compressed by gzip or zstd, in any number of members or frames.
 """
@@ -16,9 +16,10 @@ import json
 import os
 import re
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
 
-HEAD_BYTES = 1 << 16  # that a format is recognised by
+HEAD_BYTES = 1 << 16  # of a file, by which its format is recognised
 DOCUMENT_BYTES = 256 << 20  # longest line, array element or CSV field that is read into memory
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SUFFIXES = {"gzip": (".gz", ".gzip", ".bgz"), "zstd": (".zst", ".zstd")}
@@ -32,34 +33,34 @@ UNSUPPORTED = {
     b"PK\x03\x04": "zip archives",
 }
 BOM = b"\xef\xbb\xbf"
-UTF16 = b"\xff\xfe", b"\xfe\xff"  # their marks of the byte order
+UTF16_BOMS = b"\xff\xfe", b"\xfe\xff"
 ARRAY_OF_OBJECTS = re.compile(rb'\[\s*\{\s*"')
-OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+BEGINS_OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 SPACE = re.compile(r"[ \t\r\n]*")
 NO_FIELD = "JSON without the text field"
-NUMBERS = re.compile(rb"\[\s*[-\d]")
-CUT_VALUE = 16  # characters of a number, literal or escape that the end of the head may cut
+ARRAY_OF_NUMBERS = re.compile(rb"\[\s*[-\d]")
+MAX_CUT_CHARS = 16  # of a number, literal or escape that the end of the head cuts
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a compressed file raises
 
 
 class Format(NamedTuple):
-    """How a file's documents are stored; `skip` says why there are none, or is ""."""
+    """How a file's documents are stored."""
 
     kind: str
     compression: str = ""
-    skip: str = ""
+    skip: str = ""  # why the file holds no documents
 
 
-def shown(path) -> str:
-    """Returns a path for people; bytes that are not UTF-8 are escaped, so it always prints."""
+def printable_path(path: str | os.PathLike) -> str:
+    """Returns a path for messages: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def detect(path: str, text_field: str = "text") -> Format:
-    """Finds a file's format by its first bytes; the suffix only where content leaves a choice.
+    """Returns a file's format by its first bytes, and by its suffix where these allow several.
 
     Args:
-        text_field: what objects of JSON hold their text under; without it a file is skipped.
+        text_field: key of the text in JSON objects; JSON that does not have it is skipped.
 
     Raises:
         OSError, EOFError, zlib.error: the file cannot be read, or its compression is damaged.
@@ -68,12 +69,12 @@ def detect(path: str, text_field: str = "text") -> Format:
         head = file.read(HEAD_BYTES)
     if not head:
         return Format("text", skip="empty")
-    for table, kind in TABLES.items():
-        if head.startswith(table):
-            return Format(kind)
-    for signature, what in UNSUPPORTED.items():
+    for signature, kind in TABLES.items():
         if head.startswith(signature):
-            return Format("text", skip=what)
+            return Format(kind)
+    for signature, reason in UNSUPPORTED.items():
+        if head.startswith(signature):
+            return Format("text", skip=reason)
     compression, name = _compression(head), os.fspath(path).lower()
     if compression:
         with open_content(path, compression) as (stream, _):
@@ -86,84 +87,86 @@ def detect(path: str, text_field: str = "text") -> Format:
             return Format("text", compression, "empty")
         if head.startswith(tuple(TABLES)):
             return Format("text", compression, f"tables compressed by {compression}")
-    if head.startswith(UTF16) and b"\0" in head:
+    if head.startswith(UTF16_BOMS) and b"\0" in head:
         return Format("text", compression, "UTF-16 text")
     if head[257:262] == b"ustar":
         return Format("text", compression, "tar archives")
     kind = _kind(head, os.path.splitext(name)[1])
-    without = kind == "json" and not _may_hold_text(head, text_field)
-    return Format(kind, compression, f"{NO_FIELD} {text_field!r}" * without)
+    if kind == "json" and not _may_hold_text(head, text_field):
+        return Format(kind, compression, f"{NO_FIELD} {text_field!r}")
+    return Format(kind, compression)
 
 
-def _compression(head) -> str:
+def _compression(head: bytes) -> str:
+    # A zstd file may begin with a skippable frame, 0x184D2A50 to 0x184D2A5F; pzstd writes one.
     if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
-        return "zstd"  # begins with a frame of the user's own data, as pzstd writes
+        return "zstd"
     return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), "")
 
 
-def _kind(head, suffix) -> str:
+def _kind(head: bytes, suffix: str) -> str:
     start = head.removeprefix(BOM).lstrip()
     line, newline, _ = start.partition(b"\n")
-    by_lines = suffix in (".jsonl", ".ndjson", ".jsonlines")
+    named_jsonl = suffix in (".jsonl", ".ndjson", ".jsonlines")
     if start[:1] == b"{":
-        cut = not newline and len(head) >= HEAD_BYTES  # the first line goes on past the head
-        if (OBJECT.match(line) if cut else _is_object(line)) or by_lines:
+        line_is_cut = not newline and len(head) >= HEAD_BYTES
+        line_is_object = BEGINS_OBJECT.match(line) if line_is_cut else _is_object(line)
+        if line_is_object or named_jsonl:
             return "jsonl"
-        if _values(head) is not None:
+        if _parse_values(head) is not None:
             return "json"
     elif start[:1] == b"[":
-        if not by_lines and (suffix == ".json" or ARRAY_OF_OBJECTS.match(start)):
+        if named_jsonl:
+            if ARRAY_OF_OBJECTS.match(start) and not _is_json(line):
+                return "json"  # an array over several lines, whatever its name says
+        elif suffix == ".json" or ARRAY_OF_OBJECTS.match(start) or _parse_values(head) is not None:
             return "json"
-        if by_lines and ARRAY_OF_OBJECTS.match(start) and not _is_json(line):
-            return "json"
-        if not by_lines and _values(head) is not None:
-            return "json"
-    if by_lines:
+    if named_jsonl:
         return "jsonl"
     return "csv" if suffix in (".csv", ".tsv") else "text"
 
 
-def _values(head) -> list | None:
-    """The JSON values that a file begins with, or None if it does not hold values alone.
+def _parse_values(head: bytes) -> list | None:
+    """Returns the JSON values at the beginning of a file, or None if it holds anything else.
 
-    The last one may go on behind the head.
+    The last value may be cut by the end of the head; it is not among those returned.
     """
     text = head.removeprefix(BOM).decode(errors="replace")
-    decoder, values, at = json.JSONDecoder(), [], 0
-    while (at := SPACE.match(text, at).end()) < len(text):
+    decoder, values, position = json.JSONDecoder(), [], 0
+    while (space := SPACE.match(text, position)) and space.end() < len(text):
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, position = decoder.raw_decode(text, space.end())
         except RecursionError:
             return None
         except ValueError as error:
-            cut = len(head) >= HEAD_BYTES and isinstance(error, json.JSONDecodeError)
-            at_end = cut and ("Unterminated" in error.msg or error.pos > len(text) - CUT_VALUE)
-            return values if at_end else None
+            if len(head) < HEAD_BYTES or not isinstance(error, json.JSONDecodeError):
+                return None
+            cut = "Unterminated" in error.msg or error.pos > len(text) - MAX_CUT_CHARS
+            return values if cut else None
         values.append(value)
     return values
 
 
-def _may_hold_text(head, text_field) -> bool:
+def _may_hold_text(head: bytes, text_field: str) -> bool:
     """Whether JSON may hold documents: objects with the field, or arrays of objects or strings."""
-    values = _values(head)
+    values = _parse_values(head)
     if values is None or (not values and len(head) < HEAD_BYTES):
-        return True  # damaged: the reader says where
+        return True  # damaged: the reader reports where
     for value in values:
-        inside = value if isinstance(value, list) else []
-        if any(isinstance(element, (dict, str, list)) for element in inside):
-            return True
         if isinstance(value, dict) and text_field in value:
+            return True
+        if isinstance(value, list) and any(isinstance(v, (dict, str, list)) for v in value):
             return True
     if len(head) < HEAD_BYTES:
         return False
     start = head.removeprefix(BOM).lstrip()
     if start[:1] == b"[":
-        return not NUMBERS.match(start)
+        return not ARRAY_OF_NUMBERS.match(start)
     names = {json.dumps(text_field, ensure_ascii=ascii_only) for ascii_only in (True, False)}
     return any(name.encode(errors="replace") in head for name in names)
 
 
-def _is_json(line) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -171,31 +174,34 @@ def _is_json(line) -> bool:
     return True
 
 
-def _is_object(line) -> bool:
-    return bool(OBJECT.match(line)) and _is_json(line)
+def _is_object(line: bytes) -> bool:
+    return bool(BEGINS_OBJECT.match(line)) and _is_json(line)
 
 
 @contextlib.contextmanager
-def open_content(path: str, compression: str):
-    """Opens a file's uncompressed bytes: (stream with read1, the file on disk for its position).
+def open_content(path: str, compression: str) -> Iterator[tuple[Any, IO[bytes]]]:
+    """Opens a file for reading its uncompressed bytes.
 
-    Reading raises one of DAMAGE where the file or its compression is broken.
+    Reading raises one of DAMAGE if the file or its compression is broken.
+
+    Yields:
+        a stream with read1, and the file on disk, whose tell() shows the progress.
     """
     with open(path, "rb") as file:
         if not compression:
             yield file, file
-        elif compression == "gzip":  # the standard library's also takes members padded with zeros
+        elif compression == "gzip":  # pyarrow's reader fails on zeros between members
             with gzip.GzipFile(fileobj=file) as stream:
                 yield stream, file
         else:
-            import pyarrow  # 0.3 s, for those who need it
+            import pyarrow  # takes 0.3 s
 
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:
                 yield io.BufferedReader(stream, HEAD_BYTES), file
 
 
 def read_at(path: str, compression: str, position: int, size: int) -> bytes:
-    """Returns up to `size` bytes at a position of the uncompressed content."""
+    """Returns up to `size` bytes from a position in the uncompressed content on."""
     with open_content(path, compression) as (stream, _):
         if not compression:
             stream.seek(position)
@@ -205,8 +211,8 @@ def read_at(path: str, compression: str, position: int, size: int) -> bytes:
         return b"".join(iter_bytes(stream, size))
 
 
-def iter_bytes(stream, size: int | None = None):
-    """Yields chunks of a stream, up to `size` bytes or to its end."""
+def iter_bytes(stream: Any, size: int | None = None) -> Iterator[bytes]:
+    """Yields chunks of a stream until `size` bytes are read or it ends."""
     while size is None or size > 0:
         chunk = stream.read1(HEAD_BYTES if size is None else min(size, HEAD_BYTES))
         if not chunk:

@@ -1,4 +1,4 @@
-"""Which files are the text: one file, a folder with everything below it, or Python's own source."""
+"""Lists the files of the input: one file, all files below a folder, or Python's own source."""
 
 import contextlib
 import hashlib
@@ -7,65 +7,72 @@ import os
 import stat
 import sysconfig
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.data.encoding.formats import shown
-from jaxtrain.data.encoding.roundtrip import Refused
+from jaxtrain.data.encoding.formats import printable_path
+from jaxtrain.data.encoding.roundtrip import UnusableInput
 
 NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
-class Files(list):
+class InputFiles(list[tuple[Path, str]]):
     """Sorted (path, name) of each file; `left_out` counts by reason what else a folder holds."""
 
-    def __init__(self, files=(), left_out=None):
+    def __init__(self, files: Iterable[tuple[Path, str]], left_out: Counter | None = None):
         super().__init__(files)
         self.left_out = Counter(left_out or {})
 
 
-def list_files(source: str, exclude: str | Path, flag: str = "--data.text") -> Files:
-    """Sorted (path, name) of a file, of a folder's files, or of Python's own source ("").
+def list_files(source: str, exclude: str | Path, flag: str = "--data.text") -> InputFiles:
+    """Returns a file, the files below a folder, or the files of Python's own source ("").
 
     Links to folders are followed, each folder once. Hidden files are left out, and so is the
-    folder `exclude`, where the tokens are written. Names are sorted and drawn by their bytes, so
-    they need not be UTF-8.
+    folder `exclude`, where the tokens are written. Names are sorted by their bytes, so they need
+    not be UTF-8.
 
     Args:
-        flag: what the user's command calls `source`.
+        flag: the command-line flag of `source`, for errors.
 
     Raises:
         ValueError: there is no file.
     """
     stdlib = not source
     root = Path(sysconfig.get_path("stdlib") if stdlib else source).expanduser()
-    where = f"{shown(source)!r}" + (f", looked in {shown(root)}" if stdlib else "")
+    where = repr(printable_path(source))
+    if stdlib:
+        where += f", looked in {printable_path(root)}"
     if root.is_file():
-        return Files([(root, root.name)])
+        return InputFiles([(root, root.name)])
     if not root.is_dir():
         found = "a pipe or a device" if os.path.exists(root) else "nothing there"
-        seen_from = "" if root.is_absolute() else f" (from {shown(Path.cwd())})"
+        relative_to = "" if root.is_absolute() else f" (from {printable_path(Path.cwd())})"
         raise ValueError(
-            f"{flag} must be a file or a folder; got {where}, found {found}{seen_from}."
+            f"{flag} must be a file or a folder; got {where}, found {found}{relative_to}."
         )
-    found, left_out = _walk(root, Path(exclude).resolve(), NOT_SOURCE if stdlib else set())
-    if stdlib:  # _sysconfigdata holds one machine's build flags
-        found = [
+    paths, left_out = _walk(root, Path(exclude).resolve(), NOT_SOURCE if stdlib else set())
+    if stdlib:  # _sysconfigdata holds the build flags of one machine
+        paths = [
             path
-            for path in found
+            for path in paths
             if path.suffix == ".py" and not path.name.startswith("_sysconfigdata")
         ]
-    if not found:
+    if not paths:
         more = "".join(f", {count:,} {reason}" for reason, count in sorted(left_out.items()))
         raise ValueError(f"{flag} must be a folder that holds files; got {where} with none{more}.")
-    named = [(path, path.relative_to(root).as_posix()) for path in found]
-    return Files(sorted(named, key=lambda pair: os.fsencode(pair[1])), left_out)
+    named = [(path, path.relative_to(root).as_posix()) for path in paths]
+    return InputFiles(sorted(named, key=lambda pair: os.fsencode(pair[1])), left_out)
 
 
-def _walk(root, exclude, hidden):
-    """(paths of files, Counter of the rest); folders behind links come after all real ones."""
-    found, left_out, seen = [], Counter(), set()
+def _walk(root: Path, exclude: Path, hidden: set[str]) -> tuple[list[Path], Counter]:
+    """Returns the files below a folder and counts what else is there.
+
+    Folders behind links come after all real ones: a folder that is reached both ways is read under
+    its real name.
+    """
+    paths, left_out, seen = [], Counter(), set()
     folders, linked = [root], []
     while folders or linked:
         if not folders:
@@ -92,37 +99,37 @@ def _walk(root, exclude, hidden):
                 left_out["broken links"] += 1
                 continue
             if stat.S_ISREG(mode):
-                found.append(path)
+                paths.append(path)
             elif not stat.S_ISDIR(mode):
                 left_out["pipes, sockets or devices"] += 1
             elif path.resolve() != exclude:
                 (linked if entry.is_symlink() else folders).append(path)
-    return found, left_out
+    return paths, left_out
 
 
-def stamps(files) -> np.ndarray:
-    """Returns the size and the time of each file, [files, 2]; -1 where it cannot be asked for."""
-    out = np.full((len(files), 2), -1, np.int64)
+def file_stamps(files: InputFiles) -> np.ndarray:
+    """Returns the size and the modification time of each file, int64 [files, 2]; -1 if unknown."""
+    stamps = np.full((len(files), 2), -1, np.int64)
     for i, (path, _) in enumerate(files):
         with contextlib.suppress(OSError):
             status = path.stat()
-            out[i] = status.st_size, status.st_mtime_ns
-    return out
+            stamps[i] = status.st_size, status.st_mtime_ns
+    return stamps
 
 
-def check_unchanged(files, before: np.ndarray) -> None:
-    """Raises Refused where a file's size or time differs from what `stamps` returned before."""
-    changed = np.flatnonzero((stamps(files) != before).any(axis=1))
+def check_unchanged(files: InputFiles, before: np.ndarray) -> None:
+    """Raises UnusableInput if a file's size or time is no longer what file_stamps returned."""
+    changed = np.flatnonzero((file_stamps(files) != before).any(axis=1))
     if changed.size:
         more = f" and {changed.size - 1:,} more" if changed.size > 1 else ""
-        raise Refused(
+        raise UnusableInput(
             "the input must not change while it is encoded; "
-            f"{shown(files[changed[0]][0])}{more} did. Run the same command again."
+            f"{printable_path(files[changed[0]][0])}{more} did. Run the same command again."
         )
 
 
-def source_key(files, *options) -> str:
-    """32 hex digits that change when a file's name, size or time does, or an option."""
+def input_key(files: InputFiles, *options) -> str:
+    """Returns 32 hex digits that change with any file's name, size or time and with any option."""
     digest = hashlib.sha256(json.dumps(options).encode())
     for path, name in files:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""One encoding at a time in a folder, and its progress, so that a stopped one can go on."""
+"""Stores the progress of an encoding, so that a stopped one can continue, and locks its folder."""
 
 import contextlib
 import errno
@@ -8,10 +8,11 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jaxtrain.data.encoding.formats import shown
+from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.files import write_atomic
 
 try:
@@ -26,64 +27,65 @@ POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, wait: bool = False):
+def lock_folder(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Makes the folder and keeps other encodings out of it; the lock ends with the process.
 
     Yields:
         whether the folder is locked: some network file systems have no locks.
 
     Raises:
-        ValueError: another process is encoding into the folder, and `wait` is off.
+        ValueError: another process is encoding into the folder, and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    number, locked = _open_locked(path)
-    while number is None:  # another's
+    while (lock := _try_lock(path)) is None:
         if not wait:
             raise ValueError(
-                f"{shown(folder)} must be written by one encoding at a time; {_owner(path)} is "
-                "writing it. Wait until it ends, or choose another folder."
+                f"{printable_path(folder)} must be written by one encoding at a time; "
+                f"{_owner(path)} is writing it. Wait until it ends, or choose another folder."
             )
         time.sleep(POLL_S)
-        number, locked = _open_locked(path)
+    descriptor, locked = lock
     try:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         owner = f"process {os.getpid()} on {socket.gethostname()}, started {now},"
-        os.truncate(number, 0)
-        os.pwrite(number, owner.encode(), 0)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
         yield locked
     finally:
-        path.unlink(missing_ok=True)  # before the lock ends: then it can only be our own
-        os.close(number)
+        # Removed while it is locked. After closing, the path could be another process's lock.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def _owner(path) -> str:
+def _owner(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(errors="replace")[:200] or "another process"
     return "another process"
 
 
-def _open_locked(path):
-    """(descriptor, whether there are locks); (None, True) where another process holds it."""
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _try_lock(path: Path) -> tuple[int, bool] | None:
+    """Returns (descriptor, whether there are locks), or None while another process has the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        locked = _lock(number)
-        # A file that its owner has removed since it was opened keeps nobody out.
-        if locked is not None and _is_same(number, path):
-            number, result = None, (number, locked)
-            return result
-        return None, True
-    finally:
-        if number is not None:
-            os.close(number)
+        locked = _flock(descriptor)
+        # If the owner removed the file after it was opened here, this locks a file without a name,
+        # which keeps nobody out.
+        if locked is not None and _is_same_file(descriptor, path):
+            return descriptor, locked
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
-def _lock(number) -> bool | None:
-    """True once locked, None where another holds the lock, False where there are no locks."""
+def _flock(descriptor: int) -> bool | None:
+    """Returns True once locked, None if another process has the lock, False without locks."""
     if fcntl is None:
         return False
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
     except OSError as error:
@@ -93,49 +95,54 @@ def _lock(number) -> bool | None:
     return True
 
 
-def _is_same(number, path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(number), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
 class Journal:
-    """The folder of an encoding's unfinished shards, with how far it has come."""
+    """The folder with an encoding's unfinished shards and with its progress.
+
+    Attributes:
+        progress: what `write` last stored, in this process or a stopped one; empty if nothing.
+        replaced: whether an encoding of another input or with other options was stopped here.
+    """
 
     def __init__(self, out: Path, key: str, piece_bytes: int, locked: bool):
-        """Opens the journal of an encoding that was stopped, or begins one.
+        """Opens the journal of a stopped encoding, or begins one.
 
         Args:
-            key: stands for the input and the options; another key's journal is removed.
-            locked: no other process uses `out`; else nothing can be resumed.
+            key: identifies the input and the options; journals with another key are removed.
+            locked: whether no other process uses `out`; otherwise nothing can be resumed.
         """
         name = key[:16] if locked else f"{key[:16]}-{uuid.uuid4().hex[:8]}"
         self.folder = out / f"{STATE}{name}"
-        self._piece_bytes, self._keep = piece_bytes, locked
-        self.replaced = False  # another input or other options were stopped here
+        self._piece_bytes, self._locked = piece_bytes, locked
+        self.replaced = False
         for other in out.glob(f"{STATE}*") if locked else ():
             if other.is_dir() and other != self.folder:
                 self.replaced |= (other / PROGRESS).exists()
                 shutil.rmtree(other, ignore_errors=True)
         self.folder.mkdir(exist_ok=True)
-        self.progress: dict = self._read()  # empty, or what `write` was last given
+        self.progress: dict = self._read()
 
     def _read(self) -> dict:
         try:
-            found = json.loads((self.folder / PROGRESS).read_text())
-            same = (found["version"], found["piece_bytes"]) == (VERSION, self._piece_bytes)
-            return found["progress"] if same and isinstance(found["progress"], dict) else {}
+            stored = json.loads((self.folder / PROGRESS).read_text())
+            current = (stored["version"], stored["piece_bytes"]) == (VERSION, self._piece_bytes)
+            return stored["progress"] if current and isinstance(stored["progress"], dict) else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def write(self, progress: dict) -> None:
-        """Replaces the progress, on disk when it returns; what it describes must be there."""
-        found = {"version": VERSION, "piece_bytes": self._piece_bytes, "progress": progress}
-        write_atomic(self.folder / PROGRESS, json.dumps(found))
+        """Stores the progress on disk; the shards that it describes must be there before."""
+        stored = {"version": VERSION, "piece_bytes": self._piece_bytes, "progress": progress}
+        write_atomic(self.folder / PROGRESS, json.dumps(stored))
         self.progress = progress
 
     def close(self, resumable: bool) -> None:
-        """Keeps what is needed to go on, or removes the folder."""
-        if not (resumable and self._keep and self.progress):
+        """Removes the folder unless it is needed to continue."""
+        if not (resumable and self._locked and self.progress):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,11 +1,12 @@
-"""Readers: each cuts a unit of the input into tasks of about a megabyte, in order."""
+"""Cuts each unit of the input into tasks of about a megabyte, in order."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
-from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, cut_in_window
-from jaxtrain.data.encoding.documents import TOO_LONG, Piece, Problem
+from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut
+from jaxtrain.data.encoding.documents import TOO_LONG
 from jaxtrain.data.encoding.formats import (
     BOM,
     DAMAGE,
@@ -15,112 +16,146 @@ from jaxtrain.data.encoding.formats import (
     open_content,
 )
 from jaxtrain.data.encoding.table_readers import read_arrow, read_csv, read_parquet
-from jaxtrain.data.encoding.work_units import Task, Unit, damage, tasks_of_rows
+from jaxtrain.data.encoding.work_units import (
+    DocumentProblem,
+    Piece,
+    Row,
+    Task,
+    Unit,
+    damage_problem,
+    group_rows,
+)
 
-TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+QUOTE, OPENING_BRACKET = b'"['
+OPENING, CLOSING = b"[{", b"]}"
+EXPECTED_JSON = "expected an array or an object"
 
 
 def read_unit(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     """Yields the tasks of a unit; what cannot be read becomes a task with a problem."""
     try:
         yield from READERS[unit.kind](unit, text_field, piece_bytes)
-    except DAMAGE as error:  # the file was whole when the units were planned
-        yield Task((), 0, damage(unit.path, error))
+    except DAMAGE as error:  # the file could be read when the input was divided
+        yield Task((), 0, damage_problem(unit.path, error))
 
 
-def _read_pieces(unit, text_field, piece_bytes):
+def _read_pieces(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     yield Task(unit.pieces, unit.size)
 
 
-def _read_problem(unit, text_field, piece_bytes):
+def _read_problem(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     yield Task((), 0, unit.problem)
 
 
-def _read_text(unit, text_field, piece_bytes):
-    """A compressed text, whose parts (one, or the trained and the held-out one) are known."""
+def _read_text(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
+    """Reads a compressed text: one piece, or the training part and the held-out part."""
     with open_content(unit.path, unit.compression) as (stream, file):
-        before, kept = 0, b""
+        read_before, buffer = 0, b""
         for _ in iter_bytes(stream, unit.pieces[0].start):
-            pass  # a BOM
+            pass  # skips a byte order mark
         for part in unit.pieces:
-            at = part.start
-            while at < part.stop:
-                wanted = min(piece_bytes + WINDOW_BYTES, part.stop - at)
-                kept += b"".join(iter_bytes(stream, max(0, wanted - len(kept))))
-                if len(kept) < wanted:
+            start = part.start
+            while start < part.stop:
+                wanted = min(piece_bytes + WINDOW_BYTES, part.stop - start)
+                buffer += b"".join(iter_bytes(stream, max(0, wanted - len(buffer))))
+                if len(buffer) < wanted:
                     raise EOFError(f"it had {part.stop:,} bytes of text, and now has fewer")
-                size = part.stop - at
+                size = part.stop - start
                 if size > piece_bytes:
-                    size = piece_bytes + cut_in_window(kept[piece_bytes:wanted])
-                first = part.first and at == part.start
-                piece = replace(part, start=at, stop=at + size, first=first, content=kept[:size])
-                yield Task((piece,), file.tell() - before)
-                before, kept, at = file.tell(), kept[size:], at + size
+                    size = piece_bytes + find_cut(buffer[piece_bytes:wanted])
+                stop, first = start + size, part.first and start == part.start
+                piece = replace(part, start=start, stop=stop, first=first, content=buffer[:size])
+                yield Task((piece,), file.tell() - read_before)
+                read_before, buffer, start = file.tell(), buffer[size:], stop
 
 
-def _read_jsonl(unit, text_field, piece_bytes):
-    """A compressed .jsonl file: blocks of whole lines, which the processes parse."""
-    place = unit.path, "jsonl", unit.compression
+def _read_jsonl(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
+    """Reads compressed JSON lines as blocks of whole lines, which the processes parse."""
+    kind = "jsonl"
     with open_content(unit.path, unit.compression) as (stream, file):
-        at, before, kept, size, end, skipping = 0, 0, [], 0, 0, False
+        start = read_before = 0  # of the block: its place in the content; the position on disk
+        chunks: list[bytes] = []
+        size = 0  # of the chunks
+        end = 0  # of the whole lines in the chunks
+        skipping = False  # whether a line that is too long has not ended yet
 
-        def block(stop):
-            content = b"".join(kept)
-            piece = Piece(unit.path, unit.name, at, at + stop, *place[1:], content=content[:stop])
-            return Task((piece,), file.tell() - before), [content[stop:]]
+        def make_task(stop: int) -> tuple[Task, list[bytes]]:
+            """Returns a task with the chunks up to `stop`, and the rest of the chunks."""
+            content = b"".join(chunks)
+            piece = Piece(
+                unit.path,
+                unit.name,
+                start,
+                start + stop,
+                kind,
+                unit.compression,
+                content=content[:stop],
+            )
+            return Task((piece,), file.tell() - read_before), [content[stop:]]
 
         try:
             for chunk in iter_bytes(stream):
-                if skipping:  # the rest of a line that is too long
+                if skipping:
                     stop = chunk.find(b"\n") + 1
-                    at += stop or len(chunk)
+                    start += stop or len(chunk)
                     skipping, chunk = not stop, chunk[stop:] if stop else b""
-                kept.append(chunk)
+                chunks.append(chunk)
                 if newline := chunk.rfind(b"\n") + 1:
-                    end = size + newline  # of the whole lines in `kept`
+                    end = size + newline
                 size += len(chunk)
                 if end and size >= min(piece_bytes, DOCUMENT_BYTES):
-                    task, kept = block(end)
+                    task, chunks = make_task(end)
                     yield task
-                    at, before, size, end = at + end, file.tell(), size - end, 0
+                    start, read_before, size, end = start + end, file.tell(), size - end, 0
                 elif size > DOCUMENT_BYTES:
-                    yield Task((), 0, Problem(*place, at, *TOO_LONG))
-                    at, kept, size, skipping = at + size, [], 0, True
+                    location = unit.path, kind, unit.compression, start
+                    yield Task((), 0, DocumentProblem(*location, *TOO_LONG))
+                    start, chunks, size, skipping = start + size, [], 0, True
         except DAMAGE as error:
             if end:
-                yield block(end)[0]
+                yield make_task(end)[0]
             what = "the rest of the file"
-            yield Task((), 0, damage(*place[:1], error, at + end, *place[1:], what))
+            problem = damage_problem(unit.path, error, start + end, kind, unit.compression, what)
+            yield Task((), 0, problem)
             return
         if size:
-            yield block(size)[0]
+            yield make_task(size)[0]
 
 
-def _read_json(unit, text_field, piece_bytes):
+def _read_json(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     with open_content(unit.path, unit.compression) as (stream, file):
-        elements = _elements(unit, stream)
-        yield from tasks_of_rows(unit, "json", elements, piece_bytes, file.tell)
+        elements = _iter_elements(unit, stream)
+        yield from group_rows(unit, "json", elements, piece_bytes, file.tell)
 
 
-def _elements(unit, stream):
-    """(place, bytes) of each object, or element of an array, of values one after the other.
+def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
+    """Yields (place, bytes) of each document in a file of JSON values one after the other.
 
-    What stands between them is an element too, which is then no JSON. Only brackets and strings
-    are looked at; the processes parse the elements.
+    A document is an object, or an element of an array. Anything else between them is yielded too,
+    and is later reported as not JSON. This only looks at brackets and strings; the processes parse
+    the documents.
     """
-    place = unit.path, "json", unit.compression
-    data, at, scanned, begin, depth = b"", 0, 0, 0, 0  # at: the place of data[0]
-    base = 0  # the depth at which elements begin: 1 in an array
+
+    def problem(place: int, reason: str, found: str) -> DocumentProblem:
+        return DocumentProblem(unit.path, "json", unit.compression, place, reason, found)
+
+    data = b""  # content that is not yet yielded
+    offset = 0  # of data[0] in the file
+    scanned = begin = 0  # in data: the end of the last token, the begin of the next document
+    depth = 0  # open brackets
+    base = 0  # the depth at which documents begin: 1 in an array, else 0
     while True:
         try:
             chunk = b"".join(iter_bytes(stream, max(HEAD_BYTES, len(data))))
         except DAMAGE as error:
-            yield damage(unit.path, error, at + scanned, *place[1:], "the rest of the file")
+            location, what = (offset + scanned, "json", unit.compression), "the rest of the file"
+            yield damage_problem(unit.path, error, *location, what)
             return
         data += chunk
-        if not at and not scanned and data.startswith(BOM):
+        if not offset and not scanned and data.startswith(BOM):
             scanned = begin = len(BOM)
-        for match in TOKEN.finditer(data, scanned):
+        for match in JSON_TOKEN.finditer(data, scanned):
             start, scanned = match.span()
             token = data[start]
             if token == QUOTE and scanned == start + 1:  # a string that ends in a later chunk
@@ -128,40 +163,36 @@ def _elements(unit, stream):
                 break
             if depth == 0:
                 if token not in OPENING:
-                    yield Problem(*place, at + start, "not JSON", f"{EXPECTED}; found neither")
+                    yield problem(offset + start, "not JSON", f"{EXPECTED_JSON}; found neither")
                     return
-                base = int(token == OPENED)
+                base = int(token == OPENING_BRACKET)
             if depth <= base and (stray := data[begin:start].strip(b" \t\r\n,")):
-                yield at + data.index(stray, begin), stray
+                yield offset + data.index(stray, begin), stray
             if token in OPENING:
-                if depth <= base:
-                    begin = start if depth == base else scanned  # of an element; of the array
+                if depth <= base:  # the document itself begins here, or the first of an array
+                    begin = start if depth == base else scanned
                 depth += 1
             elif token in CLOSING:
                 depth -= 1
                 begin = scanned if depth < base else begin
             if depth == base and token not in OPENING:
                 first = start if token == QUOTE else begin
-                yield at + first, data[first:scanned]
+                yield offset + first, data[first:scanned]
                 begin = scanned
         else:
             scanned = len(data)
-        data, at, scanned, begin = data[begin:], at + begin, scanned - begin, 0
+        data, offset, scanned, begin = data[begin:], offset + begin, scanned - begin, 0
         if not chunk:
             if depth or data.strip():
                 found = "no end of it" if depth else "something behind it"
-                yield Problem(*place, at, "not JSON", f"{EXPECTED}; found {found}")
+                yield problem(offset, "not JSON", f"{EXPECTED_JSON}; found {found}")
             return
         if len(data) > DOCUMENT_BYTES:
-            yield Problem(*place, at, *TOO_LONG)
+            yield problem(offset, *TOO_LONG)
             return
 
 
-QUOTE, OPENED = b'"['
-EXPECTED = "expected an array or an object"
-OPENING, CLOSING = b"[{", b"]}"
-
-READERS = {
+READERS: dict[str, Callable[[Unit, str, int], Iterator[Task]]] = {
     "pieces": _read_pieces,
     "problem": _read_problem,
     "text": _read_text,

@@ -1,112 +1,116 @@
-"""Proof, while text is encoded, that the tokens stand for all of it."""
+"""Checks while text is encoded that the tokens spell the text, so that none is lost unnoticed."""
 
 import numpy as np
 
-WINDOW = 64  # tokens, or characters of a text that is rewritten first
+from jaxtrain.data.tokenizer import Tokenizer
+
+WINDOW = 64  # tokens, or characters of a text that the tokenizer rewrites
 LONG = 4_096  # tokens
-EDGE = 16  # bytes that may differ where a text is cut before it is rewritten
+EDGE = 16  # bytes that may differ at the end of an excerpt that is rewritten without its context
 LOST = "bytes unknown to the tokenizer"
-MOST_LOST = 0.01  # share of the text's bytes
+MAX_LOST = 0.01  # share of the text's bytes
 
 
-class Refused(ValueError):
-    """An error after which an encoding does not go on from where it stopped."""
+class UnusableInput(ValueError):
+    """The input cannot be encoded: progress is deleted, as the same input would fail again."""
 
 
-class HoldsStart(ValueError):
-    """A document whose tokens hold the token that starts documents."""
+class ContainsEot(ValueError):
+    """The tokens of a document contain the token that starts documents."""
 
 
-def check_covers(tokenizer, text: str, ids: np.ndarray, where: str) -> int:
+def count_lost_bytes(tokenizer: Tokenizer, text: str, ids: np.ndarray, where: str) -> int:
     """Returns how many bytes of a document its tokens do not stand for.
 
-    The bytes of all tokens are summed, and what they spell is compared with the document in a few
-    places. Where that does not settle it, the whole document is compared.
+    For speed, the bytes of all tokens are summed and only some tokens are spelled and compared
+    with the document. If that finds a difference, the whole document is compared.
 
     Args:
         where: names the document in the error.
 
     Raises:
-        HoldsStart: a token is the one that starts documents.
-        Refused: the tokens spell something else, more, or, with a lossless tokenizer, less.
+        ContainsEot: a token is the one that starts documents.
+        UnusableInput: the tokens spell another text, a longer one or, with a lossless tokenizer, a
+            shorter one.
     """
     if (ids == tokenizer.eot).any():
-        raise HoldsStart(
+        raise ContainsEot(
             f"{where}: a text must not hold the token that starts documents, {tokenizer.eot}; got "
             f"it at token {int(np.argmax(ids == tokenizer.eot))}, by {tokenizer.name}."
         )
-    matches = _ends_match if tokenizer.rewrites else _windows_match
-    loses = tokenizer.drops or (tokenizer.unknown >= 0 and (ids == tokenizer.unknown).any())
-    if not loses and matches(tokenizer, text, ids):
+    seems_equal = _ends_match if tokenizer.rewrites else _windows_match
+    may_lose = tokenizer.drops or (tokenizer.unknown >= 0 and (ids == tokenizer.unknown).any())
+    if not may_lose and seems_equal(tokenizer, text, ids):
         return 0
     expected, spelled = tokenizer.expect(text), tokenizer.spell(ids)
     text_bytes = _bytes_without_space(text)
     left = _bytes_without_space(expected.decode(errors="ignore"))
-    if 2 * left < text_bytes:  # a normalizer that removes most of the text
+    if 2 * left < text_bytes:  # a normalizer removes most of the text
         return text_bytes - left
     missing = len(expected) - len(spelled)
     if not tokenizer.lossless and missing > 0:
         return missing
     if spelled == expected or (tokenizer.approximate and -missing <= max(16, len(expected) // 100)):
         return 0
-    same = _first_difference(expected, spelled)
-    raise Refused(
+    same = _equal_bytes(expected, spelled)
+    raise UnusableInput(
         f"{where}: the tokens must spell the text; {tokenizer.name} gives {len(ids):,} tokens of "
         f"{len(spelled):,} bytes for {len(expected):,} bytes, and they differ at byte {same:,}: "
         f"{expected[same : same + 24]!r} became {spelled[same : same + 24]!r}."
     )
 
 
+def check_lost_share(lost: int, text_bytes: int, tokenizer_name: str) -> None:
+    """Raises UnusableInput if more than MAX_LOST of a corpus is unknown to its tokenizer."""
+    if lost > MAX_LOST * text_bytes:
+        raise UnusableInput(
+            f"at most {MAX_LOST:.0%} of the text may be unknown to the tokenizer; got "
+            f"{lost:,} of {text_bytes:,} bytes ({lost / text_bytes:.1%}) with {tokenizer_name}. "
+            "Use a tokenizer whose vocabulary contains all bytes, such as gpt2."
+        )
+
+
 def _bytes_without_space(text: str) -> int:
     return len("".join(text.split()).encode())
 
 
-def check_lost(lost: int, text_bytes: int, tokenizer_name: str) -> None:
-    """Raises Refused where more than MOST_LOST of a corpus is unknown to its tokenizer."""
-    if lost > MOST_LOST * text_bytes:
-        raise Refused(
-            f"at most {MOST_LOST:.0%} of the text may be unknown to the tokenizer; got "
-            f"{lost:,} of {text_bytes:,} bytes ({lost / text_bytes:.1%}) with {tokenizer_name}. "
-            "Take a tokenizer with bytes in its vocabulary, such as gpt2."
-        )
+def _windows_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
+    """Whether all tokens together are as long as the text, and some of them spell their part.
 
-
-def _windows_match(tokenizer, text, ids) -> bool:
-    """Whether the sizes of all tokens, and the bytes of some, are those of the text.
-
-    A short document is compared in one place, drawn by its length.
+    These are the first, middle and last WINDOW tokens of a long document, and those at one place,
+    which depends on the length, of a short one.
     """
     expected = text.encode()
-    if tokenizer.name == "bytes":  # comparing all of it is faster
+    if tokenizer.name == "bytes":  # a comparison of everything is faster
         return tokenizer.spell(ids) == expected
     sizes = tokenizer.token_bytes[ids]
     if sizes.sum() != len(expected):  # NumPy sums int32 in int64
         return False
     last = max(len(ids) - WINDOW, 0)
-    places = (0, last // 2, last) if len(ids) > LONG else (len(text) * 7_919 % (last + 1),)
-    for first in places:
-        at = int(sizes[:first].sum())
+    windows = (0, last // 2, last) if len(ids) > LONG else (len(text) * 7_919 % (last + 1),)
+    for first in windows:
+        start = int(sizes[:first].sum())
         spelled = tokenizer.spell(ids[first : first + WINDOW])
-        if expected[at : at + len(spelled)] != spelled:
+        if expected[start : start + len(spelled)] != spelled:
             return False
     return True
 
 
-def _ends_match(tokenizer, text, ids) -> bool:
-    """Whether a text that is rewritten first has its tokens' ends and about their bytes."""
+def _ends_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
+    """Whether the tokens have about the size of a text that is rewritten, and spell its ends."""
     size = int(tokenizer.token_bytes[ids].sum())
     if not size < 2 * len(text.encode()) < 4 * size:
         return False
     if len(text) < WINDOW:
         return tokenizer.expect(text) == tokenizer.spell(ids)
     start, end = tokenizer.expect(text[:WINDOW])[:-EDGE], tokenizer.expect(text[-WINDOW:])[EDGE:]
-    some = 2 * WINDOW  # tokens, mostly of more than half a character each
-    return tokenizer.spell(ids[:some]).startswith(start) and tokenizer.spell(ids[-some:]).endswith(
-        end
-    )
+    covering = 2 * WINDOW  # tokens: most stand for more than half a character
+    first, last = tokenizer.spell(ids[:covering]), tokenizer.spell(ids[-covering:])
+    return first.startswith(start) and last.endswith(end)
 
 
-def _first_difference(one: bytes, other: bytes) -> int:
-    length = min(len(one), len(other))
-    differs = np.frombuffer(one[:length], np.uint8) != np.frombuffer(other[:length], np.uint8)
+def _equal_bytes(a: bytes, b: bytes) -> int:
+    """Returns the length of the common beginning."""
+    length = min(len(a), len(b))
+    differs = np.frombuffer(a[:length], np.uint8) != np.frombuffer(b[:length], np.uint8)
     return int(np.argmax(differs)) if differs.any() else length

@@ -1,17 +1,82 @@
-"""Units of reading, and the tasks that they are cut into for the encoding processes."""
+"""The parts into which the input is divided for encoding, and the problems found in them.
 
-from collections.abc import Iterator
+The input is a list of units, read one after the other. A reader cuts a unit into tasks, each for
+one encoding process. A task holds pieces, each of one file. A piece holds documents or a part of
+one. The number of tasks that are done is the place at which a stopped encoding continues.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtrain.data.encoding.documents import Piece, Problem, first_line
+from jaxtrain.data.encoding.formats import DAMAGE, line_number, printable_path
+
+PIECE_BYTES = 1 << 20
+MAX_LINE_COUNT_BYTES = 1 << 30  # line numbers of problems further into a file are not counted
+
+
+class BadDocument(NamedTuple):
+    """Why a document cannot be used."""
+
+    reason: str  # the category it is counted in
+    found: str
+
+
+class DocumentProblem(NamedTuple):
+    """A document, or the rest of a file, that could not be used."""
+
+    path: str
+    kind: str  # says what `place` is: a row for "rows", nothing for "", else a byte
+    compression: str
+    place: int
+    reason: str
+    found: str
+
+    def describe(self) -> str:
+        """Returns the file, the line or row, the byte, and what was found there."""
+        where = printable_path(self.path)
+        if self.kind == "rows":
+            where += f", row {self.place:,}"
+        elif self.kind:
+            line = ""
+            if self.kind == "jsonl" and self.place < MAX_LINE_COUNT_BYTES:
+                with contextlib.suppress(*DAMAGE):
+                    line = f"line {line_number(self.path, self.compression, self.place):,}, "
+            where += f", {line}byte {self.place:,}"
+        return f"{where}: {self.found}"
+
+
+Row = tuple[int, bytes | BadDocument | None]  # place in the file, and a document's content
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive bytes or rows of a file, which one process encodes."""
+
+    path: str
+    name: str  # path below the input folder, the same on every machine
+    start: int
+    stop: int
+    kind: str = "text"  # text, jsonl, json or rows
+    compression: str = ""
+    split: str = "train"  # of a text; the split of other documents is decided one by one
+    first: bool = True  # whether a text starts here
+    # What a reader has read already: bytes of a text or of lines, rows of json and of tables.
+    # None is read from the file by the encoding process.
+    content: bytes | list[Row] | None = None
+
+    def rows(self) -> list[Row]:
+        """Returns the documents of a piece of json or rows."""
+        assert isinstance(self.content, list)
+        return self.content
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the input that is read from its beginning; resuming skips whole units.
+    """A part of the input that can only be read from its beginning.
 
-    Its pieces are known where the file can be read at any place; else a reader makes them.
+    If its file can be read at any place, its pieces are known; otherwise a reader makes them.
     """
 
     kind: str  # pieces, text, jsonl, json, csv, parquet, arrow or problem
@@ -20,9 +85,9 @@ class Unit:
     path: str = ""
     name: str = ""
     compression: str = ""
-    group: int = 0  # of a parquet file's rows
-    row: int = 0  # the group's first
-    problem: Problem | None = None
+    group: int = 0  # row group of a parquet file
+    row: int = 0  # first row of the group
+    problem: DocumentProblem | None = None
 
 
 class Task(NamedTuple):
@@ -30,46 +95,66 @@ class Task(NamedTuple):
 
     pieces: tuple[Piece, ...]
     size: int  # bytes on disk, for the progress bar
-    problem: Problem | None = None
-    lost_bytes: int = 0  # on disk, that the problem costs
-    after: tuple[int, int] = (0, 0)  # the unit, and the tasks of it that end with this one
+    problem: DocumentProblem | None = None
+    lost_bytes: int = 0  # on disk, lost with the problem
+    after: tuple[int, int] = (0, 0)  # number of the unit, and of its tasks up to this one
 
 
-def damage(path, error, at=0, kind="", compression="", what="the file") -> Problem:
-    """Returns the Problem of what reading a file raised."""
-    unreadable = isinstance(error, OSError) and error.errno
-    found = f"{what} cannot be read: {error.strerror if unreadable else first_line(error)}"
-    return Problem(path, kind, compression, at, "unreadable" if unreadable else "damaged", found)
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type where it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
-def tasks_of_rows(unit: Unit, kind: str, rows, piece_bytes: int, position) -> Iterator[Task]:
-    """Yields tasks of about piece_bytes out of (place, bytes, None or Bad) of each document.
+def damage_problem(
+    path: str,
+    error: Exception,
+    place: int = 0,
+    kind: str = "",
+    compression: str = "",
+    what: str = "the file",
+) -> DocumentProblem:
+    """Returns the problem that an error while reading a file stands for."""
+    reason, text = "damaged", first_line(error)
+    if isinstance(error, OSError) and error.errno:  # the operating system's, not a decoder's
+        reason, text = "unreadable", error.strerror
+    return DocumentProblem(path, kind, compression, place, reason, f"{what} cannot be read: {text}")
 
-    A Problem among the rows becomes a task of its own, in its place.
+
+def group_rows(
+    unit: Unit,
+    kind: str,
+    rows: Iterable[Row | DocumentProblem],
+    piece_bytes: int,
+    position: Callable[[], int],
+) -> Iterator[Task]:
+    """Yields tasks of about piece_bytes of rows; a problem among them becomes its own task.
 
     Args:
-        position: tells how far the file on disk is read, in bytes.
+        position: returns how many bytes of the file on disk have been read.
     """
-    held, size, before = [], 0, 0
+    group: list[Row] = []
+    size = before = 0
 
-    def task(problem=None):
-        nonlocal held, size, before
+    def next_task(problem: DocumentProblem | None = None) -> Task:
+        nonlocal group, size, before
         pieces = ()
-        if held:
-            first, last = held[0][0], held[-1][0] + 1
-            pieces = (Piece(unit.path, unit.name, first, last, kind, content=held),)
-        done, before, held, size = position() - before, position(), [], 0
-        return Task(pieces, done, problem)
+        if group:
+            first, last = group[0][0], group[-1][0] + 1
+            pieces = (Piece(unit.path, unit.name, first, last, kind, content=group),)
+        read, before = position() - before, position()
+        group, size = [], 0
+        return Task(pieces, read, problem)
 
     for row in rows:
-        if isinstance(row, Problem):
-            if held:
-                yield task()
-            yield task(row)
+        if isinstance(row, DocumentProblem):
+            if group:
+                yield next_task()
+            yield next_task(row)
             continue
-        held.append(row)
+        group.append(row)
         size += len(row[1]) if isinstance(row[1], bytes) else 0
-        if size >= piece_bytes or len(held) >= piece_bytes:
-            yield task()
-    if held:
-        yield task()
+        if size >= piece_bytes or len(group) >= piece_bytes:
+            yield next_task()
+    if group:
+        yield next_task()

@@ -1,4 +1,4 @@
-"""Encoding processes: tasks go out in order, and their results come back in order."""
+"""Encodes tasks in several processes and returns the results in the order of the tasks."""
 
 import contextlib
 import multiprocessing
@@ -6,20 +6,23 @@ import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing.connection import wait
 
 from jaxtrain.data.encoding.documents import Encoded, Options, encode_pieces
 from jaxtrain.data.encoding.work_units import Task
-from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
 
 
-def run_tasks(tasks, tokenizer, options: Options, workers: int):
-    """Yields (task, Encoded) in the order of the tasks; at most 2 x workers wait in memory.
+def encode_tasks(
+    tasks: Iterable[Task], tokenizer: Tokenizer, options: Options, workers: int
+) -> Iterator[tuple[Task, Encoded]]:
+    """Yields each task and its documents' tokens, in order.
 
-    Args:
-        tasks: an iterator, read by this process and only as far as there is room.
+    At most 2 x workers + 1 tasks are in memory: the next are read when there is room. One worker,
+    or fewer than two tasks, means that this process encodes them itself.
     """
     tasks = iter(tasks)
     first = list(islice(tasks, 2))
@@ -27,13 +30,13 @@ def run_tasks(tasks, tokenizer, options: Options, workers: int):
         for task in chain(first, tasks):
             yield task, encode_pieces(task.pieces, tokenizer, options)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads' locks
-    with ProcessPoolExecutor(workers, context, _start, (tokenizer.name, options)) as pool:
+    context = multiprocessing.get_context("spawn")  # fork would copy locks that JAX's threads hold
+    with ProcessPoolExecutor(workers, context, _init_worker, (tokenizer.name, options)) as pool:
         waiting = deque()
         try:
             for task in chain(first, tasks):
                 with _sigint_blocked():  # a submission may start processes
-                    waiting.append((task._replace(pieces=()), pool.submit(_work, task)))
+                    waiting.append((task._replace(pieces=()), pool.submit(_encode_task, task)))
                 if len(waiting) > 2 * workers:
                     task, future = waiting.popleft()
                     yield task, future.result()
@@ -45,27 +48,29 @@ def run_tasks(tasks, tokenizer, options: Options, workers: int):
 
 
 @contextlib.contextmanager
-def _sigint_blocked():
-    """Holds Ctrl-C back, also in the processes that the block starts: the parent acts on it."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _sigint_blocked() -> Iterator[None]:
+    """Blocks Ctrl-C here, and for good in processes started here: only the parent reacts to it."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _start(tokenizer_name, options):
+def _init_worker(tokenizer_name: str, options: Options) -> None:
     global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker = build_tokenizer(tokenizer_name), options
 
 
-def _end_with_parent():
-    """A killed parent closes no queue: its processes would wait for tasks for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+def _exit_with_parent() -> None:
+    """Ends this process when its parent is killed, which would leave it waiting for tasks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)
 
 
-def _work(task: Task) -> Encoded:
+def _encode_task(task: Task) -> Encoded:
     tokenizer, options = _worker
     return encode_pieces(task.pieces, tokenizer, options)

@@ -11,13 +11,13 @@ import pytest
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
-from pallas_kernels import bench, mosaic, routes
+from pallas_kernels import bench, kernel_choice, mosaic
 from pallas_kernels.contests import KERNEL, TINY, build_contests
-from pallas_kernels.routes import OPS, choose, default_tiles, part_of, read_rows
-from pallas_kernels.search import candidates
+from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
+from pallas_kernels.search_space import candidates
+from pallas_kernels.tiles import TILES, MosaicProductTiles, body_of, default_tiles, kernel_tiles
 from pallas_kernels.timing import Timing
 from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
-from pallas_kernels.tuned import TILES, MosaicTiles, body_of
 
 CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
 
@@ -80,7 +80,7 @@ def rows_of(seconds, tmp_path):
 @pytest.mark.parametrize("op", ROUTED)
 def test_a_row_routes_its_kernel_where_it_won_at_a_like_shape_and_version(op, tmp_path):
     folder, shape = rows_of(0.5, tmp_path), ROUTED[op]
-    ask = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose(
+    ask = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
         op, "sm_86", chip, dtype, shape, folder
     )
     assert ask().faster and ask().tiles == default_tiles(op, "sm_86")
@@ -95,13 +95,13 @@ def test_a_row_routes_its_kernel_where_it_won_at_a_like_shape_and_version(op, tm
 
 def test_a_row_of_another_jax_says_nothing(tmp_path, monkeypatch):
     folder = rows_of(0.5, tmp_path)
-    monkeypatch.setattr(routes.jax, "__version__", "0.99.1")
-    assert "not measured" in choose("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
+    monkeypatch.setattr(kernel_choice.jax, "__version__", "0.99.1")
+    assert "not measured" in choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
 
 
 def test_the_model_takes_what_was_measured_faster(tmp_path, monkeypatch):
     rows = read_rows(rows_of(0.5, tmp_path))
-    monkeypatch.setattr(routes, "read_rows", lambda folder: rows)
+    monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
     model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
     ask = lambda chip, **values: choose_routes(
         model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip=chip
@@ -152,19 +152,19 @@ def test_the_bench_runs_to_its_end_interpreted_and_writes_every_contest(tmp_path
 
 def test_a_row_says_which_body_won(tmp_path):
     """Of one that mixes them: a kernel of Mosaic's beside one of Triton's."""
-    tiles = default_tiles("square", "sm_90") | {"square": MosaicTiles(256, 128, 64, 3)}
+    tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     found = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
     row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, found)
     bench.write_json(tmp_path / "h100.json", [row._asdict()])
-    choice = choose("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
+    choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
     assert choice.faster and choice.tiles == tiles
     assert [body_of(t) for t in choice.tiles.values()] == ["mosaic", "triton"]
-    odd = choose("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
+    odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
     assert not odd.faster and "multiple of 8; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
 
 
 def test_both_bodies_are_searched_where_mosaic_is_usable_and_one_elsewhere():
-    found = lambda arch: {body_of(part_of(t, part)) for part, t in candidates("square", arch)}
+    found = lambda arch: {body_of(kernel_tiles(t, part)) for part, t in candidates("square", arch)}
     assert found("sm_86") == {"triton"}
     assert found("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}

@@ -1,0 +1,128 @@
+"""Chooses an op's kernel: its tiles, and whether a measurement shows that it beats the best other.
+
+The measurements are pallas_kernels/tuned/CHIP.json, which `python -m pallas_kernels.bench --save`
+writes. Without a row for this chip, type and shape the kernel does not count as faster. Whether a
+run then uses it is decided in jaxtrain/ops/routes.py. This file imports no Pallas.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.tiles import (
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
+    MosaicProductTiles,
+    OpTiles,
+    ProductTiles,
+    body_of,
+    default_tiles,
+)
+
+OPS = ("attention", "norm", "qk_rope", "head", "square")
+ROWS = Path(__file__).parent / "tuned"
+NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
+
+
+class BenchRow(NamedTuple):
+    """One measurement: the kernel at its best tiles, and the fastest other implementation."""
+
+    op: str
+    chip: str
+    dtype: str
+    shape: tuple  # attention: T, H, G, K; norm and square: D; qk_rope: K; head: D, V
+    jax: str
+    tiles: OpTiles | None
+    kernel_s: float
+    other: str  # the fastest other implementation
+    other_s: float
+    date: str
+    command: str
+
+    def applies_to(self, op: str, chip: str, dtype: str, shape: tuple) -> bool:
+        """Returns whether this row decides for a shape, on the installed JAX."""
+        same = (self.op, self.chip, self.dtype) == (op, chip, dtype)
+        # Versions of one minor series: their compilers differ by fixes only.
+        same_jax = self.jax.split(".")[:2] == jax.__version__.split(".")[:2]
+        if not (same and same_jax) or len(shape) != len(self.shape):
+            return False
+        return all(abs(math.log2(a / b)) <= NEAR for a, b in zip(shape, self.shape, strict=True))
+
+
+class BodyChoice(NamedTuple):
+    """The tiles to use, whose types select each kernel's body, and whether the kernel is faster."""
+
+    tiles: OpTiles | None
+    faster: bool
+    reason: str
+
+
+def _tiles_from_json(op, value):
+    if value is None:
+        return None
+    if op == "attention":
+        kinds = {"mosaic": MosaicAttentionTiles}
+        return FlashAttentionTiles(
+            *(kinds.get(tiles[-1], AttentionTiles)(*tiles) for tiles in value)
+        )
+    kinds = {"mosaic": MosaicProductTiles}
+    return {name: kinds.get(tiles[-1], ProductTiles)(*tiles) for name, tiles in value.items()}
+
+
+@functools.cache
+def read_rows(folder: Path = ROWS) -> list[BenchRow]:
+    """Returns all measured rows.
+
+    Raises:
+        ValueError: a file does not have the format that bench writes.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            for values in json.loads(path.read_text()):
+                row = BenchRow(**values)
+                tiles = _tiles_from_json(row.op, row.tiles)
+                rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} must hold rows of the bench; got {error!r}.") from error
+    return rows
+
+
+def _mosaic_row_sizes(op, tiles, shape):
+    """Returns the row lengths that must be multiples of 8 because a Mosaic body copies them."""
+    kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
+    if all(body_of(kernel) == "triton" for kernel in kernels):
+        return ()
+    return shape[3:] if op == "attention" else shape
+
+
+def choose_body(
+    op: str, arch: str, chip: str, dtype: str, shape: tuple, folder: Path = ROWS
+) -> BodyChoice:
+    """Returns the tiles of an op's kernels, and whether a measurement found them faster.
+
+    Args:
+        op: one of OPS.
+        arch: a key of TILES.
+        chip: its name in the chip table, or "".
+        dtype: a name, such as "bfloat16".
+        shape: as in BenchRow.
+    """
+    rows = [row for row in read_rows(folder) if row.applies_to(op, chip, dtype, shape)]
+    if not rows:
+        reason = f"its kernel is not measured on {chip or arch} at this shape"
+        return BodyChoice(default_tiles(op, arch), False, reason)
+    row = rows[-1]
+    sizes = _mosaic_row_sizes(op, row.tiles, shape)
+    if any(size % 8 for size in sizes):
+        got = ", ".join(map(str, sizes))
+        reason = f"its fastest body needs sizes that are a multiple of 8; got {got}"
+        return BodyChoice(default_tiles(op, arch), False, reason)
+    ratio = row.kernel_s / row.other_s
+    reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
+    return BodyChoice(row.tiles, ratio < 1, reason)

@@ -1,0 +1,90 @@
+"""The tiles that `bench --tune` tries on a GPU and `audit --sweep` compiles without one."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from pallas_kernels import mosaic
+from pallas_kernels.tiles import (
+    MOSAIC,
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
+    MosaicProductTiles,
+    OpTiles,
+    ProductTiles,
+    default_tiles,
+    mosaic_tiles,
+    replace_tiles,
+)
+
+
+def _attention(kernel):
+    del kernel
+    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    return itertools.starmap(AttentionTiles, sizes)
+
+
+def _mosaic_attention(kernel):
+    """Yields tiles whose sums fit in the registers of a multiplying warp group."""
+    queries, keys = {
+        "forward": ((128, 256), (64, 128)),
+        "dkv": ((64,), (128,)),
+        "dq": ((128,), (64, 128)),
+    }[kernel]
+    yield from itertools.starmap(MosaicAttentionTiles, itertools.product(queries, keys, (2, 3, 4)))
+
+
+def _products(kernel):
+    square = kernel.startswith("square")  # its tiles must be square
+    for rows, columns, depth, warps, stages in itertools.product(
+        (64, 128), (64, 128) if square else (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)
+    ):
+        if rows == columns or not square:
+            yield ProductTiles(rows, columns, depth, warps, stages)
+
+
+def _mosaic_products(kernel):
+    """Yields tiles of which a warp group's half, in float32, is at most 128 numbers a thread."""
+    square = kernel.startswith("square")
+    for rows, columns, depth, stages in itertools.product(
+        (128, 256), (64, 128, 256), (64, 128), (2, 3, 4, 5, 6)
+    ):
+        allowed = columns in (rows // 2, rows) or not square
+        if allowed and rows // 2 * columns <= 128 * 128:
+            yield MosaicProductTiles(rows, columns, depth, stages)
+
+
+# op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The other
+# ops have one size, which follows from D or K.
+SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
+    "attention": (
+        {"triton": _attention, "mosaic": _mosaic_attention},
+        FlashAttentionTiles._fields,
+    ),
+    "norm": ({}, ()),
+    "qk_rope": ({}, ()),
+    "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),
+    "square": ({"triton": _products, "mosaic": _mosaic_products}, ("square", "square_sum")),
+}
+
+
+def default_bodies(op: str, arch: str) -> list[Any]:
+    """Returns the op's default tiles, once for each body that it has with this JAX and GPU."""
+    usable = mosaic.USABLE and op in MOSAIC.get(arch, {})
+    return [default_tiles(op, arch)] + ([mosaic_tiles(op, arch)] if usable else [])
+
+
+def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
+    """Yields (kernel, the op's tiles with those of this kernel changed) for each candidate.
+
+    One kernel's tiles change at a time: the searches are separate, not their product.
+    """
+    spaces, kernels = SPACES[op]
+    has_mosaic = len(default_bodies(op, arch)) > 1
+    for body, space in spaces.items():
+        if body == "mosaic" and not has_mosaic:
+            continue
+        for kernel in kernels:
+            for tiles in space(kernel):
+                yield kernel, replace_tiles(default_tiles(op, arch), kernel, tiles)

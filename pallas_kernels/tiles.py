@@ -1,0 +1,137 @@
+"""Tile sizes: their types, and the defaults of each kernel by compute capability.
+
+The defaults are the largest tiles that do not spill registers, found without a GPU by
+`python -m pallas_kernels.audit --sweep`. Where `python -m pallas_kernels.bench --tune --save` has
+measured better ones on a chip, kernel_choice.py takes those. This file imports no Pallas, whose
+import would add 0.1 s to every start.
+"""
+
+from typing import Any, NamedTuple
+
+
+class AttentionTiles(NamedTuple):
+    """Tile sizes of one of attention's Triton kernels."""
+
+    queries: int  # of a block
+    keys: int  # of a block
+    warps: int  # of a program
+    stages: int  # loads in flight in the software pipeline
+
+
+class ProductTiles(NamedTuple):
+    """Tile sizes of a matrix product's Triton kernel."""
+
+    rows: int  # of a program's tile
+    columns: int
+    depth: int  # of the slice of both operands that one iteration multiplies
+    warps: int
+    stages: int
+    group: int = 8  # row blocks that walk the columns together, sharing them in cache
+
+
+class MosaicProductTiles(NamedTuple):
+    """Tile sizes of a matrix product's Mosaic GPU kernel."""
+
+    rows: int  # of a program's tile
+    columns: int
+    depth: int  # of the slice of both operands that one iteration multiplies
+    stages: int  # slices in flight
+    group: int = 8
+    body: str = "mosaic"  # marks the type where tiles are stored as JSON lists
+
+
+class MosaicAttentionTiles(NamedTuple):
+    """Tile sizes of one of attention's Mosaic GPU kernels."""
+
+    queries: int
+    keys: int
+    stages: int  # blocks in flight
+    body: str = "mosaic"
+
+
+KernelTiles = AttentionTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
+
+
+class FlashAttentionTiles(NamedTuple):
+    """Tile sizes of attention's three kernels; each may be a Triton or a Mosaic kernel's."""
+
+    forward: AttentionTiles | MosaicAttentionTiles
+    dkv: AttentionTiles | MosaicAttentionTiles
+    dq: AttentionTiles | MosaicAttentionTiles
+
+
+# The tiles of all kernels of one op. The values are KernelTiles; Any, as callers know which.
+OpTiles = FlashAttentionTiles | dict[str, Any]
+
+# FlashAttention-2 also takes 64x64 tiles for the backward where shared memory is short (sm_86).
+TILES: dict[str, dict[str, Any]] = {
+    "sm_86": {
+        "attention": FlashAttentionTiles(
+            AttentionTiles(128, 64, 8, 2),
+            AttentionTiles(64, 64, 8, 2),
+            AttentionTiles(64, 64, 8, 2),
+        ),
+        "head": ProductTiles(128, 128, 32, 4, 3),
+        "square": ProductTiles(128, 128, 32, 4, 3),
+        "square_sum": ProductTiles(128, 128, 32, 8, 3),
+    },
+    "sm_90": {
+        "attention": FlashAttentionTiles(
+            AttentionTiles(128, 128, 8, 2),
+            AttentionTiles(64, 64, 8, 2),
+            AttentionTiles(128, 64, 8, 2),
+        ),
+        "head": ProductTiles(128, 256, 64, 8, 3),
+        "square": ProductTiles(128, 128, 64, 8, 3),
+        "square_sum": ProductTiles(128, 128, 64, 8, 3),
+    },
+}
+
+# op -> kernel -> tiles of its Mosaic body, with as many stages as shared memory has room for
+MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
+    "sm_90": {
+        "attention": {
+            "forward": MosaicAttentionTiles(128, 128, 2),
+            "dkv": MosaicAttentionTiles(64, 128, 3),
+            "dq": MosaicAttentionTiles(128, 64, 3),
+        },
+        "head": {"head": MosaicProductTiles(128, 256, 64, 4)},
+        "square": {
+            "square": MosaicProductTiles(256, 128, 64, 3),
+            "square_sum": MosaicProductTiles(256, 128, 64, 3),
+        },
+    },
+}
+
+
+def body_of(tiles: KernelTiles) -> str:
+    """Returns which body of a kernel these tiles are for: "triton" or "mosaic"."""
+    return getattr(tiles, "body", "triton")
+
+
+def kernel_tiles(tiles: OpTiles, kernel: str) -> Any:
+    """Returns the tiles of one kernel of an op."""
+    return tiles[kernel] if isinstance(tiles, dict) else getattr(tiles, kernel)
+
+
+def replace_tiles(tiles: OpTiles, kernel: str, value: KernelTiles) -> OpTiles:
+    """Returns an op's tiles with those of one kernel replaced."""
+    if isinstance(tiles, dict):
+        return tiles | {kernel: value}
+    return tiles._replace(**{kernel: value})
+
+
+def default_tiles(op: str, arch: str) -> Any:
+    """Returns the default tiles of an op's Triton kernels; None for an op without tiles."""
+    table = TILES[arch]
+    if op == "attention":
+        return table[op]
+    return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
+
+
+def mosaic_tiles(op: str, arch: str) -> OpTiles:
+    """Returns an op's default tiles, with those of its Mosaic bodies where it has them."""
+    tiles = default_tiles(op, arch)
+    for kernel, value in MOSAIC.get(arch, {}).get(op, {}).items():
+        tiles = replace_tiles(tiles, kernel, value)
+    return tiles
