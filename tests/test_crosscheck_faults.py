@@ -147,7 +147,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_reported_with_its_stage_and_first_step(
+def test_a_planted_fault_is_reported_with_stage_and_first_step(
     fault, recorded, monkeypatch, tmp_path
 ):
     run, plant, stage, step, tensor = FAULTS[fault]

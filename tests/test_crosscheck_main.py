@@ -223,9 +223,7 @@ def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path,
         ({"data": {"pack": True}}, "--keep_batches"),
     ],
 )
-def test_a_config_that_the_pytorch_side_cannot_train_is_refused_at_once(
-    values, error, tmp_path, text
-):
+def test_a_config_that_the_pytorch_side_cannot_train_is_refused(values, error, tmp_path, text):
     with pytest.raises(ValueError, match=error):
         command.check_torch_side(small_config("llama", tmp_path, text, **values))
 

@@ -23,9 +23,7 @@ def write_shards(folder, dtype):
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 @pytest.mark.parametrize("T, B, seed", [(16, 8, 0), (7, 3, 5), (100, 5, 2**31 - 1)])
-def test_both_sides_read_the_same_batches_over_several_epochs_and_shards(
-    dtype, T, B, seed, tmp_path
-):
+def test_both_sides_read_the_same_batches_over_epochs_and_shards(dtype, T, B, seed, tmp_path):
     write_shards(tmp_path, dtype)
     cfg = DataConfig(shards=str(tmp_path), batch=B, seq_len=T)
     corpus = open_corpus(cfg, "train", 65_536, tmp_path)

@@ -20,7 +20,7 @@ STAGES = {
         "sides to tell whether the forward pass or the loss is the cause"
     ),
     "gradient": "the loss agrees, but the gradients differ: check the backward pass",
-    "optimizer": "the gradients agree, but the update differs: check the optimizer and its settings",
+    "optimizer": "the gradients agree, but the update differs: check the optimizer's settings",
 }
 
 StepRecord = dict[str, Any]  # one line of a trace

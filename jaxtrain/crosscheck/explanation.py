@@ -96,12 +96,13 @@ def _divergence_lines(divergence: Divergence) -> list[str]:
 def _growth_line(comparison: Comparison, exponent: float) -> str:
     first = comparison.steps[0]
     eps_count = largest_parameter_difference(comparison, first) / EPS[comparison.precision]
-    # Rounding starts at a few eps and adds up about linearly; a fault starts larger or grows faster.
+    # Rounding starts at a few eps and adds up about linearly. A fault starts larger or grows
+    # faster.
     is_rounding = eps_count < 100 and exponent < 2.5
     return (
-        f"After step {first} the parameters differ by {eps_count:.2g} times the {comparison.precision} "
-        f"epsilon, then the difference grows as step^{exponent:.1f}: "
-        f"{'this looks' if is_rounding else 'this does not look'} like rounding"
+        f"After step {first} the parameters differ by {eps_count:.2g} times the epsilon of "
+        f"{comparison.precision}. The difference grows as step^{exponent:.1f}, which "
+        f"{'looks' if is_rounding else 'does not look'} like rounding"
     )
 
 

@@ -92,6 +92,7 @@ def record(
     state, step = start.state, build_traced_step(run)
     with contextlib.ExitStack() as stack:
         if batches is None:
+            assert start.corpus is not None  # build_start has read it
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
         writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype))
         writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})

@@ -122,7 +122,7 @@ def _parse(argv):
     flags.FLAGS(argv[:1])  # absl's logging needs parsed flags
     parser = Parser("python -m jaxtrain.crosscheck.pretrained", __doc__ or "")
     parser.add_argument(
-        "--workdir", default="runs/smollm2", help="a new folder; default: %(default)s"
+        "--workdir", default="runs/smollm2", help="new folder; default: %(default)s"
     )
     return parser.parse_args(argv[1:])
 

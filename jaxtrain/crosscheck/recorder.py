@@ -118,15 +118,15 @@ class Recorder:
         self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
         self._write({"step": 0, "parameter": self._digests(lambda name, p: p)})
         for name, module in (activations or {}).items():
-            module.register_forward_hook(
-                lambda module, args, out, name=name: self.observe(
-                    name, out[0] if isinstance(out, tuple) else out
-                )
-            )
+            module.register_forward_hook(functools.partial(self._observe_output, name))
 
     def observe(self, name: str, x: torch.Tensor) -> None:
         """Records an activation of the current step; the last value of a name counts."""
         self._observed[name] = digest(x, self._seed)
+
+    def _observe_output(self, name, module, args, output):
+        """Is called by PyTorch after a submodule; some of transformers' return a tuple."""
+        self.observe(name, output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
     def before_step(self, inputs: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """Splits jaxtrain's parameters into one tensor per layer, named as a PyTorch model names them.
 
 In the style "jaxtrain" names are those of torch_model.py: `blocks.0.attention.q.weight`, with shape
-[outputs, inputs]. In the style "hf" they are Hugging Face's names of the model's family; the parts of
-a fused tensor are called `...c_attn.weight/0`, `/1` and `/2`.
+[outputs, inputs]. In the style "hf" they are Hugging Face's names of the model's family; the parts
+of a fused tensor are called `...c_attn.weight/0`, `/1` and `/2`.
 """
 
 from collections.abc import Callable, Iterator

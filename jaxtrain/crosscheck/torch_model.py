@@ -1,7 +1,7 @@
 """The transformer of a ModelConfig, written independently in PyTorch.
 
-It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict, so
-that `load_params` copies weights in and `read_params` copies weights or gradients out. Parameters
+It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict,
+so that `load_params` copies weights in and `read_params` copies weights or gradients out. Parameters
 are float32; torch.autocast computes in bfloat16 where the config asks for it.
 """
 
@@ -217,7 +217,7 @@ def _flatten(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]
 
 
 def _tensors(model: TorchTransformer, path: Path) -> tuple[list[nn.Parameter], bool]:
-    """Returns the tensors that a leaf of jaxtrain stacks, and whether they are nn.Linear's [O,I]."""
+    """Returns the tensors that one jaxtrain leaf stacks, and whether they are transposed, [O,I]."""
     name = ".".join((*path[:-1], NAMES.get(path[-1], path[-1])))
     if path[0] != "blocks":
         return [model.get_parameter(name)], False
@@ -236,8 +236,8 @@ def load_params(model: TorchTransformer, params: dict[str, Any]) -> None:
     count, wanted = sum(x.size for x in arrays.values()), sum(p.numel() for p in model.parameters())
     if count != wanted:
         raise ValueError(
-            f"params must have the PyTorch model's {wanted} weights; got {count}. Build both from one "
-            "config."
+            f"params must have the PyTorch model's {wanted} weights; got {count}. "
+            "Build both from one config."
         )
     for path, array in arrays.items():
         tensors, transposed = _tensors(model, path)
