@@ -57,7 +57,7 @@ def build_traced_step(run: Run) -> Callable[..., tuple]:
     def activations(params, batch):
         inputs = batch["tokens"][:, :-1]
         docs = batch["docs"][:, :-1] if "docs" in batch else None
-        layers, hidden_BTD = run.model.layers(params, inputs, docs)
+        layers, hidden_BTD = run.model.hidden_states(params, inputs, docs)
         named = {f"blocks.{i - 1}" if i else "embed": h_BTD for i, h_BTD in enumerate(layers)}
         return named | {"logits": run.model.logits(params, hidden_BTD)}
 

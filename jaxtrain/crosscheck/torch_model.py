@@ -1,8 +1,8 @@
 """The transformer of a ModelConfig, written independently in PyTorch.
 
-It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict,
-so that `load_params` copies weights in and `read_params` copies weights or gradients out. Parameters
-are float32; torch.autocast computes in bfloat16 where the config asks for it.
+It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict:
+`load_params` copies weights in, and `read_params` copies weights or gradients out. Parameters are
+float32; torch.autocast computes in bfloat16 where the config asks for it.
 """
 
 from collections.abc import Callable, Iterator
