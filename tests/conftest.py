@@ -24,7 +24,7 @@ LONGEST = (
     "test_plan.py",
     "test_optim_sharded_muon.py",
     "test_study.py",
-    "test_bench.py",
+    "test_benchmarks_suites.py",
     "test_training_diagnostic_step.py",
     "test_kernels_choice.py",
     "test_training_step.py",
