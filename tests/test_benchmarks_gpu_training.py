@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from jaxtrain import bench
-from jaxtrain.benchmarks import gpu_results, gpu_training, jax_child, loss_parity, scaling
+from jaxtrain.benchmarks import (
+    batch_size,
+    gpu_results,
+    gpu_training,
+    jax_child,
+    loss_parity,
+    scaling,
+)
 from jaxtrain.benchmarks.child import BenchJob, job_config, run_child, run_process_group
 from jaxtrain.benchmarks.step_timing import first_gpu, time_pipelined, zipf_tokens
 from pallas_kernels.chip import find_chip
@@ -43,14 +50,14 @@ def test_a_step_is_launched_before_the_last_one_is_waited_for():
 @pytest.mark.parametrize("fits, rows, tried", [(8, 8, []), (2, 2, [8, 4])])
 def test_a_micro_batch_that_does_not_fit_is_halved(fits, rows, tried):
     attempt = lambda rows: {"oom": "no room"} if rows > fits else {"tokens_per_s": 1.0}
-    assert gpu_training.halve_until_it_fits(attempt, 8) == (
+    assert batch_size.halve_until_it_fits(attempt, 8) == (
         {"tokens_per_s": 1.0, "out_of_memory_at": tried},
         rows,
     )
 
 
 def test_a_step_that_never_fits_is_an_error_row():
-    result, rows = gpu_training.halve_until_it_fits(lambda rows: {"oom": "no room"}, 4)
+    result, rows = batch_size.halve_until_it_fits(lambda rows: {"oom": "no room"}, 4)
     assert rows == 1 and "out of memory with one row: no room" in result["error"]
 
 
@@ -68,18 +75,18 @@ def test_a_step_that_the_compiler_says_is_too_large_is_not_run():
 
 def test_the_first_micro_batch_fits_by_the_formula():
     cfg = job_config(BenchJob("train", "gpt_124m"))
-    sizes = [gpu_training.first_rows(cfg, 2**gib * 2**30, 32_768) for gib in (1, 3, 5, 7)]
+    sizes = [batch_size.first_rows(cfg, 2**gib * 2**30, 32_768) for gib in (1, 3, 5, 7)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 32
-    assert gpu_training.first_rows(cfg, 0, 4_096) == 4
+    assert batch_size.first_rows(cfg, 0, 4_096) == 4
 
 
 def test_slower_chips_get_fewer_sequences_per_step():
     peak = lambda chip: find_chip(chip).peak_flops["bfloat16"]
-    batch = lambda size, chip: gpu_training.fitting_batch(
+    batch = lambda size, chip: batch_size.fitting_batch(
         job_config(BenchJob("train", size)), peak(chip)
     )
     assert batch("gpt_124m", "a40") < batch("gpt_124m", "h100") <= 512
-    assert batch("llama_1400m", "a40") * 2_048 >= gpu_training.LEAST_TOKENS
+    assert batch("llama_1400m", "a40") * 2_048 >= batch_size.LEAST_TOKENS
 
 
 def test_muon_in_both_frameworks_comes_first_and_every_item_once():
@@ -112,7 +119,7 @@ def test_a_time_that_cannot_be_the_optimizers_in_the_step_gives_no_share_but_a_r
 
 
 def test_a_pipelined_step_time_has_the_devices_work_but_not_the_latency_of_waiting():
-    """The device works for 20 ms, and each wait returns 15 ms late: one by one it would be 35 ms."""
+    """The device works for 20 ms and each wait returns 15 ms late: unpipelined it is 35 ms."""
     with ThreadPoolExecutor(1) as device:
         wait = lambda future: (future.result(), time.sleep(0.015))
         steps_s, _ = time_pipelined(lambda _: device.submit(time.sleep, 0.02), wait, range(10))

@@ -83,9 +83,8 @@ def test_temporary_memory_is_xlas_and_is_compared_with_the_largest_stack(rows, s
     for name, update in stepped.items():
         analysis = update.step.compiled.memory_analysis()
         assert rows[name]["temp_bytes"] == analysis.temp_size_in_bytes > 0
-        assert (
-            rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32
-        )  # mlp.up is larger than the four square matrices of attention
+        # The largest is mlp.up, [L,D,F] in float32, and not one of attention's square matrices.
+        assert rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32
     row = rows["jaxtrain float32"]
     assert f"{row['temp_bytes'] / 4096:.2f} target <= 1.5" in optimizer.tables([row])
 

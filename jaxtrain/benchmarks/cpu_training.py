@@ -15,8 +15,8 @@ from jaxtrain.benchmarks.processor import peak_for
 from jaxtrain.benchmarks.timing import (
     format_ratios,
     interleave,
+    ratio_row,
     summarise,
-    target_verdict,
     warm_up,
 )
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -149,19 +149,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         size, dtype, optimizer = case.split()
         fastest = min(variants.values(), key=lambda row: row["wall_s"])
         for name, theirs in [*variants.items(), ("fastest", fastest)]:
-            ratio = theirs["wall_s"] / ours["wall_s"]
-            goal = _speedup_target(size, dtype, optimizer, name)
-            result.append(
-                {
-                    "suite": "cpu",
-                    "case": case,
-                    "ratio": f"jaxtrain / {name}",
-                    "wall": ratio,
-                    "of_minima": theirs["wall_min_s"] / ours["wall_min_s"],
-                    "cpu": theirs["cpu_s"] / ours["cpu_s"],
-                    "target": target_verdict(ratio, goal) if goal else "",
-                }
-            )
+            target = _speedup_target(size, dtype, optimizer, name)
+            result.append(ratio_row(ours, theirs, f"jaxtrain / {name}", target))
     return result
 
 

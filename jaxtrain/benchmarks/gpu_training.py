@@ -13,13 +13,20 @@ import glob
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxtrain.benchmarks.batch_size import (
+    STEP_S,
+    first_rows,
+    fitting_batch,
+    halve_until_it_fits,
+    like_torch,
+)
 from jaxtrain.benchmarks.child import BenchJob, job_config, run_child
 from jaxtrain.benchmarks.gpu_results import (
     TORCH_OPTIMIZERS,
@@ -43,9 +50,9 @@ CHILD_MODULES = {"jaxtrain": "jax_child", "pytorch": "torch_child"}
 CHILD_ENV = memory.environment()  # training sets these variables itself; children do not
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
-# Estimates that only plan the minutes: what a child takes before its steps, and its likely MFU.
-START_S, COMPILE_S, TORCH_COMPILE_LAYER_S, LIKELY_MFU = 20.0, 40.0, 2.0, 0.35
-STEP_S, COUNTED_S, LEAST_TOKENS = 1.5, 15.0, 16_384
+# Estimates that only plan the minutes: what a child takes before its steps.
+START_S, COMPILE_S, TORCH_COMPILE_LAYER_S = 20.0, 40.0, 2.0
+COUNTED_S = 15.0  # time for counted steps
 DEFAULT_MICRO_BATCH_TOKENS = 32_768
 
 
@@ -88,58 +95,6 @@ def build_items(
         untried = [choice for choice in choices if choice.is_option and not choice.applied]
         items += [Item(sizes[0], "jaxtrain", optimizers[0], choice.name) for choice in untried]
     return items
-
-
-def fitting_batch(cfg: TrainConfig, flops_per_s: float) -> int:
-    """Returns the config's batch, halved until a step likely takes at most STEP_S.
-
-    Args:
-        flops_per_s: the device's peak, or what its matrix product was measured to reach.
-    """
-    batch, data = cfg.data.batch, cfg.data
-    flops = training_flops(cfg.model, data.seq_len, causal=True).total
-    token_s = flops / (LIKELY_MFU * flops_per_s)
-    while batch * data.seq_len * token_s > STEP_S and batch * data.seq_len > LEAST_TOKENS:
-        batch //= 2
-    return batch
-
-
-def like_torch(cfg: TrainConfig) -> TrainConfig:
-    """Returns a config whose memory by formula is like PyTorch's: no remat, all logits at once."""
-    model = dataclasses.replace(cfg.model, remat="none")
-    loss = dataclasses.replace(cfg.loss, chunk_bytes=2**40)
-    return dataclasses.replace(cfg, model=model, loss=loss)
-
-
-def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int) -> int:
-    """Returns the largest power of two of rows that fits by the planner's formula.
-
-    Args:
-        usable_bytes: 0 sets no limit.
-        tokens: the most tokens of a micro-batch.
-    """
-    rows = 1
-    while 2 * rows <= min(cfg.data.batch, max(tokens // cfg.data.seq_len, 1)):
-        larger = dataclasses.replace(cfg, accumulation=cfg.data.batch // (2 * rows))
-        if usable_bytes and estimate_memory(larger, 1).peak > usable_bytes:
-            break
-        rows *= 2
-    return rows
-
-
-def halve_until_it_fits(
-    attempt: Callable[[int], dict[str, Any]], rows: int
-) -> tuple[dict[str, Any], int]:
-    """Returns (result, rows) of attempt(rows), halving the rows after each out-of-memory."""
-    failed = []
-    while True:
-        result = attempt(rows)
-        if "oom" not in result:
-            return result | {"out_of_memory_at": failed}, rows
-        failed.append(rows)
-        if rows == 1:
-            return {"error": f"out of memory with one row: {result['oom']}"}, rows
-        rows //= 2
 
 
 class GpuSuite:

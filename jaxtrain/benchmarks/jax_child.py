@@ -24,6 +24,7 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.model.trees import named_leaves
+from jaxtrain.planning.compiled import peak_bytes
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import Step, TrainState, init_state
 from pallas_kernels import bench as kernel_bench
@@ -59,15 +60,6 @@ def describe_device(job: BenchJob) -> dict[str, Any]:
     return (
         about | {"bytes_limit": limit} | kernel_bench.measure_ceilings(256 if job.tiny else 8_192)
     )
-
-
-def planned_bytes(compiled: Any) -> int:
-    """Returns a program's peak memory by the compiler, as jaxtrain.planning.compiled does."""
-    sizes = compiled.memory_analysis()
-    live_bytes = (
-        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    )
-    return live_bytes + sizes.temp_size_in_bytes
 
 
 class JaxStep:
@@ -135,7 +127,7 @@ def train(job: BenchJob) -> dict[str, Any]:
     start_runtime(cfg)
     device = first_device(job)
     jax_step = JaxStep(cfg, [device], job.options)
-    planned = planned_bytes(jax_step.step.compiled)
+    planned = peak_bytes(jax_step.step.compiled)
     if job.usable_bytes and planned > job.usable_bytes:
         return {"oom": f"the compiled step needs {planned} bytes of {job.usable_bytes}"}
     jax_step.init()

@@ -27,6 +27,7 @@ from jaxtrain.benchmarks import cpu_training
 from jaxtrain.benchmarks.timing import (
     format_ratios,
     interleave,
+    ratio_row,
     summarise,
     target_verdict,
     warm_up,
@@ -231,22 +232,11 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (case, variant, dtype), ours in by_name.items():
         if variant != "jaxtrain":
             continue
-        for other, goal in SPEEDUP_TARGETS.items():
+        for other, target in SPEEDUP_TARGETS.items():
             theirs = by_name.get((case, other, "float32" if other == "optax" else dtype))
-            if theirs is None:
-                continue
-            ratio = theirs["wall_s"] / ours["wall_s"]
-            result.append(
-                {
-                    "suite": "optimizer",
-                    "case": case,
-                    "wall": ratio,
-                    "ratio": f"{ours['variant']} / {theirs['variant']}",
-                    "of_minima": theirs["wall_min_s"] / ours["wall_min_s"],
-                    "cpu": theirs["cpu_s"] / ours["cpu_s"],
-                    "target": target_verdict(ratio, goal),
-                }
-            )
+            if theirs:
+                name = f"{ours['variant']} / {theirs['variant']}"
+                result.append(ratio_row(ours, theirs, name, target))
     return result
 
 

@@ -113,7 +113,7 @@ def peaks_text(peaks: Mapping[str, float]) -> str:
     if peaks.get("torch bfloat16", float("inf")) < 0.25 * peaks.get("torch float32", 0):
         text += (
             "\nNOTE: torch has no fast bf16 product on this processor. That slows its bfloat16 "
-            "rows and\ntorch.optim.Muon, which always iterates in bf16. The float32 adamw rows are not "
-            "affected."
+            "rows and\ntorch.optim.Muon, which always iterates in bf16, but not the float32 "
+            "adamw rows."
         )
     return text

@@ -85,6 +85,22 @@ def target_verdict(value: float, target: float, at_most: bool = False) -> str:
     return f"target {'<=' if at_most else '>='} {target:g} {'met' if met else 'MISSED'}"
 
 
+def ratio_row(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str, target: float | None
+) -> dict[str, Any]:
+    """Returns the row of one variant's speed-up over another.
+
+    Args:
+        name: of the pair, such as "jaxtrain / eager".
+        target: None has no verdict.
+    """
+    ratio = theirs["wall_s"] / ours["wall_s"]
+    row = {"suite": ours["suite"], "case": ours["case"], "ratio": name, "wall": ratio}
+    row |= {"of_minima": theirs["wall_min_s"] / ours["wall_min_s"]}
+    row |= {"cpu": theirs["cpu_s"] / ours["cpu_s"]}
+    return row | {"target": target_verdict(ratio, target) if target else ""}
+
+
 def format_ratios(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of how many times as fast one variant is as another."""
     return format_table(

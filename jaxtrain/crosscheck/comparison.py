@@ -15,10 +15,8 @@ STAGES = {
     "batch": "the batches differ: check the shards, the seed and the order of the data",
     "forward": "the weights and the batch are equal, but the forward pass gives other activations",
     "loss": "the logits agree, but the loss differs: check the targets, the mask and the mean",
-    "forward or loss": (
-        "the weights and the batch are equal, but the loss differs: record activations on both "
-        "sides to tell whether the forward pass or the loss is the cause"
-    ),
+    "forward or loss": "the weights and the batch are equal, but the loss differs: record "
+    "activations on both sides to tell whether the forward pass is the cause",
     "gradient": "the loss agrees, but the gradients differ: check the backward pass",
     "optimizer": "the gradients agree, but the update differs: check the optimizer's settings",
 }
@@ -63,8 +61,7 @@ class Comparison(NamedTuple):
 def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Estimates the relative L2 distance of two tensors from their digests.
 
-    The random projections estimate the distance. The norms and the largest entries bound it from
-    below, and so find a difference that the projections happen to miss.
+    The projections estimate it; the norms and the largest entries bound it from below.
     """
     largest = max(a[0], b[0])
     if not largest > 0:
@@ -133,7 +130,8 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
         )
     a, b = ([table[step] for step in steps] for table in tables)
     rounding_only = find_rounding_only(a, b, precision)
-    missing = _check_names(a[-1], b[-1], (first.name, second.name))
+    names = first.name, second.name
+    missing = _check_names(a[-1], b[-1], names)
     differences, divergence = {}, None
     for x, y in zip(a, b, strict=True):
         found = _step_differences(x, y, precision, rounding_only)
@@ -142,14 +140,7 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
     trained = [step for step in steps if step]
     losses = np.array([[table[step]["loss"] for table in tables] for step in trained])
     return Comparison(
-        names=(first.name, second.name),
-        precision=precision,
-        steps=trained,
-        losses=losses,
-        differences=differences,
-        divergence=divergence,
-        rounding_only=rounding_only,
-        missing=missing,
+        names, precision, trained, losses, differences, divergence, rounding_only, missing
     )
 
 
@@ -158,13 +149,10 @@ def _common_precision(*traces: Trace) -> str:
     precisions = {trace.header["precision"] for trace in traces}
     seeds = {trace.header["seed"] for trace in traces}
     if len(seeds) > 1:
-        raise TraceError(
-            f"both traces must have the same seed of projections; got {sorted(seeds)}."
-        )
+        raise TraceError(f"traces must have the same seed of projections; got {sorted(seeds)}.")
     if "bfloat16" in precisions:
         raise TraceError(
-            "traces in bfloat16 are compared by their errors against a float32 trace; got none. "
-            "Set --truth."
+            "traces in bfloat16 are compared with a float32 trace; got none. Set --truth."
         )
     return max(precisions, key=EPS.__getitem__)
 
@@ -227,22 +215,20 @@ def _find_divergence(
     def exceeding(quantity: str) -> list[Difference]:
         return [d for d in differences if d.exceeds and d.quantity == quantity]
 
-    stages = [
+    for stage, found in (
         ("start", exceeding("parameter") if not step else []),
         ("batch", exceeding("batch")),
         ("forward", exceeding("activations")),
         ("forward or loss" if "activations" in missing else "loss", exceeding("loss")),
         ("gradient", exceeding("gradient") or exceeding("grad_norm")),
         ("optimizer", exceeding("update") or exceeding("parameter")),
-    ]
-    for stage, found in stages:
-        if not found:
-            continue
-        worst_first = sorted(found, key=_severity, reverse=True)
-        # Tensors are in the order of the network. An error enters the forward pass at the first
-        # tensor that differs, and the backward pass, which runs in reverse, at the last.
-        first = {"forward": found[0], "gradient": found[-1]}.get(stage, worst_first[0])
-        return Divergence(stage, first, worst_first)
+    ):
+        if found:
+            worst_first = sorted(found, key=_severity, reverse=True)
+            # Tensors are in the order of the network. An error enters the forward pass at the first
+            # tensor that differs, and the backward pass, which runs in reverse, at the last.
+            first = {"forward": found[0], "gradient": found[-1]}.get(stage, worst_first[0])
+            return Divergence(stage, first, worst_first)
     return None
 
 
@@ -293,9 +279,8 @@ def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tup
     if not steps:
         raise TraceError("the three traces must share a step; they share none. Set --truth.")
     records = [[table[step] for table in tables] for step in steps]
-    exact, *others = records[0]
-    for other in others:
-        _check_names(exact, other, ("the truth", "a trace"))
+    for other in records[0][1:]:
+        _check_names(records[0][0], other, ("the truth", "a trace"))
     exact_records = [exact for exact, _, _ in records]
     rounding_only = find_rounding_only(exact_records, exact_records, "float32")
     errors = {}

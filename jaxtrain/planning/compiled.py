@@ -106,22 +106,24 @@ def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str
     return build_run(with_model(cfg, attention="flash"), devices), (note,)
 
 
+def peak_bytes(compiled: Any) -> int:
+    """Returns the peak memory of a compiled program on one device, by the compiler."""
+    sizes = compiled.memory_analysis()
+    # Donated buffers are both arguments and outputs; alias_size counts them once too often.
+    live = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return live + sizes.temp_size_in_bytes
+
+
 def _step_memory(run: Run, compiled: Any, chip: Chip) -> StepMemory:
     state = abstract_state(run.model, run.optimizer, run.mesh)
     sizes = {name: shard_bytes(part) for name, part in state._asdict().items()}
-    parameters, analysis = sizes["params"], compiled.memory_analysis()
-    # Donated buffers are both arguments and outputs; alias_size counts them once too often.
-    live_bytes = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
+    parameters = sizes["params"]
     return StepMemory(
         parameters=parameters,
         optimizer_state=sum(sizes.values()) - parameters,
         gradients=parameters,
-        temporaries=analysis.temp_size_in_bytes,
-        peak=live_bytes + analysis.temp_size_in_bytes,
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        peak=peak_bytes(compiled),
         usable=int(memory.fraction() * chip.hbm_bytes),
     )
 
