@@ -1,4 +1,4 @@
-"""The defaults of jaxtrain/config/train_config.py, for the other files to start from."""
+"""The default config (jaxtrain/config/train_config.py), from which all other configs start."""
 
 from jaxtrain.config import train_config as config
 

@@ -1,6 +1,6 @@
-r"""Muon, transported Muon and AdamW, without and with heavy tails: 3,541,760 parameters.
+r"""Muon, transported Muon and AdamW, with and without heavy-tailed noise: 3,541,760 parameters.
 
-66 runs, an hour or more on 2 CPU cores.
+66 runs, which take an hour or more on 2 CPU cores.
 
 python -m jaxtrain.study --config=configs/study.py
 """
@@ -14,7 +14,7 @@ def get_config():
     config = ConfigDict({"base": quickstart.get_config(), "study": {"workdir": "runs/study"}})
     run = config.base
     run.steps = 120
-    run.model.dtype = "float32"  # the same study on every machine
+    run.model.dtype = "float32"  # so that every machine runs the same study
     run.save_every = 120
     run.keep_last = 1
     run.eval_every = 30
@@ -40,7 +40,7 @@ def get_config():
     tuned = {
         "learning_rate": (0.015, 0.03),
         "adam_learning_rate": (0.005, 0.015),
-        "momentum": (0.85, 0.95),  # untuned, it decides comparisons of this kind
+        "momentum": (0.85, 0.95),  # if it is not tuned, it decides such comparisons
     }
     config.study.grid = ConfigDict(
         {

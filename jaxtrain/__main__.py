@@ -1,4 +1,4 @@
-"""`python -m jaxtrain COMMAND`, the same as `jaxtrain COMMAND`."""
+"""Makes `python -m jaxtrain COMMAND` the same as `jaxtrain COMMAND`."""
 
 import sys
 

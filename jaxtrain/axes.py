@@ -1,17 +1,22 @@
-"""Axes: the one description of a parameter, from which everything else about it follows.
+"""Axes: names the dims of a parameter, and derives from their names what the parameter does.
 
-`"L|D->HK"` reads: stacked over L; a matrix from D inputs to H*K outputs. Without an arrow the dims
-after the bar are plain vectors: `"V|D"` is V vectors of width D (an embedding), `"L|D"` a vector a
-layer. `"|V<-D"` is a map from D to V whose array has its outputs first (a head). One letter a dim,
-in the order of the array's dims.
+Initialisation, sharding, the choice of optimizer and the metrics all read this description.
+
+`"L|D->HK"` is a stack of L matrices, each from D inputs to H*K outputs. Without an arrow the dims
+after the bar are vectors: `"V|D"` is V vectors of width D (an embedding), `"L|D"` one vector for
+each layer. `"|V<-D"` is a matrix from D to V whose array has its outputs first (a head). The
+letters stand in the order of the array's dims; ModelConfig explains them.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LETTERS = "DFGHKLTV"
-HEADS = "HG"
-TABLE = "TV"  # letters whose vectors are looked up, by position or token
+HEAD_LETTERS = "HG"  # query heads and key/value heads
+TABLE_LETTERS = "TV"  # a table's vectors are looked up, by position or by token
+Array = Any  # of JAX or NumPy; this module must not import JAX
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Axes:
         """Reads `stack|inputs->outputs` or `stack|outputs<-inputs`.
 
         Raises:
-            ValueError: there is not exactly one bar, or a letter is unknown or stands twice.
+            ValueError: there is not exactly one bar, or a letter is unknown or repeated.
         """
         if text.count("|") != 1:
             raise ValueError(f"axes must hold one '|' between stack and dims; got {text!r}.")
@@ -41,7 +46,7 @@ class Axes:
         if outputs_first:
             inputs, outputs = outputs, inputs
         letters = stack + inputs + outputs
-        unknown = sorted(set(letters) - set(LETTERS))
+        unknown = set(letters) - set(LETTERS)
         if unknown or not inputs or (arrow and not outputs) or len(set(letters)) < len(letters):
             raise ValueError(
                 f"axes must be distinct letters of {LETTERS}, as 'L|D->F'; got {text!r}."
@@ -64,78 +69,86 @@ class Axes:
     def role(self) -> str:
         """What the parameter does: "matrix" between hidden widths, "embedding", "head", "vector".
 
-        A map to the vocabulary is a head, and never a matrix to an optimizer.
+        A map to the vocabulary is a head; optimizers never treat it as a matrix.
         """
         if "V" in self.outputs:
             return "head"
         if self.outputs:
             return "matrix"
-        return "embedding" if set(self.stack) & set(TABLE) else "vector"
+        return "embedding" if set(self.stack) & set(TABLE_LETTERS) else "vector"
 
     @property
     def is_matrix(self) -> bool:
         return self.role == "matrix"
 
-    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        """The array's shape, given each letter's size."""
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Returns the array's shape, given each letter's size."""
         return tuple(sizes[letter] for letter in self.letters)
 
-    def fan_in(self, sizes: dict[str, int]) -> int:
-        """Number of inputs that one output sums over; 1 for vectors."""
+    def fan_in(self, sizes: Mapping[str, int]) -> int:
+        """Returns how many inputs are summed in one output; 1 for vectors."""
         return math.prod(sizes[letter] for letter in self.inputs) if self.is_matrix else 1
 
-    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """`[X,I,O]` of an array of this shape: stack, inputs, outputs, each flattened.
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Returns `[X,I,O]` for an array of this shape: stack, inputs and outputs, each flattened.
 
-        A looked-up table is one matrix from its entries; a vector has one input.
+        An embedding is one matrix whose inputs are its entries; a vector has one input.
         """
         stack, dims = shape[: len(self.stack)], shape[len(self.stack) :]
         if self.role == "embedding":
             return 1, math.prod(stack), math.prod(dims)
         if not self.outputs:
             return math.prod(stack), 1, math.prod(dims)
-        if self.outputs_first:
-            O, I = math.prod(dims[: len(self.outputs)]), math.prod(dims[len(self.outputs) :])  # noqa: E741
-        else:
-            I, O = math.prod(dims[: len(self.inputs)]), math.prod(dims[len(self.inputs) :])  # noqa: E741
-        return math.prod(stack), I, O
+        first = len(self.outputs if self.outputs_first else self.inputs)
+        before, after = math.prod(dims[:first]), math.prod(dims[first:])
+        inputs, outputs = (after, before) if self.outputs_first else (before, after)
+        return math.prod(stack), inputs, outputs
 
-    def to_matrices(self, x):
-        """The matrix view of x, [X,I,O]; x may be one device's part."""
+    def to_matrices(self, x: Array) -> Array:
+        """Returns x as [X,I,O]; x may be one device's part of the parameter."""
         X, I, O = self.matrix_shape(x.shape)  # noqa: E741
         return x.reshape(X, O, I).swapaxes(1, 2) if self.outputs_first else x.reshape(X, I, O)
 
-    def from_matrices(self, y_XIO, shape):
-        """Undoes `matrices` for an array of this shape."""
+    def from_matrices(self, y_XIO: Array, shape: Sequence[int]) -> Array:
+        """Undoes `to_matrices` for an array of this shape."""
         return (y_XIO.swapaxes(1, 2) if self.outputs_first else y_XIO).reshape(shape)
 
-    def on_matrices(self, function, x):
-        """function: [X,I,O] -> [X,I,O], applied to the matrix view of x."""
+    def on_matrices(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """Applies a function of [X,I,O] -> [X,I,O] to x, in the shape of x."""
         return self.from_matrices(function(self.to_matrices(x)), x.shape)
 
-    def split_heads(self, x):
-        """(Axes, x) with the heads among the stack: each head's slice is a matrix of its own."""
-        dims = self._heads_first()
-        return (self, x) if dims is None else (self.head_axes(), x.transpose(dims))
+    def split_heads(self, x: Array) -> tuple["Axes", Array]:
+        """Moves the heads to the stack, so that each head is a matrix of its own.
 
-    def merge_heads(self, x):
-        """Undoes by_head."""
-        dims = self._heads_first()
-        return x if dims is None else x.transpose(sorted(range(len(dims)), key=dims.__getitem__))
+        Returns:
+            The Axes and the array after the move; both unchanged if x has no heads.
+        """
+        order = self._heads_first()
+        return (self, x) if order is None else (self.head_axes(), x.transpose(order))
+
+    def merge_heads(self, x: Array) -> Array:
+        """Undoes `split_heads`."""
+        order = self._heads_first()
+        if order is None:
+            return x
+        return x.transpose(sorted(range(len(order)), key=order.__getitem__))  # the inverse order
 
     def head_axes(self) -> "Axes":
-        """The Axes that by_head gives."""
-        dims = self._heads_first()
-        if dims is None:
+        """Returns the Axes of an array from `split_heads`."""
+        order = self._heads_first()
+        if order is None:
             return self
-        head = self.letters[dims[len(self.stack)]]
-        without = lambda letters: letters.replace(head, "")
-        return Axes(self.stack + head, without(self.inputs), without(self.outputs))
+        head = self.letters[order[len(self.stack)]]
+        return Axes(
+            self.stack + head, self.inputs.replace(head, ""), self.outputs.replace(head, "")
+        )
 
     def _heads_first(self) -> list[int] | None:
-        """The order of dims that puts the heads after the stack; None where there are none."""
-        at = [i for i, letter in enumerate(self.letters) if letter in HEADS]
-        if not at or not self.is_matrix or self.inputs in HEADS or self.outputs in HEADS:
+        """Returns the order of dims that puts the heads after the stack; None without heads."""
+        heads = [i for i, letter in enumerate(self.letters) if letter in HEAD_LETTERS]
+        # Without another dim on the side of the heads, a head's slice would be no matrix.
+        if not (heads and self.is_matrix) or {self.inputs, self.outputs} & set(HEAD_LETTERS):
             return None
         stack = len(self.stack)
-        return [*range(stack), at[0], *(i for i in range(stack, len(self.letters)) if i != at[0])]
+        others = [i for i in range(stack, len(self.letters)) if i != heads[0]]
+        return [*range(stack), heads[0], *others]

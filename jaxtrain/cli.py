@@ -1,4 +1,4 @@
-"""The `jaxtrain` command: lists the commands and starts one. It imports no JAX itself.
+"""The `jaxtrain` command: lists the commands and starts one. It does not import JAX.
 
 jaxtrain
 jaxtrain train quickstart
@@ -19,22 +19,22 @@ from jaxtrain.errors import INTERRUPTED
 from pallas_kernels.arguments import nearest_name, print_text
 
 HELP = ("help", "-h", "--help")
-USAGE = 2  # exit status, as argparse's
+USAGE = 2  # the exit status that argparse uses
 
 
 def program() -> str:
-    """Returns the words with which the user started this program."""
+    """Returns the words with which the user started this program, for its messages."""
     typed = Path(sys.argv[0])
     if typed.name != "jaxtrain":
         return "python -m jaxtrain"
-    found, whole = shutil.which("jaxtrain"), typed.absolute()
-    if found and os.path.abspath(found) == str(whole):
+    on_path, path = shutil.which("jaxtrain"), typed.absolute()
+    if on_path and os.path.abspath(on_path) == str(path):
         return "jaxtrain"
-    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else typed)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else typed)
 
 
 def overview(prog: str) -> str:
-    """Returns the commands by group, a line each."""
+    """Returns the text that lists all commands by group, one a line."""
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"jaxtrain {_version('jaxtrain')}: training of language models in JAX", ""]
     lines += [f"usage: {prog} COMMAND ...", f"start: {prog} train quickstart"]
@@ -52,30 +52,35 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """Returns the commit of this code, with `+changes`; "" where it is not a git checkout."""
+    """Returns the commit of this code, as `0123456789ab`; "" if it is not a git checkout.
+
+    Uncommitted changes are marked: `0123456789ab+changes`.
+    """
     root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
-    run = {"capture_output": True, "text": True, "timeout": 5}
+
+    def git(*arguments: str) -> str:
+        argv = ["git", "-C", str(root), *arguments]
+        return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=5).stdout
+
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], check=True, **run)
-        folder, found = top.stdout.split("\n")[:2]
-        if not os.path.samefile(folder, root):  # installed below another project's checkout
+        top, head = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if not os.path.samefile(top, root):  # installed inside another project's checkout
             return ""
-        state = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, **run)
-        return found[:12] + "+changes" * bool(state.stdout.strip())
+        changes = "+changes" if git("status", "--porcelain", "-uno").strip() else ""
+        return f"{head[:12]}{changes}"
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
 
 
 def version() -> str:
-    """Returns one line: jaxtrain's version and commit, JAX's, Python's."""
-    about = f", commit {found}" if (found := commit()) else ""
-    jax, python = _version("jax"), platform.python_version()
-    return f"jaxtrain {_version('jaxtrain')}{about}; jax {jax}; Python {python}"
+    """Returns a line with the versions of jaxtrain, its commit, JAX and Python."""
+    head = commit()
+    jaxtrain = f"jaxtrain {_version('jaxtrain')}" + (f", commit {head}" if head else "")
+    return f"{jaxtrain}; jax {_version('jax')}; Python {platform.python_version()}"
 
 
-def main(argv=None) -> int | None:
-    """Starts the command that the first argument names; the exit status."""
+def main(argv: list[str] | None = None) -> int | None:
+    """Runs the command that the first argument names, and returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = program()
     first = argv[0] if argv else "help"
@@ -96,11 +101,11 @@ def main(argv=None) -> int | None:
     command = BY_NAME[first]
     try:
         module = importlib.import_module(command.module)
-        if hasattr(module, "__path__"):  # a package: what `python -m` runs of it
+        if hasattr(module, "__path__"):  # a package; `python -m` runs its __main__
             module = importlib.import_module(f"{command.module}.__main__")
     except KeyboardInterrupt:  # imports take seconds
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    # A command with words of its own, as `interop export`, puts its name behind prog itself.
+    # A command with words of its own, such as `interop export`, appends its name to prog itself.
     prog = prog if command.words else f"{prog} {first}"
     return getattr(module, command.function)([*command.words, *argv[1:]], prog=prog)

@@ -1,16 +1,16 @@
-"""Exit statuses of every command, and the exceptions that more than one folder raises.
+"""Exit statuses of the commands, and the exceptions that more than one folder raises.
 
-`launch/host/exit_codes.py` has the same statuses for the launcher, which imports nothing of
-jaxtrain; a test compares the two files.
+The launcher imports nothing of jaxtrain, so launch/host/exit_codes.py repeats PREEMPTED and
+REFUSED; tests/test_errors.py compares them. jaxtrain/distributed/program.py has the table of all.
 """
 
-PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the run after a save; start it again
+PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the run without loss; the same command goes on
 REFUSED = 78  # EX_CONFIG: bad input; the same start would fail again
-INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint, or every one of them, is damaged or unreadable."""
+    """A checkpoint is damaged or unreadable, or all of them are."""
 
 
 class SaveFailed(CheckpointError):

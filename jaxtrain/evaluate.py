@@ -18,7 +18,7 @@ from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.program import run_main
-from jaxtrain.reporting.progress_text import eval_text
+from jaxtrain.reporting.terminal import eval_text
 from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.evaluation import (
     build_byte_counter,

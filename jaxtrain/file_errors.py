@@ -1,7 +1,8 @@
-"""What the operating system refuses to do with files, in one line that names the path and why.
+"""Turns a file system's refusal, such as a full disk, into one line with the path and the reason.
 
-A full disk is the usual case: it comes as an OSError that names no file (from write()), as one that
-does (from open()), or as text of TensorStore, which writes and reads the arrays of checkpoints.
+A full disk is reported in three ways: as an OSError that names no file (from write()), as an
+OSError that does (from open()), and in the text of an error of TensorStore, which reads and writes
+the arrays of checkpoints.
 """
 
 import contextlib
@@ -11,10 +12,12 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-# Refusals of a file system. With these an OSError is about files even if it names none.
-OF_FILES = {
+# With these an OSError is about files even if it names none.
+FILE_ERRNOS = {
     getattr(errno, name)
     for name in "EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EROFS ESTALE".split()
 }
@@ -22,11 +25,12 @@ TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+)\b")
 
 
 @contextlib.contextmanager
-def add_path_to_errors(path, file=None):
+def add_path_to_errors(path: str | Path, file: IO | None = None) -> Iterator[None]:
     """Adds `path` to an OSError of the block that names no file, as those of write() do.
 
     Args:
-        file: closed with the error; else Python would report later that its buffer is lost.
+        file: closed if there is an error; otherwise Python would try to flush its buffer later, and
+            report that failure as well.
     """
     try:
         yield
@@ -40,10 +44,10 @@ def add_path_to_errors(path, file=None):
 
 
 @contextlib.contextmanager
-def keep_first_error(error: BaseException | None):
-    """Lets no OSError of the block hide `error`, which is why files are being closed, or repeat it.
+def keep_first_error(error: BaseException | None) -> Iterator[None]:
+    """Suppresses an OSError of the block, which closes files, if they are closed due to `error`.
 
-    A disk that was full when a line was written is full when the last lines are written, too.
+    A disk that was full when `error` was raised is still full when the last lines are flushed.
     """
     try:
         yield
@@ -54,15 +58,16 @@ def keep_first_error(error: BaseException | None):
 
 
 class Appender:
-    """Appends to a file, each time all of the data or nothing: a full disk takes a part of a line.
+    """Appends to a file, each time all of the data or nothing, even if the disk gets full.
 
-    Only one process may write to the file. `flush` makes it a file object for others.
+    Only one process may write to the file. `flush` exists so that writers of other libraries accept
+    an Appender as their file.
 
     Raises:
         OSError: with the path in it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
@@ -73,7 +78,7 @@ class Appender:
                 while written < len(data):
                     written += os.write(self._file, data[written:])
             except OSError:
-                if written:  # a part of a line would make the next one unreadable too
+                if written:  # half a line would make the next one unreadable too
                     os.ftruncate(self._file, os.fstat(self._file).st_size - written)
                 raise
 
@@ -86,41 +91,43 @@ class Appender:
 
 
 def is_file_error(error: BaseException) -> bool:
-    """Whether an OSError is a file system's refusal: it names a file, or its errno says so."""
-    if not isinstance(error, OSError):
-        return False
-    return isinstance(error.filename, str | bytes | os.PathLike) or error.errno in OF_FILES
+    """Returns whether the error is a refusal of the file system, not of a socket or a process."""
+    return isinstance(error, OSError) and (_has_path(error) or error.errno in FILE_ERRNOS)
+
+
+def _has_path(error: OSError) -> bool:
+    return isinstance(error.filename, str | bytes | os.PathLike)
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns `PATH: reason` of a file system's refusal, and the text of any other error."""
-    if not is_file_error(error):
+    """Returns `PATH: reason` for a refusal of the file system, and the text of any other error."""
+    if not (isinstance(error, OSError) and is_file_error(error)):
         return str(error)
     reason = error.strerror or str(error)
-    if not isinstance(error.filename, str | bytes | os.PathLike):
+    if not _has_path(error):
         return f"{reason} (errno {error.errno}; the system names no file)"
-    return f"{os.fsdecode(error.filename)}: {reason}{_detail(error.errno, error.filename)}"
+    return f"{os.fsdecode(error.filename)}: {reason}{_describe_cause(error.errno, error.filename)}"
 
 
-def describe_storage_error(error: BaseException, folder) -> str | None:
-    """Returns `FOLDER: reason` of a write or read of arrays that the file system refused.
+def describe_storage_error(error: BaseException, folder: str | Path) -> str | None:
+    """Returns `FOLDER: reason` if the file system refused to store or load arrays; else None.
 
     Args:
-        error: of Orbax or TensorStore, whose texts are hundreds of characters long.
-        folder: that was written to or read.
+        error: raised by Orbax or TensorStore, whose texts are hundreds of characters long.
+        folder: the one that was written to or read from.
     """
     if is_file_error(error):
         return describe_error(error)
-    found = TENSORSTORE_CODE.search(str(error))
-    if not found:
+    match = TENSORSTORE_CODE.search(str(error))
+    if not match:
         return None
-    code = int(found[1] or found[2])
-    return f"{folder}: {os.strerror(code)}{_detail(code, folder)}"
+    code = int(match[1] or match[2])
+    return f"{folder}: {os.strerror(code)}{_describe_cause(code, folder)}"
 
 
 @contextlib.contextmanager
-def exit_on_file_error():
-    """Ends a program that the file system stops, in one line. Decorates `main` of commands."""
+def exit_on_file_error() -> Iterator[None]:
+    """Ends the program in one line when the file system refuses something. Decorates `main`."""
     try:
         yield
     except OSError as error:
@@ -129,31 +136,23 @@ def exit_on_file_error():
         sys.exit(f"error: {describe_error(error)}")
 
 
-def _detail(code: int | None, path) -> str:
+def _describe_cause(code: int | None, path: str | bytes | os.PathLike) -> str:
+    """Returns, in parentheses, what helps with an error of this number; "" for most numbers."""
     path = Path(os.fsdecode(path))
+    existing = [folder for folder in (path, *path.parents) if folder.exists()]
     if code in (errno.ENOTDIR, errno.EEXIST):
-        found = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
-        return f" ({found} is a file, not a folder)" if found else ""
+        file = next((parent for parent in existing if not parent.is_dir()), None)
+        return f" ({file} is a file, not a folder)" if file else ""
     if code in (errno.EACCES, errno.EPERM):
         return f" (as user {os.geteuid()})"
-    return _size(path) if code == errno.ENOSPC else ""
-
-
-def _size(path: Path) -> str:
-    """` (a disk of 4.2 MB)`: the file system that holds the path; nothing if unknown.
-
-    Not what is free: by now the unfinished files that filled it may be removed.
-    """
-    nearest = next((p for p in (path, *path.parents) if p.exists()), None)
-    try:
-        return (
-            f" (a disk of {format_megabytes(shutil.disk_usage(nearest).total)})" if nearest else ""
-        )
-    except OSError:
-        return ""
+    if code == errno.ENOSPC and existing:
+        # The total, not what is free: the unfinished files may have been removed by now.
+        with contextlib.suppress(OSError):
+            return f" (a disk of {format_megabytes(shutil.disk_usage(existing[0]).total)})"
+    return ""
 
 
 def format_megabytes(size: int) -> str:
-    """`0.4 MB`, `1,204 MB`."""
+    """Returns a number of bytes as `0.4 MB` or `1,204 MB`."""
     mb = size / 1e6
     return f"{mb:.1f} MB" if mb < 10 else f"{mb:,.0f} MB"

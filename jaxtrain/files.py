@@ -1,4 +1,4 @@
-"""Files that are whole or not there: whatever stops the writer, a reader sees old or new."""
+"""Writes files atomically: a reader sees the old or the new content, whatever stops the writer."""
 
 import contextlib
 import json
@@ -6,28 +6,31 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.file_errors import add_path_to_errors
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path):
-    """A hidden path beside `path`, for a file or a folder that becomes `path` when the block ends.
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a hidden path in the same folder, which is renamed to `path` when the block ends.
 
-    It is renamed in one step, on disk before and after; a block that raises leaves nothing behind.
-    A writer killed midway leaves only a hidden `.NAME.*.tmp` beside the untouched target.
+    The block writes a file or a folder there. Its content is on disk before the rename, and the
+    rename is when this returns. A block that raises leaves nothing behind. A writer that is killed
+    leaves only the hidden `.NAME.*.tmp`.
 
     Raises:
         OSError: the parent is missing or cannot be written to, or a folder is already at `path`.
     """
     path = Path(path)
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # two writers never share
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # unique to this writer
     try:
         with add_path_to_errors(path):
             yield hidden
             for written in (*hidden.rglob("*"), hidden):
-                sync_to_disk(written)  # else a power cut can leave the new name on empty blocks
+                sync_to_disk(written)  # else a power cut can leave an empty file at the new name
             os.replace(hidden, path)
     except BaseException as error:
         if hidden.is_dir():
@@ -35,13 +38,13 @@ def atomic_path(path: str | Path):
         elif os.path.lexists(hidden):
             hidden.unlink()
         if isinstance(error, OSError) and str(error.filename) == str(hidden):
-            error.filename = str(path)  # the name that the user knows
+            error.filename = str(path)  # which the user knows
         raise
     sync_to_disk(path.parent)  # the rename itself
 
 
 def sync_to_disk(path: str | Path) -> None:
-    """Returns once a file, or the names in a folder, are on disk."""
+    """Returns when a file's content, or a folder's list of names, is on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -50,7 +53,7 @@ def sync_to_disk(path: str | Path) -> None:
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replaces the file by `data` (str as UTF-8) in one rename, durable when it returns.
+    """Replaces a file by `data` (text as UTF-8), which is on disk when this returns.
 
     Raises:
         OSError: the folder is missing or cannot be written to.
@@ -59,10 +62,10 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def strict_json(value, indent: int | None = None) -> str:
-    """JSON that every reader accepts; floats round-trip bit for bit.
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Returns JSON that every reader accepts; floats round-trip bit for bit.
 
-    Numbers that JSON does not have become the strings "nan", "inf" and "-inf", which `float()`
+    JSON has no NaN or infinity: these become the strings "nan", "inf" and "-inf", which `float()`
     reads back. Scalars of NumPy and JAX become plain numbers.
 
     Raises:

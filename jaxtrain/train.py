@@ -26,7 +26,7 @@ import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.checkpoint.relocation import check_not_moved
 from jaxtrain.config.command_line import CommandForm
-from jaxtrain.config.fields import describe_flags
+from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
@@ -47,11 +47,13 @@ from jaxtrain.distributed.runtime import (
 )
 from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.start import initial_state
-from jaxtrain.metrics.collector import Collector, open_network_counters
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
+from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.reporting.run_logger import RunLogger, set_up_logging
+from jaxtrain.reporting.run_logger import RunLogger
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.training.diagnostic_step import compile_diagnosis
@@ -122,7 +124,7 @@ def train(
             return 0
 
         # RunLogger: the start-up lines, config.json and the metrics files.
-        stack.enter_context(checkpoints.naming_newest())
+        stack.enter_context(checkpoints.add_newest_step_to_errors())
         active = jax.process_index() == 0
         title = f"{workdir.name}\n{run.parameters:,} parameters"
         logger = RunLogger(workdir, cfg.steps, first, quiet, active, title, cfg.export)
@@ -144,7 +146,7 @@ def train(
             logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
 
         # Measurements: what a step computes and moves, and the counters of this process.
-        work = build_work(run, step.compiled, hosts)
+        work = build_work(run.cfg, run.parameters, run.mesh, step.compiled, hosts)
         chip = find_device_chip(run.mesh.devices.flat[0])
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
@@ -173,7 +175,7 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
     run_id, takes_lock = None, jax.process_index() == 0
     if cfg.checkpoint.storage == "host0" and jax.process_count() > 1:
         run_id, takes_lock = broadcast_from_process_0(lambda: uuid.uuid4().hex), True
-    lock = RunLock(cfg.workdir, run=run_id)
+    lock = RunLock(cfg.workdir, run_id=run_id)
     with contextlib.ExitStack() as stack:
         run_on_all_processes(lambda: stack.enter_context(lock) if takes_lock else None)
         yield lock

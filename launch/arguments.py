@@ -1,7 +1,7 @@
 """An argparse parser whose errors are one line and whose help starts with examples.
 
-pallas_kernels/arguments.py and launch/arguments.py are the same file, as neither package imports
-the other; a test compares them.
+pallas_kernels/arguments.py and launch/arguments.py are the same file, because neither package
+imports the other; a test compares them.
 """
 
 import argparse
@@ -9,60 +9,64 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 
 def print_text(text: str) -> None:
-    """Prints a long text; a reader that closes the pipe, such as `head`, is no error."""
+    """Prints a long text; a reader that closes the pipe early, such as `head`, is not an error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        # Python flushes stdout again when it exits, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def nearest_name(name: str, known) -> str:
-    """Returns the known name that the user most likely meant; "" where none is near.
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """Returns the known name that the user most likely meant; "" if none is similar.
 
-    The last part of a dotted name counts as the name: `batch` is near to `data.batch`.
+    Of a dotted name only the last part need be given: `batch` is `data.batch`.
     """
     same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     same += [other for other in known if other.startswith(f"{name}.")]
     return next(iter(same or difflib.get_close_matches(name, known, 1)), "")
 
 
-def unknown_flag_error(name: str, known) -> str:
+def unknown_flag_error(name: str, known: Iterable[str]) -> str:
     """Returns the error for a flag that a command does not have."""
     near = nearest_name(name, list(known))
     return f"no flag --{name}." + (f" Did you mean --{near}?" if near else "")
 
 
 def wrong_dash_error(arg: str) -> str:
-    """Returns the error for a flag whose dash is a typographic one; "" for other arguments."""
+    """Returns the error for a flag that begins with a typographic dash; "" for other arguments."""
     dashes = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
     if not arg.startswith(tuple(dashes)):
         return ""
     return f"{arg} begins with a dash that is not '--'. Write --{arg.lstrip('-' + dashes)}."
 
 
-def examples_first(doc: str) -> str:
+def examples_first(doc: str | None) -> str:
     """Returns a docstring with its first indented block, the examples, moved to the top."""
-    blocks = doc.strip("\n").split("\n\n")
-    at = next((i for i, block in enumerate(blocks) if block.startswith(" ")), None)
-    if at is None:
-        return doc.strip("\n")
-    indent = re.match(" *", blocks[at])[0]
-    lines = [f"  {line.removeprefix(indent)}".rstrip() for line in blocks.pop(at).split("\n")]
+    blocks = (doc or "").strip("\n").split("\n\n")
+    index = next((i for i, block in enumerate(blocks) if block.startswith(" ")), None)
+    if index is None:
+        return "\n\n".join(blocks)
+    examples = blocks.pop(index)
+    indent = examples[: len(examples) - len(examples.lstrip(" "))]
+    lines = [f"  {line.removeprefix(indent)}".rstrip() for line in examples.split("\n")]
     return "\n\n".join(["\n".join(["Examples:", *lines]), *blocks])
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser of a command.
+    """The ArgumentParser of a command.
 
     Args:
         prog: what the user typed to start the command.
         doc: the help: a sentence, an indented block of examples, and the rest.
     """
 
-    def __init__(self, prog: str, doc: str = "", **options):
+    def __init__(self, prog: str, doc: str | None = "", **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, allow_abbrev=False, **options)
         self.doc = doc
@@ -77,16 +81,19 @@ class Parser(argparse.ArgumentParser):
         else:
             super().print_help(file)
 
-    def _flags(self) -> dict:
-        """{flag without dashes: itself} of this parser and of its subcommands."""
-        found = [option for action in self._actions for option in action.option_strings]
+    def _flags(self) -> dict[str, str]:
+        """Returns {flag without dashes: flag} of this parser and of its subcommands."""
+        flags = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                found += [flag for parser in action.choices.values() for flag in parser._flags()]
-        return {option.lstrip("-"): option for option in found}
+                flags += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return {flag.lstrip("-"): flag for flag in flags}
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, but an unknown flag comes before what is missing because of it."""
+        """Parses as argparse does, but checks first that all flags exist.
+
+        argparse would rather report a required flag as missing if it was misspelt.
+        """
         args = sys.argv[1:] if args is None else list(args)
         known = self._flags()
         for arg in args[: args.index("--")] if "--" in args else args:
@@ -97,7 +104,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(unknown_flag_error(name, [k for k in known if k not in ("h", "help")]))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Ends the program with status 2 and one line."""
         message = re.sub(r"^argument ", "", message)
         required = "the following arguments are required: "

@@ -112,7 +112,7 @@ def data_requests(client: SshClient, job: Job) -> dict[Host, dict[str, Any]]:
     for host in client.hosts:
         spec = job.request(host)["spec"]
         python, _, _, *flags = spec["argv"]  # python -m jaxtrain.train FLAGS
-        request = {"op": "glance", "python": python, "flags": flags}
+        request = {"op": "data", "python": python, "flags": flags}
         requests[host] = request | {"env": spec["env"], "cwd": spec["cwd"]}
     return requests
 

@@ -1,10 +1,10 @@
-"""Residual add and norm in one pass: s = h + y, n = norm(s) * gain + bias, and the way back.
+"""Residual add and norm in one pass: s = h + y, n = norm(s) * gain + bias, and their gradients.
 
-The norm is RMS or layer norm. Bound: memory. Of N rows of D elements of b bytes, forward moves
-4*N*D*b (reads h, y; writes s, n), or 2*N*D*b with nothing to add; backward 4*N*D*b (reads ds, dn,
-s; writes one gradient, of h and y alike). What was summed over a row is summed again on the way
-back, from registers. XLA moves 1.25 to 1.5 times as much (python -m pallas_kernels.traffic): its
-forward reads the row twice, its backward sums the gain's gradient in a pass of its own.
+The norm is RMS or layer norm. Bound: memory. For N rows of D elements of b bytes, forward moves
+4*N*D*b (reads h, y; writes s, n), or 2*N*D*b without y. Backward moves 4*N*D*b (reads ds, dn, s;
+writes one gradient, of h and of y alike) and recomputes a row's sums from registers. XLA moves 1.25
+to 1.5 times as much (python -m pallas_kernels.traffic): its forward reads each row twice, and its
+backward sums the gain's gradient in a pass of its own.
 
 Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; Ba et al. 2016,
 https://arxiv.org/abs/1607.06450
@@ -19,12 +19,19 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 
 FORMS = ("rms", "layer")
-PROGRAMS = 512  # of the backward: each sums the gain's gradient over its share of the rows
-ELEMENTS_PER_WARP = 256  # of a row: 8 a thread; with 16 jax 0.11.2 spills on sm_90 (audit)
+PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the rows
+ELEMENTS_PER_WARP = 256  # of a row, 8 a thread; with 16, jax 0.11.2 spills on sm_90 (audit)
 
 
-def add_norm_reference(h_XD, y_XD, gain_D, bias_D, form, eps):
-    """The law: the sum in h.dtype, the norm inside in at least float32. -> (s_XD, n_XD)"""
+def add_norm_reference(
+    h_XD: jax.Array,
+    y_XD: jax.Array | None,
+    gain_D: jax.Array,
+    bias_D: jax.Array | None,
+    form: str,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Reference implementation: adds in h.dtype, norms in at least float32, returns (s, n)."""
     s_XD = h_XD if y_XD is None else h_XD + y_XD
     wide = s_XD.astype(jnp.promote_types(s_XD.dtype, jnp.float32))
     if form == "layer":
@@ -34,28 +41,28 @@ def add_norm_reference(h_XD, y_XD, gain_D, bias_D, form, eps):
 
 
 class _Row:
-    """Reads, writes and norms of rows of D elements, one at a time; past D there are zeros."""
+    """Reads, writes and norms rows of D elements, one at a time, padded with zeros."""
 
     def __init__(self, D, form, eps):
         self.column = jnp.arange(pl.next_power_of_2(D))  # Triton's tiles are powers of two
         self.inside, self.D, self.form, self.eps = self.column < D, D, form, eps
 
-    def read(self, ref, *row, there=True):
-        x = triton.load(ref.at[*row, self.column], mask=self.inside & there, other=0.0)
+    def read(self, ref, *row, exists=True):
+        x = triton.load(ref.at[*row, self.column], mask=self.inside & exists, other=0.0)
         return x.astype(jnp.float32)
 
-    def write(self, ref, row, x, there=True):
-        triton.store(ref.at[row, self.column], x.astype(ref.dtype), mask=self.inside & there)
+    def write(self, ref, row, x, exists=True):
+        triton.store(ref.at[row, self.column], x.astype(ref.dtype), mask=self.inside & exists)
 
     def mean(self, x):
         return jnp.sum(x) / self.D
 
-    def unit(self, s):
-        """(the row normed, the 1/rms that it was multiplied by)"""
+    def normalize(self, s):
+        """Returns the normed row, before the gain, and the 1/rms that it was multiplied by."""
         if self.form == "layer":
             s = jnp.where(self.inside, s - self.mean(s), 0.0)
-        scale = jax.lax.rsqrt(self.mean(s * s) + self.eps)
-        return s * scale, scale
+        rstd = jax.lax.rsqrt(self.mean(s * s) + self.eps)
+        return s * rstd, rstd
 
 
 def _forward_kernel(*refs, adds, biased, form, eps):
@@ -63,13 +70,13 @@ def _forward_kernel(*refs, adds, biased, form, eps):
     y_ref, *refs = refs if adds else (None, *refs)
     gain_ref, *refs = refs
     bias_ref, *refs = refs if biased else (None, *refs)
-    row, at = _Row(h_ref.shape[1], form, eps), pl.program_id(0)
-    s = row.read(h_ref, at)
+    row, index = _Row(h_ref.shape[1], form, eps), pl.program_id(0)
+    s = row.read(h_ref, index)
     if adds:
-        s = (s + row.read(y_ref, at)).astype(h_ref.dtype)
-        row.write(refs[0], at, s)
-    n = row.unit(s.astype(jnp.float32))[0] * row.read(gain_ref)
-    row.write(refs[-1], at, n + row.read(bias_ref) if biased else n)
+        s = (s + row.read(y_ref, index)).astype(h_ref.dtype)  # the norm sees the rounded sum
+        row.write(refs[0], index, s)
+    n = row.normalize(s.astype(jnp.float32))[0] * row.read(gain_ref)
+    row.write(refs[-1], index, n + row.read(bias_ref) if biased else n)
 
 
 def _backward_kernel(ds_ref, dn_ref, s_ref, gain_ref, dx_ref, *sum_refs, form, eps):
@@ -77,19 +84,24 @@ def _backward_kernel(ds_ref, dn_ref, s_ref, gain_ref, dx_ref, *sum_refs, form, e
     row = _Row(D, form, eps)
     gain = row.read(gain_ref)
 
-    def one(turn, sums):
-        at = program + turn * programs
-        read = functools.partial(row.read, there=at < N)
-        dn, (unit, scale) = read(dn_ref, at), row.unit(read(s_ref, at))
+    def add_row(step, sums):
+        """Writes one row's gradient and adds to the sums of the gain's and the bias's gradients.
+
+        With unit = (s - mean) * rstd and g = dn * gain, the gradient of the norm is
+        rstd * (g - mean(g) - unit * mean(g * unit)); RMS norm has no mean(g).
+        """
+        index = program + step * programs
+        read = functools.partial(row.read, exists=index < N)
+        dn, (unit, rstd) = read(dn_ref, index), row.normalize(read(s_ref, index))
         g = dn * gain
-        along = g - unit * row.mean(g * unit)
+        projected = g - unit * row.mean(g * unit)
         if form == "layer":
-            along = along - row.mean(g)
-        row.write(dx_ref, at, read(ds_ref, at) + scale * along, there=at < N)
+            projected = projected - row.mean(g)
+        row.write(dx_ref, index, read(ds_ref, index) + rstd * projected, exists=index < N)
         return tuple(total + x for total, x in zip(sums, (dn * unit, dn), strict=False))
 
     zeros = tuple(jnp.zeros(row.column.shape, jnp.float32) for _ in sum_refs)
-    sums = jax.lax.fori_loop(0, -(-N // programs), one, zeros)
+    sums = jax.lax.fori_loop(0, pl.cdiv(N, programs), add_row, zeros)
     for ref, total in zip(sum_refs, sums, strict=True):
         row.write(ref, program, total)
 
@@ -99,11 +111,20 @@ def _warps(D):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def add_norm(h_XD, y_XD, gain_D, bias_D, form="rms", eps=1e-6, interpret=False):
-    """add_norm_reference, fused; call it inside shard_map, on one device's rows.
+def add_norm(
+    h_XD: jax.Array,
+    y_XD: jax.Array | None,
+    gain_D: jax.Array,
+    bias_D: jax.Array | None,
+    form: str = "rms",
+    eps: float = 1e-6,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes add_norm_reference in one kernel; call it in shard_map, on one device's rows.
 
     Args:
-        h_XD, y_XD: of one floating type; the residual stream and what a layer adds to it, or None.
+        h_XD: the residual stream, of any floating type.
+        y_XD: what a layer adds to it, of the same type, or None.
         gain_D, bias_D: float32; the bias may be None.
         form: one of FORMS.
         interpret: runs without a GPU, for tests.
@@ -135,17 +156,18 @@ def _backward(form, eps, interpret, residuals, cotangents):
     D = s_XD.shape[-1]
     ds_ND, dn_ND, s_ND = (x.reshape(-1, D) for x in (*cotangents, s_XD))
     programs = min(PROGRAMS, len(s_ND))
-    sums = [triton.like(s_ND, jnp.float32, (programs, D))] * (1 + biased)
+    partial_sums = [triton.like(s_ND, jnp.float32, (programs, D))] * (1 + biased)
     dx_ND, *partial_PD = triton.call(
         functools.partial(_backward_kernel, form=form, eps=eps),
         name="add_norm_backward",
         grid=(programs,),
-        out_shape=[triton.like(s_ND), *sums],
+        out_shape=[triton.like(s_ND), *partial_sums],
         warps=_warps(D),
         interpret=interpret,
     )(ds_ND, dn_ND, s_ND, gain_D)
     dx_XD = dx_ND.reshape(s_XD.shape)
-    sums = [x.sum(0) for x in partial_PD]  # in one order: the same bits every time
+    # Summed in a fixed order, without atomics: the result has the same bits every time.
+    sums = [x.sum(0) for x in partial_PD]
     return dx_XD, dx_XD if adds else None, sums[0], sums[1] if biased else None
 
 

@@ -1,15 +1,17 @@
-"""flash_attention's forward body for Hopper: two warp groups take turns at the tensor core.
+"""The forward body of flash_attention for Hopper: two warp groups alternate at the tensor core.
 
-A program has one block of queries, half of it in each multiplying warp group; the copying one
-brings keys and values. While a group takes the softmax of a block, the other multiplies: its
-scores of one block and the values of the block before, issued together.
+A program owns one block of queries, half of it for each multiplying warp group. The copying warp
+group brings blocks of keys and values. While one group computes the softmax of a block, the other
+multiplies: the scores of one block, and the values of the block before it, issued together.
 
-Source: the turns are FlashAttention-3's, Shah et al. 2024, https://arxiv.org/abs/2407.08608
+Source: the alternation ("ping-pong") is FlashAttention-3's, Shah et al. 2024,
+https://arxiv.org/abs/2407.08608
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +21,44 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tiles import MosaicAttentionTiles
 
 WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
-LOWEST = MASKED / 10  # where a row's largest score starts: above what is masked, which exp2 makes 0
+# The first value of m. It is above MASKED, so exp2(MASKED - m) is 0 even in a row that so far has
+# only masked scores, and below every real score.
+LOWEST = MASKED / 10
 
 
-def check_heads(K) -> None:
-    """Raises ValueError where K is not of WIDTHS."""
+def check_heads(K: int) -> None:
+    """Raises ValueError if K is not in WIDTHS."""
     if K not in WIDTHS:
         raise ValueError(
-            f"Mosaic's attention has heads of 64 or 128; got K={K}. Give the kernel tiles of "
-            "Triton's body."
+            f"Mosaic's attention has heads of 64 or 128; got K={K}. Give the kernel tiles of its "
+            "Triton body."
         )
 
 
-class Place(NamedTuple):
-    """A program that has one block of queries."""
+class QueryBlock(NamedTuple):
+    """Where a program's block of queries lies. All numbers are traced."""
 
-    group: object  # this warp group
-    head: object
-    shared: object  # the head of keys and values
-    batch: object
-    start: object  # its first query
-    steps: object  # blocks of keys that its last query sees
+    group: Any  # this warp group
+    head: Any
+    key_head: Any
+    batch: Any
+    start: Any  # its first query
+    steps: Any  # blocks of keys that its last query sees
 
 
-def place_of(T, S, tiles, ratio) -> Place:
-    """Of grid axes head, block and batch; ratio: query heads to a head of keys and values."""
+def find_query_block(T: int, S: int, tiles: MosaicAttentionTiles, ratio: int) -> QueryBlock:
+    """Returns the block of this program; `ratio` query heads share a key head."""
     group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
-    block = lax.axis_size("block") - 1 - lax.axis_index("block")  # the longest first
+    # The longest blocks first, so that none runs on alone.
+    block = lax.axis_size("block") - 1 - lax.axis_index("block")
     start = block * tiles.queries
-    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last row sees
+    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last query sees
     steps = lax.div(last + tiles.keys - 1, tiles.keys)
-    return Place(group, head, lax.div(head, ratio), batch, start, steps)
+    return QueryBlock(group, head, lax.div(head, ratio), batch, start, steps)
 
 
 def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_free):
@@ -63,33 +69,37 @@ def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_
     mosaic.copy_steps(steps, tiles.stages, streams)
 
 
-class _Rows:
-    """One warp group's queries: which keys they see."""
+class _Mask:
+    """Masks the scores of one warp group's queries.
+
+    Args:
+        docs: (documents of the queries, function of a step that loads those of its keys) or None.
+    """
 
     def __init__(self, shape, first, offset, docs):
-        """docs: (of the rows, [keys] of a step) or None."""
         self.shape, self.docs = shape, docs
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        self.last = row + (first + offset)
+        self.last = row + (first + offset)  # the last key that each query sees
 
-    def masked(self, s, j):
+    def apply(self, s, j):
         keys = self.shape[1]
         column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=plgpu.Layout.WGMMA)
         s = jnp.where(column + j * keys <= self.last, s, MASKED)
         if self.docs is not None:
-            mine, theirs = self.docs[0], self.docs[1](j)
-            mine = lax.broadcast_in_dim(mine, self.shape, [0])
-            s = jnp.where(mine == lax.broadcast_in_dim(theirs, self.shape, [1]), s, MASKED)
+            query_docs, key_docs = self.docs[0], self.docs[1](j)
+            query_docs = lax.broadcast_in_dim(query_docs, self.shape, [0])
+            key_docs = lax.broadcast_in_dim(key_docs, self.shape, [1])
+            s = jnp.where(query_docs == key_docs, s, MASKED)
         return s
 
 
-def _softmax(s, acc, top, total, dtype):
-    """The running softmax with one more block of scores, in units of log2: (acc, top, total, p)."""
-    wide = lambda x, shape: lax.broadcast_in_dim(x, shape, [0])
-    higher = jnp.maximum(top, s.max(1))
-    p = jnp.exp2(s - wide(higher, s.shape))
-    shrink = jnp.exp2(top - higher)
-    return acc * wide(shrink, acc.shape), higher, total * shrink + p.sum(1), p.astype(dtype)
+def _softmax(s, acc, m_Q, l_Q, dtype):
+    """Adds one block of scores to the online softmax (see flash_attention.py), in units of log2."""
+    widen = lambda x, shape: lax.broadcast_in_dim(x, shape, [0])
+    m_new_Q = jnp.maximum(m_Q, s.max(1))
+    p = jnp.exp2(s - widen(m_new_Q, s.shape))
+    rescale_Q = jnp.exp2(m_Q - m_new_Q)
+    return acc * widen(rescale_Q, acc.shape), m_new_Q, l_Q * rescale_Q + p.sum(1), p.astype(dtype)
 
 
 def _kernel(
@@ -98,44 +108,50 @@ def _kernel(
     *docs, o_ref, lse_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, shared, batch, start, steps = place_of(T, S, tiles, ratio)
+    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio)
 
     @pl.when(group == mosaic.CONSUMERS)
-    def _():
-        _copy(k_ref.at[batch, :, shared], v_ref.at[batch, :, shared], steps, tiles, **pipeline)
+    def _copy_keys_and_values():
+        _copy(k_ref.at[batch, :, key_head], v_ref.at[batch, :, key_head], steps, tiles, **pipeline)
 
     @pl.when(group < mosaic.CONSUMERS)
-    def _():
+    def _attend_and_write():
         plgpu.set_max_registers(mosaic.MULTIPLYING_REGISTERS, action="increase")
         rows = pl.ds(start + group * half, half)
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[group], q_full.at[group])
         pair = None
         if docs:
-            load = lambda ref, at, dim: plgpu.load(
-                ref.at[batch, at], layout=plgpu.Layout.WGMMA.reduce(dim), optimized=False
+            load = lambda ref, index, dim: plgpu.load(
+                ref.at[batch, index], layout=plgpu.Layout.WGMMA.reduce(dim), optimized=False
             )
-            of_keys = lambda j: load(docs[1], pl.ds(j * tiles.keys, tiles.keys), 0)
-            pair = load(docs[0], rows, 1), of_keys
-        mask = _Rows((half, tiles.keys), start + group * half, S - T, pair)
-        free_of_masks = 1 if docs else jnp.clip(lax.div(start + S - T + 1, tiles.keys), 1, steps)
+            load_key_docs = lambda j: load(docs[1], pl.ds(j * tiles.keys, tiles.keys), 0)
+            pair = load(docs[0], rows, 1), load_key_docs
+        mask = _Mask((half, tiles.keys), start + group * half, S - T, pair)
+        # All queries of the block see all keys of the steps before this one.
+        first_masked = 1 if docs else jnp.clip(lax.div(start + S - T + 1, tiles.keys), 1, steps)
         plgpu.barrier_wait(q_full.at[group])
         q = q_smem.at[group]
         staging = None if p_smem is None else p_smem.at[group]
-        acc, top, total = _attend(
-            q, steps, free_of_masks, mask, tiles, group, turn, staging, **pipeline
+        acc, m_Q, l_Q = _attend(
+            q, steps, first_masked, mask, tiles, group, turn, staging, **pipeline
         )
-        blind = total == 0
-        total = jnp.where(blind, 1.0, total)
-        q[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(o_ref.dtype)
+        empty = l_Q == 0  # queries that see no key
+        l_Q = jnp.where(empty, 1.0, l_Q)
+        # The output leaves through the queries' shared memory, which is no longer needed.
+        q[...] = (acc / lax.broadcast_in_dim(l_Q, acc.shape, [0])).astype(o_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, o_ref.at[batch, rows, head])
-        lse = top + jnp.log(total) * math.log2(math.e)
-        lse_ref[batch, head, rows] = jnp.where(blind, EMPTY_ROW_LSE, lse)
+        lse = m_Q + jnp.log(l_Q) * math.log2(math.e)
+        lse_ref[batch, head, rows] = jnp.where(empty, EMPTY_ROW_LSE, lse)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(q, steps, free_of_masks, mask, tiles, group, turn, p_smem, **pipeline):
-    """(sum of values, largest score, sum of exponentials) of a group's queries over all steps."""
+def _attend(q, steps, first_masked, mask, tiles, group, turn, p_smem, **pipeline):
+    """Returns (sum of p v, m, l) of a group's queries over all steps.
+
+    The barrier `turn` has one slot for each group. A group waits for its own slot before it issues
+    products, and then arrives at the other group's slot, so that the two alternate.
+    """
     k_smem, v_smem, k_full, v_full, k_free, v_free = (pipeline[name] for name in PIPELINE)
     half, K = q.shape
     scale = math.log2(math.e) * K**-0.5
@@ -147,56 +163,64 @@ def _attend(q, steps, free_of_masks, mask, tiles, group, turn, p_smem, **pipelin
         jnp.full((half,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
     )
 
-    def scores(j, also=None):
-        """Of step j, beside the values of the step before; (acc, p) is theirs."""
-        slot, before = slot_of(j), slot_of(j - 1)
+    def scores(j, last=None):
+        """Returns the scores of step j and, given (acc, p) of the step before, acc + p v."""
+        slot, last_slot = slot_of(j), slot_of(j - 1)
         plgpu.barrier_wait(k_full.at[slot])
-        if also:
-            plgpu.barrier_wait(v_full.at[before])
+        if last:
+            plgpu.barrier_wait(v_full.at[last_slot])
         plgpu.barrier_wait(turn.at[group])
 
         def products(s_ref, acc_ref=None):
             plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
-            if also:
-                mosaic.multiply_registers(acc_ref, also[1], v_smem.at[before], p_smem)
+            if last:
+                mosaic.multiply_registers(acc_ref, last[1], v_smem.at[last_slot], p_smem)
             plgpu.barrier_arrive(turn.at[1 - group])
 
-        start = [zeros(tiles.keys)] + ([also[0]] if also else [])
+        start = [zeros(tiles.keys)] + ([last[0]] if last else [])
         s, *acc = mosaic.accumulate(products, start, p_smem is not None)
         plgpu.barrier_arrive(k_free.at[slot])
-        if also:
-            plgpu.barrier_arrive(v_free.at[before])
+        if last:
+            plgpu.barrier_arrive(v_free.at[last_slot])
         return s * scale, *acc
 
-    def one(j, carry, masked):
-        acc, top, total, p = carry
+    def step(j, carry, masked):
+        acc, m_Q, l_Q, p = carry
         s, acc = scores(j, (acc, p))
-        return _softmax(mask.masked(s, j) if masked else s, acc, top, total, q.dtype)
+        return _softmax(mask.apply(s, j) if masked else s, acc, m_Q, l_Q, q.dtype)
 
-    pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+    pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))  # group 0 begins
     (s,) = scores(0)
-    carry = _softmax(mask.masked(s, 0), zeros(K), row(LOWEST), row(0.0), q.dtype)
-    carry = lax.fori_loop(1, free_of_masks, functools.partial(one, masked=False), carry)
-    carry = lax.fori_loop(free_of_masks, steps, functools.partial(one, masked=True), carry)
-    acc, top, total, p = carry
-    pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))  # group 1's last gift of it
+    carry = _softmax(mask.apply(s, 0), zeros(K), row(LOWEST), row(0.0), q.dtype)
+    carry = lax.fori_loop(1, first_masked, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(first_masked, steps, functools.partial(step, masked=True), carry)
+    acc, m_Q, l_Q, p = carry
+    # Takes group 1's last arrival: a barrier must not end with one that nobody waited for.
+    pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
     slot = slot_of(steps - 1)
     plgpu.barrier_wait(v_full.at[slot])
     values = lambda acc_ref: mosaic.multiply_registers(acc_ref, p, v_smem.at[slot], p_smem)
     (acc,) = mosaic.accumulate(values, [acc], p_smem is not None)
     plgpu.barrier_arrive(v_free.at[slot])
-    return acc, top, total
+    return acc, m_Q, l_Q
 
 
-def forward(q_BTHK, k_BSGK, v_BSGK, docs, tiles, interpret):
-    """(o_BTHK, lse_BHT) as flash_attention's forward kernel.
+def forward(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    docs: Sequence[jax.Array],
+    tiles: MosaicAttentionTiles,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (o_BTHK, lse_BHT) as flash_attention's forward kernel does.
 
     Args:
         docs: (docs_BT, docs_BS) or ().
-        tiles: a MosaicAttentionTiles; queries a multiple of 128, keys of 64.
+        tiles: queries a multiple of 128, keys of 64.
 
     Raises:
-        ValueError: as mosaic.check; K is not of WIDTHS.
+        ValueError: mosaic.check refuses the arrays, or K is not in WIDTHS.
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
@@ -207,10 +231,11 @@ def forward(q_BTHK, k_BSGK, v_BSGK, docs, tiles, interpret):
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=-1)
         for x, size in zip(docs, (tiles.queries, tiles.keys), strict=False)
     ]
-    memory = functools.partial(mosaic.shared, dtype=q_BTHK.dtype)
+    memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q_BTHK.dtype)
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)
+    half = tiles.queries // mosaic.CONSUMERS
     scratch = {
-        "q_smem": memory((mosaic.CONSUMERS, tiles.queries // mosaic.CONSUMERS, K)),
+        "q_smem": memory((mosaic.CONSUMERS, half, K)),
         "q_full": plgpu.Barrier(num_barriers=mosaic.CONSUMERS),
         "turn": plgpu.Barrier(num_barriers=mosaic.CONSUMERS),
     }
@@ -218,7 +243,6 @@ def forward(q_BTHK, k_BSGK, v_BSGK, docs, tiles, interpret):
     scratch |= {f"{name}_full": barriers(1) for name in "kv"}
     scratch |= {f"{name}_free": barriers(mosaic.CONSUMERS) for name in "kv"}
     if interpret:  # see mosaic.multiply_registers
-        half = tiles.queries // mosaic.CONSUMERS
         scratch["p_smem"] = memory((mosaic.CONSUMERS, half, tiles.keys))
     o, lse = mosaic.call(
         functools.partial(_kernel, tiles=tiles, ratio=H // G),

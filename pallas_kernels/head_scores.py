@@ -1,16 +1,18 @@
-"""Logits of a chunk of rows, with what cross-entropy needs of each row, out of one product.
+"""Computes logits, and what cross-entropy needs of each row, in one matrix product.
 
-A tile of logits leaves the product with its largest entry, its sum of exponentials and its share of
-the target's logit. So the loss reads no logit, and its gradient, softmax - onehot, reads each
-once: 4*N*V bytes written here and 6*N*V moved after it by XLA, which without this kernel moves
-18*N*V (python -m pallas_kernels.traffic). Without gradients no logit is written at all.
+A program computes one tile of logits. Together with the tile it stores, for each row, the largest
+logit (m), the sum of exp(logit - m) (l) and the target's logit. The log-sum-exp of a row, m +
+log(l), then follows from these partial results, and the loss reads no logits. The gradient,
+softmax - onehot, reads each logit once: 4*N*V bytes written here and 6*N*V moved after it by XLA,
+against 18*N*V without this kernel (python -m pallas_kernels.traffic). Where no gradient is needed,
+no logit is written at all.
 
-Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of rows, so that what they share stays in
-the 6 MB of an A40's second-level cache: a program that walked the vocabulary for its rows would
-want 770 GB/s at 100 TFLOP/s, of the 696 there are.
+Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that what programs
+share stays in the 6 MB second-level cache of an A40. If each program walked the vocabulary for its
+own rows, 100 TFLOP/s would need 770 GB/s of the 696 GB/s that the A40 has.
 
-Source: the idea of partial log-sum-exps by tile is Wijmans et al. 2024's,
-https://arxiv.org/abs/2411.09009; of grouped tiles Triton's tutorial 03,
+Source: partial log-sum-exps by tile: Wijmans et al. 2024, https://arxiv.org/abs/2411.09009;
+grouped tiles: Triton's tutorial 03,
 https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html
 """
 
@@ -23,20 +25,22 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 from pallas_kernels.tile_order import MASKED, grouped_tile
-from pallas_kernels.tiles import MosaicProductTiles
+from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
 
 
 class Scores(NamedTuple):
-    """Of N rows; the log-sum-exp of a row is top + log(total)."""
+    """Results for N rows; the log-sum-exp of a row is top + log(total)."""
 
-    logits_NV: jax.Array | None  # float32, capped; None where they are not kept
-    top_N: jax.Array  # the largest logit
-    total_N: jax.Array  # sum of exp(logit - top)
-    hit_N: jax.Array  # the target's logit, 0 where no column is the target's
+    logits_NV: jax.Array | None  # float32, after the softcap; None unless asked for
+    top_N: jax.Array  # m, the largest logit
+    total_N: jax.Array  # l, the sum of exp(logit - m)
+    hit_N: jax.Array  # the target's logit; 0 where the target is not in this part of V
 
 
-def head_scores_reference(h_ND, w_VD, targets_N, softcap=0.0, keep=True):
-    """The law: sums in at least float32; a target outside [0, V) hits nothing."""
+def head_scores_reference(
+    h_ND: jax.Array, w_VD: jax.Array, targets_N: jax.Array, softcap: float = 0.0, keep: bool = True
+) -> Scores:
+    """Reference implementation: sums in at least float32; a target outside [0, V) gives hit 0."""
     wide = jnp.promote_types(h_ND.dtype, jnp.float32)
     logits_NV = jnp.einsum("ND,VD->NV", h_ND, w_VD, preferred_element_type=wide)
     if softcap:
@@ -55,17 +59,17 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     rows = block * tiles.rows + jnp.arange(tiles.rows)
     columns = tile * tiles.columns + jnp.arange(tiles.columns)
 
-    def one(turn, sum_RC):
-        depth = turn * tiles.depth + jnp.arange(tiles.depth)
+    def add_slice(step, sum_RC):
+        depth = step * tiles.depth + jnp.arange(tiles.depth)
 
-        def read(ref, at):
-            mask = (at < ref.shape[0])[:, None] & (depth < D)[None, :]
-            return triton.load(ref.at[at[:, None], depth[None, :]], mask=mask, other=0.0)
+        def read(ref, index):
+            mask = (index < ref.shape[0])[:, None] & (depth < D)[None, :]
+            return triton.load(ref.at[index[:, None], depth[None, :]], mask=mask, other=0.0)
 
         return sum_RC + triton.dot(read(h_ref, rows), read(w_ref, columns), trans_b=True)
 
     zero = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-    logits = jax.lax.fori_loop(0, pl.cdiv(D, tiles.depth), one, zero)
+    logits = jax.lax.fori_loop(0, pl.cdiv(D, tiles.depth), add_slice, zero)
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     inside = rows < N
@@ -73,49 +77,57 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
         mask = inside[:, None] & (columns < V)[None, :]
         triton.store(out_refs[0].at[rows[:, None], columns[None, :]], logits, mask=mask)
     target = triton.load(targets_ref.at[rows], mask=inside, other=-1)
-    # Before the mask: past the vocabulary logits are 0, and so is what a target there hits.
+    # Before the masking: columns past V have logit 0 here, so a target there gives hit 0.
     hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
     logits = jnp.where((columns < V)[None, :], logits, MASKED)
-    top = logits.max(1)
-    total = jnp.exp(logits - top[:, None]).sum(1)
-    for ref, x in zip(out_refs[keep:], (top, total, hit), strict=True):
+    m_R = logits.max(1)
+    l_R = jnp.exp(logits - m_R[:, None]).sum(1)
+    for ref, x in zip(out_refs[keep:], (m_R, l_R, hit), strict=True):
         triton.store(ref.at[tile, rows], x, mask=inside)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "softcap", "keep", "interpret"))
-def head_scores(h_ND, w_VD, targets_N, tiles, softcap=0.0, keep=True, interpret=False):
-    """head_scores_reference, in one product; for one device's rows and its part of V.
+def head_scores(
+    h_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    tiles: ProductTiles | MosaicProductTiles,
+    softcap: float = 0.0,
+    keep: bool = True,
+    interpret: bool = False,
+) -> Scores:
+    """Computes head_scores_reference in one product, on one device's rows and its part of V.
 
     Args:
         h_ND, w_VD: bfloat16, float16 or float32 (in full, not TF32).
         targets_N: int32.
-        tiles: a ProductTiles or a MosaicProductTiles: its type says which body runs.
-        softcap: c in c*tanh(logits/c), or 0.
-        keep: whether logits are written.
+        tiles: its type selects the body.
+        softcap: c in c*tanh(logits/c); 0 for none.
+        keep: whether to return the logits.
         interpret: runs without a GPU, for tests.
     """
+    body = _head_scores
     if isinstance(tiles, MosaicProductTiles):
-        from pallas_kernels import head_scores_mosaic  # it imports Mosaic, and this file
+        from pallas_kernels import head_scores_mosaic  # imports Mosaic, which not every JAX has
 
-        run = head_scores_mosaic.head_scores
-    else:
-        run = _head_scores
-    out = run(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
-    top_PN, total_PN, hit_PN = out[keep:]
+        body = head_scores_mosaic.head_scores
+    out = body(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+    top_PN, total_PN, hit_PN = out[keep:]  # of P vocabulary tiles
     top_N = top_PN.max(0)
-    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)
+    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # each l brought to the common maximum
     return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))
 
 
 def _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
     (N, _), V = h_ND.shape, w_VD.shape[0]
-    count = pl.cdiv(V, tiles.columns)
-    part = jax.ShapeDtypeStruct((count, N), jnp.float32)
+    vocabulary_tiles = pl.cdiv(V, tiles.columns)
+    logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
+    partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
     return triton.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
-        grid=(pl.cdiv(N, tiles.rows) * count,),
-        out_shape=[jax.ShapeDtypeStruct((N, V), jnp.float32)] * keep + [part] * 3,
+        grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
+        out_shape=[*logits, partial, partial, partial],
         warps=tiles.warps,
         stages=tiles.stages,
         interpret=interpret,

@@ -1,7 +1,8 @@
-"""head_scores' body for Hopper: each multiplying warp group finishes whole rows of its tile.
+"""The body of `head_scores` for Hopper: each multiplying warp group finishes whole rows of a tile.
 
-Logits leave through two small buffers a warp group, filled in turn while the copies of the one
-before are on their way; a row's largest logit, sum and hit are reduced in registers.
+A row's largest logit, sum of exponentials and hit are reduced in registers. The logits leave
+through two small buffers of shared memory for each warp group: one is filled while TMA copies the
+other to HBM.
 """
 
 import functools
@@ -15,6 +16,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import MASKED, grouped_tile
+from pallas_kernels.tiles import MosaicProductTiles
 
 STRIP = 32  # float32 columns in a row of swizzled shared memory
 BUFFERS = 2
@@ -23,15 +25,15 @@ BUFFERS = 2
 def _kernel(h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem=None, **pipeline):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
-    blocks, count = pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns)
-    where = lambda p: grouped_tile(p, blocks, count, tiles.group)
+    blocks, vocabulary_tiles = pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns)
+    locate = lambda p: grouped_tile(p, blocks, vocabulary_tiles, tiles.group)
 
     def operands(p):
-        block, tile = where(p)
+        block, tile = locate(p)
         return (h_ref, block), (w_ref, tile)
 
     def after(p, logits):
-        block, tile = where(p)
+        block, tile = locate(p)
         rows = pl.ds(block * tiles.rows + group * half, half)
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
@@ -40,62 +42,68 @@ def _kernel(h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem=
         column = tile * tiles.columns + plgpu.broadcasted_iota(
             jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
         )
-        by_row = plgpu.Layout.WGMMA.reduce(1)
-        target = plgpu.load(targets_ref.at[rows], layout=by_row, optimized=False)
+        one_per_row = plgpu.Layout.WGMMA.reduce(1)
+        target = plgpu.load(targets_ref.at[rows], layout=one_per_row, optimized=False)
         target = lax.broadcast_in_dim(target, logits.shape, [0])
-        # Before the mask: past the vocabulary logits are 0, and so is what a target there hits.
+        # Before the masking: columns past V have logit 0 here, so a target there gives hit 0.
         hit = jnp.where(column == target, logits, 0.0).sum(1)
         if V % tiles.columns:
             logits = jnp.where(column < V, logits, MASKED)
-        top = logits.max(1)
-        total = jnp.exp(logits - lax.broadcast_in_dim(top, logits.shape, [0])).sum(1)
-        for ref, x in zip(refs[keep:], (top, total, hit), strict=True):
+        m_R = logits.max(1)
+        l_R = jnp.exp(logits - lax.broadcast_in_dim(m_R, logits.shape, [0])).sum(1)
+        for ref, x in zip(refs[keep:], (m_R, l_R, hit), strict=True):
             ref[tile, rows] = x
 
-    run_products(
-        tiles, blocks * count, pl.cdiv(D, tiles.depth), operands, lambda p: None, after, **pipeline
-    )
+    count, slices = blocks * vocabulary_tiles, pl.cdiv(D, tiles.depth)
+    run_products(tiles, count, slices, operands, lambda p: None, after, **pipeline)
 
 
 def _write(logits, smem, logits_ref, rows, column):
     for strip in range(logits.shape[1] // STRIP):
-        buffer, at = smem.at[strip % BUFFERS], strip * STRIP
+        buffer, first = smem.at[strip % BUFFERS], strip * STRIP
+        # With at most BUFFERS - 1 copies unfinished, this buffer's last copy has read it.
         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-        buffer[...] = logits[:, at : at + STRIP]
+        buffer[...] = logits[:, first : first + STRIP]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, logits_ref.at[rows, pl.ds(column + at, STRIP)])
+        plgpu.copy_smem_to_gmem(buffer, logits_ref.at[rows, pl.ds(column + first, STRIP)])
 
 
-def head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
-    """Outputs of pallas_kernels.head_scores.head_scores' kernel: of tiles, not yet joined.
-
-    Args:
-        tiles: a MosaicProductTiles.
+def head_scores(
+    h_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    tiles: MosaicProductTiles,
+    softcap: float,
+    keep: bool,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Returns the outputs of the kernel of pallas_kernels.head_scores, which joins them.
 
     Returns:
-        logits_NV where they are kept, then top, total and hit, [vocabulary tiles, N] each.
+        logits_NV if `keep`, then top, total and hit, [vocabulary tiles, N] each.
 
     Raises:
-        ValueError: as mosaic.check; logits are kept and V is no multiple of 8.
+        ValueError: mosaic.check refuses the arrays, or `keep` and V is not a multiple of 8.
     """
     (N, _), V = h_ND.shape, w_VD.shape[0]
-    logits = jax.ShapeDtypeStruct((N, V), jnp.float32)
-    mosaic.check(*[logits] * keep, h=h_ND, w=w_VD)
-    rows = pl.cdiv(N, tiles.rows) * tiles.rows  # these are read and written past the last row
+    logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
+    mosaic.check(*logits, h=h_ND, w=w_VD)
+    # The targets and the partial results are accessed without TMA, so also past the last row.
+    rows = pl.cdiv(N, tiles.rows) * tiles.rows
     targets = jnp.pad(targets_N, (0, rows - N), constant_values=-1)
-    part = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), rows), jnp.float32)
+    partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), rows), jnp.float32)
     scratch = pipeline_scratch(tiles, h_ND.dtype)
     if keep:
         half = tiles.rows // mosaic.CONSUMERS
         strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP)
-        scratch["logits_smem"] = mosaic.shared(strips, jnp.float32)
-    count = rows // tiles.rows * part.shape[0]
+        scratch["logits_smem"] = mosaic.swizzled_shared_memory(strips, jnp.float32)
+    count = rows // tiles.rows * partial.shape[0]
     out = mosaic.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",
-        grid={"program": mosaic.programs(count, interpret)},
-        out_shape=[logits] * keep + [part] * 3,
+        grid={"program": mosaic.persistent_programs(count, interpret)},
+        out_shape=[*logits, partial, partial, partial],
         scratch=scratch,
         interpret=interpret,
     )(h_ND, w_VD, targets)
-    return [*out[:keep], *(x[:, :N] for x in out[keep:])]
+    return [*out[: len(logits)], *(x[:, :N] for x in out[len(logits) :])]

@@ -1,13 +1,24 @@
-"""The one door to Pallas' Mosaic GPU backend: Hopper's own instructions, and what they ask for.
+"""All Mosaic GPU API calls live here, so that a JAX upgrade touches one file.
 
-The tensor core's warp-group products read shared memory that the tensor memory accelerator (TMA)
-fills; a warp group of its own drives it, the others multiply. Copies past an array's end read
-zeros and write nothing, so tiles need not divide sizes. Mosaic is young: what a body here needs of
-it is that of jax 0.11.2, so on older versions there is none (REASON says so).
+Kernels for sm_90 (Hopper) use Mosaic GPU because it exposes Hopper's warp-group products (wgmma)
+and tensor memory accelerator (TMA), which Pallas' Triton backend does not. The kernels are
+warp-specialised: of the three warp groups (of 128 threads) one only starts TMA copies from HBM to
+shared memory, and two multiply what has arrived. The copying group needs few registers and gives
+the rest to the others.
 
+Barriers connect the groups. For each slot of shared memory, "full" completes when the TMA has
+written the slot, and "free" when both multiplying groups have read it, after which it is refilled.
+
+Shared memory is swizzled: the 16-byte pieces of a row are permuted by the row's number, so that a
+column of a tile lies in different banks. TMA writes and wgmma reads the same permutation.
+
+TMA copies past an array's end read zeros and write nothing, so tiles need not divide the sizes.
+Mosaic GPU changes with every JAX release: the bodies need jax 0.11.2 (see REASON).
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,65 +29,78 @@ OLDEST = (0, 11, 2)
 USABLE = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
 REASON = "" if USABLE else f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
 
+plgpu: Any = None  # Any: on an older JAX it is missing or has other functions
 if USABLE:
     from jax.experimental.pallas import mosaic_gpu as plgpu
-else:
-    plgpu = None
 
 CONSUMERS = 2  # warp groups that multiply; one more copies
-COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # a thread: 40 + 2 * 232 of 3 * 168
-ROW_BYTES = 128  # of a row of shared memory as products read it, swizzled
+# Registers per thread. The launch gives 168 to each of the three groups; setmaxnreg moves them.
+COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
+SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
 TYPES = (jnp.bfloat16, jnp.float16)
 SUFFIX = "_mosaic_gpu_kernel"  # of a kernel's name in machine code
-INTERPRETED_PROGRAMS = 2  # fewer than tiles, so that tests see a program go on to its next
+INTERPRETED_PROGRAMS = 2  # fewer than the tiles of a test, so that a program has several
 
 
-def check(*written, **operands) -> None:
-    """That warp-group products can take operands, and TMA them and what is written.
+def check(*written: jax.ShapeDtypeStruct, **operands: jax.Array) -> None:
+    """Checks that wgmma can multiply the operands, and that TMA can copy them and the outputs.
 
     Raises:
-        ValueError: jax is too old, an operand's type is not of TYPES, or some array's rows are of
-            no multiple of 8 elements.
+        ValueError: jax is too old, an operand's type is not in TYPES, or the length of an array's
+            rows is not a multiple of 8 (TMA needs strides that are multiples of 16 bytes).
     """
     if not USABLE:
-        raise ValueError(f"{REASON}. Give the kernel tiles of Triton's body.")
+        raise ValueError(f"{REASON}. Give the kernel tiles of its Triton body.")
     for name, x in operands.items():
         if x.dtype not in TYPES or x.shape[-1] % 8:
             raise ValueError(
                 "a Mosaic body takes bfloat16 or float16, in rows of a multiple of 8; got "
-                f"{name}={x.dtype}{list(x.shape)}. Give the kernel tiles of Triton's body."
+                f"{name}={x.dtype}{list(x.shape)}. Give the kernel tiles of its Triton body."
             )
     for x in written:
         if x.shape[-1] % 8:
             raise ValueError(
                 f"a Mosaic body writes rows of a multiple of 8; got {x.dtype}{list(x.shape)}. Give "
-                "the kernel tiles of Triton's body."
+                "the kernel tiles of its Triton body."
             )
 
 
-def shared(shape, dtype):
-    """Shared memory for arrays [...,M,N], swizzled as products and copies both take it."""
-    row = min(shape[-1] * jnp.dtype(dtype).itemsize, ROW_BYTES)
-    tiling = plgpu.TilingTransform((8, row // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row)))
+def swizzled_shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns shared memory for arrays [...,M,N] in the layout that both wgmma and TMA accept."""
+    row_bytes = min(shape[-1] * jnp.dtype(dtype).itemsize, SWIZZLE_BYTES)
+    tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 
 
-def programs(most, interpret) -> int:
-    """One for each multiprocessor, or for each piece of work where those are fewer."""
+def persistent_programs(tiles: int, interpret: bool) -> int:
+    """Returns one program for each multiprocessor, but no more than there are tiles.
+
+    Each program then works through several tiles, and loads the next one while it finishes one.
+    """
     if interpret:
-        return min(most, INTERPRETED_PROGRAMS)
-    return min(most, jax.extend.backend.get_default_device().core_count)
+        return min(tiles, INTERPRETED_PROGRAMS)
+    return min(tiles, jax.extend.backend.get_default_device().core_count)
 
 
-def call(kernel, *, name, grid, out_shape, scratch, approximate=False, interpret=False):
-    """plgpu.kernel of CONSUMERS + 1 warp groups, its axis "group".
+def call(
+    kernel: Callable,
+    *,
+    name: str,
+    grid: dict[str, int],
+    out_shape: Any,
+    scratch: dict[str, Any],
+    approximate: bool = False,
+    interpret: bool = False,
+) -> Callable:
+    """Returns plgpu.kernel with CONSUMERS + 1 warp groups on its axis "group".
 
     Args:
         grid: {axis name: programs}.
-        approximate: exponentials and the like by the chip's own, of 22 bits; not what interprets.
         scratch: {keyword of the kernel: shared memory or barriers}.
+        approximate: computes exponentials with the GPU's own instruction, which is accurate to 22
+            bits. The interpreter ignores it.
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
-            copies may meet in memory: for tests alone.
+            copies may access the same memory at once; only for tests.
     """
     return plgpu.kernel(
         kernel,
@@ -92,37 +116,41 @@ def call(kernel, *, name, grid, out_shape, scratch, approximate=False, interpret
     )
 
 
-def copy_steps(count, stages, streams) -> None:
-    """What the copying warp group does: each stream's slots filled in turn, once all freed them.
+def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, Any]]) -> None:
+    """Runs the copying warp group: fills the slots of each stream in turn, as they become free.
 
     Args:
-        streams: (copies, full, free) each: step -> ((part of an array, its shared memory
-            [stages,...]), ...), and its barriers, one a slot.
+        count: steps, traced.
+        streams: of each (copies, full, free): a function of the step that returns pairs (part of
+            an array, its shared memory [stages,...]), and barriers, one for each slot.
     """
 
     @pl.loop(0, count)
-    def _step(j):
+    def _copy_step(j):
         slot = lax.rem(j, stages)
         for copies, full, free in streams:
 
-            @pl.when(j >= stages)
+            @pl.when(j >= stages)  # before that the slot has never been filled
             def _():
-                plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced at once
+                plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced before the next iteration
 
             for source, smem in copies(j):
                 plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
 
+    # A barrier must not have arrivals that nobody waited for when the program ends.
     @pl.loop(0, jnp.minimum(count, stages))
-    def _to_the_end(slot):
+    def _wait_for_the_last_reads(slot):
         for _, _, free in streams:
             plgpu.barrier_wait(free.at[slot])
 
 
-def accumulate(products, start, interpret) -> list:
-    """What products(*accumulators) makes of accumulators that begin as the arrays of `start`.
+def accumulate(
+    products: Callable[..., None], start: Sequence[jax.Array], interpret: bool
+) -> list[jax.Array]:
+    """Returns the values of accumulators that begin as `start` after products(*accumulators).
 
-    Interpreted they begin as zeros and `start` is added at the end: the interpreter of jax 0.11.2
-    knows no run_state.
+    The interpreter of jax 0.11.2 does not implement run_state. Interpreted accumulators therefore
+    begin as zeros, and `start` is added at the end.
     """
     if interpret:
 
@@ -136,12 +164,12 @@ def accumulate(products, start, interpret) -> list:
     return pl.run_state(lambda refs: products(*refs))(refs)
 
 
-def multiply_registers(sum_ref, x, y_ref, staging=None) -> None:
-    """wgmma of x, an array in registers.
+def multiply_registers(sum_ref: Any, x: jax.Array, y_ref: Any, staging: Any = None) -> None:
+    """Adds x y to sum_ref by wgmma, where x is an array in registers.
 
     Args:
-        staging: shared memory that x goes through where it is interpreted: the interpreter of jax
-            0.11.2 multiplies shared memory alone.
+        staging: only when interpreted, shared memory that x is copied to first: the interpreter of
+            jax 0.11.2 multiplies only operands in shared memory.
     """
     if staging is not None:
         staging[...] = x
@@ -150,37 +178,40 @@ def multiply_registers(sum_ref, x, y_ref, staging=None) -> None:
     plgpu.wgmma(sum_ref, x, y_ref)
 
 
-def launches(lowered) -> dict:
-    """{kernel: (threads, blocks, shared bytes)} of the Mosaic kernels in a jax.stages.Lowered.
+def launch_sizes(lowered: jax.stages.Lowered) -> dict[str, tuple[int, int, int]]:
+    """Returns {kernel: (threads, blocks, shared bytes)} of the Mosaic kernels in a lowered program.
 
-    XLA's dumps do not have these: they stand in the module that each custom call carries.
+    XLA's dumps do not contain these numbers; the MLIR module in each custom call does.
     """
-    found = {}
+    sizes = {}
     if USABLE:
-        for call_op in _operations(lowered.compiler_ir().operation, "stablehlo.custom_call"):
+        program: Any = lowered.compiler_ir()
+        for call_op in _operations(program.operation, "stablehlo.custom_call"):
             if call_op.attributes["call_target_name"].value == "mosaic_gpu_v2":
                 module = call_op.attributes["mhlo.backend_config"]["module"].value_bytes
-                found |= _launch(module)
-    return found
+                sizes |= _launch_size(module)
+    return sizes
 
 
-def _launch(module_bytes) -> dict:
+def _launch_size(module_bytes):
     from jax.experimental.mosaic.gpu import dialect
     from jax.extend.mlir import ir
     from jax.interpreters import mlir
 
     context = mlir.make_ir_context()
     dialect.register_dialect(context)
-    context.allow_unregistered_dialects = True  # those that keep a module's form between versions
+    context.allow_unregistered_dialects = True  # those that version the format
     module = ir.Module.parse(module_bytes, context=context).operation
     (launch,) = _operations(module, "stable_mosaic_gpu.gpu.launch")
-    numbers = [operand.owner.attributes["value"].value for operand in list(launch.operands)[1:8]]
+    operands: Any = list(launch.operands)[1:8]  # grid x y z, block x y z, shared bytes
+    numbers = [operand.owner.attributes["value"].value for operand in operands]
     name = f"{module.attributes['sym_name'].value}{SUFFIX}"
     return {name: (math.prod(numbers[3:6]), math.prod(numbers[:3]), numbers[6])}
 
 
-def _operations(inside, name):
-    for region in inside.regions:
+def _operations(parent, name):
+    """Yields the operations of this name at any depth inside another."""
+    for region in parent.regions:
         for block in region.blocks:
             for op in block.operations:
                 if op.operation.name == name:

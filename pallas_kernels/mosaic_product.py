@@ -1,13 +1,16 @@
-"""x y^T tile by tile on Hopper, with the caller's epilogue: what all products of Mosaic's share.
+"""Computes x y^T tile by tile on Hopper, with the caller's epilogue for each finished tile.
 
-A program works through its share of the tiles. Its copying warp group keeps `stages` slices of both
-operands on their way, those of the next tile too while the last is being finished; two warp groups
-multiply, each half of a tile's rows. A slot of shared memory is filled again once both have read
-it.
+All Mosaic kernels that are plain products share this body. Programs are persistent: each works
+through every step-th tile. Its copying warp group always has up to `stages` slices of both operands
+in flight, also those of the next tile while the epilogue of the last one runs. The two multiplying
+warp groups compute one half of a tile's rows each.
 
 Source: warp specialisation as in CUTLASS' sm_90 kernels,
 https://github.com/NVIDIA/cutlass/blob/main/media/docs/cpp/efficient_gemm.md
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,95 +18,111 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
+from pallas_kernels.tiles import MosaicProductTiles
 
 
-def pipeline_scratch(tiles, dtype) -> dict:
-    """What run_products needs of `scratch`."""
+def pipeline_scratch(tiles: MosaicProductTiles, dtype: Any) -> dict[str, Any]:
+    """Returns the shared memory and barriers that run_products needs, as `scratch` of mosaic.call.
+
+    `full` counts the two TMA copies into a slot, `free` the two warp groups that have read it.
+    """
+    x_shape = tiles.stages, tiles.rows, tiles.depth
+    y_shape = tiles.stages, tiles.columns, tiles.depth
     return {
-        "x_smem": mosaic.shared((tiles.stages, tiles.rows, tiles.depth), dtype),
-        "y_smem": mosaic.shared((tiles.stages, tiles.columns, tiles.depth), dtype),
+        "x_smem": mosaic.swizzled_shared_memory(x_shape, dtype),
+        "y_smem": mosaic.swizzled_shared_memory(y_shape, dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=mosaic.CONSUMERS, num_barriers=tiles.stages),
     }
 
 
-def run_products(tiles, count, turns, operands, before, after, **pipeline):
-    """The whole kernel's body, in every warp group.
+def run_products(
+    tiles: MosaicProductTiles,
+    count: int,
+    slices: int,
+    operands: Callable,
+    before: Callable,
+    after: Callable,
+    **pipeline: Any,
+) -> None:
+    """Runs the whole kernel; every warp group calls it.
 
     Args:
-        tiles: a MosaicProductTiles.
         count: tiles of all programs together.
-        turns: slices of depth that make a tile.
-        operands: p -> ((x_ref [M,N], block of rows), (y_ref, block of its rows)) of tile p.
-        before: p -> None, called by each multiplying group before it takes up tile p.
-        after: (p, sum_RC) -> None, with the group's half of the tile, float32.
-        pipeline: pipeline_scratch's, as refs.
+        slices: slices of depth that make a tile.
+        operands: tile p -> ((x_ref [M,N], block of its rows), (y_ref, block of its rows)).
+        before: called with p by each multiplying group before it starts on tile p.
+        after: the epilogue, called with p and the group's half of the tile, sum_RC in float32.
+        pipeline: the refs of pipeline_scratch.
     """
     first, step = lax.axis_index("program"), lax.axis_size("program")
-    mine = lax.div(count - first + step - 1, step)
+    own_tiles = lax.div(count - first + step - 1, step)
     group = lax.axis_index("group")
 
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
-        _copy_all(tiles, mine, turns, lambda turn: operands(first + turn * step), **pipeline)
+        _copy_all(tiles, own_tiles, slices, lambda i: operands(first + i * step), **pipeline)
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
         plgpu.set_max_registers(mosaic.MULTIPLYING_REGISTERS, action="increase")
 
-        @pl.loop(0, mine)
-        def _tile(turn):
-            p = first + turn * step
+        @pl.loop(0, own_tiles)
+        def _multiply_tile(i):
+            p = first + i * step
             before(p)
-            after(p, _one_tile(tiles, group, turn * turns, turns, **pipeline))
+            after(p, _multiply_tile_half(tiles, group, i * slices, slices, **pipeline))
 
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0)  # shared memory must live until the last copy out of it is done
 
 
-def _copy_all(tiles, mine, turns, operands, *, x_smem, y_smem, full, free):
-    @pl.loop(0, mine)
-    def _tile(turn):
-        (x_ref, i), (y_ref, j) = operands(turn)
+def _copy_all(tiles, own_tiles, slices, operands, *, x_smem, y_smem, full, free):
+    @pl.loop(0, own_tiles)
+    def _copy_tile(i):
+        (x_ref, x_block), (y_ref, y_block) = operands(i)
 
-        @pl.loop(0, turns)
-        def _slice(k):
-            at = turn * turns + k
-            slot, depth = lax.rem(at, tiles.stages), pl.ds(k * tiles.depth, tiles.depth)
+        @pl.loop(0, slices)
+        def _copy_slice(k):
+            copied = i * slices + k
+            slot, depth = lax.rem(copied, tiles.stages), pl.ds(k * tiles.depth, tiles.depth)
 
-            @pl.when(at >= tiles.stages)
+            @pl.when(copied >= tiles.stages)  # before that the slot has never been filled
             def _():
                 plgpu.barrier_wait(free.at[slot])
 
             for ref, rows, smem in (
-                (x_ref, pl.ds(i * tiles.rows, tiles.rows), x_smem),
-                (y_ref, pl.ds(j * tiles.columns, tiles.columns), y_smem),
+                (x_ref, pl.ds(x_block * tiles.rows, tiles.rows), x_smem),
+                (y_ref, pl.ds(y_block * tiles.columns, tiles.columns), y_smem),
             ):
                 plgpu.copy_gmem_to_smem(ref.at[rows, depth], smem.at[slot], full.at[slot])
 
-    @pl.loop(0, jnp.minimum(mine * turns, tiles.stages))
-    def _to_the_end(slot):
+    # A barrier must not have arrivals that nobody waited for when the program ends.
+    @pl.loop(0, jnp.minimum(own_tiles * slices, tiles.stages))
+    def _wait_for_the_last_reads(slot):
         plgpu.barrier_wait(free.at[slot])
 
 
-def _one_tile(tiles, group, start, turns, *, x_smem, y_smem, full, free):
+def _multiply_tile_half(tiles, group, start, slices, *, x_smem, y_smem, full, free):
+    """Returns this group's half of a tile whose first slice is the program's slice `start`."""
     half = tiles.rows // mosaic.CONSUMERS
 
-    def run(sum_ref):
-        @pl.loop(0, turns)
-        def _slice(k):
+    def multiply_slices(sum_ref):
+        @pl.loop(0, slices)
+        def _multiply_slice(k):
             slot = lax.rem(start + k, tiles.stages)
             plgpu.barrier_wait(full.at[slot])
             x, y = x_smem.at[slot, pl.ds(group * half, half)], y_smem.at[slot]
             plgpu.wgmma(sum_ref, x, y.transpose((1, 0)))
-            plgpu.wgmma_wait(1)  # the product before this one is done: its slot is free
+            # wgmma is asynchronous: once at most one is in flight, the last one has read its slot.
+            plgpu.wgmma_wait(1)
 
             @pl.when(k > 0)
             def _():
                 plgpu.barrier_arrive(free.at[lax.rem(start + k - 1, tiles.stages)])
 
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(free.at[lax.rem(start + turns - 1, tiles.stages)])
+        plgpu.barrier_arrive(free.at[lax.rem(start + slices - 1, tiles.stages)])
         return sum_ref[...]
 
-    return pl.run_scoped(run, plgpu.ACC((half, tiles.columns), jnp.float32))
+    return pl.run_scoped(multiply_slices, plgpu.ACC((half, tiles.columns), jnp.float32))

@@ -135,7 +135,7 @@ def compile_for(chip: Chip, function, *abstract, **options):
     resources = {}
     for cubin in find_cubins(payload):
         resources |= read_resources(cubin)
-    launches = _launches(thunks) | mosaic.launches(lowered)
+    launches = _launches(thunks) | mosaic.launch_sizes(lowered)
     reports = (
         KernelReport(name.removesuffix(mosaic.SUFFIX), found, *launches.get(name, (0, 0, 0)))
         for name, found in resources.items()

@@ -1,9 +1,9 @@
-"""QK-norm and RoPE of a layer's queries or keys, rms_norm(x) * gain rotated: the way back, fused.
+"""QK-norm and RoPE of a layer's queries or keys, rms_norm(x) * gain rotated, with a fused backward.
 
-Bound: memory. Of B*T*H heads of K elements of b bytes, backward moves 3*B*T*H*K*b (reads dy, x;
-writes dx) and the tables. XLA moves 2.4 times that (python -m pallas_kernels.traffic): it sums the
-gain's gradient in passes of its own. Forward it moves the least, so forward is XLA's, as is RoPE
-without a norm, both ways.
+Bound: memory. For B*T*H heads of K elements of b bytes, backward moves 3*B*T*H*K*b (reads dy, x;
+writes dx) and the tables. XLA moves 2.4 times that (python -m pallas_kernels.traffic), because it
+sums the gain's gradient in passes of its own. XLA's forward already moves the minimum, as does RoPE
+without a norm in both directions, so these have no kernel.
 
 Source: Henry et al. 2020, https://arxiv.org/abs/2010.04245; Su et al. 2021,
 https://arxiv.org/abs/2104.09864
@@ -17,25 +17,27 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 
-PROGRAMS = 512  # of the backward: each sums the gain's gradient over its share of the heads
-ELEMENTS = 1_024  # of a block of heads, 8 a thread: whole heads, as many as that makes
+PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the heads
+ELEMENTS = 1_024  # of a block of whole heads: 8 for each thread of 4 warps
 WARPS = 4
 
 
-def qk_rope_reference(x_BTHK, gain_K, cos_TK, sin_TK, eps):
-    """The law: inside in at least float32, then x.dtype; halves rotated, as in Llama."""
+def qk_rope_reference(
+    x_BTHK: jax.Array, gain_K: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array, eps: float
+) -> jax.Array:
+    """Reference implementation: computes in at least float32 and rotates halves, as in Llama."""
     x = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
     n_BTHK = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * gain_K
     first, second = jnp.split(n_BTHK, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (n_BTHK * cos_TK[:, None] + turned * sin_TK[:, None]).astype(x_BTHK.dtype)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (n_BTHK * cos_TK[:, None] + rotated * sin_TK[:, None]).astype(x_BTHK.dtype)
 
 
 class _Heads:
-    """Reads, writes and norms of blocks of heads, each head as its two halves.
+    """Reads, writes and norms blocks of heads, each head as its two halves, padded with zeros.
 
     Args:
-        T, H: of the arrays: row r is head r % H of token (r // H) % T.
+        N: heads of all tokens; head r is head r % H of token (r // H) % T.
     """
 
     def __init__(self, N, T, H, K, eps):
@@ -43,76 +45,84 @@ class _Heads:
         self.rows = max(ELEMENTS // pl.next_power_of_2(K), 1)
         self.column = jnp.arange(pl.next_power_of_2(K // 2))[None]  # Triton's are powers of two
 
-    def places(self, block):
-        """(row, whether it is one), of a block's heads; past the last there are zeros."""
+    def locate(self, block):
+        """Returns the rows of a block and the mask of its elements that exist."""
         row = (block * self.rows + jnp.arange(self.rows))[:, None]
         return row, (row < self.N) & (self.column < self.K // 2)
 
-    def read(self, ref, row, there):
+    def read(self, ref, row, mask):
         halves = (ref.at[row, self.column + start] for start in (0, self.K // 2))
-        return [triton.load(x, mask=there, other=0.0).astype(jnp.float32) for x in halves]
+        return [triton.load(x, mask=mask, other=0.0).astype(jnp.float32) for x in halves]
 
-    def write(self, ref, row, there, halves):
+    def write(self, ref, row, mask, halves):
         for start, x in zip((0, self.K // 2), halves, strict=True):
-            place = ref.at[row, self.column + start]
-            triton.store(place, x.astype(ref.dtype), mask=there)
+            triton.store(ref.at[row, self.column + start], x.astype(ref.dtype), mask=mask)
 
-    def gain(self, ref):
-        """Its halves, [1, K/2] each."""
-        inside = self.column < self.K // 2
+    def read_gain(self, ref):
+        """Returns the two halves of the gain, [1, K/2] each."""
+        mask = self.column < self.K // 2
         starts = (0, self.K // 2)
-        return [triton.load(ref.at[self.column + at], mask=inside, other=0.0) for at in starts]
+        return [triton.load(ref.at[self.column + at], mask=mask, other=0.0) for at in starts]
 
-    def tables(self, cos_ref, sin_ref, row, there):
-        """Of the first half, which the second repeats."""
+    def read_tables(self, cos_ref, sin_ref, row, mask):
+        """Returns the first half of the cosines and sines, which the second half repeats."""
         token = jax.lax.rem(
             jax.lax.div(row, jnp.full_like(row, self.H)), jnp.full_like(row, self.T)
         )
-        read = lambda ref: triton.load(ref.at[token, self.column], mask=there, other=0.0)
+        read = lambda ref: triton.load(ref.at[token, self.column], mask=mask, other=0.0)
         return read(cos_ref), read(sin_ref)
 
     def mean(self, first, second):
         return jnp.sum(first + second, axis=1, keepdims=True) / self.K
 
-    def unit(self, first, second):
-        """(the heads normed, the 1/rms that they were multiplied by)"""
-        scale = jax.lax.rsqrt(self.mean(first * first, second * second) + self.eps)
-        return (first * scale, second * scale), scale
+    def normalize(self, first, second):
+        """Returns the normed heads, before the gain, and the 1/rms they were multiplied by."""
+        rstd = jax.lax.rsqrt(self.mean(first * first, second * second) + self.eps)
+        return (first * rstd, second * rstd), rstd
 
 
 def _backward_kernel(dy_ref, x_ref, gain_ref, cos_ref, sin_ref, dx_ref, sum_ref, *, T, H, eps):
     (N, K), program, programs = x_ref.shape, pl.program_id(0), sum_ref.shape[0]
     heads = _Heads(N, T, H, K, eps)
-    gains = heads.gain(gain_ref)
+    gains = heads.read_gain(gain_ref)
 
-    def one(turn, sums):
-        at = heads.places(program + turn * programs)
-        (first, second), (cos, sin) = heads.read(dy_ref, *at), heads.tables(cos_ref, sin_ref, *at)
-        dn = first * cos + second * sin, second * cos - first * sin
-        units, scale = heads.unit(*heads.read(x_ref, *at))
+    def add_block(step, sums):
+        """Writes the gradient of one block and adds to the sums of the gain's gradient."""
+        rows = heads.locate(program + step * programs)
+        first, second = heads.read(dy_ref, *rows)
+        cos, sin = heads.read_tables(cos_ref, sin_ref, *rows)
+        dn = first * cos + second * sin, second * cos - first * sin  # rotated back
+        units, rstd = heads.normalize(*heads.read(x_ref, *rows))
         g = [d * gain for d, gain in zip(dn, gains, strict=True)]
-        along = heads.mean(g[0] * units[0], g[1] * units[1])
-        dx = [scale * (d - u * along) for d, u in zip(g, units, strict=True)]
-        heads.write(dx_ref, *at, dx)
+        projection = heads.mean(g[0] * units[0], g[1] * units[1])
+        dx = [rstd * (d - u * projection) for d, u in zip(g, units, strict=True)]
+        heads.write(dx_ref, *rows, dx)
         return tuple(total + d * u for total, d, u in zip(sums, dn, units, strict=True))
 
     zeros = (jnp.zeros((heads.rows, heads.column.shape[1]), jnp.float32),) * 2
     blocks = pl.cdiv(N, heads.rows)
-    sums = jax.lax.fori_loop(0, pl.cdiv(blocks, programs), one, zeros)
-    inside = heads.column[0] < K // 2
+    sums = jax.lax.fori_loop(0, pl.cdiv(blocks, programs), add_block, zeros)
+    mask = heads.column[0] < K // 2
     for start, total in zip((0, K // 2), sums, strict=True):
-        place = sum_ref.at[program, heads.column[0] + start]
-        triton.store(place, jnp.sum(total, axis=0), mask=inside)
+        half = sum_ref.at[program, heads.column[0] + start]
+        triton.store(half, jnp.sum(total, axis=0), mask=mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps=1e-6, interpret=False):
-    """qk_rope_reference, its backward fused; call it inside shard_map, on one device's part.
+def qk_rope(
+    x_BTHK: jax.Array,
+    gain_K: jax.Array,
+    cos_TK: jax.Array,
+    sin_TK: jax.Array,
+    eps: float = 1e-6,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes qk_rope_reference, its backward fused; call it in shard_map, on one device's part.
 
     Args:
-        x_BTHK: queries or keys, of a floating type.
+        x_BTHK: queries or keys, of any floating type.
         gain_K: float32.
-        cos_TK, sin_TK: float32, the second half of K as the first; they get no gradient.
+        cos_TK, sin_TK: float32, the second half of K equal to the first; they get no gradient.
         interpret: runs without a GPU, for tests.
 
     Returns:
@@ -123,12 +133,12 @@ def qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps=1e-6, interpret=False):
 
 def _forward(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret):
     del interpret
-    given = x_BTHK, gain_K, cos_TK, sin_TK
-    return qk_rope_reference(*given, eps), given
+    arguments = x_BTHK, gain_K, cos_TK, sin_TK
+    return qk_rope_reference(*arguments, eps), arguments
 
 
 def _backward(eps, interpret, residuals, dy_BTHK):
-    x_BTHK, *given = residuals
+    x_BTHK, *tables = residuals
     _, T, H, K = x_BTHK.shape
     dy_NK, x_NK = (x.reshape(-1, K) for x in (dy_BTHK, x_BTHK))
     rows = _Heads(len(x_NK), T, H, K, eps).rows
@@ -140,8 +150,9 @@ def _backward(eps, interpret, residuals, dy_BTHK):
         out_shape=[triton.like(x_NK), triton.like(x_NK, jnp.float32, (programs, K))],
         warps=WARPS,
         interpret=interpret,
-    )(dy_NK, x_NK, *given)
-    dgain_K = partial_PK.sum(0)  # in one order: the same bits every time
+    )(dy_NK, x_NK, *tables)
+    # Summed in a fixed order, without atomics: the result has the same bits every time.
+    dgain_K = partial_PK.sum(0)
     return dx_NK.reshape(x_BTHK.shape), dgain_K, None, None
 
 

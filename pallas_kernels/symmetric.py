@@ -1,11 +1,13 @@
-"""scale * X Y^T + shift * C by its lower triangle alone: Newton-Schulz' square products.
+"""Computes scale * X Y^T + shift * C from its lower triangle: the products of Newton-Schulz.
 
-All matrices of an iteration but X itself are polynomials of one Gram matrix: symmetric, and so are
-their products. Bound: compute. Of X matrices [M,N] it does M*(M+tile)*N multiply-adds, half of a
-plain product's, and writes M*M elements: each tile and, transposed, its mirror image, so that the
-result is symmetric to the bit. The sum with C is the product's epilogue: no pass of its own.
+In a Newton-Schulz iteration every matrix except X itself is a polynomial of one Gram matrix. Such
+matrices are symmetric and commute, so their products are symmetric too.
 
-Source: the idea of computing one triangle and storing twice is flash-muon's,
+Bound: compute. For each matrix [M,N] the kernel does M*(M+tile)*N multiply-adds, half as many as a
+plain product. It writes M*M elements: each tile and its transpose, so the result is symmetric to
+the bit. C is added in the product's epilogue, without another pass over memory.
+
+Source: computing one triangle and storing it twice is from flash-muon,
 https://github.com/nil0x9/flash-muon
 """
 
@@ -17,11 +19,16 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 from pallas_kernels.tile_order import triangle_tile
-from pallas_kernels.tiles import MosaicProductTiles
+from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
 
 
-def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
-    """The law: float32 sums, rounded once to x.dtype. -> [X,M,M]"""
+def symmetric_reference(
+    x_XMN: jax.Array,
+    y_XMN: jax.Array | None = None,
+    c_XMM: jax.Array | None = None,
+    scales: tuple[float | jax.Array, float | jax.Array] = (1.0, 0.0),
+) -> jax.Array:
+    """Reference implementation: float32 sums, rounded once to x.dtype. Returns [X,M,M]."""
     wide = jnp.promote_types(x_XMN.dtype, jnp.float32)
     y_XMN = x_XMN if y_XMN is None else y_XMN
     product = scales[0] * jnp.einsum("xmk,xjk->xmj", x_XMN, y_XMN, preferred_element_type=wide)
@@ -33,42 +40,51 @@ def symmetric_reference(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
 def _kernel(x_ref, y_ref, scales_ref, *refs, tiles):
     *c_ref, out_ref = refs
     M, N = x_ref.shape[1:]
-    which, size = pl.program_id(1), tiles.rows
+    matrix, size = pl.program_id(1), tiles.rows
     i, j = triangle_tile(pl.program_id(0))
     rows, columns = i * size + jnp.arange(size), j * size + jnp.arange(size)
 
-    def one(turn, sum_TT):
-        depth = turn * tiles.depth + jnp.arange(tiles.depth)
+    def add_slice(step, sum_TT):
+        depth = step * tiles.depth + jnp.arange(tiles.depth)
 
-        def read(ref, at):
-            mask = (at < M)[:, None] & (depth < N)[None, :]
-            return triton.load(ref.at[which, at[:, None], depth[None, :]], mask=mask, other=0.0)
+        def read(ref, index):
+            mask = (index < M)[:, None] & (depth < N)[None, :]
+            block = ref.at[matrix, index[:, None], depth[None, :]]
+            return triton.load(block, mask=mask, other=0.0)
 
         return sum_TT + triton.dot(read(x_ref, rows), read(y_ref, columns), trans_b=True)
 
     zero = jnp.zeros((size, size), jnp.float32)
-    tile_TT = scales_ref[0] * jax.lax.fori_loop(0, pl.cdiv(N, tiles.depth), one, zero)
+    tile_TT = scales_ref[0] * jax.lax.fori_loop(0, pl.cdiv(N, tiles.depth), add_slice, zero)
     mask = (rows < M)[:, None] & (columns < M)[None, :]
     here, mirror = (rows[:, None], columns[None, :]), (columns[:, None], rows[None, :])
     if c_ref:
-        c_TT = triton.load(c_ref[0].at[which, *here], mask=mask, other=0.0)
+        c_TT = triton.load(c_ref[0].at[matrix, *here], mask=mask, other=0.0)
         tile_TT += scales_ref[1] * c_TT.astype(jnp.float32)
     tile_TT = tile_TT.astype(out_ref.dtype)
-    # Of a tile on the diagonal the part above it is not stored: the mirror image brings it.
+    # A tile on the diagonal stores only its lower triangle; the transposed store fills the upper.
     lower = mask & (rows[:, None] >= columns[None, :])
-    triton.store(out_ref.at[which, *here], tile_TT, mask=lower)
-    triton.store(out_ref.at[which, *mirror], tile_TT.T, mask=lower.T)
+    triton.store(out_ref.at[matrix, *here], tile_TT, mask=lower)
+    triton.store(out_ref.at[matrix, *mirror], tile_TT.T, mask=lower.T)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
-def symmetric(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0), *, tiles, interpret=False):
-    """symmetric_reference, half of it computed; for one device's matrices.
+def symmetric(
+    x_XMN: jax.Array,
+    y_XMN: jax.Array | None = None,
+    c_XMM: jax.Array | None = None,
+    scales: tuple[float | jax.Array, float | jax.Array] = (1.0, 0.0),
+    *,
+    tiles: ProductTiles | MosaicProductTiles,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes symmetric_reference from one triangle, on one device's matrices.
 
     Args:
-        x_XMN, y_XMN: bfloat16, float16 or float32 (in full, not TF32); y is x where it is None.
-            The law is met where x y^T is symmetric; of what is not, the lower triangle counts.
-        c_XMM: what is added, of x's type and symmetric, or None.
-        scales: of the product and of c; they may be traced.
+        x_XMN, y_XMN: bfloat16, float16 or float32 (in full, not TF32); y defaults to x. The result
+            equals the reference where x y^T is symmetric; otherwise it mirrors the lower triangle.
+        c_XMM: a symmetric matrix of x's type that is added, or None.
+        scales: factors of the product and of c; they may be traced.
         tiles: a ProductTiles with as many rows as columns, or a MosaicProductTiles; its type
             selects the body.
         interpret: runs without a GPU, for tests.
@@ -77,7 +93,7 @@ def symmetric(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0), *, tiles, interp
     y_XMN = x_XMN if y_XMN is None else y_XMN
     scales_2 = jnp.stack(scales).astype(jnp.float32)
     if isinstance(tiles, MosaicProductTiles):
-        from pallas_kernels import symmetric_mosaic  # it imports Mosaic, and this file
+        from pallas_kernels import symmetric_mosaic  # imports Mosaic, which not every JAX has
 
         return symmetric_mosaic.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
     assert tiles.rows == tiles.columns, tiles

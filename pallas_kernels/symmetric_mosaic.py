@@ -1,7 +1,8 @@
-"""symmetric's body for Hopper: the lower triangle's tiles, stored as they are and transposed.
+"""The body of `symmetric` for Hopper: stores each tile of the lower triangle and its transpose.
 
-Each multiplying warp group's half of a tile is cut in squares: one below the diagonal is stored
-twice, one above not at all, one on the diagonal is completed by its own transpose.
+Each multiplying warp group cuts its half of a tile into squares. A square below the diagonal is
+stored twice, one above it not at all. One on the diagonal is stored once, after its upper half has
+been overwritten by its own transpose.
 """
 
 import functools
@@ -15,22 +16,23 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
 from pallas_kernels.tile_order import triangle_tile
+from pallas_kernels.tiles import MosaicProductTiles
 
 
 class _Triangle:
-    """Tiles of X lower triangles of blocks as high as a tile: `wide` tiles lie in a block."""
+    """The tiles of X lower triangles, which consist of square blocks of `per_block` tiles."""
 
     def __init__(self, X, M, tiles):
         blocks = pl.cdiv(M, tiles.rows)
-        self.tiles, self.wide = tiles, tiles.rows // tiles.columns
-        self.each = blocks * (blocks + 1) // 2 * self.wide
-        self.count = X * self.each
+        self.per_block = tiles.rows // tiles.columns
+        self.per_matrix = blocks * (blocks + 1) // 2 * self.per_block
+        self.count = X * self.per_matrix
 
-    def __getitem__(self, p):
-        """Matrix, block of rows, block of columns of tile p."""
-        which, p = lax.div(p, self.each), lax.rem(p, self.each)
-        i, j = triangle_tile(lax.div(p, self.wide))
-        return which, i, j * self.wide + lax.rem(p, self.wide)
+    def locate(self, p):
+        """Returns the matrix, the block of rows and the block of columns of tile p."""
+        matrix, p = lax.div(p, self.per_matrix), lax.rem(p, self.per_matrix)
+        i, j = triangle_tile(lax.div(p, self.per_block))
+        return matrix, i, j * self.per_block + lax.rem(p, self.per_block)
 
 
 def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, c_barrier=None, square_smem, **pipeline):
@@ -39,48 +41,50 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, c_barrier=None, square_smem,
     triangle, side = _Triangle(X, M, tiles), tiles.rows // mosaic.CONSUMERS
 
     def operands(p):
-        which, i, j = triangle[p]
-        return (x_ref.at[which], i), (y_ref.at[which], j)
+        matrix, i, j = triangle.locate(p)
+        return (x_ref.at[matrix], i), (y_ref.at[matrix], j)
 
     def squares(p):
-        """(first row, first column, its shared memory, the matrix) of each of a group's squares."""
-        which, i, j = triangle[p]
+        """Yields (index, first row, first column, shared memory, matrix) of each square."""
+        matrix, i, j = triangle.locate(p)
         row = i * tiles.rows + group * side
         for b in range(tiles.columns // side):
-            yield b, row, j * tiles.columns + b * side, square_smem.at[group, b], which
+            yield b, row, j * tiles.columns + b * side, square_smem.at[group, b], matrix
 
     def before(p):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the squares of the tile before
+        # The stores of the last tile must have read the squares' shared memory before it is reused.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if c_ref:
-            plgpu.commit_smem()  # what was read of a square that was not stored
-            for _, row, column, smem, which in squares(p):
-                source = c_ref[0].at[which, pl.ds(row, side), pl.ds(column, side)]
+            # Squares that were not stored were still read: those reads come before TMA overwrites.
+            plgpu.commit_smem()
+            for _, row, column, smem, matrix in squares(p):
+                source = c_ref[0].at[matrix, pl.ds(row, side), pl.ds(column, side)]
                 plgpu.copy_gmem_to_smem(source, smem, c_barrier.at[group])
 
     def after(p, sum_RC):
         sum_RC *= scales_ref[0]
         if c_ref:
             plgpu.barrier_wait(c_barrier.at[group])
-        for b, row, column, smem, which in squares(p):
+        for b, row, column, smem, matrix in squares(p):
             tile_TT = sum_RC[:, b * side : (b + 1) * side]
             if c_ref:
                 tile_TT += scales_ref[1] * smem[...].astype(jnp.float32)
             write = functools.partial(_write, tile_TT.astype(out_ref.dtype), smem)
-            here = out_ref.at[which, pl.ds(row, side), pl.ds(column, side)]
-            mirror = out_ref.at[which, pl.ds(column, side), pl.ds(row, side)]
+            here = out_ref.at[matrix, pl.ds(row, side), pl.ds(column, side)]
+            mirror = out_ref.at[matrix, pl.ds(column, side), pl.ds(row, side)]
             pl.when(row > column)(functools.partial(write, here, mirror))
             pl.when(row == column)(functools.partial(write, here, None))
 
-    run_products(
-        tiles, triangle.count, pl.cdiv(N, tiles.depth), operands, before, after, **pipeline
-    )
+    slices = pl.cdiv(N, tiles.depth)
+    run_products(tiles, triangle.count, slices, operands, before, after, **pipeline)
 
 
 def _write(tile_TT, smem, here, mirror):
-    """A square, and its transpose in its mirror image's place or, None, in its own upper half."""
-    mirrored = plgpu.layout_cast(tile_TT, plgpu.Layout.WGMMA_TRANSPOSED)
+    """Stores a square, and its transpose in `mirror`; a None mirror means a diagonal square."""
+    # Stores to a transposed view of shared memory need this register layout.
+    transposed = plgpu.layout_cast(tile_TT, plgpu.Layout.WGMMA_TRANSPOSED)
     if mirror is None:
-        smem.transpose((1, 0))[...] = mirrored
+        smem.transpose((1, 0))[...] = transposed
         row, column = (
             plgpu.broadcasted_iota(jnp.int32, tile_TT.shape, dim, layout=plgpu.Layout.WGMMA)
             for dim in (0, 1)
@@ -91,19 +95,26 @@ def _write(tile_TT, smem, here, mirror):
     plgpu.copy_smem_to_gmem(smem, here)
     if mirror is not None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem.transpose((1, 0))[...] = mirrored
+        smem.transpose((1, 0))[...] = transposed
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem, mirror)
 
 
-def symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret):
-    """As pallas_kernels.symmetric.symmetric, which calls it.
+def symmetric(
+    x_XMN: jax.Array,
+    y_XMN: jax.Array,
+    c_XMM: jax.Array | None,
+    scales_2: jax.Array,
+    tiles: MosaicProductTiles,
+    interpret: bool,
+) -> jax.Array:
+    """Computes pallas_kernels.symmetric.symmetric, which calls it.
 
     Args:
-        tiles: a MosaicProductTiles of as many columns as rows, or half as many.
+        tiles: as many columns as rows, or half as many.
 
     Raises:
-        ValueError: as mosaic.check; M is no multiple of 8.
+        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 8.
     """
     X, M, _ = x_XMN.shape
     c = () if c_XMM is None else (c_XMM,)
@@ -113,15 +124,16 @@ def symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret):
     assert tiles.columns in (side, tiles.rows), tiles
     squares = tiles.columns // side
     scratch = pipeline_scratch(tiles, x_XMN.dtype)
-    scratch["square_smem"] = mosaic.shared((mosaic.CONSUMERS, squares, side, side), x_XMN.dtype)
+    scratch["square_smem"] = mosaic.swizzled_shared_memory(
+        (mosaic.CONSUMERS, squares, side, side), x_XMN.dtype
+    )
     if c:
         scratch["c_barrier"] = plgpu.Barrier(num_arrivals=squares, num_barriers=mosaic.CONSUMERS)
-    run = mosaic.call(
+    return mosaic.call(
         functools.partial(_kernel, tiles=tiles),
         name="symmetric_sum" if c else "symmetric",
-        grid={"program": mosaic.programs(_Triangle(X, M, tiles).count, interpret)},
+        grid={"program": mosaic.persistent_programs(_Triangle(X, M, tiles).count, interpret)},
         out_shape=out,
         scratch=scratch,
         interpret=interpret,
-    )
-    return run(x_XMN, y_XMN, scales_2, *c)
+    )(x_XMN, y_XMN, scales_2, *c)

@@ -1,10 +1,12 @@
-"""The one door to Pallas' Triton backend, which JAX 0.11 deprecates in favour of Mosaic GPU.
+"""All Triton API calls live here, so that a JAX upgrade touches one file.
 
-Mosaic serves an A40 only in part, and not at all on jax 0.10.2. A kernel that gets a Mosaic body
-changes its own file; when Triton goes, this file goes with it.
+Kernels for sm_86 (A40, RTX A6000) use Pallas' Triton backend. JAX 0.11 deprecates it in favour of
+Mosaic GPU, but Mosaic GPU supports sm_86 only in part, and on jax 0.10.2 not at all.
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -16,17 +18,28 @@ with warnings.catch_warnings():
 load, store = triton.load, triton.store
 
 
-def dot(a, b, trans_a=False, trans_b=False):
-    """Product with float32 sums; of float32 operands in float32, where Triton's default is TF32."""
+def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
+    """Returns the product with float32 sums.
+
+    float32 operands are multiplied in float32; Triton's default would round them to TF32.
+    """
     return triton.dot(a, b, trans_a=trans_a, trans_b=trans_b, allow_tf32=False)
 
 
-def call(kernel, *, name, grid, out_shape, warps, stages=1, interpret=False, aliases=None):
-    """pl.pallas_call of a kernel whose refs are whole arrays.
+def call(
+    kernel: Callable,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    warps: int,
+    stages: int = 1,
+    interpret: bool = False,
+) -> Callable:
+    """Returns pl.pallas_call of a kernel whose refs are whole arrays.
 
     Args:
-        interpret: runs on any device, op by op: for tests alone.
-        aliases: {argument: output} that share a buffer.
+        interpret: runs on any device, op by op; only for tests.
     """
     return pl.pallas_call(
         kernel,
@@ -34,10 +47,12 @@ def call(kernel, *, name, grid, out_shape, warps, stages=1, interpret=False, ali
         grid=grid,
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
-        input_output_aliases=aliases or {},
         interpret=interpret,
     )
 
 
-def like(x, dtype=None, shape=None):
+def like(
+    x: jax.Array, dtype: Any = None, shape: tuple[int, ...] | None = None
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape and type of x, with either of them replaced."""
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype or x.dtype)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint.integrity import _seal
+from jaxtrain.checkpoint.integrity import record_hash
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.train_config import MeshConfig
 from jaxtrain.distributed.mesh import build_mesh
@@ -84,4 +84,4 @@ def rewrite_record(step_folder, **fields):
     """Changes fields of the record and seals it anew, as a foreign writer would."""
     file = step_folder / "record/metadata"
     record = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps(record | {"sha256": _seal(record)}))
+    file.write_text(json.dumps(record | {"sha256": record_hash(record)}))

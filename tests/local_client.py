@@ -1,12 +1,12 @@
-"""Hosts that are this machine: sh takes ssh's place, all else is what runs on hosts."""
+"""An SshClient whose hosts are this machine: `sh` replaces `ssh`, the rest is real."""
 
 from launch.ssh import SshClient
 
 
-class Here(SshClient):
-    """What would run on a host runs here, or `command` in its place."""
+class LocalClient(SshClient):
+    """Runs a host's command here, or `command` instead of it."""
 
-    command = 'eval "$2"'
+    command = 'eval "$2"'  # sh's $0, $1 and $2 are "--", the host's name and the command
 
     def ssh_command(self, host, shared=True):
         return ["sh", "-c", self.command]

@@ -68,9 +68,12 @@ CORRUPTIONS = {
     "no data": (lambda s: [f.unlink() for f in data_files(s)], "cannot be read"),
     "empty": (empty, "folder is empty"),
     "no record": (lambda s: (s / "record/metadata").unlink(), "record/metadata is missing"),
-    "broken json": (lambda s: (s / "record/metadata").write_text('{"format": 1,'), "is not JSON"),
+    "broken json": (
+        lambda s: (s / "record/metadata").write_text('{"format": 1,'),
+        "is not valid JSON",
+    ),
     "edited json": (lambda s: flip(s / "record/metadata", 60), "record/metadata"),
-    "of another step": (lambda s: rewrite_record(s, step=1), "its record is of step 1"),
+    "of another step": (lambda s: rewrite_record(s, step=1), "its record is that of step 1"),
     "other dtype": (swap_arrays_for_another_dtype, r"params\.w cannot be read: stored as bfloat16"),
 }
 

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint import integrity as digest
-from jaxtrain.checkpoint.integrity import build_record, digests, read_record
+from jaxtrain.checkpoint import integrity
+from jaxtrain.checkpoint.integrity import build_record, compute_digests, read_record
 from jaxtrain.config.train_config import MeshConfig
 from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.errors import CheckpointError
@@ -34,25 +34,25 @@ def dtype(request):
 
 def test_a_flipped_bit_anywhere_changes_the_digest(dtype):
     x = some_array(dtype)
-    before = digests([jnp.asarray(x)])
+    before = compute_digests([jnp.asarray(x)])
     raw = np.frombuffer(x.tobytes(), np.uint8)
     rng = np.random.default_rng(1)
     for byte in [0, raw.size - 1, *rng.integers(0, raw.size, 8)]:
         flipped = raw.copy()
         flipped[byte] ^= 1 if dtype == "bool" else 1 << rng.integers(0, 8)
-        assert digests([jnp.asarray(flipped.view(x.dtype).reshape(x.shape))]) != before
+        assert compute_digests([jnp.asarray(flipped.view(x.dtype).reshape(x.shape))]) != before
 
 
 def test_a_swap_of_two_elements_changes_the_digest(dtype):
     x = some_array(dtype)
-    before = digests([jnp.asarray(x)])
+    before = compute_digests([jnp.asarray(x)])
     flat = x.reshape(-1)
     for i, j in [(0, 1), (0, flat.size - 1), (3, 3 + x.shape[1]), (100, 37)]:
         if flat[i].tobytes() == flat[j].tobytes():
             continue
         swapped = flat.copy()
         swapped[[i, j]] = flat[[j, i]]
-        assert digests([jnp.asarray(swapped.reshape(x.shape))]) != before
+        assert compute_digests([jnp.asarray(swapped.reshape(x.shape))]) != before
 
 
 def test_a_swap_of_a_number_and_its_negative_changes_the_digest():
@@ -60,13 +60,13 @@ def test_a_swap_of_a_number_and_its_negative_changes_the_digest():
     x[[3, 40]] = 5.0, -5.0
     swapped = x.copy()
     swapped[[3, 40]] = -5.0, 5.0
-    assert digests([jnp.asarray(x)]) != digests([jnp.asarray(swapped)])
+    assert compute_digests([jnp.asarray(x)]) != compute_digests([jnp.asarray(swapped)])
 
 
 def test_the_signs_of_zeros_and_the_bits_of_nans_count():
     quiet, other = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
     values = [np.float32(0.0), np.float32(-0.0), quiet, other]
-    assert len(set(digests([jnp.full(3, value) for value in values]))) == 4
+    assert len(set(compute_digests([jnp.full(3, value) for value in values]))) == 4
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)])
@@ -75,20 +75,22 @@ def test_the_digest_does_not_depend_on_the_layout(sizes):
     mesh = build_mesh(MeshConfig(*sizes))
     specs = [P(), P("fsdp"), P(None, "fsdp", "tensor"), P("tensor", None, ("replica", "fsdp"))]
     arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for spec in specs]
-    assert set(digests(arrays)) == set(digests([jnp.asarray(x)]))
+    assert set(compute_digests(arrays)) == set(compute_digests([jnp.asarray(x)]))
 
 
 def test_the_digest_needs_no_memory_of_the_arrays_size():
     for sharding in (None, NamedSharding(build_mesh(MeshConfig()), P(None, "fsdp"))):
         x = jax.ShapeDtypeStruct((1024, 4096), jnp.float32, sharding=sharding)
-        compiled = digest._compiled(sharding.mesh if sharding else None).lower([x]).compile()
+        compiled = (
+            integrity._jitted_digests(sharding.mesh if sharding else None).lower([x]).compile()
+        )
         assert compiled.memory_analysis().temp_size_in_bytes < 4096
 
 
 def test_what_has_no_bits_of_its_own_is_refused():
     for x in (jax.random.key(0), jnp.zeros(2, jnp.complex64), jnp.zeros(2, jnp.int4)):
         with pytest.raises(ValueError, match="needs a bool, integer or float array"):
-            digests([x])
+            compute_digests([x])
 
 
 def test_any_letter_changed_in_a_record_is_noticed(tmp_path):

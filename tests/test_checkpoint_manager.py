@@ -51,10 +51,10 @@ def other_dtype(state):
 
 
 MISMATCHES = {
-    "shape": (other_shape, r"params\.w: stored float32\[16,32\], asked float32\[16,48\]"),
-    "dtype": (other_dtype, r"params\.w: stored float32\[16,32\], asked bfloat16\[16,32\]"),
-    "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], asked nothing"),
-    "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, asked float32\[3\]"),
+    "shape": (other_shape, r"params\.w: stored float32\[16,32\], expected float32\[16,48\]"),
+    "dtype": (other_dtype, r"params\.w: stored float32\[16,32\], expected bfloat16\[16,32\]"),
+    "missing": (lambda s: s.pop("bad"), r"bad: stored bool\[\], expected nothing"),
+    "extra": (lambda s: s.update(new=jnp.zeros(3)), r"new: stored nothing, expected float32\[3\]"),
 }
 
 
@@ -82,7 +82,7 @@ def test_meta_is_read_without_the_arrays_and_from_the_newest_intact_record(folde
         assert checkpoints.read_meta() == checkpoints.read_meta(2) == {"next": 2}
         (folder / "2/record/metadata").write_text("{")
         assert checkpoints.read_meta() == {"next": 1}
-        with pytest.raises(CheckpointError, match="is not JSON"):
+        with pytest.raises(CheckpointError, match="is not valid JSON"):
             checkpoints.read_meta(2)
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxtrain.checkpoint.relocation import check_not_moved, find_further, look
+from jaxtrain.checkpoint.relocation import check_not_moved, describe_later_steps, find_earlier_start
 
 
 def folder(root, **logs):
@@ -15,20 +15,29 @@ def folder(root, **logs):
 
 
 def test_where_another_host_has_become_process_0_later_steps_are_found(tmp_path):
-    a = look(folder(tmp_path / "a", p0=50), [20, 40])  # it was process 0
-    b = look(folder(tmp_path / "b", p1=49), [])
-    assert "has logged step 50 and holds checkpoint 40" in find_further([b, a])
-    c = look(folder(tmp_path / "c"), [])
-    assert "has logged step 49" in find_further([b, c]) and "checkpoint" not in find_further([c, b])
-    again = look(folder(tmp_path / "again", p0=9, p1=49), [])  # it was both, one after the other
-    assert "holds checkpoint 40" in find_further([again, a])
+    a = find_earlier_start(folder(tmp_path / "a", p0=50), [20, 40])  # it was process 0
+    b = find_earlier_start(folder(tmp_path / "b", p1=49), [])
+    assert "has logged step 50 and stores checkpoint 40" in describe_later_steps([b, a])
+    c = find_earlier_start(folder(tmp_path / "c"), [])
+    assert "has logged step 49" in describe_later_steps(
+        [b, c]
+    ) and "checkpoint" not in describe_later_steps([c, b])
+    again = find_earlier_start(
+        folder(tmp_path / "again", p0=9, p1=49), []
+    )  # it was both, one after the other
+    assert "stores checkpoint 40" in describe_later_steps([again, a])
 
 
 def test_a_run_that_ended_before_its_first_save_begins_anew_where_it_was(tmp_path):
-    led = look(folder(tmp_path / "a", p0=0), [])  # killed before a line was written
-    other = look(folder(tmp_path / "b", p1=8), [])
-    fresh = look(folder(tmp_path / "c"), [])
-    assert find_further([led, other]) == find_further([led, fresh]) == find_further([fresh]) == ""
+    led = find_earlier_start(folder(tmp_path / "a", p0=0), [])  # killed before a line was written
+    other = find_earlier_start(folder(tmp_path / "b", p1=8), [])
+    fresh = find_earlier_start(folder(tmp_path / "c"), [])
+    assert (
+        describe_later_steps([led, other])
+        == describe_later_steps([led, fresh])
+        == describe_later_steps([fresh])
+        == ""
+    )
 
 
 def test_a_start_without_the_checkpoints_says_what_to_do(tmp_path):

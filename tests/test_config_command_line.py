@@ -1,4 +1,4 @@
-"""Command lines with a config: its name, its fields as flags, and errors in one line."""
+"""Command lines name a config and set its fields; each error is one line."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ from jaxtrain import evaluate, train
 from jaxtrain.config import config_files
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.command_line import CommandForm, parse
+from jaxtrain.errors import REFUSED
 from jaxtrain.study import __main__ as study
 from launch import run as launch_run
 
@@ -20,15 +21,16 @@ FORM = CommandForm("train", "", train.define_flags, config="must")
 
 
 def read(*argv):
-    """FLAGS.config of a command line of `train`, and the words that it leaves."""
+    """Returns FLAGS.config for a command line of `train`, and the remaining words."""
     with fresh_flags() as values:
         words = parse(FORM, "jaxtrain train", list(argv))
         return values.config, words
 
 
-def refused(capsys, *argv) -> str:
+def read_error(capsys, *argv) -> str:
+    """Returns the error of a command line that `train` refuses."""
     with fresh_flags():
-        assert exit_status(parse, FORM, "jaxtrain train", list(argv)) == 78
+        assert exit_status(parse, FORM, "jaxtrain train", list(argv)) == REFUSED
     return capsys.readouterr().err
 
 
@@ -62,7 +64,7 @@ def write_config(path, workdir):
     )
 
 
-def test_a_file_of_the_user_comes_first_where_its_name_looks_like_a_file(tmp_path, monkeypatch):
+def test_a_file_of_the_user_comes_first_if_the_name_looks_like_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "debug.py", "mine")
     (tmp_path / "quickstart").mkdir()
@@ -71,7 +73,7 @@ def test_a_file_of_the_user_comes_first_where_its_name_looks_like_a_file(tmp_pat
     assert read("quickstart")[0].workdir == "runs/quickstart"
 
 
-def test_a_folder_called_configs_does_not_hide_the_shipped_ones(tmp_path, monkeypatch):
+def test_a_folder_called_configs_does_not_hide_the_shipped_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     write_config(tmp_path / "configs" / "my run é.py", "mine")
@@ -79,14 +81,16 @@ def test_a_folder_called_configs_does_not_hide_the_shipped_ones(tmp_path, monkey
     assert read("configs/debug.py")[0].workdir == "runs/debug"
 
 
-def test_modules_beside_a_config_in_a_folder_called_configs_can_be_imported(tmp_path, monkeypatch):
+def test_a_config_in_a_folder_called_configs_can_import_modules_of_that_folder(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "configs" / "shared_by_two.py", "shared")
-    (tmp_path / "configs" / "one.py").write_text(
+    (tmp_path / "configs" / "importing.py").write_text(
         "from configs import shared_by_two\n\nget_config = shared_by_two.get_config\n"
     )
     monkeypatch.delitem(sys.modules, "configs.shared_by_two", raising=False)
-    assert read("configs/one.py")[0].workdir == "shared"
+    assert read("configs/importing.py")[0].workdir == "shared"
     read("debug")  # makes `configs` the shipped package again
 
 
@@ -110,7 +114,7 @@ def test_modules_beside_a_config_in_a_folder_called_configs_can_be_imported(tmp_
         + ("--config=debug",),
     ],
 )
-def test_fields_are_flags_in_every_form_and_order(argv):
+def test_fields_can_be_set_by_flags_of_every_form_in_any_order(argv):
     config, words = read(*argv)
     cfg = config_lib.freeze(config)
     assert words == []
@@ -119,19 +123,19 @@ def test_fields_are_flags_in_every_form_and_order(argv):
 
 
 @pytest.mark.parametrize("flag", ["--nomodel.qk_norm", "--noconfig.model.qk_norm"])
-def test_a_boolean_field_is_switched_off_by_no(flag):
+def test_the_prefix_no_switches_a_boolean_field_off(flag):
     assert read("debug")[0].model.qk_norm
     assert not read("debug", flag)[0].model.qk_norm
     assert not read("debug", "--model.qk_norm=false")[0].model.qk_norm
 
 
-def test_the_last_of_two_values_counts_and_negative_numbers_are_values():
+def test_the_last_of_two_values_counts_and_a_value_may_be_negative():
     config, _ = read("debug", "--seed=1", "--config.seed", "2", "--mesh.fsdp", "-1", "--")
     assert config.seed == 2 and config.mesh.fsdp == -1
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (("debug", "--steps=-1"), "steps must be at least 1; got -1. Set --steps."),
         (("debug", "--config.steps=-1"), "steps must be at least 1; got -1. Set --config.steps."),
@@ -159,8 +163,11 @@ def test_the_last_of_two_values_counts_and_negative_numbers_are_values():
         ),
         (("debug", "--zzz=1"), "no flag --zzz. See jaxtrain train --help."),
         (("debug", "--processes=0"), "--processes must be a positive integer; got '0'."),
-        (("debug", "quickstart"), "one config; got debug, quickstart."),
-        (("debug", "--config=quickstart"), "one config; got quickstart, debug."),
+        (("debug", "quickstart"), "jaxtrain train takes one config; got debug, quickstart."),
+        (
+            ("debug", "--config=quickstart"),
+            "jaxtrain train takes one config; got quickstart, debug.",
+        ),
         (("nosuch/mine.py",), "no config is called nosuch/mine.py, and there is no such file."),
         (("configs/degub.py",), "no config is called configs/degub.py, and there is no such file."),
         (("quikstart",), "no config is called quikstart. Did you mean quickstart?"),
@@ -168,16 +175,16 @@ def test_the_last_of_two_values_counts_and_negative_numbers_are_values():
         (("configs/",), "a config must be a file; got the folder configs/."),
     ],
 )
-def test_a_bad_command_line_ends_in_a_line_that_names_what_was_typed(
-    argv, said, capsys, monkeypatch
+def test_the_error_of_a_bad_command_line_names_what_the_user_typed(
+    argv, message, capsys, monkeypatch
 ):
     monkeypatch.chdir(runs.ROOT)
-    assert refused(capsys, *argv).startswith(f"error: {said}")
+    assert read_error(capsys, *argv).startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("argv", [(), ("--steps=3",), ("quikstart",)])
-def test_without_a_known_config_the_shipped_ones_are_listed_with_a_command(argv, capsys):
-    lines = refused(capsys, *argv).splitlines()
+def test_without_a_known_config_the_error_lists_the_shipped_configs_and_a_command(argv, capsys):
+    lines = read_error(capsys, *argv).splitlines()
     assert "  quickstart   Byte model on Python's standard library" in "\n".join(lines)
     listed = {line.split()[0] for line in lines if line.startswith("  ")}
     assert listed == set(config_files.shipped_configs("train"))
@@ -187,7 +194,7 @@ def test_without_a_known_config_the_shipped_ones_are_listed_with_a_command(argv,
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("x = 1\n", "mine.py: a config must define get_config(); got AttributeError"),
         ("\ndef get_config(:\n", "mine.py, line 2: a config must define get_config(); got Syntax"),
@@ -202,14 +209,16 @@ def test_without_a_known_config_the_shipped_ones_are_listed_with_a_command(argv,
         ),
     ],
 )
-def test_a_broken_config_file_is_named_with_its_line(text, said, tmp_path, monkeypatch, capsys):
+def test_the_error_of_a_broken_config_file_names_the_file_and_the_line(
+    text, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(text)
-    error = refused(capsys, "mine.py")
-    assert error.startswith(f"error: {said}") and len(error.splitlines()) == 1
+    error = read_error(capsys, "mine.py")
+    assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
 
 
-def test_a_bad_value_in_a_config_file_names_its_own_field_and_not_one_that_follows_it():
+def test_the_error_of_a_bad_value_names_its_field_not_one_that_follows_it():
     config, _ = read("debug")
     config.steps = -1
     with pytest.raises(ValueError, match="^steps must be at least 1; got -1. Set --steps.$"):
@@ -217,13 +226,13 @@ def test_a_bad_value_in_a_config_file_names_its_own_field_and_not_one_that_follo
 
 
 @pytest.mark.parametrize("flag", ["--optim.learning_rate=1", "--config.steps=2", "--config=debug"])
-def test_a_command_without_a_config_takes_no_field_of_one(flag, capsys):
+def test_a_command_without_a_config_refuses_the_fields_of_configs(flag, capsys):
     with fresh_flags():
-        assert exit_status(evaluate.command, ["--run=runs/a", flag]) == 78
+        assert exit_status(evaluate.command, ["--run=runs/a", flag]) == REFUSED
     assert "error: no flag --" in capsys.readouterr().err
 
 
-def test_a_field_of_a_study_is_one_of_all_its_runs(capsys):
+def test_a_field_set_for_a_study_applies_to_all_its_runs(capsys):
     argv = ["study_quick", "--steps=9", "--base.seed=3", "--study.seeds=4,5,6"]
     argv += ["--study.grid.adamw.optim.adam_learning_rate=0.1,0.2"]
     with fresh_flags() as flags:
@@ -237,17 +246,17 @@ def test_a_field_of_a_study_is_one_of_all_its_runs(capsys):
     assert "steps must be at least 1; got -9. Set --steps." in capsys.readouterr().err
 
 
-def test_what_follows_the_dashes_of_launch_is_a_command_line_of_train():
+def test_the_arguments_after_the_dashes_of_launch_are_a_command_line_of_train():
     argv = ["--hosts=h.toml", "--", "gpt_124m", "--steps=5", "--workdir", "/shared/run"]
     _, flags = launch_run.parse(argv, "jaxtrain launch")
     config, _ = read(*flags)
     assert (config.steps, config.workdir) == (5, "/shared/run")
 
 
-def test_the_module_trains_a_config_by_its_name_in_another_folder(tmp_path):
+def test_a_config_is_trained_by_its_name_from_another_folder(tmp_path):
     argv = [sys.executable, "-m", "jaxtrain", "train", "--steps", "2", "debug"]
     argv += ["--workdir=a run", "--sample.tokens=0", "--data.text=text é.txt"]
-    argv += ["--model.L=1", "--model.D=8", "--optim.name=adamw"]  # compiles in half of the time
+    argv += ["--model.L=1", "--model.D=8", "--optim.name=adamw"]  # to compile faster
     argv += [f"--compile_cache={tmp_path / 'cache'}"]
     (tmp_path / "text é.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(999)))
     env = os.environ | {"PYTHONPATH": str(runs.ROOT), "LANG": "C", "NO_COLOR": "1"}
@@ -260,7 +269,7 @@ def test_the_module_trains_a_config_by_its_name_in_another_folder(tmp_path):
     ("typed", "field"),
     [("lr", "optim.learning_rate"), ("batch_size", "data.batch"), ("max_steps", "steps")],
 )
-def test_a_name_of_other_stacks_is_answered_by_the_name_here(typed, field, capsys):
+def test_a_flag_named_as_in_other_stacks_is_answered_with_our_name(typed, field, capsys):
     with pytest.raises(SystemExit):
         read("debug", f"--{typed}=1")
     assert f"no flag --{typed}. Did you mean --{field}?" in capsys.readouterr().err

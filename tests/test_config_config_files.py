@@ -14,20 +14,20 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
-FAMILIES = {"__init__", "base", "gpt2", "llama"}  # started from, not trained
-STUDIES = {"study", "study_quick"}  # tests/test_study.py
+FAMILIES = {"__init__", "base", "gpt2", "llama"}  # other configs start from these
+STUDIES = {"study", "study_quick"}  # tested in tests/test_study.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}
 EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"}
 
 
-def test_the_shipped_sizes_are_there():
+def test_all_shipped_configs_exist():
     assert EXPECTED | CROSSCHECKS | {"quickstart", "debug"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_header_states_the_parameter_count_and_the_command(name):
+def test_a_configs_docstring_states_its_parameter_count_and_command(name):
     module = importlib.import_module(f"configs.{name}")
     cfg, _ = resolve_dtype(config_lib.freeze(module.get_config()), jax.devices()[0])
     model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))

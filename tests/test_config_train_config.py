@@ -4,8 +4,9 @@ import re
 import pytest
 
 from configs import debug
-from jaxtrain.config import fields as knobs
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.config.fields import list_sections
+from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 
@@ -13,9 +14,9 @@ def test_there_are_at_most_100_fields():
     assert len(config_lib.flatten(TrainConfig())) <= config_lib.MAX_FIELDS
 
 
-def test_every_field_has_a_text_and_stands_in_the_help():
-    text = knobs.describe_flags(TrainConfig)
-    for prefix, cls in knobs.list_sections(TrainConfig):
+def test_every_field_has_a_help_text_and_is_listed_in_the_help():
+    text = describe_flags(TrainConfig)
+    for prefix, cls in list_sections(TrainConfig):
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.type):
                 assert field.metadata["text"], field.name
@@ -48,7 +49,7 @@ def test_every_field_has_a_text_and_stands_in_the_help():
         ({"optim": {"clip_norm": 10**400}}, "optim.clip_norm must be a finite number; got 1000"),
         ({"workdir": ""}, "workdir must name a folder; got ''. Set --workdir."),
         ({"accumulation": 3}, "data.batch must be a multiple of accumulation=3; got 8"),
-        ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only where no other axis is"),
+        ({"mesh": {"replica": -1}}, "mesh.fsdp may be -1 only if no other axis is"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be positive or -1; got 0"),
         ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
         ({"optim": {"adam_eps": 0.0}}, "optim.adam_eps must be at least 1e-30; got 0.0"),
@@ -59,17 +60,17 @@ def test_every_field_has_a_text_and_stands_in_the_help():
         ),
     ],
 )
-def test_a_bad_value_is_named_with_its_flag(values, message):
+def test_the_error_of_a_bad_value_names_its_flag(values, message):
     with pytest.raises(ValueError, match=re.escape(message).replace(r"\.learning", ".learning")):
         config_lib.freeze(values)
 
 
-def test_counts_of_tokens_and_bytes_may_be_past_int32():
+def test_numbers_of_tokens_and_bytes_may_exceed_int32():
     cfg = config_lib.freeze({"eval_tokens": 2**40, "loss": {"chunk_bytes": 2**40}})
     assert cfg.eval_tokens == cfg.loss.chunk_bytes == 2**40
 
 
-def test_an_int_is_widened_to_float_but_never_narrowed():
+def test_an_int_becomes_a_float_but_not_a_bool():
     assert config_lib.freeze({"optim": {"learning_rate": 1}}).optim.learning_rate == 1.0
     with pytest.raises(ValueError, match="of type bool"):
         ModelConfig(tied=1)
@@ -84,12 +85,12 @@ def test_total_steps_follows_steps_until_it_is_set():
     assert config_lib.freeze(config).steps == 7
 
 
-def test_freezing_the_plain_form_gives_the_same_config():
+def test_a_config_survives_the_round_trip_through_a_plain_dict():
     cfg = config_lib.freeze(debug.get_config())
     assert config_lib.freeze(config_lib.to_dict(cfg)) == cfg
 
 
-def test_the_hash_names_what_is_trained_and_not_where():
+def test_the_hash_depends_on_what_is_trained_and_not_on_the_folder():
     base = TrainConfig()
     assert config_lib.config_hash(base) == config_lib.config_hash(TrainConfig(workdir="/elsewhere"))
     others = (TrainConfig(seed=1), TrainConfig(data=DataConfig(batch=16)))
@@ -97,13 +98,13 @@ def test_the_hash_names_what_is_trained_and_not_where():
     assert len({config_lib.config_hash(cfg) for cfg in (base, *others)}) == 4
 
 
-def test_what_is_measured_beside_the_training_does_not_change_its_hash():
-    onlookers = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
-    watched = config_lib.freeze(onlookers)
-    assert config_lib.config_hash(watched) == config_lib.config_hash(TrainConfig())
+def test_the_hash_does_not_depend_on_what_is_measured():
+    values = {"measure": {"phases": True}, "profile": {"steps": 3}, "export": {"port": 9}}
+    measured = config_lib.freeze(values)
+    assert config_lib.config_hash(measured) == config_lib.config_hash(TrainConfig())
 
 
-def test_processes_are_started_alike_in_all_but_their_folders():
+def test_the_start_hash_depends_on_all_fields_except_folders():
     elsewhere = TrainConfig(workdir="/elsewhere", compile_cache="/tmp")
     assert config_lib.start_hash(elsewhere) == config_lib.start_hash(TrainConfig())
     others = [{"measure": {"phases": True}}, {"checkpoint": {"storage": "host0"}}, {"seed": 1}]
@@ -111,7 +112,7 @@ def test_processes_are_started_alike_in_all_but_their_folders():
     assert len(hashes) == 4
 
 
-def test_changes_are_those_fields_whose_value_is_another_than_stored():
+def test_changes_list_the_fields_that_differ_from_the_stored_config():
     stored = config_lib.flatten(TrainConfig())
     assert config_lib.describe_changes(stored, TrainConfig()) == []
     del stored["optim.momentum"]

@@ -8,6 +8,7 @@ from configs import debug
 from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -86,7 +87,7 @@ def corpus(tmp_path, monkeypatch):
         for i, text in enumerate(texts):
             (tmp_path / "texts" / f"{i:04}.txt").write_text(text)
         files = list_files(str(tmp_path / "texts"), exclude=tmp_path / "out")
-        encode(files, tmp_path / "out", tokenizer)
+        encode(files, tmp_path / "out", EncodeOptions(tokenizer))
         cfg = DataConfig(shards=str(tmp_path / "out"), batch=BATCH, seq_len=32)
         return cfg, open_corpus(cfg, "train", 50_304, tmp_path)
 

@@ -15,9 +15,8 @@ from jaxtrain.file_errors import (
     keep_first_error,
 )
 from jaxtrain.files import write_atomic
-from jaxtrain.metrics.jsonl import read_metrics
+from jaxtrain.metrics.jsonl import MetricsFile, read_metrics
 from jaxtrain.metrics.step_log import StepLog
-from jaxtrain.reporting.metrics_file import MetricsFile
 from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.run_directory.lock import RunLock
 
@@ -92,11 +91,11 @@ def test_on_a_full_disk_a_line_is_appended_whole_or_not_at_all(disk):
 
 def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
     log = MetricsFile(disk.path)
-    log.write(1, METRICS)
+    log.write(1, 0.0, METRICS)
     disk.fill(leave=1 << 13)
     with pytest.raises(OSError) as error:
         for step in range(2, 10_000):
-            log.write(step, METRICS)
+            log.write(step, 0.0, METRICS)
     assert f"{disk.path}/" in describe_error(error.value) and disk.reason in describe_error(
         error.value
     )
@@ -106,7 +105,7 @@ def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
     assert steps == list(range(1, len(steps) + 1))
     disk.free()
     log = MetricsFile(disk.path, resume_step=1)
-    log.write(2, METRICS)
+    log.write(2, 0.0, METRICS)
     log.close()
     assert [record["step"] for record in read_metrics(disk.path / "metrics.jsonl")] == [1, 2]
 

@@ -5,11 +5,12 @@ from launch.inventory import parse_inventory
 HOSTS = [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}]
 
 
-def test_defaults_hold_for_every_host_and_its_own_values_come_first():
-    found = parse_inventory({"defaults": {"user": "u", "port": 22}, "hosts": HOSTS}, "f")
-    assert [(h.name, h.user, h.port, h.target) for h in found.hosts] == [
+def test_a_hosts_own_values_override_the_defaults():
+    hosts = [HOSTS[0], HOSTS[1] | {"port": 23}]
+    inventory = parse_inventory({"defaults": {"user": "u", "port": 22}, "hosts": hosts}, "f")
+    assert [(h.name, h.user, h.port, h.target) for h in inventory.hosts] == [
         ("a", "u", 22, "a"),
-        ("b", "u", 22, "b"),
+        ("b", "u", 23, "b"),
     ]
 
 
@@ -28,12 +29,12 @@ def test_defaults_hold_for_every_host_and_its_own_values_come_first():
         ({"site": "mars"}, "one site"),
     ],
 )
-def test_a_bad_host_is_refused_by_name(change, message):
+def test_an_invalid_host_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         parse_inventory({"hosts": [HOSTS[0] | change, HOSTS[1]]}, "f")
 
 
-def test_ranks_are_one_a_host_or_one_a_gpu():
+def test_there_is_one_rank_per_host_or_per_gpu():
     hosts = [host | {"gpus": 4} for host in HOSTS]
     assert parse_inventory({"hosts": hosts}, "f").ranks_per_host == 1
     assert parse_inventory({"hosts": hosts, "ranks": "gpu"}, "f").ranks_per_host == 4

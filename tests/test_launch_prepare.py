@@ -19,8 +19,8 @@ most = ["absent"]
 """
 
 
-class Here:
-    """A fleet whose hosts are this machine."""
+class LocalBuilds:
+    """Builds the environments of all hosts on this machine."""
 
     def __init__(self, hosts, root):
         self.hosts, self.root = hosts, root
@@ -30,7 +30,7 @@ class Here:
 
 
 def write_wheel(folder, version):
-    """The least that pip installs: a package `tiny` that holds its version."""
+    """Writes the smallest wheel that pip installs: a package `tiny` with only its version."""
     info = f"tiny-{version}.dist-info"
     files = {
         "tiny.py": f"version = {version!r}\n",
@@ -44,7 +44,7 @@ def write_wheel(folder, version):
 
 
 @pytest.fixture
-def request_of(tmp_path, monkeypatch):
+def make_request(tmp_path, monkeypatch):
     for version in ("1.0", "2.0"):
         write_wheel(tmp_path, version)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -56,40 +56,38 @@ def request_of(tmp_path, monkeypatch):
     }
 
 
-def test_packages_are_built_once_of_their_constraints_and_a_failure_says_pips_last_lines(
-    tmp_path, request_of
-):
+def test_packages_are_built_once_and_a_failed_build_reports_pips_last_lines(tmp_path, make_request):
     root = tmp_path / "root"
     root.mkdir()
-    made = build_environment(root, request_of())
-    said = subprocess.run(
-        [made["python"], "-c", "import tiny; print(tiny.version)"], capture_output=True, text=True
+    built = build_environment(root, make_request())
+    printed = subprocess.run(
+        [built["python"], "-c", "import tiny; print(tiny.version)"], capture_output=True, text=True
     )
-    assert said.stdout == "1.0\n" and made["versions"]["tiny"] == "1.0"
+    assert printed.stdout == "1.0\n" and built["versions"]["tiny"] == "1.0"
     [environment] = [path for path in (root / "envs").iterdir() if (path / "bin").is_dir()]
-    (environment / "kept").write_text("")
-    again = build_environment(root, request_of())
-    assert again["python"] == made["python"] and (environment / "kept").exists()
-    asked = ("tiny==1.0\n", PYPROJECT, [])
-    assert build_environments(Here(HOSTS, root), *asked).keys() == {"a", "b", "c"}
+    (environment / "marker").write_text("")
+    again = build_environment(root, make_request())
+    assert again["python"] == built["python"] and (environment / "marker").exists()
+    arguments = ("tiny==1.0\n", PYPROJECT, [])
+    assert build_environments(LocalBuilds(HOSTS, root), *arguments).keys() == {"a", "b", "c"}
     with_gpus = [Host("g", "10.0.0.9", gpus=8)]
     with pytest.raises(HostError, match="g: JAX has no CUDA plugin there: .*--env_extras=cuda"):
-        build_environments(Here(with_gpus, root), *asked)
+        build_environments(LocalBuilds(with_gpus, root), *arguments)
     with pytest.raises(RuntimeError, match=r"(?s)pip.* ended with 1.*No matching .* absent"):
-        build_environment(root, request_of(["more"]))
+        build_environment(root, make_request(["more"]))
     left = [path.name for path in (root / "envs").iterdir() if path.is_dir()]
-    assert left == [environment.name]  # nothing of what failed
+    assert left == [environment.name]  # the failed build left nothing
 
 
-def test_an_extra_brings_those_that_it_is_made_of_and_an_unknown_one_is_refused():
+def test_nested_extras_are_resolved_and_an_unknown_one_is_refused():
     project = tomllib.loads(PYPROJECT)["project"]
     assert requirements(project, ["more"]) == ["tiny>=1", "absent"]
     with pytest.raises(ValueError, match=r"--env_extras must be of \['more', 'most'\]; got 'cuda'"):
         requirements(project, ["cuda"])
 
 
-def test_an_environments_name_is_of_all_that_decides_what_is_in_it():
-    made = [
+def test_an_environments_name_depends_on_everything_that_decides_its_content():
+    keys = [
         environment_key(*parts)
         for parts in (
             ("a==1", PYPROJECT, []),
@@ -99,10 +97,10 @@ def test_an_environments_name_is_of_all_that_decides_what_is_in_it():
             ("a==1", PYPROJECT, [], "3.12"),
         )
     ]
-    assert len(set(made)) == 5 and environment_key("a==1", PYPROJECT, []) == made[0]
+    assert len(set(keys)) == 5 and environment_key("a==1", PYPROJECT, []) == keys[0]
 
 
-def test_the_host_whose_data_differs_is_named():
+def test_a_host_is_named_if_its_data_differs_or_is_missing():
     same = {"files": 2, "bytes": 30, "fingerprint": "a" * 32}
     other = same | {"fingerprint": "b" * 32}
     findings = judge_data(dict(zip(HOSTS, (same, other, same), strict=True)))

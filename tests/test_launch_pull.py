@@ -4,7 +4,7 @@ import sys
 import threading
 
 import pytest
-from local_client import Here
+from local_client import LocalClient
 from run_directories import series, write_run
 
 from launch import summary
@@ -15,26 +15,27 @@ from launch.pull import RunCopy
 from launch.report.run_folder import NoRun
 
 
-def test_following_a_job_that_failed_ends_though_its_run_wrote_no_end(tmp_path, monkeypatch):
+def test_following_a_failed_job_ends_although_its_run_has_no_summary(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     run = write_run(tmp_path / "run", series(60))
     (run / "summary.json").unlink(missing_ok=True)
     host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
     record = {"argv": [f"--config.workdir={run}"], "env": {}, "ranks_per_host": 1}
     job = Job.create([host], Policy(), "", **record, folders={})
-    there = tmp_path / "host" / "jobs" / job.id
-    there.mkdir(parents=True)
-    (there / "status.json").write_text(json.dumps({"outcome": {"code": 1, "why": "an error"}}))
+    host_folder = tmp_path / "host" / "jobs" / job.id
+    host_folder.mkdir(parents=True)
+    status = {"outcome": {"code": 1, "why": "an error"}}
+    (host_folder / "status.json").write_text(json.dumps(status))
     source = RunCopy(job.id)
-    source.client = Here(job.hosts)
+    source.client = LocalClient(job.hosts)
     args = summary.parse([job.id, "--follow", "--every=0.1"])
     following = threading.Thread(target=summary.follow, args=(args, [source]), daemon=True)
     following.start()
     following.join(20)
     assert not following.is_alive()
-    shutil.rmtree(run)  # one that failed before it wrote anything
+    shutil.rmtree(run)  # as if it had failed before it wrote anything
     shutil.rmtree(source.folder)
     source = RunCopy(job.id)
-    source.client = Here(job.hosts)
+    source.client = LocalClient(job.hosts)
     with pytest.raises(NoRun):
         summary.follow(args, [source])

@@ -1,4 +1,4 @@
-"""Ray's driver, on two nodes of a cluster that lives for one test. Runs where ray is installed."""
+"""The Ray driver on a cluster of two nodes. Skipped if ray is not installed."""
 
 import subprocess
 import sys
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 EXACT = ["--config.model.dtype=float64", "--config.optim.ns_dtype=float32"]
 
 
-def test_two_nodes_of_ray_train_as_one_process(tmp_path, monkeypatch):
+def test_two_ray_nodes_have_the_losses_of_one_process(tmp_path, monkeypatch):
     text = runs.write_text(tmp_path)
     flags = ["--config.steps=3", "--config.sample.tokens=0", "--config.data.batch=4", *EXACT]
     runs.finish(runs.start(tmp_path / "alone", text, *flags))
     driver = ROOT / "launch" / "templates" / "ray_driver.py"
     argv, env = runs.command(tmp_path / "ray", text, *flags)
     flags = [*argv[3:], "--config.mesh.replica=-1", "--config.mesh.fsdp=1"]
-    monkeypatch.setenv("XLA_FLAGS", env["XLA_FLAGS"])  # actors have the environment of their node
+    monkeypatch.setenv("XLA_FLAGS", env["XLA_FLAGS"])  # actors inherit their node's environment
     cluster = Cluster()
     try:
         for _ in range(2):

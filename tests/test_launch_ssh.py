@@ -19,48 +19,47 @@ HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
-def test_no_configuration_of_the_users_switches_host_keys_off_or_opens_a_port(tmp_path):
+def test_the_users_configuration_cannot_disable_host_keys_or_open_a_port(tmp_path):
     config = tmp_path / "config"
     config.write_text(
         "Host *\n  StrictHostKeyChecking no\n  ForwardAgent yes\n  BatchMode no\n"
         "  LocalForward 8080 localhost:80\n  ForwardX11 yes\n"
     )
     command = [*SshClient([HOST], str(config)).ssh_command(HOST), "-G", "--", HOST.target]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(line.partition(" ")[::2] for line in said.splitlines())
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    options = dict(line.partition(" ")[::2] for line in printed.splitlines())
     wanted = {"stricthostkeychecking": "true", "forwardagent": "no", "batchmode": "yes"}
     wanted |= {"forwardx11": "no", "clearallforwardings": "yes", "user": "u", "port": "2200"}
-    assert {name: found[name] for name in wanted} == wanted
+    assert {name: options[name] for name in wanted} == wanted
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
-def test_a_configuration_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch):
+def test_a_missing_ssh_configuration_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    config = tmp_path / "of [mine]"
-    with pytest.raises(HostError, match="--ssh_config must name a file; got .*of .mine.*"):
+    config = tmp_path / "a [b]"
+    with pytest.raises(HostError, match="--ssh_config must name a file; got .*a .b.*"):
         SshClient([HOST], str(config)).ssh_command(HOST)
     config.write_text("Host a\n  HostName elsewhere\n")
     command = [*SshClient([HOST], str(config)).ssh_command(HOST), "-G", "--", "a"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "hostname elsewhere\n" in said
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "hostname elsewhere\n" in printed
 
 
-def test_all_hosts_at_once_find_the_file_of_options_whole(tmp_path, monkeypatch):
+def test_threads_that_write_the_options_at_once_all_read_them_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    fleet = SshClient([Host(f"h{i}", "10.0.0.1") for i in range(32)])
-    found = fleet.map(lambda host: Path(fleet.ssh_command(host)[2]).read_text())
-    [text] = set(found.values())
+    client = SshClient([Host(f"h{i}", "10.0.0.1") for i in range(32)])
+    [text] = set(client.map(lambda host: Path(client.ssh_command(host)[2]).read_text()).values())
     assert text.endswith("Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n")
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
-@pytest.mark.parametrize(("ssh", "asked"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
-def test_code_reaches_a_host_by_name_or_by_address(tmp_path, ssh, asked):
-    shell = tmp_path / "shell"  # in place of ssh: notes the host, runs the command here
+@pytest.mark.parametrize(("ssh", "expected"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
+def test_rsync_reaches_a_host_by_name_or_by_address(tmp_path, ssh, expected):
+    shell = tmp_path / "shell"  # replaces ssh: notes the host, and runs the command here
     text = f"""#!/bin/sh
-said="$1"; shift
-while [ "$1" != rsync ]; do said="$said $1"; shift; done
-echo "$said" > {tmp_path}/said
+args="$1"; shift
+while [ "$1" != rsync ]; do args="$args $1"; shift; done
+echo "$args" > {tmp_path}/args
 exec "$@"
 """
     shell.write_text(text)
@@ -69,12 +68,11 @@ exec "$@"
     target = rsync_path(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
     subprocess.run(["rsync", "-e", str(shell), str(tmp_path / "code"), target], check=True)
     assert (tmp_path / "there").read_text() == "1"
-    assert (tmp_path / "said").read_text().strip() == asked
+    assert (tmp_path / "args").read_text().strip() == expected
 
 
 @pytest.mark.skipif(bool(beds.available()), reason=beds.available())
-def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
-    """Whatever the user's configuration says of it."""
+def test_the_key_of_a_jump_host_is_verified_even_if_the_configuration_accepts_any(monkeypatch):
     with beds.Bed(2) as bed:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
         config = bed.folder / "jump"
@@ -88,12 +86,12 @@ def test_the_key_of_a_host_on_the_way_is_verified_too(monkeypatch):
         careless = bed.folder / "careless"
         unknown = f"Host h0\n  StrictHostKeyChecking no\n  UserKnownHostsFile {bed.folder}/none\n"
         careless.write_text(unknown + config.read_text())
-        alone = SshClient([host], str(careless)).ssh_command(host, shared=False)
-        refused = subprocess.run([*alone, "--", "h1", "true"], capture_output=True, text=True)
+        unshared = SshClient([host], str(careless)).ssh_command(host, shared=False)
+        refused = subprocess.run([*unshared, "--", "h1", "true"], capture_output=True, text=True)
         assert refused.returncode == 255 and "Host key verification failed" in refused.stderr
 
 
-def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_path, monkeypatch):
+def test_a_shared_connections_socket_has_a_short_path_in_a_private_folder(tmp_path, monkeypatch):
     short = tmp_path / "s"
     limit = len(str(short)) + 100
     for where in (short, tmp_path / ("long" * 30)):
@@ -109,7 +107,7 @@ def test_a_shared_connection_has_a_short_path_in_a_folder_of_the_users_own(tmp_p
     assert "long" not in control_path(limit) and control_path(10) == "none"
 
 
-def test_a_secret_comes_from_the_environment_and_not_from_a_command_line(monkeypatch):
+def test_env_without_a_value_takes_it_from_the_environment(monkeypatch):
     monkeypatch.setenv("SECRET", "a=b c")
     monkeypatch.delenv("NOT_SET", raising=False)
     assert read_env(["SECRET", "X=1=2", "Y="]) == {"SECRET": "a=b c", "X": "1=2", "Y": ""}
@@ -117,7 +115,7 @@ def test_a_secret_comes_from_the_environment_and_not_from_a_command_line(monkeyp
         read_env(["NOT_SET"])
 
 
-def test_a_job_keeps_to_its_interface_and_to_the_python_that_was_built(tmp_path, monkeypatch):
+def test_a_start_request_has_the_hosts_interface_and_built_python(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
     record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "env": {"A": "{python}"}}
     job = Job.create([HOST], Policy(), "", **record, folders={"a": "/code"})
@@ -131,11 +129,11 @@ def test_a_job_keeps_to_its_interface_and_to_the_python_that_was_built(tmp_path,
     assert request["scope"] is True
 
 
-def test_a_path_that_the_user_gives_python_follows_the_jobs_code(tmp_path, monkeypatch):
+def test_the_users_pythonpath_comes_after_the_jobs_code(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
     record = {"ranks_per_host": 1, "argv": ["{python}", "-m", "m"], "folders": {"a": "/code"}}
     paths = [
         Job.create([HOST], Policy(), "", **record, env=env).request(HOST)["spec"]["env"]
-        for env in ({}, {"PYTHONPATH": "/mine:/yours"})
+        for env in ({}, {"PYTHONPATH": "/a:/b"})
     ]
-    assert [env["PYTHONPATH"] for env in paths] == ["/code", "/code:/mine:/yours"]
+    assert [env["PYTHONPATH"] for env in paths] == ["/code", "/code:/a:/b"]

@@ -17,7 +17,7 @@ from run_directories import curve, series, write_run
 
 from jaxtrain.metrics.step_log import read_step_times
 from jaxtrain.metrics.step_timer import step_time_metrics
-from jaxtrain.reporting.progress_text import closing_lines
+from jaxtrain.reporting.terminal import closing_lines
 from launch import summary
 from launch.host.run_files import flag_value, read_changes
 from launch.pull import POSITIONS, RunCopy, write_at

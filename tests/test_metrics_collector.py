@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from jaxtrain.metrics.collector import Collector, open_network_counters
+from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.hlo_collectives import Collective
 from jaxtrain.metrics.mfu import StepWork
 from jaxtrain.metrics.names import measured_names
+from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 
 REDUCE = Collective("all-reduce", 3_000, ("replica",), 2, crosses_hosts=True, times=1)
@@ -104,8 +105,8 @@ def test_a_save_is_preceded_by_the_lines_of_its_steps(tmp_path):
 def test_a_slow_step_beside_a_save_in_the_background_says_so(tmp_path):
     with build(tmp_path, None, saving=lambda: True) as measure:
         measure.tick(1, skipped=False)
-        [row] = measure.log._rows
-    assert row.beside == ("start", "save")
+        [row] = measure.log._buffer
+    assert row.activities == ("start", "save")
 
 
 def test_one_host_reads_no_wire_unless_told_to(monkeypatch):

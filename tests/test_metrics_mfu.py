@@ -65,7 +65,8 @@ def test_what_is_counted_though_it_is_masked_or_padding_is_said(data, said):
     config = debug.get_config()
     config.data.update(data)
     run = build_run(freeze(config), jax.devices()[:1])
-    lines = "\n".join(describe_utilisation(build_work(run, Unreadable()), None, jax.devices()[0]))
+    work = build_work(run.cfg, run.parameters, run.mesh, Unreadable())
+    lines = "\n".join(describe_utilisation(work, None, jax.devices()[0]))
     assert ("mfu counts keys" in lines or "padding" in lines) == bool(said) and said in lines
 
 
@@ -89,7 +90,7 @@ def test_copies_of_a_model_reduce_its_gradients_and_scalars_and_no_more():
     config.optim.name = "adamw"
     config.mesh.update(replica=2, fsdp=1)
     run = build_run(freeze(config), jax.devices()[:2])
-    work = build_work(run, compile_step(run).compiled, ["a"])
+    work = build_work(run.cfg, run.parameters, run.mesh, compile_step(run).compiled, ["a"])
     assert {c.kind for c in work.collectives} == {"all-reduce"}
     assert 0 <= work.payload_bytes - 4 * run.parameters <= 256
     assert work.sent_bytes == 0.0 and work.parameters == run.parameters  # both devices on one host
@@ -100,6 +101,6 @@ def test_copies_of_a_model_reduce_its_gradients_and_scalars_and_no_more():
 
 def test_a_program_that_cannot_be_read_is_said_and_stops_nothing():
     run = build_run(freeze(debug.get_config()), jax.devices()[:1])
-    work = build_work(run, Unreadable())
+    work = build_work(run.cfg, run.parameters, run.mesh, Unreadable())
     assert "a form of tomorrow" in describe_utilisation(work, None, jax.devices()[0])[-1]
     assert work.utilisation(A40, 0.5).keys() == {"perf/mfu", "perf/mfu_6n"}

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from jaxtrain.metrics.step_log import Row, StepLog, explain
+from jaxtrain.metrics.step_log import StepLog, StepRecord, name_cause
 
 USUAL_S = 0.1
 
@@ -34,7 +34,7 @@ def add_usual(log, first, count=20):
 
 def test_steps_are_lines_once_they_are_flushed(log, tmp_path):
     add_usual(log, 1, 2)
-    log.add(3, 0.1, 0.02, wire=(7, 9))
+    log.add(3, 0.1, 0.02, wire_bytes=(7, 9))
     log.flush(wait_s=60)
     assert lines(tmp_path) == []
     log.flush()
@@ -47,7 +47,7 @@ def test_steps_are_lines_once_they_are_flushed(log, tmp_path):
 
 def test_a_step_that_takes_too_long_is_an_event_with_what_coincided(log, tmp_path):
     add_usual(log, 1)
-    log.add(21, 3 * USUAL_S, 0.0, beside=["save"])
+    log.add(21, 3 * USUAL_S, 0.0, activities=["save"])
     log.add(22, 3 * USUAL_S, 0.19)
     log.add(23, 3 * USUAL_S, 0.0)
     log.add(24, 1.4 * USUAL_S, 0.19)  # not long enough
@@ -74,9 +74,9 @@ def test_the_collectors_time_is_known(log, tmp_path):
 
 
 def test_a_cause_that_took_little_of_the_excess_is_not_named():
-    row = Row(1, 0.0, 1.0, 0.0, None, ("save",), {"gc": 0.2, "data": 0.1})
-    assert explain(row, 0.4) == "save+gc+data"
-    assert explain(row, 0.9) == "save"
+    row = StepRecord(1, 0.0, 1.0, 0.0, None, ("save",), {"gc": 0.2, "data": 0.1})
+    assert name_cause(row, 0.4) == "save+gc+data"
+    assert name_cause(row, 0.9) == "save"
 
 
 def test_a_resumed_process_goes_on_where_its_run_does(tmp_path):

@@ -49,8 +49,8 @@ def random_params(seed, axes=FEW):
     return jax.tree.map(draw, axes)
 
 
-def run(optimizer, params, steps=3, gradient=random_params):
-    """[weights to evaluate after each step], and the last optimizer state."""
+def train(optimizer, params, steps=3, gradient=random_params):
+    """Returns the weights to evaluate after each step, and the last optimizer state."""
 
     @jax.jit
     def advance(params, state, grads):
@@ -64,11 +64,11 @@ def run(optimizer, params, steps=3, gradient=random_params):
     return history, state
 
 
-def zeros(seed):
+def zero_gradient(seed):
     return jax.tree.map(jnp.zeros_like, random_params(seed))
 
 
-def test_matrices_alone_go_to_muon_and_what_has_a_vocabulary_or_is_a_matrix_decays():
+def test_only_matrices_follow_muon_and_only_matrices_embedding_and_head_decay():
     rows = {
         r.name: r for r in group_table(OptimConfig(weight_decay=0.1), AXES, random_params(0, AXES))
     }
@@ -79,7 +79,7 @@ def test_matrices_alone_go_to_muon_and_what_has_a_vocabulary_or_is_a_matrix_deca
     assert rows["blocks.wo"].view == "8x64x64"
 
 
-def test_the_optimizer_keeps_one_momentum_for_matrices_and_two_moments_for_the_rest():
+def test_the_state_has_one_moment_for_matrices_and_two_for_the_rest():
     params = random_params(0, AXES)
     state = build_optimizer(OptimConfig(), AXES).init(params)
     sizes = {name: x.size for name, x in named(params).items()}
@@ -88,7 +88,7 @@ def test_the_optimizer_keeps_one_momentum_for_matrices_and_two_moments_for_the_r
     assert moments == matrices + 2 * (sum(sizes.values()) - matrices)
 
 
-def test_the_table_prints_every_parameter_in_aligned_columns():
+def test_the_group_table_lists_every_parameter_in_aligned_columns():
     lines = format_group_table(
         group_table(OptimConfig(), AXES, random_params(0, AXES))
     ).splitlines()
@@ -99,28 +99,32 @@ def test_the_table_prints_every_parameter_in_aligned_columns():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_with_a_zero_gradient_only_decay_moves_and_it_moves_exactly(name):
+def test_with_a_zero_gradient_the_parameters_decay_exactly(name):
     cfg = OptimConfig(name=name, weight_decay=0.1, warmup_steps=2, clip_norm=0.0)
     start = random_params(0)
-    history, _ = run(build_optimizer(cfg, FEW), start, gradient=zeros)
+    history, _ = train(build_optimizer(cfg, FEW), start, gradient=zero_gradient)
     schedule, before = build_schedule(cfg), named(start)
     rows = {row.name: row for row in group_table(cfg, FEW, start)}
     for count, params in enumerate(history):
         for key, after in named(params).items():
-            keep = np.float32(1 - rows[key].rate * float(schedule(count)) * rows[key].decay)
-            ulp = 3 if name == "accelerated_lmo" else 1  # the iterate is read off the query point
-            np.testing.assert_array_max_ulp(np.asarray(after), np.asarray(before[key] * keep), ulp)
+            factor = np.float32(1 - rows[key].rate * float(schedule(count)) * rows[key].decay)
+            ulp = (
+                3 if name == "accelerated_lmo" else 1
+            )  # the iterate is computed from the query point
+            np.testing.assert_array_max_ulp(
+                np.asarray(after), np.asarray(before[key] * factor), ulp
+            )
         before = named(params)
 
 
 def test_the_adamw_group_equals_optax_adamw():
     cfg = OptimConfig(weight_decay=0.1, clip_norm=0.0)
-    history, _ = run(build_optimizer(cfg, FEW), random_params(0), steps=20)
+    history, _ = train(build_optimizer(cfg, FEW), random_params(0), steps=20)
     schedule = build_schedule(cfg)
     decays = jax.tree.map(lambda a: "V" in a.letters, FEW)
     rate = lambda count: 3e-3 * schedule(count)  # noqa: E731
     reference = optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decays)
-    expected, _ = run(reference, random_params(0), steps=20)
+    expected, _ = train(reference, random_params(0), steps=20)
     for key in ("norm", "embed"):
         np.testing.assert_allclose(history[-1][key], expected[-1][key], rtol=1e-6, atol=1e-7)
 
@@ -131,7 +135,7 @@ def test_adamw_on_everything_equals_torch_adamw():
     cfg = OptimConfig(name="adamw", weight_decay=0.1, clip_norm=0.0, schedule="constant")
     cfg_rate = build_schedule(cfg)
     start = random_params(0)
-    history, _ = run(build_optimizer(cfg, FEW), start, steps=20)
+    history, _ = train(build_optimizer(cfg, FEW), start, steps=20)
     rows = {row.name: row for row in group_table(cfg, FEW, start)}
     twins = {k: torch.nn.Parameter(torch.from_numpy(np.array(p))) for k, p in named(start).items()}
     groups = [{"params": [p], "weight_decay": rows[k].decay} for k, p in twins.items()]
@@ -146,20 +150,20 @@ def test_adamw_on_everything_equals_torch_adamw():
         np.testing.assert_allclose(ours, twins[key].detach().numpy(), rtol=1e-5, atol=2e-6)
 
 
-def test_one_count_drives_every_rate_and_a_zero_rate_moves_nothing():
+def test_all_groups_count_the_same_steps_and_a_zero_rate_moves_nothing():
     cfg = OptimConfig(learning_rate=0.0, adam_learning_rate=0.0, weight_decay=0.1)
     start = random_params(0)
-    history, state = run(build_optimizer(cfg, FEW), start)
+    history, state = train(build_optimizer(cfg, FEW), start)
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, history[-1], start)))
     assert {int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32} == {3}
 
 
-def test_clipping_scales_all_gradients_by_their_global_norm_and_spares_small_ones():
+def test_clipping_scales_all_gradients_by_their_global_norm_and_leaves_small_ones():
     grads = random_params(1)
     norm = float(optax.tree.norm(grads))
     for limit, factor in [(norm / 8, 1 / 8), (2 * norm, 1.0), (0.0, 1.0)]:
         optimizer = build_optimizer(OptimConfig(name="adamw", clip_norm=limit), FEW)
-        _, state = run(optimizer, random_params(0), 1, lambda _: grads)
+        _, state = train(optimizer, random_params(0), 1, lambda _: grads)
         for group, key in [("matrices", "w_in"), ("rest", "embed"), ("rest", "norm")]:
             first_moment = state[-1].inner_states[group].inner_state[0].mean[key]
             np.testing.assert_allclose(first_moment, 0.1 * factor * grads[key], rtol=1e-5)
@@ -169,12 +173,12 @@ def test_clipping_scales_all_gradients_by_their_global_norm_and_spares_small_one
     "axes",
     [{"w": Axes.parse("|D->F"), "gain": None}, {"w": Axes.parse("|D->F"), "gain": "|D"}],
 )
-def test_axes_that_are_missing_or_not_axes_name_the_parameter(axes):
+def test_missing_or_invalid_axes_are_an_error_that_names_the_parameter(axes):
     with pytest.raises(ValueError, match="gain"):
         build_optimizer(OptimConfig(), axes)
 
 
-def test_a_parameter_that_axes_forget_is_an_error_naming_it():
+def test_a_parameter_without_axes_is_an_error_that_names_it():
     optimizer = build_optimizer(OptimConfig(), {"w": Axes.parse("|D->F")})
     with pytest.raises(ValueError, match="bias"):
         optimizer.init({"w": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
@@ -187,7 +191,7 @@ def test_an_unknown_optimizer_lists_the_known_ones():
         build_optimizer(cfg, FEW)
 
 
-def test_group_rms_is_the_root_mean_square_of_each_group():
+def test_update_rms_by_group_is_the_root_mean_square_of_each_group():
     updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
     rms = update_rms_by_group(updates, FEW)
     assert {k: float(v) for k, v in rms.items()} == {
@@ -197,7 +201,7 @@ def test_group_rms_is_the_root_mean_square_of_each_group():
 
 
 @pytest.mark.parametrize("name", ["muon", "normuon", "adamw"])
-def test_without_acceleration_the_parameters_themselves_are_evaluated(name):
+def test_without_acceleration_the_parameters_are_evaluated(name):
     params = random_params(0)
     state = build_optimizer(OptimConfig(name=name), FEW).init(params)
     assert eval_params(state, params) is params
@@ -206,7 +210,9 @@ def test_without_acceleration_the_parameters_themselves_are_evaluated(name):
 
 @pytest.mark.parametrize("acceleration", ["transport", "ema_lookahead"])
 @pytest.mark.parametrize("all_groups", [False, True])
-def test_acceleration_moves_the_query_point_of_the_groups_that_it_is_for(acceleration, all_groups):
+def test_acceleration_moves_the_query_point_of_the_accelerated_groups_only(
+    acceleration, all_groups
+):
     options = {"acceleration": acceleration, "accelerate_all": all_groups, "total_steps": 4}
     cfg = OptimConfig(name="accelerated_lmo", warmup_steps=0, schedule="constant", **options)
     optimizer, params = build_optimizer(cfg, FEW), random_params(0)
@@ -214,27 +220,28 @@ def test_acceleration_moves_the_query_point_of_the_groups_that_it_is_for(acceler
     for i in range(2):
         updates, state = jax.jit(optimizer.update)(random_params(i), state, params)
         params = optax.apply_updates(params, updates)
-    at = eval_params(state, params)
+    iterate = eval_params(state, params)
     assert describe_evaluated_weights(state) == "the iterate, not the look-ahead point"
-    moved = {key for key in FEW if not jnp.array_equal(at[key], params[key])}
+    moved = {key for key in FEW if not jnp.array_equal(iterate[key], params[key])}
     assert moved == (set(FEW) if all_groups else {"w_in", "w_out"})
 
 
 @pytest.mark.parametrize(
     ("name", "rest"), [(name, "adamw") for name in OPTIMIZERS] + [("muon", "lmo")]
 )
-def test_a_bad_step_changes_nothing(name, rest):
+def test_a_bad_step_changes_neither_parameters_nor_state(name, rest):
     cfg = OptimConfig(name=name, rest=rest, weight_decay=0.1, noise_scale=0.1, warmup_steps=0)
     optimizer, params = build_optimizer(cfg, FEW), random_params(0)
-    _, state = run(optimizer, params, 2)
+    update = jax.jit(optimizer.update)
+    _, state = update(random_params(2), optimizer.init(params), params, good=True)
     bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), random_params(1))
-    updates, after = jax.jit(optimizer.update)(bad, state, params, good=False)
+    updates, after = update(bad, state, params, good=False)
     assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), state, after)
     assert all(jax.tree.leaves(same))
 
 
-def test_full_geometry_gives_every_role_its_norm_and_rate():
+def test_with_rest_lmo_every_role_has_its_norm_and_rate():
     cfg = OptimConfig(rest="lmo", weight_decay=0.1)
     rows = {r.name: r for r in group_table(cfg, AXES, random_params(0, AXES))}
     roles = {"embed": "embedding", "head": "head", "positions": "embedding", "final_norm": "vector"}
@@ -248,7 +255,7 @@ def test_full_geometry_gives_every_role_its_norm_and_rate():
     )  # one momentum for all
 
 
-def test_per_head_views_stand_in_the_table():
+def test_the_group_table_shows_per_head_views():
     cfg = OptimConfig(per_head=True, scale="match_rms")
     rows = {r.name: r for r in group_table(cfg, AXES, random_params(0, AXES))}
     assert rows["blocks.wq"].view == "32x64x16" and rows["blocks.wo"].view == "32x16x64"

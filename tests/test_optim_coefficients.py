@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from jaxtrain.optim.coefficients import COEFFICIENTS, Table, coefficient_table
+from jaxtrain.optim.coefficients import COEFFICIENTS, CoefficientTable, coefficient_table
 
-# Smallest and largest result where singular values are within these edges.
+# Smallest and largest result of singular values between two edges.
 EDGES = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0)
 BANDS = {
     ("jordan", 5): ((0.048, 0.471), (0.471, 1.110), (0.682, 1.202), (0.682, 1.134), (0.682, 1.134)),
@@ -26,18 +26,18 @@ BANDS = {
 }
 
 
-def follow(table, sigma):
-    """What a run of table makes of singular values, in float64."""
+def apply_polynomials(table, sigma):
+    """Returns what the iterations of a table make of singular values, in float64."""
     for a, b, c in table.rows:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
 
 
 @pytest.mark.parametrize("name, steps", BANDS)
-def test_singular_values_end_in_the_bands_of_the_published_table(name, steps):
+def test_singular_values_end_in_the_bands_of_the_publication(name, steps):
     table = coefficient_table(name, steps)
     for low, high, band in zip(EDGES[:-1], EDGES[1:], BANDS[name, steps], strict=True):
-        ends = follow(table, np.geomspace(low, high, 20_001) / table.safety)
+        ends = apply_polynomials(table, np.geomspace(low, high, 20_001) / table.safety)
         np.testing.assert_allclose((ends.min(), ends.max()), band, atol=1.1e-3)
 
 
@@ -52,13 +52,15 @@ def test_small_singular_values_grow_by_the_product_of_the_first_coefficients(nam
 
 
 def test_eight_steps_of_polar_express_end_at_one():
-    ends = follow(coefficient_table("polar_express", 8), np.geomspace(1e-2, 1, 1001) / 1.01)
+    ends = apply_polynomials(
+        coefficient_table("polar_express", 8), np.geomspace(1e-2, 1, 1001) / 1.01
+    )
     assert np.abs(ends - 1).max() < 1e-6
 
 
-def test_no_table_turns_a_singular_value_around_even_if_rounding_left_it_above_one():
+def test_no_table_makes_a_singular_value_negative_even_slightly_above_one():
     for name in COEFFICIENTS:
-        ends = follow(coefficient_table(name), np.linspace(0.02, 1.01, 10_001))
+        ends = apply_polynomials(coefficient_table(name), np.linspace(0.02, 1.01, 10_001))
         assert 0.67 < ends.min() <= ends.max() < 1.21, name
 
 
@@ -67,19 +69,23 @@ def test_fewer_steps_take_the_first_rows_and_more_repeat_the_last(name):
     rows = COEFFICIENTS[name].rows
     assert coefficient_table(name, 1).rows == rows[:1]
     assert coefficient_table(name, len(rows) + 3).rows == rows + rows[-1:] * 3
-    own = coefficient_table(name)
-    assert len(own.rows) == own.steps == {"aol4": 4}.get(name, 5)
+    default = coefficient_table(name)
+    assert len(default.rows) == default.steps == {"aol4": 4}.get(name, 5)
 
 
-def test_rows_of_ones_own_and_tables_of_ones_own_are_taken_as_they_are():
+def test_custom_rows_and_tables_are_used_unchanged():
     rows = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
-    assert coefficient_table(rows) == Table(rows, steps=2)
+    assert coefficient_table(rows) == CoefficientTable(rows, steps=2)
     assert coefficient_table([list(row) for row in rows], 3).rows == (*rows, rows[1])
-    assert coefficient_table(Table(rows, steps=4, safety=1.02)).rows == (*rows, rows[1], rows[1])
+    assert coefficient_table(CoefficientTable(rows, steps=4, safety=1.02)).rows == (
+        *rows,
+        rows[1],
+        rows[1],
+    )
 
 
 @pytest.mark.parametrize("wrong", ["euler", (), ((1.0, 2.0),), ((1, 2, math.nan),), (1, 2, 3), 7])
-def test_what_is_no_table_names_its_flag(wrong):
+def test_an_invalid_table_names_its_flag(wrong):
     with pytest.raises(ValueError, match="--optim.ns_coefficients"):
         coefficient_table(wrong)
 
@@ -90,6 +96,6 @@ def test_an_unknown_table_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_no_steps_name_their_flag(steps):
+def test_fewer_than_one_step_names_its_flag(steps):
     with pytest.raises(ValueError, match="--optim.ns_steps"):
         coefficient_table("jordan", steps)

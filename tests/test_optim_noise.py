@@ -13,7 +13,7 @@ GRADS = {"a": jnp.full((64, 8), 2.0), "b": {"c": jnp.linspace(-1.0, 1.0, 100)}}
 
 
 def noises(transform, steps, grads=GRADS, good=()):
-    """What each step adds, and the last state; `good` holds a bool a step, else all are."""
+    """Returns what each step adds, and the last state; `good` has a bool for each step."""
     state, added = transform.init(grads), []
     for i in range(steps):
         out, state = transform.update(grads, state, good=good[i] if good else True)
@@ -21,8 +21,8 @@ def noises(transform, steps, grads=GRADS, good=()):
     return added, state
 
 
-def same(one, other):
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one, other)))
+def same(tree, other):
+    return all(jax.tree.leaves(jax.tree.map(jnp.array_equal, tree, other)))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_noise_is_a_function_of_the_seed_and_the_step():
     assert not same(first[0], first[1]) and not same(first[0], other[0])
 
 
-def test_leaves_of_one_shape_get_noise_of_their_own():
+def test_leaves_of_one_shape_get_different_noise():
     grads = {"a": jnp.ones(50), "b": jnp.ones(50)}
     [added], _ = noises(heavy_tailed_noise(1.5, 0.5), 1, grads)
     assert not jnp.array_equal(added["a"], added["b"])
@@ -60,18 +60,18 @@ def test_noise_is_symmetric(draws):
 
 
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 3.0])
-def test_quantiles_follow_the_law_of_lomax_far_into_the_tail(alpha):
+def test_quantiles_follow_the_lomax_distribution_far_into_the_tail(alpha):
     sizes = np.abs(symmetric_lomax(jax.random.key(1), (400_000,), alpha))
     rest = np.array([0.5, 0.1, 0.01, 1e-3, 1e-4])  # share of draws beyond
     np.testing.assert_allclose(np.quantile(sizes, 1 - rest), rest ** (-1 / alpha) - 1, rtol=0.15)
 
 
-def test_the_largest_draws_outgrow_any_normal(draws):
+def test_the_largest_draws_are_larger_than_a_normal_distribution_allows(draws):
     ratio = np.quantile(draws, 1 - 1e-4) / np.quantile(draws, 1 - 1e-2)
     assert ratio > 15  # of a normal distribution 1.6
 
 
-def test_the_scale_is_that_of_the_first_gradient():
+def test_the_noise_is_scaled_by_the_first_gradient():
     transform = heavy_tailed_noise(1.5, 0.5)
     state = transform.init(GRADS)
     _, state = transform.update(GRADS, state)
@@ -97,26 +97,26 @@ def test_twice_the_scale_is_twice_the_noise():
     np.testing.assert_allclose(2 * added[0], added[1], rtol=1e-4, atol=1e-5)
 
 
-def test_no_scale_is_the_identity_bitwise():
+def test_a_scale_of_zero_is_the_identity_bitwise():
     transform = heavy_tailed_noise(1.5, 0.0)
     out, state = transform.update(GRADS, transform.init(GRADS), good=True)
     assert same(out, GRADS) and not jax.tree.leaves(state)
 
 
-def test_a_bad_step_leaves_the_state_and_all_later_noise_as_they_were():
+def test_a_bad_step_changes_neither_the_state_nor_later_noise():
     transform = heavy_tailed_noise(1.5, 0.5)
     fresh = transform.init(GRADS)
     nan = jax.tree.map(lambda g: g * jnp.nan, GRADS)
     _, state = transform.update(nan, fresh, good=jnp.array(False))
     assert same(state, fresh)
-    whole, _ = noises(transform, 2)
-    broken, _ = noises(transform, 3, good=(True, False, True))
-    assert same(whole[0], broken[0]) and same(whole[1], broken[2])
+    expected, _ = noises(transform, 2)
+    interrupted, _ = noises(transform, 3, good=(True, False, True))
+    assert same(expected[0], interrupted[0]) and same(expected[1], interrupted[2])
 
 
 @pytest.mark.parametrize(
     ("alpha", "scale", "flag"), [(1.0, 1, "noise_tail"), (2, -1, "noise_scale")]
 )
-def test_noise_that_has_no_mean_or_a_negative_size_is_refused(alpha, scale, flag):
+def test_noise_without_a_mean_or_with_a_negative_scale_is_refused(alpha, scale, flag):
     with pytest.raises(ValueError, match=f"--optim.{flag}"):
         heavy_tailed_noise(alpha, scale)

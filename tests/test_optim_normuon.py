@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 
 from jaxtrain.axes import Axes
-from jaxtrain.optim.normuon import balance_neurons
-from jaxtrain.optim.recipes import normuon
+from jaxtrain.optim.normuon import balance_neurons, normuon
 
 AXES = Axes.parse("L|D->F")
 
 
 def skewed(seed=0):
-    """[2,12,8] whose outputs differ in size by up to 100."""
+    """Returns [2,12,8] whose outputs differ in size by up to 100 times."""
     u = jax.random.normal(jax.random.key(seed), (2, 12, 8))
     return u * jnp.logspace(-1, 1, 8)
 
 
-def test_the_first_step_gives_every_neuron_one_length_and_keeps_the_norm():
+def test_the_first_step_gives_every_neuron_the_same_length_and_preserves_the_norm():
     transform, u = balance_neurons(AXES), skewed()
     y, _ = jax.jit(transform.update)(u, transform.init(u))
     lengths = jnp.sqrt(jnp.sum(y**2, -2))
@@ -25,7 +24,7 @@ def test_the_first_step_gives_every_neuron_one_length_and_keeps_the_norm():
     np.testing.assert_allclose(norm(y), norm(u), rtol=1e-5)
 
 
-def test_a_neuron_that_grows_is_held_back_by_its_average():
+def test_a_neuron_that_grows_is_divided_by_its_average():
     transform = balance_neurons(AXES, decay=0.9)
     u = jnp.ones((1, 4, 3))
     _, state = transform.update(u, transform.init(u))
@@ -35,14 +34,14 @@ def test_a_neuron_that_grows_is_held_back_by_its_average():
     np.testing.assert_allclose(y[0, 0] / y[0, 0, 1], want / want[1], rtol=1e-5)
 
 
-def test_zeros_stay_zeros_and_the_state_is_one_number_an_output():
+def test_zeros_stay_zeros_and_the_state_has_one_number_per_output():
     transform, u = balance_neurons(AXES), jnp.zeros((2, 12, 8))
     y, state = transform.update(u, transform.init(u))
     assert not jnp.any(y)
     assert state.square.shape == (2, 1, 8)
 
 
-def test_the_recipe_descends_a_quadratic():
+def test_normuon_descends_a_quadratic():
     goal = skewed(1)
     optimizer, params = normuon(AXES, learning_rate=0.5, weight_decay=0.0), jnp.zeros_like(goal)
     state = optimizer.init(params)

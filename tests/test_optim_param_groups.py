@@ -1,4 +1,4 @@
-"""Every shipped config, from axes alone: what goes to which group."""
+"""Parameter groups of every shipped config, computed from axes without making an array."""
 
 import functools
 import importlib
@@ -27,7 +27,7 @@ def rows_of(config_name, **optim):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_hidden_matrix_and_nothing_else_goes_to_muon(name):
+def test_muon_gets_every_hidden_matrix_and_nothing_else(name):
     m, rows = rows_of(name, name="muon")
     gates = {"swiglu": 3, "gelu": 2, "relu2": 2}[m.mlp]
     hidden = m.L * (2 * m.D * m.H * m.K + 2 * m.D * m.G * m.K + gates * m.D * m.F)
@@ -44,7 +44,7 @@ def test_embedding_head_gains_and_biases_are_never_matrices(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_query_key_and_value_are_matrices_of_their_own(name):
+def test_query_key_and_value_are_separate_matrices(name):
     m, rows = rows_of(name, name="muon")
     view = {row.name: row.view for row, _ in rows}
     assert view["blocks.attention.q.w"] == f"{m.L}x{m.D}x{m.H * m.K}"
@@ -53,6 +53,6 @@ def test_query_key_and_value_are_matrices_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_geometry_leaves_nothing_to_adam(name):
+def test_with_rest_lmo_every_parameter_follows_a_norm(name):
     _, rows = rows_of(name, name="muon", rest="lmo")
     assert all(row.optimizer != "adamw" and row.geometry for row, _ in rows)

@@ -16,7 +16,7 @@ def scales(counts, **values):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_combination_is_in_0_to_1_and_positive_on_every_step_of_the_run(schedule):
+def test_every_schedule_is_at_most_1_and_positive_on_every_step_of_the_run(schedule):
     for warmup, total, share, final in itertools.product(
         (0, 1, 10, 300), (1, 2, 11, 200), (0.0, 0.3, 1.0), (0.0, 0.1, 1.0)
     ):
@@ -38,7 +38,7 @@ def test_the_warm_up_is_a_straight_line_from_one_step_to_the_peak(schedule):
     np.testing.assert_allclose(y, np.arange(1, 11) / 10, rtol=1e-6)
 
 
-def test_wsd_is_flat_then_a_straight_line_that_ends_at_the_final_scale():
+def test_wsd_is_constant_and_then_falls_in_a_straight_line_to_the_final_scale():
     y = scales(
         np.arange(130),
         schedule="wsd",
@@ -52,7 +52,7 @@ def test_wsd_is_flat_then_a_straight_line_that_ends_at_the_final_scale():
     np.testing.assert_allclose(y[100:], 0.1, rtol=1e-6)
 
 
-def test_cosine_spans_the_whole_rest_and_ends_at_the_final_scale():
+def test_cosine_falls_from_the_end_of_warm_up_to_the_final_scale():
     y = scales(np.arange(130), schedule="cosine", warmup_steps=20, total_steps=100, final_scale=0.2)
     t = np.arange(20, 101)
     half = 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * (t - 20) / 80))
@@ -60,12 +60,12 @@ def test_cosine_spans_the_whole_rest_and_ends_at_the_final_scale():
     np.testing.assert_allclose(y[100:], 0.2, rtol=1e-6)
 
 
-def test_constant_has_no_end():
+def test_constant_stays_at_1_after_the_run():
     assert np.all(scales([10, 99, 100, 10**6], schedule="constant", total_steps=100) == 1)
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
-def test_the_last_step_of_a_very_long_run_still_moves(schedule):
+def test_the_last_step_of_a_very_long_run_has_a_positive_rate(schedule):
     total = 2_000_000_000
     counts = [total - 1, total]
     y = scales(counts, schedule=schedule, total_steps=total, decay_fraction=1.0)

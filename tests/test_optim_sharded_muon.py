@@ -14,7 +14,8 @@ from jaxtrain.config.train_config import MeshConfig, OptimConfig, freeze
 from jaxtrain.distributed.mesh import build_mesh, moment_spec, param_sharding
 from jaxtrain.optim.build import build_optimizer, state_shardings
 from jaxtrain.optim.lmo import build_unit_step
-from jaxtrain.optim.sharded_muon import load_imbalance, on_owners, pools
+from jaxtrain.optim.newton_schulz import NewtonSchulz
+from jaxtrain.optim.sharded_muon import build_sharded_map, load_imbalance, pool_matrices
 from jaxtrain.training.run import build_run
 
 SIZES = {"D": 64, "H": 4, "G": 2, "K": 16, "F": 192, "V": 128}
@@ -49,7 +50,7 @@ def distance(ours, theirs):
 
 @functools.cache
 def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
-    """(compiled update, its arguments): arrays at rest on a mesh, or on one device."""
+    """Returns (compiled update, its arguments), sharded over a mesh or on one device."""
     cfg = OptimConfig(name=name, weight_decay=0.1, warmup_steps=0, ns_dtype=ns_dtype)
     params, grads = draw(AXES, layers), draw(AXES, layers, seed=1)
     if sizes is None:
@@ -70,27 +71,28 @@ def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
     "sizes, layers, per_head",
     [(sizes, 6, False) for sizes in MESHES] + [((2, 2, 2), 8, True)],
 )
-def test_owners_make_the_steps_that_one_device_makes(sizes, layers, per_head):
+def test_sharded_steps_equal_those_of_one_device(sizes, layers, per_head):
     mesh, tree = mesh_of(sizes), draw(MATRICES, layers)
     at = {k: NamedSharding(mesh, moment_spec(a, tree[k].shape, mesh)) for k, a in MATRICES.items()}
     options = {"dtype": jnp.float32, "per_head": per_head}
-    whole = jax.jit(functools.partial(build_unit_step(**options), MATRICES))(tree)
-    for copied in (True, False):
-        step = build_unit_step(over=on_owners(mesh, copied), **options)
+    unit_step = functools.partial(build_unit_step, NewtonSchulz(), **options)
+    whole = jax.jit(functools.partial(unit_step(), MATRICES))(tree)
+    for replicate in (True, False):
+        step = unit_step(map_matrices=build_sharded_map(mesh, replicate))
         split = jax.jit(functools.partial(step, MATRICES))(jax.device_put(tree, at))
         for key, y in split.items():
             assert distance(y, whole[key]) <= 3e-6
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_the_whole_update_in_bf16_is_that_of_one_device_to_its_rounding(sizes):
-    (split, args), (one, args_one) = compile_on(sizes, 8), compile_on(None, 8)
-    ours, theirs = split(*args)[0], one(*args_one)[0]
+def test_the_bf16_update_on_a_mesh_equals_that_of_one_device_up_to_rounding(sizes):
+    (split, args), (whole, whole_args) = compile_on(sizes, 8), compile_on(None, 8)
+    ours, theirs = split(*args)[0], whole(*whole_args)[0]
     for key, u in ours.items():
         assert distance(u, theirs[key]) <= 2e-2
 
 
-def test_moments_rest_with_their_parameters_and_split_over_replicas_too():
+def test_momentum_is_sharded_like_its_parameter_and_over_replicas_too():
     _, (grads, state, params) = compile_on((2, 2, 2), 8)
     momentum = state[-1].inner_states["matrices"].inner_state[0].momentum
     shard = lambda x: np.prod(x.sharding.shard_shape(x.shape))
@@ -101,84 +103,85 @@ def test_moments_rest_with_their_parameters_and_split_over_replicas_too():
     assert rest[1].count.is_fully_replicated
 
 
-def test_both_accelerations_keep_their_buffers_split_over_replicas():
+def test_the_transport_buffer_is_sharded_over_replicas():
     _, (_, state, params) = compile_on((8, 1, 1), 8, "accelerated_lmo")
     offset = state[-1].inner_states["matrices"].inner_state.offset["wq"]
     assert 8 * np.prod(offset.sharding.shard_shape(offset.shape)) == params["wq"].size
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_an_accelerated_update_on_a_mesh_is_that_of_one_device(sizes):
+def test_an_accelerated_update_on_a_mesh_equals_that_of_one_device(sizes):
     case = 8, "accelerated_lmo", "float32"
-    (split, args), (one, args_one) = compile_on(sizes, *case), compile_on(None, *case)
-    ours, theirs = split(*args)[0], one(*args_one)[0]
+    (split, args), (whole, whole_args) = compile_on(sizes, *case), compile_on(None, *case)
+    ours, theirs = split(*args)[0], whole(*whole_args)[0]
     for key, u in ours.items():
         assert distance(u, theirs[key]) <= 3e-6
 
 
 def collectives(compiled):
-    """Counter of (in the entry computation, op) in the compiled HLO."""
-    found, entry = Counter(), False
+    """Counts (whether in the entry computation, op) in the compiled HLO."""
+    counts, entry = Counter(), False
     for line in compiled.as_text().splitlines():
         if line and not line[0].isspace():
             entry = line.startswith("ENTRY")
         op = re.search(r" (all-to-all|all-gather|all-reduce|collective-permute)(-start)?\(", line)
         if op:
-            found[entry, op[1]] += 1
-    return found
+            counts[entry, op[1]] += 1
+    return counts
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_fsdp_costs_two_all_to_alls_a_shape_and_the_clip_one_all_reduce(layers):
+def test_fsdp_needs_two_all_to_alls_a_shape_and_one_all_reduce_for_clipping(layers):
     compiled, _ = compile_on((1, 8, 1), layers)
     expected = {(True, "all-to-all"): 2 * POOLS, (True, "all-reduce"): 1}
     assert collectives(compiled) == expected
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_copies_cost_one_all_gather_a_shape(layers):
+def test_replicas_need_one_all_gather_a_shape(layers):
     compiled, _ = compile_on((8, 1, 1), layers)
     assert collectives(compiled) == {(True, "all-gather"): POOLS}
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_no_collective_stands_inside_the_loop(sizes):
+def test_the_loop_contains_no_collective(sizes):
     compiled, _ = compile_on(sizes, 8)
     assert "while(" in compiled.as_text()
-    found = collectives(compiled)
-    assert all(entry for entry, _ in found)
-    assert found[True, "all-to-all"] <= 2 * POOLS
+    counts = collectives(compiled)
+    assert all(entry for entry, _ in counts)
+    assert counts[True, "all-to-all"] <= 2 * POOLS
 
 
 @functools.cache
 def flops_of_steps(sizes, layers):
-    """FLOPs that XLA counts on a device, of Newton-Schulz; wide, so that products dominate."""
+    """Returns XLA's count of a device's FLOPs and its load; wide, so that products dominate."""
     wide = SIZES | {"D": 128, "F": 512, "K": 32, "L": layers}
     tree = {k: jax.ShapeDtypeStruct(a.shape(wide), jnp.float32) for k, a in MATRICES.items()}
-    options, share = {"dtype": jnp.float32, "chunk_bytes": 0}, 1.0  # a loop is counted once
+    options, load = {"dtype": jnp.float32}, 1.0
     if sizes is not None:
         mesh = mesh_of(sizes)
-        share = load_imbalance(MATRICES, tree, mesh)
+        load = load_imbalance(MATRICES, tree, mesh)
         rest = {k: NamedSharding(mesh, moment_spec(MATRICES[k], tree[k].shape, mesh)) for k in tree}
         tree = {k: x.update(sharding=rest[k]) for k, x in tree.items()}
-        options["over"] = on_owners(mesh)
-    step = functools.partial(build_unit_step(**options), MATRICES)
-    return jax.jit(step).lower(tree).compile().cost_analysis()["flops"], share
+        options["map_matrices"] = build_sharded_map(mesh)
+    newton_schulz = NewtonSchulz(chunk_bytes=0)  # no loop over chunks: XLA counts a loop once
+    step = functools.partial(build_unit_step(newton_schulz, **options), MATRICES)
+    return jax.jit(step).lower(tree).compile().cost_analysis()["flops"], load
 
 
 @pytest.mark.parametrize("layers", [8, 26])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1)])
-def test_a_device_does_the_share_of_the_flops_that_is_stated(sizes, layers):
-    (split, share), (whole, _) = flops_of_steps(sizes, layers), flops_of_steps(None, layers)
+def test_a_device_does_the_flops_that_load_imbalance_predicts(sizes, layers):
+    (split, load), (whole, _) = flops_of_steps(sizes, layers), flops_of_steps(None, layers)
     assert split <= 1.1 * whole / 8
-    assert split == pytest.approx(share * whole / 8, rel=0.01)
+    assert split == pytest.approx(load * whole / 8, rel=0.01)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2)])
 @pytest.mark.parametrize(
     "name", ["gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"]
 )
-def test_the_shipped_models_keep_eight_owners_busy(name, sizes):
+def test_shipped_models_load_eight_devices_evenly(name, sizes):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.accumulation = 1
     cfg = freeze(config)
@@ -191,7 +194,7 @@ def test_the_program_does_not_grow_with_layers():
     assert size(26) <= 1.02 * size(8)
 
 
-def test_matrices_of_one_shape_are_pooled_whatever_their_name_and_orientation():
-    found = pools(MATRICES, draw(MATRICES, 8), mesh_of((1, 8, 1)))
-    names = [{name for name, _ in members} for members in found.values()]
+def test_matrices_of_one_shape_share_a_pool_whatever_their_name_and_orientation():
+    pools = pool_matrices(MATRICES, draw(MATRICES, 8), mesh_of((1, 8, 1)))
+    names = [{name for name, _ in members} for members in pools.values()]
     assert names == [{"wq", "wo"}, {"wk", "wv"}, {"w_gate", "w_down"}]

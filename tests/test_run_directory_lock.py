@@ -135,17 +135,17 @@ def test_a_host_that_died_can_be_freed_by_removing_the_file_that_the_message_nam
 
 
 def test_processes_of_one_run_share_a_lock_that_keeps_other_runs_out(tmp_path):
-    with RunLock(tmp_path, run="a"):
-        with RunLock(tmp_path, run="a") as second:
-            with pytest.raises(RunLocked), RunLock(tmp_path, run="b"):
+    with RunLock(tmp_path, run_id="a"):
+        with RunLock(tmp_path, run_id="a") as second:
+            with pytest.raises(RunLocked), RunLock(tmp_path, run_id="b"):
                 pass
             with pytest.raises(RunLocked), RunLock(tmp_path):
                 pass
         assert (tmp_path / ".lock").exists()  # the last one removes it
-        with pytest.raises(RunLocked), RunLock(tmp_path, run="b"):
+        with pytest.raises(RunLocked), RunLock(tmp_path, run_id="b"):
             pass
     assert not (tmp_path / ".lock").exists() and second.describe() == []
-    with RunLock(tmp_path, run="b"):
+    with RunLock(tmp_path, run_id="b"):
         pass
 
 

@@ -15,7 +15,7 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.program import run_main
 from jaxtrain.errors import CheckpointError
 from jaxtrain.planning.search import read_cached
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.study.plan import Trial

@@ -1,1 +1,1 @@
-"""Checkpoints: saving, restoring, verifying, and the two kinds of storage."""
+"""Saves, restores and verifies checkpoints, on either of two kinds of storage."""

@@ -1,38 +1,44 @@
-"""What proves that a state read back is the state that was saved: digests, and the record of them.
+"""Checks that a restored state is the state that was saved: array checksums and their record.
 
-The 64-bit digest of an array does not depend on how the array is split. Every 32-bit word is mixed
-with its place in the whole array and the results are added mod 2^32, so each device sums its own
-part and the order of the sums cannot matter. For a given place the mix is a bijection: a change
-within one word always shows. A swap shows but for one chance in about 2^64; a sum of words times
-odd weights would miss the swap of x and -x, whose bits differ by 2^31.
+Orbax 0.12 stores no checksum of an array: it restores a flipped byte without an error.
+
+The 64-bit digest of an array does not depend on how the array is split over devices. Every 32-bit
+word is mixed with its position in the whole array, and the results are added mod 2^32: each device
+sums its own part, and the order of the additions cannot matter. For a given position the mix is a
+bijection, so a change within one word is always detected. A swap of two words is missed with a
+probability of about 2^-64; a plain sum of words times odd weights would always miss the swap of
+x and -x, whose bits differ by 2^31.
 """
 
 import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.errors import CheckpointError
 
-FORMAT = 1  # of the record; sha256 covers every field but itself, in this and in later formats
+FORMAT = 1  # of the record; in every format sha256 covers all other fields
 GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
 
 
-def digests(arrays) -> list[str]:
-    """16 hex digits for each array, in one compiled call and one transfer.
+def compute_digests(arrays: Iterable[jax.Array]) -> list[str]:
+    """Returns 16 hex digits for each array, in one compiled call and one transfer.
 
     Args:
         arrays: bool, integer or float arrays of any shape, all on the same devices.
 
     Raises:
-        ValueError: a dtype has no bits to read, as a typed PRNG key.
+        ValueError: a dtype has no bits to read, such as that of a typed PRNG key.
     """
+    arrays = list(arrays)
     for x in arrays:
         if not _has_bits(x.dtype):
             raise ValueError(
@@ -42,47 +48,49 @@ def digests(arrays) -> list[str]:
     if not arrays:
         return []
     meshes = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
-    sums_N2 = jax.device_get(_compiled(meshes[0] if meshes else None)(list(arrays)))
+    sums_N2 = jax.device_get(_jitted_digests(meshes[0] if meshes else None)(arrays))
     return [f"{high:08x}{low:08x}" for high, low in sums_N2.tolist()]
 
 
-def _has_bits(dtype) -> bool:
+def _has_bits(dtype: jnp.dtype) -> bool:
+    """Returns whether each element is bits in memory: false for int4 and typed PRNG keys."""
     known = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
     return (known or jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize * 8 == _bits(dtype)
 
 
-def _bits(dtype) -> int:
+def _bits(dtype: jnp.dtype) -> int:
     if dtype == jnp.bool_:
         return 8
-    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
-    return info(dtype).bits
+    return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
 
 
 @functools.lru_cache
-def _compiled(mesh):
-    """The jitted digests of a list of arrays -> uint32[N,2], whole on every device of the mesh."""
-    whole = NamedSharding(mesh, P()) if mesh is not None else None
-    return jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]), out_shardings=whole)
+def _jitted_digests(mesh: Mesh | None):
+    """Returns a jitted function: list of arrays -> uint32[N,2], replicated over the mesh."""
+    replicated = NamedSharding(mesh, P()) if mesh is not None else None
+    return jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]), out_shardings=replicated)
 
 
-def _digest(x):
-    """[...] -> uint32[2]. Both sums in one reduction: XLA's CPU fuses nothing into two of them."""
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for dim, stride in enumerate(_strides(x.shape)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
+def _digest(x: jax.Array) -> jax.Array:
+    """[...] -> uint32[2], without temporaries of the array's size."""
+    position = jnp.zeros(x.shape, jnp.uint32)  # in the whole array, row-major
+    for dim in range(x.ndim):
+        stride = jnp.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * stride
     first = second = jnp.zeros(x.shape, jnp.uint32)
     words = _words(x)
     for k, word in enumerate(words):
-        mixed = _mix(word ^ _mix(place * jnp.uint32(len(words)) + jnp.uint32(k + 1)))
+        mixed = _mix(word ^ _mix(position * jnp.uint32(len(words)) + jnp.uint32(k + 1)))
         first += mixed
         second += _mix(mixed + jnp.uint32(GOLDEN))
+    # Both sums in one reduction: XLA on CPU would not fuse the mixing into two of them.
     zero = jnp.uint32(0)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
     return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, tuple(range(x.ndim))))
 
 
-def _words(x):
-    """x's bits as one or two uint32 arrays of x's shape."""
+def _words(x: jax.Array) -> list[jax.Array]:
+    """Returns x's bits as one or two uint32 arrays of x's shape."""
     if x.dtype == jnp.bool_:
         return [x.astype(jnp.uint32)]
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
@@ -91,12 +99,8 @@ def _words(x):
     return [bits.astype(jnp.uint32), (bits >> 32).astype(jnp.uint32)]
 
 
-def _strides(shape):
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-
-
-def _mix(h):
-    """A bijection of uint32 in which every input bit reaches every output bit.
+def _mix(h: jax.Array) -> jax.Array:
+    """Applies a bijection of uint32 in which every input bit affects every output bit.
 
     Source: Wellons 2018, "lowbias32", https://nullprogram.com/blog/2018/07/31/
     """
@@ -105,53 +109,60 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
-def flatten_state(state) -> dict:
-    """`{"params.embed.w": leaf, ...}`: what is stored does not depend on the containers' classes.
+def flatten_state(state: Any) -> dict[str, Any]:
+    """Returns `{"params.embed.w": leaf, ...}`, the same whatever classes the containers have.
 
     Raises:
-        ValueError: a leaf is empty, or no array nor ShapeDtypeStruct, or two share a path.
+        ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct; or two share a path.
     """
     flat = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
             raise ValueError(f"every leaf of a state must be a jax.Array; got {path}={leaf!r}.")
-        if not leaf.size:  # Orbax fails halfway, and its threads then hold the exit for minutes
-            raise ValueError(f"a leaf of a state must not be empty; got {path}, {describe(leaf)}.")
+        # With an empty leaf Orbax fails halfway, and its threads then delay the exit for minutes.
+        if not leaf.size:
+            raise ValueError(
+                f"a leaf of a state must not be empty; got {path}, {describe_array(leaf)}."
+            )
         if path in flat:
             raise ValueError(f"paths of a state must be unique; got {path!r} twice. Rename a key.")
         flat[path] = leaf
     return flat
 
 
-def describe(leaf) -> str:
+def describe_array(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Returns dtype and shape, such as `float32[16,32]`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def build_record(step: int, leaves: dict, meta: dict) -> dict:
-    """The JSON that rides beside the arrays, sealed by its own sha256."""
+def build_record(step: int, leaves: dict[str, jax.Array], meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON that is stored beside the arrays, with its own sha256."""
     table = {
-        path: {"type": describe(leaf), "digest": digest}
-        for (path, leaf), digest in zip(leaves.items(), digests(list(leaves.values())), strict=True)
+        path: {"type": describe_array(leaf), "digest": digest}
+        for (path, leaf), digest in zip(
+            leaves.items(), compute_digests(leaves.values()), strict=True
+        )
     }
     record = {"format": FORMAT, "step": step, "leaves": table, "meta": meta}
-    record = json.loads(json.dumps(record))
-    return record | {"sha256": _seal(record)}
+    record = json.loads(json.dumps(record))  # as it will be read: tuples become lists
+    return record | {"sha256": record_hash(record)}
 
 
-def _seal(record: dict) -> str:
+def record_hash(record: dict[str, Any]) -> str:
+    """Returns the sha256 of every other field of a record."""
     fields = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def read_record(folder: Path) -> dict:
-    """The record of one step's folder.
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the record in one step's folder.
 
     Raises:
         CheckpointError: the folder is empty or lacks a file, or the record is not as written.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not there")
+        raise CheckpointError(f"{folder} does not exist")
     if not any(folder.iterdir()):
         raise CheckpointError("its folder is empty")
     for name in ("record/metadata", "state/_METADATA", "state/manifest.ocdbt"):
@@ -160,16 +171,16 @@ def read_record(folder: Path) -> dict:
     try:
         record = json.loads((folder / "record/metadata").read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"record/metadata is not JSON that can be read: {error}") from None
-    if not isinstance(record, dict) or record.get("sha256") != _seal(record):
+        raise CheckpointError(f"record/metadata is not valid JSON: {error}") from None
+    if not isinstance(record, dict) or record.get("sha256") != record_hash(record):
         raise CheckpointError("record/metadata differs from its own sha256")
     if str(record["step"]) != folder.name:
-        raise CheckpointError(f"its record is of step {record['step']}")
+        raise CheckpointError(f"its record is that of step {record['step']}")
     return record
 
 
-def check_format(record: dict) -> None:
-    """Raises ValueError where a later version of this program wrote the record."""
+def check_format(record: dict[str, Any]) -> None:
+    """Raises ValueError if a later version of this program wrote the record."""
     if record["format"] > FORMAT:
         raise ValueError(
             f"a checkpoint's format must be at most {FORMAT}; got format={record['format']} at "
@@ -177,28 +188,27 @@ def check_format(record: dict) -> None:
         )
 
 
-def check_template(record: dict, template: dict) -> None:
-    """Raises ValueError unless the record's leaves are the template's, by path, dtype and shape."""
+def check_template(record: dict[str, Any], template: dict[str, Any]) -> None:
+    """Raises ValueError unless record and template have equal leaves: path, dtype and shape."""
     stored = {path: leaf["type"] for path, leaf in record["leaves"].items()}
-    asked = {path: describe(leaf) for path, leaf in template.items()}
+    expected = {path: describe_array(leaf) for path, leaf in template.items()}
     different = [
-        f"{path}: stored {stored.get(path, 'nothing')}, asked {asked.get(path, 'nothing')}"
-        for path in sorted(stored | asked)
-        if stored.get(path) != asked.get(path)
+        f"{path}: stored {stored.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
+        for path in sorted(stored | expected)
+        if stored.get(path) != expected.get(path)
     ]
     if different:
+        more = "; ..." if len(different) > 3 else ""
         raise ValueError(
             f"the config must describe the state of the checkpoint at step {record['step']}; got "
-            f"{len(different)} leaves that differ: {'; '.join(different[:3])}"
-            f"{'; ...' * (len(different) > 3)}. "
+            f"{len(different)} leaves that differ: {'; '.join(different[:3])}{more}. "
             "Set --model.* and --optim.* as in that run, or another --workdir."
         )
 
 
-def check_digests(record: dict, arrays: dict) -> None:
-    """Raises CheckpointError, in every process, unless each array is what the record says."""
-    paths = list(arrays)
-    for path, digest in zip(paths, digests([arrays[path] for path in paths]), strict=True):
+def check_digests(record: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
+    """Raises CheckpointError, in every process, unless each array has its recorded digest."""
+    for path, digest in zip(arrays, compute_digests(arrays.values()), strict=True):
         stored = record["leaves"][path]["digest"]
         if digest != stored:
             raise CheckpointError(f"{path} has digest {digest}; {stored} was saved")

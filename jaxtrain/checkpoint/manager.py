@@ -1,22 +1,25 @@
-"""Checkpoints: a state and its record in one atomic folder per step, verified when read back.
+"""Saves a run's state, one folder per step, and verifies it when it is restored.
 
     <folder>/<step>/state/            the arrays, by path: zarr in OCDBT, as Orbax writes them
     <folder>/<step>/record/metadata   JSON: format, step, meta, and each leaf's dtype, shape, digest
 
-Orbax restores a flipped byte, casts a dtype and takes an empty folder for the newest step without
-a word, so the record says what every leaf must be, and a step that differs is not restored.
+What Orbax guarantees: a step's folder appears under its final name only once it is complete, and
+saving in the background works on a copy, so that the state may be donated. What it does not: it
+restores a flipped byte, casts a dtype, and takes an empty folder for the newest step, all without
+an error. So the record describes every leaf, and a step that differs from it is not restored.
 """
 
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from absl import logging
 
-from jaxtrain.checkpoint import integrity as digest
+from jaxtrain.checkpoint import integrity
 from jaxtrain.checkpoint.process0_store import Process0Store
 from jaxtrain.checkpoint.shared_store import SharedStore
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
@@ -24,48 +27,50 @@ from jaxtrain.errors import CheckpointError, SaveFailed
 from jaxtrain.file_errors import describe_error, describe_storage_error, is_file_error
 
 STORAGE = {"shared": SharedStore, "host0": Process0Store}
-TRIES = 5  # to read a step before the run that is going on replaces it
+READ_ATTEMPTS = 5  # of a reader whose steps the running training deletes before they are read
 
 
-class _Replaced(CheckpointError):
-    """A step was removed while it was read; there is a newer one."""
+class _StepDeleted(CheckpointError):
+    """The running training deleted a step while it was read; there is a newer one."""
 
 
 class Restored(NamedTuple):
+    """A restored checkpoint."""
+
     step: int
     state: Any
     meta: dict
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use it as a context manager: leaving waits for the last save.
+    """The checkpoints of one run, as a context manager; leaving it waits for the last save.
 
     Args:
-        folder: shared by all processes, or process 0's own; made by the first save.
-        keep_last: this many of the newest steps are kept.
-        keep_every: steps that are multiples of it are kept too; 0 keeps no more.
-        read_only: never writes, moves or cleans up, as beside a run that is still going.
+        folder: shared by all processes, or process 0's own; created by the first save.
+        keep_last: number of newest steps that are not deleted.
+        keep_every: multiples of this step are not deleted either; 0 is none.
+        read_only: never writes, moves or cleans up; for folders that a running training writes to.
         storage: a key of STORAGE.
-        before_save: called by process 0 before each save; an error of it prevents the save.
+        before_save: called by process 0 before each save, which it prevents by raising.
 
     Attributes:
-        rejected: (step, reason) of every step that `restore` would not take.
+        rejected: (step, reason) of every step that `restore` found damaged.
     """
 
     def __init__(
         self,
-        folder,
+        folder: Path | str,
         keep_last: int,
-        keep_every=0,
-        read_only=False,
-        storage="shared",
-        before_save=lambda: None,
+        keep_every: int = 0,
+        read_only: bool = False,
+        storage: str = "shared",
+        before_save: Callable[[], None] = lambda: None,
     ):
         assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)  # TrainConfig checks
         self.folder = Path(folder).absolute()
         self.rejected: list[tuple[int, str]] = []
         self._read_only, self._before_save = read_only, before_save
-        self._saving: int | None = None  # step of the last save, which may be under way
+        self._saving: int | None = None  # step of the last save, which may still be running
         self.storage = STORAGE[storage](self.folder, keep_last, keep_every)
 
     def __enter__(self):
@@ -77,39 +82,43 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise
-            if not (isinstance(failure, SaveFailed) and is_of_disk(error)):  # the same twice
+            # If the file system ends the run anyway, the failed save is the same problem again.
+            if not (isinstance(failure, SaveFailed) and _is_disk_error(error)):
                 logging.error("The last checkpoint was not saved: %s", failure)
         finally:
             self.storage.close()
 
     def steps(self) -> list[int]:
-        """Steps on disk, oldest first, good or not."""
+        """Returns the steps on disk, oldest first, damaged ones included."""
         if not self.folder.is_dir():
             return []
         names = [path.name for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
-    def save(self, step: int, state, meta: dict) -> float:
-        """Saves in the background; returns the seconds it blocked. Then the state may be donated.
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> float:
+        """Starts to save in the background; returns the seconds that it blocked.
+
+        Once it returns, the state may be donated.
 
         Args:
-            step: above every step that is stored.
+            step: above every stored step.
             state: pytree of jax arrays; typed PRNG keys as their key_data.
-            meta: JSON-able; comes back from `restore` as JSON gives it (tuples as lists).
+            meta: JSON-able; `restore` returns it as JSON does (tuples as lists).
 
         Raises:
-            ValueError: the step is not new, a leaf is no array or two share a path, or read_only.
+            ValueError: the step is not new, a leaf is not an array, two leaves share a path, or
+                read_only is set.
             SaveFailed: the file system refused this save, or the one before it.
-            Exception: what before_save raised, or else failed in the save before this one.
+            Exception: before_save raised it, or the save before this one did.
         """
         start = time.perf_counter()
         if self._read_only:
             raise ValueError("save needs Checkpoints(..., read_only=False); got read_only=True.")
-        leaves = digest.flatten_state(state)
-        record = digest.build_record(step, leaves, meta)
+        leaves = integrity.flatten_state(state)
+        record = integrity.build_record(step, leaves, meta)
         broadcast_from_process_0(self._before_save)
         self.wait()
-        with self._naming(step):
+        with self._remove_unfinished_on_error(step):
             self.storage.check()
             newest = self.storage.newest()
         if newest is not None and step <= newest:
@@ -118,86 +127,92 @@ class Checkpoints:
                 f"{self.folder}. Resume from it, or set another --workdir."
             )
         self._saving = step
-        with self._naming(step):
+        with self._remove_unfinished_on_error(step):
             self.storage.save(step, leaves, record)
         return time.perf_counter() - start
 
     @contextlib.contextmanager
-    def _naming(self, step: int):
-        """Turns what the file system refuses into a SaveFailed, and removes the unfinished step."""
+    def _remove_unfinished_on_error(self, step: int | None) -> Iterator[None]:
+        """Turns errors of the file system into SaveFailed, and removes the unfinished step."""
         try:
             yield
         except Exception as error:
             reason = describe_storage_error(error, self.folder)
             if reason is None and not isinstance(error, SaveFailed):
                 raise
-            self.storage.discard(step)  # it may be all that fills the disk
+            if step is not None:
+                self.storage.discard(step)  # its files may be what fills the disk
             if isinstance(error, SaveFailed):
                 raise
             raise SaveFailed(f"checkpoint {step} was not saved: {reason}") from error
 
     def is_saving(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Returns whether a save is running in the background."""
         return self.storage.is_saving()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk. Raises what failed in the background, if any."""
-        with self._naming(self._saving):
+        """Blocks until the last save is on disk. Raises its error if it failed."""
+        with self._remove_unfinished_on_error(self._saving):
             self.storage.wait()
 
-    def restore(self, abstract_state, device_check=True, step=None) -> Restored | None:
-        """The newest step that is what was saved, or None where no step is stored.
+    def restore(
+        self, abstract_state: Any, device_check: bool = True, step: int | None = None
+    ) -> Restored | None:
+        """Restores the newest intact step; returns None if no step is stored.
 
-        Steps that are not are passed over with a warning, and moved to `checkpoints_rejected`
-        beside the folder once an older one has been restored. Call it in every process.
+        Damaged steps are skipped with a warning, and moved to `checkpoints_rejected` beside the
+        folder once an older one has been restored. Every process must call it.
+
+        With read_only, a step that the running training deletes meanwhile is not rejected: the
+        newer one is read.
 
         Args:
             abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
-            device_check: compares the digests of what was read, on the devices.
-            step: only this one; None takes the newest good one.
-
-        With read_only, a step that the run beside it removes meanwhile is not rejected: the newer
-        one is read.
+            device_check: computes the digests of the restored arrays and compares them.
+            step: the only step to try; None takes the newest intact one.
 
         Raises:
             ValueError: the newest intact step is of another state, or of a newer format; or `step`
                 is not stored.
-            CheckpointError: steps are stored, and none can be trusted.
+            CheckpointError: steps are stored, but all are damaged.
         """
-        template = digest.flatten_state(abstract_state)
+        template = integrity.flatten_state(abstract_state)
         unplaced = [path for path, leaf in template.items() if leaf.sharding is None]
         if unplaced:
-            raise ValueError(f"abstract_state must hold shardings; got none for {unplaced}.")
+            raise ValueError(f"abstract_state must have shardings; got none for {unplaced}.")
         if not self._read_only:
             self.storage.check()
-        for _ in range(TRIES):
-            with contextlib.suppress(_Replaced):
+        for _ in range(READ_ATTEMPTS):
+            with contextlib.suppress(_StepDeleted):
                 return self._restore(abstract_state, template, device_check, step)
         raise CheckpointError(
-            f"a checkpoint must stay while it is read; the run that writes to {self.folder} "
-            f"replaced {TRIES}. Wait for its end, or train with a larger --keep_last."
+            f"a checkpoint must exist while it is read; the run that writes to {self.folder} "
+            f"replaced {READ_ATTEMPTS}. Wait for its end, or train with a larger --keep_last."
         )
 
-    def _restore(self, abstract_state, template, device_check, step) -> Restored | None:
-        """As restore(); raises _Replaced if what it read was removed."""
-        rejected, steps = [], broadcast_from_process_0(self.steps)
-        listed = steps
-        if step is not None:
-            if step not in steps:
-                raise ValueError(f"step must be one of {steps}; got {step}. Set --step.")
-            steps = [step]
-        for step in reversed(steps):
-            folder, arrays = self.folder / str(step), None  # frees a rejected step's before reading
+    def _restore(
+        self, abstract_state: Any, template: dict[str, Any], device_check: bool, step: int | None
+    ) -> Restored | None:
+        """Restores as restore() does; raises _StepDeleted if the step was deleted meanwhile."""
+        rejected, listed = [], broadcast_from_process_0(self.steps)
+        if step is not None and step not in listed:
+            raise ValueError(f"step must be one of {listed}; got {step}. Set --step.")
+        candidates = listed if step is None else [step]
+        for step in reversed(candidates):
+            folder = self.folder / str(step)
+            arrays = None  # frees the arrays of a rejected step before the next is read
             try:
-                record = broadcast_from_process_0(lambda folder=folder: digest.read_record(folder))
-                digest.check_format(record)
-                digest.check_template(record, template)
+                record = broadcast_from_process_0(
+                    lambda folder=folder: integrity.read_record(folder)
+                )
+                integrity.check_format(record)
+                integrity.check_template(record, template)
                 arrays = self.storage.read(folder, template)
                 if device_check:
-                    digest.check_digests(record, arrays)
+                    integrity.check_digests(record, arrays)
             except CheckpointError as error:
                 if self._read_only and broadcast_from_process_0(self.steps) != listed:
-                    raise _Replaced from error
+                    raise _StepDeleted from error
                 rejected.append((step, str(error)))
                 if jax.process_index() == 0:
                     logging.warning("Checkpoint at step %d rejected: %s", step, error)
@@ -212,37 +227,37 @@ class Checkpoints:
         if rejected:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in rejected)
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint that can be trusted: {reasons}. Nothing was "
-                "moved. Put back a good step, or set another --workdir."
+                f"{self.folder} contains no intact checkpoint: {reasons}. Nothing was moved. "
+                "Restore a good step from a backup, or set another --workdir."
             )
         return None
 
-    def read_meta(self, step: int | None = None) -> dict | None:
-        """The meta of a step, or of the newest with an intact record; None where none is stored.
+    def read_meta(self, step: int | None = None) -> dict[str, Any] | None:
+        """Returns the meta of a step, or of the newest with an intact record; None if none exists.
 
-        Reads no arrays and talks to no other process.
+        Reads no arrays and does not communicate with other processes.
 
         Raises:
-            ValueError: its format is newer than this program.
-            CheckpointError: the record of that step, or of every step, is broken.
+            ValueError: a newer version of this program wrote it.
+            CheckpointError: the record of that step, or of every step, is damaged.
         """
         steps = self.steps() if step is None else [step]
         reasons = ""
         for candidate in reversed(steps):
             try:
-                record = digest.read_record(self.folder / str(candidate))
+                record = integrity.read_record(self.folder / str(candidate))
             except CheckpointError as error:
                 reasons += f"; step {candidate}: {error}"
                 continue
-            digest.check_format(record)
+            integrity.check_format(record)
             return record["meta"]
         if reasons:
-            raise CheckpointError(f"{self.folder} holds no readable record{reasons}")
+            raise CheckpointError(f"{self.folder} contains no readable record{reasons}")
         return None
 
     @contextlib.contextmanager
-    def naming_newest(self):
-        """Adds the newest step on disk to what the file system refuses in the block.
+    def add_newest_step_to_errors(self) -> Iterator[None]:
+        """Adds the newest step on disk to errors of the file system within the block.
 
         Raises:
             SaveFailed: a checkpoint or another file of the run cannot be written.
@@ -250,35 +265,35 @@ class Checkpoints:
         try:
             yield
         except (SaveFailed, OSError) as error:
-            if not is_of_disk(error):
+            if not _is_disk_error(error):
                 raise
             try:
-                self.wait()  # the save under way may become the newest
-            except SaveFailed as failed:  # it, rather than a line of a log, has filled the disk
+                self.wait()  # the running save may become the newest step
+            except SaveFailed as failed:  # not the log line but this save has filled the disk
                 error = failed
             steps = self.steps()
             newest = f"the newest checkpoint is step {steps[-1]}" if steps else "no step is saved"
             reason = str(error) if isinstance(error, SaveFailed) else describe_error(error)
             raise SaveFailed(
-                f"{reason}; {newest} in {self.folder}. Free some space or mend what is named, then "
-                "run the same command again."
+                f"{reason}; {newest} in {self.folder}. Free some space or repair the named file, "
+                "then run the same command again."
             ) from error
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves these steps' folders out of the way, over nothing that is there already."""
+        """Moves these steps' folders to checkpoints_rejected, under names that are not taken."""
         aside = self.folder.parent / "checkpoints_rejected"
 
-        def move():
+        def move_folders():
             aside.mkdir(exist_ok=True)
             for step in steps:
                 names = [str(step)] + [f"{step}.{k}" for k in range(1, 1_000)]
                 free = next(name for name in names if not (aside / name).exists())
                 os.rename(self.folder / str(step), aside / free)
 
-        broadcast_from_process_0(move)
+        broadcast_from_process_0(move_folders)
         self.storage.reload()
 
 
-def is_of_disk(error: BaseException) -> bool:
-    """Whether the file system is why something ends, rather than its input or a fault of ours."""
+def _is_disk_error(error: BaseException) -> bool:
+    """Returns whether the file system caused an error, rather than bad input or a bug."""
     return isinstance(error, SaveFailed) or is_file_error(error)

@@ -1,59 +1,67 @@
-"""Whether a run that would begin at step 0 was further, on a host that is process 0 no more.
+"""Detects that a run would start over because another host has become process 0.
 
-With checkpoint.storage=host0 one host alone holds the checkpoints. Where another one has become
-process 0 it finds none, would begin anew, and would remove what was logged.
+With checkpoint.storage=host0 only the host of process 0 stores checkpoints. A host that becomes
+process 0 later finds none: it would start at step 0 and remove the metrics of the former start.
 """
 
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.distributed.broadcast import gather_texts, run_on_all_processes
 from jaxtrain.metrics.jsonl import read_metrics
 from jaxtrain.metrics.step_log import FOLDER
 
 
-def look(workdir, saved: list[int]) -> dict:
-    """What this process's own `workdir` tells of a former start; `saved` are the steps in it."""
+def find_earlier_start(workdir: Path | str, saved: list[int]) -> dict[str, Any]:
+    """Returns the traces of an earlier start in this host's `workdir`.
+
+    Args:
+        saved: steps of the checkpoints in it.
+    """
     logs = {path.stem: read_metrics(path) for path in (Path(workdir) / FOLDER).glob("*.jsonl")}
     lasts = {process: lines[-1]["step"] for process, lines in logs.items() if lines}
     return {
         "host": socket.gethostname(),
-        "led": "0" in logs,  # even if it was killed before it wrote a line
-        "logged": max(lasts.values(), default=0),
+        "was_process_0": "0" in logs,  # the file exists from the start, before its first line
+        "logged": max(lasts.values(), default=0),  # last step
         "saved": max(saved, default=0),
     }
 
 
-def find_further(found: list[dict]) -> str:
-    """Which hosts know of later steps than process 0 does, of every process's look(); or nothing.
+def describe_later_steps(starts: list[dict[str, Any]]) -> str:
+    """Returns which hosts got further than process 0, which is at step 0; "" if none did.
 
-    Process 0 knows where it led the run before: what it has not, was not saved.
+    A host that was process 0 before and has no checkpoint never saved one: steps that it or the
+    others logged are lost anyway.
+
+    Args:
+        starts: find_earlier_start() of every process, in order.
     """
-    others = [f for f in found[1:] if f["saved"]]
-    if not found[0]["led"]:
-        others += [f for f in found if f["logged"] and f not in others]
-    said = [
-        f"{f['host']} has logged step {f['logged']}"
-        + (f" and holds checkpoint {f['saved']}" if f["saved"] else "")
-        for f in others
-    ]
-    return ", ".join(dict.fromkeys(said))
+    further = [start for start in starts[1:] if start["saved"]]
+    if not starts[0]["was_process_0"]:
+        further += [start for start in starts if start["logged"] and start not in further]
+    texts = []
+    for start in further:
+        checkpoint = f" and stores checkpoint {start['saved']}" if start["saved"] else ""
+        texts.append(f"{start['host']} has logged step {start['logged']}{checkpoint}")
+    return ", ".join(dict.fromkeys(texts))
 
 
-def check_not_moved(workdir, saved: list[int]) -> None:
-    """Raises ValueError where step 0 is not where the run was. Call it in every process.
+def check_not_moved(workdir: Path | str, saved: list[int]) -> None:
+    """Raises ValueError if the run was further on another host. Every process must call it.
 
     Args:
         saved: steps of the checkpoints that this process sees.
     """
-    here = run_on_all_processes(lambda: json.dumps(look(workdir, saved)))
-    found = [json.loads(text) for text in gather_texts(here)]
-    further = find_further(found)
-    if further:
+    here = run_on_all_processes(lambda: json.dumps(find_earlier_start(workdir, saved)))
+    starts = [json.loads(text) for text in gather_texts(here)]
+    if further := describe_later_steps(starts):
         raise ValueError(
-            f"process 0 must be on the host that holds the checkpoints (checkpoint.storage=host0); "
-            f"{found[0]['host']} holds none, but {further}. Start with the former process 0's host "
-            f"first, copy its checkpoints to {Path(workdir).resolve() / 'checkpoints'} on "
-            f"{found[0]['host']}, or set another --workdir to begin anew."
+            f"process 0 must be on the host that stores the checkpoints "
+            f"(checkpoint.storage=host0); {starts[0]['host']} has none, but {further}. Start with "
+            "the former process 0's host first, copy its checkpoints to "
+            f"{Path(workdir).resolve() / 'checkpoints'} on {starts[0]['host']}, or set another "
+            "--workdir to start over."
         )

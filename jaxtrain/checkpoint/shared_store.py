@@ -1,8 +1,8 @@
-"""A folder that all processes share: each writes and reads its own parts of every array.
+"""Stores checkpoints in a folder that all processes share: each writes its own parts of arrays.
 
-Orbax writes, in the background. TensorStore reads: Orbax's own restore holds 0.5 to 0.9 of a second
-copy of the state, and after an unreadable leaf its other reads land in an event loop that it has
-closed.
+Orbax writes, in the background. We read with TensorStore: Orbax's own restore takes 0.5 to 0.9 of
+a second copy of the state in memory, and after an unreadable leaf its other reads end in an event
+loop that it has closed.
 """
 
 import logging as std_logging
@@ -11,43 +11,44 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jaxtrain.checkpoint.zarr import open_stored, why
+from jaxtrain.checkpoint.zarr import open_stored, shorten_error
 from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_first_error
 from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_storage_error
 
 
 class SharedStore:
-    """Steps' arrays in `folder`. Makes Orbax's manager with the first save."""
+    """The arrays of each step in `folder`, written by Orbax."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int):
         quiet_orbax()
         self._folder, self._keep = folder, (keep_last, keep_every)
-        self._manager = None  # made by the first save, after restore has moved what is broken
+        # Created by the first save: it lists the folder, and restore may move damaged steps first.
+        self._manager: _Manager | None = None
         self._checked = jax.process_count() == 1
 
     def check(self) -> None:
-        """Raises ValueError unless all processes see one folder. Once, before anything is lost."""
+        """Raises ValueError unless all processes see the same folder. Checks only once."""
         if self._checked:
             return
         nonce = (
             self._folder.parent / f".shared-{broadcast_from_process_0(lambda: uuid.uuid4().hex)}"
         )
 
-        def write():
+        def write_nonce():
             nonce.parent.mkdir(parents=True, exist_ok=True)
             nonce.touch()
 
-        broadcast_from_process_0(write)
+        broadcast_from_process_0(write_nonce)
         seen = nonce.exists()
-        reason = gather_first_error(
-            "" if seen else f"does not see what process 0 wrote in {nonce.parent}"
-        )
+        error = "" if seen else f"does not see what process 0 wrote in {nonce.parent}"
+        reason = gather_first_error(error)
         broadcast_from_process_0(lambda: nonce.unlink())
         if reason:
             raise ValueError(
@@ -57,61 +58,69 @@ class SharedStore:
         self._checked = True
 
     def newest(self) -> int | None:
+        """Returns the newest stored step."""
         return self._open().latest_step()
 
-    def _open(self):
+    def _open(self) -> "_Manager":
         if self._manager is None:
             quiet_closed_loops()
             self._manager = _open_manager(self._folder, *self._keep)
         return self._manager
 
-    def save(self, step: int, leaves: dict, record: dict) -> None:
-        """Starts to save; raises what failed in the save before this one."""
+    def save(self, step: int, leaves: dict[str, jax.Array], record: dict[str, Any]) -> None:
+        """Starts to save in the background. Raises the error of the save before this one, if any.
+
+        Orbax copies the arrays off the device before it returns, so they may be donated. It writes
+        to `STEP.orbax-checkpoint-tmp` and renames that folder when every process has finished.
+        """
         items = {"state": ocp.args.PyTreeSave(leaves), "record": ocp.args.JsonSave(record)}
         self._open().save(step, args=ocp.args.Composite(**items), force=True)
 
     def is_saving(self) -> bool:
+        """Returns whether a save is running."""
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
+        """Blocks until the last save is on disk, or raises its error."""
         if self._manager is not None:
             self._manager.wait_until_finished()
 
     def reload(self) -> None:
+        """Makes Orbax list the folder again: it would refuse to save a step that was moved away."""
         if self._manager is not None:
-            self._manager.reload()  # it caches what it has seen, and would refuse moved steps
+            self._manager.reload()
 
     def discard(self, step: int) -> None:
-        """Removes what a failed save of this step has written, as far as that can be done."""
-        self._manager = None  # it would raise the same error again
+        """Removes what a failed save of this step has written, if the file system lets it."""
+        self._manager = None  # this one would raise the same error again
         if jax.process_index() == 0:
             for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def close(self) -> None:
+        """Waits for the last save and stops Orbax's threads."""
         manager, self._manager = self._manager, None
         if manager is not None:
             manager.close()
 
-    def read(self, folder: Path, template: dict) -> dict:
-        """Every leaf, where the template wants it.
+    def read(self, folder: Path, template: dict[str, Any]) -> dict[str, jax.Array]:
+        """Reads every leaf of a step's folder, with the template's shardings.
 
         Raises:
-            CheckpointError: in all processes or none.
+            CheckpointError: a leaf cannot be read; raised in every process.
         """
-        arrays, reading, reason = {}, {}, ""
-        paths = list(template)
+        arrays, reading, reason, paths = {}, {}, "", list(template)
         for i, path in enumerate(paths):
             try:
-                for name in paths[i : i + 2]:  # the next one is read while this one is placed
+                for name in paths[i : i + 2]:  # the next leaf is read while this one is placed
                     if name not in reading:
                         reading[name] = start_reading(folder / "state", name, template[name])
                 name, leaf, shards = path, template[path], reading.pop(path)
                 read = lambda index, shards=shards: shards[str(index)].result()
                 array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
                 arrays[path] = jax.block_until_ready(array)
-            except Exception as error:  # whatever it is, the other processes must hear of it
-                reason = f"{name} cannot be read: {why(error)}"
+            except Exception as error:  # whatever it is: the other processes wait for us below
+                reason = f"{name} cannot be read: {shorten_error(error)}"
                 break
         reason = gather_first_error(reason)
         if reason:
@@ -119,30 +128,31 @@ class SharedStore:
         return arrays
 
 
-def start_reading(folder: Path, path: str, leaf) -> dict:
-    """Futures of the parts of a leaf that this process's devices hold, by index."""
+def start_reading(folder: Path, path: str, leaf: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """Returns futures of the parts of a leaf that this process's devices need, by index."""
     stored = open_stored(folder, path, leaf)
+    assert leaf.sharding is not None  # restore() checks
     indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    parts = {str(index): index for index in indices}  # copies on several devices are read once
+    parts = {str(index): index for index in indices}  # a part on several devices is read once
     return {key: stored[index].read() for key, index in parts.items()}
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, without its own decision to save before a preemption.
+    """Orbax's manager, without its own rule when to save before a preemption.
 
-    jaxtrain.distributed.preemption decides that.
-
-    Orbax asks once more while it commits, to log the time since the step before; of a step that
-    an earlier start has saved it holds no comparable time (lightweight_initialize), and raises.
+    jaxtrain.distributed.preemption has ours. Orbax would ask for its own also while it commits, to
+    log the time since the previous step. For a step that an earlier start saved, it has no such
+    time (lightweight_initialize) and raises.
     """
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
-def _open_manager(folder: Path, keep_last: int, keep_every: int) -> ocp.CheckpointManager:
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # floats: 8 % smaller, 2x slower,
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()  # and a copy of the state in memory
+def _open_manager(folder: Path, keep_last: int, keep_every: int) -> _Manager:
+    # Compression makes float arrays 8 % smaller, takes twice as long and a copy of the state.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.PyTreeSave, handler)
     registry.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
     options = ocp.CheckpointManagerOptions(
@@ -155,38 +165,38 @@ def _open_manager(folder: Path, keep_last: int, keep_every: int) -> ocp.Checkpoi
 
 
 def quiet_orbax() -> None:
-    """Drops from the log Orbax's lines below warnings, and what the file system refuses.
+    """Hides Orbax's log lines below warnings, and its tracebacks of file-system errors.
 
-    Orbax also raises the latter. A full disk is logged four times by it and once for each array by
-    asyncio, with 100 lines of traceback; -v=1 shows them.
+    Orbax also raises those errors. It logs a full disk four times, and asyncio once per array, with
+    100 lines of traceback; -v=1 shows them.
     """
     for name in ("absl", "asyncio"):
         logger = std_logging.getLogger(name)
-        if _is_not_chatter not in logger.filters:
-            logger.addFilter(_is_not_chatter)
+        if _is_worth_logging not in logger.filters:
+            logger.addFilter(_is_worth_logging)
 
 
-def _is_not_chatter(record) -> bool:
+def _is_worth_logging(record: std_logging.LogRecord) -> bool:
     orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     if (orbax or record.name == "asyncio") and record.exc_info:
-        return logging.level_debug() or not describe_storage_error(record.exc_info[1], "")
+        error = record.exc_info[1]
+        return logging.level_debug() or error is None or not describe_storage_error(error, "")
     return not orbax or record.levelno >= std_logging.WARNING
 
 
 def quiet_closed_loops() -> None:
-    """Prints nothing where an array's write ends after Orbax has closed the event loop it was in.
+    """Hides the tracebacks of array writes that end after Orbax has closed their event loop.
 
-    One write that fails closes the loop; TensorStore's threads then print a traceback for every
-    other write that ends, which is no error of its own. -v=1 shows them.
+    The first write that fails makes Orbax close the loop. TensorStore's threads then print a
+    traceback for every other write, though nothing else failed; -v=1 shows them.
     """
-    former = sys.unraisablehook
-    if getattr(former, "of", None) is quiet_closed_loops:
+    previous_hook = sys.unraisablehook
+    if getattr(previous_hook, "__name__", "") == "hide_closed_loop":  # installed already
         return
 
-    def hook(raised):
+    def hide_closed_loop(raised):
         closed = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
         if not closed or raised.object is not None or logging.level_debug():
-            former(raised)
+            previous_hook(raised)
 
-    hook.of = quiet_closed_loops
-    sys.unraisablehook = hook
+    sys.unraisablehook = hide_closed_loop

@@ -1,31 +1,39 @@
-"""One array of a checkpoint, as Orbax lays it out: zarr in an OCDBT store."""
+"""Opens one array of a checkpoint in the layout that Orbax writes: zarr in an OCDBT store."""
 
 from pathlib import Path
 
 import jax
 import tensorstore
 
-from jaxtrain.checkpoint import integrity as digest
+from jaxtrain.checkpoint.integrity import describe_array
 
 
 def spec(folder: Path, path: str) -> dict:
-    """TensorStore's spec of a leaf in `folder`, a step's `state`."""
+    """Returns TensorStore's spec of a leaf in `folder`, a step's `state`."""
     base = {"driver": "file", "path": f"{folder}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     return {"driver": "zarr", "kvstore": kvstore}
 
 
-def why(error: Exception) -> str:
-    """TensorStore's reason in at most 300 characters: its last words say what the disk said."""
+def shorten_error(error: Exception) -> str:
+    """Returns TensorStore's message in at most 300 characters.
+
+    The end is preserved: it is where the operating system's own error stands.
+    """
     text = str(error).split(" [source locations")[0]
     return text if len(text) <= 300 else f"{text[:90]} ... {text[-200:]}"
 
 
-def open_stored(folder: Path, path: str, leaf):
-    """The stored array, for reading. Raises ValueError where it is not of the leaf's type."""
+def open_stored(folder: Path, path: str, leaf: jax.ShapeDtypeStruct) -> tensorstore.TensorStore:
+    """Opens a stored array for reading.
+
+    Raises:
+        ValueError: its dtype or shape is not the leaf's.
+    """
+    # By default TensorStore reads a missing chunk as zeros.
     wanted = spec(folder, path) | {"fill_missing_data_reads": False}
     stored = tensorstore.open(wanted, open=True, read=True).result()
-    found = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
-    if digest.describe(found) != digest.describe(leaf):
-        raise ValueError(f"stored as {digest.describe(found)}, recorded as {digest.describe(leaf)}")
+    stored_type = describe_array(jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype))
+    if stored_type != describe_array(leaf):
+        raise ValueError(f"stored as {stored_type}, recorded as {describe_array(leaf)}")
     return stored

@@ -1,17 +1,18 @@
-"""Command lines of the commands whose flags are absl's: config names, bare fields, help, errors.
+"""Reads the command lines of commands that take a config: its name, its fields, other flags.
 
-A field of a config is a flag as it stands (`--optim.learning_rate=0.01`) or after `--config.`; the
-command's own flag comes first where both have one name. Every error is one line, and names the flag
-that the user typed.
+Every field of the config is a flag (`--optim.learning_rate=0.01`), also behind `--config.`. If the
+command itself has a flag of the same name, it takes precedence over the field. Every error is one
+line and names the flag that the user typed.
 """
 
 import ast
 import re
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from jaxtrain.config import config_files
 from jaxtrain.config.commands import rewrite_commands
@@ -27,27 +28,27 @@ from pallas_kernels.arguments import (
     wrong_dash_error,
 )
 
-ASKS_HELP = ("help", "helpshort", "helpfull", "h", "?")
+HELP_FLAGS = ("help", "helpshort", "helpfull", "h", "?")
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "values as 1,2,3"}
 
 
 class CommandForm(NamedTuple):
-    """What a command's line may hold.
+    """What a command's line may contain.
 
-    Args:
-        name: of the command, as "train".
+    Attributes:
+        name: the command's name, such as "train".
         doc: its help: a sentence, an indented block of examples, and the rest.
-        define: defines its own flags.
-        config: "" takes no config, "may" takes one, "must" needs one.
+        define: defines the command's own flags.
+        config: "" if it takes no config, "may" if a config is optional, "must" if it is required.
         sections: (prefix, dataclass) of the config's fields.
-        open_fields: prefixes below which any field may stand.
-        tables: text at the end of the help.
-        status: of the process after a bad command line.
-        words: how many words it takes beside the config.
+        open_fields: prefixes below which a field need not be in `sections`.
+        tables: text for the end of the help.
+        status: exit status after a bad command line.
+        words: how many words it takes besides the config.
     """
 
     name: str
-    doc: str
+    doc: str | None
     define: Callable[[], None] = lambda: None
     config: str = ""
     sections: tuple = tuple(list_sections(TrainConfig))
@@ -58,21 +59,27 @@ class CommandForm(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A config field that the user gave."""
+    """A config field that the user set.
+
+    Attributes:
+        name: the field's name, such as "optim.learning_rate".
+        value: the text of its value.
+        typed: the flag as the user typed it, without dashes.
+    """
 
     name: str
     value: str
-    typed: str  # the flag, without dashes
+    typed: str
 
 
-class _Line:
-    """Reads one command line; `read` does it all."""
+class _CommandLine:
+    """Reads one command line by `read`, and ends the program if it is wrong."""
 
     def __init__(self, form: CommandForm, prog: str):
         before = set(flags.FLAGS)
         form.define()
         if form.config:
-            flags.DEFINE_string("config", None, "a shipped config's name, or a file of yours")
+            flags.DEFINE_string("config", None, "name of a shipped config, or path of your own")
         self.form, self.prog = form, prog
         self.own = [name for name in flags.FLAGS if name not in before]
         self.fields = {}
@@ -82,17 +89,18 @@ class _Line:
                 for prefix, cls in form.sections
                 for field in plain_fields(cls)
             }
-        self.given: list[tuple[str, str]] = []  # own flags
+        self.given: list[tuple[str, str]] = []  # the command's own flags and their values
         self.overrides: list[Field] = []
         self.words: list[str] = []
+        self.config_name = ""
 
-    def refuse(self, reason: str):
+    def refuse(self, reason: str) -> NoReturn:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(self.form.status)
 
     def read(self, argv: list[str]) -> list[str]:
-        """Sets absl's FLAGS; returns the words that are left."""
-        if any(_flag_name(arg) in ASKS_HELP for arg in argv):
+        """Sets absl's FLAGS and returns the words that are not flags or the config's name."""
+        if any(_flag_name(arg) in HELP_FLAGS for arg in argv):
             print_text(self.help())
             sys.exit(0)
         try:
@@ -109,13 +117,13 @@ class _Line:
         try:
             flags.FLAGS([self.prog, *(f"--{name}={value}" for name, value in self.given)])
         except flags.Error as error:
-            self._explain(error)
+            self._refuse_absl_error(error)
         if self.form.config:
             self._load_config()
         return self.words
 
-    def _split(self, args) -> None:
-        """Sorts the arguments into own flags, fields and words."""
+    def _split(self, args: Iterable[str]) -> None:
+        """Sorts the arguments into the command's own flags, the config's fields, and words."""
         args = list(args)
         while args:
             arg = args.pop(0)
@@ -143,7 +151,12 @@ class _Line:
                 self.overrides.append(Field(name, value, name if negated else typed))
 
     def _target(self, typed: str) -> tuple[str, str, bool, bool]:
-        """Returns (name, "own" or "field", whether it is a bool, whether it is `no` + a bool)."""
+        """Finds the flag that the user means by --typed.
+
+        Returns:
+            Its name; "own" if it is the command's or absl's, "field" if it is the config's; whether
+            it is a bool; and whether it was typed as `no` and the name of a bool.
+        """
         for name, negated in ((typed, False), (re.sub("^no", "", typed), True)):
             if negated and name == typed:
                 break
@@ -156,7 +169,7 @@ class _Line:
                 is_bool = self.fields[field].type is bool
                 if is_bool or not negated:
                     return field, "field", is_bool, negated
-            if not negated and self.fields and field.startswith(self.form.open_fields or "\0"):
+            if not negated and self.fields and field.startswith(tuple(self.form.open_fields)):
                 return field, "field", False, False
             if name in flags.FLAGS and (flags.FLAGS[name].boolean or not negated):  # absl's
                 return name, "own", flags.FLAGS[name].boolean, negated
@@ -171,19 +184,20 @@ class _Line:
         self.refuse(f"{text} See {self.prog} --help.")
 
     def _check_own(self) -> None:
-        """A value that its flag cannot take ends the program, in words of ours."""
+        """Refuses a value that its flag cannot take, in one line instead of absl's several."""
         for name, value in self.given:
             parser = flags.FLAGS[name].parser
             try:
                 parser.parse(value)
             except (ValueError, TypeError, flags.Error):
                 allowed = getattr(parser, "enum_values", None)
-                what = f"one of {', '.join(allowed)}" if allowed else parser.syntactic_help
-                what = "true or false" if flags.FLAGS[name].boolean else what
-                self.refuse(f"--{name} must be {what or 'valid'}; got {value!r}.")
+                expected = f"one of {', '.join(allowed)}" if allowed else parser.syntactic_help
+                if flags.FLAGS[name].boolean:
+                    expected = "true or false"
+                self.refuse(f"--{name} must be {expected or 'valid'}; got {value!r}.")
 
-    def _explain(self, error) -> None:
-        """Ends the program with absl's complaint about a flag in one line."""
+    def _refuse_absl_error(self, error: Exception) -> NoReturn:
+        """Ends the program with an error of absl's in one line."""
         missing = re.match(r"flag --(\w+)=None", str(error))
         if not missing:
             self.refuse(" ".join(str(error).split()))
@@ -191,25 +205,28 @@ class _Line:
         self.refuse(f"--{name} must be given: {flags.FLAGS[name].help}. See {self.prog} --help.")
 
     def _take_config(self) -> None:
-        """Moves the config's name from the words to the flag."""
+        """Takes the config's name from --config or from the words."""
         named = [value for name, value in self.given if name == "config"]
-        if self.words[self.form.words :] or (self.words and not named and not self.form.words):
-            words, self.words = self.words, []
-            named += words
+        if len(self.words) > self.form.words:
+            named += self.words
+            self.words = []
         if len(named) > 1:
-            self.refuse(f"one config; got {', '.join(named)}. Fields are set by --NAME=VALUE.")
+            self.refuse(
+                f"{self.prog} takes one config; got {', '.join(named)}. Fields are set by "
+                "--NAME=VALUE."
+            )
         self.given = [(name, value) for name, value in self.given if name != "config"]
-        self.named = named[0] if named else ""
-        if not self.named and (self.form.config == "must" or self.overrides):
+        self.config_name = named[0] if named else ""
+        if not self.config_name and (self.form.config == "must" or self.overrides):
             listing = config_files.format_listing(self.form.name, self.prog)
             self.refuse(f"{self.prog} needs a config.\n{listing}")
 
     def _load_config(self) -> None:
-        """Sets FLAGS.config to the ConfigDict, with the user's fields in it."""
-        if not self.named:
+        """Sets FLAGS.config to the ConfigDict, including the fields that the user set."""
+        if not self.config_name:
             return
         try:
-            config, path = config_files.load_config_file(self.named)
+            config, path = config_files.load_config_file(self.config_name)
         except ValueError as error:
             listing = ""
             if str(error).startswith("no config"):
@@ -219,43 +236,44 @@ class _Line:
         for field in self.overrides:
             self._override(config, field)
         flags.FLAGS["config"].value = config
-        flags.FLAGS["config"].config_filename = str(path)
+        # The config flag of ml_collections has this attribute too; jaxtrain.plan reads it.
+        setattr(flags.FLAGS["config"], "config_filename", str(path))  # noqa: B010
 
-    def _check_names(self, config) -> None:
-        """Refuses a config file with a field that no TrainConfig has, and names the file."""
-        if "model" not in config:  # a study's, or another command's
+    def _check_names(self, config: ConfigDict) -> None:
+        """Refuses a config file that has a field which TrainConfig lacks."""
+        if "model" not in config:  # a study's config, or another command's
             return
         for name in config:
             if name not in {known.partition(".")[0] for known in self.fields}:
                 near = nearest_name(name, list(self.fields))
                 hint = f" Did you mean {near}?" if near else ""
-                self.refuse(f"{self.named}: config has no field {name}.{hint}")
+                self.refuse(f"{self.config_name}: config has no field {name}.{hint}")
 
-    def _override(self, config, field: Field) -> None:
+    def _override(self, config: ConfigDict, field: Field) -> None:
         """Sets one field in a ConfigDict, checked by its type and its own bounds."""
         name = field.name
         if "base" in config and name in self.fields and not name.startswith(("base.", "study.")):
-            name = f"base.{name}"  # a study's runs
+            name = f"base.{name}"  # the config that all runs of a study start from
         *sections, last = name.split(".")
-        inner = config
+        inner: Any = config
         for section in sections:
             inner = inner[section] if section in inner else {}
         if last not in inner:
             near = nearest_name(name, list(_names(config)))
             hint = f" Did you mean --{near}?" if near else ""
-            self.refuse(f"{self.named} has no field {name} for --{field.typed}.{hint}")
-        value = self._value(field, inner[last])
+            self.refuse(f"{self.config_name} has no field {name} for --{field.typed}.{hint}")
+        value = self._parse_value(field, type(inner[last]))
         knob = self.fields.get(field.name)
-        if knob is not None and (what := find_fault(knob, value)):
-            self.refuse(f"{field.name} {what}; got {value!r}. Set --{field.typed}.")
+        if knob is not None and (reason := find_fault(knob, value)):
+            self.refuse(f"{field.name} {reason}; got {value!r}. Set --{field.typed}.")
         try:
             inner[last] = value
         except (TypeError, ValueError) as error:
             self.refuse(f"--{field.typed}: {' '.join(str(error).split())}")
 
-    def _value(self, field: Field, old):
-        """The typed value of a field, of the same type as the config's own."""
-        kind, text = type(old), field.value
+    def _parse_value(self, field: Field, kind: type) -> Any:
+        """Returns the value of a field as a `kind`, the type of the config's own value."""
+        text = field.value
         try:
             if kind is bool:
                 return flags.BooleanParser().parse(text)
@@ -270,22 +288,23 @@ class _Line:
                 return value if isinstance(value, tuple) else (value,)
             return value
         except (ValueError, SyntaxError, TypeError):
-            what = TYPES.get(kind, "a Python literal")
-            self.refuse(f"{field.name} must be {what}; got {text!r}. Set --{field.typed}.")
+            expected = TYPES.get(kind, "a Python literal")
+            self.refuse(f"{field.name} must be {expected}; got {text!r}. Set --{field.typed}.")
 
     def help(self) -> str:
-        """Examples, what the command does, its flags, and the config's fields."""
+        """Returns the examples, what the command does, its flags, and the config's fields."""
         own = ["Flags:\n" + "\n".join(map(format_flag, self.own))] if self.own else []
         tables = [self.form.tables.strip("\n")] if self.form.tables else []
-        fitted = [wrap_table(rewrite_commands(table, self.prog)) for table in (*own, *tables)]
-        return "\n\n".join([rewrite_commands(examples_first(self.form.doc), self.prog), *fitted])
+        doc = rewrite_commands(examples_first(self.form.doc), self.prog)
+        wrapped = [wrap_table(rewrite_commands(table, self.prog)) for table in (*own, *tables)]
+        return "\n\n".join([doc, *wrapped])
 
 
 def _flag_name(arg: str) -> str:
     return arg.lstrip("-").partition("=")[0] if arg.startswith("-") else ""
 
 
-def _names(config, prefix=""):
+def _names(config: Any, prefix: str = "") -> Iterator[str]:
     """Yields the dotted names of a ConfigDict's leaves."""
     for key, value in config.items():
         if hasattr(value, "items"):
@@ -295,12 +314,13 @@ def _names(config, prefix=""):
 
 
 def parse(form: CommandForm, prog: str, argv: list[str]) -> list[str]:
-    """Reads a command line into absl's FLAGS and returns the words that are no flags.
+    """Reads a command line into absl's FLAGS, and returns the words that are not flags.
 
-    FLAGS.config is the ConfigDict with the user's fields. Help and bad input end the program.
+    FLAGS.config is the ConfigDict, including the fields that the user set. Help and bad input end
+    the program.
 
     Args:
         prog: what the user typed to start the command.
         argv: the arguments behind it.
     """
-    return _Line(form, prog).read(argv)
+    return _CommandLine(form, prog).read(argv)

@@ -1,7 +1,7 @@
-"""The configs that are installed beside jaxtrain, and how a config is found by its name.
+"""Finds a config by its name, and loads it; lists the configs that are installed with jaxtrain.
 
-`quickstart`, `configs/quickstart.py` and `./mine.py` all name a config, from any folder. A file of
-the user's comes first where the name has a path separator or ends in `.py`.
+`quickstart`, `configs/quickstart.py` and `./mine.py` all name a config, from any folder. If the
+name has a path separator or ends in `.py`, a file of the user comes before a shipped config.
 """
 
 import ast
@@ -11,6 +11,9 @@ import os
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict
 
 from jaxtrain.config.commands import BY_NAME, COMMANDS
 
@@ -18,59 +21,57 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
 def shipped_configs(command: str = "") -> dict[str, str]:
-    """Returns {name: first line of its docstring} of the configs that can be started.
+    """Returns {name: first line of its docstring} of the shipped configs.
+
+    A config's docstring shows how to start it, which says what command it is for.
 
     Args:
-        command: only those that are for this command, such as "study"; empty is all.
+        command: lists only the configs for this command, such as "study"; empty lists all.
     """
-    wanted, found = [BY_NAME[command]] if command else COMMANDS, {}
+    commands, found = [BY_NAME[command]] if command else COMMANDS, {}
     for path in sorted(FOLDER.glob("*.py")):
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        if any(f"{c.long_form} " in doc or f"jaxtrain {c.name} " in doc for c in wanted):
+        if any(f"{c.long_form} " in doc or f"jaxtrain {c.name} " in doc for c in commands):
             found[path.stem] = doc.splitlines()[0]
     return found
 
 
 def format_listing(command: str, prog: str) -> str:
-    """Returns the shipped configs with a line each, and the command that starts the first.
+    """Returns the list of shipped configs, one a line, and the command that starts the first.
 
     Args:
-        command: that takes the config, such as "train".
+        command: the command that takes the config, such as "train".
         prog: what the user typed to start it.
     """
     configs = shipped_configs(command) or shipped_configs("train")
-    width = max(map(len, configs), default=0)
-    lines = [f"  {name:<{width}}  {text}" for name, text in sorted(configs.items(), key=_order)]
-    first = min(configs.items(), key=_order, default=("mine.py",))[0]
+    first = ("quickstart", "debug", "study_quick")
+    names = [name for name in first if name in configs]
+    names += sorted(configs.keys() - set(first))
+    width = max(map(len, names), default=0)
     return "\n".join(
         [
             "configs:",
-            *lines,
-            f"start one:        {prog} {first}",
+            *(f"  {name:<{width}}  {configs[name]}" for name in names),
+            f"start one:        {prog} {names[0] if names else 'mine.py'}",
             f"a file of yours:  {prog} ./mine.py",
         ]
     )
 
 
-def _order(entry):
-    name, _ = entry
-    return name != "quickstart", name != "debug", name != "study_quick", name
-
-
 def find_config(name: str) -> Path:
-    """Returns the file of a config, by its path or by a shipped config's name.
+    """Returns the file of a config, given its path or the name of a shipped config.
 
     Raises:
-        ValueError: there is none; the nearest name is suggested.
+        ValueError: there is no such config; the error names the nearest.
     """
     path = Path(name).expanduser()
     is_path = os.sep in name or name.endswith(".py")
     if is_path and path.is_file():
         return path
-    inside = not path.is_absolute() and path.parent in (Path(), Path("configs"))
-    if inside and (ours := FOLDER / f"{path.name.removesuffix('.py')}.py").is_file():
-        if ours.stem != "__init__":
-            return ours
+    shipped = FOLDER / f"{path.name.removesuffix('.py')}.py"
+    names_shipped = not path.is_absolute() and path.parent in (Path(), Path("configs"))
+    if names_shipped and shipped.is_file() and shipped.stem != "__init__":
+        return shipped
     if is_path and path.is_dir():
         raise ValueError(f"a config must be a file; got the folder {name}.")
     hint = ""
@@ -82,52 +83,57 @@ def find_config(name: str) -> Path:
     raise ValueError(f"no config is called {name}{absent}.{hint}")
 
 
-def _import_package(beside: Path) -> None:
-    """Makes `from configs import base` mean our package, whatever folder the user is in.
+def _load_module(name: str, path: Path, **options) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a config must be a Python file; got {path}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_package(config_folder: Path) -> None:
+    """Makes `from configs import base` find the shipped modules, whatever the current folder.
 
     Args:
-        beside: the config's folder; its own modules come first if it is called configs too.
+        config_folder: the folder of the config; if it is called "configs" too, its own modules come
+            before the shipped ones.
     """
     package = sys.modules.get("configs")
     if package is None or not hasattr(package, "__path__"):
-        spec = importlib.util.spec_from_file_location(
+        package = _load_module(
             "configs", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
         )
-        package = sys.modules["configs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
-    theirs = [str(beside)] if beside.name == "configs" and beside != FOLDER else []
-    package.__path__ = [*theirs, str(FOLDER)]
+        sys.modules["configs"] = package
+    is_other = config_folder.name == "configs" and config_folder != FOLDER
+    package.__path__ = [str(config_folder), str(FOLDER)] if is_other else [str(FOLDER)]
 
 
-def load_config_file(name: str):
-    """Returns (what get_config() returns, the file) of a config.
+def load_config_file(name: str) -> tuple[ConfigDict, Path]:
+    """Runs a config file, and returns what its get_config() returned, and its path.
 
     Args:
-        name: as `find` takes it; `NAME:ARGUMENT` calls get_config(ARGUMENT).
+        name: as for `find_config`; `NAME:ARGUMENT` calls get_config(ARGUMENT).
 
     Raises:
-        ValueError: there is no such config, or the file does not give one.
+        ValueError: there is no such config, or its file fails.
     """
     name, colon, argument = (name, "", "") if Path(name).is_file() else name.partition(":")
     path = find_config(name).resolve()
     _import_package(path.parent)
-    spec = importlib.util.spec_from_file_location("_config_file", path)
-    if spec is None:
-        raise ValueError(f"a config must be a Python file; got {name}.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _load_module("_config_file", path)
         config = module.get_config(*([argument] if colon else []))
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ValueError(_fault(name, path, error)) from error
+        raise ValueError(_describe_failure(name, path, error)) from error
     if not hasattr(config, "lock"):
         raise ValueError(f"{name}: get_config() must return a ConfigDict; got {config!r}.")
     config.lock()
     return config, path
 
 
-def _fault(name, path, error) -> str:
-    """One line for an exception in a config file, with the line in that file."""
+def _describe_failure(name: str, path: Path, error: BaseException) -> str:
+    """Returns one line for an exception in a config file, with the line number in that file."""
     trace, lines = error.__traceback__, []
     while trace:
         if trace.tb_frame.f_code.co_filename == str(path):
@@ -135,6 +141,6 @@ def _fault(name, path, error) -> str:
         trace = trace.tb_next
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines = [error.lineno]
-    at = f", line {lines[-1]}" if lines else ""
-    first = textwrap.shorten(str(error).replace("\n", " "), 200)
-    return f"{name}{at}: a config must define get_config(); got {type(error).__name__}: {first}"
+    where = f"{name}, line {lines[-1]}" if lines else name
+    text = textwrap.shorten(str(error).replace("\n", " "), 200)
+    return f"{where}: a config must define get_config(); got {type(error).__name__}: {text}"

@@ -1,30 +1,48 @@
-"""Knobs: config fields that carry their help text and check their values when built."""
+"""Defines knobs: config fields that carry their help text, and check their values when built."""
 
 import dataclasses
 import math
-from dataclasses import field
+from collections.abc import Iterator, Sequence
+from dataclasses import Field
+from typing import Any
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
-def knob(default, text, unit="", low=None, high=None, choices=None):
-    """Returns a field with its help text, unit, inclusive bounds or allowed values.
+def knob(
+    default: Any,
+    text: str,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """Returns a dataclass field with its help text, unit, and inclusive bounds or allowed values.
 
-    The upper bound of an int is INT32_MAX by default: devices count steps in int32.
+    The upper bound of an int is INT32_MAX by default: devices count steps in int32. The return type
+    is Any, like that of dataclasses.field, so that the class may declare the value's type.
     """
     if type(default) is int and high is None:
         high = INT32_MAX
     meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
 
 
-def plain_fields(cls):
-    """Yields the fields of a dataclass that are no sections."""
+def plain_fields(cls: type) -> Iterator[Field]:
+    """Yields the fields of a dataclass that are not sections."""
     yield from (f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type))
 
 
-def find_fault(f, value) -> str:
-    """Returns what a field's value must be and is not; "" where it is valid."""
+def list_sections(cls: type) -> Iterator[tuple[str, type]]:
+    """Yields (prefix, dataclass) of a config's top level and of each section, as declared."""
+    yield "", cls
+    for f in dataclasses.fields(cls):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            yield f"{f.name}.", f.type
+
+
+def find_fault(f: Field, value: Any) -> str:
+    """Returns what the value of a field violates, as "must be ..."; "" if it is valid."""
     if not isinstance(f.type, type) or f.type not in (bool, int, float, str):
         return ""
     if type(value) is not f.type and not (f.type is float and type(value) is int):
@@ -32,7 +50,7 @@ def find_fault(f, value) -> str:
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
         return f"must be one of {', '.join(map(repr, choices))}"
-    if low is not None and not value >= low:  # not >= : a nan fails too
+    if low is not None and not value >= low:  # not `value < low`, which a NaN would pass
         return f"must be at least {low}"
     if high is not None and not value <= high:
         return f"must be at most {high}"
@@ -41,55 +59,34 @@ def find_fault(f, value) -> str:
     return ""
 
 
-def is_finite(value: float | int) -> bool:
-    """Returns whether a float can hold the value; False for inf, nan and ints past its range."""
+def is_finite(value: Any) -> bool:
+    """Returns whether a number is finite as a float; False for NaN and for too large ints too."""
     try:
         return math.isfinite(value)
     except OverflowError:
         return False
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
-    """Checks every field's type, bounds and choices when built."""
+    """A group of fields, each checked by type, bounds and choices when the section is built."""
 
-    PREFIX = ""
+    PREFIX = ""  # of the section's flags, such as "model."; not a field, as it has no annotation
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if what := find_fault(f, value):
-                self.fail(f.name, what)
+            if reason := find_fault(f, value):
+                self.fail(f.name, reason)
             if f.type is float and type(value) is int:
                 object.__setattr__(self, f.name, float(value))
 
-    def fail(self, name, what):
-        """Raises ValueError naming this field, its value and the flag that sets it."""
-        raise field_error(type(self), name, what, getattr(self, name))
+    def fail(self, name: str, reason: str) -> None:
+        """Raises a ValueError that names the field, its value and the flag that sets it."""
+        raise field_error(type(self), name, reason, getattr(self, name))
 
 
-def field_error(cls, name, what, value) -> ValueError:
-    """The error for a Section's field whose value is not what it must be."""
-    flag = f"{cls.PREFIX}{name}"
-    return ValueError(f"{flag} {what}; got {value!r}. Set --{flag}.")
-
-
-def list_sections(cls):
-    """(prefix, dataclass) of the top level and of every section, in declared order."""
-    yield "", cls
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            yield f"{f.name}.", f.type
-
-
-def describe_flags(top) -> str:
-    """The table of all flags for --help: flag, default, unit, meaning."""
-    lines = ["Fields of the config (set with --NAME=VALUE, or --config.NAME=VALUE):", ""]
-    for prefix, cls in list_sections(top):
-        for f in plain_fields(cls):
-            meta = f.metadata
-            allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""
-            unit = f" [{meta['unit']}]" if meta["unit"] else ""
-            name = f"{prefix}{f.name}={f.default!r}"
-            lines.append(f"  {name:<40} {meta['text']}{unit}.{allowed}")
-        lines.append("")
-    return "\n".join(lines)
+def field_error(cls: type, name: str, reason: str, value: Any) -> ValueError:
+    """Returns the error for a field whose value violates `reason`, which is "must be ..."."""
+    flag = f"{getattr(cls, 'PREFIX', '')}{name}"
+    return ValueError(f"{flag} {reason}; got {value!r}. Set --{flag}.")

@@ -1,4 +1,4 @@
-"""The tables of flags in a command's help, as wide as the terminal."""
+"""Formats the tables of flags in a command's help, as wide as the terminal."""
 
 import re
 import shutil
@@ -6,41 +6,62 @@ import textwrap
 
 from absl import flags
 
-WIDTH = 100  # where the help is not for a terminal
+from jaxtrain.config.fields import list_sections, plain_fields
+
+WIDTH = 100  # if the help does not go to a terminal
 
 
 def wrap_table(table: str) -> str:
-    """Wraps the lines of a table of flags to the terminal's width, below their text."""
+    """Wraps each line of a table of flags to the terminal's width, under its own text."""
     width = max(shutil.get_terminal_size((WIDTH + 1, 24)).columns - 1, 40)
     lines = []
     for line in table.splitlines():
-        head = re.match(r"  \S+ +", line)
-        if head and len(line) > width and len(head[0]) > width // 2:  # the text has its own lines
-            lines.append(head[0].rstrip())
-            line, indent = " " * 6 + line[len(head[0]) :], 6
-        else:
-            indent = len(head[0]) if head else 0
-        below = {"subsequent_indent": " " * indent, "break_on_hyphens": False}
-        lines += textwrap.wrap(line, width, break_long_words=False, **below) or [""]
+        flag = re.match(r"  \S+ +", line)
+        indent = len(flag[0]) if flag else 0
+        if flag and len(line) > width and len(flag[0]) > width // 2:
+            # The flag leaves no room for its text, which goes below it.
+            indent = 6
+            lines.append(flag[0].rstrip())
+            line = " " * indent + line[len(flag[0]) :]
+        wrapped = textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        lines += wrapped or [""]
     return "\n".join(lines)
 
 
 def format_flag(name: str) -> str:
-    """A flag's line in the help: `  --step=0    checkpoint to evaluate`."""
+    """Returns the line of one of absl's flags: `  --step=0    checkpoint to evaluate`."""
     flag = flags.FLAGS[name]
-    default = flag.default
-    shown = ",".join(map(str, default)) if isinstance(default, list) else default
-    head = (
-        f"--[no]{name}" if flag.boolean else f"--{name}={'...' if shown in ('', None) else shown}"
-    )
-    # absl puts an enum's values before the text, and behind it that a flag may be repeated.
-    text = re.sub(r"^<[^>]*>: ", "", flag.help.partition(";\n")[0])
+    default = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+    shown = "..." if default in ("", None) else default
+    head = f"--[no]{name}" if flag.boolean else f"--{name}={shown}"
+    # absl adds to the text: an enum's values before it, and "repeat this option" after it.
+    text = re.sub(r"^<[^>]*>: ", "", (flag.help or "").partition(";\n")[0])
     if values := getattr(flag.parser, "enum_values", None):
         text += f". One of {', '.join(values)}."
     return f"  {head:<30} {text}"
 
 
-OTHER_NAMES = {  # of fields, in other stacks
+def describe_flags(cls: type) -> str:
+    """Returns the table of a config's fields: flag with its default, meaning, unit, choices."""
+    lines = ["Fields of the config (set with --NAME=VALUE, or --config.NAME=VALUE):", ""]
+    for prefix, section in list_sections(cls):
+        for f in plain_fields(section):
+            meta = f.metadata
+            allowed = f" One of {', '.join(meta['choices'])}." if meta["choices"] else ""
+            unit = f" [{meta['unit']}]" if meta["unit"] else ""
+            name = f"{prefix}{f.name}={f.default!r}"
+            lines.append(f"  {name:<40} {meta['text']}{unit}.{allowed}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+OTHER_NAMES = {  # what other stacks call a field: its name here
     "lr": "learning_rate",
     "wd": "weight_decay",
     "batch_size": "batch",
@@ -55,6 +76,6 @@ OTHER_NAMES = {  # of fields, in other stacks
 
 
 def translate_name(typed: str) -> str:
-    """Returns the name of a field in this project for the name that it has in other stacks."""
+    """Returns this project's name of a field that may be typed as in another stack."""
     *sections, last = typed.split(".")
     return ".".join([*sections, OTHER_NAMES.get(last, last)])

@@ -1,4 +1,4 @@
-"""How the user's shell starts our commands, so that every command we print works when pasted."""
+"""Builds the commands that are printed for the user, so that each of them works when pasted."""
 
 import os
 import shlex
@@ -8,41 +8,36 @@ from pathlib import Path
 
 
 def jaxtrain_program() -> str:
-    """Returns the words that start a command: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
+    """Returns the words that start our commands: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
 
-    The short form needs the `jaxtrain` on PATH to be the one installed beside this interpreter;
-    otherwise it could be absent, or belong to another environment.
+    `jaxtrain` alone is only right if the one on PATH was installed with this interpreter; another
+    one would belong to another environment.
     """
     installed = Path(sys.executable).with_name("jaxtrain")
     on_path = shutil.which("jaxtrain")
     if on_path and installed.exists() and os.path.samefile(on_path, installed):
         return "jaxtrain"
     if os.access(installed, os.X_OK):
-        return _from_here(installed)
+        return _from_current_folder(installed)
     return f"{python_program()} -m jaxtrain"
 
 
 def shell_command(name: str, *arguments: str) -> str:
-    """Returns a command of ours as one line for the user's shell, its arguments quoted.
+    """Returns a command as one line for the shell.
 
     Args:
-        name: a command of `jaxtrain`, such as "evaluate".
-        arguments: flags and words, unquoted.
+        name: the command's name, such as "evaluate".
+        arguments: flags and words, not yet quoted.
     """
     return " ".join([jaxtrain_program(), name, *map(shlex.quote, arguments)])
 
 
-def current_command() -> str:
-    """Returns the command line that started this process, as one line for the user's shell."""
-    words = sys.orig_argv[1:]
+def current_command(*arguments: str) -> str:
+    """Returns the command that started this process, with arguments added, as one line."""
+    words = [*sys.orig_argv[1:], *arguments]
     if words and Path(words[0]).name == "jaxtrain":  # the installed script
         return shell_command(*words[1:])
     return f"{python_program()} {shlex.join(words)}"
-
-
-def current_command_with(*arguments: str) -> str:
-    """Returns the command that started this process with more arguments, as one line."""
-    return f"{current_command()} {shlex.join(arguments)}"
 
 
 def python_program() -> str:
@@ -51,13 +46,14 @@ def python_program() -> str:
     # Not samefile: a virtual environment's python is a link to the system's.
     if on_path and os.path.abspath(on_path) == os.path.abspath(sys.executable):
         return "python"
-    return _from_here(Path(sys.executable))
+    return _from_current_folder(Path(sys.executable))
 
 
-def _from_here(path: Path) -> str:
-    """Returns the path as the current folder's shell may take it, relative where it is below."""
-    here = Path.cwd()
-    if path.is_relative_to(here) and here != Path(here.anchor):
-        below = str(path.relative_to(here))
-        return shlex.quote(below if os.sep in below else os.path.join(os.curdir, below))
+def _from_current_folder(path: Path) -> str:
+    """Returns the quoted path, relative if it is below the current folder."""
+    folder = Path.cwd()
+    if path.is_relative_to(folder) and folder != Path(folder.anchor):
+        relative = str(path.relative_to(folder))
+        # Without a separator the shell would look for the name on PATH.
+        return shlex.quote(relative if os.sep in relative else os.path.join(os.curdir, relative))
     return shlex.quote(str(path))

@@ -1,14 +1,17 @@
-"""TrainConfig: every knob of a run, with its type, default, unit and check. No JAX in here.
+"""TrainConfig: every field of a run, with its type, default, unit and check.
 
-A config file in `configs/` returns `to_config_dict(TrainConfig())` with values set; flags override
-it (`--model.L=6`); `freeze` turns it into the checked, frozen TrainConfig that code takes.
+A config file in `configs/` returns `to_config_dict(TrainConfig())` with some values set; flags
+override them (`--model.L=6`); `freeze` makes of it the checked, frozen TrainConfig that code uses.
+This module and its sections do not import JAX.
 """
 
 import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
@@ -28,43 +31,58 @@ from jaxtrain.config.sections import (
 )
 
 MAX_FIELDS = 100
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """A whole run. Sections check themselves; facts across sections are checked here."""
+    """All fields of a run. A section checks its own values; this checks values across sections."""
 
-    seed: int = knob(0, "of initialisation and data order", low=0, high=2**31 - 1)
-    steps: int = knob(200, "optimizer steps", unit="steps", low=1)
+    seed: int = knob(0, "seed of the initial weights and of the data order", low=0)
+    steps: int = knob(200, "optimizer steps of the run", unit="steps", low=1)
     workdir: str = knob("runs/default", "folder of the run; a checkpoint in it is resumed")
     weights: str = knob(
-        "", "Hugging Face folder or llm.c file to start from; a checkpoint in workdir comes first"
+        "", "Hugging Face folder or llm.c file to start from, unless workdir has a checkpoint"
     )
-    accumulation: int = knob(1, "microbatches a step", low=1)
-    log_every: int = knob(10, "between logged steps", unit="steps", low=1)
-    eval_every: int = knob(0, "between evaluations; 0 is at the end only", unit="steps", low=0)
+    accumulation: int = knob(1, "microbatches that a step's batch is split into", low=1)
+    log_every: int = knob(10, "steps from one logged step to the next", unit="steps", low=1)
+    eval_every: int = knob(
+        0, "steps from one evaluation to the next; 0 evaluates at the end only", unit="steps", low=0
+    )
     eval_tokens: int = knob(
         1 << 20,
-        "held-out tokens an evaluation reads, at most those that the run trains on; 0 is all",
+        "held-out tokens that an evaluation reads, at most as many as the run trains on; 0 reads "
+        "all",
         unit="tokens",
         low=0,
         high=INT64_MAX,
     )
-    save_every: int = knob(100, "between checkpoints; the last step is always one", low=1)
-    keep_last: int = knob(2, "newest checkpoints kept", low=1)
+    save_every: int = knob(
+        100,
+        "steps from one checkpoint to the next; the last step is always saved",
+        unit="steps",
+        low=1,
+    )
+    keep_last: int = knob(2, "number of newest checkpoints to keep", unit="checkpoints", low=1)
     keep_every: int = knob(
-        0, "checkpoints at multiples are kept too; 0 is none", unit="steps", low=0
+        0, "also keep the checkpoints at multiples of this step; 0 keeps none", unit="steps", low=0
     )
     diagnose_every: int = knob(
         0,
-        "between diagnoses of the optimizer, each at the price of about two steps; 0 is never",
+        "steps from one diagnosis of the optimizer to the next, each as slow as about two steps; 0 "
+        "makes none",
         unit="steps",
         low=0,
     )
-    max_bad_steps: int = knob(10, "skipped steps in a row that stop the run", unit="steps", low=1)
-    strict: bool = knob(False, "a slower fallback is an error")
-    deterministic: bool = knob(False, "bitwise repeatable on GPU, slower")
-    compile_cache: str = knob("~/.cache/jaxtrain/xla", "compiled programs kept; empty is none")
+    max_bad_steps: int = knob(
+        10, "stop after so many non-finite steps in a row, which are skipped", "steps", low=1
+    )
+    strict: bool = knob(False, "raise an error instead of using a slower fallback")
+    deterministic: bool = knob(False, "make GPU runs bitwise repeatable, but slower")
+    compile_cache: str = knob(
+        "~/.cache/jaxtrain/xla",
+        "folder of compiled programs that later starts reuse; empty is none",
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -93,58 +111,72 @@ class TrainConfig(Section):
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:
-            self.mesh.fail("fsdp", "may be -1 only where no other axis is")
+            self.mesh.fail("fsdp", "may be -1 only if no other axis is")
         for name in ("replica", "fsdp", "tensor"):
             if getattr(self.mesh, name) == 0:
                 self.mesh.fail(name, "must be positive or -1")
 
 
-def to_config_dict(config) -> ConfigDict:
-    """The mutable, type-safe form for config files and flags; `optim.total_steps` follows steps."""
+def to_config_dict(config: TrainConfig) -> ConfigDict:
+    """Returns the mutable form for config files and flags, in which types are checked.
+
+    `optim.total_steps` refers to `steps` and follows it until it is set itself.
+    """
     config_dict = ConfigDict(dataclasses.asdict(config))
-    config_dict.optim.total_steps = config_dict.get_oneway_ref("steps")
+    optim: Any = config_dict.optim
+    optim.total_steps = config_dict.get_oneway_ref("steps")
     return config_dict
 
 
-def freeze(values, cls=TrainConfig):
-    """Checked, frozen form of a ConfigDict or plain nested dict.
+@overload
+def freeze(values: Any) -> TrainConfig: ...
+@overload
+def freeze(values: Any, cls: type[SectionType]) -> SectionType: ...
+def freeze(values: Any, cls: type = TrainConfig) -> Any:
+    """Returns the checked, frozen form of a ConfigDict or of a plain nested dict.
 
     Raises:
-        ValueError: a key is unknown (the nearest is named), or a value fails its check.
+        ValueError: a key is unknown (the error names the nearest), or a value fails its check.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = getattr(cls, "PREFIX", "")
-    kwargs = {}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
             hint = f" Did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"config has no field {prefix}{key}.{hint} --help lists them all.")
-        # Before the sections: their values may follow this one, as optim.total_steps does steps.
-        if what := find_fault(fields[key], values[key]):
-            raise field_error(cls, key, what, values[key])
+        # Checked before the sections are built, so that the error names the field that was set: a
+        # section's value may follow it, as optim.total_steps follows steps.
+        if reason := find_fault(fields[key], values[key]):
+            raise field_error(cls, key, reason, values[key])
+    arguments = {}
     for key in values:
-        nested = dataclasses.is_dataclass(fields[key].type)
-        kwargs[key] = freeze(values[key], fields[key].type) if nested else values[key]
-    return cls(**kwargs)
+        is_section = dataclasses.is_dataclass(fields[key].type)
+        section: Any = fields[key].type
+        arguments[key] = freeze(values[key], section) if is_section else values[key]
+    return cls(**arguments)
 
 
-def to_dict(config) -> dict:
-    """Plain nested dict, as `freeze` takes it."""
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Returns the config as a plain nested dict, which `freeze` reads."""
     return dataclasses.asdict(config)
 
 
-def flatten(config) -> dict:
-    """`{"model.L": 4, ...}`, every leaf by its flag's name."""
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Returns {flag: value} of all fields: `{"seed": 0, "model.L": 4, ...}`."""
     flat = {}
     for key, value in dataclasses.asdict(config).items():
-        nested = value if isinstance(value, dict) else None
-        flat |= {f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value}
+        section = isinstance(value, dict)
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if section else {key: value}
     return flat
 
 
-def describe_changes(stored: dict, config) -> list[str]:
-    """`optim.learning_rate 0.02, was 0.01` of each field that is not as in an earlier `flatten`."""
+def describe_changes(stored: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Returns a line for each field that differs: `optim.learning_rate 0.02, was 0.01`.
+
+    Args:
+        stored: the `flatten` of an earlier config, which may lack fields that are newer.
+    """
     return [
         f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"
         for name, value in flatten(config).items()
@@ -152,17 +184,20 @@ def describe_changes(stored: dict, config) -> list[str]:
     ]
 
 
-def config_hash(config) -> str:
-    """12 hex digits that name what is trained; where it goes and who looks on do not count."""
+def config_hash(config: TrainConfig) -> str:
+    """Returns 12 hex digits that are equal for two configs if they train the same weights.
+
+    Fields that say where results go, or what is measured, do not count.
+    """
     return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.")
 
 
-def start_hash(config) -> str:
-    """12 hex digits of all that processes of one run must be started alike with."""
+def start_hash(config: TrainConfig) -> str:
+    """Returns 12 hex digits of all fields that must be equal on every process of a run."""
     return _hash(config)
 
 
-def _hash(config, *without) -> str:
-    without = ("workdir", "compile_cache", *without)  # folders may be named otherwise elsewhere
+def _hash(config: TrainConfig, *without: str) -> str:
+    without = ("workdir", "compile_cache", *without)  # hosts may have these folders elsewhere
     values = {k: v for k, v in flatten(config).items() if not k.startswith(without)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -52,7 +52,7 @@ from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import write_atomic
 from jaxtrain.interop.hf import read_config
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 
 FLAGS = flags.FLAGS
 SIDES = ("jaxtrain", "pytorch")

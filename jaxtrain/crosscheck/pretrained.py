@@ -27,7 +27,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.runs import export_weights, import_weights
 from jaxtrain.optim.acceleration import eval_params
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.training.run import restore_run
 from pallas_kernels.arguments import Parser
 

@@ -1,6 +1,6 @@
 """Checks that a model's vocabulary, its tokenizer and its text fit together."""
 
-from jaxtrain.config.shell_commands import current_command_with, shell_command
+from jaxtrain.config.shell_commands import current_command, shell_command
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
 
@@ -58,5 +58,5 @@ def _is_far_larger(vocab_size: int, entries: int) -> bool:
 
 def _encode_and_train(tokenizer: str, text: str) -> str:
     encode = shell_command("encode", f"--input={text}", "--out=shards", f"--tokenizer={tokenizer}")
-    train = current_command_with("--data.shards=shards")
+    train = current_command("--data.shards=shards")
     return f"Or make token shards and train on them:\n  {encode}\n  {train}"

@@ -9,7 +9,7 @@ from jaxtrain.distributed.program import exit_refused
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop.hf import DTYPES
 from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 from pallas_kernels.arguments import Parser
 
 ABOUT = """\

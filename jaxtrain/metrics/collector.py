@@ -1,6 +1,10 @@
-"""What one process measures of a run beside its losses, under the names that all reports use."""
+"""Combines what one process measures of a run into metrics by name: the source of every report.
 
-import os
+The loop reports steps and pauses to a Collector. It forwards them to the step timer, the network
+counters and the step log, and returns metrics that the run logger writes.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -8,199 +12,162 @@ from absl import logging
 
 from jaxtrain.file_errors import keep_first_error
 from jaxtrain.metrics.mfu import StepWork, memory_metrics
-from jaxtrain.metrics.network import INTERFACE, NetworkCounters
+from jaxtrain.metrics.network import NetworkCounters, StepBytes
 from jaxtrain.metrics.step_log import StepLog, read_step_times
-from jaxtrain.metrics.step_timer import OF_STEPS, OVERLAPPED, StepTimer, step_time_metrics
+from jaxtrain.metrics.step_timer import OVERLAPPED, STEP_TIME_METRICS, StepTimer, step_time_metrics
+from pallas_kernels.chip import Chip
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, s
-MOST_READ_S = 100e-6  # that a look at the wire may take after every step
-FLUSH_S = 1.0  # lines of steps wait so long for company
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's monitoring event, s
+FLUSH_S = 1.0  # age at which buffered lines of the step log are written
 
 
 class Collector:
-    """Clock, step log, utilisation, memory and wire of one process, as a context manager.
+    """Measures step times, utilisation, memory and network bytes of one process.
+
+    A context manager: it closes the step log and the network counters.
 
     Args:
-        work: of a step; chip: that utilisation is measured by, or None.
-        log: of this process's steps.
-        wire: counters of this host, or None.
-        is_saving: () -> whether a checkpoint is being written in the background.
+        work: what one step computes and moves.
+        chip: its peaks define utilisation; None reports no utilisation.
+        log: step log of this process.
+        counters: network counters of this host; None reports no network bytes.
+        is_saving: returns whether a checkpoint is being written in the background.
     """
 
-    def __init__(self, work: StepWork, chip, log: StepLog, wire: NetworkCounters | None, is_saving):
+    def __init__(
+        self,
+        work: StepWork,
+        chip: Chip | None,
+        log: StepLog,
+        counters: NetworkCounters | None,
+        is_saving: Callable[[], bool],
+    ):
         self.timer = StepTimer(work.tokens, work.devices)
-        self.work, self.chip, self.log, self.wire = work, chip, log, wire
-        self._is_saving, self._compiled_s = is_saving, 0.0
-        self._just_ended = {"start": None}  # pauses since the last tick, in order
-        self._meter = _Meter(wire) if wire else None
-        self._each_step = wire is not None and wire.read_s <= MOST_READ_S
+        self.work, self.chip, self.log, self.counters = work, chip, log, counters
+        self._is_saving, self._compile_s = is_saving, 0.0
+        self._just_ended = ["start"]  # pauses since the last step ended, in order
+        self._step_bytes = StepBytes(counters) if counters else None
 
-    def __enter__(self):
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+    def __enter__(self) -> "Collector":
+        jax.monitoring.register_event_duration_secs_listener(self._add_compile_time)
         return self
 
-    def __exit__(self, kind, error, traceback):
-        jax.monitoring.unregister_event_duration_listener(self._hear)
-        if self.wire:
-            self.wire.close()
+    def __exit__(self, kind, error, traceback) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add_compile_time)
+        if self.counters:
+            self.counters.close()
         with keep_first_error(error):
             self.log.close()
 
-    def _hear(self, event: str, duration_s: float, **kwargs):
+    def _add_compile_time(self, event: str, duration_secs: float, **kwargs) -> None:
         if event == COMPILED:
-            self._compiled_s += duration_s
+            self._compile_s += duration_secs
 
-    def start(self, before_s: dict) -> None:
-        """As StepTimer.start()."""
-        self._compiled_s = 0.0
+    def start(self, before_s: dict[str, float]) -> None:
+        """Starts the first step; see StepTimer.start()."""
+        self._compile_s = 0.0
         self.timer.start(before_s)
-        if self._meter:
-            self._meter.skip()
+        if self._step_bytes:
+            self._step_bytes.exclude()
 
     @contextmanager
-    def pause(self, cause: str):
-        """As StepTimer.pause(); what the wire carries meanwhile is no step's."""
+    def pause(self, cause: str) -> Iterator[None]:
+        """Attributes the block's time to `cause`; see StepTimer.pause().
+
+        Network bytes during the pause are excluded, unless the device works on through it.
+        """
         if cause in OVERLAPPED:
             with self.timer.pause(cause):
                 yield
             return
-        if self._meter:
-            self._meter.read()
+        if self._step_bytes:
+            self._step_bytes.include()
         if cause == "save":
-            self.log.flush()  # a run that goes on from this save finds its steps before it
+            self.log.flush()  # a run that resumes from this save finds its steps in the log
         with self.timer.pause(cause):
             yield
-        self._compiled_s = 0.0
-        self._just_ended[cause] = None
-        if self._meter:
-            self._meter.skip()
+        self._compile_s = 0.0
+        if cause not in self._just_ended:
+            self._just_ended.append(cause)
+        if self._step_bytes:
+            self._step_bytes.exclude()
 
     def tick(self, step: int, skipped: bool) -> None:
-        """A step's results have arrived."""
+        """Records that a step's results have arrived on the host."""
         wait_s = self.timer.waited_s
         step_time_s = self.timer.tick(skipped)
-        wire = self._meter.tick(self._each_step) if self._meter else None
-        beside = [*self._just_ended]
-        if "save" not in beside and self._is_saving():
-            beside.append("save")
-        causes_s = {"compile": self._compiled_s}
-        self.log.add(step, step_time_s, wait_s, wire, beside, causes_s)
-        self._just_ended, self._compiled_s = {}, 0.0
+        wire_bytes = self._step_bytes.end_step() if self._step_bytes else None
+        activities = self._just_ended
+        if "save" not in activities and self._is_saving():
+            activities.append("save")
+        causes_s = {"compile": self._compile_s}
+        self.log.add(step, step_time_s, wait_s, wire_bytes, activities, causes_s)
+        self._just_ended, self._compile_s = [], 0.0
 
     def summary(self) -> dict[str, float]:
-        """Figures since the last summary, by metric name."""
-        if self._meter and not self._each_step:
-            self._meter.read()
+        """Returns the metrics since the last summary, by name."""
+        wire_bytes = self._step_bytes.window_mean() if self._step_bytes else None
         self.log.flush(FLUSH_S)
-        wire = self._meter.window() if self._meter else None
-        return self._with_rates(self.timer.summary(), wire)
+        return self._add_rates(self.timer.summary(), wire_bytes)
 
     def total(self) -> dict:
-        """Figures of the run, `lost_s` {cause: s} and `outliers` {cause: steps}.
+        """Returns the run's metrics, `lost_s` {cause: s} and `outliers` {cause: steps}.
 
-        Step times and tokens/s are of all the run's steps, those of earlier starts too, but the
-        first of each start: the same that launch.summary shows.
+        Step times and tokens/s cover all steps of the run, including those before a resume, without
+        the first step after each start. launch.summary shows the same numbers.
         """
         self.log.flush()
-        wire = self._meter.total() if self._meter else None
-        figures = self._with_rates(self._of_all_steps(self.timer.total()), wire)
-        lost_s = self.timer.lost_s(figures["perf/wall_s"])
-        return figures | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
+        wire_bytes = self._step_bytes.run_mean() if self._step_bytes else None
+        metrics = self._add_rates(self._with_all_step_times(self.timer.total()), wire_bytes)
+        lost_s = self.timer.lost_s(metrics["perf/wall_s"])
+        return metrics | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
 
-    def _of_all_steps(self, figures) -> dict[str, float]:
-        """Replaces the clock's figures of steps by those of the step log."""
+    def _with_all_step_times(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Replaces the timer's step times, which begin at this start, by those of the step log."""
         try:
             times_s = read_step_times(self.log.path)
         except (OSError, ValueError) as error:
-            logging.warning("step times are of this start alone: %s", error)
-            return figures
+            logging.warning("Step times cover only the steps since this start: %s", error)
+            return metrics
         if times_s:
-            return figures | step_time_metrics(times_s, self.work.tokens, self.work.devices)
-        return {name: value for name, value in figures.items() if name not in OF_STEPS}
+            return metrics | step_time_metrics(times_s, self.work.tokens, self.work.devices)
+        return {name: value for name, value in metrics.items() if name not in STEP_TIME_METRICS}
 
-    def _with_rates(self, figures, wire) -> dict:
-        if "perf/tokens_per_s" not in figures:
-            return figures
-        step_time_s = self.work.tokens / figures["perf/tokens_per_s"]  # the mean
-        figures = figures | self.work.utilisation(self.chip, step_time_s) | memory_metrics()
-        figures |= self.work.collective_metrics()
-        return figures | self._wire_figures(wire, step_time_s) if wire else figures
+    def _add_rates(self, metrics: dict, wire_bytes: tuple[float, float] | None) -> dict:
+        """Adds what is measured against the mean step time: utilisation, memory and network."""
+        if "perf/tokens_per_s" not in metrics:
+            return metrics
+        step_time_s = self.work.tokens / metrics["perf/tokens_per_s"]
+        metrics = metrics | self.work.utilisation(self.chip, step_time_s) | memory_metrics()
+        metrics |= self.work.collective_metrics()
+        return metrics | self._network_metrics(wire_bytes, step_time_s) if wire_bytes else metrics
 
-    def _wire_figures(self, wire, step_time_s) -> dict[str, float]:
-        """Bytes a step of this host; payload that it had to send, and what came on top."""
-        sent, received = wire
-        figures = {
+    def _network_metrics(
+        self, wire_bytes: tuple[float, float], step_time_s: float
+    ) -> dict[str, float]:
+        """Returns this host's bytes on the network for each step, and the effective bandwidth.
+
+        Effective bandwidth is the payload that the host must send (StepWork.sent_bytes, from the
+        compiled program) over the mean step time, computation included. It excludes headers and
+        retransmissions, which are the overhead, and pauses, in which no step runs.
+        """
+        sent, received = wire_bytes
+        metrics = {
             "comm/wire_bytes": sent + received,
             "comm/wire_sent_bytes": sent,
             "comm/wire_received_bytes": received,
         }
         if not self.work.sent_bytes:
-            return figures
-        return figures | {
+            return metrics
+        return metrics | {
             "comm/effective_bytes_per_s": self.work.sent_bytes / step_time_s,
             "comm/overhead": sent / self.work.sent_bytes - 1,
         }
 
     def describe(self) -> str:
-        """What is read of the network, for the start of a run."""
-        if not self.wire:
-            return "no wire is read: all processes are on one host"
-        when = "after each step" if self._each_step else "at logged steps"
-        return f"{' '.join(self.wire.names)}, read {when} ({self.wire.read_s * 1e6:.0f} us)"
-
-
-class _Meter:
-    """Bytes that went over the wire in steps, and not in pauses between them."""
-
-    def __init__(self, wire: NetworkCounters):
-        self._wire = wire
-        self._at = wire.read()
-        self._step = [0, 0]
-        self._window, self._run = [0, 0, 0], [0, 0, 0]  # sent, received, steps
-
-    def skip(self) -> None:
-        """What was sent since the last look is no step's."""
-        self._at = self._wire.read()
-
-    def read(self) -> None:
-        """What was sent since the last look is the step's under way."""
-        at = self._wire.read()
-        for i in (0, 1):
-            self._step[i] += at[i] - self._at[i]
-            self._window[i] += at[i] - self._at[i]
-            self._run[i] += at[i] - self._at[i]
-        self._at = at
-
-    def tick(self, look: bool) -> tuple[int, int] | None:
-        """Ends a step; its bytes, where the counters are read."""
-        if look:
-            self.read()
-        self._window[2] += 1
-        self._run[2] += 1
-        step, self._step = tuple(self._step), [0, 0]
-        return step if look else None
-
-    def window(self) -> tuple[float, float] | None:
-        """(sent, received) bytes a step since the last call."""
-        span, self._window = self._window, [0, 0, 0]
-        return _mean(span)
-
-    def total(self) -> tuple[float, float] | None:
-        return _mean(self._run)
-
-
-def _mean(span):
-    sent, received, steps = span
-    return (sent / steps, received / steps) if steps else None
-
-
-def open_network_counters(hosts: list[str]) -> NetworkCounters | None:
-    """The counters of the training network; None where all processes are on one host.
-
-    Raises:
-        ValueError: the environment names an interface that is not there.
-    """
-    interface = os.environ.get(INTERFACE, "")
-    if not interface and len(set(hosts)) == 1:
-        return None
-    return NetworkCounters(interface)
+        """Returns what is read of the network, for the start of a run."""
+        if not self.counters or not self._step_bytes:
+            return "network bytes are not measured: all processes are on one host"
+        when = "after each step" if self._step_bytes.reads_each_step else "at logged steps"
+        names, read_us = " ".join(self.counters.names), 1e6 * self.counters.read_s
+        return f"network bytes of {names}, read {when} (a read takes {read_us:.0f} us)"

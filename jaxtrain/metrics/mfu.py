@@ -1,66 +1,88 @@
-"""What one step has to do, by mathematics and by the compiled program, and what a chip can do."""
+"""Computes MFU and MBU: what one step computes and moves, against what the chip could.
 
-from typing import NamedTuple
+Conventions, which the start of a run prints:
+
+- `perf/mfu` counts the 6N FLOPs of the weights and attention's products with the keys that a query
+  may see. Recomputation, the optimizer and masked keys are not counted, whatever the program does.
+- `perf/mfu_6n` counts the 6N FLOPs only, as many papers do.
+- The peak is the data sheet's dense FLOP/s (no structured sparsity) for the type of the products,
+  times the devices. An unknown chip gets no MFU: a guessed peak would be off by factors.
+- `perf/mbu` counts the bytes that the compiled step's instructions read from and write to HBM.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
+from jaxtrain.config.sections import DataConfig
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.ops.routes import chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 
-# Type of the operands on the tensor cores; XLA makes float32 products as TF32 unless told not to.
+# Model dtype -> type of the products on tensor cores. XLA computes float32 products in TF32 by
+# default.
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}
 
 
+Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
+
+
 class Roofline(NamedTuple):
-    """Of one step on one device, every instruction at the datasheet's peak, none overlapping."""
+    """Lower bound of a step's time on one device: every instruction at the data sheet's peak."""
 
-    flops: float  # executed: recomputation and the optimizer too
+    flops: float  # executed, with recomputation and the optimizer
     hbm_bytes: float
-    seconds: float  # sum over instructions of the slower of computing and moving
-    compute_s: float  # of those that compute longer than they move
+    seconds: float  # each instruction takes the longer of computing and moving; none overlap
+    compute_s: float  # part of it in instructions that compute longer than they move
 
 
-def roofline(program, chip) -> Roofline:
-    flops = moved = seconds = compute_s = 0.0
+def roofline(program: Program, chip: Chip) -> Roofline:
+    """Returns the roofline of a compiled program on a chip."""
+    flops = hbm_bytes = seconds = compute_s = 0.0
     for work in program.work():
-        one = chip.seconds(work.hbm_bytes, work.flops, work.dtype)
+        instruction_s = chip.seconds(work.hbm_bytes, work.flops, work.dtype)
         flops += work.times * work.flops
-        moved += work.times * work.hbm_bytes
-        seconds += work.times * one
-        compute_s += work.times * one * (one > work.hbm_bytes / chip.hbm_bytes_per_s)
-    return Roofline(flops, moved, seconds, compute_s)
+        hbm_bytes += work.times * work.hbm_bytes
+        seconds += work.times * instruction_s
+        if instruction_s > work.hbm_bytes / chip.hbm_bytes_per_s:
+            compute_s += work.times * instruction_s
+    return Roofline(flops, hbm_bytes, seconds, compute_s)
 
 
 class StepWork(NamedTuple):
-    """FLOPs are of all devices, bytes of one."""
+    """What one step computes (FLOPs of all devices) and moves (bytes of one device)."""
 
     tokens: int
     parameters: int
-    flops_6n: float  # weights that multiply a token, no attention
-    flops_causal: float  # and attention, of the keys that a query sees
-    flops_full: float  # and attention, of all keys: PaLM's
-    hbm_bytes: float | None  # None where the program could not be read
-    roofline_s: float | None  # without a chip there is none
+    flops_6n: float  # products with weights only
+    flops_causal: float  # plus attention over the keys that a query may see
+    flops_full: float  # plus attention over all keys, as in PaLM
+    hbm_bytes: float | None  # None if the program could not be read
+    roofline_s: float | None  # None without a known chip
     collectives: tuple[Collective, ...]
     devices: int
     dtype: str  # of the products
     problem: str = ""  # why the program could not be read
-    counted: tuple[str, ...] = ()  # what is counted though it is masked or no token
+    caveats: tuple[str, ...] = ()  # what the metrics count although it is masked or padding
 
     @property
     def payload_bytes(self) -> int:
+        """Payload of all collectives of one device."""
         return sum(c.times * c.payload_bytes for c in self.collectives)
 
     @property
     def sent_bytes(self) -> float:
-        """What a host sends to others, by the ring's count: the least that the wire must carry."""
+        """Bytes that one host must send to others with ring algorithms, without overhead."""
         return sum(c.host_bytes for c in self.collectives)
 
     def by_kind(self) -> dict[tuple, dict]:
-        """{(kind, axis, inter_host): {"bytes", "count"}}: payload and number a step."""
+        """Returns {(kind, axis, inter_host): {"bytes", "count"}}: payload and number per step."""
         rows = {}
         for c in self.collectives:
             key = c.kind, "+".join(c.axes), c.crosses_hosts
@@ -70,7 +92,7 @@ class StepWork(NamedTuple):
         return rows
 
     def as_dict(self) -> dict:
-        """For config.json."""
+        """Returns the entry `work` of config.json."""
         names = ("kind", "axis", "inter_host")
         return {
             "tokens_per_step": self.tokens,
@@ -87,81 +109,93 @@ class StepWork(NamedTuple):
         }
 
     def collective_metrics(self) -> dict[str, int]:
-        """{"comm/all_reduce_bytes": payload of a device and step, ...}"""
-        figures = {}
+        """Returns {"comm/all_reduce_bytes": payload per device and step, ...}."""
+        metrics = {}
         for (kind, _, _), row in self.by_kind().items():
             name = f"comm/{kind.replace('-', '_')}_bytes"
-            figures[name] = figures.get(name, 0) + row["bytes"]
-        return figures
+            metrics[name] = metrics.get(name, 0) + row["bytes"]
+        return metrics
 
     def utilisation(self, chip: Chip | None, step_time_s: float) -> dict[str, float]:
-        """MFU in both conventions and MBU of a step that takes step_time_s; {} without a peak."""
+        """Returns MFU in both conventions and MBU at a step time; {} where no peak is known."""
         if chip is None or self.dtype not in PEAK_OF:
             return {}
         peak = chip.peak_flops[PEAK_OF[self.dtype]] * self.devices
-        figures = {
+        metrics = {
             "perf/mfu": self.flops_causal / step_time_s / peak,
             "perf/mfu_6n": self.flops_6n / step_time_s / peak,
         }
         if self.hbm_bytes is not None:
-            figures["perf/mbu"] = self.hbm_bytes / step_time_s / chip.hbm_bytes_per_s
-        return figures
+            metrics["perf/mbu"] = self.hbm_bytes / step_time_s / chip.hbm_bytes_per_s
+        return metrics
 
 
-def build_work(run, compiled, hosts=None) -> StepWork:
-    """Of a Run's compiled step.
+def build_work(
+    cfg: TrainConfig,
+    parameters: int,
+    mesh: Mesh,
+    compiled: Compiled,
+    hosts: Sequence[str] | None = None,
+) -> StepWork:
+    """Computes the FLOPs, bytes and collectives of a compiled step.
 
     Args:
-        hosts: name of each process's host.
+        hosts: name of each process's host; None: every process has its own.
     """
-    cfg, tokens = run.cfg, run.cfg.data.batch * run.cfg.data.seq_len
+    tokens = cfg.data.batch * cfg.data.seq_len
     causal = training_flops(cfg.model, cfg.data.seq_len, causal=True)
     full = training_flops(cfg.model, cfg.data.seq_len)
     return StepWork(
         tokens=tokens,
-        parameters=run.parameters,
+        parameters=parameters,
         flops_6n=tokens * causal.matrices,
         flops_causal=tokens * causal.total,
         flops_full=tokens * full.total,
-        devices=run.mesh.size,
+        devices=mesh.size,
         dtype=cfg.model.dtype,
-        counted=_counted(cfg.data),
-        **_read_program(compiled, run.mesh, hosts),
+        caveats=_caveats(cfg.data),
+        **_read_program(compiled, mesh, hosts),
     )
 
 
-def _counted(data) -> tuple[str, ...]:
-    """What a DataConfig's batches hold that figures do not tell apart, in words."""
+def _caveats(data: DataConfig) -> tuple[str, ...]:
+    """Returns sentences on what the metrics count although it is masked or padding."""
     lines = ()
     if data.document_mask:
-        lines += ("documents: mfu counts keys as if a row were one, more than a query sees",)
+        lines += (
+            "documents: mfu counts keys as if each row were one document, which is more than a "
+            "query sees",
+        )
     if data.pack:
-        lines += ("packing: tokens/s, mfu and mfu_6n count the padding of a row as tokens",)
+        lines += ("packing: tokens/s, mfu and mfu_6n count padding as tokens",)
     return lines
 
 
-def _read_program(compiled, mesh, hosts) -> dict:
-    """What StepWork holds of the program; a form that is not known says so and stops no run."""
+def _read_program(compiled: Compiled, mesh: Mesh, hosts: Sequence[str] | None) -> dict:
+    """Returns the fields of StepWork that come from the program's text.
+
+    XLA's text form may change; a text that cannot be parsed is reported and does not stop the run.
+    """
     chip = find_device_chip(mesh.devices.flat[0])
     try:
-        program = Program(compiled.as_text())
+        program = Program(compiled.as_text() or "")
         return {
             "hbm_bytes": sum(work.times * work.hbm_bytes for work in program.work()),
             "roofline_s": roofline(program, chip).seconds if chip else None,
             "collectives": tuple(find_collectives(program, mesh, hosts)),
         }
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        nothing = {"hbm_bytes": None, "roofline_s": None, "collectives": ()}
-        return nothing | {"problem": f"{type(error).__name__}: {error}"[:300]}
+        unknown = {"hbm_bytes": None, "roofline_s": None, "collectives": ()}
+        return unknown | {"problem": f"{type(error).__name__}: {error}"[:300]}
 
 
-def find_device_chip(device) -> Chip | None:
-    """The chip table's entry of a jax device; None of any other."""
+def find_device_chip(device: Device) -> Chip | None:
+    """Returns the chip table's entry for a device; None if the table has none."""
     return CHIPS.get(chip_name(device))
 
 
 def chip_dict(chip: Chip | None) -> dict | None:
-    """For config.json: what utilisation is measured by."""
+    """Returns the entry `chip` of config.json: the peaks that define utilisation."""
     if chip is None:
         return None
     return {
@@ -174,33 +208,36 @@ def chip_dict(chip: Chip | None) -> dict | None:
     }
 
 
-def describe_utilisation(work: StepWork, chip: Chip | None, device) -> list[str]:
-    """What MFU and MBU mean here, or why there is none: lines for the start of a run."""
+def describe_utilisation(work: StepWork, chip: Chip | None, device: Device) -> list[str]:
+    """Returns lines on what MFU and MBU mean in this run, or why they are not reported."""
     lines = []
     if chip is None:
         lines.append(
-            f"no MFU, no MBU: {device.device_kind!r} has no peak in pallas_kernels/chip.py, and "
-            "none is guessed"
+            f"no MFU, no MBU: {device.device_kind!r} has no peak in pallas_kernels/chip.py; add it "
+            "there"
         )
     elif work.dtype not in PEAK_OF:
-        lines.append(f"no MFU, no MBU: the table has no peak of {chip.name} for {work.dtype}")
+        missing = f"{work.dtype} peak of {chip.name}"
+        lines.append(f"no MFU, no MBU: pallas_kernels/chip.py has no {missing}")
     else:
         name = PEAK_OF[work.dtype]
         lines += [
-            f"mfu of {work.devices} x {chip.peak_flops[name] / 1e12:g} TFLOP/s ({name}, dense): "
-            "6N and attention's products, once, of the keys that a query sees; mfu_6n: 6N alone",
-            f"mbu of {chip.hbm_bytes_per_s / 1e9:g} GB/s: what the compiled step's instructions "
-            f"read and write; peaks: {chip.source}",
+            f"mfu: share of {work.devices} x {chip.peak_flops[name] / 1e12:g} TFLOP/s ({name}, "
+            "dense), counting 6N and causal attention without recomputation; mfu_6n: 6N only",
+            f"mbu: share of {chip.hbm_bytes_per_s / 1e9:g} GB/s, counting what the compiled step "
+            f"reads and writes; peaks: {chip.source}",
         ]
-    lines += work.counted
+    lines += work.caveats
     if work.problem:
-        lines.append(f"unknown bytes and collectives of the compiled step: {work.problem}")
+        lines.append(f"bytes and collectives of the compiled step are unknown: {work.problem}")
     return lines
 
 
 def memory_metrics() -> dict[str, int]:
-    """Bytes that the allocators of this process's devices hold and have held, the fullest's; {}
-    where the backend does not say."""
+    """Returns the bytes allocated now, and at most so far, on this process's fullest device.
+
+    Backends without a counting allocator, such as the CPU's, give {}.
+    """
     stats = [device.memory_stats() for device in jax.local_devices()]
     if not all(stats):
         return {}

@@ -1,9 +1,9 @@
-"""hosts/PROCESS.jsonl: every step of one process, and those that took too long with the reason.
+"""Writes hosts/PROCESS.jsonl: every step of one process, and which steps were outliers and why.
 
-A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}, with several hosts also
-{"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and {"first": true} where it is the first
-after a start. An event is {"step", "time", "event": "outlier", "perf/step_time_s", "cause"}. Lines
-are written when flush() is called, not step by step.
+A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}. With several hosts it also
+has {"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and the first step after a start has
+{"first": true}. An outlier adds a line {"step", "time", "event": "outlier", "perf/step_time_s",
+"cause"}. Lines are buffered until flush(), so that a step costs no system call.
 """
 
 import gc
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,43 +19,47 @@ from jaxtrain.file_errors import Appender
 from jaxtrain.metrics.jsonl import read_metrics, rewind_metrics
 
 FOLDER = "hosts"
-HISTORY = 200  # steps that say what is usual
-LEAST = 10  # steps, before any is called unusual
-TIMES, SIGMAS = 1.5, 3.0  # of the median, and above it
-SIGMA_OF_MAD = 1.4826  # of a normal distribution
-SHARE = 0.25  # of the time too much that a cause must have taken to be named
+# A step is an outlier if it takes more than TIMES x the median of the last HISTORY steps and more
+# than SIGMAS standard deviations above it. The first bound forgives the jitter of very regular
+# steps, the second one forgives steps that always vary. Sigma is estimated from the median absolute
+# deviation, which outliers hardly move; SIGMA_OF_MAD is their ratio for a normal distribution.
+HISTORY = 200
+LEAST = 10  # steps before any can be called an outlier
+TIMES, SIGMAS = 1.5, 3.0
+SIGMA_OF_MAD = 1.4826
+SHARE = 0.25  # a cause is named if it explains at least this share of the excess time
 
 
-class Row(NamedTuple):
-    """A step of one process; seconds, and bytes since the step before."""
+class StepRecord(NamedTuple):
+    """One step of one process."""
 
     step: int
-    time: float
+    time: float  # UTC s
     step_time_s: float
     wait_s: float
-    wire: tuple[int, int] | None  # sent, received
-    beside: tuple[str, ...]  # what went on in the background, or had just ended
-    causes_s: dict[str, float]  # cause -> seconds that the step may have waited for it
+    wire_bytes: tuple[int, int] | None  # sent, received during the step
+    activities: tuple[str, ...]  # running in the background, or ended just before the step
+    causes_s: Mapping[str, float]  # cause -> seconds for which it may have delayed the step
 
-    def as_json(self) -> str:
-        """Written by hand: json.dumps takes five times as long, and these are finite numbers."""
+    def to_json(self) -> str:
+        """Returns the line; json.dumps takes five times as long, and all numbers are finite."""
         line = f'"step": {self.step}, "time": {self.time!r}, "perf/step_time_s": '
         line += f'{self.step_time_s!r}, "data/wait_s": {self.wait_s!r}'
-        if self.wire:
-            sent, received = self.wire
+        if self.wire_bytes:
+            sent, received = self.wire_bytes
             line += f', "comm/wire_sent_bytes": {sent}, "comm/wire_received_bytes": {received}'
-        if "start" in self.beside:
+        if "start" in self.activities:
             line += ', "first": true'
         return f"{{{line}}}"
 
 
 class StepLog:
-    """Keeps a process's steps until flush().
+    """Buffers the steps of one process and writes them on flush().
 
     Args:
-        workdir: of the run; made if missing.
-        process: this one's index.
-        resume_step: the step that this process resumes from; lines after it go.
+        workdir: folder of the run; created if missing.
+        process: index of this process.
+        resume_step: step from which this process resumes; later lines are removed.
     """
 
     def __init__(self, workdir: Path, process: int, resume_step: int = 0):
@@ -62,52 +67,65 @@ class StepLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         rewind_metrics(path, resume_step)
         self._file = Appender(path)
-        self._rows, self._usual_s = [], deque(maxlen=HISTORY)
+        self._buffer: list[StepRecord] = []
+        self._recent_s = deque(maxlen=HISTORY)  # step times that are already written
         self.outliers = Counter()  # cause -> steps
-        self._collecting_s, self.gc_s = 0.0, 0.0  # collector's time since it was last taken
-        gc.callbacks.append(self._watch_collector)
+        self.gc_s = 0.0  # time in the garbage collector since the last step
+        self._gc_started_s = 0.0
+        gc.callbacks.append(self._time_garbage_collector)
 
-    def _watch_collector(self, phase, info):
+    def _time_garbage_collector(self, phase: str, info: dict) -> None:
         if phase == "start":
-            self._collecting_s = time.perf_counter()
-        elif self._collecting_s:
-            self.gc_s += time.perf_counter() - self._collecting_s
+            self._gc_started_s = time.perf_counter()
+        elif self._gc_started_s:
+            self.gc_s += time.perf_counter() - self._gc_started_s
 
-    def add(self, step, step_time_s, wait_s, wire=None, beside=(), causes_s=None) -> None:
-        """A step has ended; the garbage collector's time since the last one is known in here."""
-        causes_s = {"data": wait_s, "gc": self.gc_s} | (causes_s or {})
+    def add(
+        self,
+        step: int,
+        step_time_s: float,
+        wait_s: float,
+        wire_bytes: tuple[int, int] | None = None,
+        activities: Iterable[str] = (),
+        causes_s: Mapping[str, float] | None = None,
+    ) -> None:
+        """Buffers a step that has just ended; see StepRecord for the arguments."""
+        causes_s = {"data": wait_s, "gc": self.gc_s, **(causes_s or {})}
         self.gc_s = 0.0
-        row = Row(step, time.time(), step_time_s, wait_s, wire, tuple(beside), causes_s)
-        self._rows.append(row)
+        self._buffer.append(
+            StepRecord(
+                step, time.time(), step_time_s, wait_s, wire_bytes, tuple(activities), causes_s
+            )
+        )
 
     def flush(self, wait_s: float = 0.0) -> None:
-        """Writes the steps since the last flush in one go, each outlier after its step.
+        """Writes the buffered steps in one go, each outlier after its step.
 
         Args:
-            wait_s: nothing is written while the oldest step is younger.
+            wait_s: nothing is written while the oldest buffered step is younger than this.
         """
-        rows = self._rows
-        if not rows or time.time() - rows[0].time < wait_s:
+        records = self._buffer
+        if not records or time.time() - records[0].time < wait_s:
             return
-        times_s = [*self._usual_s, *(row.step_time_s for row in rows)]
+        times_s = [*self._recent_s, *(record.step_time_s for record in records)]
         median_s = statistics.median(times_s)
         sigma_s = SIGMA_OF_MAD * statistics.median(abs(s - median_s) for s in times_s)
         limit_s = max(TIMES * median_s, median_s + SIGMAS * sigma_s)
         lines = []
-        for row in rows:
-            lines.append(row.as_json())
-            if row.step_time_s > limit_s and len(times_s) >= LEAST:
-                cause = explain(row, row.step_time_s - median_s)
+        for record in records:
+            lines.append(record.to_json())
+            if record.step_time_s > limit_s and len(times_s) >= LEAST:
+                cause = name_cause(record, record.step_time_s - median_s)
                 self.outliers[cause] += 1
-                event = {"step": row.step, "time": row.time, "event": "outlier"}
-                event |= {"perf/step_time_s": row.step_time_s, "cause": cause}
+                event = {"step": record.step, "time": record.time, "event": "outlier"}
+                event |= {"perf/step_time_s": record.step_time_s, "cause": cause}
                 lines.append(json.dumps(event))
-        self._usual_s.extend(row.step_time_s for row in rows)
-        rows.clear()
+        self._recent_s.extend(record.step_time_s for record in records)
+        records.clear()
         self._file.write(("\n".join(lines) + "\n").encode())
 
     def close(self) -> None:
-        gc.callbacks.remove(self._watch_collector)
+        gc.callbacks.remove(self._time_garbage_collector)
         try:
             self.flush()
         finally:
@@ -115,13 +133,13 @@ class StepLog:
 
 
 def read_step_times(path: Path) -> list[float]:
-    """Returns the seconds of every step in a hosts/N.jsonl but the first after each start.
+    """Returns the seconds of every step in a hosts/N.jsonl except the first after each start.
 
-    The first step after a start also pays for what the device does once.
+    The first step after a start includes work that the device does only once.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line of it is damaged.
+        ValueError: one of its lines is damaged.
     """
     lines = [record for record in read_metrics(path) if "event" not in record]
     times_s = {line["step"]: line["perf/step_time_s"] for line in lines}
@@ -129,7 +147,7 @@ def read_step_times(path: Path) -> list[float]:
     return [s for step, s in times_s.items() if step not in first]
 
 
-def explain(row: Row, excess_s: float) -> str:
-    """What coincided with a step that took excess_s too long: `save+gc`, or `unknown`."""
-    timed = [cause for cause, s in row.causes_s.items() if s > 0 and s >= SHARE * excess_s]
-    return "+".join(dict.fromkeys([*row.beside, *timed])) or "unknown"
+def name_cause(record: StepRecord, excess_s: float) -> str:
+    """Returns what coincided with a step that took excess_s too long: `save+gc`, or `unknown`."""
+    timed = [cause for cause, s in record.causes_s.items() if s > 0 and s >= SHARE * excess_s]
+    return "+".join(dict.fromkeys([*record.activities, *timed])) or "unknown"

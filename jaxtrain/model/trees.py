@@ -1,9 +1,27 @@
-"""Leaves of parameter trees by name."""
+"""Parameter trees: nested dicts of arrays, with a twin of the same shape that has their Axes."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
+from flax import nnx
+
+ArrayTree: TypeAlias = Any  # pytree of arrays or ShapeDtypeStructs
+AxesTree: TypeAlias = Any  # pytree of Axes
 
 
-def named_leaves(tree) -> dict:
-    """`{"blocks.wq": leaf}`; None is a leaf, so that a missing one is seen."""
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns `{"blocks.wq": leaf}`; None counts as a leaf, so that a missing array is noticed."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def param_tree(state: nnx.State, leaf: Callable[[tuple, nnx.Variable], Any]) -> dict[str, Any]:
+    """Returns leaf(path, variable) of each Param of an nnx state, as a plain nested dict."""
+    tree: dict[Any, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf(path, variable)
+    return tree

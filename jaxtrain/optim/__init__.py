@@ -1,8 +1,13 @@
-"""Optimizers: direction of each parameter's step, its rate, and where its state rests."""
+"""Optimizers: each parameter's direction and rate, and the sharding of optimizer state."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
 
 
-def pick(table: dict, name: str, flag: str):
-    """table[name].
+def select_option(table: Mapping[str, Entry], name: str, flag: str) -> Entry:
+    """Returns the table's entry.
 
     Raises:
         ValueError: no such entry; the message lists them.

@@ -1,15 +1,23 @@
-"""Acceleration around any optimizer: gradients are taken ahead of the iterate.
+"""Wrappers that accelerate any optimizer by taking gradients ahead of its iterate.
 
-The parameters of a run are then the query point; the iterate, which is what is evaluated, sampled
-and exported, is `eval_params(opt_state, params)`. At strength 0 both wrappers are the inner
-optimizer.
+Two sequences of weights then exist. The run's parameters are the query point, where gradients are
+taken. The iterate is where the wrapped optimizer stands: evaluation, sampling and export use it, by
+`eval_params(opt_state, params)`. A wrapper stores only their difference. At strength 0 the two
+coincide, and both wrappers are the inner optimizer.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+
+from jaxtrain.model.trees import ArrayTree, AxesTree
+from jaxtrain.optim.muon import muon
+
+Strength = float | Callable[[jax.Array], jax.Array]  # a number, or a schedule of the good steps
 
 
 class TransportState(NamedTuple):
@@ -17,7 +25,8 @@ class TransportState(NamedTuple):
     inner: Any
     offset: optax.Updates  # query point minus iterate, like params
 
-    def ahead(self):
+    def query_offset(self) -> optax.Updates:
+        """Returns query point minus iterate."""
         return self.offset
 
 
@@ -27,79 +36,95 @@ class LookaheadState(NamedTuple):
     displacement: optax.Updates  # averaged step of the iterate, like params
     reach: jax.Array  # float32 [], displacements by which the query point is ahead
 
-    def ahead(self):
+    def query_offset(self) -> optax.Updates:
+        """Returns query point minus iterate."""
         return jax.tree.map(lambda d: self.reach.astype(d.dtype) * d, self.displacement)
 
 
 WRAPPERS = TransportState, LookaheadState
 
 
-def _schedule(strength):
+def _is_wrapper(node):
+    return isinstance(node, WRAPPERS)
+
+
+def _as_schedule(strength):
     return strength if callable(strength) else lambda count: jnp.asarray(strength, jnp.float32)
 
 
-def _minus(params, offset):
-    """params - offset, leaf by leaf; leaves that the wrapper does not see stay."""
-    unseen = lambda x: isinstance(x, optax.MaskedNode)
-    take = lambda o, p: p if unseen(o) else p - o.astype(p.dtype)
-    return jax.tree.map(take, offset, params, is_leaf=unseen)
+def _subtract(params, offset):
+    """Computes params - offset; leaves of groups that the wrapper does not step are unchanged."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    difference = lambda o, p: p if is_masked(o) else p - o.astype(p.dtype)
+    return jax.tree.map(difference, offset, params, is_leaf=is_masked)
 
 
-def transported(
-    inner, momentum, strength, buffer_dtype=None
+def gradient_transport(
+    inner: optax.GradientTransformation,
+    momentum: float,
+    strength: Strength,
+    buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Implicit gradient transport: the next gradient is taken where momentum says it is wanted.
+    """Takes each gradient where it corrects the age of the gradients already in the momentum.
 
-    The query point is ahead of the iterate by strength * momentum / (1 - momentum) of the last
-    step; strength 1 is the theory's. One gradient a step, one buffer.
+    Momentum averages gradients of earlier iterates, on average momentum / (1 - momentum) steps
+    old. A gradient taken that many steps ahead of the iterate cancels the lag to first order. The
+    query point is ahead by strength * momentum / (1 - momentum) of the last step, so strength 1 is
+    the theory's. It costs one gradient a step and one buffer.
 
     Source: Cutkosky & Mehta 2020, https://arxiv.org/abs/2002.03305; for arbitrary norms
     https://arxiv.org/abs/2106.14343.
 
     Args:
-        inner: a whole optimizer, rate and decay included; its params are the iterate.
+        inner: a complete optimizer, rate and decay included; its params are the iterate.
         momentum: of the inner average, in [0, 1).
-        strength: in [0, 1], or a schedule of the good steps made.
+        strength: in [0, 1].
         buffer_dtype: of the buffer; None is the parameter's.
 
     Raises:
         ValueError: momentum is outside [0, 1), or strength is negative.
     """
     _check(momentum, strength, "optim.momentum")
-    strength, inner = _schedule(strength), optax.with_extra_args_support(inner)
+    schedule, inner = _as_schedule(strength), optax.with_extra_args_support(inner)
 
     def init(params):
         offset = optax.tree.zeros_like(params, dtype=buffer_dtype)
         return TransportState(jnp.zeros((), jnp.int32), inner.init(params), offset)
 
-    def update(grads, state, params=None, *, good=True, **extra):
-        iterate = _minus(params, state.offset)
-        steps, state_inner = inner.update(grads, state.inner, iterate, good=good, **extra)
+    def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
+        iterate = _subtract(params, state.offset)
+        steps, inner_state = inner.update(updates, state.inner, iterate, good=good, **extra)
         steps = jax.tree.map(lambda u: jnp.where(good, u, 0), steps)
-        reach = strength(state.count) * (momentum / (1 - momentum))
-        reached = lambda u, old: jnp.where(good, (reach.astype(u.dtype) * u).astype(old.dtype), old)
-        offset = jax.tree.map(reached, steps, state.offset)
-        shift = lambda u, new, old: u + (new.astype(u.dtype) - old.astype(u.dtype))
-        updates = jax.tree.map(shift, steps, offset, state.offset)
+        reach = schedule(state.count) * (momentum / (1 - momentum))
+        new_offset = lambda u, old: jnp.where(
+            good, (reach.astype(u.dtype) * u).astype(old.dtype), old
+        )
+        offset = jax.tree.map(new_offset, steps, state.offset)
+        # The query point moves by the iterate's step and by the change of its offset.
+        move = lambda u, new, old: u + (new.astype(u.dtype) - old.astype(u.dtype))
+        moves = jax.tree.map(move, steps, offset, state.offset)
         count = state.count + jnp.where(good, 1, 0)
-        return updates, TransportState(count, state_inner, offset)
+        return moves, TransportState(count, inner_state, offset)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def ema_lookahead(
-    inner, strength, decay=0.99, buffer_dtype=None
+    inner: optax.GradientTransformation,
+    strength: Strength,
+    decay: float = 0.99,
+    buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Nesterov's look-ahead along an average of the iterate's steps.
+    """Nesterov's look-ahead along an exponential average of the iterate's steps.
 
-    Slow drift is multiplied by up to 1 / (1 - strength), noise is not: it belongs between warm-up
-    and the rate's decay, which a schedule of strength says.
+    Slow drift is multiplied by up to 1 / (1 - strength), noise is not. It helps between warm-up
+    and the rate's decay only: pass a schedule that is zero elsewhere.
 
     Source: Yau et al. 2026, https://arxiv.org/abs/2605.25395
 
     Args:
-        inner: a whole optimizer, rate and decay included; it steps from the query point.
-        strength: in [0, 1), or a schedule of the good steps made.
+        inner: a complete optimizer, rate and decay included; it steps from the query point.
+        strength: in [0, 1).
         decay: of the averaged step, in [0, 1).
         buffer_dtype: of the average; None is the parameter's.
 
@@ -111,30 +136,51 @@ def ema_lookahead(
         raise ValueError(
             f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
         )
-    strength, inner = _schedule(strength), optax.with_extra_args_support(inner)
+    schedule, inner = _as_schedule(strength), optax.with_extra_args_support(inner)
 
     def init(params):
         zeros = optax.tree.zeros_like(params, dtype=buffer_dtype)
         count, reach = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return LookaheadState(count, inner.init(params), zeros, reach)
 
-    def update(grads, state, params=None, *, good=True, **extra):
-        steps, state_inner = inner.update(grads, state.inner, params, good=good, **extra)
+    def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
+        steps, inner_state = inner.update(updates, state.inner, params, good=good, **extra)
         steps = jax.tree.map(lambda u: jnp.where(good, u, 0), steps)
         count = state.count + jnp.where(good, 1, 0)
-        reach = jnp.where(good, strength(count), state.reach).astype(jnp.float32)
+        reach = jnp.where(good, schedule(count), state.reach).astype(jnp.float32)
 
         def averaged(u, mean):
+            # The new iterate is the old query point plus the step, so it moved by both.
             moved = u + state.reach.astype(u.dtype) * mean.astype(u.dtype)
-            kept = decay * mean.astype(u.dtype) + (1 - decay) * moved
-            return jnp.where(good, kept.astype(mean.dtype), mean)
+            new = decay * mean.astype(u.dtype) + (1 - decay) * moved
+            return jnp.where(good, new.astype(mean.dtype), mean)
 
         mean = jax.tree.map(averaged, steps, state.displacement)
-        ahead = lambda u, d: jnp.where(good, u + reach.astype(u.dtype) * d.astype(u.dtype), u)
-        updates = jax.tree.map(ahead, steps, mean)
-        return updates, LookaheadState(count, state_inner, mean, reach)
+        move = lambda u, d: jnp.where(good, u + reach.astype(u.dtype) * d.astype(u.dtype), u)
+        moves = jax.tree.map(move, steps, mean)
+        return moves, LookaheadState(count, inner_state, mean, reach)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def accelerated_lmo(
+    axes: AxesTree,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.9,
+    strength: Strength = 0.25,
+    **options,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with transported gradients, as a complete optimizer that needs no config.
+
+    Transport takes the place of Nesterov's mixing. Evaluate at `eval_params(opt_state, params)`.
+
+    Args:
+        options: of `muon`.
+    """
+    options |= {"momentum": momentum, "nesterov": False}
+    inner = muon(axes, learning_rate, weight_decay, **options)
+    return gradient_transport(inner, momentum, strength)
 
 
 def _check(decay, strength, flag):
@@ -144,22 +190,20 @@ def _check(decay, strength, flag):
         raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
 
 
-def describe_evaluated_weights(opt_state) -> str:
+def describe_evaluated_weights(opt_state: optax.OptState) -> str:
     """Names the weights that eval_params returns."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, WRAPPERS))
-    ahead = any(isinstance(node, WRAPPERS) for node in nodes)
+    ahead = any(map(_is_wrapper, jax.tree.leaves(opt_state, is_leaf=_is_wrapper)))
     return "the iterate, not the look-ahead point" if ahead else "the parameters"
 
 
-def eval_params(opt_state, params):
-    """The weights to evaluate, export and sample with: the iterate, where a wrapper is ahead of it.
+def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
+    """Returns the weights to evaluate, export and sample with: the iterate.
 
     Args:
         opt_state: any optax state; wrappers are found wherever they stand in it.
         params: the run's parameters, where gradients are taken.
     """
-    wrapped = lambda x: isinstance(x, WRAPPERS)
-    for node in jax.tree.leaves(opt_state, is_leaf=wrapped):
-        if wrapped(node):
-            params = eval_params(node.inner, _minus(params, node.ahead()))
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
+        if _is_wrapper(node):
+            params = eval_params(node.inner, _subtract(params, node.query_offset()))
     return params

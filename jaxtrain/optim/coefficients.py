@@ -1,34 +1,40 @@
 """Coefficients of the Newton-Schulz iteration X <- aX + (bA + cA^2)X with A = XX^T.
 
-Each singular value s becomes as + bs^3 + cs^5, again and again, until it is about 1.
+Each iteration maps every singular value s to as + bs^3 + cs^5; after the last it is about 1.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtrain.optim import pick
+from jaxtrain.optim import select_option
 
 
-class Table(NamedTuple):
-    """The rows of a run and how its matrices are first made no longer than 1."""
+class CoefficientTable(NamedTuple):
+    """Coefficients of each iteration, and how singular values are first brought below 1."""
 
-    rows: tuple[tuple[float, float, float], ...]  # (a, b, c) an iteration; the last one repeats
-    steps: int  # iterations, where none are asked for
-    safety: float = 1.0  # what the Frobenius norm is multiplied by before it divides
-    aol: bool = False  # rows divided by the roots of their Gram matrix's absolute row sums instead
+    rows: tuple[tuple[float, float, float], ...]  # (a, b, c) of each iteration; the last repeats
+    steps: int  # default number of iterations
+    safety: float = 1.0  # factor of the Frobenius norm that the matrix is divided by
+    # Instead divides row i by the root of sum_j |(XX^T)_ij|. This bounds the largest singular value
+    # by 1 too (almost-orthogonal layers), and leaves the others larger: one iteration is saved.
+    aol: bool = False
 
 
 def _damped(rows, safety):
-    """Rows for singular values that rounding left above 1, up to safety; the last stays exact."""
+    """Rescales rows so that singular values up to `safety` converge; the last row is unchanged.
+
+    Rounding may leave a value above 1, where the published polynomials diverge.
+    """
     damped = [(a / safety, b / safety**3, c / safety**5) for a, b, c in rows[:-1]]
     return (*damped, rows[-1])
 
 
 COEFFICIENTS = {
     # Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
-    "jordan": Table(((3.4445, -4.7750, 2.0315),), steps=5),
+    "jordan": CoefficientTable(((3.4445, -4.7750, 2.0315),), steps=5),
     # Source: You 2024, as in https://github.com/microsoft/dion
-    "quintic": Table(
+    "quintic": CoefficientTable(
         (
             (4.0848, -6.8946, 2.9270),
             (3.9505, -6.3029, 2.6377),
@@ -39,7 +45,7 @@ COEFFICIENTS = {
         steps=5,
     ),
     # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps are exact
-    "polar_express": Table(
+    "polar_express": CoefficientTable(
         _damped(
             (
                 (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -57,9 +63,10 @@ COEFFICIENTS = {
         safety=1.01,
     ),
     # Source: Boissin et al. 2025, https://arxiv.org/abs/2512.04632 (Turbo-Muon), rows as in
-    # https://github.com/microsoft/dion. Another set of rows in use, from (4.0098, -7.0585, 2.4635)
-    # on, is negative above 0.884: it turns a gradient of rank one, whose value is 1, around.
-    "aol4": Table(
+    # https://github.com/microsoft/dion. Another published set, whose first row is
+    # (4.0098, -7.0585, 2.4635), is negative above 0.884: it reverses the sign of a gradient of rank
+    # one, whose singular value is 1.
+    "aol4": CoefficientTable(
         (
             (4.6051, -9.6552, 5.6769),
             (4.7505, -6.0861, 2.1790),
@@ -72,34 +79,36 @@ COEFFICIENTS = {
 }
 
 
-def _is_row(row) -> bool:
+def _is_coefficient_row(row) -> bool:
     numbers = isinstance(row, (tuple, list)) and all(isinstance(v, (int, float)) for v in row)
     return numbers and len(row) == 3 and all(math.isfinite(v) for v in row)
 
 
-def coefficient_table(coefficients="jordan", steps: int | None = None) -> Table:
-    """The table with as many rows as the run has iterations.
+def coefficient_table(
+    coefficients: str | CoefficientTable | Sequence = "jordan", steps: int | None = None
+) -> CoefficientTable:
+    """Returns a table with one row for each iteration.
 
     Args:
-        coefficients: a key of COEFFICIENTS, a Table, or rows ((a, b, c), ...) of one's own.
-        steps: iterations; None is the table's own number. Fewer take the first rows, more repeat
+        coefficients: a key of COEFFICIENTS, a CoefficientTable, or rows ((a, b, c), ...).
+        steps: iterations; None is the table's default. Fewer take the first rows, more repeat
             the last.
 
     Raises:
-        ValueError: no such table, an own row is not three finite numbers, or steps is below 1.
+        ValueError: no such table, a row is not three finite numbers, or steps is below 1.
     """
     if isinstance(coefficients, str):
-        table = pick(COEFFICIENTS, coefficients, "optim.ns_coefficients")
-    elif isinstance(coefficients, Table):
+        table = select_option(COEFFICIENTS, coefficients, "optim.ns_coefficients")
+    elif isinstance(coefficients, CoefficientTable):
         table = coefficients
     else:
         rows = coefficients if isinstance(coefficients, (tuple, list)) else ()
-        if not rows or not all(map(_is_row, rows)):
+        if not rows or not all(map(_is_coefficient_row, rows)):
             raise ValueError(
                 "optim.ns_coefficients must name a table or be rows of three finite numbers; got "
                 f"{coefficients!r}. Set --optim.ns_coefficients."
             )
-        table = Table(tuple(map(tuple, rows)), steps=len(rows))
+        table = CoefficientTable(tuple(map(tuple, rows)), steps=len(rows))
     steps = table.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"optim.ns_steps must be at least 1; got {steps}. Set --optim.ns_steps.")

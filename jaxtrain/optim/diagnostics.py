@@ -1,99 +1,121 @@
-"""What an optimizer sees and does, group by group: sizes, spectra, gradient noise and its tail.
+"""Optimizer diagnostics by parameter group: sizes, spectra, gradient noise and its tail.
 
-Every figure is named optim/GROUP/NAME. Spectra are of a few matrices of each parameter, and the
-tail of a few thousand coordinates, so that the cost stays near that of one step.
+Every metric is named optim/GROUP/NAME. Spectra are computed for two matrices of each parameter, and
+the tail for a few thousand coordinates, so that a diagnosis costs about as much as one step.
 """
+
+import functools
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxtrain.model.trees import named_leaves
-from jaxtrain.optim.lmo import build_unit_step, on_each
+from jaxtrain.axes import Axes
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
+from jaxtrain.optim.lmo import build_unit_step, map_in_place
+from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.param_groups import group_of
-from jaxtrain.optim.sharded_muon import on_owners
+from jaxtrain.optim.sharded_muon import build_sharded_map
 
-MOMENTS = ("momentum", "mean")  # what the states call their averaged gradient
-COORDINATES = 8_192  # of each parameter, at even distances, for the tail
+Metrics = dict[str, jax.Array]  # float32 [] each
+
+MOMENTS = ("momentum", "mean")  # fields of optimizer states that are an averaged gradient
+COORDINATES = 8_192  # most sampled coordinates of a parameter
 TAIL = 0.01  # share of the largest differences that the tail index is read from
-EXACT = {"coefficients": "polar_express", "steps": 8}  # singular values end within 1e-3 of 1
+EXACT = NewtonSchulz("polar_express", steps=8)  # singular values end within 1e-3 of 1
 
 
-def _by_group(cfg, axes, *trees) -> dict:
-    """{group's name: [(Axes, leaf of each tree)]}"""
-    found = {}
+def _by_group(cfg, axes, *trees) -> dict[str, list[tuple]]:
+    """Returns {group's name: [(Axes, leaf of each tree)]}."""
+    groups = {}
     leaves = [jax.tree.leaves(tree) for tree in (axes, *trees)]
     for a, *rest in zip(*leaves, strict=True):
-        found.setdefault(group_of(cfg, a).name, []).append((a, *rest))
-    return found
+        groups.setdefault(group_of(cfg, a).name, []).append((a, *rest))
+    return groups
 
 
-def _square(xs):
-    return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in xs)
+def _sum_of_squares(xs) -> jax.Array:
+    return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in xs), jnp.float32(0))
 
 
-def squared_norms(cfg, axes, tree) -> dict:
-    """{group: float32 []}, squares summed."""
-    return {name: _square(x for _, x in rows) for name, rows in _by_group(cfg, axes, tree).items()}
+def squared_norms(cfg: OptimConfig, axes: AxesTree, tree: ArrayTree) -> Metrics:
+    """Returns {group: squared norm} of a tree."""
+    groups = _by_group(cfg, axes, tree).items()
+    return {name: _sum_of_squares(x for _, x in leaves) for name, leaves in groups}
 
 
-def weight_and_update_sizes(cfg, axes, params, grads, updates) -> dict:
-    """Root mean squares of weights and updates, and the cosine of -update and gradient.
+def weight_and_update_sizes(
+    cfg: OptimConfig, axes: AxesTree, params: ArrayTree, grads: ArrayTree, updates: ArrayTree
+) -> Metrics:
+    """Computes root mean squares of weights and updates, and the cosine of -update and gradient.
 
     The cosine is 1 for steepest descent and 0 for a step that has forgotten this gradient.
     """
-    out = {}
-    for name, rows in _by_group(cfg, axes, params, grads, updates).items():
-        _, p, g, u = zip(*rows, strict=True)
+    metrics = {}
+    for name, leaves in _by_group(cfg, axes, params, grads, updates).items():
+        _, p, g, u = zip(*leaves, strict=True)
         numbers = sum(x.size for x in p)
-        along = sum(
+        dot = sum(
             jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32))
             for a, b in zip(g, u, strict=True)
         )
-        length = jnp.sqrt(_square(g)) * jnp.sqrt(_square(u))
-        out[f"optim/{name}/weight_rms"] = jnp.sqrt(_square(p) / numbers)
-        out[f"optim/{name}/update_rms"] = jnp.sqrt(_square(u) / numbers)
-        out[f"optim/{name}/gradient_rms"] = jnp.sqrt(_square(g) / numbers)
+        lengths = jnp.sqrt(_sum_of_squares(g)) * jnp.sqrt(_sum_of_squares(u))
+        metrics[f"optim/{name}/weight_rms"] = jnp.sqrt(_sum_of_squares(p) / numbers)
+        metrics[f"optim/{name}/update_rms"] = jnp.sqrt(_sum_of_squares(u) / numbers)
+        metrics[f"optim/{name}/gradient_rms"] = jnp.sqrt(_sum_of_squares(g) / numbers)
         tiny = jnp.finfo(jnp.float32).tiny
-        out[f"optim/{name}/step_gradient_cosine"] = -along / jnp.maximum(length, tiny)
-    return out
+        metrics[f"optim/{name}/step_gradient_cosine"] = -dot / jnp.maximum(lengths, tiny)
+    return metrics
 
 
-def dual_norms(cfg, axes, grads, mesh=None) -> dict:
-    """<g, unit step of g>, summed over the matrices of each group that follows a norm.
+def dual_norms(
+    cfg: OptimConfig, axes: AxesTree, grads: ArrayTree, mesh: Mesh | None = None
+) -> Metrics:
+    """Computes <g, unit step of g>, summed over the matrices of each group that follows a norm.
 
     That is the norm dual to the group's: for spectral steps the sum of singular values, to 0.1 %.
     """
-    wanted = {}
+    members: dict[tuple[str, str], dict[str, Axes]] = {}  # by (group's name, geometry)
     for key, a in named_leaves(axes).items():
         group = group_of(cfg, a)
         if group.geometry:
-            wanted.setdefault((group.name, group.geometry), {})[key] = a
-    grads, out = named_leaves(grads), {}
-    for (name, geometry), members in wanted.items():
+            members.setdefault((group.name, group.geometry), {})[key] = a
+    named_grads, metrics = named_leaves(grads), {}
+    for (name, geometry), group_axes in members.items():
         spectral = geometry == "spectral"
-        options = EXACT if spectral else {}
-        over = on_owners(mesh) if spectral and mesh is not None and mesh.size > 1 else on_each
-        per_head = cfg.per_head and all(a.is_matrix for a in members.values())
-        step = build_unit_step(geometry, "none", jnp.float32, per_head, over=over, **options)
-        own = {key: grads[key].astype(jnp.float32) for key in members}
-        units = step(members, own)
-        out[f"optim/{name}/gradient_dual_norm"] = sum(jnp.vdot(own[k], units[k]) for k in own)
-    return out
+        sharded_mesh = mesh if spectral and mesh is not None and mesh.size > 1 else None
+        step = build_unit_step(
+            EXACT if spectral else geometry,
+            scale="none",
+            dtype=jnp.float32,
+            per_head=cfg.per_head and all(a.is_matrix for a in group_axes.values()),
+            map_matrices=build_sharded_map(sharded_mesh) if sharded_mesh else map_in_place,
+        )
+        g = {key: named_grads[key].astype(jnp.float32) for key in group_axes}
+        units = step(group_axes, g)
+        metrics[f"optim/{name}/gradient_dual_norm"] = sum(jnp.vdot(g[k], units[k]) for k in g)
+    return metrics
 
 
-def averaged_gradients(opt_state, params) -> dict:
-    """{path: averaged gradient} of the parameters, wherever their moments stand in the state."""
+def averaged_gradients(opt_state: Any, params: ArrayTree) -> dict[tuple, jax.Array]:
+    """Returns {path: averaged gradient} of the parameters, found anywhere in the state."""
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    found = {}
+    averages = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         for i, key in enumerate(path):
             if getattr(key, "name", None) in MOMENTS and shapes.get(path[i + 1 :]) == leaf.shape:
-                found[path[i + 1 :]] = leaf
-    return found
+                averages[path[i + 1 :]] = leaf
+    return averages
 
 
 def _gram(axes, x, per_head):
-    """Gram matrices of the first and last matrix in x's stack, [2,M,M], of largest entry 1."""
+    """Returns Gram matrices [2,M,M] of the first and last matrix in x's stack.
+
+    Each matrix is scaled to a largest entry of 1, so that squares stay in range.
+    """
     axes, x = axes.split_heads(x) if per_head else (axes, x)
     x_XIO = axes.to_matrices(x)[jnp.array([0, -1])].astype(jnp.float32)
     largest = jnp.max(jnp.abs(x_XIO), (-2, -1), keepdims=True)
@@ -102,11 +124,11 @@ def _gram(axes, x, per_head):
     return jnp.einsum(equation, x_XIO, x_XIO, precision="highest")
 
 
-def spectrum(gram_XMM):
-    """(stable rank, condition) [X] each, of matrices with these Gram matrices.
+def spectrum(gram_XMM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes stable rank and condition number [X] of matrices from their Gram matrices.
 
-    The stable rank is |M|_F^2 / |M|_2^2. The condition is from float32 squares: it ends at 2,896,
-    where the smallest singular value is lost in their rounding.
+    The stable rank is |M|_F^2 / |M|_2^2. The condition is computed from float32 squares: it
+    saturates at 2,896, where the smallest singular value is lost in their rounding.
     """
     values_XM = jnp.linalg.eigvalsh(gram_XMM)
     largest_X = jnp.maximum(values_XM[:, -1], jnp.finfo(jnp.float32).tiny)
@@ -115,8 +137,8 @@ def spectrum(gram_XMM):
     return jnp.trace(gram_XMM, axis1=1, axis2=2) / largest_X, condition_X
 
 
-def orthogonality_error(gram_XMM):
-    """sqrt(mean((s^2 / mean(s^2) - 1)^2)) [X] over singular values s: 0 where all are equal."""
+def orthogonality_error(gram_XMM: jax.Array) -> jax.Array:
+    """Computes sqrt(mean((s^2 / mean(s^2) - 1)^2)) [X] of singular values s; 0 if all are equal."""
     M = gram_XMM.shape[-1]
     trace_X = jnp.trace(gram_XMM, axis1=1, axis2=2)
     square_X = jnp.sum(jnp.square(gram_XMM), (1, 2))
@@ -124,10 +146,12 @@ def orthogonality_error(gram_XMM):
     return jnp.sqrt(jnp.maximum(M * share_X - 1, 0))
 
 
-def spectra(cfg, axes, moments, updates) -> dict:
-    """Medians over the sampled matrices: of the averaged gradient's spectrum, and of the update's.
+def spectra(
+    cfg: OptimConfig, axes: AxesTree, moments: dict[tuple, jax.Array], updates: ArrayTree
+) -> Metrics:
+    """Computes medians over the sampled matrices' spectra: averaged gradients and updates.
 
-    The update is the one applied, decay and acceleration included.
+    An update includes decay and acceleration.
 
     Args:
         moments: {path: averaged gradient}, from averaged_gradients.
@@ -148,13 +172,16 @@ def spectra(cfg, axes, moments, updates) -> dict:
     }
 
 
-def noise_scales(part_squares, mean_squares, part_tokens, parts) -> dict:
-    """Gradient noise by group and in all: the batch at which noise and gradient are level.
+def noise_scales(
+    part_squares: Metrics, mean_squares: Metrics, part_tokens: int, parts: int
+) -> Metrics:
+    """Estimates gradient noise by group and in total.
 
     `gradient_noise` estimates the trace of the covariance of one token's gradient, and
     `gradient_signal` the squared norm of the true gradient; both are unbiased, so the latter may
-    come out negative. Average each over many steps before dividing: the ratio of one step,
-    `noise_scale_tokens`, is inf where the signal does not show.
+    be negative. Their ratio `noise_scale_tokens` is the batch at which noise and gradient are
+    equally large: inf if the signal is not positive. Average noise and signal over many steps
+    before dividing; the ratio of one step is noisy.
 
     Source: McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1
 
@@ -162,39 +189,41 @@ def noise_scales(part_squares, mean_squares, part_tokens, parts) -> dict:
         part_squares: {group: mean over the parts of their gradient's squared norm}.
         mean_squares: {group: squared norm of the mean gradient}.
         part_tokens: tokens of a part.
-        parts: how many make the batch, 2 or more.
+        parts: number of parts of the batch, 2 or more.
     """
-    part_squares = part_squares | {"all": sum(part_squares.values())}
-    mean_squares = mean_squares | {"all": sum(mean_squares.values())}
-    out = {}
+    # A mean of n tokens has E|g_n|^2 = |G|^2 + noise / n. The parts' squares give one such
+    # equation, the whole batch's square another; noise and |G|^2 solve the two.
+    part_squares = part_squares | {"all": functools.reduce(operator.add, part_squares.values())}
+    mean_squares = mean_squares | {"all": functools.reduce(operator.add, mean_squares.values())}
+    metrics = {}
     for name, small in part_squares.items():
         noise = (small - mean_squares[name]) * part_tokens * parts / (parts - 1)
         signal = (parts * mean_squares[name] - small) / (parts - 1)
-        shows = signal > 0
-        out[f"optim/{name}/gradient_noise"] = noise
-        out[f"optim/{name}/gradient_signal"] = signal
-        scale = jnp.where(shows, noise / jnp.where(shows, signal, 1), jnp.inf)
-        out[f"optim/{name}/noise_scale_tokens"] = scale
-    return out
+        positive = signal > 0
+        metrics[f"optim/{name}/gradient_noise"] = noise
+        metrics[f"optim/{name}/gradient_signal"] = signal
+        scale = jnp.where(positive, noise / jnp.where(positive, signal, 1), jnp.inf)
+        metrics[f"optim/{name}/noise_scale_tokens"] = scale
+    return metrics
 
 
-def sampled(x):
-    """float32 [n]: at most COORDINATES entries of x, at even distances."""
+def sampled(x: jax.Array) -> jax.Array:
+    """Returns at most COORDINATES entries of x, evenly spaced, as float32 [n]."""
     flat = x.reshape(-1)
     return flat[:: max(-(-flat.size // COORDINATES), 1)].astype(jnp.float32)
 
 
-def tail_index(differences):
-    """Hill's estimate of the tail index from differences of independent gradients.
+def tail_index(differences: list[jax.Array]) -> jax.Array:
+    """Computes Hill's estimate of the tail index from differences of independent gradients.
 
-    Below 2 the variance is infinite; Gaussian noise gives 4 or more, as the estimate reads only
-    the largest 1 % and no sample shows a tail's end. It speaks of coordinates that are pooled
-    after division by their parameter's mean size, not of any one of them.
+    Below 2 the variance is infinite. Gaussian noise has no such index but gives 4 or more, as the
+    estimate sees only the largest 1 % of a finite sample. Coordinates are divided by their
+    parameter's mean size and pooled: the index describes the pool, not any one of them.
 
     Source: Hill 1975, https://doi.org/10.1214/aos/1176343247
 
     Args:
-        differences: list of [n], a parameter each; zeros do not count.
+        differences: [n] for each parameter; zeros do not count.
     """
     scaled = []
     for d in differences:
@@ -207,7 +236,7 @@ def tail_index(differences):
     return 1 / jnp.maximum(jnp.mean(jnp.log(jnp.maximum(largest[:-1] / floor, 1))), 1e-6)
 
 
-def tail_indices(cfg, axes, differences) -> dict:
-    """tail_index of each group; differences as from `sampled`, [..., n] a parameter."""
-    rows = _by_group(cfg, axes, differences).items()
-    return {f"optim/{name}/tail_index": tail_index([d for _, d in group]) for name, group in rows}
+def tail_indices(cfg: OptimConfig, axes: AxesTree, differences: ArrayTree) -> Metrics:
+    """Computes tail_index of each group from differences of `sampled`, [...,n] a parameter."""
+    groups = _by_group(cfg, axes, differences).items()
+    return {f"optim/{name}/tail_index": tail_index([d for _, d in rows]) for name, rows in groups}

@@ -1,54 +1,58 @@
-"""Steps of unit length in a chosen norm: the linear minimisation oracle of averaged gradients.
+"""Unit steps in a chosen norm: the linear minimisation oracle (LMO) of averaged gradients.
 
-The oracle's answer -u minimises <g, .> over the norm's unit ball. Muon is the spectral norm's: each
-matrix replaced by its nearest semi-orthogonal one.
+The oracle's answer -u minimises <g, .> over the norm's unit ball: of all steps of length 1 it is
+the one that decreases the linearised loss most. Muon's oracle, the spectral norm's, is in muon.py.
 
-Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529 ("Scion"), its Table 1;
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529 ("Scion"), its Table 1
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.axes import Axes
-from jaxtrain.optim import pick
-from jaxtrain.optim.newton_schulz import orthogonalize
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.model.trees import ArrayTree, AxesTree
+from jaxtrain.optim import select_option
+
+MatrixFunction = Callable[[jax.Array], jax.Array]  # [X,I,O] -> [X,I,O], matrix by matrix
 
 
-def _over(x_XIO, dims, size):
-    """x over its 2-norm along dims, times size; any scale of x gives the same, and zeros zeros."""
+def _normalize(x_XIO, dims, length):
+    """Scales x to this 2-norm along dims; zeros stay zeros."""
     wide = x_XIO.astype(jnp.promote_types(x_XIO.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(wide), dims, keepdims=True)
     wide = wide / jnp.maximum(largest, jnp.finfo(wide.dtype).tiny)  # squares stay in range
     norm = jnp.sqrt(jnp.sum(jnp.square(wide), dims, keepdims=True))
-    return (size * wide / jnp.maximum(norm, 0.5)).astype(x_XIO.dtype)  # norm is 0 or at least 1
+    return (length * wide / jnp.maximum(norm, 0.5)).astype(x_XIO.dtype)  # norm is 0 or at least 1
 
 
-def sign(x_XIO):
+def sign(x_XIO: jax.Array) -> jax.Array:
     """RMS -> largest output (a head): every entry +-1/I."""
     return jnp.sign(x_XIO) / x_XIO.shape[-2]
 
 
-def column_norm(x_XIO):
+def column_norm(x_XIO: jax.Array) -> jax.Array:
     """One-hot -> RMS (an embedding): the outputs of each input have RMS 1."""
-    return _over(x_XIO, -1, x_XIO.shape[-1] ** 0.5)
+    return _normalize(x_XIO, -1, x_XIO.shape[-1] ** 0.5)
 
 
-def row_norm(x_XIO):
+def row_norm(x_XIO: jax.Array) -> jax.Array:
     """RMS -> largest output, by rows: the inputs of each output have 2-norm 1/sqrt(I)."""
-    return _over(x_XIO, -2, x_XIO.shape[-2] ** -0.5)
+    return _normalize(x_XIO, -2, x_XIO.shape[-2] ** -0.5)
 
 
-def frobenius(x_XIO):
+def frobenius(x_XIO: jax.Array) -> jax.Array:
     """RMS (a bias or gain): each matrix or vector has RMS 1."""
-    return _over(x_XIO, (-2, -1), (x_XIO.shape[-2] * x_XIO.shape[-1]) ** 0.5)
+    return _normalize(x_XIO, (-2, -1), (x_XIO.shape[-2] * x_XIO.shape[-1]) ** 0.5)
 
 
-# Names as for a weight of [outputs, inputs], as the literature has them. "spectral" has options.
+# Names as in the literature, where a weight is [outputs, inputs]. "spectral" is in muon.py.
 GEOMETRIES = {
     "sign": sign,
     "column_norm": column_norm,
@@ -70,44 +74,39 @@ class LmoState(NamedTuple):
     momentum: optax.Updates  # like params
 
 
-def on_each(function, axes, tree):
-    """function: [X,I,O] -> [X,I,O], of the matrices of each leaf, where they are."""
+def buffer_dtype(cfg: OptimConfig) -> DTypeLike | None:
+    """Returns the type of momentum and acceleration buffers; None is the parameter's."""
+    return jnp.bfloat16 if cfg.narrow_buffers else None
+
+
+def map_in_place(function: MatrixFunction, axes: AxesTree, tree: ArrayTree) -> ArrayTree:
+    """Applies a function to the matrices of each leaf, on the devices where they lie."""
     return jax.tree.map(lambda a, x: a.on_matrices(function, x), axes, tree)
 
 
-def _unit(geometry, spectral):
-    """unit(x_XIO): each matrix's step of length 1, in the type of x."""
-    if callable(geometry):
-        return geometry
-    if geometry != "spectral":
-        return pick(GEOMETRIES, geometry, "optim.geometry")
-    return lambda x_XIO: orthogonalize(x_XIO, dtype=x_XIO.dtype, **spectral)
-
-
 def build_unit_step(
-    geometry="spectral",
-    scale="spectral_max",
-    dtype=jnp.bfloat16,
-    per_head=False,
-    over=on_each,
-    **spectral,
-):
-    """step(axes, tree): each matrix replaced by its unit step, times the factor of its shape.
+    geometry: str | MatrixFunction,
+    scale: str = "spectral_max",
+    dtype: DTypeLike = jnp.bfloat16,
+    per_head: bool = False,
+    map_matrices: Callable[[MatrixFunction, AxesTree, ArrayTree], ArrayTree] = map_in_place,
+) -> Callable[[AxesTree, ArrayTree], ArrayTree]:
+    """Builds step(axes, tree): each matrix's unit step, times the factor of its shape.
 
     Args:
-        geometry: "spectral", a key of GEOMETRIES, or a function [X,I,O] -> [X,I,O].
+        geometry: a key of GEOMETRIES, or a function such as NewtonSchulz().
         scale: a key of SCALES.
-        dtype: of what the geometry is given; float64 leaves stay float64.
+        dtype: that the geometry computes in; float64 leaves stay float64.
         per_head: every head's slice is a matrix of its own.
-        over: (function, axes, tree) -> tree, as `on_each`; `owners.on_owners` on a mesh.
-        spectral: options of `orthogonalize`.
+        map_matrices: applies the geometry to a tree; `build_sharded_map`'s on a mesh.
 
     Raises:
         ValueError: geometry or scale is not in its table.
     """
-    factor, unit = pick(SCALES, scale, "optim.scale"), _unit(geometry, spectral)
+    factor = select_option(SCALES, scale, "optim.scale")
+    unit = geometry if callable(geometry) else select_option(GEOMETRIES, geometry, "optim.geometry")
 
-    def narrow(axes, x):  # before it travels
+    def narrow(axes, x):  # cast before a mesh's all-to-all: bfloat16 is half the bytes
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else dtype)
         return axes.split_heads(x)[1] if per_head else x
 
@@ -117,23 +116,28 @@ def build_unit_step(
         return factor(inputs, outputs) * y.astype(x.dtype)
 
     def step(axes, tree):
-        views = jax.tree.map(Axes.of_heads, axes) if per_head else axes
-        units = over(unit, views, jax.tree.map(narrow, axes, tree))
+        views = jax.tree.map(Axes.head_axes, axes) if per_head else axes
+        units = map_matrices(unit, views, jax.tree.map(narrow, axes, tree))
         return jax.tree.map(scaled, axes, views, units, tree)
 
     return step
 
 
 def scale_by_lmo(
-    axes, geometry="spectral", momentum=0.95, nesterov=True, buffer_dtype=None, **options
+    axes: AxesTree,
+    geometry: str | MatrixFunction,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    buffer_dtype: DTypeLike | None = None,
+    **options,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum as an average, then each matrix's unit step in the norm of `geometry`.
+    """Averages gradients into a momentum, then takes each matrix's unit step.
 
-    With the defaults the direction is torch.optim.Muon's. `update(..., good=False)` keeps the
-    state.
+    `update(..., good=False)` leaves the state unchanged.
 
     Args:
-        axes: pytree of Axes, like params; what is no matrix is seen as Axes.matrix_shape says.
+        axes: pytree of Axes, like params; Axes.matrix_shape defines the matrices of vectors.
+        geometry: see `build_unit_step`.
         momentum: decay of the averaged gradient, in [0, 1).
         nesterov: mixes the gradient into the average once more.
         buffer_dtype: of the momentum; None is the parameter's.
@@ -149,16 +153,16 @@ def scale_by_lmo(
     def average(m, g):
         return momentum * m.astype(g.dtype) + (1 - momentum) * g
 
-    def kept(good):  # inside the average, so that it is made in m's own buffer
-        return lambda m, g: jnp.where(good, average(m, g).astype(m.dtype), m)
-
     def init(params):
         return LmoState(optax.tree.zeros_like(params, dtype=buffer_dtype))
 
-    def update(grads, state, params=None, *, good=True, **extra):
+    def update(updates, state, params=None, *, good=True, **extra):
         del params, extra
-        mean = jax.tree.map(kept(good), state.momentum, grads)
-        ahead = jax.tree.map(average, mean, grads) if nesterov else mean
+        # `good` is applied inside the average: XLA then writes the new momentum into the old one's
+        # buffer. Selected after the update, both would be live.
+        guarded = lambda m, g: jnp.where(good, average(m, g).astype(m.dtype), m)
+        mean = jax.tree.map(guarded, state.momentum, updates)
+        ahead = jax.tree.map(average, mean, updates) if nesterov else mean
         return step(axes, ahead), LmoState(mean)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,12 +1,12 @@
 """FLOPs of Newton-Schulz, by formula.
 
-Forms, for a matrix of m <= n entries a side, k iterations, multiply-adds counted as 2:
+For a matrix of m x n entries, m <= n, and k iterations, with multiply-adds counted as 2:
 
     standard   k (4 m^2 n + 2 m^3)
-    Gram       4 s m^2 n + 2 (4k - 3s) m^3, s segments: one restart makes two
+    Gram       4 s m^2 n + 2 (4k - 3s) m^3, with s segments
 
-The Gram form squares once a segment and iterates on m x m matrices; `best` takes the cheaper one
-of the two, matrix by matrix. A kernel that computes symmetric products by half needs
+The Gram form computes XX^T once a segment and iterates on m x m matrices; `best` takes the cheaper
+form for each matrix. A kernel that computes half of each symmetric product needs
 k (3 m^2 n + m^3) and 3 s m^2 n + (4k - 3s) m^3.
 
 Source: Gram Newton-Schulz 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz
@@ -16,7 +16,9 @@ from collections.abc import Iterable
 
 import jax
 
-SEGMENTS = 2
+from jaxtrain.model.trees import ArrayTree, AxesTree
+
+SEGMENTS = 2  # of 5 iterations
 
 
 def _standard(m, n, k):
@@ -35,7 +37,7 @@ def _gram_symmetric(m, n, k):
     return 3 * SEGMENTS * m**2 * n + (4 * k - 3 * SEGMENTS) * m**3
 
 
-# form -> the ways to compute one matrix, the cheapest of which is taken
+# form -> formulas, of which the cheapest is taken for each matrix
 FLOPS_BY_FORM = {
     "standard": (_standard,),
     "best": (_standard, _gram),
@@ -44,8 +46,10 @@ FLOPS_BY_FORM = {
 }
 
 
-def newton_schulz_flops(stacks: Iterable, steps: int, form: str = "standard") -> float:
-    """FLOPs of one optimizer step on all matrices, over all devices.
+def newton_schulz_flops(
+    stacks: Iterable[tuple[int, int, int]], steps: int, form: str = "standard"
+) -> float:
+    """Returns the FLOPs of one optimizer step on all matrices, over all devices.
 
     Args:
         stacks: (X, I, O) of each stack of X matrices.
@@ -58,7 +62,7 @@ def newton_schulz_flops(stacks: Iterable, steps: int, form: str = "standard") ->
     return float(total)
 
 
-def matrix_stacks(axes, shapes) -> list[tuple[int, int, int]]:
-    """(X, I, O) of every parameter that its axes call a matrix."""
+def matrix_stacks(axes: AxesTree, shapes: ArrayTree) -> list[tuple[int, int, int]]:
+    """Returns (X, I, O) of every parameter that is a matrix by its axes."""
     pairs = zip(jax.tree.leaves(axes), jax.tree.leaves(shapes), strict=True)
     return [a.matrix_shape(s.shape) for a, s in pairs if a.is_matrix]

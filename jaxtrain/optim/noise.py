@@ -1,4 +1,4 @@
-"""Heavy-tailed noise on gradients, to compare optimizers where the variance is infinite."""
+"""Heavy-tailed gradient noise, to compare optimizers when the variance is infinite."""
 
 import zlib
 from typing import NamedTuple
@@ -12,35 +12,38 @@ UNIFORM_BITS = 31  # of 32; the last one is the sign
 
 class NoiseState(NamedTuple):
     count: jax.Array  # int32 [], good steps
-    seed: jax.Array  # int32 []; here and not in the program, so that seeds share a compiled step
+    seed: jax.Array  # int32 []; in the state, so that all seeds share one compiled step
     rms: optax.Updates  # of each leaf's first good gradient, float32 []
 
 
-def symmetric_lomax(key, shape, alpha):
-    """float32 of density alpha/2 * (1 + |x|)^-(alpha + 1), up to |x| = 2^(32/alpha).
+def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
+    """Draws float32 of density alpha/2 * (1 + |x|)^-(alpha + 1), up to |x| = 2^(32/alpha).
 
-    Moments below alpha are finite: with alpha <= 2 the variance is not. The mean of |x| is
+    Moments below alpha are finite: with alpha <= 2 the variance is infinite. The mean of |x| is
     1 / (alpha - 1).
 
     Source: Lomax 1954, https://doi.org/10.1080/01621459.1954.10501239
     """
     bits = jax.random.bits(key, shape, jnp.uint32)
     sign = 1 - 2 * (bits & 1).astype(jnp.float32)
-    # A float of an integer keeps 24 digits however small it is: the far tail stays dense.
+    # u is a float of an integer, which has 24 significant bits however small it is. A uniform
+    # float draw has absolute steps of 2^-24, which would leave gaps in the far tail.
     u = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-UNIFORM_BITS
     return sign * jnp.expm1(-jnp.log(u) / alpha)
 
 
-def heavy_tailed_noise(alpha, scale, seed=0) -> optax.GradientTransformationExtraArgs:
+def heavy_tailed_noise(
+    alpha: float, scale: float, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """Adds scale * RMS * symmetric Lomax noise of tail index alpha to each gradient.
 
-    RMS is that of the leaf's first gradient, so the noise does not shrink as training goes on.
-    Draws are a function of (seed, good steps before, the leaf's path): the same on any mesh.
-    `update(..., good=False)` keeps the state.
+    RMS is that of the leaf's first gradient, so the noise does not shrink during training. Draws
+    are a function of (seed, good steps before, the leaf's path): the same on any mesh.
+    `update(..., good=False)` leaves the state unchanged.
 
     Args:
         alpha: tail index, above 1, or the noise has no mean.
-        scale: of the noise, 0 or more; 0 is the identity, without state.
+        scale: 0 or more; 0 returns the identity, which has no state.
 
     Raises:
         ValueError: alpha or scale is out of range.
@@ -58,21 +61,21 @@ def heavy_tailed_noise(alpha, scale, seed=0) -> optax.GradientTransformationExtr
         rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
         return NoiseState(jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.int32), rms)
 
-    def update(grads, state, params=None, *, good=True, **extra):
+    def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         del params, extra
         step_key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         first = (state.count == 0) & good
 
-        def measured(g, rms):
+        def first_rms(g, rms):
             return jnp.where(first, jnp.sqrt(jnp.mean(jnp.square(g.astype(jnp.float32)))), rms)
 
-        def noisy(path, g, rms):
+        def add_noise(path, g, rms):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             key = jax.random.fold_in(step_key, zlib.crc32(name.encode()))
             return g + (scale * rms * symmetric_lomax(key, g.shape, alpha)).astype(g.dtype)
 
-        rms = jax.tree.map(measured, grads, state.rms)
-        noised = jax.tree_util.tree_map_with_path(noisy, grads, rms)
+        rms = jax.tree.map(first_rms, updates, state.rms)
+        noised = jax.tree_util.tree_map_with_path(add_noise, updates, rms)
         return noised, NoiseState(state.count + jnp.where(good, 1, 0), state.seed, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim.muon import scale_by_muon
+
 EPS = 1e-10  # added to the root, as the source has it
 
 
@@ -16,11 +19,11 @@ class NeuronState(NamedTuple):
     square: optax.Updates  # [X,1,O] of each [X,I,O]: mean over inputs of squared directions
 
 
-def balance_neurons(axes, decay=0.95) -> optax.GradientTransformationExtraArgs:
-    """Divides each output's column by the root of its averaged mean square.
+def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransformationExtraArgs:
+    """Divides each output's column by the root of its averaged mean square; follows Muon.
 
-    Each matrix keeps its Frobenius norm, so rates mean what they mean for Muon. It stands after
-    `scale_by_lmo`. `update(..., good=False)` keeps the state.
+    Each matrix keeps its Frobenius norm, so that a learning rate means what it means for Muon.
+    `update(..., good=False)` leaves the state unchanged.
 
     Args:
         axes: pytree of Axes, like params; every leaf a matrix.
@@ -34,32 +37,44 @@ def balance_neurons(axes, decay=0.95) -> optax.GradientTransformationExtraArgs:
             f"optim.neuron_decay must be in [0, 1); got {decay}. Set --optim.neuron_decay."
         )
 
-    def neurons(a, p):
+    def zeros(a, p):
         X, _, O = a.matrix_shape(p.shape)  # noqa: E741
         return jnp.zeros((X, 1, O), p.dtype)
 
     def init(params):
-        return NeuronState(jax.tree.map(neurons, axes, params))
+        return NeuronState(jax.tree.map(zeros, axes, params))
 
-    def update(updates, state, params=None, *, good=True, **extra):
+    def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         del params, extra
 
         def averaged(a, v_X1O, u):
-            squares = []
-            a.on_matrices(lambda u_XIO: squares.append(u_XIO**2) or u_XIO, u)
-            mean_X1O = squares[0].mean(-2, keepdims=True)
+            mean_X1O = (a.to_matrices(u) ** 2).mean(-2, keepdims=True)
             return jnp.where(good, decay * v_X1O + (1 - decay) * mean_X1O, v_X1O)
 
         def balanced(a, v_X1O, u):
-            def function(u_XIO):
-                norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1), keepdims=True))
-                y_XIO = u_XIO / (jnp.sqrt(v_X1O) + EPS)
-                tiny = jnp.finfo(u_XIO.dtype).tiny
-                return y_XIO * (norm(u_XIO) / jnp.maximum(norm(y_XIO), tiny))
-
-            return a.on_matrices(function, u)
+            norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1), keepdims=True))
+            u_XIO = a.to_matrices(u)
+            y_XIO = u_XIO / (jnp.sqrt(v_X1O) + EPS)
+            tiny = jnp.finfo(u_XIO.dtype).tiny
+            return a.from_matrices(y_XIO * (norm(u_XIO) / jnp.maximum(norm(y_XIO), tiny)), u.shape)
 
         square = jax.tree.map(averaged, axes, state.square, updates)
         return jax.tree.map(balanced, axes, square, updates), NeuronState(square)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def normuon(
+    axes: AxesTree,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: float = 0.1,
+    neuron_decay: float = 0.95,
+    **options,
+) -> optax.GradientTransformation:
+    """NorMuon as a whole optimizer that needs no config; arguments are `muon`'s."""
+    return optax.chain(
+        scale_by_muon(axes, **options),
+        balance_neurons(axes, neuron_decay),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

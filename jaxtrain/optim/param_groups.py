@@ -1,16 +1,17 @@
-"""Groups: what each parameter's step follows. The axes string alone decides."""
+"""Parameter groups: which optimizer, norm, rate and decay a parameter gets, by its axes string."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtrain.axes import Axes
-from jaxtrain.model.trees import named_leaves
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
 
-# role -> (norm, peak rate over the matrices') with optim.rest=lmo. The ratios are those of the
-# radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
+# With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The ratios are
+# those of the radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
 FULL_GEOMETRY = {
     "embedding": ("column_norm", 1.0),
     "head": ("sign", 60.0),
@@ -20,17 +21,20 @@ FULL_GEOMETRY = {
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are stepped alike."""
+    """How a set of parameters is stepped."""
 
     name: str  # MATRICES, REST or, with optim.rest=lmo, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
-    geometry: str  # norm of the step; empty is none
+    geometry: str  # norm of the step; empty with AdamW
     rate: float  # peak
     decay: float
 
 
-def group_of(cfg, axes: Axes) -> Group:
-    """The group of a parameter. Matrices, embedding and head (with a V) decay, vectors do not."""
+def group_of(cfg: OptimConfig, axes: Axes) -> Group:
+    """Returns a parameter's group.
+
+    Matrices and what has a vocabulary axis (embedding and head) decay; vectors do not.
+    """
     decay = cfg.weight_decay if axes.is_matrix or "V" in axes.letters else 0.0
     if axes.is_matrix and cfg.name != "adamw":
         return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
@@ -41,22 +45,22 @@ def group_of(cfg, axes: Axes) -> Group:
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 
 
-def check_axes(axes) -> None:
-    """Raises ValueError where a leaf is no Axes."""
+def check_axes(axes: AxesTree) -> None:
+    """Raises ValueError if a leaf is not an Axes."""
     for name, leaf in named_leaves(axes).items():
         if not isinstance(leaf, Axes):
             raise ValueError(f"every parameter must have Axes; got {name}={leaf!r}. Set its axes.")
 
 
-def check_same_names(axes, params) -> None:
-    """Raises ValueError where a parameter has no axes, or axes have no parameter."""
+def check_same_names(axes: AxesTree, params: ArrayTree) -> None:
+    """Raises ValueError if a parameter has no axes, or axes have no parameter."""
     named, wanted = set(named_leaves(axes)), set(named_leaves(params))
     if named != wanted:
         missing, extra = sorted(wanted - named), sorted(named - wanted)
         raise ValueError(f"axes must name the parameters; got missing={missing}, extra={extra}.")
 
 
-class Row(NamedTuple):
+class GroupRow(NamedTuple):
     """One parameter as the optimizer sees it."""
 
     name: str
@@ -70,7 +74,7 @@ class Row(NamedTuple):
     decay: float
 
 
-def _row(cfg, name, axes, shape) -> Row:
+def _row(cfg, name, axes, shape) -> GroupRow:
     group, view, scale = group_of(cfg, axes), shape, 1.0
     if group.geometry:
         view = axes.matrix_shape(shape)
@@ -80,23 +84,31 @@ def _row(cfg, name, axes, shape) -> Row:
             heads = axes.head_axes()
             view = heads.matrix_shape(heads.shape(sizes))
         scale = SCALES[cfg.scale](*view[1:])
-    shown = "x".join(map(str, view))
-    kind = (group.name, group.optimizer, group.geometry, scale, group.rate, group.decay)
-    return Row(name, str(axes), shown, *kind)
+    return GroupRow(
+        name=name,
+        axes=str(axes),
+        view="x".join(map(str, view)),
+        group=group.name,
+        optimizer=group.optimizer,
+        geometry=group.geometry,
+        scale=scale,
+        rate=group.rate,
+        decay=group.decay,
+    )
 
 
-def group_table(cfg, axes, params) -> list[Row]:
-    """A row for each parameter; params may be ShapeDtypeStructs."""
+def group_table(cfg: OptimConfig, axes: AxesTree, params: ArrayTree) -> list[GroupRow]:
+    """Returns a row for each parameter; params may be ShapeDtypeStructs."""
     check_axes(axes)
     check_same_names(axes, params)
     shapes = named_leaves(params)
     return [_row(cfg, name, a, shapes[name].shape) for name, a in named_leaves(axes).items()]
 
 
-def format_group_table(rows: list[Row]) -> str:
-    """Aligned columns under a header."""
-    shown = lambda x: f"{x:.4g}" if isinstance(x, float) else x or "-"
-    cells = [Row._fields] + [tuple(map(shown, row)) for row in rows]
+def format_group_table(rows: list[GroupRow]) -> str:
+    """Returns the rows as text: aligned columns under a header."""
+    cell = lambda x: f"{x:.4g}" if isinstance(x, float) else x or "-"
+    cells = [GroupRow._fields] + [tuple(map(cell, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells)
     return "\n".join("  ".join(line).rstrip() for line in padded)

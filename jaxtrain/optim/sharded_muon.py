@@ -1,14 +1,16 @@
-"""Owners: every device steps whole matrices, its share of all that have one shape.
+"""Sharded Muon: every device orthogonalises whole matrices, its share of all that have one shape.
 
-Left to the partitioner, a Newton-Schulz loop on split matrices gathers them in every iteration
-(1,258 MB a step against 27 for 109 MB of weights on 8 devices). Here matrices of one shape, of
-whatever name or orientation, are pooled, sent to their owners by one all-to-all and back by
-another; where parameters are copied over `replica`, each copy takes its slice for nothing and one
-all-gather returns the steps.
+Newton-Schulz multiplies a matrix by itself, so every iteration on a split matrix needs all of it:
+left to the partitioner it gathers in each one (1,258 MB a step against 27 for 109 MB of weights on
+8 devices). Here matrices of one shape, of whatever name or orientation, are pooled. One all-to-all
+a pool sends each device whole matrices, and another returns the rows that it stores. Where
+parameters are replicated, each replica slices its share without communication, and one all-gather
+returns the steps.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,87 +19,96 @@ from jax.sharding import Mesh
 
 from jaxtrain.axes import Axes
 from jaxtrain.distributed.mesh import moment_spec, param_spec
+from jaxtrain.model.trees import ArrayTree, AxesTree
+from jaxtrain.optim.lmo import MatrixFunction
 from jaxtrain.optim.newton_schulz_cost import newton_schulz_flops
 
+Key = TypeVar("Key", bound=Hashable)
 
-class Layout(NamedTuple):
-    """How the matrices of one pool lie: mesh axes by what they split."""
 
-    rows: tuple[int, tuple]  # entries of the first side over all devices, mesh axes that split it
+class PoolLayout(NamedTuple):
+    """Shape and mesh axes that the matrices of a pool have in common."""
+
+    rows: tuple[int, tuple]  # global size of the shorter side, mesh axes that split it
     columns: tuple[int, tuple]
-    stack: tuple  # these already divide the matrices among them
+    stack: tuple  # mesh axes that split the stack: each device has other matrices already
 
     @property
     def split(self) -> tuple:
+        """Mesh axes that split each matrix."""
         return self.rows[1] + self.columns[1]
 
-    def idle(self, mesh: Mesh) -> tuple:
-        """Mesh axes over which the matrices are copies."""
+    def replicated(self, mesh: Mesh) -> tuple:
+        """Returns the mesh axes over which the matrices are copies."""
         known = self.split + self.stack
         return tuple(name for name, size in mesh.shape.items() if size > 1 and name not in known)
 
 
-def _layout(axes: Axes, shape, spec, mesh) -> tuple[Layout, bool]:
-    """(layout, whether a leaf's matrices are transposed in it)."""
-    over = dict(zip(axes.letters, spec, strict=False))
-    named = lambda letters: tuple(
-        over[letter] for letter in letters if over.get(letter) and mesh.shape[over[letter]] > 1
-    )
+def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
+    """Returns (a leaf's layout, whether its matrices are transposed in it)."""
+    mesh_axis = dict(zip(axes.letters, spec, strict=False))
+
+    def splitting(letters):
+        used = (mesh_axis.get(letter) for letter in letters)
+        return tuple(axis for axis in used if axis and mesh.shape[axis] > 1)
+
     for side in (axes.inputs, axes.outputs):  # blocks of a flattened side must be contiguous
-        assert not named(side[1:]), f"{axes}: a mesh axis splits an inner letter of {side}"
+        assert not splitting(side[1:]), f"{axes}: a mesh axis splits an inner letter of {side}"
     _, inputs, outputs = axes.matrix_shape(shape)
-    sides = (inputs, named(axes.inputs)), (outputs, named(axes.outputs))
-    return Layout(*sorted(sides), named(axes.stack)), sides[0] > sides[1]
+    sides = (inputs, splitting(axes.inputs)), (outputs, splitting(axes.outputs))
+    rows, columns = sorted(sides)
+    return PoolLayout(rows, columns, splitting(axes.stack)), sides[0] > sides[1]
 
 
-def pools(axes, shapes, mesh: Mesh) -> dict[Layout, list[tuple[str, bool]]]:
-    """{layout: [(name, whether it is transposed in it)]} of the matrices that are stepped together.
+def pool_matrices(
+    axes: Mapping[Key, Axes], shapes: Mapping[Key, Any], mesh: Mesh
+) -> dict[PoolLayout, list[tuple[Key, bool]]]:
+    """Returns {layout: [(key, whether it is transposed)]} of matrices that are stepped together.
 
     Args:
-        axes: {name: Axes}, all matrices.
-        shapes: {name: array or ShapeDtypeStruct}.
+        axes: all matrices.
+        shapes: arrays or ShapeDtypeStructs, by the keys of axes.
     """
-    found = {}
-    for name, a in axes.items():
-        shape = shapes[name].shape
-        layout, turned = _layout(a, shape, moment_spec(a, shape, mesh), mesh)
-        found.setdefault(layout, []).append((name, turned))
-    return found
+    pools: dict[PoolLayout, list[tuple[Key, bool]]] = {}
+    for key, a in axes.items():
+        shape = shapes[key].shape
+        layout, transposed = _layout(a, shape, moment_spec(a, shape, mesh), mesh)
+        pools.setdefault(layout, []).append((key, transposed))
+    return pools
 
 
-def load_imbalance(axes, shapes, mesh: Mesh) -> float:
-    """FLOPs of Newton-Schulz on a device over an even share: 1 where every pool divides.
+def load_imbalance(axes: AxesTree, shapes: ArrayTree, mesh: Mesh) -> float:
+    """Returns a device's Newton-Schulz FLOPs over an even share: 1 where every pool divides.
 
     Args:
         axes: pytree of Axes; what is no matrix does not count.
         shapes: like axes.
     """
-    named = jax.tree_util.tree_leaves_with_path(axes)
-    axes = {path: a for path, a in named if a.is_matrix}
-    shapes = dict(jax.tree_util.tree_leaves_with_path(shapes))
-    done = even = 0.0
-    for layout, members in pools(axes, shapes, mesh).items():
-        X = sum(axes[name].matrix_shape(shapes[name].shape)[0] for name, _ in members)
-        apart = _devices(mesh, layout.stack)
-        owners = _devices(mesh, layout.split + layout.idle(mesh))
-        one = newton_schulz_flops([(1, layout.rows[0], layout.columns[0])], 5, "best")
-        done += one * math.ceil(X / apart / owners)
-        even += one * X / mesh.size
-    return done / even
+    matrices = {p: a for p, a in jax.tree_util.tree_leaves_with_path(axes) if a.is_matrix}
+    shape_of = dict(jax.tree_util.tree_leaves_with_path(shapes))
+    busiest = even = 0.0
+    for layout, members in pool_matrices(matrices, shape_of, mesh).items():
+        X = sum(matrices[path].matrix_shape(shape_of[path].shape)[0] for path, _ in members)
+        stacks = _count_devices(mesh, layout.stack)
+        owners = _count_devices(mesh, layout.split + layout.replicated(mesh))
+        flops = newton_schulz_flops([(1, layout.rows[0], layout.columns[0])], 5, "best")
+        busiest += flops * math.ceil(X / stacks / owners)
+        even += flops * X / mesh.size
+    return busiest / even
 
 
-def _devices(mesh, names) -> int:
+def _count_devices(mesh, names) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _to_owners(x_Xio, layout, mesh, owners, idle):
-    """[X,i,o] of every device -> [X/owners,I,O], whole; zeros fill the last pool."""
+def _to_owners(x_Xio, layout, mesh, owners, replicated):
+    """Turns every device's [X,i,o] into whole matrices, [X/owners,I,O]; zeros fill the last one."""
     x_Xio = jnp.pad(x_Xio, ((0, -len(x_Xio) % owners), (0, 0), (0, 0)))
-    if idle:
-        copies = _devices(mesh, idle)
-        x_Xio = x_Xio.reshape(copies, -1, *x_Xio.shape[1:])[jax.lax.axis_index(idle)]
+    if replicated:  # every replica has all matrices: it takes its slice of them
+        copies = _count_devices(mesh, replicated)
+        x_Xio = x_Xio.reshape(copies, -1, *x_Xio.shape[1:])[jax.lax.axis_index(replicated)]
     if layout.split:
-        parts = [_devices(mesh, side[1]) for side in layout[:2]]
+        parts = [_count_devices(mesh, side[1]) for side in layout[:2]]
         x_PXio = x_Xio.reshape(math.prod(parts), -1, *x_Xio.shape[1:])
         x_PXio = jax.lax.all_to_all(x_PXio, layout.split, 0, 0)
         x = x_PXio.reshape(*parts, *x_PXio.shape[1:]).transpose(2, 0, 3, 1, 4)
@@ -105,69 +116,74 @@ def _to_owners(x_Xio, layout, mesh, owners, idle):
     return x_Xio
 
 
-def _from_owners(y_XIO, layout, mesh, idle):
+def _from_owners(y_XIO, layout, mesh, replicated):
     """Undoes _to_owners."""
     if layout.split:
-        parts = [_devices(mesh, side[1]) for side in layout[:2]]
+        parts = [_count_devices(mesh, side[1]) for side in layout[:2]]
         X, I, O = y_XIO.shape  # noqa: E741
         y = y_XIO.reshape(X, parts[0], I // parts[0], parts[1], O // parts[1])
         y_PXio = y.transpose(1, 3, 0, 2, 4).reshape(-1, X, I // parts[0], O // parts[1])
         y_PXio = jax.lax.all_to_all(y_PXio, layout.split, 0, 0)
         y_XIO = y_PXio.reshape(-1, *y_PXio.shape[2:])
-    return jax.lax.all_gather(y_XIO, idle, tiled=True) if idle else y_XIO
+    return jax.lax.all_gather(y_XIO, replicated, tiled=True) if replicated else y_XIO
 
 
-def _step_pool(function, layout, mesh, matrices, copied):
-    """function of every matrix in a list of [X,i,o], as its owner computes it."""
-    idle = layout.idle(mesh)
-    owners = _devices(mesh, layout.split + idle)
+def _step_pool(function, layout, mesh, matrices, replicate):
+    """Applies function to every matrix in a list of [X,i,o], each on its owner."""
+    replicated = layout.replicated(mesh)
+    owners = _count_devices(mesh, layout.split + replicated)
     x_Xio = jnp.concatenate(matrices)
-    y_XIO = function(_to_owners(x_Xio, layout, mesh, owners, idle))
-    y_RXio = _from_owners(y_XIO, layout, mesh, idle)[None, : len(x_Xio)]
-    if copied and "replica" in layout.stack:
+    y_XIO = function(_to_owners(x_Xio, layout, mesh, owners, replicated))
+    y_RXio = _from_owners(y_XIO, layout, mesh, replicated)[None, : len(x_Xio)]
+    if replicate and "replica" in layout.stack:
         y_RXio = jax.lax.all_gather(y_RXio[0], "replica")
     ends = np.cumsum([len(x) for x in matrices])
     return [y.reshape(-1, *y.shape[2:]) for y in jnp.split(y_RXio, ends[:-1], axis=1)]
 
 
-def on_owners(mesh: Mesh, copied: bool = True):
-    """over(function, axes, tree): function of every matrix in tree, each computed on one device.
+def build_sharded_map(
+    mesh: Mesh, replicate: bool = True
+) -> Callable[[MatrixFunction, AxesTree, ArrayTree], ArrayTree]:
+    """Builds lmo.map_in_place for a mesh: each matrix is computed on one device, its owner.
+
+    The map's function must commute with transposition. Its arrays are of one type, are all
+    matrices, and lie as `moment_spec` says.
 
     Args:
-        copied: the result lies as parameters do, on every replica; else as their moments do, for a
-            wrapper whose buffers are split: its steps are gathered at the end, in full precision.
-
-    Args of over:
-        function: [X,I,O] -> [X,I,O], matrix by matrix; it commutes with their transposition.
-        axes: pytree of Axes, like tree, all matrices.
-        tree: arrays of one type that rest as `moment_spec` says.
+        replicate: the result lies as parameters do, on every replica; else as their moments do, for
+            a wrapper whose buffers are split: its steps are gathered at the end, in float32.
     """
 
-    def over(function, axes, tree):
+    def map_matrices(function, axes, tree):
         leaves, treedef = jax.tree.flatten(tree)
-        axes = dict(enumerate(treedef.flatten_up_to(axes)))
-        pooled = pools(axes, leaves, mesh)
-        specs = lambda of: tuple(of(axes[i], x.shape, mesh) for i, x in enumerate(leaves))
-        turn = lambda x_Xio, turned: x_Xio.swapaxes(1, 2) if turned else x_Xio
+        leaf_axes = treedef.flatten_up_to(axes)
+        pools = pool_matrices(dict(enumerate(leaf_axes)), dict(enumerate(leaves)), mesh)
+        specs = lambda spec: tuple(
+            spec(a, x.shape, mesh) for a, x in zip(leaf_axes, leaves, strict=True)
+        )
+        orient = lambda x_Xio, transposed: x_Xio.swapaxes(1, 2) if transposed else x_Xio
 
-        def local(*parts):
-            done = list(parts)
-            for layout, members in pooled.items():
-                matrices = [turn(axes[i].to_matrices(parts[i]), turned) for i, turned in members]
-                stepped = _step_pool(function, layout, mesh, matrices, copied)
+        def on_device(*parts):
+            results = list(parts)
+            for layout, members in pools.items():
+                matrices = [
+                    orient(leaf_axes[i].to_matrices(parts[i]), turned) for i, turned in members
+                ]
+                stepped = _step_pool(function, layout, mesh, matrices, replicate)
                 for (i, turned), y_Xio in zip(members, stepped, strict=True):
                     shape = -1, *parts[i].shape[1:]
-                    done[i] = axes[i].from_matrices(turn(y_Xio, turned), shape)
-            return tuple(done)
+                    results[i] = leaf_axes[i].from_matrices(orient(y_Xio, turned), shape)
+            return tuple(results)
 
-        # Owners hold different matrices until the last line, which check_vma cannot see through.
         mapped = jax.shard_map(
-            local,
+            on_device,
             mesh=mesh,
             in_specs=specs(moment_spec),
-            out_specs=specs(param_spec if copied else moment_spec),
+            out_specs=specs(param_spec if replicate else moment_spec),
+            # Replicas hold different matrices until the last all-gather makes them equal, which
+            # the check of replication cannot prove.
             check_vma=False,
         )
         return treedef.unflatten(mapped(*leaves))
 
-    return over
+    return map_matrices

@@ -1,1 +1,1 @@
-"""Who writes to a run directory: its lock, and whether the owner of the lock is alive."""
+"""The run directory: reads its config and summary, and locks it for a single writer."""

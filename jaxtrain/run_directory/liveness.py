@@ -1,4 +1,7 @@
-"""Who has a run's lock file, and whether that process is alive, as far as this host can tell."""
+"""Finds out who owns a run's lock file, and whether that process is alive, as far as this host can.
+
+The lock file is JSON, written by `describe_this_process`.
+"""
 
 import json
 import os
@@ -8,33 +11,36 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-OLD_S = 3_600.0  # a lock file untouched for so long is nobody's, whatever hosts' clocks differ by
-# File systems whose flock holds between the processes of one host only, as they are by default.
+OLD_S = 3_600.0  # longer than hosts' clocks differ: a file that is older has no owner alive
+# Types of file systems whose flock by default works between the processes of one host only.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")
+# Mount options that limit flock to one host.
+LOCAL_OPTIONS = {"nolock", "localflock", "nobrl", "local_lock=all", "local_lock=flock"}
 
 
-def this_process(run: str | None, inode: int) -> dict:
-    """Returns what a lock file says of its owner.
+def describe_this_process(run_id: str | None, inode: int) -> dict[str, Any]:
+    """Returns the content of the lock file of this process.
 
     Args:
-        run: id of the run, shared by its processes.
-        inode: of the lock file; a copied folder's owner is not the owner of the copy.
+        run_id: id that the run's processes share, if it has several.
+        inode: of the lock file; in a copy of the folder it differs, and the copy has no owner.
     """
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "start": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "command": shlex.join(sys.argv),
-        "run": run,
+        "run": run_id,
         "boot": boot_id(),
         "pid_start": pid_start(os.getpid()),
         "inode": inode,
     }
 
 
-def read_owner(path) -> dict:
-    """Returns what a lock file says of its owner; {} if it is missing, empty or damaged."""
+def read_owner(path: str | Path) -> dict[str, Any]:
+    """Returns the content of a lock file; {} if it is missing, empty or damaged."""
     try:
         owner = json.loads(Path(path).read_bytes())
     except (OSError, ValueError):
@@ -42,31 +48,32 @@ def read_owner(path) -> dict:
     return owner if isinstance(owner, dict) and {"pid", "host", "start"} <= owner.keys() else {}
 
 
-def is_alive(path, run: str | None, stale_s: float) -> bool:
-    """Whether another run's owner of a lock file is alive, where the kernel cannot tell.
+def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool:
+    """Returns whether the file names another run that is alive, without the help of a kernel lock.
 
-    On the same boot of the same host its pid decides. Elsewhere this waits for the owner to touch
-    the file, at most stale_s, for clocks of hosts differ.
+    On the same boot of the same host, the pid tells. For an owner elsewhere this waits until the
+    owner touches the file, for at most stale_s. It compares two times of the file rather than one
+    with the clock, because the clocks of hosts differ.
     """
-    owner, found = read_owner(path), os.stat(path)
+    owner, before = read_owner(path), os.stat(path)
     if not owner:
         return False
-    if owner.get("inode") != found.st_ino or (run and owner.get("run") == run):
+    if owner.get("inode") != before.st_ino or (run_id and owner.get("run") == run_id):
         return False
     if owner.get("boot") == boot_id() != "":
         return owner["pid"] != os.getpid() and pid_start(owner["pid"]) == owner.get("pid_start")
-    if time.time() - found.st_mtime > OLD_S:
+    if time.time() - before.st_mtime > OLD_S:
         return False
     deadline = time.monotonic() + stale_s
     while time.monotonic() < deadline:
         time.sleep(stale_s / 60)
-        if os.stat(path).st_mtime_ns != found.st_mtime_ns:
+        if os.stat(path).st_mtime_ns != before.st_mtime_ns:
             return True
     return False
 
 
 def boot_id() -> str:
-    """Names this boot of this kernel and its set of process ids; empty where there is no /proc."""
+    """Returns an id of this boot of the kernel and its pid namespace; "" without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -75,28 +82,33 @@ def boot_id() -> str:
 
 
 def pid_start(pid: int) -> str:
-    """Returns when a process started, in clock ticks since boot; empty if it does not run."""
+    """Returns when a process started, in clock ticks since boot; "" if it does not run.
+
+    It tells a process from a later one that got the same pid.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    state, start = fields[0], fields[19]
+    return "" if state in "ZX" else start
 
 
-def locks_this_host_only(folder, mounts="/proc/self/mountinfo") -> str:
+def locks_this_host_only(folder: str | Path, mounts: str | Path = "/proc/self/mountinfo") -> str:
     """Returns the type of the folder's file system if its flock does not reach other hosts."""
     try:
         lines = Path(mounts).read_text().splitlines()
     except OSError:
         return ""
-    folder, best = Path(folder).resolve(), ("", "", "")
+    resolved = Path(folder).resolve()
+    longest, kind, options = "", "", ""  # of the mount that the folder is in
     for line in lines:
         before, _, after = line.partition(" - ")
-        point, own = before.split()[4:6]
-        point = point.encode().decode("unicode_escape").encode("latin-1").decode(errors="replace")
-        kind, *_, options = after.split()
-        if folder.is_relative_to(point) and len(point) >= len(best[0]):
-            best = point, kind, f"{own},{options}"
-    _, kind, options = best
-    weak = {"nolock", "localflock", "nobrl", "local_lock=all", "local_lock=flock"}
-    return kind if kind.startswith(THIS_HOST_ONLY) or weak & set(options.split(",")) else ""
+        escaped, own_options = before.split()[4:6]
+        # Spaces and other bytes are written as octal escapes.
+        point = escaped.encode().decode("unicode_escape").encode("latin-1").decode(errors="replace")
+        if resolved.is_relative_to(point) and len(point) >= len(longest):
+            kind, *_, super_options = after.split()
+            longest, options = point, f"{own_options},{super_options}"
+    is_local = kind.startswith(THIS_HOST_ONLY) or LOCAL_OPTIONS & set(options.split(","))
+    return kind if is_local else ""

@@ -31,7 +31,7 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import count_params
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.reporting.run_logger import set_up_logging
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.picture import study_curves
 from jaxtrain.study.plan import Plan, StudyConfig, build_plan, describe

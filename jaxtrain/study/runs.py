@@ -12,7 +12,7 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
-from jaxtrain.reporting.progress_text import EVAL_LOSS, LOSS, format_duration
+from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS, format_duration
 from jaxtrain.run_directory.contents import (
     CONFIG,
     has_ended,

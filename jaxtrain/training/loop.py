@@ -16,8 +16,8 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.metrics.collector import Collector
-from jaxtrain.reporting.progress_text import format_duration, format_seconds
 from jaxtrain.reporting.run_logger import RunLogger
+from jaxtrain.reporting.terminal import format_duration, format_seconds
 from jaxtrain.reporting.tracing import Tracer
 from jaxtrain.training.evaluation import (
     build_byte_counter,

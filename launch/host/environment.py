@@ -109,12 +109,13 @@ def _run_python(args: list[str]) -> str:
 
 
 def summarize_data(request: Mapping) -> dict[str, Any]:
-    """Returns what the job's code finds of this host's data, see jaxtrain/data/glance.py.
+    """Returns the summary that the job's code prints of this host's data.
 
     Raises:
         RuntimeError: it found no data, or could not be run.
     """
-    argv = [os.path.expanduser(request["python"]), "-m", "jaxtrain.data.glance", *request["flags"]]
+    python, module = os.path.expanduser(request["python"]), "jaxtrain.data.quick_fingerprint"
+    argv = [python, "-m", module, *request["flags"]]
     env = os.environ | request["env"] | {"PYTHONPATH": request["cwd"]}
     done = subprocess.run(
         argv, cwd=request["cwd"], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL

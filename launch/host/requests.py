@@ -277,7 +277,7 @@ REQUESTS: dict[str, Callable[[Request], dict | None]] = {
     "net": net,
     "land": land,
     "build": tied_to_connection(lambda request: build_environment(root_of(request), request)),
-    "glance": tied_to_connection(summarize_data),
+    "data": tied_to_connection(summarize_data),
 }
 
 

@@ -1,7 +1,7 @@
 """Stores the progress of an encoding, so that a stopped one can continue, and locks its folder."""
 
 import contextlib
-import errno
+import fcntl
 import json
 import os
 import shutil
@@ -14,15 +14,10 @@ from pathlib import Path
 
 from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.files import write_atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from jaxtrain.run_directory.lock import NO_FLOCK, is_same_file
 
 VERSION = 1  # of the journal, and of the order in which the input is read
 LOCK, STATE, PROGRESS = ".encoding.lock", ".encoding-", "progress.json"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 POLL_S = 0.2
 
 
@@ -71,7 +66,7 @@ def _try_lock(path: Path) -> tuple[int, bool] | None:
         locked = _flock(descriptor)
         # If the owner removed the file after it was opened here, this locks a file without a name,
         # which keeps nobody out.
-        if locked is not None and _is_same_file(descriptor, path):
+        if locked is not None and is_same_file(descriptor, path):
             return descriptor, locked
     except BaseException:
         os.close(descriptor)
@@ -82,24 +77,15 @@ def _try_lock(path: Path) -> tuple[int, bool] | None:
 
 def _flock(descriptor: int) -> bool | None:
     """Returns True once locked, None if another process has the lock, False without locks."""
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_FLOCK:
             raise
         return False
     return True
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""What optimizers keep, and what no gradient can do to them."""
+"""Size of the optimizers' state, and finite updates for degenerate shapes and gradients."""
 
 import functools
 
@@ -40,18 +40,18 @@ def zeros(shapes):
     ],
     ids=str,
 )
-def test_bytes_of_state_a_parameter(options, expected):
+def test_the_state_has_the_expected_bytes_per_parameter(options, expected):
     params = zeros(SHAPES)
     state = jax.eval_shape(build_optimizer(OptimConfig(**options), AXES).init, params)
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert held / sum(x.size for x in params.values()) == pytest.approx(expected, abs=0.01)
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert state_bytes / sum(x.size for x in params.values()) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
-def test_the_state_holds_no_schedule_and_no_coefficient(options):
-    of = lambda **more: build_optimizer(OptimConfig(**options, **more), AXES).init(zeros(SHAPES))
-    other = of(schedule="cosine", total_steps=77, ns_coefficients="aol4", learning_rate=0.5)
-    pairs = zip(jax.tree.leaves(of()), jax.tree.leaves(other), strict=True)
+def test_the_state_does_not_depend_on_schedule_rate_or_coefficients(options):
+    init = lambda **more: build_optimizer(OptimConfig(**options, **more), AXES).init(zeros(SHAPES))
+    other = init(schedule="cosine", total_steps=77, ns_coefficients="aol4", learning_rate=0.5)
+    pairs = zip(jax.tree.leaves(init()), jax.tree.leaves(other), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
@@ -65,7 +65,7 @@ DEGENERATE_SHAPES = {"row": (1, 24), "column": (1, 24, 1), "plain": (2, 12, 16),
 
 
 def gradients():
-    """Trees of gradients, one kind each."""
+    """Yields trees of gradients: zero, constant, random, tiny, huge and negative."""
     ones = {name: np.ones(shape, np.float32) for name, shape in DEGENERATE_SHAPES.items()}
     rng = np.random.default_rng(0)
     full = {k: rng.normal(size=x.shape).astype(np.float32) for k, x in ones.items()}
@@ -90,7 +90,7 @@ def test_degenerate_shapes_and_gradients_give_finite_updates(options, clip_norm)
     params = {k: jnp.ones(shape) for k, shape in DEGENERATE_SHAPES.items()}
     state = optimizer.init(params)
     for grads in gradients():
-        if clip_norm == 0:  # the vector follows Adam, whose square overflows
+        if clip_norm == 0:  # Adam squares the vector's gradient, which would overflow
             grads["gain"] = np.clip(grads["gain"], -1e15, 1e15)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)

@@ -1,13 +1,9 @@
 import json
 import math
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxtrain.metrics.jsonl import read_metrics
-from jaxtrain.reporting.metrics_file import MetricsFile
+from jaxtrain.metrics.jsonl import MetricsFile, read_metrics
 
 LOSS = "train/loss_nats"
 
@@ -19,7 +15,7 @@ def loss_at(step):
 def log_steps(workdir, steps, resume_step=0):
     log = MetricsFile(workdir, resume_step)
     for step in steps:
-        log.write(step, {LOSS: loss_at(step)})
+        log.write(step, 0.0, {LOSS: loss_at(step)})
     log.close()
     return log
 
@@ -28,36 +24,34 @@ def steps_and_losses(workdir):
     return [(r["step"], r[LOSS]) for r in read_metrics(workdir / "metrics.jsonl")]
 
 
-def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
+def test_numbers_are_read_back_bit_for_bit(tmp_path):
     log = MetricsFile(tmp_path)
-    values = {"a": 0.1, "b": 5e-324, "c": -math.inf, "d": np.float32(0.1), "e": 2**60}
-    log.write(3, values | {"f": jnp.float32(1 / 3), "g": jnp.int32(7)})
+    values = {"a": 0.1, "b": 5e-324, "c": -math.inf, "d": 2**60}
+    log.write(3, 1.5, values)
     log.close()
-    [record] = read_metrics(tmp_path / "metrics.jsonl")
-    assert {name: record[name] for name in values} == values
-    assert record["step"] == 3 and record["f"] == float(np.float32(1 / 3)) and record["g"] == 7
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, "time": 1.5} | values]
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path):
     log = MetricsFile(tmp_path)
     for step in (1, 2, 3):
-        log.write(step, {LOSS: loss_at(step)})
+        log.write(step, 0.0, {LOSS: loss_at(step)})
         assert steps_and_losses(tmp_path)[-1] == (step, loss_at(step))
     log.close()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30])
-def test_a_torn_last_line_is_left_out_and_written_anew_on_resume(tmp_path, cut):
+def test_a_last_line_that_is_cut_off_is_skipped_and_replaced_on_resume(tmp_path, cut):
     log_steps(tmp_path, range(1, 11))
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    whole = 10 if cut == 1 else 9  # without its newline alone, the line is still whole
-    assert steps_and_losses(tmp_path) == [(s, loss_at(s)) for s in range(1, whole + 1)]
+    last = 10 if cut == 1 else 9  # a line that lacks only its newline is complete
+    assert steps_and_losses(tmp_path) == [(s, loss_at(s)) for s in range(1, last + 1)]
     log_steps(tmp_path, range(10, 13), resume_step=9)
     assert steps_and_losses(tmp_path) == [(s, loss_at(s)) for s in range(1, 13)]
 
 
-def test_zeros_that_a_power_cut_leaves_at_the_end_count_as_torn(tmp_path):
+def test_zeros_that_a_power_cut_leaves_at_the_end_are_skipped(tmp_path):
     log_steps(tmp_path, range(1, 4))
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(bytes(4_096))
@@ -75,7 +69,7 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, d
 
 
 @pytest.mark.parametrize("resume_step", [0, 4, 10])
-def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, resume_step):
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, resume_step):
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()
     log_steps(tmp_path / "whole", range(1, 21))
@@ -85,34 +79,11 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, resume_step):
     assert steps_and_losses(tmp_path / "resumed") == steps_and_losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("resume_step", [0, 4])
-def test_tensorboard_reads_it_and_drops_the_rewound_steps(tmp_path, resume_step):
-    log_steps(tmp_path, range(0, 11))
-    log = MetricsFile(tmp_path, resume_step)
-    for step in range(resume_step + 1, 7):
-        log.write(step, {LOSS: -step})
-    log.close()
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars(LOSS)
-    kept = range(0, resume_step + 1) if resume_step else range(0)
-    expected = [(s, np.float32(loss_at(s))) for s in kept]
-    expected += [(s, -s) for s in range(resume_step + 1, 7)]
-    assert [(e.step, e.value) for e in events] == expected
-
-
 def test_a_line_is_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
     log = MetricsFile(tmp_path)
-    log.write(1, {LOSS: math.nan})
+    log.write(1, 0.0, {LOSS: math.nan})
     log.close()
     refuse = {"parse_constant": lambda text: pytest.fail(f"{text} is not JSON")}
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), **refuse)
     assert line[LOSS] == "nan"
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0][LOSS])
-
-
-@pytest.mark.parametrize("value", [np.zeros(2), "1.0", None])
-def test_a_metric_that_is_not_one_number_is_refused_by_name(tmp_path, value):
-    log = MetricsFile(tmp_path)
-    with pytest.raises(ValueError, match="train/vector"):
-        log.write(1, {"train/vector": value})
-    log.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == []

@@ -1,0 +1,88 @@
+"""Muon: momentum, then each matrix replaced by the nearest semi-orthogonal one.
+
+It is the LMO step (lmo.py) of the spectral norm, computed by Newton-Schulz (newton_schulz.py). On a
+mesh every device orthogonalises whole matrices (sharded_muon.py).
+
+Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.model.trees import AxesTree
+from jaxtrain.ops import fused
+from jaxtrain.ops.routes import Route
+from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
+from jaxtrain.optim.newton_schulz import NewtonSchulz
+from jaxtrain.optim.sharded_muon import build_sharded_map
+
+JORDAN = NewtonSchulz()  # five iterations of the quintic that the source gives
+
+
+def scale_by_muon(
+    axes: AxesTree, newton_schulz: NewtonSchulz = JORDAN, **options
+) -> optax.GradientTransformationExtraArgs:
+    """Nesterov momentum, orthogonalised matrix by matrix.
+
+    With the defaults the direction is torch.optim.Muon's.
+
+    Args:
+        axes: pytree of Axes, like params, all matrices.
+        options: of `scale_by_lmo`.
+    """
+    return scale_by_lmo(axes, newton_schulz, **options)
+
+
+def muon(
+    axes: AxesTree,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: float = 0.1,
+    **options,
+) -> optax.GradientTransformation:
+    """torch.optim.Muon, default for default, as a whole optimizer that needs no config.
+
+    Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction).
+
+    Args:
+        axes: pytree of Axes, like params, all matrices.
+        options: of `scale_by_muon`.
+    """
+    return optax.chain(
+        scale_by_muon(axes, **options),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def build_muon(
+    cfg: OptimConfig,
+    axes: AxesTree,
+    mesh: jax.sharding.Mesh | None,
+    square: Route | None,
+    nesterov: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the unscaled direction of matrices: Muon's, or another norm's with optim.geometry.
+
+    Args:
+        axes: pytree of Axes, like params, all matrices.
+        mesh: where params are split; None is one device.
+        square: route of Newton-Schulz' symmetric products; None is XLA.
+    """
+    options = {
+        "momentum": cfg.momentum,
+        "nesterov": nesterov,
+        "scale": cfg.scale,
+        "dtype": jnp.dtype(cfg.ns_dtype),
+        "buffer_dtype": buffer_dtype(cfg),
+        "per_head": cfg.per_head,
+    }
+    if cfg.geometry != "spectral":
+        return scale_by_lmo(axes, cfg.geometry, **options)
+    if mesh is not None and mesh.size > 1:
+        # The acceleration around accelerated_lmo keeps its buffers split over replicas.
+        options["map_matrices"] = build_sharded_map(mesh, cfg.name != "accelerated_lmo")
+    kernel = fused.build_square(square) if square is not None and square.tiles else None
+    newton_schulz = NewtonSchulz(cfg.ns_coefficients, cfg.ns_steps or None, kernel=kernel)
+    return scale_by_muon(axes, newton_schulz, **options)

@@ -1,0 +1,60 @@
+"""The documentation is current: generated parts, notebooks, links and commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+
+
+def test_generated_pages_and_notebooks_are_current():
+    check = [sys.executable, "docs/generate.py", "--check"]
+    result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt_on_one_screen", "compare_optimizers"])
+def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
+    cells = json.loads((DOCS / f"{name}.ipynb").read_text())["cells"]
+    scope = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_a_page_names_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#]+)", text)
+    missing = [
+        link
+        for link in links
+        if "://" not in link and not (page.parent / link).exists() and not (ROOT / link).exists()
+    ]
+    assert not missing
+    folders = "jaxtrain|launch|pallas_kernels|configs|tests|docs"
+    paths = re.findall(rf"\b((?:{folders})/[\w./]+\.\w+)", text)
+    placeholders = ("CHIP.json", "OP.py")
+    assert not [p for p in paths if not (ROOT / p).exists() and not p.endswith(placeholders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_that_a_page_shows_exist(page):
+    """Compares `jaxtrain train ... --a.b=c` in code with the fields of the config."""
+    from jaxtrain.config.fields import list_sections, plain_fields
+    from jaxtrain.config.train_config import TrainConfig
+
+    known = {
+        f"{prefix}{field.name}"
+        for prefix, section in list_sections(TrainConfig)
+        for field in plain_fields(section)
+    }
+    sections = "|".join(sorted({name.partition(".")[0] for name in known if "." in name}))
+    shown = set(re.findall(rf"--((?:{sections})\.\w+)", page.read_text()))
+    assert shown <= known
