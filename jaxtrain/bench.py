@@ -19,14 +19,13 @@ Suites for the processor, which run by default:
               instructions torch's bfloat16 is 25 times slower; --dtypes=float32 leaves it out
 
 Suites for GPUs, which run only if named:
-    gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`), each in
-              processes of its own, with the same tokens per step and the micro-batch size that is
-              fastest for it: step time p50 and p95, tokens/s, MFU by two conventions, the shares of
-              optimizer and host, compilation time, time to first step, memory used and predicted,
-              clocks. Then it tries the XLA options that jaxtrain/ops/tuning.py lists as assumed,
-              one at a time. It stays within --minutes and lists the rows that it did not reach.
-              Rows are written to the file as soon as they are measured. --trace=DIR stores a
-              profile of each of our steps.
+    gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`). Each runs in
+              its own process, with the same tokens per step, in its fastest micro-batch size.
+              Measures step time (p50, p95), tokens/s, MFU by two conventions, the shares of
+              optimizer and host, compilation time, time to first step, memory used and predicted.
+              Then tries the XLA options that jaxtrain/ops/tuning.py lists as assumed, one at a
+              time. It stays within --minutes and lists the rows that it did not reach. Each row
+              is stored as soon as it is measured. --trace=DIR stores profiles of our steps.
               Steps are shortened to 1.5 s, which makes the optimizer's share larger than in
               training. Figures `at 524288` are computed for a step of that many tokens. PyTorch's
               optimizer is timed inside its steps. Ours is timed as a program of its own, launched

@@ -15,6 +15,8 @@ How to read the output:
     payload           bytes of the arrays that one device gathers, reduces or sends in a step
     micro-batches     parts into which a device's rows are cut (--accumulation)
     fsdp, unroll      --mesh.fsdp and --model.unroll
+    speed-up          with --compare: over the first chip; `per peak FLOP/s` and `per peak byte/s`
+                      divide it by the ratio of the two chips' datasheet peaks
 
 Nothing is measured. The exit status is 1 if the config does not fit. Compiling needs the extra
 `offline` but no GPU; --formula needs neither and estimates the memory only.
@@ -162,9 +164,9 @@ def run_command(args: flags.FlagValues) -> int:
 def define_flags() -> None:
     flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100_80gb, h100, h200, ...")
     flags.DEFINE_integer("gpus", 1, "GPUs on each host", lower_bound=1)
-    flags.DEFINE_integer("hosts", 1, "hosts", lower_bound=1)
+    flags.DEFINE_integer("hosts", 1, "number of hosts", lower_bound=1)
     flags.DEFINE_string(
-        "link", "", "between the GPUs of a host: pcie4, pcie5 or nvlink; default: usual"
+        "link", "", "between the GPUs of a host: pcie4, pcie5 or nvlink; default: by chip"
     )
     flags.DEFINE_string("host_link", "ethernet10", "between hosts: a name, or wan:150ms,1gbps")
     flags.DEFINE_bool(

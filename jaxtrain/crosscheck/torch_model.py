@@ -183,7 +183,10 @@ class TorchTransformer(nn.Module):
             z_loss: weight of the squared logarithm of the softmax's denominator.
             observe: see forward.
         """
-        docs_BT = docs_BT1[:, :-1] if masked and docs_BT1 is not None else None
+        docs_BT = None
+        if masked:
+            assert docs_BT1 is not None, "a document mask needs document ids"
+            docs_BT = docs_BT1[:, :-1]
         logits_NV = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
         targets_N = tokens_BT1[:, 1:].flatten()
         if docs_BT1 is not None:
