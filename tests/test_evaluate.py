@@ -12,7 +12,7 @@ from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.evaluate import fit_parts, rows_in_training
+from jaxtrain.evaluate import fit_accumulation, rows_in_training
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
@@ -72,9 +72,9 @@ def test_rows_of_a_device_in_training_follow_from_its_mesh(mesh, rows):
 )
 def test_fewer_devices_read_a_batch_in_more_parts(devices, rows, parts):
     cfg = dataclasses.replace(run_in(1).cfg, accumulation=2)
-    assert fit_parts(cfg, devices, rows).accumulation == parts
+    assert fit_accumulation(cfg, devices, rows).accumulation == parts
     with pytest.raises(ValueError, match="--rows"):
-        fit_parts(cfg, devices, 0)
+        fit_accumulation(cfg, devices, 0)
 
 
 @pytest.fixture
