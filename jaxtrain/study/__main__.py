@@ -35,7 +35,7 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.study.overhead import TOKENS, overhead_table
 from jaxtrain.study.picture import study_curves
-from jaxtrain.study.plan import StudyConfig, StudyPlan, build_plan, describe_flags
+from jaxtrain.study.plan import StudyConfig, StudyPlan, build_plan, describe_study_flags
 from jaxtrain.study.result import ConditionResult, choose_setting, compare, format_result
 from jaxtrain.study.runs import Interrupted, Progress, Result, check_folder, open_data
 from jaxtrain.training.run import build_run
@@ -206,7 +206,7 @@ def define_flags() -> None:
     flags.DEFINE_list("tokens", [], "with --overhead: tokens per step, separated by commas")
     flags.DEFINE_integer("chips", 8, "with --overhead: devices that repeat the work", 1)
     flags.DEFINE_float(
-        "peak_tflops", 0.0, "with --overhead: a device's peak; 0: A40, A100 and H100", 0
+        "peak_tflops", 0.0, "with --overhead: a device's peak; 0: of three common GPUs", 0
     )
     flags.DEFINE_float(
         "efficiency", 0.6, "with --overhead: share of the peak that Newton-Schulz reaches", 0.01, 1
@@ -224,7 +224,7 @@ def form() -> CommandForm:
         config="must",
         sections=(*run_sections, *base_sections, ("study.", StudyConfig)),
         open_fields=tuple(f"study.{name}." for name in ("contenders", "grid", "conditions")),
-        tables=describe_flags(),
+        tables=describe_study_flags(),
         status=1,
     )
 

@@ -8,10 +8,10 @@ from jaxtrain.model.transformer import Model
 from jaxtrain.optim.coefficients import coefficient_table
 from jaxtrain.optim.newton_schulz_cost import FLOPS_BY_FORM, matrix_stacks, newton_schulz_flops
 from jaxtrain.reporting.table import format_table
+from pallas_kernels.chip import CHIPS
 
 TOKENS = (32_768, 131_072, 524_288, 1_048_576)
-# Dense bf16 FLOP/s, from NVIDIA's data sheets.
-PEAKS = {"A40": 149.7e12, "A100": 312e12, "H100": 989e12}
+CHIP_NAMES = ("a40", "a100_80gb", "h100")
 XLA_FORMS = ("standard", "best")  # forms that need no kernel for symmetric products
 
 
@@ -28,7 +28,7 @@ def overhead_table(
     Args:
         tokens: tokens per step, one row each.
         devices: for the columns in which each device iterates on all matrices.
-        peak_flops: FLOP/s of one device; 0 shows the chips of PEAKS.
+        peak_flops: FLOP/s of one device; 0 shows the chips of CHIP_NAMES.
         efficiency: share of the peak that Newton-Schulz reaches.
     """
     stacks = matrix_stacks(model.axes, model.shapes)
@@ -37,7 +37,9 @@ def overhead_table(
     flops = {form: newton_schulz_flops(stacks, iterations, form) for form in FLOPS_BY_FORM}
     weights = sum(X * I * O for X, I, O in stacks)  # noqa: E741
     matrices = sum(X for X, _, _ in stacks)
-    chips = {"this chip": peak_flops} if peak_flops else PEAKS
+    chips = {name: CHIPS[name].peak_flops["bfloat16"] for name in CHIP_NAMES}
+    if peak_flops:
+        chips = {"this chip": peak_flops}
     times = [
         [
             form,

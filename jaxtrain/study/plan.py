@@ -216,7 +216,7 @@ def _to_plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def describe_flags() -> str:
+def describe_study_flags() -> str:
     """Returns the table of the study's flags for --help."""
     lines = [
         "Fields of the study, set with --study.NAME=VALUE. --base.NAME=VALUE sets a field of all",
