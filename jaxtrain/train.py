@@ -78,7 +78,7 @@ def train(
         quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
             step;
-            None leaves signals alone until then.
+            None ignores signals until then.
 
     Returns:
         the exit status: 0, or that of the signal that stopped the run.

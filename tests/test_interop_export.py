@@ -117,7 +117,7 @@ def test_an_export_names_the_special_tokens_of_its_run(made):
     assert generation["suppress_tokens"][-1] == 319  # of a vocabulary that is padded
 
 
-def test_an_export_prints_what_was_checked_and_what_works_next(made, tmp_path, capsys):
+def test_an_export_prints_its_checks_and_a_command_that_works(made, tmp_path, capsys):
     workdir, _ = made["bytes"]
     export_weights(workdir, tmp_path / "it's here")
     out = capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_a_run_without_a_known_tokenizer_is_exported_without_one(made, tmp_path,
     assert generation["eos_token_id"] is None
 
 
-def test_the_tokenizer_of_a_run_that_was_moved_is_found_in_it(made, tmp_path):
+def test_a_moved_run_still_finds_its_own_tokenizer(made, tmp_path):
     shutil.copytree(made["bpe"][0], tmp_path / "moved")
     stored = json.loads((tmp_path / "moved/config.json").read_text())
     name = stored["data"]["tokenizer"]

@@ -44,7 +44,7 @@ def test_a_diagnosis_is_the_same_on_every_mesh(mesh):
 
 
 @pytest.mark.parametrize("optim", [{"name": "accelerated_lmo", "rest": "lmo"}, {"name": "adamw"}])
-def test_every_group_is_diagnosed_by_its_own_name(optim):
+def test_the_diagnosis_reports_every_group_by_name(optim):
     metrics = diagnose(**optim)[0]
     groups = {name.split("/")[1] for name in metrics}
     own = {"embedding", "head", "vector"} if "rest" in optim else {"rest"}
