@@ -72,11 +72,6 @@ class StepWork(NamedTuple):
     caveats: tuple[str, ...] = ()  # what the metrics count although it is masked or padding
 
     @property
-    def payload_bytes(self) -> int:
-        """Payload of all collectives of one device."""
-        return sum(c.times * c.payload_bytes for c in self.collectives)
-
-    @property
     def sent_bytes(self) -> float:
         """Bytes that one host must send to others with ring algorithms, without overhead."""
         return sum(c.host_bytes for c in self.collectives)
