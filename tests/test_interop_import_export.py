@@ -34,6 +34,7 @@ def config(workdir, text, **values):
     config.model.qk_norm = False
     config.data.text = str(text)
     config.sample.tokens = 0
+    # This optimizer evaluates other weights than the parameters.
     config.optim.update(
         name="accelerated_lmo", strength=0.5
     )  # evaluates other weights than it stores
