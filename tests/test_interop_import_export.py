@@ -35,9 +35,7 @@ def config(workdir, text, **values):
     config.data.text = str(text)
     config.sample.tokens = 0
     # This optimizer evaluates other weights than the parameters.
-    config.optim.update(
-        name="accelerated_lmo", strength=0.5
-    )  # evaluates other weights than it stores
+    config.optim.update(name="accelerated_lmo", strength=0.5)
     return config_lib.freeze(config)
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import runs
@@ -57,7 +58,7 @@ def test_an_error_of_one_process_is_one_line_and_status_78_in_all(tmp_path):
 TRAIN_IN_EACH = """
     import sys
     from jaxtrain.distributed.cluster import World
-    from jaxtrain.distributed.runtime import start_runtime
+    from jaxtrain.distributed.runtime import exit_together, start_runtime
     from jaxtrain.train import train
     import runs
 
@@ -69,8 +70,7 @@ TRAIN_IN_EACH = """
             train(runs.debug_config(folder, text, steps=3, sample__tokens=0))
         except ValueError as error:
             print("error:", error, flush=True)
-    import jax
-    jax.distributed.shutdown()
+    exit_together(0)
 """
 
 
@@ -82,7 +82,7 @@ def test_an_error_of_process_0_is_raised_in_every_process(tmp_path):
     address = f"127.0.0.1:{runs.free_port()}"
     path = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
     env = os.environ | {"XLA_FLAGS": xla_flags.flags(1), "PYTHONPATH": path}
-    program = "\n".join(line[4:] for line in TRAIN_IN_EACH.splitlines())
+    program = textwrap.dedent(TRAIN_IN_EACH)
     with RunLock(locked):
         pair = [
             subprocess.Popen(
