@@ -28,7 +28,7 @@ def two_steps(tmp_path_factory):
 
 @pytest.fixture
 def folder(two_steps, tmp_path):
-    """A copy of a folder with good steps 1 and 2, to break."""
+    """A copy, to be damaged, of a folder with good steps 1 and 2."""
     return shutil.copytree(two_steps, tmp_path / "checkpoints")
 
 
@@ -39,7 +39,7 @@ def flip(file, offset):
 
 
 def flip_a_weight(step_folder):
-    """Flips a bit inside the stored numbers of params.w, where Orbax notices nothing."""
+    """Flips a bit of a stored number of params.w, which Orbax does not detect."""
     raw = np.asarray(build_state(seed=2)["params"]["w"]).tobytes()
     [(file, at)] = [(f, f.read_bytes().find(raw)) for f in data_files(step_folder)
                     if raw in f.read_bytes()]  # fmt: skip

@@ -153,7 +153,7 @@ def test_leaves_that_cannot_be_stored_are_refused(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """No file may grow past 64 KiB: what a full disk does to a writer."""
+    """Limits files to 64 KiB, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     yield

@@ -79,7 +79,7 @@ def test_fewer_devices_evaluate_in_more_microbatches(devices, rows, parts):
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """corpus(texts, tokenizer): the documents as one split."""
+    """A function (texts, tokenizer) -> (config, corpus of these documents)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def build(texts, tokenizer="bytes"):

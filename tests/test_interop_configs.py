@@ -1,4 +1,4 @@
-"""Every config that is shipped can be exported: what one command trains, another gives away."""
+"""Every shipped config's model can be exported."""
 
 import dataclasses
 import importlib

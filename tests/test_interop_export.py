@@ -30,7 +30,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """A JSONL of short documents: their ends are soon learned."""
+    """A JSONL of short documents, whose ends a model learns quickly."""
     path = tmp_path_factory.mktemp("text") / "sums.jsonl"
     lines = [json.dumps({"text": f"{a} plus {b}."}) for a in range(40) for b in range(40)]
     path.write_text("\n".join(lines))
@@ -47,7 +47,7 @@ def train_debug(workdir, text):
 
 
 def make_run(workdir, text, name, tokenizer, V):
-    """A run of random weights."""
+    """Creates a run with random weights."""
     cfg = dataclasses.replace(MODELS[name], V=V)
     model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
     rng = np.random.default_rng(1)
@@ -58,7 +58,7 @@ def make_run(workdir, text, name, tokenizer, V):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, documents):
-    """{kind: (run, its export)}"""
+    """Returns {kind: (run, its export)}."""
     roots = {k: tmp_path_factory.mktemp(k) for k in ("bytes", "bfloat16", "gpt2", "bpe")}
     own = bpe(roots["bpe"] / "own/tokenizer.json", ("<pad>", "<s>", "</s>"))
     train_debug(roots["bytes"] / "run", documents)
@@ -73,7 +73,7 @@ def made(tmp_path_factory, documents):
 
 
 def ours(workdir, dtype=None):
-    """What follows PROMPT by `jaxtrain generate --temperature=0`."""
+    """Returns how `jaxtrain generate --temperature=0` continues PROMPT."""
     run, state = restore_run(workdir)
     if dtype:
         model = dataclasses.replace(run.cfg.model, dtype=dtype)

@@ -25,7 +25,7 @@ TEXTS = [
 
 
 def bpe(path, specials=("<|endoftext|>",), processor=None, **options):
-    """A small byte-pair tokenizer.json, trained on TEXTS."""
+    """Writes a small byte-pair tokenizer.json, trained on TEXTS; returns its path."""
     built = tokenizers.Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def bpe(path, specials=("<|endoftext|>",), processor=None, **options):
 
 
 def written(folder, name, **options):
-    """(the run's tokenizer, the folder) after its files are written."""
+    """Writes a run's tokenizer files; returns (the run's tokenizer, the folder)."""
     ours = build_tokenizer(name)
     special = special_tokens(ours, **options)
     folder.mkdir()
@@ -56,7 +56,7 @@ def written(folder, name, **options):
 
 @pytest.fixture(params=["bytes", "gpt2", "bpe"])
 def name(request, tmp_path):
-    """What data.tokenizer names."""
+    """A value of data.tokenizer."""
     return bpe(tmp_path / "own/tokenizer.json") if request.param == "bpe" else request.param
 
 

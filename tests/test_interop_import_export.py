@@ -186,7 +186,7 @@ def command(*argv):
 
 @pytest.fixture(scope="module")
 def broken(exported, tmp_path_factory):
-    """A folder of inputs that no command can use."""
+    """A folder of inputs that every command must refuse."""
     root = tmp_path_factory.mktemp("broken")
     (root / "empty").mkdir()
     (root / "file").write_text("text")

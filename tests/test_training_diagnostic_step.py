@@ -16,7 +16,7 @@ B, T = 16, 16
 
 @functools.cache
 def diagnose(mesh=(1, 1, 1), **optim):
-    """(metrics, state before, state after) of one diagnosis."""
+    """Returns (metrics, state before, state after) of one diagnosis."""
     config = debug.get_config()
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     config.update(data=dict(batch=B, seq_len=T))

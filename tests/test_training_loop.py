@@ -22,7 +22,7 @@ GOOD, SKIPPED, HUGE = (0, 0.1), (1, 0.0), (0, float("inf"))  # bad_steps, update
 
 
 class Steps:
-    """Batches and a compiled step by hand: step n has the figures of entry n - 1."""
+    """Stands for both the batches and the compiled step; step n returns figures[n - 1]."""
 
     def __init__(self, figures, w):
         self.figures, self.w, self.step = figures, w, 0
@@ -43,7 +43,7 @@ class Steps:
 
 
 class Slow(Steps):
-    """Steps of 50 ms, the eighth of which is the last: SIGTERM comes."""
+    """Steps of 50 ms; SIGTERM arrives in the eighth."""
 
     def __call__(self, state, batch, rates):
         time.sleep(0.05)
@@ -54,7 +54,7 @@ class Slow(Steps):
 
 
 class Watched(Loop):
-    """Keeps which steps were saved when one is evaluated."""
+    """Records which steps were stored at each evaluation."""
 
     evaluated = ()
 
@@ -64,7 +64,7 @@ class Watched(Loop):
 
 
 def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values):
-    """(Loop that has ended, steps of its checkpoints)."""
+    """Returns (Loop that has ended, steps of its checkpoints)."""
     config = debug.get_config()
     config.update({"workdir": str(workdir), "steps": first + len(figures), "save_every": 1})
     config.update(keep_last=9, **values)

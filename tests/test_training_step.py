@@ -27,7 +27,7 @@ def build(mesh=(1, 1, 1), accumulation=1, docs=False, **optim):
 
 
 def batch_at(step, mesh, docs=None):
-    """Tokens to learn from: counting, from a start that the step draws."""
+    """Returns a learnable batch: each row counts up from a number that the step determines."""
     start = np.random.default_rng(step).integers(0, 256, (B, 1))
     tokens = ((start + np.arange(T + 1)) % 256).astype(np.int32)
     batch = {"tokens": tokens} | ({"docs": docs} if docs is not None else {})
