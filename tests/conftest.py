@@ -29,7 +29,7 @@ LONGEST = (
     "test_kernels_choice.py",
     "test_training_step.py",
     "test_distributed_runtime.py",
-    "test_interop_start.py",
+    "test_interop_import_export.py",
     "test_crosscheck_faults.py",
     "test_kernels_training.py",
 )
