@@ -7,8 +7,8 @@ from configs import debug
 from jaxtrain.config.train_config import TrainConfig, freeze
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.planning.chip_comparison import build_fits_by_formula
-from jaxtrain.planning.memory_formula import estimate
+from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.planning.search import build_fits_by_formula
 from pallas_kernels.chip import find_chip
 
 
@@ -35,7 +35,7 @@ def test_a_plan_counts_on_the_share_that_jax_takes_in_training(name, value, shar
 
 def test_what_fits_no_longer_fits_where_the_user_leaves_jax_less(monkeypatch):
     cfg = freeze(debug.get_config())
-    room = int(estimate(cfg, 1).peak / 0.8)
+    room = int(estimate_memory(cfg, 1).peak / 0.8)
     chip = dataclasses.replace(find_chip("a40"), hbm_bytes=room)
     fits = lambda: build_fits_by_formula(cfg, chip, 1)(cfg.accumulation, cfg.model.remat)
     assert fits()
