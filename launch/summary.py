@@ -57,7 +57,7 @@ def as_json(run: RunFolder) -> dict:
 
 
 def parse(argv, prog="python -m launch.summary"):
-    parser = Parser(prog, __doc__.replace("python -m launch.summary", prog))
+    parser = Parser(prog, (__doc__ or "").replace("python -m launch.summary", prog))
     parser.add_argument("runs", nargs="+", metavar="DIR|JOB", help="run directories, or jobs")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write the page [DIR/summary.html]"

@@ -69,7 +69,9 @@ def measure(run: RunFolder, name: str, values=None) -> float | None:
     value = figure.reduce(values)
     if name == "tokens_per_s":
         return run.tokens_per_step * value
-    return 1 - value / run.chip["hbm_bytes"] if name == "hbm_headroom" else value
+    if name == "hbm_headroom" and run.chip:
+        return 1 - value / run.chip["hbm_bytes"]
+    return value
 
 
 def series(run: RunFolder, name: str) -> list[float]:
@@ -104,12 +106,12 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
             )
     figures = {}
     for name in FIGURES:
-        values = [measure(run, name) for run in runs]
-        if None not in values:
+        values = [value for run in runs if (value := measure(run, name)) is not None]
+        if len(values) == len(runs):
             figures[name] = {"value": mean(values)} | _bound(runs, name, values, confidence)
     if all(figure["bound"] is None for figure in figures.values()):
         why = "; ".join(f"{name}: {figure['how']}" for name, figure in figures.items())
-        raise ValueError(f"a baseline must hold something; got {why}. Give longer or more RUNs.")
+        raise ValueError(f"a baseline must have a bound; got {why}. Give longer or more RUNs.")
     first = runs[0]
     return {
         "version": VERSION,
@@ -149,12 +151,12 @@ def _bound(runs, name, values, confidence) -> dict:
     spread = deviation([math.log(sample) for sample in samples])
     factor = math.exp(t_quantile(confidence, n - 1) * spread * math.sqrt(1 + 1 / n))
     if factor > BLUNT:
-        return {"bound": None, "how": f"{how}: {factor:.3g} times as much is too wide to hold"}
+        return {"bound": None, "how": f"{how}: {factor:.3g} times as much is too loose to enforce"}
     return {"bound": mean(values) * factor**-sign, "how": how}
 
 
 def _blocks(runs, name) -> tuple[list[float], str]:
-    """A figure of each part of every run, and what they are called."""
+    """Returns a figure of each part of every run, and a description of them."""
     samples, metric = [], FIGURES[name].metric
     for run in runs:
         parts = series(run, name)

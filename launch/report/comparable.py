@@ -33,13 +33,13 @@ def differences(a: Side, b: Side) -> list[str]:
     """Returns a sentence for each difference of the work, apart from the losses."""
     found = []
     same = a.config_hash == b.config_hash
-    both = a.settings is not None and b.settings is not None
-    if both and not same and a.settings != b.settings:
+    if a.settings is None or b.settings is None:
+        if not same:
+            found.append(f"config hash: {a.config_hash} against {b.config_hash}")
+    elif not same and a.settings != b.settings:
         names = sorted(k for k in {**a.settings, **b.settings} if _get(a, k) != _get(b, k))
         pairs = [f"{name} {_get(a, name)!r} against {_get(b, name)!r}" for name in names]
         found.append(f"config: {'; '.join(pairs)}")
-    elif not both and not same:
-        found.append(f"config hash: {a.config_hash} against {b.config_hash}")
     if a.data_fingerprint != b.data_fingerprint:
         found.append(f"data fingerprint: {a.data_fingerprint} against {b.data_fingerprint}")
     if a.tokens_per_step != b.tokens_per_step:

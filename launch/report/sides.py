@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.inventory import read_toml
 from launch.report.run_folder import EVAL_LOSS, LOSS, RunFolder, find_runs
@@ -25,6 +26,7 @@ EXTERNAL = {  # key of a [[side]] -> its type; the first seven must be there
     "roofline_s": float,
 }
 NEEDED = 7
+PEAKS = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _external(values: dict, where: str) -> Side:
     if not times or min(times) <= 0:
         raise ValueError(f"{where}: step times must be positive; got {times}.")
     copied = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
-    peaks = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
+    peaks: Any = {key: values.get(key) for key in PEAKS}
     return Side(
         **{key: values[key] for key in copied},
         device_kind=values["device"],
@@ -145,7 +147,7 @@ def _external(values: dict, where: str) -> Side:
         times_s=[times],
         what=what,
         losses=[dict(map(tuple, run)) for run in values.get("loss_nats", [])],
-        **{key: values.get(key) for key in peaks},
+        **peaks,
     )
 
 

@@ -81,7 +81,7 @@ def bootstrap(
     return {k: (percentile(v, 0.025), percentile(v, 0.975)) for k, v in drawn.items()}
 
 
-def split(values: Sequence, parts: int) -> list[list]:
+def split(values: list, parts: int) -> list[list]:
     """Returns consecutive parts whose lengths differ by at most one."""
     edges = [round(i * len(values) / parts) for i in range(parts + 1)]
     return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
