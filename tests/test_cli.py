@@ -14,6 +14,7 @@ from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import cli
 from jaxtrain.config.commands import BY_NAME, COMMANDS, rewrite_commands
+from jaxtrain.errors import INTERRUPTED, REFUSED
 
 ROOT = Path(__file__).parent.parent
 NAMES = [command.name for command in COMMANDS]
@@ -158,7 +159,7 @@ def test_every_example_is_a_command_line_that_is_read_without_fault(name, capsys
 )
 def test_a_misspelt_flag_or_command_names_the_one_that_was_meant(argv, meant, capsys):
     with fresh_flags():
-        assert exit_status(cli.main, argv) in (1, 2, 78)
+        assert exit_status(cli.main, argv) in (1, 2, REFUSED)
     said = capsys.readouterr().err
     assert f"Did you mean {meant}?" in said
     assert len(said.splitlines()) == 1 and said.startswith("error: ")
@@ -178,7 +179,7 @@ def test_ctrl_c_while_a_command_is_imported_ends_in_one_line_and_status_130(caps
 
     monkeypatch.delitem(sys.modules, "launch.summary", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    assert cli.main(["summary", "runs/a"]) == 130
+    assert cli.main(["summary", "runs/a"]) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
 
 

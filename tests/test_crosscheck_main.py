@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config.train_config import to_config_dict
+from jaxtrain.errors import REFUSED
 from jaxtrain.interop.hf import write_folder
 from jaxtrain.model.trees import named_leaves
 
@@ -227,6 +228,6 @@ def test_what_the_twin_cannot_follow_is_refused_before_anything_runs(values, say
 
 def test_bad_input_ends_in_one_line():
     done = run_command("compare", "/absent/a.jsonl", "/absent/b.jsonl")
-    assert done.returncode == 78
+    assert done.returncode == REFUSED
     assert "Traceback" not in done.stderr
     assert "a trace must be a readable text file" in done.stderr.splitlines()[-1]

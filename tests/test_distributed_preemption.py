@@ -10,6 +10,7 @@ import pytest
 import runs
 
 from jaxtrain.distributed.preemption import StopListener, exit_status_of
+from jaxtrain.errors import INTERRUPTED, PREEMPTED
 
 COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
 PROGRAMS = {
@@ -66,7 +67,9 @@ class Program:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, INTERRUPTED)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_is_answered_inside_compiled_code_and_a_second_one_ends_the_process(
     number, status
@@ -82,7 +85,9 @@ def test_a_signal_is_answered_inside_compiled_code_and_a_second_one_ends_the_pro
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "status"),
+    [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_before_the_first_step_ends_the_process_at_once(number, status):
     with Program("starting") as program:
@@ -97,7 +102,7 @@ def test_ctrl_c_to_any_command_in_compiled_code_is_answered_and_a_second_one_end
         program.process.send_signal(signal.SIGINT)
         assert "ending when the compiled code returns" in program.read_until("SIGINT")[0]
         program.process.send_signal(signal.SIGINT)
-        assert program.ends_in_s() < 2 and program.process.returncode == 130
+        assert program.ends_in_s() < 2 and program.process.returncode == INTERRUPTED
 
 
 def wait_for(condition):
@@ -126,7 +131,7 @@ def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request
         stop.defer_signals("saving")
         signal.raise_signal(signal.SIGHUP)
         wait_for(lambda: stop.signal == signal.SIGHUP)
-        assert exit_status_of(stop.agreed_signal()) == 75
+        assert exit_status_of(stop.agreed_signal()) == PREEMPTED
         for _ in range(2):
             time.sleep(0.1)  # longer than the window in which two signals are one
             signal.raise_signal(signal.SIGHUP)
@@ -143,7 +148,7 @@ def test_sighup_before_the_first_step_ends_the_process_with_status_75():
         program.process.send_signal(signal.SIGHUP)
         line, _ = program.read_until("SIGHUP")
         assert "while compiling the step: ended before the first step" in line
-        assert program.ends_in_s() < 2 and program.process.returncode == 75
+        assert program.ends_in_s() < 2 and program.process.returncode == PREEMPTED
 
 
 def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
@@ -183,7 +188,7 @@ raise SystemExit(exit_status_of(stop.signal))
         said += os.read(master, 1000)
     os.close(slave)
     os.close(master)
-    assert process.wait(runs.DEADLINE_S) == 75
+    assert process.wait(runs.DEADLINE_S) == PREEMPTED
     assert (tmp_path / "saved").exists()
 
 
@@ -218,7 +223,7 @@ def test_ctrl_c_while_a_run_compiles_ends_it_at_once_and_says_that_nothing_is_lo
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     started_s = time.monotonic()
-    out = runs.finish(process, 130)
+    out = runs.finish(process, INTERRUPTED)
     assert time.monotonic() - started_s < 1
     assert "SIGINT while compiling the step: ended before the first step" in out
     assert "Traceback" not in out and "compiled in" not in out

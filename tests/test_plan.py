@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from jaxtrain.errors import REFUSED
+
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
 from configs import debug  # noqa: E402
@@ -51,7 +53,7 @@ def test_a_plan_over_hosts_shows_memory_bound_collectives_and_routes(tmp_path):
 def test_bad_input_is_one_line_that_names_the_flag():
     assert "a config must be named, such as" in run().stderr
     done = run("--config=configs/debug.py", "--chip=b300")
-    assert done.returncode == 78 and "got 'b300'" in done.stderr
+    assert done.returncode == REFUSED and "got 'b300'" in done.stderr
 
 
 COMPILED = """

@@ -15,6 +15,7 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, build_eval_batches
+from jaxtrain.errors import REFUSED
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop.start import initial_state
 from jaxtrain.metrics.names import measured_names
@@ -292,7 +293,7 @@ def test_two_processes_train_as_one_and_one_restores_what_two_saved(tmp_path, te
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, text, flags, message):
-    out = runs.finish(runs.start(tmp_path / "run", text, *flags), 78)
+    out = runs.finish(runs.start(tmp_path / "run", text, *flags), REFUSED)
     assert message in out
     assert "Traceback" not in out
 
@@ -337,7 +338,7 @@ def test_the_generate_command_numbers_the_samples_of_each_prompt_in_any_locale(t
 
 
 def test_generate_refuses_a_tokenizer_that_the_model_does_not_have(trained):
-    out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=78)
+    out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=REFUSED)
     assert "below model.V=256; got 50256 by gpt2. Set --tokenizer." in out
 
 
@@ -356,5 +357,5 @@ def test_a_prompt_that_is_not_utf8_is_refused_before_the_first_step(tmp_path, te
 
 @pytest.mark.parametrize("module", ["evaluate", "generate"])
 def test_a_folder_without_a_run_is_named(module, tmp_path):
-    out = run_tool(module, f"--run={tmp_path}", status=78)
+    out = run_tool(module, f"--run={tmp_path}", status=REFUSED)
     assert "--run must be a run's folder" in out and "Traceback" not in out

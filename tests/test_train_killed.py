@@ -13,6 +13,7 @@ import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train
 from jaxtrain.training import loop as loop_module
 
@@ -28,13 +29,13 @@ def test_runs_killed_and_preempted_equal_one_that_was_not(tmp_path):
     runs.finish(process, -signal.SIGKILL)
     process = runs.start(broken, text, *flags)
     runs.signal_at(process, broken, 90, signal.SIGTERM)
-    out = runs.finish(process, 75)
+    out = runs.finish(process, PREEMPTED)
     assert "resume" in out and "the same command resumes it" in out
     assert f"-m jaxtrain.train --config=configs/debug.py --config.workdir={broken}" in out
     assert 90 <= runs.losses(broken)[-1][0] < 200
     process = runs.start(broken, text, *flags)
     runs.signal_at(process, broken, 140, signal.SIGINT)
-    runs.finish(process, 130)
+    runs.finish(process, INTERRUPTED)
     runs.finish(runs.start(broken, text, *flags))
     assert runs.losses(broken) == runs.losses(tmp_path / "whole")
 
@@ -85,7 +86,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it(
     broken = config(tmp_path / "broken", shared, **VALUES)
     with monkeypatch.context() as patch:
         patch.setattr(loop_module, "build_eval_batches", with_a_signal)
-        assert train(broken, device, quiet=True) == 75
+        assert train(broken, device, quiet=True) == PREEMPTED
     assert len(after) <= 1
     assert [row[0] for row in logged(tmp_path / "broken")][-1] == step
     assert logged(tmp_path / "broken")[-1][2] is None
@@ -113,7 +114,7 @@ def test_a_signal_to_one_of_two_processes_ends_the_evaluation_of_both(tmp_path, 
     time.sleep(0.5)
     os.kill(pair[1].pid, signal.SIGTERM)
     started_s = time.monotonic()
-    outs = [runs.finish(process, 75) for process in pair]
+    outs = [runs.finish(process, PREEMPTED) for process in pair]
     assert time.monotonic() - started_s < 10
     assert "the evaluation of step 3 was interrupted" in outs[0]
     assert logged(tmp_path / "pair")[-1][0] == 3 and logged(tmp_path / "pair")[-1][2] is None

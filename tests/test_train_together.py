@@ -7,6 +7,7 @@ import time
 
 import runs
 
+from jaxtrain.errors import PREEMPTED, REFUSED
 from jaxtrain.run_directory.lock import RunLock
 
 
@@ -32,11 +33,11 @@ def test_a_second_start_in_a_run_directory_is_refused_and_the_first_run_ends_who
     while not (workdir / ".lock").exists():  # long before its first step
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.01)
-    out = runs.finish(runs.start(workdir, text, *flags(cache, 100_000)), 78)
+    out = runs.finish(runs.start(workdir, text, *flags(cache, 100_000)), REFUSED)
     assert f"{workdir} is in use by pid {first.pid} on {socket.gethostname()}, started" in out
     assert len(errors(out)) == 1 and "Traceback" not in out
     runs.signal_at(first, workdir, 250, signal.SIGTERM)  # after two saves
-    runs.finish(first, 75)
+    runs.finish(first, PREEMPTED)
     steps = [step for step, _ in runs.losses(workdir)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 250
     assert not (workdir / ".lock").exists()
@@ -48,11 +49,11 @@ def test_processes_of_a_run_are_refused_together_with_the_same_line(tmp_path):
         workdir = tmp_path / name.replace("/", "_")
         (workdir / name).parent.mkdir(parents=True)
         (workdir / name).write_text("[]\n[]\n")
-        outs = [runs.finish(p, 78) for p in start_processes(workdir, text, *flags(cache, 3))]
+        outs = [runs.finish(p, REFUSED) for p in start_processes(workdir, text, *flags(cache, 3))]
         said = {line for out in outs for line in errors(out)}
         assert len(said) == 1 and str(workdir / name) in said.pop(), outs
         assert not any("Traceback" in out for out in outs)
         assert not (workdir / ".lock").exists()
     with RunLock(workdir):
-        outs = [runs.finish(p, 78) for p in start_processes(workdir, text, *flags(cache, 3))]
+        outs = [runs.finish(p, REFUSED) for p in start_processes(workdir, text, *flags(cache, 3))]
     assert all(f"in use by pid {os.getpid()} on" in "".join(errors(out)) for out in outs), outs

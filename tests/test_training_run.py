@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.distributed.program import is_out_of_memory, is_runtime_error, run_main
+from jaxtrain.errors import REFUSED
 from jaxtrain.run_directory.contents import load_train_config, read_config_json
 
 
@@ -29,7 +30,7 @@ def test_too_little_device_memory_ends_in_the_flags_that_take_less(monkeypatch, 
 
     with pytest.raises(SystemExit) as ended:
         run_main(main)
-    assert ended.value.code == 78
+    assert ended.value.code == REFUSED
     said = capsys.readouterr().err
     assert "got RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes" in said
     for way in ("--accumulation", "--model.remat=full", "jaxtrain.plan --fit"):
