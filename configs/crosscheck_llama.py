@@ -1,4 +1,4 @@
-r"""A tiny Llama for proofs against PyTorch, grouped queries, its own head: 125,248 parameters.
+r"""A tiny Llama with grouped queries, untied head, to compare with PyTorch: 125,248 parameters.
 
 python -m jaxtrain.crosscheck run --config=configs/crosscheck_llama.py --precision=float64
 """

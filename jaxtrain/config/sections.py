@@ -74,7 +74,7 @@ class DataConfig(Section):
     PREFIX = "data."
 
     text: str = knob("", "file or folder of text; empty is Python's own standard library")
-    text_field: str = knob("text", "key or column of the text if data.text is JSON, CSV or Parquet")
+    text_field: str = knob("text", "key or column of the text if data.text is JSON or a table")
     shards: str = knob("", "folder, file or glob of token shards; empty encodes data.text")
     shard_format: str = knob(
         "auto",
