@@ -288,13 +288,13 @@ def _names(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def parse(form: CommandForm, prog: str, argv: list[str]) -> list[str]:
-    """Reads a command line into absl's FLAGS, and returns the words that are not flags.
+    """Reads the arguments of a command into absl's FLAGS; returns the words that are not flags.
 
-    FLAGS.config is the ConfigDict, including the fields that the user set. Help and bad input end
-    the program.
-
-    Args:
-        prog: what the user typed to start the command.
-        argv: the arguments behind it.
+    `prog` is what the user typed to start the command. FLAGS.config is the ConfigDict, including
+    the fields that the user set. Help and bad input end the program.
     """
-    return _CommandLine(form, prog).read(argv)
+    words = _CommandLine(form, prog).read(argv)
+    # absl checks this flag in its app.run, but only the first time in a process.
+    if "only_check_args" in flags.FLAGS and flags.FLAGS.only_check_args:
+        sys.exit(0)
+    return words

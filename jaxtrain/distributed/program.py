@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import app, logging
 
 from jaxtrain.config.command_line import CommandForm, parse
 from jaxtrain.distributed.preemption import interruptible
@@ -71,14 +71,8 @@ def run_main(
             traceback.print_exc()
             exit_process(1)
 
-    def parse_flags(argv: list[str]) -> list[str]:
-        words = parse(form, prog, argv[1:])
-        if flags.FLAGS.only_check_args:  # absl itself checks this only once in a process
-            sys.exit(0)
-        return words
-
     argv = sys.argv[1:] if argv is None else argv
-    app.run(run_and_exit, argv=[prog, *argv], flags_parser=parse_flags)
+    app.run(run_and_exit, argv=[prog, *argv], flags_parser=lambda argv: parse(form, prog, argv[1:]))
 
 
 def _describe_refusal(error: Exception, errors: Sequence[type[Exception]]) -> str | None:
