@@ -46,7 +46,7 @@ from jaxtrain.distributed.runtime import (
     start_runtime,
 )
 from jaxtrain.file_errors import add_path_to_errors
-from jaxtrain.interop.start import initial_state
+from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.network import open_network_counters

@@ -34,6 +34,13 @@ LONGEST = (
 )
 
 
+@pytest.fixture
+def shard_cache(tmp_path, monkeypatch):
+    """Caches the checksums of shards in the test's own folder, not in the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def pytest_configure(config):
     if config.option.markexpr == "gpu" and jax.default_backend() != "gpu":
         raise pytest.UsageError(

@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.tokenizer import build_tokenizer
@@ -16,7 +16,7 @@ from jaxtrain.errors import REFUSED
     ("tokenizer", "V"),
     [("bytes", 256), ("bytes", 512), ("gpt2", 50_257), ("gpt2", 50_304), ("gpt2", 65_536)],
 )
-def test_a_vocabulary_may_be_padded(tokenizer, V):
+def test_a_models_vocabulary_may_be_padded(tokenizer, V):
     check_vocabulary(DataConfig(tokenizer=tokenizer), build_tokenizer(tokenizer), V, False)
 
 
@@ -39,10 +39,10 @@ def test_a_tokenizer_far_smaller_than_the_model_is_refused(tokenizer, V, fitting
     words = ["encode", "--input=my books", "--out=shards", f"--tokenizer={fitting}"]
     assert shlex.split(make)[-4:] == words
     assert "--data.shards=shards" in use
-    check_vocabulary(cfg, built, V, True)  # a run that has its tokens is read as it is
+    check_vocabulary(cfg, built, V, True)  # its text is already encoded
 
 
-def test_text_is_refused_before_it_is_encoded(tmp_path):
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_text_is_encoded(tmp_path):
     cfg = DataConfig(text=str(runs.write_text(tmp_path)))
     with pytest.raises(ValueError, match="must fit the model's vocabulary"):
         open_corpus(cfg, "train", 50_304, tmp_path / "run")

@@ -8,10 +8,11 @@ from configs import debug
 from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.evaluate import fit_parts, rows_in_training
+from jaxtrain.evaluate import fit_accumulation, rows_in_training
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
@@ -71,9 +72,9 @@ def test_rows_of_a_device_in_training_follow_from_its_mesh(mesh, rows):
 )
 def test_fewer_devices_read_a_batch_in_more_parts(devices, rows, parts):
     cfg = dataclasses.replace(run_in(1).cfg, accumulation=2)
-    assert fit_parts(cfg, devices, rows).accumulation == parts
+    assert fit_accumulation(cfg, devices, rows).accumulation == parts
     with pytest.raises(ValueError, match="--rows"):
-        fit_parts(cfg, devices, 0)
+        fit_accumulation(cfg, devices, 0)
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def corpus(tmp_path, monkeypatch):
         for i, text in enumerate(texts):
             (tmp_path / "texts" / f"{i:04}.txt").write_text(text)
         files = list_files(str(tmp_path / "texts"), exclude=tmp_path / "out")
-        encode(files, tmp_path / "out", tokenizer)
+        encode(files, tmp_path / "out", EncodeOptions(tokenizer))
         cfg = DataConfig(shards=str(tmp_path / "out"), batch=BATCH, seq_len=32)
         return cfg, open_corpus(cfg, "train", 50_304, tmp_path)
 

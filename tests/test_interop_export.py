@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from small_models import MODELS
-from test_interop_tokenizer import bpe
+from test_interop_hf_tokenizer import bpe
 
 from configs import debug
 from jaxtrain.config import train_config as config_lib
@@ -16,7 +16,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import write_folder
-from jaxtrain.interop.runs import export_weights, import_weights
+from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.model.transformer import build_model
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.ops.routes import choose_routes
@@ -122,8 +122,8 @@ def test_an_export_prints_what_was_checked_and_what_works_next(made, tmp_path, c
     export_weights(workdir, tmp_path / "it's here")
     out = capsys.readouterr().out
     assert "Qwen3ForCausalLM, float32" in out
-    assert "checked: read back: the same weights and logits" in out
-    assert "computes the same logits" in out or "not checked: transformers" in out
+    assert "checked: reading it back gives the same weights and logits" in out
+    assert "computes the same logits" in out or "not checked with transformers" in out
     last = out.splitlines()[-1]
     assert last.startswith("next") and " -c 'from transformers import pipeline" in last
 

@@ -7,7 +7,8 @@ from safetensors.numpy import load_file, save_file
 from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import INDEX, WHOLE, _save, read_config, write_folder
+from jaxtrain.interop.hf import _save, read_config, write_folder
+from jaxtrain.interop.hf_files import INDEX, WHOLE
 from jaxtrain.model.trees import named_leaves
 
 
@@ -107,7 +108,7 @@ def test_every_fault_of_the_tensors_is_listed_at_once(folders, tmp_path):
     for fault in (
         "model.norm.weight is missing",
         "model.layers.1.mlp.up_proj.weight is [48, 31], must be [48, 32]",
-        "model.layers.2.mlp.up_proj.weight is left over",
+        "model.layers.2.mlp.up_proj.weight is unexpected",
     ):
         assert fault in str(error.value)
 
@@ -123,7 +124,7 @@ def test_a_truncated_file_is_named(folders, tmp_path):
     copy = damaged(folders["llama"], tmp_path)
     data = (copy / WHOLE).read_bytes()
     (copy / WHOLE).write_bytes(data[: len(data) // 2])
-    with pytest.raises(InteropError, match="model.safetensors must be whole safetensors"):
+    with pytest.raises(InteropError, match="model.safetensors must be a complete safetensors file"):
         read(copy, "llama")
 
 
@@ -137,8 +138,8 @@ def test_a_truncated_file_is_named(folders, tmp_path):
         ("llama", {"model_type": "mistral"}, "model_type='mistral' .must be 'llama'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
-        ("llama", {"num_attention_heads": 0}, "must hold a model's sizes"),
-        ("llama", {"hidden_size": "32"}, "must hold a model's sizes"),
+        ("llama", {"num_attention_heads": 0}, "must contain a model's sizes"),
+        ("llama", {"hidden_size": "32"}, "must contain a model's sizes"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types of full"),
@@ -155,14 +156,14 @@ def test_a_model_that_ours_does_not_compute_is_refused_by_its_config(
 def test_a_damaged_config_is_named(folders, tmp_path, content):
     copy = damaged(folders["llama"], tmp_path)
     (copy / "config.json").write_text(content)
-    with pytest.raises(InteropError, match="config.json must hold "):
+    with pytest.raises(InteropError, match="config.json must contain "):
         read_config(copy)
 
 
 def test_an_index_without_a_map_is_named(folders, tmp_path):
     copy = damaged(folders["llama"], tmp_path)
     (copy / INDEX).write_text("{}")
-    with pytest.raises(InteropError, match="index.json must hold a weight_map"):
+    with pytest.raises(InteropError, match="index.json must contain a weight_map"):
         read(copy, "llama")
 
 

@@ -12,16 +12,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
 from safetensors.numpy import load_file
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.errors import REFUSED
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.__main__ import _parse, main
-from jaxtrain.interop.runs import export_weights, import_weights
-from jaxtrain.interop.start import check_model
+from jaxtrain.interop.import_export import export_weights, import_weights
+from jaxtrain.interop.initial_state import check_model
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.train import train
 from jaxtrain.training.resume import check_resumed
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_not_resumed_as_another_function_of_its_weights(field, v
     stored = config_lib.flatten(config(tmp_path, "unused"))
     other = dataclasses.replace(cfg, attention="reference", remat="full", positions=7)
     check_resumed(other, stored)
-    with pytest.raises(InteropError, match=f"that the run began with; got model.{field}=.*workdir"):
+    with pytest.raises(ValueError, match=f"that the run began with; got model.{field}=.*workdir"):
         check_resumed(dataclasses.replace(cfg, **{field: value}), stored)
 
 
@@ -197,9 +197,12 @@ def broken(exported, tmp_path_factory):
     "line, message",
     [
         ("import --from={}/none --run={}/x", "--from must be .*; .*/none does not exist"),
-        ("import --from={}/empty --run={}/x", "must hold config.json; got none in .*/empty"),
+        ("import --from={}/empty --run={}/x", "must contain config.json; got none in .*/empty"),
         ("import --from={}/file --run={}/x --tokenizer=bytes", "llm.c model must start with"),
-        ("import --from={}/cut --run={}/x", "model.safetensors must be whole safetensors"),
+        (
+            "import --from={}/cut --run={}/x",
+            "model.safetensors must be a complete safetensors file",
+        ),
         ("import --from={hf} --run={}", "must go to a new folder; .* is not empty. Set --run"),
         ("import --from={hf} --run={}/file", "must go to a new folder; .*/file is a file"),
         ("import --from={hf} --run={}/file/x", "/file/x: Not a directory .*Set --run"),

@@ -7,8 +7,8 @@ import sys
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config import train_config as config_lib
@@ -17,7 +17,7 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, build_eval_batches
 from jaxtrain.errors import REFUSED
 from jaxtrain.generate import tokenizer_name
-from jaxtrain.interop.start import initial_state
+from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.names import measured_names
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.train import train
@@ -339,7 +339,7 @@ def test_the_generate_command_numbers_the_samples_of_each_prompt_in_any_locale(t
 
 def test_generate_refuses_a_tokenizer_that_the_model_does_not_have(trained):
     out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=REFUSED)
-    assert "below model.V=256; got 50256 by gpt2. Set --tokenizer." in out
+    assert "below model.V=256; got 50256 from gpt2. Set --tokenizer." in out
 
 
 def test_a_run_prints_its_sample_in_an_ascii_locale(tmp_path, text):

@@ -13,7 +13,7 @@ from jaxtrain.crosscheck.trace import Writer, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
-from jaxtrain.interop.start import initial_state
+from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_advance

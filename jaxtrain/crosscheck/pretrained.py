@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.runs import export_weights, import_weights
+from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.training.run import restore_run

@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.config.shell_commands import shell_command
-from jaxtrain.data.encoding.counts import Flags, describe_skipped
+from jaxtrain.data.encoding.counts import describe_skipped
 from jaxtrain.data.encoding.formats import SUFFIXES, printable_path
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import PROGRESS, STATE, lock_folder
-from jaxtrain.data.encoding.pipeline import SHARD_TOKENS, encode
+from jaxtrain.data.encoding.options import SHARD_TOKENS, EncodeOptions, Flags
+from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.metadata import META_FILE
 from jaxtrain.data.shards import MAX_SHARD_TOKENS
 from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
@@ -215,21 +216,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxtrain.data
         files = list_files(args.input, exclude=out, flag="--input")
         with lock_folder(out) as locked:
             replaceable = _find_replaceable_shards(out, args.overwrite)
-            meta = encode(
-                files,
-                out,
+            options = EncodeOptions(
                 args.tokenizer,
                 name,
                 args.val_fraction,
                 args.shard_tokens,
-                args.workers,
                 args.text_field,
-                delay_s=0,
-                on_bad_document=args.on_bad_document,
-                locked=locked,
+                args.on_bad_document,
+                args.workers,
+                bar_delay_s=0,
                 flags=FLAGS,
-                note=lambda line: print(line, file=sys.stderr),
             )
+            meta = encode(files, out, options, locked, lambda line: print(line, file=sys.stderr))
             written = {entry["file"] for entry in meta["shards"]}
             for path in replaceable:
                 if path.name not in written:

@@ -6,8 +6,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.tokenizer import (
-    Special,
+from jaxtrain.interop.hf_tokenizer import (
+    SpecialTokens,
     build_tokenizer_json,
     declared_tokens,
     special_tokens,
@@ -128,12 +128,12 @@ def test_a_tokenizer_whose_ids_would_differ_is_not_written(tmp_path):
 
 
 def test_special_tokens_are_those_of_the_run(tmp_path):
-    assert special_tokens(build_tokenizer("bytes")) == Special(0, (0,), None)
-    assert special_tokens(build_tokenizer("gpt2")) == Special(50_256, (50_256,), None)
+    assert special_tokens(build_tokenizer("bytes")) == SpecialTokens(0, (0,), None)
+    assert special_tokens(build_tokenizer("gpt2")) == SpecialTokens(50_256, (50_256,), None)
     own = build_tokenizer(bpe(tmp_path / "a/tokenizer.json", ("<pad>", "<s>", "</s>")))
-    assert special_tokens(own) == Special(1, (1,), 0)
-    assert special_tokens(None) == Special()
-    assert special_tokens(None, 7) == Special(7, (7,))
+    assert special_tokens(own) == SpecialTokens(1, (1,), 0)
+    assert special_tokens(None) == SpecialTokens()
+    assert special_tokens(None, 7) == SpecialTokens(7, (7,))
     assert special_tokens(build_tokenizer("bytes"), 10).eos == (0, 10)
 
 
@@ -159,14 +159,14 @@ def test_the_folder_that_a_tokenizer_was_copied_from_names_its_ends_of_text(tmp_
 
 def test_tokens_that_a_folder_declares_are_read_in_transformers_order(tmp_path):
     bpe(tmp_path / "tokenizer.json", ("<s>", "</s>", "<pad>"))
-    assert declared_tokens(tmp_path) == Special()
+    assert declared_tokens(tmp_path) == SpecialTokens()
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    assert declared_tokens(tmp_path) == Special(0, (1,), None)
+    assert declared_tokens(tmp_path) == SpecialTokens(0, (1,), None)
     (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": 6}')
-    assert declared_tokens(tmp_path) == Special(5, (6,), None)
+    assert declared_tokens(tmp_path) == SpecialTokens(5, (6,), None)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9}')
-    assert declared_tokens(tmp_path) == Special(5, (7, 8), 9)
+    assert declared_tokens(tmp_path) == SpecialTokens(5, (7, 8), 9)
 
 
 def test_ids_without_a_token_are_never_generated(tmp_path):
