@@ -7,8 +7,8 @@ from configs import debug
 from jaxtrain.config.train_config import TrainConfig, freeze
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.planning.chip_comparison import build_fits_by_formula
-from jaxtrain.planning.memory_formula import estimate
+from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.planning.search import build_fits_by_formula
 from pallas_kernels.chip import find_chip
 
 
@@ -35,7 +35,7 @@ def test_plans_use_the_fraction_that_jax_reserves_in_training(name, value, fract
 
 def test_a_config_that_fits_no_longer_fits_with_a_smaller_fraction(monkeypatch):
     cfg = freeze(debug.get_config())
-    hbm_bytes = int(estimate(cfg, 1).peak / 0.8)
+    hbm_bytes = int(estimate_memory(cfg, 1).peak / 0.8)
     chip = dataclasses.replace(find_chip("a40"), hbm_bytes=hbm_bytes)
     fits = lambda: build_fits_by_formula(cfg, chip, 1)(cfg.accumulation, cfg.model.remat)
     assert fits()
