@@ -15,7 +15,7 @@ from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
-BLOCKS = 4  # of queries; each computes only the scores of its prefix: 5/8 of all
+BLOCKS = 4  # query blocks; each computes only the scores of its prefix: 5/8 of all
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # primitive: result and log-sum-exp
 
 

@@ -19,7 +19,7 @@ from pallas_kernels.tiles import TILES, default_tiles
 
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
-REQUESTED = "requested by"  # in the reason of a route that the config names
+REQUESTED = "requested by"  # begins the reason of a route that a flag selects
 UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
 
 
@@ -31,7 +31,7 @@ class Route:
     implementation: str
     reason: str
     fallback: bool = False
-    tiles: Any = None  # of a fused kernel, in the form that it takes
+    tiles: Any = None  # a fused kernel's tile sizes, in the form that it takes
 
     @property
     def is_fused(self) -> bool:
@@ -85,7 +85,7 @@ SHAPES = {
     "head": lambda model, seq_len: (model.D, model.V),
     "square": lambda model, seq_len: (model.D,),
 }
-PREFIX = {"attention": "flash"}  # of a fused implementation's name; of other ops "fused"
+PREFIX = {"attention": "flash"}  # begins a fused implementation's name; default "fused"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _KernelRoutes:
         if model.dtype == "float64":
             return "its sums are float32; got model.dtype=float64"
         if op == "attention":
-            narrowest = 1 if self.kernels.interpret else 16  # of Triton's products
+            narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
             if model.K & (model.K - 1) or model.K < narrowest:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
