@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain import WANTS_GPU
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.errors import REFUSED

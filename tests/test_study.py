@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.errors import INTERRUPTED

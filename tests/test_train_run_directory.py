@@ -6,9 +6,9 @@ import shutil
 
 import jax
 import pytest
-import runs
 from small_disk import small_disk
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.distributed.program import run_main
 from jaxtrain.errors import REFUSED, CheckpointError
