@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import runs
 from data_samples import contents
 
 import jaxtrain.config.train_config as config_lib
+import runs
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 from jaxtrain.data.sequences import WindowSequences
@@ -34,7 +34,7 @@ def write_lines(path, count, text="a document of some words\\n"):
 
 
 WRONG = {
-    "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', found nothing there"),
+    "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', which does not exist in"),
     "no tokenizer": (
         ["--tokenizer=nosuch"],
         "^error: --tokenizer must be .*'nosuch'.* Set --tokenizer",
@@ -87,7 +87,7 @@ def test_the_summary_counts_the_documents_of_each_split_and_lists_what_was_skipp
     path.write_text(path.read_text() + "bad\n")
     main(encode_command("rows.jsonl", "shards"))
     printed = capsys.readouterr().out
-    assert "train: 58 documents, " in printed and "val: 2 documents, " in printed
+    assert "train: 58 document(s), " in printed and "val: 2 document(s), " in printed
     assert "skipped 1 not JSON" in printed and "rows.jsonl, line 61, byte " in printed
 
 

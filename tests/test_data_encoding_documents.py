@@ -25,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
 BAD_LINES = {
-    "no JSON": (b"no json", "found no JSON"),
+    "no JSON": (b"no json", "found invalid JSON"),
     "nested too deep": (b'{"text": ' + b"[" * 200_000, "nested too deep"),
-    "another key": (b'{"other": "x"}', "found 'other'"),
+    "another key": (b'{"other": "x"}', "found the keys 'other'"),
     "an array": (b"[1]", "found list"),
     "a number": (b'{"text": 3}', "found int"),
     "latin-1": ('{"text": "é"}'.encode("latin-1"), "not UTF-8"),
     "a NUL": (b'{"text": "a\\u0000b"}', "NUL"),
     "half a surrogate": (b'{"text": "\\ud800"}', "not UTF-8"),
-    "a huge number": (b'{"text": ' + b"9" * 5_000 + b"}", "found no JSON"),
+    "a huge number": (b'{"text": ' + b"9" * 5_000 + b"}", "found invalid JSON"),
 }
 
 

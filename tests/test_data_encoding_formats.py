@@ -91,7 +91,7 @@ def test_the_error_for_a_missing_column_lists_the_columns_and_names_the_flag(
         main([*command, "--workers", "1", "--text_field", "content"])
     message = str(stop.value.code)
     assert name in message and "'id', 'text'" in message and "data.text" not in message
-    assert message.endswith("Set --text_field to the one that holds the text.")
+    assert message.endswith("Set --text_field to the key or column that holds the text.")
     assert not list((tmp_path / "out").iterdir())
 
 

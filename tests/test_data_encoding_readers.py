@@ -76,4 +76,4 @@ def test_text_between_two_arrays_is_skipped_and_located(tmp_path):
     meta = encode_source(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
     assert documents_of(tmp_path / "out", "train") == ["a", "b", "c", "d"]
     assert sum(meta["skipped"].values()) == 2
-    assert "a.json, byte 11: " in meta["problems"][0] and "no JSON" in meta["problems"][0]
+    assert "a.json, byte 11: " in meta["problems"][0] and "invalid JSON" in meta["problems"][0]

@@ -90,7 +90,7 @@ def test_a_million_documents_fill_their_rows():
 
 
 @pytest.mark.parametrize(("lengths", "rows"), [([], 0), ([1], 1), ([5], 1), ([6], 2), ([5, 5], 2)])
-def test_the_smallest_cases(lengths, rows):
+def test_the_smallest_inputs_are_packed(lengths, rows):
     lengths = np.array(lengths, np.int64)
     shard = np.zeros_like(lengths)
     assert pack((shard, np.cumsum(lengths) - lengths, lengths), 5).rows == rows

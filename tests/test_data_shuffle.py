@@ -41,7 +41,7 @@ def test_batches_spread_like_independent_draws(n):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_positions_are_uniform_over_the_range(n):
+def test_images_are_uniform_over_the_range(n):
     counts = np.histogram(images(n), 100, (0, 1))[0]
     expected = counts.sum() / 100
     assert abs(counts - expected).max() < 5 * expected**0.5

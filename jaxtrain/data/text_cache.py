@@ -61,7 +61,7 @@ def discard_if_damaged(folder: Path, check: Callable[[], object]) -> bool:
 
     Args:
         check: raises ValueError while the shards are damaged. It is called under the folder's
-            lock, because another process may have encoded the text again meanwhile.
+            lock, because another process may have encoded the text again by then.
 
     Returns:
         whether the folder could be written.

@@ -26,6 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of a folder
 
 @dataclass(frozen=True)
 class StudyConfig(Section):
+    """What is compared, with which settings, seeds and conditions."""
+
     PREFIX = "study."
 
     workdir: str = knob("runs/study", "folder of all runs and of the results")
@@ -190,7 +192,7 @@ def build_plan(values: Mapping[str, Any]) -> StudyPlan:
     """
     if set(values) != {"base", "study"}:
         raise ValueError(
-            "a study config must hold `base` and `study`; got "
+            "a study config must contain `base` and `study`; got "
             f"{', '.join(list(map(str, values))[:4])}, ... See configs/study_quick.py."
         )
     fields = {name: _to_plain(value) for name, value in values["study"].items()}

@@ -93,11 +93,12 @@ def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> 
     if 2 * counts.lost_bytes > size:
         _refuse(f"{counts.lost_bytes:,} of {size:,} bytes on disk", counts, options)
     if not documents:
-        other_field = any(reason.startswith(NO_FIELD) for reason in counts.skipped)
+        advice = f"Set {options.flags.text} to a file or folder of text."
+        if any(reason.startswith(NO_FIELD) for reason in counts.skipped):
+            advice = f"Set {options.flags.text_field} to the key that holds the text."
         raise UnusableInput(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{files:,} file(s), {describe_skipped(counts.skipped)}. "
-            f"Set {options.flags.text_field if other_field else options.flags.text}."
+            f"{files:,} file(s), {describe_skipped(counts.skipped)}. {advice}"
         )
     if options.val_fraction and len(+counts.documents) < 2:
         [(split, count)] = (+counts.documents).items()
@@ -120,5 +121,5 @@ def _refuse(what: str, counts: Counts, options: EncodeOptions) -> NoReturn:
 
 def _advice(counts: Counts, options: EncodeOptions) -> str:
     if counts.problems[0].reason.startswith("without a string"):
-        return f"Set {options.flags.text_field} to the one that holds the text."
-    return "Repair or remove what is named here."
+        return f"Set {options.flags.text_field} to the key or column that holds the text."
+    return "Repair or remove the file or document named here."

@@ -69,9 +69,8 @@ def encode_pieces(
             if content == b"" or content is None:
                 encoded.skipped["empty"] += 1
                 continue
-            for split, begins, part in _assign_splits(
-                piece, place, content, options.val_fraction, forced
-            ):
+            parts = _assign_splits(piece, place, content, options.val_fraction, forced)
+            for split, begins, part in parts:
                 where = f"{printable_path(piece.path)}, {piece.kind} {place}"
                 ids = _tokenize(part, tokenizer, where, encoded)
                 if isinstance(ids, BadDocument):
@@ -226,15 +225,16 @@ def _parse_text(
     except UnicodeDecodeError as error:
         return BadDocument("not UTF-8", f"{expected}; found bytes that are not UTF-8: {error}")
     except ValueError as error:
-        return BadDocument("not JSON", f"{expected}; found no JSON: {first_line(error)}")
+        return BadDocument("not JSON", f"{expected}; found invalid JSON: {first_line(error)}")
     if strings and isinstance(record, str):
         record = {text_field: record}
     missing = f"without a string {text_field!r}"
     if not isinstance(record, dict):
         return BadDocument(missing, f"{expected}; found {type(record).__name__}")
     if text_field not in record:
-        keys = ", ".join(map(repr, list(record)[:12])) or "an empty object"
-        return BadDocument(missing, f"{expected}; found {keys}")
+        keys = ", ".join(map(repr, list(record)[:12]))
+        found = f"the keys {keys}" if keys else "an empty object"
+        return BadDocument(missing, f"{expected}; found {found}")
     text = record[text_field]
     if text is None:
         return None

@@ -18,7 +18,6 @@ class Flags(NamedTuple):
 
     text: str = "--data.text"
     text_field: str = "--data.text_field"
-    val_fraction: str = "--data.val_fraction"
 
 
 @dataclass(frozen=True)

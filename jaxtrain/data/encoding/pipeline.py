@@ -128,7 +128,7 @@ class Encoding:
 
     def metadata(self, key: str) -> dict:
         """Returns the content of meta.json."""
-        # A tokenizer.json is copied beside the shards, so that the folder can be moved.
+        # A tokenizer.json is copied into the same folder, so that the folder can be moved.
         is_file = Path(self._options.tokenizer).is_file()
         return {
             "format": META_FORMAT,
