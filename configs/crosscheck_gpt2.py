@@ -1,4 +1,4 @@
-r"""A tiny GPT-2 for proofs against PyTorch, with a tied head: 118,528 parameters.
+r"""A tiny GPT-2 with a tied head, to compare with PyTorch: 118,528 parameters.
 
 python -m jaxtrain.crosscheck run --config=configs/crosscheck_gpt2.py --steps=50 --precision=float64
 """

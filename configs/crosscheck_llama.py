@@ -1,4 +1,4 @@
-r"""A tiny Llama for proofs against PyTorch, grouped queries, its own head: 125,248 parameters.
+r"""A tiny Llama with grouped queries, to compare with PyTorch: 125,248 parameters, untied head.
 
 python -m jaxtrain.crosscheck run --config=configs/crosscheck_llama.py --precision=float64
 """

@@ -1,4 +1,7 @@
-"""What the GPT-2 family shares. Shapes: Radford et al. 2019; recipe: 524,288 tokens a step."""
+"""Settings common to all GPT-2 sizes, with 524,288 tokens a step.
+
+Source: of the shapes, Radford et al. 2019
+"""
 
 from configs import base
 
@@ -12,10 +15,10 @@ def get_config():
     config.keep_every = 2_500
     config.model.update(V=50_304, norm="layer", norm_eps=1e-5, bias=True, tied=True)
     config.model.update(position="learned", positions=1_024, mlp="gelu")
-    # On GPUs what is kept costs more than what is made anew, and a chunk's gradient of the head is
-    # as large as the head: jaxtrain.plan bounds an A40 at 124M at 66 thousand tokens/s with nothing
-    # made anew, at 87 with 64 MiB of logits at once and at 97 as it is (2026-11-25); an H100 at 1 %
-    # more than with 256 MiB. Not measured on a card.
+    # On GPUs storing activations costs more than recomputing them, and each chunk of the loss adds
+    # to a gradient as large as the head. jaxtrain.plan's bounds for an A40 at 124M, in tokens/s:
+    # 66,000 without recomputation, 87,000 with chunks of 64 MiB, 97,000 with these settings; for an
+    # H100 1 % more than with 256 MiB (2026-11-25). Not measured on a card.
     config.model.remat = "attention"
     config.loss.chunk_bytes = 512 << 20
     config.data.update(batch=512, seq_len=1_024, tokenizer="gpt2")

@@ -1,4 +1,4 @@
-r"""SmolLM2-135M's shape: 134,515,008 parameters, GQA 9:3, tied head.
+r"""The shape of SmolLM2-135M: 134,515,008 parameters, GQA 9:3, tied head.
 
     python -m jaxtrain.train --config=configs/llama_135m.py --config.data.shards=DIR
 

@@ -1,4 +1,4 @@
-r"""Byte model on Python's standard library, minutes on 2 CPU cores: 3,541,760 parameters.
+r"""A byte model of Python's standard library, minutes on 2 CPU cores: 3,541,760 parameters.
 
 python -m jaxtrain.train --config=configs/quickstart.py
 """

@@ -1,6 +1,6 @@
-r"""Muon, transported Muon and AdamW, with and without heavy-tailed noise: 3,541,760 parameters.
+r"""A study of Muon, Muon with gradient transport and AdamW: 3,541,760 parameters.
 
-66 runs, which take an hour or more on 2 CPU cores.
+66 runs with and without heavy-tailed noise, which take an hour or more on 2 CPU cores.
 
 python -m jaxtrain.study --config=configs/study.py
 """

@@ -46,7 +46,7 @@ from jaxtrain.distributed.runtime import (
     start_runtime,
 )
 from jaxtrain.file_errors import add_path_to_errors
-from jaxtrain.interop.start import initial_state
+from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.network import open_network_counters
@@ -77,8 +77,7 @@ def train(
         devices: to train on; None takes all.
         quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
-            step;
-            None leaves signals alone until then.
+            step; None leaves such signals to their current handlers.
 
     Returns:
         the exit status: 0, or that of the signal that stopped the run.
@@ -107,15 +106,17 @@ def train(
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
 
         # State: the newest checkpoint, or step 0.
-        storage = cfg.checkpoint.storage
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                workdir / "checkpoints", cfg.keep_last, cfg.keep_every, False, storage, lock.check
-            )
+        checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            cfg.keep_last,
+            cfg.keep_every,
+            storage=cfg.checkpoint.storage,
+            before_save=lock.check,
         )
-        stop.set_activity("making or restoring the weights")
+        stack.enter_context(checkpoints)
+        stop.set_activity("creating or restoring the weights")
         state, restored = start_state(run, checkpoints, batches, initial_state)
-        if restored is None and storage == "host0":
+        if restored is None and cfg.checkpoint.storage == "host0":
             check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)
         if broadcast_from_process_0(lambda: is_finished(workdir, cfg.steps, first)):
@@ -123,7 +124,7 @@ def train(
                 print(f"nothing left to train: {workdir} is at step {first} of {cfg.steps}")
             return 0
 
-        # RunLogger: the start-up lines, config.json and the metrics files.
+        # Logging: the start-up lines, config.json and the metrics files.
         stack.enter_context(checkpoints.add_newest_step_to_errors())
         active = jax.process_index() == 0
         title = f"{workdir.name}\n{run.parameters:,} parameters"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.host.files import read_json, write_json
+from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 
@@ -81,19 +82,10 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            "env": interface_variables(host) | record["env"] | {"PYTHONPATH": path},
+            # Without an interface in the inventory, the host finds that of its address.
+            "env": interface_variables(host.interface) | record["env"] | {"PYTHONPATH": path},
             "cwd": code,
             "beats": TRAINER in record["argv"][:3],
         }
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
-
-
-def interface_variables(host: Host) -> dict[str, str]:
-    """Returns the variables that bind NCCL and the byte counters to the inventory's interface.
-
-    If the inventory names none, the host finds the interface of its address by itself.
-    """
-    if not host.interface:
-        return {}
-    return {"JAXTRAIN_INTERFACE": host.interface, "NCCL_SOCKET_IFNAME": f"={host.interface}"}

@@ -78,68 +78,44 @@ def preflight(
 
 def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     """Returns the findings about one host's facts."""
+    findings = []
 
-    def check(name: str, value: str, problem: str | None = "", fatal: bool = True) -> Finding:
-        return Finding(host.name, name, value, problem or "", fatal)
+    def check(name: str, value: str, failed: bool = True, problem: str = "", fatal: bool = True):
+        findings.append(Finding(host.name, name, value, problem if failed else "", fatal))
 
-    def check_size(name: str, count: int, least: int, fatal: bool = True) -> Finding:
-        problem = f"at least {least / 2**30:.3g} GiB is needed" if count < least else None
-        return check(name, f"{count / 2**30:.0f} GiB", problem, fatal)
+    def check_size(name: str, count: int, least: int, fatal: bool = True):
+        problem = f"at least {least / 2**30:.3g} GiB is needed"
+        check(name, f"{count / 2**30:.0f} GiB", count < least, problem, fatal)
 
     chips, skew_s = [gpu["name"] for gpu in facts["gpus"]], facts["skew_s"]
     soft, hard = facts["open_files"]
-    proxies = " ".join(facts["proxies"])
-    gloo_elsewhere = host.gpus == 0 and facts["own_address"] != host.address
-    return [
-        check("reach", f"{facts['rtt_s'] * 1e3:.0f} ms"),
-        check(
-            "clock",
-            f"{skew_s * 1e3:+.0f} ms",
-            "set its clock (NTP)" if abs(skew_s) > MAX_SKEW_S else None,
-        ),
-        check("python", facts["python"], _python_problem(host, facts)),
-        check(
-            "gpus", f"{len(chips)} {chips[0] if chips else ''}".strip(), _gpu_problem(host, facts)
-        ),
-        check_size("disk", facts["disk_free_bytes"], DISK_BYTES),
-        check(
-            "filesystem",
-            facts["local_disk"],
-            "workdir must be on a local disk" if facts["local_disk"] in NETWORK_FILES else None,
-        ),
-        check_size("memory", facts["memory_bytes"], MEMORY_BYTES),
-        check_size("shm", facts["shm_bytes"], SHM_BYTES, fatal=False),
-        check(
-            "files",
-            str(soft),
-            f"raise ulimit -n (hard limit {hard})" if soft < OPEN_FILES else None,
-            fatal=False,
-        ),
-        check("proxies", proxies or "none", "unset them: gRPC would hang" if proxies else None),
-        check(
-            "rsync",
-            "there" if facts["rsync"] else "absent",
-            None if facts["rsync"] else "install rsync: the code is sent with it",
-        ),
-        check(
-            "address",
-            host.address,
-            None if facts["has_address"] else "no such address on it: correct the inventory",
-        ),
-        check("interface", host.interface or facts["interface"], _interface_problem(host, facts)),
-        check(
-            "own name",
-            facts["own_address"] or "unknown",
-            f"gloo (JAX on CPU) uses it, not {host.address}: correct /etc/hosts"
-            if gloo_elsewhere
-            else None,
-            fatal=False,
-        ),
-        check("port", str(port), None if facts["port_free"] else "in use: start again for another"),
-        check("tcp", facts["sysctls"]["congestion"]),
-        check("logout", facts["logout"], LOGOUT_PROBLEMS.get(facts["logout"])),
-        check("shared", "", facts["nonce_error"]),
-    ]
+    proxies, disk, own_address = facts["proxies"], facts["local_disk"], facts["own_address"]
+    check("reach", f"{facts['rtt_s'] * 1e3:.0f} ms")
+    check("clock", f"{skew_s * 1e3:+.0f} ms", abs(skew_s) > MAX_SKEW_S, "set its clock (NTP)")
+    check("python", facts["python"], problem=_python_problem(host, facts))
+    gpus = f"{len(chips)} {chips[0]}" if chips else "0"
+    check("gpus", gpus, problem=_gpu_problem(host, facts))
+    check_size("disk", facts["disk_free_bytes"], DISK_BYTES)
+    check("filesystem", disk, disk in NETWORK_FILES, "workdir must be on a local disk")
+    check_size("memory", facts["memory_bytes"], MEMORY_BYTES)
+    check_size("shm", facts["shm_bytes"], SHM_BYTES, fatal=False)
+    raise_limit = f"raise ulimit -n (hard limit {hard})"
+    check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
+    check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
+    rsync = "there" if facts["rsync"] else "absent"
+    check("rsync", rsync, not facts["rsync"], "install rsync: the code is sent with it")
+    no_address = "no such address on it: correct the inventory"
+    check("address", host.address, not facts["has_address"], no_address)
+    interface = host.interface or facts["interface"]
+    check("interface", interface, problem=_interface_problem(host, facts))
+    gloo_elsewhere = host.gpus == 0 and own_address != host.address
+    correct_name = f"gloo (JAX on CPU) uses it, not {host.address}: correct /etc/hosts"
+    check("own name", own_address or "unknown", gloo_elsewhere, correct_name, fatal=False)
+    check("port", str(port), not facts["port_free"], "in use: start again for another")
+    check("tcp", facts["sysctls"]["congestion"])
+    check("logout", facts["logout"], problem=LOGOUT_PROBLEMS.get(facts["logout"], ""))
+    check("shared", "", problem=facts["nonce_error"])
+    return findings
 
 
 def _python_problem(host: Host, facts: Facts) -> str:

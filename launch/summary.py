@@ -17,6 +17,7 @@ from pathlib import Path
 
 from launch.arguments import Parser
 from launch.follow import note
+from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy
 from launch.report.figures import rows_of, spark
@@ -139,7 +140,7 @@ def main(argv=None, prog="python -m launch.summary") -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -1,14 +1,22 @@
-"""Every kernel against all who can do the same, on the card at hand; the faster one is then routed.
+"""Times every kernel against all other implementations of the same op, on this machine's GPU.
 
     python -m pallas_kernels.bench --minutes=10 --out=kernels.json
     python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
-    JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # interpreted: no figure counts
+    JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
-Medians of 20 samples with the range of the middle eight tenths, random data, all contestants in
-one run. PyTorch, where it is installed with CUDA, takes part on the same arrays, timed by CUDA
-events; JAX then takes memory as it needs it (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set).
-Speeds are also given as shares of what the same card's own copy and matrix product reach in this
-run. Every finished row is written at once; when the minutes are over, the rest is named.
+With --save, the rows go to pallas_kernels/tuned/CHIP.json, from which training chooses: at shapes
+like a row's, it uses the kernel if the kernel was faster. --tune first searches for each kernel's
+best tile sizes. --tiny interprets the kernels at tiny shapes, to check that everything runs; its
+times mean nothing.
+
+Each time is the median of 20 samples, with the 10th and 90th percentile, on random data. The other
+implementations are XLA's, cuDNN's and tokamax' (where installed), and PyTorch's (where installed
+with CUDA) on the same arrays, timed by CUDA events. JAX then takes memory only as it needs it
+(XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set). Speeds are also given as shares of the ceiling:
+what a plain copy and a plain matrix product reach on the same GPU in the same run.
+
+Results are written after every contest. When the minutes are over, the contests that were not
+measured are named.
 """
 
 import json
@@ -16,24 +24,27 @@ import os
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import Parser
-from pallas_kernels.chip import detect_chip
-from pallas_kernels.contests import KERNEL, TINY, Sizes, build_contests
+from pallas_kernels.chip import Chip, detect_chip
+from pallas_kernels.contests import KERNEL, TINY, Contest, Sizes, build_contests
 from pallas_kernels.kernel_choice import ROWS, BenchRow
 from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import default_tiles, kernel_tiles, replace_tiles
-from pallas_kernels.timing import time_calls
+from pallas_kernels.tiles import OpTiles, default_tiles, kernel_tiles, replace_tiles
+from pallas_kernels.timing import Timing, time_calls
 from pallas_kernels.torch_contests import measure_torch
 
 
-def measure_ceilings(size=8_192) -> dict[str, float]:
-    """FLOP/s of a bfloat16 product and bytes/s of a copy on this device."""
+def measure_ceilings(size: int = 8_192) -> dict[str, float]:
+    """Returns the FLOP/s of a bfloat16 product and the bytes/s of a copy on this device."""
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.bfloat16))
     copy = jax.jit(lambda a: a + 1)
@@ -43,65 +54,76 @@ def measure_ceilings(size=8_192) -> dict[str, float]:
     }
 
 
-def measure(contest, tiles, device) -> dict:
-    """{contestant: Timing or the error that it ended in}, all on the same arrays.
+def measure(contest: Contest, tiles: OpTiles | None, torch_device: str) -> dict[str, Timing | str]:
+    """Times all contestants on the same arrays: {name: Timing, or the error that it ended in}.
 
     Args:
-        device: torch's, "cuda" or "cpu".
+        torch_device: "cuda" or "cpu".
     """
-    arrays, found = contest.arrays(jax.random.key(1)), {}
+    arrays, results = contest.arrays(jax.random.key(1)), {}
     for name, function in contest.contestants(tiles).items():
-        run = jax.jit(function)
+        compiled = jax.jit(function)
         try:
-            found[name] = time_calls(lambda run=run: run(*arrays))
-        except Exception as error:  # one that cannot run must not end the others
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-    return found | measure_torch(contest, arrays, device)
+            results[name] = time_calls(lambda compiled=compiled: compiled(*arrays))
+        except Exception as error:  # a contestant that fails must not end the others
+            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return results | measure_torch(contest, arrays, torch_device)
 
 
-def _seconds(contest, tiles, arrays) -> float:
-    run = jax.jit(contest.contestants(tiles)[KERNEL])
-    return time_calls(lambda: run(*arrays), samples=5).median_s
+def _kernel_seconds(contest, tiles, arrays) -> float:
+    kernel = jax.jit(contest.contestants(tiles)[KERNEL])
+    return time_calls(lambda: kernel(*arrays), samples=5).median_s
 
 
-def best_body(contest, arch, show) -> tuple:
-    """(seconds, tiles) of the fastest of the op's bodies, each with its default tiles."""
-    arrays, best = (
-        contest.arrays(jax.random.key(1)),
-        (float("inf"), default_tiles(contest.op, arch)),
-    )
+def best_body(contest: Contest, arch: str, show: Callable[[str], None]) -> tuple[float, Any]:
+    """Returns (seconds, tiles) of the fastest of the op's bodies, each at its default tiles."""
+    arrays = contest.arrays(jax.random.key(1))
+    best_s, best = float("inf"), default_tiles(contest.op, arch)
     for body, tiles in zip(("Triton", "Mosaic"), default_bodies(contest.op, arch), strict=False):
         try:
-            seconds = _seconds(contest, tiles, arrays)
+            seconds = _kernel_seconds(contest, tiles, arrays)
         except Exception as error:
             show(f"{contest.name}: {body}'s body did not run: {str(error).splitlines()[0][:100]}")
             continue
         show(f"{contest.name}: {body}'s body took {seconds * 1e6:.1f} us")
-        best = min(best, (seconds, tiles), key=lambda pair: pair[0])
-    return best
+        if seconds < best_s:
+            best_s, best = seconds, tiles
+    return best_s, best
 
 
-def tune(contest, arch, until, show) -> tuple:
-    """The fastest tiles of the search space, kernel after kernel, as far as the time allows."""
+def tune(contest: Contest, arch: str, until: float, show: Callable[[str], None]) -> OpTiles | None:
+    """Returns the fastest tiles of the search space, one kernel after the other.
+
+    Args:
+        until: the value of time.monotonic() at which the search stops.
+    """
     arrays, (best_s, best) = contest.arrays(jax.random.key(1)), best_body(contest, arch, show)
-    for part, tiles in candidates(contest.op, arch):
+    for kernel, tiles in candidates(contest.op, arch):
         if time.monotonic() > until:
-            show(f"  the time is over: {contest.name} was not tuned to the end")
+            show(f"  the time is over: the search for {contest.name} is incomplete")
             break
-        tried = replace_tiles(best, part, kernel_tiles(tiles, part))
+        tried = replace_tiles(best, kernel, kernel_tiles(tiles, kernel))
         try:
-            seconds = _seconds(contest, tried, arrays)
-        except Exception:  # too much shared memory: not a candidate here
+            seconds = _kernel_seconds(contest, tried, arrays)
+        except Exception:  # needs too much shared memory: not a candidate here
             continue
         if seconds < best_s:
             best_s, best = seconds, tried
     return best
 
 
-def as_row(contest, chip, tiles, found) -> BenchRow | None:
-    """What the routes read, of what JAX can run; None where the kernel or all others failed."""
-    timed = {name: t for name, t in found.items() if not isinstance(t, str)}
-    timed = {name: t for name, t in timed.items() if not name.startswith("torch")}
+def as_row(
+    contest: Contest, chip: str, tiles: OpTiles | None, results: dict[str, Timing | str]
+) -> BenchRow | None:
+    """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
+
+    PyTorch does not count as another implementation, since JAX cannot run it.
+    """
+    timed = {
+        name: timing
+        for name, timing in results.items()
+        if isinstance(timing, Timing) and not name.startswith("torch")
+    }
     if KERNEL not in timed or len(timed) < 2:
         return None
     other = min((name for name in timed if name != KERNEL), key=lambda name: timed[name].median_s)
@@ -120,8 +142,8 @@ def as_row(contest, chip, tiles, found) -> BenchRow | None:
     )
 
 
-def write_json(path, value) -> None:
-    """The whole file or the one before it."""
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file atomically: a crash leaves the old one or the new one, complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(value, file, indent=1)
@@ -130,74 +152,96 @@ def write_json(path, value) -> None:
     os.replace(file.name, path)
 
 
-def lines(contest, found, ceiling):
-    """A contest's rows: time, TFLOP/s or GB/s, share of the ceiling, ratio to the kernel."""
+def format_results(
+    contest: Contest, results: dict[str, Timing | str], ceiling: dict[str, float]
+) -> Iterator[str]:
+    """Yields a line per contestant: time, speed, share of the ceiling, time over the kernel's."""
     yield contest.name
-    ours = found[KERNEL]
-    for name, timing in found.items():
+    kernel = results[KERNEL]
+    for name, timing in results.items():
         if isinstance(timing, str):
             yield f"  {name:14} did not run: {timing}"
             continue
         flops, moved = (x / timing.median_s for x in (contest.flops, contest.hbm_bytes))
         share = max(flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"])
-        ratio = "" if isinstance(ours, str) else f" {timing.median_s / ours.median_s:5.2f}x"
+        ratio = "" if isinstance(kernel, str) else f" {timing.median_s / kernel.median_s:5.2f}x"
         yield (
             f"  {name:14} {timing!s:28} {flops / 1e12:7.1f} TFLOP/s {moved / 1e9:7.0f} GB/s "
             f"{share:4.0%} of the ceiling{ratio}"
         )
 
 
-def bench(args, show=print) -> dict:
-    """All contests until the minutes are over; the results, as they are written."""
+def _choose_tiles(contest, arch, args, until, show):
+    if args.tune:
+        return tune(contest, arch, until, show)
+    if len(default_bodies(contest.op, arch)) > 1:
+        return best_body(contest, arch, show)[1]
+    return default_tiles(contest.op, arch)
+
+
+def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs all contests until the minutes are over and returns the results as they are written."""
     until = time.monotonic() + 60 * args.minutes
-    chip = None if args.tiny else detect_chip()
-    arch = "sm_86" if args.tiny else chip.arch
+    chip: Chip | None = None if args.tiny else detect_chip()
+    arch, chip_name = (chip.arch, chip.name) if chip else ("sm_86", "")
+    device = jax.devices()[0].device_kind
     ceiling = measure_ceilings(256 if args.tiny else 8_192)
-    show(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {ceiling}")
-    results = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, **ceiling}
+    show(f"{device}, jax {jax.__version__}: {ceiling}")
+    results: dict[str, Any] = {"jax": jax.__version__, "device": device, **ceiling}
     results |= {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%d}", "contests": {}}
-    latest = {}
+    rows = {}
     for contest in build_contests(TINY if args.tiny else Sizes(), args.tiny):
         if time.monotonic() > until:
             show(f"{contest.name}: not measured, the {args.minutes:g} minutes are over")
             continue
-        if args.tune:
-            tiles = tune(contest, arch, until, show)
-        elif len(default_bodies(contest.op, arch)) > 1:
-            tiles = best_body(contest, arch, show)[1]
-        else:
-            tiles = default_tiles(contest.op, arch)
-        found = measure(contest, tiles, "cpu" if args.tiny else "cuda")
-        show("\n".join(lines(contest, found, ceiling)))
+        tiles = _choose_tiles(contest, arch, args, until, show)
+        timings = measure(contest, tiles, "cpu" if args.tiny else "cuda")
+        show("\n".join(format_results(contest, timings, ceiling)))
         results["contests"][contest.name] = {
-            name: t if isinstance(t, str) else t._asdict() for name, t in found.items()
+            name: t if isinstance(t, str) else t._asdict() for name, t in timings.items()
         }
-        row = as_row(contest, "" if args.tiny else chip.name, tiles, found)
-        if row and "forward" not in contest.name:  # training goes both ways
-            latest[(row.op, row.shape)] = row._asdict()
+        row = as_row(contest, chip_name, tiles, timings)
+        if row and "forward" not in contest.name:  # training needs both directions
+            rows[(row.op, row.shape)] = row._asdict()
         if args.out:
             write_json(args.out, results)
         if args.save:
-            write_json(ROWS / f"{chip.name}.json", list(latest.values()))
+            write_json(ROWS / f"{chip_name}.json", list(rows.values()))
     return results
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Parses the command line."""
     parser = Parser("python -m pallas_kernels.bench", __doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="no contest starts after them")
-    parser.add_argument("--tune", action="store_true", help="first search each op's tiles")
-    parser.add_argument("--save", action="store_true", help="write the rows that routes read")
-    parser.add_argument("--out", type=Path, help="a results file, rewritten after every contest")
-    parser.add_argument("--tiny", action="store_true", help="interpreted, on any device: a trial")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="no contest starts after this many minutes; default: 10",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="first search for each kernel's fastest tile sizes"
+    )
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="write pallas_kernels/tuned/CHIP.json, from which training chooses its kernels",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="write all results to this JSON file, after every contest"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="run tiny shapes on any device, interpreted: a trial"
+    )
     args = parser.parse_args(argv)
     if args.tiny and (args.save or args.tune):
-        parser.error("--tiny measures nothing that could be routed: leave out --save and --tune.")
+        parser.error("--tiny measures nothing that could be used: leave out --save and --tune.")
     return args
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     try:
         bench(args)
     except ValueError as error:

@@ -1,11 +1,12 @@
-"""Chips: what each can do at most, from its datasheet. The only such table in the project.
+"""The table of chips: each one's peaks and sizes, from its datasheet. There is no other such table.
 
-Peaks are dense (no sparsity), products with float32 accumulation. On the A40 and the RTX A6000 that
-costs nothing: the half rate is GeForce's alone.
+Peaks are dense (no sparsity), for products that accumulate in float32. On the A40 and the RTX A6000
+these run at the full rate; only GeForce cards halve it.
 """
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -14,35 +15,36 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Chip:
-    """One GPU model. Bandwidths and peaks are per second, sizes in bytes."""
+    """One GPU model."""
 
     name: str
-    kind: str  # jax's Device.device_kind; others of the family (PCIe, NVL) have other figures
+    kind: str  # jax's Device.device_kind; relatives (PCIe, NVL) have other kinds and other peaks
     compute_capability: tuple[int, int]
-    peak_flops: dict[str, float]  # by type of the operands
+    peak_flops: dict[str, float]  # FLOP/s by type of the operands
     hbm_bytes_per_s: float
-    hbm_bytes: int  # nominal, or as its owners see it where that is known
+    hbm_bytes: int  # nominal, or what the driver reports where that is known
     sms: int
     clock_ghz: float  # boost
-    shared_bytes_per_block: int  # at most, opted in
+    shared_bytes_per_block: int  # the maximum, after opting in
     shared_bytes_per_sm: int
     threads_per_sm: int
     l2_bytes: int
-    nvlink_bytes_per_s: float  # both ways together; 0 is none
-    pcie_bytes_per_s: float  # one way
+    nvlink_bytes_per_s: float  # both directions together; 0 means none
+    pcie_bytes_per_s: float  # one direction
     source: str
 
     @property
     def arch(self) -> str:
+        """The compute capability as NVIDIA's compilers write it, such as "sm_86"."""
         return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
 
     def seconds(self, hbm_bytes: float, flops: float, dtype: str = "bfloat16") -> float:
-        """Roofline: the time that moving these bytes or doing these FLOPs takes at least."""
+        """Returns the roofline: the least time for moving these bytes and doing these FLOPs."""
         return max(hbm_bytes / self.hbm_bytes_per_s, flops / self.peak_flops[dtype])
 
 
 def _peaks(half, tf32, single):
-    """TFLOP/s of bfloat16 and float16 alike, TF32 and float32."""
+    """Returns peak_flops from TFLOP/s of bfloat16 and float16, of TF32 and of float32."""
     return {
         "bfloat16": half * 1e12,
         "float16": half * 1e12,
@@ -51,14 +53,15 @@ def _peaks(half, tf32, single):
     }
 
 
-_AMPERE_86 = {
+_AMPERE_86: dict[str, Any] = {
     "compute_capability": (8, 6),
     "shared_bytes_per_block": 101_376,
     "shared_bytes_per_sm": 102_400,
     "threads_per_sm": 1_536,
     "pcie_bytes_per_s": 32 * GB,
 }
-_A100 = {
+_ADA_89: dict[str, Any] = _AMPERE_86 | {"compute_capability": (8, 9)}
+_A100: dict[str, Any] = {
     "compute_capability": (8, 0),
     "peak_flops": _peaks(312, 156, 19.5),
     "sms": 108,
@@ -71,7 +74,7 @@ _A100 = {
     "pcie_bytes_per_s": 32 * GB,
     "source": "NVIDIA A100 datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4-web",
 }
-_HOPPER = {
+_HOPPER: dict[str, Any] = {
     "compute_capability": (9, 0),
     "shared_bytes_per_block": 232_448,
     "shared_bytes_per_sm": 233_472,
@@ -79,16 +82,16 @@ _HOPPER = {
     "l2_bytes": 50 << 20,
     "pcie_bytes_per_s": 64 * GB,
 }
-_H100_SXM = _HOPPER | {
+_H100_SXM: dict[str, Any] = _HOPPER | {
     "peak_flops": _peaks(989.4, 494.7, 66.9),
     "sms": 132,
     "clock_ghz": 1.98,
     "nvlink_bytes_per_s": 900 * GB,
 }
 
-# Compute capability, shared memory and threads: CUDA C++ Programming Guide, table of technical
-# specifications per compute capability. SMs, clocks and bandwidths as XLA's target descriptions
-# have them where it has one (a6000, a100, h100_sxm, h100_pcie, h200), and the datasheets.
+# Compute capability, shared memory and threads are from the CUDA C++ Programming Guide, table of
+# technical specifications per compute capability. SMs, clocks and bandwidths are from XLA's target
+# descriptions (a6000, a100, h100_sxm, h100_pcie, h200) and from the datasheets.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -97,7 +100,7 @@ CHIPS = {
             kind="NVIDIA A40",
             peak_flops=_peaks(149.7, 74.8, 37.4),
             hbm_bytes_per_s=696 * GB,
-            hbm_bytes=47_697_362_944,  # of 48 GB with ECC, as its users' out-of-memory errors say
+            hbm_bytes=47_697_362_944,  # of 48 GB with ECC, from users' out-of-memory errors
             sms=84,
             clock_ghz=1.74,
             l2_bytes=6 << 20,
@@ -143,7 +146,7 @@ CHIPS = {
             l2_bytes=96 << 20,
             nvlink_bytes_per_s=0.0,
             source="NVIDIA L40S datasheet, 2023-08; NVIDIA Ada whitepaper for the cache",
-            **_AMPERE_86 | {"compute_capability": (8, 9)},
+            **_ADA_89,
         ),
         Chip(
             name="h100_pcie",
@@ -178,7 +181,7 @@ CHIPS = {
 
 
 def find_chip(name: str) -> Chip:
-    """The chip called `name`. Raises ValueError where the table has none."""
+    """Returns the chip called `name`. Raises ValueError if the table has none."""
     if name not in CHIPS:
         near = [chip for chip in CHIPS if chip.startswith(name)] if name else []
         near = near or difflib.get_close_matches(name, CHIPS, 1)
@@ -190,11 +193,11 @@ def find_chip(name: str) -> Chip:
     return CHIPS[name]
 
 
-def detect_chip(device=None) -> Chip:
-    """The chip of a jax device, the first one by default.
+def detect_chip(device: Any = None) -> Chip:
+    """Returns the chip of a jax.Device, by default the first.
 
     Raises:
-        ValueError: it is no GPU, or none of the table: its peak would be a guess.
+        ValueError: the device is not in the table, so that its peaks would be a guess.
     """
     device = jax.devices()[0] if device is None else device
     for chip in CHIPS.values():
@@ -202,5 +205,5 @@ def detect_chip(device=None) -> Chip:
             return chip
     raise ValueError(
         f"the device must be a GPU of {', '.join(CHIPS)}; got {device.device_kind!r}. Name the "
-        "chip that it is like, or add it, with its source, to pallas_kernels/chip.py."
+        "chip that it resembles, or add it, with its source, to pallas_kernels/chip.py."
     )

@@ -1,13 +1,14 @@
-"""What is measured against what: each op at a shape, our kernel, then all who can do the same.
+"""What bench compares: each op at some shapes, our kernel and all other implementations of the op.
 
-Every contestant is a function of the same random arrays with the same results; what is not
-installed, or not for the device, does not enter and is named.
+All contestants of a contest are functions of the same random arrays and return the same results. An
+implementation that is not installed, or not available on the device, does not take part.
+PyTorch's contestants are in torch_contests.py.
 """
 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
-KERNEL = "kernel"
+KERNEL = "kernel"  # the name of our contestant
 
 
 class Contest(NamedTuple):
@@ -27,14 +28,14 @@ class Contest(NamedTuple):
     op: str  # of kernel_choice.OPS
     name: str
     shape: tuple  # as in kernel_choice.BenchRow
-    arrays: Callable  # key -> arguments of every contestant
-    contestants: Callable  # tiles -> {name: function}; KERNEL is ours
+    arrays: Callable[[jax.Array], list[jax.Array]]  # key -> arguments of every contestant
+    contestants: Callable[[Any], dict[str, Callable]]  # tiles -> {name: function}
     flops: float
     hbm_bytes: float
 
 
 class Sizes(NamedTuple):
-    """Of all contests; the defaults are the shipped models'."""
+    """The shapes of all contests; the defaults are those of the shipped models."""
 
     attention: tuple = (  # B, T, H, G, K
         (8, 1_024, 12, 12, 64),
@@ -58,39 +59,38 @@ def _normal(key, *shapes):
 
 
 def _with_gradients(forward):
-    """(o, gradients) of forward(q, k, v) along the last argument."""
+    """Returns a function that computes o = forward(q, k, v) and the gradients, given do."""
 
-    def run(q, k, v, do):
+    def both_ways(q, k, v, do):
         o, pullback = jax.vjp(forward, q, k, v)
         return o, pullback(do)
 
-    return run
+    return both_ways
 
 
-def _tokamax():
+def _vendors_attention():
+    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     if importlib.util.find_spec("tokamax") is None:
-        return None
-    import tokamax
+        return {"cudnn": cudnn}
+    import tokamax  # pyright: ignore[reportMissingImports] - optional
 
-    return lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
+    attention = lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
+    return {"cudnn": cudnn, "tokamax": attention}
 
 
 def _attention(size, backward, interpret):
     B, T, H, G, K = size
 
     def contestants(tiles):
-        found = {
+        functions = {
             KERNEL: lambda q, k, v: flash_attention(q, k, v, None, None, tiles, interpret),
             "xla": flash_attention_reference,
         }
         if not interpret:
-            cudnn = functools.partial(
-                jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-            )
-            found |= {"cudnn": cudnn} | ({"tokamax": t} if (t := _tokamax()) else {})
+            functions |= _vendors_attention()
         if backward:
-            return {name: _with_gradients(f) for name, f in found.items()}
-        return {name: lambda q, k, v, do, f=f: f(q, k, v) for name, f in found.items()}
+            return {name: _with_gradients(f) for name, f in functions.items()}
+        return {name: lambda q, k, v, do, f=f: f(q, k, v) for name, f in functions.items()}
 
     shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
     forward_flops = 2 * B * H * K * T * (T + 1)
@@ -108,18 +108,18 @@ def _attention(size, backward, interpret):
 def _norm(size, interpret):
     N, D = size
 
-    def both_ways(join):
-        def run(h, y, ds, dn, gain):
-            out, pullback = jax.vjp(join, h, y, gain)
+    def both_ways(forward):
+        def with_gradients(h, y, ds, dn, gain):
+            out, pullback = jax.vjp(forward, h, y, gain)
             return out, pullback((ds, dn))
 
-        return run
+        return with_gradients
 
     def contestants(tiles):
         del tiles
-        ours = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
-        law = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
-        return {KERNEL: both_ways(ours), "xla": both_ways(law)}
+        kernel = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
+        reference = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
+        return {KERNEL: both_ways(kernel), "xla": both_ways(reference)}
 
     arrays = lambda key: [*_normal(key, *[(N, D)] * 4), jnp.ones(D)]
     return Contest("norm", f"norm both ways {N}x{D}", (D,), arrays, contestants, 0, 16 * N * D)
@@ -128,71 +128,72 @@ def _norm(size, interpret):
 def _qk_rope(size, interpret):
     B, T, H, K = size
 
-    def both_ways(turn):
-        def run(x, dy, gain, cos, sin):
-            out, pullback = jax.vjp(lambda x, gain: turn(x, gain, cos, sin), x, gain)
+    def both_ways(forward):
+        def with_gradients(x, dy, gain, cos, sin):
+            out, pullback = jax.vjp(lambda x, gain: forward(x, gain, cos, sin), x, gain)
             return out, pullback(dy)
 
-        return run
+        return with_gradients
 
     def contestants(tiles):
         del tiles
-        ours = lambda *given: qk_rope(*given, 1e-6, interpret)
-        law = lambda *given: qk_rope_reference(*given, 1e-6)
-        return {KERNEL: both_ways(ours), "xla": both_ways(law)}
+        kernel = lambda *args: qk_rope(*args, 1e-6, interpret)
+        reference = functools.partial(qk_rope_reference, eps=1e-6)
+        return {KERNEL: both_ways(kernel), "xla": both_ways(reference)}
 
     def arrays(key):
         angle_TK = jnp.tile(jnp.arange(T)[:, None] * 1e4 ** -jnp.linspace(0, 1, K // 2), 2)
         return [*_normal(key, *[size] * 2), jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK)]
 
-    moved = 10 * B * T * H * K + 8 * T * K
+    hbm_bytes = 10 * B * T * H * K + 8 * T * K
     name = f"qk_rope both ways {B}x{T}x{H}x{K}"
-    return Contest("qk_rope", name, (K,), arrays, contestants, 0, moved)
+    return Contest("qk_rope", name, (K,), arrays, contestants, 0, hbm_bytes)
 
 
 def _head(size, interpret):
     N, D, V = size
 
-    def losses(scores):
-        """Nats and the gradients of h and w, as the training loss makes them of a chunk."""
+    def losses(compute_scores):
+        """Returns a function that computes nats and gradients as the training loss does."""
 
-        def run(h, w, targets):
-            found = scores(h, w, targets)
-            lse_N = found.top_N + jnp.log(found.total_N)
-            p_NV = jnp.exp(found.logits_NV - lse_N[:, None])
+        def nats_and_gradients(h, w, targets):
+            scores = compute_scores(h, w, targets)
+            lse_N = scores.top_N + jnp.log(scores.total_N)
+            p_NV = jnp.exp(scores.logits_NV - lse_N[:, None])
             d_NV = (p_NV - jax.nn.one_hot(targets, V)).astype(h.dtype)
-            wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-            return lse_N - found.hit_N, wide("NV,VD->ND", d_NV, w), wide("NV,ND->VD", d_NV, h)
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dh_ND, dw_VD = product("NV,VD->ND", d_NV, w), product("NV,ND->VD", d_NV, h)
+            return lse_N - scores.hit_N, dh_ND, dw_VD
 
-        return run
+        return nats_and_gradients
 
     def contestants(tiles):
         tile = tiles["head"] if tiles else None
-        ours = lambda h, w, y: head_scores(h, w, y, tile, interpret=interpret)
-        return {KERNEL: losses(ours), "xla": losses(head_scores_reference)}
+        kernel = lambda h, w, y: head_scores(h, w, y, tile, interpret=interpret)
+        return {KERNEL: losses(kernel), "xla": losses(head_scores_reference)}
 
     def arrays(key):
         return [*_normal(key, (N, D), (V, D)), jax.random.randint(key, (N,), 0, V)]
 
-    size = 2 * (N + V) * D * 3 + 10 * N * V
+    hbm_bytes = 2 * (N + V) * D * 3 + 10 * N * V
     name = f"head both ways {N}x{D}x{V}"
-    return Contest("head", name, (D, V), arrays, contestants, 6 * N * D * V, size)
+    return Contest("head", name, (D, V), arrays, contestants, 6 * N * D * V, hbm_bytes)
 
 
 def _square(size, interpret):
     X, M, N = size
 
     def contestants(tiles):
-        def ours(x):
+        def kernel(x):
             gram = symmetric(x, tiles=tiles["square"], interpret=interpret)
             sums = tiles["square_sum"]
             return symmetric(gram, gram, gram, (2.0, -1.5), tiles=sums, interpret=interpret)
 
-        def law(x):
+        def reference(x):
             gram = symmetric_reference(x)
             return symmetric_reference(gram, gram, gram, (2.0, -1.5))
 
-        return {KERNEL: ours, "xla": law}
+        return {KERNEL: kernel, "xla": reference}
 
     flops = X * M * M * (N + M)  # of one triangle
     name = f"square and quintic {X}x{M}x{N}"
@@ -207,8 +208,12 @@ def _square(size, interpret):
     )
 
 
-def build_contests(sizes=Sizes(), interpret=False) -> list[Contest]:  # noqa: B008 - a tuple
-    """All contests, the dearest first; interpret: on any device, without vendors' libraries."""
+def build_contests(sizes: Sizes = Sizes(), interpret: bool = False) -> list[Contest]:  # noqa: B008
+    """Returns all contests, the most expensive first.
+
+    Args:
+        interpret: runs on any device, without the vendors' libraries.
+    """
     return [
         *(
             _attention(s, backward, interpret)

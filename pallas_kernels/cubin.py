@@ -1,15 +1,16 @@
-"""Machine code inside a serialized XLA executable: registers, stack, instructions of each kernel.
+"""Reads each kernel's registers, stack and instructions from a serialized XLA executable.
 
-XLA keeps its GPU executables in riegeli record files, compressed with snappy, one in another from
-jax 0.11 on. Kernels lie in them as ELF images.
+XLA stores its GPU executables in riegeli record files, compressed with snappy; from jax 0.11 on one
+file is nested in another. The kernels in them are ELF images (cubins).
 
 Source: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md; section
-numbers of ELF64 as in https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html. What .nv.info
-says was held against `cuobjdump -res-usage` of CUDA 12.9 and `nvdisasm`.
+numbers of ELF64 as in https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html. The attributes
+of .nv.info were checked against `cuobjdump -res-usage` of CUDA 12.9 and `nvdisasm`.
 """
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cramjam
@@ -18,29 +19,28 @@ SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the first block header of a rec
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<5Q")  # hash, data size, data hash, type and records, decoded size
 ELF = b"\x7fELF\x02"
-FRAME_SIZE, REGISTER_COUNT = 0x11, 0x2F  # attributes of .nv.info: (symbol, value) each
-SIZED = 4  # the form of an attribute whose size stands before its value
-# Low 12 bits of an instruction, of compute capabilities 8.0 to 9.0.
+FRAME_SIZE, REGISTER_COUNT = 0x11, 0x2F  # attributes of .nv.info; each is (symbol, value)
+SIZED = 4  # the format of an attribute that gives its size before its value
+# The low 12 bits of an instruction, on compute capabilities 8.0 to 9.0.
 OPCODES = {
     0x23C: "HMMA",  # tensor core
-    0x5F0: "HGMMA",  # tensor core, Hopper's warp groups
+    0x5F0: "HGMMA",  # tensor core, by Hopper's warp groups
     0xDF0: "HGMMA",
     0x9F0: "HGMMA",
     0x1F0: "HGMMA",
-    0xFAE: "LDGSTS",  # copies to shared memory behind the threads' back
-    0x5B4: "UTMALDG",  # the same by Hopper's tensor memory accelerator
-    0x3B5: "UTMASTG",  # and back
-    0x387: "STL",  # spills
-    0x983: "LDL",
+    0xFAE: "LDGSTS",  # asynchronous copy to shared memory
+    0x5B4: "UTMALDG",  # copy to shared memory by Hopper's tensor memory accelerator
+    0x3B5: "UTMASTG",  # copy from shared memory by it
+    0x387: "STL",  # store of a spilled register
+    0x983: "LDL",  # load of a spilled register
 }
 
 
 class Resources(NamedTuple):
-    """What one kernel takes of a multiprocessor, and the instructions of OPCODES in it."""
+    """What one kernel uses of a multiprocessor, and its counts of the instructions of OPCODES."""
 
-    registers: int  # a thread
-    stack_bytes: int  # a thread; not 0 is a spill
-    static_shared_bytes: int
+    registers: int  # of a thread
+    stack_bytes: int  # of a thread; anything but 0 is a spill
     instructions: Counter
 
     @property
@@ -61,15 +61,18 @@ class Resources(NamedTuple):
 
 
 def find_cubins(data: bytes) -> list[bytes]:
-    """The ELF images of an executable, in order, each once."""
+    """Returns the ELF images of an executable, in order, without duplicates."""
     images = []
     for record in _records(data):
         images += find_cubins(record) if SIGNATURE in record else _images(record)
     return list(dict.fromkeys(images))
 
 
-def _records(data):
-    """Records of the first record file in `data`."""
+def _records(data: bytes) -> Iterator[bytes]:
+    """Yields the records of the first record file in `data`.
+
+    A file is a sequence of chunks, interrupted by a header at each multiple of BLOCK bytes.
+    """
     start = data.find(SIGNATURE)
     if start < 0:
         return
@@ -86,6 +89,7 @@ def _records(data):
 
 
 def _varint(data, at):
+    """Reads an integer stored as 7 bits per byte, low bits first: (value, where it ends)."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -99,12 +103,13 @@ def _decompress(data, kind):
     if kind == 0:
         return data
     if kind != ord("s"):
-        raise ValueError(f"records must be plain or snappy's; got compression {chr(kind)!r}.")
-    _, at = _varint(data, 0)  # the decoded size, before snappy's own
+        raise ValueError(f"records must be plain or use snappy; got compression {chr(kind)!r}.")
+    _, at = _varint(data, 0)  # riegeli's decoded size, which precedes snappy's own
     return bytes(cramjam.snappy.decompress_raw(data[at:]))
 
 
 def _simple_records(data):
+    """Yields the records of a chunk that stores all their sizes, then all their values."""
     kind = data[0]
     length, at = _varint(data, 1)
     sizes, values = data[at : at + length], data[at + length :]
@@ -117,6 +122,7 @@ def _simple_records(data):
 
 
 def _images(data):
+    """Yields the ELF images in a record; the later of an ELF's two header tables ends it."""
     at = data.find(ELF)
     while at >= 0:
         tables = struct.unpack_from("<QQ", data, at + 0x20)  # of segments, of sections
@@ -129,7 +135,6 @@ def _images(data):
 class _Section(NamedTuple):
     name: str
     data: bytes
-    size: int
 
 
 def _sections(image) -> list[_Section]:
@@ -140,43 +145,42 @@ def _sections(image) -> list[_Section]:
     sections = []
     for name, kind, _, _, offset, size, *_ in headers:
         label = text[name : text.index(b"\0", name)].decode()
-        nothing_stored = kind == 8
-        data = b"" if nothing_stored else image[offset : offset + size]
-        sections.append(_Section(label, data, size))
+        only_in_memory = kind == 8  # SHT_NOBITS
+        data = b"" if only_in_memory else image[offset : offset + size]
+        sections.append(_Section(label, data))
     return sections
 
 
 def read_resources(image: bytes) -> dict[str, Resources]:
-    """{kernel's name: Resources} of one cubin."""
+    """Returns {kernel's name: Resources} of one cubin."""
     sections = _sections(image)
-    sizes = {section.name: section.size for section in sections}
     registers, stacks = _attribute(sections, REGISTER_COUNT), _attribute(sections, FRAME_SIZE)
-    found = {}
+    resources = {}
     for section in sections:
         if not section.name.startswith(".text."):
             continue
         name = section.name.removeprefix(".text.")
+        # An instruction has 128 bits; the opcode is in the first half.
         codes = struct.unpack(f"<{len(section.data) // 8}Q", section.data)[::2]
         kinds = Counter(OPCODES[code & 0xFFF] for code in codes if code & 0xFFF in OPCODES)
-        shared = sizes.get(f".nv.shared.{name}", 0)
-        found[name] = Resources(registers[name], stacks.get(name, 0), shared, kinds)
-    return found
+        resources[name] = Resources(registers[name], stacks.get(name, 0), kinds)
+    return resources
 
 
 def _attribute(sections, wanted) -> dict[str, int]:
-    """{function: value} of one attribute of .nv.info."""
+    """Returns {function: value} of one attribute of .nv.info."""
     tables = {section.name: section.data for section in sections}
     symbols, names = tables.get(".symtab", b""), tables.get(".strtab", b"")
     labels = []
     for (start,) in (struct.unpack_from("<I", symbols, at) for at in range(0, len(symbols), 24)):
         labels.append(names[start : names.index(b"\0", start)].decode())
-    info, at, found = tables.get(".nv.info", b""), 0, {}
+    info, at, values = tables.get(".nv.info", b""), 0, {}
     while at + 4 <= len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, at)
         at += 4
         if form == SIZED:
             if attribute == wanted:
                 symbol, value = struct.unpack_from("<II", info, at)
-                found[labels[symbol]] = value
+                values[labels[symbol]] = value
             at += size
-    return found
+    return values

@@ -175,9 +175,9 @@ def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem
             return _masked(s, visible, key_docs + query_docs)
 
         needs_mask = lambda step: lax.rem(step, count) < masked_blocks
-        mask = mask if docs else _mask_if(needs_mask, mask)
+        add_mask = mask if docs else _mask_if(needs_mask, mask)
         add_block = functools.partial(
-            _add_block, kept, lse_and_delta, mask, 1, tiles, staging, **pipeline
+            _add_block, kept, lse_and_delta, add_mask, 1, tiles, staging, **pipeline
         )
         dk, dv = lax.fori_loop(0, ratio * count, add_block, _zeros(2, kept))
         parts = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
@@ -213,15 +213,15 @@ def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem=
         staging = None if staging_smem is None else staging_smem.at[group]
         first_masked = lax.div(start + S - T + 1, tiles.keys)  # before it all keys are visible
 
-        def mask(s, j, slot):
+        def mask(s, step, slot):
             pair = [*query_docs, *(_load_along_columns(x.at[slot]) for x in vectors)]
-            column = _positions(s.shape, 1, j * tiles.keys)
+            column = _positions(s.shape, 1, step * tiles.keys)
             return _masked(s, column <= _positions(s.shape, 0, first_row + S - T), pair)
 
-        mask = mask if docs else _mask_if(lambda j: j >= first_masked, mask)
+        add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
         lse_and_delta = lambda slot: (lse, delta)
         add_block = functools.partial(
-            _add_block, kept, lse_and_delta, mask, 0, tiles, staging, **pipeline
+            _add_block, kept, lse_and_delta, add_mask, 0, tiles, staging, **pipeline
         )
         (dq,) = lax.fori_loop(0, steps, add_block, _zeros(1, kept))
         _write(kept, (dq * kept.shape[2] ** -0.5,), [dq_ref.at[batch, rows, head]])

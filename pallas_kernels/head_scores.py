@@ -106,12 +106,12 @@ def head_scores(
         keep: whether to return the logits.
         interpret: runs without a GPU, for tests.
     """
-    body = _head_scores
     if isinstance(tiles, MosaicProductTiles):
-        from pallas_kernels import head_scores_mosaic  # imports Mosaic, which not every JAX has
+        from pallas_kernels import head_scores_mosaic as mosaic  # not every JAX has Mosaic
 
-        body = head_scores_mosaic.head_scores
-    out = body(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+        out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+    else:
+        out = _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
     top_PN, total_PN, hit_PN = out[keep:]  # of P vocabulary tiles
     top_N = top_PN.max(0)
     total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # each l brought to the common maximum

@@ -6,6 +6,7 @@ other to HBM.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ STRIP = 32  # float32 columns in a row of swizzled shared memory
 BUFFERS = 2
 
 
-def _kernel(h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem=None, **pipeline):
+def _kernel(
+    h_ref, w_ref, targets_ref, *refs, tiles, softcap, keep, logits_smem: Any = None, **pipeline
+):
     (N, D), V = h_ref.shape, w_ref.shape[0]
     group, half = lax.axis_index("group"), tiles.rows // mosaic.CONSUMERS
     blocks, vocabulary_tiles = pl.cdiv(N, tiles.rows), pl.cdiv(V, tiles.columns)

@@ -1,20 +1,21 @@
-"""What a compiled program does, read from its text: each instruction, how often, bytes and FLOPs.
+"""Counts a compiled program's work from its text: each instruction, how often, its bytes and FLOPs.
 
-Loops count as often as XLA knows that they turn. A fusion reads of an operand only what it slices,
-and writes of a result only what it updates. Pallas' attention is counted by its formula, other
-custom calls by their bytes.
+The body of a loop counts as often as XLA knows that it runs. A fusion reads only the part of an
+operand that it slices, and writes only the part of a result that it updates. Pallas' attention is
+counted by its formula; other custom calls count by their bytes only.
 
 Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
 """
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 FREE = frozenset(
     ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
 )
-FUSIONS = ("fusion", "fusion-start")  # the second goes on beside what follows it
+FUSIONS = ("fusion", "fusion-start")  # the second runs while later instructions run
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
 BYTES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -30,6 +31,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 class Instruction(NamedTuple):
+    """One line of the program's text."""
+
     name: str
     op: str
     result: str  # its type, as XLA writes it
@@ -39,17 +42,17 @@ class Instruction(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One instruction of the running program, not one inside a fusion."""
+    """What one instruction moves and computes; instructions inside a fusion count as the fusion."""
 
     instruction: Instruction
-    times: int
-    hbm_bytes: int  # of one time
-    flops: float
-    dtype: str  # of its products, as the chip table names peaks
+    times: int  # how often it runs
+    hbm_bytes: int  # each time
+    flops: float  # each time
+    dtype: str  # of its products' operands: a key of Chip.peak_flops
 
 
 def shapes_of(types: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(element type, sizes) of each array of a type."""
+    """Returns (element type, sizes) of each array in a type as XLA writes it."""
     return [
         (name, tuple(int(size) for size in sizes.split(",") if size))
         for name, sizes in _SHAPE.findall(types)
@@ -58,11 +61,12 @@ def shapes_of(types: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def bytes_of(types: str) -> int:
+    """Returns the bytes of all arrays in a type as XLA writes it."""
     return sum(BYTES[name] * math.prod(sizes) for name, sizes in shapes_of(types))
 
 
 def _closing(text, start):
-    """Where the parenthesis that opens at start closes."""
+    """Returns where the parenthesis that opens at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -71,11 +75,11 @@ def _closing(text, start):
     raise ValueError("an instruction's parentheses must close")
 
 
-def _instruction(line) -> Instruction | None:
-    found = _INSTRUCTION.match(line)
-    if not found:
+def _parse_instruction(line) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if not match:
         return None
-    root, name, right = found.groups()
+    root, name, right = match.groups()
     start = _closing(right, 0) if right.startswith("(") else 0  # past a tuple's type
     opcode = _OPCODE.search(right, start)
     if not opcode:
@@ -88,20 +92,21 @@ def _instruction(line) -> Instruction | None:
 
 
 class Program:
-    """A compiled module's text, as computations of instructions."""
+    """A compiled module, parsed from its text into computations of instructions."""
 
     def __init__(self, text: str):
-        self.computations, self.entry, current = {}, "", None
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry, current = "", None
         for line in text.splitlines():
             header = _COMPUTATION.match(line)
             if header:
                 current = self.computations.setdefault(header[1], [])
                 self.entry = header[1] if line.startswith("ENTRY") else self.entry
-            elif current is not None and (instruction := _instruction(line)):
+            elif current is not None and (instruction := _parse_instruction(line)):
                 current.append(instruction)
 
-    def executed(self):
-        """(instruction, the types of what it can name, how often it runs), loops turned."""
+    def executed(self) -> Iterator[tuple[Instruction, dict[str, str], int]]:
+        """Yields (instruction, {name: type} of its possible operands, how often it runs)."""
         yield from self._walk(self.entry, 1)
 
     def _walk(self, name, times):
@@ -109,12 +114,12 @@ class Program:
         types = {i.name: i.result for i in instructions}
         for i in instructions:
             if i.op == "while":
-                trips = int(found[1]) if (found := _TRIPS.search(i.rest)) else 1
+                trips = int(match[1]) if (match := _TRIPS.search(i.rest)) else 1
                 for called in _CALLED.findall(i.rest):
                     yield from self._walk(called, times * trips)
-            elif i.op == "conditional":  # any branch may run: all count
-                for many, one in _BRANCHES.findall(i.rest):
-                    for called in re.findall(r"[\w.-]+", many or one):
+            elif i.op == "conditional":  # any branch may run, so all count
+                for branches, branch in _BRANCHES.findall(i.rest):
+                    for called in re.findall(r"[\w.-]+", branches or branch):
                         yield from self._walk(called, times)
             elif i.op in ("call", "async-start"):
                 for called in _CALLED.findall(i.rest):
@@ -123,7 +128,7 @@ class Program:
                 yield i, types, times
 
     def work(self) -> list[Work]:
-        """Of every instruction that moves or computes something."""
+        """Returns the work of every instruction that moves or computes something."""
         return [
             Work(i, times, self._bytes(i, types), *self._flops(i, types))
             for i, types, times in self.executed()
@@ -137,12 +142,12 @@ class Program:
             return 2 * bytes_of(types[i.operands[1]])
         if i.op in FUSIONS:
             return self._fusion_bytes(i)
-        if i.op.endswith("-start"):  # the type names what is read beside what is written
+        if i.op.endswith("-start"):  # the result's type contains the operands' types too
             return bytes_of(i.result)
         return bytes_of(i.result) + sum(bytes_of(types.get(name, "")) for name in i.operands)
 
     def _fusion_bytes(self, i):
-        inside = self.computations[_CALLED.search(i.rest)[1]]
+        inside = self._called(i)
         types, total, updated = {j.name: j.result for j in inside}, 0, {}
         for j in inside:
             if j.op == "dynamic-update-slice":
@@ -159,12 +164,18 @@ class Program:
                 total += sum(updated.get(name, bytes_of(types[name])) for name in results)
         return total
 
+    def _called(self, i) -> list[Instruction]:
+        """Returns the instructions inside a fusion."""
+        match = _CALLED.search(i.rest)
+        assert match, f"{i.name} calls no computation"
+        return self.computations[match[1]]
+
     def _flops(self, i, types):
-        """(FLOPs of its products, the type of their operands)."""
+        """Returns (FLOPs of its products, the type of their operands)."""
         if i.op == "dot":
             return _dot_flops(i, types)
         if i.op in FUSIONS:
-            inside = self.computations[_CALLED.search(i.rest)[1]]
+            inside = self._called(i)
             types = {j.name: j.result for j in inside}
             dots = [_dot_flops(j, types) for j in inside if j.op == "dot"]
             return sum(flops for flops, _ in dots), dots[0][1] if dots else "bfloat16"
@@ -172,26 +183,28 @@ class Program:
 
 
 def _slices(user, name) -> bool:
-    """Whether an instruction takes a slice of `name`, or puts one into it."""
+    """Returns whether an instruction reads a slice of `name`, or writes one into it."""
     return user.op in ("dynamic-slice", "dynamic-update-slice") and user.operands[0] == name
 
 
 def _dot_flops(i, types):
     left, sizes = shapes_of(types[i.operands[0]])[0]
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
-    depth = math.prod(sizes[int(dim)] for dim in contracted.split(",") if dim)
+    match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+    assert match, f"{i.name} names no contracted dimensions"
+    depth = math.prod(sizes[int(dim)] for dim in match[1].split(",") if dim)
     flops = 2 * depth * math.prod(shapes_of(i.result)[0][1])
     if left in ("bf16", "f16"):
         return flops, "bfloat16"
+    # XLA multiplies float32 in TF32 unless the precision is "highest".
     return flops, "float32" if "highest" in i.rest else "tf32"
 
 
-_ATTENTION = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in forward passes, causal
+_ATTENTION = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the causal forward pass
 
 
 def _attention_flops(i, types):
-    found = re.search(r"flash_attention_(\w+?)/", i.rest) if i.op == "custom-call" else None
-    if not found:
+    match = re.search(r"flash_attention_(\w+?)/", i.rest) if i.op == "custom-call" else None
+    if not match:
         return 0
     (_, (B, T, H, K)), (_, (_, S, _, _)) = (shapes_of(types[o])[0] for o in i.operands[:2])
-    return _ATTENTION[found[1]] * 2 * B * H * K * T * (2 * S - T + 1)
+    return _ATTENTION[match[1]] * 2 * B * H * K * T * (2 * S - T + 1)

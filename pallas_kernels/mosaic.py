@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.extend.backend import get_default_device
 
 OLDEST = (0, 11, 2)
 USABLE = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
@@ -79,7 +80,7 @@ def persistent_programs(tiles: int, interpret: bool) -> int:
     """
     if interpret:
         return min(tiles, INTERPRETED_PROGRAMS)
-    return min(tiles, jax.extend.backend.get_default_device().core_count)
+    return min(tiles, get_default_device().core_count)
 
 
 def call(
@@ -161,7 +162,7 @@ def accumulate(
         sums = pl.run_scoped(from_zero, *(plgpu.ACC(x.shape, x.dtype) for x in start))
         return [x + y for x, y in zip(start, sums, strict=True)]
     refs = tuple(plgpu.ACC.init(x) for x in start)
-    return pl.run_state(lambda refs: products(*refs))(refs)
+    return list(pl.run_state(lambda refs: products(*refs))(refs))
 
 
 def multiply_registers(sum_ref: Any, x: jax.Array, y_ref: Any, staging: Any = None) -> None:
@@ -194,7 +195,7 @@ def launch_sizes(lowered: jax.stages.Lowered) -> dict[str, tuple[int, int, int]]
 
 
 def _launch_size(module_bytes):
-    from jax.experimental.mosaic.gpu import dialect
+    from jax.experimental.mosaic.gpu import dialect  # pyright: ignore[reportPrivateImportUsage]
     from jax.extend.mlir import ir
     from jax.interpreters import mlir
 
@@ -205,8 +206,10 @@ def _launch_size(module_bytes):
     (launch,) = _operations(module, "stable_mosaic_gpu.gpu.launch")
     operands: Any = list(launch.operands)[1:8]  # grid x y z, block x y z, shared bytes
     numbers = [operand.owner.attributes["value"].value for operand in operands]
-    name = f"{module.attributes['sym_name'].value}{SUFFIX}"
-    return {name: (math.prod(numbers[3:6]), math.prod(numbers[:3]), numbers[6])}
+    symbol: Any = module.attributes["sym_name"]
+    return {
+        f"{symbol.value}{SUFFIX}": (math.prod(numbers[3:6]), math.prod(numbers[:3]), numbers[6])
+    }
 
 
 def _operations(parent, name):

@@ -1,15 +1,16 @@
-"""Compiles for a chip that is not there: XLA down to machine code on a CPU-only machine.
+"""Compiles for a GPU that is not present: XLA compiles down to machine code on a CPU-only machine.
 
-Needs the extra `offline` (the CUDA plugin, its compiler and no GPU), and JAX_PLATFORMS=cpu in the
-environment before jax is imported, as the plugin would otherwise look for a driver.
+It needs the extra `offline` (JAX's CUDA plugin with its compiler). JAX_PLATFORMS=cpu must be set
+before jax is imported, because the plugin would otherwise look for a driver.
 """
 
 import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable, topologies
@@ -19,13 +20,13 @@ from pallas_kernels.chip import Chip
 from pallas_kernels.cubin import Resources, find_cubins, read_resources
 
 REGISTERS_PER_SM = 65_536
-ALLOCATED_AT_ONCE = 256  # registers of a warp: CUDA's occupancy calculator, sm_80 to sm_90
-RESERVED_SHARED_BYTES = 1_024  # a block, by the system, from sm_80 on
+REGISTER_GRANULE = 256  # a warp gets multiples: CUDA's occupancy calculator, sm_80 to sm_90
+RESERVED_SHARED_BYTES = 1_024  # of each block, for the system, from sm_80 on
 CUDA_VERSION = "12.9.0"
 
 
 class KernelReport(NamedTuple):
-    """What the compiler made of one kernel."""
+    """The resources and launch sizes of one compiled kernel."""
 
     name: str
     resources: Resources
@@ -34,9 +35,9 @@ class KernelReport(NamedTuple):
     shared_bytes: int  # of a block, static and dynamic
 
     def blocks_per_sm(self, chip: Chip) -> int:
-        """Occupancy, by registers, shared memory and threads."""
+        """Returns the occupancy that registers, shared memory and threads allow."""
         warps = -(-self.threads // 32)
-        warp_registers = -(-self.resources.registers * 32 // ALLOCATED_AT_ONCE) * ALLOCATED_AT_ONCE
+        warp_registers = -(-self.resources.registers * 32 // REGISTER_GRANULE) * REGISTER_GRANULE
         by_registers = REGISTERS_PER_SM // (warp_registers * warps)
         shared = self.shared_bytes + RESERVED_SHARED_BYTES
         return min(
@@ -45,7 +46,7 @@ class KernelReport(NamedTuple):
 
 
 def target_config(chip: Chip) -> str:
-    """The chip as XLA's target description, in protobuf's text format."""
+    """Returns XLA's target description of a chip, in protobuf's text format."""
     major, minor = chip.compute_capability
     feature = "ACCELERATED_FEATURES" if major == 9 else "NONE"
     versions = "\n".join(
@@ -84,8 +85,8 @@ device_description_str: "{chip.kind}"
 """
 
 
-def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list:
-    """That many devices of a chip on each of some hosts, to compile for; a host is a process.
+def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list[Any]:
+    """Returns devices to compile for: `count` on each of `hosts`, where each host is a process.
 
     Raises:
         RuntimeError: the compiler for GPUs is not installed, or JAX_PLATFORMS is not cpu.
@@ -99,28 +100,31 @@ def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=target_config(chip), topology=f"1x{hosts}x{count}"
         )
-    except Exception as error:  # of several types, by version and by what is missing
+    except Exception as error:  # its type depends on the version and on what is missing
         raise RuntimeError(
-            f"the compiler for {chip.name} cannot be had: {error}. Run pip install "
+            f"the compiler for {chip.name} must be installed; got {error}. Run pip install "
             '"jaxtrain[offline]".'
         ) from error
     return list(topology.devices)
 
 
-def compile_for(chip: Chip, function, *abstract, **options):
-    """(compiled, {kernel's name: KernelReport}) of a function on one device of the chip.
+def compile_for(
+    chip: Chip, function: Callable, *abstract: Any, **options: Any
+) -> tuple[jax.stages.Compiled, dict[str, KernelReport]]:
+    """Compiles a function for one device of a chip: (compiled, {kernel's name: KernelReport}).
 
     Args:
         abstract: jax.ShapeDtypeStruct of each argument.
         options: XLA's flags.
 
     Raises:
-        jax.errors.JaxRuntimeError: it spills, or wants more shared memory than the chip has.
+        jax.errors.JaxRuntimeError: a kernel spills, or needs more shared memory than the chip has.
+        RuntimeError: as devices_of.
     """
     device = devices_of(chip)[0]
-    placed = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), abstract
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
     with tempfile.TemporaryDirectory() as dump, jax.default_device(device):
         flags = {
@@ -135,11 +139,11 @@ def compile_for(chip: Chip, function, *abstract, **options):
     resources = {}
     for cubin in find_cubins(payload):
         resources |= read_resources(cubin)
-    launches = _launches(thunks) | mosaic.launch_sizes(lowered)
-    reports = (
-        KernelReport(name.removesuffix(mosaic.SUFFIX), found, *launches.get(name, (0, 0, 0)))
-        for name, found in resources.items()
-    )
+    sizes = _launch_sizes(thunks) | mosaic.launch_sizes(lowered)
+    reports = [
+        KernelReport(name.removesuffix(mosaic.SUFFIX), used, *sizes.get(name, (0, 0, 0)))
+        for name, used in resources.items()
+    ]
     return compiled, {report.name: report for report in reports}
 
 
@@ -149,10 +153,10 @@ LAUNCH = re.compile(
 )
 
 
-def _launches(text) -> dict:
-    """{kernel's name: (threads, blocks, shared bytes)} of XLA's dump of a thunk sequence."""
-    found = {}
+def _launch_sizes(text) -> dict[str, tuple[int, int, int]]:
+    """Reads {kernel's name: (threads, blocks, shared bytes)} from XLA's dump of its thunks."""
+    sizes = {}
     for name, *numbers in LAUNCH.findall(text):
         grid, threads, shared = numbers[:3], numbers[3:6], int(numbers[6])
-        found[name] = math.prod(map(int, threads)), math.prod(map(int, grid)), shared
-    return found
+        sizes[name] = math.prod(map(int, threads)), math.prod(map(int, grid)), shared
+    return sizes

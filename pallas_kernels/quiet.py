@@ -1,7 +1,7 @@
-"""Lets Python start quietly where JAX's CUDA plugins are installed and there is no GPU.
+"""Silences JAX's CUDA plugins when jax is imported on a machine without a GPU.
 
-Such plugins (the offline compilers need them) write to the terminal when jax is imported and log a
-failed cuInit when it looks for devices, so that every command would look broken.
+The plugins (which compiling without a GPU needs) print warnings when jax is imported and when it
+looks for devices, so that every command would seem broken.
 """
 
 import contextlib
@@ -11,31 +11,36 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from importlib.abc import Loader
+from types import ModuleType
+from typing import Any
 
 NOISE = (b"Could not find cuda drivers", b"before absl::InitializeLog()")
 
 
 def cuda_plugins() -> list[str]:
-    """Returns the libraries of JAX's CUDA plugins that are installed."""
+    """Returns the paths of the installed libraries of JAX's CUDA plugins."""
     plugins = importlib.util.find_spec("jax_plugins")
-    folders = plugins.submodule_search_locations if plugins else ()
+    folders = (plugins.submodule_search_locations if plugins else None) or ()
     return [path for folder in folders for path in glob.glob(f"{folder}/*/xla_cuda_plugin.so")]
 
 
 def has_gpu() -> bool:
-    """Whether a driver shows a GPU: by NVIDIA's device nodes, or /dev/dxg in WSL."""
+    """Returns whether a driver shows a GPU, by NVIDIA's device nodes, or /dev/dxg in WSL."""
     return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")
 
 
 @contextlib.contextmanager
-def without_noise():
-    """Drops the lines of NOISE from what is written to file descriptor 2.
+def without_noise() -> Iterator[None]:
+    """Drops lines with the texts of NOISE from what is written to file descriptor 2.
 
-    Static constructors write them before any logging is set up: only the descriptor sees them.
+    C++ static constructors write them before any logging is set up, so Python's sys.stderr never
+    sees them.
     """
     try:
         stderr = os.dup(2)
-    except OSError:  # closed: nothing can be written
+    except OSError:  # the descriptor is closed, so nothing can be written
         yield
         return
     if sys.stderr is not None:
@@ -50,25 +55,29 @@ def without_noise():
             os.dup2(stderr, 2)
             os.close(stderr)
             written.seek(0)
-            kept = [line for line in written if not any(text in line for text in NOISE)]
-            os.write(2, b"".join(kept))
+            lines = [line for line in written if not any(text in line for text in NOISE)]
+            os.write(2, b"".join(lines))
 
 
-def load(libraries) -> None:
-    """Loads libraries as JAX does when it looks for devices; JAX itself names a broken one."""
+def load(libraries: Iterable[str]) -> None:
+    """Loads libraries as JAX does when it looks for devices.
+
+    A library that fails to load is ignored here; JAX reports it.
+    """
     for library in libraries:
         with contextlib.suppress(OSError):
             ctypes.CDLL(library)
 
 
-class _QuietJax:
-    """A finder and loader that imports jax as usual, and the plugins' libraries right after it.
+class _QuietJax(Loader):
+    """An import hook that imports jax and then the plugins' libraries, without the noise.
 
-    jax is not imported here and now: a command that does not need it starts in a tenth of the time.
+    A hook, because commands that do not need jax start ten times faster without importing it.
     """
 
-    def __init__(self, libraries):
-        self.libraries, self.loader = libraries, None
+    def __init__(self, libraries: list[str]):
+        self.libraries = libraries
+        self.loader: Any = None  # jax's own
 
     def find_spec(self, name, path=None, target=None):
         if name != "jax":
@@ -80,10 +89,10 @@ class _QuietJax:
             self.loader, spec.loader = spec.loader, self
         return spec
 
-    def create_module(self, spec):
+    def create_module(self, spec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         with without_noise():
             self.loader.exec_module(module)
@@ -93,7 +102,7 @@ class _QuietJax:
 
 
 def start_quietly() -> None:
-    """Chooses the processor where there is no GPU, and imports jax quietly when it is imported."""
+    """If there is no GPU, sets JAX's platform to cpu and makes the import of jax quiet."""
     if has_gpu():
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,11 +111,11 @@ def start_quietly() -> None:
         if PLUGINS and not any(isinstance(finder, _QuietJax) for finder in sys.meta_path):
             sys.meta_path.insert(0, _QuietJax(PLUGINS))
     elif hasattr(jax, "config") and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # it read the variable
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # it has read the variable
         with without_noise():
             load(PLUGINS)
 
 
 PLUGINS = cuda_plugins()
-# Whether a run on the processor is a fallback: it could have GPUs, and nobody said not to.
+# Whether running on CPU is a fallback: JAX's GPU support is installed, and no platform was chosen.
 WANTS_GPU = bool(PLUGINS) and not os.environ.get("JAX_PLATFORMS")

@@ -6,6 +6,7 @@ been overwritten by its own transpose.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class _Triangle:
         return matrix, i, j * self.per_block + lax.rem(p, self.per_block)
 
 
-def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, c_barrier=None, square_smem, **pipeline):
+def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, square_smem, c_barrier: Any = None, **pipeline):
     *c_ref, out_ref = refs
     (X, M, N), group = x_ref.shape, lax.axis_index("group")
     triangle, side = _Triangle(X, M, tiles), tiles.rows // mosaic.CONSUMERS

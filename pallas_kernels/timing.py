@@ -1,44 +1,49 @@
-"""How long a function takes on a device: medians of many calls, compilation apart."""
+"""Times a function on a device: the median of many calls, compilation excluded."""
 
 import statistics
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
 SAMPLES = 20
-SAMPLE_S = 5e-3  # calls of one sample take at least this long: the host's own time is then small
+SAMPLE_S = 5e-3  # a sample makes so many calls that it lasts this long, to hide the host's own time
 
 
 class Timing(NamedTuple):
-    """Of one call, seconds."""
+    """Seconds of one call."""
 
     median_s: float
-    low_s: float  # a tenth of the samples is below
-    high_s: float
+    low_s: float  # the 10th percentile of the samples
+    high_s: float  # the 90th
 
     def __str__(self) -> str:
         low, median, high = (f"{x * 1e6:.1f}" for x in (self.low_s, self.median_s, self.high_s))
         return f"{median} us ({low}-{high})"
 
 
-def _sample(run, calls) -> float:
-    """Seconds a call; all are queued before the last is waited for."""
+def _time_sample(function, calls) -> float:
+    """Returns seconds per call; all calls are queued before the last is waited for."""
     start = time.perf_counter()
     for _ in range(calls):
-        out = run()
+        out = function()
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / calls
 
 
-def time_calls(run, samples=SAMPLES, sample=_sample) -> Timing:
-    """Timing of run(), which returns what is to be waited for.
+def time_calls(
+    function: Callable[[], Any],
+    samples: int = SAMPLES,
+    time_sample: Callable[[Callable, int], float] = _time_sample,
+) -> Timing:
+    """Returns the timing of a function that returns JAX arrays.
 
     Args:
-        sample: (run, calls) -> seconds a call; of another framework, its own clock.
+        time_sample: (function, calls) -> seconds per call; another framework passes its own clock.
     """
-    sample(run, 1)  # compiles
-    calls = max(1, round(SAMPLE_S / max(sample(run, 3), 1e-9)))
-    seconds = sorted(sample(run, calls) for _ in range(samples))
+    time_sample(function, 1)  # compiles
+    calls = max(1, round(SAMPLE_S / max(time_sample(function, 3), 1e-9)))
+    seconds = sorted(time_sample(function, calls) for _ in range(samples))
     tenth = samples // 10
     return Timing(statistics.median(seconds), seconds[tenth], seconds[-1 - tenth])

@@ -1,24 +1,27 @@
-"""PyTorch in the contests: SDPA's flash backend and torch.compile on the very same values.
+"""PyTorch's contestants of bench: SDPA's flash backend and torch.compile, on the same arrays.
 
-Arrays are lent by DLPack, so both frameworks read the same memory; times are CUDA events'. Where
-there is no GPU (a trial), torch.compile traces without its code generator, whose C++ takes minutes.
+DLPack lends JAX's arrays to PyTorch, so both frameworks read the same memory. Times come from CUDA
+events. In a trial without a GPU torch.compile only traces: generating C++ would take minutes.
 """
 
 import importlib.util
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from pallas_kernels.timing import time_calls
+from pallas_kernels.contests import Contest
+from pallas_kernels.timing import Timing, time_calls
 
 
-def why_not(device_wanted: str) -> str:
-    """Why torch cannot take part on "cuda" or "cpu"; or nothing."""
+def why_unavailable(device: str) -> str:
+    """Returns why torch cannot run on "cuda" or "cpu"; "" if it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     import torch
 
-    if device_wanted == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device"
     return ""
 
@@ -42,15 +45,15 @@ def _sdpa(q, k, v):
 
 
 def _with_gradients(forward, count):
-    """(outputs, gradients of the first `count` arguments, along those that come after `inputs`)."""
+    """Returns a function that computes forward and the gradients of the first `count` inputs."""
     import torch
 
-    def run(inputs, cotangents):
+    def both_ways(inputs, cotangents):
         wanted = [x.detach().requires_grad_(i < count) for i, x in enumerate(inputs)]
         out = forward(*wanted)
         return out, torch.autograd.grad(out, wanted[:count], cotangents)
 
-    return run
+    return both_ways
 
 
 def _attention(contest):
@@ -63,24 +66,24 @@ def _attention(contest):
 def _norm(contest):
     from torch.nn.functional import rms_norm
 
-    def join(h, y, gain):
+    def add_norm(h, y, gain):
         s = h + y
         return s, rms_norm(s.float(), gain.shape, gain, 1e-6).to(s.dtype)
 
-    both = _with_gradients(_compile(join), 3)
+    both = _with_gradients(_compile(add_norm), 3)
     return {"torch compiled": lambda h, y, ds, dn, gain: both((h, y, gain), (ds, dn))}
 
 
 def _qk_rope(contest):
     import torch
 
-    def turn(x, gain, cos, sin):
+    def norm_and_rotate(x, gain, cos, sin):
         n = torch.nn.functional.rms_norm(x.float(), gain.shape, gain, 1e-6)
         first, second = n.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-        return (n * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+        rotated = torch.cat((-second, first), -1)
+        return (n * cos[:, None] + rotated * sin[:, None]).to(x.dtype)
 
-    both = _with_gradients(_compile(turn), 2)
+    both = _with_gradients(_compile(norm_and_rotate), 2)
     return {"torch compiled": lambda x, dy, gain, cos, sin: both((x, gain, cos, sin), dy)}
 
 
@@ -93,12 +96,12 @@ def _head(contest):
 
     compiled = _compile(nats)
 
-    def run(h, w, targets):
+    def nats_and_gradients(h, w, targets):
         h, w = (x.detach().requires_grad_() for x in (h, w))
         out = compiled(h, w, targets)
         return out, *torch.autograd.grad(out, (h, w), torch.ones_like(out))
 
-    return {"torch compiled": lambda h, w, targets: run(h, w, targets.long())}
+    return {"torch compiled": lambda h, w, y: nats_and_gradients(h, w, y.long())}
 
 
 def _square(contest):
@@ -120,49 +123,57 @@ CONTESTANTS = {
 }
 
 
-def torch_contestants(contest) -> dict:
-    """{name: function of the contest's arrays as tensors, in their order}."""
+def torch_contestants(contest: Contest) -> dict[str, Callable]:
+    """Returns {name: function of the contest's arrays as tensors, in their order}."""
     return CONTESTANTS[contest.op](contest)
 
 
-def as_tensors(arrays) -> list:
-    """The arrays' own memory as tensors, on the device where they lie."""
+def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:
+    """Returns tensors that share the arrays' memory, on the device where they are."""
     import torch
 
     return [torch.from_dlpack(x) for x in jax.block_until_ready(arrays)]
 
 
-def _sample(run, calls) -> float:
-    """Seconds a call, by CUDA events on a GPU."""
+def _time_sample(function, calls) -> float:
+    """Returns seconds per call, by CUDA events on a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         start = time.perf_counter()
         for _ in range(calls):
-            run()
+            function()
         return (time.perf_counter() - start) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
-        run()
+        function()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def measure_torch(contest, arrays, device) -> dict:
-    """{contestant: Timing or the error that it ended in}; on "cuda", or "cpu" for a trial."""
-    reason = why_not(device)
+def measure_torch(
+    contest: Contest, arrays: Sequence[jax.Array], device: str
+) -> dict[str, Timing | str]:
+    """Times PyTorch's contestants: {name: Timing, or the error that it ended in}.
+
+    Args:
+        device: "cuda", or "cpu" for a trial.
+    """
+    reason = why_unavailable(device)
     if reason:
         return {"torch": reason}
     import torch
 
-    tensors, found = as_tensors(arrays), {}
-    for name, run in torch_contestants(contest).items():
+    tensors = as_tensors(arrays)
+    results: dict[str, Timing | str] = {}
+    for name, function in torch_contestants(contest).items():
         try:
-            found[name] = time_calls(lambda run=run: run(*tensors), sample=_sample)
-        except Exception as error:  # one that cannot run must not end the others
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            call = lambda function=function: function(*tensors)
+            results[name] = time_calls(call, time_sample=_time_sample)
+        except Exception as error:  # a contestant that fails must not end the others
+            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     if device == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps, JAX cannot have
-    return found
+        torch.cuda.empty_cache()  # JAX cannot use what torch's allocator caches
+    return results

@@ -1,12 +1,12 @@
-"""Several hosts on one machine, for tests of the launcher: namespaces, real sshd, real links.
+"""A test bed: several hosts on one machine, with namespaces, real sshd and real links.
 
     python -m tests.bed 3 -- COMMAND     runs COMMAND with BED_HOSTS and BED_SSH_CONFIG set
 
-Each host has its own network, mount, pid and uts namespace, a root that is an overlay in memory,
-and an sshd with its own key. All hang on one bridge, which the operator (this process) shares, or
-on a relay (tests/relay.py), whose links have a length. A link that is cut drops packets without a
-word, as a cable does; a host that is killed first loses its link, so that the kernel says no
-goodbye for it. Needs root and Linux.
+Each host has its own network, mount, pid and uts namespace, an overlay in memory as its root, and
+an sshd with its own key. The hosts and the operator (this process) are on one bridge, or on a relay
+(tests/relay.py) whose links have a delay. A link that is cut drops packets silently, as a cable
+does. A host that is killed first loses its link, so that its kernel cannot close connections. Needs
+root and Linux.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import relay
 
-OPERATOR = "operator"  # its name on a relay
-QUEUE = "5000"  # packets that a device holds until the relay reads them
+OPERATOR = "operator"  # the operator's name on a relay
+QUEUE = "5000"  # packets that a device queues until the relay reads them
 INIT = r"""
 set -e
 mount --make-rprivate /
@@ -51,8 +51,8 @@ exec /usr/sbin/sshd -D -e -f "$3/sshd_config.$2"
 """
 
 
-def available(relayed=False) -> str:
-    """ "" where a bed can be made, else the reason why not."""
+def available(relayed: bool = False) -> str:
+    """Returns why no test bed can be made here; "" if one can."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return "a bed of hosts needs root on Linux"
     for tool in ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd"):
@@ -61,29 +61,32 @@ def available(relayed=False) -> str:
     if relayed and not os.access("/dev/net/tun", os.R_OK | os.W_OK):
         return "a relayed bed needs /dev/net/tun"
     name = f"jtry{secrets.token_hex(2)}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        return f"a bed of hosts needs network namespaces: {made.stderr.strip()}"
+    added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if added.returncode:
+        return f"a bed of hosts needs network namespaces: {added.stderr.strip()}"
     subprocess.run(["ip", "netns", "del", name], check=True)
     return ""
 
 
-def sh(*argv, **kwargs):
-    return subprocess.run(argv, check=True, capture_output=True, text=True, **kwargs).stdout
+def check_output(*argv: str) -> str:
+    """Runs a command that must succeed; returns its output."""
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 class Bed:
-    """`count` hosts, h0 to h{count-1}, as a context manager.
+    """`count` hosts, h0 to h{count-1}. A context manager.
 
     Args:
         shared: a folder that all hosts see as /mnt/shared; None for none.
-        relayed: links of a relay, see `link`, in place of a bridge.
+        relayed: connect them by a relay, see `link`, instead of a bridge.
 
     Attributes:
-        ssh_config: for `ssh -F`; address: {host: IP}; folder: of keys and settings.
+        ssh_config: for `ssh -F`.
+        address: {host: IP}.
+        folder: of keys and settings.
     """
 
-    def __init__(self, count=3, shared=None, relayed=False):
+    def __init__(self, count: int = 3, shared: Path | str | None = None, relayed: bool = False):
         self.names = [f"h{i}" for i in range(count)]
         self.tag, self.net = secrets.token_hex(2), f"10.77.{secrets.randbelow(250)}"
         self.address = {name: f"{self.net}.{i + 1}" for i, name in enumerate(self.names)}
@@ -93,18 +96,18 @@ class Bed:
         with contextlib.ExitStack() as stack:
             self.folder = Path(tempfile.mkdtemp(prefix="jaxtrain-bed-"))
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            (self.folder / "disks").mkdir()  # a power loss keeps them
-            sh("mount", "-t", "tmpfs", "tmpfs", str(self.folder / "disks"))
-            stack.callback(sh, "umount", "-l", str(self.folder / "disks"))
+            (self.folder / "disks").mkdir()  # they survive a power loss
+            check_output("mount", "-t", "tmpfs", "tmpfs", str(self.folder / "disks"))
+            stack.callback(check_output, "umount", "-l", str(self.folder / "disks"))
             self.ssh_config = self.folder / "ssh_config"
             self._write_settings()
             if self.relayed:
                 self._start_relay(stack)
             else:
-                sh("ip", "link", "add", self.bridge, "type", "bridge")
-                stack.callback(sh, "ip", "link", "del", self.bridge)
-            sh("ip", "addr", "add", f"{self.net}.254/24", "dev", self.bridge)
-            sh("ip", "link", "set", self.bridge, "up")
+                check_output("ip", "link", "add", self.bridge, "type", "bridge")
+                stack.callback(check_output, "ip", "link", "del", self.bridge)
+            check_output("ip", "addr", "add", f"{self.net}.254/24", "dev", self.bridge)
+            check_output("ip", "link", "set", self.bridge, "up")
             for name in self.names:
                 stack.callback(self._remove, name)
                 self.boot(name)
@@ -116,7 +119,7 @@ class Bed:
 
     @property
     def bridge(self) -> str:
-        """The operator's interface, on either kind of bed."""
+        """Returns the operator's interface: the bridge, or a device of the relay."""
         return f"jb{self.tag}"
 
     def _start_relay(self, stack):
@@ -124,23 +127,24 @@ class Bed:
         command = [sys.executable, relay.__file__, str(self._socket)]
         program = subprocess.Popen(command, stdout=subprocess.PIPE)
         stack.callback(program.wait)
-        stack.callback(program.kill)  # and with it its devices
-        with program.stdout as said:
-            assert said.readline(), "the relay does not start"
+        stack.callback(program.kill)  # its devices go with it
+        assert program.stdout
+        with program.stdout as output:
+            assert output.readline(), "the relay does not start"
         self._add(OPERATOR, f"{self.net}.254", self.bridge)
-        sh("ip", "link", "set", self.bridge, "txqueuelen", QUEUE)
+        check_output("ip", "link", "set", self.bridge, "txqueuelen", QUEUE)
 
     def _add(self, name, address, device):
         request = {"do": "add", "name": name, "address": address, "device": device}
         relay.ask(self._socket, request)
 
     def link(self, a, b, **values):
-        """Sets both ways between two hosts of a relayed bed, `*` for all: see relay.Link."""
-        for given, to in ((a, b), (b, a)):
-            relay.ask(self._socket, {"do": "link", "from": given, "to": to} | values)
+        """Sets both directions between two hosts, `*` for all, of a relayed bed: see relay.Link."""
+        for source, to in ((a, b), (b, a)):
+            relay.ask(self._socket, {"do": "link", "from": source, "to": to} | values)
 
     def traffic(self) -> dict:
-        """{"h0 > h1": counters of the relay}: packets, segments, bytes, dropped, lost."""
+        """Returns {"h0 > h1": the relay's counters}: packets, segments, bytes, dropped, lost."""
         return relay.ask(self._socket, {"do": "stats"})
 
     def _netns(self, name):
@@ -148,7 +152,9 @@ class Bed:
 
     def _write_settings(self):
         for key in ("client", *self.names):
-            sh("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key))
+            check_output(
+                "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key)
+            )
         hosts = ["127.0.0.1 localhost"] + [f"{a} {n}" for n, a in self.address.items()]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         known, config = [], []
@@ -167,26 +173,28 @@ class Bed:
         (self.folder / "known_hosts").write_text("\n".join(known) + "\n")
         self.ssh_config.write_text("\n".join(config) + "\n")
 
-    def boot(self, name):
-        """Powers a host on; returns once its sshd answers."""
+    def boot(self, name: str) -> None:
+        """Powers a host on; returns when its sshd answers."""
         i, netns = self.names.index(name), self._netns(name)
         here, there = f"jv{self.tag}{i}", "lan0"
-        sh("ip", "netns", "add", netns)
+        check_output("ip", "netns", "add", netns)
         if self.relayed:
             self._add(name, self.address[name], here)
             moved = ["name", there, "netns", netns]
-            sh("ip", "link", "set", here, "txqueuelen", QUEUE, *moved)
+            check_output("ip", "link", "set", here, "txqueuelen", QUEUE, *moved)
         else:
-            sh("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns)
-            sh("ip", "link", "set", here, "up")
-            # Its own for good: who knows the address of before its reboot finds it at once.
+            check_output(
+                "ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns
+            )
+            check_output("ip", "link", "set", here, "up")
+            # Always the same MAC address, so that others' ARP caches are right after a reboot.
             own = f"02:00:00:00:00:{i + 1:02x}"
-            sh("ip", "-n", netns, "link", "set", there, "address", own)
+            check_output("ip", "-n", netns, "link", "set", there, "address", own)
         self.heal(name)
         inside = ["ip", "-n", netns]
-        sh(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
-        sh(*inside, "link", "set", there, "up")
-        sh(*inside, "link", "set", "lo", "up")
+        check_output(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
+        check_output(*inside, "link", "set", there, "up")
+        check_output(*inside, "link", "set", "lo", "up")
         root = self.folder / "disks" / name
         root.mkdir(exist_ok=True)
         own = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
@@ -205,30 +213,32 @@ class Bed:
             time.sleep(0.02)
         raise RuntimeError(f"{name} does not boot: {(self.folder / f'{name}.out').read_text()}")
 
-    def cut(self, name):
-        """Drops all that would pass on the host's cable."""
+    def cut(self, name: str) -> None:
+        """Drops all packets from and to a host."""
         if self.relayed:
             return self.link(name, "*", up=False)
-        sh("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "nomaster")
+        check_output("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "nomaster")
 
-    def heal(self, name):
+    def heal(self, name: str) -> None:
         """Ends a cut."""
         if self.relayed:
             return self.link(name, "*", up=True)
-        sh("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "master", self.bridge)
+        check_output(
+            "ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "master", self.bridge
+        )
 
-    def rate(self, name, mbit):
-        """Limits what a host sends and receives, Mbit/s; on a relay, to each other host."""
+    def rate(self, name: str, mbit: int) -> None:
+        """Limits what a host sends and receives, in Mbit/s; on a relay, per other host."""
         if self.relayed:
             return self.link(name, "*", rate_mbit=mbit)
         inside = ["tc", "-n", self._netns(name), "qdisc", "replace", "dev", "lan0", "root", "tbf"]
         limits = ["rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms"]
-        sh(*inside, *limits)
+        check_output(*inside, *limits)
         here = f"jv{self.tag}{self.names.index(name)}"
-        sh("tc", "qdisc", "replace", "dev", here, "root", "tbf", *limits)
+        check_output("tc", "qdisc", "replace", "dev", here, "root", "tbf", *limits)
 
-    def kill(self, name):
-        """Power loss: no process says goodbye, and no packet of one gets out."""
+    def kill(self, name: str) -> None:
+        """Simulates a power loss: all processes end, and none of their packets gets out."""
         self.cut(name)
         self._remove(name)
 
@@ -241,26 +251,27 @@ class Bed:
         subprocess.run(["ip", "link", "del", here], capture_output=True)
         subprocess.run(["ip", "netns", "del", self._netns(name)], capture_output=True)
 
-    def inside(self, name, *argv) -> list[str]:
-        """The command that runs argv on a host, its working folder /."""
+    def inside(self, name: str, *argv: object) -> list[str]:
+        """Returns the command that runs argv on a host, in the folder /."""
         children = Path(f"/proc/{self._inits[name].pid}/task/{self._inits[name].pid}/children")
         first = children.read_text().split()[0]  # pid 1 of the host
         return ["nsenter", "-t", first, "-m", "-n", "-p", "-u", "-i", "--wdns=/", *map(str, argv)]
 
-    def run(self, name, *argv) -> str:
-        return sh(*self.inside(name, *argv))
+    def run(self, name: str, *argv: object) -> str:
+        """Runs a command on a host that must succeed; returns its output."""
+        return check_output(*self.inside(name, *argv))
 
-    def processes(self, name) -> dict[int, str]:
-        """{pid: command line} on a host, without sshd and the looking itself."""
-        found = {}
+    def processes(self, name: str) -> dict[int, str]:
+        """Returns {pid: command line} on a host, without sshd and ps."""
+        command_of = {}
         for line in self.run(name, "ps", "-eo", "pid=,args=").splitlines():
             pid, _, args = line.strip().partition(" ")
             if not args.strip().startswith(("sshd", "/usr/sbin/sshd", "ps -eo", "[")):
-                found[int(pid)] = args.strip()
-        return found
+                command_of[int(pid)] = args.strip()
+        return command_of
 
-    def outside(self, name, pid) -> int:
-        """The pid that a host's process has out here."""
+    def outside(self, name: str, pid: int) -> int:
+        """Returns the pid that a host's process has in this process's namespace."""
         init = self.inside(name)[2]
         namespace = os.readlink(f"/proc/{init}/ns/pid")
         for path in Path("/proc").glob("[0-9]*"):
@@ -272,8 +283,8 @@ class Bed:
                     return int(fields[0])
         raise ProcessLookupError(pid)
 
-    def inventory(self, path, only=None, **fields) -> Path:
-        """Writes a hosts.toml of the bed, or of `only` some hosts, for this Python."""
+    def inventory(self, path: Path, only: list[str] | None = None, **fields: object) -> Path:
+        """Writes a hosts.toml that uses this Python, for all hosts or `only` some."""
         values = {"python": sys.executable, "interface": "lan0", "workdir": "/root/jaxtrain"}
         lines = ["[defaults]"] + [
             f"{key} = {json.dumps(value)}" for key, value in (values | fields).items()
@@ -289,9 +300,10 @@ def main() -> int:
     with Bed(int(sys.argv[1]), os.environ.get("BED_SHARED")) as bed:
         hosts = bed.inventory(bed.folder / "hosts.toml")
         env = os.environ | {"BED_HOSTS": str(hosts), "BED_SSH_CONFIG": str(bed.ssh_config)}
-        for name in bed.names if (mbit := os.environ.get("BED_MBIT")) else []:
-            bed.rate(name, int(mbit))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's to handle
+        if mbit := os.environ.get("BED_MBIT"):
+            for name in bed.names:
+                bed.rate(name, int(mbit))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles it
         return subprocess.run(sys.argv[at + 1 :], env=env).returncode
 
 

@@ -1,4 +1,4 @@
-"""A state of many dtypes and containers, and ways to save, compare and break checkpoints of it."""
+"""A state of many dtypes and containers, and functions that save, compare and damage it."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ def mesh_of(cfg):
 
 
 def build_state(cfg=ONE, seed=0):
-    """A fresh tree each time, of arrays made once."""
+    """Returns a new tree of cached arrays."""
     return jax.tree.map(lambda x: x, _build_state(cfg, seed))
 
 
@@ -81,7 +81,7 @@ def truncate(step_folder):
 
 
 def rewrite_record(step_folder, **fields):
-    """Changes fields of the record and seals it anew, as a foreign writer would."""
+    """Changes fields of the record and its sha256, as another program could."""
     file = step_folder / "record/metadata"
     record = json.loads(file.read_text()) | fields
     file.write_text(json.dumps(record | {"sha256": record_hash(record)}))

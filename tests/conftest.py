@@ -20,18 +20,26 @@ LONGEST = (
     "test_kernels_audit.py",
     "test_launch_run.py",
     "test_model_transformer.py",
+    "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
     "test_study.py",
-    "test_bench.py",
+    "test_benchmarks_suites.py",
     "test_training_diagnostic_step.py",
     "test_kernels_choice.py",
     "test_training_step.py",
     "test_distributed_runtime.py",
-    "test_interop_start.py",
+    "test_interop_import_export.py",
     "test_crosscheck_faults.py",
     "test_kernels_training.py",
 )
+
+
+@pytest.fixture
+def shard_cache(tmp_path, monkeypatch):
+    """Caches the checksums of shards in the test's own folder, not in the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""Both sides of a tiny config, recorded in this process, for the tests of crosscheck."""
+"""Records both sides of a tiny config in this process, for the tests of crosscheck."""
 
 import jax
 
@@ -10,9 +10,9 @@ from jaxtrain.crosscheck.trace import batches_of, read_trace
 CONFIGS = {"gpt2": crosscheck_gpt2, "llama": crosscheck_llama}
 
 
-def small(form, folder, text, precision="float64", steps=3, data=None, **optim):
-    """TrainConfig of a crosscheck config at a width that compiles in seconds."""
-    config = CONFIGS[form].get_config()
+def small_config(model, folder, text, precision="float64", steps=3, data=None, **optim):
+    """Returns a crosscheck config that compiles in seconds; sets jax_enable_x64 for float64."""
+    config = CONFIGS[model].get_config()
     config.workdir, config.steps, config.data.text = str(folder), steps, str(text)
     config.model.update(D=32, K=8, F=48, dtype=precision)
     config.data.update({"batch": 4, "seq_len": 24} | (data or {}))
@@ -22,15 +22,15 @@ def small(form, folder, text, precision="float64", steps=3, data=None, **optim):
     return freeze(config)
 
 
-def ours_of(cfg, path, **options):
-    """(Start, our trace)"""
-    start = jax_train.start(cfg)
+def record_jax(cfg, path, **options):
+    """Returns (Start, trace of the jaxtrain side)."""
+    start = jax_train.build_start(cfg)
     jax_train.record(start, cfg.steps, path, **options)
     return start, read_trace(path)
 
 
-def theirs_of(start, path, cfg=None, batches=None):
-    """The twin's trace from the same start; batches: a trace that holds them."""
+def record_torch(start, path, cfg=None, batches=None):
+    """Returns the trace of the PyTorch side; batches: a trace that stores them."""
     cfg = cfg or start.run.cfg
     if batches is None:
         paths = [shard.path for shard in start.corpus.shards]

@@ -1,14 +1,22 @@
-"""The same documents in every input format."""
+"""The same documents in every input format, and helpers to encode them and to read the result."""
 
+import argparse
 import csv
 import gzip
 import json
+import logging
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxtrain.config.train_config import DataConfig
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.encoding import pipeline
+from jaxtrain.data.encoding.divide_input import divide_input
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.pipeline import encode
 
 DOCUMENTS = [f'{i}: "é", a\n' + f"line\t{i}\n" * (i % 13) for i in range(200)]
@@ -39,10 +47,10 @@ def arrow(path, stream) -> bytes:
     return path.read_bytes()
 
 
-def parquet(path, texts=None, **knobs) -> bytes:
+def parquet(path, texts=None, **options) -> bytes:
     texts = DOCUMENTS if texts is None else texts
     table = pa.table({"id": range(len(texts)), "text": texts})
-    pq.write_table(table, path, **{"row_group_size": 70} | knobs)
+    pq.write_table(table, path, row_group_size=70, **options)
     return path.read_bytes()
 
 
@@ -72,20 +80,60 @@ SAMPLES = {
 }
 
 
-def write(path, kind=None):
+def write_sample(path, kind=None):
     path.write_bytes(SAMPLES[kind or path.name](path))
     return path
 
 
+def write_modules(folder, count=30, characters=5_000):
+    """Writes the beginnings of Python's own modules, as text files in two levels."""
+    (folder / "below").mkdir(parents=True)
+    for i, path in enumerate(sorted(Path(argparse.__file__).parent.glob("[a-d]*.py"))[:count]):
+        text = path.read_text(encoding="utf-8")[:characters]
+        (folder / ("below" if i % 3 else "") / path.name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def encode_source(source, out, tokenizer="bytes", note=logging.info, **options):
+    """Encodes a file or folder and returns the metadata; holds out 10 % by default."""
+    options.setdefault("val_fraction", 0.1)
+    files = list_files(str(source), exclude=out)
+    return encode(files, out, EncodeOptions(tokenizer, **options), note=note)
+
+
+def change_after_planning(monkeypatch, change):
+    """Calls `change` when the input has been divided, as if another program changed a file."""
+
+    def divide_and_change(*args):
+        divided = divide_input(*args)
+        change()
+        return divided
+
+    monkeypatch.setattr(pipeline, "divide_input", divide_and_change)
+
+
 def documents_of(folder, split):
-    found = []
+    """Returns the texts of a split that was encoded as bytes."""
+    documents = []
     for path in sorted(folder.glob(f"*_{split}_*.bin")):
         tokens = np.fromfile(path, "<u2", offset=1024).astype(np.uint8).tobytes()
         assert tokens[:1] == b"\0"
-        found += [document.decode() for document in tokens[1:].split(b"\0")]
-    return found
+        documents += [document.decode() for document in tokens[1:].split(b"\0")]
+    return documents
 
 
-def run(source, out, **knobs):
-    files = list_files(str(source), exclude=out)
-    return encode(files, out, "bytes", **{"val_fraction": 0.1} | knobs)
+def all_documents_of(folder):
+    return sorted(documents_of(folder, "train") + documents_of(folder, "val"))
+
+
+def open_shards(folder, split="train", vocab_size=65_536, **options):
+    cfg = DataConfig(shards=str(folder), **options)
+    return open_corpus(cfg, split, vocab_size, workdir="unused")
+
+
+def tokens_of(corpus):
+    return np.concatenate([corpus.read(i, 0, s.tokens) for i, s in enumerate(corpus.shards)])
+
+
+def contents(folder, pattern="*"):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}

@@ -1,4 +1,4 @@
-"""Jobs over links of 150 ms: rows of tests/launch_acceptance.py."""
+"""Rows of tests/launch_acceptance.py for links with a round trip of 150 ms."""
 
 import collections
 import json
@@ -18,43 +18,44 @@ from jaxtrain.metrics.jsonl import read_metrics
 ONE_WAY_MS = 75.0
 PREFLIGHT_S = 5.0
 STEPS = 300  # long enough for what happens to the operator's link
-EXPLAINED = 0.2  # relative
+TOLERANCE = 0.2  # relative, of what the probe explains of a slower step
 
 
-def place(bed):
-    """The operator on another continent than the hosts, which are beside each other."""
+def set_operator_far(bed):
+    """Puts the operator on another continent; the hosts stay next to each other."""
     bed.link("*", "*", delay_ms=0.0)
     bed.link(OPERATOR, "*", delay_ms=ONE_WAY_MS)
 
 
 def preflight(scene, times) -> dict:
-    """Under 5 s for three hosts, with connections that are made anew."""
+    """Preflight of three hosts takes under 5 s, with new connections."""
     del times
-    found = []
+    preflight_s = []
     for i in range(3):
         sockets = tempfile.mkdtemp(dir=scene.bed.folder)
         common = [f"--hosts={scene.hosts}", f"--ssh_config={scene.bed.ssh_config}", "--module=this"]
         launched = scene.run(f"preflight-{i}", *common, XDG_RUNTIME_DIR=sockets)
-        assert launched.wait() == 0, launched.said()
-        found.append(float(re.search(r"preflight of 3 hosts, ([\d.]+) s", launched.said())[1]))
-    return {"preflight_s": found, "in time": max(found) < PREFLIGHT_S}
+        assert launched.wait() == 0, launched.output()
+        [seconds] = re.findall(r"preflight of 3 hosts, ([\d.]+) s", launched.output())
+        preflight_s.append(float(seconds))
+    return {"preflight_s": preflight_s, "in time": max(preflight_s) < PREFLIGHT_S}
 
 
 def _ended_well(scene, launched, job, name) -> dict:
-    code, said = launched.wait(), launched.said()
+    code, output = launched.wait(), launched.output()
     return {
         "exit 0": code == 0,
-        "one attempt": "exit 0 after 1 attempts" in said and "noticed" not in said,
+        "one attempt": "exit 0 after 1 attempts" in output and "noticed" not in output,
         "same bits": scene.bits(name) == scene.reference(steps=STEPS),
         "log byte-identical": scene.same_logs(job),
-        "nothing left": not scene.left(),
+        "nothing left": not scene.living(),
     }
 
 
 def _detached(scene, name):
-    """(job, launcher that follows it) of a detached run that has begun to train."""
+    """Returns (job, launcher that follows it) of a detached run that has begun to train."""
     started = scene.launch(name, "--detach", steps=STEPS)
-    assert started.wait() == 0, started.said()
+    assert started.wait() == 0, started.output()
     follower = scene.run(f"{name}-attached", "attach", started.job)
     scene.wait_for(follower, name, 12)
     return started.job, follower
@@ -67,7 +68,7 @@ def _cut(scene, seconds):
 
 
 def attach(scene, times) -> dict:
-    """The operator's link is cut for 25 s: the same `attach` goes on, no byte lost or doubled."""
+    """After a cut of 25 s the same `attach` goes on; no byte is lost or repeated."""
     del times
     job, follower = _detached(scene, "attach")
     _cut(scene, 25)
@@ -75,18 +76,18 @@ def attach(scene, times) -> dict:
 
 
 def killed(scene, times) -> dict:
-    """kill -9 of the operator of a detached job: the next one has its log, and the job its end."""
+    """After kill -9 of an attached launcher, the next one gets the whole log and the outcome."""
     del times
     job, follower = _detached(scene, "killed")
     follower.process.send_signal(signal.SIGKILL)
     follower.wait()
     time.sleep(5)
-    again = scene.run("killed-again", "attach", job)
-    return _ended_well(scene, again, job, "killed")
+    second = scene.run("killed-again", "attach", job)
+    return _ended_well(scene, second, job, "killed")
 
 
 def flap(scene, times) -> dict:
-    """5 s without the operator's link, then 5 s without a host's: the job does not notice."""
+    """A job does not notice 5 s without the operator's link, and 5 s without a host's."""
     del times
     launched = scene.launch("operator-flap", steps=STEPS)
     scene.wait_for(launched, "operator-flap", 12)
@@ -99,7 +100,7 @@ def flap(scene, times) -> dict:
 
 
 def probe(scene, name, *options) -> dict:
-    """launch.probe's file."""
+    """Returns the content of the file that launch.probe writes."""
     out = scene.folder / f"{name}.json"
     argv = [sys.executable, "-m", "launch.probe", f"--hosts={scene.hosts}", f"--out={out}"]
     argv += [f"--ssh_config={scene.bed.ssh_config}", *options]
@@ -109,35 +110,35 @@ def probe(scene, name, *options) -> dict:
 
 
 def headers(scene, times) -> dict:
-    """The share of headers that offload hides is, as probe reckons it, what the wire carried."""
+    """The bytes that the links carried are those that the probe computes from header_share."""
     del times
-    hosts = lambda: {k: v for k, v in scene.bed.traffic().items() if OPERATOR not in k}
-    before = hosts()
-    found = probe(scene, "headers", "--no_jax", "--seconds=1")
-    wire = sum(count["bytes"] - before[link]["bytes"] for link, count in hosts().items())
-    payload = sum(pair["bytes"] for pair in found["tcp"])
-    reckoned = sum(pair["bytes"] * (1 + pair["header_share"]) for pair in found["tcp"])
-    counted = sum(pair["wire_bytes"][0] for pair in found["tcp"] if not pair["both"])
-    sent = sum(pair["bytes"] for pair in found["tcp"] if not pair["both"])
+    traffic = lambda: {k: v for k, v in scene.bed.traffic().items() if OPERATOR not in k}
+    before = traffic()
+    result = probe(scene, "headers", "--no_jax", "--seconds=1")
+    wire = sum(count["bytes"] - before[link]["bytes"] for link, count in traffic().items())
+    payload = sum(pair["bytes"] for pair in result["tcp"])
+    computed = sum(pair["bytes"] * (1 + pair["header_share"]) for pair in result["tcp"])
+    counted = sum(pair["wire_bytes"][0] for pair in result["tcp"] if not pair["both"])
+    sent = sum(pair["bytes"] for pair in result["tcp"] if not pair["both"])
     return {
         "payload_bytes": payload,
         "wire_bytes": wire,
         "wire_share": wire / payload - 1,
         "interface_share": counted / sent - 1,
-        "header_share": found["tcp"][0]["header_share"],
-        "reckoned within 2 %": abs(reckoned / wire - 1) < 0.02,
+        "header_share": result["tcp"][0]["header_share"],
+        "computed within 2 %": abs(computed / wire - 1) < 0.02,
     }
 
 
-def job_over(scene, name, steps, counted) -> dict:
-    """Median step time, and wire bytes of a step between hosts, over the steps `counted`."""
+def measure_job(scene, name, steps, counted) -> dict:
+    """Returns a job's median step time, and its wire bytes per step between the steps `counted`."""
     launched = scene.launch(name, steps=steps, save_every=steps, model__L=1)
     marks = []
     for step in counted:
         scene.wait_for(launched, name, step, limit_s=500)
         traffic = {k: v["bytes"] for k, v in scene.bed.traffic().items() if OPERATOR not in k}
         marks.append((read_metrics(scene.shared / name / "metrics.jsonl")[-1]["step"], traffic))
-    assert launched.wait() == 0, launched.said()
+    assert launched.wait() == 0, launched.output()
     records = read_metrics(scene.shared / name / "metrics.jsonl")
     times = [r["perf/step_time_s"] for r in records if r.get("perf/step_time_s")]
     (first, before), (last, after) = marks
@@ -145,16 +146,16 @@ def job_over(scene, name, steps, counted) -> dict:
     step_time_s = statistics.median(times[2:])
     return {
         "step_time_s": step_time_s,
-        "wire_bytes": round(sum(wire.values())),  # with headers, and what supervisors say
+        "wire_bytes": round(sum(wire.values())),  # with headers, and the supervisors' messages
         "effective_bytes_per_s": round(sum(wire.values()) / step_time_s),
     }
 
 
 def distance(scene, times) -> dict:
-    """The same job with 0 and 150 ms between hosts; the probe's figures explain the difference.
+    """The probe's timings explain why a step takes longer with 150 ms between the hosts.
 
-    gloo takes the operands of a step's collectives one after the other. So a step over the long
-    link takes longer by what each of them takes longer, timed alone at its size.
+    gloo handles the operands of a step's collectives one after the other. So the step takes longer
+    by the sum of what each operand, timed by itself at its size, takes longer.
     """
     del times
     argv = [sys.executable, "-m", "tests.launch_step", str(len(scene.bed.names))]
@@ -166,7 +167,7 @@ def distance(scene, times) -> dict:
     cases = ",".join(f"{kind}:{size}" for kind, size in turns)
     passes = {"all_reduce": 2 * (len(scene.bed.names) - 1), "all_gather": len(scene.bed.names) - 1}
     ideal_bytes = sum(passes[kind] * size * count for (kind, size), count in turns.items())
-    row = {"turns": sum(turns.values()), "ideal_bytes": ideal_bytes}
+    row: dict = {"turns": sum(turns.values()), "ideal_bytes": ideal_bytes}
     spent_s, job, rtt_s = {}, {}, {}
     for name, one_way_ms, steps, counted in (
         ("near", 0.0, 100, (20, 90)),
@@ -174,21 +175,21 @@ def distance(scene, times) -> dict:
     ):
         for a, b in (("h0", "h1"), ("h0", "h2"), ("h1", "h2")):
             scene.bed.link(a, b, delay_ms=one_way_ms)
-        job[name] = job_over(scene, f"job-{name}", steps, counted)
-        found = probe(scene, f"probe-{name}", "--seconds=2", "--pings=20", f"--cases={cases}")
-        seconds = {(r["collective"], r["bytes"]): r["seconds"] for r in found["collectives"]}
+        job[name] = measure_job(scene, f"job-{name}", steps, counted)
+        result = probe(scene, f"probe-{name}", "--seconds=2", "--pings=20", f"--cases={cases}")
+        seconds = {(r["collective"], r["bytes"]): r["seconds"] for r in result["collectives"]}
         spent_s[name] = sum(count * seconds[turn] for turn, count in turns.items())
-        rtt_s[name] = statistics.median(pair["rtt_p50_s"] for pair in found["tcp"])
-        rates = [(p["streams"], p["both"], p["bytes_per_s"]) for p in found["tcp"]]
+        rtt_s[name] = statistics.median(pair["rtt_p50_s"] for pair in result["tcp"])
+        rates = [(p["streams"], p["both"], p["bytes_per_s"]) for p in result["tcp"]]
         one = [rate for streams, both, rate in rates if streams == 1 and not both]
         row[name] = job[name] | {"rtt_s": rtt_s[name], "stream_bytes_per_s": min(one)}
         row[name] |= {"collectives_s": spent_s[name]}
-    place(scene.bed)
+    set_operator_far(scene.bed)
     measured_s = job["far"]["step_time_s"] - job["near"]["step_time_s"]
     explained_s = spent_s["far"] - spent_s["near"]
     trips = measured_s / (rtt_s["far"] - rtt_s["near"])
     row |= {"slower_s": measured_s, "explained_s": explained_s, "round_trips": trips}
-    return row | {"explained": abs(explained_s / measured_s - 1) <= EXPLAINED}
+    return row | {"explained": abs(explained_s / measured_s - 1) <= TOLERANCE}
 
 
 ROWS = {

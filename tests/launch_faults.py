@@ -1,4 +1,4 @@
-"""Faults that strike a job, and how it must end: rows of tests/launch_acceptance.py."""
+"""Rows of tests/launch_acceptance.py: faults that strike a job, and how it must end."""
 
 import json
 import os
@@ -11,8 +11,10 @@ from pathlib import Path
 
 from launch_scene import TRAINER
 
+from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
+
 AT_STEPS = (12, 25, 41)
-GONE_S = 40.0  # the lease of 30 s, and what it takes to stop
+GONE_S = 40.0  # the lease of 30 s, and the time to stop
 
 
 def cut_for(seconds):
@@ -25,7 +27,7 @@ def cut_for(seconds):
 
 
 def kill_supervisor(scene):
-    """The worker that runs the job, whose pid its status names; its keeper lives."""
+    """Kills the worker that runs the job; its keeper lives on."""
     jobs = "/root/jaxtrain/jobs"
     newest = scene.bed.run("h1", "ls", "-t", jobs).split()[0]
     pid = json.loads(scene.bed.run("h1", "cat", f"{jobs}/{newest}/status.json"))["pid"]
@@ -38,14 +40,14 @@ def power_loss(scene):
     scene.bed.boot("h2")
 
 
-def stick(scene):
-    """The rank lives, its heartbeats go on, and it does nothing."""
+def block(scene):
+    """Makes a rank block in Python; JAX's own heartbeats go on."""
     scene.bed.run("h1", "bash", "-c", "echo sleep > /tmp/fault")
     scene.signal("h1", TRAINER, "USR2")
 
 
 def use_up_memory(scene):
-    """A limit of its own for the rank, which then asks for more."""
+    """Gives a rank a memory limit, and makes it allocate more."""
     group = Path("/sys/fs/cgroup/memory") / f"jaxtrain-{os.getpid()}"
     group.mkdir(exist_ok=True)
     scene.bed.run("h1", "bash", "-c", "echo memory > /tmp/fault")
@@ -55,7 +57,7 @@ def use_up_memory(scene):
     scene.signal("h1", TRAINER, "USR2")
 
 
-# name: (what strikes, root cause that must be named, seconds until it is noticed)
+# {name: (function that strikes, root cause that must be named, seconds until it is noticed)}
 FAULTS = {
     "kill": (lambda s: s.signal("h1", TRAINER, "KILL"), r"h1 rank 1 .*SIGKILL", 3),
     "coordinator": (lambda s: s.signal("h0", TRAINER, "KILL"), r"h0 rank 0 .*SIGKILL", 3),
@@ -63,95 +65,95 @@ FAULTS = {
     "sigstop": (lambda s: s.signal("h2", TRAINER, "STOP"), r"h2 rank 2 .*state T", 30),
     "flap": (cut_for(5), None, 0),
     "partition": (cut_for(25), r"h2: unreachable", 30),
-    "stuck": (stick, r"h1 rank 1 .*stuck", 30),
+    "stuck": (block, r"h1 rank 1 .*stuck", 30),
     "memory": (use_up_memory, r"h1 rank 1 .*out of memory", 3),
     "power": (power_loss, r"h2: unreachable", 60),
 }
 
 
-def struck(scene, name, at_step) -> dict:
-    """What was named, how soon, and whether the end is that of a run that nothing struck."""
-    what, cause, limit_s = FAULTS[name]
+def run_with_fault(scene, name, at_step) -> dict:
+    """Returns what was named and when, and whether the run ended like one without a fault."""
+    strike, cause, limit_s = FAULTS[name]
     reference, run = scene.reference(), f"{name}-{at_step}"
     launched = scene.launch(run)
     scene.wait_for(launched, run, at_step)
     struck_at, noticed_s = time.time(), None
-    striking = threading.Thread(target=what, args=(scene,))
+    striking = threading.Thread(target=strike, args=(scene,))
     striking.start()
     while launched.process.poll() is None:
-        if noticed_s is None and "launch: noticed" in launched.said():
+        if noticed_s is None and "launch: noticed" in launched.output():
             noticed_s = round(time.time() - struck_at, 1)
         time.sleep(0.1)
     striking.join()
-    said, code = launched.said(), launched.process.returncode
-    named = re.findall(r"ROOT CAUSE (.*)", said)
+    output, code = launched.output(), launched.process.returncode
+    named = re.findall(r"ROOT CAUSE (.*)", output)
     return {
         "at_step": at_step,
         "noticed_s": noticed_s,
         "named": named[:2],
         "exit 0": code == 0,
-        "as expected": bool(re.search(rf"ROOT CAUSE .*{cause}", said)) if cause else not named,
+        "as expected": bool(re.search(rf"ROOT CAUSE .*{cause}", output)) if cause else not named,
         "in time": cause is None or (noticed_s is not None and noticed_s <= limit_s),
         "same bits": code == 0 and scene.bits(run) == reference,
-        "nothing left": not scene.left(),
+        "nothing left": not scene.living(),
     }
 
 
-def refused(scene, name, code, cause, **values) -> dict:
-    """A run that must end with this status and root cause, without a restart."""
+def run_refused(scene, name, code, cause, **values) -> dict:
+    """Runs a job that must end with this status and root cause, without a restart."""
     launched = scene.launch(name, **values)
-    found = launched.wait()
+    status = launched.wait()
     return {
-        f"exit {code}": found == code,
-        "named": bool(re.search(rf"ROOT CAUSE .*{cause}", launched.said(), re.DOTALL)),
-        "nothing left": not scene.left(),
+        f"exit {code}": status == code,
+        "named": bool(re.search(rf"ROOT CAUSE .*{cause}", launched.output(), re.DOTALL)),
+        "nothing left": not scene.living(),
     }
 
 
 def full_disk(scene, times) -> dict:
-    """Of the host that keeps the checkpoints, at a save."""
+    """The disk of the host that stores the checkpoints is full at a save."""
     size = f"size={(600, 900, 1200)[times]}k"
     small = f"/root/small{times}"
     scene.bed.run("h0", "mkdir", "-p", small)
     scene.bed.run("h0", "mount", "-t", "tmpfs", "-o", size, "tmpfs", small)
     values = dict(workdir=f"{small}/run", checkpoint__storage="host0")
-    return refused(scene, f"full-disk-{times}", 78, "No space left", **values)
+    return run_refused(scene, f"full-disk-{times}", REFUSED, "No space left", **values)
 
 
 def non_finite(scene, times) -> dict:
     bad = (3, 5, 8)[times]
     values = dict(optim__learning_rate=1e308, optim__clip_norm=0.0, max_bad_steps=bad)
-    return refused(scene, f"non-finite-{times}", 78, "in a row must be skipped", **values)
+    return run_refused(scene, f"non-finite-{times}", REFUSED, "in a row must be skipped", **values)
 
 
 def stopped(scene, times, phase) -> dict:
-    """`stop` while it ships, compiles, trains or saves: nothing is left on any host."""
+    """A stop while it sends code, compiles, trains or saves leaves nothing on any host."""
     name = f"stop-{phase}-{times}"
     launched = scene.launch(name, steps=2000, save_every=1 if phase == "save" else 1000)
     if phase in ("train", "save"):
         scene.wait_for(launched, name, (5, 9, 14)[times])
     else:
-        launched.wait_to_say({"ship": "preflight of", "compile": "launch: attempt 1"}[phase])
-    launched.process.send_signal(signal.SIGINT)  # no terminal to ask: Ctrl-C is stop
+        launched.wait_for_output({"ship": "preflight of", "compile": "launch: attempt 1"}[phase])
+    launched.process.send_signal(signal.SIGINT)  # without a terminal, Ctrl-C is `stop`
     code = launched.wait()
-    expected = {"train": (75,), "save": (75,), "compile": (143,), "ship": (143, 130, 1)}[phase]
-    return {"code": code, "exit": code in expected, "nothing left": not scene.left()}
+    expected = {"compile": (STOPPED,), "ship": (STOPPED, INTERRUPTED, 1)}.get(phase, (PREEMPTED,))
+    return {"code": code, "exit": code in expected, "nothing left": not scene.living()}
 
 
 def operator_killed(scene, times) -> dict:
-    """An interactive job is gone soon after its operator, for want of a lease."""
+    """An interactive job ends soon after its operator, as nobody renews its lease."""
     name = f"operator-{times}"
     launched = scene.launch(name, steps=5000)
     scene.wait_for(launched, name, (5, 9, 14)[times])
     launched.process.kill()
     launched.wait()
     killed = time.time()
-    while scene.left() and time.time() - killed < 2 * GONE_S:
+    while scene.living() and time.time() - killed < 2 * GONE_S:
         time.sleep(0.5)
     gone_s = time.time() - killed
-    return {"gone_s": round(gone_s), "gone": not scene.left() and gone_s < GONE_S}
+    return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
-ROWS = {name: lambda s, i, name=name: struck(s, name, AT_STEPS[i]) for name in FAULTS}
+ROWS = {name: lambda s, i, name=name: run_with_fault(s, name, AT_STEPS[i]) for name in FAULTS}
 ROWS |= {"full_disk": full_disk, "non_finite": non_finite, "operator": operator_killed}
 ROWS |= {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}

@@ -1,4 +1,4 @@
-"""The trainer, with faults that cannot be made from outside: SIGUSR2 does what /tmp/fault says."""
+"""Runs the trainer; on SIGUSR2 it does what /tmp/fault names: faults that need its own process."""
 
 import runpy
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 def fail(number, frame):
     fault = Path("/tmp/fault").read_text().strip()
     if fault == "memory":
-        held = [bytearray(1 << 20) for _ in range(4096)]
-        raise AssertionError(f"the kernel let {len(held)} MiB pass")
-    time.sleep(1e6)  # stuck in Python; JAX's own threads, its heartbeat among them, live on
+        blocks = [bytearray(1 << 20) for _ in range(4096)]
+        raise AssertionError(f"the kernel let {len(blocks)} MiB pass")
+    time.sleep(1e6)  # blocks Python; JAX's own threads, with its heartbeat, live on
 
 
 signal.signal(signal.SIGUSR2, fail)

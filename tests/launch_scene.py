@@ -1,21 +1,21 @@
-"""A bed with a text, and real training runs on it: what the launcher's acceptance is made of."""
+"""Starts real training runs on a test bed, for the launcher's acceptance."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import runs
+import git_trees
 
+import runs
 from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TRAINER = "-m tests.launch_faulty"
 SUPERVISOR = "launch.host.requests"
-# Double precision: what two runs do alike is seen to the last bit.
+# In double precision, so that two runs can be compared to the last bit.
 FLAGS = {
     "steps": 60,
     "save_every": 10,
@@ -30,7 +30,7 @@ FLAGS = {
 
 
 class Launched:
-    """A command of launch.run, its output in a file."""
+    """A running launch.run, whose output goes to a file."""
 
     def __init__(self, argv, out: Path, env):
         self.out = out
@@ -39,25 +39,25 @@ class Launched:
                 argv, cwd=ROOT, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.out.read_text(errors="replace")
 
     def wait(self, limit_s=600) -> int:
         return self.process.wait(limit_s)
 
-    def wait_to_say(self, text, limit_s=120):
+    def wait_for_output(self, text, limit_s=120):
         deadline = time.monotonic() + limit_s
-        while text not in self.said():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.said()
+        while text not in self.output():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
             time.sleep(0.05)
 
     @property
     def job(self) -> str:
-        return re.search(r"job (\d{4}-\d{6}-\w{4}):", self.said())[1]
+        return git_trees.job_id(self.output())
 
 
 class Scene:
-    """Runs are named; their folders lie in /mnt/shared of the hosts, `shared` out here."""
+    """Starts named runs on a bed. Their folders are in the hosts' /mnt/shared, here `shared`."""
 
     def __init__(self, bed, folder, shared):
         self.bed, self.folder, self.shared = bed, folder, shared
@@ -68,35 +68,35 @@ class Scene:
         self._references: dict = {}
 
     def flags(self, name, **values) -> list[str]:
-        """Of the trainer; `__` stands for the dot."""
+        """Returns flags of the trainer; `__` in a name stands for a dot."""
         values = FLAGS | {key.replace("__", "."): value for key, value in values.items()}
         values = {"workdir": f"/mnt/shared/{name}", "data.text": self.text} | values
         flags = [f"--config.{key}={value}" for key, value in values.items()]
         return ["--config=configs/debug.py", *flags]
 
     def run(self, name, *argv, **env) -> Launched:
-        """launch.run with these arguments; its output is the file NAME.out."""
+        """Starts launch.run with these arguments and the output file NAME.out."""
         argv = [sys.executable, "-m", "launch.run", *map(str, argv)]
         return Launched(argv, self.folder / f"{name}.out", self.env | env)
 
     def launch(self, name, *options, hosts=None, **values) -> Launched:
-        """A launcher on a new run."""
+        """Starts launch.run for a new run."""
         common = [f"--hosts={hosts or self.hosts}", f"--ssh_config={self.bed.ssh_config}"]
         common += ["--backoff_s=1", "--module=tests.launch_faulty"]
         return self.run(name, *common, *options, "--", *self.flags(name, **values))
 
     def reference(self, **values) -> list:
-        """bits() of such a run that nothing strikes; made once."""
+        """Returns bits() of a run with these values and without a fault; it runs only once."""
         key = "whole-" + "-".join(f"{name}{value}" for name, value in sorted(values.items()))
         if key not in self._references:
             launched = self.launch(key, **values)
-            assert launched.wait() == 0, launched.said()
-            assert not self.left(), self.left()
+            assert launched.wait() == 0, launched.output()
+            assert not self.living(), self.living()
             self._references[key] = self.bits(key)
         return self._references[key]
 
     def wait_for(self, launched, name, step, limit_s=240):
-        """Until the run has logged the step."""
+        """Waits until the run has logged the step."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             path = self.shared / name / "metrics.jsonl"
@@ -106,35 +106,37 @@ class Scene:
             if launched.process.poll():
                 break
             time.sleep(0.1)
-        raise AssertionError(f"step {step} was not reached:\n{launched.said()[-2000:]}")
+        raise AssertionError(f"step {step} was not reached:\n{launched.output()[-2000:]}")
 
-    def pids(self, host, what) -> list[int]:
-        return [p for p, line in self.bed.processes(host).items() if what in line]
+    def pids(self, host, part) -> list[int]:
+        """Returns the processes on a host whose command line contains `part`."""
+        return [p for p, line in self.bed.processes(host).items() if part in line]
 
-    def signal(self, host, what, number):
-        for pid in self.pids(host, what):
+    def signal(self, host, part, number):
+        for pid in self.pids(host, part):
             self.bed.run(host, "kill", f"-{number}", pid)
 
     def bits(self, name) -> list:
-        """What the last checkpoint's record says of every leaf: dtype, shape, digest."""
+        """Returns the last checkpoint's step and its record of every leaf: dtype, shape, digest."""
         steps = sorted(int(p.name) for p in (self.shared / name / "checkpoints").iterdir())
         record = self.shared / name / "checkpoints" / str(steps[-1]) / "record" / "metadata"
         return [steps[-1], json.loads(record.read_text())["leaves"]]
 
-    def left(self) -> dict:
+    def living(self) -> dict:
+        """Returns {host: pids} of the trainers and supervisors that still run."""
         found = {h: self.pids(h, TRAINER) + self.pids(h, SUPERVISOR) for h in self.bed.names}
         return {host: pids for host, pids in found.items() if pids}
 
     def same_logs(self, job) -> bool:
-        """Whether the operator holds each host's log to the byte, as the host wrote it."""
+        """Returns whether each log copied here equals, byte for byte, what the host wrote."""
         for host in self.bed.names:
-            there = self.bed.inside(host, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
-            written = subprocess.run(there, check=True, capture_output=True).stdout
+            command = self.bed.inside(host, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
+            written = subprocess.run(command, check=True, capture_output=True).stdout
             if (self.folder / "jobs" / job / f"{host}.log").read_bytes() != written:
                 return False
         return True
 
 
-def holds(row: dict) -> bool:
-    """Whether a row's every yes-or-no is yes."""
+def passes(row: dict) -> bool:
+    """Returns whether every check (boolean value) of a row is true."""
     return all(value for value in row.values() if isinstance(value, bool))

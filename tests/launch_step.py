@@ -1,6 +1,8 @@
-"""The collectives of a run's step, as JSON [[kind, bytes], ...], one an operand: gloo's turns.
+"""Prints the operands of a step's collectives, which gloo handles one after the other.
 
-python -m tests.launch_step DEVICES FLAGS       the flags of jaxtrain.train
+    python -m tests.launch_step DEVICES FLAGS       the flags of jaxtrain.train
+
+The output is JSON: [[kind, bytes], ...].
 """
 
 import json
@@ -21,7 +23,7 @@ from pallas_kernels.hlo import Program, bytes_of  # noqa: E402
 
 
 def operands(program, devices):
-    """(kind, bytes of the whole array) of each operand of each collective of several devices."""
+    """Yields (kind, bytes of the whole array) per operand of each collective across devices."""
     for i, types, times in program.executed():
         kind = i.op.removesuffix("-start")
         if kind in KINDS and len(parse_groups(i.rest, devices)[0]) > 1:

@@ -1,4 +1,4 @@
-"""Whole runs and their checkpoints, on other numbers of processes: rows of the acceptance."""
+"""Rows of tests/launch_acceptance.py: whole runs, resumed on other numbers of processes."""
 
 import subprocess
 import sys
@@ -9,30 +9,30 @@ from launch_scene import ROOT
 from jaxtrain.metrics.jsonl import read_metrics
 
 HALF, WHOLE = 20, 40  # steps
-# Of losses against one process'. The float32 run's sums, taken in another order, part by 2.3e-5 in
-# 200 steps (2 vCPU, jax 0.10.2); float64's by 1e-13: the algorithm is the same.
+# Largest difference of losses from those of one process. Sums in another order make the float32
+# run differ by 2.3e-5 after 200 steps (2 vCPU, jax 0.10.2), and the float64 run by 1e-13.
 WITHIN = {"float32": 1e-4, "float64": 1e-5}
 
 
-def losses(path) -> dict:
-    """{step: loss} of a run's folder."""
+def losses(path) -> dict[int, float]:
+    """Returns {step: loss} of the run in a folder."""
     records = read_metrics(path / "metrics.jsonl")
     return {r["step"]: r["train/loss_nats"] for r in records if "train/loss_nats" in r}
 
 
-def furthest(found: dict, expected: dict) -> float:
-    """The largest difference between losses of the same steps; infinite where steps differ."""
-    if found.keys() != expected.keys():
+def largest_gap(actual: dict[int, float], expected: dict[int, float]) -> float:
+    """Returns the largest difference between losses of a step; inf if the steps differ."""
+    if actual.keys() != expected.keys():
         return float("inf")
-    return max(abs(found[step] - expected[step]) for step in expected)
+    return max(abs(actual[step] - expected[step]) for step in expected)
 
 
 def restored(scene, times, storage) -> dict:
-    """Checkpoints of 3 processes train on with 3, 2 and 1: the same bits, the same losses.
+    """A checkpoint of 3 processes resumes on 3, 2 and 1, with the same bits and losses.
 
-    Every leaf that is restored is compared with its digest, so a run that goes on has the bits.
-    With 3 processes the losses after it are bitwise those of a run without a stop; with fewer, the
-    sums of a step are taken in another order, so they are those to 1e-9.
+    Every restored leaf is compared with its digest, so a run that goes on has the same bits. With
+    3 processes the later losses are bitwise those of a run without a stop. With fewer, a step's
+    sums are in another order, so they agree to 1e-9.
     """
     del times
     place = {"shared": "/mnt/shared", "host0": "/root/runs"}[storage]
@@ -41,9 +41,9 @@ def restored(scene, times, storage) -> dict:
     values = lambda name, steps: keep | dict(workdir=f"{place}/{name}", steps=steps)
     scene.bed.run("h0", "mkdir", "-p", place)
     launched = scene.launch(first, **values(first, HALF))
-    assert launched.wait() == 0, launched.said()
-    undisturbed = scene.launch(f"{storage}-whole", **values(f"{storage}-whole", WHOLE))
-    assert undisturbed.wait() == 0, undisturbed.said()
+    assert launched.wait() == 0, launched.output()
+    uninterrupted = scene.launch(f"{storage}-whole", **values(f"{storage}-whole", WHOLE))
+    assert uninterrupted.wait() == 0, uninterrupted.output()
     row, found = {}, {}
     for count in (3, 2, 1):
         name = f"{storage}-on-{count}"
@@ -52,7 +52,7 @@ def restored(scene, times, storage) -> dict:
         hosts = scene.bed.inventory(scene.folder / f"{name}.toml", only=names)
         launched = scene.launch(name, hosts=hosts, **values(name, WHOLE))
         row[f"exit 0 on {count}"] = launched.wait() == 0
-        row[f"resumed on {count}"] = f"step {HALF}" in launched.said()
+        row[f"resumed on {count}"] = f"step {HALF}" in launched.output()
     for name in [f"{storage}-whole"] + [f"{storage}-on-{count}" for count in (3, 2, 1)]:
         into = scene.folder / f"{name}.run"
         into.mkdir()
@@ -60,23 +60,23 @@ def restored(scene, times, storage) -> dict:
         (into / "metrics.jsonl").write_text(copied)
         found[name] = losses(into)
     expected = found.pop(f"{storage}-whole")
-    gaps = [furthest(found[f"{storage}-on-{count}"], expected) for count in (3, 2, 1)]
+    gaps = [largest_gap(found[f"{storage}-on-{count}"], expected) for count in (3, 2, 1)]
     row |= {"largest_gap_nats": gaps, "bitwise on 3": gaps[0] == 0.0}
-    return row | {"1e-9 on 2 and 1": max(gaps) <= 1e-9, "nothing left": not scene.left()}
+    return row | {"1e-9 on 2 and 1": max(gaps) <= 1e-9, "nothing left": not scene.living()}
 
 
 def two_hundred(scene, times, dtype) -> dict:
-    """200 steps on 3 hosts have the losses of one process."""
+    """200 steps on 3 hosts have the losses of one process, within WITHIN."""
     del times
     name, values = f"steps-200-{dtype}", dict(steps=200, save_every=100, model__dtype=dtype)
     launched = scene.launch(name, **values)
-    row = {"exit 0": launched.wait() == 0, "nothing left": not scene.left()}
-    alone = scene.folder / f"{name}-alone"
-    flags = scene.flags(name, **values, workdir=alone, compile_cache=scene.folder / "xla")
+    row = {"exit 0": launched.wait() == 0, "nothing left": not scene.living()}
+    single = scene.folder / f"{name}-single"
+    flags = scene.flags(name, **values, workdir=single, compile_cache=scene.folder / "xla")
     argv = [sys.executable, "-m", "jaxtrain.train", *flags]
     subprocess.run(argv, env=scene.env, cwd=ROOT, check=True, capture_output=True)
-    gap = furthest(losses(scene.shared / name), losses(alone))
-    last = losses(alone)[200]
+    gap = largest_gap(losses(scene.shared / name), losses(single))
+    last = losses(single)[200]
     return row | {
         "last_loss_nats": last,
         "largest_gap_nats": gap,

@@ -1,17 +1,17 @@
-"""Links of any length between hosts of one machine: a relay of packets between TUN devices.
+"""Simulates links with delay, jitter, rate and loss between hosts of one machine.
 
     python tests/relay.py SOCKET
 
-A stand-in for netem, which many kernels lack. Each host has a TUN device; this process is the wire
-between them. Every directed pair of hosts is a link with a delay, jitter, rate, queue and loss of
-its own, which change at any time. Devices pass TCP's super-packets of 64 KiB whole (IFF_VNET_HDR
-with segmentation offload), so Python carries several Gbit/s; a link counts the segments that a wire
-would have seen. What is lost is lost by super-packet, with the chance that any of its segments is.
+It replaces netem, which many kernels lack. Each host has a TUN device, and this process passes
+packets between them. Every directed pair of hosts is a link with its own settings, which can change
+at any time. Devices pass TCP's super-packets of 64 KiB whole (IFF_VNET_HDR with segmentation
+offload), so Python reaches several Gbit/s; a link counts the segments that a real wire would carry.
+Loss strikes a super-packet, with the probability that any of its segments would be lost.
 
-Requests are JSON lines on the unix socket, each answered by one:
+Requests are JSON lines on the Unix socket, each answered by one:
 
-    {"do": "add", "name": "h0", "address": "10.0.0.1", "device": "tun0"}  a device, to be moved
-    {"do": "link", "from": "h0", "to": "*", "delay_ms": 75.0}             others stay as they were
+    {"do": "add", "name": "h0", "address": "10.0.0.1", "device": "tun0"}  creates a device
+    {"do": "link", "from": "h0", "to": "*", "delay_ms": 75.0}             changes only what it names
     {"do": "stats"}                                                       {"h0 > h1": counters}
 """
 
@@ -33,20 +33,20 @@ from contextlib import suppress
 TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
 IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
-HEAD = 10  # bytes of struct virtio_net_hdr before each packet. Source: linux/virtio_net.h
-LARGEST = HEAD + 65_535
-AT_ONCE = 64  # packets of one device before the others have their turn
+HEADER_BYTES = 10  # struct virtio_net_hdr, before each packet. Source: linux/virtio_net.h
+LARGEST = HEADER_BYTES + 65_535
+AT_ONCE = 64  # packets of one device before it is the next one's turn
 FRAME_BYTES = 14  # Ethernet's header, for the rate and the counters
 
 
 class Link:
-    """One direction between two hosts. Times in seconds, sizes in bytes."""
+    """One direction between two hosts."""
 
     def __init__(self):
         self.delay_ms = self.jitter_ms = 0.0
-        self.rate_mbit = 0.0  # 0: as fast as this process
-        self.queue_bytes = 4 << 20  # what waits for a rate; more is dropped at the tail
-        self.loss = 0.0  # of a segment
+        self.rate_mbit = 0.0  # 0: no limit
+        self.queue_bytes = 4 << 20  # that wait for the rate limit; more are dropped
+        self.loss = 0.0  # probability, per segment
         self.up = True
         self.free_at = self.last_at = 0.0
         self.counts = dict.fromkeys(("packets", "segments", "bytes", "dropped", "lost"), 0)
@@ -57,8 +57,8 @@ class Link:
             raise ValueError(f"a link has {sorted(known)}; got {sorted(unknown)}")
         vars(self).update(values)
 
-    def release(self, packet, now: float):
-        """When the packet arrives; None where it does not."""
+    def release(self, packet: bytes, now: float) -> float | None:
+        """Returns when the packet arrives; None if it does not."""
         segments, size = on_the_wire(packet)
         if not self.up or (self.loss and random.random() > (1 - self.loss) ** segments):
             self.counts["lost"] += segments
@@ -71,38 +71,38 @@ class Link:
                 return None
             at = self.free_at = start + size / (self.rate_mbit * 125_000)
         at += (self.delay_ms + self.jitter_ms * random.uniform(-1, 1)) / 1e3
-        self.last_at = max(at, self.last_at, now)  # a wire keeps the order
+        self.last_at = max(at, self.last_at, now)  # a wire does not reorder packets
         self.counts["packets"] += 1
         self.counts["segments"] += segments
         self.counts["bytes"] += size
         return self.last_at
 
 
-def on_the_wire(packet) -> tuple[int, int]:
-    """(segments, bytes with headers) into which a network card cuts a packet of a device."""
+def on_the_wire(packet: bytes) -> tuple[int, int]:
+    """Returns (segments, bytes with headers) into which a network card would cut a packet."""
     kind, segment_bytes = packet[1], packet[4] | packet[5] << 8  # gso_type, gso_size
-    size = len(packet) - HEAD
+    size = len(packet) - HEADER_BYTES
     if not kind or not segment_bytes:
         return 1, size + FRAME_BYTES
-    ip_bytes = (packet[HEAD] & 15) * 4
-    headers = ip_bytes + (packet[HEAD + ip_bytes + 12] >> 4) * 4  # TCP's data offset
+    ip_bytes = (packet[HEADER_BYTES] & 15) * 4
+    headers = ip_bytes + (packet[HEADER_BYTES + ip_bytes + 12] >> 4) * 4  # TCP's data offset
     segments = -(-(size - headers) // segment_bytes)
     return segments, size + (segments - 1) * headers + segments * FRAME_BYTES
 
 
 def open_device(name: str) -> int:
-    """A TUN device in this process's network namespace."""
+    """Creates a TUN device in this process's network namespace; returns its file descriptor."""
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    fcntl.ioctl(device, TUNSETVNETHDRSZ, struct.pack("i", HEAD))
+    fcntl.ioctl(device, TUNSETVNETHDRSZ, struct.pack("i", HEADER_BYTES))
     offload = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
     fcntl.ioctl(device, TUNSETOFFLOAD, offload)
     return device
 
 
 class Relay:
-    """Devices by name, links by (from, to), and what is on its way."""
+    """The devices by name, the links by (from, to), and the packets under way."""
 
     def __init__(self, path: str):
         self.server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -113,7 +113,7 @@ class Relay:
         self.by_address: dict[bytes, str] = {}
         self.links: dict[tuple[str, str], Link] = {}
         self.clients: set[socket.socket] = set()
-        self.flying: list = []  # heap of (arrival, number, link, to, packet)
+        self.under_way: list = []  # heap of (arrival, number, link, to, packet)
         self.numbers = itertools.count()
 
     def run(self) -> None:
@@ -123,45 +123,48 @@ class Relay:
             ready, _, _ = select.select(inputs, [], [], wait_s)  # to the microsecond
             for source in ready:
                 if source in self.names:
-                    self.take(source)
+                    self.read(source)
                 elif source is self.server:
                     self.clients.add(self.server.accept()[0])
                 elif source in self.clients:
                     self.answer(source)
 
     def deliver(self) -> float | None:
-        """Writes what has arrived; seconds until the next arrival."""
-        while self.flying:
-            at, _, _, to, packet = self.flying[0]
+        """Delivers the packets whose time has come; returns the seconds until the next one."""
+        while self.under_way:
+            at, _, _, to, packet = self.under_way[0]
             wait_s = at - time.monotonic()
             if wait_s > 0:
                 return wait_s
-            heapq.heappop(self.flying)
-            self.give(to, packet)
+            heapq.heappop(self.under_way)
+            self.write(to, packet)
         return None
 
-    def give(self, to: str, packet: bytes) -> None:
+    def write(self, to: str, packet: bytes) -> None:
         device = self.devices.get(to)
         if device is not None:
-            with suppress(OSError):  # it is down or gone: a wire does not mind
+            with suppress(OSError):  # the host is down: a wire does not notice
                 os.write(device, packet)
 
-    def take(self, device: int) -> None:
+    def read(self, device: int) -> None:
+        """Reads packets from a device and puts them on their links."""
         name = self.names[device]
         for _ in range(AT_ONCE):
             try:
                 packet = os.read(device, LARGEST)
             except OSError as error:
-                if error.errno != errno.EAGAIN:  # its host was switched off
+                if error.errno != errno.EAGAIN:  # its host was powered off
                     self.remove(name)
                 return
-            to = self.by_address.get(packet[HEAD + 16 : HEAD + 20])  # IPv4's destination
+            to = self.by_address.get(
+                packet[HEADER_BYTES + 16 : HEADER_BYTES + 20]
+            )  # IPv4's destination
             if to is None or to == name:
                 continue
             link, now = self.links[name, to], time.monotonic()
             at = link.release(packet, now)
             if at is not None:
-                heapq.heappush(self.flying, (at, next(self.numbers), link, to, packet))
+                heapq.heappush(self.under_way, (at, next(self.numbers), link, to, packet))
         self.deliver()
 
     def answer(self, client) -> None:
@@ -171,34 +174,36 @@ class Relay:
             client.close()
             return
         try:
-            said = {"ok": self.serve(json.loads(line))}
+            answer = {"ok": self.serve(json.loads(line))}
         except (ValueError, KeyError, OSError, TypeError) as error:
-            said = {"error": f"{type(error).__name__}: {error}"}
-        client.sendall(json.dumps(said).encode() + b"\n")
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        client.sendall(json.dumps(answer).encode() + b"\n")
 
-    def serve(self, request: dict):
+    def serve(self, request: dict) -> object:
+        """Returns the answer to a request."""
         do = request.pop("do")
         if do == "add":
             return self.add(**request)
         if do == "link":
-            given, to = request.pop("from"), request.pop("to")
-            return [self.change(a, b, request) for a, b in self.links if self.fits(a, b, given, to)]
+            source, to = request.pop("from"), request.pop("to")
+            pairs = [(a, b) for a, b in self.links if self.matches(a, b, source, to)]
+            return [self.change(a, b, request) for a, b in pairs]
         if do == "stats":
             return {f"{a} > {b}": link.counts for (a, b), link in self.links.items()}
         raise ValueError(f"do must be add, link or stats; got {do!r}")
 
-    def fits(self, a, b, given, to) -> bool:
-        for name in (given, to):
+    def matches(self, a: str, b: str, source: str, to: str) -> bool:
+        for name in (source, to):
             if name != "*" and name not in self.by_address.values():
                 raise ValueError(f"a host must be one of {sorted(self.devices)} or *; got {name!r}")
-        return given in (a, "*") and to in (b, "*")
+        return source in (a, "*") and to in (b, "*")
 
     def add(self, name: str, address: str, device: str) -> None:
         self.remove(name)
         self.devices[name] = fd = open_device(device)
         self.names[fd] = name
         self.by_address[socket.inet_aton(address)] = name
-        for other in set(self.by_address.values()) - {name}:  # a host that came back keeps its own
+        for other in set(self.by_address.values()) - {name}:  # links survive a reboot of their host
             self.links.setdefault((name, other), Link())
             self.links.setdefault((other, name), Link())
 
@@ -211,21 +216,25 @@ class Relay:
     def change(self, a: str, b: str, values: dict) -> str:
         link = self.links[a, b]
         link.change(values)
-        if not link.up:  # what is on the cable when it is cut does not arrive
-            self.flying = [packet for packet in self.flying if packet[2] is not link]
-            heapq.heapify(self.flying)
+        if not link.up:  # packets that are on a cable when it is cut are lost
+            self.under_way = [packet for packet in self.under_way if packet[2] is not link]
+            heapq.heapify(self.under_way)
         return f"{a} > {b}"
 
 
 def ask(path, request: dict):
-    """The answer of the relay at a socket. Raises ValueError with what it says."""
+    """Sends a request to the relay at a socket; returns its answer.
+
+    Raises:
+        ValueError: the relay reports an error.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(str(path))
         sock.sendall(json.dumps(request).encode() + b"\n")
-        said = json.loads(sock.makefile().readline())
-    if "error" in said:
-        raise ValueError(f"relay: {said['error']}")
-    return said["ok"]
+        answer = json.loads(sock.makefile().readline())
+    if "error" in answer:
+        raise ValueError(f"relay: {answer['error']}")
+    return answer["ok"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run directories as the trainer writes them, with step times and losses of choice."""
+"""Writes run directories as the trainer does, with chosen step times and losses."""
 
 import json
 import math
@@ -16,7 +16,7 @@ TOKENS = 524_288  # a step
 
 
 def series(steps, median_s=1.0, seed=0, spread=0.02):
-    """Step times with noise, a slow drift and now and then a long one."""
+    """Returns step times with noise, a slow drift and rare outliers."""
     rng = random.Random(seed)
     times = []
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Small Llamas, Qwen3s and a GPT-2 with random weights, and their way out and in."""
+"""Small Llamas, Qwen3s and a GPT-2 with random weights, and functions that export and read them."""
 
 import dataclasses
 import functools

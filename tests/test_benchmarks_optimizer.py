@@ -16,7 +16,7 @@ from jaxtrain.optim.build import build_optimizer
 TINY = dict(L=2, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 JAX_ONLY = ["jaxtrain float32", "optax float32", "jaxtrain bfloat16"]
-HERE = ("jaxtrain", "optax", "torch") if HAS_TORCH else ("jaxtrain", "optax")
+INSTALLED = ("jaxtrain", "optax", "torch") if HAS_TORCH else ("jaxtrain", "optax")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +27,7 @@ def one_thread():
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only fight over matrices this small
+    torch.set_num_threads(1)  # more threads are slower on matrices this small
     yield
     torch.set_num_threads(threads)
 
@@ -41,19 +41,22 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def rows(tiny):
-    return {row["variant"]: row for row in optimizer.run("s", rounds=2, most_s=60, variants=HERE)}
+    return {
+        row["variant"]: row
+        for row in optimizer.measure("s", rounds=2, most_s=60, variants=INSTALLED)
+    }
 
 
 @pytest.fixture(scope="module")
 def stepped(tiny):
-    """Ours and optax's in float32, each after its first step."""
-    group = optimizer.contenders(tiny, ["float32"], ["jaxtrain", "optax"])
-    for update in group.values():
+    """Returns jaxtrain's and optax's float32 updates after their first step."""
+    updates = optimizer.build_updates(tiny, ["float32"], ["jaxtrain", "optax"])
+    for update in updates.values():
         update(0)
-    return group
+    return updates
 
 
-def test_the_sizes_are_the_training_suites_and_the_124m_config():
+def test_the_sizes_are_those_of_suite_cpu_and_of_the_124m_config():
     model = freeze(gpt_124m.get_config()).model
     shapes = optimizer.ModelConfig(**optimizer.SIZES["124m"], remat=model.remat)
     assert shapes == model
@@ -73,28 +76,31 @@ def test_every_variant_takes_turns_and_is_compared_in_its_own_dtype(rows):
         ours, theirs = row["ratio"].split(" / ")
         assert row["wall"] == rows[theirs]["wall_s"] / rows[ours]["wall_s"]
         assert ("target >= 2" in row["target"]) == ("optax" in theirs)
-        assert row["ratio"] in optimizer.show(list(rows.values()))
+        assert row["ratio"] in optimizer.tables(list(rows.values()))
 
 
-def test_memory_is_what_xla_assigned_and_is_set_against_the_largest_stack(rows, stepped):
+def test_temporary_memory_is_xlas_and_is_compared_with_the_largest_stack(rows, stepped):
     for name, update in stepped.items():
         analysis = update.step.compiled.memory_analysis()
         assert rows[name]["temp_bytes"] == analysis.temp_size_in_bytes > 0
-        assert rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32  # of up, not of four squares
+        # The largest is mlp.up, [L,D,F] in float32, and not one of attention's square matrices.
+        assert rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32
     row = rows["jaxtrain float32"]
-    assert f"{row['temp_bytes'] / 4096:.2f} target <= 1.5" in optimizer.show([row])
+    assert f"{row['temp_bytes'] / 4096:.2f} target <= 1.5" in optimizer.tables([row])
 
 
-def test_parameters_and_state_are_changed_in_place_and_the_start_is_kept(tiny, stepped):
+def test_parameters_and_state_are_updated_in_place_but_the_problem_is_not(tiny, stepped):
     leaves = jax.tree.leaves(tiny.params)
     for update in stepped.values():
-        moved = jax.tree.leaves(update.read())
+        moved = jax.tree.leaves(update.read_params())
         aliased = update.step.compiled.memory_analysis().alias_size_in_bytes
-        assert aliased >= 2 * sum(x.nbytes for x in leaves)  # each has a moment at least
+        assert aliased >= 2 * sum(
+            x.nbytes for x in leaves
+        )  # parameters and at least one moment of each
         assert not any(map(np.array_equal, leaves, moved))
 
 
-def test_optax_is_given_the_matrices_and_only_them(tiny):
+def test_optax_applies_muon_to_the_matrices_only(tiny):
     transform = optimizer.optax_muon(optimizer.optim_config("float32"), tiny.axes)
     momentum = transform.init(tiny.params).inner_states["muon"].inner_state[0].mu
     with_momentum = jax.tree.map(lambda m: hasattr(m, "shape"), momentum, is_leaf=_is_masked)
@@ -106,27 +112,27 @@ def _is_masked(x):
 
 
 @pytest.mark.parametrize("wrong", [dict(ns_steps=4), dict(adam_learning_rate=3.03e-3)])
-def test_a_variant_that_makes_another_step_is_refused(tiny, stepped, wrong):
+def test_a_variant_that_makes_another_update_is_an_error(tiny, stepped, wrong):
     cfg = dataclasses.replace(optimizer.optim_config("float32"), **wrong)
     other = optimizer.JaxUpdate(build_optimizer(cfg, tiny.axes), tiny)
     other(0)
-    group = {"jaxtrain float32": stepped["jaxtrain float32"], "other float32": other}
-    with pytest.raises(RuntimeError, match="must make the same first step within 0.0001; got "):
-        optimizer.check_agreement("s", group, tiny)
+    updates = {"jaxtrain float32": stepped["jaxtrain float32"], "other float32": other}
+    with pytest.raises(RuntimeError, match="must make the same first update within 0.0001; got "):
+        optimizer.check_agreement("s", updates, tiny)
 
 
-def test_one_wrong_matrix_of_a_stack_is_seen(tiny, stepped, monkeypatch):
+def test_one_wrong_matrix_of_a_stack_is_an_error(tiny, stepped, monkeypatch):
     optimizer.check_agreement("s", stepped, tiny)
-    params, start = stepped["optax float32"].read(), tiny.params
+    params, start = stepped["optax float32"].read_params(), tiny.params
     w_LDF, start_LDF = (tree["blocks"]["mlp"]["up"]["w"] for tree in (params, start))
-    w_LDF[1] = 2 * start_LDF[1] - w_LDF[1]  # up the hill
-    monkeypatch.setattr(stepped["optax float32"], "read", lambda: params)
+    w_LDF[1] = 2 * start_LDF[1] - w_LDF[1]  # the update with the wrong sign
+    monkeypatch.setattr(stepped["optax float32"], "read_params", lambda: params)
     with pytest.raises(RuntimeError, match="got 2 between .* in blocks.mlp.up.w of s"):
         optimizer.check_agreement("s", stepped, tiny)
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="torch is missing: install the crosscheck extra")
-def test_torch_narrows_again_after_the_patched_iteration(tiny):
+def test_torch_casts_to_bfloat16_again_after_a_float32_update(tiny):
     import torch
 
     update = optimizer.TorchUpdate("float32", tiny)
@@ -134,7 +140,7 @@ def test_torch_narrows_again_after_the_patched_iteration(tiny):
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16
 
 
-def test_the_suite_runs_what_is_chosen_and_needs_no_torch_for_it(tiny, tmp_path, capsys):
+def test_the_suite_runs_only_the_chosen_variants(tiny, tmp_path, capsys):
     flags = ["--sizes=s", "--dtypes=bfloat16", "--variants=jaxtrain,optax", "--rounds=1"]
     bench.main(["--suite=optimizer", *flags, f"--json={tmp_path / 'rows.jsonl'}"])
     stored = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
@@ -144,6 +150,6 @@ def test_the_suite_runs_what_is_chosen_and_needs_no_torch_for_it(tiny, tmp_path,
 
 
 @pytest.mark.skipif(HAS_TORCH, reason="torch is here")
-def test_without_torch_the_suite_says_what_to_install_or_leave_out():
+def test_without_torch_the_error_names_the_extra_and_the_flag():
     with pytest.raises(SystemExit, match="jaxtrain\\[crosscheck\\].*--variants=jaxtrain,optax"):
         bench.main(["--suite=optimizer", "--sizes=s"])

@@ -28,7 +28,7 @@ def two_steps(tmp_path_factory):
 
 @pytest.fixture
 def folder(two_steps, tmp_path):
-    """A copy of a folder with good steps 1 and 2, to break."""
+    """A copy, to be damaged, of a folder with good steps 1 and 2."""
     return shutil.copytree(two_steps, tmp_path / "checkpoints")
 
 
@@ -39,7 +39,7 @@ def flip(file, offset):
 
 
 def flip_a_weight(step_folder):
-    """Flips a bit inside the stored numbers of params.w, where Orbax notices nothing."""
+    """Flips a bit of a stored number of params.w, which Orbax does not detect."""
     raw = np.asarray(build_state(seed=2)["params"]["w"]).tobytes()
     [(file, at)] = [(f, f.read_bytes().find(raw)) for f in data_files(step_folder)
                     if raw in f.read_bytes()]  # fmt: skip
@@ -79,7 +79,7 @@ CORRUPTIONS = {
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_a_broken_step_is_named_passed_over_and_set_aside(folder, kind, caplog):
+def test_a_damaged_step_is_reported_skipped_and_moved_aside(folder, kind, caplog):
     corrupt, reason = CORRUPTIONS[kind]
     corrupt(folder / "2")
     broken = sorted(p.relative_to(folder / "2") for p in (folder / "2").rglob("*"))
@@ -87,10 +87,10 @@ def test_a_broken_step_is_named_passed_over_and_set_aside(folder, kind, caplog):
         restored = checkpoints.restore(abstract(build_state()))
         assert (restored.step, restored.meta) == (1, {"next": 1})
         assert_same(restored.state, build_state(seed=1))
-        [(step, said)] = checkpoints.rejected
+        [(step, message)] = checkpoints.rejected
         assert step == 2
-        assert re.search(reason, said), said
-        assert f"Checkpoint at step 2 rejected: {said}" in caplog.text
+        assert re.search(reason, message), message
+        assert f"Checkpoint at step 2 rejected: {message}" in caplog.text
         aside = folder.parent / "checkpoints_rejected/2"
         assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == broken
         checkpoints.save(2, build_state(seed=2), {"next": 2})
@@ -98,7 +98,7 @@ def test_a_broken_step_is_named_passed_over_and_set_aside(folder, kind, caplog):
         assert_same(checkpoints.restore(abstract(build_state())).state, build_state(seed=2))
 
 
-def test_no_flipped_byte_anywhere_is_ever_restored_as_if_it_were_good(folder):
+def test_no_flipped_byte_in_any_file_is_restored_silently(folder):
     files = [p for p in (folder / "2").rglob("*") if p.is_file() and p.stat().st_size]
     rng = np.random.default_rng(0)
     with Checkpoints(folder, 9, read_only=True) as checkpoints:
@@ -111,7 +111,7 @@ def test_no_flipped_byte_anywhere_is_ever_restored_as_if_it_were_good(folder):
             flip(file, offset)
 
 
-def test_steps_are_only_rejected_beside_each_other_and_keep_their_own_folder(folder):
+def test_rejected_folders_of_the_same_step_get_different_names(folder):
     for k in range(3):
         empty(folder / "2")
         with Checkpoints(folder, 9) as checkpoints:
@@ -122,7 +122,7 @@ def test_steps_are_only_rejected_beside_each_other_and_keep_their_own_folder(fol
         assert names == ["2", "2.1", "2.2"][: k + 1]
 
 
-def test_reading_only_moves_and_writes_nothing(folder):
+def test_read_only_checkpoints_change_no_file(folder):
     flip_a_weight(folder / "2")
     (folder / "3.orbax-checkpoint-tmp").mkdir()
     before = sorted(folder.parent.rglob("*"))
@@ -133,7 +133,7 @@ def test_reading_only_moves_and_writes_nothing(folder):
     assert sorted(folder.parent.rglob("*")) == before
 
 
-def test_where_no_step_is_good_nothing_is_started_over_or_moved(folder):
+def test_if_every_step_is_damaged_restore_raises_and_moves_nothing(folder):
     truncate(folder / "1")
     empty(folder / "2")
     for _ in range(2):  # the second start must not find an empty folder
@@ -144,7 +144,7 @@ def test_where_no_step_is_good_nothing_is_started_over_or_moved(folder):
     assert not (folder.parent / "checkpoints_rejected").exists()
 
 
-def test_the_digests_are_what_notices_a_flipped_bit(folder):
+def test_without_the_digest_check_a_flipped_bit_is_restored(folder):
     flip_a_weight(folder / "2")
     with Checkpoints(folder, 9) as checkpoints:
         step, state, _ = checkpoints.restore(abstract(build_state()), device_check=False)

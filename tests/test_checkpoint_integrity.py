@@ -63,7 +63,7 @@ def test_a_swap_of_a_number_and_its_negative_changes_the_digest():
     assert compute_digests([jnp.asarray(x)]) != compute_digests([jnp.asarray(swapped)])
 
 
-def test_the_signs_of_zeros_and_the_bits_of_nans_count():
+def test_the_digest_distinguishes_signed_zeros_and_nan_bits():
     quiet, other = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
     values = [np.float32(0.0), np.float32(-0.0), quiet, other]
     assert len(set(compute_digests([jnp.full(3, value) for value in values]))) == 4
@@ -78,7 +78,7 @@ def test_the_digest_does_not_depend_on_the_layout(sizes):
     assert set(compute_digests(arrays)) == set(compute_digests([jnp.asarray(x)]))
 
 
-def test_the_digest_needs_no_memory_of_the_arrays_size():
+def test_the_digest_needs_no_temporary_of_the_arrays_size():
     for sharding in (None, NamedSharding(build_mesh(MeshConfig()), P(None, "fsdp"))):
         x = jax.ShapeDtypeStruct((1024, 4096), jnp.float32, sharding=sharding)
         compiled = (
@@ -87,13 +87,13 @@ def test_the_digest_needs_no_memory_of_the_arrays_size():
         assert compiled.memory_analysis().temp_size_in_bytes < 4096
 
 
-def test_what_has_no_bits_of_its_own_is_refused():
+def test_a_dtype_without_addressable_bits_is_refused():
     for x in (jax.random.key(0), jnp.zeros(2, jnp.complex64), jnp.zeros(2, jnp.int4)):
         with pytest.raises(ValueError, match="needs a bool, integer or float array"):
             compute_digests([x])
 
 
-def test_any_letter_changed_in_a_record_is_noticed(tmp_path):
+def test_a_record_with_any_changed_character_is_rejected(tmp_path):
     folder = tmp_path / "7"
     for name in ("record/metadata", "state/_METADATA", "state/manifest.ocdbt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def folder(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def test_where_no_step_is_stored_there_is_nothing_to_restore(tmp_path):
+def test_without_a_stored_step_restore_returns_none(tmp_path):
     for folder in (tmp_path, tmp_path / "not" / "there"):
         with Checkpoints(folder, 1) as checkpoints:
             assert checkpoints.restore(abstract(build_state())) is None
@@ -59,7 +59,7 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
-def test_a_config_of_another_state_is_refused_and_no_step_blamed(folder, kind):
+def test_a_template_of_another_state_is_refused_and_no_step_is_rejected(folder, kind):
     state = build_state()
     change, message = MISMATCHES[kind]
     change(state)
@@ -68,7 +68,7 @@ def test_a_config_of_another_state_is_refused_and_no_step_blamed(folder, kind):
     assert checkpoints.rejected == [] and checkpoints.steps() == [1, 2]
 
 
-def test_a_newer_format_is_an_error_that_says_so(folder):
+def test_a_checkpoint_of_a_newer_format_is_refused(folder):
     rewrite_record(folder / "2", format=FORMAT + 1)
     with Checkpoints(folder, 9) as checkpoints:
         for read in (lambda: checkpoints.restore(abstract(build_state())), checkpoints.read_meta):
@@ -76,7 +76,7 @@ def test_a_newer_format_is_an_error_that_says_so(folder):
                 read()
 
 
-def test_meta_is_read_without_the_arrays_and_from_the_newest_intact_record(folder):
+def test_read_meta_needs_no_arrays_and_skips_damaged_records(folder):
     shutil.rmtree(folder / "2/state/ocdbt.process_0")
     with Checkpoints(folder, 9, read_only=True) as checkpoints:
         assert checkpoints.read_meta() == checkpoints.read_meta(2) == {"next": 2}
@@ -123,7 +123,7 @@ def test_a_state_donated_right_after_save_is_stored_as_it_was(tmp_path, cfg):
         assert bits(checkpoints.restore(template).state) == before != bits(state)
 
 
-def test_the_newest_and_the_multiples_are_kept(tmp_path):
+def test_keep_last_and_keep_every_decide_which_steps_remain(tmp_path):
     with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
         for step in range(1, 11):
             checkpoints.save(step, {"x": jnp.int32(step)}, {})
@@ -137,7 +137,7 @@ def test_a_step_must_be_newer_than_what_is_stored(folder):
                 checkpoints.save(step, build_state(), {})
 
 
-def test_a_leaf_that_is_no_array_is_refused(tmp_path):
+def test_leaves_that_cannot_be_stored_are_refused(tmp_path):
     with Checkpoints(tmp_path, 1) as checkpoints:
         for leaf in (3, np.zeros(2), "text"):
             with pytest.raises(ValueError, match="a.x="):
@@ -153,14 +153,14 @@ def test_a_leaf_that_is_no_array_is_refused(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """No file may grow past 64 KiB: what a full disk does to a writer."""
+    """Limits files to 64 KiB, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_fails_in_the_background_is_raised_by_wait_and_on_leaving(tmp_path, full_disk):
+def test_the_error_of_a_background_save_is_raised_by_wait_and_on_exit(tmp_path, full_disk):
     state = {"w": jnp.arange(1 << 20)}
     with pytest.raises(Exception, match="File too large"):
         with Checkpoints(tmp_path, 1) as checkpoints:
@@ -172,7 +172,7 @@ def test_a_save_that_fails_in_the_background_is_raised_by_wait_and_on_leaving(tm
     assert checkpoints.steps() == []
 
 
-def test_a_failed_save_does_not_mask_the_error_that_stops_the_run(tmp_path, full_disk, caplog):
+def test_a_failed_save_does_not_hide_the_error_that_ends_the_run(tmp_path, full_disk, caplog):
     with pytest.raises(ZeroDivisionError):
         with Checkpoints(tmp_path, 1) as checkpoints:
             checkpoints.save(1, {"w": jnp.arange(1 << 20)}, {})
@@ -180,7 +180,7 @@ def test_a_failed_save_does_not_mask_the_error_that_stops_the_run(tmp_path, full
     assert "The last checkpoint was not saved" in caplog.text
 
 
-def test_an_error_in_the_run_leaves_the_save_before_it_whole(tmp_path):
+def test_an_error_in_the_run_does_not_damage_the_save_before_it(tmp_path):
     state = {"w": jnp.arange(1 << 20)}
     with pytest.raises(KeyboardInterrupt):
         with Checkpoints(tmp_path, 1) as checkpoints:
@@ -189,7 +189,7 @@ def test_an_error_in_the_run_leaves_the_save_before_it_whole(tmp_path):
     assert_same(Checkpoints(tmp_path, 1).restore(abstract(state)).state, state)
 
 
-def test_orbax_is_quiet_and_our_own_lines_are_not(tmp_path, caplog):
+def test_orbax_logs_nothing_and_our_own_lines_are_logged(tmp_path, caplog):
     caplog.set_level(std_logging.INFO, "absl")
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, build_state(), {})
@@ -199,12 +199,12 @@ def test_orbax_is_quiet_and_our_own_lines_are_not(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["a line of ours"]
 
 
-def test_a_reader_beside_a_run_takes_the_step_that_has_replaced_the_one_it_was_reading(tmp_path):
+def test_a_reader_takes_the_newer_step_if_the_run_deletes_the_one_it_reads(tmp_path):
     template = abstract(build_state())
     with Checkpoints(tmp_path, 1) as run, Checkpoints(tmp_path, 1, read_only=True) as reader:
 
         class Slow(SharedStore):
-            """Reads so slowly that the run saves two more steps meanwhile, and removes this one."""
+            """Reads so slowly that the run saves newer steps and deletes this one."""
 
             def read(self, folder, template):
                 newest = int(folder.name)

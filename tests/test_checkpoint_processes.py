@@ -61,7 +61,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_last_good_step(tmp_path):
 
 SEVERAL = """
     import itertools, os, signal, sys, jax, jax.numpy as jnp
-    port, i, own, shared, alone = sys.argv[1:]
+    port, i, own, shared, private = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", 2, int(i))
     from jax.experimental.multihost_utils import reached_preemption_sync_point
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -100,21 +100,21 @@ SEVERAL = """
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        with Checkpoints(alone, 1) as checkpoints:
+        with Checkpoints(private, 1) as checkpoints:
             try:
                 checkpoints.save(4, state, {})
             except ValueError as error:
                 assert "--checkpoint.storage=host0" in str(error), error
             else:
                 raise AssertionError("two folders were taken for one")
-        with Checkpoints(alone, 1, storage="host0") as checkpoints:
+        with Checkpoints(private, 1, storage="host0") as checkpoints:
             checkpoints.storage = Process0Store(checkpoints.folder, 1, 0, piece_bytes=4096)
             for step in (4, 5):
                 checkpoints.save(step, state, {"next": step})
             step, _, meta = checkpoints.restore(template)  # it compares the bits' digests
             assert (step, meta) == (5, {"next": 5})
             assert broadcast_from_process_0(checkpoints.steps) == [5]
-        with Checkpoints(alone + "/5/record/metadata", 1, storage="host0") as checkpoints:
+        with Checkpoints(private + "/5/record/metadata", 1, storage="host0") as checkpoints:
             try:
                 checkpoints.save(6, state, {})
             except CheckpointError as error:
@@ -124,7 +124,7 @@ SEVERAL = """
 """
 
 
-def test_processes_agree_on_the_step_even_if_one_alone_cannot_read_it(tmp_path):
+def test_all_processes_skip_a_step_that_only_one_of_them_cannot_read(tmp_path):
     with Checkpoints(tmp_path / "shared", 9) as checkpoints:
         split = NamedSharding(mesh_of(FSDP), P("fsdp"))
         for step in (1, 2):
@@ -151,9 +151,9 @@ def test_processes_agree_on_the_step_even_if_one_alone_cannot_read_it(tmp_path):
     ]
     errors = [child.communicate(timeout=120)[1].decode() for child in children]
     assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
-    assert (tmp_path / "own/checkpoints_rejected/2").is_dir()  # process 0 alone moves
+    assert (tmp_path / "own/checkpoints_rejected/2").is_dir()  # only process 0 moves
     assert (tmp_path / "own/1/2").exists()
-    assert (tmp_path / "0/checkpoints/5").is_dir()  # host0: process 0 alone writes
+    assert (tmp_path / "0/checkpoints/5").is_dir()  # host0: only process 0 writes
     assert not (tmp_path / "1/checkpoints").exists()
     with Checkpoints(tmp_path / "shared", 9) as checkpoints:
         restored = checkpoints.restore(abstract(state))

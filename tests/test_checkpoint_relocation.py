@@ -14,7 +14,7 @@ def folder(root, **logs):
     return root
 
 
-def test_where_another_host_has_become_process_0_later_steps_are_found(tmp_path):
+def test_later_steps_on_a_former_process_0_are_found(tmp_path):
     a = find_earlier_start(folder(tmp_path / "a", p0=50), [20, 40])  # it was process 0
     b = find_earlier_start(folder(tmp_path / "b", p1=49), [])
     assert "has logged step 50 and stores checkpoint 40" in describe_later_steps([b, a])
@@ -28,7 +28,7 @@ def test_where_another_host_has_become_process_0_later_steps_are_found(tmp_path)
     assert "stores checkpoint 40" in describe_later_steps([again, a])
 
 
-def test_a_run_that_ended_before_its_first_save_begins_anew_where_it_was(tmp_path):
+def test_a_run_that_ended_before_its_first_save_may_start_over_on_its_host(tmp_path):
     led = find_earlier_start(folder(tmp_path / "a", p0=0), [])  # killed before a line was written
     other = find_earlier_start(folder(tmp_path / "b", p1=8), [])
     fresh = find_earlier_start(folder(tmp_path / "c"), [])
@@ -40,6 +40,6 @@ def test_a_run_that_ended_before_its_first_save_begins_anew_where_it_was(tmp_pat
     )
 
 
-def test_a_start_without_the_checkpoints_says_what_to_do(tmp_path):
+def test_the_error_of_a_moved_process_0_names_the_ways_out(tmp_path):
     with pytest.raises(ValueError, match="step 49. Start with the former process 0's host first"):
         check_not_moved(folder(tmp_path / "b", p1=49), [])

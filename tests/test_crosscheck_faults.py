@@ -1,4 +1,4 @@
-"""Ten classic faults, each planted in the twin: `compare` names the part and the first step."""
+"""Plants classic faults in the PyTorch side; the comparison must name the stage and the step."""
 
 import dataclasses
 import math
@@ -8,37 +8,37 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip(
-    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
+    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from jaxtrain.crosscheck import torch_model  # noqa: E402
-from jaxtrain.crosscheck.comparison import compare  # noqa: E402
-from jaxtrain.crosscheck.explanation import explain, table  # noqa: E402
-from tests.crosscheck_sides import ours_of, small, theirs_of  # noqa: E402
+from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
+from jaxtrain.crosscheck.explanation import explain, steps_table  # noqa: E402
+from tests.crosscheck_sides import record_jax, record_torch, small_config  # noqa: E402
 
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
 RUNS = {
-    "gpt2": {"form": "gpt2", "name": "adamw", "weight_decay": 0.1},
-    "llama": {"form": "llama", "name": "muon", "weight_decay": 0.1},
-    "packed": {"form": "llama", "name": "adamw", "data": {"pack": True, "seq_len": 64}},
+    "gpt2": {"model": "gpt2", "name": "adamw", "weight_decay": 0.1},
+    "llama": {"model": "llama", "name": "muon", "weight_decay": 0.1},
+    "packed": {"model": "llama", "name": "adamw", "data": {"pack": True, "seq_len": 64}},
 }
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """{run: (Start, our trace)}, each recorded when it is first asked for."""
+    """Returns get(run) -> (Start, trace of the jaxtrain side), recorded at the first call."""
     folder, made = tmp_path_factory.mktemp("faults"), {}
     (folder / "text").mkdir()
-    for i in range(200):  # two do not fit into a packed row of 65: each ends in padding
+    for i in range(200):  # no two fit into a packed row of 65, so each row has padding
         (folder / "text" / f"{i:03}.txt").write_text(TEXT[40 * i : 40 * i + 50])
     before = jax.config.jax_enable_x64
 
     def get(name):
         if name not in made:
-            cfg = small(folder=folder / name, text=folder / "text", **RUNS[name])
-            made[name] = ours_of(cfg, folder / f"{name}.jsonl", keep_batches=True)
+            cfg = small_config(folder=folder / name, text=folder / "text", **RUNS[name])
+            made[name] = record_jax(cfg, folder / f"{name}.jsonl", keep_batches=True)
         return made[name]
 
     yield get
@@ -83,7 +83,7 @@ def count_padding(patch):
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW by hand, with a fault to choose."""
+    """AdamW written out, with a fault to choose."""
 
     def __init__(self, groups, lr, betas, eps, fused, correct=True, inside=False):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
@@ -121,7 +121,7 @@ def decay_gains(patch):
 
 
 def late_nesterov(patch):
-    """The momentum alone, where the gradient should be mixed in once more."""
+    """Uses the momentum where Nesterov adds the gradient once more."""
     muon = torch.optim.Muon
     patch.setattr(torch.optim, "Muon", lambda *a, **kw: muon(*a, **kw | {"nesterov": False}))
 
@@ -131,7 +131,7 @@ def fan_of_the_wrong_side(patch):
     patch.setattr(torch.optim._muon, "_adjust_lr", ratio)
 
 
-# name: (run, fault, stage, first step, tensors among which the first one is)
+# name: (run, fault, stage, first step, part of the first tensor's name)
 FAULTS = {
     "rope interleaved": ("llama", interleave_rope, "forward", 1, "blocks.0"),
     "exact gelu": ("gpt2", exact_gelu, "forward", 1, "blocks.0"),
@@ -147,36 +147,39 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_named_by_part_and_first_step(fault, recorded, monkeypatch, tmp_path):
+def test_a_planted_fault_is_reported_with_stage_and_first_step(
+    fault, recorded, monkeypatch, tmp_path
+):
     run, plant, stage, step, tensor = FAULTS[fault]
-    start, mine = recorded(run)
+    start, ours = recorded(run)
     cfg = start.run.cfg
     if plant:
         plant(monkeypatch)
     else:
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
-    batches = mine if run == "packed" else None
-    found = compare(mine, theirs_of(start, tmp_path / "t.jsonl", cfg, batches)).divergence
-    assert (found.stage, found.gap.step) == (stage, step), found
-    assert tensor in found.gap.tensor
+    batches = ours if run == "packed" else None
+    theirs = record_torch(start, tmp_path / "t.jsonl", cfg, batches)
+    found = compare_traces(ours, theirs).divergence
+    assert (found.stage, found.first.step) == (stage, step), found
+    assert tensor in found.first.tensor
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_without_a_fault_both_sides_agree_to_1e_10(run, recorded, tmp_path):
-    start, mine = recorded(run)
-    batches = mine if run == "packed" else None
-    comparison = compare(mine, theirs_of(start, tmp_path / "t.jsonl", None, batches))
+    start, ours = recorded(run)
+    batches = ours if run == "packed" else None
+    comparison = compare_traces(ours, record_torch(start, tmp_path / "t.jsonl", None, batches))
     assert comparison.divergence is None, explain(comparison)
     assert "AGREE" in explain(comparison)
-    sizes = [gap.size for gaps in comparison.gaps.values() for gap in gaps]
+    sizes = [d.size for found in comparison.differences.values() for d in found]
     assert max(sizes) < 1e-10
-    assert len(sizes) > 100  # every tensor of every step was judged
-    assert table(comparison).count("\n") == len(comparison.steps)
+    assert len(sizes) > 100  # every tensor of every step was compared
+    assert steps_table(comparison).count("\n") == len(comparison.steps)
 
 
-def test_a_fault_of_the_backward_pass_alone_is_one_of_the_gradient(recorded, monkeypatch, tmp_path):
-    """Forward and loss agree; the first tensor is the one nearest to the fault, going backward."""
-    start, mine = recorded("gpt2")
+def test_a_fault_in_the_backward_pass_only_is_reported_as_gradient(recorded, monkeypatch, tmp_path):
+    """The tensor to look at is the first that the backward pass reaches after the fault."""
+    start, ours = recorded("gpt2")
     norm = nn.functional.layer_norm
 
     class Wrong(torch.autograd.Function):
@@ -191,17 +194,17 @@ def test_a_fault_of_the_backward_pass_alone_is_one_of_the_gradient(recorded, mon
     calls = iter(range(1_000))
     wrong = lambda x, *a: norm(Wrong.apply(x) if next(calls) % 5 == 2 else x, *a)
     monkeypatch.setattr(F, "layer_norm", wrong)
-    found = compare(mine, theirs_of(start, tmp_path / "t.jsonl")).divergence
-    assert (found.stage, found.gap.step) == ("gradient", 1)
-    assert found.gap.tensor.startswith("blocks.0")  # block 1 is nearer to the loss, and right
+    found = compare_traces(ours, record_torch(start, tmp_path / "t.jsonl")).divergence
+    assert (found.stage, found.first.step) == ("gradient", 1)
+    assert found.first.tensor.startswith("blocks.0")  # block 1 comes earlier and is right
 
 
-def test_noise_of_one_part_in_a_million_is_seen_in_float64_and_where(recorded, tmp_path):
-    start, mine = recorded("llama")
+def test_a_weight_changed_by_one_part_in_a_million_is_found_in_float64(recorded, tmp_path):
+    start, ours = recorded("llama")
     params = jax.tree.map(np.copy, start.weights)
     params["blocks"]["mlp"]["up"]["w"][1] *= 1 + 1e-6
-    theirs = theirs_of(start._replace(weights=params), tmp_path / "t.jsonl")
-    found = compare(mine, theirs).divergence
-    assert (found.stage, found.gap.step) == ("start", 0)
-    assert found.gap.tensor == "blocks.1.mlp.up.weight"
-    assert found.gap.size == pytest.approx(1e-6, rel=0.7)  # an estimate from 16 projections
+    theirs = record_torch(start._replace(weights=params), tmp_path / "t.jsonl")
+    found = compare_traces(ours, theirs).divergence
+    assert (found.stage, found.first.step) == ("start", 0)
+    assert found.first.tensor == "blocks.1.mlp.up.weight"
+    assert found.first.size == pytest.approx(1e-6, rel=0.7)  # an estimate from 16 projections

@@ -1,5 +1,3 @@
-"""The twin reads the shards by code of its own: the same rows, in the same order."""
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from jaxtrain.data.shard_writer import ShardWriter
 from jaxtrain.distributed.mesh import build_mesh
 
 pytest.importorskip(
-    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
+    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
 from jaxtrain.crosscheck.torch_data import read_shard, shard_batches, shuffled  # noqa: E402
 
@@ -25,7 +23,7 @@ def write_shards(folder, dtype):
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 @pytest.mark.parametrize("T, B, seed", [(16, 8, 0), (7, 3, 5), (100, 5, 2**31 - 1)])
-def test_the_twins_batches_are_ours_over_several_epochs_and_shards(dtype, T, B, seed, tmp_path):
+def test_both_sides_read_the_same_batches_over_epochs_and_shards(dtype, T, B, seed, tmp_path):
     write_shards(tmp_path, dtype)
     cfg = DataConfig(shards=str(tmp_path), batch=B, seq_len=T)
     corpus = open_corpus(cfg, "train", 65_536, tmp_path)
@@ -39,13 +37,13 @@ def test_the_twins_batches_are_ours_over_several_epochs_and_shards(dtype, T, B, 
             np.testing.assert_array_equal(next(theirs)["tokens"].numpy(), want)
 
 
-def test_an_epoch_is_a_permutation():
+def test_an_epoch_reads_every_row_once():
     assert sorted(shuffled(i, 37, 3, 1) for i in range(37)) == list(range(37))
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_a_file_of_another_format_or_length_is_an_error(tmp_path):
     np.arange(600, dtype="<i4").tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match="the twin reads llm.c's token files"):
+    with pytest.raises(ValueError, match="the PyTorch side reads llm.c's token files"):
         read_shard(tmp_path / "a.bin")
     write_shards(tmp_path, "<u2")
     path = next(tmp_path.glob("x_train*"))

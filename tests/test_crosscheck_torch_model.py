@@ -12,26 +12,26 @@ from jaxtrain.training.run import build_run
 from jaxtrain.training.step import build_gradient
 
 torch = pytest.importorskip(
-    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the twin'
+    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
 from jaxtrain.crosscheck import torch_model, torch_train  # noqa: E402
 
 SMALL = dict(L=2, D=32, H=4, K=8, F=48, V=64, dtype="float32")
-ROLLED = SMALL | dict(unroll=1, attention="reference")  # compiles in half the time
+SCANNED = SMALL | dict(unroll=1, attention="reference")  # compiles in half the time
 FORMS = {
     "llama": SMALL | dict(G=2, qk_norm=True),
-    "gpt2": ROLLED
+    "gpt2": SCANNED
     | dict(norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=24),
-    "capped": ROLLED | dict(G=1, mlp="relu2", logit_softcap=2.0),
+    "capped": SCANNED | dict(G=1, mlp="relu2", logit_softcap=2.0),
 }
 B, T = 2, 24
-KEY_BIAS = "['blocks']['attention']['k']['b']"  # softmax ignores it: its gradient is 0
+KEY_BIAS = "['blocks']['attention']['k']['b']"  # its true gradient is 0: softmax ignores it
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only fight over matrices this small
+    torch.set_num_threads(1)  # more threads are slower on matrices this small
     yield
     torch.set_num_threads(threads)
 
@@ -48,24 +48,24 @@ def build(form, **optim):
 
 @functools.cache
 def our_gradient(form):
-    """(params, tokens_BT1) -> logits_BTV, nats, gradients; compiled once for all tests."""
+    """Returns (params, tokens_BT1) -> logits_BTV, nats, gradients; compiled once for all tests."""
     run = build(form)
     gradient = build_gradient(run.model, run.loss, 1)
 
-    def ours(params, tokens):
+    def logits_loss_and_gradient(params, tokens):
         nats, _, grads = gradient(params, {"tokens": tokens})
         return run.model.logits(params, run.model.apply(params, tokens[:, :-1])), nats, grads
 
-    return jax.jit(ours)
+    return jax.jit(logits_loss_and_gradient)
 
 
-def tokens_of(seed):
+def random_tokens(seed):
     tokens = np.random.default_rng(seed).integers(0, SMALL["V"], (B, T + 1), np.int32)
     return tokens, torch.from_numpy(tokens).long()
 
 
-def weights_of(run):
-    """Random weights, gains around 1: every gain and bias is seen at work."""
+def random_weights(run):
+    """Draws all weights at random, gains around 1, so that every gain and bias has an effect."""
     rng = np.random.default_rng(7)
 
     def draw(path, shape):
@@ -76,7 +76,7 @@ def weights_of(run):
 
 
 def distances(got, want):
-    """Relative distance of each leaf, by its path."""
+    """Returns the relative distance of each leaf, by path."""
     table = lambda tree: {
         jax.tree_util.keystr(path): np.asarray(x, np.float64)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -87,9 +87,9 @@ def distances(got, want):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_logits_loss_and_gradients_equal_the_twins(form):
+def test_logits_loss_and_gradients_equal_pytorchs(form):
     run = build(form)
-    params, (tokens, their_tokens) = weights_of(run), tokens_of(0)
+    params, (tokens, their_tokens) = random_weights(run), random_tokens(0)
     theirs = torch_model.build_torch_model(run.cfg.model, params)
     nats = theirs.loss(their_tokens)
     nats.backward()
@@ -103,20 +103,20 @@ def test_logits_loss_and_gradients_equal_the_twins(form):
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt2"])
-def test_logits_of_twelve_layers_are_within_5e_5(form):
+def test_logits_after_twelve_layers_are_within_5e_5_of_pytorchs(form):
     cfg = ModelConfig(**FORMS[form] | dict(L=12, unroll=1))
     run = build_run(TrainConfig(model=cfg, data=DataConfig(batch=B, seq_len=T)), jax.devices()[:1])
-    params, (tokens, their_tokens) = run.model.init(jax.random.key(0)), tokens_of(0)
+    params, (tokens, their_tokens) = run.model.init(jax.random.key(0)), random_tokens(0)
     ours = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens[:, :-1])))(params)
     theirs = torch_model.build_torch_model(cfg, params)(their_tokens[:, :-1]).detach().numpy()
     assert np.abs(np.asarray(ours) - theirs).max() < 5e-5
     assert np.abs(theirs).max() > 0.1
 
 
-def moves_of_both(form, steps=5, **optim):
-    """How far our weights and the twin's have moved after the same batches."""
+def weight_changes(form, steps=5, **optim):
+    """Returns how both sides' weights changed in training on the same batches."""
     run = build(form, **optim)
-    start = weights_of(run)
+    start = random_weights(run)
     model = torch_model.build_torch_model(run.cfg.model, start)
     step = torch_train.build_step(run.cfg, model)
 
@@ -127,43 +127,43 @@ def moves_of_both(form, steps=5, **optim):
 
     params, opt_state = start, jax.jit(run.optimizer.init)(start)
     for i in range(steps):
-        tokens, their_tokens = tokens_of(i)
+        tokens, their_tokens = random_tokens(i)
         params, opt_state = update(our_gradient(form)(params, tokens)[2], opt_state, params)
         step(their_tokens)
-    move = lambda x, y: np.asarray(x, np.float64) - y
-    return jax.tree.map(move, params, start), jax.tree.map(
-        move, torch_model.read_params(model, start), start
+    change = lambda x, y: np.asarray(x, np.float64) - y
+    return jax.tree.map(change, params, start), jax.tree.map(
+        change, torch_model.read_params(model, start), start
     )
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt2"])
-def test_five_steps_of_adamw_move_the_weights_as_torchs_does(form):
-    # A large epsilon: a gradient that is rounding alone would be divided by its own size.
-    off = distances(*moves_of_both(form, name="adamw", adam_eps=1e-4))
+def test_five_steps_of_adamw_change_the_weights_as_torchs_adamw_does(form):
+    # A large epsilon, or Adam would divide gradients that are rounding errors by their own size.
+    off = distances(*weight_changes(form, name="adamw", adam_eps=1e-4))
     off.pop(KEY_BIAS, None)
     assert max(off.values()) < 1e-4, off
 
 
-@pytest.mark.parametrize("narrow", ["bfloat16", "float32"])
-def test_five_steps_of_muon_move_the_weights_as_torchs_does(narrow):
-    off = distances(*moves_of_both("llama", name="muon", ns_dtype=narrow, adam_eps=1e-4))
-    assert max(off.values()) < {"float32": 1e-4, "bfloat16": 5e-2}[narrow], off
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_five_steps_of_muon_change_the_weights_as_torchs_muon_does(dtype):
+    off = distances(*weight_changes("llama", name="muon", ns_dtype=dtype, adam_eps=1e-4))
+    assert max(off.values()) < {"float32": 1e-4, "bfloat16": 5e-2}[dtype], off
 
 
-def test_weights_go_into_the_twin_and_back_unchanged():
+def test_weights_copied_to_pytorch_and_back_are_unchanged():
     run = build("gpt2")
-    params = weights_of(run)
+    params = random_weights(run)
     back = torch_model.read_params(torch_model.build_torch_model(run.cfg.model, params), params)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 
 
-def test_weights_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="must hold the twin's .* weights; got"):
-        torch_model.build_torch_model(ModelConfig(**FORMS["gpt2"]), weights_of(build("llama")))
+def test_weights_of_another_model_are_an_error():
+    with pytest.raises(ValueError, match="must have the PyTorch model's .* weights; got"):
+        torch_model.build_torch_model(ModelConfig(**FORMS["gpt2"]), random_weights(build("llama")))
 
 
-def test_bf16_of_the_twin_is_near_its_float32_and_masters_stay_float32():
-    params, (_, tokens) = weights_of(build("llama")), tokens_of(0)
+def test_bfloat16_in_pytorch_is_near_float32_and_parameters_stay_float32():
+    params, (_, tokens) = random_weights(build("llama")), random_tokens(0)
     wide = torch_model.build_torch_model(ModelConfig(**FORMS["llama"]), params)
     half = torch_model.build_torch_model(
         ModelConfig(**FORMS["llama"] | dict(dtype="bfloat16")), params
@@ -173,9 +173,9 @@ def test_bf16_of_the_twin_is_near_its_float32_and_masters_stay_float32():
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
-def test_without_torch_the_import_says_what_to_install():
+def test_without_torch_the_import_error_names_the_extra():
     code = "import sys; sys.modules['torch'] = None; import jaxtrain.crosscheck.torch_model"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "ImportError: the PyTorch twin needs torch" in run.stderr
-    assert 'pip install "jaxtrain[crosscheck]"' in run.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: the PyTorch side needs torch" in done.stderr
+    assert 'pip install "jaxtrain[crosscheck]"' in done.stderr

@@ -1,4 +1,4 @@
-"""`jaxtrain encode`, as a user types it: messages, names, locales, and the command that follows."""
+"""The command `jaxtrain encode`: messages, names, locales, and the printed training command."""
 
 import importlib
 import os
@@ -8,17 +8,24 @@ import subprocess
 import sys
 
 import pytest
+from data_samples import contents
 
 import jaxtrain.config.train_config as config_lib
+import runs
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 from jaxtrain.data.sequences import WindowSequences
 
+pytestmark = pytest.mark.usefixtures("shard_cache", "in_tmp_path")
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def encode_command(source, out, *flags):
+    return [f"--input={source}", f"--out={out}", "--tokenizer=bytes", "--workers=1", *flags]
 
 
 def write_lines(path, count, text="a document of some words\\n"):
@@ -27,7 +34,7 @@ def write_lines(path, count, text="a document of some words\\n"):
 
 
 WRONG = {
-    "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', found nothing there"),
+    "no input": (["--input=nosuch.txt"], "--input must be .*'nosuch.txt', which does not exist in"),
     "no tokenizer": (
         ["--tokenizer=nosuch"],
         "^error: --tokenizer must be .*'nosuch'.* Set --tokenizer",
@@ -44,19 +51,18 @@ def test_each_error_names_the_flags_of_this_command(kind, tmp_path):
     write_lines(tmp_path / "rows.jsonl", 20)
     write_lines(tmp_path / "one.jsonl", 1).write_text('{"text": "a"}')
     flags, message = WRONG[kind]
-    command = ["--input=rows.jsonl", "--out=shards", "--tokenizer=bytes", "--workers=1", *flags]
     with pytest.raises(SystemExit) as stop:
-        main(command)
-    found = str(stop.value.code)
-    assert re.search(message, found.replace("\n", " ")), found
-    assert "config" not in found and "data.t" not in found
+        main(encode_command("rows.jsonl", "shards", *flags))
+    error = str(stop.value.code)
+    assert re.search(message, error.replace("\n", " ")), error
+    assert "config" not in error and "data.t" not in error
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 @pytest.mark.parametrize("count", [2, 9, 2_000])
-def test_the_command_that_is_printed_trains_on_the_shards(tokenizer, count, tmp_path, capsys):
+def test_the_printed_command_trains_on_the_shards(tokenizer, count, tmp_path, capsys):
     write_lines(tmp_path / "some rows.jsonl", count)
-    main(["--input=some rows.jsonl", "--out=my shards", f"--tokenizer={tokenizer}", "--workers=1"])
+    main(encode_command("some rows.jsonl", "my shards", f"--tokenizer={tokenizer}"))
     printed = capsys.readouterr().out
     [line] = [line for line in printed.splitlines() if " train quickstart " in line]
     words = shlex.split(line)
@@ -74,27 +80,28 @@ def test_the_command_that_is_printed_trains_on_the_shards(tokenizer, count, tmp_
             assert len(WindowSequences(corpus, cfg.data.seq_len)) >= cfg.data.batch
 
 
-def test_documents_of_each_split_are_printed_and_what_was_skipped(tmp_path, capsys):
+def test_the_summary_counts_the_documents_of_each_split_and_lists_what_was_skipped(
+    tmp_path, capsys
+):
     path = write_lines(tmp_path / "rows.jsonl", 60)
     path.write_text(path.read_text() + "bad\n")
-    main(["--input=rows.jsonl", "--out=shards", "--tokenizer=bytes", "--workers=1"])
+    main(encode_command("rows.jsonl", "shards"))
     printed = capsys.readouterr().out
-    assert "train: 58 documents, " in printed and "val: 2 documents, " in printed
+    assert "train: 58 document(s), " in printed and "val: 2 document(s), " in printed
     assert "skipped 1 not JSON" in printed and "rows.jsonl, line 61, byte " in printed
 
 
-def test_shards_without_held_out_text_say_that_training_needs_some(tmp_path, capsys):
+def test_the_summary_without_held_out_text_says_that_training_needs_some(tmp_path, capsys):
     write_lines(tmp_path / "rows.jsonl", 60)
-    main(["--input=rows.jsonl", "--out=a", "--tokenizer=bytes", "--workers=1", "--val_fraction=0"])
+    main(encode_command("rows.jsonl", "shards", "--val_fraction=0"))
     printed = capsys.readouterr().out
     assert "training needs a held-out shard" in printed and "quickstart" not in printed
 
 
-LOCALES = {
-    "utf-8": {"LC_ALL": "C.UTF-8"},
-    "C": {"LC_ALL": "C"},
-    "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-}
+LOCALES = (
+    {"LC_ALL": "C.UTF-8"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # ASCII
+)
 
 
 def test_names_with_spaces_and_unicode_give_the_same_shards_in_every_locale(tmp_path):
@@ -104,22 +111,37 @@ def test_names_with_spaces_and_unicode_give_the_same_shards_in_every_locale(tmp_
         write_lines(folder / f"é {i}.jsonl", 5)
         (folder / f"文 {i}.txt").write_text(f"some text {i}\n" * 9)
     results = []
-    for locale, variables in LOCALES.items():
-        out = tmp_path / f"ö {locale}"
-        command = [sys.executable, "-m", "jaxtrain.data.encode", "--input", str(folder)]
-        command += ["--out", str(out), "--tokenizer", "bytes", "--workers", "1"]
-        for again in ([], ["--overwrite"]) if locale == "ascii" else ([],):
-            here = os.path.dirname(os.path.dirname(__file__))
-            env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL")} | variables
-            finished = subprocess.run([*command, *again], capture_output=True, env=env, cwd=here)
-            assert finished.returncode == 0, finished.stderr.decode()
-        found = {path.name: path.read_bytes() for path in out.iterdir()}
-        assert set(found) == {"ber_alles_train_000000.bin", "ber_alles_val_000000.bin", "meta.json"}
-        results.append(found)
-    assert results[0] == results[1] == results[2]
+    for locale, flags in zip(LOCALES, ([], ["--overwrite"]), strict=True):
+        argv = [sys.executable, "-W", "error", "-m", "jaxtrain.data.encode"]
+        argv += [*encode_command(folder, tmp_path / "ö"), *flags]
+        env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL")} | locale
+        done = subprocess.run(argv, capture_output=True, env=env, cwd=runs.ROOT)
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"nothing skipped" in done.stdout
+        results.append(contents(tmp_path / "ö"))
+    assert results[0] == results[1]
+    assert set(results[0]) == {
+        "ber_alles_train_000000.bin",
+        "ber_alles_val_000000.bin",
+        "meta.json",
+    }
 
 
-def test_help_starts_with_three_examples_and_holds_no_path_of_this_machine(capsys):
+def test_the_shards_of_an_earlier_encoding_are_only_replaced_with_overwrite(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", 60)
+    main(encode_command("rows.jsonl", "shards"))
+    before = contents(tmp_path / "shards", "*.bin")
+    with pytest.raises(SystemExit, match="--overwrite"):
+        main(encode_command("rows.jsonl", "shards"))
+    main(encode_command("rows.jsonl", "shards", "--overwrite", "--name=other"))
+    after = contents(tmp_path / "shards", "*.bin")
+    assert list(before.values()) == list(after.values()) and not before.keys() & after.keys()
+    (tmp_path / "shards" / "foreign.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="foreign.bin"):
+        main(encode_command("rows.jsonl", "shards", "--overwrite"))
+
+
+def test_help_starts_with_three_examples_and_contains_no_path_of_this_machine(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     shown = capsys.readouterr().out

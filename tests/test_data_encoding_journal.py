@@ -1,162 +1,153 @@
-"""A stopped encoding goes on with the same command; two never write one folder."""
+"""A stopped encoding continues with the same command; two never write one folder."""
 
+import contextlib
 import errno
-import itertools
+import gzip
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from data_samples import contents, encode_source
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 from jaxtrain.data.encoding import journal, pipeline
-from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import lock_folder
-from jaxtrain.data.encoding.pipeline import encode
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("shard_cache")
+OPTIONS: dict[str, Any] = {"piece_bytes": 300, "shard_tokens": 500}
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Text files, a compressed .jsonl with bad lines and a parquet file: about 25 tasks."""
-    import gzip
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Text files, a compressed .jsonl with a bad line and a parquet file: about 20 tasks."""
     folder = tmp_path / "in"
     folder.mkdir()
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))[:30]
-    texts = [path.read_text(encoding="utf-8") for path in modules]
-    for i, text in enumerate(texts[:10]):
+    texts = [f"{i}: {'word ' * (20 + 7 * i % 60)}\n" * 2 for i in range(24)]
+    for i, text in enumerate(texts[:8]):
         (folder / f"{i}.txt").write_text(text)
-    lines = [json.dumps({"text": text}) for text in texts[10:20]]
-    (folder / "rows.jsonl.gz").write_bytes(
-        gzip.compress("\n".join([*lines, "bad"]).encode(), mtime=0)
-    )
-    pq.write_table(pa.table({"text": texts[20:]}), folder / "t.parquet", row_group_size=4)
+    lines = [json.dumps({"text": text}) for text in texts[8:16]]
+    content = "\n".join([*lines[:4], "bad", *lines[4:]]).encode()
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
+    pq.write_table(pa.table({"text": texts[16:]}), folder / "t.parquet", row_group_size=4)
     return folder
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
+def encode_with_snapshots(source, out, limit=None, **options):
+    """Encodes and copies `out` whenever the journal has been written, as a kill would leave it.
 
+    Args:
+        limit: number of copies after which the encoding is stopped.
 
-def run(source, out, stop_after=None, **knobs):
-    """Encodes; with stop_after, ends after so many entries of the journal, as a kill would."""
-    knobs = {"val_fraction": 0.1, "piece_bytes": 30_000, "journal_s": 0.0} | knobs
-    knobs = {"shard_tokens": 50_000} | knobs
-    notes = []
-    files = list_files(str(source), exclude=out)
-    write, left = journal.Journal.write, stop_after
+    Returns:
+        the copies.
+    """
+    copies, write = [], journal.Journal.write
 
-    def count(self, progress):
-        nonlocal left
+    def write_and_copy(self, progress):
         write(self, progress)
-        left -= 1
-        if not left:
-            raise Killed
+        copies.append(out.with_name(f"{out.name}_{len(copies)}"))
+        shutil.copytree(out, copies[-1])
+        if len(copies) == limit:
+            raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        if stop_after is not None:
-            patch.setattr(journal.Journal, "write", count)
-        try:
-            encode(files, out, "bytes", note=notes.append, **knobs)
-        except Killed:
-            notes.append("killed")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power
+        patch.setattr(journal.Journal, "write", write_and_copy)
+        encode_source(source, out, journal_s=0.0, **OPTIONS | options)
+    return copies
+
+
+def resume(source, out, **options):
+    """Encodes with the given options changed and returns the notes for the user."""
+    notes = []
+    encode_source(source, out, note=notes.append, **OPTIONS | options)
     return notes
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+def stored_progress(out):
+    [path] = out.glob(f"{journal.STATE}*/{journal.PROGRESS}")
+    return json.loads(path.read_text())["progress"]
 
 
-def test_an_encoding_stopped_anywhere_goes_on_to_the_same_bytes(source, tmp_path):
-    run(source, tmp_path / "whole")
-    for stops in itertools.count(1, 3):
-        out = tmp_path / "stopped"
-        if run(source, out, stop_after=stops) != ["killed"]:
-            break
-        [state] = [p for p in out.iterdir() if p.is_dir()]
-        progress = json.loads((state / "progress.json").read_text())["progress"]
+def test_an_encoding_killed_anywhere_continues_to_the_same_bytes(source, tmp_path):
+    copies = encode_with_snapshots(source, tmp_path / "out")
+    assert len(copies) > 15
+    for copy in copies:
+        progress = stored_progress(copy)
         for entry in sum(progress.get("entries", {}).values(), []):
-            if "fingerprint" not in entry:  # as a kill after more was written leaves it
-                with open(state / entry["file"], "ab") as file:
+            if "fingerprint" not in entry:  # a kill may leave more than the journal describes
+                with open(next(copy.glob(f"*/{entry['file']}")), "ab") as file:
                     file.write(b"more")
-        notes = run(source, out)
+        notes = resume(source, copy)
         assert not progress.get("entries") or notes[0].startswith("continuing")
-        assert contents(out) == contents(tmp_path / "whole")
-        shutil.rmtree(out)
-    assert stops > 15
+        assert contents(copy) == contents(tmp_path / "out")
 
 
-def test_an_encoding_that_is_stopped_again_and_again_ends_with_other_workers(source, tmp_path):
-    run(source, tmp_path / "whole")
-    stops = 0
-    while "killed" in run(source, tmp_path / "out", stop_after=5):
-        stops += 1
-    assert stops > 3
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    run(source, tmp_path / "two", stop_after=20)
-    run(source, tmp_path / "two", workers=2)
-    assert contents(tmp_path / "two") == contents(tmp_path / "whole")
+def test_an_encoding_killed_again_and_again_finishes_with_another_number_of_workers(
+    source, tmp_path
+):
+    resume(source, tmp_path / "fresh")
+    out, done = tmp_path / "out", 0
+    for _ in range(3):
+        out = encode_with_snapshots(source, out, limit=3)[-1]
+        assert stored_progress(out)["done"] > done
+        done = stored_progress(out)["done"]
+    assert resume(source, out, workers=2)[0].startswith("continuing")
+    assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_a_stopped_encoding_that_forces_a_split_goes_on(tmp_path):
-    lines = [json.dumps({"text": f"{i} " * 2_000}) for i in range(12)]
+def test_a_killed_encoding_that_had_to_force_a_split_continues(tmp_path):
+    lines = [json.dumps({"text": f"{i} " * 200}) for i in range(6)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    knobs = {"val_fraction": 0.0001, "piece_bytes": 5_000}
-    run(tmp_path / "a.jsonl", tmp_path / "whole", **knobs)
-    for stop in itertools.count(3, 4):
-        out = tmp_path / str(stop)
-        if "killed" not in run(tmp_path / "a.jsonl", out, stop_after=stop, **knobs):
-            break
-        run(tmp_path / "a.jsonl", out, **knobs)
-        assert contents(out) == contents(tmp_path / "whole")
-    assert stop > 15
+    copies = encode_with_snapshots(tmp_path / "a.jsonl", tmp_path / "out", val_fraction=0.0001)
+    assert len(copies) > 10  # all is encoded twice
+    for copy in copies:
+        resume(tmp_path / "a.jsonl", copy, val_fraction=0.0001)
+        assert contents(copy) == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", ["input", "option", "pieces", "journal", "shard"])
-def test_what_cannot_go_on_starts_over(change, source, tmp_path):
-    out = tmp_path / "out"
-    run(source, out, stop_after=15)
-    [state] = [p for p in out.iterdir() if p.is_dir()]
-    knobs = {"option": {"val_fraction": 0.2}, "pieces": {"piece_bytes": 20_000}}.get(change, {})
+def test_an_encoding_that_cannot_continue_starts_over(change, source, tmp_path):
+    out = encode_with_snapshots(source, tmp_path / "out", limit=12)[-1]
+    [state] = out.glob(f"{journal.STATE}*")
+    options = {"option": {"val_fraction": 0.2}, "pieces": {"piece_bytes": 200}}.get(change, {})
     if change == "input":
         (source / "1.txt").write_text("another text\n")
     if change == "journal":
-        (state / "progress.json").write_text('{"version": 1, "piece')
+        (state / journal.PROGRESS).write_text('{"version": 1, "piece')
     if change == "shard":
         max(state.glob("*.bin")).write_bytes(b"short")
-    notes = run(source, out, **knobs)
+    notes = resume(source, out, **options)
     assert not any(note.startswith("continuing") for note in notes)
     if change in ("input", "option"):
         assert notes == [
             "starting over: the input or an option has changed since an encoding was stopped"
         ]
-    run(source, tmp_path / "whole", **knobs)
-    assert contents(out) == contents(tmp_path / "whole")
+    resume(source, tmp_path / "fresh", **options)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def encode_command(source, out):
+    return [f"--input={source}", f"--out={out}", "--tokenizer=bytes", "--workers=1"]
 
 
 def test_an_encoding_stopped_while_it_moves_its_shards_is_finished_by_the_same_command(
     source, tmp_path, monkeypatch
 ):
-    command = ["--input", str(source), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
-    command += ["--workers", "1", "--shard_tokens", "50000"]
-    main([*command[:3], str(tmp_path / "whole"), *command[4:]])
+    command = [*encode_command(source, tmp_path / "out"), "--shard_tokens=500"]
+    main([*encode_command(source, tmp_path / "fresh"), "--shard_tokens=500"])
     moved = []
 
     def replace(old, new):
@@ -171,97 +162,80 @@ def test_an_encoding_stopped_while_it_moves_its_shards_is_finished_by_the_same_c
             main(command)
     assert len(list((tmp_path / "out").glob("*.bin"))) == 3
     main(command)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def hold(folder, started):
-    with lock_folder(folder):
-        started.set()
-        time.sleep(60)
+LOCK_AND_SLEEP = """
+import pathlib, sys, time
+from jaxtrain.data.encoding.journal import lock_folder
+with lock_folder(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lock of tmp_path/out."""
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "out", started))
-    process.start()
-    assert started.wait(60)
-    yield process
-    process.kill()
-    process.join()
+def test_a_second_encoding_into_a_folder_is_refused_until_the_first_process_ends(source, tmp_path):
+    argv = [sys.executable, "-c", LOCK_AND_SLEEP, str(tmp_path / "out")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout and owner.stdout.readline() == b"locked\n"
+        message = rf"out must be .*process {owner.pid} on .*is writing it"
+        with pytest.raises(SystemExit, match=message):
+            main(encode_command(source, tmp_path / "out"))
+        owner.kill()
+    main(encode_command(source, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_a_second_encoding_into_a_folder_is_refused_with_its_owner(source, tmp_path, holder):
-    command = ["--input", str(source), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
-    with pytest.raises(SystemExit, match=rf"out must be .*process {holder.pid} on .*is writing it"):
-        main(command)
-    holder.kill()
-    holder.join()
-    main([*command, "--workers", "1"])  # the lock ended with its process
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name[0] == "."]
-
-
-def test_a_run_waits_for_the_process_that_encodes_its_text(source, tmp_path):
+def test_runs_that_share_a_folder_wait_for_the_one_that_encodes_the_text(source, tmp_path):
     cfg = DataConfig(text=str(source), val_fraction=0.1)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(3) as pool:
-        corpora = pool.starmap(open_corpus, [(cfg, "train", 256, tmp_path / "run")] * 3)
-    assert len({corpus.fingerprint for corpus in corpora}) == 1
+    with ThreadPoolExecutor(3) as pool:  # each opens the lock file, as processes do
+        opening = [pool.submit(open_corpus, cfg, "train", 256, tmp_path / "run") for _ in range(3)]
+    assert len({future.result().fingerprint for future in opening}) == 1
     [folder] = (tmp_path / "run" / "data").iterdir()
-    assert not [path for path in folder.iterdir() if path.name[0] == "."]
+    assert not list(folder.glob(".*"))
 
 
-def test_where_there_are_no_locks_two_encodings_do_not_share_their_files(
-    source, tmp_path, monkeypatch
-):
+def test_without_file_locks_two_encodings_do_not_share_their_files(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(journal.fcntl, "flock", flock)
     with lock_folder(tmp_path / "out") as locked:
         assert not locked
-        first = journal.Journal(tmp_path / "out", "k" * 32, 1, locked)
-        second = journal.Journal(tmp_path / "out", "k" * 32, 1, locked)
+        first, second = (journal.Journal(tmp_path / "out", "k" * 32, 1, locked) for _ in range(2))
         assert first.folder != second.folder
 
 
 def test_kill_9_leaves_no_encoding_process(tmp_path):
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = "".join(path.read_text(encoding="utf-8") for path in modules)
-    (tmp_path / "big.txt").write_text(text * 9)
-    command = [sys.executable, "-m", "jaxtrain.data.encode", "--input", str(tmp_path / "big.txt")]
-    command += ["--out", str(tmp_path / "out"), "--tokenizer", "gpt2", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    (tmp_path / "big.txt").write_text("some words, to be encoded\n" * 2_000_000)
+    argv = [sys.executable, "-m", "jaxtrain.data.encode", "--input", str(tmp_path / "big.txt")]
+    argv += ["--out", str(tmp_path / "out"), "--tokenizer", "gpt2", "--workers", "2"]
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (found := children_of(process.pid)) or not list(
+    while not (children := children_of(process.pid)) or not list(
         tmp_path.glob("out/.encoding-*/*.bin")
     ):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while any(is_alive(pid) for pid in found):
+    while any(is_alive(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
+def process_status(pid):
+    """Returns the fields of /proc/PID/stat from the state on; none if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def children_of(parent):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.append(int(stat.parent.name))
-    return found
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if process_status(pid)[1:2] == [str(parent)]]
 
 
 def is_alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+    return bool(process_status(pid)) and process_status(pid)[0] not in "ZX"

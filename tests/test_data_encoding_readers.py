@@ -1,14 +1,11 @@
-"""JSON is parsed in every layout and by every name, or skipped; never encoded as raw text."""
+"""JSON is parsed in every layout and under every file name, or skipped; never read as text."""
 
 import json
 
 import pytest
-from data_samples import DOCUMENTS, documents_of, run, zstd
+from data_samples import DOCUMENTS, documents_of, encode_source, zstd
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
 OBJECTS = [{"id": i, "text": text, "more": [{"text": "no"}]} for i, text in enumerate(DOCUMENTS)]
@@ -26,12 +23,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("suffix", ["", ".json", ".txt", ".zst"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_json_of_every_layout_gives_its_documents_whatever_its_name(layout, suffix, tmp_path):
+def test_json_of_every_layout_and_name_gives_its_documents(layout, suffix, tmp_path):
     content = b"\xef\xbb\xbf" + LAYOUTS[layout].encode()
     (tmp_path / f"in{suffix}").write_bytes(zstd(content) if suffix == ".zst" else content)
     for piece_bytes in (600, 1 << 20):
         out = tmp_path / str(piece_bytes)
-        meta = run(tmp_path / f"in{suffix}", out, val_fraction=0.0, piece_bytes=piece_bytes)
+        meta = encode_source(
+            tmp_path / f"in{suffix}", out, val_fraction=0.0, piece_bytes=piece_bytes
+        )
         expected = DOCUMENTS[:4] if layout == "long strings" else DOCUMENTS
         assert [text.rstrip() for text in documents_of(out, "train")] == [
             text.rstrip() for text in expected
@@ -40,9 +39,9 @@ def test_json_of_every_layout_gives_its_documents_whatever_its_name(layout, suff
 
 
 def test_one_object_is_one_document(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"text": "alone"}, indent=2))
-    run(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
-    assert documents_of(tmp_path / "out", "train") == ["alone"]
+    (tmp_path / "a.json").write_text(json.dumps({"text": "a text"}, indent=2))
+    encode_source(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
+    assert documents_of(tmp_path / "out", "train") == ["a text"]
 
 
 OTHERS = {
@@ -61,20 +60,20 @@ def test_json_without_the_text_field_is_skipped_and_counted(kind, suffix, tmp_pa
     for i in range(3):
         (tmp_path / "in" / f"other{i}{suffix}").write_text(OTHERS[kind])
     (tmp_path / "in" / "a.txt").write_text("a text\n")
-    meta = run(tmp_path / "in", tmp_path / "out", val_fraction=0.0)
+    meta = encode_source(tmp_path / "in", tmp_path / "out", val_fraction=0.0)
     assert documents_of(tmp_path / "out", "train") == ["a text\n"]
     assert meta["skipped"] == {"JSON without the text field 'text'": 3}
 
 
-def test_where_all_json_is_without_the_field_the_error_names_the_flag_that_chooses_it(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"content": "alone"}, indent=2))
+def test_the_error_for_json_without_the_text_field_names_the_flag(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"content": "a text"}, indent=2))
     with pytest.raises(ValueError, match=r"1 JSON without the .*'text'\. Set --data\.text_field"):
-        run(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
+        encode_source(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
 
 
-def test_text_between_two_arrays_is_counted_and_located(tmp_path):
+def test_text_between_two_arrays_is_skipped_and_located(tmp_path):
     (tmp_path / "a.json").write_text('["a", "b"] some words ["c"]\n5 ["d"]')
-    meta = run(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
+    meta = encode_source(tmp_path / "a.json", tmp_path / "out", val_fraction=0.0)
     assert documents_of(tmp_path / "out", "train") == ["a", "b", "c", "d"]
     assert sum(meta["skipped"].values()) == 2
-    assert "a.json, byte 11: " in meta["problems"][0] and "no JSON" in meta["problems"][0]
+    assert "a.json, byte 11: " in meta["problems"][0] and "invalid JSON" in meta["problems"][0]

@@ -5,23 +5,20 @@ import numpy as np
 import pytest
 import tokenizer_files
 import tokenizers
+from data_samples import encode_source, open_shards, tokens_of
 from tokenizer_files import TEXT, changed
 from tokenizers import normalizers
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
-from jaxtrain.data.encoding.input_files import list_files
-from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.encoding.roundtrip import LOST, count_lost_bytes
 from jaxtrain.data.tokenizer import build_tokenizer
 
 SOURCE = Path(json.__file__).parent.joinpath("decoder.py").read_text()
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
 def build(name, folder):
@@ -31,16 +28,11 @@ def build(name, folder):
     return build_tokenizer(name)
 
 
-def tokens_of(folder, split="train"):
-    corpus = open_corpus(DataConfig(shards=str(folder)), split, 65_536, "unused")
-    return np.concatenate([corpus.read(i, 0, s.tokens) for i, s in enumerate(corpus.shards)])
-
-
 NAMES = ["bytes", "gpt2", *tokenizer_files.FAMILIES]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_real_texts_are_covered_by_every_family_of_tokenizers(name, tmp_path):
+def test_every_family_of_tokenizers_spells_real_texts(name, tmp_path):
     tokenizer = build(name, tmp_path)
     for text in ("", " ", "a", TEXT, SOURCE, TEXT * 100 + SOURCE, "\n\n \t x \u00a0\n"):
         text = text if tokenizer.lossless else text.replace("\u00a0", "")
@@ -57,7 +49,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "byte_level", "sentencepiece"])
-def test_tokens_that_do_not_spell_the_text_are_refused_with_the_place(name, damage, tmp_path):
+def test_the_error_for_tokens_that_do_not_spell_the_text_names_the_place(name, damage, tmp_path):
     tokenizer = build(name, tmp_path)
     ids = DAMAGES[damage](tokenizer.encode(SOURCE))
     with pytest.raises(
@@ -66,7 +58,7 @@ def test_tokens_that_do_not_spell_the_text_are_refused_with_the_place(name, dama
         count_lost_bytes(tokenizer, SOURCE, ids, "file.txt")
 
 
-def test_the_place_is_the_first_byte_that_differs():
+def test_the_named_place_is_the_first_byte_that_differs():
     tokenizer = build_tokenizer("gpt2")
     ids = tokenizer.encode(SOURCE)
     at = len(tokenizer.decode(ids[:512]).encode())
@@ -96,7 +88,7 @@ def test_text_that_a_normalizer_removes_is_counted_as_lost(tmp_path):
         assert lost == sum(letter.islower() for letter in text)
 
 
-def test_a_file_that_truncates_and_pads_gives_the_tokens_of_one_that_does_not(tmp_path, capsys):
+def test_truncation_and_padding_of_a_tokenizer_file_do_not_change_the_shards(tmp_path, capsys):
     plain = tokenizer_files.byte_level(tmp_path / "plain.json")
 
     def cut(tokenizer):
@@ -107,7 +99,8 @@ def test_a_file_that_truncates_and_pads_gives_the_tokens_of_one_that_does_not(tm
     for name, path in (("plain", plain), ("cut", changed(plain, cut))):
         flags = ["--input", str(tmp_path / "text.txt"), "--out", str(tmp_path / name)]
         main([*flags, "--tokenizer", path, "--workers=1", "--val_fraction=0.1"])
-    assert (tokens_of(tmp_path / "plain") == tokens_of(tmp_path / "cut")).all()
+    plain_tokens, cut_tokens = (tokens_of(open_shards(tmp_path / n)) for n in ("plain", "cut"))
+    assert (plain_tokens == cut_tokens).all()
     assert "truncation to 8 tokens switched off" in capsys.readouterr().out
     cfg = DataConfig(text=str(tmp_path / "text.txt"), tokenizer=path)
     described = open_corpus(cfg, "train", 512, tmp_path / "run").describe()
@@ -115,14 +108,16 @@ def test_a_file_that_truncates_and_pads_gives_the_tokens_of_one_that_does_not(tm
 
 
 @pytest.mark.parametrize(("letters", "refused"), [(5, False), (500, True)])
-def test_a_corpus_may_have_few_bytes_that_its_tokenizer_does_not_know(letters, refused, tmp_path):
+def test_a_corpus_is_refused_if_more_than_1_percent_is_unknown_to_its_tokenizer(
+    letters, refused, tmp_path
+):
     path = tokenizer_files.word_piece(tmp_path / "words.json", SOURCE)
     (tmp_path / "text.txt").write_text(SOURCE + "\nж" * letters, encoding="utf-8")
-    files = list_files(str(tmp_path / "text.txt"), exclude=tmp_path)
+    encode = lambda: encode_source(tmp_path / "text.txt", tmp_path / "out", path)
     if refused:
         with pytest.raises(ValueError, match=r"at most 1%.*got 1,000 of .*words\.json"):
-            encode(files, tmp_path / "out", path)
+            encode()
         return
-    assert encode(files, tmp_path / "out", path)["skipped"] == {LOST: 10}
-    corpus = open_corpus(DataConfig(shards=str(tmp_path / "out")), "train", 65_536, "unused")
-    assert "% of the text is unknown to the tokenizer" in corpus.describe()
+    assert encode()["skipped"] == {LOST: 10}
+    description = open_shards(tmp_path / "out").describe()
+    assert "% of the text is unknown to the tokenizer" in description

@@ -18,7 +18,7 @@ T, B, EOT = 16, 8, 1_000
 
 
 def documents(seed, n):
-    """n documents of random lengths; a token is unique in its shard, so rows name their place."""
+    """Returns n documents of random lengths, in which every token but EOT is unique."""
     lengths = np.random.default_rng(seed).integers(2, 60, n)
     tokens = 1_001 + np.arange(lengths.sum())
     tokens[np.cumsum(lengths) - lengths] = EOT
@@ -37,8 +37,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(folder, split="train", **knobs):
-    cfg = DataConfig(shards=str(folder), batch=B, seq_len=T, eot=EOT, **knobs)
+def open_split(folder, split="train", **options):
+    cfg = DataConfig(shards=str(folder), batch=B, seq_len=T, eot=EOT, **options)
     return cfg, open_corpus(cfg, split, 65_536, folder)
 
 
@@ -47,15 +47,15 @@ def mesh_of(replica=1, fsdp=1, tensor=1):
     return build_mesh(MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor), devices=devices)
 
 
-def stream(folder, steps, start=0, seed=3, mesh=None, **knobs):
-    """Batches start..start+steps as NumPy."""
-    cfg, corpus = opened(folder, **knobs)
+def read_batches(folder, steps, start=0, seed=3, mesh=None, **options):
+    """Returns batches start..start+steps as NumPy arrays."""
+    cfg, corpus = open_split(folder, **options)
     with build_batches(cfg, corpus, mesh or mesh_of(), seed) as batches:
         batches.restore(batches.state() | {"step": start})
         return [jax.tree.map(np.asarray, next(batches)) for _ in range(steps)]
 
 
-def same(a, b):
+def equal(a, b):
     return all(
         x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x)
         for x, y in zip(a, b, strict=True)
@@ -65,12 +65,12 @@ def same(a, b):
 KINDS = [{}, {"document_mask": True}, {"pack": True}]
 
 
-@pytest.mark.parametrize("knobs", KINDS)
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("shape", [(1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_batches_are_the_same_on_every_mesh(knobs, shape, folder):
+def test_batches_are_the_same_on_every_mesh(options, shape, folder):
     mesh = mesh_of(*shape)
-    assert same(stream(folder, 5, mesh=mesh, **knobs), stream(folder, 5, **knobs))
-    cfg, corpus = opened(folder, **knobs)
+    assert equal(read_batches(folder, 5, mesh=mesh, **options), read_batches(folder, 5, **options))
+    cfg, corpus = open_split(folder, **options)
     with build_batches(cfg, corpus, mesh, 3) as batches:
         for array in next(batches).values():
             assert array.sharding == batch_sharding(mesh)
@@ -78,20 +78,20 @@ def test_batches_are_the_same_on_every_mesh(knobs, shape, folder):
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_the_parts_that_processes_read_make_the_whole_batch(processes, folder):
-    rows = WindowSequences(opened(folder)[1], T)
+def test_the_parts_that_processes_read_make_up_the_batch(processes, folder):
+    rows = WindowSequences(open_split(folder)[1], T)
     whole = BatchSource(rows, B, 3, np.arange(B), True)
     places = np.split(np.arange(B), processes)
-    parts = [BatchSource(rows, B, 3, mine, True) for mine in places]
+    parts = [BatchSource(rows, B, 3, part, True) for part in places]
     for step in (0, 1, len(rows) // B, 10_000):
         joined = {k: np.concatenate([p[step][k] for p in parts]) for k in ("tokens", "docs")}
-        assert same([whole[step]], [joined])
+        assert equal([whole[step]], [joined])
 
 
-@pytest.mark.parametrize("knobs", KINDS)
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
-def test_a_restored_run_continues_as_if_never_stopped(knobs, prefetch, folder):
-    cfg, corpus = opened(folder, prefetch=prefetch, **knobs)
+def test_a_restored_loader_continues_as_if_never_stopped(options, prefetch, folder):
+    cfg, corpus = open_split(folder, prefetch=prefetch, **options)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
         epoch = -(-batches.sequences_per_epoch // B)
         for stop in (0, 3, epoch - 1, epoch, 2 * epoch + 1):  # within and across epochs
@@ -104,15 +104,15 @@ def test_a_restored_run_continues_as_if_never_stopped(knobs, prefetch, folder):
             with build_batches(cfg, corpus, mesh_of(), 3) as fresh:
                 fresh.restore(state)
                 assert fresh.step == stop
-                assert same([next(fresh) for _ in range(4)], ahead)
+                assert equal([next(fresh) for _ in range(4)], ahead)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"pack": True}])
-def test_every_row_appears_exactly_once_an_epoch(knobs, folder):
-    cfg, corpus = opened(folder, **knobs)
+@pytest.mark.parametrize("options", [{}, {"pack": True}])
+def test_every_sequence_appears_exactly_once_per_epoch(options, folder):
+    cfg, corpus = open_split(folder, **options)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
         n = batches.sequences_per_epoch
-    rows = np.concatenate([b["tokens"] for b in stream(folder, 3 * n // B + 1, **knobs)])
+    rows = np.concatenate([b["tokens"] for b in read_batches(folder, 3 * n // B + 1, **options)])
     epochs = [sorted(map(tuple, rows[i * n : (i + 1) * n])) for i in range(3)]
     assert epochs[0] == epochs[1] == epochs[2] and len(set(epochs[0])) == n
     orders = [rows[i * n : (i + 1) * n].tolist() for i in range(3)]
@@ -120,7 +120,7 @@ def test_every_row_appears_exactly_once_an_epoch(knobs, folder):
 
 
 def test_windows_tile_each_shard_and_never_cross_two(folder):
-    cfg, corpus = opened(folder)
+    cfg, corpus = open_split(folder)
     n = corpus.windows(T)
     assert n == sum((shard.tokens - 1) // T for shard in corpus.shards)
     rows = WindowSequences(corpus, T).read(np.arange(n))["tokens"]
@@ -132,11 +132,11 @@ def test_windows_tile_each_shard_and_never_cross_two(folder):
     assert (rows == np.array(expected)).all()
 
 
-def test_packed_rows_hold_every_token_once_and_mark_the_rest_as_padding(folder):
-    cfg, corpus = opened(folder, pack=True)
+def test_packed_sequences_contain_every_token_once_and_the_rest_is_padding(folder):
+    cfg, corpus = open_split(folder, pack=True)
     with build_batches(cfg, corpus, mesh_of(), 0) as batches:
         n = batches.sequences_per_epoch
-    batches = stream(folder, n // B + 1, pack=True)
+    batches = read_batches(folder, n // B + 1, pack=True)
     tokens, docs = (np.concatenate([b[k] for b in batches])[:n] for k in ("tokens", "docs"))
     found = Counter(tokens[docs >= 0].tolist())
     stored = [corpus.read(i, 0, shard.tokens) for i, shard in enumerate(corpus.shards)]
@@ -150,14 +150,14 @@ def test_packed_rows_hold_every_token_once_and_mark_the_rest_as_padding(folder):
 
 
 def test_document_ids_count_the_starts_inside_a_row(folder):
-    for batch in stream(folder, 20, document_mask=True):
+    for batch in read_batches(folder, 20, document_mask=True):
         starts = batch["tokens"] == EOT
         starts[:, 0] = False
         assert (batch["docs"] == np.cumsum(starts, axis=1)).all()
 
 
 class Numbers:
-    """Rows that are their own index."""
+    """Sequences that consist of their own number."""
 
     def __init__(self, n):
         self.n = n
@@ -165,12 +165,12 @@ class Numbers:
     def __len__(self):
         return self.n
 
-    def read(self, rows, with_docs):
-        return {"tokens": rows}
+    def read(self, numbers, with_docs):
+        return {"tokens": numbers}
 
 
 @pytest.mark.parametrize("n", [7, 5_000])
-def test_the_order_is_each_epochs_permutation_however_it_is_asked_for(n):
+def test_batches_follow_the_permutation_of_each_epoch_in_any_order_of_reading(n):
     steps = -(-3 * n // B) + 2
     source = BatchSource(Numbers(n), B, 3, np.arange(B), False)
     got = np.concatenate([source[step]["tokens"] for step in range(steps)])
@@ -180,8 +180,8 @@ def test_the_order_is_each_epochs_permutation_however_it_is_asked_for(n):
     assert (np.concatenate(backwards[::-1]) == got).all()
 
 
-def test_seeds_and_data_give_different_orders(folder):
-    assert not same(stream(folder, 3, seed=0), stream(folder, 3, seed=1))
+def test_another_seed_gives_another_order(folder):
+    assert not equal(read_batches(folder, 3, seed=0), read_batches(folder, 3, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -194,27 +194,27 @@ def test_seeds_and_data_give_different_orders(folder):
         ({"pack": True}, "data.pack"),
     ],
 )
-def test_resuming_on_other_data_is_refused_with_what_changed(change, flag, folder):
-    cfg, corpus = opened(folder)
+def test_the_error_for_resuming_on_other_data_says_what_changed(change, flag, folder):
+    cfg, corpus = open_split(folder)
     with build_batches(cfg, corpus, mesh_of(), 3) as batches:
         [(name, value)] = change.items()
         with pytest.raises(ValueError, match=rf"{name}={value!r}, now .*--{flag}"):
             batches.restore(batches.state() | change)
 
 
-def test_too_few_windows_for_a_batch_is_an_error_that_names_both(folder):
-    cfg, corpus = opened(folder, split="val")
+def test_a_corpus_smaller_than_a_batch_is_refused(folder):
+    cfg, corpus = open_split(folder, split="val")
     wide = DataConfig(batch=512, seq_len=T)
     with pytest.raises(ValueError, match=r"data\.batch=512 .* got 5\d sequences") as error:
         build_batches(wide, corpus, mesh_of(), 0)
     assert "--data.batch" in str(error.value)
 
 
-def test_evaluation_predicts_every_token_but_the_first_once_in_order(folder):
-    cfg, corpus = opened(folder, split="val")
+def test_evaluation_predicts_every_token_but_the_first_exactly_once_in_order(folder):
+    cfg, corpus = open_split(folder, split="val")
     for mesh in (mesh_of(), mesh_of(2, 2, 2)):
         evaluation = build_eval_batches(cfg, corpus, mesh)
-        for _ in range(2):  # it may be repeated
+        for _ in range(2):  # it can be iterated again
             batches = [jax.tree.map(np.asarray, batch) for batch in evaluation]
             assert len(batches) == len(evaluation)
             tokens, docs = (np.concatenate([b[k] for b in batches]) for k in ("tokens", "docs"))
@@ -223,15 +223,15 @@ def test_evaluation_predicts_every_token_but_the_first_once_in_order(folder):
             assert (docs[-1] == -1).any()  # the fixture's last batch is not full
 
 
-def test_next_may_copy_to_the_devices_where_hidden_copies_are_forbidden(folder):
-    cfg, corpus = opened(folder)
+def test_next_copies_to_the_devices_even_if_implicit_copies_are_forbidden(folder):
+    cfg, corpus = open_split(folder)
     with build_batches(cfg, corpus, mesh_of(2, 2, 2), 0) as batches:
         with jax.transfer_guard("disallow"):
             next(batches)
 
 
-def test_waiting_is_counted_since_last_asked_and_threads_end(folder):
-    cfg, corpus = opened(folder)
+def test_waiting_time_is_reset_when_read_and_threads_end(folder):
+    cfg, corpus = open_split(folder)
     before = threading.active_count()
     with build_batches(cfg, corpus, mesh_of(), 0) as batches:
         next(batches)

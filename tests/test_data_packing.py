@@ -18,7 +18,7 @@ def draw(kind, n, room, seed=0):
 
 
 def documents(lengths):
-    """The lengths as documents end to end in two shards."""
+    """Returns (shard, start, length) of documents end to end in two shards."""
     shard = (np.arange(len(lengths)) >= len(lengths) // 2).astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     return shard, np.where(shard, starts - starts[len(lengths) // 2], starts), lengths
@@ -36,7 +36,7 @@ def rows_of_first_fit(lengths, room):
 
 
 def rows_of_best_fit_decreasing(lengths, room):
-    """The textbook's loop, one document at a time."""
+    """The textbook's loop over single documents."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         fitting = [left for left in rooms if left >= length]
@@ -69,7 +69,7 @@ def test_only_documents_longer_than_a_row_are_cut(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_it_packs_as_tightly_as_the_textbook_and_no_looser_than_first_fit(kind, seed):
+def test_packing_needs_as_many_rows_as_the_textbook_and_no_more_than_first_fit(kind, seed):
     room = 65
     lengths = np.minimum(draw(kind, 600, room, seed), room)
     rows = best_fit(lengths, room).max() + 1
@@ -90,7 +90,7 @@ def test_a_million_documents_fill_their_rows():
 
 
 @pytest.mark.parametrize(("lengths", "rows"), [([], 0), ([1], 1), ([5], 1), ([6], 2), ([5, 5], 2)])
-def test_the_smallest_cases(lengths, rows):
+def test_the_smallest_inputs_are_packed(lengths, rows):
     lengths = np.array(lengths, np.int64)
     shard = np.zeros_like(lengths)
     assert pack((shard, np.cumsum(lengths) - lengths, lengths), 5).rows == rows

@@ -6,16 +6,16 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.data.quick_fingerprint import BLOCK_BYTES, quick_fingerprint
 
 
-def of_shards(folder):
+def fingerprint_of(folder):
     cfg = config_lib.TrainConfig()
     return quick_fingerprint(
         dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, shards=str(folder)))
     )
 
 
-def test_data_looks_the_same_wherever_it_lies_and_not_when_a_part_or_a_size_differs(tmp_path):
+def test_the_fingerprint_ignores_the_folder_and_changes_with_content_and_size(tmp_path):
     content = {"text_train_000000.bin": bytes(range(256)) * 1024, "text_val_000000.bin": b"12"}
-    seen = []
+    results = []
     for i, change in enumerate((None, None, "first", "last", "middle", "size")):
         folder = tmp_path / str(i)
         folder.mkdir()
@@ -25,14 +25,17 @@ def test_data_looks_the_same_wherever_it_lies_and_not_when_a_part_or_a_size_diff
             if "train" in name and change in at:
                 data[at[change]] ^= 1
             (folder / name).write_bytes(data + b"x" * (change == "size" and "val" in name))
-        seen.append(of_shards(folder))
-    assert seen[0] == seen[1] and (seen[0]["files"], seen[0]["bytes"]) == (2, 256 * 1024 + 2)
-    assert len({found["fingerprint"] for found in seen}) == 5
+        results.append(fingerprint_of(folder))
+    assert results[0] == results[1] and (results[0]["files"], results[0]["bytes"]) == (
+        2,
+        256 * 1024 + 2,
+    )
+    assert len({result["fingerprint"] for result in results}) == 5
 
 
-def test_a_gap_in_the_shards_is_named(tmp_path):
+def test_a_gap_in_the_numbers_of_shards_is_an_error(tmp_path):
     for i in (0, 2):
         (tmp_path / f"text_train_{i:06d}.bin").write_bytes(b"12")
     (tmp_path / "text_val_000000.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match="text_train_000001.bin are missing"):
-        of_shards(tmp_path)
+        fingerprint_of(tmp_path)

@@ -4,13 +4,13 @@ import pytest
 from jaxtrain.data.shuffle import permute
 
 SIZES = [10_000, 1_000_000, 4_000_000, 1_000_000_000]
-DRAWN = 300_000  # consecutive indices looked at; 0.03 is then 16 sigma (3 at 10_000)
+INDICES = 300_000  # consecutive ones examined: 0.03 is then 16 sigma (3 at n=10_000)
 
 
-def positions(n, seed=0, epoch=0):
-    """Where consecutive indices go, in [0, 1)."""
-    first = (n - min(n, DRAWN)) // 3
-    return permute(np.arange(first, first + min(n, DRAWN)), n, seed, epoch) / n
+def images(n, seed=0, epoch=0):
+    """Returns the images of consecutive indices, divided by n."""
+    first = (n - min(n, INDICES)) // 3
+    return permute(np.arange(first, first + min(n, INDICES)), n, seed, epoch) / n
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 17, 99, 100, 101, 1000, 4097])
@@ -27,13 +27,13 @@ def test_a_million_indices_appear_exactly_once():
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("lag", [1, 2, 7])
 def test_neighbours_are_uncorrelated(n, lag):
-    x = positions(n, seed=lag)
+    x = images(n, seed=lag)
     assert abs(np.corrcoef(x[:-lag], x[lag:])[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("n", SIZES)
 def test_batches_spread_like_independent_draws(n):
-    x = positions(n)
+    x = images(n)
     means = x[: len(x) // 32 * 32].reshape(-1, 32).mean(1)
     expected = (1 / 12 / 32) ** 0.5
     assert abs(means.std() / expected - 1) < 4 / (2 * len(means)) ** 0.5
@@ -41,16 +41,16 @@ def test_batches_spread_like_independent_draws(n):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_positions_are_uniform_over_the_range(n):
-    counts = np.histogram(positions(n), 100, (0, 1))[0]
+def test_images_are_uniform_over_the_range(n):
+    counts = np.histogram(images(n), 100, (0, 1))[0]
     expected = counts.sum() / 100
     assert abs(counts - expected).max() < 5 * expected**0.5
 
 
 @pytest.mark.parametrize("n", SIZES)
 def test_epochs_and_seeds_are_unrelated(n):
-    x = positions(n)
-    for other in (positions(n, epoch=1), positions(n, seed=1)):
+    x = images(n)
+    for other in (images(n, epoch=1), images(n, seed=1)):
         assert abs(np.corrcoef(x, other)[0, 1]) < 0.03
         assert np.mean(x == other) < 10 / n + 1e-3
 
@@ -60,10 +60,10 @@ def test_all_orders_of_three_occur():
     assert len(orders) == 6
 
 
-def test_an_index_goes_to_the_same_place_whoever_asks():
-    whole = permute(np.arange(10_007), 10_007, 5, 2)
-    some = np.array([10_006, 0, 77, 77])
-    assert (permute(some, 10_007, 5, 2) == whole[some]).all()
+def test_an_index_has_the_same_image_in_any_set_of_indices():
+    images_of_all = permute(np.arange(10_007), 10_007, 5, 2)
+    few = np.array([10_006, 0, 77, 77])
+    assert (permute(few, 10_007, 5, 2) == images_of_all[few]).all()
 
 
 @pytest.mark.parametrize(("index", "n"), [([-1], 5), ([5], 5), ([0], 0), ([0], 2**63 - 1)])

@@ -1,18 +1,15 @@
-"""What is damaged in an encoding: named in one of the user's, made again in one of a run."""
+"""data.text is encoded once below the run's folder, and again if it changes or is damaged."""
 
 import json
 from pathlib import Path
 
 import pytest
-from data_samples import run
+from data_samples import encode_source, open_shards, write_modules
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
 @pytest.fixture
@@ -20,42 +17,68 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(9):
-        (folder / f"{i}.txt").write_text(f"text {i}\n" * 999)
+        (folder / f"{i}.txt").write_text(f"text {i}\n" * 99)
     return folder
 
 
-def opened(source):
-    return open_corpus(DataConfig(shards=str(source)), "train", 65_536, "unused")
+def test_text_is_encoded_once_and_again_if_it_or_the_tokenizer_changes(tmp_path):
+    texts = write_modules(tmp_path / "texts")
+
+    def corpus(split="train", **options):
+        cfg = DataConfig(text=str(texts), val_fraction=0.1, **options)
+        vocab_size = 50_304 if cfg.tokenizer == "gpt2" else 256
+        return open_corpus(cfg, split, vocab_size, tmp_path / "run")
+
+    first = corpus()
+    written = Path(first.shards[0].path).stat().st_mtime_ns
+    assert corpus() == first and Path(first.shards[0].path).stat().st_mtime_ns == written
+    assert corpus(tokenizer="gpt2").fingerprint != first.fingerprint
+    assert corpus() == first
+    (texts / "abc.py").write_text("changed = True\n")
+    assert corpus().fingerprint != first.fingerprint
+    assert corpus("val").tokens / (corpus().tokens + corpus("val").tokens) < 0.12
 
 
-DAMAGES = {
-    "nothing": lambda meta: "",
-    "half": lambda meta: "{",
+def test_a_run_inside_its_text_folder_does_not_train_on_its_own_output(texts):
+    cfg = DataConfig(text=str(texts))
+    first = open_corpus(cfg, "train", 256, texts / "runs" / "a")
+    assert open_corpus(cfg, "train", 256, texts / "runs" / "a") == first
+
+
+METADATA_DAMAGES = {
+    "empty": lambda meta: "",
+    "truncated": lambda meta: "{",
     "a list": lambda meta: "[]",
-    "few keys": lambda meta: '{"shards": []}',
-    "shards": lambda meta: json.dumps(meta | {"shards": [3]}),
-    "tokenizer": lambda meta: json.dumps(meta | {"tokenizer": 5}),
-    "eot": lambda meta: json.dumps(meta | {"eot": "0"}),
-    "skipped": lambda meta: json.dumps(meta | {"skipped": {"empty": None}}),
-    "file": lambda meta: json.dumps(meta | {"shards": [meta["shards"][0] | {"file": 1}]}),
-    "tokens": lambda meta: json.dumps(meta | {"shards": [meta["shards"][0] | {"tokens": None}]}),
+    "keys missing": lambda meta: '{"shards": []}',
+    "shards are numbers": lambda meta: json.dumps(meta | {"shards": [3]}),
+    "tokenizer is a number": lambda meta: json.dumps(meta | {"tokenizer": 5}),
+    "eot is a string": lambda meta: json.dumps(meta | {"eot": "0"}),
+    "skipped has no count": lambda meta: json.dumps(meta | {"skipped": {"empty": None}}),
+    "file is a number": lambda meta: json.dumps(
+        meta | {"shards": [meta["shards"][0] | {"file": 1}]}
+    ),
+    "tokens are missing": lambda meta: json.dumps(
+        meta | {"shards": [meta["shards"][0] | {"tokens": None}]}
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_meta_is_named_and_that_of_a_run_is_made_again(kind, texts, tmp_path):
-    run(texts, tmp_path / "out", val_fraction=0.1)
+@pytest.mark.parametrize("kind", METADATA_DAMAGES)
+def test_damaged_metadata_is_an_error_in_the_users_shards_and_rebuilt_in_a_run(
+    kind, texts, tmp_path
+):
+    encode_source(texts, tmp_path / "out")
     cfg = DataConfig(text=str(texts))
     first = open_corpus(cfg, "train", 256, tmp_path / "run")
     for path in (tmp_path / "out" / "meta.json", Path(first.shards[0].path).parent / "meta.json"):
-        path.write_text(DAMAGES[kind](json.loads(path.read_text())))
+        path.write_text(METADATA_DAMAGES[kind](json.loads(path.read_text())))
     with pytest.raises(ValueError, match=r"out/meta\.json: expected"):
-        opened(tmp_path / "out")
+        open_shards(tmp_path / "out")
     assert open_corpus(cfg, "train", 256, tmp_path / "run") == first
 
 
 SHARD_DAMAGES = {
-    "a byte": lambda path, content: path.write_bytes(
+    "a byte flipped": lambda path, content: path.write_bytes(
         content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
     ),
     "cut": lambda path, content: path.write_bytes(content[:-100]),
@@ -77,4 +100,4 @@ def test_a_damaged_shard_of_a_run_is_encoded_again_with_a_warning(kind, texts, t
     assert str(path) in warning and "encoded again" in warning
     SHARD_DAMAGES[kind](path, content)
     with pytest.raises(ValueError, match=r"text_train_000000\.bin|must hold a train shard"):
-        opened(path.parent)
+        open_shards(path.parent)

@@ -10,7 +10,7 @@ from tokenizer_files import TEXT, changed
 from tokenizers import normalizers, pre_tokenizers, processors
 
 from jaxtrain.data import tokenizer as tokenizer_module
-from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.tokenizer import Gpt2Tokenizer, build_tokenizer
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_bytes_are_the_utf8_of_the_text():
     assert ids.tobytes() == TEXT.encode() and ids.dtype == np.uint8
 
 
-def test_a_json_tokenizer_counts_all_ids_and_starts_documents_with_its_own_token(json_path):
+def test_a_json_tokenizer_has_the_ids_and_the_start_token_of_its_file(json_path):
     tokenizer = build_tokenizer(json_path)
     entries = json.loads(open_text(json_path))
     assert tokenizer.vocab_size == 1 + max(entries["model"]["vocab"].values())
     assert tokenizer.eot == entries["model"]["vocab"]["<|endoftext|>"]
 
 
-def test_a_json_tokenizer_without_a_start_of_documents_is_refused(json_path, tmp_path):
+def test_a_json_tokenizer_without_a_start_token_is_refused(json_path, tmp_path):
     content = open_text(json_path).replace("<|endoftext|>", "<|unheard|>")
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match="starts documents"):
@@ -57,7 +57,7 @@ def test_a_json_tokenizer_without_a_start_of_documents_is_refused(json_path, tmp
 
 
 @pytest.mark.parametrize("content", [None, "no json", "{}"])
-def test_a_name_that_is_no_tokenizer_is_refused_with_its_flag(content, tmp_path):
+def test_the_error_for_a_name_that_is_not_a_tokenizer_names_the_flag(content, tmp_path):
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"
     if content is not None:
@@ -66,34 +66,33 @@ def test_a_name_that_is_no_tokenizer_is_refused_with_its_flag(content, tmp_path)
         build_tokenizer(str(path))
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)  # what import sees when it is not there
+def test_the_error_for_a_missing_package_has_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # as if it was not installed
     with pytest.raises(ValueError, match=r"tiktoken.*pip install tiktoken"):
         build_tokenizer("gpt2")
 
 
-RUNS = [" ", "\n", "\u00a0", "a", "7", "[", "'", "你", "🦊"]
-
-
 @pytest.mark.parametrize(
-    ("name", "letter"),
-    [*(("gpt2", letter) for letter in RUNS), ("json", " "), ("json", "\n"), ("json", "a")],
-    ids=ascii,
+    "text",
+    [
+        *(f"Before{space * 1_000_000}after." for space in (" ", "\n", "\u00a0")),
+        "a" * 1_000_000 + "".join(letter * 200_000 for letter in "7['你🦊"),
+        "abcdefghij" * 100_000,
+    ],
+    ids=["spaces", "newlines", "no-break spaces", "equal characters", "a long word"],
 )
-def test_a_million_equal_characters_survive_encoding_and_decoding(name, letter, request):
-    path = request.getfixturevalue("json_path") if name == "json" else name
-    tokenizer = build_tokenizer(path)
-    text = f"Before{letter * 1_000_000}after."
+def test_gpt2_encodes_long_runs_of_characters(text):
+    tokenizer = build_tokenizer("gpt2")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_one_word_of_five_million_characters_is_encoded():
-    tokenizer, text = build_tokenizer("gpt2"), "abcdefghij" * 500_000
+def test_a_json_tokenizer_encodes_long_runs_of_characters(json_path):
+    tokenizer, text = build_tokenizer(json_path), f"a{' ' * 1_000_000}{'b' * 1_000_000}"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_cuts_at_long_whitespace_change_no_token():
-    tokenizer, draw = build_tokenizer("gpt2"), random.Random(0)
+def test_separating_long_whitespace_changes_no_token():
+    tokenizer, draw = Gpt2Tokenizer(), random.Random(0)
     white = [chr(i) for i in range(0x3001) if chr(i).isspace()]
     parts = [*" \n\t ", *white, "a", "don't", "'s", "12", "!?", "你", "é", "\u200b"]
     for _ in range(300):
@@ -102,13 +101,13 @@ def test_cuts_at_long_whitespace_change_no_token():
         assert all(tokenizer._encode_parts(text, longest) == whole for longest in (2, 4, 8))
 
 
-def test_runs_shorter_than_what_tiktoken_takes_have_its_tokens():
-    tokenizer = build_tokenizer("gpt2")
+def test_whitespace_that_tiktoken_can_encode_gets_its_tokens():
+    tokenizer = Gpt2Tokenizer()
     for text in (" " * 300_000, "a" + "\n" * 200_000 + " b", "x" + " \t" * 100_000 + "y"):
         assert tokenizer.encode(text).tolist() == tokenizer._encoding.encode_ordinary(text)
 
 
-def test_what_a_library_fails_on_is_an_error_that_names_the_tokenizer(tmp_path, monkeypatch):
+def test_a_failure_of_a_library_is_an_error_that_names_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "LONG_SPACES", 1 << 30)  # as if nothing was cut
     with pytest.raises(ValueError, match="gpt2 must encode every text; it failed on 1,100,000 cha"):
         build_tokenizer("gpt2").encode(" " * 1_100_000)
@@ -118,7 +117,7 @@ def test_what_a_library_fails_on_is_an_error_that_names_the_tokenizer(tmp_path, 
         build_tokenizer(str(tmp_path / "words.json")).encode("b")
 
 
-def test_truncation_padding_and_dropout_of_a_file_are_switched_off_and_reported(json_path):
+def test_truncation_padding_and_dropout_are_switched_off_and_reported(json_path):
     def cut(tokenizer):
         tokenizer.enable_truncation(5)
         tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=8_192)
@@ -160,7 +159,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("note", SETTINGS)
-def test_a_setting_that_changes_the_text_is_reported_in_words(note, json_path):
+def test_a_setting_that_changes_the_text_is_reported(note, json_path):
     notes = build_tokenizer(changed(json_path, SETTINGS[note])).notes
     assert any(note in line for line in notes), notes
 
@@ -179,7 +178,9 @@ def test_no_text_spells_a_special_token(family, tmp_path):
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_a_start_token_that_is_not_marked_special_is_plain_text_all_the_same(special, json_path):
+def test_a_text_that_spells_the_start_token_is_plain_text_even_if_the_token_is_not_special(
+    special, json_path
+):
     content = json.loads(open_text(json_path))
     for token in content["added_tokens"]:
         token["special"] = special
@@ -190,7 +191,7 @@ def test_a_start_token_that_is_not_marked_special_is_plain_text_all_the_same(spe
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "json"])
-def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(name, request):
+def test_the_tokens_have_the_bytes_of_the_text(name, request):
     path = request.getfixturevalue("json_path") if name == "json" else name
     tokenizer = build_tokenizer(path)
     sizes = tokenizer.token_bytes

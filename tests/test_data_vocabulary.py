@@ -3,19 +3,20 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_vocabulary
+from jaxtrain.errors import REFUSED
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "V"),
     [("bytes", 256), ("bytes", 512), ("gpt2", 50_257), ("gpt2", 50_304), ("gpt2", 65_536)],
 )
-def test_a_vocabulary_may_be_padded(tokenizer, V):
+def test_a_models_vocabulary_may_be_padded(tokenizer, V):
     check_vocabulary(DataConfig(tokenizer=tokenizer), build_tokenizer(tokenizer), V, False)
 
 
@@ -38,10 +39,10 @@ def test_a_tokenizer_far_smaller_than_the_model_is_refused(tokenizer, V, fitting
     words = ["encode", "--input=my books", "--out=shards", f"--tokenizer={fitting}"]
     assert shlex.split(make)[-4:] == words
     assert "--data.shards=shards" in use
-    check_vocabulary(cfg, built, V, True)  # a run that has its tokens is read as it is
+    check_vocabulary(cfg, built, V, True)  # its text is already encoded
 
 
-def test_text_is_refused_before_it_is_encoded(tmp_path):
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_text_is_encoded(tmp_path):
     cfg = DataConfig(text=str(runs.write_text(tmp_path)))
     with pytest.raises(ValueError, match="must fit the model's vocabulary"):
         open_corpus(cfg, "train", 50_304, tmp_path / "run")
@@ -52,7 +53,7 @@ def test_a_gpt2_config_without_a_corpus_is_refused_with_two_commands(tmp_path):
     flags = ["--config=configs/gpt_124m.py", f"--config.workdir={tmp_path / 'run'}"]
     argv = [sys.executable, "-m", "jaxtrain.train", *flags]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 78, done.stderr
+    assert done.returncode == REFUSED, done.stderr
     line, make, use = done.stderr.strip().split("\n")
     assert "model.V=50304 and data.tokenizer=gpt2; got neither" in line
     assert shlex.split(make)[-4:] == ["encode", "--input=PATH", "--out=shards", "--tokenizer=gpt2"]

@@ -1,4 +1,4 @@
-"""The doctor names each fault with the command that fixes it, and no fault ends or hangs it."""
+"""The doctor names each fault and the command that fixes it; no fault ends or hangs it."""
 
 import contextlib
 import importlib.metadata
@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from jaxtrain.doctor import __main__ as doctor
 from jaxtrain.doctor import devices, gpu, host, versions
-from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, guarded
+from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, run_check
 
 ROOT = Path(__file__).parent.parent
 PIP = "python -m pip"
@@ -24,28 +24,28 @@ PLUGIN13 = {"jax-cuda13-plugin": "0.10.2", "jax-cuda13-pjrt": "0.10.2"}
 JAX_NEEDS = ("jaxlib<=0.10.2,>=0.10.1", "numpy>=2.0")
 
 
-def test_on_this_machine_it_prints_one_screen_within_seconds_and_as_json(tmp_path):
+def test_on_this_machine_it_prints_at_most_40_lines_and_the_same_as_json(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "jaxtrain", "doctor", f"--workdir={tmp_path}"]
-    screen, asked = (
+    text, as_json = (
         subprocess.run([*argv, *more], env=env, cwd=tmp_path, capture_output=True, text=True)
         for more in ((), ("--json",))
     )
-    assert screen.stderr == asked.stderr == ""
-    found = json.loads(asked.stdout)
+    assert text.stderr == as_json.stderr == ""
+    found = json.loads(as_json.stdout)
     problems = [check for check in found["checks"] if check["state"] == PROBLEM]
-    assert screen.returncode == asked.returncode == int(bool(problems)) == int(not found["ok"])
+    assert text.returncode == as_json.returncode == int(bool(problems)) == int(not found["ok"])
     names = {check["name"] for check in found["checks"]}
     assert {"python", "packages", "jax", "plugin", "cards", "devices", "bf16", "memory"} <= names
     assert {"disk", "compile cache", "tokenizers", "data", "launch tools", "clock"} <= names
-    assert not [c for c in found["checks"] if "could not be looked at" in c["value"]]
-    assert len(screen.stdout.splitlines()) <= 40
+    assert not [c for c in found["checks"] if "could not be checked" in c["value"]]
+    assert len(text.stdout.splitlines()) <= 40
     for check in found["checks"]:
-        assert check["name"] in screen.stdout
+        assert check["name"] in text.stdout
         assert check["state"] == OK or check["value"]
 
 
-def test_packages_that_cannot_be_imported_do_not_end_it(tmp_path):
+def test_packages_that_cannot_be_imported_are_reported(tmp_path):
     for name in ("ml_collections", "packaging", "absl", "jax"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -55,7 +55,7 @@ def test_packages_that_cannot_be_imported_do_not_end_it(tmp_path):
     assert done.returncode == 1 and done.stderr == ""
     assert checks["devices"]["state"] == PROBLEM and "no jax here" in checks["devices"]["value"]
     assert "no ml_collections here" in checks["compile cache"]["value"]
-    assert checks["packages"]["state"] == OK  # by pip's own copy of `packaging`
+    assert checks["packages"]["state"] == OK  # parsed by pip's copy of `packaging`
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_packages_that_cannot_be_imported_do_not_end_it(tmp_path):
         ({"jax": "0.10.2"}, PROBLEM, f'{PIP} install "jax>=0.10.2,<0.12,!=0.11.0,!=0.11.1"'),
     ],
 )
-def test_jax_and_jaxlib_must_fit(installed, state, fix):
+def test_versions_of_jax_and_jaxlib_must_fit_together(installed, state, fix):
     check = versions.check_jax(installed.get, JAX_NEEDS, PIP)
     assert (check.state, check.fix) == (state, fix)
 
@@ -77,7 +77,7 @@ def test_jax_and_jaxlib_must_fit(installed, state, fix):
     [("0.10.2", OK), ("0.11.2", OK), ("0.10.1", PROBLEM), ("0.11.0", PROBLEM), ("0.11.1", PROBLEM)]
     + [("0.12.0", PROBLEM), (None, PROBLEM)],
 )
-def test_versions_of_jax_that_were_excluded_are_named_with_the_ones_that_work(version, state):
+def test_excluded_versions_of_jax_are_a_problem_whose_fix_names_the_allowed_ones(version, state):
     needs = importlib.metadata.requires("jaxtrain")
     wanted = [text for text in needs if Requirement(text).name == "jax" and ";" not in text]
     check = versions.check_packages(wanted, {"jax": version}.get, PIP)
@@ -102,9 +102,7 @@ def test_versions_of_jax_that_were_excluded_are_named_with_the_ones_that_work(ve
         (PLUGIN12 | PLUGIN13, True, "580.65.06", WARNING, ""),
     ],
 )
-def test_the_plugin_must_be_of_jax_own_version_and_for_the_driver(
-    plugins, has_gpu, driver, state, fix
-):
+def test_the_plugin_must_fit_jax_and_the_driver(plugins, has_gpu, driver, state, fix):
     check = versions.check_plugin((GOOD | plugins).get, has_gpu, driver, PIP)
     assert check.state == state
     assert check.fix == fix or (not fix and check.fix.startswith(PIP))
@@ -115,7 +113,7 @@ def test_the_plugin_must_be_of_jax_own_version_and_for_the_driver(
     ("plugins", "driver", "capability", "state", "fix"),
     [
         (PLUGIN12, "525.60.13", (8, 6), OK, ""),
-        (PLUGIN12, "470.82.01", (8, 6), PROBLEM, versions.NEW_DRIVER),
+        (PLUGIN12, "470.82.01", (8, 6), PROBLEM, versions.INSTALL_DRIVER),
         (PLUGIN13, "580.65.06", (9, 0), OK, ""),
         (PLUGIN13, "550.54.15", (9, 0), PROBLEM, f'{PIP} install "jax[cuda12]==0.10.2"'),
         (PLUGIN13, "580.65.06", (7, 0), PROBLEM, f'{PIP} install "jax[cuda12]==0.10.2"'),
@@ -132,7 +130,7 @@ def test_the_driver_must_be_new_enough_for_the_plugins_cuda(
 
 @contextlib.contextmanager
 def nvidia_smi(folder, script, monkeypatch):
-    """A program of this name that comes first on the PATH."""
+    """Puts a program called nvidia-smi first on the PATH."""
     path = folder / "nvidia-smi"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -146,17 +144,17 @@ A40 = "echo 'NVIDIA A40, 470.82.01, 46068, 12000, 8.6'"
 
 def test_the_cards_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     with nvidia_smi(tmp_path, f"{A40}; {A40}", monkeypatch):
-        gpus = gpu.look()
+        gpus = gpu.find_gpus()
     assert gpus.found and len(gpus.cards) == 2 and gpus.capability == (8, 6)
     assert gpus.driver == "470.82.01" or gpu.VERSION.exists()
-    first, *busy = gpu.check_cards(gpus, slots=2)
+    first, *busy = gpu.check_cards(gpus, pci_gpus=2)
     assert first == Check("cards", "2 x NVIDIA A40")
     assert [check.state for check in busy] == [WARNING, WARNING]
     assert "card 1 has 11.7 of 45.0 GiB in use by others" in busy[1].value
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         ("sleep 60 & wait", "nvidia-smi does not answer within 0.5 s"),
         ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "mismatch"),
@@ -164,38 +162,36 @@ def test_the_cards_are_read_from_nvidia_smi(tmp_path, monkeypatch):
         ("printf '\\377\\376, a\\n'", "nvidia-smi lists no card"),
     ],
 )
-def test_a_driver_that_hangs_or_fails_is_named_and_left_alone(script, said, tmp_path, monkeypatch):
+def test_a_driver_that_hangs_or_fails_is_a_problem(script, message, tmp_path, monkeypatch):
     began = time.monotonic()
     with nvidia_smi(tmp_path, script, monkeypatch):
-        gpus = gpu.look(0.5)
+        gpus = gpu.find_gpus(0.5)
     assert time.monotonic() - began < 4
-    assert gpus.cards == () and said in gpus.fault
-    (check,) = gpu.check_cards(gpus._replace(found=True, driver="550.54.15"), slots=1)
-    assert check.state == PROBLEM and said in check.value and "dmesg" in check.fix
+    assert gpus.cards == () and message in gpus.fault
+    (check,) = gpu.check_cards(gpus._replace(found=True, driver="550.54.15"), pci_gpus=1)
+    assert check.state == PROBLEM and message in check.value and "dmesg" in check.fix
 
 
-def test_a_card_without_a_driver_is_a_warning_with_the_package_to_install():
-    (check,) = gpu.check_cards(gpu.Gpus(False, "", (), "nvidia-smi is not on the PATH"), slots=1)
+def test_a_card_without_a_driver_is_a_warning_that_names_the_package_to_install():
+    (check,) = gpu.check_cards(gpu.Gpus(False, "", (), "nvidia-smi is not on the PATH"), pci_gpus=1)
     assert check.state == WARNING and "apt-get install" in check.fix
 
 
 @pytest.mark.parametrize(
-    ("jax", "said"),
+    ("jax", "message"),
     [
         ("import time\ntime.sleep(60)\n", "JAX did not find its devices within 1 s"),
         ("import os\nos.kill(os.getpid(), 11)\n", "JAX ended with signal SIGSEGV"),
         ("raise RuntimeError('jaxlib is too old')\n", "RuntimeError: jaxlib is too old"),
     ],
 )
-def test_a_jax_that_hangs_or_dies_ends_neither_the_screen_nor_the_doctor(
-    jax, said, tmp_path, monkeypatch
-):
+def test_the_doctor_survives_a_jax_that_hangs_or_dies(jax, message, tmp_path, monkeypatch):
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text(jax)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found, why = devices.Asked().answer(1.0 if "sleep" in jax else 30.0)
-    assert found == {} and said in why
-    (check,) = devices.check_devices(found, why, has_gpu=True)
+    found, reason = devices.DevicesProcess().wait(1.0 if "sleep" in jax else 30.0)
+    assert found == {} and message in reason
+    (check,) = devices.check_devices(found, reason, has_gpu=True)
     assert check.state == PROBLEM and check.fix.startswith("JAX_PLATFORMS=cpu jaxtrain doctor")
 
 
@@ -208,17 +204,17 @@ def states(checks):
     return {check.name: check.state for check in checks}
 
 
-def test_a_processor_in_place_of_a_gpu_is_a_problem_unless_it_was_asked_for(monkeypatch):
+def test_the_cpu_in_place_of_a_gpu_is_a_problem_unless_the_user_chose_it(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert states(devices.check_devices(CPU, "", has_gpu=False)) == {"devices": OK, "bf16": OK}
     fallback = devices.check_devices(CPU, "", has_gpu=True)[0]
     assert fallback.state == PROBLEM and "FALLBACK" in fallback.value
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    asked = devices.check_devices(CPU, "", has_gpu=True)[0]
-    assert (asked.state, asked.fix) == (WARNING, "unset JAX_PLATFORMS")
+    chosen = devices.check_devices(CPU, "", has_gpu=True)[0]
+    assert (chosen.state, chosen.fix) == (WARNING, "unset JAX_PLATFORMS")
 
 
-def test_of_gpus_it_says_how_many_bf16_and_cudnn():
+def test_gpus_are_counted_and_checked_for_bf16_and_cudnn():
     checks = devices.check_devices(H100, "", has_gpu=True)
     assert [check.value for check in checks] == [
         "8 x NVIDIA H100",
@@ -229,14 +225,14 @@ def test_of_gpus_it_says_how_many_bf16_and_cudnn():
     assert states(old) == {"devices": OK, "bf16": WARNING, "cudnn": WARNING}
 
 
-def test_both_names_of_the_memory_share_are_refused_as_jax_does(monkeypatch):
+def test_setting_both_variables_of_the_memory_fraction_is_a_problem(monkeypatch):
     for name in host.memory.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert host.check_share().state == OK
+    assert host.check_memory_fraction().state == OK
     monkeypatch.setenv(host.memory.VARIABLES[1], "1.5")
-    assert host.check_share().fix == f"unset {host.memory.VARIABLES[1]}"
+    assert host.check_memory_fraction().fix == f"unset {host.memory.VARIABLES[1]}"
     monkeypatch.setenv(host.memory.VARIABLES[0], "0.5")
-    assert host.check_share().state == PROBLEM
+    assert host.check_memory_fraction().state == PROBLEM
 
 
 def test_little_memory_in_a_container_is_a_warning(tmp_path):
@@ -249,13 +245,13 @@ def test_little_memory_in_a_container_is_a_warning(tmp_path):
     assert check.state == WARNING and check.value.startswith("1.0 of 1.0 GiB free")
 
 
-def test_a_file_in_the_place_of_a_folder_is_a_problem_with_the_command_that_moves_it(tmp_path):
+def test_a_file_where_a_folder_must_be_is_a_problem_whose_fix_moves_it(tmp_path):
     (tmp_path / "a file").touch()
     cache = host.check_cache(str(tmp_path / "a file" / "xla"))
     assert cache.state == PROBLEM and cache.fix == f"mv '{tmp_path}/a file' '{tmp_path}/a file'.old"
     subprocess.run(["sh", "-c", cache.fix], check=True)
     assert host.check_cache(str(tmp_path / "a file" / "xla")).state == OK
-    assert not (tmp_path / "a file").exists()  # looked at, not made
+    assert not (tmp_path / "a file").exists()  # the check creates nothing
     (tmp_path / "run").touch()
     assert host.check_disk(tmp_path / "run" / "a").state == PROBLEM
 
@@ -266,13 +262,15 @@ def test_a_folder_on_a_read_only_disk_is_a_problem():
     assert host.check_cache("").state == OK
 
 
-def test_the_cache_counts_its_files(tmp_path):
+def test_the_files_of_the_compile_cache_are_counted(tmp_path):
     for name in "ab":
         (tmp_path / name).write_bytes(bytes(1 << 20))
     assert host.check_cache(str(tmp_path)).value.endswith(": 2 files, 0.00 GiB")
 
 
-def test_missing_programs_and_packages_are_named_with_their_packages(monkeypatch, tmp_path):
+def test_missing_programs_and_packages_are_named_with_the_command_that_installs_them(
+    monkeypatch, tmp_path
+):
     (tmp_path / "git").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert host.check_tools().fix == "sudo apt-get install -y openssh-client rsync"
@@ -289,20 +287,20 @@ def test_runs_and_shards_of_the_current_folder_are_found(monkeypatch, tmp_path):
     assert "2 runs in runs/, shards in data/fineweb" in host.check_data()[-1].value
 
 
-def test_a_clock_before_the_code_was_installed_is_wrong():
+def test_a_clock_earlier_than_the_codes_files_is_a_warning():
     assert host.check_clock(0.0).state == WARNING
     assert host.check_clock().state == OK
 
 
-def test_a_probe_that_fails_is_a_line_and_not_the_end():
-    (check,) = guarded("memory", lambda: host.check_memory("/nowhere"))
+def test_a_check_that_raises_becomes_a_warning():
+    (check,) = run_check("memory", lambda: host.check_memory("/nowhere"))
     assert check.state == WARNING
-    assert check.value.startswith("could not be looked at: FileNotFoundError")
+    assert check.value.startswith("could not be checked: FileNotFoundError")
 
 
-def test_only_a_problem_fails_and_its_fix_stands_below_it():
+def test_the_verdict_counts_problems_and_each_fix_is_printed_below_its_check():
     checks = [Check("a", "x", WARNING, "do this"), Check("bb", "y")]
-    text = doctor.screen(checks, "jaxtrain doctor")
+    text = doctor.format_checks(checks, "jaxtrain doctor")
     assert text.splitlines()[:3] == [
         "warning  a   x",
         "             $ do this",
@@ -311,5 +309,5 @@ def test_only_a_problem_fails_and_its_fix_stands_below_it():
     assert text.endswith(
         "This machine can train (1 warning). Start with: jaxtrain train quickstart"
     )
-    text = doctor.screen([*checks, Check("c", "z", PROBLEM)], "jaxtrain doctor")
+    text = doctor.format_checks([*checks, Check("c", "z", PROBLEM)], "jaxtrain doctor")
     assert "PROBLEM  c   z" in text and "1 problem (1 warning)" in text

@@ -8,10 +8,11 @@ from configs import debug
 from jaxtrain.config.train_config import DataConfig, freeze
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encoding.input_files import list_files
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.data.tokenizer import build_tokenizer
-from jaxtrain.evaluate import fit_parts, rows_in_training
+from jaxtrain.evaluate import fit_accumulation, rows_in_training
 from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
@@ -33,7 +34,7 @@ def run_in(parts):
 
 
 def batch():
-    """Ragged rows of documents, the last of them padding alone."""
+    """Ragged rows of documents, the last five only padding."""
     rng = np.random.default_rng(0)
     lengths = np.append(rng.integers(2, 34, BATCH - 5), [0] * 5)
     docs = np.where(np.arange(33) < lengths[:, None], 0, -1)
@@ -41,7 +42,7 @@ def batch():
     return {"tokens": tokens.astype(np.int32), "docs": docs.astype(np.int32)}
 
 
-def test_evaluation_in_microbatches_is_that_of_whole_batches_in_their_memory():
+def test_evaluating_in_microbatches_gives_the_same_loss_in_less_memory():
     results, temporary_bytes = [], []
     for parts in (1, 8):
         run = run_in(parts)
@@ -60,7 +61,7 @@ def test_evaluation_in_microbatches_is_that_of_whole_batches_in_their_memory():
     ("mesh", "rows"),
     [((1, -1, 1), 4), ((-1, 2, 2), 8), ((2, 1, -1), 16), ((4, 2, 1), 4)],
 )
-def test_rows_of_a_device_in_training_follow_from_its_mesh(mesh, rows):
+def test_rows_per_device_in_training_follow_from_the_stored_mesh(mesh, rows):
     values = {"mesh": dict(zip(("replica", "fsdp", "tensor"), mesh, strict=True))}
     config = values | {"data": {"batch": 128}, "accumulation": 4}
     assert rows_in_training({"config": config, "devices": 8}) == rows
@@ -69,16 +70,16 @@ def test_rows_of_a_device_in_training_follow_from_its_mesh(mesh, rows):
 @pytest.mark.parametrize(
     ("devices", "rows", "parts"), [(8, 4, 1), (2, 4, 4), (1, 4, 8), (1, 3, 16)]
 )
-def test_fewer_devices_read_a_batch_in_more_parts(devices, rows, parts):
+def test_fewer_devices_evaluate_in_more_microbatches(devices, rows, parts):
     cfg = dataclasses.replace(run_in(1).cfg, accumulation=2)
-    assert fit_parts(cfg, devices, rows).accumulation == parts
+    assert fit_accumulation(cfg, devices, rows).accumulation == parts
     with pytest.raises(ValueError, match="--rows"):
-        fit_parts(cfg, devices, 0)
+        fit_accumulation(cfg, devices, 0)
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """corpus(texts, tokenizer): the documents as one split."""
+    """A function (texts, tokenizer) -> (config, corpus of these documents)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def build(texts, tokenizer="bytes"):
@@ -86,7 +87,7 @@ def corpus(tmp_path, monkeypatch):
         for i, text in enumerate(texts):
             (tmp_path / "texts" / f"{i:04}.txt").write_text(text)
         files = list_files(str(tmp_path / "texts"), exclude=tmp_path / "out")
-        encode(files, tmp_path / "out", tokenizer)
+        encode(files, tmp_path / "out", EncodeOptions(tokenizer))
         cfg = DataConfig(shards=str(tmp_path / "out"), batch=BATCH, seq_len=32)
         return cfg, open_corpus(cfg, "train", 50_304, tmp_path)
 
@@ -125,7 +126,7 @@ def test_the_loss_is_bitwise_the_same_with_and_without_the_bytes(corpus):
     assert with_bytes["eval/loss_nats"] == without["eval/loss_nats"]
 
 
-def test_the_bytes_of_a_batch_are_those_of_its_targets_without_padding(corpus):
+def test_the_byte_count_of_a_batch_excludes_padding(corpus):
     texts = ["Hello, wörld! 你好 🦊", "The quick brown fox"]
     _, held_out = corpus(texts, "gpt2")
     tokenizer = build_tokenizer("gpt2")
@@ -138,5 +139,5 @@ def test_the_bytes_of_a_batch_are_those_of_its_targets_without_padding(corpus):
 
 
 @pytest.mark.parametrize(("tokens", "warns"), [(999, True), (1_000, False)])
-def test_few_held_out_tokens_are_warned_of(tokens, warns):
+def test_few_held_out_tokens_give_a_warning(tokens, warns):
     assert bool(warn_of_noise({"eval/tokens": tokens})) == warns

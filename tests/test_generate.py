@@ -35,7 +35,7 @@ def mesh():
     return build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-def test_the_likeliest_sample_is_the_argmax_of_full_forwards(model, mesh):
+def test_sampling_at_temperature_0_equals_the_argmax_of_full_forward_passes(model, mesh):
     params = model.init(jax.random.key(0))
     prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, 64)
     got = build_sampler(model, mesh, 6, 0.0, 0)(params, prompt, jax.random.key(2))
@@ -48,7 +48,7 @@ def test_the_likeliest_sample_is_the_argmax_of_full_forwards(model, mesh):
     np.testing.assert_array_equal(got, text[:, 5:])
 
 
-def test_samples_follow_from_the_key_and_rows_draw_apart(model, mesh):
+def test_samples_are_determined_by_the_key_and_rows_differ(model, mesh):
     params = model.init(jax.random.key(0))
     prompt = jnp.ones((4, 3), jnp.int32)
     sampler = build_sampler(model, mesh, 16, 1.0, 0)
@@ -74,7 +74,7 @@ def test_temperature_draws_with_the_softmax_of_scaled_logits():
 
 
 @pytest.mark.parametrize(("name", "values"), [("tokens", (0, 1.0, 0)), ("temperature", (1, -1, 0))])
-def test_bad_settings_are_named(model, mesh, name, values):
+def test_build_sampler_names_a_setting_out_of_range(model, mesh, name, values):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         build_sampler(model, mesh, *values)
 
@@ -90,14 +90,14 @@ def test_bad_settings_are_named(model, mesh, name, values):
         ("top_k", -1),
     ],
 )
-def test_a_flag_out_of_range_is_named_before_anything_is_read(name, value):
+def test_a_flag_out_of_range_is_named(name, value):
     good = {"samples": 1, "tokens": 1, "temperature": 0.0, "top_k": 0}
     check_flags(**good)
     with pytest.raises(ValueError, match=rf"{name} must be .*; got {value}\. Set --{name}\."):
         check_flags(**good | {name: value})
 
 
-def test_learned_positions_bound_the_sample():
+def test_prompt_and_sample_must_fit_the_learned_positions():
     learned = ModelConfig(position="learned", positions=64)
     check_length(learned, 32, 32)
     message = r"fit model.positions=64; got 33 \+ 32 tokens. Set --tokens to at most 31"
@@ -107,7 +107,7 @@ def test_learned_positions_bound_the_sample():
         check_length(learned, 64, 1)
 
 
-def test_a_prompt_of_an_ascii_locale_is_the_text_that_was_typed():
+def test_a_prompt_typed_in_an_ascii_locale_is_decoded_as_utf8():
     typed = "naïve 你好"
     read = typed.encode().decode("ascii", "surrogateescape")  # sys.argv with LC_ALL=C
     assert decode_shell_text(read, "--prompt") == typed == decode_shell_text(typed, "--prompt")
@@ -115,7 +115,7 @@ def test_a_prompt_of_an_ascii_locale_is_the_text_that_was_typed():
         decode_shell_text("\udcff", "--prompt")
 
 
-def test_a_long_prompt_is_shown_by_its_two_ends():
+def test_a_long_prompt_is_printed_without_its_middle():
     prompt = "start" + "x" * 3_000 + "end"
     assert shorten_prompt("short") == "short" and shorten_prompt("x" * 400) == "x" * 400
     short = shorten_prompt(prompt)
@@ -123,15 +123,15 @@ def test_a_long_prompt_is_shown_by_its_two_ends():
     assert " ... [2,608 characters] ... " in short
 
 
-def test_control_characters_are_spelled_out():
+def test_control_characters_are_printed_as_escapes():
     assert escape_controls("a\tb\nc\x1b[31m\0\r\x9bé") == "a\tb\nc\\x1b[31m\\x00\\x0d\\x9bé"
 
 
 class Fixed:
-    """A model that continues any prompt with `says`, token by token."""
+    """A model that continues any prompt with `answer`, token by token."""
 
-    def __init__(self, says):
-        self.says = jnp.array([*says, 0])
+    def __init__(self, answer):
+        self.answer = jnp.array([*answer, 0])
 
     def init_cache(self, B, T):
         return jnp.zeros((B, 1))
@@ -141,16 +141,16 @@ class Fixed:
         return jnp.full((*tokens_BT.shape, 1), after, jnp.int32), cache
 
     def logits(self, params, hidden_BT1):
-        return 100.0 * jax.nn.one_hot(self.says[hidden_BT1[..., 0]], 256)
+        return 100.0 * jax.nn.one_hot(self.answer[hidden_BT1[..., 0]], 256)
 
 
 @pytest.mark.parametrize(
-    ("says", "text", "ended"),
+    ("answer", "text", "ended"),
     [(b"abc\0def", "abc", True), (b"abcdefg", "abcdefg", False), (b"\0abcdef", "", True)],
 )
-def test_a_sample_ends_where_the_model_ends_the_text(mesh, says, text, ended):
+def test_a_sample_ends_where_the_model_ends_the_text(mesh, answer, text, ended):
     class Run:
-        cfg, model = type("Cfg", (), {"model": MODEL}), Fixed(says)
+        cfg, model = type("Cfg", (), {"model": MODEL}), Fixed(answer)
 
     Run.mesh = mesh
     state = type("State", (), {"opt_state": (), "params": jnp.int32(3)})  # eot and "xy"
@@ -162,7 +162,7 @@ def test_a_sample_ends_where_the_model_ends_the_text(mesh, says, text, ended):
     ("prompt", "tokens", "fitted"),
     [(10, 20, (10, 20)), (64, 20, (43, 20)), (64, 256, (31, 32)), (0, 256, (0, 63))],
 )
-def test_a_sample_of_learned_positions_is_cut_to_what_they_hold(prompt, tokens, fitted):
+def test_a_sample_is_cut_to_the_learned_positions(prompt, tokens, fitted):
     learned = ModelConfig(position="learned", positions=64)
     assert fit_positions(learned, prompt, tokens) == fitted
     check_length(learned, 1 + fitted[0], fitted[1])  # 1: what starts a document
@@ -170,7 +170,7 @@ def test_a_sample_of_learned_positions_is_cut_to_what_they_hold(prompt, tokens, 
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 8)])
-def test_what_the_vocabulary_is_padded_with_is_never_drawn(model, mesh, temperature, top_k):
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(model, mesh, temperature, top_k):
     params = model.init(jax.random.key(0))
     params["head"] = params["head"].at[..., 5:].multiply(100.0)  # the likeliest by far
     sample = build_sampler(model, mesh, 8, temperature, top_k, vocab_size=5)
@@ -178,14 +178,14 @@ def test_what_the_vocabulary_is_padded_with_is_never_drawn(model, mesh, temperat
     assert drawn.max() < 5
 
 
-def test_a_sample_speaks_the_tokens_of_the_shards_that_the_run_read(tmp_path):
+def test_sampling_uses_the_tokenizer_of_the_shards_by_default(tmp_path):
     stored = {"config": {"data": {"tokenizer": "bytes"}}, "data": {"tokenizer": "gpt2"}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert tokenizer_name(tmp_path) == "gpt2"
     assert tokenizer_name(tmp_path, "bytes") == "bytes"
 
 
-def test_shards_that_name_no_tokenizer_need_the_flag(tmp_path):
+def test_shards_without_a_tokenizer_name_need_the_flag(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "data": {"tokenizer": None}}))
     with pytest.raises(ValueError, match="must be known.* Set --tokenizer"):
         tokenizer_name(tmp_path)

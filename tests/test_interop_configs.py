@@ -1,4 +1,4 @@
-"""Every config that is shipped can be exported: what one command trains, another gives away."""
+"""Every shipped config's model can be exported."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ NAMES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.s
 
 
 def small(name):
-    """The ModelConfig of a shipped config, its sizes made small and its form kept."""
+    """Returns a shipped config's model with small sizes and all other fields unchanged."""
     values = importlib.import_module(f"configs.{name}").get_config()
     whole = config_lib.freeze(values.base if "base" in values else values)
     cfg = resolve_dtype(whole, jax.devices()[0])[0].model
@@ -46,14 +46,14 @@ def test_a_shipped_config_is_exported_and_transformers_computes_the_same(name, t
     rng = np.random.default_rng(1)
     draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
     axes, params = named_leaves(model.axes), named_leaves(jax.tree.map(draw, model.shapes))
-    said = []
+    checks = []
 
     def verify(folder):
         reference = check_reading(folder, cfg, axes, params, "float32")
-        said.append(check_transformers(folder, cfg, reference))
+        checks.append(check_transformers(folder, cfg, reference))
 
     write_folder(tmp_path / "out", cfg, axes, params, verify=verify)
-    assert "computes the same logits" in said[0]
+    assert "computes the same logits" in checks[0]
 
 
 def test_the_comparison_with_transformers_notices_a_wrong_model(tmp_path):
@@ -72,7 +72,7 @@ def test_the_comparison_with_transformers_notices_a_wrong_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, value", [("float16", 1e5), ("float32", np.nan)])
-def test_weights_that_the_type_cannot_hold_are_named(dtype, value):
+def test_weights_that_overflow_the_export_dtype_are_named(dtype, value):
     x = np.ones((2, 3), np.float32)
     bad = x.copy()
     bad[1, 1] = value

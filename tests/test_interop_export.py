@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from small_models import MODELS
-from test_interop_tokenizer import bpe
+from test_interop_hf_tokenizer import bpe
 
 from configs import debug
 from jaxtrain.config import train_config as config_lib
@@ -16,7 +16,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import write_folder
-from jaxtrain.interop.runs import export_weights, import_weights
+from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.model.transformer import build_model
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.ops.routes import choose_routes
@@ -30,7 +30,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """A JSONL of short documents: their ends are soon learned."""
+    """A JSONL of short documents, whose ends a model learns quickly."""
     path = tmp_path_factory.mktemp("text") / "sums.jsonl"
     lines = [json.dumps({"text": f"{a} plus {b}."}) for a in range(40) for b in range(40)]
     path.write_text("\n".join(lines))
@@ -47,7 +47,7 @@ def train_debug(workdir, text):
 
 
 def make_run(workdir, text, name, tokenizer, V):
-    """A run of random weights."""
+    """Creates a run with random weights."""
     cfg = dataclasses.replace(MODELS[name], V=V)
     model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
     rng = np.random.default_rng(1)
@@ -58,7 +58,7 @@ def make_run(workdir, text, name, tokenizer, V):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, documents):
-    """{kind: (run, its export)}"""
+    """Returns {kind: (run, its export)}."""
     roots = {k: tmp_path_factory.mktemp(k) for k in ("bytes", "bfloat16", "gpt2", "bpe")}
     own = bpe(roots["bpe"] / "own/tokenizer.json", ("<pad>", "<s>", "</s>"))
     train_debug(roots["bytes"] / "run", documents)
@@ -73,7 +73,7 @@ def made(tmp_path_factory, documents):
 
 
 def ours(workdir, dtype=None):
-    """What follows PROMPT by `jaxtrain generate --temperature=0`."""
+    """Returns how `jaxtrain generate --temperature=0` continues PROMPT."""
     run, state = restore_run(workdir)
     if dtype:
         model = dataclasses.replace(run.cfg.model, dtype=dtype)
@@ -117,13 +117,13 @@ def test_an_export_names_the_special_tokens_of_its_run(made):
     assert generation["suppress_tokens"][-1] == 319  # of a vocabulary that is padded
 
 
-def test_an_export_prints_what_was_checked_and_what_works_next(made, tmp_path, capsys):
+def test_an_export_prints_its_checks_and_a_command_that_works(made, tmp_path, capsys):
     workdir, _ = made["bytes"]
     export_weights(workdir, tmp_path / "it's here")
     out = capsys.readouterr().out
     assert "Qwen3ForCausalLM, float32" in out
-    assert "checked: read back: the same weights and logits" in out
-    assert "computes the same logits" in out or "not checked: transformers" in out
+    assert "checked: reading it back gives the same weights and logits" in out
+    assert "computes the same logits" in out or "not checked with transformers" in out
     last = out.splitlines()[-1]
     assert last.startswith("next") and " -c 'from transformers import pipeline" in last
 
@@ -158,7 +158,7 @@ def test_a_run_without_a_known_tokenizer_is_exported_without_one(made, tmp_path,
     assert generation["eos_token_id"] is None
 
 
-def test_the_tokenizer_of_a_run_that_was_moved_is_found_in_it(made, tmp_path):
+def test_a_moved_run_still_finds_its_own_tokenizer(made, tmp_path):
     shutil.copytree(made["bpe"][0], tmp_path / "moved")
     stored = json.loads((tmp_path / "moved/config.json").read_text())
     name = stored["data"]["tokenizer"]

@@ -7,7 +7,8 @@ from safetensors.numpy import load_file, save_file
 from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import INDEX, WHOLE, _save, read_config, write_folder
+from jaxtrain.interop.hf import _save, read_config, write_folder
+from jaxtrain.interop.hf_files import INDEX, WHOLE
 from jaxtrain.model.trees import named_leaves
 
 
@@ -18,7 +19,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_exported_is_read_back_bitwise(folders, name):
+def test_an_export_is_read_back_bitwise(folders, name):
     cfg, _, params = model_of(name)
     assert vars(read_config(folders[name])) == vars(cfg)
     got, want = read(folders[name], name), named_leaves(params)
@@ -40,7 +41,7 @@ def test_transformers_computes_the_same_logits_from_an_export(folders, name):
 
 
 @pytest.mark.parametrize("dtype, bits", [("bfloat16", 8), ("float16", 11)])
-def test_a_narrow_export_is_the_weights_rounded(tmp_path, dtype, bits):
+def test_an_export_in_a_16_bit_dtype_has_the_rounded_weights(tmp_path, dtype, bits):
     folder = export("llama", tmp_path / "out", dtype=dtype)
     _, _, params = model_of("llama")
     for key, x in read(folder, "llama").items():
@@ -68,18 +69,18 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_cannot_take_the_weights_is_named_with_their_size(tmp_path):
+def test_a_full_disk_is_named_with_the_size_of_the_weights(tmp_path):
     # A missing folder fails in the same library call as a full disk.
     with pytest.raises(InteropError, match="must take 128 bytes of weights; got .*Set --to"):
         _save({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
 
 
-def test_an_existing_folder_is_never_written_over(folders):
+def test_an_export_never_overwrites_an_existing_folder(folders):
     with pytest.raises(InteropError, match="must go to a new folder"):
         export("llama", folders["llama"])
 
 
-def test_names_without_their_prefix_and_buffers_are_read(folders, tmp_path):
+def test_a_file_without_name_prefix_and_with_buffers_is_read(folders, tmp_path):
     tensors = load_file(folders["gpt2"] / WHOLE)
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     bare["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
@@ -97,7 +98,7 @@ def damaged(folder, tmp_path, tensors=None, **config):
     return out
 
 
-def test_every_fault_of_the_tensors_is_listed_at_once(folders, tmp_path):
+def test_all_faults_of_the_tensors_are_in_one_error(folders, tmp_path):
     tensors = load_file(folders["llama"] / WHOLE)
     del tensors["model.norm.weight"]
     tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 31), np.float32)
@@ -107,12 +108,12 @@ def test_every_fault_of_the_tensors_is_listed_at_once(folders, tmp_path):
     for fault in (
         "model.norm.weight is missing",
         "model.layers.1.mlp.up_proj.weight is [48, 31], must be [48, 32]",
-        "model.layers.2.mlp.up_proj.weight is left over",
+        "model.layers.2.mlp.up_proj.weight is unexpected",
     ):
         assert fault in str(error.value)
 
 
-def test_a_head_beside_a_tied_embedding_must_be_it(folders, tmp_path):
+def test_a_stored_head_of_a_tied_model_must_equal_its_embedding(folders, tmp_path):
     tensors = load_file(folders["llama_tied"] / WHOLE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     with pytest.raises(InteropError, match="lm_head.weight is not the embedding"):
@@ -123,7 +124,7 @@ def test_a_truncated_file_is_named(folders, tmp_path):
     copy = damaged(folders["llama"], tmp_path)
     data = (copy / WHOLE).read_bytes()
     (copy / WHOLE).write_bytes(data[: len(data) // 2])
-    with pytest.raises(InteropError, match="model.safetensors must be whole safetensors"):
+    with pytest.raises(InteropError, match="model.safetensors must be a complete safetensors file"):
         read(copy, "llama")
 
 
@@ -137,14 +138,14 @@ def test_a_truncated_file_is_named(folders, tmp_path):
         ("llama", {"model_type": "mistral"}, "model_type='mistral' .must be 'llama'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
-        ("llama", {"num_attention_heads": 0}, "must hold a model's sizes"),
-        ("llama", {"hidden_size": "32"}, "must hold a model's sizes"),
+        ("llama", {"num_attention_heads": 0}, "must contain a model's sizes"),
+        ("llama", {"hidden_size": "32"}, "must contain a model's sizes"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types of full"),
     ],
 )
-def test_a_model_that_ours_does_not_compute_is_refused_by_its_config(
+def test_a_config_that_our_model_does_not_compute_is_refused(
     folders, tmp_path, name, fields, message
 ):
     with pytest.raises(InteropError, match=message):
@@ -155,14 +156,14 @@ def test_a_model_that_ours_does_not_compute_is_refused_by_its_config(
 def test_a_damaged_config_is_named(folders, tmp_path, content):
     copy = damaged(folders["llama"], tmp_path)
     (copy / "config.json").write_text(content)
-    with pytest.raises(InteropError, match="config.json must hold "):
+    with pytest.raises(InteropError, match="config.json must contain "):
         read_config(copy)
 
 
 def test_an_index_without_a_map_is_named(folders, tmp_path):
     copy = damaged(folders["llama"], tmp_path)
     (copy / INDEX).write_text("{}")
-    with pytest.raises(InteropError, match="index.json must hold a weight_map"):
+    with pytest.raises(InteropError, match="index.json must contain a weight_map"):
         read(copy, "llama")
 
 

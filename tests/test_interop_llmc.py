@@ -15,7 +15,7 @@ def path(tmp_path_factory):
     return export("gpt2", tmp_path_factory.mktemp("llmc") / "gpt2.bin")
 
 
-def test_the_file_is_laid_out_as_llm_c_reads_it(path):
+def test_the_file_layout_is_llm_cs(path):
     head = np.fromfile(path, "<i4", 256)
     assert head[:8].tolist() == [20240326, 3, T, V, L, 4, C, P]
     body = np.fromfile(path, "<f4", offset=1024)
@@ -29,14 +29,14 @@ def test_the_file_is_laid_out_as_llm_c_reads_it(path):
     np.testing.assert_array_equal(body[-C:], params["final_norm"]["bias"])
 
 
-def test_what_is_written_is_read_back_bitwise(path):
+def test_a_written_file_is_read_back_bitwise(path):
     cfg, _, params = model_of("gpt2")
     assert vars(read_config(path)) == vars(cfg)
     for key, x in read(path, "gpt2").items():
         np.testing.assert_array_equal(x, named_leaves(params)[key])
 
 
-def test_bfloat16_is_version_5_and_the_weights_rounded(tmp_path):
+def test_a_bfloat16_file_is_version_5_with_rounded_weights(tmp_path):
     export("gpt2", tmp_path / "b.bin", dtype="bfloat16")
     assert np.fromfile(tmp_path / "b.bin", "<i4", 2)[1] == 5
     for key, x in read(tmp_path / "b.bin", "gpt2").items():
@@ -44,7 +44,7 @@ def test_bfloat16_is_version_5_and_the_weights_rounded(tmp_path):
         np.testing.assert_allclose(x, want, rtol=2.0**-8, atol=1e-7)
 
 
-def test_a_folder_and_a_file_of_one_model_compute_the_same(path, tmp_path):
+def test_a_folder_and_a_file_of_the_same_model_compute_the_same(path, tmp_path):
     export("gpt2", tmp_path / "hf")
     _, model, params = model_of("gpt2")
     trees = [
@@ -65,7 +65,7 @@ def test_a_folder_and_a_file_of_one_model_compute_the_same(path, tmp_path):
         (lambda head: head.__setitem__(7, 64), "sizes that fit each other; got .*padded V=64"),
     ],
 )
-def test_a_damaged_file_is_refused_with_what_was_found(path, tmp_path, edit, message):
+def test_a_damaged_header_is_refused_with_its_values(path, tmp_path, edit, message):
     data = bytearray(path.read_bytes())
     edit(np.frombuffer(data, "<i4", 256))
     (tmp_path / "bad.bin").write_bytes(data)
@@ -86,7 +86,7 @@ def test_a_truncated_file_is_refused(path, tmp_path):
         ("gpt2", {"dtype": "float16"}, "float32 or bfloat16; got float16. Set --dtype"),
     ],
 )
-def test_what_llm_c_does_not_hold_is_refused_and_leaves_nothing(tmp_path, name, options, message):
+def test_a_model_that_llm_c_lacks_is_refused_and_leaves_no_file(tmp_path, name, options, message):
     with pytest.raises(InteropError, match=message):
         export(name, tmp_path / "x.bin", **options)
     assert not list(tmp_path.iterdir())

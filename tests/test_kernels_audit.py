@@ -1,5 +1,7 @@
-"""Kernels compiled for chips that are not there; each command is a process of its own, as jax must
-be told before its import that no GPU is meant."""
+"""Compiles the kernels for chips that are not present.
+
+Each command is a process of its own, because JAX_PLATFORMS must be set before jax is imported.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,8 @@ import pytest
 pytest.importorskip("cramjam", reason='cramjam is missing: pip install "jaxtrain[offline]"')
 pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
 from pallas_kernels import mosaic  # noqa: E402
-from pallas_kernels.audit import CASES, audited, faults  # noqa: E402
+from pallas_kernels.audit import cases_with_bodies, find_faults  # noqa: E402
+from pallas_kernels.audit_cases import CASES  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
@@ -20,31 +23,31 @@ from pallas_kernels.tiles import MOSAIC  # noqa: E402
 MOSAIC_CASES = [
     case
     for case in CASES
-    if case.part in MOSAIC["sm_90"].get(case.op, ()) and case.only != "triton"
+    if case.kernel in MOSAIC["sm_90"].get(case.op, ()) and case.only_body != "triton"
 ]
 
 
-def run(*argv, **env):
+def run_python(*argv, **env):
     argv, env = [sys.executable, *argv], os.environ | env
-    env.pop("XLA_FLAGS", None)  # the suite's level 0 is not what runs on a card
+    env.pop("XLA_FLAGS", None)  # the tests' optimisation level 0 must not reach it
     return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
 
 
 def test_the_audit_passes_for_both_chips():
-    done = run("-m", "pallas_kernels.audit", JAX_PLATFORMS="cpu")
+    done = run_python("-m", "pallas_kernels.audit", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [
         line
         for line in done.stdout.splitlines()
-        if line.split()[1:2] in (["triton"], ["mosaic"])  # which body: others are words
+        if line.split()[1:2] in (["triton"], ["mosaic"])  # other lines name no body
     ]
-    assert len(rows) == sum(len(audited(find_chip(chip), CASES)) for chip in ("a40", "h100"))
+    assert len(rows) == sum(len(cases_with_bodies(find_chip(chip))) for chip in ("a40", "h100"))
     assert sum(" mosaic " in row for row in rows) == len(MOSAIC_CASES) * mosaic.USABLE
     assert (mosaic.REASON in done.stdout) and "audit passed" in done.stdout
 
 
 CASE = next(case for case in CASES if case.name == "symmetric")
-GOOD = KernelReport("symmetric", Resources(200, 0, 0, Counter(HMMA=64)), 128, 136, 32_768)
+GOOD = KernelReport("symmetric", Resources(200, 0, Counter(HMMA=64)), 128, 136, 32_768)
 
 
 def broken(**resources):
@@ -52,31 +55,29 @@ def broken(**resources):
 
 
 @pytest.mark.parametrize(
-    "report, says",
+    "report, fault",
     [
         (broken(stack_bytes=8), "spills: 8 bytes"),
         (broken(instructions=Counter(HMMA=64, STL=2)), "2 instructions"),
-        (GOOD._replace(shared_bytes=101_377), "101377 bytes of shared memory"),
+        (GOOD._replace(shared_bytes=101_377), "needs 101377 bytes of shared memory"),
         (broken(instructions=Counter()), "no tensor-core instruction"),
-        (broken(registers=255), "1 blocks a multiprocessor, at least 2"),
+        (broken(registers=255), "1 blocks a multiprocessor; needs 2"),
     ],
 )
-def test_each_fault_is_found(report, says):
-    report = report._replace(threads=256) if "blocks a" in says else report
-    assert any(says in fault for fault in faults(CASE, report, find_chip("a40")))
-    assert not faults(CASE, GOOD, find_chip("a40"))
+def test_each_fault_is_found(report, fault):
+    report = report._replace(threads=256) if "blocks a" in fault else report
+    assert any(fault in text for text in find_faults(CASE, report, find_chip("a40")))
+    assert not find_faults(CASE, GOOD, find_chip("a40"))
 
 
 @pytest.mark.parametrize(
     "instructions", [{"HGMMA": 8, "LDGSTS": 9}, {"HMMA": 8, "UTMALDG": 9}, {"HGMMA": 8}]
 )
-def test_a_mosaic_body_must_multiply_and_copy_as_hopper_does(instructions):
+def test_a_mosaic_body_must_use_warp_group_products_and_the_memory_accelerator(instructions):
     report, chip = broken(instructions=Counter(instructions)), find_chip("h100")
-    assert any(
-        "no product of warp groups" in fault for fault in faults(CASE, report, chip, "mosaic")
-    )
+    assert any("warp-group product" in text for text in find_faults(CASE, report, chip, "mosaic"))
     good = broken(instructions=Counter(HGMMA=8, UTMALDG=3))
-    assert not faults(CASE, good, chip, "mosaic")
+    assert not find_faults(CASE, good, chip, "mosaic")
 
 
 SPILLING = """
@@ -92,13 +93,13 @@ compile_for(find_chip("a40"), lambda x: symmetric(x, tiles=one_warp), x)
 
 
 def test_a_kernel_that_spills_does_not_compile():
-    done = run("-c", SPILLING, JAX_PLATFORMS="cpu")
+    done = run_python("-c", SPILLING, JAX_PLATFORMS="cpu")
     assert done.returncode != 0
     assert "register spilling" in done.stderr
 
 
-def test_kernels_stand_where_xla_leaves_bytes_to_save_and_nowhere_else():
-    done = run("-m", "pallas_kernels.traffic", JAX_PLATFORMS="cpu")
+def test_there_is_a_kernel_wherever_xla_moves_more_bytes_than_necessary_and_nowhere_else():
+    done = run_python("-m", "pallas_kernels.traffic", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "none: nothing to win" in done.stdout and "yes" in done.stdout
 
@@ -112,31 +113,28 @@ from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask, config.model.K = True, True, 16
-for name in ("a40",):
-    devices = devices_of(find_chip(name))
-    with jax.default_device(devices[0]):
-        run = build_run(freeze(config), devices)
-        text = compile_step(run).compiled.as_text()
-    names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
-    names += ("qk_rope_backward",)
-    assert all(kernel in text for kernel in names)
-    print(name, *(route.implementation for route in run.routes.values()))
+devices = devices_of(find_chip("a40"))
+with jax.default_device(devices[0]):
+    run = build_run(freeze(config), devices)
+    text = compile_step(run).compiled.as_text()
+names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
+assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
+print(*(route.implementation for route in run.routes.values()))
 """
 
 
-def test_a_strict_step_compiled_for_a_card_holds_the_fused_kernels():
-    """Those of the backward pass too; compile_step itself refuses where a promised one is not."""
-    done = run("-c", STEP, JAX_PLATFORMS="cpu")
+def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
+    """compile_step itself raises if a kernel of a route is missing; this adds the backward's."""
+    done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    for line, arch in zip(done.stdout.splitlines(), ("sm_86",), strict=True):
-        assert line.count(f"fused:{arch}") == 4 and f"flash:{arch}" in line
+    assert done.stdout.count("fused:sm_86") == 4 and "flash:sm_86" in done.stdout
 
 
-def test_without_the_platform_set_the_error_says_how_to_start():
-    done = run("-m", "pallas_kernels.audit", "--chip=a40", JAX_PLATFORMS="")
+def test_without_the_platform_set_the_error_shows_the_command_that_works():
+    done = run_python("-m", "pallas_kernels.audit", "--chip=a40", JAX_PLATFORMS="")
     assert done.returncode == 1
     assert "JAX_PLATFORMS=cpu" in done.stderr.splitlines()[-1]
 
 
-def test_what_is_no_executable_has_no_kernels():
+def test_bytes_that_are_not_an_executable_contain_no_kernels():
     assert find_cubins(b"nothing in here") == []

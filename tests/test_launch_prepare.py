@@ -6,7 +6,8 @@ import pytest
 
 from launch.host.environment import build_environment, environment_key, requirements
 from launch.inventory import Host
-from launch.prepare import HostError, build_environments, judge_data
+from launch.prepare import build_environments, judge_data
+from launch.ssh import HostError, SshClient
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
 PYPROJECT = """
@@ -19,11 +20,12 @@ most = ["absent"]
 """
 
 
-class LocalBuilds:
+class LocalBuilds(SshClient):
     """Builds the environments of all hosts on this machine."""
 
     def __init__(self, hosts, root):
-        self.hosts, self.root = hosts, root
+        super().__init__(hosts)
+        self.root = root
 
     def call_all(self, requests, timeout_s):
         return {host: build_environment(self.root, request) for host, request in requests.items()}

@@ -10,11 +10,11 @@ from jaxtrain.metrics.network import open_network_counters
 from jaxtrain.metrics.step_log import StepLog
 
 REDUCE = Collective("all-reduce", 3_000, ("replica",), 2, crosses_hosts=True, times=1)
-SENT_BYTES = 3_000  # of it, by the ring's count: a ring of two sends its half twice
+SENT_BYTES = 3_000  # each of two devices sends half of the payload twice
 
 
-class HandWire:
-    """Counters moved by hand."""
+class FakeCounters:
+    """Network counters that the test sets."""
 
     names = ["hand0"]
 
@@ -31,7 +31,7 @@ class HandWire:
         pass
 
 
-def build(folder, wire, collectives=(REDUCE,), saving=lambda: False):
+def build(folder, counters, collectives=(REDUCE,), saving=lambda: False):
     flops = dict(flops_6n=1.0, flops_causal=2.0, flops_full=3.0)
     work = StepWork(
         tokens=100,
@@ -43,7 +43,7 @@ def build(folder, wire, collectives=(REDUCE,), saving=lambda: False):
         devices=4,
         dtype="float32",
     )
-    measure = Collector(work, None, StepLog(folder, 0), wire, saving)
+    measure = Collector(work, None, StepLog(folder, 0), counters, saving)
     measure.start({"compile": 1.0})
     return measure
 
@@ -52,17 +52,17 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "hosts" / "0.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("read_s", [0.0, 1.0])  # of a look: cheap, and too dear for every step
-def test_the_wires_bytes_are_the_steps_and_not_the_pauses(tmp_path, read_s):
-    wire = HandWire(read_s)
-    with build(tmp_path, wire) as measure:
+@pytest.mark.parametrize("read_s", [0.0, 1.0])  # fast enough for every step; too slow
+def test_network_bytes_of_steps_are_counted_and_those_of_pauses_are_not(tmp_path, read_s):
+    counters = FakeCounters(read_s)
+    with build(tmp_path, counters) as measure:
         for step in (1, 2):
-            wire.move(3_300, 3_100)
+            counters.move(3_300, 3_100)
             measure.tick(step, skipped=False)
-        wire.move(100, 0)  # of the step under way
+        counters.move(100, 0)  # belongs to step 3
         with measure.pause("eval"):
-            wire.move(10**6, 10**6)
-        wire.move(3_200, 3_100)
+            counters.move(10**6, 10**6)
+        counters.move(3_200, 3_100)
         measure.tick(3, skipped=False)
         summary = measure.summary()
         total = measure.total()
@@ -73,8 +73,8 @@ def test_the_wires_bytes_are_the_steps_and_not_the_pauses(tmp_path, read_s):
     assert per_step == ([None] * 3 if read_s else [3_300] * 3)
 
 
-def test_effective_bandwidth_is_the_payload_over_the_mean_step(tmp_path):
-    with build(tmp_path, HandWire()) as measure:
+def test_effective_bandwidth_is_the_payload_over_the_mean_step_time(tmp_path):
+    with build(tmp_path, FakeCounters()) as measure:
         measure.tick(1, skipped=False)
         measure.tick(2, skipped=False)
         summary = measure.summary()
@@ -83,8 +83,8 @@ def test_effective_bandwidth_is_the_payload_over_the_mean_step(tmp_path):
     assert summary["perf/tokens_per_s_per_device"] == summary["perf/tokens_per_s"] / 4
 
 
-def test_all_that_is_measured_has_a_name_that_is_known(tmp_path):
-    with build(tmp_path, HandWire()) as measure:
+def test_every_metric_has_a_listed_name(tmp_path):
+    with build(tmp_path, FakeCounters()) as measure:
         with measure.pause("save"):
             pass
         with measure.pause("data"):
@@ -95,24 +95,24 @@ def test_all_that_is_measured_has_a_name_that_is_known(tmp_path):
     assert total["lost_s"]["compile"] == 1.0 and total["outliers"] == {}
 
 
-def test_a_save_is_preceded_by_the_lines_of_its_steps(tmp_path):
+def test_steps_before_a_save_are_in_the_log_when_the_save_starts(tmp_path):
     with build(tmp_path, None) as measure:
         measure.tick(1, skipped=False)
         with measure.pause("save"):
             assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
-def test_a_slow_step_beside_a_save_in_the_background_says_so(tmp_path):
+def test_a_step_during_a_background_save_is_recorded_as_such(tmp_path):
     with build(tmp_path, None, saving=lambda: True) as measure:
         measure.tick(1, skipped=False)
-        [row] = measure.log._buffer
-    assert row.activities == ("start", "save")
+        [record] = measure.log._buffer
+    assert record.activities == ("start", "save")
 
 
-def test_one_host_reads_no_wire_unless_told_to(monkeypatch):
+def test_one_host_reads_network_counters_only_if_an_interface_is_set(monkeypatch):
     monkeypatch.delenv("JAXTRAIN_INTERFACE", raising=False)
     assert open_network_counters(["a", "a"]) is None
     monkeypatch.setenv("JAXTRAIN_INTERFACE", "lo")
-    wire = open_network_counters(["a"])
-    assert wire.names == ["lo"]
-    wire.close()
+    counters = open_network_counters(["a"])
+    assert counters and counters.names == ["lo"]
+    counters.close()

@@ -19,7 +19,7 @@ def build(values):
     return cfg, build_model(cfg, choose_routes(cfg, False, "cpu", False))
 
 
-def test_a_small_model_counts_as_by_hand():
+def test_flops_of_a_small_model_equal_a_count_by_hand():
     cfg = ModelConfig(L=2, D=8, H=2, G=1, K=4, F=16, V=32)
     q, k, v, o = 8 * 8, 8 * 4, 8 * 4, 8 * 8
     gate, up, down, head = 8 * 16, 8 * 16, 16 * 8, 32 * 8
@@ -38,17 +38,17 @@ def test_causal_attention_counts_each_query_and_key_pair_once():
 
 
 @pytest.mark.parametrize("values", [LLAMA, GPT2])
-def test_the_weights_are_the_matrices_of_the_model_and_its_head(values):
+def test_counted_weights_are_the_matrices_of_the_model_and_its_head(values):
     cfg, model = build(values)
     matrices = [a for a in jax.tree.leaves(model.axes) if a.is_matrix]
     assert matrix_weights(cfg) == count_params(matrices, letter_sizes(cfg)) + cfg.V * cfg.D
 
 
 @pytest.mark.parametrize("values", [LLAMA, GPT2])
-def test_the_forward_costs_what_xla_says(values):
+def test_forward_flops_agree_with_xlas_cost_analysis(values):
     cfg, model = build(values)
     B, T = 2, 256
-    run = lambda params, tokens: model.logits(params, model.apply(params, tokens))
+    forward = lambda params, tokens: model.logits(params, model.apply(params, tokens))
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    cost = jax.jit(run).lower(model.shapes, tokens).cost_analysis()
+    cost = jax.jit(forward).lower(model.shapes, tokens).cost_analysis()
     assert cost["flops"] == pytest.approx(B * T * forward_flops(cfg, T).total, rel=0.04)

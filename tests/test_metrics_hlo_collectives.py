@@ -1,4 +1,4 @@
-"""Collectives of programs whose payloads can be counted by hand, on 8 devices."""
+"""Compiles programs for 8 devices whose collectives can be counted by hand."""
 
 import functools
 from types import SimpleNamespace
@@ -21,9 +21,9 @@ BYTES = ROWS * COLUMNS * 4  # of the whole array, float32
 
 
 def collectives_of(local, in_spec, out_spec):
-    run = jax.shard_map(local, mesh=MESH, in_specs=in_spec, out_specs=out_spec, check_vma=False)
+    program = jax.shard_map(local, mesh=MESH, in_specs=in_spec, out_specs=out_spec, check_vma=False)
     x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(MESH, in_spec))
-    text = jax.jit(run).lower(x).compile().as_text()
+    text = jax.jit(program).lower(x).compile().as_text()
     return find_collectives(Program(text), MESH)
 
 
@@ -68,25 +68,25 @@ CASES = {  # local function, in, out, kind, payload of a device, axes, size
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_collective_is_read_as_it_was_written(name):
+def test_kind_payload_axes_and_size_of_a_collective_are_found(name):
     *program, want = CASES[name]
     (found,) = collectives_of(*program)
     assert found[:4] == want and found.times == 1 and not found.crosses_hosts
 
 
-def test_a_loop_counts_as_often_as_it_turns():
+def test_a_collective_in_a_loop_counts_for_every_iteration():
     turn = lambda x, _: (jnp.sin(jax.lax.psum(x, "fsdp")), None)
     local = lambda x: jax.lax.scan(turn, x, length=7)[0]
     (found,) = collectives_of(local, P("fsdp"), P("fsdp"))
     assert found.times == 7
-    assert found.wire_bytes == 7 * 2 * 0.5 * BYTES / 2  # a ring of two sends its half twice
+    assert found.wire_bytes == 7 * 2 * 0.5 * BYTES / 2  # each of two devices sends half twice
 
 
 @pytest.mark.parametrize(
     "axis, names, rings", [("replica", "ab", 4), ("fsdp", "ab", 0), ("fsdp", "aa", 0)]
 )
-def test_a_host_sends_its_part_of_each_ring_that_leaves_it(axis, names, rings):
-    """Eight devices of this process stand for two: the first four and the rest."""
+def test_a_host_sends_its_share_of_each_ring_that_crosses_hosts(axis, names, rings):
+    """The first four of eight devices represent one process, the other four a second one."""
     devices = [SimpleNamespace(process_index=int(i >= 4)) for i in range(8)]
     mesh = SimpleNamespace(
         size=8,
@@ -103,7 +103,7 @@ def test_a_host_sends_its_part_of_each_ring_that_leaves_it(axis, names, rings):
     assert found.host_bytes == rings * BYTES // 2  # a ring of two sends half its array twice
 
 
-def test_a_program_of_one_device_has_none():
+def test_a_program_without_communication_has_no_collectives():
     assert collectives_of(lambda x: x + 1, P(), P()) == []
 
 
@@ -123,7 +123,7 @@ def test_a_program_of_one_device_has_none():
         ("replica_groups={}", [list(range(8))]),
     ],
 )
-def test_groups_are_read_in_each_of_xlas_forms(text, groups):
+def test_groups_are_parsed_in_each_of_xlas_forms(text, groups):
     assert parse_groups(f"channel_id=1, {text}, dimensions=", 8) == groups
 
 
@@ -145,19 +145,19 @@ ENTRY %main (x: f32[9,64], i: s32[]) -> f32[1,64] {
   %i = s32[] parameter(1)
 """
 FORMS = {
-    "at once": "ROOT %y = f32[1,64]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice",
-    "beside": """%s = ((f32[9,64]{1,0}, s32[]), f32[1,64]{1,0}) fusion-start(%x, %i), calls=%slice
+    "sync": "ROOT %y = f32[1,64]{1,0} fusion(%x, %i), kind=kLoop, calls=%slice",
+    "async": """%s = ((f32[9,64]{1,0}, s32[]), f32[1,64]{1,0}) fusion-start(%x, %i), calls=%slice
   ROOT %y = f32[1,64]{1,0} fusion-done(%s)""",
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_fusion_reads_the_slice_that_it_takes_and_no_more(form):
+def test_a_fusion_that_slices_an_operand_reads_only_the_slice(form):
     (work,) = Program(f"{FUSED}  {FORMS[form]}\n}}\n").work()
     assert work.hbm_bytes == 2 * 64 * 4 + 4  # the slice read and written, and its index
 
 
-def test_flops_and_bytes_of_a_program_are_those_of_its_products():
+def test_flops_and_bytes_of_a_scan_are_those_of_its_products():
     """A scan of 5 products, each fused with what follows it."""
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 128), (5, 128, 128)))
     scan = functools.partial(jax.lax.scan, lambda x, w: (jnp.tanh(x @ w), None))

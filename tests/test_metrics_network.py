@@ -20,22 +20,22 @@ def send_over_loopback(size):
                 left -= len(receiver.recv(left))
 
 
-def test_what_is_sent_is_counted_on_both_sides():
-    wire = NetworkCounters("lo")
-    before = wire.read()
+def test_bytes_sent_over_loopback_are_counted_as_sent_and_received():
+    counters = NetworkCounters("lo")
+    before = counters.read()
     send_over_loopback(SIZE)
-    sent, received = (b - a for a, b in zip(before, wire.read(), strict=True))
-    wire.close()
+    sent, received = (b - a for a, b in zip(before, counters.read(), strict=True))
+    counters.close()
     assert SIZE <= sent and SIZE <= received
-    assert wire.names == ["lo"] and 0 < wire.read_s < 0.1
+    assert counters.names == ["lo"] and 0 < counters.read_s < 0.1
 
 
-def test_loopback_is_no_network():
-    wire = NetworkCounters()
-    assert wire.names and "lo" not in wire.names
-    wire.close()
+def test_loopback_is_not_counted_by_default():
+    counters = NetworkCounters()
+    assert counters.names and "lo" not in counters.names
+    counters.close()
 
 
-def test_an_interface_that_is_not_there_names_the_variable():
+def test_an_unknown_interface_is_an_error_that_names_the_variable():
     with pytest.raises(ValueError, match="JAXTRAIN_INTERFACE must name .*got 'eth99'"):
         NetworkCounters("eth99")

@@ -32,7 +32,7 @@ def add_usual(log, first, count=20):
         log.add(step, USUAL_S + 1e-4 * (step % 5), 0.0)
 
 
-def test_steps_are_lines_once_they_are_flushed(log, tmp_path):
+def test_buffered_steps_become_lines_when_they_are_flushed(log, tmp_path):
     add_usual(log, 1, 2)
     log.add(3, 0.1, 0.02, wire_bytes=(7, 9))
     log.flush(wait_s=60)
@@ -45,25 +45,25 @@ def test_steps_are_lines_once_they_are_flushed(log, tmp_path):
     assert "comm/wire_sent_bytes" not in lines(tmp_path)[0]
 
 
-def test_a_step_that_takes_too_long_is_an_event_with_what_coincided(log, tmp_path):
+def test_an_outlier_is_an_event_that_names_what_coincided_with_it(log, tmp_path):
     add_usual(log, 1)
     log.add(21, 3 * USUAL_S, 0.0, activities=["save"])
     log.add(22, 3 * USUAL_S, 0.19)
     log.add(23, 3 * USUAL_S, 0.0)
-    log.add(24, 1.4 * USUAL_S, 0.19)  # not long enough
+    log.add(24, 1.4 * USUAL_S, 0.19)  # below the limit of 1.5 times the median
     log.flush()
     assert outliers(tmp_path) == {21: "save", 22: "data", 23: "unknown"}
     assert log.outliers == {"save": 1, "data": 1, "unknown": 1}
 
 
-def test_steps_that_always_vary_are_no_outliers(log, tmp_path):
+def test_steps_that_always_vary_are_not_outliers(log, tmp_path):
     for step in range(1, 60):
         log.add(step, USUAL_S * (1 + step % 3), 0.0)
     log.flush()
     assert outliers(tmp_path) == {}
 
 
-def test_the_collectors_time_is_known(log, tmp_path):
+def test_time_in_the_garbage_collector_is_measured_and_named_as_a_cause(log, tmp_path):
     add_usual(log, 1)
     gc.collect()
     assert log.gc_s > 0
@@ -73,13 +73,13 @@ def test_the_collectors_time_is_known(log, tmp_path):
     assert outliers(tmp_path) == {21: "gc"} and log.gc_s == 0.0
 
 
-def test_a_cause_that_took_little_of_the_excess_is_not_named():
-    row = StepRecord(1, 0.0, 1.0, 0.0, None, ("save",), {"gc": 0.2, "data": 0.1})
-    assert name_cause(row, 0.4) == "save+gc+data"
-    assert name_cause(row, 0.9) == "save"
+def test_a_cause_that_explains_little_of_the_excess_is_not_named():
+    record = StepRecord(1, 0.0, 1.0, 0.0, None, ("save",), {"gc": 0.2, "data": 0.1})
+    assert name_cause(record, 0.4) == "save+gc+data"
+    assert name_cause(record, 0.9) == "save"
 
 
-def test_a_resumed_process_goes_on_where_its_run_does(tmp_path):
+def test_a_resumed_process_replaces_the_steps_after_its_checkpoint(tmp_path):
     for resume_step, last in ((0, 10), (4, 7)):
         log = StepLog(tmp_path, 3, resume_step)
         for step in range(resume_step + 1, last + 1):

@@ -44,7 +44,7 @@ def value_and_grads(loss, h, w, targets, weights):
         ((1, 8, 1), 5.0, 1e-2, 1 << 10),
     ],
 )
-def test_value_and_gradients_are_the_unchunked_ones(inputs, mesh, softcap, z_loss, chunk_bytes):
+def test_value_and_gradients_equal_the_unchunked_ones(inputs, mesh, softcap, z_loss, chunk_bytes):
     cfg = LossConfig(z_loss=z_loss, chunk_bytes=chunk_bytes)
     loss = build_loss(cfg, softcap, jnp.float32, mesh and build_mesh(MeshConfig(*mesh)))
     got = value_and_grads(loss, *inputs)
@@ -59,8 +59,8 @@ def test_padding_contributes_neither_loss_nor_gradient(inputs):
     h, w, targets, weights = inputs
     loss = build_loss(LossConfig(), 0.0, jnp.float32)
     weights = weights.at[:, 20:].set(0)
-    changed = h.at[:, 20:].add(3.0), w, (targets + 7) % V, weights
-    changed = (changed[0], w, jnp.where(jnp.arange(T) < 20, targets, changed[2]), weights)
+    other_targets = jnp.where(jnp.arange(T) < 20, targets, (targets + 7) % V)
+    changed = h.at[:, 20:].add(3.0), w, other_targets, weights
     (a, (dh, dw)), (b, (_, dw_b)) = (
         value_and_grads(loss, h, w, targets, weights),
         value_and_grads(loss, *changed),
@@ -71,7 +71,7 @@ def test_padding_contributes_neither_loss_nor_gradient(inputs):
 
 
 @pytest.mark.parametrize("T", [7, 1_024, 2_048])
-def test_chunks_are_as_few_as_must_be_and_pad_less_than_a_step_each(T):
+def test_chunks_are_as_few_as_possible_and_pad_less_than_one_step_each(T):
     for most in range(1, T // 4 + 1, 9):
         steps = chunk_steps(2, T, 50, 4 * 2 * 50 * most)
         chunks = -(-T // steps)
@@ -79,7 +79,7 @@ def test_chunks_are_as_few_as_must_be_and_pad_less_than_a_step_each(T):
         assert steps * chunks - T < chunks
 
 
-def test_no_array_of_all_logits_exists(inputs):
+def test_the_compiled_loss_has_no_array_of_all_logits(inputs):
     loss = build_loss(LossConfig(), 0.0, jnp.float32)
     program = jax.jit(jax.grad(lambda h, w: loss(h, w, *inputs[2:])[0], argnums=(0, 1)))
     text = program.lower(*inputs[:2]).compile().as_text()

@@ -1,3 +1,4 @@
+import functools
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from jaxtrain.config.train_config import LossConfig, MeshConfig, ModelConfig
 from jaxtrain.distributed.mesh import build_mesh, param_sharding
 from jaxtrain.model.attention import ATTENTION, CUDNN_FORWARD, attention_reference
 from jaxtrain.model.dense import DENSE, dense_plain
-from jaxtrain.model.layers import build_pair, lookup
+from jaxtrain.model.layers import LayerOps, look_up_embedding
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import build_model, head_weights
 from jaxtrain.ops.routes import choose_routes
@@ -31,7 +32,9 @@ FORMS = [
 
 def build(document_mask=False, mesh=None, **values):
     cfg = ModelConfig(**(SMALL | values))
-    return build_model(cfg, choose_routes(cfg, document_mask, "cpu", False), mesh, document_mask)
+    routes = choose_routes(cfg, document_mask, "cpu", False)
+    model = build_model(cfg, routes, mesh, document_mask)
+    return model._replace(apply=jax.jit(model.apply))  # faster than compiling every operation
 
 
 def tokens_of(B=4, T=24, V=64, seed=1):
@@ -52,19 +55,23 @@ def test_attention_and_its_gradient_equal_the_reference(name, dtype, T, masked):
     shapes = [(2, T, 6, 8), (2, T, 3, 8), (2, T, 3, 8), (2, T, 6, 8)]
     q, k, v, do = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True))
     docs = jnp.cumsum(jnp.arange(T) % 5 == 4)[None].repeat(2, 0) if masked else None
-    run = lambda function, *x: jax.vjp(lambda *qkv: function(*qkv, docs), *x)
-    o, pullback = run(ATTENTION[name], q, k, v)
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    o_reference, pullback_reference = run(attention_reference, *wide)
+
+    @functools.partial(jax.jit, static_argnums=0)  # faster than compiling every operation
+    def attend_and_differentiate(function, q, k, v, do):
+        o, pullback = jax.vjp(lambda *qkv: function(*qkv, docs), q, k, v)
+        return o, pullback(do)
+
+    o, grads = attend_and_differentiate(ATTENTION[name], q, k, v, do)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
+    o_reference, grads_reference = attend_and_differentiate(attention_reference, *wide)
     tolerance = 2e-6 if dtype == jnp.float32 else 1e-2
     assert o.dtype == dtype
     assert close(o, o_reference, tolerance)
-    grads = zip(pullback(do), pullback_reference(do.astype(jnp.float32)), strict=True)
-    for got, want in grads:
+    for got, want in zip(grads, grads_reference, strict=True):
         assert close(got, want, tolerance) or jnp.abs(want).max() < 1e-6  # T=1: no gradient
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_do_not_attend_to_each_other():
     model = build(document_mask=True)
     params, tokens = model.init(jax.random.key(0)), tokens_of()
     docs = (jnp.arange(24) >= 10).astype(jnp.int32)[None].repeat(4, 0)
@@ -137,19 +144,20 @@ def test_unroll_and_remat_change_no_gradient():
         assert all(close(a, b, 1e-5) for a, b in pairs), (unroll, remat)
 
 
-def test_one_product_of_gate_and_up_gives_both_and_all_gradients():
+def test_the_joint_product_of_gate_and_up_equals_two_products_with_gradients():
     keys = jax.random.split(jax.random.key(0), 3)
     x, *weights = map(jax.random.normal, keys, [(2, 5, 16), (16, 24), (16, 24)])
-    one_product = build_pair("plain", ModelConfig(**SMALL))
-    gate_and_up = lambda x, *weights: one_product(*(SimpleNamespace(w=w) for w in weights), x)
-    apart = lambda x, *weights: tuple(dense_plain(x, w) for w in weights)
+    cfg = ModelConfig(**SMALL)
+    ops = LayerOps(cfg, choose_routes(cfg, False, "gpu", False))
+    gate_and_up = lambda x, *weights: ops.gate_and_up(*(SimpleNamespace(w=w) for w in weights), x)
+    separate = lambda x, *weights: tuple(dense_plain(x, w) for w in weights)
     got, pullback = jax.vjp(gate_and_up, x, *weights)
-    want, pullback_apart = jax.vjp(apart, x, *weights)
-    pairs = zip((*got, *pullback(got)), (*want, *pullback_apart(want)), strict=True)
+    want, pullback_separate = jax.vjp(separate, x, *weights)
+    pairs = zip((*got, *pullback(got)), (*want, *pullback_separate(want)), strict=True)
     assert all(close(a, b, 1e-6) for a, b in pairs)
 
 
-def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_several():
+def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_more():
     cfg = ModelConfig(**SMALL)
     routes = choose_routes(cfg, False, "gpu", False)
     products = lambda mesh: str(
@@ -160,10 +168,12 @@ def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_several():
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("remat, times", [("none", 1), ("attention", 1), ("full", 2)])
-def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(
+def test_the_backward_reruns_cudnns_forward_only_with_full_remat(
     remat, times, devices, monkeypatch
 ):
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)  # tracing wants no more of it
+    monkeypatch.setattr(
+        cudnn, "check_cudnn_version", lambda: 91_000
+    )  # all that tracing reads of it
     cfg = ModelConfig(**SMALL | dict(remat=remat, dtype="bfloat16"))
     mesh = None if devices == 1 else build_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
     model = build_model(cfg, choose_routes(cfg, False, "gpu", False), mesh)
@@ -171,11 +181,17 @@ def test_the_backward_runs_cudnns_forward_again_with_full_remat_alone(
     assert str(traced(model.shapes)).count(f"{CUDNN_FORWARD}[") == times
 
 
-def test_full_remat_keeps_less_than_none():
+def test_full_remat_needs_less_memory_than_none():
     def temporaries(remat):
         model = build(L=8, remat=remat, unroll=1)
-        run = jax.jit(jax.grad(lambda p: model.apply(p, tokens_of()).astype(jnp.float32).sum()))
-        return run.lower(model.shapes).compile().memory_analysis().temp_size_in_bytes
+        loss = lambda p: model.apply(p, tokens_of()).astype(jnp.float32).sum()
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(model.shapes)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporaries("full") < 0.7 * temporaries("none")
 
@@ -195,7 +211,7 @@ def test_the_first_loss_is_ln_v(values):
     assert abs(nats / jnp.log(V) - 1) < 0.02
 
 
-def test_a_parameter_starts_the_same_whatever_else_the_model_has():
+def test_a_parameters_initial_numbers_do_not_depend_on_other_parameters():
     plain, normed = build().init(jax.random.key(0)), build(qk_norm=True).init(jax.random.key(0))
     assert jnp.array_equal(plain["blocks"]["mlp"]["up"]["w"], normed["blocks"]["mlp"]["up"]["w"])
     assert jnp.array_equal(plain["embed"], normed["embed"])
@@ -212,7 +228,7 @@ def test_initialisation_does_not_depend_on_the_mesh():
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_bf16_compute_is_near_float32_and_masters_stay_float32():
+def test_bf16_compute_is_close_to_float32_and_parameters_are_float32():
     tokens = tokens_of()
     wide, half = build(), build(dtype="bfloat16")
     params = wide.init(jax.random.key(0))
@@ -222,7 +238,7 @@ def test_bf16_compute_is_near_float32_and_masters_stay_float32():
     assert close(got, want, 2e-2)
 
 
-def test_float64_agrees_with_float32_to_float32():
+def test_float64_and_float32_agree_up_to_float32_rounding():
     tokens = tokens_of()
     want = build().apply(build().init(jax.random.key(0)), tokens)
     params = build().init(jax.random.key(0))
@@ -233,13 +249,13 @@ def test_float64_agrees_with_float32_to_float32():
     assert close(want, got, 2e-6)
 
 
-def test_a_layer_is_gathered_one_at_a_time_under_fsdp():
+def test_under_fsdp_one_layer_is_gathered_at_a_time():
     mesh = build_mesh(MeshConfig(1, 8, 1))
     model = build(L=4, D=64, unroll=1, mesh=mesh)
     place = lambda axes, x: param_sharding(axes, x.shape, mesh)
     shardings = jax.tree.map(place, model.axes, model.shapes)
-    run = jax.jit(lambda p, t: model.apply(p, t), in_shardings=(shardings, None))
-    text = run.lower(model.shapes, tokens_of(8)).compile().as_text()
+    apply = jax.jit(lambda p, t: model.apply(p, t), in_shardings=(shardings, None))
+    text = apply.lower(model.shapes, tokens_of(8)).compile().as_text()
     gathers = re.findall(r"= \w+\[([\d,]+)\][^\n]* all-gather\(", text)
     stacked = [dims for dims in gathers if dims.startswith("4,") and dims.count(",") > 2]
     assert gathers and not stacked
@@ -247,7 +263,7 @@ def test_a_layer_is_gathered_one_at_a_time_under_fsdp():
 
 @pytest.mark.parametrize("dense", sorted(DENSE))
 def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
-    """Gradients of a bias and of a frequent token: 16,384 terms, far past bfloat16's 256."""
+    """Checks gradients of a bias and a frequent token: 16,384 terms; bfloat16 counts to 256."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, w = (
         jax.random.normal(key, s, jnp.bfloat16)
@@ -258,12 +274,12 @@ def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
     narrow = g.astype(jnp.bfloat16)
     _, pull_bias = jax.vjp(lambda b: DENSE[dense](x, w, b), jnp.zeros(8))
     assert close(pull_bias(narrow)[0], g.sum((0, 1)), 1e-3)
-    read = lambda table: lookup(table, tokens, jnp.bfloat16, lambda x: x)
+    read = lambda table: look_up_embedding(table, tokens, jnp.bfloat16, lambda x: x)
     _, pull_table = jax.vjp(read, jnp.zeros((4, 8)))
     assert close(pull_table(narrow)[0], jnp.zeros((4, 8)).at[tokens].add(g), 1e-3)
 
 
-def test_the_mean_loss_of_a_float64_model_is_rounded_as_float64():
+def test_a_float64_model_weights_its_targets_in_float64():
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     try:

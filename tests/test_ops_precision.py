@@ -1,16 +1,16 @@
-"""model.dtype=auto: what it becomes, and that a run keeps what it began with."""
+"""model.dtype=auto becomes the type that suits the device, or that the run began with."""
 
 import json
 from types import SimpleNamespace
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug, quickstart, study
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.ops import precision
-from jaxtrain.ops.precision import choose, resolve_dtype, resolve_dtype_for_chip
+from jaxtrain.ops.precision import choose_dtype, resolve_dtype, resolve_dtype_for_chip
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.train import train
 from pallas_kernels.chip import CHIPS
@@ -19,7 +19,7 @@ AMX = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "why"),
+    ("flags", "dtype", "reason"),
     [
         ({"avx2"}, "float32", "this processor has neither AVX512-BF16 nor AMX-BF16"),
         ({"avx2", "avx512_bf16"}, "bfloat16", "this processor has AVX512-BF16"),
@@ -29,11 +29,11 @@ AMX = frozenset({"amx_bf16", "avx512_bf16"})
     ],
 )
 def test_a_processor_computes_in_bfloat16_where_it_has_instructions_for_it(
-    monkeypatch, flags, dtype, why
+    monkeypatch, flags, dtype, reason
 ):
     monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset(flags))
-    found, reason = choose(SimpleNamespace(platform="cpu"))
-    assert found == dtype and why in reason
+    chosen, stated = choose_dtype(SimpleNamespace(platform="cpu"))
+    assert chosen == dtype and reason in stated
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_a_processor_computes_in_bfloat16_where_it_has_instructions_for_it(
 )
 def test_a_gpu_computes_in_bfloat16_from_compute_capability_8_on(capability, dtype):
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
-    assert choose(gpu)[0] == dtype
+    assert choose_dtype(gpu)[0] == dtype
 
 
-def test_a_plan_is_of_the_type_that_the_planned_chip_computes_in():
+def test_a_plan_has_the_type_of_the_planned_chip():
     cfg = config_lib.freeze(quickstart.get_config())
     assert cfg.model.dtype == "auto"
     assert {resolve_dtype_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()} == {
@@ -61,7 +61,7 @@ def test_a_plan_is_of_the_type_that_the_planned_chip_computes_in():
     }
 
 
-def test_a_stated_type_is_kept(monkeypatch):
+def test_a_type_that_is_not_auto_is_unchanged(monkeypatch):
     monkeypatch.setattr(precision, "cpu_flags", lambda: AMX)
     cfg = config_lib.freeze(debug.get_config())
     assert resolve_dtype(cfg, jax.devices()[0]) == (cfg, "")
@@ -71,7 +71,7 @@ def test_the_study_is_the_same_on_every_machine():
     assert study.get_config().base.model.dtype == "float32"
 
 
-def test_a_run_goes_on_in_the_type_that_it_began_with(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_continues_in_the_type_that_it_began_with(tmp_path, monkeypatch, capsys):
     def start(steps):
         config = debug.get_config()
         config.update({"workdir": str(tmp_path / "run"), "steps": steps})
@@ -82,13 +82,16 @@ def test_a_run_goes_on_in_the_type_that_it_began_with(tmp_path, monkeypatch, cap
 
     text = runs.write_text(tmp_path)
     monkeypatch.setattr(precision, "cpu_flags", lambda: AMX)
-    began = "bfloat16 (model.dtype=auto: this processor has AVX512-BF16 and AMX-BF16)"
-    assert began in start(2)
+    first_line = "bfloat16 (model.dtype=auto: this processor has AVX512-BF16 and AMX-BF16)"
+    assert first_line in start(2)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["config"]["model"]["dtype"] == "bfloat16"
     monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset())
     out = start(3)
-    assert "bfloat16 (model.dtype=auto: as the run began; this processor has neither" in out
+    assert (
+        "bfloat16 (model.dtype=auto: the type that the run began with; this processor has neither"
+        in out
+    )
     changed = [line.split()[2] for line in out.splitlines() if line.startswith("resumed with")]
     assert changed == ["steps", "optim.total_steps"]
     assert load_train_config(tmp_path / "run").model.dtype == "bfloat16"

@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain import WANTS_GPU
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
-from jaxtrain.ops import routes as kernels
-from jaxtrain.ops.routes import choose_routes
+from jaxtrain.errors import REFUSED
+from jaxtrain.ops import routes as routes_module
+from jaxtrain.ops.routes import choose_routes, describe_routes
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -19,14 +20,14 @@ def test_every_op_has_a_route_with_a_reason(platform, masked):
         assert route.implementation and route.reason in str(route)
 
 
-def test_a_gpu_takes_flash_attention_and_the_plain_product():
+def test_a_gpu_runs_cudnn_attention_and_the_plain_product():
     routes = choose_routes(ModelConfig(), False, "gpu", True)
     assert routes["attention"].implementation == "cudnn"
     assert routes["dense"].implementation == "plain"
 
 
 @pytest.mark.parametrize(("masked", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_a_fallback_says_so_and_strict_makes_it_an_error(masked, dtype):
+def test_a_fallback_is_marked_and_with_strict_an_error(masked, dtype):
     model = ModelConfig(dtype=dtype)
     route = choose_routes(model, masked, "gpu", False)["attention"]
     assert route.fallback and "FALLBACK" in str(route)
@@ -34,13 +35,13 @@ def test_a_fallback_says_so_and_strict_makes_it_an_error(masked, dtype):
         choose_routes(model, masked, "gpu", True)
 
 
-def test_an_explicit_route_that_cannot_be_served_raises():
+def test_a_requested_route_that_cannot_run_is_an_error():
     with pytest.raises(ValueError, match="model.attention=cudnn must be .* needs a GPU"):
         choose_routes(ModelConfig(attention="cudnn"), False, "cpu", False)
 
 
 @pytest.mark.parametrize(
-    ("values", "where", "says"),
+    ("values", "where", "reason"),
     [
         ({"K": 20}, {"arch": "sm_90"}, "a multiple of 8, at most 256 on sm_90; got 20"),
         ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
@@ -48,24 +49,24 @@ def test_an_explicit_route_that_cannot_be_served_raises():
         ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
     ],
 )
-def test_cudnn_is_no_route_where_the_compile_would_fail(values, where, says):
+def test_cudnn_is_not_chosen_where_its_compilation_would_fail(values, where, reason):
     route = choose_routes(ModelConfig(**values), False, "gpu", False, **where)["attention"]
-    assert route.implementation == "reference" and route.fallback and says in route.reason
-    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{says}.*--model.attent"):
-        asked = ModelConfig(**values, attention="cudnn")
-        choose_routes(asked, False, "gpu", False, **where)
+    assert route.implementation == "reference" and route.fallback and reason in route.reason
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{reason}.*--model.attent"):
+        requested = ModelConfig(**values, attention="cudnn")
+        choose_routes(requested, False, "gpu", False, **where)
 
 
 @pytest.mark.parametrize(("K", "arch"), [(128, "sm_86"), (256, "sm_90"), (136, "sm_120")])
-def test_cudnn_is_a_route_up_to_its_widest_head(K, arch):
+def test_cudnn_is_chosen_up_to_its_widest_head(K, arch):
     route = choose_routes(ModelConfig(K=K), False, "gpu", True, arch=arch)["attention"]
     assert route.implementation == "cudnn"
 
 
-def test_a_cpu_where_a_gpu_is_wanted_is_a_fallback():
+def test_a_cpu_is_a_fallback_where_a_gpu_is_wanted():
     choose = lambda strict, **where: choose_routes(ModelConfig(), False, "cpu", strict, **where)
     assert "FALLBACK" in str(choose(False, wants_gpu=True)["device"])
-    with pytest.raises(ValueError, match="strict forbids.*device.*JAX_PLATFORMS=cpu says"):
+    with pytest.raises(ValueError, match="strict forbids.*device.*JAX_PLATFORMS=cpu allows"):
         choose(True, wants_gpu=True)
     assert "device" not in choose(True)
 
@@ -76,14 +77,14 @@ def test_a_cuda_plugin_wants_a_gpu_unless_the_user_has_named_the_cpu():
     argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     how = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
-    refused = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
-    assert refused.returncode == 78 and "JAX_PLATFORMS=cpu says" in refused.stderr
-    assert not WANTS_GPU  # here conftest has named it
+    done = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
+    assert done.returncode == REFUSED and "JAX_PLATFORMS=cpu allows" in done.stderr
+    assert not WANTS_GPU  # conftest.py names the CPU
 
 
-@pytest.mark.parametrize(("has", "expected"), [(True, "cpu"), (False, "cpu_wide")])
-def test_a_cpu_without_bf16_products_multiplies_in_float32(monkeypatch, has, expected):
-    monkeypatch.setattr(kernels, "cpu_multiplies_bf16", lambda: has)
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "cpu"), (False, "cpu_wide")])
+def test_a_cpu_without_bf16_products_multiplies_in_float32(monkeypatch, bf16, expected):
+    monkeypatch.setattr(routes_module, "cpu_multiplies_bf16", lambda: bf16)
     assert choose_routes(ModelConfig(), False, "cpu", False)["dense"].implementation == expected
     wide = choose_routes(ModelConfig(dtype="float32"), False, "cpu", False)["dense"]
     assert wide.implementation == "cpu"
@@ -104,7 +105,7 @@ def test_only_a_model_with_qk_norm_and_rope_has_a_route_for_both(values):
     assert ("qk_rope" in routes) == (values == {"qk_norm": True})
 
 
-def test_heads_that_do_not_divide_over_devices_have_no_kernel():
+def test_heads_that_devices_do_not_divide_have_no_kernel():
     where = dict(arch="sm_90", tensor=4)
     route = choose_routes(ModelConfig(qk_norm=True, G=2), False, "gpu", False, **where)["qk_rope"]
     assert route.implementation == "plain"
@@ -115,7 +116,7 @@ STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
 
 
 @pytest.mark.parametrize(
-    "values, where, says",
+    "values, where, reason",
     [
         ({}, {}, "got no GPU"),
         ({}, {"arch": "sm_75"}, "compiled for sm_86, sm_90; got sm_75"),
@@ -125,19 +126,19 @@ STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
         ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
     ],
 )
-def test_strict_kernels_refuse_with_the_reason(values, where, says):
+def test_strict_kernels_raise_with_the_reason(values, where, reason):
     platform = "gpu" if where else "cpu"
-    with pytest.raises(ValueError, match=f"kernels.strict needs fused attention.*{says}"):
+    with pytest.raises(ValueError, match=f"kernels.strict needs fused attention.*{reason}"):
         choose_routes(ModelConfig(**values), False, platform, False, STRICT, **where)
     if where:
-        choose_routes(ModelConfig(**values), False, platform, False, **where)  # another is taken
-    with pytest.raises(ValueError, match=f"model.attention=flash needs.*{says}"):
-        asked = ModelConfig(**values, attention="flash")
-        choose_routes(asked, False, platform, False, **where)
+        choose_routes(ModelConfig(**values), False, platform, False, **where)  # no error
+    with pytest.raises(ValueError, match=f"model.attention=flash needs.*{reason}"):
+        requested = ModelConfig(**values, attention="flash")
+        choose_routes(requested, False, platform, False, **where)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_fused_route_is_taken_where_it_must_be_and_named_by_its_chip(masked):
+def test_a_requested_kernel_is_chosen_and_named_by_its_architecture(masked):
     route = lambda kernels, **where: (
         choose_routes(ModelConfig(), masked, "gpu", False, kernels, **where)[
             "attention"
@@ -145,37 +146,35 @@ def test_the_fused_route_is_taken_where_it_must_be_and_named_by_its_chip(masked)
     )
     assert route(STRICT, arch="sm_86") == "flash:sm_86"
     assert route(INTERPRET) == "flash:interpret"
-    assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not before a card has run it
+    assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not measured yet
 
 
 def described(**values):
     where = values.pop("where", {})
-    kernels_ = values.pop("kernels", KernelsConfig())
+    kernels = values.pop("kernels", KernelsConfig())
     platform = values.pop("platform", "cpu")
     masked = values.pop("masked", False)
     model = ModelConfig(qk_norm=True, **values)
-    return list(
-        kernels.describe_routes(choose_routes(model, masked, platform, False, kernels_, **where))
-    )
+    return list(describe_routes(choose_routes(model, masked, platform, False, kernels, **where)))
 
 
-def test_usual_routes_are_one_line():
+def test_usual_routes_are_described_in_one_line():
     assert described(dtype="float32") == [("routes", "all by XLA")]
     assert described(platform="gpu") == [("routes", "attention by cuDNN, all others by XLA")]
 
 
-def test_a_fallback_stands_first_in_its_line():
+def test_a_fallback_is_described_first():
     rows = described(platform="gpu", masked=True)
     assert [name for name, _ in rows] == ["FALLBACK", "routes"]
     assert rows[0][1].startswith("attention  reference  cuDNN's cannot run")
     assert rows[1][1] == "all others by XLA"
 
 
-def test_kernels_and_what_the_config_asks_for_have_a_line_each(monkeypatch):
+def test_each_kernel_and_requested_route_has_a_line(monkeypatch):
     rows = described(platform="gpu", kernels=KernelsConfig(strict=True), where={"arch": "sm_86"})
     fused = [text.split()[:2] for name, text in rows if name == "route"]
     assert ["norm", "fused:sm_86"] in fused and ["attention", "flash:sm_86"] in fused
     assert described(attention="reference", dtype="float32")[0][0] == "route"
-    monkeypatch.setattr(kernels, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(routes_module, "cpu_multiplies_bf16", lambda: False)
     slow = described(dtype="bfloat16")
     assert ["dense", "cpu_wide"] in [text.split()[:2] for name, text in slow if name == "route"]

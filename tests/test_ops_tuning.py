@@ -1,4 +1,4 @@
-"""The table of choices per chip: what is applied has evidence, and the compiler knows each name."""
+"""The table of settings tuned for each chip."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from jaxtrain.ops import tuning
 from pallas_kernels.chip import CHIPS
 
 
-def test_what_is_assumed_is_listed_and_not_applied():
+def test_assumed_options_are_printed_and_not_applied():
     for chip, choices in tuning.CHOICES.items():
         assert chip in CHIPS
         assert all(choice.evidence in tuning.EVIDENCE and choice.reason for choice in choices)
@@ -23,19 +23,19 @@ def test_what_is_assumed_is_listed_and_not_applied():
             assert not (assumed and choice.name in applied)
 
 
-def test_a_hint_is_the_tables_and_else_the_default():
+def test_a_hint_has_a_default_for_unknown_chips():
     assert tuning.hint("a40", "micro_batch_tokens", 7) == 32_768
     assert tuning.hint("no chip", "micro_batch_tokens", 7) == 7
     assert tuning.compiler_options("no chip") == {}
 
 
-def test_the_start_says_where_gemm_tunings_are_kept(tmp_path):
+def test_the_start_prints_where_gemm_tunings_are_stored(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         assert tuning.describe_tuning("gpu", "")[-1].endswith(f"{tmp_path}/{tuning.AUTOTUNED}")
         jax.config.update("jax_compilation_cache_dir", None)
-        assert "made anew" in tuning.describe_tuning("gpu", "")[-1]
+        assert "not stored" in tuning.describe_tuning("gpu", "")[-1]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert tuning.describe_tuning("cpu", "") == []
@@ -54,7 +54,7 @@ with jax.default_device(device):
 """
 
 
-def test_the_compiler_knows_every_option():
+def test_the_compiler_accepts_every_option():
     pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     argv = [sys.executable, "-c", COMPILE]

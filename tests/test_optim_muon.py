@@ -108,13 +108,6 @@ def test_sixty_steps_equal_torch_muon_in_float64(torch, monkeypatch):
     assert distances(ours, torch_moves(torch, weights, grads)).max() <= 1e-10
 
 
-def test_the_step_does_not_depend_on_the_size_of_the_gradient():
-    muon, g = scale_by_muon(MATRIX, dtype=jnp.float32), normal(2, 8, 16)
-    np.testing.assert_allclose(
-        first_step(muon, 1e-3 * g), first_step(muon, 1e3 * g), rtol=1e-4, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("shape", [(512, 512), (256, 768), (768, 256)])
 def test_scale_match_rms_gives_updates_the_rms_of_adamw(shape):
     muon = scale_by_muon(MATRIX, scale="match_rms")
@@ -126,12 +119,6 @@ def test_scale_spectral_max_is_sqrt_of_outputs_over_inputs_but_at_least_one():
     muon = scale_by_muon(MATRIX, dtype=jnp.float32)
     wide, tall = normal(1, 16, 64), normal(1, 16, 64).mT
     np.testing.assert_allclose(first_step(muon, wide), 2 * first_step(muon, tall).mT, rtol=1e-6)
-
-
-def test_a_zero_gradient_and_a_zero_momentum_give_a_zero_step():
-    muon = scale_by_muon({"w": MATRIX})
-    grads = {"w": jnp.zeros((2, 8, 4))}
-    assert jnp.array_equal(first_step(muon, grads)["w"], grads["w"])
 
 
 def test_by_default_all_heads_form_one_matrix():

@@ -68,4 +68,4 @@ def test_the_share_falls_with_tokens_and_grows_with_devices_that_repeat_the_work
 def test_a_given_peak_gives_the_time_of_that_device_only(gpt):
     text = overhead_table(*gpt, peak_flops=1e12, efficiency=0.5)
     [line] = [line for line in text.split("\n") if line.startswith("standard  ")]
-    assert line.split()[-1] == "3.26e+03" and "H100" not in text
+    assert line.split()[-1] == "3.26e+03" and "h100" not in text

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain import profile
-from jaxtrain.profile import Device, Op, find_traces, own_times, read_trace
+from jaxtrain.reporting import profile_trace
+from jaxtrain.reporting.profile_trace import (
+    Device,
+    TracedOp,
+    find_traces,
+    own_times,
+    read_trace,
+)
 from jaxtrain.reporting.tracing import Tracer
 
 STEPS = 3
@@ -13,7 +20,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
-    """A folder with a trace of three steps: products of 256 x 256, after one that is not traced."""
+    """A folder with a trace of three steps, which multiply matrices of 256 x 256."""
     folder = tmp_path_factory.mktemp("traced")
     tracer = Tracer(folder, 0, STEPS + 1, STEPS)
     program = jax.jit(lambda x: jnp.tanh(x @ x))
@@ -30,43 +37,43 @@ def traced(tmp_path_factory):
     return folder
 
 
-def test_a_trace_tells_each_operation_and_the_hosts_parts(traced):
+def test_a_trace_contains_each_operation_and_the_parts_of_the_host(traced):
     trace = read_trace(*find_traces(traced))
-    assert "/host:CPU" in trace.read and trace.left
+    assert "/host:CPU" in trace.read and trace.skipped
     [device] = trace.devices
     rows = device.by_op()
-    assert {row["count"] % STEPS for row in rows} == {0}
-    assert {row["module"] for row in rows} == {"jit__lambda"}
+    assert {row.count % STEPS for row in rows} == {0}
+    assert {row.module for row in rows} == {"jit__lambda"}
     assert 0 < device.busy_s <= device.span_s
     parts = trace.host.parts_s()
     assert len(trace.host.steps) == STEPS and parts.keys() == {"dispatch", "wait"}
     assert parts["dispatch"] + parts["wait"] <= trace.host.step_s
 
 
-def test_the_command_prints_what_it_read(traced, capsys):
+def test_the_command_prints_planes_devices_and_the_longest_operations(traced, capsys):
     profile.main([str(traced), "--top=1"])
     shown = capsys.readouterr().out
-    assert "planes read: /host:CPU; left:" in shown and "% idle" in shown
+    assert "planes read: /host:CPU; skipped:" in shown and "% idle" in shown
     assert "host: 3 steps of" in shown and "1 others" not in shown.split("own ms")[0]
 
 
-def test_a_folder_without_a_trace_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="DIR must hold a trace"):
+def test_an_error_names_a_folder_without_a_trace(tmp_path):
+    with pytest.raises(SystemExit, match="DIR must contain a trace"):
         profile.main([str(tmp_path)])
 
 
-def test_time_is_the_operations_own():
+def test_own_time_excludes_nested_operations():
     assert own_times([(0, 10), (1, 4), (2, 3), (5, 6), (10, 12)]) == [6, 2, 1, 1, 2]
 
 
-def test_what_runs_at_once_is_busy_once_and_pauses_are_not_idle():
-    ops = [Op("a", "m", 0.0, 2.0, 2.0), Op("b", "m", 1.0, 3.0, 2.0)]
-    ops += [Op("eval", "m", 5.0, 6.0, 1.0), Op("all-reduce.1", "m", 9.0, 10.0, 1.0)]
+def test_simultaneous_operations_are_busy_once_and_pauses_are_not_idle():
+    ops = [TracedOp("a", "m", 0.0, 2.0, 2.0), TracedOp("b", "m", 1.0, 3.0, 2.0)]
+    ops += [TracedOp("eval", "m", 5.0, 6.0, 1.0), TracedOp("all-reduce.1", "m", 9.0, 10.0, 1.0)]
     device = Device("d", tuple(ops)).without([(4.0, 8.0)])
     assert device.span_s == 6.0 and device.busy_s == 4.0 and device.collective_s == 1.0
 
 
-def test_a_gpus_streams_are_read_and_not_the_lines_that_repeat_them():
+def test_only_the_streams_of_a_gpu_are_read_not_the_lines_that_repeat_them():
     event = lambda name, start, **stats: types.SimpleNamespace(
         name=name, start_ns=start, duration_ns=10, stats=stats.items()
     )
@@ -74,17 +81,19 @@ def test_a_gpus_streams_are_read_and_not_the_lines_that_repeat_them():
     kernel = event("void gemm", 0, hlo_op="dot.1", hlo_module="jit_step")
     lines = [line("Stream #1(Compute)", kernel, event("MemcpyD2D", 20)), line("XLA Ops", kernel)]
     plane = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
-    device = profile._gpu(plane)
+    device = profile_trace._read_gpu(plane)
     assert [(op.name, op.module) for op in device.ops] == [("dot.1", "jit_step"), ("MemcpyD2D", "")]
 
 
 @pytest.mark.parametrize(
     "first, last, steps, traced", [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))]
 )
-def test_as_many_steps_are_traced_as_there_are_after_warm_up(tmp_path, first, last, steps, traced):
-    tracer, turns = Tracer(tmp_path, first, last, steps), []
+def test_the_traced_steps_follow_the_warm_up_if_the_run_is_long_enough(
+    tmp_path, first, last, steps, traced
+):
+    tracer, switches = Tracer(tmp_path, first, last, steps), []
     for step in range(first + 1, last + 2):
         if tracer.switches_before(step):
-            turns.append(step)
+            switches.append(step)
             tracer.is_on = not tracer.is_on
-    assert turns == [traced[0], traced[1] + 1]
+    assert switches == [traced[0], traced[1] + 1]

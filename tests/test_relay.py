@@ -1,4 +1,4 @@
-"""Links of the relayed bed have the delay, rate, loss and cuts that they are told to have."""
+"""Links of a relayed test bed have the delay, rate, loss and cuts that are set."""
 
 import hashlib
 import socket
@@ -12,30 +12,30 @@ import pytest
 reason = beds.available(relayed=True)
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
-TAKE = """
+RECEIVE = """
 import hashlib, socket, sys, time
 server = socket.create_server((sys.argv[1], 5000))
 print("ready", flush=True)
-taken, hashed, start = 0, hashlib.sha256(), None
+received, hashed, start = 0, hashlib.sha256(), None
 with server.accept()[0] as sock:
     while data := sock.recv(1 << 20):
         start = start or time.perf_counter()
-        taken += len(data)
+        received += len(data)
         hashed.update(data)
-print(taken / (time.perf_counter() - start), hashed.hexdigest(), flush=True)
+print(received / (time.perf_counter() - start), hashed.hexdigest(), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def whole():
-    with beds.Bed(2, relayed=True) as made:
-        yield made
+def shared_bed():
+    with beds.Bed(2, relayed=True) as bed:
+        yield bed
 
 
 @pytest.fixture
-def bed(whole):
-    whole.link("*", "*", delay_ms=0, jitter_ms=0, rate_mbit=0, loss=0, up=True)
-    return whole
+def bed(shared_bed):
+    shared_bed.link("*", "*", delay_ms=0, jitter_ms=0, rate_mbit=0, loss=0, up=True)
+    return shared_bed
 
 
 def round_trip_s(bed, name="h0", timeout_s=5.0):
@@ -48,30 +48,30 @@ def counts(bed, name="h0"):
     return bed.traffic()[f"{beds.OPERATOR} > {name}"]
 
 
-def test_a_round_trip_takes_the_delays_of_both_ways_and_of_its_own_pair_alone(bed):
+def test_a_round_trip_takes_both_delays_of_its_own_link_only(bed):
     bed.link(beds.OPERATOR, "h0", delay_ms=75)
     assert min(round_trip_s(bed) for _ in range(5)) == pytest.approx(0.150, abs=0.006)
     assert min(round_trip_s(bed, "h1") for _ in range(3)) < 0.006
 
 
-def test_bytes_arrive_whole_at_the_links_rate_and_headers_are_counted(bed):
+def test_bytes_arrive_unchanged_at_the_links_rate_and_headers_are_counted(bed):
     bed.link(beds.OPERATOR, "h0", rate_mbit=80, delay_ms=5)
-    command = bed.inside("h0", sys.executable, "-c", TAKE, bed.address["h0"])
-    taker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    taker.stdout.readline()
+    command = bed.inside("h0", sys.executable, "-c", RECEIVE, bed.address["h0"])
+    receiver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    receiver.stdout.readline()
     data, before = bytes(range(256)) * 32_768, counts(bed)
     with socket.create_connection((bed.address["h0"], 5000)) as sock:
         sock.sendall(data)
-    rate, digest = taker.communicate(timeout=30)[0].split()
+    rate, digest = receiver.communicate(timeout=30)[0].split()
     assert digest == hashlib.sha256(data).hexdigest()
     after = counts(bed)
     header_share = (after["bytes"] - before["bytes"]) / len(data) - 1
-    assert 0.045 < header_share < 0.06  # 66 of each 1,514 bytes, and what was sent again
+    assert 0.045 < header_share < 0.06  # 66 of each 1,514 bytes, and retransmissions
     assert float(rate) * 1.0457 == pytest.approx(10e6, rel=0.15)  # 80 Mbit/s with headers
 
 
 def datagrams(bed, name="h0") -> int:
-    """That came to a port of a host on which nobody listens: NoPorts of /proc/net/snmp."""
+    """Returns how many came to a port without a listener: NoPorts of /proc/net/snmp."""
     return int(bed.run(name, "cat", "/proc/net/snmp").split("\nUdp: ")[2].split()[1])
 
 
@@ -81,7 +81,7 @@ def send(bed, count, name="h0"):
             sock.sendto(b"x", (bed.address[name], 9))
 
 
-def test_a_lossy_link_loses_its_share_and_gives_the_rest(bed):
+def test_a_lossy_link_loses_its_share_and_delivers_the_rest(bed):
     bed.link(beds.OPERATOR, "h0", loss=0.3)
     before, lost_before = datagrams(bed), counts(bed)["lost"]
     send(bed, 2000)
@@ -93,7 +93,7 @@ def test_a_lossy_link_loses_its_share_and_gives_the_rest(bed):
     assert arrived + lost == 2000 and 500 < lost < 700
 
 
-def test_a_cut_drops_all_of_one_host_also_what_is_under_way_and_heals(bed):
+def test_a_cut_drops_all_packets_of_one_host_until_it_heals(bed):
     before = datagrams(bed)
     bed.link(beds.OPERATOR, "h0", delay_ms=200)
     send(bed, 5)
@@ -108,7 +108,7 @@ def test_a_cut_drops_all_of_one_host_also_what_is_under_way_and_heals(bed):
     assert round_trip_s(bed) < 1.0 and datagrams(bed) == before
 
 
-def test_what_is_on_a_cable_when_it_is_cut_does_not_arrive_after_it_heals(bed):
+def test_packets_on_a_cable_that_is_cut_do_not_arrive_after_it_heals(bed):
     before = datagrams(bed)
     bed.link(beds.OPERATOR, "h0", delay_ms=100)
     send(bed, 5)

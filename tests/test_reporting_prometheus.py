@@ -30,7 +30,7 @@ def values(page):
     return {name: float(value) for name, value in lines}
 
 
-def test_the_page_holds_the_newest_value_of_every_metric(exporter):
+def test_the_page_shows_the_newest_value_of_every_metric(exporter):
     exporter.write(1, 0.0, {"perf/step_time_s": 0.1, "train/loss_nats": 5.5})
     exporter.write(2, 0.0, {"perf/step_time_s": 0.3, "eval/loss_nats": math.nan, "a": -math.inf})
     page = read(exporter)
@@ -67,6 +67,6 @@ def test_the_dashboard_uses_only_exported_names():
     known = {prometheus_name(name): name for name in (*measured_names(), *TRAINED)}
     dashboard = json.loads(DASHBOARD.read_text())
     targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = [re.match(r"\w+", target["expr"])[0] for target in targets]
-    assert len(asked) > 20 and not set(asked) - known.keys()
-    assert [known[name] for name in asked] == [target["legendFormat"] for target in targets]
+    used = [re.match(r"\w+", target["expr"])[0] for target in targets]
+    assert len(used) > 20 and not set(used) - known.keys()
+    assert [known[name] for name in used] == [target["legendFormat"] for target in targets]

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import importlib
+import math
 import re
 
 import jax
@@ -9,8 +10,8 @@ import pytest
 
 from configs import study_quick
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.study.plan import build_plan, flat
-from jaxtrain.study.result import choose, find
+from jaxtrain.study.plan import build_plan, flatten_overrides
+from jaxtrain.study.result import choose_setting, compare, format_result
 from jaxtrain.study.runs import Result, falling_curve
 from jaxtrain.training.run import build_run
 
@@ -27,11 +28,11 @@ def values(**study):
     return {"base": config_lib.to_dict(config_lib.TrainConfig()), "study": given | study}
 
 
-def test_a_run_is_the_base_with_its_overrides_and_nothing_else():
+def test_a_run_differs_from_the_base_only_by_its_overrides():
     plan = build_plan(values(conditions={"short": {"steps": 50}}))
     trial = plan.tuning("short", "adamw")[3]
-    base, ours = (config_lib.flatten(cfg) for cfg in (plan.base, trial.config))
-    assert {name: value for name, value in ours.items() if base[name] != value} == {
+    base, trained = (config_lib.flatten(cfg) for cfg in (plan.base, trial.config))
+    assert {name: value for name, value in trained.items() if base[name] != value} == {
         "steps": 50,
         "optim.total_steps": 50,  # the schedule follows
         "optim.name": "adamw",
@@ -57,13 +58,13 @@ def test_every_contender_has_the_same_number_of_runs_and_no_two_share_a_folder()
     assert len(folders) == len(trials) == plan.runs == 2 * 2 * (4 + 4)
 
 
-def test_paired_runs_differ_in_the_contender_alone():
+def test_paired_runs_with_one_seed_differ_only_in_the_contender():
     plan = build_plan(
         values(contenders={"muon": {}, "twin": {}}, grid={"muon": MUON, "twin": MUON})
     )
     setting = plan.tuning("plain", "muon")[0].setting
-    one, other, *_ = plan.paired("plain", {"muon": setting, "twin": setting})
-    assert config_lib.config_hash(one.config) == config_lib.config_hash(other.config)
+    muon, twin, *_ = plan.paired("plain", {"muon": setting, "twin": setting})
+    assert config_lib.config_hash(muon.config) == config_lib.config_hash(twin.config)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +95,12 @@ def test_paired_runs_differ_in_the_contender_alone():
         ({"conditions": {"a": {"optim": {"momentum": 2.0}}}}, "optim.momentum must be at most"),
     ],
 )
-def test_an_unfair_or_misspelt_plan_ends_before_any_run(change, message):
+def test_an_unfair_or_misspelt_plan_is_refused_before_any_run(change, message):
     with pytest.raises(ValueError, match=message):
         build_plan(values(**change))
 
 
-def test_a_grid_without_the_auxiliary_rate_must_be_asked_for():
+def test_a_flag_allows_a_grid_without_the_auxiliary_learning_rate():
     grid = {name: {"optim": {"learning_rate": (1.0, 2.0)}} for name in ("muon", "adamw")}
     assert build_plan(values(grid=grid, tune_adam=False)).budget == 2
 
@@ -109,20 +110,41 @@ def curve(plan, held_out, train=()):
     return Result(trial, held_out[-1][2], 9.0, 1.0, list(train), held_out)
 
 
-def test_steps_to_the_baselines_loss_are_counted_seed_by_seed():
+def test_steps_to_the_baselines_loss_are_found_seed_by_seed():
     plan = build_plan(values())
     base = [curve(plan, [(10, 1.0, 3.0), (20, 2.0, end)]) for end in (2.0, 1.0, 2.5)]
     fast = [curve(plan, [(10, 2.0, 2.0), (20, 4.0, 1.0)]) for _ in base]
-    choice = choose(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
+    choice = choose_setting(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
     choices = {"muon": choice, "adamw": choice}
-    finding = find(plan, "plain", choices, {"muon": base, "adamw": fast})
-    muon, adamw = finding.contests
+    result = compare(plan, "plain", choices, {"muon": base, "adamw": fast})
+    muon, adamw = result.contests
     assert (muon.reached, muon.reach_steps, muon.reach_seconds) == (3, 20, 2.0)
     assert (adamw.reach_steps, adamw.reach_seconds) == ((10 + 20 + 10) / 3, (2 + 4 + 2) / 3)
-    assert finding.target == pytest.approx(5.5 / 3) and adamw.verdict == "ties"
+    assert result.target == pytest.approx(5.5 / 3) and adamw.verdict == "ties"
+    assert re.search(r"muon +20 of 200 ", format_result(plan, result))
 
 
-def test_one_evaluation_is_no_curve_so_the_smoothed_training_loss_is_taken():
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([1.0, 2.1, 3.05], r"adamw is better than muon: its held-out loss is 0.9500 \+- 0.0289"),
+        ([3.0, 4.1, 5.05], r"adamw is worse than muon: .* \(standard error\) higher, p = 0.00"),
+        ([2.0, 3.1, 3.9], r"do not differ significantly: \+0.0000 .* of at least 0.24"),
+        ([2.0, math.inf, 3.0], r"adamw is worse than muon: 1 of its 3 runs diverged"),
+    ],
+)
+def test_a_verdict_is_a_sentence_with_the_difference_and_its_error(losses, sentence):
+    plan = build_plan(values())
+    choice = choose_setting(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
+    paired = {
+        name: [curve(plan, [(20, 2.0, loss)]) for loss in losses]
+        for name, losses in {"muon": [2.0, 3.0, 4.0], "adamw": losses}.items()
+    }
+    result = compare(plan, "plain", {"muon": choice, "adamw": choice}, paired)
+    assert re.search(sentence, format_result(plan, result).split("Verdict")[1])
+
+
+def test_with_one_evaluation_the_curve_is_the_smoothed_training_loss():
     plan = build_plan(values())
     line = [(step, step / 10, 4.0 - step / 100) for step in range(1, 101)]
     rows = falling_curve(curve(plan, [(100, 10.0, 3.3)], line))
@@ -136,24 +158,24 @@ def results(plan, contender, losses):
     return [Result(t, loss, 1.0, 1.0, [], []) for t, loss in zip(trials, losses, strict=True)]
 
 
-def test_a_best_setting_at_the_edge_of_its_grid_is_reported_and_one_inside_is_not():
+def test_only_a_best_setting_at_the_edge_of_its_grid_is_reported_as_such():
     plan = build_plan(values())
-    inside = choose(plan, "adamw", results(plan, "adamw", [3.0, 1.0, 2.0, 3.0]))
+    inside = choose_setting(plan, "adamw", results(plan, "adamw", [3.0, 1.0, 2.0, 3.0]))
     assert (inside.setting, inside.edges) == ("adam_learning_rate=0.002", {})
-    least = choose(plan, "adamw", results(plan, "adamw", [1.0, 2.0, 2.0, float("inf")]))
+    least = choose_setting(plan, "adamw", results(plan, "adamw", [1.0, 2.0, 2.0, float("inf")]))
     assert least.edges == {"optim.adam_learning_rate": 0.001}
-    both = choose(plan, "muon", results(plan, "muon", [3.0, 3.0, 3.0, 1.0]))
+    both = choose_setting(plan, "muon", results(plan, "muon", [3.0, 3.0, 3.0, 1.0]))
     assert both.edges == {"optim.learning_rate": 0.06, "optim.adam_learning_rate": 0.03}
 
 
-def test_a_contender_that_diverges_everywhere_names_its_grid():
+def test_an_error_names_the_grid_of_a_contender_whose_settings_all_diverge():
     plan = build_plan(values())
     with pytest.raises(ValueError, match="all 4 of muon diverged.*study.grid.muon"):
-        choose(plan, "muon", results(plan, "muon", [float("inf")] * 4))
+        choose_setting(plan, "muon", results(plan, "muon", [float("inf")] * 4))
 
 
 @pytest.mark.parametrize("name", ["study", "study_quick"])
-def test_the_shipped_studies_are_fair_and_state_their_size_and_command(name):
+def test_shipped_studies_are_fair_and_state_their_size_and_command(name):
     module = importlib.import_module(f"configs.{name}")
     plan = build_plan(module.get_config())
     assert plan.base.sample.tokens == 0 and plan.base.save_every == plan.base.steps
@@ -163,7 +185,7 @@ def test_the_shipped_studies_are_fair_and_state_their_size_and_command(name):
     assert f"python -m jaxtrain.study --config=configs/{name}.py" in module.__doc__
 
 
-def test_a_flag_of_the_base_reaches_every_run():
+def test_a_change_of_the_base_reaches_every_run():
     config = study_quick.get_config()
     config.base.steps = 30
     plan = build_plan(copy.deepcopy(config))
@@ -171,8 +193,8 @@ def test_a_flag_of_the_base_reaches_every_run():
     assert trial.config.steps == trial.config.optim.total_steps == 30
 
 
-def test_nested_overrides_are_named_as_flags_are():
+def test_nested_overrides_are_named_like_flags():
     nested = {"seed": 1, "optim": {"name": "muon", "momentum": 0.9}}
-    assert flat(nested) == {"seed": 1, "optim.name": "muon", "optim.momentum": 0.9}
+    assert flatten_overrides(nested) == {"seed": 1, "optim.name": "muon", "optim.momentum": 0.9}
     default = config_lib.TrainConfig()
-    assert flat(dataclasses.asdict(default)) == config_lib.flatten(default)
+    assert flatten_overrides(dataclasses.asdict(default)) == config_lib.flatten(default)

@@ -16,7 +16,7 @@ B, T = 16, 16
 
 @functools.cache
 def diagnose(mesh=(1, 1, 1), **optim):
-    """(metrics, state before, state after) of one diagnosis."""
+    """Returns (metrics, state before, state after) of one diagnosis."""
     config = debug.get_config()
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
     config.update(data=dict(batch=B, seq_len=T))
@@ -44,7 +44,7 @@ def test_a_diagnosis_is_the_same_on_every_mesh(mesh):
 
 
 @pytest.mark.parametrize("optim", [{"name": "accelerated_lmo", "rest": "lmo"}, {"name": "adamw"}])
-def test_every_group_is_diagnosed_by_its_own_name(optim):
+def test_the_diagnosis_reports_every_group_by_name(optim):
     metrics = diagnose(**optim)[0]
     groups = {name.split("/")[1] for name in metrics}
     own = {"embedding", "head", "vector"} if "rest" in optim else {"rest"}

@@ -22,7 +22,7 @@ GOOD, SKIPPED, HUGE = (0, 0.1), (1, 0.0), (0, float("inf"))  # bad_steps, update
 
 
 class Steps:
-    """Batches and a compiled step by hand: step n has the figures of entry n - 1."""
+    """Stands for both the batches and the compiled step; step n returns figures[n - 1]."""
 
     def __init__(self, figures, w):
         self.figures, self.w, self.step = figures, w, 0
@@ -43,7 +43,7 @@ class Steps:
 
 
 class Slow(Steps):
-    """Steps of 50 ms, the eighth of which is the last: SIGTERM comes."""
+    """Steps of 50 ms; SIGTERM arrives in the eighth."""
 
     def __call__(self, state, batch, rates):
         time.sleep(0.05)
@@ -54,7 +54,7 @@ class Slow(Steps):
 
 
 class Watched(Loop):
-    """Keeps which steps were saved when one is evaluated."""
+    """Records which steps were stored at each evaluation."""
 
     evaluated = ()
 
@@ -64,7 +64,7 @@ class Watched(Loop):
 
 
 def run_loop(workdir, figures, first=0, w=1.0, build=Steps, quiet=True, **values):
-    """(Loop that has ended, steps of its checkpoints)."""
+    """Returns (Loop that has ended, steps of its checkpoints)."""
     config = debug.get_config()
     config.update({"workdir": str(workdir), "steps": first + len(figures), "save_every": 1})
     config.update(keep_last=9, **values)
@@ -92,14 +92,14 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_an_evaluation_that_the_end_of_a_run_cut_off_is_made_by_the_next_start(tmp_path, seen):
+def test_an_evaluation_that_a_stopped_run_left_out_is_made_by_the_next_start(tmp_path, seen):
     with RunLogger(tmp_path, 4, quiet=True) as report:
         report.write(2, {EVAL_LOSS: 1.0} if seen else {"train/loss_nats": 1.0})
     loop, _ = run_loop(tmp_path, [GOOD], first=2, eval_every=2)
     assert [step for step, _ in loop.evaluated] == ([] if seen else [2])
 
 
-def test_a_step_whose_figures_are_not_finite_takes_no_good_checkpoints_place(tmp_path):
+def test_a_step_with_non_finite_scalars_is_not_saved(tmp_path):
     figures = [GOOD, HUGE, SKIPPED, GOOD, SKIPPED, GOOD]
     assert run_loop(tmp_path, figures)[1] == [1, 4, 6]
 
@@ -109,7 +109,7 @@ def test_a_run_that_ends_on_a_skipped_step_is_saved_if_its_state_is_finite(tmp_p
     assert run_loop(tmp_path, [GOOD, SKIPPED], w=w)[1] == saved
 
 
-def test_how_long_the_steps_will_take_is_printed_once_from_the_first_of_them(tmp_path, capsys):
+def test_the_time_left_is_printed_once_after_the_first_steps(tmp_path, capsys):
     run_loop(tmp_path, [GOOD] * 1_006, build=Slow, quiet=False, save_every=5_000, log_every=5_000)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time")]
     found = re.fullmatch(r"time +about (\d):(\d\d) for 1,000 more steps of (5\d\.\d) ms, .*", line)
@@ -117,6 +117,6 @@ def test_how_long_the_steps_will_take_is_printed_once_from_the_first_of_them(tmp
     assert 60 * minutes + seconds == pytest.approx(step_ms, abs=0.6)
 
 
-def test_no_time_is_printed_of_a_run_that_is_over_in_seconds(tmp_path, capsys):
+def test_a_run_of_seconds_does_not_print_its_time_left(tmp_path, capsys):
     run_loop(tmp_path, [GOOD] * 30, quiet=False, save_every=50, log_every=50)
     assert "about" not in capsys.readouterr().out

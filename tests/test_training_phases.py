@@ -28,14 +28,14 @@ def arguments(run):
     return init_state(run.model, run.optimizer, run.mesh, 0), batch, run.rates()
 
 
-def test_the_forward_that_is_timed_is_the_steps_own(run, arguments):
+def test_the_timed_forward_pass_computes_the_steps_loss(run, arguments):
     state, batch, _ = arguments
     both = [build(run.model, run.loss, 2) for build in (build_forward, build_gradient)]
     nats, (expected, *_) = jax.jit(lambda *args: [f(*args) for f in both])(state.params, batch)
     assert float(nats) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_parts_of_a_step_and_their_overlap(run, arguments):
+def test_the_phases_of_a_step_add_up_to_overlap_and_exposed_time(run, arguments):
     state, _, _ = arguments
     figures = measure_phases(run, *arguments, whole_s=1.0)
     part = {name.removeprefix("perf/phase_").removesuffix("_s"): s for name, s in figures.items()}
@@ -49,7 +49,7 @@ def test_the_parts_of_a_step_and_their_overlap(run, arguments):
     assert len(show_phases(figures)) == len(figures)
 
 
-def test_the_exchange_alone_sends_each_kind_as_often_as_the_step(run):
+def test_the_timed_exchange_runs_each_collective_as_often_as_the_step(run):
     wanted = [Collective(kind, 4_096, ("replica",), 2, False, 3) for kind in KINDS]
     text = build_exchange(wanted, run.mesh).lower(jnp.float32(1)).compile().as_text()
     found = find_collectives(Program(text), run.mesh)

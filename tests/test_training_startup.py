@@ -1,13 +1,11 @@
-"""What a run prints at its start, and what it stores instead."""
+"""What a run prints when it starts, and what it stores in config.json instead."""
 
 import json
 
 import jax
 import pytest
-import runs
 
-from configs import debug
-from jaxtrain.config import train_config as config_lib
+import runs
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run
@@ -15,31 +13,26 @@ from jaxtrain.training.run import build_run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("about")
+    folder = tmp_path_factory.mktemp("startup")
     runs.write_text(folder)
     return folder
 
 
 def config(folder, **values):
-    config = debug.get_config()
-    config.update({"workdir": str(folder / "run"), "steps": 2, "log_every": 2})
-    config.data.text, config.sample.tokens = str(folder / "text.txt"), 0
-    for name, value in values.items():
-        section, _, field = name.rpartition("__")
-        setattr(config[section] if section else config, field, value)
-    return config_lib.freeze(config)
+    values = {"steps": 2, "log_every": 2, "sample__tokens": 0} | values
+    return runs.debug_config(values.pop("workdir", folder / "run"), folder / "text.txt", **values)
 
 
 def start_of(out) -> list[str]:
-    """The lines before the compilation's."""
+    """Returns the lines that were printed before the step was compiled."""
     lines = out.splitlines()
     return lines[: next(i for i, line in enumerate(lines) if line.startswith("compiled in"))]
 
 
-def test_the_start_of_a_run_is_a_few_lines_and_config_json_has_the_rest(
+def test_a_run_prints_six_lines_at_its_start_and_config_json_has_the_rest(
     folder, capsys, monkeypatch
 ):
-    # Whatever plugins are installed here.
+    # Else an installed CUDA plugin adds a warning.
     monkeypatch.setattr("jaxtrain.training.run.WANTS_GPU", False)
     cfg = config(folder)
     assert train(cfg, jax.devices()[:1]) == 0
@@ -62,7 +55,7 @@ def test_the_start_of_a_run_is_a_few_lines_and_config_json_has_the_rest(
     assert any("no MFU, no MBU: 'cpu' has no peak" in line for line in stored["measures"])
 
 
-def test_details_are_printed_when_asked_for(folder, capsys):
+def test_measure_details_prints_routes_optimizer_groups_and_measurements(folder, capsys):
     assert train(config(folder, measure__details=True, steps=3), jax.devices()[:1]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("route") and "unroll=2" in line for line in lines)
@@ -70,7 +63,7 @@ def test_details_are_printed_when_asked_for(folder, capsys):
     assert any(line.startswith("measure") and "no MFU" in line for line in lines)
 
 
-def test_a_mesh_is_printed_by_its_axes(folder, capsys):
+def test_the_start_prints_the_axes_of_the_mesh(folder, capsys):
     cfg = config(folder, mesh__fsdp=2, mesh__replica=2, steps=1, workdir=str(folder / "mesh"))
     assert train(cfg, jax.devices()[:4]) == 0
     assert "devices   4 x cpu: replica 2, fsdp 2, float32" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def build(mesh=(1, 1, 1), accumulation=1, docs=False, **optim):
 
 
 def batch_at(step, mesh, docs=None):
-    """Tokens to learn from: counting, from a start that the step draws."""
+    """Returns a learnable batch: each row counts up from a number that the step determines."""
     start = np.random.default_rng(step).integers(0, 256, (B, 1))
     tokens = ((start + np.arange(T + 1)) % 256).astype(np.int32)
     batch = {"tokens": tokens} | ({"docs": docs} if docs is not None else {})
@@ -54,7 +54,7 @@ def test_losses_agree_on_every_mesh(mesh):
     np.testing.assert_allclose(losses(mesh), whole(), rtol=1e-5)
 
 
-def test_losses_agree_whatever_the_microbatches():
+def test_losses_do_not_depend_on_the_number_of_microbatches():
     np.testing.assert_allclose(losses((1, 2, 1), accumulation=4), whole(), rtol=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_training_learns_and_repeats_bitwise():
     np.testing.assert_array_equal(losses(steps=5), whole()[:5])
 
 
-def test_every_buffer_of_the_state_is_made_in_place():
+def test_the_compiled_step_updates_every_buffer_of_the_state_in_place():
     run, step = build()
     state = abstract_state(run.model, run.optimizer, run.mesh)
     aliased = re.search(r"input_output_alias=\{(.*?) \}, ", step.compiled.as_text())[1]
@@ -71,7 +71,7 @@ def test_every_buffer_of_the_state_is_made_in_place():
     assert sorted(taken) == list(range(len(jax.tree.leaves(state))))
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
+def test_a_step_with_a_non_finite_loss_changes_only_the_counters():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     state, _ = step(state, batch_at(0, run.mesh), run.rates())
@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
     assert int(scalars["train/bad_steps"]) == 1
 
 
-def test_a_good_step_ends_the_row_of_bad_ones():
+def test_a_good_step_resets_the_count_of_bad_steps_in_a_row():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     state = state._replace(bad_steps=jnp.int32(3), skipped_steps=jnp.int32(5))
@@ -97,7 +97,7 @@ def test_a_good_step_ends_the_row_of_bad_ones():
     assert (int(after.bad_steps), int(after.skipped_steps)) == (0, 5)
 
 
-def test_padding_weighs_nothing_in_loss_or_update():
+def test_padding_affects_neither_loss_nor_update():
     run, step = build(docs=True)
     docs = np.zeros((B, T + 1), np.int32)
     docs[:, 9:] = -1
@@ -113,7 +113,7 @@ def test_padding_weighs_nothing_in_loss_or_update():
     np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
 
 
-def test_other_shapes_are_an_error_that_names_them():
+def test_calling_the_step_with_another_shape_raises_and_names_it():
     run, step = build()
     state = init_state(run.model, run.optimizer, run.mesh, 0)
     short = {"tokens": batch_at(0, run.mesh)["tokens"][:, :-1]}
@@ -121,7 +121,7 @@ def test_other_shapes_are_an_error_that_names_them():
         step(state, short, run.rates())
 
 
-def test_a_step_compiled_at_one_rate_serves_every_rate():
+def test_the_step_compiled_for_one_learning_rate_works_for_another():
     at = lambda rate: build(name="muon", learning_rate=rate, adam_learning_rate=rate)
     (_, step), (other, own_step) = at(0.01), at(0.03)
     state = lambda: init_state(other.model, other.optimizer, other.mesh, 0)
@@ -138,14 +138,14 @@ def test_the_state_is_donated():
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
 
 
-def test_a_batch_that_does_not_divide_the_mesh_is_named():
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match="multiple of replica x fsdp = 8; got data.batch=16, accum"
     ):
         build((1, 8, 1), accumulation=4)
 
 
-def test_a_mesh_that_is_not_the_devices_is_named():
+def test_a_mesh_that_does_not_match_the_devices_is_refused():
     config = debug.get_config()
     config.mesh.fsdp = 3
     with pytest.raises(ValueError, match="must be the 8 devices; got replica=1 fsdp=3 tensor=1"):

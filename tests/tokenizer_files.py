@@ -1,4 +1,4 @@
-"""Small tokenizer.json files of each family, trained here, as they are found on the hub."""
+"""Trains small tokenizer.json files of the families that are common on the Hugging Face hub."""
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -8,7 +8,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level(path, text=TEXT, **prefix):
-    """GPT-2's kind: every byte has a token."""
+    """Writes one like GPT-2's: every byte has a token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | prefix)
     tokenizer.decoder = decoders.ByteLevel()
@@ -22,7 +22,7 @@ def byte_level(path, text=TEXT, **prefix):
 
 
 def sentencepiece(path, text=TEXT):
-    """Llama 2's kind: spaces are written as another letter, rare characters as bytes."""
+    """Writes one like Llama 2's: spaces become another letter, rare characters become bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     rewrite = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(rewrite)
@@ -32,7 +32,7 @@ def sentencepiece(path, text=TEXT):
 
 
 def word_piece(path, text=TEXT):
-    """BERT's kind: lower case, no whitespace, unknown words are lost."""
+    """Writes one like BERT's: lower case, no whitespace, unknown words are lost."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -43,7 +43,7 @@ def word_piece(path, text=TEXT):
 
 
 def unigram(path, text=TEXT):
-    """T5's kind: its vocabulary holds the special tokens as if they were words."""
+    """Writes one like T5's: its vocabulary contains the special tokens as if they were words."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -66,7 +66,7 @@ def _trained(tokenizer, trainer, path, text):
 
 
 def changed(path, change):
-    """Applies `change` to the file's tokenizer, writes it beside and returns the new path."""
+    """Applies `change` to a copy of the file's tokenizer and returns the copy's path."""
     tokenizer = tokenizers.Tokenizer.from_file(path)
     change(tokenizer)
     tokenizer.save(path + ".changed")

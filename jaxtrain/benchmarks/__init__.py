@@ -1,1 +1,1 @@
-"""The suites of `python -m jaxtrain.bench`."""
+"""The suites of `jaxtrain bench`, and what they time with."""

@@ -1,77 +1,66 @@
-"""Suite cpu: whole training steps against the PyTorch twin, eager and compiled.
+"""Suite cpu: whole training steps on the processor against PyTorch, eager and compiled.
 
-Same weights, batches, compute type and optimizer; a step is gradient, clipping and update. The
-first losses must agree, or the comparison is refused.
+All variants have the same weights, batches, compute type and optimizer; a step is gradient,
+clipping and update. Their first losses must agree, or the suite fails.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.processor import peak_of
-from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks.jax_child import JaxStep
+from jaxtrain.benchmarks.processor import peak_for
+from jaxtrain.benchmarks.timing import (
+    format_ratios,
+    interleave,
+    ratio_row,
+    summarise,
+    warm_up,
+)
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.reporting.table import format_table
-from jaxtrain.training.run import build_run, compile_step
-from jaxtrain.training.step import init_state
 
 S = dict(L=4, D=256, H=4, G=4, K=64, F=768, V=256, qk_norm=True)
-SIZES = {"s": S, "m": S | dict(L=6, D=384, H=6, G=6, F=1_024)}
+SIZES: dict[str, dict[str, Any]] = {"s": S, "m": S | dict(L=6, D=384, H=6, G=6, F=1_024)}
 DTYPES = ("bfloat16", "float32")
 OPTIMIZERS = ("adamw", "muon")
 VARIANTS = ("jaxtrain", "eager", "compile")
-AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first losses, relative
-EAGER_TARGETS = {"s": 1.0, "m": 0.95}  # float32, against eager
-FASTEST_TARGETS = {"s": 1.0, "m": 0.9}  # bfloat16, against the faster of eager and compile
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}  # relative difference of the first losses
+EAGER_TARGETS = {"s": 1.0, "m": 0.95}  # speed-up over eager, in float32
+FASTEST_TARGETS = {"s": 1.0, "m": 0.9}  # speed-up over the faster of the two, in bfloat16
+
+TrainingStep = Callable[[np.ndarray], float]  # of tokens_BT1; returns the loss when it is done
 
 
-class JaxStep:
-    """The compiled step of a TrainConfig, called with NumPy tokens and waited for."""
+def build_torch_step(cfg: TrainConfig, params: dict[str, Any], compiled: bool) -> TrainingStep:
+    """Returns PyTorch's training step, from the given weights."""
+    import torch
 
-    def __init__(self, cfg):
-        run = build_run(cfg, jax.devices("cpu")[:1])
-        self._sharding = batch_sharding(run.mesh)
-        self._state = init_state(run.model, run.optimizer, run.mesh, cfg.seed)
-        self.params = jax.tree.map(np.array, self._state.params)  # copies: the step donates them
-        self.step, self._rates = compile_step(run), run.rates()
+    from jaxtrain.crosscheck import torch_model, torch_train
 
-    def __call__(self, tokens_BT1) -> float:
-        batch = {"tokens": jax.device_put(tokens_BT1, self._sharding)}
-        self._state, scalars = jax.block_until_ready(self.step(self._state, batch, self._rates))
-        return float(scalars["train/loss_nats"])
-
-
-class TorchStep:
-    """The twin's step from the same weights."""
-
-    def __init__(self, cfg, params, compiled):
-        import torch
-
-        from jaxtrain.crosscheck import torch_model, torch_train
-
-        self._tensor = torch.from_numpy
-        model = torch_model.build_torch_model(cfg.model, params)
-        self._step = torch_train.build_step(cfg, model, compiled)
-
-    def __call__(self, tokens_BT1) -> float:
-        return float(self._step(self._tensor(tokens_BT1.astype(np.int64))))
+    model = torch_model.build_torch_model(cfg.model, params)
+    step = torch_train.build_step(cfg, model, compiled)
+    return lambda tokens_BT1: float(step(torch.from_numpy(tokens_BT1.astype(np.int64))))
 
 
 class Contender:
-    """A variant's step on batch number `turn`, the same for every variant."""
+    """Runs a variant's step on batch number `turn`, which is the same for every variant."""
 
-    def __init__(self, step, cfg):
+    def __init__(self, step: TrainingStep, cfg: TrainConfig):
         self._step, self._shape, self._V = step, (cfg.data.batch, cfg.data.seq_len + 1), cfg.model.V
-        self.first_nats = None
+        self.first_nats: float | None = None
 
-    def __call__(self, turn):
+    def __call__(self, turn: int) -> None:
         tokens = np.random.default_rng(turn).integers(0, self._V, self._shape, np.int32)
         nats = self._step(tokens)
-        self.first_nats = nats if self.first_nats is None else self.first_nats
+        if self.first_nats is None:
+            self.first_nats = nats
 
 
-def config_of(size: str, dtype: str, optimizer: str) -> TrainConfig:
+def training_config(size: str, dtype: str, optimizer: str) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(**SIZES[size], dtype=dtype),
         data=DataConfig(batch=8, seq_len=256),
@@ -79,81 +68,94 @@ def config_of(size: str, dtype: str, optimizer: str) -> TrainConfig:
     )
 
 
-def contenders(cfg, variants) -> dict[str, Contender]:
-    """{variant: Contender}, all with the weights that ours starts from."""
-    ours = JaxStep(cfg)
-    steps = {"jaxtrain": lambda: ours}
-    steps |= {
-        name: lambda name=name: TorchStep(cfg, ours.params, name == "compile")
-        for name in ("eager", "compile")
+def build_contenders(cfg: TrainConfig, variants: Sequence[str]) -> dict[str, Contender]:
+    """Returns {variant: Contender}, all from the same weights."""
+    jax_step = JaxStep(cfg, jax.devices("cpu")[:1])
+    params = jax.tree.map(np.array, jax_step.init().params)  # copies: the step donates its own
+    steps = {
+        "jaxtrain": lambda: jax_step,
+        "eager": lambda: build_torch_step(cfg, params, compiled=False),
+        "compile": lambda: build_torch_step(cfg, params, compiled=True),
     }
-    return {name: Contender(steps[name](), cfg) for name in variants}
+    return {variant: Contender(steps[variant](), cfg) for variant in variants}
 
 
-def check_agreement(case, group, dtype):
+def check_agreement(case: str, contenders: Mapping[str, Contender], dtype: str) -> None:
     """Raises RuntimeError unless the variants' first losses agree."""
-    nats = {name: contender.first_nats for name, contender in group.items()}
+    nats = {name: contender.first_nats or np.nan for name, contender in contenders.items()}
     low, high = min(nats.values()), max(nats.values())
     if not high - low <= AGREEMENT[dtype] * low:
         raise RuntimeError(
-            f"variants of one comparison must compute the same first loss; got {nats} in {case}. "
-            "A ratio between different programs says nothing: run tests/test_crosscheck_twin.py."
+            f"all variants must compute the same first loss; got {nats} in {case}. They are "
+            "different programs, so their ratio means nothing: run "
+            "tests/test_crosscheck_torch_model.py."
         )
 
 
-def run(size, peaks, rounds, most_s, dtypes=DTYPES, optimizers=OPTIMIZERS, variants=VARIANTS):
-    """Rows of one size: every case and variant takes turns with all the others."""
-    cases = {(dtype, name): config_of(size, dtype, name) for dtype in dtypes for name in optimizers}
-    groups, everyone, first_s = {}, {}, {}
-    for key, cfg in cases.items():
-        group = groups[key] = contenders(cfg, variants)
-        named = {(*key, name): contender for name, contender in group.items()}
+def measure(
+    size: str,
+    peaks: Mapping[str, float],
+    rounds: int,
+    most_s: float,
+    dtypes: Sequence[str] = DTYPES,
+    optimizers: Sequence[str] = OPTIMIZERS,
+    variants: Sequence[str] = VARIANTS,
+) -> list[dict[str, Any]]:
+    """Returns the rows of one size; all variants of all cases take turns."""
+    configs = {
+        (dtype, name): training_config(size, dtype, name) for dtype in dtypes for name in optimizers
+    }
+    everyone, first_s = {}, {}
+    for (dtype, optimizer), cfg in configs.items():
+        contenders = build_contenders(cfg, variants)
+        named = {(dtype, optimizer, name): contender for name, contender in contenders.items()}
         first_s |= warm_up(named, most_s)
-        check_agreement(" ".join((size, *key)), group, key[0])
+        check_agreement(f"{size} {dtype} {optimizer}", contenders, dtype)
         everyone |= named
-    samples = interleave(everyone, rounds, most_s)
     rows = []
-    for (dtype, optimizer, variant), taken in samples.items():
-        cfg = cases[dtype, optimizer]
+    for (dtype, optimizer, variant), samples in interleave(everyone, rounds, most_s).items():
+        cfg = configs[dtype, optimizer]
         tokens = cfg.data.batch * cfg.data.seq_len
         flops = tokens * training_flops(cfg.model, cfg.data.seq_len).total
         row = {"suite": "cpu", "case": f"{size} {dtype} {optimizer}", "variant": variant}
-        row |= summarise(taken)
+        row |= summarise(samples)
         row["first_call_s"] = first_s[dtype, optimizer, variant]
         row["tokens_per_s"] = tokens / row["wall_s"]
         row["model_flops_per_s"] = flops / row["wall_s"]
-        row["of_gemm_peak"] = row["model_flops_per_s"] / peak_of(dtype, peaks)
+        row["of_gemm_peak"] = row["model_flops_per_s"] / peak_for(dtype, peaks)
         rows.append(row)
     return rows
 
 
-def ratios(rows) -> list[dict]:
-    """Ours against theirs, case by case: how many times as fast, by wall and by CPU time."""
-    table, out = {}, []
+def _speedup_target(size: str, dtype: str, optimizer: str, variant: str) -> float | None:
+    """Returns the target of our speed-up over a variant; None if it has none."""
+    if optimizer == "muon":
+        return 1.0 if variant == "fastest" else None
+    if dtype == "bfloat16":
+        return FASTEST_TARGETS[size] if variant == "fastest" else None
+    return EAGER_TARGETS[size] if variant == "eager" else None
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns our speed-up over each PyTorch variant and over the faster one, case by case."""
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        table.setdefault(row["case"], {})[row["variant"]] = row
-    for case, by_variant in table.items():
-        ours = by_variant.pop("jaxtrain", None)
-        if ours is None or not by_variant:
+        by_case.setdefault(row["case"], {})[row["variant"]] = row
+    result = []
+    for case, variants in by_case.items():
+        ours = variants.pop("jaxtrain", None)
+        if ours is None or not variants:
             continue
         size, dtype, optimizer = case.split()
-        fastest = min(by_variant, key=lambda name: by_variant[name]["wall_s"])
-        for name, theirs in [*by_variant.items(), ("fastest", by_variant[fastest])]:
-            ratio = theirs["wall_s"] / ours["wall_s"]
-            row = {"suite": "cpu", "case": case, "ratio": f"jaxtrain / {name}", "wall": ratio}
-            row |= {"of_minima": theirs["wall_min_s"] / ours["wall_min_s"]}
-            row |= {"cpu": theirs["cpu_s"] / ours["cpu_s"], "target": ""}
-            if optimizer == "muon":
-                goal = 1.0 if name == "fastest" else None
-            elif dtype == "bfloat16":
-                goal = FASTEST_TARGETS[size] if name == "fastest" else None
-            else:
-                goal = EAGER_TARGETS[size] if name == "eager" else None
-            out.append(row | ({"target": verdict(ratio, goal)} if goal else {}))
-    return out
+        fastest = min(variants.values(), key=lambda row: row["wall_s"])
+        for name, theirs in [*variants.items(), ("fastest", fastest)]:
+            target = _speedup_target(size, dtype, optimizer, name)
+            result.append(ratio_row(ours, theirs, f"jaxtrain / {name}", target))
+    return result
 
 
-def show(rows) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a table of times and one of ratios."""
     times = {
         "case": lambda r: r["case"],
         "variant": lambda r: r["variant"],
@@ -167,14 +169,7 @@ def show(rows) -> str:
         "others": lambda r: f"{r['others']:.0%}",
         "n": lambda r: str(r["samples"]),
     }
-    faster = {
-        "case": lambda r: r["case"],
-        "times as fast": lambda r: r["ratio"],
-        "target": lambda r: r["target"],
-        "wall": lambda r: f"{r['wall']:.2f}x",
-        "of minima": lambda r: f"{r['of_minima']:.2f}x",
-        "cpu": lambda r: f"{r['cpu']:.2f}x",
-    }
     compared = ratios(rows)
-    parts = [format_table(rows, times)] + ([format_table(compared, faster)] if compared else [])
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [format_table(rows, times)] + ([format_ratios(compared)] if compared else [])
+    )

@@ -1,32 +1,35 @@
 """Suite loader: tokens/s from a token shard to arrays on the device, and the first batch's time.
 
-Beside it stands the least that such a reader can do: NumPy crops of the same file at random.
+For comparison it times a minimal reader: NumPy crops at random places of the same file.
 """
 
+import dataclasses
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks.timing import interleave, summarise, target_verdict, warm_up
 from jaxtrain.config.train_config import DataConfig, MeshConfig
-from jaxtrain.data.corpus import open_corpus
-from jaxtrain.data.loader import build_batches
+from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.loader import Batches, build_batches
 from jaxtrain.data.shard_writer import ShardWriter
 from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.reporting.table import format_table
 
 TOKENS, V = 100_000_000, 50_304
 BATCH, T = 64, 1_024
-BATCHES = 100  # a turn
+BATCHES = 100  # per turn
 LEAST_TOKENS_PER_S, FIRST_BATCH_S = 20e6, 1.0
 CHUNK = 1 << 22
 
 
 def write_shard(folder: Path, tokens: int) -> None:
-    """Random uint16 tokens in one llm.c shard."""
+    """Writes random uint16 tokens as one llm.c shard."""
     writer = ShardWriter(folder, "bench", "train", "<u2", tokens)
     rng = np.random.default_rng(0)
     for start in range(0, tokens, CHUNK):
@@ -35,8 +38,11 @@ def write_shard(folder: Path, tokens: int) -> None:
     writer.close()
 
 
-def _deliver(batches):
-    def turn(_):
+def _load_batches(batches: Batches) -> Callable[[int], None]:
+    """Returns a turn that takes BATCHES batches from the loader."""
+
+    def turn(_: int) -> None:
+        batch = None
         for _ in range(BATCHES):
             batch = next(batches)
         jax.block_until_ready(batch)
@@ -44,11 +50,11 @@ def _deliver(batches):
     return turn
 
 
-def _crops(corpus):
-    """The floor: windows at random places of the mapped file, widened to int32."""
+def _crop_file(corpus: Corpus) -> Callable[[int], None]:
+    """Returns a turn that copies windows at random places of the mapped file, as int32."""
     rng, last = np.random.default_rng(0), corpus.tokens - T - 1
 
-    def turn(_):
+    def turn(_: int) -> None:
         for _ in range(BATCHES):
             starts = rng.integers(0, last, BATCH)
             np.stack([corpus.read(0, s, s + T + 1) for s in starts]).astype(np.int32)
@@ -56,9 +62,9 @@ def _crops(corpus):
     return turn
 
 
-def run(rounds: int, tokens: int = TOKENS) -> list[dict]:
-    """Rows of prefetch 2 (the default), prefetch 0 and plain crops, in turns."""
-    jax.block_until_ready(jax.device_put(np.zeros(1)))  # the backend's start is not the loader's
+def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
+    """Returns rows of prefetch 2 (the default), prefetch 0 and plain crops, and the first batch."""
+    jax.block_until_ready(jax.device_put(np.zeros(1)))  # starts the backend, outside the timing
     mesh = build_mesh(MeshConfig(), jax.devices("cpu")[:1])
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder), tokens)
@@ -66,15 +72,16 @@ def run(rounds: int, tokens: int = TOKENS) -> list[dict]:
         cfg = DataConfig(shards=folder, batch=BATCH, seq_len=T)
         corpus = open_corpus(cfg, "train", V, folder)
         opened_s = time.perf_counter() - start_s
-        ahead = build_batches(cfg, corpus, mesh, 0)
-        jax.block_until_ready(next(ahead))
+        prefetching = build_batches(cfg, corpus, mesh, 0)
+        jax.block_until_ready(next(prefetching))
         first_s = time.perf_counter() - start_s
-        in_loop = build_batches(DataConfig(**vars(cfg) | {"prefetch": 0}), corpus, mesh, 0)
-        with ahead, in_loop:
+        no_prefetch = dataclasses.replace(cfg, prefetch=0)
+        in_loop = build_batches(no_prefetch, corpus, mesh, 0)
+        with prefetching, in_loop:
             variants = {
-                f"prefetch={cfg.prefetch}": _deliver(ahead),
-                "prefetch=0": _deliver(in_loop),
-                "numpy crops": _crops(corpus),
+                f"prefetch={cfg.prefetch}": _load_batches(prefetching),
+                "prefetch=0": _load_batches(in_loop),
+                "numpy crops": _crop_file(corpus),
             }
             warm_up(variants, most_s=60.0)
             samples = interleave(variants, rounds)
@@ -88,7 +95,7 @@ def run(rounds: int, tokens: int = TOKENS) -> list[dict]:
     return [*rows, first]
 
 
-def show(rows) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
     *rows, first = rows
     table = format_table(
         rows,
@@ -96,7 +103,7 @@ def show(rows) -> str:
             "case": lambda r: r["case"],
             "variant": lambda r: r["variant"],
             "target": lambda r: (
-                verdict(r["tokens_per_s"] / 1e6, LEAST_TOKENS_PER_S / 1e6)
+                target_verdict(r["tokens_per_s"] / 1e6, LEAST_TOKENS_PER_S / 1e6)
                 if r["variant"].startswith("prefetch")
                 else ""
             ),
@@ -109,6 +116,6 @@ def show(rows) -> str:
     )
     return (
         f"{table}\n\nfirst batch {first['first_batch_s']:.2f} s after imports, "
-        f"{first['open_corpus_s']:.2f} s of it checking the shard (just written, so in memory): "
-        f"{verdict(first['first_batch_s'], FIRST_BATCH_S, at_most=True)}"
+        f"{first['open_corpus_s']:.2f} s of it checking the shard (in memory, just written): "
+        f"{target_verdict(first['first_batch_s'], FIRST_BATCH_S, at_most=True)}"
     )

@@ -1,62 +1,73 @@
-"""Suite dispatch: Python time of a step at 24 layers, that is, until the call returns.
+"""Suite dispatch: the Python time of a step with 24 layers, that is, until the call returns.
 
-The device works on behind the call, so nothing waits for it; between turns it is waited for,
-outside the measurement. On a CPU the device's threads may take the core that Python is on, which
-the wall time of the call then holds; the calling thread's CPU time does not, and is what counts.
+The device goes on working after the call has returned; each call waits for the last step, outside
+the measurement. On a CPU the device's threads may take the core that Python runs on, which adds to
+the call's wall time but not to the calling thread's CPU time. So the target is for the CPU time.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.benchmarks.timing import verdict
+from jaxtrain.benchmarks.timing import target_verdict
 from jaxtrain.config.train_config import DataConfig, ModelConfig, TrainConfig
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.reporting.table import format_table
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.step import init_state
 
-MOST_S = 1e-3  # a step of the smallest models on a GPU is 10 ms
+MOST_S = 1e-3  # a step of the smallest models on a GPU takes 10 ms
 WARM_UP = 10  # calls
 
 
-def run(rounds: int, layers: int = 24) -> list[dict]:
-    """One row: medians over `rounds` calls of the compiled step of a narrow Muon model."""
+def measure(rounds: int, layers: int = 24) -> list[dict[str, Any]]:
+    """Returns one row: medians over `rounds` calls of the compiled step of a narrow Muon model."""
     cfg = TrainConfig(
         model=ModelConfig(L=layers, D=8, H=1, G=1, K=8, F=8, V=16, dtype="float32"),
         data=DataConfig(batch=1, seq_len=8),
     )
-    parts = build_run(cfg, jax.devices("cpu")[:1])
-    state = init_state(parts.model, parts.optimizer, parts.mesh, cfg.seed)
+    run = build_run(cfg, jax.devices("cpu")[:1])
+    state = init_state(run.model, run.optimizer, run.mesh, cfg.seed)
     leaves = len(jax.tree.leaves(state))
-    step, rates = compile_step(parts), parts.rates()
+    step, rates = compile_step(run), run.rates()
     rng = np.random.default_rng(0)
-    walls_s, cpus_s, wholes_s = [], [], []
+    walls_s, cpus_s, whole_steps_s = [], [], []
     for _ in range(WARM_UP + rounds):
         tokens = rng.integers(0, cfg.model.V, (1, 9), np.int32)
-        batch = {"tokens": jax.device_put(tokens, batch_sharding(parts.mesh))}
+        batch = {"tokens": jax.device_put(tokens, batch_sharding(run.mesh))}
         jax.block_until_ready((state, batch))
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
         state, scalars = step(state, batch, rates)
         walls_s.append(time.perf_counter() - wall_s)
         cpus_s.append(time.thread_time() - cpu_s)
         jax.block_until_ready((state, scalars))
-        wholes_s.append(time.perf_counter() - wall_s)
+        whole_steps_s.append(time.perf_counter() - wall_s)
     median = lambda values: statistics.median(values[WARM_UP:])
-    row = {"suite": "dispatch", "case": f"{layers} layers, muon", "leaves": leaves}
-    row |= {"wall_s": median(walls_s), "wall_min_s": min(walls_s[WARM_UP:])}
-    row |= {"cpu_s": median(cpus_s), "whole_step_s": median(wholes_s), "samples": rounds}
-    return [row | {"compile_s": step.compile_s}]
+    return [
+        {
+            "suite": "dispatch",
+            "case": f"{layers} layers, muon",
+            "leaves": leaves,
+            "wall_s": median(walls_s),
+            "wall_min_s": min(walls_s[WARM_UP:]),
+            "cpu_s": median(cpus_s),
+            "whole_step_s": median(whole_steps_s),
+            "samples": rounds,
+            "compile_s": step.compile_s,
+        }
+    ]
 
 
-def show(rows) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(
         rows,
         {
             "case": lambda r: r["case"],
-            "target": lambda r: verdict(1e3 * r["cpu_s"], 1e3 * MOST_S, at_most=True),
+            "target": lambda r: target_verdict(1e3 * r["cpu_s"], 1e3 * MOST_S, at_most=True),
             "cpu ms": lambda r: f"{1e3 * r['cpu_s']:.3f}",
             "wall ms": lambda r: f"{1e3 * r['wall_s']:.3f}",
             "wall min": lambda r: f"{1e3 * r['wall_min_s']:.3f}",

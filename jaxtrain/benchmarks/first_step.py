@@ -1,10 +1,10 @@
-"""Suite startup: from process start to the first finished step of a config.
+"""Suite startup: from the start of the process to the first finished step of a config.
 
-Three starts a round, each a process of its own:
+A round has three starts, each a process of its own:
 
-    first     nothing kept: text is encoded, every program compiled
-    programs  the compile cache of the first, another run folder: text is encoded again
-    second    the compile cache and the encoded text of the first
+    first     nothing is cached: text is encoded and every program is compiled
+    programs  with the first start's compilation cache, in another run folder: text is encoded again
+    second    with the first start's compilation cache and its encoded text
 """
 
 import json
@@ -16,15 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxtrain.benchmarks.timing import verdict
+from jaxtrain.benchmarks.timing import target_verdict
 from jaxtrain.reporting.table import format_table
 
 CONFIG = "configs/quickstart.py"
 FLAGS = ("log_every=1",)
 MOST_OF_FIRST = 0.5
-# The command as a user gives it, after a note of when its imports were done.
+POLL_S = 0.05  # how often the child's metrics are read; the times in them are its own
+# Imports the command, prints when that was done, and runs it as `python -m` does.
 CHILD = """
 import runpy, sys, time
 import jaxtrain.train
@@ -34,21 +37,18 @@ runpy.run_module("jaxtrain.train", run_name="__main__", alter_sys=True)
 """
 
 
-POLL_S = 0.05  # between looks at the child's metrics; the times in them are its own
-
-
-def _first_step(workdir: Path) -> float | None:
-    """When the run's first step was through, as its metrics.jsonl has it; None before that."""
+def _first_step_time(workdir: Path) -> float | None:
+    """Returns when the run finished its first step, from its metrics.jsonl; None before that."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines only
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without an incomplete line
     for record in map(json.loads, lines):
         if record["step"] == 1 and "train/loss_nats" in record:
             return record["time"]
     return None
 
 
-def start(workdir: Path, cache: Path, config: str) -> dict[str, float]:
-    """Seconds of one start: imports, and from process start to the first step's result.
+def time_start(workdir: Path, cache: Path, config: str) -> dict[str, float]:
+    """Returns the seconds from process start to the end of the imports and of the first step.
 
     The run is killed after that step.
 
@@ -60,40 +60,42 @@ def start(workdir: Path, cache: Path, config: str) -> dict[str, float]:
     command += [f"--config.{flag}" for flag in flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryFile("w+") as output:
-        began, stepped = time.time(), None
+        began, first_step = time.time(), None
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        while stepped is None and process.poll() is None:
+        while first_step is None and process.poll() is None:
             time.sleep(POLL_S)
-            stepped = _first_step(workdir)
+            first_step = _first_step_time(workdir)
         process.kill()
         process.wait()
         output.seek(0)
-        text = output.read()
-    stepped = stepped or _first_step(workdir)
-    if stepped is None:
+        printed = output.read()
+    first_step = first_step or _first_step_time(workdir)
+    if first_step is None:
         raise RuntimeError(
-            f"{config} must train a step; it exited {process.returncode}:\n{text[-2_000:]}"
+            f"{config} must train a step; it exited {process.returncode}:\n{printed[-2_000:]}"
         )
-    imported = float(re.search(r"^imported (\S+)$", text, re.MULTILINE)[1])
-    return {"imports_s": imported - began, "first_step_s": stepped - began}
+    match = re.search(r"^imported (\S+)$", printed, re.MULTILINE)
+    assert match, "CHILD prints this line before it trains"
+    imported = float(match[1])
+    return {"imports_s": imported - began, "first_step_s": first_step - began}
 
 
-def _one_round(folder: Path, config: str) -> dict[str, dict]:
+def _time_round(folder: Path, config: str) -> dict[str, dict]:
     cache, workdir = folder / "cache", folder / "run"
-    times = {"first": start(workdir, cache, config)}
-    times["programs"] = start(folder / "other", cache, config)
-    for entry in workdir.iterdir():  # all but the text in tokens: a run that has not begun
+    times = {"first": time_start(workdir, cache, config)}
+    times["programs"] = time_start(folder / "other", cache, config)
+    for entry in workdir.iterdir():  # all but the encoded text, so that the run starts from step 0
         if entry.name != "data":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    return times | {"second": start(workdir, cache, config)}
+    return times | {"second": time_start(workdir, cache, config)}
 
 
-def run(rounds: int, config: str = CONFIG) -> list[dict]:
-    """Rows of the three starts: medians over `rounds`, every round with a cache of its own."""
+def measure(rounds: int, config: str = CONFIG) -> list[dict[str, Any]]:
+    """Returns rows of the three starts: medians over rounds, each of which has its own cache."""
     taken = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            taken.append(_one_round(Path(folder), config))
+            taken.append(_time_round(Path(folder), config))
     rows = []
     for variant in taken[0]:
         row = {"suite": "startup", "case": config, "variant": variant, "samples": rounds}
@@ -107,7 +109,7 @@ def run(rounds: int, config: str = CONFIG) -> list[dict]:
     return rows
 
 
-def show(rows) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(
         rows,
         {
@@ -117,10 +119,10 @@ def show(rows) -> str:
             "of first": lambda r: f"{r['of_first']:.2f}",
             "imports s": lambda r: f"{r['imports_s']:.2f}",
             "after imports s": lambda r: f"{r['after_imports_s']:.2f}",
-            "of first's": lambda r: f"{r['of_first_after_imports']:.2f}",
+            "of first after imports": lambda r: f"{r['of_first_after_imports']:.2f}",
             "n": lambda r: str(r["samples"]),
             "target": lambda r: (
-                verdict(r["of_first"], MOST_OF_FIRST, at_most=True)
+                target_verdict(r["of_first"], MOST_OF_FIRST, at_most=True)
                 if r["variant"] == "second"
                 else ""
             ),

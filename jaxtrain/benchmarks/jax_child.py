@@ -1,40 +1,48 @@
-"""A child that holds JAX: ceilings, our training step, losses on real text. See job.py."""
+"""The child process that runs JAX: device ceilings, our training step, losses on real text."""
 
+import importlib.metadata
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 
-from jaxtrain.benchmarks.child import (
-    child_main,
-    config_of,
-    measure_steps,
-    pace,
-    spread,
+from jaxtrain.benchmarks.child import BenchJob, child_main, job_config
+from jaxtrain.benchmarks.step_timing import (
+    median_and_range,
+    time_pipelined,
+    time_steps,
     zipf_tokens,
 )
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.training.run import build_run, compile_step
-from jaxtrain.training.step import Step, init_state
-from pallas_kernels.bench import measure_ceilings
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.planning.compiled import peak_bytes
+from jaxtrain.training.run import Run, build_run, compile_step
+from jaxtrain.training.step import Step, TrainState, init_state
+from pallas_kernels import bench as kernel_bench
 
-UPDATES, FIRST = 12, 2  # updates by the optimizer alone, of which the first are not counted
-TRACED = 2  # steps of a trace
+UPDATES, SKIPPED_UPDATES = 12, 2  # of the optimizer's own program; the first ones are not counted
+TRACED_STEPS = 2
 
 
-def is_oom(error) -> bool:
+def is_oom(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def device_of(job):
-    """The device. Raises RuntimeError where it is no GPU and the job is no trial."""
+def first_device(job: BenchJob) -> Any:
+    """Returns the first device.
+
+    Raises:
+        RuntimeError: it is not a GPU, and the job is not tiny.
+    """
     device = jax.devices()[0]
     if not job.tiny and device.platform != "gpu":
         raise RuntimeError(
@@ -44,110 +52,121 @@ def device_of(job):
     return device
 
 
-def about(job) -> dict:
-    """The device and what its matrix product and copy reach."""
-    device = device_of(job)
-    found = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
+def describe_device(job: BenchJob) -> dict[str, Any]:
+    """Returns the device and what a large matrix product and a copy reach on it."""
+    device = first_device(job)
+    about = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return found | {"bytes_limit": limit} | measure_ceilings(256 if job.tiny else 8_192)
+    return (
+        about | {"bytes_limit": limit} | kernel_bench.measure_ceilings(256 if job.tiny else 8_192)
+    )
 
 
-def planned_bytes(compiled) -> int:
-    """Peak memory by the compiler, as jaxtrain.plan reads it."""
-    found = compiled.memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes
+class JaxStep:
+    """The compiled training step and its state."""
+
+    def __init__(self, cfg: TrainConfig, devices: Sequence[Any], options: dict | None = None):
+        self.run = build_run(cfg, devices)
+        self.step = compile_step(self.run, options)
+        self._rates, self._sharding = self.run.rates(), batch_sharding(self.run.mesh)
+        self.state: TrainState | None = None
+
+    def init(self) -> TrainState:
+        """Allocates the first state."""
+        run = self.run
+        self.state = init_state(run.model, run.optimizer, run.mesh, run.cfg.seed)
+        return self.state
+
+    def launch(self, tokens_BT1: np.ndarray) -> jax.Array:
+        """Starts a step and returns its loss, which is not computed yet."""
+        batch = {"tokens": jax.device_put(tokens_BT1, self._sharding)}
+        self.state, scalars = self.step(self.state, batch, self._rates)
+        return scalars["train/loss_nats"]
+
+    def __call__(self, tokens_BT1: np.ndarray) -> float:
+        """Runs a step to its end and returns its loss."""
+        return float(jax.block_until_ready((self.launch(tokens_BT1), self.state))[0])
 
 
-def optimizer_times(run, state) -> dict:
-    """Seconds of the optimizer alone, a program of its own; see gpu_rows.shares. Takes the state.
+def time_optimizer(run: Run, state: TrainState) -> dict[str, Any]:
+    """Times the optimizer as a program of its own; donates the state.
 
-    Updates are launched as steps are, one ahead: waiting for each would count the wait.
+    Updates are launched one ahead, as steps are: waiting for each would count the wait.
+    See gpu_results.optimizer_shares.
     """
 
     def update(params, opt_state, grads, rates):
         good = jnp.ones((), bool)
         updates, opt_state = run.optimizer.update(grads, opt_state, params, good=good, rates=rates)
         params = optax.apply_updates(params, updates)
-        return params, opt_state, jax.tree.leaves(params)[0].ravel()[0]  # to wait for
+        # One number of the result, so that waiting for it does not keep the donated arrays alive.
+        return params, opt_state, jax.tree.leaves(params)[0].ravel()[0]
 
-    grads = jax.tree.map(jnp.copy, state.params)  # random like gradients; no value changes a time
-    given = state.params, state.opt_state, grads, run.rates()
+    # Any values will do for gradients: they do not change the time.
+    grads, rates = jax.tree.map(jnp.copy, state.params), run.rates()
+    args = state.params, state.opt_state, grads, rates
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), given
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), args
     )
     step = Step(jax.jit(update, donate_argnums=(0, 1)), *abstract)
-    held = list(given)
+    params, opt_state = state.params, state.opt_state
 
     def launch(_):
-        *held[:2], done = step(*held)
+        nonlocal params, opt_state
+        params, opt_state, done = step(params, opt_state, grads, rates)
         return done
 
-    times_s, hosts_s = pace(launch, jax.block_until_ready, range(UPDATES))
-    host_s = statistics.median(hosts_s[FIRST:])
-    return spread("optimizer", times_s[FIRST:]) | {"optimizer_host_s": host_s}
+    times_s, launches_s = time_pipelined(launch, jax.block_until_ready, range(UPDATES))
+    launch_s = statistics.median(launches_s[SKIPPED_UPDATES:])
+    return median_and_range("optimizer", times_s[SKIPPED_UPDATES:]) | {"optimizer_host_s": launch_s}
 
 
-class JaxStep:
-    """The compiled step and its state, launched without a wait."""
-
-    def __init__(self, run, step):
-        self.run, self.step, self.rates = run, step, run.rates()
-        self.state = init_state(run.model, run.optimizer, run.mesh, run.cfg.seed)
-        self.place = batch_sharding(run.mesh)
-
-    def launch(self, tokens_BT1):
-        batch = {"tokens": jax.device_put(tokens_BT1, self.place)}
-        self.state, scalars = self.step(self.state, batch, self.rates)
-        return scalars["train/loss_nats"]
-
-
-def train(job) -> dict:
-    """Times, memory and the optimizer's share of our step; see job.measure_steps."""
-    cfg = config_of(job)
+def train(job: BenchJob) -> dict[str, Any]:
+    """Returns times and memory of our step, and the optimizer's time; see time_steps."""
+    cfg = job_config(job)
     start_runtime(cfg)
-    device = device_of(job)
-    run = build_run(cfg, [device])
-    step = compile_step(run, job.options)
-    planned = planned_bytes(step.compiled)
+    device = first_device(job)
+    jax_step = JaxStep(cfg, [device], job.options)
+    planned = peak_bytes(jax_step.step.compiled)
     if job.usable_bytes and planned > job.usable_bytes:
-        return {"oom": f"the compiled step wants {planned} bytes of {job.usable_bytes}"}
-    ours = JaxStep(run, step)
-    found = measure_steps(job, cfg, ours.launch, float)
-    found |= {"compile_s": step.compile_s, "planned_bytes": planned}
-    found["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    found["routes"] = {op: route.implementation for op, route in run.routes.items()}
+        return {"oom": f"the compiled step needs {planned} bytes of {job.usable_bytes}"}
+    jax_step.init()
+    result = time_steps(job, cfg, jax_step.launch, float)
+    result |= {"compile_s": jax_step.step.compile_s, "planned_bytes": planned}
+    result["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    result["routes"] = {op: route.implementation for op, route in jax_step.run.routes.items()}
     if job.trace:
         tokens = zipf_tokens(0, job.batch, cfg.data.seq_len, cfg.model.V)
         with jax.profiler.trace(job.trace):
-            jax.block_until_ready([ours.launch(tokens) for _ in range(TRACED)])
-    found |= optimizer_times(run, ours.state)
-    return found | {"versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__}}
+            jax.block_until_ready([jax_step.launch(tokens) for _ in range(TRACED_STEPS)])
+    assert jax_step.state is not None
+    result |= time_optimizer(jax_step.run, jax_step.state)
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return result | {"versions": versions}
 
 
-def losses(job) -> dict:
-    """Each seed's training losses on real text; its first weights go to job.folder for the twin."""
-    cfg, found = config_of(job), {}
+def train_losses(job: BenchJob) -> dict[str, Any]:
+    """Returns each seed's losses on real text; writes its first weights for the PyTorch child."""
+    cfg, losses = job_config(job), {}
     start_runtime(cfg)
-    run = build_run(cfg, [device_of(job)])
+    run = build_run(cfg, [first_device(job)])
     corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(job.folder))
     step, rates = compile_step(run), run.rates()
     for seed in job.seeds:
         state = init_state(run.model, run.optimizer, run.mesh, seed)
-        leaves = jax.tree_util.tree_leaves_with_path(state.params)
-        named = {"/".join(key.key for key in path): np.asarray(x) for path, x in leaves}
-        np.savez(Path(job.folder) / f"weights_{seed}.npz", **named)
+        arrays = {name: np.asarray(x) for name, x in named_leaves(state.params).items()}
+        np.savez(Path(job.folder) / f"weights_{seed}.npz", allow_pickle=False, **arrays)
         nats = []
         with build_batches(cfg.data, corpus, run.mesh, seed) as batches:
             for _ in range(job.steps):
                 state, scalars = step(state, next(batches), rates)
                 nats.append(scalars["train/loss_nats"])
-        found[str(seed)] = [float(x) for x in nats]
+        losses[str(seed)] = [float(x) for x in nats]
     shards = [str(shard.path) for shard in corpus.shards]
-    return {"losses": found, "shards": shards, "data": corpus.describe()}
+    return {"losses": losses, "shards": shards, "data": corpus.describe()}
 
 
-KINDS = {"about": about, "train": train, "losses": losses}
+KINDS = {"about": describe_device, "train": train, "losses": train_losses}
 
 if __name__ == "__main__":
     child_main(KINDS, is_oom)

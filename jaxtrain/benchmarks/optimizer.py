@@ -1,26 +1,37 @@
-"""Suite optimizer: one update of every parameter, against optax.contrib.muon and torch.optim.Muon.
+"""Suite optimizer: one update of all parameters, against optax.contrib.muon and torch.optim.Muon.
 
-Same shapes, start and gradients; matrices by Muon, all else by AdamW, no clipping; parameters and
-state change in place. What each is given:
+All variants have the same shapes, weights and gradients. Muon updates the matrices, AdamW the rest,
+without clipping; parameters and state are updated in place. The variants are:
 
-- jaxtrain: `build_optimizer` of an OptimConfig, iterating in bfloat16 (the default) and float32.
-- optax: the same stacked leaves with the dimension numbers that our axes say, jitted and donated
-  with the compiler options of our step. It iterates in float32 alone; its rest is NAdamW.
-- torch: a 2D parameter for each matrix of each layer, fused AdamW for the rest. It iterates in
-  bfloat16; under "torch float32" its cast is patched away, like against like where the processor
-  has no bf16 products.
+- jaxtrain: `build_optimizer`, orthogonalising in bfloat16 (the default) and in float32.
+- optax: the same stacked parameters, with the dimension numbers that our axes give, jitted with
+  donation and the compiler options of our step. It supports float32 only and uses NAdamW.
+- torch: one 2D parameter for each matrix of each layer, fused AdamW for the rest. It orthogonalises
+  in bfloat16. In "torch float32" that cast is patched away, to compare like with like where the
+  processor has no bf16 instructions.
 
-The first moves must agree, matrix by matrix, or the comparison is refused; for optax that is where
-its bias correction, a factor of all, cancels, and its NAdamW is left out.
+The first updates must agree, matrix by matrix, or the suite fails. For optax this holds for the
+matrices at the first step, where its bias correction cancels; its NAdamW is left out.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxtrain.axes import Axes
 from jaxtrain.benchmarks import cpu_training
-from jaxtrain.benchmarks.timing import interleave, summarise, verdict, warm_up
+from jaxtrain.benchmarks.timing import (
+    format_ratios,
+    interleave,
+    ratio_row,
+    summarise,
+    target_verdict,
+    warm_up,
+)
 from jaxtrain.config.train_config import ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.build import build_optimizer
@@ -30,16 +41,19 @@ from jaxtrain.training.step import Step
 
 GPT_124M = dict(L=12, D=768, H=12, G=12, K=64, F=3_072, V=50_304, norm="layer", norm_eps=1e-5)
 GPT_124M |= dict(bias=True, tied=True, position="learned", positions=1_024, mlp="gelu")
-SIZES = cpu_training.SIZES | {"124m": GPT_124M}  # the last as configs/gpt_124m.py
-DTYPES = ("float32", "bfloat16")  # the strictest to agree with comes first
+SIZES: dict[str, dict[str, Any]] = cpu_training.SIZES | {"124m": GPT_124M}  # configs/gpt_124m.py's
+DTYPES = (
+    "float32",
+    "bfloat16",
+)  # the first variant is what others must agree with: strictest first
 VARIANTS = ("jaxtrain", "optax", "torch")
-AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}  # of first moves, relative Frobenius distance
-TIMES_AS_FAST = {"optax": 2.0, "torch": 1.0}
+AGREEMENT = {"float32": 1e-4, "bfloat16": 5e-2}  # relative Frobenius distance of first updates
+SPEEDUP_TARGETS = {"optax": 2.0, "torch": 1.0}
 MOST_OF_STACK = 1.5  # temporary memory over the largest stack [X,I,O] in float32
 
 
 class OptimizerProblem:
-    """A model's parameters, made once: NumPy trees `params` and `grads`, beside their `axes`."""
+    """A model's parameters and gradients as NumPy trees, and the tree of their axes."""
 
     def __init__(self, size: str):
         self.model_cfg = ModelConfig(**SIZES[size])
@@ -47,13 +61,12 @@ class OptimizerProblem:
         self.axes = model.axes
         self.params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0)))
         rng = np.random.default_rng(1)
-        draw = lambda x: rng.standard_normal(x.shape, np.float32)
-        self.grads = jax.tree.map(draw, self.params)
+        self.grads = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), self.params)
 
     @property
     def largest_stack_bytes(self) -> int:
         pairs = zip(jax.tree.leaves(self.axes), jax.tree.leaves(self.params), strict=True)
-        return max(4 * x.size for a, x in pairs if a.is_matrix)
+        return max(4 * x.size for axes, x in pairs if axes.is_matrix)
 
 
 def optim_config(dtype: str) -> OptimConfig:
@@ -67,10 +80,12 @@ def optim_config(dtype: str) -> OptimConfig:
     )
 
 
-def optax_muon(cfg: OptimConfig, axes) -> optax.GradientTransformation:
-    """optax.contrib.muon with the rates and decays of an OptimConfig, on our stacked leaves."""
+def optax_muon(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
+    """Returns optax.contrib.muon with the rates and decays of a config, for stacked parameters."""
 
-    def numbers(a):
+    def dimension_numbers(a: Axes) -> optax.contrib.MuonDimensionNumbers | None:
+        if not a.is_matrix:
+            return None
         inputs, outputs = ([a.letters.index(x) for x in side] for side in (a.inputs, a.outputs))
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
 
@@ -84,148 +99,162 @@ def optax_muon(cfg: OptimConfig, axes) -> optax.GradientTransformation:
         eps=cfg.adam_eps,
         adam_weight_decay=cfg.weight_decay,
         adam_learning_rate=cfg.adam_learning_rate,
-        muon_weight_dimension_numbers=jax.tree.map(
-            lambda a: numbers(a) if a.is_matrix else None, axes
-        ),
+        muon_weight_dimension_numbers=jax.tree.map(dimension_numbers, axes),
     )
 
 
 class JaxUpdate:
-    """A GradientTransformation's update, compiled, parameters and state donated."""
+    """An optax transform's update, compiled, with parameters and state donated."""
 
-    def __init__(self, optimizer, problem):
+    def __init__(self, optimizer: optax.GradientTransformation, problem: OptimizerProblem):
         def update(params, state, grads):
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        own = lambda tree: jax.device_put(jax.tree.map(jnp.array, tree), jax.devices("cpu")[0])
-        self._params, self._grads = own(problem.params), own(problem.grads)
+        # Copies, as the update donates its parameters.
+        copy = lambda tree: jax.device_put(jax.tree.map(jnp.array, tree), jax.devices("cpu")[0])
+        self._params, self._grads = copy(problem.params), copy(problem.grads)
         self._state = jax.jit(optimizer.init)(self._params)
         function = jax.jit(update, donate_argnums=(0, 1))
         self.step = Step(function, self._params, self._state, self._grads)
         self.compile_s = self.step.compile_s
         self.temp_bytes = self.step.compiled.memory_analysis().temp_size_in_bytes
 
-    def __call__(self, turn):
+    def __call__(self, turn: int) -> None:
         del turn
         new = self.step(self._params, self._state, self._grads)
         self._params, self._state = jax.block_until_ready(new)
 
-    def read(self):
+    def read_params(self) -> dict[str, Any]:
         return jax.tree.map(np.array, self._params)
 
 
 class TorchUpdate:
-    """torch.optim's Muon and AdamW on the twin's parameters."""
+    """torch.optim's Muon and AdamW on the PyTorch model's parameters."""
 
     compile_s, temp_bytes = 0.0, None
 
-    def __init__(self, dtype, problem):
+    def __init__(self, dtype: str, problem: OptimizerProblem):
         from jaxtrain.crosscheck import torch_model, torch_train
 
         cfg = problem.model_cfg
-        self._model = torch_model.build_torch_model(cfg, problem.params)
+        model = torch_model.build_torch_model(cfg, problem.params)
         grads = torch_model.build_torch_model(cfg, problem.grads).parameters()
-        for p, g in zip(self._model.parameters(), grads, strict=True):
+        for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g.detach()
-        self._optimizers = torch_train.build_optimizers(optim_config(dtype), self._model)
-        self._products = lambda: torch_train.muon_products(dtype)
-        self.read = lambda: torch_model.read_params(self._model, problem.params)
+        self._optimizers = torch_train.build_optimizers(optim_config(dtype), model)
+        self._precision = lambda: torch_train.muon_precision(dtype)
+        self.read_params = lambda: torch_model.read_params(model, problem.params)
 
-    def __call__(self, turn):
+    def __call__(self, turn: int) -> None:
         del turn
-        with self._products():
+        with self._precision():
             for optimizer in self._optimizers:
                 optimizer.step()
 
 
-def contenders(problem, dtypes=DTYPES, variants=VARIANTS) -> dict:
-    """{"jaxtrain float32": update, ...}, all from the same start; optax has float32 alone."""
-    kinds = {}
-    for dtype in (d for d in DTYPES if d in dtypes):
+def build_updates(
+    problem: OptimizerProblem,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = VARIANTS,
+) -> dict[str, JaxUpdate | TorchUpdate]:
+    """Returns {"jaxtrain float32": update, ...}, all from the same start; optax is in float32."""
+
+    def build(variant: str, dtype: str) -> JaxUpdate | TorchUpdate:
+        if variant == "torch":
+            return TorchUpdate(dtype, problem)
         cfg = optim_config(dtype)
-        kinds["jaxtrain", dtype] = lambda cfg=cfg: JaxUpdate(
-            build_optimizer(cfg, problem.axes), problem
-        )
-        kinds["torch", dtype] = lambda dtype=dtype: TorchUpdate(dtype, problem)
-    theirs = lambda: JaxUpdate(optax_muon(optim_config("float32"), problem.axes), problem)
-    kinds["optax", "float32"] = theirs
-    order = sorted(kinds, key=lambda kind: (DTYPES.index(kind[1]), VARIANTS.index(kind[0])))
-    return {" ".join(kind): kinds[kind]() for kind in order if kind[0] in variants}
+        make = build_optimizer if variant == "jaxtrain" else optax_muon
+        return JaxUpdate(make(cfg, problem.axes), problem)
+
+    return {
+        f"{variant} {dtype}": build(variant, dtype)
+        for dtype in DTYPES
+        for variant in VARIANTS
+        if variant in variants and (dtype == "float32" if variant == "optax" else dtype in dtypes)
+    }
 
 
-def check_agreement(case, group, problem):
-    """Raises RuntimeError unless all that took one step of `problem` moved alike."""
+def check_agreement(
+    case: str, updates: Mapping[str, JaxUpdate | TorchUpdate], problem: OptimizerProblem
+) -> None:
+    """Raises RuntimeError unless all variants made the same first update."""
     axes, start = named_leaves(problem.axes), named_leaves(problem.params)
-    first = None
-    for name, update in group.items():
-        moves = {leaf: x - start[leaf] for leaf, x in named_leaves(update.read()).items()}
-        first = first or (name, moves)
-        within = max(AGREEMENT[which.split()[1]] for which in (name, first[0]))
-        for leaf, move in moves.items():
-            if not axes[leaf].is_matrix and "optax" in name + first[0]:
+    first_name, first = "", {}
+    for name, update in updates.items():
+        changes = {leaf: x - start[leaf] for leaf, x in named_leaves(update.read_params()).items()}
+        if not first:
+            first_name, first = name, changes
+        tolerance = max(AGREEMENT[which.split()[1]] for which in (name, first_name))
+        for leaf, change in changes.items():
+            if not axes[leaf].is_matrix and "optax" in name + first_name:
                 continue
-            shape_XIO = axes[leaf].matrix_shape(move.shape)
+            shape_XIO = axes[leaf].matrix_shape(change.shape)
             norms_X = lambda x, s=shape_XIO: np.linalg.norm(x.reshape(s), axis=(1, 2))
-            off = float(np.max(norms_X(move - first[1][leaf]) / norms_X(first[1][leaf])))
-            if not off <= within:
+            distance = float(np.max(norms_X(change - first[leaf]) / norms_X(first[leaf])))
+            if not distance <= tolerance:
                 raise RuntimeError(
-                    f"variants of one comparison must make the same first step within {within:g}; "
-                    f"got {off:.3g} between {first[0]} and {name} in {leaf} of {case}. A ratio "
-                    "between different programs says nothing: run tests/test_optim_lmo.py."
+                    f"all variants must make the same first update within {tolerance:g}; got "
+                    f"{distance:.3g} between {first_name} and {name} in {leaf} of {case}. They are "
+                    "different programs, so their ratio means nothing: run tests/test_optim_lmo.py."
                 )
 
 
-def run(size, rounds, most_s, dtypes=DTYPES, variants=VARIANTS) -> list[dict]:
-    """Rows of one size: the variants take turns; `temp_bytes` is None where XLA does not say."""
+def measure(
+    size: str,
+    rounds: int,
+    most_s: float,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = VARIANTS,
+) -> list[dict[str, Any]]:
+    """Returns the rows of one size; `temp_bytes` is None where it is not known."""
     problem = OptimizerProblem(size)
-    group = contenders(problem, dtypes, variants)
-    first_s = warm_up(group, most_s=0)  # the first call alone
-    check_agreement(size, group, problem)
-    for name, update in group.items():
+    updates = build_updates(problem, dtypes, variants)
+    first_s = warm_up(updates, most_s=0)  # one call only, whose result is then compared
+    check_agreement(size, updates, problem)
+    for name, update in updates.items():
         if first_s[name] <= most_s:
             update(1)
     rows, stack_bytes = [], problem.largest_stack_bytes
-    for name, taken in interleave(group, rounds, most_s).items():
-        update = group[name]
-        row = {"suite": "optimizer", "case": size, "variant": name} | summarise(taken)
+    for name, samples in interleave(updates, rounds, most_s).items():
+        update = updates[name]
+        row = {"suite": "optimizer", "case": size, "variant": name} | summarise(samples)
         row |= {"first_call_s": update.compile_s + first_s[name]}
         row |= {"temp_bytes": update.temp_bytes, "largest_stack_bytes": stack_bytes}
         rows.append(row)
     return rows
 
 
-def ratios(rows) -> list[dict]:
-    """Ours in each dtype against optax, and against torch in the same dtype."""
-    table, out = {(row["case"], *row["variant"].split()): row for row in rows}, []
-    for (case, kind, dtype), ours in table.items():
-        for theirs, goal in TIMES_AS_FAST.items() if kind == "jaxtrain" else ():
-            other = table.get((case, theirs, "float32" if theirs == "optax" else dtype))
-            if other is None:
-                continue
-            ratio = other["wall_s"] / ours["wall_s"]
-            row = {"suite": "optimizer", "case": case, "wall": ratio}
-            row |= {"ratio": f"{ours['variant']} / {other['variant']}"}
-            row |= {"of_minima": other["wall_min_s"] / ours["wall_min_s"]}
-            out.append(
-                row | {"cpu": other["cpu_s"] / ours["cpu_s"], "target": verdict(ratio, goal)}
-            )
-    return out
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns our speed-up in each dtype over optax, and over torch in the same dtype."""
+    by_name = {(row["case"], *row["variant"].split()): row for row in rows}
+    result = []
+    for (case, variant, dtype), ours in by_name.items():
+        if variant != "jaxtrain":
+            continue
+        for other, target in SPEEDUP_TARGETS.items():
+            theirs = by_name.get((case, other, "float32" if other == "optax" else dtype))
+            if theirs:
+                name = f"{ours['variant']} / {theirs['variant']}"
+                result.append(ratio_row(ours, theirs, name, target))
+    return result
 
 
-def _memory(row) -> str:
+def _temporary_mib(row: dict[str, Any]) -> str:
     return "-" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 2**20:.1f}"
 
 
-def _of_stack(row) -> str:
+def _share_of_stack(row: dict[str, Any]) -> str:
     if row["temp_bytes"] is None:
         return "-"
     share = row["temp_bytes"] / row["largest_stack_bytes"]
-    ours = row["variant"].startswith("jaxtrain")
-    return f"{share:.2f}" + (f" {verdict(share, MOST_OF_STACK, at_most=True)}" if ours else "")
+    if not row["variant"].startswith("jaxtrain"):
+        return f"{share:.2f}"
+    return f"{share:.2f} {target_verdict(share, MOST_OF_STACK, at_most=True)}"
 
 
-def show(rows) -> str:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a table of times and one of ratios."""
     times = {
         "case": lambda r: r["case"],
         "variant": lambda r: r["variant"].replace("torch float32", "torch float32 (patched)"),
@@ -235,17 +264,10 @@ def show(rows) -> str:
         "first s": lambda r: f"{r['first_call_s']:.1f}",
         "others": lambda r: f"{r['others']:.0%}",
         "n": lambda r: str(r["samples"]),
-        "temp MiB": _memory,
-        "of largest stack": _of_stack,
-    }
-    faster = {
-        "case": lambda r: r["case"],
-        "times as fast": lambda r: r["ratio"],
-        "target": lambda r: r["target"],
-        "wall": lambda r: f"{r['wall']:.2f}x",
-        "of minima": lambda r: f"{r['of_minima']:.2f}x",
-        "cpu": lambda r: f"{r['cpu']:.2f}x",
+        "temp MiB": _temporary_mib,
+        "of largest stack": _share_of_stack,
     }
     compared = ratios(rows)
-    parts = [format_table(rows, times)] + ([format_table(compared, faster)] if compared else [])
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [format_table(rows, times)] + ([format_ratios(compared)] if compared else [])
+    )

@@ -1,9 +1,11 @@
-"""What the numbers were measured on: processor, versions, load, and its matrix-product peak."""
+"""Describes the processor, versions and load, and measures the peak of matrix products."""
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,11 @@ from jaxtrain.ops.routes import cpu_multiplies_bf16
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "torch")
-N = 1_024  # of the products that measure the peak
+N = 1_024  # size of the square matrices whose product measures the peak
 
 
-def describe() -> dict:
-    """Processor, features, cores, versions and load, as a row for JSON."""
+def describe_machine() -> dict[str, Any]:
+    """Returns processor, features, cores, versions and load as a row for JSON."""
     info = Path("/proc/cpuinfo")
     fields = [line.partition(":") for line in info.read_text().split("\n")] if info.exists() else []
     values = {name.strip(): value.strip() for name, _, value in fields}
@@ -34,7 +36,7 @@ def describe() -> dict:
     }
 
 
-def _versions():
+def _versions() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
         try:
             yield name, importlib.metadata.version(name)
@@ -42,10 +44,10 @@ def _versions():
             yield name, "missing"
 
 
-def header(machine: dict) -> str:
-    """`describe` as text, with a warning where the machine is not ours alone."""
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Returns describe_machine() as text, with a warning if other processes keep it busy."""
     versions = "  ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    bf16 = "has bf16 products" if machine["bf16_products"] else "no bf16 products"
+    bf16 = "has bf16 instructions" if machine["bf16_products"] else "no bf16 instructions"
     load = machine["load_average"]
     lines = [
         f"cpu       {machine['cpu']}, {machine['cores']} cores, "
@@ -56,30 +58,30 @@ def header(machine: dict) -> str:
     if load[0] > 0.25 * machine["cores"]:
         lines.append(
             f"WARNING   the machine is busy (load {load[0]:.2f} on {machine['cores']} cores): wall "
-            "times will be too long and ratios rough. Trust the column `others`: 0 % is quiet."
+            "times will be too long and ratios inaccurate. See the column `others`."
         )
     return "\n".join(lines)
 
 
-def _jax_product(dtype):
+def _random_matrix(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(N, N)).astype(np.float32)
+
+
+def _jax_product(dtype: str) -> Callable[[int], Any]:
     cpu = jax.devices("cpu")[0]
-    a, b = (jax.device_put(_square(seed), cpu).astype(dtype) for seed in (0, 1))
-    # A float32 result is what reaches XLA's bf16 kernel where the processor has one.
+    a, b = (jax.device_put(_random_matrix(seed), cpu).astype(dtype) for seed in (0, 1))
+    # XLA takes its bf16 kernel, if the processor has the instructions, for a float32 result.
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     return lambda turn: product(a, b).block_until_ready()
 
 
-def _torch_product(torch, dtype):
-    a, b = (torch.from_numpy(_square(seed)).to(dtype) for seed in (0, 1))
+def _torch_product(torch: Any, dtype: Any) -> Callable[[int], Any]:
+    a, b = (torch.from_numpy(_random_matrix(seed)).to(dtype) for seed in (0, 1))
     return lambda turn: a @ b
 
 
-def _square(seed):
-    return np.random.default_rng(seed).normal(size=(N, N)).astype(np.float32)
-
-
 def gemm_peaks(rounds: int = 7, most_s: float = 3.0) -> dict[str, float]:
-    """{"jax float32": FLOP/s, ...}: the fastest of `rounds` products of N x N matrices."""
+    """Returns {"jax float32": FLOP/s, ...}: the fastest of `rounds` products of N x N matrices."""
     variants = {f"jax {name}": _jax_product(name) for name in ("float32", "bfloat16")}
     try:
         import torch
@@ -94,23 +96,24 @@ def gemm_peaks(rounds: int = 7, most_s: float = 3.0) -> dict[str, float]:
     return {name: 2 * N**3 / min(s.wall_s for s in taken) for name, taken in samples.items()}
 
 
-def peak_of(dtype: str, peaks: dict[str, float]) -> float:
-    """FLOP/s to measure a program by: the fastest product that may serve this compute type.
+def peak_for(dtype: str, peaks: Mapping[str, float]) -> float:
+    """Returns the peak FLOP/s that a program of a compute type is measured against.
 
-    float32 products of bf16 values are exact, so bfloat16's peak is never below float32's.
+    A program may compute in bfloat16 by float32 products, which are exact for bfloat16 values. So
+    the peak of bfloat16 is never below that of float32.
     """
-    serving = ("float32", "bfloat16") if dtype == "bfloat16" else (dtype,)
-    return max(flops for name, flops in peaks.items() if name.split()[1] in serving)
+    usable = ("float32", "bfloat16") if dtype == "bfloat16" else (dtype,)
+    return max(flops for name, flops in peaks.items() if name.split()[1] in usable)
 
 
-def peaks_text(peaks: dict[str, float]) -> str:
-    """The peaks in GFLOP/s, with a note where torch has no fast bf16 product to compete with."""
+def peaks_text(peaks: Mapping[str, float]) -> str:
+    """Returns the peaks as text, with a note if torch's bf16 product is slow on this processor."""
     shown = "  ".join(f"{name} {flops / 1e9:.1f}" for name, flops in peaks.items())
     text = f"GEMM peak, GFLOP/s at {N}: {shown}"
     if peaks.get("torch bfloat16", float("inf")) < 0.25 * peaks.get("torch float32", 0):
         text += (
-            "\nNOTE: torch's bf16 product has no fast kernel on this processor. Its bfloat16 rows, "
-            "and torch.optim.Muon's\niteration, which is always bf16, are slow for that reason; "
-            "the float32 adamw rows compare like with like."
+            "\nNOTE: torch has no fast bf16 product on this processor. That slows its bfloat16 "
+            "rows and\ntorch.optim.Muon, which always iterates in bf16, but not the float32 "
+            "adamw rows."
         )
     return text

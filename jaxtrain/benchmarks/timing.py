@@ -1,22 +1,25 @@
-"""Side-by-side timing: variants take turns in one process, and each turn is one sample."""
+"""Times variants side by side: they take turns in one process, and each turn is one sample."""
 
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-SETTLE_S = 0.02  # between turns: the thread pool of the one before spins on for milliseconds
+from jaxtrain.reporting.table import format_table
+
+SETTLE_S = 0.02  # between turns: the last variant's thread pool spins for some milliseconds
 
 
 class TimedCall(NamedTuple):
     wall_s: float
     cpu_s: float  # of this process, all threads
-    others: float  # share of the machine that other processes used meanwhile; nan if unknown
+    others: float  # share of the machine that other processes used; NaN if unknown
 
 
 def machine_busy_s() -> float:
-    """CPU seconds that the machine has worked since it started; nan where /proc does not say."""
+    """Returns the CPU seconds that the machine has worked since it started; NaN without /proc."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return float("nan")
@@ -24,8 +27,8 @@ def machine_busy_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(function, *args) -> TimedCall:
-    """One call; it must return when its work is done."""
+def time_call(function: Callable[..., Any], *args: Any) -> TimedCall:
+    """Times one call of a function that returns only when its work is done."""
     busy_s, wall_s, cpu_s = machine_busy_s(), time.perf_counter(), time.process_time()
     function(*args)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
@@ -33,34 +36,39 @@ def timed(function, *args) -> TimedCall:
     return TimedCall(wall_s, cpu_s, max(others_s / (wall_s * (os.cpu_count() or 1)), 0.0))
 
 
-def warm_up(variants, most_s: float) -> dict[str, float]:
-    """Seconds of each variant's first call, compilation included; a second call is not counted."""
+def warm_up(variants: Mapping[Any, Callable[[int], Any]], most_s: float) -> dict[Any, float]:
+    """Returns the seconds of each variant's first call, with compilation; calls it once more.
+
+    A variant whose first call took more than most_s is not called again.
+    """
     first_s = {}
     for name, function in variants.items():
-        first_s[name] = timed(function, 0).wall_s
+        first_s[name] = time_call(function, 0).wall_s
         if first_s[name] <= most_s:
             function(1)
     return first_s
 
 
-def interleave(variants, rounds: int, most_s: float = float("inf")) -> dict[str, list[TimedCall]]:
-    """Samples of each variant, taken in turns A B C A B C, so that all meet the same machine.
+def interleave(
+    variants: Mapping[Any, Callable[[int], Any]], rounds: int, most_s: float = float("inf")
+) -> dict[Any, list[TimedCall]]:
+    """Times variants in turns (A B C A B C), so that a busy moment of the machine hits all.
 
     Args:
-        variants: name -> function(turn), turn from 2 on; turns 0 and 1 are the warm-up's.
-        most_s: a variant that has taken so long in all sits the later rounds out.
+        variants: name -> function(turn). Turns start at 2, as the warm-up has used 0 and 1.
+        most_s: a variant that has used this much time in all skips the later rounds.
     """
-    samples = {name: [] for name in variants}
+    samples: dict[Any, list[TimedCall]] = {name: [] for name in variants}
     for turn in range(rounds):
         for name, function in variants.items():
             if sum(sample.wall_s for sample in samples[name]) <= most_s:
                 time.sleep(SETTLE_S)
-                samples[name].append(timed(function, turn + 2))
+                samples[name].append(time_call(function, turn + 2))
     return samples
 
 
-def summarise(samples: list[TimedCall]) -> dict[str, float]:
-    """Medians, and the fastest sample: what the machine can do when left alone."""
+def summarise(samples: Sequence[TimedCall]) -> dict[str, float]:
+    """Returns the medians, and the fastest sample, which other processes disturbed the least."""
     walls_s, cpus_s, others = zip(*samples, strict=True)
     return {
         "wall_s": statistics.median(walls_s),
@@ -71,7 +79,38 @@ def summarise(samples: list[TimedCall]) -> dict[str, float]:
     }
 
 
-def verdict(value: float, target: float, at_most: bool = False) -> str:
-    """`target >= 1 met`, or missed."""
+def target_verdict(value: float, target: float, at_most: bool = False) -> str:
+    """Returns text such as "target >= 1 met" or "target >= 1 MISSED"."""
     met = value <= target if at_most else value >= target
     return f"target {'<=' if at_most else '>='} {target:g} {'met' if met else 'MISSED'}"
+
+
+def ratio_row(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str, target: float | None
+) -> dict[str, Any]:
+    """Returns the row of one variant's speed-up over another.
+
+    Args:
+        name: of the pair, such as "jaxtrain / eager".
+        target: None has no verdict.
+    """
+    ratio = theirs["wall_s"] / ours["wall_s"]
+    row = {"suite": ours["suite"], "case": ours["case"], "ratio": name, "wall": ratio}
+    row |= {"of_minima": theirs["wall_min_s"] / ours["wall_min_s"]}
+    row |= {"cpu": theirs["cpu_s"] / ours["cpu_s"]}
+    return row | {"target": target_verdict(ratio, target) if target else ""}
+
+
+def format_ratios(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of how many times as fast one variant is as another."""
+    return format_table(
+        rows,
+        {
+            "case": lambda r: r["case"],
+            "speed-up of": lambda r: r["ratio"],
+            "target": lambda r: r["target"],
+            "wall": lambda r: f"{r['wall']:.2f}x",
+            "of minima": lambda r: f"{r['of_minima']:.2f}x",
+            "cpu": lambda r: f"{r['cpu']:.2f}x",
+        },
+    )

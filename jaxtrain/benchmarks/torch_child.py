@@ -1,144 +1,153 @@
-"""A child that holds PyTorch: the compiled twin's training step, its losses. See job.py."""
+"""The child process that runs PyTorch: the compiled training step, losses on real text."""
 
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from jaxtrain.benchmarks.child import WARM_UP, child_main, config_of, measure_steps, spread
+from jaxtrain.benchmarks.child import BenchJob, child_main, job_config
+from jaxtrain.benchmarks.step_timing import WARM_UP_STEPS, median_and_range, time_steps
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck.torch_data import shard_batches
 from jaxtrain.crosscheck.torch_model import build_torch_model
-from jaxtrain.crosscheck.torch_train import build_update, scale_at
+from jaxtrain.crosscheck.torch_train import build_update, rate_fraction
 
-STD = 0.02  # of the first weights, where only the time counts
-OOM_WORDS = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS raises no error of torch's
+INIT_STD = 0.02  # of random weights, where only the time matters
+OOM_TEXTS = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"  # cuBLAS raises a plain RuntimeError
 
 
-def is_oom(error) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in OOM_WORDS)
+def is_oom(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OOM_TEXTS)
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if has_gpu() else "cpu")
 
 
-def need_cuda(job) -> None:
-    """Raises RuntimeError where torch has no GPU and the job is no trial."""
-    if not job.tiny and device().type == "cpu":
+def check_gpu(job: BenchJob) -> None:
+    """Raises RuntimeError if torch sees no GPU and the job is not tiny."""
+    if not job.tiny and not has_gpu():
         raise RuntimeError(
             f"torch {torch.__version__} sees no GPU, so its figures would be a processor's. "
             "Install torch for CUDA, or set --variants=jaxtrain."
         )
 
 
-def now():
-    """A moment in the device's own time: an event on a GPU, else seconds."""
-    if device().type == "cpu":
+def mark_time() -> Any:
+    """Marks this point in the device's queue of work: an event on a GPU, else seconds."""
+    if not has_gpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def between_s(start, end) -> float:
-    return end - start if device().type == "cpu" else start.elapsed_time(end) / 1e3
+def seconds_between(start: Any, end: Any) -> float:
+    return start.elapsed_time(end) / 1e3 if has_gpu() else end - start
 
 
 class TorchStep:
-    """The twin's step: micro-batches of compiled forward and backward, clipping, fused optimizers.
+    """PyTorch's training step: compiled micro-batches, clipping, fused optimizers.
 
-    On a CPU (a trial) it stays eager: there torch.compile's C++ takes minutes.
+    On a CPU, which only --tiny uses, it is not compiled: torch.compile's C++ takes minutes there.
     """
 
-    def __init__(self, cfg, params=None):
+    def __init__(self, cfg: TrainConfig, params: dict[str, Any] | None = None):
         torch.set_float32_matmul_precision("high")
-        self.model = build_torch_model(cfg.model, params)
+        self._model = build_torch_model(cfg.model, params)
         if params is None:
-            for p in self.model.parameters():
+            for p in self._model.parameters():
                 if p.ndim > 1:
-                    torch.nn.init.normal_(p, std=STD)
-        self.model.to(device())
-        on_gpu = device().type == "cuda"
-        self.loss = torch.compile(self.model.loss) if on_gpu else self.model.loss
-        self.update, self.parts = build_update(cfg, self.model), cfg.accumulation
-        self.updates = []  # (start, end) of clipping and the optimizers in each step
+                    torch.nn.init.normal_(p, std=INIT_STD)
+        self._model.to(device())
+        self._loss = torch.compile(self._model.loss) if has_gpu() else self._model.loss
+        self._update, self._accumulation = build_update(cfg, self._model), cfg.accumulation
+        self.update_marks: list[tuple[Any, Any]] = []  # start and end of each step's update
 
-    def gradient(self, tokens_BT1):
-        """Mean nats, the gradients left in the parameters."""
+    def run(self, tokens_BT1: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+        """Runs a step and returns its mean loss in nats, on the device."""
         nats = torch.zeros((), device=device())
-        for part in tokens_BT1.chunk(self.parts):
-            loss = self.loss(part) / self.parts
+        for part in tokens_BT1.chunk(self._accumulation):
+            loss = self._loss(part) / self._accumulation
             loss.backward()
             nats += loss.detach()
+        start = mark_time()
+        self._update(rate)
+        self.update_marks.append((start, mark_time()))
+        self._model.zero_grad()
         return nats
 
-    def step(self, tokens_BT1, rate=1.0):
-        nats, start = self.gradient(tokens_BT1), now()
-        self.update(rate)
-        self.updates.append((start, now()))
-        self.model.zero_grad()
-        return nats
-
-    def launch(self, tokens_BT1):
-        """(nats, an event after the step): waiting for the event waits for no later step."""
+    def launch(self, tokens_BT1: np.ndarray) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Starts a step; returns its loss and an event after it, which `wait` waits for."""
         tokens = torch.from_numpy(tokens_BT1.astype(np.int64))
-        if device().type == "cpu":
-            return self.step(tokens), None
-        nats = self.step(tokens.pin_memory().to(device(), non_blocking=True))
+        if not has_gpu():
+            return self.run(tokens), None
+        nats = self.run(tokens.pin_memory().to(device(), non_blocking=True))
         event = torch.cuda.Event()
         event.record()
         return nats, event
 
 
-def wait(launched) -> None:
+def wait(launched: tuple[torch.Tensor, torch.cuda.Event | None]) -> None:
+    """Waits for a step. Reading its loss would wait for later steps in the queue too."""
     nats, event = launched
-    float(nats) if event is None else event.synchronize()
+    if event is None:
+        float(nats)
+    else:
+        event.synchronize()
 
 
-def train(job) -> dict:
-    """Times and memory of the twin's step; see job.measure_steps."""
-    need_cuda(job)
-    cfg = config_of(job)
-    theirs = TorchStep(cfg)
-    found = measure_steps(job, cfg, theirs.launch, wait)
-    found["compile_s"] = None  # torch compiles within the first step, which first_step_s holds
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() if device().type == "cuda" else None
-    counted = theirs.updates[1 + WARM_UP :]
-    found |= spread("optimizer", [between_s(*update) for update in counted])
-    return found | {"versions": {"torch": torch.__version__, "cuda": torch.version.cuda}}
+def train(job: BenchJob) -> dict[str, Any]:
+    """Returns times and memory of PyTorch's step; see time_steps."""
+    check_gpu(job)
+    cfg = job_config(job)
+    step = TorchStep(cfg)
+    result = time_steps(job, cfg, step.launch, wait)
+    result["compile_s"] = None  # torch compiles in the first step: see first_step_s
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if has_gpu() else None
+    counted = step.update_marks[1 + WARM_UP_STEPS :]
+    result |= median_and_range("optimizer", [seconds_between(*marks) for marks in counted])
+    cuda = torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
+    return result | {"versions": {"torch": torch.__version__, "cuda": cuda}}
 
 
-def nested(named) -> dict:
-    """{"a/b": x} as a plain nested dict."""
-    tree = {}
-    for name, x in named.items():
-        *path, last = name.split("/")
+def nested_dict(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts {"a.b": x} to {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, x in arrays.items():
+        *parents, last = name.split(".")
         node = tree
-        for part in path:
-            node = node.setdefault(part, {})
+        for parent in parents:
+            node = node.setdefault(parent, {})
         node[last] = x
     return tree
 
 
-def losses(job) -> dict:
-    """Each seed's training losses from our first weights, on the shards that ours read."""
-    need_cuda(job)
-    found = {}
+def train_losses(job: BenchJob) -> dict[str, Any]:
+    """Returns each seed's losses, from the JAX child's first weights and on its shards."""
+    check_gpu(job)
+    cfg, losses = job_config(job), {}
     for seed in job.seeds:
-        cfg = config_of(job)
-        theirs = TorchStep(cfg, nested(np.load(Path(job.folder) / f"weights_{seed}.npz")))
+        weights = nested_dict(np.load(Path(job.folder) / f"weights_{seed}.npz"))
+        step = TorchStep(cfg, weights)
         batches = shard_batches(job.shards, cfg.data.batch, cfg.data.seq_len, seed)
         nats = []
         for count, batch in enumerate(islice(batches, job.steps)):
             tokens = batch["tokens"].to(device())
-            nats.append(theirs.step(tokens, scale_at(cfg.optim, count)))
-        found[str(seed)] = [float(x) for x in nats]
-    return {"losses": found}
+            nats.append(step.run(tokens, rate_fraction(cfg.optim, count)))
+        losses[str(seed)] = [float(x) for x in nats]
+    return {"losses": losses}
 
 
-KINDS = {"train": train, "losses": losses}
+KINDS = {"train": train, "losses": train_losses}
 
 if __name__ == "__main__":
     child_main(KINDS, is_oom)

@@ -163,8 +163,8 @@ class Checkpoints:
         Damaged steps are skipped with a warning, and moved to `checkpoints_rejected` beside the
         folder once an older one has been restored. Every process must call it.
 
-        With read_only, a step that the running training deletes meanwhile is not rejected: the
-        newer one is read.
+        With read_only, a step that the running training deletes while it is read is not rejected:
+        the newer one is read.
 
         Args:
             abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
@@ -193,7 +193,7 @@ class Checkpoints:
     def _restore(
         self, abstract_state: Any, template: dict[str, Any], device_check: bool, step: int | None
     ) -> Restored | None:
-        """Restores as restore() does; raises _StepDeleted if the step was deleted meanwhile."""
+        """Restores as restore() does; raises _StepDeleted if the run deleted the step."""
         rejected, listed = [], broadcast_from_process_0(self.steps)
         if step is not None and step not in listed:
             raise ValueError(f"step must be one of {listed}; got {step}. Set --step.")

@@ -26,7 +26,7 @@ from jaxtrain.errors import CheckpointError, SaveFailed
 from jaxtrain.file_errors import add_path_to_errors, describe_storage_error
 from jaxtrain.files import strict_json, sync_to_disk
 
-PIECE_BYTES = 256 << 20  # gathered at a time; a process holds a piece twice meanwhile
+PIECE_BYTES = 256 << 20  # gathered at a time; a process stores each piece twice
 IN_FLIGHT = 2  # pieces that are being written
 
 

@@ -1,1 +1,1 @@
-"""Checks against an implementation that shares no code with ours."""
+"""Compares training with an independent implementation in PyTorch, step by step."""

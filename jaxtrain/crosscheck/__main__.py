@@ -1,25 +1,32 @@
-r"""Proves a PyTorch result in JAX, step by step, or names the first tensor at which the two part.
+r"""Compares training in jaxtrain and in PyTorch step by step, and names the first difference.
 
     jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
-    jaxtrain crosscheck run crosscheck_llama --precision=float32 --optim.name=adamw
-    jaxtrain crosscheck record crosscheck_gpt2 --keep_batches --out=runs/jax_train.jsonl
+    jaxtrain crosscheck record my.py --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
+        --steps=20 --out=ours.jsonl
+    jaxtrain crosscheck compare ours.jsonl theirs.jsonl
 
-`run` trains both sides, ours and a PyTorch twin, from the same weights, shards and config.
+`run` trains a config twice, in jaxtrain and in a separate PyTorch implementation (its own model,
+schedule and data reader, torch.optim's optimizers), from the same weights on the same shards.
 
-A PyTorch loop of your own. Copy jaxtrain/crosscheck/recorder.py beside it, add the three lines
-that it shows, then train ours on the batches that it wrote, and compare:
+To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py beside it and add the
+three lines that it shows. Your loop then writes a trace with its batches. `record` trains jaxtrain
+on these batches from the same weights and writes a second trace. `compare` compares the two.
 
-    jaxtrain crosscheck record FILE --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
-        --steps=20 --out=jax_train.jsonl
-    jaxtrain crosscheck compare jax_train.jsonl theirs.jsonl
+`llmc` checks gradients against llm.c's: a model file and the debug state made with it
+(--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
 
-llm.c's own check, of a model file and the debug state that was made with it:
+How to read the table: one row per step, with both losses, their difference in nats, and the largest
+relative difference of any tensor among the activations, gradients, updates and parameters. A "!"
+marks a difference above the tolerance. Below the table stands AGREE, or DIFFER with the first step,
+the stage (batch, forward, loss, gradient or optimizer) and the tensors to look at.
 
-    jaxtrain crosscheck llmc --weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin
+What a precision can show:
+    float64    that the algorithms are the same: everything agrees to 1e-10
+    float32    the same, with a tolerance for rounding errors that grows with the steps
+    bfloat16   that our error against float32 is at most 1.1 times PyTorch's
 
-float64 proves the algorithm: 1e-10 throughout. float32 has room for rounding, which grows with the
-steps. bfloat16 passes if our error against float32 is at most 1.1 times PyTorch's. Exit status: 0
-agree, 1 part or bad input. Needs the extra `crosscheck` for what runs PyTorch.
+Exit status: 0 if the traces agree, 1 if they differ. Whatever runs PyTorch needs the extra
+`crosscheck`.
 """
 
 import dataclasses
@@ -27,16 +34,19 @@ import importlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
-from jaxtrain.crosscheck import comparison as judge
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck import explanation, jax_train, llmc_state, loss_plot
+from jaxtrain.crosscheck.comparison import Comparison, compare_bfloat16, compare_traces
+from jaxtrain.crosscheck.jax_train import Start
 from jaxtrain.crosscheck.tensor_names import STYLES
-from jaxtrain.crosscheck.trace import PRECISIONS, batches_of, read_trace
+from jaxtrain.crosscheck.trace import PRECISIONS, Trace, batches_of, read_trace
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import start_runtime
 from jaxtrain.files import write_atomic
@@ -45,15 +55,15 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.terminal import set_up_logging
 
 FLAGS = flags.FLAGS
-_SIDES = ("jaxtrain", "pytorch")
+SIDES = ("jaxtrain", "pytorch")
 
 
-def say(text) -> None:
+def print_now(text: str) -> None:
     print(text, flush=True)
 
 
-def resolve(config, steps, precision):
-    """The TrainConfig of a run's ConfigDict at another length and precision."""
+def resolve_config(config: Any, steps: int, precision: str | None) -> TrainConfig:
+    """Freezes a ConfigDict with the flags' steps and precision, and prepares its run."""
     if steps:
         config.steps = steps
     if precision:
@@ -65,8 +75,19 @@ def resolve(config, steps, precision):
     return cfg
 
 
-def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False) -> None:
-    """Writes one side's trace and says how long it took; batches: a Trace, or None for the data."""
+def record_side(
+    side: str,
+    start: Start,
+    path: str | Path,
+    batches: Trace | None = None,
+    style: str = "jaxtrain",
+    keep_batches: bool = False,
+) -> None:
+    """Trains one side, writes its trace and prints how long that took.
+
+    Args:
+        batches: the trace whose batches to train on; None reads the config's data.
+    """
     began, cfg = time.perf_counter(), start.run.cfg
     given = batches_of(batches) if batches else None
     if side == "jaxtrain":
@@ -75,73 +96,77 @@ def record_side(side, start, path, batches, style="jaxtrain", keep_batches=False
         from jaxtrain.crosscheck import torch_data, torch_train
 
         if given is None:
+            assert start.corpus is not None  # build_start has read it
             paths, data = [shard.path for shard in start.corpus.shards], cfg.data
             given = torch_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
         torch_train.record(cfg, cfg.steps, path, start.weights, given)
     seconds = time.perf_counter() - began
-    say(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
+    print_now(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
 
 
-def check_twin(cfg, reads_data=True) -> None:
-    """Raises, before anything is trained, where the PyTorch twin cannot follow a TrainConfig.
+def check_torch_side(cfg: TrainConfig, reads_data: bool = True) -> None:
+    """Checks that the PyTorch side can train a config, before anything is trained.
 
     Raises:
         ImportError: torch is missing.
-        ValueError: torch.optim lacks the optimizer, or the twin cannot make the batches.
+        ValueError: torch.optim lacks the optimizer, or the PyTorch side cannot make the batches.
     """
-    importlib.import_module("jaxtrain.crosscheck.torch_model")  # says what to install without torch
+    importlib.import_module("jaxtrain.crosscheck.torch_model")  # its error says what to install
     from jaxtrain.crosscheck.torch_train import check_optimizer
 
     check_optimizer(cfg.optim)
     if reads_data and (cfg.data.pack or cfg.data.document_mask):
         raise ValueError(
-            "the twin reads windows of the shards; got data.pack or data.document_mask. Record "
-            "ours with --keep_batches, then the twin with --batches=TRACE."
+            "the PyTorch side cannot pack or mask documents; got data.pack or data.document_mask. "
+            "Record the jaxtrain side with --keep_batches, then set --side=pytorch --batches=TRACE."
         )
 
 
-def report(comparison, png) -> int:
-    """Prints a comparison and draws its curves; the exit status."""
-    say(explanation.table(comparison))
-    write_atomic(png, loss_plot.draw(comparison))
-    say(f"loss curves: {png}")
-    say(explanation.explain(comparison))
+def report(comparison: Comparison, png: str | Path) -> int:
+    """Prints a comparison and plots its losses; returns the exit status."""
+    print_now(explanation.steps_table(comparison))
+    write_atomic(Path(png), loss_plot.plot_losses(comparison))
+    print_now(f"Loss curves: {png}")
+    print_now(explanation.explain(comparison))
     return 1 if comparison.divergence else 0
 
 
-def run(config, steps, precision) -> int:
-    """Records both sides of a config and compares them; the exit status."""
-    cfg = resolve(config, steps, precision)
-    check_twin(cfg)
-    folder, start = Path(cfg.workdir), jax_train.start(cfg)
-    say(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
-    say(f"data       {start.corpus.describe()}")
-    for route in start.run.routes.values():
-        say(f"route      {route}")
-    paths = {side: folder / f"{side}_{cfg.model.dtype}.jsonl" for side in _SIDES}
-    for side, path in paths.items():
-        record_side(side, start, path, None)
-    if cfg.model.dtype != "bfloat16":
-        traces = (read_trace(path) for path in paths.values())
-        return report(judge.compare(*traces), folder / f"compare_{cfg.model.dtype}.png")
-    truth = folder / "pytorch_float32.jsonl"
-    wide = dataclasses.replace(cfg.model, dtype="float32")
-    exact = dataclasses.replace(
-        cfg, model=wide, optim=dataclasses.replace(cfg.optim, ns_dtype="float32")
-    )
-    record_side("pytorch", start._replace(run=start.run._replace(cfg=exact)), truth, None)
-    return report_narrow(truth, *paths.values())
-
-
-def report_narrow(truth, first, second) -> int:
-    errors = judge.compare_narrow(*map(read_trace, (truth, first, second)))
-    text, passed = explanation.narrow_table(errors)
-    say(text)
+def report_bfloat16(truth: str | Path, first: str | Path, second: str | Path) -> int:
+    """Prints the errors of two bfloat16 traces against a truth; returns the exit status."""
+    errors = compare_bfloat16(*map(read_trace, (truth, first, second)))
+    text, passed = explanation.bfloat16_table(errors)
+    print_now(text)
     return 0 if passed else 1
 
 
-def llmc(weights, state, workdir) -> int:
-    """Compares our gradients with those of an llm.c debug state; the exit status."""
+def run(config: Any, steps: int, precision: str | None) -> int:
+    """Records both sides of a config and compares them; returns the exit status."""
+    cfg = resolve_config(config, steps, precision)
+    check_torch_side(cfg)
+    folder, start = Path(cfg.workdir), jax_train.build_start(cfg)
+    assert start.corpus is not None  # build_start has read it
+    print_now(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
+    print_now(f"data       {start.corpus.describe()}")
+    for route in start.run.routes.values():
+        print_now(f"route      {route}")
+    paths = [folder / f"{side}_{cfg.model.dtype}.jsonl" for side in SIDES]
+    for side, path in zip(SIDES, paths, strict=True):
+        record_side(side, start, path)
+    if cfg.model.dtype != "bfloat16":
+        comparison = compare_traces(*map(read_trace, paths))
+        return report(comparison, folder / f"compare_{cfg.model.dtype}.png")
+    truth = folder / "pytorch_float32.jsonl"
+    float32_cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, dtype="float32"),
+        optim=dataclasses.replace(cfg.optim, ns_dtype="float32"),
+    )
+    record_side("pytorch", start._replace(run=start.run._replace(cfg=float32_cfg)), truth)
+    return report_bfloat16(truth, *paths)
+
+
+def compare_llmc(weights: str | Path, state: str | Path, workdir: str | Path) -> int:
+    """Compares our gradients with those of an llm.c debug state; returns the exit status."""
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     model = read_config(weights)
@@ -149,34 +174,37 @@ def llmc(weights, state, workdir) -> int:
     theirs = read_trace(folder / "llmc.jsonl")
     tokens = next(batches_of(theirs))["tokens"]
     data = config_lib.DataConfig(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
-    paths = {"weights": str(weights), "workdir": str(folder)}
-    config = config_lib.to_config_dict(config_lib.TrainConfig(model=model, data=data, **paths))
-    cfg = resolve(config, 1, "float32")
-    record_side("jaxtrain", jax_train.start(cfg, False), folder / "jaxtrain.jsonl", theirs, "hf")
-    return report(judge.compare(read_trace(folder / "jaxtrain.jsonl"), theirs), folder / "llmc.png")
+    config = config_lib.to_config_dict(
+        TrainConfig(model=model, data=data, weights=str(weights), workdir=str(folder))
+    )
+    cfg = resolve_config(config, 1, "float32")
+    start = jax_train.build_start(cfg, read_data=False)
+    record_side("jaxtrain", start, folder / "jaxtrain.jsonl", theirs, "hf")
+    comparison = compare_traces(read_trace(folder / "jaxtrain.jsonl"), theirs)
+    return report(comparison, folder / "llmc.png")
 
 
-def main(verb, paths) -> int:
-    """Does what the first word of the command line says; the exit status."""
+def main(verb: str, paths: list[str]) -> int:
+    """Runs one of VERBS; returns the exit status."""
     set_up_logging()
     if verb == "compare":
         if len(paths) != 2:
             raise ValueError(f"compare needs two traces, as in compare A B; got {paths}.")
         if FLAGS.truth:
-            return report_narrow(FLAGS.truth, *paths)
-        comparison = judge.compare(*map(read_trace, paths))
+            return report_bfloat16(FLAGS.truth, *paths)
+        comparison = compare_traces(*map(read_trace, paths))
         return report(comparison, FLAGS.out or f"{Path(paths[0]).with_suffix('')}_compare.png")
     if verb == "llmc":
-        return llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
+        return compare_llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
     if verb == "run":
         return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
     if verb == "record":
-        cfg = resolve(FLAGS.config, FLAGS.steps, FLAGS.precision)
+        cfg = resolve_config(FLAGS.config, FLAGS.steps, FLAGS.precision)
         batches = read_trace(FLAGS.batches) if FLAGS.batches else None
         if FLAGS.side == "pytorch":
-            check_twin(cfg, reads_data=batches is None)
+            check_torch_side(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
-        start = jax_train.start(cfg, read_data=batches is None)
+        start = jax_train.build_start(cfg, read_data=batches is None)
         record_side(FLAGS.side, start, out, batches, FLAGS.names, FLAGS.keep_batches)
         return 0
     raise ValueError(
@@ -186,50 +214,55 @@ def main(verb, paths) -> int:
 
 
 def _define_training() -> None:
-    flags.DEFINE_integer("steps", 0, "steps to train; 0 is as the config has", lower_bound=0)
-    flags.DEFINE_enum("precision", None, PRECISIONS, "to compute in; default: the config's")
+    flags.DEFINE_integer("steps", 0, "steps to train; 0 takes the config's", lower_bound=0)
+    flags.DEFINE_enum("precision", None, PRECISIONS, "type to compute in; default: the config's")
 
 
 def _define_record() -> None:
     _define_training()
-    flags.DEFINE_enum("side", "jaxtrain", _SIDES, "which of the two trains")
-    flags.DEFINE_enum("names", "jaxtrain", STYLES, "whose names tensors have")
-    flags.DEFINE_string("batches", "", "trace whose batches to train on")
-    flags.DEFINE_bool("keep_batches", False, "write the batches beside their hashes")
-    flags.DEFINE_string("out", "", "the trace")
+    flags.DEFINE_enum("side", "jaxtrain", SIDES, "which implementation trains")
+    flags.DEFINE_enum("names", "jaxtrain", STYLES, "tensor names: ours or Hugging Face's")
+    flags.DEFINE_string(
+        "batches", "", "train on the batches in this trace, not on the config's data"
+    )
+    flags.DEFINE_bool(
+        "keep_batches", False, "store the batches in the trace, not only their hashes"
+    )
+    flags.DEFINE_string("out", "", "the trace to write; default: in the config's workdir")
 
 
 def _define_compare() -> None:
-    flags.DEFINE_string("truth", "", "float32 trace that two bfloat16 ones are held to")
-    flags.DEFINE_string("out", "", "the picture")
+    flags.DEFINE_string("truth", "", "float32 trace; both bfloat16 traces are compared with it")
+    flags.DEFINE_string("out", "", "PNG file for the loss curves")
 
 
 def _define_llmc() -> None:
-    flags.DEFINE_string("weights", None, "model file", required=True)
-    flags.DEFINE_string("state", None, "debug state", required=True)
-    flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "folder of the traces")
+    flags.DEFINE_string("weights", None, "llm.c model file", required=True)
+    flags.DEFINE_string("state", None, "llm.c debug state of that model", required=True)
+    flags.DEFINE_string("workdir", "runs/crosscheck_llmc", "folder for the traces")
 
 
-# A word that is not here has no flags; `main` then says which words there are.
+DOC = __doc__ or ""
 VERBS = {
-    "run": CommandForm("crosscheck", __doc__, _define_training, config="must"),
-    "record": CommandForm("crosscheck", __doc__, _define_record, config="must"),
-    "compare": CommandForm("crosscheck", __doc__, _define_compare, words=2),
-    "llmc": CommandForm("crosscheck", __doc__, _define_llmc),
+    "run": CommandForm("crosscheck", DOC, _define_training, config="must"),
+    "record": CommandForm("crosscheck", DOC, _define_record, config="must"),
+    "compare": CommandForm("crosscheck", DOC, _define_compare, words=2),
+    "llmc": CommandForm("crosscheck", DOC, _define_llmc),
 }
-HELP = f"""{__doc__}
-`run`, `record`, `compare` and `llmc` have flags of their own: see `jaxtrain crosscheck run --help`.
+HELP = f"""{DOC}
+`run`, `record`, `compare` and `llmc` have their own flags: see `jaxtrain crosscheck run --help`.
 """
 
 
-def command(argv=None, prog="python -m jaxtrain.crosscheck") -> None:
+def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.crosscheck") -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((arg for arg in argv if not arg.startswith("-")), "")
     if verb in VERBS:
         argv.remove(verb)
         form, prog = VERBS[verb], f"{prog} {verb}"
-    else:
+    else:  # takes no flags; main's error lists the verbs
         form = CommandForm("crosscheck", HELP, words=len(argv))
+    # run_main passes the words only if the form takes some.
     run_main(lambda *words: main(verb, *words or ([],)), (ImportError,), form, argv, prog)
 
 

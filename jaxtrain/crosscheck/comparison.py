@@ -1,45 +1,50 @@
-"""Two traces compared: how far apart, since when, and in which part of the step."""
+"""Compares two traces: how much they differ, from which step on, and in which stage of the step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtrain.crosscheck.trace import QUANTITIES, TraceError
+from jaxtrain.crosscheck.trace import QUANTITIES, Trace, TraceError
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
-DEEP = 12  # layers from which on float32 activations get five times the room
-COMPOUNDS = 50  # steps after which rounding grows faster than they do
-# What each part of a step is judged by, in the order in which one causes the next.
+DEEP_LAYERS = 12  # float32 models from this depth on get five times the tolerance
+COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number of steps
+# What a difference in each stage means. The order is that of cause and effect.
 STAGES = {
-    "start": "the parameters before the first step differ",
-    "batch": "the batch differs: look at the shards, the seed and the order of the data",
-    "forward": "same weights and batch, but the forward pass differs",
-    "loss": "the logits agree, but the loss does not: look at targets, masks and means",
-    "forward or loss": "same weights and batch, but not the same loss; no activations to tell more",
-    "gradient": "the loss agrees, but the gradient does not: look at the backward pass",
-    "optimizer": "the gradients agree, but the optimizer's step does not",
+    "start": "the parameters differ before the first step: load the same weights on both sides",
+    "batch": "the batches differ: check the shards, the seed and the order of the data",
+    "forward": "the weights and the batch are equal, but the forward pass gives other activations",
+    "loss": "the logits agree, but the loss differs: check the targets, the mask and the mean",
+    "forward or loss": "the weights and the batch are equal, but the loss differs: record "
+    "activations on both sides to tell whether the forward pass is the cause",
+    "gradient": "the loss agrees, but the gradients differ: check the backward pass",
+    "optimizer": "the gradients agree, but the update differs: check the optimizer's settings",
 }
 
+StepRecord = dict[str, Any]  # one line of a trace
 
-class Gap(NamedTuple):
-    """How far two values are apart at one step."""
+
+class Difference(NamedTuple):
+    """The difference between two values of one step."""
 
     step: int
-    quantity: str  # a key of QUANTITIES, or "batch", "loss", "grad_norm"
-    tensor: str  # empty for loss and batch
-    size: float  # tensors: relative L2 distance; loss: nats; batch: 0 or 1
+    quantity: str  # one of QUANTITIES, or "batch", "loss", "grad_norm"
+    tensor: str  # empty for loss, grad_norm and batch
+    size: float  # tensors: relative L2; loss: nats; grad_norm: relative; batch: 0 or 1
     tolerance: float
-    rounding: float  # about what rounding alone makes of it
+    rounding: float  # about as much as rounding errors cause
 
     @property
-    def beyond(self) -> bool:
-        return not self.size <= self.tolerance  # a nan is beyond
+    def exceeds(self) -> bool:
+        return not self.size <= self.tolerance  # true for a NaN
 
 
 class Divergence(NamedTuple):
+    """The first stage of the first step in which two traces differ."""
+
     stage: str  # a key of STAGES
-    gap: Gap  # the one to look at first
-    gaps: list[Gap]  # all that are beyond, of that step and quantity; the worst first
+    first: Difference  # the one to look at first
+    all: list[Difference]  # all of that step and quantity that exceed their tolerance, worst first
 
 
 class Comparison(NamedTuple):
@@ -47,16 +52,16 @@ class Comparison(NamedTuple):
     precision: str
     steps: list[int]
     losses: np.ndarray  # [steps, 2] nats
-    gaps: dict[int, list[Gap]]
+    differences: dict[int, list[Difference]]  # by step
     divergence: Divergence | None
-    rounding_only: set[str]  # tensors whose gradient is rounding alone: not judged
-    absent: list[str]  # quantities that only one trace has
+    rounding_only: set[str]  # tensors left out because their gradients are rounding errors only
+    missing: list[str]  # quantities left out because only one trace has them
 
 
-def distance(a, b) -> float:
-    """Relative L2 distance of two tensors, estimated from their digests.
+def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Estimates the relative L2 distance of two tensors from their digests.
 
-    The projections estimate it; the norms, means and largest sizes bound it from below.
+    The projections estimate it; the norms and the largest entries bound it from below.
     """
     largest = max(a[0], b[0])
     if not largest > 0:
@@ -65,55 +70,58 @@ def distance(a, b) -> float:
     return float(max(projected, abs(a[0] - b[0]), abs(a[2] - b[2])) / largest)
 
 
-def tolerance(precision, quantity, step, layers=0) -> float:
-    """What a gap may be at a step: some ten times what tiny models were measured to differ by.
+def tolerance_of(precision: str, quantity: str, step: int, layers: int = 0) -> float:
+    """Returns the largest difference that is accepted: about ten times what tiny models showed.
 
-    Activations, gradients, updates, parameters: relative L2. Loss and gradient norm: absolute and
-    relative. Rounding grows with the steps at first; past COMPOUNDS steps training itself spreads
-    it, faster on some processors than on others (gradients at step 185 of 200 steps of Muon:
-    below 2e-3 apart on an AVX2 one, 1e-2 on one with AMX), while the losses stay together.
+    The loss is in nats, all else is relative. Rounding errors grow with the steps. After
+    COMPOUNDING_STEPS training amplifies them, on some processors more than on others: at step 185
+    of 200 steps of Muon, gradients differed by less than 2e-3 on an AVX2 processor and by 1e-2 on
+    one with AMX, while the losses stayed together.
     """
     if precision == "float64":
         return 1e-10
     later = max(step, 1) - 1
-    spread = (5.0 if layers >= DEEP else 1.0) * max(1.0, step / COMPOUNDS) ** 2
+    factor = 5.0 if layers >= DEEP_LAYERS else 1.0
+    factor *= max(1.0, step / COMPOUNDING_STEPS) ** 2
     return {
-        "activations": spread * (1e-5 + 1e-6 * later),
-        "loss": spread * (1e-6 + 5e-6 * later),
-        "grad_norm": spread * 1e-5 * (later + 1),
-        "gradient": spread * 1e-5 * (later + 1),
-        "update": spread * 1e-4 * (later + 1),
-        "parameter": 1e-7 if not step else spread * 5e-6 * step,
+        "activations": factor * (1e-5 + 1e-6 * later),
+        "loss": factor * (1e-6 + 5e-6 * later),
+        "grad_norm": factor * 1e-5 * (later + 1),
+        "gradient": factor * 1e-5 * (later + 1),
+        "update": factor * 1e-4 * (later + 1),
+        "parameter": 1e-7 if not step else factor * 5e-6 * step,
     }[quantity]
 
 
-def rounding_only(a, b, precision) -> set[str]:
-    """Tensors whose gradient is, at every step and on both sides, less than rounding of the whole.
+def find_rounding_only(
+    first: list[StepRecord], second: list[StepRecord], precision: str
+) -> set[str]:
+    """Returns the tensors whose gradient is rounding error, at every step and on both sides.
 
-    A key's bias is one, as softmax ignores it. Adam divides such a gradient by its own size, so
-    that its steps are noise of full size.
+    A key projection's bias is one: softmax ignores it, so its true gradient is zero. Adam divides
+    the rounding error by its own size, so that the updates are noise of full size.
     """
-    noise = None
-    for x, y in zip(a, b, strict=True):
-        both = [line.get("gradient", {}) for line in (x, y)]
-        whole = max(sum(d[0] ** 2 for d in table.values()) ** 0.5 for table in both)
-        limit = 16 * EPS[precision] * whole
+    tensors = None
+    for x, y in zip(first, second, strict=True):
+        both = [record.get("gradient", {}) for record in (x, y)]
+        whole_norm = max(sum(d[0] ** 2 for d in digests.values()) ** 0.5 for digests in both)
+        limit = 16 * EPS[precision] * whole_norm
         shared = both[0].keys() & both[1].keys()
-        here = {name for name in shared if 0 < max(t[name][0] for t in both) <= limit}
+        small = {name for name in shared if 0 < max(d[name][0] for d in both) <= limit}
         if shared:
-            noise = here if noise is None else noise & here
-    return noise or set()
+            tensors = small if tensors is None else tensors & small
+    return tensors or set()
 
 
-def compare(first, second) -> Comparison:
-    """Compares what two traces both hold, step by step.
+def compare_traces(first: Trace, second: Trace) -> Comparison:
+    """Compares everything that both traces contain, step by step.
 
     Raises:
-        TraceError: they share no step, have tensors of other names or other seeds, or one is in
-            bfloat16, which `compare_narrow` judges.
+        TraceError: the traces share no step, name their tensors differently or have different
+            seeds, or one is in bfloat16, which needs `compare_bfloat16`.
     """
-    precision = _precision(first, second)
-    tables = [{line["step"]: line for line in trace.steps} for trace in (first, second)]
+    precision = _common_precision(first, second)
+    tables = [{record["step"]: record for record in trace.steps} for trace in (first, second)]
     steps = sorted(tables[0].keys() & tables[1].keys())
     if not any(steps):
         raise TraceError(
@@ -121,141 +129,172 @@ def compare(first, second) -> Comparison:
             f"{sorted(tables[1])[:9]} of {second.name}."
         )
     a, b = ([table[step] for step in steps] for table in tables)
-    noise = rounding_only(a, b, precision)
-    absent = _check_names(a[-1], b[-1], (first.name, second.name))
-    gaps = {x["step"]: _gaps(x, y, precision, noise) for x, y in zip(a, b, strict=True)}
-    divergence = next(
-        (found for x in a if (found := _divergence(gaps[x["step"]], x, absent))), None
+    rounding_only = find_rounding_only(a, b, precision)
+    names = first.name, second.name
+    missing = _check_names(a[-1], b[-1], names)
+    differences, divergence = {}, None
+    for x, y in zip(a, b, strict=True):
+        found = _step_differences(x, y, precision, rounding_only)
+        differences[x["step"]] = found
+        divergence = divergence or _find_divergence(found, x["step"], missing)
+    trained = [step for step in steps if step]
+    losses = np.array([[table[step]["loss"] for table in tables] for step in trained])
+    return Comparison(
+        names, precision, trained, losses, differences, divergence, rounding_only, missing
     )
-    later = [step for step in steps if step]
-    losses = np.array([[table[step]["loss"] for table in tables] for step in later])
-    names = (first.name, second.name)
-    return Comparison(names, precision, later, losses, gaps, divergence, noise, absent)
 
 
-def _precision(*traces) -> str:
-    found = {trace.header["precision"] for trace in traces}
+def _common_precision(*traces: Trace) -> str:
+    """Returns the lower precision of the two; refuses traces that cannot be compared."""
+    precisions = {trace.header["precision"] for trace in traces}
     seeds = {trace.header["seed"] for trace in traces}
     if len(seeds) > 1:
-        raise TraceError(f"traces must have one seed of projections; got {sorted(seeds)}.")
-    if "bfloat16" in found:
+        raise TraceError(f"traces must have the same seed of projections; got {sorted(seeds)}.")
+    if "bfloat16" in precisions:
         raise TraceError(
-            "traces in bfloat16 are judged against one in float32; got none. Set --truth."
+            "traces in bfloat16 are compared with a float32 trace; got none. Set --truth."
         )
-    return max(found, key=EPS.__getitem__)
+    return max(precisions, key=EPS.__getitem__)
 
 
-def _check_names(x, y, names) -> list[str]:
-    """Quantities that only one of two steps has. Raises TraceError where tensors' names differ."""
+def _check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:
+    """Returns the quantities that only one of two steps has.
+
+    Raises:
+        TraceError: the two name their tensors differently.
+    """
     for quantity in QUANTITIES[1:]:
-        mine, yours = x.get(quantity), y.get(quantity)
-        if mine is not None and yours is not None and mine.keys() != yours.keys():
+        a, b = x.get(quantity), y.get(quantity)
+        if a is not None and b is not None and a.keys() != b.keys():
             raise TraceError(
                 f"both traces must name their tensors alike; {quantity} has "
-                f"{sorted(mine.keys() - yours.keys())[:4]} only in {names[0]} and "
-                f"{sorted(yours.keys() - mine.keys())[:4]} only in {names[1]}. Set --names."
+                f"{sorted(a.keys() - b.keys())[:4]} only in {names[0]} and "
+                f"{sorted(b.keys() - a.keys())[:4]} only in {names[1]}. Set --names."
             )
-    held = [{q for q in (*QUANTITIES, "grad_norm") if line.get(q)} for line in (x, y)]
-    return sorted(held[0] ^ held[1])
+    present = [{q for q in (*QUANTITIES, "grad_norm") if record.get(q)} for record in (x, y)]
+    return sorted(present[0] ^ present[1])
 
 
-def _gaps(x, y, precision, noise) -> list[Gap]:
-    """Every gap of one step that both lines hold."""
-    step, eps, gaps = x["step"], EPS[precision], []
+def _step_differences(
+    x: StepRecord, y: StepRecord, precision: str, rounding_only: set[str]
+) -> list[Difference]:
+    """Returns the difference of every value of one step that both records have."""
+    step, eps = x["step"], EPS[precision]
     layers = sum(name.startswith("blocks.") for name in x.get("activations", {}))
-    add = lambda quantity, tensor, size, rounding, limit=None: gaps.append(
-        Gap(step, quantity, tensor, size, limit, rounding)
-    )
+    tolerance = lambda quantity: tolerance_of(precision, quantity, step, layers)
+    found = []
     if "batch" in x and "batch" in y:
-        add("batch", "", float(x["batch"] != y["batch"]), 0.0, 0.0)
-        limit = tolerance(precision, "loss", step, layers)
-        add("loss", "", abs(x["loss"] - y["loss"]), eps * abs(x["loss"]), limit)
+        found.append(Difference(step, "batch", "", float(x["batch"] != y["batch"]), 0.0, 0.0))
+        size, rounding = abs(x["loss"] - y["loss"]), eps * abs(x["loss"])
+        found.append(Difference(step, "loss", "", size, tolerance("loss"), rounding))
     if "grad_norm" in x and "grad_norm" in y:
-        norms = x["grad_norm"], y["grad_norm"]
-        limit = tolerance(precision, "grad_norm", step, layers)
-        add("grad_norm", "", abs(norms[0] - norms[1]) / max(*norms, 1e-300), 8 * eps, limit)
+        a, b = x["grad_norm"], y["grad_norm"]
+        size = abs(a - b) / max(a, b, 1e-300)
+        found.append(Difference(step, "grad_norm", "", size, tolerance("grad_norm"), 8 * eps))
     for quantity in QUANTITIES:
-        mine, yours = x.get(quantity, {}), y.get(quantity, {})
-        judged = [name for name in yours if name in mine and name not in noise]
-        for name in judged:
-            stored = 0.0
-            if quantity == "update":  # the difference of two parameters, each rounded
-                size = x["parameter"][name][0] if "parameter" in x else 0.0
-                stored = float(eps * size / max(mine[name][0], 1e-300))
-            limit = tolerance(precision, quantity, step, layers) + 4 * stored
-            rounding = eps * (1 if quantity == "parameter" else 8) + stored
-            add(quantity, name, distance(mine[name], yours[name]), rounding, limit)
-    return gaps
+        a, b = x.get(quantity, {}), y.get(quantity, {})
+        for name in b:
+            if name not in a or name in rounding_only:
+                continue
+            storage = 0.0
+            if quantity == "update":  # computed as the difference of two rounded parameters
+                norm = x["parameter"][name][0] if "parameter" in x else 0.0
+                storage = float(eps * norm / max(a[name][0], 1e-300))
+            limit = tolerance(quantity) + 4 * storage
+            rounding = eps * (1 if quantity == "parameter" else 8) + storage
+            size = digest_distance(a[name], b[name])
+            found.append(Difference(step, quantity, name, size, limit, rounding))
+    return found
 
 
-def _divergence(gaps, line, absent) -> Divergence | None:
-    """The first part of a step in which it parts, or None."""
-    beyond = [gap for gap in gaps if gap.beyond]
-    at = lambda quantity: [gap for gap in beyond if gap.quantity == quantity]
-    causes = [
-        ("start", at("parameter") if not line["step"] else []),
-        ("batch", at("batch")),
-        ("forward", at("activations")),
-        ("forward or loss" if "activations" in absent else "loss", at("loss")),
-        ("gradient", at("gradient") or at("grad_norm")),
-        ("optimizer", at("update") or at("parameter")),
-    ]
-    for stage, found in causes:
-        if not found:
-            continue
-        # The forward pass goes wrong first at the front, the backward pass at the end.
-        first = {"forward": found[0], "gradient": found[-1]}.get(stage, max(found, key=_badness))
-        return Divergence(stage, first, sorted(found, key=_badness, reverse=True))
+def _find_divergence(
+    differences: list[Difference], step: int, missing: list[str]
+) -> Divergence | None:
+    """Returns the first stage of a step with a difference that exceeds its tolerance."""
+
+    def exceeding(quantity: str) -> list[Difference]:
+        return [d for d in differences if d.exceeds and d.quantity == quantity]
+
+    for stage, found in (
+        ("start", exceeding("parameter") if not step else []),
+        ("batch", exceeding("batch")),
+        ("forward", exceeding("activations")),
+        ("forward or loss" if "activations" in missing else "loss", exceeding("loss")),
+        ("gradient", exceeding("gradient") or exceeding("grad_norm")),
+        ("optimizer", exceeding("update") or exceeding("parameter")),
+    ):
+        if found:
+            worst_first = sorted(found, key=_severity, reverse=True)
+            # Tensors are in the order of the network. An error enters the forward pass at the first
+            # tensor that differs, and the backward pass, which runs in reverse, at the last.
+            first = {"forward": found[0], "gradient": found[-1]}.get(stage, worst_first[0])
+            return Divergence(stage, first, worst_first)
     return None
 
 
-def _badness(gap) -> float:
-    return np.inf if np.isnan(gap.size) else gap.size / max(gap.tolerance, 1e-300)
+def _severity(difference: Difference) -> float:
+    if np.isnan(difference.size):
+        return np.inf
+    return difference.size / max(difference.tolerance, 1e-300)
 
 
-def growth(comparison) -> float | None:
-    """p of gap ~ step^p, over the largest parameter gap of each step; None before 4 steps."""
+def largest_parameter_difference(comparison: Comparison, step: int) -> float:
+    """Returns the largest relative difference of a parameter after a step; 0 if there is none."""
+    found = comparison.differences[step]
+    return max((d.size for d in found if d.quantity == "parameter"), default=0.0)
+
+
+def growth_exponent(comparison: Comparison) -> float | None:
+    """Fits p in difference ~ step^p to the largest parameter difference of each step.
+
+    Returns None with fewer than 4 steps.
+    """
     points = []
     for step in comparison.steps:
-        sizes = [g.size for g in comparison.gaps[step] if g.quantity == "parameter"]
-        if sizes and 0 < max(sizes) < np.inf:
-            points.append((np.log(step), np.log(max(sizes))))
+        size = largest_parameter_difference(comparison, step)
+        if 0 < size < np.inf:
+            points.append((np.log(step), np.log(size)))
     if len(points) < 4:
         return None
     x, y = np.array(points).T
     return float(np.polyfit(x, y, 1)[0])
 
 
-def compare_narrow(truth, ours, theirs) -> dict[str, tuple[float, float]]:
-    """{quantity: (our error, theirs)} of two bfloat16 traces against a float32 one.
+def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tuple[float, float]]:
+    """Returns {quantity: (error of first, error of second)} of bfloat16 traces against the truth.
 
     An error is the root mean square, over steps and tensors, of the relative distance to the truth.
 
     Raises:
-        TraceError: the three share no step, or name other tensors.
+        TraceError: the three share no step or name their tensors differently, or the truth is in
+            bfloat16.
     """
     if truth.header["precision"] == "bfloat16":
         raise TraceError(f"the truth must be float32 or float64; {truth.name} is in bfloat16.")
     tables = [
-        {line["step"]: line for line in t.steps if line["step"]} for t in (truth, ours, theirs)
+        {record["step"]: record for record in trace.steps if record["step"]}
+        for trace in (truth, first, second)
     ]
     steps = sorted(set.intersection(*map(set, tables)))
     if not steps:
         raise TraceError("the three traces must share a step; they share none. Set --truth.")
-    lines = [[table[step] for table in tables] for step in steps]
-    for x, *others in lines[:1]:
-        for y in others:
-            _check_names(x, y, ("the truth", "a trace"))
-    noise = rounding_only([x for x, _, _ in lines], [x for x, _, _ in lines], "float32")
+    records = [[table[step] for table in tables] for step in steps]
+    for other in records[0][1:]:
+        _check_names(records[0][0], other, ("the truth", "a trace"))
+    exact_records = [exact for exact, _, _ in records]
+    rounding_only = find_rounding_only(exact_records, exact_records, "float32")
     errors = {}
     for quantity in QUANTITIES:
-        pairs = [
-            [distance(x[quantity][name], y[quantity][name]) for y in others]
-            for x, *others in lines
-            if all(quantity in line for line in (x, *others))
-            for name in others[0][quantity]
-            if name in x[quantity] and name in others[1][quantity] and name not in noise
-        ]
+        pairs = []
+        for step_records in records:
+            if not all(quantity in record for record in step_records):
+                continue
+            exact, a, b = (record[quantity] for record in step_records)
+            pairs += [
+                [digest_distance(exact[name], digests[name]) for digests in (a, b)]
+                for name in a
+                if name in exact and name in b and name not in rounding_only
+            ]
         if pairs:
             errors[quantity] = tuple(np.sqrt(np.mean(np.square(pairs), 0)).tolist())
     return errors

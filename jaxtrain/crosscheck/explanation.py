@@ -1,102 +1,126 @@
-"""A comparison in words: a table by step, where the two part, and how the gap grows."""
+"""Explains a comparison in words: a table by step, where the traces differ, and how it grows."""
 
-from jaxtrain.crosscheck.comparison import EPS, STAGES, growth
+from collections.abc import Iterable
+
+from jaxtrain.crosscheck.comparison import (
+    EPS,
+    STAGES,
+    Comparison,
+    Difference,
+    Divergence,
+    growth_exponent,
+    largest_parameter_difference,
+)
 from jaxtrain.crosscheck.trace import QUANTITIES
+from jaxtrain.reporting.table import format_table
 
-ROWS = 20  # steps shown, evenly spaced; the one where they part is always among them
-NARROW_RATIO = 1.1
+MOST_ROWS = 20  # steps in the table, evenly spaced; the diverging step is always among them
+MOST_NAMES = 4  # tensors that a message lists
+BFLOAT16_RATIO = 1.1  # the most that our error may be, relative to PyTorch's
 
 
-def table(comparison) -> str:
-    """One line a step: both losses, and the largest gap of each quantity; ! is past tolerance."""
+def steps_table(comparison: Comparison) -> str:
+    """Returns a table of the losses and the largest difference of each quantity by step.
+
+    A cell that exceeds its tolerance ends in "!".
+    """
     steps = comparison.steps
-    shown = {steps[round(i * (len(steps) - 1) / max(ROWS - 1, 1))] for i in range(ROWS)}
+    shown = {steps[round(i * (len(steps) - 1) / max(MOST_ROWS - 1, 1))] for i in range(MOST_ROWS)}
     if comparison.divergence:
-        shown.add(comparison.divergence.gap.step)
-    losses = dict(zip(comparison.steps, comparison.losses, strict=True))
-    names = [name[:12] for name in comparison.names]
-    head = f"{'step':>6} {names[0]:>12} {names[1]:>12} {'apart':>10}"
-    lines = [head + "".join(f" {quantity:>12}" for quantity in QUANTITIES)]
-    for step in sorted(shown):
-        a, b = losses.get(step, (None, None))
-        cells = f"{a:12.6f} {b:12.6f} " if a is not None else " " * 26
-        gaps = comparison.gaps[step]
-        cells += _cell([g for g in gaps if g.quantity == "loss"], 10)
-        cells += "".join(
-            " " + _cell([g for g in gaps if g.quantity == quantity], 12) for quantity in QUANTITIES
-        )
-        lines.append(f"{step:6} {cells}".rstrip())
-    return "\n".join(lines)
+        shown.add(comparison.divergence.first.step)
+    losses = dict(zip(steps, comparison.losses, strict=True))
+
+    def cells(step: int) -> list[str]:
+        both = [f"{x:.6f}" for x in losses[step]] if step in losses else ["", ""]
+        differences = comparison.differences[step]
+        worst = [_worst(d for d in differences if d.quantity == q) for q in ("loss", *QUANTITIES)]
+        return [str(step), *both, *worst]
+
+    losses_of = (f"{name} nats" for name in comparison.names)
+    headers = ("step", *losses_of, "loss difference", *QUANTITIES)
+    return format_table(map(cells, sorted(shown)), headers)
 
 
-def _cell(gaps, width) -> str:
-    if not gaps:
-        return " " * width
-    worst = max(gap.size for gap in gaps)
-    mark = "!" if any(gap.beyond for gap in gaps) else " "
-    return f"{worst:.1e}{mark}".rjust(width)
+def _worst(differences: Iterable[Difference]) -> str:
+    differences = list(differences)
+    if not differences:
+        return ""
+    mark = "!" if any(d.exceeds for d in differences) else " "
+    return f"{max(d.size for d in differences):.1e}{mark}"
 
 
-def explain(comparison) -> str:
-    """Whether two traces agree; where they part first, how far, and what to look at."""
+def explain(comparison: Comparison) -> str:
+    """Returns whether two traces agree or, if not, where they differ first and what to check."""
     lines = []
     if comparison.rounding_only:
         names = sorted(comparison.rounding_only)
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         lines.append(
-            f"not judged, as their gradient is rounding alone: {', '.join(names[:4])}"
-            + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            "Not compared, because their gradients are rounding errors only: "
+            f"{', '.join(names[:MOST_NAMES])}{more}"
         )
-    if comparison.absent:
-        lines.append(f"not judged, as one trace lacks them: {', '.join(comparison.absent)}")
-    found = comparison.divergence
-    if found is None:
-        last = comparison.steps[-1]
+    if comparison.missing:
         lines.append(
-            f"AGREE: {' and '.join(comparison.names)}, {len(comparison.steps)} steps to step "
-            f"{last}, {comparison.precision}"
+            f"Not compared, because only one trace has them: {', '.join(comparison.missing)}"
         )
+    if comparison.divergence:
+        lines += _divergence_lines(comparison.divergence)
     else:
-        lines += _parting(found)
-    rate = growth(comparison)
-    if rate is not None:
-        lines.append(_growth(comparison, rate))
+        first, last = comparison.steps[0], comparison.steps[-1]
+        lines.append(
+            f"AGREE: {' and '.join(comparison.names)} are within the tolerances of "
+            f"{comparison.precision} at all {len(comparison.steps)} steps ({first} to {last})"
+        )
+    exponent = growth_exponent(comparison)
+    if exponent is not None:
+        lines.append(_growth_line(comparison, exponent))
     return "\n".join(lines)
 
 
-def _parting(found):
-    gap = found.gap
-    what = f"{gap.quantity} of {gap.tensor}" if gap.tensor else gap.quantity
-    yield f"PART at step {gap.step}, {found.stage}: {STAGES[found.stage]}"
-    yield (
-        f"  first: {what}, apart by {gap.size:.1e}; tolerance {gap.tolerance:.1e}, rounding would "
-        f"make {gap.rounding:.0e}"
-    )
-    others = [other for other in found.gaps if other != gap]
-    for other in others[:4]:
-        yield f"  also:  {other.quantity} of {other.tensor}, apart by {other.size:.1e}"
-    if len(others) > 4:
-        yield f"  and {len(others) - 4} more of this step"
+def _divergence_lines(divergence: Divergence) -> list[str]:
+    first = divergence.first
+    name = f"{first.quantity} of {first.tensor}" if first.tensor else first.quantity
+    lines = [
+        f"DIFFER at step {first.step}, stage {divergence.stage}: {STAGES[divergence.stage]}",
+        f"  look first at: {name}, which differs by {first.size:.1e} (tolerance "
+        f"{first.tolerance:.1e}; rounding causes about {first.rounding:.0e})",
+    ]
+    others = [d for d in divergence.all if d != first]
+    for other in others[:MOST_NAMES]:
+        lines.append(f"  also: {other.quantity} of {other.tensor}, by {other.size:.1e}")
+    if len(others) > MOST_NAMES:
+        lines.append(f"  and {len(others) - MOST_NAMES} more tensors at this step")
+    return lines
 
 
-def _growth(comparison, rate) -> str:
+def _growth_line(comparison: Comparison, exponent: float) -> str:
     first = comparison.steps[0]
-    gaps = [gap for gap in comparison.gaps[first] if gap.quantity == "parameter"]
-    start = max(gap.size for gap in gaps) / EPS[comparison.precision]
-    like = start < 100 and rate < 2.5
+    eps_count = largest_parameter_difference(comparison, first) / EPS[comparison.precision]
+    # Rounding starts at a few eps and adds up about linearly. A fault starts larger or grows
+    # faster.
+    is_rounding = eps_count < 100 and exponent < 2.5
     return (
-        f"parameters are {start:.2g} roundings apart after step {first} and the gap grows as "
-        f"step^{rate:.1f}: {'like rounding' if like else 'not like rounding'}"
+        f"After step {first} the parameters differ by {eps_count:.2g} times the epsilon of "
+        f"{comparison.precision}. The difference grows as step^{exponent:.1f}, which "
+        f"{'looks' if is_rounding else 'does not look'} like rounding"
     )
 
 
-def narrow_table(errors) -> tuple[str, bool]:
-    """Errors of two bfloat16 traces against the truth; whether ours are at most 1.1 of theirs."""
-    lines = [f"{'error against float32':24} {'jaxtrain':>10} {'pytorch':>10} {'ratio':>7}"]
-    passed = True
-    for quantity, (ours, theirs) in errors.items():
-        good = ours <= NARROW_RATIO * theirs
-        passed = passed and good
-        mark = "" if good else f"  ! at most {NARROW_RATIO}"
-        lines.append(f"{quantity:24} {ours:10.2e} {theirs:10.2e} {ours / theirs:7.2f}{mark}")
-    lines.append("AGREE" if passed else "PART: bfloat16 costs us more than PyTorch")
-    return "\n".join(lines), passed
+def bfloat16_table(errors: dict[str, tuple[float, float]]) -> tuple[str, bool]:
+    """Returns a table of errors against the truth, and whether ours are small enough."""
+    exceeds = {q: not ours <= BFLOAT16_RATIO * theirs for q, (ours, theirs) in errors.items()}
+    rows = [
+        (
+            quantity,
+            f"{ours:.2e}",
+            f"{theirs:.2e}",
+            f"{ours / theirs:.2f}",
+            f"! must be at most {BFLOAT16_RATIO}" if exceeds[quantity] else "",
+        )
+        for quantity, (ours, theirs) in errors.items()
+    ]
+    table = format_table(rows, ("error against float32", "jaxtrain", "pytorch", "ratio", ""))
+    limit = f"{BFLOAT16_RATIO} times PyTorch's"
+    if any(exceeds.values()):
+        return f"{table}\nDIFFER: some of jaxtrain's errors are more than {limit}", False
+    return f"{table}\nAGREE: all of jaxtrain's errors are at most {limit}", True

@@ -1,35 +1,39 @@
-"""The JAX side of a trace: the training step's own gradients and updates, on one device."""
+"""Trains the jaxtrain side of a comparison on one device and writes its trace."""
 
 import contextlib
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxtrain.crosscheck.tensor_names import build_naming
-from jaxtrain.crosscheck.trace import Writer, batch_hash
+from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.crosscheck.tensor_names import NameTensors, build_naming
+from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
-from jaxtrain.interop.start import initial_state
+from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_advance
 
+Batch = dict[str, Any]  # {"tokens"} and with packed documents {"docs"}, [B,T+1]
+
 
 class Start(NamedTuple):
-    """What both sides begin with."""
+    """The common starting point of both sides."""
 
     run: Run
     state: TrainState
-    weights: dict  # the parameters of that state, in NumPy
-    corpus: Corpus | None  # None: batches are given
+    weights: dict[str, Any]  # the parameters of `state` as NumPy arrays
+    corpus: Corpus | None  # None if the batches come from a trace
 
 
-def start(cfg, read_data=True) -> Start:
-    """A TrainConfig's run on one device, its first state and its data.
+def build_start(cfg: TrainConfig, read_data: bool = True) -> Start:
+    """Builds a run on one device, its first state and its data.
 
     Raises:
         ValueError: the config does not fit the data or this machine.
@@ -43,8 +47,8 @@ def start(cfg, read_data=True) -> Start:
     return Start(run, state, jax.tree.map(np.asarray, state.params), corpus)
 
 
-def build_traced_step(run):
-    """step(state, batch, rates) -> (new state, scalars, grads, activations), jitted."""
+def build_traced_step(run: Run) -> Callable[..., tuple]:
+    """Returns step(state, batch, rates) -> (new state, scalars, grads, activations), jitted."""
     cfg = run.cfg
     advance = build_advance(
         run.model, run.loss, run.optimizer, build_schedule(cfg.optim), None, cfg.accumulation
@@ -63,49 +67,65 @@ def build_traced_step(run):
     return jax.jit(step)
 
 
-def record(start, steps, path, style="jaxtrain", batches=None, keep_batches=False) -> None:
-    """Trains `steps` steps and writes their trace.
+def record(
+    start: Start,
+    steps: int,
+    path: str | Path,
+    style: str = "jaxtrain",
+    batches: Iterable[Batch] | None = None,
+    keep_batches: bool = False,
+) -> None:
+    """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
     Args:
-        path: of the trace; it is written anew.
-        style: whose names the tensors have, one of names.STYLES.
-        batches: {"tokens", "docs"} int32 [B,T+1] to train on instead of the corpus.
-        keep_batches: the trace holds the batches.
+        style: how tensors are named, one of tensor_names.STYLES.
+        batches: what to train on; None reads the config's data.
+        keep_batches: store the batches in the trace.
 
     Raises:
-        ValueError: batches end early.
-        InteropError: style is hf and the model is not of a family.
+        ValueError: there are too few batches.
+        InteropError: style is "hf" and the model belongs to no known family.
     """
     run, cfg = start.run, start.run.cfg
-    naming = build_naming(style, cfg.model, run.model.axes)
-    reading, at = contextlib.nullcontext(batches), batch_sharding(run.mesh)
-    if batches is None:
-        reading = build_batches(cfg.data, start.corpus, run.mesh, cfg.seed)
+    name_tensors = build_naming(style, cfg.model, run.model.axes)
+    sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
-    with reading as batches, Writer(path, "jaxtrain", cfg.model.dtype) as writer:
-        writer.write({"step": 0, "parameter": writer.digests(naming(start.weights))})
+    with contextlib.ExitStack() as stack:
+        if batches is None:
+            assert start.corpus is not None  # build_start has read it
+            batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
+        writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype))
+        writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})
         for batch in islice(batches, steps):
-            batch = {name: jax.device_put(np.asarray(x), at) for name, x in batch.items()}
-            state = _write_step(writer, naming, step, state, batch, run.rates(), keep_batches)
+            batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
+            new, scalars, grads, activations = step(state, batch, run.rates())
+            line = {"step": int(new.step), "batch": batch_hash(batch["tokens"])}
+            line |= _step_values(writer, name_tensors, state, new, scalars, grads, activations)
+            if keep_batches:
+                line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
+            writer.write(line)
+            state = new
     if int(state.step) < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {state.step}. Set --steps.")
 
 
-def _write_step(writer, naming, step, state, batch, rates, keep_batches):
-    """One step of the run, one line of the trace; the state after it."""
-    new, scalars, grads, activations = step(state, batch, rates)
-    wide = lambda x: np.asarray(x, np.float64)
-    moved = jax.tree.map(lambda p, q: wide(p) - wide(q), new.params, state.params)
-    line = {
-        "step": int(new.step),
-        "batch": batch_hash(batch["tokens"]),
+def _step_values(
+    writer: TraceWriter,
+    name_tensors: NameTensors,
+    old: TrainState,
+    new: TrainState,
+    scalars: dict[str, Any],
+    grads: Any,
+    activations: dict[str, Any],
+) -> dict[str, Any]:
+    # In float64, as the difference of two float32 parameters would lose most of its digits.
+    difference = lambda p, q: np.asarray(p, np.float64) - np.asarray(q, np.float64)
+    updates = jax.tree.map(difference, new.params, old.params)
+    return {
         "loss": scalars["train/loss_nats"],
         "grad_norm": scalars["train/grad_norm"],
         "activations": writer.digests(activations.items()),
-        "gradient": writer.digests(naming(grads)),
-        "update": writer.digests(naming(moved)),
-        "parameter": writer.digests(naming(new.params)),
+        "gradient": writer.digests(name_tensors(grads)),
+        "update": writer.digests(name_tensors(updates)),
+        "parameter": writer.digests(name_tensors(new.params)),
     }
-    kept = {name: np.asarray(x).tolist() for name, x in batch.items()} if keep_batches else {}
-    writer.write(line | kept)
-    return new

@@ -1,4 +1,4 @@
-"""llm.c's debug states as one-step traces: batch, logits, loss and all gradients of a GPT-2.
+"""Converts llm.c's debug states (batch, logits, loss and gradients of a GPT-2) to one-step traces.
 
 Source: Karpathy et al., https://github.com/karpathy/llm.c, train_gpt2.py, `write_state`, version 2
 """
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.crosscheck.trace import TraceError, Writer, batch_hash
+from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.crosscheck.trace import TraceError, TraceWriter, batch_hash
 from jaxtrain.interop.llmc import HEADER, file_layout, padded_vocab_size
 
 MAGIC, VERSION = 20240327, 2
-FUSED = "c_attn"  # queries, keys and values
+FUSED = "c_attn"  # queries, keys and values in one tensor
 
 
-def write_trace(state, cfg, path) -> None:
-    """Writes the one-step trace, named as Hugging Face names it, of a state of a ModelConfig.
+def write_trace(state: str | Path, cfg: ModelConfig, path: str | Path) -> None:
+    """Writes a debug state as a trace of one step, with Hugging Face's tensor names.
 
     Raises:
-        TraceError: the file is no debug state of version 2, or of another model.
+        TraceError: the file is not a debug state of version 2, or it belongs to another model.
     """
     head = np.fromfile(state, "<i4", HEADER)
     if len(head) < HEADER or (head[0], head[1]) != (MAGIC, VERSION):
@@ -36,19 +37,19 @@ def write_trace(state, cfg, path) -> None:
             f"{state} must have {4 * numbers:,} bytes for B={B}, T={T} and this model; got "
             f"{Path(state).stat().st_size:,}. Set --weights to the model that it was made with."
         )
-    data, at = np.memmap(state, np.uint8, "r"), [4 * HEADER]
+    data, offset = np.memmap(state, "<f4", "r"), HEADER
 
-    def take(count, dtype="<f4"):
-        raw = data[at[0] : at[0] + 4 * count]
-        at[0] += 4 * count
-        return np.frombuffer(raw, dtype)
+    def read(count: int) -> np.ndarray:
+        nonlocal offset
+        offset += count
+        return data[offset - count : offset]
 
-    inputs_BT, targets_BT = (take(B * T, "<i4").reshape(B, T) for _ in range(2))
-    logits, loss = take(B * T * cfg.V), float(take(1)[0])
+    inputs_BT, targets_BT = (read(B * T).view("<i4").reshape(B, T) for _ in range(2))
+    logits, loss = read(B * T * cfg.V), float(read(1)[0])
     grads, square = {}, 0.0
-    with Writer(path, "llm.c", "float32") as writer:
+    with TraceWriter(path, "llm.c", "float32") as writer:
         for name, shape, transposed in tensors:
-            x = take(math.prod(shape)).reshape(shape)
+            x = read(math.prod(shape)).reshape(shape)
             x = x[: cfg.V] if shape[0] == P else x
             x = x.T if transposed else x
             square += float(np.square(x.astype(np.float64)).sum())
@@ -57,7 +58,9 @@ def write_trace(state, cfg, path) -> None:
                 grads[f"{name}/{i}" if FUSED in name else name] = part
         tokens_BT1 = np.concatenate([inputs_BT, targets_BT[:, -1:]], 1)
         if not np.array_equal(tokens_BT1[:, 1:], targets_BT):
-            raise TraceError(f"targets of {state} must be its inputs, one later; they are not.")
+            raise TraceError(
+                f"targets of {state} must be its inputs, shifted by one; they are not."
+            )
         line = {"step": 1, "batch": batch_hash(tokens_BT1), "loss": loss, "grad_norm": square**0.5}
         writer.write(
             line

@@ -1,14 +1,16 @@
-"""Both loss curves of a comparison, and the distance between them."""
+"""Plots both loss curves of a comparison and the difference between them."""
 
 import io
 
 import numpy as np
 
+from jaxtrain.crosscheck.comparison import Comparison
+
 COLORS = "#1f5fa8", "#d1495b"
 
 
-def draw(comparison) -> bytes:
-    """PNG bytes: the losses above, their difference below on a logarithmic scale."""
+def plot_losses(comparison: Comparison) -> bytes:
+    """Returns a PNG: the losses above, their difference below on a logarithmic scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -25,28 +27,30 @@ def draw(comparison) -> bytes:
         )
     upper.set_ylabel("loss (nats/token)", fontsize=13)
     upper.legend(fontsize=13, frameon=False)
-    apart = np.abs(losses[:, 0] - losses[:, 1])
-    allowed = [_limit(comparison, step) for step in comparison.steps]
-    seen = np.where(apart > 0, apart, np.nan)  # equal losses have no place on this scale
-    lower.semilogy(steps, seen, "o", color="#555555", markersize=3, label="apart")
-    lower.semilogy(steps, allowed, color="#999999", linestyle="--", label="tolerance")
+    difference = np.abs(losses[:, 0] - losses[:, 1])
+    visible = np.where(difference > 0, difference, np.nan)  # a logarithmic scale has no zero
+    lower.semilogy(steps, visible, "o", color="#555555", markersize=3, label="difference")
+    tolerances = [_loss_tolerance(comparison, step) for step in comparison.steps]
+    lower.semilogy(steps, tolerances, color="#999999", linestyle="--", label="tolerance")
     lower.set_ylabel("difference (nats)", fontsize=13)
     lower.set_xlabel("step", fontsize=13)
     lower.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     lower.legend(fontsize=13, frameon=False)
-    found = comparison.divergence
+    divergence = comparison.divergence
     for axes in (upper, lower):
         axes.tick_params(labelsize=12, length=0)
         axes.grid(color="#e4e4e4", linewidth=1)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        if found:
-            axes.axvline(found.gap.step, color="#999999", linewidth=1)
-    verdict = f"part at step {found.gap.step}: {found.stage}" if found else "agree"
-    upper.set_title(f"{' and '.join(comparison.names)} {verdict}", loc="left", fontsize=16)
+        if divergence:
+            axes.axvline(divergence.first.step, color="#999999", linewidth=1)
+    outcome = "agree"
+    if divergence:
+        outcome = f"differ at step {divergence.first.step}: {divergence.stage}"
+    upper.set_title(f"{' and '.join(comparison.names)} {outcome}", loc="left", fontsize=16)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
 
 
-def _limit(comparison, step) -> float:
-    return next(gap.tolerance for gap in comparison.gaps[step] if gap.quantity == "loss")
+def _loss_tolerance(comparison: Comparison, step: int) -> float:
+    return next(d.tolerance for d in comparison.differences[step] if d.quantity == "loss")

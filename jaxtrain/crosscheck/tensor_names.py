@@ -1,56 +1,66 @@
-"""Our parameters as a PyTorch model has them: one tensor a layer, by another's names.
+"""Splits jaxtrain's parameters into one tensor per layer, named as a PyTorch model names them.
 
-"jaxtrain" is the twin's naming, `blocks.0.attention.q.weight` [outputs, inputs]; "hf" is Hugging
-Face's of the family, in which a part of a fused tensor is called `...c_attn.weight/0`.
+In the style "jaxtrain" names are those of torch_model.py: `blocks.0.attention.q.weight`, with shape
+[outputs, inputs]. In the style "hf" they are Hugging Face's names of the model's family; the parts
+of a fused tensor are called `...c_attn.weight/0`, `/1` and `/2`.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from jaxtrain.axes import Axes
+from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop.families import TensorMapping, family_of_model
 from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
-ENDS = {"w": "weight", "b": "bias"}  # ours -> nn.Linear's; the others are called alike
+ENDINGS = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
+# How the names start that come after all layers, in either style.
+AFTER_LAYERS = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
+
+NameTensors = Callable[[Any], Iterator[tuple[str, np.ndarray]]]
 
 
-def _plain(axes):
-    """The twin's names, in the order of the network."""
+def _own_mappings(axes: dict[str, Axes]) -> Iterator[TensorMapping]:
+    """Yields the mappings of the style "jaxtrain", in the order of the network."""
     order = {"embed": 0, "positions": 1, "blocks": 2}
     for path in sorted(axes, key=lambda path: order.get(path.split(".")[0], 3)):
-        *rest, end = path.split(".")
-        theirs = ".".join([*rest, ENDS.get(end, end)])
+        *parents, last = path.split(".")
+        name = ".".join([*parents, ENDINGS.get(last, last)])
         layered = path.startswith("blocks.")
-        theirs = theirs.replace("blocks.", "blocks.{}.", 1) if layered else theirs
-        yield TensorMapping(path, theirs, transposed=layered and bool(axes[path].outputs))
+        if layered:
+            name = name.replace("blocks.", "blocks.{}.", 1)
+        yield TensorMapping(path, name, transposed=layered and bool(axes[path].outputs))
 
 
-def build_naming(style, cfg, axes):
-    """naming(tree) -> yields (name, array) of a tree like the parameters, from front to back.
+def build_naming(style: str, cfg: ModelConfig, axes: Any) -> NameTensors:
+    """Returns a function that yields (name, array) of a tree of parameters, from front to back.
 
     Raises:
-        InteropError: style is hf and the model is of no family that Hugging Face's names are
-            known for.
+        InteropError: the style is "hf" and the model belongs to no known family.
     """
     axes = named_leaves(axes)
-    rows = family_of_model(cfg).tensors(cfg) if style == "hf" else _plain(axes)
-    rows = [row for row in rows if row.name in axes]
+    mappings = family_of_model(cfg).tensors(cfg) if style == "hf" else _own_mappings(axes)
+    mappings = [mapping for mapping in mappings if mapping.name in axes]
+    layered = [m for m in mappings if "{}" in m.hf_name]
+    others = [m for m in mappings if "{}" not in m.hf_name]
+    front = [m for m in others if not m.hf_name.startswith(AFTER_LAYERS)]
+    back = [m for m in others if m.hf_name.startswith(AFTER_LAYERS)]
 
-    layered = [row for row in rows if "{}" in row.hf_name]
-    last = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
-    front = [row for row in rows if row not in layered and not row.hf_name.startswith(last)]
-    back = [row for row in rows if row not in layered and row not in front]
+    def tensor(mapping, leaves, layer=None):
+        a, x = axes[mapping.name], np.asarray(leaves[mapping.name])
+        if layer is not None:
+            x = x[layer].reshape(a.matrix_shape(x.shape)[1:]) if a.outputs else x[layer]
+        index, parts = mapping.part
+        name = mapping.hf_name.format(layer) + (f"/{index}" if parts > 1 else "")
+        return name, x.T if mapping.transposed else x
 
-    def tensor(row, leaves, i=None):
-        a, x = axes[row.name], np.asarray(leaves[row.name])
-        part = f"/{row.part[0]}" if row.part[1] > 1 else ""
-        if i is not None:
-            x = x[i].reshape(a.matrix_shape(x.shape)[1:]) if a.outputs else x[i]
-        return row.hf_name.format(i) + part, x.T if row.transposed else x
-
-    def naming(tree):
+    def name_tensors(tree):
         leaves = named_leaves(tree)
-        yield from (tensor(row, leaves) for row in front)
-        yield from (tensor(row, leaves, i) for i in range(cfg.L) for row in layered)
-        yield from (tensor(row, leaves) for row in back)
+        yield from (tensor(mapping, leaves) for mapping in front)
+        yield from (tensor(m, leaves, i) for i in range(cfg.L) for m in layered)
+        yield from (tensor(mapping, leaves) for mapping in back)
 
-    return naming
+    return name_tensors

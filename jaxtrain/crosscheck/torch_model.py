@@ -1,9 +1,12 @@
-"""The PyTorch twin: the transformer of a ModelConfig, as PyTorch has it.
+"""The transformer of a ModelConfig, written independently in PyTorch.
 
-It shares nothing with the JAX side but the config. Parameters carry the names of our plain dict,
-so `load_params` makes both start equal and `read_params` gives weights or gradients back in our
-shapes. Precision is torch.autocast's over float32 masters, with the residual stream in bfloat16.
+It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict:
+`load_params` copies weights in, and `read_params` copies weights or gradients out. Parameters are
+float32; torch.autocast computes in bfloat16 where the config asks for it.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +14,17 @@ try:
     import torch
 except ModuleNotFoundError as error:
     raise ImportError(
-        'the PyTorch twin needs torch, which is missing. Run pip install "jaxtrain[crosscheck]".'
+        'the PyTorch side needs torch, which is missing. Run pip install "jaxtrain[crosscheck]".'
     ) from error
 
 from torch import nn
 from torch.nn import functional as F
 
+from jaxtrain.config.train_config import ModelConfig
+
 
 class Norm(nn.Module):
-    def __init__(self, cfg, width, form):
+    def __init__(self, cfg: ModelConfig, width: int, form: str):
         super().__init__()
         self.form, self.eps = form, cfg.norm_eps
         self.gain = nn.Parameter(torch.ones(width))
@@ -27,26 +32,28 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
     def forward(self, x):
-        x = x.to(self.gain.dtype)  # bf16 would lose the mean square, and autocast leaves it be
+        x = x.to(
+            self.gain.dtype
+        )  # bfloat16 would round the mean square; autocast does not upcast here
         if self.form == "layer":
             return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.eps)
         return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
 
 
-def rotate(x_BHTK, cos_TK, sin_TK):
-    """Rotary position, halves rotated. Source: https://arxiv.org/abs/2104.09864."""
+def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+    """Applies rotary position embedding to the two halves of K. Source: arxiv.org/abs/2104.09864"""
     first, second = x_BHTK.chunk(2, -1)
     return x_BHTK * cos_TK + torch.cat((-second, first), -1) * sin_TK
 
 
-def same_document(docs_BT):
-    """bool [B,1,T,T]: whether a query sees a key, which stands before it in its document."""
-    same_BTT = docs_BT[:, :, None] == docs_BT[:, None, :]
-    return same_BTT.tril()[:, None]
+def document_mask(docs_BT: torch.Tensor) -> torch.Tensor:
+    """Returns bool [B,1,T,S]: whether the key is in the query's document and not after it."""
+    same_BTS = docs_BT[:, :, None] == docs_BT[:, None, :]
+    return same_BTS.tril()[:, None]
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         self.q = nn.Linear(cfg.D, cfg.H * cfg.K, cfg.bias)
@@ -57,7 +64,7 @@ class Attention(nn.Module):
             self.q_norm = Norm(cfg, cfg.K, "rms")
             self.k_norm = Norm(cfg, cfg.K, "rms")
 
-    def forward(self, x_BTD, rope, seen_B1TT=None):
+    def forward(self, x_BTD, rope, mask_B1TS=None):
         cfg = self.cfg
         q = self.q(x_BTD).unflatten(-1, (cfg.H, cfg.K)).transpose(1, 2)
         k = self.k(x_BTD).unflatten(-1, (cfg.G, cfg.K)).transpose(1, 2)
@@ -66,13 +73,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        mask = {"is_causal": True} if seen_B1TT is None else {"attn_mask": seen_B1TT}
-        o_BHTK = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=cfg.G < cfg.H)
+        o_BHTK = F.scaled_dot_product_attention(
+            q, k, v, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=cfg.G < cfg.H
+        )
         return self.o(o_BHTK.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.form = cfg.mlp
         if cfg.mlp == "swiglu":
@@ -89,22 +97,22 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.attention_norm = Norm(cfg, cfg.D, cfg.norm)
         self.attention = Attention(cfg)
         self.mlp_norm = Norm(cfg, cfg.D, cfg.norm)
         self.mlp = Mlp(cfg)
 
-    def forward(self, h_BTD, rope, seen_B1TT=None):
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rope, seen_B1TT)
+    def forward(self, h_BTD, rope, mask_B1TS=None):
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rope, mask_B1TS)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))
 
 
 class TorchTransformer(nn.Module):
-    """tokens int64 [B,T] -> logits float32 [B,T,V]; `loss` is the mean nats of the next token."""
+    """Maps tokens int64 [B,T] to logits float32 [B,T,V]."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Parameter(torch.zeros(cfg.V, cfg.D))
@@ -115,29 +123,39 @@ class TorchTransformer(nn.Module):
         if not cfg.tied:
             self.head = nn.Parameter(torch.zeros(cfg.V, cfg.D))
 
-    def _rope(self, T):
+    def _rope(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         like = {"dtype": self.embed.dtype, "device": self.embed.device}
         exponent_K = torch.arange(0, self.cfg.K, 2, **like) / self.cfg.K
-        at_T = torch.arange(T, **like)
-        angle_TK = torch.outer(at_T, self.cfg.rope_theta**-exponent_K).repeat(1, 2)
+        position_T = torch.arange(T, **like)
+        angle_TK = torch.outer(position_T, self.cfg.rope_theta**-exponent_K).repeat(1, 2)
         return angle_TK.cos(), angle_TK.sin()
 
-    def forward(self, tokens_BT, docs_BT=None, observe=lambda name, x: None):
-        """docs_BT: attention stays inside documents; observe(name, x) sees each layer's output."""
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        docs_BT: torch.Tensor | None = None,
+        observe: Callable[[str, torch.Tensor], None] = lambda name, x: None,
+    ) -> torch.Tensor:
+        """Computes logits.
+
+        Args:
+            docs_BT: document ids; attention stays inside documents. None attends to all before.
+            observe: called with the name and output of each layer.
+        """
         cfg, T = self.cfg, tokens_BT.shape[1]
-        seen_B1TT = None if docs_BT is None else same_document(docs_BT)
-        device, narrow = tokens_BT.device.type, cfg.dtype == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=narrow):
+        mask_B1TS = None if docs_BT is None else document_mask(docs_BT)
+        device, is_bfloat16 = tokens_BT.device.type, cfg.dtype == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16):
             h_BTD, rope = F.embedding(tokens_BT, self.embed), None
             if cfg.position == "learned":
                 h_BTD = h_BTD + self.positions[:T]
             else:
                 rope = self._rope(T)
-            if cfg.dtype == "bfloat16":  # the residual stream too, as llm.c and nanochat have it
+            if is_bfloat16:  # the residual stream too, as in llm.c and nanochat
                 h_BTD = h_BTD.bfloat16()
             observe("embed", h_BTD)
             for i, block in enumerate(self.blocks):
-                h_BTD = block(h_BTD, rope, seen_B1TT)
+                h_BTD = block(h_BTD, rope, mask_B1TS)
                 observe(f"blocks.{i}", h_BTD)
             head_VD = self.embed if cfg.tied else self.head
             logits = F.linear(self.final_norm(h_BTD), head_VD).to(self.embed.dtype)
@@ -146,31 +164,42 @@ class TorchTransformer(nn.Module):
         observe("logits", logits)
         return logits
 
-    def loss(self, tokens_BT1, **options):
-        """int64 [B,T+1] -> nats []."""
-        return self.losses(tokens_BT1, **options)[1]
+    def loss(self, tokens_BT1: torch.Tensor) -> torch.Tensor:
+        """Returns the mean loss in nats [] of predicting each next token of int64 [B,T+1]."""
+        return self.losses(tokens_BT1)[1]
 
-    def losses(self, tokens_BT1, docs_BT1=None, masked=False, z_loss=0.0, **observe):
-        """(objective, nats): means over the targets that are no padding (documents of -1).
+    def losses(
+        self,
+        tokens_BT1: torch.Tensor,
+        docs_BT1: torch.Tensor | None = None,
+        masked: bool = False,
+        z_loss: float = 0.0,
+        **observe: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (objective, nats), means over all targets but padding, whose document is -1.
 
         Args:
-            masked: attention stays inside documents too.
+            masked: attention stays inside documents.
             z_loss: weight of the squared logarithm of the softmax's denominator.
+            observe: see forward.
         """
-        docs_BT = docs_BT1[:, :-1] if masked else None
-        logits_ND = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
+        docs_BT = None
+        if masked:
+            assert docs_BT1 is not None, "a document mask needs document ids"
+            docs_BT = docs_BT1[:, :-1]
+        logits_NV = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
         targets_N = tokens_BT1[:, 1:].flatten()
         if docs_BT1 is not None:
-            kept_N = docs_BT1[:, 1:].flatten() >= 0
-            logits_ND, targets_N = logits_ND[kept_N], targets_N[kept_N]
-        nats = F.cross_entropy(logits_ND, targets_N)
+            is_target_N = docs_BT1[:, 1:].flatten() >= 0
+            logits_NV, targets_N = logits_NV[is_target_N], targets_N[is_target_N]
+        nats = F.cross_entropy(logits_NV, targets_N)
         if not z_loss:
             return nats, nats
-        return nats + z_loss * logits_ND.logsumexp(-1).square().mean(), nats
+        return nats + z_loss * logits_NV.logsumexp(-1).square().mean(), nats
 
 
-def build_torch_model(cfg, params=None) -> TorchTransformer:
-    """The PyTorch model of a ModelConfig, with float64 masters for float64."""
+def build_torch_model(cfg: ModelConfig, params: dict[str, Any] | None = None) -> TorchTransformer:
+    """Builds the model, in float64 if cfg.dtype is, and copies `params` in if they are given."""
     model = TorchTransformer(cfg)
     model = model.double() if cfg.dtype == "float64" else model
     if params is not None:
@@ -178,35 +207,40 @@ def build_torch_model(cfg, params=None) -> TorchTransformer:
     return model
 
 
-NAMES = {"w": "weight", "b": "bias"}  # ours -> nn.Linear's; the others are called alike
+Path = tuple[str, ...]  # names from the root of jaxtrain's dict to a leaf
+NAMES = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
 
 
-def _flatten(tree, path=()):
+def _flatten(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for name, x in tree.items():
-        yield from _flatten(x, (*path, name)) if isinstance(x, dict) else [((*path, name), x)]
+        if isinstance(x, dict):
+            yield from _flatten(x, (*path, name))
+        else:
+            yield (*path, name), x
 
 
-def _tensors(model, path):
-    """The tensors that our leaf at this path stacks, and whether they are Linear's [O,I]."""
+def _tensors(model: TorchTransformer, path: Path) -> tuple[list[nn.Parameter], bool]:
+    """Returns the tensors that one jaxtrain leaf stacks, and whether they are transposed, [O,I]."""
     name = ".".join((*path[:-1], NAMES.get(path[-1], path[-1])))
     if path[0] != "blocks":
         return [model.get_parameter(name)], False
     name = name.removeprefix("blocks.")
-    return [block.get_parameter(name) for block in model.blocks], path[-1] == "w"
+    return [block.get_parameter(name) for block in model.blocks.children()], path[-1] == "w"
 
 
 @torch.no_grad()
-def load_params(model, params) -> None:
-    """Copies our plain dict of arrays into a TorchTransformer.
+def load_params(model: TorchTransformer, params: dict[str, Any]) -> None:
+    """Copies jaxtrain's nested dict of arrays into the model.
 
     Raises:
-        ValueError: the dict does not hold exactly the model's parameters.
+        ValueError: the dict does not have exactly the model's parameters.
     """
     arrays = {path: np.asarray(x) for path, x in _flatten(params)}
     count, wanted = sum(x.size for x in arrays.values()), sum(p.numel() for p in model.parameters())
     if count != wanted:
         raise ValueError(
-            f"params must hold the twin's {wanted} weights; got {count}. Build both of one config."
+            f"params must have the PyTorch model's {wanted} weights; got {count}. "
+            "Build both from one config."
         )
     for path, array in arrays.items():
         tensors, transposed = _tensors(model, path)
@@ -216,13 +250,18 @@ def load_params(model, params) -> None:
             tensor.copy_(matrix.T if transposed else matrix)
 
 
-def read_params(model, like, grads=False) -> dict:
-    """Weights, or their gradients, as NumPy arrays in the tree and shapes of `like`."""
+def read_params(
+    model: TorchTransformer, like: dict[str, Any], grads: bool = False
+) -> dict[str, Any]:
+    """Returns weights, or their gradients, as NumPy arrays in the tree and shapes of `like`."""
 
     def read(path, shape):
         tensors, transposed = _tensors(model, path)
-        parts = [t.grad if grads else t.detach() for t in tensors]
-        arrays = [(x.T if transposed else x).numpy() for x in parts]
+        arrays = []
+        for tensor in tensors:
+            x = tensor.grad if grads else tensor.detach()
+            assert x is not None, f"{path} has no gradient"
+            arrays.append((x.T if transposed else x).numpy())
         return np.stack(arrays).reshape(shape)
 
     def walk(tree, path=()):

@@ -1,20 +1,25 @@
-"""The twin's training: torch.optim's optimizers, our schedule and clipping, and its trace."""
+"""Trains the PyTorch side: torch.optim's optimizers, the schedule, clipping, and the trace."""
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from jaxtrain.config.train_config import OptimConfig, TrainConfig
 from jaxtrain.crosscheck.recorder import Recorder
-from jaxtrain.crosscheck.torch_model import build_torch_model
+from jaxtrain.crosscheck.torch_model import TorchTransformer, build_torch_model
 
+# optim.scale -> torch.optim.Muon's adjust_lr_fn
 TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 
 
-def check_optimizer(cfg) -> None:
-    """Raises ValueError where torch.optim has no such optimizer as an OptimConfig's."""
+def check_optimizer(cfg: OptimConfig) -> None:
+    """Raises ValueError if torch.optim does not have the optimizer of a config."""
     wanted = {"name": ("adamw", "muon"), "rest": ("adamw",), "noise_scale": (0.0,)}
     if cfg.name == "muon":
         wanted |= {"scale": tuple(TORCH_SCALES), "geometry": ("spectral",), "per_head": (False,)}
@@ -27,25 +32,28 @@ def check_optimizer(cfg) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the PyTorch twin must have torch.optim's AdamW or Muon; got {', '.join(wrong)}. "
-            "Set --optim.*."
+            "the PyTorch side has torch.optim's AdamW and Muon only; got "
+            f"{', '.join(wrong)}. Set --optim.*."
         )
 
 
-def build_optimizers(cfg, model) -> list:
-    """torch.optim's of an OptimConfig: matrices by optim.name, all else on fused AdamW.
+def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Builds torch.optim's optimizers: optim.name for the matrices, fused AdamW for all else.
 
-    Matrices, embedding and head decay; positions and vectors do not.
+    Weight decay applies to matrices, embedding and head, not to positions and vectors.
 
     Raises:
-        ValueError: torch.optim has no such optimizer.
+        ValueError: torch.optim does not have the optimizer.
     """
     check_optimizer(cfg)
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
-        inside = name.startswith("blocks.")
-        table = name in ("embed", "head")
-        (matrices if inside and p.ndim == 2 else tables if table else vectors).append(p)
+        if name.startswith("blocks.") and p.ndim == 2:
+            matrices.append(p)
+        elif name in ("embed", "head"):
+            tables.append(p)
+        else:
+            vectors.append(p)
     decayed = tables + (matrices if cfg.name == "adamw" else [])
     adamw = torch.optim.AdamW(
         [
@@ -71,73 +79,85 @@ def build_optimizers(cfg, model) -> list:
     return [muon, adamw]
 
 
-def scale_at(cfg, count: int) -> float:
-    """Share of the peak rate of update `count`, from 0, by an OptimConfig's schedule."""
+def rate_fraction(cfg: OptimConfig, count: int) -> float:
+    """Returns the learning rate of update `count` (from 0) as a fraction of the peak rate."""
     left = max(cfg.total_steps - count, 0)
-    warm = (count + 1) / max(cfg.warmup_steps, 1)
+    warmup = (count + 1) / max(cfg.warmup_steps, 1)
     if cfg.schedule == "constant":
-        return min(warm, 1.0)
+        return min(warmup, 1.0)
     if cfg.schedule == "cosine":
         share = min(left / max(cfg.total_steps - cfg.warmup_steps, 1), 1.0)
-        place = 0.5 - 0.5 * math.cos(math.pi * share)
+        height = 0.5 - 0.5 * math.cos(math.pi * share)
     else:
-        place = min(left / max(round(cfg.decay_fraction * cfg.total_steps), 1), 1.0)
-    scale = cfg.final_scale + (1 - cfg.final_scale) * place
-    return min(warm, scale) if left else scale
+        height = min(left / max(round(cfg.decay_fraction * cfg.total_steps), 1), 1.0)
+    scale = cfg.final_scale + (1 - cfg.final_scale) * height
+    return min(warmup, scale) if left else scale
 
 
 @contextlib.contextmanager
-def muon_products(dtype: str):
-    """torch.optim.Muon iterates in bfloat16 whatever the precision; for others its cast is off."""
-    narrow = torch.Tensor.bfloat16
+def muon_precision(dtype: str) -> Iterator[None]:
+    """Makes torch.optim.Muon orthogonalise in `dtype`.
+
+    It always casts to bfloat16 by Tensor.bfloat16(). For other types this replaces that method.
+    """
+    cast = torch.Tensor.bfloat16
     if dtype != "bfloat16":
-        torch.Tensor.bfloat16 = lambda x: x.clone()
+        torch.Tensor.bfloat16 = lambda self, **kwargs: self.clone()
     try:
         yield
     finally:
-        torch.Tensor.bfloat16 = narrow
+        torch.Tensor.bfloat16 = cast
 
 
-def clip(model, clip_norm):
-    """Scales gradients to a global norm of clip_norm; clip_grad_norm_ adds 1e-6 to the norm.
+def clip_gradients(model: nn.Module, clip_norm: float) -> None:
+    """Scales the gradients down to a global norm of clip_norm.
 
-    The host does not ask how large the norm is: on a GPU it would wait for the whole step.
+    torch's clip_grad_norm_ adds 1e-6 to the norm, which this does not. The host never reads the
+    norm: on a GPU it would wait for the whole step.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     scale = (clip_norm / nn.utils.get_total_norm(grads)).clamp(max=1.0)
-    torch._foreach_mul_(grads, scale)
+    torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def build_update(cfg, model):
-    """update(rate=1.0): clips the gradients that are there and steps with them; a TrainConfig's."""
+def build_update(cfg: TrainConfig, model: nn.Module) -> Callable[..., None]:
+    """Returns update(rate=1.0), which clips the model's gradients and steps the optimizers.
+
+    `rate` is a fraction of the peak learning rates.
+    """
     optimizers = build_optimizers(cfg.optim, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
 
     def update(rate=1.0):
         if cfg.optim.clip_norm:
-            clip(model, cfg.optim.clip_norm)
+            clip_gradients(model, cfg.optim.clip_norm)
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * rate
-        with muon_products(cfg.optim.ns_dtype):
+        with muon_precision(cfg.optim.ns_dtype):
             for optimizer in optimizers:
                 optimizer.step()
 
     return update
 
 
-def build_step(cfg, model, compiled=False, recorder=None):
-    """step(tokens_BT1 int64, docs_BT1=None, rate=1.0) -> nats []: a TrainConfig's whole step.
+def build_step(
+    cfg: TrainConfig,
+    model: TorchTransformer,
+    compiled: bool = False,
+    recorder: Recorder | None = None,
+) -> Callable[..., torch.Tensor]:
+    """Returns step(tokens_BT1 int64, docs_BT1=None, rate=1.0) -> loss in nats [].
 
-    The batch is one piece, whatever cfg.accumulation: the mean over its targets is the same.
+    cfg.accumulation is ignored: the whole batch gives the same mean over its targets.
 
     Args:
-        compiled: forward and backward by torch.compile; optimizers are fused kernels as they are.
-        recorder: a Recorder of the model, which every step is written to.
+        compiled: use torch.compile for the forward and backward pass; the optimizers are fused.
+        recorder: records every step.
     """
     losses = torch.compile(model.losses) if compiled else model.losses
     update = build_update(cfg, model)
-    options = {"z_loss": cfg.loss.z_loss, "masked": cfg.data.document_mask}
+    options: dict[str, Any] = {"z_loss": cfg.loss.z_loss, "masked": cfg.data.document_mask}
     if recorder:
         options["observe"] = recorder.observe
 
@@ -155,22 +175,27 @@ def build_step(cfg, model, compiled=False, recorder=None):
     return step
 
 
-def record(cfg, steps, path, params, batches) -> None:
-    """Trains the twin of a TrainConfig from given weights and writes its trace.
+def record(
+    cfg: TrainConfig,
+    steps: int,
+    path: str | Path,
+    params: dict[str, Any],
+    batches: Iterable[dict[str, Any]],
+) -> None:
+    """Trains the PyTorch side for `steps` steps and writes the trace.
 
     Args:
-        params: our plain dict of arrays at step 0.
-        batches: iterator of {"tokens", and perhaps "docs"}, [B,T+1].
+        params: the parameters at step 0, as jaxtrain's nested dict of arrays.
+        batches: {"tokens"} or {"tokens", "docs"}, [B,T+1].
 
     Raises:
-        ValueError: torch.optim has no such optimizer, or batches end early.
+        ValueError: torch.optim does not have the optimizer, or there are too few batches.
     """
     model, count = build_torch_model(cfg.model, params), 0
-    options = {"precision": cfg.model.dtype, "keep_batches": False}
-    with Recorder(path, model, **options) as recorder:
+    with Recorder(path, model, precision=cfg.model.dtype, keep_batches=False) as recorder:
         step = build_step(cfg, model, recorder=recorder)
         for count, batch in enumerate(islice(batches, steps), 1):
             batch = {f"{name}_BT1": torch.as_tensor(x).long() for name, x in batch.items()}
-            step(**batch, rate=scale_at(cfg.optim, count - 1))
+            step(**batch, rate=rate_fraction(cfg.optim, count - 1))
     if count < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {count}. Set --steps.")

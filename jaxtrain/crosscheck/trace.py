@@ -1,10 +1,11 @@
-"""Step traces, read and written without PyTorch; `recorder.py` says what stands in them."""
+"""Reads and writes step traces without PyTorch; `recorder.py` documents their format."""
 
 import functools
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +20,12 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 
 
 class TraceError(ValueError):
-    """A trace cannot be used: what was expected of it, and what was found."""
+    """A trace cannot be read or compared."""
 
 
 class Trace(NamedTuple):
     header: dict
-    steps: list[dict]  # step 0 first, if it is there
+    steps: list[dict]  # one record per step; step 0, if present, has the initial parameters
 
     @property
     def name(self) -> str:
@@ -32,7 +33,7 @@ class Trace(NamedTuple):
 
 
 def _mix(h):
-    """lowbias32, https://nullprogram.com/blog/2018/07/31/; uint32 [N] -> uint32 [N]"""
+    """Hashes uint32 [N] by lowbias32. Source: https://nullprogram.com/blog/2018/07/31/"""
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D)
     h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
     return h ^ (h >> np.uint32(16))
@@ -44,15 +45,15 @@ def _first_signs(seed):
 
 
 def _signs(start, stop, seed):
-    """+1 and -1 as float64 [PROJECTIONS, stop - start]."""
+    """Returns pseudo-random signs +1 and -1 as float64 [PROJECTIONS, stop - start]."""
     salt = _mix(np.array([seed & 0xFFFFFFFF], np.uint32))
     hashed = _mix(np.arange(start, stop).astype(np.uint32) ^ salt)
     bits = hashed >> np.arange(PROJECTIONS, dtype=np.uint32)[:, None] & np.uint32(1)
     return 2.0 * bits - 1.0
 
 
-def digest(x, seed: int = 0) -> list[float]:
-    """[norm, mean, largest size, p0 ... p15] of an array, in float64."""
+def digest(x: Any, seed: int = 0) -> list[float]:
+    """Returns [norm, mean, largest size, p0 ... p15] of an array, computed in float64."""
     flat = np.asarray(x).reshape(-1)
     square = total = largest = 0.0
     projections = np.zeros(PROJECTIONS)
@@ -66,18 +67,18 @@ def digest(x, seed: int = 0) -> list[float]:
     return [square**0.5, total / max(flat.size, 1), largest, *projections.tolist()]
 
 
-def batch_hash(tokens_BT1) -> str:
-    """16 hex digits of a batch: its inputs, then its targets."""
+def batch_hash(tokens_BT1: Any) -> str:
+    """Returns 16 hex digits that identify a batch, from its inputs and then its targets."""
     tokens = np.asarray(tokens_BT1, "<i4")
     sha = hashlib.sha256(tokens[:, :-1].tobytes())
     sha.update(tokens[:, 1:].tobytes())
     return sha.hexdigest()[:16]
 
 
-class Writer:
-    """Writes a trace line by line: a run that is cut keeps its whole steps."""
+class TraceWriter:
+    """Writes a trace and flushes after each line, so that a killed run loses no finished step."""
 
-    def __init__(self, path, side: str, precision: str, seed: int = 0):
+    def __init__(self, path: str | Path, side: str, precision: str, seed: int = 0):
         self.seed = seed
         self._file = open(path, "w", encoding="utf-8")
         self.write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
@@ -86,7 +87,7 @@ class Writer:
         self._file.write(strict_json(line) + "\n")
         self._file.flush()
 
-    def digests(self, named) -> dict:
+    def digests(self, named: Iterable[tuple[str, Any]]) -> dict[str, list[float]]:
         return {name: digest(x, self.seed) for name, x in named}
 
     def __enter__(self):
@@ -96,35 +97,35 @@ class Writer:
         self._file.close()
 
 
-def read_trace(path) -> Trace:
-    """The whole steps of a trace; the last line of a loop that was killed is left out.
+def read_trace(path: str | Path) -> Trace:
+    """Reads a trace; an incomplete last line, as a killed run leaves it, is skipped.
 
     Raises:
-        TraceError: the file is no trace, or a line of it is not as the format says.
+        TraceError: the file is not a trace, or one of its lines does not follow the format.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"a trace must be a readable text file; got {path}: {error}.") from None
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a line without an end was cut
-    parsed = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+    lines = text[: text.rfind("\n") + 1].splitlines()  # without an incomplete last line
+    parsed = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
     if not parsed or parsed[0].get("trace") != FORMAT:
         found = parsed[0].get("trace") if parsed else "an empty file"
         raise TraceError(f"a trace must begin with format {FORMAT}; got {found} in {path}.")
-    header, steps = parsed[0], parsed[1:]
+    header, *steps = parsed
     if header.get("precision") not in PRECISIONS or not isinstance(header.get("seed"), int):
         raise TraceError(f"a trace's header must name precision and seed; got {header} in {path}.")
-    for number, line in enumerate(steps, 2):
-        _check(path, number, line)
-    numbers = [line["step"] for line in steps]
+    for number, record in enumerate(steps, 2):
+        _check_record(path, number, record)
+    numbers = [record["step"] for record in steps]
     if numbers != sorted(set(numbers)):
         raise TraceError(f"a trace's steps must ascend; got {numbers[:20]} in {path}.")
     if not any(numbers):
-        raise TraceError(f"a trace must hold at least one step; got none in {path}.")
+        raise TraceError(f"a trace must have at least one step; got none in {path}.")
     return Trace({"side": Path(path).stem} | header, steps)
 
 
-def _parse(path, number, line) -> dict:
+def _parse_line(path, number: int, line: str) -> dict:
     try:
         value = json.loads(line)
     except ValueError:
@@ -134,36 +135,37 @@ def _parse(path, number, line) -> dict:
     return value
 
 
-def _check(path, number, line) -> None:
-    if not isinstance(line.get("step"), int):
-        raise TraceError(f"line {number} of {path} must name its step; got {sorted(line)}.")
-    if line["step"] and not {"batch", "loss"} <= line.keys():
-        raise TraceError(f"line {number} of {path} must have batch and loss; got {sorted(line)}.")
+def _check_record(path, number: int, record: dict) -> None:
+    """Checks one step and converts its digests to arrays, in place."""
+    if not isinstance(record.get("step"), int):
+        raise TraceError(f"line {number} of {path} must name its step; got {sorted(record)}.")
+    if record["step"] and not {"batch", "loss"} <= record.keys():
+        raise TraceError(f"line {number} of {path} must have batch and loss; got {sorted(record)}.")
     for quantity in QUANTITIES:
-        for name, values in line.get(quantity, {}).items():
+        for name, values in record.get(quantity, {}).items():
             if len(values) != DIGEST:
                 raise TraceError(
                     f"line {number} of {path}: {quantity} of {name} must have {DIGEST} numbers; "
                     f"got {len(values)}."
                 )
-            line[quantity][name] = np.array(values, np.float64)  # "nan", "inf" are read as such
+            record[quantity][name] = np.array(values, np.float64)  # converts "nan" and "inf" too
     for name in ("loss", "grad_norm"):
-        if name in line:
-            line[name] = float(line[name])
+        if name in record:
+            record[name] = float(record[name])
 
 
-def batches_of(trace: Trace):
-    """Yields the batches that a trace holds: {"tokens", and "docs" with padding}, int32 [B,T+1].
+def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches stored in a trace: {"tokens", for padded rows "docs"}, int32 [B,T+1].
 
     Raises:
-        TraceError: a step holds none.
+        TraceError: a step has no batch.
     """
-    for line in trace.steps:
-        if line["step"]:
-            if "tokens" not in line:
+    for record in trace.steps:
+        if record["step"]:
+            if "tokens" not in record:
                 raise TraceError(
-                    f"to train on the batches of a trace it must hold them; step {line['step']} of "
-                    f"{trace.name} does not. Record it with keep_batches."
+                    f"training on the batches of a trace needs a trace with batches; step "
+                    f"{record['step']} of {trace.name} has none. Record it with keep_batches."
                 )
-            names = [name for name in ("tokens", "docs") if name in line]
-            yield {name: np.array(line[name], np.int32) for name in names}
+            names = [name for name in ("tokens", "docs") if name in record]
+            yield {name: np.array(record[name], np.int32) for name in names}

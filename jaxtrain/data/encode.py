@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.config.shell_commands import shell_command
-from jaxtrain.data.encoding.counts import Flags, describe_skipped
+from jaxtrain.data.encoding.counts import describe_skipped
 from jaxtrain.data.encoding.formats import SUFFIXES, printable_path
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import PROGRESS, STATE, lock_folder
-from jaxtrain.data.encoding.pipeline import SHARD_TOKENS, encode
+from jaxtrain.data.encoding.options import SHARD_TOKENS, EncodeOptions, Flags
+from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.metadata import META_FILE
 from jaxtrain.data.shards import MAX_SHARD_TOKENS
 from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
@@ -25,7 +26,7 @@ from jaxtrain.errors import INTERRUPTED
 from jaxtrain.file_errors import exit_on_file_error
 from pallas_kernels.arguments import Parser
 
-FLAGS = Flags("--input", "--text_field", "--val_fraction")
+FLAGS = Flags("--input", "--text_field")
 BATCH_TOKENS = 8 * (256 + 1)  # of configs/quickstart.py
 VOCABULARY_STEP = 64  # model.V is rounded up to a multiple, which suits matrix units
 
@@ -54,8 +55,8 @@ Memory stays bounded, at about 300 MB a process, whatever the size of the input.
 the result is the same for any --workers.
 
 If an encoding is stopped, even by kill -9 or a power cut, the same command continues it, and the
-result is as if it had not been stopped. If the input or an option has changed, the command starts
-over and says so.
+result is as if it had not been stopped. If the input or an option has changed, the command prints
+that it starts over.
 
 A document that cannot be used is skipped: a line that is not JSON, a damaged row group, the rest of
 a truncated file, a text that the tokenizer refuses. Their number and the first places are printed.
@@ -184,21 +185,21 @@ def _print_summary(
         tokens, text = (sum(s[key] for s in shards) for key in ("tokens", "text_bytes"))
         documents = meta["documents"].get(split, 0)
         print(
-            f"{split}: {documents:,} documents, {tokens:,} tokens from {text:,} bytes of text, in "
-            f"{len(shards)} shard(s)"
+            f"{split}: {documents:,} document(s), {tokens:,} tokens from {text:,} bytes of text, "
+            f"in {len(shards)} shard(s)"
         )
-    print(f"wrote {printable_path(out)} with tokenizer {args.tokenizer}")
+    print(f"The shards are in {printable_path(out)}, encoded with tokenizer {args.tokenizer}.")
     print(describe_skipped(meta["skipped"]))
     for problem in meta["problems"]:
-        print(f"  skipped {problem}")
+        print(f"  {problem}")
     for note in tokenizer.notes:
         print(f"{args.tokenizer}: {note}")
     if args.val_fraction:
-        print(f"train on it:\n  {_train_command(out, name, meta)}")
+        print(f"To train on them, run:\n  {_train_command(out, name, meta)}")
     else:
         print(
-            "no text is held out, but training needs a held-out shard: encode again with "
-            "--val_fraction=0.01, or add a shard with 'val' in its name to the folder"
+            "No text is held out, but training needs a held-out shard. Encode again with "
+            "--val_fraction=0.01, or add a shard with 'val' in its name to the folder."
         )
 
 
@@ -215,21 +216,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxtrain.data
         files = list_files(args.input, exclude=out, flag="--input")
         with lock_folder(out) as locked:
             replaceable = _find_replaceable_shards(out, args.overwrite)
-            meta = encode(
-                files,
-                out,
+            options = EncodeOptions(
                 args.tokenizer,
                 name,
                 args.val_fraction,
                 args.shard_tokens,
-                args.workers,
                 args.text_field,
-                delay_s=0,
-                on_bad_document=args.on_bad_document,
-                locked=locked,
+                args.on_bad_document,
+                args.workers,
+                bar_delay_s=0,
                 flags=FLAGS,
-                note=lambda line: print(line, file=sys.stderr),
             )
+            meta = encode(files, out, options, locked, lambda line: print(line, file=sys.stderr))
             written = {entry["file"] for entry in meta["shards"]}
             for path in replaceable:
                 if path.name not in written:

@@ -1,8 +1,8 @@
 """Makes the batches: reads sequences in shuffled order and lays them out on the device mesh.
 
-Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. Take
-the sequences of an endless row of epochs, each in its own shuffled order: batch n holds number
-n * B to n * B + B - 1 of them. A process reads only the sequences that its devices hold. Grain
+Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. All
+epochs form one endless list of sequences, each epoch in its own shuffled order; batch n holds the
+entries n * B to (n + 1) * B - 1. A process reads only the sequences that its devices hold. Grain
 reads ahead in threads; the only state is n, so a checkpoint stores n and what n refers to.
 """
 
@@ -57,7 +57,7 @@ class BatchSource:
         return self._sequences.read(self._shuffled(positions), self._with_docs)
 
     def _shuffled(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the sequence at each position of the endless row of epochs, [N] int64."""
+        """Returns the sequence at each position of the endless list of epochs, [N] int64."""
         shuffled = np.empty_like(positions)
         blocks = positions // BLOCK
         for number in np.unique(blocks):

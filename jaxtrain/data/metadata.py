@@ -1,4 +1,4 @@
-"""meta.json, which lies beside encoded shards and says how they were made and what they hold."""
+"""Reads meta.json, which is stored with encoded shards and describes how they were made."""
 
 import contextlib
 import json

@@ -36,7 +36,7 @@ def quick_fingerprint(cfg: TrainConfig) -> dict:
         paths += [index for path in paths if (index := path.with_suffix(".idx")).is_file()]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
-            raise ValueError(f"data.shards must be whole; {', '.join(missing[:4])} are missing.")
+            raise ValueError(f"data.shards must be complete; {', '.join(missing[:4])} are missing.")
         files = [(path, path.name) for path in paths]
     else:
         files = list_files(cfg.data.text, exclude=cfg.workdir)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from absl import logging
@@ -9,7 +10,8 @@ from absl import logging
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.encoding.journal import lock_folder
-from jaxtrain.data.encoding.pipeline import SHARD_TOKENS, encode, encoding_key
+from jaxtrain.data.encoding.options import EncodeOptions
+from jaxtrain.data.encoding.pipeline import encode
 from jaxtrain.data.metadata import META_FILE, read_metadata
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_vocabulary
@@ -24,7 +26,8 @@ def encode_text(cfg: DataConfig, vocab_size: int, workdir: Path) -> tuple[Path, 
         ValueError: the text cannot be used, or the tokenizer does not fit model.V=vocab_size.
     """
     files = list_files(cfg.text, exclude=workdir)
-    key = encoding_key(files, cfg.tokenizer, cfg.val_fraction, SHARD_TOKENS, cfg.text_field, "text")
+    options = EncodeOptions(cfg.tokenizer, val_fraction=cfg.val_fraction, text_field=cfg.text_field)
+    key = options.key(files)
     folder = workdir / "data" / key[:12]  # another text or tokenizer gets another folder
     metadata = _read_if_current(folder, key)
     check_vocabulary(cfg, build_tokenizer(cfg.tokenizer), vocab_size, metadata is not None)
@@ -37,16 +40,8 @@ def encode_text(cfg: DataConfig, vocab_size: int, workdir: Path) -> tuple[Path, 
         logging.info("encoding %d files into %s", len(files), folder)
         text_bytes = sum(path.stat().st_size for path, _ in files)
         parallel = cfg.tokenizer != "bytes" and text_bytes > SINGLE_PROCESS_BYTES
-        metadata = encode(
-            files,
-            folder,
-            cfg.tokenizer,
-            "text",
-            cfg.val_fraction,
-            workers=(os.cpu_count() or 1) if parallel else 1,
-            text_field=cfg.text_field,
-            locked=locked,
-        )
+        workers = (os.cpu_count() or 1) if parallel else 1
+        metadata = encode(files, folder, replace(options, workers=workers), locked)
     for problem in metadata["problems"]:
         logging.warning("skipped %s", problem)
     return folder, read_metadata(folder) or metadata
@@ -66,7 +61,7 @@ def discard_if_damaged(folder: Path, check: Callable[[], object]) -> bool:
 
     Args:
         check: raises ValueError while the shards are damaged. It is called under the folder's
-            lock, because another process may have encoded the text again meanwhile.
+            lock, because another process may have encoded the text again by then.
 
     Returns:
         whether the folder could be written.

@@ -99,9 +99,9 @@ class TextForm:
         self._prefix = getattr(model, "continuing_subword_prefix", None) or ""
         self._suffix = getattr(model, "end_of_word_suffix", None) or ""
         self._missing = self._missing_bytes(vocabulary)
-        added = _added(tokenizer)
-        self._keeps_space = self._find_keeps_space(added)
-        plain = [token for token in added.values() if not token.special]
+        self._added, self._unknown = _added(tokenizer), unknown
+        self._keeps_space = self._find_keeps_space()
+        plain = [token for token in self._added.values() if not token.special]
         covers = self._missing == 0
         self.approximate = bool(plain and self._normalizers)
         self.lossless = covers and self._keeps_space and not self.approximate
@@ -111,8 +111,8 @@ class TextForm:
             for part in self._splitters
         )
         self.drops = removes or not (covers or unknown in vocabulary)
-        self.spellings = self._spell_all(vocabulary, added, unknown)
-        self.notes = self._describe(tokenizer, added, unknown, start)
+        self.spellings = self._spell_all(vocabulary)
+        self.notes = self._describe(tokenizer, start)
 
     def expect(self, text: str) -> bytes:
         """Returns the bytes that a text's tokens must spell."""
@@ -141,8 +141,8 @@ class TextForm:
             return sum(f"<0x{byte:02X}>" not in vocabulary for byte in range(256))
         return -1
 
-    def _find_keeps_space(self, added: dict[int, Any]) -> bool:
-        strips = any(token.lstrip or token.rstrip for token in added.values())
+    def _find_keeps_space(self) -> bool:
+        strips = any(token.lstrip or token.rstrip for token in self._added.values())
         return not (strips or self._prefix or self._suffix) and all(
             part["type"] in KEEPS_SPACE
             and part.get("behavior") != "Removed"
@@ -150,19 +150,15 @@ class TextForm:
             for part in self._splitters
         )
 
-    def _spell_all(
-        self, vocabulary: dict[str, int], added: dict[int, Any], unknown: str | None
-    ) -> list[bytes]:
+    def _spell_all(self, vocabulary: dict[str, int]) -> list[bytes]:
         spellings = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
             spellings[i] = self._spell_token(token)
-        if unknown in vocabulary:
-            spellings[vocabulary[unknown]] = b""
-        for i, token in added.items():
-            if token.special:
-                spellings[i] = self._byte_of(token.content)
-            else:
-                spellings[i] = token.content.encode()
+        if self._unknown in vocabulary:
+            spellings[vocabulary[self._unknown]] = b""
+        for i, token in self._added.items():
+            content = token.content
+            spellings[i] = self._byte_of(content) if token.special else content.encode()
         return spellings
 
     def _byte_of(self, token: str) -> bytes:
@@ -181,10 +177,8 @@ class TextForm:
             token = token.replace(SPACE, " ")
         return token.removeprefix(self._prefix).removesuffix(self._suffix).encode()
 
-    def _describe(
-        self, tokenizer: Any, added: dict[int, Any], unknown: str | None, start: str
-    ) -> list[str]:
-        notes = []
+    def _describe(self, tokenizer: Any, start: str) -> list[str]:
+        notes, plain = [], [token for token in self._added.values() if not token.special]
         rewriting = [p for p in self._normalizers if p["type"] != "ByteLevel"]
         if rewriting:
             notes.append(f"normalizer rewrites the text: {', '.join(map(_name, rewriting))}")
@@ -200,14 +194,12 @@ class TextForm:
                 f"post-processor {', '.join(ignored)} not used: each document starts with {start}"
             )
         for flag, side in (("lstrip", "before"), ("rstrip", "after")):
-            names = [repr(t.content) for t in added.values() if not t.special and getattr(t, flag)]
+            names = [repr(token.content) for token in plain if getattr(token, flag)]
             if names:
                 notes.append(f"added tokens drop the whitespace {side} them: {_few(names)}")
-        lost = f"is lost (it becomes {unknown})" if unknown else "is lost"
+        lost = f"is lost (it becomes {self._unknown})" if self._unknown else "is lost"
         if self._missing > 0:
-            notes.append(
-                f"{self._missing} of 256 bytes have no token: text that contains them {lost}"
-            )
+            notes.append(f"{self._missing} of 256 bytes have no token: text with them {lost}")
         elif self._missing < 0:
             notes.append(f"no byte fallback: text outside the vocabulary {lost}")
         return notes
@@ -246,5 +238,6 @@ def _name(part: dict) -> str:
 
 
 def _few(names: list[str]) -> str:
+    """Returns the first few names and how many more there are."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more

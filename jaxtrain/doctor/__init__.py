@@ -1,1 +1,1 @@
-"""Looks at this machine and says whether it can train: `jaxtrain doctor`."""
+"""Checks whether this machine can train: `jaxtrain doctor`."""

@@ -1,13 +1,14 @@
-"""Looks at this machine and says whether it can train, with the command that fixes each problem.
+"""Checks whether this machine can train, and prints the command that fixes each problem.
 
     jaxtrain doctor
     jaxtrain doctor --workdir=/scratch/run
     jaxtrain doctor --json
 
-It trains nothing and changes nothing. JAX is started in a process of its own, so that a broken
-driver cannot hang the screen. Exit status: 1 where a line says PROBLEM, else 0.
+It changes nothing. JAX is started in a process of its own, so that a broken driver cannot hang the
+report. Exit status: 1 if there is a PROBLEM, else 0.
 """
 
+import argparse
 import importlib.util
 import json
 import platform
@@ -18,15 +19,15 @@ from pathlib import Path
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.config.shell_commands import python_program
 from jaxtrain.doctor import devices, gpu, host, versions
-from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, guarded
+from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, run_check
 from pallas_kernels.arguments import Parser
 
-DEVICES_S = 60.0  # eight cards whose driver sleeps take 20 s
+DEVICES_S = 60.0  # JAX takes 20 s to find eight cards whose driver sleeps
 MARKS = {OK: "ok", WARNING: "warning", PROBLEM: "PROBLEM"}
 
 
 def installed(package: str) -> str | None:
-    """Returns a package's version; None where it is not installed."""
+    """Returns a package's version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -34,65 +35,66 @@ def installed(package: str) -> str | None:
 
 
 def requires(package: str) -> list[str]:
-    """Returns what a package requires; nothing where it is not installed."""
+    """Returns a package's requirements; none if it is not installed."""
     try:
         return metadata.requires(package) or []
     except metadata.PackageNotFoundError:
         return []
 
 
-def examine(workdir: Path, seconds: float) -> list[Check]:
-    """Returns all that was found, in the order of the screen."""
-    asked = devices.Asked()  # meanwhile the rest is looked at
+def run_checks(workdir: Path, seconds: float) -> list[Check]:
+    """Runs all checks and returns their results in the order in which they are printed.
+
+    Args:
+        workdir: the folder that runs will be written to.
+        seconds: how long JAX may take to find devices.
+    """
+    devices_process = devices.DevicesProcess()  # runs while the other checks do
     pip = f"{python_program()} -m pip" if importlib.util.find_spec("pip") else "uv pip"
     try:
-        gpus = gpu.look()
+        gpus = gpu.find_gpus()
     except Exception as error:
-        gpus = gpu.Gpus(gpu.has_gpu(), "", (), f"the driver cannot be asked: {error}")
-    has_gpu = gpus.found
+        gpus = gpu.Gpus(gpu.has_gpu(), "", (), f"the driver cannot be queried: {error}")
 
-    def driver():
+    def check_driver() -> Check | list[Check]:
         if not (gpus.found or gpus.driver):
             return []
         return versions.check_driver(gpus.driver, gpus.capability, installed, pip)
 
-    probes = [
-        ("python", lambda: versions.check_python(sys.version_info[:3], _python())),
+    python = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    before_devices = [
+        ("python", lambda: versions.check_python(sys.version_info[:3], python)),
         ("packages", lambda: versions.check_packages(requires("jaxtrain"), installed, pip)),
         ("jax", lambda: versions.check_jax(installed, requires("jax"), pip)),
-        ("plugin", lambda: versions.check_plugin(installed, has_gpu, gpus.driver, pip)),
-        ("driver", driver),
-        ("cards", lambda: gpu.check_cards(gpus, gpu.in_slots())),
-        ("memory share", host.check_share),
+        ("plugin", lambda: versions.check_plugin(installed, gpus.found, gpus.driver, pip)),
+        ("driver", check_driver),
+        ("cards", lambda: gpu.check_cards(gpus, gpu.count_pci_gpus())),
+    ]
+    after_devices = [
+        ("memory share", host.check_memory_fraction),
         ("memory", host.check_memory),
         ("disk", lambda: host.check_disk(workdir)),
-        ("compile cache", _cache),
+        ("compile cache", _check_cache),
         ("tokenizers", lambda: host.check_tokenizers(installed)),
         ("extras", lambda: host.check_extras(installed)),
         ("data", host.check_data),
         ("launch tools", host.check_tools),
         ("clock", host.check_clock),
     ]
-    found = {name: guarded(name, probe) for name, probe in probes}
-    of_jax = guarded("devices", lambda: devices.check_devices(*asked.answer(seconds), has_gpu))
-    order = list(found)
-    at = order.index("memory share")
-    checks = [check for name in order[:at] for check in found[name]]
-    return [*checks, *of_jax, *(check for name in order[at:] for check in found[name])]
+    first = [check for name, function in before_devices for check in run_check(name, function)]
+    last = [check for name, function in after_devices for check in run_check(name, function)]
+    check_devices = lambda: devices.check_devices(*devices_process.wait(seconds), gpus.found)
+    return [*first, *run_check("devices", check_devices), *last]
 
 
-def _cache() -> Check:
-    from jaxtrain.config.train_config import TrainConfig  # here: what it needs may be missing
+def _check_cache() -> Check:
+    from jaxtrain.config.train_config import TrainConfig  # imports packages that may be missing
 
     return host.check_cache(TrainConfig().compile_cache)
 
 
-def _python() -> str:
-    return f"{platform.python_version()}, {platform.system()} {platform.machine()}"
-
-
-def screen(checks: list[Check], prog: str) -> str:
-    """Returns the checks as a table, each fix below its line, and a verdict."""
+def format_checks(checks: list[Check], prog: str) -> str:
+    """Returns the checks as a table, with each fix below its line, and a verdict."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -101,33 +103,43 @@ def screen(checks: list[Check], prog: str) -> str:
             lines.append(f"{'':<8} {'':<{width}}  $ {rewrite_commands(check.fix, prog)}")
     problems = sum(check.state == PROBLEM for check in checks)
     warnings = sum(check.state == WARNING for check in checks)
-    noted = f" ({warnings} warning{'s' * (warnings != 1)})" if warnings else ""
+    count = lambda number, noun: f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    noted = f" ({count(warnings, 'warning')})" if warnings else ""
     if problems:
-        verdict = f"{problems} problem{'s' * (problems != 1)}{noted}: run the commands after $."
+        verdict = f"{count(problems, 'problem')}{noted}: run the commands after $."
     else:
         start = rewrite_commands("jaxtrain train quickstart", prog)
         verdict = f"This machine can train{noted}. Start with: {start}"
     return "\n".join([*lines, "", verdict])
 
 
-def parse(argv=None, prog="python -m jaxtrain.doctor"):
+def parse(
+    argv: list[str] | None = None, prog: str = "python -m jaxtrain.doctor"
+) -> argparse.Namespace:
+    """Reads the command line."""
     parser = Parser(prog, rewrite_commands(__doc__, prog))
-    parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of runs; %(default)s")
-    parser.add_argument("--json", action="store_true", help="the checks as JSON, for scripts")
     parser.add_argument(
-        "--seconds", type=float, default=DEVICES_S, help="for JAX to find devices; %(default)s"
+        "--workdir", type=Path, default=Path("runs"), help="folder for runs; %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON, for scripts")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=DEVICES_S,
+        help="time limit for JAX to find devices; %(default)s",
     )
     return parser.parse_args(argv)
 
 
-def main(argv=None, prog="python -m jaxtrain.doctor") -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.doctor") -> int:
+    """Prints the checks and returns the exit status."""
     args = parse(argv, prog)
-    checks = examine(args.workdir, args.seconds)
+    checks = run_checks(args.workdir, args.seconds)
     problems = any(check.state == PROBLEM for check in checks)
     if args.json:
         print(json.dumps({"ok": not problems, "checks": [check._asdict() for check in checks]}))
     else:
-        print(screen(checks, prog))
+        print(format_checks(checks, prog))
     return int(problems)
 
 

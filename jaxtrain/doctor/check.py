@@ -1,23 +1,26 @@
-"""What the doctor found of one thing, and how a probe is run so that it cannot end the others."""
+"""The result of a check, and functions to run checks and programs that may fail or hang."""
 
 import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 KILLED_S = 1.0
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
+# Returns the version of an installed package, or None.
+InstalledVersion = Callable[[str], str | None]
 
 
 class Check(NamedTuple):
-    """One line of the screen.
+    """One line of the report.
 
-    Args:
-        name: of what was looked at, one word or two.
+    Attributes:
+        name: what was checked, in one word or two.
         value: what was found.
         state: OK, WARNING (training works, or this part is optional) or PROBLEM.
-        fix: the command that fixes it, to be pasted; empty where there is nothing to fix.
+        fix: the command that fixes it, to be pasted; empty if there is nothing to fix.
     """
 
     name: str
@@ -26,28 +29,28 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def guarded(name: str, probe) -> list[Check]:
-    """Returns a probe's checks; a probe that fails becomes a warning."""
+def run_check(name: str, check: Callable[[], Check | Iterable[Check]]) -> list[Check]:
+    """Calls a function that returns one or more checks; if it raises, returns a warning."""
     try:
-        found = probe()
+        result = check()
     except Exception as error:
-        why = " ".join(str(error).split())[:120]
-        return [Check(name, f"could not be looked at: {type(error).__name__}: {why}", WARNING)]
-    return [found] if isinstance(found, Check) else list(found)
+        reason = " ".join(str(error).split())[:120]
+        return [Check(name, f"could not be checked: {type(error).__name__}: {reason}", WARNING)]
+    return [result] if isinstance(result, Check) else list(result)
 
 
-def ask(argv: list[str], seconds: float) -> str | None:
-    """Returns what a program prints; None where it does not answer in time.
+def read_output(argv: list[str], seconds: float) -> str | None:
+    """Runs a program and returns what it prints; None if it does not end in time.
 
     Raises:
         OSError: it cannot be started.
-        RuntimeError: it failed; with its last line.
+        RuntimeError: it failed; the text is its last line.
     """
-    process = start(argv)
+    process = start_program(argv)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        kill(process)
+        kill_program(process)
         return None
     if process.returncode:
         lines = (err.strip() or out.strip() or f"exit status {process.returncode}").splitlines()
@@ -55,8 +58,8 @@ def ask(argv: list[str], seconds: float) -> str | None:
     return out
 
 
-def start(argv: list[str], env: dict | None = None) -> subprocess.Popen:
-    """Starts a program in a process group of its own, with pipes for what it prints."""
+def start_program(argv: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts a program in its own process group, with pipes for its output."""
     return subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
@@ -69,14 +72,15 @@ def start(argv: list[str], env: dict | None = None) -> subprocess.Popen:
     )
 
 
-def kill(process) -> None:
-    """Ends a process and those that it started, and closes its pipes.
+def kill_program(process: subprocess.Popen[str]) -> None:
+    """Kills a program and its children, and closes its pipes.
 
-    A process that hangs inside the driver cannot be killed: it is left behind.
+    A process that hangs inside the driver cannot be killed; it is left behind.
     """
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     for pipe in (process.stdout, process.stderr):
-        pipe.close()
+        if pipe:
+            pipe.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(KILLED_S)

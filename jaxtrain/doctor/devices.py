@@ -1,4 +1,4 @@
-"""What JAX itself finds. A process of its own: a broken driver can hang or end it, not the doctor.
+"""Checks the devices that JAX finds, in a process of its own: a broken driver can hang or end it.
 
     python -m jaxtrain.doctor.devices
 
@@ -11,15 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from jaxtrain.doctor.check import PROBLEM, WARNING, Check, kill, start
+from jaxtrain.doctor.check import PROBLEM, WARNING, Check, kill_program, start_program
 
-MARK = "jaxtrain devices: "
+MARK = "jaxtrain devices: "  # begins the line of JSON; libraries may print other lines
 
 
-def report() -> dict:
-    """Starts JAX as training does, computes a product, and returns what it found."""
+def find_devices() -> dict[str, Any]:
+    """Starts JAX as training does, multiplies two matrices, and returns what it found."""
     import jax
     import jax.numpy as jnp
 
@@ -27,101 +29,101 @@ def report() -> dict:
     from jaxtrain.distributed import memory
     from jaxtrain.ops.routes import cpu_multiplies_bf16
 
-    os.environ.update(memory.environment() if not _both_set(memory) else {})
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # to look, not to take it all
+    os.environ.update(memory.environment())
+    # JAX must not reserve the memory: another program may be training on the GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = jax.local_devices()
-    x = jnp.ones((256, 256), jnp.bfloat16)
-    total = float((x @ x).astype(jnp.float32).sum())
     first = devices[0]
-    found = {
+    on_cpu = first.platform == "cpu"
+    x = jnp.ones((256, 256), jnp.bfloat16)
+    return {
         "platform": first.platform,
         "kinds": [device.device_kind for device in devices],
-        "product": total == 256.0**3,
-        "wants_gpu": WANTS_GPU and first.platform == "cpu",
-        "bf16": cpu_multiplies_bf16() if first.platform == "cpu" else None,
+        "product": float((x @ x).astype(jnp.float32).sum()) == 256.0**3,
+        "wants_gpu": WANTS_GPU and on_cpu,
+        "bf16": cpu_multiplies_bf16() if on_cpu else None,
         "capability": str(getattr(first, "compute_capability", "")),
-        "cudnn": None,
+        "cudnn": _cudnn_version() if first.platform == "gpu" else None,
     }
-    if first.platform == "gpu":
-        found["cudnn"] = _cudnn()
-    return found
 
 
-def _both_set(memory) -> bool:
-    return all(os.environ.get(name) for name in memory.VARIABLES)
-
-
-def _cudnn() -> int | None:
-    """cuDNN's version as 90800; None where it cannot be loaded."""
+def _cudnn_version() -> int | None:
+    """Returns cuDNN's version as 90800; None if it cannot be loaded."""
     try:
         from jax._src.lib import cuda_versions
 
-        return cuda_versions.cudnn_get_version()
-    except Exception:  # a private module: absent, or without cuDNN
+        return cuda_versions.cudnn_get_version() if cuda_versions else None
+    except Exception:  # a private module of JAX: absent, or without cuDNN
         return None
 
 
-class Asked:
-    """A process that looks at the devices, while the doctor looks at other things."""
+class DevicesProcess:
+    """A process that finds the devices, while the doctor checks other things."""
 
     def __init__(self):
-        self.began = time.monotonic()
-        # The jaxtrain of this process, whatever the current folder holds.
+        self.started_s = time.monotonic()
+        # Makes the process import the jaxtrain of this process, not one in the current folder.
         root = str(Path(__file__).resolve().parent.parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         argv = [sys.executable, "-P", "-m", "jaxtrain.doctor.devices"]
-        self.process = start(argv, os.environ | {"PYTHONPATH": path})
+        self.process = start_program(argv, os.environ | {"PYTHONPATH": path})
 
-    def answer(self, seconds: float) -> tuple[dict, str]:
-        """Returns (what it found, ""), or ({}, why it found nothing)."""
-        left = max(0.0, seconds - (time.monotonic() - self.began))
+    def wait(self, seconds: float) -> tuple[dict[str, Any], str]:
+        """Returns (the devices, ""), or ({}, why there are none), `seconds` after the start."""
+        left_s = max(0.0, seconds - (time.monotonic() - self.started_s))
         try:
-            out, err = self.process.communicate(timeout=left)
+            out, err = self.process.communicate(timeout=left_s)
         except subprocess.TimeoutExpired:
-            kill(self.process)
+            kill_program(self.process)
             return {}, f"JAX did not find its devices within {seconds:g} s"
-        lines = [line for line in out.splitlines() if line.startswith(MARK)]
-        if lines:
-            return json.loads(lines[-1].removeprefix(MARK)), ""
-        code = self.process.returncode
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-        said = [line.strip() for line in err.splitlines() if line.strip()]
-        return {}, f"JAX ended with {how}: {said[-1][:160] if said else 'it said nothing'}"
+        found = [line for line in out.splitlines() if line.startswith(MARK)]
+        if found:
+            return json.loads(found[-1].removeprefix(MARK)), ""
+        status = self.process.returncode
+        end = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        lines = [line.strip() for line in err.splitlines() if line.strip()]
+        return {}, f"JAX ended with {end}: {lines[-1][:160] if lines else 'it printed nothing'}"
 
 
-def cores() -> int:
-    """Cores that this process may use; all of them where the system does not say."""
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def check_devices(found: dict, why: str, has_gpu: bool) -> list[Check]:
-    """The devices, whether they are a fallback, and their bf16 and cuDNN."""
+def check_devices(found: dict[str, Any], reason: str, has_gpu: bool) -> list[Check]:
+    """Checks that the devices are the intended ones, compute correctly, and are fast.
+
+    Args:
+        found: the result of find_devices; {} if there is none.
+        reason: why there is none.
+        has_gpu: whether the machine has a GPU.
+    """
     if not found:
-        fix = "JAX_PLATFORMS=cpu jaxtrain doctor   # is it the GPU's side?"
-        return [Check("devices", why, PROBLEM, fix if has_gpu else "")]
-    kinds = {kind: found["kinds"].count(kind) for kind in found["kinds"]}
-    text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        fix = "JAX_PLATFORMS=cpu jaxtrain doctor   # shows whether the GPU is the cause"
+        return [Check("devices", reason, PROBLEM, fix if has_gpu else "")]
+    counts = Counter(found["kinds"])
+    text = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+    devices = Check("devices", text)
     if found["platform"] == "cpu":
-        text += f", {cores()} cores"
-    checks = [Check("devices", text)]
-    if found["platform"] == "cpu" and has_gpu:
-        if os.environ.get("JAX_PLATFORMS") == "cpu":
-            why, fix = "JAX_PLATFORMS=cpu hides the GPU", "unset JAX_PLATFORMS"
-        else:
-            why, fix = "FALLBACK: JAX does not use the GPU", ""
-        state = WARNING if fix else PROBLEM
-        checks = [Check("devices", f"{text}; {why}", state, fix)]
+        text += f", {count_cores()} cores"
+        devices = Check("devices", text)
+        if has_gpu and os.environ.get("JAX_PLATFORMS") == "cpu":
+            text += "; JAX_PLATFORMS=cpu hides the GPU"
+            devices = Check("devices", text, WARNING, "unset JAX_PLATFORMS")
+        elif has_gpu:
+            devices = Check("devices", f"{text}; FALLBACK: JAX does not use the GPU", PROBLEM)
+    checks = [devices]
     if not found["product"]:
-        checks.append(Check("devices", "a product of two matrices came out wrong", PROBLEM))
-    return [*checks, _bf16(found), *_check_cudnn(found)]
+        checks.append(Check("devices", "the product of two matrices is wrong", PROBLEM))
+    return [*checks, _check_bf16(found), *_check_cudnn(found)]
 
 
-def _bf16(found) -> Check:
+def _check_bf16(found: dict[str, Any]) -> Check:
     if found["platform"] == "cpu":
         fast = "fast: AMX, AVX512-BF16 or Arm's"
-        slow = "this processor has no bf16 products: --model.dtype=float32 is faster"
+        slow = "this CPU has no bf16 products: --model.dtype=float32 is faster"
         return Check("bf16", fast if found["bf16"] else slow)
     capability = tuple(int(part) for part in found["capability"].split(".") if part.isdigit())
     if capability and capability < (8, 0):
@@ -130,15 +132,15 @@ def _bf16(found) -> Check:
     return Check("bf16", f"fast: compute capability {found['capability'] or 'unknown'}")
 
 
-def _check_cudnn(found) -> list[Check]:
+def _check_cudnn(found: dict[str, Any]) -> list[Check]:
     if found["platform"] != "gpu":
         return []
     if found["cudnn"] is None:
-        text = "JAX does not find it: attention runs on XLA's own, slower products"
+        text = "JAX does not find it: attention uses XLA's own products, which are slower"
         return [Check("cudnn", text, WARNING, "pip install nvidia-cudnn-cu12")]
     version = found["cudnn"]
     return [Check("cudnn", f"{version // 10_000}.{version // 100 % 100}.{version % 100}")]
 
 
 if __name__ == "__main__":
-    print(f"{MARK}{json.dumps(report())}", flush=True)
+    print(f"{MARK}{json.dumps(find_devices())}", flush=True)

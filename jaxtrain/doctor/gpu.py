@@ -1,71 +1,72 @@
-"""NVIDIA's driver and cards, looked at without CUDA, so that nothing here can hang for long."""
+"""Checks NVIDIA's driver and cards without CUDA, so that a broken driver cannot hang the check."""
 
 import csv
 import glob
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.doctor.check import PROBLEM, WARNING, Check, ask
+from jaxtrain.doctor.check import PROBLEM, WARNING, Check, read_output
+from jaxtrain.doctor.versions import INSTALL_DRIVER
 from pallas_kernels.quiet import has_gpu
 
-FIELDS = ("name", "driver_version", "memory.total", "memory.used", "compute_cap")
-ANSWER_S = 4.0  # of nvidia-smi, which wakes sleeping cards first: 1 to 3 s
+FIELDS: tuple[str, ...] = ("name", "driver_version", "memory.total", "memory.used", "compute_cap")
+ANSWER_S = 4.0  # for nvidia-smi, which takes 1 to 3 s to wake sleeping cards
 VERSION = Path("/proc/driver/nvidia/version")
+READ_LOG = "sudo dmesg | grep -i -e nvrm -e xid"
 
 
 class Gpus(NamedTuple):
-    """What the driver says.
+    """The GPUs of this machine, as far as the driver reports them.
 
     Attributes:
-        found: whether device nodes of a GPU are there.
-        driver: its version; "" where it is not known.
-        cards: {field: value} of each, by FIELDS.
-        fault: why nvidia-smi has said nothing; "" where it has.
+        found: whether there are device files of a GPU.
+        driver: the driver's version; "" if unknown.
+        cards: {field: value} of each card, with FIELDS.
+        fault: why nvidia-smi reports no cards; "" if it does.
     """
 
     found: bool
     driver: str
-    cards: tuple[dict, ...]
+    cards: tuple[dict[str, str], ...]
     fault: str
 
     @property
     def capability(self) -> tuple[int, ...] | None:
-        """The least of the cards."""
-        known = [card["compute_cap"] for card in self.cards]
-        parts = [
-            tuple(map(int, text.split("."))) for text in known if re.fullmatch(r"\d+\.\d+", text)
-        ]
-        return min(parts, default=None)
+        """The lowest compute capability of the cards; None if unknown."""
+        texts = [card["compute_cap"] for card in self.cards]
+        known = [text for text in texts if re.fullmatch(r"\d+\.\d+", text)]
+        return min((tuple(map(int, text.split("."))) for text in known), default=None)
 
 
-def look(seconds: float = ANSWER_S) -> Gpus:
-    """Asks the driver for its cards; a driver that does not answer is left alone."""
+def find_gpus(seconds: float = ANSWER_S) -> Gpus:
+    """Asks the driver for its cards, and waits at most `seconds` for an answer."""
     driver = ""
     if VERSION.exists():
-        found = re.search(r"Module\s+(?:for \S+\s+)?(\d+[\d.]+)", VERSION.read_text())
-        driver = found[1] if found else ""
+        match = re.search(r"Module\s+(?:for \S+\s+)?(\d+[\d.]+)", VERSION.read_text())
+        driver = match[1] if match else ""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return Gpus(has_gpu(), driver, (), "nvidia-smi is not on the PATH")
     query = [smi, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        out = ask(query, seconds)
+        out = read_output(query, seconds)
     except (OSError, RuntimeError) as error:
         return Gpus(has_gpu(), driver, (), f"nvidia-smi fails: {error}")
     if out is None:
         return Gpus(has_gpu(), driver, (), f"nvidia-smi does not answer within {seconds:g} s")
-    rows = [row for row in csv.reader(out.splitlines(), skipinitialspace=True)]
+    rows = csv.reader(out.splitlines(), skipinitialspace=True)
     cards = tuple(dict(zip(FIELDS, row, strict=True)) for row in rows if len(row) == len(FIELDS))
-    driver = driver or next((card["driver_version"] for card in cards), "")
-    return Gpus(
-        bool(cards) or has_gpu(), driver, cards, "" if cards else "nvidia-smi lists no card"
-    )
+    if not cards:
+        return Gpus(has_gpu(), driver, (), "nvidia-smi lists no card")
+    return Gpus(True, driver or cards[0]["driver_version"], cards, "")
 
 
-def in_slots() -> int:
-    """NVIDIA's display controllers on the PCI bus, whether or not a driver serves them."""
+def count_pci_gpus() -> int:
+    """Returns the number of NVIDIA display controllers on the PCI bus, with or without a driver."""
     count = 0
     for folder in glob.glob("/sys/bus/pci/devices/*"):
         try:
@@ -76,45 +77,31 @@ def in_slots() -> int:
     return count
 
 
-def check_cards(gpus: Gpus, slots: int) -> list[Check]:
-    """The cards, or why there are none."""
+def check_cards(gpus: Gpus, pci_gpus: int) -> list[Check]:
+    """Checks that each GPU in the machine is served by the driver and is free."""
     if gpus.cards:
-        names = {}
-        for card in gpus.cards:
-            names[card["name"]] = names.get(card["name"], 0) + 1
-        found = [Check("cards", ", ".join(f"{n} x {name}" for name, n in names.items()))]
-        return [*found, *_busy(gpus)]
+        counts = Counter(card["name"] for card in gpus.cards)
+        text = ", ".join(f"{count} x {name}" for name, count in counts.items())
+        return [Check("cards", text), *_check_used_memory(gpus)]
     if gpus.found:
-        return [
-            Check(
-                "cards",
-                f"the driver shows a GPU, but {gpus.fault}",
-                PROBLEM,
-                "sudo dmesg | grep -i -e nvrm -e xid   # then reboot, or reset the card",
-            )
-        ]
+        text = f"the driver shows a GPU, but {gpus.fault}"
+        fix = f"{READ_LOG}   # then reboot, or reset the card"
+        return [Check("cards", text, PROBLEM, fix)]
     if gpus.driver or "does not answer" in gpus.fault:
-        fix = "sudo dmesg | grep -i -e nvrm -e xid"
-        return [Check("cards", f"the driver is loaded, but {gpus.fault}", PROBLEM, fix)]
-    if slots:
-        return [
-            Check(
-                "cards",
-                f"{slots} NVIDIA in the slots, without a driver: training runs on the processor",
-                WARNING,
-                "sudo apt-get install -y nvidia-driver-580-server   # or https://nvidia.com/drivers",
-            )
-        ]
-    return [Check("cards", "no NVIDIA GPU: training runs on the processor")]
+        return [Check("cards", f"the driver is loaded, but {gpus.fault}", PROBLEM, READ_LOG)]
+    if pci_gpus:
+        text = f"{pci_gpus} from NVIDIA, but without a driver: training runs on the CPU"
+        return [Check("cards", text, WARNING, INSTALL_DRIVER)]
+    return [Check("cards", "no NVIDIA GPU: training runs on the CPU")]
 
 
-def _busy(gpus: Gpus):
-    """A warning where other programs hold much of a card's memory."""
+def _check_used_memory(gpus: Gpus) -> Iterator[Check]:
+    """Warns if other programs use over 5 % of a card's memory."""
     for i, card in enumerate(gpus.cards):
         try:
             used, total = float(card["memory.used"]), float(card["memory.total"])
-        except ValueError:  # [N/A], where memory is shared with the host
+        except ValueError:  # [N/A]: the GPU shares the host's memory
             continue
         if used > 0.05 * total:
             text = f"card {i} has {used / 1024:.1f} of {total / 1024:.1f} GiB in use by others"
-            yield Check("cards", text, WARNING, "nvidia-smi   # lists the processes that hold it")
+            yield Check("cards", text, WARNING, "nvidia-smi   # lists the processes that use it")

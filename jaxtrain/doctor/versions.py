@@ -1,19 +1,27 @@
-"""Whether the installed versions of JAX's packages and the driver fit each other."""
+"""Checks that the installed versions of Python, JAX's packages and the driver fit together."""
 
 import shlex
+from collections.abc import Iterable
+from typing import Any
 
-from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check
+from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, InstalledVersion
 
 # Source: https://docs.jax.dev/en/latest/installation.html (NVIDIA GPU), and NVIDIA's table at
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
-LEAST_DRIVER = {12: 525, 13: 580}
-LEAST_CAPABILITY = {12: (5, 2), 13: (7, 5)}
-TESTED = ((3, 11), (3, 12))
-CUDAS = (13, 12)  # the newer is advised where the driver allows it
+MIN_DRIVER = {12: 525, 13: 580}
+MIN_CAPABILITY = {12: (5, 2), 13: (7, 5)}
+TESTED_PYTHONS = ((3, 11), (3, 12))
+CUDAS = (13, 12)  # the first that the driver supports is recommended
+INSTALL_DRIVER = (
+    "sudo apt-get install -y nvidia-driver-580-server   # or https://nvidia.com/drivers"
+)
 
 
-def requirement(text: str):
-    """Parses a requirement; `packaging` may be among the packages that are missing."""
+def parse_requirement(text: str) -> Any:
+    """Parses a requirement such as `jax>=0.10.2,<0.12` into a Requirement of `packaging`.
+
+    Uses pip's copy of `packaging` if that package is itself missing.
+    """
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -22,25 +30,25 @@ def requirement(text: str):
 
 
 def check_python(version: tuple[int, ...], text: str) -> Check:
-    """Python against what the suite runs on."""
-    if version[:2] < TESTED[0]:
+    """Checks that jaxtrain is tested on this version of Python."""
+    if version[:2] < TESTED_PYTHONS[0]:
         return Check("python", f"{text}: 3.11 or newer is needed", PROBLEM, "uv venv --python 3.12")
-    if version[:2] not in TESTED:
-        return Check("python", f"{text}: tested are 3.11 and 3.12", WARNING)
+    if version[:2] not in TESTED_PYTHONS:
+        return Check("python", f"{text}: only 3.11 and 3.12 are tested", WARNING)
     return Check("python", text)
 
 
-def check_packages(requirements, installed, pip: str) -> Check:
-    """The packages that jaxtrain needs, against its own bounds.
+def check_packages(requirements: Iterable[str], installed: InstalledVersion, pip: str) -> Check:
+    """Checks that the packages that jaxtrain requires are installed, in allowed versions.
 
     Args:
-        requirements: of jaxtrain, as in its metadata.
-        installed: name -> version or None.
+        requirements: those in jaxtrain's metadata.
+        installed: returns the installed version of a package, or None.
         pip: the command that installs packages.
     """
     wrong, count = {}, 0
     for text in requirements:
-        wanted = requirement(text)
+        wanted = parse_requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         count += 1
@@ -53,12 +61,12 @@ def check_packages(requirements, installed, pip: str) -> Check:
     return Check("packages", f"{', '.join(wrong.values())}", PROBLEM, fix)
 
 
-def check_jax(installed, needs, pip: str) -> Check:
-    """jax against jaxlib.
+def check_jax(installed: InstalledVersion, requirements: Iterable[str], pip: str) -> Check:
+    """Checks that jax and jaxlib fit together.
 
     Args:
-        installed: name -> version or None.
-        needs: jax's own requirements.
+        installed: returns the installed version of a package, or None.
+        requirements: those in jax's metadata.
         pip: the command that installs packages.
     """
     jax, jaxlib = installed("jax"), installed("jaxlib")
@@ -70,84 +78,87 @@ def check_jax(installed, needs, pip: str) -> Check:
     if jax == jaxlib:
         return Check("jax", text)
     fix = f'{pip} install "jaxlib=={jax}"'
-    bounds = [requirement(need) for need in needs]
-    allowed = [need.specifier for need in bounds if need.name == "jaxlib" and need.marker is None]
+    parsed = [parse_requirement(text) for text in requirements]
+    allowed = [need.specifier for need in parsed if need.name == "jaxlib" and need.marker is None]
     if allowed and allowed[0].contains(jaxlib, prereleases=True):
-        return Check("jax", f"{text}: not the same version, which JAX allows", WARNING, fix)
-    return Check("jax", f"{text} do not fit each other", PROBLEM, fix)
+        return Check("jax", f"{text}: versions that differ, which JAX allows", WARNING, fix)
+    return Check("jax", f"{text}: versions that do not fit together", PROBLEM, fix)
 
 
-def plugins_of(installed) -> dict[int, dict[str, str]]:
-    """Returns {CUDA's major version: {package: version}} of JAX's plugins that are installed."""
-    found = {}
+def find_plugins(installed: InstalledVersion) -> dict[int, dict[str, str]]:
+    """Returns {CUDA's major version: {package: version}} of JAX's plugins that are installed.
+
+    A plugin consists of two packages, `plugin` and `pjrt`.
+    """
+    plugins = {}
     for cuda in CUDAS:
         names = (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt")
-        have = {name: version for name in names if (version := installed(name))}
-        if have:
-            found[cuda] = have
-    return found
+        versions = {name: version for name in names if (version := installed(name))}
+        if versions:
+            plugins[cuda] = versions
+    return plugins
 
 
-def check_plugin(installed, has_gpu: bool, driver: str, pip: str) -> Check:
-    """JAX's CUDA plugin against jax, the driver and the presence of a GPU.
+def check_plugin(installed: InstalledVersion, has_gpu: bool, driver: str, pip: str) -> Check:
+    """Checks that JAX's CUDA plugin is installed if there is a GPU, and fits jax.
 
     Args:
-        driver: version of NVIDIA's, as 550.54.15; "" where it is not known.
+        installed: returns the installed version of a package, or None.
+        driver: the version of NVIDIA's driver, such as 550.54.15; "" if unknown.
+        pip: the command that installs packages.
     """
-    jax, plugins = installed("jax"), plugins_of(installed)
-    advised = advise_cuda(driver)
-    install = f'{pip} install "jax[cuda{advised}]=={jax}"'
+    jax, plugins = installed("jax"), find_plugins(installed)
     if not plugins:
         if not has_gpu:
-            return Check("plugin", "none, and no GPU: training runs on the processor")
-        return Check("plugin", "none: JAX cannot use this machine's GPU", PROBLEM, install)
-    text = ", ".join(f"{n} {v}" for have in plugins.values() for n, v in have.items())
+            return Check("plugin", "none, and no GPU: training runs on the CPU")
+        fix = f'{pip} install "jax[cuda{recommend_cuda(driver)}]=={jax}"'
+        return Check("plugin", "none: JAX cannot use this machine's GPU", PROBLEM, fix)
+    text = ", ".join(f"{n} {v}" for versions in plugins.values() for n, v in versions.items())
     if len(plugins) > 1:
         extra = min(plugins)
         fix = f"{pip} uninstall -y {' '.join(plugins[extra])}"
         return Check("plugin", f"{text}: only one of them can be loaded", WARNING, fix)
-    ((cuda, have),) = plugins.items()
+    [(cuda, versions)] = plugins.items()
     state = PROBLEM if has_gpu else WARNING
     repair = f'{pip} install "jax[cuda{cuda}]=={jax}"'
-    if any(version != jax for version in have.values()):
-        return Check("plugin", f"{text}: not of jax {jax}, so JAX leaves it out", state, repair)
-    if len(have) == 1:
-        return Check("plugin", f"{text}: its other half is missing", state, repair)
+    if any(version != jax for version in versions.values()):
+        return Check("plugin", f"{text}: not for jax {jax}, so JAX ignores it", state, repair)
+    if len(versions) == 1:
+        return Check("plugin", f"{text}: its other package is missing", state, repair)
     if not has_gpu:
-        return Check("plugin", f"{text}; no GPU: for the offline compilers only")
+        return Check("plugin", f"{text}; no GPU: only the offline compilers use it")
     return Check("plugin", text)
 
 
 def major(version: str) -> int:
-    """The first number of a version; 0 where there is none."""
+    """Returns the first number of a version; 0 if there is none."""
     first = version.partition(".")[0]
     return int(first) if first.isdigit() else 0
 
 
-def advise_cuda(driver: str) -> int:
-    """The newest CUDA that a driver can run; the newest of all where it is not known."""
-    known = major(driver)
-    fitting = [cuda for cuda in CUDAS if known >= LEAST_DRIVER[cuda]]
-    return fitting[0] if fitting else (CUDAS[-1] if known else CUDAS[0])
+def recommend_cuda(driver: str) -> int:
+    """Returns the newest CUDA that a driver supports; for an unknown driver the newest of all."""
+    if not major(driver):
+        return CUDAS[0]
+    return next((cuda for cuda in CUDAS if major(driver) >= MIN_DRIVER[cuda]), CUDAS[-1])
 
 
-def check_driver(driver: str, capability: tuple[int, ...] | None, installed, pip: str) -> Check:
-    """NVIDIA's driver and the GPU's architecture against the plugin's CUDA."""
-    plugins, jax = plugins_of(installed), installed("jax")
-    cuda = max(plugins, default=advise_cuda(driver))
-    least, text = LEAST_DRIVER[cuda], f"NVIDIA {driver or 'of unknown version'}"
-    if driver and major(driver) < least:
-        older = [c for c in CUDAS if c < cuda and major(driver) >= LEAST_DRIVER[c]]
-        fix = f'{pip} install "jax[cuda{older[0]}]=={jax}"' if older else NEW_DRIVER
-        return Check("driver", f"{text}: CUDA {cuda} needs {least} or newer", PROBLEM, fix)
-    if capability and capability < LEAST_CAPABILITY[cuda]:
-        needs = ".".join(map(str, LEAST_CAPABILITY[cuda]))
-        has = ".".join(map(str, capability))
-        older = [c for c in CUDAS if c < cuda and capability >= LEAST_CAPABILITY[c]]
+def check_driver(
+    driver: str, capability: tuple[int, ...] | None, installed: InstalledVersion, pip: str
+) -> Check:
+    """Checks that the plugin's CUDA supports NVIDIA's driver and the GPU's architecture."""
+    plugins, jax = find_plugins(installed), installed("jax")
+    cuda = max(plugins, default=recommend_cuda(driver))
+    minimum, text = MIN_DRIVER[cuda], f"NVIDIA {driver or 'of unknown version'}"
+    if driver and major(driver) < minimum:
+        older = [c for c in CUDAS if c < cuda and major(driver) >= MIN_DRIVER[c]]
+        fix = f'{pip} install "jax[cuda{older[0]}]=={jax}"' if older else INSTALL_DRIVER
+        return Check("driver", f"{text}: CUDA {cuda} needs {minimum} or newer", PROBLEM, fix)
+    if capability and capability < MIN_CAPABILITY[cuda]:
+        needed = ".".join(map(str, MIN_CAPABILITY[cuda]))
+        actual = ".".join(map(str, capability))
+        older = [c for c in CUDAS if c < cuda and capability >= MIN_CAPABILITY[c]]
         fix = f'{pip} install "jax[cuda{older[0]}]=={jax}"' if older else ""
-        text = f"{text}: CUDA {cuda} needs compute capability {needs}, the GPU has {has}"
+        text = f"{text}: CUDA {cuda} needs compute capability {needed}, the GPU has {actual}"
         return Check("driver", text, PROBLEM, fix)
-    return Check("driver", f"{text}; CUDA {cuda} needs {least}", OK if driver else WARNING)
-
-
-NEW_DRIVER = "sudo apt-get install -y nvidia-driver-580-server   # or https://nvidia.com/drivers"
+    return Check("driver", f"{text}; CUDA {cuda} needs {minimum}", OK if driver else WARNING)

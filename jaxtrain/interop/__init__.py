@@ -1,5 +1,5 @@
-"""Import and export: Hugging Face folders of Llama, Qwen3 and GPT-2, and llm.c's model files."""
+"""Imports and exports weights: Hugging Face folders of Llama, Qwen3 and GPT-2, and llm.c files."""
 
 
 class InteropError(ValueError):
-    """Weights that are not what they should be; the message lists every fault found."""
+    """Weights do not fit the model, or are damaged; the message lists every fault."""

@@ -1,5 +1,6 @@
-"""Weights in and out: `jaxtrain export --help` and `jaxtrain import --help`."""
+"""The commands `jaxtrain export` and `jaxtrain import`: weights to and from other formats."""
 
+import argparse
 import sys
 
 from absl import app, flags
@@ -8,16 +9,16 @@ from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.distributed.program import exit_refused
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop.hf import DTYPES
-from jaxtrain.interop.runs import export_weights, import_weights
+from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.reporting.terminal import set_up_logging
 from pallas_kernels.arguments import Parser
 
 ABOUT = """\
-What is missing, left over or mis-shaped is listed before anything is written. To train on from
-weights without a run of their own, give --weights=HF_DIR beside any config of the same model."""
+All tensors that are missing, unexpected or mis-shaped are listed before anything is written. To
+train from weights directly, add --weights=HF_DIR to a training command for the same model."""
 IMPORT_HELP = f"""\
-Makes a run at step 0 of a Hugging Face folder (GPT-2, Llama or Qwen3: config.json, and
-model.safetensors or its indexed parts), or of llm.c's GPT-2 file (.bin, versions 3 and 5).
+Creates a run at step 0 from a Hugging Face folder (GPT-2, Llama or Qwen3: config.json, and
+model.safetensors or its indexed parts), or from an llm.c GPT-2 file (.bin, version 3 or 5).
 
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported_docs --text=docs --tokenizer=bytes
@@ -26,22 +27,22 @@ model.safetensors or its indexed parts), or of llm.c's GPT-2 file (.bin, version
 {ABOUT}
 """
 EXPORT_HELP = f"""\
-Writes a run's weights, those that evaluation sees, as a Hugging Face folder or as llm.c's file.
+Writes the weights that evaluation uses as a Hugging Face folder or an llm.c file.
 
     jaxtrain export --run=runs/quickstart --to=runs/quickstart_hf
     jaxtrain export --run=runs/quickstart --to=runs/quickstart_bf16 --dtype=bfloat16
     jaxtrain export --run=runs/gpt_124m --to=runs/gpt_124m.bin
 
-An export is read back and computed with before it is called done. {ABOUT}
+An export is read back, and its logits are compared with the run's. {ABOUT}
 """
 HELP = """\
-Takes weights from Hugging Face and llm.c, and gives them back.
+Imports weights from Hugging Face and llm.c, and exports them.
 
     jaxtrain export --run=runs/quickstart --to=runs/quickstart_hf
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
     jaxtrain evaluate --run=runs/imported
 """
-# Config fields that an error may name, and import's flags for the same values.
+# Config fields that an error may name -> import's flags for the same values.
 FLAGS_OF_IMPORT = {
     "data.text": "--text",
     "data.shards": "--shards",
@@ -51,31 +52,31 @@ FLAGS_OF_IMPORT = {
 }
 
 
-def _parse(argv):
-    flags.FLAGS(argv[:1])  # absl's own, for its logging
+def _parse(argv: list[str]) -> argparse.Namespace:
+    flags.FLAGS(argv[:1])  # absl's logging needs its flags parsed
     prog = argv[0]
     doc = lambda text: rewrite_commands(text, f"{prog} COMMAND")
     parser = Parser(prog, doc(HELP))
     commands = parser.add_subparsers(dest="command", required=True)
-    add = lambda name, help, text: commands.add_parser(name, help=help, doc=doc(text)).add_argument
-    add_import = add("import", "a Hugging Face folder to a run", IMPORT_HELP)
-    add_export = add("export", "a run to a Hugging Face folder", EXPORT_HELP)
-    add = add_import
+    help = "creates a run from a Hugging Face folder"
+    add = commands.add_parser("import", help=help, doc=doc(IMPORT_HELP)).add_argument
     add("--from", dest="source", required=True, help="Hugging Face folder, or llm.c file")
-    add("--run", required=True, help="new folder of the run")
+    add("--run", required=True, help="new folder for the run")
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
-    add("--shards", default="", help="token shards instead")
-    add("--tokenizer", default="", help="of the text; default: the folder's tokenizer.json")
-    add = add_export
+    add("--shards", default="", help="token shards to evaluate on instead")
+    add("--tokenizer", default="", help="for the text; default: the folder's tokenizer.json")
+    help = "writes a run as a Hugging Face folder"
+    add = commands.add_parser("export", help=help, doc=doc(EXPORT_HELP)).add_argument
     add("--run", required=True, help="folder of the run")
     add("--to", required=True, help="new folder, or new .bin file")
     add("--dtype", default="float32", choices=tuple(DTYPES), help="default: %(default)s")
-    add("--step", type=int, help="checkpoint; default: the newest good one")
+    add("--step", type=int, help="checkpoint to export; default: the newest good one")
     add("--tokenizer", default="", help="default: the run's; 'none' writes no tokenizer files")
     return parser.parse_args(argv[1:])
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
+    """Runs the parsed command; bad input ends the process with status REFUSED."""
     set_up_logging()
     try:
         if args.command == "import":
@@ -83,24 +84,25 @@ def main(args) -> None:
         else:
             export_weights(args.run, args.to, args.dtype, args.step, args.tokenizer)
     except (ValueError, CheckpointError) as error:
-        exit_refused(_by_own_flags(str(error)) if args.command == "import" else error)
+        exit_refused(_with_import_flags(str(error)) if args.command == "import" else error)
     except OSError as error:
-        found = str(error.filename or args.run)
-        to = "--to" if args.command == "export" else "--run"
-        flag = "--from" if found.startswith(getattr(args, "source", "\0")) else to
-        exit_refused(f"{found}: {error.strerror or error}. Set {flag}.")
+        path = str(error.filename or args.run)
+        flag = "--to" if args.command == "export" else "--run"
+        if args.command == "import" and path.startswith(args.source):
+            flag = "--from"
+        exit_refused(f"{path}: {error.strerror or error}. Set {flag}.")
 
 
-def _by_own_flags(message: str) -> str:
-    """Returns an error of training's parts in the flags of import."""
+def _with_import_flags(message: str) -> str:
+    """Returns an error message with import's flags in place of training's config fields."""
     for field, flag in FLAGS_OF_IMPORT.items():
         message = message.replace(f"--{field}", flag)
         message = message.replace(field, flag) if "." in field else message
     return message
 
 
-def command(argv=None, prog="python -m jaxtrain.interop") -> None:
-    """Runs `export` or `import`, the first of the arguments."""
+def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.interop") -> None:
+    """Runs the command that the first argument names; argv of None is sys.argv's."""
     argv = sys.argv[1:] if argv is None else argv
     app.run(main, argv=[prog, *argv], flags_parser=_parse)
 

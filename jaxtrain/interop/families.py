@@ -1,10 +1,10 @@
-"""Model families as Hugging Face stores them: config.json's fields, and tensors by name.
+"""Maps models to and from Hugging Face families: config.json fields and tensor names.
 
 Source: transformers 5.23, models/gpt2, models/llama and models/qwen3.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop import InteropError
@@ -14,22 +14,24 @@ class TensorMapping(NamedTuple):
     """One of our parameters and its tensor in a Hugging Face folder."""
 
     name: str  # "blocks.attention.q.w"
-    hf_name: str  # "model.layers.{}.self_attn.q_proj.weight"
-    transposed: bool = False  # Hugging Face has outputs first, [O,I]
-    part: tuple[int, int] = (0, 1)  # which of how many equal parts of their last dim
+    hf_name: str  # "model.layers.{}.self_attn.q_proj.weight"; {} is the layer
+    transposed: bool = False  # Hugging Face stores outputs first, [O,I]
+    part: tuple[int, int] = (0, 1)  # i, n: ours is the i-th of n equal parts of its last dim
 
 
 class Family(NamedTuple):
+    """How one transformers architecture stores a model."""
+
     architecture: str  # as config.json names it
-    tensors: Callable  # ModelConfig -> [TensorMapping]
-    read_config: Callable  # dict -> ModelConfig
-    write_config: Callable  # ModelConfig -> dict
-    prefix: str  # of their names, which some files leave out
-    buffers: tuple[str, ...]  # ends of names that hold no parameter
+    tensors: Callable[[ModelConfig], Iterator[TensorMapping]]
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    prefix: str  # of tensor names; files of the model without its head leave it out
+    buffers: tuple[str, ...]  # endings of tensors that are not parameters
 
 
-def _must(config, **expected):
-    """Raises InteropError where config.json asks for what our transformer does not compute."""
+def _check_fields(config: dict[str, Any], **expected: Any) -> None:
+    """Raises InteropError if config.json asks for what our transformer does not compute."""
     wrong = [
         f"{key}={config[key]!r} (must be {value!r})"
         for key, value in expected.items()
@@ -41,14 +43,7 @@ def _must(config, **expected):
         )
 
 
-def _one_of(config, key, allowed):
-    if config.get(key, allowed[0]) not in allowed:
-        raise InteropError(
-            f"config.json must have {key} of {', '.join(allowed)}; got {config[key]!r}."
-        )
-
-
-def _llama_tensors(cfg):
+def _llama_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
     layer = "model.layers.{}."
     yield TensorMapping("embed", "model.embed_tokens.weight")
     for letter in "qkvo":
@@ -57,7 +52,7 @@ def _llama_tensors(cfg):
             f"{layer}self_attn.{letter}_proj.weight",
             transposed=True,
         )
-    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE: so have Qwen3 and layers.HeadNorm
+    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE, as in layers.HeadNorm
         for letter in "qk":
             yield TensorMapping(
                 f"blocks.attention.{letter}_norm.gain", f"{layer}self_attn.{letter}_norm.weight"
@@ -74,7 +69,7 @@ def _llama_tensors(cfg):
 
 
 def _rope_theta(config) -> float:
-    """Transformers 5 keeps it among `rope_parameters`, 4 at the top beside `rope_scaling`."""
+    """Returns RoPE's base: in `rope_parameters` since transformers 5, at the top level before."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -82,8 +77,8 @@ def _rope_theta(config) -> float:
     return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
 
 
-def _decoder(config, K, qk_norm, positions) -> ModelConfig:
-    """What Llama and Qwen3 share; `positions` is the family's default."""
+def _read_decoder(config: dict, K: int, qk_norm: bool, positions: int) -> ModelConfig:
+    """Reads the fields that Llama and Qwen3 share; `positions` is the family's default."""
     H = config["num_attention_heads"]
     return ModelConfig(
         L=config["num_hidden_layers"],
@@ -106,18 +101,18 @@ def _decoder(config, K, qk_norm, positions) -> ModelConfig:
 
 
 def _read_llama(config) -> ModelConfig:
-    _must(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    _check_fields(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
     K = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return _decoder(config, K, qk_norm=False, positions=2_048)
+    return _read_decoder(config, K, qk_norm=False, positions=2_048)
 
 
 def _read_qwen3(config) -> ModelConfig:
-    _must(config, hidden_act="silu", attention_bias=False, use_sliding_window=False)
+    _check_fields(config, hidden_act="silu", attention_bias=False, use_sliding_window=False)
     if set(config.get("layer_types") or ()) - {"full_attention"}:
         raise InteropError(
             f"config.json must have layer_types of full_attention; got {config['layer_types']}."
         )
-    return _decoder(config, config.get("head_dim", 128), qk_norm=True, positions=32_768)
+    return _read_decoder(config, config.get("head_dim", 128), qk_norm=True, positions=32_768)
 
 
 def _write_decoder(cfg, architecture, model_type) -> dict:
@@ -149,11 +144,11 @@ def _write_qwen3(cfg) -> dict:
     return _write_decoder(cfg, "Qwen3ForCausalLM", "qwen3") | {"use_sliding_window": False}
 
 
-def _gpt2_tensors(cfg):
+def _gpt2_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
     layer = "transformer.h.{}."
     yield TensorMapping("embed", "transformer.wte.weight")
     yield TensorMapping("positions", "transformer.wpe.weight")
-    for kind, ending in (("w", "weight"), ("b", "bias")):  # their Conv1D has inputs first, as ours
+    for kind, ending in (("w", "weight"), ("b", "bias")):  # Conv1D stores inputs first, as we do
         for i, letter in enumerate("qkv"):
             yield TensorMapping(
                 f"blocks.attention.{letter}.{kind}", f"{layer}attn.c_attn.{ending}", part=(i, 3)
@@ -170,8 +165,12 @@ def _gpt2_tensors(cfg):
 
 
 def _read_gpt2(config) -> ModelConfig:
-    _one_of(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
-    _must(
+    known = "gelu_new", "gelu_pytorch_tanh"
+    if (activation := config.get("activation_function", known[0])) not in known:
+        raise InteropError(
+            f"config.json must have activation_function of {', '.join(known)}; got {activation!r}."
+        )
+    _check_fields(
         config,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
@@ -241,30 +240,30 @@ FAMILIES = {
 }
 
 
-def family_of_config(config: dict) -> Family:
+def family_of_config(config: dict[str, Any]) -> Family:
     """Returns the family that config.json names.
 
     Raises:
-        InteropError: it names none of FAMILIES, or needs code or a quantization of its own.
+        InteropError: it names none of FAMILIES, or the folder needs its own code or quantization.
     """
     named = config.get("architectures") or [config.get("model_type")]
-    found = [k for k, f in FAMILIES.items() if f.architecture in named or named == [k]]
-    if not found:
+    kinds = [k for k, f in FAMILIES.items() if f.architecture in named or named == [k]]
+    if not kinds:
         known = ", ".join(family.architecture for family in FAMILIES.values())
         raise InteropError(f"config.json must name an architecture of {known}; got {named}.")
-    # transformers chooses the class by model_type, and by auto_map the folder's own code.
-    _must(config, model_type=found[0], quantization_config=None, auto_map=None)
-    return FAMILIES[found[0]]
+    # transformers takes the class that model_type names, and runs the folder's code for auto_map.
+    _check_fields(config, model_type=kinds[0], quantization_config=None, auto_map=None)
+    return FAMILIES[kinds[0]]
 
 
 def family_of_model(cfg: ModelConfig) -> Family:
-    """Returns the family that computes what a ModelConfig's model computes.
+    """Returns the family whose models compute what this model computes.
 
     Raises:
-        InteropError: none does; the fields that stand in the way are named.
+        InteropError: there is none; the fields that prevent it are named.
     """
     decoder = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
-    wants = {
+    required = {
         "llama": decoder | {"qk_norm": False},
         "qwen3": decoder | {"qk_norm": True},
         "gpt2": {"norm": "layer", "position": "learned", "mlp": "gelu", "bias": True}
@@ -276,9 +275,9 @@ def family_of_model(cfg: ModelConfig) -> Family:
             for key, value in (fields | {"logit_softcap": 0.0}).items()
             if getattr(cfg, key) != value
         ]
-        for kind, fields in wants.items()
+        for kind, fields in required.items()
     }
-    for kind in ("llama", "gpt2") if cfg.D % cfg.H else ():  # so transformers checks
+    for kind in ("llama", "gpt2") if cfg.D % cfg.H else ():  # transformers requires it
         faults[kind].append(f"model.D={cfg.D} (must be a multiple of model.H={cfg.H})")
     kind = min(faults, key=lambda kind: len(faults[kind]))
     if faults[kind]:

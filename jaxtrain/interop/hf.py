@@ -1,55 +1,50 @@
-"""Hugging Face folders: config.json with model.safetensors, whole or in indexed parts.
+"""Reads and writes Hugging Face folders: config.json with model.safetensors, or indexed parts.
 
-A path that is a file is taken as llm.c's, a new path that ends in .bin is written as one.
+A path to a file is read as an llm.c file; a new path that ends in .bin is written as one.
 
-Everything is checked before anything is taken: what is missing, left over or of another shape is
-listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
+All tensors are checked before any is loaded: those that are missing, unexpected or of another shape
+are listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
 """
 
-import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxtrain.axes import Axes
+from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.files import atomic_path, strict_json, write_atomic
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.families import FAMILIES, family_of_config, family_of_model
+from jaxtrain.interop.families import (
+    FAMILIES,
+    Family,
+    TensorMapping,
+    family_of_config,
+    family_of_model,
+)
+from jaxtrain.interop.hf_files import (
+    INDEX,
+    WHOLE,
+    SafetensorsFolder,
+    join_faults,
+    read_json_object,
+)
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PART_BYTES = 5 * 10**9  # of a file, as transformers splits them
+PART_BYTES = 5 * 10**9  # per file, as transformers splits them
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 READABLE = ("F32", "F16", "BF16", "F64")
-SHOWN = 20  # faults in a message
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
-def json_of(path) -> dict:
-    """Returns the JSON object in a file of a Hugging Face folder.
-
-    Raises:
-        InteropError: the file is missing, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InteropError(
-            f"a Hugging Face folder must hold {path.name}; got none in {path.parent}."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InteropError(f"{path} must hold JSON; got {error}.") from None
-    if not isinstance(value, dict):
-        raise InteropError(f"{path} must hold a JSON object; got {type(value).__name__}.")
-    return value
-
-
-def read_config(folder):
-    """ModelConfig of a folder's config.json or an llm.c file's header.
+def read_config(folder: Path | str) -> ModelConfig:
+    """Returns the model that a folder's config.json or an llm.c file's header describes.
 
     Raises:
         InteropError: the file is missing, or describes what our transformer does not compute.
@@ -57,7 +52,7 @@ def read_config(folder):
     if Path(folder).is_file():
         return LlmcFile(folder).config
     path = Path(folder) / "config.json"
-    config = json_of(path)
+    config = read_json_object(path)
     try:
         return family_of_config(config).read_config(config)
     except KeyError as error:
@@ -65,171 +60,180 @@ def read_config(folder):
     except InteropError:
         raise
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise InteropError(f"{path} must hold a model's sizes; got {error}.") from None
+        raise InteropError(f"{path} must contain a model's sizes; got {error}.") from None
 
 
-class Stored:
-    """Tensors of a folder by name, read one at a time.
+class _Parameter(NamedTuple):
+    """One of our parameters and how a Hugging Face folder stores it."""
 
-    Raises:
-        InteropError: a file is missing or truncated, or the index and the files disagree.
-    """
+    tensor: TensorMapping
+    axes: Axes
+    shape: tuple[int, ...]
 
-    def __init__(self, folder):
-        folder = Path(folder)
-        if (folder / INDEX).exists():
-            at = json_of(folder / INDEX).get("weight_map")
-            if not isinstance(at, dict) or not all(isinstance(name, str) for name in at.values()):
-                raise InteropError(f"{folder / INDEX} must hold a weight_map of tensors to files.")
-        else:
-            at = dict.fromkeys(self._open(folder / WHOLE).keys(), WHOLE)
-        files = {name: self._open(folder / name) for name in sorted(set(at.values()))}
-        absent = [name for name, file in at.items() if name not in files[file].keys()]
-        if absent:
-            raise InteropError(f"{INDEX} must name tensors that are there; {_listed(absent)}.")
-        self._files = {name: files[file] for name, file in at.items()}
-        self.shapes = {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
-        self.dtypes = {n: f.get_slice(n).get_dtype() for n, f in self._files.items()}
+    @property
+    def is_stacked(self) -> bool:
+        return "L" in self.axes.stack
 
-    @staticmethod
-    def _open(path):
-        try:
-            return safe_open(path, framework="numpy")
-        except FileNotFoundError:
-            raise InteropError(
-                f"weights must be in {WHOLE}, or in parts by {INDEX}; {path} is not there."
-            ) from None
-        except SafetensorError as error:  # truncated, or no safetensors at all
-            raise InteropError(f"{path} must be whole safetensors; got {error}.") from None
+    @property
+    def hf_names(self) -> list[str]:
+        """The names of its tensors: one per layer if it is stacked."""
+        layers = self.shape[0] if self.is_stacked else 1
+        return [self.tensor.hf_name.format(i) for i in range(layers)]
 
-    def read(self, name) -> np.ndarray:
-        """The tensor in float32, or float64 where it is that."""
-        x = self._files[name].get_tensor(name)
-        return x if x.dtype == np.float64 else x.astype(np.float32)
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of one layer, inputs first, within a tensor that may join several parameters.
+
+        Matrices have two dims, vectors one; embeddings and heads are stored as ours.
+        """
+        shape = self.shape[1:] if self.is_stacked else self.shape
+        if self.axes.role == "matrix":
+            inputs = math.prod(shape[: len(self.axes.inputs)])
+            return inputs, math.prod(shape) // inputs
+        return (math.prod(shape),) if self.axes.role == "vector" else shape
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of one layer's tensor."""
+        *first, last = self.part_shape
+        shape = (*first, last * self.tensor.part[1])
+        return shape[::-1] if self.tensor.transposed else shape
 
 
-def _listed(faults) -> str:
-    more = len(faults) - SHOWN
-    return "; ".join(faults[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+def _parameters(
+    family: Family, cfg: ModelConfig, axes: dict[str, Axes], shapes: dict[str, Any]
+) -> list[_Parameter]:
+    """Describes every parameter of a model; axes and shapes are by our names."""
+    parameters = [
+        _Parameter(tensor, axes[tensor.name], shapes[tensor.name].shape)
+        for tensor in family.tensors(cfg)
+    ]
+    unmapped = set(axes) - {parameter.tensor.name for parameter in parameters}
+    assert not unmapped, f"families.py maps no tensor to {sorted(unmapped)}"
+    return parameters
 
 
-def _names(tensor, axes, shape) -> list[str]:
-    """Their names of one parameter: one for each layer where it is stacked."""
-    return (
-        [tensor.hf_name.format(i) for i in range(shape[0])]
-        if "L" in axes.stack
-        else [tensor.hf_name]
-    )
-
-
-def _their_shape(tensor, axes, shape) -> tuple[int, ...]:
-    """Of one layer in their layout: matrices of two dims, vectors of one, tables as they are."""
-    shape = shape[1:] if "L" in axes.stack else shape
-    if axes.role == "matrix":
-        inputs = int(np.prod(shape[: len(axes.inputs)]))
-        shape = inputs, int(np.prod(shape)) // inputs
-    elif axes.role == "vector":
-        shape = (int(np.prod(shape)),)
-    shape = (*shape[:-1], shape[-1] * tensor.part[1])
-    return shape[::-1] if tensor.transposed else shape
-
-
-def _check(stored, rows, family, tied_to) -> dict[str, str]:
-    """{our name of a tensor of theirs: its name in the files}; lists every fault at once."""
-    bare = not any(name.startswith(family.prefix) for name in stored.shapes)
-    known = lambda name: name.removeprefix(family.prefix) if bare else name
-    faults, at = [], {}
-    for tensor, axes, shape in rows:
-        for name in _names(tensor, axes, shape):
-            at[name] = known(name)
-            expected, found = _their_shape(tensor, axes, shape), stored.shapes.get(at[name])
-            if found is None:
-                faults.append(f"{at[name]} is missing")
-            elif found != expected:
-                faults.append(f"{at[name]} is {list(found)}, must be {list(expected)}")
-            elif stored.dtypes[at[name]] not in READABLE:
-                faults.append(f"{at[name]} is of {stored.dtypes[at[name]]}")
-    spare = stored.shapes.keys() - set(at.values())
-    if tied_to and "lm_head.weight" in spare:  # written beside the embedding that it shares
-        spare.remove("lm_head.weight")
-        if not np.array_equal(stored.read("lm_head.weight"), stored.read(known(tied_to))):
-            faults.append("lm_head.weight is not the embedding that tie_word_embeddings says it is")
-    faults += [f"{n} is left over" for n in sorted(spare) if not n.endswith(family.buffers)]
-    if faults:
-        raise InteropError(f"weights must be those of config.json; {_listed(faults)}.")
-    return at
-
-
-def _rows(family, cfg, axes, shapes):
-    """[(TensorMapping, Axes, shape)] of every parameter; axes and shapes by name."""
-    rows = [(t, axes[t.name], shapes[t.name].shape) for t in family.tensors(cfg)]
-    unnamed = set(axes) - {t.name for t, _, _ in rows}
-    assert not unnamed, f"no tensor of theirs for {sorted(unnamed)}"
-    return rows
-
-
-def read_weights(folder, cfg, axes, shapes) -> dict[str, Callable]:
-    """{our parameter's name: () -> array} of a folder, after every tensor's name and shape is seen.
+def _locate_tensors(
+    stored: SafetensorsFolder | LlmcFile,
+    parameters: list[_Parameter],
+    family: Family,
+    tied_to: str | None,
+) -> dict[str, str]:
+    """Checks every tensor; returns {Hugging Face name: name in these files}.
 
     Args:
-        cfg: ModelConfig of the model that the weights are for; the folder must hold that model.
-        axes, shapes: {name: Axes} and {name: ShapeDtypeStruct} of it.
+        tied_to: the embedding that the model's head shares; None if the head is its own.
 
     Raises:
-        InteropError: tensors are missing, left over or of another shape, or a file is truncated.
+        InteropError: with every fault.
+    """
+    # A file of the model without its head, such as GPT2Model's, has names without the prefix.
+    bare = not any(name.startswith(family.prefix) for name in stored.shapes)
+    stored_name = lambda name: name.removeprefix(family.prefix) if bare else name
+    faults, names = [], {}
+    for parameter in parameters:
+        for hf_name in parameter.hf_names:
+            name = names[hf_name] = stored_name(hf_name)
+            expected, actual = parameter.hf_shape, stored.shapes.get(name)
+            if actual is None:
+                faults.append(f"{name} is missing")
+            elif actual != expected:
+                faults.append(f"{name} is {list(actual)}, must be {list(expected)}")
+            elif stored.dtypes[name] not in READABLE:
+                faults.append(f"{name} has the type {stored.dtypes[name]}")
+    unused = stored.shapes.keys() - set(names.values())
+    if tied_to and "lm_head.weight" in unused:  # some files repeat the embedding as the head
+        unused.remove("lm_head.weight")
+        if not np.array_equal(stored.read("lm_head.weight"), stored.read(stored_name(tied_to))):
+            faults.append("lm_head.weight is not the embedding, as tie_word_embeddings requires")
+    unused = [name for name in sorted(unused) if not name.endswith(family.buffers)]
+    faults += [f"{name} is unexpected" for name in unused]
+    if faults:
+        raise InteropError(f"weights must be those of config.json; {join_faults(faults)}.")
+    return names
+
+
+def read_weights(
+    folder: Path | str, cfg: ModelConfig, axes: dict[str, Axes], shapes: dict[str, Any]
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Checks all tensors of a folder or llm.c file; returns {our name: function that reads it}.
+
+    Args:
+        cfg: the model that the weights are for; the folder must contain that model.
+        axes, shapes: {our name: Axes} and {our name: ShapeDtypeStruct} of it.
+
+    Raises:
+        InteropError: tensors are missing, unexpected or of another shape, or a file is truncated.
     """
     if Path(folder).is_file():
         family, stored = FAMILIES["gpt2"], LlmcFile(folder)
     else:
-        family, stored = family_of_config(json_of(Path(folder) / "config.json")), Stored(folder)
-    rows = _rows(family, cfg, axes, shapes)
-    tied_to = next(t.hf_name for t, _, _ in rows if t.name == "embed") if cfg.tied else None
-    at = _check(stored, rows, family, tied_to)
+        family = family_of_config(read_json_object(Path(folder) / "config.json"))
+        stored = SafetensorsFolder(folder)
+    parameters = _parameters(family, cfg, axes, shapes)
+    mappings = family.tensors(cfg)
+    tied_to = next(t.hf_name for t in mappings if t.name == "embed") if cfg.tied else None
+    names = _locate_tensors(stored, parameters, family, tied_to)
 
-    def reader(tensor, a, shape, dtype):
-        def one(name):
-            x = stored.read(at[name])
-            x = x.T if tensor.transposed else x
-            index, count = tensor.part
-            return np.split(x, count, axis=-1)[index] if count > 1 else x
+    def build_reader(parameter, dtype):
+        part, parts = parameter.tensor.part
 
-        names = _names(tensor, a, shape)
-        return lambda: np.stack([one(name) for name in names]).reshape(shape).astype(dtype)
+        def read_layer(hf_name):
+            x = stored.read(names[hf_name])
+            x = x.T if parameter.tensor.transposed else x
+            return np.split(x, parts, axis=-1)[part] if parts > 1 else x
 
-    return {t.name: reader(t, a, shape, shapes[t.name].dtype) for t, a, shape in rows}
+        def read_parameter():
+            layers = np.stack([read_layer(hf_name) for hf_name in parameter.hf_names])
+            return layers.reshape(parameter.shape).astype(dtype)
+
+        return read_parameter
+
+    return {p.tensor.name: build_reader(p, shapes[p.tensor.name].dtype) for p in parameters}
 
 
-def their_tensors(family, cfg, axes, params, dtype):
-    """Yields (name, array) in their layout, fused parts joined."""
-    rows = _rows(family, cfg, axes, params)
-    groups = {}
-    for row in rows:
-        groups.setdefault(row[0].hf_name, []).append(row)
-    for members in groups.values():
-        tensor, a, shape = members[0]
-        for i, name in enumerate(_names(tensor, a, shape)):
+def hf_tensors(
+    family: Family,
+    cfg: ModelConfig,
+    axes: dict[str, Axes],
+    params: dict[str, Any],
+    dtype: Any,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, array) as Hugging Face stores them, with fused parameters joined."""
+    by_tensor: dict[str, list[_Parameter]] = {}
+    for parameter in _parameters(family, cfg, axes, params):
+        by_tensor.setdefault(parameter.tensor.hf_name, []).append(parameter)
+    for members in by_tensor.values():
+        for i, name in enumerate(members[0].hf_names):
             parts = []
-            for t, a, shape in members:
-                x = np.asarray(params[t.name])
-                x = x[i] if "L" in a.stack else x
-                single = _their_shape(t._replace(part=(0, 1), transposed=False), a, shape)
-                parts.append(x.reshape(single))
+            for member in members:
+                x = np.asarray(params[member.tensor.name])
+                x = x[i] if member.is_stacked else x
+                parts.append(x.reshape(member.part_shape))
             x = np.concatenate(parts, axis=-1)
-            yield name, np.ascontiguousarray(x.T if tensor.transposed else x).astype(dtype)
+            x = x.T if members[0].tensor.transposed else x
+            yield name, np.ascontiguousarray(x).astype(dtype)
 
 
 def write_folder(
-    folder, cfg, axes, params, dtype="float32", verify=None, part_bytes=PART_BYTES, special=None
-):
-    """Writes a Hugging Face folder that transformers loads, or a .bin file that llm.c does.
+    folder: Path | str,
+    cfg: ModelConfig,
+    axes: dict[str, Axes],
+    params: dict[str, Any],
+    dtype: str = "float32",
+    verify: Callable[[Path], None] | None = None,
+    part_bytes: int = PART_BYTES,
+    special: dict[str, Any] | None = None,
+) -> None:
+    """Writes a Hugging Face folder that transformers loads, or a .bin file that llm.c loads.
 
     Args:
-        folder: must not exist; a name that ends in .bin is llm.c's file.
-        axes, params: {name: Axes} and {name: array}.
+        folder: must not exist; a name that ends in .bin is an llm.c file.
+        axes, params: {our name: Axes} and {our name: array}.
         dtype: a key of DTYPES.
-        verify: called with the complete, still hidden folder; what it raises leaves nothing behind.
-        special: config.json's ids of special tokens; None writes null, for a family's default would
-            be an ordinary token of this vocabulary.
+        verify: called with the complete, still hidden folder; if it raises, nothing is left behind.
+        special: config.json's ids of special tokens. None writes null: a family's default would be
+            an ordinary token of this vocabulary.
 
     Raises:
         InteropError: the folder exists, or no family computes what the model computes.
@@ -239,51 +243,57 @@ def write_folder(
     if folder.suffix == ".bin":
         if family is not FAMILIES["gpt2"]:
             raise InteropError(f"llm.c's files hold GPT-2; got {family.architecture}. Set --to.")
-        tensors = dict(their_tensors(family, cfg, axes, params, np.float32))
+        tensors = dict(hf_tensors(family, cfg, axes, params, np.float32))
         return write_llmc(folder, cfg, tensors, dtype, verify)
     if folder.exists():
-        raise InteropError(f"an export must go to a new folder; {folder} is there. Set --to.")
+        raise InteropError(f"an export must go to a new folder; {folder} exists. Set --to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder) as hidden:
         hidden.mkdir()
         config = family.write_config(cfg) | {"dtype": dtype, "torch_dtype": dtype}
         config |= NO_TOKENS | (special or {})
         write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
-        _write_parts(hidden, their_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
+        _write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
         if verify:
             verify(hidden)
 
 
-def _save(tensors, path) -> None:
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what writes it is Rust: no OSError on a full disk
+    except SafetensorError as error:  # written in Rust: a full disk is not an OSError
         size = sum(x.nbytes for x in tensors.values())
         raise InteropError(
             f"{path.parent.parent} must take {size:,} bytes of weights; got {error}. Set --to."
         ) from None
-    shutil.copymode(path.parent / "config.json", path)  # safetensors lets only the owner read
+    shutil.copymode(path.parent / "config.json", path)  # safetensors makes it private to its owner
 
 
-def _write_parts(folder, tensors, part_bytes) -> None:
-    """One file, or files of at most part_bytes each and their index."""
-    parts, held = [{}], 0
-    where, total = {}, 0
+def _write_parts(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], part_bytes: int) -> None:
+    """Writes one file, or files of at most part_bytes each and their index.
+
+    The number of files is part of their names, and known only at the end.
+    """
+    names_of_parts, part, part_size, total = [], {}, 0, 0
+
+    def save_part():
+        names_of_parts.append(list(part))
+        _save(part, folder / f"part{len(names_of_parts)}")
+
     for name, x in tensors:
-        if held and held + x.nbytes > part_bytes:
-            _save(parts[-1], folder / f"part{len(parts)}")
-            parts[-1] = dict.fromkeys(parts[-1])
-            parts.append({})
-            held = 0
-        parts[-1][name] = x
-        held, total = held + x.nbytes, total + x.nbytes
-    if len(parts) == 1:
-        _save(parts[0], folder / WHOLE)
+        if part and part_size + x.nbytes > part_bytes:
+            save_part()
+            part, part_size = {}, 0
+        part[name] = x
+        part_size, total = part_size + x.nbytes, total + x.nbytes
+    save_part()
+    if len(names_of_parts) == 1:
+        (folder / "part1").rename(folder / WHOLE)
         return
-    _save(parts[-1], folder / f"part{len(parts)}")
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
+    file_of = {}
+    for i, names in enumerate(names_of_parts, 1):
+        file = f"model-{i:05}-of-{len(names_of_parts):05}.safetensors"
         (folder / f"part{i}").rename(folder / file)
-        where |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+        file_of |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
     write_atomic(folder / INDEX, strict_json(index, indent=2) + "\n")

@@ -1,11 +1,12 @@
-"""llm.c's model files: a header of 256 int32, then every kind of tensor over all layers.
+"""Reads and writes llm.c's model files: a header of 256 int32, then each kind of tensor by layer.
 
-Matrices stand with outputs first, the vocabulary is padded to a multiple of 128.
+Matrices are stored outputs first, and the vocabulary is padded to a multiple of 128.
 
 Source: Karpathy et al., https://github.com/karpathy/llm.c, train_gpt2.py, `write_model`
 """
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ MAGIC = 20240326
 HEADER = 256  # int32 numbers
 VERSIONS = {3: np.dtype(np.float32), 5: np.dtype(jnp.bfloat16)}
 PADDED_TO = 128
-EPS = 1e-5  # of its layer norms
-# Names as Hugging Face has them, and dims: P the padded vocabulary, A 3C, F 4C.
+EPS = 1e-5  # of the layer norms
+# Hugging Face's name -> dims: T positions, C width, P the padded vocabulary, A = 3C, F = 4C.
 LAYOUT = {
     "transformer.wte.weight": "PC",
     "transformer.wpe.weight": "TC",
@@ -41,13 +42,13 @@ LAYOUT = {
 }
 
 
-def padded_vocab_size(V) -> int:
-    """Rows of the vocabulary in a file."""
+def padded_vocab_size(V: int) -> int:
+    """Returns the rows of the vocabulary in a file."""
     return -(-V // PADDED_TO) * PADDED_TO
 
 
-def file_layout(T, L, C, P):
-    """Yields (name, shape in the file, whether Hugging Face has it transposed), in file order."""
+def file_layout(T: int, L: int, C: int, P: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yields (name, shape in the file, whether Hugging Face's is transposed), in file order."""
     sizes = {"T": T, "P": P, "C": C, "A": 3 * C, "F": 4 * C}
     for name, dims in LAYOUT.items():
         shape, stacked = tuple(sizes[d] for d in dims), "{}" in name
@@ -56,13 +57,13 @@ def file_layout(T, L, C, P):
 
 
 class LlmcFile:
-    """Tensors of a file by Hugging Face's names and shapes, read one at a time.
+    """The tensors of a file by Hugging Face's names and shapes, read one at a time.
 
     Raises:
-        InteropError: the file is no llm.c model of a known version, or not of its header's length.
+        InteropError: the file is not an llm.c model of a known version, or has the wrong length.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str):
         head = np.fromfile(path, "<i4", HEADER)
         if len(head) < HEADER or head[0] != MAGIC:
             raise InteropError(f"an llm.c model must start with {MAGIC}; got {head[:1]} in {path}.")
@@ -78,9 +79,9 @@ class LlmcFile:
                 f"heads={H} C={C} padded V={P} in {path}."
             )
         self.config = gpt2_config(L=L, D=C, H=H, V=V, positions=T)
-        self._type, self._at, offset = VERSIONS[int(head[1])], {}, 4 * HEADER
+        self._type, self._layout, offset = VERSIONS[int(head[1])], {}, 4 * HEADER
         for name, shape, transposed in file_layout(T, L, C, P):
-            self._at[name] = offset, shape, transposed
+            self._layout[name] = offset, shape, transposed
             offset += math.prod(shape) * self._type.itemsize
         if Path(path).stat().st_size != offset:
             raise InteropError(
@@ -88,22 +89,22 @@ class LlmcFile:
                 f"{Path(path).stat().st_size:,}."
             )
         self.shapes = {
-            n: s[::-1] if transposed else s for n, (_, s, transposed) in self._at.items()
+            n: s[::-1] if transposed else s for n, (_, s, transposed) in self._layout.items()
         }
         self.shapes["transformer.wte.weight"] = V, C
-        self.dtypes = dict.fromkeys(self._at, {3: "F32", 5: "BF16"}[int(head[1])])
+        self.dtypes = dict.fromkeys(self._layout, {3: "F32", 5: "BF16"}[int(head[1])])
         self._data = np.memmap(path, np.uint8, "r")
 
-    def read(self, name) -> np.ndarray:
-        """The tensor in float32, without the padding."""
-        offset, shape, transposed = self._at[name]
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor in float32, without the padding."""
+        offset, shape, transposed = self._layout[name]
         raw = self._data[offset : offset + math.prod(shape) * self._type.itemsize]
         x = np.frombuffer(raw, self._type).reshape(shape).astype(np.float32)
         return (x.T if transposed else x)[: self.shapes[name][0]]
 
 
-def gpt2_config(L, D, H, V, positions) -> ModelConfig:
-    """ModelConfig of llm.c's GPT-2."""
+def gpt2_config(L: int, D: int, H: int, V: int, positions: int) -> ModelConfig:
+    """Returns the config of llm.c's GPT-2."""
     return ModelConfig(
         L=L,
         D=D,
@@ -123,21 +124,27 @@ def gpt2_config(L, D, H, V, positions) -> ModelConfig:
     )
 
 
-def write_llmc(path, cfg, tensors, dtype="float32", verify=None) -> None:
-    """Writes a file that llm.c loads, whole or not at all.
+def write_llmc(
+    path: Path | str,
+    cfg: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    dtype: str = "float32",
+    verify: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a file that llm.c loads, completely or not at all.
 
     Args:
         path: must not exist.
         tensors: {Hugging Face's name: array} of a GPT-2.
         dtype: float32 or bfloat16.
-        verify: called with the complete, still hidden file; what it raises leaves nothing behind.
+        verify: called with the complete, still hidden file; if it raises, nothing is left behind.
 
     Raises:
-        InteropError: the file exists, the model is not llm.c's GPT-2, or dtype is not its.
+        InteropError: the file exists, or llm.c does not have the model or the dtype.
     """
     path, versions = Path(path), {kind.name: version for version, kind in VERSIONS.items()}
     if path.exists():
-        raise InteropError(f"an export must go to a new file; {path} is there. Set --to.")
+        raise InteropError(f"an export must go to a new file; {path} exists. Set --to.")
     if dtype not in versions:
         raise InteropError(f"llm.c's files are float32 or bfloat16; got {dtype}. Set --dtype.")
     if cfg.F != 4 * cfg.D or not cfg.tied or cfg.norm_eps != EPS:

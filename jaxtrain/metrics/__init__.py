@@ -1,1 +1,1 @@
-"""What is measured: step times, FLOPs, MFU, collectives, network bytes."""
+"""Measures step times, FLOPs, MFU, collectives and network bytes."""

@@ -133,7 +133,7 @@ def _count_rings(groups: list[list[int]], hosts: np.ndarray) -> int:
 def find_collectives(
     program: Program, mesh: Mesh, names: Sequence[str] | None = None
 ) -> list[Collective]:
-    """Returns the collectives between devices in execution order, with the turns of loops counted.
+    """Returns the collectives between devices in execution order; `times` counts loop iterations.
 
     Args:
         program: compiled for `mesh`, with devices in the mesh's order.
@@ -149,7 +149,7 @@ def find_collectives(
         if size < 2:
             continue
         operand_bytes = sum(bytes_of(types[name]) for name in i.operands)
-        # The whole array: an all-gather's operand is one shard of it, all others take it whole.
+        # An all-gather's operand is one shard of the payload; the others take all of it.
         payload = operand_bytes * size if kind == "all-gather" else operand_bytes
         rings, axes = _count_rings(groups, hosts), _axes_of(groups, mesh)
         collectives.append(Collective(kind, payload, axes, size, rings > 0, times, rings))

@@ -25,11 +25,8 @@ from jaxtrain.ops.routes import chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 
-# Model dtype -> type of the products on tensor cores. XLA computes float32 products in TF32 by
-# default.
+# Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}
-
-
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 
@@ -70,11 +67,6 @@ class StepWork(NamedTuple):
     dtype: str  # of the products
     problem: str = ""  # why the program could not be read
     caveats: tuple[str, ...] = ()  # what the metrics count although it is masked or padding
-
-    @property
-    def payload_bytes(self) -> int:
-        """Payload of all collectives of one device."""
-        return sum(c.times * c.payload_bytes for c in self.collectives)
 
     @property
     def sent_bytes(self) -> float:

@@ -23,7 +23,7 @@ STEP_TIME_METRICS = (  # those that step_time_metrics() returns, in its order
     "perf/tokens_per_s",
     "perf/tokens_per_s_per_device",
 )
-FED_STEPS = 64  # newest steps whose batch was there in time: their median is the usual step time
+FED_STEPS = 64  # newest steps whose batch was ready in time: their median is the usual step time
 
 
 @dataclass
@@ -43,6 +43,9 @@ class StepTimer:
         tokens_per_step: tokens that one step trains on, over all hosts.
         devices: devices of all hosts.
         now: monotonic clock, s.
+
+    Attributes:
+        waited_s: the last wait for data since the last tick.
     """
 
     def __init__(
@@ -57,9 +60,9 @@ class StepTimer:
         self._window = self._run = _Span(0.0)
         self._before_s = {}
         self._last_tick_s = 0.0
-        self._paused_s = self._starved_s = self._waited_s = 0.0  # since the last tick
+        self._paused_s = self._starved_s = self.waited_s = 0.0  # since the last tick
         self._data_lost_s = 0.0
-        self._fed_s = deque(maxlen=FED_STEPS)
+        self._fed_s = deque(maxlen=FED_STEPS)  # times of steps whose batch was ready in time
         self._cause = None  # of the pause that is running
 
     def start(self, before_s: Mapping[str, float] | None = None) -> None:
@@ -90,15 +93,15 @@ class StepTimer:
             if skipped:
                 span.lost_s["skipped"] += step_time_s - data_s
         self._last_tick_s = now_s
-        self._paused_s = self._starved_s = self._waited_s = self._data_lost_s = 0.0
+        self._paused_s = self._starved_s = self.waited_s = self._data_lost_s = 0.0
         return step_time_s
 
     def _lost_to_data_s(self, step_time_s: float) -> float:
         """Returns the seconds of a step in which the device had no batch.
 
         The host sees that the device has run out of work, not when it did. The loss is therefore
-        estimated: what the step took beyond the usual time of a step whose batch was there in time,
-        and at most the wait for data.
+        estimated: what the step took beyond the usual time of a step whose batch was ready, and at
+        most the wait for data.
         """
         if not self._starved_s:
             self._fed_s.append(step_time_s - self._data_lost_s)
@@ -115,9 +118,9 @@ class StepTimer:
             throughout: the device was idle during all of it; else since an unknown moment.
         """
         if throughout:
-            self._data_lost_s += self._waited_s
+            self._data_lost_s += self.waited_s
         else:
-            self._starved_s += self._waited_s
+            self._starved_s += self.waited_s
 
     @contextmanager
     def pause(self, cause: str) -> Iterator[None]:
@@ -138,14 +141,9 @@ class StepTimer:
             for span in (self._window, self._run):
                 span.pauses_s[cause] += elapsed_s
             if cause in OVERLAPPED:
-                self._waited_s = elapsed_s
+                self.waited_s = elapsed_s
             else:
                 self._paused_s += elapsed_s
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds of the last wait for data since the last tick."""
-        return self._waited_s
 
     @property
     def steps_s(self) -> float:

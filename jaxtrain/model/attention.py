@@ -1,6 +1,7 @@
 """Causal grouped-query attention: (q_BTHK, k_BTGK, v_BTGK, docs_BT | None) -> o_BTHK.
 
-Scores are scaled by 1/sqrt(K); softmax is in float32. With docs, a token sees only its document.
+Scores are scaled by 1/sqrt(K); softmax is in float32. With docs, a token attends only to its own
+document. Below, R is the number of query heads that share a key/value head: H = G * R.
 """
 
 import functools
@@ -8,72 +9,102 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from jaxtrain.ops import fused
+from jaxtrain.ops.routes import Route
 
-MASKED = -1e30  # finite: a row that is masked whole stays finite
-BLOCKS = 4  # of queries; each sees only its prefix, which skips 3/8 of the scores
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive: result and log-sum-exp
+MASKED = -1e30  # finite, so that a fully masked row gives no NaN
+BLOCKS = 4  # query blocks; each computes only the scores of its prefix: 5/8 of all
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # primitive: result and log-sum-exp
 
 
 def _mask(T, S, docs_BT, start=0):
-    """Boolean [1 or B,1,1,T,S]: query start+t may see key s."""
+    """Returns booleans [1 or B,1,1,T,S]: whether query start+t may attend to key s."""
     causal = (start + jnp.arange(T))[:, None] >= jnp.arange(S)[None, :]
     if docs_BT is None:
         return causal[None, None, None]
-    same = docs_BT[:, start : start + T, None] == docs_BT[:, None, :S]
-    return (causal & same)[:, None, None]
+    same_document = docs_BT[:, start : start + T, None] == docs_BT[:, None, :S]
+    return (causal & same_document)[:, None, None]
 
 
-def _grouped(q_BTHK, G):
+def _group_heads(q_BTHK, G):
     B, T, H, K = q_BTHK.shape
     return q_BTHK.reshape(B, T, G, H // G, K)
 
 
-def _wide(x):
+def _wide_dtype(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def attention_reference(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
-    """The law. Holds [B,H,T,T]."""
-    B, T, H, K = q_BTHK.shape
-    q_BTGRK = _grouped(q_BTHK, k_BTGK.shape[2])
-    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BTGK, preferred_element_type=_wide(q_BTHK))
-    s = jnp.where(_mask(T, T, docs_BT), s * K**-0.5, MASKED)
-    p = jax.nn.softmax(s, axis=-1).astype(v_BTGK.dtype)
-    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BTGK, preferred_element_type=_wide(q_BTHK))
-    return o_BTGRK.reshape(B, T, H, K).astype(q_BTHK.dtype)
+def attention_reference(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
+) -> jax.Array:
+    """Reference implementation; materialises [B,H,T,T]."""
+    T = q_BTHK.shape[1]
+    return _attend_masked(q_BTHK, k_BTGK, v_BTGK, _mask(T, T, docs_BT))
 
 
-def _edges(T):
+def attend_cached(
+    cache: dict[str, jax.Array],
+    start: jax.Array | int,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Writes keys and values into a cache [B,S,G,K] at start, then attends over it."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+    k_BSGK, v_BSGK = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
+    mask = _mask(q_BTHK.shape[1], k_BSGK.shape[1], None, start)
+    return _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask), {"k": k_BSGK, "v": v_BSGK}
+
+
+def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask):
+    wide = _wide_dtype(q_BTHK)
+    q_BTGRK = _group_heads(q_BTHK, k_BSGK.shape[2])
+    s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
+    s = jnp.where(mask, s * q_BTHK.shape[-1] ** -0.5, MASKED)
+    p = jax.nn.softmax(s, axis=-1).astype(v_BSGK.dtype)
+    o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BSGK, preferred_element_type=wide)
+    return o_BTGRK.reshape(q_BTHK.shape).astype(q_BTHK.dtype)
+
+
+def _block_bounds(T):
     size = -(-T // BLOCKS)
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def _blocked_forward(q, k, v, docs_BT):
     """q [B,G,R,T,K], k and v [B,G,T,K] -> o [B,G,R,T,K] and each block's probabilities."""
-    outs, probabilities = [], []
-    for start, stop in _edges(q.shape[3]):
+    outputs, probabilities = [], []
+    for start, stop in _block_bounds(q.shape[3]):
         s = jnp.einsum(
             "BGRTK,BGSK->BGRTS",
             q[:, :, :, start:stop],
             k[:, :, :stop],
-            preferred_element_type=_wide(q),
+            preferred_element_type=_wide_dtype(q),
         )
         s = jnp.where(_mask(stop - start, stop, docs_BT, start), s, MASKED)
-        e = jnp.exp(s - s.max(-1, keepdims=True))
+        e = jnp.exp(s - s.max(-1, keepdims=True))  # at most 1: no overflow
         p = (e / e.sum(-1, keepdims=True)).astype(v.dtype)
-        o = jnp.einsum("BGRTS,BGSK->BGRTK", p, v[:, :, :stop], preferred_element_type=_wide(q))
-        outs.append(o.astype(q.dtype))
+        o = jnp.einsum(
+            "BGRTS,BGSK->BGRTK", p, v[:, :, :stop], preferred_element_type=_wide_dtype(q)
+        )
+        outputs.append(o.astype(q.dtype))
         probabilities.append(p)
-    return jnp.concatenate(outs, 3), tuple(probabilities)
+    return jnp.concatenate(outputs, 3), tuple(probabilities)
 
 
 def _blocked_backward(q, k, v, probabilities, do):
-    wide = _wide(q)
+    """Returns (dq, dk, dv).
+
+    Of p = softmax(s) and o = p v: dp = do v^T, and ds = p * (dp - sum(p * dp)), since every
+    probability depends on every score through the normalisation.
+    """
+    wide = _wide_dtype(q)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
     dq, dk, dv = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    for (start, stop), p in zip(_edges(q.shape[3]), probabilities, strict=True):
+    for (start, stop), p in zip(_block_bounds(q.shape[3]), probabilities, strict=True):
         g = do[:, :, :, start:stop]
         dp = einsum("BGRTK,BGSK->BGRTS", g, v[:, :, :stop])
         p32 = p.astype(wide)
@@ -95,19 +126,22 @@ def _blocked_fwd(q, k, v, docs_BT):
 
 
 def _blocked_bwd(residuals, do):
-    return *_blocked_backward(*residuals, do), None
+    q, k, v, probabilities = residuals
+    return *_blocked_backward(q, k, v, probabilities, do), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def attention_blocked(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+def attention_blocked(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
+) -> jax.Array:
     """attention_reference in query blocks with its own backward: the CPU's route.
 
-    Keeps the probabilities in v's dtype for the backward, [B,H,T,T] * 5/8.
+    Saves the probabilities for the backward, in v's dtype: 5/8 of [B,H,T,T].
     """
     B, T, H, K = q_BTHK.shape
-    q = _grouped(q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK.shape[2])
+    q = _group_heads(q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK.shape[2])
     o = _blocked(
         q.transpose(0, 2, 3, 1, 4),
         k_BTGK.transpose(0, 2, 1, 3),
@@ -117,15 +151,19 @@ def attention_blocked(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def attention_blocked_wide(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
+def attention_blocked_wide(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
+) -> jax.Array:
     """attention_blocked with float32 products, for processors without bf16 products."""
-    wide = (x.astype(_wide(x)) for x in (q_BTHK, k_BTGK, v_BTGK))
-    return attention_blocked(*wide, docs_BT).astype(q_BTHK.dtype)
+    q, k, v = (x.astype(_wide_dtype(x)) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return attention_blocked(q, k, v, docs_BT).astype(q_BTHK.dtype)
 
 
-def attention_cudnn(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
-    """cuDNN's flash attention through JAX; half precision, no documents. Never holds [T,T]."""
-    assert docs_BT is None, "the route table sends document masks elsewhere"
+def attention_cudnn(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
+) -> jax.Array:
+    """cuDNN's flash attention: half precision, no documents; never materialises [T,T]."""
+    assert docs_BT is None, "choose_routes takes another route with document masks"
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
     )
@@ -139,15 +177,23 @@ ATTENTION = {
 }
 
 
-def attend(route, q_BTHK, k_BTGK, v_BTGK, docs_BT=None, mesh=None):
-    """The route's attention, its result named "attention" for remat policies.
+def attend(
+    route: Route,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    docs_BT: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Runs the route's attention; its result is named "attention" for remat policies.
 
-    mesh: where q, k and v lie; None leaves that to JAX, as all but the kernels do.
+    Args:
+        mesh: where q, k and v lie, for the kernels; XLA's implementations need none.
     """
-    if route.tiles:  # names its result itself, and the log-sum-exp that belongs to it
+    if route.is_fused:  # names its result itself, and the log-sum-exp that belongs to it
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT)
-    if route.implementation == "cudnn":  # kept as CUDNN_FORWARD; a name would keep it twice
-        return fused.on_heads(attention, mesh)(q_BTHK, k_BTGK, v_BTGK)
+    if route.implementation == "cudnn":  # saved as CUDNN_FORWARD; a name would save it twice
+        return fused.map_heads(attention, mesh)(q_BTHK, k_BTGK, v_BTGK)
     o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK)
     return checkpoint_name(o_BTHK, "attention")

@@ -1,41 +1,51 @@
-"""Head and cross-entropy in one op: [B,T,D], [V,D], targets -> nats, never holding [B,T,V].
+"""Head and cross-entropy in one op: [B,T,D], [V,D], targets -> nats, without logits [B,T,V].
 
-Time is cut in chunks; each chunk's logits live only while its loss and, under differentiation, its
-gradients are made (in the forward pass: the loss is the end of the network, so its cotangent is
-a number, and a second pass over the head is saved). Bound: compute, 6*B*T*D*V FLOPs with gradients.
+Logits are the largest activation of a small model: at V = 50,304 they have 65 times the entries of
+h at D = 768. So time is cut into chunks, and each chunk's logits exist only while its loss and,
+under differentiation, its gradients are computed. The gradients are made in the forward pass: the
+loss is the end of the network, so its cotangent is one number that can be multiplied in afterwards,
+and the backward need not compute the logits again.
+
+Bound: compute, 6*B*T*D*V FLOPs with gradients.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from jaxtrain.config.sections import LossConfig
 from jaxtrain.distributed.mesh import BATCH_AXES
 from jaxtrain.ops import fused
+from jaxtrain.ops.routes import Route
 
 MIN_CHUNKS = 4  # so that even a small vocabulary never makes [B,T,V]
 
 
-def chunk_steps(B, T, V, chunk_bytes):
-    """Time steps a chunk holds: at most chunk_bytes of float32 logits, at most T / MIN_CHUNKS.
+def chunk_steps(B: int, T: int, V: int, chunk_bytes: int) -> int:
+    """Returns the time steps of a chunk.
 
-    As many chunks as that takes, of even length: 2,048 in 25 are 82 steps and 2 of padding, where
-    83 would pad 27, each of which costs what a token costs.
+    They make at most chunk_bytes of float32 logits and at most T / MIN_CHUNKS steps, in as few
+    chunks as that takes, of even length: 2,048 in 25 are 82 steps and 2 of padding, where 83 would
+    pad 27, each of which costs what a token costs.
     """
     most = max(1, min(chunk_bytes // (4 * B * V), -(-T // MIN_CHUNKS)))
     return -(-T // -(-T // most))
 
 
-def _chunks(x, steps):
+def _split_time(x, steps):
     """[B,T,...] -> [chunks,B,steps,...], time padded with zeros."""
     pad = -x.shape[1] % steps
     x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, steps, *x.shape[2:]), 1, 0)
 
 
-class _Softmax:
-    """Sums over the vocabulary, of which this device holds V rows from `first` on."""
+class _Vocabulary:
+    """Sums over the vocabulary, of which this device has V rows from `first` on."""
 
     def __init__(self, axis, V):
         self.axis, self.V = axis, V
@@ -51,11 +61,11 @@ class _Softmax:
         return jax.nn.one_hot(targets - self.first, self.V, dtype=dtype)
 
 
-class _Plain:
-    """Logits of a chunk by XLA, and what the loss wants of them."""
+class _PlainScores:
+    """A chunk's logits by XLA, and over this device's rows: their max, sum of exp and target's."""
 
     def __init__(self, h, w_VD, targets, vocabulary, softcap, keep):
-        del keep  # they are made either way
+        del keep  # the logits exist either way
         wide = jnp.promote_types(h.dtype, jnp.float32)
         self.logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide)
         if softcap:
@@ -63,94 +73,107 @@ class _Plain:
         self.top = self.logits.max(-1)
         self.e = jnp.exp(self.logits - self.top[..., None])
         self.total = self.e.sum(-1)
-        self.hit = (vocabulary.onehot(targets, wide) * self.logits).sum(-1)
+        self.target = (vocabulary.onehot(targets, wide) * self.logits).sum(-1)
 
     def softmax(self, top, total):
         return self.e * jnp.exp(self.top - top)[..., None] / total[..., None]
 
 
-class _Fused:
-    """The same, out of the kernel that makes the logits."""
+class _FusedScores:
+    """The same from the kernel, which stores the logits only if `keep`."""
 
     def __init__(self, h, w_VD, targets, vocabulary, softcap, keep, scores):
-        found = scores(
-            h.reshape(-1, h.shape[-1]), w_VD, (targets - vocabulary.first).ravel(), softcap, keep
-        )
-        shaped = lambda x: x.reshape(*targets.shape, *x.shape[1:])
-        self.logits = shaped(found.logits_NV) if keep else None
-        self.top, self.total, self.hit = map(shaped, found[1:])
+        targets_N = (targets - vocabulary.first).ravel()
+        logits_NV, *per_row = scores(h.reshape(-1, h.shape[-1]), w_VD, targets_N, softcap, keep)
+        unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
+        self.logits = unflatten(logits_NV) if keep else None
+        self.top, self.total, self.target = map(unflatten, per_row)
 
     def softmax(self, top, total):
         return jnp.exp(self.logits - top[..., None]) / total[..., None]
 
 
-def _local(h_BTD, w_VD, targets_BT, weights_BT, *, head, softcap, z_loss, chunk_bytes, axis, grads):
-    """Weighted sums (objective, nats) over this device's rows; with grads also dh and dw."""
+def _local_loss(
+    h_BTD, w_VD, targets_BT, weights_BT, *, scores, softcap, z_loss, chunk_bytes, axis, grads
+):
+    """Returns weighted sums (objective, nats) of this device's rows; with grads also dw and dh."""
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)  # losses and softmax in float32
-    vocabulary = _Softmax(axis, V)
+    vocabulary = _Vocabulary(axis, V)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
-    def one(carry, chunk):
+    def add_chunk(carry, chunk):
         h, targets, weights = chunk
-        here = head(h, w_VD, targets, vocabulary, softcap, keep=grads)
-        top = vocabulary.max(here.top)
-        total = vocabulary.sum(here.total * jnp.exp(here.top - top))
+        local = scores(h, w_VD, targets, vocabulary, softcap, keep=grads)
+        # log-sum-exp over all devices' rows: sums of exp are rescaled to the global maximum.
+        top = vocabulary.max(local.top)
+        total = vocabulary.sum(local.total * jnp.exp(local.top - top))
         lse = top + jnp.log(total)
-        nll = lse - vocabulary.sum(here.hit)
+        nll = lse - vocabulary.sum(local.target)
         nats = (weights * nll).sum()
         sums = (carry[0] + nats + z_loss * (weights * lse**2).sum(), carry[1] + nats)
         if not grads:
             return sums, None
-        p, onehot = here.softmax(top, total), vocabulary.onehot(targets, wide)
+        # d lse / d logits is the softmax p, so that of lse - target is p - onehot, and that of
+        # z_loss * lse^2 is 2 * z_loss * lse * p.
+        p, onehot = local.softmax(top, total), vocabulary.onehot(targets, wide)
         d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
-        if softcap:
-            d = d * (1 - (here.logits / softcap) ** 2)
+        if softcap:  # derivative of c * tanh(x / c), from its value
+            d = d * (1 - (local.logits / softcap) ** 2)
         d = d.astype(h.dtype)
         dw = carry[2] + einsum("BTV,BTD->VD", d, h)
         return (*sums, dw), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
 
     steps = chunk_steps(B, T, V, chunk_bytes)
-    chunks = tuple(_chunks(x, steps) for x in (h_BTD, targets_BT, weights_BT))
+    chunks = tuple(_split_time(x, steps) for x in (h_BTD, targets_BT, weights_BT))
     count = chunks[0].shape[0]
     zero = jnp.zeros((), wide)
     carry = (zero, zero, jnp.zeros((V, D), wide)) if grads else (zero, zero)
-    carry, dh = jax.lax.scan(one, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
+    carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
     if not grads:
         return carry
     return (*carry, jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T])
 
 
-def build_loss(cfg, softcap, dtype, mesh=None, route=None):
-    """loss(h_BTD, w_VD, targets_BT, weights_BT) -> (objective, nats), sums over weighted tokens.
+def build_loss(
+    cfg: LossConfig,
+    softcap: float,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    route: Route | None = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Builds loss(h_BTD, w_VD, targets_BT, weights_BT) -> (objective, nats).
 
-    Weights that sum to one over the batch make both a mean. `objective` adds z_loss * lse^2, and
-    is what to differentiate. w_VD is the master; it is used in `dtype`, its gradient is wide.
+    Both are weighted sums over tokens: weights that sum to one over the batch make them means.
+    `objective` adds z_loss * lse^2, and is the one to differentiate. w_VD is the float32 master; it
+    is used in `dtype`, and its gradient is float32.
 
     Args:
-        cfg: a LossConfig.
         softcap: c in c*tanh(logits/c), or 0.
         mesh: rows of h lie over (replica, fsdp) and, where it divides V, w over tensor.
-        route: the head's, from jaxtrain.ops.routes.choose_routes; None is XLA's.
+        route: the head's, from jaxtrain.ops.routes.choose_routes; None is XLA.
     """
-    head = _Plain
-    if route is not None and route.tiles:
-        head = functools.partial(_Fused, scores=fused.build_scores(route))
-    options = dict(head=head, softcap=softcap, z_loss=cfg.z_loss, chunk_bytes=cfg.chunk_bytes)
+    scores = _PlainScores
+    if route is not None and route.is_fused:
+        scores = functools.partial(_FusedScores, scores=fused.build_scores(route))
+    options = dict(scores=scores, softcap=softcap, z_loss=cfg.z_loss, chunk_bytes=cfg.chunk_bytes)
 
-    def run(h_BTD, w_VD, targets_BT, weights_BT, grads):
+    def compute(h_BTD, w_VD, targets_BT, weights_BT, grads) -> tuple[jax.Array, ...]:
         w_VD = w_VD.astype(dtype)
         if mesh is None or mesh.size == 1:
-            return _local(h_BTD, w_VD, targets_BT, weights_BT, **options, axis=None, grads=grads)
+            return _local_loss(
+                h_BTD, w_VD, targets_BT, weights_BT, **options, axis=None, grads=grads
+            )
         split = w_VD.shape[0] % mesh.shape["tensor"] == 0
         w_spec = P("tensor") if split else P()
 
-        def local(*args):
-            out = _local(*args, **options, axis="tensor" if split else None, grads=grads)
+        def on_device(*args):
+            out = _local_loss(*args, **options, axis="tensor" if split else None, grads=grads)
+            # Losses and dw are sums over the batch's shards; dh stays with its rows.
             return tuple(jax.lax.psum(x, BATCH_AXES) for x in out[:3]) + out[3:]
 
         return jax.shard_map(
-            local,
+            on_device,
             mesh=mesh,
             in_specs=(P(BATCH_AXES), w_spec, P(BATCH_AXES), P(BATCH_AXES)),
             out_specs=(P(), P(), w_spec, P(BATCH_AXES)) if grads else (P(), P()),
@@ -159,10 +182,10 @@ def build_loss(cfg, softcap, dtype, mesh=None, route=None):
 
     @jax.custom_vjp
     def loss(h_BTD, w_VD, targets_BT, weights_BT):
-        return run(h_BTD, w_VD, targets_BT, weights_BT, grads=False)
+        return compute(h_BTD, w_VD, targets_BT, weights_BT, grads=False)
 
     def forward(h_BTD, w_VD, targets_BT, weights_BT):
-        objective, nats, dw, dh = run(h_BTD, w_VD, targets_BT, weights_BT, grads=True)
+        objective, nats, dw, dh = compute(h_BTD, w_VD, targets_BT, weights_BT, grads=True)
         return (objective, nats), (dh, dw.astype(w_VD.dtype))
 
     def backward(residuals, cotangents):

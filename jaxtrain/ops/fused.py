@@ -1,14 +1,19 @@
-"""Fused kernels on each device's part of the arrays: the one caller of pallas_kernels.
+"""Builds fused kernels that run on each device's part of the arrays.
 
-Pallas is imported where a kernel is asked for: it costs a start 0.1 s.
+Only this module calls pallas_kernels' kernels. It imports Pallas when a kernel is built: the import
+takes 0.1 s of a start.
 """
 
+from collections.abc import Callable
+
 import jax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.distributed.mesh import BATCH_AXES
+from jaxtrain.ops.routes import Route
 
-# op -> the kernel that a compiled step holds where its route is fused
+# op -> name of the kernel that a compiled step contains if the op's route is fused
 KERNELS = {
     "attention": "flash_attention_forward",
     "norm": "add_norm_forward",
@@ -16,111 +21,109 @@ KERNELS = {
     "head": "head_scores",
     "square": "symmetric",
 }
+ROWS, HEADS = P(BATCH_AXES), P(BATCH_AXES, None, "tensor")  # layouts of [B,...] and [B,T,H,K]
 
 
-def missing_kernels(routes, compiled) -> list[str]:
-    """Ops whose route is a kernel that a compiled program does not hold."""
-    fused = [op for op, route in routes.items() if op in KERNELS and _is_fused(route)]
-    if not fused:
+def missing_kernels(routes: dict[str, Route], compiled: jax.stages.Compiled) -> list[str]:
+    """Returns the ops whose route is a kernel that a compiled program does not contain."""
+    compiled_ops = [
+        op
+        for op, route in routes.items()
+        if op in KERNELS and route.is_fused and not route.is_interpreted
+    ]
+    if not compiled_ops:
         return []
-    text = compiled.as_text()
-    return [op for op in fused if KERNELS[op] not in text]
+    text = compiled.as_text() or ""
+    return [op for op in compiled_ops if KERNELS[op] not in text]
 
 
-def _is_fused(route) -> bool:
-    return route.implementation.startswith(("flash:", "fused:")) and not _interpreted(route)
-
-
-def _interpreted(route) -> bool:
-    return route.implementation.endswith(":interpret")
-
-
-def _apart(local, mesh, in_specs, out_specs):
-    """local on each device of a mesh; as it is where there is one device."""
+def _shard_map(function, mesh, in_specs, out_specs):
+    """Maps function over the devices of a mesh; on one device returns it."""
     if mesh is None or mesh.size == 1:
-        return local
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return function
+    # The check of replication does not know Pallas calls.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
-def build_attention(route, mesh=None):
-    """attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None).
+def build_attention(route: Route, mesh: Mesh | None = None) -> Callable:
+    """Builds attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None) -> o_BTHK.
 
     Args:
         mesh: rows lie over (replica, fsdp), heads over tensor; None is one device.
     """
     from pallas_kernels.flash_attention import flash_attention
 
-    def local(q, k, v, docs=None):
-        return flash_attention(q, k, v, docs, docs, route.tiles, _interpreted(route))
+    def on_device(q, k, v, docs=None):
+        return flash_attention(q, k, v, docs, docs, route.tiles, route.is_interpreted)
 
     def attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
-        given = (q_BTHK, k_BTGK, v_BTGK) + (() if docs_BT is None else (docs_BT,))
-        heads = P(BATCH_AXES, None, "tensor")
-        return _apart(local, mesh, (heads,) * 3 + (P(BATCH_AXES),) * (len(given) - 3), heads)(
-            *given
-        )
+        if docs_BT is None:
+            return map_heads(on_device, mesh)(q_BTHK, k_BTGK, v_BTGK)
+        mapped = _shard_map(on_device, mesh, (HEADS, HEADS, HEADS, ROWS), HEADS)
+        return mapped(q_BTHK, k_BTGK, v_BTGK, docs_BT)
 
     return attention
 
 
-def on_heads(local, mesh=None):
-    """local(q_BTHK, k_BTGK, v_BTGK) on each device's rows and heads; None is one device.
+def map_heads(function: Callable, mesh: Mesh | None = None) -> Callable:
+    """Maps function(q_BTHK, k_BTGK, v_BTGK) over each device's rows and heads.
 
-    cuDNN's call has a partitioner of its own outside of this, and its address in this process in
-    the program: none would ever be found in the compile cache again.
+    cuDNN's call needs it too: outside of a shard_map JAX gives it a partitioner of its own, whose
+    address in this process becomes part of the program, and the compile cache never finds it again.
     """
-    heads = P(BATCH_AXES, None, "tensor")
-    return _apart(local, mesh, (heads,) * 3, heads)
+    return _shard_map(function, mesh, (HEADS, HEADS, HEADS), HEADS)
 
 
-def build_add_norm(route, form, eps, mesh=None):
-    """join(h_BTD, y_BTD or None, gain_D, bias_D or None) -> (h + y, its norm); rows as they lie.
+def build_add_norm(route: Route, form: str, eps: float, mesh: Mesh | None = None) -> Callable:
+    """Builds add_norm(h_BTD, y_BTD or None, gain_D, bias_D or None) -> (h + y, its norm).
 
     Args:
         form: "rms" or "layer".
     """
     from pallas_kernels.add_norm import add_norm
 
-    def local(*given):
-        return add_norm(*given, form, eps, _interpreted(route))
+    def on_device(h, y, gain, bias):
+        return add_norm(h, y, gain, bias, form, eps, route.is_interpreted)
 
-    def join(h_BTD, y_BTD, gain_D, bias_D):
-        rows = P(BATCH_AXES)
-        return _apart(local, mesh, (rows, rows, P(), P()), (rows, rows))(
-            h_BTD, y_BTD, gain_D, bias_D
-        )
-
-    return join
+    return _shard_map(on_device, mesh, (ROWS, ROWS, P(), P()), (ROWS, ROWS))
 
 
-def build_qk_rope(route, eps, mesh=None):
-    """turn(x_BTHK, gain_K, cos_TK, sin_TK) -> normed and rotated; rows and heads as they lie."""
+def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callable:
+    """Builds qk_rope(x_BTHK, gain_K, cos_TK, sin_TK): queries or keys, normed and rotated."""
     from pallas_kernels.qk_rope import qk_rope
 
-    def local(*given):
-        return qk_rope(*given, eps, _interpreted(route))
+    def on_device(x, gain, cos, sin):
+        return qk_rope(x, gain, cos, sin, eps, route.is_interpreted)
 
-    heads = P(BATCH_AXES, None, "tensor")
-    return _apart(local, mesh, (heads, P(), P(), P()), heads)
+    return _shard_map(on_device, mesh, (HEADS, P(), P(), P()), HEADS)
 
 
-def build_scores(route):
-    """scores(h_ND, w_VD, targets_N, softcap, keep) -> head_scores.Scores; inside shard_map."""
+def build_scores(route: Route) -> Callable:
+    """Builds scores(h_ND, w_VD, targets_N, softcap, keep) -> head_scores.Scores.
+
+    It computes one device's rows: call it inside shard_map.
+    """
     from pallas_kernels.head_scores import head_scores
 
     def scores(h_ND, w_VD, targets_N, softcap, keep):
-        tiles, interpret = route.tiles["head"], _interpreted(route)
-        return head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+        tiles = route.tiles["head"]
+        return head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, route.is_interpreted)
 
     return scores
 
 
-def build_square(route):
-    """square(x_XMN, y_XMN=None, c_XMM=None, scales=(1, 0)) as symmetric; inside shard_map."""
+def build_square(route: Route) -> Callable:
+    """Builds square(x_XMN, y_XMN=None, c_XMM=None, scales=(1, 0)), as pallas_kernels.symmetric.
+
+    It computes one device's matrices: call it inside shard_map.
+    """
     from pallas_kernels.symmetric import symmetric
 
     def square(x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)):
         tiles = route.tiles["square" if c_XMM is None else "square_sum"]
-        return symmetric(x_XMN, y_XMN, c_XMM, scales, tiles=tiles, interpret=_interpreted(route))
+        interpret = route.is_interpreted
+        return symmetric(x_XMN, y_XMN, c_XMM, scales, tiles=tiles, interpret=interpret)
 
     return square

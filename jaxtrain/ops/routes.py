@@ -1,20 +1,25 @@
-"""Which implementation of each op runs, and why: stored with the run; what is unusual is printed.
+"""Chooses which implementation of each op runs, and records why.
 
-What a fused kernel needs of the chip and of the mesh is decided here; fused.py calls it.
+The routes are stored with the run; a start prints the unusual ones. What a fused kernel needs of
+the chip and the mesh is checked here; fused.py calls the kernels.
 """
 
 import functools
 import platform as host
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from jaxtrain.config.train_config import KernelsConfig
+from jaxtrain.config.sections import KernelsConfig, ModelConfig
 from jaxtrain.ops import tuning
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.kernel_choice import choose_body
+from pallas_kernels.kernel_choice import BodyChoice, choose_body
 from pallas_kernels.tiles import TILES, default_tiles
 
-ASKED = "asked for by"  # in the reason of a route that the config names
+Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
+
+REQUESTED = "requested by"  # begins the reason of a route that a flag selects
 UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
 
 
@@ -26,13 +31,21 @@ class Route:
     implementation: str
     reason: str
     fallback: bool = False
-    tiles: tuple | dict | None = None  # of a fused kernel
+    tiles: Any = None  # a fused kernel's tile sizes, in the form that it takes
+
+    @property
+    def is_fused(self) -> bool:
+        return self.implementation.startswith(("flash:", "fused:"))
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.implementation.endswith(":interpret")
 
     @property
     def is_usual(self) -> bool:
         """Whether it is what this platform takes by default, at full speed."""
         wide = self.implementation in ("blocked_wide", "cpu_wide")
-        return not (self.fallback or self.tiles or wide or ASKED in self.reason)
+        return not (self.fallback or self.is_fused or wide or REQUESTED in self.reason)
 
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
@@ -41,40 +54,30 @@ class Route:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Returns the words of this host's /proc/cpuinfo, none where it is not Linux."""
+    """Returns the words of this host's /proc/cpuinfo; none if it is not Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this host's processor has bf16 products (AVX512-BF16, AMX or Arm's BF16)."""
+    """Returns whether this host's processor has bf16 products (AVX512-BF16, AMX or Arm's BF16)."""
     if not cpu_flags():  # not Linux: Apple's processors since M2 have them
         return host.machine() == "arm64"
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def gpu_architecture(device) -> str:
-    """A GPU's, as "sm_86"; empty of any other device."""
+def gpu_architecture(device: Device) -> str:
+    """Returns a GPU's architecture, such as "sm_86"; "" for another device."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else ""
 
 
-def chip_name(device) -> str:
-    """The chip table's name of a device; empty of any other."""
+def chip_name(device: Device) -> str:
+    """Returns a device's name in the chip table; "" if it is not there."""
     return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
 
 
-def _no_flash(model, tensor, interpret) -> str:
-    """Why fused attention cannot run, or nothing."""
-    narrowest = 1 if interpret else 16  # of Triton's products
-    if model.K & (model.K - 1) or model.K < narrowest:
-        return f"model.K must be a power of two, at least {narrowest}; got model.K={model.K}"
-    if model.G % tensor:
-        return f"mesh.tensor={tensor} must divide model.G={model.G}"
-    return ""
-
-
-# op -> the sizes that a measured row is found by
+# op -> the sizes that select a measurement of its kernel
 SHAPES = {
     "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
     "norm": lambda model, seq_len: (model.D,),
@@ -82,72 +85,84 @@ SHAPES = {
     "head": lambda model, seq_len: (model.D, model.V),
     "square": lambda model, seq_len: (model.D,),
 }
-PREFIX = {"attention": "flash"}  # of the implementation's name; others are "fused"
+PREFIX = {"attention": "flash"}  # begins a fused implementation's name; default "fused"
 
 
-class _Fused:
+@dataclass(frozen=True)
+class _KernelRoutes:
     """Routes to fused kernels, for one model on one device and mesh."""
 
-    def __init__(self, model, kernels, arch, chip, tensor, seq_len):
-        self.model, self.kernels, self.arch, self.chip = model, kernels, arch, chip
-        self.tensor, self.seq_len = tensor, seq_len
+    model: ModelConfig
+    kernels: KernelsConfig
+    arch: str
+    chip: str
+    tensor: int
+    seq_len: int
 
-    def why_not(self, op) -> str:
+    def obstacle(self, op: str) -> str:
+        """Returns why op's kernel cannot run; "" if it can."""
+        model = self.model
         if not self.kernels.interpret and self.arch not in TILES:
             return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
-        if self.model.dtype == "float64":
+        if model.dtype == "float64":
             return "its sums are float32; got model.dtype=float64"
         if op == "attention":
-            return _no_flash(self.model, self.tensor, self.kernels.interpret)
-        if op == "qk_rope" and self.model.G % self.tensor:
-            return f"mesh.tensor={self.tensor} must divide model.G={self.model.G}"
+            narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
+            if model.K & (model.K - 1) or model.K < narrowest:
+                return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
+        if op in ("attention", "qk_rope") and model.G % self.tensor:
+            return f"mesh.tensor={self.tensor} must divide {model.G=}"
         return ""
 
-    def asked_by(self, op) -> str:
-        """The flag that wants op's kernel, whatever was measured; or nothing."""
+    def requesting_flag(self, op: str) -> str:
+        """Returns the flag that requests op's kernel whatever was measured; "" if none does."""
         if op == "attention" and self.model.attention == "flash":
             return "model.attention=flash"
         if self.kernels.interpret:
             return "kernels.interpret"
         return "kernels.strict" if self.kernels.strict else ""
 
-    def route(self, op) -> Route | None:
-        """None where another than the kernel is to be taken."""
-        asked, why_not = self.asked_by(op), self.why_not(op)
-        if asked and why_not:
+    def measured(self, op: str) -> BodyChoice:
+        shape = SHAPES[op](self.model, self.seq_len)
+        return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
+
+    def fused(self, op: str) -> Route | None:
+        """Returns the route to op's kernel; None if XLA's implementation is to be taken."""
+        flag, obstacle = self.requesting_flag(op), self.obstacle(op)
+        if flag and obstacle:
             raise ValueError(
-                f"{asked} needs fused {op}, which cannot run: {why_not}. Set "
+                f"{flag} needs fused {op}, which cannot run: {obstacle}. Set "
                 "--kernels.strict=false --model.attention=auto, or "
                 "--kernels.interpret=true to try it without a GPU."
             )
         name = PREFIX.get(op, "fused")
         if self.kernels.interpret:
-            why = "kernels.interpret: op by op, for tests"
-            return Route(op, f"{name}:interpret", why, tiles=default_tiles(op, "sm_86"))
-        if why_not or op == "attention" and self.model.attention != "auto" and not asked:
+            reason = "kernels.interpret: op by op, for tests"
+            return Route(op, f"{name}:interpret", reason, tiles=default_tiles(op, "sm_86"))
+        other_attention = op == "attention" and self.model.attention not in ("auto", "flash")
+        if obstacle or (other_attention and not flag):
             return None
         choice = self.measured(op)
-        if not (asked or choice.faster):
+        if not (flag or choice.faster):
             return None
-        why = f"{ASKED} {asked}; {choice.reason}" if asked else choice.reason
-        return Route(op, f"{name}:{self.arch}", why, tiles=choice.tiles)
+        reason = f"{REQUESTED} {flag}; {choice.reason}" if flag else choice.reason
+        return Route(op, f"{name}:{self.arch}", reason, tiles=choice.tiles)
 
-    def measured(self, op):
-        shape = SHAPES[op](self.model, self.seq_len)
-        return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
+    def fused_or_plain(self, op: str) -> Route:
+        """Returns the route to op's kernel, or to XLA with the reason why not the kernel."""
+        route = self.fused(op)
+        if route is None:
+            reason = self.obstacle(op) or self.measured(op).reason
+            route = Route(op, "plain", f"XLA; no kernel: {reason}")
+        return route
 
-    def xla(self, op, what) -> Route:
-        """XLA's own, with the reason why the kernel is not taken."""
-        why_not = self.why_not(op) or self.measured(op).reason
-        return Route(op, what, f"XLA's; of a kernel: {why_not}")
 
-
-def _no_cudnn(model, document_mask, platform, arch, tensor) -> str:
-    """Why cuDNN's attention cannot run, or nothing; JAX itself would say so in the compile."""
+def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
+    """Returns why cuDNN's attention cannot run, or "". JAX would fail only when it compiles."""
     if platform != "gpu":
         return f"it needs a GPU; got platform={platform}"
     if model.dtype != "bfloat16":
-        return f"it has bfloat16 products alone; got model.dtype={model.dtype}"
+        return f"it has bfloat16 products only; got model.dtype={model.dtype}"
     if document_mask:
         return "its route has no documents; got data.document_mask=true"
     capability = arch.removeprefix("sm_")
@@ -161,23 +176,21 @@ def _no_cudnn(model, document_mask, platform, arch, tensor) -> str:
 
 
 def _attention(model, document_mask, platform, arch, tensor) -> Route:
-    asked = model.attention
-    why_not = _no_cudnn(model, document_mask, platform, arch, tensor)
-    if asked == "cudnn" and why_not:
+    obstacle = _cudnn_obstacle(model, document_mask, platform, arch, tensor)
+    if model.attention == "cudnn" and obstacle:
         raise ValueError(
-            f"model.attention=cudnn must be a route that can run: {why_not}. "
+            f"model.attention=cudnn must be a route that can run: {obstacle}. "
             "Set --model.attention=auto."
         )
-    if asked != "auto":
-        return Route("attention", asked, f"{ASKED} model.attention")
+    if model.attention != "auto":
+        return Route("attention", model.attention, f"{REQUESTED} model.attention")
     if platform != "gpu":
-        wide = platform == "cpu" and not cpu_multiplies_bf16() and model.dtype == "bfloat16"
-        why = "query blocks over their prefix, own backward" + (
-            ", float32 products" if wide else ""
-        )
-        return Route("attention", "blocked_wide" if wide else "blocked", f"{platform}: {why}")
-    if why_not:
-        return Route("attention", "reference", f"cuDNN's cannot run: {why_not}", fallback=True)
+        reason = f"{platform}: query blocks over their prefix, own backward"
+        if platform == "cpu" and not cpu_multiplies_bf16() and model.dtype == "bfloat16":
+            return Route("attention", "blocked_wide", f"{reason}, float32 products")
+        return Route("attention", "blocked", reason)
+    if obstacle:
+        return Route("attention", "reference", f"cuDNN's cannot run: {obstacle}", fallback=True)
     return Route("attention", "cudnn", "gpu: flash attention, nothing of size [T,T]")
 
 
@@ -185,34 +198,27 @@ def _dense(model, platform) -> Route:
     if platform != "cpu":
         return Route("dense", "plain", f"{platform}: XLA's own product and backward")
     if model.dtype == "bfloat16" and not cpu_multiplies_bf16():
-        return Route(
-            "dense", "cpu_wide", "cpu without bf16 products: float32 products of bf16 values"
-        )
+        reason = "cpu without bf16 products: float32 products of bf16 values"
+        return Route("dense", "cpu_wide", reason)
     return Route("dense", "cpu", "cpu: float32 results and unflattened dW reach XLA's fast kernels")
 
 
-def _unroll(model, platform, chip) -> Route:
+def _layers(model, platform, chip) -> Route:
     if model.unroll:
-        return Route("layers", f"unroll={model.unroll}", f"{ASKED} model.unroll")
+        return Route("layers", f"unroll={model.unroll}", f"{REQUESTED} model.unroll")
     if platform == "cpu" and model.L <= UNROLLED_LAYERS:
         return Route("layers", f"unroll={model.L}", "cpu: a rolled scan costs 8-28 % of the step")
-    turn = tuning.hint(chip, "unroll", 1)
-    return Route(
-        "layers", f"unroll={turn}", f"{platform}: a scan, layers a turn by jaxtrain.ops.tuning"
-    )
-
-
-def _device(platform) -> Route:
-    why = "JAX has a CUDA plugin and found no GPU; JAX_PLATFORMS=cpu says that this is meant"
-    return Route("device", platform, why, fallback=True)
+    unroll = tuning.hint(chip, "unroll", 1)
+    reason = f"{platform}: a scan, its unroll from jaxtrain.ops.tuning"
+    return Route("layers", f"unroll={unroll}", reason)
 
 
 def choose_routes(
-    model,
+    model: ModelConfig,
     document_mask: bool,
     platform: str,
     strict: bool,
-    kernels=KernelsConfig(),  # noqa: B008 - frozen
+    kernels: KernelsConfig = KernelsConfig(),  # noqa: B008 - frozen
     *,
     arch: str = "",
     chip: str = "",
@@ -220,33 +226,34 @@ def choose_routes(
     seq_len: int = 1_024,
     wants_gpu: bool = False,
 ) -> dict[str, Route]:
-    """The route of every op, from a ModelConfig and the platform ("cpu" or "gpu").
+    """Returns the route of every op on a platform, "cpu" or "gpu".
 
     Args:
-        kernels: a KernelsConfig.
-        arch: of the GPU, as gpu_architecture has it.
-        chip: as chip_name has it.
+        strict: a fallback is an error.
+        arch: from gpu_architecture.
+        chip: from chip_name.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
         wants_gpu: a CPU is a fallback.
 
     Raises:
-        ValueError: the config asks for what the platform cannot serve, or strict and a fallback.
+        ValueError: the platform cannot serve what the config requests, or strict and a fallback.
     """
-    fused = _Fused(model, kernels, arch, chip, tensor, seq_len)
+    kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": fused.route("attention")
+        "attention": kernel_routes.fused("attention")
         or _attention(model, document_mask, platform, arch, tensor),
         "dense": _dense(model, platform),
-        "norm": fused.route("norm") or fused.xla("norm", "plain"),
-        "head": fused.route("head") or fused.xla("head", "plain"),
-        "square": fused.route("square") or fused.xla("square", "plain"),
-        "layers": _unroll(model, platform, chip),
+        "norm": kernel_routes.fused_or_plain("norm"),
+        "head": kernel_routes.fused_or_plain("head"),
+        "square": kernel_routes.fused_or_plain("square"),
+        "layers": _layers(model, platform, chip),
     }
     if model.qk_norm and model.position == "rope":
-        routes["qk_rope"] = fused.route("qk_rope") or fused.xla("qk_rope", "plain")
+        routes["qk_rope"] = kernel_routes.fused_or_plain("qk_rope")
     if wants_gpu and platform == "cpu":
-        routes = {"device": _device(platform)} | routes
+        reason = "JAX has a CUDA plugin and found no GPU; JAX_PLATFORMS=cpu allows that"
+        routes = {"device": Route("device", platform, reason, fallback=True)} | routes
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
         raise ValueError(
@@ -255,15 +262,15 @@ def choose_routes(
     return routes
 
 
-def describe_routes(routes: dict[str, Route]):
-    """Yields (name, text): each route that is a kernel, a fallback or asked for, then the rest."""
+def describe_routes(routes: dict[str, Route]) -> Iterator[tuple[str, str]]:
+    """Yields (name, text): each fallback, kernel and requested route, then a line for the rest."""
     for route in routes.values():
         if route.fallback:
             yield "FALLBACK", f"{route.op:<10} {route.implementation:<10} {route.reason}"
         elif not route.is_usual:
             yield "route", str(route)
-    found = routes["attention"]
-    cudnn = found.is_usual and found.implementation == "cudnn"
-    others = cudnn or not all(route.is_usual for route in routes.values())
+    attention = routes["attention"]
+    uses_cudnn = attention.is_usual and attention.implementation == "cudnn"
+    others = uses_cudnn or not all(route.is_usual for route in routes.values())
     rest = "all others by XLA" if others else "all by XLA"
-    yield "routes", f"attention by cuDNN, {rest}" if cudnn else rest
+    yield "routes", f"attention by cuDNN, {rest}" if uses_cudnn else rest

@@ -1,9 +1,9 @@
-"""What is chosen per chip beside its kernels: XLA's options and hints, each with its evidence.
+"""Settings tuned for each chip: XLA options and defaults of the config, each with its evidence.
 
-An option that no card and no compiler has shown to be good is `assumed`: it stands here to be
-tried (`python -m jaxtrain.bench --suite=gpu` tries each at the smallest size when time is left),
-and is not applied. Kernels' tiles are in pallas_kernels/tuned/, where a card's bench writes them;
-XLA's own GEMM autotuning is kept by JAX in a folder of the compile cache, and read from there.
+An option whose benefit neither a card nor the compiler has shown is `assumed`: it is not applied,
+but listed so that `python -m jaxtrain.bench --suite=gpu` tries it at the smallest size when time is
+left. Kernels' tiles are in pallas_kernels/tuned/, where a card's bench writes them. JAX stores
+XLA's own GEMM autotuning in a folder of the compile cache.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # also the folder's name in
 
 
 class TuningChoice(NamedTuple):
-    """One choice; what is not of HINTS is an option of XLA."""
+    """A tuned setting: a hint, if its name is in HINTS, else an XLA option."""
 
     name: str
-    value: object
-    evidence: str  # of EVIDENCE: on a card, by the compiler for it with no card, or of neither
+    value: bool | int
+    evidence: str  # measured on a card, offline (by compiling for it), or assumed
     reason: str
 
     @property
@@ -43,13 +43,13 @@ _OPTIONS = (
         "xla_gpu_enable_triton_gemm",
         False,
         "assumed",
-        "cuBLAS alone; XLA's autotuner already takes the faster of both",
+        "cuBLAS only; XLA's autotuner already takes the faster of both",
     ),
     TuningChoice(
         "xla_gpu_graph_min_graph_size",
         1,
         "assumed",
-        "short sequences of kernels too become command buffers: less host time",
+        "makes command buffers of short sequences of kernels too: less host time",
     ),
 )
 _PLAN = "bound of gpt_124m by jaxtrain.plan, 2026-11-25: "
@@ -73,22 +73,22 @@ CHOICES = {
 
 
 def choices_for(chip: str) -> tuple[TuningChoice, ...]:
-    """Of a chip by its name in the chip table; none of one that nobody has looked at."""
+    """Returns the choices for a chip by its name in the chip table; () for an unknown one."""
     return CHOICES.get(chip, ())
 
 
-def hint(chip: str, name: str, default):
-    """A hint's value for a chip, or the default where it has none."""
-    return next((c.value for c in choices_for(chip) if c.name == name and c.applied), default)
+def hint(chip: str, name: str, default: int) -> int:
+    """Returns a hint's value for a chip, or the default."""
+    return next((int(c.value) for c in choices_for(chip) if c.name == name and c.applied), default)
 
 
-def compiler_options(chip: str) -> dict:
-    """XLA's options that are applied on a chip, for compile(compiler_options=...)."""
+def compiler_options(chip: str) -> dict[str, bool | int]:
+    """Returns the XLA options to apply on a chip, for compile(compiler_options=...)."""
     return {c.name: c.value for c in choices_for(chip) if c.is_option and c.applied}
 
 
 def describe_tuning(platform: str, chip: str) -> list[str]:
-    """Lines for the start of a run: what is applied, what is not, where GEMMs' tunings are kept."""
+    """Returns lines for the start of a run: each option, and where GEMM tunings are stored."""
     if platform != "gpu":
         return []
     options = [c for c in choices_for(chip) if c.is_option]
@@ -96,7 +96,7 @@ def describe_tuning(platform: str, chip: str) -> list[str]:
         f"{c.name}={c.value} {c.evidence}{'' if c.applied else ', not applied'}: {c.reason}"
         for c in options
     ]
-    cache = jax.config.jax_compilation_cache_dir
-    kept = AUTOTUNED in jax.config.jax_persistent_cache_enable_xla_caches
-    where = f"kept in {cache}/{AUTOTUNED}" if cache and kept else "made anew: no compile_cache"
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    stored = cache and AUTOTUNED in jax.config.values["jax_persistent_cache_enable_xla_caches"]
+    where = f"stored in {cache}/{AUTOTUNED}" if stored else "not stored: no compile_cache"
     return [*lines, f"GEMM autotuning {where}"]

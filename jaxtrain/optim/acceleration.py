@@ -200,7 +200,7 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
     """Returns the weights to evaluate, export and sample with: the iterate.
 
     Args:
-        opt_state: any optax state; wrappers are found wherever they stand in it.
+        opt_state: any optax state; wrappers are found at any depth.
         params: the run's parameters, where gradients are taken.
     """
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):

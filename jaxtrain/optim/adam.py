@@ -12,8 +12,8 @@ import optax
 
 class AdamState(NamedTuple):
     count: jax.Array  # int32 [], good steps
-    mean: optax.Updates  # of the gradient, like params
-    square: optax.Updates  # mean of its square, like params
+    mean: optax.Updates  # averaged gradient, like params
+    square: optax.Updates  # averaged square of the gradient, like params
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -170,7 +170,7 @@ def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
 def state_shardings(
     optimizer: optax.GradientTransformation, axes: AxesTree, params: ArrayTree, mesh: Mesh
 ) -> Any:
-    """Returns the shardings of optimizer.init(params): moments lie where `moment_spec` says.
+    """Returns the shardings of optimizer.init(params): moments are sharded by `moment_spec`.
 
     A leaf of the state belongs to the parameter whose path ends its own path and whose shape it
     has, so wrappers around the optimizer need nothing here. All else (counts) is replicated.

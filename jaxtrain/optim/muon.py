@@ -83,6 +83,6 @@ def build_muon(
     if mesh is not None and mesh.size > 1:
         # The acceleration around accelerated_lmo keeps its buffers split over replicas.
         options["map_matrices"] = build_sharded_map(mesh, cfg.name != "accelerated_lmo")
-    kernel = fused.build_square(square) if square is not None and square.tiles else None
+    kernel = fused.build_square(square) if square is not None and square.is_fused else None
     newton_schulz = NewtonSchulz(cfg.ns_coefficients, cfg.ns_steps or None, kernel=kernel)
     return scale_by_muon(axes, newton_schulz, **options)

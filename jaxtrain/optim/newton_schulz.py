@@ -75,7 +75,7 @@ class _Products(NamedTuple):
 
 
 def _einsum(equation, a, b, wide):
-    """Computes an einsum whose sums are in `wide`: on a CPU that also selects the fast kernel."""
+    """Computes an einsum whose sums are in `wide`; on a CPU that selects the fast kernel."""
     native = functools.partial(jnp.einsum, equation, preferred_element_type=wide)
     if a.dtype not in (jnp.bfloat16, jnp.float16):
         return native(a, b, precision="highest")
@@ -188,7 +188,7 @@ def _chunk_size(shape, form, chunk_bytes) -> int:
     X, I, O = shape  # noqa: E741
     M, N = min(I, O), max(I, O)
     numbers = 2 * M * N + 3 * M * M
-    if form == "gram":  # five [M,M] live beside x where the standard form has its next x
+    if form == "gram":  # it has x and seven [M,M] at once
         numbers = max(numbers, M * N + 7 * M * M)
     fits = chunk_bytes // (4 * numbers)
     return max(size for size in range(1, X + 1) if X % size == 0 and size <= max(fits, 1))

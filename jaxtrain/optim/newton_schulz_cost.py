@@ -18,7 +18,7 @@ import jax
 
 from jaxtrain.model.trees import ArrayTree, AxesTree
 
-SEGMENTS = 2  # of 5 iterations
+SEGMENTS = 2  # as newton_schulz.py splits 5 iterations
 
 
 def _standard(m, n, k):

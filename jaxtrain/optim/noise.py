@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-UNIFORM_BITS = 31  # of 32; the last one is the sign
+UNIFORM_BITS = 31  # of 32 random bits; the last one is the sign
 
 
 class NoiseState(NamedTuple):
     count: jax.Array  # int32 [], good steps
     seed: jax.Array  # int32 []; in the state, so that all seeds share one compiled step
-    rms: optax.Updates  # of each leaf's first good gradient, float32 []
+    rms: optax.Updates  # RMS of each leaf's first good gradient, float32 []
 
 
 def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:

@@ -22,7 +22,7 @@ class NeuronState(NamedTuple):
 def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransformationExtraArgs:
     """Divides each output's column by the root of its averaged mean square; follows Muon.
 
-    Each matrix keeps its Frobenius norm, so that a learning rate means what it means for Muon.
+    Each matrix keeps its Frobenius norm, so that Muon's learning rate suits it.
     `update(..., good=False)` leaves the state unchanged.
 
     Args:

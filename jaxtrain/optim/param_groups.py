@@ -69,7 +69,7 @@ class GroupRow(NamedTuple):
     group: str
     optimizer: str
     geometry: str
-    scale: float  # of the unit step, from the view
+    scale: float  # factor of the unit step, from the view
     rate: float
     decay: float
 

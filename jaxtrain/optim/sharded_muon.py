@@ -147,7 +147,7 @@ def build_sharded_map(
     """Builds lmo.map_in_place for a mesh: each matrix is computed on one device, its owner.
 
     The map's function must commute with transposition. Its arrays are of one type, are all
-    matrices, and lie as `moment_spec` says.
+    matrices, and are sharded by `moment_spec`.
 
     Args:
         replicate: the result lies as parameters do, on every replica; else as their moments do, for

@@ -1,108 +1,101 @@
-"""Many plans side by side: chips for one config, and all shipped configs."""
+"""Plans several chips for one config, and every shipped config on a few chips."""
 
 import importlib
+from collections.abc import Sequence
+
+from absl.flags import FlagValues
 
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.distributed import memory
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.ops.precision import resolve_dtype_for_chip
-from jaxtrain.planning import search
-from jaxtrain.planning.links import parse_link
-from jaxtrain.planning.memory_formula import estimate
+from jaxtrain.planning.hardware import Hardware, build_hardware
 from jaxtrain.planning.render import GIB
+from jaxtrain.planning.search import REMATS, Figures, fastest_setting
+from jaxtrain.reporting.table import format_table
 from pallas_kernels.chip import find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
-CHIPS, COUNTS = ("a40", "h100"), (1, 8)
+CHIPS, GPU_COUNTS = ("a40", "h100"), (1, 8)
 
 
-def build_fits_by_formula(cfg, chip, devices):
-    """(accumulation, remat) -> whether it fits by formula."""
-
-    def guess(parts, remat):
-        peak = estimate(search.with_setting(cfg, parts, remat), devices).peak
-        return peak <= memory.fraction() * chip.hbm_bytes
-
-    return guess
-
-
-def best_setting(cfg, chip, gpus, args, remats=search.REMATS) -> dict:
-    """Figures of the fastest setting that fits, or, where none does, of the smallest."""
-    links = parse_link(args.link, chip), parse_link(args.host_link, chip)
-
-    def evaluate(parts, remat):
-        tried = search.with_setting(cfg, parts, remat)
-        return search.figures_of(tried, chip, gpus, args.hosts, links, args.cache)
-
-    devices = gpus * args.hosts
-    guess = build_fits_by_formula(cfg, chip, devices)
-    return search.search_settings(cfg, devices, evaluate, lambda text: None, remats, guess)[0]
-
-
-def first_that_fits(cfg, chip, gpus, args) -> dict:
-    """best_setting of the config's own remat, or of the first stronger one that fits."""
-    for remat in search.REMATS[search.REMATS.index(cfg.model.remat) :]:
-        found = best_setting(cfg, chip, gpus, args, (remat,))
-        if found["fits"]:
-            break
-    return found
-
-
-def parse_prices(pairs) -> dict[str, float]:
-    """{chip: price of a device and hour}.
+def parse_prices(pairs: Sequence[str]) -> dict[str, float]:
+    """Parses ["a40=0.40", ...] into {chip: price of one GPU for one hour}.
 
     Raises:
-        ValueError: an entry is not CHIP=PRICE.
+        ValueError: an entry is not of the form CHIP=PRICE.
     """
     try:
-        found = {name: float(price) for name, price in (pair.split("=") for pair in pairs)}
+        prices = {name: float(price) for name, price in (pair.split("=") for pair in pairs)}
     except ValueError:
         raise ValueError(
-            f"--price must be as a40=0.40,h100=2.50; got {','.join(pairs)}. Set --price."
+            f"--price must be of the form a40=0.40,h100=2.50; got {','.join(pairs)}. Set --price."
         ) from None
-    return {find_chip(name).name: price for name, price in found.items()}
+    return {find_chip(name).name: price for name, price in prices.items()}
 
 
-def compare(cfg, args, show=print) -> int:
-    """The same work on several chips: raw, and by what each chip could do."""
+def compare_chips(cfg: TrainConfig, args: FlagValues) -> int:
+    """Prints what a config reaches on several chips; returns the exit status."""
     prices, rows = parse_prices(args.price), []
-    show(f"{args.gpus * args.hosts} device(s) of each chip, each at its fastest setting that fits")
     for name in args.compare:
         chip = find_chip(name)
-        rows.append((chip, best_setting(resolve_dtype_for_chip(cfg, chip), chip, args.gpus, args)))
-    show(
-        f"{'chip':10} {'fits':>4} {'tokens/s':>10} {'ratio':>6} {'per FLOP/s':>10} {'per B/s':>8} "
-        f"{'MFU':>6} {'price of 1e9 tokens':>20}  setting"
-    )
-    first = rows[0]
-    for chip, figures in rows:
-        ratio = figures["tokens_per_s"] / first[1]["tokens_per_s"]
-        compute = chip.peak_flops["bfloat16"] / first[0].peak_flops["bfloat16"]
-        memory = chip.hbm_bytes_per_s / first[0].hbm_bytes_per_s
+        hardware = build_hardware(chip, args.gpus, args.hosts, args.link, args.host_link)
+        figures = fastest_setting(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)
+        rows.append((chip, figures))
+    first_chip, first = rows[0]
+
+    def speedup(figures: Figures) -> float:
+        return figures["tokens_per_s"] / first["tokens_per_s"]
+
+    def price(chip_name: str, figures: Figures) -> str:
+        if chip_name not in prices:
+            return "no --price"
         hours = 1e9 / figures["tokens_per_s"] / 3_600 * figures["devices"]
-        cost = (
-            f"{hours * prices[chip.name]:20.2f}" if chip.name in prices else f"{'no --price':>20}"
-        )
-        show(
-            f"{chip.name:10} {'yes' if figures['fits'] else 'no':>4} "
-            f"{figures['tokens_per_s']:10,.0f} {ratio:6.2f} {ratio / compute:10.2f} "
-            f"{ratio / memory:8.2f} {figures['mfu_causal']:6.1%} {cost}  "
-            f"{figures['accumulation']} parts, remat {figures['remat']}"
-        )
-    show("bounds by the datasheets' peaks, nothing overlapped; ratios are to the first chip")
+        return f"{hours * prices[chip_name]:.2f}"
+
+    compute = lambda chip: chip.peak_flops["bfloat16"] / first_chip.peak_flops["bfloat16"]
+    bandwidth = lambda chip: chip.hbm_bytes_per_s / first_chip.hbm_bytes_per_s
+    columns = {
+        "chip": lambda row: row[0].name,
+        "fits": lambda row: "yes" if row[1]["fits"] else "no",
+        "tokens/s": lambda row: f"{row[1]['tokens_per_s']:,.0f}",
+        "speed-up": lambda row: f"{speedup(row[1]):.2f}",
+        "per peak FLOP/s": lambda row: f"{speedup(row[1]) / compute(row[0]):.2f}",
+        "per peak byte/s": lambda row: f"{speedup(row[1]) / bandwidth(row[0]):.2f}",
+        "MFU": lambda row: f"{row[1]['mfu_causal']:.1%}",
+        "price of 1e9 tokens": lambda row: price(row[0].name, row[1]),
+        "micro-batches": lambda row: row[1]["accumulation"],
+        "remat": lambda row: row[1]["remat"],
+    }
+    print(f"{args.gpus * args.hosts} GPUs of each chip, each at its fastest setting that fits")
+    print(format_table(rows, columns))
+    print(
+        f"The speed-up is over {first_chip.name}; `per peak` divides it by the ratio of the "
+        "datasheets' peaks. All times are lower bounds: nothing overlapped, nothing measured."
+    )
     return 0 if all(figures["fits"] for _, figures in rows) else 1
 
 
-def table(args, show=print) -> int:
-    """Markdown: every shipped config on each chip, the micro-batch that is fastest and fits."""
-    show("| config | chip | devices | fits | parts | remat | peak GiB | bound, tokens/s | MFU |")
-    show("|---|---|---|---|---|---|---|---|---|")
+def _setting_with_own_remat(cfg: TrainConfig, hardware: Hardware, cache: str) -> Figures:
+    """Returns the fastest setting with the config's remat, or with the first stronger that fits."""
+    figures = {}
+    for remat in REMATS[REMATS.index(cfg.model.remat) :]:
+        figures = fastest_setting(cfg, hardware, cache, (remat,))
+        if figures["fits"]:
+            break
+    return figures
+
+
+def print_shipped_configs(args: FlagValues) -> int:
+    """Prints a Markdown table of every shipped config on each of CHIPS; returns the exit status."""
+    print("| config | chip | GPUs | fits | micro-batches | remat | peak GiB | tokens/s | MFU |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in SHIPPED:
-        config = importlib.import_module(f"configs.{name}").get_config()
-        cfg = config_lib.freeze(config)
+        cfg = config_lib.freeze(importlib.import_module(f"configs.{name}").get_config())
         for chip in map(find_chip, CHIPS):
-            for gpus in COUNTS:
-                f = first_that_fits(cfg, chip, gpus, args)
-                show(
+            for gpus in GPU_COUNTS:
+                hardware = build_hardware(chip, gpus, args.hosts, args.link, args.host_link)
+                f = _setting_with_own_remat(cfg, hardware, args.cache)
+                print(
                     f"| {name} | {chip.name} | {gpus} | {'yes' if f['fits'] else 'no'} | "
                     f"{f['accumulation']} | {f['remat']} | "
                     f"{f['memory_bytes']['peak'] / GIB:.1f} | {f['tokens_per_s']:,.0f} | "

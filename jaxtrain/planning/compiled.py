@@ -1,23 +1,27 @@
-"""A run's step compiled for a chip that is not there, and what the compiler then knows of it."""
+"""Compiles a run's training step for GPUs that are not present and reads the compiled program."""
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import Flops, training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.mfu import Roofline, roofline
-from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.ops.routes import Route
+from jaxtrain.planning.hardware import Hardware, collective_seconds
+from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import abstract_state
 from pallas_kernels.chip import Chip
 from pallas_kernels.hlo import Program
 
 
-class Memory(NamedTuple):
-    """Bytes on one device. Gradients, activations and workspace share the temporaries."""
+class StepMemory(NamedTuple):
+    """Bytes on one device. XLA reports gradients, activations and workspace as one: temporaries."""
 
     parameters: int
     optimizer_state: int
@@ -28,14 +32,14 @@ class Memory(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """And workspace: temporaries that are no gradients."""
+        """Returns the temporaries without the gradients: activations and workspace."""
         return max(self.temporaries - self.gradients, 0)
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.usable
 
-    def terms(self) -> dict[str, int]:
+    def by_use(self) -> dict[str, int]:
         return {
             "parameters": self.parameters,
             "optimizer state": self.optimizer_state,
@@ -45,98 +49,116 @@ class Memory(NamedTuple):
 
 
 class Plan(NamedTuple):
-    cfg: object  # the TrainConfig that was compiled
-    chip: Chip
-    mesh: dict  # axis -> devices
-    devices: int
-    hosts: int
+    """What the compiled step of a config needs on some hardware."""
+
+    cfg: TrainConfig  # as compiled
+    hardware: Hardware
+    mesh: dict[str, int]  # axis -> devices
     parameters: int
-    routes: dict
-    notes: tuple[str, ...]  # where what was compiled is not what will run
-    memory: Memory
-    full: Flops  # of a token, in training
-    causal: Flops
+    routes: dict[str, Route]
+    notes: tuple[str, ...]  # how the compiled program differs from the one that will run
+    memory: StepMemory
+    flops: Flops  # per token in training, attention counted over all T keys
+    causal_flops: Flops  # per token in training, attention counted over the visible keys
     roofline: Roofline
     collectives: tuple[Collective, ...]
     compile_s: float
 
     @property
     def tokens(self) -> int:
+        """Returns the tokens of one step."""
         return self.cfg.data.batch * self.cfg.data.seq_len
 
+    @property
+    def step_s(self) -> float:
+        """Returns the lower bound of a step's time: the roofline, then all communication."""
+        return self.roofline.seconds + sum(
+            collective_seconds(collective, self.hardware) for collective in self.collectives
+        )
 
-def shard_bytes(tree) -> int:
-    """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
+    def mfu(self, flops: Flops) -> float:
+        """Returns the MFU at the bound, from the FLOPs of a token by one of two conventions."""
+        return flops.total * self.tokens / self.step_s / self.hardware.peak_flops
+
+
+def shard_bytes(tree: Any) -> int:
+    """Returns the bytes on one device of a tree of ShapeDtypeStructs with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def with_model(cfg, **values):
-    """The TrainConfig with fields of its model set."""
+def with_model(cfg: TrainConfig, **values: Any) -> TrainConfig:
+    """Returns the config with some fields of its model replaced."""
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **values))
 
 
-def _build(cfg, devices):
-    """(Run, notes); cuDNN's attention needs cuDNN to be compiled, the fused kernel stands in."""
+def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str, ...]]:
+    """Returns a run that can be compiled offline, and notes on how it differs from the real one."""
     run = build_run(cfg, devices)
     if run.routes["attention"].implementation != "cudnn":
         return run, ()
+    # XLA asks cuDNN itself to compile its attention, and cuDNN needs the GPU.
     note = (
-        "attention was compiled as the fused kernel: cuDNN's, which will run, needs cuDNN to "
-        "compile; both keep the same arrays and do the same products"
+        "attention was compiled as the fused kernel; the run will use cuDNN's, which cannot be "
+        "compiled without a GPU. Both save the same arrays and compute the same products"
     )
     return build_run(with_model(cfg, attention="flash"), devices), (note,)
 
 
-def _memory(run, compiled, chip) -> Memory:
+def peak_bytes(compiled: Any) -> int:
+    """Returns the peak memory of a compiled program on one device, by the compiler."""
+    sizes = compiled.memory_analysis()
+    # Donated buffers are both arguments and outputs; alias_size counts them once too often.
+    live = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return live + sizes.temp_size_in_bytes
+
+
+def _step_memory(run: Run, compiled: Any, chip: Chip) -> StepMemory:
     state = abstract_state(run.model, run.optimizer, run.mesh)
     sizes = {name: shard_bytes(part) for name, part in state._asdict().items()}
-    parameters, found = sizes["params"], compiled.memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return Memory(
-        parameters,
-        sum(sizes.values()) - parameters,
-        parameters,
-        found.temp_size_in_bytes,
-        kept + found.temp_size_in_bytes,
-        int(memory.fraction() * chip.hbm_bytes),
+    parameters = sizes["params"]
+    return StepMemory(
+        parameters=parameters,
+        optimizer_state=sum(sizes.values()) - parameters,
+        gradients=parameters,
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        peak=peak_bytes(compiled),
+        usable=int(memory.fraction() * chip.hbm_bytes),
     )
 
 
-def compile_plan(cfg, chip, gpus=1, hosts=1) -> Plan:
-    """Compiles the step of a TrainConfig for `gpus` devices on each of `hosts` hosts.
+def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
+    """Compiles the step of a config for some hardware.
 
     Raises:
-        ValueError: the config does not fit the mesh, or asks for a route that is not to be had.
-        RuntimeError: the compiler for GPUs is not installed.
+        ValueError: the config does not fit the mesh, or asks for a kernel that is not available.
+        RuntimeError: the GPU compiler is not installed.
     """
     try:
         from pallas_kernels.offline import devices_of
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            "the plan compiles for a GPU that is not there, which needs the extra `offline`; "
+            "compiling for a GPU that is not present needs the extra `offline`; "
             f'{error.name} is missing. Run pip install "jaxtrain[offline]", or add --formula.'
         ) from error
 
-    devices = devices_of(chip, gpus, hosts)
+    devices = devices_of(hardware.chip, hardware.gpus, hardware.hosts)
     with jax.default_device(devices[0]):
-        run, notes = _build(cfg, devices)
+        run, notes = _build_run(cfg, devices)
         step = compile_step(run)
-    program, shape = Program(step.compiled.as_text()), (cfg.model, cfg.data.seq_len)
+    program = Program(step.compiled.as_text())
     return Plan(
-        run.cfg,
-        chip,
-        dict(run.mesh.shape),
-        gpus * hosts,
-        hosts,
-        run.parameters,
-        run.routes,
-        notes,
-        _memory(run, step.compiled, chip),
-        training_flops(*shape),
-        training_flops(*shape, causal=True),
-        roofline(program, chip),
-        tuple(find_collectives(program, run.mesh)),
-        step.compile_s,
+        cfg=run.cfg,
+        hardware=hardware,
+        mesh=dict(run.mesh.shape),
+        parameters=run.parameters,
+        routes=run.routes,
+        notes=notes,
+        memory=_step_memory(run, step.compiled, hardware.chip),
+        flops=training_flops(cfg.model, cfg.data.seq_len),
+        causal_flops=training_flops(cfg.model, cfg.data.seq_len, causal=True),
+        roofline=roofline(program, hardware.chip),
+        collectives=tuple(find_collectives(program, run.mesh)),
+        compile_s=step.compile_s,
     )

@@ -1,29 +1,32 @@
-"""Peak memory of a step by formula, in a second and with no compiler for GPUs.
+"""Estimates a step's peak memory by a formula, in a second and without the GPU compiler.
 
-State is exact: the shapes that the optimizer makes, shared by all devices. The rest is a sum of
-what each layer keeps for its backward, what one layer holds at once, and what does not grow with
-the tokens. Its three factors were fitted to 34 compiled steps of the shipped configs, of 1 and 8
-devices, 1,024 to 131,072 tokens each and every remat, on 2026-11-25; it misses none of them by more
-than 0.7 of the error that is stated here.
+Parameters and optimizer state are exact: the shapes are known, and all devices share them. The
+rest is a sum of three parts: what each layer saves for its backward pass, the working set of one
+layer, and a workspace that does not grow with the tokens. The three constants of the workspace were
+fitted on 2026-11-25 to 34 compiled steps of the shipped configs (1 and 8 devices, 1,024 to 131,072
+tokens per device, every remat). On these the error is at most 0.7 of the bound stated below.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxtrain.config.train_config import ModelConfig, TrainConfig
 from jaxtrain.model.transformer import build_model
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer
 
-RELATIVE, ABSOLUTE_BYTES = 0.1, 2**29  # the error: at most the larger of the two
-PER_PARAMETER = 0.65  # bytes of workspace for one of a device's share: narrow copies and gradients
-PER_HEAD = 3.0  # of the whole head in float32: gathered, its gradient, its sum
-PER_LOGITS = 0.25  # of a chunk's in float32
-NARROW = 2  # bytes of an activation
+# The estimate is off by at most the larger of these two.
+RELATIVE_ERROR, ABSOLUTE_ERROR_BYTES = 0.1, 2**29
+# Fitted bytes of workspace per byte of ...
+PER_PARAMETER = 0.65  # ... a device's share of the parameters: bfloat16 copies and gradients
+PER_HEAD = 3.0  # ... the whole head in float32: gathered weights, gradient, accumulated gradient
+PER_LOGITS = 0.25  # ... one chunk of logits in float32
+ACTIVATION_BYTES = 2  # bfloat16
 
 
-class Estimate(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes on one device."""
 
     state: float
@@ -35,41 +38,46 @@ class Estimate(NamedTuple):
         return self.state + self.gradients + self.activations
 
 
-def _kept(m) -> float:
-    """Numbers that a layer keeps of a token for its backward, by the remat of a ModelConfig."""
-    heads, shared = m.H * m.K, 2 * m.G * m.K
-    hidden = (3 if m.mlp == "swiglu" else 2) * m.F
+def _saved_per_token(m: ModelConfig) -> float:
+    """Returns how many numbers a layer saves for its backward pass for each token."""
+    q_width, kv_width = m.H * m.K, 2 * m.G * m.K
+    ffn_width = (3 if m.mlp == "swiglu" else 2) * m.F
     return {
-        "none": 6 * m.D + 2 * (heads + shared) + (2.5 if m.mlp == "swiglu" else 3.5) * hidden,
-        "dots": 2 * m.D + heads + shared + hidden - m.F,
-        "attention": m.D + heads,
+        "none": 6 * m.D
+        + 2 * (q_width + kv_width)
+        + (2.5 if m.mlp == "swiglu" else 3.5) * ffn_width,
+        "dots": 2 * m.D + q_width + kv_width + ffn_width - m.F,
+        "attention": m.D + q_width,
         "full": m.D,
     }[m.remat]
 
 
-def _held(m) -> float:
-    """Numbers of a token that the layer at work holds at once, forward and backward."""
+def _working_set_per_token(m: ModelConfig) -> float:
+    """Returns how many numbers per token are live at once while one layer computes."""
     return 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
 
 
-def _bytes(tree) -> int:
+def _tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def estimate(cfg, devices: int) -> Estimate:
-    """Of a TrainConfig whose state is shared by all devices (mesh.fsdp=-1)."""
+def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
+    """Estimates the memory of one device; parameters are sharded over all (mesh.fsdp=-1)."""
     m, data = cfg.model, cfg.data
+    # Shapes do not depend on which implementation of an op runs, so the CPU's routes will do.
     model = build_model(m, choose_routes(m, False, "cpu", False))
     optimizer = build_optimizer(cfg.optim, model.axes)
-    parameters = _bytes(model.shapes)
-    state = parameters + _bytes(jax.eval_shape(optimizer.init, model.shapes))
+    parameter_bytes = _tree_bytes(model.shapes)
+    state_bytes = parameter_bytes + _tree_bytes(jax.eval_shape(optimizer.init, model.shapes))
     rows = data.batch / cfg.accumulation / devices
-    steps = min(cfg.loss.chunk_bytes / (4 * rows * m.V), math.ceil(data.seq_len / 4))
-    workspace = (
-        PER_PARAMETER * parameters / devices
+    chunk_positions = min(cfg.loss.chunk_bytes / (4 * rows * m.V), math.ceil(data.seq_len / 4))
+    workspace_bytes = (
+        PER_PARAMETER * parameter_bytes / devices
         + PER_HEAD * 4 * m.V * m.D
-        + PER_LOGITS * 4 * rows * steps * m.V
+        + PER_LOGITS * 4 * rows * chunk_positions * m.V
     )
-    tokens = rows * data.seq_len
-    kept = NARROW * tokens * (m.L * _kept(m) + _held(m))
-    return Estimate(state / devices, parameters / devices, kept + workspace)
+    numbers_per_token = m.L * _saved_per_token(m) + _working_set_per_token(m)
+    activation_bytes = ACTIVATION_BYTES * rows * data.seq_len * numbers_per_token
+    return MemoryEstimate(
+        state_bytes / devices, parameter_bytes / devices, activation_bytes + workspace_bytes
+    )

@@ -1,36 +1,36 @@
-"""A plan as text for a person and as JSON for a script."""
+"""Formats a plan as text for people and as a dict for JSON."""
 
-from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
-from jaxtrain.planning.links import seconds_of
+from jaxtrain.planning.compiled import Plan
+from jaxtrain.planning.hardware import collective_seconds
+from jaxtrain.reporting.table import format_table
 
 GIB = 2**30
 
 
-def link_times(plan, inside, between) -> dict:
-    """{(kind, axes, crosses hosts): [times, payload bytes, wire bytes, seconds]} of a step."""
-    found = {}
+def sum_collectives(plan: Plan) -> list[dict[str, Any]]:
+    """Returns one row for each kind and axes of collective, summed over a step."""
+    rows = {}
     for c in plan.collectives:
-        row = found.setdefault((c.kind, c.axes, c.crosses_hosts), [0, 0, 0.0, 0.0])
-        for i, x in enumerate((c.times, c.times * c.payload_bytes, c.wire_bytes)):
-            row[i] += x
-        row[3] += seconds_of(c, inside, between)
-    return found
+        row = {"kind": c.kind, "axes": c.axes, "crosses_hosts": c.crosses_hosts}
+        sums = {"times": 0, "payload_bytes": 0, "wire_bytes": 0.0, "seconds": 0.0}
+        row = rows.setdefault(tuple(row.values()), row | sums)
+        row["times"] += c.times
+        row["payload_bytes"] += c.times * c.payload_bytes
+        row["wire_bytes"] += c.wire_bytes
+        row["seconds"] += collective_seconds(c, plan.hardware)
+    return list(rows.values())
 
 
-def step_seconds(plan, inside, between) -> float:
-    """The bound: the roofline's, and all communication after it."""
-    return plan.roofline.seconds + sum(row[3] for row in link_times(plan, inside, between).values())
-
-
-def as_dict(plan, inside, between) -> dict:
-    """All figures; seconds, bytes, FLOPs."""
-    seconds = step_seconds(plan, inside, between)
-    m, peak = plan.memory, plan.chip.peak_flops["bfloat16"] * plan.devices
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Returns all figures of a plan, in seconds, bytes and FLOPs."""
+    hardware, m = plan.hardware, plan.memory
     return {
-        "chip": plan.chip.name,
-        "devices": plan.devices,
-        "hosts": plan.hosts,
+        "chip": hardware.chip.name,
+        "devices": hardware.devices,
+        "hosts": hardware.hosts,
         "parameters": plan.parameters,
         "tokens_per_step": plan.tokens,
         "batch": plan.cfg.data.batch,
@@ -42,98 +42,104 @@ def as_dict(plan, inside, between) -> dict:
         "fsdp": plan.mesh["fsdp"],
         "tensor": plan.mesh["tensor"],
         "fits": m.fits,
-        "memory_bytes": {**m.terms(), "peak": m.peak, "usable": m.usable},
-        "flops_per_token": {"causal": plan.causal.total, "full": plan.full.total},
+        "memory_bytes": {**m.by_use(), "peak": m.peak, "usable": m.usable},
+        "flops_per_token": {"causal": plan.causal_flops.total, "full": plan.flops.total},
         "flops_executed_per_device": plan.roofline.flops,
         "hbm_bytes_per_device": plan.roofline.hbm_bytes,
         "roofline_s": plan.roofline.seconds,
-        "step_s": seconds,
-        "tokens_per_s": plan.tokens / seconds,
-        "mfu_causal": plan.causal.total * plan.tokens / seconds / peak,
-        "collectives": [
-            dict(zip(("kind", "axes", "crosses_hosts"), key, strict=True))
-            | dict(zip(("times", "payload_bytes", "wire_bytes", "seconds"), row, strict=True))
-            for key, row in link_times(plan, inside, between).items()
-        ],
+        "step_s": plan.step_s,
+        "tokens_per_s": plan.tokens / plan.step_s,
+        "mfu_causal": plan.mfu(plan.causal_flops),
+        "collectives": sum_collectives(plan),
         "routes": {op: str(route) for op, route in plan.routes.items()},
         "notes": list(plan.notes),
         "compile_s": plan.compile_s,
     }
 
 
-def _memory_lines(plan):
-    m = plan.memory
-    yield "memory of one device, GiB"
-    for name, size in m.terms().items():
-        yield f"  {name:26} {size / GIB:8.2f}"
+def _memory_lines(plan: Plan) -> Iterator[str]:
+    m, hbm_bytes = plan.memory, plan.hardware.chip.hbm_bytes
+    uses = {**m.by_use(), "peak": m.peak, "usable": m.usable}
+    yield "Memory of one device:"
+    yield format_table(
+        [(name, f"{size / GIB:.2f}") for name, size in uses.items()], ("use", "GiB"), indent=2
+    )
     yield (
-        f"  {'peak':26} {m.peak / GIB:8.2f} of {m.usable / GIB:.2f} usable "
-        f"({m.usable / plan.chip.hbm_bytes:.0%} of {plan.chip.hbm_bytes / GIB:.2f}, what JAX takes "
-        "in training: the rest is the driver's, NCCL's and cuBLAS')"
+        f"  usable is {m.usable / hbm_bytes:.0%} of the {hbm_bytes / GIB:.2f} GiB: training leaves "
+        "the rest to the driver, NCCL and cuBLAS"
     )
 
 
-def _work_lines(plan, inside, between):
-    seconds, r = step_seconds(plan, inside, between), plan.roofline
-    peak = plan.chip.peak_flops["bfloat16"] * plan.devices
-    mfu = lambda flops: flops.total * plan.tokens / seconds / peak
+def _work_lines(plan: Plan) -> Iterator[str]:
+    r = plan.roofline
     yield (
-        f"FLOPs of a token: {plan.causal.total / 1e9:.2f} G with causal attention counted once, "
-        f"{plan.full.total / 1e9:.2f} G with it counted full (6N + 12LHKT)"
+        f"FLOPs per token: {plan.causal_flops.total / 1e9:.2f} G with causal attention, "
+        f"{plan.flops.total / 1e9:.2f} G with attention over all keys (6N + 12LHKT)"
     )
     yield (
-        f"a step on one device: {r.flops / 1e12:,.0f} TFLOP executed (recomputation and optimizer "
-        f"included), {r.hbm_bytes / 1e9:,.0f} GB moved"
+        f"A step on one device executes {r.flops / 1e12:,.0f} TFLOP (recomputation and optimizer "
+        f"included) and moves {r.hbm_bytes / 1e9:,.0f} GB"
+    )
+    tokens_per_s = plan.tokens / plan.step_s
+    yield (
+        f"A step takes at least {plan.step_s:.3f} s, that is at most {tokens_per_s:,.0f} tokens/s, "
+        f"MFU {plan.mfu(plan.causal_flops):.1%} (causal) or {plan.mfu(plan.flops):.1%} (all keys)"
     )
     yield (
-        f"bound: {seconds:.3f} s a step, {plan.tokens / seconds:,.0f} tokens/s, MFU "
-        f"{mfu(plan.causal):.1%} (causal) or {mfu(plan.full):.1%} (full); every instruction at the "
-        "datasheet's peak, nothing overlapped: not a measurement"
+        f"  {r.compute_s:.3f} s computing, {r.seconds - r.compute_s:.3f} s waiting for memory, "
+        f"{plan.step_s - r.seconds:.3f} s communicating; every instruction at the datasheet's "
+        "peak, nothing overlapped: not a measurement"
     )
-    yield f"  of it {r.compute_s:.3f} s computing, {r.seconds - r.compute_s:.3f} s moving"
 
 
-def _collective_lines(plan, inside, between):
-    rows = link_times(plan, inside, between)
+def _collective_lines(plan: Plan) -> Iterator[str]:
+    rows = sum_collectives(plan)
     if not rows:
         return
-    yield f"collectives of a step, on {inside.name} inside a host and {between.name} between hosts"
-    yield f"  {'kind':18} {'axes':16} {'hosts':7} {'times':>6} {'payload GB':>11} {'s':>8}"
-    for (kind, axes, crosses), (times, payload, _, seconds) in rows.items():
-        where = "between" if crosses else "inside"
-        yield (
-            f"  {kind:18} {'+'.join(axes):16} {where:7} {times:6} {payload / 1e9:11.3f} "
-            f"{seconds:8.3f}"
-        )
+    link, host_link = plan.hardware.link.name, plan.hardware.host_link.name
+    yield f"Collectives of a step, over {link} inside a host and {host_link} between hosts:"
+    columns = {
+        "kind": lambda r: r["kind"],
+        "mesh axes": lambda r: "+".join(r["axes"]),
+        "hosts": lambda r: "between" if r["crosses_hosts"] else "inside",
+        "times": lambda r: r["times"],
+        "payload GB": lambda r: f"{r['payload_bytes'] / 1e9:.3f}",
+        "seconds": lambda r: f"{r['seconds']:.3f}",
+    }
+    yield format_table(rows, columns, indent=2)
 
 
-def lines(plan, inside, between):
-    cfg = plan.cfg
-    hosts = f" on {plan.hosts} hosts" if plan.hosts > 1 else ""
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yields a plan as paragraphs of text."""
+    cfg, hardware = plan.cfg, plan.hardware
+    hosts = f" on {hardware.hosts} hosts" if hardware.hosts > 1 else ""
     yield (
-        f"{plan.devices} x {plan.chip.kind}{hosts}; {plan.parameters:,} parameters; batch "
-        f"{cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} parts; remat "
+        f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.parameters:,} parameters; batch "
+        f"{cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
         f"{cfg.model.remat}; compiled in {plan.compile_s:.0f} s"
     )
     yield from (f"  {route}" for route in plan.routes.values())
     yield from (f"  note: {note}" for note in plan.notes)
     yield from _memory_lines(plan)
-    yield from _work_lines(plan, inside, between)
-    yield from _collective_lines(plan, inside, between)
+    yield from _work_lines(plan)
+    yield from _collective_lines(plan)
 
 
-def verdict(plan, change) -> str:
-    """Whether it fits, and if not, the term that is too big and what would do.
+def fit_verdict(plan: Plan, fitting_flags: str) -> str:
+    """Returns whether the plan fits and, if not, the largest use and what to change.
 
     Args:
-        change: flags of the smallest change that fits, or nothing.
+        fitting_flags: flags of the smallest change that fits, or "" if there is none.
     """
     m = plan.memory
     if m.fits:
-        return f"fits: {1 - m.peak / plan.chip.hbm_bytes:.0%} of the card stays free"
-    largest = Counter(m.terms()).most_common(1)[0]
-    would = f"{change} would fit" if change else "no micro-batch or remat of it fits: use more GPUs"
+        return f"Fits: {1 - m.peak / plan.hardware.chip.hbm_bytes:.0%} of the GPU's memory is free."
+    use, size = max(m.by_use().items(), key=lambda item: item[1])
+    if fitting_flags:
+        remedy = f"These flags fit: {fitting_flags}"
+    else:
+        remedy = "No micro-batch size or remat setting fits: use more GPUs."
     return (
-        f"does not fit: {m.peak / GIB:.1f} GiB of {m.usable / GIB:.1f}; the largest term is "
-        f"{largest[0]}, {largest[1] / GIB:.1f} GiB; {would}"
+        f"Does not fit: needs {m.peak / GIB:.1f} GiB of {m.usable / GIB:.1f}. The largest use is "
+        f"{use}, {size / GIB:.1f} GiB. {remedy}"
     )

@@ -1,58 +1,86 @@
-"""The fastest setting of a config that fits: micro-batch, remat and mesh, each compiled."""
+"""Searches the fastest setting of a config that fits: micro-batch, remat, mesh and unroll.
+
+Each setting that is tried is compiled for the chip, so the search tries few. Compiled figures are
+cached on disk.
+"""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jaxtrain.config.train_config import config_hash
+from jaxtrain.config.train_config import TrainConfig, config_hash
 from jaxtrain.distributed import memory
 from jaxtrain.files import write_atomic
 from jaxtrain.planning.compiled import compile_plan, with_model
-from jaxtrain.planning.render import GIB, as_dict
+from jaxtrain.planning.hardware import Hardware
+from jaxtrain.planning.memory_formula import estimate_memory
+from jaxtrain.planning.render import GIB, plan_dict
+from jaxtrain.reporting.table import format_table
+from pallas_kernels.chip import Chip
 
-VERSION = 3  # of the figures in a cache: another is made anew
+CACHE_VERSION = 3  # figures of other versions are computed again
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
-TIGHT = 0.8  # of the usable: gpt_1558m on an A40 is 17 % slower in 16 parts (0.89) than in 32
-ENOUGH = 32_768  # tokens of a micro-batch; of gpt_124m twice as many change the bound by under 3 %
+# Where more of the usable memory than this is taken, XLA recomputes of its own accord to save
+# memory: gpt_1558m on an A40 is 17 % slower in 16 micro-batches (0.89 taken) than in 32.
+TIGHT = 0.8
+# Tokens of a micro-batch after which larger ones no longer pay: gpt_124m's bound improves by under
+# 3 % when they double.
+ENOUGH_TOKENS = 32_768
+
+Figures = dict[str, Any]  # as plan_dict returns them
+Evaluate = Callable[..., Figures]  # of (accumulation, remat, **variant)
+FitsByFormula = Callable[[int, str], bool]  # of (accumulation, remat)
 
 
-def figures_of(cfg, chip, gpus, hosts, links, cache=None) -> dict:
-    """as_dict of a compiled plan, from `cache` (a folder) where this jax has made it before."""
-    where = chip.name, gpus, hosts, links, memory.fraction()
-    text = json.dumps([VERSION, config_hash(cfg), *where, jax.__version__])
-    path = cache and Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    kept = path and read_cached(path)
-    if kept:
-        return kept
-    found = json.loads(json.dumps(as_dict(compile_plan(cfg, chip, gpus, hosts), *links)))
-    if path:
+def compiled_figures(cfg: TrainConfig, hardware: Hardware, cache: str = "") -> Figures:
+    """Returns plan_dict of a compiled plan; reads it from the folder `cache` if it is there."""
+    chip, gpus, hosts, *links = hardware
+    key = [CACHE_VERSION, config_hash(cfg), chip.name, gpus, hosts, links, memory.fraction()]
+    text = json.dumps([*key, jax.__version__])
+    path = Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    cached = read_cached(path) if cache else None
+    if cached:
+        return cached
+    # Through JSON, so that fresh and cached figures have the same types.
+    figures = json.loads(json.dumps(plan_dict(compile_plan(cfg, hardware))))
+    if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(found))
-    return found
+        write_atomic(path, json.dumps(figures))
+    return figures
 
 
-def read_cached(path) -> dict | None:
-    """Returns figures that were kept in a file; None if it is missing or damaged."""
+def read_cached(path: Path) -> Figures | None:
+    """Returns the figures in a cache file; None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        figures = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return figures if isinstance(figures, dict) else None
 
 
-def with_setting(cfg, accumulation, remat, fsdp=None, unroll=None, seq_len=None):
-    """The TrainConfig with these; what is None is as it was, the tokens of a step are in any case.
+def with_setting(
+    cfg: TrainConfig,
+    accumulation: int,
+    remat: str,
+    fsdp: int | None = None,
+    unroll: int | None = None,
+    seq_len: int | None = None,
+) -> TrainConfig:
+    """Returns the config with another setting and the same tokens per step; None changes nothing.
 
     Args:
-        fsdp: devices that share each copy of the parameters.
+        fsdp: devices that share one copy of the parameters.
 
     Raises:
         ValueError: seq_len does not divide the tokens of a step.
     """
-    data, mesh, model = cfg.data, cfg.mesh, {"remat": remat}
+    data, mesh = cfg.data, cfg.mesh
+    model: dict[str, str | int] = {"remat": remat}
     if fsdp is not None:
         mesh = dataclasses.replace(mesh, replica=-1, fsdp=fsdp)
     if unroll is not None:
@@ -68,8 +96,8 @@ def with_setting(cfg, accumulation, remat, fsdp=None, unroll=None, seq_len=None)
     return dataclasses.replace(cfg, data=data, mesh=mesh)
 
 
-def flags_of(figures) -> str:
-    """The setting as flags of a run."""
+def setting_flags(figures: Figures) -> str:
+    """Returns a setting as flags of a run."""
     return (
         f"--accumulation={figures['accumulation']} --model.remat={figures['remat']} "
         f"--mesh.fsdp={figures['fsdp']} --mesh.replica={figures['replica']} "
@@ -78,82 +106,134 @@ def flags_of(figures) -> str:
     )
 
 
-def accumulations(cfg, devices) -> list[int]:
-    """What the batch can be cut into on so many devices, fewest parts first."""
+def accumulations(cfg: TrainConfig, devices: int) -> list[int]:
+    """Returns all numbers of micro-batches that the batch can be cut into, ascending."""
     rows = cfg.data.batch // devices
-    return [parts for parts in range(1, rows + 1) if rows % parts == 0]
+    return [count for count in range(1, rows + 1) if rows % count == 0]
 
 
-def _fits_at(figures, micro_now, micro) -> bool:
-    """Whether another micro-batch fits: what is no state grows with its rows, gradients do not."""
-    m = figures["memory_bytes"]
-    activations = m["activations and workspace"] * micro / micro_now
-    return m["peak"] - m["activations and workspace"] + activations <= m["usable"]
+def build_evaluate(cfg: TrainConfig, hardware: Hardware, cache: str) -> Evaluate:
+    """Returns evaluate(accumulation, remat, **variant), which compiles the config so set."""
+
+    def evaluate(accumulation: int, remat: str, **variant: int) -> Figures:
+        return compiled_figures(with_setting(cfg, accumulation, remat, **variant), hardware, cache)
+
+    return evaluate
 
 
-def _is_tight(figures) -> bool:
-    """Whether XLA may have made anew, unasked, what it had no room for; less at once is faster."""
-    m = figures["memory_bytes"]
-    return figures["fits"] and m["peak"] > TIGHT * m["usable"]
+def build_fits_by_formula(cfg: TrainConfig, chip: Chip, devices: int) -> FitsByFormula:
+    """Returns fits(accumulation, remat), which asks the memory formula."""
+
+    def fits(accumulation: int, remat: str) -> bool:
+        peak = estimate_memory(with_setting(cfg, accumulation, remat), devices).peak
+        return peak <= memory.fraction() * chip.hbm_bytes
+
+    return fits
+
+
+def _would_fit(figures: Figures, rows: int, other_rows: int) -> bool:
+    """Predicts whether another micro-batch fits; only activations grow with its rows."""
+    sizes = figures["memory_bytes"]
+    activations = sizes["activations and workspace"]
+    return sizes["peak"] - activations + activations * other_rows / rows <= sizes["usable"]
+
+
+def _is_tight(figures: Figures) -> bool:
+    sizes = figures["memory_bytes"]
+    return figures["fits"] and sizes["peak"] > TIGHT * sizes["usable"]
 
 
 def search_settings(
-    cfg, devices, evaluate, show=print, remats=REMATS, guess=None, variants=()
-) -> list[dict]:
-    """Figures of all that was compiled, the fastest that fits first.
+    cfg: TrainConfig,
+    devices: int,
+    evaluate: Evaluate,
+    show: Callable[[str], Any] = print,
+    remats: Sequence[str] = REMATS,
+    fits_by_formula: FitsByFormula | None = None,
+    variants: Sequence[dict[str, int]] = (),
+) -> list[Figures]:
+    """Returns the figures of every setting that was compiled, the fastest that fits first.
 
-    Of each remat the largest micro-batch is sought, up to ENOUGH tokens: a compile tells how memory
-    grows with it, the next ones correct the guess. Where memory is tight, the next smaller one too.
+    For each remat it looks for the largest micro-batch that fits, up to ENOUGH_TOKENS. The formula
+    gives the first guess. Each compiled setting then shows how much memory a row really takes,
+    which gives the next guess. Where memory is tight, the next smaller micro-batch is tried too.
 
     Args:
-        evaluate: (accumulation, remat, **variant) -> figures.
-        guess: (accumulation, remat) -> whether to begin there; None begins at the smallest rows.
-        variants: further arguments of with_setting, that the fastest setting is tried with too.
+        fits_by_formula: None starts at the smallest micro-batch.
+        variants: further arguments of with_setting, tried on the fastest setting.
     """
-    choices, tried = accumulations(cfg, devices), {}
     rows = cfg.data.batch // devices
-    most = max(ENOUGH // cfg.data.seq_len, 1)  # rows of a micro-batch
-    choices = [p for p in choices if rows // p <= most]
+    most_rows = max(ENOUGH_TOKENS // cfg.data.seq_len, 1)
+    choices = [count for count in accumulations(cfg, devices) if rows // count <= most_rows]
+    tried: dict[tuple, Figures] = {}
 
-    def look(parts, remat, **variant):
-        key = parts, remat, *variant.items()
+    def try_setting(accumulation: int, remat: str, **variant: int) -> Figures:
+        key = accumulation, remat, *variant.items()
         if key not in tried:
-            tried[key] = evaluate(parts, remat, **variant)
-            show(line(tried[key]))
+            tried[key] = evaluate(accumulation, remat, **variant)
+            show(describe_setting(tried[key]))
         return tried[key]
 
     for remat in remats:
-        likely = (p for p in choices if guess and guess(p, remat))
-        parts = next(likely, choices[-1])
-        found = look(parts, remat)
-        while found["memory_bytes"]["peak"] <= found["memory_bytes"]["usable"]:
-            larger = [p for p in choices if p < parts and _fits_at(found, rows // parts, rows // p)]
+        likely = (n for n in choices if fits_by_formula and fits_by_formula(n, remat))
+        count = next(likely, choices[-1])
+        figures = try_setting(count, remat)
+        while figures["memory_bytes"]["peak"] <= figures["memory_bytes"]["usable"]:
+            larger = [
+                n for n in choices if n < count and _would_fit(figures, rows // count, rows // n)
+            ]
             if not larger:
                 break
-            parts = larger[0]
-            found = look(parts, remat)
-        smaller = iter(choices[choices.index(parts) + 1 :])
-        while not found["fits"] and (more := next(smaller, None)):
-            found = look(more, remat)
-        if _is_tight(found) and (more := next(smaller, None)):
-            look(more, remat)
+            count = larger[0]
+            figures = try_setting(count, remat)
+        smaller = iter(choices[choices.index(count) + 1 :])
+        while not figures["fits"] and (n := next(smaller, None)):
+            figures = try_setting(n, remat)
+        if _is_tight(figures) and (n := next(smaller, None)):
+            try_setting(n, remat)
     rank = lambda figures: (not figures["fits"], -figures["tokens_per_s"])
     best = min(tried.values(), key=rank)
     for variant in variants if best["fits"] else ():
         if any(best[name] != value for name, value in variant.items()):
-            look(best["accumulation"], best["remat"], **variant)
+            try_setting(best["accumulation"], best["remat"], **variant)
     return sorted(tried.values(), key=rank)
 
 
-HEAD = "remat      parts  fsdp unroll    T  peak GiB  fits   tokens/s    MFU"
+def fastest_setting(
+    cfg: TrainConfig, hardware: Hardware, cache: str, remats: Sequence[str] = REMATS
+) -> Figures:
+    """Returns the fastest setting that fits or, if none does, the fastest of those tried."""
+    devices = hardware.devices
+    fits = build_fits_by_formula(cfg, hardware.chip, devices)
+    evaluate = build_evaluate(cfg, hardware, cache)
+    return search_settings(cfg, devices, evaluate, lambda text: None, remats, fits)[0]
 
 
-def line(figures) -> str:
+def describe_setting(figures: Figures) -> str:
+    """Returns one line about a setting that was compiled."""
+    peak = figures["memory_bytes"]["peak"] / GIB
     return (
-        f"{figures['remat']:9} {figures['accumulation']:6} {figures['fsdp']:5} "
-        f"{figures['unroll']:6} {figures['seq_len']:4} "
-        f"{figures['memory_bytes']['peak'] / GIB:9.2f} {'yes' if figures['fits'] else 'no':>5} "
-        f"{figures['tokens_per_s']:10,.0f} {figures['mfu_causal']:6.1%}"
+        f"  {figures['accumulation']} micro-batches, remat {figures['remat']}, fsdp "
+        f"{figures['fsdp']}, unroll {figures['unroll']}, length {figures['seq_len']}: "
+        f"{peak:.2f} GiB, {'fits' if figures['fits'] else 'does not fit'}"
+    )
+
+
+def settings_table(settings: Sequence[Figures]) -> str:
+    """Returns a table of settings, in the given order."""
+    return format_table(
+        settings,
+        {
+            "micro-batches": lambda f: f["accumulation"],
+            "remat": lambda f: f["remat"],
+            "fsdp": lambda f: f["fsdp"],
+            "unroll": lambda f: f["unroll"],
+            "length": lambda f: f["seq_len"],
+            "peak GiB": lambda f: f"{f['memory_bytes']['peak'] / GIB:.2f}",
+            "fits": lambda f: "yes" if f["fits"] else "no",
+            "tokens/s": lambda f: f"{f['tokens_per_s']:,.0f}",
+            "MFU": lambda f: f"{f['mfu_causal']:.1%}",
+        },
     )
 
 
@@ -176,6 +256,6 @@ def get_config():
 '''
 
 
-def write_config(path, name, figures) -> None:
-    """A config file that sets what the search chose over configs/NAME.py."""
+def write_config(path: str | Path, name: str, figures: Figures) -> None:
+    """Writes a config file that applies a setting to configs/NAME.py."""
     write_atomic(Path(path), CONFIG.format(name=name, version=jax.__version__, **figures))

@@ -1,1 +1,1 @@
-"""Where metrics are written: files, TensorBoard, Prometheus, the terminal and a loss curve."""
+"""Writes metrics: files, TensorBoard, Prometheus, the terminal, tables and loss curves."""

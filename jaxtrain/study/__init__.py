@@ -1,1 +1,1 @@
-"""Parts of the optimizer study: its plan, its runs, its statistics, its table and its picture."""
+"""Compares optimizers: plan, runs, statistics, tables, verdicts and pictures of a study."""

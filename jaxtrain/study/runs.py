@@ -1,14 +1,15 @@
-"""The runs of a study: each an ordinary run directory, trained once and read as often as asked."""
+"""Trains the runs of a study, each in an ordinary run directory, and reads their results."""
 
-import itertools
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtrain.config.train_config import flatten, freeze, to_dict
-from jaxtrain.data.corpus import open_corpus
+from jaxtrain.config.train_config import TrainConfig, flatten, freeze, to_dict
+from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
@@ -23,34 +24,40 @@ from jaxtrain.study.plan import Trial
 from jaxtrain.train import train
 from jaxtrain.training.loop import Diverged
 
-DIVERGED = "diverged.json"
+DIVERGED = "diverged.json"  # written into the folder of a run that diverged
 
 
 class Interrupted(Exception):
     """A signal stopped a run after its save; `status` is the process's exit status."""
 
-    def __init__(self, status):
+    def __init__(self, status: int):
         self.status = status
         super().__init__(f"stopped with status {status}")
 
 
+Curve = list[tuple[float, float, float]]  # rows of (step, seconds in steps, nats/token)
+
+
 class Result(NamedTuple):
-    """What a finished run left. Curves are (step, seconds in steps, nats/token) rows."""
+    """What a run of a study measured."""
 
     trial: Trial
-    loss: float  # held out, after the last step; inf where the run diverged
+    loss: float  # held-out nats/token after the last step; inf if the run diverged
     seconds: float  # in steps: without compilation, evaluation and saves
     compile_s: float
-    train: list
-    held_out: list
+    train: Curve
+    held_out: Curve
 
     @property
     def diverged(self) -> bool:
         return self.loss == float("inf")
 
 
-def open_data(base, workdir):
-    """(base config on shards, corpus): text is encoded once, below the study's folder."""
+def open_data(base: TrainConfig, workdir: Path) -> tuple[TrainConfig, Corpus]:
+    """Returns the base config with shards as its data, and the corpus.
+
+    Text is encoded once, below the study's folder, and not again by every run.
+    """
     corpus = open_corpus(base.data, "train", base.model.V, workdir)
     if base.data.shards:
         return base, corpus
@@ -60,41 +67,44 @@ def open_data(base, workdir):
 
 
 def is_finished(trial: Trial) -> bool:
-    """Whether the run has ended: with an evaluation after its last step, or by diverging."""
+    """Returns whether a run has ended: with an evaluation after its last step, or by diverging."""
     folder = Path(trial.config.workdir)
     if (folder / DIVERGED).exists():
         return True
     try:
         return has_ended(read_summary_json(folder), trial.config.steps)
-    except (FileNotFoundError, ValueError):  # damaged: train() writes it again
+    except (FileNotFoundError, ValueError):  # a damaged summary: train() writes it again
         return False
 
 
 def check_folder(trial: Trial) -> None:
-    """Raises ValueError where the run's folder holds a run of another config."""
+    """Raises ValueError if the trial's folder contains a run of another config."""
     folder = Path(trial.config.workdir)
     if not (folder / CONFIG).exists():
         return
-    stored, asked = (_identity(cfg) for cfg in (load_train_config(folder), trial.config))
-    changed = [f"{k}={stored[k]!r}, now {v!r}" for k, v in asked.items() if stored[k] != v]
+    stored, wanted = _identity(load_train_config(folder)), _identity(trial.config)
+    changed = [f"{k}={stored[k]!r}, now {v!r}" for k, v in wanted.items() if stored[k] != v]
     if changed:
         raise ValueError(
-            f"the study's folder must hold runs of this study alone; got {'; '.join(changed)} in "
+            f"the study's folder must contain only runs of this study; got {'; '.join(changed)} in "
             f"{folder}. Set --study.workdir to a new folder, or remove that one."
         )
 
 
-def _identity(cfg) -> dict:
-    """What is trained, by flag; shards by their folder's name, which is a hash of their text."""
+def _identity(cfg: TrainConfig) -> dict[str, Any]:
+    """Returns the fields that decide what is trained.
+
+    Of the path of the shards only the folder's name counts, which is a hash of their text.
+    """
     values = {k: v for k, v in flatten(cfg).items() if k not in ("workdir", "compile_cache")}
     return values | {"data.shards": Path(cfg.data.shards).name}
 
 
-def run_trial(trial: Trial, devices=None) -> Result:
-    """Trains a run to its end, or reads it where it has ended before.
+def run_trial(trial: Trial, devices: Sequence[Any] | None = None) -> Result:
+    """Trains a run to its end, unless it has ended before, and returns its result.
 
     Raises:
-        Interrupted: a signal asked it to stop; it is saved.
+        Interrupted: a signal stopped the run, which is saved.
     """
     if not is_finished(trial):
         try:
@@ -109,7 +119,7 @@ def run_trial(trial: Trial, devices=None) -> Result:
 
 
 def read_result(trial: Trial) -> Result:
-    """The Result of a run that has ended.
+    """Returns the result of a run that has ended.
 
     Raises:
         ValueError: the run has not been evaluated after its last step.
@@ -117,60 +127,77 @@ def read_result(trial: Trial) -> Result:
     folder = Path(trial.config.workdir)
     tokens = trial.config.data.batch * trial.config.data.seq_len
     records = read_metrics(folder / FILE)
-    steps, seconds = [0], [0.0]  # steps trained and seconds in them, at each logged step
+    last_step, seconds = 0, 0.0  # at the newest record: steps trained, and seconds in them
     compile_s = sum(record.get("perf/compile_time_s", 0.0) for record in records)
     train_rows, held_out = [], []
     for record in records:
         if "perf/tokens_per_s" in record:
-            took_s = (record["step"] - steps[-1]) * tokens / record["perf/tokens_per_s"]
-            steps.append(record["step"])
-            seconds.append(seconds[-1] + took_s)
-        row = (record["step"], seconds[-1])
+            seconds += (record["step"] - last_step) * tokens / record["perf/tokens_per_s"]
+            last_step = record["step"]
+        row = (record["step"], seconds)
         if LOSS in record:
             train_rows.append((*row, record[LOSS]))
         if EVAL_LOSS in record:
             held_out.append((*row, record[EVAL_LOSS]))
     if (folder / DIVERGED).exists():
-        return Result(trial, float("inf"), seconds[-1], compile_s, train_rows, held_out)
+        return Result(trial, float("inf"), seconds, compile_s, train_rows, held_out)
     if not held_out or held_out[-1][0] != trial.config.steps:
         raise ValueError(f"a run must end with an evaluation; got none in {folder}. Remove it.")
-    loss = held_out[-1][2] if held_out[-1][2] < float("inf") else float("inf")  # nan too
-    return Result(trial, loss, seconds[-1], compile_s, train_rows, held_out)
+    loss = held_out[-1][2]
+    loss = loss if loss < float("inf") else float("inf")  # nan counts as diverged, too
+    return Result(trial, loss, seconds, compile_s, train_rows, held_out)
 
 
-def falling_curve(result: Result) -> list:
-    """(step, seconds, loss) rows to see when a loss is reached: held out, or else smoothed.
+def falling_curve(result: Result) -> Curve:
+    """Returns the curve that shows when a loss was reached.
 
-    Held-out points where there are several; else the trend of the training loss.
+    These are the held-out losses if there are several, else the smoothed training losses.
     """
     if len(result.held_out) > 1 or not result.train:
         return result.held_out
     steps, seconds, losses = np.array(result.train, float).T
-    at, trend = smooth(steps, losses)
-    return list(zip(at, np.interp(at, steps, seconds), trend, strict=True))
+    trend_steps, trend = smooth(steps, losses)
+    trend_s = np.interp(trend_steps, steps, seconds)
+    return list(zip(trend_steps, trend_s, trend, strict=True))
 
 
 class Progress:
-    """Runs trials one after the other and prints a line for each that it had to train."""
+    """Runs trials one after another and prints a line for each one that was trained.
 
-    def __init__(self, runs: int, devices=None, show=print):
-        self._runs, self._devices, self._show = runs, devices, show
-        self._count, self._trained = itertools.count(1), []
-        self.read = 0
+    Args:
+        runs: number of runs of the study.
+        devices: to train on; None uses all.
+        print_line: prints one line.
+
+    Attributes:
+        reused: number of runs that had ended before and were only read.
+    """
+
+    def __init__(
+        self,
+        runs: int,
+        devices: Sequence[Any] | None = None,
+        print_line: Callable[[str], object] = print,
+    ):
+        self._runs, self._devices, self._print_line = runs, devices, print_line
+        self._count = 0
+        self._durations_s = []  # of the runs that were trained
+        self.reused = 0
 
     def run(self, trial: Trial) -> Result:
-        number = next(self._count)
-        known, start_s = is_finished(trial), time.monotonic()
+        """Returns the result of a trial, after training it if necessary."""
+        self._count += 1
+        ended_before, start_s = is_finished(trial), time.monotonic()
         result = run_trial(trial, self._devices)
-        if known:
-            self.read += 1
+        if ended_before:
+            self.reused += 1
             return result
-        self._trained.append(time.monotonic() - start_s)
-        eta_s = (self._runs - number) * sum(self._trained) / len(self._trained)
+        self._durations_s.append(time.monotonic() - start_s)
+        eta_s = (self._runs - self._count) * statistics.mean(self._durations_s)
         outcome = "diverged" if result.diverged else f"{result.loss:.4f} nats/token"
-        self._show(
-            f"run {number:>{len(str(self._runs))}} of {self._runs}  {trial.condition}  "
+        self._print_line(
+            f"run {self._count:>{len(str(self._runs))}} of {self._runs}  {trial.condition}  "
             f"{trial.contender}  {trial.setting}  seed {trial.seed}  {outcome}  "
-            f"{self._trained[-1]:.1f} s  eta {format_duration(eta_s)}"
+            f"{self._durations_s[-1]:.1f} s  eta {format_duration(eta_s)}"
         )
         return result

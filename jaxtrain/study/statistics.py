@@ -1,14 +1,15 @@
-"""What paired runs allow to be said: differences, their errors, and verdicts in plain words."""
+"""Compares paired runs: differences with their errors, corrected p-values, and verdicts."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import stats
 
-FEWEST_PAIRS = 3  # fewer never make a winner
+FEWEST_PAIRS = 3  # with fewer pairs there is no verdict
 # modded-nanogpt's rule for its optimizer track: (target - mean) * sqrt(n) >= 0.004 at a run-to-run
-# sigma of 0.0013, which is one-sided p = 0.001.
+# sigma of 0.0013, which is a one-sided p of 0.001.
 # Source: https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization
 TRACK_3_SIGMAS = 0.004 / 0.0013
 
@@ -25,24 +26,27 @@ class Paired(NamedTuple):
     p: float  # two-sided
 
 
-def mean_sd(losses) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); nan or inf where a loss is not finite."""
-    losses = np.asarray(losses, float)
-    if not np.isfinite(losses).all():
-        return float(losses.mean()), math.nan
-    return float(losses.mean()), float(losses.std(ddof=1)) if len(losses) > 1 else math.nan
+def mean_sd(losses: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and sample standard deviation (n - 1); nan or inf if a loss is not finite."""
+    values = np.asarray(losses, float)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(values.std(ddof=1))
 
 
-def paired_test(losses, baseline) -> Paired:
-    """Student's paired t-test of two equally long lists, one entry a seed.
+def paired_test(losses: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Returns Student's paired t-test of two equally long lists with one entry for each seed.
 
-    Losses that are not finite give a p of nan: a run that diverged is not a number to average.
+    If a loss is not finite, all results are nan: a diverged run has no loss to average.
 
     Raises:
         ValueError: the lists are empty or not equally long.
     """
     if len(losses) != len(baseline) or not len(losses):
-        raise ValueError(f"pairs need two lists of a length; got {len(losses)}, {len(baseline)}.")
+        raise ValueError(
+            "a paired test must get two lists of the same length, at least 1; got "
+            f"{len(losses)} and {len(baseline)} losses."
+        )
     if not np.isfinite([*losses, *baseline]).all():
         return Paired(len(losses), math.nan, math.nan, math.nan, math.nan)
     differences = np.asarray(losses, float) - np.asarray(baseline, float)
@@ -50,14 +54,18 @@ def paired_test(losses, baseline) -> Paired:
     if n < 2:
         return Paired(n, mean, math.nan, math.nan, math.nan)
     se = float(differences.std(ddof=1)) / math.sqrt(n)
-    if se == 0:  # equal differences: none at all, or one without error
-        return Paired(n, mean, se, math.copysign(math.inf, mean) if mean else 0.0, float(not mean))
+    if se == 0:  # all differences are equal, so they are certain
+        if mean == 0:
+            return Paired(n, mean, se, t=0.0, p=1.0)
+        return Paired(n, mean, se, t=math.copysign(math.inf, mean), p=0.0)
     t = mean / se
-    return Paired(n, mean, se, t, float(2 * special.stdtr(n - 1, -abs(t))))
+    return Paired(n, mean, se, t, float(2 * stats.t.sf(abs(t), n - 1)))
 
 
-def holm(ps) -> list[float]:
-    """p-values corrected for being several, in the order given; nan stays nan and counts.
+def holm(ps: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for multiple comparisons, in the order given.
+
+    A p of nan stays nan and still counts as a comparison.
 
     Source: Holm 1979, https://www.jstor.org/stable/4615733
     """
@@ -71,16 +79,22 @@ def holm(ps) -> list[float]:
 
 
 def detectable(paired: Paired, level: float) -> float:
-    """The smallest mean difference that these pairs would have told from none, uncorrected."""
+    """Returns the smallest mean difference that is significant at this standard error.
+
+    The level is not corrected for multiple comparisons.
+    """
     if paired.pairs < 2:
         return math.nan
-    return float(special.stdtrit(paired.pairs - 1, 1 - level / 2)) * paired.se
+    return float(stats.t.isf(level / 2, paired.pairs - 1)) * paired.se
 
 
-def judge(losses, baseline, p_corrected: float, level: float) -> str:
-    """TIES, WINS, LOSES or UNDECIDED of a contender; with under 3 pairs always the last.
+def decide_verdict(
+    losses: Sequence[float], baseline: Sequence[float], p_corrected: float, level: float
+) -> str:
+    """Returns TIES, WINS, LOSES or UNDECIDED for a contender against the baseline.
 
-    A contender that diverges where the baseline does not loses, whatever its other seeds say.
+    With fewer than FEWEST_PAIRS pairs, or if the baseline diverged, it is UNDECIDED. A contender
+    that diverges where the baseline does not LOSES, whatever its other losses are.
     """
     if len(losses) < FEWEST_PAIRS or not np.isfinite(baseline).all():
         return UNDECIDED
@@ -91,35 +105,32 @@ def judge(losses, baseline, p_corrected: float, level: float) -> str:
     return WINS if np.mean(losses) < np.mean(baseline) else LOSES
 
 
-def pooled_sd(groups) -> float:
-    """Run-to-run sigma: the groups' variances, averaged by degrees of freedom; nan if none has."""
-    spread = [np.asarray(g, float) for g in groups if len(g) > 1 and np.isfinite(g).all()]
-    freedom = sum(len(g) - 1 for g in spread)
-    if not freedom:
-        return math.nan
-    return math.sqrt(sum(((g - g.mean()) ** 2).sum() for g in spread) / freedom)
+def pooled_sd(groups: Iterable[Sequence[float]]) -> float:
+    """Returns the run-to-run sigma: variances of the groups averaged by degrees of freedom.
 
-
-def track_3(losses, target: float) -> float:
-    """(target - mean) * sqrt(n): how far below the target, weighed by the number of runs.
-
-    Source: modded-nanogpt, as TRACK_3_SIGMAS.
+    Groups with one loss or with losses that are not finite are left out; nan if none remains.
     """
+    arrays = [np.asarray(g, float) for g in groups if len(g) > 1 and np.isfinite(g).all()]
+    degrees = sum(len(array) - 1 for array in arrays)
+    if not degrees:
+        return math.nan
+    return math.sqrt(sum(((array - array.mean()) ** 2).sum() for array in arrays) / degrees)
+
+
+def track_3(losses: Sequence[float], target: float) -> float:
+    """Returns (target - mean) * sqrt(n), modded-nanogpt's statistic; see TRACK_3_SIGMAS."""
     return (target - float(np.mean(losses))) * math.sqrt(len(losses))
 
 
-def reach(x, losses, target: float) -> float:
-    """Where a curve first comes down to the target, by straight lines between its points.
+def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> float:
+    """Returns the x at which a curve first falls to the target, by linear interpolation.
 
-    nan where it never does.
+    nan if it never does.
     """
-    losses = [float(loss) for loss in losses]
     i = next((i for i, loss in enumerate(losses) if loss <= target), None)
     if i is None:
         return math.nan
-    if i == 0:
-        return float(x[0])
-    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
-    if not math.isfinite(share):  # a point that is not finite has no line to the next
+    if i == 0 or not math.isfinite(losses[i - 1]):
         return float(x[i])
+    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(x[i - 1] + share * (x[i] - x[i - 1]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.host.facts import nonce_path, with_timeout
-from launch.host.interfaces import interface_of
+from launch.host.interfaces import bind_tcp, interface_of
 
 CHUNK_BYTES = 1 << 18
 HEADER = struct.Struct("!32scI")  # token, what the client will do, milliseconds
@@ -40,7 +40,8 @@ def serve_orders(request: dict, answer: Callable[[dict], None], facts: dict) -> 
     """
     token = request["token"].encode()
     try:
-        server = _listen(request["address"])
+        server = bind_tcp(request["address"])
+        server.listen(64)
     except OSError:
         if not facts:
             raise
@@ -99,14 +100,6 @@ ORDERS = {
     "forget": _forget_nonce,
     "time": lambda order, token: {"time": time.time()},
 }
-
-
-def _listen(address: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
-    server.bind((address, 0))
-    server.listen(64)
-    return server
 
 
 def _accept_peers(server: socket.socket, token: bytes) -> None:

@@ -14,6 +14,8 @@ import socket
 import time
 from typing import Any
 
+from launch.host.interfaces import bind_tcp
+
 LINE_BYTES = 1 << 20
 CONNECT_S = 3.0
 UP, DOWN = "up", "down"  # directions: to the leader, from the leader
@@ -91,11 +93,7 @@ class LeaderChannel:
 
     def __init__(self, address: str, port: int, token: str):
         self.token = token
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._server = socket.socket(family, socket.SOCK_STREAM)
-        # Without it, a restarted leader could not listen while old connections are in TIME_WAIT.
-        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._server.bind((address, port))
+        self._server = bind_tcp(address, port)
         self._server.listen(256)
         self._server.setblocking(False)
         self._host_of: dict[Channel, int | None] = {}  # None until its first valid report
@@ -205,7 +203,5 @@ def endpoint(address: str, port: int) -> str:
 
 def free_port(address: str) -> int:
     """Returns a port of this address on which nothing listens now."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
+    with bind_tcp(address) as probe:
         return probe.getsockname()[1]

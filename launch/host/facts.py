@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch.host.interfaces import addresses, interface_of
+from launch.host.interfaces import addresses, bind_tcp, interface_of
 from launch.host.logout import check_logout
 
 T = TypeVar("T")
@@ -155,13 +155,10 @@ def _resolve(name: str) -> str:
 
 def _can_bind(address: str, port: int) -> bool:
     """Returns whether a server could listen there; port 0 asks only about the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
+    try:
+        bind_tcp(address, port).close()
+    except OSError:
+        return False
     return True
 
 

@@ -1,4 +1,4 @@
-"""Lists this host's network interfaces and their addresses, through libc's getifaddrs."""
+"""This host's network interfaces, from libc's getifaddrs, and sockets on their addresses."""
 
 import ctypes
 import ipaddress
@@ -47,3 +47,25 @@ def interface_of(address: str) -> str:
     """Returns the interface that has this IP; "" if none has."""
     wanted = str(ipaddress.ip_address(address))
     return next((name for name, ips in addresses().items() if wanted in ips), "")
+
+
+def interface_variables(interface: str) -> dict[str, str]:
+    """Returns the variables that bind NCCL and the byte counters to an interface; {} for ""."""
+    # "=" makes NCCL match the whole name, not a prefix of it.
+    variables = {"JAXTRAIN_INTERFACE": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return variables if interface else {}
+
+
+def bind_tcp(address: str, port: int = 0) -> socket.socket:
+    """Returns a TCP socket bound to an address; port 0 takes any free one.
+
+    SO_REUSEADDR lets a restarted server bind while old connections are still in TIME_WAIT.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock

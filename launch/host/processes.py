@@ -22,7 +22,7 @@ class Stat(NamedTuple):
 
     state: str  # R, S, D, T (stopped), Z (zombie), ...
     parent: int
-    started: int  # clock ticks since boot; with the boot id, it tells a reused pid apart
+    started: int  # clock ticks since boot; with the boot id, it identifies a reused pid
 
 
 def read_stat(pid: int) -> Stat | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.host import processes
 from launch.host.exit_codes import CANNOT_START
-from launch.host.interfaces import interface_of
+from launch.host.interfaces import interface_of, interface_variables
 from launch.host.log import LineSplitter, Log
 
 TAIL_LINES = 60
@@ -161,9 +161,7 @@ class LocalRanks:
         A single host has no training network.
         """
         hosts, me = self.job["hosts"], self.job["me"]
-        name = interface_of(hosts[me]["address"]) if len(hosts) > 1 else ""
-        # "=" makes NCCL match the whole name, not a prefix of it.
-        return {"JAXTRAIN_INTERFACE": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+        return interface_variables(interface_of(hosts[me]["address"])) if len(hosts) > 1 else {}
 
     def _environment(self, world, rank: int, local: int, heartbeat: Path) -> dict[str, str]:
         per_host = self.job["ranks_per_host"]

@@ -193,10 +193,10 @@ def send_frame(header: dict, data: bytes = b"") -> None:
 
 
 def pull(request: Request) -> dict[str, Any]:
-    """Sends what is new in the job's run directory; `over` says whether the job had ended before.
+    """Sends what is new in the job's run directory, and `over`: whether the job had ended before.
 
-    It is looked up first: if it is true, the files are complete. A relative run directory begins
-    in the folder in which the job runs.
+    `over` is determined first, so if it is true, the files are complete. A relative run directory
+    starts at the folder in which the job runs.
     """
     folder = job_folder(request)
     ended = bool(read_json(folder / "status.json").get("outcome"))

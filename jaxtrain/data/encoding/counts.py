@@ -2,34 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from jaxtrain.data.encoding.documents import Encoded
 from jaxtrain.data.encoding.formats import NO_FIELD
 from jaxtrain.data.encoding.held_out import Nearest, merge_nearest
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.roundtrip import UnusableInput
 from jaxtrain.data.encoding.work_units import DocumentProblem
 
 MAX_PROBLEMS = 5  # described in full; all are counted
 HOPELESS = 1_000  # bad documents without a good one, after which reading stops
-
-
-class Flags(NamedTuple):
-    """The command-line flags that errors name, which differ between commands."""
-
-    text: str = "--data.text"
-    text_field: str = "--data.text_field"
-    val_fraction: str = "--data.val_fraction"
-
-
-class Rules(NamedTuple):
-    """What decides whether an encoding is refused."""
-
-    on_bad_document: str  # skip or stop
-    val_fraction: float
-    flags: Flags
-    files: int
-    size: int  # bytes on disk
 
 
 @dataclass
@@ -89,40 +72,45 @@ def describe_skipped(skipped: dict[str, int]) -> str:
     return f"skipped {counts}" if counts else "nothing skipped"
 
 
-def check_so_far(counts: Counts, rules: Rules) -> None:
+def check_so_far(counts: Counts, options: EncodeOptions) -> None:
     """Raises UnusableInput if it is useless to read on."""
-    if counts.bad and rules.on_bad_document == "stop":
-        advice = f"{_advice(counts, rules)} Or set --on_bad_document=skip."
+    if counts.bad and options.on_bad_document == "stop":
+        advice = f"{_advice(counts, options)} Or set --on_bad_document=skip."
         raise UnusableInput(f"{counts.problems[0].describe()}. {advice}")
     if counts.bad >= HOPELESS and not sum(counts.documents.values()):
-        _refuse(f"the first {counts.bad:,} documents cannot be used", counts, rules)
+        _refuse(f"the first {counts.bad:,} documents cannot be used", counts, options)
 
 
-def check_all(counts: Counts, rules: Rules) -> None:
-    """Raises UnusableInput if the input holds too little text, or too much that is not usable."""
+def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> None:
+    """Raises UnusableInput if the input holds too little text, or too much that is not usable.
+
+    Args:
+        size: bytes of the files on disk.
+    """
     documents = sum(counts.documents.values())
     if 2 * counts.bad > counts.bad + documents:
-        _refuse(f"{counts.bad:,} of {counts.bad + documents:,} documents", counts, rules)
-    if 2 * counts.lost_bytes > rules.size:
-        _refuse(f"{counts.lost_bytes:,} of {rules.size:,} bytes on disk", counts, rules)
+        _refuse(f"{counts.bad:,} of {counts.bad + documents:,} documents", counts, options)
+    if 2 * counts.lost_bytes > size:
+        _refuse(f"{counts.lost_bytes:,} of {size:,} bytes on disk", counts, options)
     if not documents:
-        other_field = any(reason.startswith(NO_FIELD) for reason in counts.skipped)
+        advice = f"Set {options.flags.text} to a file or folder of text."
+        if any(reason.startswith(NO_FIELD) for reason in counts.skipped):
+            advice = f"Set {options.flags.text_field} to the key that holds the text."
         raise UnusableInput(
             "the input must hold at least one document of UTF-8 without NUL bytes; got "
-            f"{rules.files:,} file(s), {describe_skipped(counts.skipped)}. "
-            f"Set {rules.flags.text_field if other_field else rules.flags.text}."
+            f"{files:,} file(s), {describe_skipped(counts.skipped)}. {advice}"
         )
-    if rules.val_fraction and len(+counts.documents) < 2:
+    if options.val_fraction and len(+counts.documents) < 2:
         [(split, count)] = (+counts.documents).items()
         raise UnusableInput(
             "the input must hold two documents, or one that is long enough to be cut, so that a "
             f"part can be held out for validation; got {count} document(s), all in {split}. "
-            f"Add text to {rules.flags.text}, or set {rules.flags.val_fraction}=0."
+            f"Add text to {options.flags.text}."
         )
 
 
-def _refuse(what: str, counts: Counts, rules: Rules) -> NoReturn:
-    first, advice = counts.problems[0].describe(), _advice(counts, rules)
+def _refuse(what: str, counts: Counts, options: EncodeOptions) -> NoReturn:
+    first, advice = counts.problems[0].describe(), _advice(counts, options)
     if not sum(counts.documents.values()):
         raise UnusableInput(f"{first}; no document can be used. {advice}")
     raise UnusableInput(
@@ -131,7 +119,7 @@ def _refuse(what: str, counts: Counts, rules: Rules) -> NoReturn:
     )
 
 
-def _advice(counts: Counts, rules: Rules) -> str:
+def _advice(counts: Counts, options: EncodeOptions) -> str:
     if counts.problems[0].reason.startswith("without a string"):
-        return f"Set {rules.flags.text_field} to the one that holds the text."
-    return "Repair or remove what is named here."
+        return f"Set {options.flags.text_field} to the key or column that holds the text."
+    return "Repair or remove the file or document named here."

@@ -7,13 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut, find_cut_near_end
 from jaxtrain.data.encoding.formats import BOM, DOCUMENT_BYTES, printable_path, read_at
 from jaxtrain.data.encoding.held_out import SPLITS, ForcedSplit, Nearest, merge_nearest, unit_hash
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.roundtrip import LOST, ContainsEot, count_lost_bytes
 from jaxtrain.data.encoding.work_units import (
     PIECE_BYTES,
@@ -30,14 +30,6 @@ REFUSED = "refused by the tokenizer"
 TOO_LONG = BadDocument(
     "too long", f"a document must be at most {DOCUMENT_BYTES >> 20} MiB; found more"
 )
-
-
-class Options(NamedTuple):
-    """What decides, besides the tokenizer, how documents are encoded."""
-
-    text_field: str = "text"
-    val_fraction: float = 0.0
-    forced: ForcedSplit | None = None
 
 
 @dataclass
@@ -58,7 +50,12 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, options: Options) -> Encoded:
+def encode_pieces(
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    forced: ForcedSplit | None = None,
+) -> Encoded:
     """Returns the tokens of each document, with eot before its first.
 
     Raises:
@@ -72,7 +69,8 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, options: Option
             if content == b"" or content is None:
                 encoded.skipped["empty"] += 1
                 continue
-            for split, begins, part in _assign_splits(piece, place, content, options):
+            parts = _assign_splits(piece, place, content, options.val_fraction, forced)
+            for split, begins, part in parts:
                 where = f"{printable_path(piece.path)}, {piece.kind} {place}"
                 ids = _tokenize(part, tokenizer, where, encoded)
                 if isinstance(ids, BadDocument):
@@ -93,7 +91,11 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, options: Option
 
 
 def _assign_splits(
-    piece: Piece, place: int, content: bytes | BadDocument, options: Options
+    piece: Piece,
+    place: int,
+    content: bytes | BadDocument,
+    val_fraction: float,
+    forced: ForcedSplit | None,
 ) -> list[tuple[str, bool, bytes | BadDocument]]:
     """Returns (split, whether a document begins, content) of each part of a document.
 
@@ -101,13 +103,12 @@ def _assign_splits(
     """
     if piece.kind == "text":
         return [(piece.split, piece.first, content)]
-    forced = options.forced
     if forced is None or (forced.name, forced.place) != (piece.name, place):
-        held_out = unit_hash(f"{piece.name}:{place}") < options.val_fraction
+        held_out = unit_hash(f"{piece.name}:{place}") < val_fraction
         return [("val" if held_out else "train", True, content)]
     if forced.split != "cut" or isinstance(content, BadDocument):
         return [(forced.split, True, content)]
-    cut = find_cut_near_end(content, max(1, round(options.val_fraction * len(content))))
+    cut = find_cut_near_end(content, max(1, round(val_fraction * len(content))))
     parts = ("train", True, content[:cut]), ("val", True, content[cut:])
     return [part for part in parts if part[2]]
 
@@ -224,15 +225,16 @@ def _parse_text(
     except UnicodeDecodeError as error:
         return BadDocument("not UTF-8", f"{expected}; found bytes that are not UTF-8: {error}")
     except ValueError as error:
-        return BadDocument("not JSON", f"{expected}; found no JSON: {first_line(error)}")
+        return BadDocument("not JSON", f"{expected}; found invalid JSON: {first_line(error)}")
     if strings and isinstance(record, str):
         record = {text_field: record}
     missing = f"without a string {text_field!r}"
     if not isinstance(record, dict):
         return BadDocument(missing, f"{expected}; found {type(record).__name__}")
     if text_field not in record:
-        keys = ", ".join(map(repr, list(record)[:12])) or "an empty object"
-        return BadDocument(missing, f"{expected}; found {keys}")
+        keys = ", ".join(map(repr, list(record)[:12]))
+        found = f"the keys {keys}" if keys else "an empty object"
+        return BadDocument(missing, f"{expected}; found {found}")
     text = record[text_field]
     if text is None:
         return None

@@ -118,7 +118,7 @@ def _kind(head: bytes, suffix: str) -> str:
     elif start[:1] == b"[":
         if named_jsonl:
             if ARRAY_OF_OBJECTS.match(start) and not _is_json(line):
-                return "json"  # an array over several lines, whatever its name says
+                return "json"  # an array over several lines, in spite of its name
         elif suffix == ".json" or ARRAY_OF_OBJECTS.match(start) or _parse_values(head) is not None:
             return "json"
     if named_jsonl:

@@ -1,9 +1,9 @@
 """Decides which documents are held out for validation.
 
-A document's fate depends only on a hash of its file's name and its place in the file, so it is the
-same on every machine and for any number of processes. Whole text files are held out up to the
-wanted share of the bytes; where they do not come near it, so is the end of the largest. Lines and
-rows are held out one by one.
+The decision depends only on a hash of the file's name and of the document's place in the file, so
+it is the same on every machine and for any number of processes. Whole text files are held out
+until they make up the wanted share of the bytes. If that is less than half of the share, the end
+of the largest file is held out too. Lines and rows are held out one by one.
 """
 
 import hashlib

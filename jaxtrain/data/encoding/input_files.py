@@ -43,15 +43,14 @@ def list_files(source: str, exclude: str | Path, flag: str = "--data.text") -> I
     root = Path(sysconfig.get_path("stdlib") if stdlib else source).expanduser()
     where = repr(printable_path(source))
     if stdlib:
-        where += f", looked in {printable_path(root)}"
+        where += f", for Python's own source in {printable_path(root)}"
     if root.is_file():
         return InputFiles([(root, root.name)])
     if not root.is_dir():
-        found = "a pipe or a device" if os.path.exists(root) else "nothing there"
-        relative_to = "" if root.is_absolute() else f" (from {printable_path(Path.cwd())})"
-        raise ValueError(
-            f"{flag} must be a file or a folder; got {where}, found {found}{relative_to}."
-        )
+        problem = "is a pipe or a device" if os.path.exists(root) else "does not exist"
+        if not root.is_absolute():
+            problem += f" in {printable_path(Path.cwd())}"
+        raise ValueError(f"{flag} must be a file or a folder; got {where}, which {problem}.")
     paths, left_out = _walk(root, Path(exclude).resolve(), NOT_SOURCE if stdlib else set())
     if stdlib:  # _sysconfigdata holds the build flags of one machine
         paths = [

@@ -83,15 +83,8 @@ def _read_jsonl(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]
         def make_task(stop: int) -> tuple[Task, list[bytes]]:
             """Returns a task with the chunks up to `stop`, and the rest of the chunks."""
             content = b"".join(chunks)
-            piece = Piece(
-                unit.path,
-                unit.name,
-                start,
-                start + stop,
-                kind,
-                unit.compression,
-                content=content[:stop],
-            )
+            location = unit.path, unit.name, start, start + stop, kind, unit.compression
+            piece = Piece(*location, content=content[:stop])
             return Task((piece,), file.tell() - read_before), [content[stop:]]
 
         try:

@@ -39,7 +39,7 @@ def _no_text_problem(
 
 
 def parquet_units(path: str, name: str, size: int, text_field: str) -> list[Unit]:
-    """Returns a unit for each row group, or one that says why the file cannot be used."""
+    """Returns a unit for each row group, or one with the reason why the file cannot be used."""
     import pyarrow.parquet as pq  # takes 0.3 s
 
     try:
@@ -192,7 +192,7 @@ class _CountedLines:
 
 
 def _explain(error: csv.Error) -> csv.Error:
-    """Returns an error that says in plain words what csv found wrong."""
+    """Returns an error that explains in plain words what is wrong with the quotes."""
     if "unexpected end" in str(error):
         return csv.Error("a quote opens here that nothing closes")
     if "expected after" in str(error):

@@ -1,8 +1,8 @@
 """The parts into which the input is divided for encoding, and the problems found in them.
 
 The input is a list of units, read one after the other. A reader cuts a unit into tasks, each for
-one encoding process. A task holds pieces, each of one file. A piece holds documents or a part of
-one. The number of tasks that are done is the place at which a stopped encoding continues.
+one encoding process. A task consists of pieces, each of one file. A piece contains documents or a
+part of one. A stopped encoding continues after the last task that was finished.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class DocumentProblem(NamedTuple):
     """A document, or the rest of a file, that could not be used."""
 
     path: str
-    kind: str  # says what `place` is: a row for "rows", nothing for "", else a byte
+    kind: str  # decides what `place` is: a row for "rows", nothing for "", otherwise a byte
     compression: str
     place: int
     reason: str
@@ -97,7 +97,7 @@ class Task(NamedTuple):
     size: int  # bytes on disk, for the progress bar
     problem: DocumentProblem | None = None
     lost_bytes: int = 0  # on disk, lost with the problem
-    after: tuple[int, int] = (0, 0)  # number of the unit, and of its tasks up to this one
+    after: tuple[int, int] = (0, 0)  # where to continue: (number of the unit, its tasks done)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,27 +11,30 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing.connection import wait
 
-from jaxtrain.data.encoding.documents import Encoded, Options, encode_pieces
+from jaxtrain.data.encoding.documents import Encoded, encode_pieces
+from jaxtrain.data.encoding.held_out import ForcedSplit
+from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.work_units import Task
 from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
 
 
 def encode_tasks(
-    tasks: Iterable[Task], tokenizer: Tokenizer, options: Options, workers: int
+    tasks: Iterable[Task], tokenizer: Tokenizer, options: EncodeOptions, forced: ForcedSplit | None
 ) -> Iterator[tuple[Task, Encoded]]:
     """Yields each task and its documents' tokens, in order.
 
-    At most 2 x workers + 1 tasks are in memory: the next are read when there is room. One worker,
-    or fewer than two tasks, means that this process encodes them itself.
+    At most 2 x workers + 1 tasks are in memory: the next are read when there is room. With one
+    worker, or fewer than two tasks, this process encodes them itself.
     """
     tasks = iter(tasks)
     first = list(islice(tasks, 2))
+    workers = options.workers
     if workers == 1 or len(first) < 2:
         for task in chain(first, tasks):
-            yield task, encode_pieces(task.pieces, tokenizer, options)
+            yield task, encode_pieces(task.pieces, tokenizer, options, forced)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks that JAX's threads hold
-    with ProcessPoolExecutor(workers, context, _init_worker, (tokenizer.name, options)) as pool:
+    with ProcessPoolExecutor(workers, context, _init_worker, (options, forced)) as pool:
         waiting = deque()
         try:
             for task in chain(first, tasks):
@@ -57,10 +60,10 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _init_worker(tokenizer_name: str, options: Options) -> None:
+def _init_worker(options: EncodeOptions, forced: ForcedSplit | None) -> None:
     global _worker
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = build_tokenizer(tokenizer_name), options
+    _worker = build_tokenizer(options.tokenizer), options, forced
 
 
 def _exit_with_parent() -> None:
@@ -72,5 +75,4 @@ def _exit_with_parent() -> None:
 
 
 def _encode_task(task: Task) -> Encoded:
-    tokenizer, options = _worker
-    return encode_pieces(task.pieces, tokenizer, options)
+    return encode_pieces(task.pieces, *_worker)

@@ -6,8 +6,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.tokenizer import (
-    Special,
+from jaxtrain.interop.hf_tokenizer import (
+    SpecialTokens,
     build_tokenizer_json,
     declared_tokens,
     special_tokens,
@@ -25,7 +25,7 @@ TEXTS = [
 
 
 def bpe(path, specials=("<|endoftext|>",), processor=None, **options):
-    """A small byte-pair tokenizer.json, trained on TEXTS."""
+    """Writes a small byte-pair tokenizer.json, trained on TEXTS; returns its path."""
     built = tokenizers.Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def bpe(path, specials=("<|endoftext|>",), processor=None, **options):
 
 
 def written(folder, name, **options):
-    """(the run's tokenizer, the folder) after its files are written."""
+    """Writes a run's tokenizer files; returns (the run's tokenizer, the folder)."""
     ours = build_tokenizer(name)
     special = special_tokens(ours, **options)
     folder.mkdir()
@@ -56,13 +56,11 @@ def written(folder, name, **options):
 
 @pytest.fixture(params=["bytes", "gpt2", "bpe"])
 def name(request, tmp_path):
-    """What data.tokenizer names."""
+    """A value of data.tokenizer."""
     return bpe(tmp_path / "own/tokenizer.json") if request.param == "bpe" else request.param
 
 
-def test_the_exported_tokenizer_gives_the_ids_of_the_run_behind_the_token_that_starts_a_document(
-    name, tmp_path
-):
+def test_the_exported_tokenizer_gives_the_ids_of_the_run_after_its_eot(name, tmp_path):
     ours, folder = written(tmp_path / "hf", name)
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
@@ -85,7 +83,7 @@ def test_autotokenizer_gives_the_ids_of_the_run_and_names_its_special_tokens(nam
     assert theirs.model_max_length == 128
 
 
-def test_a_byte_tokenizer_is_byte_values_and_is_read_by_our_own_reader(tmp_path):
+def test_our_own_reader_reads_an_exported_byte_tokenizer(tmp_path):
     _, folder = written(tmp_path / "hf", "bytes")
     again = build_tokenizer(str(folder / "tokenizer.json"))
     assert (again.vocab_size, again.eot) == (256, 0)
@@ -94,7 +92,7 @@ def test_a_byte_tokenizer_is_byte_values_and_is_read_by_our_own_reader(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"truncation": 3}, {"padding": 50}])
-def test_an_exported_tokenizer_neither_cuts_nor_pads_a_text(tmp_path, options):
+def test_an_exported_tokenizer_neither_truncates_nor_pads(tmp_path, options):
     whole = build_tokenizer(bpe(tmp_path / "whole/tokenizer.json"))
     data = build_tokenizer_json(build_tokenizer(bpe(tmp_path / "a/tokenizer.json", **options)))
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
@@ -109,7 +107,7 @@ def test_a_processor_that_adds_other_tokens_is_replaced(tmp_path):
     assert theirs.encode("a b").ids == [ours.eot, *ours.encode("a b")]
 
 
-def test_a_tokenizer_that_starts_texts_as_training_did_keeps_its_processor(tmp_path):
+def test_a_processor_that_adds_the_same_start_token_is_unchanged(tmp_path):
     own = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     name = bpe(tmp_path / "own/tokenizer.json", ("<s>", "</s>"), own)
     _, folder = written(tmp_path / "hf", name)
@@ -117,7 +115,7 @@ def test_a_tokenizer_that_starts_texts_as_training_did_keeps_its_processor(tmp_p
     assert stored[0] == stored[1]
 
 
-def test_a_tokenizer_whose_ids_would_differ_is_not_written(tmp_path):
+def test_a_tokenizer_file_changed_since_training_is_refused(tmp_path):
     name = bpe(tmp_path / "own/tokenizer.json")
     ours = build_tokenizer(name)
     bpe(tmp_path / "own/tokenizer.json", ("<|endoftext|>", "<one>", "<more>"))
@@ -128,16 +126,16 @@ def test_a_tokenizer_whose_ids_would_differ_is_not_written(tmp_path):
 
 
 def test_special_tokens_are_those_of_the_run(tmp_path):
-    assert special_tokens(build_tokenizer("bytes")) == Special(0, (0,), None)
-    assert special_tokens(build_tokenizer("gpt2")) == Special(50_256, (50_256,), None)
+    assert special_tokens(build_tokenizer("bytes")) == SpecialTokens(0, (0,), None)
+    assert special_tokens(build_tokenizer("gpt2")) == SpecialTokens(50_256, (50_256,), None)
     own = build_tokenizer(bpe(tmp_path / "a/tokenizer.json", ("<pad>", "<s>", "</s>")))
-    assert special_tokens(own) == Special(1, (1,), 0)
-    assert special_tokens(None) == Special()
-    assert special_tokens(None, 7) == Special(7, (7,))
+    assert special_tokens(own) == SpecialTokens(1, (1,), 0)
+    assert special_tokens(None) == SpecialTokens()
+    assert special_tokens(None, 7) == SpecialTokens(7, (7,))
     assert special_tokens(build_tokenizer("bytes"), 10).eos == (0, 10)
 
 
-def test_a_folder_that_names_its_own_end_of_text_stops_there_and_at_the_next_document(tmp_path):
+def test_generation_stops_at_the_declared_end_of_text_and_at_eot(tmp_path):
     name = bpe(tmp_path / "own/tokenizer.json", ("<s>", "</s>"))
     (tmp_path / "own/tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     ours, folder = written(tmp_path / "hf", name)
@@ -146,7 +144,7 @@ def test_a_folder_that_names_its_own_end_of_text_stops_there_and_at_the_next_doc
     assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
 
 
-def test_the_folder_that_a_tokenizer_was_copied_from_names_its_ends_of_text(tmp_path):
+def test_ends_of_text_are_taken_from_a_source_folder_with_the_same_tokenizer(tmp_path):
     name = bpe(tmp_path / "run/tokenizer.json", ("<s>", "</s>"))
     for home in ("same", "other"):
         bpe(tmp_path / home / "tokenizer.json", ("<s>", "</s>"))
@@ -157,19 +155,19 @@ def test_the_folder_that_a_tokenizer_was_copied_from_names_its_ends_of_text(tmp_
     assert special_tokens(ours, -1, [tmp_path / "other"]).eos == (0,)
 
 
-def test_tokens_that_a_folder_declares_are_read_in_transformers_order(tmp_path):
+def test_declared_tokens_are_read_in_the_order_of_transformers(tmp_path):
     bpe(tmp_path / "tokenizer.json", ("<s>", "</s>", "<pad>"))
-    assert declared_tokens(tmp_path) == Special()
+    assert declared_tokens(tmp_path) == SpecialTokens()
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    assert declared_tokens(tmp_path) == Special(0, (1,), None)
+    assert declared_tokens(tmp_path) == SpecialTokens(0, (1,), None)
     (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": 6}')
-    assert declared_tokens(tmp_path) == Special(5, (6,), None)
+    assert declared_tokens(tmp_path) == SpecialTokens(5, (6,), None)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9}')
-    assert declared_tokens(tmp_path) == Special(5, (7, 8), 9)
+    assert declared_tokens(tmp_path) == SpecialTokens(5, (7, 8), 9)
 
 
-def test_ids_without_a_token_are_never_generated(tmp_path):
+def test_ids_without_a_token_are_suppressed_in_generation(tmp_path):
     bytes_ = build_tokenizer("bytes")
     path = tmp_path / "generation_config.json"
     write_generation_config(tmp_path, special_tokens(bytes_), bytes_, 260)

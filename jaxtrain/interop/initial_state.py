@@ -1,0 +1,58 @@
+"""Creates a run's state at step 0, with random weights or those of a file."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.distributed.mesh import param_sharding
+from jaxtrain.interop import InteropError
+from jaxtrain.interop.hf import read_config, read_weights
+from jaxtrain.model.compatibility import check_same_model
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.training.run import Run
+from jaxtrain.training.step import TrainState, init_state
+
+
+def check_model(cfg: ModelConfig, source: Path | str) -> None:
+    """Raises InteropError if a model is not that of the weights in `source`."""
+    owner = f"that of the weights in {source}"
+    check_same_model(cfg, vars(read_config(source)), owner, "--weights", InteropError)
+
+
+def load_params(
+    source: Path | str, cfg: ModelConfig, axes: Any, shapes: Any, shardings: Any
+) -> Any:
+    """Loads the parameters of a Hugging Face folder or llm.c file as a tree of arrays.
+
+    Each is moved to its devices before the next is read, so that the host holds one at a time.
+
+    Args:
+        cfg: accepted by check_model.
+        axes, shapes, shardings: trees of Axes, ShapeDtypeStructs and Shardings.
+
+    Raises:
+        InteropError: the weights are damaged.
+    """
+    readers = read_weights(source, cfg, named_leaves(axes), named_leaves(shapes))
+    arrays = [jax.device_put(readers[name](), s) for name, s in named_leaves(shardings).items()]
+    return jax.tree.unflatten(jax.tree.structure(shardings), arrays)
+
+
+def initial_state(run: Run) -> TrainState:
+    """Returns the state at step 0: random parameters, or those of cfg.weights.
+
+    Raises:
+        InteropError: the weights are damaged, or of another model.
+    """
+    source, model = run.cfg.weights, run.model
+    if source:
+        check_model(run.cfg.model, source)  # before memory is allocated
+    state = init_state(model, run.optimizer, run.mesh, run.cfg.seed)
+    if not source:
+        return state
+    sharding_of = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
+    shardings = jax.tree.map(sharding_of, model.axes, model.shapes)
+    params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
+    return state._replace(params=params)

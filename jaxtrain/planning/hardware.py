@@ -1,0 +1,97 @@
+"""GPUs to plan for, the links between them, and the time of a collective on a link."""
+
+import re
+from typing import NamedTuple
+
+from jaxtrain.metrics.hlo_collectives import Collective
+from pallas_kernels.chip import Chip
+
+SWITCHED_NVLINK_BYTES_PER_S = 600e9  # from here NVLink joins all GPUs of a host, not only pairs
+
+
+class Link(NamedTuple):
+    name: str
+    bytes_per_s: float  # in one direction, nominal
+    latency_s: float  # of one message
+
+
+# Nominal bandwidths: 16 lanes of PCIe in one direction (PCI-SIG); Ethernet and InfiniBand by name.
+# Latencies are of the order that NCCL reaches; they matter only for small messages.
+LINKS = {
+    link.name: link
+    for link in (
+        Link("pcie4", 32e9, 10e-6),
+        Link("pcie5", 64e9, 10e-6),
+        Link("ethernet1", 0.125e9, 50e-6),
+        Link("ethernet10", 1.25e9, 50e-6),
+        Link("ethernet25", 3.125e9, 40e-6),
+        Link("ethernet100", 12.5e9, 20e-6),
+        Link("infiniband400", 50e9, 5e-6),
+    )
+}
+_WAN = re.compile(r"wan:([\d.]+)ms,([\d.]+)(g|m)bps")
+
+
+class Hardware(NamedTuple):
+    """GPUs of one kind on one or more hosts."""
+
+    chip: Chip
+    gpus: int  # on each host
+    hosts: int
+    link: Link  # between the GPUs of a host
+    host_link: Link  # between hosts
+
+    @property
+    def devices(self) -> int:
+        return self.gpus * self.hosts
+
+    @property
+    def peak_flops(self) -> float:
+        """Peak bfloat16 FLOP/s of all devices together."""
+        return self.chip.peak_flops["bfloat16"] * self.devices
+
+
+def default_link(chip: Chip) -> str:
+    """Returns the name of the link that a host with several of these chips usually has."""
+    if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
+        return "nvlink"
+    return "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
+
+
+def parse_link(text: str, chip: Chip) -> Link:
+    """Parses a name in LINKS, "nvlink" or "wan:150ms,1gbps"; "" is the chip's default link.
+
+    Raises:
+        ValueError: the text is none of these, or the chip has no NVLink.
+    """
+    text = text or default_link(chip)
+    if text in LINKS:
+        return LINKS[text]
+    if text == "nvlink" and chip.nvlink_bytes_per_s:
+        # The chip table has the sum of both directions.
+        return Link("nvlink", chip.nvlink_bytes_per_s / 2, 5e-6)
+    if match := _WAN.fullmatch(text):
+        round_trip_ms, rate, unit = match.groups()
+        bits_per_s = float(rate) * {"g": 1e9, "m": 1e6}[unit]
+        if bits_per_s > 0:
+            return Link(text, bits_per_s / 8, float(round_trip_ms) / 2_000)
+    raise ValueError(
+        f"a link must be nvlink, {', '.join(LINKS)} or of the form wan:150ms,1gbps; got {text!r} "
+        f"for {chip.name}. Set --link, --host_link."
+    )
+
+
+def build_hardware(chip: Chip, gpus: int, hosts: int, link: str, host_link: str) -> Hardware:
+    """Returns the Hardware of one plan; links are given as parse_link takes them."""
+    return Hardware(chip, gpus, hosts, parse_link(link, chip), parse_link(host_link, chip))
+
+
+def collective_seconds(collective: Collective, hardware: Hardware) -> float:
+    """Returns the time of all executions of a collective in a step, with nothing overlapped.
+
+    Assumes NCCL's ring algorithm, which runs at the speed of the slowest link in the ring.
+    """
+    link = hardware.host_link if collective.crosses_hosts else hardware.link
+    rounds = {"all-reduce": 2 * (collective.size - 1), "collective-permute": 1}
+    messages = rounds.get(collective.kind, collective.size - 1) * collective.times
+    return collective.wire_bytes / link.bytes_per_s + messages * link.latency_s

@@ -1,0 +1,145 @@
+"""The kernels and shapes that pallas_kernels.audit compiles, and what each must satisfy."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.add_norm import add_norm
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.head_scores import head_scores
+from pallas_kernels.qk_rope import qk_rope
+from pallas_kernels.symmetric import symmetric
+
+
+class Case(NamedTuple):
+    """One kernel at one shape, and what its compiled form must satisfy."""
+
+    name: str  # of the kernel in the compiled program
+    shape: str
+    build: Callable[[Any], tuple[Callable, tuple]]  # the op's tiles -> (function, abstract inputs)
+    hbm_bytes: float
+    flops: float
+    floor: int  # the least blocks on a multiprocessor
+    tensor_core: bool = False
+    op: str = "norm"
+    kernel: str = ""  # its name in the op's tiles; "" for a kernel without tiles
+    only_body: str = ""  # the one body that is compiled at this shape
+    why_only: str = ""
+
+
+def _array(*shape, dtype: Any = jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _norm_case(backward, N, D, floor):
+    """The backward is that of layer norm with a bias, which needs the most registers."""
+
+    def build(tiles):
+        del tiles
+        x, vector = _array(N, D), _array(D, dtype=jnp.float32)
+        if not backward:
+            return lambda h, y, gain: add_norm(h, y, gain, None), (x, x, vector)
+
+        def gradients(h, y, gain, bias, ds, dn):
+            return jax.vjp(lambda *args: add_norm(*args, "layer"), h, y, gain, bias)[1]((ds, dn))
+
+        return gradients, (x, x, vector, vector, x, x)
+
+    name = f"add_norm_{'backward' if backward else 'forward'}"
+    return Case(name, f"{N}x{D} bf16", build, 4 * N * D * 2, 0.0, floor)
+
+
+def _qk_rope_case(B, T, H, K, floor):
+    def build(tiles):
+        del tiles
+        x = _array(B, T, H, K)
+        gain, table = (_array(*shape, dtype=jnp.float32) for shape in ((K,), (T, K)))
+
+        def gradients(x, gain, cos, sin, dy):
+            return jax.vjp(lambda *args: qk_rope(*args, cos, sin), x, gain)[1](dy)
+
+        return gradients, (x, gain, table, table, x)
+
+    shape, hbm_bytes = f"{B}x{T}x{H}x{K} bf16", 6 * B * T * H * K + 4 * T * K
+    return Case("qk_rope_backward", shape, build, hbm_bytes, 0.0, floor, op="qk_rope")
+
+
+def _symmetric_case(X, M, N, floor, adds=False):
+    kernel = "square_sum" if adds else "square"
+
+    def build(tiles):
+        x, c = (_array(X, M, size) for size in (N, M))
+        if not adds:
+            return lambda x: symmetric(x, tiles=tiles[kernel]), (x,)
+        scale = _array(dtype=jnp.float32)
+        product = lambda x, c, a, b: symmetric(x, x, c, (a, b), tiles=tiles[kernel])
+        return product, (x, c, scale, scale)
+
+    hbm_bytes, flops = 2 * X * (M * N + M * M * (1 + adds)), X * M * (M + 128) * N
+    name = "symmetric_sum" if adds else "symmetric"
+    return Case(name, f"{X}x{M}x{N} bf16", build, hbm_bytes, flops, floor, True, "square", kernel)
+
+
+def _head_case(N, D, V, keep, softcap=0.0):
+    def build(tiles):
+        h, w = (_array(rows, D) for rows in (N, V))
+        scores = lambda h, w, targets: head_scores(h, w, targets, tiles["head"], softcap, keep)
+        return scores, (h, w, _array(N, dtype=jnp.int32))
+
+    hbm_bytes = 2 * (N + V) * D + 4 * N * V * keep
+    shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V
+    case = Case("head_scores", shape, build, hbm_bytes, flops, 1, True, "head", "head")
+    if keep and V % 8:
+        why = "because the length of its logits' rows is not a multiple of 8"
+        return case._replace(only_body="triton", why_only=why)
+    return case
+
+
+ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
+
+
+def _attention_case(kernel, B, T, H, G, K, documents=True):
+    """Triton's bodies need more registers with documents than without. Mosaic's are compiled both
+    ways: without documents they have a branch that skips the masking."""
+
+    def build(blocks):
+        q, k = (_array(B, T, heads, K) for heads in (H, G))
+        docs = _array(B, T, dtype=jnp.int32) if documents else None
+        attend = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, blocks)
+        if kernel == "forward":
+            return attend, (q, k, k, docs)
+
+        def gradients(q, k, v, do, docs):
+            dq, dk, dv = jax.vjp(lambda q, k, v: attend(q, k, v, docs), q, k, v)[1](do)
+            return dq if kernel == "dq" else (dk, dv)
+
+        return gradients, (q, k, k, q, docs)
+
+    flops = ATTENTION_WORK[kernel] * 2 * B * H * K * T * (T + 1)
+    hbm_bytes = 2 * B * T * K * (2 * H + 2 * G) * (2 if kernel == "dkv" else 1)
+    shape = f"{B}x{T}x{H}:{G}x{K} bf16{' docs' if documents else ''}"
+    name = f"flash_attention_{kernel}"
+    case = Case(name, shape, build, hbm_bytes, flops, 1, True, "attention", kernel)
+    if documents:
+        return case
+    why = "because Triton's needs less without documents than with them"
+    return case._replace(only_body="mosaic", why_only=why)
+
+
+CASES = [
+    *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
+    *(_attention_case(name, 4, 2_048, 16, 4, 128, documents=False) for name in ATTENTION_WORK),
+    *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
+    *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
+    *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
+    _qk_rope_case(4, 2_048, 16, 128, floor=8),
+    _qk_rope_case(8, 1_024, 12, 64, floor=8),
+    _head_case(1_024, 2_048, 50_304, keep=True),
+    _head_case(1_024, 768, 50_257, keep=True),
+    _head_case(1_024, 2_048, 50_304, keep=False, softcap=15.0),
+    _symmetric_case(26, 2_048, 2_048, floor=2),
+    _symmetric_case(12, 768, 3_072, floor=2),
+    _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),
+]
