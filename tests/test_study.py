@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.errors import INTERRUPTED
 from jaxtrain.study.__main__ import run_study
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Interrupted, is_finished, read_result, run_trial
@@ -155,5 +156,5 @@ def test_a_run_stopped_by_a_signal_is_saved_and_resumed(values, tmp_path):
     threading.Thread(target=interrupt_after_a_step, args=(workdir,), daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
         run_trial(trial, jax.devices()[:1])
-    assert stopped.value.status == 130 and not is_finished(trial)
+    assert stopped.value.status == INTERRUPTED and not is_finished(trial)
     assert run_trial(trial, jax.devices()[:1]).loss > 0 and is_finished(trial)
