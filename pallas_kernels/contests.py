@@ -1,8 +1,8 @@
-"""What bench compares: each op at some shapes, our kernel and all other implementations of the op.
+"""The contests of bench: each compares our kernel with other implementations of an op at one shape.
 
 All contestants of a contest are functions of the same random arrays and return the same results. An
-implementation that is not installed, or not available on the device, does not take part.
-PyTorch's contestants are in torch_contests.py.
+implementation that is not installed, or that the device does not support, is left out.
+torch_contests.py has PyTorch's contestants.
 """
 
 import functools
@@ -19,7 +19,7 @@ from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
-KERNEL = "kernel"  # the name of our contestant
+KERNEL = "kernel"  # our kernel's name among the contestants
 
 
 class Contest(NamedTuple):
@@ -28,7 +28,7 @@ class Contest(NamedTuple):
     op: str  # of kernel_choice.OPS
     name: str
     shape: tuple  # as in kernel_choice.BenchRow
-    arrays: Callable[[jax.Array], list[jax.Array]]  # key -> arguments of every contestant
+    arrays: Callable[[jax.Array], list[jax.Array]]  # random key -> every contestant's arguments
     contestants: Callable[[Any], dict[str, Callable]]  # tiles -> {name: function}
     flops: float
     hbm_bytes: float

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 
 SAMPLES = 20
-SAMPLE_S = 5e-3  # a sample makes so many calls that it lasts this long, to hide the host's own time
+SAMPLE_S = 5e-3  # a sample repeats the call for about this long, to hide the host's overhead
 
 
 class Timing(NamedTuple):
-    """Seconds of one call."""
+    """The duration of one call."""
 
     median_s: float
-    low_s: float  # the 10th percentile of the samples
-    high_s: float  # the 90th
+    low_s: float  # 10th percentile of the samples
+    high_s: float  # 90th percentile
 
     def __str__(self) -> str:
         low, median, high = (f"{x * 1e6:.1f}" for x in (self.low_s, self.median_s, self.high_s))
@@ -24,7 +24,7 @@ class Timing(NamedTuple):
 
 
 def _time_sample(function, calls) -> float:
-    """Returns seconds per call; all calls are queued before the last is waited for."""
+    """Returns seconds per call; it queues all calls before it waits for the last."""
     start = time.perf_counter()
     for _ in range(calls):
         out = function()
@@ -40,7 +40,7 @@ def time_calls(
     """Returns the timing of a function that returns JAX arrays.
 
     Args:
-        time_sample: (function, calls) -> seconds per call; another framework passes its own clock.
+        time_sample: (function, calls) -> seconds per call; PyTorch is timed with its own.
     """
     time_sample(function, 1)  # compiles
     calls = max(1, round(SAMPLE_S / max(time_sample(function, 3), 1e-9)))
