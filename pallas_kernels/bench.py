@@ -38,7 +38,7 @@ from pallas_kernels.contests import KERNEL, TINY, Contest, Sizes, build_contests
 from pallas_kernels.kernel_choice import TUNED, BenchRow
 from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.tiles import OpTiles, default_tiles, kernel_tiles, replace_tiles
-from pallas_kernels.timing import Timing, time_calls
+from pallas_kernels.timing import Timing, first_line, time_calls, time_or_error
 from pallas_kernels.torch_contests import measure_torch
 
 
@@ -62,10 +62,7 @@ def measure(contest: Contest, tiles: OpTiles | None, torch_device: str) -> dict[
     arrays, results = contest.arrays(jax.random.key(1)), {}
     for name, function in contest.contestants(tiles).items():
         compiled = jax.jit(function)
-        try:
-            results[name] = time_calls(lambda compiled=compiled: compiled(*arrays))
-        except Exception as error:  # one failure must not stop the other contestants
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        results[name] = time_or_error(lambda compiled=compiled: compiled(*arrays))
     return results | measure_torch(contest, arrays, torch_device)
 
 
@@ -82,7 +79,7 @@ def best_body(contest: Contest, arch: str, show: Callable[[str], None]) -> tuple
         try:
             seconds = _kernel_seconds(contest, tiles, arrays)
         except Exception as error:
-            show(f"{contest.name}: the {body} body failed: {str(error).splitlines()[0][:100]}")
+            show(f"{contest.name}: the {body} body failed: {first_line(error)}")
             continue
         show(f"{contest.name}: the {body} body took {seconds * 1e6:.1f} us")
         if seconds < best_s:

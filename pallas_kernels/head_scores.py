@@ -110,24 +110,20 @@ def head_scores(
 
         out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
     else:
-        out = _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
+        (N, _), V = h_ND.shape, w_VD.shape[0]
+        vocabulary_tiles = pl.cdiv(V, tiles.columns)
+        logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
+        partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
+        out = triton.call(
+            functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
+            name="head_scores",
+            grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
+            out_shape=[*logits, partial, partial, partial],
+            warps=tiles.warps,
+            stages=tiles.stages,
+            interpret=interpret,
+        )(h_ND, w_VD, targets_N)
     top_PN, total_PN, hit_PN = out[keep:]  # from each of P vocabulary tiles
     top_N = top_PN.max(0)
     total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
     return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))
-
-
-def _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
-    (N, _), V = h_ND.shape, w_VD.shape[0]
-    vocabulary_tiles = pl.cdiv(V, tiles.columns)
-    logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
-    partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
-    return triton.call(
-        functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
-        name="head_scores",
-        grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
-        out_shape=[*logits, partial, partial, partial],
-        warps=tiles.warps,
-        stages=tiles.stages,
-        interpret=interpret,
-    )(h_ND, w_VD, targets_N)

@@ -26,7 +26,7 @@ from pallas_kernels.tiles import (
 
 OPS = ("attention", "norm", "qk_rope", "head", "square")
 TUNED = Path(__file__).parent / "tuned"
-MOST_OCTAVES = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
+NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
 
 
 class BenchRow(NamedTuple):
@@ -51,9 +51,7 @@ class BenchRow(NamedTuple):
         same_jax = self.jax.split(".")[:2] == jax.__version__.split(".")[:2]
         if not (same and same_jax) or len(shape) != len(self.shape):
             return False
-        return all(
-            abs(math.log2(a / b)) <= MOST_OCTAVES for a, b in zip(shape, self.shape, strict=True)
-        )
+        return all(abs(math.log2(a / b)) <= NEAR for a, b in zip(shape, self.shape, strict=True))
 
 
 class BodyChoice(NamedTuple):
@@ -91,9 +89,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
                 tiles = _tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} must contain rows written by pallas_kernels.bench; got {error!r}."
-            ) from error
+            raise ValueError(f"{path} must contain rows of the bench; got {error!r}.") from error
     return rows
 
 

@@ -47,3 +47,16 @@ def time_calls(
     seconds = sorted(time_sample(function, calls) for _ in range(samples))
     tenth = samples // 10
     return Timing(statistics.median(seconds), seconds[tenth], seconds[-1 - tenth])
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first 100 characters of the first line of an error."""
+    return str(error).splitlines()[0][:100]
+
+
+def time_or_error(function: Callable[[], Any], **options: Any) -> Timing | str:
+    """Like time_calls, but returns an error as text: one failure must not stop a comparison."""
+    try:
+        return time_calls(function, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"

@@ -117,7 +117,7 @@ def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatc
 
 def test_the_error_names_a_damaged_file_of_rows(tmp_path):
     (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
-    with pytest.raises(ValueError, match="a40.json must contain rows written by"):
+    with pytest.raises(ValueError, match="a40.json must contain rows of the bench"):
         read_rows(tmp_path)
 
 
