@@ -123,7 +123,7 @@ def full_disk(scene, times) -> dict:
 def non_finite(scene, times) -> dict:
     bad = (3, 5, 8)[times]
     values = dict(optim__learning_rate=1e308, optim__clip_norm=0.0, max_bad_steps=bad)
-    return run_refused(scene, f"non-finite-{times}", REFUSED, "in a row must be skipped", **values)
+    return run_refused(scene, f"non-finite-{times}", REFUSED, "in a row may be skipped", **values)
 
 
 def stopped(scene, times, phase) -> dict:
