@@ -163,8 +163,8 @@ class Loop:
         if bad_steps >= self.cfg.max_bad_steps:
             raise Diverged(
                 f"fewer than {self.cfg.max_bad_steps} steps in a row may be skipped; got "
-                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower --optim.learning_rate or raise "
-                "--max_bad_steps."
+                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower "
+                "--optim.learning_rate or raise --max_bad_steps."
             )
 
     def _show_time_left(self, step: int) -> None:
