@@ -142,9 +142,8 @@ def muon_direction(name, momentum, grad):
     inputs = H * K if name.endswith("o/w") else grad.shape[1]
     x_XIO = ahead.reshape(L, inputs, -1)
     outputs = x_XIO.shape[-1]
-    scale = math.sqrt(
-        max(1.0, outputs / inputs)
-    )  # changes the outputs' RMS equally in all matrices
+    # With this scale a step changes the outputs' RMS equally in all matrices.
+    scale = math.sqrt(max(1.0, outputs / inputs))
     return scale * orthogonalize(x_XIO).reshape(grad.shape)
 
 

@@ -153,7 +153,7 @@ def attention_cudnn(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
 ) -> jax.Array:
     """Runs cuDNN's flash attention, in half precision and without document masks."""
-    assert docs_BT is None, "choose_routes chooses another route for document masks"
+    assert docs_BT is None, "choose_routes never selects cuDNN with document masks"
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
     )

@@ -4,7 +4,7 @@ import math
 
 from jaxtrain.config.sections import ModelConfig
 
-# Fields that define the function of the weights; the others only affect how it is computed.
+# Fields that define which function the weights compute; the others affect only how.
 MODEL_FIELDS = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()
 
 

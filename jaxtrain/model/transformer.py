@@ -30,7 +30,7 @@ _named = policies.save_only_these_names("attention", "attention_lse")
 
 
 def _is_cudnn(primitive, *_, **__):
-    """Makes remat save cuDNN's result. Its log-sum-exp has no name, so that it would be rerun."""
+    """Returns whether a primitive is cuDNN's attention, whose log-sum-exp has no name to save."""
     return primitive.name == CUDNN_FORWARD
 
 
@@ -43,7 +43,7 @@ REMAT = {
 
 
 class Model(NamedTuple):
-    """A transformer as functions. `params` is a nested dict of arrays, like `axes` and `shapes`."""
+    """A transformer as functions of `params`, a nested dict of arrays with the keys of `axes`."""
 
     axes: AxesTree
     shapes: ArrayTree  # ShapeDtypeStructs

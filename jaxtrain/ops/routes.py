@@ -179,7 +179,7 @@ def _attention(model, document_mask, platform, arch, tensor) -> Route:
     obstacle = _cudnn_obstacle(model, document_mask, platform, arch, tensor)
     if model.attention == "cudnn" and obstacle:
         raise ValueError(
-            f"model.attention=cudnn must be able to run; but {obstacle}. "
+            f"model.attention=cudnn must be able to run, but {obstacle}. "
             "Set --model.attention=auto."
         )
     if model.attention != "auto":

@@ -77,7 +77,7 @@ class RateState(NamedTuple):
 
 
 def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """Maps u to -rate * schedule(count) * (u + decay * p), with the rate and decay of its group.
+    """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
 
     `update(..., rates={group's name: peak})` replaces the groups' rates.
     """

@@ -44,7 +44,7 @@ COEFFICIENTS = {
         ),
         steps=5,
     ),
-    # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps give 1
+    # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps end at 1
     "polar_express": CoefficientTable(
         _damped(
             (

@@ -33,7 +33,7 @@ def _normalize(x_XIO, dims, length):
 
 
 def sign(x_XIO: jax.Array) -> jax.Array:
-    """Returns entries of +-1/I, a unit step if the norm is I times the largest entry (a head)."""
+    """Sets every entry to +-1/I: the unit step if the norm is I times the largest entry (head)."""
     return jnp.sign(x_XIO) / x_XIO.shape[-2]
 
 

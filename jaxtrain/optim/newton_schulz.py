@@ -24,7 +24,7 @@ from jaxtrain.distributed.mesh import platform
 from jaxtrain.ops.routes import cpu_multiplies_bf16
 from jaxtrain.optim.coefficients import CoefficientTable, coefficient_table
 
-GPU_CHUNK_BYTES = 2**28  # least bytes on a GPU, whose products are fast only for many matrices
+GPU_CHUNK_BYTES = 2**28  # least chunk on a GPU, which multiplies many matrices at once faster
 
 
 def unplaced(x_XIO: jax.Array) -> jax.Array:
@@ -154,10 +154,10 @@ def _gram_segment(x_XMN, abc_N3, gram_XMM, products):
 
 
 def _segment_lengths(steps: int) -> list[int]:
-    """Returns the iterations in each segment: [2, 3] for 5. A is computed from X once a segment.
+    """Returns the number of iterations in each segment, for example [2, 3] for 5.
 
-    Rounding makes small eigenvalues of A negative, and each iteration multiplies them by a^2: by 67
-    and 17 in the first two rows of Polar Express. Computing A from X removes that error.
+    Each segment computes A from X once. Rounding then makes small eigenvalues of A negative, and
+    an iteration multiplies them by a^2: by 67 and 17 in the first two rows of Polar Express.
     """
     rest = max(steps - 2, 0)
     return [min(steps, 2)] + [3] * (rest // 3) + [rest % 3] * (rest % 3 > 0)

@@ -71,7 +71,7 @@ def normuon(
     neuron_decay: float = 0.95,
     **options,
 ) -> optax.GradientTransformation:
-    """Builds NorMuon as a complete optimizer without a config; `options` are those of `muon`."""
+    """Builds NorMuon as a complete optimizer without a config; options are scale_by_muon's."""
     return optax.chain(
         scale_by_muon(axes, **options),
         balance_neurons(axes, neuron_decay),
