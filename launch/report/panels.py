@@ -32,7 +32,7 @@ def colour(index: int) -> int:
 
 
 def label(runs, text: str) -> str:
-    """At a line's end: the value alone, since its colour names the run where there are several."""
+    """Returns the label at a line's end: only the value, as the colour identifies the run."""
     return text if len(runs) == 1 else text.split(" ")[-1]
 
 
@@ -135,7 +135,7 @@ def throughput(runs) -> str:
 
 
 def utilisation(runs) -> str:
-    """Both of one run; of several MFU alone, since a colour is a run."""
+    """Draws MFU and MBU of one run; of several runs only MFU, as each colour is a run."""
     one = len(runs) == 1
     metrics = (("perf/mfu", "MFU"), ("perf/mbu", "MBU"))[: 2 if one else 1]
     series = []

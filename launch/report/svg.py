@@ -75,7 +75,7 @@ def _trim(text: str) -> str:
 
 
 def thin(points, most: int = 320) -> list:
-    """Of many points, the lowest and the highest of each of `most / 2` stretches, in order."""
+    """Thins many points to the lowest and the highest of each of `most / 2` ranges, in order."""
     if len(points) <= most:
         return points
     kept, parts = [], most // 2
@@ -109,7 +109,7 @@ def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -
     """Lines over steps, each named at its end, cut off at `high`.
 
     Args:
-        title: said to a screen reader.
+        title: what a screen reader reads out.
         series: at least one, with points.
         marks: (step, words) of events, as ticks on the axis of steps.
         mark_above: a triangle at the top for every point that is cut off.
