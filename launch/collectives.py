@@ -1,11 +1,11 @@
-"""Times JAX's collectives over all processes of a job: a program for launch.run.
+"""Times JAX's collectives over all processes of a job; launch.run starts it.
 
     python -m launch.run --hosts=hosts.toml --module=launch.collectives -- --mib=1,16
     ... --module=launch.collectives -- --cases=all_reduce:4096,all_gather:16384
 
-Prints one JSON line a collective and size, on process 0. Bandwidths are nccl-tests': algbw is bytes
-over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and (n-1)/n for the
-others. Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+Process 0 prints one JSON line for each collective and size, with the bandwidths of nccl-tests:
+algbw is bytes over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and
+(n-1)/n for the others. Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -30,8 +31,8 @@ REPEATS, WARM_UP = 9, 2
 SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
 
 
-def build(kind: str, mesh):
-    """The collective over mesh axis "all", jitted, of a float32 [N], and how its input lies."""
+def build(kind: str, mesh: jax.sharding.Mesh) -> tuple[Callable, P]:
+    """Returns the jitted collective of a float32 [N] over mesh axis "all", and its input's spec."""
     bodies = {
         "all_reduce": (lambda x: jax.lax.psum(x, "all"), P(), P()),
         "all_gather": (lambda x: jax.lax.all_gather(x, "all", tiled=True), P("all"), P()),
@@ -43,7 +44,7 @@ def build(kind: str, mesh):
 
 
 def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
-    """Median seconds, bandwidths and wire bytes of one collective."""
+    """Returns the median seconds, the bandwidths and the network bytes of one collective."""
     function, spec = build(kind, mesh)
     count = size_bytes // 4 if kind == "all_reduce" else size_bytes // 4 // mesh.size * mesh.size
     if not count:
@@ -78,9 +79,9 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", default="1,16", help="sizes in MiB, of every kind")
-    parser.add_argument("--cases", default="", help="KIND:BYTES,... in place of those")
-    parser.add_argument("--interface", default="", help="of the training network")
+    parser.add_argument("--mib", default="1,16", help="sizes in MiB for every collective")
+    parser.add_argument("--cases", default="", help="KIND:BYTES,... instead of --mib")
+    parser.add_argument("--interface", default="", help="the network interface of training")
     args = parser.parse_args()
     beat("start")
     join_processes(detect_world(os.environ))
