@@ -60,9 +60,8 @@ that it starts over.
 
 A document that cannot be used is skipped: a line that is not JSON, a damaged row group, the rest of
 a truncated file, a text that the tokenizer refuses. The command prints how many were skipped and
-where the first of them are.
-If more than half of the documents or bytes cannot be used, the command fails. With
---on_bad_document=stop it fails at the first one.
+where the first of them are. If more than half of the documents or bytes cannot be used, the command
+fails. With --on_bad_document=stop it fails at the first one.
 
 DIR receives NAME_train_000000.bin, NAME_val_000000.bin, ... (256 int32 of header, then uint16
 tokens, or uint32 for vocabularies that need it) and meta.json: tokenizer, vocabulary size, eot, and

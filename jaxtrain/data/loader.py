@@ -187,7 +187,7 @@ class Batches:
 class EvalBatches:
     """All windows of a corpus in order, {"tokens", "docs"} int32[B,T+1]; can be iterated again.
 
-    The last tokens of a shard, too few for a whole window, are padded to one: every token but the
+    Tokens at the end of a shard that do not fill a window are padded, so that every token but the
     first of each shard is predicted exactly once. Padding has docs = -1.
     """
 

@@ -24,7 +24,7 @@ class Counts:
     bad: int = 0  # skipped documents that should have contained text
     lost_bytes: int = 0  # bytes on disk that could not be read
     problems: list[DocumentProblem] = field(default_factory=list)  # the first MAX_PROBLEMS
-    drawn: Nearest = field(default_factory=dict)
+    drawn: Nearest = field(default_factory=dict)  # the documents whose split find_forced may change
 
     def add(self, encoded: Encoded) -> None:
         """Adds the documents of a task."""

@@ -1,6 +1,6 @@
 """Turns pieces of the input into tokens, document by document, inside an encoding process.
 
-A document that cannot be used is counted with its reason and its place. It never ends the process.
+A document that cannot be used is counted with its reason and its place; it never ends the process.
 """
 
 import json
