@@ -102,7 +102,7 @@ def test_separating_long_whitespace_changes_no_token():
         assert all(tokenizer._encode_parts(text, longest) == whole for longest in (2, 4, 8))
 
 
-def test_whitespace_that_tiktoken_can_encode_gets_its_tokens():
+def test_whitespace_that_tiktoken_can_encode_gets_the_tokens_of_tiktoken():
     tokenizer = Gpt2Tokenizer()
     for text in (" " * 300_000, "a" + "\n" * 200_000 + " b", "x" + " \t" * 100_000 + "y"):
         assert tokenizer.encode(text).tolist() == tokenizer._encoding.encode_ordinary(text)
@@ -191,7 +191,7 @@ def test_a_text_that_spells_the_start_token_is_plain_text_even_if_the_token_is_n
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "json"])
-def test_the_tokens_have_the_bytes_of_the_text(name, request):
+def test_the_bytes_of_the_tokens_add_up_to_the_text(name, request):
     path = request.getfixturevalue("json_path") if name == "json" else name
     tokenizer = build_tokenizer(path)
     sizes = tokenizer.token_bytes

@@ -178,7 +178,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
         paths = [folder / e["file"] for e in metadata["shards"] if e["split"] == split]
         if not paths:
             raise ValueError(
-                f"data.text must hold a document for {split}; got none with "
+                f"data.text must contain a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
         return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))

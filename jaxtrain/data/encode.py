@@ -129,7 +129,7 @@ def _find_replaceable_shards(out: Path, overwrite: bool) -> list[Path]:
     finished = [path for path in shards if path.name not in moved]
     if finished and not overwrite:
         found = printable_path(finished[0])
-        _exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+        _exit(f"--out must contain no shards; got {found}. Choose another, or add --overwrite.")
     if foreign := [path for path in finished if path.name not in listed]:
         found = printable_path(foreign[0])
         _exit(

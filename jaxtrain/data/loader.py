@@ -114,8 +114,8 @@ class Batches:
         sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
         if len(sequences) < cfg.batch:
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least one batch of data.batch={cfg.batch} "
-                f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
+                f"the {corpus.split} corpus must contain at least one batch of "
+                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
                 f"sequences from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
@@ -198,7 +198,7 @@ class EvalBatches:
         self._sequences = WindowSequences(corpus, cfg.seq_len, partial=True)
         if not len(self._sequences):
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least 2 tokens; got {corpus.tokens}. "
+                f"the {corpus.split} corpus must contain at least 2 tokens; got {corpus.tokens}. "
                 "Set --data.val_fraction or --data.shards."
             )
         self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
