@@ -115,8 +115,9 @@ class Batches:
         if len(sequences) < cfg.batch:
             raise ValueError(
                 f"the {corpus.split} corpus must contain at least one batch of "
-                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
-                f"sequences from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
+                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
+                f"{len(sequences)} sequences from {corpus.tokens} tokens. Set --data.batch or "
+                "--data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
         source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs)
