@@ -77,15 +77,20 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--out", required=True, help="folder for the shards; created if missing")
     add("--tokenizer", required=True, help="bytes, gpt2 or the path of a tokenizer.json")
     add("--name", help="first part of the shards' names; default: the input's name")
-    add("--text_field", default="text", help="key or column of the text; %(default)s")
-    add("--val_fraction", type=float, default=0.01, help="share held out; %(default)s")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard; %(default)s")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; all %(default)s cores")
+    add("--text_field", default="text", help="key or column of the text; default: %(default)s")
+    add("--val_fraction", type=float, default=0.01, help="share held out; default: %(default)s")
+    add(
+        "--shard_tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        help="tokens per shard; default: %(default)s",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     add(
         "--on_bad_document",
         choices=("skip", "stop"),
         default="skip",
-        help="skip and count a document that cannot be used, or stop there; %(default)s",
+        help="skip and count a document that cannot be used, or stop there; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace the shards in DIR")
     args = parser.parse_args(argv)
