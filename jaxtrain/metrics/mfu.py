@@ -225,7 +225,7 @@ def describe_utilisation(work: StepWork, chip: Chip | None, device: Device) -> l
 
 
 def memory_metrics() -> dict[str, int]:
-    """Returns the current and the peak allocated bytes, each of this process's fullest device.
+    """Returns current and peak allocated bytes, each the maximum over this process's devices.
 
     Backends without a counting allocator, such as the CPU's, give {}.
     """
