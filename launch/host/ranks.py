@@ -216,7 +216,7 @@ class LocalRanks:
                     processes.send_signal(rank.process.pid, number)
 
     def living(self) -> list[int]:
-        """Returns this process's living descendants; else those with the job's mark."""
+        """Returns this process's living descendants or, without any, those with the job's mark."""
         return processes.descendants(os.getpid()) or processes.marked(self.job["id"])
 
     def kill(self) -> list[int]:

@@ -58,7 +58,7 @@ class Supervisor:
         self.names = [host["name"] for host in self.job["hosts"]]
         self._orphaned, self._oom_kills = orphaned, oom_kills()
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
-        self._target_at = time.monotonic()
+        self._target_at = now = time.monotonic()
         self._reported_at = self._written_at = 0.0
         self._outcome_at = self._finished_at = 0.0  # 0: not yet
         with contextlib.suppress(OSError):
@@ -71,16 +71,13 @@ class Supervisor:
         if self.me == 0:
             new_coordinator = lambda: endpoint(address, free_port(address))
             self.followers = LeaderChannel(address, port, token)
-            start = (self.ranks.attempt, time.monotonic())
             self.controller = JobController(
-                self.policy, self.names, new_coordinator, self.write_log, *start
+                self.policy, self.names, new_coordinator, self.write_log, self.ranks.attempt, now
             )
         else:
             self.leader = FollowerChannel(address, port, token)
         if orphaned:
-            mark = (
-                "ROOT CAUSE " if self.me == 0 else ""
-            )  # a follower's failure is reported by the leader
+            mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
             self.write_log(f"{mark}{name}: its supervisor was killed; a new one has started")
 
