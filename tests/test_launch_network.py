@@ -58,7 +58,7 @@ def test_preflight_warns_of_a_long_link_whose_buffers_limit_a_stream(bed, client
     assert len(far) == len(near) == 2
     for found in far:
         assert found.value.startswith("8") and "Mbit/s" not in found.value  # too long for a burst
-        assert "one stream at most" in found.problem and not found.fatal
+        assert "limit one stream" in found.problem and not found.fatal
 
 
 def test_preflight_gives_up_on_a_hanging_host_and_checks_the_others(bed, client, monkeypatch):

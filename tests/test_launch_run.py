@@ -97,7 +97,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_restarts_and_leaves_nothing(bed,
     out, err = recovered
     [cause] = re.findall("ROOT CAUSE (.*)", out)
     assert cause.startswith("h1 rank 1 at step 10: stuck for")
-    assert "exit 0 after 2 attempts" in err and "no process of it is left on any host" in err
+    assert "exit 0 after 2 attempts" in err and "no process of the job is left on any host" in err
     for name in bed.names:
         lines = [line for line in out.splitlines() if line.startswith(name)]
         last_start = max(i for i, line in enumerate(lines) if '"argv"' in line)
@@ -150,7 +150,7 @@ def test_a_host_that_differs_from_the_inventory_aborts_the_launch(bed):
     wrong = bed.folder / "wrong.toml"
     wrong.write_text(text.replace(bed.address["h2"], "10.255.255.1"))
     _, err = finish(start(bed, f"--hosts={wrong}"), 1)
-    assert "h2: no such address on it: correct the inventory" in err
+    assert "h2: the host does not have this address: correct the inventory" in err
     assert "h1: the inventory says 0 a40" not in err  # 0 GPUs are wanted, and 0 are there
     assert "nothing was started" in err and living(bed) == []
 
