@@ -1,4 +1,4 @@
-"""What an operator does with a running job, typed at a real terminal, on one host of a test bed."""
+"""Types an operator's commands for a running job at a real terminal, on a one-host test bed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def bed():
 
 
 class Terminal:
-    """launch.run in a terminal of its own. `output` is what it has printed so far."""
+    """launch.run in a terminal of its own; `output` is what it has printed so far."""
 
     def __init__(self, bed, *argv):
         env = {"JAXTRAIN_JOBS": str(bed.folder / "jobs"), "PYTHONPATH": str(ROOT)}
@@ -76,7 +76,7 @@ def command(bed, *options):
     return [*common, *options, "--", "10000"]
 
 
-def test_the_lease_is_renewed_while_ctrl_c_asks_and_a_detached_job_goes_on(bed):
+def test_the_lease_is_renewed_during_the_ctrl_c_prompt_and_a_detached_job_goes_on(bed):
     terminal = Terminal(bed, *command(bed)).wait_for(" step 3")
     terminal.type("\x03")
     terminal.wait_for("[d]etach")

@@ -102,7 +102,7 @@ def test_an_environments_name_depends_on_everything_that_decides_its_content():
     assert len(set(keys)) == 5 and environment_key("a==1", PYPROJECT, []) == keys[0]
 
 
-def test_a_host_is_named_if_its_data_differs_or_is_missing():
+def test_a_host_whose_data_differs_or_is_missing_has_a_problem():
     same = {"files": 2, "bytes": 30, "fingerprint": "a" * 32}
     other = same | {"fingerprint": "b" * 32}
     findings = judge_data(dict(zip(HOSTS, (same, other, same), strict=True)))

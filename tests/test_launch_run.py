@@ -1,4 +1,4 @@
-"""launch.run on three hosts of a test bed (namespaces with sshd), with a small Python program."""
+"""Runs launch.run with a small Python program on a test bed of three hosts."""
 
 import json
 import os
@@ -67,14 +67,14 @@ def finish(process, code=0):
 
 
 def living(bed):
-    """Returns the command lines of programs and supervisors; a connection may close a bit later."""
+    """Returns the command lines of programs and supervisors, not of connections, which linger."""
     lines = [line for name in bed.names for line in bed.processes(name).values()]
     return [line for line in lines if "program" in line or "launch.host" in line]
 
 
 @pytest.fixture(scope="module")
 def recovered(bed):
-    """The output of a job with hostile words, of which a rank hangs in the first attempt."""
+    """The output of a job with special characters, a rank of which hangs in the first attempt."""
     hosts = bed.inventory(bed.folder / "hostile.toml", workdir=WORKDIR)
     options = [f"--hosts={hosts}", f"--env=HOSTILE={HOSTILE}"]
     out, err = finish(start(bed, *options, fault="hang", hostile=HOSTILE))
@@ -93,7 +93,7 @@ def test_special_characters_reach_the_program_unchanged(bed, recovered):
         assert bed.run(name, "stat", "-c", "%a", WORKDIR).strip() == "700"
 
 
-def test_a_rank_that_hangs_is_named_and_the_job_restarts_and_leaves_nothing(bed, recovered):
+def test_a_hanging_rank_is_reported_and_the_job_restarts_and_leaves_no_process(bed, recovered):
     out, err = recovered
     [cause] = re.findall("ROOT CAUSE (.*)", out)
     assert cause.startswith("h1 rank 1 at step 10: stuck for")
@@ -119,7 +119,7 @@ def check_privacy(bed, job, secret):
         assert token not in bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
 
 
-def test_a_detached_job_outlives_its_operator_and_its_whole_log_arrives(bed):
+def test_a_detached_job_outlives_its_operator_and_its_complete_log_arrives(bed):
     secret = "not-for-ps"
     started = start(bed, "--detach", "--env=SECRET", steps=10_000, SECRET=secret)
     job = git_trees.job_id(finish(started)[1])
