@@ -88,9 +88,7 @@ def test_following_a_job_that_its_host_no_longer_has_starts_nothing(job, tmp_pat
 
 
 @pytest.mark.parametrize("how", ["as a reader", "after its end"])
-def test_a_dead_supervisor_is_not_restarted_by_a_reader_or_after_the_jobs_end(
-    job, host_folder, how
-):
+def test_a_dead_supervisor_is_not_restarted_for_a_reader_or_an_ended_job(job, host_folder, how):
     (host_folder / "status.json").write_text(json.dumps({"outcome": None}))
     if how == "after its end":
         job.change(outcome=ENDED["outcome"])
