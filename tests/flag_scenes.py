@@ -1,4 +1,4 @@
-"""Command lines read in this process: absl's flags are global, so each scene takes its own away."""
+"""Reads several command lines in one process, although absl's flags are global."""
 
 import contextlib
 
@@ -7,8 +7,8 @@ from absl import app, flags
 
 @contextlib.contextmanager
 def fresh_flags():
-    """The flags that are defined inside are gone afterwards, and the others unread as before."""
-    assert app  # its own flags are defined when it is imported
+    """Removes, at its end, the flags that the block has defined, and unparses the others."""
+    assert app  # importing it defines its flags, which must stay
     before = set(flags.FLAGS)
     try:
         yield flags.FLAGS
@@ -19,9 +19,9 @@ def fresh_flags():
 
 
 def exit_status(function, *args, **kwargs) -> int:
-    """The status with which a command line ends the program."""
+    """Returns the status with which a function of a command line exits or returns."""
     try:
-        found = function(*args, **kwargs)
+        status = function(*args, **kwargs)
     except SystemExit as ended:
-        found = ended.code
-    return found if isinstance(found, int) else int(found is not None)
+        status = ended.code
+    return status if isinstance(status, int) else int(status is not None)

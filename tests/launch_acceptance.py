@@ -16,6 +16,8 @@ import textwrap
 import time
 from pathlib import Path
 
+from launch.host.exit_codes import STOPPED
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -73,5 +75,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     sys.exit(main())

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import git_trees
-import runs
 
+import runs
 from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""A small file system that a test fills; without the right to mount one, a limit on file sizes."""
+"""A small disk that a test can fill up."""
 
 import contextlib
 import errno
@@ -8,10 +8,10 @@ import subprocess
 
 
 class SmallDisk:
-    """A folder on a disk that can be full. `reason` is what the system then says.
+    """A folder on a disk that a test can fill up. `reason` is the text of the system's error then.
 
-    Where tmpfs cannot be mounted, files of this process cannot grow beyond what fill() leaves
-    (EFBIG instead of ENOSPC): writes fail halfway as well.
+    If tmpfs cannot be mounted, fill() limits the size of this process's files: writes then fail
+    halfway, too, but with EFBIG instead of ENOSPC.
     """
 
     def __init__(self, path, megabytes=4):
@@ -24,9 +24,9 @@ class SmallDisk:
         self._former = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(self, leave=0):
-        """Leaves this many bytes."""
+        """Fills the disk except for `leave` bytes."""
         if not self.mounted:
-            limit = leave // 6  # of each file; what is left is for several
+            limit = leave // 6  # per file, of which a test writes several
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, self._former[1]))
             return
         filler = self.path / ".filler"

@@ -1,4 +1,4 @@
-"""The `jaxtrain` command: what a stranger reads first works as it stands."""
+"""The `jaxtrain` command: its lists, help texts and examples are correct as printed."""
 
 import importlib
 import os
@@ -14,10 +14,11 @@ from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import cli
 from jaxtrain.config.commands import BY_NAME, COMMANDS, rewrite_commands
+from jaxtrain.errors import INTERRUPTED, REFUSED
 
 ROOT = Path(__file__).parent.parent
 NAMES = [command.name for command in COMMANDS]
-# Those whose flags argparse reads: a function that reads them and does nothing else.
+# For commands that use argparse: the function that only parses their arguments.
 PARSE = {
     "encode": ("jaxtrain.data.encode", "_parse"),
     "profile": ("jaxtrain.profile", "parse"),
@@ -34,7 +35,7 @@ PARSE = {
 
 @pytest.fixture(autouse=True, scope="module")
 def modules_are_imported():
-    """Before any scene: packages that they import define flags of their own."""
+    """Imports all commands first, because packages that they import define flags of their own."""
     platforms = os.environ["JAX_PLATFORMS"]
     for name in NAMES:
         module_of(name)
@@ -43,7 +44,7 @@ def modules_are_imported():
 
 @pytest.fixture(autouse=True)
 def started_by_its_short_name(tmp_path, monkeypatch):
-    """As from a shell that finds `jaxtrain` on its PATH."""
+    """Makes the program look as if a shell had found `jaxtrain` on its PATH."""
     program = tmp_path / "bin" / "jaxtrain"
     program.parent.mkdir()
     program.touch(0o755)
@@ -65,19 +66,19 @@ def module_of(name):
 def help_of(capsys, start, *args) -> str:
     with fresh_flags():
         assert exit_status(start, *args) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
 
 
 def examples(text) -> list[str]:
-    """The commands below `Examples:`, continued lines joined."""
+    """Returns the commands below `Examples:`, with continued lines joined."""
     block = text.partition("\n\n")[0].replace("\\\n", " ").splitlines()
     assert block[0] == "Examples:"
     return [line.strip() for line in block[1:]]
 
 
-def test_the_bare_command_lists_all_commands_and_does_not_load_jax():
+def test_without_arguments_all_commands_are_listed_and_jax_is_not_imported():
     program = (
         "import sys; from jaxtrain.cli import main; main([]); print('jax' in sys.modules, 'absl' in"
         " sys.modules)"
@@ -91,7 +92,7 @@ def test_the_bare_command_lists_all_commands_and_does_not_load_jax():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_starts_with_three_examples_in_the_form_that_the_user_typed(name, capsys):
+def test_help_starts_with_three_examples_that_use_the_short_name(name, capsys):
     text = help_of(capsys, cli.main, [name, "--help"])
     shown = examples(text)
     assert len(shown) >= 3
@@ -104,7 +105,7 @@ def test_help_starts_with_three_examples_in_the_form_that_the_user_typed(name, c
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_of_the_module_names_the_module(name, capsys):
+def test_help_of_a_module_uses_the_modules_name(name, capsys):
     command = BY_NAME[name]
     start = getattr(module_of(name), command.function)
     text = help_of(capsys, start, [*command.words, "--help"])
@@ -114,7 +115,7 @@ def test_help_of_the_module_names_the_module(name, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_example_is_a_command_line_that_is_read_without_fault(name, capsys, monkeypatch):
+def test_every_example_in_the_help_is_a_valid_command_line(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for line in examples(help_of(capsys, cli.main, [name, "--help"])):
         _, used, *argv = shlex.split(line, comments=True)
@@ -156,21 +157,21 @@ def test_every_example_is_a_command_line_that_is_read_without_fault(name, capsys
         (["trian", "debug"], "jaxtrain train"),
     ],
 )
-def test_a_misspelt_flag_or_command_names_the_one_that_was_meant(argv, meant, capsys):
+def test_a_misspelt_flag_or_command_is_answered_with_the_right_one(argv, meant, capsys):
     with fresh_flags():
-        assert exit_status(cli.main, argv) in (1, 2, 78)
-    said = capsys.readouterr().err
-    assert f"Did you mean {meant}?" in said
-    assert len(said.splitlines()) == 1 and said.startswith("error: ")
+        assert exit_status(cli.main, argv) in (1, 2, REFUSED)
+    error = capsys.readouterr().err
+    assert f"Did you mean {meant}?" in error
+    assert len(error.splitlines()) == 1 and error.startswith("error: ")
 
 
 def test_a_typographic_dash_is_explained(capsys):
     assert exit_status(cli.main, ["doctor", "\u2014json"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: \u2014json begins with a dash that is not '--'. Write --json.")
+    error = capsys.readouterr().err
+    assert error.startswith("error: \u2014json begins with a dash that is not '--'. Write --json.")
 
 
-def test_ctrl_c_while_a_command_is_imported_ends_in_one_line_and_status_130(capsys, monkeypatch):
+def test_ctrl_c_while_a_command_is_imported_prints_one_line(capsys, monkeypatch):
     class Interrupting:
         def find_spec(self, name, *_):
             if name == "launch.summary":
@@ -178,25 +179,25 @@ def test_ctrl_c_while_a_command_is_imported_ends_in_one_line_and_status_130(caps
 
     monkeypatch.delitem(sys.modules, "launch.summary", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    assert cli.main(["summary", "runs/a"]) == 130
+    assert cli.main(["summary", "runs/a"]) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_flag_may_not_be_shortened():
+def test_flags_cannot_be_abbreviated():
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--js"])
 
 
 def test_version_names_the_commit_of_a_checkout(capsys):
     assert cli.main(["--version"]) == 0
-    said = capsys.readouterr().out
-    assert re.fullmatch(r"jaxtrain \S+(, commit [0-9a-f]{12}(\+changes)?)?; jax \S+; .*\n", said)
+    version = capsys.readouterr().out
+    assert re.fullmatch(r"jaxtrain \S+(, commit [0-9a-f]{12}(\+changes)?)?; jax \S+; .*\n", version)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert ("commit" in said) == (git.returncode == 0)
-    assert git.stdout[:12] in said
+    assert ("commit" in version) == (git.returncode == 0)
+    assert git.stdout[:12] in version
 
 
-def test_commands_in_a_text_are_written_in_the_form_that_the_user_knows():
+def test_commands_in_a_text_are_rewritten_in_the_form_that_the_user_typed():
     text = "run jaxtrain plan, or python -m jaxtrain.interop export --run=a; see jaxtrain trains"
     assert rewrite_commands(text, "python -m jaxtrain.train") == (
         "run python -m jaxtrain.plan, or python -m jaxtrain.interop export --run=a; "
@@ -207,6 +208,6 @@ def test_commands_in_a_text_are_written_in_the_form_that_the_user_knows():
     )
 
 
-def test_both_packages_read_arguments_alike():
+def test_the_two_copies_of_arguments_py_are_equal():
     ours, theirs = (ROOT / name / "arguments.py" for name in ("pallas_kernels", "launch"))
     assert ours.read_text() == theirs.read_text()

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 from flag_scenes import exit_status, fresh_flags
 
+import runs
 from jaxtrain import evaluate, train
 from jaxtrain.config import config_files
 from jaxtrain.config import train_config as config_lib
@@ -185,7 +185,7 @@ def test_the_error_of_a_bad_command_line_names_what_the_user_typed(
 @pytest.mark.parametrize("argv", [(), ("--steps=3",), ("quikstart",)])
 def test_without_a_known_config_the_error_lists_the_shipped_configs_and_a_command(argv, capsys):
     lines = read_error(capsys, *argv).splitlines()
-    assert "  quickstart   Byte model on Python's standard library" in "\n".join(lines)
+    assert "  quickstart   A byte model of Python's standard library" in "\n".join(lines)
     listed = {line.split()[0] for line in lines if line.startswith("  ")}
     assert listed == set(config_files.shipped_configs("train"))
     assert {"debug", "gpt_124m", "llama_1400m"} <= listed

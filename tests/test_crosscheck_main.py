@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config.train_config import freeze, to_config_dict
+from jaxtrain.errors import REFUSED
 from jaxtrain.interop.hf import write_folder
 from jaxtrain.model.trees import named_leaves
 
@@ -235,6 +236,6 @@ def test_a_config_that_the_pytorch_side_cannot_train_is_refused(values, error, t
 
 def test_a_missing_trace_is_one_line_of_error():
     done = run_command("compare", "/absent/a.jsonl", "/absent/b.jsonl")
-    assert done.returncode == 78
+    assert done.returncode == REFUSED
     assert "Traceback" not in done.stderr
     assert "a trace must be a readable text file" in done.stderr.splitlines()[-1]

@@ -210,7 +210,7 @@ def test_a_document_whose_tokens_contain_eot_is_skipped_and_located(tmp_path, mo
     meta = encode_source(tmp_path / "a.jsonl", tmp_path / "out", val_fraction=0.0)
     assert meta["skipped"] == {"refused by the tokenizer": 1}
     assert "line 5, byte" in meta["problems"][0]
-    assert "must not hold the token that starts documents" in meta["problems"][0]
+    assert "must not contain the token that starts documents" in meta["problems"][0]
     assert len(documents_of(tmp_path / "out", "train")) == 8
 
 

@@ -4,7 +4,7 @@ import pytest
 from jaxtrain.data.shuffle import permute
 
 SIZES = [10_000, 1_000_000, 4_000_000, 1_000_000_000]
-INDICES = 300_000  # consecutive ones examined: 0.03 is then 16 sigma (3 at n=10_000)
+INDICES = 300_000  # examined: a correlation of 0.03 is then 16 sigma (3 at n=10_000)
 
 
 def images(n, seed=0, epoch=0):

@@ -3,12 +3,13 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.data.vocabulary import check_vocabulary
+from jaxtrain.errors import REFUSED
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_gpt2_config_without_a_corpus_is_refused_with_two_commands(tmp_path):
     flags = ["--config=configs/gpt_124m.py", f"--config.workdir={tmp_path / 'run'}"]
     argv = [sys.executable, "-m", "jaxtrain.train", *flags]
     done = subprocess.run(argv, cwd=runs.ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 78, done.stderr
+    assert done.returncode == REFUSED, done.stderr
     line, make, use = done.stderr.strip().split("\n")
     assert "model.V=50304 and data.tokenizer=gpt2; got neither" in line
     assert shlex.split(make)[-4:] == ["encode", "--input=PATH", "--out=shards", "--tokenizer=gpt2"]

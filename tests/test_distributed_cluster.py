@@ -24,7 +24,7 @@ MPI = {
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
             World("JAX_*", "a:1", 2, 1, None, 2),
         ),
-        (  # the Kubernetes template: the index of the job's pod
+        (  # the Kubernetes template, where the process is the index of the job's pod
             {
                 "JAX_COORDINATOR_ADDRESS": "train-workers-0-0.train",
                 "JAX_COORDINATOR_PORT": "8476",
@@ -52,26 +52,26 @@ MPI = {
         ),
     ],
 )
-def test_each_engine_names_the_world_in_its_own_words(env, world):
+def test_the_world_is_detected_from_the_variables_of_each_engine(env, world):
     assert detect_world(env) == world
 
 
-def test_a_process_knows_how_many_devices_it_was_promised():
+def test_the_number_of_devices_that_a_process_must_find_is_read():
     env = {"JAX_NUM_PROCESSES": "1", "JAXTRAIN_LOCAL_DEVICES": "8"}
     assert detect_world(env) == World("JAX_*", "", 1, 0, None, 1, 8)
 
 
-def test_explicit_variables_come_before_an_engines():
+def test_the_jax_variables_come_before_those_of_engines():
     env = SLURM | MPI | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
     assert detect_world(env).engine == "JAX_*"
 
 
-def test_mpirun_in_an_allocation_of_slurm_is_mpiruns():
-    """There the daemons are a step of SLURM's, and the processes have both in their environment."""
+def test_mpirun_inside_a_slurm_allocation_is_detected_as_open_mpi():
+    """mpirun's daemons run as a SLURM step, so its processes have the variables of both."""
     assert detect_world(SLURM | MPI) == detect_world(MPI) != detect_world(SLURM)
 
 
-def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
+def test_a_slurm_job_without_srun_may_have_one_node_only():
     batch = {"SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}
     assert detect_world(batch | {"SLURM_JOB_NUM_NODES": "1"}) == World()
     with pytest.raises(ValueError, match="Start it by srun"):
@@ -81,7 +81,7 @@ def test_several_nodes_without_srun_are_refused_and_one_is_a_process_alone():
     )
 
 
-def test_half_a_world_is_refused():
+def test_incomplete_variables_are_refused():
     with pytest.raises(ValueError, match="process=-1"):
         detect_world({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"})
 
@@ -90,5 +90,5 @@ def test_half_a_world_is_refused():
     ("nodes", "first"),
     [("gpu[03-07,12],login", "gpu03"), ("a", "a"), ("h[1,5]", "h1"), ("x,y", "x")],
 )
-def test_the_first_of_slurms_hosts(nodes, first):
+def test_the_first_host_of_slurms_notation_is_found(nodes, first):
     assert first_host(nodes) == first

@@ -13,30 +13,30 @@ from pallas_kernels.chip import find_chip
 
 
 @pytest.fixture(autouse=True)
-def unset(monkeypatch):
+def variables_are_unset(monkeypatch):
     for name in memory.VARIABLES:
-        monkeypatch.setenv(name, "")  # restored too where start_runtime sets it
+        monkeypatch.setenv(name, "")  # also restores what start_runtime sets
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "share"),
+    ("name", "value", "fraction"),
     [
         ("", "", memory.DEFAULT_FRACTION),
         (memory.VARIABLES[0], "0.5", 0.5),
         (memory.VARIABLES[1], "0.6", 0.6),
     ],
 )
-def test_a_plan_counts_on_the_share_that_jax_takes_in_training(name, value, share, monkeypatch):
+def test_plans_use_the_fraction_that_jax_reserves_in_training(name, value, fraction, monkeypatch):
     if name:
         monkeypatch.setenv(name, value)
     start_runtime(TrainConfig(compile_cache=""))
-    assert generate_pjrt_gpu_plugin_options()["memory_fraction"] == memory.fraction() == share
+    assert generate_pjrt_gpu_plugin_options()["memory_fraction"] == memory.fraction() == fraction
 
 
-def test_what_fits_no_longer_fits_where_the_user_leaves_jax_less(monkeypatch):
+def test_a_config_that_fits_no_longer_fits_with_a_smaller_fraction(monkeypatch):
     cfg = freeze(debug.get_config())
-    room = int(estimate_memory(cfg, 1).peak / 0.8)
-    chip = dataclasses.replace(find_chip("a40"), hbm_bytes=room)
+    hbm_bytes = int(estimate_memory(cfg, 1).peak / 0.8)
+    chip = dataclasses.replace(find_chip("a40"), hbm_bytes=hbm_bytes)
     fits = lambda: build_fits_by_formula(cfg, chip, 1)(cfg.accumulation, cfg.model.remat)
     assert fits()
     monkeypatch.setenv(memory.VARIABLES[0], "0.7")
@@ -44,7 +44,7 @@ def test_what_fits_no_longer_fits_where_the_user_leaves_jax_less(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "1.1", "half"])
-def test_a_share_that_is_none_is_named(value, monkeypatch):
+def test_an_invalid_fraction_is_refused(value, monkeypatch):
     monkeypatch.setenv(memory.VARIABLES[0], value)
     with pytest.raises(ValueError, match=f"MEM_FRACTION must be in .* got '{value}'"):
         start_runtime(TrainConfig(compile_cache=""))

@@ -1,4 +1,4 @@
-"""Signals: answered at once, served between steps, and the second one ends the process."""
+"""Signals are answered at once, stop a run between steps, and a second one exits at once."""
 
 import os
 import signal
@@ -7,11 +7,12 @@ import sys
 import time
 
 import pytest
+
 import runs
-
 from jaxtrain.distributed.preemption import StopListener, exit_status_of
+from jaxtrain.errors import INTERRUPTED, PREEMPTED
 
-COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes without a bytecode
+COMPILED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes of C code
 PROGRAMS = {
     "running": f"""
 with StopListener() as stop:
@@ -34,7 +35,7 @@ with interruptible():
 
 
 class Program:
-    """A program in a process of its own, whose output is read as it comes."""
+    """A program in a process of its own, whose output the test reads while it runs."""
 
     def __init__(self, name):
         head = "import hashlib\nfrom jaxtrain.distributed.preemption import *\n"
@@ -42,7 +43,7 @@ class Program:
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(argv, cwd=runs.ROOT, text=True, **pipe)
         self.read_until("ready")
-        time.sleep(0.2)  # to be in compiled code
+        time.sleep(0.2)  # until it is in compiled code
 
     def __enter__(self):
         return self
@@ -52,7 +53,7 @@ class Program:
         self.process.communicate()
 
     def read_until(self, text):
-        """The line with `text`, and the seconds until it came."""
+        """Returns the line with `text`, and the seconds until it was printed."""
         started_s = time.monotonic()
         for line in self.process.stdout:
             if text in line:
@@ -66,11 +67,11 @@ class Program:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, INTERRUPTED)],
+    ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_is_answered_inside_compiled_code_and_a_second_one_ends_the_process(
-    number, status
-):
+def test_a_signal_during_compiled_code_is_answered_and_a_second_one_exits(number, status):
     with Program("running") as program:
         program.process.send_signal(number)
         line, after_s = program.read_until(number.name)
@@ -82,9 +83,11 @@ def test_a_signal_is_answered_inside_compiled_code_and_a_second_one_ends_the_pro
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "status"),
+    [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)],
+    ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_before_the_first_step_ends_the_process_at_once(number, status):
+def test_a_signal_before_the_first_step_exits_at_once(number, status):
     with Program("starting") as program:
         program.process.send_signal(number)
         line, _ = program.read_until(number.name)
@@ -92,12 +95,12 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(number, status)
         assert program.ends_in_s() < 2 and program.process.returncode == status
 
 
-def test_ctrl_c_to_any_command_in_compiled_code_is_answered_and_a_second_one_ends_it():
+def test_ctrl_c_during_compiled_code_of_a_command_is_answered_and_a_second_one_exits():
     with Program("command") as program:
         program.process.send_signal(signal.SIGINT)
         assert "ending when the compiled code returns" in program.read_until("SIGINT")[0]
         program.process.send_signal(signal.SIGINT)
-        assert program.ends_in_s() < 2 and program.process.returncode == 130
+        assert program.ends_in_s() < 2 and program.process.returncode == INTERRUPTED
 
 
 def wait_for(condition):
@@ -107,8 +110,8 @@ def wait_for(condition):
     assert condition()
 
 
-def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
-    """As `timeout` does: to its child, then to the group that the child is in."""
+def test_two_equal_signals_at_once_count_as_one():
+    """`timeout` signals its child, and then the process group that the child is in."""
     formers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopListener() as stop:
         stop.defer_signals("saving")
@@ -120,13 +123,13 @@ def test_a_signal_that_a_launcher_sends_twice_at_once_is_one_request():
     assert formers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_repeated_sighup_keeps_the_save_and_a_later_sigterm_is_the_first_request_to_end():
-    """The kernel, the shell and the session manager may each send one, at any distance."""
+def test_repeated_sighups_do_not_exit_and_a_sigterm_after_them_counts_as_the_first_signal():
+    """The kernel, the shell and the session manager may each send a SIGHUP, at any time."""
     with StopListener() as stop:
         stop.defer_signals("saving")
         signal.raise_signal(signal.SIGHUP)
         wait_for(lambda: stop.signal == signal.SIGHUP)
-        assert exit_status_of(stop.agreed_signal()) == 75
+        assert exit_status_of(stop.agreed_signal()) == PREEMPTED
         for _ in range(2):
             time.sleep(0.1)  # longer than the window in which two signals are one
             signal.raise_signal(signal.SIGHUP)
@@ -143,10 +146,10 @@ def test_sighup_before_the_first_step_ends_the_process_with_status_75():
         program.process.send_signal(signal.SIGHUP)
         line, _ = program.read_until("SIGHUP")
         assert "while compiling the step: ended before the first step" in line
-        assert program.ends_in_s() < 2 and program.process.returncode == 75
+        assert program.ends_in_s() < 2 and program.process.returncode == PREEMPTED
 
 
-def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
+def test_sighup_is_ignored_if_it_was_ignored_at_the_start_as_nohup_does():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopListener() as stop:
@@ -159,7 +162,7 @@ def test_sighup_is_ignored_where_it_was_ignored_at_the_start_as_nohup_does():
         signal.signal(signal.SIGHUP, former)
 
 
-def test_output_after_the_terminal_is_lost_does_not_end_the_process(tmp_path):
+def test_printing_after_the_terminal_is_gone_does_not_end_the_process(tmp_path):
     program = f"""
 import time
 from jaxtrain.distributed.preemption import StopListener, exit_status_of
@@ -173,21 +176,21 @@ with StopListener() as stop:
 raise SystemExit(exit_status_of(stop.signal))
 """
     master, slave = os.openpty()
-    # A session's leader that opens a terminal is the one to get its SIGHUP.
-    take = f"import os\nfd = os.open({os.ttyname(slave)!r}, os.O_RDWR)\n"
-    take += "os.dup2(fd, 1), os.dup2(fd, 2), os.close(fd)\n"
-    argv = [sys.executable, "-c", take + program]
+    # SIGHUP of a terminal goes to the session leader that has opened it.
+    open_terminal = f"import os\nfd = os.open({os.ttyname(slave)!r}, os.O_RDWR)\n"
+    open_terminal += "os.dup2(fd, 1), os.dup2(fd, 2), os.close(fd)\n"
+    argv = [sys.executable, "-c", open_terminal + program]
     process = subprocess.Popen(argv, cwd=runs.ROOT, start_new_session=True)
-    said = b""
-    while b"ready" not in said:
-        said += os.read(master, 1000)
+    output = b""
+    while b"ready" not in output:
+        output += os.read(master, 1000)
     os.close(slave)
     os.close(master)
-    assert process.wait(runs.DEADLINE_S) == 75
+    assert process.wait(runs.DEADLINE_S) == PREEMPTED
     assert (tmp_path / "saved").exists()
 
 
-def test_a_signal_to_a_forked_child_is_not_one_to_its_parent():
+def test_a_signal_to_a_forked_child_does_not_reach_the_parent():
     program = """
 import os, signal, time
 from jaxtrain.distributed.preemption import StopListener
@@ -206,9 +209,7 @@ with StopListener() as stop:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_ctrl_c_while_a_run_compiles_ends_it_at_once_and_says_that_nothing_is_lost(
-    tmp_path, monkeypatch
-):
+def test_ctrl_c_while_a_run_compiles_exits_at_once_without_a_traceback(tmp_path, monkeypatch):
     beats = tmp_path / "beats"
     monkeypatch.setenv("JAXTRAIN_BEAT", str(beats))
     process = runs.start(tmp_path / "run", runs.write_text(tmp_path), "--config.compile_cache=")
@@ -218,7 +219,7 @@ def test_ctrl_c_while_a_run_compiles_ends_it_at_once_and_says_that_nothing_is_lo
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     started_s = time.monotonic()
-    out = runs.finish(process, 130)
+    out = runs.finish(process, INTERRUPTED)
     assert time.monotonic() - started_s < 1
     assert "SIGINT while compiling the step: ended before the first step" in out
     assert "Traceback" not in out and "compiled in" not in out

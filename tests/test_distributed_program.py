@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.distributed.program import is_out_of_memory, is_runtime_error, run_main
+from jaxtrain.errors import REFUSED
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_running_out_of_device_memory_names_the_flags_that_need_less(monkeypatch
 
     with pytest.raises(SystemExit) as ended:
         run_main(main)
-    assert ended.value.code == 78
+    assert ended.value.code == REFUSED
     message = capsys.readouterr().err
     assert "got RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes" in message
     for way in ("--accumulation", "--model.remat=full", "jaxtrain.plan --fit"):

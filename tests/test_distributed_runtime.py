@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.cluster import World
 from jaxtrain.distributed.runtime import (
@@ -19,12 +19,12 @@ from jaxtrain.distributed.runtime import (
 
 
 @pytest.mark.parametrize("world", [("", 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
-def test_processes_without_a_place_in_the_world_are_refused(world):
+def test_a_process_without_coordinator_or_valid_index_is_refused(world):
     with pytest.raises(ValueError, match="Set --coordinator, --processes, --process"):
         start_runtime(TrainConfig(), World("flags", *world))
 
 
-def test_a_process_that_lacks_a_promised_device_is_refused():
+def test_a_process_with_fewer_devices_than_the_inventory_states_is_refused():
     start_runtime(TrainConfig(compile_cache=""), World(devices=8))
     with pytest.raises(ValueError, match="must have the 9 devices.*finds 8.*gpus in --hosts"):
         start_runtime(TrainConfig(compile_cache=""), World(devices=9))
@@ -36,7 +36,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def test_the_coordinator_listens_on_the_stated_address_alone():
+def test_the_coordinator_listens_on_the_given_address_only():
     port = free_port()
     program = (
         "from jaxtrain.distributed.cluster import World\n"
@@ -57,11 +57,11 @@ def test_the_coordinator_listens_on_the_stated_address_alone():
     [
         ("10.0.0.7:1234", "10.0.0.7:1234"),
         ("[fd00::7]:1234", "[fd00::7]:1234"),
-        ("gpu03:1234", None),  # may be 127.0.1.1 on gpu03 itself
+        ("gpu03:1234", None),  # could be 127.0.1.1 on gpu03 itself
         ("localhost:1234", None),
     ],
 )
-def test_only_a_literal_address_limits_where_the_coordinator_listens(coordinator, address):
+def test_only_a_literal_ip_address_limits_where_the_coordinator_listens(coordinator, address):
     assert bind_address(coordinator) == address
 
 
@@ -73,29 +73,29 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.cluster import World
 
 address, process = sys.argv[1:]
-jax.config.update("jax_platforms", "cuda")  # as where there are GPUs; no device is asked for
+jax.config.update("jax_platforms", "cuda")  # pretends that there are GPUs; no device is used
 runtime.HEARTBEAT_S = 2
 runtime.start_runtime(TrainConfig(), World("test", address, 2, int(process)))
 print("cache:", jax.config.jax_compilation_cache_dir, flush=True)
 if process == "0":
-    time.sleep(60)  # as in a collective that the dead peer does not come to
+    time.sleep(60)  # like a collective that waits for a dead peer
 os._exit(1)
 """
 
 
-def test_of_processes_on_gpus_none_outlives_another_and_none_reads_a_cache_of_process_0():
+def test_on_gpus_all_processes_end_when_one_dies_and_none_uses_the_compile_cache():
     address, ranks = f"localhost:{free_port()}", []
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     for process in "01":
         argv = [sys.executable, "-c", RANK, address, process]
         ranks.append(subprocess.Popen(argv, cwd=runs.ROOT, **pipes))
-    said = [rank.communicate(timeout=45)[0] for rank in ranks]
-    assert ranks[0].returncode == -signal.SIGABRT, said[0]
-    assert all("cache: None" in text for text in said)
+    outputs = [rank.communicate(timeout=45)[0] for rank in ranks]
+    assert ranks[0].returncode == -signal.SIGABRT, outputs[0]
+    assert all("cache: None" in output for output in outputs)
 
 
-def test_deterministic_sets_its_flags_once(monkeypatch):
+def test_the_deterministic_flag_of_xla_is_added_once(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     for _ in range(2):
         start_runtime(TrainConfig(deterministic=True, compile_cache=""))
@@ -105,24 +105,14 @@ def test_deterministic_sets_its_flags_once(monkeypatch):
     ]
 
 
-def test_deterministic_runs_repeat_bitwise(tmp_path):
-    text = runs.write_text(tmp_path)
-    flags = ("--config.deterministic=true", "--config.steps=8", "--config.sample.tokens=0")
-    cache = f"--compile_cache={tmp_path / 'cache'}"
-    for name in ("a", "b"):
-        runs.finish(runs.start(tmp_path / name, text, *flags, cache))
-    assert len(runs.losses(tmp_path / "a")) == 8
-    assert runs.losses(tmp_path / "a") == runs.losses(tmp_path / "b")
-
-
-def test_a_user_without_a_home_trains_without_a_compile_cache(monkeypatch, caplog):
+def test_a_user_without_a_home_directory_has_no_compile_cache_and_is_warned(monkeypatch, caplog):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id
     assert find_compile_cache("~/.cache/jaxtrain/xla") is None
     assert "no compile cache" in caplog.text and "--compile_cache=~/.cache" in caplog.text
 
 
-def test_a_cache_that_cannot_be_made_is_off_with_a_line(tmp_path, caplog):
+def test_a_compile_cache_that_cannot_be_created_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert find_compile_cache(str(tmp_path / "file" / "cache")) is None
     assert "no compile cache" in caplog.text

@@ -29,7 +29,7 @@ def disk(tmp_path):
         yield disk
 
 
-def test_an_error_of_the_system_is_one_line_with_the_path_and_the_reason(tmp_path):
+def test_the_text_of_a_file_error_is_one_line_with_the_path_and_the_reason(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(OSError) as error:
@@ -41,14 +41,14 @@ def test_an_error_of_the_system_is_one_line_with_the_path_and_the_reason(tmp_pat
     assert describe_error(error.value) == f"{tmp_path / 'missing'}: No such file or directory"
 
 
-def test_an_error_that_names_no_file_is_of_files_by_its_number_alone():
+def test_an_error_that_names_no_file_is_recognised_by_its_errno():
     assert is_file_error(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_file_error(ConnectionResetError(errno.ECONNRESET, "reset"))
     assert not is_file_error(BrokenPipeError(errno.EPIPE, "Broken pipe"))
     assert not is_file_error(ValueError("text"))
 
 
-def test_a_block_adds_its_path_to_an_error_without_one():
+def test_the_path_is_added_to_an_error_that_has_none():
     with (
         pytest.raises(OSError) as error,
         add_path_to_errors("/dev/full"),
@@ -58,17 +58,17 @@ def test_a_block_adds_its_path_to_an_error_without_one():
     assert describe_error(error.value).startswith("/dev/full: No space left on device (")
 
 
-def test_what_tensorstore_says_of_the_disk_becomes_the_folder_and_the_reason(tmp_path):
-    said = (
+def test_an_error_of_tensorstore_is_reduced_to_the_folder_and_the_reason(tmp_path):
+    error = (
         'RESOURCE_EXHAUSTED: Error writing "w/0.0" in ... Failed to write 70388 bytes to file 9: '
+        "No space left on device [os_error_code='28']"
     )
-    said += "No space left on device [os_error_code='28']"
-    text = describe_storage_error(ValueError(said), tmp_path)
+    text = describe_storage_error(ValueError(error), tmp_path)
     assert text.startswith(f"{tmp_path}: No space left on device (a disk of ")
     assert describe_storage_error(ValueError("a bug"), tmp_path) is None
 
 
-def test_closing_hides_no_earlier_error_and_passes_its_own_where_there_is_none():
+def test_an_error_while_closing_is_raised_unless_there_was_an_earlier_one():
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError), keep_first_error(None):
         raise full
@@ -76,7 +76,7 @@ def test_closing_hides_no_earlier_error_and_passes_its_own_where_there_is_none()
         raise full
 
 
-def test_on_a_full_disk_a_line_is_appended_whole_or_not_at_all(disk):
+def test_on_a_full_disk_a_line_is_appended_completely_or_not_at_all(disk):
     path = disk.path / "lines"
     appender, line = Appender(path), b"x" * 1000 + b"\n"
     disk.fill(leave=1 << 14)
@@ -89,7 +89,7 @@ def test_on_a_full_disk_a_line_is_appended_whole_or_not_at_all(disk):
     assert written and written == line * (len(written) // len(line))
 
 
-def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
+def test_metrics_cut_off_by_a_full_disk_can_be_read_and_resumed(disk):
     log = MetricsFile(disk.path)
     log.write(1, 0.0, METRICS)
     disk.fill(leave=1 << 13)
@@ -110,7 +110,7 @@ def test_metrics_that_a_full_disk_has_cut_can_be_read_and_resumed(disk):
     assert [record["step"] for record in read_metrics(disk.path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_step_log_on_a_full_disk_names_its_file_and_closes(disk):
+def test_the_error_of_a_step_log_on_a_full_disk_names_its_file(disk):
     log = StepLog(disk.path, 0)
     disk.fill()
     for step in range(1, 200):
@@ -121,7 +121,9 @@ def test_a_step_log_on_a_full_disk_names_its_file_and_closes(disk):
     log.close()
 
 
-def test_a_summary_on_a_full_disk_is_named_once_and_the_old_one_stays(disk, caplog, capfd):
+def test_a_summary_that_a_full_disk_refuses_is_named_once_and_the_old_one_stays(
+    disk, caplog, capfd
+):
     write_atomic(disk.path / "summary.json", "{}\n")
     with pytest.raises(OSError) as error, RunLogger(disk.path, 2, quiet=True) as report:
         report.write(1, METRICS)
@@ -133,19 +135,19 @@ def test_a_summary_on_a_full_disk_is_named_once_and_the_old_one_stays(disk, capl
     assert not list(disk.path.glob(".*.tmp"))
 
 
-def test_encoding_onto_a_full_disk_ends_in_one_line(disk, tmp_path, capfd):
+def test_encoding_to_a_full_disk_ends_in_one_line(disk, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_text("a line of text\n" * 20_000)
     disk.fill(leave=1 << 16)
     with pytest.raises(SystemExit) as ended:
         argv = [f"--input={text}", f"--out={disk.path / 'out'}", "--tokenizer=bytes", "--workers=1"]
         encode.main(argv)
-    said = str(ended.value)
-    assert said.startswith(f"error: {disk.path}/out/") and disk.reason in said
-    assert "\n" not in said and capfd.readouterr().err.count("\n") <= 1  # a bar's last line
+    error = str(ended.value)
+    assert error.startswith(f"error: {disk.path}/out/") and disk.reason in error
+    assert "\n" not in error and capfd.readouterr().err.count("\n") <= 1  # the progress bar's
 
 
-def test_an_output_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
+def test_an_output_folder_that_cannot_be_created_is_named_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     text = tmp_path / "text.txt"
     text.write_text("some text\n" * 100)
@@ -156,15 +158,15 @@ def test_an_output_folder_that_cannot_be_made_is_named_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/dev/null/x", "/proc/none"])
-def test_a_run_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path, where):
+def test_a_run_directory_that_cannot_be_created_is_named_with_its_flag(tmp_path, where):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError) as error, RunLock(tmp_path / where):
         pass
-    said = str(error.value)
-    assert str(tmp_path / where) in said and said.endswith("Set --workdir.")
+    text = str(error.value)
+    assert str(tmp_path / where) in text and text.endswith("Set --workdir.")
 
 
-def test_a_run_directory_on_a_full_disk_is_refused_and_not_left_behind(disk):
+def test_a_run_directory_on_a_full_disk_is_refused_and_removed(disk):
     disk.fill()
     with pytest.raises(ValueError, match=disk.reason), RunLock(disk.path / "run"):
         pass

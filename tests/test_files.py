@@ -14,8 +14,8 @@ from jaxtrain import files
 from jaxtrain.files import atomic_path, strict_json, write_atomic
 
 REWRITE_FOREVER = """
-import runpy, sys
-write_atomic = runpy.run_path(sys.argv[2])["write_atomic"]  # without the package, which loads jax
+import runpy, sys  # starts faster than importing the package
+write_atomic = runpy.run_path(sys.argv[2])["write_atomic"]
 contents = [bytes([65 + i]) * 300_000 for i in range(8)]
 print("ready", flush=True)
 while True:
@@ -24,7 +24,7 @@ while True:
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_one_whole_version(tmp_path):
+def test_a_writer_killed_at_any_time_leaves_one_complete_version(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"A" * 300_000)
     delays = np.random.default_rng(0).uniform(0, 0.05, 12)
@@ -38,7 +38,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_version(tmp_path):
         assert len(content) == 300_000 and len(set(content)) == 1
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     write_atomic(tmp_path / "file", "old")
     with pytest.raises(TypeError):
         write_atomic(tmp_path / "file", 7)
@@ -46,7 +46,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path):
+def test_a_folder_appears_with_all_its_files_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "new") as hidden:
         hidden.mkdir()
         (hidden / "part").write_text("half")
@@ -60,7 +60,7 @@ def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_written_file_has_the_permissions_of_an_opened_one(tmp_path):
+def test_an_atomically_written_file_has_the_same_permissions_as_any_other(tmp_path):
     write_atomic(tmp_path / "atomic", "é")
     (tmp_path / "opened").write_text("é", encoding="utf-8")
     modes = {os.stat(tmp_path / name).st_mode for name in ("atomic", "opened")}
@@ -68,7 +68,7 @@ def test_a_written_file_has_the_permissions_of_an_opened_one(tmp_path):
     assert (tmp_path / "atomic").read_bytes() == "é".encode()
 
 
-def test_floats_go_through_json_bit_for_bit():
+def test_floats_survive_json_bit_for_bit():
     bits = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
     numbers = bits.view(np.float64)
     back = [float(x) for x in json.loads(strict_json(numbers.tolist()))]
@@ -76,17 +76,17 @@ def test_floats_go_through_json_bit_for_bit():
     assert np.array_equal(np.array(back)[finite].view(np.uint64), bits[finite])
 
 
-def test_numbers_json_lacks_are_strings_that_float_reads():
+def test_nan_and_infinity_become_strings_that_float_reads():
     refuse = {"parse_constant": lambda text: pytest.fail(f"{text} is not JSON")}
     back = json.loads(strict_json([math.nan, math.inf, -math.inf]), **refuse)
     assert math.isnan(float(back[0])) and [float(x) for x in back[1:]] == [math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("scalar", [np.float32(0.1), np.float64(0.1), jnp.float32(0.1)])
-def test_scalars_of_arrays_are_written_as_the_exact_number(scalar):
+def test_scalars_of_arrays_are_written_exactly(scalar):
     assert json.loads(strict_json({"x": scalar}))["x"] == float(scalar)
 
 
-def test_what_has_no_json_form_is_refused():
+def test_a_value_without_a_json_form_is_refused():
     with pytest.raises(TypeError):
         strict_json({"x": np.zeros(3)})

@@ -12,9 +12,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
 from safetensors.numpy import load_file
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.errors import REFUSED

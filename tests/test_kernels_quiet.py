@@ -1,4 +1,4 @@
-"""CUDA plugins without a GPU write nothing to the terminal."""
+"""JAX's CUDA plugins write nothing to the terminal on a machine without a GPU."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*argv):
-    """A process that has chosen no platform, as a user's."""
+def run_python(*argv):
+    """Runs Python as a user does, without JAX_PLATFORMS."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     argv = [sys.executable, *argv]
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
@@ -24,25 +24,25 @@ def run(*argv):
     return done
 
 
-def test_a_kernel_tool_says_nothing_of_missing_drivers():
-    done = run("-m", "pallas_kernels.bench", "--help")
+def test_a_kernel_tool_prints_nothing_about_missing_drivers():
+    done = run_python("-m", "pallas_kernels.bench", "--help")
     assert done.stderr == "" and done.stdout.startswith("Examples:")
 
 
-def test_jax_is_loaded_quietly_when_it_is_first_used():
+def test_jax_is_imported_quietly_and_only_when_it_is_used():
     program = (
         "import jaxtrain, sys; assert 'jax' not in sys.modules; import jax; "
         "print(jax.devices()[0].platform, type(jax.__spec__.loader).__name__)"
     )
-    done = run("-c", program)
+    done = run_python("-c", program)
     assert done.stderr == "" and done.stdout == "cpu SourceFileLoader\n"
 
 
-def test_jax_imported_first_finds_its_devices_quietly():
-    """What its own import has written by then cannot be taken back."""
+def test_jax_imported_before_our_packages_finds_its_devices_quietly():
+    """The noise of its own import is already written and ignored here."""
     program = (
         "import sys, jax; sys.stderr.flush(); import os; os.write(2, b'imported\\n'); "
         "import pallas_kernels; print(jax.devices()[0].platform)"
     )
-    done = run("-c", program)
+    done = run_python("-c", program)
     assert done.stderr.endswith("imported\n") and done.stdout == "cpu\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import bed as beds
 import jax
 import pytest
-import runs
 import slurm_bed
 import xla_flags
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.train import train

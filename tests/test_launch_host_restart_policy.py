@@ -2,8 +2,7 @@
 
 import pytest
 
-from jaxtrain import errors
-from launch.host import exit_codes
+from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED
 from launch.host.restart_policy import JobController, Policy
 
 NAMES = ["h0", "h1", "h2"]
@@ -70,7 +69,7 @@ def test_the_cause_is_the_killed_rank_and_not_the_one_that_noticed_first():
     scenario.advance(2)
     scenario.ranks[0] = {"code": 1, "lines": ["Gloo all-reduce failed: Connection closed by peer"]}
     scenario.advance(0.5)
-    scenario.ranks[1] = {"code": 137}
+    scenario.ranks[1] = {"code": KILLED}
     scenario.advance(2)
     assert scenario.causes() == ["ROOT CAUSE h1 rank 1 at step 5: ended by SIGKILL"]
     scenario.ranks = {i: {} for i in range(3)}
@@ -123,13 +122,13 @@ def test_restarts_are_limited_and_their_pauses_grow():
         scenario.step = step
         scenario.ranks[1] = {}
         scenario.advance(40)
-        scenario.ranks[1] = {"code": 137}
+        scenario.ranks[1] = {"code": KILLED}
         scenario.advance(4)
     assert [line for line in scenario.log if line.startswith("restart")] == [
         "restart 1 of 2 in 4 s: h1 rank 1 at step 5: ended by SIGKILL",
         "restart 2 of 2 in 8 s: h1 rank 1 at step 6: ended by SIGKILL",
     ]
-    assert scenario.target["do"] == "end" and scenario.target["outcome"]["code"] == 137
+    assert scenario.target["do"] == "end" and scenario.target["outcome"]["code"] == KILLED
 
 
 def test_an_error_that_repeats_at_the_same_step_ends_the_job():
@@ -145,10 +144,10 @@ def test_an_error_that_repeats_at_the_same_step_ends_the_job():
 def test_a_program_that_refuses_to_go_on_is_not_restarted():
     scenario = Scenario()
     scenario.advance(2)
-    scenario.ranks[0] = {"code": 78, "lines": ["error: data.batch must be positive"]}
+    scenario.ranks[0] = {"code": REFUSED, "lines": ["error: data.batch must be positive"]}
     scenario.advance(3)
     outcome = scenario.target["outcome"]
-    assert outcome["code"] == 78 and "data.batch" in outcome["why"]
+    assert outcome["code"] == REFUSED and "data.batch" in outcome["why"]
 
 
 def test_if_all_ranks_report_the_same_error_the_cause_is_the_process_that_it_names():
@@ -156,7 +155,7 @@ def test_if_all_ranks_report_the_same_error_the_cause_is_the_process_that_it_nam
     scenario.advance(2)
     for host in range(3):
         lines = ["error: checkpoint 10 was not saved: process 2: No space left on device"]
-        scenario.ranks[host] = {"code": 78, "lines": lines}
+        scenario.ranks[host] = {"code": REFUSED, "lines": lines}
     scenario.advance(3)
     assert scenario.causes()[0].startswith("ROOT CAUSE h2 rank 2")
 
@@ -168,9 +167,9 @@ def test_a_stop_saves_if_there_is_something_to_save_and_kills_otherwise():
         scenario.advance(2)
         scenario.extra[0] = {"stop": "the operator asked"}
         assert scenario.advance(1)["do"] == do
-        scenario.ranks = {i: {"code": 75 if step else 137} for i in range(3)}
+        scenario.ranks = {i: {"code": PREEMPTED if step else KILLED} for i in range(3)}
         scenario.advance(1)
-        assert scenario.target["outcome"]["code"] == (75 if step else 143)
+        assert scenario.target["outcome"]["code"] == (PREEMPTED if step else STOPPED)
 
 
 def test_a_stop_becomes_a_kill_after_grace_s():
@@ -178,7 +177,7 @@ def test_a_stop_becomes_a_kill_after_grace_s():
     scenario.advance(2)
     scenario.extra[0] = {"stop": "the operator asked"}
     assert scenario.advance(9)["do"] == "term"
-    assert scenario.advance(3)["do"] == "end" and scenario.target["outcome"]["code"] == 143
+    assert scenario.advance(3)["do"] == "end" and scenario.target["outcome"]["code"] == STOPPED
 
 
 def test_an_interactive_job_ends_when_no_host_has_a_fresh_lease():
@@ -206,7 +205,7 @@ def test_a_host_with_an_unkillable_process_is_treated_as_unreachable():
     for on_loss, do in (("fewer", "run"), ("wait", "end")):
         scenario = Scenario(on_loss=on_loss, wait_s=60, lost_s=12)
         scenario.advance(2)
-        scenario.ranks[1], scenario.extra[1] = {"code": 137}, {}
+        scenario.ranks[1], scenario.extra[1] = {"code": KILLED}, {}
         scenario.advance(3)
         scenario.ranks[1], scenario.extra[1] = {}, {"clean": False}
         target = scenario.advance(70)
@@ -222,10 +221,10 @@ def test_preemptions_count_as_restarts():
     for _ in range(4):
         scenario.ranks = {i: {} for i in range(3)}
         scenario.advance(3)
-        scenario.ranks = {i: {"code": 75} for i in range(3)}
+        scenario.ranks = {i: {"code": PREEMPTED} for i in range(3)}
         scenario.advance(1)
     assert scenario.controller.restarts == 2
-    assert scenario.target["do"] == "end" and scenario.target["outcome"]["code"] == 75
+    assert scenario.target["do"] == "end" and scenario.target["outcome"]["code"] == PREEMPTED
 
 
 def test_a_rank_without_a_heartbeat_is_stuck_after_start_s():
@@ -267,9 +266,3 @@ def test_a_cause_includes_the_decisive_lines_and_advice():
     headline, output, advice = cause.splitlines()
     assert headline == "ROOT CAUSE h1 rank 1 at step 5: exit 1"
     assert output == "    ValueError: no" and advice.startswith("    What to do: ")
-
-
-def test_the_launcher_and_the_trainer_agree_on_exit_statuses():
-    pairs = {"PREEMPTED": "PREEMPTED", "REFUSED": "NO_RETRY", "INTERRUPTED": "INTERRUPTED"}
-    for trainers, launchers in pairs.items():
-        assert getattr(errors, trainers) == getattr(exit_codes, launchers)

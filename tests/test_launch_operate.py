@@ -12,6 +12,7 @@ import git_trees
 import pytest
 
 from launch import run
+from launch.host.exit_codes import PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = f"""{git_trees.HEARTBEAT}
@@ -100,14 +101,14 @@ def test_resume_needs_an_ended_job_and_takes_the_current_code(bed, monkeypatch, 
     output = Terminal(bed, "resume", job.id).finish(1)
     assert "h0: the job is still running there" in output and f"launch.run stop {job.id}" in output
     Terminal(bed, "stop", job.id).finish(0)
-    Terminal(bed, "attach", job.id).finish(75)
+    Terminal(bed, "attach", job.id).finish(PREEMPTED)
     assert " step 1\n" in job.log(job.hosts[0]).read_text()
     with open(bed.folder / "code" / "program.py", "a") as program:
         program.write("# changed\n")
     resumed = git_trees.job_id(Terminal(bed, "resume", job.id).finish(0))
     assert "+# changed" in (bed.folder / "jobs" / resumed / "code.patch").read_text()
     Terminal(bed, "stop", resumed).finish(0)
-    assert "attempts" in Terminal(bed, "attach", resumed).finish(75)
+    assert "attempts" in Terminal(bed, "attach", resumed).finish(PREEMPTED)
 
 
 @pytest.mark.parametrize("verb", ["attach", "status", "logs", "stop", "resume"])

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import runs
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")

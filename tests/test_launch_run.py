@@ -14,6 +14,8 @@ import bed as beds
 import git_trees
 import pytest
 
+from launch.host.exit_codes import PREEMPTED
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = (
     git_trees.HEARTBEAT
@@ -133,7 +135,7 @@ def test_a_detached_job_outlives_its_operator_and_its_complete_log_arrives(bed):
     time.sleep(1.0)
     bed.heal("h1")
     finish(launch(bed, "stop", job))
-    _, err = finish(second, 75)
+    _, err = finish(second, PREEMPTED)
     assert "the operator asked" in err and living(bed) == []
     for name in bed.names:
         on_host = bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from jaxtrain.distributed.cluster import World, detect_world
+from launch.host.exit_codes import REFUSED
 from launch.template import TEMPLATES, main, read_template
 
 
@@ -53,7 +54,7 @@ def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
     [rule] = pods["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     [refused] = spec["spec"]["failurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [78] and refused["action"] == "FailJobSet"
+    assert rule["onExitCodes"]["values"] == [REFUSED] and refused["action"] == "FailJobSet"
 
 
 def test_the_nodes_of_a_skypilot_task_are_the_processes_of_one_job():

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug, quickstart, study
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.ops import precision

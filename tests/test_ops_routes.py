@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain import WANTS_GPU
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
+from jaxtrain.errors import REFUSED
 from jaxtrain.ops import routes as routes_module
 from jaxtrain.ops.routes import choose_routes, describe_routes
 
@@ -77,7 +78,7 @@ def test_a_cuda_plugin_wants_a_gpu_unless_the_user_has_named_the_cpu():
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     how = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
-    assert done.returncode == 78 and "JAX_PLATFORMS=cpu allows" in done.stderr
+    assert done.returncode == REFUSED and "JAX_PLATFORMS=cpu allows" in done.stderr
     assert not WANTS_GPU  # conftest.py names the CPU
 
 

@@ -86,13 +86,14 @@ def test_only_the_streams_of_a_gpu_are_read_not_the_lines_that_repeat_them():
 
 
 @pytest.mark.parametrize(
-    "first, last, steps, traced", [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))]
+    "resume_step, last, steps, traced",
+    [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))],
 )
 def test_the_traced_steps_follow_the_warm_up_if_the_run_is_long_enough(
-    tmp_path, first, last, steps, traced
+    tmp_path, resume_step, last, steps, traced
 ):
-    tracer, switches = Tracer(tmp_path, first, last, steps), []
-    for step in range(first + 1, last + 2):
+    tracer, switches = Tracer(tmp_path, resume_step, last, steps), []
+    for step in range(resume_step + 1, last + 2):
         if tracer.switches_before(step):
             switches.append(step)
             tracer.is_on = not tracer.is_on

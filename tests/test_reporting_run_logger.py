@@ -41,7 +41,7 @@ def run_program(workdir, steps=8, resume_step=0, stop=0):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run to its end with its output in a pipe: (folder, CompletedProcess)."""
+    """A finished run with its output in a pipe: (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, run_program(folder)
 

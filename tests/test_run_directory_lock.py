@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.run_directory import lock as run_lock
 from jaxtrain.run_directory.liveness import locks_this_host_only, pid_start, read_owner
 from jaxtrain.run_directory.lock import RunLocked
@@ -26,7 +26,7 @@ with RunLock(sys.argv[1]):
 
 
 def start_owner(workdir):
-    """A process that holds the lock of `workdir`."""
+    """Starts a process that locks `workdir`."""
     argv = [sys.executable, "-c", OWNER, str(workdir)]
     process = subprocess.Popen(argv, cwd=runs.ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "locked\n"
@@ -34,7 +34,7 @@ def start_owner(workdir):
 
 
 def no_locks(file, operation):
-    """flock() of a file system without locks."""
+    """Behaves like flock() on a file system without locks."""
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
@@ -42,33 +42,33 @@ def rewrite_owner(path, **values):
     path.write_text(json.dumps(read_owner(path) | values))
 
 
-def test_a_second_run_is_refused_by_name_and_a_kill_9_frees_the_folder_at_once(tmp_path):
+def test_a_second_run_is_refused_and_a_kill_9_of_the_first_frees_the_folder(tmp_path):
     owner = start_owner(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(RunLocked) as error, RunLock(tmp_path):
         pass
-    said = str(error.value)
+    text = str(error.value)
     start = read_owner(tmp_path / ".lock")["start"]
-    assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in said
-    assert f"kill {owner.pid}: it saves first" in said and "set another --workdir" in said
-    assert "remove" not in said and "\n" not in said
+    assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in text
+    assert f"kill {owner.pid}: it saves first" in text and "set another --workdir" in text
+    assert "remove" not in text and "\n" not in text
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
-    assert read_owner(tmp_path / ".lock")["pid"] == owner.pid  # out of date, and no hindrance
+    assert read_owner(tmp_path / ".lock")["pid"] == owner.pid  # out of date, which does not matter
     with RunLock(tmp_path):
         assert read_owner(tmp_path / ".lock")["pid"] == os.getpid()
     assert not (tmp_path / ".lock").exists()
 
 
-def test_reading_who_has_the_lock_does_not_free_it(tmp_path):
+def test_reading_the_lock_file_does_not_free_the_lock(tmp_path):
     with RunLock(tmp_path):
         (tmp_path / ".lock").read_text()  # closing any descriptor would free a POSIX lock
         with pytest.raises(RunLocked), RunLock(tmp_path):
             pass
 
 
-def test_children_do_not_keep_the_lock_of_a_process_that_has_ended(tmp_path):
+def test_child_processes_do_not_inherit_the_lock(tmp_path):
     program = """if True:
         import os, subprocess, sys, time
         from jaxtrain.run_directory.lock import RunLock
@@ -98,7 +98,7 @@ def test_a_start_that_is_refused_leaves_no_empty_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_lock_file_was_removed_takes_it_again_or_stops(tmp_path):
+def test_a_run_whose_lock_file_was_removed_locks_again_or_stops(tmp_path):
     with RunLock(tmp_path) as first:
         first.check()
         (tmp_path / ".lock").unlink()
@@ -113,7 +113,7 @@ def test_a_run_whose_lock_file_was_removed_takes_it_again_or_stops(tmp_path):
         other.communicate()
 
 
-def test_a_folder_in_place_of_the_lock_ends_in_a_line_that_says_what_to_do(tmp_path):
+def test_a_folder_at_the_path_of_the_lock_file_is_an_error_that_says_what_to_do(tmp_path):
     with RunLock(tmp_path) as lock:
         (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").mkdir()
@@ -121,8 +121,8 @@ def test_a_folder_in_place_of_the_lock_ends_in_a_line_that_says_what_to_do(tmp_p
             lock.check()
 
 
-def test_a_host_that_died_can_be_freed_by_removing_the_file_that_the_message_names(tmp_path):
-    owner = start_owner(tmp_path)  # NFSv3's server would hold a dead client's lock just so
+def test_removing_the_lock_file_frees_the_folder_of_a_host_that_has_died(tmp_path):
+    owner = start_owner(tmp_path)  # like an NFSv3 server, which keeps a dead client's lock
     rewrite_owner(tmp_path / ".lock", host="gone")
     with pytest.raises(RunLocked) as error, RunLock(tmp_path):
         pass
@@ -134,7 +134,7 @@ def test_a_host_that_died_can_be_freed_by_removing_the_file_that_the_message_nam
     owner.communicate()
 
 
-def test_processes_of_one_run_share_a_lock_that_keeps_other_runs_out(tmp_path):
+def test_processes_of_a_run_share_its_lock_and_other_runs_are_refused(tmp_path):
     with RunLock(tmp_path, run_id="a"):
         with RunLock(tmp_path, run_id="a") as second:
             with pytest.raises(RunLocked), RunLock(tmp_path, run_id="b"):
@@ -149,7 +149,7 @@ def test_processes_of_one_run_share_a_lock_that_keeps_other_runs_out(tmp_path):
         pass
 
 
-def test_without_the_kernels_locks_a_live_pid_of_this_host_is_refused_and_a_dead_one_is_not(
+def test_without_flock_an_owner_on_this_host_counts_as_alive_if_its_pid_is(
     tmp_path,
 ):
     with RunLock(tmp_path, flock=no_locks) as lock:
@@ -167,21 +167,21 @@ def test_without_the_kernels_locks_a_live_pid_of_this_host_is_refused_and_a_dead
                 RunLock(tmp_path, flock=no_locks).__enter__()
 
 
-def test_without_the_kernels_locks_a_pid_that_was_given_to_another_process_is_no_owner(tmp_path):
+def test_without_flock_a_pid_that_was_given_to_another_process_is_not_the_owner(tmp_path):
     with RunLock(tmp_path, flock=no_locks):
         rewrite_owner(tmp_path / ".lock", pid=os.getppid(), pid_start="1")
         with RunLock(tmp_path, flock=no_locks):
             pass
 
 
-def test_without_the_kernels_locks_a_host_is_refused_while_the_other_one_touches_the_file(tmp_path):
-    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # it touches the file
+def test_without_flock_an_owner_on_another_host_is_alive_while_it_touches_the_file(tmp_path):
+    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # which touches the file
         rewrite_owner(tmp_path / ".lock", boot="another", host="gpu7")
         with pytest.raises(RunLocked, match="on gpu7, started"):
             RunLock(tmp_path, flock=no_locks, beat_s=0.2).__enter__()
     RunLock(tmp_path, flock=no_locks).__enter__()
     rewrite_owner(tmp_path / ".lock", boot="another", host="gpu7")
-    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # that one has touched it no more
+    with RunLock(tmp_path, flock=no_locks, beat_s=0.05):  # the other no longer touches it
         assert read_owner(tmp_path / ".lock")["host"] == socket.gethostname()
 
 
@@ -214,7 +214,7 @@ def test_a_damaged_lock_file_is_replaced(tmp_path, text):
         ("cifs //srv/x rw,nobrl", "cifs"),
     ],
 )
-def test_a_mount_whose_locks_stay_on_one_host_is_recognised(tmp_path, mount, kind):
+def test_mounts_whose_locks_do_not_reach_other_hosts_are_recognised(tmp_path, mount, kind):
     mounts = tmp_path / "mountinfo"
     point = str(tmp_path / "my runs").replace(" ", "\\040")
     lines = ["21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"]

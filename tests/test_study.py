@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.errors import INTERRUPTED
 from jaxtrain.study.__main__ import run_study
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Interrupted, is_finished, read_result, run_trial
@@ -30,7 +31,7 @@ def values(tmp_path_factory):
     base.update(steps=8, eval_every=4, save_every=8, log_every=2, max_bad_steps=2)
     base.model.update(D=16, H=2, G=2, F=32, L=1)
     base.sample.tokens = 0
-    base.optim.name = "adamw"  # compiles soonest
+    base.optim.name = "adamw"  # compiles fastest
     study = {
         "workdir": str(folder / "runs"),
         "baseline": "adamw",
@@ -42,7 +43,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studied(values):
-    """The lines of three starts: one stopped after 3 runs, one to the end, one more."""
+    """The output of three starts: one stopped after 3 runs, one to the end, and one after it."""
     outputs = [], [], []
 
     def until_the_third(line):
@@ -155,5 +156,5 @@ def test_a_run_stopped_by_a_signal_is_saved_and_resumed(values, tmp_path):
     threading.Thread(target=interrupt_after_a_step, args=(workdir,), daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
         run_trial(trial, jax.devices()[:1])
-    assert stopped.value.status == 130 and not is_finished(trial)
+    assert stopped.value.status == INTERRUPTED and not is_finished(trial)
     assert run_trial(trial, jax.devices()[:1]).loss > 0 and is_finished(trial)

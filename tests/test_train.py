@@ -6,12 +6,13 @@ import sys
 
 import jax
 import pytest
-import runs
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches, build_eval_batches
+from jaxtrain.errors import REFUSED
 from jaxtrain.generate import tokenizer_name
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.names import measured_names
@@ -259,7 +260,7 @@ def test_two_processes_train_as_one_and_one_process_resumes_their_run(tmp_path, 
     ],
 )
 def test_a_bad_flag_ends_the_command_with_one_line_and_status_78(tmp_path, text, flag, message):
-    out = runs.finish(runs.start(tmp_path / "run", text, flag), 78)
+    out = runs.finish(runs.start(tmp_path / "run", text, flag), REFUSED)
     assert message in out
     assert "Traceback" not in out
 
@@ -299,7 +300,7 @@ def test_generate_numbers_the_samples_of_each_prompt_in_an_ascii_locale(trained)
 
 
 def test_generate_refuses_a_tokenizer_larger_than_the_models_vocabulary(trained):
-    out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=78)
+    out = run_tool("generate", f"--run={trained}", "--tokenizer=gpt2", status=REFUSED)
     assert "below model.V=256; got 50256 from gpt2. Set --tokenizer." in out
 
 
@@ -309,5 +310,5 @@ def test_a_prompt_that_is_not_utf8_is_refused_before_the_first_step(tmp_path, te
 
 
 def test_evaluate_refuses_a_folder_without_a_run(tmp_path):
-    out = run_tool("evaluate", f"--run={tmp_path}", status=78)
+    out = run_tool("evaluate", f"--run={tmp_path}", status=REFUSED)
     assert "--run must be a run's folder" in out and "Traceback" not in out

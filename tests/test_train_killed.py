@@ -7,9 +7,10 @@ import time
 
 import jax
 import pytest
-import runs
 
+import runs
 from jaxtrain.data.loader import build_eval_batches
+from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train
 from jaxtrain.training import loop as loop_module
 
@@ -25,7 +26,7 @@ def test_a_run_killed_and_then_preempted_has_the_losses_of_an_uninterrupted_run(
     runs.finish(process, -signal.SIGKILL)
     process = runs.start(broken, text, *flags)
     runs.signal_at(process, broken, 90, signal.SIGTERM)
-    out = runs.finish(process, 75)
+    out = runs.finish(process, PREEMPTED)
     assert "resume" in out and "the same command resumes it" in out
     assert f"-m jaxtrain.train --config=configs/debug.py --config.workdir={broken}" in out
     assert 90 <= runs.losses(broken)[-1][0] < 150
@@ -56,7 +57,7 @@ def logged(workdir):
 
 @pytest.mark.parametrize(
     ("evaluation", "step", "number", "status"),
-    [(1, 4, signal.SIGTERM, 75), (2, 8, signal.SIGINT, 130)],
+    [(1, 4, signal.SIGTERM, PREEMPTED), (2, 8, signal.SIGINT, INTERRUPTED)],
     ids=["within", "at the end"],
 )
 def test_a_signal_interrupts_an_evaluation_and_the_resumed_run_repeats_it(
@@ -103,7 +104,7 @@ def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_
     time.sleep(0.5)
     os.kill(pair[1].pid, signal.SIGTERM)
     started_s = time.monotonic()
-    outs = [runs.finish(process, 75) for process in pair]
+    outs = [runs.finish(process, PREEMPTED) for process in pair]
     assert time.monotonic() - started_s < 10
     assert "the evaluation of step 3 was interrupted" in outs[0]
     last_step, _, eval_loss = logged(tmp_path / "pair")[-1]

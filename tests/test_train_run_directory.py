@@ -6,12 +6,12 @@ import shutil
 
 import jax
 import pytest
-import runs
 from small_disk import small_disk
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.distributed.program import run_main
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import REFUSED, CheckpointError
 from jaxtrain.planning.search import read_cached
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import load_train_config
@@ -73,7 +73,7 @@ def test_a_full_disk_at_a_save_ends_in_one_line_and_the_freed_disk_resumes(
         cfg = config(workdir, text, steps=12, save_every=6, checkpoint__storage=storage)
         disk.fill(leave=100 << 10)
         status, lines = run_command(cfg, monkeypatch, capfd)
-        assert status == 78 and len(lines) == 1, "\n".join(lines)
+        assert status == REFUSED and len(lines) == 1, "\n".join(lines)
         folder = workdir / "checkpoints"
         assert lines[0].startswith("error: checkpoint 6 was not saved: "), lines
         assert f"{folder}: {disk.reason}" in lines[0]
@@ -92,7 +92,7 @@ def test_a_full_disk_at_a_logged_step_ends_in_one_line(
         cfg = config(workdir, text, steps=2_000, save_every=2_000)
         disk.fill(leave=100 << 10)
         status, lines = run_command(cfg, monkeypatch, capfd)
-        assert status == 78 and len(lines) == 1, "\n".join(lines)
+        assert status == REFUSED and len(lines) == 1, "\n".join(lines)
         assert re.match(rf"error: {workdir}/\S+: {disk.reason}", lines[0]), lines
         assert f"the newest checkpoint is step {STEPS} in" in lines[0]
         assert len(runs.losses(workdir)) > STEPS  # every line can be read
@@ -103,7 +103,7 @@ def test_a_refused_second_start_changes_no_file(workdir, text, monkeypatch, capf
     with RunLock(workdir):
         names = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
         status, lines = run_command(config(workdir, text, steps=9), monkeypatch, capfd)
-        assert status == 78 and len(lines) == 1 and "in use by pid" in lines[0], lines
+        assert status == REFUSED and len(lines) == 1 and "in use by pid" in lines[0], lines
         assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == names
     assert before.keys() == set(workdir.rglob("*"))
 
@@ -235,7 +235,7 @@ def test_a_run_directory_of_another_config_is_refused_with_what_differs(
     cfg = config(workdir, text, **({"steps": STEPS + 2} | other))
     status, lines = run_command(cfg, monkeypatch, capfd)
     lines = [line for line in lines if " INFO " not in line]
-    assert status == 78 and len(lines) == 1 and re.search(message, lines[0]), lines
+    assert status == REFUSED and len(lines) == 1 and re.search(message, lines[0]), lines
     assert len(lines[0]) < 800
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
@@ -245,7 +245,7 @@ def test_a_text_that_cannot_be_read_is_named_in_one_line(tmp_path, text, monkeyp
     unreadable.symlink_to("/proc/self/mem")  # EIO, for root too
     status, lines = run_command(config(tmp_path / "run", unreadable), monkeypatch, capfd)
     lines = [line for line in lines if " INFO " not in line]
-    assert status == 78 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert status == REFUSED and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert f"{unreadable}: the file cannot be read: Input/output error" in lines[0]
 
 

@@ -8,9 +8,10 @@ import sys
 import textwrap
 import time
 
-import runs
 import xla_flags
 
+import runs
+from jaxtrain.errors import PREEMPTED, REFUSED
 from jaxtrain.run_directory.lock import RunLock
 
 
@@ -28,11 +29,11 @@ def test_a_second_start_in_a_run_directory_is_refused_and_the_first_run_goes_on(
     while not (workdir / ".lock").exists():  # long before its first step
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.01)
-    out = runs.finish(runs.start(workdir, text, *flags(cache, 100_000)), 78)
+    out = runs.finish(runs.start(workdir, text, *flags(cache, 100_000)), REFUSED)
     assert f"{workdir} is in use by pid {first.pid} on {socket.gethostname()}, started" in out
     assert len(errors(out)) == 1 and "Traceback" not in out
     runs.signal_at(first, workdir, 50, signal.SIGTERM)  # after two saves
-    runs.finish(first, 75)
+    runs.finish(first, PREEMPTED)
     steps = [step for step, _ in runs.losses(workdir)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 50
     assert not (workdir / ".lock").exists()
@@ -47,7 +48,7 @@ def test_an_error_of_one_process_is_one_line_and_status_78_in_all(tmp_path):
         runs.start(workdir, text, *flags(tmp_path / "cache", 3), *own)
         for own in runs.flags_of_processes(2)
     ]
-    outs = [runs.finish(process, 78) for process in pair]
+    outs = [runs.finish(process, REFUSED) for process in pair]
     lines = {line for out in outs for line in errors(out)}
     assert len(lines) == 1 and str(damaged) in lines.pop(), outs
     assert not any("Traceback" in out for out in outs)

@@ -28,7 +28,7 @@ from pallas_kernels.arguments import (
     wrong_dash_error,
 )
 
-HELP_FLAGS = ("help", "helpshort", "helpfull", "h", "?")
+HELP_FLAG = r"-+(help|helpshort|helpfull|h|\?)(=.*)?"
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "values as 1,2,3"}
 
 
@@ -59,17 +59,11 @@ class CommandForm(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A config field that the user set.
+    """A config field that the user set."""
 
-    Attributes:
-        name: the field's name, such as "optim.learning_rate".
-        value: the text of its value.
-        typed: the flag as the user typed it, without dashes.
-    """
-
-    name: str
+    name: str  # such as "optim.learning_rate"
     value: str
-    typed: str
+    typed: str  # the flag as the user typed it, without dashes
 
 
 class _CommandLine:
@@ -82,13 +76,8 @@ class _CommandLine:
             flags.DEFINE_string("config", None, "name of a shipped config, or path of your own")
         self.form, self.prog = form, prog
         self.own = [name for name in flags.FLAGS if name not in before]
-        self.fields = {}
-        if form.config:
-            self.fields = {
-                f"{prefix}{field.name}": field
-                for prefix, cls in form.sections
-                for field in plain_fields(cls)
-            }
+        pairs = form.sections if form.config else ()  # (prefix, dataclass)
+        self.fields = {prefix + f.name: f for prefix, cls in pairs for f in plain_fields(cls)}
         self.given: list[tuple[str, str]] = []  # the command's own flags and their values
         self.overrides: list[Field] = []
         self.words: list[str] = []
@@ -100,7 +89,7 @@ class _CommandLine:
 
     def read(self, argv: list[str]) -> list[str]:
         """Sets absl's FLAGS and returns the words that are not flags or the config's name."""
-        if any(_flag_name(arg) in HELP_FLAGS for arg in argv):
+        if any(re.fullmatch(HELP_FLAG, arg) for arg in argv):
             print_text(self.help())
             sys.exit(0)
         try:
@@ -117,8 +106,11 @@ class _CommandLine:
         try:
             flags.FLAGS([self.prog, *(f"--{name}={value}" for name, value in self.given)])
         except flags.Error as error:
-            self._refuse_absl_error(error)
-        if self.form.config:
+            if missing := re.match(r"flag --(\w+)=None", str(error)):
+                text = flags.FLAGS[missing[1]].help
+                self.refuse(f"--{missing[1]} must be given: {text}. See {self.prog} --help.")
+            self.refuse(" ".join(str(error).split()))
+        if self.config_name:
             self._load_config()
         return self.words
 
@@ -136,7 +128,7 @@ class _CommandLine:
                 self.words.append(arg)
                 continue
             typed, equals, value = arg.lstrip("-").partition("=")
-            name, kind, is_bool, negated = self._target(typed)
+            name, kind, is_bool, negated = self._find_flag(typed)
             if is_bool and not equals:
                 value = "false" if negated else "true"
             elif negated:
@@ -150,38 +142,37 @@ class _CommandLine:
             else:
                 self.overrides.append(Field(name, value, name if negated else typed))
 
-    def _target(self, typed: str) -> tuple[str, str, bool, bool]:
+    def _find_flag(self, typed: str) -> tuple[str, str, bool, bool]:
         """Finds the flag that the user means by --typed.
 
         Returns:
             Its name; "own" if it is the command's or absl's, "field" if it is the config's; whether
             it is a bool; and whether it was typed as `no` and the name of a bool.
         """
-        for name, negated in ((typed, False), (re.sub("^no", "", typed), True)):
-            if negated and name == typed:
-                break
-            if name in self.own:
-                is_bool = flags.FLAGS[name].boolean
-                if is_bool or not negated:
-                    return name, "own", is_bool, negated
-            field = name.removeprefix("config.")
-            if field in self.fields:
-                is_bool = self.fields[field].type is bool
-                if is_bool or not negated:
-                    return field, "field", is_bool, negated
-            if not negated and self.fields and field.startswith(tuple(self.form.open_fields)):
-                return field, "field", False, False
-            if name in flags.FLAGS and (flags.FLAGS[name].boolean or not negated):  # absl's
-                return name, "own", flags.FLAGS[name].boolean, negated
+        if found := self._find_exactly(typed):
+            return *found, False
+        if typed.startswith("no") and (found := self._find_exactly(typed[2:])) and found[2]:
+            return *found, True
         own = [name for name in self.own if name != "config"]
         if typed.startswith("config."):
             own, known = [], [f"config.{field}" for field in self.fields]
         else:
             known = [*own, *self.fields]
-        text = unknown_flag_error(translate_name(typed), known).replace(
-            translate_name(typed), typed, 1
-        )
+        ours = translate_name(typed)
+        text = unknown_flag_error(ours, known).replace(ours, typed, 1)
         self.refuse(f"{text} See {self.prog} --help.")
+
+    def _find_exactly(self, name: str) -> tuple[str, str, bool] | None:
+        field = name.removeprefix("config.")
+        if name in self.own:
+            return name, "own", flags.FLAGS[name].boolean
+        if field in self.fields:
+            return field, "field", self.fields[field].type is bool
+        if self.fields and field.startswith(tuple(self.form.open_fields)):
+            return field, "field", False
+        if name in flags.FLAGS:  # absl's
+            return name, "own", flags.FLAGS[name].boolean
+        return None
 
     def _check_own(self) -> None:
         """Refuses a value that its flag cannot take, in one line instead of absl's several."""
@@ -196,14 +187,6 @@ class _CommandLine:
                     expected = "true or false"
                 self.refuse(f"--{name} must be {expected or 'valid'}; got {value!r}.")
 
-    def _refuse_absl_error(self, error: Exception) -> NoReturn:
-        """Ends the program with an error of absl's in one line."""
-        missing = re.match(r"flag --(\w+)=None", str(error))
-        if not missing:
-            self.refuse(" ".join(str(error).split()))
-        name = missing[1]
-        self.refuse(f"--{name} must be given: {flags.FLAGS[name].help}. See {self.prog} --help.")
-
     def _take_config(self) -> None:
         """Takes the config's name from --config or from the words."""
         named = [value for name, value in self.given if name == "config"]
@@ -211,10 +194,8 @@ class _CommandLine:
             named += self.words
             self.words = []
         if len(named) > 1:
-            self.refuse(
-                f"{self.prog} takes one config; got {', '.join(named)}. Fields are set by "
-                "--NAME=VALUE."
-            )
+            names = ", ".join(named)
+            self.refuse(f"{self.prog} takes one config; got {names}. Set fields by --NAME=VALUE.")
         self.given = [(name, value) for name, value in self.given if name != "config"]
         self.config_name = named[0] if named else ""
         if not self.config_name and (self.form.config == "must" or self.overrides):
@@ -223,8 +204,6 @@ class _CommandLine:
 
     def _load_config(self) -> None:
         """Sets FLAGS.config to the ConfigDict, including the fields that the user set."""
-        if not self.config_name:
-            return
         try:
             config, path = config_files.load_config_file(self.config_name)
         except ValueError as error:
@@ -293,15 +272,10 @@ class _CommandLine:
 
     def help(self) -> str:
         """Returns the examples, what the command does, its flags, and the config's fields."""
-        own = ["Flags:\n" + "\n".join(map(format_flag, self.own))] if self.own else []
-        tables = [self.form.tables.strip("\n")] if self.form.tables else []
+        own = "\n".join(["Flags:", *map(format_flag, self.own)]) if self.own else ""
+        tables = [table for table in (own, self.form.tables.strip("\n")) if table]
         doc = rewrite_commands(examples_first(self.form.doc), self.prog)
-        wrapped = [wrap_table(rewrite_commands(table, self.prog)) for table in (*own, *tables)]
-        return "\n\n".join([doc, *wrapped])
-
-
-def _flag_name(arg: str) -> str:
-    return arg.lstrip("-").partition("=")[0] if arg.startswith("-") else ""
+        return "\n\n".join([doc, *(wrap_table(rewrite_commands(t, self.prog)) for t in tables)])
 
 
 def _names(config: Any, prefix: str = "") -> Iterator[str]:
@@ -314,13 +288,13 @@ def _names(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def parse(form: CommandForm, prog: str, argv: list[str]) -> list[str]:
-    """Reads a command line into absl's FLAGS, and returns the words that are not flags.
+    """Reads the arguments of a command into absl's FLAGS; returns the words that are not flags.
 
-    FLAGS.config is the ConfigDict, including the fields that the user set. Help and bad input end
-    the program.
-
-    Args:
-        prog: what the user typed to start the command.
-        argv: the arguments behind it.
+    `prog` is what the user typed to start the command. FLAGS.config is the ConfigDict, including
+    the fields that the user set. Help and bad input end the program.
     """
-    return _CommandLine(form, prog).read(argv)
+    words = _CommandLine(form, prog).read(argv)
+    # absl checks this flag in its app.run, but only the first time in a process.
+    if "only_check_args" in flags.FLAGS and flags.FLAGS.only_check_args:
+        sys.exit(0)
+    return words

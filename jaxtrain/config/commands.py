@@ -13,59 +13,49 @@ class Command(NamedTuple):
 
     Attributes:
         name: the word after `jaxtrain`.
-        module: the module that `python -m` starts.
-        function: the module's function that runs it, called with (argv, prog).
+        start: what starts it after `python -m`: a module, and words that precede its arguments.
         group: key of GROUPS.
         text: what it does.
-        words: words that precede its arguments if it is started by `python -m`.
+        function: the module's function that runs it, called with (argv, prog).
     """
 
     name: str
-    module: str
-    function: str
+    start: str
     group: str
     text: str
-    words: tuple[str, ...] = ()
+    function: str = "command"
+
+    @property
+    def module(self) -> str:
+        return self.start.split()[0]
+
+    @property
+    def words(self) -> list[str]:
+        return self.start.split()[1:]
 
     @property
     def long_form(self) -> str:
         """The words that start it without the installed script."""
-        return " ".join(["python -m", self.module, *self.words])
+        return f"python -m {self.start}"
 
 
 COMMANDS = (
-    Command("train", "jaxtrain.train", "command", "train", "train the model of a config"),
-    Command("encode", "jaxtrain.data.encode", "main", "train", "turn text into token shards"),
-    Command("evaluate", "jaxtrain.evaluate", "command", "train", "compute a run's held-out loss"),
-    Command("generate", "jaxtrain.generate", "command", "train", "sample text from a run"),
-    Command(
-        "export",
-        "jaxtrain.interop",
-        "command",
-        "train",
-        "write a run's weights for Hugging Face or llm.c",
-        ("export",),
-    ),
-    Command(
-        "import",
-        "jaxtrain.interop",
-        "command",
-        "train",
-        "start a run from weights of Hugging Face or llm.c",
-        ("import",),
-    ),
-    Command("summary", "launch.summary", "main", "look", "report on a run: a table and a page"),
-    Command("compare", "launch.compare", "main", "look", "compare runs on two kinds of device"),
-    Command("profile", "jaxtrain.profile", "main", "look", "show where a traced step's time went"),
-    Command("plan", "jaxtrain.plan", "command", "plan", "predict memory and time on any GPU"),
-    Command("bench", "jaxtrain.bench", "main", "plan", "time training against PyTorch and peaks"),
-    Command("study", "jaxtrain.study", "command", "plan", "compare optimizers on equal terms"),
-    Command("launch", "launch.run", "main", "hosts", "train on several hosts over SSH"),
-    Command("slo", "launch.slo", "main", "hosts", "check runs against a baseline; price tokens"),
-    Command("doctor", "jaxtrain.doctor", "main", "check", "check that this machine can train"),
-    Command(
-        "crosscheck", "jaxtrain.crosscheck", "command", "check", "compare with PyTorch step by step"
-    ),
+    Command("train", "jaxtrain.train", "train", "train the model of a config"),
+    Command("encode", "jaxtrain.data.encode", "train", "turn text into token shards", "main"),
+    Command("evaluate", "jaxtrain.evaluate", "train", "compute a run's held-out loss"),
+    Command("generate", "jaxtrain.generate", "train", "sample text from a run"),
+    Command("export", "jaxtrain.interop export", "train", "write a run for Hugging Face or llm.c"),
+    Command("import", "jaxtrain.interop import", "train", "read Hugging Face or llm.c weights"),
+    Command("summary", "launch.summary", "look", "report on a run: a table and a page", "main"),
+    Command("compare", "launch.compare", "look", "compare runs on two kinds of device", "main"),
+    Command("profile", "jaxtrain.profile", "look", "show where a step's time went", "main"),
+    Command("plan", "jaxtrain.plan", "plan", "predict memory and time on any GPU"),
+    Command("bench", "jaxtrain.bench", "plan", "time training against PyTorch and peaks", "main"),
+    Command("study", "jaxtrain.study", "plan", "compare optimizers on equal terms"),
+    Command("launch", "launch.run", "hosts", "train on several hosts over SSH", "main"),
+    Command("slo", "launch.slo", "hosts", "check runs against a baseline; price tokens", "main"),
+    Command("doctor", "jaxtrain.doctor", "check", "check that this machine can train", "main"),
+    Command("crosscheck", "jaxtrain.crosscheck", "check", "compare with PyTorch step by step"),
 )
 GROUPS = {
     "train": "Train and data",

@@ -37,9 +37,7 @@ class ModelConfig(Section):
         "attention implementation; auto takes the fastest for the chip",
         choices=("auto", "reference", "blocked", "blocked_wide", "cudnn", "flash"),
     )
-    unroll: int = knob(
-        0, "layers per iteration of the scan over layers; 0 takes the chip's best", low=0
-    )
+    unroll: int = knob(0, "layers per scan iteration; 0 takes the chip's best value", low=0)
     remat: str = knob(
         "none",
         "activations to recompute in the backward pass instead of storing them",
@@ -74,7 +72,7 @@ class DataConfig(Section):
     PREFIX = "data."
 
     text: str = knob("", "file or folder of text; empty is Python's own standard library")
-    text_field: str = knob("text", "key or column of the text if data.text is JSON, CSV or Parquet")
+    text_field: str = knob("text", "key or column of the text if data.text is JSON or a table")
     shards: str = knob("", "folder, file or glob of token shards; empty encodes data.text")
     shard_format: str = knob(
         "auto",
@@ -82,12 +80,8 @@ class DataConfig(Section):
         choices=("auto", "llmc", "nanogpt", "megatron"),
     )
     tokenizer: str = knob("bytes", "'bytes', 'gpt2' or the path of a tokenizer.json")
-    val_fraction: float = knob(
-        0.05, "fraction of data.text held out for evaluation", low=0.0, high=0.5
-    )
-    batch: int = knob(
-        8, "sequences per step, over all devices and microbatches", unit="sequences", low=1
-    )
+    val_fraction: float = knob(0.05, "fraction of data.text for evaluation", low=0.0, high=0.5)
+    batch: int = knob(8, "sequences per step, on all devices together", unit="sequences", low=1)
     seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
     pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")
     document_mask: bool = knob(False, "mask attention between different documents of a sequence")
@@ -113,9 +107,7 @@ class OptimConfig(Section):
         "optimizer of embeddings, head and vectors; lmo steps by norms",
         choices=("adamw", "lmo"),
     )
-    learning_rate: float = knob(
-        0.02, "peak learning rate of parameters that step by a norm (Muon, lmo)", low=0.0
-    )
+    learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
     weight_decay: float = knob(0.0, "decoupled weight decay of matrices and embeddings", low=0.0)
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
@@ -131,9 +123,7 @@ class OptimConfig(Section):
         choices=("spectral_max", "spectral", "match_rms", "none"),
     )
     per_head: bool = knob(False, "orthogonalise each head's slice as a matrix of its own")
-    neuron_decay: float = knob(
-        0.95, "normuon: decay of the second moment of each output", low=0.0, high=0.9999
-    )
+    neuron_decay: float = knob(0.95, "normuon: decay of the second moment", low=0.0, high=0.9999)
     acceleration: str = knob(
         "transport",
         "accelerated_lmo: point at which the gradient is taken",
@@ -146,21 +136,15 @@ class OptimConfig(Section):
         low=0.0,
         high=1.0,
     )
-    lookahead_decay: float = knob(
-        0.99, "ema_lookahead: decay of the averaged step", low=0.0, high=0.9999
-    )
-    accelerate_all: bool = knob(
-        False, "accelerated_lmo: accelerate embeddings, head and vectors, too"
-    )
+    lookahead_decay: float = knob(0.99, "ema_lookahead: decay of the average", low=0.0, high=0.9999)
+    accelerate_all: bool = knob(False, "accelerated_lmo: include embeddings, head and vectors")
     narrow_buffers: bool = knob(False, "store momentum and acceleration in bfloat16")
     ns_coefficients: str = knob(
         "jordan",
         "coefficients of the Newton-Schulz polynomials; torch.optim.Muon has jordan",
         choices=("jordan", "quintic", "polar_express", "aol4"),
     )
-    ns_steps: int = knob(
-        0, "Newton-Schulz iterations; 0 takes as many as the coefficients have", low=0, high=20
-    )
+    ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is one per polynomial", low=0, high=20)
     ns_dtype: str = knob(
         "bfloat16",
         "type of the Newton-Schulz products; torch.optim.Muon has bfloat16",
@@ -171,28 +155,20 @@ class OptimConfig(Section):
     adam_eps: float = knob(1e-8, "constant added to the root of AdamW's second moment", low=1e-30)
     clip_norm: float = knob(1.0, "clip the gradient to this global norm; 0 never clips", low=0.0)
     schedule: str = knob(
-        "wsd", "shape of the learning rate after warm-up", choices=("wsd", "cosine", "constant")
+        "wsd", "learning-rate schedule after warm-up", choices=("wsd", "cosine", "constant")
     )
-    warmup_steps: int = knob(
-        10, "steps in which the learning rate rises linearly from 0", unit="steps", low=0
-    )
+    warmup_steps: int = knob(10, "steps of linear rise from 0 to the peak", unit="steps", low=0)
     noise_scale: float = knob(
         0.0,
-        "size of heavy-tailed noise added to gradients, relative to the first gradient's RMS",
+        "scale of heavy-tailed gradient noise, relative to the first gradient's RMS",
         low=0.0,
     )
     noise_tail: float = knob(
-        1.5, "tail index of that noise; up to 2 its variance is infinite", low=1.01
+        1.5, "tail index of the noise; its variance is infinite up to 2", low=1.01
     )
-    total_steps: int = knob(
-        200, "step at which the schedule ends; follows --steps", unit="steps", low=1
-    )
-    decay_fraction: float = knob(
-        0.4, "wsd: last fraction of the steps, in which the rate decays", low=0.0, high=1.0
-    )
-    final_scale: float = knob(
-        0.0, "learning rate at the end as a fraction of the peak", low=0.0, high=1.0
-    )
+    total_steps: int = knob(200, "last step of the schedule; follows --steps", unit="steps", low=1)
+    decay_fraction: float = knob(0.4, "wsd: final fraction of steps with decay", low=0.0, high=1.0)
+    final_scale: float = knob(0.0, "last rate as a fraction of the peak", low=0.0, high=1.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -204,15 +180,9 @@ class OptimConfig(Section):
 class MeshConfig(Section):
     PREFIX = "mesh."
 
-    replica: int = knob(
-        1, "number of copies of the parameters; -1 uses all devices that are left", low=-1
-    )
-    fsdp: int = knob(
-        -1, "devices that each store a part of one copy; -1 uses all that are left", low=-1
-    )
-    tensor: int = knob(
-        1, "devices that each compute a part of every layer; -1 uses all that are left", low=-1
-    )
+    replica: int = knob(1, "number of copies of the parameters; -1 uses all devices left", low=-1)
+    fsdp: int = knob(-1, "devices that share a copy; -1 uses all devices left", low=-1)
+    tensor: int = knob(1, "devices that split each layer; -1 uses all devices left", low=-1)
 
 
 @dataclass(frozen=True)
@@ -231,12 +201,8 @@ class SampleConfig(Section):
     PREFIX = "sample."
 
     prompt: str = knob("", "text that is continued at the end of a run; empty takes held-out text")
-    tokens: int = knob(
-        256, "tokens to sample at the end of a run; 0 samples none", unit="tokens", low=0
-    )
-    temperature: float = knob(
-        0.7, "sampling temperature; 0 always takes the likeliest token", low=0.0
-    )
+    tokens: int = knob(256, "tokens to sample at the end; 0 samples none", unit="tokens", low=0)
+    temperature: float = knob(0.7, "sampling temperature; 0 takes the likeliest token", low=0.0)
     top_k: int = knob(50, "draw from this many of the likeliest tokens; 0 draws from all", low=0)
 
 
@@ -246,9 +212,7 @@ class MeasureConfig(Section):
 
     PREFIX = "measure."
 
-    phases: bool = knob(
-        False, "time forward, backward, optimizer and communication separately, once"
-    )
+    phases: bool = knob(False, "time each phase of a step separately, once")
     details: bool = knob(
         False, "print the routes, optimizer groups and metrics of config.json at the start"
     )
@@ -265,7 +229,5 @@ class ProfileConfig(Section):
 class ExportConfig(Section):
     PREFIX = "export."
 
-    port: int = knob(
-        0, "port that serves the newest metrics to Prometheus; 0 serves none", low=0, high=65_535
-    )
+    port: int = knob(0, "port of the metrics for Prometheus; 0 is none", low=0, high=65_535)
     address: str = knob("127.0.0.1", "address of that port; 0.0.0.0 listens on every network")

@@ -10,8 +10,8 @@ from pathlib import Path
 def jaxtrain_program() -> str:
     """Returns the words that start our commands: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
 
-    `jaxtrain` alone is only right if the one on PATH was installed with this interpreter; another
-    one would belong to another environment.
+    The short form needs the `jaxtrain` on PATH to be the one that was installed with this
+    interpreter; another one would belong to another environment.
     """
     installed = Path(sys.executable).with_name("jaxtrain")
     on_path = shutil.which("jaxtrain")

@@ -41,8 +41,8 @@ def start_runtime(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> None:
     jax.config.update("jax_enable_x64", cfg.model.dtype == "float64")
     if uses_compile_cache(world.processes) and (cache := find_compile_cache(cfg.compile_cache)):
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        # By default JAX stores only programs that take over 1 s to compile. Initialisation alone
-        # compiles small ones for 1.7 s.
+        # By default JAX stores only programs that take over 1 s to compile. But initialisation
+        # compiles many small ones, for 1.7 s in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:

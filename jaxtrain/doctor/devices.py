@@ -101,7 +101,7 @@ def check_devices(found: dict[str, Any], reason: str, has_gpu: bool) -> list[Che
         has_gpu: whether the machine has a GPU.
     """
     if not found:
-        fix = "JAX_PLATFORMS=cpu jaxtrain doctor   # tells whether the GPU is the cause"
+        fix = "JAX_PLATFORMS=cpu jaxtrain doctor   # shows whether the GPU is the cause"
         return [Check("devices", reason, PROBLEM, fix if has_gpu else "")]
     counts = Counter(found["kinds"])
     text = ", ".join(f"{count} x {kind}" for kind, count in counts.items())

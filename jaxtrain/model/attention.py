@@ -19,7 +19,7 @@ BLOCKS = 4  # query blocks; each computes only the scores of its prefix: 5/8 of 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # primitive: result and log-sum-exp
 
 
-def _mask(T, S, docs_BT, start=0):
+def _mask(T: int, S: int, docs_BT: jax.Array | None, start: jax.Array | int = 0) -> jax.Array:
     """Returns booleans [1 or B,1,1,T,S]: whether query start+t may attend to key s."""
     causal = (start + jnp.arange(T))[:, None] >= jnp.arange(S)[None, :]
     if docs_BT is None:

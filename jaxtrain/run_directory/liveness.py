@@ -51,7 +51,7 @@ def read_owner(path: str | Path) -> dict[str, Any]:
 def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool:
     """Returns whether the file names another run that is alive, without the help of a kernel lock.
 
-    On the same boot of the same host, the pid tells. For an owner elsewhere this waits until the
+    On the same boot of the same host, its pid decides. For an owner elsewhere this waits until the
     owner touches the file, for at most stale_s. It compares two times of the file rather than one
     with the clock, because the clocks of hosts differ.
     """
@@ -84,7 +84,7 @@ def boot_id() -> str:
 def pid_start(pid: int) -> str:
     """Returns when a process started, in clock ticks since boot; "" if it does not run.
 
-    It tells a process from a later one that got the same pid.
+    It distinguishes a process from a later one with the same pid.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launch.host.exit_codes import KILLED, NO_RETRY, PREEMPTED, STOPPED, STUCK, UNREACHABLE
+from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED, STUCK, UNREACHABLE
 
 # What a rank prints when another one has gone: gloo, NCCL and JAX's coordination service.
 SECONDARY = re.compile(
@@ -107,7 +107,7 @@ def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
         yield cause(2, "memory", "killed by the kernel, out of memory")
     elif code > 128 and code != ABORTED:
         yield cause(3, "signal", f"ended by {signal_name(code - 128)}")
-    elif code == NO_RETRY:
+    elif code == REFUSED:
         # If one process has a problem, all may exit with its text, which names that process. So a
         # rank whose text names another process is not the cause.
         named = re.findall(r"\bprocess (\d+):", "\n".join(output))
