@@ -220,7 +220,7 @@ def test_files_named_val_are_for_validation_and_the_others_for_training(tmp_path
         assert files == {name for name, kind in names.items() if kind == split}
 
 
-def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
+def test_files_named_like_test_sets_are_in_no_split_and_are_reported(tmp_path):
     names = ["train.bin", "val.bin", "test.bin", "a_dev_000000.bin", "eval-1.bin"]
     for name in [*names, "test_train_000000.bin", "contest.bin"]:
         (tmp_path / name).write_bytes(llmc())
@@ -230,14 +230,14 @@ def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
     assert [Path(shard.path).name for shard in val.shards] == ["val.bin"]
     note = "3 file(s) left out by name: a_dev_000000.bin, eval-1.bin, test.bin"
     assert note in train.describe() and "left out" not in val.describe()
-    with pytest.raises(ValueError, match="must hold a train shard.*only test.bin"):
+    with pytest.raises(ValueError, match="must contain a train shard.*only test.bin"):
         open_shards(tmp_path / "test.bin")
 
 
 def test_missing_validation_shards_are_an_error_only_when_validation_is_opened(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc())
     assert open_shards(tmp_path).tokens == len(TOKENS)
-    with pytest.raises(ValueError, match="must hold a val shard"):
+    with pytest.raises(ValueError, match="must contain a val shard"):
         open_shards(tmp_path, "val")
 
 
