@@ -51,7 +51,7 @@ def time_calls(
 
 def first_line(error: Exception) -> str:
     """Returns the first 100 characters of the first line of an error."""
-    return str(error).splitlines()[0][:100]
+    return str(error).partition("\n")[0][:100]
 
 
 def time_or_error(function: Callable[[], Any], **options: Any) -> Timing | str:

@@ -4,8 +4,6 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu runs them compiled, on an H100. test_
 checks without a GPU that they compile.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,19 +37,9 @@ def no_race(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@contextlib.contextmanager
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
 def exact(function, *arrays):
     """Evaluates a function in float64, at the same numbers."""
-    with float64():
+    with jax.enable_x64(True):
         wide = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == HALF else jnp.asarray(x)
         return jax.tree.map(np.asarray, function(*map(wide, arrays)))
 

@@ -24,10 +24,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def float64_enabled():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with jax.enable_x64(True):
+        yield
 
 
 def draw(seed, shape, dtype):
