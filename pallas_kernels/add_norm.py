@@ -58,7 +58,7 @@ class _Row:
         return jnp.sum(x) / self.D
 
     def normalize(self, s):
-        """Returns the normalized row, before the gain, and the 1/rms that it was multiplied by."""
+        """Returns the normalized row, before the gain, and its factor 1/rms."""
         if self.form == "layer":
             s = jnp.where(self.inside, s - self.mean(s), 0.0)
         rstd = jax.lax.rsqrt(self.mean(s * s) + self.eps)

@@ -106,22 +106,22 @@ def _attention_program(kernels, B, T, H, G, K, documents):
         q, k = (_array(B, T, heads, K) for heads in (H, G))
         docs = _array(B, T, dtype=jnp.int32) if documents else None
 
-        def results(q, k, v, do, docs):
+        def compute(q, k, v, do, docs):
             attend = lambda q, k, v: flash_attention(q, k, v, docs, docs, blocks)
             o, pullback = jax.vjp(attend, q, k, v)
             dq, dk, dv = pullback(do)
             results = {"forward": o, "dkv": (dk, dv), "dq": dq}
             return [results[kernel] for kernel in kernels]  # XLA removes the others
 
-        return results, (q, k, k, q, docs)
+        return compute, (q, k, k, q, docs)
 
     return build
 
 
 def _attention_case(kernel, B, T, H, G, K, documents=True):
-    """Returns a case, without documents only of the Mosaic body, which then has a branch more.
+    """Returns the case of one attention kernel.
 
-    Triton's bodies need more registers with documents than without.
+    Without documents only the Mosaic body is compiled: it then has a branch that skips the mask.
     """
     sizes = B, T, H, G, K, documents
     flops = ATTENTION_WORK[kernel] * 2 * B * H * K * T * (T + 1)

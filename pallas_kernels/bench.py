@@ -113,7 +113,7 @@ def as_row(
 ) -> BenchRow | None:
     """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
 
-    PyTorch is not compared with: training, which runs in JAX, could not use it instead.
+    PyTorch's times do not count, because training, which runs in JAX, cannot use PyTorch.
     """
     timed = {
         name: timing

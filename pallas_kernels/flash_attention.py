@@ -110,9 +110,7 @@ def _forward_kernel(*refs, tiles, group):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
-    block = (
-        pl.num_programs(0) - 1 - block
-    )  # the longest blocks first, so that no long one starts last
+    block = pl.num_programs(0) - 1 - block  # the longest first, so that no long one starts last
     query_head, key_head = _Head(batch, head), _Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q = query_head.read(q_ref, rows)

@@ -154,7 +154,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
 def accumulate(
     products: Callable[..., None], start: Sequence[jax.Array], interpret: bool
 ) -> list[jax.Array]:
-    """Returns accumulators that start from `start`, after products(*accumulators) added to them.
+    """Returns accumulators that start at `start`, after products(*accumulators) has added to them.
 
     The interpreter of jax 0.11.2 does not implement run_state. Interpreted accumulators therefore
     start from zero, and `start` is added at the end.

@@ -76,7 +76,7 @@ class _Heads:
         return jnp.sum(first + second, axis=1, keepdims=True) / self.K
 
     def normalize(self, first, second):
-        """Returns the normalized heads, before the gain, and the 1/rms that they contain."""
+        """Returns the normalized heads, before the gain, and their factor 1/rms."""
         rstd = jax.lax.rsqrt(self.mean(first * first, second * second) + self.eps)
         return (first * rstd, second * rstd), rstd
 

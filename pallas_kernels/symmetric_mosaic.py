@@ -56,7 +56,7 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, square_smem, c_barrier: Any 
         # The last tile's stores must have read the squares' shared memory before it is reused.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if c_ref:
-            # The epilogue also reads squares that it does not store: order those reads before TMA.
+            # Orders the epilogue's reads of squares that it did not store before TMA's writes.
             plgpu.commit_smem()
             for _, row, column, smem, matrix in squares(p):
                 source = c_ref[0].at[matrix, pl.ds(row, side), pl.ds(column, side)]

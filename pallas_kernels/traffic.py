@@ -50,7 +50,7 @@ class MeasuredOp(NamedTuple):
 
 
 def _backward(function, arguments, cotangents):
-    """Returns (a function that computes all gradients, its arguments and cotangents)."""
+    """Returns a function that computes all gradients of another, and its inputs."""
     count = len(arguments)
 
     def gradients(*inputs):
@@ -84,7 +84,7 @@ def _adamw(w, m, v, g):
 
 
 def _cross_entropy(logits_NV, targets_N):
-    """Computes the nats and the logits' gradient: all of the head but its product."""
+    """Computes the nats and the logits' gradient: all of the head except its products."""
     lse_N = jax.nn.logsumexp(logits_NV, axis=1)
     onehot_NV = jax.nn.one_hot(targets_N, V)
     nats = (lse_N - (onehot_NV * logits_NV).sum(1)).sum()
@@ -92,7 +92,7 @@ def _cross_entropy(logits_NV, targets_N):
 
 
 def ops() -> list[MeasuredOp]:
-    """Returns the ops of llama_1400m, and AdamW, whose speed memory bandwidth limits."""
+    """Returns the ops of llama_1400m that memory bandwidth limits, AdamW's update included."""
     norm = functools.partial(add_norm_reference, bias_D=None, form="rms", eps=1e-6)
     norm_only = lambda h_ND, gain_D: norm(h_ND, None, gain_D)
     rope_backward = lambda x, cos, sin, dy: jax.vjp(lambda x: _rope(x, cos, sin), x)[1](dy)
