@@ -66,12 +66,10 @@ def _tiles_from_json(op, value):
     if value is None:
         return None
     if op == "attention":
-        kinds = {"mosaic": MosaicAttentionTiles}
-        return FlashAttentionTiles(
-            *(kinds.get(tiles[-1], AttentionTiles)(*tiles) for tiles in value)
-        )
-    kinds = {"mosaic": MosaicProductTiles}
-    return {name: kinds.get(tiles[-1], ProductTiles)(*tiles) for name, tiles in value.items()}
+        kind_of = lambda body: MosaicAttentionTiles if body == "mosaic" else AttentionTiles
+        return FlashAttentionTiles(*(kind_of(tiles[-1])(*tiles) for tiles in value))
+    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
+    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
 
 
 @functools.cache

@@ -98,18 +98,18 @@ def ops() -> list[MeasuredOp]:
     rope_backward = lambda x, cos, sin, dy: jax.vjp(lambda x: _rope(x, cos, sin), x)[1](dy)
     qk_rope: Callable = functools.partial(qk_rope_reference, eps=1e-6)
 
-    def qk_rope_backward(x, gain, cos, sin, dy):
+    def qk_backward(x, gain, cos, sin, dy):
         return jax.vjp(lambda x, gain: qk_rope(x, gain, cos, sin), x, gain)[1](dy)
 
     stream, gain = _half(N, D), _wide(D)
     ffn, chunk, leaf = _half(N, F), _wide(1_024, V), (_wide(D, F),) * 4
     targets = jax.ShapeDtypeStruct((1_024,), jnp.int32)
-    rope_inputs = _half(N, D // K, K), _wide(N, K), _wide(N, K)
-    x_BTHK = _half(N // T, T, D // K, K)
+    x_NHK, x_BTHK = _half(N, D // K, K), _half(N // T, T, D // K, K)
+    rope_inputs = x_NHK, _wide(N, K), _wide(N, K)
     qk_inputs = x_BTHK, _wide(K), _wide(T, K), _wide(T, K)
     norm_gradients = _backward(norm_only, (stream, gain), (stream,) * 2)
     swiglu_gradients = _backward(_swiglu, (ffn, ffn), (ffn,))
-    row, ffn_row, tables = N * D * HALF, N * F * HALF, 8 * N * K
+    row, ffn_row, tables, qk_tables = N * D * HALF, N * F * HALF, 8 * N * K, 8 * T * K
     return [
         MeasuredOp("add_norm forward", norm, (stream, stream, gain), 4 * row, True),
         MeasuredOp("add_norm backward", *norm_gradients, 4 * row, True),
@@ -117,12 +117,10 @@ def ops() -> list[MeasuredOp]:
         MeasuredOp("swiglu forward", _swiglu, (ffn, ffn), 3 * ffn_row, False),
         MeasuredOp("swiglu backward", *swiglu_gradients, 5 * ffn_row, False),
         MeasuredOp("rope forward", _rope, rope_inputs, 2 * row + tables, False),
+        MeasuredOp("rope backward", rope_backward, (*rope_inputs, x_NHK), 2 * row + tables, False),
+        MeasuredOp("qk_rope forward", qk_rope, qk_inputs, 2 * row + qk_tables, False),
         MeasuredOp(
-            "rope backward", rope_backward, (*rope_inputs, rope_inputs[0]), 2 * row + tables, False
-        ),
-        MeasuredOp("qk_rope forward", qk_rope, qk_inputs, 2 * row + 8 * T * K, False),
-        MeasuredOp(
-            "qk_rope backward", qk_rope_backward, (*qk_inputs, x_BTHK), 3 * row + 8 * T * K, True
+            "qk_rope backward", qk_backward, (*qk_inputs, x_BTHK), 3 * row + qk_tables, True
         ),
         MeasuredOp("adamw update", _adamw, leaf, 7 * 4 * D * F, False),
     ]
