@@ -1,11 +1,12 @@
-"""Times JAX's collectives over all processes of a job; launch.run starts it.
+"""Times JAX's collectives over all processes of a job that launch.run starts.
 
     python -m launch.run --hosts=hosts.toml --module=launch.collectives -- --mib=1,16
     ... --module=launch.collectives -- --cases=all_reduce:4096,all_gather:16384
 
-Process 0 prints one JSON line for each collective and size, with the bandwidths of nccl-tests:
-algbw is bytes over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and
-(n-1)/n for the others. Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+Process 0 prints one JSON line for each collective and size, with the bandwidths that nccl-tests
+defines: algbw is bytes over time; busbw is what each link carries, algbw times 2(n-1)/n for an
+all-reduce and (n-1)/n for the others.
+Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
 import argparse
@@ -28,11 +29,12 @@ from jaxtrain.distributed.runtime import exit_together, join_processes
 from jaxtrain.metrics.network import INTERFACE, NetworkCounters
 
 REPEATS, WARM_UP = 9, 2
-SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
+# Bytes that each device sends, in units of (n-1)/n times the array's bytes.
+PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
 
 def build(kind: str, mesh: jax.sharding.Mesh) -> tuple[Callable, P]:
-    """Returns the jitted collective of a float32 [N] over mesh axis "all", and its input's spec."""
+    """Returns a jitted collective of a float32 [N] over mesh axis "all", and its input's spec."""
     bodies = {
         "all_reduce": (lambda x: jax.lax.psum(x, "all"), P(), P()),
         "all_gather": (lambda x: jax.lax.all_gather(x, "all", tiled=True), P("all"), P()),
@@ -43,12 +45,21 @@ def build(kind: str, mesh: jax.sharding.Mesh) -> tuple[Callable, P]:
     return jax.jit(mapped), before
 
 
-def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
-    """Returns the median seconds, the bandwidths and the network bytes of one collective."""
+def measure(kind: str, size_bytes: int, mesh: jax.sharding.Mesh, interface: str) -> dict:
+    """Returns the median seconds, the bandwidths and the network bytes of one collective.
+
+    Args:
+        interface: the network interface whose bytes are counted; "" for all except loopback.
+
+    Raises:
+        ValueError: the size is less than one float32 per device.
+    """
     function, spec = build(kind, mesh)
     count = size_bytes // 4 if kind == "all_reduce" else size_bytes // 4 // mesh.size * mesh.size
     if not count:
-        raise ValueError(f"{kind} of {size_bytes} bytes has no float32 for each of {mesh.size}.")
+        raise ValueError(
+            f"{kind} must have 4 bytes per device; got {size_bytes} for {mesh.size}. Set --cases."
+        )
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
     times, wire = [], NetworkCounters(interface)
@@ -61,7 +72,7 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
     sent = wire.read()[0] - before
     wire.close()
     seconds, n = statistics.median(times[WARM_UP:]), mesh.size
-    ideal = SHARE[kind] * (n - 1) / n * 4 * count
+    ideal = PASSES[kind] * (n - 1) / n * 4 * count
     return {
         "collective": kind,
         "bytes": 4 * count,
@@ -78,16 +89,17 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
 
 
 def main() -> None:
+    """Times each case and prints it from process 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", default="1,16", help="sizes in MiB for every collective")
     parser.add_argument("--cases", default="", help="KIND:BYTES,... instead of --mib")
-    parser.add_argument("--interface", default="", help="the network interface of training")
+    parser.add_argument("--interface", default="", help="the training network's interface")
     args = parser.parse_args()
     beat("start")
     join_processes(detect_world(os.environ))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
     cases = [case.split(":") for case in args.cases.split(",") if case] or [
-        (kind, float(size) * 2**20) for size in args.mib.split(",") for kind in SHARE
+        (kind, float(size) * 2**20) for size in args.mib.split(",") for kind in PASSES
     ]
     for kind, size in cases:
         beat("eval")

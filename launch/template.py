@@ -4,11 +4,13 @@
     python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
-Each template begins with how to use it, and says which parts of it have actually run.
-jaxtrain/distributed/cluster.py reads the environment variables that the engine or template sets.
+Each template begins with how to use it and with what of it has run or was checked. The program
+finds its processes by the variables that the engine or the template sets
+(jaxtrain/distributed/cluster.py).
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import resources
 
 from launch.arguments import Parser
@@ -29,15 +31,14 @@ def read_template(engine: str) -> str:
     return (resources.files("launch") / "templates" / TEMPLATES[engine]).read_text()
 
 
-def summary(engine: str) -> str:
-    """Returns the first comment line of a template."""
+def first_line(engine: str) -> str:
+    """Returns the first line of a template's comment, which says what it is for."""
     lines = read_template(engine).splitlines()
-    first = next(line for line in lines if line.startswith(("# ", '"""')))
-    return first.strip('#" ')
+    return next(line for line in lines if line.startswith(("# ", '"""'))).strip('#" ')
 
 
-def main(argv: list[str] | None = None) -> int:
-    listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
+def main(argv: Sequence[str] | None = None) -> int:
+    listed = "\n".join(f"  {engine:10} {first_line(engine)}" for engine in TEMPLATES)
     parser = Parser("python -m launch.template", f"{__doc__}\n{listed}")
     parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")
     parser.add_argument("--list", action="store_true", help="list the engines and what each is for")

@@ -1,4 +1,4 @@
-"""The training program under engines that run here for real, by the templates that are shipped."""
+"""The training program runs under real engines, started by the templates."""
 
 import os
 import shutil
@@ -33,12 +33,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder for all hosts, with a text and the losses of one process."""
+    """A folder that all hosts see, with a text and the losses of a single process."""
     folder = tmp_path_factory.mktemp("shared")
     config = debug.get_config()
     text = runs.write_text(folder)
     config.update_from_flattened_dict(SETTINGS | {"data.text": str(text)})
-    config.workdir, config.compile_cache = str(folder / "alone"), ""
+    config.workdir, config.compile_cache = str(folder / "single"), ""
     assert train(config_lib.freeze(config), jax.devices()[:1], quiet=True) == 0
     return folder
 
@@ -50,7 +50,7 @@ def flags(name):
 
 
 def run_on_first(bed, *argv, **env):
-    """What a command on h0 prints, with this environment's python and the working tree."""
+    """Returns what a command prints on h0, with this environment's python and the working tree."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
     env["XLA_FLAGS"] = xla_flags.QUICK
@@ -63,12 +63,12 @@ def run_on_first(bed, *argv, **env):
 
 def check(shared, name, out, engine):
     assert f"process 1 of 2 ({engine})" in out, out
-    losses, alone = (dict(runs.losses(shared / run)) for run in (name, "alone"))
-    assert losses == pytest.approx(alone, abs=1e-5) and list(losses) == [1, 2, 3]
+    losses, single = (dict(runs.losses(shared / run)) for run in (name, "single"))
+    assert losses == pytest.approx(single, abs=1e-5) and list(losses) == [1, 2, 3]
 
 
 @pytest.mark.skipif(bool(no_slurm), reason=no_slurm)
-def test_two_nodes_of_slurm_train_as_one_process(shared):
+def test_two_slurm_nodes_train_with_the_losses_of_one_process(shared):
     (shared / "train.sh").write_text(read_template("slurm"))
     with slurm_bed.SlurmBed(2, shared) as bed:
         log = shared / "slurm.out"
@@ -79,7 +79,7 @@ def test_two_nodes_of_slurm_train_as_one_process(shared):
 
 
 @pytest.mark.skipif(bool(no_mpi), reason=no_mpi)
-def test_two_hosts_of_mpirun_train_as_one_process(shared):
+def test_two_mpirun_hosts_train_with_the_losses_of_one_process(shared):
     (shared / "mpi.sh").write_text(read_template("openmpi"))
     with beds.Bed(2, shared) as bed:
         out = run_on_first(

@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass
 from html import escape
 
+from launch.report.formats import short
+
 WIDTH, HEIGHT = 360, 190
 LEFT, TOP, BOTTOM = 40, 10, 22  # room for the labels of ticks
 LETTER = 6.3  # width of one at the labels' size
 COLOURS = 6
-SIZES = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,6 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
-    """`0.35`, `12`, `1500`, `15k`, `3.2M`, `1.1G`: three significant digits at most."""
-    if value != value or math.isinf(value):
-        return str(value)
-    for least, size, letter in SIZES:
-        if abs(value) >= least * 0.9995:
-            return f"{_trim(digits(value / size))}{letter}"
-    return _trim(digits(value))
-
-
-def digits(value: float, count: int = 3) -> str:
-    """That many significant digits, without an exponent: `1.00`, `8.67`, `801`, `1643`."""
-    if not value or value != value or math.isinf(value):
-        return f"{value:g}"
-    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value)) + 1e-9))}f}"
-
-
-def _trim(text: str) -> str:
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def thin(points, most: int = 320) -> list:
     """Thins many points to the lowest and the highest of each of `most / 2` ranges, in order."""
     if len(points) <= most:
@@ -84,19 +64,6 @@ def thin(points, most: int = 320) -> list:
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
         kept += sorted(ends)
     return kept
-
-
-def smooth(points) -> list:
-    """Each point's mean with its neighbours: 1/8 of those before it, at most 1/40 of all."""
-    total, sums = 0.0, [0.0]
-    for _, y in points:
-        total += y
-        sums.append(total)
-    trend = []
-    for i, (x, _) in enumerate(points):
-        half = min(i // 8, len(points) // 40, len(points) - 1 - i)
-        trend.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
-    return trend
 
 
 def _text(x, y, words, kind="", anchor="") -> str:
