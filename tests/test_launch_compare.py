@@ -10,8 +10,8 @@ import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import compare
-from launch.compare import normalise, ratios, verdict_on
 from launch.report.comparable import match_losses
+from launch.report.ratios import SPEEDS, normalise, ratios, verdict_on
 from launch.report.sides import read_external, read_side
 from launch.report.stats import bootstrap, noise, percentile, t_quantile
 
@@ -68,7 +68,7 @@ def test_a_side_against_itself_has_ratio_1_and_swapped_sides_have_the_inverse_ra
     assert all(row["ratio"] == 1 for row in ratios(a, a).values())
     forth, back = (normalise(*pair, ratios(*pair), 0.05) for pair in ((a, b), (b, a)))
     for name in ("raw", "peak_flops", "hbm_bytes", "roofline"):
-        for speed in compare.SPEEDS:
+        for speed in SPEEDS:
             product = forth[name][speed]["ratio"] * back[name][speed]["ratio"]
             assert product == pytest.approx(1, rel=1e-12)
 
