@@ -9,7 +9,7 @@ from typing import Any
 from launch.inventory import read_toml
 from launch.report.run_folder import EVAL_LOSS, LOSS, RunFolder, find_runs
 
-# Settings that do not change what is computed.
+# Settings in which runs of the same work may differ.
 NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
 NOT_WORK_SECTIONS = ("measure.", "profile.", "export.")  # config_hash leaves them out too
 EXTERNAL = {  # key of a [[side]] -> its type; the first seven are required
