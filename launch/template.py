@@ -1,16 +1,14 @@
-"""Prints a template for starting training with another engine instead of launch.run.
+"""Prints a template for another engine that starts the same training program as launch.run.
 
     python -m launch.template slurm > train.sh
     python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
-Each template begins with how to use it and with what of it has run or was checked. The program
-finds its processes by the variables that the engine or the template sets
-(jaxtrain/distributed/cluster.py).
+Each template begins with how to use it and what of it was tested. The training program reads the
+environment variables that the engine or the template sets: jaxtrain/distributed/cluster.py.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import resources
 
 from launch.arguments import Parser
@@ -27,18 +25,19 @@ TEMPLATES = {
 
 
 def read_template(engine: str) -> str:
-    """Returns a template's text. Raises KeyError if there is none."""
+    """Returns the text of an engine's template. Raises KeyError if there is none."""
     return (resources.files("launch") / "templates" / TEMPLATES[engine]).read_text()
 
 
-def first_line(engine: str) -> str:
-    """Returns the first line of a template's comment, which says what it is for."""
+def summary(engine: str) -> str:
+    """Returns the first comment line of an engine's template, which describes it."""
     lines = read_template(engine).splitlines()
     return next(line for line in lines if line.startswith(("# ", '"""'))).strip('#" ')
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    listed = "\n".join(f"  {engine:10} {first_line(engine)}" for engine in TEMPLATES)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
     parser = Parser("python -m launch.template", f"{__doc__}\n{listed}")
     parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")
     parser.add_argument("--list", action="store_true", help="list the engines and what each is for")

@@ -56,6 +56,14 @@ def write_format(folder, name):
 FORMATS = ["llmc", "llmc_uint32", "nanogpt", "megatron", "megatron_int32"]
 
 
+def test_shards_below_a_folder_whose_name_is_not_utf8_are_opened(tmp_path):
+    """An ASCII locale gives every folder with a non-ASCII name such a path."""
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    write_format(folder, "nanogpt")
+    np.testing.assert_array_equal(tokens_of(open_shards(folder)), TOKENS)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_is_detected_and_gives_back_its_tokens(name, tmp_path):
     path = write_format(tmp_path, name)
@@ -220,7 +228,7 @@ def test_files_named_val_are_for_validation_and_the_others_for_training(tmp_path
         assert files == {name for name, kind in names.items() if kind == split}
 
 
-def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
+def test_files_named_like_test_sets_are_in_no_split_and_are_reported(tmp_path):
     names = ["train.bin", "val.bin", "test.bin", "a_dev_000000.bin", "eval-1.bin"]
     for name in [*names, "test_train_000000.bin", "contest.bin"]:
         (tmp_path / name).write_bytes(llmc())
@@ -230,14 +238,14 @@ def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
     assert [Path(shard.path).name for shard in val.shards] == ["val.bin"]
     note = "3 file(s) left out by name: a_dev_000000.bin, eval-1.bin, test.bin"
     assert note in train.describe() and "left out" not in val.describe()
-    with pytest.raises(ValueError, match="must hold a train shard.*only test.bin"):
+    with pytest.raises(ValueError, match="must contain a train shard.*only test.bin"):
         open_shards(tmp_path / "test.bin")
 
 
 def test_missing_validation_shards_are_an_error_only_when_validation_is_opened(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc())
     assert open_shards(tmp_path).tokens == len(TOKENS)
-    with pytest.raises(ValueError, match="must hold a val shard"):
+    with pytest.raises(ValueError, match="must contain a val shard"):
         open_shards(tmp_path, "val")
 
 

@@ -58,7 +58,7 @@ def test_the_error_for_tokens_that_do_not_spell_the_text_names_the_place(name, d
         count_lost_bytes(tokenizer, SOURCE, ids, "file.txt")
 
 
-def test_the_named_place_is_the_first_byte_that_differs():
+def test_the_error_names_the_first_byte_that_differs():
     tokenizer = build_tokenizer("gpt2")
     ids = tokenizer.encode(SOURCE)
     first_difference = len(tokenizer.decode(ids[:512]).encode())

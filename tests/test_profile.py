@@ -66,7 +66,7 @@ def test_own_time_excludes_nested_operations():
     assert own_times([(0, 10), (1, 4), (2, 3), (5, 6), (10, 12)]) == [6, 2, 1, 1, 2]
 
 
-def test_simultaneous_operations_are_busy_once_and_pauses_are_not_idle():
+def test_overlapping_operations_are_counted_once_and_pauses_are_not_idle_time():
     ops = [TracedOp("a", "m", 0.0, 2.0, 2.0), TracedOp("b", "m", 1.0, 3.0, 2.0)]
     ops += [TracedOp("eval", "m", 5.0, 6.0, 1.0), TracedOp("all-reduce.1", "m", 9.0, 10.0, 1.0)]
     device = Device("d", tuple(ops)).without([(4.0, 8.0)])

@@ -82,7 +82,7 @@ def test_a_bar_on_60_columns_shows_fewer_numbers_and_cuts_none(monkeypatch, root
     assert "\x1b[3" not in shown  # no colours
 
 
-def test_columns_stay_in_place_whatever_the_numbers(capsys):
+def test_progress_lines_are_aligned_for_numbers_of_any_size(capsys):
     terminal = Terminal(10_000)
     rows = [(10.8, 123.0, 0.0004), (1.5, 1_234_567.0, 12.5), (float("nan"), 6842.0, 0.299)]
     for i, values in enumerate(rows):

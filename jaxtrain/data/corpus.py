@@ -87,7 +87,7 @@ class Corpus:
     def token_bytes(self) -> np.ndarray | None:
         """Returns the bytes of text that each token stands for, [vocabulary] int32.
 
-        Special tokens stand for 0 bytes. None if it is unknown which tokenizer made the shards.
+        Special tokens stand for 0 bytes. Returns None if the shards' tokenizer is unknown.
         """
         if self.bytes_per_token is None or self.tokenizer_name is None:
             return None
@@ -148,7 +148,7 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         digest.update(f"{shard.tokens} {checksum.fingerprint}\n".encode())
     largest_token = max(checksum.largest for checksum in checksums)
 
-    # What meta.json knows counts only if it covers all shards and one tokenizer made them.
+    # meta.json is used only if it describes all shards and one tokenizer made them.
     entries = shard_entries(files.metadata_of)
     described = [path for path in files.paths if path in entries]
     folders = [files.metadata_of[path.parent] for path in described]
@@ -178,7 +178,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
         paths = [folder / e["file"] for e in metadata["shards"] if e["split"] == split]
         if not paths:
             raise ValueError(
-                f"data.text must hold a document for {split}; got none with "
+                f"data.text must contain a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
         return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))

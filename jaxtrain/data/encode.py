@@ -60,9 +60,8 @@ that it starts over.
 
 A document that cannot be used is skipped: a line that is not JSON, a damaged row group, the rest of
 a truncated file, a text that the tokenizer refuses. The command prints how many were skipped and
-where the first of them are.
-If more than half of the documents or bytes cannot be used, the command fails. With
---on_bad_document=stop it fails at the first one.
+where the first of them are. If more than half of the documents or bytes cannot be used, the command
+fails. With --on_bad_document=stop it fails at the first one.
 
 DIR receives NAME_train_000000.bin, NAME_val_000000.bin, ... (256 int32 of header, then uint16
 tokens, or uint32 for vocabularies that need it) and meta.json: tokenizer, vocabulary size, eot, and
@@ -78,15 +77,20 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--out", required=True, help="folder for the shards; created if missing")
     add("--tokenizer", required=True, help="bytes, gpt2 or the path of a tokenizer.json")
     add("--name", help="first part of the shards' names; default: the input's name")
-    add("--text_field", default="text", help="key or column of the text; %(default)s")
-    add("--val_fraction", type=float, default=0.01, help="share held out; %(default)s")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard; %(default)s")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; all %(default)s cores")
+    add("--text_field", default="text", help="key or column of the text; default: %(default)s")
+    add("--val_fraction", type=float, default=0.01, help="share held out; default: %(default)s")
+    add(
+        "--shard_tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        help="tokens per shard; default: %(default)s",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     add(
         "--on_bad_document",
         choices=("skip", "stop"),
         default="skip",
-        help="skip and count a document that cannot be used, or stop there; %(default)s",
+        help="skip and count a document that cannot be used, or stop there; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace the shards in DIR")
     args = parser.parse_args(argv)
@@ -130,7 +134,7 @@ def _find_replaceable_shards(out: Path, overwrite: bool) -> list[Path]:
     finished = [path for path in shards if path.name not in moved]
     if finished and not overwrite:
         found = printable_path(finished[0])
-        _exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+        _exit(f"--out must contain no shards; got {found}. Choose another, or add --overwrite.")
     if foreign := [path for path in finished if path.name not in listed]:
         found = printable_path(foreign[0])
         _exit(

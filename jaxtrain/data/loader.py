@@ -114,9 +114,10 @@ class Batches:
         sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
         if len(sequences) < cfg.batch:
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least one batch of data.batch={cfg.batch} "
-                f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
-                f"sequences from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
+                f"the {corpus.split} corpus must contain at least one batch of "
+                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
+                f"{len(sequences)} sequences from {corpus.tokens} tokens. Set --data.batch or "
+                "--data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
         source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs)
@@ -187,7 +188,7 @@ class Batches:
 class EvalBatches:
     """All windows of a corpus in order, {"tokens", "docs"} int32[B,T+1]; can be iterated again.
 
-    The last tokens of a shard, too few for a whole window, are padded to one: every token but the
+    Tokens at the end of a shard that do not fill a window are padded, so that every token but the
     first of each shard is predicted exactly once. Padding has docs = -1.
     """
 
@@ -198,7 +199,7 @@ class EvalBatches:
         self._sequences = WindowSequences(corpus, cfg.seq_len, partial=True)
         if not len(self._sequences):
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least 2 tokens; got {corpus.tokens}. "
+                f"the {corpus.split} corpus must contain at least 2 tokens; got {corpus.tokens}. "
                 "Set --data.val_fraction or --data.shards."
             )
         self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)

@@ -82,7 +82,7 @@ def find_shards(pattern: str, split: str) -> list[Path]:
             hint = "named with 'val'"
             fix = "Set --data.shards, or encode the text again with --val_fraction=0.01."
         raise ValueError(
-            f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
+            f"data.shards must contain a {split} shard, a file {hint}; got {pattern!r} with only "
             f"{', '.join(path.name for path in paths[:4])}. {fix}"
         )
     return chosen

@@ -17,7 +17,7 @@ ASCII_SPACE = b" \t\n\r\v\f"
 DROPS_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
 KEEPS_SPACE = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
 ADDS_TOKENS = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
-MAX_NAMES = 4  # of added tokens in a note
+MAX_NAMES = 4  # listed in a note
 
 
 def byte_letters() -> dict[str, int]:
@@ -88,7 +88,7 @@ class TextForm:
         )
         parts = self._normalizers + self._splitters + self._decoders
         self._byte_level = any(part["type"] == "ByteLevel" for part in parts)
-        self._writes_space = any(  # as SPACE
+        self._writes_space = any(  # writes a space as SPACE
             part["type"] == "Metaspace" or SPACE in json.dumps(part, ensure_ascii=False)
             for part in parts
         )

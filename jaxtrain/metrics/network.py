@@ -86,7 +86,7 @@ class NetworkCounters:
 
 
 def open_network_counters(hosts: list[str]) -> NetworkCounters | None:
-    """Returns the counters of the training network; None where all processes share one host.
+    """Returns the counters of the training network; None if all processes share one host.
 
     Args:
         hosts: name of each process's host.

@@ -24,7 +24,7 @@ FOLDER = "hosts"
 # regular steps, the second one steps that always vary. Sigma is estimated from the median absolute
 # deviation, which outliers hardly move; SIGMA_OF_MAD is their ratio for a normal distribution.
 HISTORY = 200
-LEAST = 10  # with fewer steps, none is called an outlier
+MIN_STEPS = 10  # with fewer steps, none is called an outlier
 TIMES, SIGMAS = 1.5, 3.0
 SIGMA_OF_MAD = 1.4826
 SHARE = 0.25  # a cause is named if it explains at least this share of the excess time
@@ -114,7 +114,7 @@ class StepLog:
         lines = []
         for record in records:
             lines.append(record.to_json())
-            if record.step_time_s > limit_s and len(times_s) >= LEAST:
+            if record.step_time_s > limit_s and len(times_s) >= MIN_STEPS:
                 cause = name_cause(record, record.step_time_s - median_s)
                 self.outliers[cause] += 1
                 event = {"step": record.step, "time": record.time, "event": "outlier"}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 OVERLAPPED = ("data",)  # pauses of the host during which the device still runs the previous step
-STEP_TIME_METRICS = (  # those that step_time_metrics() returns, in its order
+STEP_TIME_METRICS = (  # the keys of step_time_metrics(), in order
     "perf/step_time_s",
     "perf/step_time_p95_s",
     "perf/step_time_p99_s",
@@ -28,7 +28,7 @@ FED_STEPS = 64  # the usual step time is the median of this many steps whose bat
 
 @dataclass
 class _Span:
-    """Times since `started_s`: of the run, or of the window between two summaries."""
+    """Times since `started_s`, of the run or of the window between two summaries."""
 
     started_s: float
     step_times_s: array = field(default_factory=lambda: array("d"))

@@ -206,7 +206,7 @@ def read_trace(path: Path) -> ProfileTrace:
     with warnings.catch_warnings():
         # jax 0.11.2 warns while it creates a type in C++; as an error this would abort Python.
         warnings.simplefilter("ignore", DeprecationWarning)
-        data = ProfileData.from_file(str(path))  # named: planes do not keep it alive
+        data = ProfileData.from_file(str(path))  # must outlive its planes
         for plane in data.planes:
             plane_devices = []
             if GPU.match(plane.name):

@@ -44,8 +44,8 @@ class Terminal:
     def show_step(self, step: int, metrics: dict[str, int | float]) -> None:
         """Shows a step's loss, its speed and the time left.
 
-        The time left follows from the mean time of a step since the first shown step, in which
-        evaluations and saves count and compilation does not.
+        The time left follows from the mean time of a step since the first shown step, including
+        evaluations and saves but not compilation.
         """
         if self.quiet:
             return

@@ -24,7 +24,7 @@ class Counts:
     bad: int = 0  # skipped documents that should have contained text
     lost_bytes: int = 0  # bytes on disk that could not be read
     problems: list[DocumentProblem] = field(default_factory=list)  # the first MAX_PROBLEMS
-    drawn: Nearest = field(default_factory=dict)
+    drawn: Nearest = field(default_factory=dict)  # the documents whose split find_forced may change
 
     def add(self, encoded: Encoded) -> None:
         """Adds the documents of a task."""
@@ -95,15 +95,15 @@ def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> 
     if not documents:
         advice = f"Set {options.flags.text} to a file or folder of text."
         if any(reason.startswith(NO_FIELD) for reason in counts.skipped):
-            advice = f"Set {options.flags.text_field} to the key that holds the text."
+            advice = f"Set {options.flags.text_field} to the key of the text."
         raise UnusableInput(
-            "the input must hold at least one document of UTF-8 without NUL bytes; got "
+            "the input must contain at least one document of UTF-8 without NUL bytes; got "
             f"{files:,} file(s), {describe_skipped(counts.skipped)}. {advice}"
         )
     if options.val_fraction and len(+counts.documents) < 2:
         [(split, count)] = (+counts.documents).items()
         raise UnusableInput(
-            "the input must hold two documents, or one that is long enough to be cut, so that a "
+            "the input must contain two documents, or one that is long enough to be cut, so that a "
             f"part can be held out for validation; got {count} document(s), all in {split}. "
             f"Add text to {options.flags.text}."
         )

@@ -2,13 +2,13 @@
 
 import re
 
-WINDOW_BYTES = 1 << 16  # in which a newline to cut at is searched
+WINDOW_BYTES = 1 << 16  # searched for a newline to cut at
 # No token of GPT-2's pattern spans the place between a printable character and a newline.
 SAFE_CUT = re.compile(rb"[!-~]\n")
 
 
 def find_cut(window: bytes) -> int:
-    """Returns the offset of the first good cut in the bytes after the wanted place.
+    """Returns the offset of the first good cut in `window`, the bytes after the wanted place.
 
     If the window has no newline after a printable character, the cut is before the first character
     that begins in the window, so that no UTF-8 character is divided.

@@ -50,7 +50,7 @@ def divide_input(
 def _inspect(
     path: str, name: str, size: int, file_format: Format, text_field: str
 ) -> Piece | Unit | list[Unit] | str:
-    """Returns the parts of a file, or the reason why it holds no text."""
+    """Returns the parts of a file, or the reason why it has no text."""
     if file_format.skip:
         return file_format.skip
     piece = Piece(path, name, 0, size, file_format.kind, file_format.compression)

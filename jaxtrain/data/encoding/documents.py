@@ -1,6 +1,6 @@
 """Turns pieces of the input into tokens, document by document, inside an encoding process.
 
-A document that cannot be used is counted with its reason and its place. It never ends the process.
+A document that cannot be used is counted with its reason and its place; it never ends the process.
 """
 
 import json
@@ -130,7 +130,7 @@ def _tokenize(
 
 def _encode_text(content: bytes, tokenizer: Tokenizer) -> np.ndarray | BadDocument:
     if b"\0" in content:
-        return BadDocument("holding NUL bytes", "the text holds a NUL character")
+        return BadDocument("holding NUL bytes", "the text contains a NUL character")
     try:
         if len(content) <= LONG_BYTES:
             return tokenizer.encode(content.decode())

@@ -127,7 +127,7 @@ def _kind(head: bytes, suffix: str) -> str:
 
 
 def _parse_values(head: bytes) -> list | None:
-    """Returns the JSON values at the beginning of a file, or None if it holds anything else.
+    """Returns the JSON values at the beginning of a file, or None if there is anything else.
 
     A last value that the end of the head cuts is not returned.
     """
@@ -223,6 +223,6 @@ def iter_bytes(stream: Any, size: int | None = None) -> Iterator[bytes]:
 
 
 def line_number(path: str, compression: str, position: int) -> int:
-    """Returns the number, from 1, of the line that holds a byte of the uncompressed content."""
+    """Returns the number, from 1, of the line that contains a byte of the uncompressed content."""
     with open_content(path, compression) as (stream, _):
         return 1 + sum(chunk.count(b"\n") for chunk in iter_bytes(stream, position))

@@ -38,7 +38,7 @@ def encode(
     locked: bool = True,
     note: Callable[[str], object] = logging.info,
 ) -> dict:
-    """Encodes files into shards in `out` and returns what its meta.json holds.
+    """Encodes files into shards in `out` and returns the content of meta.json.
 
     Shards are completed in a hidden folder and then renamed into place. meta.json is written last;
     shards without it are ignored. What a stopped encoding has written stays in the hidden folder,

@@ -12,7 +12,7 @@ MAX_LOST = 0.01  # share of the text's bytes
 
 
 class UnusableInput(ValueError):
-    """The input cannot be encoded: its progress is deleted, because it would fail again."""
+    """The input cannot be encoded. Progress is deleted, because a retry would fail too."""
 
 
 class ContainsEot(ValueError):

@@ -62,8 +62,8 @@ class Piece:
     compression: str = ""
     split: str = "train"  # of a text; the split of other documents is decided one by one
     first: bool = True  # whether a text starts here
-    # What a reader has read already: bytes of a text or of lines, rows of json and of tables.
-    # None is read from the file by the encoding process.
+    # What a reader has already read: bytes of a text or of lines, or rows of json or a table. If it
+    # is None, the encoding process reads it from the file.
     content: bytes | list[Row] | None = None
 
     def rows(self) -> list[Row]:
@@ -154,7 +154,7 @@ def group_rows(
             continue
         group.append(row)
         size += len(row[1]) if isinstance(row[1], bytes) else 0
-        if size >= piece_bytes or len(group) >= piece_bytes:
+        if size >= piece_bytes or len(group) >= piece_bytes:  # empty rows have no size
             yield next_task()
     if group:
         yield next_task()
