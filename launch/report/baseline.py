@@ -147,7 +147,7 @@ def _bound(runs, name, values, confidence) -> dict:
     if len(runs) < LEAST_RUNS:
         samples, how = _blocks(runs, name)
     if len(samples) < LEAST_BLOCKS:
-        return {"bound": None, "how": "one value has no spread"}
+        return {"bound": None, "how": "too few values to estimate a spread"}
     if min(samples) <= 0:
         return {"bound": None, "how": f"{how}, with a value of {min(samples):g}"}
     n, sign = len(samples), FIGURES[name].sign
@@ -159,19 +159,19 @@ def _bound(runs, name, values, confidence) -> dict:
 
 
 def _blocks(runs, name) -> tuple[list[float], str]:
-    """Returns a figure of each part of every run, and a description of them."""
+    """Returns a figure of each block of every run's steps, and their description."""
     samples, metric = [], FIGURES[name].metric
     for run in runs:
-        parts = series(run, name)
-        count = min(BLOCKS, len(parts) // STEPS_PER_BLOCK)
+        run_values = series(run, name)
+        count = min(BLOCKS, len(run_values) // STEPS_PER_BLOCK)
         if count < LEAST_BLOCKS and not metric:
             least = LEAST_BLOCKS * STEPS_PER_BLOCK
             raise ValueError(
                 f"{run.folder} must have {least} step times or more to show a spread; got "
-                f"{len(parts)}. Give a longer RUN, or {LEAST_RUNS} RUNs."
+                f"{len(run_values)}. Give a longer RUN, or {LEAST_RUNS} RUNs."
             )
         if count >= LEAST_BLOCKS:
-            samples += [measure(run, name, part) for part in split(parts, count)]
+            samples += [measure(run, name, block) for block in split(run_values, count)]
     source = "the run" if len(runs) == 1 else f"{len(runs)} runs"
     return samples, f"spread of {len(samples)} blocks of {source}"
 
