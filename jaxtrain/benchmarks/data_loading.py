@@ -1,6 +1,6 @@
-"""Suite loader: tokens/s from a token shard to arrays on the device, and the first batch's time.
+"""Suite loader: the loader's tokens/s, from a shard to the device, and the first batch's time.
 
-For comparison it times a minimal reader: NumPy crops at random places of the same file.
+For comparison it times a minimal reader, which copies windows at random places of the same file.
 """
 
 import dataclasses
@@ -63,8 +63,8 @@ def _crop_file(corpus: Corpus) -> Callable[[int], None]:
 
 
 def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
-    """Returns rows of prefetch 2 (the default), prefetch 0 and plain crops, and the first batch."""
-    jax.block_until_ready(jax.device_put(np.zeros(1)))  # starts the backend, outside the timing
+    """Returns rows for prefetch 2 (the default), prefetch 0, plain crops and the first batch."""
+    jax.block_until_ready(jax.device_put(np.zeros(1)))  # so that starting the backend is not timed
     mesh = build_mesh(MeshConfig(), jax.devices("cpu")[:1])
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder), tokens)
@@ -75,8 +75,7 @@ def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
         prefetching = build_batches(cfg, corpus, mesh, 0)
         jax.block_until_ready(next(prefetching))
         first_s = time.perf_counter() - start_s
-        no_prefetch = dataclasses.replace(cfg, prefetch=0)
-        in_loop = build_batches(no_prefetch, corpus, mesh, 0)
+        in_loop = build_batches(dataclasses.replace(cfg, prefetch=0), corpus, mesh, 0)
         with prefetching, in_loop:
             variants = {
                 f"prefetch={cfg.prefetch}": _load_batches(prefetching),
@@ -86,11 +85,10 @@ def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
             warm_up(variants, most_s=60.0)
             samples = interleave(variants, rounds)
     case = f"{tokens / 1e6:g}M tokens, B={BATCH} T={T}"
-    rows = [
-        {"suite": "loader", "case": case, "variant": v} | summarise(s) for v, s in samples.items()
-    ]
-    for row in rows:
-        row["tokens_per_s"] = BATCHES * BATCH * T / row["wall_s"]
+    rows = []
+    for variant, taken in samples.items():
+        row = {"suite": "loader", "case": case, "variant": variant} | summarise(taken)
+        rows.append(row | {"tokens_per_s": BATCHES * BATCH * T / row["wall_s"]})
     first = {"suite": "loader", "case": case, "first_batch_s": first_s, "open_corpus_s": opened_s}
     return [*rows, first]
 
@@ -111,7 +109,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             "ms a batch": lambda r: f"{1e3 * r['wall_s'] / BATCHES:.3f}",
             "cpu ms": lambda r: f"{1e3 * r['cpu_s'] / BATCHES:.3f}",
             "others": lambda r: f"{r['others']:.0%}",
-            "n": lambda r: str(r["samples"]),
+            "n": lambda r: r["samples"],
         },
     )
     return (

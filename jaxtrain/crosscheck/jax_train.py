@@ -78,8 +78,8 @@ def record(
     """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
     Args:
-        style: how tensors are named, one of tensor_names.STYLES.
-        batches: what to train on; None reads the config's data.
+        style: of the tensors' names, one of tensor_names.STYLES.
+        batches: None reads the config's data.
         keep_batches: store the batches in the trace.
 
     Raises:

@@ -1,6 +1,6 @@
 """Formats a plan as text for people and as a dict for JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.planning.compiled import Plan
@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def sum_collectives(plan: Plan) -> list[dict[str, Any]]:
-    """Returns one row for each kind and axes of collective, summed over a step."""
+    """Returns a row for each kind of collective and each set of mesh axes, summed over a step."""
     rows = {}
     for c in plan.collectives:
         row = {"kind": c.kind, "axes": c.axes, "crosses_hosts": c.crosses_hosts}
@@ -42,7 +42,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "fsdp": plan.mesh["fsdp"],
         "tensor": plan.mesh["tensor"],
         "fits": m.fits,
-        "memory_bytes": {**m.by_use(), "peak": m.peak, "usable": m.usable},
+        "memory_bytes": m.all_sizes(),
         "flops_per_token": {"causal": plan.causal_flops.total, "full": plan.flops.total},
         "flops_executed_per_device": plan.roofline.flops,
         "hbm_bytes_per_device": plan.roofline.hbm_bytes,
@@ -57,13 +57,16 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+def memory_table(sizes: Mapping[str, float]) -> str:
+    """Returns a table of {use: bytes} in GiB."""
+    rows = [(use, f"{size / GIB:.2f}") for use, size in sizes.items()]
+    return format_table(rows, ("use", "GiB"), indent=2)
+
+
 def _memory_lines(plan: Plan) -> Iterator[str]:
     m, hbm_bytes = plan.memory, plan.hardware.chip.hbm_bytes
-    uses = {**m.by_use(), "peak": m.peak, "usable": m.usable}
     yield "Memory of one device:"
-    yield format_table(
-        [(name, f"{size / GIB:.2f}") for name, size in uses.items()], ("use", "GiB"), indent=2
-    )
+    yield memory_table(m.all_sizes())
     yield (
         f"  usable is {m.usable / hbm_bytes:.0%} of the {hbm_bytes / GIB:.2f} GiB: training leaves "
         "the rest to the driver, NCCL and cuBLAS"
@@ -126,7 +129,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def fit_verdict(plan: Plan, fitting_flags: str) -> str:
-    """Returns whether the plan fits and, if not, the largest use and what to change.
+    """States whether a plan fits and, if not, the largest use of memory and what to change.
 
     Args:
         fitting_flags: flags of the smallest change that fits, or "" if there is none.
@@ -135,10 +138,9 @@ def fit_verdict(plan: Plan, fitting_flags: str) -> str:
     if m.fits:
         return f"Fits: {1 - m.peak / plan.hardware.chip.hbm_bytes:.0%} of the GPU's memory is free."
     use, size = max(m.by_use().items(), key=lambda item: item[1])
+    remedy = "No micro-batch size or remat setting fits: use more GPUs."
     if fitting_flags:
         remedy = f"These flags fit: {fitting_flags}"
-    else:
-        remedy = "No micro-batch size or remat setting fits: use more GPUs."
     return (
         f"Does not fit: needs {m.peak / GIB:.1f} GiB of {m.usable / GIB:.1f}. The largest use is "
         f"{use}, {size / GIB:.1f} GiB. {remedy}"
