@@ -12,13 +12,7 @@ import numpy as np
 
 from jaxtrain.benchmarks.jax_child import JaxStep
 from jaxtrain.benchmarks.processor import peak_for
-from jaxtrain.benchmarks.timing import (
-    format_comparison,
-    interleave,
-    ratio_row,
-    summarise,
-    warm_up,
-)
+from jaxtrain.benchmarks.timing import format_comparison, interleave, ratio_row, summarise, warm_up
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.metrics.flops import training_flops
 

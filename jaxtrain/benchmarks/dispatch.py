@@ -1,9 +1,9 @@
 """Suite dispatch: the time that Python takes to launch a step with 24 layers.
 
-The device goes on working after the call has returned. Before the next call, its end is waited for
-outside the measurement. On a CPU the device's threads may take the core that Python runs on, which
-adds to the call's wall time but not to the calling thread's CPU time. So the target is for the
-latter.
+The device goes on working after the call has returned. The next call starts when that step has
+ended, and this wait is not measured. On a CPU the device's threads may take the core that Python
+runs on, which adds to the call's wall time but not to the calling thread's CPU time. So the target
+is for the CPU time.
 """
 
 import statistics

@@ -85,7 +85,7 @@ def target_verdicts(item: Item, row: dict[str, Any]) -> dict[str, str]:
 def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict[str, Any] | None:
     """Returns our tokens/s over PyTorch's, each at its fastest; None until both are measured.
 
-    The ratio at SHARE_TOKENS is without the optimizers' too large share of short steps.
+    There is a second ratio, at SHARE_TOKENS, as optimizers take a larger share of short steps.
     """
     torch_optimizer = optimizer if optimizer in TORCH_OPTIMIZERS else "muon"
     cases = {"jaxtrain": f"{size} {optimizer}", "pytorch": f"{size} {torch_optimizer}"}

@@ -154,18 +154,13 @@ class GpuSuite:
         cfg = dataclasses.replace(cfg, accumulation=1, data=data)
         return dataclasses.replace(job, batch=batch), cfg
 
-    def _expected_s(self, item: Item, cfg: TrainConfig) -> float:
-        """Returns the time that the same size and variant took or, at first, a guess."""
-        known_s = self._taken_s.get((item.size, item.variant))
-        if known_s or self._args.tiny:
-            return known_s or 0.0
-        torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
-        return START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
-
     def measure(self, item: Item) -> Iterator[dict[str, Any]]:
         """Yields an item's row and, the first time for a size, one at half the micro-batch size."""
         job, cfg = self._build_job(item)
-        expected_s, key = self._expected_s(item, cfg), (item.size, item.variant)
+        key = item.size, item.variant
+        torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
+        guess_s = START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
+        expected_s = self._taken_s.get(key, 0.0 if self._args.tiny else guess_s)
         if self._left_s < expected_s:
             reason = f"it would take about {expected_s:.0f} s; {self._left_s:.0f} s are left"
             yield self._row(item, cfg, 0, {"error": f"not measured: {reason}"})

@@ -37,12 +37,6 @@ VIRTUAL_DEVICES = 8
 NO_FIGURE = "virtual devices share one processor: this tests the suite, it measures no scaling"
 
 
-def device_counts(devices: int, tiny: bool) -> list[int]:
-    """Returns the powers of two up to `devices`; if tiny, only the first and the last."""
-    counts = [n for n in (2**k for k in range(devices.bit_length())) if n <= devices]
-    return [counts[0], counts[-1]] if tiny else counts
-
-
 def median_step_s(job: BenchJob, mesh: MeshConfig, batch: int, devices: Sequence[Any]) -> float:
     """Returns the median time of a step of `batch` rows on the given devices."""
     rows = min(batch, job.rows * len(devices))
@@ -57,7 +51,8 @@ def median_step_s(job: BenchJob, mesh: MeshConfig, batch: int, devices: Sequence
 def measure_scaling(job: BenchJob) -> dict[str, Any]:
     """Measures every mesh, kind of scaling and device count; returns {"rows": [...]}."""
     devices, known_s, rows = jax.devices(), {}, []
-    counts = device_counts(len(devices), job.tiny)
+    counts = [2**k for k in range(len(devices).bit_length())]
+    counts = [counts[0], counts[-1]] if job.tiny else counts
 
     def step_s(mesh: str, n: int, batch: int) -> float:
         key = mesh if n > 1 else "", n, batch  # on one device all meshes are the same program

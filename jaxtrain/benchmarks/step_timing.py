@@ -23,7 +23,7 @@ SMI_FIELDS = (
 
 
 def zipf_tokens(seed: int, batch: int, seq_len: int, V: int) -> np.ndarray:
-    """Draws int32 [batch, seq_len + 1] as frequent as words: that of rank r with 1 / (r + 2.7).
+    """Draws int32 [batch, seq_len + 1] with frequencies like text's: 1 / (r + 2.7) at rank r.
 
     Source: Mandelbrot 1953, as in Manning & Schuetze 1999, section 1.4.3.
     """

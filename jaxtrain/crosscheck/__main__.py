@@ -12,7 +12,7 @@ To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py beside
 three lines that it shows. Your loop then writes a trace with its batches. `record` trains jaxtrain
 on these batches from the same weights and writes a second trace. `compare` compares the two.
 
-`llmc` compares gradients with llm.c's, from a model file and the debug state that llm.c made of it
+`llmc` compares gradients with llm.c's, from a model file and llm.c's debug state of that model
 (--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
 
 How to read the table: one row per step, with both losses, their difference in nats, and the largest

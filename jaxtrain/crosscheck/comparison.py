@@ -226,6 +226,9 @@ def _find_divergence(
     def exceeding(quantity: str) -> list[Difference]:
         return [d for d in differences if d.exceeds and d.quantity == quantity]
 
+    def severity(d: Difference) -> float:
+        return np.inf if np.isnan(d.size) else d.size / max(d.tolerance, 1e-300)
+
     for stage, found in (
         ("start", exceeding("parameter") if not step else []),
         ("batch", exceeding("batch")),
@@ -235,18 +238,12 @@ def _find_divergence(
         ("optimizer", exceeding("update") or exceeding("parameter")),
     ):
         if found:
-            worst_first = sorted(found, key=_severity, reverse=True)
+            worst_first = sorted(found, key=severity, reverse=True)
             # Tensors are in the order of the network. The first that differs is nearest to a fault
             # of the forward pass, the last to one of the backward pass, which runs in reverse.
             first = {"forward": found[0], "gradient": found[-1]}.get(stage, worst_first[0])
             return Divergence(stage, first, worst_first)
     return None
-
-
-def _severity(difference: Difference) -> float:
-    if np.isnan(difference.size):
-        return np.inf
-    return difference.size / max(difference.tolerance, 1e-300)
 
 
 def largest_parameter_difference(comparison: Comparison, step: int) -> float:

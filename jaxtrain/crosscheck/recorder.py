@@ -52,7 +52,7 @@ def _mix(h):
 
 @functools.lru_cache(maxsize=2)  # most tensors need only the first
 def _signs(start, seed):
-    """Returns random signs of the CHUNK entries from `start`, float64 [PROJECTIONS,CHUNK]."""
+    """Returns pseudo-random signs, +1 and -1, from entry `start`: float64 [PROJECTIONS,CHUNK]."""
     hashed = _mix((torch.arange(start, start + CHUNK) & LOW) ^ _mix(seed & LOW))
     bits = (hashed >> torch.arange(PROJECTIONS)[:, None]) & 1
     return 2.0 * bits.double() - 1.0

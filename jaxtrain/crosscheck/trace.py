@@ -41,7 +41,7 @@ def _mix(h):
 
 @functools.lru_cache(maxsize=2)  # most tensors need only the first
 def _signs(start, seed):
-    """Returns random signs of the CHUNK entries from `start`, float64 [PROJECTIONS,CHUNK]."""
+    """Returns pseudo-random signs, +1 and -1, from entry `start`: float64 [PROJECTIONS,CHUNK]."""
     salt = _mix(np.array([seed & 0xFFFFFFFF], np.uint32))
     hashed = _mix(np.arange(start, start + CHUNK).astype(np.uint32) ^ salt)
     bits = hashed >> np.arange(PROJECTIONS, dtype=np.uint32)[:, None] & np.uint32(1)

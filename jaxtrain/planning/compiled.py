@@ -11,7 +11,6 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import Flops, training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.mfu import Roofline, roofline
-from jaxtrain.ops.routes import Route
 from jaxtrain.planning.hardware import Hardware, collective_seconds
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import abstract_state
@@ -47,11 +46,8 @@ class StepMemory(NamedTuple):
 class Plan(NamedTuple):
     """The memory, work and communication of a config's compiled step on some hardware."""
 
-    cfg: TrainConfig  # as compiled
+    run: Run  # as compiled
     hardware: Hardware
-    mesh: dict[str, int]  # axis -> devices
-    parameters: int
-    routes: dict[str, Route]
     notes: tuple[str, ...]  # how the compiled program differs from the one that will run
     memory: StepMemory
     flops: Flops  # per token in training, attention counted over all T keys
@@ -63,7 +59,7 @@ class Plan(NamedTuple):
     @property
     def tokens(self) -> int:
         """Returns the tokens of one step."""
-        return self.cfg.data.batch * self.cfg.data.seq_len
+        return self.run.cfg.data.batch * self.run.cfg.data.seq_len
 
     @property
     def step_s(self) -> float:
@@ -75,13 +71,6 @@ class Plan(NamedTuple):
     def mfu(self, flops: Flops) -> float:
         """Returns the MFU of a step that takes step_s, if a token costs `flops`."""
         return flops.total * self.tokens / self.step_s / self.hardware.peak_flops
-
-
-def shard_bytes(tree: Any) -> int:
-    """Returns the bytes that a tree of sharded ShapeDtypeStructs takes on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def with_model(cfg: TrainConfig, **values: Any) -> TrainConfig:
@@ -111,12 +100,12 @@ def peak_bytes(compiled: Any) -> int:
 
 
 def _step_memory(run: Run, compiled: Any, usable: int) -> StepMemory:
+    shard_bytes = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     state = abstract_state(run.model, run.optimizer, run.mesh)
-    sizes = {name: shard_bytes(part) for name, part in state._asdict().items()}
-    parameters = sizes["params"]
+    parameters = sum(map(shard_bytes, jax.tree.leaves(state.params)))
     return StepMemory(
         parameters=parameters,
-        optimizer_state=sum(sizes.values()) - parameters,
+        optimizer_state=sum(map(shard_bytes, jax.tree.leaves(state))) - parameters,
         gradients=parameters,
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         peak=peak_bytes(compiled),
@@ -145,11 +134,8 @@ def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
         step = compile_step(run)
     program = Program(step.compiled.as_text())
     return Plan(
-        cfg=run.cfg,
+        run=run,
         hardware=hardware,
-        mesh=dict(run.mesh.shape),
-        parameters=run.parameters,
-        routes=run.routes,
         notes=notes,
         memory=_step_memory(run, step.compiled, hardware.usable_bytes),
         flops=training_flops(cfg.model, cfg.data.seq_len),

@@ -57,20 +57,16 @@ class Hardware(NamedTuple):
         return int(memory.fraction() * self.chip.hbm_bytes)
 
 
-def default_link(chip: Chip) -> str:
-    """Returns the name of the link that a host with several of these chips usually has."""
-    if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
-        return "nvlink"
-    return "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
-
-
 def parse_link(text: str, chip: Chip) -> Link:
-    """Parses a name in LINKS, "nvlink" or "wan:150ms,1gbps"; "" is the chip's default link.
+    """Parses a name in LINKS, "nvlink" or "wan:150ms,1gbps"; "" is what hosts with the chip have.
 
     Raises:
         ValueError: the text is none of these, or the chip has no NVLink.
     """
-    text = text or default_link(chip)
+    if not text:
+        text = "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
+        if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
+            text = "nvlink"
     if text in LINKS:
         return LINKS[text]
     if text == "nvlink" and chip.nvlink_bytes_per_s:

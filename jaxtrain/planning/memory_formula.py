@@ -50,11 +50,6 @@ def _saved_per_token(m: ModelConfig) -> float:
     }[m.remat]
 
 
-def _working_set_per_token(m: ModelConfig) -> float:
-    """Returns how many numbers per token are live at once while one layer computes."""
-    return 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
-
-
 def _tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -74,7 +69,9 @@ def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
         + PER_HEAD * 4 * m.V * m.D
         + PER_LOGITS * 4 * rows * chunk_positions * m.V
     )
-    numbers_per_token = m.L * _saved_per_token(m) + _working_set_per_token(m)
+    # Numbers per token that are live at once while one layer computes.
+    working_set_per_token = 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
+    numbers_per_token = m.L * _saved_per_token(m) + working_set_per_token
     activation_bytes = ACTIVATION_BYTES * rows * data.seq_len * numbers_per_token
     return MemoryEstimate(
         state_bytes / devices, parameter_bytes / devices, activation_bytes + workspace_bytes

@@ -26,21 +26,21 @@ def sum_collectives(plan: Plan) -> list[dict[str, Any]]:
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """Returns all figures of a plan, in seconds, bytes and FLOPs."""
-    hardware, m = plan.hardware, plan.memory
+    hardware, m, cfg, mesh = plan.hardware, plan.memory, plan.run.cfg, plan.run.mesh.shape
     return {
         "chip": hardware.chip.name,
         "devices": hardware.devices,
         "hosts": hardware.hosts,
-        "parameters": plan.parameters,
+        "parameters": plan.run.parameters,
         "tokens_per_step": plan.tokens,
-        "batch": plan.cfg.data.batch,
-        "accumulation": plan.cfg.accumulation,
-        "remat": plan.cfg.model.remat,
-        "unroll": plan.cfg.model.unroll,
-        "seq_len": plan.cfg.data.seq_len,
-        "replica": plan.mesh["replica"],
-        "fsdp": plan.mesh["fsdp"],
-        "tensor": plan.mesh["tensor"],
+        "batch": cfg.data.batch,
+        "accumulation": cfg.accumulation,
+        "remat": cfg.model.remat,
+        "unroll": cfg.model.unroll,
+        "seq_len": cfg.data.seq_len,
+        "replica": mesh["replica"],
+        "fsdp": mesh["fsdp"],
+        "tensor": mesh["tensor"],
         "fits": m.fits,
         "memory_bytes": m.all_sizes(),
         "flops_per_token": {"causal": plan.causal_flops.total, "full": plan.flops.total},
@@ -51,7 +51,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_s": plan.tokens / plan.step_s,
         "mfu_causal": plan.mfu(plan.causal_flops),
         "collectives": sum_collectives(plan),
-        "routes": {op: str(route) for op, route in plan.routes.items()},
+        "routes": {op: str(route) for op, route in plan.run.routes.items()},
         "notes": list(plan.notes),
         "compile_s": plan.compile_s,
     }
@@ -114,14 +114,14 @@ def _collective_lines(plan: Plan) -> Iterator[str]:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Yields a plan as paragraphs of text."""
-    cfg, hardware = plan.cfg, plan.hardware
+    cfg, hardware = plan.run.cfg, plan.hardware
     hosts = f" on {hardware.hosts} hosts" if hardware.hosts > 1 else ""
     yield (
-        f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.parameters:,} parameters; batch "
-        f"{cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
+        f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.run.parameters:,} parameters; "
+        f"batch {cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
         f"{cfg.model.remat}; compiled in {plan.compile_s:.0f} s"
     )
-    yield from (f"  {route}" for route in plan.routes.values())
+    yield from (f"  {route}" for route in plan.run.routes.values())
     yield from (f"  note: {note}" for note in plan.notes)
     yield from _memory_lines(plan)
     yield from _work_lines(plan)

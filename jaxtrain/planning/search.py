@@ -106,12 +106,7 @@ def stronger_remats(cfg: TrainConfig) -> tuple[str, ...]:
 
 
 def evaluate_setting(
-    cfg: TrainConfig,
-    hardware: Hardware,
-    cache: str,
-    accumulation: int,
-    remat: str,
-    **variant: int,
+    cfg: TrainConfig, hardware: Hardware, cache: str, accumulation: int, remat: str, **variant: int
 ) -> Figures:
     """Compiles the config with another setting and returns its figures; see with_setting."""
     return compiled_figures(with_setting(cfg, accumulation, remat, **variant), hardware, cache)
