@@ -6,7 +6,7 @@ For comparison it times a minimal reader, which copies windows at random places 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +38,20 @@ def write_shard(folder: Path, tokens: int) -> None:
     writer.close()
 
 
-def _load_batches(batches: Batches) -> Callable[[int], None]:
-    """Returns a turn that takes BATCHES batches from the loader."""
-
-    def turn(_: int) -> None:
-        batch = None
-        for _ in range(BATCHES):
-            batch = next(batches)
-        jax.block_until_ready(batch)
-
-    return turn
+def _load_batches(batches: Batches) -> None:
+    """Takes BATCHES batches from the loader."""
+    batch = None
+    for _ in range(BATCHES):
+        batch = next(batches)
+    jax.block_until_ready(batch)
 
 
-def _crop_file(corpus: Corpus) -> Callable[[int], None]:
-    """Returns a turn that copies windows at random places of the mapped file, as int32."""
-    rng, last = np.random.default_rng(0), corpus.tokens - T - 1
-
-    def turn(_: int) -> None:
-        for _ in range(BATCHES):
-            starts = rng.integers(0, last, BATCH)
-            np.stack([corpus.read(0, s, s + T + 1) for s in starts]).astype(np.int32)
-
-    return turn
+def _crop_file(corpus: Corpus, seed: int) -> None:
+    """Copies BATCHES batches from random places of the mapped file, as int32."""
+    rng = np.random.default_rng(seed)
+    for _ in range(BATCHES):
+        starts = rng.integers(0, corpus.tokens - T - 1, BATCH)
+        np.stack([corpus.read(0, s, s + T + 1) for s in starts]).astype(np.int32)
 
 
 def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
@@ -78,9 +70,9 @@ def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
         in_loop = build_batches(dataclasses.replace(cfg, prefetch=0), corpus, mesh, 0)
         with prefetching, in_loop:
             variants = {
-                f"prefetch={cfg.prefetch}": _load_batches(prefetching),
-                "prefetch=0": _load_batches(in_loop),
-                "numpy crops": _crop_file(corpus),
+                f"prefetch={cfg.prefetch}": lambda turn: _load_batches(prefetching),
+                "prefetch=0": lambda turn: _load_batches(in_loop),
+                "numpy crops": lambda turn: _crop_file(corpus, turn),
             }
             warm_up(variants, most_s=60.0)
             samples = interleave(variants, rounds)

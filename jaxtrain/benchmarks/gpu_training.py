@@ -209,10 +209,7 @@ class GpuSuite:
     def mfu(self, cfg: TrainConfig, tokens_per_s: float, at_524288: float | None) -> dict[str, Any]:
         """Returns MFU with causal attention, as a run reports it, and by 6N only.
 
-        They are None, with the reason, if the chip is not in the table.
-
-        Args:
-            at_524288: tokens/s at so many tokens per step.
+        They are None, with the reason, if the chip is not in the table. `at_524288` is tokens/s.
         """
         if self.chip is None:
             reason = f"{self._device.get('device')!r} is not in the chip table"
