@@ -20,7 +20,7 @@ from jaxtrain.benchmarks.gpu_training import CHILD_ENV, CHILD_MODULES, check_gpu
 
 SIZE = "gpt_124m"
 JOB = BenchJob("losses", SIZE, "muon", batch=64, rows=16, steps=300, seeds=(0, 1, 2))
-TINY_JOB = BenchJob("losses", SIZE, "adamw", batch=4, rows=2, steps=20, seeds=(0, 1), tiny=True)
+TINY_JOB = BenchJob("losses", SIZE, "adamw", batch=4, rows=2, steps=10, seeds=(0, 1), tiny=True)
 
 
 def mean_of_last_tenth(nats: Sequence[float]) -> float:
