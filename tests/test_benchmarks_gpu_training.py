@@ -119,7 +119,8 @@ def test_a_pipelined_step_time_has_the_devices_work_but_not_the_latency_of_waiti
     with ThreadPoolExecutor(1) as device:
         wait = lambda future: (future.result(), time.sleep(0.015))
         steps_s, _ = time_pipelined(lambda _: device.submit(time.sleep, 0.02), wait, range(10))
-    assert 0.019 < np.median(steps_s[2:]) < 0.03
+    # A busy machine makes steps longer, but no step below 35 ms without a pipeline.
+    assert sum(steps_s) >= 0.2 and min(steps_s) < 0.03
 
 
 def test_a_launch_that_sleeps_does_not_count_as_host_work():
