@@ -1,11 +1,11 @@
-"""Prints a template for starting training with another engine instead of launch.run.
+"""Prints a template for another engine that starts the same training program as launch.run.
 
     python -m launch.template slurm > train.sh
     python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
-Each template begins with how to use it, and says which parts of it have actually run.
-jaxtrain/distributed/cluster.py reads the environment variables that the engine or template sets.
+Each template begins with how to use it and what of it was tested. The training program reads the
+environment variables that the engine or the template sets: jaxtrain/distributed/cluster.py.
 """
 
 import sys
@@ -25,18 +25,18 @@ TEMPLATES = {
 
 
 def read_template(engine: str) -> str:
-    """Returns a template's text. Raises KeyError if there is none."""
+    """Returns the text of an engine's template. Raises KeyError if there is none."""
     return (resources.files("launch") / "templates" / TEMPLATES[engine]).read_text()
 
 
 def summary(engine: str) -> str:
-    """Returns the first comment line of a template."""
+    """Returns the first comment line of an engine's template, which describes it."""
     lines = read_template(engine).splitlines()
-    first = next(line for line in lines if line.startswith(("# ", '"""')))
-    return first.strip('#" ')
+    return next(line for line in lines if line.startswith(("# ", '"""'))).strip('#" ')
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
     listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
     parser = Parser("python -m launch.template", f"{__doc__}\n{listed}")
     parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")

@@ -100,7 +100,7 @@ def test_a_run_starts_from_weights_and_resumes_from_its_own_checkpoint(exported,
 def test_weights_of_another_model_are_refused_with_the_flags_to_set(exported, text, tmp_path):
     cfg = config(tmp_path / "run", text, weights=str(exported[1]))
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, F=96, rope_theta=5e5))
-    with pytest.raises(InteropError, match="model.F=96, there 64; model.rope_theta=5.*--model.F"):
+    with pytest.raises(InteropError, match="model.F=96, not 64; model.rope_theta=5.*--model.F"):
         train(other, jax.devices()[:1], quiet=True)
 
 
@@ -223,7 +223,7 @@ def broken(exported, tmp_path_factory):
         ("export --run={run} --to=/proc/none/x", "/proc/none: .*. Set --to"),
         ("import --from={hf} --run=/proc/none/x", "/proc/none: .*. Set --run"),
         ("export --run={run} --to={}/x --step=2", "step must be one of .*; got 2. Set --step"),
-        ("export --run={run} --to={}/x.bin", "hold GPT-2; got LlamaForCausalLM. Set --to"),
+        ("export --run={run} --to={}/x.bin", "reads only GPT-2; got LlamaForCausalLM. Set --to"),
     ],
 )
 def test_bad_input_ends_in_one_line_with_the_flag_of_this_command(exported, broken, line, message):

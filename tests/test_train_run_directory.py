@@ -1,4 +1,4 @@
-"""Training in a run directory that is full, damaged, in use, or of another config."""
+"""Training in a run directory that is on a full disk, damaged, in use, or of another config."""
 
 import json
 import re
@@ -216,16 +216,16 @@ def test_a_config_json_with_sections_of_another_type_is_named(workdir):
     [
         (
             {"model__D": 64},
-            r"got model\.D=64, there 32\. Set --model\.D, or a new --workdir",
+            r"got model\.D=64, not 32\. Set --model\.D, or a new --workdir",
         ),
         (
             {"optim__name": "adamw"},
-            r"leaves that differ.* Changed: optim\.name 'adamw', was 'muon'",
+            r"arrays that differ.* Changed: optim\.name 'adamw', was 'muon'",
         ),
         ({"seed": 7}, r"seed"),
         ({"data__batch": 4}, r"data\.batch"),
         ({"steps": 3, "optim__total_steps": 4}, rf"at least the checkpoint's step {STEPS}; got"),
-        ({"data__tokenizer": "gpt2", "model__V": 50257}, r"got model\.V=50257, there 256"),
+        ({"data__tokenizer": "gpt2", "model__V": 50257}, r"got model\.V=50257, not 256"),
     ],
 )
 def test_a_run_directory_of_another_config_is_refused_with_what_differs(

@@ -11,7 +11,7 @@ Conventions, which the start of a run prints:
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -21,13 +21,12 @@ from jaxtrain.config.sections import DataConfig
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
-from jaxtrain.ops.routes import chip_name
+from jaxtrain.ops.routes import Device, chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 
 # Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}
-Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 
 class Roofline(NamedTuple):
