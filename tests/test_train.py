@@ -24,7 +24,7 @@ from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, restore_run
 from jaxtrain.training.startup import startup_lines
-from launch.report.figures import grouped, seconds
+from launch.report.formats import grouped, seconds
 from launch.report.run_folder import read_run
 
 
