@@ -1,7 +1,7 @@
 """Silences JAX's CUDA plugins when jax is imported on a machine without a GPU.
 
-The plugins (which compiling without a GPU needs) print warnings when jax is imported and when it
-looks for devices, so that every command would seem broken.
+The plugins, which are needed to compile for GPUs without one, print warnings when jax is imported
+and when it looks for devices, so that every command would seem broken.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ def cuda_plugins() -> list[str]:
 
 
 def has_gpu() -> bool:
-    """Returns whether a driver shows a GPU, by NVIDIA's device nodes, or /dev/dxg in WSL."""
+    """Returns whether a driver has made the device file of a GPU: NVIDIA's, or /dev/dxg in WSL."""
     return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")
 
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Drops lines with the texts of NOISE from what is written to file descriptor 2.
+    """Removes lines that contain a text of NOISE from the output to file descriptor 2.
 
-    C++ static constructors write them before any logging is set up, so Python's sys.stderr never
-    sees them.
+    C++ static constructors write these lines directly to the descriptor, so replacing sys.stderr
+    would not remove them.
     """
     try:
         stderr = os.dup(2)
@@ -70,16 +70,16 @@ def load(libraries: Iterable[str]) -> None:
 
 
 class _QuietJax(Loader):
-    """An import hook that imports jax and then the plugins' libraries, without the noise.
+    """An import hook that imports jax, and then loads the plugins' libraries, without the noise.
 
-    A hook, because commands that do not need jax start ten times faster without importing it.
+    Importing jax right away would make the commands that do not need it start ten times slower.
     """
 
     def __init__(self, libraries: list[str]):
         self.libraries = libraries
         self.loader: Any = None  # jax's own
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "jax":
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -111,11 +111,13 @@ def start_quietly() -> None:
         if PLUGINS and not any(isinstance(finder, _QuietJax) for finder in sys.meta_path):
             sys.meta_path.insert(0, _QuietJax(PLUGINS))
     elif hasattr(jax, "config") and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # it has read the variable
+        jax.config.update(
+            "jax_platforms", os.environ["JAX_PLATFORMS"]
+        )  # jax has already read the variable
         with without_noise():
             load(PLUGINS)
 
 
 PLUGINS = cuda_plugins()
-# Whether running on CPU is a fallback: JAX's GPU support is installed, and no platform was chosen.
+# Whether the CPU is only a fallback: JAX's GPU support is installed, and no platform was chosen.
 WANTS_GPU = bool(PLUGINS) and not os.environ.get("JAX_PLATFORMS")

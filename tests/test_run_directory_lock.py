@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_and_a_kill_9_of_the_first_frees_the_folder(tmp_
     text = str(error.value)
     start = read_owner(tmp_path / ".lock")["start"]
     assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in text
-    assert f"kill {owner.pid}: it saves first" in text and "set another --workdir" in text
+    assert f"`kill {owner.pid}` (it saves first)" in text and "set another --workdir" in text
     assert "remove" not in text and "\n" not in text
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
     owner.send_signal(signal.SIGKILL)
