@@ -111,9 +111,7 @@ def start_quietly() -> None:
         if PLUGINS and not any(isinstance(finder, _QuietJax) for finder in sys.meta_path):
             sys.meta_path.insert(0, _QuietJax(PLUGINS))
     elif hasattr(jax, "config") and not jax.config.jax_platforms:
-        jax.config.update(
-            "jax_platforms", os.environ["JAX_PLATFORMS"]
-        )  # jax has already read the variable
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # too late for the variable
         with without_noise():
             load(PLUGINS)
 

@@ -42,7 +42,7 @@ def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if np.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh.replica x mesh.fsdp x mesh.tensor must be {len(devices)}, the number of devices; "
+            f"mesh.replica x mesh.fsdp x mesh.tensor must equal the device count, {len(devices)}; "
             f"got replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one of them to -1."
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

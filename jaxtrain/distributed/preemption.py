@@ -142,7 +142,7 @@ class StopListener(SignalListener):
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)
         super().__init__(numbers, self._on_signal, lambda number, frame: None)
-        self.signal: signal.Signals | None = None  # to stop for
+        self.signal: signal.Signals | None = None  # the signal to stop for
         self._several, self._forwarded = several, False
         self._activity, self._promise = "starting", ""
         self._calls = 0  # of agreed_signal

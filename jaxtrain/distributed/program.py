@@ -4,7 +4,7 @@
 |---|---|
 | 0 | success |
 | 1 | an unexpected error, printed with its traceback |
-| PREEMPTED (75) | a signal stopped the run and nothing is lost; the same command resumes |
+| PREEMPTED (75) | a signal stopped the run and nothing is lost; the same command resumes it |
 | REFUSED (78) | bad input, damaged checkpoint, full disk, too little memory: one line explains it |
 | INTERRUPTED (130) | Ctrl-C |
 

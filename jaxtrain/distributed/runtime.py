@@ -1,4 +1,4 @@
-"""Starts and ends JAX in this process: its settings, compile cache, and link to other processes.
+"""Starts and ends JAX in this process: its settings, compile cache, and connection to others.
 
 `start_runtime` must run before the first array, because JAX reads most of its settings only once.
 """

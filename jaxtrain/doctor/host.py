@@ -64,7 +64,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Tries to create a file, because permission bits do not show a read-only mount."""
+    """Returns whether a file can be created; permission bits would miss a read-only mount."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

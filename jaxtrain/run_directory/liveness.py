@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-OLD_S = 3_600.0  # no owner is alive of an older file; hosts' clocks differ by less than this
+OLD_S = 3_600.0  # an older file has no live owner; hosts' clocks differ by less than this
 # Types of file systems whose flock, by default, works only between the processes of one host.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")
 # Mount options that limit flock to one host.
