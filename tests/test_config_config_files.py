@@ -14,7 +14,7 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
-FAMILIES = {"__init__", "base", "gpt2", "llama"}  # other configs start from these
+FAMILIES = {"__init__", "base", "gpt2", "llama"}  # modules that other configs import
 STUDIES = {"study", "study_quick"}  # tested in tests/test_study.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)

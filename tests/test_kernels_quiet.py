@@ -39,7 +39,7 @@ def test_importing_jax_after_jaxtrain_prints_nothing():
 
 
 def test_jax_imported_before_our_packages_finds_its_devices_quietly():
-    """What the import of jax itself has printed by then stays."""
+    """Lines that the import of jax has printed before that are not removed."""
     program = (
         "import sys, jax; sys.stderr.flush(); import os; os.write(2, b'imported\\n'); "
         "import pallas_kernels; print(jax.devices()[0].platform)"
