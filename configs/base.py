@@ -1,4 +1,4 @@
-"""The default config (jaxtrain/config/train_config.py), from which all other configs start."""
+"""The default config of jaxtrain/config/train_config.py, from which all other configs start."""
 
 from jaxtrain.config import train_config as config
 

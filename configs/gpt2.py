@@ -1,6 +1,6 @@
 """Settings common to all GPT-2 sizes, with 524,288 tokens a step.
 
-Source: of the shapes, Radford et al. 2019
+Source of the shapes: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 """
 
 from configs import base
@@ -11,14 +11,14 @@ def get_config():
     config.steps = 5_000
     config.save_every = 500
     config.eval_every = 250
-    config.eval_tokens = 10_485_760  # as modded-nanogpt and llm.c validate
+    config.eval_tokens = 10_485_760  # as in modded-nanogpt and llm.c
     config.keep_every = 2_500
     config.model.update(V=50_304, norm="layer", norm_eps=1e-5, bias=True, tied=True)
     config.model.update(position="learned", positions=1_024, mlp="gelu")
     # On GPUs storing activations costs more than recomputing them, and each chunk of the loss adds
-    # to a gradient as large as the head. jaxtrain.plan's bounds for an A40 at 124M, in tokens/s:
-    # 66,000 without recomputation, 87,000 with chunks of 64 MiB, 97,000 with these settings; for an
-    # H100 1 % more than with 256 MiB (2026-11-25). Not measured on a card.
+    # to a gradient as large as the head. jaxtrain.plan's bounds at 124M (2026-11-25, not measured):
+    # on an A40 66,000 tokens/s without recomputation, 87,000 with chunks of 64 MiB and 97,000 with
+    # these settings; on an H100 1 % more than with chunks of 256 MiB.
     config.model.remat = "attention"
     config.loss.chunk_bytes = 512 << 20
     config.data.update(batch=512, seq_len=1_024, tokenizer="gpt2")

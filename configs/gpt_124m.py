@@ -10,6 +10,6 @@ def get_config():
     config = gpt2.get_config()
     config.workdir = "runs/gpt_124m"
     config.model.update(L=12, D=768, H=12, G=12, K=64, F=3_072)
-    config.data.batch = 512
+
     config.accumulation = 16
     return config

@@ -10,6 +10,6 @@ def get_config():
     config = gpt2.get_config()
     config.workdir = "runs/gpt_1558m"
     config.model.update(L=48, D=1_600, H=25, G=25, K=64, F=6_400)
-    config.data.batch = 512
+
     config.accumulation = 128
     return config

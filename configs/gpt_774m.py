@@ -10,6 +10,6 @@ def get_config():
     config = gpt2.get_config()
     config.workdir = "runs/gpt_774m"
     config.model.update(L=36, D=1_280, H=20, G=20, K=64, F=5_120)
-    config.data.batch = 512
+
     config.accumulation = 64
     return config

@@ -13,5 +13,5 @@ def get_config():
     config.model.update(norm="rms", position="rope", mlp="swiglu", remat="full")
     config.optim.update(learning_rate=0.02, adam_learning_rate=1e-3, weight_decay=0.1)
     config.optim.update(warmup_steps=500)
-    config.loss.chunk_bytes = 256 << 20  # 64 MiB would lower the bound of an A40 at 1.4B by 2 %
+    config.loss.chunk_bytes = 256 << 20  # 64 MiB lowers jaxtrain.plan's bound by 2 % (1.4B, A40)
     return config

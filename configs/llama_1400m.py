@@ -4,8 +4,8 @@ r"""Llama with GQA 16:4: 1,378,461,696 parameters, vocabulary padded to 50304.
 
 One step on a CPU, which needs 20 GiB:
 
-    python -m jaxtrain.train --config=configs/llama_1400m.py --config.steps=1 \\
-        --config.accumulation=1 --config.data.batch=1 --config.data.seq_len=64 \\
+    python -m jaxtrain.train --config=configs/llama_1400m.py --config.steps=1 \
+        --config.accumulation=1 --config.data.batch=1 --config.data.seq_len=64 \
         --config.data.text=README.md
 """
 
@@ -17,5 +17,5 @@ def get_config():
     config.workdir = "runs/llama_1400m"
     config.model.update(L=26, D=2_048, H=16, G=4, K=128, F=5_632, V=50_304)
     config.data.update(batch=256, seq_len=2_048, tokenizer="gpt2")
-    config.accumulation = 16  # with 8 an A40 needs 33.6 GiB instead of 26.8, for 1 % speed
+    config.accumulation = 16  # 8 would need 33.6 GiB on an A40, not 26.8, for 1 % speed
     return config

@@ -1,4 +1,4 @@
-r"""A byte model of Python's standard library, minutes on 2 CPU cores: 3,541,760 parameters.
+r"""A byte-level model that trains in minutes on 2 CPU cores: 3,541,760 parameters.
 
 python -m jaxtrain.train --config=configs/quickstart.py
 """

@@ -1,6 +1,6 @@
 r"""A study of Muon, Muon with gradient transport and AdamW: 3,541,760 parameters.
 
-66 runs with and without heavy-tailed noise, which take an hour or more on 2 CPU cores.
+It makes 66 runs, with and without heavy-tailed noise, in an hour or more on 2 CPU cores.
 
 python -m jaxtrain.study --config=configs/study.py
 """
@@ -40,7 +40,7 @@ def get_config():
     tuned = {
         "learning_rate": (0.015, 0.03),
         "adam_learning_rate": (0.005, 0.015),
-        "momentum": (0.85, 0.95),  # if it is not tuned, it decides such comparisons
+        "momentum": (0.85, 0.95),  # an untuned momentum would decide the comparison
     }
     config.study.grid = ConfigDict(
         {

@@ -1,4 +1,4 @@
-r"""A study of four optimizers, minutes on 2 CPU cores: 115,072 parameters.
+r"""A study of four optimizers that takes minutes on 2 CPU cores: 115,072 parameters.
 
 python -m jaxtrain.study --config=configs/study_quick.py
 """

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Compare two optimizers honestly
 #
-# An optimizer looks better when it was tuned longer, or by luck of the seed. Three rules prevent
-# both: every contender gets the same number of tuning runs; the winners are repeated on fresh
-# seeds that are paired between contenders; and the difference is judged by a test that is stated
-# before the runs. `jaxtrain study` does this for any config; here it is in a page of Python.
+# An optimizer can look better because it was tuned longer, or by a lucky seed. Three rules prevent
+# both: every contender gets the same number of tuning runs; each contender's best setting is run
+# again on fresh seeds, the same for all; and the test that judges the difference is chosen before
+# the runs. `jaxtrain study` does this for any config; here it is in a page of Python.
 
 # %%
 import json
@@ -99,7 +99,7 @@ for name, settings in GRID.items():
     losses = {setting: final_loss(name, setting, TUNING_SEED) for setting in settings}
     best[name] = min(losses, key=losses.get)
     for setting, loss in losses.items():
-        mark = "  <- taken" if setting == best[name] else ""
+        mark = "  <- best" if setting == best[name] else ""
         print(f"{name:6} rates {setting}: {loss:.3f} nats/byte{mark}")
 
 # %% [markdown]
@@ -117,9 +117,10 @@ print(f"adamw - muon: {difference.mean():+.3f} +- {error:.3f} nats/byte, p {test
 print(verdict)
 
 # %% [markdown]
-# What is tuned decides: with the rate of embeddings and head left at 0.003, Muon reaches 3.73
-# nats/byte at best on the tuning seed, and AdamW would seem to win by a whole nat.
+# The choice of what to tune can decide the outcome: with the rate of embeddings and head left at
+# 0.003, Muon reaches 3.73 nats/byte at best on the tuning seed, and AdamW would seem to win by a
+# whole nat.
 #
 # What this does **not** show: these runs are 20 steps of a model of 35,008 parameters. A verdict
-# holds for the budget at which it was measured. Before you publish one, extend the grid until the
-# best rate is not at its edge, and train at least as long as you intend to.
+# is valid only for the budget at which it was measured. Before you publish one, extend the grid
+# until the best rate is not at its edge, and train at least as long as you will in practice.

@@ -11,11 +11,11 @@
 # ---
 
 # %% [markdown]
-# # A GPT on one screen with our parts
+# # A GPT on one screen, built from jaxtrain's parts
 #
 # Everything that `jaxtrain train` assembles from a config is a function that you can call: the
-# model, the loss, the optimizer, the data. Here they make a small byte-level GPT in a loop of your
-# own. `docs/minimal.py` shows the same computation without our parts.
+# model, the loss, the optimizer, the data. Here they train a small byte-level GPT in a loop of your
+# own. `docs/minimal.py` shows the same computation without jaxtrain.
 
 # %%
 import json
@@ -44,8 +44,8 @@ from jaxtrain.optim.build import build_optimizer
 STEPS = 60
 
 # %% [markdown]
-# **Data.** Any file or folder of text; here a module of Python's standard library. It is encoded
-# once into token shards. Batch n depends on the data, the seed and n only.
+# **Data.** Any file or folder of text will do; here it is a module of Python's standard library. It
+# is encoded once into token shards. Batch n depends only on the data, the seed and n.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -57,8 +57,8 @@ print(corpus.describe())
 
 # %% [markdown]
 # **Model.** A `Model` is a set of plain functions over a plain dict of arrays. `model.axes` is a
-# dict of the same shape whose leaves describe each parameter, for example `L|D->HK`: stacked over
-# layers, from D inputs to H*K outputs. Sharding and the optimizer read it.
+# dict of the same structure whose leaves describe each parameter, for example `L|D->HK`: stacked
+# over layers, from D inputs to H*K outputs. Sharding and the optimizer read it.
 
 # %%
 shape = ModelConfig(L=2, D=64, H=4, G=2, K=16, F=128, V=256, dtype="float32")
@@ -68,8 +68,9 @@ params = model.init(jax.random.key(0))
 print(model.axes["blocks"]["attention"]["q"]["w"], params["blocks"]["attention"]["q"]["w"].shape)
 
 # %% [markdown]
-# **Loss and optimizer.** The loss never makes the logits `[B,T,V]`. The optimizer steps matrices
-# by Muon and the rest by AdamW; it is an Optax transformation, so you can chain or replace it.
+# **Loss and optimizer.** The loss never materialises the logits `[B,T,V]`. The optimizer steps
+# matrices by Muon and the rest by AdamW; it is an Optax transformation, so you can chain or replace
+# it.
 
 # %%
 loss_fn = build_loss(LossConfig(), softcap=0.0, dtype=shape.dtype)

@@ -2,9 +2,9 @@
 
     python docs/minimal.py FILE       trains on the bytes of a file for 20 steps
 
-It imports nothing of jaxtrain. Model, initialisation, optimizer and schedule are those of
-configs/debug.py, and so are the losses: tests/test_docs_minimal.py compares 20 steps, which agree
-within 2 float32 ulps with `--optim.ns_dtype=float32`, and within 100 as shipped, where the trainer
+It imports nothing from jaxtrain. Model, initialisation, optimizer and schedule are those of
+configs/debug.py, and so are the losses: tests/test_docs_minimal.py compares 20 steps. They agree
+within 2 float32 ulps with `--optim.ns_dtype=float32`, and within 100 by default, where the trainer
 multiplies Muon's matrices in half precision. The real stack adds speed (fused ops, a loss without
 [B,T,V] logits, sharding), safety (checks, checkpoints) and measurement.
 
@@ -28,7 +28,7 @@ MUON_RATE, MOMENTUM = 0.02, 0.95
 ADAM_RATE, ADAM_B1, ADAM_B2, ADAM_EPS = 3e-3, 0.9, 0.95, 1e-8
 CLIP_NORM, WARMUP_STEPS, DECAY_STEPS = 1.0, 2, 8
 
-# Parameter -> (shape, standard deviation at the start; None starts at 1). Layers are stacked on L.
+# Parameter -> (shape, initial standard deviation; None means ones). Layers are stacked on L.
 SMALL, RESIDUAL = (2 / (5 * D)) ** 0.5, 2 / (L * D**0.5)
 MATRICES = {  # stepped by Muon; [L, inputs..., outputs...]
     "blocks/attention/q/w": ((L, D, H, K), SMALL),
@@ -51,7 +51,7 @@ REST = {  # stepped by Adam
 
 
 def init_params(seed=SEED, dtype=jnp.float32):
-    """Draws every parameter from a stream that its name alone decides."""
+    """Draws every parameter from a random stream of its own, seeded by its name."""
 
     def draw(name, shape, std):
         if std is None:
@@ -63,14 +63,14 @@ def init_params(seed=SEED, dtype=jnp.float32):
 
 
 def rms_norm(x_XD, gain_D):
-    """Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467."""
+    """Divides by the root mean square. Source: https://arxiv.org/abs/1910.07467."""
     return x_XD * jax.lax.rsqrt((x_XD * x_XD).mean(-1, keepdims=True) + NORM_EPS) * gain_D
 
 
 def rope(x_BTHK):
     """Rotates each pair (x[k], x[k + K/2]) by an angle that grows with the position.
 
-    Scores q.k then depend on distances alone. Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
+    Scores q.k then depend only on distances. Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
     dtype = x_BTHK.dtype
     wavelength = ROPE_THETA ** (jnp.arange(0, K, 2, dtype=dtype) / K)
@@ -82,7 +82,7 @@ def rope(x_BTHK):
 
 
 def attention(q_BTHK, k_BTGK, v_BTGK):
-    """Causal attention; H/G query heads share one key/value head (https://arxiv.org/abs/2305.13245)."""
+    """Computes causal attention; H/G query heads share a k/v head (arxiv.org/abs/2305.13245)."""
     k_BSHK, v_BSHK = (jnp.repeat(x, H // G, axis=2) for x in (k_BTGK, v_BTGK))
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK) * K**-0.5
     causal_TS = jnp.tril(jnp.ones(scores_BHTS.shape[-2:], bool))
@@ -91,7 +91,7 @@ def attention(q_BTHK, k_BTGK, v_BTGK):
 
 
 def block(h_BTD, layer):
-    """One pre-norm layer: h + attention(norm(h)), then h + mlp(norm(h)) with SwiGLU."""
+    """Runs one pre-norm layer: h + attention(norm(h)), then h + mlp(norm(h)) with SwiGLU."""
     w = lambda name: layer[f"blocks/{name}"]
     x_BTD = rms_norm(h_BTD, w("attention_norm/gain"))
     q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, w("attention/q/w"))
@@ -107,7 +107,7 @@ def block(h_BTD, layer):
 
 
 def loss_fn(params, tokens):
-    """Mean nats per predicted token. [B,T+1] int32 -> []"""
+    """Computes the mean nats per predicted token. [B,T+1] int32 -> []"""
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     layers = {name: x for name, x in params.items() if name.startswith("blocks/")}
     h_BTD = params["embed"][inputs_BT]
@@ -119,10 +119,10 @@ def loss_fn(params, tokens):
 
 
 def orthogonalize(x_XIO):
-    """Moves every singular value s of each matrix to about 1, by matrix products alone.
+    """Moves every singular value s of each matrix to about 1, using only matrix products.
 
     X <- aX + (bA + cA^2)X with A = XX^T maps s to as + bs^3 + cs^5 and leaves the singular vectors
-    as they are. Five times over, these coefficients take every s in (0.01, 1] into (0.7, 1.2).
+    unchanged. Applied five times, these coefficients take every s in (0.01, 1] into (0.7, 1.2).
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -137,17 +137,18 @@ def orthogonalize(x_XIO):
 
 
 def muon_direction(name, momentum, grad):
-    """Muon's step of one stack of matrices: Nesterov momentum, orthogonalised."""
+    """Computes Muon's step for one stack of matrices: Nesterov momentum, orthogonalised."""
     ahead = MOMENTUM * momentum + (1 - MOMENTUM) * grad
     inputs = H * K if name.endswith("o/w") else grad.shape[1]
     x_XIO = ahead.reshape(L, inputs, -1)
     outputs = x_XIO.shape[-1]
-    scale = math.sqrt(max(1.0, outputs / inputs))  # RMS of the outputs moves alike in every matrix
+    # With this scale a step changes the outputs' RMS equally in all matrices.
+    scale = math.sqrt(max(1.0, outputs / inputs))
     return scale * orthogonalize(x_XIO).reshape(grad.shape)
 
 
 def schedule(count):
-    """Share of the peak rate: linear warm-up, flat, then linear to 0 over the last DECAY_STEPS."""
+    """Returns the share of the peak rate: warm-up, flat, then linear to 0 in DECAY_STEPS."""
     return jnp.minimum((count + 1) / WARMUP_STEPS, jnp.minimum((STEPS - count) / DECAY_STEPS, 1))
 
 
@@ -158,7 +159,7 @@ def init_state(params):
 
 @jax.jit
 def train_step(state, tokens):
-    """(state, loss before the step) of one update."""
+    """Returns (state, loss) of one update; the loss is that before it."""
     params, count = state["params"], state["count"]
     loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()))
@@ -170,7 +171,7 @@ def train_step(state, tokens):
         squares[name] = ADAM_B2 * state["square"][name] + (1 - ADAM_B2) * grad * grad
         if name in MATRICES:
             params[name] -= MUON_RATE * scale * muon_direction(name, means[name], grad)
-        else:  # Adam, whose averages start at 0 and are corrected for it
+        else:  # Adam; its averages start at 0, and the divisions correct for that
             mean = means[name] / (1 - ADAM_B1 ** (count + 1))
             square = squares[name] / (1 - ADAM_B2 ** (count + 1))
             params[name] -= ADAM_RATE * scale * mean / (jnp.sqrt(square) + ADAM_EPS)
@@ -186,7 +187,7 @@ def read_batches(path):
 
 
 def train(batches, dtype=jnp.float32):
-    """Returns the loss of each of STEPS steps."""
+    """Trains for STEPS steps and returns their losses."""
     state, losses = init_state(init_params(dtype=dtype)), []
     for _, tokens in zip(range(STEPS), batches, strict=False):
         state, loss = train_step(state, tokens)

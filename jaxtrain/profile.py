@@ -6,7 +6,8 @@
 
 DIR is the folder of a run or any folder with XProf traces (*.xplane.pb). If one process made
 several traces, the newest is read. The time of an operation excludes the operations nested in it.
-Operations that run at once, on several threads or streams, can add up to more than the busy time.
+Operations that run simultaneously on several threads or streams can add up to more than the busy
+time.
 """
 
 import sys
@@ -51,14 +52,14 @@ def describe(trace: ProfileTrace, top: int) -> Iterator[str]:
 
 def _describe_host(host: HostThread) -> str:
     if not host.steps:
-        return "host: steps are not annotated: this trace is not of jaxtrain's training loop"
+        return "host: steps are not annotated: this is not a trace of jaxtrain's training loop"
     steps, parts_s = len(host.steps), host.parts_s()
     busy_s = host.step_s - parts_s.pop("wait", 0.0)
     parts_s["logging and other"] = busy_s - sum(parts_s.values())
     parts = "  ".join(f"{name} {s / steps * 1e3:.3f}" for name, s in parts_s.items())
     return (
         f"host: {steps} steps of {host.step_s / steps * 1e3:.2f} ms, of which the host is busy for "
-        f"{busy_s / host.step_s:.1%} and else waits for the device; ms per step: {parts}"
+        f"{busy_s / host.step_s:.1%} and otherwise waits for the device; ms per step: {parts}"
     )
 
 

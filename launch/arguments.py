@@ -25,7 +25,7 @@ def print_text(text: str) -> None:
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """Returns the known name that the user most likely meant; "" if none is similar.
 
-    The last part of a dotted name is enough: `batch` gives `data.batch`.
+    For a dotted name the last part is enough: `batch` finds `data.batch`.
     """
     same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     same += [other for other in known if other.startswith(f"{name}.")]
@@ -39,7 +39,7 @@ def unknown_flag_error(name: str, known: Iterable[str]) -> str:
 
 
 def wrong_dash_error(arg: str) -> str:
-    """Returns the error for a flag that begins with a typographic dash; "" for other arguments."""
+    """Returns the error for an argument that begins with a typographic dash; "" for others."""
     dashes = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
     if not arg.startswith(tuple(dashes)):
         return ""
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parses as argparse does, but checks first that all flags exist.
 
-        If a required flag is misspelt, argparse would report it as missing instead.
+        argparse would report a misspelt required flag as missing.
         """
         args = sys.argv[1:] if args is None else list(args)
         known = self._flags()

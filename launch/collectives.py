@@ -1,37 +1,39 @@
-"""Times JAX's collectives over all processes of a job: a program for launch.run.
+"""Times JAX's collectives over all processes of a job; launch.run starts it.
 
     python -m launch.run --hosts=hosts.toml --module=launch.collectives -- --mib=1,16
     ... --module=launch.collectives -- --cases=all_reduce:4096,all_gather:16384
 
-Prints one JSON line a collective and size, on process 0. Bandwidths are nccl-tests': algbw is bytes
-over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and (n-1)/n for the
-others. Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+Process 0 prints a JSON line per collective and size. Bandwidths are defined as in nccl-tests: algbw
+is bytes over time; busbw is what a link carries, algbw times 2(n-1)/n for an all-reduce and (n-1)/n
+for the others. Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
-import argparse
 import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.distributed.cluster import detect_world
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.runtime import exit_together, join_processes
 from jaxtrain.metrics.network import INTERFACE, NetworkCounters
+from launch.arguments import Parser
 
 REPEATS, WARM_UP = 9, 2
-SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # of (n-1)/n, on the bus
+SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # busbw/algbw/((n-1)/n)
 
 
-def build(kind: str, mesh):
-    """The collective over mesh axis "all", jitted, of a float32 [N], and how its input lies."""
+def build(kind: str, mesh: Mesh) -> tuple[Callable[[jax.Array], jax.Array], P]:
+    """Returns a jitted collective of a float32 [N] over mesh axis "all", and its input's spec."""
     bodies = {
         "all_reduce": (lambda x: jax.lax.psum(x, "all"), P(), P()),
         "all_gather": (lambda x: jax.lax.all_gather(x, "all", tiled=True), P("all"), P()),
@@ -42,12 +44,14 @@ def build(kind: str, mesh):
     return jax.jit(mapped), before
 
 
-def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
-    """Median seconds, bandwidths and wire bytes of one collective."""
+def measure(kind: str, size_bytes: int, mesh: Mesh, interface: str) -> dict[str, Any]:
+    """Times a collective; returns its median seconds, bandwidths and wire bytes."""
     function, spec = build(kind, mesh)
     count = size_bytes // 4 if kind == "all_reduce" else size_bytes // 4 // mesh.size * mesh.size
     if not count:
-        raise ValueError(f"{kind} of {size_bytes} bytes has no float32 for each of {mesh.size}.")
+        raise ValueError(
+            f"{kind} must have 4 bytes per device; got {size_bytes} for {mesh.size}. Set --cases."
+        )
     sharding = NamedSharding(mesh, spec)
     x = jax.jit(partial(jnp.ones, count, jnp.float32), out_shardings=sharding)()
     times, wire = [], NetworkCounters(interface)
@@ -77,22 +81,22 @@ def measure(kind: str, size_bytes: int, mesh, interface: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", default="1,16", help="sizes in MiB, of every kind")
-    parser.add_argument("--cases", default="", help="KIND:BYTES,... in place of those")
-    parser.add_argument("--interface", default="", help="of the training network")
+    parser = Parser("python -m launch.collectives", __doc__)
+    parser.add_argument("--mib", default="1,16", help="sizes of every collective, in MiB")
+    parser.add_argument("--cases", default="", help="KIND:BYTES,... instead of --mib")
+    parser.add_argument("--interface", default="", help="network interface whose bytes are counted")
     args = parser.parse_args()
     beat("start")
     join_processes(detect_world(os.environ))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    mesh = Mesh(np.array(jax.devices()), ("all",))
     cases = [case.split(":") for case in args.cases.split(",") if case] or [
         (kind, float(size) * 2**20) for size in args.mib.split(",") for kind in SHARE
     ]
     for kind, size in cases:
         beat("eval")
-        found = measure(kind, int(size), mesh, args.interface or os.environ.get(INTERFACE, ""))
+        row = measure(kind, int(size), mesh, args.interface or os.environ.get(INTERFACE, ""))
         if jax.process_index() == 0:
-            print(json.dumps(found), flush=True)
+            print(json.dumps(row), flush=True)
     exit_together(0)
 
 

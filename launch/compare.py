@@ -1,13 +1,13 @@
-"""Two runs of the same work, on two kinds of device: who does more with what its device can do?
+"""Compares two runs of the same work on different devices, relative to what the devices can do.
 
     python -m launch.compare runs/a40 runs/h100
     python -m launch.compare runs/a40 runs/h100 --ceilings a40.json h100.json
     python -m launch.compare --external docs/track3_record44.toml   # published figures
 
 A side is a run directory, a folder of run directories (repetitions), or a [[side]] of a TOML file
-of published figures. Refused (exit status 1) unless config, data and tokens a step are the same and
-the losses agree within their noise. A ratio above 1 says that A does more. --ceilings takes what
-`python -m pallas_kernels.bench --out=FILE` measured on A's device and on B's.
+of published figures. The comparison is refused (exit status 1) unless config, data and tokens per
+step are equal and the losses agree within their noise. A ratio above 1 means that A does more.
+--ceilings takes the results of `python -m pallas_kernels.bench --out=FILE` on A's and B's device.
 """
 
 import json
@@ -21,7 +21,7 @@ from launch.report.svg import digits
 
 MARGIN = 0.05
 SPEEDS = {"tokens_per_s": "tokens/s", "p50": "at step p50", "p95": "at step p95"}
-NORMALISERS = {  # name -> words, what a device of that side can do (per s), why it is not known
+NORMALISERS = {  # name -> (words, a device's ability per second, why it is unknown)
     "raw": ("raw, per device", lambda side: 1.0, ""),
     "peak_flops": (
         "per peak FLOP/s (datasheet)",
@@ -53,44 +53,46 @@ NORMALISERS = {  # name -> words, what a device of that side can do (per s), why
 }
 
 
-def speeds(side: Side, runs) -> dict[str, float]:
-    """Tokens/s of one device: of all steps together, at the median step and at the slow one."""
+def speeds(side: Side, runs: list[list[float]]) -> dict[str, float]:
+    """Returns tokens/s of one device: over all steps, at the median step and at a slow step."""
     times = [seconds for run in runs for seconds in run]
     tokens = side.tokens_per_step / side.devices
-    at = {
+    step_s = {
         "tokens_per_s": mean(times),
         "p50": percentile(times, 0.5),
         "p95": percentile(times, 0.95),
     }
-    return {name: tokens / seconds for name, seconds in at.items()}
+    return {name: tokens / seconds for name, seconds in step_s.items()}
 
 
-def ratios(a: Side, b: Side, resamples=RESAMPLES, seed=SEED) -> dict[str, dict]:
-    """{speed: {"ratio", "low", "high"}}, A over B; no bounds where a side has a single figure."""
+def ratios(
+    a: Side, b: Side, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, dict[str, float | None]]:
+    """Returns {speed: {"ratio", "low", "high"}} of A over B; bounds need two step times a side."""
 
-    def statistics(drawn):
-        ours, theirs = speeds(a, drawn[0]), speeds(b, drawn[1])
-        return {name: ours[name] / theirs[name] for name in SPEEDS}
+    def speed_ratios(drawn):
+        speeds_a, speeds_b = speeds(a, drawn[0]), speeds(b, drawn[1])
+        return {name: speeds_a[name] / speeds_b[name] for name in SPEEDS}
 
-    point = statistics([a.times_s, b.times_s])
+    point = speed_ratios([a.times_s, b.times_s])
     found = {name: {"ratio": value, "low": None, "high": None} for name, value in point.items()}
     if min(sum(map(len, side.times_s)) for side in (a, b)) < 2:
         return found
-    bounds = bootstrap(statistics, [a.times_s, b.times_s], resamples, seed)
+    bounds = bootstrap(speed_ratios, [a.times_s, b.times_s], resamples, seed)
     for name, (low, high) in bounds.items():
         found[name] |= {"low": low, "high": high}
     return found
 
 
-def judge(found: dict, margin: float) -> dict:
-    """The verdict on a ratio with its bounds.
+def verdict_on(bounds: dict, margin: float) -> dict:
+    """Returns the verdict on a ratio with its bounds.
 
-    `equal` within the margin where the whole interval is; `ahead` or `behind` where all of it is
-    beyond; `equal` within a wider margin, which is named, where the steps cannot tell 1 from it;
-    else `undecided`.
+    It is `equal` if the whole interval is within the margin, `ahead` or `behind` if all of it is
+    beyond. If the interval contains 1 it is `equal` within a wider margin, which is named.
+    Otherwise it is `undecided`.
     """
-    ratio = found["ratio"]
-    low, high = (ratio if found[key] is None else found[key] for key in ("low", "high"))
+    ratio = bounds["ratio"]
+    low, high = (ratio if bounds[key] is None else bounds[key] for key in ("low", "high"))
     if 1 / (1 + margin) <= low and high <= 1 + margin:
         return {"verdict": "equal", "margin": margin, "words": f"equal within {share(margin)}"}
     times = f"{digits(ratio)} times B"
@@ -111,7 +113,7 @@ def share(value: float) -> str:
 
 
 def normalise(a: Side, b: Side, raw: dict, margin: float) -> dict[str, dict]:
-    """{normaliser: {"words", speed: ratio and bounds, "verdict"}}, or {"words", "missing"}."""
+    """Returns {normaliser: {"words", speed: bounds, "verdict"} or {"words", "missing"}}."""
     rows = {}
     for name, (words, ability, why) in NORMALISERS.items():
         unknown = [side.device for side in (a, b) if not ability(side)]
@@ -124,12 +126,12 @@ def normalise(a: Side, b: Side, raw: dict, margin: float) -> dict[str, dict]:
             speed: {k: None if v is None else v * scale for k, v in found.items()}
             for speed, found in raw.items()
         }
-        rows[name] = {"words": words, **row, "verdict": judge(row["tokens_per_s"], margin)}
+        rows[name] = {"words": words, **row, "verdict": verdict_on(row["tokens_per_s"], margin)}
     return rows
 
 
 def compare(a: Side, b: Side, margin=MARGIN, by="", resamples=RESAMPLES, seed=SEED) -> dict:
-    """All that there is to say of A and B; see `report` for how it reads."""
+    """Returns the whole comparison of A and B, which `report` formats."""
     found = {"a": describe(a), "b": describe(b), "verdict": "not comparable", "why": []}
     found["why"] = differences(a, b)
     match = match_losses(a, b)
@@ -157,9 +159,9 @@ def compare(a: Side, b: Side, margin=MARGIN, by="", resamples=RESAMPLES, seed=SE
 
 
 def method(a: Side, b: Side, raw: dict, resamples: int, seed: int) -> str:
-    """How the intervals came about, and what in the table is not of one kind."""
+    """Describes how the intervals were computed, and which figures are of different kinds."""
     if raw["tokens_per_s"]["low"] is None:
-        return "no intervals: a side has one figure alone"
+        return "no intervals: a side has a single step time"
     blocks = sorted({block_length(len(run)) for side in (a, b) for run in side.times_s})
     words = (
         f"95 % intervals by circular block bootstrap over steps, blocks of "
@@ -171,9 +173,10 @@ def method(a: Side, b: Side, raw: dict, resamples: int, seed: int) -> str:
 
 
 def describe(side: Side) -> dict:
+    """Returns the figures of one side."""
     speed = speeds(side, side.times_s)
-    kept = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
-    found = {key: getattr(side, key) for key in kept}
+    copied = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
+    found = {key: getattr(side, key) for key in copied}
     tokens = side.tokens_per_step / side.devices
     return found | {
         "tokens_per_s_per_device": speed["tokens_per_s"],
@@ -185,7 +188,7 @@ def describe(side: Side) -> dict:
 
 
 def report(found: dict) -> str:
-    """The comparison in words and one table."""
+    """Formats the comparison as text with one table."""
     lines = []
     for letter in "ab":
         side = found[letter]
@@ -222,32 +225,36 @@ def _cell(found) -> str:
 
 
 def parse(argv, prog="python -m launch.compare"):
-    parser = Parser(prog, __doc__.replace("python -m launch.compare", prog))
-    parser.add_argument("sides", nargs="*", metavar="DIR", help="A and B, as far as not --external")
+    parser = Parser(prog, (__doc__ or "").replace("python -m launch.compare", prog))
     parser.add_argument(
-        "--external", metavar="FILE", help="published figures, TOML: one or two sides"
+        "sides", nargs="*", metavar="DIR", help="A and B, unless --external names them"
     )
     parser.add_argument(
-        "--ceilings", nargs=2, metavar="FILE", help="of pallas_kernels.bench, A's and B's"
+        "--external", metavar="FILE", help="a TOML file with one or two sides of published figures"
+    )
+    parser.add_argument(
+        "--ceilings", nargs=2, metavar="FILE", help="results of pallas_kernels.bench for A and B"
     )
     parser.add_argument(
         "--margin",
         type=float,
         default=MARGIN,
-        help="within which they count as equal [%(default)s]",
+        help="relative difference up to which A and B count as equal [%(default)s]",
     )
     parser.add_argument(
         "--by",
         choices=NORMALISERS,
         default="",
-        help="whose verdict is the last line's [roofline, else peak_flops, else raw]",
+        help="normaliser of the verdict in the last line [roofline, else peak_flops, else raw]",
     )
     parser.add_argument(
-        "--may_differ", default="", metavar="NAMES", help="settings that need not be the same: a,b"
+        "--may_differ", default="", metavar="NAMES", help="settings that may differ: a,b"
     )
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="[%(default)s]")
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=SEED, help="of the resamples [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.margin < 1:
         parser.error(f"--margin must be between 0 and 1; got {args.margin}.")

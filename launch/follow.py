@@ -17,8 +17,8 @@ from launch.log_copy import LogCopy
 from launch.ssh import HostError, SshClient
 
 RENEW_S = 2.0  # between renewals of a job's lease
-SILENT_S = 12.0  # a stream sends at least a status every 2 s
-AWAY_S = 20.0  # after which an unreachable host is reported
+SILENT_S = 12.0  # a stream is killed after this; it sends at least a status every 2 s
+AWAY_S = 20.0  # an unreachable host is reported after this
 STEADY_S = 30.0  # a stream that lasted this long is reopened without a growing pause
 
 DELETED = (
@@ -39,7 +39,7 @@ class Follower(threading.Thread):
     Attributes:
         ended: nothing more will come.
         status: the host's newest status.
-        supervised: a supervisor was alive then.
+        supervised: a supervisor was alive at that time.
         error: why the host is unreachable; "" if it is not.
     """
 
@@ -71,7 +71,7 @@ class Follower(threading.Thread):
                 self._stream()
             except (HostError, OSError) as error:
                 self.error = str(error)
-            except Exception as error:  # a bug: the main thread must end with it
+            except Exception as error:  # a bug: the main thread must raise it
                 self.events.put((self.host, error))
                 return
             lasted_s = time.monotonic() - start
@@ -81,7 +81,7 @@ class Follower(threading.Thread):
         self.events.put((self.host, b""))
 
     def _stream(self) -> None:
-        """Follows until the job or the connection ends. Restarts a supervisor that is gone."""
+        """Follows until the job or the connection ends. Restarts a supervisor that has died."""
         request = {"op": "follow", "job": self.job.id}
         request |= {"offset": self._offset, "tail": checksum(self._tail)}
         process = self._process = self.client.start(self.host, request)
@@ -126,11 +126,11 @@ class Follower(threading.Thread):
         return gone
 
     def _add(self, offset: int, data: bytes) -> None:
-        """Takes log bytes from `offset` on. If they do not continue the log, a line explains it."""
+        """Adds log bytes from `offset` on, after an explanation if they do not continue the log."""
         gap_line, replaced = b"", offset < self._offset
         if offset > self._offset:
             gap_line = DELETED % (offset - self._offset)
-        elif replaced:  # the host sends earlier bytes again, because its log is no longer the same
+        elif replaced:  # the host sends earlier bytes again, as its log was changed by a power loss
             same = self._count_same(offset, data)
             offset, data = offset + same, data[same:]
             if not data:
@@ -151,13 +151,13 @@ class Follower(threading.Thread):
         self.events.put((self.host, gap_line + data))
 
     def _count_same(self, offset: int, data: bytes) -> int:
-        """Returns how many of the first bytes equal those that are here."""
+        """Returns how many of the first bytes equal those of the copy."""
         here = self._copy.read(offset, self._offset - offset) if self._copy else b""
         pairs = enumerate(zip(here, data, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(here), len(data)))
 
     def _renew_lease(self, process: subprocess.Popen[bytes]) -> None:
-        """Sends a sign of life every RENEW_S; kills a stream that has become silent."""
+        """Renews the job's lease every RENEW_S; kills a stream that has become silent."""
         assert process.stdin
         while process.poll() is None and not self._closing.wait(RENEW_S):
             try:
@@ -218,13 +218,13 @@ class JobMonitor:
             self._print(host, data)
 
     def _stored_record(self) -> dict[str, Any]:
-        """Returns the job's record as it is on disk: another terminal may have seen its end."""
+        """Returns the job's record from disk: another terminal may have seen the job's end."""
         return Job(self.job.id).record
 
     def _may_revive(self, follower: Follower) -> bool:
-        """Returns whether a dead supervisor may be restarted: if the job began and may still run.
+        """Returns whether a dead supervisor may be restarted: the job began and may still run.
 
-        Another host's supervisor waits for the first host's, so it is restarted only after that.
+        Other hosts' supervisors need the first host's, so they are restarted only after it.
         """
         record, first = self._stored_record(), self.followers[0]
         if self._read_only or not record.get("begun") or record.get("outcome"):
@@ -244,7 +244,7 @@ class JobMonitor:
     def _outcome(self) -> dict[str, Any] | None:
         """Returns the outcome once every host has ended or is unreachable.
 
-        It is the first host's; if that is gone for good, another host's that gave up waiting.
+        It is the first host's or, if that is lost, that of another host, which gave up waiting.
         """
         if not all(f.ended or self._is_away(f) for f in self.followers):
             return None
@@ -266,7 +266,7 @@ class JobMonitor:
         """Reports, once each, hosts that have become unreachable from here or have returned."""
         away = {f.host: f.error for f in self.followers if self._is_away(f)}
         for host in away.keys() - self._away:
-            # If another host is away, the first host's supervisor reports what it means.
+            # If another host is away, the first host's supervisor reports the consequences.
             first = host == self.followers[0].host and len(away) < len(self.followers)
             mark = "ROOT CAUSE " if first else ""
             note(f"{mark}{host.name}: unreachable from here for {AWAY_S:.0f} s: {away[host]}")

@@ -26,7 +26,7 @@ class Host:
     """One host. `ssh`, `user` and `port` go to OpenSSH, which also reads its own configuration."""
 
     name: str
-    address: str  # IP on the training network; 127.0.0.0/8 only for a single host
+    address: str  # IP on the training network; a loopback address only for a single host
     ssh: str = ""
     user: str = ""
     port: int = 0  # 0: from ssh's configuration
@@ -62,7 +62,7 @@ def read_inventory(path: str | Path) -> Inventory:
     """Returns the inventory in a TOML file.
 
     Raises:
-        ValueError: the file is no inventory. The text names the host, the key and what to write.
+        ValueError: the inventory is invalid. The text names the host, the key and what to write.
     """
     return parse_inventory(read_toml(path, "--hosts"), str(path))
 
@@ -85,7 +85,7 @@ def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
 
 
 def parse_inventory(content: dict[str, Any], source: str) -> Inventory:
-    """Does what read_inventory does, for a parsed file that errors call `source`."""
+    """Returns the inventory in a parsed file; its errors name the file as `source`."""
     _check_keys(content, ("ranks", "defaults", "hosts"), source)
     defaults, entries = content.get("defaults", {}), content.get("hosts")
     if not isinstance(entries, list) or not entries:
@@ -121,38 +121,41 @@ def _check_host(host: Host, count: int, source: str) -> None:
     for key in ("name", "ssh", "user", "python", "workdir"):
         value = getattr(host, key)
         if value.startswith("-") or not value.isprintable():  # ssh would read it as an option
-            raise ValueError(f"{source}: {key} must not begin with '-'; got {value!r}.")
+            raise ValueError(
+                f"{source}: {key} must be printable and must not begin with '-'; got {value!r}."
+            )
     if not all(letter.isalnum() or letter in "._-" for letter in host.name):
-        raise ValueError(f"{source}: a name is letters, digits and . _ -.")
+        raise ValueError(f"{source}: name must consist of letters, digits and . _ - only.")
     try:
         address = ipaddress.ip_address(host.address)
     except ValueError:
         raise ValueError(f"{source}: address must be an IP; got {host.address!r}.") from None
     if address.is_unspecified or (address.is_loopback and count > 1):
         raise ValueError(
-            f"{source}: address must be one that the other hosts reach; got {host.address}. "
+            f"{source}: address must be reachable from the other hosts; got {host.address}. "
             "Set it to this host's IP on the training network."
         )
 
 
 def _check_together(inventory: Inventory, source: str) -> None:
-    """Checks what the hosts must have in common, and what each must have for itself."""
+    """Checks that names and addresses are unique, and that the hosts' gpus and site are equal."""
     hosts = inventory.hosts
     for key in ("name", "address"):
         values = [getattr(host, key) for host in hosts]
-        twice = sorted({value for value in values if values.count(value) > 1})
-        if twice:
-            raise ValueError(f"{source}: each host's {key} must be its own; got {twice} twice.")
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{source}: each host's {key} must be unique; got {repeated} twice.")
     if inventory.ranks not in ("host", "gpu"):
         raise ValueError(f'{source}: ranks must be "host" or "gpu"; got {inventory.ranks!r}.')
     counts = {host.name: host.gpus for host in hosts}
     if len(set(counts.values())) > 1 or (inventory.ranks == "gpu" and not any(counts.values())):
         raise ValueError(
-            f"{source}: every host must have as many gpus as the others; got {counts}."
+            f"{source}: every host must have as many gpus as the others, and at least 1 if ranks "
+            f'is "gpu"; got {counts}.'
         )
     sites = {host.site for host in hosts}
     if len(sites) > 1:
         raise ValueError(
-            f"{source}: one job's hosts must be of one site; got {sorted(sites)}. A 150 ms hop in "
-            "a mesh makes a step 60 times slower: start one job per site."
+            f"{source}: a job's hosts must be at one site; got {sorted(sites)}. With 150 ms "
+            "between hosts, a step is 60 times slower: start one job per site."
         )

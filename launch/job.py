@@ -1,4 +1,4 @@
-"""The operator's record of a job: what was started, where, and the logs so far."""
+"""The operator's record of a job: its command, its hosts and its logs so far."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 
-PYTHON = "{python}"  # in an argv: replaced by each host's interpreter
-TRAINER = "jaxtrain.train"  # the program whose flags name data, and which writes a heartbeat
+PYTHON = "{python}"  # in argv: stands for each host's interpreter
+TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
 PORTS = range(20_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -59,7 +59,7 @@ class Job:
         return cls(job_id)
 
     def change(self, **values: Any) -> None:
-        """Changes the record, here and on disk."""
+        """Changes the record, in memory and on disk."""
         self.record |= values
         write_json(self.folder / "job.json", self.record)
 
@@ -70,8 +70,8 @@ class Job:
         """Returns the request that starts this job's supervisor on a host."""
         record = self.record
         python = record.get("pythons", {}).get(host.name, host.python)
-        code, users_path = record["folders"][host.name], record["env"].get("PYTHONPATH")
-        path = f"{code}:{users_path}" if users_path else code  # the job's code takes precedence
+        code, user_path = record["folders"][host.name], record["env"].get("PYTHONPATH")
+        path = f"{code}:{user_path}" if user_path else code  # the job's code takes precedence
         spec = {
             "id": self.id,
             "me": self.hosts.index(host),
@@ -82,7 +82,7 @@ class Job:
             "token": record["token"],
             "policy": record["policy"],
             "argv": [python if part == PYTHON else part for part in record["argv"]],
-            # Without an interface in the inventory, the host finds that of its address.
+            # If the inventory names no interface, the host looks up that of its address.
             "env": interface_variables(host.interface) | record["env"] | {"PYTHONPATH": path},
             "cwd": code,
             "beats": TRAINER in record["argv"][:3],

@@ -18,10 +18,10 @@ READ_BYTES = 1 << 20  # the most that a host sends at once
 
 
 class LogCopy:
-    """The file `path`: the host's bytes, plus a line of our own wherever some are missing.
+    """The file `path`: the host's bytes, plus an explanatory line wherever some are missing.
 
-    After such a line, `path`.at holds {"here", "there"}: byte `here` of the file is byte `there`
-    of the host's log, and both go on from there.
+    After such a line, the file `path`.at contains {"here", "there"}: byte `here` of the copy is
+    byte `there` of the host's log, and the bytes after them correspond.
     """
 
     def __init__(self, path: Path):
@@ -33,11 +33,11 @@ class LogCopy:
         return {"here": 0, "there": 0} | read_json(self._anchor_path)
 
     def end(self) -> int:
-        """Returns the host's offset of the first byte that is not here."""
+        """Returns the offset in the host's log of the first byte that the copy lacks."""
         return self._anchor["there"] + self.path.stat().st_size - self._anchor["here"]
 
     def read(self, offset: int, size: int) -> bytes:
-        """Returns at most `size` bytes from the host's offset on; none from before a gap."""
+        """Returns at most `size` bytes from an offset of the host's log; none from before a gap."""
         if offset < self._anchor["there"]:
             return b""
         with open(self.path, "rb") as file:
@@ -49,11 +49,11 @@ class LogCopy:
         return self.read(max(self._anchor["there"], self.end() - TAIL_BYTES), TAIL_BYTES)
 
     def add(self, offset: int, data: bytes, gap_line: bytes = b"", replaced: bool = False) -> None:
-        """Adds those of the host's bytes from `offset` on that are not here yet.
+        """Adds the host's bytes from `offset` on, without those that the copy already has.
 
         Args:
-            gap_line: written before them if they do not continue what is here.
-            replaced: from `offset` on the host has other bytes than those that are here.
+            gap_line: written before them if they do not continue the copy.
+            replaced: from `offset` on, the host's bytes differ from those of the copy.
         """
         with open(self.path, "ab") as file, _locked(file):
             anchor, size = self._read_anchor(), file.seek(0, os.SEEK_END)
@@ -70,7 +70,7 @@ class LogCopy:
 
 @contextlib.contextmanager
 def _locked(file: IO[bytes]) -> Iterator[None]:
-    """Locks a file against other processes until what is written here is on its way to disk."""
+    """Locks a file against other processes; flushes what was written before it unlocks."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it if this process dies
     try:

@@ -12,17 +12,17 @@ from launch.inventory import Host
 from launch.ssh import HostError, SshClient
 
 CLOCK_ROUNDS = 3
-# For a host's first answer. On the host, a call that hangs is given up after 20 s: host/facts.py.
+# Time limit of a host's first answer. The host abandons a hanging call after 20 s: host/facts.py.
 FIRST_ANSWER_S = 90.0
-# For an answer, in addition to the ordered seconds. Hosts give each other 60 s: host/agent.py.
+# Time limit of an answer beyond the seconds of traffic. Between hosts it is 60 s: host/agent.py.
 ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
 
 
 class NetworkAgents:
-    """A process on every host that takes orders on standard input, see launch/host/agent.py.
+    """A process on every host that executes orders, see launch/host/agent.py.
 
-    Use it as a context manager: the agents end with it.
+    A context manager, which kills the agents at its end.
 
     Args:
         first_request: returns the request that starts a host's agent.
@@ -71,7 +71,7 @@ class NetworkAgents:
             pass
 
     def _read_line(self, host: Host, limit_s: float) -> tuple[bytes, bool]:
-        """Returns (the agent's next line or b"", whether it or its end came in time).
+        """Returns (the agent's next line or b"", whether the line or its end came in time).
 
         An agent that is late is killed.
         """
@@ -93,7 +93,7 @@ class NetworkAgents:
         return {"error": f"it gave no answer within {limit_s:.0f} s"}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
-        """Returns the host's first answer, with its round trip and its clock's lead added, in s.
+        """Returns the host's first answer, its round trip and its clock's lead over ours, in s.
 
         Raises:
             HostError: there is no answer.
@@ -101,16 +101,16 @@ class NetworkAgents:
         answer = self.first_answers[host]
         if isinstance(answer, HostError):
             raise answer
-        rounds = []
+        samples = []
         for _ in range(CLOCK_ROUNDS):
             sent = time.time()
             self._send_order(host, do="time")
-            there = self._read_answer(host)
+            clock = self._read_answer(host)
             received = time.time()
-            if "error" in there:
-                raise HostError(f"{host.name}: {there['error']}")
-            rounds.append((received - sent, there["time"] - (sent + received) / 2))
-        rtt_s, skew_s = min(rounds)  # the shortest round trip bounds the skew best
+            if "error" in clock:
+                raise HostError(f"{host.name}: {clock['error']}")
+            samples.append((received - sent, clock["time"] - (sent + received) / 2))
+        rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
 
     def read_nonce(self, folder: str, nonce: str) -> dict[Host, dict[str, Any]]:
@@ -130,12 +130,13 @@ class NetworkAgents:
         both: bool = False,
         least_trips: float = 0,
     ) -> list[Pair]:
-        """Measures every directed pair; pairs that share no host are measured at the same time.
+        """Measures every directed pair, in rounds in which each host sends once and receives once.
 
         Args:
-            streams: TCP streams at once; seconds: of traffic.
+            streams: number of simultaneous TCP streams.
+            seconds: duration of the traffic.
             both: send in both directions at once.
-            least_trips: no traffic is sent if it would last for fewer round trips.
+            least_trips: no traffic is sent if it would last for fewer round trips than this.
 
         Returns:
             A dict per pair, with "from", "to" and either "error" or the figures.
@@ -161,9 +162,9 @@ class NetworkAgents:
         return pairs
 
     def stream_limit_bytes_per_s(self, pair: Pair) -> float:
-        """Returns the most that one TCP stream can carry, given the pair's buffers and round trip.
+        """Returns the highest rate of one TCP stream with the pair's buffers and round trip.
 
-        Half of a receive buffer is for packets' overhead. Source: tcp(7), tcp_adv_win_scale.
+        Half of a receive buffer is reserved for overhead. Source: tcp(7), tcp_adv_win_scale.
         """
 
         def largest_buffer(name: str, sysctl: str) -> float:

@@ -1,4 +1,4 @@
-"""What an operator does with a job that was started: follow it, stop it, ask for its status."""
+"""Commands for a job that was started: follow it, stop it, print its status."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from launch.inventory import Host
 from launch.job import Job, jobs_folder
 from launch.ssh import HostError, SshClient, errors_in
 
-GONE_S = 30.0  # for the last processes to end
+GONE_S = 30.0  # time for the last processes to end
 
 
 def connect(job: Job) -> SshClient:
@@ -24,7 +24,7 @@ def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
     """Prints the job's log until it ends; returns its exit status. Ctrl-C asks what to do.
 
     Args:
-        read_only: print the whole log from its first byte. Ctrl-C only ends the reading.
+        read_only: print the whole log from its first byte. Ctrl-C then only ends this command.
 
     Raises:
         ValueError: the job never started.
@@ -32,7 +32,7 @@ def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
     if not job.record.get("begun"):
         raise ValueError(
             f"job {job.id} never started, so there is no log. `launch.run resume {job.id}` "
-            "starts what it was to run."
+            "starts its command."
         )
     client = connect(job)
     with JobMonitor(client, job, as_json, read_only) as monitor:
@@ -40,14 +40,14 @@ def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
         while not outcome:
             try:
                 outcome = monitor.run()
-            except KeyboardInterrupt:  # the followers go on, and renew the lease, while it asks
+            except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
                 if read_only or _ask_to_leave(client, job):
                     return 0
     return conclude(client, job, outcome)
 
 
 def _ask_to_leave(client: SshClient, job: Job) -> bool:
-    """Asks whether to detach, to stop the job or to go on; returns whether to detach."""
+    """Asks whether to detach from the job, stop it or go on; returns whether to detach."""
     if not sys.stdin.isatty():
         stop(job, now=False)
         return False
@@ -58,8 +58,8 @@ def _ask_to_leave(client: SshClient, job: Job) -> bool:
     if answer.startswith("s"):
         stop(job, now=False)
     if answer.startswith("d"):
-        _request_of_any(client, {"op": "detach", "job": job.id}, "detached")
-        note(f"it goes on: python -m launch.run attach {job.id}")
+        _send_to_all(client, {"op": "detach", "job": job.id}, "detached")
+        note(f"the job goes on; to follow it again: python -m launch.run attach {job.id}")
     return answer.startswith("d")
 
 
@@ -70,7 +70,7 @@ def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host,
 
 
 def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
-    """Waits until no process of the job is left on any host, and prints how it ended.
+    """Waits until no process of the job is left on any host; prints and records how it ended.
 
     Returns:
         The job's exit status.
@@ -86,16 +86,16 @@ def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
             break
         time.sleep(0.5)
     unseen = [host.name for host in job.hosts if host.name not in living]
-    left = {name: pids for name, pids in living.items() if pids}
+    remaining = {name: pids for name, pids in living.items() if pids}
     job.change(outcome=outcome)
     note(f"job {job.id}: exit {outcome['code']} after {outcome.get('attempts', '?')} attempts")
     note(f"why: {outcome['why']}")
-    if left:
-        note(f"STILL ALIVE, host: pids {left}")
+    if remaining:
+        note(f"STILL ALIVE, host: pids {remaining}")
     elif unseen:
-        note(f"{' '.join(unseen)}: could not be asked whether processes are left")
+        note(f"{' '.join(unseen)}: unreachable, so processes may be left there")
     else:
-        note("no process of it is left on any host")
+        note("no process of the job is left on any host")
     return outcome["code"]
 
 
@@ -107,12 +107,12 @@ def stop_request(job: Job, why: str, kill: bool) -> dict[str, Any]:
 def stop(job: Job, now: bool) -> int:
     """Asks every host to stop the job, so that an unreachable one does not keep it alive."""
     request = stop_request(job, NOW if now else "the operator asked", kill=False)
-    _request_of_any(connect(job), request, "stopped")
+    _send_to_all(connect(job), request, "stopped")
     return 0
 
 
-def _request_of_any(client: SshClient, request: dict[str, Any], done: str) -> None:
-    """Sends a request to every host. One answer is enough, as the first host's takes it up.
+def _send_to_all(client: SshClient, request: dict[str, Any], done: str) -> None:
+    """Sends a request to every host. One answer is enough: that host informs the first one.
 
     Raises:
         HostError: no host answered.
@@ -126,17 +126,17 @@ def _request_of_any(client: SshClient, request: dict[str, Any], done: str) -> No
 
 
 def refuse_while_alive(job: Job) -> None:
-    """Raises HostError unless every host reports that nothing of the job is left there."""
+    """Raises HostError unless every host reports that no process of the job is left there."""
     problems = []
     for host, answer in statuses(connect(job), job).items():
         if isinstance(answer, HostError):
             problems.append(str(answer))
         elif answer.get("alive") or answer["processes"]:
-            problems.append(f"{host.name}: it still runs there")
+            problems.append(f"{host.name}: the job is still running there")
     if problems:
-        what = f"job {job.id} must have ended on every host before it is resumed: two jobs would "
-        what += f"write to one run directory. `python -m launch.run stop {job.id}` ends it."
-        raise HostError("\n".join([what, *problems]))
+        text = f"job {job.id} must have ended on every host before it is resumed: two jobs would "
+        text += f"write to one run directory. `python -m launch.run stop {job.id}` ends it."
+        raise HostError("\n".join([text, *problems]))
 
 
 def status(job: Job, as_json: bool) -> int:

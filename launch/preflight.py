@@ -14,8 +14,8 @@ from launch.ssh import HostError, SshClient
 Facts = Mapping[str, Any]  # what launch.host.facts.gather_facts returns, and the clock
 MAX_SKEW_S = 1.0
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES, OPEN_FILES = 10 << 30, 2 << 30, 64 << 20, 1024
-SLOW_STREAM_BYTES_PER_S = 125e6  # a warning below this limit of one TCP stream
-BURST_TRIPS = 20  # round trips after which a burst of traffic has left TCP's slow start
+SLOW_STREAM_BYTES_PER_S = 125e6  # warn if one TCP stream cannot be this fast
+BURST_TRIPS = 20  # a burst of this many round trips gets past TCP's slow start
 NETWORK_FILES = ("nfs", "nfs4", "cifs", "lustre", "fuse.sshfs", "ceph", "gpfs", "beegfs")
 LOGOUT_PROBLEMS = {
     logout.LINGER: "systemd would end the job at logout (KillUserProcesses=yes): run `loginctl "
@@ -45,19 +45,19 @@ def preflight(
     """Checks every host and the network between them.
 
     Args:
-        port: on which the first host's supervisor will listen.
+        port: where the first host's supervisor will listen.
         shared: folder that all hosts must share; "" if they need not.
-        burst_s: seconds of traffic for each pair of hosts. None is sent if that is too short, at
-            the pair's round trip, to show the throughput.
+        burst_s: seconds of traffic for each pair of hosts. None is sent between hosts so far apart
+            that it would not show the throughput, see BURST_TRIPS.
         build: packages will be built on the hosts, so the installed ones do not matter.
     """
     nonce, first = secrets.token_hex(8), client.hosts[0]
 
     def facts_request(host: Host) -> dict[str, Any]:
-        of_first = {"port": port, "nonce": nonce} if host == first else {"port": 0, "nonce": ""}
-        return {"op": "facts", "shared": shared} | of_first
+        values = {"port": port, "nonce": nonce} if host == first else {"port": 0, "nonce": ""}
+        return {"op": "facts", "shared": shared} | values
 
-    # One connection per host for everything: over a long link each costs several round trips.
+    # One connection per host for everything: over a long link each one costs several round trips.
     with NetworkAgents(client, facts_request) as agents:
         answers = client.map(agents.answer_with_clock)
         findings, facts_of = [], {}
@@ -102,16 +102,16 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     raise_limit = f"raise ulimit -n (hard limit {hard})"
     check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
     check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
-    rsync = "there" if facts["rsync"] else "absent"
+    rsync = "installed" if facts["rsync"] else "absent"
     check("rsync", rsync, not facts["rsync"], "install rsync: the code is sent with it")
-    no_address = "no such address on it: correct the inventory"
+    no_address = "the host does not have this address: correct the inventory"
     check("address", host.address, not facts["has_address"], no_address)
     interface = host.interface or facts["interface"]
     check("interface", interface, problem=_interface_problem(host, facts))
     gloo_elsewhere = host.gpus == 0 and own_address != host.address
-    correct_name = f"gloo (JAX on CPU) uses it, not {host.address}: correct /etc/hosts"
+    correct_name = f"gloo (JAX on CPU) would use it, not {host.address}: correct /etc/hosts"
     check("own name", own_address or "unknown", gloo_elsewhere, correct_name, fatal=False)
-    check("port", str(port), not facts["port_free"], "in use: start again for another")
+    check("port", str(port), not facts["port_free"], "in use: start again, which picks another")
     check("tcp", facts["sysctls"]["congestion"])
     check("logout", facts["logout"], problem=LOGOUT_PROBLEMS.get(facts["logout"], ""))
     check("shared", "", problem=facts["nonce_error"])
@@ -125,9 +125,9 @@ def _python_problem(host: Host, facts: Facts) -> str:
 
 
 def plugin_problem(host: Host, versions: Mapping[str, str]) -> str:
-    """Returns what to do on a host with GPUs if JAX has no plugin for them; "" if it has."""
-    has = any(name.startswith("jax-cuda") and name.endswith("-plugin") for name in versions)
-    if has or not host.gpus:
+    """Returns what to do if a host has GPUs and JAX no plugin for them; "" if all is well."""
+    has_plugin = any(name.startswith("jax-cuda") and name.endswith("-plugin") for name in versions)
+    if has_plugin or not host.gpus:
         return ""
     return "JAX has no CUDA plugin there: install jaxtrain[cuda], or build with --env_extras=cuda"
 
@@ -141,9 +141,9 @@ def _gpu_problem(host: Host, facts: Facts) -> str:
 
 
 def is_chip(name: str, chip: str) -> bool:
-    """Returns whether whole words of a GPU's name are the chip: "a40" is no "RTX A4000"."""
-    cut = lambda text: re.findall("[a-z0-9]+", text.lower())
-    words, wanted = cut(name), "".join(cut(chip))
+    """Returns whether whole words of a GPU's name spell the chip: "a40" is not in "RTX A4000"."""
+    words_of = lambda text: re.findall("[a-z0-9]+", text.lower())
+    words, wanted = words_of(name), "".join(words_of(chip))
     ends = range(len(words) + 1)
     return any("".join(words[i:j]) == wanted for i in ends for j in ends)
 
@@ -158,7 +158,7 @@ def _interface_problem(host: Host, facts: Facts) -> str:
 
 
 def differences(facts_of: Mapping[Host, Facts]) -> list[Finding]:
-    """Returns what must be the same on all hosts and is not: Python, packages, driver."""
+    """Returns a finding for each version (Python, package, driver) that differs between hosts."""
     versions_of = {}
     for host, facts in facts_of.items():
         versions = dict(facts["versions"])
@@ -180,7 +180,7 @@ def judge_network(agents: NetworkAgents, nonce: str, shared: str, burst_s: float
     findings = []
     for host, answer in (agents.read_nonce(shared, nonce) if shared else {}).items():
         if not answer.get("same"):
-            not_shared = "the hosts do not share it: --config.checkpoint.storage=host0"
+            not_shared = "the hosts do not share it: set --config.checkpoint.storage=host0"
             problem = answer.get("error") or not_shared
             findings.append(Finding(host.name, "shared", shared, problem))
     for pair in agents.measure(streams=1, seconds=burst_s, pings=3, least_trips=BURST_TRIPS):
@@ -194,24 +194,24 @@ def judge_network(agents: NetworkAgents, nonce: str, shared: str, burst_s: float
             text += f", {pair['bytes_per_s'] * 8e-6:,.0f} Mbit/s"
         limit, problem = agents.stream_limit_bytes_per_s(pair), ""
         if limit < SLOW_STREAM_BYTES_PER_S:
-            problem = f"one stream at most {limit * 8e-6:,.0f} Mbit/s by its TCP buffers"
+            problem = f"TCP buffers limit one stream to {limit * 8e-6:,.0f} Mbit/s"
             problem += ": raise net.ipv4.tcp_rmem and tcp_wmem"
         findings.append(Finding(name, check, text, problem, fatal=False))
     return findings
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Returns a table: a line per check with its values by host, and below it the problems."""
+    """Returns a table: a line per check with its value on each host, then its problems."""
     by_check: dict[str, list[Finding]] = {}
     for finding in findings:
         by_check.setdefault(finding.check, []).append(finding)
     lines = []
-    for check, of_check in by_check.items():
-        values = sorted({finding.value for finding in of_check if finding.value})
-        text = ", ".join(f"{f.host} {f.value}" for f in of_check) if values else ""
+    for check, group in by_check.items():
+        values = sorted({finding.value for finding in group if finding.value})
+        text = ", ".join(f"{f.host} {f.value}" for f in group) if values else ""
         if len(values) == 1:
             text = values[0]
-        problems = [finding for finding in of_check if finding.problem]
+        problems = [finding for finding in group if finding.problem]
         mark = "FAIL" if any(f.aborts for f in problems) else "warn" if problems else "ok"
         lines.append(f"{mark:4}  {check:12} {text}".rstrip())
         lines += [f"      {finding.host}: {finding.problem}" for finding in problems]

@@ -15,7 +15,7 @@ from launch.preflight import Finding, differences, format_findings, plugin_probl
 from launch.ssh import HostError, SshClient, raise_errors
 from launch.sync_code import Code
 
-BUILD_S = 1800.0  # for pip over a slow connection
+BUILD_S = 1800.0  # enough for pip over a slow connection
 DATA_S = 300.0
 
 
@@ -23,13 +23,15 @@ def read_env(pairs: Iterable[str]) -> dict[str, str]:
     """Returns {name: value} for --env's NAME=VALUE, or NAME with this machine's value.
 
     Raises:
-        ValueError: a NAME without a value is not set here.
+        ValueError: a NAME without a value is not set on this machine.
     """
     env = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals and name not in os.environ:
-            raise ValueError(f"--env={name} must be set here, or be --env={name}=VALUE.")
+            raise ValueError(
+                f"--env={name} must name a set variable. Set it, or write {name}=VALUE."
+            )
         env[name] = value if equals else os.environ[name]
     return env
 
@@ -58,10 +60,10 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def prepare(client: SshClient, job: Job, code: Code) -> None:
-    """Builds the job's packages, if it asks for that, and compares the hosts' data.
+    """Builds the job's packages if --env_build was given, and compares the hosts' data.
 
     Raises:
-        HostError: a host could not do it, or differs from the others.
+        HostError: a host failed, or differs from the others.
         ValueError: the code has no pyproject.toml.
     """
     record, start = job.record, time.monotonic()
@@ -72,11 +74,11 @@ def prepare(client: SshClient, job: Job, code: Code) -> None:
             raise ValueError(f"--env_build needs the code's pyproject.toml: {error}.") from None
         pythons = build_environments(client, record["env_build"], pyproject, record["env_extras"])
         job.change(pythons=pythons)
-        note(f"packages are on every host, {time.monotonic() - start:.1f} s")
+        note(f"packages are built on every host, {time.monotonic() - start:.1f} s")
     if record["argv"][2] == TRAINER:
         start = time.monotonic()
         findings = judge_data(client.call_all(data_requests(client, job), DATA_S))
-        note(f"data was compared on all hosts, {time.monotonic() - start:.1f} s")
+        note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
         print_findings(findings)
 
 
@@ -86,11 +88,12 @@ def build_environments(
     """Builds the same packages on every host; returns {host name: its Python}.
 
     Args:
-        constraints: pip's, as text; pyproject: the code's, as text; extras: names in it.
+        constraints: the text of a file of pip constraints.
+        pyproject: the text of the code's pyproject.toml.
+        extras: names of its optional dependencies.
 
     Raises:
-        HostError: pip failed on a host, with its last lines; versions differ; or a host with GPUs
-            was built without JAX's plugin for them.
+        HostError: pip failed on a host; versions differ; or a host with GPUs lacks JAX's plugin.
     """
     request = {"op": "build", "constraints": constraints, "pyproject": pyproject}
     request |= {"extras": list(extras)}
@@ -118,7 +121,7 @@ def data_requests(client: SshClient, job: Job) -> dict[Host, dict[str, Any]]:
 
 
 def judge_data(summaries: Mapping[Host, Any]) -> list[Finding]:
-    """Returns a finding per host; a host whose data differs from most has a problem.
+    """Returns a finding per host, with a problem if its data differs from that of most hosts.
 
     Args:
         summaries: {host: {"files", "bytes", "fingerprint"}, or the HostError in its place}.
@@ -140,6 +143,6 @@ def judge_data(summaries: Mapping[Host, Any]) -> list[Finding]:
         problem = ""
         if fingerprint != usual:
             others = " ".join(h.name for h, other in fingerprints.items() if other == usual)
-            problem = f"not the data of {others}: copy it from there"
+            problem = f"differs from the data of {others}: copy it from there"
         findings.append(Finding(host.name, "data", value, problem))
     return findings

@@ -4,7 +4,7 @@
     python -m launch.probe --hosts=hosts.toml --seconds=5 --pings=1000
     python -m launch.probe --hosts=hosts.toml --no_jax
 
-It measures the round trips of every pair of hosts while nothing else is sent; TCP throughput with
+It measures the round trips of every pair of hosts on an idle network; TCP throughput with
 1, 4 and 8 streams, in one direction and in both; and, unless --no_jax, JAX's all-reduce, all-gather
 and reduce-scatter over all hosts, by size. `wire_bytes` is what the interface counted, before it
 cut the data into segments; `header_share` is the share of headers that the segments add.
@@ -45,7 +45,7 @@ def header_share(mtu: int) -> float:
 
 
 def percentile(sorted_values: Sequence[float], share: float) -> float:
-    """Returns the value below which a share of the sorted values lies."""
+    """Returns the value at a share, from 0 to 1, of the sorted values."""
     return sorted_values[min(len(sorted_values) - 1, round(share * (len(sorted_values) - 1)))]
 
 
@@ -63,7 +63,7 @@ def measure_tcp(client: SshClient, seconds: float, pings: int) -> list[Pair]:
         for streams in STREAMS:
             for both in (False, True):
                 for pair in _require_all(agents.measure(streams, seconds, pings=1, both=both)):
-                    del pair["rtt_s"]  # of a loaded network
+                    del pair["rtt_s"]  # measured under load; the idle one is reported
                     times = rtt_s[pair["from"], pair["to"]]
                     pair |= {f"rtt_p{p}_s": percentile(times, p / 100) for p in PERCENTILES}
                     if pair["mtu"]:
@@ -80,7 +80,7 @@ def _require_all(pairs: list[Pair]) -> list[Pair]:
 
 
 def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs launch.collectives as a job; returns the rows that it prints.
+    """Runs launch.collectives as a job; returns the JSON objects that it prints.
 
     Raises:
         HostError: the job failed.
@@ -97,7 +97,7 @@ def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """Returns the measured figures as two tables."""
+    """Returns the measurements as two tables."""
     lines = ["from -> to      streams   ways   RTT p50 ms   p99 ms     Mbit/s"]
     for pair in result["tcp"]:
         ways = "both" if pair["both"] else "one"
@@ -121,9 +121,9 @@ def main() -> int:
     """Runs the command; returns its exit status."""
     parser = Parser("python -m launch.probe", __doc__ or "")
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
-    parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
-    parser.add_argument("--out", default="network.json", metavar="FILE")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of traffic per measurement")
+    parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
+    parser.add_argument("--out", default="network.json", metavar="FILE", help="file to write")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of traffic each time")
     parser.add_argument("--pings", type=int, default=100, help="round trips of each pair")
     parser.add_argument("--mib", default="1,16,64", help="sizes of the collectives, MiB")
     parser.add_argument(
@@ -143,7 +143,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(format_result(result))
-    note(f"written to {args.out}")
+    note(f"wrote {args.out}")
     return 0
 
 

@@ -22,7 +22,7 @@ class RunCopy:
         workdir: the run directory on the hosts; "" takes it from the job's flags.
 
     Attributes:
-        job_ended: the job had ended before the first host sent its files, so they are complete.
+        job_ended: the job had ended before the last fetch, so the files are complete.
 
     Raises:
         ValueError: there is no such job, or its flags do not name the run directory.
@@ -33,8 +33,8 @@ class RunCopy:
         self.workdir = workdir or flag_value(self.job.record["argv"], WORKDIR)
         if not self.workdir:
             raise ValueError(
-                f"job {job_id} must say where its run directory is; its flags have no "
-                f"{WORKDIR}. Set --workdir."
+                f"job {job_id} must name its run directory, but its flags have no {WORKDIR}. "
+                "Set --workdir."
             )
         self.client = SshClient(self.job.hosts, self.job.ssh_config)
         self.folder, self.job_ended = self.job.folder / "run", False
@@ -43,9 +43,9 @@ class RunCopy:
     def fetch(self) -> Path:
         """Fetches what is new from every host, and returns the copy's folder.
 
-        The first host sends the whole run; each other host only its own hosts/<process>.jsonl. If
-        the hosts share the directory, the first host sends everything, so that no file is written
-        by two transfers.
+        The first host sends the whole run; the others send only their own hosts/<process>.jsonl.
+        If the hosts share the directory, the first one sends everything, so that two transfers
+        never write the same file.
 
         Raises:
             HostError: the first host does not answer.
@@ -78,7 +78,7 @@ class RunCopy:
                 self.job_ended = answer["over"]
             for name, part in answer["files"].items():
                 if not NAME.fullmatch(name):  # a host must not write outside the copy
-                    raise HostError(f"{host.name}: it sent a file that no run has: {name!r}.")
+                    raise HostError(f"{host.name}: sent a file that is not of a run: {name!r}.")
                 data = base64.b64decode(part["base64"])
                 if is_first or name.startswith(f"{PROCESSES}/"):
                     write_at(self.folder / name, part["at"], data)
@@ -86,7 +86,7 @@ class RunCopy:
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:
-    """Writes bytes at an offset and cuts the file behind them: the rest is an older file's."""
+    """Writes bytes at an offset and cuts the file after them, as the rest is an older file's."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         file.seek(offset)
         file.write(data)

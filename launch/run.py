@@ -1,21 +1,21 @@
-"""Starts a training job on several hosts over SSH, and looks after it.
+"""Starts, follows, stops and resumes a training job on several hosts over SSH.
 
     python -m launch.run --hosts=hosts.toml -- quickstart
     python -m launch.run --hosts=hosts.toml --detach -- gpt_124m --checkpoint.storage=host0
     python -m launch.run status
 
 Commands for a job that was started:
-  attach JOB      prints its log from where this machine's copy ends
-  status [JOB]    prints what it does on every host; without JOB: all jobs of this machine
-  logs JOB        prints the whole log, and what is new; changes nothing
+  attach JOB      follows its log from where this machine's copy ends
+  status [JOB]    prints its state on every host; without JOB: all jobs of this machine
+  logs JOB        follows its log from the beginning; changes nothing
   stop JOB        saves and stops; with --now it does not save
   resume JOB      starts the same command as a new job, from the last checkpoint, with the current
                   code; the job must have ended
 
-What follows `--` is a command line of the program (jaxtrain.train). The job's exit status is this
-command's: 0 done, 75 stopped after a save, 143 stopped with nothing to save, otherwise that of the
-root cause. The hosts need sshd and Python 3.11 with the project's dependencies; this machine needs
-Python, git, ssh and rsync. For hosts.toml see launch/inventory.py.
+Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
+stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
+need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git, ssh and
+rsync. For hosts.toml see launch/inventory.py.
 """
 
 import argparse
@@ -57,10 +57,10 @@ POLICY_HELP = {
     "stall_s": "seconds without a step until a rank counts as stuck (at least 5 usual steps)",
     "start_s": "seconds from a rank's start to its first step",
     "lost_s": "seconds of silence until a host counts as lost",
-    "grace_s": "seconds from the request to stop until the ranks are killed: a save must fit in",
+    "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
 }
-ENV_HELP = "for the program; NAME passes this machine's value without showing it in ps"
-BUILD_HELP = "pip constraints: build the Python packages on the hosts, once, and use them"
+ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
+BUILD_HELP = "file of pip constraints: build the Python packages on the hosts, once, and use them"
 
 
 def parse(
@@ -69,8 +69,8 @@ def parse(
     """Returns (arguments, the program's flags after `--`)."""
     ours, flags = argv, []
     if "--" in argv:
-        at = argv.index("--")
-        ours, flags = argv[:at], argv[at + 1 :]
+        separator = argv.index("--")
+        ours, flags = argv[:separator], argv[separator + 1 :]
     parser = Parser(prog, (__doc__ or "").replace("python -m launch.run", prog))
     parser.add_argument("--json", action="store_true", help="print the log as JSON lines")
     if ours and ours[0] in VERBS:
@@ -81,15 +81,15 @@ def parse(
         args = parser.parse_args(ours)
         if flags:
             parser.error(
-                f"{args.verb} takes no flags of the program; got {flags}. A new job with other "
-                "flags and the same --config.workdir goes on from its checkpoint."
+                f"{args.verb} takes no flags of the program; got {flags}. To change flags, start a "
+                "new job with the same --config.workdir: it continues from the checkpoint."
             )
         return args, flags
     parser.set_defaults(verb="start")
     parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
-    parser.add_argument("--ssh_config", default="", metavar="FILE", help="for ssh -F")
+    parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
     parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
-    parser.add_argument("--module", default=TRAINER, help="what Python runs with -m")
+    parser.add_argument("--module", default=TRAINER, help="the program: what Python runs with -m")
     parser.add_argument("--detach", action="store_true", help="return once the job runs")
     parser.add_argument("--shared", default="", metavar="DIR", help="folder that all hosts share")
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=ENV_HELP)
@@ -110,7 +110,7 @@ def parse(
 
 
 def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
-    """Starts and follows a new job; returns it with its exit status."""
+    """Starts and follows a new job; returns the job and its exit status."""
     inventory, code = read_inventory(args.hosts), read_code(args.code)
     env = read_env(args.env)
     values = {name: getattr(args, name) for name in POLICY_HELP}
@@ -132,7 +132,7 @@ def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
 def create(
     hosts: Iterable[Host], policy: Policy, ssh_config: str, code: Code, **record: Any
 ) -> Job:
-    """Creates a job's record, with the origin of its code."""
+    """Creates a job's record, including where its code comes from."""
     origin = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
     job = Job.create(hosts, policy, ssh_config, **record, **origin, folders={})
     (job.folder / "code.patch").write_text(code.patch)
@@ -166,7 +166,9 @@ def begin(job: Job, code: Code, as_json: bool, detach: bool) -> int:
         client.map(lambda host: client.call(host, stop_request(job, why, kill=True), 30))
         raise
     if detach:
-        note(f"it runs without this machine: python -m launch.run attach {job.id}")
+        note(
+            f"the job runs without this machine; to follow it: python -m launch.run attach {job.id}"
+        )
         return 0
     return follow(job, as_json)
 
@@ -175,7 +177,7 @@ def resume(job: Job, as_json: bool) -> int:
     """Starts a new job with the same hosts, program and flags, and the tree's current code.
 
     Raises:
-        HostError: something of the old job is alive, or a host does not answer.
+        HostError: processes of the old job are alive, or a host does not answer.
     """
     refuse_while_alive(job)
     names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
@@ -208,7 +210,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        note("interrupted before the job ran")
+        note("interrupted before the job was running")
         return INTERRUPTED
 
 

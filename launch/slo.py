@@ -1,4 +1,4 @@
-"""Baselines that an operator can hold a cluster to, and what they say about cost.
+"""Records a cluster's performance as a baseline, checks later runs against it, computes prices.
 
     python -m launch.slo record runs/a runs/b runs/c --out=a40x8.json
     python -m launch.slo check runs/today --against=a40x8.json
@@ -6,10 +6,10 @@
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
         --tokens=2.5e9 --deadline=7d --availability=0.95
 
-`record` takes a figure's tolerance from the spread between the runs, or with fewer than three
-between the parts of them. `check` exits with 0 where all figures hold, 1 on a breach, which it
-names, and 2 where the run is not what the baseline is of: another config, chip, number of hosts or
-versions.
+`record` derives a figure's tolerance from the spread between the runs, or with fewer than three
+runs from the spread between parts of them. `check` exits with 0 if all figures are within their
+bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline: another
+config, chip, number of hosts or versions.
 """
 
 import json
@@ -27,11 +27,11 @@ CONFIDENCE = 0.99
 BREACH, REFUSED = 1, 2
 
 
-def read_baseline(path) -> dict:
-    """What `record` wrote.
+def read_baseline(path: Path | str) -> dict:
+    """Reads a file that `record` wrote.
 
     Raises:
-        ValueError: the file is no baseline.
+        ValueError: the file is not a baseline.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -144,33 +144,39 @@ def do_price(args) -> int:
 
 
 def parse(argv, prog="python -m launch.slo"):
-    doc = __doc__.replace("python -m launch.slo", prog)
+    doc = (__doc__ or "").replace("python -m launch.slo", prog)
     parser = Parser(prog, doc)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = lambda name, text: verbs.add_parser(name, help=text, doc=doc)
-    one = add("record", "a baseline file from one run or more")
-    one.add_argument("runs", nargs="+", metavar="RUN", help="run directories, repetitions")
-    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the baseline, JSON")
-    one.add_argument(
-        "--confidence", type=float, default=CONFIDENCE, help="of each tolerance [%(default)s]"
+    recording = add("record", "write a baseline from one or more runs")
+    recording.add_argument("runs", nargs="+", metavar="RUN", help="run directories of repetitions")
+    recording.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where to write the baseline (JSON)"
     )
-    two = add("check", "a run held against a baseline")
-    two.add_argument("run", metavar="RUN", help="a run directory")
-    two.add_argument(
-        "--across", default="", metavar="KEYS", help="may differ: versions, hosts, ... (commas)"
+    recording.add_argument(
+        "--confidence", type=float, default=CONFIDENCE, help="of the bounds [%(default)s]"
     )
-    three = add("price", "cost per 1e9 tokens, GPUs for a deadline")
-    three.add_argument("--prices", required=True, metavar="FILE", help="TOML: docs/prices.toml")
-    three.add_argument("--tokens", type=float, help="to train on, with --deadline")
-    three.add_argument("--deadline", metavar="SPAN", help="90m, 36h, 7d, 2w")
-    three.add_argument("--params", type=float, help="of another model, in proportion")
-    three.add_argument(
-        "--availability", type=float, default=1.0, help="share of the time [%(default)s]"
+    checking = add("check", "check a run against a baseline")
+    checking.add_argument("run", metavar="RUN", help="a run directory")
+    checking.add_argument(
+        "--across", default="", metavar="KEYS", help="keys that may differ: versions,hosts,..."
     )
-    for verb in (two, three):
-        verb.add_argument("--against", required=True, metavar="FILE", help="the baseline")
-    for verb in (one, two, three):
-        verb.add_argument("--json", action="store_true", help="as JSON")
+    pricing = add("price", "compute the cost of 1e9 tokens, and the GPUs for a deadline")
+    pricing.add_argument(
+        "--prices", required=True, metavar="FILE", help="TOML, like docs/prices.toml"
+    )
+    pricing.add_argument("--tokens", type=float, help="tokens to train on; needs --deadline")
+    pricing.add_argument("--deadline", metavar="SPAN", help="time for --tokens: 90m, 36h, 7d or 2w")
+    pricing.add_argument(
+        "--params", type=float, help="parameters of another model; scales the speed"
+    )
+    pricing.add_argument(
+        "--availability", type=float, default=1.0, help="share of the time with GPUs [%(default)s]"
+    )
+    for verb in (checking, pricing):
+        verb.add_argument("--against", required=True, metavar="FILE", help="the baseline file")
+    for verb in (recording, checking, pricing):
+        verb.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.verb == "record" and not 0.5 < args.confidence < 1:
         parser.error(f"--confidence must be in (0.5, 1); got {args.confidence}.")

@@ -19,12 +19,12 @@ from launch.host.files import write_text
 from launch.inventory import Host
 
 T = TypeVar("T")
-# For every connection, including those that ProxyJump makes.
+# Options of every connection, including those that ProxyJump makes.
 OPTIONS = {
     "BatchMode": "yes",  # a password prompt would hang the job; keys and agents still work
     "StrictHostKeyChecking": "yes",
     "ForwardAgent": "no",
-    "ClearAllForwardings": "yes",  # only the launcher's own ports are opened
+    "ClearAllForwardings": "yes",  # the user's configuration must not open ports
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
     "ConnectTimeout": "15",
@@ -71,7 +71,7 @@ def config_file(user_config: str = "") -> str:
         user_config: replaces the configuration files that ssh reads by default.
 
     Raises:
-        HostError: there is no such file. ssh's Include would ignore that.
+        HostError: there is no such file, which ssh's Include would ignore.
     """
     if user_config and not os.path.exists(user_config):
         raise HostError(f"--ssh_config must name a file; got {user_config}.")
@@ -99,14 +99,14 @@ def _runtime_folders() -> list[str]:
 
 def _create_private_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o700:
         raise HostError(f"{folder} must be your own folder, with mode 700. Remove it.")
     return folder
 
 
 def host_modules() -> dict[str, str]:
-    """Returns {module name: source} of everything that a host runs."""
+    """Returns {module name: source} of all modules that a host runs."""
     modules = {"launch": ""}
     for path in sorted(HOST_CODE.glob("*.py")):
         name = "launch.host" if path.stem == "__init__" else f"launch.host.{path.stem}"
@@ -115,10 +115,10 @@ def host_modules() -> dict[str, str]:
 
 
 class SshClient:
-    """Sends requests to hosts and takes their answers, see launch/host/requests.py.
+    """Sends requests to hosts and returns their answers, see launch/host/requests.py.
 
     Args:
-        hosts: those that `map` calls.
+        hosts: the hosts that `map` calls by default.
         ssh_config: a file for `ssh -F`; "" reads the user's own configuration.
     """
 
@@ -129,7 +129,7 @@ class SshClient:
         self._boot = (HOST_CODE / "boot.py").read_text()
 
     def ssh_command(self, host: Host, shared: bool = True) -> list[str]:
-        """Returns the ssh command up to, and without, the name of the host."""
+        """Returns the ssh command line up to the host's name, which is not included."""
         argv = ["ssh", "-F", config_file(self._ssh_config)]
         for name, value in SHARED.items():
             argv += ["-o", f"{name}={value}"]
@@ -182,10 +182,11 @@ class SshClient:
 
         Args:
             line: the last line of the host's standard output; b"" if it printed none.
-            errors: ssh's standard error; code: ssh's exit status.
+            errors: ssh's standard error.
+            code: ssh's exit status.
 
         Raises:
-            HostError: it is no answer, or it reports an error.
+            HostError: the line is not an answer, or it reports an error.
         """
         try:
             answer = json.loads(line)
@@ -193,7 +194,7 @@ class SshClient:
             output = " ".join(errors.decode(errors="replace").split())[-400:] or "no output"
             raise HostError(
                 f"{host.name}: `ssh {host.target}` ended with {code}: {output}. "
-                f"Try it by hand, and check that {host.python} is Python 3.11 or newer there."
+                f"Try that by hand, and check that {host.python} is Python 3.11 or newer there."
             ) from None
         if "error" in answer:
             raise HostError(f"{host.name}: {answer['error']}")

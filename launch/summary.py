@@ -1,12 +1,12 @@
-"""What a run did, or does: a table here, and one HTML page to look at on a phone.
+"""Summarises finished or running jobs: a table in the terminal, and one HTML page.
 
     python -m launch.summary runs/quickstart
     python -m launch.summary runs/a runs/b --out=both.html
     python -m launch.summary runs/quickstart --follow      # again every 10 s, until it ends
     python -m launch.summary 1125-142201-9f3c --follow     # a job of launch.run, over SSH
 
-The page is one file that needs no network and no script. A job's run directory is what its flags
-name as --config.workdir; its files are fetched, each time what is new, into the job's record.
+The page is one file that needs no network and no scripts, also readable on a phone. A job's run
+directory is the --config.workdir of its flags. Its new files are fetched into the job's record.
 """
 
 import json
@@ -22,15 +22,15 @@ from launch.host.files import write_text
 from launch.pull import RunCopy
 from launch.report.figures import rows_of, spark
 from launch.report.page import page
-from launch.report.run_folder import LOSS, NoRun, Run, read_run
+from launch.report.run_folder import LOSS, NoRun, RunFolder, read_run
 from launch.ssh import HostError
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")
 
 
-def table(runs: list[Run]) -> str:
-    """Rows of names and figures, a column a run."""
+def table(runs: list[RunFolder]) -> str:
+    """Returns the figures as text, with a column for each run."""
     tables = [dict(rows_of(run)) for run in runs]
     names = list(dict.fromkeys(name for rows in tables for name in rows))
     width = max(len(name) for name in names)
@@ -48,35 +48,46 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def as_json(run: Run) -> dict:
-    """All figures of a run by metric name."""
-    kept = ("config_hash", "versions", "routes", "device", "devices", "chip")
-    found = {key: run.config.get(key) for key in kept} | {"run": str(run.folder)}
+def as_json(run: RunFolder) -> dict:
+    """Returns all figures of a run by metric name."""
+    copied = ("config_hash", "versions", "routes", "device", "devices", "chip")
+    found = {key: run.config.get(key) for key in copied} | {"run": str(run.folder)}
     last = {m: points[-1][1] for m in (LOSS, "eval/loss_nats") if (points := run.points(m))}
     state = {"state": run.state, "step": run.step, "lost_s": run.lost_s}
     return found | state | last | run.figures
 
 
 def parse(argv, prog="python -m launch.summary"):
-    parser = Parser(prog, __doc__.replace("python -m launch.summary", prog))
+    parser = Parser(prog, (__doc__ or "").replace("python -m launch.summary", prog))
     parser.add_argument("runs", nargs="+", metavar="DIR|JOB", help="run directories, or jobs")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page [DIR/summary.html]")
-    parser.add_argument("--follow", action="store_true", help="again and again, until all ended")
     parser.add_argument(
-        "--every", type=float, default=FOLLOW_S, metavar="S", help="of --follow [%(default)s]"
+        "--out", type=Path, metavar="FILE", help="where to write the page [DIR/summary.html]"
+    )
+    parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=FOLLOW_S,
+        metavar="S",
+        help="seconds between repeats of --follow [%(default)s]",
     )
     parser.add_argument(
-        "--workdir", default="", metavar="DIR", help="of a JOB whose flags do not name it"
+        "--workdir",
+        default="",
+        metavar="DIR",
+        help="the run directory of a JOB, if not in its flags",
     )
-    parser.add_argument("--json", action="store_true", help="figures as JSON, a line a run")
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as JSON, one line for each run"
+    )
     args = parser.parse_intermixed_args(argv)
     if args.every <= 0:
         parser.error(f"--every must be positive; got {args.every}.")
     return args
 
 
-def show(args, sources, live: bool) -> bool:
-    """Reads, prints and writes once; whether all runs have ended."""
+def summarise(args, sources, live: bool) -> bool:
+    """Reads the runs, prints the table, writes the page; returns whether all runs have ended."""
     folders = [s.fetch() if isinstance(s, RunCopy) else s for s in sources]
     runs = [read_run(folder) for folder in folders]
     ended = all(
@@ -98,12 +109,12 @@ def show(args, sources, live: bool) -> bool:
 
 
 def is_over(source) -> bool:
-    """Whether it is of a job that has ended: one that fails leaves a run without an end."""
+    """Returns whether a source is a job that has ended; the run of a failed job has no end."""
     return isinstance(source, RunCopy) and source.job_ended
 
 
 def source_of(name: str, workdir: str) -> Path | RunCopy:
-    """A run directory, or a job's."""
+    """Returns a run directory, or the copy of a job's."""
     if not name.strip():
         raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
     if os.sep in name or Path(name).exists():
@@ -115,11 +126,11 @@ def source_of(name: str, workdir: str) -> Path | RunCopy:
 
 
 def follow(args, sources) -> None:
-    """Shows it until all have ended; waits for a job's run to begin and its hosts to answer."""
+    """Summarises until all runs have ended; waits for a job's run to begin and hosts to answer."""
     jobs = any(isinstance(source, RunCopy) for source in sources)
     while True:
         try:
-            if show(args, sources, True):
+            if summarise(args, sources, True):
                 return
         except (NoRun, HostError) as error:
             if not jobs or all(is_over(source) for source in sources):
@@ -135,7 +146,7 @@ def main(argv=None, prog="python -m launch.summary") -> int:
         if args.follow:
             follow(args, sources)
         else:
-            show(args, sources, False)
+            summarise(args, sources, False)
     except (ValueError, HostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

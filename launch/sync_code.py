@@ -1,4 +1,4 @@
-"""Sends the working tree's code to every host, into a folder that the code's hash names."""
+"""Sends the working tree's code to every host, into a folder named by the code's hash."""
 
 import os
 import shlex
@@ -15,20 +15,20 @@ class Code(NamedTuple):
     """A git working tree as it is now."""
 
     root: Path
-    files: list[str]  # tracked and new ones, relative to root
+    files: list[str]  # tracked and new files, relative to root
     hash: str
     commit: str
     patch: str  # how the tree differs from the commit; "" if it does not
 
 
 def read_code(folder: str | Path) -> Code:
-    """Returns the git working tree that holds a folder.
+    """Returns the git working tree that contains a folder.
 
     Raises:
-        ValueError: there is none, or it has no commit.
+        ValueError: the folder is in no working tree, or in one without a commit.
     """
 
-    def git(folder, *argv) -> bytes:
+    def git(folder: str | Path, *argv: str) -> bytes:
         command = ["git", "-C", str(folder), *argv]
         return subprocess.run(command, capture_output=True, check=True).stdout
 
@@ -52,7 +52,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     """Sends the code to the hosts that lack it; returns {host: its folder there}.
 
     Raises:
-        HostError: a host could not take it.
+        HostError: a host could not receive it.
     """
     request = {"op": "land", "hash": code.hash, "files": code.files, "by": os.urandom(4).hex()}
 
@@ -82,7 +82,7 @@ def _rsync(client: SshClient, host: Host, code: Code, folder: str) -> None:
     try:
         done = subprocess.run(argv, input=names, capture_output=True)
     except FileNotFoundError:
-        raise HostError("rsync is not on this machine. Install it.") from None
+        raise HostError("rsync is not installed on this machine. Install it.") from None
     if done.returncode:
         output = " ".join(done.stderr.decode(errors="replace").split())[-300:]
         raise HostError(f"{host.name}: rsync ended with {done.returncode}: {output}")

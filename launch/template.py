@@ -1,11 +1,11 @@
-"""Prints the template of an engine that starts the same training program as launch.run does.
+"""Prints a template for another engine that starts the same training program as launch.run.
 
     python -m launch.template slurm > train.sh
     python -m launch.template torchrun > train.sh
     python -m launch.template --list
 
-Each begins with how it is used, and with what of it has run for real.
-jaxtrain/distributed/cluster.py reads the environment variables that the engine or template sets.
+Each template begins with how to use it and what of it was tested. The training program reads the
+environment variables that the engine or the template sets: jaxtrain/distributed/cluster.py.
 """
 
 import sys
@@ -25,22 +25,23 @@ TEMPLATES = {
 
 
 def read_template(engine: str) -> str:
-    """A template's text. Raises KeyError where there is none."""
+    """Returns the text of an engine's template. Raises KeyError if there is none."""
     return (resources.files("launch") / "templates" / TEMPLATES[engine]).read_text()
 
 
 def summary(engine: str) -> str:
-    """What its first comment line says of it."""
+    """Returns the first comment line of an engine's template, which describes it."""
     lines = read_template(engine).splitlines()
     first = next(line for line in lines if line.startswith(("# ", '"""')))
     return first.strip('#" ')
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
     listed = "\n".join(f"  {engine:10} {summary(engine)}" for engine in TEMPLATES)
     parser = Parser("python -m launch.template", f"{__doc__}\n{listed}")
     parser.add_argument("engine", choices=TEMPLATES, nargs="?", metavar="ENGINE")
-    parser.add_argument("--list", action="store_true", help="the engines, and what each is for")
+    parser.add_argument("--list", action="store_true", help="list the engines and what each is for")
     args = parser.parse_args(argv)
     if args.list:
         print(listed)

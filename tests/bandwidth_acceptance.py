@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bed as beds  # noqa: E402
-import runs  # noqa: E402
 
+import runs  # noqa: E402
 from jaxtrain.metrics.jsonl import read_metrics  # noqa: E402
 
 TOLERANCE = 0.05

@@ -4,9 +4,9 @@
 
 Each host has its own network, mount, pid and uts namespace, an overlay in memory as its root, and
 an sshd with its own key. The hosts and the operator (this process) are on one bridge, or on a relay
-(tests/relay.py) whose links have a delay. A link that is cut drops packets silently, as a cable
-does. A host that is killed first loses its link, so that its kernel cannot close connections. Needs
-root and Linux.
+(tests/relay.py) whose links can have a delay. A link that is cut drops packets silently, as a cable
+does. A host that is killed loses its link first, so that its kernel cannot close connections. Needs
+root on Linux.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ exec /usr/sbin/sshd -D -e -f "$3/sshd_config.$2"
 
 
 def available(relayed: bool = False) -> str:
-    """Returns why no test bed can be made here; "" if one can."""
+    """Returns why no test bed can run on this machine; "" if one can."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return "a bed of hosts needs root on Linux"
     for tool in ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd"):
@@ -77,13 +77,13 @@ class Bed:
     """`count` hosts, h0 to h{count-1}. A context manager.
 
     Args:
-        shared: a folder that all hosts see as /mnt/shared; None for none.
-        relayed: connect them by a relay, see `link`, instead of a bridge.
+        shared: a folder that all hosts see as /mnt/shared, or None.
+        relayed: connect the hosts by a relay, see `link`, instead of a bridge.
 
     Attributes:
-        ssh_config: for `ssh -F`.
+        ssh_config: a file for `ssh -F`.
         address: {host: IP}.
-        folder: of keys and settings.
+        folder: contains keys and settings.
     """
 
     def __init__(self, count: int = 3, shared: Path | str | None = None, relayed: bool = False):
@@ -139,7 +139,7 @@ class Bed:
         relay.ask(self._socket, request)
 
     def link(self, a, b, **values):
-        """Sets both directions between two hosts, `*` for all, of a relayed bed: see relay.Link."""
+        """Changes both directions between two hosts (`*`: all) of a relayed bed, see relay.Link."""
         for source, to in ((a, b), (b, a)):
             relay.ask(self._socket, {"do": "link", "from": source, "to": to} | values)
 
@@ -187,9 +187,9 @@ class Bed:
                 "ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", netns
             )
             check_output("ip", "link", "set", here, "up")
-            # Always the same MAC address, so that others' ARP caches are right after a reboot.
-            own = f"02:00:00:00:00:{i + 1:02x}"
-            check_output("ip", "-n", netns, "link", "set", there, "address", own)
+            # The same MAC address after a reboot, so that the others' ARP caches stay valid.
+            mac = f"02:00:00:00:00:{i + 1:02x}"
+            check_output("ip", "-n", netns, "link", "set", there, "address", mac)
         self.heal(name)
         inside = ["ip", "-n", netns]
         check_output(*inside, "addr", "add", f"{self.address[name]}/24", "dev", there)
@@ -197,8 +197,8 @@ class Bed:
         check_output(*inside, "link", "set", "lo", "up")
         root = self.folder / "disks" / name
         root.mkdir(exist_ok=True)
-        own = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
-        command = ["ip", "netns", "exec", netns, *own, "bash", "-c", INIT, "init"]
+        namespaces = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
+        command = ["ip", "netns", "exec", netns, *namespaces, "bash", "-c", INIT, "init"]
         with open(self.folder / f"{name}.out", "ab") as out:
             self._inits[name] = subprocess.Popen(
                 [*command, str(root), name, str(self.folder), self.shared], stdout=out, stderr=out
@@ -220,7 +220,7 @@ class Bed:
         check_output("ip", "link", "set", f"jv{self.tag}{self.names.index(name)}", "nomaster")
 
     def heal(self, name: str) -> None:
-        """Ends a cut."""
+        """Reconnects a host that was cut."""
         if self.relayed:
             return self.link(name, "*", up=True)
         check_output(
@@ -238,7 +238,7 @@ class Bed:
         check_output("tc", "qdisc", "replace", "dev", here, "root", "tbf", *limits)
 
     def kill(self, name: str) -> None:
-        """Simulates a power loss: all processes end, and none of their packets gets out."""
+        """Simulates a power loss: all processes end, without sending another packet."""
         self.cut(name)
         self._remove(name)
 
@@ -262,7 +262,7 @@ class Bed:
         return check_output(*self.inside(name, *argv))
 
     def processes(self, name: str) -> dict[int, str]:
-        """Returns {pid: command line} on a host, without sshd and ps."""
+        """Returns {pid: command line} of a host's processes, without sshd and ps."""
         command_of = {}
         for line in self.run(name, "ps", "-eo", "pid=,args=").splitlines():
             pid, _, args = line.strip().partition(" ")
@@ -271,7 +271,7 @@ class Bed:
         return command_of
 
     def outside(self, name: str, pid: int) -> int:
-        """Returns the pid that a host's process has in this process's namespace."""
+        """Returns the pid outside the bed, in this process's namespace, of a host's process."""
         init = self.inside(name)[2]
         namespace = os.readlink(f"/proc/{init}/ns/pid")
         for path in Path("/proc").glob("[0-9]*"):
@@ -296,7 +296,7 @@ class Bed:
 
 
 def main() -> int:
-    at = sys.argv.index("--")
+    separator = sys.argv.index("--")
     with Bed(int(sys.argv[1]), os.environ.get("BED_SHARED")) as bed:
         hosts = bed.inventory(bed.folder / "hosts.toml")
         env = os.environ | {"BED_HOSTS": str(hosts), "BED_SSH_CONFIG": str(bed.ssh_config)}
@@ -304,7 +304,7 @@ def main() -> int:
             for name in bed.names:
                 bed.rate(name, int(mbit))
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles it
-        return subprocess.run(sys.argv[at + 1 :], env=env).returncode
+        return subprocess.run(sys.argv[separator + 1 :], env=env).returncode
 
 
 if __name__ == "__main__":

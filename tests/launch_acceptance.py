@@ -1,17 +1,18 @@
-"""Acceptance of the launcher: the real trainer on a test bed of three hosts, struck by faults.
+"""Checks the launcher with the real trainer and injected faults, on a test bed of three hosts.
 
-    python tests/launch_acceptance.py                    every row, as root: two hours
-    python tests/launch_acceptance.py kill flap --times=1
-    python tests/launch_acceptance.py kill --far         the operator 150 ms away
+    python tests/launch_acceptance.py                        all cases: two hours
+    python tests/launch_acceptance.py kill flap --times=1    two cases, once each
+    python tests/launch_acceptance.py kill --far             with the operator 150 ms away
 
-Prints a JSON object per row, after a minute or two each. Exits nonzero if any check is false.
+Needs root. Prints a JSON object per case, which takes one or two minutes; the boolean values are
+checks. Exits nonzero if any check is false.
 """
 
-import argparse
 import json
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,13 +27,15 @@ import launch_faults  # noqa: E402
 import launch_storage  # noqa: E402
 from launch_scene import Scene, passes  # noqa: E402
 
-NEAR = launch_faults.ROWS | launch_storage.ROWS  # {name: function of (scene, repetition)}
-FAR = launch_distance.ROWS  # they need a bed whose links have a delay
-ONCE = {**launch_storage.ROWS, **launch_distance.ROWS}  # repetitions would not differ
+from launch.arguments import Parser  # noqa: E402
+
+NEAR = launch_faults.CASES | launch_storage.CASES  # {name: function of (scene, repetition)}
+FAR = launch_distance.CASES  # they need a bed whose links have a delay
+ONCE = {**launch_storage.CASES, **launch_distance.CASES}  # repetitions would not differ
 
 
-def run_rows(names: list[str], times: int, far: bool) -> int:
-    """Runs and prints the rows on one test bed; returns how many failed."""
+def run_cases(names: list[str], times: int, far: bool) -> int:
+    """Runs the cases on one test bed and prints their results; returns how many failed."""
     folder, failed = Path(tempfile.mkdtemp(prefix="jaxtrain-acceptance-")), 0
     shared = folder / "shared"
     shared.mkdir()
@@ -43,29 +46,32 @@ def run_rows(names: list[str], times: int, far: bool) -> int:
         for name in names:
             for i in range(1 if name in ONCE else times):
                 start = time.monotonic()
-                row = {"row": name} | (NEAR | FAR)[name](scene, i)
-                row["took_s"] = round(time.monotonic() - start)
-                failed += not passes(row)
-                print(json.dumps(row), flush=True)
-    print(f"{failed} failed; outputs: {folder}", flush=True)
+                result = {"case": name} | (NEAR | FAR)[name](scene, i)
+                result["took_s"] = round(time.monotonic() - start)
+                failed += not passes(result)
+                print(json.dumps(result), flush=True)
+    print(f"{failed} failed; the launchers' output is in {folder}", flush=True)
     return failed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join([*NEAR, *FAR]))
+    listed = textwrap.fill(" ".join([*NEAR, *FAR]), 96, break_on_hyphens=False)
+    parser = Parser("python tests/launch_acceptance.py", f"{__doc__}\nCases:\n{listed}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="the cases to run; default: all")
     parser.add_argument(
-        "--times", type=int, default=3, help="repetitions of a fault, at different steps"
+        "--times", type=int, choices=(1, 2, 3), default=3, help="repetitions of a fault"
     )
-    parser.add_argument("--far", action="store_true", help="the operator is 150 ms away")
+    parser.add_argument(
+        "--far", action="store_true", help="the operator is 150 ms away in all cases"
+    )
     args = parser.parse_args()
-    names = args.rows or [*NEAR, *FAR]
+    names = args.cases or [*NEAR, *FAR]
     if unknown := set(names) - {*NEAR, *FAR}:
-        parser.error(f"no row {sorted(unknown)}")
+        parser.error(f"CASE must be one of those above; got {sorted(unknown)}")
     near = [name for name in names if name in NEAR and not args.far]
     far = [name for name in names if name in FAR or args.far]
     groups = [(group, is_far) for group, is_far in ((near, False), (far, True)) if group]
-    return sum(run_rows(group, args.times, is_far) for group, is_far in groups) > 0
+    return sum(run_cases(group, args.times, is_far) for group, is_far in groups) > 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of tests/launch_acceptance.py for links with a round trip of 150 ms."""
+"""Cases of tests/launch_acceptance.py with round trips of 150 ms."""
 
 import collections
 import json
@@ -17,19 +17,19 @@ from jaxtrain.metrics.jsonl import read_metrics
 
 ONE_WAY_MS = 75.0
 PREFLIGHT_S = 5.0
-STEPS = 300  # long enough for what happens to the operator's link
-TOLERANCE = 0.2  # relative, of what the probe explains of a slower step
+STEPS = 300  # long enough for the faults of the operator's link
+TOLERANCE = 0.2  # relative difference between the measured and the explained slowdown of a step
 
 
 def set_operator_far(bed):
-    """Puts the operator on another continent; the hosts stay next to each other."""
+    """Gives the operator's links a delay of ONE_WAY_MS, and the links between hosts none."""
     bed.link("*", "*", delay_ms=0.0)
     bed.link(OPERATOR, "*", delay_ms=ONE_WAY_MS)
 
 
-def preflight(scene, times) -> dict:
-    """Preflight of three hosts takes under 5 s, with new connections."""
-    del times
+def preflight(scene, repetition) -> dict:
+    """Times preflight of three hosts with new connections, three times."""
+    del repetition
     preflight_s = []
     for i in range(3):
         sockets = tempfile.mkdtemp(dir=scene.bed.folder)
@@ -53,7 +53,7 @@ def _ended_well(scene, launched, job, name) -> dict:
 
 
 def _detached(scene, name):
-    """Returns (job, launcher that follows it) of a detached run that has begun to train."""
+    """Starts a detached run; once it trains, returns its job and a launcher that follows it."""
     started = scene.launch(name, "--detach", steps=STEPS)
     assert started.wait() == 0, started.output()
     follower = scene.run(f"{name}-attached", "attach", started.job)
@@ -67,17 +67,17 @@ def _cut(scene, seconds):
     scene.bed.link(OPERATOR, "*", up=True)
 
 
-def attach(scene, times) -> dict:
-    """After a cut of 25 s the same `attach` goes on; no byte is lost or repeated."""
-    del times
+def attach(scene, repetition) -> dict:
+    """Cuts the operator's link for 25 s; `attach` must continue without losing a byte."""
+    del repetition
     job, follower = _detached(scene, "attach")
     _cut(scene, 25)
     return _ended_well(scene, follower, job, "attach")
 
 
-def killed(scene, times) -> dict:
-    """After kill -9 of an attached launcher, the next one gets the whole log and the outcome."""
-    del times
+def killed(scene, repetition) -> dict:
+    """Kills an attached launcher; the next one must get the complete log and the outcome."""
+    del repetition
     job, follower = _detached(scene, "killed")
     follower.process.send_signal(signal.SIGKILL)
     follower.wait()
@@ -86,9 +86,9 @@ def killed(scene, times) -> dict:
     return _ended_well(scene, second, job, "killed")
 
 
-def flap(scene, times) -> dict:
-    """A job does not notice 5 s without the operator's link, and 5 s without a host's."""
-    del times
+def flap(scene, repetition) -> dict:
+    """Cuts the operator's link, then a host's, for 5 s each; the job must not notice."""
+    del repetition
     launched = scene.launch("operator-flap", steps=STEPS)
     scene.wait_for(launched, "operator-flap", 12)
     _cut(scene, 5)
@@ -109,9 +109,9 @@ def probe(scene, name, *options) -> dict:
     return json.loads(out.read_text())
 
 
-def headers(scene, times) -> dict:
-    """The bytes that the links carried are those that the probe computes from header_share."""
-    del times
+def headers(scene, repetition) -> dict:
+    """Compares the bytes that the links carried with those that header_share predicts."""
+    del repetition
     traffic = lambda: {k: v for k, v in scene.bed.traffic().items() if OPERATOR not in k}
     before = traffic()
     result = probe(scene, "headers", "--no_jax", "--seconds=1")
@@ -131,7 +131,11 @@ def headers(scene, times) -> dict:
 
 
 def measure_job(scene, name, steps, counted) -> dict:
-    """Returns a job's median step time, and its wire bytes per step between the steps `counted`."""
+    """Runs a job; returns its median step time, and its wire bytes per step.
+
+    Args:
+        counted: the steps (first, last) between which bytes are counted.
+    """
     launched = scene.launch(name, steps=steps, save_every=steps, model__L=1)
     marks = []
     for step in counted:
@@ -151,23 +155,23 @@ def measure_job(scene, name, steps, counted) -> dict:
     }
 
 
-def distance(scene, times) -> dict:
-    """The probe's timings explain why a step takes longer with 150 ms between the hosts.
+def distance(scene, repetition) -> dict:
+    """Checks that the probe's timings explain how much longer a step takes at 150 ms.
 
-    gloo handles the operands of a step's collectives one after the other. So the step takes longer
-    by the sum of what each operand, timed by itself at its size, takes longer.
+    gloo handles the operands of a step's collectives one after the other. So the increase of the
+    step's time must be the sum of the increases of all operands, each timed separately.
     """
-    del times
+    del repetition
     argv = [sys.executable, "-m", "tests.launch_step", str(len(scene.bed.names))]
     argv += scene.flags("plan", model__L=1, compile_cache=scene.folder / "xla")
     env = scene.env | {"JAX_PLATFORMS": "cpu"}
     listed = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
-    turns = collections.Counter(map(tuple, json.loads(listed.stdout.splitlines()[-1])))
-    cases = ",".join(f"{kind}:{size}" for kind, size in turns)
+    operands = collections.Counter(map(tuple, json.loads(listed.stdout.splitlines()[-1])))
+    cases = ",".join(f"{kind}:{size}" for kind, size in operands)
     passes = {"all_reduce": 2 * (len(scene.bed.names) - 1), "all_gather": len(scene.bed.names) - 1}
-    ideal_bytes = sum(passes[kind] * size * count for (kind, size), count in turns.items())
-    row: dict = {"turns": sum(turns.values()), "ideal_bytes": ideal_bytes}
+    ideal_bytes = sum(passes[kind] * size * count for (kind, size), count in operands.items())
+    result: dict = {"operands": sum(operands.values()), "ideal_bytes": ideal_bytes}
     spent_s, job, rtt_s = {}, {}, {}
     for name, one_way_ms, steps, counted in (
         ("near", 0.0, 100, (20, 90)),
@@ -176,23 +180,23 @@ def distance(scene, times) -> dict:
         for a, b in (("h0", "h1"), ("h0", "h2"), ("h1", "h2")):
             scene.bed.link(a, b, delay_ms=one_way_ms)
         job[name] = measure_job(scene, f"job-{name}", steps, counted)
-        result = probe(scene, f"probe-{name}", "--seconds=2", "--pings=20", f"--cases={cases}")
-        seconds = {(r["collective"], r["bytes"]): r["seconds"] for r in result["collectives"]}
-        spent_s[name] = sum(count * seconds[turn] for turn, count in turns.items())
-        rtt_s[name] = statistics.median(pair["rtt_p50_s"] for pair in result["tcp"])
-        rates = [(p["streams"], p["both"], p["bytes_per_s"]) for p in result["tcp"]]
-        one = [rate for streams, both, rate in rates if streams == 1 and not both]
-        row[name] = job[name] | {"rtt_s": rtt_s[name], "stream_bytes_per_s": min(one)}
-        row[name] |= {"collectives_s": spent_s[name]}
+        measured = probe(scene, f"probe-{name}", "--seconds=2", "--pings=20", f"--cases={cases}")
+        seconds = {(r["collective"], r["bytes"]): r["seconds"] for r in measured["collectives"]}
+        spent_s[name] = sum(count * seconds[operand] for operand, count in operands.items())
+        rtt_s[name] = statistics.median(pair["rtt_p50_s"] for pair in measured["tcp"])
+        single_streams = [p for p in measured["tcp"] if p["streams"] == 1 and not p["both"]]
+        slowest = min(pair["bytes_per_s"] for pair in single_streams)
+        result[name] = job[name] | {"rtt_s": rtt_s[name], "stream_bytes_per_s": slowest}
+        result[name] |= {"collectives_s": spent_s[name]}
     set_operator_far(scene.bed)
     measured_s = job["far"]["step_time_s"] - job["near"]["step_time_s"]
     explained_s = spent_s["far"] - spent_s["near"]
     trips = measured_s / (rtt_s["far"] - rtt_s["near"])
-    row |= {"slower_s": measured_s, "explained_s": explained_s, "round_trips": trips}
-    return row | {"explained": abs(explained_s / measured_s - 1) <= TOLERANCE}
+    result |= {"slower_s": measured_s, "explained_s": explained_s, "round_trips": trips}
+    return result | {"explained": abs(explained_s / measured_s - 1) <= TOLERANCE}
 
 
-ROWS = {
+CASES = {
     "far-preflight": preflight,
     "far-attach": attach,
     "far-killed": killed,

@@ -1,4 +1,4 @@
-"""Rows of tests/launch_acceptance.py: faults that strike a job, and how it must end."""
+"""Cases of tests/launch_acceptance.py: faults that strike a job, and how it must end."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from launch_scene import TRAINER
 from launch.host.exit_codes import INTERRUPTED, PREEMPTED, REFUSED, STOPPED
 
 AT_STEPS = (12, 25, 41)
-GONE_S = 40.0  # the lease of 30 s, and the time to stop
+GONE_S = 40.0  # the lease of 30 s plus the time to stop
 
 
 def cut_for(seconds):
@@ -41,7 +41,7 @@ def power_loss(scene):
 
 
 def block(scene):
-    """Makes a rank block in Python; JAX's own heartbeats go on."""
+    """Makes a rank block in Python while JAX's own heartbeats continue."""
     scene.bed.run("h1", "bash", "-c", "echo sleep > /tmp/fault")
     scene.signal("h1", TRAINER, "USR2")
 
@@ -57,7 +57,7 @@ def use_up_memory(scene):
     scene.signal("h1", TRAINER, "USR2")
 
 
-# {name: (function that strikes, root cause that must be named, seconds until it is noticed)}
+# {name: (what strikes the job, root cause that must be reported, seconds until it is noticed)}
 FAULTS = {
     "kill": (lambda s: s.signal("h1", TRAINER, "KILL"), r"h1 rank 1 .*SIGKILL", 3),
     "coordinator": (lambda s: s.signal("h0", TRAINER, "KILL"), r"h0 rank 0 .*SIGKILL", 3),
@@ -72,7 +72,7 @@ FAULTS = {
 
 
 def run_with_fault(scene, name, at_step) -> dict:
-    """Returns what was named and when, and whether the run ended like one without a fault."""
+    """Strikes a run; returns the reported cause, and whether it ended like one without a fault."""
     strike, cause, limit_s = FAULTS[name]
     reference, run = scene.reference(), f"{name}-{at_step}"
     launched = scene.launch(run)
@@ -110,28 +110,31 @@ def run_refused(scene, name, code, cause, **values) -> dict:
     }
 
 
-def full_disk(scene, times) -> dict:
-    """The disk of the host that stores the checkpoints is full at a save."""
-    size = f"size={(600, 900, 1200)[times]}k"
-    small = f"/root/small{times}"
+def full_disk(scene, repetition) -> dict:
+    """Stores the checkpoints on a disk that is too small for them."""
+    size = f"size={(600, 900, 1200)[repetition]}k"
+    small = f"/root/small{repetition}"
     scene.bed.run("h0", "mkdir", "-p", small)
     scene.bed.run("h0", "mount", "-t", "tmpfs", "-o", size, "tmpfs", small)
     values = dict(workdir=f"{small}/run", checkpoint__storage="host0")
-    return run_refused(scene, f"full-disk-{times}", REFUSED, "No space left", **values)
+    return run_refused(scene, f"full-disk-{repetition}", REFUSED, "No space left", **values)
 
 
-def non_finite(scene, times) -> dict:
-    bad = (3, 5, 8)[times]
+def non_finite(scene, repetition) -> dict:
+    """Makes the updates non-finite until the trainer gives up."""
+    bad = (3, 5, 8)[repetition]
     values = dict(optim__learning_rate=1e308, optim__clip_norm=0.0, max_bad_steps=bad)
-    return run_refused(scene, f"non-finite-{times}", REFUSED, "in a row must be skipped", **values)
+    return run_refused(
+        scene, f"non-finite-{repetition}", REFUSED, "in a row must be skipped", **values
+    )
 
 
-def stopped(scene, times, phase) -> dict:
-    """A stop while it sends code, compiles, trains or saves leaves nothing on any host."""
-    name = f"stop-{phase}-{times}"
+def stopped(scene, repetition, phase) -> dict:
+    """Stops a job while it sends code, compiles, trains or saves; no process may be left."""
+    name = f"stop-{phase}-{repetition}"
     launched = scene.launch(name, steps=2000, save_every=1 if phase == "save" else 1000)
     if phase in ("train", "save"):
-        scene.wait_for(launched, name, (5, 9, 14)[times])
+        scene.wait_for(launched, name, (5, 9, 14)[repetition])
     else:
         launched.wait_for_output({"ship": "preflight of", "compile": "launch: attempt 1"}[phase])
     launched.process.send_signal(signal.SIGINT)  # without a terminal, Ctrl-C is `stop`
@@ -140,11 +143,11 @@ def stopped(scene, times, phase) -> dict:
     return {"code": code, "exit": code in expected, "nothing left": not scene.living()}
 
 
-def operator_killed(scene, times) -> dict:
-    """An interactive job ends soon after its operator, as nobody renews its lease."""
-    name = f"operator-{times}"
+def operator_killed(scene, repetition) -> dict:
+    """Kills an interactive job's operator; the job must end, as nobody renews its lease."""
+    name = f"operator-{repetition}"
     launched = scene.launch(name, steps=5000)
-    scene.wait_for(launched, name, (5, 9, 14)[times])
+    scene.wait_for(launched, name, (5, 9, 14)[repetition])
     launched.process.kill()
     launched.wait()
     killed = time.time()
@@ -154,6 +157,6 @@ def operator_killed(scene, times) -> dict:
     return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
-ROWS = {name: lambda s, i, name=name: run_with_fault(s, name, AT_STEPS[i]) for name in FAULTS}
-ROWS |= {"full_disk": full_disk, "non_finite": non_finite, "operator": operator_killed}
-ROWS |= {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}
+CASES = {name: lambda s, i, name=name: run_with_fault(s, name, AT_STEPS[i]) for name in FAULTS}
+CASES |= {"full_disk": full_disk, "non_finite": non_finite, "operator": operator_killed}
+CASES |= {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}

@@ -1,4 +1,4 @@
-"""Runs the trainer; on SIGUSR2 it does what /tmp/fault names: faults that need its own process."""
+"""Runs the trainer; on SIGUSR2, its process causes the fault that /tmp/fault names."""
 
 import runpy
 import signal
@@ -10,8 +10,8 @@ def fail(number, frame):
     fault = Path("/tmp/fault").read_text().strip()
     if fault == "memory":
         blocks = [bytearray(1 << 20) for _ in range(4096)]
-        raise AssertionError(f"the kernel let {len(blocks)} MiB pass")
-    time.sleep(1e6)  # blocks Python; JAX's own threads, with its heartbeat, live on
+        raise AssertionError(f"the memory limit allowed {len(blocks)} MiB")
+    time.sleep(1e6)  # blocks Python; JAX's own threads and their heartbeats continue
 
 
 signal.signal(signal.SIGUSR2, fail)

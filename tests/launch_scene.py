@@ -1,4 +1,4 @@
-"""Starts real training runs on a test bed, for the launcher's acceptance."""
+"""Starts real training runs on a test bed, for tests/launch_acceptance.py."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import git_trees
-import runs
 
+import runs
 from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -80,14 +80,14 @@ class Scene:
         return Launched(argv, self.folder / f"{name}.out", self.env | env)
 
     def launch(self, name, *options, hosts=None, **values) -> Launched:
-        """Starts launch.run for a new run."""
+        """Starts launch.run for a new training run."""
         common = [f"--hosts={hosts or self.hosts}", f"--ssh_config={self.bed.ssh_config}"]
         common += ["--backoff_s=1", "--module=tests.launch_faulty"]
         return self.run(name, *common, *options, "--", *self.flags(name, **values))
 
     def reference(self, **values) -> list:
-        """Returns bits() of a run with these values and without a fault; it runs only once."""
-        key = "whole-" + "-".join(f"{name}{value}" for name, value in sorted(values.items()))
+        """Returns bits() of a run with these values and without a fault, which is started once."""
+        key = "reference-" + "-".join(f"{name}{value}" for name, value in sorted(values.items()))
         if key not in self._references:
             launched = self.launch(key, **values)
             assert launched.wait() == 0, launched.output()
@@ -124,8 +124,8 @@ class Scene:
 
     def living(self) -> dict:
         """Returns {host: pids} of the trainers and supervisors that still run."""
-        found = {h: self.pids(h, TRAINER) + self.pids(h, SUPERVISOR) for h in self.bed.names}
-        return {host: pids for host, pids in found.items() if pids}
+        pids_on = {h: self.pids(h, TRAINER) + self.pids(h, SUPERVISOR) for h in self.bed.names}
+        return {host: pids for host, pids in pids_on.items() if pids}
 
     def same_logs(self, job) -> bool:
         """Returns whether each log copied here equals, byte for byte, what the host wrote."""
@@ -137,6 +137,6 @@ class Scene:
         return True
 
 
-def passes(row: dict) -> bool:
-    """Returns whether every check (boolean value) of a row is true."""
-    return all(value for value in row.values() if isinstance(value, bool))
+def passes(result: dict) -> bool:
+    """Returns whether every check (boolean value) of a result is true."""
+    return all(value for value in result.values() if isinstance(value, bool))

@@ -1,6 +1,6 @@
 """Prints the operands of a step's collectives, which gloo handles one after the other.
 
-    python -m tests.launch_step DEVICES FLAGS       the flags of jaxtrain.train
+    python -m tests.launch_step DEVICES FLAGS...       (flags of jaxtrain.train)
 
 The output is JSON: [[kind, bytes], ...].
 """
@@ -23,12 +23,12 @@ from pallas_kernels.hlo import Program, bytes_of  # noqa: E402
 
 
 def operands(program, devices):
-    """Yields (kind, bytes of the whole array) per operand of each collective across devices."""
+    """Yields (kind, bytes of the global array) per operand of each collective across devices."""
     for i, types, times in program.executed():
         kind = i.op.removesuffix("-start")
         if kind in KINDS and len(parse_groups(i.rest, devices)[0]) > 1:
-            whole = devices if kind == "all-gather" else 1
-            sizes = [whole * bytes_of(types[name]) for name in i.operands]
+            shards = devices if kind == "all-gather" else 1
+            sizes = [shards * bytes_of(types[name]) for name in i.operands]
             yield from times * [(kind.replace("-", "_"), size) for size in sizes]
 
 

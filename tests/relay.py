@@ -4,9 +4,9 @@
 
 It replaces netem, which many kernels lack. Each host has a TUN device, and this process passes
 packets between them. Every directed pair of hosts is a link with its own settings, which can change
-at any time. Devices pass TCP's super-packets of 64 KiB whole (IFF_VNET_HDR with segmentation
-offload), so Python reaches several Gbit/s; a link counts the segments that a real wire would carry.
-Loss strikes a super-packet, with the probability that any of its segments would be lost.
+at any time. Devices pass TCP's super-packets of up to 64 KiB unsegmented (IFF_VNET_HDR with
+segmentation offload), so Python reaches several Gbit/s; a link counts the segments that a real wire
+would carry. A super-packet is lost with the probability that any of its segments would be.
 
 Requests are JSON lines on the Unix socket, each answered by one:
 
@@ -35,7 +35,7 @@ IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
 HEADER_BYTES = 10  # struct virtio_net_hdr, before each packet. Source: linux/virtio_net.h
 LARGEST = HEADER_BYTES + 65_535
-AT_ONCE = 64  # packets of one device before it is the next one's turn
+AT_ONCE = 64  # packets read from one device before the next one has its turn
 FRAME_BYTES = 14  # Ethernet's header, for the rate and the counters
 
 
@@ -45,7 +45,7 @@ class Link:
     def __init__(self):
         self.delay_ms = self.jitter_ms = 0.0
         self.rate_mbit = 0.0  # 0: no limit
-        self.queue_bytes = 4 << 20  # that wait for the rate limit; more are dropped
+        self.queue_bytes = 4 << 20  # the most that waits for the rate limit; the rest is dropped
         self.loss = 0.0  # probability, per segment
         self.up = True
         self.free_at = self.last_at = 0.0
@@ -58,20 +58,20 @@ class Link:
         vars(self).update(values)
 
     def release(self, packet: bytes, now: float) -> float | None:
-        """Returns when the packet arrives; None if it does not."""
+        """Returns when the packet arrives; None if it is lost."""
         segments, size = on_the_wire(packet)
         if not self.up or (self.loss and random.random() > (1 - self.loss) ** segments):
             self.counts["lost"] += segments
             return None
-        at = now
+        arrival = now
         if self.rate_mbit:
             start = max(now, self.free_at)
             if (start - now) * self.rate_mbit * 125_000 > self.queue_bytes:
                 self.counts["dropped"] += segments
                 return None
-            at = self.free_at = start + size / (self.rate_mbit * 125_000)
-        at += (self.delay_ms + self.jitter_ms * random.uniform(-1, 1)) / 1e3
-        self.last_at = max(at, self.last_at, now)  # a wire does not reorder packets
+            arrival = self.free_at = start + size / (self.rate_mbit * 125_000)
+        arrival += (self.delay_ms + self.jitter_ms * random.uniform(-1, 1)) / 1e3
+        self.last_at = max(arrival, self.last_at, now)  # a wire does not reorder packets
         self.counts["packets"] += 1
         self.counts["segments"] += segments
         self.counts["bytes"] += size
@@ -130,10 +130,10 @@ class Relay:
                     self.answer(source)
 
     def deliver(self) -> float | None:
-        """Delivers the packets whose time has come; returns the seconds until the next one."""
+        """Delivers the packets that are due; returns the seconds until the next one, or None."""
         while self.under_way:
-            at, _, _, to, packet = self.under_way[0]
-            wait_s = at - time.monotonic()
+            arrival, _, _, to, packet = self.under_way[0]
+            wait_s = arrival - time.monotonic()
             if wait_s > 0:
                 return wait_s
             heapq.heappop(self.under_way)
@@ -156,15 +156,14 @@ class Relay:
                 if error.errno != errno.EAGAIN:  # its host was powered off
                     self.remove(name)
                 return
-            to = self.by_address.get(
-                packet[HEADER_BYTES + 16 : HEADER_BYTES + 20]
-            )  # IPv4's destination
+            destination = packet[HEADER_BYTES + 16 : HEADER_BYTES + 20]  # in IPv4's header
+            to = self.by_address.get(destination)
             if to is None or to == name:
                 continue
             link, now = self.links[name, to], time.monotonic()
-            at = link.release(packet, now)
-            if at is not None:
-                heapq.heappush(self.under_way, (at, next(self.numbers), link, to, packet))
+            arrival = link.release(packet, now)
+            if arrival is not None:
+                heapq.heappush(self.under_way, (arrival, next(self.numbers), link, to, packet))
         self.deliver()
 
     def answer(self, client) -> None:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import xla_flags
 from flag_scenes import exit_status, fresh_flags
 
+import runs
 from jaxtrain import evaluate, train
 from jaxtrain.config import config_files
 from jaxtrain.config import train_config as config_lib

@@ -14,7 +14,7 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
-FAMILIES = {"__init__", "base", "gpt2", "llama"}  # modules that other configs import
+FAMILIES = {"__init__", "base", "gpt2", "llama"}  # not configs of a run
 STUDIES = {"study", "study_quick"}  # tested in tests/test_study.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
@@ -40,6 +40,4 @@ def test_a_configs_docstring_states_its_parameter_count_and_command(name):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_file_only_sets_values(path):
     branches = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.comprehension)
-    assert not [
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, branches)
-    ]
+    assert not any(isinstance(node, branches) for node in ast.walk(ast.parse(path.read_text())))

@@ -63,7 +63,7 @@ def test_each_format_is_detected_and_gives_back_its_tokens(name, tmp_path):
         corpus = open_shards(source)
         assert (tokens_of(corpus) == TOKENS).all()
         assert corpus.tokens == len(TOKENS) and corpus.largest_token == TOKENS.max()
-        assert f" of {name.split('_')[0]} " in corpus.describe()  # which format was taken
+        assert f" of {name.split('_')[0]} " in corpus.describe()  # the detected format
 
 
 def test_the_fingerprint_depends_on_the_tokens_and_not_on_their_format(tmp_path):
@@ -98,7 +98,7 @@ BAD_LLMC = {
 
 
 @pytest.mark.parametrize("kind", BAD_LLMC)
-def test_the_error_for_a_bad_llmc_shard_says_file_expected_and_found(kind, tmp_path):
+def test_the_error_for_a_bad_llmc_shard_states_what_was_expected_and_found(kind, tmp_path):
     content, parts = BAD_LLMC[kind]
     path = tmp_path / "x_train_000000.bin"
     path.write_bytes(content)
@@ -120,7 +120,7 @@ BAD_NANOGPT = {
 
 
 @pytest.mark.parametrize("kind", BAD_NANOGPT)
-def test_the_error_for_a_bad_nanogpt_file_says_file_expected_and_found(kind, tmp_path):
+def test_the_error_for_a_bad_nanogpt_file_states_what_was_expected_and_found(kind, tmp_path):
     content, parts = BAD_NANOGPT[kind]
     (tmp_path / "some.bin").write_bytes(content)
     with pytest.raises(ValueError) as error:
@@ -190,7 +190,7 @@ def test_a_single_error_lists_all_bad_and_all_missing_shards(tmp_path):
     assert named == [1, 2, 3, 4]
 
 
-def test_shards_in_the_metadata_must_exist_and_have_their_fingerprint(tmp_path):
+def test_shards_in_the_metadata_must_exist_and_match_their_fingerprints(tmp_path):
     (tmp_path / "text.txt").write_text("some words\n" * 300)
     encode_source(tmp_path / "text.txt", tmp_path / "out", val_fraction=0.0, shard_tokens=1_500)
     path = tmp_path / "out" / "text_train_000001.bin"
@@ -220,7 +220,7 @@ def test_files_named_val_are_for_validation_and_the_others_for_training(tmp_path
         assert files == {name for name, kind in names.items() if kind == split}
 
 
-def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
+def test_files_named_like_test_sets_are_in_no_split_and_are_reported(tmp_path):
     names = ["train.bin", "val.bin", "test.bin", "a_dev_000000.bin", "eval-1.bin"]
     for name in [*names, "test_train_000000.bin", "contest.bin"]:
         (tmp_path / name).write_bytes(llmc())
@@ -230,14 +230,14 @@ def test_test_sets_are_in_no_split_and_are_listed(tmp_path):
     assert [Path(shard.path).name for shard in val.shards] == ["val.bin"]
     note = "3 file(s) left out by name: a_dev_000000.bin, eval-1.bin, test.bin"
     assert note in train.describe() and "left out" not in val.describe()
-    with pytest.raises(ValueError, match="must hold a train shard.*only test.bin"):
+    with pytest.raises(ValueError, match="must contain a train shard.*only test.bin"):
         open_shards(tmp_path / "test.bin")
 
 
 def test_missing_validation_shards_are_an_error_only_when_validation_is_opened(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc())
     assert open_shards(tmp_path).tokens == len(TOKENS)
-    with pytest.raises(ValueError, match="must hold a val shard"):
+    with pytest.raises(ValueError, match="must contain a val shard"):
         open_shards(tmp_path, "val")
 
 
@@ -249,7 +249,7 @@ def test_checksums_are_cached_until_the_file_changes_and_rebuilt_if_damaged(tmp_
     known = json.loads(entry.read_text())
     known["scan"]["largest"] = 123
     entry.write_text(json.dumps(known))
-    assert open_shards(path).largest_token == 123  # recalled, not scanned again
+    assert open_shards(path).largest_token == 123  # from the cache, not computed
     for damage in ("", "{", '{"key": 1}', json.dumps(known | {"scan": {"largest": "x"}})):
         entry.write_text(damage)
         assert open_shards(path) == first

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import runs
 from data_samples import contents
 
 import jaxtrain.config.train_config as config_lib
+import runs
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.encode import main
 from jaxtrain.data.sequences import WindowSequences

@@ -98,7 +98,7 @@ def test_bad_elements_of_an_array_and_bad_rows_of_csv_are_skipped_one_by_one(tmp
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_truncated_file_is_read_up_to_the_end_and_reported(kind, tmp_path):
+def test_a_truncated_file_is_read_as_far_as_possible_and_reported(kind, tmp_path):
     lines = [json.dumps({"text": f"{i} {os.urandom(60_000).hex()}"}) for i in range(20)]
     content = "\n".join(lines).encode()
     packed = gzip.compress(content, mtime=0) if kind == "gz" else zstd(content)

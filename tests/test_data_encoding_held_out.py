@@ -60,10 +60,10 @@ def test_a_single_document_is_cut_near_its_end(name, text, tmp_path):
 @pytest.mark.parametrize("texts", [["a"], ["a", ""]])
 def test_a_single_text_that_is_too_short_to_be_cut_is_refused(texts, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", texts)
-    with pytest.raises(ValueError, match="must hold two documents.*got 1.*--data.text"):
+    with pytest.raises(ValueError, match="must contain two documents.*got 1.*--data.text"):
         encode_source(source, tmp_path / "out", val_fraction=0.1)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="must hold two documents"):
+    with pytest.raises(ValueError, match="must contain two documents"):
         encode_source(tmp_path / "a.txt", tmp_path / "out", val_fraction=0.1)
 
 
@@ -86,7 +86,7 @@ def test_the_errors_for_missing_validation_text_say_what_to_do(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", ["a", "b"])
     encode_source(source, tmp_path / "out", val_fraction=0.0)
     assert open_shards(tmp_path / "out").tokens == 4
-    with pytest.raises(ValueError, match="must hold a val shard.*encode.*--val_fraction"):
+    with pytest.raises(ValueError, match="must contain a val shard.*encode.*--val_fraction"):
         open_shards(tmp_path / "out", "val")
     cfg = DataConfig(text=str(source), val_fraction=0.0)
     with pytest.raises(ValueError, match=r"document for val.*--data\.val_fraction=0\.05"):
@@ -94,7 +94,7 @@ def test_the_errors_for_missing_validation_text_say_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "my-validation", "test", "dev"])
-def test_shards_whose_name_starts_like_a_split_keep_their_own_split(name, tmp_path):
+def test_a_name_that_starts_like_a_split_does_not_change_the_split_of_its_shards(name, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [f"document {i}" for i in range(50)])
     encode_source(source, tmp_path / "out", val_fraction=0.1, name=name)
     for split in ("train", "val"):

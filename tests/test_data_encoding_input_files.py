@@ -1,4 +1,4 @@
-"""Which files are input: links are followed, any name is allowed, pipes are not opened."""
+"""Links to input files are followed, any name is allowed, pipes are not opened."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ def test_links_to_folders_and_files_are_followed(folder):
     assert names_of(folder) == ["c.txt", "linked/deep/b.txt", "real/a.txt"]
 
 
-def test_a_folder_to_which_several_links_lead_is_read_once(folder):
+def test_a_folder_with_several_links_to_it_is_read_once(folder):
     (folder / "above").symlink_to(folder)  # a cycle
     (folder / "a-first").symlink_to(folder / "real")
     (folder.parent / "elsewhere" / "back").symlink_to(folder / "real")

@@ -1,4 +1,4 @@
-"""A stopped encoding continues with the same command; two never write one folder."""
+"""The same command continues a stopped encoding; two encodings never share a folder."""
 
 import contextlib
 import errno
@@ -112,7 +112,7 @@ def test_a_killed_encoding_that_had_to_force_a_split_continues(tmp_path):
     lines = [json.dumps({"text": f"{i} " * 200}) for i in range(6)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     copies = encode_with_snapshots(tmp_path / "a.jsonl", tmp_path / "out", val_fraction=0.0001)
-    assert len(copies) > 10  # all is encoded twice
+    assert len(copies) > 10  # everything is encoded twice
     for copy in copies:
         resume(tmp_path / "a.jsonl", copy, val_fraction=0.0001)
         assert contents(copy) == contents(tmp_path / "out")
@@ -225,7 +225,7 @@ def test_kill_9_leaves_no_encoding_process(tmp_path):
 
 
 def process_status(pid):
-    """Returns the fields of /proc/PID/stat from the state on; none if the process is gone."""
+    """Returns the fields of /proc/PID/stat, beginning with the state; [] if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

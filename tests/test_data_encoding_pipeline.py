@@ -91,7 +91,7 @@ def test_the_metadata_counts_tokens_and_text_bytes_of_each_shard(modules, tmp_pa
     assert corpus.bytes_per_token == pytest.approx(expected, rel=1e-12)
 
 
-def test_about_the_wanted_share_is_held_out(modules, tmp_path):
+def test_the_held_out_share_is_close_to_val_fraction(modules, tmp_path):
     for fraction in (0.02, 0.1, 0.4):
         meta = encode_source(modules, tmp_path / str(fraction), val_fraction=fraction)
         tokens = dict.fromkeys(SPLITS, 0)
@@ -210,7 +210,7 @@ def test_a_document_whose_tokens_contain_eot_is_skipped_and_located(tmp_path, mo
     meta = encode_source(tmp_path / "a.jsonl", tmp_path / "out", val_fraction=0.0)
     assert meta["skipped"] == {"refused by the tokenizer": 1}
     assert "line 5, byte" in meta["problems"][0]
-    assert "must not hold the token that starts documents" in meta["problems"][0]
+    assert "must not contain the token that starts documents" in meta["problems"][0]
     assert len(documents_of(tmp_path / "out", "train")) == 8
 
 

@@ -58,17 +58,17 @@ def test_the_error_for_tokens_that_do_not_spell_the_text_names_the_place(name, d
         count_lost_bytes(tokenizer, SOURCE, ids, "file.txt")
 
 
-def test_the_named_place_is_the_first_byte_that_differs():
+def test_the_error_names_the_first_byte_that_differs():
     tokenizer = build_tokenizer("gpt2")
     ids = tokenizer.encode(SOURCE)
-    at = len(tokenizer.decode(ids[:512]).encode())
-    with pytest.raises(ValueError, match=f"gpt2 gives 512 tokens.*differ at byte {at:,}: "):
+    first_difference = len(tokenizer.decode(ids[:512]).encode())
+    with pytest.raises(ValueError, match=f"gpt2 gives 512 .*at byte {first_difference:,}: "):
         count_lost_bytes(tokenizer, SOURCE, ids[:512], "file.txt")
 
 
-def test_a_text_that_holds_the_token_that_starts_documents_is_refused():
+def test_a_text_that_contains_the_token_that_starts_documents_is_refused():
     tokenizer = build_tokenizer("bytes")
-    with pytest.raises(ValueError, match="must not hold the token that starts documents, 0"):
+    with pytest.raises(ValueError, match="must not contain the token that starts documents, 0"):
         count_lost_bytes(tokenizer, "a\0b", tokenizer.encode("a\0b"), "file.txt")
 
 

@@ -1,4 +1,4 @@
-"""Tables with damaged rows, quotes or pages: what is lost is counted and located."""
+"""Damaged rows, quotes and pages of tables are counted and located."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -230,7 +230,7 @@ def test_next_copies_to_the_devices_even_if_implicit_copies_are_forbidden(folder
             next(batches)
 
 
-def test_waiting_time_is_reset_when_read_and_threads_end(folder):
+def test_wait_s_is_reset_when_read_and_close_ends_the_threads(folder):
     cfg, corpus = open_split(folder)
     before = threading.active_count()
     with build_batches(cfg, corpus, mesh_of(), 0) as batches:

@@ -21,9 +21,9 @@ def test_the_fingerprint_ignores_the_folder_and_changes_with_content_and_size(tm
         folder.mkdir()
         for name, data in content.items():
             data = bytearray(data)
-            at = {"first": 0, "last": -1, "middle": len(data) // 15 * 7 + BLOCK_BYTES // 2}
-            if "train" in name and change in at:
-                data[at[change]] ^= 1
+            index = {"first": 0, "last": -1, "middle": len(data) // 15 * 7 + BLOCK_BYTES // 2}
+            if "train" in name and change in index:
+                data[index[change]] ^= 1
             (folder / name).write_bytes(data + b"x" * (change == "size" and "val" in name))
         results.append(fingerprint_of(folder))
     assert results[0] == results[1] and (results[0]["files"], results[0]["bytes"]) == (

@@ -4,7 +4,7 @@ import pytest
 from jaxtrain.data.shuffle import permute
 
 SIZES = [10_000, 1_000_000, 4_000_000, 1_000_000_000]
-INDICES = 300_000  # consecutive ones examined: 0.03 is then 16 sigma (3 at n=10_000)
+INDICES = 300_000  # examined: a correlation of 0.03 is then 16 sigma (3 at n=10_000)
 
 
 def images(n, seed=0, epoch=0):
@@ -26,13 +26,13 @@ def test_a_million_indices_appear_exactly_once():
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("lag", [1, 2, 7])
-def test_neighbours_are_uncorrelated(n, lag):
+def test_images_of_neighbouring_indices_are_uncorrelated(n, lag):
     x = images(n, seed=lag)
     assert abs(np.corrcoef(x[:-lag], x[lag:])[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_batches_spread_like_independent_draws(n):
+def test_means_of_32_images_spread_like_those_of_independent_draws(n):
     x = images(n)
     means = x[: len(x) // 32 * 32].reshape(-1, 32).mean(1)
     expected = (1 / 12 / 32) ** 0.5
@@ -48,14 +48,14 @@ def test_images_are_uniform_over_the_range(n):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_epochs_and_seeds_are_unrelated(n):
+def test_other_epochs_and_seeds_give_unrelated_permutations(n):
     x = images(n)
     for other in (images(n, epoch=1), images(n, seed=1)):
         assert abs(np.corrcoef(x, other)[0, 1]) < 0.03
         assert np.mean(x == other) < 10 / n + 1e-3
 
 
-def test_all_orders_of_three_occur():
+def test_all_6_permutations_of_3_indices_occur():
     orders = {tuple(permute(np.arange(3), 3, seed, 0)) for seed in range(200)}
     assert len(orders) == 6
 

@@ -99,5 +99,5 @@ def test_a_damaged_shard_of_a_run_is_encoded_again_with_a_warning(kind, texts, t
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert str(path) in warning and "encoded again" in warning
     SHARD_DAMAGES[kind](path, content)
-    with pytest.raises(ValueError, match=r"text_train_000000\.bin|must hold a train shard"):
+    with pytest.raises(ValueError, match=r"text_train_000000\.bin|must contain a train shard"):
         open_shards(path.parent)

@@ -1,6 +1,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,13 +45,13 @@ def test_bytes_are_the_utf8_of_the_text():
 
 def test_a_json_tokenizer_has_the_ids_and_the_start_token_of_its_file(json_path):
     tokenizer = build_tokenizer(json_path)
-    entries = json.loads(open_text(json_path))
+    entries = json.loads(Path(json_path).read_text())
     assert tokenizer.vocab_size == 1 + max(entries["model"]["vocab"].values())
     assert tokenizer.eot == entries["model"]["vocab"]["<|endoftext|>"]
 
 
 def test_a_json_tokenizer_without_a_start_token_is_refused(json_path, tmp_path):
-    content = open_text(json_path).replace("<|endoftext|>", "<|unheard|>")
+    content = Path(json_path).read_text().replace("<|endoftext|>", "<|unheard|>")
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match="starts documents"):
         build_tokenizer(str(tmp_path / "other.json"))
@@ -101,7 +102,7 @@ def test_separating_long_whitespace_changes_no_token():
         assert all(tokenizer._encode_parts(text, longest) == whole for longest in (2, 4, 8))
 
 
-def test_whitespace_that_tiktoken_can_encode_gets_its_tokens():
+def test_whitespace_that_tiktoken_can_encode_gets_the_tokens_of_tiktoken():
     tokenizer = Gpt2Tokenizer()
     for text in (" " * 300_000, "a" + "\n" * 200_000 + " b", "x" + " \t" * 100_000 + "y"):
         assert tokenizer.encode(text).tolist() == tokenizer._encoding.encode_ordinary(text)
@@ -181,17 +182,16 @@ def test_no_text_spells_a_special_token(family, tmp_path):
 def test_a_text_that_spells_the_start_token_is_plain_text_even_if_the_token_is_not_special(
     special, json_path
 ):
-    content = json.loads(open_text(json_path))
+    content = json.loads(Path(json_path).read_text())
     for token in content["added_tokens"]:
         token["special"] = special
-    with open(json_path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
+    Path(json_path).write_text(json.dumps(content))
     tokenizer = build_tokenizer(json_path)
     assert tokenizer.eot not in tokenizer.encode("a<|endoftext|>b")
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "json"])
-def test_the_tokens_have_the_bytes_of_the_text(name, request):
+def test_the_bytes_of_the_tokens_add_up_to_the_text(name, request):
     path = request.getfixturevalue("json_path") if name == "json" else name
     tokenizer = build_tokenizer(path)
     sizes = tokenizer.token_bytes
@@ -200,8 +200,3 @@ def test_the_tokens_have_the_bytes_of_the_text(name, request):
     assert sizes[ids].sum() == len(TEXT.encode())
     assert tokenizer.spell(ids) == tokenizer.expect(TEXT) == TEXT.encode()
     assert sizes[tokenizer.eot] == 0 and sizes.max() > 0
-
-
-def open_text(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()

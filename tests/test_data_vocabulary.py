@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.tokenizer import build_tokenizer

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.distributed.preemption import StopListener, exit_status_of
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.cluster import World
 from jaxtrain.distributed.runtime import (

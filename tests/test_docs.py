@@ -1,7 +1,9 @@
 """The documentation is current: generated parts, notebooks, links and commands."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +32,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_that_a_page_names_exist(page):
-    text = page.read_text()
+    text = re.sub(r"```diff.*?```", "", page.read_text(), flags=re.S)
     links = re.findall(r"\]\(([^)#]+)", text)
     missing = [
         link
@@ -58,3 +60,28 @@ def test_flags_that_a_page_shows_exist(page):
     sections = "|".join(sorted({name.partition(".")[0] for name in known if "." in name}))
     shown = set(re.findall(rf"--((?:{sections})\.\w+)", page.read_text()))
     assert shown <= known
+
+
+def test_the_examples_of_extensions_train(tmp_path):
+    """Applies the patches of docs/extend.md to a copy of the tree, and runs its script."""
+    blocks = re.findall(r"```(diff|python)\n(.*?)```", (DOCS / "extend.md").read_text(), re.S)
+    for folder in ("jaxtrain", "pallas_kernels", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for kind, text in blocks:
+        if kind == "diff":
+            run = ["git", "apply", "--unidiff-zero", "-"]
+        else:
+            run = [sys.executable, "-"]
+        subprocess.run(run, cwd=tmp_path, input=text, text=True, check=True, capture_output=True)
+    train = "-m jaxtrain.train debug --steps=3 --optim.name=lion --model.mlp=silu"
+    shards = "--data.shards=my_shards --data.eot=0 --workdir=run --optim.learning_rate=0.001"
+    result = subprocess.run(
+        [sys.executable, *train.split(), *shards.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["optim"]["name"], config["model"]["mlp"]) == ("lion", "silu")

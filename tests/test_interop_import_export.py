@@ -12,9 +12,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
 from safetensors.numpy import load_file
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.errors import REFUSED
@@ -100,7 +100,7 @@ def test_a_run_starts_from_weights_and_resumes_from_its_own_checkpoint(exported,
 def test_weights_of_another_model_are_refused_with_the_flags_to_set(exported, text, tmp_path):
     cfg = config(tmp_path / "run", text, weights=str(exported[1]))
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, F=96, rope_theta=5e5))
-    with pytest.raises(InteropError, match="model.F=96, there 64; model.rope_theta=5.*--model.F"):
+    with pytest.raises(InteropError, match="model.F=96, not 64; model.rope_theta=5.*--model.F"):
         train(other, jax.devices()[:1], quiet=True)
 
 

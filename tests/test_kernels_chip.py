@@ -6,7 +6,7 @@ from pallas_kernels.chip import CHIPS, detect_chip, find_chip
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_a_device_is_the_chip_that_names_it(name):
+def test_the_chip_of_a_device_is_found_by_its_kind(name):
     chip = find_chip(name)
     assert detect_chip(SimpleNamespace(device_kind=chip.kind)) is chip
     assert chip.source
@@ -15,23 +15,23 @@ def test_a_device_is_the_chip_that_names_it(name):
 @pytest.mark.parametrize(
     "kind", ["NVIDIA A4000", "NVIDIA H200 NVL", "NVIDIA A100 80GB PCIe", "cpu"]
 )
-def test_a_relative_of_a_chip_is_not_that_chip(kind):
+def test_a_similar_device_is_not_taken_for_a_chip_of_the_table(kind):
     with pytest.raises(ValueError, match=f"got '{kind}'"):
         detect_chip(SimpleNamespace(device_kind=kind))
 
 
-def test_an_unknown_name_lists_the_known():
+def test_an_unknown_chip_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="one of a40, .*h200; got 'b300'"):
         find_chip("b300")
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_the_figures_of_a_chip_fit_each_other(chip):
+def test_the_peaks_and_sizes_of_a_chip_are_consistent(chip):
     peaks = chip.peak_flops
     assert peaks["bfloat16"] == peaks["float16"] > peaks["tf32"] > peaks["float32"]
     assert chip.shared_bytes_per_block + 1_024 <= chip.shared_bytes_per_sm
     assert 1e11 < chip.hbm_bytes_per_s < 1e13 < peaks["float32"]
-    # float32: two FLOPs a lane and clock, of 64 (A100) or 128 lanes a multiprocessor
+    # float32: two FLOPs per lane and clock; a multiprocessor has 64 lanes (A100) or 128
     lanes = 64 if chip.compute_capability == (8, 0) else 128
     assert peaks["float32"] == pytest.approx(2 * lanes * chip.sms * chip.clock_ghz * 1e9, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""A kernel is routed where a card has found it faster, and nowhere else."""
+"""A kernel is chosen where a measurement found it faster, and nowhere else."""
 
 import json
 from types import SimpleNamespace
@@ -23,38 +23,38 @@ CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=
 
 
 @pytest.mark.parametrize("name", CONTESTS)
-def test_all_contestants_do_the_same(name):
+def test_all_contestants_return_the_same_results(name):
     contest = CONTESTS[name]
     arrays = contest.arrays(jax.random.key(0))
-    run = contest.contestants(default_tiles(contest.op, "sm_86"))
-    want = jax.tree.leaves(run.pop(KERNEL)(*arrays))
-    for other in run.values():
+    contestants = contest.contestants(default_tiles(contest.op, "sm_86"))
+    want = jax.tree.leaves(contestants.pop(KERNEL)(*arrays))
+    for other in contestants.values():
         for x, y in zip(want, jax.tree.leaves(other(*arrays)), strict=True):
             x, y = (np.asarray(a, np.float32) for a in (x, y))
             assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTS if "forward" not in name])
-def test_torchs_contestants_do_the_same(name):
+def test_the_contestants_of_torch_return_the_same_results(name):
     pytest.importorskip("torch", reason='torch is missing: pip install "jaxtrain[crosscheck]"')
     contest = CONTESTS[name]
     arrays = contest.arrays(jax.random.key(0))
-    law = contest.contestants(default_tiles(contest.op, "sm_86"))["xla"]
-    want = jax.tree.leaves(law(*arrays))
-    for run in torch_contestants(contest).values():
-        got = jax.tree.leaves(run(*as_tensors(arrays)))
+    reference = contest.contestants(default_tiles(contest.op, "sm_86"))["xla"]
+    want = jax.tree.leaves(reference(*arrays))
+    for contestant in torch_contestants(contest).values():
+        got = jax.tree.leaves(contestant(*as_tensors(arrays)))
         for x, y in zip(got, want, strict=True):
             x, y = x.detach().float().numpy(), np.asarray(y, np.float32)
             assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
 
 
-def test_torch_that_cannot_take_part_says_why():
+def test_the_reason_why_torch_cannot_take_part_is_reported():
     found = measure_torch(next(iter(CONTESTS.values())), [], "cuda")
     assert found.keys() == {"torch"}
     assert "not installed" in found["torch"] or "no CUDA device" in found["torch"]
 
 
-def test_what_jax_cannot_run_routes_nothing():
+def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
     contest, seconds = SimpleNamespace(op="norm", shape=(768,)), (1.0, 2.0, 0.5)
     names = KERNEL, "xla", "torch compiled"
     found = {n: Timing(s, 0.0, 9.0) for n, s in zip(names, seconds, strict=True)}
@@ -66,7 +66,7 @@ ROUTED = {"norm": (768,), "attention": (1_024, 12, 12, 64), "head": (768, 50_304
 
 
 def rows_of(seconds, tmp_path):
-    """What the bench writes of three ops whose kernel took so long, and all others 1 s."""
+    """Writes the bench's file of three ops whose kernel took so many seconds, all others 1 s."""
     rows, (low, high) = [], (0.0, 9.0)
     for op, shape in ROUTED.items():
         contest = SimpleNamespace(op=op, shape=shape)
@@ -78,7 +78,7 @@ def rows_of(seconds, tmp_path):
 
 
 @pytest.mark.parametrize("op", ROUTED)
-def test_a_row_routes_its_kernel_where_it_won_at_a_like_shape_and_version(op, tmp_path):
+def test_a_row_selects_its_kernel_if_it_won_at_a_similar_shape_on_the_same_chip(op, tmp_path):
     folder, shape = rows_of(0.5, tmp_path), ROUTED[op]
     ask = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
         op, "sm_86", chip, dtype, shape, folder
@@ -93,13 +93,13 @@ def test_a_row_routes_its_kernel_where_it_won_at_a_like_shape_and_version(op, tm
     assert not slower.faster and "2.00 times the time" in slower.reason
 
 
-def test_a_row_of_another_jax_says_nothing(tmp_path, monkeypatch):
+def test_a_row_measured_with_another_jax_does_not_count(tmp_path, monkeypatch):
     folder = rows_of(0.5, tmp_path)
     monkeypatch.setattr(kernel_choice.jax, "__version__", "0.99.1")
     assert "not measured" in choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
 
 
-def test_the_model_takes_what_was_measured_faster(tmp_path, monkeypatch):
+def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatch):
     rows = read_rows(rows_of(0.5, tmp_path))
     monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
     model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
@@ -113,7 +113,7 @@ def test_the_model_takes_what_was_measured_faster(tmp_path, monkeypatch):
     assert ask("a6000", strict=True)["norm"].implementation == "fused:sm_86"
 
 
-def test_a_file_that_the_bench_did_not_write_is_named(tmp_path):
+def test_a_damaged_file_of_rows_is_named_in_the_error(tmp_path):
     (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
     with pytest.raises(ValueError, match="a40.json must hold rows of the bench"):
         read_rows(tmp_path)
@@ -121,16 +121,16 @@ def test_a_file_that_the_bench_did_not_write_is_named(tmp_path):
 
 @pytest.mark.parametrize("arch", TILES)
 @pytest.mark.parametrize("op", OPS)
-def test_the_search_changes_one_kernels_tiles_at_a_time(op, arch):
-    for part, tiles in candidates(op, arch):
+def test_the_search_changes_the_tiles_of_one_kernel_at_a_time(op, arch):
+    for kernel, tiles in candidates(op, arch):
         as_dict = tiles if isinstance(tiles, dict) else tiles._asdict()
         default = default_tiles(op, arch)
         default = default if isinstance(default, dict) else default._asdict()
         assert as_dict.keys() == default.keys()
-        assert {name for name in as_dict if as_dict[name] != default[name]} <= {part}
+        assert {name for name in as_dict if as_dict[name] != default[name]} <= {kernel}
 
 
-def test_a_promised_kernel_that_a_program_lacks_is_named():
+def test_a_chosen_kernel_that_is_missing_from_the_program_is_named():
     model, strict = ModelConfig(qk_norm=True), KernelsConfig(strict=True)
     promised = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
@@ -139,7 +139,7 @@ def test_a_promised_kernel_that_a_program_lacks_is_named():
     assert missing_kernels(plain, compiled) == []
 
 
-def test_the_bench_runs_to_its_end_interpreted_and_writes_every_contest(tmp_path, capsys):
+def test_the_interpreted_bench_finishes_and_writes_every_contest(tmp_path, capsys):
     out = tmp_path / "results.json"
     bench.main(["--tiny", "--minutes=1", f"--out={out}"])
     results = json.loads(out.read_text())
@@ -150,8 +150,7 @@ def test_the_bench_runs_to_its_end_interpreted_and_writes_every_contest(tmp_path
     assert capsys.readouterr().out.count("not measured, the 0 minutes are over") == len(CONTESTS)
 
 
-def test_a_row_says_which_body_won(tmp_path):
-    """Of one that mixes them: a kernel of Mosaic's beside one of Triton's."""
+def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     found = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
     row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, found)
@@ -164,7 +163,7 @@ def test_a_row_says_which_body_won(tmp_path):
     assert odd.tiles == default_tiles("square", "sm_90")
 
 
-def test_both_bodies_are_searched_where_mosaic_is_usable_and_one_elsewhere():
+def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
     found = lambda arch: {body_of(kernel_tiles(t, part)) for part, t in candidates("square", arch)}
     assert found("sm_86") == {"triton"}
     assert found("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}

@@ -1,5 +1,8 @@
-"""The Mosaic bodies against float64: interpreted on CPU, thread by thread, and as they are on an
-H100 (JAX_PLATFORMS=cuda python -m pytest -m gpu). That they compile is test_kernels_audit.py's."""
+"""Compares the Mosaic bodies with float64 references, interpreted on CPU thread by thread.
+
+JAX_PLATFORMS=cuda python -m pytest -m gpu runs them compiled, on an H100. test_kernels_audit.py
+checks without a GPU that they compile.
+"""
 
 import contextlib
 
@@ -31,7 +34,7 @@ HALF = jnp.bfloat16
 
 @pytest.fixture(autouse=True)
 def no_race(capfd):
-    """Interpreted, no copy and no thread writes where another may still read."""
+    """Fails if the interpreter sees a write where another thread or copy may still read."""
     yield
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -47,7 +50,7 @@ def float64():
 
 
 def exact(function, *arrays):
-    """function of the same numbers in float64."""
+    """Computes the function of the same numbers in float64."""
     with float64():
         wide = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == HALF else jnp.asarray(x)
         return jax.tree.map(np.asarray, function(*map(wide, arrays)))
@@ -57,13 +60,13 @@ def draw(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, HALF)
 
 
-def off(got, want):
-    """Relative Frobenius distance."""
+def distance(got, want):
+    """Returns the relative Frobenius distance."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-# The two forms of a tile: half as many columns as rows, and as many; ragged rows and depth
+# Tiles with half as many columns as rows, and as many; rows and depth that tiles do not divide
 SQUARES = [
     (MosaicProductTiles(128, 64, 64, 2), (1, 200, 136)),
     (MosaicProductTiles(128, 128, 64, 3), (2, 136, 72)),
@@ -76,55 +79,55 @@ def test_symmetric_equals_the_product_and_its_own_transpose(tiles, shape):
     got = symmetric(x, tiles=tiles, interpret=not ON_GPU)
     assert got.dtype == HALF
     assert jnp.array_equal(got, got.mT)
-    assert off(got, exact(symmetric_reference, x)) < 3e-3
+    assert distance(got, exact(symmetric_reference, x)) < 3e-3
 
 
 @pytest.mark.parametrize("tiles, shape", SQUARES)
-def test_the_quintics_sum_is_the_products_epilogue(tiles, shape):
-    """b A + c A^2 of a Gram matrix, with traced scales."""
+def test_symmetric_adds_a_scaled_matrix_to_a_scaled_product(tiles, shape):
+    """b A + c A^2 of a Gram matrix, with traced b and c."""
     x = draw(0, *shape).astype(jnp.float32)
     gram = (jnp.einsum("xmk,xjk->xmj", x, x) / shape[2]).astype(HALF)
-    run = jax.jit(lambda x, a, b: symmetric(x, x, x, (a, b), tiles=tiles, interpret=not ON_GPU))
-    got = run(gram, 2.03, -4.77)
+    combine = jax.jit(lambda x, a, b: symmetric(x, x, x, (a, b), tiles=tiles, interpret=not ON_GPU))
+    got = combine(gram, 2.03, -4.77)
     assert jnp.array_equal(got, got.mT)
     want = exact(lambda x: symmetric_reference(x, x, x, (2.03, -4.77)), gram)
-    assert off(got, want) < 3e-3
+    assert distance(got, want) < 3e-3
 
 
-def test_of_a_product_that_is_not_symmetric_the_lower_triangle_counts():
+def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
     x, y = draw(0, 1, 136, 64), draw(1, 1, 136, 64)
     got = symmetric(x, y, tiles=SQUARES[0][0], interpret=not ON_GPU)
     assert jnp.array_equal(got, got.mT)
-    assert off(jnp.tril(got), np.tril(exact(symmetric_reference, x, y))) < 3e-3
+    assert distance(jnp.tril(got), np.tril(exact(symmetric_reference, x, y))) < 3e-3
 
 
 @pytest.mark.parametrize(
-    "x, says",
+    "x, message",
     [
         (jnp.ones((1, 64, 64)), r"got x=float32\[1, 64, 64\]"),
         (jnp.ones((1, 64, 60), HALF), r"got x=bfloat16\[1, 64, 60\]"),
         (jnp.ones((1, 60, 64), HALF), r"writes rows of .* got bfloat16\[1, 60, 60\]"),
     ],
 )
-def test_what_the_memory_accelerator_cannot_take_is_refused(x, says):
-    with pytest.raises(ValueError, match=says):
+def test_arrays_that_the_memory_accelerator_cannot_copy_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
         symmetric(x, tiles=SQUARES[0][0], interpret=True)
 
 
-def test_the_heads_scores_equal_the_reference():
-    """Ragged rows, width and vocabulary; targets inside, at the end of and past it."""
+def test_head_scores_equal_the_reference():
+    """Tiles divide no size; targets are inside, at the end of and past the vocabulary."""
     tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
     got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)
     want = exact(lambda *x: head_scores_reference(*x, targets, softcap), h, w)
-    assert off(got.logits_NV, want.logits_NV) < 2e-6
+    assert distance(got.logits_NV, want.logits_NV) < 2e-6
     lse = lambda scores: scores.top_N + np.log(scores.total_N)
-    assert off(lse(got), lse(want)) < 1e-6
-    assert off(got.hit_N, want.hit_N) < 2e-6
+    assert distance(lse(got), lse(want)) < 1e-6
+    assert distance(got.hit_N, want.hit_N) < 2e-6
     assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
     dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
-    assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+    assert distance(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
 
     lean = head_scores(h, w, targets, tiles, softcap, keep=False, interpret=not ON_GPU)
     assert lean.logits_NV is None
@@ -141,13 +144,13 @@ ATTENTION = {  # B, T, S, H, G, K, keys of a step
     "more rows than whole blocks, shared heads": (1, 136, 136, 2, 1, 64, 64),
     "documents, fewer queries than keys, wide heads": (1, 72, 200, 1, 1, 128, 64),
     "queries with nothing to see": (1, 200, 72, 1, 1, 64, 128),
-    "Triton's body of dk and dv": (1, 64, 64, 1, 1, 64, 64),  # a row may mix bodies
+    "Triton's body of dk and dv": (1, 64, 64, 1, 1, 64, 64),  # bodies may be mixed
 }
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_flash_attention_equals_the_reference(name):
-    """And its gradients theirs; at most 1.3 times the error of the plain attention."""
+    """So do its gradients, each with at most 1.3 times the error of the plain attention."""
     B, T, S, H, G, K, keys = ATTENTION[name]
     shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
     q, k, v, do = (draw(seed, *shape) for seed, shape in enumerate(shapes))
@@ -171,6 +174,6 @@ def test_flash_attention_equals_the_reference(name):
     got = both_ways(lambda *x: flash_attention(*x, *docs, blocks, not ON_GPU))(q, k, v, do)
     plain = both_ways(lambda *x: flash_attention_reference(*x, *docs))
     for x, x_plain, x_exact in zip(got, plain(q, k, v, do), exact(plain, q, k, v, do), strict=True):
-        assert off(x, x_exact) < min(5e-3, 1.3 * off(x_plain, x_exact))
+        assert distance(x, x_exact) < min(5e-3, 1.3 * distance(x_plain, x_exact))
     if "nothing" in name:
         assert not got[0][:, : T - S].any()

@@ -1,4 +1,4 @@
-"""Without a GPU, JAX's CUDA plugins write nothing to the terminal."""
+"""JAX's CUDA plugins write nothing to the terminal on a machine without a GPU."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_python(*argv):
-    """Runs Python without JAX_PLATFORMS, as users do."""
+    """Runs Python as a user does, without JAX_PLATFORMS."""
     env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     argv = [sys.executable, *argv]
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
@@ -24,12 +24,12 @@ def run_python(*argv):
     return done
 
 
-def test_a_kernel_command_prints_nothing_about_missing_drivers():
+def test_a_kernel_tool_prints_nothing_about_missing_drivers():
     done = run_python("-m", "pallas_kernels.bench", "--help")
     assert done.stderr == "" and done.stdout.startswith("Examples:")
 
 
-def test_importing_jax_after_jaxtrain_prints_nothing():
+def test_jax_is_imported_quietly_and_only_when_it_is_used():
     program = (
         "import jaxtrain, sys; assert 'jax' not in sys.modules; import jax; "
         "print(jax.devices()[0].platform, type(jax.__spec__.loader).__name__)"
@@ -39,7 +39,7 @@ def test_importing_jax_after_jaxtrain_prints_nothing():
 
 
 def test_jax_imported_before_our_packages_finds_its_devices_quietly():
-    """Lines that the import of jax has printed before that are not removed."""
+    """The noise of its own import is already written and ignored here."""
     program = (
         "import sys, jax; sys.stderr.flush(); import os; os.write(2, b'imported\\n'); "
         "import pallas_kernels; print(jax.devices()[0].platform)"

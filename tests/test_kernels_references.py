@@ -1,5 +1,8 @@
-"""Kernels against float64: interpreted on CPU, and as they are on a card (JAX_PLATFORMS=cuda
-python -m pytest -m gpu). That they compile is test_kernels_audit.py's."""
+"""Compares the Triton kernels with float64 references, interpreted on CPU.
+
+JAX_PLATFORMS=cuda python -m pytest -m gpu runs them on a GPU. test_kernels_audit.py checks
+without a GPU that they compile.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def wide():
+def float64_enabled():
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     yield
@@ -31,8 +34,8 @@ def draw(seed, shape, dtype):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def off(got, want):
-    """Relative Frobenius distance."""
+def distance(got, want):
+    """Returns the relative Frobenius distance."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
@@ -61,28 +64,28 @@ def test_add_norm_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     def split(given):
         return given[0], given[1] if adds else None, given[1 + adds], given[-1] if biased else None
 
-    run = lambda *given: add_norm(*split(given), form, 1e-6, INTERPRET)
-    (s, n), pullback = jax.vjp(run, *given)
+    fused = lambda *given: add_norm(*split(given), form, 1e-6, INTERPRET)
+    (s, n), pullback = jax.vjp(fused, *given)
     assert s.dtype == n.dtype == dtype
     assert jnp.array_equal(s, h + y if adds else h)
     got = pullback((ds, dn))
     assert not adds or jnp.array_equal(got[0], got[1])
 
-    def law(s, *vectors):  # of the sum as it was rounded
+    def reference(s, *vectors):  # starts from the rounded sum
         return add_norm_reference(s, None, vectors[0], vectors[1] if biased else None, form, 1e-6)
 
-    (_, n_exact), pullback_exact = jax.vjp(law, *exact(s, *vectors))
+    (_, n_exact), pullback_exact = jax.vjp(reference, *exact(s, *vectors))
     want = pullback_exact(tuple(exact(ds, dn)))
-    assert off(n, n_exact) < tolerance
-    assert off(got[0], want[0]) < tolerance
+    assert distance(n, n_exact) < tolerance
+    assert distance(got[0], want[0]) < tolerance
     for x, x_exact in zip(got[1 + adds :], want[1:], strict=True):
-        assert off(x, x_exact) < 1e-5
+        assert distance(x, x_exact) < 1e-5
 
 
-def test_the_gains_gradient_has_the_same_bits_every_time():
+def test_the_gradient_of_the_gain_is_bitwise_reproducible():
     h, y, ds, dn = (draw(seed, (600, 64), HALF) for seed in range(4))
-    run = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, INTERPRET)
-    grad = lambda: jax.vjp(run, jnp.ones(64, FULL))[1]((ds, dn))[0]
+    fused = lambda gain: add_norm(h, y, gain, None, "rms", 1e-6, INTERPRET)
+    grad = lambda: jax.vjp(fused, jnp.ones(64, FULL))[1]((ds, dn))[0]
     assert jnp.array_equal(grad(), grad())
 
 
@@ -95,7 +98,7 @@ HEADS = {  # B, T, H, K
 
 
 def heads_case(name, dtype):
-    """(x, dy), (gain, cos, sin)"""
+    """Returns (x, dy), (gain, cos, sin)."""
     B, T, H, K = HEADS[name]
     x, dy = (draw(seed, (B, T, H, K), dtype) + seed / 4 for seed in range(2))
     angle_TK = jnp.tile(100 * draw(2, (T, K // 2), FULL), 2)
@@ -108,15 +111,15 @@ def heads_case(name, dtype):
 )
 def test_qk_rope_and_its_gradients_equal_the_reference(name, dtype, tolerance):
     (x, dy), (gain, *angles) = heads_case(name, dtype)
-    run = lambda x, gain: qk_rope(x, gain, *angles, 1e-6, INTERPRET)
-    y, pullback = jax.vjp(run, x, gain)
-    law = lambda x, gain: qk_rope_reference(x, gain, *exact(*angles), 1e-6)
-    y_exact, pullback_exact = jax.vjp(law, *exact(x, gain))
+    fused = lambda x, gain: qk_rope(x, gain, *angles, 1e-6, INTERPRET)
+    y, pullback = jax.vjp(fused, x, gain)
+    reference = lambda x, gain: qk_rope_reference(x, gain, *exact(*angles), 1e-6)
+    y_exact, pullback_exact = jax.vjp(reference, *exact(x, gain))
     assert y.dtype == dtype
     got, want = pullback(dy), pullback_exact(*exact(dy))
-    assert off(y, y_exact) < tolerance
-    assert off(got[0], want[0]) < tolerance
-    assert off(got[1], want[1]) < 1e-5
+    assert distance(y, y_exact) < tolerance
+    assert distance(got[0], want[0]) < tolerance
+    assert distance(got[1], want[1]) < 1e-5
 
 
 SQUARE = ProductTiles(64, 64, 32, 4, 2)
@@ -129,25 +132,27 @@ def test_symmetric_equals_the_product_and_its_own_transpose(shape, dtype, tolera
     got = symmetric(x, tiles=SQUARE, interpret=INTERPRET)
     assert got.dtype == dtype
     assert jnp.array_equal(got, got.mT)
-    assert off(got, symmetric_reference(*exact(x))) < tolerance
+    assert distance(got, symmetric_reference(*exact(x))) < tolerance
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
-def test_the_quintics_sum_is_the_products_epilogue(dtype, tolerance):
-    """b A + c A^2 of a Gram matrix, and a product of two that commute, with traced scales."""
+def test_symmetric_adds_a_scaled_matrix_to_a_scaled_product(dtype, tolerance):
+    """b A + c A^2 of a Gram matrix with traced b and c, then a product of two that commute."""
     gram = draw(0, (2, 150, 300), FULL)
     gram = (jnp.einsum("xmk,xjk->xmj", gram, gram) / 300).astype(dtype)
-    run = jax.jit(lambda x, scales: symmetric(x, x, x, scales, tiles=SQUARE, interpret=INTERPRET))
+    combine = jax.jit(
+        lambda x, scales: symmetric(x, x, x, scales, tiles=SQUARE, interpret=INTERPRET)
+    )
     scales = (jnp.float32(2.03), jnp.float32(-4.77))
-    got = run(gram, scales)
+    got = combine(gram, scales)
     assert jnp.array_equal(got, got.mT)
     (wide,) = exact(gram)
-    assert off(got, symmetric_reference(wide, wide, wide, scales)) < tolerance
+    assert distance(got, symmetric_reference(wide, wide, wide, scales)) < tolerance
     cube = symmetric(gram, got, tiles=SQUARE, interpret=INTERPRET)
-    assert off(cube, symmetric_reference(*exact(gram, got))) < tolerance
+    assert distance(cube, symmetric_reference(*exact(gram, got))) < tolerance
 
 
-def test_tiles_of_a_triangle_are_counted_once_each_to_any_size():
+def test_each_tile_of_a_triangle_is_visited_once():
     for tiles in (1, 7, 300):
         count = tiles * (tiles + 1) // 2
         row, column = (np.asarray(a) for a in triangle_tile(jnp.arange(count, dtype=jnp.int32)))
@@ -156,7 +161,7 @@ def test_tiles_of_a_triangle_are_counted_once_each_to_any_size():
 
 
 @pytest.mark.parametrize("blocks, tiles, group", [(1, 5, 8), (8, 3, 8), (19, 7, 8), (5, 4, 2)])
-def test_tiles_of_the_head_are_counted_once_each_and_its_groups_walk_together(blocks, tiles, group):
+def test_each_tile_of_the_head_is_visited_once_and_groups_do_not_mix(blocks, tiles, group):
     row, column = grouped_tile(jnp.arange(blocks * tiles), blocks, tiles, group)
     seen = list(zip(row.tolist(), column.tolist(), strict=True))
     assert sorted(seen) == [(i, j) for i in range(blocks) for j in range(tiles)]
@@ -168,18 +173,18 @@ HEAD = ProductTiles(32, 64, 32, 4, 2, group=2)
 
 @pytest.mark.parametrize("N, D, V, softcap", [(64, 64, 256, 0.0), (70, 40, 1_009, 15.0)])
 @pytest.mark.parametrize("dtype", [FULL, HALF])
-def test_the_heads_scores_equal_the_reference(N, D, V, softcap, dtype):
+def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
     h, w = draw(0, (N, D), dtype), draw(1, (V, D), dtype) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
     got = head_scores(h, w, targets, HEAD, softcap, interpret=INTERPRET)
     want = head_scores_reference(*exact(h, w), targets, softcap)
-    assert off(got.logits_NV, want.logits_NV) < 2e-6
+    assert distance(got.logits_NV, want.logits_NV) < 2e-6
     lse = lambda scores: scores.top_N + jnp.log(scores.total_N)
-    assert off(lse(got), lse(want)) < 1e-6
-    assert off(got.hit_N, want.hit_N) < 2e-6
+    assert distance(lse(got), lse(want)) < 1e-6
+    assert distance(got.hit_N, want.hit_N) < 2e-6
     assert not got.hit_N[targets < 0].any() and not got.hit_N[targets >= V].any()
     dlogits = lambda scores: jnp.exp(scores.logits_NV - lse(scores)[:, None])
-    assert off(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
+    assert distance(dlogits(got).astype(HALF), dlogits(want)) < 2e-3
 
     lean = head_scores(h, w, targets, HEAD, softcap, keep=False, interpret=INTERPRET)
     assert lean.logits_NV is None
@@ -198,7 +203,7 @@ ATTENTION = {  # B, T, S, H, G, K
 
 
 def attention_case(name, dtype):
-    """(q, k, v, do), (documents of queries, of keys)"""
+    """Returns (q, k, v, do), (documents of queries, of keys)."""
     B, T, S, H, G, K = ATTENTION[name]
     shapes = [(B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)]
     arrays = [draw(seed, shape, dtype) for seed, shape in enumerate(shapes)]
@@ -212,7 +217,7 @@ def attention_case(name, dtype):
     [("documents, ragged", FULL, 2e-6), *((name, HALF, 5e-3) for name in ATTENTION)],
 )
 def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tolerance):
-    """In bfloat16 also: at most 1.3 times the error of the plain attention, of each result."""
+    """In bfloat16 each result has at most 1.3 times the error of the plain attention."""
     (q, k, v, do), docs = attention_case(name, dtype)
     fused = lambda *x: flash_attention(*x, *docs, SMALL, INTERPRET)
     plain = lambda *x: flash_attention_reference(*x, *docs)
@@ -222,11 +227,11 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tole
     o_plain, pullback_plain = jax.vjp(plain, q, k, v)
     got, want = (o, *pullback(do)), (o_exact, *pullback_exact(*exact(do)))
     for x, x_exact, x_plain in zip(got, want, (o_plain, *pullback_plain(do)), strict=True):
-        assert off(x, x_exact) < tolerance
-        assert dtype == FULL or off(x, x_exact) < 1.3 * off(x_plain, x_exact)
+        assert distance(x, x_exact) < tolerance
+        assert dtype == FULL or distance(x, x_exact) < 1.3 * distance(x_plain, x_exact)
 
 
-def test_a_query_with_nothing_to_see_gives_zeros_and_no_gradient():
+def test_a_query_that_sees_no_key_gives_zeros_and_gets_no_gradient():
     (q, k, v, do), _ = attention_case("queries with nothing to see", FULL)
     o, pullback = jax.vjp(lambda *x: flash_attention(*x, None, None, SMALL, INTERPRET), q, k, v)
     blind = q.shape[1] - k.shape[1]

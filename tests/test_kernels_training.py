@@ -1,4 +1,4 @@
-"""Training through the fused kernels, interpreted, equals training through their references."""
+"""Training with the fused kernels, interpreted, equals training with their references."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from pallas_kernels.kernel_choice import OPS
 
 
 def losses(interpret, mesh=(1, 2, 2), steps=3):
-    """Of one layer, with documents, its heads and rows on several devices."""
+    """Trains one layer on documents, with heads and rows split over several devices."""
     config = debug.get_config()
     config.kernels.interpret, config.data.document_mask, config.model.L = interpret, True, 1
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
@@ -30,7 +30,7 @@ def losses(interpret, mesh=(1, 2, 2), steps=3):
     return np.array(out)
 
 
-def test_losses_are_those_of_the_reference():
+def test_losses_with_fused_kernels_equal_those_with_references():
     fused, plain = losses(True), losses(False)
     np.testing.assert_allclose(fused, plain, atol=1e-4)
     assert fused[0] != fused[-1]

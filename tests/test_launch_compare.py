@@ -9,7 +9,7 @@ import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import compare
-from launch.compare import judge, normalise, ratios
+from launch.compare import normalise, ratios, verdict_on
 from launch.report.comparable import match_losses
 from launch.report.sides import read_external, read_side
 from launch.report.stats import bootstrap, deviation, mean, noise, percentile, t_quantile
@@ -215,10 +215,10 @@ def test_a_verdict_needs_the_whole_interval(low, high, verdict):
     found = {"ratio": (low * high) ** 0.5, "low": low, "high": high}
     inverse = {"ratio": 1 / found["ratio"], "low": 1 / high, "high": 1 / low}
     other = {"ahead": "behind", "behind": "ahead"}.get(verdict, verdict)
-    assert judge(found, 0.05)["verdict"] == verdict
-    assert judge(inverse, 0.05)["verdict"] == other
+    assert verdict_on(found, 0.05)["verdict"] == verdict
+    assert verdict_on(inverse, 0.05)["verdict"] == other
     if (low, high) == (0.9, 1.2):
-        assert judge(found, 0.05)["margin"] == pytest.approx(0.2)
+        assert verdict_on(found, 0.05)["margin"] == pytest.approx(0.2)
 
 
 def test_the_interval_holds_the_truth_where_steps_hang_together():

@@ -1,4 +1,4 @@
-"""Following jobs whose only host is this machine, without sshd."""
+"""Follows jobs whose only host is this machine, without sshd."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def start(job, **policy):
     return LocalClient(job.hosts).call(host, job.request(host))
 
 
-def test_a_line_says_what_the_host_lost_of_its_log_and_the_log_goes_on(job, host_folder, capsys):
+def test_log_bytes_that_a_host_lost_are_counted_in_a_line_before_the_rest(job, host_folder, capsys):
     writer = log.Log(host_folder / "log")
     writer.write(b"".join(b"line %d\n" % i for i in range(9)))
     copy = job.log(job.hosts[0])
@@ -67,7 +67,7 @@ def test_a_line_says_what_the_host_lost_of_its_log_and_the_log_goes_on(job, host
     assert "line 0" in capsys.readouterr().out
 
 
-def test_bytes_that_the_host_has_deleted_are_counted(job, host_folder, capsys):
+def test_log_bytes_that_the_host_has_deleted_are_counted(job, host_folder, capsys):
     writer = log.Log(host_folder / "log", 100, 3)
     for i in range(50):
         writer.write(b"line %d\n" % (100 + i))
@@ -79,7 +79,7 @@ def test_bytes_that_the_host_has_deleted_are_counted(job, host_folder, capsys):
     assert first == f"a | line {100 + deleted // 9}"
 
 
-def test_nothing_is_started_for_a_job_that_its_host_no_longer_has(job, tmp_path):
+def test_following_a_job_that_its_host_no_longer_has_starts_nothing(job, tmp_path):
     with pytest.raises(HostError, match="no host knows how job .* ended"):
         follow(job)
     job.change(outcome=ENDED["outcome"])
@@ -88,7 +88,7 @@ def test_nothing_is_started_for_a_job_that_its_host_no_longer_has(job, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["as a reader", "after its end"])
-def test_a_dead_supervisor_is_not_restarted(job, host_folder, how):
+def test_a_dead_supervisor_is_not_restarted_for_a_reader_or_an_ended_job(job, host_folder, how):
     (host_folder / "status.json").write_text(json.dumps({"outcome": None}))
     if how == "after its end":
         job.change(outcome=ENDED["outcome"])
@@ -106,7 +106,7 @@ def test_a_host_that_lost_its_power_gets_a_new_supervisor(job, host_folder, caps
     assert "a | it ran" in printed.out and "a: its supervisor is gone" in printed.err
 
 
-def test_a_job_that_was_killed_at_its_start_cannot_be_started_by_a_later_request(job):
+def test_a_job_that_was_killed_at_its_start_cannot_be_started_again(job):
     client, [host] = LocalClient(job.hosts), job.hosts
     job.record["argv"] = ["sleep", "60"]
     assert start(job) == {"started": True}
@@ -139,7 +139,7 @@ def test_a_host_refuses_a_second_job_that_writes_to_the_same_run_directory(job, 
         client.call(host, operate.stop_request(running, "", kill=True))
 
 
-def test_a_program_that_exits_with_a_broken_workers_status_runs_once(job, capsys):
+def test_a_program_whose_exit_status_is_that_of_a_failed_worker_runs_once(job, capsys):
     job.record["argv"] = [PYTHON, "-c", "print('it ran'); raise SystemExit(71)"]
     start(job, restarts=0)
     outcome = follow(job)

@@ -1,4 +1,4 @@
-"""Signed messages between supervisors, on real sockets."""
+"""Checks the signed messages between supervisors on real sockets."""
 
 import socket
 import struct
@@ -45,7 +45,7 @@ def test_a_replayed_message_is_refused(pair):
 
 @pytest.fixture
 def connect():
-    """Returns functions that make a leader and a follower of one address; closes both."""
+    """Yields functions that create a leader and a follower of one address; closes both."""
     port, channels = free_port("127.0.0.1"), []
 
     def make(kind):
@@ -87,7 +87,7 @@ def test_a_follower_finds_a_leader_that_was_restarted(connect):
         leader.close()
 
 
-def test_the_last_target_arrives_although_the_leader_ended_with_a_report_unread(connect):
+def test_the_last_target_arrives_even_if_the_leader_ended_with_an_unread_report(connect):
     leader, follower = (new() for new in connect)
     talk(leader, follower, {"host": 1}, {"do": "run"})
     follower.exchange({"host": 1})
@@ -97,7 +97,7 @@ def test_the_last_target_arrives_although_the_leader_ended_with_a_report_unread(
     assert follower.exchange({"host": 1}) == {"do": "end"}
 
 
-def test_a_connection_that_is_reset_before_the_greeting_harms_no_other(connect):
+def test_a_connection_reset_before_the_greeting_does_not_affect_others(connect):
     leader, follower = (new() for new in connect)
     scanner = socket.create_connection(leader._server.getsockname())
     scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

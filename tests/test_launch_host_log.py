@@ -47,7 +47,7 @@ def test_only_whole_lines_get_a_prefix():
     assert lines.feed(b"end") == b"" and lines.flush() == b"[1] end\n"
 
 
-def test_a_reader_goes_on_at_its_offset_unless_the_log_holds_other_bytes_there(tmp_path):
+def test_a_reader_continues_at_its_offset_unless_the_log_changed_before_it(tmp_path):
     writer = log.Log(tmp_path)
     writer.write(b"0123456789")
     tail = log.checksum(b"6789")

@@ -16,16 +16,16 @@ KILLS = "[Login]\nKillUserProcesses=no\nKillUserProcesses = yes\n"
         (KILLS + "KillOnlyUsers=v", "", "u", False, False, STAYS),
         (KILLS, "", "u", False, True, LINGER),  # the user's manager would end too
         ("", "b true", "u", False, True, LINGER),
-        (KILLS, "", "u", True, True, SCOPE),  # lingering by itself spares no session's processes
+        (KILLS, "", "u", True, True, SCOPE),  # lingering does not spare a session's processes
         (KILLS, "", "u", True, False, ENDS),
         (KILLS + "KillExcludeUsers=", "", "root", True, True, SCOPE),
     ],
 )
-def test_logouts_rules_decide_how_a_supervisor_starts(
+def test_logind_settings_decide_how_a_supervisor_starts(
     settings, answer, user, lingers, can_scope, expected
 ):
     assert choose_start(settings, answer, user, lingers, can_scope) == expected
 
 
-def test_this_machines_rules_can_be_read():
+def test_the_logind_settings_of_this_machine_can_be_read():
     assert check_logout() in (STAYS, SCOPE, LINGER, ENDS)

@@ -23,7 +23,7 @@ print(read(folder / "log", 0)[1].decode())
 
 
 def environment_of_rank(folder, names, env=(), **job):
-    """Starts a job's rank; returns the variables `names` of its environment."""
+    """Starts a rank of a job; returns the variables `names` of its environment."""
     program = "import json, os\nprint(json.dumps(dict(os.environ)))"
     spec = {"id": f"test-{os.getpid()}", "me": 0, "ranks_per_host": 1, "gpus": 0, "env": dict(env)}
     spec |= {"hosts": [{"name": "a", "address": "127.0.0.1"}], "cwd": str(folder)}

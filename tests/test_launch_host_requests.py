@@ -16,7 +16,7 @@ def test_the_hash_of_code_depends_on_paths_modes_and_contents(tmp_path):
     assert len(hashes) == 4
 
 
-def test_code_that_arrived_in_part_is_deleted_after_a_day(tmp_path, monkeypatch):
+def test_incompletely_received_code_is_deleted_after_a_day(tmp_path, monkeypatch):
     request = {"workdir": str(tmp_path), "hash": "1", "files": []}
     interrupted = Path(requests.land(request | {"by": "a"})["folder"])
     (interrupted / "file").write_text("half")

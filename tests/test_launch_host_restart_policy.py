@@ -1,4 +1,4 @@
-"""The restart policy: reports in, targets out, with the test's own clock and no processes."""
+"""Checks the restart policy (reports in, targets out) with a simulated clock and no processes."""
 
 import pytest
 
@@ -9,10 +9,11 @@ NAMES = ["h0", "h1", "h2"]
 
 
 class Scenario:
-    """A job of three hosts whose reports the test writes.
+    """A job of three hosts with simulated reports.
 
     Attributes:
-        ranks, extra: {host: values that replace those of its rank, or of its report}.
+        ranks: {host: values that replace those of its rank}.
+        extra: {host: values that replace those of its report}.
         silent: hosts that send no report.
     """
 
@@ -32,8 +33,8 @@ class Scenario:
         beat = {"beats": 2 * self.step, "step": self.step, "phase": "train", "step_s": 0.1}
         return base | beat | {"age_s": 0.1, "lines": []} | values
 
-    def go(self, seconds=1.0):
-        """Lets time pass, with a report of each host every half second; returns the target."""
+    def advance(self, seconds=1.0):
+        """Advances the clock, with a report per host every half second; returns the target."""
         for _ in range(round(2 * seconds)):
             self.now += 0.5
             running = self.attempt > 0
@@ -56,62 +57,62 @@ class Scenario:
 def test_a_job_starts_only_when_every_host_is_present_and_clean():
     scenario = Scenario()
     scenario.silent = {2}
-    assert scenario.go(20)["do"] == "kill"
+    assert scenario.advance(20)["do"] == "kill"
     scenario.silent, scenario.extra[1] = set(), {"clean": False}
-    assert scenario.go(20)["do"] == "kill"
+    assert scenario.advance(20)["do"] == "kill"
     scenario.extra[1] = {}
-    assert scenario.go()["world"] == {"members": [0, 1, 2], "coordinator": "a:7000"}
+    assert scenario.advance()["world"] == {"members": [0, 1, 2], "coordinator": "a:7000"}
 
 
 def test_the_cause_is_the_killed_rank_and_not_the_one_that_noticed_first():
     scenario = Scenario()
-    scenario.go(2)
+    scenario.advance(2)
     scenario.ranks[0] = {"code": 1, "lines": ["Gloo all-reduce failed: Connection closed by peer"]}
-    scenario.go(0.5)
+    scenario.advance(0.5)
     scenario.ranks[1] = {"code": KILLED}
-    scenario.go(2)
+    scenario.advance(2)
     assert scenario.causes() == ["ROOT CAUSE h1 rank 1 at step 5: ended by SIGKILL"]
     scenario.ranks = {i: {} for i in range(3)}
-    assert scenario.go(4)["world"]["coordinator"] == "a:7001"  # a new port for each attempt
+    assert scenario.advance(4)["world"]["coordinator"] == "a:7001"  # a new port for each attempt
 
 
 def test_the_cause_is_a_lost_host_even_if_all_others_failed_before_it_counts_as_lost():
     scenario = Scenario(lost_s=12)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.silent = {2}
     for host in (0, 1):
         scenario.ranks[host] = {"code": 134, "lines": ["heartbeat timeout of task 2"]}
-    scenario.go(9)
+    scenario.advance(9)
     assert scenario.causes() == []
-    scenario.go(6)
+    scenario.advance(6)
     assert scenario.causes()[0].startswith("ROOT CAUSE h2: unreachable")
 
 
 def test_a_short_silence_has_no_effect():
     scenario = Scenario(lost_s=12)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.silent = {2}
-    scenario.go(8)
+    scenario.advance(8)
     scenario.silent = set()
-    assert scenario.go(5)["do"] == "run" and scenario.causes() == []
+    assert scenario.advance(5)["do"] == "run" and scenario.causes() == []
 
 
 def test_the_stuck_rank_is_the_one_with_the_fewest_beats():
     scenario = Scenario(stall_s=20)
-    scenario.go(2)
+    scenario.advance(2)
     for host in range(3):
         scenario.ranks[host] = {"age_s": 21.0, "beats": 9 if host == 1 else 10}
-    assert scenario.go(1)["do"] == "dump"
-    scenario.go(3)
+    assert scenario.advance(1)["do"] == "dump"
+    scenario.advance(3)
     assert "h1 rank 1" in scenario.causes()[0] and "stuck" in scenario.causes()[0]
 
 
 @pytest.mark.parametrize(("step_s", "stuck"), [(0.1, True), (30.0, False)])
-def test_a_rank_is_not_stuck_while_its_steps_usually_take_as_long(step_s, stuck):
+def test_a_rank_is_stuck_only_if_it_takes_much_longer_than_its_usual_step(step_s, stuck):
     scenario = Scenario(stall_s=20)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.ranks = {i: {"age_s": 40.0, "step_s": step_s} for i in range(3)}
-    scenario.go(5)
+    scenario.advance(5)
     assert bool(scenario.causes()) == stuck
 
 
@@ -120,9 +121,9 @@ def test_restarts_are_limited_and_their_pauses_grow():
     for step in (5, 6, 7):
         scenario.step = step
         scenario.ranks[1] = {}
-        scenario.go(40)
+        scenario.advance(40)
         scenario.ranks[1] = {"code": KILLED}
-        scenario.go(4)
+        scenario.advance(4)
     assert [line for line in scenario.log if line.startswith("restart")] == [
         "restart 1 of 2 in 4 s: h1 rank 1 at step 5: ended by SIGKILL",
         "restart 2 of 2 in 8 s: h1 rank 1 at step 6: ended by SIGKILL",
@@ -134,30 +135,28 @@ def test_an_error_that_repeats_at_the_same_step_ends_the_job():
     scenario = Scenario(restarts=9)
     for _ in range(2):
         scenario.ranks[1] = {}
-        scenario.go(20)
+        scenario.advance(20)
         scenario.ranks[1] = {"code": 1, "lines": ["ZeroDivisionError: division by zero"]}
-        scenario.go(4)
+        scenario.advance(4)
     assert scenario.target["outcome"]["why"].startswith("the same failure at the same step twice")
 
 
 def test_a_program_that_refuses_to_go_on_is_not_restarted():
     scenario = Scenario()
-    scenario.go(2)
+    scenario.advance(2)
     scenario.ranks[0] = {"code": REFUSED, "lines": ["error: data.batch must be positive"]}
-    scenario.go(3)
-    assert (
-        scenario.target["outcome"]["code"] == REFUSED
-        and "data.batch" in scenario.target["outcome"]["why"]
-    )
+    scenario.advance(3)
+    outcome = scenario.target["outcome"]
+    assert outcome["code"] == REFUSED and "data.batch" in outcome["why"]
 
 
-def test_if_all_ranks_refuse_with_one_text_the_cause_is_the_process_that_it_names():
+def test_if_all_ranks_report_the_same_error_the_cause_is_the_process_that_it_names():
     scenario = Scenario()
-    scenario.go(2)
+    scenario.advance(2)
     for host in range(3):
         lines = ["error: checkpoint 10 was not saved: process 2: No space left on device"]
         scenario.ranks[host] = {"code": REFUSED, "lines": lines}
-    scenario.go(3)
+    scenario.advance(3)
     assert scenario.causes()[0].startswith("ROOT CAUSE h2 rank 2")
 
 
@@ -165,37 +164,37 @@ def test_a_stop_saves_if_there_is_something_to_save_and_kills_otherwise():
     for step, do in ((5, "term"), (0, "kill")):
         scenario = Scenario()
         scenario.step = step
-        scenario.go(2)
+        scenario.advance(2)
         scenario.extra[0] = {"stop": "the operator asked"}
-        assert scenario.go(1)["do"] == do
+        assert scenario.advance(1)["do"] == do
         scenario.ranks = {i: {"code": PREEMPTED if step else KILLED} for i in range(3)}
-        scenario.go(1)
+        scenario.advance(1)
         assert scenario.target["outcome"]["code"] == (PREEMPTED if step else STOPPED)
 
 
 def test_a_stop_becomes_a_kill_after_grace_s():
     scenario = Scenario(grace_s=10, stall_s=1000)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.extra[0] = {"stop": "the operator asked"}
-    assert scenario.go(9)["do"] == "term"
-    assert scenario.go(3)["do"] == "end" and scenario.target["outcome"]["code"] == STOPPED
+    assert scenario.advance(9)["do"] == "term"
+    assert scenario.advance(3)["do"] == "end" and scenario.target["outcome"]["code"] == STOPPED
 
 
 def test_an_interactive_job_ends_when_no_host_has_a_fresh_lease():
     scenario = Scenario(lease_s=30)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.extra = {i: {"lease_age_s": 40.0} for i in range(3)} | {1: {"lease_age_s": 3.0}}
-    assert scenario.go(2)["do"] == "run"  # one host that hears the operator is enough
+    assert scenario.advance(2)["do"] == "run"  # one host that the operator reaches is enough
     scenario.extra[1] = {"lease_age_s": 31.0}
-    assert scenario.go(2)["do"] == "term"
+    assert scenario.advance(2)["do"] == "term"
 
 
 @pytest.mark.parametrize("on_loss", ["fewer", "wait", "stop"])
 def test_on_loss_waits_for_a_lost_host_or_goes_on_without_it_or_stops(on_loss):
     scenario = Scenario(on_loss=on_loss, lost_s=12)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.silent = {2}
-    target = scenario.go(60)
+    target = scenario.advance(60)
     expected = {"fewer": "run", "wait": "kill", "stop": "end"}
     assert target["do"] == expected[on_loss]
     if on_loss == "fewer":
@@ -205,11 +204,11 @@ def test_on_loss_waits_for_a_lost_host_or_goes_on_without_it_or_stops(on_loss):
 def test_a_host_with_an_unkillable_process_is_treated_as_unreachable():
     for on_loss, do in (("fewer", "run"), ("wait", "end")):
         scenario = Scenario(on_loss=on_loss, wait_s=60, lost_s=12)
-        scenario.go(2)
+        scenario.advance(2)
         scenario.ranks[1], scenario.extra[1] = {"code": KILLED}, {}
-        scenario.go(3)
+        scenario.advance(3)
         scenario.ranks[1], scenario.extra[1] = {}, {"clean": False}
-        target = scenario.go(70)
+        target = scenario.advance(70)
         assert target["do"] == do
         if do == "run":
             assert target["world"]["members"] == [0, 2]
@@ -221,48 +220,48 @@ def test_preemptions_count_as_restarts():
     scenario = Scenario(restarts=2, backoff_s=0.0)
     for _ in range(4):
         scenario.ranks = {i: {} for i in range(3)}
-        scenario.go(3)
+        scenario.advance(3)
         scenario.ranks = {i: {"code": PREEMPTED} for i in range(3)}
-        scenario.go(1)
+        scenario.advance(1)
     assert scenario.controller.restarts == 2
     assert scenario.target["do"] == "end" and scenario.target["outcome"]["code"] == PREEMPTED
 
 
-def test_a_rank_without_a_first_beat_is_stuck_after_start_s():
+def test_a_rank_without_a_heartbeat_is_stuck_after_start_s():
     scenario = Scenario(start_s=100, stall_s=20)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.ranks = {i: {"age_s": 90.0, "phase": "compile"} for i in range(3)}
     scenario.ranks[1] = {"beats": None, "step": None, "phase": "start", "age_s": 90.0}
-    assert scenario.go(2)["do"] == "run"
+    assert scenario.advance(2)["do"] == "run"
     scenario.ranks[1]["age_s"] = 101.0
-    scenario.go(4)
+    scenario.advance(4)
     assert "h1 rank 1" in scenario.causes()[0] and "first sign of life" in scenario.causes()[0]
 
 
 def test_a_killed_supervisor_is_the_cause():
     scenario = Scenario()
-    scenario.go(2)
+    scenario.advance(2)
     scenario.extra[1] = {"orphaned": True, "ranks": []}
-    scenario.go(3)
+    scenario.advance(3)
     assert scenario.causes() == ["ROOT CAUSE h1: its supervisor was killed"]
 
 
-def test_a_stop_without_a_save_overrides_one_with_a_save_and_not_the_reverse():
+def test_a_stop_without_a_save_overrides_one_with_a_save_but_not_vice_versa():
     scenario = Scenario(grace_s=600, stall_s=1000)
-    scenario.go(2)
+    scenario.advance(2)
     scenario.extra[0] = {"stop": "the operator asked"}
-    assert scenario.go(2)["do"] == "term"
+    assert scenario.advance(2)["do"] == "term"
     scenario.extra[1] = {"stop": "now"}
-    assert scenario.go(1)["do"] == "kill"
+    assert scenario.advance(1)["do"] == "kill"
     scenario.extra[1] = {}
-    assert scenario.go(1)["do"] == "kill"
+    assert scenario.advance(1)["do"] == "kill"
 
 
-def test_a_cause_says_what_to_do_and_repeats_the_decisive_lines():
+def test_a_cause_includes_the_decisive_lines_and_advice():
     scenario = Scenario()
-    scenario.go(2)
+    scenario.advance(2)
     scenario.ranks[1] = {"code": 1, "lines": ["ValueError: no"]}
-    scenario.go(3)
+    scenario.advance(3)
     [cause] = [text for text in scenario.log if text.startswith("ROOT CAUSE")]
     headline, output, advice = cause.splitlines()
     assert headline == "ROOT CAUSE h1 rank 1 at step 5: exit 1"

@@ -1,4 +1,4 @@
-"""A supervisor in a process of its own, with a job whose only host is this machine."""
+"""Runs a supervisor in a process of its own, with a job whose only host is this machine."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def outcome_in(folder):
     return json.loads((folder / "status.json").read_text())["outcome"]
 
 
-def test_the_outcome_is_stored_although_the_job_filled_the_disk(disk):
+def test_the_outcome_is_stored_even_if_the_job_filled_the_disk(disk):
     process = supervise(disk, f"{FILL}\nfill()")
     assert process.wait(20) == 0
     assert outcome_in(disk)["why"] == "done" and not (disk / "reserve").exists()
@@ -68,7 +68,7 @@ def test_a_supervisor_waits_until_there_is_room_for_the_outcome(disk):
     assert process.wait(20) == 0 and outcome_in(disk)["why"] == "done"
 
 
-def test_processes_connect_at_an_ipv6_address(tmp_path):
+def test_processes_connect_to_an_ipv6_coordinator(tmp_path):
     program = """
 import os
 from jaxtrain.distributed.cluster import detect_world
@@ -82,7 +82,7 @@ os._exit(0)
     assert (tmp_path / "joined").read_text().startswith("[::1]:")
 
 
-def test_a_heartbeat_shows_the_programs_progress_also_on_a_full_disk(disk):
+def test_a_heartbeat_shows_the_programs_progress_even_on_a_full_disk(disk):
     program = f"""{FILL}
 from jaxtrain.distributed.heartbeat import beat
 beat("compile", 7)

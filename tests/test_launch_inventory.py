@@ -19,14 +19,14 @@ def test_a_hosts_own_values_override_the_defaults():
     [
         ({"adress": "10.0.0.3"}, "Did you mean 'address'"),
         ({"address": "here"}, "must be an IP; got 'here'"),
-        ({"address": "127.0.0.1"}, "one that the other hosts reach"),
+        ({"address": "127.0.0.1"}, "reachable from the other hosts"),
         ({"address": "10.0.0.2"}, "10.0.0.2"),
         ({"name": "b"}, "'b'"),
-        ({"name": "a b"}, "a name is letters"),
+        ({"name": "a b"}, "name must consist of letters"),
         ({"ssh": "-oProxyCommand=x"}, "must not begin with '-'"),
         ({"gpus": "8"}, "gpus must be of type int; got '8'"),
         ({"gpus": 8}, "as many gpus as the others"),
-        ({"site": "mars"}, "one site"),
+        ({"site": "mars"}, "at one site"),
     ],
 )
 def test_an_invalid_host_is_refused_by_name(change, message):

@@ -13,7 +13,7 @@ def test_bytes_that_two_terminals_receive_are_stored_once(terminals, tmp_path):
     written = b"".join(b"line %d\n" % i for i in range(200))
     for start in range(0, len(written), 70):
         terminals[0].add(start, written[start : start + 70])
-        if start % 3:  # the other is late, and receives other pieces
+        if start % 3:  # the other one is late, and receives other pieces
             terminals[1].add(start - 20, written[start - 20 : start + 60])
     assert (tmp_path / "log").read_bytes() == written
     assert LogCopy(tmp_path / "log").end() == len(written)

@@ -1,4 +1,4 @@
-"""Preflight and the probe find what the links of a relayed test bed are set to."""
+"""Checks that preflight and the probe measure the configured links of a relayed test bed."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_the_probe_measures_a_links_round_trip_rate_and_bytes(bed, client, monke
     for pair in pairs:
         if pair["streams"] == 1 and not pair["both"]:
             wire_bytes_per_s = pair["bytes_per_s"] * (1 + pair["header_share"])
-            assert 4e6 < wire_bytes_per_s < 11e6  # the link: 10e6; half a second shows no more
+            assert 4e6 < wire_bytes_per_s < 11e6  # the link: 10e6, measured for only half a second
     expected = sum(
         pair["bytes"] / (2 if pair["both"] else 1) * (1 + pair["header_share"])
         for pair in pairs
@@ -52,16 +52,16 @@ def test_the_probe_measures_a_links_round_trip_rate_and_bytes(bed, client, monke
 def test_preflight_warns_of_a_long_link_whose_buffers_limit_a_stream(bed, client):
     find_links = lambda: [f for f in preflight(client, 23_456) if f.check.startswith("to ")]
     near = find_links()
-    assert all("Mbit/s" in found.value and not found.problem for found in near)
+    assert all("Mbit/s" in finding.value and not finding.problem for finding in near)
     bed.link("h0", "h1", delay_ms=40)
     far = find_links()
     assert len(far) == len(near) == 2
-    for found in far:
-        assert found.value.startswith("8") and "Mbit/s" not in found.value  # too long for a burst
-        assert "one stream at most" in found.problem and not found.fatal
+    for finding in far:
+        assert finding.value.startswith("8") and "Mbit/s" not in finding.value  # no burst
+        assert "limit one stream" in finding.problem and not finding.fatal
 
 
-def test_preflight_gives_up_on_a_hanging_host_and_checks_the_others(bed, client, monkeypatch):
+def test_preflight_abandons_a_hanging_host_and_checks_the_others(bed, client, monkeypatch):
     monkeypatch.setattr(network, "FIRST_ANSWER_S", 2.5)
     bed.run("h1", "sh", "-c", "printf '#!/bin/sh\nexec sleep 100\n' > /root/h && chmod +x /root/h")
     hanging = dataclasses.replace(client.hosts[1], python="/root/h")

@@ -1,4 +1,4 @@
-"""What an operator does with a running job, typed at a real terminal, on one host of a test bed."""
+"""Types an operator's commands for a running job at a real terminal, on a one-host test bed."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def bed():
 
 
 class Terminal:
-    """launch.run in a terminal of its own. `output` is what it has printed so far."""
+    """launch.run in a terminal of its own; `output` is what it has printed so far."""
 
     def __init__(self, bed, *argv):
         env = {"JAXTRAIN_JOBS": str(bed.folder / "jobs"), "PYTHONPATH": str(ROOT)}
@@ -77,7 +77,7 @@ def command(bed, *options):
     return [*common, *options, "--", "10000"]
 
 
-def test_the_lease_is_renewed_while_ctrl_c_asks_and_a_detached_job_goes_on(bed):
+def test_the_lease_is_renewed_during_the_ctrl_c_prompt_and_a_detached_job_goes_on(bed):
     terminal = Terminal(bed, *command(bed)).wait_for(" step 3")
     terminal.type("\x03")
     terminal.wait_for("[d]etach")
@@ -86,7 +86,7 @@ def test_the_lease_is_renewed_while_ctrl_c_asks_and_a_detached_job_goes_on(bed):
     time.sleep(4.0)  # it is renewed every 2 s
     age_s = time.time() - float(bed.run("h0", "stat", "-c", "%.3Y", f"{folder}/lease"))
     terminal.type("d\n")
-    assert "it goes on" in terminal.finish(0) and age_s < 4.0
+    assert "the job goes on" in terminal.finish(0) and age_s < 4.0
     assert bed.run("h0", "find", folder, "-name", "lease") == ""
     assert json.loads(bed.run("h0", "cat", f"{folder}/status.json"))["outcome"] is None
     Terminal(bed, "stop", job).finish(0)
@@ -99,7 +99,7 @@ def test_resume_needs_an_ended_job_and_takes_the_current_code(bed, monkeypatch, 
     job, code = run.start(*run.parse(command(bed, "--detach")))
     assert code == 0 and job.id == git_trees.job_id(capsys.readouterr().err)
     output = Terminal(bed, "resume", job.id).finish(1)
-    assert "h0: it still runs there" in output and f"launch.run stop {job.id}" in output
+    assert "h0: the job is still running there" in output and f"launch.run stop {job.id}" in output
     Terminal(bed, "stop", job.id).finish(0)
     Terminal(bed, "attach", job.id).finish(PREEMPTED)
     assert " step 1\n" in job.log(job.hosts[0]).read_text()

@@ -1,4 +1,4 @@
-"""Preflight's judgement of this machine's facts, with one of them changed."""
+"""Checks preflight's findings about this machine's facts, with one of them changed."""
 
 import os
 import time
@@ -62,12 +62,14 @@ def test_a_chip_matches_whole_words_of_the_drivers_name_for_it(name, chips):
 
 
 def test_the_inventorys_interface_must_exist_and_have_the_address(facts):
-    judged = lambda name: problems(Host("a", "127.0.0.1", interface=name), facts, "interface")
-    assert judged("") == judged("lo") == [] and facts["interface"] == "lo"
-    assert "no such interface among" in judged("eth99")[0]
+    problems_with = lambda name: problems(
+        Host("a", "127.0.0.1", interface=name), facts, "interface"
+    )
+    assert problems_with("") == problems_with("lo") == [] and facts["interface"] == "lo"
+    assert "no such interface among" in problems_with("eth99")[0]
     other = facts | {"interfaces": facts["interfaces"] | {"eth1": ["10.0.0.1"]}}
-    found = problems(Host("a", "127.0.0.1", interface="eth1"), other, "interface")
-    assert found == ["127.0.0.1 is on lo, not on eth1: correct one of the two"]
+    texts = problems(Host("a", "127.0.0.1", interface="eth1"), other, "interface")
+    assert texts == ["127.0.0.1 is on lo, not on eth1: correct one of the two"]
 
 
 def test_a_host_without_rsync_fails(facts):

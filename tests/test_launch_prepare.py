@@ -84,7 +84,7 @@ def test_packages_are_built_once_and_a_failed_build_reports_pips_last_lines(tmp_
 def test_nested_extras_are_resolved_and_an_unknown_one_is_refused():
     project = tomllib.loads(PYPROJECT)["project"]
     assert requirements(project, ["more"]) == ["tiny>=1", "absent"]
-    with pytest.raises(ValueError, match=r"--env_extras must be of \['more', 'most'\]; got 'cuda'"):
+    with pytest.raises(ValueError, match=r"must be among \['more', 'most'\]; got 'cuda'"):
         requirements(project, ["cuda"])
 
 
@@ -102,11 +102,11 @@ def test_an_environments_name_depends_on_everything_that_decides_its_content():
     assert len(set(keys)) == 5 and environment_key("a==1", PYPROJECT, []) == keys[0]
 
 
-def test_a_host_is_named_if_its_data_differs_or_is_missing():
+def test_a_host_whose_data_differs_or_is_missing_has_a_problem():
     same = {"files": 2, "bytes": 30, "fingerprint": "a" * 32}
     other = same | {"fingerprint": "b" * 32}
     findings = judge_data(dict(zip(HOSTS, (same, other, same), strict=True)))
     assert [f.host for f in findings if f.problem] == ["b"]
-    assert findings[1].fatal and "not the data of a c" in findings[1].problem
+    assert findings[1].fatal and "differs from the data of a c" in findings[1].problem
     findings = judge_data(dict(zip(HOSTS, (same, same, HostError("c: no shards")), strict=True)))
     assert [(f.host, f.problem) for f in findings if f.problem] == [("c", "c: no shards")]

@@ -15,7 +15,7 @@ from launch.pull import RunCopy
 from launch.report.run_folder import NoRun
 
 
-def test_following_a_failed_job_ends_although_its_run_has_no_summary(tmp_path, monkeypatch):
+def test_following_a_failed_job_ends_even_if_its_run_has_no_summary(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     run = write_run(tmp_path / "run", series(60))
     (run / "summary.json").unlink(missing_ok=True)

@@ -1,10 +1,11 @@
-"""The Ray driver on a cluster of two nodes. Skipped if ray is not installed."""
+"""Runs the Ray driver on a cluster of two nodes, if ray is installed."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 import runs
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
@@ -18,7 +19,7 @@ EXACT = ["--config.model.dtype=float64", "--config.optim.ns_dtype=float32"]
 def test_two_ray_nodes_have_the_losses_of_one_process(tmp_path, monkeypatch):
     text = runs.write_text(tmp_path)
     flags = ["--config.steps=3", "--config.sample.tokens=0", "--config.data.batch=4", *EXACT]
-    runs.finish(runs.start(tmp_path / "alone", text, *flags))
+    runs.finish(runs.start(tmp_path / "single", text, *flags))
     driver = ROOT / "launch" / "templates" / "ray_driver.py"
     argv, env = runs.command(tmp_path / "ray", text, *flags)
     flags = [*argv[3:], "--config.mesh.replica=-1", "--config.mesh.fsdp=1"]
@@ -33,5 +34,5 @@ def test_two_ray_nodes_have_the_losses_of_one_process(tmp_path, monkeypatch):
         )
     finally:
         cluster.shutdown()
-    losses, alone = (dict(runs.losses(tmp_path / name)) for name in ("ray", "alone"))
-    assert losses == pytest.approx(alone, abs=1e-5) and list(losses) == [1, 2, 3]
+    losses, single = (dict(runs.losses(tmp_path / name)) for name in ("ray", "single"))
+    assert losses == pytest.approx(single, abs=1e-5) and list(losses) == [1, 2, 3]

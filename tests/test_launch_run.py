@@ -1,4 +1,4 @@
-"""launch.run on three hosts of a test bed (namespaces with sshd), with a small Python program."""
+"""Runs launch.run with a small Python program on a test bed of three hosts."""
 
 import json
 import os
@@ -69,14 +69,14 @@ def finish(process, code=0):
 
 
 def living(bed):
-    """Returns the command lines of programs and supervisors; a connection may close a bit later."""
+    """Returns the command lines of programs and supervisors, not of connections, which linger."""
     lines = [line for name in bed.names for line in bed.processes(name).values()]
     return [line for line in lines if "program" in line or "launch.host" in line]
 
 
 @pytest.fixture(scope="module")
 def recovered(bed):
-    """The output of a job with hostile words, of which a rank hangs in the first attempt."""
+    """The output of a job with special characters, a rank of which hangs in the first attempt."""
     hosts = bed.inventory(bed.folder / "hostile.toml", workdir=WORKDIR)
     options = [f"--hosts={hosts}", f"--env=HOSTILE={HOSTILE}"]
     out, err = finish(start(bed, *options, fault="hang", hostile=HOSTILE))
@@ -95,11 +95,11 @@ def test_special_characters_reach_the_program_unchanged(bed, recovered):
         assert bed.run(name, "stat", "-c", "%a", WORKDIR).strip() == "700"
 
 
-def test_a_rank_that_hangs_is_named_and_the_job_restarts_and_leaves_nothing(bed, recovered):
+def test_a_hanging_rank_is_reported_and_the_job_restarts_and_leaves_no_process(bed, recovered):
     out, err = recovered
     [cause] = re.findall("ROOT CAUSE (.*)", out)
     assert cause.startswith("h1 rank 1 at step 10: stuck for")
-    assert "exit 0 after 2 attempts" in err and "no process of it is left on any host" in err
+    assert "exit 0 after 2 attempts" in err and "no process of the job is left on any host" in err
     for name in bed.names:
         lines = [line for line in out.splitlines() if line.startswith(name)]
         last_start = max(i for i, line in enumerate(lines) if '"argv"' in line)
@@ -121,7 +121,7 @@ def check_privacy(bed, job, secret):
         assert token not in bed.run(name, "bash", "-c", f"cat /root/jaxtrain/jobs/{job}/log/*")
 
 
-def test_a_detached_job_outlives_its_operator_and_its_whole_log_arrives(bed):
+def test_a_detached_job_outlives_its_operator_and_its_complete_log_arrives(bed):
     secret = "not-for-ps"
     started = start(bed, "--detach", "--env=SECRET", steps=10_000, SECRET=secret)
     job = git_trees.job_id(finish(started)[1])
@@ -152,7 +152,7 @@ def test_a_host_that_differs_from_the_inventory_aborts_the_launch(bed):
     wrong = bed.folder / "wrong.toml"
     wrong.write_text(text.replace(bed.address["h2"], "10.255.255.1"))
     _, err = finish(start(bed, f"--hosts={wrong}"), 1)
-    assert "h2: no such address on it: correct the inventory" in err
+    assert "h2: the host does not have this address: correct the inventory" in err
     assert "h1: the inventory says 0 a40" not in err  # 0 GPUs are wanted, and 0 are there
     assert "nothing was started" in err and living(bed) == []
 

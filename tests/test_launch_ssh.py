@@ -45,7 +45,7 @@ def test_a_missing_ssh_configuration_is_an_error(tmp_path, monkeypatch):
     assert "hostname elsewhere\n" in printed
 
 
-def test_threads_that_write_the_options_at_once_all_read_them_complete(tmp_path, monkeypatch):
+def test_threads_that_write_the_options_at_once_never_read_a_partial_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     client = SshClient([Host(f"h{i}", "10.0.0.1") for i in range(32)])
     [text] = set(client.map(lambda host: Path(client.ssh_command(host)[2]).read_text()).values())
@@ -55,7 +55,9 @@ def test_threads_that_write_the_options_at_once_all_read_them_complete(tmp_path,
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
 @pytest.mark.parametrize(("ssh", "expected"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
 def test_rsync_reaches_a_host_by_name_or_by_address(tmp_path, ssh, expected):
-    shell = tmp_path / "shell"  # replaces ssh: notes the host, and runs the command here
+    shell = (
+        tmp_path / "shell"
+    )  # replaces ssh: records the host, and runs the command on this machine
     text = f"""#!/bin/sh
 args="$1"; shift
 while [ "$1" != rsync ]; do args="$args $1"; shift; done

@@ -9,8 +9,8 @@ from launch.host.exit_codes import REFUSED
 from launch.template import TEMPLATES, main, read_template
 
 
-class Read(dict):
-    """An environment that remembers which of its variables were read."""
+class RecordingEnvironment(dict):
+    """An environment that records which of its variables were read."""
 
     def __init__(self, variables):
         super().__init__(variables)
@@ -30,15 +30,15 @@ class Read(dict):
 
 
 def world(variables):
-    """What detect makes of variables; each JAX_ one must be one that it reads."""
-    env = Read(variables)
-    found = detect_world(env)
+    """Returns the World that is detected from variables; checks that all of JAX's were read."""
+    env = RecordingEnvironment(variables)
+    detected = detect_world(env)
     assert {name for name in variables if name.startswith("JAX")} <= env.names
-    return found
+    return detected
 
 
-def worlds(where, count):
-    return [World("JAX_*", where, count, i, None, count) for i in range(count)]
+def worlds(coordinator, count):
+    return [World("JAX_*", coordinator, count, i, None, count) for i in range(count)]
 
 
 def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
@@ -47,10 +47,10 @@ def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
     pods = job["template"]["spec"]
     [container] = pods["template"]["spec"]["containers"]
     env = {entry["name"]: entry["value"] for entry in container["env"]}
-    found = [world(env | {"JOB_COMPLETION_INDEX": str(i)}) for i in range(pods["completions"])]
+    detected = [world(env | {"JOB_COMPLETION_INDEX": str(i)}) for i in range(pods["completions"])]
     name = spec["metadata"]["name"]
     first = f"{name}-{job['name']}-0-0.{name}:{container['ports'][0]['containerPort']}"
-    assert found == worlds(first, pods["parallelism"])
+    assert detected == worlds(first, pods["parallelism"])
     [rule] = pods["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     [refused] = spec["spec"]["failurePolicy"]["rules"]
@@ -61,20 +61,20 @@ def test_the_nodes_of_a_skypilot_task_are_the_processes_of_one_job():
     task = yaml.safe_load(read_template("skypilot"))
     count = task["num_nodes"]
     ips = "\n".join(f"10.0.0.{i + 1}" for i in range(count))
-    found = [world({"SKYPILOT_NODE_IPS": ips, "SKYPILOT_NODE_RANK": str(i)}) for i in range(count)]
-    assert found == [
+    variables = lambda i: {"SKYPILOT_NODE_IPS": ips, "SKYPILOT_NODE_RANK": str(i)}
+    assert [world(variables(i)) for i in range(count)] == [
         World("SkyPilot", "10.0.0.1:62317", count, i, None, count) for i in range(count)
     ]
-    assert not {"envs", "secrets"} & task.keys()  # nothing that would come before SkyPilot's
+    assert not {"envs", "secrets"} & task.keys()  # they would override SkyPilot's variables
 
 
-def test_the_service_of_a_user_is_one_process_and_with_its_marked_lines_one_of_several():
+def test_the_systemd_service_is_one_process_or_with_its_commented_lines_one_of_several():
     text = read_template("systemd")
     variables = lambda mark: dict(re.findall(rf"^{mark}Environment=(\w+)=(.*)$", text, re.M))
     assert world(variables("")) == World()
     marked = variables("#")
-    found = [world(marked | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    assert found == worlds("10.0.0.11:8476", 2)
+    detected = [world(marked | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    assert detected == worlds("10.0.0.11:8476", 2)
 
 
 @pytest.mark.parametrize("name", [n for n, file in TEMPLATES.items() if file.endswith(".sh")])
@@ -85,7 +85,7 @@ def test_a_shell_template_parses_and_starts_the_training_program(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_is_printed_as_it_is_and_says_what_has_run(name, capsys):
+def test_a_template_is_printed_unchanged_and_documents_what_was_tested(name, capsys):
     assert main([name]) == 0
     text = capsys.readouterr().out
     assert text == read_template(name) and f"launch.template {name}" in text

@@ -43,9 +43,9 @@ def build(folder, counters, collectives=(REDUCE,), saving=lambda: False):
         devices=4,
         dtype="float32",
     )
-    measure = Collector(work, None, StepLog(folder, 0), counters, saving)
-    measure.start({"compile": 1.0})
-    return measure
+    collector = Collector(work, None, StepLog(folder, 0), counters, saving)
+    collector.start({"compile": 1.0})
+    return collector
 
 
 def lines(folder):
@@ -55,17 +55,17 @@ def lines(folder):
 @pytest.mark.parametrize("read_s", [0.0, 1.0])  # fast enough for every step; too slow
 def test_network_bytes_of_steps_are_counted_and_those_of_pauses_are_not(tmp_path, read_s):
     counters = FakeCounters(read_s)
-    with build(tmp_path, counters) as measure:
+    with build(tmp_path, counters) as collector:
         for step in (1, 2):
             counters.move(3_300, 3_100)
-            measure.tick(step, skipped=False)
+            collector.tick(step, skipped=False)
         counters.move(100, 0)  # belongs to step 3
-        with measure.pause("eval"):
+        with collector.pause("eval"):
             counters.move(10**6, 10**6)
         counters.move(3_200, 3_100)
-        measure.tick(3, skipped=False)
-        summary = measure.summary()
-        total = measure.total()
+        collector.tick(3, skipped=False)
+        summary = collector.summary()
+        total = collector.total()
     assert summary["comm/wire_sent_bytes"] == total["comm/wire_sent_bytes"] == 3_300
     assert summary["comm/wire_received_bytes"] == 3_100 and summary["comm/wire_bytes"] == 6_400
     assert summary["comm/overhead"] == pytest.approx(0.1)
@@ -74,38 +74,38 @@ def test_network_bytes_of_steps_are_counted_and_those_of_pauses_are_not(tmp_path
 
 
 def test_effective_bandwidth_is_the_payload_over_the_mean_step_time(tmp_path):
-    with build(tmp_path, FakeCounters()) as measure:
-        measure.tick(1, skipped=False)
-        measure.tick(2, skipped=False)
-        summary = measure.summary()
+    with build(tmp_path, FakeCounters()) as collector:
+        collector.tick(1, skipped=False)
+        collector.tick(2, skipped=False)
+        summary = collector.summary()
     step_s = 100 / summary["perf/tokens_per_s"]
     assert summary["comm/effective_bytes_per_s"] == pytest.approx(SENT_BYTES / step_s)
     assert summary["perf/tokens_per_s_per_device"] == summary["perf/tokens_per_s"] / 4
 
 
 def test_every_metric_has_a_listed_name(tmp_path):
-    with build(tmp_path, FakeCounters()) as measure:
-        with measure.pause("save"):
+    with build(tmp_path, FakeCounters()) as collector:
+        with collector.pause("save"):
             pass
-        with measure.pause("data"):
+        with collector.pause("data"):
             pass
-        measure.tick(1, skipped=False)
-        assert measure.summary().keys() <= measured_names().keys()
-        total = measure.total()
+        collector.tick(1, skipped=False)
+        assert collector.summary().keys() <= measured_names().keys()
+        total = collector.total()
     assert total["lost_s"]["compile"] == 1.0 and total["outliers"] == {}
 
 
 def test_steps_before_a_save_are_in_the_log_when_the_save_starts(tmp_path):
-    with build(tmp_path, None) as measure:
-        measure.tick(1, skipped=False)
-        with measure.pause("save"):
+    with build(tmp_path, None) as collector:
+        collector.tick(1, skipped=False)
+        with collector.pause("save"):
             assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
 def test_a_step_during_a_background_save_is_recorded_as_such(tmp_path):
-    with build(tmp_path, None, saving=lambda: True) as measure:
-        measure.tick(1, skipped=False)
-        [record] = measure.log._buffer
+    with build(tmp_path, None, saving=lambda: True) as collector:
+        collector.tick(1, skipped=False)
+        [record] = collector.log._buffer
     assert record.activities == ("start", "save")
 
 

@@ -93,11 +93,11 @@ def test_a_host_sends_its_share_of_each_ring_that_crosses_hosts(axis, names, rin
         devices=np.array(devices, dtype=object).reshape(2, 2, 2),
         axis_names=MESH.axis_names,
     )
-    run = jax.shard_map(
+    program = jax.shard_map(
         lambda x: jax.lax.psum(x, axis), mesh=MESH, in_specs=P(axis), out_specs=P(), check_vma=False
     )
     x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(MESH, P(axis)))
-    text = jax.jit(run).lower(x).compile().as_text()
+    text = jax.jit(program).lower(x).compile().as_text()
     (found,) = find_collectives(Program(text), mesh, names)
     assert found.rings == max(rings, 1) * found.crosses_hosts
     assert found.host_bytes == rings * BYTES // 2  # a ring of two sends half its array twice

@@ -84,7 +84,7 @@ def test_collectives_are_summed_by_kind_axis_and_whether_they_cross_hosts():
 
 
 def test_data_parallel_adamw_reduces_only_gradients_and_a_few_scalars():
-    """By hand: 4 bytes for each parameter. With one layer the moments are not split over copies."""
+    """Expects 4 bytes per parameter: with one layer, the moments are not split over replicas."""
     config = debug.get_config()
     config.model.L = 1
     config.optim.name = "adamw"

@@ -37,7 +37,7 @@ def build(document_mask=False, mesh=None, **values):
     return model._replace(apply=jax.jit(model.apply))  # faster than compiling every operation
 
 
-def tokens_of(B=4, T=24, V=64, seed=1):
+def draw_tokens(B=4, T=24, V=64, seed=1):
     return jax.random.randint(jax.random.key(seed), (B, T), 0, V)
 
 
@@ -73,7 +73,7 @@ def test_attention_and_its_gradient_equal_the_reference(name, dtype, T, masked):
 
 def test_documents_do_not_attend_to_each_other():
     model = build(document_mask=True)
-    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    params, tokens = model.init(jax.random.key(0)), draw_tokens()
     docs = (jnp.arange(24) >= 10).astype(jnp.int32)[None].repeat(4, 0)
     other = tokens.at[:, :10].set((tokens[:, :10] + 1) % 64)
     a, b = model.apply(params, tokens, docs), model.apply(params, other, docs)
@@ -101,7 +101,7 @@ def test_dense_and_its_gradient_equal_the_plain_product(name, dtype):
 @pytest.mark.parametrize("values", FORMS)
 def test_a_later_token_changes_no_earlier_output(values):
     model = build(**values)
-    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    params, tokens = model.init(jax.random.key(0)), draw_tokens()
     changed = tokens.at[:, 17].set((tokens[:, 17] + 1) % 64)
     a, b = model.apply(params, tokens), model.apply(params, changed)
     assert jnp.array_equal(a[:, :17], b[:, :17])
@@ -111,7 +111,7 @@ def test_a_later_token_changes_no_earlier_output(values):
 @pytest.mark.parametrize("values", FORMS)
 def test_decoding_with_a_cache_gives_the_training_logits(values):
     model = build(**values)
-    params, tokens = model.init(jax.random.key(0)), tokens_of()
+    params, tokens = model.init(jax.random.key(0)), draw_tokens()
     want = model.logits(params, model.apply(params, tokens))
     cache = model.init_cache(4, 32)  # longer than the text
     hidden, cache = model.extend(params, cache, tokens[:, :9], 0)
@@ -135,7 +135,7 @@ def gradients(model, params, tokens):
 
 
 def test_unroll_and_remat_change_no_gradient():
-    tokens, want = tokens_of(), None
+    tokens, want = draw_tokens(), None
     for unroll, remat in ((2, "none"), (1, "dots"), (1, "attention"), (1, "full")):
         model = build(unroll=unroll, remat=remat)
         got = gradients(model, model.init(jax.random.key(0)), tokens)
@@ -161,7 +161,7 @@ def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_more():
     cfg = ModelConfig(**SMALL)
     routes = choose_routes(cfg, False, "gpu", False)
     products = lambda mesh: str(
-        jax.make_jaxpr(build_model(cfg, routes, mesh).apply)(build().shapes, tokens_of())
+        jax.make_jaxpr(build_model(cfg, routes, mesh).apply)(build().shapes, draw_tokens())
     ).count("dot_general[")
     assert products(build_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])) == products(None) + 1
 
@@ -171,20 +171,19 @@ def test_gate_and_up_are_one_product_on_one_gpu_and_two_on_more():
 def test_the_backward_reruns_cudnns_forward_only_with_full_remat(
     remat, times, devices, monkeypatch
 ):
-    monkeypatch.setattr(
-        cudnn, "check_cudnn_version", lambda: 91_000
-    )  # all that tracing reads of it
+    # Tracing reads nothing of the cuDNN library but its version.
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
     cfg = ModelConfig(**SMALL | dict(remat=remat, dtype="bfloat16"))
     mesh = None if devices == 1 else build_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
     model = build_model(cfg, choose_routes(cfg, False, "gpu", False), mesh)
-    traced = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, tokens_of()).sum()))
+    traced = jax.make_jaxpr(jax.grad(lambda p: model.apply(p, draw_tokens()).sum()))
     assert str(traced(model.shapes)).count(f"{CUDNN_FORWARD}[") == times
 
 
 def test_full_remat_needs_less_memory_than_none():
     def temporaries(remat):
         model = build(L=8, remat=remat, unroll=1)
-        loss = lambda p: model.apply(p, tokens_of()).astype(jnp.float32).sum()
+        loss = lambda p: model.apply(p, draw_tokens()).astype(jnp.float32).sum()
         return (
             jax.jit(jax.grad(loss))
             .lower(model.shapes)
@@ -200,7 +199,7 @@ def test_full_remat_needs_less_memory_than_none():
 def test_the_first_loss_is_ln_v(values):
     model = build(**values)
     V = model.shapes["embed"].shape[0]
-    tokens = tokens_of(16, 65, V)
+    tokens = draw_tokens(16, 65, V)
     params = model.init(jax.random.key(3))
     nats = build_loss(LossConfig(), 0.0, jnp.float32)(
         model.apply(params, tokens[:, :-1]),
@@ -211,7 +210,7 @@ def test_the_first_loss_is_ln_v(values):
     assert abs(nats / jnp.log(V) - 1) < 0.02
 
 
-def test_a_parameters_initial_numbers_do_not_depend_on_other_parameters():
+def test_a_parameters_initial_values_do_not_depend_on_other_parameters():
     plain, normed = build().init(jax.random.key(0)), build(qk_norm=True).init(jax.random.key(0))
     assert jnp.array_equal(plain["blocks"]["mlp"]["up"]["w"], normed["blocks"]["mlp"]["up"]["w"])
     assert jnp.array_equal(plain["embed"], normed["embed"])
@@ -223,13 +222,13 @@ def test_initialisation_does_not_depend_on_the_mesh():
     place = lambda axes, x: param_sharding(axes, x.shape, mesh)
     shardings = jax.tree.map(place, model.axes, model.shapes)
     split = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
-    whole = jax.jit(model.init)(jax.random.key(0))
-    pairs = zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True)
+    unsplit = jax.jit(model.init)(jax.random.key(0))
+    pairs = zip(jax.tree.leaves(split), jax.tree.leaves(unsplit), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_bf16_compute_is_close_to_float32_and_parameters_are_float32():
-    tokens = tokens_of()
+    tokens = draw_tokens()
     wide, half = build(), build(dtype="bfloat16")
     params = wide.init(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(half.shapes)} == {jnp.dtype("float32")}
@@ -239,7 +238,7 @@ def test_bf16_compute_is_close_to_float32_and_parameters_are_float32():
 
 
 def test_float64_and_float32_agree_up_to_float32_rounding():
-    tokens = tokens_of()
+    tokens = draw_tokens()
     want = build().apply(build().init(jax.random.key(0)), tokens)
     params = build().init(jax.random.key(0))
     with jax.enable_x64(True):
@@ -255,7 +254,7 @@ def test_under_fsdp_one_layer_is_gathered_at_a_time():
     place = lambda axes, x: param_sharding(axes, x.shape, mesh)
     shardings = jax.tree.map(place, model.axes, model.shapes)
     apply = jax.jit(lambda p, t: model.apply(p, t), in_shardings=(shardings, None))
-    text = apply.lower(model.shapes, tokens_of(8)).compile().as_text()
+    text = apply.lower(model.shapes, draw_tokens(8)).compile().as_text()
     gathers = re.findall(r"= \w+\[([\d,]+)\][^\n]* all-gather\(", text)
     stacked = [dims for dims in gathers if dims.startswith("4,") and dims.count(",") > 2]
     assert gathers and not stacked
@@ -263,7 +262,7 @@ def test_under_fsdp_one_layer_is_gathered_at_a_time():
 
 @pytest.mark.parametrize("dense", sorted(DENSE))
 def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
-    """Checks gradients of a bias and a frequent token: 16,384 terms; bfloat16 counts to 256."""
+    """Checks gradients with 16,384 terms, of a bias and a frequent token; bf16 counts to 256."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, w = (
         jax.random.normal(key, s, jnp.bfloat16)
@@ -280,10 +279,6 @@ def test_sums_over_many_tokens_keep_their_precision_in_bfloat16(dense):
 
 
 def test_a_float64_model_weights_its_targets_in_float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
+    with jax.enable_x64(True):
         weights = target_weights({"tokens": jnp.zeros((2, 4), jnp.int32)})
         assert weights.dtype == jnp.float64  # 1/6 in float32 is off by 2e-9
-    finally:
-        jax.config.update("jax_enable_x64", before)

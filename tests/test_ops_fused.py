@@ -1,4 +1,4 @@
-"""Programs with kernels, lowered without a GPU, each in a process of its own."""
+"""Programs for GPUs, lowered without a GPU in subprocesses."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from jaxtrain.model.attention import attend
 from pallas_kernels.chip import find_chip
 from pallas_kernels.offline import devices_of
 
-cudnn.check_cudnn_version = lambda: 91_000  # all that lowering reads of the library
+cudnn.check_cudnn_version = lambda: 91_000  # lowering reads nothing else of the library
 mesh = build_mesh(MeshConfig(1, 2, 2), devices_of(find_chip("h100"), 4))
 heads = NamedSharding(mesh, P(BATCH_AXES, None, "tensor"))
 x_BTHK = jax.ShapeDtypeStruct((4, 128, 4, 64), jnp.bfloat16, sharding=heads)
@@ -32,7 +32,7 @@ print(jax.jit(jax.grad(loss, (0, 1, 2))).lower(x_BTHK, x_BTHK, x_BTHK).as_text()
 
 
 def test_cudnns_attention_on_several_gpus_is_the_same_program_in_every_process():
-    """The compile cache finds it then; JAX's own partitioner would add an address to it."""
+    """JAX's own partitioner would add a memory address, and the compile cache would never hit."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     argv = [sys.executable, "-c", ATTENTION]

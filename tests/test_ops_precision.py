@@ -1,12 +1,12 @@
-"""model.dtype=auto becomes the type that suits the device, or that the run began with."""
+"""model.dtype=auto becomes the type that suits the device, or the type that the run began with."""
 
 import json
 from types import SimpleNamespace
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug, quickstart, study
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.ops import precision
@@ -32,8 +32,8 @@ def test_a_processor_computes_in_bfloat16_where_it_has_instructions_for_it(
     monkeypatch, flags, dtype, reason
 ):
     monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset(flags))
-    chosen, stated = choose_dtype(SimpleNamespace(platform="cpu"))
-    assert chosen == dtype and reason in stated
+    chosen, stated_reason = choose_dtype(SimpleNamespace(platform="cpu"))
+    assert chosen == dtype and reason in stated_reason
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,11 @@ def test_a_gpu_computes_in_bfloat16_from_compute_capability_8_on(capability, dty
     assert choose_dtype(gpu)[0] == dtype
 
 
-def test_a_plan_has_the_type_of_the_planned_chip():
+def test_every_chip_in_the_table_computes_in_bfloat16():
     cfg = config_lib.freeze(quickstart.get_config())
     assert cfg.model.dtype == "auto"
-    assert {resolve_dtype_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()} == {
-        "bfloat16"
-    }
+    dtypes = {resolve_dtype_for_chip(cfg, chip).model.dtype for chip in CHIPS.values()}
+    assert dtypes == {"bfloat16"}
 
 
 def test_a_type_that_is_not_auto_is_unchanged(monkeypatch):
@@ -88,10 +87,8 @@ def test_a_resumed_run_continues_in_the_type_that_it_began_with(tmp_path, monkey
     assert stored["config"]["model"]["dtype"] == "bfloat16"
     monkeypatch.setattr(precision, "cpu_flags", lambda: frozenset())
     out = start(3)
-    assert (
-        "bfloat16 (model.dtype=auto: the type that the run began with; this processor has neither"
-        in out
-    )
+    reason = "the type that the run began with; this processor has neither"
+    assert f"bfloat16 (model.dtype=auto: {reason}" in out
     changed = [line.split()[2] for line in out.splitlines() if line.startswith("resumed with")]
     assert changed == ["steps", "optim.total_steps"]
     assert load_train_config(tmp_path / "run").model.dtype == "bfloat16"

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain import WANTS_GPU
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.errors import REFUSED
@@ -76,10 +76,10 @@ def test_a_cuda_plugin_wants_a_gpu_unless_the_user_has_named_the_cpu():
     pytest.importorskip("jax_cuda12_plugin", reason="no CUDA plugin: offline")
     argv = [sys.executable, "-m", "jaxtrain.train", "--config=configs/debug.py"]
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    how = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run([*argv, "--config.strict=true"], check=False, **how)
+    options = {"cwd": runs.ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*argv, "--config.strict=true"], check=False, **options)
     assert done.returncode == REFUSED and "JAX_PLATFORMS=cpu allows" in done.stderr
-    assert not WANTS_GPU  # conftest.py names the CPU
+    assert not WANTS_GPU  # conftest.py sets JAX_PLATFORMS=cpu
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, "cpu"), (False, "cpu_wide")])
@@ -100,7 +100,7 @@ def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
 @pytest.mark.parametrize(
     "values", [{}, {"qk_norm": True, "position": "learned"}, {"qk_norm": True}]
 )
-def test_only_a_model_with_qk_norm_and_rope_has_a_route_for_both(values):
+def test_only_a_model_with_qk_norm_and_rope_has_a_qk_rope_route(values):
     routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_86")
     assert ("qk_rope" in routes) == (values == {"qk_norm": True})
 
@@ -139,23 +139,19 @@ def test_strict_kernels_raise_with_the_reason(values, where, reason):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_requested_kernel_is_chosen_and_named_by_its_architecture(masked):
-    route = lambda kernels, **where: (
-        choose_routes(ModelConfig(), masked, "gpu", False, kernels, **where)[
-            "attention"
-        ].implementation
-    )
-    assert route(STRICT, arch="sm_86") == "flash:sm_86"
-    assert route(INTERPRET) == "flash:interpret"
-    assert route(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not measured yet
+    def implementation(kernels, **where):
+        routes = choose_routes(ModelConfig(), masked, "gpu", False, kernels, **where)
+        return routes["attention"].implementation
+
+    assert implementation(STRICT, arch="sm_86") == "flash:sm_86"
+    assert implementation(INTERPRET) == "flash:interpret"
+    assert implementation(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not measured yet
 
 
-def described(**values):
-    where = values.pop("where", {})
-    kernels = values.pop("kernels", KernelsConfig())
-    platform = values.pop("platform", "cpu")
-    masked = values.pop("masked", False)
-    model = ModelConfig(qk_norm=True, **values)
-    return list(describe_routes(choose_routes(model, masked, platform, False, kernels, **where)))
+def described(platform="cpu", masked=False, kernels=None, arch="", **values):
+    model, kernels = ModelConfig(qk_norm=True, **values), kernels or KernelsConfig()
+    routes = choose_routes(model, masked, platform, False, kernels, arch=arch)
+    return list(describe_routes(routes))
 
 
 def test_usual_routes_are_described_in_one_line():
@@ -171,7 +167,7 @@ def test_a_fallback_is_described_first():
 
 
 def test_each_kernel_and_requested_route_has_a_line(monkeypatch):
-    rows = described(platform="gpu", kernels=KernelsConfig(strict=True), where={"arch": "sm_86"})
+    rows = described(platform="gpu", kernels=STRICT, arch="sm_86")
     fused = [text.split()[:2] for name, text in rows if name == "route"]
     assert ["norm", "fused:sm_86"] in fused and ["attention", "flash:sm_86"] in fused
     assert described(attention="reference", dtype="float32")[0][0] == "route"

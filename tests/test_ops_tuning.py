@@ -17,10 +17,10 @@ def test_assumed_options_are_printed_and_not_applied():
         assert all(choice.evidence in tuning.EVIDENCE and choice.reason for choice in choices)
         applied = tuning.compiler_options(chip)
         for choice in choices:
-            assumed = choice.is_option and choice.evidence == "assumed"
+            is_assumed = choice.is_option and choice.evidence == "assumed"
             line = next((x for x in tuning.describe_tuning("gpu", chip) if choice.name in x), "")
-            assert ("not applied" in line) == assumed
-            assert not (assumed and choice.name in applied)
+            assert ("not applied" in line) == is_assumed
+            assert not (is_assumed and choice.name in applied)
 
 
 def test_a_hint_has_a_default_for_unknown_chips():

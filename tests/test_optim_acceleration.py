@@ -68,7 +68,7 @@ def test_at_strength_zero_the_wrapper_is_the_inner_optimizer_bitwise(wrapper):
         np.testing.assert_array_equal(a, b)
 
 
-def test_transport_equals_its_definition_by_two_sequences():
+def test_transport_equals_its_definition_with_two_sequences():
     momentum, strength = 0.9, 0.25
     reach, plain = strength * momentum / (1 - momentum), inner(momentum)
     z, u, state, want = weights(), {"w": jnp.zeros((8, 12))}, plain.init(weights()), []
@@ -82,7 +82,7 @@ def test_transport_equals_its_definition_by_two_sequences():
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-def test_lookahead_equals_its_definition_by_two_sequences():
+def test_lookahead_equals_its_definition_with_two_sequences():
     strength, decay, plain = 0.6, 0.95, inner()
     z, look, state, want = weights(), {"w": jnp.zeros((8, 12))}, plain.init(weights()), []
     for i in range(40):
@@ -126,13 +126,12 @@ def test_a_bfloat16_buffer_changes_the_iterate_little(wrapper):
 
 
 def test_eval_params_finds_nested_wrappers_inside_chains():
-    nested = optax.chain(
-        optax.identity(), ema_lookahead(gradient_transport(inner(), 0.9, 0.3), 0.4)
-    )
+    wrapped = ema_lookahead(gradient_transport(inner(), 0.9, 0.3), 0.4)
+    nested = optax.chain(optax.identity(), wrapped)
     iterates, queries = train(optax.with_extra_args_support(nested), steps=5)
-    still, _ = train(ema_lookahead(inner(), 0.4), steps=5)
+    single, _ = train(ema_lookahead(inner(), 0.4), steps=5)
     assert not np.array_equal(iterates[-1], queries[-1])
-    assert np.linalg.norm(iterates[-1] - still[-1]) < np.linalg.norm(queries[-1] - still[-1])
+    assert np.linalg.norm(iterates[-1] - single[-1]) < np.linalg.norm(queries[-1] - single[-1])
 
 
 def test_accelerated_lmo_is_muon_without_nesterov_inside_transport():
@@ -143,7 +142,7 @@ def test_accelerated_lmo_is_muon_without_nesterov_inside_transport():
 
 
 def test_only_eval_params_reads_the_params_of_a_train_state():
-    """Other readers would use the query point. The step and what inspects it need that point."""
+    """Only the training step and its diagnostics need the query point; others would misuse it."""
     readers = {}
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "benchmarks" or path.name in INSIDE_THE_STEP:

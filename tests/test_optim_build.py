@@ -6,6 +6,7 @@ import pytest
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
+from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import describe_evaluated_weights, eval_params
 from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, update_rms_by_group
 from jaxtrain.optim.param_groups import format_group_table, group_table
@@ -38,14 +39,9 @@ FEW = {
 MATRICES = {"blocks.wq", "blocks.wk", "blocks.wo", "blocks.w_gate", "blocks.w_down"}
 
 
-def named(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
-
-
 def random_params(seed, axes=FEW):
     rng = np.random.default_rng(seed)
-    draw = lambda a: jnp.asarray(rng.normal(size=a.shape(SIZES)), jnp.float32)  # noqa: E731
+    draw = lambda a: jnp.asarray(rng.normal(size=a.shape(SIZES)), jnp.float32)
     return jax.tree.map(draw, axes)
 
 
@@ -68,10 +64,12 @@ def zero_gradient(seed):
     return jax.tree.map(jnp.zeros_like, random_params(seed))
 
 
+def rows_by_name(cfg, axes=AXES):
+    return {row.name: row for row in group_table(cfg, axes, random_params(0, axes))}
+
+
 def test_only_matrices_follow_muon_and_only_matrices_embedding_and_head_decay():
-    rows = {
-        r.name: r for r in group_table(OptimConfig(weight_decay=0.1), AXES, random_params(0, AXES))
-    }
+    rows = rows_by_name(OptimConfig(weight_decay=0.1))
     assert {name for name, row in rows.items() if row.optimizer == "muon"} == MATRICES
     assert {name for name, row in rows.items() if row.decay} == MATRICES | {"embed", "head"}
     assert {rows[name].rate for name in MATRICES} == {0.02}
@@ -82,18 +80,17 @@ def test_only_matrices_follow_muon_and_only_matrices_embedding_and_head_decay():
 def test_the_state_has_one_moment_for_matrices_and_two_for_the_rest():
     params = random_params(0, AXES)
     state = build_optimizer(OptimConfig(), AXES).init(params)
-    sizes = {name: x.size for name, x in named(params).items()}
+    sizes = {name: x.size for name, x in named_leaves(params).items()}
     matrices = sum(sizes[name] for name in MATRICES)
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert moments == matrices + 2 * (sum(sizes.values()) - matrices)
 
 
 def test_the_group_table_lists_every_parameter_in_aligned_columns():
-    lines = format_group_table(
-        group_table(OptimConfig(), AXES, random_params(0, AXES))
-    ).splitlines()
-    assert len(lines) == 1 + len(named(AXES))
-    assert len({line.index(word) for line, word in zip(lines[1:], named(AXES), strict=True)}) == 1
+    rows = group_table(OptimConfig(), AXES, random_params(0, AXES))
+    lines, names = format_group_table(rows).splitlines(), named_leaves(AXES)
+    assert len(lines) == 1 + len(names)
+    assert len({line.index(name) for line, name in zip(lines[1:], names, strict=True)}) == 1
     column = lines[0].index("rate")
     assert all(line[column - 1] == " " and line[column] != " " for line in lines)
 
@@ -103,18 +100,15 @@ def test_with_a_zero_gradient_the_parameters_decay_exactly(name):
     cfg = OptimConfig(name=name, weight_decay=0.1, warmup_steps=2, clip_norm=0.0)
     start = random_params(0)
     history, _ = train(build_optimizer(cfg, FEW), start, gradient=zero_gradient)
-    schedule, before = build_schedule(cfg), named(start)
-    rows = {row.name: row for row in group_table(cfg, FEW, start)}
+    schedule, before = build_schedule(cfg), named_leaves(start)
+    rows = rows_by_name(cfg, FEW)
+    ulps = 3 if name == "accelerated_lmo" else 1  # its iterate is computed from the query point
     for count, params in enumerate(history):
-        for key, after in named(params).items():
+        for key, after in named_leaves(params).items():
             factor = np.float32(1 - rows[key].rate * float(schedule(count)) * rows[key].decay)
-            ulp = (
-                3 if name == "accelerated_lmo" else 1
-            )  # the iterate is computed from the query point
-            np.testing.assert_array_max_ulp(
-                np.asarray(after), np.asarray(before[key] * factor), ulp
-            )
-        before = named(params)
+            expected = np.asarray(before[key] * factor)
+            np.testing.assert_array_max_ulp(np.asarray(after), expected, ulps)
+        before = named_leaves(params)
 
 
 def test_the_adamw_group_equals_optax_adamw():
@@ -122,7 +116,7 @@ def test_the_adamw_group_equals_optax_adamw():
     history, _ = train(build_optimizer(cfg, FEW), random_params(0), steps=20)
     schedule = build_schedule(cfg)
     decays = jax.tree.map(lambda a: "V" in a.letters, FEW)
-    rate = lambda count: 3e-3 * schedule(count)  # noqa: E731
+    rate = lambda count: 3e-3 * schedule(count)
     reference = optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decays)
     expected, _ = train(reference, random_params(0), steps=20)
     for key in ("norm", "embed"):
@@ -133,20 +127,20 @@ def test_adamw_on_everything_equals_torch_adamw():
     reason = "torch is missing: install the crosscheck extra to compare with torch.optim.AdamW"
     torch = pytest.importorskip("torch", reason=reason)
     cfg = OptimConfig(name="adamw", weight_decay=0.1, clip_norm=0.0, schedule="constant")
-    cfg_rate = build_schedule(cfg)
-    start = random_params(0)
+    schedule, start = build_schedule(cfg), random_params(0)
     history, _ = train(build_optimizer(cfg, FEW), start, steps=20)
-    rows = {row.name: row for row in group_table(cfg, FEW, start)}
-    twins = {k: torch.nn.Parameter(torch.from_numpy(np.array(p))) for k, p in named(start).items()}
+    rows = rows_by_name(cfg, FEW)
+    to_torch = lambda p: torch.nn.Parameter(torch.from_numpy(np.array(p)))
+    twins = {key: to_torch(p) for key, p in named_leaves(start).items()}
     groups = [{"params": [p], "weight_decay": rows[k].decay} for k, p in twins.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for i in range(20):
-        for key, g in named(random_params(100 + i)).items():
+        for key, g in named_leaves(random_params(100 + i)).items():
             twins[key].grad = torch.from_numpy(np.array(g))
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * float(cfg_rate(i))
+            group["lr"] = 3e-3 * float(schedule(i))
         optimizer.step()
-    for key, ours in named(history[-1]).items():
+    for key, ours in named_leaves(history[-1]).items():
         np.testing.assert_allclose(ours, twins[key].detach().numpy(), rtol=1e-5, atol=2e-6)
 
 
@@ -243,21 +237,19 @@ def test_a_bad_step_changes_neither_parameters_nor_state(name, rest):
 
 def test_with_rest_lmo_every_role_has_its_norm_and_rate():
     cfg = OptimConfig(rest="lmo", weight_decay=0.1)
-    rows = {r.name: r for r in group_table(cfg, AXES, random_params(0, AXES))}
+    rows = rows_by_name(cfg)
     roles = {"embed": "embedding", "head": "head", "positions": "embedding", "final_norm": "vector"}
     assert {name: rows[name].group for name in roles} == roles
     assert rows["embed"].geometry == "column_norm" and rows["embed"].rate == 0.02
     assert rows["head"].geometry == "sign" and rows["head"].rate == pytest.approx(1.2)
     assert rows["head"].view == "1x64x128" and rows["blocks.norm"].view == "8x1x64"
-    state = build_optimizer(cfg, AXES).init(random_params(0, AXES))
-    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == sum(
-        x.size for x in jax.tree.leaves(random_params(0, AXES))
-    )  # one momentum for all
+    params = random_params(0, AXES)
+    buffers = [x for x in jax.tree.leaves(build_optimizer(cfg, AXES).init(params)) if x.ndim]
+    assert optax.tree.size(buffers) == optax.tree.size(params)  # one momentum for each
 
 
 def test_the_group_table_shows_per_head_views():
-    cfg = OptimConfig(per_head=True, scale="match_rms")
-    rows = {r.name: r for r in group_table(cfg, AXES, random_params(0, AXES))}
+    rows = rows_by_name(OptimConfig(per_head=True, scale="match_rms"))
     assert rows["blocks.wq"].view == "32x64x16" and rows["blocks.wo"].view == "32x16x64"
     assert rows["blocks.w_gate"].view == "8x64x192"
     assert rows["blocks.wq"].scale == pytest.approx(0.2 * 8)

@@ -1,4 +1,4 @@
-"""Size of the optimizers' state, and finite updates for degenerate shapes and gradients."""
+"""Optimizers' state has the expected size, and degenerate inputs give finite updates."""
 
 import functools
 

@@ -5,7 +5,7 @@ import pytest
 
 from jaxtrain.optim.coefficients import COEFFICIENTS, CoefficientTable, coefficient_table
 
-# Smallest and largest result of singular values between two edges.
+# (table, steps) -> smallest and largest result for singular values between two edges.
 EDGES = (1e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0)
 BANDS = {
     ("jordan", 5): ((0.048, 0.471), (0.471, 1.110), (0.682, 1.202), (0.682, 1.134), (0.682, 1.134)),
@@ -27,7 +27,7 @@ BANDS = {
 
 
 def apply_polynomials(table, sigma):
-    """Returns what the iterations of a table make of singular values, in float64."""
+    """Returns singular values after all iterations of a table, in float64."""
     for a, b, c in table.rows:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
@@ -77,11 +77,8 @@ def test_custom_rows_and_tables_are_used_unchanged():
     rows = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
     assert coefficient_table(rows) == CoefficientTable(rows, steps=2)
     assert coefficient_table([list(row) for row in rows], 3).rows == (*rows, rows[1])
-    assert coefficient_table(CoefficientTable(rows, steps=4, safety=1.02)).rows == (
-        *rows,
-        rows[1],
-        rows[1],
-    )
+    table = coefficient_table(CoefficientTable(rows, steps=4, safety=1.02))
+    assert table.rows == (*rows, rows[1], rows[1])
 
 
 @pytest.mark.parametrize("wrong", ["euler", (), ((1.0, 2.0),), ((1, 2, math.nan),), (1, 2, 3), 7])

@@ -47,7 +47,7 @@ def test_the_condition_of_a_singular_matrix_saturates_at_2896():
 
 def test_the_orthogonality_error_is_0_for_equal_singular_values_and_largest_for_rank_one():
     even = diagnostics.orthogonality_error(gram(with_singular_values([3.0] * 12)))
-    np.testing.assert_allclose(even, 0, atol=2e-3)  # the root of float32's rounding
+    np.testing.assert_allclose(even, 0, atol=2e-3)  # the root of float32's rounding error
     rank_one = diagnostics.orthogonality_error(gram(with_singular_values([1.0] + [0.0] * 11)))
     np.testing.assert_allclose(rank_one, 11**0.5, rtol=1e-4)
 
@@ -92,11 +92,10 @@ def test_the_averaged_gradient_is_found_in_every_optimizers_state(name, rest):
     params, grads = draw(0), draw(1)
     optimizer = build_optimizer(OptimConfig(name=name, rest=rest, clip_norm=0.0), AXES)
     _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-    metrics = diagnostics.averaged_gradients(state, params)
-    named = {path[0].key: x for path, x in metrics.items()}
-    assert set(named) == set(AXES)
-    for key, x in named.items():  # after one step from rest it is a multiple of the gradient
-        share = x / grads[key]
+    averages = {p[0].key: x for p, x in diagnostics.averaged_gradients(state, params).items()}
+    assert set(averages) == set(AXES)
+    for key, average in averages.items():  # after the first step a multiple of the gradient
+        share = average / grads[key]
         np.testing.assert_allclose(share, share.ravel()[0], rtol=1e-4)
         assert 0 < share.ravel()[0] <= 0.11
 
@@ -112,10 +111,8 @@ def test_noise_and_signal_of_a_known_covariance_are_recovered():
         diagnostics.noise_scales({"g": s}, {"g": m}, tokens, parts)
         for s, m in zip(small, large, strict=True)
     ]
-    noise, signal = (
-        np.array([f[f"optim/g/{n}"] for f in metrics])
-        for n in ("gradient_noise", "gradient_signal")
-    )
+    collect = lambda name: np.array([m[f"optim/g/{name}"] for m in metrics])
+    noise, signal = collect("gradient_noise"), collect("gradient_signal")
     within = lambda x, value: abs(x.mean() - value) < 4 * x.std() / steps**0.5
     assert within(noise, sigma**2 * 200) and within(signal, np.sum(true**2))
     assert metrics[0]["optim/all/gradient_noise"] == metrics[0]["optim/g/gradient_noise"]
@@ -130,8 +127,8 @@ def test_a_negative_signal_gives_an_infinite_noise_scale():
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.5])
 def test_the_tail_index_of_heavy_tailed_differences_is_recovered(alpha):
     a, b = (symmetric_lomax(jax.random.key(i), (400_000,), alpha) for i in (0, 1))
-    metrics = diagnostics.tail_index([100 * (a - b)[:200_000], (a - b)[200_000:]])
-    np.testing.assert_allclose(metrics, alpha, rtol=0.15)
+    index = diagnostics.tail_index([100 * (a - b)[:200_000], (a - b)[200_000:]])
+    np.testing.assert_allclose(index, alpha, rtol=0.15)
 
 
 def test_normal_differences_have_a_tail_index_above_4():

@@ -16,7 +16,7 @@ def torch():
     reason = "torch is missing: install the crosscheck extra to compare with torch.optim.Muon"
     torch = pytest.importorskip("torch", reason=reason)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them only fight over matrices this small
+    torch.set_num_threads(1)  # more threads are slower on matrices this small
     yield torch
     torch.set_num_threads(threads)
 
@@ -63,8 +63,10 @@ def our_moves(weights, grads, dtype, **options):
 
 def weights_and_gradients(shapes, steps=60):
     rng = np.random.default_rng(0)
-    draw = lambda: [rng.normal(size=s).astype(np.float32) for s in shapes]  # noqa: E731
-    return [0.1 * w for w in draw()], [draw() for _ in range(steps)]  # weights of a layer's size
+    draw = lambda: [rng.normal(size=s).astype(np.float32) for s in shapes]
+    return [0.1 * w for w in draw()], [
+        draw() for _ in range(steps)
+    ]  # weights as small as a layer's
 
 
 def distances(ours, theirs):
@@ -86,8 +88,8 @@ def test_sixty_steps_equal_torch_muon_in_float32(torch, monkeypatch, scale, adju
     theirs = torch_moves(torch, weights, grads, nesterov=nesterov, adjust_lr_fn=adjust)
     ours = our_moves(weights, grads, jnp.float32, nesterov=nesterov, scale=scale)
     assert distances(ours, theirs)[-1].max() <= 1e-5
-    for now, then in zip(ours, theirs, strict=True):  # early moves are small against the weights
-        for a, b, w in zip(now, then, weights, strict=True):
+    for our_step, their_step in zip(ours, theirs, strict=True):  # early moves are small
+        for a, b, w in zip(our_step, their_step, weights, strict=True):
             assert np.abs(a - b).max() <= 60 * np.spacing(np.abs(w).max())
 
 
@@ -100,7 +102,7 @@ def test_sixty_steps_equal_torch_muon_in_bf16(torch):
 
 def test_sixty_steps_equal_torch_muon_in_float64(torch, monkeypatch):
     weights, grads = weights_and_gradients([(32, 24), (24, 64), (32, 32)])
-    wide = lambda arrays: [x.astype(np.float64) for x in arrays]  # noqa: E731
+    wide = lambda arrays: [x.astype(np.float64) for x in arrays]
     weights, grads = wide(weights), [wide(step_grads) for step_grads in grads]
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
     with jax.enable_x64(True):

@@ -13,7 +13,7 @@ GRADS = {"a": jnp.full((64, 8), 2.0), "b": {"c": jnp.linspace(-1.0, 1.0, 100)}}
 
 
 def noises(transform, steps, grads=GRADS, good=()):
-    """Returns what each step adds, and the last state; `good` has a bool for each step."""
+    """Returns (the noise of each step, the last state); `good` has a bool for each step."""
     state, added = transform.init(grads), []
     for i in range(steps):
         out, state = transform.update(grads, state, good=good[i] if good else True)
@@ -112,6 +112,6 @@ def test_a_bad_step_changes_neither_the_state_nor_later_noise():
 @pytest.mark.parametrize(
     ("alpha", "scale", "flag"), [(1.0, 1, "noise_tail"), (2, -1, "noise_scale")]
 )
-def test_noise_without_a_mean_or_with_a_negative_scale_is_refused(alpha, scale, flag):
+def test_noise_without_a_mean_or_with_a_negative_scale_is_an_error(alpha, scale, flag):
     with pytest.raises(ValueError, match=f"--optim.{flag}"):
         heavy_tailed_noise(alpha, scale)

@@ -30,7 +30,7 @@ MATRICES = {
 AXES = MATRICES | {"norm": Axes.parse("L|D"), "embed": Axes.parse("V|D")}
 POOLS = 3  # wq with wo, wk with wv, w_gate with w_down
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
-LAYERS = [8, 6]  # what 8 devices divide, and what they do not
+LAYERS = [8, 6]  # divisible by 8 devices, and not
 
 
 def mesh_of(sizes):
@@ -59,11 +59,11 @@ def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
         return jax.jit(optimizer.update).lower(*args).compile(), args
     mesh = mesh_of(sizes)
     optimizer = build_optimizer(cfg, AXES, mesh)
-    rest = {k: param_sharding(a, params[k].shape, mesh) for k, a in AXES.items()}
-    at_rest = state_shardings(optimizer, AXES, params, mesh)
-    state = jax.device_put(optimizer.init(params), at_rest)
-    args = jax.device_put(grads, rest), state, jax.device_put(params, rest)
-    update = jax.jit(optimizer.update, out_shardings=(rest, at_rest))
+    of_params = {k: param_sharding(a, params[k].shape, mesh) for k, a in AXES.items()}
+    of_state = state_shardings(optimizer, AXES, params, mesh)
+    state = jax.device_put(optimizer.init(params), of_state)
+    args = jax.device_put(grads, of_params), state, jax.device_put(params, of_params)
+    update = jax.jit(optimizer.update, out_shardings=(of_params, of_state))
     return update.lower(*args).compile(), args
 
 
@@ -73,13 +73,14 @@ def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
 )
 def test_sharded_steps_equal_those_of_one_device(sizes, layers, per_head):
     mesh, tree = mesh_of(sizes), draw(MATRICES, layers)
-    at = {k: NamedSharding(mesh, moment_spec(a, tree[k].shape, mesh)) for k, a in MATRICES.items()}
+    specs = {k: moment_spec(a, tree[k].shape, mesh) for k, a in MATRICES.items()}
+    shardings = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
     options = {"dtype": jnp.float32, "per_head": per_head}
     unit_step = functools.partial(build_unit_step, NewtonSchulz(), **options)
     whole = jax.jit(functools.partial(unit_step(), MATRICES))(tree)
     for replicate in (True, False):
         step = unit_step(map_matrices=build_sharded_map(mesh, replicate))
-        split = jax.jit(functools.partial(step, MATRICES))(jax.device_put(tree, at))
+        split = jax.jit(functools.partial(step, MATRICES))(jax.device_put(tree, shardings))
         for key, y in split.items():
             assert distance(y, whole[key]) <= 3e-6
 
@@ -154,15 +155,16 @@ def test_the_loop_contains_no_collective(sizes):
 
 @functools.cache
 def flops_of_steps(sizes, layers):
-    """Returns XLA's count of a device's FLOPs and its load; wide, so that products dominate."""
+    """Returns (XLA's FLOPs of a device, load_imbalance); matrices are wide: products dominate."""
     wide = SIZES | {"D": 128, "F": 512, "K": 32, "L": layers}
     tree = {k: jax.ShapeDtypeStruct(a.shape(wide), jnp.float32) for k, a in MATRICES.items()}
     options, load = {"dtype": jnp.float32}, 1.0
     if sizes is not None:
         mesh = mesh_of(sizes)
         load = load_imbalance(MATRICES, tree, mesh)
-        rest = {k: NamedSharding(mesh, moment_spec(MATRICES[k], tree[k].shape, mesh)) for k in tree}
-        tree = {k: x.update(sharding=rest[k]) for k, x in tree.items()}
+        for key, x in tree.items():
+            sharding = NamedSharding(mesh, moment_spec(MATRICES[key], x.shape, mesh))
+            tree[key] = x.update(sharding=sharding)
         options["map_matrices"] = build_sharded_map(mesh)
     newton_schulz = NewtonSchulz(chunk_bytes=0)  # no loop over chunks: XLA counts a loop once
     step = functools.partial(build_unit_step(newton_schulz, **options), MATRICES)

@@ -66,7 +66,7 @@ def test_own_time_excludes_nested_operations():
     assert own_times([(0, 10), (1, 4), (2, 3), (5, 6), (10, 12)]) == [6, 2, 1, 1, 2]
 
 
-def test_simultaneous_operations_are_busy_once_and_pauses_are_not_idle():
+def test_overlapping_operations_are_counted_once_and_pauses_are_not_idle_time():
     ops = [TracedOp("a", "m", 0.0, 2.0, 2.0), TracedOp("b", "m", 1.0, 3.0, 2.0)]
     ops += [TracedOp("eval", "m", 5.0, 6.0, 1.0), TracedOp("all-reduce.1", "m", 9.0, 10.0, 1.0)]
     device = Device("d", tuple(ops)).without([(4.0, 8.0)])
@@ -86,13 +86,14 @@ def test_only_the_streams_of_a_gpu_are_read_not_the_lines_that_repeat_them():
 
 
 @pytest.mark.parametrize(
-    "first, last, steps, traced", [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))]
+    "resume_step, last, steps, traced",
+    [(0, 100, 10, (6, 15)), (0, 8, 5, (4, 8)), (20, 22, 9, (21, 22))],
 )
 def test_the_traced_steps_follow_the_warm_up_if_the_run_is_long_enough(
-    tmp_path, first, last, steps, traced
+    tmp_path, resume_step, last, steps, traced
 ):
-    tracer, switches = Tracer(tmp_path, first, last, steps), []
-    for step in range(first + 1, last + 2):
+    tracer, switches = Tracer(tmp_path, resume_step, last, steps), []
+    for step in range(resume_step + 1, last + 2):
         if tracer.switches_before(step):
             switches.append(step)
             tracer.is_on = not tracer.is_on

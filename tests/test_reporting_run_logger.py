@@ -41,7 +41,7 @@ def run_program(workdir, steps=8, resume_step=0, stop=0):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run to its end with its output in a pipe: (folder, CompletedProcess)."""
+    """A finished run with its output in a pipe: (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("finished")
     return folder, run_program(folder)
 
@@ -80,7 +80,7 @@ def test_the_summary_counts_steps_after_the_last_logged_one(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 107
 
 
-def test_an_exception_passes_and_the_curve_is_drawn(tmp_path):
+def test_an_exception_in_the_loop_passes_through_and_the_curve_is_drawn(tmp_path):
     with pytest.raises(KeyboardInterrupt), RunLogger(tmp_path, 10, quiet=True) as report:
         report.write(1, METRICS)
         raise KeyboardInterrupt

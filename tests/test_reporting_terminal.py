@@ -37,10 +37,10 @@ def root_logger():
 
 
 def shown_on_a_terminal(columns, monkeypatch):
-    """Returns what a run of 8 steps shows on a terminal of that width."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
+    """Returns what a run of 8 steps prints on a terminal of the given width."""
+    controller, tty = pty.openpty()
+    fcntl.ioctl(tty, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(tty, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(sys, "stderr", stream)
         set_up_logging()
@@ -56,14 +56,14 @@ def shown_on_a_terminal(columns, monkeypatch):
     chunks = []
     while True:
         try:
-            chunks.append(os.read(ours, 65_536))
+            chunks.append(os.read(controller, 65_536))
         except OSError:  # Linux reports the closed other end as an error
             break
-    os.close(ours)
+    os.close(controller)
     return b"".join(chunks).decode()
 
 
-@pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its width
+@pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal of unknown width
 def test_a_terminal_shows_a_bar_that_other_lines_do_not_break(columns, monkeypatch, root_logger):
     shown = shown_on_a_terminal(columns, monkeypatch)
     assert re.search(r"\rstep 8/8 .*100 %  loss  0.375 +6 842 tok/s +299 ms/step", shown)
@@ -82,7 +82,7 @@ def test_a_bar_on_60_columns_shows_fewer_numbers_and_cuts_none(monkeypatch, root
     assert "\x1b[3" not in shown  # no colours
 
 
-def test_columns_stay_in_place_whatever_the_numbers(capsys):
+def test_progress_lines_are_aligned_for_numbers_of_any_size(capsys):
     terminal = Terminal(10_000)
     rows = [(10.8, 123.0, 0.0004), (1.5, 1_234_567.0, 12.5), (float("nan"), 6842.0, 0.299)]
     for i, values in enumerate(rows):

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-import runs
 
+import runs
 from jaxtrain.run_directory import lock as run_lock
 from jaxtrain.run_directory.liveness import locks_this_host_only, pid_start, read_owner
 from jaxtrain.run_directory.lock import RunLocked

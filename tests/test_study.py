@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 import pytest
-import runs
 
+import runs
 from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.errors import INTERRUPTED
@@ -31,7 +31,7 @@ def values(tmp_path_factory):
     base.update(steps=8, eval_every=4, save_every=8, log_every=2, max_bad_steps=2)
     base.model.update(D=16, H=2, G=2, F=32, L=1)
     base.sample.tokens = 0
-    base.optim.name = "adamw"  # compiles soonest
+    base.optim.name = "adamw"  # compiles fastest
     study = {
         "workdir": str(folder / "runs"),
         "baseline": "adamw",
@@ -43,7 +43,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studied(values):
-    """The lines of three starts: one stopped after 3 runs, one to the end, one more."""
+    """The output of three starts: one stopped after 3 runs, one to the end, and one after it."""
     outputs = [], [], []
 
     def until_the_third(line):

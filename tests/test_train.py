@@ -6,8 +6,8 @@ import sys
 
 import jax
 import pytest
-import runs
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.shell_commands import jaxtrain_program
 from jaxtrain.data.corpus import open_corpus

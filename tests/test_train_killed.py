@@ -7,8 +7,8 @@ import time
 
 import jax
 import pytest
-import runs
 
+import runs
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.errors import INTERRUPTED, PREEMPTED
 from jaxtrain.train import train

@@ -6,9 +6,9 @@ import shutil
 
 import jax
 import pytest
-import runs
 from small_disk import small_disk
 
+import runs
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.distributed.program import run_main
 from jaxtrain.errors import REFUSED, CheckpointError
@@ -216,7 +216,7 @@ def test_a_config_json_with_sections_of_another_type_is_named(workdir):
     [
         (
             {"model__D": 64},
-            r"got model\.D=64, there 32\. Set --model\.D, or a new --workdir",
+            r"got model\.D=64, not 32\. Set --model\.D, or a new --workdir",
         ),
         (
             {"optim__name": "adamw"},
@@ -225,7 +225,7 @@ def test_a_config_json_with_sections_of_another_type_is_named(workdir):
         ({"seed": 7}, r"seed"),
         ({"data__batch": 4}, r"data\.batch"),
         ({"steps": 3, "optim__total_steps": 4}, rf"at least the checkpoint's step {STEPS}; got"),
-        ({"data__tokenizer": "gpt2", "model__V": 50257}, r"got model\.V=50257, there 256"),
+        ({"data__tokenizer": "gpt2", "model__V": 50257}, r"got model\.V=50257, not 256"),
     ],
 )
 def test_a_run_directory_of_another_config_is_refused_with_what_differs(

@@ -8,9 +8,9 @@ import sys
 import textwrap
 import time
 
-import runs
 import xla_flags
 
+import runs
 from jaxtrain.errors import PREEMPTED, REFUSED
 from jaxtrain.run_directory.lock import RunLock
 

@@ -4,8 +4,8 @@ import json
 
 import jax
 import pytest
-import runs
 
+import runs
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run

@@ -118,7 +118,7 @@ def run_child(
 def child_main(
     kinds: Mapping[str, Callable[[BenchJob], dict[str, Any]]], is_oom: Callable[[Exception], bool]
 ) -> None:
-    """Is a child's main function: does the job in argv[1] and writes its result to argv[2].
+    """Does the job in the file argv[1] and writes its result to argv[2]: a child's main function.
 
     Running out of device memory is a result too: {"oom": reason}.
 

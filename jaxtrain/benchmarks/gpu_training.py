@@ -117,8 +117,8 @@ class GpuSuite:
         return self.chip.name if self.chip else ""
 
     def _run_child(self, variant: str, job: BenchJob) -> dict[str, Any]:
-        # torch's caches are ours per run. Otherwise torch would start with what an earlier run
-        # compiled, and JAX would not.
+        # A new cache for torch in each run, as JAX has one. In its usual cache torch would find
+        # what an earlier run compiled.
         caches = {name: f"{self._folder / job.size}/{name}" for name in TORCH_CACHES}
         limit_s = max(self._left_s, 1.0)
         return run_child(CHILD_MODULES[variant], job, self._folder, limit_s, CHILD_ENV | caches)

@@ -54,7 +54,7 @@ def median_step_s(job: BenchJob, mesh: MeshConfig, batch: int, devices: Sequence
 
 
 def measure_scaling(job: BenchJob) -> dict[str, Any]:
-    """Is the child's work: {"rows": [...]} of every mesh, kind of scaling and device count."""
+    """Measures every mesh, kind of scaling and device count, in the child; {"rows": [...]}."""
     devices, known_s, rows = jax.devices(), {}, []
     counts = device_counts(len(devices), job.tiny)
 

@@ -56,7 +56,7 @@ def explain(comparison: Comparison) -> str:
         names = sorted(comparison.rounding_only)
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         lines.append(
-            "Not compared, because their true gradient is zero and the rest is rounding: "
+            "Not compared, because their gradients are rounding errors only: "
             f"{', '.join(names[:MOST_NAMES])}{more}"
         )
     if comparison.missing:
@@ -120,6 +120,7 @@ def bfloat16_table(errors: dict[str, tuple[float, float]]) -> tuple[str, bool]:
         for quantity, (ours, theirs) in errors.items()
     ]
     table = format_table(rows, ("error against float32", "jaxtrain", "pytorch", "ratio", ""))
+    limit = f"{BFLOAT16_RATIO} times PyTorch's"
     if any(exceeds.values()):
-        return f"{table}\nDIFFER: bfloat16 costs jaxtrain more accuracy than PyTorch", False
-    return f"{table}\nAGREE: bfloat16 costs jaxtrain no more accuracy than PyTorch", True
+        return f"{table}\nDIFFER: some of jaxtrain's errors are more than {limit}", False
+    return f"{table}\nAGREE: all of jaxtrain's errors are at most {limit}", True

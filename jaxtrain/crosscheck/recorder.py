@@ -125,7 +125,7 @@ class Recorder:
         self._observed[name] = digest(x, self._seed)
 
     def _observe_output(self, name, module, args, output):
-        """Is called by PyTorch after a submodule; some of transformers' return a tuple."""
+        """Records a submodule's output, or its first part: transformers' modules return tuples."""
         self.observe(name, output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()

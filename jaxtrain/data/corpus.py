@@ -23,7 +23,7 @@ from jaxtrain.data.tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """The checked shards of one split. Files are opened when first read; pickling drops them."""
+    """The checked shards of one split. A file is opened when it is first read."""
 
     split: str
     shards: tuple[Shard, ...]
@@ -36,7 +36,7 @@ class Corpus:
     _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": {}}  # a pickle of a memory map would copy the tokens
 
     @property
     def tokens(self) -> int:
@@ -87,7 +87,7 @@ class Corpus:
     def token_bytes(self) -> np.ndarray | None:
         """Returns the bytes of text that each token stands for, [vocabulary] int32.
 
-        Special tokens stand for 0 bytes. None if it is unknown which tokenizer made the shards.
+        Special tokens stand for 0 bytes. Returns None if the shards' tokenizer is unknown.
         """
         if self.bytes_per_token is None or self.tokenizer_name is None:
             return None
@@ -128,14 +128,14 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
     With data.text the text is encoded below `workdir` first, unless an earlier start did that.
 
     Raises:
-        ValueError: shards are missing, or are not what they declare, or hold a token outside
-            the vocabulary. One message lists all of them as file, expected, found.
+        ValueError: shards are missing, differ from what they declare, or contain a token outside
+            the vocabulary. One message lists each of them as file, expected, found.
     """
     files = _find_files(cfg, split, vocab_size, Path(workdir))
     try:
         shards, checksums = _check_shards(files, cfg, vocab_size)
     except ValueError as error:
-        if cfg.shards:  # the user's own files
+        if cfg.shards:  # the user's own files are never replaced
             raise
         [folder] = files.metadata_of
         if not discard_if_damaged(folder, lambda: _check_shards(files, cfg, vocab_size)):
@@ -148,7 +148,7 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         digest.update(f"{shard.tokens} {checksum.fingerprint}\n".encode())
     largest_token = max(checksum.largest for checksum in checksums)
 
-    # What meta.json knows counts only if it covers all shards and one tokenizer made them.
+    # meta.json is used only if it describes all shards and one tokenizer made them.
     entries = shard_entries(files.metadata_of)
     described = [path for path in files.paths if path in entries]
     folders = [files.metadata_of[path.parent] for path in described]
@@ -178,7 +178,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
         paths = [folder / e["file"] for e in metadata["shards"] if e["split"] == split]
         if not paths:
             raise ValueError(
-                f"data.text must hold a document for {split}; got none with "
+                f"data.text must contain a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
         return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))
@@ -198,7 +198,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
 
 
 def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
-    """Returns how the tokens of encoded shards differ from their text, in words."""
+    """Returns notes on how the tokens of encoded shards differ from their text."""
     notes = []
     for name in sorted({metadata["tokenizer"] for metadata in metadata_of.values()}):
         notes += [f"{Path(name).name}: {note}" for note in build_tokenizer(name).notes]

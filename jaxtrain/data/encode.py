@@ -47,9 +47,9 @@ format of a file is recognised by its content:
 The first four may be compressed with gzip or zstd. Other files without text are skipped and
 counted. Links to folders are followed.
 
-About --val_fraction of the text is held out for validation, and at least one document. Text files
-are held out as a whole, or the end of the largest is. Lines and rows are held out one by one. The
-choice depends on the file's name and the place in the file only.
+About --val_fraction of the text is held out for validation, and at least one document: whole text
+files or the end of the largest one, and single lines and rows. The choice depends only on the
+file's name and the document's place in the file.
 
 Memory stays bounded, at about 300 MB a process, whatever the size of the input. All cores encode;
 the result is the same for any --workers.
@@ -59,9 +59,9 @@ result is as if it had not been stopped. If the input or an option has changed, 
 that it starts over.
 
 A document that cannot be used is skipped: a line that is not JSON, a damaged row group, the rest of
-a truncated file, a text that the tokenizer refuses. Their number and the first places are printed.
-If more than half of the documents or bytes cannot be used, the command fails. With
---on_bad_document=stop it fails at the first one.
+a truncated file, a text that the tokenizer refuses. The command prints how many were skipped and
+where the first of them are. If more than half of the documents or bytes cannot be used, the command
+fails. With --on_bad_document=stop it fails at the first one.
 
 DIR receives NAME_train_000000.bin, NAME_val_000000.bin, ... (256 int32 of header, then uint16
 tokens, or uint32 for vocabularies that need it) and meta.json: tokenizer, vocabulary size, eot, and
@@ -77,15 +77,20 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--out", required=True, help="folder for the shards; created if missing")
     add("--tokenizer", required=True, help="bytes, gpt2 or the path of a tokenizer.json")
     add("--name", help="first part of the shards' names; default: the input's name")
-    add("--text_field", default="text", help="key or column of the text; %(default)s")
-    add("--val_fraction", type=float, default=0.01, help="share held out; %(default)s")
-    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard; %(default)s")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; all %(default)s cores")
+    add("--text_field", default="text", help="key or column of the text; default: %(default)s")
+    add("--val_fraction", type=float, default=0.01, help="share held out; default: %(default)s")
+    add(
+        "--shard_tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        help="tokens per shard; default: %(default)s",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     add(
         "--on_bad_document",
         choices=("skip", "stop"),
         default="skip",
-        help="skip and count a document that cannot be used, or stop there; %(default)s",
+        help="skip and count a document that cannot be used, or stop there; default: %(default)s",
     )
     add("--overwrite", action="store_true", help="replace the shards in DIR")
     args = parser.parse_args(argv)
@@ -101,7 +106,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _exit(reason: object) -> NoReturn:
-    """Ends the program with an error of one line."""
+    """Ends the program with a one-line error."""
     sys.exit(f"error: {reason}")
 
 
@@ -115,12 +120,12 @@ def _default_name(source: str) -> str:
     if not path.is_dir():
         name = Path(name).stem
     # ASCII only, so that it is the same in every locale. A name like "val" is safe, because the
-    # split follows it.
+    # name of the split is appended.
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-") or "text"
 
 
 def _find_replaceable_shards(out: Path, overwrite: bool) -> list[Path]:
-    """Returns the shards of an earlier encoding in `out`; ends the program if others are there."""
+    """Returns the shards of an earlier encoding in `out`; ends the program if it finds others."""
     shards = sorted(out.glob("*.bin"))
     listed = _listed_shards(out / META_FILE, "shards")
     # An encoding that was stopped while it moved its shards here lists them in its journal.
@@ -129,7 +134,7 @@ def _find_replaceable_shards(out: Path, overwrite: bool) -> list[Path]:
     finished = [path for path in shards if path.name not in moved]
     if finished and not overwrite:
         found = printable_path(finished[0])
-        _exit(f"--out must hold no shards; got {found}. Choose another, or add --overwrite.")
+        _exit(f"--out must contain no shards; got {found}. Choose another, or add --overwrite.")
     if foreign := [path for path in finished if path.name not in listed]:
         found = printable_path(foreign[0])
         _exit(
@@ -172,7 +177,7 @@ def _train_command(out: Path, name: str, meta: dict) -> str:
 
 
 def _new_folder(path: Path) -> Path:
-    """Returns the path, with a number appended if it exists: it may be a run on other data."""
+    """Returns the path, numbered if it exists, because it may be a run on other data."""
     numbered = (path.with_name(f"{path.name}_{i}") for i in range(2, 1_000))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 

@@ -3,7 +3,7 @@
 Batch n is a pure function of (corpus fingerprint, seed, n), whatever the number of processes. All
 epochs form one endless list of sequences, each epoch in its own shuffled order; batch n holds the
 entries n * B to (n + 1) * B - 1. A process reads only the sequences that its devices hold. Grain
-reads ahead in threads; the only state is n, so a checkpoint stores n and what n refers to.
+reads ahead in threads; the only state is n, so a checkpoint stores n and the identity of the data.
 """
 
 import sys
@@ -41,8 +41,8 @@ class BatchSource:
         """Stores what defines the batches.
 
         Args:
-            batch: sequences in a whole batch.
-            places: which of these 0..batch-1 this process reads, ascending.
+            batch: sequences in a batch, over all processes.
+            places: indices in 0..batch-1 of those that this process reads, ascending.
             with_docs: whether document ids are read too.
         """
         self._sequences, self._batch, self._seed = sequences, batch, seed
@@ -50,7 +50,7 @@ class BatchSource:
         self._block = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch  # endless: Grain needs some length
+        return sys.maxsize // self._batch  # endless, but Grain requires a length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         positions = index * self._batch + self._places
@@ -93,7 +93,7 @@ class BatchPlacer:
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Copies arrays of len(self.places) sequences to the devices."""
-        # The train loop forbids implicit transfers; this copy is the one that a step needs.
+        # The train loop forbids implicit transfers; this is the one copy that each step needs.
         with jax.transfer_guard("allow"):
             return {name: self._place(array) for name, array in batch.items()}
 
@@ -114,9 +114,10 @@ class Batches:
         sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
         if len(sequences) < cfg.batch:
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least one batch of data.batch={cfg.batch} "
-                f"sequences of data.seq_len={cfg.seq_len} + 1 tokens; got {len(sequences)} "
-                f"sequences from {corpus.tokens} tokens. Set --data.batch or --data.seq_len."
+                f"the {corpus.split} corpus must contain at least one batch of "
+                f"data.batch={cfg.batch} sequences of data.seq_len={cfg.seq_len} + 1 tokens; got "
+                f"{len(sequences)} sequences from {corpus.tokens} tokens. Set --data.batch or "
+                "--data.seq_len."
             )
         with_docs = cfg.pack or cfg.document_mask
         source = BatchSource(sequences, cfg.batch, seed, self._placer.places, with_docs)
@@ -131,7 +132,7 @@ class Batches:
             "pack": cfg.pack,
             "eot": corpus.eot if with_docs else None,
         }
-        self.step = 0  # batches handed out, which is the number of the next one
+        self.step = 0  # batches returned so far, hence the number of the next one
         self.sequences_per_epoch = len(sequences)
         self._wait_s = 0.0
 
@@ -187,7 +188,7 @@ class Batches:
 class EvalBatches:
     """All windows of a corpus in order, {"tokens", "docs"} int32[B,T+1]; can be iterated again.
 
-    The last tokens of a shard, too few for a whole window, are padded to one: every token but the
+    Tokens at the end of a shard that do not fill a window are padded, so that every token but the
     first of each shard is predicted exactly once. Padding has docs = -1.
     """
 
@@ -198,7 +199,7 @@ class EvalBatches:
         self._sequences = WindowSequences(corpus, cfg.seq_len, partial=True)
         if not len(self._sequences):
             raise ValueError(
-                f"the {corpus.split} corpus must hold at least 2 tokens; got {corpus.tokens}. "
+                f"the {corpus.split} corpus must contain at least 2 tokens; got {corpus.tokens}. "
                 "Set --data.val_fraction or --data.shards."
             )
         self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
@@ -211,7 +212,7 @@ class EvalBatches:
         for step in range(len(self)):
             numbers = step * self._batch + self._placer.places
             batch = self._sequences.read(np.minimum(numbers, last))
-            past_end = numbers > last  # all batches have one shape: the last is filled up
+            past_end = numbers > last  # the last batch is padded to the shape of the others
             batch["tokens"][past_end], batch["docs"][past_end] = 0, -1
             yield self._placer.place(batch)
 

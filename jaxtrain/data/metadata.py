@@ -23,7 +23,7 @@ def read_metadata(folder: Path) -> dict | None:
     """Returns the content of a folder's meta.json, or None if there is no such file.
 
     Raises:
-        ValueError: it is damaged, or has another format.
+        ValueError: the file is damaged or has another format.
     """
     path = folder / META_FILE
     if not path.is_file():
@@ -61,5 +61,5 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _has_types(value: Any, types: dict[str, type]) -> bool:
-    """Whether the value is a dictionary with a value of the given type under each key."""
+    """Returns whether `value` is a dictionary whose values have the given types."""
     return isinstance(value, dict) and all(type(value.get(key)) is types[key] for key in types)

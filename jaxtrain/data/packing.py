@@ -28,7 +28,7 @@ class Packing(NamedTuple):
 
 
 def best_fit(lengths: ArrayLike, room: int) -> np.ndarray:
-    """Returns the row of each piece, [pieces] int64, for lengths between 1 and `room`."""
+    """Returns the row of each piece, [pieces] int64; lengths must be in 1..room."""
     lengths = np.asarray(lengths)
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= room), "cut pieces first"
     row_of = np.empty(len(lengths), np.int64)
@@ -61,7 +61,7 @@ def best_fit(lengths: ArrayLike, room: int) -> np.ndarray:
                 buckets[best].insert(0, rest)
                 open_rooms |= 1 << best
             add_to_bucket(best - size, group)
-        if pieces.size:  # they fit into no row: new rows, each filled with this size
+        if pieces.size:  # no open row has room: start new rows, filled with this size
             per_row = room // size
             row_of[pieces] = rows + np.arange(pieces.size) // per_row
             full_rows, left_over = divmod(pieces.size, per_row)
@@ -74,14 +74,14 @@ def best_fit(lengths: ArrayLike, room: int) -> np.ndarray:
 
 
 def pack(documents: tuple[ArrayLike, ArrayLike, ArrayLike], room: int) -> Packing:
-    """Packs documents into rows of at most `room` tokens, so that each token is in one row.
+    """Packs documents into rows of at most `room` tokens, each token in exactly one of them.
 
     Args:
         documents: (shard [N], start [N], length [N]); a document longer than a row is cut into
             whole rows and a rest.
     """
     shard, start, length = (np.asarray(x, np.int64) for x in documents)
-    pieces = -(-length // room)  # of each document
+    pieces = -(-length // room)  # per document
     part = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     shard, start = np.repeat(shard, pieces), np.repeat(start, pieces) + part * room
     length = np.minimum(np.repeat(length, pieces) - part * room, room)

@@ -3,8 +3,8 @@
     python -m jaxtrain.data.quick_fingerprint gpt_124m --data.shards=DIR
 
 It is {"files", "bytes", "fingerprint"}. The fingerprint covers the names and sizes of all files
-and 16 blocks of each, so it takes seconds, while training reads every byte for its own. Data that
-differs only outside these blocks is not noticed here; training refuses it at its start.
+and 16 blocks of each, so it takes seconds. A difference outside these blocks is not noticed here.
+Training notices it at its start, because its own fingerprint covers every byte.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.shards import find_shards
 from jaxtrain.distributed.program import run_main
 
-BLOCK_BYTES, BLOCKS = 1 << 12, 16  # read from each file: the first, the last, and 14 between
+BLOCK_BYTES, BLOCKS = 1 << 12, 16  # per file: the first, the last, and 14 in between
 
 
 def quick_fingerprint(cfg: TrainConfig) -> dict:

@@ -20,7 +20,7 @@ class Sequences(Protocol):
 
 
 class WindowSequences:
-    """Sequence i of a shard holds the T+1 tokens from token i * T on; none spans two shards.
+    """Sequence i of a shard holds T+1 tokens, starting at token i * T; none spans two shards.
 
     Neighbouring windows share one token: it is the last target of one and the first input of the
     next, so every token but the first of a shard is a target exactly once.
@@ -30,8 +30,8 @@ class WindowSequences:
         """Counts the windows of each shard.
 
         Args:
-            partial: whether the last tokens of a shard, too few for a window, are also a sequence,
-                which is then padded.
+            partial: whether tokens at the end of a shard that do not fill a window become a
+                padded sequence.
         """
         self._corpus, self._T = corpus, T
         windows = corpus.windows_by_shard(T)
@@ -61,7 +61,7 @@ class WindowSequences:
         if not with_docs:
             return {"tokens": tokens}
         # The first document is number 0 whether or not it starts at the first token. An unknown
-        # eot is -1, which no token equals, so that all tokens are then of document 0.
+        # eot is -1, which no token equals: all tokens then belong to document 0.
         starts = tokens[:, 1:] == self._corpus.eot
         docs = np.zeros_like(tokens)
         np.cumsum(starts, axis=1, out=docs[:, 1:])
@@ -85,7 +85,7 @@ class PackedSequences:
         `docs` numbers the pieces of documents inside each sequence from 0. Padding is -1 in `docs`
         and eot in `tokens`.
         """
-        assert with_docs, "only docs tell padding apart: without them it would be trained on"
+        assert with_docs, "without docs, padding cannot be masked and would be trained on"
         tokens = np.full((len(numbers), self._T + 1), self._corpus.eot, np.int32)
         docs = np.full((len(numbers), self._T + 1), -1, np.int32)
         shard, start, length, first = self._packing

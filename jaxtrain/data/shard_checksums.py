@@ -1,4 +1,4 @@
-"""Reads every shard once for a fingerprint and its largest and smallest token, and caches them.
+"""Computes each shard's fingerprint and its smallest and largest token, and caches them.
 
 The cache is `$XDG_CACHE_HOME/jaxtrain/shards` (default ~/.cache), one small file per shard. An
 entry is valid while the shard's path, size and modification time stay the same.
@@ -24,7 +24,7 @@ CACHE_VERSION = 1
 
 @dataclass(frozen=True)
 class ShardChecksum:
-    """What one pass over a shard's tokens finds."""
+    """The range and the fingerprint of a shard's tokens, computed in one pass."""
 
     smallest: int
     largest: int
@@ -34,7 +34,7 @@ class ShardChecksum:
 
 def checksum_shards(shards: list[Shard]) -> list[ShardChecksum]:
     """Returns each shard's checksum, cached or computed; shows a progress bar after a second."""
-    # Keys are made before reading: a file that changes while it is read gets no valid entry.
+    # Keys are computed before reading: a file that changes later gets no valid entry.
     keys = [_cache_key(shard) for shard in shards]
     checksums = {i: cached for i, key in enumerate(keys) if (cached := _read_cache(key))}
     missing = [i for i in range(len(shards)) if i not in checksums]
@@ -92,7 +92,7 @@ def _write_cache(key: dict, checksum: ShardChecksum) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({"key": key, "scan": asdict(checksum)}))
-    except OSError as error:  # only costs the next start another pass over the shard
+    except OSError as error:
         logging.warning(
             "The checksum of a shard could not be cached, so the next start reads the shard "
             "again: %s. Set XDG_CACHE_HOME to a writable folder.",

@@ -29,7 +29,8 @@ class ShardWriter:
     def append(self, tokens: np.ndarray, sizes: Sequence[tuple[int, int]]) -> None:
         """Appends documents.
 
-        Where a shard ends inside a document, its text bytes are divided in proportion to tokens.
+        If a shard ends inside a document, the document's text bytes are divided in proportion to
+        its tokens.
 
         Args:
             tokens: the documents' tokens, end to end.

@@ -2,7 +2,7 @@
 
     llmc      256 int32 of header (magic, version, tokens), then uint16 or uint32 tokens
     nanogpt   uint16 tokens, no header
-    megatron  NAME.idx (dtype, sequence lengths, byte pointers) beside NAME.bin (tokens)
+    megatron  NAME.idx (dtype, sequence lengths, byte pointers) next to NAME.bin (tokens)
 
 Source: https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py,
 https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py,
@@ -33,7 +33,7 @@ OTHER_FILES = {
     b"PK\x03\x04": "a zip archive",
 }
 VAL_NAME = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
-NUMBERED_NAME = re.compile(r"_(train|val)_[0-9]{6}\.(bin|idx)$")  # by `encode` and llm.c's scripts
+NUMBERED_NAME = re.compile(r"_(train|val)_[0-9]{6}\.(bin|idx)$")  # of `encode` and llm.c
 OTHER_NAME = re.compile(r"(^|[^a-z])(test|dev|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -68,7 +68,7 @@ def split_of(name: str) -> str:
 def find_shards(pattern: str, split: str) -> list[Path]:
     """Returns the sorted shard files of a split (see split_of) in a folder, a file or a glob.
 
-    If a folder's numbered files have gaps, the list also holds the missing files, so that probe
+    If a folder's numbered files have gaps, the list includes the missing files, so that probe()
     reports them.
 
     Raises:
@@ -82,7 +82,7 @@ def find_shards(pattern: str, split: str) -> list[Path]:
             hint = "named with 'val'"
             fix = "Set --data.shards, or encode the text again with --val_fraction=0.01."
         raise ValueError(
-            f"data.shards must hold a {split} shard, a file {hint}; got {pattern!r} with only "
+            f"data.shards must contain a {split} shard, a file {hint}; got {pattern!r} with only "
             f"{', '.join(path.name for path in paths[:4])}. {fix}"
         )
     return chosen
@@ -129,8 +129,8 @@ def probe(path: Path, shard_format: str = "auto") -> Shard:
     """Returns a shard after checking what its header declares against the file's size.
 
     Raises:
-        ValueError: the file is missing, empty, truncated, foreign or of another dtype; the
-            message holds file, expected and found.
+        ValueError: the file is missing, empty, truncated or no token shard, or has another dtype;
+            the message names the file, what was expected and what was found.
     """
     path = Path(path)
     if not path.is_file():
@@ -162,7 +162,7 @@ def _detect(path: Path) -> str:
         return "nanogpt"
     _refuse(
         path,
-        f"an llm.c header (magic {' or '.join(map(str, LLMC_FORMS))}), an .idx beside it, or "
+        f"an llm.c header (magic {' or '.join(map(str, LLMC_FORMS))}), an .idx next to it, or "
         f"nanoGPT's file name ({', '.join(NANOGPT_NAMES)})",
         f"none, and first bytes {_head(path, 8).hex(' ')}; if it is headerless uint16, pass "
         "--data.shard_format=nanogpt",
@@ -226,7 +226,7 @@ def _probe_megatron(path: Path, size: int) -> Shard:
     if np.dtype(dtype or "f4").kind == "f":
         _refuse(index, "a dtype code of integers (1-5 or 8)", f"code {code}")
     expected = 34 + sequences * 12 + documents * 8
-    if index_size not in (expected, expected + sequences):  # multimodal ones add a byte each
+    if index_size not in (expected, expected + sequences):  # multimodal: +1 byte per sequence
         found = f"{index_size} bytes"
         _refuse(index, f"{expected} bytes ({sequences} sequences, {documents} documents)", found)
     if not sequences:

@@ -1,8 +1,9 @@
 """Shuffles an epoch: a keyed permutation of range(n), computed for each index without a table.
 
-An index is a pair (i, j) in a grid of about sqrt(n) x sqrt(n). Each round adds to one coordinate a
-hash of the other. That can be undone, so all rounds together are a bijection of the grid. The grid
-has slightly more than n cells: an index that lands past n is shuffled again until it lands below n.
+An index is a pair (i, j) in a grid of about sqrt(n) x sqrt(n). Each round adds a hash of one
+coordinate to the other, which is invertible, so all rounds together are a bijection of the grid.
+The grid has slightly more than n cells: an index that lands past n is shuffled again until it
+lands below n.
 
 Source: Black & Rogaway 2002, https://www.cs.ucdavis.edu/~rogaway/papers/subset.pdf (generalised
 Feistel and cycle walking); the hash is MurmurHash3's 64-bit finaliser (Appleby, public domain).
@@ -13,7 +14,7 @@ import math
 
 import numpy as np
 
-ROUNDS = 10  # 4 leave a lag-1 correlation of 0.3-0.5 past 1e6 indices; 8 and up leave none
+ROUNDS = 10  # with 4, n > 1e6 has a lag-1 correlation of 0.3-0.5; with 8 or more, none
 MASK = 2**64 - 1
 MURMUR_FACTORS = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads consecutive integers
@@ -61,8 +62,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     keys = _round_keys(seed, epoch)
     x = _shuffle_grid(index.astype(np.uint64), rows, columns, keys)
     outside = np.flatnonzero(x >= limit)
-    # Ends, because the grid's bijection is a product of cycles: following the one that started
-    # below n comes back below n (cycle walking).
+    # This loop ends: a bijection consists of cycles, so an index that started below n returns to
+    # an index below n if it is shuffled often enough (cycle walking).
     while outside.size:
         x[outside] = _shuffle_grid(x[outside], rows, columns, keys)
         outside = outside[x[outside] >= limit]

@@ -50,7 +50,7 @@ def encode_text(cfg: DataConfig, vocab_size: int, workdir: Path) -> tuple[Path, 
 def _read_if_current(folder: Path, key: str) -> dict | None:
     try:
         metadata = read_metadata(folder)
-    except ValueError as error:  # the folder is the run's own, so it can be written again
+    except ValueError as error:  # the folder belongs to the run and can be rewritten
         logging.warning("%s The text is encoded again.", error)
         return None
     return metadata if metadata and metadata["source"] == key else None

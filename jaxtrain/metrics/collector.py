@@ -1,4 +1,4 @@
-"""Combines what one process measures of a run into metrics by name: the source of every report.
+"""Combines the measurements of one process into named metrics, which all reports use.
 
 The loop reports steps and pauses to a Collector. It forwards them to the step timer, the network
 counters and the step log, and returns metrics that the run logger writes.
@@ -74,7 +74,7 @@ class Collector:
     def pause(self, cause: str) -> Iterator[None]:
         """Attributes the block's time to `cause`; see StepTimer.pause().
 
-        Network bytes during the pause are excluded, unless the device works on through it.
+        Network bytes during the pause are excluded, unless the device keeps working.
         """
         if cause in OVERLAPPED:
             with self.timer.pause(cause):
@@ -134,7 +134,7 @@ class Collector:
         return {name: value for name, value in metrics.items() if name not in STEP_TIME_METRICS}
 
     def _add_rates(self, metrics: dict, wire_bytes: tuple[float, float] | None) -> dict:
-        """Adds what is measured against the mean step time: utilisation, memory and network."""
+        """Adds utilisation and network metrics, which need the mean step time, and memory."""
         if "perf/tokens_per_s" not in metrics:
             return metrics
         step_time_s = self.work.tokens / metrics["perf/tokens_per_s"]
@@ -165,7 +165,7 @@ class Collector:
         }
 
     def describe(self) -> str:
-        """Returns what is read of the network, for the start of a run."""
+        """Returns a line on which network counters are read, and when."""
         if not self.counters or not self._step_bytes:
             return "network bytes are not measured: all processes are on one host"
         when = "after each step" if self._step_bytes.reads_each_step else "at logged steps"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxtrain.config.train_config import ModelConfig
 
-FORWARD_AND_BACKWARD = 3  # x forward: the gradients of the two factors are one product each
+FORWARD_AND_BACKWARD = 3  # backward has two products for each forward one: a gradient per factor
 
 
 class Flops(NamedTuple):

@@ -1,4 +1,4 @@
-"""Lists the collectives of a compiled program: kind, payload, mesh axes, whether they cross hosts.
+"""Lists a compiled program's collectives: kind, payload, mesh axes, whether they cross hosts.
 
 Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
 """
@@ -33,7 +33,7 @@ class Collective(NamedTuple):
     """A collective operation between the devices of each group."""
 
     kind: str  # one of KINDS
-    payload_bytes: int  # array that one device gathers, reduces or sends each time
+    payload_bytes: int  # of the array that a device gathers, reduces or sends per execution
     axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
     size: int  # devices of a group
     crosses_hosts: bool
@@ -42,12 +42,12 @@ class Collective(NamedTuple):
 
     @property
     def host_bytes(self) -> float:
-        """Bytes that one host sends to others in all: each ring leaves the host once."""
+        """Bytes that one host sends to others in all executions: each ring leaves a host once."""
         return self.rings * self.wire_bytes if self.crosses_hosts else 0.0
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one device sends in all, as a ring algorithm does.
+        """Bytes that one device sends in all executions with a ring algorithm.
 
         In a ring of n devices each pass moves (n - 1) / n of the array over every link. An
         all-reduce takes two passes (reduce-scatter, all-gather); a permute sends its payload once.
@@ -149,7 +149,7 @@ def find_collectives(
         if size < 2:
             continue
         operand_bytes = sum(bytes_of(types[name]) for name in i.operands)
-        # An all-gather's operand is one shard of the payload; the others take all of it.
+        # An all-gather's operand is one shard of the payload; that of the others is all of it.
         payload = operand_bytes * size if kind == "all-gather" else operand_bytes
         rings, axes = _count_rings(groups, hosts), _axes_of(groups, mesh)
         collectives.append(Collective(kind, payload, axes, size, rings > 0, times, rings))

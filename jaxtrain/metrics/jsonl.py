@@ -1,7 +1,7 @@
 """Reads, appends to and rewinds metrics.jsonl and the other files with one JSON object per line.
 
 A line of metrics.jsonl is `{"step": int, "time": UTC seconds, "group/name_unit": number, ...}`.
-Floats have full precision; those that JSON lacks are the strings "nan", "inf" and "-inf".
+Floats have full precision; those that JSON cannot express are the strings "nan", "inf" and "-inf".
 """
 
 import json
@@ -25,7 +25,7 @@ class MetricsFile:
 
     Attributes:
         removed_lines: number of removed lines.
-        removed_s: seconds from the first to the last of them; 0 where nothing is resumed.
+        removed_s: seconds from the first to the last of them; 0 if nothing is resumed.
     """
 
     def __init__(self, workdir: Path, resume_step: int = 0):
@@ -49,7 +49,7 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Returns the lines of a metrics.jsonl; a last line that is cut off is left out.
+    """Returns the lines of a metrics.jsonl, without a last line that is cut off.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,7 +75,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def rewind_metrics(path: Path, step: int) -> list[dict]:
-    """Removes the lines after `step` from a file, all lines if it is 0; returns what was removed.
+    """Removes and returns the lines after `step`, or all lines if `step` is 0.
 
     The file is replaced in one rename.
     """

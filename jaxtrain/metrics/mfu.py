@@ -1,4 +1,4 @@
-"""Computes MFU and MBU: what one step computes and moves, against what the chip could.
+"""Computes MFU and MBU: a step's FLOPs and HBM bytes as shares of what the chip could do.
 
 Conventions, which the start of a run prints:
 
@@ -11,7 +11,7 @@ Conventions, which the start of a run prints:
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -21,13 +21,12 @@ from jaxtrain.config.sections import DataConfig
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
-from jaxtrain.ops.routes import chip_name
+from jaxtrain.ops.routes import Device, chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 
 # Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}
-Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 
 class Roofline(NamedTuple):
@@ -35,8 +34,8 @@ class Roofline(NamedTuple):
 
     flops: float  # executed, with recomputation and the optimizer
     hbm_bytes: float
-    seconds: float  # each instruction takes the longer of computing and moving; none overlap
-    compute_s: float  # part of it in instructions that compute longer than they move
+    seconds: float  # each instruction takes max(compute, move) time; none overlap
+    compute_s: float  # the part of `seconds` in compute-bound instructions
 
 
 def roofline(program: Program, chip: Chip) -> Roofline:
@@ -109,7 +108,7 @@ class StepWork(NamedTuple):
         return metrics
 
     def utilisation(self, chip: Chip | None, step_time_s: float) -> dict[str, float]:
-        """Returns MFU in both conventions and MBU at a step time; {} where no peak is known."""
+        """Returns MFU in both conventions and MBU at a step time; {} if the peak is unknown."""
         if chip is None or self.dtype not in PEAK_OF:
             return {}
         peak = chip.peak_flops[PEAK_OF[self.dtype]] * self.devices
@@ -226,7 +225,7 @@ def describe_utilisation(work: StepWork, chip: Chip | None, device: Device) -> l
 
 
 def memory_metrics() -> dict[str, int]:
-    """Returns the bytes allocated now, and at most so far, on this process's fullest device.
+    """Returns current and peak allocated bytes, each the maximum over this process's devices.
 
     Backends without a counting allocator, such as the CPU's, give {}.
     """

@@ -1,8 +1,8 @@
 """Lists the names of measured metrics: the same in metrics.jsonl, TensorBoard and Prometheus.
 
 A name is `group/name_unit`. Training, evaluation and the optimizer name their own metrics
-(`train/`, `eval/`, `optim/`); all names of measurements are here. {} stands for a word of a fixed
-set.
+(`train/`, `eval/`, `optim/`); all names of measurements are here. A {placeholder} stands for each
+word of a fixed set.
 """
 
 import re

@@ -16,7 +16,7 @@ TABLE = Path("/proc/self/net/dev")
 PORTS = Path("/sys/class/infiniband")
 WORD_BYTES = 4  # InfiniBand's data counters count words of 4 bytes
 TIMED_READS = 5
-MOST_READ_S = 100e-6  # a slower read is made at logged steps only, not after every step
+MOST_READ_S = 100e-6  # slower reads are made only at logged steps, not after every step
 
 
 class NetworkCounters:
@@ -86,7 +86,7 @@ class NetworkCounters:
 
 
 def open_network_counters(hosts: list[str]) -> NetworkCounters | None:
-    """Returns the counters of the training network; None where all processes share one host.
+    """Returns the counters of the training network; None if all processes share one host.
 
     Args:
         hosts: name of each process's host.
@@ -123,9 +123,9 @@ class StepBytes:
         self._last = sent, received
 
     def end_step(self) -> tuple[int, int] | None:
-        """Ends a step; returns its (sent, received), or None where reads are too slow for that.
+        """Ends a step; returns its (sent, received), or None if reads are too slow for every step.
 
-        With slow reads the bytes are known for each window of steps only.
+        With slow reads the bytes are only known for each window of steps.
         """
         if self.reads_each_step:
             self.include()

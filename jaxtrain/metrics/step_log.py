@@ -19,12 +19,12 @@ from jaxtrain.file_errors import Appender
 from jaxtrain.metrics.jsonl import read_metrics, rewind_metrics
 
 FOLDER = "hosts"
-# A step is an outlier if it takes more than TIMES x the median of the last HISTORY steps and more
-# than SIGMAS standard deviations above it. The first bound forgives the jitter of very regular
-# steps, the second one forgives steps that always vary. Sigma is estimated from the median absolute
+# A step is an outlier if it takes more than TIMES x the median of the last HISTORY steps, and also
+# SIGMAS standard deviations more than the median. The first bound tolerates the jitter of very
+# regular steps, the second one steps that always vary. Sigma is estimated from the median absolute
 # deviation, which outliers hardly move; SIGMA_OF_MAD is their ratio for a normal distribution.
 HISTORY = 200
-LEAST = 10  # steps before any can be called an outlier
+MIN_STEPS = 10  # with fewer steps, none is called an outlier
 TIMES, SIGMAS = 1.5, 3.0
 SIGMA_OF_MAD = 1.4826
 SHARE = 0.25  # a cause is named if it explains at least this share of the excess time
@@ -42,7 +42,7 @@ class StepRecord(NamedTuple):
     causes_s: Mapping[str, float]  # cause -> seconds for which it may have delayed the step
 
     def to_json(self) -> str:
-        """Returns the line; json.dumps takes five times as long, and all numbers are finite."""
+        """Returns a line of JSON, five times as fast as json.dumps; all numbers are finite."""
         line = f'"step": {self.step}, "time": {self.time!r}, "perf/step_time_s": '
         line += f'{self.step_time_s!r}, "data/wait_s": {self.wait_s!r}'
         if self.wire_bytes:
@@ -68,7 +68,7 @@ class StepLog:
         rewind_metrics(path, resume_step)
         self._file = Appender(path)
         self._buffer: list[StepRecord] = []
-        self._recent_s = deque(maxlen=HISTORY)  # step times that are already written
+        self._recent_s = deque(maxlen=HISTORY)  # step times in the file
         self.outliers = Counter()  # cause -> steps
         self.gc_s = 0.0  # time in the garbage collector since the last step
         self._gc_started_s = 0.0
@@ -114,7 +114,7 @@ class StepLog:
         lines = []
         for record in records:
             lines.append(record.to_json())
-            if record.step_time_s > limit_s and len(times_s) >= LEAST:
+            if record.step_time_s > limit_s and len(times_s) >= MIN_STEPS:
                 cause = name_cause(record, record.step_time_s - median_s)
                 self.outliers[cause] += 1
                 event = {"step": record.step, "time": record.time, "event": "outlier"}

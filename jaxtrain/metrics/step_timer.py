@@ -1,4 +1,4 @@
-"""Times steps on the host: step times, tokens per second, and where the other time went.
+"""Measures on the host how long steps take, and where the time between them goes.
 
 A step lasts from the arrival of the previous step's results to the arrival of its own. Nothing is
 timed on the device, so measuring adds no synchronisation.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 OVERLAPPED = ("data",)  # pauses of the host during which the device still runs the previous step
-STEP_TIME_METRICS = (  # those that step_time_metrics() returns, in its order
+STEP_TIME_METRICS = (  # the keys of step_time_metrics(), in order
     "perf/step_time_s",
     "perf/step_time_p95_s",
     "perf/step_time_p99_s",
@@ -23,12 +23,12 @@ STEP_TIME_METRICS = (  # those that step_time_metrics() returns, in its order
     "perf/tokens_per_s",
     "perf/tokens_per_s_per_device",
 )
-FED_STEPS = 64  # newest steps whose batch was ready in time: their median is the usual step time
+FED_STEPS = 64  # the usual step time is the median of this many steps whose batch was ready
 
 
 @dataclass
 class _Span:
-    """Times since `started_s`: of the run, or of the window between two summaries."""
+    """Times since `started_s`, of the run or of the window between two summaries."""
 
     started_s: float
     step_times_s: array = field(default_factory=lambda: array("d"))
@@ -45,7 +45,7 @@ class StepTimer:
         now: monotonic clock, s.
 
     Attributes:
-        waited_s: the last wait for data since the last tick.
+        waited_s: seconds of the newest wait for data; 0 if there was none since the last tick.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepTimer:
         self._cause = None  # of the pause that is running
 
     def start(self, before_s: Mapping[str, float] | None = None) -> None:
-        """Starts the first step's time: call it when all is compiled and the device is idle.
+        """Starts timing the first step; call it when all is compiled and the device is idle.
 
         Args:
             before_s: {cause: seconds} that the run has taken so far; they count as lost.
@@ -77,10 +77,10 @@ class StepTimer:
         self._window = _Span(self._last_tick_s)
 
     def tick(self, skipped: bool = False) -> float:
-        """Ends a step, because its results have arrived on the host; returns its seconds.
+        """Ends a step, whose results have just arrived on the host; returns its seconds.
 
         Args:
-            skipped: the step left the weights as they were; its time counts as lost.
+            skipped: the step did not change the weights; its time counts as lost.
         """
         assert self._started, "start() comes before tick()"
         assert self._cause is None, f"tick() inside pause({self._cause!r}) would split it"
@@ -99,9 +99,9 @@ class StepTimer:
     def _lost_to_data_s(self, step_time_s: float) -> float:
         """Returns the seconds of a step in which the device had no batch.
 
-        The host sees that the device has run out of work, not when it did. The loss is therefore
-        estimated: what the step took beyond the usual time of a step whose batch was ready, and at
-        most the wait for data.
+        The host sees that the device has run out of work, but not since when. The loss is therefore
+        estimated as the excess over the usual time of a step whose batch was ready, and at most the
+        wait for data.
         """
         if not self._starved_s:
             self._fed_s.append(step_time_s - self._data_lost_s)
@@ -115,7 +115,7 @@ class StepTimer:
         """Records that the device was idle at the end of the last wait for data.
 
         Args:
-            throughout: the device was idle during all of it; else since an unknown moment.
+            throughout: the device was idle during all of the wait, not only during a part of it.
         """
         if throughout:
             self._data_lost_s += self.waited_s
@@ -127,9 +127,9 @@ class StepTimer:
         """Attributes the block's time to `cause`; such blocks do not nest.
 
         The time is subtracted from the step's, so the device must be idle when the block starts:
-        wait for the step in flight and tick first, or its time counts as the pause's. A wait for
-        "data" is not subtracted: the device still runs the previous step, and any delay of the next
-        one is part of that one's time.
+        wait for the step in flight and call tick() first, or that step's time counts as a pause. A
+        wait for "data" is not subtracted: during it the device runs the previous step, and a delay
+        of the next step belongs to that step's time.
         """
         assert self._started, "start() comes before pause()"
         assert self._cause is None, f"pause({cause!r}) inside pause({self._cause!r})"
@@ -147,7 +147,7 @@ class StepTimer:
 
     @property
     def steps_s(self) -> float:
-        """Seconds in the run's steps so far."""
+        """Total time of the run's steps so far."""
         return sum(self._run.step_times_s)
 
     def usual_s(self) -> float:
@@ -155,7 +155,7 @@ class StepTimer:
         return statistics.median(self._run.step_times_s)
 
     def summary(self) -> dict[str, float]:
-        """Returns the metrics since the last summary; without a step there are no step times.
+        """Returns the metrics since the last summary; step times only if a step has ended.
 
         `perf/step_time_s` is the median. `perf/tokens_per_s` divides by the time in steps,
         `perf/tokens_per_s_actual` by the whole time. `data/wait_s` is the host's mean wait in a

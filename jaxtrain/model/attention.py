@@ -1,7 +1,7 @@
 """Causal grouped-query attention: (q_BTHK, k_BTGK, v_BTGK, docs_BT | None) -> o_BTHK.
 
-Scores are scaled by 1/sqrt(K); softmax is in float32. With docs, a token attends only to its own
-document. Below, R is the number of query heads that share a key/value head: H = G * R.
+Scores are scaled by 1/sqrt(K); the softmax is computed in float32. With docs, a token attends only
+to its own document. R is the number of query heads that share a key/value head: H = G * R.
 """
 
 import functools
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from jaxtrain.model.dense import wide_dtype
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
-BLOCKS = 4  # query blocks; each computes only the scores of its prefix: 5/8 of all
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # primitive: result and log-sum-exp
+BLOCKS = 4  # of queries; each skips the keys after its last query: 5/8 of all scores are computed
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX primitive: output and log-sum-exp
 
 
-def _mask(T, S, docs_BT, start=0):
+def _mask(T: int, S: int, docs_BT: jax.Array | None, start: jax.Array | int = 0) -> jax.Array:
     """Returns booleans [1 or B,1,1,T,S]: whether query start+t may attend to key s."""
     causal = (start + jnp.arange(T))[:, None] >= jnp.arange(S)[None, :]
     if docs_BT is None:
@@ -31,10 +32,6 @@ def _mask(T, S, docs_BT, start=0):
 def _group_heads(q_BTHK, G):
     B, T, H, K = q_BTHK.shape
     return q_BTHK.reshape(B, T, G, H // G, K)
-
-
-def _wide_dtype(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def attention_reference(
@@ -60,7 +57,7 @@ def attend_cached(
 
 
 def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask):
-    wide = _wide_dtype(q_BTHK)
+    wide = wide_dtype(q_BTHK.dtype)
     q_BTGRK = _group_heads(q_BTHK, k_BSGK.shape[2])
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
     s = jnp.where(mask, s * q_BTHK.shape[-1] ** -0.5, MASKED)
@@ -76,21 +73,14 @@ def _block_bounds(T):
 
 def _blocked_forward(q, k, v, docs_BT):
     """q [B,G,R,T,K], k and v [B,G,T,K] -> o [B,G,R,T,K] and each block's probabilities."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=wide_dtype(q.dtype))
     outputs, probabilities = [], []
     for start, stop in _block_bounds(q.shape[3]):
-        s = jnp.einsum(
-            "BGRTK,BGSK->BGRTS",
-            q[:, :, :, start:stop],
-            k[:, :, :stop],
-            preferred_element_type=_wide_dtype(q),
-        )
+        s = einsum("BGRTK,BGSK->BGRTS", q[:, :, :, start:stop], k[:, :, :stop])
         s = jnp.where(_mask(stop - start, stop, docs_BT, start), s, MASKED)
         e = jnp.exp(s - s.max(-1, keepdims=True))  # at most 1: no overflow
         p = (e / e.sum(-1, keepdims=True)).astype(v.dtype)
-        o = jnp.einsum(
-            "BGRTS,BGSK->BGRTK", p, v[:, :, :stop], preferred_element_type=_wide_dtype(q)
-        )
-        outputs.append(o.astype(q.dtype))
+        outputs.append(einsum("BGRTS,BGSK->BGRTK", p, v[:, :, :stop]).astype(q.dtype))
         probabilities.append(p)
     return jnp.concatenate(outputs, 3), tuple(probabilities)
 
@@ -98,10 +88,10 @@ def _blocked_forward(q, k, v, docs_BT):
 def _blocked_backward(q, k, v, probabilities, do):
     """Returns (dq, dk, dv).
 
-    Of p = softmax(s) and o = p v: dp = do v^T, and ds = p * (dp - sum(p * dp)), since every
+    For p = softmax(s) and o = p v: dp = do v^T, and ds = p * (dp - sum(p * dp)), since every
     probability depends on every score through the normalisation.
     """
-    wide = _wide_dtype(q)
+    wide = wide_dtype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
     dq, dk, dv = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
     for (start, stop), p in zip(_block_bounds(q.shape[3]), probabilities, strict=True):
@@ -136,9 +126,9 @@ _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 def attention_blocked(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
 ) -> jax.Array:
-    """attention_reference in query blocks with its own backward: the CPU's route.
+    """Computes attention in query blocks, with a hand-written backward: the route of CPUs.
 
-    Saves the probabilities for the backward, in v's dtype: 5/8 of [B,H,T,T].
+    Saves the probabilities for the backward in v's dtype: 5/8 of [B,H,T,T].
     """
     B, T, H, K = q_BTHK.shape
     q = _group_heads(q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK.shape[2])
@@ -154,16 +144,16 @@ def attention_blocked(
 def attention_blocked_wide(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
 ) -> jax.Array:
-    """attention_blocked with float32 products, for processors without bf16 products."""
-    q, k, v = (x.astype(_wide_dtype(x)) for x in (q_BTHK, k_BTGK, v_BTGK))
+    """Runs attention_blocked in float32, for CPUs without bf16 products."""
+    q, k, v = (x.astype(wide_dtype(x.dtype)) for x in (q_BTHK, k_BTGK, v_BTGK))
     return attention_blocked(q, k, v, docs_BT).astype(q_BTHK.dtype)
 
 
 def attention_cudnn(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, docs_BT: jax.Array | None = None
 ) -> jax.Array:
-    """cuDNN's flash attention: half precision, no documents; never materialises [T,T]."""
-    assert docs_BT is None, "choose_routes takes another route with document masks"
+    """Runs cuDNN's flash attention, in half precision and without document masks."""
+    assert docs_BT is None, "choose_routes never selects cuDNN with document masks"
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn"
     )
@@ -185,15 +175,15 @@ def attend(
     docs_BT: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Runs the route's attention; its result is named "attention" for remat policies.
+    """Runs the route's attention and names the result "attention" for remat policies.
 
     Args:
-        mesh: where q, k and v lie, for the kernels; XLA's implementations need none.
+        mesh: mesh over which q, k and v are sharded; XLA's own implementations ignore it.
     """
-    if route.is_fused:  # names its result itself, and the log-sum-exp that belongs to it
+    if route.is_fused:  # the kernel names its result and its log-sum-exp itself
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT)
-    if route.implementation == "cudnn":  # saved as CUDNN_FORWARD; a name would save it twice
+    if route.implementation == "cudnn":  # remat saves CUDNN_FORWARD; a name would save it twice
         return fused.map_heads(attention, mesh)(q_BTHK, k_BTGK, v_BTGK)
     o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK)
     return checkpoint_name(o_BTHK, "attention")

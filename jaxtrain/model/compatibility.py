@@ -4,12 +4,12 @@ import math
 
 from jaxtrain.config.sections import ModelConfig
 
-# ModelConfig's fields that define the function of the weights; the others only how it is computed.
+# Fields that define which function the weights compute; the others affect only how.
 MODEL_FIELDS = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()
 
 
 def _same(ours, theirs) -> bool:
-    """Compares values; files written from float32 have 9.999999747378752e-06 for 1e-5."""
+    """Compares two values. Floats get a tolerance: float32 stores 1e-5 as 9.999999747378752e-06."""
     return ours == theirs or (type(ours) is float and math.isclose(ours, theirs, rel_tol=1e-6))
 
 
@@ -20,21 +20,20 @@ def check_same_model(
     otherwise: str,
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raises `error` if a ModelConfig gives the weights another function than `theirs`.
+    """Raises `error` if a config's model is not the one that the weights belong to.
 
     Args:
-        theirs: fields of the ModelConfig that the weights belong to; missing ones are not compared.
-        whose: names that model in the message.
+        theirs: ModelConfig fields of the weights' model; missing fields are not compared.
+        whose: names the weights' model in the message.
         otherwise: what the user can change instead of the model's flags.
     """
-    used = {"rope": "rope_theta", "learned": "positions"}
-    wrong = [
-        f"model.{field}={getattr(cfg, field)!r}, there {theirs[field]!r}"
-        for field in (*MODEL_FIELDS, used[cfg.position])
+    position_field = {"rope": "rope_theta", "learned": "positions"}[cfg.position]
+    differing = [
+        field
+        for field in (*MODEL_FIELDS, position_field)
         if field in theirs and not _same(getattr(cfg, field), theirs[field])
     ]
-    if wrong:
-        flags = " ".join(f"--{fault.split('=')[0]}" for fault in wrong)
-        raise error(
-            f"the model must be {whose}; got {'; '.join(wrong)}. Set {flags}, or {otherwise}."
-        )
+    if differing:
+        got = "; ".join(f"model.{f}={getattr(cfg, f)!r}, not {theirs[f]!r}" for f in differing)
+        flags = " ".join(f"--model.{field}" for field in differing)
+        raise error(f"the model must be {whose}; got {got}. Set {flags}, or {otherwise}.")

@@ -1,6 +1,6 @@
-"""Weight initialisation: each parameter's standard deviation, and how its numbers are drawn.
+"""Weight initialisation: each parameter's standard deviation, and how its values are drawn.
 
-A model starts with a loss of about ln V, the loss of a uniform guess.
+The first loss of a model is about ln V, the loss of a uniform guess.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from jaxtrain.model.trees import param_tree
 
 
 def small_std(cfg: ModelConfig) -> float:
-    """Returns the deviation of embeddings and of matrices that read the residual stream.
+    """Returns the standard deviation of embeddings and matrices that read the residual stream.
 
     Source: Nguyen & Salazar 2019, https://arxiv.org/abs/1910.05895 ("SmallInit").
     """
@@ -24,9 +24,9 @@ def small_std(cfg: ModelConfig) -> float:
 
 
 def residual_std(cfg: ModelConfig) -> float:
-    """Returns the deviation of matrices that write to the residual stream.
+    """Returns the standard deviation of matrices that write to the residual stream.
 
-    Divided by L, so that the sum of all layers stays of order 1.
+    It is divided by L, so that the sum of all layers stays of order 1.
 
     Source: Wang & Komatsuzaki 2021, as in GPT-NeoX-20B, https://arxiv.org/abs/2204.06745.
     """
@@ -34,24 +34,24 @@ def residual_std(cfg: ModelConfig) -> float:
 
 
 def embedding_std(cfg: ModelConfig) -> float:
-    """Returns small_std, or less where the head shares the embedding.
+    """Returns the standard deviation of embeddings: small_std, or less if the head is tied.
 
-    A tied head's logits have variance D * std**2, and the first loss is ln V plus half of it:
-    SmallInit's 0.4 would add 0.2 nats, this adds 0.03.
+    A tied head's logits have variance D * std**2, and half of it is added to the first loss: 0.2
+    nats with SmallInit, 0.03 with this one.
     """
     return 0.25 / cfg.D**0.5 if cfg.tied else small_std(cfg)
 
 
 def head_std(cfg: ModelConfig) -> float:
-    """Returns the deviation of an untied head: logits of standard deviation 1/sqrt(D)."""
+    """Returns the standard deviation of an untied head; its logits then have 1/sqrt(D)."""
     return 1 / cfg.D
 
 
 def build_init(state: nnx.State) -> Callable[[jax.Array], dict[str, Any]]:
     """Builds init(key) -> params from an abstract state whose Params carry `mean` and `std`.
 
-    Each leaf's random stream depends on its path only: adding a parameter, or another mesh, changes
-    no other parameter's numbers.
+    Each leaf's random stream depends only on its path, so that neither the mesh nor the existence
+    of other parameters changes its values.
     """
 
     def initializer(path, variable):

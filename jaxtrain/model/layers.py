@@ -1,8 +1,8 @@
-"""Flax modules of one transformer: parameter containers whose calls see one layer's slice.
+"""Flax modules of the transformer, which declare all layers' parameters and run one layer's.
 
-Each parameter is declared by its axes string and the standard deviation it starts from; shapes,
-initialisation, sharding, optimizer routing and export follow from those two. The ops that have
-several implementations are methods of LayerOps, which each call is given.
+Each parameter is declared by its axes string and its initial standard deviation; shapes,
+initialisation, sharding, optimizer routing and export follow from those two. Ops with several
+implementations are methods of LayerOps, which is passed to each call.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import ModelConfig
-from jaxtrain.model.dense import DENSE
+from jaxtrain.model.dense import DENSE, wide_dtype
 from jaxtrain.model.initialization import embedding_std, head_std, residual_std, small_std
 from jaxtrain.model.rope import RopeTables, rotate
 from jaxtrain.ops import fused
@@ -49,7 +49,7 @@ class Norm(nnx.Module):
             self.bias = param(cfg, axes)
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
-        x = x_XD.astype(jnp.promote_types(x_XD.dtype, jnp.float32))
+        x = x_XD.astype(wide_dtype(x_XD.dtype))
         if self.cfg.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.cfg.norm_eps)
@@ -67,17 +67,17 @@ class HeadNorm(nnx.Module):
         self.gain = param(cfg, "L|K", mean=1.0)
 
     def __call__(self, x_BTHK: jax.Array) -> jax.Array:
-        x = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
+        x = x_BTHK.astype(wide_dtype(x_BTHK.dtype))
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
         return (x * self.gain[...]).astype(x_BTHK.dtype)
 
 
 class LayerOps:
-    """A layer's ops, each by the implementation that its route names.
+    """A layer's ops, each with the implementation that its route names.
 
     Args:
         routes: from choose_routes.
-        mesh: rows lie over (replica, fsdp), heads over tensor; None is one device.
+        mesh: splits rows over (replica, fsdp) and heads over tensor; None means one device.
     """
 
     def __init__(self, cfg: ModelConfig, routes: dict[str, Route], mesh: Mesh | None = None):
@@ -88,9 +88,9 @@ class LayerOps:
             self.fused_add_norm = fused.build_add_norm(norm, cfg.norm, cfg.norm_eps, mesh)
         if qk_rope is not None and qk_rope.is_fused:
             self.fused_qk_rope = fused.build_qk_rope(qk_rope, cfg.norm_eps, mesh)
-        # On one GPU a joint product reads x once and sums its gradient inside: 5.5 % fewer bytes a
-        # step at 1.4B. On 8 with fsdp the collectives would take 15 % longer (jaxtrain.plan, jax
-        # 0.10.2).
+        # On one GPU a joint product reads x once and sums x's gradient inside the dot: 5.5 % fewer
+        # bytes a step at 1.4B. On 8 GPUs with fsdp the collectives would take 15 % longer
+        # (jaxtrain.plan, jax 0.10.2).
         self.joins_gate_and_up = dense.implementation == "plain" and not cfg.bias and mesh is None
 
     def add_norm(
@@ -106,9 +106,9 @@ class LayerOps:
     def norm_and_rotate(
         self, norm: HeadNorm | None, x_BTHK: jax.Array, rope: RopeTables | None
     ) -> jax.Array:
-        """Norms and rotates queries or keys, where the model does."""
+        """Normalises and rotates queries or keys, if the model has qk_norm and RoPE."""
         if self.fused_qk_rope is not None:
-            assert norm is not None and rope is not None, "the route exists for both together"
+            assert norm is not None and rope is not None, "the kernel does both"
             return self.fused_qk_rope(x_BTHK, norm.gain[...], *rope)
         x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
         return x_BTHK if rope is None else rotate(x_BTHK, *rope)
@@ -116,7 +116,7 @@ class LayerOps:
     def gate_and_up(
         self, gate: "Linear", up: "Linear", x_BTD: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes the two products of SwiGLU, each [B,T,F]. The weights stay two parameters."""
+        """Computes the two products of SwiGLU, each [B,T,F], with or without joining them."""
         if not self.joins_gate_and_up:
             return gate(x_BTD, self), up(x_BTD, self)
         w_DNF = jnp.stack([gate.w[...], up.w[...]], 1)
@@ -125,7 +125,7 @@ class LayerOps:
 
 
 class Linear(nnx.Module):
-    """[B,T,inputs] -> [B,T,outputs] with a matrix `w` and, with model.bias, a bias `b`."""
+    """A map [B,T,inputs] -> [B,T,outputs] with a matrix `w` and, with model.bias, a bias `b`."""
 
     def __init__(self, cfg: ModelConfig, axes: str, std: float):
         parsed = Axes.parse(axes)
@@ -151,24 +151,25 @@ def _look_up_embedding(
     dtype: DTypeLike,
     place: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Returns rows of a table in dtype, [B,T,D]; the table's gradient is summed in its own type.
+    """Returns each token's row of a table, [B,T,D] in dtype.
 
-    JAX's own gradient would add up a frequent token's gradients in bfloat16, and lose most of them.
+    The table's gradient is summed in the table's type. JAX's own would add up a frequent token's
+    gradients in bfloat16 and lose most of them.
 
     Args:
-        place: constrains the placement of the table in dtype, [V,D].
+        place: constrains the sharding of the table [V,D] after its cast to dtype.
     """
     return place(w_VD.astype(dtype))[tokens_BT]
 
 
 def _look_up_forward(w_VD, tokens_BT, dtype, place):
-    like_VD = jnp.zeros_like(w_VD)  # for its shape and type; never computed
-    return look_up_embedding(w_VD, tokens_BT, dtype, place), (like_VD, tokens_BT)
+    zeros_VD = jnp.zeros_like(w_VD)  # the backward adds to them; XLA creates them only there
+    return look_up_embedding(w_VD, tokens_BT, dtype, place), (zeros_VD, tokens_BT)
 
 
 def _look_up_backward(dtype, place, residuals, g_BTD):
-    like_VD, tokens_BT = residuals
-    return like_VD.at[tokens_BT].add(g_BTD.astype(like_VD.dtype)), None
+    zeros_VD, tokens_BT = residuals
+    return zeros_VD.at[tokens_BT].add(g_BTD.astype(zeros_VD.dtype)), None
 
 
 look_up_embedding = jax.custom_vjp(_look_up_embedding, nondiff_argnums=(2, 3))
@@ -176,7 +177,7 @@ look_up_embedding.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Attention(nnx.Module):
-    """Projections of queries, keys and values, attention, and the projection of its result."""
+    """Multi-head attention with its four projections."""
 
     def __init__(self, cfg: ModelConfig):
         self.q = Linear(cfg, "L|D->HK", small_std(cfg))
@@ -212,7 +213,7 @@ class Mlp(nnx.Module):
             gate, up = ops.gate_and_up(self.gate, self.up, x_BTD)
             return self.down(jax.nn.silu(gate) * up, ops)
         up = self.up(x_BTD, ops)
-        if self.form == "gelu":  # the tanh form, as GPT-2
+        if self.form == "gelu":  # the tanh approximation, as in GPT-2
             return self.down(jax.nn.gelu(up, approximate=True), ops)
         return self.down(jnp.square(jax.nn.relu(up)), ops)  # https://arxiv.org/abs/2109.08668
 
@@ -237,7 +238,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """All parameters; the forward pass over them is in transformer.py."""
+    """All parameters; transformer.py computes the forward pass."""
 
     def __init__(self, cfg: ModelConfig):
         self.embed = param(cfg, "V|D", embedding_std(cfg))

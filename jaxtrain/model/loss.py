@@ -2,9 +2,9 @@
 
 Logits are the largest activation of a small model: at V = 50,304 they have 65 times the entries of
 h at D = 768. So time is cut into chunks, and each chunk's logits exist only while its loss and,
-under differentiation, its gradients are computed. The gradients are made in the forward pass: the
-loss is the end of the network, so its cotangent is one number that can be multiplied in afterwards,
-and the backward need not compute the logits again.
+under differentiation, its gradients are computed. The gradients are computed in the forward pass,
+so that the backward need not compute the logits again: the loss is the network's last op, and its
+cotangent is one number by which the backward multiplies them.
 
 Bound: compute, 6*B*T*D*V FLOPs with gradients.
 """
@@ -20,21 +20,22 @@ from jax.typing import DTypeLike
 
 from jaxtrain.config.sections import LossConfig
 from jaxtrain.distributed.mesh import BATCH_AXES
+from jaxtrain.model.dense import wide_dtype
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 
-MIN_CHUNKS = 4  # so that even a small vocabulary never makes [B,T,V]
+MIN_CHUNKS = 4  # so that [B,T,V] never exists, even with a small vocabulary
 
 
 def chunk_steps(B: int, T: int, V: int, chunk_bytes: int) -> int:
-    """Returns the time steps of a chunk.
+    """Returns the number of time steps in a chunk.
 
-    They make at most chunk_bytes of float32 logits and at most T / MIN_CHUNKS steps, in as few
-    chunks as that takes, of even length: 2,048 in 25 are 82 steps and 2 of padding, where 83 would
-    pad 27, each of which costs what a token costs.
+    A chunk has at most chunk_bytes of float32 logits and at most T / MIN_CHUNKS steps. Within these
+    limits there are as few chunks as possible, of equal length: if 2,048 steps need 25 chunks, each
+    has 82, which pads 2. Chunks of 83 would pad 27, and padding costs as much as real steps.
     """
     most = max(1, min(chunk_bytes // (4 * B * V), -(-T // MIN_CHUNKS)))
-    return -(-T // -(-T // most))
+    return -(-T // -(-T // most))  # -(-a // b) rounds up
 
 
 def _split_time(x, steps):
@@ -45,7 +46,7 @@ def _split_time(x, steps):
 
 
 class _Vocabulary:
-    """Sums over the vocabulary, of which this device has V rows from `first` on."""
+    """Reductions over the whole vocabulary, of which this device has V rows from `first` on."""
 
     def __init__(self, axis, V):
         self.axis, self.V = axis, V
@@ -62,11 +63,11 @@ class _Vocabulary:
 
 
 class _PlainScores:
-    """A chunk's logits by XLA, and over this device's rows: their max, sum of exp and target's."""
+    """A chunk's logits, computed by XLA, with their max, sum of exp and target's on this device."""
 
     def __init__(self, h, w_VD, targets, vocabulary, softcap, keep):
         del keep  # the logits exist either way
-        wide = jnp.promote_types(h.dtype, jnp.float32)
+        wide = wide_dtype(h.dtype)
         self.logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide)
         if softcap:
             self.logits = softcap * jnp.tanh(self.logits / softcap)
@@ -80,7 +81,7 @@ class _PlainScores:
 
 
 class _FusedScores:
-    """The same from the kernel, which stores the logits only if `keep`."""
+    """_PlainScores, computed by the kernel, which stores the logits only if `keep`."""
 
     def __init__(self, h, w_VD, targets, vocabulary, softcap, keep, scores):
         targets_N = (targets - vocabulary.first).ravel()
@@ -96,16 +97,16 @@ class _FusedScores:
 def _local_loss(
     h_BTD, w_VD, targets_BT, weights_BT, *, scores, softcap, z_loss, chunk_bytes, axis, grads
 ):
-    """Returns weighted sums (objective, nats) of this device's rows; with grads also dw and dh."""
+    """Returns weighted sums (objective, nats) over this device's rows; with grads also dw, dh."""
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
-    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)  # losses and softmax in float32
+    wide = wide_dtype(h_BTD.dtype)  # for losses and softmax
     vocabulary = _Vocabulary(axis, V)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
 
     def add_chunk(carry, chunk):
         h, targets, weights = chunk
         local = scores(h, w_VD, targets, vocabulary, softcap, keep=grads)
-        # log-sum-exp over all devices' rows: sums of exp are rescaled to the global maximum.
+        # Log-sum-exp over all devices' rows: each sum of exp is rescaled to the global maximum.
         top = vocabulary.max(local.top)
         total = vocabulary.sum(local.total * jnp.exp(local.top - top))
         lse = top + jnp.log(total)
@@ -114,8 +115,8 @@ def _local_loss(
         sums = (carry[0] + nats + z_loss * (weights * lse**2).sum(), carry[1] + nats)
         if not grads:
             return sums, None
-        # d lse / d logits is the softmax p, so that of lse - target is p - onehot, and that of
-        # z_loss * lse^2 is 2 * z_loss * lse * p.
+        # The derivative of lse by the logits is the softmax p. So that of lse - target is
+        # p - onehot, and that of z_loss * lse^2 is 2 * z_loss * lse * p.
         p, onehot = local.softmax(top, total), vocabulary.onehot(targets, wide)
         d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
         if softcap:  # derivative of c * tanh(x / c), from its value
@@ -144,14 +145,14 @@ def build_loss(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Builds loss(h_BTD, w_VD, targets_BT, weights_BT) -> (objective, nats).
 
-    Both are weighted sums over tokens: weights that sum to one over the batch make them means.
-    `objective` adds z_loss * lse^2, and is the one to differentiate. w_VD is the float32 master; it
-    is used in `dtype`, and its gradient is float32.
+    Both are weighted sums over tokens, and means if the weights sum to one over the batch.
+    `objective` is nats plus z_loss * lse^2; differentiate it, as nats has no gradient. w_VD is the
+    float32 master weight; it is cast to `dtype`, and its gradient is float32.
 
     Args:
         softcap: c in c*tanh(logits/c), or 0.
-        mesh: rows of h lie over (replica, fsdp) and, where it divides V, w over tensor.
-        route: the head's, from jaxtrain.ops.routes.choose_routes; None is XLA.
+        mesh: splits rows of h over (replica, fsdp) and, if tensor divides V, w over tensor.
+        route: the head's, from jaxtrain.ops.routes.choose_routes; None means XLA.
     """
     scores = _PlainScores
     if route is not None and route.is_fused:
@@ -169,7 +170,7 @@ def build_loss(
 
         def on_device(*args):
             out = _local_loss(*args, **options, axis="tensor" if split else None, grads=grads)
-            # Losses and dw are sums over the batch's shards; dh stays with its rows.
+            # Losses and dw are summed over the batch's shards; dh stays with its rows.
             return tuple(jax.lax.psum(x, BATCH_AXES) for x in out[:3]) + out[3:]
 
         return jax.shard_map(
@@ -190,7 +191,7 @@ def build_loss(
 
     def backward(residuals, cotangents):
         dh, dw = residuals
-        g = cotangents[0]  # nats is a report of the same sum, never differentiated
+        g = cotangents[0]  # nats is only reported, never differentiated
         return (dh * g).astype(dh.dtype), dw * g, None, None
 
     loss.defvjp(forward, backward)

@@ -12,7 +12,7 @@ RopeTables = tuple[jax.Array, jax.Array]  # cos_TK and sin_TK, of at least float
 
 
 def rope_tables(cfg: ModelConfig, positions_T: jax.Array) -> RopeTables:
-    """Computes the cosines and sines of integer positions."""
+    """Computes the cosines and sines of the rotation angles of integer positions."""
     dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
     wavelength_K = cfg.rope_theta ** (jnp.arange(0, cfg.K, 2, dtype=dtype) / cfg.K)
     angle_TK = positions_T[:, None].astype(dtype) / wavelength_K
@@ -23,7 +23,7 @@ def rope_tables(cfg: ModelConfig, positions_T: jax.Array) -> RopeTables:
 def rotate(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
     """Rotates queries or keys by their position.
 
-    Entry i is paired with entry i + K/2, the layout of Hugging Face's Llama.
+    Entry i is paired with entry i + K/2, as in Hugging Face's Llama.
     """
     x = x_BTHK.astype(cos_TK.dtype)
     first, second = jnp.split(x, 2, axis=-1)

@@ -1,7 +1,7 @@
-"""build_model: turns a ModelConfig into plain functions over a plain dict of arrays.
+"""Turns a ModelConfig into plain functions over a plain dict of arrays.
 
-Flax is used up to here. Layers are stacked on L and run under lax.scan; matrices are cast to the
-compute type before it, so that gathers under fsdp move half the bytes.
+Flax is used in this folder only. Layers are stacked on L and run under lax.scan; matrices are cast
+to the compute type before the scan, so that gathers under fsdp move half the bytes.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config.sections import ModelConfig
 from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
 from jaxtrain.model.attention import CUDNN_FORWARD, attend, attend_cached
+from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
 from jaxtrain.model.rope import rope_tables
@@ -29,7 +30,7 @@ _named = policies.save_only_these_names("attention", "attention_lse")
 
 
 def _is_cudnn(primitive, *_, **__):
-    """Saves cuDNN's result: its log-sum-exp has no name, and backward would rerun the forward."""
+    """Returns whether a primitive is cuDNN's attention, whose log-sum-exp has no name to save."""
     return primitive.name == CUDNN_FORWARD
 
 
@@ -42,15 +43,15 @@ REMAT = {
 
 
 class Model(NamedTuple):
-    """A transformer as functions. `params` is a nested dict of arrays, `axes` its twin of Axes."""
+    """A transformer as functions of `params`, a nested dict of arrays with the keys of `axes`."""
 
     axes: AxesTree
     shapes: ArrayTree  # ShapeDtypeStructs
     init: Callable  # key -> params
     apply: Callable  # (params, tokens_BT, docs_BT=None) -> hidden_BTD
-    hidden_states: Callable  # as apply -> (each layer's input, then the last output, hidden_BTD)
-    logits: Callable  # (params, hidden_BTD) -> float32 [B,T,V]; to sample, never in training
-    init_cache: Callable  # (B, S) -> room for S keys and values a layer
+    hidden_states: Callable  # (params, tokens_BT, docs_BT=None) -> ([L+1,B,T,D], hidden_BTD)
+    logits: Callable  # (params, hidden_BTD) -> float32 [B,T,V]; for sampling, never in training
+    init_cache: Callable  # (B, S) -> empty cache for S keys and values in each layer
     extend: Callable  # (params, cache, tokens_BT, start) -> (hidden_BTD, cache)
 
 
@@ -66,7 +67,7 @@ class _Network:
         self.cfg, self.routes, self.document_mask = cfg, routes, document_mask
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.dtype = jnp.dtype(cfg.dtype)
-        self.wide = jnp.promote_types(self.dtype, jnp.float32)
+        self.wide = wide_dtype(self.dtype)
         self.ops = LayerOps(cfg, routes, self.mesh)
         abstract = nnx.eval_shape(lambda: Transformer(cfg))
         self.state = nnx.split(abstract, nnx.Param)[1]
@@ -76,7 +77,7 @@ class _Network:
         self.norm_def = nnx.split(abstract.final_norm, nnx.Param)[0]
 
     def constrain(self, x, spec):
-        """Constrains the sharding of an array on a mesh; on one device returns it."""
+        """Constrains the sharding of an array; on one device returns it unchanged."""
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
@@ -84,7 +85,7 @@ class _Network:
     def gather(self, layer):
         """Gathers one layer's weights over fsdp for use; they stay split over tensor.
 
-        The constraint is inside the scan's body. Outside it all layers would be gathered at once.
+        The constraint is inside the scan's body: outside it all layers would be gathered at once.
         """
         mesh = self.mesh
         if mesh is None:
@@ -92,27 +93,27 @@ class _Network:
 
         def gather_leaf(leaf_axes, stacked, w):
             spec = param_spec(leaf_axes, stacked.shape, mesh, over=("tensor",))
-            return self.constrain(w, P(*spec[1:]))  # without the stack's dim
+            return self.constrain(w, P(*spec[1:]))  # without the dim L
 
         return jax.tree.map(gather_leaf, self.axes["blocks"], self.shapes["blocks"], layer)
 
     def layer_weights(self, params):
-        """Returns all layers' weights: matrices in the compute type, vectors wide for the norms."""
+        """Returns all layers' weights with matrices in the compute type; vectors stay wide."""
         cast = lambda axes, w: w.astype(self.dtype) if axes.is_matrix else w
         return jax.tree.map(cast, self.axes["blocks"], params["blocks"])
 
     def embed(self, params, tokens_BT, start):
-        """Returns (h_BTD, rope tables or None) of tokens at positions start, start + 1, ..."""
+        """Returns (h_BTD, RoPE tables or None) for tokens at positions start, start + 1, ..."""
         gather = lambda w_VD: self.constrain(w_VD, P())  # a look-up needs all rows
         h_BTD = look_up_embedding(params["embed"], tokens_BT, self.dtype, gather)
         positions_T = start + jnp.arange(tokens_BT.shape[1])
-        if self.cfg.position == "learned":  # summed wide, so that it is rounded once
+        if self.cfg.position == "learned":  # summed in float32, so that it is rounded once
             h_BTD = h_BTD.astype(self.wide) + params["positions"][positions_T]
             return self.constrain(h_BTD.astype(self.dtype), P(BATCH_AXES)), None
         return self.constrain(h_BTD, P(BATCH_AXES)), rope_tables(self.cfg, positions_T)
 
     def block(self, h_BTD, layer, rope, attend_layer):
-        """Runs one layer; returns (h_BTD, the extra result of attend_layer)."""
+        """Runs one layer; returns (h_BTD, attend_layer's extra result)."""
         block = nnx.merge(self.block_def, self.gather(layer))
         h_BTD, extra = block(h_BTD, self.ops, rope, attend_layer)
         return self.constrain(h_BTD, P(BATCH_AXES)), extra
@@ -121,7 +122,7 @@ class _Network:
         return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)
 
     def scan_layers(self, params, tokens_BT, docs_BT, collect):
-        """Returns (the first layer's input, the last one's output, collect(each one's output))."""
+        """Returns (first layer's input, last layer's output, collect(h_BTD) of each layer)."""
         first_BTD, rope = self.embed(params, tokens_BT, 0)
         attention = self.routes["attention"]
         docs_BT = docs_BT if self.document_mask else None
@@ -144,14 +145,14 @@ class _Network:
         return self.final_norm(params, last_BTD)
 
     def hidden_states(self, params, tokens_BT, docs_BT=None):
-        """Returns ([L+1,B,T,D]: each layer's input, then the last one's output; hidden_BTD)."""
+        """Returns (each layer's input and the last layer's output [L+1,B,T,D], hidden_BTD)."""
         first_BTD, last_BTD, each_LBTD = self.scan_layers(
             params, tokens_BT, docs_BT, lambda h_BTD: h_BTD
         )
         return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
 
     def extend(self, params, cache, tokens_BT, start):
-        """Runs tokens at position start, with the keys and values before them from the cache."""
+        """Runs tokens from position `start` on; the cache has all earlier keys and values."""
         h_BTD, rope = self.embed(params, tokens_BT, start)
 
         def body(h_BTD, layer_and_cache):
@@ -175,7 +176,7 @@ class _Network:
 
 
 def head_weights(params: dict[str, Any]) -> jax.Array:
-    """Returns the head's master weights [V,D]: its own, or the embedding that it shares."""
+    """Returns the head's master weights [V,D], which are the embedding if the head is tied."""
     return params["head"] if "head" in params else params["embed"]
 
 
@@ -185,12 +186,12 @@ def build_model(
     mesh: Mesh | None = None,
     document_mask: bool = False,
 ) -> Model:
-    """Builds a model with the implementations that `routes` names; makes no array.
+    """Builds a model with the implementations that `routes` names; creates no arrays.
 
     Args:
         routes: from jaxtrain.ops.routes.choose_routes.
-        mesh: where params lie; None is one device.
-        document_mask: a token attends to its own document only, as `docs_BT` numbers them.
+        mesh: mesh over which params are split; None means one device.
+        document_mask: a token attends only to its own document; docs_BT numbers the documents.
     """
     network = _Network(cfg, routes, mesh, document_mask)
     return Model(

@@ -1,4 +1,4 @@
-"""Parameter trees: nested dicts of arrays, with a twin of the same shape that has their Axes."""
+"""Parameter trees: nested dicts of arrays, and dicts of the same structure with their Axes."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def param_tree(state: nnx.State, leaf: Callable[[tuple, nnx.Variable], Any]) -> dict[str, Any]:
-    """Returns leaf(path, variable) of each Param of an nnx state, as a plain nested dict."""
+    """Returns leaf(path, variable) for each Param of an nnx state, as a plain nested dict."""
     tree: dict[Any, Any] = {}
     for path, variable in nnx.to_flat_state(state):
         node = tree

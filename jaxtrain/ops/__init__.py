@@ -1,1 +1,1 @@
-"""Which implementation of each op runs on this chip, and why."""
+"""The choice of each op's implementation on the current chip."""

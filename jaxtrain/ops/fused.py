@@ -1,7 +1,7 @@
 """Builds fused kernels that run on each device's part of the arrays.
 
-Only this module calls pallas_kernels' kernels. It imports Pallas when a kernel is built: the import
-takes 0.1 s of a start.
+Only this module calls the kernels of pallas_kernels. It imports Pallas only when a kernel is built,
+because the import adds 0.1 s to a start.
 """
 
 from collections.abc import Callable
@@ -26,22 +26,22 @@ ROWS, HEADS = P(BATCH_AXES), P(BATCH_AXES, None, "tensor")  # layouts of [B,...]
 
 def missing_kernels(routes: dict[str, Route], compiled: jax.stages.Compiled) -> list[str]:
     """Returns the ops whose route is a kernel that a compiled program does not contain."""
-    compiled_ops = [
+    expected_ops = [
         op
         for op, route in routes.items()
         if op in KERNELS and route.is_fused and not route.is_interpreted
     ]
-    if not compiled_ops:
+    if not expected_ops:
         return []
     text = compiled.as_text() or ""
-    return [op for op in compiled_ops if KERNELS[op] not in text]
+    return [op for op in expected_ops if KERNELS[op] not in text]
 
 
 def _shard_map(function, mesh, in_specs, out_specs):
-    """Maps function over the devices of a mesh; on one device returns it."""
+    """Maps function over the devices of a mesh; on one device returns it unchanged."""
     if mesh is None or mesh.size == 1:
         return function
-    # The check of replication does not know Pallas calls.
+    # shard_map's replication check does not support Pallas calls.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -51,7 +51,7 @@ def build_attention(route: Route, mesh: Mesh | None = None) -> Callable:
     """Builds attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None) -> o_BTHK.
 
     Args:
-        mesh: rows lie over (replica, fsdp), heads over tensor; None is one device.
+        mesh: splits rows over (replica, fsdp) and heads over tensor; None means one device.
     """
     from pallas_kernels.flash_attention import flash_attention
 
@@ -70,8 +70,8 @@ def build_attention(route: Route, mesh: Mesh | None = None) -> Callable:
 def map_heads(function: Callable, mesh: Mesh | None = None) -> Callable:
     """Maps function(q_BTHK, k_BTGK, v_BTGK) over each device's rows and heads.
 
-    cuDNN's call needs it too: outside of a shard_map JAX gives it a partitioner of its own, whose
-    address in this process becomes part of the program, and the compile cache never finds it again.
+    cuDNN's attention needs it too. Outside shard_map JAX adds a partitioner to the call, whose
+    memory address becomes part of the program, so that the compile cache would never hit.
     """
     return _shard_map(function, mesh, (HEADS, HEADS, HEADS), HEADS)
 
@@ -91,7 +91,7 @@ def build_add_norm(route: Route, form: str, eps: float, mesh: Mesh | None = None
 
 
 def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callable:
-    """Builds qk_rope(x_BTHK, gain_K, cos_TK, sin_TK): queries or keys, normed and rotated."""
+    """Builds qk_rope(x_BTHK, gain_K, cos_TK, sin_TK), which normalises and rotates x."""
     from pallas_kernels.qk_rope import qk_rope
 
     def on_device(x, gain, cos, sin):
@@ -103,7 +103,7 @@ def build_qk_rope(route: Route, eps: float, mesh: Mesh | None = None) -> Callabl
 def build_scores(route: Route) -> Callable:
     """Builds scores(h_ND, w_VD, targets_N, softcap, keep) -> head_scores.Scores.
 
-    It computes one device's rows: call it inside shard_map.
+    Call it inside shard_map: it computes one device's rows.
     """
     from pallas_kernels.head_scores import head_scores
 
@@ -115,9 +115,9 @@ def build_scores(route: Route) -> Callable:
 
 
 def build_square(route: Route) -> Callable:
-    """Builds square(x_XMN, y_XMN=None, c_XMM=None, scales=(1, 0)), as pallas_kernels.symmetric.
+    """Builds square(x_XMN, y_XMN=None, c_XMM=None, scales=(1, 0)); see pallas_kernels.symmetric.
 
-    It computes one device's matrices: call it inside shard_map.
+    Call it inside shard_map: it computes one device's matrices.
     """
     from pallas_kernels.symmetric import symmetric
 

@@ -1,7 +1,7 @@
 """Chooses which implementation of each op runs, and records why.
 
-The routes are stored with the run; a start prints the unusual ones. What a fused kernel needs of
-the chip and the mesh is checked here; fused.py calls the kernels.
+The routes are stored with the run, and its start prints the unusual ones. This module checks
+whether chip, mesh and model suit a fused kernel; fused.py calls the kernels.
 """
 
 import functools
@@ -19,19 +19,19 @@ from pallas_kernels.tiles import TILES, default_tiles
 
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
-REQUESTED = "requested by"  # begins the reason of a route that a flag selects
-UNROLLED_LAYERS = 12  # on CPU; past it compile time and memory grow more than the step shrinks
+REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
+UNROLLED_LAYERS = 12  # most on CPU; more cost more compile time and memory than the step gains
 
 
 @dataclass(frozen=True)
 class Route:
-    """One op's implementation; `fallback` marks a slower one than the chip could have had."""
+    """One op's implementation; `fallback` marks one that is slower than the chip's best."""
 
     op: str
     implementation: str
     reason: str
     fallback: bool = False
-    tiles: Any = None  # a fused kernel's tile sizes, in the form that it takes
+    tiles: Any = None  # a fused kernel's tile sizes, in the kernel's own format
 
     @property
     def is_fused(self) -> bool:
@@ -43,7 +43,7 @@ class Route:
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is what this platform takes by default, at full speed."""
+        """Returns whether this is the platform's default, at full speed."""
         wide = self.implementation in ("blocked_wide", "cpu_wide")
         return not (self.fallback or self.is_fused or wide or REQUESTED in self.reason)
 
@@ -54,30 +54,30 @@ class Route:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Returns the words of this host's /proc/cpuinfo; none if it is not Linux."""
+    """Returns the words of this host's /proc/cpuinfo; the empty set if it is not Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Returns whether this host's processor has bf16 products (AVX512-BF16, AMX or Arm's BF16)."""
-    if not cpu_flags():  # not Linux: Apple's processors since M2 have them
+    """Returns whether this host's CPU multiplies bf16 (with AVX512-BF16, AMX or Arm's BF16)."""
+    if not cpu_flags():  # not Linux: Apple's processors do so since the M2
         return host.machine() == "arm64"
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def gpu_architecture(device: Device) -> str:
-    """Returns a GPU's architecture, such as "sm_86"; "" for another device."""
+    """Returns a GPU's architecture, such as "sm_86"; "" for other devices."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{str(capability).replace('.', '')}" if capability else ""
 
 
 def chip_name(device: Device) -> str:
-    """Returns a device's name in the chip table; "" if it is not there."""
+    """Returns a device's name in the chip table; "" if it has none."""
     return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
 
 
-# op -> the sizes that select a measurement of its kernel
+# op -> the sizes for which its kernel was measured
 SHAPES = {
     "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
     "norm": lambda model, seq_len: (model.D,),
@@ -85,7 +85,7 @@ SHAPES = {
     "head": lambda model, seq_len: (model.D, model.V),
     "square": lambda model, seq_len: (model.D,),
 }
-PREFIX = {"attention": "flash"}  # begins a fused implementation's name; default "fused"
+PREFIX = {"attention": "flash"}  # op -> first word of its fused implementation; default "fused"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _KernelRoutes:
         return ""
 
     def requesting_flag(self, op: str) -> str:
-        """Returns the flag that requests op's kernel whatever was measured; "" if none does."""
+        """Returns the flag that requests op's kernel however slow it is; "" if none does."""
         if op == "attention" and self.model.attention == "flash":
             return "model.attention=flash"
         if self.kernels.interpret:
@@ -127,7 +127,7 @@ class _KernelRoutes:
         return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
 
     def fused(self, op: str) -> Route | None:
-        """Returns the route to op's kernel; None if XLA's implementation is to be taken."""
+        """Returns the route to op's kernel; None if XLA's implementation should run."""
         flag, obstacle = self.requesting_flag(op), self.obstacle(op)
         if flag and obstacle:
             raise ValueError(
@@ -137,7 +137,7 @@ class _KernelRoutes:
             )
         name = PREFIX.get(op, "fused")
         if self.kernels.interpret:
-            reason = "kernels.interpret: op by op, for tests"
+            reason = "kernels.interpret: interpreted, for tests"
             return Route(op, f"{name}:interpret", reason, tiles=default_tiles(op, "sm_86"))
         other_attention = op == "attention" and self.model.attention not in ("auto", "flash")
         if obstacle or (other_attention and not flag):
@@ -149,7 +149,7 @@ class _KernelRoutes:
         return Route(op, f"{name}:{self.arch}", reason, tiles=choice.tiles)
 
     def fused_or_plain(self, op: str) -> Route:
-        """Returns the route to op's kernel, or to XLA with the reason why not the kernel."""
+        """Returns the route to op's kernel, or to XLA with the reason that rules out the kernel."""
         route = self.fused(op)
         if route is None:
             reason = self.obstacle(op) or self.measured(op).reason
@@ -158,13 +158,13 @@ class _KernelRoutes:
 
 
 def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
-    """Returns why cuDNN's attention cannot run, or "". JAX would fail only when it compiles."""
+    """Returns why cuDNN's attention cannot run; "" if it can. JAX fails only when it compiles."""
     if platform != "gpu":
         return f"it needs a GPU; got platform={platform}"
     if model.dtype != "bfloat16":
         return f"it has bfloat16 products only; got model.dtype={model.dtype}"
     if document_mask:
-        return "its route has no documents; got data.document_mask=true"
+        return "its route has no document mask; got data.document_mask=true"
     capability = arch.removeprefix("sm_")
     widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
     if model.K > widest or model.K % 8:
@@ -179,19 +179,19 @@ def _attention(model, document_mask, platform, arch, tensor) -> Route:
     obstacle = _cudnn_obstacle(model, document_mask, platform, arch, tensor)
     if model.attention == "cudnn" and obstacle:
         raise ValueError(
-            f"model.attention=cudnn must be a route that can run: {obstacle}. "
+            f"model.attention=cudnn must be able to run, but {obstacle}. "
             "Set --model.attention=auto."
         )
     if model.attention != "auto":
         return Route("attention", model.attention, f"{REQUESTED} model.attention")
     if platform != "gpu":
-        reason = f"{platform}: query blocks over their prefix, own backward"
+        reason = f"{platform}: query blocks without masked keys, hand-written backward"
         if platform == "cpu" and not cpu_multiplies_bf16() and model.dtype == "bfloat16":
             return Route("attention", "blocked_wide", f"{reason}, float32 products")
         return Route("attention", "blocked", reason)
     if obstacle:
         return Route("attention", "reference", f"cuDNN's cannot run: {obstacle}", fallback=True)
-    return Route("attention", "cudnn", "gpu: flash attention, nothing of size [T,T]")
+    return Route("attention", "cudnn", "gpu: flash attention, never materialises [T,T]")
 
 
 def _dense(model, platform) -> Route:
@@ -209,7 +209,7 @@ def _layers(model, platform, chip) -> Route:
     if platform == "cpu" and model.L <= UNROLLED_LAYERS:
         return Route("layers", f"unroll={model.L}", "cpu: a rolled scan costs 8-28 % of the step")
     unroll = tuning.hint(chip, "unroll", 1)
-    reason = f"{platform}: a scan, its unroll from jaxtrain.ops.tuning"
+    reason = f"{platform}: a scan, with the unroll factor of jaxtrain.ops.tuning"
     return Route("layers", f"unroll={unroll}", reason)
 
 
@@ -229,15 +229,15 @@ def choose_routes(
     """Returns the route of every op on a platform, "cpu" or "gpu".
 
     Args:
-        strict: a fallback is an error.
+        strict: raise if a route is a fallback.
         arch: from gpu_architecture.
         chip: from chip_name.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
-        wants_gpu: a CPU is a fallback.
+        wants_gpu: the CPU counts as a fallback.
 
     Raises:
-        ValueError: the platform cannot serve what the config requests, or strict and a fallback.
+        ValueError: a route that the config requests cannot run, or `strict` forbids a fallback.
     """
     kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
     routes = {
@@ -252,7 +252,7 @@ def choose_routes(
     if model.qk_norm and model.position == "rope":
         routes["qk_rope"] = kernel_routes.fused_or_plain("qk_rope")
     if wants_gpu and platform == "cpu":
-        reason = "JAX has a CUDA plugin and found no GPU; JAX_PLATFORMS=cpu allows that"
+        reason = "JAX has a CUDA plugin but found no GPU; JAX_PLATFORMS=cpu allows that"
         routes = {"device": Route("device", platform, reason, fallback=True)} | routes
     fallbacks = [str(route) for route in routes.values() if route.fallback]
     if strict and fallbacks:
@@ -263,7 +263,7 @@ def choose_routes(
 
 
 def describe_routes(routes: dict[str, Route]) -> Iterator[tuple[str, str]]:
-    """Yields (name, text): each fallback, kernel and requested route, then a line for the rest."""
+    """Yields (label, text): each fallback, kernel and requested route, then one for all others."""
     for route in routes.values():
         if route.fallback:
             yield "FALLBACK", f"{route.op:<10} {route.implementation:<10} {route.reason}"

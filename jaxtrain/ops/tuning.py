@@ -1,9 +1,9 @@
-"""Settings tuned for each chip: XLA options and defaults of the config, each with its evidence.
+"""XLA options and config defaults tuned for each chip, each with its evidence.
 
 An option whose benefit neither a card nor the compiler has shown is `assumed`: it is not applied,
-but listed so that `python -m jaxtrain.bench --suite=gpu` tries it at the smallest size when time is
-left. Kernels' tiles are in pallas_kernels/tuned/, where a card's bench writes them. JAX stores
-XLA's own GEMM autotuning in a folder of the compile cache.
+but listed so that `python -m jaxtrain.bench --suite=gpu` tries it at the smallest size if time is
+left. Tile sizes are in pallas_kernels/tuned/, written by the benchmark on a card. JAX stores the
+results of XLA's own GEMM autotuning in a folder of the compile cache.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax
 
 HINTS = ("micro_batch_tokens", "unroll")
 EVIDENCE = ("measured", "offline", "assumed")
-AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # also the folder's name in the compile cache
+AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # an XLA cache, and its folder's name
 
 
 class TuningChoice(NamedTuple):
@@ -43,13 +43,13 @@ _OPTIONS = (
         "xla_gpu_enable_triton_gemm",
         False,
         "assumed",
-        "cuBLAS only; XLA's autotuner already takes the faster of both",
+        "cuBLAS only; XLA's autotuner already chooses the faster of the two",
     ),
     TuningChoice(
         "xla_gpu_graph_min_graph_size",
         1,
         "assumed",
-        "makes command buffers of short sequences of kernels too: less host time",
+        "uses command buffers for short sequences of kernels too, which saves host time",
     ),
 )
 _PLAN = "bound of gpt_124m by jaxtrain.plan, 2026-11-25: "
@@ -88,7 +88,7 @@ def compiler_options(chip: str) -> dict[str, bool | int]:
 
 
 def describe_tuning(platform: str, chip: str) -> list[str]:
-    """Returns lines for the start of a run: each option, and where GEMM tunings are stored."""
+    """Returns lines to print at the start of a run: each option, and where GEMM tunings are."""
     if platform != "gpu":
         return []
     options = [c for c in choices_for(chip) if c.is_option]

@@ -7,10 +7,10 @@ Entry = TypeVar("Entry")
 
 
 def select_option(table: Mapping[str, Entry], name: str, flag: str) -> Entry:
-    """Returns the table's entry.
+    """Returns the table's entry of that name.
 
     Raises:
-        ValueError: no such entry; the message lists them.
+        ValueError: there is no such entry; the message lists all names.
     """
     if name not in table:
         raise ValueError(f"{flag} must be one of {', '.join(table)}; got {name!r}. Set --{flag}.")

@@ -1,9 +1,10 @@
 """Wrappers that accelerate any optimizer by taking gradients ahead of its iterate.
 
-Two sequences of weights then exist. The run's parameters are the query point, where gradients are
-taken. The iterate is where the wrapped optimizer stands: evaluation, sampling and export use it, by
-`eval_params(opt_state, params)`. A wrapper stores only their difference. At strength 0 the two
-coincide, and both wrappers are the inner optimizer.
+There are then two sets of weights. The run's parameters are the query point, where gradients are
+taken. The iterate is what the optimizer has reached: evaluation, sampling and export use it,
+through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two. At
+strength 0 they coincide, and both wrappers equal the inner optimizer. A good step is one with
+finite gradients.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtrain.model.trees import ArrayTree, AxesTree
 from jaxtrain.optim.muon import muon
 
-Strength = float | Callable[[jax.Array], jax.Array]  # a number, or a schedule of the good steps
+Strength = float | Callable[[jax.Array], jax.Array]  # a number, or a function of the good steps
 
 
 class TransportState(NamedTuple):
@@ -26,7 +27,7 @@ class TransportState(NamedTuple):
     offset: optax.Updates  # query point minus iterate, like params
 
     def query_offset(self) -> optax.Updates:
-        """Returns query point minus iterate."""
+        """Returns the query point minus the iterate."""
         return self.offset
 
 
@@ -34,10 +35,10 @@ class LookaheadState(NamedTuple):
     count: jax.Array  # int32 [], good steps
     inner: Any
     displacement: optax.Updates  # averaged step of the iterate, like params
-    reach: jax.Array  # float32 [], displacements by which the query point is ahead
+    reach: jax.Array  # float32 [], the query point is ahead by reach * displacement
 
     def query_offset(self) -> optax.Updates:
-        """Returns query point minus iterate."""
+        """Returns the query point minus the iterate."""
         return jax.tree.map(lambda d: self.reach.astype(d.dtype) * d, self.displacement)
 
 
@@ -53,7 +54,7 @@ def _as_schedule(strength):
 
 
 def _subtract(params, offset):
-    """Computes params - offset; leaves of groups that the wrapper does not step are unchanged."""
+    """Computes params - offset; leaves that the wrapper does not step are unchanged."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     difference = lambda o, p: p if is_masked(o) else p - o.astype(p.dtype)
     return jax.tree.map(difference, offset, params, is_leaf=is_masked)
@@ -65,21 +66,21 @@ def gradient_transport(
     strength: Strength,
     buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes each gradient where it corrects the age of the gradients already in the momentum.
+    """Takes gradients ahead of the iterate, to make up for the age of those in the momentum.
 
-    Momentum averages gradients of earlier iterates, on average momentum / (1 - momentum) steps
-    old. A gradient taken that many steps ahead of the iterate cancels the lag to first order. The
-    query point is ahead by strength * momentum / (1 - momentum) of the last step, so strength 1 is
-    the theory's. It costs one gradient a step and one buffer.
+    Momentum averages gradients of earlier iterates, which are momentum / (1 - momentum) steps old
+    on average. A gradient taken that many steps ahead of the iterate cancels the lag to first
+    order. The query point is ahead by the last step times strength * momentum / (1 - momentum);
+    the theory has strength 1. The cost is one buffer; a step still takes one gradient.
 
     Source: Cutkosky & Mehta 2020, https://arxiv.org/abs/2002.03305; for arbitrary norms
     https://arxiv.org/abs/2106.14343.
 
     Args:
         inner: a complete optimizer, rate and decay included; its params are the iterate.
-        momentum: of the inner average, in [0, 1).
+        momentum: decay of the inner optimizer's average, in [0, 1).
         strength: in [0, 1].
-        buffer_dtype: of the buffer; None is the parameter's.
+        buffer_dtype: type of the buffer; None means the parameter's.
 
     Raises:
         ValueError: momentum is outside [0, 1), or strength is negative.
@@ -115,18 +116,18 @@ def ema_lookahead(
     decay: float = 0.99,
     buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Nesterov's look-ahead along an exponential average of the iterate's steps.
+    """Applies Nesterov's look-ahead along an exponential average of the iterate's steps.
 
-    Slow drift is multiplied by up to 1 / (1 - strength), noise is not. It helps between warm-up
-    and the rate's decay only: pass a schedule that is zero elsewhere.
+    Slow drift is amplified by up to 1 / (1 - strength), noise is not. This helps only between
+    warm-up and the decay of the rate: pass a schedule that is zero elsewhere.
 
     Source: Yau et al. 2026, https://arxiv.org/abs/2605.25395
 
     Args:
         inner: a complete optimizer, rate and decay included; it steps from the query point.
         strength: in [0, 1).
-        decay: of the averaged step, in [0, 1).
-        buffer_dtype: of the average; None is the parameter's.
+        decay: decay of the averaged step, in [0, 1).
+        buffer_dtype: type of the average; None means the parameter's.
 
     Raises:
         ValueError: decay or strength is outside [0, 1).
@@ -150,7 +151,7 @@ def ema_lookahead(
         reach = jnp.where(good, schedule(count), state.reach).astype(jnp.float32)
 
         def averaged(u, mean):
-            # The new iterate is the old query point plus the step, so it moved by both.
+            # The new iterate is the old query point plus the step, so it moved by offset and step.
             moved = u + state.reach.astype(u.dtype) * mean.astype(u.dtype)
             new = decay * mean.astype(u.dtype) + (1 - decay) * moved
             return jnp.where(good, new.astype(mean.dtype), mean)
@@ -171,12 +172,12 @@ def accelerated_lmo(
     strength: Strength = 0.25,
     **options,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon with transported gradients, as a complete optimizer that needs no config.
+    """Builds Muon with gradient transport, a complete optimizer that needs no config.
 
-    Transport takes the place of Nesterov's mixing. Evaluate at `eval_params(opt_state, params)`.
+    Transport replaces Nesterov's momentum. Evaluate at `eval_params(opt_state, params)`.
 
     Args:
-        options: of `muon`.
+        options: further arguments of `muon`.
     """
     options |= {"momentum": momentum, "nesterov": False}
     inner = muon(axes, learning_rate, weight_decay, **options)
@@ -191,7 +192,7 @@ def _check(decay, strength, flag):
 
 
 def describe_evaluated_weights(opt_state: optax.OptState) -> str:
-    """Names the weights that eval_params returns."""
+    """Describes the weights that eval_params returns."""
     ahead = any(map(_is_wrapper, jax.tree.leaves(opt_state, is_leaf=_is_wrapper)))
     return "the iterate, not the look-ahead point" if ahead else "the parameters"
 

@@ -1,4 +1,4 @@
-"""build_optimizer: noise, clipping, then each group's direction, rate, decay and acceleration."""
+"""Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
 from jaxtrain.optim.schedule import build_schedule
 
-LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop, of the run; source: as ema_lookahead's
+LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
 
 def _muon(cfg, axes, mesh, square):
@@ -35,7 +35,7 @@ def _normuon(cfg, axes, mesh, square):
 
 
 def _accelerated_lmo(cfg, axes, mesh, square):
-    # Transport moves the query point along the momentum already, as Nesterov's mixing would.
+    # Transport already moves the query point along the momentum, as Nesterov's momentum would.
     nesterov = cfg.nesterov and cfg.acceleration == "ema_lookahead"
     return build_muon(cfg, axes, mesh, square, nesterov)
 
@@ -44,7 +44,7 @@ def _adamw(cfg, *_):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
 
-# optim.name -> builder of the matrices' direction, from (OptimConfig, axes, mesh, square's Route)
+# optim.name -> build(OptimConfig, axes, mesh, square's Route) of the matrices' direction
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
@@ -68,18 +68,18 @@ def _lookahead(cfg, inner, momentum):
     return ema_lookahead(inner, strength, cfg.lookahead_decay, buffer_dtype(cfg))
 
 
-# optim.acceleration -> wrapper, from (OptimConfig, a complete optimizer, its momentum)
+# optim.acceleration -> wrap(OptimConfig, a complete optimizer, its momentum)
 ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
 
 
 class RateState(NamedTuple):
-    count: jax.Array  # int32 [], updates made: what every group's rate follows
+    count: jax.Array  # int32 [], steps with finite gradients; every group's schedule reads it
 
 
 def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """u -> -rate * schedule(count) * (u + decay * p), each leaf with its group's rate and decay.
+    """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
 
-    `update(..., rates={group's name: peak})` takes the rates at run time instead.
+    `update(..., rates={group's name: peak})` replaces the groups' rates.
     """
 
     def init(params):
@@ -110,15 +110,15 @@ def build_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of an OptimConfig; its `update` needs params.
 
-    `update(..., good=False)` gives updates of zero and the state unchanged, whatever the gradients
-    hold: a step that is not finite. `update(..., rates=peak_rates(cfg, axes))` takes the peak rates
-    as arrays, so that one compiled step serves every rate; without it they are constants.
+    `update(..., good=False)` is for non-finite gradients: it returns updates of zero and leaves the
+    state unchanged. `update(..., rates=peak_rates(cfg, axes))` takes the peak rates as arrays, so
+    that one compiled step serves every rate; by default they are constants of the program.
 
     Args:
         axes: pytree of Axes, like params.
-        mesh: where params are split; None is one device.
-        seed: of injected noise.
-        square: route of Newton-Schulz' symmetric products; None is XLA.
+        mesh: mesh over which params are split; None means one device.
+        seed: seed of the injected noise.
+        square: route of Newton-Schulz' symmetric products; None means XLA.
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
@@ -130,20 +130,18 @@ def build_optimizer(
     names = jax.tree.map(lambda group: group.name, groups)
     schedule, optimizers = build_schedule(cfg), {}
     for name, geometry in sorted({(g.name, g.geometry) for g in jax.tree.leaves(groups)}):
-        # As optax.partition does: leaves of other groups become MaskedNodes, which have no leaves.
-        of_group = lambda tree, name=name: jax.tree.map(
+        # Like optax.partition, replaces other groups' leaves by MaskedNodes, which have no leaves.
+        select = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
         if name == MATRICES:
-            direction = build_direction(cfg, of_group(axes), mesh, square)
+            direction = build_direction(cfg, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            direction = scale_by_lmo(
-                of_group(axes), geometry, cfg.momentum, cfg.nesterov, **options
-            )
+            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, _scale_by_rate(of_group(groups), schedule))
+        optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
@@ -172,8 +170,8 @@ def state_shardings(
 ) -> Any:
     """Returns the shardings of optimizer.init(params): moments are sharded by `moment_spec`.
 
-    A leaf of the state belongs to the parameter whose path ends its own path and whose shape it
-    has, so wrappers around the optimizer need nothing here. All else (counts) is replicated.
+    A leaf of the state belongs to a parameter if its path ends in the parameter's path and both
+    have the same shape, so that wrappers need no code here. Other leaves (counts) are replicated.
 
     Args:
         axes: pytree of Axes, like params.
@@ -192,7 +190,7 @@ def state_shardings(
 
 
 def update_rms_by_group(updates: ArrayTree, axes: AxesTree) -> dict[str, jax.Array]:
-    """Returns `{"optim/matrices/update_rms": float32 [], ...}` of groups that have parameters."""
+    """Returns `{"optim/matrices/update_rms": float32 [], ...}` for matrices and the rest."""
     squares, sizes = {}, {}
     for a, u in zip(jax.tree.leaves(axes), jax.tree.leaves(updates), strict=True):
         name = MATRICES if a.is_matrix else REST

@@ -16,8 +16,8 @@ class CoefficientTable(NamedTuple):
     rows: tuple[tuple[float, float, float], ...]  # (a, b, c) of each iteration; the last repeats
     steps: int  # default number of iterations
     safety: float = 1.0  # factor of the Frobenius norm that the matrix is divided by
-    # Instead divides row i by the root of sum_j |(XX^T)_ij|. This bounds the largest singular value
-    # by 1 too (almost-orthogonal layers), and leaves the others larger: one iteration is saved.
+    # Divide row i by the root of sum_j |(XX^T)_ij| instead ("almost-orthogonal layers"). It bounds
+    # the largest singular value by 1 too and leaves the others larger, which saves one iteration.
     aol: bool = False
 
 
@@ -44,7 +44,7 @@ COEFFICIENTS = {
         ),
         steps=5,
     ),
-    # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps are exact
+    # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps end at 1
     "polar_express": CoefficientTable(
         _damped(
             (

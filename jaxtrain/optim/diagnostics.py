@@ -22,9 +22,9 @@ from jaxtrain.optim.sharded_muon import build_sharded_map
 
 Metrics = dict[str, jax.Array]  # float32 [] each
 
-MOMENTS = ("momentum", "mean")  # fields of optimizer states that are an averaged gradient
-COORDINATES = 8_192  # most sampled coordinates of a parameter
-TAIL = 0.01  # share of the largest differences that the tail index is read from
+MOMENTS = ("momentum", "mean")  # fields of optimizer states that store an averaged gradient
+COORDINATES = 8_192  # most coordinates to sample from one parameter
+TAIL = 0.01  # the tail index is computed from this share of the differences, the largest
 EXACT = NewtonSchulz("polar_express", steps=8)  # singular values end within 1e-3 of 1
 
 
@@ -57,15 +57,15 @@ def weight_and_update_sizes(
     metrics = {}
     for name, leaves in _by_group(cfg, axes, params, grads, updates).items():
         _, p, g, u = zip(*leaves, strict=True)
-        numbers = sum(x.size for x in p)
+        size = sum(x.size for x in p)
         dot = sum(
             jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32))
             for a, b in zip(g, u, strict=True)
         )
         lengths = jnp.sqrt(_sum_of_squares(g)) * jnp.sqrt(_sum_of_squares(u))
-        metrics[f"optim/{name}/weight_rms"] = jnp.sqrt(_sum_of_squares(p) / numbers)
-        metrics[f"optim/{name}/update_rms"] = jnp.sqrt(_sum_of_squares(u) / numbers)
-        metrics[f"optim/{name}/gradient_rms"] = jnp.sqrt(_sum_of_squares(g) / numbers)
+        metrics[f"optim/{name}/weight_rms"] = jnp.sqrt(_sum_of_squares(p) / size)
+        metrics[f"optim/{name}/update_rms"] = jnp.sqrt(_sum_of_squares(u) / size)
+        metrics[f"optim/{name}/gradient_rms"] = jnp.sqrt(_sum_of_squares(g) / size)
         tiny = jnp.finfo(jnp.float32).tiny
         metrics[f"optim/{name}/step_gradient_cosine"] = -dot / jnp.maximum(lengths, tiny)
     return metrics
@@ -74,9 +74,9 @@ def weight_and_update_sizes(
 def dual_norms(
     cfg: OptimConfig, axes: AxesTree, grads: ArrayTree, mesh: Mesh | None = None
 ) -> Metrics:
-    """Computes <g, unit step of g>, summed over the matrices of each group that follows a norm.
+    """Computes <g, unit step of g>, summed over the matrices of each group whose steps have a norm.
 
-    That is the norm dual to the group's: for spectral steps the sum of singular values, to 0.1 %.
+    It is the gradient's dual norm: for spectral steps the sum of singular values, within 0.1 %.
     """
     members: dict[tuple[str, str], dict[str, Axes]] = {}  # by (group's name, geometry)
     for key, a in named_leaves(axes).items():
@@ -101,7 +101,7 @@ def dual_norms(
 
 
 def averaged_gradients(opt_state: Any, params: ArrayTree) -> dict[tuple, jax.Array]:
-    """Returns {path: averaged gradient} of the parameters, found anywhere in the state."""
+    """Returns {path: averaged gradient} of the parameters, wherever the state has them."""
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
     averages = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
@@ -127,8 +127,8 @@ def _gram(axes, x, per_head):
 def spectrum(gram_XMM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes stable rank and condition number [X] of matrices from their Gram matrices.
 
-    The stable rank is |M|_F^2 / |M|_2^2. The condition is computed from float32 squares: it
-    saturates at 2,896, where the smallest singular value is lost in their rounding.
+    The stable rank is |M|_F^2 / |M|_2^2. The condition number saturates at 2,896: smaller singular
+    values are lost, as the Gram matrix has their squares in float32.
     """
     values_XM = jnp.linalg.eigvalsh(gram_XMM)
     largest_X = jnp.maximum(values_XM[:, -1], jnp.finfo(jnp.float32).tiny)
@@ -149,9 +149,9 @@ def orthogonality_error(gram_XMM: jax.Array) -> jax.Array:
 def spectra(
     cfg: OptimConfig, axes: AxesTree, moments: dict[tuple, jax.Array], updates: ArrayTree
 ) -> Metrics:
-    """Computes medians over the sampled matrices' spectra: averaged gradients and updates.
+    """Computes medians of spectral metrics of averaged gradients and updates over sampled matrices.
 
-    An update includes decay and acceleration.
+    Updates include decay and acceleration.
 
     Args:
         moments: {path: averaged gradient}, from averaged_gradients.
@@ -191,8 +191,8 @@ def noise_scales(
         part_tokens: tokens of a part.
         parts: number of parts of the batch, 2 or more.
     """
-    # A mean of n tokens has E|g_n|^2 = |G|^2 + noise / n. The parts' squares give one such
-    # equation, the whole batch's square another; noise and |G|^2 solve the two.
+    # The mean gradient of n tokens has E|g_n|^2 = |G|^2 + noise / n. The parts' squares give one
+    # such equation, the batch's square a second one; they are solved for noise and |G|^2.
     part_squares = part_squares | {"all": functools.reduce(operator.add, part_squares.values())}
     mean_squares = mean_squares | {"all": functools.reduce(operator.add, mean_squares.values())}
     metrics = {}
@@ -237,6 +237,6 @@ def tail_index(differences: list[jax.Array]) -> jax.Array:
 
 
 def tail_indices(cfg: OptimConfig, axes: AxesTree, differences: ArrayTree) -> Metrics:
-    """Computes tail_index of each group from differences of `sampled`, [...,n] a parameter."""
+    """Computes each group's tail_index from differences of `sampled` gradients, [...,n] a leaf."""
     groups = _by_group(cfg, axes, differences).items()
     return {f"optim/{name}/tail_index": tail_index([d for _, d in rows]) for name, rows in groups}

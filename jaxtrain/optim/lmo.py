@@ -1,7 +1,7 @@
 """Unit steps in a chosen norm: the linear minimisation oracle (LMO) of averaged gradients.
 
-The oracle's answer -u minimises <g, .> over the norm's unit ball: of all steps of length 1 it is
-the one that decreases the linearised loss most. Muon's oracle, the spectral norm's, is in muon.py.
+The oracle returns the -u that minimises <g, .> over the norm's unit ball: of all steps of length 1
+it decreases the linearised loss most. Muon, the oracle of the spectral norm, is in muon.py.
 
 Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529 ("Scion"), its Table 1
 """
@@ -24,7 +24,7 @@ MatrixFunction = Callable[[jax.Array], jax.Array]  # [X,I,O] -> [X,I,O], matrix 
 
 
 def _normalize(x_XIO, dims, length):
-    """Scales x to this 2-norm along dims; zeros stay zeros."""
+    """Scales x to a 2-norm of `length` along dims; zeros stay zeros."""
     wide = x_XIO.astype(jnp.promote_types(x_XIO.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(wide), dims, keepdims=True)
     wide = wide / jnp.maximum(largest, jnp.finfo(wide.dtype).tiny)  # squares stay in range
@@ -33,22 +33,22 @@ def _normalize(x_XIO, dims, length):
 
 
 def sign(x_XIO: jax.Array) -> jax.Array:
-    """RMS -> largest output (a head): every entry +-1/I."""
+    """Sets every entry to +-1/I: the unit step if the norm is I times the largest entry (head)."""
     return jnp.sign(x_XIO) / x_XIO.shape[-2]
 
 
 def column_norm(x_XIO: jax.Array) -> jax.Array:
-    """One-hot -> RMS (an embedding): the outputs of each input have RMS 1."""
+    """Scales each input's outputs to RMS 1: the operator norm one-hot -> RMS (an embedding)."""
     return _normalize(x_XIO, -1, x_XIO.shape[-1] ** 0.5)
 
 
 def row_norm(x_XIO: jax.Array) -> jax.Array:
-    """RMS -> largest output, by rows: the inputs of each output have 2-norm 1/sqrt(I)."""
+    """Scales each output's inputs to 2-norm 1/sqrt(I): the operator norm RMS -> largest output."""
     return _normalize(x_XIO, -2, x_XIO.shape[-2] ** -0.5)
 
 
 def frobenius(x_XIO: jax.Array) -> jax.Array:
-    """RMS (a bias or gain): each matrix or vector has RMS 1."""
+    """Scales each matrix or vector to RMS 1 (a bias or gain)."""
     return _normalize(x_XIO, (-2, -1), (x_XIO.shape[-2] * x_XIO.shape[-1]) ** 0.5)
 
 
@@ -61,7 +61,7 @@ GEOMETRIES = {
 }
 
 # (inputs, outputs) -> factor of the unit step. torch.optim.Muon calls spectral_max "original" and
-# match_rms "match_rms_adamw"; the latter's source: Liu et al. 2025, https://arxiv.org/abs/2502.16982
+# match_rms "match_rms_adamw". Source of match_rms: Liu et al. 2025, https://arxiv.org/abs/2502.16982
 SCALES = {
     "spectral_max": lambda inputs, outputs: math.sqrt(max(1.0, outputs / inputs)),
     "spectral": lambda inputs, outputs: math.sqrt(outputs / inputs),
@@ -75,12 +75,12 @@ class LmoState(NamedTuple):
 
 
 def buffer_dtype(cfg: OptimConfig) -> DTypeLike | None:
-    """Returns the type of momentum and acceleration buffers; None is the parameter's."""
+    """Returns the type of momentum and acceleration buffers; None means the parameter's."""
     return jnp.bfloat16 if cfg.narrow_buffers else None
 
 
 def map_in_place(function: MatrixFunction, axes: AxesTree, tree: ArrayTree) -> ArrayTree:
-    """Applies a function to the matrices of each leaf, on the devices where they lie."""
+    """Applies a function to the matrices of each leaf, without moving them between devices."""
     return jax.tree.map(lambda a, x: a.on_matrices(function, x), axes, tree)
 
 
@@ -91,14 +91,14 @@ def build_unit_step(
     per_head: bool = False,
     map_matrices: Callable[[MatrixFunction, AxesTree, ArrayTree], ArrayTree] = map_in_place,
 ) -> Callable[[AxesTree, ArrayTree], ArrayTree]:
-    """Builds step(axes, tree): each matrix's unit step, times the factor of its shape.
+    """Builds step(axes, tree), which returns each matrix's unit step times the factor of its shape.
 
     Args:
         geometry: a key of GEOMETRIES, or a function such as NewtonSchulz().
         scale: a key of SCALES.
-        dtype: that the geometry computes in; float64 leaves stay float64.
-        per_head: every head's slice is a matrix of its own.
-        map_matrices: applies the geometry to a tree; `build_sharded_map`'s on a mesh.
+        dtype: type in which the geometry computes; float64 leaves stay float64.
+        per_head: treats every head's slice as a matrix of its own.
+        map_matrices: applies the geometry to a tree; on a mesh use `build_sharded_map`.
 
     Raises:
         ValueError: geometry or scale is not in its table.
@@ -106,7 +106,7 @@ def build_unit_step(
     factor = select_option(SCALES, scale, "optim.scale")
     unit = geometry if callable(geometry) else select_option(GEOMETRIES, geometry, "optim.geometry")
 
-    def narrow(axes, x):  # cast before a mesh's all-to-all: bfloat16 is half the bytes
+    def narrow(axes, x):  # before the all-to-all on a mesh, which then moves half the bytes
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else dtype)
         return axes.split_heads(x)[1] if per_head else x
 
@@ -139,9 +139,9 @@ def scale_by_lmo(
         axes: pytree of Axes, like params; Axes.matrix_shape defines the matrices of vectors.
         geometry: see `build_unit_step`.
         momentum: decay of the averaged gradient, in [0, 1).
-        nesterov: mixes the gradient into the average once more.
-        buffer_dtype: of the momentum; None is the parameter's.
-        options: of `build_unit_step`.
+        nesterov: averages the gradient into the momentum a second time before the step.
+        buffer_dtype: type of the momentum; None means the parameter's.
+        options: further arguments of `build_unit_step`.
 
     Raises:
         ValueError: momentum is outside [0, 1), or an option is not in its table.
@@ -158,8 +158,8 @@ def scale_by_lmo(
 
     def update(updates, state, params=None, *, good=True, **extra):
         del params, extra
-        # `good` is applied inside the average: XLA then writes the new momentum into the old one's
-        # buffer. Selected after the update, both would be live.
+        # `good` is applied inside the average, so that XLA overwrites the old momentum with the new
+        # one. Applied after the update it would need both.
         guarded = lambda m, g: jnp.where(good, average(m, g).astype(m.dtype), m)
         mean = jax.tree.map(guarded, state.momentum, updates)
         ahead = jax.tree.map(average, mean, updates) if nesterov else mean

@@ -1,7 +1,7 @@
 """Muon: momentum, then each matrix replaced by the nearest semi-orthogonal one.
 
-It is the LMO step (lmo.py) of the spectral norm, computed by Newton-Schulz (newton_schulz.py). On a
-mesh every device orthogonalises whole matrices (sharded_muon.py).
+It is the unit step in the spectral norm (lmo.py), computed by Newton-Schulz (newton_schulz.py). On
+a mesh every device orthogonalises whole matrices (sharded_muon.py).
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 """
@@ -24,13 +24,11 @@ JORDAN = NewtonSchulz()  # five iterations of the quintic that the source gives
 def scale_by_muon(
     axes: AxesTree, newton_schulz: NewtonSchulz = JORDAN, **options
 ) -> optax.GradientTransformationExtraArgs:
-    """Nesterov momentum, orthogonalised matrix by matrix.
-
-    With the defaults the direction is torch.optim.Muon's.
+    """Orthogonalises Nesterov momentum, matrix by matrix; the defaults equal torch.optim.Muon's.
 
     Args:
         axes: pytree of Axes, like params, all matrices.
-        options: of `scale_by_lmo`.
+        options: further arguments of `scale_by_lmo`.
     """
     return scale_by_lmo(axes, newton_schulz, **options)
 
@@ -41,13 +39,13 @@ def muon(
     weight_decay: float = 0.1,
     **options,
 ) -> optax.GradientTransformation:
-    """torch.optim.Muon, default for default, as a whole optimizer that needs no config.
+    """Builds Muon as a complete optimizer without a config, with the defaults of torch.optim.Muon.
 
     Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction).
 
     Args:
         axes: pytree of Axes, like params, all matrices.
-        options: of `scale_by_muon`.
+        options: further arguments of `scale_by_muon`.
     """
     return optax.chain(
         scale_by_muon(axes, **options),
@@ -63,12 +61,12 @@ def build_muon(
     square: Route | None,
     nesterov: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the unscaled direction of matrices: Muon's, or another norm's with optim.geometry.
+    """Builds the direction of matrices before the rate: Muon's, or that of another optim.geometry.
 
     Args:
         axes: pytree of Axes, like params, all matrices.
-        mesh: where params are split; None is one device.
-        square: route of Newton-Schulz' symmetric products; None is XLA.
+        mesh: mesh over which params are split; None means one device.
+        square: route of Newton-Schulz' symmetric products; None means XLA.
     """
     options = {
         "momentum": cfg.momentum,
@@ -81,7 +79,7 @@ def build_muon(
     if cfg.geometry != "spectral":
         return scale_by_lmo(axes, cfg.geometry, **options)
     if mesh is not None and mesh.size > 1:
-        # The acceleration around accelerated_lmo keeps its buffers split over replicas.
+        # Buffers of accelerated_lmo's wrapper are split over replicas, so its steps stay split too.
         options["map_matrices"] = build_sharded_map(mesh, cfg.name != "accelerated_lmo")
     kernel = fused.build_square(square) if square is not None and square.is_fused else None
     newton_schulz = NewtonSchulz(cfg.ns_coefficients, cfg.ns_steps or None, kernel=kernel)

@@ -24,23 +24,23 @@ from jaxtrain.distributed.mesh import platform
 from jaxtrain.ops.routes import cpu_multiplies_bf16
 from jaxtrain.optim.coefficients import CoefficientTable, coefficient_table
 
-GPU_CHUNK_BYTES = 2**28  # smallest chunk on a GPU, whose products want many matrices at once
+GPU_CHUNK_BYTES = 2**28  # least chunk on a GPU, which multiplies many matrices at once faster
 
 
 def unplaced(x_XIO: jax.Array) -> jax.Array:
-    """Returns x: the placement of matrices that lie on one device."""
+    """Returns x unchanged: the `place` function of matrices on one device."""
     return x_XIO
 
 
 class _Products(NamedTuple):
     """Matrix products with operands of one dtype and float32 (or wider) results.
 
-    Every result is placed, or the partitioner would split the products over idle mesh axes.
+    `place` constrains every result, or the partitioner would split products over idle mesh axes.
     """
 
     dtype: DTypeLike
     place: Callable[[jax.Array], jax.Array]
-    kernel: Callable[..., jax.Array] | None  # computes symmetric products; None is XLA
+    kernel: Callable[..., jax.Array] | None  # computes symmetric products; None means XLA
 
     @property
     def wide(self) -> DTypeLike:
@@ -57,7 +57,7 @@ class _Products(NamedTuple):
     def symmetric(self, x_XMN, y_XMN=None, c_XMM=None, scales=(1.0, 0.0)) -> jax.Array:
         """Computes scales[0] * x y^T + scales[1] * c, which the caller knows to be symmetric.
 
-        y defaults to x and c to zero. The sum is made in float32 and rounded once: rounding the
+        y defaults to x and c to zero. The sum is computed in float32 and rounded once: rounding the
         product first would triple the error of the whole iteration in bfloat16.
         """
         if self.kernel is not None:
@@ -75,14 +75,14 @@ class _Products(NamedTuple):
 
 
 def _einsum(equation, a, b, wide):
-    """Computes an einsum whose sums are in `wide`; on a CPU that selects the fast kernel."""
+    """Computes an einsum with the result in `wide`, by the fastest kernel of a CPU."""
     native = functools.partial(jnp.einsum, equation, preferred_element_type=wide)
     if a.dtype not in (jnp.bfloat16, jnp.float16):
         return native(a, b, precision="highest")
     if a.dtype == jnp.bfloat16 and cpu_multiplies_bf16():
         return native(a, b)
 
-    def widened(a, b):  # the same products: 1.7 times faster than XLA's bf16 dot on an AVX2 CPU
+    def widened(a, b):  # same products, but 1.7 times faster than XLA's bf16 dot on an AVX2 CPU
         return native(a.astype(wide), b.astype(wide), precision="highest")
 
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
@@ -110,13 +110,13 @@ def _iteration(x_XMN, abc_3, gram_XMM, products):
 
 
 def _standard(x_XMN, abc_N3, gram_XMM, products):
-    """Iterates on X. Each iteration makes its Gram matrix; the first one may be given."""
+    """Iterates on X. Each iteration computes its Gram matrix, except the first if it is given."""
     if gram_XMM is not None:
         x_XMN = _iteration(x_XMN, abc_N3[0], gram_XMM, products)
         abc_N3 = abc_N3[1:]
 
     def iteration(x_XMN, abc_3):
-        x_XMN = products.narrow(x_XMN)  # placed here: a scan's carry has no placement of its own
+        x_XMN = products.narrow(x_XMN)  # also constrains the sharding, which a scan's carry loses
         gram_XMM = products.narrow(products.symmetric(x_XMN))
         return _iteration(x_XMN, abc_3, gram_XMM, products), None
 
@@ -124,12 +124,12 @@ def _standard(x_XMN, abc_N3, gram_XMM, products):
 
 
 def _gram_segment(x_XMN, abc_N3, gram_XMM, products):
-    """Applies N iterations as one product with X.
+    """Applies several iterations as one product with X.
 
     An iteration multiplies X by Z = aI + bA + cA^2 from the left, and the next Gram matrix is ZAZ.
-    All of them are polynomials of the first Gram matrix: they are symmetric, they commute, and
-    they are M x M, so only A = XX^T and the last product touch the long side N. Below, `shift` is
-    Z - aI: identity matrices are added as multiples, in float32.
+    All of these are polynomials of the first Gram matrix: they are symmetric and M x M, and they
+    commute. So only A = XX^T and the last product touch the long side N. Below, `shift` is Z - aI;
+    Z times a matrix is shift times the matrix plus a times the matrix, added in float32.
     """
     narrow, one = products.narrow, jnp.ones((), abc_N3.dtype)
 
@@ -154,10 +154,10 @@ def _gram_segment(x_XMN, abc_N3, gram_XMM, products):
 
 
 def _segment_lengths(steps: int) -> list[int]:
-    """Returns after how many iterations the Gram matrix is computed again from X: 5 are 2 and 3.
+    """Returns the number of iterations in each segment, for example [2, 3] for 5.
 
-    Rounding makes small eigenvalues of A negative and an iteration multiplies them by a^2, which
-    is 67 and 17 in the first two rows of Polar Express.
+    Each segment computes A from X once. Rounding then makes small eigenvalues of A negative, and
+    an iteration multiplies them by a^2: by 67 and 17 in the first two rows of Polar Express.
     """
     rest = max(steps - 2, 0)
     return [min(steps, 2)] + [3] * (rest // 3) + [rest % 3] * (rest % 3 > 0)
@@ -178,19 +178,18 @@ FORMS = {"standard": _standard, "gram": _gram}
 
 
 def _default_chunk_bytes(x_XIO) -> int:
-    """Returns half of the stack's float32 bytes: smaller chunks save little memory."""
-    least = 0 if platform() == "cpu" else GPU_CHUNK_BYTES
-    return max(2 * x_XIO.size, least)
+    """Returns half of the stack's float32 bytes, or more on a GPU; less saves little memory."""
+    return max(2 * x_XIO.size, 0 if platform() == "cpu" else GPU_CHUNK_BYTES)
 
 
 def _chunk_size(shape, form, chunk_bytes) -> int:
     """Returns the largest divisor of X whose matrices' float32 temporaries fit in chunk_bytes."""
     X, I, O = shape  # noqa: E741
     M, N = min(I, O), max(I, O)
-    numbers = 2 * M * N + 3 * M * M
-    if form == "gram":  # it has x and seven [M,M] at once
-        numbers = max(numbers, M * N + 7 * M * M)
-    fits = chunk_bytes // (4 * numbers)
+    entries = 2 * M * N + 3 * M * M
+    if form == "gram":  # x and seven [M,M] exist at once
+        entries = max(entries, M * N + 7 * M * M)
+    fits = chunk_bytes // (4 * entries)
     return max(size for size in range(1, X + 1) if X % size == 0 and size <= max(fits, 1))
 
 
@@ -210,28 +209,28 @@ class NewtonSchulz:
 
     The scale of the input does not matter. Entries may be from 1e-30 to 1e30; zeros give zeros.
 
-    With M <= N the two sides, k iterations and r Gram matrices made, the standard form costs
-    k (4 M^2 N + 2 M^3) FLOPs and the Gram form r 4 M^2 N + (8 k - 6 r) M^3: 20 and 10 against 8 and
-    28 for k = 5, r = 2. It is the same function.
+    For sides M <= N, k iterations and r segments, the standard form costs k (4 M^2 N + 2 M^3) FLOPs
+    and the Gram form r 4 M^2 N + (8 k - 6 r) M^3. With k = 5 and r = 2 that is 20 M^2 N + 10 M^3
+    against 8 M^2 N + 28 M^3. Both compute the same function.
 
     Args:
         coefficients, steps: see `coefficient_table`.
-        dtype: bfloat16, float32 or float64, of the products' operands and of the result; None is
-            the input's. Sums and epilogues are at least float32. In the Gram form bfloat16 means
-            operands of float16, which GPUs multiply as fast: rounding there is absolute, and
-            bfloat16 loses small singular values.
+        dtype: bfloat16, float32 or float64, of the products' operands and of the result; None means
+            the input's. Sums and epilogues are at least float32. The Gram form replaces bfloat16
+            operands by float16, which GPUs multiply as fast: its rounding errors do not shrink with
+            the singular value, so that bfloat16 would lose small ones.
         eps: floor of the norm that x is divided by, relative to the largest entry.
-        form: a key of FORMS, or "auto": "gram" from N = 2 M on.
-        place: constrains the sharding of [X,.,.]. It is applied inside the loops: applied only
-            outside, it is lost in the scan's carry and every iteration gathers.
+        form: a key of FORMS, or "auto", which is "gram" if N >= 2 M.
+        place: constrains the sharding of [X,.,.]. It is applied inside the loops: a constraint
+            outside is lost in the scan's carry, and every iteration would gather.
         chunk_bytes: bound on the float32 temporaries; None takes half of the stack's size, on a GPU
             256 MiB or more; 0 takes all matrices at once, which a `place` that splits X needs.
-        kernel: computes symmetric products, as pallas_kernels.symmetric; None is XLA.
+        kernel: computes symmetric products, like pallas_kernels.symmetric; None means XLA.
 
     Raises:
-        ValueError: form is unknown, or `coefficient_table` refuses coefficients or steps.
+        ValueError: form is unknown, or `coefficient_table` rejects coefficients or steps.
 
-    Source: of the Gram form, Zhang et al. 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz
+    Source of the Gram form: Zhang et al. 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz
     """
 
     coefficients: str | CoefficientTable | Sequence = "jordan"
@@ -256,7 +255,8 @@ class NewtonSchulz:
         if form == "auto":
             form = "gram" if max(I, O) >= 2 * min(I, O) else "standard"
         dtype = x_XIO.dtype if self.dtype is None else self.dtype
-        # Cast before it travels: half the bytes. Halved, as the largest float32 would round to inf.
+        # Cast before any communication, which halves its bytes. The factor 0.5 keeps the largest
+        # float32 from rounding to inf.
         x = (0.5 * x_XIO).astype(dtype).reshape(math.prod(x_XIO.shape[:-2]), I, O)
         chunk_bytes = _default_chunk_bytes(x) if self.chunk_bytes is None else self.chunk_bytes
         size = _chunk_size(x.shape, form, chunk_bytes) if chunk_bytes else len(x)
@@ -268,16 +268,15 @@ class NewtonSchulz:
         """Orthogonalises one chunk."""
         tall = x_XIO.shape[-2] > x_XIO.shape[-1]
         x_XMN = self.place(x_XIO)
-        barrier = jax.lax.optimization_barrier  # transposed dots sum in another order
+        barrier = jax.lax.optimization_barrier  # dots fused with a transpose sum in another order
         # The smaller side is M, so that Gram matrices are small.
         x_XMN = barrier(x_XMN.swapaxes(-2, -1)) if tall else x_XMN
-        # Where the standard form is 1 off in bf16, the Gram form is up to 2.1 in bf16 and 1.1 in
-        # float16.
+        # The Gram form's error is up to 2.1 times the standard form's in bf16, 1.1 in float16.
         operands = jnp.float16 if form == "gram" and dtype == jnp.bfloat16 else dtype
         products = _Products(operands, self.place, self.kernel)
         table = coefficient_table(self.coefficients, self.steps)
         x_XMN, gram_XMM = _normalize(x_XMN.astype(products.wide), table, self.eps, products)
         abc_N3 = jnp.array(table.rows, dtype=products.wide)
         x_XMN = FORMS[form](x_XMN, abc_N3, gram_XMM, products)
-        x_XMN = self.place(x_XMN.astype(dtype))  # or the layout that follows would enter the loop
+        x_XMN = self.place(x_XMN.astype(dtype))  # keeps the sharding that follows out of the loop
         return barrier(x_XMN).swapaxes(-2, -1) if tall else x_XMN

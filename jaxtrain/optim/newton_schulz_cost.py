@@ -5,8 +5,8 @@ For a matrix of m x n entries, m <= n, and k iterations, with multiply-adds coun
     standard   k (4 m^2 n + 2 m^3)
     Gram       4 s m^2 n + 2 (4k - 3s) m^3, with s segments
 
-The Gram form computes XX^T once a segment and iterates on m x m matrices; `best` takes the cheaper
-form for each matrix. A kernel that computes half of each symmetric product needs
+The Gram form computes XX^T once per segment and iterates on m x m matrices; `best` takes the
+cheaper form for each matrix. A kernel that computes only half of each symmetric product needs
 k (3 m^2 n + m^3) and 3 s m^2 n + (4k - 3s) m^3.
 
 Source: Gram Newton-Schulz 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz

@@ -11,13 +11,13 @@ UNIFORM_BITS = 31  # of 32 random bits; the last one is the sign
 
 
 class NoiseState(NamedTuple):
-    count: jax.Array  # int32 [], good steps
+    count: jax.Array  # int32 [], good steps: those with finite gradients
     seed: jax.Array  # int32 []; in the state, so that all seeds share one compiled step
     rms: optax.Updates  # RMS of each leaf's first good gradient, float32 []
 
 
 def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
-    """Draws float32 of density alpha/2 * (1 + |x|)^-(alpha + 1), up to |x| = 2^(32/alpha).
+    """Draws float32 values of density alpha/2 * (1 + |x|)^-(alpha + 1), up to |x| = 2^(32/alpha).
 
     Moments below alpha are finite: with alpha <= 2 the variance is infinite. The mean of |x| is
     1 / (alpha - 1).
@@ -26,8 +26,8 @@ def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax
     """
     bits = jax.random.bits(key, shape, jnp.uint32)
     sign = 1 - 2 * (bits & 1).astype(jnp.float32)
-    # u is a float of an integer, which has 24 significant bits however small it is. A uniform
-    # float draw has absolute steps of 2^-24, which would leave gaps in the far tail.
+    # u is converted from an integer, so it has 24 significant bits however small it is. A uniform
+    # float draw has steps of 2^-24, which would leave gaps in the far tail.
     u = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-UNIFORM_BITS
     return sign * jnp.expm1(-jnp.log(u) / alpha)
 
@@ -38,11 +38,11 @@ def heavy_tailed_noise(
     """Adds scale * RMS * symmetric Lomax noise of tail index alpha to each gradient.
 
     RMS is that of the leaf's first gradient, so the noise does not shrink during training. Draws
-    are a function of (seed, good steps before, the leaf's path): the same on any mesh.
-    `update(..., good=False)` leaves the state unchanged.
+    depend only on the seed, the count of good steps and the leaf's path: they are the same on any
+    mesh. `update(..., good=False)` leaves the state unchanged.
 
     Args:
-        alpha: tail index, above 1, or the noise has no mean.
+        alpha: tail index, above 1, as the noise would otherwise have no mean.
         scale: 0 or more; 0 returns the identity, which has no state.
 
     Raises:

@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose neurons take steps of one length.
+"""NorMuon: Muon in which all neurons of a matrix take steps of about equal length.
 
 Source: Li et al. 2025, https://arxiv.org/abs/2510.05491
 """
@@ -12,7 +12,7 @@ import optax
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim.muon import scale_by_muon
 
-EPS = 1e-10  # added to the root, as the source has it
+EPS = 1e-10  # added to the root, as in the source
 
 
 class NeuronState(NamedTuple):
@@ -20,14 +20,14 @@ class NeuronState(NamedTuple):
 
 
 def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransformationExtraArgs:
-    """Divides each output's column by the root of its averaged mean square; follows Muon.
+    """Divides each output's column of Muon's direction by the root of its averaged mean square.
 
-    Each matrix keeps its Frobenius norm, so that Muon's learning rate suits it.
+    Each matrix keeps its Frobenius norm, so that Muon's learning rate stays suitable.
     `update(..., good=False)` leaves the state unchanged.
 
     Args:
         axes: pytree of Axes, like params; every leaf a matrix.
-        decay: of the average, in [0, 1).
+        decay: decay of the average, in [0, 1).
 
     Raises:
         ValueError: decay is outside [0, 1).
@@ -71,7 +71,7 @@ def normuon(
     neuron_decay: float = 0.95,
     **options,
 ) -> optax.GradientTransformation:
-    """NorMuon as a whole optimizer that needs no config; arguments are `muon`'s."""
+    """Builds NorMuon as a complete optimizer without a config; options are scale_by_muon's."""
     return optax.chain(
         scale_by_muon(axes, **options),
         balance_neurons(axes, neuron_decay),

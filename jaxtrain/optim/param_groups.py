@@ -10,8 +10,8 @@ from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
 
-# With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The ratios are
-# those of the radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
+# With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
+# ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
 FULL_GEOMETRY = {
     "embedding": ("column_norm", 1.0),
     "head": ("sign", 60.0),
@@ -33,7 +33,7 @@ class Group:
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group.
 
-    Matrices and what has a vocabulary axis (embedding and head) decay; vectors do not.
+    Matrices and parameters with a vocabulary axis (embedding and head) decay; others do not.
     """
     decay = cfg.weight_decay if axes.is_matrix or "V" in axes.letters else 0.0
     if axes.is_matrix and cfg.name != "adamw":

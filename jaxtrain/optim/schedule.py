@@ -10,7 +10,7 @@ from jaxtrain.optim import select_option
 
 
 def _wsd(cfg, steps_left):
-    """Constant, then a straight line over the last decay_fraction of the run.
+    """Stays constant, then falls linearly over the last decay_fraction of the run.
 
     Source: Hu et al. 2024 (MiniCPM), https://arxiv.org/abs/2404.06395
     """
@@ -19,7 +19,7 @@ def _wsd(cfg, steps_left):
 
 
 def _cosine(cfg, steps_left):
-    """Half a cosine from the end of the warm-up to the end of the run.
+    """Follows half a cosine from the end of the warm-up to the end of the run.
 
     Source: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983
     """
@@ -39,13 +39,11 @@ SCHEDULES = {"wsd": _wsd, "cosine": _cosine, "constant": _constant}
 def build_schedule(cfg: OptimConfig) -> Callable[[jax.Array | int], jax.Array]:
     """Builds schedule(updates made) -> share of the peak rate.
 
-    It is 1/warmup_steps at 0 and final_scale from total_steps on. `constant` has no end: it stays
-    at 1.
+    It is 1/warmup_steps at 0 and final_scale from total_steps on; `constant` stays at 1.
     """
     decay = select_option(SCHEDULES, cfg.schedule, "optim.schedule")
 
     def schedule(count):
-        """int32 [] -> float []."""
         count = jnp.asarray(count)
         steps_left = jnp.maximum(cfg.total_steps - count, 0).astype(float)
         share = decay(cfg, steps_left)

@@ -1,11 +1,11 @@
-"""Sharded Muon: every device orthogonalises whole matrices, its share of all that have one shape.
+"""Sharded Muon: each matrix is orthogonalised on one device, and devices get equal shares.
 
-Newton-Schulz multiplies a matrix by itself, so every iteration on a split matrix needs all of it:
-left to the partitioner it gathers in each one (1,258 MB a step against 27 for 109 MB of weights on
-8 devices). Here matrices of one shape, of whatever name or orientation, are pooled. One all-to-all
-a pool sends each device whole matrices, and another returns the rows that it stores. Where
-parameters are replicated, each replica slices its share without communication, and one all-gather
-returns the steps.
+Newton-Schulz multiplies a matrix by itself, so every iteration on a split matrix needs all of it.
+XLA's partitioner would gather in each iteration: 1,258 MB a step instead of 27, for 109 MB of
+weights on 8 devices. Here matrices of one shape are pooled, whatever their names and orientations.
+For each pool, one all-to-all sends every matrix to its owner, and another returns the parts to the
+devices that store them. Where parameters are replicated, each replica takes its share without
+communication, and one all-gather returns the steps.
 """
 
 import math
@@ -31,7 +31,7 @@ class PoolLayout(NamedTuple):
 
     rows: tuple[int, tuple]  # global size of the shorter side, mesh axes that split it
     columns: tuple[int, tuple]
-    stack: tuple  # mesh axes that split the stack: each device has other matrices already
+    stack: tuple  # mesh axes that split the stack: devices along them have different matrices
 
     @property
     def split(self) -> tuple:
@@ -40,8 +40,8 @@ class PoolLayout(NamedTuple):
 
     def replicated(self, mesh: Mesh) -> tuple:
         """Returns the mesh axes over which the matrices are copies."""
-        known = self.split + self.stack
-        return tuple(name for name, size in mesh.shape.items() if size > 1 and name not in known)
+        used = self.split + self.stack
+        return tuple(name for name, size in mesh.shape.items() if size > 1 and name not in used)
 
 
 def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
@@ -49,8 +49,8 @@ def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
     mesh_axis = dict(zip(axes.letters, spec, strict=False))
 
     def splitting(letters):
-        used = (mesh_axis.get(letter) for letter in letters)
-        return tuple(axis for axis in used if axis and mesh.shape[axis] > 1)
+        splits = (mesh_axis.get(letter) for letter in letters)
+        return tuple(axis for axis in splits if axis and mesh.shape[axis] > 1)
 
     for side in (axes.inputs, axes.outputs):  # blocks of a flattened side must be contiguous
         assert not splitting(side[1:]), f"{axes}: a mesh axis splits an inner letter of {side}"
@@ -63,7 +63,7 @@ def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
 def pool_matrices(
     axes: Mapping[Key, Axes], shapes: Mapping[Key, Any], mesh: Mesh
 ) -> dict[PoolLayout, list[tuple[Key, bool]]]:
-    """Returns {layout: [(key, whether it is transposed)]} of matrices that are stepped together.
+    """Returns {layout: [(key, whether it is transposed)]} for matrices that are stepped together.
 
     Args:
         axes: all matrices.
@@ -78,10 +78,10 @@ def pool_matrices(
 
 
 def load_imbalance(axes: AxesTree, shapes: ArrayTree, mesh: Mesh) -> float:
-    """Returns a device's Newton-Schulz FLOPs over an even share: 1 where every pool divides.
+    """Returns the busiest device's Newton-Schulz FLOPs over an even share; 1 if all pools divide.
 
     Args:
-        axes: pytree of Axes; what is no matrix does not count.
+        axes: pytree of Axes; only matrices count.
         shapes: like axes.
     """
     matrices = {p: a for p, a in jax.tree_util.tree_leaves_with_path(axes) if a.is_matrix}
@@ -102,9 +102,9 @@ def _count_devices(mesh, names) -> int:
 
 
 def _to_owners(x_Xio, layout, mesh, owners, replicated):
-    """Turns every device's [X,i,o] into whole matrices, [X/owners,I,O]; zeros fill the last one."""
+    """Exchanges every device's [X,i,o] for whole matrices [X/owners,I,O]; pads X with zeros."""
     x_Xio = jnp.pad(x_Xio, ((0, -len(x_Xio) % owners), (0, 0), (0, 0)))
-    if replicated:  # every replica has all matrices: it takes its slice of them
+    if replicated:  # every replica has all matrices, and takes its slice of them
         copies = _count_devices(mesh, replicated)
         x_Xio = x_Xio.reshape(copies, -1, *x_Xio.shape[1:])[jax.lax.axis_index(replicated)]
     if layout.split:
@@ -144,14 +144,14 @@ def _step_pool(function, layout, mesh, matrices, replicate):
 def build_sharded_map(
     mesh: Mesh, replicate: bool = True
 ) -> Callable[[MatrixFunction, AxesTree, ArrayTree], ArrayTree]:
-    """Builds lmo.map_in_place for a mesh: each matrix is computed on one device, its owner.
+    """Builds a map_in_place (lmo.py) for a mesh: each matrix is computed on one device, its owner.
 
-    The map's function must commute with transposition. Its arrays are of one type, are all
-    matrices, and are sharded by `moment_spec`.
+    The mapped function must commute with transposition. All arrays must be matrices of one type,
+    sharded by `moment_spec`.
 
     Args:
-        replicate: the result lies as parameters do, on every replica; else as their moments do, for
-            a wrapper whose buffers are split: its steps are gathered at the end, in float32.
+        replicate: shards the result like parameters, with a copy on every replica; False shards it
+            like moments, for a wrapper with split buffers, whose steps are gathered in float32.
     """
 
     def map_matrices(function, axes, tree):
@@ -180,8 +180,8 @@ def build_sharded_map(
             mesh=mesh,
             in_specs=specs(moment_spec),
             out_specs=specs(param_spec if replicate else moment_spec),
-            # Replicas hold different matrices until the last all-gather makes them equal, which
-            # the check of replication cannot prove.
+            # Replicas have different matrices until the last all-gather makes them equal, which
+            # shard_map's replication check cannot prove.
             check_vma=False,
         )
         return treedef.unflatten(mapped(*leaves))

@@ -14,15 +14,17 @@ TRAIN_RAW, TRAIN, EVAL = "#a9c3e2", "#1f5fa8", "#d1495b"
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
 
 
-def smooth(steps: np.ndarray, losses: np.ndarray, most: int = 800) -> tuple[np.ndarray, np.ndarray]:
-    """Returns up to `most` of the steps, and the trend of the losses there.
+def smooth(
+    steps: np.ndarray, losses: np.ndarray, max_points: int = 800
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns up to `max_points` of the steps, and the trend of the losses at them.
 
     The trend at a step is the value of a straight line fitted to its neighbourhood: a moving mean
-    would lag behind a falling loss. The neighbourhood extends to either side over 1/8 of the points
-    before the step and at most 1/40 of all points, so that the fall at the start stays sharp.
+    would lag behind a falling loss. On either side the neighbourhood spans 1/8 of the points before
+    the step, but at most 1/40 of all points, so that the fall at the start stays sharp.
     """
     count = len(losses)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    chosen = np.unique(np.linspace(0, count - 1, min(count, max_points)).round().astype(int))
     trend = np.empty(len(chosen))
     for k, i in enumerate(chosen):
         half = min(i // 8, count // 40)
@@ -35,11 +37,11 @@ def smooth(steps: np.ndarray, losses: np.ndarray, most: int = 800) -> tuple[np.n
 
 
 def style_loss_axes(axes: "Axes", losses: np.ndarray, percentile: float, label_size: int) -> None:
-    """Sets grid and limits; the y axis cuts off the first steps where they would flatten the rest.
+    """Sets grid and limits; high losses of the first steps are cut off at the top.
 
     Args:
         losses: all losses that are drawn.
-        percentile: the y axis reaches 2.5 times as far above the lowest loss as this percentile.
+        percentile: the y axis ends at 2.5 times the height of this percentile over the lowest loss.
     """
     low, high = losses.min(), losses.max()
     high = min(high, low + 2.5 * (np.percentile(losses, percentile) - low))
@@ -90,7 +92,7 @@ def loss_curve(
     _set_text(axes, title)
     png = io.BytesIO()
     with warnings.catch_warnings():
-        # A folder's name may have characters that the font lacks: they are drawn as boxes.
+        # Characters of a folder's name that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(png, format="png")
     return png.getvalue()

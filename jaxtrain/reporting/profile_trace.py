@@ -1,4 +1,4 @@
-"""Reads XProf traces: the operations of each device, and what the training loop annotated.
+"""Reads XProf traces: the operations of each device, and the training loop's annotations.
 
 GPU planes are read stream by stream. A CPU's operations are among the host's threads and are
 recognised by their name in the program.
@@ -16,9 +16,8 @@ from jax.profiler import ProfileData
 from jaxtrain.reporting.tracing import MARK
 
 GPU = re.compile(r"/device:(?!CUSTOM)")
-STREAM = (
-    "Stream"  # lines of a GPU plane; its other lines repeat the streams by module, step, source
-)
+# Prefix of the lines to read in a GPU's plane; other lines repeat them by module, step, source.
+STREAM = "Stream"
 HOST = "/host:CPU"
 NS = 1e-9
 COLLECTIVE = re.compile(
@@ -63,7 +62,7 @@ class Device(NamedTuple):
     def without(self, pauses: Iterable[Interval]) -> "Device":
         """Returns the device without the loop's pauses and the operations that ran in them.
 
-        An evaluation or a save is no step: its operations would otherwise count as busy time.
+        Evaluations and saves are not part of a step; their operations would count as busy time.
         """
         ops = tuple(op for op in self.ops if not _is_within(op.start_s, pauses))
         first_s, last_s = min(op.start_s for op in ops), max(op.end_s for op in ops)
@@ -96,7 +95,7 @@ class Device(NamedTuple):
 
 
 class HostThread(NamedTuple):
-    """What the training loop annotated on the host."""
+    """The steps and the parts of steps that the training loop annotated on the host."""
 
     steps: tuple[Interval, ...] = ()
     parts: tuple[tuple[str, Interval], ...] = ()
@@ -140,13 +139,13 @@ def own_times(intervals: Sequence[Interval]) -> list[float]:
         intervals: sorted by start, the longest first.
     """
     own = [end - start for start, end in intervals]
-    open_ones = []  # indices of the intervals that contain the current one, outermost first
+    enclosing = []  # indices of the intervals that contain the current one, outermost first
     for i, (start, end) in enumerate(intervals):
-        while open_ones and intervals[open_ones[-1]][1] <= start:
-            open_ones.pop()
-        if open_ones:
-            own[open_ones[-1]] -= min(end, intervals[open_ones[-1]][1]) - start
-        open_ones.append(i)
+        while enclosing and intervals[enclosing[-1]][1] <= start:
+            enclosing.pop()
+        if enclosing:
+            own[enclosing[-1]] -= min(end, intervals[enclosing[-1]][1]) - start
+        enclosing.append(i)
     return [max(s, 0.0) for s in own]
 
 
@@ -162,7 +161,7 @@ def _interval(event: Any) -> Interval:
 
 
 def _read_gpu(plane: Any) -> Device | None:
-    """Returns the operations of a GPU's plane, stream by stream; None if it has none."""
+    """Returns the operations of a GPU's plane, stream by stream; None if there are none."""
     lines = list(plane.lines)
     streams = [line for line in lines if line.name.startswith(STREAM)] or lines
     ops = []
@@ -201,13 +200,13 @@ def read_trace(path: Path) -> ProfileTrace:
     """Returns the devices and the host of a trace file.
 
     Raises:
-        ValueError: it has no operations of a device.
+        ValueError: the file has no operations of a device.
     """
     devices, host, read, skipped = [], HostThread(), [], []
     with warnings.catch_warnings():
         # jax 0.11.2 warns while it creates a type in C++; as an error this would abort Python.
         warnings.simplefilter("ignore", DeprecationWarning)
-        data = ProfileData.from_file(str(path))  # a variable: its planes do not keep it alive
+        data = ProfileData.from_file(str(path))  # must outlive its planes
         for plane in data.planes:
             plane_devices = []
             if GPU.match(plane.name):

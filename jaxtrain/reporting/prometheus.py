@@ -16,10 +16,10 @@ class PrometheusExporter:
         address, port: to listen on.
 
     Attributes:
-        port: the port in use, also where the argument is 0.
+        port: the port in use; the system chooses one if the argument is 0.
 
     Raises:
-        ValueError: it cannot listen there.
+        ValueError: the address or the port is not available.
     """
 
     def __init__(self, address: str, port: int):
@@ -46,7 +46,7 @@ class PrometheusExporter:
         self._values = self._values | metrics | {"step": step}
 
     def collect(self) -> "Iterator[GaugeMetricFamily]":
-        """Yields the metrics of a page; the registry calls this for each scrape."""
+        """Yields all metrics; the registry calls this for each scrape."""
         from prometheus_client.core import GaugeMetricFamily
 
         for name, value in self._values.items():

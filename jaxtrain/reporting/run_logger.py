@@ -1,4 +1,4 @@
-"""Hands a run's metrics to all that record or show them, and writes its summary and loss curve."""
+"""Records and prints a run's metrics, and writes its summary and its loss curve."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from jaxtrain.reporting.prometheus import PrometheusExporter
 from jaxtrain.reporting.tensorboard import EventFile
 from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS, Terminal, closing_lines, eval_text
 
-NAME_WIDTH = 8  # first column of the header: "FALLBACK"
+NAME_WIDTH = 8  # of the header's first column; fits "FALLBACK"
 
 
 class RunLogger:
@@ -32,7 +32,7 @@ class RunLogger:
         steps: the run's last step.
         resume_step: step from which this process resumes; metrics of later steps are removed.
         quiet: print nothing.
-        active: False, on all processes but the first, writes and prints nothing.
+        active: False writes and prints nothing; it is True only on process 0.
         title: of the loss curve: the first line names the run, the next lines what it trains.
             Default: the folder's name.
         export: where Prometheus metrics are served; None serves none.

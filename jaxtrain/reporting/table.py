@@ -20,13 +20,13 @@ def format_table(
 ) -> str:
     """Returns a table as lines of text, without colours and never wrapped.
 
-    A column goes to the right where at least half of its cells start with a number.
+    A column is right-aligned if at least half of its non-empty cells start with a number.
 
     Args:
-        rows: records of any kind, or sequences of cells where `columns` only names them.
+        rows: records of any kind, or sequences of cells if `columns` only names them.
         columns: header -> function of a record that returns its cell; or headers only.
         indent: spaces before each line.
-        left: headers of columns that go to the left even if they hold numbers.
+        left: headers of columns that are left-aligned even if they contain numbers.
     """
     if isinstance(columns, Mapping):
         cells = [[str(cell_of(row)) for cell_of in columns.values()] for row in rows]

@@ -10,7 +10,7 @@ from jaxtrain.file_errors import Appender
 
 
 class EventFile:
-    """An event file of TensorBoard; TensorBoard's own writer would import TensorFlow if it can.
+    """A TensorBoard event file; TensorBoard's own writer would import TensorFlow if installed.
 
     A resumed run rewinds without touching the old event files: the new file starts with a
     SessionLog.START event at the first new step, and TensorBoard drops all events of older files at

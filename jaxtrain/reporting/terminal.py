@@ -16,7 +16,7 @@ import jaxtrain
 
 LOSS, EVAL_LOSS, EVAL_BITS = "train/loss_nats", "eval/loss_nats", "eval/bits_per_byte"
 EVAL_TOKENS = "eval/tokens"
-PLAIN = "the parameters"  # evaluated where no averaged weights or look-ahead point exist
+PLAIN = "the parameters"  # evaluated if there are no averaged weights
 BAR_COLUMNS = 4  # width reserved for the bar itself
 
 
@@ -44,8 +44,8 @@ class Terminal:
     def show_step(self, step: int, metrics: dict[str, int | float]) -> None:
         """Shows a step's loss, its speed and the time left.
 
-        The time left follows from the mean time of a step since the first shown step, in which
-        evaluations and saves count and compilation does not.
+        The time left follows from the mean time of a step since the first shown step, including
+        evaluations and saves but not compilation.
         """
         if self.quiet:
             return
@@ -67,7 +67,7 @@ class Terminal:
         self._bar.set_description_str(step_text(metrics, eta_s, _terminal_columns() - taken))
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a step that is not shown otherwise."""
+        """Moves the bar to a step whose metrics are not shown."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -79,7 +79,7 @@ class Terminal:
 
 
 def _terminal_columns(unknown: int = 80) -> int:
-    """Returns the width of the terminal; `unknown` where it states 0, as in some containers."""
+    """Returns the width of the terminal; `unknown` if it reports 0, as in some containers."""
     return os.get_terminal_size(sys.stdout.fileno()).columns or unknown
 
 
@@ -88,7 +88,7 @@ def _build_bar(steps: int, resume_step: int):
 
     width = len(str(steps))
     bar_format = f"step {{n:>{width}d}}/{{total}} {{bar}} {{percentage:3.0f}} %  {{desc}}"
-    # tqdm draws nothing on a terminal that states 0 columns, so it is given a width there.
+    # tqdm draws nothing on a terminal that reports 0 columns, so it is given a width there.
     width_known = _terminal_columns(0) > 0
     return tqdm(
         total=steps,
@@ -122,14 +122,14 @@ def step_text(metrics: dict, eta_s: float | None, columns: int | None = None) ->
 
 
 def eval_text(metrics: dict) -> str:
-    """Returns `loss 1.702 nats/token  2.456 bits/byte  of 65,536 tokens`, as far as it is known."""
+    """Returns `loss 1.702 nats/token  2.456 bits/byte  of 65,536 tokens`, without unknown parts."""
     bits = f"  {metrics[EVAL_BITS]:.3f} bits/byte" if EVAL_BITS in metrics else ""
     tokens = f"  of {metrics[EVAL_TOKENS]:,} tokens" if EVAL_TOKENS in metrics else ""
     return f"loss {metrics[EVAL_LOSS]:.3f} nats/token{bits}{tokens}"
 
 
 def closing_lines(summary: dict) -> list[str]:
-    """Returns the outcome of a run, from the entries of its summary.json that are there."""
+    """Returns lines on the outcome of a run; entries missing from its summary.json are left out."""
     step, steps = summary["step"], summary["steps"]
     outcome = "done " if step >= steps and not summary.get("stopped_by") else "stopped"
     loss = f"  loss {summary[LOSS]:.3f} nats/token" if LOSS in summary else ""
@@ -181,13 +181,13 @@ class _LineHandler(std_logging.StreamHandler):
     """Writes log lines to stderr, above the bar if there is one."""
 
     def emit(self, record: std_logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")  # not imported means that there is no bar
+        tqdm = sys.modules.get("tqdm")  # if it is not imported, there is no bar
         with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
             super().emit(record)
 
 
 def set_up_logging(process_index: int = 0) -> None:
-    """Logs to stderr: own lines from INFO on process 0, all other lines from WARNING.
+    """Logs to stderr: our own lines from INFO on process 0, all other lines from WARNING.
 
     -v or --verbosity on the command line sets one level for everything, libraries included.
     """

@@ -5,25 +5,25 @@ from pathlib import Path
 
 import jax
 
-WARM_UP = 5  # steps before the first traced one, where the run is long enough
+WARM_UP = 5  # steps before the first traced one, if the run is long enough
 FOLDER = "profile"
 MARK = "jaxtrain:"  # prefix of the loop's own annotations
 _NO_ANNOTATION = nullcontext()
 
 
 class Tracer:
-    """Traces `steps` steps of this process, after a warm-up where the run is long enough.
+    """Traces `steps` steps of this process, after a warm-up if the run is long enough.
 
     Args:
         workdir: folder of the run; the trace goes to workdir/profile/PROCESS.
-        first: last step before this process's.
+        resume_step: step from which this process resumes.
         last: last step of the run.
         steps: number of steps to trace; 0 traces none.
     """
 
-    def __init__(self, workdir: str | Path, first: int, last: int, steps: int):
+    def __init__(self, workdir: str | Path, resume_step: int, last: int, steps: int):
         self.folder = Path(workdir) / FOLDER / str(jax.process_index())
-        self._begin = max(min(first + WARM_UP, last - steps), first) + 1
+        self._begin = max(min(resume_step + WARM_UP, last - steps), resume_step) + 1
         self._end = min(self._begin + steps, last + 1)
         self.is_on = False
 

@@ -10,7 +10,7 @@ folder receives study.txt (tables and verdicts), study.json (all numbers) and a 
 condition. Every run is an ordinary run directory in CONDITION/CONTENDER/SETTING/seedK.
 
 The same command resumes a study that was stopped: runs that have ended are not trained again.
---overhead trains nothing and predicts what Newton-Schulz will cost a config.
+--overhead trains nothing and predicts the cost of Newton-Schulz for a config.
 """
 
 import math
@@ -183,7 +183,7 @@ def print_overhead(args: flags.FlagValues) -> None:
 
 @exit_on_file_error()
 def main(argv: Sequence[str]) -> int:
-    del argv  # absl has parsed all of it
+    del argv  # absl has parsed it into flags.FLAGS
     args = flags.FLAGS
     try:
         if args.overhead:
@@ -202,11 +202,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def define_flags() -> None:
-    flags.DEFINE_bool("overhead", False, "train nothing and print what Newton-Schulz will cost")
+    flags.DEFINE_bool("overhead", False, "train nothing and print the cost of Newton-Schulz")
     flags.DEFINE_list("tokens", [], "with --overhead: tokens per step, separated by commas")
     flags.DEFINE_integer("chips", 8, "with --overhead: devices that repeat the work", 1)
     flags.DEFINE_float(
-        "peak_tflops", 0.0, "with --overhead: a device's peak; 0: of three common GPUs", 0
+        "peak_tflops", 0.0, "with --overhead: a device's peak; 0 shows three common GPUs", 0
     )
     flags.DEFINE_float(
         "efficiency", 0.6, "with --overhead: share of the peak that Newton-Schulz reaches", 0.01, 1

@@ -1,4 +1,4 @@
-"""Predicts what Newton-Schulz costs next to the model, as a table, before anything runs."""
+"""Predicts the cost of Newton-Schulz relative to the model's, as a table."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def overhead_table(
 
     Args:
         tokens: tokens per step, one row each.
-        devices: for the columns in which each device iterates on all matrices.
+        devices: number for the second share, in which each device repeats all of the work.
         peak_flops: FLOP/s of one device; 0 shows the chips of CHIP_NAMES.
         efficiency: share of the peak that Newton-Schulz reaches.
     """
@@ -67,6 +67,6 @@ def overhead_table(
             "Share of the model's FLOPs in %: work split over the devices | each of "
             f"{devices} devices repeating all of it",
             format_table(shares, ["tokens per step", *XLA_FORMS]),
-            "At equal efficiency; multiply by the model's MFU / Newton-Schulz's efficiency.",
+            "At equal efficiency; multiply shares by the model's MFU / Newton-Schulz's efficiency.",
         ]
     )

@@ -21,7 +21,7 @@ from jaxtrain.study.statistics import FEWEST_PAIRS
 # Learning rate of the parameters that a matrix optimizer leaves to Adam. Left untuned, it decides
 # comparisons of matrix optimizers.
 AUXILIARY = "optim.adam_learning_rate"
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of a folder
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trial(NamedTuple):
 
     condition: str
     contender: str
-    setting: str  # its values in the grid, as the name of its folder
+    setting: str  # values in the grid, as a folder's name: `learning_rate=0.02,momentum=0.9`
     seed: int
     config: config_lib.TrainConfig
 
@@ -67,15 +67,15 @@ class StudyPlan(NamedTuple):
 
     @property
     def budget(self) -> int:
-        """Tuning runs of each contender in each condition."""
+        """Number of tuning runs of each contender in each condition."""
         return len(self.settings[self.study.baseline])
 
     @property
     def runs(self) -> int:
-        """All runs of the study."""
+        """Number of all runs of the study."""
         study = self.study
-        each = self.budget + len(study.seeds)
-        return each * len(study.contenders) * len(study.conditions)
+        runs_each = self.budget + len(study.seeds)
+        return runs_each * len(study.contenders) * len(study.conditions)
 
     def trial(self, condition: str, contender: str, setting: str, seed: int) -> Trial:
         """Returns the run of one setting with one seed, in its own folder.
@@ -162,7 +162,7 @@ def _check_study(study: StudyConfig, settings: Mapping[str, dict]) -> None:
             f"{sorted(study.grid)} for contenders {sorted(names)}. Set study.grid."
         )
     for kind in ("contenders", "conditions"):
-        invalid = [name for name in getattr(study, kind) if not NAME.fullmatch(name)]
+        invalid = [name for name in getattr(study, kind) if not FOLDER_NAME.fullmatch(name)]
         if invalid or not getattr(study, kind):
             study.fail(kind, "must be names of folders, at least one")
     seeds = study.seeds

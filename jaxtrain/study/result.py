@@ -19,7 +19,7 @@ class ChosenSetting(NamedTuple):
 
     setting: str
     losses: dict[str, float]  # setting's name -> held-out loss
-    edges: dict[str, float]  # field -> chosen value, if it is the lowest or highest that was tried
+    edges: dict[str, float]  # field -> chosen value, if it is the lowest or highest tried
 
 
 class PairedComparison(NamedTuple):

@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
     trial: Trial
     loss: float  # held-out nats/token after the last step; inf if the run diverged
-    seconds: float  # in steps: without compilation, evaluation and saves
+    seconds: float  # total of the steps, without compilation, evaluation and saves
     compile_s: float
     train: Curve
     held_out: Curve
@@ -73,7 +73,7 @@ def is_finished(trial: Trial) -> bool:
         return True
     try:
         return has_ended(read_summary_json(folder), trial.config.steps)
-    except (FileNotFoundError, ValueError):  # a damaged summary: train() writes it again
+    except (FileNotFoundError, ValueError):  # no summary, or a damaged one, which train() rewrites
         return False
 
 
@@ -94,7 +94,7 @@ def check_folder(trial: Trial) -> None:
 def _identity(cfg: TrainConfig) -> dict[str, Any]:
     """Returns the fields that decide what is trained.
 
-    Of the path of the shards only the folder's name counts, which is a hash of their text.
+    data.shards is compared by its folder's name only, which is a hash if the study encoded text.
     """
     values = {k: v for k, v in flatten(cfg).items() if k not in ("workdir", "compile_cache")}
     return values | {"data.shards": Path(cfg.data.shards).name}
@@ -144,12 +144,12 @@ def read_result(trial: Trial) -> Result:
     if not held_out or held_out[-1][0] != trial.config.steps:
         raise ValueError(f"a run must end with an evaluation; got none in {folder}. Remove it.")
     loss = held_out[-1][2]
-    loss = loss if loss < float("inf") else float("inf")  # nan counts as diverged, too
+    loss = loss if loss < float("inf") else float("inf")  # nan counts as diverged too
     return Result(trial, loss, seconds, compile_s, train_rows, held_out)
 
 
 def falling_curve(result: Result) -> Curve:
-    """Returns the curve that shows when a loss was reached.
+    """Returns the curve that decides when a loss was reached.
 
     These are the held-out losses if there are several, else the smoothed training losses.
     """

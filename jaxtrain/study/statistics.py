@@ -108,7 +108,7 @@ def decide_verdict(
 def pooled_sd(groups: Iterable[Sequence[float]]) -> float:
     """Returns the run-to-run sigma: variances of the groups averaged by degrees of freedom.
 
-    Groups with one loss or with losses that are not finite are left out; nan if none remains.
+    Groups with one loss or with losses that are not finite are left out. It is nan if none remain.
     """
     arrays = [np.asarray(g, float) for g in groups if len(g) > 1 and np.isfinite(g).all()]
     degrees = sum(len(array) - 1 for array in arrays)
@@ -125,7 +125,7 @@ def track_3(losses: Sequence[float], target: float) -> float:
 def first_reach(x: Sequence[float], losses: Sequence[float], target: float) -> float:
     """Returns the x at which a curve first falls to the target, by linear interpolation.
 
-    nan if it never does.
+    It is nan if the curve never falls so far.
     """
     i = next((i for i, loss in enumerate(losses) if loss <= target), None)
     if i is None:

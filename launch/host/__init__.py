@@ -1,1 +1,1 @@
-"""The code that runs on the hosts: sent over SSH as source. Standard library only, Linux only."""
+"""The code that runs on the hosts: sent over SSH as source. Linux, standard library only."""

@@ -1,7 +1,7 @@
-"""Answers the operator's orders on one open connection: measure the network, read a nonce, clock.
+"""Executes the operator's orders on this host: measure the network, read a nonce, read the clock.
 
-Every host listens on its own training address, and measures by plain TCP towards the peers that it
-is given. Each connection begins with this session's token; a connection without it is closed.
+Each host listens on its training address; to measure, it opens TCP connections to the peer that an
+order names. Each connection begins with this session's token; one without it is closed.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from launch.host.facts import nonce_path, with_timeout
 from launch.host.interfaces import bind_tcp, interface_of
 
 CHUNK_BYTES = 1 << 18
-HEADER = struct.Struct("!32scI")  # token, what the client will do, milliseconds
+HEADER = struct.Struct("!32scI")  # token; PING, SEND or RECEIVE; milliseconds
 RESULT = struct.Struct("!Qd")  # bytes, seconds
 PING, SEND, RECEIVE = b"p", b"s", b"r"
 
@@ -28,10 +28,10 @@ PING, SEND, RECEIVE = b"p", b"s", b"r"
 def serve_orders(request: dict, answer: Callable[[dict], None], facts: dict) -> None:
     """Listens, answers `facts` with {"listens_on": port} added, then serves one order per line.
 
-    Orders are JSON lines on standard input; the agent ends with it:
+    Orders are JSON lines on standard input; the agent ends when that is closed:
         {"do": "measure", "peer": [address, port], "streams": n, "seconds": s, "both": bool, ...}
-            is answered by "rtt_s" (sorted) and, if there is traffic, bytes and bytes per second.
-        {"do": "read", "folder", "nonce"} is answered by {"same": whether the nonce is there}.
+            is answered by "rtt_s" (sorted) and, if traffic was sent, bytes and bytes per second.
+        {"do": "read", "folder", "nonce"} is answered by {"same": whether the nonce was found}.
         {"do": "forget", "folder", "nonce"} deletes the nonce.
         {"do": "time"} is answered by {"time": this host's clock}.
 
@@ -109,7 +109,7 @@ def _accept_peers(server: socket.socket, token: bytes) -> None:
 
 
 def serve_peer(sock: socket.socket, token: bytes) -> None:
-    """Does a peer's part of one measurement: echoes pings, or takes or sends a stream."""
+    """Serves one measurement of a peer: echoes its pings, or receives or sends a stream."""
     with sock:
         sock.settimeout(60)
         try:
@@ -200,10 +200,10 @@ def wire_bytes(interface: str) -> list[int]:
     Source: proc(5); sysfs-class-infiniband.
 
     Args:
-        interface: the one to count; "" counts all but loopback.
+        interface: its name; "" counts all interfaces but loopback.
 
     Raises:
-        OSError: there is no such interface.
+        OSError: this host has no such interface.
     """
     sent = received = matches = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
@@ -213,8 +213,8 @@ def wire_bytes(interface: str) -> list[int]:
             received, sent = received + int(fields[0]), sent + int(fields[8])
             matches += 1
     if interface and not matches:
-        raise OSError(f"interface must be one of this host; got {interface!r}. Correct --hosts")
-    ports = list(Path("/sys/class/infiniband").glob("*/ports/*/counters"))
-    sent += sum(4 * int((port / "port_xmit_data").read_text()) for port in ports)  # words of 4
-    received += sum(4 * int((port / "port_rcv_data").read_text()) for port in ports)
+        raise OSError(f"interface must exist on this host; got {interface!r}. Correct --hosts")
+    for port in Path("/sys/class/infiniband").glob("*/ports/*/counters"):  # in words of 4 bytes
+        sent += 4 * int((port / "port_xmit_data").read_text())
+        received += 4 * int((port / "port_rcv_data").read_text())
     return [sent, received]

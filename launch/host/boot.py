@@ -1,6 +1,6 @@
 # The first code that a host runs, as `python -c`. It reads this package's source and one request
-# from standard input, imports the package from memory, and answers the request. Nothing is
-# installed and nothing is written to disk.
+# from standard input, imports the package from memory, and answers the request. It installs
+# nothing and writes nothing to disk.
 import importlib.abc
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import zlib
 
 
 def read_exactly(size):
-    """Reads without a buffer, so that what follows on standard input is left for the request."""
+    """Reads without a buffer, which could swallow input that is meant for the request."""
     data = b""
     while len(data) < size:
         chunk = os.read(0, size - len(data))

@@ -69,7 +69,7 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError:
-            if b"\n" not in self._received:  # else the lines that came before the end count
+            if b"\n" not in self._received:  # else return the lines that arrived before the end
                 raise
         *lines, self._received = self._received.split(b"\n")
         if len(self._received) > LINE_BYTES:
@@ -89,7 +89,7 @@ class Channel:
 
 
 class LeaderChannel:
-    """The leader's side: takes reports from every follower, and sends all of them one target."""
+    """The leader's side: receives all followers' reports, and sends them all the same target."""
 
     def __init__(self, address: str, port: int, token: str):
         self.token = token
@@ -115,7 +115,7 @@ class LeaderChannel:
         while True:
             try:
                 sock, _ = self._server.accept()
-            except OSError:  # none is waiting, or no file descriptor is free: try again next time
+            except OSError:  # nothing is waiting, or no file descriptor is free: try next time
                 return
             nonce = os.urandom(16).hex()
             try:
@@ -127,7 +127,7 @@ class LeaderChannel:
             self._host_of[Channel(sock, self.token, nonce)] = None
 
     def send_target(self, target: dict[str, Any]) -> None:
-        """Sends to every host that has proved, by a signed report, that it has the token."""
+        """Sends a target to every host that has proved by a signed report that it has the token."""
         for channel, host in list(self._host_of.items()):
             if host is not None:
                 try:
@@ -146,7 +146,7 @@ class LeaderChannel:
 
 
 class FollowerChannel:
-    """The other hosts' side: reconnects whenever the connection is gone or silent."""
+    """A follower's side: reconnects whenever the connection is lost or silent."""
 
     def __init__(self, address: str, port: int, token: str, silent_s: float = 5.0):
         self._leader, self._token, self._silent_s = (address, port), token, silent_s
@@ -154,7 +154,7 @@ class FollowerChannel:
         self._heard_at = self._try_at = 0.0
 
     def exchange(self, report: dict[str, Any]) -> dict[str, Any] | None:
-        """Sends a report; returns the leader's newest target, or None if none has come."""
+        """Sends a report; returns the leader's newest target, or None if none has arrived."""
         now = time.monotonic()
         if self._channel is None and now >= self._try_at:
             self._channel = self._connect()
@@ -162,8 +162,8 @@ class FollowerChannel:
             return None
         targets = []
         try:
-            # Receive first: a leader that has ended may have left its last target, but a send
-            # to it makes the kernel reset the connection and discard that.
+            # Receive first: a leader that has ended may have sent its last target, and sending to
+            # it would make the kernel reset the connection and discard that target.
             targets = self._channel.receive(DOWN)
             self._channel.send(report, UP)
         except (OSError, InvalidMessage, ValueError):

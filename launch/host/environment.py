@@ -14,32 +14,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-PIP_LINES = 6  # of pip's output in an error
-BUILT = "built.json"  # in an environment: {package: version}
+PIP_LINES = 6  # how much of pip's output an error shows
+BUILT = "built.json"  # a file in each environment: {package: version}
 
 
 def environment_key(
     constraints: str, pyproject: str, extras: Iterable[str], version: str = sys.version
 ) -> str:
-    """Returns an environment's name: 16 hex digits of everything that decides its content."""
+    """Returns an environment's name: a hash (16 hex digits) of all that decides its content."""
     parts = json.dumps([constraints, pyproject, sorted(extras), version])
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def build_environment(root: Path, request: Mapping) -> dict[str, Any]:
-    """Builds a Python environment with the project's dependencies, or reuses an equal one.
+    """Builds a Python environment with the project's dependencies, or reuses an identical one.
 
-    The project's own code is not in it: that is sent for each job. Packages come from the index
-    that this host's pip is configured for.
+    It does not contain the project's own code, which is sent for each job. Packages come from the
+    index that this host's pip is configured for.
 
     Args:
-        request: holds constraints (for pip) and pyproject, as text, and extras, a list of names.
+        request: contains constraints (for pip) and pyproject, as text, and extras, a list of names.
 
     Returns:
         {"python": its interpreter, "versions": {package: version}, "made_s": seconds}
 
     Raises:
-        RuntimeError: pip failed; with its last lines.
+        RuntimeError: pip failed; the error ends with its last lines.
         ValueError: pyproject.toml has no such extra.
     """
     key = environment_key(request["constraints"], request["pyproject"], request["extras"])
@@ -53,7 +53,7 @@ def build_environment(root: Path, request: Mapping) -> dict[str, Any]:
             draft = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
             try:
                 _build(draft, request)
-                # A venv's scripts hold its old path, but `python -m` does not need them.
+                # A venv's scripts contain its old path, but `python -m` does not use them.
                 os.rename(draft, folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -74,7 +74,7 @@ def requirements(project: Mapping, extras: Iterable[str]) -> list[str]:
     while pending:
         extra = pending.pop()
         if extra not in known:
-            raise ValueError(f"--env_extras must be of {sorted(known)}; got {extra!r}.")
+            raise ValueError(f"--env_extras must be among {sorted(known)}; got {extra!r}.")
         if extra in seen:
             continue
         seen.add(extra)
@@ -109,10 +109,10 @@ def _run_python(args: list[str]) -> str:
 
 
 def summarize_data(request: Mapping) -> dict[str, Any]:
-    """Returns the summary that the job's code prints of this host's data.
+    """Runs the job's own code to summarise this host's data; returns the summary.
 
     Raises:
-        RuntimeError: it found no data, or could not be run.
+        RuntimeError: the code found no data, or could not be run.
     """
     python, module = os.path.expanduser(request["python"]), "jaxtrain.data.quick_fingerprint"
     argv = [python, "-m", module, *request["flags"]]

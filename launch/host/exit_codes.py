@@ -1,13 +1,13 @@
 """Exit statuses of ranks, supervisors and the launcher.
 
-`jaxtrain/errors.py` has the trainer's; a test checks that the two files agree.
+The trainer's are in `jaxtrain/errors.py`; a test checks that the two files agree.
 """
 
 LOST_LEADER = 70  # EX_SOFTWARE: the first host was unreachable for longer than Policy.wait_s
 WORKER_FAILED = 71  # EX_OSERR: a supervisor's worker raised; supervisor.err has the traceback
 PREEMPTED = 75  # EX_TEMPFAIL: a signal stopped the run after a save; start it again
 REFUSED = 78  # EX_CONFIG: the program reports that the same start would fail again
-UNREACHABLE = 113  # EHOSTUNREACH: a host was lost, or did not come
+UNREACHABLE = 113  # EHOSTUNREACH: a host was lost, or did not become ready in time
 STUCK = 124  # as timeout(1): a rank made no progress
 CANNOT_START = 127  # as shells: the program could not be started
 INTERRUPTED = 130  # 128 + SIGINT: the operator interrupted the launcher before the job ran

@@ -1,4 +1,4 @@
-"""Gathers the facts about a host that preflight judges on the operator's machine."""
+"""Gathers the facts about this host that preflight judges on the operator's machine."""
 
 import contextlib
 import os
@@ -44,8 +44,8 @@ def gather_facts(root: Path, request: Mapping) -> dict[str, Any]:
 
     Args:
         root: the launcher's folder on this host.
-        request: holds address and port, and on the first host also the nonce that it must write
-            and the folder for it, `shared`.
+        request: contains `address` and `port`; for the first host also `nonce`, which it must
+            write, and `shared`, the folder to write it to.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     gpus, gpus_error = _gpus()
@@ -128,7 +128,7 @@ def _gpus() -> tuple[list[dict], str]:
 
 
 def _available_memory() -> int:
-    """Returns the bytes that a new program can take. Source: /proc/meminfo."""
+    """Returns the bytes that a new program can allocate. Source: /proc/meminfo."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -136,7 +136,7 @@ def _available_memory() -> int:
 
 
 def _file_system(folder: Path) -> str:
-    """Returns the type of the file system below a folder: that of its longest mount point."""
+    """Returns the type of a folder's file system: that of the longest mount point above it."""
     longest, kind = "", "unknown"
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount_point, this_kind = line.split()[:3]
@@ -170,7 +170,7 @@ def _sysctl(path: str) -> str:
 
 
 def nonce_path(request: Mapping) -> Path:
-    """Returns the file by which hosts find out whether they share a folder."""
+    """Returns the file that shows whether hosts share a folder: one writes it, all read it."""
     return Path(os.path.expanduser(request["folder"])) / f".shared-{request['nonce']}"
 
 

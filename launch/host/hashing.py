@@ -1,4 +1,4 @@
-"""Names code by its content: one hash over the paths, modes and contents of its files."""
+"""Hashes code: one digest of the paths, modes and contents of its files."""
 
 import hashlib
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> str:
-    """Returns 16 hex digits.
+    """Returns the files' hash, 16 hex digits.
 
     Args:
-        names: paths relative to `folder`. Of a symbolic link the target's name is hashed.
+        names: paths relative to `folder`. For a symbolic link, the target's path is hashed.
     """
     total = hashlib.sha256()
     for name in sorted(names):

@@ -1,4 +1,4 @@
-"""A log on local disk, read by byte offset and stored in segments; the oldest are deleted.
+"""A log on local disk, read by byte offset. It is stored in segments; the oldest are deleted.
 
 Each segment's file name is the offset of its first byte, so an offset always means the same byte.
 """
@@ -15,7 +15,7 @@ TAIL_BYTES = 4096  # compared on reconnection: does the log still end as the rea
 class Log:
     """Appends whole lines. A full disk does not stop the job: lost bytes are counted instead."""
 
-    def __init__(self, folder: Path, segment_bytes=SEGMENT_BYTES, segments=SEGMENTS):
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, segments: int = SEGMENTS):
         self.folder, self._segment_bytes, self._segments = Path(folder), segment_bytes, segments
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lost_bytes = 0
@@ -76,10 +76,10 @@ def size(folder: Path) -> int:
 
 
 def read(folder: Path, offset: int, limit: int = 1 << 20) -> tuple[int, bytes]:
-    """Returns (offset of the first byte, bytes). It is later than asked if those were deleted.
+    """Returns (offset of the first byte, bytes); the offset skips bytes that were deleted.
 
     Raises:
-        ValueError: the offset is past the end, so the caller counted it on another log.
+        ValueError: the offset is past the end, so it cannot be of this log.
     """
     segments = starts(folder)
     if offset > size(folder):
@@ -102,11 +102,11 @@ def checksum(data: bytes) -> list[int]:
 
 
 def resume(folder: Path, offset: int, tail: list[int]) -> int:
-    """Returns the offset at which a reader who has read up to `offset` must go on.
+    """Returns the offset at which a reader that has read up to `offset` must continue.
 
-    This is `offset` itself, unless the log ends before it or holds other bytes there: a power loss
-    takes what had not reached the disk. A supervisor begins a new segment when it starts, so the
-    bytes that the reader lacks begin with the newest segment that is not past the offset, or later.
+    This is `offset` itself, unless a power loss took bytes that had not reached the disk: then the
+    log ends before `offset`, or has other bytes there. Each supervisor starts a new segment, so the
+    reader's bytes are right at least up to the last segment that starts at or before `offset`.
 
     Args:
         tail: the checksum of the last bytes before `offset` that the reader has.
@@ -114,7 +114,7 @@ def resume(folder: Path, offset: int, tail: list[int]) -> int:
     segments, end = starts(folder), size(folder)
     length = tail[0]
     if offset <= end and (not segments or offset - length < segments[0]):
-        return offset  # what came before is deleted, so there is nothing to compare
+        return offset  # the bytes before it are deleted, so there is nothing to compare
     if offset <= end and checksum(_read_between(folder, offset - length, offset)) == list(tail):
         return offset
     return max((start for start in segments if start <= offset), default=0)

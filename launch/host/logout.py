@@ -1,6 +1,6 @@
 """Finds how to start a supervisor so that systemd-logind does not kill it at logout.
 
-With KillUserProcesses=yes, logind kills every process of a session when the session ends, also a
+With KillUserProcesses=yes, logind kills every process of a session when the session ends, even a
 detached one. A scope of the user's own service manager is not part of the session; but that
 manager itself ends with the user's last session, unless lingering is enabled for the user.
 Source: logind.conf(5), systemd-run(1).
@@ -32,7 +32,7 @@ def choose_start(settings: str, answer: str, user: str, lingers: bool, can_scope
         can_scope: systemd-run is installed and the user's service manager runs.
 
     Returns:
-        STAYS: start it as any process. SCOPE: start it in a scope of its own. LINGER: the user
+        STAYS: start it like any process. SCOPE: start it in a scope of its own. LINGER: the user
         must first run loginctl enable-linger. ENDS: it would be killed, and the user cannot
         prevent it.
     """
@@ -41,9 +41,9 @@ def choose_start(settings: str, answer: str, user: str, lingers: bool, can_scope
     kills = values.get("killuserprocesses", "no").lower() in ("yes", "true", "on", "1")
     if answer:
         kills = answer == "b true"
-    only = values.get("killonlyusers", "").split()
+    only_users = values.get("killonlyusers", "").split()
     spared = values.get("killexcludeusers", "root").split()
-    if not kills or user in spared or (only and user not in only):
+    if not kills or user in spared or (only_users and user not in only_users):
         return STAYS
     if not lingers:
         return LINGER

@@ -31,12 +31,12 @@ def read_stat(pid: int) -> Stat | None:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    fields = text.rpartition(")")[2].split()  # the name before it may contain spaces and brackets
     return Stat(fields[0], int(fields[1]), int(fields[19]))
 
 
 def boot_id() -> str:
-    """Returns the id that the kernel draws at each boot."""
+    """Returns the id that the kernel generates at each boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -45,7 +45,7 @@ def pids() -> list[int]:
 
 
 def descendants(root: int) -> list[int]:
-    """Returns the living processes below `root`. A zombie holds no resources and is left out."""
+    """Returns the living descendants of `root`. Zombies are left out: they hold no resources."""
     stats = {pid: stat for pid in pids() if (stat := read_stat(pid))}
     below, grown = {root}, True
     while grown:
@@ -56,12 +56,12 @@ def descendants(root: int) -> list[int]:
 
 def marked(job_id: str) -> list[int]:
     """Returns this user's living processes whose environment names the job, except this process."""
-    mark, found = f"{JOB_MARK}={job_id}".encode(), []
+    mark, matches = f"{JOB_MARK}={job_id}".encode(), []
     for pid in pids():
         with contextlib.suppress(OSError):  # gone, or another user's
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-    return [pid for pid in found if pid != os.getpid() and is_alive(pid)]
+                matches.append(pid)
+    return [pid for pid in matches if pid != os.getpid() and is_alive(pid)]
 
 
 def is_alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the processes of one attempt on this host: starts them, logs their output, ends them."""
+"""Starts the processes of an attempt on this host, logs their output and ends them."""
 
 import collections
 import json
@@ -27,7 +27,7 @@ class RankProcess:
     Args:
         heartbeat: the file that the program replaces to show its progress.
         prefix: put before each line of its output.
-        has_heartbeat: the program is known to write one, so its age counts from the start.
+        has_heartbeat: the program is known to write a heartbeat, so its age counts from the start.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RankProcess:
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
 
     def split_output(self, data: bytes) -> bytes:
-        """Takes output; b"" is its end. Returns the lines that are complete now."""
+        """Takes output (b"": its end); returns the lines that this completes."""
         lines = self._lines.feed(data) if data else self._lines.flush()
         self._tail.extend(line.decode(errors="replace") for line in lines.splitlines())
         return lines
@@ -124,19 +124,19 @@ class LocalRanks:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a signal to the supervisor's group is not for it
+                    start_new_session=True,  # signals to the supervisor's group must not reach it
                     preexec_fn=processes.die_with_parent,  # no orphan outlives the supervisor
                 )
             except OSError as error:
                 self.log.write(b"launch: cannot start: %s\n" % str(error).encode())
                 failing = f"raise SystemExit({CANNOT_START})"
                 process = subprocess.Popen([sys.executable, "-c", failing])
-            beats = self.job.get("beats", False)
-            started = RankProcess(rank, process, heartbeat, prefix, beats)
-            self.ranks.append(started)
+            has_heartbeat = self.job.get("beats", False)
+            rank_process = RankProcess(rank, process, heartbeat, prefix, has_heartbeat)
+            self.ranks.append(rank_process)
             if process.stdout:
                 os.set_blocking(process.stdout.fileno(), False)
-                self._selector.register(process.stdout, selectors.EVENT_READ, started)
+                self._selector.register(process.stdout, selectors.EVENT_READ, rank_process)
 
     def _device_variables(self, env: Mapping[str, str], local: int) -> dict[str, str]:
         """Returns the variables that choose a process's GPUs.
@@ -158,7 +158,7 @@ class LocalRanks:
     def _network_variables(self) -> dict[str, str]:
         """Returns the defaults that bind NCCL and the byte counters to the training interface.
 
-        A single host has no training network.
+        Without other hosts there is no training network, so there are none.
         """
         hosts, me = self.job["hosts"], self.job["me"]
         return interface_variables(interface_of(hosts[me]["address"])) if len(hosts) > 1 else {}
@@ -195,7 +195,7 @@ class LocalRanks:
                     self._drain(rank.process.stdout, rank)
 
     def _drain(self, pipe, rank: RankProcess) -> None:
-        """Logs what a pipe holds now, and closes it at its end."""
+        """Logs the output that is waiting in a pipe, and closes the pipe at its end."""
         while True:
             try:
                 data = os.read(pipe.fileno(), 1 << 16)
@@ -208,7 +208,7 @@ class LocalRanks:
                 return
 
     def signal_once(self, number: int) -> None:
-        """Sends a signal to each process, once per attempt however often it is asked for."""
+        """Sends a signal to each process, at most once per attempt."""
         if number not in self._sent_signals:
             self._sent_signals.add(number)
             for rank in self.ranks:
@@ -216,7 +216,7 @@ class LocalRanks:
                     processes.send_signal(rank.process.pid, number)
 
     def living(self) -> list[int]:
-        """Returns the job's living processes: this one's descendants, or any with its mark."""
+        """Returns this process's living descendants or, without any, those with the job's mark."""
         return processes.descendants(os.getpid()) or processes.marked(self.job["id"])
 
     def kill(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Answers the operator's requests: one comes on standard input, answers go to standard output."""
+"""Answers one request of the operator: reads standard input, writes to standard output."""
 
 import contextlib
 import fcntl
@@ -26,8 +26,8 @@ from launch.host.supervise import KEEPER, start_detached
 Request = dict[str, Any]
 STATUS_S = 2.0  # between the status frames of a stream
 LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
-STALE_S = 86_400.0  # age at which code that arrived in part is deleted
-JOBS_KEPT = 50  # folders of ended jobs, per host
+STALE_S = 86_400.0  # incompletely received code is deleted at this age
+JOBS_KEPT = 50  # a host stores this many folders of ended jobs
 
 
 def root_of(request: Request) -> Path:
@@ -59,7 +59,7 @@ def start(request: Request) -> dict[str, bool]:
         spec["cwd"] = os.path.expanduser(spec["cwd"])
         refuse_second_writer(folder, spec)
         if not (folder / "job.json").exists():
-            (folder / "lease").touch()  # only the first time: a detached job must not get it back
+            (folder / "lease").touch()  # only at first: a detached job must not get one again
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
         write_json(folder / "job.json", spec)
         prune(folder.parent)
@@ -93,7 +93,7 @@ def prune(jobs: Path) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Returns whether the worker that wrote the status lives: same boot, same pid, same start."""
+    """Returns whether the worker that wrote the status is alive: same boot, pid and start time."""
     status = read_json(folder / "status.json")
     if status.get("boot") != processes.boot_id():
         return False
@@ -102,7 +102,7 @@ def is_running(folder: Path) -> bool:
 
 
 def has_supervisor(folder: Path) -> bool:
-    """Returns whether a supervisor lives, perhaps between two lives of its worker."""
+    """Returns whether the job has a supervisor; its worker may just be restarting."""
     with contextlib.suppress(FileNotFoundError), open(folder / KEEPER) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -112,7 +112,7 @@ def has_supervisor(folder: Path) -> bool:
 
 
 def status(request: Request) -> dict[str, Any]:
-    """Returns the job's status, with what is true now: its supervisor and its living processes."""
+    """Returns the stored status, whether the job has a supervisor, and its living processes."""
     folder = job_folder(request)
     if not (folder / "job.json").exists():
         return {"known": False, "processes": processes.marked(request["job"])}
@@ -125,7 +125,10 @@ def status(request: Request) -> dict[str, Any]:
 
 
 def stop(request: Request) -> dict[str, Any]:
-    """Asks the supervisor to stop the job. With `kill`, or without a supervisor, kills all here."""
+    """Asks the supervisor to stop the job.
+
+    With `kill`, or if there is no supervisor, kills the job's processes on this host.
+    """
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
@@ -148,16 +151,16 @@ def stop(request: Request) -> dict[str, Any]:
 
 
 def detach(request: Request) -> dict:
-    """Removes the job's lease, so that it goes on without an operator."""
+    """Removes the job's lease, so that the job continues without an operator."""
     (job_folder(request) / "lease").unlink(missing_ok=True)
     return {}
 
 
 def follow(request: Request) -> None:
-    """Sends the log from `offset` on, as frames {"at": offset, "bytes": n}, each with its bytes.
+    """Streams the log from `offset` on: frames {"at": offset, "bytes": n}, then those n bytes.
 
-    It begins earlier if `tail` does not match what is before the offset, see log.resume. A frame
-    without bytes carries the status. Each line from the operator renews the job's lease. The stream
+    It begins earlier if `tail` does not match the log before the offset, see log.resume. Frames
+    without bytes carry the status. Each line from the operator renews the job's lease. The stream
     ends with the job, with the connection, or when the operator has sent nothing for LEASE_S.
     """
     folder = job_folder(request)
@@ -193,10 +196,10 @@ def send_frame(header: dict, data: bytes = b"") -> None:
 
 
 def pull(request: Request) -> dict[str, Any]:
-    """Sends what is new in the job's run directory, and `over`: whether the job had ended before.
+    """Returns what is new in the job's run directory, and `over`: whether the job has ended.
 
-    `over` is determined first, so if it is true, the files are complete. A relative run directory
-    starts at the folder in which the job runs.
+    `over` is determined before the files are read, so if it is true, they are complete. A relative
+    run directory is relative to the folder in which the job runs.
     """
     folder = job_folder(request)
     ended = bool(read_json(folder / "status.json").get("outcome"))
@@ -217,7 +220,7 @@ def net(request: Request) -> None:
 
 
 def land(request: Request) -> dict[str, Any]:
-    """Moves complete code to the folder that its hash names; `missing` asks for it to be sent."""
+    """Moves received code to the folder named by its hash; `missing` asks for it to be sent."""
     folder = root_of(request) / "code" / request["hash"]
     draft = folder.with_name(f".{request['hash']}.{request['by']}")
     if folder.exists():
@@ -238,7 +241,7 @@ def land(request: Request) -> dict[str, Any]:
             f"the code that arrived hashes to {arrived_hash}, not to {request['hash']}: "
             "a file was edited while it was sent. Start again"
         )
-    runs = root_of(request) / "runs"  # so that a relative --config.workdir outlives this code
+    runs = root_of(request) / "runs"  # a relative --config.workdir must outlive this code
     runs.mkdir(exist_ok=True)
     if not (draft / "runs").exists():
         os.symlink(runs, draft / "runs")
@@ -247,10 +250,10 @@ def land(request: Request) -> dict[str, Any]:
 
 
 def tied_to_connection(function: Callable[[Request], dict]) -> Callable[[Request], dict]:
-    """Returns a function that is killed, with its processes, when the operator's side is gone.
+    """Makes a request end, with its child processes, when the operator's connection breaks.
 
-    sshd does not end a command that has no terminal when its connection breaks; but standard input
-    reaches its end.
+    sshd does not end a command that has no terminal when its connection breaks, but it closes the
+    command's standard input.
     """
 
     def kill_at_end_of_input():

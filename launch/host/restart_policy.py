@@ -1,7 +1,7 @@
 """Decides what a job does next. Only the first host's supervisor, the leader, does this.
 
-It is pure: reports and the time go in, a target state comes out. Hosts bring the target about, so
-one that is lost or arrives twice does no harm.
+It is pure: reports and the time go in, a target state comes out. Hosts act until they match the
+target, so a target that is lost or arrives twice does no harm.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from launch.host.exit_codes import PREEMPTED, STOPPED, UNREACHABLE
 from launch.host.root_cause import SURE, Cause, find_cause
 
 NOW = "now"  # the reason for a stop that does not wait for a save; it overrides earlier stops
-PHASE_LIMIT_S = {"train": None, "save": 600.0, "eval": 1800.0}  # None: Policy.stall_s
-SETTLE_S = 1.5  # for the evidence of the other hosts to arrive
-DUMP_S = 2.0  # for stacks to reach the log
+# Longest time without a heartbeat, by phase. None: Policy.stall_s; other phases: Policy.start_s.
+PHASE_LIMIT_S = {"train": None, "save": 600.0, "eval": 1800.0}
+SETTLE_S = 1.5  # time for the other hosts' evidence to arrive
+DUMP_S = 2.0  # time for stacks to reach the log
 MAX_PAUSE_S = 300.0  # before a restart
 Report = dict[str, Any]  # what launch.host.supervise.Supervisor.report returns
 
@@ -26,12 +27,12 @@ class Policy:
 
     restarts: int = 3  # attempts after the first
     backoff_s: float = 2.0  # before the first restart; doubles up to MAX_PAUSE_S
-    on_loss: str = "wait"  # for a host that stays away: "wait" for it, go on with "fewer", "stop"
+    on_loss: str = "wait"  # if a host stays away: "wait" for it, go on with "fewer", or "stop"
     wait_s: float = 3600.0  # how long to wait for hosts, and for the leader
-    stall_s: float = 20.0  # without a step; at least 5 times the usual step
-    start_s: float = 1800.0  # from the start to the first step
+    stall_s: float = 20.0  # without a step until a rank is stuck; at least 5 usual steps
+    start_s: float = 1800.0  # from a rank's start to its first step
     lost_s: float = 12.0  # of silence until a host counts as lost
-    grace_s: float = 120.0  # from SIGTERM to SIGKILL; a save must fit in
+    grace_s: float = 120.0  # from SIGTERM to SIGKILL; must be long enough for a save
     lease_s: float = 0.0  # the job ends if no operator is attached for this long; 0: detached
 
 
@@ -39,16 +40,16 @@ class JobController:
     """The state machine of a job: gather -> run -> (settle or dump -> gather -> run)* -> end.
 
     gather: wait until every host is present and runs nothing of the job. run: watch the ranks.
-    settle: something failed; wait for surer evidence. dump: a rank is stuck; let all write their
-    stacks. end: the outcome is known.
+    settle: something failed; wait for better evidence. dump: a rank is stuck; have all ranks write
+    their stacks. end: the outcome is known.
 
     Args:
-        names: of the hosts, by index; 0 is the leader's own host.
+        names: the hosts' names, by index; 0 is the leader's own host.
         new_coordinator: returns the `address:port` of a new attempt's JAX coordinator. Each
             attempt needs a new port, as processes of the last one may still connect to the old.
-        log: takes a text for the job's log.
-        attempt: the last one that this job has made; 0 for a new job.
-        now: the time, in seconds of a monotonic clock.
+        log: writes a text to the job's log.
+        attempt: the number of the job's last attempt; 0 for a new job.
+        now: seconds of a monotonic clock.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class JobController:
         self._log(f"stopping: {reason}")
 
     def next_target(self, now: float) -> dict[str, Any]:
-        """Advances the state machine, and returns what all hosts must bring about.
+        """Advances the state machine, and returns the target of all hosts.
 
         Returns:
-            {"do": "run", "term" (ask to save and stop), "dump" (write stacks), "kill" or "end",
+            {"do": "run", "term" (save and stop), "dump" (write stacks), "kill" or "end",
             "attempt", "world": {"members", "coordinator"}, "outcome": None until the end}
         """
         leases = [report["lease_age_s"] for report in self.reports.values()]
@@ -113,9 +114,9 @@ class JobController:
         self.state, self._since = state, now
 
     def _can_save(self) -> bool:
-        """Returns whether SIGTERM is worth sending: a step was made, or nobody knows.
+        """Returns whether SIGTERM may lead to a save: a rank has completed a step.
 
-        A program that writes no heartbeat may still handle SIGTERM.
+        A program that writes no heartbeat may have done so, too.
         """
         ranks = [rank for report in self._members() for rank in report["ranks"]]
         return any(rank["beats"] is None or rank["step"] for rank in ranks)
@@ -128,7 +129,7 @@ class JobController:
         return {host: now - self._heard_at[host] for host in hosts}
 
     def _gather(self, now: float) -> None:
-        """Waits until every host is present with nothing of the job running.
+        """Waits until every host is present and runs nothing of the job, then starts an attempt.
 
         A host with a process that cannot be killed is treated as unreachable.
         """
@@ -143,7 +144,7 @@ class JobController:
         if missing and waited > self.policy.wait_s:
             unclean = ", ".join(self.names[host] for host in missing if host in present)
             away = ", ".join(self.names[host] for host in missing if host not in present)
-            reasons = [f"{away} did not come"] if away else []
+            reasons = [f"{away} did not report"] if away else []
             reasons += [f"nothing could kill what runs on {unclean}"] if unclean else []
             why = f"{' and '.join(reasons)} within {self.policy.wait_s:.0f} s"
             return self._end(now, UNREACHABLE, why)
@@ -157,7 +158,7 @@ class JobController:
         self._enter("run", now)
 
     def _watch(self, now: float) -> None:
-        """Watches a running attempt for its end or a failure."""
+        """Checks a running attempt for its end or a failure."""
         if self._stop and now - self._stop_at > self.policy.grace_s:
             grace = f"{self.policy.grace_s:.0f} s (--grace_s)"
             self._log(f"the ranks did not stop within {grace}: killing them")
@@ -200,7 +201,7 @@ class JobController:
         return rank["age_s"] > limit_s
 
     def _settle(self, now: float) -> None:
-        """Waits for a surer cause: a silent host is known to be lost only after lost_s."""
+        """Waits for better evidence: a silent host is known to be lost only after lost_s."""
         assert self._cause
         self._cause = min(self._cause, self._find_cause(now) or self._cause, key=lambda c: c.order)
         silent = max(self._silent_s(now, self.world["members"]).values()) > SETTLE_S
@@ -238,7 +239,7 @@ class JobController:
         self._enter("gather", now)
 
     def _end(self, now: float, code: int, why: str) -> None:
-        """Ends the job for good; hosts kill what is left of it."""
+        """Ends the job for good. The hosts kill the processes that are left of it."""
         self.outcome = {"code": code, "why": why, "attempts": self.attempt}
         self._log(f"END code {code}: {why.splitlines()[0]}")
         self._enter("end", now)

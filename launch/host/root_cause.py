@@ -22,9 +22,9 @@ ADVICE = {  # what the operator can do, by kind of cause
     "stopped": "Look for a debugger or a `kill -STOP` on that host.",
     "memory": "Use less host memory per process, or a host with more.",
     "signal": "If nobody sent it, look in that host's `dmesg`.",
-    "refused": "It is not restarted: correct what it reports, then start a new job.",
+    "refused": "The job is not restarted: correct what it reports, then start a new one.",
     "error": "`logs JOB` shows this rank's whole output.",
-    "noticed": "No rank reported a cause of its own: read the logs of all hosts.",
+    "noticed": "Every rank blames another one: read the logs of all hosts.",
     "stuck": "`logs JOB` shows the stack of every rank at that moment.",
 }
 
@@ -33,10 +33,10 @@ class Cause(NamedTuple):
     """A possible cause of a failure.
 
     Attributes:
-        order: rank by plausibility; the lowest is the likeliest.
+        order: plausibility; the lowest value is the likeliest.
         kind: a key of ADVICE.
         headline: host, rank, step and what happened, in one line.
-        output: the rank's decisive lines.
+        output: the lines of the rank's output that name an error.
         code: the job's exit status if it ends because of this.
         retry: a restart may succeed.
     """
@@ -69,7 +69,7 @@ def find_cause(
     Args:
         reports: {host: its newest report}, for the members of the attempt.
         silent_s: {host: seconds since its last report}.
-        names: of the hosts, by index.
+        names: the hosts' names, by index.
         lost_s: seconds of silence after which a host counts as lost.
         stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
     """
@@ -108,8 +108,8 @@ def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
     elif code > 128 and code != ABORTED:
         yield cause(3, "signal", f"ended by {signal_name(code - 128)}")
     elif code == REFUSED:
-        # Every rank may report a problem that all must know of, with the text of the one that has
-        # it. That text names its process, so a rank that names another one is not the cause.
+        # If one process has a problem, all may exit with its text, which names that process. So a
+        # rank whose text names another process is not the cause.
         named = re.findall(r"\bprocess (\d+):", "\n".join(output))
         order = 4.5 if named and str(rank["rank"]) not in named else 4
         yield cause(order, "refused", f"refused to go on (exit {code})", retry=False)
@@ -120,7 +120,7 @@ def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
 
 
 def _stuck_rank(reports, stalls, names) -> Iterator[Cause]:
-    """Yields the rank that has made the least progress: all others wait for it."""
+    """Yields the rank with the least progress, as all others wait for it."""
     if not stalls:
         return
     ranks = [(host, rank) for host, report in reports.items() for rank in report["ranks"]]

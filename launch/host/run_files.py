@@ -1,4 +1,4 @@
-"""The files of a run directory: their names, how to find them, and how to send what is new."""
+"""Names the files of a run directory, finds them, and reads what is new in them."""
 
 import base64
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
-NAME = re.compile(rf"({PROCESSES}/)?[\w.-]+\.jsonl?")  # every file that a host may send
+NAME = re.compile(rf"({PROCESSES}/)?[\w.-]+\.jsonl?")  # the files that a host may send
 WORKDIR = "--config.workdir"  # or --workdir: the trainer takes its flags in both forms
-ANSWER_BYTES = 4 << 20  # the most that one answer carries
+ANSWER_BYTES = 4 << 20  # the largest answer
 
 
 def process_files(folder: Path) -> list[Path]:
@@ -30,8 +30,8 @@ def read_changes(
             sees the same file, through a shared file system.
 
     Returns:
-        {"files": {name: {"inode", "at", "base64"}}, "names": all files, "more": whether the size
-        limit left something out}
+        {"files": {name: {"inode", "at" (offset), "base64"}}, "names": all files,
+        "more": whether the size limit left something out}
     """
     paths = [folder / name for name in (CONFIG, SUMMARY, METRICS)]
     paths = [path for path in (*paths, *process_files(folder)) if path.exists()]
@@ -67,7 +67,7 @@ def flag_value(argv: list[str], name: str) -> str:
     """Returns the last value of a flag, given as `--name=value` or `--name value`; "" if absent.
 
     Args:
-        name: with or without the prefix `config.`; both forms of the flag are found.
+        name: the flag's name; both it and its form with or without `config.` are found.
     """
     value, bare_name = "", name.lstrip("-").removeprefix("config.")
     for i, arg in enumerate(argv):

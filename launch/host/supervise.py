@@ -24,13 +24,13 @@ from launch.host.restart_policy import JobController, Policy
 TURN_S = 0.1
 REPORT_S = 0.5
 STATUS_S = 2.0
-KEEPER = "keeper"  # file that the keeper and its worker hold locked
-WORKERS = 5  # lives of the worker; a host that kills more of them is not fit for the job
-RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # disk space set aside for the outcome
-# Wait this long for disk space: without a stored outcome, whoever attaches would restart the job.
+KEEPER = "keeper"  # file that the keeper and its worker keep locked
+WORKERS = 5  # workers that a keeper starts; a host that kills this many is unfit for the job
+RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # disk space reserved for the outcome
+# How long to wait for disk space: without a stored outcome, the next `attach` restarts the job.
 OUTCOME_S, RETRY_S = 86_400.0, 1.0
 UNKILLABLE_S = 30.0  # a process that survives SIGKILL for this long hangs in the kernel
-FAREWELL_S = 10.0  # that the leader waits until the other hosts know the outcome
+FAREWELL_S = 10.0  # how long the leader waits for the other hosts to learn the outcome
 
 
 def oom_kills() -> int:
@@ -42,10 +42,10 @@ def oom_kills() -> int:
 
 
 class Supervisor:
-    """One life of the worker.
+    """A worker: runs the job on this host until it ends.
 
     Args:
-        folder: of the job on this host. It holds job.json, log/, status.json, lease, stop.
+        folder: the job's folder: job.json, log/, status.json, lease, stop.
         orphaned: an earlier worker was killed.
     """
 
@@ -58,13 +58,13 @@ class Supervisor:
         self.names = [host["name"] for host in self.job["hosts"]]
         self._orphaned, self._oom_kills = orphaned, oom_kills()
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
-        self._target_at = time.monotonic()
+        self._target_at = now = time.monotonic()
         self._reported_at = self._written_at = 0.0
         self._outcome_at = self._finished_at = 0.0  # 0: not yet
         with contextlib.suppress(OSError):
             (folder / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # random: incompressible
-        # What an earlier worker wrote, or this host before it lost its power. Its last attempt is
-        # over here, so it must not be started again.
+        # The status is an earlier worker's, or from before a power loss. That attempt already ran
+        # here and must not be started again.
         self.ranks.attempt = read_json(folder / "status.json").get("attempt", 0)
         address, port, token = self.job["hosts"][0]["address"], self.job["port"], self.job["token"]
         self.controller = self.followers = self.leader = None
@@ -72,17 +72,12 @@ class Supervisor:
             new_coordinator = lambda: endpoint(address, free_port(address))
             self.followers = LeaderChannel(address, port, token)
             self.controller = JobController(
-                self.policy,
-                self.names,
-                new_coordinator,
-                self.write_log,
-                self.ranks.attempt,
-                time.monotonic(),
+                self.policy, self.names, new_coordinator, self.write_log, self.ranks.attempt, now
             )
         else:
             self.leader = FollowerChannel(address, port, token)
         if orphaned:
-            mark = "ROOT CAUSE " if self.me == 0 else ""  # no other worker could name the leader's
+            mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
             self.write_log(f"{mark}{name}: its supervisor was killed; a new one has started")
 
@@ -156,7 +151,7 @@ class Supervisor:
         self.followers.send_target(self._target)
 
     def _follow(self, report: dict[str, Any], now: float) -> None:
-        """Takes the target from the leader. If the leader stays silent, stops here, then ends."""
+        """Takes the leader's target. If the leader stays silent, kills the ranks, then gives up."""
         assert self.leader
         target = self.leader.exchange(report)
         if target:
@@ -172,7 +167,7 @@ class Supervisor:
                 self._target = self._target | {"outcome": {"code": LOST_LEADER, "why": why}}
 
     def _pursue_target(self) -> None:
-        """Takes the next action towards the target. Each can be repeated without harm."""
+        """Takes the next action towards the target; every action can safely be repeated."""
         do, attempt, world = self._target["do"], self._target["attempt"], self._target["world"]
         if do in ("run", "term", "dump") and attempt > self.ranks.attempt:
             if self.me in world["members"] and not self.ranks.living():
@@ -190,7 +185,7 @@ class Supervisor:
                 self.write_log(f"cannot kill pids {pids}: they hang in the kernel. Reboot the host")
 
     def _may_finish(self, now: float) -> bool:
-        """Returns whether nothing of the job lives here, and the leader may leave the others."""
+        """Returns whether the job's processes are gone and, for the leader, the others know."""
         self._outcome_at = self._outcome_at or now
         if now - self._outcome_at < UNKILLABLE_S and self.ranks.living():
             return False
@@ -202,14 +197,14 @@ class Supervisor:
         return all(r["clean"] and r["knows"] for r in heard)  # else they would wait for wait_s
 
     def _store_outcome(self, outcome: dict[str, Any]) -> bool:
-        """Writes the outcome, into the space set aside if need be; returns whether it could."""
+        """Writes the outcome, into the reserved space if need be; returns whether it succeeded."""
         stored = self._write_status(self.report(), outcome)
         with contextlib.suppress(OSError):
             (self.folder / RESERVE).unlink(missing_ok=True)
         return stored or self._write_status(self.report(), outcome)
 
     def _write_status(self, report: dict[str, Any], outcome: dict | None = None) -> bool:
-        """Writes status.json; returns whether it could, as a full disk must not end the job."""
+        """Writes status.json; returns whether that succeeded: a full disk must not end the job."""
         this_process = processes.read_stat(os.getpid())
         assert this_process
         status = {
@@ -268,7 +263,7 @@ def _work(folder: Path, orphaned: bool) -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         Supervisor(folder, orphaned).run()
-        return 0  # not the job's exit status: that could equal WORKER_FAILED
+        return 0  # not the job's exit status, which could equal WORKER_FAILED
     except BaseException:
         with open(folder / "supervisor.err", "a") as file:
             traceback.print_exc(file=file)
@@ -288,14 +283,12 @@ def start_detached(folder: Path) -> None:
     os.setsid()
     if os.fork():
         os._exit(0)
-    null, errors = (
-        os.open(os.devnull, os.O_RDWR),
-        os.open(folder / "supervisor.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-    )
+    null = os.open(os.devnull, os.O_RDWR)
+    errors = os.open(folder / "supervisor.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for number, target in ((0, null), (1, null), (2, errors)):
         os.dup2(target, number)
     os.closerange(3, 256)  # among them the lock that the request holds
-    # The lock is inherited by the worker and lasts as long as either of the two lives.
+    # The worker inherits the lock, which lasts as long as either of the two processes.
     fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
     os.chdir("/")
     os._exit(keep(folder))

@@ -1,1 +1,1 @@
-"""Run directories read back: tables, pages, baselines, prices and comparisons."""
+"""Reads run directories and makes tables, pages, baselines, prices and comparisons of them."""

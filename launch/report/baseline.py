@@ -1,4 +1,4 @@
-"""Service baselines: what a cluster did, with the spread that it showed, and runs held to it."""
+"""Service baselines: a cluster's figures with their spread, for checking later runs."""
 
 import math
 import time
@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from launch.report.figures import grouped, percent, rate, seconds
-from launch.report.run_folder import Run
+from launch.report.run_folder import RunFolder
 from launch.report.stats import deviation, mean, percentile, split, t_quantile
 from launch.report.svg import digits
 
 VERSION = 1
 BLOCKS, STEPS_PER_BLOCK, LEAST_BLOCKS = 10, 5, 3
-BEYOND = 10  # steps at or above a percentile; fewer are an accident that the next run has not
-SLACK = 1e-9  # of a figure: the rounding of sums in another order
+BEYOND = 10  # steps at or above a percentile; with fewer it is not reproducible
+SLACK = 1e-9  # relative; sums in another order round differently
 KEYS = ("config_hash", "device", "devices", "hosts", "processes", "versions")
-LEAST_RUNS = 3  # whose own spread is taken; Student's t of two runs is 32 of their spreads
-BLUNT = 2.0  # a bound farther than this many times from its figure holds nothing
+LEAST_RUNS = 3  # to use the spread between runs; for two, Student's t is 32 spreads
+BLUNT = 2.0  # a bound farther than this factor from its figure is too loose to enforce
 LOOSE = 0.2  # a tolerance beyond this share of its figure would miss what an operator must see
 
 
 class Figure(NamedTuple):
-    """`metric` is what it is made of, "" of step times; `tail` is its highest percentile."""
+    """A figure of `metric` ("" for step times); `tail` is the highest percentile in it."""
 
     words: str
     sign: int  # 1: more is better
@@ -46,8 +46,8 @@ FIGURES = {
 }
 
 
-def key_of(run: Run) -> dict:
-    """What a baseline is valid for."""
+def key_of(run: RunFolder) -> dict:
+    """Returns what must be equal for a baseline to apply to a run."""
     return {
         "config_hash": run.config["config_hash"],
         "device": run.device,
@@ -58,8 +58,8 @@ def key_of(run: Run) -> dict:
     }
 
 
-def measure(run: Run, name: str, values=None) -> float | None:
-    """A figure of a run, or of some of the values that it is made of; None where there are none."""
+def measure(run: RunFolder, name: str, values=None) -> float | None:
+    """Returns a run's figure, or the figure of some of its values; None if there are none."""
     figure = FIGURES[name]
     if name == "goodput" and values is None:
         return run.figures.get("perf/goodput")
@@ -69,11 +69,13 @@ def measure(run: Run, name: str, values=None) -> float | None:
     value = figure.reduce(values)
     if name == "tokens_per_s":
         return run.tokens_per_step * value
-    return 1 - value / run.chip["hbm_bytes"] if name == "hbm_headroom" else value
+    if name == "hbm_headroom" and run.chip:
+        return 1 - value / run.chip["hbm_bytes"]
+    return value
 
 
-def series(run: Run, name: str) -> list[float]:
-    """What a figure is made of, in order."""
+def series(run: RunFolder, name: str) -> list[float]:
+    """Returns the values that a figure is computed from, in order."""
     metric = FIGURES[name].metric
     if not metric:
         return [value for _, value in run.step_times[0]]
@@ -82,17 +84,17 @@ def series(run: Run, name: str) -> list[float]:
     return [value for _, value in run.points(metric)]
 
 
-def record(runs: list[Run], confidence: float) -> dict:
-    """A baseline of runs of one key.
+def record(runs: list[RunFolder], confidence: float) -> dict:
+    """Returns a baseline of runs with the same key.
 
-    A figure's bound is the one-sided prediction bound, by Student's t on its logarithm, of one more
-    run: from the figure's spread between the runs, or with fewer than LEAST_RUNS between blocks of
-    all their steps, as if the next run were as unlike these as a block is unlike another.
+    A figure's bound is the one-sided prediction bound of one more run, by Student's t on its
+    logarithm. The spread is that between the runs. With fewer than LEAST_RUNS it is that between
+    blocks of their steps, as if runs differed from each other as blocks do.
     Source: Hahn & Meeker 1991, Statistical Intervals, chapter 4.
 
     Raises:
-        ValueError: the runs are of several keys, too short to show a spread, or too unlike to hold
-            another to.
+        ValueError: the runs have different keys, are too short to show a spread, or differ too
+            much for any bound.
     """
     key = key_of(runs[0])
     for run in runs[1:]:
@@ -104,12 +106,12 @@ def record(runs: list[Run], confidence: float) -> dict:
             )
     figures = {}
     for name in FIGURES:
-        values = [measure(run, name) for run in runs]
-        if None not in values:
+        values = [value for run in runs if (value := measure(run, name)) is not None]
+        if len(values) == len(runs):
             figures[name] = {"value": mean(values)} | _bound(runs, name, values, confidence)
-    if all(held["bound"] is None for held in figures.values()):
-        why = "; ".join(f"{name}: {held['how']}" for name, held in figures.items())
-        raise ValueError(f"a baseline must hold something; got {why}. Give longer or more RUNs.")
+    if all(figure["bound"] is None for figure in figures.values()):
+        why = "; ".join(f"{name}: {figure['how']}" for name, figure in figures.items())
+        raise ValueError(f"a baseline must have a bound; got {why}. Give longer or more RUNs.")
     first = runs[0]
     return {
         "version": VERSION,
@@ -124,8 +126,8 @@ def record(runs: list[Run], confidence: float) -> dict:
     }
 
 
-def too_few(run: Run, name: str) -> str:
-    """Why a percentile of a run tells nothing of the next; "" where it does."""
+def too_few(run: RunFolder, name: str) -> str:
+    """Returns why a percentile of a run does not predict the next run; "" if it does."""
     share, steps = FIGURES[name].tail, len(run.step_times[0])
     beyond = steps - math.floor(share * (steps - 1))
     if not share or beyond >= BEYOND:
@@ -134,7 +136,7 @@ def too_few(run: Run, name: str) -> str:
 
 
 def _bound(runs, name, values, confidence) -> dict:
-    """{"bound", "how"}; a bound of None where no spread can be seen, so that nothing is held."""
+    """Returns {"bound", "how"}; the bound is None if the runs show no spread to derive it from."""
     few = [why for run in runs if (why := too_few(run, name))]
     if few:
         return {"bound": None, "how": few[0]}
@@ -149,12 +151,12 @@ def _bound(runs, name, values, confidence) -> dict:
     spread = deviation([math.log(sample) for sample in samples])
     factor = math.exp(t_quantile(confidence, n - 1) * spread * math.sqrt(1 + 1 / n))
     if factor > BLUNT:
-        return {"bound": None, "how": f"{how}: {factor:.3g} times as much is too wide to hold"}
+        return {"bound": None, "how": f"{how}: {factor:.3g} times as much is too loose to enforce"}
     return {"bound": mean(values) * factor**-sign, "how": how}
 
 
 def _blocks(runs, name) -> tuple[list[float], str]:
-    """A figure of each part of every run, and what they are called."""
+    """Returns a figure of each part of every run, and a description of them."""
     samples, metric = [], FIGURES[name].metric
     for run in runs:
         parts = series(run, name)
@@ -171,8 +173,8 @@ def _blocks(runs, name) -> tuple[list[float], str]:
     return samples, f"spread of {len(samples)} blocks of {whose}"
 
 
-def refusals(baseline: dict, run: Run, across=()) -> list[str]:
-    """In what the run is not what the baseline is of."""
+def refusals(baseline: dict, run: RunFolder, across=()) -> list[str]:
+    """Returns reasons why the run is not comparable with the baseline."""
     found, key = key_of(run), baseline["key"]
     return [
         f"{name}: the baseline is of {key[name]}, {run.name} of {found[name]}"
@@ -181,10 +183,10 @@ def refusals(baseline: dict, run: Run, across=()) -> list[str]:
     ]
 
 
-def check(baseline: dict, run: Run) -> list[dict]:
-    """A row a figure: {"figure", "baseline", "bound", "run", "margin", "state"}.
+def check(baseline: dict, run: RunFolder) -> list[dict]:
+    """Returns a row per figure: {"figure", "baseline", "bound", "run", "margin", "state"}.
 
-    `margin` is how far the run is on the good side of its bound, as a share of the bound; `state`
+    `margin` is how far the run is on the good side of its bound, relative to the bound; `state`
     is ok, BREACH, or "not held", with the reason as `how`. A figure that the run did not measure
     is a breach.
     """

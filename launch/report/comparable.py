@@ -1,4 +1,4 @@
-"""Whether two sides did the same work: the same config and data, and curves that seeds explain."""
+"""Checks that two sides did the same work: same config, same data, and losses within noise."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from launch.report.sides import Side
 from launch.report.stats import deviation, mean, noise, split, t_quantile
 
-CHANCE = 1e-3  # of refusing two sides that are the same, over all parts of the curve
+CHANCE = 1e-3  # of refusing two equal sides, over all parts of the curve
 PARTS = 4
-FREEDOM = 5  # degrees of it below which the noise between runs is no measure: t's limit is 22 at 3
+# With fewer degrees of freedom the noise between runs is unreliable: t's limit is 22 at 3.
+FREEDOM = 5
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class LossMatch:
     """The part of the curve where the sides differ most, in standard errors of the difference."""
 
     steps: tuple[int, int]
-    gap_nats: float  # A's mean less B's
+    gap_nats: float  # A's mean minus B's
     errors: float
-    limit: float  # errors that the noise explains
-    noise: str  # where it was seen, in words
+    limit: float  # the largest `errors` that noise explains
+    noise: str  # describes the noise's source
 
     def __str__(self):
         return (
@@ -29,16 +30,16 @@ class LossMatch:
 
 
 def differences(a: Side, b: Side) -> list[str]:
-    """What of the work differs, apart from the losses; [] where nothing does."""
+    """Returns a sentence for each difference of the work, apart from the losses."""
     found = []
     same = a.config_hash == b.config_hash
-    both = a.settings is not None and b.settings is not None
-    if both and not same and a.settings != b.settings:
+    if a.settings is None or b.settings is None:
+        if not same:
+            found.append(f"config hash: {a.config_hash} against {b.config_hash}")
+    elif not same and a.settings != b.settings:
         names = sorted(k for k in {**a.settings, **b.settings} if _get(a, k) != _get(b, k))
         pairs = [f"{name} {_get(a, name)!r} against {_get(b, name)!r}" for name in names]
         found.append(f"config: {'; '.join(pairs)}")
-    elif not both and not same:
-        found.append(f"config hash: {a.config_hash} against {b.config_hash}")
     if a.data_fingerprint != b.data_fingerprint:
         found.append(f"data fingerprint: {a.data_fingerprint} against {b.data_fingerprint}")
     if a.tokens_per_step != b.tokens_per_step:
@@ -51,11 +52,12 @@ def _get(side, name):
 
 
 def match_losses(a: Side, b: Side) -> LossMatch | None:
-    """The largest difference of the curves in their parts; None where no step has both losses.
+    """Returns the largest difference over the curves' parts; None if no step has both losses.
 
-    With seven runs or more the noise is that between them. With two it is that of the batches
-    within a run: what another seed would draw, but not where it would lead, so it rather refuses
-    too much. With three to six it is the larger of the two, held against the batches' limit.
+    With seven or more runs the noise is estimated between runs. With two it is estimated from the
+    batches within a run. That shows what another seed would draw but not where it would lead, so
+    the check errs towards refusing. With three to six runs the larger of the two estimates counts,
+    with the limit of the batches' estimate.
     """
     runs = a.losses + b.losses
     steps = sorted(set.intersection(*(set(run) for run in runs))) if a.losses and b.losses else []

@@ -1,6 +1,6 @@
-"""A run's figures as rows of words, for the terminal and the page alike."""
+"""Formats a run's figures as rows of text, for both the terminal and the page."""
 
-from launch.report.run_folder import EVAL_LOSS, LOSS, STEP_TIME, Run, duration
+from launch.report.run_folder import EVAL_LOSS, LOSS, STEP_TIME, RunFolder, duration
 from launch.report.stats import mean, split
 from launch.report.svg import digits
 
@@ -8,22 +8,23 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def seconds(value: float) -> str:
-    """`8.67 ms`, `720 ms`, `3.41 s`."""
+    """Formats seconds as `8.67 ms`, `720 ms` or `3.41 s`."""
     factor, unit = time_unit(value)
     return f"{digits(factor * value)} {unit}"
 
 
 def time_unit(value: float) -> tuple[float, str]:
-    """(factor, unit) in which seconds like this one read best."""
+    """Returns (factor, unit) for showing seconds of this size."""
     return (1e3, "ms") if value < 0.9995 else (1.0, "s")
 
 
 def percent(value: float) -> str:
+    """Formats a share as `41.5 %`."""
     return f"{100 * value:.1f} %"
 
 
 def size(value: float) -> str:
-    """`19.6 GiB`, `3.2 MiB`."""
+    """Formats bytes as `19.6 GiB` or `3.2 MiB`."""
     for unit, bytes_ in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= bytes_:
             return f"{digits(value / bytes_)} {unit}"
@@ -31,20 +32,22 @@ def size(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """`12.5 MB/s`: of a network, in powers of ten as links have them."""
+    """Formats a network's bytes/s as `12.5 MB/s`, in powers of ten as links are specified."""
     factor, unit = rate_unit(value)
     return f"{digits(factor * value)} {unit}"
 
 
 def rate_unit(value: float) -> tuple[float, str]:
+    """Returns (factor, unit) for showing bytes/s of this size."""
     return (1e-6, "MB/s") if value < 1e9 else (1e-9, "GB/s")
 
 
 def grouped(value: float) -> str:
+    """Formats a number with a narrow space between groups of three digits."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
-ROWS = (  # metric, its name, its form
+ROWS = (  # metric, name, formatter
     ("perf/tokens_per_s", "tokens/s, in steps", grouped),
     ("perf/tokens_per_s_per_device", "per device", grouped),
     (STEP_TIME, "step p50", seconds),
@@ -63,13 +66,14 @@ ROWS = (  # metric, its name, its form
 )
 
 
-def latest(run: Run, metric: str) -> float | None:
+def latest(run: RunFolder, metric: str) -> float | None:
+    """Returns a metric's last value; None if the run has none."""
     points = run.points(metric)
     return points[-1][1] if points else None
 
 
-def progress(run: Run) -> str:
-    """`120 of 200, 12 min 04 s left`."""
+def progress(run: RunFolder) -> str:
+    """Formats the progress as `120 of 200, 12 min 04 s left`."""
     steps = run.settings["steps"]
     text = f"{run.step} of {steps}"
     if run.state == "running" and run.step_times[0] and type(steps) is int:
@@ -80,15 +84,15 @@ def progress(run: Run) -> str:
     return text
 
 
-def rows_of(run: Run) -> list[tuple[str, str]]:
-    """(name, figure) of what is known; what a CPU or an older run has not is left out."""
+def rows_of(run: RunFolder) -> list[tuple[str, str]]:
+    """Returns (name, text) of the known figures; those that a run does not have are left out."""
     rows = [("state", run.state), ("step", progress(run))]
     for metric, name in ((LOSS, "loss, nats"), (EVAL_LOSS, "held-out loss, nats")):
         value = latest(run, metric)
         if value is not None:
             rows.append((name, f"{value:.4f}"))
-    found = run.figures
-    rows += [(name, form(found[metric])) for metric, name, form in ROWS if metric in found]
+    values = run.figures
+    rows += [(name, form(values[metric])) for metric, name, form in ROWS if metric in values]
     wall = run.summary.get("perf/wall_s")
     if wall is not None:
         rows.append(("wall time", duration(wall)))
@@ -104,11 +108,12 @@ def rows_of(run: Run) -> list[tuple[str, str]]:
 
 
 def duration_or_ms(value: float) -> str:
+    """Formats seconds with `duration` from 10 s on, otherwise with `seconds`."""
     return duration(value) if value >= 10 else seconds(value)
 
 
-def spark(values, width: int = 32) -> str:
-    """A line of bars, the mean of each stretch; "" where there is nothing to show."""
+def spark(values: list[float], width: int = 32) -> str:
+    """Returns a sparkline, each bar the mean of consecutive values; "" without values."""
     if not values:
         return ""
     means = [mean(part) for part in split(values, min(width, len(values)))]

@@ -1,11 +1,11 @@
-"""The page of a run or several: one HTML file, without scripts, that needs nothing else."""
+"""Renders the page of one or more runs: one HTML file without scripts or external resources."""
 
 import time
 from html import escape
 
 from launch.report import panels
 from launch.report.figures import latest, progress, rows_of, seconds
-from launch.report.run_folder import LOSS, STEP_TIME, Run
+from launch.report.run_folder import LOSS, STEP_TIME, RunFolder
 from launch.report.svg import COLOURS, short
 
 STYLE = """
@@ -62,28 +62,28 @@ td.words{text-align:left;white-space:normal;overflow-wrap:anywhere}
 )
 
 
-def page(runs: list[Run], refresh_s: int = 0) -> str:
-    """The HTML of a page.
+def page(runs: list[RunFolder], refresh_s: int = 0) -> str:
+    """Returns the HTML of a page.
 
     Args:
-        refresh_s: seconds after which a browser that shows it looks again; 0 is never.
+        refresh_s: seconds after which a browser reloads the page; 0 for never.
     """
-    one = len(runs) == 1
-    title = runs[0].name if one else f"{len(runs)} runs"
-    again = f'<meta http-equiv="refresh" content="{refresh_s}">' if refresh_s else ""
-    body = _head(runs[0]) if one else _legend(runs)
+    single = len(runs) == 1
+    title = runs[0].name if single else f"{len(runs)} runs"
+    refresh = f'<meta http-equiv="refresh" content="{refresh_s}">' if refresh_s else ""
+    body = _head(runs[0]) if single else _legend(runs)
     body += f"<main>{''.join(_charts(runs))}</main><aside>{''.join(_tables(runs))}</aside>"
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     body += f'<p class="dim">Written {written} by launch.summary.</p>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"{again}<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"{refresh}<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body>{body}</body></html>\n"
     )
 
 
-def _head(run: Run) -> str:
+def _head(run: RunFolder) -> str:
     found = run.figures
     tiles = []
     for value, name, form in (
@@ -150,7 +150,7 @@ def _figures(runs) -> str:
 
 
 def _words(title, entries, strip=False) -> str:
-    """A table of names and words; a route's text begins with its own name, which goes."""
+    """Returns a table of names and texts; strips the route's name from the start of its text."""
     body = ""
     for name, text in entries.items():
         text = " ".join(str(text).split())

@@ -3,7 +3,7 @@
 from html import escape
 
 from launch.report.figures import duration_or_ms, percent, rate_unit, seconds, time_unit
-from launch.report.run_folder import EVAL_LOSS, LOSS, STEP_TIME, Run
+from launch.report.run_folder import EVAL_LOSS, LOSS, STEP_TIME, RunFolder
 from launch.report.stats import histogram, mean, median, percentile, split
 from launch.report.svg import (
     COLOURS,
@@ -32,7 +32,7 @@ def colour(index: int) -> int:
 
 
 def label(runs, text: str) -> str:
-    """At a line's end: the value alone, since its colour names the run where there are several."""
+    """Returns the label at a line's end: only the value, as the colour identifies the run."""
     return text if len(runs) == 1 else text.split(" ")[-1]
 
 
@@ -87,7 +87,7 @@ def _time_unit(runs):
     return time_unit(max(known, default=0.0))
 
 
-def _events(run: Run):
+def _events(run: RunFolder):
     """(step, words) of what happened, once each."""
     found = {}
     for record in run.hosts.get("0", []):
@@ -135,7 +135,7 @@ def throughput(runs) -> str:
 
 
 def utilisation(runs) -> str:
-    """Both of one run; of several MFU alone, since a colour is a run."""
+    """Draws MFU and MBU of one run; of several runs only MFU, as each colour is a run."""
     one = len(runs) == 1
     metrics = (("perf/mfu", "MFU"), ("perf/mbu", "MBU"))[: 2 if one else 1]
     series = []
@@ -166,7 +166,7 @@ def bandwidth(runs) -> str:
     return section(f"Effective bandwidth, {unit}", line_chart("bandwidth", series, 0.0), caption)
 
 
-def goodput(run: Run, name: str) -> str:
+def goodput(run: RunFolder, name: str) -> str:
     share = run.figures.get("perf/goodput")
     if share is None:
         return ""
@@ -185,7 +185,7 @@ def goodput(run: Run, name: str) -> str:
     return section(f"Where the time went{name}", f"{bar}<table>{table}</table>")
 
 
-def heat(run: Run, name: str):
+def heat(run: RunFolder, name: str):
     """Rows of hosts by stretches of steps, for step time and for the wait for data."""
     if len(run.hosts) < 2:
         return

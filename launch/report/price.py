@@ -1,6 +1,7 @@
-"""What tokens cost and how many GPUs they take, from a baseline and a price list."""
+"""Computes the cost of tokens and the GPUs that they need, from a baseline and a price list."""
 
 import math
+from pathlib import Path
 
 from launch.inventory import read_toml
 
@@ -8,27 +9,27 @@ MONTH_S = 30 * 86_400
 SPANS_S = {"m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
 
-def read_prices(path) -> dict:
-    """{"currency", "per_gpu_hour": {chip: price}} of a TOML file; docs/prices.toml is an example.
+def read_prices(path: Path | str) -> dict:
+    """Reads {"currency", "per_gpu_hour": {chip: price}} from a TOML file such as docs/prices.toml.
 
     Raises:
-        ValueError: the file is not of that form.
+        ValueError: the file has another form.
     """
-    found = read_toml(path, "--prices")
-    prices = found.get("per_gpu_hour")
-    good = isinstance(prices, dict) and all(
+    price_list = read_toml(path, "--prices")
+    prices = price_list.get("per_gpu_hour")
+    valid = isinstance(prices, dict) and all(
         isinstance(price, int | float) and price >= 0 for price in prices.values()
     )
-    if not good or not isinstance(found.get("currency"), str):
+    if not valid or not isinstance(price_list.get("currency"), str):
         raise ValueError(f'--prices {path} must have currency = "..." and [per_gpu_hour] prices.')
-    return found
+    return price_list
 
 
 def read_span(text: str) -> float:
-    """Seconds of `90m`, `36h`, `7d` or `2w`.
+    """Returns the seconds of a time span such as `90m`, `36h`, `7d` or `2w`.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the text has another form.
     """
     try:
         span_s = float(text[:-1]) * SPANS_S[text[-1:]]
@@ -39,13 +40,20 @@ def read_span(text: str) -> float:
     return span_s
 
 
-def price(baseline: dict, prices: dict, availability=1.0, tokens=None, span_s=None, params=None):
-    """Cost and capacity, and what they take for granted.
+def price(
+    baseline: dict,
+    prices: dict,
+    availability: float = 1.0,
+    tokens: float | None = None,
+    span_s: float | None = None,
+    params: float | None = None,
+) -> dict:
+    """Returns the cost and the capacity, with their assumptions.
 
     Args:
-        availability: share of the time in which the GPUs are there, in (0, 1].
-        tokens, span_s: how many tokens in what time, s; both or neither.
-        params: of another model, scaled by parameters; None is the baseline's own.
+        availability: share of the time in which the GPUs are available, in (0, 1].
+        tokens, span_s: a number of tokens and the seconds in which to train on them, or neither.
+        params: the parameters of another model, whose speed is scaled from the baseline's.
 
     Raises:
         ValueError: the chip has no price, or the baseline lacks what is needed.
@@ -60,7 +68,7 @@ def price(baseline: dict, prices: dict, availability=1.0, tokens=None, span_s=No
     hourly, scale = prices["per_gpu_hour"][chip], baseline["params"] / params if params else 1.0
     goodput = figures["goodput"]["value"] if "goodput" in figures else 1.0
     per_gpu = figures["tokens_per_s"]["value"] / key["devices"] * goodput * scale
-    found = {
+    result = {
         "currency": prices["currency"],
         "per_gpu_hour": hourly,
         "tokens_per_s_per_gpu": per_gpu,
@@ -71,13 +79,13 @@ def price(baseline: dict, prices: dict, availability=1.0, tokens=None, span_s=No
         "assumptions": _assumptions(baseline, chip, hourly, prices, availability, params),
     }
     if tokens:
-        found |= {
+        result |= {
             "tokens": tokens,
             "deadline_s": span_s,
             "gpus": math.ceil(tokens / (per_gpu * availability * span_s) * (1 - 1e-12)),
-            "cost": found["cost_per_1e9_tokens"] * tokens / 1e9,
+            "cost": result["cost_per_1e9_tokens"] * tokens / 1e9,
         }
-    return found
+    return result
 
 
 def _assumptions(baseline, chip, hourly, prices, availability, params) -> list[str]:

@@ -1,9 +1,11 @@
-"""A run directory read back: config.json, metrics.jsonl, hosts/<process>.jsonl, summary.json.
+"""Reads a run directory: config.json, metrics.jsonl, hosts/<process>.jsonl and summary.json.
 
-What an older run or one without a GPU did not write is absent here too; nothing is made up for it.
+This is the only file of launch that knows their contents. What an older run, or one without a GPU,
+did not write is absent here too.
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -14,18 +16,18 @@ from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
 from launch.report.stats import mean, percentile
 
 NOT_JSON = ("nan", "inf", "-inf")
-PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # as XLA makes them on tensor cores
+PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # XLA multiplies float32 in TF32
 LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_time_s"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run; `metrics` and `hosts` are in the order written, `summary` is {} until it ends."""
+class RunFolder:
+    """What a run wrote, in the order written; `summary` is {} until the run ends."""
 
     folder: Path
     config: dict
     metrics: list[dict]
-    hosts: dict[str, list[dict]]  # process -> what it wrote, events among it
+    hosts: dict[str, list[dict]]  # process -> its lines: steps and events
     summary: dict
 
     @property
@@ -43,7 +45,7 @@ class Run:
 
     @property
     def device(self) -> str:
-        """The chip's name, else what JAX calls the device."""
+        """The chip's name, or JAX's name of the device where the chip is not known."""
         return self.chip["name"] if self.chip else self.config["device"]
 
     @property
@@ -56,7 +58,7 @@ class Run:
 
     @property
     def hosts_count(self) -> int:
-        """Hosts of the run; a run that did not say so had one process."""
+        """The number of hosts; older runs do not record it and had one."""
         return count(self.config.get("hosts", 1))
 
     @property
@@ -70,29 +72,29 @@ class Run:
 
     @property
     def peak_flops_per_s(self) -> float | None:
-        """Of the type that its products are made in."""
+        """The chip's peak for the type that the run multiplies in; None if it is not known."""
         dtype = self.settings["model"]["dtype"]
         return self.chip["peak_flops_per_s"].get(PEAK_OF.get(dtype)) if self.chip else None
 
     def points(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of each line that has it and a finite number."""
-        found = ((record["step"], record.get(metric)) for record in self.metrics)
-        return [(step, value) for step, value in found if value is not None and value - value == 0]
+        """Returns (step, value) of each line of metrics.jsonl that has a finite value."""
+        values = ((record["step"], record.get(metric)) for record in self.metrics)
+        return [(step, x) for step, x in values if x is not None and math.isfinite(x)]
 
     @cached_property
     def step_times(self) -> tuple[list[tuple[int, float]], str]:
-        """((step, s) of each step or window; what they are, in words).
+        """((step, seconds) of each step, or the mean of each log window; a description).
 
-        The first step after each start is left out, since it also pays for what the device does
-        once. The trainer's closing lines leave it out too
+        The first step after each start is left out, since it includes one-time work of the device.
+        The trainer's closing lines leave it out too
         (jaxtrain.metrics.step_log.read_step_times).
         """
         lines = self.hosts.get("0", [])
         timed = sorted({r["step"]: r[STEP_TIME] for r in lines if STEP_TIME in r}.items())
         if timed:
             first = {r["step"] for r in lines if r.get("first")} | {timed[0][0]}
-            kept = [(step, value) for step, value in timed if step not in first]
-            return kept, "each step, hosts/0.jsonl"
+            later = [(step, value) for step, value in timed if step not in first]
+            return later, "each step, hosts/0.jsonl"
         every = self.settings["log_every"]
         if every == 1:
             return self.points(STEP_TIME)[1:], "each step, metrics.jsonl"
@@ -101,7 +103,7 @@ class Run:
 
     @cached_property
     def lost_s(self) -> dict[str, float]:
-        """Wall seconds by what they went to instead of steps, the most first."""
+        """Wall-clock seconds that were not spent in steps, by cause, the largest first."""
         lost = self.summary.get("lost_s")
         if lost is None:
             sources = [self.summary] if self.summary else self.metrics
@@ -115,13 +117,13 @@ class Run:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """What is known of the run by metric name, of the steps in step_times."""
+        """The run's figures by metric name; those of steps are computed from step_times."""
         times = [seconds for _, seconds in self.step_times[0]]
-        found = {}
+        figures = {}
         if times:
             rate = self.tokens_per_step / mean(times)
             p50, p95, p99 = (percentile(times, share) for share in (0.5, 0.95, 0.99))
-            found = {
+            figures = {
                 "perf/tokens_per_s": rate,
                 "perf/tokens_per_s_per_device": rate / self.devices,
                 STEP_TIME: p50,
@@ -132,16 +134,16 @@ class Run:
         for metric in ("perf/mfu", "perf/mfu_6n", "perf/mbu", "data/wait_s", *COMM):
             values = [value for _, value in self.points(metric)]
             if values:
-                found[metric] = mean(values)
+                figures[metric] = mean(values)
         for metric in ("perf/hbm_peak_bytes", "perf/hbm_bytes"):
             values = [value for _, value in self.points(metric)]
             if values:
-                found[metric] = max(values)
+                figures[metric] = max(values)
         goodput = self.summary.get("perf/goodput", self._goodput())
-        return found | ({} if goodput is None else {"perf/goodput": goodput})
+        return figures | ({} if goodput is None else {"perf/goodput": goodput})
 
     def _goodput(self) -> float | None:
-        """Of a run that has not ended: the share of the time so far that was not lost."""
+        """Returns the share of the time so far that was spent in steps, for a run in progress."""
         steps = sum(seconds for _, seconds in self.step_times[0])
         every = 1 if self.step_times[1].startswith("each") else self.settings["log_every"]
         wall = every * steps + sum(self.lost_s.values())
@@ -149,14 +151,14 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The newest one: processes write each step, metrics.jsonl has the logged ones alone."""
+        """The last step. Process files have every step, metrics.jsonl only the logged ones."""
         timed = (r["step"] for r in self.hosts.get("0", []) if STEP_TIME in r)
         logged = (record["step"] for record in self.metrics)
         return max((*timed, *logged), default=0)
 
     @property
     def state(self) -> str:
-        """`done`, `stopped by SIGTERM`, or what the last line says of a run without an end."""
+        """`done` or `stopped by SIGTERM`; without an end `running` or `silent for ...`."""
         if self.summary:
             stopped = self.summary.get("stopped_by")
             return f"stopped by {stopped}" if stopped else "done"
@@ -167,7 +169,7 @@ class Run:
 
 
 class NoRun(ValueError):
-    """The folder holds no run, or none yet."""
+    """Raised if a folder contains no run, or not yet."""
 
 
 COMM = (
@@ -179,17 +181,17 @@ COMM = (
 )
 
 
-def count(value) -> int:
-    """A number of hosts, given as itself or by the host of each process."""
+def count(value: int | list | dict) -> int:
+    """Returns the number of hosts, given as a number or as the host of each process."""
     return len(set(value)) if isinstance(value, list | dict) else value
 
 
-def read_run(folder) -> Run:
-    """The run in a folder.
+def read_run(folder: Path | str) -> RunFolder:
+    """Returns the run in a folder.
 
     Raises:
-        NoRun: it holds none.
-        ValueError: a line of it is damaged; says which.
+        NoRun: the folder contains no run.
+        ValueError: a line of a file is damaged; the message names it.
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
@@ -204,12 +206,12 @@ def read_run(folder) -> Run:
     hosts = {path.stem: _read_lines(path) for path in paths}
     summary = _read_summary(folder / SUMMARY)
     if metrics and summary.get("step", 0) < max(record["step"] for record in metrics):
-        summary = {}  # of what came before a resume
-    return Run(folder, config, metrics, hosts, summary)
+        summary = {}  # it is from before the run was resumed
+    return RunFolder(folder, config, metrics, hosts, summary)
 
 
-def find_runs(path) -> list[Run]:
-    """The run in a folder, or all those in the folders directly in it.
+def find_runs(path: Path | str) -> list[RunFolder]:
+    """Returns the run in a folder, or all runs in its direct subfolders.
 
     Raises:
         ValueError: there is none.
@@ -222,7 +224,7 @@ def find_runs(path) -> list[Run]:
 
 
 def _check_config(path: Path, config) -> None:
-    """Raises ValueError where config.json lacks what every run's has."""
+    """Raises ValueError if config.json lacks what every run writes."""
     settings = config.get("config") if isinstance(config, dict) else None
     sections = ("model", "data")
     if (
@@ -237,10 +239,7 @@ def _check_config(path: Path, config) -> None:
 
 
 def _read_summary(path: Path) -> dict:
-    """Returns the figures of summary.json; {} with a warning where it is damaged.
-
-    The figures of steps are computed from the other files.
-    """
+    """Returns summary.json, {} with a warning if it is damaged; other files have the steps."""
     try:
         return _numbers(_read_json(path) or {})
     except (ValueError, AttributeError):
@@ -260,7 +259,7 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    """Objects of a file of JSON lines; none where there is no file, and not a torn last one."""
+    """Returns the objects of a JSON-lines file without an incomplete last line; [] without file."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -274,7 +273,7 @@ def _read_lines(path: Path) -> list[dict]:
         try:
             records.append(_numbers(json.loads(line)))
         except (ValueError, AttributeError):
-            if number == len(lines):  # no newline: it is being written
+            if number == len(lines):  # it has no newline yet: it is being written
                 break
             raise ValueError(
                 f"{path}, line {number} must be a JSON object; got {line[:80]!r}. Remove it."
@@ -287,7 +286,7 @@ def _numbers(record: dict) -> dict:
 
 
 def duration(seconds: float) -> str:
-    """`54 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
+    """Formats seconds as `54 s`, `3 min 20 s`, `2 h 05 min` or `3 d 04 h`."""
     seconds = round(seconds)
     minutes, s = divmod(seconds, 60)
     hours, m = divmod(minutes, 60)

@@ -1,11 +1,12 @@
-"""What is compared: runs of one work on one kind of device, of ours or from published figures."""
+"""The two sides of a comparison, read from run directories or from published figures."""
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.inventory import read_toml
-from launch.report.run_folder import EVAL_LOSS, LOSS, Run, find_runs
+from launch.report.run_folder import EVAL_LOSS, LOSS, RunFolder, find_runs
 
 NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
 ONLOOKERS = ("measure.", "profile.", "export.")  # sections that config_hash leaves out too
@@ -25,22 +26,23 @@ EXTERNAL = {  # key of a [[side]] -> its type; the first seven must be there
     "roofline_s": float,
 }
 NEEDED = 7
+PEAKS = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison. What is None is not known."""
+    """One side of a comparison; None means unknown."""
 
     name: str
-    device: str  # chip, else what JAX calls it
-    device_kind: str  # what JAX calls it
+    device: str  # the chip's name, or JAX's name where the chip is unknown
+    device_kind: str  # JAX's name
     devices: int
     config_hash: str
-    settings: dict | None  # flat, what names the work; None of published figures
+    settings: dict | None  # flat, those that define the work; None for published figures
     data_fingerprint: str
     tokens_per_step: int
     times_s: list[list[float]]  # of each run, in order
-    what: str  # the times are, in words
+    what: str  # describes the times
     losses: list[dict[int, float]]  # of each run, by step, nats
     peak_flops_per_s: float | None = None
     hbm_bytes_per_s: float | None = None
@@ -50,6 +52,7 @@ class Side:
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
+    """Returns a nested dict as {"outer.inner": value}."""
     flat = {}
     for key, value in values.items():
         nested = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
@@ -58,10 +61,10 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 
 def read_side(path: str, may_differ=()) -> Side:
-    """Of a run directory, or of a folder of them: repetitions, which may differ in their seed.
+    """Reads a run directory, or a folder of repetitions, which may differ in their seed.
 
     Raises:
-        ValueError: no run, a run without step times, or runs that are no repetitions.
+        ValueError: there is no run, a run has no step times, or the runs are not repetitions.
     """
     runs = find_runs(path)
     first = runs[0]
@@ -91,17 +94,19 @@ def read_side(path: str, may_differ=()) -> Side:
     )
 
 
-def work_of(run: Run, may_differ=()) -> dict:
-    """The settings that name the work, by their flags."""
+def work_of(run: RunFolder, may_differ=()) -> dict:
+    """Returns the settings that define the work, by flag."""
     skipped, flat = (*NOT_WORK, *may_differ), flatten(run.settings)
     return {k: v for k, v in flat.items() if k not in skipped and not k.startswith(ONLOOKERS)}
 
 
 def read_external(path) -> list[Side]:
-    """The sides of a TOML file of published figures; docs/track3_record44.toml shows all keys.
+    """Reads one or two sides from a TOML file of published figures.
+
+    docs/track3_record44.toml shows all keys.
 
     Raises:
-        ValueError: the file is not of that form; names the key.
+        ValueError: the file has another form; the message names the key.
     """
     found = read_toml(path, "--external")
     sides = found.get("side")
@@ -133,24 +138,24 @@ def _external(values: dict, where: str) -> Side:
         what = f"means of {spans.pop()} steps, from published clocks"
     if not times or min(times) <= 0:
         raise ValueError(f"{where}: step times must be positive; got {times}.")
-    kept = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
-    peaks = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
+    copied = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
+    peaks: Any = {key: values.get(key) for key in PEAKS}
     return Side(
-        **{key: values[key] for key in kept},
+        **{key: values[key] for key in copied},
         device_kind=values["device"],
         settings=None,
         times_s=[times],
         what=what,
         losses=[dict(map(tuple, run)) for run in values.get("loss_nats", [])],
-        **{key: values.get(key) for key in peaks},
+        **peaks,
     )
 
 
 def with_ceilings(side: Side, path) -> Side:
-    """The side with what `pallas_kernels.bench --out` measured on its kind of device.
+    """Returns the side with the ceilings that `pallas_kernels.bench --out` measured on its device.
 
     Raises:
-        ValueError: the file is not such a file, or of another device.
+        ValueError: the file has another form, or is of another device.
     """
     try:
         found = json.loads(Path(path).read_text())

@@ -1,15 +1,16 @@
-"""Statistics of series that remember: percentiles, block bootstrap, prediction bounds, noise."""
+"""Statistics of autocorrelated series: percentiles, block bootstrap, Student's t and noise."""
 
 import math
 import random
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 RESAMPLES = 1_000
-SEED = 0  # the same runs give the same interval
+SEED = 0  # fixed, so that the same runs give the same interval
 
 
-def percentile(values, share: float) -> float:
-    """The value below which `share` of them lie, linear between neighbours as NumPy's."""
+def percentile(values: Sequence[float], share: float) -> float:
+    """Returns a percentile, interpolated linearly between neighbours as NumPy does."""
     values = sorted(values)
     at = share * (len(values) - 1)
     low = math.floor(at)
@@ -17,32 +18,34 @@ def percentile(values, share: float) -> float:
     return values[low] + (at - low) * (values[high] - values[low])
 
 
-def mean(values) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Returns the mean, with a sum that is rounded once."""
     return math.fsum(values) / len(values)
 
 
-def median(values) -> float:
+def median(values: Sequence[float]) -> float:
+    """Returns the 50th percentile."""
     return percentile(values, 0.5)
 
 
-def deviation(values) -> float:
-    """Standard deviation of a sample, of at least two values."""
+def deviation(values: Sequence[float]) -> float:
+    """Returns the standard deviation of a sample of at least two values."""
     centre = mean(values)
     return math.sqrt(math.fsum((x - centre) ** 2 for x in values) / (len(values) - 1))
 
 
 def block_length(count: int) -> int:
-    """Steps in a block: their cube root, the rate at which a block bootstrap's error is least.
+    """Returns the block length of the bootstrap: the cube root of the steps, the best rate.
 
     Source: Hall, Horowitz & Jing 1995, https://doi.org/10.1093/biomet/82.3.561
     """
     return max(1, round(count ** (1 / 3)))
 
 
-def resample(runs, rng) -> list[list[float]]:
-    """Runs drawn with replacement, each of blocks of its own consecutive steps, drawn likewise.
+def resample(runs: list[list[float]], rng: random.Random) -> list[list[float]]:
+    """Draws runs with replacement, and within each run blocks of consecutive steps likewise.
 
-    A series is closed to a circle, so that its ends are drawn as often as its middle.
+    A series is treated as a circle, so that its ends are drawn as often as its middle.
     Source: Politis & Romano 1992, A circular block-resampling procedure for stationary data.
     """
     drawn = []
@@ -55,11 +58,16 @@ def resample(runs, rng) -> list[list[float]]:
     return drawn
 
 
-def bootstrap(statistics, sides, resamples=RESAMPLES, seed=SEED) -> dict[str, tuple]:
-    """95 % intervals of statistics of several series.
+def bootstrap(
+    compute: Callable[[list], dict[str, float]],
+    sides: list[list[list[float]]],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict[str, tuple[float, float]]:
+    """Returns 95 % confidence intervals of statistics of several series.
 
     Args:
-        statistics: a function of resampled sides -> {name: value}.
+        compute: resampled sides -> {name: value}.
         sides: for each side, its runs, each a list of step times in order.
 
     Returns:
@@ -68,21 +76,21 @@ def bootstrap(statistics, sides, resamples=RESAMPLES, seed=SEED) -> dict[str, tu
     rng = random.Random(seed)
     drawn: dict[str, list[float]] = {}
     for _ in range(resamples):
-        for name, value in statistics([resample(runs, rng) for runs in sides]).items():
+        for name, value in compute([resample(runs, rng) for runs in sides]).items():
             drawn.setdefault(name, []).append(value)
     return {k: (percentile(v, 0.025), percentile(v, 0.975)) for k, v in drawn.items()}
 
 
-def split(values, parts: int) -> list[list]:
-    """Consecutive parts of as equal a length as can be."""
+def split(values: list, parts: int) -> list[list]:
+    """Returns consecutive parts whose lengths differ by at most one."""
     edges = [round(i * len(values) / parts) for i in range(parts + 1)]
     return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def noise(values) -> float:
-    """Standard deviation of white noise on a curve that is locally straight, of 3 values or more.
+def noise(values: Sequence[float]) -> float:
+    """Returns the standard deviation of white noise on a smooth curve of at least 3 values.
 
-    A second difference of neighbours has none of the line and 6 times the variance of the noise.
+    A second difference of neighbours cancels a straight line and has 6 times the noise's variance.
     Source: Gasser, Sroka & Jennen-Steinmetz 1986, https://doi.org/10.1093/biomet/73.3.625
     """
     triples = zip(values, values[1:], values[2:], strict=False)
@@ -90,7 +98,7 @@ def noise(values) -> float:
 
 
 def t_quantile(share: float, freedom: int) -> float:
-    """Student's t below which `share` of its distribution lies, for share in (0.5, 1)."""
+    """Returns the quantile of Student's t at `share`, for share in (0.5, 1), by bisection."""
     low, high = 0.0, 1.0
     while _t_cdf(high, freedom) < share:
         low, high = high, 2 * high
@@ -101,7 +109,7 @@ def t_quantile(share: float, freedom: int) -> float:
 
 
 def _t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0, the density summed by Simpson's rule over the angle atan(t/sqrt(f))."""
+    """Returns P(T <= t) for t >= 0: Simpson's rule over the angle atan(t/sqrt(freedom))."""
     angle, parts = math.atan(t / math.sqrt(freedom)), 400
     heights = [math.cos(angle * i / parts) ** (freedom - 1) for i in range(parts + 1)]
     inner = 4 * math.fsum(heights[1:-1:2]) + 2 * math.fsum(heights[2:-1:2])
@@ -110,8 +118,8 @@ def _t_cdf(t: float, freedom: int) -> float:
     return 0.5 + math.exp(scale) * area
 
 
-def histogram(values, low: float, high: float, bins: int) -> list[int]:
-    """How many values lie in each of `bins` equal parts of [low, high], or beyond the outer two."""
+def histogram(values: Sequence[float], low: float, high: float, bins: int) -> list[int]:
+    """Counts values in `bins` equal parts of [low, high]; the outer two include all beyond."""
     edges = [low + (high - low) * i / bins for i in range(1, bins)]
     counts = [0] * bins
     for value in values:

@@ -75,7 +75,7 @@ def _trim(text: str) -> str:
 
 
 def thin(points, most: int = 320) -> list:
-    """Of many points, the lowest and the highest of each of `most / 2` stretches, in order."""
+    """Thins many points to the lowest and the highest of each of `most / 2` ranges, in order."""
     if len(points) <= most:
         return points
     kept, parts = [], most // 2
@@ -109,7 +109,7 @@ def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -
     """Lines over steps, each named at its end, cut off at `high`.
 
     Args:
-        title: said to a screen reader.
+        title: what a screen reader reads out.
         series: at least one, with points.
         marks: (step, words) of events, as ticks on the axis of steps.
         mark_above: a triangle at the top for every point that is cut off.
@@ -119,25 +119,25 @@ def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -
     low = min(values) if low is None else low
     top = max(values) if high is None else high
     margin = 0.06 * (top - low) or abs(top) * 0.1 or 1.0
-    named = [one for one in series if one.label]
-    room = max((LETTER * len(one.label) for one in named), default=0)
+    named = [line for line in series if line.label]
+    room = max((LETTER * len(line.label) for line in named), default=0)
     bottom = low - margin if low else low
     frame = Frame((min(steps), bottom), (max(steps), top + margin), WIDTH - 8 - min(room, 130))
     body = _grid(frame)
-    for one in series:
-        body += _line(frame, one, top) + (_above(frame, one, top) if mark_above else "")
+    for line in series:
+        body += _line(frame, line, top) + (_above(frame, line, top) if mark_above else "")
     for step, words in marks:
         if frame.low[0] <= step <= frame.high[0]:
             place = f"M{frame.x(step)} {HEIGHT - BOTTOM}v-8"
             body += f'<path class="mark" d="{place}"><title>{escape(words)}</title></path>'
-    heights = [frame.y(min(one.points[-1][1], top)) for one in named]
-    for one, y in zip(named, apart(heights, TOP + 4, HEIGHT - BOTTOM - 2), strict=True):
-        body += _text(frame.right + 5, y + 4, one.label, f"c{one.colour}")
+    heights = [frame.y(min(line.points[-1][1], top)) for line in named]
+    for line, y in zip(named, apart(heights, TOP + 4, HEIGHT - BOTTOM - 2), strict=True):
+        body += _text(frame.right + 5, y + 4, line.label, f"c{line.colour}")
     return wrap(title, body)
 
 
 def apart(heights, low: float, high: float, gap: float = 13) -> list[float]:
-    """Heights of labels, moved as little as needed for none to lie on another."""
+    """Returns heights of labels, moved as little as necessary so that none overlap."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed, last = [0.0] * len(heights), low - gap
     for i in order:
@@ -183,24 +183,24 @@ def _grid(frame) -> str:
 
 
 def histogram_chart(title, counts, low, high, colours, marks) -> str:
-    """Bars of one series, outlines of several, over the same bins.
+    """Draws one series as bars, several as outlines, over the same bins.
 
     Args:
         counts: for each series, how many values lie in each bin.
-        marks: (value, words), named lines, in rising order.
+        marks: (value, words) of labelled vertical lines, in rising order.
     """
-    shares = [[n / max(sum(one), 1) for n in one] for one in counts]
-    peak = max(max(one) for one in shares)
+    shares = [[n / max(sum(bins), 1) for n in bins] for bins in counts]
+    peak = max(max(bins) for bins in shares)
     frame = Frame((low, 0.0), (high, peak * 1.3))
     body = "".join(
         _text(frame.x(value), HEIGHT - 6, short(value), "tick", "middle")
         for value in ticks(low, high, 5)
     )
     floor = HEIGHT - BOTTOM
-    for one, colour in zip(shares, colours, strict=True):
-        width = (high - low) / len(one)
+    for bins, colour in zip(shares, colours, strict=True):
+        width = (high - low) / len(bins)
         path = f"M{frame.x(low)} {floor}"
-        for i, share in enumerate(one):
+        for i, share in enumerate(bins):
             path += f"V{frame.y(share)}H{frame.x(low + (i + 1) * width)}"
         filled = f" f{colour} bars" if len(shares) == 1 else ""
         body += f'<path class="line k{colour}{filled}" d="{path}V{floor}"/>'
@@ -214,18 +214,18 @@ def histogram_chart(title, counts, low, high, colours, marks) -> str:
 
 
 def _spread(places, gap):
-    """Places on the axis of x, moved so that words of width `gap` do not touch."""
+    """Returns positions on the x axis, moved so that words of width `gap` do not touch."""
     return apart(places, LEFT + gap / 2 - 10, WIDTH - gap / 2, gap)
 
 
 def heat_map(title, rows, low, high) -> str:
-    """A row of cells a process; a cell is the fuller the nearer it is to `high`.
+    """Draws a row of cells for each process; the closer a value is to `high`, the darker its cell.
 
     Args:
-        rows: (name, [(words, value) of each stretch of steps, one at least]).
+        rows: (name, [(words, value) of each range of steps, at least one]).
     """
     row_height = max(4, min(20, 480 // len(rows)))
-    named = math.ceil(13 / row_height)  # every which row has room for its name
+    named = math.ceil(13 / row_height)  # only every so many rows have room for a name
     left = 18 + LETTER * max(len(name) for name, _ in rows)
     body = ""
     for i, (name, cells) in enumerate(rows):
@@ -244,7 +244,7 @@ def heat_map(title, rows, low, high) -> str:
 
 
 def share_bar(title, shares) -> str:
-    """One bar of (colour, share) parts, which fill it; colour 0 is grey."""
+    """Draws one bar of (colour, share) parts that fill it; colour 0 is grey."""
     body, x = "", 0.0
     for colour, share in shares:
         place = f'x="{x:.1f}" y="0" width="{share * WIDTH:.1f}" height="22"'
@@ -253,7 +253,8 @@ def share_bar(title, shares) -> str:
     return wrap(title, body, 22)
 
 
-def wrap(title, body, height=HEIGHT) -> str:
+def wrap(title: str, body: str, height: float = HEIGHT) -> str:
+    """Wraps the body in an svg element that scales to its container."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body}</svg>'
     )

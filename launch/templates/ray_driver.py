@@ -4,9 +4,9 @@
     ray job submit --working-dir=. -- python ray_driver.py --nodes=2 --gpus=8 -- \
         --config=configs/gpt_124m.py --config.data.shards=DIR --config.checkpoint.storage=host0
 
-Ray starts and places; the training program is the same and makes its own connections. Exits with
-the first status that is not 0: 75 says "saved, start me again". The code must be on every node:
---working-dir sends it.
+Ray places and starts the processes; the training program is the same and makes its own connections.
+The driver exits with the first status that is not 0; 75 means that the run was saved and can be
+started again. The code must be on every node: --working-dir sends it.
 
 Ran on: Ray 2.60 with CPU nodes on one machine (tests/test_launch_ray.py, where ray is installed).
 Not run: with GPUs, on several machines.
@@ -24,20 +24,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
 class Node:
-    """One process of the job: asks its node for a port, then runs the program there."""
+    """One process of the job, on a node of its own."""
 
-    def meet(self) -> str:
+    def free_endpoint(self) -> str:
+        """Returns this node's address and a free port on it."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def run(self, flags, env) -> int:
+    def run(self, flags: list[str], env: dict[str, str]) -> int:
         command = [sys.executable, "-m", "jaxtrain.train", *flags]
         return subprocess.run(command, env=os.environ | env).returncode
 
 
-def world(coordinator: str, nodes: int, node: int) -> dict:
-    """The variables of one process, as jaxtrain/distributed/cluster.py reads them."""
+def world(coordinator: str, nodes: int, node: int) -> dict[str, str]:
+    """Returns one process's variables, which jaxtrain/distributed/cluster.py reads."""
     return {
         "JAX_COORDINATOR_ADDRESS": coordinator,
         "JAX_NUM_PROCESSES": str(nodes),
@@ -65,7 +66,7 @@ def main() -> int:
         .remote()
         for i in range(args.nodes)
     ]
-    coordinator = ray.get(actors[0].meet.remote())
+    coordinator = ray.get(actors[0].free_endpoint.remote())
     runs = [
         actor.run.remote(args.flags, world(coordinator, args.nodes, i))
         for i, actor in enumerate(actors)

@@ -11,8 +11,8 @@ from jaxtrain.data.encoding.options import EncodeOptions
 from jaxtrain.data.encoding.roundtrip import UnusableInput
 from jaxtrain.data.encoding.work_units import DocumentProblem
 
-MAX_PROBLEMS = 5  # described in full; all are counted
-HOPELESS = 1_000  # bad documents without a good one, after which reading stops
+MAX_PROBLEMS = 5  # described in full; the others are only counted
+HOPELESS = 1_000  # reading stops after this many bad documents without a good one
 
 
 @dataclass
@@ -21,10 +21,10 @@ class Counts:
 
     documents: Counter = field(default_factory=Counter)  # by split
     skipped: Counter = field(default_factory=Counter)  # by reason
-    bad: int = 0  # of the skipped, those that should have held text
-    lost_bytes: int = 0  # on disk, of what could not be read
-    problems: list[DocumentProblem] = field(default_factory=list)  # the first ones
-    drawn: Nearest = field(default_factory=dict)
+    bad: int = 0  # skipped documents that should have contained text
+    lost_bytes: int = 0  # bytes on disk that could not be read
+    problems: list[DocumentProblem] = field(default_factory=list)  # the first MAX_PROBLEMS
+    drawn: Nearest = field(default_factory=dict)  # the documents whose split find_forced may change
 
     def add(self, encoded: Encoded) -> None:
         """Adds the documents of a task."""
@@ -73,7 +73,7 @@ def describe_skipped(skipped: dict[str, int]) -> str:
 
 
 def check_so_far(counts: Counts, options: EncodeOptions) -> None:
-    """Raises UnusableInput if it is useless to read on."""
+    """Raises UnusableInput if reading further is pointless."""
     if counts.bad and options.on_bad_document == "stop":
         advice = f"{_advice(counts, options)} Or set --on_bad_document=skip."
         raise UnusableInput(f"{counts.problems[0].describe()}. {advice}")
@@ -82,7 +82,7 @@ def check_so_far(counts: Counts, options: EncodeOptions) -> None:
 
 
 def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> None:
-    """Raises UnusableInput if the input holds too little text, or too much that is not usable.
+    """Raises UnusableInput if the input has too little text, or too much unusable content.
 
     Args:
         size: bytes of the files on disk.
@@ -95,15 +95,15 @@ def check_all(counts: Counts, options: EncodeOptions, files: int, size: int) -> 
     if not documents:
         advice = f"Set {options.flags.text} to a file or folder of text."
         if any(reason.startswith(NO_FIELD) for reason in counts.skipped):
-            advice = f"Set {options.flags.text_field} to the key that holds the text."
+            advice = f"Set {options.flags.text_field} to the key of the text."
         raise UnusableInput(
-            "the input must hold at least one document of UTF-8 without NUL bytes; got "
+            "the input must contain at least one document of UTF-8 without NUL bytes; got "
             f"{files:,} file(s), {describe_skipped(counts.skipped)}. {advice}"
         )
     if options.val_fraction and len(+counts.documents) < 2:
         [(split, count)] = (+counts.documents).items()
         raise UnusableInput(
-            "the input must hold two documents, or one that is long enough to be cut, so that a "
+            "the input must contain two documents, or one that is long enough to be cut, so that a "
             f"part can be held out for validation; got {count} document(s), all in {split}. "
             f"Add text to {options.flags.text}."
         )

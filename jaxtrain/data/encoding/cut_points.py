@@ -1,14 +1,14 @@
-"""Finds places where a text can be cut without changing its tokens."""
+"""Finds places where a text can be cut so that its tokens stay the same, if possible."""
 
 import re
 
 WINDOW_BYTES = 1 << 16  # searched for a newline to cut at
-# Between a printable character and a newline. No token of GPT-2's pattern spans this place.
+# No token of GPT-2's pattern spans the place between a printable character and a newline.
 SAFE_CUT = re.compile(rb"[!-~]\n")
 
 
 def find_cut(window: bytes) -> int:
-    """Returns the offset of the first good cut in the bytes that follow a wanted place.
+    """Returns the offset of the first good cut in `window`, the bytes after the wanted place.
 
     If the window has no newline after a printable character, the cut is before the first character
     that begins in the window, so that no UTF-8 character is divided.
@@ -22,7 +22,7 @@ def find_cut(window: bytes) -> int:
 
 
 def find_cut_near_end(tail: bytes, wanted: int) -> int:
-    """Returns where to cut a text, or its last bytes, so that about `wanted` bytes follow.
+    """Returns the offset in a text's tail at which a cut leaves about `wanted` bytes.
 
     The cut is at a newline if one is near, otherwise between two characters. It is 0 or len(tail)
     if there are too few characters to cut.

@@ -19,7 +19,7 @@ from jaxtrain.data.encoding.work_units import PIECE_BYTES, Piece, Unit, damage_p
 def divide_input(
     files: InputFiles, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES
 ) -> tuple[list[Unit], Counter]:
-    """Returns the units in the order of the output, and counts by reason the files without text."""
+    """Returns the units in the order of the output, and how many files have no text, by reason."""
     skipped, parts = Counter(), []
     for path, name in tqdm(files, desc="read text", unit="file", delay=1):
         size = 0
@@ -41,7 +41,7 @@ def divide_input(
         if isinstance(part, Unit):
             divided.append(part)
         elif part.compression:
-            divided.append(_whole_file(part, os.stat(part.path).st_size, tuple(pieces)))
+            divided.append(_file_unit(part, os.stat(part.path).st_size, tuple(pieces)))
         else:
             divided += [cut for piece in pieces for cut in _cut(piece, piece_bytes)]
     return _join_pieces(divided, piece_bytes), skipped
@@ -50,7 +50,7 @@ def divide_input(
 def _inspect(
     path: str, name: str, size: int, file_format: Format, text_field: str
 ) -> Piece | Unit | list[Unit] | str:
-    """Returns the parts of a file, or the reason why it holds no text."""
+    """Returns the parts of a file, or the reason why it has no text."""
     if file_format.skip:
         return file_format.skip
     piece = Piece(path, name, 0, size, file_format.kind, file_format.compression)
@@ -60,10 +60,10 @@ def _inspect(
         return piece
     if file_format.kind == "parquet":
         return parquet_units(path, name, size, text_field)
-    return _whole_file(piece, size)
+    return _file_unit(piece, size)
 
 
-def _whole_file(piece: Piece, size: int, pieces: tuple[Piece, ...] = ()) -> Unit:
+def _file_unit(piece: Piece, size: int, pieces: tuple[Piece, ...] = ()) -> Unit:
     return Unit(piece.kind, size, pieces, piece.path, piece.name, piece.compression)
 
 
@@ -93,9 +93,9 @@ def _join_pieces(parts: list[Piece | Unit], piece_bytes: int) -> list[Unit]:
 
 
 def _inspect_text(piece: Piece) -> Piece | Unit | str:
-    """Returns the piece of a whole text without its byte order mark, or why it is not a text.
+    """Returns a text as one piece without its byte order mark, or why the file is not a text.
 
-    Reads all of the file: a NUL byte or invalid UTF-8 anywhere means that it is not a text.
+    Reads the whole file, because a NUL byte or invalid UTF-8 may be anywhere in it.
     """
     head, decoder, size = b"", codecs.getincrementaldecoder("utf-8")(), 0
     try:
@@ -137,7 +137,7 @@ def _find_boundary(file: BinaryIO, kind: str, position: int) -> int:
     file.seek(position)
     if kind == "text":
         return position + find_cut(file.read(WINDOW_BYTES))
-    # Read in parts, because a line may be longer than the memory.
+    # Read in parts, because a line may be larger than memory.
     while (line := file.readline(PIECE_BYTES)) and not line.endswith(b"\n"):
         pass
     return file.tell()

@@ -1,6 +1,6 @@
 """Turns pieces of the input into tokens, document by document, inside an encoding process.
 
-A document that cannot be used is counted with its reason and its place. It never ends the process.
+A document that cannot be used is counted with its reason and its place; it never ends the process.
 """
 
 import json
@@ -38,8 +38,8 @@ class Encoded:
 
     tokens: dict[str, np.ndarray]  # split -> the documents' tokens, end to end
     sizes: dict[str, list[tuple[int, int]]]  # split -> (tokens, text bytes) of each document
-    documents: Counter = field(default_factory=Counter)  # that begin here, by split
-    skipped: Counter = field(default_factory=Counter)  # that are no problem, by reason
+    documents: Counter = field(default_factory=Counter)  # that begin in this task, by split
+    skipped: Counter = field(default_factory=Counter)  # by reason; excludes problems
     problems: list[DocumentProblem] = field(default_factory=list)
     lost_bytes: int = 0  # on disk, of pieces that can no longer be read
     nearest: Nearest = field(default_factory=dict)
@@ -56,7 +56,7 @@ def encode_pieces(
     options: EncodeOptions,
     forced: ForcedSplit | None = None,
 ) -> Encoded:
-    """Returns the tokens of each document, with eot before its first.
+    """Returns the documents as tokens; each document starts with eot.
 
     Raises:
         UnusableInput: the tokens of a document do not spell it.
@@ -99,7 +99,7 @@ def _assign_splits(
 ) -> list[tuple[str, bool, bytes | BadDocument]]:
     """Returns (split, whether a document begins, content) of each part of a document.
 
-    There is one part, except if the only document of the input is cut to fill both splits.
+    There is one part, unless the only document of the input is cut to fill both splits.
     """
     if piece.kind == "text":
         return [(piece.split, piece.first, content)]
@@ -130,7 +130,7 @@ def _tokenize(
 
 def _encode_text(content: bytes, tokenizer: Tokenizer) -> np.ndarray | BadDocument:
     if b"\0" in content:
-        return BadDocument("holding NUL bytes", "the text holds a NUL character")
+        return BadDocument("holding NUL bytes", "the text contains a NUL character")
     try:
         if len(content) <= LONG_BYTES:
             return tokenizer.encode(content.decode())
@@ -151,7 +151,7 @@ def _encode_text(content: bytes, tokenizer: Tokenizer) -> np.ndarray | BadDocume
 
 
 def _read_documents(piece: Piece, text_field: str, encoded: Encoded) -> Iterator[Row]:
-    """Yields the documents of a piece, or the piece of a text that it is."""
+    """Yields (place, content) of each document in a piece; a piece of a text is yielded whole."""
     try:
         if piece.kind == "rows":
             yield from piece.rows()
@@ -197,7 +197,7 @@ def _read_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
 
 
 def _read_long_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
-    """Yields what _read_lines does, and skips a line over DOCUMENT_BYTES without storing it."""
+    """Yields the lines, but TOO_LONG instead of one over DOCUMENT_BYTES, which is not stored."""
     with open(piece.path, "rb") as file:
         position = file.seek(piece.start)
         while position < piece.stop:

@@ -1,7 +1,7 @@
 """Recognises the format of an input file by its content and reads its uncompressed bytes.
 
     text              UTF-8; the file is a document
-    jsonl             a JSON object a line
+    jsonl             one JSON object per line
     json              JSON values one after the other: objects, and arrays of objects or strings
     csv               comma- or tab-separated values with a header; recognised by the suffix
     parquet, arrow    tables; arrow is Arrow IPC, as a file or as a stream
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-HEAD_BYTES = 1 << 16  # of a file, by which its format is recognised
+HEAD_BYTES = 1 << 16  # read from a file to recognise its format
 DOCUMENT_BYTES = 256 << 20  # longest line, array element or CSV field that is read into memory
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SUFFIXES = {"gzip": (".gz", ".gzip", ".bgz"), "zstd": (".zst", ".zstd")}
@@ -39,7 +39,7 @@ BEGINS_OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 SPACE = re.compile(r"[ \t\r\n]*")
 NO_FIELD = "JSON without the text field"
 ARRAY_OF_NUMBERS = re.compile(rb"\[\s*[-\d]")
-MAX_CUT_CHARS = 16  # of a number, literal or escape that the end of the head cuts
+MAX_CUT_CHARS = 16  # longest number, literal or escape that the end of the head may cut
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a compressed file raises
 
 
@@ -48,7 +48,7 @@ class Format(NamedTuple):
 
     kind: str
     compression: str = ""
-    skip: str = ""  # why the file holds no documents
+    skip: str = ""  # why the file has no documents
 
 
 def printable_path(path: str | os.PathLike) -> str:
@@ -57,7 +57,7 @@ def printable_path(path: str | os.PathLike) -> str:
 
 
 def detect(path: str, text_field: str = "text") -> Format:
-    """Returns a file's format by its first bytes, and by its suffix where these allow several.
+    """Detects a file's format by its first bytes, and by its suffix if they are ambiguous.
 
     Args:
         text_field: key of the text in JSON objects; JSON that does not have it is skipped.
@@ -118,7 +118,7 @@ def _kind(head: bytes, suffix: str) -> str:
     elif start[:1] == b"[":
         if named_jsonl:
             if ARRAY_OF_OBJECTS.match(start) and not _is_json(line):
-                return "json"  # an array over several lines, in spite of its name
+                return "json"  # an array over several lines, despite the suffix
         elif suffix == ".json" or ARRAY_OF_OBJECTS.match(start) or _parse_values(head) is not None:
             return "json"
     if named_jsonl:
@@ -127,9 +127,9 @@ def _kind(head: bytes, suffix: str) -> str:
 
 
 def _parse_values(head: bytes) -> list | None:
-    """Returns the JSON values at the beginning of a file, or None if it holds anything else.
+    """Returns the JSON values at the beginning of a file, or None if there is anything else.
 
-    The last value may be cut by the end of the head; it is not among those returned.
+    A last value that the end of the head cuts is not returned.
     """
     text = head.removeprefix(BOM).decode(errors="replace")
     decoder, values, position = json.JSONDecoder(), [], 0
@@ -148,7 +148,7 @@ def _parse_values(head: bytes) -> list | None:
 
 
 def _may_hold_text(head: bytes, text_field: str) -> bool:
-    """Whether JSON may hold documents: objects with the field, or arrays of objects or strings."""
+    """Returns whether JSON may contain objects with the field, or arrays of objects or strings."""
     values = _parse_values(head)
     if values is None or (not values and len(head) < HEAD_BYTES):
         return True  # damaged: the reader reports where
@@ -201,7 +201,7 @@ def open_content(path: str, compression: str) -> Iterator[tuple[Any, IO[bytes]]]
 
 
 def read_at(path: str, compression: str, position: int, size: int) -> bytes:
-    """Returns up to `size` bytes from a position in the uncompressed content on."""
+    """Returns up to `size` bytes of the uncompressed content, from a position on."""
     with open_content(path, compression) as (stream, _):
         if not compression:
             stream.seek(position)
@@ -223,6 +223,6 @@ def iter_bytes(stream: Any, size: int | None = None) -> Iterator[bytes]:
 
 
 def line_number(path: str, compression: str, position: int) -> int:
-    """Returns the number, from 1, of the line that holds a byte of the uncompressed content."""
+    """Returns the number, from 1, of the line that contains a byte of the uncompressed content."""
     with open_content(path, compression) as (stream, _):
         return 1 + sum(chunk.count(b"\n") for chunk in iter_bytes(stream, position))

@@ -17,7 +17,7 @@ from jaxtrain.data.encoding.formats import read_at
 from jaxtrain.data.encoding.work_units import Piece
 
 SPLITS = ("train", "val")
-# For each split the (hash, name, place) of the document that is nearest to the other split.
+# split -> (hash, name, place) of the document in it whose hash is nearest to the other split.
 Nearest = dict[str, tuple[float, str, int]]
 
 
@@ -44,7 +44,7 @@ def merge_nearest(nearest: Nearest, other: Nearest) -> None:
 def find_forced(documents: Counter, nearest: Nearest, val_fraction: float) -> ForcedSplit | None:
     """Returns the document that must change its split because the other split is empty.
 
-    It is the one whose hash is nearest to the other split; a document that is the only one is cut.
+    It is the one whose hash is nearest to the other split. If it is the only document, it is cut.
     """
     filled = [split for split in SPLITS if documents[split]]
     if not val_fraction or len(filled) != 1 or filled[0] not in nearest:
@@ -55,7 +55,7 @@ def find_forced(documents: Counter, nearest: Nearest, val_fraction: float) -> Fo
 
 
 def hold_out_texts(texts: list[Piece], fraction: float) -> list[list[Piece]]:
-    """Returns the parts of each text, usually one, each assigned to a split."""
+    """Returns the parts of each text, usually only one, each assigned to a split."""
     target = fraction * sum(piece.stop for piece in texts)
     held_out, taken = set(), 0
     for piece in sorted(texts, key=lambda piece: unit_hash(piece.name)):
@@ -65,7 +65,7 @@ def hold_out_texts(texts: list[Piece], fraction: float) -> list[list[Piece]]:
     parts = {p.name: [replace(p, split="val") if p.name in held_out else p] for p in texts}
     if target and taken < target / 2:
         largest = max((p for p in texts if p.name not in held_out), key=lambda p: p.stop)
-        cut = _cut_before_last(largest, max(1, round(target - taken)))
+        cut = _find_cut_in_file(largest, max(1, round(target - taken)))
         if largest.start < cut < largest.stop:
             last = replace(largest, start=cut, split="val")
             parts[largest.name] = [replace(largest, stop=cut), last]
@@ -75,7 +75,7 @@ def hold_out_texts(texts: list[Piece], fraction: float) -> list[list[Piece]]:
     return [parts[piece.name] for piece in texts]
 
 
-def _cut_before_last(piece: Piece, wanted: int) -> int:
+def _find_cut_in_file(piece: Piece, wanted: int) -> int:
     """Returns where to cut a text so that about `wanted` bytes follow."""
     position = max(piece.start, piece.stop - wanted)
     window = read_at(piece.path, piece.compression, position, WINDOW_BYTES)

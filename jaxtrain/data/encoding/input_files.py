@@ -19,7 +19,7 @@ NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", 
 
 
 class InputFiles(list[tuple[Path, str]]):
-    """Sorted (path, name) of each file; `left_out` counts by reason what else a folder holds."""
+    """Sorted (path, name) of each file; `left_out` counts, by reason, the entries left out."""
 
     def __init__(self, files: Iterable[tuple[Path, str]], left_out: Counter | None = None):
         super().__init__(files)
@@ -60,13 +60,13 @@ def list_files(source: str, exclude: str | Path, flag: str = "--data.text") -> I
         ]
     if not paths:
         more = "".join(f", {count:,} {reason}" for reason, count in sorted(left_out.items()))
-        raise ValueError(f"{flag} must be a folder that holds files; got {where} with none{more}.")
+        raise ValueError(f"{flag} must be a folder with files in it; got {where} with none{more}.")
     named = [(path, path.relative_to(root).as_posix()) for path in paths]
     return InputFiles(sorted(named, key=lambda pair: os.fsencode(pair[1])), left_out)
 
 
-def _walk(root: Path, exclude: Path, hidden: set[str]) -> tuple[list[Path], Counter]:
-    """Returns the files below a folder and counts what else is there.
+def _walk(root: Path, exclude: Path, ignored: set[str]) -> tuple[list[Path], Counter]:
+    """Returns the files below a folder, and counts of what was left out, by reason.
 
     Folders behind links come after all real ones: a folder that is reached both ways is read under
     its real name.
@@ -90,7 +90,7 @@ def _walk(root: Path, exclude: Path, hidden: set[str]) -> tuple[list[Path], Coun
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             path = Path(folder, entry.name)
-            if entry.name[0] == "." or entry.name in hidden:
+            if entry.name[0] == "." or entry.name in ignored:
                 continue
             try:
                 mode = entry.stat().st_mode

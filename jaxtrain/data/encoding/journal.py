@@ -1,4 +1,4 @@
-"""Stores the progress of an encoding, so that a stopped one can continue, and locks its folder."""
+"""Stores the progress of an encoding, so that it can be resumed, and locks its folder."""
 
 import contextlib
 import fcntl
@@ -23,10 +23,10 @@ POLL_S = 0.2
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Makes the folder and keeps other encodings out of it; the lock ends with the process.
+    """Creates the folder and locks it against other encodings; a kill releases the lock.
 
     Yields:
-        whether the folder is locked: some network file systems have no locks.
+        whether the folder is locked; False on a network file system without locks.
 
     Raises:
         ValueError: another process is encoding into the folder, and `wait` is False.
@@ -48,7 +48,7 @@ def lock_folder(folder: Path, wait: bool = False) -> Iterator[bool]:
         os.pwrite(descriptor, owner.encode(), 0)
         yield locked
     finally:
-        # Removed while it is locked. After closing, the path could be another process's lock.
+        # Removed while still locked: after closing, this could remove another process's lock.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -64,8 +64,8 @@ def _try_lock(path: Path) -> tuple[int, bool] | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         locked = _flock(descriptor)
-        # If the owner removed the file after it was opened here, this locks a file without a name,
-        # which keeps nobody out.
+        # If its owner removed the file after it was opened here, this lock is on a deleted file
+        # and excludes nobody.
         if locked is not None and is_same_file(descriptor, path):
             return descriptor, locked
     except BaseException:
@@ -89,10 +89,10 @@ def _flock(descriptor: int) -> bool | None:
 
 
 class Journal:
-    """The folder with an encoding's unfinished shards and with its progress.
+    """The folder with the unfinished shards and the progress of an encoding.
 
     Attributes:
-        progress: what `write` last stored, in this process or a stopped one; empty if nothing.
+        progress: what `write` stored last, in this process or a stopped one; {} if nothing.
         replaced: whether an encoding of another input or with other options was stopped here.
     """
 
@@ -123,7 +123,7 @@ class Journal:
             return {}
 
     def write(self, progress: dict) -> None:
-        """Stores the progress on disk; the shards that it describes must be there before."""
+        """Stores the progress on disk, where the shards that it describes must already be."""
         stored = {"version": VERSION, "piece_bytes": self._piece_bytes, "progress": progress}
         write_atomic(self.folder / PROGRESS, json.dumps(stored))
         self.progress = progress

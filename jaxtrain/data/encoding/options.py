@@ -10,7 +10,7 @@ from jaxtrain.data.tokenizer import tokenizer_identity
 
 ENCODING = 3  # incremented when the same input gives other tokens
 SHARD_TOKENS = 100_000_000
-JOURNAL_S = 10.0  # how much work a kill can cost
+JOURNAL_S = 10.0  # between writes of the journal: the most work that a kill can cost
 
 
 class Flags(NamedTuple):
@@ -29,10 +29,10 @@ class EncodeOptions:
     val_fraction: float = 0.0
     shard_tokens: int = SHARD_TOKENS
     text_field: str = "text"
-    on_bad_document: str = "skip"  # skip counts and lists what cannot be used, stop raises
+    on_bad_document: str = "skip"  # skip: count and list unusable documents; stop: raise
     workers: int = 1
     piece_bytes: int = PIECE_BYTES
-    journal_s: float = JOURNAL_S  # between writes of the journal
+    journal_s: float = JOURNAL_S
     bar_delay_s: float = 1.0  # before a progress bar is shown
     flags: Flags = Flags()
 

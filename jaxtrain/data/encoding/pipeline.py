@@ -38,20 +38,19 @@ def encode(
     locked: bool = True,
     note: Callable[[str], object] = logging.info,
 ) -> dict:
-    """Encodes files into shards in `out` and returns what its meta.json holds.
+    """Encodes files into shards in `out` and returns the content of meta.json.
 
-    Shards are completed in a hidden folder and renamed into place, meta.json last: without it they
-    do not count. What a stopped encoding has written stays in that folder, and a call with the
-    same arguments continues from it.
+    Shards are completed in a hidden folder and then renamed into place. meta.json is written last;
+    shards without it are ignored. What a stopped encoding has written stays in the hidden folder,
+    and a call with the same arguments continues from it.
 
     Args:
         locked: whether the caller has lock_folder(out), or knows that nobody else writes there.
-        note: called with a line for the user.
+        note: prints a line for the user.
 
     Raises:
-        ValueError: no document is left, or too few to hold some out; more than half of the
-            documents or bytes cannot be used, or one with on_bad_document="stop"; or the input has
-            changed.
+        ValueError: there are too few documents; more than half of the documents or bytes cannot be
+            used, or any document with on_bad_document="stop"; or the input has changed.
     """
     out, before, key = Path(out), file_stamps(files), options.key(files)
     out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ class Encoding:
         skipped: Counter,
         note: Callable[[str], object],
     ):
-        """Continues from what the journal describes, or begins.
+        """Continues the encoding that the journal describes, or starts a new one.
 
         Args:
             skipped: the files without text, by reason.
@@ -109,10 +108,10 @@ class Encoding:
             writer.abandon()
 
     def encode_all(self, units: list[Unit], files: int) -> None:
-        """Encodes all units; does it a second time if no document is in one of the splits.
+        """Encodes all units, and a second time if one of the splits got no document.
 
         Raises:
-            ValueError: the input holds too little text, or too much that cannot be used.
+            ValueError: the input has too little text, or too much that cannot be used.
         """
         size = sum(unit.size for unit in units)
         while True:
@@ -203,7 +202,7 @@ class Encoding:
 def _iter_tasks(
     units: list[Unit], place: tuple[int, int], text_field: str, piece_bytes: int
 ) -> Iterator[Task]:
-    """Yields the tasks after `place`, the number of a unit and how many of its tasks are done."""
+    """Yields the tasks after `place`: (number of a unit, how many of its tasks are done)."""
     first_unit, tasks_done = place
     for number in range(first_unit, len(units)):
         unit, read = units[number], 0

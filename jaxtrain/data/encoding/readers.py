@@ -71,13 +71,12 @@ def _read_text(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
 
 
 def _read_jsonl(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
-    """Reads compressed JSON lines as blocks of whole lines, which the processes parse."""
+    """Reads compressed JSON lines as blocks of whole lines, which worker processes parse."""
     kind = "jsonl"
     with open_content(unit.path, unit.compression) as (stream, file):
-        start = read_before = 0  # of the block: its place in the content; the position on disk
+        start = read_before = 0  # start of the block, in the content and on disk
         chunks: list[bytes] = []
-        size = 0  # of the chunks
-        end = 0  # of the whole lines in the chunks
+        size = end = 0  # of the chunks: all bytes, and those up to the last newline
         skipping = False  # whether a line that is too long has not ended yet
 
         def make_task(stop: int) -> tuple[Task, list[bytes]]:
@@ -126,8 +125,8 @@ def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
     """Yields (place, bytes) of each document in a file of JSON values one after the other.
 
     A document is an object, or an element of an array. Anything else between them is yielded too,
-    and is later reported as not JSON. This only looks at brackets and strings; the processes parse
-    the documents.
+    and is later reported as not JSON. Only brackets and strings are recognised here; worker
+    processes parse the documents.
     """
 
     def problem(place: int, reason: str, found: str) -> DocumentProblem:
@@ -135,7 +134,7 @@ def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
 
     data = b""  # content that is not yet yielded
     offset = 0  # of data[0] in the file
-    scanned = begin = 0  # in data: the end of the last token, the begin of the next document
+    scanned = begin = 0  # offsets in data: end of the last token, start of the next document
     depth = 0  # open brackets
     base = 0  # the depth at which documents begin: 1 in an array, else 0
     while True:
@@ -162,7 +161,7 @@ def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
             if depth <= base and (stray := data[begin:start].strip(b" \t\r\n,")):
                 yield offset + data.index(stray, begin), stray
             if token in OPENING:
-                if depth <= base:  # the document itself begins here, or the first of an array
+                if depth <= base:  # a document begins here, or after the bracket of an array
                     begin = start if depth == base else scanned
                 depth += 1
             elif token in CLOSING:
@@ -177,7 +176,7 @@ def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
         data, offset, scanned, begin = data[begin:], offset + begin, scanned - begin, 0
         if not chunk:
             if depth or data.strip():
-                found = "no end of it" if depth else "something behind it"
+                found = "no closing bracket" if depth else "something after it"
                 yield problem(offset, "not JSON", f"{EXPECTED_JSON}; found {found}")
             return
         if len(data) > DOCUMENT_BYTES:

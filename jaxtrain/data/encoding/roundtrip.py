@@ -1,18 +1,18 @@
-"""Checks while text is encoded that the tokens spell the text, so that none is lost unnoticed."""
+"""Checks during encoding that the tokens spell the text, so that no text is lost unnoticed."""
 
 import numpy as np
 
 from jaxtrain.data.tokenizer import Tokenizer
 
 WINDOW = 64  # tokens, or characters of a text that the tokenizer rewrites
-LONG = 4_096  # tokens
+LONG = 4_096  # tokens; a longer document is checked in three windows
 EDGE = 16  # bytes that may differ at the end of an excerpt that is rewritten without its context
 LOST = "bytes unknown to the tokenizer"
 MAX_LOST = 0.01  # share of the text's bytes
 
 
 class UnusableInput(ValueError):
-    """The input cannot be encoded: progress is deleted, as the same input would fail again."""
+    """The input cannot be encoded. Progress is deleted, because a retry would fail too."""
 
 
 class ContainsEot(ValueError):
@@ -35,8 +35,8 @@ def count_lost_bytes(tokenizer: Tokenizer, text: str, ids: np.ndarray, where: st
     """
     if (ids == tokenizer.eot).any():
         raise ContainsEot(
-            f"{where}: a text must not hold the token that starts documents, {tokenizer.eot}; got "
-            f"it at token {int(np.argmax(ids == tokenizer.eot))}, by {tokenizer.name}."
+            f"{where}: a text must not contain the token that starts documents, {tokenizer.eot}; "
+            f"got it at token {int(np.argmax(ids == tokenizer.eot))}, by {tokenizer.name}."
         )
     seems_equal = _ends_match if tokenizer.rewrites else _windows_match
     may_lose = tokenizer.drops or (tokenizer.unknown >= 0 and (ids == tokenizer.unknown).any())
@@ -44,15 +44,15 @@ def count_lost_bytes(tokenizer: Tokenizer, text: str, ids: np.ndarray, where: st
         return 0
     expected, spelled = tokenizer.expect(text), tokenizer.spell(ids)
     text_bytes = _bytes_without_space(text)
-    left = _bytes_without_space(expected.decode(errors="ignore"))
-    if 2 * left < text_bytes:  # a normalizer removes most of the text
-        return text_bytes - left
+    remaining = _bytes_without_space(expected.decode(errors="ignore"))
+    if 2 * remaining < text_bytes:  # a normalizer removes most of the text
+        return text_bytes - remaining
     missing = len(expected) - len(spelled)
     if not tokenizer.lossless and missing > 0:
         return missing
     if spelled == expected or (tokenizer.approximate and -missing <= max(16, len(expected) // 100)):
         return 0
-    same = _equal_bytes(expected, spelled)
+    same = _common_prefix_length(expected, spelled)
     raise UnusableInput(
         f"{where}: the tokens must spell the text; {tokenizer.name} gives {len(ids):,} tokens of "
         f"{len(spelled):,} bytes for {len(expected):,} bytes, and they differ at byte {same:,}: "
@@ -75,13 +75,13 @@ def _bytes_without_space(text: str) -> int:
 
 
 def _windows_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
-    """Whether all tokens together are as long as the text, and some of them spell their part.
+    """Returns whether the tokens have the text's length and samples of them spell its parts.
 
-    These are the first, middle and last WINDOW tokens of a long document, and those at one place,
-    which depends on the length, of a short one.
+    The samples are the first, middle and last WINDOW tokens of a long document, or WINDOW tokens of
+    a short one, at a place that depends on its length.
     """
     expected = text.encode()
-    if tokenizer.name == "bytes":  # a comparison of everything is faster
+    if tokenizer.name == "bytes":  # comparing everything is faster
         return tokenizer.spell(ids) == expected
     sizes = tokenizer.token_bytes[ids]
     if sizes.sum() != len(expected):  # NumPy sums int32 in int64
@@ -97,7 +97,7 @@ def _windows_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
 
 
 def _ends_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
-    """Whether the tokens have about the size of a text that is rewritten, and spell its ends."""
+    """Returns whether the tokens have about the rewritten text's length and spell its ends."""
     size = int(tokenizer.token_bytes[ids].sum())
     if not size < 2 * len(text.encode()) < 4 * size:
         return False
@@ -109,8 +109,7 @@ def _ends_match(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> bool:
     return first.startswith(start) and last.endswith(end)
 
 
-def _equal_bytes(a: bytes, b: bytes) -> int:
-    """Returns the length of the common beginning."""
+def _common_prefix_length(a: bytes, b: bytes) -> int:
     length = min(len(a), len(b))
     differs = np.frombuffer(a[:length], np.uint8) != np.frombuffer(b[:length], np.uint8)
     return int(np.argmax(differs)) if differs.any() else length

@@ -21,7 +21,7 @@ from jaxtrain.data.encoding.work_units import (
 BATCH_BYTES = 8 << 20  # of text decoded at once, estimated from the average length of a row
 BATCH_ROWS = 4096
 DELIMITERS = (",", "\t", ";", "|")
-MAX_COLUMNS, MAX_NAME = 20, 40  # of a message: columns, and characters of a name
+MAX_COLUMNS, MAX_NAME = 20, 40  # listed in a message: columns; characters of a name
 
 
 def _no_text_problem(
@@ -125,10 +125,10 @@ def read_arrow(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
 def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
     """Yields the tasks of a CSV file, whose first record names the columns.
 
-    A record with more or fewer fields than the header is a bad document. A wrong quote ends the
-    file, because it is then unknown where the next record begins.
+    A record with more or fewer fields than the header is a bad document. After a misplaced quote
+    the rest of the file is lost, because it is unknown where the next record begins.
     """
-    record_start = 0  # position of the record being read: the rest is lost if it cannot be read
+    record_start = 0  # of the current record: if it is unreadable, all from here on is lost
 
     def iter_rows(
         text: _CountedLines, position: Callable[[], int]
@@ -150,9 +150,9 @@ def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
                 if len(record) == len(header):
                     yield row, record[column].encode(errors="surrogateescape")
                 elif record:
-                    many = "many" if len(record) > len(header) else "few"
+                    amount = "many" if len(record) > len(header) else "few"
                     found = f"expected {len(header)} fields; found {len(record)}"
-                    yield row, BadDocument(f"with too {many} fields", found)
+                    yield row, BadDocument(f"with too {amount} fields", found)
                 record_start = position()
         except csv.Error as error:
             location, what = (row + 1, "rows", unit.compression), "the file from this row on"
@@ -168,7 +168,7 @@ def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
         return "\t" if ".tsv" in os.path.basename(unit.path) else ","
 
     with open_content(unit.path, unit.compression) as (stream, file):
-        # A local variable: a TextIOWrapper without references closes the stream below it.
+        # In a variable, because an unreferenced TextIOWrapper would close the stream below it.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         lines = _CountedLines(text)
         position = file.tell if unit.compression else lambda: lines.bytes
@@ -177,7 +177,7 @@ def read_csv(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
 
 
 class _CountedLines:
-    """The lines of a text, which counts the bytes of those that were read."""
+    """The lines of a text, with a count of the bytes read so far."""
 
     def __init__(self, text: io.TextIOWrapper):
         self._text, self.bytes = text, 0

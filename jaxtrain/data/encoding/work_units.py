@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxtrain.data.encoding.formats import DAMAGE, line_number, printable_path
 
 PIECE_BYTES = 1 << 20
-MAX_LINE_COUNT_BYTES = 1 << 30  # line numbers of problems further into a file are not counted
+MAX_LINE_COUNT_BYTES = 1 << 30  # past this byte, problems are reported without a line number
 
 
 class BadDocument(NamedTuple):
@@ -34,7 +34,7 @@ class DocumentProblem(NamedTuple):
     found: str
 
     def describe(self) -> str:
-        """Returns the file, the line or row, the byte, and what was found there."""
+        """Returns a line with the file, the line or row, the byte, and what was found there."""
         where = printable_path(self.path)
         if self.kind == "rows":
             where += f", row {self.place:,}"
@@ -47,7 +47,7 @@ class DocumentProblem(NamedTuple):
         return f"{where}: {self.found}"
 
 
-Row = tuple[int, bytes | BadDocument | None]  # place in the file, and a document's content
+Row = tuple[int, bytes | BadDocument | None]  # (place in the file, the document's content)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Piece:
     compression: str = ""
     split: str = "train"  # of a text; the split of other documents is decided one by one
     first: bool = True  # whether a text starts here
-    # What a reader has read already: bytes of a text or of lines, rows of json and of tables.
-    # None is read from the file by the encoding process.
+    # What a reader has already read: bytes of a text or of lines, or rows of json or a table. If it
+    # is None, the encoding process reads it from the file.
     content: bytes | list[Row] | None = None
 
     def rows(self) -> list[Row]:
@@ -91,7 +91,7 @@ class Unit:
 
 
 class Task(NamedTuple):
-    """Pieces for one process, or a problem that the reader met."""
+    """Pieces for one process, or a problem that the reader encountered."""
 
     pieces: tuple[Piece, ...]
     size: int  # bytes on disk, for the progress bar
@@ -101,7 +101,7 @@ class Task(NamedTuple):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type where it has none."""
+    """Returns the first line of an error's text, or its type if the text is empty."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -114,7 +114,7 @@ def damage_problem(
     compression: str = "",
     what: str = "the file",
 ) -> DocumentProblem:
-    """Returns the problem that an error while reading a file stands for."""
+    """Describes an error while reading a file as a problem."""
     reason, text = "damaged", first_line(error)
     if isinstance(error, OSError) and error.errno:  # the operating system's, not a decoder's
         reason, text = "unreadable", error.strerror
@@ -154,7 +154,7 @@ def group_rows(
             continue
         group.append(row)
         size += len(row[1]) if isinstance(row[1], bytes) else 0
-        if size >= piece_bytes or len(group) >= piece_bytes:
+        if size >= piece_bytes or len(group) >= piece_bytes:  # empty rows have no size
             yield next_task()
     if group:
         yield next_task()

@@ -23,7 +23,7 @@ def encode_tasks(
 ) -> Iterator[tuple[Task, Encoded]]:
     """Yields each task and its documents' tokens, in order.
 
-    At most 2 x workers + 1 tasks are in memory: the next are read when there is room. With one
+    At most 2 x workers + 1 tasks are in memory; more are read as results are taken. With one
     worker, or fewer than two tasks, this process encodes them itself.
     """
     tasks = iter(tasks)
@@ -52,7 +52,7 @@ def encode_tasks(
 
 @contextlib.contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Blocks Ctrl-C here, and for good in processes started here: only the parent reacts to it."""
+    """Blocks SIGINT, which processes started here inherit: only the parent reacts to Ctrl-C."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -67,7 +67,7 @@ def _init_worker(options: EncodeOptions, forced: ForcedSplit | None) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when its parent is killed, which would leave it waiting for tasks."""
+    """Ends this process if its parent is killed; otherwise it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
