@@ -9,14 +9,15 @@
 Suites for the processor, which run by default:
     cpu       training steps against PyTorch, eager and compiled (needs the extra `crosscheck`), as
               FLOP/s of the model (6N + full attention) and as a share of the GEMM peak
-    dispatch  Python time of a step with 24 layers: target below 1 ms
+    dispatch  the time that Python takes to launch a step with 24 layers: target below 1 ms
     loader    tokens/s from a shard of 100M tokens: target 20M; first batch: target below 1 s
-    startup   process start to first step, without and with the compilation cache: target half
+    startup   process start to first step, with and without a filled cache: target half the time
     metrics   time that measuring a step costs the training thread: target below 0.5 % of the step
     optimizer one update of all parameters with Muon and AdamW, against optax.contrib.muon (target
               2x) and torch.optim.Muon (1x), and its temporary memory (target 1.5 times the largest
-              stack). --sizes=124m takes minutes and 10 GB and runs only if named. Without bf16
-              instructions torch's bfloat16 is 25 times slower; --dtypes=float32 leaves it out
+              stack). --sizes=124m takes minutes and 10 GB and runs only if named. On processors
+              without bf16 instructions torch's bfloat16 is 25 times slower; --dtypes=float32
+              leaves it out
 
 Suites for GPUs, which run only if named:
     gpu       our step at 124M to 1.4B against compiled PyTorch (extra `crosscheck`). Each runs in
@@ -28,9 +29,9 @@ Suites for GPUs, which run only if named:
               is stored as soon as it is measured. --trace=DIR stores profiles of our steps.
               Steps are shortened to 1.5 s, which makes the optimizer's share larger than in
               training. Figures `at 524288` are computed for a step of that many tokens. PyTorch's
-              optimizer is timed inside its steps. Ours is timed as a program of its own, launched
-              one ahead; its range is the 10th to 90th percentile. The host's share is the CPU time
-              of the launching thread, an upper bound of its work
+              optimizer is timed inside its steps, ours as a program of its own; its range is the
+              10th to 90th percentile. The host's share is the CPU time of the launching thread, an
+              upper bound of its work
     judge     300 steps of gpt_124m on real text (--text, --shards) beside PyTorch, from the same
               weights on the same batches, with three seeds: the difference between the losses must
               be within the spread over seeds
@@ -39,7 +40,7 @@ Suites for GPUs, which run only if named:
               suite, on 8 virtual devices
 
 How to read the tables for the processor: variants take turns in one process, on new data, after two
-calls that are not counted. Figures are medians over n turns.
+calls that do not count. Figures are medians over n turns.
     first s   the first call, which compiles
     min       the fastest turn; `of minima` compares the fastest turns
     cpu ms    CPU time of this process, which other processes hardly change
@@ -77,7 +78,7 @@ from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 
 ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
-# What the flags of a suite may name. A flag that is not given means all of it, but for ON_REQUEST.
+# The values that a suite's flags accept. By default a flag has all of them except ON_REQUEST.
 CHOICES = {
     "cpu": {
         "sizes": tuple(cpu_training.SIZES),
@@ -103,14 +104,14 @@ Results = Iterator[tuple[list[dict[str, Any]], str]]  # rows for JSON, and the s
 
 def _chosen(args: argparse.Namespace, suite: str) -> dict[str, list[str]]:
     """Returns {flag: names} of a suite, with its defaults."""
-    chosen = {}
-    for flag, names in CHOICES[suite].items():
-        chosen[flag] = getattr(args, flag) or [name for name in names if name not in ON_REQUEST]
-    return chosen
+    return {
+        flag: getattr(args, flag) or [name for name in names if name not in ON_REQUEST]
+        for flag, names in CHOICES[suite].items()
+    }
 
 
 def _require_torch(variants_without: str) -> None:
-    """Exits if torch is missing: before, not after minutes of measuring."""
+    """Exits if torch is missing, so that this is not found out after minutes of measuring."""
     try:
         importlib.import_module("jaxtrain.crosscheck.torch_model")
     except ImportError as error:
@@ -119,23 +120,21 @@ def _require_torch(variants_without: str) -> None:
 
 def _run_cpu(args: argparse.Namespace, rounds: int) -> Results:
     chosen = _chosen(args, "cpu")
-    sizes = chosen.pop("sizes")
     if set(chosen["variants"]) != {"jaxtrain"}:
         _require_torch(variants_without="jaxtrain")
     peaks = processor.gemm_peaks()
     row = {"suite": "machine", "gemm_peak_flops_per_s": peaks}
     yield [row], processor.peaks_text(peaks)
-    for size in sizes:
+    for size in chosen.pop("sizes"):
         rows = cpu_training.measure(size, peaks, rounds, args.most, **chosen)
         yield rows + cpu_training.ratios(rows), cpu_training.tables(rows)
 
 
 def _run_optimizer(args: argparse.Namespace, rounds: int) -> Results:
     chosen = _chosen(args, "optimizer")
-    sizes = chosen.pop("sizes")
     if "torch" in chosen["variants"]:
         _require_torch(variants_without="jaxtrain,optax")
-    for size in sizes:
+    for size in chosen.pop("sizes"):
         rows = optimizer.measure(size, rounds, args.most, **chosen)
         yield rows + optimizer.ratios(rows), optimizer.tables(rows)
 
@@ -157,7 +156,7 @@ def _run_gpu_suite(
     del rounds
     chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu_training else {})
     if suite is not scaling:
-        gpu_training.check_gpu(args.tiny)  # before torch: installing that would not help
+        gpu_training.check_gpu(args.tiny)  # first, as installing torch would not help
     if suite is loss_parity or suite is gpu_training and "pytorch" in chosen["variants"]:
         _require_torch(variants_without="jaxtrain")
     for row in suite.measure(argparse.Namespace(**chosen)):
@@ -181,7 +180,7 @@ SUITES = CPU_SUITES | GPU_SUITES
 
 
 def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with an error if a flag names something that a suite to run does not have."""
+    """Exits with an error if a flag has a value that a chosen suite does not accept."""
     suites = CPU_SUITES if args.suite == "all" else [args.suite]
     for suite in suites:
         for flag, allowed in CHOICES.get(suite, {}).items():
@@ -193,24 +192,25 @@ def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
                 )
 
 
-def _positive(number: type[int] | type[float]) -> Callable[[str], float]:
-    def parse_positive(text: str) -> float:
+def _positive(number: type[int] | type[float], text: str) -> float:
+    try:
         value = number(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be positive; got {text}")
-        return value
-
-    return parse_positive
+    except ValueError:
+        value = 0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive; got {text}")
+    return value
 
 
 def parse(
     argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench"
 ) -> argparse.Namespace:
     parser = Parser(prog, rewrite_commands(__doc__ or "", prog))
+    positive_int, positive_float = (functools.partial(_positive, kind) for kind in (int, float))
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="all", help="default: all for the processor")
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
-    add("--rounds", type=_positive(int), help=f"turns of each variant; default: {rounds}")
+    add("--rounds", type=positive_int, help=f"turns of each variant; default: {rounds}")
     add("--json", metavar="PATH", help="write every row as a line of JSON")
     group = parser.add_argument_group("for some suites; comma-separated, default: all but 124m")
     for flag in CHOICES["cpu"]:
@@ -221,16 +221,12 @@ def parse(
         )
         group.add_argument(f"--{flag}", type=lambda text: text.split(","), help=text)
     text = "a variant that has taken this many seconds skips the later rounds; default: 60"
-    group.add_argument("--most", type=_positive(float), default=60.0, metavar="S", help=text)
+    group.add_argument("--most", type=positive_float, default=60.0, metavar="S", help=text)
     add = parser.add_argument_group("for the suites for GPUs").add_argument
-    add("--minutes", type=_positive(float), default=10.0, help="time to use; default: 10")
+    add("--minutes", type=positive_float, default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
-    add(
-        "--trace",
-        metavar="DIR",
-        default="",
-        help="gpu: store profiles of two of our steps per size",
-    )
+    text = "gpu: store profiles of two of our steps per size"
+    add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
     add("--shards", metavar="PATH", help="judge: token shards to train on")
     args = parser.parse_args(argv)
@@ -239,7 +235,7 @@ def parse(
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the command, the date and, if git knows it, the commit of this code."""
+    """Returns the command, the date and, in a git checkout, the commit of this code."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -20,7 +20,7 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_eval_batches
 from jaxtrain.distributed.program import run_main
-from jaxtrain.reporting.terminal import eval_text
+from jaxtrain.reporting.terminal import eval_text, set_up_logging
 from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.evaluation import (
     build_byte_counter,
@@ -55,10 +55,11 @@ def fit_accumulation(cfg: TrainConfig, devices: int, rows: int) -> TrainConfig:
 
 
 def main() -> None:
-    """Evaluates the run of the flags and prints its metrics, as text and as JSON."""
+    """Evaluates the run that --run names and prints its metrics, as text and as JSON."""
     from tqdm import tqdm
 
     args = flags.FLAGS
+    set_up_logging()
     run, state = restore_run(args.run, args.step or None)
     rows = args.rows or rows_in_training(read_config_json(args.run))
     run = run._replace(cfg=fit_accumulation(run.cfg, run.mesh.size, rows))
@@ -68,7 +69,7 @@ def main() -> None:
     progress = tqdm(batches, total=len(batches), unit="batch", disable=None)
     count_bytes = build_byte_counter(corpus, run.mesh)
     metrics = evaluate(build_eval_step(run), state, progress, count_bytes)
-    assert metrics is not None  # it is None only after a signal, and none is listened for
+    assert metrics is not None  # None only after a signal; no signal is listened for
     if warning := warn_of_noise(metrics):
         print(warning, file=sys.stderr)
     print(f"step {int(state.step)}  {eval_text(metrics)}")
@@ -79,11 +80,11 @@ def define_flags() -> None:
     """Defines the flags of `jaxtrain evaluate`."""
     flags.DEFINE_string("run", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", 0, "checkpoint to evaluate; 0 is the newest good one")
-    flags.DEFINE_integer("rows", 0, "sequences that a device reads at once; 0 takes training's")
+    flags.DEFINE_integer("rows", 0, "sequences that a device reads at once; 0: as in training")
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.evaluate") -> None:
-    """Runs the evaluate command; argv of None is sys.argv's."""
+    """Runs the evaluate command with these arguments, by default those of the process."""
     run_main(main, (), CommandForm("evaluate", __doc__ or "", define_flags), argv, prog)
 
 

@@ -15,6 +15,7 @@ from absl import flags
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.data.tokenizer import build_tokenizer
 from jaxtrain.distributed.program import run_main
+from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import read_config_json
 from jaxtrain.training.run import restore_run
 from jaxtrain.training.sampling import complete, decode_shell_text, escape_controls, shorten_prompt
@@ -47,8 +48,9 @@ def tokenizer_name(workdir: Path | str, name: str = "") -> str:
 
 
 def main() -> None:
-    """Samples from the run of the flags and prints the samples."""
+    """Samples from the run that --run names and prints the samples."""
     args = flags.FLAGS
+    set_up_logging()
     check_flags(args.samples, args.tokens, args.temperature, args.top_k)
     prompts = [decode_shell_text(prompt, "--prompt") for prompt in args.prompt]
     tokenizer = build_tokenizer(tokenizer_name(args.run, args.tokenizer))
@@ -84,11 +86,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 256, "tokens per sample")
     flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token every time")
     flags.DEFINE_integer("top_k", 50, "number of likeliest tokens to draw from; 0 is all")
-    flags.DEFINE_integer("seed", 0, "of the random draws")
+    flags.DEFINE_integer("seed", 0, "seed of the random draws")
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.generate") -> None:
-    """Runs the generate command; argv of None is sys.argv's."""
+    """Runs the generate command with these arguments, by default those of the process."""
     run_main(main, (), CommandForm("generate", __doc__ or "", define_flags), argv, prog)
 
 

@@ -5,23 +5,25 @@ r"""Predicts memory, time and communication of a training step on GPUs that you 
     jaxtrain plan gpt_124m --compare=a40,h100 --price=a40=0.40,h100=2.50
 
 The first command compiles the step of a config for the chip, on this machine, and reads the
-compiled program. The second one searches the fastest setting that fits and writes it as a config.
-The third one compares chips. Fields of the config (--model.remat=full) are flags, as in training.
+compiled program. The second one searches for the fastest setting that fits and writes it as a
+config. The third one compares chips. Fields of the config (--model.remat=full) are flags, as in
+training.
 
 How to read the output:
-    memory            bytes on one device, by use; it fits if the peak is at most what is usable
+    memory            bytes on one device, by use; the step fits if its peak is at most `usable`
     tokens/s          an upper bound: every instruction at the datasheet's peak, nothing overlapped
     MFU               model FLOPs at that bound, as a share of the chip's bfloat16 peak
     payload           bytes of the arrays that one device gathers, reduces or sends in a step
     micro-batches     parts into which a device's rows are cut (--accumulation)
     fsdp, unroll      --mesh.fsdp and --model.unroll
-    speed-up          with --compare: over the first chip; `per peak FLOP/s` and `per peak byte/s`
-                      divide it by the ratio of the two chips' datasheet peaks
+    speed-up          with --compare: relative to the first chip. `per peak FLOP/s` and `per peak
+                      byte/s` divide it by the ratio of the two chips' datasheet peaks
 
 Nothing is measured. The exit status is 1 if the config does not fit. Compiling needs the extra
 `offline` but no GPU; --formula needs neither and estimates the memory only.
 """
 
+import functools
 import json
 import os
 import sys
@@ -35,21 +37,19 @@ from absl import flags  # noqa: E402
 from jaxtrain.config import train_config as config_lib  # noqa: E402
 from jaxtrain.config.command_line import CommandForm  # noqa: E402
 from jaxtrain.config.train_config import TrainConfig  # noqa: E402
-from jaxtrain.distributed import memory  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
 from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
 from jaxtrain.planning import memory_formula, render, search  # noqa: E402
 from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_configs  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
-from jaxtrain.reporting.table import format_table  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 CACHE = Path("runs/plans")
 
 
 def variants_to_try(cfg: TrainConfig, args: flags.FlagValues) -> list[dict[str, int]]:
-    """Returns the variants of the fastest setting: other meshes, unroll=2, other lengths."""
+    """Returns what --fit also tries on the fastest setting: meshes, unroll=2, --seq_lens."""
     devices, tensor = args.gpus * args.hosts, cfg.mesh.tensor
     shares = {max(size // tensor, 1) for size in (devices, args.gpus, 1)}
     meshes = [{"fsdp": share} for share in sorted(shares, reverse=True)]
@@ -57,14 +57,12 @@ def variants_to_try(cfg: TrainConfig, args: flags.FlagValues) -> list[dict[str, 
 
 
 def smallest_change(cfg: TrainConfig, hardware: Hardware, cache: str) -> str:
-    """Returns flags of the nearest setting that fits: more micro-batches first, then more remat."""
-    evaluate = search.build_evaluate(cfg, hardware, cache)
-    fits = search.build_fits_by_formula(cfg, hardware.chip, hardware.devices)
+    """Returns flags that make a config fit: more micro-batches, then more remat; "" if none do."""
     choices = search.accumulations(cfg, hardware.devices)
-    for remat in search.REMATS[search.REMATS.index(cfg.model.remat) :]:
-        likely = [count for count in choices if fits(count, remat)]
+    for remat in search.stronger_remats(cfg):
+        likely = [n for n in choices if search.fits_by_formula(cfg, hardware, n, remat)]
         for count in likely or choices[-1:]:
-            figures = evaluate(count, remat)
+            figures = search.evaluate_setting(cfg, hardware, cache, count, remat)
             if figures["fits"]:
                 return search.setting_flags(figures)
     return ""
@@ -85,37 +83,27 @@ def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> 
 def print_estimate(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Prints the memory by formula; returns the exit status."""
     estimate = memory_formula.estimate_memory(cfg, hardware.devices)
-    usable = memory.fraction() * hardware.chip.hbm_bytes
-    fits = estimate.peak <= usable
+    fits = estimate.peak <= hardware.usable_bytes
     sizes = estimate._asdict() | {"peak": estimate.peak}
     if args.json:
         print(json.dumps(sizes | {"fits": fits}))
-        return 0 if fits else 1
-    rows = [
-        (name, f"{size / render.GIB:.2f}") for name, size in (sizes | {"usable": usable}).items()
-    ]
-    print(format_table(rows, ("use", "GiB"), indent=2))
-    print(
-        f"{'Fits' if fits else 'Does not fit'}, by formula: right to "
-        f"{memory_formula.RELATIVE_ERROR:.0%} of the peak or "
-        f"{memory_formula.ABSOLUTE_ERROR_BYTES / render.GIB:g} GiB, whichever is more."
-    )
+    else:
+        print(render.memory_table(sizes | {"usable": hardware.usable_bytes}))
+        print(
+            f"{'Fits' if fits else 'Does not fit'}, by formula: right to "
+            f"{memory_formula.RELATIVE_ERROR:.0%} of the peak or "
+            f"{memory_formula.ABSOLUTE_ERROR_BYTES / render.GIB:g} GiB, whichever is more."
+        )
     return 0 if fits else 1
 
 
 def print_fastest(cfg: TrainConfig, name: str, hardware: Hardware, args: flags.FlagValues) -> int:
-    """Searches the fastest setting that fits and prints or writes it; returns the exit status."""
-    show = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    """Searches for the fastest setting that fits, prints it and writes it to --write."""
+    show = (lambda text: None) if args.json else functools.partial(print, flush=True)
     devices, chip = hardware.devices, hardware.chip
     show(f"{name} on {devices} x {chip.kind}; each line is a setting that was compiled")
-    settings = search.search_settings(
-        cfg,
-        devices,
-        search.build_evaluate(cfg, hardware, args.cache),
-        show,
-        fits_by_formula=search.build_fits_by_formula(cfg, chip, devices),
-        variants=variants_to_try(cfg, args),
-    )
+    variants = variants_to_try(cfg, args)
+    settings = search.search_hardware(cfg, hardware, args.cache, show, variants=variants)
     best = settings[0]
     if args.json:
         print(json.dumps(settings))
@@ -133,14 +121,15 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     try:
         return run_command(flags.FLAGS)
-    except RuntimeError as error:  # the GPU compiler is missing
+    except RuntimeError as error:  # the compiler for GPUs is missing
         raise RuntimeError(
-            f"{error} Or set --formula: the memory only, to {memory_formula.RELATIVE_ERROR:.0%}."
+            f"{error} Or set --formula, which estimates the memory only, to within "
+            f"{memory_formula.RELATIVE_ERROR:.0%}."
         ) from error
 
 
 def run_command(args: flags.FlagValues) -> int:
-    """Does what the flags ask for; returns the exit status."""
+    """Runs the plan, search or comparison that the flags ask for; returns the exit status."""
     if args.table:
         return print_shipped_configs(args)
     if args.config is None:
@@ -154,7 +143,7 @@ def run_command(args: flags.FlagValues) -> int:
     if args.formula:
         return print_estimate(cfg, hardware, args)
     if args.fit:
-        # The command line puts the path there.
+        # The command line stores the config's path there.
         path = args["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
         name = Path(path).stem
         return print_fastest(cfg, name, hardware, args)
@@ -165,22 +154,14 @@ def define_flags() -> None:
     flags.DEFINE_string("chip", "a40", "a name of the chip table: a40, a100_80gb, h100, h200, ...")
     flags.DEFINE_integer("gpus", 1, "GPUs on each host", lower_bound=1)
     flags.DEFINE_integer("hosts", 1, "number of hosts", lower_bound=1)
-    flags.DEFINE_string(
-        "link", "", "between the GPUs of a host: pcie4, pcie5 or nvlink; default: by chip"
-    )
+    flags.DEFINE_string("link", "", "between a host's GPUs: pcie4, pcie5, nvlink; default: by chip")
     flags.DEFINE_string("host_link", "ethernet10", "between hosts: a name, or wan:150ms,1gbps")
-    flags.DEFINE_bool(
-        "fit", False, "search the fastest micro-batch, remat, mesh and unroll that fit"
-    )
-    flags.DEFINE_list(
-        "seq_lens", [], "with --fit: also try these lengths, at the same tokens a step"
-    )
+    flags.DEFINE_bool("fit", False, "find the fastest micro-batch, remat, mesh and unroll that fit")
+    flags.DEFINE_list("seq_lens", [], "with --fit: also try these lengths, at equal tokens a step")
     flags.DEFINE_string("write", "", "with --fit: write the fastest setting to this config file")
     flags.DEFINE_list("compare", [], "compare these chips, each at its fastest setting that fits")
     flags.DEFINE_list("price", [], "with --compare: price of a GPU and hour, as a40=0.40,h100=2.50")
-    flags.DEFINE_bool(
-        "table", False, "plan all shipped configs on 1 and 8 A40 and H100, as Markdown"
-    )
+    flags.DEFINE_bool("table", False, "plan all shipped configs on A40 and H100, as Markdown")
     flags.DEFINE_bool("formula", False, "estimate the memory by a formula, in a second")
     flags.DEFINE_bool("json", False, "print JSON; seconds, bytes, FLOPs")
     flags.DEFINE_string("cache", str(CACHE), "folder that stores compiled figures")

@@ -6,9 +6,13 @@
 
 The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a lost connection) save
 after the current step or evaluation batch, then stop; a second Ctrl-C or SIGTERM ends the process
-at once. Exit status 75 means "preempted: start again", 78 "the same start would fail again".
+at once. Exit status 75 means "preempted: start again", 78 means "the same start would fail again".
 Several processes find each other by --coordinator, --processes and --process, or by the environment
+<<<<<<< HEAD
 variables of their launcher (launch.run, SLURM's srun, mpirun), or JAX_*.
+=======
+variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*).
+>>>>>>> main
 """
 
 import contextlib
@@ -25,6 +29,7 @@ from absl import flags
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.checkpoint.relocation import check_not_moved
+from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
@@ -41,10 +46,7 @@ from jaxtrain.distributed.cluster import World, detect_world
 from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
-from jaxtrain.distributed.runtime import (
-    fit_config_to_world,
-    start_runtime,
-)
+from jaxtrain.distributed.runtime import fit_config_to_world, start_runtime
 from jaxtrain.file_errors import add_path_to_errors
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.metrics.collector import Collector
@@ -74,13 +76,13 @@ def train(
     """Trains up to cfg.steps, resuming from cfg.workdir if it has a checkpoint.
 
     Args:
-        devices: to train on; None takes all.
+        devices: the devices to train on; None takes all.
         quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
             step; None leaves such signals to their current handlers.
 
     Returns:
-        the exit status: 0, or that of the signal that stopped the run.
+        the exit status: 0, or the one for the signal that stopped the run.
 
     Raises:
         RunLocked: another run writes to cfg.workdir.
@@ -89,7 +91,8 @@ def train(
     stop = stop or StopListener(jax.process_count() > 1)
     workdir = Path(cfg.workdir)
 
-    # Config: settle the dtype, and refuse now what would otherwise fail after the last step.
+    # Config: settle the dtype, and refuse now what would otherwise fail at the first save or later.
+    check_path(workdir)
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
@@ -136,7 +139,7 @@ def train(
         logger.write_config(build_config_json(run, corpus, hosts))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
-        # Step: compiled once, ahead of time; other shapes later are an error, not a recompile.
+        # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
         beat("compile", first)
         stop.set_activity("compiling the step")
         step = compile_step(run)
@@ -171,7 +174,7 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
     Process 0 takes the lock; where every host has a folder of its own, every process does.
 
     Raises:
-        RunLocked: another run has locked it; with several processes a ValueError in each of them.
+        RunLocked: another run has locked it; of several processes, each raises a ValueError.
     """
     run_id, takes_lock = None, jax.process_index() == 0
     if cfg.checkpoint.storage == "host0" and jax.process_count() > 1:
@@ -194,8 +197,7 @@ def main() -> int:
     cfg = config_lib.freeze(args.config)
     beat("start")
     if args.processes > 1:
-        by_hand = args.coordinator, args.processes, args.process, None, args.processes
-        world = World("flags", *by_hand)
+        world = World("flags", args.coordinator, args.processes, args.process, None, args.processes)
     else:
         world = detect_world(os.environ)
     set_up_logging()  # until its index is known, every process logs that it joins
@@ -205,7 +207,7 @@ def main() -> int:
         cfg = fit_config_to_world(cfg, world)
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
         status = train(cfg, stop=stop)
-        if stop.signal and status and world.engine == "alone":  # a launcher restarts by itself
+        if stop.signal and status and world.engine == "alone":  # a launcher restarts the run itself
             print(f"resume with:\n  {current_command()}", flush=True)
         return status
 
@@ -218,7 +220,7 @@ def define_flags() -> None:
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:
-    """Runs the train command; argv of None is sys.argv's."""
+    """Runs the train command with these arguments, by default those of the process."""
     tables = describe_flags(config_lib.TrainConfig)
     form = CommandForm("train", __doc__ or "", define_flags, config="must", tables=tables)
     run_main(main, (Diverged,), form, argv, prog)

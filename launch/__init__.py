@@ -1,4 +1,5 @@
 """Runs jobs on several hosts over SSH: started by the operator, supervised on each host.
 
-The operator's side and `launch.host` use only the standard library, so neither needs JAX.
+Starting and supervising use only the standard library; `launch.report` also uses NumPy, SciPy and
+Jinja2. Neither needs JAX.
 """

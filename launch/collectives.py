@@ -1,4 +1,4 @@
-"""Times JAX's collectives over all processes of a job; launch.run starts it.
+"""Times JAX's collectives over all processes of a job that launch.run starts.
 
     python -m launch.run --hosts=hosts.toml --module=launch.collectives -- --mib=1,16
     ... --module=launch.collectives -- --cases=all_reduce:4096,all_gather:16384

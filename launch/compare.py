@@ -6,137 +6,44 @@
 
 A side is a run directory, a folder of run directories (repetitions), or a [[side]] of a TOML file
 of published figures. The comparison is refused (exit status 1) unless config, data and tokens per
-step are equal and the losses agree within their noise. A ratio above 1 means that A does more.
+step are equal and the losses agree within their noise. A ratio above 1 means that A is faster.
 --ceilings takes the results of `python -m pallas_kernels.bench --out=FILE` on A's and B's device.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from launch.arguments import Parser
 from launch.report.comparable import differences, match_losses
+from launch.report.formats import digits
+from launch.report.ratios import NORMALISERS, SPEEDS, normalise, ratios, speeds
 from launch.report.sides import Side, read_external, read_side, with_ceilings
-from launch.report.stats import RESAMPLES, SEED, block_length, bootstrap, mean, percentile
-from launch.report.svg import digits
+from launch.report.stats import RESAMPLES, SEED, block_length
 
 MARGIN = 0.05
-SPEEDS = {"tokens_per_s": "tokens/s", "p50": "at step p50", "p95": "at step p95"}
-NORMALISERS = {  # name -> (words, a device's ability per second, why it is unknown)
-    "raw": ("raw, per device", lambda side: 1.0, ""),
-    "peak_flops": (
-        "per peak FLOP/s (datasheet)",
-        lambda side: side.peak_flops_per_s,
-        "no peak is known for {device}",
-    ),
-    "hbm_bytes": (
-        "per HBM byte/s (datasheet)",
-        lambda side: side.hbm_bytes_per_s,
-        "no bandwidth is known for {device}",
-    ),
-    "ceiling_flops": (
-        "per measured bf16 matmul FLOP/s",
-        lambda side: side.matmul_flops_per_s,
-        "no --ceilings given",
-    ),
-    "ceiling_bytes": (
-        "per measured copy byte/s",
-        lambda side: side.copy_bytes_per_s,
-        "no --ceilings given",
-    ),
-    "roofline": (
-        "against this step's roofline",
-        lambda side: (
-            side.tokens_per_step / side.devices / side.roofline_s if side.roofline_s else None
-        ),
-        "no roofline of this step is known for {device}",
-    ),
-}
 
 
-def speeds(side: Side, runs: list[list[float]]) -> dict[str, float]:
-    """Returns tokens/s of one device: over all steps, at the median step and at a slow step."""
-    times = [seconds for run in runs for seconds in run]
-    tokens = side.tokens_per_step / side.devices
-    step_s = {
-        "tokens_per_s": mean(times),
-        "p50": percentile(times, 0.5),
-        "p95": percentile(times, 0.95),
-    }
-    return {name: tokens / seconds for name, seconds in step_s.items()}
+def compare(
+    a: Side,
+    b: Side,
+    margin: float = MARGIN,
+    by: str = "",
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict:
+    """Returns the comparison of A and B, which `report` formats.
 
-
-def ratios(
-    a: Side, b: Side, resamples: int = RESAMPLES, seed: int = SEED
-) -> dict[str, dict[str, float | None]]:
-    """Returns {speed: {"ratio", "low", "high"}} of A over B; bounds need two step times a side."""
-
-    def speed_ratios(drawn):
-        speeds_a, speeds_b = speeds(a, drawn[0]), speeds(b, drawn[1])
-        return {name: speeds_a[name] / speeds_b[name] for name in SPEEDS}
-
-    point = speed_ratios([a.times_s, b.times_s])
-    found = {name: {"ratio": value, "low": None, "high": None} for name, value in point.items()}
-    if min(sum(map(len, side.times_s)) for side in (a, b)) < 2:
-        return found
-    bounds = bootstrap(speed_ratios, [a.times_s, b.times_s], resamples, seed)
-    for name, (low, high) in bounds.items():
-        found[name] |= {"low": low, "high": high}
-    return found
-
-
-def verdict_on(bounds: dict, margin: float) -> dict:
-    """Returns the verdict on a ratio with its bounds.
-
-    It is `equal` if the whole interval is within the margin, `ahead` or `behind` if all of it is
-    beyond. If the interval contains 1 it is `equal` within a wider margin, which is named.
-    Otherwise it is `undecided`.
+    Args:
+        margin: relative difference up to which the sides count as equal.
+        by: the normaliser of the verdict; "" for the best one that is known.
     """
-    ratio = bounds["ratio"]
-    low, high = (ratio if bounds[key] is None else bounds[key] for key in ("low", "high"))
-    if 1 / (1 + margin) <= low and high <= 1 + margin:
-        return {"verdict": "equal", "margin": margin, "words": f"equal within {share(margin)}"}
-    times = f"{digits(ratio)} times B"
-    if low > 1 + margin:
-        return {"verdict": "ahead", "margin": low - 1, "words": f"A ahead, {times}"}
-    if high < 1 / (1 + margin):
-        return {"verdict": "behind", "margin": 1 - high, "words": f"A behind, {times}"}
-    if low <= 1 <= high:
-        wider = max(high - 1, 1 / low - 1)
-        words = f"equal within {share(wider)}: these steps cannot tell {share(margin)}"
-        return {"verdict": "equal", "margin": wider, "words": words}
-    words = f"undecided: the interval crosses the margin of {share(margin)}"
-    return {"verdict": "undecided", "margin": margin, "words": words}
-
-
-def share(value: float) -> str:
-    return f"{float(digits(100 * value, 2)):g} %"
-
-
-def normalise(a: Side, b: Side, raw: dict, margin: float) -> dict[str, dict]:
-    """Returns {normaliser: {"words", speed: bounds, "verdict"} or {"words", "missing"}}."""
-    rows = {}
-    for name, (words, ability, why) in NORMALISERS.items():
-        unknown = [side.device for side in (a, b) if not ability(side)]
-        if unknown:
-            reason = why.format(device=" and ".join(dict.fromkeys(unknown)))
-            rows[name] = {"words": words, "missing": reason}
-            continue
-        scale = ability(b) / ability(a)
-        row = {
-            speed: {k: None if v is None else v * scale for k, v in found.items()}
-            for speed, found in raw.items()
-        }
-        rows[name] = {"words": words, **row, "verdict": verdict_on(row["tokens_per_s"], margin)}
-    return rows
-
-
-def compare(a: Side, b: Side, margin=MARGIN, by="", resamples=RESAMPLES, seed=SEED) -> dict:
-    """Returns the whole comparison of A and B, which `report` formats."""
     found = {"a": describe(a), "b": describe(b), "verdict": "not comparable", "why": []}
     found["why"] = differences(a, b)
     match = match_losses(a, b)
     if match is None:
-        found["why"].append("losses: no step has a loss on both sides, or too few to see the noise")
+        found["why"].append("losses: too few steps have a loss on both sides to estimate the noise")
     elif match.errors > match.limit:
         found["why"].append(f"losses: {match}")
     if found["why"]:
@@ -159,7 +66,7 @@ def compare(a: Side, b: Side, margin=MARGIN, by="", resamples=RESAMPLES, seed=SE
 
 
 def method(a: Side, b: Side, raw: dict, resamples: int, seed: int) -> str:
-    """Describes how the intervals were computed, and which figures are of different kinds."""
+    """Describes how the intervals were computed, and warns if the sides' times differ in kind."""
     if raw["tokens_per_s"]["low"] is None:
         return "no intervals: a side has a single step time"
     blocks = sorted({block_length(len(run)) for side in (a, b) for run in side.times_s})
@@ -168,7 +75,7 @@ def method(a: Side, b: Side, raw: dict, resamples: int, seed: int) -> str:
         f"{' and '.join(map(str, blocks))}, {resamples} resamples, seed {seed}"
     )
     if a.what != b.what:
-        words += f"\np50 and p95 are not of one kind: {a.what} against {b.what}"
+        words += f"\np50 and p95 differ in kind: {a.what} against {b.what}"
     return words
 
 
@@ -206,7 +113,7 @@ def report(found: dict) -> str:
         f"{side['tokens_per_step']:,} tokens a step; losses {found['losses']}"
     )
     head = "".join(f"{words:>21}" for words in SPEEDS.values())
-    lines += ["", f"{'A over B; above 1, A does more':32}{head}  verdict on tokens/s"]
+    lines += ["", f"{'A over B; above 1, A is faster':32}{head}  verdict on tokens/s"]
     for row in found["rows"].values():
         if "missing" in row:
             lines.append(f"{row['words']:32}  {row['missing']}")
@@ -224,7 +131,8 @@ def _cell(found) -> str:
     return f"{digits(found['ratio'])} ({digits(found['low'])}-{digits(found['high'])})"
 
 
-def parse(argv, prog="python -m launch.compare"):
+def parse(argv: Sequence[str] | None, prog: str = "python -m launch.compare") -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = Parser(prog, (__doc__ or "").replace("python -m launch.compare", prog))
     parser.add_argument(
         "sides", nargs="*", metavar="DIR", help="A and B, unless --external names them"
@@ -251,9 +159,9 @@ def parse(argv, prog="python -m launch.compare"):
         "--may_differ", default="", metavar="NAMES", help="settings that may differ: a,b"
     )
     parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap [%(default)s]"
+        "--resamples", type=int, default=RESAMPLES, help="bootstrap resamples [%(default)s]"
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="of the resamples [%(default)s]")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the bootstrap [%(default)s]")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.margin < 1:
@@ -263,7 +171,12 @@ def parse(argv, prog="python -m launch.compare"):
     return args
 
 
-def read_sides(args) -> list[Side]:
+def read_sides(args: argparse.Namespace) -> list[Side]:
+    """Reads A and B.
+
+    Raises:
+        ValueError: a side cannot be read, or there are not two.
+    """
     may_differ = [name for name in args.may_differ.split(",") if name]
     sides = [read_side(path, may_differ) for path in args.sides]
     sides += read_external(args.external) if args.external else []
@@ -276,7 +189,7 @@ def read_sides(args) -> list[Side]:
     return sides
 
 
-def main(argv=None, prog="python -m launch.compare") -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.compare") -> int:
     args = parse(argv, prog)
     try:
         a, b = read_sides(args)

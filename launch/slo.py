@@ -6,25 +6,38 @@
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
         --tokens=2.5e9 --deadline=7d --availability=0.95
 
-`record` derives a figure's tolerance from the spread between the runs, or with fewer than three
-runs from the spread between parts of them. `check` exits with 0 if all figures are within their
-bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline: another
-config, chip, number of hosts or versions.
+`record` derives each figure's bound from the spread between the runs, or with fewer than three
+runs from the spread between blocks of steps. `check` exits with 0 if all figures are within their
+bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline because the
+config, the chip, the number of hosts or the versions differ.
 """
 
+import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.arguments import Parser
 from launch.host.files import write_text
-from launch.report.baseline import FIGURES, KEYS, LOOSE, VERSION, check, record, refusals
+from launch.report.baseline import (
+    FIGURES,
+    KEYS,
+    LOOSE,
+    NOT_ENFORCED,
+    VERSION,
+    Figure,
+    check,
+    record,
+    refusals,
+)
 from launch.report.price import price, read_prices, read_span
-from launch.report.run_folder import read_run
+from launch.report.run_folder import RunFolder, read_run
 
 CONFIDENCE = 0.99
-BREACH, REFUSED = 1, 2
+BREACH, REFUSED = 1, 2  # exit statuses
+UNENFORCED = "recorded but not enforced"
 
 
 def read_baseline(path: Path | str) -> dict:
@@ -41,35 +54,36 @@ def read_baseline(path: Path | str) -> dict:
             f"--against must be a file of `launch.slo record`; got {path}: {error}."
         ) from None
     if version != VERSION:
-        raise ValueError(f"--against must be of version {VERSION}; {path} is of {version}.")
+        raise ValueError(f"--against must have version {VERSION}; {path} has {version}.")
     return found
 
 
-def show_record(baseline: dict, path) -> str:
-    lines = [f"{'figure':20} {'baseline':>14} {'bound':>16} {'tolerance':>10}  from"]
-    for name, held in baseline["figures"].items():
-        figure, bound = FIGURES[name], held["bound"]
-        cells = [figure.form(held["value"]), "-", "not held"]
-        note = ""
+def show_record(baseline: dict, path: Path) -> str:
+    """Formats a baseline as a table."""
+    lines = [f"{'figure':20} {'baseline':>14} {'bound':>16} {'tolerance':>10}  derived from"]
+    for name, entry in baseline["figures"].items():
+        figure, bound = FIGURES[name], entry["bound"]
+        cells = [figure.form(entry["value"]), "-", "-"]
+        note = f"{UNENFORCED}: {entry['how']}"
         if bound is not None:
-            tolerance = abs(bound / held["value"] - 1)
+            tolerance = abs(bound / entry["value"] - 1)
             cells[1:] = [_bound(figure, bound), f"{tolerance:.1%}"]
-            note = "; LOOSE: longer or more runs tighten it" if tolerance > LOOSE else ""
-        lines.append(
-            f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {held['how']}{note}"
-        )
-    words = f"{baseline['confidence']:.0%} prediction bound of one more run, by Student's t"
+            loose = "; LOOSE: longer or more runs tighten it" if tolerance > LOOSE else ""
+            note = entry["how"] + loose
+        lines.append(f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {note}")
+    words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
     return "\n".join([*lines, f"tolerance: {words} on logarithms", f"baseline {path}"])
 
 
-def _bound(figure, bound) -> str:
+def _bound(figure: Figure, bound: float) -> str:
     return f"{'>=' if figure.sign > 0 else '<='} {figure.form(bound)}"
 
 
-def show_check(rows, run, baseline, path) -> str:
+def show_check(rows: list[dict], run: RunFolder, baseline: dict, path: str) -> str:
+    """Formats the rows of `check` as a table, with the verdict in the last line."""
     day = time.strftime("%Y-%m-%d", time.gmtime(baseline["recorded"]))
     lines = [
-        f"{run.name} against {path}, of {day}, {', '.join(baseline['runs'])}",
+        f"{run.name} against {path}, recorded {day} from {', '.join(baseline['runs'])}",
         f"{'figure':20} {'baseline':>14} {'bound':>16} {'run':>14} {'margin':>9}",
     ]
     for row in rows:
@@ -81,33 +95,35 @@ def show_check(rows, run, baseline, path) -> str:
             cells[2] = figure.form(row["run"])
         if row["margin"] is not None:
             cells[3] = f"{row['margin']:+.1%}"
-        words = "" if row["state"] == "ok" else f"  {row['state']}"
-        words += f": {row['how']}" if row["state"] == "not held" else ""
+        words = "  BREACH" if row["state"] == "BREACH" else ""
+        words = f"  {UNENFORCED}: {row['how']}" if row["state"] == NOT_ENFORCED else words
         words += " (not measured)" if row["run"] is None else ""
         lines.append(
             f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>14} {cells[3]:>9}{words}"
         )
     broken = [FIGURES[row["figure"]].words for row in rows if row["state"] == "BREACH"]
-    lines.append(f"BREACH: {', '.join(broken)}" if broken else "all figures hold")
+    lines.append(f"BREACH: {', '.join(broken)}" if broken else "all bounds are met")
     return "\n".join(lines)
 
 
 def show_price(found: dict) -> str:
+    """Formats the cost, the capacity and their assumptions."""
     money = found["currency"]
     lines = [
         f"{found['cost_per_1e9_tokens']:,.2f} {money} per 1e9 tokens",
         f"{found['tokens_per_month']:.4g} tokens a month, "
-        f"{found['tokens_per_month_per_gpu']:.4g} on each GPU",
+        f"{found['tokens_per_month_per_gpu']:.4g} per GPU",
     ]
     if "gpus" in found:
         lines.append(
             f"{found['tokens']:.4g} tokens in {found['deadline_s'] / 86_400:g} days: "
             f"{found['gpus']} GPUs, {found['cost']:,.2f} {money}"
         )
-    return "\n".join([*lines, "taken for granted:", *(f"  {a}" for a in found["assumptions"])])
+    return "\n".join([*lines, "assumptions:", *(f"  {a}" for a in found["assumptions"])])
 
 
-def do_record(args) -> int:
+def do_record(args: argparse.Namespace) -> int:
+    """Writes a baseline; returns the exit status."""
     baseline = record([read_run(path) for path in args.runs], args.confidence)
     try:
         write_text(args.out, json.dumps(baseline, indent=1) + "\n")
@@ -117,21 +133,23 @@ def do_record(args) -> int:
     return 0
 
 
-def do_check(args) -> int:
+def do_check(args: argparse.Namespace) -> int:
+    """Checks a run against a baseline; returns the exit status."""
     across = [name for name in args.across.split(",") if name]
     unknown = [name for name in across if name not in KEYS]
     if unknown:
-        raise ValueError(f"--across must be of {', '.join(KEYS)}; got {unknown[0]!r}.")
+        raise ValueError(f"--across must name some of {', '.join(KEYS)}; got {unknown[0]!r}.")
     baseline, run = read_baseline(args.against), read_run(args.run)
     differing = refusals(baseline, run, across)
     if differing:
-        raise ValueError("\n".join(["not what --against is of:", *differing]))
+        raise ValueError("\n".join(["the run is not comparable with --against:", *differing]))
     rows = check(baseline, run)
     print(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
     return BREACH if any(row["state"] == "BREACH" for row in rows) else 0
 
 
-def do_price(args) -> int:
+def do_price(args: argparse.Namespace) -> int:
+    """Prints the cost and the capacity; returns the exit status."""
     if bool(args.tokens) != bool(args.deadline):
         raise ValueError("--tokens and --deadline must come together.")
     if not 0 < args.availability <= 1:
@@ -143,7 +161,8 @@ def do_price(args) -> int:
     return 0
 
 
-def parse(argv, prog="python -m launch.slo"):
+def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if it is wrong."""
     doc = (__doc__ or "").replace("python -m launch.slo", prog)
     parser = Parser(prog, doc)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -154,7 +173,10 @@ def parse(argv, prog="python -m launch.slo"):
         "--out", type=Path, required=True, metavar="FILE", help="where to write the baseline (JSON)"
     )
     recording.add_argument(
-        "--confidence", type=float, default=CONFIDENCE, help="of the bounds [%(default)s]"
+        "--confidence",
+        type=float,
+        default=CONFIDENCE,
+        help="of the bounds [%(default)s]",
     )
     checking = add("check", "check a run against a baseline")
     checking.add_argument("run", metavar="RUN", help="a run directory")
@@ -168,10 +190,13 @@ def parse(argv, prog="python -m launch.slo"):
     pricing.add_argument("--tokens", type=float, help="tokens to train on; needs --deadline")
     pricing.add_argument("--deadline", metavar="SPAN", help="time for --tokens: 90m, 36h, 7d or 2w")
     pricing.add_argument(
-        "--params", type=float, help="parameters of another model; scales the speed"
+        "--params", type=float, help="parameter count of another model; scales the speed"
     )
     pricing.add_argument(
-        "--availability", type=float, default=1.0, help="share of the time with GPUs [%(default)s]"
+        "--availability",
+        type=float,
+        default=1.0,
+        help="share of the time with GPUs [%(default)s]",
     )
     for verb in (checking, pricing):
         verb.add_argument("--against", required=True, metavar="FILE", help="the baseline file")
@@ -183,7 +208,7 @@ def parse(argv, prog="python -m launch.slo"):
     return args
 
 
-def main(argv=None, prog="python -m launch.slo") -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.slo") -> int:
     args = parse(argv, prog)
     try:
         return {"record": do_record, "check": do_check, "price": do_price}[args.verb](args)

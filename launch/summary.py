@@ -5,14 +5,16 @@
     python -m launch.summary runs/quickstart --follow      # again every 10 s, until it ends
     python -m launch.summary 1125-142201-9f3c --follow     # a job of launch.run, over SSH
 
-The page is one file that needs no network and no scripts, also readable on a phone. A job's run
-directory is the --config.workdir of its flags. Its new files are fetched into the job's record.
+The page is one file without scripts or external resources, and is readable on a phone. A job's run
+directory is the --config.workdir of its flags; its files are copied into the job's local folder.
 """
 
+import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.arguments import Parser
@@ -20,44 +22,53 @@ from launch.follow import note
 from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy
-from launch.report.figures import rows_of, spark
+from launch.report.figures import latest, spark, table_of
 from launch.report.page import page
-from launch.report.run_folder import LOSS, NoRun, RunFolder, read_run
+from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
 from launch.ssh import HostError
 
 FOLLOW_S = 10
-DONE = ("done", "stopped")
+DONE = ("done", "stopped")  # a run's state begins with one of these if it has ended
+Source = Path | RunCopy  # a run directory, or the copy of a job's
 
 
 def table(runs: list[RunFolder]) -> str:
     """Returns the figures as text, with a column for each run."""
-    tables = [dict(rows_of(run)) for run in runs]
-    names = list(dict.fromkeys(name for rows in tables for name in rows))
-    width = max(len(name) for name in names)
-    columns = [[rows.get(name, "-") for name in names] for rows in tables]
-    columns = [[run.name, *column] for run, column in zip(runs, columns, strict=True)]
-    widths = [max(map(len, column)) for column in columns]
+    rows = [("", [run.name for run in runs]), *table_of(runs)]
+    width = max(len(name) for name, _ in rows)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
     lines = []
-    for i, name in enumerate(["", *names]):
-        cells = [f"{column[i]:>{w}}" for column, w in zip(columns, widths, strict=True)]
-        lines.append(f"{name:<{width}}  {'  '.join(cells)}".rstrip())
+    for name, cells in rows:
+        aligned = [f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)]
+        lines.append(f"{name:<{width}}  {'  '.join(aligned)}".rstrip())
     for run in runs:
         curve = spark([value for _, value in run.points(LOSS)])
-        steps = spark([value for _, value in run.step_times[0]])
+        steps = spark(run.seconds)
         lines += [f"{run.name}: loss {curve}", f"{run.name}: step time {steps}"]
     return "\n".join(lines)
 
 
 def as_json(run: RunFolder) -> dict:
     """Returns all figures of a run by metric name."""
-    copied = ("config_hash", "versions", "routes", "device", "devices", "chip")
-    found = {key: run.config.get(key) for key in copied} | {"run": str(run.folder)}
-    last = {m: points[-1][1] for m in (LOSS, "eval/loss_nats") if (points := run.points(m))}
-    state = {"state": run.state, "step": run.step, "lost_s": run.lost_s}
-    return found | state | last | run.figures
+    last = {metric: latest(run, metric) for metric in (LOSS, EVAL_LOSS)}
+    return {
+        "config_hash": run.config_hash,
+        "versions": run.versions,
+        "routes": run.routes,
+        "device": run.device_kind,
+        "devices": run.devices,
+        "chip": run.chip,
+        "run": str(run.folder),
+        "state": run.state,
+        "step": run.step,
+        "lost_s": run.lost_s,
+        **{metric: value for metric, value in last.items() if value is not None},
+        **run.figures,
+    }
 
 
-def parse(argv, prog="python -m launch.summary"):
+def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = Parser(prog, (__doc__ or "").replace("python -m launch.summary", prog))
     parser.add_argument("runs", nargs="+", metavar="DIR|JOB", help="run directories, or jobs")
     parser.add_argument(
@@ -75,7 +86,7 @@ def parse(argv, prog="python -m launch.summary"):
         "--workdir",
         default="",
         metavar="DIR",
-        help="the run directory of a JOB, if not in its flags",
+        help="the run directory of a JOB, if its flags do not name it",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON, one line for each run"
@@ -86,7 +97,7 @@ def parse(argv, prog="python -m launch.summary"):
     return args
 
 
-def summarise(args, sources, live: bool) -> bool:
+def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -> bool:
     """Reads the runs, prints the table, writes the page; returns whether all runs have ended."""
     folders = [s.fetch() if isinstance(s, RunCopy) else s for s in sources]
     runs = [read_run(folder) for folder in folders]
@@ -108,13 +119,17 @@ def summarise(args, sources, live: bool) -> bool:
     return ended
 
 
-def is_over(source) -> bool:
-    """Returns whether a source is a job that has ended; the run of a failed job has no end."""
+def is_over(source: Source) -> bool:
+    """Returns whether a source is a job that has ended; a failed job's run writes no summary."""
     return isinstance(source, RunCopy) and source.job_ended
 
 
-def source_of(name: str, workdir: str) -> Path | RunCopy:
-    """Returns a run directory, or the copy of a job's."""
+def source_of(name: str, workdir: str) -> Source:
+    """Returns the run directory with this name, or the copy of the job's with this name.
+
+    Raises:
+        ValueError: there is neither.
+    """
     if not name.strip():
         raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
     if os.sep in name or Path(name).exists():
@@ -125,8 +140,8 @@ def source_of(name: str, workdir: str) -> Path | RunCopy:
         raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
 
 
-def follow(args, sources) -> None:
-    """Summarises until all runs have ended; waits for a job's run to begin and hosts to answer."""
+def follow(args: argparse.Namespace, sources: Sequence[Source]) -> None:
+    """Summarises until all runs have ended; waits for jobs to start and for hosts to answer."""
     jobs = any(isinstance(source, RunCopy) for source in sources)
     while True:
         try:
@@ -135,11 +150,11 @@ def follow(args, sources) -> None:
         except (NoRun, HostError) as error:
             if not jobs or all(is_over(source) for source in sources):
                 raise
-            note(f"{error} Looking again in {args.every:g} s.")
+            note(f"{error} Trying again in {args.every:g} s.")
         time.sleep(args.every)
 
 
-def main(argv=None, prog="python -m launch.summary") -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.summary") -> int:
     args = parse(argv, prog)
     try:
         sources = [source_of(name, args.workdir) for name in args.runs]

@@ -32,8 +32,7 @@ def read_template(engine: str) -> str:
 def summary(engine: str) -> str:
     """Returns the first comment line of an engine's template, which describes it."""
     lines = read_template(engine).splitlines()
-    first = next(line for line in lines if line.startswith(("# ", '"""')))
-    return first.strip('#" ')
+    return next(line for line in lines if line.startswith(("# ", '"""'))).strip('#" ')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ def build_state(cfg=ONE, seed=0):
 
 @functools.cache
 def _build_state(cfg, seed):
-    """Parameters in three float types and the nested state of a masked, chained optimizer."""
+    """Returns parameters of three float types and the state of a masked, chained optimizer."""
     mesh = mesh_of(cfg)
     keys = jax.random.split(jax.random.key(seed), 3)
     params = {
@@ -63,7 +63,7 @@ def assert_same(a, b):
 
 
 def saved(folder, steps, cfg=ONE, keep_last=9):
-    """Saves build_state(seed=step) at each step; returns the state of a step."""
+    """Saves build_state(seed=step) at each step; returns a function: step -> its state."""
     with Checkpoints(folder, keep_last) as checkpoints:
         for step in steps:
             checkpoints.save(step, build_state(cfg, step), {"next": step})

@@ -1,6 +1,8 @@
 """Records both sides of a tiny config in this process, for the tests of crosscheck."""
 
 import jax
+import pytest
+import torch
 
 from configs import crosscheck_gpt2, crosscheck_llama
 from jaxtrain.config.train_config import freeze
@@ -8,6 +10,16 @@ from jaxtrain.crosscheck import jax_train, torch_data, torch_train
 from jaxtrain.crosscheck.trace import batches_of, read_trace
 
 CONFIGS = {"gpt2": crosscheck_gpt2, "llama": crosscheck_llama}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_old_x64_setting():
+    """Runs torch on one thread, which is faster for small matrices; restores JAX's x64 setting."""
+    threads, wide = torch.get_num_threads(), jax.config.jax_enable_x64
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    jax.config.update("jax_enable_x64", wide)
 
 
 def small_config(model, folder, text, precision="float64", steps=3, data=None, **optim):
@@ -30,12 +42,10 @@ def record_jax(cfg, path, **options):
 
 
 def record_torch(start, path, cfg=None, batches=None):
-    """Returns the trace of the PyTorch side; batches: a trace that stores them."""
+    """Returns the trace of the PyTorch side, trained on the batches of another trace if given."""
     cfg = cfg or start.run.cfg
-    if batches is None:
-        paths = [shard.path for shard in start.corpus.shards]
-        batches = torch_data.shard_batches(paths, cfg.data.batch, cfg.data.seq_len, cfg.seed)
-    else:
-        batches = batches_of(batches)
+    paths = [shard.path for shard in start.corpus.shards]
+    own = torch_data.shard_batches(paths, cfg.data.batch, cfg.data.seq_len, cfg.seed)
+    batches = batches_of(batches) if batches else own
     torch_train.record(cfg, cfg.steps, path, start.weights, batches)
     return read_trace(path)

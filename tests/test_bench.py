@@ -1,12 +1,10 @@
-import importlib.util
 import json
+import sys
 
 import pytest
 
 from jaxtrain import bench
 from jaxtrain.files import strict_json
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def test_rows_are_written_as_lines_of_json(tmp_path, monkeypatch, capsys):
@@ -43,7 +41,11 @@ def test_help_explains_every_suite(capsys):
     assert all(f"\n    {name} " in shown for name in bench.SUITES)
 
 
-@pytest.mark.skipif(HAS_TORCH, reason="torch is installed")
-def test_without_torch_suite_cpu_names_the_extra():
-    with pytest.raises(SystemExit, match="jaxtrain\\[crosscheck\\]"):
-        bench.main(["--suite=cpu", "--sizes=s", "--variants=eager"])
+@pytest.mark.parametrize(
+    "suite, variants", [("cpu", "jaxtrain"), ("optimizer", "jaxtrain,optax"), ("gpu", "jaxtrain")]
+)
+def test_without_torch_the_error_names_the_extra_and_the_flag(suite, variants, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.delitem(sys.modules, "jaxtrain.crosscheck.torch_model", raising=False)
+    with pytest.raises(SystemExit, match=f"jaxtrain\\[crosscheck\\].*--variants={variants}"):
+        bench.main([f"--suite={suite}", "--tiny", "--json=/dev/null"])

@@ -40,9 +40,8 @@ def test_tokens_have_the_frequencies_of_text_and_depend_on_the_seed():
 def test_a_step_is_launched_before_the_last_one_is_waited_for():
     seen = []
     launch = lambda batch: seen.append(f"launch {batch}") or batch
-    steps_s, launches_s = time_pipelined(
-        launch, lambda batch: seen.append(f"wait {batch}"), range(3)
-    )
+    wait = lambda batch: seen.append(f"wait {batch}")
+    steps_s, launches_s = time_pipelined(launch, wait, range(3))
     assert seen == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
     assert len(steps_s) == len(launches_s) == 3
 
@@ -50,10 +49,8 @@ def test_a_step_is_launched_before_the_last_one_is_waited_for():
 @pytest.mark.parametrize("fits, rows, tried", [(8, 8, []), (2, 2, [8, 4])])
 def test_a_micro_batch_that_does_not_fit_is_halved(fits, rows, tried):
     attempt = lambda rows: {"oom": "no room"} if rows > fits else {"tokens_per_s": 1.0}
-    assert batch_size.halve_until_it_fits(attempt, 8) == (
-        {"tokens_per_s": 1.0, "out_of_memory_at": tried},
-        rows,
-    )
+    result = {"tokens_per_s": 1.0, "out_of_memory_at": tried}
+    assert batch_size.halve_until_it_fits(attempt, 8) == (result, rows)
 
 
 def test_a_step_that_never_fits_is_an_error_row():
@@ -81,18 +78,17 @@ def test_the_first_micro_batch_fits_by_the_formula():
 
 
 def test_slower_chips_get_fewer_sequences_per_step():
-    peak = lambda chip: find_chip(chip).peak_flops["bfloat16"]
-    batch = lambda size, chip: batch_size.fitting_batch(
-        job_config(BenchJob("train", size)), peak(chip)
-    )
+    def batch(size, chip):
+        cfg = job_config(BenchJob("train", size))
+        return batch_size.fitting_batch(cfg, find_chip(chip).peak_flops["bfloat16"])
+
     assert batch("gpt_124m", "a40") < batch("gpt_124m", "h100") <= 512
     assert batch("llama_1400m", "a40") * 2_048 >= batch_size.LEAST_TOKENS
 
 
 def test_muon_in_both_frameworks_comes_first_and_every_item_once():
-    items = gpu_training.build_items(
-        gpu_training.SIZES, gpu_training.OPTIMIZERS, gpu_training.VARIANTS
-    )
+    everything = gpu_training.SIZES, gpu_training.OPTIMIZERS, gpu_training.VARIANTS
+    items = gpu_training.build_items(*everything)
     assert len(set(items)) == len(items) == 4 * 5 + 1
     assert {item.optimizer for item in items[:8]} == {"muon"}
     assert not any(i.optimizer == "accelerated_lmo" and i.variant == "pytorch" for i in items)
@@ -119,11 +115,12 @@ def test_a_time_that_cannot_be_the_optimizers_in_the_step_gives_no_share_but_a_r
 
 
 def test_a_pipelined_step_time_has_the_devices_work_but_not_the_latency_of_waiting():
-    """The device works for 20 ms and each wait returns 15 ms late: unpipelined it is 35 ms."""
+    """The device works for 20 ms and each wait returns 15 ms late: 35 ms if not pipelined."""
     with ThreadPoolExecutor(1) as device:
         wait = lambda future: (future.result(), time.sleep(0.015))
         steps_s, _ = time_pipelined(lambda _: device.submit(time.sleep, 0.02), wait, range(10))
-    assert 0.019 < np.median(steps_s[2:]) < 0.03
+    # A busy machine makes steps longer, but no step below 35 ms without a pipeline.
+    assert sum(steps_s) >= 0.2 and min(steps_s) < 0.03
 
 
 def test_a_launch_that_sleeps_does_not_count_as_host_work():
@@ -141,10 +138,9 @@ def test_clocks_are_read_from_the_gpu_that_the_process_sees_first():
 def test_processes_that_a_child_started_are_killed_with_it(tmp_path, script, status):
     path = tmp_path / "output"
     start = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True);"
+    argv = [sys.executable, "-c", start + script]
     with open(path, "w") as output:
-        assert (
-            run_process_group([sys.executable, "-c", start + script], output, 2.0, None) == status
-        )
+        assert run_process_group(argv, output, 2.0, None) == status
     pid, until = int(path.read_text()), time.monotonic() + 5
     while is_running(pid) and time.monotonic() < until:
         time.sleep(0.01)

@@ -5,13 +5,7 @@ import importlib.util
 import pytest
 import xla_flags
 
-from jaxtrain.benchmarks import (
-    cpu_training,
-    data_loading,
-    dispatch,
-    first_step,
-    metrics_overhead,
-)
+from jaxtrain.benchmarks import cpu_training, data_loading, dispatch, first_step, metrics_overhead
 from jaxtrain.benchmarks.timing import warm_up
 
 TINY = dict(L=1, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")

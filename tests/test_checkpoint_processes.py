@@ -111,7 +111,7 @@ SEVERAL = """
             checkpoints.storage = Process0Store(checkpoints.folder, 1, 0, piece_bytes=4096)
             for step in (4, 5):
                 checkpoints.save(step, state, {"next": step})
-            step, _, meta = checkpoints.restore(template)  # it compares the bits' digests
+            step, _, meta = checkpoints.restore(template)  # compares the digests of all bits
             assert (step, meta) == (5, {"next": 5})
             assert broadcast_from_process_0(checkpoints.steps) == [5]
         with Checkpoints(private + "/5/record/metadata", 1, storage="host0") as checkpoints:
@@ -161,6 +161,6 @@ def test_all_processes_skip_a_step_that_only_one_of_them_cannot_read(tmp_path):
     whole = NamedSharding(mesh_of(FSDP), P())
     zero, step = (jax.device_put(x, whole) for x in (jnp.zeros((8, 1024)), jnp.int32(0)))
     template = abstract({"w": zero, "step": step, "deep": zero.reshape(8, 8, 128)})
-    with Checkpoints(tmp_path / "0/checkpoints", 1) as checkpoints:  # host0's, of two, on one
-        restored = checkpoints.restore(template)  # it compares the bits' digests
+    with Checkpoints(tmp_path / "0/checkpoints", 1) as checkpoints:  # saved by two processes
+        restored = checkpoints.restore(template)  # compares the digests of all bits
         assert restored.step == 5 and np.signbit(np.asarray(restored.state["w"])).all()

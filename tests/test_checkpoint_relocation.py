@@ -6,7 +6,7 @@ from jaxtrain.checkpoint.relocation import check_not_moved, describe_later_steps
 
 
 def folder(root, **logs):
-    """A host's workdir with the last steps of hosts/N.jsonl."""
+    """Returns a host's workdir; p0=50 means that hosts/0.jsonl ends at step 50."""
     (root / "hosts").mkdir(parents=True)
     for name, last in logs.items():
         lines = [json.dumps({"step": step, "time": 0.0}) for step in range(1, last + 1)]
@@ -15,17 +15,14 @@ def folder(root, **logs):
 
 
 def test_later_steps_on_a_former_process_0_are_found(tmp_path):
-    a = find_earlier_start(folder(tmp_path / "a", p0=50), [20, 40])  # it was process 0
+    a = find_earlier_start(folder(tmp_path / "a", p0=50), [20, 40])
     b = find_earlier_start(folder(tmp_path / "b", p1=49), [])
     assert "has logged step 50 and stores checkpoint 40" in describe_later_steps([b, a])
     c = find_earlier_start(folder(tmp_path / "c"), [])
-    assert "has logged step 49" in describe_later_steps(
-        [b, c]
-    ) and "checkpoint" not in describe_later_steps([c, b])
-    again = find_earlier_start(
-        folder(tmp_path / "again", p0=9, p1=49), []
-    )  # it was both, one after the other
-    assert "stores checkpoint 40" in describe_later_steps([again, a])
+    assert "has logged step 49" in describe_later_steps([b, c])
+    assert "checkpoint" not in describe_later_steps([c, b])
+    both = folder(tmp_path / "both", p0=9, p1=49)  # was process 0, then process 1
+    assert "stores checkpoint 40" in describe_later_steps([find_earlier_start(both, []), a])
 
 
 def test_a_run_that_ended_before_its_first_save_may_start_over_on_its_host(tmp_path):

@@ -186,7 +186,7 @@ def test_the_error_of_a_bad_command_line_names_what_the_user_typed(
 @pytest.mark.parametrize("argv", [(), ("--steps=3",), ("quikstart",)])
 def test_without_a_known_config_the_error_lists_the_shipped_configs_and_a_command(argv, capsys):
     lines = read_error(capsys, *argv).splitlines()
-    assert "  quickstart   A byte model of Python's standard library" in "\n".join(lines)
+    assert "  quickstart   A byte-level model" in "\n".join(lines)
     listed = {line.split()[0] for line in lines if line.startswith("  ")}
     assert listed == set(config_files.shipped_configs("train"))
     assert {"debug", "gpt_124m", "llama_1400m"} <= listed

@@ -16,7 +16,12 @@ from torch.nn import functional as F  # noqa: E402
 from jaxtrain.crosscheck import torch_model  # noqa: E402
 from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain, steps_table  # noqa: E402
-from tests.crosscheck_sides import record_jax, record_torch, small_config  # noqa: E402
+from tests.crosscheck_sides import (  # noqa: E402, F401
+    one_thread_and_old_x64_setting,
+    record_jax,
+    record_torch,
+    small_config,
+)
 
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
 RUNS = {
@@ -33,7 +38,6 @@ def recorded(tmp_path_factory):
     (folder / "text").mkdir()
     for i in range(200):  # no two fit into a packed row of 65, so each row has padding
         (folder / "text" / f"{i:03}.txt").write_text(TEXT[40 * i : 40 * i + 50])
-    before = jax.config.jax_enable_x64
 
     def get(name):
         if name not in made:
@@ -41,16 +45,7 @@ def recorded(tmp_path_factory):
             made[name] = record_jax(cfg, folder / f"{name}.jsonl", keep_batches=True)
         return made[name]
 
-    yield get
-    jax.config.update("jax_enable_x64", before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return get
 
 
 def interleave_rope(patch):
@@ -121,7 +116,7 @@ def decay_gains(patch):
 
 
 def late_nesterov(patch):
-    """Uses the momentum where Nesterov adds the gradient once more."""
+    """Uses plain momentum, without Nesterov's extra gradient."""
     muon = torch.optim.Muon
     patch.setattr(torch.optim, "Muon", lambda *a, **kw: muon(*a, **kw | {"nesterov": False}))
 

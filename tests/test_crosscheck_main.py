@@ -4,7 +4,6 @@ import dataclasses
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -26,7 +25,12 @@ from jaxtrain.crosscheck.explanation import bfloat16_table, explain  # noqa: E40
 from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
 from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
 from jaxtrain.interop.llmc import HEADER, file_layout  # noqa: E402
-from tests.crosscheck_sides import record_jax, record_torch, small_config  # noqa: E402
+from tests.crosscheck_sides import (  # noqa: E402, F401
+    one_thread_and_old_x64_setting,
+    record_jax,
+    record_torch,
+    small_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +38,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000)))
     return path
-
-
-@pytest.fixture(autouse=True)
-def restore_thread_and_x64_settings():
-    threads, wide = torch.get_num_threads(), jax.config.jax_enable_x64
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    jax.config.update("jax_enable_x64", wide)
 
 
 def record_both(cfg, folder, **options):

@@ -48,5 +48,5 @@ def test_a_file_of_another_format_or_length_is_an_error(tmp_path):
     write_shards(tmp_path, "<u2")
     path = next(tmp_path.glob("x_train*"))
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="must hold 500 tokens by its header; got 499"):
+    with pytest.raises(ValueError, match="must have 500 tokens by its header; got 499"):
         read_shard(path)

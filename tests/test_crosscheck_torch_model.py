@@ -15,6 +15,7 @@ torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
 from jaxtrain.crosscheck import torch_model, torch_train  # noqa: E402
+from tests.crosscheck_sides import one_thread_and_old_x64_setting  # noqa: E402, F401
 
 SMALL = dict(L=2, D=32, H=4, K=8, F=48, V=64, dtype="float32")
 SCANNED = SMALL | dict(unroll=1, attention="reference")  # compiles in half the time
@@ -26,14 +27,6 @@ FORMS = {
 }
 B, T = 2, 24
 KEY_BIAS = "['blocks']['attention']['k']['b']"  # its true gradient is 0: softmax ignores it
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads are slower on matrices this small
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(form, **optim):
@@ -131,9 +124,8 @@ def weight_changes(form, steps=5, **optim):
         params, opt_state = update(our_gradient(form)(params, tokens)[2], opt_state, params)
         step(their_tokens)
     change = lambda x, y: np.asarray(x, np.float64) - y
-    return jax.tree.map(change, params, start), jax.tree.map(
-        change, torch_model.read_params(model, start), start
-    )
+    theirs = torch_model.read_params(model, start)
+    return jax.tree.map(change, params, start), jax.tree.map(change, theirs, start)
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt2"])
@@ -165,9 +157,8 @@ def test_weights_of_another_model_are_an_error():
 def test_bfloat16_in_pytorch_is_near_float32_and_parameters_stay_float32():
     params, (_, tokens) = random_weights(build("llama")), random_tokens(0)
     wide = torch_model.build_torch_model(ModelConfig(**FORMS["llama"]), params)
-    half = torch_model.build_torch_model(
-        ModelConfig(**FORMS["llama"] | dict(dtype="bfloat16")), params
-    )
+    half_cfg = ModelConfig(**FORMS["llama"] | dict(dtype="bfloat16"))
+    half = torch_model.build_torch_model(half_cfg, params)
     off = distances([half(tokens).detach().numpy()], [wide(tokens).detach().numpy()])
     assert 1e-4 < off["[0]"] < 3e-2
     assert {p.dtype for p in half.parameters()} == {torch.float32}

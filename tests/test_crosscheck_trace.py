@@ -1,9 +1,6 @@
-import json
-
 import numpy as np
 import pytest
 
-from jaxtrain.crosscheck import trace
 from jaxtrain.crosscheck.comparison import compare_traces, digest_distance
 from jaxtrain.crosscheck.trace import CHUNK, TraceError, TraceWriter, batch_hash, digest, read_trace
 
@@ -134,9 +131,3 @@ def test_traces_without_a_common_step_are_an_error(tmp_path):
     second = first._replace(steps=[line | {"step": line["step"] + 9} for line in first.steps])
     with pytest.raises(TraceError, match="must share a step"):
         compare_traces(first, second)
-
-
-def test_each_line_of_a_trace_is_a_json_object(tmp_path):
-    lines = write(tmp_path / "a.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["trace"] == trace.FORMAT
-    assert all(json.loads(line) for line in lines)

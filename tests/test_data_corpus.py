@@ -56,6 +56,14 @@ def write_format(folder, name):
 FORMATS = ["llmc", "llmc_uint32", "nanogpt", "megatron", "megatron_int32"]
 
 
+def test_shards_below_a_folder_whose_name_is_not_utf8_are_opened(tmp_path):
+    """An ASCII locale gives every folder with a non-ASCII name such a path."""
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    write_format(folder, "nanogpt")
+    np.testing.assert_array_equal(tokens_of(open_shards(folder)), TOKENS)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_is_detected_and_gives_back_its_tokens(name, tmp_path):
     path = write_format(tmp_path, name)

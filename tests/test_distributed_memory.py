@@ -7,8 +7,9 @@ from configs import debug
 from jaxtrain.config.train_config import TrainConfig, freeze
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.runtime import start_runtime
+from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.memory_formula import estimate_memory
-from jaxtrain.planning.search import build_fits_by_formula
+from jaxtrain.planning.search import fits_by_formula
 from pallas_kernels.chip import find_chip
 
 
@@ -37,7 +38,8 @@ def test_a_config_that_fits_no_longer_fits_with_a_smaller_fraction(monkeypatch):
     cfg = freeze(debug.get_config())
     hbm_bytes = int(estimate_memory(cfg, 1).peak / 0.8)
     chip = dataclasses.replace(find_chip("a40"), hbm_bytes=hbm_bytes)
-    fits = lambda: build_fits_by_formula(cfg, chip, 1)(cfg.accumulation, cfg.model.remat)
+    hardware = build_hardware(chip, 1, 1, "", "ethernet10")
+    fits = lambda: fits_by_formula(cfg, hardware, cfg.accumulation, cfg.model.remat)
     assert fits()
     monkeypatch.setenv(memory.VARIABLES[0], "0.7")
     assert not fits()

@@ -71,7 +71,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_named_with_the_size_of_the_weights(tmp_path):
     # A missing folder fails in the same library call as a full disk.
-    with pytest.raises(InteropError, match="must take 128 bytes of weights; got .*Set --to"):
+    with pytest.raises(InteropError, match="must have space for 128 bytes; got .*Set --to"):
         _save({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
 
 

@@ -223,7 +223,7 @@ def broken(exported, tmp_path_factory):
         ("export --run={run} --to=/proc/none/x", "/proc/none: .*. Set --to"),
         ("import --from={hf} --run=/proc/none/x", "/proc/none: .*. Set --run"),
         ("export --run={run} --to={}/x --step=2", "step must be one of .*; got 2. Set --step"),
-        ("export --run={run} --to={}/x.bin", "hold GPT-2; got LlamaForCausalLM. Set --to"),
+        ("export --run={run} --to={}/x.bin", "reads only GPT-2; got LlamaForCausalLM. Set --to"),
     ],
 )
 def test_bad_input_ends_in_one_line_with_the_flag_of_this_command(exported, broken, line, message):

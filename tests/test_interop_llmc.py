@@ -82,7 +82,7 @@ def test_a_truncated_file_is_refused(path, tmp_path):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("llama", {}, "llm.c's files hold GPT-2; got Llama"),
+        ("llama", {}, "llm.c reads only GPT-2; got Llama"),
         ("gpt2", {"dtype": "float16"}, "float32 or bfloat16; got float16. Set --dtype"),
     ],
 )

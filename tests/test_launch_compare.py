@@ -1,18 +1,19 @@
-"""The normalised comparison: its invariances, what it refuses, and the published pair."""
+"""The normalised comparison: its invariants, its refusals, and a published pair of figures."""
 
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import compare
-from launch.compare import normalise, ratios, verdict_on
 from launch.report.comparable import match_losses
+from launch.report.ratios import SPEEDS, normalise, ratios, verdict_on
 from launch.report.sides import read_external, read_side
-from launch.report.stats import bootstrap, deviation, mean, noise, percentile, t_quantile
+from launch.report.stats import bootstrap, noise, percentile, t_quantile
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "docs" / "track3_record44.toml"
@@ -33,12 +34,12 @@ def run(*argv, capsys):
     return code, captured.out + captured.err
 
 
-def test_the_published_pair_has_its_published_figures(capsys):
+def test_the_published_pair_gives_the_published_ratios(capsys):
     code, out = run("--external", RECORD, "--json", capsys=capsys)
     found = json.loads(out)
     assert code == 0 and found["b"]["times"] == 14
     a, b = read_external(RECORD)
-    assert [round(1e3 * mean(side.times_s[0]), 1) for side in (a, b)] == [1033.2, 326.6]
+    assert [round(1e3 * fmean(side.times_s[0]), 1) for side in (a, b)] == [1033.2, 326.6]
     rounded = {
         name: round(row["tokens_per_s"]["ratio"], 3)
         for name, row in found["rows"].items()
@@ -50,8 +51,7 @@ def test_the_published_pair_has_its_published_figures(capsys):
     assert found["verdict"] == "ahead" and found["by"] == "peak_flops"
 
 
-def test_the_rounded_figures_alone_give_the_same_ratios():
-    """1033.1 against 326.6 ms, without an interval, since there is one figure a side."""
+def test_one_rounded_step_time_per_side_gives_the_same_ratios_without_intervals():
     sides = [
         replace(side, times_s=[[seconds]])
         for side, seconds in zip(read_external(RECORD), (1.0331, 0.3266), strict=True)
@@ -63,17 +63,17 @@ def test_the_rounded_figures_alone_give_the_same_ratios():
     assert compare.compare(*sides)["interval"].startswith("no intervals")
 
 
-def test_a_side_against_itself_is_one_and_swapped_sides_are_the_inverse(sides):
+def test_a_side_against_itself_has_ratio_1_and_swapped_sides_have_the_inverse_ratio(sides):
     a, b = sides
     assert all(row["ratio"] == 1 for row in ratios(a, a).values())
     forth, back = (normalise(*pair, ratios(*pair), 0.05) for pair in ((a, b), (b, a)))
     for name in ("raw", "peak_flops", "hbm_bytes", "roofline"):
-        for speed in compare.SPEEDS:
+        for speed in SPEEDS:
             product = forth[name][speed]["ratio"] * back[name][speed]["ratio"]
             assert product == pytest.approx(1, rel=1e-12)
 
 
-def test_a_device_twice_as_able_that_is_twice_as_fast_is_equal(sides):
+def test_a_device_with_twice_the_peaks_that_is_twice_as_fast_counts_as_equal(sides):
     a, _ = sides
     times = [[seconds / 2 for seconds in run] for run in a.times_s]
     able = replace(a, times_s=times, peak_flops_per_s=2 * a.peak_flops_per_s)
@@ -85,7 +85,7 @@ def test_a_device_twice_as_able_that_is_twice_as_fast_is_equal(sides):
         assert rows[name]["verdict"]["words"] == "equal within 5 %"
 
 
-def test_units_of_time_and_number_of_devices_do_not_matter(sides):
+def test_ratios_do_not_depend_on_the_unit_of_time_or_the_number_of_devices(sides):
     a, b = sides
     scaled = [
         replace(s, times_s=[[1e3 * t for t in run] for run in s.times_s], devices=3 * s.devices)
@@ -95,7 +95,7 @@ def test_units_of_time_and_number_of_devices_do_not_matter(sides):
         assert ratios(*scaled)[name] == pytest.approx(row, rel=1e-9)
 
 
-def test_ceilings_normalise_and_must_be_of_the_sides_devices(tmp_path, sides, capsys):
+def test_measured_ceilings_must_belong_to_the_sides_devices(tmp_path, sides, capsys):
     files = []
     for side, flops in zip(sides, (1.2e14, 6e14), strict=True):
         found = {"device": side.device_kind, "matmul_flops_per_s": flops, "copy_bytes_per_s": 5e11}
@@ -114,7 +114,7 @@ def test_ceilings_normalise_and_must_be_of_the_sides_devices(tmp_path, sides, ca
     assert code == 1 and "--ceilings must be a file of" in out
 
 
-def test_runs_without_a_known_chip_compare_raw_alone(tmp_path, capsys):
+def test_runs_on_an_unknown_chip_are_compared_only_without_normalisation(tmp_path, capsys):
     for name in "ab":
         write_run(tmp_path / name, series(200, seed=ord(name)), chip=None, device="cpu")
     code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
@@ -126,11 +126,14 @@ def test_runs_without_a_known_chip_compare_raw_alone(tmp_path, capsys):
     "change, words",
     [
         ({"data": {"fingerprint": "0" * 32, "tokens": 1}}, "data fingerprint"),
-        ({"config_hash": "ba9876543210"}, None),  # by seed alone, as the settings say
+        (
+            {"config_hash": "ba9876543210"},
+            None,
+        ),  # only the seed differs
         ({"work": {"tokens_per_step": 1}}, "tokens a step: 524288 against 1"),
     ],
 )
-def test_different_work_is_refused_and_named(tmp_path, capsys, change, words):
+def test_different_work_is_refused_and_the_difference_is_named(tmp_path, capsys, change, words):
     write_run(tmp_path / "a", series(60))
     write_run(tmp_path / "b", series(60), **change)
     code, out = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
@@ -138,7 +141,7 @@ def test_different_work_is_refused_and_named(tmp_path, capsys, change, words):
     assert words is None or ("not comparable" in out and words in out)
 
 
-def test_the_setting_that_differs_is_named_and_may_be_allowed(tmp_path, capsys):
+def test_a_differing_setting_is_named_and_can_be_allowed(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     write_run(tmp_path / "b", series(60), log_every=2, config_hash="ba9876543210")
     argv = (tmp_path / "a", tmp_path / "b")
@@ -147,7 +150,7 @@ def test_the_setting_that_differs_is_named_and_may_be_allowed(tmp_path, capsys):
     assert run(*argv, "--may_differ=log_every", capsys=capsys)[0] == 0
 
 
-def test_curves_of_other_seeds_agree_and_a_worse_one_does_not(tmp_path, capsys):
+def test_loss_curves_of_different_seeds_agree_and_a_worse_curve_does_not(tmp_path, capsys):
     refused = 0
     for seed in range(1, 9):
         write_run(tmp_path / f"seed{seed}", series(200), curve(200, seed))
@@ -162,8 +165,8 @@ def test_curves_of_other_seeds_agree_and_a_worse_one_does_not(tmp_path, capsys):
     assert code == 1 and "not comparable: losses" in out
 
 
-def test_repetitions_tell_the_noise_and_must_be_repetitions(tmp_path, capsys):
-    """Runs that differ by 0.05 among themselves excuse a gap of 0.03; steady ones do not."""
+def test_the_spread_between_repetitions_decides_whether_a_gap_is_noise(tmp_path, capsys):
+    """A gap of 0.03 is noise for runs that differ by 0.05, but not for runs that agree."""
     shifts = {"steady": (0.0, 0.001, -0.001), "wild": (0.0, 0.05, -0.05), "other": (0.03, 0.031)}
     for name, values in shifts.items():
         for i, shift in enumerate(values):
@@ -181,8 +184,8 @@ def test_repetitions_tell_the_noise_and_must_be_repetitions(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 2), (3, 2), (4, 4)])
-def test_however_few_the_runs_a_gap_that_all_can_see_is_refused_and_none_is_not(tmp_path, counts):
-    """The batches' noise is 0.03 nats a step, so of 50 steps' means 0.004: 0.05 stands out."""
+def test_any_number_of_runs_detects_a_large_gap_and_accepts_equal_losses(tmp_path, counts):
+    """The noise is 0.03 nats a step, so 0.004 nats in a mean of 50 steps; the gap is 0.05."""
     for name, shift, seeds in (("a", 0.0, 0), ("same", 0.0, 10), ("worse", 0.05, 20)):
         for i in range(counts[name != "a"]):
             losses = curve(200, seeds + i, shift)
@@ -193,12 +196,12 @@ def test_however_few_the_runs_a_gap_that_all_can_see_is_refused_and_none_is_not(
     assert refused.errors > refused.limit and (sum(counts) < 7 or "8 runs" in refused.noise)
 
 
-def test_percentiles_of_unlike_things_are_said_to_be(tmp_path, capsys):
+def test_a_comparison_of_step_times_with_window_means_is_reported(tmp_path, capsys):
     write_run(tmp_path / "a", series(60), processes=2)
     write_run(tmp_path / "b", series(60), log_every=5, config_hash="ba9876543210")
     argv = (tmp_path / "a", tmp_path / "b", "--may_differ=log_every")
     code, out = run(*argv, capsys=capsys)
-    assert code == 0 and "p50 and p95 are not of one kind" in out
+    assert code == 0 and "p50 and p95 differ in kind" in out
 
 
 @pytest.mark.parametrize(
@@ -207,11 +210,11 @@ def test_percentiles_of_unlike_things_are_said_to_be(tmp_path, capsys):
         (0.97, 1.04, "equal"),
         (1.06, 1.2, "ahead"),
         (0.7, 0.9, "behind"),
-        (0.9, 1.2, "equal"),  # within 20 %, as is said
+        (0.9, 1.2, "equal"),  # within the wider margin of 20 %
         (1.02, 1.08, "undecided"),
     ],
 )
-def test_a_verdict_needs_the_whole_interval(low, high, verdict):
+def test_a_verdict_depends_on_the_whole_interval(low, high, verdict):
     found = {"ratio": (low * high) ** 0.5, "low": low, "high": high}
     inverse = {"ratio": 1 / found["ratio"], "low": 1 / high, "high": 1 / low}
     other = {"ahead": "behind", "behind": "ahead"}.get(verdict, verdict)
@@ -221,29 +224,29 @@ def test_a_verdict_needs_the_whole_interval(low, high, verdict):
         assert verdict_on(found, 0.05)["margin"] == pytest.approx(0.2)
 
 
-def test_the_interval_holds_the_truth_where_steps_hang_together():
-    """90 % or more of 95 % intervals of a mean hold it, though neighbours are alike (r = 0.5)."""
-    held = 0
+def test_the_block_bootstrap_covers_the_mean_of_autocorrelated_steps():
+    """At least 85 of 100 intervals of 95 % contain the mean, with a lag-one correlation of 0.5."""
+    covered = 0
     for seed in range(100):
         rng, value, values = random.Random(seed), 0.0, []
         for _ in range(400):
             value = 0.5 * value + rng.gauss(0, 1)
             values.append(10 + value)
-        bounds = bootstrap(lambda sides: {"mean": mean(sides[0][0])}, [[values]], 150)
-        held += bounds["mean"][0] <= 10 <= bounds["mean"][1]
-    assert held >= 85
+        bounds = bootstrap(lambda sides: {"mean": fmean(sides[0][0])}, [[values]], 150)
+        covered += bounds["mean"][0] <= 10 <= bounds["mean"][1]
+    assert covered >= 85
 
 
-def test_the_same_seed_gives_the_same_interval(sides):
+def test_the_same_seed_gives_the_same_interval_and_another_seed_does_not(sides):
     assert ratios(*sides) == ratios(*sides) != ratios(*sides, seed=1)
 
 
-def test_statistics_are_what_their_names_say():
+def test_noise_percentiles_and_t_quantiles_have_known_values():
     rng = random.Random(0)
     values = [rng.gauss(0, 2) for _ in range(2_000)]
     straight = [0.3 * i + value for i, value in enumerate(values)]
     assert noise(straight) == pytest.approx(noise(values)) == pytest.approx(2, rel=0.1)
-    assert deviation([1, 3]) == pytest.approx(2**0.5) and percentile([4, 1, 3, 2], 0.5) == 2.5
+    assert percentile([4, 1, 3, 2], 0.5) == 2.5 and percentile([0, 10], 0.95) == 9.5
     tables = {(0.975, 1): 12.706, (0.975, 10): 2.228, (0.99, 4): 3.747, (0.975, 10_000): 1.960}
     for (share, freedom), expected in tables.items():
         assert t_quantile(share, freedom) == pytest.approx(expected, abs=1e-3)
@@ -257,14 +260,14 @@ def test_statistics_are_what_their_names_say():
         ("devices = 8.5", "devices must be int"),
     ],
 )
-def test_a_file_of_figures_that_is_wrong_is_named(tmp_path, capsys, line, words):
+def test_an_error_in_a_file_of_published_figures_is_named(tmp_path, capsys, line, words):
     path = tmp_path / "figures.toml"
     path.write_text(f"[[side]]\n{line}\n")
     code, out = run("--external", path, capsys=capsys)
     assert code == 1 and words in out
 
 
-def test_two_sides_are_needed(tmp_path, capsys):
+def test_a_comparison_needs_two_sides(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     code, out = run(tmp_path / "a", capsys=capsys)
     assert code == 1 and "two sides must be given; got 1" in out

@@ -1,4 +1,4 @@
-"""Baselines: what holds, what breaches, what is refused; and prices made of them."""
+"""Baselines: passes, breaches and refusals of a check; and prices computed from them."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import slo
-from launch.report.baseline import check, record
+from launch.report.baseline import NOT_ENFORCED, check, record
 from launch.report.price import price, read_span
 from launch.report.run_folder import read_run
 
@@ -33,9 +33,9 @@ def recorded(tmp_path, capsys):
     return tmp_path / "base.json"
 
 
-def test_the_run_itself_holds_and_one_with_slower_steps_names_p50(tmp_path, recorded, capsys):
+def test_the_recorded_run_passes_and_a_slower_run_breaches_step_p50(tmp_path, recorded, capsys):
     code, out = run("check", tmp_path / "good", f"--against={recorded}", capsys=capsys)
-    assert code == 0 and "all figures hold" in out
+    assert code == 0 and "all bounds are met" in out
     write_run(tmp_path / "slow", slowed(series(200), 1.2))
     code, out = run("check", tmp_path / "slow", f"--against={recorded}", capsys=capsys)
     broken = out.splitlines()[-1]
@@ -43,7 +43,7 @@ def test_the_run_itself_holds_and_one_with_slower_steps_names_p50(tmp_path, reco
     assert "HBM headroom" not in broken and "goodput" not in broken
 
 
-def test_a_better_run_holds(tmp_path, recorded, capsys):
+def test_a_faster_run_passes(tmp_path, recorded, capsys):
     write_run(tmp_path / "fast", slowed(series(200, seed=1), 0.5))
     code, out = run("check", tmp_path / "fast", f"--against={recorded}", "--json", capsys=capsys)
     rows = {row["figure"]: row for row in json.loads(out)}
@@ -52,31 +52,35 @@ def test_a_better_run_holds(tmp_path, recorded, capsys):
         assert rows[name]["margin"] > 0.4
 
 
-def test_runs_alike_hold_and_slower_ones_do_not(tmp_path):
-    """A baseline of one run alone lets 20 others pass, and none of them at 20 % slower."""
+def test_a_baseline_of_one_run_passes_20_similar_runs_and_none_that_is_20_percent_slower(tmp_path):
     baseline = record([read_run(write_run(tmp_path / "base", series(200)))], 0.99)
     broken = {1.0: 0, 1.2: 0}
     for factor in broken:
         for seed in range(1, 21):
             times = slowed(series(200, seed=seed), factor)
-            one = read_run(write_run(tmp_path / f"{factor}_{seed}", times))
-            states = {row["figure"]: row["state"] for row in check(baseline, one)}
+            run = read_run(write_run(tmp_path / f"{factor}_{seed}", times))
+            states = {row["figure"]: row["state"] for row in check(baseline, run)}
             broken[factor] += states["step_p50_s"] == "BREACH"
     assert broken == {1.0: 0, 1.2: 20}
 
 
 def bounds(folder, medians, factor=1.0):
-    """{figure: bound over value} of runs with these medians."""
-    made = [
+    """Returns {figure: bound over value} for a baseline of runs with these median step times."""
+    paths = [
         write_run(folder / str(i), slowed(series(100, median, seed=i), factor))
         for i, median in enumerate(medians)
     ]
-    found = record([read_run(path) for path in made], 0.99)["figures"]
-    held = {name: one for name, one in found.items() if one["bound"] is not None}
-    return {name: one["bound"] / one["value"] for name, one in held.items()}
+    figures = record([read_run(path) for path in paths], 0.99)["figures"]
+    return {
+        name: entry["bound"] / entry["value"]
+        for name, entry in figures.items()
+        if entry["bound"] is not None
+    }
 
 
-def test_the_tolerance_is_the_spread_of_the_runs_whatever_their_speed(tmp_path):
+def test_the_tolerance_depends_on_the_spread_of_the_runs_and_not_on_their_speed(
+    tmp_path,
+):
     wide = bounds(tmp_path / "wide", (1.0, 1.03, 0.97, 1.02))
     narrow = bounds(tmp_path / "narrow", (1.0, 1.003, 0.997, 1.002))
     assert wide["step_p50_s"] - 1 > 4 * (narrow["step_p50_s"] - 1) > 0
@@ -85,11 +89,11 @@ def test_the_tolerance_is_the_spread_of_the_runs_whatever_their_speed(tmp_path):
     assert scaled == pytest.approx(wide, rel=1e-9)
 
 
-def test_two_runs_are_held_by_their_parts(tmp_path):
+def test_the_tolerance_of_two_runs_comes_from_blocks_of_their_steps(tmp_path):
     assert 1.03 < bounds(tmp_path, (1.0, 1.03))["step_p50_s"] < 1.2
 
 
-def test_runs_that_differ_too_much_make_no_baseline(tmp_path):
+def test_runs_that_differ_too_much_are_refused_as_a_baseline(tmp_path):
     make = lambda i, median: write_run(tmp_path / str(i), series(99, median), chip=None)
     wild = [read_run(make(i, median)) for i, median in enumerate((1.0, 1.0, 9.0))]
     for run in wild:
@@ -98,25 +102,26 @@ def test_runs_that_differ_too_much_make_no_baseline(tmp_path):
         record(wild, 0.99)
 
 
-def test_runs_without_any_spread_are_held_to_their_very_figure(tmp_path):
+def test_identical_runs_give_bounds_equal_to_their_figures(tmp_path):
     times = series(100)
-    made = [read_run(write_run(tmp_path / str(i), times)) for i in range(3)]
-    baseline = record(made, 0.99)
-    held = [one for one in baseline["figures"].values() if one["bound"] is not None]
-    assert len(held) == 5 and all(one["bound"] == pytest.approx(one["value"]) for one in held)
-    assert {row["state"] for row in check(baseline, made[0])} == {"ok", "not held"}
+    runs = [read_run(write_run(tmp_path / str(i), times)) for i in range(3)]
+    baseline = record(runs, 0.99)
+    enforced = [entry for entry in baseline["figures"].values() if entry["bound"] is not None]
+    assert len(enforced) == 5
+    assert all(entry["bound"] == pytest.approx(entry["value"]) for entry in enforced)
+    assert {row["state"] for row in check(baseline, runs[0])} == {"ok", NOT_ENFORCED}
     slower = read_run(write_run(tmp_path / "slower", slowed(times, 1.001)))
     assert "BREACH" in {row["state"] for row in check(baseline, slower)}
 
 
-def test_a_percentile_is_held_only_where_steps_lie_beyond_it(tmp_path):
+def test_a_percentile_is_enforced_only_with_enough_steps_beyond_it(tmp_path):
     for steps, p95, p99 in (
-        (100, "not held", "not held"),
-        (300, "ok", "not held"),
+        (100, NOT_ENFORCED, NOT_ENFORCED),
+        (300, "ok", NOT_ENFORCED),
         (1200, "ok", "ok"),
     ):
-        one = read_run(write_run(tmp_path / str(steps), series(steps)))
-        rows = {row["figure"]: row for row in check(record([one], 0.99), one)}
+        run = read_run(write_run(tmp_path / str(steps), series(steps)))
+        rows = {row["figure"]: row for row in check(record([run], 0.99), run)}
         assert (rows["step_p95_s"]["state"], rows["step_p99_over_p50"]["state"]) == (p95, p99)
         assert rows["step_p50_s"]["state"] == "ok"
 
@@ -131,24 +136,24 @@ def test_a_percentile_is_held_only_where_steps_lie_beyond_it(tmp_path):
         ({"versions": {"jax": "0.11.2"}}, "versions"),
     ],
 )
-def test_a_run_of_something_else_is_refused_not_judged(tmp_path, recorded, capsys, change, name):
+def test_a_run_of_different_work_is_not_checked(tmp_path, recorded, capsys, change, name):
     write_run(tmp_path / "other", series(200), **change)
     argv = ("check", tmp_path / "other", f"--against={recorded}")
     code, out = run(*argv, capsys=capsys)
-    assert code == 2 and f"{name}: the baseline is of" in out and "BREACH" not in out
+    assert code == 2 and f"{name}: the baseline has" in out and "BREACH" not in out
     if name == "versions":
         assert run(*argv, "--across=versions", capsys=capsys)[0] == 0
     code, out = run(*argv, "--across=weather", capsys=capsys)
-    assert code == 2 and "--across must be of" in out
+    assert code == 2 and "--across must name some of" in out
 
 
-def test_a_host_of_several_processes_is_one_host(tmp_path, recorded, capsys):
+def test_several_processes_on_one_host_count_as_one_host(tmp_path, recorded, capsys):
     write_run(tmp_path / "other", series(200), hosts=4 * ["a"])
     code, out = run("check", tmp_path / "other", f"--against={recorded}", capsys=capsys)
     assert code == 0, out
 
 
-def test_runs_of_two_kinds_do_not_make_one_baseline(tmp_path, capsys):
+def test_runs_on_different_chips_are_refused_as_one_baseline(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     write_run(tmp_path / "b", series(60), chip=H100)
     argv = ("record", tmp_path / "a", tmp_path / "b", f"--out={tmp_path}/base.json")
@@ -163,23 +168,23 @@ def test_a_run_too_short_to_show_a_spread_is_refused(tmp_path, capsys):
     assert code == 2 and "must have 15 step times or more" in out
 
 
-def test_a_baseline_that_cannot_be_written_says_so(tmp_path, capsys):
+def test_an_unwritable_baseline_file_is_an_error_of_out(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
     code, out = run("record", tmp_path / "a", f"--out={tmp_path}/no/base.json", capsys=capsys)
     assert code == 2 and "--out must be writable" in out
 
 
-def test_what_the_run_no_longer_measures_is_a_breach(tmp_path, recorded, capsys):
-    one = write_run(tmp_path / "blind", series(200))
-    text = (one / "metrics.jsonl").read_text().replace("comm/effective", "comm/other")
-    (one / "metrics.jsonl").write_text(text)
-    code, out = run("check", one, f"--against={recorded}", capsys=capsys)
+def test_a_figure_that_the_run_did_not_measure_is_a_breach(tmp_path, recorded, capsys):
+    folder = write_run(tmp_path / "blind", series(200))
+    text = (folder / "metrics.jsonl").read_text().replace("comm/effective", "comm/other")
+    (folder / "metrics.jsonl").write_text(text)
+    code, out = run("check", folder, f"--against={recorded}", capsys=capsys)
     assert code == 1 and "BREACH: effective bandwidth" in out and "(not measured)" in out
 
 
-def test_without_a_chip_there_is_no_headroom_to_hold(tmp_path):
-    one = read_run(write_run(tmp_path / "cpu", series(60), curve(60), chip=None, device="cpu"))
-    found = record([one], 0.99)
+def test_a_baseline_on_an_unknown_chip_has_no_hbm_headroom(tmp_path):
+    run = read_run(write_run(tmp_path / "cpu", series(60), curve(60), chip=None, device="cpu"))
+    found = record([run], 0.99)
     assert "hbm_headroom" not in found["figures"] and found["key"]["device"] == "cpu"
 
 
@@ -193,7 +198,7 @@ def baselines(tmp_path_factory):
     return [record([read_run(path)], 0.99) for path in (once, twice)]
 
 
-def test_twice_the_speed_is_half_the_cost_and_twice_the_capacity(baselines):
+def test_twice_the_speed_halves_the_cost_and_doubles_the_capacity(baselines):
     once, twice = (price(baseline, PRICES) for baseline in baselines)
     assert once["cost_per_1e9_tokens"] == pytest.approx(2 * twice["cost_per_1e9_tokens"])
     assert 2 * once["tokens_per_month"] == pytest.approx(twice["tokens_per_month"])
@@ -201,13 +206,13 @@ def test_twice_the_speed_is_half_the_cost_and_twice_the_capacity(baselines):
     assert once["cost_per_1e9_tokens"] == pytest.approx(0.40 * gpu_hours)
 
 
-def test_the_gpus_for_a_deadline_make_it_and_one_fewer_does_not(baselines):
+def test_the_gpus_for_a_deadline_suffice_and_one_fewer_does_not(baselines):
     for availability in (1.0, 0.7):
         found = price(baselines[0], PRICES, availability, 3e12, read_span("30d"))
         each = found["tokens_per_month_per_gpu"]
         assert (found["gpus"] - 1) * each < 3e12 <= found["gpus"] * each
     fewer = price(baselines[0], PRICES, 1.0, 7 * each, read_span("30d"))
-    assert fewer["gpus"] < 7  # availability 1 makes more of each
+    assert fewer["gpus"] < 7  # each GPU trains on more tokens at availability 1
 
 
 def test_a_model_twice_as_large_costs_twice_as_much(baselines):
@@ -217,12 +222,12 @@ def test_a_model_twice_as_large_costs_twice_as_much(baselines):
     assert any("same MFU" in line for line in large["assumptions"])
 
 
-def test_prices_are_printed_with_what_they_take_for_granted(recorded, capsys):
+def test_prices_are_printed_with_their_assumptions(recorded, capsys):
     prices = f"--prices={ROOT / 'docs' / 'prices.toml'}"
     argv = ("price", f"--against={recorded}", prices, "--tokens=2.5e9", "--deadline=1h")
     code, out = run(*argv, "--availability=0.9", capsys=capsys)
     assert code == 0 and "USD per 1e9 tokens" in out and "GPUs" in out
-    assert "taken for granted:" in out and "90.0% of the time" in out
+    assert "assumptions:" in out and "90.0% of the time" in out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Run directories read back, and the page made of them."""
+"""Run directories are read back and shown as a table and a page."""
 
 import base64
 import json
@@ -22,16 +22,17 @@ from launch import summary
 from launch.host.run_files import flag_value, read_changes
 from launch.pull import POSITIONS, RunCopy, write_at
 from launch.report.figures import rows_of
+from launch.report.formats import short
 from launch.report.page import page
 from launch.report.run_folder import read_run
 from launch.report.stats import percentile
-from launch.report.svg import apart, short, thin, ticks
+from launch.report.svg import apart, thin, ticks
 
 VOID = {"meta"}
 
 
 class Checked(HTMLParser):
-    """Every element closed where it must be, and the words of those that draw text."""
+    """Checks that every element is closed, and collects attributes and texts."""
 
     def __init__(self, text):
         super().__init__()
@@ -64,7 +65,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(runs, count):
+def test_the_page_is_well_formed_and_loads_no_external_resource(runs, count):
     text = page(runs[:count])
     found = Checked(text)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link|<img|<iframe", text)
@@ -73,7 +74,7 @@ def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(runs, count):
         assert any(name in words for words in found.words), name
 
 
-def test_the_page_shows_words_from_a_run_as_words(tmp_path):
+def test_the_page_escapes_texts_that_come_from_the_run(tmp_path):
     hostile = "<script>alert(1)</script>&"
     folder = write_run(tmp_path / "<b>run", series(20), routes={hostile: hostile}, processes=2)
     found = json.loads((folder / "config.json").read_text())
@@ -97,7 +98,7 @@ def test_the_page_shows_words_from_a_run_as_words(tmp_path):
     assert "<script" not in text
 
 
-def test_every_polyline_stays_inside_its_picture(runs):
+def test_every_polyline_stays_inside_its_chart(runs):
     found = Checked(page(runs))
     corners = [
         pair for name, value in found.attributes if name == "points" for pair in value.split()
@@ -108,26 +109,24 @@ def test_every_polyline_stays_inside_its_picture(runs):
         assert 0 <= x <= 360 and 0 <= y <= 190
 
 
-def test_only_a_page_that_is_followed_looks_again(runs):
+def test_only_the_page_of_a_followed_run_reloads_itself(runs):
     assert 'http-equiv="refresh"' not in page(runs)
     assert ("content", "7") in Checked(page(runs, 7)).attributes
 
 
-def test_figures_do_not_depend_on_who_tells_them(runs):
-    """Per-step files, lines of every step and windows of ten tell the same throughput."""
+def test_figures_from_process_files_and_from_log_windows_agree(runs):
     times = series(300, seed=5)
-    one = write_run(runs[0].folder.parent / "each", times, processes=2)
-    two = write_run(runs[0].folder.parent / "windows", times, log_every=10)
-    one, two = read_run(one), read_run(two)
-    assert "hosts/0.jsonl" in one.step_times[1] and "means of 10 steps" in two.step_times[1]
+    each = write_run(runs[0].folder.parent / "each", times, processes=2)
+    windows = write_run(runs[0].folder.parent / "windows", times, log_every=10)
+    each, windows = read_run(each), read_run(windows)
+    assert "hosts/0.jsonl" in each.step_times[1] and "means of 10 steps" in windows.step_times[1]
     for metric in ("perf/tokens_per_s", "perf/step_time_s"):
-        assert one.figures[metric] == pytest.approx(two.figures[metric], rel=0.02)
-    median = percentile([value for _, value in one.step_times[0]], 0.5)
-    assert one.figures["perf/step_time_s"] == median
+        assert each.figures[metric] == pytest.approx(windows.figures[metric], rel=0.02)
+    assert each.figures["perf/step_time_s"] == percentile(each.seconds, 0.5)
 
 
-def test_the_end_of_a_run_and_its_page_show_the_same_step_times_and_rate(tmp_path):
-    """Of a run that was resumed: neither counts the first step after a start."""
+def test_the_trainers_closing_lines_and_the_page_show_the_same_step_times_and_rate(tmp_path):
+    """Neither counts the first step after a start; the run was resumed once."""
     times = series(40, 0.03)
     times[0], times[20] = 3.0, 5.0
     folder = write_run(tmp_path / "run", times, processes=2)
@@ -143,24 +142,25 @@ def test_the_end_of_a_run_and_its_page_show_the_same_step_times_and_rate(tmp_pat
 
 
 def words_of(closing):
-    """p50, p95, p99 and tokens/s as a run's last lines have them."""
+    """Returns p50, p95, p99 and tokens/s from a run's closing lines."""
     [line] = [line for line in closing if line.startswith("steps")]
     return re.fullmatch(r"steps p50 (.+?)  p95 (.+?)  p99 (.+?)  (.+?) tok/s", line).groups()
 
 
 def words_of_page(run):
+    """Returns p50, p95, p99 and tokens/s from the table of the page."""
     rows = dict(rows_of(run))
     names = ("step p50", "step p95", "step p99", "tokens/s, in steps")
     return tuple(rows[name].replace("\u202f", " ") for name in names)
 
 
-def test_what_was_not_measured_is_not_shown(runs):
+def test_figures_that_were_not_measured_are_not_shown(runs):
     names = [name for name, _ in rows_of(runs[2])]
     assert not {"MFU, causal", "MBU"} & set(names) and "step p50" in names
     assert "MFU" not in page([runs[2]])
 
 
-def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_path):
+def test_a_repeated_step_counts_once_and_an_incomplete_line_is_ignored(tmp_path):
     run = write_run(tmp_path / "run", series(40), processes=2)
     before = read_run(run).figures
     lines = (run / "hosts" / "0.jsonl").read_text().splitlines(keepends=True)
@@ -169,7 +169,7 @@ def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_
     assert read_run(run).figures == before
 
 
-def test_the_summary_of_a_run_that_was_resumed_is_not_yet_its_own(tmp_path):
+def test_the_summary_of_an_earlier_start_is_ignored_once_the_run_was_resumed(tmp_path):
     run = write_run(tmp_path / "run", series(40))
     assert read_run(run).state == "done"
     with open(run / "metrics.jsonl", "a") as file:
@@ -177,7 +177,7 @@ def test_the_summary_of_a_run_that_was_resumed_is_not_yet_its_own(tmp_path):
     assert read_run(run).state.startswith("silent for") and read_run(run).step == 41
 
 
-def test_processes_are_in_the_order_of_their_numbers_and_silent_ones_left_out(tmp_path):
+def test_processes_are_sorted_by_number_and_those_without_steps_have_no_row(tmp_path):
     run = write_run(tmp_path / "run", series(20), processes=12)
     (run / "hosts" / "11.jsonl").write_text('{"step": 0, "time": 1e9, "event": "start"}\n')
     assert list(read_run(run).hosts) == [str(i) for i in range(12)]
@@ -185,7 +185,7 @@ def test_processes_are_in_the_order_of_their_numbers_and_silent_ones_left_out(tm
     assert text.count('class="heat"') == 2 * 11 * 19
 
 
-def test_a_damaged_line_and_what_is_no_run_are_named(tmp_path, capsys, monkeypatch):
+def test_a_damaged_line_and_a_folder_without_a_run_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     assert summary.main(["nowhere"]) == 1
     assert "no folder is called 'nowhere', so it must be a job" in capsys.readouterr().err
@@ -210,17 +210,17 @@ def test_a_damaged_line_and_what_is_no_run_are_named(tmp_path, capsys, monkeypat
         ("summary.json", "[1]", 0),
     ],
 )
-def test_a_damaged_file_of_a_run_is_named_in_one_line(name, text, status, tmp_path, capsys):
+def test_a_damaged_file_is_named_in_one_line(name, text, status, tmp_path, capsys):
     run = write_run(tmp_path / "run", series(20))
     (run / name).unlink()
     (run / name).mkdir() if text is None else (run / name).write_text(text)
     assert summary.main([str(run)]) == status
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and str(run / name) in said
-    assert said.startswith("error: " if status else "warning: ")
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and str(run / name) in printed
+    assert printed.startswith("error: " if status else "warning: ")
 
 
-def test_following_ends_with_the_run(tmp_path):
+def test_following_ends_when_the_run_ends(tmp_path):
     run = write_run(tmp_path / "run", series(20))
     ended = (run / "summary.json").read_text()
     (run / "summary.json").unlink()
@@ -233,33 +233,33 @@ def test_following_ends_with_the_run(tmp_path):
     assert last["perf/tokens_per_s"] == read_run(run).figures["perf/tokens_per_s"]
 
 
-def test_a_copy_that_takes_only_what_is_new_is_the_original(tmp_path):
-    """Through growth, a rewind (another file of that name) and answers cut short."""
-    run, copy, held, sent = write_run(tmp_path / "run", series(60)), tmp_path / "copy", {}, 0
+def test_a_copy_that_fetches_only_new_bytes_equals_the_original(tmp_path):
+    """Also after growth, after replacement by a shorter file, and with size-limited answers."""
+    run, copy, have, sent = write_run(tmp_path / "run", series(60)), tmp_path / "copy", {}, 0
     (copy / "hosts").mkdir(parents=True)
-    whole = (run / "metrics.jsonl").read_bytes()
+    content = (run / "metrics.jsonl").read_bytes()
     for change in ("none", "grown", "rewound"):
         if change == "grown":
             with open(run / "metrics.jsonl", "ab") as file:
-                file.write(whole)
+                file.write(content)
         if change == "rewound":
-            (run / "new").write_bytes(whole[:5000])
+            (run / "new").write_bytes(content[:5000])
             (run / "new").rename(run / "metrics.jsonl")
         more = True
         while more:
-            answer = read_changes(run, held, {}, limit=3_000)
+            answer = read_changes(run, have, {}, limit=3_000)
             more = answer["more"]
             for name, part in answer["files"].items():
                 data = base64.b64decode(part["base64"])
                 write_at(copy / name, part["at"], data)
-                held[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
+                have[name], sent = [part["inode"], part["at"] + len(data)], sent + len(data)
         for name in ("config.json", "summary.json", "metrics.jsonl"):
             assert (copy / name).read_bytes() == (run / name).read_bytes()
     rest = sum((run / name).stat().st_size for name in ("config.json", "summary.json"))
-    assert sent == rest + 2 * len(whole) + 5000
+    assert sent == rest + 2 * len(content) + 5000
 
 
-def test_the_run_directory_is_the_last_one_that_the_flags_name():
+def test_the_last_workdir_flag_names_the_run_directory():
     argv = ["--config.workdir=a", "--config.workdir", "b", "--config.steps=3"]
     assert flag_value(argv, "--config.workdir") == "b"
     assert flag_value([*argv, "--workdir=c"], "--config.workdir") == "c"
@@ -269,14 +269,14 @@ def test_the_run_directory_is_the_last_one_that_the_flags_name():
 @pytest.mark.parametrize(
     "low, high", [(0, 1), (3.2, 5.6), (0.0071, 0.0093), (0, 652_000), (990, 1040)]
 )
-def test_ticks_are_round_few_and_inside(low, high):
+def test_ticks_are_few_round_numbers_inside_the_range(low, high):
     found = ticks(low, high)
     assert 2 <= len(found) <= 5 and low <= found[0] and found[-1] <= high
     step = found[1] - found[0]
     assert f"{step:.0e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
 
 
-def test_labels_do_not_lie_on_each_other():
+def test_labels_are_moved_apart_in_order():
     placed = apart([100, 101, 99, 180, 181], 10, 182)
     gaps = sorted(placed)
     assert all(b - a >= 12.999 for a, b in zip(gaps, gaps[1:], strict=False)) and gaps[-1] <= 182
@@ -285,12 +285,12 @@ def test_labels_do_not_lie_on_each_other():
 
 def test_thinning_keeps_the_extremes_and_the_order():
     points = [(i, (i * 7919) % 1009) for i in range(5_000)]
-    kept = thin(points)
-    assert len(kept) <= 320 and kept == sorted(kept)
-    assert max(y for _, y in kept) == max(y for _, y in points)
+    thinned = thin(points)
+    assert len(thinned) <= 320 and thinned == sorted(thinned)
+    assert max(y for _, y in thinned) == max(y for _, y in points)
 
 
-def test_numbers_are_short():
+def test_short_numbers_have_at_most_three_digits_and_a_suffix():
     assert [short(x) for x in (0.35, 1500, 15_000, 3.25e6, 0, 999.6)] == [
         *("0.35", "1500", "15k", "3.25M", "0", "1000")
     ]
@@ -308,10 +308,10 @@ no_bed = beds.available()
 
 
 @pytest.mark.skipif(bool(no_bed), reason=no_bed)
-def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
-    """Whose disks are their own: the first host has the run, the others their processes' files."""
+def test_a_jobs_run_directory_is_collected_from_all_its_hosts(tmp_path, monkeypatch):
+    """The hosts share no disk: the first has the run, the others only their processes' files."""
     code = tmp_path / "code"
-    made = read_run(write_run(code / "made", series(60), processes=2))
+    original = read_run(write_run(code / "made", series(60), processes=2))
     git_trees.commit_program(code, PROGRAM)
     shared = tmp_path / "shared"
     shutil.copytree(code / "made", shared / "one")
@@ -327,8 +327,9 @@ def test_a_jobs_run_directory_comes_from_all_its_hosts(tmp_path, monkeypatch):
         copy = read_run(RunCopy(job).fetch())
         shutil.rmtree(RunCopy(job).folder)
         pull = RunCopy(job, "/mnt/shared/one")
-        assert read_run(pull.fetch()).hosts == made.hosts
-        held = json.loads((pull.folder / POSITIONS).read_text())
-        assert len(held["h0"]) == 5 and held["h1"] == {}
-    assert (copy.figures, copy.hosts, copy.config) == (made.figures, made.hosts, made.config)
+        assert read_run(pull.fetch()).hosts == original.hosts
+        positions = json.loads((pull.folder / POSITIONS).read_text())
+        assert len(positions["h0"]) == 5 and positions["h1"] == {}
+    assert copy.figures == original.figures
+    assert (copy.hosts, copy.config) == (original.hosts, original.config)
     assert "Step time by process" in page([copy])

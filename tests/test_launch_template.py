@@ -1,5 +1,8 @@
+import os
 import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -41,7 +44,7 @@ def worlds(coordinator, count):
     return [World("JAX_*", coordinator, count, i, None, count) for i in range(count)]
 
 
-def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
+def test_the_pods_of_a_jobset_become_the_processes_of_one_job():
     spec = yaml.safe_load(read_template("jobset"))
     [job] = spec["spec"]["replicatedJobs"]
     pods = job["template"]["spec"]
@@ -55,9 +58,11 @@ def test_the_pods_of_a_jobset_are_the_processes_of_one_job():
     assert rule["onExitCodes"]["containerName"] == container["name"]
     [refused] = spec["spec"]["failurePolicy"]["rules"]
     assert rule["onExitCodes"]["values"] == [REFUSED] and refused["action"] == "FailJobSet"
+    # Source: ruleNameFmt in JobSet's pkg/webhooks/jobset_webhook.go
+    assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", refused["name"])
 
 
-def test_the_nodes_of_a_skypilot_task_are_the_processes_of_one_job():
+def test_the_nodes_of_a_skypilot_task_become_the_processes_of_one_job():
     task = yaml.safe_load(read_template("skypilot"))
     count = task["num_nodes"]
     ips = "\n".join(f"10.0.0.{i + 1}" for i in range(count))
@@ -70,11 +75,24 @@ def test_the_nodes_of_a_skypilot_task_are_the_processes_of_one_job():
 
 def test_the_systemd_service_is_one_process_or_with_its_commented_lines_one_of_several():
     text = read_template("systemd")
-    variables = lambda mark: dict(re.findall(rf"^{mark}Environment=(\w+)=(.*)$", text, re.M))
+    variables = lambda prefix: dict(re.findall(rf"^{prefix}Environment=(\w+)=(.*)$", text, re.M))
     assert world(variables("")) == World()
     marked = variables("#")
     detected = [world(marked | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
     assert detected == worlds("10.0.0.11:8476", 2)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_systemd_accepts_the_service(tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"  # the program must exist under the home folder
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    service = tmp_path / "jaxtrain.service"
+    service.write_text(read_template("systemd"))
+    env = os.environ | {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    command = ["systemd-analyze", "verify", "--user", "--man=no", str(service)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr  # unknown keys are only warnings
 
 
 @pytest.mark.parametrize("name", [n for n, file in TEMPLATES.items() if file.endswith(".sh")])

@@ -1,3 +1,4 @@
+import os
 import socket
 
 import pytest
@@ -39,3 +40,16 @@ def test_loopback_is_not_counted_by_default():
 def test_an_unknown_interface_is_an_error_that_names_the_variable():
     with pytest.raises(ValueError, match="JAXTRAIN_INTERFACE must name .*got 'eth99'"):
         NetworkCounters("eth99")
+
+
+def test_interfaces_past_the_kernels_first_page_are_counted(tmp_path, monkeypatch):
+    """The kernel returns at most a page of the table per read: about 30 interfaces."""
+    table = tmp_path / "dev"
+    rows = [f"  eth{i}: 1 {' 0' * 7} 2 {' 0' * 7}\n" for i in range(200)]
+    table.write_text("head\nhead\n" + "".join(rows))
+    pread = os.pread
+    monkeypatch.setattr("jaxtrain.metrics.network.TABLE", table)
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 4_000), at))
+    counters = NetworkCounters()
+    assert len(counters.names) >= 200 and counters.read() >= (400, 200)
+    counters.close()

@@ -15,7 +15,7 @@ from jaxtrain.optim.newton_schulz import FORMS, NewtonSchulz
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 ROWS, COLUMNS = 48, 128  # one shape for most tests, as compiling takes most of the time
-# Smallest and largest result for singular values of the norm times 3e-3 to 0.01, to 0.1 and to 1.
+# Bounds of the results for singular values in [0.003, 0.01), [0.01, 0.1) and [0.1, 1) of the norm.
 BANDS = {
     "jordan": ((0.682, 1.202), (0.682, 1.134), (0.682, 1.134)),
     "quintic": ((0.978, 1.145), (0.978, 1.032), (0.978, 1.032)),

@@ -7,16 +7,13 @@ from jaxtrain.config.train_config import freeze
 from jaxtrain.planning import search
 
 GIB = 2**30
-
 ROW_GIB = {"none": 9.0, "dots": 4.0, "attention": 1.5, "full": 1.0}
 SLOWER = {"none": 1.0, "dots": 1.1, "attention": 1.25, "full": 1.3}
-
-
 CFG = SimpleNamespace(data=SimpleNamespace(batch=64, seq_len=512))
 
 
 def build_evaluate(state_gib):
-    """Returns an evaluate() of a device whose memory and speed are known functions."""
+    """Returns evaluate() for a device whose memory and speed are simple functions of a setting."""
 
     def evaluate(accumulation, remat, fsdp=None):
         activations = ROW_GIB[remat] * 64 / accumulation
@@ -51,7 +48,7 @@ def test_the_search_finds_the_best_setting_of_an_exhaustive_search(state_gib, op
     shown = []
     evaluate, estimate = build_evaluate(state_gib), build_evaluate(state_gib * optimism)
     fits = lambda *setting: estimate(*setting)["fits"]
-    settings = search.search_settings(CFG, 1, evaluate, shown.append, fits_by_formula=fits)
+    settings = search.search_settings(CFG, 1, evaluate, fits, shown.append)
     every = [evaluate(n, r) for n in search.accumulations(CFG, 1) for r in search.REMATS]
     fitting = [figures for figures in every if figures["fits"]]
     if fitting:
@@ -63,8 +60,9 @@ def test_the_search_finds_the_best_setting_of_an_exhaustive_search(state_gib, op
 
 def test_the_fastest_setting_is_tried_on_every_mesh():
     variants = [{"fsdp": size} for size in (8, 4, 1)]
+    never = lambda *setting: False  # so that the search starts at the smallest micro-batch
     settings = search.search_settings(
-        CFG, 1, build_evaluate(2.0), lambda text: None, variants=variants
+        CFG, 1, build_evaluate(2.0), never, lambda text: None, variants=variants
     )
     assert settings[0]["fsdp"] == 4 and settings[1]["fsdp"] == 8  # 1 is faster but does not fit
     assert [f["fsdp"] for f in settings if not f["fits"]].count(1) == 1

@@ -116,6 +116,7 @@ def test_a_step_text_leaves_out_what_does_not_fit(columns, text):
     [
         (0.00867, "8.67 ms"),
         (0.0583, "58.3 ms"),
+        (0.09996, "100 ms"),
         (0.299, "299 ms"),
         (1.2, "1.20 s"),
         (481.2, "481 s"),

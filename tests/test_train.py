@@ -24,12 +24,12 @@ from jaxtrain.training.loop import Diverged
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, restore_run
 from jaxtrain.training.startup import startup_lines
-from launch.report.figures import grouped, seconds
+from launch.report.formats import grouped, seconds
 from launch.report.run_folder import read_run
 
 
 def config(workdir, text, **values):
-    """In float32, so that runs on different meshes agree to 1e-5."""
+    """Returns a config whose optimizer uses float32, so that different meshes agree to 1e-5."""
     return runs.debug_config(workdir, text, **{"optim__ns_dtype": "float32"} | values)
 
 
@@ -92,11 +92,12 @@ def test_a_run_directory_has_step_times_utilisation_and_lost_time(trained):
 def test_a_resumed_run_prints_the_step_times_that_launch_summary_shows(
     trained, text, tmp_path, capsys
 ):
-    """Both leave the first step of each start out."""
+    """Both exclude the first step of each start."""
     shutil.copytree(trained, tmp_path / "run")
     assert train(config(tmp_path / "run", text, steps=44, sample__tokens=0), jax.devices()[:1]) == 0
     out = capsys.readouterr().out
     figures = read_run(tmp_path / "run").figures
+    assert figures
     for metric, name in (("time_s", "p50"), ("time_p95_s", "p95"), ("time_p99_s", "p99")):
         assert f"{name} {seconds(figures[f'perf/step_{metric}'])}" in out
     assert f"{grouped(figures['perf/tokens_per_s'])} tok/s".replace("\u202f", " ") in out
@@ -144,7 +145,9 @@ def test_a_short_run_evaluates_no_more_tokens_than_it_trained_on(tmp_path, text)
     assert read <= cfg.data.batch * cfg.data.seq_len < cfg.eval_tokens
 
 
-def test_starting_a_finished_run_again_prints_so_and_logs_nothing(trained, text, capsys):
+def test_starting_a_finished_run_again_prints_that_nothing_is_left_and_logs_nothing(
+    trained, text, capsys
+):
     before = (trained / "metrics.jsonl").read_bytes()
     assert train(config(trained, text, steps=40), jax.devices()[:1]) == 0
     assert "nothing left to train" in capsys.readouterr().out
@@ -270,7 +273,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def test_a_run_on_an_ascii_terminal_without_a_home_prints_escapes(tmp_path, monkeypatch):
-    """Its folder has a space and a letter beyond ASCII, as have its text and its prompt."""
+    """The folder's name has a space and a non-ASCII letter; text and prompt have some too."""
     (tmp_path / "text.txt").write_text("naïve → über ☃\n" * 1_000)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     monkeypatch.delenv("HOME")
@@ -280,6 +283,17 @@ def test_a_run_on_an_ascii_terminal_without_a_home_prints_escapes(tmp_path, monk
     assert "\n\\xe9 \\u4f60|" in out
     assert "warning: only" in out  # 2 steps are evaluated on few tokens
     assert "\x1b" not in out and "\r" not in out and "Traceback" not in out
+
+
+def test_a_non_ascii_run_directory_in_an_ascii_locale_is_refused_before_anything_is_written(
+    tmp_path, text, monkeypatch
+):
+    for name, value in ASCII.items():
+        monkeypatch.setenv(name, value)
+    [line] = runs.finish(runs.start(tmp_path / "ü", text), REFUSED).splitlines()
+    assert line.startswith("error: the path of a run must be ASCII or UTF-8; got ")
+    assert "Set the environment variable PYTHONUTF8=1" in line
+    assert not list(tmp_path.iterdir())
 
 
 def run_tool(module, *flags, status=0, env=None):

@@ -105,7 +105,7 @@ def test_a_signal_to_one_of_two_processes_interrupts_the_evaluation_of_both(tmp_
     os.kill(pair[1].pid, signal.SIGTERM)
     started_s = time.monotonic()
     outs = [runs.finish(process, PREEMPTED) for process in pair]
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 60
     assert "the evaluation of step 3 was interrupted" in outs[0]
     last_step, _, eval_loss = logged(tmp_path / "pair")[-1]
     assert last_step == 3 and eval_loss is None

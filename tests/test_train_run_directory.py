@@ -1,4 +1,4 @@
-"""Training in a run directory that is full, damaged, in use, or of another config."""
+"""Training in a run directory that is on a full disk, damaged, in use, or of another config."""
 
 import json
 import re
@@ -220,7 +220,7 @@ def test_a_config_json_with_sections_of_another_type_is_named(workdir):
         ),
         (
             {"optim__name": "adamw"},
-            r"leaves that differ.* Changed: optim\.name 'adamw', was 'muon'",
+            r"arrays that differ.* Changed: optim\.name 'adamw', was 'muon'",
         ),
         ({"seed": 7}, r"seed"),
         ({"data__batch": 4}, r"data\.batch"),

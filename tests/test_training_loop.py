@@ -92,7 +92,7 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_an_evaluation_that_a_stopped_run_left_out_is_made_by_the_next_start(tmp_path, seen):
+def test_an_evaluation_that_a_stopped_run_missed_is_done_by_the_next_start(tmp_path, seen):
     with RunLogger(tmp_path, 4, quiet=True) as report:
         report.write(2, {EVAL_LOSS: 1.0} if seen else {"train/loss_nats": 1.0})
     loop, _ = run_loop(tmp_path, [GOOD], first=2, eval_every=2)

@@ -8,7 +8,7 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.planning.memory_formula import estimate_memory
 
-STEP_S, LEAST_TOKENS = 1.5, 16_384  # a step is shortened to this time, but not below these tokens
+STEP_S, LEAST_TOKENS = 1.5, 16_384  # steps are shortened to STEP_S, but not below LEAST_TOKENS
 LIKELY_MFU = 0.35
 
 
@@ -16,7 +16,7 @@ def fitting_batch(cfg: TrainConfig, flops_per_s: float) -> int:
     """Returns the config's batch, halved until a step likely takes at most STEP_S.
 
     Args:
-        flops_per_s: the device's peak, or what its matrix product was measured to reach.
+        flops_per_s: the device's peak or, if unknown, what its matrix product reached.
     """
     batch, data = cfg.data.batch, cfg.data
     flops = training_flops(cfg.model, data.seq_len, causal=True).total
@@ -27,14 +27,14 @@ def fitting_batch(cfg: TrainConfig, flops_per_s: float) -> int:
 
 
 def like_torch(cfg: TrainConfig) -> TrainConfig:
-    """Returns a config whose memory by formula is like PyTorch's: no remat, all logits at once."""
+    """Returns a config that takes about PyTorch's memory by formula: no remat, unchunked logits."""
     model = dataclasses.replace(cfg.model, remat="none")
     loss = dataclasses.replace(cfg.loss, chunk_bytes=2**40)
     return dataclasses.replace(cfg, model=model, loss=loss)
 
 
 def first_rows(cfg: TrainConfig, usable_bytes: int, tokens: int) -> int:
-    """Returns the largest power of two of rows that fits by the planner's formula.
+    """Returns the rows of a micro-batch: the largest power of two that fits by formula.
 
     Args:
         usable_bytes: 0 sets no limit.
@@ -54,11 +54,9 @@ def halve_until_it_fits(
 ) -> tuple[dict[str, Any], int]:
     """Returns (result, rows) of attempt(rows), halving the rows after each out-of-memory."""
     failed = []
-    while True:
-        result = attempt(rows)
-        if "oom" not in result:
-            return result | {"out_of_memory_at": failed}, rows
-        failed.append(rows)
+    while "oom" in (result := attempt(rows)):
         if rows == 1:
             return {"error": f"out of memory with one row: {result['oom']}"}, rows
+        failed.append(rows)
         rows //= 2
+    return result | {"out_of_memory_at": failed}, rows

@@ -21,7 +21,7 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.files import strict_json, write_atomic
 
-# Sizes for --tiny, which runs on any processor and gives no meaningful figures.
+# Sizes for --tiny, which tests a suite on any processor; its figures mean nothing.
 TINY = dict(L=1, D=32, F=64, H=4, G=2, K=8, V=256)
 TINY_T = 16
 
@@ -35,13 +35,13 @@ class BenchJob:
     optimizer: str = "muon"
     batch: int = 0  # sequences per step; 0 takes the config's
     rows: int = 0  # sequences per micro-batch
-    most_s: float = 0.0  # time for counted steps; at least step_timing.LEAST_STEPS are made
+    most_s: float = 0.0  # time for counted steps; step_timing.LEAST_STEPS always run
     tiny: bool = False
     usable_bytes: int = 0  # a program that needs more is not run; 0 sets no limit
     cache: str = ""  # folder of the compilation cache
     trace: str = ""  # folder for a profiler trace
     options: dict = dataclasses.field(default_factory=dict)  # XLA compiler options
-    began: float = 0.0  # when the child was started, UTC s
+    began: float = 0.0  # Unix time at which the child was started
     seeds: tuple = ()
     steps: int = 0
     data: dict = dataclasses.field(default_factory=dict)  # fields of DataConfig, for real text
@@ -50,7 +50,7 @@ class BenchJob:
 
 
 def job_config(job: BenchJob) -> TrainConfig:
-    """Returns the config that a job names, with the job's settings; tiny shrinks it."""
+    """Returns the config of a job's size with the job's settings, shrunk if it is tiny."""
     config = importlib.import_module(f"configs.{job.size}").get_config()
     if job.tiny:
         config.model.update(TINY)
@@ -71,10 +71,10 @@ def job_config(job: BenchJob) -> TrainConfig:
 def run_process_group(
     argv: Sequence[str], output: TextIO, limit_s: float, env: Mapping[str, str] | None
 ) -> int | None:
-    """Returns the exit status of a process, or None if it exceeded limit_s and was killed.
+    """Runs a process and returns its exit status; kills it and returns None after limit_s.
 
-    All processes that it started are killed with it. torch.compile's workers would otherwise live
-    on and slow the next child.
+    At its end all processes that it started are killed: torch.compile's workers would otherwise
+    live on and slow the next child.
     """
     child = subprocess.Popen(argv, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
@@ -97,33 +97,31 @@ def run_child(
         limit_s: the child is killed after this time, which is an error.
         env: variables added to this process's environment.
     """
-    job_path, result_path, output_path = (
-        folder / name for name in ("job.json", "result.json", "output.txt")
-    )
-    for path in (job_path, result_path, output_path):
-        path.unlink(missing_ok=True)
+    job_path, result_path = folder / "job.json", folder / "result.json"
+    result_path.unlink(missing_ok=True)
     job = dataclasses.replace(job, began=time.time())
     write_atomic(job_path, strict_json(dataclasses.asdict(job)))
     argv = [sys.executable, "-m", f"jaxtrain.benchmarks.{module}", str(job_path), str(result_path)]
-    with open(output_path, "w+") as output:
+    with open(folder / "output.txt", "w+", errors="replace") as output:
         status = run_process_group(argv, output, limit_s, os.environ | (env or {}))
+        output.seek(0)
+        last_lines = output.read().strip().splitlines()[-3:]
     if status is None:
         return {"error": f"killed: it took more than the {limit_s:.0f} s that were left"}
     if status == 0:
         return json.loads(result_path.read_text())
-    last_lines = output_path.read_text(errors="replace").strip().splitlines()[-3:]
     return {"error": f"exit status {status}: {' | '.join(last_lines)[-600:]}"}
 
 
 def child_main(
     kinds: Mapping[str, Callable[[BenchJob], dict[str, Any]]], is_oom: Callable[[Exception], bool]
 ) -> None:
-    """Does the job in the file argv[1] and writes its result to argv[2]: a child's main function.
+    """Runs a child: does the job in the file argv[1] and writes its result to argv[2].
 
-    Running out of device memory is a result too: {"oom": reason}.
+    If the device runs out of memory, the result is {"oom": reason}.
 
     Args:
-        kinds: what to call for each BenchJob.kind.
+        kinds: the function for each BenchJob.kind.
         is_oom: whether an error means that the device ran out of memory.
     """
     values = json.loads(Path(sys.argv[1]).read_text())

@@ -1,12 +1,12 @@
-"""Suite loader: tokens/s from a token shard to arrays on the device, and the first batch's time.
+"""Suite loader: the loader's tokens/s, from a shard to the device, and the first batch's time.
 
-For comparison it times a minimal reader: NumPy crops at random places of the same file.
+For comparison it times a minimal reader, which copies windows at random places of the same file.
 """
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +38,25 @@ def write_shard(folder: Path, tokens: int) -> None:
     writer.close()
 
 
-def _load_batches(batches: Batches) -> Callable[[int], None]:
-    """Returns a turn that takes BATCHES batches from the loader."""
-
-    def turn(_: int) -> None:
-        batch = None
-        for _ in range(BATCHES):
-            batch = next(batches)
-        jax.block_until_ready(batch)
-
-    return turn
+def _load_batches(batches: Batches) -> None:
+    """Takes BATCHES batches from the loader."""
+    batch = None
+    for _ in range(BATCHES):
+        batch = next(batches)
+    jax.block_until_ready(batch)
 
 
-def _crop_file(corpus: Corpus) -> Callable[[int], None]:
-    """Returns a turn that copies windows at random places of the mapped file, as int32."""
-    rng, last = np.random.default_rng(0), corpus.tokens - T - 1
-
-    def turn(_: int) -> None:
-        for _ in range(BATCHES):
-            starts = rng.integers(0, last, BATCH)
-            np.stack([corpus.read(0, s, s + T + 1) for s in starts]).astype(np.int32)
-
-    return turn
+def _crop_file(corpus: Corpus, seed: int) -> None:
+    """Copies BATCHES batches from random places of the mapped file, as int32."""
+    rng = np.random.default_rng(seed)
+    for _ in range(BATCHES):
+        starts = rng.integers(0, corpus.tokens - T - 1, BATCH)
+        np.stack([corpus.read(0, s, s + T + 1) for s in starts]).astype(np.int32)
 
 
 def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
-    """Returns rows of prefetch 2 (the default), prefetch 0 and plain crops, and the first batch."""
-    jax.block_until_ready(jax.device_put(np.zeros(1)))  # starts the backend, outside the timing
+    """Returns rows for prefetch 2 (the default), prefetch 0, plain crops and the first batch."""
+    jax.block_until_ready(jax.device_put(np.zeros(1)))  # so that starting the backend is not timed
     mesh = build_mesh(MeshConfig(), jax.devices("cpu")[:1])
     with tempfile.TemporaryDirectory() as folder:
         write_shard(Path(folder), tokens)
@@ -75,22 +67,20 @@ def measure(rounds: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
         prefetching = build_batches(cfg, corpus, mesh, 0)
         jax.block_until_ready(next(prefetching))
         first_s = time.perf_counter() - start_s
-        no_prefetch = dataclasses.replace(cfg, prefetch=0)
-        in_loop = build_batches(no_prefetch, corpus, mesh, 0)
+        in_loop = build_batches(dataclasses.replace(cfg, prefetch=0), corpus, mesh, 0)
         with prefetching, in_loop:
             variants = {
-                f"prefetch={cfg.prefetch}": _load_batches(prefetching),
-                "prefetch=0": _load_batches(in_loop),
-                "numpy crops": _crop_file(corpus),
+                f"prefetch={cfg.prefetch}": lambda turn: _load_batches(prefetching),
+                "prefetch=0": lambda turn: _load_batches(in_loop),
+                "numpy crops": lambda turn: _crop_file(corpus, turn),
             }
             warm_up(variants, most_s=60.0)
             samples = interleave(variants, rounds)
     case = f"{tokens / 1e6:g}M tokens, B={BATCH} T={T}"
-    rows = [
-        {"suite": "loader", "case": case, "variant": v} | summarise(s) for v, s in samples.items()
-    ]
-    for row in rows:
-        row["tokens_per_s"] = BATCHES * BATCH * T / row["wall_s"]
+    rows = []
+    for variant, taken in samples.items():
+        row = {"suite": "loader", "case": case, "variant": variant} | summarise(taken)
+        rows.append(row | {"tokens_per_s": BATCHES * BATCH * T / row["wall_s"]})
     first = {"suite": "loader", "case": case, "first_batch_s": first_s, "open_corpus_s": opened_s}
     return [*rows, first]
 
@@ -111,7 +101,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             "ms a batch": lambda r: f"{1e3 * r['wall_s'] / BATCHES:.3f}",
             "cpu ms": lambda r: f"{1e3 * r['cpu_s'] / BATCHES:.3f}",
             "others": lambda r: f"{r['others']:.0%}",
-            "n": lambda r: str(r["samples"]),
+            "n": lambda r: r["samples"],
         },
     )
     return (

@@ -1,6 +1,6 @@
-"""Suite startup: from the start of the process to the first finished step of a config.
+"""Suite startup: the time from the start of a process to the end of a config's first step.
 
-A round has three starts, each a process of its own:
+A round has three starts, each in a process of its own:
 
     first     nothing is cached: text is encoded and every program is compiled
     programs  with the first start's compilation cache, in another run folder: text is encoded again
@@ -24,10 +24,9 @@ from jaxtrain.benchmarks.timing import target_verdict
 from jaxtrain.reporting.table import format_table
 
 CONFIG = "configs/quickstart.py"
-FLAGS = ("log_every=1",)
-MOST_OF_FIRST = 0.5
-POLL_S = 0.05  # how often the child's metrics are read; the times in them are its own
-# Imports the command, prints when that was done, and runs it as `python -m` does.
+MOST_OF_FIRST = 0.5  # target: the second start's time over the first's
+POLL_S = 0.05  # between two looks at the child's metrics, which contain the exact times
+# Imports the command, prints the time, and runs it as `python -m` does.
 CHILD = """
 import runpy, sys, time
 import jaxtrain.train
@@ -38,7 +37,7 @@ runpy.run_module("jaxtrain.train", run_name="__main__", alter_sys=True)
 
 
 def _first_step_time(workdir: Path) -> float | None:
-    """Returns when the run finished its first step, from its metrics.jsonl; None before that."""
+    """Returns the time at which the run finished its first step; None if it has not yet."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # without an incomplete line
     for record in map(json.loads, lines):
@@ -55,9 +54,8 @@ def time_start(workdir: Path, cache: Path, config: str) -> dict[str, float]:
     Raises:
         RuntimeError: the process ended before its first step.
     """
-    flags = [f"workdir={workdir}", f"compile_cache={cache}", *FLAGS]
-    command = [sys.executable, "-c", CHILD, f"--config={config}"]
-    command += [f"--config.{flag}" for flag in flags]
+    command = [sys.executable, "-c", CHILD, f"--config={config}", "--config.log_every=1"]
+    command += [f"--config.workdir={workdir}", f"--config.compile_cache={cache}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryFile("w+") as output:
         began, first_step = time.time(), None
@@ -84,28 +82,28 @@ def _time_round(folder: Path, config: str) -> dict[str, dict]:
     cache, workdir = folder / "cache", folder / "run"
     times = {"first": time_start(workdir, cache, config)}
     times["programs"] = time_start(folder / "other", cache, config)
-    for entry in workdir.iterdir():  # all but the encoded text, so that the run starts from step 0
+    for entry in workdir.iterdir():  # deletes all but the text, so that the run starts at step 0
         if entry.name != "data":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return times | {"second": time_start(workdir, cache, config)}
 
 
 def measure(rounds: int, config: str = CONFIG) -> list[dict[str, Any]]:
-    """Returns rows of the three starts: medians over rounds, each of which has its own cache."""
+    """Returns a row for each of the three starts: medians over rounds, each with its own cache."""
     taken = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             taken.append(_time_round(Path(folder), config))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in taken[0]:
         row = {"suite": "startup", "case": config, "variant": variant, "samples": rounds}
         for name in ("imports_s", "first_step_s"):
             row[name] = statistics.median(times[variant][name] for times in taken)
         row["after_imports_s"] = row["first_step_s"] - row["imports_s"]
+        first = rows[0] if rows else row
+        row["of_first"] = row["first_step_s"] / first["first_step_s"]
+        row["of_first_after_imports"] = row["after_imports_s"] / first["after_imports_s"]
         rows.append(row)
-    for row in rows:
-        row["of_first"] = row["first_step_s"] / rows[0]["first_step_s"]
-        row["of_first_after_imports"] = row["after_imports_s"] / rows[0]["after_imports_s"]
     return rows
 
 
@@ -120,7 +118,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             "imports s": lambda r: f"{r['imports_s']:.2f}",
             "after imports s": lambda r: f"{r['after_imports_s']:.2f}",
             "of first after imports": lambda r: f"{r['of_first_after_imports']:.2f}",
-            "n": lambda r: str(r["samples"]),
+            "n": lambda r: r["samples"],
             "target": lambda r: (
                 target_verdict(r["of_first"], MOST_OF_FIRST, at_most=True)
                 if r["variant"] == "second"

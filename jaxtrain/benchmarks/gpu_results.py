@@ -1,11 +1,11 @@
-"""Derives shares, targets and ratios from the GPU suite's measurements, and formats its rows."""
+"""Computes shares, verdicts and ratios from the GPU suite's measurements; formats its rows."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxtrain.benchmarks.timing import target_verdict
 
-TORCH_OPTIMIZERS = ("muon", "adamw")  # accelerated_lmo, which torch lacks, is compared with Muon
+TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is compared with Muon
 # Targets on an H100 or H200: MFU with causal attention of jaxtrain with Muon, tokens/s against
 # compiled PyTorch, shares of the optimizer and the host, time to the first step.
 MFU = {"gpt_124m": 0.50, "gpt_350m": 0.52, "gpt_774m": 0.55, "llama_1400m": 0.55}
@@ -18,7 +18,7 @@ OPTIMIZER_FIGURES = (
     "optimizer_share_at_524288",
     "tokens_per_s_at_524288",
 )
-HOST_BOUND = 0.8  # above this share of the optimizer's time, launching it no longer hides behind it
+HOST_BOUND = 0.8  # if launching takes more of the optimizer's time, it may slow the device
 
 
 class Item(NamedTuple):
@@ -36,11 +36,11 @@ class Item(NamedTuple):
 def step_shares(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the host's and the optimizer's share of a step, and figures at SHARE_TOKENS.
 
-    PyTorch's optimizer is timed inside its steps, by events on the GPU. Ours is a part of one
-    program; it is timed as a program of its own. That time is not the optimizer's time inside the
-    step if the host could not launch it fast enough, or if it exceeds the whole step. Then there is
-    no share, but a reason. The figures at SHARE_TOKENS are computed: everything but the optimizer
-    grows with the tokens.
+    PyTorch's optimizer is timed inside its steps, by events on the GPU. Our step is one program, so
+    our optimizer is timed as another program. If the host could not launch that fast enough, or if
+    it took longer than the whole step, then its time is not the optimizer's time inside the step,
+    and a reason replaces the share. The figures at SHARE_TOKENS are computed: everything but the
+    optimizer grows with the tokens.
     """
     step_s, update_s = result["step_s"], result["optimizer_s"]
     host_share = {"host_share": result["host_s"] / step_s}
@@ -74,7 +74,7 @@ def target_verdicts(item: Item, row: dict[str, Any]) -> dict[str, str]:
     for name in ("mfu", "mfu_at_524288"):
         if row[name] is not None:
             verdicts[name] = target_verdict(row[name], MFU[item.size])
-    # Only with Muon, which is measured first: the others find some of its programs in the cache.
+    # Only for Muon, which is measured first: later optimizers find some programs in the cache.
     limits_s = {"step": COLD_START_S, "warm start": WARM_START_S}
     if item.size == "llama_1400m" and item.what in limits_s:
         limit_s = limits_s[item.what]
@@ -85,8 +85,7 @@ def target_verdicts(item: Item, row: dict[str, Any]) -> dict[str, str]:
 def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict[str, Any] | None:
     """Returns our tokens/s over PyTorch's, each at its fastest; None until both are measured.
 
-    There are two ratios: as measured, and at SHARE_TOKENS, as shorter steps show more of the
-    optimizers.
+    There is a second ratio, at SHARE_TOKENS, as optimizers take a larger share of short steps.
     """
     torch_optimizer = optimizer if optimizer in TORCH_OPTIMIZERS else "muon"
     cases = {"jaxtrain": f"{size} {optimizer}", "pytorch": f"{size} {torch_optimizer}"}
@@ -99,20 +98,17 @@ def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict
         ours, theirs = fastest("jaxtrain", figure), fastest("pytorch", figure)
         return ours / theirs if ours and theirs else None
 
-    value, value_at_524288 = ratio("tokens_per_s"), ratio("tokens_per_s_at_524288")
-    if value is None:
+    ratios = {"ratio": ratio("tokens_per_s"), "ratio_at_524288": ratio("tokens_per_s_at_524288")}
+    if ratios["ratio"] is None:
         return None
-    targets = {"ratio": target_verdict(value, RATIO)}
-    if value_at_524288 is not None:
-        targets["ratio_at_524288"] = target_verdict(value_at_524288, RATIO)
     return {
         "suite": "gpu",
         "case": cases["jaxtrain"],
         "ratio": f"jaxtrain / pytorch's {torch_optimizer}",
         "what": "ratio",
-        "value": value,
-        "value_at_524288": value_at_524288,
-        "targets": targets,
+        "value": ratios["ratio"],
+        "value_at_524288": ratios["ratio_at_524288"],
+        "targets": {name: target_verdict(x, RATIO) for name, x in ratios.items() if x is not None},
     }
 
 

@@ -1,15 +1,16 @@
 """Suite gpu: our training step at 124M to 1.4B against compiled PyTorch, on one GPU.
 
-Each row is measured by a child process, so that the frameworks never hold memory together and a
-crash becomes a row with its reason. This process stays off the GPU. It plans the available minutes,
-most valuable rows first; rows that they do not reach are listed too. Both frameworks train the same
-tokens per step (the config's, or fewer if a step would take longer than STEP_S), each in the
-micro-batch size that is fastest for it.
+A child process measures each row, so that the frameworks never hold memory at the same time, and a
+crash becomes a row with its reason. This process does not use the GPU. It measures the most
+valuable rows first and lists those for which no time is left. Both frameworks train the same tokens
+per step (the config's, or fewer if a step would take longer than STEP_S), each in its fastest
+micro-batch size.
 """
 
 import argparse
 import dataclasses
 import glob
+import itertools
 import os
 import tempfile
 import time
@@ -47,10 +48,10 @@ SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
 OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
 VARIANTS = ("jaxtrain", "pytorch")
 CHILD_MODULES = {"jaxtrain": "jax_child", "pytorch": "torch_child"}
-CHILD_ENV = memory.environment()  # training sets these variables itself; children do not
+CHILD_ENV = memory.environment()  # which training sets for itself
 TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
-# Estimates that only plan the minutes: what a child takes before its steps.
+# Estimates, used only to plan the minutes, of the time that a child takes before its steps.
 START_S, COMPILE_S, TORCH_COMPILE_LAYER_S = 20.0, 40.0, 2.0
 COUNTED_S = 15.0  # time for counted steps
 DEFAULT_MICRO_BATCH_TOKENS = 32_768
@@ -82,14 +83,13 @@ def build_items(
     """Returns all rows to measure, the most valuable first: Muon at each size in both frameworks.
 
     Args:
-        choices: XLA options among them that are not applied yet are tried at the smallest size.
+        choices: XLA options among them that are not applied yet are tried at the first size.
     """
-    items = []
-    for optimizer in optimizers:
-        for size in sizes:
-            for variant in variants:
-                if variant == "jaxtrain" or optimizer in TORCH_OPTIMIZERS:
-                    items.append(Item(size, variant, optimizer))
+    items = [
+        Item(size, variant, optimizer)
+        for optimizer, size, variant in itertools.product(optimizers, sizes, variants)
+        if variant == "jaxtrain" or optimizer in TORCH_OPTIMIZERS
+    ]
     if "jaxtrain" in variants:
         items.append(Item(sizes[-1], "jaxtrain", optimizers[0], "warm start"))
         untried = [choice for choice in choices if choice.is_option and not choice.applied]
@@ -117,14 +117,14 @@ class GpuSuite:
         return self.chip.name if self.chip else ""
 
     def _run_child(self, variant: str, job: BenchJob) -> dict[str, Any]:
-        # A new cache for torch in each run, as JAX has one. In its usual cache torch would find
-        # what an earlier run compiled.
+        # torch gets a new cache for each run of the suite, as JAX does: in its usual cache it
+        # would find what an earlier run compiled.
         caches = {name: f"{self._folder / job.size}/{name}" for name in TORCH_CACHES}
         limit_s = max(self._left_s, 1.0)
         return run_child(CHILD_MODULES[variant], job, self._folder, limit_s, CHILD_ENV | caches)
 
     def measure_device(self) -> dict[str, Any]:
-        """Returns the row of the device and its ceilings."""
+        """Returns the row with the device and its ceilings."""
         self._device = self._run_child("jaxtrain", BenchJob("about", tiny=self._args.tiny))
         chips = {chip.kind: chip for chip in CHIPS.values()}
         self.chip = chips.get(self._device.get("device", ""))
@@ -147,29 +147,23 @@ class GpuSuite:
             options={choice.name: choice.value for choice in tried},
         )
         cfg = job_config(job)
-        # The datasheet's peak, so that a step has the same tokens each time on a known chip.
+        # On a known chip the datasheet's peak, so that the tokens of a step are always the same.
         peak = self.chip.peak_flops["bfloat16"] if self.chip else self._device["matmul_flops_per_s"]
         batch = fitting_batch(cfg, peak)
         data = dataclasses.replace(cfg.data, batch=batch)
         cfg = dataclasses.replace(cfg, accumulation=1, data=data)
         return dataclasses.replace(job, batch=batch), cfg
 
-    def _expected_s(self, item: Item, cfg: TrainConfig) -> float:
-        """Returns an item's expected time: what the same size and variant took, or a guess."""
-        known_s = self._taken_s.get((item.size, item.variant))
-        if known_s or self._args.tiny:
-            return known_s or 0.0
-        torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
-        return START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
-
     def measure(self, item: Item) -> Iterator[dict[str, Any]]:
-        """Yields an item's row and, the first time for a size, one at half the micro-batch."""
+        """Yields an item's row and, the first time for a size, one at half the micro-batch size."""
         job, cfg = self._build_job(item)
-        expected_s, key = self._expected_s(item, cfg), (item.size, item.variant)
+        key = item.size, item.variant
+        torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
+        guess_s = START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
+        expected_s = self._taken_s.get(key, 0.0 if self._args.tiny else guess_s)
         if self._left_s < expected_s:
-            left = f"{self._left_s:.0f} s are left"
-            reason = f"not measured: it would take about {expected_s:.0f} s; {left}"
-            yield self._row(item, cfg, 0, {"error": reason})
+            reason = f"it would take about {expected_s:.0f} s; {self._left_s:.0f} s are left"
+            yield self._row(item, cfg, 0, {"error": f"not measured: {reason}"})
             return
         tokens: Any = tuning.hint(self.chip_name, "micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS)
         memory_cfg = cfg if item.variant == "jaxtrain" else like_torch(cfg)
@@ -199,14 +193,10 @@ class GpuSuite:
         Args:
             memory_cfg: the config for the memory formula; see like_torch.
         """
-        row: dict[str, Any] = {
-            "suite": "gpu",
-            "case": f"{item.size} {item.optimizer}",
-            "variant": item.variant,
-        }
         if "oom" in result:
             result = {"error": f"out of memory: {result['oom']}"}
-        row |= {"what": item.what, "rows": rows, **result}
+        row: dict[str, Any] = {"suite": "gpu", "case": f"{item.size} {item.optimizer}"}
+        row |= {"variant": item.variant, "what": item.what, "rows": rows, **result}
         if rows:
             cfg = dataclasses.replace(memory_cfg, accumulation=memory_cfg.data.batch // rows)
             row["formula_bytes"] = estimate_memory(cfg, 1).peak
@@ -216,19 +206,16 @@ class GpuSuite:
             row["targets"] = target_verdicts(item, row)
         return row
 
-    def mfu(
-        self, cfg: TrainConfig, tokens_per_s: float, tokens_per_s_at_524288: float | None
-    ) -> dict[str, Any]:
+    def mfu(self, cfg: TrainConfig, tokens_per_s: float, at_524288: float | None) -> dict[str, Any]:
         """Returns MFU with causal attention, as a run reports it, and by 6N only.
 
-        They are None, with the reason, if the chip is not in the table.
+        They are None, with the reason, if the chip is not in the table. `at_524288` is tokens/s.
         """
         if self.chip is None:
             reason = f"{self._device.get('device')!r} is not in the chip table"
             return {"mfu": None, "mfu_6n": None, "mfu_at_524288": None, "no_mfu": reason}
         flops = training_flops(cfg.model, cfg.data.seq_len, causal=True)
         peak = self.chip.peak_flops["bfloat16"]
-        at_524288 = tokens_per_s_at_524288
         return {
             "mfu": flops.total * tokens_per_s / peak,
             "mfu_6n": flops.matrices * tokens_per_s / peak,

@@ -1,4 +1,4 @@
-"""The child process that runs JAX: device ceilings, our training step, losses on real text."""
+"""The child process that runs JAX: the device's ceilings, our training step, losses on text."""
 
 import importlib.metadata
 import statistics
@@ -29,7 +29,7 @@ from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import Step, TrainState, init_state
 from pallas_kernels import bench as kernel_bench
 
-UPDATES, SKIPPED_UPDATES = 12, 2  # of the optimizer's own program; the first ones are not counted
+UPDATES, SKIPPED_UPDATES = 12, 2  # of the optimizer's own program; the first two do not count
 TRACED_STEPS = 2
 
 
@@ -55,11 +55,13 @@ def first_device(job: BenchJob) -> Any:
 def describe_device(job: BenchJob) -> dict[str, Any]:
     """Returns the device and what a large matrix product and a copy reach on it."""
     device = first_device(job)
-    about = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return (
-        about | {"bytes_limit": limit} | kernel_bench.measure_ceilings(256 if job.tiny else 8_192)
-    )
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "bytes_limit": (device.memory_stats() or {}).get("bytes_limit", 0),
+        **kernel_bench.measure_ceilings(256 if job.tiny else 8_192),
+    }
 
 
 class JaxStep:
@@ -71,13 +73,13 @@ class JaxStep:
         self._rates, self._sharding = self.run.rates(), batch_sharding(self.run.mesh)
         self.state: TrainState | None = None
 
-    def init(self) -> TrainState:
-        """Allocates the first state."""
-        run = self.run
-        self.state = init_state(run.model, run.optimizer, run.mesh, run.cfg.seed)
+    def init(self, seed: int | None = None) -> TrainState:
+        """Makes the first state; None takes the config's seed."""
+        run, seed = self.run, self.run.cfg.seed if seed is None else seed
+        self.state = init_state(run.model, run.optimizer, run.mesh, seed)
         return self.state
 
-    def launch(self, tokens_BT1: np.ndarray) -> jax.Array:
+    def launch(self, tokens_BT1: np.ndarray | jax.Array) -> jax.Array:
         """Starts a step and returns its loss, which is not computed yet."""
         batch = {"tokens": jax.device_put(tokens_BT1, self._sharding)}
         self.state, scalars = self.step(self.state, batch, self._rates)
@@ -89,27 +91,22 @@ class JaxStep:
 
 
 def time_optimizer(run: Run, state: TrainState) -> dict[str, Any]:
-    """Times the optimizer as a program of its own; donates the state.
+    """Times the optimizer as a program of its own; donates the state. See gpu_results.step_shares.
 
-    Updates are launched one ahead, as steps are: waiting for each would count the wait.
-    See gpu_results.optimizer_shares.
+    Like steps, an update is launched before the last one is waited for, as waiting takes time too.
     """
 
     def update(params, opt_state, grads, rates):
         good = jnp.ones((), bool)
         updates, opt_state = run.optimizer.update(grads, opt_state, params, good=good, rates=rates)
         params = optax.apply_updates(params, updates)
-        # One number of the result, so that waiting for it does not keep the donated arrays alive.
+        # The caller waits for one number, as the new arrays are donated to the next update.
         return params, opt_state, jax.tree.leaves(params)[0].ravel()[0]
 
-    # Any values will do for gradients: they do not change the time.
-    grads, rates = jax.tree.map(jnp.copy, state.params), run.rates()
-    args = state.params, state.opt_state, grads, rates
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), args
-    )
-    step = Step(jax.jit(update, donate_argnums=(0, 1)), *abstract)
     params, opt_state = state.params, state.opt_state
+    # The values of the gradients do not change the time.
+    grads, rates = jax.tree.map(jnp.copy, params), run.rates()
+    step = Step(jax.jit(update, donate_argnums=(0, 1)), params, opt_state, grads, rates)
 
     def launch(_):
         nonlocal params, opt_state
@@ -122,7 +119,7 @@ def time_optimizer(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 def train(job: BenchJob) -> dict[str, Any]:
-    """Returns times and memory of our step, and the optimizer's time; see time_steps."""
+    """Returns the times and the memory of our step, and the optimizer's time; see time_steps."""
     cfg = job_config(job)
     start_runtime(cfg)
     device = first_device(job)
@@ -149,18 +146,14 @@ def train_losses(job: BenchJob) -> dict[str, Any]:
     """Returns each seed's losses on real text; writes its first weights for the PyTorch child."""
     cfg, losses = job_config(job), {}
     start_runtime(cfg)
-    run = build_run(cfg, [first_device(job)])
     corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(job.folder))
-    step, rates = compile_step(run), run.rates()
+    step = JaxStep(cfg, [first_device(job)])
     for seed in job.seeds:
-        state = init_state(run.model, run.optimizer, run.mesh, seed)
-        arrays = {name: np.asarray(x) for name, x in named_leaves(state.params).items()}
+        params = named_leaves(step.init(seed).params)
+        arrays = {name: np.asarray(x) for name, x in params.items()}
         np.savez(Path(job.folder) / f"weights_{seed}.npz", allow_pickle=False, **arrays)
-        nats = []
-        with build_batches(cfg.data, corpus, run.mesh, seed) as batches:
-            for _ in range(job.steps):
-                state, scalars = step(state, next(batches), rates)
-                nats.append(scalars["train/loss_nats"])
+        with build_batches(cfg.data, corpus, step.run.mesh, seed) as batches:
+            nats = [step.launch(next(batches)["tokens"]) for _ in range(job.steps)]
         losses[str(seed)] = [float(x) for x in nats]
     shards = [str(shard.path) for shard in corpus.shards]
     return {"losses": losses, "shards": shards, "data": corpus.describe()}

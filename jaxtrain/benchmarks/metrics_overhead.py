@@ -1,12 +1,11 @@
-"""Suite metrics: what measuring a step costs the training thread.
+"""Suite metrics: the time that measuring a step costs the training thread.
 
-It makes all calls that the training loop makes to measure a step, with a step log on disk and one
-network interface's counters, but without a step between them. Their CPU time is compared with the
-steps of shipped configs, timed in the same process.
+It makes all calls by which the training loop measures a step, with a step log on disk and one
+network interface's counters, but runs no step between them. Their CPU time is compared with the
+steps of shipped configs, which are timed in the same process.
 """
 
 import importlib
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxtrain.benchmarks.dispatch import time_calls
 from jaxtrain.benchmarks.timing import target_verdict
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import StepWork, build_work, find_device_chip
 from jaxtrain.metrics.network import NetworkCounters
 from jaxtrain.metrics.step_log import StepLog
 from jaxtrain.reporting.table import format_table
-from jaxtrain.training.run import Run, build_run, compile_step
-from jaxtrain.training.step import Step, init_state
+from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import Chip
 
 MOST_SHARE = 0.005  # of a step
@@ -33,22 +30,6 @@ CASES = ("debug", "quickstart")
 LOG_EVERY = 10  # steps, TrainConfig's default
 STEPS = 2_000  # for which the metrics are timed
 INTERFACE = "lo"  # every host has it
-WARM_UP_STEPS = 3
-
-
-def _median_step_s(run: Run, step: Step, rounds: int) -> float:
-    """Returns the median wall time of a step, each waited for."""
-    cfg, times_s = run.cfg, []
-    state, rates = init_state(run.model, run.optimizer, run.mesh, cfg.seed), run.rates()
-    rng = np.random.default_rng(0)
-    for _ in range(WARM_UP_STEPS + rounds):
-        tokens = rng.integers(0, cfg.model.V, (cfg.data.batch, cfg.data.seq_len + 1), np.int32)
-        batch = {"tokens": jax.device_put(tokens, batch_sharding(run.mesh))}
-        jax.block_until_ready((state, batch))
-        start_s = time.perf_counter()
-        state, scalars = jax.block_until_ready(step(state, batch, rates))
-        times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s[WARM_UP_STEPS:])
 
 
 def measuring_cost_s(work: StepWork, chip: Chip | None, steps: int = STEPS) -> tuple[float, float]:
@@ -80,7 +61,7 @@ def measure(rounds: int, cases: Sequence[str] = CASES) -> list[dict[str, Any]]:
         chip = find_device_chip(run.mesh.devices.flat[0])
         cpu_s, wall_s = measuring_cost_s(work, chip)
         row = {"suite": "metrics", "case": name, "cpu_s": cpu_s, "wall_s": wall_s}
-        row |= {"step_s": _median_step_s(run, step, rounds), "samples": rounds}
+        row |= {"step_s": time_calls(run, step, rounds)["whole_step_s"], "samples": rounds}
         rows.append(row | {"share": cpu_s / row["step_s"]})
     return rows
 
@@ -95,6 +76,6 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             "cpu us": lambda r: f"{1e6 * r['cpu_s']:.1f}",
             "wall us": lambda r: f"{1e6 * r['wall_s']:.1f}",
             "step ms": lambda r: f"{1e3 * r['step_s']:.2f}",
-            "n": lambda r: str(r["samples"]),
+            "n": lambda r: r["samples"],
         },
     )

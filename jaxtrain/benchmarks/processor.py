@@ -1,9 +1,10 @@
 """Describes the processor, versions and load, and measures the peak of matrix products."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,23 @@ def describe_machine() -> dict[str, Any]:
     fields = [line.partition(":") for line in info.read_text().split("\n")] if info.exists() else []
     values = {name.strip(): value.strip() for name, _, value in fields}
     flags = set(values.get("flags", values.get("Features", "")).split())
+    versions = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "missing")
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "suite": "machine",
         "cpu": values.get("model name", platform.processor() or platform.machine()),
         "cores": os.cpu_count(),
         "features": [name for name in FEATURES if name in flags],
         "bf16_products": cpu_multiplies_bf16(),
-        "versions": {"python": platform.python_version()} | dict(_versions()),
+        "versions": versions,
         "load_average": list(os.getloadavg()),
     }
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield name, "missing"
-
-
 def machine_text(machine: Mapping[str, Any]) -> str:
-    """Returns describe_machine() as text, with a warning if other processes keep it busy."""
+    """Returns describe_machine() as text, with a warning if the load is high."""
     versions = "  ".join(f"{name} {version}" for name, version in machine["versions"].items())
     bf16 = "has bf16 instructions" if machine["bf16_products"] else "no bf16 instructions"
     load = machine["load_average"]
@@ -63,34 +60,21 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _random_matrix(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(N, N)).astype(np.float32)
-
-
-def _jax_product(dtype: str) -> Callable[[int], Any]:
-    cpu = jax.devices("cpu")[0]
-    a, b = (jax.device_put(_random_matrix(seed), cpu).astype(dtype) for seed in (0, 1))
-    # XLA takes its bf16 kernel, if the processor has the instructions, for a float32 result.
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return lambda turn: product(a, b).block_until_ready()
-
-
-def _torch_product(torch: Any, dtype: Any) -> Callable[[int], Any]:
-    a, b = (torch.from_numpy(_random_matrix(seed)).to(dtype) for seed in (0, 1))
-    return lambda turn: a @ b
-
-
 def gemm_peaks(rounds: int = 7, most_s: float = 3.0) -> dict[str, float]:
     """Returns {"jax float32": FLOP/s, ...}: the fastest of `rounds` products of N x N matrices."""
-    variants = {f"jax {name}": _jax_product(name) for name in ("float32", "bfloat16")}
-    try:
+    matrices = np.random.default_rng(0).normal(size=(2, N, N)).astype(np.float32)
+    # XLA uses its bf16 kernel, if the processor has the instructions, only for a float32 result.
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    variants = {}
+    for dtype in ("float32", "bfloat16"):
+        a, b = (jax.device_put(x, jax.devices("cpu")[0]).astype(dtype) for x in matrices)
+        variants[f"jax {dtype}"] = lambda turn, a=a, b=b: product(a, b).block_until_ready()
+    with contextlib.suppress(ModuleNotFoundError):
         import torch
-    except ModuleNotFoundError:
-        torch = None
-    if torch is not None:
-        for dtype in (torch.float32, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            variants[f"torch {name}"] = _torch_product(torch, dtype)
+
+        for dtype in ("float32", "bfloat16"):
+            a, b = torch.from_numpy(matrices).to(getattr(torch, dtype))
+            variants[f"torch {dtype}"] = lambda turn, a=a, b=b: a @ b
     warm_up(variants, most_s)
     samples = interleave(variants, rounds, most_s)
     return {name: 2 * N**3 / min(s.wall_s for s in taken) for name, taken in samples.items()}
@@ -99,8 +83,8 @@ def gemm_peaks(rounds: int = 7, most_s: float = 3.0) -> dict[str, float]:
 def peak_for(dtype: str, peaks: Mapping[str, float]) -> float:
     """Returns the peak FLOP/s that a program of a compute type is measured against.
 
-    A program may compute in bfloat16 by float32 products, which are exact for bfloat16 values. So
-    the peak of bfloat16 is never below that of float32.
+    A bfloat16 program may use float32 products, which are exact for bfloat16 values. So its peak is
+    never below that of float32.
     """
     usable = ("float32", "bfloat16") if dtype == "bfloat16" else (dtype,)
     return max(flops for name, flops in peaks.items() if name.split()[1] in usable)

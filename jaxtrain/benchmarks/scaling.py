@@ -1,9 +1,10 @@
-"""Suite scaling: data-parallel and fsdp on 1, 2, 4, ... local devices, against the ideal.
+"""Suite scaling: data-parallel and fsdp steps on 1, 2, 4, ... local devices.
 
-Weak scaling keeps the rows per device, strong scaling the rows per step. The efficiency is the
-tokens/s of n devices over n times those of one. The exposed communication is the step's time less
-that of one device on its own share of the rows. That is the same computation without communication,
-except that the devices share the optimizer's work; so the difference can be negative.
+In weak scaling all steps have the same rows per device, in strong scaling the same rows in all. The
+efficiency is the tokens/s of n devices over n times those of one. The exposed communication is a
+step's time minus the time that one device takes for its share of the rows. One device makes the
+same computation without communication, except that n devices share the optimizer's work; so the
+difference can be negative.
 """
 
 import argparse
@@ -36,12 +37,6 @@ VIRTUAL_DEVICES = 8
 NO_FIGURE = "virtual devices share one processor: this tests the suite, it measures no scaling"
 
 
-def device_counts(devices: int, tiny: bool) -> list[int]:
-    """Returns the powers of two up to the number of devices; tiny keeps the first and the last."""
-    counts = [n for n in (2**k for k in range(devices.bit_length())) if n <= devices]
-    return [counts[0], counts[-1]] if tiny else counts
-
-
 def median_step_s(job: BenchJob, mesh: MeshConfig, batch: int, devices: Sequence[Any]) -> float:
     """Returns the median time of a step of `batch` rows on the given devices."""
     rows = min(batch, job.rows * len(devices))
@@ -54,9 +49,10 @@ def median_step_s(job: BenchJob, mesh: MeshConfig, batch: int, devices: Sequence
 
 
 def measure_scaling(job: BenchJob) -> dict[str, Any]:
-    """Measures every mesh, kind of scaling and device count, in the child; {"rows": [...]}."""
+    """Measures every mesh, kind of scaling and device count; returns {"rows": [...]}."""
     devices, known_s, rows = jax.devices(), {}, []
-    counts = device_counts(len(devices), job.tiny)
+    counts = [2**k for k in range(len(devices).bit_length())]
+    counts = [counts[0], counts[-1]] if job.tiny else counts
 
     def step_s(mesh: str, n: int, batch: int) -> float:
         key = mesh if n > 1 else "", n, batch  # on one device all meshes are the same program
@@ -69,10 +65,7 @@ def measure_scaling(job: BenchJob) -> dict[str, Any]:
             for n in counts:
                 batch = job.rows * (n if kind == "weak" else counts[-1])
                 n_devices_s, one_share_s = step_s(mesh, n, batch), step_s(mesh, 1, batch // n)
-                if kind == "weak":
-                    ideal_s = step_s(mesh, 1, job.rows)
-                else:
-                    ideal_s = step_s(mesh, 1, batch) / n
+                ideal_s = one_share_s if kind == "weak" else step_s(mesh, 1, batch) / n
                 rows.append(
                     {
                         "suite": "scaling",
@@ -94,11 +87,9 @@ def measure_scaling(job: BenchJob) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields the suite's rows; without a GPU, at tiny sizes on virtual devices."""
     gpu, env = has_gpu(), {}
-    if not gpu:
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        others = [flag for flag in flags if not flag.startswith(VIRTUAL_DEVICES_FLAG)]
-        flags = [*others, f"{VIRTUAL_DEVICES_FLAG}={VIRTUAL_DEVICES}"]
-        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    if not gpu:  # of two equal XLA flags the last one counts
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {VIRTUAL_DEVICES_FLAG}={VIRTUAL_DEVICES}"
+        env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     with tempfile.TemporaryDirectory() as folder:
         job = JOB if gpu and not args.tiny else TINY_JOB
         result = run_child("scaling", job, Path(folder), 60 * args.minutes, env)

@@ -4,7 +4,6 @@ This module imports neither framework.
 """
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +16,14 @@ from jaxtrain.config.train_config import TrainConfig
 
 WARM_UP_STEPS = 2
 LEAST_STEPS, MOST_STEPS = 5, 20  # counted
-SMI_TIMEOUT_S = 20.0  # nvidia-smi loads the driver first where persistence mode is off
+SMI_TIMEOUT_S = 20.0  # without persistence mode, nvidia-smi first loads the driver
 SMI_FIELDS = (
     "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 )
 
 
 def zipf_tokens(seed: int, batch: int, seq_len: int, V: int) -> np.ndarray:
-    """Draws int32 [batch, seq_len + 1] with the frequencies of text: rank r has 1 / (r + 2.7).
+    """Draws int32 [batch, seq_len + 1] with frequencies like text's: 1 / (r + 2.7) at rank r.
 
     Source: Mandelbrot 1953, as in Manning & Schuetze 1999, section 1.4.3.
     """
@@ -44,8 +43,8 @@ def time_pipelined(
     for the host, and the latency of the wait itself is not counted. The first step's time starts at
     its launch.
 
-    The CPU time is that of the launching thread. It is an upper bound of the host's work: sleeping
-    while the device's queue is full does not count, but a driver that spins there does.
+    The CPU time is that of the launching thread: an upper bound of the host's work, as some drivers
+    spin while the device's queue is full.
 
     Args:
         launch: starts a step on a batch and returns what `wait` waits for.
@@ -74,7 +73,7 @@ def median_and_range(name: str, times_s: Sequence[float]) -> dict[str, Any]:
 def time_steps(
     job: BenchJob, cfg: TrainConfig, launch: Callable[[Any], Any], wait: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    """Times a job's steps, each on new tokens; the first step is timed from the child's start."""
+    """Times a job's steps, each on new tokens; first_step_s counts from the child's start."""
     shape = job.batch, cfg.data.seq_len, cfg.model.V
     batches = lambda first, count: [zipf_tokens(first + i, *shape) for i in range(count)]
     wait(launch(batches(0, 1)[0]))
@@ -82,7 +81,7 @@ def time_steps(
     warm_up_s, _ = time_pipelined(launch, wait, batches(1, WARM_UP_STEPS))
     count = int(np.clip(job.most_s / min(warm_up_s), LEAST_STEPS, MOST_STEPS))
     steps_s, launches_s = time_pipelined(launch, wait, batches(1 + WARM_UP_STEPS, count))
-    # Clocks are read while one more step runs, so that they are those under load.
+    # One more step runs meanwhile, so that these are the clocks under load.
     in_flight = launch(batches(1 + WARM_UP_STEPS + count, 1)[0])
     clocks = gpu_clocks()
     wait(in_flight)
@@ -100,20 +99,18 @@ def time_steps(
 
 
 def first_gpu(environ: Mapping[str, str]) -> str:
-    """Returns the index or UUID, as nvidia-smi takes it, of the GPU that a process sees first."""
+    """Returns the index or UUID, for nvidia-smi, of the GPU that a process sees first."""
     return environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
 
 
 def gpu_clocks() -> str:
-    """Returns nvidia-smi's clocks, power and temperature of the first GPU, or why it has none."""
-    if not shutil.which("nvidia-smi"):
-        return "no nvidia-smi"
+    """Returns the first GPU's clocks, power and temperature, or why nvidia-smi reports none."""
     argv = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader"]
     argv.append(f"--id={first_gpu(os.environ)}")
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, check=False, timeout=SMI_TIMEOUT_S
-        )
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=SMI_TIMEOUT_S)
+    except FileNotFoundError:
+        return "no nvidia-smi"
     except subprocess.TimeoutExpired:
         return f"nvidia-smi: no answer in {SMI_TIMEOUT_S:g} s"
     output = done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Times variants side by side: they take turns in one process, and each turn is one sample."""
+"""Times variants that take turns in one process; each turn is one sample."""
 
 import os
 import statistics
@@ -88,29 +88,48 @@ def target_verdict(value: float, target: float, at_most: bool = False) -> str:
 def ratio_row(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str, target: float | None
 ) -> dict[str, Any]:
-    """Returns the row of one variant's speed-up over another.
+    """Returns the row of one variant's speed-up over another; its name is "OURS / THEIRS"."""
+    ratio = theirs["wall_s"] / ours["wall_s"]
+    return {
+        "suite": ours["suite"],
+        "case": ours["case"],
+        "ratio": name,
+        "wall": ratio,
+        "of_minima": theirs["wall_min_s"] / ours["wall_min_s"],
+        "cpu": theirs["cpu_s"] / ours["cpu_s"],
+        "target": target_verdict(ratio, target) if target else "",
+    }
+
+
+def format_comparison(
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Sequence[Mapping[str, Any]],
+    work: str,
+    columns: Mapping[str, Callable[[Any], str]],
+) -> str:
+    """Returns a table of times and, if there are any, one of ratios.
 
     Args:
-        name: of the pair, such as "jaxtrain / eager".
-        target: None has no verdict.
+        work: what a turn does, such as "step".
+        columns: further columns of the times, which replace those of the same name.
     """
-    ratio = theirs["wall_s"] / ours["wall_s"]
-    row = {"suite": ours["suite"], "case": ours["case"], "ratio": name, "wall": ratio}
-    row |= {"of_minima": theirs["wall_min_s"] / ours["wall_min_s"]}
-    row |= {"cpu": theirs["cpu_s"] / ours["cpu_s"]}
-    return row | {"target": target_verdict(ratio, target) if target else ""}
-
-
-def format_ratios(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a table of how many times as fast one variant is as another."""
-    return format_table(
-        rows,
-        {
-            "case": lambda r: r["case"],
-            "speed-up of": lambda r: r["ratio"],
-            "target": lambda r: r["target"],
-            "wall": lambda r: f"{r['wall']:.2f}x",
-            "of minima": lambda r: f"{r['of_minima']:.2f}x",
-            "cpu": lambda r: f"{r['cpu']:.2f}x",
-        },
-    )
+    times = {
+        "case": lambda r: r["case"],
+        "variant": lambda r: r["variant"],
+        f"{work} ms": lambda r: f"{1e3 * r['wall_s']:.1f}",
+        "min": lambda r: f"{1e3 * r['wall_min_s']:.1f}",
+        "cpu ms": lambda r: f"{1e3 * r['cpu_s']:.1f}",
+        "first s": lambda r: f"{r['first_call_s']:.1f}",
+        "others": lambda r: f"{r['others']:.0%}",
+        "n": lambda r: r["samples"],
+    }
+    speedups = {
+        "case": lambda r: r["case"],
+        "speed-up of": lambda r: r["ratio"],
+        "target": lambda r: r["target"],
+        "wall": lambda r: f"{r['wall']:.2f}x",
+        "of minima": lambda r: f"{r['of_minima']:.2f}x",
+        "cpu": lambda r: f"{r['cpu']:.2f}x",
+    }
+    text = format_table(rows, {**times, **columns})
+    return f"{text}\n\n{format_table(ratios, speedups)}" if ratios else text

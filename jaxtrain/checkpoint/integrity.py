@@ -53,9 +53,11 @@ def compute_digests(arrays: Iterable[jax.Array]) -> list[str]:
 
 
 def _has_bits(dtype: jnp.dtype) -> bool:
-    """Returns whether each element is bits in memory: false for int4 and typed PRNG keys."""
-    known = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
-    return (known or jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize * 8 == _bits(dtype)
+    """Returns whether an element's bits fill its bytes: false for int4 and typed PRNG keys."""
+    is_integer = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
+    return (is_integer or jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize * 8 == _bits(
+        dtype
+    )
 
 
 def _bits(dtype: jnp.dtype) -> int:
@@ -72,7 +74,7 @@ def _jitted_digests(mesh: Mesh | None):
 
 
 def _digest(x: jax.Array) -> jax.Array:
-    """[...] -> uint32[2], without temporaries of the array's size."""
+    """Computes the digest of [...] as uint32 [2], without temporaries of the array's size."""
     position = jnp.zeros(x.shape, jnp.uint32)  # in the whole array, row-major
     for dim in range(x.ndim):
         stride = jnp.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
@@ -198,10 +200,10 @@ def check_template(record: dict[str, Any], template: dict[str, Any]) -> None:
         if stored.get(path) != expected.get(path)
     ]
     if different:
-        more = "; ..." if len(different) > 3 else ""
+        more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
         raise ValueError(
             f"the config must describe the state of the checkpoint at step {record['step']}; got "
-            f"{len(different)} leaves that differ: {'; '.join(different[:3])}{more}. "
+            f"{len(different)} arrays that differ: {'; '.join(different[:3])}{more}. "
             "Set --model.* and --optim.* as in that run, or another --workdir."
         )
 

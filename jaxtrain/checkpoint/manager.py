@@ -3,10 +3,10 @@
     <folder>/<step>/state/            the arrays, by path: zarr in OCDBT, as Orbax writes them
     <folder>/<step>/record/metadata   JSON: format, step, meta, and each leaf's dtype, shape, digest
 
-What Orbax guarantees: a step's folder appears under its final name only once it is complete, and
-saving in the background works on a copy, so that the state may be donated. What it does not: it
-restores a flipped byte, casts a dtype, and takes an empty folder for the newest step, all without
-an error. So the record describes every leaf, and a step that differs from it is not restored.
+Orbax guarantees that a step's folder appears under its final name only once it is complete, and
+that saving in the background works on a copy, so that the state may be donated. But it restores a
+flipped byte, casts a dtype, and takes an empty folder for the newest step, all without an error. So
+our record describes every leaf, and a step that differs from its record is not restored.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from absl import logging
 from jaxtrain.checkpoint import integrity
 from jaxtrain.checkpoint.process0_store import Process0Store
 from jaxtrain.checkpoint.shared_store import SharedStore
+from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError, SaveFailed
 from jaxtrain.file_errors import describe_error, describe_storage_error, is_file_error
 
 STORAGE = {"shared": SharedStore, "host0": Process0Store}
-READ_ATTEMPTS = 5  # of a reader whose steps the running training deletes before they are read
+READ_ATTEMPTS = 5  # if the running training deletes each step before it is read
 
 
 class _StepDeleted(CheckpointError):
@@ -51,7 +52,7 @@ class Checkpoints:
         keep_every: multiples of this step are not deleted either; 0 is none.
         read_only: never writes, moves or cleans up; for folders that a running training writes to.
         storage: a key of STORAGE.
-        before_save: called by process 0 before each save, which it prevents by raising.
+        before_save: called by process 0 before each save; if it raises, nothing is saved.
 
     Attributes:
         rejected: (step, reason) of every step that `restore` found damaged.
@@ -68,6 +69,7 @@ class Checkpoints:
     ):
         assert keep_last >= 1 and keep_every >= 0, (keep_last, keep_every)  # TrainConfig checks
         self.folder = Path(folder).absolute()
+        check_path(self.folder)
         self.rejected: list[tuple[int, str]] = []
         self._read_only, self._before_save = read_only, before_save
         self._saving: int | None = None  # step of the last save, which may still be running
@@ -82,7 +84,7 @@ class Checkpoints:
         except Exception as failure:
             if error is None:
                 raise
-            # If the file system ends the run anyway, the failed save is the same problem again.
+            # If a file-system error ends the run anyway, the failed save has the same cause.
             if not (isinstance(failure, SaveFailed) and _is_disk_error(error)):
                 logging.error("The last checkpoint was not saved: %s", failure)
         finally:
@@ -163,8 +165,7 @@ class Checkpoints:
         Damaged steps are skipped with a warning, and moved to `checkpoints_rejected` beside the
         folder once an older one has been restored. Every process must call it.
 
-        With read_only, a step that the running training deletes while it is read is not rejected:
-        the newer one is read.
+        With read_only, a step deleted while it is read is not rejected: a newer one is read.
 
         Args:
             abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
@@ -187,7 +188,7 @@ class Checkpoints:
                 return self._restore(abstract_state, template, device_check, step)
         raise CheckpointError(
             f"a checkpoint must exist while it is read; the run that writes to {self.folder} "
-            f"replaced {READ_ATTEMPTS}. Wait for its end, or train with a larger --keep_last."
+            f"deleted {READ_ATTEMPTS}. Wait for its end, or train with a larger --keep_last."
         )
 
     def _restore(
@@ -269,7 +270,7 @@ class Checkpoints:
                 raise
             try:
                 self.wait()  # the running save may become the newest step
-            except SaveFailed as failed:  # not the log line but this save has filled the disk
+            except SaveFailed as failed:  # the save has filled the disk, not the log line
                 error = failed
             steps = self.steps()
             newest = f"the newest checkpoint is step {steps[-1]}" if steps else "no step is saved"

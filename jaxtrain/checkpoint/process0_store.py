@@ -2,7 +2,7 @@
 
 Process 0 gathers every array in pieces and writes it; on restoring it reads and broadcasts. Orbax
 needs a folder that all processes share. The files have the layout that the shared store reads, so
-a run may change from one storage to the other. All processes call every method here together; an
+a run may switch between the two. All processes call every method here together; an
 error of process 0's disk is raised in all of them.
 """
 
@@ -112,7 +112,7 @@ class Process0Store:
     reload = close = wait
 
     def read(self, folder: Path, template: dict[str, Any]) -> dict[str, jax.Array]:
-        """Reads every leaf in process 0 and sends each process its parts, by template's shardings.
+        """Reads every leaf in process 0 and sends each process the parts that its devices need.
 
         Raises:
             CheckpointError: a leaf cannot be read; raised in every process.
@@ -181,7 +181,7 @@ def _slice(x, start, axis, size, sharding):
 def _broadcast(piece: np.ndarray | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Returns process 0's piece in every process; None stands for zeros.
 
-    JAX broadcasts by summing process 0's values with zeros, and -0.0 + 0.0 is +0.0. Sent as bytes
+    JAX broadcasts by summing process 0's values with zeros, and -0.0 + 0.0 is +0.0. Sent as bytes,
     every bit arrives.
     """
     if jax.process_count() == 1:

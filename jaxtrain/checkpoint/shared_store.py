@@ -1,8 +1,8 @@
 """Stores checkpoints in a folder that all processes share: each writes its own parts of arrays.
 
-Orbax writes, in the background. We read with TensorStore: Orbax's own restore takes 0.5 to 0.9 of
-a second copy of the state in memory, and after an unreadable leaf its other reads end in an event
-loop that it has closed.
+Orbax writes, in the background. We read with TensorStore: Orbax's own restore needs memory for
+0.5 to 0.9 of a second state, and after an unreadable leaf it closes the event loop while other
+reads still run in it.
 """
 
 import logging as std_logging
@@ -92,7 +92,7 @@ class SharedStore:
 
     def discard(self, step: int) -> None:
         """Removes what a failed save of this step has written, if the file system lets it."""
-        self._manager = None  # this one would raise the same error again
+        self._manager = None  # it would raise the same error again
         if jax.process_index() == 0:
             for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -138,11 +138,10 @@ def start_reading(folder: Path, path: str, leaf: jax.ShapeDtypeStruct) -> dict[s
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, without its own rule when to save before a preemption.
+    """Orbax's manager without its check for preemption: jaxtrain.distributed.preemption has ours.
 
-    jaxtrain.distributed.preemption has ours. Orbax would ask for its own also while it commits, to
-    log the time since the previous step. For a step that an earlier start saved, it has no such
-    time (lightweight_initialize) and raises.
+    Orbax also runs its check during a commit, to log the time since the previous step. If an
+    earlier start saved that step, the time is unknown (lightweight_initialize) and it raises.
     """
 
     def reached_preemption(self, step: int) -> bool:

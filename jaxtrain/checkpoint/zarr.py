@@ -1,5 +1,7 @@
 """Opens one array of a checkpoint in the layout that Orbax writes: zarr in an OCDBT store."""
 
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -15,10 +17,25 @@ def spec(folder: Path, path: str) -> dict:
     return {"driver": "zarr", "kvstore": kvstore}
 
 
+def check_path(folder: Path) -> None:
+    """Raises ValueError if TensorStore would name another file than Python's `open`.
+
+    TensorStore encodes paths as UTF-8, Python as the locale asks.
+    """
+    folder = folder.absolute()
+    name = os.fsencode(folder)
+    if str(folder).encode(errors="replace") != name:
+        shown, encoding = name.decode(errors="replace"), sys.getfilesystemencoding()
+        raise ValueError(
+            f"the path of a run must be ASCII or UTF-8; got {shown} in a locale of {encoding}. Set "
+            "the environment variable PYTHONUTF8=1, or use a folder with an ASCII name."
+        )
+
+
 def shorten_error(error: Exception) -> str:
     """Returns TensorStore's message in at most 300 characters.
 
-    The end is preserved: it is where the operating system's own error stands.
+    The end is preserved, because it contains the operating system's error.
     """
     text = str(error).split(" [source locations")[0]
     return text if len(text) <= 300 else f"{text[:90]} ... {text[-200:]}"

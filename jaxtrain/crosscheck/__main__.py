@@ -12,24 +12,25 @@ To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py beside
 three lines that it shows. Your loop then writes a trace with its batches. `record` trains jaxtrain
 on these batches from the same weights and writes a second trace. `compare` compares the two.
 
-`llmc` checks gradients against llm.c's: a model file and the debug state made with it
+`llmc` compares gradients with llm.c's, from a model file and llm.c's debug state of that model
 (--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
 
 How to read the table: one row per step, with both losses, their difference in nats, and the largest
 relative difference of any tensor among the activations, gradients, updates and parameters. A "!"
-marks a difference above the tolerance. Below the table stands AGREE, or DIFFER with the first step,
-the stage (batch, forward, loss, gradient or optimizer) and the tensors to look at.
+marks a difference above the tolerance. The line below the table starts with AGREE, or with DIFFER
+and the first step, the stage (batch, forward, loss, gradient or optimizer) and the tensors.
 
 What a precision can show:
     float64    that the algorithms are the same: everything agrees to 1e-10
     float32    the same, with a tolerance for rounding errors that grows with the steps
     bfloat16   that our error against float32 is at most 1.1 times PyTorch's
 
-Exit status: 0 if the traces agree, 1 if they differ. Whatever runs PyTorch needs the extra
+Exit status: 0 if the traces agree, 1 if they differ. Commands that run PyTorch need the extra
 `crosscheck`.
 """
 
 import dataclasses
+import functools
 import importlib
 import sys
 import time
@@ -56,14 +57,11 @@ from jaxtrain.reporting.terminal import set_up_logging
 
 FLAGS = flags.FLAGS
 SIDES = ("jaxtrain", "pytorch")
-
-
-def print_now(text: str) -> None:
-    print(text, flush=True)
+print_now = functools.partial(print, flush=True)
 
 
 def resolve_config(config: Any, steps: int, precision: str | None) -> TrainConfig:
-    """Freezes a ConfigDict with the flags' steps and precision, and prepares its run."""
+    """Freezes a config with the flags' steps and precision; sets up JAX and the run's folder."""
     if steps:
         config.steps = steps
     if precision:
@@ -105,13 +103,13 @@ def record_side(
 
 
 def check_torch_side(cfg: TrainConfig, reads_data: bool = True) -> None:
-    """Checks that the PyTorch side can train a config, before anything is trained.
+    """Checks that the PyTorch side can train a config.
 
     Raises:
         ImportError: torch is missing.
-        ValueError: torch.optim lacks the optimizer, or the PyTorch side cannot make the batches.
+        ValueError: torch.optim lacks the optimizer, or the PyTorch side cannot read the data.
     """
-    importlib.import_module("jaxtrain.crosscheck.torch_model")  # its error says what to install
+    importlib.import_module("jaxtrain.crosscheck.torch_model")  # its error names the extra
     from jaxtrain.crosscheck.torch_train import check_optimizer
 
     check_optimizer(cfg.optim)
@@ -132,7 +130,7 @@ def report(comparison: Comparison, png: str | Path) -> int:
 
 
 def report_bfloat16(truth: str | Path, first: str | Path, second: str | Path) -> int:
-    """Prints the errors of two bfloat16 traces against a truth; returns the exit status."""
+    """Prints the errors of two bfloat16 traces against a float32 trace; returns the exit status."""
     errors = compare_bfloat16(*map(read_trace, (truth, first, second)))
     text, passed = explanation.bfloat16_table(errors)
     print_now(text)
@@ -222,12 +220,8 @@ def _define_record() -> None:
     _define_training()
     flags.DEFINE_enum("side", "jaxtrain", SIDES, "which implementation trains")
     flags.DEFINE_enum("names", "jaxtrain", STYLES, "tensor names: ours or Hugging Face's")
-    flags.DEFINE_string(
-        "batches", "", "train on the batches in this trace, not on the config's data"
-    )
-    flags.DEFINE_bool(
-        "keep_batches", False, "store the batches in the trace, not only their hashes"
-    )
+    flags.DEFINE_string("batches", "", "train on this trace's batches, not on the config's data")
+    flags.DEFINE_bool("keep_batches", False, "store batches in the trace, not only their hashes")
     flags.DEFINE_string("out", "", "the trace to write; default: in the config's workdir")
 
 
@@ -260,7 +254,7 @@ def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.cross
     if verb in VERBS:
         argv.remove(verb)
         form, prog = VERBS[verb], f"{prog} {verb}"
-    else:  # takes no flags; main's error lists the verbs
+    else:  # accepts no flags; main's error lists the verbs
         form = CommandForm("crosscheck", HELP, words=len(argv))
     # run_main passes the words only if the form takes some.
     run_main(lambda *words: main(verb, *words or ([],)), (ImportError,), form, argv, prog)

@@ -9,7 +9,7 @@ from jaxtrain.crosscheck.trace import QUANTITIES, Trace, TraceError
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 DEEP_LAYERS = 12  # float32 models from this depth on get five times the tolerance
 COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number of steps
-# What a difference in each stage means. The order is that of cause and effect.
+# What a difference in each stage means; an earlier stage can cause the later ones to differ.
 STAGES = {
     "start": "the parameters differ before the first step: load the same weights on both sides",
     "batch": "the batches differ: check the shards, the seed and the order of the data",
@@ -32,7 +32,7 @@ class Difference(NamedTuple):
     tensor: str  # empty for loss, grad_norm and batch
     size: float  # tensors: relative L2; loss: nats; grad_norm: relative; batch: 0 or 1
     tolerance: float
-    rounding: float  # about as much as rounding errors cause
+    rounding: float  # about the difference that rounding errors cause
 
     @property
     def exceeds(self) -> bool:
@@ -44,7 +44,7 @@ class Divergence(NamedTuple):
 
     stage: str  # a key of STAGES
     first: Difference  # the one to look at first
-    all: list[Difference]  # all of that step and quantity that exceed their tolerance, worst first
+    all: list[Difference]  # those of that stage that exceed their tolerance, the worst first
 
 
 class Comparison(NamedTuple):
@@ -71,12 +71,12 @@ def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def tolerance_of(precision: str, quantity: str, step: int, layers: int = 0) -> float:
-    """Returns the largest difference that is accepted: about ten times what tiny models showed.
+    """Returns the largest accepted difference: about ten times that of tiny models.
 
     The loss is in nats, all else is relative. Rounding errors grow with the steps. After
     COMPOUNDING_STEPS training amplifies them, on some processors more than on others: at step 185
     of 200 steps of Muon, gradients differed by less than 2e-3 on an AVX2 processor and by 1e-2 on
-    one with AMX, while the losses stayed together.
+    one with AMX, while the losses still agreed.
     """
     if precision == "float64":
         return 1e-10
@@ -96,21 +96,19 @@ def tolerance_of(precision: str, quantity: str, step: int, layers: int = 0) -> f
 def find_rounding_only(
     first: list[StepRecord], second: list[StepRecord], precision: str
 ) -> set[str]:
-    """Returns the tensors whose gradient is rounding error, at every step and on both sides.
+    """Returns the tensors whose gradient is only rounding error, at every step and on both sides.
 
-    A key projection's bias is one: softmax ignores it, so its true gradient is zero. Adam divides
-    the rounding error by its own size, so that the updates are noise of full size.
+    The bias of the keys is one: softmax ignores it, so its true gradient is zero. Adam divides the
+    rounding error by its own size, so that its updates are noise of full size.
     """
-    tensors = None
-    for x, y in zip(first, second, strict=True):
-        both = [record.get("gradient", {}) for record in (x, y)]
+    small = []
+    for records in zip(first, second, strict=True):
+        both = [record.get("gradient", {}) for record in records]
         whole_norm = max(sum(d[0] ** 2 for d in digests.values()) ** 0.5 for digests in both)
         limit = 16 * EPS[precision] * whole_norm
-        shared = both[0].keys() & both[1].keys()
-        small = {name for name in shared if 0 < max(d[name][0] for d in both) <= limit}
-        if shared:
-            tensors = small if tensors is None else tensors & small
-    return tensors or set()
+        if shared := both[0].keys() & both[1].keys():
+            small.append({name for name in shared if 0 < max(d[name][0] for d in both) <= limit})
+    return set.intersection(*small) if small else set()
 
 
 def compare_traces(first: Trace, second: Trace) -> Comparison:
@@ -121,14 +119,7 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
             seeds, or one is in bfloat16, which needs `compare_bfloat16`.
     """
     precision = _common_precision(first, second)
-    tables = [{record["step"]: record for record in trace.steps} for trace in (first, second)]
-    steps = sorted(tables[0].keys() & tables[1].keys())
-    if not any(steps):
-        raise TraceError(
-            f"two traces must share a step; got {sorted(tables[0])[:9]} of {first.name} and "
-            f"{sorted(tables[1])[:9]} of {second.name}."
-        )
-    a, b = ([table[step] for step in steps] for table in tables)
+    a, b = shared_steps(first, second)
     rounding_only = find_rounding_only(a, b, precision)
     names = first.name, second.name
     missing = _check_names(a[-1], b[-1], names)
@@ -137,15 +128,35 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
         found = _step_differences(x, y, precision, rounding_only)
         differences[x["step"]] = found
         divergence = divergence or _find_divergence(found, x["step"], missing)
-    trained = [step for step in steps if step]
-    losses = np.array([[table[step]["loss"] for table in tables] for step in trained])
+    steps = [step for step in differences if step]
+    losses = np.array([[x["loss"], y["loss"]] for x, y in zip(a, b, strict=True) if x["step"]])
     return Comparison(
-        names, precision, trained, losses, differences, divergence, rounding_only, missing
+        names, precision, steps, losses, differences, divergence, rounding_only, missing
     )
 
 
+def shared_steps(*traces: Trace) -> list[list[StepRecord]]:
+    """Returns each trace's records of the steps that all traces have.
+
+    Raises:
+        TraceError: the traces share no step after step 0.
+    """
+    tables = [{record["step"]: record for record in trace.steps} for trace in traces]
+    steps = sorted(set.intersection(*map(set, tables)))
+    if not any(steps):
+        got = " and ".join(
+            f"{list(table)[:9]} of {trace.name}"
+            for table, trace in zip(tables, traces, strict=True)
+        )
+        raise TraceError(f"traces must share a step other than 0; got steps {got}.")
+    return [[table[step] for step in steps] for table in tables]
+
+
 def _common_precision(*traces: Trace) -> str:
-    """Returns the lower precision of the two; refuses traces that cannot be compared."""
+    """Returns the lower precision of two traces, or raises TraceError if they are not comparable.
+
+    They are not if their seeds differ or one is in bfloat16.
+    """
     precisions = {trace.header["precision"] for trace in traces}
     seeds = {trace.header["seed"] for trace in traces}
     if len(seeds) > 1:
@@ -178,7 +189,7 @@ def _check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[s
 def _step_differences(
     x: StepRecord, y: StepRecord, precision: str, rounding_only: set[str]
 ) -> list[Difference]:
-    """Returns the difference of every value of one step that both records have."""
+    """Returns the differences of all values that both records of a step have."""
     step, eps = x["step"], EPS[precision]
     layers = sum(name.startswith("blocks.") for name in x.get("activations", {}))
     tolerance = lambda quantity: tolerance_of(precision, quantity, step, layers)
@@ -197,8 +208,8 @@ def _step_differences(
             if name not in a or name in rounding_only:
                 continue
             storage = 0.0
-            if quantity == "update":  # computed as the difference of two rounded parameters
-                norm = x["parameter"][name][0] if "parameter" in x else 0.0
+            if quantity == "update" and "parameter" in x:  # a difference of rounded parameters
+                norm = x["parameter"][name][0]
                 storage = float(eps * norm / max(a[name][0], 1e-300))
             limit = tolerance(quantity) + 4 * storage
             rounding = eps * (1 if quantity == "parameter" else 8) + storage
@@ -215,6 +226,9 @@ def _find_divergence(
     def exceeding(quantity: str) -> list[Difference]:
         return [d for d in differences if d.exceeds and d.quantity == quantity]
 
+    def severity(d: Difference) -> float:
+        return np.inf if np.isnan(d.size) else d.size / max(d.tolerance, 1e-300)
+
     for stage, found in (
         ("start", exceeding("parameter") if not step else []),
         ("batch", exceeding("batch")),
@@ -224,18 +238,12 @@ def _find_divergence(
         ("optimizer", exceeding("update") or exceeding("parameter")),
     ):
         if found:
-            worst_first = sorted(found, key=_severity, reverse=True)
-            # Tensors are in the order of the network. An error enters the forward pass at the first
-            # tensor that differs, and the backward pass, which runs in reverse, at the last.
+            worst_first = sorted(found, key=severity, reverse=True)
+            # Tensors are in the order of the network. The first that differs is nearest to a fault
+            # of the forward pass, the last to one of the backward pass, which runs in reverse.
             first = {"forward": found[0], "gradient": found[-1]}.get(stage, worst_first[0])
             return Divergence(stage, first, worst_first)
     return None
-
-
-def _severity(difference: Difference) -> float:
-    if np.isnan(difference.size):
-        return np.inf
-    return difference.size / max(difference.tolerance, 1e-300)
 
 
 def largest_parameter_difference(comparison: Comparison, step: int) -> float:
@@ -249,14 +257,11 @@ def growth_exponent(comparison: Comparison) -> float | None:
 
     Returns None with fewer than 4 steps.
     """
-    points = []
-    for step in comparison.steps:
-        size = largest_parameter_difference(comparison, step)
-        if 0 < size < np.inf:
-            points.append((np.log(step), np.log(size)))
+    sizes = {step: largest_parameter_difference(comparison, step) for step in comparison.steps}
+    points = [(step, size) for step, size in sizes.items() if 0 < size < np.inf]
     if len(points) < 4:
         return None
-    x, y = np.array(points).T
+    x, y = np.log(points).T
     return float(np.polyfit(x, y, 1)[0])
 
 
@@ -271,25 +276,17 @@ def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tup
     """
     if truth.header["precision"] == "bfloat16":
         raise TraceError(f"the truth must be float32 or float64; {truth.name} is in bfloat16.")
-    tables = [
-        {record["step"]: record for record in trace.steps if record["step"]}
-        for trace in (truth, first, second)
-    ]
-    steps = sorted(set.intersection(*map(set, tables)))
-    if not steps:
-        raise TraceError("the three traces must share a step; they share none. Set --truth.")
-    records = [[table[step] for table in tables] for step in steps]
-    for other in records[0][1:]:
-        _check_names(records[0][0], other, ("the truth", "a trace"))
-    exact_records = [exact for exact, _, _ in records]
+    exact_records, *others = shared_steps(truth, first, second)
+    for records in others:
+        _check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
     rounding_only = find_rounding_only(exact_records, exact_records, "float32")
     errors = {}
     for quantity in QUANTITIES:
         pairs = []
-        for step_records in records:
-            if not all(quantity in record for record in step_records):
+        for step_records in zip(exact_records, *others, strict=True):
+            if not step_records[0]["step"]:  # only what training changed
                 continue
-            exact, a, b = (record[quantity] for record in step_records)
+            exact, a, b = (record.get(quantity, {}) for record in step_records)
             pairs += [
                 [digest_distance(exact[name], digests[name]) for digests in (a, b)]
                 for name in a

@@ -1,4 +1,4 @@
-"""Explains a comparison in words: a table by step, where the traces differ, and how it grows."""
+"""Explains a comparison: a table by step, where the traces differ, how the difference grows."""
 
 from collections.abc import Iterable
 
@@ -20,21 +20,21 @@ BFLOAT16_RATIO = 1.1  # the most that our error may be, relative to PyTorch's
 
 
 def steps_table(comparison: Comparison) -> str:
-    """Returns a table of the losses and the largest difference of each quantity by step.
+    """Returns a table with the losses and the largest difference of each quantity by step.
 
-    A cell that exceeds its tolerance ends in "!".
+    A cell above its tolerance ends in "!".
     """
     steps = comparison.steps
     shown = {steps[round(i * (len(steps) - 1) / max(MOST_ROWS - 1, 1))] for i in range(MOST_ROWS)}
     if comparison.divergence:
         shown.add(comparison.divergence.first.step)
-    losses = dict(zip(steps, comparison.losses, strict=True))
+    losses = {0: ()} | dict(zip(steps, comparison.losses, strict=True))
 
-    def cells(step: int) -> list[str]:
-        both = [f"{x:.6f}" for x in losses[step]] if step in losses else ["", ""]
+    def cells(step: int) -> list[object]:
+        both = [f"{x:.6f}" for x in losses[step]] or ["", ""]
         differences = comparison.differences[step]
         worst = [_worst(d for d in differences if d.quantity == q) for q in ("loss", *QUANTITIES)]
-        return [str(step), *both, *worst]
+        return [step, *both, *worst]
 
     losses_of = (f"{name} nats" for name in comparison.names)
     headers = ("step", *losses_of, "loss difference", *QUANTITIES)
@@ -60,9 +60,8 @@ def explain(comparison: Comparison) -> str:
             f"{', '.join(names[:MOST_NAMES])}{more}"
         )
     if comparison.missing:
-        lines.append(
-            f"Not compared, because only one trace has them: {', '.join(comparison.missing)}"
-        )
+        missing = ", ".join(comparison.missing)
+        lines.append(f"Not compared, because only one trace has them: {missing}")
     if comparison.divergence:
         lines += _divergence_lines(comparison.divergence)
     else:
@@ -96,7 +95,7 @@ def _divergence_lines(divergence: Divergence) -> list[str]:
 def _growth_line(comparison: Comparison, exponent: float) -> str:
     first = comparison.steps[0]
     eps_count = largest_parameter_difference(comparison, first) / EPS[comparison.precision]
-    # Rounding starts at a few eps and adds up about linearly. A fault starts larger or grows
+    # Rounding errors start at a few eps and grow about linearly. A fault starts larger or grows
     # faster.
     is_rounding = eps_count < 100 and exponent < 2.5
     return (
@@ -108,19 +107,13 @@ def _growth_line(comparison: Comparison, exponent: float) -> str:
 
 def bfloat16_table(errors: dict[str, tuple[float, float]]) -> tuple[str, bool]:
     """Returns a table of errors against the truth, and whether ours are small enough."""
-    exceeds = {q: not ours <= BFLOAT16_RATIO * theirs for q, (ours, theirs) in errors.items()}
-    rows = [
-        (
-            quantity,
-            f"{ours:.2e}",
-            f"{theirs:.2e}",
-            f"{ours / theirs:.2f}",
-            f"! must be at most {BFLOAT16_RATIO}" if exceeds[quantity] else "",
-        )
-        for quantity, (ours, theirs) in errors.items()
-    ]
+    rows = []
+    for quantity, (ours, theirs) in errors.items():
+        is_small = ours <= BFLOAT16_RATIO * theirs  # false for a NaN
+        note = "" if is_small else f"! must be at most {BFLOAT16_RATIO}"
+        rows.append((quantity, f"{ours:.2e}", f"{theirs:.2e}", f"{ours / theirs:.2f}", note))
     table = format_table(rows, ("error against float32", "jaxtrain", "pytorch", "ratio", ""))
     limit = f"{BFLOAT16_RATIO} times PyTorch's"
-    if any(exceeds.values()):
+    if any(note for *_, note in rows):
         return f"{table}\nDIFFER: some of jaxtrain's errors are more than {limit}", False
     return f"{table}\nAGREE: all of jaxtrain's errors are at most {limit}", True

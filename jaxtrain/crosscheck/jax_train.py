@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.crosscheck.tensor_names import NameTensors, build_naming
+from jaxtrain.crosscheck.tensor_names import build_naming
 from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
@@ -78,8 +78,8 @@ def record(
     """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
     Args:
-        style: how tensors are named, one of tensor_names.STYLES.
-        batches: what to train on; None reads the config's data.
+        style: of the tensors' names, one of tensor_names.STYLES.
+        batches: None reads the config's data.
         keep_batches: store the batches in the trace.
 
     Raises:
@@ -90,6 +90,8 @@ def record(
     name_tensors = build_naming(style, cfg.model, run.model.axes)
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
+    # In float64, as the difference of two float32 parameters would lose most of its digits.
+    difference = lambda p, q: np.asarray(p, np.float64) - np.asarray(q, np.float64)
     with contextlib.ExitStack() as stack:
         if batches is None:
             assert start.corpus is not None  # build_start has read it
@@ -99,33 +101,20 @@ def record(
         for batch in islice(batches, steps):
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
             new, scalars, grads, activations = step(state, batch, run.rates())
-            line = {"step": int(new.step), "batch": batch_hash(batch["tokens"])}
-            line |= _step_values(writer, name_tensors, state, new, scalars, grads, activations)
+            updates = jax.tree.map(difference, new.params, state.params)
+            line = {
+                "step": int(new.step),
+                "batch": batch_hash(batch["tokens"]),
+                "loss": scalars["train/loss_nats"],
+                "grad_norm": scalars["train/grad_norm"],
+                "activations": writer.digests(activations.items()),
+                "gradient": writer.digests(name_tensors(grads)),
+                "update": writer.digests(name_tensors(updates)),
+                "parameter": writer.digests(name_tensors(new.params)),
+            }
             if keep_batches:
                 line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
             writer.write(line)
             state = new
     if int(state.step) < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {state.step}. Set --steps.")
-
-
-def _step_values(
-    writer: TraceWriter,
-    name_tensors: NameTensors,
-    old: TrainState,
-    new: TrainState,
-    scalars: dict[str, Any],
-    grads: Any,
-    activations: dict[str, Any],
-) -> dict[str, Any]:
-    # In float64, as the difference of two float32 parameters would lose most of its digits.
-    difference = lambda p, q: np.asarray(p, np.float64) - np.asarray(q, np.float64)
-    updates = jax.tree.map(difference, new.params, old.params)
-    return {
-        "loss": scalars["train/loss_nats"],
-        "grad_norm": scalars["train/grad_norm"],
-        "activations": writer.digests(activations.items()),
-        "gradient": writer.digests(name_tensors(grads)),
-        "update": writer.digests(name_tensors(updates)),
-        "parameter": writer.digests(name_tensors(new.params)),
-    }

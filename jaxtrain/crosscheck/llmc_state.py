@@ -62,8 +62,6 @@ def write_trace(state: str | Path, cfg: ModelConfig, path: str | Path) -> None:
                 f"targets of {state} must be its inputs, shifted by one; they are not."
             )
         line = {"step": 1, "batch": batch_hash(tokens_BT1), "loss": loss, "grad_norm": square**0.5}
-        writer.write(
-            line
-            | {"activations": writer.digests([("logits", logits)])}
-            | {"gradient": writer.digests(grads.items()), "tokens": tokens_BT1.tolist()}
-        )
+        line["activations"] = writer.digests([("logits", logits)])
+        line["gradient"] = writer.digests(grads.items())
+        writer.write(line | {"tokens": tokens_BT1.tolist()})

@@ -30,7 +30,10 @@ def plot_losses(comparison: Comparison) -> bytes:
     difference = np.abs(losses[:, 0] - losses[:, 1])
     visible = np.where(difference > 0, difference, np.nan)  # a logarithmic scale has no zero
     lower.semilogy(steps, visible, "o", color="#555555", markersize=3, label="difference")
-    tolerances = [_loss_tolerance(comparison, step) for step in comparison.steps]
+    tolerances = [
+        next(d.tolerance for d in comparison.differences[step] if d.quantity == "loss")
+        for step in comparison.steps
+    ]
     lower.semilogy(steps, tolerances, color="#999999", linestyle="--", label="tolerance")
     lower.set_ylabel("difference (nats)", fontsize=13)
     lower.set_xlabel("step", fontsize=13)
@@ -50,7 +53,3 @@ def plot_losses(comparison: Comparison) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
-
-
-def _loss_tolerance(comparison: Comparison, step: int) -> float:
-    return next(d.tolerance for d in comparison.differences[step] if d.quantity == "loss")

@@ -108,22 +108,20 @@ def check_pretrained(workdir: str | Path) -> bool:
     ours = np.asarray(compute(params), np.float32)
 
     losses = [mean_loss(x, tokens_1T) for x in (original, ours)]
-    same = np.array_equal(original, exported)
-    close = abs(losses[0] - losses[1]) <= TOLERANCE
-    print(f"mean loss of {TOKENS} tokens  transformers {losses[0]:.6f}  jaxtrain {losses[1]:.6f}")
     difference = abs(losses[0] - losses[1])
+    same, close = np.array_equal(original, exported), difference <= TOLERANCE
+    print(f"mean loss of {TOKENS} tokens  transformers {losses[0]:.6f}  jaxtrain {losses[1]:.6f}")
     print(f"  they differ by {difference:.1e} nats/token, within {TOLERANCE}: {close}")
     print(f"largest difference of a logit  {np.max(np.abs(original - ours)):.1e}")
     print(f"logits of the export in transformers equal the original's bit for bit: {same}")
-    return bool(same and close)
+    return same and close
 
 
 def _parse(argv):
     flags.FLAGS(argv[:1])  # absl's logging needs parsed flags
     parser = Parser("python -m jaxtrain.crosscheck.pretrained", __doc__ or "")
-    parser.add_argument(
-        "--workdir", default="runs/smollm2", help="new folder; default: %(default)s"
-    )
+    text = "new folder; default: %(default)s"
+    parser.add_argument("--workdir", default="runs/smollm2", help=text)
     return parser.parse_args(argv[1:])
 
 

@@ -50,14 +50,10 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
-@functools.lru_cache(maxsize=1)
-def _first_signs(seed):
-    return _signs(0, CHUNK, seed)
-
-
-def _signs(start, stop, seed):
-    """Returns pseudo-random signs +1 and -1 as float64 [PROJECTIONS, stop - start]."""
-    hashed = _mix((torch.arange(start, stop) & LOW) ^ _mix(seed & LOW))
+@functools.lru_cache(maxsize=2)  # most tensors need only the first
+def _signs(start, seed):
+    """Returns pseudo-random signs, +1 and -1, from entry `start`: float64 [PROJECTIONS,CHUNK]."""
+    hashed = _mix((torch.arange(start, start + CHUNK) & LOW) ^ _mix(seed & LOW))
     bits = (hashed >> torch.arange(PROJECTIONS)[:, None]) & 1
     return 2.0 * bits.double() - 1.0
 
@@ -70,8 +66,7 @@ def digest(x: torch.Tensor, seed: int = 0) -> list[float]:
     projections = torch.zeros(PROJECTIONS, dtype=torch.float64)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK].to("cpu", torch.float64)
-        signs = _signs(start, start + part.numel(), seed) if start else _first_signs(seed)
-        projections += signs[:, : part.numel()] @ part
+        projections += _signs(start, seed)[:, : part.numel()] @ part
         square += float(part @ part)
         total += float(part.sum())
         largest = max(largest, float(part.abs().max()))

@@ -17,7 +17,7 @@ from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
 ENDINGS = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
-# How the names start that come after all layers, in either style.
+# Beginnings of the names, in either style, of tensors that come after all layers.
 AFTER_LAYERS = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
 
 NameTensors = Callable[[Any], Iterator[tuple[str, np.ndarray]]]
@@ -36,7 +36,7 @@ def _own_mappings(axes: dict[str, Axes]) -> Iterator[TensorMapping]:
 
 
 def build_naming(style: str, cfg: ModelConfig, axes: Any) -> NameTensors:
-    """Returns a function that yields (name, array) of a tree of parameters, from front to back.
+    """Returns a function that yields (name, array) of a tree, in the order of the network.
 
     Raises:
         InteropError: the style is "hf" and the model belongs to no known family.

@@ -1,9 +1,9 @@
-"""Reads batches from token shards for the PyTorch side, in the order that jaxtrain promises.
+"""Reads batches from token shards for the PyTorch side, in the order that jaxtrain documents.
 
-This is an independent implementation of that order. Row r of the data is the T+1 tokens from r*T,
-counted within shards. Batch n has rows n*B ... n*B+B-1 of an endless sequence of epochs. Each
-epoch shuffles all rows by a Feistel network on a grid of about sqrt(rows) by sqrt(rows) cells; a
-cell past the last row is mapped again until it lands on a row (cycle walking).
+This is an independent implementation of that order. Row r of a shard is the T+1 tokens from r*T.
+Batch n has rows n*B ... n*B+B-1 of an endless sequence of epochs. Each epoch shuffles the rows of
+all shards by a Feistel network on a grid of about sqrt(rows) by sqrt(rows) cells; a cell past the
+last row is mapped again until the result is a row (cycle walking).
 """
 
 import itertools
@@ -21,7 +21,7 @@ MASK = (1 << 64) - 1
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Maps the tokens [tokens] of an llm.c file.
+    """Maps the tokens of an llm.c file into memory.
 
     Raises:
         ValueError: the file has another format or length.
@@ -34,7 +34,7 @@ def read_shard(path: str | Path) -> np.ndarray:
         )
     tokens = np.memmap(path, WIDTHS[magic, version], "r", HEADER_BYTES)
     if len(tokens) != count:
-        raise ValueError(f"{path} must hold {count} tokens by its header; got {len(tokens)}.")
+        raise ValueError(f"{path} must have {count} tokens by its header; got {len(tokens)}.")
     return tokens
 
 

@@ -1,8 +1,8 @@
 """The transformer of a ModelConfig, written independently in PyTorch.
 
-It shares no code with the JAX model. Parameters have the same names as in jaxtrain's nested dict:
-`load_params` copies weights in, and `read_params` copies weights or gradients out. Parameters are
-float32; torch.autocast computes in bfloat16 where the config asks for it.
+It shares no code with the JAX model. `load_params` copies weights in from jaxtrain's nested dict,
+and `read_params` copies weights or gradients out. Parameters are float32; torch.autocast computes
+in bfloat16 where the config asks for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
     def forward(self, x):
-        x = x.to(
-            self.gain.dtype
-        )  # bfloat16 would round the mean square; autocast does not upcast here
+        x = x.to(self.gain.dtype)  # autocast does not, and bfloat16 would round the mean square
         if self.form == "layer":
             return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.eps)
         return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
@@ -47,7 +45,7 @@ def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> 
 
 
 def document_mask(docs_BT: torch.Tensor) -> torch.Tensor:
-    """Returns bool [B,1,T,S]: whether the key is in the query's document and not after it."""
+    """Returns bool [B,1,T,S]: whether key S is in query T's document and not after it."""
     same_BTS = docs_BT[:, :, None] == docs_BT[:, None, :]
     return same_BTS.tril()[:, None]
 
@@ -66,9 +64,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, rope, mask_B1TS=None):
         cfg = self.cfg
-        q = self.q(x_BTD).unflatten(-1, (cfg.H, cfg.K)).transpose(1, 2)
-        k = self.k(x_BTD).unflatten(-1, (cfg.G, cfg.K)).transpose(1, 2)
-        v = self.v(x_BTD).unflatten(-1, (cfg.G, cfg.K)).transpose(1, 2)
+        linears = self.q, self.k, self.v
+        q, k, v = (f(x_BTD).unflatten(-1, (-1, cfg.K)).transpose(1, 2) for f in linears)
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -139,7 +136,7 @@ class TorchTransformer(nn.Module):
         """Computes logits.
 
         Args:
-            docs_BT: document ids; attention stays inside documents. None attends to all before.
+            docs_BT: document ids; attention stays inside documents. None: one document per row.
             observe: called with the name and output of each layer.
         """
         cfg, T = self.cfg, tokens_BT.shape[1]
@@ -207,43 +204,43 @@ def build_torch_model(cfg: ModelConfig, params: dict[str, Any] | None = None) ->
     return model
 
 
-Path = tuple[str, ...]  # names from the root of jaxtrain's dict to a leaf
-NAMES = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
+LINEAR_NAMES = {"w": "weight", "b": "bias"}  # jaxtrain's -> nn.Linear's; other names are the same
 
 
-def _flatten(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for name, x in tree.items():
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (name, leaf) of a nested dict; a name is the keys on its path, joined by dots."""
+    for key, x in tree.items():
         if isinstance(x, dict):
-            yield from _flatten(x, (*path, name))
+            yield from _flatten(x, f"{prefix}{key}.")
         else:
-            yield (*path, name), x
+            yield prefix + key, x
 
 
-def _tensors(model: TorchTransformer, path: Path) -> tuple[list[nn.Parameter], bool]:
+def _tensors(model: TorchTransformer, name: str) -> tuple[list[nn.Parameter], bool]:
     """Returns the tensors that one jaxtrain leaf stacks, and whether they are transposed, [O,I]."""
-    name = ".".join((*path[:-1], NAMES.get(path[-1], path[-1])))
-    if path[0] != "blocks":
-        return [model.get_parameter(name)], False
-    name = name.removeprefix("blocks.")
-    return [block.get_parameter(name) for block in model.blocks.children()], path[-1] == "w"
+    *parents, last = name.removeprefix("blocks.").split(".")
+    torch_name = ".".join([*parents, LINEAR_NAMES.get(last, last)])
+    if not name.startswith("blocks."):
+        return [model.get_parameter(torch_name)], False
+    return [block.get_parameter(torch_name) for block in model.blocks.children()], last == "w"
 
 
 @torch.no_grad()
 def load_params(model: TorchTransformer, params: dict[str, Any]) -> None:
-    """Copies jaxtrain's nested dict of arrays into the model.
+    """Copies jaxtrain's dict of arrays, nested or flat with dotted names, into the model.
 
     Raises:
         ValueError: the dict does not have exactly the model's parameters.
     """
-    arrays = {path: np.asarray(x) for path, x in _flatten(params)}
+    arrays = {name: np.asarray(x) for name, x in _flatten(params)}
     count, wanted = sum(x.size for x in arrays.values()), sum(p.numel() for p in model.parameters())
     if count != wanted:
         raise ValueError(
             f"params must have the PyTorch model's {wanted} weights; got {count}. "
             "Build both from one config."
         )
-    for path, array in arrays.items():
-        tensors, transposed = _tensors(model, path)
+    for name, array in arrays.items():
+        tensors, transposed = _tensors(model, name)
         for tensor, x in zip(tensors, array.reshape(len(tensors), -1), strict=True):
             shape = tensor.shape[::-1] if transposed else tensor.shape
             matrix = torch.from_numpy(x.reshape(shape).copy())
@@ -255,19 +252,15 @@ def read_params(
 ) -> dict[str, Any]:
     """Returns weights, or their gradients, as NumPy arrays in the tree and shapes of `like`."""
 
-    def read(path, shape):
-        tensors, transposed = _tensors(model, path)
+    def read(x: Any, name: str) -> Any:
+        if isinstance(x, dict):
+            return {key: read(part, f"{name}.{key}" if name else key) for key, part in x.items()}
+        tensors, transposed = _tensors(model, name)
         arrays = []
         for tensor in tensors:
-            x = tensor.grad if grads else tensor.detach()
-            assert x is not None, f"{path} has no gradient"
-            arrays.append((x.T if transposed else x).numpy())
-        return np.stack(arrays).reshape(shape)
+            value = tensor.grad if grads else tensor.detach()
+            assert value is not None, f"{name} has no gradient"
+            arrays.append((value.T if transposed else value).numpy())
+        return np.stack(arrays).reshape(x.shape)
 
-    def walk(tree, path=()):
-        return {
-            name: walk(x, (*path, name)) if isinstance(x, dict) else read((*path, name), x.shape)
-            for name, x in tree.items()
-        }
-
-    return walk(like)
+    return read(like, "")

@@ -1,4 +1,4 @@
-"""Trains the PyTorch side: torch.optim's optimizers, the schedule, clipping, and the trace."""
+"""Trains the PyTorch side: torch.optim's optimizers, the schedule, clipping and the trace."""
 
 import contextlib
 import math
@@ -38,7 +38,7 @@ def check_optimizer(cfg: OptimConfig) -> None:
 
 
 def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Builds torch.optim's optimizers: optim.name for the matrices, fused AdamW for all else.
+    """Builds the optimizer optim.name for the matrices and fused AdamW for all other parameters.
 
     Weight decay applies to matrices, embedding and head, not to positions and vectors.
 
@@ -98,7 +98,7 @@ def rate_fraction(cfg: OptimConfig, count: int) -> float:
 def muon_precision(dtype: str) -> Iterator[None]:
     """Makes torch.optim.Muon orthogonalise in `dtype`.
 
-    It always casts to bfloat16 by Tensor.bfloat16(). For other types this replaces that method.
+    Muon always casts by Tensor.bfloat16(). For other types this replaces that method.
     """
     cast = torch.Tensor.bfloat16
     if dtype != "bfloat16":
@@ -112,8 +112,8 @@ def muon_precision(dtype: str) -> Iterator[None]:
 def clip_gradients(model: nn.Module, clip_norm: float) -> None:
     """Scales the gradients down to a global norm of clip_norm.
 
-    torch's clip_grad_norm_ adds 1e-6 to the norm, which this does not. The host never reads the
-    norm: on a GPU it would wait for the whole step.
+    Unlike torch's clip_grad_norm_, it does not add 1e-6 to the norm. The host never reads the norm,
+    as it would have to wait for the backward pass.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     scale = (clip_norm / nn.utils.get_total_norm(grads)).clamp(max=1.0)
@@ -153,7 +153,7 @@ def build_step(
 
     Args:
         compiled: use torch.compile for the forward and backward pass; the optimizers are fused.
-        recorder: records every step.
+        recorder: writes a trace of the steps.
     """
     losses = torch.compile(model.losses) if compiled else model.losses
     update = build_update(cfg, model)

@@ -39,15 +39,11 @@ def _mix(h):
     return h ^ (h >> np.uint32(16))
 
 
-@functools.lru_cache(maxsize=1)
-def _first_signs(seed):
-    return _signs(0, CHUNK, seed)
-
-
-def _signs(start, stop, seed):
-    """Returns pseudo-random signs +1 and -1 as float64 [PROJECTIONS, stop - start]."""
+@functools.lru_cache(maxsize=2)  # most tensors need only the first
+def _signs(start, seed):
+    """Returns pseudo-random signs, +1 and -1, from entry `start`: float64 [PROJECTIONS,CHUNK]."""
     salt = _mix(np.array([seed & 0xFFFFFFFF], np.uint32))
-    hashed = _mix(np.arange(start, stop).astype(np.uint32) ^ salt)
+    hashed = _mix(np.arange(start, start + CHUNK).astype(np.uint32) ^ salt)
     bits = hashed >> np.arange(PROJECTIONS, dtype=np.uint32)[:, None] & np.uint32(1)
     return 2.0 * bits - 1.0
 
@@ -59,8 +55,7 @@ def digest(x: Any, seed: int = 0) -> list[float]:
     projections = np.zeros(PROJECTIONS)
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK].astype(np.float64)
-        signs = _signs(start, start + part.size, seed) if start else _first_signs(seed)
-        projections += signs[:, : part.size] @ part
+        projections += _signs(start, seed)[:, : part.size] @ part
         square += float(part @ part)
         total += float(part.sum())
         largest = max(largest, float(np.abs(part).max()))
@@ -98,7 +93,7 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Reads a trace; an incomplete last line, as a killed run leaves it, is skipped.
+    """Reads a trace; skips an incomplete last line, which a killed run leaves.
 
     Raises:
         TraceError: the file is not a trace, or one of its lines does not follow the format.
@@ -136,7 +131,7 @@ def _parse_line(path, number: int, line: str) -> dict:
 
 
 def _check_record(path, number: int, record: dict) -> None:
-    """Checks one step and converts its digests to arrays, in place."""
+    """Checks a step's record and converts its digests to arrays, in place."""
     if not isinstance(record.get("step"), int):
         raise TraceError(f"line {number} of {path} must name its step; got {sorted(record)}.")
     if record["step"] and not {"batch", "loss"} <= record.keys():
@@ -155,17 +150,18 @@ def _check_record(path, number: int, record: dict) -> None:
 
 
 def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the batches stored in a trace: {"tokens", for padded rows "docs"}, int32 [B,T+1].
+    """Yields a trace's batches: {"tokens"} and, for packed rows, {"docs"}, int32 [B,T+1].
 
     Raises:
         TraceError: a step has no batch.
     """
     for record in trace.steps:
-        if record["step"]:
-            if "tokens" not in record:
-                raise TraceError(
-                    f"training on the batches of a trace needs a trace with batches; step "
-                    f"{record['step']} of {trace.name} has none. Record it with keep_batches."
-                )
-            names = [name for name in ("tokens", "docs") if name in record]
-            yield {name: np.array(record[name], np.int32) for name in names}
+        if not record["step"]:
+            continue
+        if "tokens" not in record:
+            raise TraceError(
+                f"training on a trace needs its batches; step {record['step']} of {trace.name} has "
+                "none. Record it with keep_batches."
+            )
+        names = [name for name in ("tokens", "docs") if name in record]
+        yield {name: np.array(record[name], np.int32) for name in names}

@@ -67,7 +67,7 @@ def _compute(shard: Shard, bar: tqdm) -> ShardChecksum:
 
 def _cache_file(key: dict) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(key["path"].encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(key["path"])).hexdigest()[:32]
     return Path(root, "jaxtrain", "shards", f"{name}.json")
 
 

@@ -82,8 +82,9 @@ class ShardWriter:
     def flush(self) -> None:
         """Returns once all appended tokens are on disk, so that `entries` describe the files."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with add_path_to_errors(self._file.name, self._file):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def restore(self, entries: list[dict]) -> None:
         """Continues after the tokens that `entries` of an earlier writer describe.

@@ -260,7 +260,7 @@ def family_of_model(cfg: ModelConfig) -> Family:
     """Returns the family whose models compute what this model computes.
 
     Raises:
-        InteropError: there is none; the fields that prevent it are named.
+        InteropError: there is none; the message names the fields that prevent it.
     """
     decoder = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
     required = {

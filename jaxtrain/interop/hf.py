@@ -242,7 +242,7 @@ def write_folder(
     family = family_of_model(cfg)
     if folder.suffix == ".bin":
         if family is not FAMILIES["gpt2"]:
-            raise InteropError(f"llm.c's files hold GPT-2; got {family.architecture}. Set --to.")
+            raise InteropError(f"llm.c reads only GPT-2; got {family.architecture}. Set --to.")
         tensors = dict(hf_tensors(family, cfg, axes, params, np.float32))
         return write_llmc(folder, cfg, tensors, dtype, verify)
     if folder.exists():
@@ -264,7 +264,7 @@ def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     except SafetensorError as error:  # written in Rust: a full disk is not an OSError
         size = sum(x.nbytes for x in tensors.values())
         raise InteropError(
-            f"{path.parent.parent} must take {size:,} bytes of weights; got {error}. Set --to."
+            f"{path.parent.parent} must have space for {size:,} bytes; got {error}. Set --to."
         ) from None
     shutil.copymode(path.parent / "config.json", path)  # safetensors makes it private to its owner
 

@@ -168,7 +168,7 @@ def _with_leading_eot(data: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
         "special_tokens": {name: {"id": name, "ids": [tokenizer.eot], "tokens": [name]}},
     }
     own = data.get("post_processor") or {}
-    if own.get("type") == "ByteLevel":  # keep it: it adds no token, it trims the offsets of words
+    if own.get("type") == "ByteLevel":  # kept: it only trims the offsets of words
         template = {"type": "Sequence", "processors": [own, template]}
     return data | {"post_processor": template}
 
@@ -176,7 +176,7 @@ def _with_leading_eot(data: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
 def write_tokenizer(
     folder: Path | str, tokenizer: Tokenizer, special: SpecialTokens, longest: int
 ) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, and checks that they encode alike.
+    """Writes tokenizer.json and tokenizer_config.json; checks that they encode as the run does.
 
     Args:
         longest: tokens of the longest text that the model supports.

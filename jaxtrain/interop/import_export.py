@@ -129,9 +129,9 @@ def _check_vocab_size(tokenizer: Tokenizer, V: int) -> None:
 
 
 def _declared_eot(folder: Path, tokenizer: str) -> int:
-    """Returns data.eot of an import: -1 if a tokenizer defines it, else the token the folder names.
+    """Returns data.eot of an import: -1 if a tokenizer defines it, else the folder's start token.
 
-    Prints a line if the tokenizer's choice is not among the folder's special tokens.
+    Prints a line if the tokenizer's start token is not one of the folder's special tokens.
     """
     declared = declared_tokens(folder)
     named = [token for token in (declared.bos, *declared.eos) if isinstance(token, int)]
@@ -178,8 +178,8 @@ def export_weights(
     cfg = run.cfg.model
     if run_tokenizer is not None:
         _check_vocab_size(run_tokenizer, cfg.V)
-    # RoPE has no table of positions: the model was made for the length it was trained on. Only
-    # imported weights come with another one.
+    # RoPE has no table of positions, so the model supports the length that it was trained on. Only
+    # imported weights may declare another length.
     if cfg.position == "rope" and not run.cfg.weights:
         cfg = dataclasses.replace(cfg, positions=data.seq_len)
     axes, named = named_leaves(run.model.axes), named_leaves(params)
@@ -200,7 +200,7 @@ def export_weights(
     kind = (
         read_json_object(to / "config.json")["architectures"][0] if to.is_dir() else "llm.c's GPT-2"
     )
-    print(f"step {int(state.step)} of {workdir} is in {to}: {kind}, {dtype}")
+    print(f"step {int(state.step)} of {workdir} is exported to {to}: {kind}, {dtype}")
     print("\n".join(checks))
     if to.is_dir():
         ready = checks[-1].startswith("checked")
@@ -246,7 +246,7 @@ def _print_usage(
     path = json.dumps(str(to), ensure_ascii=False)
     if tokenizer is None:
         ids = f"data.eot={special.bos}" if special.eos else "null"
-        print(f"no tokenizer files: no tokenizer is known. bos and eos are {ids}. See --tokenizer")
+        print(f"no tokenizer files are written, bos and eos are {ids}. See --tokenizer")
         code = "from transformers import AutoModelForCausalLM; "
         code += f"print(AutoModelForCausalLM.from_pretrained({path}))"
     else:
@@ -257,5 +257,5 @@ def _print_usage(
         code += f'print(pipeline("text-generation", {path})("def main(", max_new_tokens={tokens})'
         code += '[0]["generated_text"])'
     if cfg.dtype == "bfloat16":
-        print("note: the run computed in bfloat16; in float32, another token may be the likeliest")
+        print("note: the run computed in bfloat16; float32 may choose other tokens")
     print(f"{title}: {python_program()} -c {shlex.quote(code)}")

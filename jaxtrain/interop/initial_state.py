@@ -26,7 +26,7 @@ def load_params(
 ) -> Any:
     """Loads the parameters of a Hugging Face folder or llm.c file as a tree of arrays.
 
-    Each is moved to its devices before the next is read, so that the host holds one at a time.
+    Each is moved to its devices before the next is read, so that the host stores one at a time.
 
     Args:
         cfg: accepted by check_model.

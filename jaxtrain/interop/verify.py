@@ -165,7 +165,7 @@ def check_transformers(
             f"transformers {version} must compute the run's logits; they differ by {gap:.1e} of "
             f"the largest, and rounding explains at most {allowed:.1e}."
         )
-    difference = f"within {gap:.0e} of the largest, rounding makes {reference.rounding:.0e}"
+    difference = f"{gap:.0e} of the largest apart; rounding explains {reference.rounding:.0e}"
     ids = " and gives the same token ids" if tokenizer is not None else ""
     return (
         f"checked: transformers {version} loads it as {type(model).__name__}, computes the same "

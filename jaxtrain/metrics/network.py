@@ -54,9 +54,12 @@ class NetworkCounters:
 
     def _read_table(self, only: Collection[bytes] | None = None) -> dict[bytes, list[bytes]]:
         """Returns the 16 numbers of each interface, in the order of proc(5)."""
-        rows = {}
-        # The descriptor stays open: each pread at offset 0 makes the kernel write the table again.
-        for line in os.pread(self._table, 1 << 16, 0).splitlines()[2:]:
+        rows, table = {}, b""
+        # The descriptor stays open: a pread at offset 0 makes the kernel write the table again. A
+        # pread returns a page at most, about 30 interfaces; the last one returns nothing.
+        while page := os.pread(self._table, 1 << 16, len(table)):
+            table += page
+        for line in table.splitlines()[2:]:
             name, _, numbers = line.partition(b":")
             name = name.strip()
             if only is None or name in only:

@@ -1,7 +1,7 @@
 """Plans several chips for one config, and every shipped config on a few chips."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl.flags import FlagValues
 
@@ -10,9 +10,9 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.ops.precision import resolve_dtype_for_chip
 from jaxtrain.planning.hardware import Hardware, build_hardware
 from jaxtrain.planning.render import GIB
-from jaxtrain.planning.search import REMATS, Figures, fastest_setting
+from jaxtrain.planning.search import SETTING_COLUMNS, Figures, search_hardware, stronger_remats
 from jaxtrain.reporting.table import format_table
-from pallas_kernels.chip import find_chip
+from pallas_kernels.chip import Chip, find_chip
 
 SHIPPED = ("gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m")
 CHIPS, GPU_COUNTS = ("a40", "h100"), (1, 8)
@@ -34,37 +34,34 @@ def parse_prices(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def compare_chips(cfg: TrainConfig, args: FlagValues) -> int:
-    """Prints what a config reaches on several chips; returns the exit status."""
+    """Prints a config's speed and price on several chips; returns the exit status."""
     prices, rows = parse_prices(args.price), []
-    for name in args.compare:
-        chip = find_chip(name)
+    for chip in map(find_chip, args.compare):
         hardware = build_hardware(chip, args.gpus, args.hosts, args.link, args.host_link)
-        figures = fastest_setting(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)
-        rows.append((chip, figures))
-    first_chip, first = rows[0]
+        rows.append(search_hardware(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)[0])
+    first_rate, first_chip = rows[0]["tokens_per_s"], find_chip(rows[0]["chip"])
 
-    def speedup(figures: Figures) -> float:
-        return figures["tokens_per_s"] / first["tokens_per_s"]
-
-    def price(chip_name: str, figures: Figures) -> str:
-        if chip_name not in prices:
+    def price(figures: Figures) -> str:
+        if figures["chip"] not in prices:
             return "no --price"
         hours = 1e9 / figures["tokens_per_s"] / 3_600 * figures["devices"]
-        return f"{hours * prices[chip_name]:.2f}"
+        return f"{hours * prices[figures['chip']]:.2f}"
 
-    compute = lambda chip: chip.peak_flops["bfloat16"] / first_chip.peak_flops["bfloat16"]
-    bandwidth = lambda chip: chip.hbm_bytes_per_s / first_chip.hbm_bytes_per_s
+    def speedup_per(figures: Figures, peak: Callable[[Chip], float]) -> str:
+        peak_ratio = peak(find_chip(figures["chip"])) / peak(first_chip)
+        return f"{figures['tokens_per_s'] / first_rate / peak_ratio:.2f}"
+
     columns = {
-        "chip": lambda row: row[0].name,
-        "fits": lambda row: "yes" if row[1]["fits"] else "no",
-        "tokens/s": lambda row: f"{row[1]['tokens_per_s']:,.0f}",
-        "speed-up": lambda row: f"{speedup(row[1]):.2f}",
-        "per peak FLOP/s": lambda row: f"{speedup(row[1]) / compute(row[0]):.2f}",
-        "per peak byte/s": lambda row: f"{speedup(row[1]) / bandwidth(row[0]):.2f}",
-        "MFU": lambda row: f"{row[1]['mfu_causal']:.1%}",
-        "price of 1e9 tokens": lambda row: price(row[0].name, row[1]),
-        "micro-batches": lambda row: row[1]["accumulation"],
-        "remat": lambda row: row[1]["remat"],
+        "chip": lambda f: f["chip"],
+        "fits": SETTING_COLUMNS["fits"],
+        "tokens/s": SETTING_COLUMNS["tokens/s"],
+        "speed-up": lambda f: speedup_per(f, lambda chip: 1.0),
+        "per peak FLOP/s": lambda f: speedup_per(f, lambda chip: chip.peak_flops["bfloat16"]),
+        "per peak byte/s": lambda f: speedup_per(f, lambda chip: chip.hbm_bytes_per_s),
+        "MFU": SETTING_COLUMNS["MFU"],
+        "price of 1e9 tokens": price,
+        "micro-batches": SETTING_COLUMNS["micro-batches"],
+        "remat": SETTING_COLUMNS["remat"],
     }
     print(f"{args.gpus * args.hosts} GPUs of each chip, each at its fastest setting that fits")
     print(format_table(rows, columns))
@@ -72,14 +69,14 @@ def compare_chips(cfg: TrainConfig, args: FlagValues) -> int:
         f"The speed-up is over {first_chip.name}; `per peak` divides it by the ratio of the "
         "datasheets' peaks. All times are lower bounds: nothing overlapped, nothing measured."
     )
-    return 0 if all(figures["fits"] for _, figures in rows) else 1
+    return 0 if all(figures["fits"] for figures in rows) else 1
 
 
 def _setting_with_own_remat(cfg: TrainConfig, hardware: Hardware, cache: str) -> Figures:
-    """Returns the fastest setting with the config's remat, or with the first stronger that fits."""
+    """Returns the fastest setting with the config's remat or, if none fits, the next stronger."""
     figures = {}
-    for remat in REMATS[REMATS.index(cfg.model.remat) :]:
-        figures = fastest_setting(cfg, hardware, cache, (remat,))
+    for remat in stronger_remats(cfg):
+        figures = search_hardware(cfg, hardware, cache, remats=(remat,))[0]
         if figures["fits"]:
             break
     return figures

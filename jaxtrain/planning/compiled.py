@@ -8,32 +8,24 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.distributed import memory
 from jaxtrain.metrics.flops import Flops, training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.mfu import Roofline, roofline
-from jaxtrain.ops.routes import Route
 from jaxtrain.planning.hardware import Hardware, collective_seconds
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import abstract_state
-from pallas_kernels.chip import Chip
 from pallas_kernels.hlo import Program
 
 
 class StepMemory(NamedTuple):
-    """Bytes on one device. XLA reports gradients, activations and workspace as one: temporaries."""
+    """Bytes on one device. XLA reports gradients, activations and workspace as one sum."""
 
     parameters: int
     optimizer_state: int
-    gradients: int  # one tree of them in the parameters' type, part of the temporaries
-    temporaries: int
+    gradients: int  # in the parameters' type; part of the temporaries
+    temporaries: int  # XLA's sum
     peak: int
     usable: int
-
-    @property
-    def activations(self) -> int:
-        """Returns the temporaries without the gradients: activations and workspace."""
-        return max(self.temporaries - self.gradients, 0)
 
     @property
     def fits(self) -> bool:
@@ -44,18 +36,18 @@ class StepMemory(NamedTuple):
             "parameters": self.parameters,
             "optimizer state": self.optimizer_state,
             "gradients": self.gradients,
-            "activations and workspace": self.activations,
+            "activations and workspace": max(self.temporaries - self.gradients, 0),
         }
+
+    def all_sizes(self) -> dict[str, int]:
+        return {**self.by_use(), "peak": self.peak, "usable": self.usable}
 
 
 class Plan(NamedTuple):
-    """What the compiled step of a config needs on some hardware."""
+    """The memory, work and communication of a config's compiled step on some hardware."""
 
-    cfg: TrainConfig  # as compiled
+    run: Run  # as compiled
     hardware: Hardware
-    mesh: dict[str, int]  # axis -> devices
-    parameters: int
-    routes: dict[str, Route]
     notes: tuple[str, ...]  # how the compiled program differs from the one that will run
     memory: StepMemory
     flops: Flops  # per token in training, attention counted over all T keys
@@ -67,7 +59,7 @@ class Plan(NamedTuple):
     @property
     def tokens(self) -> int:
         """Returns the tokens of one step."""
-        return self.cfg.data.batch * self.cfg.data.seq_len
+        return self.run.cfg.data.batch * self.run.cfg.data.seq_len
 
     @property
     def step_s(self) -> float:
@@ -77,15 +69,8 @@ class Plan(NamedTuple):
         )
 
     def mfu(self, flops: Flops) -> float:
-        """Returns the MFU at the bound, from the FLOPs of a token by one of two conventions."""
+        """Returns the MFU of a step that takes step_s, if a token costs `flops`."""
         return flops.total * self.tokens / self.step_s / self.hardware.peak_flops
-
-
-def shard_bytes(tree: Any) -> int:
-    """Returns the bytes on one device of a tree of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def with_model(cfg: TrainConfig, **values: Any) -> TrainConfig:
@@ -98,7 +83,7 @@ def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str
     run = build_run(cfg, devices)
     if run.routes["attention"].implementation != "cudnn":
         return run, ()
-    # XLA asks cuDNN itself to compile its attention, and cuDNN needs the GPU.
+    # XLA leaves compiling this attention to cuDNN, which needs the GPU.
     note = (
         "attention was compiled as the fused kernel; the run will use cuDNN's, which cannot be "
         "compiled without a GPU. Both save the same arrays and compute the same products"
@@ -107,24 +92,24 @@ def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Returns the peak memory of a compiled program on one device, by the compiler."""
+    """Returns the peak memory on one device that the compiler reports for a program."""
     sizes = compiled.memory_analysis()
-    # Donated buffers are both arguments and outputs; alias_size counts them once too often.
+    # Donated buffers are both arguments and outputs, so they are subtracted once.
     live = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return live + sizes.temp_size_in_bytes
 
 
-def _step_memory(run: Run, compiled: Any, chip: Chip) -> StepMemory:
+def _step_memory(run: Run, compiled: Any, usable: int) -> StepMemory:
+    shard_bytes = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     state = abstract_state(run.model, run.optimizer, run.mesh)
-    sizes = {name: shard_bytes(part) for name, part in state._asdict().items()}
-    parameters = sizes["params"]
+    parameters = sum(map(shard_bytes, jax.tree.leaves(state.params)))
     return StepMemory(
         parameters=parameters,
-        optimizer_state=sum(sizes.values()) - parameters,
+        optimizer_state=sum(map(shard_bytes, jax.tree.leaves(state))) - parameters,
         gradients=parameters,
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         peak=peak_bytes(compiled),
-        usable=int(memory.fraction() * chip.hbm_bytes),
+        usable=usable,
     )
 
 
@@ -140,7 +125,7 @@ def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
     except ModuleNotFoundError as error:
         raise RuntimeError(
             "compiling for a GPU that is not present needs the extra `offline`; "
-            f'{error.name} is missing. Run pip install "jaxtrain[offline]", or add --formula.'
+            f'{error.name} is missing. Run pip install "jaxtrain[offline]".'
         ) from error
 
     devices = devices_of(hardware.chip, hardware.gpus, hardware.hosts)
@@ -149,13 +134,10 @@ def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
         step = compile_step(run)
     program = Program(step.compiled.as_text())
     return Plan(
-        cfg=run.cfg,
+        run=run,
         hardware=hardware,
-        mesh=dict(run.mesh.shape),
-        parameters=run.parameters,
-        routes=run.routes,
         notes=notes,
-        memory=_step_memory(run, step.compiled, hardware.chip),
+        memory=_step_memory(run, step.compiled, hardware.usable_bytes),
         flops=training_flops(cfg.model, cfg.data.seq_len),
         causal_flops=training_flops(cfg.model, cfg.data.seq_len, causal=True),
         roofline=roofline(program, hardware.chip),

@@ -3,10 +3,11 @@
 import re
 from typing import NamedTuple
 
+from jaxtrain.distributed import memory
 from jaxtrain.metrics.hlo_collectives import Collective
 from pallas_kernels.chip import Chip
 
-SWITCHED_NVLINK_BYTES_PER_S = 600e9  # from here NVLink joins all GPUs of a host, not only pairs
+SWITCHED_NVLINK_BYTES_PER_S = 600e9  # from this rate NVLink joins all GPUs of a host, not pairs
 
 
 class Link(NamedTuple):
@@ -15,7 +16,7 @@ class Link(NamedTuple):
     latency_s: float  # of one message
 
 
-# Nominal bandwidths: 16 lanes of PCIe in one direction (PCI-SIG); Ethernet and InfiniBand by name.
+# Nominal bandwidths in one direction: PCIe with 16 lanes (PCI-SIG); the others by their names.
 # Latencies are of the order that NCCL reaches; they matter only for small messages.
 LINKS = {
     link.name: link
@@ -47,24 +48,25 @@ class Hardware(NamedTuple):
 
     @property
     def peak_flops(self) -> float:
-        """Peak bfloat16 FLOP/s of all devices together."""
+        """Returns the peak bfloat16 FLOP/s of all devices together."""
         return self.chip.peak_flops["bfloat16"] * self.devices
 
-
-def default_link(chip: Chip) -> str:
-    """Returns the name of the link that a host with several of these chips usually has."""
-    if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
-        return "nvlink"
-    return "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
+    @property
+    def usable_bytes(self) -> int:
+        """Returns the memory of one device that training may allocate."""
+        return int(memory.fraction() * self.chip.hbm_bytes)
 
 
 def parse_link(text: str, chip: Chip) -> Link:
-    """Parses a name in LINKS, "nvlink" or "wan:150ms,1gbps"; "" is the chip's default link.
+    """Parses a name in LINKS, "nvlink" or "wan:150ms,1gbps"; "" is what hosts with the chip have.
 
     Raises:
         ValueError: the text is none of these, or the chip has no NVLink.
     """
-    text = text or default_link(chip)
+    if not text:
+        text = "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
+        if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
+            text = "nvlink"
     if text in LINKS:
         return LINKS[text]
     if text == "nvlink" and chip.nvlink_bytes_per_s:
@@ -82,7 +84,7 @@ def parse_link(text: str, chip: Chip) -> Link:
 
 
 def build_hardware(chip: Chip, gpus: int, hosts: int, link: str, host_link: str) -> Hardware:
-    """Returns the Hardware of one plan; links are given as parse_link takes them."""
+    """Builds Hardware from names of links, as parse_link accepts them."""
     return Hardware(chip, gpus, hosts, parse_link(link, chip), parse_link(host_link, chip))
 
 

@@ -1,10 +1,10 @@
 """Estimates a step's peak memory by a formula, in a second and without the GPU compiler.
 
-Parameters and optimizer state are exact: the shapes are known, and all devices share them. The
-rest is a sum of three parts: what each layer saves for its backward pass, the working set of one
-layer, and a workspace that does not grow with the tokens. The three constants of the workspace were
-fitted on 2026-11-25 to 34 compiled steps of the shipped configs (1 and 8 devices, 1,024 to 131,072
-tokens per device, every remat). On these the error is at most 0.7 of the bound stated below.
+Parameters and optimizer state are exact, as their shapes are known and they are sharded over all
+devices. The rest is a sum of three parts: what each layer saves for its backward pass, the working
+set of one layer, and a workspace that does not grow with the tokens. The three constants of the
+workspace were fitted on 2026-11-25 to 34 compiled steps of the shipped configs (1 and 8 devices,
+1,024 to 131,072 tokens per device, every remat). Their errors are at most 0.7 of the bound below.
 """
 
 import math
@@ -41,20 +41,13 @@ class MemoryEstimate(NamedTuple):
 def _saved_per_token(m: ModelConfig) -> float:
     """Returns how many numbers a layer saves for its backward pass for each token."""
     q_width, kv_width = m.H * m.K, 2 * m.G * m.K
-    ffn_width = (3 if m.mlp == "swiglu" else 2) * m.F
+    ffn_width, ffn_factor = (3 * m.F, 2.5) if m.mlp == "swiglu" else (2 * m.F, 3.5)
     return {
-        "none": 6 * m.D
-        + 2 * (q_width + kv_width)
-        + (2.5 if m.mlp == "swiglu" else 3.5) * ffn_width,
+        "none": 6 * m.D + 2 * (q_width + kv_width) + ffn_factor * ffn_width,
         "dots": 2 * m.D + q_width + kv_width + ffn_width - m.F,
         "attention": m.D + q_width,
         "full": m.D,
     }[m.remat]
-
-
-def _working_set_per_token(m: ModelConfig) -> float:
-    """Returns how many numbers per token are live at once while one layer computes."""
-    return 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
 
 
 def _tree_bytes(tree: Any) -> int:
@@ -76,7 +69,9 @@ def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
         + PER_HEAD * 4 * m.V * m.D
         + PER_LOGITS * 4 * rows * chunk_positions * m.V
     )
-    numbers_per_token = m.L * _saved_per_token(m) + _working_set_per_token(m)
+    # Numbers per token that are live at once while one layer computes.
+    working_set_per_token = 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
+    numbers_per_token = m.L * _saved_per_token(m) + working_set_per_token
     activation_bytes = ACTIVATION_BYTES * rows * data.seq_len * numbers_per_token
     return MemoryEstimate(
         state_bytes / devices, parameter_bytes / devices, activation_bytes + workspace_bytes

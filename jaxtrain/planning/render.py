@@ -1,6 +1,6 @@
 """Formats a plan as text for people and as a dict for JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.planning.compiled import Plan
@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def sum_collectives(plan: Plan) -> list[dict[str, Any]]:
-    """Returns one row for each kind and axes of collective, summed over a step."""
+    """Returns a row for each kind of collective and each set of mesh axes, summed over a step."""
     rows = {}
     for c in plan.collectives:
         row = {"kind": c.kind, "axes": c.axes, "crosses_hosts": c.crosses_hosts}
@@ -26,23 +26,23 @@ def sum_collectives(plan: Plan) -> list[dict[str, Any]]:
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """Returns all figures of a plan, in seconds, bytes and FLOPs."""
-    hardware, m = plan.hardware, plan.memory
+    hardware, m, cfg, mesh = plan.hardware, plan.memory, plan.run.cfg, plan.run.mesh.shape
     return {
         "chip": hardware.chip.name,
         "devices": hardware.devices,
         "hosts": hardware.hosts,
-        "parameters": plan.parameters,
+        "parameters": plan.run.parameters,
         "tokens_per_step": plan.tokens,
-        "batch": plan.cfg.data.batch,
-        "accumulation": plan.cfg.accumulation,
-        "remat": plan.cfg.model.remat,
-        "unroll": plan.cfg.model.unroll,
-        "seq_len": plan.cfg.data.seq_len,
-        "replica": plan.mesh["replica"],
-        "fsdp": plan.mesh["fsdp"],
-        "tensor": plan.mesh["tensor"],
+        "batch": cfg.data.batch,
+        "accumulation": cfg.accumulation,
+        "remat": cfg.model.remat,
+        "unroll": cfg.model.unroll,
+        "seq_len": cfg.data.seq_len,
+        "replica": mesh["replica"],
+        "fsdp": mesh["fsdp"],
+        "tensor": mesh["tensor"],
         "fits": m.fits,
-        "memory_bytes": {**m.by_use(), "peak": m.peak, "usable": m.usable},
+        "memory_bytes": m.all_sizes(),
         "flops_per_token": {"causal": plan.causal_flops.total, "full": plan.flops.total},
         "flops_executed_per_device": plan.roofline.flops,
         "hbm_bytes_per_device": plan.roofline.hbm_bytes,
@@ -51,19 +51,22 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "tokens_per_s": plan.tokens / plan.step_s,
         "mfu_causal": plan.mfu(plan.causal_flops),
         "collectives": sum_collectives(plan),
-        "routes": {op: str(route) for op, route in plan.routes.items()},
+        "routes": {op: str(route) for op, route in plan.run.routes.items()},
         "notes": list(plan.notes),
         "compile_s": plan.compile_s,
     }
 
 
+def memory_table(sizes: Mapping[str, float]) -> str:
+    """Returns a table of {use: bytes} in GiB."""
+    rows = [(use, f"{size / GIB:.2f}") for use, size in sizes.items()]
+    return format_table(rows, ("use", "GiB"), indent=2)
+
+
 def _memory_lines(plan: Plan) -> Iterator[str]:
     m, hbm_bytes = plan.memory, plan.hardware.chip.hbm_bytes
-    uses = {**m.by_use(), "peak": m.peak, "usable": m.usable}
     yield "Memory of one device:"
-    yield format_table(
-        [(name, f"{size / GIB:.2f}") for name, size in uses.items()], ("use", "GiB"), indent=2
-    )
+    yield memory_table(m.all_sizes())
     yield (
         f"  usable is {m.usable / hbm_bytes:.0%} of the {hbm_bytes / GIB:.2f} GiB: training leaves "
         "the rest to the driver, NCCL and cuBLAS"
@@ -111,14 +114,14 @@ def _collective_lines(plan: Plan) -> Iterator[str]:
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Yields a plan as paragraphs of text."""
-    cfg, hardware = plan.cfg, plan.hardware
+    cfg, hardware = plan.run.cfg, plan.hardware
     hosts = f" on {hardware.hosts} hosts" if hardware.hosts > 1 else ""
     yield (
-        f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.parameters:,} parameters; batch "
-        f"{cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
+        f"{hardware.devices} x {hardware.chip.kind}{hosts}; {plan.run.parameters:,} parameters; "
+        f"batch {cfg.data.batch} x {cfg.data.seq_len} in {cfg.accumulation} micro-batches; remat "
         f"{cfg.model.remat}; compiled in {plan.compile_s:.0f} s"
     )
-    yield from (f"  {route}" for route in plan.routes.values())
+    yield from (f"  {route}" for route in plan.run.routes.values())
     yield from (f"  note: {note}" for note in plan.notes)
     yield from _memory_lines(plan)
     yield from _work_lines(plan)
@@ -126,7 +129,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def fit_verdict(plan: Plan, fitting_flags: str) -> str:
-    """Returns whether the plan fits and, if not, the largest use and what to change.
+    """States whether a plan fits and, if not, the largest use of memory and what to change.
 
     Args:
         fitting_flags: flags of the smallest change that fits, or "" if there is none.
@@ -135,10 +138,9 @@ def fit_verdict(plan: Plan, fitting_flags: str) -> str:
     if m.fits:
         return f"Fits: {1 - m.peak / plan.hardware.chip.hbm_bytes:.0%} of the GPU's memory is free."
     use, size = max(m.by_use().items(), key=lambda item: item[1])
+    remedy = "No micro-batch size or remat setting fits: use more GPUs."
     if fitting_flags:
         remedy = f"These flags fit: {fitting_flags}"
-    else:
-        remedy = "No micro-batch size or remat setting fits: use more GPUs."
     return (
         f"Does not fit: needs {m.peak / GIB:.1f} GiB of {m.usable / GIB:.1f}. The largest use is "
         f"{use}, {size / GIB:.1f} GiB. {remedy}"

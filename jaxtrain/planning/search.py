@@ -1,10 +1,11 @@
-"""Searches the fastest setting of a config that fits: micro-batch, remat, mesh and unroll.
+"""Searches for a config's fastest micro-batch, remat, mesh and unroll that fit a chip's memory.
 
-Each setting that is tried is compiled for the chip, so the search tries few. Compiled figures are
+Every setting that the search tries is compiled for the chip, so it tries few. Compiled figures are
 cached on disk.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -21,20 +22,16 @@ from jaxtrain.planning.hardware import Hardware
 from jaxtrain.planning.memory_formula import estimate_memory
 from jaxtrain.planning.render import GIB, plan_dict
 from jaxtrain.reporting.table import format_table
-from pallas_kernels.chip import Chip
 
 CACHE_VERSION = 3  # figures of other versions are computed again
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
-# Where more of the usable memory than this is taken, XLA recomputes of its own accord to save
-# memory: gpt_1558m on an A40 is 17 % slower in 16 micro-batches (0.89 taken) than in 32.
+# Above this share of the usable memory XLA recomputes of its own accord to save memory: gpt_1558m
+# on an A40 is 17 % slower in 16 micro-batches, which take a share of 0.89, than in 32.
 TIGHT = 0.8
-# Tokens of a micro-batch after which larger ones no longer pay: gpt_124m's bound improves by under
-# 3 % when they double.
+# Micro-batches of more tokens are not tried: doubling these improves gpt_124m's bound by under 3 %.
 ENOUGH_TOKENS = 32_768
 
 Figures = dict[str, Any]  # as plan_dict returns them
-Evaluate = Callable[..., Figures]  # of (accumulation, remat, **variant)
-FitsByFormula = Callable[[int, str], bool]  # of (accumulation, remat)
 
 
 def compiled_figures(cfg: TrainConfig, hardware: Hardware, cache: str = "") -> Figures:
@@ -43,24 +40,17 @@ def compiled_figures(cfg: TrainConfig, hardware: Hardware, cache: str = "") -> F
     key = [CACHE_VERSION, config_hash(cfg), chip.name, gpus, hosts, links, memory.fraction()]
     text = json.dumps([*key, jax.__version__])
     path = Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    cached = read_cached(path) if cache else None
-    if cached:
-        return cached
+    if cache:
+        try:
+            return json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):  # a damaged file is replaced
+            pass
     # Through JSON, so that fresh and cached figures have the same types.
     figures = json.loads(json.dumps(plan_dict(compile_plan(cfg, hardware))))
     if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(figures))
     return figures
-
-
-def read_cached(path: Path) -> Figures | None:
-    """Returns the figures in a cache file; None if it is missing or damaged."""
-    try:
-        figures = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return figures if isinstance(figures, dict) else None
 
 
 def with_setting(
@@ -80,11 +70,9 @@ def with_setting(
         ValueError: seq_len does not divide the tokens of a step.
     """
     data, mesh = cfg.data, cfg.mesh
-    model: dict[str, str | int] = {"remat": remat}
+    unroll = cfg.model.unroll if unroll is None else unroll
     if fsdp is not None:
         mesh = dataclasses.replace(mesh, replica=-1, fsdp=fsdp)
-    if unroll is not None:
-        model["unroll"] = unroll
     if seq_len is not None:
         tokens = data.batch * data.seq_len
         if tokens % seq_len:
@@ -92,12 +80,12 @@ def with_setting(
                 f"lengths must divide the {tokens} tokens of a step; got {seq_len}. Set --seq_lens."
             )
         data = dataclasses.replace(data, batch=tokens // seq_len, seq_len=seq_len)
-    cfg = dataclasses.replace(with_model(cfg, **model), accumulation=accumulation)
-    return dataclasses.replace(cfg, data=data, mesh=mesh)
+    cfg = with_model(cfg, remat=remat, unroll=unroll)
+    return dataclasses.replace(cfg, accumulation=accumulation, data=data, mesh=mesh)
 
 
 def setting_flags(figures: Figures) -> str:
-    """Returns a setting as flags of a run."""
+    """Returns the flags that give a run this setting."""
     return (
         f"--accumulation={figures['accumulation']} --model.remat={figures['remat']} "
         f"--mesh.fsdp={figures['fsdp']} --mesh.replica={figures['replica']} "
@@ -107,49 +95,36 @@ def setting_flags(figures: Figures) -> str:
 
 
 def accumulations(cfg: TrainConfig, devices: int) -> list[int]:
-    """Returns all numbers of micro-batches that the batch can be cut into, ascending."""
+    """Returns all numbers of micro-batches into which the batch can be cut, ascending."""
     rows = cfg.data.batch // devices
     return [count for count in range(1, rows + 1) if rows % count == 0]
 
 
-def build_evaluate(cfg: TrainConfig, hardware: Hardware, cache: str) -> Evaluate:
-    """Returns evaluate(accumulation, remat, **variant), which compiles the config so set."""
-
-    def evaluate(accumulation: int, remat: str, **variant: int) -> Figures:
-        return compiled_figures(with_setting(cfg, accumulation, remat, **variant), hardware, cache)
-
-    return evaluate
+def stronger_remats(cfg: TrainConfig) -> tuple[str, ...]:
+    """Returns the config's remat and all that recompute more."""
+    return REMATS[REMATS.index(cfg.model.remat) :]
 
 
-def build_fits_by_formula(cfg: TrainConfig, chip: Chip, devices: int) -> FitsByFormula:
-    """Returns fits(accumulation, remat), which asks the memory formula."""
-
-    def fits(accumulation: int, remat: str) -> bool:
-        peak = estimate_memory(with_setting(cfg, accumulation, remat), devices).peak
-        return peak <= memory.fraction() * chip.hbm_bytes
-
-    return fits
+def evaluate_setting(
+    cfg: TrainConfig, hardware: Hardware, cache: str, accumulation: int, remat: str, **variant: int
+) -> Figures:
+    """Compiles the config with another setting and returns its figures; see with_setting."""
+    return compiled_figures(with_setting(cfg, accumulation, remat, **variant), hardware, cache)
 
 
-def _would_fit(figures: Figures, rows: int, other_rows: int) -> bool:
-    """Predicts whether another micro-batch fits; only activations grow with its rows."""
-    sizes = figures["memory_bytes"]
-    activations = sizes["activations and workspace"]
-    return sizes["peak"] - activations + activations * other_rows / rows <= sizes["usable"]
-
-
-def _is_tight(figures: Figures) -> bool:
-    sizes = figures["memory_bytes"]
-    return figures["fits"] and sizes["peak"] > TIGHT * sizes["usable"]
+def fits_by_formula(cfg: TrainConfig, hardware: Hardware, accumulation: int, remat: str) -> bool:
+    """Returns whether the config fits with another setting, by the memory formula."""
+    setting = with_setting(cfg, accumulation, remat)
+    return estimate_memory(setting, hardware.devices).peak <= hardware.usable_bytes
 
 
 def search_settings(
     cfg: TrainConfig,
     devices: int,
-    evaluate: Evaluate,
-    show: Callable[[str], Any] = print,
+    evaluate: Callable[..., Figures],
+    fits: Callable[[int, str], bool],
+    show: Callable[[str], Any],
     remats: Sequence[str] = REMATS,
-    fits_by_formula: FitsByFormula | None = None,
     variants: Sequence[dict[str, int]] = (),
 ) -> list[Figures]:
     """Returns the figures of every setting that was compiled, the fastest that fits first.
@@ -159,7 +134,8 @@ def search_settings(
     which gives the next guess. Where memory is tight, the next smaller micro-batch is tried too.
 
     Args:
-        fits_by_formula: None starts at the smallest micro-batch.
+        evaluate: of (accumulation, remat, **variant); compiles the setting.
+        fits: of (accumulation, remat); predicts by the memory formula.
         variants: further arguments of with_setting, tried on the fastest setting.
     """
     rows = cfg.data.batch // devices
@@ -175,13 +151,14 @@ def search_settings(
         return tried[key]
 
     for remat in remats:
-        likely = (n for n in choices if fits_by_formula and fits_by_formula(n, remat))
-        count = next(likely, choices[-1])
+        count = next((n for n in choices if fits(n, remat)), choices[-1])
         figures = try_setting(count, remat)
-        while figures["memory_bytes"]["peak"] <= figures["memory_bytes"]["usable"]:
-            larger = [
-                n for n in choices if n < count and _would_fit(figures, rows // count, rows // n)
-            ]
+        while figures["fits"]:
+            # Only activations grow with the rows of a micro-batch.
+            sizes = figures["memory_bytes"]
+            activations = sizes["activations and workspace"]
+            most_growth = 1 + (sizes["usable"] - sizes["peak"]) / max(activations, 1)
+            larger = [n for n in choices if n < count <= n * most_growth]
             if not larger:
                 break
             count = larger[0]
@@ -189,7 +166,9 @@ def search_settings(
         smaller = iter(choices[choices.index(count) + 1 :])
         while not figures["fits"] and (n := next(smaller, None)):
             figures = try_setting(n, remat)
-        if _is_tight(figures) and (n := next(smaller, None)):
+        sizes = figures["memory_bytes"]
+        is_tight = figures["fits"] and sizes["peak"] > TIGHT * sizes["usable"]
+        if is_tight and (n := next(smaller, None)):
             try_setting(n, remat)
     rank = lambda figures: (not figures["fits"], -figures["tokens_per_s"])
     best = min(tried.values(), key=rank)
@@ -199,18 +178,21 @@ def search_settings(
     return sorted(tried.values(), key=rank)
 
 
-def fastest_setting(
-    cfg: TrainConfig, hardware: Hardware, cache: str, remats: Sequence[str] = REMATS
-) -> Figures:
-    """Returns the fastest setting that fits or, if none does, the fastest of those tried."""
-    devices = hardware.devices
-    fits = build_fits_by_formula(cfg, hardware.chip, devices)
-    evaluate = build_evaluate(cfg, hardware, cache)
-    return search_settings(cfg, devices, evaluate, lambda text: None, remats, fits)[0]
+def search_hardware(
+    cfg: TrainConfig,
+    hardware: Hardware,
+    cache: str,
+    show: Callable[[str], Any] = lambda text: None,
+    **options: Any,
+) -> list[Figures]:
+    """Returns what search_settings finds on some hardware; `options` are its last arguments."""
+    evaluate = functools.partial(evaluate_setting, cfg, hardware, cache)
+    fits = functools.partial(fits_by_formula, cfg, hardware)
+    return search_settings(cfg, hardware.devices, evaluate, fits, show, **options)
 
 
 def describe_setting(figures: Figures) -> str:
-    """Returns one line about a setting that was compiled."""
+    """Returns one line about a compiled setting: its flags, its memory and whether it fits."""
     peak = figures["memory_bytes"]["peak"] / GIB
     return (
         f"  {figures['accumulation']} micro-batches, remat {figures['remat']}, fsdp "
@@ -219,22 +201,21 @@ def describe_setting(figures: Figures) -> str:
     )
 
 
+SETTING_COLUMNS: dict[str, Callable[[Figures], object]] = {
+    "micro-batches": lambda f: f["accumulation"],
+    "remat": lambda f: f["remat"],
+    "fsdp": lambda f: f["fsdp"],
+    "unroll": lambda f: f["unroll"],
+    "length": lambda f: f["seq_len"],
+    "peak GiB": lambda f: f"{f['memory_bytes']['peak'] / GIB:.2f}",
+    "fits": lambda f: "yes" if f["fits"] else "no",
+    "tokens/s": lambda f: f"{f['tokens_per_s']:,.0f}",
+    "MFU": lambda f: f"{f['mfu_causal']:.1%}",
+}
+
+
 def settings_table(settings: Sequence[Figures]) -> str:
-    """Returns a table of settings, in the given order."""
-    return format_table(
-        settings,
-        {
-            "micro-batches": lambda f: f["accumulation"],
-            "remat": lambda f: f["remat"],
-            "fsdp": lambda f: f["fsdp"],
-            "unroll": lambda f: f["unroll"],
-            "length": lambda f: f["seq_len"],
-            "peak GiB": lambda f: f"{f['memory_bytes']['peak'] / GIB:.2f}",
-            "fits": lambda f: "yes" if f["fits"] else "no",
-            "tokens/s": lambda f: f"{f['tokens_per_s']:,.0f}",
-            "MFU": lambda f: f"{f['mfu_causal']:.1%}",
-        },
-    )
+    return format_table(settings, SETTING_COLUMNS)
 
 
 CONFIG = '''"""{name} as jaxtrain.plan --fit chose it for {devices} x {chip} with jax {version}.

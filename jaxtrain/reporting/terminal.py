@@ -163,7 +163,10 @@ def format_grouped(number: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Returns `8.67 ms`, `720 ms`, `3.41 s`: three digits, as launch.summary prints them."""
     value, unit = (1e3 * seconds, "ms") if seconds < 0.9995 else (seconds, "s")
-    decimals = max(0, 2 - math.floor(math.log10(value) + 1e-9)) if value > 0 else 0
+    if value <= 0:
+        return f"0 {unit}"
+    value = float(f"{value:.3g}")  # first, as rounding may add a digit: 99.96 is 100
+    decimals = max(0, 2 - math.floor(math.log10(value) + 1e-9))
     return f"{value:.{decimals}f} {unit}"
 
 

@@ -1,8 +1,8 @@
 """The diagnosis: a second compiled program that examines a step and changes nothing.
 
 It recomputes the batch's gradient in microbatches, to see how much they differ, asks the optimizer
-for the update it would make, and reports `optim.diagnostics` of both. Without `diagnose_every` it
-is not compiled; the training step is the same either way.
+for the update it would make, and reports the `optim.diagnostics` of both. It is compiled only if
+`diagnose_every` is set; the training step is the same either way.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,7 @@ FEW_TOKENS = 1_000  # a token's nats vary by about 3, so the mean of 1,000 by ab
 def build_eval_step(run: Run) -> Callable:
     """Returns eval_step(params, batch) -> (sum of nats, targets), jitted; float32 [] each.
 
-    It splits a batch into as many microbatches as training does: what fits there fits here.
+    It splits a batch into as many microbatches as training does, so that it needs no more memory.
     """
     parts = run.cfg.accumulation
 
@@ -40,8 +40,8 @@ def build_eval_step(run: Run) -> Callable:
 def build_byte_counter(corpus: Corpus, mesh: Mesh) -> Callable[[dict], jax.Array] | None:
     """Returns count(batch) -> int32 [], the bytes of text that a batch's targets stand for.
 
-    It is a separate program, so that the evaluation step is the same with and without it. The token
-    that starts a document counts as no bytes. None if the tokenizer is unknown.
+    It is a separate program, so that the evaluation step is the same with and without it. A token
+    that starts a document counts as no bytes. Returns None if the tokenizer is unknown.
     """
     sizes = corpus.token_bytes()
     if sizes is None:

@@ -25,10 +25,10 @@ PROMPT_TOKENS = 64  # of held-out text, if sample.prompt is empty
 
 
 def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) -> int:
-    """Writes the summary; a completed run is evaluated_weights and sampled from first.
+    """Writes the summary; a completed run is evaluated and sampled from first.
 
     Args:
-        loop: has run to its end.
+        loop: a Loop whose run_to_end has returned.
         stopped_by: the signal that stopped it before the last step; None if it completed.
 
     Returns:
@@ -56,7 +56,7 @@ def finish_run(loop: Loop, corpus: Corpus, stopped_by: signal.Signals | None) ->
 
 
 def print_sample(loop: Loop, corpus: Corpus) -> None:
-    """Prints text that the trained weights continue, and the sampling speed."""
+    """Prints a prompt, its continuation by the trained weights, and the sampling speed."""
     cfg = loop.cfg.sample
     if not cfg.tokens:
         return
@@ -70,8 +70,8 @@ def print_sample(loop: Loop, corpus: Corpus) -> None:
     prompt_tokens, tokens = fit_positions(loop.cfg.model, len(ids), cfg.tokens)
     if (prompt_tokens, tokens) != (len(ids), cfg.tokens):
         loop.logger.note(
-            f"the sample is {tokens} of sample.tokens={cfg.tokens} after {prompt_tokens} of "
-            f"{len(ids)} prompt tokens: model.positions={loop.cfg.model.positions}"
+            f"model.positions={loop.cfg.model.positions} limits the sample to {prompt_tokens} of "
+            f"{len(ids)} prompt tokens and {tokens} of sample.tokens={cfg.tokens}"
         )
     if not tokens:
         return

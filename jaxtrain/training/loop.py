@@ -162,8 +162,8 @@ class Loop:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
             raise Diverged(
-                f"fewer than {self.cfg.max_bad_steps} steps in a row must be skipped; got "
-                f"{bad_steps} by step {step} (checkpoint: step {self.saved_step}). Lower "
+                f"fewer than {self.cfg.max_bad_steps} steps in a row may be skipped; got "
+                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower "
                 "--optim.learning_rate or raise --max_bad_steps."
             )
 
@@ -184,8 +184,8 @@ class Loop:
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Logs the held-out loss of the current weights; returns None if a signal came.
 
-        Signals are also served between evaluation batches: a scheduler may wait less after SIGTERM
-        than an evaluation takes.
+        A signal ends it after the current batch: the grace period that a scheduler grants after
+        SIGTERM may be shorter than an evaluation.
         """
         self._collect_step()
         beat("eval")
@@ -228,8 +228,8 @@ class Loop:
         beat("save")
         if not self._is_sound(step):
             self.logger.note(
-                f"step {step} is not saved: its loss, gradient or update is not finite; the newest "
-                f"checkpoint is step {self.saved_step}"
+                f"step {step} is not saved: its loss, gradient or update is not finite; "
+                f"{self._newest_checkpoint()}"
             )
             return
         with self.collector.pause("save"), self.tracer.annotate("pause"):
@@ -237,8 +237,12 @@ class Loop:
             self.checkpoints.save(step, self.state, meta)
         self.saved_step = step
 
+    def _newest_checkpoint(self) -> str:
+        known = f"the newest checkpoint is step {self.saved_step}"
+        return known if self.saved_step else "no checkpoint is saved"
+
     def _is_sound(self, step: int) -> bool:
-        """Returns whether the last step's scalars, or after the last step the state, are finite.
+        """Returns whether this step's scalars are finite or, at the end of the run, the state is.
 
         A skipped step changes nothing, but the update before it may be why it was skipped. Saving
         that state would push an older, good checkpoint out of keep_last.

@@ -1,7 +1,7 @@
 """Measures the phases of a step: each compiled and timed separately, and how much they overlap.
 
     forward            the loss of a device's own rows
-    forward_backward   the loss and its gradient, not exchanged
+    forward_backward   that loss and its gradient, before the exchange
     exchange           the collectives of the gradient, one after another, with no computation
     optimizer          the update from exchanged gradients, with its own collectives
     whole              a step of the run, median
@@ -199,7 +199,7 @@ def show_phases(figures: dict[str, float]) -> list[str]:
             part = name.removeprefix("perf/phase_").removesuffix("_s")
             lines.append(f"phase  {part:18}{seconds * 1e3:10.2f} ms  {seconds / whole_s:6.1%}")
     if "perf/phase_overlap_s" not in figures:
-        lines.append("phase  no overlap: mesh.tensor splits products, so phases hold collectives")
+        lines.append("phase  no overlap: with mesh.tensor the phases include collectives")
     for name in ("algbw", "busbw"):
         if rate := figures.get(f"comm/{name}_bytes_per_s"):
             lines.append(f"phase  {name:18}{rate / 1e6:10.2f} MB/s during the exchange")

@@ -19,10 +19,10 @@ def start_state(
     """Restores the newest checkpoint, or calls initial_state(run) if there is none.
 
     Returns:
-        the state, and the checkpoint that it is from or None. `batches` is moved to its step.
+        the state, and the checkpoint that it came from, if any; `batches` continues at its step.
 
     Raises:
-        ValueError: the checkpoint is of other data or another model, or past the last step.
+        ValueError: the checkpoint has other data or another model, or is past the last step.
     """
     stored = broadcast_from_process_0(lambda: newest_config(checkpoints))
     check_resumed(run.cfg.model, stored)
@@ -40,7 +40,7 @@ def start_state(
             f"steps must be at least the checkpoint's step {restored.step}; got "
             f"steps={run.cfg.steps}. Set --steps or another --workdir."
         )
-    # Without its state, so that the loop's first step can donate the only reference.
+    # Restored has no state here, so that the loop's first step can donate the only reference.
     return restored.state, restored._replace(state=None)
 
 

@@ -33,8 +33,8 @@ from jaxtrain.training.step import (
     place_rates,
 )
 
-# Fields that describe the machine of the training run. Its weights define the same function on any
-# other: a machine that reads them may have no GPU, or a different number of devices.
+# Fields that depend on the machine that trained. A machine that only reads the weights may have no
+# GPU, or a different number of devices; the weights define the same function there.
 READER_OVERRIDES = {
     "mesh.replica": 1,
     "mesh.fsdp": -1,
@@ -135,8 +135,8 @@ def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None
 def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, TrainState]:
     """Restores a run's newest good checkpoint, or that of `step`, on this machine's devices.
 
-    Uses the most devices that divide the batch, and the routes that this machine has; logs it if
-    these are not all devices, or not the routes that the run asked for.
+    Uses the largest number of devices that divides the batch, and kernel routes that this machine
+    has. Logs unused devices and changed routes.
 
     Raises:
         ValueError: the folder contains no run, or no checkpoint yet.
@@ -146,7 +146,7 @@ def restore_run(workdir: Path | str, step: int | None = None) -> tuple[Run, Trai
     changes = config_lib.describe_changes(config_lib.flatten(trained), cfg)
     changes = [change for change in changes if not change.startswith("mesh.")]
     if changes:
-        logging.info("for this machine's routes: %s", "; ".join(changes))
+        logging.info("changed to run on this machine: %s", "; ".join(changes))
     devices, rows = jax.devices(), cfg.data.batch // cfg.accumulation
     used = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     if used < len(devices):

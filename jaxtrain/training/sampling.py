@@ -23,16 +23,16 @@ CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) n
 
 
 class Sample(NamedTuple):
-    """The text that a model continued a prompt with."""
+    """A model's continuation of a prompt."""
 
     text: str
-    ended: bool  # the model drew the end of the text before the last token
+    ended: bool  # the model drew the end-of-text token
 
 
 def draw_tokens(logits_BV: jax.Array, key: jax.Array, temperature: float, top_k: int) -> jax.Array:
     """Draws one token per row, int32 [B], from float32 logits.
 
-    temperature 0 takes the likeliest; top_k > 0 draws from that many likeliest tokens.
+    temperature=0 takes the likeliest token; top_k > 0 draws from that many likeliest tokens only.
     """
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -53,7 +53,7 @@ def build_sampler(
     """Returns sample(params, prompt_BT, key) -> int32 [B,tokens], jitted.
 
     Args:
-        vocab_size: of the tokenizer; the ids above it, which only pad the model's, are never drawn.
+        vocab_size: of the tokenizer; larger ids, which only pad the model's, are never drawn.
 
     Raises:
         ValueError: tokens, temperature or top_k is out of range.
@@ -90,7 +90,7 @@ def build_sampler(
 
 
 def check_length(cfg: ModelConfig, prompt_tokens: int, tokens: int) -> None:
-    """Raises ValueError if learned positions end before the sample does.
+    """Raises ValueError if prompt and sample exceed the learned positions.
 
     Args:
         prompt_tokens: including the token that starts the document.
@@ -124,7 +124,7 @@ def escape_controls(text: str) -> str:
 
 
 def shorten_prompt(prompt: str) -> str:
-    """Returns a prompt to print: of a long one, both ends and the number of omitted characters."""
+    """Returns a prompt to print; a long one gets the length of its middle instead of the middle."""
     left_out = len(prompt) - PROMPT_CHARS
     if left_out <= 0:
         return prompt
@@ -135,8 +135,8 @@ def shorten_prompt(prompt: str) -> str:
 def fit_positions(cfg: ModelConfig, prompt_tokens: int, tokens: int) -> tuple[int, int]:
     """Returns (prompt, sample) lengths, cut so that both fit the learned positions.
 
-    One position is for the token that starts the document. A prompt that is too long gives way to
-    the sample, but keeps at least half of the positions.
+    One position is for the token that starts the document. The prompt is cut first, but to no less
+    than half of the positions.
     """
     if cfg.position != "learned":
         return prompt_tokens, tokens

@@ -107,15 +107,19 @@ def machine_notes(run: Run) -> list[str]:
     cfg, mesh = run.cfg, run.mesh
     notes = []
     if mesh.devices.flat[0].platform == "gpu":
-        notes.append(f"JAX takes {memory.fraction():.0%} of each GPU: {memory.VARIABLES[0]}")
+        notes.append(
+            f"JAX takes {memory.fraction():.0%} of each GPU's memory: {memory.VARIABLES[0]}"
+        )
     if not uses_compile_cache(jax.process_count()):
-        notes.append("no compile cache: of several processes JAX would write it on process 0 only")
+        notes.append("no compile cache: with several processes JAX writes it on process 0 only")
     if jax.process_count() > 1:
         storage = cfg.checkpoint.storage
         notes.append(f"checkpoint.storage {storage}: {STORAGE_NOTES[storage]}")
     if mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
         share = load_imbalance(run.model.axes, run.model.shapes, mesh)
-        notes.append(f"whole matrices on each device, {share:.3f} of an even share of the work")
+        notes.append(
+            f"whole matrices on each device: the busiest does {share:.3f} times an even share"
+        )
     return notes
 
 
@@ -135,7 +139,7 @@ def measurement_lines(run: Run, work: StepWork, collector: Collector) -> Iterato
     for line in describe_measurements(run, work, collector):
         yield "measure", line
     for (kind, axis, inter_host), row in work.by_kind().items():
-        where = "between hosts" if inter_host else "inside a host"
+        where = "between hosts" if inter_host else "within a host"
         yield "collect", f"{row['count']} x {kind} over {axis}, {row['bytes']:,} bytes, {where}"
 
 
@@ -144,7 +148,7 @@ def describe_measurements(run: Run, work: StepWork, collector: Collector) -> lis
     device = run.mesh.devices.flat[0]
     lines = describe_utilisation(work, collector.chip, device)
     if not memory_metrics():
-        lines.append(f"no memory in use: {device.platform}'s allocator does not count it")
+        lines.append(f"no figures of memory in use: {device.platform}'s allocator reports none")
     if jax.process_count() > 1:
         lines.append(collector.describe())
     return lines

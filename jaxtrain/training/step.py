@@ -77,7 +77,7 @@ class Step:
 
 
 def _describe_changes(abstract, args) -> list[str]:
-    """Returns `path: expected -> actual` for each leaf of another shape or dtype, or absent."""
+    """Returns `path: expected -> actual` for each leaf that is absent or has another type."""
 
     def types_by_path(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)

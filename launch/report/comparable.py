@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from launch.report.sides import Side
-from launch.report.stats import deviation, mean, noise, split, t_quantile
+from launch.report.stats import noise, split, t_quantile
 
-CHANCE = 1e-3  # of refusing two equal sides, over all parts of the curve
+CHANCE = 1e-3  # of refusing two equal sides because of noise, over all parts of the curve
 PARTS = 4
-# With fewer degrees of freedom the noise between runs is unreliable: t's limit is 22 at 3.
+# With fewer degrees of freedom the noise between runs is unreliable: with 3 the limit would be 22
+# standard errors.
 FREEDOM = 5
 
 
@@ -20,9 +22,9 @@ class LossMatch:
     gap_nats: float  # A's mean minus B's
     errors: float
     limit: float  # the largest `errors` that noise explains
-    noise: str  # describes the noise's source
+    noise: str  # where the noise was estimated
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.gap_nats:+.4f} nats over steps {self.steps[0]} to {self.steps[1]}, "
             f"{self.errors:.1f} standard errors (at most {self.limit:.1f}) of {self.noise}"
@@ -30,16 +32,16 @@ class LossMatch:
 
 
 def differences(a: Side, b: Side) -> list[str]:
-    """Returns a sentence for each difference of the work, apart from the losses."""
+    """Describes each difference between the sides' work, except that of their losses."""
     found = []
     same = a.config_hash == b.config_hash
     if a.settings is None or b.settings is None:
         if not same:
             found.append(f"config hash: {a.config_hash} against {b.config_hash}")
     elif not same and a.settings != b.settings:
-        names = sorted(k for k in {**a.settings, **b.settings} if _get(a, k) != _get(b, k))
-        pairs = [f"{name} {_get(a, name)!r} against {_get(b, name)!r}" for name in names]
-        found.append(f"config: {'; '.join(pairs)}")
+        pairs = {name: (_setting(a, name), _setting(b, name)) for name in a.settings | b.settings}
+        texts = [f"{name} {x!r} against {y!r}" for name, (x, y) in sorted(pairs.items()) if x != y]
+        found.append(f"config: {'; '.join(texts)}")
     if a.data_fingerprint != b.data_fingerprint:
         found.append(f"data fingerprint: {a.data_fingerprint} against {b.data_fingerprint}")
     if a.tokens_per_step != b.tokens_per_step:
@@ -47,17 +49,20 @@ def differences(a: Side, b: Side) -> list[str]:
     return found
 
 
-def _get(side, name):
+def _setting(side, name):
     return side.settings.get(name, "(none)")
 
 
 def match_losses(a: Side, b: Side) -> LossMatch | None:
-    """Returns the largest difference over the curves' parts; None if no step has both losses.
+    """Returns the largest difference over the curves' parts.
 
-    With seven or more runs the noise is estimated between runs. With two it is estimated from the
-    batches within a run. That shows what another seed would draw but not where it would lead, so
-    the check errs towards refusing. With three to six runs the larger of the two estimates counts,
-    with the limit of the batches' estimate.
+    With seven or more runs, the noise is estimated from the differences between runs. With two,
+    it is estimated from the steps within each run: this is the noise of the batches, but not the
+    drift between runs of different seeds, so the check errs towards refusing. With three to six
+    runs the larger of the two estimates is used, with the limit that belongs to the second.
+
+    Returns:
+        None if no step has a loss on both sides, or too few do to estimate the noise.
     """
     runs = a.losses + b.losses
     steps = sorted(set.intersection(*(set(run) for run in runs))) if a.losses and b.losses else []
@@ -71,15 +76,15 @@ def match_losses(a: Side, b: Side) -> LossMatch | None:
 
 def _match(a, b, steps, share) -> LossMatch:
     curves = [[[run[step] for step in steps] for run in side.losses] for side in (a, b)]
-    means = [[mean(curve) for curve in side] for side in curves]
-    gap = mean(means[0]) - mean(means[1])
+    means = [[fmean(curve) for curve in side] for side in curves]
+    gap = fmean(means[0]) - fmean(means[1])
     counts = [len(side) for side in means]
     freedom, error, words = sum(counts) - 2, 0.0, f"the noise between {sum(counts)} runs"
     if freedom:
-        squares = sum(deviation(side) ** 2 * (len(side) - 1) for side in means if len(side) > 1)
+        squares = sum(stdev(side) ** 2 * (len(side) - 1) for side in means if len(side) > 1)
         error = math.sqrt(squares / freedom * sum(1 / n for n in counts))
     if freedom < FREEDOM and len(steps) >= 3:
-        squares = [mean([noise(curve) ** 2 for curve in side]) / len(side) for side in curves]
+        squares = [fmean(noise(curve) ** 2 for curve in side) / len(side) for side in curves]
         within = math.sqrt(sum(squares) / len(steps))
         words = words if error > within else "the batches' noise within a run"
         freedom, error = sum(counts) * (len(steps) - 2), max(error, within)

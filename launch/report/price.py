@@ -1,4 +1,4 @@
-"""Computes the cost of tokens and the GPUs that they need, from a baseline and a price list."""
+"""Computes the cost of tokens, and the GPUs for a deadline, from a baseline and a price list."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ def read_prices(path: Path | str) -> dict:
     """Reads {"currency", "per_gpu_hour": {chip: price}} from a TOML file such as docs/prices.toml.
 
     Raises:
-        ValueError: the file has another form.
+        ValueError: the currency or a price is missing or not valid.
     """
     price_list = read_toml(path, "--prices")
     prices = price_list.get("per_gpu_hour")
@@ -29,7 +29,7 @@ def read_span(text: str) -> float:
     """Returns the seconds of a time span such as `90m`, `36h`, `7d` or `2w`.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: the text is not a positive number with a unit.
     """
     try:
         span_s = float(text[:-1]) * SPANS_S[text[-1:]]
@@ -48,15 +48,16 @@ def price(
     span_s: float | None = None,
     params: float | None = None,
 ) -> dict:
-    """Returns the cost and the capacity, with their assumptions.
+    """Returns the cost and the capacity, with the assumptions behind them.
 
     Args:
         availability: share of the time in which the GPUs are available, in (0, 1].
-        tokens, span_s: a number of tokens and the seconds in which to train on them, or neither.
-        params: the parameters of another model, whose speed is scaled from the baseline's.
+        tokens: number of tokens to train on; None computes no deadline.
+        span_s: seconds in which to train on them; given if `tokens` is.
+        params: parameter count of another model, whose speed is scaled from the baseline's.
 
     Raises:
-        ValueError: the chip has no price, or the baseline lacks what is needed.
+        ValueError: the chip has no price, or the baseline has no parameter count to scale from.
     """
     key, figures = baseline["key"], baseline["figures"]
     chip = key["device"]
@@ -64,7 +65,9 @@ def price(
         priced = ", ".join(prices["per_gpu_hour"])
         raise ValueError(f"--prices must have {chip!r} in [per_gpu_hour]; got {priced}.")
     if params and not baseline["params"]:
-        raise ValueError("--params needs the baseline's own; its runs did not write work.params.")
+        raise ValueError(
+            "--params needs a baseline with a parameter count; its runs recorded none. Omit it."
+        )
     hourly, scale = prices["per_gpu_hour"][chip], baseline["params"] / params if params else 1.0
     goodput = figures["goodput"]["value"] if "goodput" in figures else 1.0
     per_gpu = figures["tokens_per_s"]["value"] / key["devices"] * goodput * scale
@@ -78,10 +81,11 @@ def price(
         "availability": availability,
         "assumptions": _assumptions(baseline, chip, hourly, prices, availability, params),
     }
-    if tokens:
+    if tokens and span_s:
         result |= {
             "tokens": tokens,
             "deadline_s": span_s,
+            # Slightly less, so that rounding does not add a GPU to an exact number.
             "gpus": math.ceil(tokens / (per_gpu * availability * span_s) * (1 - 1e-12)),
             "cost": result["cost_per_1e9_tokens"] * tokens / 1e9,
         }
@@ -92,19 +96,20 @@ def _assumptions(baseline, chip, hourly, prices, availability, params) -> list[s
     key, figures = baseline["key"], baseline["figures"]
     rate = figures["tokens_per_s"]["value"]
     goodput = figures.get("goodput")
+    runs = ", ".join(baseline["runs"])
     lines = [
-        f"{rate:,.0f} tokens/s on {key['devices']} x {chip}, as {', '.join(baseline['runs'])} had",
-        f"goodput {goodput['value']:.1%}, of the same runs: saves, evaluation and start-up"
+        f"{rate:,.0f} tokens/s on {key['devices']} x {chip}, measured in {runs}",
+        f"goodput {goodput['value']:.1%} in the same runs: saves, evaluation and start-up"
         if goodput
         else "goodput 100 %: the runs did not measure it",
-        f"{hourly:g} {prices['currency']} for a GPU and hour, while it computes and while it waits",
-        f"the GPUs are there {availability:.1%} of the time, and are paid for only then",
-        f"more or fewer GPUs than {key['devices']} are as fast each: no loss by scaling",
-        "a month has 30 days; disks, network and people are not in it",
+        f"{hourly:g} {prices['currency']} per GPU hour, whether the GPU computes or waits",
+        f"the GPUs are available {availability:.1%} of the time and are paid for only then",
+        f"each GPU is as fast with more or fewer than {key['devices']} of them: perfect scaling",
+        "a month has 30 days; disks, network and staff are not included",
     ]
     if params:
         lines.append(
-            f"{params:,.0f} parameters in place of {baseline['params']:,}: time in proportion, at "
-            "the same MFU; whether it fits, jaxtrain.plan says"
+            f"{params:,.0f} parameters instead of {baseline['params']:,}: time in proportion, at "
+            "the same MFU; jaxtrain.plan checks whether the model fits"
         )
     return lines

@@ -1,6 +1,7 @@
-"""The two sides of a comparison, read from run directories or from published figures."""
+"""Reads the two sides of a comparison from run directories or from published figures."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from launch.inventory import read_toml
 from launch.report.run_folder import EVAL_LOSS, LOSS, RunFolder, find_runs
 
+# Settings in which runs of the same work may differ.
 NOT_WORK = ("workdir", "compile_cache", "checkpoint.storage", "seed")
-ONLOOKERS = ("measure.", "profile.", "export.")  # sections that config_hash leaves out too
-EXTERNAL = {  # key of a [[side]] -> its type; the first seven must be there
+NOT_WORK_SECTIONS = ("measure.", "profile.", "export.")  # config_hash leaves them out too
+EXTERNAL = {  # key of a [[side]] -> its type; the first seven are required
     "name": str,
     "config_hash": str,
     "data_fingerprint": str,
@@ -25,7 +27,7 @@ EXTERNAL = {  # key of a [[side]] -> its type; the first seven must be there
     "hbm_bytes_per_s": float,
     "roofline_s": float,
 }
-NEEDED = 7
+REQUIRED = 7
 PEAKS = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
 
 
@@ -38,16 +40,16 @@ class Side:
     device_kind: str  # JAX's name
     devices: int
     config_hash: str
-    settings: dict | None  # flat, those that define the work; None for published figures
+    settings: dict | None  # those that define the work, by flag; None for published figures
     data_fingerprint: str
     tokens_per_step: int
     times_s: list[list[float]]  # of each run, in order
-    what: str  # describes the times
-    losses: list[dict[int, float]]  # of each run, by step, nats
+    what: str  # describes the times, such as "each step, hosts/0.jsonl"
+    losses: list[dict[int, float]]  # of each run: step -> nats
     peak_flops_per_s: float | None = None
     hbm_bytes_per_s: float | None = None
     roofline_s: float | None = None
-    matmul_flops_per_s: float | None = None  # measured
+    matmul_flops_per_s: float | None = None  # measured, as the next
     copy_bytes_per_s: float | None = None
 
 
@@ -60,8 +62,11 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def read_side(path: str, may_differ=()) -> Side:
+def read_side(path: str | Path, may_differ: Sequence[str] = ()) -> Side:
     """Reads a run directory, or a folder of repetitions, which may differ in their seed.
+
+    Args:
+        may_differ: settings, by flag, that are not part of the work.
 
     Raises:
         ValueError: there is no run, a run has no step times, or the runs are not repetitions.
@@ -69,23 +74,23 @@ def read_side(path: str, may_differ=()) -> Side:
     runs = find_runs(path)
     first = runs[0]
     for run in runs:
-        if not run.step_times[0]:
+        if not run.seconds:
             raise ValueError(f"{run.folder} must have two logged steps or more to be compared.")
         if work_of(run, may_differ) != work_of(first, may_differ) or run.device != first.device:
             raise ValueError(
                 f"the runs in {path} must be repetitions of one; got {first.name} and {run.name}, "
-                "whose configs or devices differ. Give one run a side, or set --may_differ."
+                "whose configs or devices differ. Give one run per side, or set --may_differ."
             )
     return Side(
         name=first.name if len(runs) == 1 else f"{Path(path).name}, {len(runs)} runs",
         device=first.device,
-        device_kind=first.config["device"],
+        device_kind=first.device_kind,
         devices=first.devices,
-        config_hash=first.config["config_hash"],
+        config_hash=first.config_hash,
         settings=work_of(first, may_differ),
-        data_fingerprint=first.config["data"]["fingerprint"],
+        data_fingerprint=first.data_fingerprint,
         tokens_per_step=first.tokens_per_step,
-        times_s=[[seconds for _, seconds in run.step_times[0]] for run in runs],
+        times_s=[run.seconds for run in runs],
         what=f"{first.step_times[1]}, without the first",
         losses=[dict(run.points(LOSS) or run.points(EVAL_LOSS)) for run in runs],
         peak_flops_per_s=first.peak_flops_per_s,
@@ -94,19 +99,23 @@ def read_side(path: str, may_differ=()) -> Side:
     )
 
 
-def work_of(run: RunFolder, may_differ=()) -> dict:
+def work_of(run: RunFolder, may_differ: Sequence[str] = ()) -> dict:
     """Returns the settings that define the work, by flag."""
-    skipped, flat = (*NOT_WORK, *may_differ), flatten(run.settings)
-    return {k: v for k, v in flat.items() if k not in skipped and not k.startswith(ONLOOKERS)}
+    skipped = (*NOT_WORK, *may_differ)
+    return {
+        flag: value
+        for flag, value in flatten(run.settings).items()
+        if flag not in skipped and not flag.startswith(NOT_WORK_SECTIONS)
+    }
 
 
-def read_external(path) -> list[Side]:
+def read_external(path: str | Path) -> list[Side]:
     """Reads one or two sides from a TOML file of published figures.
 
-    docs/track3_record44.toml shows all keys.
+    docs/track3_record44.toml is an example with all keys.
 
     Raises:
-        ValueError: the file has another form; the message names the key.
+        ValueError: a key is missing, unknown or of the wrong type; the message names it.
     """
     found = read_toml(path, "--external")
     sides = found.get("side")
@@ -122,19 +131,19 @@ def _external(values: dict, where: str) -> Side:
             raise ValueError(f"{where} has no key {key!r}; it has {', '.join(EXTERNAL)}.")
         if not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f"{where}: {key} must be {kind.__name__}; got {value!r}.")
-    missing = [key for key in list(EXTERNAL)[:NEEDED] if key not in values]
+    missing = [key for key in list(EXTERNAL)[:REQUIRED] if key not in values]
     if missing:
         raise ValueError(f"{where} must have {', '.join(missing)}.")
     if ("clock_s" in values) == ("step_time_s" in values):
-        raise ValueError(f"{where} must have step_time_s, or clock_s in its place.")
+        raise ValueError(f"{where} must have either step_time_s or clock_s.")
     times, what = values.get("step_time_s"), "published step times"
     if times is None:
         clock = values["clock_s"]
-        pairs = list(zip(clock, clock[1:], strict=False))
+        pairs = list(zip(clock, clock[1:], strict=False))  # of (step, seconds since the start)
         spans = {after[0] - before[0] for before, after in pairs}
         if len(spans) != 1 or min(spans) <= 0:
-            raise ValueError(f"{where}: clock_s must rise by one number of steps; got {spans}.")
-        times = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
+            raise ValueError(f"{where}: clock_s must have a constant step interval; got {spans}.")
+        times = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairs]
         what = f"means of {spans.pop()} steps, from published clocks"
     if not times or min(times) <= 0:
         raise ValueError(f"{where}: step times must be positive; got {times}.")
@@ -151,11 +160,11 @@ def _external(values: dict, where: str) -> Side:
     )
 
 
-def with_ceilings(side: Side, path) -> Side:
+def with_ceilings(side: Side, path: str | Path) -> Side:
     """Returns the side with the ceilings that `pallas_kernels.bench --out` measured on its device.
 
     Raises:
-        ValueError: the file has another form, or is of another device.
+        ValueError: the file is not a result of the benchmark, or has another device's results.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -168,7 +177,7 @@ def with_ceilings(side: Side, path) -> Side:
         ) from None
     if device not in (side.device_kind, side.device):
         raise ValueError(
-            f"--ceilings {path} is of {device!r}; {side.name} ran on {side.device_kind!r}. "
-            "Give the file of A first, then that of B."
+            f"--ceilings {path} was measured on {device!r}; {side.name} ran on "
+            f"{side.device_kind!r}. Give the file of A first, then that of B."
         )
     return replace(side, **ceilings)

@@ -1,41 +1,29 @@
-"""Statistics of autocorrelated series: percentiles, block bootstrap, Student's t and noise."""
+"""Statistics of autocorrelated series: percentiles, trends, block bootstrap and noise."""
 
 import math
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
 
 RESAMPLES = 1_000
 SEED = 0  # fixed, so that the same runs give the same interval
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Returns a percentile, interpolated linearly between neighbours as NumPy does."""
-    values = sorted(values)
-    at = share * (len(values) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (at - low) * (values[high] - values[low])
-
-
-def mean(values: Sequence[float]) -> float:
-    """Returns the mean, with a sum that is rounded once."""
-    return math.fsum(values) / len(values)
-
-
-def median(values: Sequence[float]) -> float:
-    """Returns the 50th percentile."""
-    return percentile(values, 0.5)
+    """Returns a percentile, interpolated linearly between neighbours."""
+    return float(np.quantile(values, share))
 
 
 def deviation(values: Sequence[float]) -> float:
     """Returns the standard deviation of a sample of at least two values."""
-    centre = mean(values)
-    return math.sqrt(math.fsum((x - centre) ** 2 for x in values) / (len(values) - 1))
+    return float(np.std(values, ddof=1))
 
 
 def block_length(count: int) -> int:
-    """Returns the block length of the bootstrap: the cube root of the steps, the best rate.
+    """Returns the bootstrap's block length for `count` steps: their cube root, the optimal rate.
 
     Source: Hall, Horowitz & Jing 1995, https://doi.org/10.1093/biomet/82.3.561
     """
@@ -43,7 +31,7 @@ def block_length(count: int) -> int:
 
 
 def resample(runs: list[list[float]], rng: random.Random) -> list[list[float]]:
-    """Draws runs with replacement, and within each run blocks of consecutive steps likewise.
+    """Draws runs with replacement, and blocks of consecutive steps within each of them.
 
     A series is treated as a circle, so that its ends are drawn as often as its middle.
     Source: Politis & Romano 1992, A circular block-resampling procedure for stationary data.
@@ -81,10 +69,24 @@ def bootstrap(
     return {k: (percentile(v, 0.025), percentile(v, 0.975)) for k, v in drawn.items()}
 
 
-def split(values: list, parts: int) -> list[list]:
+def split(values: Sequence[Any], parts: int) -> list[Any]:
     """Returns consecutive parts whose lengths differ by at most one."""
     edges = [round(i * len(values) / parts) for i in range(parts + 1)]
     return [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Replaces each value by its mean with as many neighbours on either side.
+
+    The number on each side is at most 1/40 of all points and 1/8 of those before, so that the
+    steep start of a loss curve stays sharp.
+    """
+    count = len(points)
+    sums = np.cumsum([0.0, *(value for _, value in points)])
+    index = np.arange(count)
+    half = np.minimum(np.minimum(index // 8, count // 40), count - 1 - index)
+    trend = (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    return [(step, mean) for (step, _), mean in zip(points, trend.tolist(), strict=True)]
 
 
 def noise(values: Sequence[float]) -> float:
@@ -93,35 +95,17 @@ def noise(values: Sequence[float]) -> float:
     A second difference of neighbours cancels a straight line and has 6 times the noise's variance.
     Source: Gasser, Sroka & Jennen-Steinmetz 1986, https://doi.org/10.1093/biomet/73.3.625
     """
-    triples = zip(values, values[1:], values[2:], strict=False)
-    return math.sqrt(mean([(a - 2 * b + c) ** 2 for a, b, c in triples]) / 6)
+    return math.sqrt(fmean(np.diff(values, 2) ** 2) / 6)
 
 
 def t_quantile(share: float, freedom: int) -> float:
-    """Returns the quantile of Student's t at `share`, for share in (0.5, 1), by bisection."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < share:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < share else (low, middle)
-    return high
+    """Returns the quantile of Student's t distribution at `share`, in (0, 1)."""
+    from scipy.stats import t  # takes a second to import; summaries do without it
 
-
-def _t_cdf(t: float, freedom: int) -> float:
-    """Returns P(T <= t) for t >= 0: Simpson's rule over the angle atan(t/sqrt(freedom))."""
-    angle, parts = math.atan(t / math.sqrt(freedom)), 400
-    heights = [math.cos(angle * i / parts) ** (freedom - 1) for i in range(parts + 1)]
-    inner = 4 * math.fsum(heights[1:-1:2]) + 2 * math.fsum(heights[2:-1:2])
-    area = (heights[0] + inner + heights[-1]) * angle / parts / 3
-    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
-    return 0.5 + math.exp(scale) * area
+    return float(t.ppf(share, freedom))
 
 
 def histogram(values: Sequence[float], low: float, high: float, bins: int) -> list[int]:
     """Counts values in `bins` equal parts of [low, high]; the outer two include all beyond."""
-    edges = [low + (high - low) * i / bins for i in range(1, bins)]
-    counts = [0] * bins
-    for value in values:
-        counts[bisect_left(edges, value)] += 1
-    return counts
+    edges = np.linspace(low, high, bins + 1)[1:-1]
+    return np.bincount(np.searchsorted(edges, values), minlength=bins).tolist()

@@ -1,49 +1,57 @@
-"""Charts as inline SVG, drawn at the width of a phone. Colours are the page's CSS variables.
+"""Draws charts as inline SVG, in colours that are CSS variables of the page.
 
-A chart is 360 units wide, so that a phone shows its text at the size that it has here.
+A chart is 360 units wide, about the pixels of a phone, so that its text is shown there at the size
+given here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from launch.report.formats import short
+from launch.report.stats import split
+
 WIDTH, HEIGHT = 360, 190
-LEFT, TOP, BOTTOM = 40, 10, 22  # room for the labels of ticks
-LETTER = 6.3  # width of one at the labels' size
+LEFT, TOP, BOTTOM = 40, 10, 22  # margins, in which the ticks' labels stand
+LETTER = 6.3  # mean width of a letter at the size of labels
 COLOURS = 6
-SIZES = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+
+Points = Sequence[tuple[float, float]]  # (x, y)
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `colour` is 1 to 6; a faint one lies behind and has no label."""
+    """A line of a chart."""
 
-    points: list
-    label: str = ""
-    colour: int = 1
+    points: Points
+    label: str = ""  # written at the line's end
+    colour: int = 1  # from 1 to COLOURS
     faint: bool = False
-    dots: bool = False
+    dots: bool = False  # mark the last points
 
 
 @dataclass(frozen=True)
 class Frame:
     """The plot's rectangle and its scales."""
 
-    low: tuple[float, float]  # of x, y
+    low: tuple[float, float]  # x, y
     high: tuple[float, float]
     right: float = WIDTH - 8
 
-    def x(self, value) -> float:
+    def x(self, value: float) -> float:
+        """Returns the horizontal position of a value."""
         share = (value - self.low[0]) / ((self.high[0] - self.low[0]) or 1)
         return round(LEFT + share * (self.right - LEFT), 1)
 
-    def y(self, value) -> float:
+    def y(self, value: float) -> float:
+        """Returns the vertical position of a value, from the top."""
         share = (value - self.low[1]) / ((self.high[1] - self.low[1]) or 1)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten in [low, high], at most `most`."""
+    """Returns at most `most` multiples, in [low, high], of 1, 2 or 5 times a power of ten."""
     if high <= low:
         return [low]
     step = 10 ** math.floor(math.log10((high - low) / most))
@@ -53,50 +61,14 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
-    """`0.35`, `12`, `1500`, `15k`, `3.2M`, `1.1G`: three significant digits at most."""
-    if value != value or math.isinf(value):
-        return str(value)
-    for least, size, letter in SIZES:
-        if abs(value) >= least * 0.9995:
-            return f"{_trim(digits(value / size))}{letter}"
-    return _trim(digits(value))
-
-
-def digits(value: float, count: int = 3) -> str:
-    """That many significant digits, without an exponent: `1.00`, `8.67`, `801`, `1643`."""
-    if not value or value != value or math.isinf(value):
-        return f"{value:g}"
-    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value)) + 1e-9))}f}"
-
-
-def _trim(text: str) -> str:
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def thin(points, most: int = 320) -> list:
-    """Thins many points to the lowest and the highest of each of `most / 2` ranges, in order."""
+def thin(points: Points, most: int = 320) -> Points:
+    """Reduces many points to the lowest and the highest of each of `most / 2` ranges, in order."""
     if len(points) <= most:
         return points
-    kept, parts = [], most // 2
-    for i in range(parts):
-        part = points[i * len(points) // parts : (i + 1) * len(points) // parts]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
-
-
-def smooth(points) -> list:
-    """Each point's mean with its neighbours: 1/8 of those before it, at most 1/40 of all."""
-    total, sums = 0.0, [0.0]
-    for _, y in points:
-        total += y
-        sums.append(total)
-    trend = []
-    for i, (x, _) in enumerate(points):
-        half = min(i // 8, len(points) // 40, len(points) - 1 - i)
-        trend.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
-    return trend
+    extremes = []
+    for part in split(points, most // 2):
+        extremes += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return extremes
 
 
 def _text(x, y, words, kind="", anchor="") -> str:
@@ -105,17 +77,24 @@ def _text(x, y, words, kind="", anchor="") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{kind}{anchor}>{escape(words)}</text>'
 
 
-def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -> str:
-    """Lines over steps, each named at its end, cut off at `high`.
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    low: float | None = None,
+    high: float | None = None,
+    marks: Sequence[tuple[int, str]] = (),
+    mark_above: bool = False,
+) -> str:
+    """Draws lines over steps, each labelled at its end and cut off at `high`.
 
     Args:
-        title: what a screen reader reads out.
+        title: the description for screen readers.
         series: at least one, with points.
-        marks: (step, words) of events, as ticks on the axis of steps.
-        mark_above: a triangle at the top for every point that is cut off.
+        marks: (step, words) of events, which are ticks on the axis of steps.
+        mark_above: draws a triangle at the top for every point that is cut off.
     """
-    values = [y for one in series for _, y in one.points]
-    steps = [x for one in series for x, _ in one.points]
+    values = [y for line in series for _, y in line.points]
+    steps = [x for line in series for x, _ in line.points]
     low = min(values) if low is None else low
     top = max(values) if high is None else high
     margin = 0.06 * (top - low) or abs(top) * 0.1 or 1.0
@@ -136,8 +115,8 @@ def line_chart(title, series, low=None, high=None, marks=(), mark_above=False) -
     return wrap(title, body)
 
 
-def apart(heights, low: float, high: float, gap: float = 13) -> list[float]:
-    """Returns heights of labels, moved as little as necessary so that none overlap."""
+def apart(heights: Sequence[float], low: float, high: float, gap: float = 13) -> list[float]:
+    """Returns the labels' heights, moved so that they are `gap` apart, in order, below `high`."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed, last = [0.0] * len(heights), low - gap
     for i in order:
@@ -149,25 +128,25 @@ def apart(heights, low: float, high: float, gap: float = 13) -> list[float]:
     return placed
 
 
-def _line(frame, one, top) -> str:
-    points = thin(one.points)
+def _line(frame, line, top) -> str:
+    points = thin(line.points)
     path = " ".join(f"{frame.x(x)},{frame.y(min(y, top))}" for x, y in points)
-    kind = "faint" if one.faint else "line"
-    body = f'<polyline class="{kind} k{one.colour}" points="{path}"/>'
-    if one.dots or len(points) == 1:
+    kind = "faint" if line.faint else "line"
+    body = f'<polyline class="{kind} k{line.colour}" points="{path}"/>'
+    if line.dots or len(points) == 1:
         for x, y in points[-40:]:
             place = f'cx="{frame.x(x)}" cy="{frame.y(min(y, top))}"'
-            body += f'<circle class="f{one.colour}" {place} r="2.6"/>'
+            body += f'<circle class="f{line.colour}" {place} r="2.6"/>'
     return body
 
 
-def _above(frame, one, top) -> str:
+def _above(frame, line, top) -> str:
     body = ""
-    for step, value in one.points:
+    for step, value in line.points:
         if value > top:
             place = f"M{frame.x(step) - 3:.1f} {TOP + 3}h6l-3 -5z"
             words = f"<title>step {step}: {short(value)}</title>"
-            body += f'<path class="f{one.colour}" d="{place}">{words}</path>'
+            body += f'<path class="f{line.colour}" d="{place}">{words}</path>'
     return body
 
 
@@ -182,11 +161,18 @@ def _grid(frame) -> str:
     return body
 
 
-def histogram_chart(title, counts, low, high, colours, marks) -> str:
-    """Draws one series as bars, several as outlines, over the same bins.
+def histogram_chart(
+    title: str,
+    counts: Sequence[Sequence[int]],
+    low: float,
+    high: float,
+    colours: Sequence[int],
+    marks: Sequence[tuple[float, str]],
+) -> str:
+    """Draws the histogram of one series as bars, and those of several as outlines.
 
     Args:
-        counts: for each series, how many values lie in each bin.
+        counts: for each series, the number of values in each of equal bins of [low, high].
         marks: (value, words) of labelled vertical lines, in rising order.
     """
     shares = [[n / max(sum(bins), 1) for n in bins] for bins in counts]
@@ -214,18 +200,20 @@ def histogram_chart(title, counts, low, high, colours, marks) -> str:
 
 
 def _spread(places, gap):
-    """Returns positions on the x axis, moved so that words of width `gap` do not touch."""
+    """Returns horizontal positions, moved so that words of width `gap` do not touch."""
     return apart(places, LEFT + gap / 2 - 10, WIDTH - gap / 2, gap)
 
 
-def heat_map(title, rows, low, high) -> str:
+def heat_map(
+    title: str, rows: Sequence[tuple[str, list[tuple[str, float]]]], low: float, high: float
+) -> str:
     """Draws a row of cells for each process; the closer a value is to `high`, the darker its cell.
 
     Args:
-        rows: (name, [(words, value) of each range of steps, at least one]).
+        rows: (name, [(words, value) of each range of steps]), with at least one range.
     """
     row_height = max(4, min(20, 480 // len(rows)))
-    named = math.ceil(13 / row_height)  # only every so many rows have room for a name
+    named = math.ceil(13 / row_height)  # every how many rows a name fits
     left = 18 + LETTER * max(len(name) for name, _ in rows)
     body = ""
     for i, (name, cells) in enumerate(rows):
@@ -243,8 +231,8 @@ def heat_map(title, rows, low, high) -> str:
     return wrap(title, body, TOP + row_height * len(rows) + 6)
 
 
-def share_bar(title, shares) -> str:
-    """Draws one bar of (colour, share) parts that fill it; colour 0 is grey."""
+def share_bar(title: str, shares: Sequence[tuple[int, float]]) -> str:
+    """Draws a bar that is filled by (colour, share) parts; colour 0 is grey."""
     body, x = "", 0.0
     for colour, share in shares:
         place = f'x="{x:.1f}" y="0" width="{share * WIDTH:.1f}" height="22"'

@@ -8,8 +8,8 @@ Ray places and starts the processes; the training program is the same and makes 
 The driver exits with the first status that is not 0; 75 means that the run was saved and can be
 started again. The code must be on every node: --working-dir sends it.
 
-Ran on: Ray 2.60 with CPU nodes on one machine (tests/test_launch_ray.py, where ray is installed).
-Not run: with GPUs, on several machines.
+Ran on: Ray 2.60 with CPU nodes on one machine (tests/test_launch_ray.py, if ray is installed).
+Not run: with GPUs, and on several machines.
 """
 
 import argparse
@@ -47,9 +47,10 @@ def world(coordinator: str, nodes: int, node: int) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="flags of jaxtrain.train follow --")
+    """Runs the job; returns its exit status."""
+    parser = argparse.ArgumentParser(description="the flags of jaxtrain.train follow --")
     parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpus", type=int, default=0, help="of each node")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of each node")
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
     ray.init()

@@ -1,18 +1,18 @@
 #!/bin/bash
-# SLURM: a batch script for sbatch, one process a node, which takes all the node's GPUs.
+# SLURM: a batch script for sbatch, one process per node, which uses all GPUs of the node.
 #
 #     python -m launch.template slurm > train.sh
 #     sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 train.sh \
 #         --config=configs/gpt_124m.py --config.data.shards=DIR
 #
-# Run on the project's working tree, which all nodes must see, with its environment's python first
-# in PATH. Two minutes before the time limit SLURM asks for the end: the run saves, ends with 75,
-# and is queued again to go on from there. Other failures are tried again three times; 78 says that
-# the same start would fail again. Without a folder that all nodes share, add
+# Run it in the project's working tree, which all nodes must see, with the environment's python
+# first in PATH. Two minutes before the time limit SLURM sends SIGTERM: the run saves, ends with
+# status 75 and is queued again to resume. Other failures are retried three times, except status
+# 78: the same start would fail again. If the nodes share no folder, add
 # --config.checkpoint.storage=host0 and pin the nodes.
 #
-# Ran on: SLURM 22.05 with CPU nodes (tests/test_launch_engines.py). Not run: with GPUs, with a
-# scheduler's own preemption.
+# Ran on: SLURM 22.05 with CPU nodes (tests/test_launch_engines.py). Not run: with GPUs, and with
+# preemption by the scheduler.
 
 #SBATCH --job-name=jaxtrain
 #SBATCH --nodes=2
@@ -21,8 +21,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Not --kill-on-bad-exit: processes that leave with 75 do so a second apart, and a killed one would
-# make it 143. A process whose peer has died ends by itself; --wait ends one that does not.
+# --kill-on-bad-exit would kill the processes that end with 75 a second after the first, and turn
+# the status into 143. A process whose peer has died ends by itself; --wait kills one that does not.
 srun --kill-on-bad-exit=0 --wait=60 --unbuffered python -m jaxtrain.train "$@"
 code=$?
 if [ "$code" = 75 ] ||

@@ -1,14 +1,15 @@
 #!/bin/bash
-# torchrun, or whatever sets MASTER_ADDR, WORLD_SIZE and RANK: one process a host.
+# torchrun, or another launcher that sets MASTER_ADDR, WORLD_SIZE and RANK: one process per host.
 #
 #     python -m launch.template torchrun > train.sh
 #     HEAD=10.0.0.11 HOSTS=2 RANK=0 bash train.sh \
-#         --config=configs/gpt_124m.py --config.data.shards=DIR    on each, its RANK
+#         --config=configs/gpt_124m.py --config.data.shards=DIR    (on each host, with its RANK)
 #
-# HEAD is the address of host 0 on the training network. torchrun starts the program again at most
-# three times, on all hosts, and takes every status but 0 for a failure: also 75 (saved, start me
-# again) and 78 (the same start would fail again). Needs torch on the hosts, as a starter alone:
-# jaxtrain/distributed/cluster.py reads the variables, and JAX's coordinator has its own port (62317).
+# HEAD is the address of host 0 on the training network. torchrun restarts the program on all
+# hosts, at most three times, after every status except 0: also after 75 (saved, start again) and
+# 78 (the same start would fail again). The hosts need torch, but only for this start:
+# jaxtrain/distributed/cluster.py reads the variables, and JAX's coordinator has its own port,
+# 62317.
 #
 # Ran on: torchrun of torch 2.13 with two CPU processes, by hand. Not run: with GPUs.
 set -eu
