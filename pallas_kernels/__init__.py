@@ -2,11 +2,12 @@
 
 Which file does what:
     add_norm, qk_rope, flash_attention, head_scores, symmetric: the kernels, each below its
-        reference in plain JAX; *_mosaic: their bodies for Hopper
+        reference in plain JAX. A kernel has a body (an implementation) in Pallas' Triton backend;
+        *_mosaic are the second bodies, in Pallas' Mosaic GPU backend, for Hopper
     kernel_choice: chooses a kernel from measurements; tiles: default tile sizes
-    bench: measures kernels on the GPU of this machine, against the contestants of contests
+    bench: times the kernels on this machine's GPU against the implementations in contests
     audit: compiles kernels without a GPU and checks registers, shared memory and instructions
-    traffic: counts without a GPU the bytes that XLA moves, which shows where a kernel can win
+    traffic: counts, without a GPU, the bytes that XLA moves, to show where a kernel can be faster
 """
 
 from pallas_kernels.quiet import start_quietly

@@ -2,9 +2,9 @@
 
 The norm is RMS or layer norm. Bound: memory. For N rows of D elements of b bytes, forward moves
 4*N*D*b (reads h, y; writes s, n), or 2*N*D*b without y. Backward moves 4*N*D*b (reads ds, dn, s;
-writes one gradient, of h and of y alike) and recomputes a row's sums from registers. XLA moves 1.25
-to 1.5 times as much (python -m pallas_kernels.traffic): its forward reads each row twice, and its
-backward sums the gain's gradient in a pass of its own.
+writes one gradient, shared by h and y) and recomputes each row's statistics in registers. XLA moves
+1.25 to 1.5 times as much (python -m pallas_kernels.traffic): its forward reads each row twice, and
+its backward sums the gain's gradient in a separate pass.
 
 Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; Ba et al. 2016,
 https://arxiv.org/abs/1607.06450
@@ -20,7 +20,7 @@ from pallas_kernels import triton
 
 FORMS = ("rms", "layer")
 PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the rows
-ELEMENTS_PER_WARP = 256  # of a row, 8 a thread; with 16, jax 0.11.2 spills on sm_90 (audit)
+ELEMENTS_PER_WARP = 256  # 8 per thread; with 16, jax 0.11.2 spills on sm_90 (audit)
 
 
 def add_norm_reference(
@@ -31,7 +31,7 @@ def add_norm_reference(
     form: str,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Reference implementation: adds in h.dtype, norms in at least float32, returns (s, n)."""
+    """Reference implementation: adds in h.dtype, normalizes in at least float32, returns (s, n)."""
     s_XD = h_XD if y_XD is None else h_XD + y_XD
     wide = s_XD.astype(jnp.promote_types(s_XD.dtype, jnp.float32))
     if form == "layer":
@@ -41,7 +41,7 @@ def add_norm_reference(
 
 
 class _Row:
-    """Reads, writes and norms rows of D elements, one at a time, padded with zeros."""
+    """Reads, writes and normalizes rows of D elements, one at a time, padded with zeros."""
 
     def __init__(self, D, form, eps):
         self.column = jnp.arange(pl.next_power_of_2(D))  # Triton's tiles are powers of two
@@ -58,7 +58,7 @@ class _Row:
         return jnp.sum(x) / self.D
 
     def normalize(self, s):
-        """Returns the normed row, before the gain, and the 1/rms that it was multiplied by."""
+        """Returns the normalized row, before the gain, and its factor 1/rms."""
         if self.form == "layer":
             s = jnp.where(self.inside, s - self.mean(s), 0.0)
         rstd = jax.lax.rsqrt(self.mean(s * s) + self.eps)
@@ -73,7 +73,7 @@ def _forward_kernel(*refs, adds, biased, form, eps):
     row, index = _Row(h_ref.shape[1], form, eps), pl.program_id(0)
     s = row.read(h_ref, index)
     if adds:
-        s = (s + row.read(y_ref, index)).astype(h_ref.dtype)  # the norm sees the rounded sum
+        s = (s + row.read(y_ref, index)).astype(h_ref.dtype)  # the norm reads the rounded sum
         row.write(refs[0], index, s)
     n = row.normalize(s.astype(jnp.float32))[0] * row.read(gain_ref)
     row.write(refs[-1], index, n + row.read(bias_ref) if biased else n)
@@ -120,7 +120,7 @@ def add_norm(
     eps: float = 1e-6,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes add_norm_reference in one kernel; call it in shard_map, on one device's rows.
+    """Computes add_norm_reference in one kernel; call it inside shard_map, on one device's rows.
 
     Args:
         h_XD: the residual stream, of any floating type.

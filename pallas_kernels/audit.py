@@ -1,24 +1,23 @@
-"""Compiles every kernel for a GPU that is not present, and checks what the compiler made of it.
+"""Compiles every kernel for a GPU that is not present, and checks the resources that it uses.
 
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --chip=a40
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit            # a40 and h100
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    # all tiles of the search space
 
-It needs no GPU, but the extra `offline` (pip install "jaxtrain[offline]"). It measures nothing:
-timing is the job of python -m pallas_kernels.bench, on the GPU.
+It needs no GPU, but the extra `offline` (pip install "jaxtrain[offline]"). It measures no times;
+python -m pallas_kernels.bench does that, on the GPU.
 
-The columns are registers a thread, instructions that spill registers to memory, bytes of shared
-memory and threads of a block, blocks that fit on a multiprocessor at once, instructions of the
-tensor core, asynchronous copies, and the roofline: the least time that the chip's peaks allow.
+The columns are registers per thread, instructions that spill registers to memory, bytes of shared
+memory per block, threads per block, blocks that fit on a multiprocessor, tensor-core instructions,
+asynchronous copies, and the roofline: the least time that the chip's peaks allow.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
   - lacks the tensor-core instructions that its products need;
   - is a Mosaic body without warp-group products or copies by the tensor memory accelerator;
-  - fits on a multiprocessor fewer times than its floor in audit_cases.py.
+  - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,8 @@ import jax
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
 from pallas_kernels.audit_cases import CASES, Case
-from pallas_kernels.chip import CHIPS, Chip, find_chip
-from pallas_kernels.offline import KernelReport, compile_for
+from pallas_kernels.chip import CHIPS, Chip
+from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.tiles import MOSAIC, TILES, OpTiles, body_of, kernel_tiles
 
@@ -37,7 +36,7 @@ AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
 def find_faults(case: Case, report: KernelReport, chip: Chip, body: str = "triton") -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet."""
-    floor = case.floor if body == "triton" else 1  # three warp groups of Mosaic's fill one
+    floor = case.floor if body == "triton" else 1  # one Mosaic block fills a multiprocessor
     resources, faults = report.resources, []
     if resources.stack_bytes or resources.spills:
         faults.append(
@@ -53,7 +52,7 @@ def find_faults(case: Case, report: KernelReport, chip: Chip, body: str = "trito
     if body == "mosaic" and not (resources.instructions["HGMMA"] and resources.tma_copies):
         faults.append("no warp-group product, or no copy by the tensor memory accelerator")
     if report.blocks_per_sm(chip) < floor:
-        faults.append(f"{report.blocks_per_sm(chip)} blocks a multiprocessor; needs {floor}")
+        faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
     return faults
 
 
@@ -74,18 +73,20 @@ def format_row(case: Case, report: KernelReport, chip: Chip, body: str) -> str:
     )
 
 
-# Mosaic raises ValueError itself where a kernel needs more shared memory than there is.
+# Mosaic raises ValueError where a kernel needs more shared memory than a block has.
 COMPILE_ERRORS = jax.errors.JaxRuntimeError, ValueError
 
 
-def compile_case(case: Case, chip: Chip, tiles: OpTiles | None) -> KernelReport:
-    """Compiles a case. Raises as compile_for."""
-    function, abstract = case.build(tiles)
-    return compile_for(chip, function, *abstract)[1][case.name]
+def compile_kernels(
+    build: Callable[[Any], tuple[Callable, tuple]], chip: Chip, tiles: OpTiles | None
+) -> dict[str, KernelReport]:
+    """Compiles a case's program: {kernel's name: KernelReport}. Raises as compile_for."""
+    function, abstract = build(tiles)
+    return compile_for(chip, function, *abstract)[1]
 
 
 def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
-    """Compiles all tiles of the search space at one shape per kernel; shows those without fault.
+    """Compiles all tiles of the search space at one shape per kernel; shows those without faults.
 
     Raises:
         RuntimeError: the compiler for GPUs is not installed.
@@ -97,7 +98,7 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
         good = 0
         for op_tiles in tried:
             try:
-                report = compile_case(case, chip, op_tiles)
+                report = compile_kernels(case.build, chip, op_tiles)[case.name]
             except COMPILE_ERRORS:
                 continue
             tiles = kernel_tiles(op_tiles, case.kernel)
@@ -105,11 +106,11 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
                 good += 1
                 sizes = "x".join(str(size) for size in tiles if size != "mosaic")
                 show(f"{format_row(case, report, chip, body_of(tiles))}  {sizes}")
-        show(f"{case.name}: {good} of {len(tried)} tiles compile without fault")
+        show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
 
 def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case, Any, str]]:
-    """Returns (case, the op's tiles, body) for every body that a case has on a chip."""
+    """Returns (case, the op's tiles, body) for every body of every case on a chip."""
     entries = []
     for case in cases:
         tiles_of_body = {}
@@ -135,14 +136,17 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
         for case in cases:
             if case.only_body:
                 show(f"{case.name} {case.shape}: only the {case.only_body} body, {case.why_only}")
-    faults = []
+    faults, reports = [], {}
     for case, tiles, body in cases_with_bodies(chip, cases):
         where = f"{chip.name}: {case.name} ({body}) {case.shape}"
+        build = case.build_all or case.build
         try:
-            report = compile_case(case, chip, tiles)
+            if (build, body) not in reports:
+                reports[build, body] = compile_kernels(build, chip, tiles)
         except COMPILE_ERRORS as error:
             faults.append(f"{where}: {str(error).splitlines()[0]}")
             continue
+        report = reports[build, body][case.name]
         show(format_row(case, report, chip, body))
         faults += [f"{where}: {fault}" for fault in find_faults(case, report, chip, body)]
     return faults
@@ -151,26 +155,18 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m pallas_kernels.audit", __doc__)
     parser.add_argument(
-        "--chip",
-        action="append",
-        choices=AUDITED,
-        help="the GPU to compile for; may be repeated; default: a40 and h100",
-    )
-    parser.add_argument(
         "--sweep",
         action="store_true",
         help="also compile every candidate tile size, to see which a chip can run; takes minutes",
     )
-    args, faults = parser.parse_args(argv), []
-    try:
-        for name in args.chip or ("a40", "h100"):
-            faults += audit(find_chip(name))
-            if args.sweep:
-                sweep(find_chip(name))
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(faults) if faults else "audit passed")
-    sys.exit(bool(faults))
+
+    def check(chip, args):
+        faults = audit(chip)
+        if args.sweep:
+            sweep(chip)
+        return faults
+
+    check_chips(parser, argv, check, "audit passed", AUDITED)
 
 
 if __name__ == "__main__":

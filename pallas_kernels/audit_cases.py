@@ -1,5 +1,6 @@
-"""The kernels and shapes that pallas_kernels.audit compiles, and what each must satisfy."""
+"""The kernels and shapes that pallas_kernels.audit compiles, and the requirements for each."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,24 +10,26 @@ import jax.numpy as jnp
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
+from pallas_kernels.hlo import ATTENTION_WORK
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
 
 
 class Case(NamedTuple):
-    """One kernel at one shape, and what its compiled form must satisfy."""
+    """One kernel at one shape, and the requirements for its compiled form."""
 
     name: str  # of the kernel in the compiled program
     shape: str
     build: Callable[[Any], tuple[Callable, tuple]]  # the op's tiles -> (function, abstract inputs)
     hbm_bytes: float
     flops: float
-    floor: int  # the least blocks on a multiprocessor
+    floor: int  # the fewest blocks that must fit on a multiprocessor
     tensor_core: bool = False
     op: str = "norm"
     kernel: str = ""  # its name in the op's tiles; "" for a kernel without tiles
-    only_body: str = ""  # the one body that is compiled at this shape
+    only_body: str = ""  # the only body that is compiled at this shape
     why_only: str = ""
+    build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
 
 
 def _array(*shape, dtype: Any = jnp.bfloat16):
@@ -34,7 +37,7 @@ def _array(*shape, dtype: Any = jnp.bfloat16):
 
 
 def _norm_case(backward, N, D, floor):
-    """The backward is that of layer norm with a bias, which needs the most registers."""
+    """Returns a case; the backward is layer norm's with a bias, which needs the most registers."""
 
     def build(tiles):
         del tiles
@@ -97,35 +100,39 @@ def _head_case(N, D, V, keep, softcap=0.0):
     return case
 
 
-ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the forward pass
-
-
-def _attention_case(kernel, B, T, H, G, K, documents=True):
-    """Triton's bodies need more registers with documents than without. Mosaic's are compiled both
-    ways: without documents they have a branch that skips the masking."""
-
+@functools.cache  # the audit compiles a program once for all cases that share it
+def _attention_program(kernels, B, T, H, G, K, documents):
     def build(blocks):
         q, k = (_array(B, T, heads, K) for heads in (H, G))
         docs = _array(B, T, dtype=jnp.int32) if documents else None
-        attend = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, blocks)
-        if kernel == "forward":
-            return attend, (q, k, k, docs)
 
-        def gradients(q, k, v, do, docs):
-            dq, dk, dv = jax.vjp(lambda q, k, v: attend(q, k, v, docs), q, k, v)[1](do)
-            return dq if kernel == "dq" else (dk, dv)
+        def compute(q, k, v, do, docs):
+            attend = lambda q, k, v: flash_attention(q, k, v, docs, docs, blocks)
+            o, pullback = jax.vjp(attend, q, k, v)
+            dq, dk, dv = pullback(do)
+            results = {"forward": o, "dkv": (dk, dv), "dq": dq}
+            return [results[kernel] for kernel in kernels]  # XLA removes the others
 
-        return gradients, (q, k, k, q, docs)
+        return compute, (q, k, k, q, docs)
 
+    return build
+
+
+def _attention_case(kernel, B, T, H, G, K, documents=True):
+    """Returns the case of one attention kernel.
+
+    Without documents only the Mosaic body is compiled: it then has a branch that skips the mask.
+    """
+    sizes = B, T, H, G, K, documents
     flops = ATTENTION_WORK[kernel] * 2 * B * H * K * T * (T + 1)
     hbm_bytes = 2 * B * T * K * (2 * H + 2 * G) * (2 if kernel == "dkv" else 1)
     shape = f"{B}x{T}x{H}:{G}x{K} bf16{' docs' if documents else ''}"
     name = f"flash_attention_{kernel}"
+    build, build_all = (_attention_program(n, *sizes) for n in ((kernel,), tuple(ATTENTION_WORK)))
     case = Case(name, shape, build, hbm_bytes, flops, 1, True, "attention", kernel)
-    if documents:
-        return case
-    why = "because Triton's needs less without documents than with them"
-    return case._replace(only_body="mosaic", why_only=why)
+    why = "because Triton's body needs fewer registers without documents than with them"
+    only = {} if documents else {"only_body": "mosaic", "why_only": why}
+    return case._replace(build_all=build_all, **only)
 
 
 CASES = [

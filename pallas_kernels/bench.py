@@ -4,19 +4,18 @@
     python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
-With --save, the rows go to pallas_kernels/tuned/CHIP.json, from which training chooses: at shapes
-like a row's, it uses the kernel if the kernel was faster. --tune first searches for each kernel's
-best tile sizes. --tiny interprets the kernels at tiny shapes, to check that everything runs; its
-times mean nothing.
+--save writes pallas_kernels/tuned/CHIP.json, which training reads: where a kernel was faster, runs
+with similar shapes use it. --tune first searches for each kernel's best tile sizes. --tiny
+interprets the kernels at tiny shapes, to check that everything runs; its times mean nothing.
 
 Each time is the median of 20 samples, with the 10th and 90th percentile, on random data. The other
 implementations are XLA's, cuDNN's and tokamax' (where installed), and PyTorch's (where installed
-with CUDA) on the same arrays, timed by CUDA events. JAX then takes memory only as it needs it
-(XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set). Speeds are also given as shares of the ceiling:
-what a plain copy and a plain matrix product reach on the same GPU in the same run.
+with CUDA) on the same arrays, timed by CUDA events. To leave memory for PyTorch, JAX does not
+preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set). Speeds are also given as shares of
+the ceiling: what a plain copy and a plain matrix product reach on the same GPU in the same run.
 
-Results are written after every contest. When the minutes are over, the contests that were not
-measured are named.
+Results are written after every contest. When the time is up, bench lists the contests that it did
+not measure.
 """
 
 import json
@@ -36,10 +35,10 @@ import jax.numpy as jnp
 from pallas_kernels.arguments import Parser
 from pallas_kernels.chip import Chip, detect_chip
 from pallas_kernels.contests import KERNEL, TINY, Contest, Sizes, build_contests
-from pallas_kernels.kernel_choice import ROWS, BenchRow
+from pallas_kernels.kernel_choice import TUNED, BenchRow
 from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.tiles import OpTiles, default_tiles, kernel_tiles, replace_tiles
-from pallas_kernels.timing import Timing, time_calls
+from pallas_kernels.timing import Timing, first_line, time_calls, time_or_error
 from pallas_kernels.torch_contests import measure_torch
 
 
@@ -55,18 +54,15 @@ def measure_ceilings(size: int = 8_192) -> dict[str, float]:
 
 
 def measure(contest: Contest, tiles: OpTiles | None, torch_device: str) -> dict[str, Timing | str]:
-    """Times all contestants on the same arrays: {name: Timing, or the error that it ended in}.
+    """Times all contestants on the same arrays. Returns {name: Timing, or why it failed}.
 
     Args:
-        torch_device: "cuda" or "cpu".
+        torch_device: where PyTorch runs, "cuda" or "cpu".
     """
     arrays, results = contest.arrays(jax.random.key(1)), {}
     for name, function in contest.contestants(tiles).items():
         compiled = jax.jit(function)
-        try:
-            results[name] = time_calls(lambda compiled=compiled: compiled(*arrays))
-        except Exception as error:  # a contestant that fails must not end the others
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        results[name] = time_or_error(lambda compiled=compiled: compiled(*arrays))
     return results | measure_torch(contest, arrays, torch_device)
 
 
@@ -83,16 +79,16 @@ def best_body(contest: Contest, arch: str, show: Callable[[str], None]) -> tuple
         try:
             seconds = _kernel_seconds(contest, tiles, arrays)
         except Exception as error:
-            show(f"{contest.name}: {body}'s body did not run: {str(error).splitlines()[0][:100]}")
+            show(f"{contest.name}: the {body} body failed: {first_line(error)}")
             continue
-        show(f"{contest.name}: {body}'s body took {seconds * 1e6:.1f} us")
+        show(f"{contest.name}: the {body} body took {seconds * 1e6:.1f} us")
         if seconds < best_s:
             best_s, best = seconds, tiles
     return best_s, best
 
 
 def tune(contest: Contest, arch: str, until: float, show: Callable[[str], None]) -> OpTiles | None:
-    """Returns the fastest tiles of the search space, one kernel after the other.
+    """Returns the fastest tiles of the search space, found one kernel at a time.
 
     Args:
         until: the value of time.monotonic() at which the search stops.
@@ -100,7 +96,7 @@ def tune(contest: Contest, arch: str, until: float, show: Callable[[str], None])
     arrays, (best_s, best) = contest.arrays(jax.random.key(1)), best_body(contest, arch, show)
     for kernel, tiles in candidates(contest.op, arch):
         if time.monotonic() > until:
-            show(f"  the time is over: the search for {contest.name} is incomplete")
+            show(f"  time is up: the search for {contest.name} is incomplete")
             break
         tried = replace_tiles(best, kernel, kernel_tiles(tiles, kernel))
         try:
@@ -117,7 +113,7 @@ def as_row(
 ) -> BenchRow | None:
     """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
 
-    PyTorch does not count as another implementation, since JAX cannot run it.
+    PyTorch's times do not count, because training, which runs in JAX, cannot use PyTorch.
     """
     timed = {
         name: timing
@@ -143,7 +139,7 @@ def as_row(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces a file atomically: a crash leaves the old one or the new one, complete."""
+    """Replaces a file atomically: a crash leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(value, file, indent=1)
@@ -160,7 +156,7 @@ def format_results(
     kernel = results[KERNEL]
     for name, timing in results.items():
         if isinstance(timing, str):
-            yield f"  {name:14} did not run: {timing}"
+            yield f"  {name:14} failed: {timing}"
             continue
         flops, moved = (x / timing.median_s for x in (contest.flops, contest.hbm_bytes))
         share = max(flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"])
@@ -180,7 +176,7 @@ def _choose_tiles(contest, arch, args, until, show):
 
 
 def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs all contests until the minutes are over and returns the results as they are written."""
+    """Runs all contests, or as many as the time allows, and returns the results that it writes."""
     until = time.monotonic() + 60 * args.minutes
     chip: Chip | None = None if args.tiny else detect_chip()
     arch, chip_name = (chip.arch, chip.name) if chip else ("sm_86", "")
@@ -192,7 +188,7 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
     rows = {}
     for contest in build_contests(TINY if args.tiny else Sizes(), args.tiny):
         if time.monotonic() > until:
-            show(f"{contest.name}: not measured, the {args.minutes:g} minutes are over")
+            show(f"{contest.name}: not measured, the {args.minutes:g} minutes are up")
             continue
         tiles = _choose_tiles(contest, arch, args, until, show)
         timings = measure(contest, tiles, "cpu" if args.tiny else "cuda")
@@ -206,7 +202,7 @@ def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any
         if args.out:
             write_json(args.out, results)
         if args.save:
-            write_json(ROWS / f"{chip_name}.json", list(rows.values()))
+            write_json(TUNED / f"{chip_name}.json", list(rows.values()))
     return results
 
 
@@ -228,14 +224,16 @@ def parse(argv: list[str] | None = None) -> Namespace:
         help="write pallas_kernels/tuned/CHIP.json, from which training chooses its kernels",
     )
     parser.add_argument(
-        "--out", type=Path, help="write all results to this JSON file, after every contest"
+        "--out", type=Path, help="write all results to this JSON file after every contest"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="run tiny shapes on any device, interpreted: a trial"
+        "--tiny",
+        action="store_true",
+        help="interpret the kernels at tiny shapes, on any device, as a trial",
     )
     args = parser.parse_args(argv)
     if args.tiny and (args.save or args.tune):
-        parser.error("--tiny measures nothing that could be used: leave out --save and --tune.")
+        parser.error("--tiny measures nothing useful: leave out --save and --tune.")
     return args
 
 

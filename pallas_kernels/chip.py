@@ -1,4 +1,4 @@
-"""The table of chips: each one's peaks and sizes, from its datasheet. There is no other such table.
+"""Peaks and sizes of each supported GPU, from its datasheet; no other file contains such numbers.
 
 Peaks are dense (no sparsity), for products that accumulate in float32. On the A40 and the RTX A6000
 these run at the full rate; only GeForce cards halve it.
@@ -18,11 +18,11 @@ class Chip:
     """One GPU model."""
 
     name: str
-    kind: str  # jax's Device.device_kind; relatives (PCIe, NVL) have other kinds and other peaks
+    kind: str  # jax's Device.device_kind; variants (PCIe, NVL) have other kinds and other peaks
     compute_capability: tuple[int, int]
-    peak_flops: dict[str, float]  # FLOP/s by type of the operands
+    peak_flops: dict[str, float]  # FLOP/s by operand type
     hbm_bytes_per_s: float
-    hbm_bytes: int  # nominal, or what the driver reports where that is known
+    hbm_bytes: int  # as the driver reports it if that is known, else nominal
     sms: int
     clock_ghz: float  # boost
     shared_bytes_per_block: int  # the maximum, after opting in
@@ -39,12 +39,12 @@ class Chip:
         return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
 
     def seconds(self, hbm_bytes: float, flops: float, dtype: str = "bfloat16") -> float:
-        """Returns the roofline: the least time for moving these bytes and doing these FLOPs."""
+        """Returns the roofline: the least time to move the bytes and do the FLOPs."""
         return max(hbm_bytes / self.hbm_bytes_per_s, flops / self.peak_flops[dtype])
 
 
 def _peaks(half, tf32, single):
-    """Returns peak_flops from TFLOP/s of bfloat16 and float16, of TF32 and of float32."""
+    """Returns peak_flops, given TFLOP/s in bfloat16 and float16, in TF32 and in float32."""
     return {
         "bfloat16": half * 1e12,
         "float16": half * 1e12,
@@ -100,7 +100,7 @@ CHIPS = {
             kind="NVIDIA A40",
             peak_flops=_peaks(149.7, 74.8, 37.4),
             hbm_bytes_per_s=696 * GB,
-            hbm_bytes=47_697_362_944,  # of 48 GB with ECC, from users' out-of-memory errors
+            hbm_bytes=47_697_362_944,  # 48 GB minus ECC, from users' out-of-memory errors
             sms=84,
             clock_ghz=1.74,
             l2_bytes=6 << 20,
@@ -187,17 +187,17 @@ def find_chip(name: str) -> Chip:
         near = near or difflib.get_close_matches(name, CHIPS, 1)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
-            f"the chip must be one of {', '.join(CHIPS)}; got {name!r}.{hint} Another chip "
-            "can be added, with its source, to pallas_kernels/chip.py."
+            f"the chip must be one of {', '.join(CHIPS)}; got {name!r}.{hint} To support "
+            "another chip, add it, with its source, to pallas_kernels/chip.py."
         )
     return CHIPS[name]
 
 
 def detect_chip(device: Any = None) -> Chip:
-    """Returns the chip of a jax.Device, by default the first.
+    """Returns the chip of a jax.Device, by default of the first.
 
     Raises:
-        ValueError: the device is not in the table, so that its peaks would be a guess.
+        ValueError: the device is not in the table, so its peaks are unknown.
     """
     device = jax.devices()[0] if device is None else device
     for chip in CHIPS.values():

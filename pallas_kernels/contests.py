@@ -1,8 +1,8 @@
-"""What bench compares: each op at some shapes, our kernel and all other implementations of the op.
+"""The contests of bench: each compares our kernel with other implementations of an op at one shape.
 
 All contestants of a contest are functions of the same random arrays and return the same results. An
-implementation that is not installed, or not available on the device, does not take part.
-PyTorch's contestants are in torch_contests.py.
+implementation that is not installed, or that the device does not support, is left out.
+torch_contests.py has PyTorch's contestants.
 """
 
 import functools
@@ -19,7 +19,7 @@ from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
-KERNEL = "kernel"  # the name of our contestant
+KERNEL = "kernel"  # our kernel's name among the contestants
 
 
 class Contest(NamedTuple):
@@ -28,7 +28,7 @@ class Contest(NamedTuple):
     op: str  # of kernel_choice.OPS
     name: str
     shape: tuple  # as in kernel_choice.BenchRow
-    arrays: Callable[[jax.Array], list[jax.Array]]  # key -> arguments of every contestant
+    arrays: Callable[[jax.Array], list[jax.Array]]  # random key -> every contestant's arguments
     contestants: Callable[[Any], dict[str, Callable]]  # tiles -> {name: function}
     flops: float
     hbm_bytes: float
@@ -58,12 +58,18 @@ def _normal(key, *shapes):
     return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
 
 
-def _with_gradients(forward):
-    """Returns a function that computes o = forward(q, k, v) and the gradients, given do."""
+def _with_gradients(forward, count, inputs):
+    """Returns a function of inputs and cotangents that computes `forward` and gradients.
 
-    def both_ways(q, k, v, do):
-        o, pullback = jax.vjp(forward, q, k, v)
-        return o, pullback(do)
+    Args:
+        count: how many of the inputs, from the first on, get a gradient.
+        inputs: how many inputs there are.
+    """
+
+    def both_ways(*arrays):
+        tables, cotangents = arrays[count:inputs], arrays[inputs:]
+        out, pullback = jax.vjp(lambda *x: forward(*x, *tables), *arrays[:count])
+        return out, pullback(cotangents if isinstance(out, tuple) else cotangents[0])
 
     return both_ways
 
@@ -89,7 +95,7 @@ def _attention(size, backward, interpret):
         if not interpret:
             functions |= _vendors_attention()
         if backward:
-            return {name: _with_gradients(f) for name, f in functions.items()}
+            return {name: _with_gradients(f, 3, 3) for name, f in functions.items()}
         return {name: lambda q, k, v, do, f=f: f(q, k, v) for name, f in functions.items()}
 
     shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
@@ -108,42 +114,32 @@ def _attention(size, backward, interpret):
 def _norm(size, interpret):
     N, D = size
 
-    def both_ways(forward):
-        def with_gradients(h, y, ds, dn, gain):
-            out, pullback = jax.vjp(forward, h, y, gain)
-            return out, pullback((ds, dn))
-
-        return with_gradients
-
     def contestants(tiles):
         del tiles
         kernel = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
         reference = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
-        return {KERNEL: both_ways(kernel), "xla": both_ways(reference)}
+        return {KERNEL: _with_gradients(kernel, 3, 3), "xla": _with_gradients(reference, 3, 3)}
 
-    arrays = lambda key: [*_normal(key, *[(N, D)] * 4), jnp.ones(D)]
+    def arrays(key):
+        h, y, ds, dn = _normal(key, *[(N, D)] * 4)
+        return [h, y, jnp.ones(D), ds, dn]
+
     return Contest("norm", f"norm both ways {N}x{D}", (D,), arrays, contestants, 0, 16 * N * D)
 
 
 def _qk_rope(size, interpret):
     B, T, H, K = size
 
-    def both_ways(forward):
-        def with_gradients(x, dy, gain, cos, sin):
-            out, pullback = jax.vjp(lambda x, gain: forward(x, gain, cos, sin), x, gain)
-            return out, pullback(dy)
-
-        return with_gradients
-
     def contestants(tiles):
         del tiles
         kernel = lambda *args: qk_rope(*args, 1e-6, interpret)
         reference = functools.partial(qk_rope_reference, eps=1e-6)
-        return {KERNEL: both_ways(kernel), "xla": both_ways(reference)}
+        return {KERNEL: _with_gradients(kernel, 2, 4), "xla": _with_gradients(reference, 2, 4)}
 
     def arrays(key):
         angle_TK = jnp.tile(jnp.arange(T)[:, None] * 1e4 ** -jnp.linspace(0, 1, K // 2), 2)
-        return [*_normal(key, *[size] * 2), jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK)]
+        x, dy = _normal(key, size, size)
+        return [x, jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK), dy]
 
     hbm_bytes = 10 * B * T * H * K + 8 * T * K
     name = f"qk_rope both ways {B}x{T}x{H}x{K}"

@@ -1,7 +1,7 @@
 """Reads each kernel's registers, stack and instructions from a serialized XLA executable.
 
-XLA stores its GPU executables in riegeli record files, compressed with snappy; from jax 0.11 on one
-file is nested in another. The kernels in them are ELF images (cubins).
+XLA stores GPU executables in riegeli record files, compressed with snappy. Since jax 0.11, one file
+is nested in another. The kernels inside are ELF images (cubins).
 
 Source: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md; section
 numbers of ELF64 as in https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html. The attributes
@@ -19,8 +19,8 @@ SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the first block header of a rec
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<5Q")  # hash, data size, data hash, type and records, decoded size
 ELF = b"\x7fELF\x02"
-FRAME_SIZE, REGISTER_COUNT = 0x11, 0x2F  # attributes of .nv.info; each is (symbol, value)
-SIZED = 4  # the format of an attribute that gives its size before its value
+FRAME_SIZE, REGISTER_COUNT = 0x11, 0x2F  # attributes of .nv.info, stored as (symbol, value)
+SIZED = 4  # the format of an attribute whose size precedes its value
 # The low 12 bits of an instruction, on compute capabilities 8.0 to 9.0.
 OPCODES = {
     0x23C: "HMMA",  # tensor core
@@ -30,17 +30,17 @@ OPCODES = {
     0x1F0: "HGMMA",
     0xFAE: "LDGSTS",  # asynchronous copy to shared memory
     0x5B4: "UTMALDG",  # copy to shared memory by Hopper's tensor memory accelerator
-    0x3B5: "UTMASTG",  # copy from shared memory by it
+    0x3B5: "UTMASTG",  # copy from shared memory by the same unit
     0x387: "STL",  # store of a spilled register
     0x983: "LDL",  # load of a spilled register
 }
 
 
 class Resources(NamedTuple):
-    """What one kernel uses of a multiprocessor, and its counts of the instructions of OPCODES."""
+    """A kernel's registers and stack, and how many instructions of each kind in OPCODES it has."""
 
-    registers: int  # of a thread
-    stack_bytes: int  # of a thread; anything but 0 is a spill
+    registers: int  # per thread
+    stack_bytes: int  # per thread; more than 0 means that registers spill
     instructions: Counter
 
     @property
@@ -104,7 +104,7 @@ def _decompress(data, kind):
         return data
     if kind != ord("s"):
         raise ValueError(f"records must be plain or use snappy; got compression {chr(kind)!r}.")
-    _, at = _varint(data, 0)  # riegeli's decoded size, which precedes snappy's own
+    _, at = _varint(data, 0)  # skips riegeli's decoded size, which precedes snappy's
     return bytes(cramjam.snappy.decompress_raw(data[at:]))
 
 
@@ -122,7 +122,7 @@ def _simple_records(data):
 
 
 def _images(data):
-    """Yields the ELF images in a record; the later of an ELF's two header tables ends it."""
+    """Yields the ELF images in a record. An image ends with the later of its two header tables."""
     at = data.find(ELF)
     while at >= 0:
         tables = struct.unpack_from("<QQ", data, at + 0x20)  # of segments, of sections
@@ -132,22 +132,17 @@ def _images(data):
         at = data.find(ELF, end)
 
 
-class _Section(NamedTuple):
-    name: str
-    data: bytes
-
-
-def _sections(image) -> list[_Section]:
+def _sections(image) -> dict[str, bytes]:
+    """Returns {section's name: its data}."""
     (start,) = struct.unpack_from("<Q", image, 0x28)
     entry, count, names_at = struct.unpack_from("<HHH", image, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", image, start + i * entry) for i in range(count)]
     text = image[headers[names_at][4] :]
-    sections = []
+    sections = {}
     for name, kind, _, _, offset, size, *_ in headers:
         label = text[name : text.index(b"\0", name)].decode()
         only_in_memory = kind == 8  # SHT_NOBITS
-        data = b"" if only_in_memory else image[offset : offset + size]
-        sections.append(_Section(label, data))
+        sections[label] = b"" if only_in_memory else image[offset : offset + size]
     return sections
 
 
@@ -156,12 +151,12 @@ def read_resources(image: bytes) -> dict[str, Resources]:
     sections = _sections(image)
     registers, stacks = _attribute(sections, REGISTER_COUNT), _attribute(sections, FRAME_SIZE)
     resources = {}
-    for section in sections:
-        if not section.name.startswith(".text."):
+    for section, data in sections.items():
+        if not section.startswith(".text."):
             continue
-        name = section.name.removeprefix(".text.")
+        name = section.removeprefix(".text.")
         # An instruction has 128 bits; the opcode is in the first half.
-        codes = struct.unpack(f"<{len(section.data) // 8}Q", section.data)[::2]
+        codes = struct.unpack(f"<{len(data) // 8}Q", data)[::2]
         kinds = Counter(OPCODES[code & 0xFFF] for code in codes if code & 0xFFF in OPCODES)
         resources[name] = Resources(registers[name], stacks.get(name, 0), kinds)
     return resources
@@ -169,12 +164,11 @@ def read_resources(image: bytes) -> dict[str, Resources]:
 
 def _attribute(sections, wanted) -> dict[str, int]:
     """Returns {function: value} of one attribute of .nv.info."""
-    tables = {section.name: section.data for section in sections}
-    symbols, names = tables.get(".symtab", b""), tables.get(".strtab", b"")
+    symbols, names = sections.get(".symtab", b""), sections.get(".strtab", b"")
     labels = []
     for (start,) in (struct.unpack_from("<I", symbols, at) for at in range(0, len(symbols), 24)):
         labels.append(names[start : names.index(b"\0", start)].decode())
-    info, at, values = tables.get(".nv.info", b""), 0, {}
+    info, at, values = sections.get(".nv.info", b""), 0, {}
     while at + 4 <= len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, at)
         at += 4

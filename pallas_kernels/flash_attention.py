@@ -14,9 +14,9 @@ owns a block of queries and sums over the keys (dq). A single kernel would save 
 scores, but would have to add to dq with atomics, whose order, and so the result, changes from run
 to run.
 
-Bound: compute, from T of about 1,000 on. Causal FLOPs: forward 2*B*H*K*T*(2S-T+1), backward 3.5
+Bound: compute, for T of about 1,000 or more. Causal FLOPs: forward 2*B*H*K*T*(2S-T+1), backward 3.5
 times that (2 for dk and dv, 1.5 for dq, as both recompute the scores; the usual count is 2.5).
-Forward moves the bytes of q, k, v, o and 4*B*H*T of the log-sum-exp.
+Forward moves the bytes of q, k, v and o, and 4*B*H*T bytes for the log-sum-exp.
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; base 2 softmax as in Triton's tutorial 06,
 https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
@@ -82,7 +82,7 @@ class _Head:
 def _read_docs(docs, batch, rows, columns):
     """Returns the documents of the queries and of the keys, or None where there are none.
 
-    The padding differs (-2 and -3), so that it never matches.
+    They are padded with different numbers (-2 and -3), so that padding never matches.
     """
     if not docs:
         return None
@@ -110,7 +110,7 @@ def _forward_kernel(*refs, tiles, group):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
-    block = pl.num_programs(0) - 1 - block  # the longest blocks first, so that none runs on alone
+    block = pl.num_programs(0) - 1 - block  # the longest first, so that no long one starts last
     query_head, key_head = _Head(batch, head), _Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q = query_head.read(q_ref, rows)
@@ -160,7 +160,7 @@ def _dkv_kernel(*refs, tiles, group):
     key_head = _Head(batch, shared_head)
     columns = block * tiles.keys + jnp.arange(tiles.keys)
     k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
-    # The first block of queries that sees a key of this block; `count` are from there on.
+    # `first` is the first of `count` blocks of queries that see a key of this block.
     first = jnp.maximum(block * tiles.keys - (S - T), 0) // tiles.queries
     count = jnp.maximum(pl.cdiv(T, tiles.queries) - first, 0)
 
@@ -227,18 +227,18 @@ def flash_attention(
     blocks: FlashAttentionTiles,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes flash_attention_reference; call it in shard_map, on one device's heads.
+    """Computes flash_attention_reference; call it inside shard_map, on one device's heads.
 
     Args:
-        q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K is a power of two from 16 on, H a
-            multiple of G.
-        docs_BT, docs_BS: int32 from 0 on, or both None.
+        q_BTHK, k_BSGK, v_BSGK: bfloat16, float16 or float32; K is a power of two of at least 16,
+            H a multiple of G.
+        docs_BT, docs_BS: the document of each query and key, int32 >= 0, or both None.
         blocks: the tiles of the three kernels; the type of each selects the kernel's body.
         interpret: runs without a GPU, for tests.
 
     Returns:
-        [B,T,H,K] in q.dtype. Remat policies know it as "attention", and the log-sum-exp that the
-        backward needs as "attention_lse".
+        [B,T,H,K] in q.dtype. Its checkpoint_name, for remat policies, is "attention"; that of the
+        log-sum-exp, which the backward needs, is "attention_lse".
     """
     return _forward(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)[0]
 
@@ -260,39 +260,32 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     return o, (q, k, v, docs, o, lse)
 
 
-def _dkv(arguments, tiles, interpret):
-    """Returns (dk, dv).
+def _gradients(name, arguments, tiles, interpret):
+    """Runs the kernel "dkv", which returns (dk, dv), or "dq".
 
     Args:
-        arguments: q, k, v, do, log-sum-exp, delta, and the documents of both or of neither.
+        arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
     """
     if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic_backward
+        from pallas_kernels import flash_attention_mosaic_backward as mosaic
 
-        return flash_attention_mosaic_backward.dkv(arguments, tiles, interpret)
+        return getattr(mosaic, name)(arguments, tiles, interpret)
     q, k, v = arguments[:3]
-    B, S, G, _ = k.shape
-    grid, shapes = (pl.cdiv(S, tiles.keys), G, B), (triton.like(k), triton.like(v))
-    return _call(_dkv_kernel, "dkv", tiles, grid, shapes, q.shape[2] // G, interpret)(*arguments)
-
-
-def _dq(arguments, tiles, interpret):
-    if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic_backward
-
-        return flash_attention_mosaic_backward.dq(arguments, tiles, interpret)
-    q, k = arguments[:2]
-    B, T, H, _ = q.shape
-    grid, group = (pl.cdiv(T, tiles.queries), H, B), H // k.shape[2]
-    return _call(_dq_kernel, "dq", tiles, grid, triton.like(q), group, interpret)(*arguments)
+    (B, T, H, _), (_, S, G, _) = q.shape, k.shape
+    if name == "dkv":
+        kernel, shapes = _dkv_kernel, (triton.like(k), triton.like(v))
+        grid = (pl.cdiv(S, tiles.keys), G, B)
+    else:
+        kernel, grid, shapes = _dq_kernel, (pl.cdiv(T, tiles.queries), H, B), triton.like(q)
+    return _call(kernel, name, tiles, grid, shapes, H // G, interpret)(*arguments)
 
 
 def _backward(blocks, interpret, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _dkv(arguments, blocks.dkv, interpret)
-    return _dq(arguments, blocks.dq, interpret), dk, dv, None, None
+    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
+    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
 
 
 flash_attention.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
-"""The forward body of flash_attention for Hopper: two warp groups alternate at the tensor core.
+"""The forward body of flash_attention for Hopper: two warp groups take turns at the tensor core.
 
-A program owns one block of queries, half of it for each multiplying warp group. The copying warp
-group brings blocks of keys and values. While one group computes the softmax of a block, the other
-multiplies: the scores of one block, and the values of the block before it, issued together.
+A program computes one block of queries, half of it in each multiplying warp group. The copying warp
+group loads blocks of keys and values. While one group computes the softmax of a block, the other
+issues its products: the scores of one block together with p v of the block before it.
 
 Source: the alternation ("ping-pong") is FlashAttention-3's, Shah et al. 2024,
 https://arxiv.org/abs/2407.08608
@@ -25,8 +25,8 @@ from pallas_kernels.tiles import MosaicAttentionTiles
 
 WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
-# The first value of m. It is above MASKED, so exp2(MASKED - m) is 0 even in a row that so far has
-# only masked scores, and below every real score.
+# The initial m: below every real score, yet so far above MASKED that exp2(MASKED - m) is 0 even in
+# a row whose scores so far are all masked.
 LOWEST = MASKED / 10
 
 
@@ -40,20 +40,20 @@ def check_heads(K: int) -> None:
 
 
 class QueryBlock(NamedTuple):
-    """Where a program's block of queries lies. All numbers are traced."""
+    """The position of a program's block of queries, in traced numbers."""
 
-    group: Any  # this warp group
+    group: Any  # the index of this warp group
     head: Any
     key_head: Any
     batch: Any
     start: Any  # its first query
-    steps: Any  # blocks of keys that its last query sees
+    steps: Any  # how many blocks of keys its last query sees
 
 
 def find_query_block(T: int, S: int, tiles: MosaicAttentionTiles, ratio: int) -> QueryBlock:
     """Returns the block of this program; `ratio` query heads share a key head."""
     group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
-    # The longest blocks first, so that none runs on alone.
+    # The longest blocks first, so that no long one starts last.
     block = lax.axis_size("block") - 1 - lax.axis_index("block")
     start = block * tiles.queries
     last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last query sees
@@ -127,7 +127,7 @@ def _kernel(
             load_key_docs = lambda j: load(docs[1], pl.ds(j * tiles.keys, tiles.keys), 0)
             pair = load(docs[0], rows, 1), load_key_docs
         mask = _Mask((half, tiles.keys), start + group * half, S - T, pair)
-        # All queries of the block see all keys of the steps before this one.
+        # Before this step, all queries of the block see all keys, so there is nothing to mask.
         first_masked = 1 if docs else jnp.clip(lax.div(start + S - T + 1, tiles.keys), 1, steps)
         plgpu.barrier_wait(q_full.at[group])
         q = q_smem.at[group]
@@ -137,7 +137,7 @@ def _kernel(
         )
         empty = l_Q == 0  # queries that see no key
         l_Q = jnp.where(empty, 1.0, l_Q)
-        # The output leaves through the queries' shared memory, which is no longer needed.
+        # The output is written through the queries' shared memory, which is no longer needed.
         q[...] = (acc / lax.broadcast_in_dim(l_Q, acc.shape, [0])).astype(o_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, o_ref.at[batch, rows, head])
@@ -195,7 +195,7 @@ def _attend(q, steps, first_masked, mask, tiles, group, turn, p_smem, **pipeline
     carry = lax.fori_loop(1, first_masked, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(first_masked, steps, functools.partial(step, masked=True), carry)
     acc, m_Q, l_Q, p = carry
-    # Takes group 1's last arrival: a barrier must not end with one that nobody waited for.
+    # When a program ends, every arrival must have been waited for; this is group 1's last one.
     pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
     slot = slot_of(steps - 1)
     plgpu.barrier_wait(v_full.at[slot])
@@ -217,7 +217,7 @@ def forward(
 
     Args:
         docs: (docs_BT, docs_BS) or ().
-        tiles: queries a multiple of 128, keys of 64.
+        tiles: queries must be a multiple of 128, keys of 64.
 
     Raises:
         ValueError: mosaic.check refuses the arrays, or K is not in WIDTHS.
@@ -227,10 +227,7 @@ def forward(
     check_heads(K)
     blocks = pl.cdiv(T, tiles.queries)
     padded = jax.ShapeDtypeStruct((B, H, blocks * tiles.queries), jnp.float32)
-    docs = [
-        jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=-1)
-        for x, size in zip(docs, (tiles.queries, tiles.keys), strict=False)
-    ]
+    docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q_BTHK.dtype)
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)
     half = tiles.queries // mosaic.CONSUMERS

@@ -1,13 +1,13 @@
 """The backward bodies of flash_attention for Hopper: one kernel for dk and dv, one for dq.
 
-Both have the same structure. Each multiplying warp group keeps rows of two arrays in shared memory,
-(k, v) or (q, do), and the copying group brings blocks of the other two. A step computes the scores
-and the probabilities' gradient, [kept rows, block], as two products at once, and adds to the sums
-dk and dv, or dq, from registers. A program of dk and dv goes through all query heads that share its
-key head. There are no atomics: sums have a fixed order (see flash_attention.py).
+Both have the same structure. Each multiplying warp group has rows of two arrays resident in shared
+memory, (k, v) or (q, do), and the copying group loads blocks of the other two. A step computes the
+scores and the probabilities' gradient, [resident rows, block], in two concurrent products, and adds
+to the sums dk and dv, or dq, from registers. A program of dk and dv covers all query heads that
+share its key head. There are no atomics: sums have a fixed order (see flash_attention.py).
 
 Bound: compute, 2 times the forward's FLOPs for dk and dv, 1.5 times for dq. Each kernel moves the
-bytes of q, do, k, v and of its outputs, and 8*B*H*T of the log-sum-exp and delta.
+bytes of q, do, k, v and its outputs, and 8*B*H*T bytes for the log-sum-exp and delta.
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2
 """
@@ -27,8 +27,8 @@ from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
 from pallas_kernels.tiles import MosaicAttentionTiles
 
-# Registers per thread. At K=128, dk, dv and the two products need 192 by themselves, and a limit of
-# 232 spills (audit, ptxas 12.9.86).
+# Registers per thread. At K=128, dk, dv and the two products take 192 of them, and a limit of 232
+# spills (audit, ptxas 12.9.86).
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 <= 3 * 168
 
 
@@ -40,8 +40,8 @@ def _masked(s, visible, docs):
     """Returns s with MASKED where a query does not see a key.
 
     Args:
-        visible: whether the key is not after the query.
-        docs: (documents of the rows of s, of its columns) or ().
+        visible: where the key is not after the query.
+        docs: (documents of the rows of s, documents of its columns) or ().
     """
     s = jnp.where(visible, s, MASKED)
     if docs:
@@ -53,40 +53,42 @@ def _masked(s, visible, docs):
 def _mask_if(needs_mask, mask):
     """Returns a function that masks only the steps where needs_mask(step).
 
-    Two loops, one for each kind of step, would double the code and spilled at K=128 (audit, ptxas
-    12.9.86).
+    Two loops, one for each kind of step, would double the code, and spilled at K=128 (audit,
+    ptxas 12.9.86).
     """
     return lambda s, step, slot: lax.cond(
         needs_mask(step), lambda s: mask(s, step, slot), lambda s: s, s
     )
 
 
-def _add_block(kept, vectors, mask, dim, tiles, staging, step, sums, *, x_smem, y_smem, full, free):
-    """Adds one block to the sums: ds x to the first and, where there are two, p y to the second.
+def _add_block(
+    resident, vectors, mask, dim, tiles, staging, step, sums, *, x_smem, y_smem, full, free
+):
+    """Adds one block to the sums: ds x to the first and, if there is a second, p y to it.
 
     Args:
-        kept: this group's shared memory: (k, v) or (q, do).
+        resident: this group's rows of (k, v) or (q, do), in shared memory.
         vectors: slot -> (minus the log-sum-exp, in units of unscaled scores, minus delta). The
-            accumulators of the products start from them: that needs fewer registers than to
-            subtract them afterwards.
+            accumulators of the products start from them, which takes fewer registers than
+            subtracting them afterwards.
         dim: the dimension of the scores that these vectors run along.
-        mask: (start of s, step, slot) -> s with MASKED where a key is not visible; the product
-            that is added is too small to change it.
+        mask: (initial s, step, slot) -> s with MASKED where a key is not visible. The product is
+            added afterwards, and is too small to change MASKED.
     """
-    slot, shape = lax.rem(step, tiles.stages), (kept.shape[1], x_smem.shape[1])
-    scale = math.log2(math.e) * kept.shape[2] ** -0.5
+    slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
+    scale = math.log2(math.e) * resident.shape[2] ** -0.5
     plgpu.barrier_wait(full.at[slot])
 
     def products(s_ref, dp_ref):
-        plgpu.wgmma(s_ref, kept.at[0], x_smem.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dp_ref, kept.at[1], y_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(s_ref, resident.at[0], x_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(dp_ref, resident.at[1], y_smem.at[slot].transpose((1, 0)))
 
     s, dp = (lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot))
     s = mask(s, step, slot)
     s, dp = mosaic.accumulate(products, [s, dp], staging is not None)
     p = jnp.exp2(s * scale)
     ds = p * dp
-    factors = [x.astype(kept.dtype) for x in (ds, p)]
+    factors = [x.astype(resident.dtype) for x in (ds, p)]
 
     def add_products(*refs):
         for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
@@ -98,25 +100,27 @@ def _add_block(kept, vectors, mask, dim, tiles, staging, step, sums, *, x_smem, 
     return tuple(sums)
 
 
-def _zeros(count, kept):
-    """Returns the initial sums, [kept rows, K] each."""
-    zero = jnp.zeros(kept.shape[1:], jnp.float32)
-    return tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in range(count))
-
-
-def _read_kept(kept, kept_full, parts):
+def _read_resident(resident, resident_full, parts):
     for n, part in enumerate(parts):
-        plgpu.copy_gmem_to_smem(part, kept.at[n], kept_full)
-    plgpu.barrier_wait(kept_full)
+        plgpu.copy_gmem_to_smem(part, resident.at[n], resident_full)
+    plgpu.barrier_wait(resident_full)
 
 
-def _write(kept, sums, parts):
-    """Writes each sum to its part of an array, through the shared memory of the kept rows."""
-    for n, x in enumerate(sums):
-        kept.at[n][...] = x.astype(kept.dtype)
+def _sum_blocks(resident, steps, outputs, *args, **pipeline):
+    """Adds all blocks to sums of zero and writes each sum to its output, a part of an array.
+
+    The first, dk or dq, gets the scores' factor 1/sqrt(K). The sums are written through the shared
+    memory of the resident rows. The other arguments are _add_block's.
+    """
+    zero = jnp.zeros(resident.shape[1:], jnp.float32)
+    zeros = tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in outputs)
+    add_block = functools.partial(_add_block, resident, *args, **pipeline)
+    first, *rest = lax.fori_loop(0, steps, add_block, zeros)
+    for n, x in enumerate((first * resident.shape[2] ** -0.5, *rest)):
+        resident.at[n][...] = x.astype(resident.dtype)
     plgpu.commit_smem()
-    for n, part in enumerate(parts):
-        plgpu.copy_smem_to_gmem(kept.at[n], part)
+    for n, part in enumerate(outputs):
+        plgpu.copy_smem_to_gmem(resident.at[n], part)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -128,14 +132,16 @@ def _load_along_columns(ref):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
-def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem=None, **pipeline):
+def _dkv_kernel(
+    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
+):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (
         lax.axis_index(name) for name in ("group", "head", "block", "batch")
     )
     start, half = block * tiles.keys, tiles.keys // mosaic.CONSUMERS
-    # The first block of queries that sees a key of this block; `count` are from there on.
+    # `first` is the first of `count` blocks of queries that see a key of this block.
     first = lax.div(jnp.maximum(start - (S - T), 0), tiles.queries)
     count = pl.cdiv(T, tiles.queries) - first
 
@@ -158,13 +164,13 @@ def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         first_row = start + group * half
-        rows, kept = pl.ds(first_row, half), kept_smem.at[group]
+        rows, resident = pl.ds(first_row, half), resident_smem.at[group]
         key_docs = [_load_along_rows(ref.at[batch, rows]) for ref in docs[1:]]
         parts = [ref.at[batch, rows, key_head] for ref in (k_ref, v_ref)]
-        _read_kept(kept, kept_full.at[group], parts)
+        _read_resident(resident, resident_full.at[group], parts)
         lse_and_delta = lambda slot: [_load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
-        # From this query on all keys of the block are visible.
+        # This query and later ones see all keys of the block.
         all_visible = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)
         masked_blocks = lax.div(all_visible + tiles.queries - 1, tiles.queries) - first
 
@@ -176,15 +182,14 @@ def _dkv_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem
 
         needs_mask = lambda step: lax.rem(step, count) < masked_blocks
         add_mask = mask if docs else _mask_if(needs_mask, mask)
-        add_block = functools.partial(
-            _add_block, kept, lse_and_delta, add_mask, 1, tiles, staging, **pipeline
-        )
-        dk, dv = lax.fori_loop(0, ratio * count, add_block, _zeros(2, kept))
-        parts = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
-        _write(kept, (dk * kept.shape[2] ** -0.5, dv), parts)
+        outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
+        args = lse_and_delta, add_mask, 1, tiles, staging
+        _sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
 
 
-def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem=None, **pipeline):
+def _dq_kernel(
+    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
+):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
@@ -205,13 +210,13 @@ def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem=
     def _multiply():
         plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         first_row = start + group * half
-        rows, kept = pl.ds(first_row, half), kept_smem.at[group]
+        rows, resident = pl.ds(first_row, half), resident_smem.at[group]
         query_docs = [_load_along_rows(ref.at[batch, rows]) for ref in docs[:1]]
         lse, delta = (_load_along_rows(ref.at[batch, head, rows]) for ref in (lse_ref, delta_ref))
         parts = [ref.at[batch, rows, head] for ref in (q_ref, do_ref)]
-        _read_kept(kept, kept_full.at[group], parts)
+        _read_resident(resident, resident_full.at[group], parts)
         staging = None if staging_smem is None else staging_smem.at[group]
-        first_masked = lax.div(start + S - T + 1, tiles.keys)  # before it all keys are visible
+        first_masked = lax.div(start + S - T + 1, tiles.keys)  # earlier steps need no mask
 
         def mask(s, step, slot):
             pair = [*query_docs, *(_load_along_columns(x.at[slot]) for x in vectors)]
@@ -220,43 +225,38 @@ def _dq_kernel(*refs, tiles, ratio, kept_smem, kept_full, vectors, staging_smem=
 
         add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
         lse_and_delta = lambda slot: (lse, delta)
-        add_block = functools.partial(
-            _add_block, kept, lse_and_delta, add_mask, 0, tiles, staging, **pipeline
-        )
-        (dq,) = lax.fori_loop(0, steps, add_block, _zeros(1, kept))
-        _write(kept, (dq * kept.shape[2] ** -0.5,), [dq_ref.at[batch, rows, head]])
+        args = lse_and_delta, add_mask, 0, tiles, staging
+        _sum_blocks(resident, steps, [dq_ref.at[batch, rows, head]], *args, **pipeline)
 
 
 def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret):
     """Runs one of the two kernels.
 
     Args:
-        sizes: (rows that a program keeps, rows of a step).
+        sizes: (resident rows of a program, rows of a step).
         vectors: types of the vectors, [step] each, that are copied along with each block. If there
-            are more than two, the third holds the queries' positions, counted as the keys are.
-            Computed by the threads they would occupy registers through all steps, and spill.
+            are more than two, the third contains the queries' positions, counted like the keys'. If
+            threads computed these, they would occupy registers through all steps, and spill.
         arguments: q, k, v, do, log-sum-exp, delta and documents.
     """
-    q, k, (kept, step) = arguments[0], arguments[1], sizes
+    q, k, (resident, step) = arguments[0], arguments[1], sizes
     (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
     mosaic.check(**dict(zip(("q", "k", "v", "do"), arguments, strict=False)))
     check_heads(K)
-    pad = lambda x, multiple, value: jnp.pad(
-        x, ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % multiple),), constant_values=value
-    )
     scale = math.log2(math.e) * K**-0.5
     lse, delta, *docs = arguments[4:]
-    lse, delta = pad(-lse / scale, tiles.queries, -EMPTY_ROW_LSE), pad(-delta, tiles.queries, 0.0)
-    docs = [pad(x, size, -1) for x, size in zip(docs, (tiles.queries, tiles.keys), strict=False)]
+    lse = mosaic.pad_last(-lse / scale, tiles.queries, -EMPTY_ROW_LSE)
+    delta = mosaic.pad_last(-delta, tiles.queries, 0.0)
+    docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
     positions = [jnp.arange(lse.shape[2], dtype=jnp.int32) + S - T] if len(vectors) > 2 else []
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
-    groups, half = mosaic.CONSUMERS, kept // mosaic.CONSUMERS
+    groups, half = mosaic.CONSUMERS, resident // mosaic.CONSUMERS
     scratch = {
-        "kept_smem": memory((groups, 2, half, K)),
+        "resident_smem": memory((groups, 2, half, K)),
         "x_smem": memory((tiles.stages, step, K)),
         "y_smem": memory((tiles.stages, step, K)),
         "vectors": [plgpu.SMEM((tiles.stages, step), dtype) for dtype in vectors],
-        "kept_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+        "resident_full": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
         "full": plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages),
     }
@@ -280,7 +280,7 @@ def dkv(
 
     Args:
         arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
-        tiles: keys a multiple of 128, queries of 64.
+        tiles: keys must be a multiple of 128, queries of 64.
     """
     k, v = arguments[1:3]
     (B, S, G, _), documents = k.shape, len(arguments) > 6
@@ -292,7 +292,7 @@ def dkv(
 
 
 def dq(arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool) -> jax.Array:
-    """Returns dq_BTHK; as dkv, but queries are a multiple of 128, keys of 64."""
+    """Returns dq_BTHK; like dkv, but queries must be a multiple of 128, keys of 64."""
     B, T, H, _ = arguments[0].shape
     shape = jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)
     grid = {"head": H, "block": pl.cdiv(T, tiles.queries), "batch": B}

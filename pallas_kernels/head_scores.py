@@ -1,15 +1,14 @@
 """Computes logits, and what cross-entropy needs of each row, in one matrix product.
 
-A program computes one tile of logits. Together with the tile it stores, for each row, the largest
-logit (m), the sum of exp(logit - m) (l) and the target's logit. The log-sum-exp of a row, m +
-log(l), then follows from these partial results, and the loss reads no logits. The gradient,
-softmax - onehot, reads each logit once: 4*N*V bytes written here and 6*N*V moved after it by XLA,
-against 18*N*V without this kernel (python -m pallas_kernels.traffic). Where no gradient is needed,
-no logit is written at all.
+A program computes one tile of logits. With the tile it stores, for each row, the largest logit (m),
+the sum of exp(logit - m) (l) and the target's logit. A row's log-sum-exp, m + log(l), follows from
+these partial results, so the loss reads no logits. The gradient, softmax - onehot, reads each logit
+once: this kernel writes 4*N*V bytes and XLA then moves 6*N*V, against 18*N*V without the kernel
+(python -m pallas_kernels.traffic). Where no gradient is needed, no logits are written.
 
-Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that what programs
-share stays in the 6 MB second-level cache of an A40. If each program walked the vocabulary for its
-own rows, 100 TFLOP/s would need 770 GB/s of the 696 GB/s that the A40 has.
+Bound: compute, 2*N*D*V FLOPs. Tiles are visited in groups of row blocks, so that the operands that
+programs share stay in the A40's 6 MB L2 cache. If each program walked the vocabulary for its own
+rows, 100 TFLOP/s would need 770 GB/s, and the A40 has 696 GB/s.
 
 Source: partial log-sum-exps by tile: Wijmans et al. 2024, https://arxiv.org/abs/2411.09009;
 grouped tiles: Triton's tutorial 03,
@@ -77,7 +76,7 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
         mask = inside[:, None] & (columns < V)[None, :]
         triton.store(out_refs[0].at[rows[:, None], columns[None, :]], logits, mask=mask)
     target = triton.load(targets_ref.at[rows], mask=inside, other=-1)
-    # Before the masking: columns past V have logit 0 here, so a target there gives hit 0.
+    # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
     hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
     logits = jnp.where((columns < V)[None, :], logits, MASKED)
     m_R = logits.max(1)
@@ -111,24 +110,20 @@ def head_scores(
 
         out = mosaic.head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
     else:
-        out = _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret)
-    top_PN, total_PN, hit_PN = out[keep:]  # of P vocabulary tiles
+        (N, _), V = h_ND.shape, w_VD.shape[0]
+        vocabulary_tiles = pl.cdiv(V, tiles.columns)
+        logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
+        partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
+        out = triton.call(
+            functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
+            name="head_scores",
+            grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
+            out_shape=[*logits, partial, partial, partial],
+            warps=tiles.warps,
+            stages=tiles.stages,
+            interpret=interpret,
+        )(h_ND, w_VD, targets_N)
+    top_PN, total_PN, hit_PN = out[keep:]  # from each of P vocabulary tiles
     top_N = top_PN.max(0)
-    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # each l brought to the common maximum
+    total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
     return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))
-
-
-def _head_scores(h_ND, w_VD, targets_N, tiles, softcap, keep, interpret):
-    (N, _), V = h_ND.shape, w_VD.shape[0]
-    vocabulary_tiles = pl.cdiv(V, tiles.columns)
-    logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
-    partial = jax.ShapeDtypeStruct((vocabulary_tiles, N), jnp.float32)
-    return triton.call(
-        functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
-        name="head_scores",
-        grid=(pl.cdiv(N, tiles.rows) * vocabulary_tiles,),
-        out_shape=[*logits, partial, partial, partial],
-        warps=tiles.warps,
-        stages=tiles.stages,
-        interpret=interpret,
-    )(h_ND, w_VD, targets_N)

@@ -1,8 +1,8 @@
 """The body of `head_scores` for Hopper: each multiplying warp group finishes whole rows of a tile.
 
-A row's largest logit, sum of exponentials and hit are reduced in registers. The logits leave
-through two small buffers of shared memory for each warp group: one is filled while TMA copies the
-other to HBM.
+A row's largest logit, sum of exponentials and hit are reduced in registers. The logits are
+written through two small buffers of shared memory for each warp group: one is filled while TMA
+copies the other to HBM.
 """
 
 import functools
@@ -48,7 +48,7 @@ def _kernel(
         one_per_row = plgpu.Layout.WGMMA.reduce(1)
         target = plgpu.load(targets_ref.at[rows], layout=one_per_row, optimized=False)
         target = lax.broadcast_in_dim(target, logits.shape, [0])
-        # Before the masking: columns past V have logit 0 here, so a target there gives hit 0.
+        # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
         hit = jnp.where(column == target, logits, 0.0).sum(1)
         if V % tiles.columns:
             logits = jnp.where(column < V, logits, MASKED)
@@ -64,7 +64,7 @@ def _kernel(
 def _write(logits, smem, logits_ref, rows, column):
     for strip in range(logits.shape[1] // STRIP):
         buffer, first = smem.at[strip % BUFFERS], strip * STRIP
-        # With at most BUFFERS - 1 copies unfinished, this buffer's last copy has read it.
+        # At most BUFFERS - 1 unfinished copies remain, so the last copy out of this buffer is done.
         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
         buffer[...] = logits[:, first : first + STRIP]
         plgpu.commit_smem()
@@ -80,10 +80,10 @@ def head_scores(
     keep: bool,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Returns the outputs of the kernel of pallas_kernels.head_scores, which joins them.
+    """Runs the kernel of pallas_kernels.head_scores, which combines the results of the tiles.
 
     Returns:
-        logits_NV if `keep`, then top, total and hit, [vocabulary tiles, N] each.
+        logits_NV if `keep`; then top, total and hit, [vocabulary tiles, N] each.
 
     Raises:
         ValueError: mosaic.check refuses the arrays, or `keep` and V is not a multiple of 8.
@@ -91,16 +91,15 @@ def head_scores(
     (N, _), V = h_ND.shape, w_VD.shape[0]
     logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []
     mosaic.check(*logits, h=h_ND, w=w_VD)
-    # The targets and the partial results are accessed without TMA, so also past the last row.
-    rows = pl.cdiv(N, tiles.rows) * tiles.rows
-    targets = jnp.pad(targets_N, (0, rows - N), constant_values=-1)
-    partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), rows), jnp.float32)
+    # The targets and the partial results are accessed without TMA, which would check bounds: pad.
+    targets = mosaic.pad_last(targets_N, tiles.rows, -1)
+    partial = jax.ShapeDtypeStruct((pl.cdiv(V, tiles.columns), len(targets)), jnp.float32)
     scratch = pipeline_scratch(tiles, h_ND.dtype)
     if keep:
         half = tiles.rows // mosaic.CONSUMERS
         strips = (mosaic.CONSUMERS, BUFFERS, half, STRIP)
         scratch["logits_smem"] = mosaic.swizzled_shared_memory(strips, jnp.float32)
-    count = rows // tiles.rows * partial.shape[0]
+    count = len(targets) // tiles.rows * partial.shape[0]
     out = mosaic.call(
         functools.partial(_kernel, tiles=tiles, softcap=softcap, keep=keep),
         name="head_scores",

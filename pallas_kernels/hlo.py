@@ -1,8 +1,8 @@
-"""Counts a compiled program's work from its text: each instruction, how often, its bytes and FLOPs.
+"""Counts the bytes and FLOPs of each instruction of a compiled program, from the program's text.
 
-The body of a loop counts as often as XLA knows that it runs. A fusion reads only the part of an
-operand that it slices, and writes only the part of a result that it updates. Pallas' attention is
-counted by its formula; other custom calls count by their bytes only.
+The body of a loop counts once per trip if XLA knows the trip count, and once otherwise. A fusion
+reads only the part of an operand that it slices, and writes only the part of a result that it
+updates. Attention kernels count by their formula; other custom calls have bytes but no FLOPs.
 
 Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 FREE = frozenset(
     ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
 )
-FUSIONS = ("fusion", "fusion-start")  # the second runs while later instructions run
+FUSIONS = ("fusion", "fusion-start")  # the second is asynchronous
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
 BYTES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -31,24 +31,24 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 class Instruction(NamedTuple):
-    """One line of the program's text."""
+    """An instruction, parsed from one line of the program's text."""
 
     name: str
     op: str
     result: str  # its type, as XLA writes it
     operands: tuple[str, ...]
-    rest: str  # the attributes
+    rest: str  # its attributes
     is_root: bool
 
 
 class Work(NamedTuple):
-    """What one instruction moves and computes; instructions inside a fusion count as the fusion."""
+    """The bytes and FLOPs of one instruction, where a fusion is a single instruction."""
 
     instruction: Instruction
     times: int  # how often it runs
-    hbm_bytes: int  # each time
-    flops: float  # each time
-    dtype: str  # of its products' operands: a key of Chip.peak_flops
+    hbm_bytes: int  # per run
+    flops: float  # per run
+    dtype: str  # operand type of its products, a key of Chip.peak_flops
 
 
 def shapes_of(types: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -66,7 +66,7 @@ def bytes_of(types: str) -> int:
 
 
 def _closing(text, start):
-    """Returns where the parenthesis that opens at `start` closes."""
+    """Returns the index at which the parenthesis opened at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -92,7 +92,7 @@ def _parse_instruction(line) -> Instruction | None:
 
 
 class Program:
-    """A compiled module, parsed from its text into computations of instructions."""
+    """A compiled module as computations, each a list of instructions."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -117,7 +117,7 @@ class Program:
                 trips = int(match[1]) if (match := _TRIPS.search(i.rest)) else 1
                 for called in _CALLED.findall(i.rest):
                     yield from self._walk(called, times * trips)
-            elif i.op == "conditional":  # any branch may run, so all count
+            elif i.op == "conditional":  # XLA does not know which branch runs, so all count
                 for branches, branch in _BRANCHES.findall(i.rest):
                     for called in re.findall(r"[\w.-]+", branches or branch):
                         yield from self._walk(called, times)
@@ -128,7 +128,7 @@ class Program:
                 yield i, types, times
 
     def work(self) -> list[Work]:
-        """Returns the work of every instruction that moves or computes something."""
+        """Returns the work of every instruction that is not free."""
         return [
             Work(i, times, self._bytes(i, types), *self._flops(i, types))
             for i, types, times in self.executed()
@@ -171,7 +171,7 @@ class Program:
         return self.computations[match[1]]
 
     def _flops(self, i, types):
-        """Returns (FLOPs of its products, the type of their operands)."""
+        """Returns (FLOPs of an instruction's products, the type of their operands)."""
         if i.op == "dot":
             return _dot_flops(i, types)
         if i.op in FUSIONS:
@@ -199,7 +199,8 @@ def _dot_flops(i, types):
     return flops, "float32" if "highest" in i.rest else "tf32"
 
 
-_ATTENTION = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # in FLOPs of the causal forward pass
+# FLOPs of attention's kernels, relative to the causal forward pass
+ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}
 
 
 def _attention_flops(i, types):
@@ -207,4 +208,4 @@ def _attention_flops(i, types):
     if not match:
         return 0
     (_, (B, T, H, K)), (_, (_, S, _, _)) = (shapes_of(types[o])[0] for o in i.operands[:2])
-    return _ATTENTION[match[1]] * 2 * B * H * K * T * (2 * S - T + 1)
+    return ATTENTION_WORK[match[1]] * 2 * B * H * K * T * (2 * S - T + 1)

@@ -1,8 +1,8 @@
-"""Chooses an op's kernel: its tiles, and whether a measurement shows that it beats the best other.
+"""Chooses the tiles of an op's kernels and reports whether measurements show that they are faster.
 
-The measurements are pallas_kernels/tuned/CHIP.json, which `python -m pallas_kernels.bench --save`
-writes. Without a row for this chip, type and shape the kernel does not count as faster. Whether a
-run then uses it is decided in jaxtrain/ops/routes.py. This file imports no Pallas.
+The measurements are in pallas_kernels/tuned/CHIP.json, which `python -m pallas_kernels.bench
+--save` writes. A kernel that was not measured on this chip, at this type and shape, does not count
+as faster. jaxtrain/ops/routes.py decides whether a run uses it. This file imports no Pallas.
 """
 
 import functools
@@ -25,7 +25,7 @@ from pallas_kernels.tiles import (
 )
 
 OPS = ("attention", "norm", "qk_rope", "head", "square")
-ROWS = Path(__file__).parent / "tuned"
+TUNED = Path(__file__).parent / "tuned"
 NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
 
 
@@ -45,9 +45,9 @@ class BenchRow(NamedTuple):
     command: str
 
     def applies_to(self, op: str, chip: str, dtype: str, shape: tuple) -> bool:
-        """Returns whether this row decides for a shape, on the installed JAX."""
+        """Returns whether this row has the op, chip and type, and a similar shape and JAX."""
         same = (self.op, self.chip, self.dtype) == (op, chip, dtype)
-        # Versions of one minor series: their compilers differ by fixes only.
+        # Within one minor series, JAX's compilers differ only by fixes.
         same_jax = self.jax.split(".")[:2] == jax.__version__.split(".")[:2]
         if not (same and same_jax) or len(shape) != len(self.shape):
             return False
@@ -66,17 +66,15 @@ def _tiles_from_json(op, value):
     if value is None:
         return None
     if op == "attention":
-        kinds = {"mosaic": MosaicAttentionTiles}
-        return FlashAttentionTiles(
-            *(kinds.get(tiles[-1], AttentionTiles)(*tiles) for tiles in value)
-        )
-    kinds = {"mosaic": MosaicProductTiles}
-    return {name: kinds.get(tiles[-1], ProductTiles)(*tiles) for name, tiles in value.items()}
+        kind_of = lambda body: MosaicAttentionTiles if body == "mosaic" else AttentionTiles
+        return FlashAttentionTiles(*(kind_of(tiles[-1])(*tiles) for tiles in value))
+    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
+    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
 
 
 @functools.cache
-def read_rows(folder: Path = ROWS) -> list[BenchRow]:
-    """Returns all measured rows.
+def read_rows(folder: Path = TUNED) -> list[BenchRow]:
+    """Returns the rows of all chips.
 
     Raises:
         ValueError: a file does not have the format that bench writes.
@@ -89,12 +87,12 @@ def read_rows(folder: Path = ROWS) -> list[BenchRow]:
                 tiles = _tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} must hold rows of the bench; got {error!r}.") from error
+            raise ValueError(f"{path} must contain rows of the bench; got {error!r}.") from error
     return rows
 
 
 def _mosaic_row_sizes(op, tiles, shape):
-    """Returns the row lengths that must be multiples of 8 because a Mosaic body copies them."""
+    """Returns the sizes that a Mosaic body needs to be multiples of 8; none without such a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
     if all(body_of(kernel) == "triton" for kernel in kernels):
         return ()
@@ -102,20 +100,20 @@ def _mosaic_row_sizes(op, tiles, shape):
 
 
 def choose_body(
-    op: str, arch: str, chip: str, dtype: str, shape: tuple, folder: Path = ROWS
+    op: str, arch: str, chip: str, dtype: str, shape: tuple, folder: Path = TUNED
 ) -> BodyChoice:
-    """Returns the tiles of an op's kernels, and whether a measurement found them faster.
+    """Returns the tiles of an op's kernels, and whether they were measured to be faster.
 
     Args:
         op: one of OPS.
         arch: a key of TILES.
-        chip: its name in the chip table, or "".
+        chip: a name of the chip table, or "" for a GPU that is not in it.
         dtype: a name, such as "bfloat16".
         shape: as in BenchRow.
     """
     rows = [row for row in read_rows(folder) if row.applies_to(op, chip, dtype, shape)]
     if not rows:
-        reason = f"its kernel is not measured on {chip or arch} at this shape"
+        reason = f"its kernel was not measured on {chip or arch} at this shape"
         return BodyChoice(default_tiles(op, arch), False, reason)
     row = rows[-1]
     sizes = _mosaic_row_sizes(op, row.tiles, shape)

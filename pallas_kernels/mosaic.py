@@ -2,12 +2,12 @@
 
 Kernels for sm_90 (Hopper) use Mosaic GPU because it exposes Hopper's warp-group products (wgmma)
 and tensor memory accelerator (TMA), which Pallas' Triton backend does not. The kernels are
-warp-specialised: of the three warp groups (of 128 threads) one only starts TMA copies from HBM to
-shared memory, and two multiply what has arrived. The copying group needs few registers and gives
-the rest to the others.
+warp-specialised: of three warp groups (128 threads each), one only starts TMA copies from HBM to
+shared memory, and two multiply the copied data. The copying group needs few registers and gives the
+rest to the others.
 
-Barriers connect the groups. For each slot of shared memory, "full" completes when the TMA has
-written the slot, and "free" when both multiplying groups have read it, after which it is refilled.
+Barriers synchronise the groups. For each slot of shared memory, "full" completes when the TMA has
+written the slot, and "free" when both multiplying groups have read it, so that it can be refilled.
 
 Shared memory is swizzled: the 16-byte pieces of a row are permuted by the row's number, so that a
 column of a tile lies in different banks. TMA writes and wgmma reads the same permutation.
@@ -39,8 +39,8 @@ CONSUMERS = 2  # warp groups that multiply; one more copies
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
 SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
 TYPES = (jnp.bfloat16, jnp.float16)
-SUFFIX = "_mosaic_gpu_kernel"  # of a kernel's name in machine code
-INTERPRETED_PROGRAMS = 2  # fewer than the tiles of a test, so that a program has several
+SUFFIX = "_mosaic_gpu_kernel"  # is appended to a kernel's name in machine code
+INTERPRETED_PROGRAMS = 2  # fewer than a test has tiles, so that a program computes several
 
 
 def check(*written: jax.ShapeDtypeStruct, **operands: jax.Array) -> None:
@@ -73,10 +73,16 @@ def swizzled_shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(row_bytes)))
 
 
-def persistent_programs(tiles: int, interpret: bool) -> int:
-    """Returns one program for each multiprocessor, but no more than there are tiles.
+def pad_last(x: jax.Array, multiple: int, value: float) -> jax.Array:
+    """Pads the last dimension to a multiple, as accesses without TMA have no bounds check."""
+    padding = ((0, 0),) * (x.ndim - 1) + ((0, -x.shape[-1] % multiple),)
+    return jnp.pad(x, padding, constant_values=value)
 
-    Each program then works through several tiles, and loads the next one while it finishes one.
+
+def persistent_programs(tiles: int, interpret: bool) -> int:
+    """Returns the number of programs: one per multiprocessor, but at most one per tile.
+
+    Each program computes several tiles, and loads the next one while it finishes one.
     """
     if interpret:
         return min(tiles, INTERPRETED_PROGRAMS)
@@ -98,7 +104,7 @@ def call(
     Args:
         grid: {axis name: programs}.
         scratch: {keyword of the kernel: shared memory or barriers}.
-        approximate: computes exponentials with the GPU's own instruction, which is accurate to 22
+        approximate: computes exponentials with the GPU's fast instruction, which is accurate to 22
             bits. The interpreter ignores it.
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
             copies may access the same memory at once; only for tests.
@@ -121,9 +127,9 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
     """Runs the copying warp group: fills the slots of each stream in turn, as they become free.
 
     Args:
-        count: steps, traced.
-        streams: of each (copies, full, free): a function of the step that returns pairs (part of
-            an array, its shared memory [stages,...]), and barriers, one for each slot.
+        count: the number of steps, traced.
+        streams: triples (copies, full, free). `copies` is a function of the step that returns
+            pairs (part of an array, shared memory [stages,...]). A barrier has one slot a stage.
     """
 
     @pl.loop(0, count)
@@ -138,7 +144,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
             for source, smem in copies(j):
                 plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
 
-    # A barrier must not have arrivals that nobody waited for when the program ends.
+    # When a program ends, every arrival at a barrier must have been waited for.
     @pl.loop(0, jnp.minimum(count, stages))
     def _wait_for_the_last_reads(slot):
         for _, _, free in streams:
@@ -148,10 +154,10 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
 def accumulate(
     products: Callable[..., None], start: Sequence[jax.Array], interpret: bool
 ) -> list[jax.Array]:
-    """Returns the values of accumulators that begin as `start` after products(*accumulators).
+    """Returns accumulators that start at `start`, after products(*accumulators) has added to them.
 
     The interpreter of jax 0.11.2 does not implement run_state. Interpreted accumulators therefore
-    begin as zeros, and `start` is added at the end.
+    start from zero, and `start` is added at the end.
     """
     if interpret:
 
@@ -169,8 +175,8 @@ def multiply_registers(sum_ref: Any, x: jax.Array, y_ref: Any, staging: Any = No
     """Adds x y to sum_ref by wgmma, where x is an array in registers.
 
     Args:
-        staging: only when interpreted, shared memory that x is copied to first: the interpreter of
-            jax 0.11.2 multiplies only operands in shared memory.
+        staging: shared memory for a copy of x, passed only when interpreted: the interpreter of jax
+            0.11.2 multiplies only operands in shared memory.
     """
     if staging is not None:
         staging[...] = x
@@ -201,7 +207,7 @@ def _launch_size(module_bytes):
 
     context = mlir.make_ir_context()
     dialect.register_dialect(context)
-    context.allow_unregistered_dialects = True  # those that version the format
+    context.allow_unregistered_dialects = True  # the ones that give the format's version
     module = ir.Module.parse(module_bytes, context=context).operation
     (launch,) = _operations(module, "stable_mosaic_gpu.gpu.launch")
     operands: Any = list(launch.operands)[1:8]  # grid x y z, block x y z, shared bytes
@@ -213,7 +219,7 @@ def _launch_size(module_bytes):
 
 
 def _operations(parent, name):
-    """Yields the operations of this name at any depth inside another."""
+    """Yields the operations called `name` inside another, at any depth."""
     for region in parent.regions:
         for block in region.blocks:
             for op in block.operations:

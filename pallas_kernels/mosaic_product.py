@@ -1,9 +1,9 @@
 """Computes x y^T tile by tile on Hopper, with the caller's epilogue for each finished tile.
 
-All Mosaic kernels that are plain products share this body. Programs are persistent: each works
-through every step-th tile. Its copying warp group always has up to `stages` slices of both operands
-in flight, also those of the next tile while the epilogue of the last one runs. The two multiplying
-warp groups compute one half of a tile's rows each.
+The bodies of head_scores and symmetric share this code. Programs are persistent: of P programs,
+each computes every P-th tile. Its copying warp group has up to `stages` slices of both operands in
+flight; while the epilogue of one tile runs, it already copies slices of the next. The two
+multiplying warp groups compute half of a tile's rows each.
 
 Source: warp specialisation as in CUTLASS' sm_90 kernels,
 https://github.com/NVIDIA/cutlass/blob/main/media/docs/cpp/efficient_gemm.md
@@ -24,7 +24,7 @@ from pallas_kernels.tiles import MosaicProductTiles
 def pipeline_scratch(tiles: MosaicProductTiles, dtype: Any) -> dict[str, Any]:
     """Returns the shared memory and barriers that run_products needs, as `scratch` of mosaic.call.
 
-    `full` counts the two TMA copies into a slot, `free` the two warp groups that have read it.
+    `full` waits for the two TMA copies into a slot, `free` for the two warp groups that read it.
     """
     x_shape = tiles.stages, tiles.rows, tiles.depth
     y_shape = tiles.stages, tiles.columns, tiles.depth
@@ -45,14 +45,14 @@ def run_products(
     after: Callable,
     **pipeline: Any,
 ) -> None:
-    """Runs the whole kernel; every warp group calls it.
+    """Runs all warp groups of a program; it is the body of a kernel.
 
     Args:
         count: tiles of all programs together.
-        slices: slices of depth that make a tile.
+        slices: slices along the depth of one tile.
         operands: tile p -> ((x_ref [M,N], block of its rows), (y_ref, block of its rows)).
-        before: called with p by each multiplying group before it starts on tile p.
-        after: the epilogue, called with p and the group's half of the tile, sum_RC in float32.
+        before: each multiplying group calls it with p before it starts on tile p.
+        after: the epilogue; each group calls it with p and its half of the tile, sum_RC in float32.
         pipeline: the refs of pipeline_scratch.
     """
     first, step = lax.axis_index("program"), lax.axis_size("program")
@@ -74,7 +74,7 @@ def run_products(
             before(p)
             after(p, _multiply_tile_half(tiles, group, i * slices, slices, **pipeline))
 
-        plgpu.wait_smem_to_gmem(0)  # shared memory must live until the last copy out of it is done
+        plgpu.wait_smem_to_gmem(0)  # the program must not end before its last copy to HBM
 
 
 def _copy_all(tiles, own_tiles, slices, operands, *, x_smem, y_smem, full, free):
@@ -97,14 +97,14 @@ def _copy_all(tiles, own_tiles, slices, operands, *, x_smem, y_smem, full, free)
             ):
                 plgpu.copy_gmem_to_smem(ref.at[rows, depth], smem.at[slot], full.at[slot])
 
-    # A barrier must not have arrivals that nobody waited for when the program ends.
+    # When a program ends, every arrival at a barrier must have been waited for.
     @pl.loop(0, jnp.minimum(own_tiles * slices, tiles.stages))
     def _wait_for_the_last_reads(slot):
         plgpu.barrier_wait(free.at[slot])
 
 
 def _multiply_tile_half(tiles, group, start, slices, *, x_smem, y_smem, full, free):
-    """Returns this group's half of a tile whose first slice is the program's slice `start`."""
+    """Returns this group's half of a tile; `start` counts the program's slices before the tile."""
     half = tiles.rows // mosaic.CONSUMERS
 
     def multiply_slices(sum_ref):
@@ -114,7 +114,7 @@ def _multiply_tile_half(tiles, group, start, slices, *, x_smem, y_smem, full, fr
             plgpu.barrier_wait(full.at[slot])
             x, y = x_smem.at[slot, pl.ds(group * half, half)], y_smem.at[slot]
             plgpu.wgmma(sum_ref, x, y.transpose((1, 0)))
-            # wgmma is asynchronous: once at most one is in flight, the last one has read its slot.
+            # wgmma is asynchronous. With at most one in flight, the previous one has read its slot.
             plgpu.wgmma_wait(1)
 
             @pl.when(k > 0)

@@ -1,27 +1,30 @@
-"""Compiles for a GPU that is not present: XLA compiles down to machine code on a CPU-only machine.
+"""Compiles for a GPU that is not present, down to machine code, on a machine with only a CPU.
 
-It needs the extra `offline` (JAX's CUDA plugin with its compiler). JAX_PLATFORMS=cpu must be set
+This needs the extra `offline` (JAX's CUDA plugin with its compiler). JAX_PLATFORMS=cpu must be set
 before jax is imported, because the plugin would otherwise look for a driver.
 """
 
 import math
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.experimental import serialize_executable, topologies
 
 from pallas_kernels import mosaic
-from pallas_kernels.chip import Chip
+from pallas_kernels.arguments import Parser
+from pallas_kernels.chip import Chip, find_chip
 from pallas_kernels.cubin import Resources, find_cubins, read_resources
 
 REGISTERS_PER_SM = 65_536
-REGISTER_GRANULE = 256  # a warp gets multiples: CUDA's occupancy calculator, sm_80 to sm_90
-RESERVED_SHARED_BYTES = 1_024  # of each block, for the system, from sm_80 on
+REGISTER_GRANULE = 256  # allocated per warp, on sm_80 to sm_90 (CUDA's occupancy calculator)
+RESERVED_SHARED_BYTES = 1_024  # per block, for the system, since sm_80
 CUDA_VERSION = "12.9.0"
 
 
@@ -30,12 +33,12 @@ class KernelReport(NamedTuple):
 
     name: str
     resources: Resources
-    threads: int  # of a block
-    blocks: int  # of the grid
-    shared_bytes: int  # of a block, static and dynamic
+    threads: int  # per block
+    blocks: int  # in the grid
+    shared_bytes: int  # per block, static and dynamic
 
     def blocks_per_sm(self, chip: Chip) -> int:
-        """Returns the occupancy that registers, shared memory and threads allow."""
+        """Returns how many blocks fit, by registers, shared memory and threads."""
         warps = -(-self.threads // 32)
         warp_registers = -(-self.resources.registers * 32 // REGISTER_GRANULE) * REGISTER_GRANULE
         by_registers = REGISTERS_PER_SM // (warp_registers * warps)
@@ -86,7 +89,7 @@ device_description_str: "{chip.kind}"
 
 
 def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list[Any]:
-    """Returns devices to compile for: `count` on each of `hosts`, where each host is a process.
+    """Returns devices to compile for, `count` on each of `hosts`; each host has one process.
 
     Raises:
         RuntimeError: the compiler for GPUs is not installed, or JAX_PLATFORMS is not cpu.
@@ -100,7 +103,7 @@ def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list[Any]:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=target_config(chip), topology=f"1x{hosts}x{count}"
         )
-    except Exception as error:  # its type depends on the version and on what is missing
+    except Exception as error:  # the type depends on JAX's version and on what is missing
         raise RuntimeError(
             f"the compiler for {chip.name} must be installed; got {error}. Run pip install "
             '"jaxtrain[offline]".'
@@ -111,10 +114,10 @@ def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list[Any]:
 def compile_for(
     chip: Chip, function: Callable, *abstract: Any, **options: Any
 ) -> tuple[jax.stages.Compiled, dict[str, KernelReport]]:
-    """Compiles a function for one device of a chip: (compiled, {kernel's name: KernelReport}).
+    """Compiles a function for one device. Returns (compiled, {kernel's name: KernelReport}).
 
     Args:
-        abstract: jax.ShapeDtypeStruct of each argument.
+        abstract: a jax.ShapeDtypeStruct for each argument.
         options: XLA's flags.
 
     Raises:
@@ -145,6 +148,36 @@ def compile_for(
         for name, used in resources.items()
     ]
     return compiled, {report.name: report for report in reports}
+
+
+def check_chips(
+    parser: Parser,
+    argv: list[str] | None,
+    check: Callable[[Chip, Namespace], list[str]],
+    passed: str,
+    chips: Iterable[str] | None = None,
+) -> NoReturn:
+    """Runs a check for each --chip and exits, with status 1 and the list if there are faults.
+
+    Args:
+        check: (chip, parsed arguments) -> a sentence for each fault.
+        passed: the text that is printed if there are no faults.
+        chips: the names that --chip accepts, by default all.
+    """
+    parser.add_argument(
+        "--chip",
+        action="append",
+        choices=chips,
+        help="the GPU to compile for; may be repeated; default: a40 and h100",
+    )
+    args, faults = parser.parse_args(argv), []
+    try:
+        for name in args.chip or ("a40", "h100"):
+            faults += check(find_chip(name), args)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(faults or [passed]))
+    sys.exit(bool(faults))
 
 
 LAUNCH = re.compile(

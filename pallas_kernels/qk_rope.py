@@ -1,9 +1,9 @@
-"""QK-norm and RoPE of a layer's queries or keys, rms_norm(x) * gain rotated, with a fused backward.
+"""QK-norm and RoPE of queries or keys (rms_norm(x) * gain, rotated), with a fused backward.
 
 Bound: memory. For B*T*H heads of K elements of b bytes, backward moves 3*B*T*H*K*b (reads dy, x;
 writes dx) and the tables. XLA moves 2.4 times that (python -m pallas_kernels.traffic), because it
-sums the gain's gradient in passes of its own. XLA's forward already moves the minimum, as does RoPE
-without a norm in both directions, so these have no kernel.
+sums the gain's gradient in passes of its own. XLA already moves only the
+minimum in the forward, and in both directions of RoPE without a norm, so these have no kernel.
 
 Source: Henry et al. 2020, https://arxiv.org/abs/2010.04245; Su et al. 2021,
 https://arxiv.org/abs/2104.09864
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 
 PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the heads
-ELEMENTS = 1_024  # of a block of whole heads: 8 for each thread of 4 warps
+ELEMENTS = 1_024  # per block of heads: 8 for each thread of 4 warps
 WARPS = 4
 
 
@@ -34,16 +34,16 @@ def qk_rope_reference(
 
 
 class _Heads:
-    """Reads, writes and norms blocks of heads, each head as its two halves, padded with zeros.
+    """Reads, writes and normalizes blocks of heads, as two halves per head, padded with zeros.
 
     Args:
-        N: heads of all tokens; head r is head r % H of token (r // H) % T.
+        N: rows, one per head and token; row r is head r % H of token (r // H) % T.
     """
 
     def __init__(self, N, T, H, K, eps):
         self.N, self.T, self.H, self.K, self.eps = N, T, H, K, eps
         self.rows = max(ELEMENTS // pl.next_power_of_2(K), 1)
-        self.column = jnp.arange(pl.next_power_of_2(K // 2))[None]  # Triton's are powers of two
+        self.column = jnp.arange(pl.next_power_of_2(K // 2))[None]  # Triton tiles are powers of two
 
     def locate(self, block):
         """Returns the rows of a block and the mask of its elements that exist."""
@@ -76,7 +76,7 @@ class _Heads:
         return jnp.sum(first + second, axis=1, keepdims=True) / self.K
 
     def normalize(self, first, second):
-        """Returns the normed heads, before the gain, and the 1/rms they were multiplied by."""
+        """Returns the normalized heads, before the gain, and their factor 1/rms."""
         rstd = jax.lax.rsqrt(self.mean(first * first, second * second) + self.eps)
         return (first * rstd, second * rstd), rstd
 
@@ -117,12 +117,12 @@ def qk_rope(
     eps: float = 1e-6,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes qk_rope_reference, its backward fused; call it in shard_map, on one device's part.
+    """Computes qk_rope_reference with a fused backward, on one device's part, inside shard_map.
 
     Args:
         x_BTHK: queries or keys, of any floating type.
         gain_K: float32.
-        cos_TK, sin_TK: float32, the second half of K equal to the first; they get no gradient.
+        cos_TK, sin_TK: float32, where the second half of K repeats the first; they get no gradient.
         interpret: runs without a GPU, for tests.
 
     Returns:

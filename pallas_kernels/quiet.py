@@ -1,7 +1,7 @@
 """Silences JAX's CUDA plugins when jax is imported on a machine without a GPU.
 
-The plugins, which are needed to compile for GPUs without one, print warnings when jax is imported
-and when it looks for devices, so that every command would seem broken.
+The plugins, which are installed to compile without a GPU, print warnings when jax is imported and
+when it looks for devices. These would make every command look broken.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ def cuda_plugins() -> list[str]:
 
 
 def has_gpu() -> bool:
-    """Returns whether a driver has made the device file of a GPU: NVIDIA's, or /dev/dxg in WSL."""
+    """Returns whether the driver exposes a GPU: NVIDIA's device nodes, or /dev/dxg in WSL."""
     return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")
 
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Removes lines that contain a text of NOISE from the output to file descriptor 2.
+    """Removes the lines that contain a text of NOISE from the output to file descriptor 2.
 
-    C++ static constructors write these lines directly to the descriptor, so replacing sys.stderr
-    would not remove them.
+    C++ static constructors write them directly to the descriptor, so replacing sys.stderr would not
+    catch them.
     """
     try:
         stderr = os.dup(2)
-    except OSError:  # the descriptor is closed, so nothing can be written
+    except OSError:  # the descriptor is closed, so there is no output to filter
         yield
         return
     if sys.stderr is not None:
@@ -60,9 +60,9 @@ def without_noise() -> Iterator[None]:
 
 
 def load(libraries: Iterable[str]) -> None:
-    """Loads libraries as JAX does when it looks for devices.
+    """Loads libraries before JAX does, so that without_noise can filter what they print.
 
-    A library that fails to load is ignored here; JAX reports it.
+    A library that fails to load is ignored here; JAX reports it later.
     """
     for library in libraries:
         with contextlib.suppress(OSError):
@@ -70,16 +70,16 @@ def load(libraries: Iterable[str]) -> None:
 
 
 class _QuietJax(Loader):
-    """An import hook that imports jax, and then loads the plugins' libraries, without the noise.
+    """An import hook that imports jax and then the plugins' libraries, without the noise.
 
-    Importing jax right away would make the commands that do not need it start ten times slower.
+    Importing jax here instead would make commands that do not need it start ten times slower.
     """
 
     def __init__(self, libraries: list[str]):
         self.libraries = libraries
-        self.loader: Any = None  # jax's own
+        self.loader: Any = None  # jax's own loader, which this one wraps
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name, path=None, target=None):
         if name != "jax":
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -102,7 +102,7 @@ class _QuietJax(Loader):
 
 
 def start_quietly() -> None:
-    """If there is no GPU, sets JAX's platform to cpu and makes the import of jax quiet."""
+    """Sets JAX's platform to cpu and silences the import of jax, if there is no GPU."""
     if has_gpu():
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -111,11 +111,12 @@ def start_quietly() -> None:
         if PLUGINS and not any(isinstance(finder, _QuietJax) for finder in sys.meta_path):
             sys.meta_path.insert(0, _QuietJax(PLUGINS))
     elif hasattr(jax, "config") and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # too late for the variable
+        # jax read the environment variable when it was imported, so setting that is too late.
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
         with without_noise():
             load(PLUGINS)
 
 
 PLUGINS = cuda_plugins()
-# Whether the CPU is only a fallback: JAX's GPU support is installed, and no platform was chosen.
+# Whether running on CPU is a fallback: JAX's GPU support is installed and no platform is set.
 WANTS_GPU = bool(PLUGINS) and not os.environ.get("JAX_PLATFORMS")

@@ -26,7 +26,7 @@ def _attention(kernel):
 
 
 def _mosaic_attention(kernel):
-    """Yields tiles whose sums fit in the registers of a multiplying warp group."""
+    """Yields tiles whose accumulators fit in the registers of a multiplying warp group."""
     queries, keys = {
         "forward": ((128, 256), (64, 128)),
         "dkv": ((64,), (128,)),
@@ -45,7 +45,7 @@ def _products(kernel):
 
 
 def _mosaic_products(kernel):
-    """Yields tiles of which a warp group's half, in float32, is at most 128 numbers a thread."""
+    """Yields tiles whose float32 accumulators take at most 128 registers per thread."""
     square = kernel.startswith("square")
     for rows, columns, depth, stages in itertools.product(
         (128, 256), (64, 128, 256), (64, 128), (2, 3, 4, 5, 6)
@@ -55,8 +55,8 @@ def _mosaic_products(kernel):
             yield MosaicProductTiles(rows, columns, depth, stages)
 
 
-# op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The other
-# ops have one size, which follows from D or K.
+# op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The tiles
+# of norm and qk_rope follow from D and K, so there is nothing to search.
 SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "attention": (
         {"triton": _attention, "mosaic": _mosaic_attention},
@@ -70,15 +70,15 @@ SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
 
 
 def default_bodies(op: str, arch: str) -> list[Any]:
-    """Returns the op's default tiles, once for each body that it has with this JAX and GPU."""
+    """Returns the op's default tiles for each body that this JAX can compile for this GPU."""
     usable = mosaic.USABLE and op in MOSAIC.get(arch, {})
     return [default_tiles(op, arch)] + ([mosaic_tiles(op, arch)] if usable else [])
 
 
 def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
-    """Yields (kernel, the op's tiles with those of this kernel changed) for each candidate.
+    """Yields (kernel, the op's default tiles with that kernel's replaced) for each candidate.
 
-    One kernel's tiles change at a time: the searches are separate, not their product.
+    Kernels are searched one at a time, since trying all combinations would take too long.
     """
     spaces, kernels = SPACES[op]
     has_mosaic = len(default_bodies(op, arch)) > 1

@@ -1,13 +1,13 @@
-"""Computes scale * X Y^T + shift * C from its lower triangle: the products of Newton-Schulz.
+"""Computes scale * X Y^T + shift * C, a product of Newton-Schulz, from its lower triangle.
 
 In a Newton-Schulz iteration every matrix except X itself is a polynomial of one Gram matrix. Such
 matrices are symmetric and commute, so their products are symmetric too.
 
 Bound: compute. For each matrix [M,N] the kernel does M*(M+tile)*N multiply-adds, half as many as a
-plain product. It writes M*M elements: each tile and its transpose, so the result is symmetric to
-the bit. C is added in the product's epilogue, without another pass over memory.
+plain product. It writes M*M elements: each tile and its transpose, so the result is bitwise
+symmetric. C is added in the product's epilogue, without another pass over memory.
 
-Source: computing one triangle and storing it twice is from flash-muon,
+Source: computing one triangle and storing it twice follows flash-muon,
 https://github.com/nil0x9/flash-muon
 """
 

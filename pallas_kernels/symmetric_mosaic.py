@@ -1,8 +1,8 @@
 """The body of `symmetric` for Hopper: stores each tile of the lower triangle and its transpose.
 
 Each multiplying warp group cuts its half of a tile into squares. A square below the diagonal is
-stored twice, one above it not at all. One on the diagonal is stored once, after its upper half has
-been overwritten by its own transpose.
+stored twice, as it is and transposed; one above it is not stored. One on the diagonal is stored
+once, after its lower half has been mirrored onto its upper half.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pallas_kernels.tiles import MosaicProductTiles
 
 
 class _Triangle:
-    """The tiles of X lower triangles, which consist of square blocks of `per_block` tiles."""
+    """Numbers the tiles of X lower triangles of square blocks, each with `per_block` tiles."""
 
     def __init__(self, X, M, tiles):
         blocks = pl.cdiv(M, tiles.rows)
@@ -53,10 +53,10 @@ def _kernel(x_ref, y_ref, scales_ref, *refs, tiles, square_smem, c_barrier: Any 
             yield b, row, j * tiles.columns + b * side, square_smem.at[group, b], matrix
 
     def before(p):
-        # The stores of the last tile must have read the squares' shared memory before it is reused.
+        # The last tile's stores must have read the squares' shared memory before it is reused.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if c_ref:
-            # Squares that were not stored were still read: those reads come before TMA overwrites.
+            # Orders the epilogue's reads of squares that it did not store before TMA's writes.
             plgpu.commit_smem()
             for _, row, column, smem, matrix in squares(p):
                 source = c_ref[0].at[matrix, pl.ds(row, side), pl.ds(column, side)]

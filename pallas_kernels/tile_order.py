@@ -1,4 +1,4 @@
-"""The masking constants and the order in which programs visit tiles, shared by all bodies."""
+"""Masking constants and the order in which programs visit tiles, shared by all kernel bodies."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def grouped_tile(p: jax.Array, blocks: int, tiles: int, group: int) -> tuple[jax
     """Returns (row block, vocabulary tile) of program p.
 
     `group` row blocks walk the vocabulary together. Programs that run at the same time then share
-    both the rows and the vocabulary tiles in the second-level cache.
+    both the rows and the vocabulary tiles in the L2 cache.
     """
     first = p // (group * tiles) * group
     blocks_in_group = jnp.minimum(blocks - first, group)  # the last group may be smaller

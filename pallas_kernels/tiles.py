@@ -1,9 +1,9 @@
-"""Tile sizes: their types, and the defaults of each kernel by compute capability.
+"""Types of tile sizes, and each kernel's defaults by compute capability.
 
 The defaults are the largest tiles that do not spill registers, found without a GPU by
 `python -m pallas_kernels.audit --sweep`. Where `python -m pallas_kernels.bench --tune --save` has
-measured better ones on a chip, kernel_choice.py takes those. This file imports no Pallas, whose
-import would add 0.1 s to every start.
+measured better ones on a chip, kernel_choice.py uses those. This file does not import Pallas,
+which would add 0.1 s to every start.
 """
 
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 class AttentionTiles(NamedTuple):
     """Tile sizes of one of attention's Triton kernels."""
 
-    queries: int  # of a block
-    keys: int  # of a block
-    warps: int  # of a program
+    queries: int  # per block
+    keys: int  # per block
+    warps: int  # per program
     stages: int  # loads in flight in the software pipeline
 
 
 class ProductTiles(NamedTuple):
     """Tile sizes of a matrix product's Triton kernel."""
 
-    rows: int  # of a program's tile
+    rows: int  # per tile of the result
     columns: int
-    depth: int  # of the slice of both operands that one iteration multiplies
+    depth: int  # columns of both operands that one iteration multiplies
     warps: int
     stages: int
     group: int = 8  # row blocks that walk the columns together, sharing them in cache
@@ -32,9 +32,9 @@ class ProductTiles(NamedTuple):
 class MosaicProductTiles(NamedTuple):
     """Tile sizes of a matrix product's Mosaic GPU kernel."""
 
-    rows: int  # of a program's tile
+    rows: int  # per tile of the result
     columns: int
-    depth: int  # of the slice of both operands that one iteration multiplies
+    depth: int  # columns of both operands that one iteration multiplies
     stages: int  # slices in flight
     group: int = 8
     body: str = "mosaic"  # marks the type where tiles are stored as JSON lists
@@ -60,10 +60,10 @@ class FlashAttentionTiles(NamedTuple):
     dq: AttentionTiles | MosaicAttentionTiles
 
 
-# The tiles of all kernels of one op. The values are KernelTiles; Any, as callers know which.
+# The tiles of all kernels of one op. Values are KernelTiles: Any, because each caller knows which.
 OpTiles = FlashAttentionTiles | dict[str, Any]
 
-# FlashAttention-2 also takes 64x64 tiles for the backward where shared memory is short (sm_86).
+# On sm_86, which has little shared memory, FlashAttention-2's backward uses 64x64 tiles too.
 TILES: dict[str, dict[str, Any]] = {
     "sm_86": {
         "attention": FlashAttentionTiles(
@@ -87,7 +87,7 @@ TILES: dict[str, dict[str, Any]] = {
     },
 }
 
-# op -> kernel -> tiles of its Mosaic body, with as many stages as shared memory has room for
+# arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
     "sm_90": {
         "attention": {
@@ -105,7 +105,7 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 
 
 def body_of(tiles: KernelTiles) -> str:
-    """Returns which body of a kernel these tiles are for: "triton" or "mosaic"."""
+    """Returns the kernel body that these tiles select: "triton" or "mosaic"."""
     return getattr(tiles, "body", "triton")
 
 
@@ -130,7 +130,7 @@ def default_tiles(op: str, arch: str) -> Any:
 
 
 def mosaic_tiles(op: str, arch: str) -> OpTiles:
-    """Returns an op's default tiles, with those of its Mosaic bodies where it has them."""
+    """Returns an op's default tiles, using Mosaic bodies where the kernels have them."""
     tiles = default_tiles(op, arch)
     for kernel, value in MOSAIC.get(arch, {}).get(op, {}).items():
         tiles = replace_tiles(tiles, kernel, value)

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 
 SAMPLES = 20
-SAMPLE_S = 5e-3  # a sample makes so many calls that it lasts this long, to hide the host's own time
+SAMPLE_S = 5e-3  # a sample repeats the call for about this long, to hide the host's overhead
 
 
 class Timing(NamedTuple):
-    """Seconds of one call."""
+    """The duration of one call."""
 
     median_s: float
-    low_s: float  # the 10th percentile of the samples
-    high_s: float  # the 90th
+    low_s: float  # 10th percentile of the samples
+    high_s: float  # 90th percentile
 
     def __str__(self) -> str:
         low, median, high = (f"{x * 1e6:.1f}" for x in (self.low_s, self.median_s, self.high_s))
@@ -24,7 +24,7 @@ class Timing(NamedTuple):
 
 
 def _time_sample(function, calls) -> float:
-    """Returns seconds per call; all calls are queued before the last is waited for."""
+    """Returns seconds per call; it queues all calls before it waits for the last."""
     start = time.perf_counter()
     for _ in range(calls):
         out = function()
@@ -40,10 +40,23 @@ def time_calls(
     """Returns the timing of a function that returns JAX arrays.
 
     Args:
-        time_sample: (function, calls) -> seconds per call; another framework passes its own clock.
+        time_sample: (function, calls) -> seconds per call; PyTorch is timed with its own.
     """
     time_sample(function, 1)  # compiles
     calls = max(1, round(SAMPLE_S / max(time_sample(function, 3), 1e-9)))
     seconds = sorted(time_sample(function, calls) for _ in range(samples))
     tenth = samples // 10
     return Timing(statistics.median(seconds), seconds[tenth], seconds[-1 - tenth])
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first 100 characters of the first line of an error."""
+    return str(error).partition("\n")[0][:100]
+
+
+def time_or_error(function: Callable[[], Any], **options: Any) -> Timing | str:
+    """Like time_calls, but returns an error as text: one failure must not stop a comparison."""
+    try:
+        return time_calls(function, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"

@@ -1,7 +1,7 @@
 """PyTorch's contestants of bench: SDPA's flash backend and torch.compile, on the same arrays.
 
-DLPack lends JAX's arrays to PyTorch, so both frameworks read the same memory. Times come from CUDA
-events. In a trial without a GPU torch.compile only traces: generating C++ would take minutes.
+DLPack shares JAX's arrays with PyTorch, so both read the same memory. Times come from CUDA events.
+In a trial without a GPU, torch.compile only traces: generating C++ would take minutes.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.contests import Contest
-from pallas_kernels.timing import Timing, time_calls
+from pallas_kernels.timing import Timing, time_or_error
 
 
 def why_unavailable(device: str) -> str:
@@ -45,7 +45,7 @@ def _sdpa(q, k, v):
 
 
 def _with_gradients(forward, count):
-    """Returns a function that computes forward and the gradients of the first `count` inputs."""
+    """Returns a function that computes `forward` and the gradients of its first `count` inputs."""
     import torch
 
     def both_ways(inputs, cotangents):
@@ -71,7 +71,7 @@ def _norm(contest):
         return s, rms_norm(s.float(), gain.shape, gain, 1e-6).to(s.dtype)
 
     both = _with_gradients(_compile(add_norm), 3)
-    return {"torch compiled": lambda h, y, ds, dn, gain: both((h, y, gain), (ds, dn))}
+    return {"torch compiled": lambda h, y, gain, ds, dn: both((h, y, gain), (ds, dn))}
 
 
 def _qk_rope(contest):
@@ -84,7 +84,7 @@ def _qk_rope(contest):
         return (n * cos[:, None] + rotated * sin[:, None]).to(x.dtype)
 
     both = _with_gradients(_compile(norm_and_rotate), 2)
-    return {"torch compiled": lambda x, dy, gain, cos, sin: both((x, gain, cos, sin), dy)}
+    return {"torch compiled": lambda x, gain, cos, sin, dy: both((x, gain, cos, sin), dy)}
 
 
 def _head(contest):
@@ -124,7 +124,7 @@ CONTESTANTS = {
 
 
 def torch_contestants(contest: Contest) -> dict[str, Callable]:
-    """Returns {name: function of the contest's arrays as tensors, in their order}."""
+    """Returns {name: function of the contest's arrays, passed as tensors in the same order}."""
     return CONTESTANTS[contest.op](contest)
 
 
@@ -156,7 +156,7 @@ def _time_sample(function, calls) -> float:
 def measure_torch(
     contest: Contest, arrays: Sequence[jax.Array], device: str
 ) -> dict[str, Timing | str]:
-    """Times PyTorch's contestants: {name: Timing, or the error that it ended in}.
+    """Times PyTorch's contestants. Returns {name: Timing, or why it failed}.
 
     Args:
         device: "cuda", or "cpu" for a trial.
@@ -169,11 +169,8 @@ def measure_torch(
     tensors = as_tensors(arrays)
     results: dict[str, Timing | str] = {}
     for name, function in torch_contestants(contest).items():
-        try:
-            call = lambda function=function: function(*tensors)
-            results[name] = time_calls(call, time_sample=_time_sample)
-        except Exception as error:  # a contestant that fails must not end the others
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        call = lambda function=function: function(*tensors)
+        results[name] = time_or_error(call, time_sample=_time_sample)
     if device == "cuda":
-        torch.cuda.empty_cache()  # JAX cannot use what torch's allocator caches
+        torch.cuda.empty_cache()  # returns memory that torch's allocator caches, so JAX can use it
     return results

@@ -36,10 +36,10 @@ def call(
     stages: int = 1,
     interpret: bool = False,
 ) -> Callable:
-    """Returns pl.pallas_call of a kernel whose refs are whole arrays.
+    """Returns pl.pallas_call of a kernel whose refs are entire arrays.
 
     Args:
-        interpret: runs on any device, op by op; only for tests.
+        interpret: runs op by op on any device; only for tests.
     """
     return pl.pallas_call(
         kernel,
@@ -54,5 +54,5 @@ def call(
 def like(
     x: jax.Array, dtype: Any = None, shape: tuple[int, ...] | None = None
 ) -> jax.ShapeDtypeStruct:
-    """Returns the shape and type of x, with either of them replaced."""
+    """Returns a ShapeDtypeStruct with the shape and type of x, unless others are given."""
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype or x.dtype)

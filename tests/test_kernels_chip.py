@@ -6,7 +6,7 @@ from pallas_kernels.chip import CHIPS, detect_chip, find_chip
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_the_chip_of_a_device_is_found_by_its_kind(name):
+def test_the_chip_of_a_device_is_detected_from_its_kind(name):
     chip = find_chip(name)
     assert detect_chip(SimpleNamespace(device_kind=chip.kind)) is chip
     assert chip.source
@@ -15,7 +15,7 @@ def test_the_chip_of_a_device_is_found_by_its_kind(name):
 @pytest.mark.parametrize(
     "kind", ["NVIDIA A4000", "NVIDIA H200 NVL", "NVIDIA A100 80GB PCIe", "cpu"]
 )
-def test_a_similar_device_is_not_taken_for_a_chip_of_the_table(kind):
+def test_a_device_that_only_resembles_a_known_chip_is_an_error(kind):
     with pytest.raises(ValueError, match=f"got '{kind}'"):
         detect_chip(SimpleNamespace(device_kind=kind))
 
@@ -36,7 +36,7 @@ def test_the_peaks_and_sizes_of_a_chip_are_consistent(chip):
     assert peaks["float32"] == pytest.approx(2 * lanes * chip.sms * chip.clock_ghz * 1e9, rel=0.02)
 
 
-def test_the_roofline_is_the_slower_of_moving_and_computing():
+def test_the_roofline_is_the_longer_of_transfer_and_compute_time():
     chip = find_chip("a40")
     assert chip.seconds(696e9, 0) == 1
     assert chip.seconds(0, 149.7e12) == pytest.approx(1)

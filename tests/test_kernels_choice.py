@@ -1,4 +1,4 @@
-"""A kernel is chosen where a measurement found it faster, and nowhere else."""
+"""A kernel is chosen where a measurement shows that it is faster, and nowhere else."""
 
 import json
 from types import SimpleNamespace
@@ -22,43 +22,45 @@ from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_conte
 CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
 
 
+def assert_near(got, want):
+    """Compares two contestants' results: trees of bfloat16 or float32 arrays."""
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+
+
 @pytest.mark.parametrize("name", CONTESTS)
 def test_all_contestants_return_the_same_results(name):
     contest = CONTESTS[name]
     arrays = contest.arrays(jax.random.key(0))
     contestants = contest.contestants(default_tiles(contest.op, "sm_86"))
-    want = jax.tree.leaves(contestants.pop(KERNEL)(*arrays))
+    kernel = contestants.pop(KERNEL)(*arrays)
     for other in contestants.values():
-        for x, y in zip(want, jax.tree.leaves(other(*arrays)), strict=True):
-            x, y = (np.asarray(a, np.float32) for a in (x, y))
-            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+        assert_near(kernel, other(*arrays))
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTS if "forward" not in name])
-def test_the_contestants_of_torch_return_the_same_results(name):
+def test_pytorchs_contestants_return_the_same_results(name):
     pytest.importorskip("torch", reason='torch is missing: pip install "jaxtrain[crosscheck]"')
     contest = CONTESTS[name]
     arrays = contest.arrays(jax.random.key(0))
     reference = contest.contestants(default_tiles(contest.op, "sm_86"))["xla"]
-    want = jax.tree.leaves(reference(*arrays))
     for contestant in torch_contestants(contest).values():
-        got = jax.tree.leaves(contestant(*as_tensors(arrays)))
-        for x, y in zip(got, want, strict=True):
-            x, y = x.detach().float().numpy(), np.asarray(y, np.float32)
-            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+        got = jax.tree.map(lambda x: x.detach().float().numpy(), contestant(*as_tensors(arrays)))
+        assert_near(got, reference(*arrays))
 
 
-def test_the_reason_why_torch_cannot_take_part_is_reported():
-    found = measure_torch(next(iter(CONTESTS.values())), [], "cuda")
-    assert found.keys() == {"torch"}
-    assert "not installed" in found["torch"] or "no CUDA device" in found["torch"]
+def test_the_reason_why_pytorch_is_unavailable_is_reported():
+    results = measure_torch(next(iter(CONTESTS.values())), [], "cuda")
+    assert results.keys() == {"torch"}
+    assert "not installed" in results["torch"] or "no CUDA device" in results["torch"]
 
 
 def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
     contest, seconds = SimpleNamespace(op="norm", shape=(768,)), (1.0, 2.0, 0.5)
     names = KERNEL, "xla", "torch compiled"
-    found = {n: Timing(s, 0.0, 9.0) for n, s in zip(names, seconds, strict=True)}
-    row = bench.as_row(contest, "a40", None, found)
+    results = {n: Timing(s, 0.0, 9.0) for n, s in zip(names, seconds, strict=True)}
+    row = bench.as_row(contest, "a40", None, results)
     assert row.other == "xla" and row.kernel_s < row.other_s
 
 
@@ -66,30 +68,30 @@ ROUTED = {"norm": (768,), "attention": (1_024, 12, 12, 64), "head": (768, 50_304
 
 
 def rows_of(seconds, tmp_path):
-    """Writes the bench's file of three ops whose kernel took so many seconds, all others 1 s."""
+    """Writes the bench's file for the ops of ROUTED: kernels took `seconds`, XLA 1 s."""
     rows, (low, high) = [], (0.0, 9.0)
     for op, shape in ROUTED.items():
         contest = SimpleNamespace(op=op, shape=shape)
-        found = {KERNEL: Timing(seconds, low, high), "xla": Timing(1.0, low, high), "cudnn": "no"}
-        row = bench.as_row(contest, "a40", default_tiles(op, "sm_86"), found)
+        results = {KERNEL: Timing(seconds, low, high), "xla": Timing(1.0, low, high), "cudnn": "no"}
+        row = bench.as_row(contest, "a40", default_tiles(op, "sm_86"), results)
         rows.append(row._asdict())
     bench.write_json(tmp_path / f"rows{seconds}" / "a40.json", rows)
     return tmp_path / f"rows{seconds}"
 
 
 @pytest.mark.parametrize("op", ROUTED)
-def test_a_row_selects_its_kernel_if_it_won_at_a_similar_shape_on_the_same_chip(op, tmp_path):
+def test_a_kernel_is_chosen_if_it_was_faster_at_a_similar_shape_on_the_same_chip(op, tmp_path):
     folder, shape = rows_of(0.5, tmp_path), ROUTED[op]
-    ask = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
+    choose = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
         op, "sm_86", chip, dtype, shape, folder
     )
-    assert ask().faster and ask().tiles == default_tiles(op, "sm_86")
-    assert "0.50 times the time of xla on a40" in ask().reason
-    assert ask(tuple(1.3 * size for size in shape)).faster
-    assert not ask(tuple(2 * size for size in shape)).faster
-    assert not ask(chip="a6000").faster
-    assert not ask(dtype="float32").faster
-    slower = ask(folder=rows_of(2.0, tmp_path))
+    assert choose().faster and choose().tiles == default_tiles(op, "sm_86")
+    assert "0.50 times the time of xla on a40" in choose().reason
+    assert choose(tuple(1.3 * size for size in shape)).faster
+    assert not choose(tuple(2 * size for size in shape)).faster
+    assert not choose(chip="a6000").faster
+    assert not choose(dtype="float32").faster
+    slower = choose(folder=rows_of(2.0, tmp_path))
     assert not slower.faster and "2.00 times the time" in slower.reason
 
 
@@ -103,19 +105,19 @@ def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatc
     rows = read_rows(rows_of(0.5, tmp_path))
     monkeypatch.setattr(kernel_choice, "read_rows", lambda folder: rows)
     model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
-    ask = lambda chip, **values: choose_routes(
+    routes = lambda chip, **values: choose_routes(
         model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip=chip
     )
-    measured = {op: route.implementation for op, route in ask("a40").items()}
+    measured = {op: route.implementation for op, route in routes("a40").items()}
     assert measured["attention"] == "flash:sm_86" and measured["norm"] == "fused:sm_86"
     assert measured["square"] == "plain"  # no row
-    assert ask("a6000")["norm"].implementation == "plain"
-    assert ask("a6000", strict=True)["norm"].implementation == "fused:sm_86"
+    assert routes("a6000")["norm"].implementation == "plain"
+    assert routes("a6000", strict=True)["norm"].implementation == "fused:sm_86"
 
 
-def test_a_damaged_file_of_rows_is_named_in_the_error(tmp_path):
+def test_the_error_names_a_damaged_file_of_rows(tmp_path):
     (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
-    with pytest.raises(ValueError, match="a40.json must hold rows of the bench"):
+    with pytest.raises(ValueError, match="a40.json must contain rows of the bench"):
         read_rows(tmp_path)
 
 
@@ -130,11 +132,11 @@ def test_the_search_changes_the_tiles_of_one_kernel_at_a_time(op, arch):
         assert {name for name in as_dict if as_dict[name] != default[name]} <= {kernel}
 
 
-def test_a_chosen_kernel_that_is_missing_from_the_program_is_named():
+def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
     model, strict = ModelConfig(qk_norm=True), KernelsConfig(strict=True)
-    promised = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
+    fused = choose_routes(model, False, "gpu", False, strict, arch="sm_86")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
-    assert set(missing_kernels(promised, compiled)) == set(KERNELS)
+    assert set(missing_kernels(fused, compiled)) == set(KERNELS)
     plain = choose_routes(model, False, "gpu", False, arch="sm_86")
     assert missing_kernels(plain, compiled) == []
 
@@ -144,16 +146,16 @@ def test_the_interpreted_bench_finishes_and_writes_every_contest(tmp_path, capsy
     bench.main(["--tiny", "--minutes=1", f"--out={out}"])
     results = json.loads(out.read_text())
     assert results["contests"].keys() == CONTESTS.keys()
-    assert all(found[KERNEL]["median_s"] > 0 for found in results["contests"].values())
+    assert all(contest[KERNEL]["median_s"] > 0 for contest in results["contests"].values())
     assert "of the ceiling" in capsys.readouterr().out
     bench.main(["--tiny", "--minutes=0"])
-    assert capsys.readouterr().out.count("not measured, the 0 minutes are over") == len(CONTESTS)
+    assert capsys.readouterr().out.count("not measured, the 0 minutes are up") == len(CONTESTS)
 
 
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
-    found = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
-    row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, found)
+    results = {KERNEL: Timing(1.0, 0.0, 9.0), "xla": Timing(2.0, 0.0, 9.0)}
+    row = bench.as_row(SimpleNamespace(op="square", shape=(2_048,)), "h100", tiles, results)
     bench.write_json(tmp_path / "h100.json", [row._asdict()])
     choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
     assert choice.faster and choice.tiles == tiles
@@ -164,6 +166,6 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
 
 
 def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
-    found = lambda arch: {body_of(kernel_tiles(t, part)) for part, t in candidates("square", arch)}
-    assert found("sm_86") == {"triton"}
-    assert found("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}
+    bodies = lambda arch: {body_of(kernel_tiles(t, k)) for k, t in candidates("square", arch)}
+    assert bodies("sm_86") == {"triton"}
+    assert bodies("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}

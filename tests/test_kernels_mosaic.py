@@ -4,8 +4,6 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu runs them compiled, on an H100. test_
 checks without a GPU that they compile.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,24 +32,14 @@ HALF = jnp.bfloat16
 
 @pytest.fixture(autouse=True)
 def no_race(capfd):
-    """Fails if the interpreter sees a write where another thread or copy may still read."""
+    """Fails if the interpreter reports a write to memory that may still be in use."""
     yield
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@contextlib.contextmanager
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
 def exact(function, *arrays):
-    """Computes the function of the same numbers in float64."""
-    with float64():
+    """Evaluates a function in float64, at the same numbers."""
+    with jax.enable_x64(True):
         wide = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == HALF else jnp.asarray(x)
         return jax.tree.map(np.asarray, function(*map(wide, arrays)))
 
@@ -66,7 +54,7 @@ def distance(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-# Tiles with half as many columns as rows, and as many; rows and depth that tiles do not divide
+# Tiles with half as many columns as rows, and as many. The shapes are not multiples of the tiles.
 SQUARES = [
     (MosaicProductTiles(128, 64, 64, 2), (1, 200, 136)),
     (MosaicProductTiles(128, 128, 64, 3), (2, 136, 72)),
@@ -84,7 +72,7 @@ def test_symmetric_equals_the_product_and_its_own_transpose(tiles, shape):
 
 @pytest.mark.parametrize("tiles, shape", SQUARES)
 def test_symmetric_adds_a_scaled_matrix_to_a_scaled_product(tiles, shape):
-    """b A + c A^2 of a Gram matrix, with traced b and c."""
+    """Computes b A + c A^2 of a Gram matrix, with traced b and c."""
     x = draw(0, *shape).astype(jnp.float32)
     gram = (jnp.einsum("xmk,xjk->xmj", x, x) / shape[2]).astype(HALF)
     combine = jax.jit(lambda x, a, b: symmetric(x, x, x, (a, b), tiles=tiles, interpret=not ON_GPU))
@@ -109,13 +97,13 @@ def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
         (jnp.ones((1, 60, 64), HALF), r"writes rows of .* got bfloat16\[1, 60, 60\]"),
     ],
 )
-def test_arrays_that_the_memory_accelerator_cannot_copy_are_refused(x, message):
+def test_arrays_that_the_memory_accelerator_cannot_copy_are_an_error(x, message):
     with pytest.raises(ValueError, match=message):
         symmetric(x, tiles=SQUARES[0][0], interpret=True)
 
 
 def test_head_scores_equal_the_reference():
-    """Tiles divide no size; targets are inside, at the end of and past the vocabulary."""
+    """No size is a multiple of its tile; targets lie before, in, at the end of and past V."""
     tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
@@ -134,13 +122,13 @@ def test_head_scores_equal_the_reference():
     assert jnp.array_equal(lse(lean), lse(got)) and jnp.array_equal(lean.hit_N, got.hit_N)
 
 
-def test_logits_that_the_memory_accelerator_cannot_write_are_refused():
+def test_logits_that_the_memory_accelerator_cannot_write_are_an_error():
     h, w, targets = jnp.ones((8, 64), HALF), jnp.ones((1_009, 64), HALF), jnp.zeros(8, jnp.int32)
     with pytest.raises(ValueError, match=r"writes rows of .* got float32\[8, 1009\]"):
         head_scores(h, w, targets, SQUARES[0][0], interpret=True)
 
 
-ATTENTION = {  # B, T, S, H, G, K, keys of a step
+ATTENTION = {  # B, T, S, H, G, K, keys per step
     "more rows than whole blocks, shared heads": (1, 136, 136, 2, 1, 64, 64),
     "documents, fewer queries than keys, wide heads": (1, 72, 200, 1, 1, 128, 64),
     "queries with nothing to see": (1, 200, 72, 1, 1, 64, 128),
@@ -149,8 +137,8 @@ ATTENTION = {  # B, T, S, H, G, K, keys of a step
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_flash_attention_equals_the_reference(name):
-    """So do its gradients, each with at most 1.3 times the error of the plain attention."""
+def test_flash_attention_and_its_gradients_equal_the_reference(name):
+    """Each result has at most 1.3 times the error of plain attention in bfloat16."""
     B, T, S, H, G, K, keys = ATTENTION[name]
     shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
     q, k, v, do = (draw(seed, *shape) for seed, shape in enumerate(shapes))
@@ -165,11 +153,11 @@ def test_flash_attention_equals_the_reference(name):
     )
 
     def both_ways(attention):
-        def run(q, k, v, do):
+        def results(q, k, v, do):
             o, pullback = jax.vjp(attention, q, k, v)
             return o, *pullback(do)
 
-        return run
+        return results
 
     got = both_ways(lambda *x: flash_attention(*x, *docs, blocks, not ON_GPU))(q, k, v, do)
     plain = both_ways(lambda *x: flash_attention_reference(*x, *docs))

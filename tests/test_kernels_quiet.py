@@ -39,7 +39,7 @@ def test_jax_is_imported_quietly_and_only_when_it_is_used():
 
 
 def test_jax_imported_before_our_packages_finds_its_devices_quietly():
-    """The noise of its own import is already written and ignored here."""
+    """What importing jax itself printed came before our packages and is ignored here."""
     program = (
         "import sys, jax; sys.stderr.flush(); import os; os.write(2, b'imported\\n'); "
         "import pallas_kernels; print(jax.devices()[0].platform)"

@@ -24,10 +24,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def float64_enabled():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with jax.enable_x64(True):
+        yield
 
 
 def draw(seed, shape, dtype):
@@ -137,7 +135,7 @@ def test_symmetric_equals_the_product_and_its_own_transpose(shape, dtype, tolera
 
 @pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-6), (HALF, 3e-3)])
 def test_symmetric_adds_a_scaled_matrix_to_a_scaled_product(dtype, tolerance):
-    """b A + c A^2 of a Gram matrix with traced b and c, then a product of two that commute."""
+    """Computes b A + c A^2 of a Gram matrix with traced b and c, then A times the result."""
     gram = draw(0, (2, 150, 300), FULL)
     gram = (jnp.einsum("xmk,xjk->xmj", gram, gram) / 300).astype(dtype)
     combine = jax.jit(
@@ -161,7 +159,7 @@ def test_each_tile_of_a_triangle_is_visited_once():
 
 
 @pytest.mark.parametrize("blocks, tiles, group", [(1, 5, 8), (8, 3, 8), (19, 7, 8), (5, 4, 2)])
-def test_each_tile_of_the_head_is_visited_once_and_groups_do_not_mix(blocks, tiles, group):
+def test_each_tile_of_the_head_is_visited_once_and_one_group_after_another(blocks, tiles, group):
     row, column = grouped_tile(jnp.arange(blocks * tiles), blocks, tiles, group)
     seen = list(zip(row.tolist(), column.tolist(), strict=True))
     assert sorted(seen) == [(i, j) for i in range(blocks) for j in range(tiles)]
@@ -217,7 +215,7 @@ def attention_case(name, dtype):
     [("documents, ragged", FULL, 2e-6), *((name, HALF, 5e-3) for name in ATTENTION)],
 )
 def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tolerance):
-    """In bfloat16 each result has at most 1.3 times the error of the plain attention."""
+    """In bfloat16 each result has at most 1.3 times the error of plain attention."""
     (q, k, v, do), docs = attention_case(name, dtype)
     fused = lambda *x: flash_attention(*x, *docs, SMALL, INTERPRET)
     plain = lambda *x: flash_attention_reference(*x, *docs)
@@ -234,6 +232,6 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name, dtype, tole
 def test_a_query_that_sees_no_key_gives_zeros_and_gets_no_gradient():
     (q, k, v, do), _ = attention_case("queries with nothing to see", FULL)
     o, pullback = jax.vjp(lambda *x: flash_attention(*x, None, None, SMALL, INTERPRET), q, k, v)
-    blind = q.shape[1] - k.shape[1]
-    assert not o[:, :blind].any()
-    assert not pullback(do)[0][:, :blind].any()
+    keyless = q.shape[1] - k.shape[1]
+    assert not o[:, :keyless].any()
+    assert not pullback(do)[0][:, :keyless].any()

@@ -12,7 +12,7 @@ from pallas_kernels.kernel_choice import OPS
 
 
 def losses(interpret, mesh=(1, 2, 2), steps=3):
-    """Trains one layer on documents, with heads and rows split over several devices."""
+    """Trains one layer with a document mask, with heads and rows sharded over several devices."""
     config = debug.get_config()
     config.kernels.interpret, config.data.document_mask, config.model.L = interpret, True, 1
     config.mesh.replica, config.mesh.fsdp, config.mesh.tensor = mesh
