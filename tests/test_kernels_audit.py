@@ -88,7 +88,7 @@ from pallas_kernels.offline import compile_for
 from pallas_kernels.symmetric import symmetric
 from pallas_kernels.tiles import ProductTiles
 x = jax.ShapeDtypeStruct((1, 512, 512), jnp.bfloat16)
-one_warp = ProductTiles(128, 128, 32, 1, 3)
+one_warp = ProductTiles(128, 128, 16, 1, 1)
 compile_for(find_chip("a40"), lambda x: symmetric(x, tiles=one_warp), x)
 """
 
