@@ -1,4 +1,4 @@
-"""A JAX pretraining stack for GPT-2 and Llama; the command `jaxtrain` lists what it can do."""
+"""A JAX pretraining stack for GPT-2 and Llama; the command `jaxtrain` lists its commands."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Axes: names the dims of a parameter, and derives from their names what the parameter does.
+"""Names the dims of a parameter by letters, which decide how the parameter is treated.
 
 Initialisation, sharding, the choice of optimizer and the metrics all read this description.
 
@@ -16,7 +16,7 @@ from typing import Any
 LETTERS = "DFGHKLTV"
 HEAD_LETTERS = "HG"  # query heads and key/value heads
 TABLE_LETTERS = "TV"  # a table's vectors are looked up, by position or by token
-Array = Any  # of JAX or NumPy; this module must not import JAX
+Array = Any  # a JAX or NumPy array; this module must not import JAX
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Axes:
             ValueError: there is not exactly one bar, or a letter is unknown or repeated.
         """
         if text.count("|") != 1:
-            raise ValueError(f"axes must hold one '|' between stack and dims; got {text!r}.")
+            raise ValueError(f"axes must contain one '|' between stack and dims; got {text!r}.")
         stack, dims = text.split("|")
         outputs_first = "<-" in dims
         inputs, arrow, outputs = dims.partition("<-" if outputs_first else "->")
@@ -60,7 +60,7 @@ class Axes:
 
     @property
     def letters(self) -> str:
-        """All dims, in the array's order."""
+        """The letters of all dims, in the array's order."""
         if self.outputs_first:
             return self.stack + self.outputs + self.inputs
         return self.stack + self.inputs + self.outputs
@@ -105,7 +105,7 @@ class Axes:
         return math.prod(stack), inputs, outputs
 
     def to_matrices(self, x: Array) -> Array:
-        """Returns x as [X,I,O]; x may be one device's part of the parameter."""
+        """Returns x, a parameter or one device's shard of it, as [X,I,O]."""
         X, I, O = self.matrix_shape(x.shape)  # noqa: E741
         return x.reshape(X, O, I).swapaxes(1, 2) if self.outputs_first else x.reshape(X, I, O)
 
@@ -146,7 +146,7 @@ class Axes:
     def _heads_first(self) -> list[int] | None:
         """Returns the order of dims that puts the heads after the stack; None without heads."""
         heads = [i for i, letter in enumerate(self.letters) if letter in HEAD_LETTERS]
-        # Without another dim on the side of the heads, a head's slice would be no matrix.
+        # If the heads are the only inputs or outputs, the slice of a head is not a matrix.
         if not (heads and self.is_matrix) or {self.inputs, self.outputs} & set(HEAD_LETTERS):
             return None
         stack = len(self.stack)

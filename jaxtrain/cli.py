@@ -23,7 +23,7 @@ USAGE = 2  # the exit status that argparse uses
 
 
 def program() -> str:
-    """Returns the words with which the user started this program, for its messages."""
+    """Returns the command that the user typed to start this program, for messages."""
     typed = Path(sys.argv[0])
     if typed.name != "jaxtrain":
         return "python -m jaxtrain"
@@ -34,14 +34,14 @@ def program() -> str:
 
 
 def overview(prog: str) -> str:
-    """Returns the text that lists all commands by group, one a line."""
+    """Returns the text that lists all commands by group, one per line."""
     width = max(len(command.name) for command in COMMANDS)
-    lines = [f"jaxtrain {_version('jaxtrain')}: training of language models in JAX", ""]
-    lines += [f"usage: {prog} COMMAND ...", f"start: {prog} train quickstart"]
+    lines = [f"jaxtrain {_version('jaxtrain')}: pretraining of language models in JAX", ""]
+    lines += [f"usage:      {prog} COMMAND ...", f"try first:  {prog} train quickstart"]
     for group, title in GROUPS.items():
         lines += ["", title]
         lines += [f"  {c.name:<{width}}  {c.text}" for c in COMMANDS if c.group == group]
-    return "\n".join([*lines, "", f"{prog} COMMAND --help shows its flags, examples first."])
+    return "\n".join([*lines, "", f"{prog} COMMAND --help shows examples and flags."])
 
 
 def _version(package: str) -> str:
@@ -64,7 +64,9 @@ def commit() -> str:
 
     try:
         top, head = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if not os.path.samefile(top, root):  # installed inside another project's checkout
+        if not os.path.samefile(
+            top, root
+        ):  # jaxtrain is installed inside another project's checkout
             return ""
         changes = "+changes" if git("status", "--porcelain", "-uno").strip() else ""
         return f"{head[:12]}{changes}"
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if first not in BY_NAME:
         near = nearest_name(first, [*BY_NAME, "help"])
         hint = f" Did you mean {prog} {near}?" if near else ""
-        print(f"error: no command {first}.{hint} {prog} lists all.", file=sys.stderr)
+        print(f"error: unknown command {first}.{hint} {prog} lists all commands.", file=sys.stderr)
         return USAGE
     command = BY_NAME[first]
     try:
@@ -106,6 +108,6 @@ def main(argv: list[str] | None = None) -> int | None:
     except KeyboardInterrupt:  # imports take seconds
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    # A command with words of its own, such as `interop export`, appends its name to prog itself.
+    # A module with several commands, such as jaxtrain.interop, appends the command's name itself.
     prog = prog if command.words else f"{prog} {first}"
     return getattr(module, command.function)([*command.words, *argv[1:]], prog=prog)

@@ -1,8 +1,8 @@
-"""Turns a file system's refusal, such as a full disk, into one line with the path and the reason.
+"""Describes file-system errors, such as a full disk, in one line with the path and the reason.
 
 A full disk is reported in three ways: as an OSError that names no file (from write()), as an
-OSError that does (from open()), and in the text of an error of TensorStore, which reads and writes
-the arrays of checkpoints.
+OSError that names one (from open()), and in the text of an error from TensorStore, which reads and
+writes the arrays of checkpoints.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-# With these an OSError is about files even if it names none.
+# An OSError with one of these numbers is about a file even if it names none.
 FILE_ERRNOS = {
     getattr(errno, name)
     for name in "EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EROFS ESTALE".split()
@@ -26,7 +26,7 @@ TENSORSTORE_CODE = re.compile(r"\[os_error_code='(\d+)'\]|\[OS error (\d+)\b")
 
 @contextlib.contextmanager
 def add_path_to_errors(path: str | Path, file: IO | None = None) -> Iterator[None]:
-    """Adds `path` to an OSError of the block that names no file, as those of write() do.
+    """Adds `path` to an OSError of the block that names no file, such as one from write().
 
     Args:
         file: closed if there is an error; otherwise Python would try to flush its buffer later, and
@@ -45,7 +45,7 @@ def add_path_to_errors(path: str | Path, file: IO | None = None) -> Iterator[Non
 
 @contextlib.contextmanager
 def keep_first_error(error: BaseException | None) -> Iterator[None]:
-    """Suppresses an OSError of the block, which closes files, if they are closed due to `error`.
+    """Suppresses an OSError of a block that closes files because of an earlier `error`, if any.
 
     A disk that was full when `error` was raised is still full when the last lines are flushed.
     """
@@ -58,13 +58,13 @@ def keep_first_error(error: BaseException | None) -> Iterator[None]:
 
 
 class Appender:
-    """Appends to a file, each time all of the data or nothing, even if the disk gets full.
+    """Appends to a file so that each write is complete or has no effect, even if the disk fills up.
 
     Only one process may write to the file. `flush` exists so that writers of other libraries accept
     an Appender as their file.
 
     Raises:
-        OSError: with the path in it.
+        OSError: a write failed; the error contains the path.
     """
 
     def __init__(self, path: str | Path):
@@ -91,7 +91,7 @@ class Appender:
 
 
 def is_file_error(error: BaseException) -> bool:
-    """Returns whether the error is a refusal of the file system, not of a socket or a process."""
+    """Returns whether the error comes from the file system, not from a socket or a process."""
     return isinstance(error, OSError) and (_has_path(error) or error.errno in FILE_ERRNOS)
 
 
@@ -100,7 +100,7 @@ def _has_path(error: OSError) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns `PATH: reason` for a refusal of the file system, and the text of any other error."""
+    """Returns `PATH: reason` for a file-system error, and the text of any other error."""
     if not (isinstance(error, OSError) and is_file_error(error)):
         return str(error)
     reason = error.strerror or str(error)
@@ -114,7 +114,7 @@ def describe_storage_error(error: BaseException, folder: str | Path) -> str | No
 
     Args:
         error: raised by Orbax or TensorStore, whose texts are hundreds of characters long.
-        folder: the one that was written to or read from.
+        folder: the folder that was written to or read from.
     """
     if is_file_error(error):
         return describe_error(error)
@@ -127,7 +127,7 @@ def describe_storage_error(error: BaseException, folder: str | Path) -> str | No
 
 @contextlib.contextmanager
 def exit_on_file_error() -> Iterator[None]:
-    """Ends the program in one line when the file system refuses something. Decorates `main`."""
+    """Ends the program with a one-line error on a file-system error. Decorates `main`."""
     try:
         yield
     except OSError as error:
@@ -137,7 +137,7 @@ def exit_on_file_error() -> Iterator[None]:
 
 
 def _describe_cause(code: int | None, path: str | bytes | os.PathLike) -> str:
-    """Returns, in parentheses, what helps with an error of this number; "" for most numbers."""
+    """Returns a hint in parentheses for an error of this number; "" for most numbers."""
     path = Path(os.fsdecode(path))
     existing = [folder for folder in (path, *path.parents) if folder.exists()]
     if code in (errno.ENOTDIR, errno.EEXIST):
@@ -146,7 +146,7 @@ def _describe_cause(code: int | None, path: str | bytes | os.PathLike) -> str:
     if code in (errno.EACCES, errno.EPERM):
         return f" (as user {os.geteuid()})"
     if code == errno.ENOSPC and existing:
-        # The total, not what is free: the unfinished files may have been removed by now.
+        # Not the free space, because the unfinished files may have been removed by now.
         with contextlib.suppress(OSError):
             return f" (a disk of {format_megabytes(shutil.disk_usage(existing[0]).total)})"
     return ""

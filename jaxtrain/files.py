@@ -18,8 +18,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a hidden path in the same folder, which is renamed to `path` when the block ends.
 
     The block writes a file or a folder there. Its content is on disk before the rename, and the
-    rename is when this returns. A block that raises leaves nothing behind. A writer that is killed
-    leaves only the hidden `.NAME.*.tmp`.
+    rename itself before this returns. A block that raises leaves nothing behind. A writer that is
+    killed leaves only the hidden `.NAME.*.tmp`.
 
     Raises:
         OSError: the parent is missing or cannot be written to, or a folder is already at `path`.
@@ -38,22 +38,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         elif os.path.lexists(hidden):
             hidden.unlink()
         if isinstance(error, OSError) and str(error.filename) == str(hidden):
-            error.filename = str(path)  # which the user knows
+            error.filename = str(path)  # the user knows this path, not the hidden one
         raise
-    sync_to_disk(path.parent)  # the rename itself
+    sync_to_disk(path.parent)  # writes the rename to disk
 
 
 def sync_to_disk(path: str | Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replaces a file by `data` (text as UTF-8), which is on disk when this returns.
+    """Writes `data` (text as UTF-8) in place of a file; it is on disk when this returns.
 
     Raises:
         OSError: the folder is missing or cannot be written to.
@@ -66,7 +66,7 @@ def strict_json(value: Any, indent: int | None = None) -> str:
     """Returns JSON that every reader accepts; floats round-trip bit for bit.
 
     JSON has no NaN or infinity: these become the strings "nan", "inf" and "-inf", which `float()`
-    reads back. Scalars of NumPy and JAX become plain numbers.
+    reads back. NumPy and JAX scalars become plain numbers.
 
     Raises:
         TypeError: a value has no JSON form.
@@ -74,7 +74,7 @@ def strict_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

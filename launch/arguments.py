@@ -1,7 +1,7 @@
 """An argparse parser whose errors are one line and whose help starts with examples.
 
-pallas_kernels/arguments.py and launch/arguments.py are the same file, because neither package
-imports the other; a test compares them.
+pallas_kernels/arguments.py and launch/arguments.py are copies of one file, because neither package
+imports the other. A test compares them.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 
 def print_text(text: str) -> None:
-    """Prints a long text; a reader that closes the pipe early, such as `head`, is not an error."""
+    """Prints a text; no error if the reader, such as `head`, closes the pipe early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Python flushes stdout again when it exits, which would fail again.
+        # Python flushes stdout again when it exits, which would fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -35,7 +35,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 def unknown_flag_error(name: str, known: Iterable[str]) -> str:
     """Returns the error for a flag that a command does not have."""
     near = nearest_name(name, list(known))
-    return f"no flag --{name}." + (f" Did you mean --{near}?" if near else "")
+    return f"unknown flag --{name}." + (f" Did you mean --{near}?" if near else "")
 
 
 def wrong_dash_error(arg: str) -> str:
@@ -43,7 +43,7 @@ def wrong_dash_error(arg: str) -> str:
     dashes = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
     if not arg.startswith(tuple(dashes)):
         return ""
-    return f"{arg} begins with a dash that is not '--'. Write --{arg.lstrip('-' + dashes)}."
+    return f"{arg} begins with a typographic dash. Write --{arg.lstrip('-' + dashes)}."
 
 
 def examples_first(doc: str | None) -> str:
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: what the user typed to start the command.
-        doc: the help: a sentence, an indented block of examples, and the rest.
+        doc: the help text: a sentence, an indented block of examples, and the rest.
     """
 
     def __init__(self, prog: str, doc: str | None = "", **options: Any):

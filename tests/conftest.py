@@ -2,14 +2,14 @@ import os
 
 import xla_flags
 
-# Before jax. Every test sees 8 devices; a mesh takes as many as it asks for.
+# Set before jax is imported. Tests have 8 devices, of which a mesh may use some.
 os.environ["XLA_FLAGS"] = xla_flags.flags(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# xdist hands out whole files, in this order: a long one that comes last keeps one worker waiting.
+# xdist distributes whole files in this order. If a long one came last, the other worker would idle.
 LONGEST = (
     "test_launch_engines.py",
     "test_train.py",
@@ -37,7 +37,7 @@ LONGEST = (
 
 @pytest.fixture
 def shard_cache(tmp_path, monkeypatch):
-    """Caches the checksums of shards in the test's own folder, not in the user's."""
+    """Stores cached checksums of shards in the test's own folder, not in the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -7,7 +7,7 @@ from absl import app, flags
 
 @contextlib.contextmanager
 def fresh_flags():
-    """Removes, at its end, the flags that the block has defined, and unparses the others."""
+    """Removes the flags that the block has defined when it ends, and unparses all others."""
     assert app  # importing it defines its flags, which must stay
     before = set(flags.FLAGS)
     try:

@@ -168,7 +168,7 @@ def test_a_misspelt_flag_or_command_is_answered_with_the_right_one(argv, meant, 
 def test_a_typographic_dash_is_explained(capsys):
     assert exit_status(cli.main, ["doctor", "\u2014json"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: \u2014json begins with a dash that is not '--'. Write --json.")
+    assert error.startswith("error: \u2014json begins with a typographic dash. Write --json.")
 
 
 def test_ctrl_c_while_a_command_is_imported_prints_one_line(capsys, monkeypatch):

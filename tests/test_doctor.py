@@ -150,7 +150,7 @@ def test_the_cards_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     first, *busy = gpu.check_cards(gpus, pci_gpus=2)
     assert first == Check("cards", "2 x NVIDIA A40")
     assert [check.state for check in busy] == [WARNING, WARNING]
-    assert "card 1 has 11.7 of 45.0 GiB in use by others" in busy[1].value
+    assert "card 1 has 11.7 of 45.0 GiB in use by other programs" in busy[1].value
 
 
 @pytest.mark.parametrize(
@@ -280,11 +280,11 @@ def test_missing_programs_and_packages_are_named_with_the_command_that_installs_
 
 def test_runs_and_shards_of_the_current_folder_are_found(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert "0 runs in runs/, shards in none" in host.check_data()[-1].value
+    assert "runs in runs/: 0; shards in: none" in host.check_data()[-1].value
     for path in ("runs/a/config.json", "runs/b/config.json", "data/fineweb/meta.json"):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).touch()
-    assert "2 runs in runs/, shards in data/fineweb" in host.check_data()[-1].value
+    assert "runs in runs/: 2; shards in: data/fineweb" in host.check_data()[-1].value
 
 
 def test_a_clock_earlier_than_the_codes_files_is_a_warning():

@@ -66,7 +66,7 @@ def broken(**resources):
     ],
 )
 def test_the_audit_reports_each_fault(report, fault):
-    report = report._replace(threads=256) if "blocks a" in fault else report
+    report = report._replace(threads=256) if "blocks per" in fault else report
     assert any(fault in text for text in find_faults(CASE, report, find_chip("a40")))
     assert not find_faults(CASE, GOOD, find_chip("a40"))
 

@@ -11,7 +11,7 @@ def test_a_bad_value_in_config_json_names_the_file_and_no_flag(tmp_path):
     with pytest.raises(ValueError) as error:
         load_train_config(tmp_path)
     assert str(error.value) == (
-        f"{path} (edit it, no flag does): steps must be of type int; got 'a'."
+        f"{path} must be edited, because no flag changes it: steps must be of type int; got 'a'."
     )
 
 

@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_and_a_kill_9_of_the_first_frees_the_folder(tmp_
     text = str(error.value)
     start = read_owner(tmp_path / ".lock")["start"]
     assert f"in use by pid {owner.pid} on {socket.gethostname()}, started {start}" in text
-    assert f"kill {owner.pid}: it saves first" in text and "set another --workdir" in text
+    assert f"`kill {owner.pid}` (it saves first)" in text and "set another --workdir" in text
     assert "remove" not in text and "\n" not in text
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
     owner.send_signal(signal.SIGKILL)
@@ -113,7 +113,7 @@ def test_a_run_whose_lock_file_was_removed_locks_again_or_stops(tmp_path):
         other.communicate()
 
 
-def test_a_folder_at_the_path_of_the_lock_file_is_an_error_that_says_what_to_do(tmp_path):
+def test_the_error_of_a_folder_at_the_path_of_the_lock_file_names_the_remedy(tmp_path):
     with RunLock(tmp_path) as lock:
         (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").mkdir()
@@ -149,9 +149,7 @@ def test_processes_of_a_run_share_its_lock_and_other_runs_are_refused(tmp_path):
         pass
 
 
-def test_without_flock_an_owner_on_this_host_counts_as_alive_if_its_pid_is(
-    tmp_path,
-):
+def test_without_flock_an_owner_on_this_host_is_alive_if_its_pid_is(tmp_path):
     with RunLock(tmp_path, flock=no_locks) as lock:
         [line] = lock.describe()
         assert f"{tmp_path / '.lock'} cannot be locked (No locks available)" in line

@@ -148,5 +148,5 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 def test_a_mesh_that_does_not_match_the_devices_is_refused():
     config = debug.get_config()
     config.mesh.fsdp = 3
-    with pytest.raises(ValueError, match="must be the 8 devices; got replica=1 fsdp=3 tensor=1"):
+    with pytest.raises(ValueError, match="the device count, 8; got replica=1 fsdp=3 tensor=1"):
         build_run(config_lib.freeze(config))

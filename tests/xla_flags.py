@@ -1,8 +1,9 @@
-"""XLA's flags for tests: laws hold however a program is compiled, and compiling takes the longest.
+"""XLA flags that make tests compile faster, which is what takes them longest.
 
-For the step of configs/debug.py on 8 devices (2 vCPU Intel Xeon, jax 0.10.2 and 0.11.2 alike) level
-0 is 3.7 times faster, plain LLVM IR in place of MLIR's pipeline for each fusion 2.4 times more, and
-one LLVM module in place of 32 parts, which pay where a core is idle, takes a sixth less CPU time.
+Tests check properties that do not depend on how a program is optimised. For the step of
+configs/debug.py on 8 devices (2 vCPU Intel Xeon, jax 0.10.2 and 0.11.2), level 0 compiles 3.7 times
+faster; plain LLVM IR instead of MLIR's pipeline for each fusion, another 2.4 times. One LLVM module
+instead of 32, which only help while a core is idle, takes a sixth less CPU time.
 """
 
 QUICK = (
@@ -13,5 +14,5 @@ QUICK = (
 
 
 def flags(devices: int) -> str:
-    """XLA_FLAGS of a process that sees so many devices."""
+    """Returns the XLA_FLAGS of a process that has this many devices."""
     return f"--xla_force_host_platform_device_count={devices} {QUICK}"

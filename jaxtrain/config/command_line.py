@@ -1,8 +1,8 @@
-"""Reads the command lines of commands that take a config: its name, its fields, other flags.
+"""Reads command lines that name a config and set its fields besides the command's own flags.
 
-Every field of the config is a flag (`--optim.learning_rate=0.01`), also behind `--config.`. If the
-command itself has a flag of the same name, it takes precedence over the field. Every error is one
-line and names the flag that the user typed.
+Every field of the config is a flag (`--optim.learning_rate=0.01`), which may start with `config.`.
+A flag of the command takes precedence over a field of the same name. Every error is one line that
+names the flag that the user typed; the configs are listed below it if no known config was named.
 """
 
 import ast
@@ -33,18 +33,18 @@ TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
 
 
 class CommandForm(NamedTuple):
-    """What a command's line may contain.
+    """What the command line of a command may contain.
 
     Attributes:
         name: the command's name, such as "train".
-        doc: its help: a sentence, an indented block of examples, and the rest.
+        doc: its help text: a sentence, an indented block of examples, and the rest.
         define: defines the command's own flags.
         config: "" if it takes no config, "may" if a config is optional, "must" if it is required.
         sections: (prefix, dataclass) of the config's fields.
         open_fields: prefixes below which a field need not be in `sections`.
         tables: text for the end of the help.
         status: exit status after a bad command line.
-        words: how many words it takes besides the config.
+        words: how many arguments it takes besides flags and the config.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Field(NamedTuple):
 
 
 class _CommandLine:
-    """Reads one command line by `read`, and ends the program if it is wrong."""
+    """Reads one command line with `read`, and ends the program if it is invalid."""
 
     def __init__(self, form: CommandForm, prog: str):
         before = set(flags.FLAGS)
@@ -102,7 +102,7 @@ class _CommandLine:
         if len(self.words) > self.form.words:
             name = "run" if "run" in self.own else "NAME"
             extra = self.words[self.form.words]
-            self.refuse(f"{self.prog} takes flags only; got {extra}. Write --{name}={extra}.")
+            self.refuse(f"{self.prog} takes only flags; got {extra}. Write --{name}={extra}.")
         try:
             flags.FLAGS([self.prog, *(f"--{name}={value}" for name, value in self.given)])
         except flags.Error as error:
@@ -147,7 +147,7 @@ class _CommandLine:
 
         Returns:
             Its name; "own" if it is the command's or absl's, "field" if it is the config's; whether
-            it is a bool; and whether it was typed as `no` and the name of a bool.
+            it is a bool; and whether it was typed with the prefix `no`, which sets a bool to false.
         """
         if found := self._find_exactly(typed):
             return *found, False
@@ -158,8 +158,8 @@ class _CommandLine:
             own, known = [], [f"config.{field}" for field in self.fields]
         else:
             known = [*own, *self.fields]
-        ours = translate_name(typed)
-        text = unknown_flag_error(ours, known).replace(ours, typed, 1)
+        translated = translate_name(typed)
+        text = unknown_flag_error(translated, known).replace(translated, typed, 1)
         self.refuse(f"{text} See {self.prog} --help.")
 
     def _find_exactly(self, name: str) -> tuple[str, str, bool] | None:
@@ -175,7 +175,7 @@ class _CommandLine:
         return None
 
     def _check_own(self) -> None:
-        """Refuses a value that its flag cannot take, in one line instead of absl's several."""
+        """Refuses an invalid value of a flag in one line; absl would print several."""
         for name, value in self.given:
             parser = flags.FLAGS[name].parser
             try:
@@ -219,7 +219,7 @@ class _CommandLine:
         setattr(flags.FLAGS["config"], "config_filename", str(path))  # noqa: B010
 
     def _check_names(self, config: ConfigDict) -> None:
-        """Refuses a config file that has a field which TrainConfig lacks."""
+        """Refuses a config file that sets a field which TrainConfig does not have."""
         if "model" not in config:  # a study's config, or another command's
             return
         for name in config:
@@ -271,7 +271,7 @@ class _CommandLine:
             self.refuse(f"{field.name} must be {expected}; got {text!r}. Set --{field.typed}.")
 
     def help(self) -> str:
-        """Returns the examples, what the command does, its flags, and the config's fields."""
+        """Returns the help: examples, what the command does, its flags, and the config's fields."""
         own = "\n".join(["Flags:", *map(format_flag, self.own)]) if self.own else ""
         tables = [table for table in (own, self.form.tables.strip("\n")) if table]
         doc = rewrite_commands(examples_first(self.form.doc), self.prog)

@@ -1,7 +1,7 @@
 """The table of all commands: the name after `jaxtrain`, and the function that it calls.
 
 Each command can be started in two ways, such as `jaxtrain train` and `python -m jaxtrain.train`.
-Help and messages use the way in which the user has started the current one.
+Help texts and messages use the form in which the user started the current command.
 """
 
 import re
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command of `jaxtrain`.
 
     Attributes:
         name: the word after `jaxtrain`.
-        start: what starts it after `python -m`: a module, and words that precede its arguments.
+        start: what follows `python -m`: a module, and any words that precede the arguments.
         group: key of GROUPS.
         text: what it does.
         function: the module's function that runs it, called with (argv, prog).
@@ -35,37 +35,37 @@ class Command(NamedTuple):
 
     @property
     def long_form(self) -> str:
-        """The words that start it without the installed script."""
+        """The command line that starts it without the installed script."""
         return f"python -m {self.start}"
 
 
 COMMANDS = (
-    Command("train", "jaxtrain.train", "train", "train the model of a config"),
+    Command("train", "jaxtrain.train", "train", "train the model that a config describes"),
     Command("encode", "jaxtrain.data.encode", "train", "turn text into token shards", "main"),
     Command("evaluate", "jaxtrain.evaluate", "train", "compute a run's held-out loss"),
     Command("generate", "jaxtrain.generate", "train", "sample text from a run"),
     Command("export", "jaxtrain.interop export", "train", "write a run for Hugging Face or llm.c"),
     Command("import", "jaxtrain.interop import", "train", "read Hugging Face or llm.c weights"),
-    Command("summary", "launch.summary", "look", "report on a run: a table and a page", "main"),
+    Command("summary", "launch.summary", "look", "report on a run as a table and a page", "main"),
     Command("compare", "launch.compare", "look", "compare runs on two kinds of device", "main"),
     Command("profile", "jaxtrain.profile", "look", "show where a step's time went", "main"),
     Command("plan", "jaxtrain.plan", "plan", "predict memory and time on any GPU"),
-    Command("bench", "jaxtrain.bench", "plan", "time training against PyTorch and peaks", "main"),
+    Command("bench", "jaxtrain.bench", "plan", "time against PyTorch and hardware limits", "main"),
     Command("study", "jaxtrain.study", "plan", "compare optimizers on equal terms"),
     Command("launch", "launch.run", "hosts", "train on several hosts over SSH", "main"),
-    Command("slo", "launch.slo", "hosts", "check runs against a baseline; price tokens", "main"),
+    Command("slo", "launch.slo", "hosts", "compare runs with a baseline; price tokens", "main"),
     Command("doctor", "jaxtrain.doctor", "check", "check that this machine can train", "main"),
     Command("crosscheck", "jaxtrain.crosscheck", "check", "compare with PyTorch step by step"),
 )
 GROUPS = {
-    "train": "Train and data",
-    "look": "Look at runs",
+    "train": "Prepare data and train",
+    "look": "Inspect runs",
     "plan": "Plan and measure",
     "hosts": "Several hosts",
-    "check": "Check",
+    "check": "Check the installation",
 }
 BY_NAME = {command.name: command for command in COMMANDS}
-# Matches both forms of a command. A long form's group is the command's name and an underscore.
+# Matches both forms of a command. The regex group of a long form is called NAME_.
 _MENTION = re.compile(
     rf"(?:python -m )?\bjaxtrain (?P<name>{'|'.join(BY_NAME)})\b"
     + "".join(f"|(?P<{c.name}_>{re.escape(c.long_form)}\\b(?!\\.))" for c in COMMANDS)
@@ -73,10 +73,10 @@ _MENTION = re.compile(
 
 
 def rewrite_commands(text: str | None, prog: str) -> str:
-    """Rewrites the commands that a text mentions in the form in which the user started this one.
+    """Rewrites the commands in a text to the form in which the user started this command.
 
     Args:
-        text: such as a module's docstring; None gives "".
+        text: for instance a module's docstring; None gives "".
         prog: how the user started this command: `jaxtrain plan` or `python -m jaxtrain.plan`.
     """
     words = prog.split()

@@ -1,7 +1,7 @@
 """Finds a config by its name, and loads it; lists the configs that are installed with jaxtrain.
 
 `quickstart`, `configs/quickstart.py` and `./mine.py` all name a config, from any folder. If the
-name has a path separator or ends in `.py`, a file of the user comes before a shipped config.
+name has a path separator or ends in `.py`, the user's file takes precedence over a shipped config.
 """
 
 import ast
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs"
 def shipped_configs(command: str = "") -> dict[str, str]:
     """Returns {name: first line of its docstring} of the shipped configs.
 
-    A config's docstring shows how to start it, which says what command it is for.
+    The command in a config's docstring shows which command the config is for.
 
     Args:
         command: lists only the configs for this command, such as "study"; empty lists all.
@@ -37,7 +37,7 @@ def shipped_configs(command: str = "") -> dict[str, str]:
 
 
 def format_listing(command: str, prog: str) -> str:
-    """Returns the list of shipped configs, one a line, and the command that starts the first.
+    """Returns the list of shipped configs, one per line, and the command that starts the first.
 
     Args:
         command: the command that takes the config, such as "train".
@@ -52,8 +52,8 @@ def format_listing(command: str, prog: str) -> str:
         [
             "configs:",
             *(f"  {name:<{width}}  {configs[name]}" for name in names),
-            f"start one:        {prog} {names[0] if names else 'mine.py'}",
-            f"a file of yours:  {prog} ./mine.py",
+            f"to start one:     {prog} {names[0] if names else 'mine.py'}",
+            f"your own file:    {prog} ./mine.py",
         ]
     )
 
@@ -93,11 +93,11 @@ def _load_module(name: str, path: Path, **options) -> ModuleType:
 
 
 def _import_package(config_folder: Path) -> None:
-    """Makes `from configs import base` find the shipped modules, whatever the current folder.
+    """Makes `from configs import base` find the shipped modules from any current folder.
 
     Args:
-        config_folder: the folder of the config; if it is called "configs" too, its own modules come
-            before the shipped ones.
+        config_folder: the folder of the config file; if it is also called "configs", its modules
+            take precedence over the shipped ones.
     """
     package = sys.modules.get("configs")
     if package is None or not hasattr(package, "__path__"):
@@ -110,7 +110,7 @@ def _import_package(config_folder: Path) -> None:
 
 
 def load_config_file(name: str) -> tuple[ConfigDict, Path]:
-    """Runs a config file, and returns what its get_config() returned, and its path.
+    """Runs a config file, and returns the result of its get_config() and the file's path.
 
     Args:
         name: as for `find_config`; `NAME:ARGUMENT` calls get_config(ARGUMENT).

@@ -1,4 +1,4 @@
-"""Defines knobs: config fields that carry their help text, and check their values when built."""
+"""Defines knobs: config fields with a help text, bounds or choices, and checks of their values."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def list_sections(cls: type) -> Iterator[tuple[str, type]]:
 
 
 def find_fault(f: Field, value: Any) -> str:
-    """Returns what the value of a field violates, as "must be ..."; "" if it is valid."""
+    """Returns the rule that a field's value breaks, as "must be ..."; "" if it is valid."""
     if not isinstance(f.type, type) or f.type not in (bool, int, float, str):
         return ""
     if type(value) is not f.type and not (f.type is float and type(value) is int):
@@ -50,7 +50,7 @@ def find_fault(f: Field, value: Any) -> str:
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
         return f"must be one of {', '.join(map(repr, choices))}"
-    if low is not None and not value >= low:  # not `value < low`, which a NaN would pass
+    if low is not None and not value >= low:  # `value < low` would accept NaN
         return f"must be at least {low}"
     if high is not None and not value <= high:
         return f"must be at most {high}"
@@ -60,7 +60,7 @@ def find_fault(f: Field, value: Any) -> str:
 
 
 def is_finite(value: Any) -> bool:
-    """Returns whether a number is finite as a float; False for NaN and for too large ints too."""
+    """Returns whether a number is finite as a float; False for NaN and for ints that overflow."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -71,7 +71,7 @@ def is_finite(value: Any) -> bool:
 class Section:
     """A group of fields, each checked by type, bounds and choices when the section is built."""
 
-    PREFIX = ""  # of the section's flags, such as "model."; not a field, as it has no annotation
+    PREFIX = ""  # prefix of its flags, as "model."; not annotated, so it is not a dataclass field
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -87,6 +87,6 @@ class Section:
 
 
 def field_error(cls: type, name: str, reason: str, value: Any) -> ValueError:
-    """Returns the error for a field whose value violates `reason`, which is "must be ..."."""
+    """Returns the error for a field whose value breaks a rule, `reason`, as "must be ..."."""
     flag = f"{getattr(cls, 'PREFIX', '')}{name}"
     return ValueError(f"{flag} {reason}; got {value!r}. Set --{flag}.")

@@ -1,4 +1,4 @@
-"""Formats the tables of flags in a command's help, as wide as the terminal."""
+"""Formats the tables of flags in a command's help to the width of the terminal."""
 
 import re
 import shutil
@@ -8,18 +8,18 @@ from absl import flags
 
 from jaxtrain.config.fields import list_sections, plain_fields
 
-WIDTH = 100  # if the help does not go to a terminal
+WIDTH = 100  # of the help if it is not printed to a terminal
 
 
 def wrap_table(table: str) -> str:
-    """Wraps each line of a table of flags to the terminal's width, under its own text."""
+    """Wraps each line of a table of flags to the terminal's width, indented to its text."""
     width = max(shutil.get_terminal_size((WIDTH + 1, 24)).columns - 1, 40)
     lines = []
     for line in table.splitlines():
         flag = re.match(r"  \S+ +", line)
         indent = len(flag[0]) if flag else 0
         if flag and len(line) > width and len(flag[0]) > width // 2:
-            # The flag leaves no room for its text, which goes below it.
+            # The flag leaves too little room for its text, which starts on the next line.
             indent = 6
             lines.append(flag[0].rstrip())
             line = " " * indent + line[len(flag[0]) :]
@@ -48,7 +48,7 @@ def format_flag(name: str) -> str:
 
 
 def describe_flags(cls: type) -> str:
-    """Returns the table of a config's fields: flag with its default, meaning, unit, choices."""
+    """Returns the table of a config's fields: flag and default, meaning, unit, choices."""
     lines = ["Fields of the config (set with --NAME=VALUE, or --config.NAME=VALUE):", ""]
     for prefix, section in list_sections(cls):
         for f in plain_fields(section):
@@ -61,7 +61,7 @@ def describe_flags(cls: type) -> str:
     return "\n".join(lines)
 
 
-OTHER_NAMES = {  # what other stacks call a field: its name here
+OTHER_NAMES = {  # name in other training stacks -> name here
     "lr": "learning_rate",
     "wd": "weight_decay",
     "batch_size": "batch",
@@ -76,6 +76,6 @@ OTHER_NAMES = {  # what other stacks call a field: its name here
 
 
 def translate_name(typed: str) -> str:
-    """Returns this project's name of a field that may be typed as in another stack."""
+    """Returns the field's name here, if `typed` is its name in another training stack."""
     *sections, last = typed.split(".")
     return ".".join([*sections, OTHER_NAMES.get(last, last)])

@@ -28,16 +28,16 @@ class ModelConfig(Section):
     logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
     dtype: str = knob(
         "bfloat16",
-        "type of activations and matrix products; auto is bfloat16 if the chip multiplies it fast, "
-        "else float32; stored parameters are float32, or float64 with float64",
+        "type of activations and matrix products; auto is bfloat16 on chips with fast bfloat16 "
+        "products, else float32; stored parameters are float32, or float64 with float64",
         choices=("auto", "bfloat16", "float32", "float64"),
     )
     attention: str = knob(
         "auto",
-        "attention implementation; auto takes the fastest for the chip",
+        "attention implementation; auto chooses the fastest for the chip",
         choices=("auto", "reference", "blocked", "blocked_wide", "cudnn", "flash"),
     )
-    unroll: int = knob(0, "layers per scan iteration; 0 takes the chip's best value", low=0)
+    unroll: int = knob(0, "layers per scan iteration; 0 chooses the chip's best value", low=0)
     remat: str = knob(
         "none",
         "activations to recompute in the backward pass instead of storing them",
@@ -60,7 +60,7 @@ class LossConfig(Section):
     z_loss: float = knob(0.0, "weight of the z-loss, logsumexp(logits)^2", low=0.0)
     chunk_bytes: int = knob(
         64 << 20,
-        "memory for the float32 logits that exist at a time on a device",
+        "memory per device for the float32 logits that exist at one time",
         unit="bytes",
         low=1_024,
         high=INT64_MAX,
@@ -71,7 +71,7 @@ class LossConfig(Section):
 class DataConfig(Section):
     PREFIX = "data."
 
-    text: str = knob("", "file or folder of text; empty is Python's own standard library")
+    text: str = knob("", "file or folder of text; empty uses Python's standard library")
     text_field: str = knob("text", "key or column of the text if data.text is JSON or a table")
     shards: str = knob("", "folder, file or glob of token shards; empty encodes data.text")
     shard_format: str = knob(
@@ -80,14 +80,14 @@ class DataConfig(Section):
         choices=("auto", "llmc", "nanogpt", "megatron"),
     )
     tokenizer: str = knob("bytes", "'bytes', 'gpt2' or the path of a tokenizer.json")
-    val_fraction: float = knob(0.05, "fraction of data.text for evaluation", low=0.0, high=0.5)
+    val_fraction: float = knob(0.05, "held-out fraction of data.text", low=0.0, high=0.5)
     batch: int = knob(8, "sequences per step, on all devices together", unit="sequences", low=1)
     seq_len: int = knob(256, "length of each sequence", unit="tokens", low=1)
     pack: bool = knob(False, "fit whole documents into sequences instead of cutting them")
     document_mask: bool = knob(False, "mask attention between different documents of a sequence")
     eot: int = knob(
         -1,
-        "id of the token that separates documents in the shards; -1 takes their tokenizer's",
+        "id of the token that separates documents in the shards; -1 uses their tokenizer's",
         low=-1,
     )
     prefetch: int = knob(2, "batches to read ahead of the step; 0 reads in the loop", low=0)
@@ -104,7 +104,7 @@ class OptimConfig(Section):
     )
     rest: str = knob(
         "adamw",
-        "optimizer of embeddings, head and vectors; lmo steps by norms",
+        "optimizer of embeddings, head and vectors; lmo steps along norms",
         choices=("adamw", "lmo"),
     )
     learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
@@ -119,7 +119,8 @@ class OptimConfig(Section):
     )
     scale: str = knob(
         "spectral_max",
-        "factor of their steps: sqrt(max(1, out/in)), sqrt(out/in), 0.2*sqrt(max(in, out)), 1",
+        "factor of those steps, by choice: sqrt(max(1, out/in)), sqrt(out/in), "
+        "0.2*sqrt(max(in, out)), 1",
         choices=("spectral_max", "spectral", "match_rms", "none"),
     )
     per_head: bool = knob(False, "orthogonalise each head's slice as a matrix of its own")
@@ -131,8 +132,8 @@ class OptimConfig(Section):
     )
     strength: float = knob(
         0.25,
-        "accelerated_lmo: how far ahead the gradient is taken; transport: 1 is "
-        "momentum/(1-momentum) steps; ema_lookahead: in averaged steps, 0.6 in its paper",
+        "accelerated_lmo: how far ahead the gradient is taken; with transport, 1 is "
+        "momentum/(1-momentum) steps; with ema_lookahead, averaged steps (its paper uses 0.6)",
         low=0.0,
         high=1.0,
     )
@@ -141,13 +142,13 @@ class OptimConfig(Section):
     narrow_buffers: bool = knob(False, "store momentum and acceleration in bfloat16")
     ns_coefficients: str = knob(
         "jordan",
-        "coefficients of the Newton-Schulz polynomials; torch.optim.Muon has jordan",
+        "coefficients of the Newton-Schulz polynomials; torch.optim.Muon uses jordan",
         choices=("jordan", "quintic", "polar_express", "aol4"),
     )
     ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is one per polynomial", low=0, high=20)
     ns_dtype: str = knob(
         "bfloat16",
-        "type of the Newton-Schulz products; torch.optim.Muon has bfloat16",
+        "type of the Newton-Schulz products; torch.optim.Muon uses bfloat16",
         choices=("bfloat16", "float32", "float64"),
     )
     adam_b1: float = knob(0.9, "decay of AdamW's first moment", low=0.0, high=0.9999)
@@ -164,11 +165,13 @@ class OptimConfig(Section):
         low=0.0,
     )
     noise_tail: float = knob(
-        1.5, "tail index of the noise; its variance is infinite up to 2", low=1.01
+        1.5, "tail index of the noise; at 2 and below, its variance is infinite", low=1.01
     )
-    total_steps: int = knob(200, "last step of the schedule; follows --steps", unit="steps", low=1)
-    decay_fraction: float = knob(0.4, "wsd: final fraction of steps with decay", low=0.0, high=1.0)
-    final_scale: float = knob(0.0, "last rate as a fraction of the peak", low=0.0, high=1.0)
+    total_steps: int = knob(
+        200, "last step of the schedule; --steps unless set", unit="steps", low=1
+    )
+    decay_fraction: float = knob(0.4, "wsd: final fraction of steps that decay", low=0.0, high=1.0)
+    final_scale: float = knob(0.0, "final rate as a fraction of the peak", low=0.0, high=1.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -181,7 +184,7 @@ class MeshConfig(Section):
     PREFIX = "mesh."
 
     replica: int = knob(1, "number of copies of the parameters; -1 uses all devices left", low=-1)
-    fsdp: int = knob(-1, "devices that share a copy; -1 uses all devices left", low=-1)
+    fsdp: int = knob(-1, "devices that a copy is split over; -1 uses all devices left", low=-1)
     tensor: int = knob(1, "devices that split each layer; -1 uses all devices left", low=-1)
 
 
@@ -191,7 +194,7 @@ class CheckpointConfig(Section):
 
     storage: str = knob(
         "shared",
-        "workdir is on a disk that all hosts share, or on process 0's own disk (host0)",
+        "where workdir is: on a disk that all hosts share, or on process 0's own disk (host0)",
         choices=("shared", "host0"),
     )
 
@@ -200,21 +203,23 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     PREFIX = "sample."
 
-    prompt: str = knob("", "text that is continued at the end of a run; empty takes held-out text")
+    prompt: str = knob("", "text to continue at the end of a run; empty uses held-out text")
     tokens: int = knob(256, "tokens to sample at the end; 0 samples none", unit="tokens", low=0)
-    temperature: float = knob(0.7, "sampling temperature; 0 takes the likeliest token", low=0.0)
+    temperature: float = knob(
+        0.7, "sampling temperature; 0 always takes the likeliest token", low=0.0
+    )
     top_k: int = knob(50, "draw from this many of the likeliest tokens; 0 draws from all", low=0)
 
 
 @dataclass(frozen=True)
 class MeasureConfig(Section):
-    """What is measured besides the training. No value changes what is trained."""
+    """Additional measurements, which do not change the trained weights."""
 
     PREFIX = "measure."
 
     phases: bool = knob(False, "time each phase of a step separately, once")
     details: bool = knob(
-        False, "print the routes, optimizer groups and metrics of config.json at the start"
+        False, "at the start, print the routes, optimizer groups and metrics of config.json"
     )
 
 
@@ -229,5 +234,7 @@ class ProfileConfig(Section):
 class ExportConfig(Section):
     PREFIX = "export."
 
-    port: int = knob(0, "port of the metrics for Prometheus; 0 is none", low=0, high=65_535)
-    address: str = knob("127.0.0.1", "address of that port; 0.0.0.0 listens on every network")
+    port: int = knob(0, "port that serves metrics to Prometheus; 0 serves none", low=0, high=65_535)
+    address: str = knob(
+        "127.0.0.1", "address that export.port listens on; 0.0.0.0 is every network"
+    )

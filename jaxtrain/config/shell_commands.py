@@ -1,4 +1,4 @@
-"""Builds the commands that are printed for the user, so that each of them works when pasted."""
+"""Builds commands to print, which work when the user pastes them into a shell."""
 
 import os
 import shlex
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def jaxtrain_program() -> str:
-    """Returns the words that start our commands: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
+    """Returns how to start jaxtrain from a shell: `jaxtrain`, its path, or `PYTHON -m jaxtrain`.
 
-    The short form needs the `jaxtrain` on PATH to be the one that was installed with this
-    interpreter; another one would belong to another environment.
+    It returns `jaxtrain` only if the one on PATH was installed with this interpreter; otherwise
+    that one belongs to another environment.
     """
     installed = Path(sys.executable).with_name("jaxtrain")
     on_path = shutil.which("jaxtrain")

@@ -1,7 +1,7 @@
 """TrainConfig: every field of a run, with its type, default, unit and check.
 
 A config file in `configs/` returns `to_config_dict(TrainConfig())` with some values set; flags
-override them (`--model.L=6`); `freeze` makes of it the checked, frozen TrainConfig that code uses.
+override them (`--model.L=6`); `freeze` turns it into the checked, frozen TrainConfig for the code.
 This module and its sections do not import JAX.
 """
 
@@ -30,17 +30,17 @@ from jaxtrain.config.sections import (
     SampleConfig,
 )
 
-MAX_FIELDS = 100
+MAX_FIELDS = 100  # a test enforces it
 SectionType = TypeVar("SectionType", bound=Section)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """All fields of a run. A section checks its own values; this checks values across sections."""
+    """All fields of a run. Sections check their own values; this class checks across them."""
 
     seed: int = knob(0, "seed of the initial weights and of the data order", low=0)
     steps: int = knob(200, "optimizer steps of the run", unit="steps", low=1)
-    workdir: str = knob("runs/default", "folder of the run; a checkpoint in it is resumed")
+    workdir: str = knob("runs/default", "folder of the run, which resumes from a checkpoint in it")
     weights: str = knob(
         "", "Hugging Face folder or llm.c file to start from, unless workdir has a checkpoint"
     )
@@ -69,19 +69,19 @@ class TrainConfig(Section):
     )
     diagnose_every: int = knob(
         0,
-        "steps from one diagnosis of the optimizer to the next, each as slow as about two steps; 0 "
-        "makes none",
+        "steps from one diagnosis of the optimizer to the next, each of which takes about as long "
+        "as two steps; 0 makes none",
         unit="steps",
         low=0,
     )
     max_bad_steps: int = knob(
-        10, "stop after so many non-finite steps in a row, which are skipped", "steps", low=1
+        10, "stop after this many non-finite steps in a row; each is skipped", "steps", low=1
     )
     strict: bool = knob(False, "raise an error instead of using a slower fallback")
     deterministic: bool = knob(False, "make GPU runs bitwise repeatable, but slower")
     compile_cache: str = knob(
         "~/.cache/jaxtrain/xla",
-        "folder of compiled programs that later starts reuse; empty is none",
+        "folder that stores compiled programs for later starts; empty stores none",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -120,7 +120,7 @@ class TrainConfig(Section):
 def to_config_dict(config: TrainConfig) -> ConfigDict:
     """Returns the mutable form for config files and flags, in which types are checked.
 
-    `optim.total_steps` refers to `steps` and follows it until it is set itself.
+    `optim.total_steps` is a reference to `steps` until it is set itself.
     """
     config_dict = ConfigDict(dataclasses.asdict(config))
     optim: Any = config_dict.optim
@@ -145,8 +145,8 @@ def freeze(values: Any, cls: type = TrainConfig) -> Any:
             near = difflib.get_close_matches(key, fields, 1, cutoff=0.4)
             hint = f" Did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"config has no field {prefix}{key}.{hint} --help lists them all.")
-        # Checked before the sections are built, so that the error names the field that was set: a
-        # section's value may follow it, as optim.total_steps follows steps.
+        # Checked before the sections are built, so that the error names the field that was set, not
+        # one that is derived from it: optim.total_steps is a reference to steps.
         if reason := find_fault(fields[key], values[key]):
             raise field_error(cls, key, reason, values[key])
     arguments = {}
@@ -175,7 +175,7 @@ def describe_changes(stored: Mapping[str, Any], config: TrainConfig) -> list[str
     """Returns a line for each field that differs: `optim.learning_rate 0.02, was 0.01`.
 
     Args:
-        stored: the `flatten` of an earlier config, which may lack fields that are newer.
+        stored: the `flatten` of an earlier config, which may lack newer fields.
     """
     return [
         f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"
@@ -187,7 +187,7 @@ def describe_changes(stored: Mapping[str, Any], config: TrainConfig) -> list[str
 def config_hash(config: TrainConfig) -> str:
     """Returns 12 hex digits that are equal for two configs if they train the same weights.
 
-    Fields that say where results go, or what is measured, do not count.
+    Fields that set where results are written, or what is measured, are left out.
     """
     return _hash(config, "checkpoint.storage", "measure.", "profile.", "export.")
 

@@ -1,7 +1,7 @@
 r"""Compares training in jaxtrain and in PyTorch step by step, and names the first difference.
 
     jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
-    jaxtrain crosscheck record my.py --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
+    jaxtrain crosscheck record gpt_124m --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
         --steps=20 --out=ours.jsonl
     jaxtrain crosscheck compare ours.jsonl theirs.jsonl
 
@@ -244,7 +244,7 @@ VERBS = {
     "llmc": CommandForm("crosscheck", DOC, _define_llmc),
 }
 HELP = f"""{DOC}
-`run`, `record`, `compare` and `llmc` have their own flags: see `jaxtrain crosscheck run --help`.
+`run`, `record`, `compare` and `llmc` take different flags; see `jaxtrain crosscheck run --help`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Shares values and errors between processes, so that all of them go on or stop together."""
+"""Shares values and errors between processes, so that all of them continue or stop together."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from jax.experimental import multihost_utils
 from jaxtrain.errors import CheckpointError
 from jaxtrain.file_errors import describe_error
 
-MESSAGE_BYTES = 1024  # length to which a gathered text is cut
+MESSAGE_BYTES = 1024  # a gathered text is truncated to this length
 Value = TypeVar("Value")
 
 
 def broadcast_from_process_0(function: Callable[[], Value]) -> Value:
     """Calls function() on process 0 only and returns its JSON-able value on every process.
 
-    If the call fails, every process raises, so that none waits for the others in a collective.
+    If the call fails, every process raises, so that none is left waiting in a collective.
 
     Raises:
         CheckpointError: function raised it, or an OSError, on process 0.
         ValueError: function raised it on process 0.
-        Exception: any other on process 0; a CheckpointError with its text on the others.
+        Exception: function raised any other error: that one on process 0, and a CheckpointError
+            with its text on the other processes.
     """
     answer, raised = {}, None
     if jax.process_index() == 0:
@@ -52,8 +53,10 @@ def run_on_all_processes(function: Callable[[], Value]) -> Value:
         This process's own value.
 
     Raises:
-        ValueError: function raised one, or an OSError, on some process; the text is the first's.
-        Exception: any other, where it was raised; a ValueError with its text on the others.
+        ValueError: function raised one, or an OSError, on some process; the text is that of the
+            first such process.
+        Exception: function raised any other error: that one where it was raised, and a ValueError
+            with its text on the other processes.
     """
     value: Any = None
     raised = None
@@ -72,7 +75,7 @@ def run_on_all_processes(function: Callable[[], Value]) -> Value:
 
 
 def gather_texts(text: str) -> list[str]:
-    """Returns the texts of all processes, each cut to MESSAGE_BYTES, in the processes' order."""
+    """Returns the texts of all processes, each cut to MESSAGE_BYTES, in order of process."""
     if jax.process_count() == 1:
         return [text]
     padded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
@@ -81,7 +84,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def gather_first_error(error: str) -> str:
-    """Returns the first text that is not empty among those of all processes; "" if all are.
+    """Returns the first non-empty text among those of all processes; "" if all are empty.
 
     With several processes, the text is prefixed by the process that it comes from.
     """

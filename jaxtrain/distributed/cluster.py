@@ -1,18 +1,17 @@
-"""Finds out which process of which job this is, from the variables of the cluster's engine.
+"""Detects which process of which job this is, from environment variables of the cluster's engine.
 
-The JAX_* variables come first: launch.run and the Kubernetes and Ray templates set them, and so can
-the user. Open MPI, SLURM, SkyPilot and torchrun follow. All that `jax.distributed` needs is decided
-here; its own cluster detection is off.
+The JAX_* variables take precedence: launch.run, the Kubernetes and Ray templates, or the user set
+them. Open MPI, SLURM, SkyPilot and torchrun follow. All arguments of `jax.distributed.initialize`
+are decided here; its own cluster detection is off.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-PORT = 62_317  # of the coordinator, if the engine names a host but no port
-# Jobs that share a host need different ports: 61,440 + the job's number modulo 4,096, as in JAX.
+PORT = 62_317  # the coordinator's port if the engine names a host but no port
+# Jobs that share a host need different ports: 61,440 + (the job's number modulo 4,096), as in JAX.
 FIRST_PORT, PORTS = 61_440, 4_096
-
 
 Environment = Mapping[str, str]
 
@@ -26,8 +25,8 @@ class World(NamedTuple):
         processes: how many there are.
         process: index of this one.
         local_devices: indices of the host's devices that this process uses; None uses all.
-        planned: processes that the batch was laid out for, if the job now runs with fewer.
-        devices: how many devices this process must find; 0 accepts any number.
+        planned: how many processes the job was planned with; it may now run with fewer.
+        devices: number of devices that this process must find; 0 accepts any number.
     """
 
     engine: str = "alone"
@@ -127,7 +126,10 @@ def _from_open_mpi(env: Environment) -> World | None:
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")  # 1734.0;tcp://10.0.0.1,10.1.0.1:43911
     match = re.search(r"tcp://([^,:]+)", uri)
     if not match:
-        raise ValueError("Open MPI names no address of mpirun: set --coordinator=HOST:PORT.")
+        raise ValueError(
+            "Open MPI must set mpirun's address in OMPI_MCA_orte_hnp_uri; got "
+            f"{uri!r}. Set --coordinator=HOST:PORT, --processes and --process."
+        )
     job = int(uri.partition(".")[0] or 0) >> 16  # the lower 16 bits count what mpirun has started
     return _world(
         f"{match[1]}:{FIRST_PORT + job % PORTS}",
@@ -148,7 +150,7 @@ def _from_torchrun(env: Environment) -> World | None:
     if "MASTER_ADDR" not in env or "WORLD_SIZE" not in env:
         return None
     return _world(
-        f"{env['MASTER_ADDR']}:{PORT}",  # not MASTER_PORT, where torchrun's own store listens
+        f"{env['MASTER_ADDR']}:{PORT}",  # torchrun's own store listens on MASTER_PORT
         int(env["WORLD_SIZE"]),
         int(env["RANK"]),
         _local_device(env, "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
@@ -162,8 +164,8 @@ def _local_device(env: Environment, size: str, rank: str) -> tuple[int] | None:
 
 ENGINES: dict[str, Callable[[Environment], World | None]] = {
     "JAX_*": _from_jax_variables,
-    # Before SLURM: in an allocation, mpirun's processes also have the variables of the SLURM step
-    # in which mpirun's daemons run.
+    # Before SLURM: in an allocation, mpirun's daemons run as a SLURM step, so the processes that
+    # they start have the variables of both.
     "Open MPI": _from_open_mpi,
     "SLURM": _from_slurm,
     "SkyPilot": _from_skypilot,

@@ -1,8 +1,8 @@
-"""Tells the launcher how far this process is, so that a hang is found and located.
+"""Writes a heartbeat file that shows the launcher how far this process is, and where it hangs.
 
-A rank that hangs in a collective or in its data stays alive, and JAX sets no time limit for it. The
-launcher therefore names a file in JAXTRAIN_BEAT, and watches from outside whether it changes. On
-SIGUSR1 the process writes the stacks of all its threads to standard error.
+A process that hangs in a collective or in data loading stays alive, and JAX has no time limit for
+it. The launcher therefore sets JAXTRAIN_BEAT to the path of a file, and watches whether the file
+changes. On SIGUSR1 the process writes the stacks of all its threads to standard error.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import signal
 import time
 
 PATH = "JAXTRAIN_BEAT"
-BEAT_BYTES = 256  # all beats have one size: on a full disk the file can be overwritten, not grow
+BEAT_BYTES = 256  # a beat overwrites one of equal size, which works on a full disk too
 
 
 class Heartbeat:
-    """Writes {"beats", "step", "phase", "time", "step_s"} at each call; idle without JAXTRAIN_BEAT.
+    """Writes {"beats", "step", "phase", "time", "step_s"} when called; off without JAXTRAIN_BEAT.
 
-    Every rank makes the same beats in the same order, so the one with the fewest is the one that
-    the others wait for. A beat costs 20 us.
+    Every process makes the same beats in the same order, so the others wait for the one with the
+    fewest. A beat takes 20 us.
     """
 
     def __init__(self):
@@ -35,13 +35,13 @@ class Heartbeat:
 
         Args:
             phase: start, compile, train, eval, save or end.
-            step: the newest that was begun; None if it is still the last one passed.
+            step: the newest step that has begun; None if that has not changed.
         """
         if not self._path:
             return
         record, now_s = self._record, time.time()
         if phase == "train" and step != record["step"]:
-            if record["phase"] == "train":  # else the time since then is not that of a step
+            if record["phase"] == "train":  # otherwise other phases are included in that time
                 record["step_s"] = now_s - self._step_started_s
             self._step_started_s = now_s
         record |= {"beats": record["beats"] + 1, "phase": phase, "time": now_s}
@@ -53,4 +53,4 @@ class Heartbeat:
                 beats.write(json.dumps(record).ljust(BEAT_BYTES).encode())
 
 
-beat = Heartbeat()  # the one of this process
+beat = Heartbeat()  # of this process

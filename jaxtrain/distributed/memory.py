@@ -9,14 +9,14 @@ VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def environment() -> dict[str, str]:
-    """Returns the variable to set before JAX's first array; {} if the user has set one."""
+    """Returns the environment to set before JAX's first array; {} if the user has set it."""
     if any(os.environ.get(name) for name in VARIABLES):
         return {}
     return {VARIABLES[0]: str(DEFAULT_FRACTION)}
 
 
 def fraction() -> float:
-    """Returns the fraction that the user has set, else DEFAULT_FRACTION.
+    """Returns the fraction that the user has set, or else DEFAULT_FRACTION.
 
     Raises:
         ValueError: the user's fraction is outside (0, 1].

@@ -1,8 +1,8 @@
 """Builds the device mesh (replica, fsdp, tensor) and gives every array its sharding on it.
 
 Stored parameters are split: D over fsdp; heads, ffn width and vocabulary over tensor. The layer
-dim L is never split, as every iteration of the scan over layers would gather the whole stack.
-Vectors are small and are replicated.
+dim L is never split, because each iteration of the scan over layers would then gather the whole
+stack. Vectors are small and are replicated.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ LETTER_AXIS = {"D": "fsdp", "H": "tensor", "G": "tensor", "F": "tensor", "V": "t
 def platform() -> str:
     """Returns the platform that programs are traced for: "cpu" or "gpu".
 
-    The default device decides, which may be a GPU that is compiled for without being present.
+    It is that of the default device, which may be an absent GPU that programs are compiled for.
     """
     default_device = getattr(jax.config, "jax_default_device", None)
     return getattr(default_device, "platform", None) or jax.default_backend()
@@ -42,9 +42,8 @@ def build_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if np.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh.replica x mesh.fsdp x mesh.tensor must be the {len(devices)} devices; got "
-            f"replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one to -1, or "
-            "--mesh.*."
+            f"mesh.replica x mesh.fsdp x mesh.tensor must equal the device count, {len(devices)}; "
+            f"got replica={cfg.replica} fsdp={cfg.fsdp} tensor={cfg.tensor}. Set one of them to -1."
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -64,8 +63,8 @@ def param_spec(
 ) -> P:
     """Returns how a parameter is split over the mesh axes in `over`.
 
-    With over=("tensor",) it is the layout in use, gathered over fsdp. A dim that a mesh axis does
-    not divide, or whose axis already splits an earlier dim, stays whole.
+    over=("tensor",) gives the layout in which the parameter is used, gathered over fsdp. A dim that
+    a mesh axis does not divide, or whose axis already splits an earlier dim, stays whole.
     """
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
@@ -102,5 +101,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device has in full."""
+    """Returns the sharding of an array of which every device has a full copy."""
     return NamedSharding(mesh, P())

@@ -1,4 +1,4 @@
-"""Stops a run on Ctrl-C, SIGTERM or SIGHUP: answers at once, saves between two steps, then exits.
+"""Stops a run on Ctrl-C, SIGTERM or SIGHUP: prints a line at once, saves after the step, and exits.
 
 | signal | before the first step | during training | a second one |
 |---|---|---|---|
@@ -6,9 +6,9 @@
 | SIGINT (Ctrl-C) | exits with INTERRUPTED | saves, exits with INTERRUPTED | exits at once: 130 |
 | SIGHUP | exits with PREEMPTED | saves, exits with PREEMPTED | is ignored |
 
-Python runs a signal handler only between two bytecodes of the main thread, so nothing would answer
-while XLA compiles or the host waits for a step. But the interpreter also writes each signal's
-number to a file descriptor at once (`signal.set_wakeup_fd`), and a thread here reads that.
+Python runs a signal handler only between two bytecodes of the main thread, so it would print
+nothing while XLA compiles or the host waits for a step. But the interpreter also writes each
+signal's number to a file descriptor at once (`signal.set_wakeup_fd`), which a thread reads here.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ class SignalListener:
     """Calls a function in a thread for each signal; a context manager that may be nested.
 
     Args:
-        numbers: the signals.
-        answer: called with the number, in the thread, while the main thread may be in C++ code.
-        handler: Python's usual handler, called in the main thread when it runs Python again.
+        numbers: the signals to listen for.
+        answer: called in the thread with the number, even while the main thread is in C++ code.
+        handler: an ordinary handler, called in the main thread once that runs Python code again.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class SignalListener:
                     self._answer(number)
 
 
-_LISTENERS: list[SignalListener] = []  # those that are entered
+_LISTENERS: list[SignalListener] = []  # that have been entered
 
 
-def _forget_in_child():
+def _forget_in_child() -> None:
     """Restores the former handlers in a forked child.
 
     The child shares the pipe with its parent, whose thread would answer the child's signals.
@@ -107,7 +107,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def end_now(status: int) -> NoReturn:
-    """Exits without running another line of the main thread, as kill -9 would."""
+    """Exits at once: no other Python code runs, as after kill -9."""
     os._exit(status)
 
 
@@ -120,8 +120,8 @@ class StopListener(SignalListener):
     """Receives the signal that stops a run.
 
     Before the first step there is nothing to save, and a signal ends the process at once. After
-    `defer_signals`, the first signal is left to the training loop, which asks `agreed_signal` for
-    it; a second one ends the process at once.
+    `defer_signals`, the first signal is left to the training loop, which polls `agreed_signal`; a
+    second signal ends the process at once.
 
     SIGHUP means that the terminal is gone, for instance because an ssh connection was lost. The
     kernel, the shell and the session manager may each send one, and a SIGTERM as well. So a SIGHUP
@@ -142,7 +142,7 @@ class StopListener(SignalListener):
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)
         super().__init__(numbers, self._on_signal, lambda number, frame: None)
-        self.signal: signal.Signals | None = None  # the one to stop for
+        self.signal: signal.Signals | None = None  # the signal to stop for
         self._several, self._forwarded = several, False
         self._activity, self._promise = "starting", ""
         self._calls = 0  # of agreed_signal
@@ -155,7 +155,7 @@ class StopListener(SignalListener):
         """Leaves the first signal to the training loop from now on.
 
         Args:
-            promise: what the signal's line announces: "saving after this step, then stopping".
+            promise: text of the line that is printed: "saving after this step, then stopping".
         """
         self._promise = promise
 
@@ -175,7 +175,7 @@ class StopListener(SignalListener):
             logging.warning("%s: %s%s", name, self._promise, hint)
         else:
             logging.warning(
-                "%s while %s: ended before the first step; the same command starts again",
+                "%s while %s: ended before the first step; run the same command to start again",
                 name,
                 self._activity,
             )
@@ -192,8 +192,8 @@ class StopListener(SignalListener):
     def agreed_signal(self) -> signal.Signals | None:
         """Returns the signal to stop for at this step, the same on every process, or None.
 
-        Every process must call it equally often: JAX counts the calls to agree on the one at which
-        all stop. A call costs microseconds.
+        Every process must call it equally often, because JAX counts the calls to agree on the one
+        at which all stop. A call takes microseconds.
         """
         if not self._several or self.signal is not None:
             return self.signal
@@ -207,7 +207,7 @@ class StopListener(SignalListener):
 
 
 def _silence_lost_terminal() -> None:
-    """Redirects output from a terminal that is gone to /dev/null; else a print would raise."""
+    """Redirects output to /dev/null if the terminal is gone; otherwise a print would raise."""
     for fd in (1, 2):
         for _ in range(20):  # Linux sends SIGHUP shortly before it hangs up the terminal
             try:

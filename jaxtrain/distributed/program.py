@@ -2,9 +2,9 @@
 
 | status | meaning |
 |---|---|
-| 0 | the command has done its work |
+| 0 | success |
 | 1 | an unexpected error, printed with its traceback |
-| PREEMPTED (75) | a signal stopped the run and nothing is lost; the same command goes on |
+| PREEMPTED (75) | a signal stopped the run and nothing is lost; the same command resumes it |
 | REFUSED (78) | bad input, damaged checkpoint, full disk, too little memory: one line explains it |
 | INTERRUPTED (130) | Ctrl-C |
 
@@ -37,14 +37,14 @@ def run_main(
     argv: list[str] | None = None,
     prog: str = "python -m jaxtrain",
 ) -> None:
-    """Reads the command line, runs main, and exits the process with main's status.
+    """Reads the command line, runs main, and exits the process with the status that main returns.
 
     With several processes, all exit together if main returns. A process whose main raises exits at
-    once and does not wait for the others, which would wait for it.
+    once: it cannot wait for the others, which may be waiting for it.
 
     Args:
-        main: the command. It is passed the command line's words if `form` accepts any.
-        errors: exceptions that end in one line, besides ValueError and CheckpointError.
+        main: the command. Its argument is the list of words, if `form` accepts any words.
+        errors: exceptions to print in one line, besides ValueError and CheckpointError.
         form: what the command line may contain.
         argv: the arguments; by default those of the process.
         prog: what the user typed to start the command.
@@ -76,7 +76,7 @@ def run_main(
 
 
 def _describe_refusal(error: Exception, errors: Sequence[type[Exception]]) -> str | None:
-    """Returns the line for an error that the same start would meet again; None for others."""
+    """Returns the message of an error that would recur at the same start; None for others."""
     if isinstance(error, (ValueError, CheckpointError, *errors)) and not is_runtime_error(error):
         return str(error)
     if is_file_error(error):
@@ -89,26 +89,26 @@ def _describe_refusal(error: Exception, errors: Sequence[type[Exception]]) -> st
 def is_runtime_error(error: BaseException) -> bool:
     """Returns whether JAX's runtime raised the error.
 
-    The type does not tell: a collective whose peer has died raises a plain ValueError.
+    The type does not show it: a collective whose peer has died raises a plain ValueError.
     """
     return bool(re.match(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|DEADLINE_EXCEEDED): ", str(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether a device ran out of memory; a full disk is RESOURCE_EXHAUSTED too."""
+    """Returns whether a device ran out of memory; a full disk is RESOURCE_EXHAUSTED, too."""
     return bool(re.match(r"RESOURCE_EXHAUSTED: .*out of memory", str(error), re.I | re.S))
 
 
 def describe_out_of_memory(error: BaseException) -> str:
     """Returns the error of a device that ran out of memory, with the flags that reduce it."""
     return (
-        f"a device's memory must hold the step; got {str(error).splitlines()[0]} Raise "
+        f"the step must fit in the device's memory; got {str(error).splitlines()[0]} Raise "
         "--accumulation, or set --model.remat=full; python -m jaxtrain.plan --fit shows what fits "
         "a GPU."
     )
 
 
 def exit_refused(reason: object) -> NoReturn:
-    """Prints the reason and exits with status REFUSED: the same start would fail again."""
+    """Prints the reason, and exits with status REFUSED."""
     print(f"error: {reason}", file=sys.stderr)
     exit_process(REFUSED)

@@ -1,4 +1,4 @@
-"""Starts and ends JAX in this process: settings, compile cache, and the other processes of a job.
+"""Starts and ends JAX in this process: its settings, compile cache, and connection to others.
 
 `start_runtime` must run before the first array, because JAX reads most of its settings only once.
 """
@@ -18,9 +18,9 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed import memory
 from jaxtrain.distributed.cluster import World, check_world
 
-HEARTBEAT_S = 20  # silence of a process after which JAX ends all; shorter network outages pass
-JOIN_S = 300  # within which all processes must have started
-EXIT_DELAY_S = 1.0  # process 0 exits so much later, because it hosts JAX's coordination service
+HEARTBEAT_S = 20  # JAX ends all processes if one is silent for longer, by death or network outage
+JOIN_S = 300  # time within which all processes must have started
+EXIT_DELAY_S = 1.0  # process 0 exits this much later, because it hosts JAX's coordination service
 SINGLE_PROCESS = World()
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
 
@@ -33,7 +33,7 @@ def start_runtime(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> None:
             another number of devices than the inventory states.
     """
     check_world(world)
-    memory.fraction()  # raises
+    memory.fraction()  # raises if it is invalid
     os.environ.update(memory.environment())
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if cfg.deterministic and DETERMINISTIC_FLAGS not in xla_flags:
@@ -42,7 +42,7 @@ def start_runtime(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> None:
     if uses_compile_cache(world.processes) and (cache := find_compile_cache(cfg.compile_cache)):
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # By default JAX stores only programs that take over 1 s to compile. But initialisation
-        # compiles many small ones, for 1.7 s in all.
+        # compiles many small ones, which takes 1.7 s in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if world.processes > 1:
@@ -81,7 +81,7 @@ def is_set_to_cpu() -> bool:
 def uses_compile_cache(processes: int) -> bool:
     """Returns whether compiled programs are stored on disk: not with several processes on GPUs.
 
-    These share a program's autotuning results, so that all compile the same program; otherwise
+    Processes on GPUs share autotuning results, so that all compile the same program; otherwise
     collectives may be ordered differently and hang (https://github.com/openxla/xla/issues/7716).
     JAX writes its cache on process 0 only. At the next start process 0 would read the program from
     there, while the others compile it and wait for the autotuning results of process 0. This
@@ -93,8 +93,8 @@ def uses_compile_cache(processes: int) -> bool:
 def bind_address(coordinator: str) -> str | None:
     """Returns the address on which process 0 listens; None for every network of the host.
 
-    A literal IP address limits it to that network. A host name cannot: in /etc/hosts it often is
-    127.0.1.1, which other hosts cannot reach.
+    A literal IP address limits it to that network. A host name cannot, because /etc/hosts often
+    maps it to 127.0.1.1, which other hosts cannot reach.
     """
     host = coordinator.rpartition(":")[0].strip("[]")
     try:
@@ -105,12 +105,12 @@ def bind_address(coordinator: str) -> str | None:
 
 
 def join_processes(world: World) -> None:
-    """Connects this process to the others, so that the death of one is an error in all, no hang.
+    """Connects this process to the others, so that when one dies, the others fail rather than hang.
 
     On CPU, gloo raises the error within seconds. On GPUs an NCCL collective does not end when a
     peer dies (XLA's xla_gpu_nccl_terminate_on_error is off); instead JAX ends all processes when
     one has been silent for HEARTBEAT_S. That was tested with processes waiting on a CPU host, never
-    with NCCL. A peer that hangs without dying is only detected by the launcher.
+    with NCCL. Only the launcher detects a peer that hangs without dying.
     """
     # With "recoverability" off, JAX ends all processes when one dies, but after an error a process
     # waits for the dead peer when it exits. With it on, JAX ends none.
@@ -120,7 +120,7 @@ def join_processes(world: World) -> None:
         world.processes,
         world.process,
         local_device_ids=world.local_devices,
-        cluster_detection_method="deactivate",  # detect_world has done it
+        cluster_detection_method="deactivate",  # detect_world has done this
         heartbeat_timeout_seconds=HEARTBEAT_S,
         initialization_timeout=JOIN_S,
         coordinator_bind_address=bind_address(world.coordinator),
@@ -135,7 +135,7 @@ def join_processes(world: World) -> None:
 
 
 def exit_together(status: int | None) -> NoReturn:
-    """Exits when all processes have called it.
+    """Exits once all processes have called this.
 
     JAX's own exit would let process 0 end first; the others would then abort, because the
     coordination service that it hosts is gone.
@@ -150,7 +150,7 @@ def exit_together(status: int | None) -> NoReturn:
 
 
 def exit_process(status: int | None) -> NoReturn:
-    """Exits; with several processes without JAX's exit barrier, which would wait for dead peers."""
+    """Exits, skipping JAX's exit barrier among several processes, which would await dead peers."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -161,8 +161,8 @@ def exit_process(status: int | None) -> NoReturn:
 def fit_config_to_world(cfg: TrainConfig, world: World) -> TrainConfig:
     """Returns the config for a job that runs with fewer processes than planned.
 
-    The batch stays the same and is accumulated over more microbatches, so that each device still
-    needs no more memory.
+    The batch stays the same and is accumulated over more microbatches, so that no device
+    needs more memory.
 
     Raises:
         ValueError: no number of microbatches divides the batch over the devices.

@@ -4,8 +4,8 @@
     jaxtrain doctor --workdir=/scratch/run
     jaxtrain doctor --json
 
-It changes nothing. JAX is started in a process of its own, so that a broken driver cannot hang the
-report. Exit status: 1 if there is a PROBLEM, else 0.
+It changes nothing on this machine. JAX starts in a separate process, so that a broken driver cannot
+hang the report. The exit status is 1 if there is a PROBLEM, else 0.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from jaxtrain.doctor import devices, gpu, host, versions
 from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, run_check
 from pallas_kernels.arguments import Parser
 
-DEVICES_S = 60.0  # JAX takes 20 s to find eight cards whose driver sleeps
+DEVICES_S = 60.0  # JAX takes 20 s to find eight GPUs that the driver must first initialise
 MARKS = {OK: "ok", WARNING: "warning", PROBLEM: "PROBLEM"}
 
 
@@ -49,7 +49,7 @@ def run_checks(workdir: Path, seconds: float) -> list[Check]:
         workdir: the folder that runs will be written to.
         seconds: how long JAX may take to find devices.
     """
-    devices_process = devices.DevicesProcess()  # runs while the other checks do
+    devices_process = devices.DevicesProcess()  # runs in parallel with the other checks
     pip = f"{python_program()} -m pip" if importlib.util.find_spec("pip") else "uv pip"
     try:
         gpus = gpu.find_gpus()
@@ -88,7 +88,7 @@ def run_checks(workdir: Path, seconds: float) -> list[Check]:
 
 
 def _check_cache() -> Check:
-    from jaxtrain.config.train_config import TrainConfig  # imports packages that may be missing
+    from jaxtrain.config.train_config import TrainConfig  # needs packages that may be missing
 
     return host.check_cache(TrainConfig().compile_cache)
 
@@ -116,17 +116,17 @@ def format_checks(checks: list[Check], prog: str) -> str:
 def parse(
     argv: list[str] | None = None, prog: str = "python -m jaxtrain.doctor"
 ) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = Parser(prog, rewrite_commands(__doc__, prog))
     parser.add_argument(
-        "--workdir", type=Path, default=Path("runs"), help="folder for runs; %(default)s"
+        "--workdir", type=Path, default=Path("runs"), help="folder for runs (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the checks as JSON, for scripts")
     parser.add_argument(
         "--seconds",
         type=float,
         default=DEVICES_S,
-        help="time limit for JAX to find devices; %(default)s",
+        help="time limit for JAX to find devices (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

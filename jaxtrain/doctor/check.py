@@ -1,4 +1,4 @@
-"""The result of a check, and functions to run checks and programs that may fail or hang."""
+"""Defines the result of a check, and runs checks and programs that may fail or hang."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-KILLED_S = 1.0
+KILLED_S = 1.0  # time that a killed program has to end
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 # Returns the version of an installed package, or None.
 InstalledVersion = Callable[[str], str | None]
@@ -17,10 +17,10 @@ class Check(NamedTuple):
     """One line of the report.
 
     Attributes:
-        name: what was checked, in one word or two.
+        name: what was checked, in one or two words.
         value: what was found.
         state: OK, WARNING (training works, or this part is optional) or PROBLEM.
-        fix: the command that fixes it, to be pasted; empty if there is nothing to fix.
+        fix: a shell command that fixes it; empty if there is nothing to fix or no command does.
     """
 
     name: str
@@ -40,11 +40,11 @@ def run_check(name: str, check: Callable[[], Check | Iterable[Check]]) -> list[C
 
 
 def read_output(argv: list[str], seconds: float) -> str | None:
-    """Runs a program and returns what it prints; None if it does not end in time.
+    """Runs a program and returns its standard output; None if it does not end in time.
 
     Raises:
         OSError: it cannot be started.
-        RuntimeError: it failed; the text is its last line.
+        RuntimeError: it failed; the text is the last line that it printed.
     """
     process = start_program(argv)
     try:

@@ -1,4 +1,4 @@
-"""Checks the devices that JAX finds, in a process of its own: a broken driver can hang or end it.
+"""Checks the devices that JAX finds, in a separate process, which a broken driver may hang or kill.
 
     python -m jaxtrain.doctor.devices
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtrain.doctor.check import PROBLEM, WARNING, Check, kill_program, start_program
 
-MARK = "jaxtrain devices: "  # begins the line of JSON; libraries may print other lines
+MARK = "jaxtrain devices: "  # prefix of the line of JSON; libraries may print other lines
 
 
 def find_devices() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def find_devices() -> dict[str, Any]:
     from jaxtrain.ops.routes import cpu_multiplies_bf16
 
     os.environ.update(memory.environment())
-    # JAX must not reserve the memory: another program may be training on the GPU.
+    # JAX must not preallocate memory, because another program may be training on the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = jax.local_devices()
     first = devices[0]
@@ -53,7 +53,7 @@ def _cudnn_version() -> int | None:
         from jax._src.lib import cuda_versions
 
         return cuda_versions.cudnn_get_version() if cuda_versions else None
-    except Exception:  # a private module of JAX: absent, or without cuDNN
+    except Exception:  # this private module of JAX may be missing, or not find cuDNN
         return None
 
 
@@ -69,7 +69,7 @@ class DevicesProcess:
         self.process = start_program(argv, os.environ | {"PYTHONPATH": path})
 
     def wait(self, seconds: float) -> tuple[dict[str, Any], str]:
-        """Returns (the devices, ""), or ({}, why there are none), `seconds` after the start."""
+        """Returns (devices, ""), or ({}, reason) if there are none `seconds` after the start."""
         left_s = max(0.0, seconds - (time.monotonic() - self.started_s))
         try:
             out, err = self.process.communicate(timeout=left_s)
@@ -116,18 +116,18 @@ def check_devices(found: dict[str, Any], reason: str, has_gpu: bool) -> list[Che
             devices = Check("devices", f"{text}; FALLBACK: JAX does not use the GPU", PROBLEM)
     checks = [devices]
     if not found["product"]:
-        checks.append(Check("devices", "the product of two matrices is wrong", PROBLEM))
+        checks.append(Check("devices", "a test product of two matrices is wrong", PROBLEM))
     return [*checks, _check_bf16(found), *_check_cudnn(found)]
 
 
 def _check_bf16(found: dict[str, Any]) -> Check:
     if found["platform"] == "cpu":
-        fast = "fast: AMX, AVX512-BF16 or Arm's"
-        slow = "this CPU has no bf16 products: --model.dtype=float32 is faster"
+        fast = "fast: this CPU has AMX, AVX512-BF16 or Arm's BF16 instructions"
+        slow = "this CPU has no bf16 instructions; --model.dtype=float32 is faster"
         return Check("bf16", fast if found["bf16"] else slow)
     capability = tuple(int(part) for part in found["capability"].split(".") if part.isdigit())
     if capability and capability < (8, 0):
-        text = f"compute capability {found['capability']} has no bf16 products (8.0 has)"
+        text = f"compute capability {found['capability']} has no bf16 instructions; 8.0 has"
         return Check("bf16", text, WARNING, "jaxtrain train CONFIG --model.dtype=float32")
     return Check("bf16", f"fast: compute capability {found['capability'] or 'unknown'}")
 
@@ -136,7 +136,7 @@ def _check_cudnn(found: dict[str, Any]) -> list[Check]:
     if found["platform"] != "gpu":
         return []
     if found["cudnn"] is None:
-        text = "JAX does not find it: attention uses XLA's own products, which are slower"
+        text = "JAX does not find it, so attention uses slower kernels of XLA"
         return [Check("cudnn", text, WARNING, "pip install nvidia-cudnn-cu12")]
     version = found["cudnn"]
     return [Check("cudnn", f"{version // 10_000}.{version // 100 % 100}.{version % 100}")]

@@ -1,4 +1,4 @@
-"""Checks NVIDIA's driver and cards without CUDA, so that a broken driver cannot hang the check."""
+"""Checks NVIDIA's driver and GPUs without CUDA, so that a broken driver cannot hang the check."""
 
 import csv
 import glob
@@ -14,7 +14,7 @@ from jaxtrain.doctor.versions import INSTALL_DRIVER
 from pallas_kernels.quiet import has_gpu
 
 FIELDS: tuple[str, ...] = ("name", "driver_version", "memory.total", "memory.used", "compute_cap")
-ANSWER_S = 4.0  # for nvidia-smi, which takes 1 to 3 s to wake sleeping cards
+ANSWER_S = 4.0  # nvidia-smi takes 1 to 3 s if the driver must first initialise the GPUs
 VERSION = Path("/proc/driver/nvidia/version")
 READ_LOG = "sudo dmesg | grep -i -e nvrm -e xid"
 
@@ -23,10 +23,10 @@ class Gpus(NamedTuple):
     """The GPUs of this machine, as far as the driver reports them.
 
     Attributes:
-        found: whether there are device files of a GPU.
+        found: whether a GPU has a device file.
         driver: the driver's version; "" if unknown.
         cards: {field: value} of each card, with FIELDS.
-        fault: why nvidia-smi reports no cards; "" if it does.
+        fault: why nvidia-smi reports no GPU; "" if it reports any.
     """
 
     found: bool
@@ -90,7 +90,7 @@ def check_cards(gpus: Gpus, pci_gpus: int) -> list[Check]:
     if gpus.driver or "does not answer" in gpus.fault:
         return [Check("cards", f"the driver is loaded, but {gpus.fault}", PROBLEM, READ_LOG)]
     if pci_gpus:
-        text = f"{pci_gpus} from NVIDIA, but without a driver: training runs on the CPU"
+        text = f"NVIDIA GPUs: {pci_gpus}, but no driver: training runs on the CPU"
         return [Check("cards", text, WARNING, INSTALL_DRIVER)]
     return [Check("cards", "no NVIDIA GPU: training runs on the CPU")]
 
@@ -100,8 +100,10 @@ def _check_used_memory(gpus: Gpus) -> Iterator[Check]:
     for i, card in enumerate(gpus.cards):
         try:
             used, total = float(card["memory.used"]), float(card["memory.total"])
-        except ValueError:  # [N/A]: the GPU shares the host's memory
+        except ValueError:  # [N/A] if the GPU shares the host's memory
             continue
         if used > 0.05 * total:
-            text = f"card {i} has {used / 1024:.1f} of {total / 1024:.1f} GiB in use by others"
+            text = (
+                f"card {i} has {used / 1024:.1f} of {total / 1024:.1f} GiB in use by other programs"
+            )
             yield Check("cards", text, WARNING, "nvidia-smi   # lists the processes that use it")

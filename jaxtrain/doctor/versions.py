@@ -11,7 +11,7 @@ from jaxtrain.doctor.check import OK, PROBLEM, WARNING, Check, InstalledVersion
 MIN_DRIVER = {12: 525, 13: 580}
 MIN_CAPABILITY = {12: (5, 2), 13: (7, 5)}
 TESTED_PYTHONS = ((3, 11), (3, 12))
-CUDAS = (13, 12)  # the first that the driver supports is recommended
+CUDAS = (13, 12)  # in order of preference
 INSTALL_DRIVER = (
     "sudo apt-get install -y nvidia-driver-580-server   # or https://nvidia.com/drivers"
 )
@@ -20,7 +20,7 @@ INSTALL_DRIVER = (
 def parse_requirement(text: str) -> Any:
     """Parses a requirement such as `jax>=0.10.2,<0.12` into a Requirement of `packaging`.
 
-    Uses pip's copy of `packaging` if that package is itself missing.
+    It uses pip's copy of `packaging` if that package is missing.
     """
     try:
         from packaging.requirements import Requirement
@@ -81,8 +81,8 @@ def check_jax(installed: InstalledVersion, requirements: Iterable[str], pip: str
     parsed = [parse_requirement(text) for text in requirements]
     allowed = [need.specifier for need in parsed if need.name == "jaxlib" and need.marker is None]
     if allowed and allowed[0].contains(jaxlib, prereleases=True):
-        return Check("jax", f"{text}: versions that differ, which JAX allows", WARNING, fix)
-    return Check("jax", f"{text}: versions that do not fit together", PROBLEM, fix)
+        return Check("jax", f"{text}: they differ, which JAX allows", WARNING, fix)
+    return Check("jax", f"{text}: they are incompatible", PROBLEM, fix)
 
 
 def find_plugins(installed: InstalledVersion) -> dict[int, dict[str, str]]:
@@ -100,7 +100,7 @@ def find_plugins(installed: InstalledVersion) -> dict[int, dict[str, str]]:
 
 
 def check_plugin(installed: InstalledVersion, has_gpu: bool, driver: str, pip: str) -> Check:
-    """Checks that JAX's CUDA plugin is installed if there is a GPU, and fits jax.
+    """Checks that JAX's CUDA plugin is installed if there is a GPU, and matches jax.
 
     Args:
         installed: returns the installed version of a package, or None.
@@ -122,7 +122,9 @@ def check_plugin(installed: InstalledVersion, has_gpu: bool, driver: str, pip: s
     state = PROBLEM if has_gpu else WARNING
     repair = f'{pip} install "jax[cuda{cuda}]=={jax}"'
     if any(version != jax for version in versions.values()):
-        return Check("plugin", f"{text}: not for jax {jax}, so JAX ignores it", state, repair)
+        return Check(
+            "plugin", f"{text}: does not match jax {jax}, so JAX ignores it", state, repair
+        )
     if len(versions) == 1:
         return Check("plugin", f"{text}: its other package is missing", state, repair)
     if not has_gpu:
@@ -137,7 +139,7 @@ def major(version: str) -> int:
 
 
 def recommend_cuda(driver: str) -> int:
-    """Returns the newest CUDA that a driver supports; for an unknown driver the newest of all."""
+    """Returns the newest CUDA that a driver supports; the newest of all for an unknown driver."""
     if not major(driver):
         return CUDAS[0]
     return next((cuda for cuda in CUDAS if major(driver) >= MIN_DRIVER[cuda]), CUDAS[-1])
@@ -146,7 +148,7 @@ def recommend_cuda(driver: str) -> int:
 def check_driver(
     driver: str, capability: tuple[int, ...] | None, installed: InstalledVersion, pip: str
 ) -> Check:
-    """Checks that the plugin's CUDA supports NVIDIA's driver and the GPU's architecture."""
+    """Checks that the driver and the GPU are new enough for the plugin's CUDA version."""
     plugins, jax = find_plugins(installed), installed("jax")
     cuda = max(plugins, default=recommend_cuda(driver))
     minimum, text = MIN_DRIVER[cuda], f"NVIDIA {driver or 'of unknown version'}"

@@ -1,1 +1,1 @@
-"""The run directory: reads its config and summary, and locks it for a single writer."""
+"""Reads a run directory's config and summary, and locks it so that only one run writes to it."""

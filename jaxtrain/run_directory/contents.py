@@ -10,7 +10,7 @@ from absl import logging
 from jaxtrain.config import train_config as config_lib
 
 CONFIG, SUMMARY = "config.json", "summary.json"
-EVAL_LOSS = "eval/loss_nats"  # in summary.json once the last step was evaluated
+EVAL_LOSS = "eval/loss_nats"  # in summary.json once the last step has been evaluated
 
 
 def read_config_json(workdir: Path | str) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def load_train_config(
                 {section: values.get(section, {}) | {field: value}} if section else {name: value}
             )
         return config_lib.freeze(values)
-    except (AttributeError, TypeError, ValueError) as error:  # a section may have any type
+    except (AttributeError, TypeError, ValueError) as error:  # a section may be of any type
         reason = re.sub(r" Set --\S+\.$", "", str(error))  # no flag changes a stored config
         path = Path(workdir) / CONFIG
-        raise ValueError(f"{path} (edit it, no flag does): {reason}") from None
+        raise ValueError(f"{path} must be edited, because no flag changes it: {reason}") from None
 
 
 def read_summary_json(workdir: Path | str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def read_summary_json(workdir: Path | str) -> dict[str, Any]:
 
 
 def has_ended(summary: dict[str, Any], steps: int) -> bool:
-    """Returns whether a summary is that of a run which evaluated its last step, `steps`."""
+    """Returns whether a summary is that of a run that has evaluated its last step, `steps`."""
     return summary["stopped_by"] is None and EVAL_LOSS in summary and summary["step"] == steps
 
 

@@ -1,4 +1,4 @@
-"""Finds out who owns a run's lock file, and whether that process is alive, as far as this host can.
+"""Reads which process owns a run's lock file, and finds out whether that process is alive.
 
 The lock file is JSON, written by `describe_this_process`.
 """
@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-OLD_S = 3_600.0  # longer than hosts' clocks differ: a file that is older has no owner alive
-# Types of file systems whose flock by default works between the processes of one host only.
+OLD_S = 3_600.0  # an older file has no live owner; hosts' clocks differ by less than this
+# Types of file systems whose flock, by default, works only between the processes of one host.
 THIS_HOST_ONLY = ("9p", "fuse", "virtiofs", "vboxsf", "drvfs")
 # Mount options that limit flock to one host.
 LOCAL_OPTIONS = {"nolock", "localflock", "nobrl", "local_lock=all", "local_lock=flock"}
@@ -25,7 +25,7 @@ def describe_this_process(run_id: str | None, inode: int) -> dict[str, Any]:
 
     Args:
         run_id: id that the run's processes share, if it has several.
-        inode: of the lock file; in a copy of the folder it differs, and the copy has no owner.
+        inode: inode of the lock file. It differs in a copy of the folder, which has no owner.
     """
     return {
         "pid": os.getpid(),
@@ -49,11 +49,11 @@ def read_owner(path: str | Path) -> dict[str, Any]:
 
 
 def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool:
-    """Returns whether the file names another run that is alive, without the help of a kernel lock.
+    """Returns whether the lock file names another run that is alive, without using flock.
 
-    On the same boot of the same host, its pid decides. For an owner elsewhere this waits until the
-    owner touches the file, for at most stale_s. It compares two times of the file rather than one
-    with the clock, because the clocks of hosts differ.
+    An owner on the same boot of the same host is alive if its pid is. For an owner elsewhere, this
+    waits at most stale_s for the owner to touch the file. It compares the file's time with its
+    earlier time and not with the clock, because the clocks of hosts differ.
     """
     owner, before = read_owner(path), os.stat(path)
     if not owner:
@@ -82,7 +82,7 @@ def boot_id() -> str:
 
 
 def pid_start(pid: int) -> str:
-    """Returns when a process started, in clock ticks since boot; "" if it does not run.
+    """Returns when a process started, in clock ticks since boot; "" if it is not running.
 
     It distinguishes a process from a later one with the same pid.
     """
@@ -95,13 +95,13 @@ def pid_start(pid: int) -> str:
 
 
 def locks_this_host_only(folder: str | Path, mounts: str | Path = "/proc/self/mountinfo") -> str:
-    """Returns the type of the folder's file system if its flock does not reach other hosts."""
+    """Returns the folder's file-system type if its flock does not lock for other hosts, else ""."""
     try:
         lines = Path(mounts).read_text().splitlines()
     except OSError:
         return ""
     resolved = Path(folder).resolve()
-    longest, kind, options = "", "", ""  # of the mount that the folder is in
+    longest, kind, options = "", "", ""  # of the innermost mount that contains the folder
     for line in lines:
         before, _, after = line.partition(" - ")
         escaped, own_options = before.split()[4:6]

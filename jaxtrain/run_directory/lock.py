@@ -1,27 +1,27 @@
-"""Locks a run directory, so that only one run writes to it, until that run's process ends.
+"""Locks a run directory until the process ends, so that only one run writes to it.
 
-Two runs in one directory would remove each other's unfinished checkpoints, and replace the
-metrics.jsonl that the other has open. So a run locks `.lock` in the directory before it touches
-anything else. A second run is refused, with the pid, host and start time of the first.
+Two runs in one directory would remove each other's unfinished checkpoints and overwrite each
+other's metrics.jsonl. So a run locks `.lock` in the directory before it touches anything else. The
+error that refuses a second run names the pid, host and start time of the first.
 
-The lock is flock(2). The kernel drops it when its last owner ends, also after kill -9; the owner
-that the file then still names is out of date, and is replaced. A POSIX lock (lockf) would be lost
+The lock is flock(2). The kernel releases it when its last owner ends, even by kill -9; the file
+then still names that owner, until the next run overwrites it. A POSIX lock (lockf) would be lost
 as soon as this process opened and closed the file anywhere. On NFSv4, CephFS, GPFS and Lustre
 mounted with `flock`, the lock works between hosts, too. Child processes do not inherit it.
 
-Some file systems do not support flock, or only between the processes of one host (NFS mounted with
-`nolock`, most FUSE file systems). There the owner named in the file is checked as well: on the same
-boot of the same host it is alive if its pid is; elsewhere, if one of its threads touches the file.
-The run prints that it relies on this. It does not protect from two starts at the same moment on two
-hosts, nor from a start while the owner is suspended.
+Some file systems support flock not at all, or only between the processes of one host (NFS mounted
+with `nolock`, most FUSE file systems). There the owner named in the file is checked as well: on the
+same boot of the same host it is alive if its pid is; elsewhere, if one of its threads touches the
+file. The run prints that it relies on this. It does not protect against two simultaneous starts on
+two hosts, nor against a start while the owner is suspended.
 
-NFSv3 keeps the lock of a host that has died until that host is up again. Removing `.lock` frees it,
-because a new file has a new lock. A run whose `.lock` was removed notices before its next save; it
-then takes the lock again, or stops if another run has it.
+NFSv3 keeps the lock of a host that has died until that host is up again. Removing `.lock` frees the
+directory, because a new file has a new lock. A run whose `.lock` was removed notices before its
+next save; it then takes the lock again, or stops if another run has it.
 
 With checkpoint.storage=host0 every host has a directory of its own, where each of its processes
 writes hosts/N.jsonl. These processes share the lock by the id of their run, so that another run is
-refused on whichever host it meets them.
+refused on each of these hosts.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from jaxtrain.run_directory.liveness import (
 )
 
 LOCK_FILE = ".lock"
-WAIT_S = 2.0  # for an owner that is ending: after a kill, GPU memory takes up to a second to free
+WAIT_S = 2.0  # for an owner that is exiting: after a kill, freeing GPU memory takes up to a second
 BEAT_S, BEATS = 10.0, 6  # the file is touched every BEAT_S; an owner that misses BEATS is dead
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -59,12 +59,11 @@ class RunLock:
 
     Args:
         workdir: the run directory, created if missing.
-        flag: the flag that names the directory on this command's line, for errors.
-        run_id: an id that the processes of one run share, and with it the lock; None if the run has
-            one process only.
+        flag: the flag that sets the directory, for error messages.
+        run_id: an id that all processes of a run share, and with it the lock; None for one process.
         flock: the system call that locks.
-        beat_s: time between two touches of the file, if flock does not protect from other hosts.
-        wait_s: time that an owner has to end before this run is refused.
+        beat_s: time between two touches of the file, if flock does not lock for other hosts.
+        wait_s: how long to wait for an owner to end before this run is refused.
 
     Raises:
         RunLocked: on entry, another run has the lock; in check(), another run has taken it.
@@ -85,7 +84,7 @@ class RunLock:
         self._beat_s, self._wait_s = beat_s, wait_s
         self._file: int | None = None  # descriptor of the locked file
         self._created_folder = False
-        self._gap = ""  # what the lock does not protect from
+        self._gap = ""  # what the lock does not protect against
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
@@ -108,7 +107,7 @@ class RunLock:
         self._ended.set()
         if self._file is None:  # check() has found that another run has the lock
             return
-        with contextlib.suppress(OSError):  # a disk that is gone must not hide why the run ends
+        with contextlib.suppress(OSError):  # an error of a lost disk must not hide why the run ends
             if self._run_id and not self._gap:
                 # Fails, and keeps the file, unless this is the last process of the run.
                 self._flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +137,7 @@ class RunLock:
             ) from error
 
     def describe(self) -> list[str]:
-        """Returns a line on what the lock does not protect from; none if it protects fully."""
+        """Returns a line on what the lock does not protect against; [] if it protects fully."""
         return [self._gap] if self._gap else []
 
     def _acquire(self) -> None:
@@ -153,8 +152,8 @@ class RunLock:
         """Locks the file and writes its owner; returns False if another run has the lock."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         _LOCKED.add(self._file)
-        # The owner may have removed the file since it was opened here: then this locks a file
-        # without a name, which keeps nobody out.
+        # The previous owner may have removed the file after it was opened here. Then this locks a
+        # file without a name, which excludes no other run.
         if self._lock(self._file) and is_same_file(self._file, self.path):
             return True
         self._release()
@@ -182,7 +181,7 @@ class RunLock:
                 return False
         self._write_owner(file)
         if self._run_id and not self._gap:
-            # Lets the other processes of this run in. Downgrading a lock is not atomic: the kernel
+            # Admits the other processes of this run. Downgrading a lock is not atomic: the kernel
             # drops the old one first, and another run may get in between.
             self._flock(file, fcntl.LOCK_SH)
             return self._names_this_run()
@@ -247,10 +246,11 @@ class RunLock:
         if not owner:
             return f"{rule} a process that {LOCK_FILE} does not name. End it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
-        kill = f"kill {owner['pid']}" + ("" if is_here else f" on {owner['host']}")
+        where = "" if is_here else f" on {owner['host']}"
         text = (
             f"{rule} pid {owner['pid']} on {owner['host']}, started {owner['start']}. Wait until "
-            f"it ends, stop it ({kill}: it saves first), or set another {self._flag}."
+            f"it ends, stop it with `kill {owner['pid']}`{where} (it saves first), or set another "
+            f"{self._flag}."
         )
         if is_here:
             return text
