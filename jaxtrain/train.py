@@ -8,11 +8,7 @@ The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a l
 after the current step or evaluation batch, then stop; a second Ctrl-C or SIGTERM ends the process
 at once. Exit status 75 means "preempted: start again", 78 means "the same start would fail again".
 Several processes find each other by --coordinator, --processes and --process, or by the environment
-<<<<<<< HEAD
-variables of their launcher (launch.run, SLURM's srun, mpirun), or JAX_*.
-=======
 variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*).
->>>>>>> main
 """
 
 import contextlib
