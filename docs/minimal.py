@@ -126,7 +126,7 @@ def orthogonalize(x_XIO):
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x_XIO.shape[-2] > x_XIO.shape[-1]
-    x_XMN = x_XIO.mT if tall else x_XIO  # the smaller side is squared
+    x_XMN = x_XIO.mT if tall else x_XIO  # so that XX^T is small
     # The Frobenius norm is at least the largest singular value.
     x_XMN = x_XMN / jnp.maximum(jnp.linalg.norm(x_XMN, axis=(-2, -1), keepdims=True), 1e-30)
     for _ in range(5):
@@ -158,7 +158,7 @@ def init_state(params):
 
 @jax.jit
 def train_step(state, tokens):
-    """Returns (state, loss) of one update; the loss is that before it."""
+    """Makes one update; returns (new state, the loss before the update)."""
     params, count = state["params"], state["count"]
     loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()))

@@ -143,7 +143,7 @@ def run_command(args: flags.FlagValues) -> int:
     if args.formula:
         return print_estimate(cfg, hardware, args)
     if args.fit:
-        # The command line stores the config's path there.
+        # The command line stores the config's path in this attribute.
         path = args["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
         name = Path(path).stem
         return print_fastest(cfg, name, hardware, args)

@@ -14,7 +14,8 @@ from launch.ssh import HostError, SshClient
 CLOCK_ROUNDS = 3
 # Time limit of a host's first answer. The host abandons a hanging call after 20 s: host/facts.py.
 FIRST_ANSWER_S = 90.0
-# Time limit of an answer beyond the seconds of traffic. Between hosts it is 60 s: host/agent.py.
+# Time limit of an answer on top of the seconds of traffic. Agents wait 60 s for each other:
+# see host/agent.py.
 ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
 
@@ -71,7 +72,7 @@ class NetworkAgents:
             pass
 
     def _read_line(self, host: Host, limit_s: float) -> tuple[bytes, bool]:
-        """Returns (the agent's next line or b"", whether the line or its end came in time).
+        """Returns (the agent's next line or b"", whether it, or the agent's end, came in time).
 
         An agent that is late is killed.
         """

@@ -80,7 +80,7 @@ COMPILE_ERRORS = jax.errors.JaxRuntimeError, ValueError
 def compile_kernels(
     build: Callable[[Any], tuple[Callable, tuple]], chip: Chip, tiles: OpTiles | None
 ) -> dict[str, KernelReport]:
-    """Compiles a case's program: {kernel's name: KernelReport}. Raises as compile_for."""
+    """Compiles a case's program; returns {kernel's name: report}. Raises as compile_for does."""
     function, abstract = build(tiles)
     return compile_for(chip, function, *abstract)[1]
 

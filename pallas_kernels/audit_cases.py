@@ -37,7 +37,7 @@ def _array(*shape, dtype: Any = jnp.bfloat16):
 
 
 def _norm_case(backward, N, D, floor):
-    """Returns a case; the backward is layer norm's with a bias, which needs the most registers."""
+    """Returns a case; for the backward, layer norm with a bias, which needs the most registers."""
 
     def build(tiles):
         del tiles

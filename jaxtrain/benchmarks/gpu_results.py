@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from jaxtrain.benchmarks.timing import target_verdict
 
 TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is compared with Muon
-# Targets on an H100 or H200: MFU with causal attention of jaxtrain with Muon, tokens/s against
-# compiled PyTorch, shares of the optimizer and the host, time to the first step.
+# Targets on an H100 or H200: jaxtrain's MFU with Muon (counting causal attention), its tokens/s
+# over those of compiled PyTorch, the shares of the optimizer and the host, time to the first step.
 MFU = {"gpt_124m": 0.50, "gpt_350m": 0.52, "gpt_774m": 0.55, "llama_1400m": 0.55}
 RATIO, OPTIMIZER_SHARE, HOST_SHARE, COLD_START_S, WARM_START_S = 1.1, 0.03, 0.05, 60.0, 20.0
 # The optimizer's share falls with the tokens of a step; its target is for this many.
@@ -18,7 +18,7 @@ OPTIMIZER_FIGURES = (
     "optimizer_share_at_524288",
     "tokens_per_s_at_524288",
 )
-HOST_BOUND = 0.8  # if launching takes more of the optimizer's time, it may slow the device
+HOST_BOUND = 0.8  # if launching takes a larger share of the optimizer's time, the device may wait
 
 
 class Item(NamedTuple):

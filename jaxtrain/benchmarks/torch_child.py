@@ -1,4 +1,4 @@
-"""The child process that runs PyTorch: its compiled training step, losses on text."""
+"""The child process that runs PyTorch: times its compiled step, or trains it on text."""
 
 import time
 from itertools import islice
@@ -90,7 +90,7 @@ class TorchStep:
 
 
 def wait(launched: tuple[torch.Tensor, torch.cuda.Event | None]) -> None:
-    """Waits for a step by its event, as reading its loss would also wait for later steps."""
+    """Waits for a step by its event, because reading its loss would wait for later steps too."""
     nats, event = launched
     if event is None:
         float(nats)
@@ -113,7 +113,7 @@ def train(job: BenchJob) -> dict[str, Any]:
 
 
 def train_losses(job: BenchJob) -> dict[str, Any]:
-    """Returns each seed's losses, from the JAX child's first weights and on its shards."""
+    """Trains each seed from the JAX child's first weights, on its shards; returns the losses."""
     check_gpu(job)
     cfg, losses = job_config(job), {}
     for seed in job.seeds:

@@ -112,7 +112,7 @@ def _mix(h: jax.Array) -> jax.Array:
 
 
 def flatten_state(state: Any) -> dict[str, Any]:
-    """Returns `{"params.embed.w": leaf, ...}`, the same whatever classes the containers have.
+    """Returns `{"params.embed.w": leaf, ...}`; the containers' classes do not change the paths.
 
     Raises:
         ValueError: a leaf is empty, or neither array nor ShapeDtypeStruct; or two share a path.

@@ -33,8 +33,8 @@ def find_earlier_start(workdir: Path | str, saved: list[int]) -> dict[str, Any]:
 def describe_later_steps(starts: list[dict[str, Any]]) -> str:
     """Returns which hosts got further than process 0, which is at step 0; "" if none did.
 
-    A host that was process 0 before and has no checkpoint never saved one: steps that it or the
-    others logged are lost anyway.
+    Logged steps do not count if the host of process 0 had that role before: it has no checkpoint,
+    so none was ever saved, and those steps are lost anyway.
 
     Args:
         starts: find_earlier_start() of every process, in order.

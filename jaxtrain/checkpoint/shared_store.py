@@ -29,7 +29,7 @@ class SharedStore:
     def __init__(self, folder: Path, keep_last: int, keep_every: int):
         quiet_orbax()
         self._folder, self._keep = folder, (keep_last, keep_every)
-        # Created by the first save: it lists the folder, and restore may move damaged steps first.
+        # Created late: it lists the folder at once, and restore may move damaged steps before that.
         self._manager: _Manager | None = None
         self._checked = jax.process_count() == 1
 
@@ -149,7 +149,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _open_manager(folder: Path, keep_last: int, keep_every: int) -> _Manager:
-    # Compression makes float arrays 8 % smaller, takes twice as long and a copy of the state.
+    # Compression makes float arrays 8 % smaller, but needs twice the time and a copy of the state.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.PyTreeSave, handler)
@@ -166,8 +166,8 @@ def _open_manager(folder: Path, keep_last: int, keep_every: int) -> _Manager:
 def quiet_orbax() -> None:
     """Hides Orbax's log lines below warnings, and its tracebacks of file-system errors.
 
-    Orbax also raises those errors. It logs a full disk four times, and asyncio once per array, with
-    100 lines of traceback; -v=1 shows them.
+    No error is lost, because Orbax also raises it. For a full disk Orbax logs four tracebacks of
+    100 lines, and asyncio one for each array; -v=1 shows them.
     """
     for name in ("absl", "asyncio"):
         logger = std_logging.getLogger(name)

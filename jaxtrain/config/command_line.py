@@ -1,4 +1,4 @@
-"""Reads command lines that name a config and set its fields besides the command's own flags.
+"""Reads command lines: the name of a config, flags that set its fields, the command's own flags.
 
 Every field of the config is a flag (`--optim.learning_rate=0.01`), which may start with `config.`.
 A flag of the command takes precedence over a field of the same name. Every error is one line that

@@ -17,7 +17,7 @@ from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
 ENDINGS = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
-# Beginnings of the names, in either style, of tensors that come after all layers.
+# How the names of the tensors after all layers begin, in either style.
 AFTER_LAYERS = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
 
 NameTensors = Callable[[Any], Iterator[tuple[str, np.ndarray]]]

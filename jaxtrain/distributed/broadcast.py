@@ -23,8 +23,8 @@ def broadcast_from_process_0(function: Callable[[], Value]) -> Value:
     Raises:
         CheckpointError: function raised it, or an OSError, on process 0.
         ValueError: function raised it on process 0.
-        Exception: function raised any other error: that one on process 0, and a CheckpointError
-            with its text on the other processes.
+        Exception: function raised any other error. Process 0 raises it, the other processes raise
+            a CheckpointError with its text.
     """
     answer, raised = {}, None
     if jax.process_index() == 0:
@@ -55,8 +55,8 @@ def run_on_all_processes(function: Callable[[], Value]) -> Value:
     Raises:
         ValueError: function raised one, or an OSError, on some process; the text is that of the
             first such process.
-        Exception: function raised any other error: that one where it was raised, and a ValueError
-            with its text on the other processes.
+        Exception: function raised any other error. Its process raises that, the other processes
+            raise a ValueError with its text.
     """
     value: Any = None
     raised = None

@@ -76,7 +76,7 @@ def run_main(
 
 
 def _describe_refusal(error: Exception, errors: Sequence[type[Exception]]) -> str | None:
-    """Returns the message of an error that would recur at the same start; None for others."""
+    """Returns the message of an error that a restart would only repeat; None for others."""
     if isinstance(error, (ValueError, CheckpointError, *errors)) and not is_runtime_error(error):
         return str(error)
     if is_file_error(error):

@@ -102,7 +102,7 @@ def _with_import_flags(message: str) -> str:
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.interop") -> None:
-    """Runs the command that the first argument names; argv of None is sys.argv's."""
+    """Runs the command that the first argument names; argv=None takes sys.argv's."""
     argv = sys.argv[1:] if argv is None else argv
     app.run(main, argv=[prog, *argv], flags_parser=_parse)
 

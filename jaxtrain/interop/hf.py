@@ -82,7 +82,7 @@ class _Parameter(NamedTuple):
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """The shape of one layer, inputs first, within a tensor that may join several parameters.
+        """The shape of one layer, inputs first; the tensor may join it with other parameters.
 
         Matrices have two dims, vectors one; embeddings and heads are stored as ours.
         """

@@ -1,4 +1,4 @@
-"""Reads and writes llm.c's model files: a header of 256 int32, then each kind of tensor by layer.
+"""Reads and writes llm.c's model files: a header of 256 int32, then the tensors, by kind and layer.
 
 Matrices are stored outputs first, and the vocabulary is padded to a multiple of 128.
 

@@ -38,7 +38,7 @@ class Collective(NamedTuple):
     size: int  # devices of a group
     crosses_hosts: bool
     times: int  # executions in one run of the program
-    rings: int = 1  # largest number of groups that one host shares with other hosts
+    rings: int = 1  # the most groups across hosts that any one host takes part in
 
     @property
     def host_bytes(self) -> float:
@@ -124,7 +124,7 @@ def _hosts_of(mesh: Mesh, names: Sequence[str] | None) -> np.ndarray:
 
 
 def _count_rings(groups: list[list[int]], hosts: np.ndarray) -> int:
-    """Returns the largest number of groups that one host shares with other hosts."""
+    """Returns the most groups across hosts that any one host takes part in."""
     shared = [set(hosts[group]) for group in groups]
     counts = Counter(host for members in shared if len(members) > 1 for host in members)
     return max(counts.values(), default=0)

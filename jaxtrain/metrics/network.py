@@ -56,7 +56,7 @@ class NetworkCounters:
         """Returns the 16 numbers of each interface, in the order of proc(5)."""
         rows, table = {}, b""
         # The descriptor stays open: a pread at offset 0 makes the kernel write the table again. A
-        # pread returns a page at most, about 30 interfaces; the last one returns nothing.
+        # pread returns a page at most, about 30 interfaces; the last pread returns nothing.
         while page := os.pread(self._table, 1 << 16, len(table)):
             table += page
         for line in table.splitlines()[2:]:

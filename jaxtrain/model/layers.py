@@ -1,4 +1,4 @@
-"""Flax modules of the transformer, which declare all layers' parameters and run one layer's.
+"""Flax modules of the transformer, which declare the parameters of all layers and run one layer.
 
 Each parameter is declared by its axes string and its initial standard deviation; shapes,
 initialisation, sharding, optimizer routing and export follow from those two. Ops with several

@@ -70,8 +70,8 @@ def build_attention(route: Route, mesh: Mesh | None = None) -> Callable:
 def map_heads(function: Callable, mesh: Mesh | None = None) -> Callable:
     """Maps function(q_BTHK, k_BTGK, v_BTGK) over each device's rows and heads.
 
-    cuDNN's attention needs it too. Outside shard_map JAX adds a partitioner to the call, whose
-    memory address becomes part of the program, so that the compile cache would never hit.
+    cuDNN's attention needs it too. Outside shard_map JAX adds a partitioner to the call. The
+    partitioner's memory address becomes part of the program, and the compile cache never hits.
     """
     return _shard_map(function, mesh, (HEADS, HEADS, HEADS), HEADS)
 

@@ -20,7 +20,7 @@ from pallas_kernels.tiles import TILES, default_tiles
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
-UNROLLED_LAYERS = 12  # most on CPU; more cost more compile time and memory than the step gains
+UNROLLED_LAYERS = 12  # most on CPU; more gain less than they cost in compile time and memory
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _KernelRoutes:
 
 
 def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
-    """Returns why cuDNN's attention cannot run; "" if it can. JAX fails only when it compiles."""
+    """Returns why cuDNN's attention cannot run; "" if it can. JAX would fail late, on compiling."""
     if platform != "gpu":
         return f"it needs a GPU; got platform={platform}"
     if model.dtype != "bfloat16":

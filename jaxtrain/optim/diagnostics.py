@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]  # float32 [] each
 
 MOMENTS = ("momentum", "mean")  # fields of optimizer states that store an averaged gradient
 COORDINATES = 8_192  # most coordinates to sample from one parameter
-TAIL = 0.01  # the tail index is computed from this share of the differences, the largest
+TAIL = 0.01  # the tail index is computed from the largest differences: this share of all
 EXACT = NewtonSchulz("polar_express", steps=8)  # singular values end within 1e-3 of 1
 
 
@@ -74,7 +74,7 @@ def weight_and_update_sizes(
 def dual_norms(
     cfg: OptimConfig, axes: AxesTree, grads: ArrayTree, mesh: Mesh | None = None
 ) -> Metrics:
-    """Computes <g, unit step of g>, summed over the matrices of each group whose steps have a norm.
+    """Sums <g, unit step of g> over each group whose steps are unit steps of a norm.
 
     It is the gradient's dual norm: for spectral steps the sum of singular values, within 0.1 %.
     """
@@ -149,7 +149,7 @@ def orthogonality_error(gram_XMM: jax.Array) -> jax.Array:
 def spectra(
     cfg: OptimConfig, axes: AxesTree, moments: dict[tuple, jax.Array], updates: ArrayTree
 ) -> Metrics:
-    """Computes medians of spectral metrics of averaged gradients and updates over sampled matrices.
+    """Computes spectral metrics of averaged gradients and updates: medians over sampled matrices.
 
     Updates include decay and acceleration.
 
@@ -186,7 +186,7 @@ def noise_scales(
     Source: McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1
 
     Args:
-        part_squares: {group: mean over the parts of their gradient's squared norm}.
+        part_squares: {group: squared norm of a part's gradient, averaged over the parts}.
         mean_squares: {group: squared norm of the mean gradient}.
         part_tokens: tokens of a part.
         parts: number of parts of the batch, 2 or more.

@@ -24,7 +24,7 @@ from jaxtrain.distributed.mesh import platform
 from jaxtrain.ops.routes import cpu_multiplies_bf16
 from jaxtrain.optim.coefficients import CoefficientTable, coefficient_table
 
-GPU_CHUNK_BYTES = 2**28  # least chunk on a GPU, which multiplies many matrices at once faster
+GPU_CHUNK_BYTES = 2**28  # least chunk on a GPU, which is faster with many matrices at once
 
 
 def unplaced(x_XIO: jax.Array) -> jax.Array:
@@ -157,7 +157,8 @@ def _segment_lengths(steps: int) -> list[int]:
     """Returns the number of iterations in each segment, for example [2, 3] for 5.
 
     Each segment computes A from X once. Rounding then makes small eigenvalues of A negative, and
-    an iteration multiplies them by a^2: by 67 and 17 in the first two rows of Polar Express.
+    every iteration multiplies those by a^2: by 67 and 17 in the first two rows of Polar Express. So
+    segments must be short, the first one most of all.
     """
     rest = max(steps - 2, 0)
     return [min(steps, 2)] + [3] * (rest // 3) + [rest % 3] * (rest % 3 > 0)
@@ -178,7 +179,7 @@ FORMS = {"standard": _standard, "gram": _gram}
 
 
 def _default_chunk_bytes(x_XIO) -> int:
-    """Returns half of the stack's float32 bytes, or more on a GPU; less saves little memory."""
+    """Returns the bytes of half a float32 stack, more on a GPU; less would save little memory."""
     return max(2 * x_XIO.size, 0 if platform() == "cpu" else GPU_CHUNK_BYTES)
 
 
@@ -217,8 +218,8 @@ class NewtonSchulz:
         coefficients, steps: see `coefficient_table`.
         dtype: bfloat16, float32 or float64, of the products' operands and of the result; None means
             the input's. Sums and epilogues are at least float32. The Gram form replaces bfloat16
-            operands by float16, which GPUs multiply as fast: its rounding errors do not shrink with
-            the singular value, so that bfloat16 would lose small ones.
+            operands by float16, which GPUs multiply as fast: in this form rounding errors do not
+            shrink with the singular value, and those of bfloat16 would hide small ones.
         eps: floor of the norm that x is divided by, relative to the largest entry.
         form: a key of FORMS, or "auto", which is "gram" if N >= 2 M.
         place: constrains the sharding of [X,.,.]. It is applied inside the loops: a constraint
@@ -268,7 +269,7 @@ class NewtonSchulz:
         """Orthogonalises one chunk."""
         tall = x_XIO.shape[-2] > x_XIO.shape[-1]
         x_XMN = self.place(x_XIO)
-        barrier = jax.lax.optimization_barrier  # dots fused with a transpose sum in another order
+        barrier = jax.lax.optimization_barrier  # a dot fused with a transpose adds in another order
         # The smaller side is M, so that Gram matrices are small.
         x_XMN = barrier(x_XMN.swapaxes(-2, -1)) if tall else x_XMN
         # The Gram form's error is up to 2.1 times the standard form's in bf16, 1.1 in float16.
@@ -278,5 +279,5 @@ class NewtonSchulz:
         x_XMN, gram_XMM = _normalize(x_XMN.astype(products.wide), table, self.eps, products)
         abc_N3 = jnp.array(table.rows, dtype=products.wide)
         x_XMN = FORMS[form](x_XMN, abc_N3, gram_XMM, products)
-        x_XMN = self.place(x_XMN.astype(dtype))  # keeps the sharding that follows out of the loop
+        x_XMN = self.place(x_XMN.astype(dtype))  # so that a later sharding does not enter the loop
         return barrier(x_XMN).swapaxes(-2, -1) if tall else x_XMN

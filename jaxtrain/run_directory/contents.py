@@ -81,7 +81,7 @@ def read_summary_json(workdir: Path | str) -> dict[str, Any]:
 
 
 def has_ended(summary: dict[str, Any], steps: int) -> bool:
-    """Returns whether a summary is that of a run that has evaluated its last step, `steps`."""
+    """Returns whether a run, by its summary, has evaluated its last step, `steps`."""
     return summary["stopped_by"] is None and EVAL_LOSS in summary and summary["step"] == steps
 
 

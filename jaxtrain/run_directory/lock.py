@@ -60,7 +60,7 @@ class RunLock:
     Args:
         workdir: the run directory, created if missing.
         flag: the flag that sets the directory, for error messages.
-        run_id: an id that all processes of a run share, and with it the lock; None for one process.
+        run_id: an id by which all processes of a run share the lock; None for a single process.
         flock: the system call that locks.
         beat_s: time between two touches of the file, if flock does not lock for other hosts.
         wait_s: how long to wait for an owner to end before this run is refused.

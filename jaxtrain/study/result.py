@@ -34,10 +34,10 @@ class PairedComparison(NamedTuple):
     p_corrected: float
     verdict: str  # empty for the baseline itself
     track_3: float
-    reached: int  # seeds whose curve fell to the baseline's final loss with the same seed
+    reached: int  # number of seeds whose curve fell to the baseline's final loss of that seed
     reach_steps: float  # mean over those seeds
     reach_seconds: float
-    seconds: float  # in steps, mean over all seeds
+    seconds: float  # spent in steps; mean over all seeds
     detectable: float
 
 

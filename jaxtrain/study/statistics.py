@@ -93,8 +93,8 @@ def decide_verdict(
 ) -> str:
     """Returns TIES, WINS, LOSES or UNDECIDED for a contender against the baseline.
 
-    With fewer than FEWEST_PAIRS pairs, or if the baseline diverged, it is UNDECIDED. A contender
-    that diverges where the baseline does not LOSES, whatever its other losses are.
+    With fewer than FEWEST_PAIRS pairs, or if the baseline diverged, it is UNDECIDED. If the
+    contender diverged in any run and the baseline in none, it is LOSES, whatever the other losses.
     """
     if len(losses) < FEWEST_PAIRS or not np.isfinite(baseline).all():
         return UNDECIDED
@@ -106,7 +106,7 @@ def decide_verdict(
 
 
 def pooled_sd(groups: Iterable[Sequence[float]]) -> float:
-    """Returns the run-to-run sigma: variances of the groups averaged by degrees of freedom.
+    """Returns the run-to-run sigma: the groups' variances, weighted by degrees of freedom.
 
     Groups with one loss or with losses that are not finite are left out. It is nan if none remain.
     """

@@ -242,7 +242,7 @@ class Loop:
         return known if self.saved_step else "no checkpoint is saved"
 
     def _is_sound(self, step: int) -> bool:
-        """Returns whether this step's scalars are finite or, at the end of the run, the state is.
+        """Returns whether this step's scalars are finite; after the last step, the state suffices.
 
         A skipped step changes nothing, but the update before it may be why it was skipped. Saving
         that state would push an older, good checkpoint out of keep_last.

@@ -8,7 +8,7 @@
     overlap            forward_backward + exchange + optimizer - whole
     exposed            the part of exchange that nothing hides: whole - forward_backward - optimizer
 
-With mesh.tensor above 1 matrix products are split over devices, and none can compute its rows
+With mesh.tensor above 1, matrix products are split over devices, and none can compute its rows
 without the others: forward and forward_backward then include their collectives, and overlap and
 exposed are not reported.
 """

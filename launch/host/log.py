@@ -106,7 +106,7 @@ def resume(folder: Path, offset: int, tail: list[int]) -> int:
 
     This is `offset` itself, unless a power loss took bytes that had not reached the disk: then the
     log ends before `offset`, or has other bytes there. Each supervisor starts a new segment, so the
-    reader's bytes are right at least up to the last segment that starts at or before `offset`.
+    reader has the right bytes at least before the last segment that starts by `offset`.
 
     Args:
         tail: the checksum of the last bytes before `offset` that the reader has.

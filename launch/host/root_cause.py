@@ -15,7 +15,7 @@ SECONDARY = re.compile(
 )
 ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is broken
 SURE = 5  # causes up to this order need no further evidence
-STOPPED_S = 3.0  # a debugger that attaches stops a process for less
+STOPPED_S = 3.0  # longer than an attaching debugger stops a process
 ADVICE = {  # what the operator can do, by kind of cause
     "lost": "Check that host's power and network.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",

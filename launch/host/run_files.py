@@ -67,7 +67,7 @@ def flag_value(argv: list[str], name: str) -> str:
     """Returns the last value of a flag, given as `--name=value` or `--name value`; "" if absent.
 
     Args:
-        name: the flag's name; both it and its form with or without `config.` are found.
+        name: the flag's name, with or without `config.`: both forms are found.
     """
     value, bare_name = "", name.lstrip("-").removeprefix("config.")
     for i, arg in enumerate(argv):

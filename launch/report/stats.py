@@ -76,7 +76,7 @@ def split(values: Sequence[Any], parts: int) -> list[Any]:
 
 
 def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Replaces each value by its mean with as many neighbours on either side.
+    """Replaces each value by the mean of itself and of equally many neighbours on either side.
 
     The number on each side is at most 1/40 of all points and 1/8 of those before, so that the
     steep start of a loss curve stays sharp.

@@ -116,7 +116,7 @@ def _assign_splits(
 def _tokenize(
     content: bytes | BadDocument, tokenizer: Tokenizer, where: str, encoded: Encoded
 ) -> np.ndarray | BadDocument:
-    """Returns a document's token ids; adds the bytes that they do not stand for to `encoded`."""
+    """Returns a document's token ids; counts in `encoded` the bytes that they lose."""
     ids = content if isinstance(content, BadDocument) else _encode_text(content, tokenizer)
     if isinstance(ids, BadDocument) or isinstance(content, BadDocument):
         return ids
@@ -197,7 +197,7 @@ def _read_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
 
 
 def _read_long_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
-    """Yields the lines, but TOO_LONG instead of one over DOCUMENT_BYTES, which is not stored."""
+    """Yields the lines; one over DOCUMENT_BYTES is not stored, and becomes TOO_LONG."""
     with open(piece.path, "rb") as file:
         position = file.seek(piece.start)
         while position < piece.stop:

@@ -49,7 +49,7 @@ def _read_problem(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Tas
 
 
 def _read_text(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
-    """Reads a compressed text: one piece, or the training part and the held-out part."""
+    """Reads a compressed text: the whole, or its training part and then its held-out part."""
     with open_content(unit.path, unit.compression) as (stream, file):
         read_before, buffer = 0, b""
         for _ in iter_bytes(stream, unit.pieces[0].start):

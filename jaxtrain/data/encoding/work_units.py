@@ -114,7 +114,7 @@ def damage_problem(
     compression: str = "",
     what: str = "the file",
 ) -> DocumentProblem:
-    """Describes an error while reading a file as a problem."""
+    """Turns an error in reading a file into a problem."""
     reason, text = "damaged", first_line(error)
     if isinstance(error, OSError) and error.errno:  # the operating system's, not a decoder's
         reason, text = "unreadable", error.strerror
