@@ -40,17 +40,23 @@ def compiled_figures(cfg: TrainConfig, hardware: Hardware, cache: str = "") -> F
     key = [CACHE_VERSION, config_hash(cfg), chip.name, gpus, hosts, links, memory.fraction()]
     text = json.dumps([*key, jax.__version__])
     path = Path(cache) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if cache:
-        try:
-            return json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):  # a damaged file is replaced
-            pass
+    if cache and (cached := read_cached(path)):
+        return cached
     # Through JSON, so that fresh and cached figures have the same types.
     figures = json.loads(json.dumps(plan_dict(compile_plan(cfg, hardware))))
     if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(figures))
     return figures
+
+
+def read_cached(path: Path) -> Figures | None:
+    """Returns the figures in a cache file; None if it is missing or damaged."""
+    try:
+        figures = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return figures if isinstance(figures, dict) else None
 
 
 def with_setting(
