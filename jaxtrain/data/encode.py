@@ -47,8 +47,8 @@ format of a file is recognised by its content:
 The first four may be compressed with gzip or zstd. Other files without text are skipped and
 counted. Links to folders are followed.
 
-About --val_fraction of the text is held out for validation, and at least one document: whole text
-files or the end of the largest one, and single lines and rows. The choice depends only on the
+For validation, about --val_fraction of the text is held out, and at least one document: whole text
+files or the end of the largest one, single lines, and single rows. The choice depends only on the
 file's name and the document's place in the file.
 
 Memory stays bounded, at about 300 MB a process, whatever the size of the input. All cores encode;
