@@ -16,7 +16,6 @@ import errno
 import os
 import signal
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from jaxtrain.errors import INTERRUPTED, PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # `timeout` signals its child and then the child's process group, so the child gets two signals.
 DUPLICATE_S = 0.05
+HANGUP_S = 1.0  # within which Linux hangs up a terminal after it has sent SIGHUP
 PATIENCE_S = 0.5  # time in which the main thread must react before the delay is explained
 
 
@@ -208,17 +208,20 @@ class StopListener(SignalListener):
 
 def _silence_lost_terminal() -> None:
     """Redirects output to /dev/null if the terminal is gone; otherwise a print would raise."""
-    for fd in (1, 2):
-        for _ in range(20):  # Linux sends SIGHUP shortly before it hangs up the terminal
+    terminals, deadline_s = {1, 2}, time.monotonic() + HANGUP_S
+    while terminals and time.monotonic() < deadline_s:
+        for fd in tuple(terminals):
             try:
-                termios.tcgetattr(fd)
-                time.sleep(0.01)
-            except termios.error as error:
-                if error.args[0] == errno.EIO:  # the terminal is gone; ENOTTY: a file or a pipe
+                os.write(fd, b"")  # on a lost terminal this fails as a print would
+                if os.isatty(fd):
+                    continue  # not hung up yet, or not at all: SIGHUP came from `kill`
+            except OSError as error:
+                if error.errno == errno.EIO:
                     null = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(null, fd)
                     os.close(null)
-                break
+            terminals.discard(fd)
+        time.sleep(0.01)
 
 
 def _is_sigterm_handled_by_jax() -> bool:
