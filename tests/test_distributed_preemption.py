@@ -182,7 +182,7 @@ raise SystemExit(exit_status_of(stop.signal))
     argv = [sys.executable, "-c", open_terminal + program]
     process = subprocess.Popen(argv, cwd=runs.ROOT, start_new_session=True)
     output = b""
-    while b"ready" not in output:
+    while b"ready\r\n" not in output:  # else the write may not have ended yet
         output += os.read(master, 1000)
     os.close(slave)
     os.close(master)
