@@ -29,7 +29,7 @@ from jaxtrain.errors import INTERRUPTED, PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # `timeout` signals its child and then the child's process group, so the child gets two signals.
 DUPLICATE_S = 0.05
-HANGUP_S = 1.0  # within which Linux hangs up a terminal after it has sent SIGHUP
+HANGUP_S = 0.4  # longest wait for a terminal to be hung up after SIGHUP
 PATIENCE_S = 0.5  # time in which the main thread must react before the delay is explained
 
 
