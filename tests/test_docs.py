@@ -69,7 +69,7 @@ def test_the_examples_of_extensions_train(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     for kind, text in blocks:
         if kind == "diff":
-            run = ["git", "apply", "--unidiff-zero", "-"]
+            run = ["git", "apply", "-"]
         else:
             run = [sys.executable, "-"]
         subprocess.run(run, cwd=tmp_path, input=text, text=True, check=True, capture_output=True)
