@@ -22,11 +22,9 @@ from launch import summary
 from launch.host.run_files import flag_value, read_changes
 from launch.pull import POSITIONS, RunCopy, write_at
 from launch.report.figures import rows_of
-from launch.report.formats import short
 from launch.report.page import page
 from launch.report.run_folder import read_run
 from launch.report.stats import percentile
-from launch.report.svg import apart, thin, ticks
 
 VOID = {"meta"}
 
@@ -264,36 +262,6 @@ def test_the_last_workdir_flag_names_the_run_directory():
     assert flag_value(argv, "--config.workdir") == "b"
     assert flag_value([*argv, "--workdir=c"], "--config.workdir") == "c"
     assert flag_value(argv, "--config.data.text") == ""
-
-
-@pytest.mark.parametrize(
-    "low, high", [(0, 1), (3.2, 5.6), (0.0071, 0.0093), (0, 652_000), (990, 1040)]
-)
-def test_ticks_are_few_round_numbers_inside_the_range(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 5 and low <= found[0] and found[-1] <= high
-    step = found[1] - found[0]
-    assert f"{step:.0e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
-
-
-def test_labels_are_moved_apart_in_order():
-    placed = apart([100, 101, 99, 180, 181], 10, 182)
-    gaps = sorted(placed)
-    assert all(b - a >= 12.999 for a, b in zip(gaps, gaps[1:], strict=False)) and gaps[-1] <= 182
-    assert placed[2] < placed[0] < placed[1] < placed[3] < placed[4]
-
-
-def test_thinning_keeps_the_extremes_and_the_order():
-    points = [(i, (i * 7919) % 1009) for i in range(5_000)]
-    thinned = thin(points)
-    assert len(thinned) <= 320 and thinned == sorted(thinned)
-    assert max(y for _, y in thinned) == max(y for _, y in points)
-
-
-def test_short_numbers_have_at_most_three_digits_and_a_suffix():
-    assert [short(x) for x in (0.35, 1500, 15_000, 3.25e6, 0, 999.6)] == [
-        *("0.35", "1500", "15k", "3.25M", "0", "1000")
-    ]
 
 
 PROGRAM = """
