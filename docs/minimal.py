@@ -50,7 +50,7 @@ REST = {  # stepped by Adam
 
 
 def init_params(seed=SEED, dtype=jnp.float32):
-    """Draws every parameter from a random stream of its own, seeded by its name."""
+    """Draws every parameter from a separate random stream, seeded by the parameter's name."""
 
     def draw(name, shape, std):
         if std is None:

@@ -118,7 +118,7 @@ class Axes:
         return self.from_matrices(function(self.to_matrices(x)), x.shape)
 
     def split_heads(self, x: Array) -> tuple["Axes", Array]:
-        """Moves the heads to the stack, so that each head is a matrix of its own.
+        """Moves the heads to the stack, so that each head is one matrix.
 
         Returns:
             The Axes and the array after the move; both unchanged if x has no heads.

@@ -29,7 +29,7 @@ Suites for GPUs, which run only if named:
               is stored as soon as it is measured. --trace=DIR stores profiles of our steps.
               Steps are shortened to 1.5 s, which makes the optimizer's share larger than in
               training. Figures `at 524288` are computed for a step of that many tokens. PyTorch's
-              optimizer is timed inside its steps, ours as a program of its own; its range is the
+              optimizer is timed inside its steps, ours as a separate program; its range is the
               10th to 90th percentile. The host's share is the CPU time of the launching thread, an
               upper bound of its work
     judge     300 steps of gpt_124m on real text (--text, --shards) beside PyTorch, from the same
@@ -140,7 +140,7 @@ def _run_optimizer(args: argparse.Namespace, rounds: int) -> Results:
 
 
 def _run_simple(suite: ModuleType, args: argparse.Namespace, rounds: int) -> Results:
-    """Runs a suite for the processor that has no flags of its own."""
+    """Runs a processor suite that takes no additional flags."""
     del args
     rows = suite.measure(rounds)
     yield rows, suite.tables(rows)

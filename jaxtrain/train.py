@@ -167,7 +167,7 @@ def train(
 def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
     """Locks cfg.workdir against other runs. Enter it before anything in the folder is touched.
 
-    Process 0 takes the lock; where every host has a folder of its own, every process does.
+    Process 0 takes the lock; if every host has its own folder, every process does.
 
     Raises:
         RunLocked: another run has locked it; of several processes, each raises a ValueError.

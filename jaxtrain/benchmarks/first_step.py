@@ -1,6 +1,6 @@
 """Suite startup: the time from the start of a process to the end of a config's first step.
 
-A round has three starts, each in a process of its own:
+A round has three starts, each in a new process:
 
     first     nothing is cached: text is encoded and every program is compiled
     programs  with the first start's compilation cache, in another run folder: text is encoded again

@@ -91,7 +91,7 @@ class JaxStep:
 
 
 def time_optimizer(run: Run, state: TrainState) -> dict[str, Any]:
-    """Times the optimizer as a program of its own; donates the state. See gpu_results.step_shares.
+    """Times the optimizer as a separate program; donates the state. See gpu_results.step_shares.
 
     Like steps, an update is launched before the last one is waited for, as waiting takes time too.
     """

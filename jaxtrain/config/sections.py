@@ -123,7 +123,7 @@ class OptimConfig(Section):
         "0.2*sqrt(max(in, out)), 1",
         choices=("spectral_max", "spectral", "match_rms", "none"),
     )
-    per_head: bool = knob(False, "orthogonalise each head's slice as a matrix of its own")
+    per_head: bool = knob(False, "orthogonalise the slice of each head separately")
     neuron_decay: float = knob(0.95, "normuon: decay of the second moment", low=0.0, high=0.9999)
     acceleration: str = knob(
         "transport",

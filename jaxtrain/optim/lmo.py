@@ -97,7 +97,7 @@ def build_unit_step(
         geometry: a key of GEOMETRIES, or a function such as NewtonSchulz().
         scale: a key of SCALES.
         dtype: type in which the geometry computes; float64 leaves stay float64.
-        per_head: treats every head's slice as a matrix of its own.
+        per_head: treats the slice of each head as a separate matrix.
         map_matrices: applies the geometry to a tree; on a mesh use `build_sharded_map`.
 
     Raises:

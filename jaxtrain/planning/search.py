@@ -25,7 +25,7 @@ from jaxtrain.reporting.table import format_table
 
 CACHE_VERSION = 3  # figures of other versions are computed again
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
-# Above this share of the usable memory XLA recomputes of its own accord to save memory: gpt_1558m
+# Above this share of the usable memory XLA recomputes, unasked, to save memory: gpt_1558m
 # on an A40 is 17 % slower in 16 micro-batches, which take a share of 0.89, than in 32.
 TIGHT = 0.8
 # Micro-batches of more tokens are not tried: doubling these improves gpt_124m's bound by under 3 %.

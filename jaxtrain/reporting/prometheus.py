@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class PrometheusExporter:
-    """Serves the newest value of each metric as a gauge, in a thread of its own, until close().
+    """Serves the newest value of each metric as a gauge, in a separate thread, until close().
 
     Args:
         address, port: to listen on.

@@ -19,7 +19,7 @@ NFSv3 keeps the lock of a host that has died until that host is up again. Removi
 directory, because a new file has a new lock. A run whose `.lock` was removed notices before its
 next save; it then takes the lock again, or stops if another run has it.
 
-With checkpoint.storage=host0 every host has a directory of its own, where each of its processes
+With checkpoint.storage=host0 every host has its own directory, where each of its processes
 writes hosts/N.jsonl. These processes share the lock by the id of their run, so that another run is
 refused on each of these hosts.
 """
