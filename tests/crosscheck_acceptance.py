@@ -1,0 +1,238 @@
+"""Counts false and missed verdicts of crosscheck, on correct PyTorch loops and on planted faults.
+
+    python tests/crosscheck_acceptance.py                     all cases
+    python tests/crosscheck_acceptance.py --only=muon         the cases whose name contains "muon"
+    python tests/crosscheck_acceptance.py --cases=20          20 cases, spread over all
+    python tests/crosscheck_acceptance.py --list              names the cases
+
+Each case trains a small model in a PyTorch loop that shares no code with jaxtrain and records it by
+crosscheck's Recorder. jaxtrain trains on the recorded batches, and the two traces are compared.
+
+A correct loop must agree. A fault, at its full size, a tenth and a hundredth, must be reported as
+different, unless its true effect is below rounding: a second pair of PyTorch runs, in float64, with
+and without the fault, differs in no quantity by more than the tolerance of the first comparison.
+
+Results are appended to cases.jsonl in --out; a second start continues after the last one. Exits
+nonzero if a correct loop is reported as different, or a fault is missed.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from jaxtrain.config.train_config import DataConfig, OptimConfig, TrainConfig  # noqa: E402
+from jaxtrain.crosscheck import jax_train  # noqa: E402
+from jaxtrain.crosscheck.comparison import Comparison, compare_traces  # noqa: E402
+from jaxtrain.crosscheck.pretrained import english  # noqa: E402
+from jaxtrain.crosscheck.torch_model import build_torch_model  # noqa: E402
+from jaxtrain.crosscheck.trace import Trace, batches_of, read_trace  # noqa: E402
+from jaxtrain.interop.hf import read_config  # noqa: E402
+from jaxtrain.interop.initial_state import load_params  # noqa: E402
+from jaxtrain.reporting.table import format_table  # noqa: E402
+from tests import crosscheck_cases as cases  # noqa: E402
+from tests import crosscheck_loops as loops  # noqa: E402
+from tests.crosscheck_models import TOKENS, Fault, Setup, Variant, save_start  # noqa: E402
+
+SEED = 7  # of the faults' weights and batches
+
+
+class Bench:
+    """Runs both frameworks on setups, with traces in a folder. Compiles each setup once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.text = folder, english().encode()
+        self._start: tuple[Setup, jax_train.Start] | None = None  # of the last setup
+        self._ours: dict[Setup, Trace] = {}  # of the bases of faults
+        cache_compiled_programs(folder / "xla")
+
+    def train_jax(self, setup: Setup, weights: Path, theirs: Trace, style: str) -> Trace:
+        """Trains jaxtrain from a Hugging Face folder on a trace's batches; returns its trace."""
+        path = self.folder / "ours.jsonl"
+        start = self.start(setup, weights)
+        jax_train.record(start, setup.steps, path, style, batches_of(theirs))
+        return read_trace(path)
+
+    def start(self, setup: Setup, weights: Path) -> jax_train.Start:
+        """Builds jaxtrain's start. Only the weights change from one seed of a setup to the next."""
+        jax.config.update("jax_enable_x64", setup.precision == "float64")
+        if not self._start or self._start[0] != setup:
+            cfg = train_config(setup, weights, self.folder)
+            self._start = setup, jax_train.build_start(cfg, read_data=False)
+        start = self._start[1]
+        run, shardings = start.run, jax.tree.map(lambda x: x.sharding, start.state.params)
+        params = load_params(weights, run.cfg.model, run.model.axes, run.model.shapes, shardings)
+        state = start.state._replace(params=params)
+        return start._replace(state=state, weights=jax.tree.map(np.asarray, params))
+
+    def train_torch(
+        self, setup: Setup, variant: Variant, weights: Path, fault: Fault = loops.NO_FAULT
+    ) -> Trace:
+        """Trains the PyTorch loop; returns its trace."""
+        path, model = self.folder / "theirs.jsonl", None
+        if variant.module == "twin":
+            start = self.start(setup, weights)
+            model = build_torch_model(start.run.cfg.model, start.weights)
+        batches = loops.text_batches(setup, variant.seed, self.text)
+        loops.train(setup, variant, weights, batches, path, fault, model)
+        return read_trace(path)
+
+    def check_correct(self, case: cases.Correct) -> dict[str, Any]:
+        """Compares a correct loop with jaxtrain."""
+        setup, variant = case.setup, case.variant
+        weights = save_start(setup, variant.seed, self.folder / "weights")
+        theirs = self.train_torch(setup, variant, weights)
+        style = "jaxtrain" if variant.module == "twin" else "hf"
+        row = describe(compare_traces(self.train_jax(setup, weights, theirs, style), theirs))
+        return row | {"ok": row["verdict"] == "agree"}
+
+    def check_fault(self, planted: cases.Planted, fault: Fault) -> dict[str, Any]:
+        """Compares a loop with a fault with jaxtrain, and with itself without the fault."""
+        base, variant = cases.BASES[planted.base], Variant(seed=SEED)
+        weights = save_start(base, SEED, self.folder / "weights")
+        row: dict[str, Any] = {}
+        wide = dataclasses.replace(base, precision="float64", ns_dtype="float64")
+        exact = [self.train_torch(wide, variant, weights, f) for f in (loops.NO_FAULT, fault)]
+        effects = sizes_of(compare_traces(*exact))
+        for setup in (base, wide):
+            theirs = self.train_torch(setup, variant, weights, fault)
+            if setup not in self._ours:
+                self._ours[setup] = self.train_jax(setup, weights, theirs, "hf")
+            comparison = compare_traces(self._ours[setup], theirs)
+            found = describe(comparison)
+            limits = {key: d.tolerance for key, d in by_value(comparison).items()}
+            visible = {key: size / limits[key] for key, size in effects.items() if limits.get(key)}
+            key = max(visible, key=visible.__getitem__)
+            found["effect"] = [*key, effects[key], float(limits[key])]
+            if comparison.divergence:
+                first = comparison.divergence.first
+                found["located"] = (comparison.divergence.stage, first.step) == (
+                    planted.stage,
+                    planted.step,
+                ) and planted.tensor in first.tensor
+            else:
+                found["verdict"] = "missed" if visible[key] > 1 else "below rounding"
+            row[setup.precision] = found
+        # A fault that exists in float64 only has no effect there to measure in float32.
+        row["ok"] = "missed" not in (row[p]["verdict"] for p in ("float32", "float64"))
+        return row
+
+
+def train_config(setup: Setup, weights: Path, folder: Path) -> TrainConfig:
+    """Returns the config with which jaxtrain follows a setup, from a Hugging Face folder."""
+    return TrainConfig(
+        model=dataclasses.replace(read_config(weights), dtype=setup.precision),
+        optim=OptimConfig(
+            name=setup.optimizer,
+            ns_dtype=setup.ns_dtype,
+            learning_rate=loops.MUON_RATE,
+            momentum=loops.MOMENTUM,
+            adam_learning_rate=setup.rate,
+            adam_b1=setup.betas[0],
+            adam_b2=setup.betas[1],
+            adam_eps=setup.adam_eps,
+            weight_decay=setup.weight_decay,
+            clip_norm=setup.clip,
+            schedule=setup.schedule,
+            warmup_steps=setup.warmup,
+            total_steps=setup.steps,
+        ),
+        data=DataConfig(batch=setup.rows, seq_len=TOKENS),
+        accumulation=setup.accumulation,
+        steps=setup.steps,
+        weights=str(weights),
+        workdir=str(folder),
+    )
+
+
+def cache_compiled_programs(folder: Path) -> None:
+    """Makes jaxtrain compile a setup once for all seeds, and store programs for a second start.
+
+    jax.jit caches by function, and each recording builds its functions again.
+    """
+    for name, value in (("dir", str(folder)), ("max_size", -1)):
+        jax.config.update(f"jax_compilation_cache_{name}", value)
+    for name, value in (("min_compile_time_secs", 0.5), ("min_entry_size_bytes", 0)):
+        jax.config.update(f"jax_persistent_cache_{name}", value)
+    build = jax_train.build_traced_step
+    steps: dict[int, Any] = {}
+    jax_train.build_traced_step = lambda run: steps.setdefault(id(run), build(run))
+
+
+def by_value(comparison: Comparison) -> dict[tuple, Any]:
+    """Returns {(step, quantity, tensor): Difference}."""
+    found = itertools.chain.from_iterable(comparison.differences.values())
+    return {(d.step, d.quantity, d.tensor): d for d in found}
+
+
+def sizes_of(comparison: Comparison) -> dict[tuple, float]:
+    return {key: float(d.size) for key, d in by_value(comparison).items()}
+
+
+def describe(comparison: Comparison) -> dict[str, Any]:
+    """Returns a comparison's verdict, the first difference and the nearest to its tolerance."""
+    compared = [d for d in by_value(comparison).values() if d.tolerance]
+    worst = max(compared, key=lambda d: d.size / d.tolerance)
+    row: dict[str, Any] = {"verdict": "differ" if comparison.divergence else "agree"}
+    row["worst"] = [*worst[:3], float(worst.size), float(worst.tolerance)]
+    if comparison.divergence:
+        first = comparison.divergence.first
+        row["stage"] = comparison.divergence.stage
+        row["first"] = [*first[:3], float(first.size), float(first.tolerance)]
+    return row
+
+
+def run_case(bench: Bench, case: Any) -> dict[str, Any]:
+    """Runs a case; returns its row of the results."""
+    began = time.perf_counter()
+    if isinstance(case, cases.Correct):
+        row = {"case": case.name} | bench.check_correct(case) | dataclasses.asdict(case.variant)
+    else:
+        name, planted, fault = case
+        row = {"case": name} | bench.check_fault(planted, fault)
+    return row | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python tests/crosscheck_acceptance.py", None, __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--cases", type=int, default=0, help="run this many cases, evenly spread")
+    parser.add_argument("--out", default="runs/crosscheck_acceptance", help="folder of the results")
+    parser.add_argument("--list", action="store_true", help="print the cases' names and exit")
+    args = parser.parse_args()
+    everything = {case[0]: case for case in [*cases.correct_loops(), *cases.planted_faults()]}
+    names = [name for name in everything if args.only in name]
+    if args.cases:
+        names = [names[i * len(names) // args.cases] for i in range(min(args.cases, len(names)))]
+    if args.list:
+        print("\n".join(names))
+        return 0
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "cases.jsonl"
+    rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    done = {row["case"]: row for row in rows}
+    bench = Bench(folder)
+    for name in names:
+        if name not in done:
+            done[name] = run_case(bench, everything[name])
+            with log.open("a") as file:
+                file.write(json.dumps(done[name]) + "\n")
+            print(json.dumps(done[name]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
