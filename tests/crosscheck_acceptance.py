@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -40,7 +40,8 @@ from jaxtrain.crosscheck.torch_model import build_torch_model  # noqa: E402
 from jaxtrain.crosscheck.trace import Trace, batches_of, read_trace  # noqa: E402
 from jaxtrain.interop.hf import read_config  # noqa: E402
 from jaxtrain.interop.initial_state import load_params  # noqa: E402
-from jaxtrain.reporting.table import format_table  # noqa: E402
+from jaxtrain.training.run import Run, build_run  # noqa: E402
+from jaxtrain.training.step import TrainState, state_sharding_tree  # noqa: E402
 from tests import crosscheck_cases as cases  # noqa: E402
 from tests import crosscheck_loops as loops  # noqa: E402
 from tests.crosscheck_models import TOKENS, Fault, Setup, Variant, save_start  # noqa: E402
@@ -53,7 +54,7 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self.text = folder, english().encode()
-        self._start: tuple[Setup, jax_train.Start] | None = None  # of the last setup
+        self._run: tuple[Setup, Run] | None = None  # of the last setup
         self._ours: dict[Setup, Trace] = {}  # of the bases of faults
         cache_compiled_programs(folder / "xla")
 
@@ -67,14 +68,17 @@ class Bench:
     def start(self, setup: Setup, weights: Path) -> jax_train.Start:
         """Builds jaxtrain's start. Only the weights change from one seed of a setup to the next."""
         jax.config.update("jax_enable_x64", setup.precision == "float64")
-        if not self._start or self._start[0] != setup:
+        if not self._run or self._run[0] != setup:
             cfg = train_config(setup, weights, self.folder)
-            self._start = setup, jax_train.build_start(cfg, read_data=False)
-        start = self._start[1]
-        run, shardings = start.run, jax.tree.map(lambda x: x.sharding, start.state.params)
-        params = load_params(weights, run.cfg.model, run.model.axes, run.model.shapes, shardings)
-        state = start.state._replace(params=params)
-        return start._replace(state=state, weights=jax.tree.map(np.asarray, params))
+            self._run = setup, build_run(cfg, jax.devices()[:1])
+        run = self._run[1]
+        model, cfg = run.model, run.cfg.model
+        shardings = state_sharding_tree(model, run.optimizer, run.mesh)
+        params = load_params(weights, cfg, model.axes, model.shapes, shardings.params)
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero, params, run.optimizer.init(params), zero, zero)
+        state = jax.device_put(state, shardings)
+        return jax_train.Start(run, state, jax.tree.map(np.asarray, params), None)
 
     def train_torch(
         self, setup: Setup, variant: Variant, weights: Path, fault: Fault = loops.NO_FAULT

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tests.crosscheck_models import Fault, Setup, Variant
 
 SIZES = 1.0, 0.1, 0.01  # of each fault
-SEEDS = 5  # correct loops of each setup
+SEEDS = 8  # correct loops of each setup
 
 
 class Correct(NamedTuple):
@@ -28,14 +28,14 @@ class Planted(NamedTuple):
 
 
 def _setups() -> Iterator[tuple[str, Setup]]:
-    """Yields 40 named setups in which every option meets every other."""
+    """Yields 25 named setups, in which options are combined evenly."""
     families = (
         ("gpt2", {"family": "gpt2", "tied": True}),
         ("gpt2-untied", {"family": "gpt2"}),
         ("llama-gqa", {"family": "llama", "kv_heads": 2}),
         ("llama-tied", {"family": "llama", "tied": True, "norm_eps": 1e-6}),
     )
-    for i in range(40):
+    for i in range(25):
         name, model = families[i % 4]
         # A GPT-2 folder fuses queries, keys and values, which Muon would orthogonalise together.
         # Its Muon loops use the model that stores them apart.
@@ -102,7 +102,7 @@ FAULTS = {
     "bias of a projection left out": Planted("gpt2", "forward", 1, "blocks.0"),
     "dropout left on": Planted("gpt2", "forward", 1, "blocks.0"),
     "positions off by one": Planted("gpt2", "forward", 1, "embed"),
-    "soft-cap of the logits": Planted("gpt2", "forward", 1, "logits"),
+    "soft-cap of the logits": Planted("gpt2", "loss", 1),
     "RoPE base": Planted("llama", "forward", 1, "blocks.0"),
     "RoPE interleaved": Planted("llama", "forward", 1, "blocks.0"),
     "key heads in the wrong order": Planted("llama", "forward", 1, "blocks.0"),
@@ -118,8 +118,8 @@ FAULTS = {
     "gradients not cleared": Planted("gpt2", "gradient", 2),
     "backward pass of a norm": Planted("gpt2", "gradient", 1, "h.0.ln_1"),
     "head detached from the embedding": Planted("gpt2", "gradient", 1, "wte"),
-    "no clipping": Planted("gpt2", "optimizer", 2),
-    "each tensor clipped alone": Planted("gpt2", "optimizer", 2),
+    "no clipping": Planted("gpt2", "optimizer", 1),
+    "each tensor clipped alone": Planted("gpt2", "optimizer", 1),
     "clip_grad_norm_'s epsilon": Planted("gpt2", "optimizer", 1),
     "learning rate": Planted("gpt2", "optimizer", 1),
     "schedule one step late": Planted("gpt2", "optimizer", 1),

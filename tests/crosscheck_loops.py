@@ -92,22 +92,22 @@ class PlainMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        fault, dtype = self.fault, getattr(torch, self.setup.ns_dtype)
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                m = state["m"] = MOMENTUM * state.get("m", 0) + (1 - MOMENTUM) * p.grad
-                nesterov = MOMENTUM * m + (1 - MOMENTUM) * p.grad
-                x = fault.mix("momentum without Nesterov", nesterov, lambda m=m: m)
-                y = self.direction(x, dtype)
-                y = fault.mix(
-                    "Newton-Schulz in bfloat16", y, lambda: self.direction(x, torch.bfloat16)
-                )
-                ratio = p.shape[0] / p.shape[1]
-                scale = fault.mix(
-                    "scale by the wrong fan", max(1, ratio) ** 0.5, lambda: max(1, 1 / ratio) ** 0.5
-                )
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * scale * y)
+                self.update(p, group["lr"], group["weight_decay"])
+
+    def update(self, p, lr, decay):
+        fault, state = self.fault, self.state[p]
+        m = state["m"] = MOMENTUM * state.get("m", 0) + (1 - MOMENTUM) * p.grad
+        nesterov = MOMENTUM * m + (1 - MOMENTUM) * p.grad
+        x = fault.mix("momentum without Nesterov", nesterov, lambda: m)
+        narrow = lambda: self.direction(x, torch.bfloat16)
+        y = self.direction(x, getattr(torch, self.setup.ns_dtype))
+        y = fault.mix("Newton-Schulz in bfloat16", y, narrow)
+        ratio = p.shape[0] / p.shape[1]
+        scale = max(1, ratio) ** 0.5
+        scale = fault.mix("scale by the wrong fan", scale, lambda: max(1, 1 / ratio) ** 0.5)
+        p.mul_(1 - lr * decay).sub_(lr * scale * y)
 
 
 def is_matrix(name: str, p: torch.Tensor) -> bool:

@@ -285,13 +285,13 @@ class Plain(nn.Module):
         blocks = nn.ModuleList(Block(setup, i, fused, parts) for i in range(LAYERS))
         norm = Norm(D, setup.norm_eps, gpt2, parts)
         self.drop = nn.Identity()  # a place for a hook
-        self.lm_head = Linear(D, VOCABULARY, False, False, parts)
         if gpt2:
             tables = {"wte": nn.Embedding(VOCABULARY, D), "wpe": nn.Embedding(TOKENS, D)}
             self.transformer = nn.ModuleDict(tables | {"h": blocks, "ln_f": norm})
         else:
             table = {"embed_tokens": nn.Embedding(VOCABULARY, D)}
             self.model = nn.ModuleDict(table | {"layers": blocks, "norm": norm})
+        self.lm_head = Linear(D, VOCABULARY, False, False, parts)
         self.body = [blocks, norm]  # a list, so that no parameter has two names
         if setup.tied:
             self.lm_head.weight = self.table.weight
