@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import KernelsConfig, TrainConfig
 from jaxtrain.crosscheck.tensor_names import NameTensors
 from jaxtrain.crosscheck.tolerances import EPS, SIGMAS
@@ -103,18 +104,19 @@ def build_forward_backward_in_other_precision(cfg: TrainConfig) -> Callable[...,
     return forward_backward
 
 
-def entry_errors(error: np.ndarray) -> np.ndarray:
+def entry_errors(error: np.ndarray, axes: Axes) -> np.ndarray:
     """Estimates the size of the rounding error of each entry from one sample, float64.
 
     One sample may be small by luck. The product of the mean squares of its row and column, as in
-    Adafactor's second moment, is the better estimate then.
+    Adafactor's second moment, is the better estimate then; for a vector, its own mean square is.
 
     Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
     """
     square = np.square(error, dtype=np.float64)
-    flat = square.reshape(-1, square.shape[-1]) if square.ndim > 1 else square.reshape(1, -1)
-    rows, columns = flat.mean(1, keepdims=True), flat.mean(0, keepdims=True)
-    expected = rows * columns / max(float(rows.mean()), 1e-300)
+    flat = square.reshape(-1, square.shape[-1])
+    expected = flat.mean(1, keepdims=True)
+    if axes.role != "vector":
+        expected = expected * (flat.mean(0, keepdims=True) / max(float(flat.mean()), 1e-300))
     return np.sqrt(np.maximum(flat, expected)).reshape(error.shape)
 
 
@@ -150,7 +152,7 @@ class RoundingMeter:
     """
 
     def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
-        self._eps = EPS[run.cfg.model.dtype]
+        self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
         self._step, self._copies = step, [state, state]
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
@@ -176,7 +178,10 @@ class RoundingMeter:
         (nats, _, grads), activations = self._other(before, jax.tree.map(np.asarray, batch))
         accepted = SIGMAS * self._eps / EPS["float32"]  # times float32's rounding error
         noise = jax.tree.map(
-            lambda g, other: accepted * entry_errors(_wide(g) - _wide(other)), outputs.grads, grads
+            lambda axes, g, other: accepted * entry_errors(_wide(g) - _wide(other), axes),
+            self._axes,
+            outputs.grads,
+            grads,
         )
         up = jax.tree.map(lambda e: e * self._rng.choice((-1.0, 1.0), e.shape), noise)
         down = jax.tree.map(np.negative, up)

@@ -8,6 +8,9 @@ from jaxtrain.crosscheck.trace import Trace
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 SIGMAS = 4.0  # a difference of this many times the rounding error is accepted
+# The least tolerance. Digests of float64 tensors have rounding errors themselves, and no difference
+# below this is a fault.
+LEAST = {"float64": 1e-12, "float32": 0.0}
 UNDECIDED = 1.0  # from this relative tolerance on, rounding decides all of a tensor
 DEEP_LAYERS = 12  # float32 models from this depth on get five times the fixed tolerance
 COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number of steps
@@ -73,7 +76,7 @@ class Tolerances:
             if value is not None:
                 found.append(float(value))
         if found:
-            return Tolerance(max(found), max(found) / SIGMAS)
+            return Tolerance(max(*found, LEAST[self._precision]), max(found) / SIGMAS)
         return self._fixed(quantity, name, record)
 
     def _fixed(self, quantity: str, name: str, record: StepRecord) -> Tolerance:
