@@ -22,6 +22,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from jaxtrain.config.train_config import DataConfig, OptimConfig, TrainConfig  # noqa: E402
-from jaxtrain.crosscheck import jax_train  # noqa: E402
+from jaxtrain.crosscheck import jax_train, rounding  # noqa: E402
 from jaxtrain.crosscheck.comparison import Comparison, compare_traces  # noqa: E402
 from jaxtrain.crosscheck.pretrained import english  # noqa: E402
 from jaxtrain.crosscheck.torch_model import build_torch_model  # noqa: E402
@@ -88,14 +89,14 @@ class Bench:
         if variant.module == "twin":
             start = self.start(setup, weights)
             model = build_torch_model(start.run.cfg.model, start.weights)
-        batches = loops.text_batches(setup, variant.seed, self.text)
+        batches = loops.make_batches(setup, variant, self.text)
         loops.train(setup, variant, weights, batches, path, fault, model)
         return read_trace(path)
 
     def check_correct(self, case: cases.Correct) -> dict[str, Any]:
         """Compares a correct loop with jaxtrain."""
         setup, variant = case.setup, case.variant
-        weights = save_start(setup, variant.seed, self.folder / "weights")
+        weights = save_start(setup, variant, self.folder / "weights")
         theirs = self.train_torch(setup, variant, weights)
         style = "jaxtrain" if variant.module == "twin" else "hf"
         row = describe(compare_traces(self.train_jax(setup, weights, theirs, style), theirs))
@@ -104,7 +105,7 @@ class Bench:
     def check_fault(self, planted: cases.Planted, fault: Fault) -> dict[str, Any]:
         """Compares a loop with a fault with jaxtrain, and with itself without the fault."""
         base, variant = cases.BASES[planted.base], Variant(seed=SEED)
-        weights = save_start(base, SEED, self.folder / "weights")
+        weights = save_start(base, variant, self.folder / "weights")
         row: dict[str, Any] = {}
         wide = dataclasses.replace(base, precision="float64", ns_dtype="float64")
         exact = [self.train_torch(wide, variant, weights, f) for f in (loops.NO_FAULT, fault)]
@@ -169,9 +170,21 @@ def cache_compiled_programs(folder: Path) -> None:
         jax.config.update(f"jax_compilation_cache_{name}", value)
     for name, value in (("min_compile_time_secs", 0.5), ("min_entry_size_bytes", 0)):
         jax.config.update(f"jax_persistent_cache_{name}", value)
-    build = jax_train.build_traced_step
-    steps: dict[int, Any] = {}
-    jax_train.build_traced_step = lambda run: steps.setdefault(id(run), build(run))
+    compile_once(jax_train, "build_traced_step", key=id)
+    compile_once(rounding, "build_forward_backward_in_other_precision", key=hash)
+
+
+def compile_once(module: Any, name: str, key: Callable[[Any], int]) -> None:
+    """Replaces a function that builds a jitted one, so that equal arguments get the same one."""
+    build, built = getattr(module, name), {}
+
+    def find(argument):
+        if key(argument) not in built:
+            built.clear()  # a setup's seeds come one after another
+            built[key(argument)] = build(argument)
+        return built[key(argument)]
+
+    setattr(module, name, find)
 
 
 def by_value(comparison: Comparison) -> dict[tuple, Any]:

@@ -46,7 +46,7 @@ def _setups() -> Iterator[tuple[str, Setup]]:
             "accumulation": accumulation,
             "width": (64, 32, 48)[i // 2 % 3],
             "betas": ((0.9, 0.95), (0.9, 0.999))[i // 4 % 2],
-            "adam_eps": (1e-8, 1e-6)[i // 8 % 2],
+            "adam_eps": 1e-6 if i % 8 == 3 else 1e-8,
             "weight_decay": (0.1, 0.0)[i // 3 % 2],
             "clip": (0.5, 0.0)[i // 5 % 2],
             "schedule": ("cosine", "constant")[i // 2 % 2],
@@ -79,6 +79,8 @@ def correct_loops() -> list[Correct]:
                 adam=("fused", "foreach", "single")[n // 2 % 3],
                 order=orders[n % len(orders)],
                 threads=1 + n % 2,
+                data=("text", "uniform")[n // 3 % 2],
+                spread=seed % 3 > 0,
                 seed=100 * i + seed,
             )
             cases.append(Correct(f"{name}/{seed}", setup, variant))

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from jaxtrain.crosscheck.recorder import Recorder
 from tests.crosscheck_models import (
+    TOKENS,
+    VOCABULARY,
     Fault,
     Setup,
     Variant,
@@ -307,10 +309,13 @@ def clear(model: nn.Module, fault: Fault) -> None:
             p.grad.mul_(fault.amount("gradients not cleared"))
 
 
-def text_batches(setup: Setup, seed: int, text: bytes) -> Iterator[np.ndarray]:
-    """Yields a batch per step, int [rows,TOKENS+1], of random places in a text."""
-    generator = np.random.default_rng(seed)
-    tokens = np.frombuffer(text, np.uint8)
+def make_batches(setup: Setup, variant: Variant, text: bytes) -> Iterator[np.ndarray]:
+    """Yields a batch per step, int64 [rows,TOKENS+1], of random places in a text or random."""
+    generator = np.random.default_rng(variant.seed)
+    tokens, shape = np.frombuffer(text, np.uint8), (setup.rows, TOKENS + 1)
     for _ in range(setup.steps):
-        starts = generator.integers(0, len(tokens) - 33, setup.rows)
-        yield np.stack([tokens[start : start + 33] for start in starts]).astype(np.int64)
+        starts = generator.integers(0, len(tokens) - TOKENS, (setup.rows, 1))
+        chosen = tokens[starts + np.arange(TOKENS + 1)]
+        if variant.data == "uniform":
+            chosen = generator.integers(0, VOCABULARY, shape)
+        yield chosen.astype(np.int64)

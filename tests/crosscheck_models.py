@@ -58,6 +58,8 @@ class Variant:
     adam: str = "single"  # or "foreach" or "fused"
     order: str = "forward"  # of sums: or "channels" or "rows", which are added in reverse
     threads: int = 1
+    data: str = "text"  # or "uniform", random tokens
+    spread: bool = True  # the initial gains and biases are random, not 1 and 0
     seed: int = 0
 
 
@@ -78,9 +80,9 @@ class Fault:
         return right + self.size * (wrong() - right)
 
 
-def save_start(setup: Setup, seed: int, folder: Path) -> Path:
+def save_start(setup: Setup, variant: Variant, folder: Path) -> Path:
     """Writes a random model of transformers' own class as a Hugging Face folder."""
-    torch.manual_seed(seed)
+    torch.manual_seed(variant.seed)
     shared = {"vocab_size": VOCABULARY, "tie_word_embeddings": setup.tied}
     shared |= {"bos_token_id": 0, "eos_token_id": 0}
     if setup.family == "gpt2":
@@ -105,9 +107,10 @@ def save_start(setup: Setup, seed: int, folder: Path) -> Path:
             **shared,
         )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # gains are 1 and biases 0 at first, which would hide faults
-        for p in model.parameters():
-            p.add_((0.1 if p.ndim == 1 else 0.02) * torch.randn_like(p))
+    if variant.spread:  # gains of 1 and biases of 0 would hide faults
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_((0.1 if p.ndim == 1 else 0.02) * torch.randn_like(p))
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
         model.save_pretrained(folder)
     return folder
