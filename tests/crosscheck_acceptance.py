@@ -22,6 +22,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from tests import crosscheck_cases as cases  # noqa: E402
 from tests import crosscheck_loops as loops  # noqa: E402
 from tests.crosscheck_models import TOKENS, Fault, Setup, Variant, save_start  # noqa: E402
 
+PRECISIONS = "float32", "float64"
 SEED = 7  # of the faults' weights and batches
 
 
@@ -129,8 +131,7 @@ class Bench:
             else:
                 found["verdict"] = "missed" if visible[key] > 1 else "below rounding"
             row[setup.precision] = found
-        # A fault that exists in float64 only has no effect there to measure in float32.
-        row["ok"] = "missed" not in (row[p]["verdict"] for p in ("float32", "float64"))
+        row["ok"] = "missed" not in (row[p]["verdict"] for p in PRECISIONS)
         return row
 
 
@@ -210,6 +211,53 @@ def describe(comparison: Comparison) -> dict[str, Any]:
     return row
 
 
+def describe_row(row: dict[str, Any]) -> str:
+    """Returns a case's result as one line."""
+    line = f"{row['case']:45} {row['seconds']:5.1f} s"
+    for found in [row[p] for p in PRECISIONS] if "float32" in row else [row]:
+        line += f"  {found['verdict']}"
+        key = "first" if "first" in found else "worst"
+        step, quantity, tensor, size, limit = found[key]
+        line += f" (step {step}, {quantity} {tensor} {size:.1e}, tolerance {limit:.1e})"
+    return line + ("" if row["ok"] else "  WRONG")
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Returns the counts of wrong verdicts and the tables of the documentation, in Markdown."""
+    correct = [row for row in rows if "verdict" in row]
+    planted = [row for row in rows if "verdict" not in row]
+    lines = []
+    if correct:
+        lines += ["| correct loops | seeds and variants | reported as different |", "|---|---|---|"]
+        for setup, group in itertools.groupby(correct, lambda row: row["case"].split("/")[0]):
+            found = [row["ok"] for row in group]
+            lines.append(f"| {setup.partition('-')[2]} | {len(found)} | {found.count(False)} |")
+    if planted:
+        head = [f"{p}, {size:g}" for p in PRECISIONS for size in cases.SIZES]
+        lines += ["", f"| fault, its size | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+        for fault, group in itertools.groupby(planted, lambda row: row["case"].split("*")[0]):
+            group = list(group)
+            cells = [mark(row[p]) for p in PRECISIONS for row in group]
+            lines.append(f"| {fault} | {' | '.join(cells)} |")
+    wrong = [row for row in correct if not row["ok"]]
+    found = [row[p] for row in planted for p in PRECISIONS]
+    verdicts = Counter(row["verdict"] for row in found)
+    lines += [
+        "",
+        f"{len(correct)} correct loops, of which {len(wrong)} were reported as different",
+        f"{len(found)} faults: {verdicts['differ']} reported as different, "
+        f"{verdicts['below rounding']} below rounding, {verdicts['missed']} missed",
+    ]
+    return "\n".join(lines)
+
+
+def mark(found: dict[str, Any]) -> str:
+    """Returns a fault's cell: the stage that was named, in brackets if it is not the expected."""
+    if found["verdict"] != "differ":
+        return found["verdict"]
+    return found["stage"] if found["located"] else f"({found['stage']})"
+
+
 def run_case(bench: Bench, case: Any) -> dict[str, Any]:
     """Runs a case; returns its row of the results."""
     began = time.perf_counter()
@@ -247,8 +295,10 @@ def main() -> int:
             done[name] = run_case(bench, everything[name])
             with log.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
-            print(json.dumps(done[name]), flush=True)
-    return 0
+            print(describe_row(done[name]), flush=True)
+    rows = [done[name] for name in names]
+    print(summary(rows))
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":
