@@ -4,6 +4,7 @@ The routes are stored with the run, and its start prints the unusual ones. This 
 whether chip, mesh and model suit a fused kernel; fused.py calls the kernels.
 """
 
+import dataclasses
 import functools
 import platform as host
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pallas_kernels.tiles import TILES, default_tiles
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
+RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
 UNROLLED_LAYERS = 12  # most on CPU; more gain less than they cost in compile time and memory
 
 
@@ -46,7 +48,8 @@ class Route:
     def is_usual(self) -> bool:
         """Returns whether this is the platform's default, at full speed."""
         wide = self.implementation in ("blocked_wide", "cpu_wide")
-        return not (self.fallback or self.is_fused or wide or REQUESTED in self.reason)
+        explained = REQUESTED in self.reason or RULED_OUT in self.reason
+        return not (self.fallback or self.is_fused or wide or explained)
 
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
@@ -111,8 +114,17 @@ class _KernelRoutes:
             narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
             if model.K & (model.K - 1) or model.K < narrowest:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
+            if obstacle := self.scoring_obstacle():
+                return obstacle
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
+        return ""
+
+    def scoring_obstacle(self) -> str:
+        """Returns which score of the model attention's kernel does not compute; "" if none."""
+        model = self.model
+        if 0 < model.window < self.seq_len:
+            return f"it has no window; got {model.window=} with {self.seq_len} tokens"
         return ""
 
     def requesting_flag(self, op: str) -> str:
@@ -154,8 +166,17 @@ class _KernelRoutes:
         route = self.fused(op)
         if route is None:
             reason = self.obstacle(op) or self.measured(op).reason
-            route = Route(op, "plain", f"XLA; no kernel: {reason}")
+            return Route(op, "plain", f"XLA; no kernel: {reason}")
+        if op == "qk_rope" and self.model.nope_every:
+            return dataclasses.replace(route, reason=f"{route.reason}; XLA's norm where no RoPE is")
         return route
+
+    def fused_or_other_attention(self, other: Route) -> Route:
+        """Returns the route to attention's kernel, or `other` and what rules the kernel out."""
+        route, obstacle = self.fused("attention"), self.scoring_obstacle()
+        if route or not obstacle or self.arch not in TILES:
+            return route or other
+        return dataclasses.replace(other, reason=f"{other.reason}; {RULED_OUT}: {obstacle}")
 
 
 def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
@@ -242,15 +263,16 @@ def choose_routes(
     """
     kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": kernel_routes.fused("attention")
-        or _attention(model, document_mask, platform, arch, tensor),
+        "attention": kernel_routes.fused_or_other_attention(
+            _attention(model, document_mask, platform, arch, tensor)
+        ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),
         "head": kernel_routes.fused_or_plain("head"),
         "square": kernel_routes.fused_or_plain("square"),
         "layers": _layers(model, platform, chip),
     }
-    if model.qk_norm and model.position == "rope":
+    if model.qk_norm and model.position == "rope" and model.nope_every != 1:
         routes["qk_rope"] = kernel_routes.fused_or_plain("qk_rope")
     if wants_gpu and platform == "cpu":
         reason = "JAX has a CUDA plugin but found no GPU; JAX_PLATFORMS=cpu allows that"

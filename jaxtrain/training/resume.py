@@ -57,7 +57,7 @@ def check_resumed(cfg: config_lib.ModelConfig, stored: dict[str, Any]) -> None:
     """Raises ValueError if a model differs from that of the checkpoint to resume.
 
     Args:
-        stored: the checkpoint's config, by flag name; fields that it lacks are not compared.
+        stored: the checkpoint's config, by flag name; fields that it lacks had their default.
     """
     theirs = {field: stored[f"model.{field}"] for field in vars(cfg) if f"model.{field}" in stored}
     check_same_model(cfg, theirs, "the one that the run began with", "a new --workdir")
