@@ -27,6 +27,8 @@ FORMS = [
     SMALL | dict(qk_norm=True, mlp="relu2", logit_softcap=15.0),
     GPT2,
     SMALL | dict(G=1, tied=True),
+    SMALL | dict(norm_place="post", qk_norm=True, qk_norm_over="all", embed_scale=8.0, tied=True),
+    SMALL | dict(norm_place="both", mlp="geglu", norm_gain=False, embed_norm=True, tied=True),
 ]
 
 

@@ -26,16 +26,17 @@ from jaxtrain.config.train_config import ModelConfig
 class Norm(nn.Module):
     def __init__(self, cfg: ModelConfig, width: int, form: str):
         super().__init__()
-        self.form, self.eps = form, cfg.norm_eps
-        self.gain = nn.Parameter(torch.ones(width))
+        self.form, self.shape, self.eps = form, (width,), cfg.norm_eps
+        self.gain = nn.Parameter(torch.ones(width)) if cfg.norm_gain else None
         biased = form == "layer" and cfg.bias
         self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
     def forward(self, x):
-        x = x.to(self.gain.dtype)  # autocast does not, and bfloat16 would round the mean square
+        # Autocast does not widen x, and bfloat16 would round the mean square.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.form == "layer":
-            return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.eps)
-        return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
+            return F.layer_norm(x, self.shape, self.gain, self.bias, self.eps)
+        return F.rms_norm(x, self.shape, self.gain, self.eps)
 
 
 def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
@@ -58,15 +59,19 @@ class Attention(nn.Module):
         self.k = nn.Linear(cfg.D, cfg.G * cfg.K, cfg.bias)
         self.v = nn.Linear(cfg.D, cfg.G * cfg.K, cfg.bias)
         self.o = nn.Linear(cfg.H * cfg.K, cfg.D, cfg.bias)
+        self.q_norm = self.k_norm = nn.Identity()
         if cfg.qk_norm:
-            self.q_norm = Norm(cfg, cfg.K, "rms")
-            self.k_norm = Norm(cfg, cfg.K, "rms")
+            heads = (cfg.H, cfg.G) if cfg.qk_norm_over == "all" else (1, 1)
+            self.q_norm, self.k_norm = (Norm(cfg, n * cfg.K, "rms") for n in heads)
 
     def forward(self, x_BTD, rope, mask_B1TS=None):
         cfg = self.cfg
-        linears = self.q, self.k, self.v
-        q, k, v = (f(x_BTD).unflatten(-1, (-1, cfg.K)).transpose(1, 2) for f in linears)
-        if cfg.qk_norm:
+        split_heads = lambda x: x.unflatten(-1, (-1, cfg.K)).transpose(1, 2)
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if cfg.qk_norm_over == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = split_heads(q), split_heads(k), split_heads(v)
+        if cfg.qk_norm_over == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -80,7 +85,7 @@ class Mlp(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.form = cfg.mlp
-        if cfg.mlp == "swiglu":
+        if cfg.mlp in ("swiglu", "geglu"):
             self.gate = nn.Linear(cfg.D, cfg.F, cfg.bias)
         self.up = nn.Linear(cfg.D, cfg.F, cfg.bias)
         self.down = nn.Linear(cfg.F, cfg.D, cfg.bias)
@@ -88,6 +93,8 @@ class Mlp(nn.Module):
     def forward(self, x):
         if self.form == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.form == "geglu":
+            return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
         if self.form == "gelu":
             return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.relu(self.up(x)).square())
@@ -96,14 +103,22 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.attention_norm = Norm(cfg, cfg.D, cfg.norm)
+        self.attention_norm = self.attention_post_norm = nn.Identity()
+        self.mlp_norm = self.mlp_post_norm = nn.Identity()
+        if cfg.norm_place != "post":
+            self.attention_norm = Norm(cfg, cfg.D, cfg.norm)
+            self.mlp_norm = Norm(cfg, cfg.D, cfg.norm)
+        if cfg.norm_place != "pre":
+            self.attention_post_norm = Norm(cfg, cfg.D, cfg.norm)
+            self.mlp_post_norm = Norm(cfg, cfg.D, cfg.norm)
         self.attention = Attention(cfg)
-        self.mlp_norm = Norm(cfg, cfg.D, cfg.norm)
         self.mlp = Mlp(cfg)
 
     def forward(self, h_BTD, rope, mask_B1TS=None):
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rope, mask_B1TS)
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD))
+        y_BTD = self.attention(self.attention_norm(h_BTD), rope, mask_B1TS)
+        h_BTD = h_BTD + self.attention_post_norm(y_BTD).to(h_BTD.dtype)
+        y_BTD = self.mlp(self.mlp_norm(h_BTD))
+        return h_BTD + self.mlp_post_norm(y_BTD).to(h_BTD.dtype)
 
 
 class TorchTransformer(nn.Module):
@@ -115,6 +130,7 @@ class TorchTransformer(nn.Module):
         self.embed = nn.Parameter(torch.zeros(cfg.V, cfg.D))
         if cfg.position == "learned":
             self.positions = nn.Parameter(torch.zeros(cfg.positions, cfg.D))
+        self.embed_norm = Norm(cfg, cfg.D, cfg.norm) if cfg.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.L))
         self.final_norm = Norm(cfg, cfg.D, cfg.norm)
         if not cfg.tied:
@@ -144,10 +160,14 @@ class TorchTransformer(nn.Module):
         device, is_bfloat16 = tokens_BT.device.type, cfg.dtype == "bfloat16"
         with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16):
             h_BTD, rope = F.embedding(tokens_BT, self.embed), None
+            if cfg.embed_scale != 1:  # in the type of the activations, as Gemma's own code
+                h_BTD = h_BTD.bfloat16() if is_bfloat16 else h_BTD
+                h_BTD = h_BTD * h_BTD.new_tensor(cfg.embed_scale)
             if cfg.position == "learned":
                 h_BTD = h_BTD + self.positions[:T]
             else:
                 rope = self._rope(T)
+            h_BTD = self.embed_norm(h_BTD)
             if is_bfloat16:  # the residual stream too, as in llm.c and nanochat
                 h_BTD = h_BTD.bfloat16()
             observe("embed", h_BTD)

@@ -110,6 +110,12 @@ class _KernelRoutes:
             narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
             if model.K & (model.K - 1) or model.K < narrowest:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
+        if op in ("norm", "qk_rope") and not model.norm_gain:
+            return "it multiplies by a gain; got model.norm_gain=false"
+        if op == "norm" and model.norm_place == "post":
+            return "it normalises h + y, but model.norm_place=post normalises y alone"
+        if op == "qk_rope" and model.qk_norm_over == "all":
+            return "it normalises each head; got model.qk_norm_over=all"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
         return ""
