@@ -197,7 +197,13 @@ def test_full_remat_needs_less_memory_than_none():
     assert temporaries("full") < 0.7 * temporaries("none")
 
 
-@pytest.mark.parametrize("values", FORMS + [GPT2 | dict(L=12, D=64, K=16, F=256, V=512)])
+DEEP = GPT2 | dict(L=12, D=64, K=16, F=256, V=512)
+WIDE = SMALL | dict(L=1, D=512, tied=True)
+
+
+@pytest.mark.parametrize(
+    "values", [*FORMS, DEEP, WIDE | dict(embed_norm=True), WIDE | dict(embed_scale=512**0.5)]
+)
 def test_the_first_loss_is_ln_v(values):
     model = build(**values)
     V = model.shapes["embed"].shape[0]
