@@ -25,7 +25,9 @@ FORMS = {
     | dict(norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=24),
     "capped": SCANNED | dict(G=1, mlp="relu2", logit_softcap=2.0),
     "olmo2": SCANNED | dict(G=2, norm_place="post", qk_norm=True, qk_norm_over="all"),
-    "gemma": SCANNED | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5),
+    "gemma": SMALL
+    | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5)
+    | dict(attention_scale=0.5, attention_softcap=1.0),
     "nanochat": SCANNED | dict(norm_gain=False, qk_norm=True, mlp="relu2", embed_norm=True),
 }
 B, T = 2, 24

@@ -28,7 +28,8 @@ FORMS = [
     GPT2,
     SMALL | dict(G=1, tied=True),
     SMALL | dict(norm_place="post", qk_norm=True, qk_norm_over="all", embed_scale=8.0, tied=True),
-    SMALL | dict(norm_place="both", mlp="geglu", norm_gain=False, embed_norm=True, tied=True),
+    SMALL | dict(norm_place="both", mlp="geglu", norm_gain=False, embed_norm=True, tied=True)
+    | dict(attention_scale=0.5, attention_softcap=1.0),
 ]
 
 

@@ -51,6 +51,17 @@ def document_mask(docs_BT: torch.Tensor) -> torch.Tensor:
     return same_BTS.tril()[:, None]
 
 
+def capped_attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS, scale: float, cap: float) -> torch.Tensor:
+    """Attends with scores cap * tanh(s / cap), which PyTorch's own attention lacks."""
+    T, repeats = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
+    k_BHSK, v_BHSK = (x.repeat_interleave(repeats, 1) for x in (k_BGSK, v_BGSK))
+    if mask_B1TS is None:
+        mask_B1TS = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).tril()
+    s_BHTS = scale * (q_BHTK @ k_BHSK.mT)
+    s_BHTS = (cap * torch.tanh(s_BHTS / cap)).masked_fill(~mask_B1TS, -torch.inf)
+    return s_BHTS.softmax(-1).to(v_BHSK.dtype) @ v_BHSK
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -75,9 +86,16 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        o_BHTK = F.scaled_dot_product_attention(
-            q, k, v, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=cfg.G < cfg.H
-        )
+        scale = cfg.attention_scale or cfg.K**-0.5
+        if cfg.attention_softcap:
+            o_BHTK = capped_attention(q, k, v, mask_B1TS, scale, cfg.attention_softcap)
+        else:
+            o_BHTK = F.scaled_dot_product_attention(
+                *(q, k, v, mask_B1TS),
+                is_causal=mask_B1TS is None,
+                scale=scale,
+                enable_gqa=cfg.G < cfg.H,
+            )
         return self.o(o_BHTK.transpose(1, 2).flatten(2))
 
 

@@ -151,7 +151,12 @@ def place_rates(rates: dict[str, float], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def target_weights(batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns [B,T]: 1 for a token, 0 for padding; float32, or float64 where that is enabled."""
+    """Returns the weight of each target [B,T]; float32, or float64 where that is enabled.
+
+    The batch's "weights" [B,T] if it has them; else 1 for a token and 0 for padding.
+    """
+    if "weights" in batch:
+        return batch["weights"].astype(float)
     if "docs" not in batch:
         return jnp.ones(batch["tokens"][:, 1:].shape, float)
     return (batch["docs"][:, 1:] >= 0).astype(float)
