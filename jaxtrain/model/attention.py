@@ -1,7 +1,8 @@
 """Causal grouped-query attention: (q_BTHK, k_BTGK, v_BTGK, docs_BT | None, scoring) -> o_BTHK.
 
-Scores are scaled by 1/sqrt(K) by default; the softmax is computed in float32. With docs, a token attends only
-to its own document. R is the number of query heads that share a key/value head: H = G * R.
+Scores are scaled by 1/sqrt(K) unless `scoring` has another scale; the softmax is computed in
+float32. With docs, a token attends only to its own document. R is the number of query heads that
+share a key/value head: H = G * R.
 """
 
 import functools
