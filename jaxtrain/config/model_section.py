@@ -28,7 +28,9 @@ class ModelConfig(Section):
     )
     norm_gain: bool = knob(True, "multiply the result of every norm by learned gains")
     mlp: str = knob(
-        "swiglu", "kind of feed-forward block", choices=("swiglu", "geglu", "gelu", "relu2")
+        "swiglu",
+        "kind of feed-forward block",
+        choices=("swiglu", "geglu", "gelu", "relu2"),
     )
     qk_norm: bool = knob(False, "RMS-normalise the queries and keys of attention")
     qk_norm_over: str = knob(
