@@ -10,7 +10,7 @@ from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 
-def test_there_are_at_most_100_fields():
+def test_the_number_of_fields_is_limited():
     assert len(config_lib.flatten(TrainConfig())) <= config_lib.MAX_FIELDS
 
 

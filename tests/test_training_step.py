@@ -10,7 +10,7 @@ from configs import debug
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.training.run import build_run, compile_step
-from jaxtrain.training.step import Recompiled, abstract_state, init_state
+from jaxtrain.training.step import Recompiled, abstract_state, build_gradient, init_state
 
 B, T = 16, 16
 
@@ -111,6 +111,22 @@ def test_padding_affects_neither_loss_nor_update():
         outcomes.append((float(scalars["train/loss_nats"]), jax.device_get(state.params["head"])))
     assert outcomes[0][0] == outcomes[1][0]
     np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_weights_of_targets_average_the_losses_of_their_rows():
+    run, _ = build()
+    params = init_state(run.model, run.optimizer, run.mesh, 0).params
+    gradient = jax.jit(build_gradient(run.model, run.loss, 1))
+    batch = jax.device_get(batch_at(0, run.mesh))
+    halves = np.arange(B)[:, None] < B // 2, np.arange(B)[:, None] >= B // 2
+    first, second, mixed = (
+        gradient(params, batch | {"weights": np.broadcast_to(w, (B, T)).astype(np.float32)})
+        for w in (*halves, 3 * halves[0] + halves[1])
+    )
+    expected = jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, first, second)
+    assert abs(float(first[0] - second[0])) > 1e-3
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+    jax.tree.map(close, mixed, expected)
 
 
 def test_calling_the_step_with_another_shape_raises_and_names_it():

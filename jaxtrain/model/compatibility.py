@@ -2,7 +2,7 @@
 
 import math
 
-from jaxtrain.config.sections import ModelConfig
+from jaxtrain.config.model_section import ModelConfig
 
 # Fields that define which function the weights compute; the others affect only how.
 MODEL_FIELDS = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()

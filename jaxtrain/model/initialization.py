@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtrain.config.sections import ModelConfig
+from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.model.trees import param_tree
 
 

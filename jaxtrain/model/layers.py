@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxtrain.axes import Axes
-from jaxtrain.config.sections import ModelConfig
+from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.model.dense import DENSE, wide_dtype
 from jaxtrain.model.initialization import embedding_std, head_std, residual_std, small_std
 from jaxtrain.model.rope import RopeTables, rotate

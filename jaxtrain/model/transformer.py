@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.config.sections import ModelConfig
+from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
-from jaxtrain.model.attention import CUDNN_FORWARD, attend, attend_cached
+from jaxtrain.model.attention import CAUSAL, CUDNN_FORWARD, attend, attend_cached
 from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
@@ -128,7 +128,7 @@ class _Network:
         docs_BT = docs_BT if self.document_mask else None
 
         def body(h_BTD, layer):
-            attend_layer = lambda q, k, v: (attend(attention, q, k, v, docs_BT, self.mesh), None)
+            attend_layer = lambda *qkv: (attend(attention, *qkv, docs_BT, self.mesh, CAUSAL), None)
             h_BTD, _ = self.block(h_BTD, layer, rope, attend_layer)
             return h_BTD, collect(h_BTD)
 
@@ -157,7 +157,7 @@ class _Network:
 
         def body(h_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            attend_layer = functools.partial(attend_cached, layer_cache, start)
+            attend_layer = functools.partial(attend_cached, layer_cache, start, CAUSAL)
             return self.block(h_BTD, layer, rope, attend_layer)
 
         h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layer_weights(params), cache))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jaxtrain.config.sections import KernelsConfig, ModelConfig
+from jaxtrain.config.model_section import ModelConfig
+from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from pallas_kernels.chip import CHIPS
 from pallas_kernels.kernel_choice import BodyChoice, choose_body
