@@ -152,8 +152,7 @@ def _blocked_backward(q, k, v, probabilities, do, scoring):
     return jnp.concatenate(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, docs_BT, scoring):
+def _blocked_output(q, k, v, docs_BT, scoring):
     return _blocked_forward(q, k, v, docs_BT, scoring)[0]
 
 
@@ -167,6 +166,7 @@ def _blocked_bwd(scoring, residuals, do):
     return *_blocked_backward(q, k, v, probabilities, do, scoring), None
 
 
+_blocked = jax.custom_vjp(_blocked_output, nondiff_argnums=(4,))
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
