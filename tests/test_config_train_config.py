@@ -69,6 +69,16 @@ def test_every_field_has_a_help_text_and_is_listed_in_the_help():
         ({"model": {"rope_factor": 4.0}}, "model.rope_factor must be 1 unless model.rope_scaling"),
         ({"model": {"rope_high_freq": 1.0}}, "rope_high_freq must exceed model.rope_low_freq=1.0"),
         (
+            {"optim": {"decay_groups": "matrices,embeddings"}},
+            "optim.decay_groups must be some of matrices, embedding, positions, head, vectors, "
+            "joined by commas; got 'matrices,embeddings'. Set --optim.decay_groups.",
+        ),
+        (
+            {"optim": {"ns_form": "torch", "ns_coefficients": "aol4"}},
+            "optim.ns_coefficients must be jordan with optim.ns_form=torch; got 'aol4'",
+        ),
+        ({"optim": {"clip_eps": -1e-6}}, "optim.clip_eps must be at least 0.0; got -1e-06"),
+        (
             {"optim": {"acceleration": "ema_lookahead", "strength": 1.0}},
             "optim.strength must be below 1 with optim.acceleration=ema_lookahead",
         ),

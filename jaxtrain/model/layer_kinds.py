@@ -20,7 +20,7 @@ def _kind(cfg: ModelConfig, number: int) -> LayerKind:
     window = 0 if is_global else cfg.window
     rotates = cfg.position == "rope" and not (cfg.nope_every and number % cfg.nope_every == 0)
     rope = ("local" if window and cfg.rope_local_theta else "global") if rotates else "none"
-    return LayerKind(Scoring(window), rope)
+    return LayerKind(Scoring(window, cfg.attention_scale, cfg.attention_softcap), rope)
 
 
 def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:

@@ -93,11 +93,16 @@ class _Network:
         """Returns (h_BTD, RoPE tables of each LayerKind.rope) for tokens from position start on."""
         gather = lambda w_VD: self.constrain(w_VD, P())  # a look-up needs all rows
         h_BTD = look_up_embedding(params["embed"], tokens_BT, self.dtype, gather)
+        if self.cfg.embed_scale != 1:  # rounded to the compute type, as Gemma was trained
+            h_BTD = h_BTD * jnp.asarray(self.cfg.embed_scale, self.dtype)
         positions_T = start + jnp.arange(tokens_BT.shape[1])
         ropes = {kind.rope: rope_tables(self.cfg, kind.rope, positions_T) for kind in self.kinds}
         if self.cfg.position == "learned":  # summed in float32, so that it is rounded once
             h_BTD = h_BTD.astype(self.wide) + params["positions"][positions_T]
-        return self.constrain(h_BTD.astype(self.dtype), P(BATCH_AXES)), ropes
+            h_BTD = h_BTD.astype(self.dtype)
+        if self.cfg.embed_norm:
+            h_BTD = self.normalise(params, "embed_norm", h_BTD)
+        return self.constrain(h_BTD, P(BATCH_AXES)), ropes
 
     def block(self, h_BTD, layer, rope, attend_layer):
         """Runs one layer; returns (h_BTD, attend_layer's extra result)."""
@@ -105,8 +110,9 @@ class _Network:
         h_BTD, extra = block(h_BTD, self.ops, rope, attend_layer)
         return self.constrain(h_BTD, P(BATCH_AXES)), extra
 
-    def final_norm(self, params, h_BTD):
-        return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)
+    def normalise(self, params, name, h_BTD):
+        """Applies the norm "embed_norm" or "final_norm"; without gains it has no parameters."""
+        return nnx.merge(self.norm_def, params.get(name, {}))(h_BTD)
 
     def scan_layers(self, params, tokens_BT, docs_BT, collect):
         """Returns (first layer's input, last layer's output, collect(h_BTD) of each layer)."""
@@ -115,10 +121,8 @@ class _Network:
         docs_BT = docs_BT if self.document_mask else None
 
         def body(kind, h_BTD, layer):
-            attend_layer = lambda q, k, v: (
-                attend(attention, q, k, v, docs_BT, self.mesh, kind.scoring),
-                None,
-            )
+            run_attention = functools.partial(attend, attention, docs_BT=docs_BT, mesh=self.mesh)
+            attend_layer = lambda *qkv: (run_attention(*qkv, scoring=kind.scoring), None)
             h_BTD, _ = self.block(h_BTD, layer, ropes[kind.rope], attend_layer)
             return h_BTD, collect(h_BTD)
 
@@ -129,14 +133,16 @@ class _Network:
 
     def apply(self, params, tokens_BT, docs_BT=None):
         _, last_BTD, _ = self.scan_layers(params, tokens_BT, docs_BT, lambda h_BTD: None)
-        return self.final_norm(params, last_BTD)
+        return self.normalise(params, "final_norm", last_BTD)
 
     def hidden_states(self, params, tokens_BT, docs_BT=None):
         """Returns (each layer's input and the last layer's output [L+1,B,T,D], hidden_BTD)."""
         first_BTD, last_BTD, each_LBTD = self.scan_layers(
             params, tokens_BT, docs_BT, lambda h_BTD: h_BTD
         )
-        return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
+        return jnp.concatenate([first_BTD[None], each_LBTD]), self.normalise(
+            params, "final_norm", last_BTD
+        )
 
     def extend(self, params, cache, tokens_BT, start):
         """Runs tokens from position `start` on; the cache has all earlier keys and values."""
@@ -148,7 +154,7 @@ class _Network:
             return self.block(h_BTD, layer, ropes[kind.rope], attend_layer)
 
         h_BTD, cache = scan_layers(self.kinds, body, h_BTD, (self.layer_weights(params), cache))
-        return self.final_norm(params, h_BTD), cache
+        return self.normalise(params, "final_norm", h_BTD), cache
 
     def init_cache(self, B, S):
         cfg = self.cfg

@@ -5,21 +5,16 @@ whether chip, mesh and model suit a fused kernel; fused.py calls the kernels.
 """
 
 import dataclasses
-import functools
-import platform as host
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
-from pallas_kernels.chip import CHIPS
+from jaxtrain.ops.devices import cpu_multiplies_bf16
 from pallas_kernels.kernel_choice import BodyChoice, choose_body
 from pallas_kernels.tiles import TILES, default_tiles
-
-Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
@@ -54,31 +49,6 @@ class Route:
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
         return f"{self.op:<10} {self.implementation:<10} {mark}{self.reason}"
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Returns the words of this host's /proc/cpuinfo; the empty set if it is not Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Returns whether this host's CPU multiplies bf16 (with AVX512-BF16, AMX or Arm's BF16)."""
-    if not cpu_flags():  # not Linux: Apple's processors do so since the M2
-        return host.machine() == "arm64"
-    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def gpu_architecture(device: Device) -> str:
-    """Returns a GPU's architecture, such as "sm_86"; "" for other devices."""
-    capability = getattr(device, "compute_capability", None)
-    return f"sm_{str(capability).replace('.', '')}" if capability else ""
-
-
-def chip_name(device: Device) -> str:
-    """Returns a device's name in the chip table; "" if it has none."""
-    return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
 
 
 # op -> the sizes for which its kernel was measured
@@ -116,6 +86,12 @@ class _KernelRoutes:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
             if obstacle := self.scoring_obstacle():
                 return obstacle
+        if op in ("norm", "qk_rope") and not model.norm_gain:
+            return "it multiplies by a gain; got model.norm_gain=false"
+        if op == "norm" and model.norm_place == "post":
+            return "it normalises h + y, but model.norm_place=post normalises y alone"
+        if op == "qk_rope" and model.qk_norm_over == "all":
+            return "it normalises each head; got model.qk_norm_over=all"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
         return ""
@@ -125,6 +101,9 @@ class _KernelRoutes:
         model = self.model
         if 0 < model.window < self.seq_len:
             return f"it has no window; got {model.window=} with {self.seq_len} tokens"
+        for field in ("attention_scale", "attention_softcap"):
+            if value := getattr(model, field):
+                return f"its scores are scaled by 1/sqrt(K) alone; got model.{field}={value}"
         return ""
 
     def requesting_flag(self, op: str) -> str:
@@ -187,6 +166,8 @@ def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
         return f"it has bfloat16 products only; got model.dtype={model.dtype}"
     if document_mask:
         return "its route has no document mask; got data.document_mask=true"
+    if model.attention_softcap:
+        return f"it has no soft-cap; got model.attention_softcap={model.attention_softcap}"
     capability = arch.removeprefix("sm_")
     widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
     if model.K > widest or model.K % 8:

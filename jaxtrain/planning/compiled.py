@@ -79,7 +79,7 @@ def with_model(cfg: TrainConfig, **values: Any) -> TrainConfig:
 
 
 # Values of ModelConfig with which attention's fused kernel can compute a model's scores.
-KERNEL_SCORES = {"window": 0, "global_every": 0, "rope_local_theta": 0.0}
+KERNEL_SCORES = {"window": 0, "global_every": 0, "rope_local_theta": 0.0, "attention_scale": 0.0}
 
 
 def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str, ...]]:
