@@ -30,13 +30,15 @@ class Corpus:
     fingerprint: str  # of the tokens in their order, not of paths or file formats
     largest_token: int
     tokenizer_name: str | None  # None: unknown, as the shards were made elsewhere
-    eot: int  # the token that starts documents; -1: unknown
+    eot: int  # the token that separates documents; -1: unknown
     bytes_per_token: float | None  # of the encoded text; None: unknown
     note: str = ""
     _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _starts: dict[int, np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # a pickle of a memory map would copy the tokens
+        # A pickle of a memory map would copy the tokens.
+        return self.__dict__ | {"_open": {}, "_starts": {}}
 
     @property
     def tokens(self) -> int:
@@ -57,32 +59,72 @@ class Corpus:
             tokens = self._open[shard] = self.shards[shard].open()
         return tokens[start:stop]
 
+    def indexed_starts(self, shard: int) -> np.ndarray | None:
+        """Returns the first token of each document, int64, if the shard's index stores them."""
+        if shard not in self._starts:
+            self._starts[shard] = self.shards[shard].document_starts()
+        return self._starts[shard]
+
+    def starts_between(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Returns which of the tokens start:stop of a shard start a document, int64, ascending.
+
+        They are those that the shard's index names. Without an index they are the eots, or none
+        if eot is unknown.
+        """
+        indexed = self.indexed_starts(shard)
+        if indexed is not None:
+            first, last = np.searchsorted(indexed, (start, stop))
+            return indexed[first:last]
+        return start + np.flatnonzero(self.read(shard, start, stop) == self.eot)
+
+    def is_between_documents(self, shard: int, token: int) -> bool:
+        """Returns whether one document ends before a token and another one starts there.
+
+        If `token` is the end of the shard, that is decided by the first token of the next shard,
+        because a document may go on there.
+        """
+        if token == self.shards[shard].tokens:
+            shard, token = shard + 1, 0
+        return shard == len(self.shards) or len(self.starts_between(shard, token, token + 1)) > 0
+
     def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (shard, start, length) of each document, int64 [documents] each.
 
-        A document reaches from an eot to the token before the next eot or the end of the shard.
+        A document ends where the next one starts, see starts_between, or at the end of the shard.
 
         Raises:
-            ValueError: eot is unknown, or no shard contains it.
+            ValueError: eot is needed and unknown, or no shard contains it.
         """
-        check_eot(self)
-        shards, starts, lengths, eots = [], [], [], 0
+        check_boundaries(self)
+        shards, starts, lengths, found_any = [], [], [], False
         for i, shard in enumerate(self.shards):
-            step = 1 << 22  # bounds the memory of the comparison
+            step = 1 << 22  # bounds the memory of the comparison with eot
             found = [
-                start + np.flatnonzero(self.read(i, start, start + step) == self.eot)
+                self.starts_between(i, start, min(start + step, shard.tokens))
                 for start in range(0, shard.tokens, step)
             ]
-            eots += sum(map(len, found))
+            found_any |= any(map(len, found))
             starts.append(np.union1d(np.concatenate(found), [0]).astype(np.int64))
             shards.append(np.full(len(starts[-1]), i))
             lengths.append(np.diff(starts[-1], append=shard.tokens))
-        if not eots:
+        if not found_any:
             raise ValueError(
-                f"data.eot must be the token that starts documents; got data.eot={self.eot}, "
+                f"data.eot must be the token that separates documents; got data.eot={self.eot}, "
                 f"which no shard contains, from {self.shards[0].path} on. Set --data.eot."
             )
         return np.concatenate(shards), np.concatenate(starts), np.concatenate(lengths)
+
+    def boundaries_fingerprint(self) -> str | None:
+        """Returns a hash of the document boundaries of all indices, or None if no shard has one.
+
+        The fingerprint of the tokens does not cover these boundaries.
+        """
+        indexed = [(i, self.indexed_starts(i)) for i in range(len(self.shards))]
+        digest = hashlib.sha256()
+        for i, starts in indexed:
+            if starts is not None:
+                digest.update(f"{i} {len(starts)}\n".encode() + starts.astype("<i8").tobytes())
+        return digest.hexdigest()[:32] if any(s is not None for _, s in indexed) else None
 
     def token_bytes(self) -> np.ndarray | None:
         """Returns the bytes of text that each token stands for, [vocabulary] int32.
@@ -105,13 +147,23 @@ class Corpus:
         )
 
 
-def check_eot(corpus: Corpus) -> None:
-    """Raises ValueError if the token that starts documents is unknown."""
-    if corpus.eot < 0:
-        raise ValueError(
-            "data.eot must be known for data.pack and data.document_mask; got data.eot=-1 and "
-            "shards whose tokenizer is unknown. Set --data.eot (GPT-2's is 50256)."
-        )
+def check_boundaries(corpus: Corpus) -> None:
+    """Raises ValueError if it is unknown where documents start."""
+    if corpus.eot >= 0:
+        return
+    without = [s for i, s in enumerate(corpus.shards) if corpus.indexed_starts(i) is None]
+    if not without:
+        return
+    hint = "GPT-2's is 50256"
+    if corpus.tokenizer_name:
+        known = build_tokenizer(corpus.tokenizer_name).eot
+        hint = f"that of data.tokenizer={corpus.tokenizer_name} would be {known}"
+    index = " whose .idx does not name all documents" if without[0].format == "megatron" else ""
+    raise ValueError(
+        "data.eot must be the token that separates documents, for data.pack and "
+        f"data.document_mask; got data.eot=-1 and {without[0].path}{index}, which does not name "
+        f"it. Set --data.eot ({hint})."
+    )
 
 
 class _SplitFiles(NamedTuple):
@@ -158,8 +210,8 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         text_bytes = sum(entries[path]["text_bytes"] for path in described)
         bytes_per_token = text_bytes / sum(shard.tokens for shard in shards)
     else:
-        tokenizer_name, eot = _guess_tokenizer(cfg, largest_token)
-        bytes_per_token = None
+        # Which of the tokens separates documents is not guessed.
+        tokenizer_name, eot, bytes_per_token = _configured_tokenizer(cfg, largest_token), -1, None
     return Corpus(
         split=split,
         shards=tuple(shards),
@@ -248,9 +300,7 @@ def _find_problem(shard: Shard, checksum: ShardChecksum, vocab_size: int, entry:
     return ""
 
 
-def _guess_tokenizer(cfg: DataConfig, largest_token: int) -> tuple[str | None, int]:
-    """Returns data.tokenizer and its eot if that vocabulary holds all tokens, else (None, -1)."""
-    tokenizer = build_tokenizer(cfg.tokenizer)
-    if largest_token >= tokenizer.vocab_size:
-        return None, -1
-    return cfg.tokenizer, tokenizer.eot
+def _configured_tokenizer(cfg: DataConfig, largest_token: int) -> str | None:
+    """Returns data.tokenizer if its vocabulary contains all tokens of the shards, else None."""
+    fits = largest_token < build_tokenizer(cfg.tokenizer).vocab_size
+    return cfg.tokenizer if fits else None

@@ -2,7 +2,7 @@
 
     llmc      256 int32 of header (magic, version, tokens), then uint16 or uint32 tokens
     nanogpt   uint16 tokens, no header
-    megatron  NAME.idx (dtype, sequence lengths, byte pointers) next to NAME.bin (tokens)
+    megatron  NAME.idx (dtype, sequence lengths, byte pointers, documents) next to NAME.bin (tokens)
 
 Source: https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py,
 https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py,
@@ -14,7 +14,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -51,6 +51,22 @@ class Shard:
         """Returns the tokens as an array that is mapped from the file and read on access."""
         shape = (self.tokens,)
         return np.memmap(self.path, self.dtype, "r", self.offset, shape).view(np.ndarray)
+
+    def document_starts(self) -> np.ndarray | None:
+        """Returns the first token of each document by Megatron's index, int64 [documents].
+
+        Returns None for other formats, and if the index does not divide all of its sequences into
+        documents, as that of a converter which leaves the documents out. Empty documents are left
+        out.
+        """
+        if self.format != "megatron":
+            return None
+        index = _read_megatron_index(Path(self.path).with_suffix(".idx"))
+        if [*index.documents[:1], *index.documents[-1:]] != [0, len(index.lengths)]:
+            return None
+        ends = np.cumsum(index.lengths)
+        starts = np.unique(np.append(0, ends)[index.documents])
+        return starts[starts < self.tokens]
 
 
 def _refuse(path: Path, expected: str, found: str) -> NoReturn:
@@ -209,16 +225,21 @@ def _probe_nanogpt(path: Path, size: int) -> Shard:
     return Shard(str(path), "nanogpt", "<u2", 0, size // 2)
 
 
-def _probe_megatron(path: Path, size: int) -> Shard:
-    index = path.with_suffix(".idx")
-    if not index.is_file():
-        _refuse(index, "the index of its .bin", "no such file")
-    index_size = index.stat().st_size
-    head = _head(index, 34)
+class _MegatronIndex(NamedTuple):
+    """The content of a .idx file. A document is one or more sequences."""
+
+    dtype: str
+    lengths: np.ndarray  # [sequences] int64, in tokens
+    pointers: np.ndarray  # [sequences] int64: the first byte of each sequence
+    documents: np.ndarray  # [documents + 1] int64: first sequence of each, then their number
+
+
+def _read_megatron_index(index: Path) -> _MegatronIndex:
+    size, head = index.stat().st_size, _head(index, 34)
     if head[:9] != MEGATRON_MAGIC:
         _refuse(index, f"magic {MEGATRON_MAGIC!r}", f"{head[:9]!r}")
     if len(head) < 34:
-        _refuse(index, "a header of 34 bytes", f"a file of {index_size} bytes (truncated)")
+        _refuse(index, "a header of 34 bytes", f"a file of {size} bytes (truncated)")
     version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
     if version != 1:
         _refuse(index, "version 1", f"version {version}")
@@ -226,13 +247,27 @@ def _probe_megatron(path: Path, size: int) -> Shard:
     if np.dtype(dtype or "f4").kind == "f":
         _refuse(index, "a dtype code of integers (1-5 or 8)", f"code {code}")
     expected = 34 + sequences * 12 + documents * 8
-    if index_size not in (expected, expected + sequences):  # multimodal: +1 byte per sequence
-        found = f"{index_size} bytes"
-        _refuse(index, f"{expected} bytes ({sequences} sequences, {documents} documents)", found)
+    if size not in (expected, expected + sequences):  # multimodal: +1 byte per sequence
+        _refuse(
+            index,
+            f"{expected} bytes ({sequences} sequences, {documents} documents)",
+            f"{size} bytes",
+        )
     if not sequences:
         _refuse(index, "at least 1 sequence", "0")
-    lengths = np.memmap(index, "<i4", "r", 34, (sequences,)).astype(np.int64)
-    pointers = np.memmap(index, "<i8", "r", 34 + sequences * 4, (sequences,))
+    body = np.memmap(index, "u1", "r", 34).view(np.ndarray)
+    at = np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
+    lengths, pointers, documents = (
+        body[at[i] : at[i + 1]].view(form) for i, form in enumerate(("<i4", "<i8", "<i8"))
+    )
+    return _MegatronIndex(dtype, lengths.astype(np.int64), pointers, documents)
+
+
+def _probe_megatron(path: Path, size: int) -> Shard:
+    index = path.with_suffix(".idx")
+    if not index.is_file():
+        _refuse(index, "the index of its .bin", "no such file")
+    dtype, lengths, pointers, documents = _read_megatron_index(index)
     width = np.dtype(dtype).itemsize
     ends = np.cumsum(lengths) * width
     if lengths.min() < 0 or pointers[0] != 0 or (pointers[1:] != ends[:-1]).any():
@@ -240,6 +275,13 @@ def _probe_megatron(path: Path, size: int) -> Shard:
     if ends[-1] != size:
         tokens = f"{ends[-1] // width} {np.dtype(dtype).name} tokens by its index"
         _refuse(path, f"{ends[-1]} bytes ({tokens})", f"{size} bytes")
+    borders = [0, *documents[:1], *documents[-1:], len(lengths)]
+    if documents.size and (borders != sorted(borders) or (np.diff(documents) < 0).any()):
+        _refuse(
+            index,
+            f"documents that begin at ascending sequences from 0 to {len(lengths)}",
+            f"sequences {', '.join(map(str, documents[:6].tolist()))}, ...",
+        )
     return Shard(str(path), "megatron", dtype, 0, size // width)
 
 
