@@ -15,8 +15,9 @@ from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.counts import describe_skipped
 from jaxtrain.data.encoding.roundtrip import LOST
 from jaxtrain.data.metadata import read_metadata, shard_entries
-from jaxtrain.data.shard_checksums import ShardChecksum, checksum_shards
-from jaxtrain.data.shards import Shard, find_shards, probe, unused_files
+from jaxtrain.data.shard_checks import check_shards, describe_duplicates
+from jaxtrain.data.shard_files import describe_unused, find_shards
+from jaxtrain.data.shards import Shard
 from jaxtrain.data.text_cache import discard_if_damaged, encode_text
 from jaxtrain.data.tokenizer import build_tokenizer
 
@@ -171,7 +172,7 @@ class _SplitFiles(NamedTuple):
 
     paths: list[Path]
     metadata_of: dict[Path, dict]  # folder -> its meta.json
-    note: str
+    notes: list[str]
 
 
 def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Path) -> Corpus:
@@ -184,24 +185,26 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
             the vocabulary. One message lists each of them as file, expected, found.
     """
     files = _find_files(cfg, split, vocab_size, Path(workdir))
+    entries = shard_entries(files.metadata_of)
     try:
-        shards, checksums = _check_shards(files, cfg, vocab_size)
+        shards, checksums = check_shards(files.paths, entries, cfg.shard_format, vocab_size)
     except ValueError as error:
         if cfg.shards:  # the user's own files are never replaced
             raise
         [folder] = files.metadata_of
-        if not discard_if_damaged(folder, lambda: _check_shards(files, cfg, vocab_size)):
+        check = lambda: check_shards(files.paths, entries, cfg.shard_format, vocab_size)
+        if not discard_if_damaged(folder, check):
             raise
         logging.warning("%s\nThe text is encoded again.", error)
         files = _find_files(cfg, split, vocab_size, Path(workdir))
-        shards, checksums = _check_shards(files, cfg, vocab_size)
+        entries = shard_entries(files.metadata_of)
+        shards, checksums = check_shards(files.paths, entries, cfg.shard_format, vocab_size)
     digest = hashlib.sha256()
     for shard, checksum in zip(shards, checksums, strict=True):
         digest.update(f"{shard.tokens} {checksum.fingerprint}\n".encode())
     largest_token = max(checksum.largest for checksum in checksums)
 
     # meta.json is used only if it describes all shards and one tokenizer made them.
-    entries = shard_entries(files.metadata_of)
     described = [path for path in files.paths if path in entries]
     folders = [files.metadata_of[path.parent] for path in described]
     made_with = {(metadata["tokenizer"], metadata["eot"]) for metadata in folders}
@@ -220,7 +223,13 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         tokenizer_name=tokenizer_name,
         eot=cfg.eot if cfg.eot >= 0 else eot,
         bytes_per_token=bytes_per_token,
-        note=", ".join(note for note in (files.note, *_text_losses(files.metadata_of)) if note),
+        note=", ".join(
+            [
+                *files.notes,
+                *_text_losses(files.metadata_of),
+                *describe_duplicates(shards, checksums),
+            ]
+        ),
     )
 
 
@@ -233,20 +242,19 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
                 f"data.text must contain a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
-        return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))
+        return _SplitFiles(paths, {folder: metadata}, [describe_skipped(metadata["skipped"])])
     paths = find_shards(cfg.shards, split)
     metadata_of = {}
     for folder in {path.parent for path in paths}:
         if metadata := read_metadata(folder):
             metadata_of[folder] = metadata
-    folder = Path(cfg.shards).expanduser()
-    if folder in metadata_of:  # a listed shard that is gone is added, so that it is reported
-        entries = metadata_of[folder]["shards"]
-        listed = {folder / entry["file"] for entry in entries if entry["split"] == split}
+    if Path(cfg.shards).expanduser().is_dir():
+        # A listed shard that is gone is added, so that it is reported.
+        listed = {
+            path for path, entry in shard_entries(metadata_of).items() if entry["split"] == split
+        }
         paths = sorted({*paths, *listed})
-    unused = unused_files(cfg.shards) if split == "train" else []
-    note = f"{len(unused)} file(s) left out by name: {', '.join(unused[:4])}" if unused else ""
-    return _SplitFiles(paths, metadata_of, note)
+    return _SplitFiles(paths, metadata_of, describe_unused(cfg.shards) if split == "train" else [])
 
 
 def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
@@ -260,44 +268,6 @@ def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
             text_bytes = sum(entry["text_bytes"] for entry in metadata["shards"])
             notes.append(f"{lost / text_bytes:.2%} of the text is unknown to the tokenizer")
     return notes
-
-
-def _check_shards(
-    files: _SplitFiles, cfg: DataConfig, vocab_size: int
-) -> tuple[list[Shard], list[ShardChecksum]]:
-    """Returns the shards and their checksums; raises one ValueError that lists every bad shard."""
-    problems, shards, entries = [], [], shard_entries(files.metadata_of)
-    for path in files.paths:
-        try:
-            shards.append(probe(path, cfg.shard_format))
-        except ValueError as error:
-            problems.append(str(error))
-    checksums = checksum_shards(shards)
-    for shard, checksum in zip(shards, checksums, strict=True):
-        problem = _find_problem(shard, checksum, vocab_size, entries.get(Path(shard.path), {}))
-        if problem:
-            problems.append(f"{shard.path}: {problem}.")
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(
-            f"{len(problems)} of {len(files.paths)} shards cannot be used:\n  {listed}"
-        )
-    return shards, checksums
-
-
-def _find_problem(shard: Shard, checksum: ShardChecksum, vocab_size: int, entry: dict) -> str:
-    """Returns what is wrong with a shard's tokens, or ""; `entry` is the shard's in meta.json."""
-    if shard.format == "nanogpt" and checksum.odd_zero and checksum.largest:
-        return "expected uint16 tokens; found every second token 0, as in a file of uint32"
-    if checksum.smallest < 0:
-        return f"expected tokens of at least 0; found {checksum.smallest}"
-    declared = entry.get("fingerprint", checksum.fingerprint)
-    if declared != checksum.fingerprint:
-        return f"expected fingerprint {declared} by meta.json; found {checksum.fingerprint}"
-    if checksum.largest >= vocab_size:
-        found = checksum.largest
-        return f"expected tokens below model.V={vocab_size}; found {found}. Set --model.V"
-    return ""
 
 
 def _configured_tokenizer(cfg: DataConfig, largest_token: int) -> str | None:
