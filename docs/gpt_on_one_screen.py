@@ -26,13 +26,8 @@ import jax
 import numpy as np
 import optax
 
-from jaxtrain.config.sections import (
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-)
+from jaxtrain.config.model_section import ModelConfig
+from jaxtrain.config.sections import DataConfig, LossConfig, MeshConfig, OptimConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import build_mesh

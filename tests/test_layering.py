@@ -90,7 +90,13 @@ def test_kernels_know_nothing_of_the_training_stack():
     "name",
     [
         *("axes", "cli", "errors", "files", "config.command_line", "config.commands"),
-        *("config.sections", "config.config_files", "config.train_config", "distributed.cluster"),
+        *(
+            "config.model_section",
+            "config.sections",
+            "config.config_files",
+            "config.train_config",
+            "distributed.cluster",
+        ),
         *("distributed.heartbeat", "distributed.memory", "metrics.names", "metrics.network"),
         *("reporting.prometheus",),
     ],

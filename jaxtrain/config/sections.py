@@ -1,48 +1,10 @@
-"""The sections of a TrainConfig: every field's type, default, unit, bounds and meaning."""
+"""All sections of a TrainConfig but model: every field, with type, default, unit and bounds."""
 
 from dataclasses import dataclass
 
 from jaxtrain.config.fields import INT64_MAX, Section, knob
 
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    PREFIX = "model."
-
-    L: int = knob(4, "number of transformer layers", low=1)
-    D: int = knob(256, "model width: size of the residual stream", low=1)
-    H: int = knob(4, "number of query heads", low=1)
-    G: int = knob(4, "number of key/value heads; fewer than H is grouped-query attention", low=1)
-    K: int = knob(64, "width of each head", low=1)
-    F: int = knob(768, "hidden width of the feed-forward block", low=1)
-    V: int = knob(256, "number of vocabulary entries", low=2)
-    norm: str = knob("rms", "kind of normalisation", choices=("rms", "layer"))
-    norm_eps: float = knob(1e-6, "constant added to the mean square or variance in a norm", low=0.0)
-    position: str = knob("rope", "kind of position embedding", choices=("rope", "learned"))
-    rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", low=1.0)
-    positions: int = knob(1_024, "longest sequence with position=learned", unit="tokens", low=1)
-    mlp: str = knob("swiglu", "kind of feed-forward block", choices=("swiglu", "gelu", "relu2"))
-    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of each head")
-    tied: bool = knob(False, "use the embedding as the output head, too")
-    bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
-    logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
-    dtype: str = knob(
-        "bfloat16",
-        "type of activations and matrix products; auto is bfloat16 on chips with fast bfloat16 "
-        "products, else float32; stored parameters are float32, or float64 with float64",
-        choices=("auto", "bfloat16", "float32", "float64"),
-    )
-    attention: str = knob(
-        "auto",
-        "attention implementation; auto chooses the fastest for the chip",
-        choices=("auto", "reference", "blocked", "blocked_wide", "cudnn", "flash"),
-    )
-    unroll: int = knob(0, "layers per scan iteration; 0 chooses the chip's best value", low=0)
-    remat: str = knob(
-        "none",
-        "activations to recompute in the backward pass instead of storing them",
-        choices=("none", "dots", "attention", "full"),
-    )
+DECAY_GROUPS = ("matrices", "embedding", "positions", "head", "vectors")
 
 
 @dataclass(frozen=True)
@@ -109,7 +71,12 @@ class OptimConfig(Section):
     )
     learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
-    weight_decay: float = knob(0.0, "decoupled weight decay of matrices and embeddings", low=0.0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
+    decay_groups: str = knob(
+        "matrices,embedding,head",
+        f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
+        "commas; vectors are biases and gains of norms",
+    )
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
     geometry: str = knob(
@@ -151,10 +118,22 @@ class OptimConfig(Section):
         "type of the Newton-Schulz products; torch.optim.Muon uses bfloat16",
         choices=("bfloat16", "float32", "float64"),
     )
+    ns_form: str = knob(
+        "auto",
+        "Newton-Schulz multiplies the matrix (standard) or its Gram matrix (gram); auto takes the "
+        "cheaper; torch is standard with the roundings of torch.optim.Muon",
+        choices=("auto", "standard", "gram", "torch"),
+    )
     adam_b1: float = knob(0.9, "decay of AdamW's first moment", low=0.0, high=0.9999)
     adam_b2: float = knob(0.95, "decay of AdamW's second moment", low=0.0, high=0.99999)
     adam_eps: float = knob(1e-8, "constant added to the root of AdamW's second moment", low=1e-30)
     clip_norm: float = knob(1.0, "clip the gradient to this global norm; 0 never clips", low=0.0)
+    clip_eps: float = knob(
+        0.0,
+        "constant added to the global norm before dividing by it; torch's clip_grad_norm_ adds "
+        "1e-6",
+        low=0.0,
+    )
     schedule: str = knob(
         "wsd", "learning-rate schedule after warm-up", choices=("wsd", "cosine", "constant")
     )
@@ -177,6 +156,16 @@ class OptimConfig(Section):
         super().__post_init__()
         if self.acceleration == "ema_lookahead" and self.strength == 1:
             self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
+        if self.ns_form == "torch" and self.ns_coefficients != "jordan":
+            self.fail("ns_coefficients", "must be jordan with optim.ns_form=torch")
+        if set(self.decaying) - set(DECAY_GROUPS):
+            known = ", ".join(DECAY_GROUPS)
+            self.fail("decay_groups", f"must be some of {known}, joined by commas")
+
+    @property
+    def decaying(self) -> list[str]:
+        """The names in decay_groups."""
+        return [name.strip() for name in self.decay_groups.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from jaxtrain.interop.families import (
     family_of_config,
     family_of_model,
 )
+from jaxtrain.interop.families.family import read_model, write_config
 from jaxtrain.interop.hf_files import (
     INDEX,
     WHOLE,
@@ -54,12 +55,10 @@ def read_config(folder: Path | str) -> ModelConfig:
     path = Path(folder) / "config.json"
     config = read_json_object(path)
     try:
-        return family_of_config(config).read_config(config)
-    except KeyError as error:
-        raise InteropError(f"config.json must have {error}; got none in {folder}.") from None
+        return read_model(family_of_config(config), config, path)
     except InteropError:
         raise
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # of ModelConfig: values that do not fit
         raise InteropError(f"{path} must contain a model's sizes; got {error}.") from None
 
 
@@ -109,7 +108,7 @@ def _parameters(
         for tensor in family.tensors(cfg)
     ]
     unmapped = set(axes) - {parameter.tensor.name for parameter in parameters}
-    assert not unmapped, f"families.py maps no tensor to {sorted(unmapped)}"
+    assert not unmapped, f"{family.architecture} has no tensor for {sorted(unmapped)}"
     return parameters
 
 
@@ -250,7 +249,7 @@ def write_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder) as hidden:
         hidden.mkdir()
-        config = family.write_config(cfg) | {"dtype": dtype, "torch_dtype": dtype}
+        config = write_config(family, cfg) | {"dtype": dtype, "torch_dtype": dtype}
         config |= NO_TOKENS | (special or {})
         write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
         _write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)

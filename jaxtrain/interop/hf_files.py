@@ -17,10 +17,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file of a Hugging Face folder.
 
     Raises:
-        InteropError: the file is missing, or does not contain a JSON object.
+        InteropError: the file is missing, does not contain a JSON object, or gives one field two
+            different values.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise InteropError(
             f"a Hugging Face folder must contain {path.name}; got none in {path.parent}."
@@ -29,6 +30,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InteropError(f"{path} must contain JSON; got {error}.") from None
     if not isinstance(value, dict):
         raise InteropError(f"{path} must contain a JSON object; got {type(value).__name__}.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object as a dict; json takes the last of two values silently."""
+    value = dict(pairs)
+    for key, x in pairs:
+        if len(value) < len(pairs) and value[key] != x:
+            raise ValueError(f"two values of {key}: {x!r} and {value[key]!r}")
     return value
 
 

@@ -6,7 +6,7 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.config.sections import ModelConfig
+from jaxtrain.config.model_section import ModelConfig
 
 RopeTables = tuple[jax.Array, jax.Array]  # cos_TK and sin_TK, of at least float32
 

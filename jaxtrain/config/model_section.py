@@ -1,0 +1,78 @@
+"""The model section of a TrainConfig: the fields that define the transformer."""
+
+from dataclasses import dataclass
+
+from jaxtrain.config.fields import Section, knob
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    PREFIX = "model."
+
+    L: int = knob(4, "number of transformer layers", low=1)
+    D: int = knob(256, "model width: size of the residual stream", low=1)
+    H: int = knob(4, "number of query heads", low=1)
+    G: int = knob(4, "number of key/value heads; fewer than H is grouped-query attention", low=1)
+    K: int = knob(64, "width of each head", low=1)
+    F: int = knob(768, "hidden width of the feed-forward block", low=1)
+    V: int = knob(256, "number of vocabulary entries", low=2)
+    norm: str = knob("rms", "kind of normalisation", choices=("rms", "layer"))
+    norm_eps: float = knob(1e-6, "constant added to the mean square or variance in a norm", low=0.0)
+    position: str = knob("rope", "kind of position embedding", choices=("rope", "learned"))
+    rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", low=1.0)
+    positions: int = knob(1_024, "longest sequence with position=learned", unit="tokens", low=1)
+    norm_place: str = knob(
+        "pre",
+        "normalise the input of each attention and MLP (pre), its output (post) or both",
+        choices=("pre", "post", "both"),
+    )
+    norm_gain: bool = knob(True, "multiply the result of every norm by learned gains")
+    mlp: str = knob(
+        "swiglu",
+        "kind of feed-forward block",
+        choices=("swiglu", "geglu", "gelu", "relu2"),
+    )
+    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of attention")
+    qk_norm_over: str = knob(
+        "head",
+        "what qk_norm normalises together: the entries of each head, or of all heads",
+        choices=("head", "all"),
+    )
+    attention_scale: float = knob(
+        0.0, "factor of the attention scores, queries x keys; 0 uses 1/sqrt(K)", low=0.0
+    )
+    attention_softcap: float = knob(
+        0.0, "c of the soft-cap c*tanh(s/c) of each attention score s; 0 turns it off", low=0.0
+    )
+    embed_scale: float = knob(1.0, "factor of the token embeddings", low=1e-6)
+    embed_norm: bool = knob(False, "normalise the embeddings before the first layer")
+    tied: bool = knob(False, "use the embedding as the output head, too")
+    bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
+    logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
+    dtype: str = knob(
+        "bfloat16",
+        "type of activations and matrix products; auto is bfloat16 on chips with fast bfloat16 "
+        "products, else float32; stored parameters are float32, or float64 with float64",
+        choices=("auto", "bfloat16", "float32", "float64"),
+    )
+    attention: str = knob(
+        "auto",
+        "attention implementation; auto chooses the fastest for the chip",
+        choices=("auto", "reference", "blocked", "blocked_wide", "cudnn", "flash"),
+    )
+    unroll: int = knob(0, "layers per scan iteration; 0 chooses the chip's best value", low=0)
+    remat: str = knob(
+        "none",
+        "activations to recompute in the backward pass instead of storing them",
+        choices=("none", "dots", "attention", "full"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_norm_over == "all" and not self.qk_norm:
+            self.fail("qk_norm_over", "must be 'head' with model.qk_norm=false")
+
+    @property
+    def has_gated_mlp(self) -> bool:
+        """Whether the MLP multiplies `up` by an activation of a third matrix, `gate`."""
+        return self.mlp in ("swiglu", "geglu")
