@@ -106,7 +106,11 @@ def test_weights_of_another_model_are_refused_with_the_flags_to_set(exported, te
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)],
+    [
+        *(("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)),
+        *(("norm_place", "post"), ("norm_gain", False), ("qk_norm", True), ("embed_scale", 2.0)),
+        *(("embed_norm", True), ("attention_scale", 0.5), ("attention_softcap", 50.0)),
+    ],
 )
 def test_a_checkpoint_is_not_resumed_with_a_config_that_changes_the_function(
     field, value, tmp_path
@@ -115,8 +119,11 @@ def test_a_checkpoint_is_not_resumed_with_a_config_that_changes_the_function(
     stored = config_lib.flatten(config(tmp_path, "unused"))
     other = dataclasses.replace(cfg, attention="reference", remat="full", positions=7)
     check_resumed(other, stored)
-    with pytest.raises(ValueError, match=f"that the run began with; got model.{field}=.*workdir"):
-        check_resumed(dataclasses.replace(cfg, **{field: value}), stored)
+    changed = dataclasses.replace(cfg, **{field: value})
+    del stored[f"model.{field}"]  # by a version without the field
+    for theirs in (config_lib.flatten(config(tmp_path, "unused")), stored):
+        with pytest.raises(ValueError, match=f"run began with; got model.{field}=.*workdir"):
+            check_resumed(changed, theirs)
 
 
 def test_a_config_value_rounded_to_float32_counts_as_equal(exported, text, tmp_path):

@@ -21,8 +21,31 @@ class ModelConfig(Section):
     position: str = knob("rope", "kind of position embedding", choices=("rope", "learned"))
     rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", low=1.0)
     positions: int = knob(1_024, "longest sequence with position=learned", unit="tokens", low=1)
-    mlp: str = knob("swiglu", "kind of feed-forward block", choices=("swiglu", "gelu", "relu2"))
-    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of each head")
+    norm_place: str = knob(
+        "pre",
+        "normalise the input of each attention and MLP (pre), its output (post) or both",
+        choices=("pre", "post", "both"),
+    )
+    norm_gain: bool = knob(True, "multiply the result of every norm by learned gains")
+    mlp: str = knob(
+        "swiglu",
+        "kind of feed-forward block",
+        choices=("swiglu", "geglu", "gelu", "relu2"),
+    )
+    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of attention")
+    qk_norm_over: str = knob(
+        "head",
+        "what qk_norm normalises together: the entries of each head, or of all heads",
+        choices=("head", "all"),
+    )
+    attention_scale: float = knob(
+        0.0, "factor of the attention scores, queries x keys; 0 uses 1/sqrt(K)", low=0.0
+    )
+    attention_softcap: float = knob(
+        0.0, "c of the soft-cap c*tanh(s/c) of each attention score s; 0 turns it off", low=0.0
+    )
+    embed_scale: float = knob(1.0, "factor of the token embeddings", low=1e-6)
+    embed_norm: bool = knob(False, "normalise the embeddings before the first layer")
     tied: bool = knob(False, "use the embedding as the output head, too")
     bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
     logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
@@ -43,3 +66,13 @@ class ModelConfig(Section):
         "activations to recompute in the backward pass instead of storing them",
         choices=("none", "dots", "attention", "full"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_norm_over == "all" and not self.qk_norm:
+            self.fail("qk_norm_over", "must be 'head' with model.qk_norm=false")
+
+    @property
+    def has_gated_mlp(self) -> bool:
+        """Whether the MLP multiplies `up` by an activation of a third matrix, `gate`."""
+        return self.mlp in ("swiglu", "geglu")

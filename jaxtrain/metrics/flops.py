@@ -29,7 +29,7 @@ class Flops(NamedTuple):
 def matrix_weights(cfg: ModelConfig) -> int:
     """Returns the number of weights that multiply every token: layers and head, not lookups."""
     projections = 2 * cfg.D * cfg.H * cfg.K + 2 * cfg.D * cfg.G * cfg.K
-    ffn = (3 if cfg.mlp == "swiglu" else 2) * cfg.D * cfg.F
+    ffn = (3 if cfg.has_gated_mlp else 2) * cfg.D * cfg.F
     return cfg.L * (projections + ffn) + cfg.V * cfg.D
 
 

@@ -5,7 +5,10 @@ import math
 from jaxtrain.config.model_section import ModelConfig
 
 # Fields that define which function the weights compute; the others affect only how.
-MODEL_FIELDS = "L D H G K F V norm norm_eps position mlp qk_norm tied bias logit_softcap".split()
+MODEL_FIELDS = (
+    "L D H G K F V norm norm_eps norm_place norm_gain position mlp qk_norm qk_norm_over tied bias "
+    "attention_scale attention_softcap embed_scale embed_norm logit_softcap"
+).split()
 
 
 def _same(ours, theirs) -> bool:

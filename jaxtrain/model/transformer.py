@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
-from jaxtrain.model.attention import CAUSAL, CUDNN_FORWARD, attend, attend_cached
+from jaxtrain.model.attention import CUDNN_FORWARD, Scoring, attend, attend_cached
 from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
@@ -68,6 +68,7 @@ class _Network:
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.dtype = jnp.dtype(cfg.dtype)
         self.wide = wide_dtype(self.dtype)
+        self.scoring = Scoring(scale=cfg.attention_scale, softcap=cfg.attention_softcap)
         self.ops = LayerOps(cfg, routes, self.mesh)
         abstract = nnx.eval_shape(lambda: Transformer(cfg))
         self.state = nnx.split(abstract, nnx.Param)[1]
@@ -106,11 +107,17 @@ class _Network:
         """Returns (h_BTD, RoPE tables or None) for tokens at positions start, start + 1, ..."""
         gather = lambda w_VD: self.constrain(w_VD, P())  # a look-up needs all rows
         h_BTD = look_up_embedding(params["embed"], tokens_BT, self.dtype, gather)
-        positions_T = start + jnp.arange(tokens_BT.shape[1])
+        if self.cfg.embed_scale != 1:  # rounded to the compute type, as Gemma was trained
+            h_BTD = h_BTD * jnp.asarray(self.cfg.embed_scale, self.dtype)
+        positions_T, rope = start + jnp.arange(tokens_BT.shape[1]), None
         if self.cfg.position == "learned":  # summed in float32, so that it is rounded once
             h_BTD = h_BTD.astype(self.wide) + params["positions"][positions_T]
-            return self.constrain(h_BTD.astype(self.dtype), P(BATCH_AXES)), None
-        return self.constrain(h_BTD, P(BATCH_AXES)), rope_tables(self.cfg, positions_T)
+            h_BTD = h_BTD.astype(self.dtype)
+        else:
+            rope = rope_tables(self.cfg, positions_T)
+        if self.cfg.embed_norm:
+            h_BTD = self.normalise(params, "embed_norm", h_BTD)
+        return self.constrain(h_BTD, P(BATCH_AXES)), rope
 
     def block(self, h_BTD, layer, rope, attend_layer):
         """Runs one layer; returns (h_BTD, attend_layer's extra result)."""
@@ -118,8 +125,9 @@ class _Network:
         h_BTD, extra = block(h_BTD, self.ops, rope, attend_layer)
         return self.constrain(h_BTD, P(BATCH_AXES)), extra
 
-    def final_norm(self, params, h_BTD):
-        return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)
+    def normalise(self, params, name, h_BTD):
+        """Applies the norm "embed_norm" or "final_norm"; without gains it has no parameters."""
+        return nnx.merge(self.norm_def, params.get(name, {}))(h_BTD)
 
     def scan_layers(self, params, tokens_BT, docs_BT, collect):
         """Returns (first layer's input, last layer's output, collect(h_BTD) of each layer)."""
@@ -128,7 +136,8 @@ class _Network:
         docs_BT = docs_BT if self.document_mask else None
 
         def body(h_BTD, layer):
-            attend_layer = lambda *qkv: (attend(attention, *qkv, docs_BT, self.mesh, CAUSAL), None)
+            run_attention = functools.partial(attend, attention, docs_BT=docs_BT, mesh=self.mesh)
+            attend_layer = lambda *qkv: (run_attention(*qkv, scoring=self.scoring), None)
             h_BTD, _ = self.block(h_BTD, layer, rope, attend_layer)
             return h_BTD, collect(h_BTD)
 
@@ -142,14 +151,16 @@ class _Network:
 
     def apply(self, params, tokens_BT, docs_BT=None):
         _, last_BTD, _ = self.scan_layers(params, tokens_BT, docs_BT, lambda h_BTD: None)
-        return self.final_norm(params, last_BTD)
+        return self.normalise(params, "final_norm", last_BTD)
 
     def hidden_states(self, params, tokens_BT, docs_BT=None):
         """Returns (each layer's input and the last layer's output [L+1,B,T,D], hidden_BTD)."""
         first_BTD, last_BTD, each_LBTD = self.scan_layers(
             params, tokens_BT, docs_BT, lambda h_BTD: h_BTD
         )
-        return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
+        return jnp.concatenate([first_BTD[None], each_LBTD]), self.normalise(
+            params, "final_norm", last_BTD
+        )
 
     def extend(self, params, cache, tokens_BT, start):
         """Runs tokens from position `start` on; the cache has all earlier keys and values."""
@@ -157,11 +168,11 @@ class _Network:
 
         def body(h_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            attend_layer = functools.partial(attend_cached, layer_cache, start, CAUSAL)
+            attend_layer = functools.partial(attend_cached, layer_cache, start, self.scoring)
             return self.block(h_BTD, layer, rope, attend_layer)
 
         h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layer_weights(params), cache))
-        return self.final_norm(params, h_BTD), cache
+        return self.normalise(params, "final_norm", h_BTD), cache
 
     def init_cache(self, B, S):
         cfg = self.cfg

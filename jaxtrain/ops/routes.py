@@ -111,6 +111,15 @@ class _KernelRoutes:
             narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
             if model.K & (model.K - 1) or model.K < narrowest:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
+            for field in ("attention_scale", "attention_softcap"):
+                if value := getattr(model, field):
+                    return f"its scores are scaled by 1/sqrt(K) alone; got model.{field}={value}"
+        if op in ("norm", "qk_rope") and not model.norm_gain:
+            return "it multiplies by a gain; got model.norm_gain=false"
+        if op == "norm" and model.norm_place == "post":
+            return "it normalises h + y, but model.norm_place=post normalises y alone"
+        if op == "qk_rope" and model.qk_norm_over == "all":
+            return "it normalises each head; got model.qk_norm_over=all"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
         return ""
@@ -166,6 +175,8 @@ def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
         return f"it has bfloat16 products only; got model.dtype={model.dtype}"
     if document_mask:
         return "its route has no document mask; got data.document_mask=true"
+    if model.attention_softcap:
+        return f"it has no soft-cap; got model.attention_softcap={model.attention_softcap}"
     capability = arch.removeprefix("sm_")
     widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
     if model.K > widest or model.K % 8:
