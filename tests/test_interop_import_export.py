@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import runs
 from configs import debug
@@ -201,6 +201,11 @@ def broken(exported, tmp_path_factory):
     shutil.copytree(exported[1], root / "cut")
     whole = (root / "cut/model.safetensors").read_bytes()
     (root / "cut/model.safetensors").write_bytes(whole[:1_000])
+    shutil.copytree(exported[1], root / "nan")
+    tensors = load_file(root / "nan/model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, root / "nan/model.safetensors")
+    (root / "torch.bin").write_bytes(b"PK\x03\x04" * 300)
     return root
 
 
@@ -208,6 +213,8 @@ def broken(exported, tmp_path_factory):
     "line, message",
     [
         ("import --from={}/none --run={}/x", "--from must be .*; .*/none does not exist"),
+        ("import --from={}/nan --run={}/x", "model.norm.weight has 1 NaN and 0 infinite of 32"),
+        ("import --from={}/torch.bin --run={}/x --tokenizer=bytes", "torch.save wrote it: set"),
         ("import --from={}/empty --run={}/x", "must contain config.json; got none in .*/empty"),
         ("import --from={}/file --run={}/x --tokenizer=bytes", "llm.c model must start with"),
         (

@@ -196,11 +196,14 @@ class TorchTransformer(nn.Module):
         docs_BT1: torch.Tensor | None = None,
         masked: bool = False,
         z_loss: float = 0.0,
+        weights_BT: torch.Tensor | None = None,
         **observe: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (objective, nats), means over all targets but padding, whose document is -1.
+        """Returns (objective, nats), means over all targets.
 
         Args:
+            weights_BT: of the targets in the means. None: 1, and 0 for padding, whose document
+                is -1.
             masked: attention stays inside documents.
             z_loss: weight of the squared logarithm of the softmax's denominator.
             observe: see forward.
@@ -211,13 +214,19 @@ class TorchTransformer(nn.Module):
             docs_BT = docs_BT1[:, :-1]
         logits_NV = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
         targets_N = tokens_BT1[:, 1:].flatten()
-        if docs_BT1 is not None:
-            is_target_N = docs_BT1[:, 1:].flatten() >= 0
+        if weights_BT is None and docs_BT1 is not None:
+            weights_BT = docs_BT1[:, 1:] >= 0
+        if weights_BT is not None:
+            is_target_N = weights_BT.flatten() != 0
             logits_NV, targets_N = logits_NV[is_target_N], targets_N[is_target_N]
-        nats = F.cross_entropy(logits_NV, targets_N)
+            weights_N = weights_BT.flatten()[is_target_N].to(logits_NV.dtype)
+            mean = lambda x_N: (x_N @ weights_N) / weights_N.sum()
+        else:
+            mean = lambda x_N: x_N.mean()
+        nats = mean(F.cross_entropy(logits_NV, targets_N, reduction="none"))
         if not z_loss:
             return nats, nats
-        return nats + z_loss * logits_NV.logsumexp(-1).square().mean(), nats
+        return nats + z_loss * mean(logits_NV.logsumexp(-1).square()), nats
 
 
 def build_torch_model(cfg: ModelConfig, params: dict[str, Any] | None = None) -> TorchTransformer:
