@@ -13,7 +13,7 @@ torch = pytest.importorskip(
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from jaxtrain.crosscheck import torch_model  # noqa: E402
+from jaxtrain.crosscheck import torch_model, torch_muon, torch_train  # noqa: E402
 from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain, steps_table  # noqa: E402
 from tests.crosscheck_sides import (  # noqa: E402, F401
@@ -117,13 +117,13 @@ def decay_gains(patch):
 
 def late_nesterov(patch):
     """Uses plain momentum, without Nesterov's extra gradient."""
-    muon = torch.optim.Muon
-    patch.setattr(torch.optim, "Muon", lambda *a, **kw: muon(*a, **kw | {"nesterov": False}))
+    muon = torch_train.Muon
+    patch.setattr(torch_train, "Muon", lambda *a, **kw: muon(*a, **kw | {"nesterov": False}))
 
 
 def fan_of_the_wrong_side(patch):
-    ratio = lambda lr, kind, shape: lr * math.sqrt(max(1, shape[1] / shape[0]))
-    patch.setattr(torch.optim._muon, "_adjust_lr", ratio)
+    factor = lambda outputs, inputs: math.sqrt(max(1, inputs / outputs))
+    patch.setitem(torch_muon.FACTORS, "original", factor)
 
 
 # name: (run, fault, stage, first step, part of the first tensor's name)
