@@ -17,15 +17,17 @@ nonzero if a correct loop is reported as different, or a fault is missed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +55,25 @@ SEED = 7  # of the faults' weights and batches
 
 
 class Bench:
-    """Runs both frameworks on setups, with traces in a folder. Compiles each setup once."""
+    """Runs both frameworks on setups, with traces in a folder. Compiles each setup once.
+
+    Use it as a context manager.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.text = folder, english().encode()
         self._run: tuple[Setup, Run] | None = None  # of the last setup
         self._ours: dict[Setup, Trace] = {}  # of the bases of faults
-        cache_compiled_programs(folder / "xla")
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        meter = rounding, "build_forward_backward_in_other_precision"
+        self._patches.enter_context(built_once(jax_train, "build_traced_step", key=id))
+        self._patches.enter_context(built_once(*meter, key=hash))
+        return self
+
+    def __exit__(self, *_):
+        self._patches.close()
 
     def train_jax(self, setup: Setup, weights: Path, theirs: Trace, style: str) -> Trace:
         """Trains jaxtrain from a Hugging Face folder on a trace's batches; returns its trace."""
@@ -104,7 +118,9 @@ class Bench:
         row = describe(compare_traces(self.train_jax(setup, weights, theirs, style), theirs))
         return row | {"ok": row["verdict"] == "agree"}
 
-    def check_fault(self, planted: cases.Planted, fault: Fault) -> dict[str, Any]:
+    def check_fault(
+        self, planted: cases.Planted, fault: Fault, precisions: Sequence[str] = PRECISIONS
+    ) -> dict[str, Any]:
         """Compares a loop with a fault with jaxtrain, and with itself without the fault."""
         base, variant = cases.BASES[planted.base], Variant(seed=SEED)
         weights = save_start(base, variant, self.folder / "weights")
@@ -112,7 +128,7 @@ class Bench:
         wide = dataclasses.replace(base, precision="float64", ns_dtype="float64")
         exact = [self.train_torch(wide, variant, weights, f) for f in (loops.NO_FAULT, fault)]
         effects = sizes_of(compare_traces(*exact))
-        for setup in (base, wide):
+        for setup in [s for s in (base, wide) if s.precision in precisions]:
             theirs = self.train_torch(setup, variant, weights, fault)
             if setup not in self._ours:
                 self._ours[setup] = self.train_jax(setup, weights, theirs, "hf")
@@ -131,7 +147,7 @@ class Bench:
             else:
                 found["verdict"] = "missed" if visible[key] > 1 else "below rounding"
             row[setup.precision] = found
-        row["ok"] = "missed" not in (row[p]["verdict"] for p in PRECISIONS)
+        row["ok"] = "missed" not in (row[p]["verdict"] for p in precisions)
         return row
 
 
@@ -163,20 +179,17 @@ def train_config(setup: Setup, weights: Path, folder: Path) -> TrainConfig:
 
 
 def cache_compiled_programs(folder: Path) -> None:
-    """Makes jaxtrain compile a setup once for all seeds, and store programs for a second start.
+    """Stores compiled programs, so that a second start need not compile them."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-    jax.jit caches by function, and each recording builds its functions again.
+
+def built_once(module: Any, name: str, key: Callable[[Any], int]) -> Any:
+    """Makes a function that builds a jitted one return the same for equal arguments.
+
+    jax.jit caches by function, and each recording would compile its own.
     """
-    for name, value in (("dir", str(folder)), ("max_size", -1)):
-        jax.config.update(f"jax_compilation_cache_{name}", value)
-    for name, value in (("min_compile_time_secs", 0.5), ("min_entry_size_bytes", 0)):
-        jax.config.update(f"jax_persistent_cache_{name}", value)
-    compile_once(jax_train, "build_traced_step", key=id)
-    compile_once(rounding, "build_forward_backward_in_other_precision", key=hash)
-
-
-def compile_once(module: Any, name: str, key: Callable[[Any], int]) -> None:
-    """Replaces a function that builds a jitted one, so that equal arguments get the same one."""
     build, built = getattr(module, name), {}
 
     def find(argument):
@@ -185,7 +198,7 @@ def compile_once(module: Any, name: str, key: Callable[[Any], int]) -> None:
             built[key(argument)] = build(argument)
         return built[key(argument)]
 
-    setattr(module, name, find)
+    return mock.patch.object(module, name, find)
 
 
 def by_value(comparison: Comparison) -> dict[tuple, Any]:
@@ -269,14 +282,14 @@ def run_case(bench: Bench, case: Any) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python tests/crosscheck_acceptance.py", None, __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--cases", type=int, default=0, help="run this many cases, evenly spread")
     parser.add_argument("--out", default="runs/crosscheck_acceptance", help="folder of the results")
     parser.add_argument("--list", action="store_true", help="print the cases' names and exit")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     everything = {case[0]: case for case in [*cases.correct_loops(), *cases.planted_faults()]}
     names = [name for name in everything if args.only in name]
     if args.cases:
@@ -289,12 +302,12 @@ def main() -> int:
     log = folder / "cases.jsonl"
     rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
     done = {row["case"]: row for row in rows}
-    bench = Bench(folder)
-    for name in names:
-        if name not in done:
+    cache_compiled_programs(folder / "xla")
+    with Bench(folder) as bench, log.open("a") as file:
+        for name in [name for name in names if name not in done]:
             done[name] = run_case(bench, everything[name])
-            with log.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
+            file.write(json.dumps(done[name]) + "\n")
+            file.flush()
             print(describe_row(done[name]), flush=True)
     rows = [done[name] for name in names]
     print(summary(rows))
