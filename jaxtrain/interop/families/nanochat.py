@@ -1,8 +1,8 @@
 """nanochat, the architecture of October 2025: no learned gains, and RoPE that turns backwards.
 
-Rotating by the opposite angle is our rotation with the halves of each head exchanged, in queries and
-in keys. nanochat normalises queries and keys after RoPE, we before: without a gain that is the same,
-because a rotation changes no mean square.
+To rotate by the opposite angle is to rotate as we do with the halves of each head exchanged, in the
+queries and in the keys. nanochat normalises these after RoPE and we before, which is the same
+without a gain: a rotation changes no mean square.
 
 Source: transformers 5.24, models/nanochat; Karpathy 2025, https://github.com/karpathy/nanochat
 """
