@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop.families.config_reader import KINDS, MISSING, ConfigReader
+from jaxtrain.model.compatibility import same_value
 
 # Fields of every config.json that change neither logits nor weights, by the reason why.
 IGNORED = {
@@ -203,6 +204,6 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
             continue
         value = family.requires.get(name, getattr(ModelConfig, name))
         value = value(cfg) if callable(value) else value
-        if getattr(cfg, name) != value:
+        if not same_value(getattr(cfg, name), value):
             faults.append(f"model.{name}={getattr(cfg, name)!r} (must be {value!r})")
     return faults + family.limits(cfg)
