@@ -75,7 +75,7 @@ def record(
     state, step = start.state, build_traced_step(run)
     no_noise = jax.tree.map(np.zeros_like, start.weights)
     is_measured = measure_rounding and cfg.model.dtype != "bfloat16"
-    meter = RoundingMeter(run, state) if is_measured else None
+    meter = RoundingMeter(run, step, state) if is_measured else None
     # In float64, as the difference of two float32 parameters would lose most of its digits.
     difference = lambda p, q: np.asarray(p, np.float64) - np.asarray(q, np.float64)
     with contextlib.ExitStack() as stack:

@@ -154,9 +154,10 @@ def _quantities(before: Tree, outputs: StepOutputs, noise: Tree) -> dict[str, Tr
 def build_rounding_optimizers(run: Run) -> list[optax.GradientTransformationExtraArgs]:
     """Returns the optimizers of two perturbed copies, which differ from the run's by rounding."""
     cfg = run.cfg.optim
-    if cfg.noise_scale:  # noise is drawn by position, and would be permuted, too
+    # AdamW has no sums, and noise is drawn by position: it would be permuted, too.
+    if cfg.name == "adamw" or cfg.noise_scale:
         return [run.optimizer] * 2
-    if cfg.name == "adamw" or cfg.ns_dtype != "bfloat16":
+    if cfg.ns_dtype != "bfloat16":
         return [reorder(run.optimizer, run.model.axes, run.cfg.seed)] * 2
     form = "standard" if cfg.ns_form == "torch" else cfg.ns_form
     exact = build_optimizer(
@@ -170,16 +171,19 @@ class RoundingMeter:
 
     Args:
         run: in float32 or float64.
+        step: from build_traced_step(run).
         state: at step 0.
     """
 
-    def __init__(self, run: Run, state: TrainState):
+    def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
         self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
-        self._copies = []
+        self._copies, steps = [], {id(run.optimizer): step}  # each is compiled once
         for optimizer in build_rounding_optimizers(run):
-            step = build_traced_step(run._replace(optimizer=optimizer))
-            start = state._replace(opt_state=jax.jit(optimizer.init)(state.params))
-            self._copies.append((step, start))
+            if id(optimizer) not in steps:
+                steps[id(optimizer)] = build_traced_step(run._replace(optimizer=optimizer))
+                opt_state = jax.jit(optimizer.init)(state.params)
+                state = state._replace(opt_state=opt_state)
+            self._copies.append((steps[id(optimizer)], state))
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
 
