@@ -195,7 +195,8 @@ def read_weights(
         def read_layer(hf_name):
             x = stored.read(names[hf_name])
             x = x.T if parameter.tensor.transposed else x
-            return np.split(x, parts, axis=-1)[part] if parts > 1 else x
+            x = np.split(x, parts, axis=-1)[part] if parts > 1 else x
+            return parameter.tensor.from_stored(x)
 
         def read_parameter():
             layers = np.stack([read_layer(hf_name) for hf_name in parameter.hf_names])
@@ -223,7 +224,7 @@ def hf_tensors(
             for member in members:
                 x = np.asarray(params[member.tensor.name])
                 x = x[i] if member.is_stacked else x
-                parts.append(x.reshape(member.part_shape))
+                parts.append(member.tensor.to_stored(x.reshape(member.part_shape)))
             x = np.concatenate(parts, axis=-1)
             x = x.T if members[0].tensor.transposed else x
             yield name, np.ascontiguousarray(x).astype(dtype)
