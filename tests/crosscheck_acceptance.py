@@ -64,16 +64,14 @@ class Bench:
         self.folder, self.text = folder, english().encode()
         self._run: tuple[Setup, Run] | None = None  # of the last setup
         self._ours: dict[Setup, Trace] = {}  # of the bases of faults
-        self._patches = contextlib.ExitStack()
+        self._functions = BuiltOnce()
 
     def __enter__(self):
-        meter = rounding, "build_forward_backward_in_other_precision"
-        self._patches.enter_context(built_once(jax_train, "build_traced_step", key=id))
-        self._patches.enter_context(built_once(*meter, key=hash))
+        self._functions.__enter__()
         return self
 
     def __exit__(self, *_):
-        self._patches.close()
+        self._functions.close()
 
     def train_jax(self, setup: Setup, weights: Path, theirs: Trace, style: str) -> Trace:
         """Trains jaxtrain from a Hugging Face folder on a trace's batches; returns its trace."""
@@ -87,6 +85,7 @@ class Bench:
         jax.config.update("jax_enable_x64", setup.precision == "float64")
         if not self._run or self._run[0] != setup:
             cfg = train_config(setup, weights, self.folder)
+            self._functions.clear()
             self._run = setup, build_run(cfg, jax.devices()[:1])
         run = self._run[1]
         model, cfg = run.model, run.cfg.model
@@ -158,6 +157,7 @@ def train_config(setup: Setup, weights: Path, folder: Path) -> TrainConfig:
         optim=OptimConfig(
             name=setup.optimizer,
             ns_dtype=setup.ns_dtype,
+            ns_form="torch" if setup.ns_dtype == "bfloat16" else "auto",
             learning_rate=loops.MUON_RATE,
             momentum=loops.MOMENTUM,
             adam_learning_rate=setup.rate,
@@ -165,7 +165,9 @@ def train_config(setup: Setup, weights: Path, folder: Path) -> TrainConfig:
             adam_b2=setup.betas[1],
             adam_eps=setup.adam_eps,
             weight_decay=setup.weight_decay,
+            decay_groups=setup.decays,
             clip_norm=setup.clip,
+            clip_eps=setup.clip_eps,
             schedule=setup.schedule,
             warmup_steps=setup.warmup,
             total_steps=setup.steps,
@@ -185,20 +187,37 @@ def cache_compiled_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def built_once(module: Any, name: str, key: Callable[[Any], int]) -> Any:
-    """Makes a function that builds a jitted one return the same for equal arguments.
+class BuiltOnce(contextlib.ExitStack):
+    """Lets crosscheck build, and so compile, each jitted function once for all seeds of a setup.
 
-    jax.jit caches by function, and each recording would compile its own.
+    jax.jit caches by function, and each recording would build its own.
     """
-    build, built = getattr(module, name), {}
 
-    def find(argument):
-        if key(argument) not in built:
-            built.clear()  # a setup's seeds come one after another
-            built[key(argument)] = build(argument)
-        return built[key(argument)]
+    def __enter__(self):
+        self._built: dict[tuple, Any] = {}
+        optimizer = lambda run: id(run.optimizer)
+        for module, name, key in (
+            (jax_train, "build_traced_step", optimizer),
+            (rounding, "build_traced_step", optimizer),
+            (rounding, "build_rounding_optimizers", optimizer),
+            (rounding, "build_forward_backward_in_other_precision", lambda cfg: cfg),
+        ):
+            self.enter_context(mock.patch.object(module, name, self._once(module, name, key)))
+        return super().__enter__()
 
-    return mock.patch.object(module, name, find)
+    def _once(self, module: Any, name: str, key: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        build = getattr(module, name)
+
+        def find(argument):
+            place = name, key(argument)
+            if place not in self._built:
+                self._built[place] = build(argument)
+            return self._built[place]
+
+        return find
+
+    def clear(self) -> None:
+        self._built.clear()
 
 
 def by_value(comparison: Comparison) -> dict[tuple, Any]:

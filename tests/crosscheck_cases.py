@@ -27,6 +27,15 @@ class Planted(NamedTuple):
     tensor: str = ""  # part of the name of the first tensor to look at
 
 
+# Which parameters decay: jaxtrain's default, nanoGPT's, all as torch.optim.AdamW, matrices only.
+DECAYS = (
+    "matrices,embedding,head",
+    "matrices,embedding,head,positions",
+    "matrices,embedding,head,positions,vectors",
+    "matrices",
+)
+
+
 def _setups() -> Iterator[tuple[str, Setup]]:
     """Yields 25 named setups, in which options are combined evenly."""
     families = (
@@ -48,7 +57,9 @@ def _setups() -> Iterator[tuple[str, Setup]]:
             "betas": ((0.9, 0.95), (0.9, 0.999))[i // 4 % 2],
             "adam_eps": 1e-6 if i % 8 == 3 else 1e-8,
             "weight_decay": (0.1, 0.0)[i // 3 % 2],
-            "clip": (0.5, 0.0)[i // 5 % 2],
+            "decays": DECAYS[i % 5 % 4],
+            "clip": (0.5, 0.5, 0.0)[i // 5 % 3],
+            "clip_eps": (1e-6, 0.0)[i // 2 % 2],
             "schedule": ("cosine", "constant")[i // 2 % 2],
             "warmup": (3, 1)[i // 7 % 2],
             "rate": (3e-3, 1e-3)[i // 6 % 2],
@@ -56,6 +67,10 @@ def _setups() -> Iterator[tuple[str, Setup]]:
             "steps": 8 if i % 5 == 0 else 6,
         }
         values["ns_dtype"] = values["precision"]
+        if optimizer == "muon" and i % 3 != 1 and values["precision"] == "float32":
+            values["ns_dtype"] = "bfloat16"
+        if optimizer == "muon":
+            optimizer = f"muon-{values['ns_dtype']}"
         words = (name, optimizer, f"x{accumulation}", values["precision"])
         yield f"{i:02}-{'-'.join(words)}", Setup(**model, **values)
 
@@ -122,7 +137,7 @@ FAULTS = {
     "head detached from the embedding": Planted("gpt2", "gradient", 1, "wte"),
     "no clipping": Planted("gpt2", "optimizer", 1),
     "each tensor clipped alone": Planted("gpt2", "optimizer", 1),
-    "clip_grad_norm_'s epsilon": Planted("gpt2", "optimizer", 1),
+    "epsilon of clip_grad_norm_": Planted("gpt2", "optimizer", 1),
     "learning rate": Planted("gpt2", "optimizer", 1),
     "schedule one step late": Planted("gpt2", "optimizer", 1),
     "first beta": Planted("gpt2", "optimizer", 2),
@@ -132,7 +147,7 @@ FAULTS = {
     "no bias correction": Planted("gpt2", "optimizer", 1),
     "weight decay in the gradient": Planted("gpt2", "optimizer", 1),
     "weight decay of vectors": Planted("gpt2", "optimizer", 1),
-    "no weight decay of tables": Planted("gpt2", "optimizer", 1, "wte"),
+    "no weight decay of the embedding": Planted("gpt2", "optimizer", 1, "wte"),
     "one weight matrix not trained": Planted("gpt2", "optimizer", 1, "h.1.mlp.c_fc"),
     "weights stored in bfloat16": Planted("gpt2", "optimizer", 1),
     "momentum without Nesterov": Planted("llama", "optimizer", 2, "proj"),

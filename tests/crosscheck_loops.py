@@ -112,48 +112,44 @@ class PlainMuon(torch.optim.Optimizer):
         p.mul_(1 - lr * decay).sub_(lr * scale * y)
 
 
-def is_matrix(name: str, p: torch.Tensor) -> bool:
-    """Returns whether a parameter is a weight matrix of a layer."""
-    return p.ndim == 2 and (".layers." in name or ".h." in name or name.startswith("blocks."))
+def decay_group(name: str, p: torch.Tensor) -> str:
+    """Returns jaxtrain's name of the group of parameters whose weights decay together."""
+    if p.ndim == 1:
+        return "vectors"
+    parts = set(name.split("."))
+    if parts & {"wpe", "positions"}:
+        return "positions"
+    if parts & {"wte", "embed_tokens", "embed"}:
+        return "embedding"
+    return "head" if parts & {"lm_head", "head"} else "matrices"
 
 
 def build_optimizers(
     setup: Setup, variant: Variant, model: nn.Module, fault: Fault = NO_FAULT
 ) -> list[torch.optim.Optimizer]:
-    """Builds AdamW, or Muon for the matrices and AdamW for the rest.
-
-    Matrices, the embedding and the head decay; positions and vectors do not.
-    """
-    muon, decayed, vectors = [], [], []
+    """Builds AdamW, or Muon for the matrices and AdamW for the rest."""
+    groups: dict[str, dict[str, Any]] = {}
     for name, p in model.named_parameters():
-        if is_matrix(name, p):
-            (muon if setup.optimizer == "muon" else decayed).append(p)
-        elif p.ndim == 2 and "wpe" not in name and name != "positions":
-            decayed.append(p)
-        else:
-            vectors.append(p)
-    decay = setup.weight_decay
-    on_vectors = fault.amount("weight decay of vectors") * decay
-    off_tables = 1 - fault.amount("no weight decay of tables")
-    tables = [p for p in decayed if p.shape[0] == 256]
-    groups = [
-        {"params": tables, "weight_decay": off_tables * decay},
-        {"params": [p for p in decayed if p.shape[0] != 256], "weight_decay": decay},
-        {"params": vectors, "weight_decay": on_vectors},
-    ]
-    groups = [group for group in groups if group["params"]]
+        kind = decay_group(name, p)
+        decay = setup.weight_decay if kind in setup.decays.split(",") else 0.0
+        if kind == "vectors":
+            decay = fault.mix("weight decay of vectors", decay, lambda: setup.weight_decay)
+        if kind == "embedding":
+            decay = fault.mix("no weight decay of the embedding", decay, lambda: 0.0)
+        groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(p)
+    muon = groups.pop("matrices") if setup.optimizer == "muon" else None
     if variant.adam == "single":
-        adam: torch.optim.Optimizer = PlainAdamW(groups, setup, fault)
+        adam: torch.optim.Optimizer = PlainAdamW(groups.values(), setup, fault)
     else:
         how = {variant.adam: True}
-        adam = torch.optim.AdamW(groups, setup.rate, setup.betas, setup.adam_eps, **how)
-    if not muon:
+        adam = torch.optim.AdamW(
+            list(groups.values()), setup.rate, setup.betas, setup.adam_eps, **how
+        )
+    if muon is None:
         return [adam]
     if setup.ns_dtype == "bfloat16":
-        matrices = torch.optim.Muon(muon, MUON_RATE, decay, MOMENTUM)
-    else:
-        matrices = PlainMuon([{"params": muon, "weight_decay": decay}], setup, fault)
-    return [matrices, adam]
+        return [torch.optim.Muon([muon], MUON_RATE, momentum=MOMENTUM), adam]
+    return [PlainMuon([muon], setup, fault), adam]
 
 
 def rate_share(setup: Setup, count: int) -> float:
@@ -168,8 +164,11 @@ def rate_share(setup: Setup, count: int) -> float:
 def clip(setup: Setup, model: nn.Module, fault: Fault) -> None:
     """Clips the gradients to their global norm."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if setup.clip_eps == 1e-6 and not fault.size:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), setup.clip)
+        return
     norm = torch.stack([g.norm() for g in grads]).norm()
-    norm = norm + 1e-6 * fault.amount("clip_grad_norm_'s epsilon")
+    norm = norm + fault.mix("epsilon of clip_grad_norm_", setup.clip_eps, lambda: 1e-6)
     share = min(1.0, setup.clip / float(norm))
     for g in grads:
         alone = lambda g=g: min(1.0, setup.clip / float(g.norm()))

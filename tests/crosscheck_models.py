@@ -32,12 +32,14 @@ class Setup:
     norm_eps: float = 1e-5
     precision: str = "float32"
     optimizer: str = "adamw"  # or "muon", with AdamW for all but the matrices
-    ns_dtype: str = "float32"  # in which Muon orthogonalises
+    ns_dtype: str = "float32"  # in which Muon orthogonalises; torch.optim.Muon uses bfloat16
     rate: float = 3e-3  # peak, of AdamW
     betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
+    decays: str = "matrices,embedding,head"  # the parameters that weight_decay applies to
     clip: float = 0.0  # global norm; 0 does not clip
+    clip_eps: float = 0.0  # added to that norm; torch's clip_grad_norm_ adds 1e-6
     schedule: str = "constant"  # or "cosine"
     warmup: int = 1
     accumulation: int = 1
