@@ -51,6 +51,7 @@ from tests import crosscheck_loops as loops  # noqa: E402
 from tests.crosscheck_models import TOKENS, Fault, Setup, Variant, save_start  # noqa: E402
 
 PRECISIONS = "float32", "float64"
+COMPILED = 6  # most setups whose compiled programs are in memory at a time
 SEED = 7  # of the faults' weights and batches
 
 
@@ -62,7 +63,7 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self.text = folder, english().encode()
-        self._run: tuple[Setup, Run] | None = None  # of the last setup
+        self._runs: dict[Setup, Run] = {}  # of the last setups
         self._ours: dict[Setup, Trace] = {}  # of the bases of faults
         self._functions = BuiltOnce()
 
@@ -83,11 +84,13 @@ class Bench:
     def start(self, setup: Setup, weights: Path) -> jax_train.Start:
         """Builds jaxtrain's start. Only the weights change from one seed of a setup to the next."""
         jax.config.update("jax_enable_x64", setup.precision == "float64")
-        if not self._run or self._run[0] != setup:
+        if setup not in self._runs:
+            if len(self._runs) == COMPILED:
+                self._runs.clear()
+                self._functions.clear()
             cfg = train_config(setup, weights, self.folder)
-            self._functions.clear()
-            self._run = setup, build_run(cfg, jax.devices()[:1])
-        run = self._run[1]
+            self._runs[setup] = build_run(cfg, jax.devices()[:1])
+        run = self._runs[setup]
         model, cfg = run.model, run.cfg.model
         shardings = state_sharding_tree(model, run.optimizer, run.mesh)
         params = load_params(weights, cfg, model.axes, model.shapes, shardings.params)
