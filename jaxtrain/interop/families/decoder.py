@@ -1,17 +1,25 @@
 """Llama and the architectures that differ from it by a few fields.
 
-Source: transformers 5.24, models/llama and models/qwen3
+Source: transformers 5.24, models/{llama,mistral,qwen2,qwen3,smollm3}
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.interop.families.config_reader import LIST, ConfigReader, shown
-from jaxtrain.interop.families.family import Family, Part, TensorMapping
-from jaxtrain.interop.families.rope import ROPE
-
-FULL = ("full_attention", "attention")  # the second is an earlier name
+from jaxtrain.interop.families.family import Family, TensorMapping
+from jaxtrain.interop.families.layers import (
+    ATTENTION_BIAS,
+    BIASES,
+    FULL_ATTENTION,
+    MISTRAL_WINDOW,
+    QWEN_WINDOWS,
+    SMOLLM3_LAYERS,
+    join_limits,
+    limit_biases,
+    limit_periods,
+)
+from jaxtrain.interop.families.rope import ROPE, build_rope
 
 
 def decoder_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
@@ -19,20 +27,20 @@ def decoder_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
     layer = "model.layers.{}."
     yield TensorMapping("embed", "model.embed_tokens.weight")
     for letter in "qkvo":
-        yield TensorMapping(
-            f"blocks.attention.{letter}.w",
-            f"{layer}self_attn.{letter}_proj.weight",
-            transposed=True,
-        )
-    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE, as in layers.HeadNorm
+        projection = f"{layer}self_attn.{letter}_proj"
+        yield TensorMapping(f"blocks.attention.{letter}.w", f"{projection}.weight", transposed=True)
+        if cfg.bias or letter in {"none": "", "qkv": "qkv", "all": "qkvo"}[cfg.attention_bias]:
+            yield TensorMapping(f"blocks.attention.{letter}.b", f"{projection}.bias")
+    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE
         for letter in "qk":
             yield TensorMapping(
                 f"blocks.attention.{letter}_norm.gain", f"{layer}self_attn.{letter}_norm.weight"
             )
     for name in ("gate", "up", "down"):
-        yield TensorMapping(
-            f"blocks.mlp.{name}.w", f"{layer}mlp.{name}_proj.weight", transposed=True
-        )
+        projection = f"{layer}mlp.{name}_proj"
+        yield TensorMapping(f"blocks.mlp.{name}.w", f"{projection}.weight", transposed=True)
+        if cfg.bias:
+            yield TensorMapping(f"blocks.mlp.{name}.b", f"{projection}.bias")
     yield TensorMapping("blocks.attention_norm.gain", f"{layer}input_layernorm.weight")
     yield TensorMapping("blocks.mlp_norm.gain", f"{layer}post_attention_layernorm.weight")
     yield TensorMapping("final_norm.gain", "model.norm.weight")
@@ -40,16 +48,6 @@ def decoder_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
         yield TensorMapping("head", "lm_head.weight")
 
 
-def _read_layer_types(reader: ConfigReader, values: dict[str, Any]) -> dict[str, Any]:
-    kinds = reader.take("layer_types", kind=LIST, default=None)
-    if kinds is not None and (len(kinds) != values["L"] or any(k not in FULL for k in kinds)):
-        reader.faults.append(
-            f"layer_types={shown(kinds)} (must be full_attention in each of {values['L']} layers)"
-        )
-    return {}
-
-
-FULL_ATTENTION = Part((), _read_layer_types, lambda cfg: {})
 FIELDS = {
     "hidden_size": "D",
     "num_hidden_layers": "L",
@@ -68,9 +66,8 @@ DECODER: dict[str, Any] = {
     "prefix": "model.",
     "buffers": ("rotary_emb.inv_freq",),
     "fields": FIELDS,
-    "parts": (ROPE, FULL_ATTENTION),
 }
-REQUIRES = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
+REQUIRES = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": False}
 SILU = ("silu", "swish")
 
 
@@ -78,23 +75,62 @@ def _width_is_whole_heads(cfg: ModelConfig) -> list[str]:
     return [f"model.D={cfg.D} (must be a multiple of model.H={cfg.H})"] if cfg.D % cfg.H else []
 
 
+def _without(requires: dict[str, Any], *fields: str) -> dict[str, Any]:
+    return {field: value for field, value in requires.items() if field not in fields}
+
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     **DECODER,
-    requires=REQUIRES | {"qk_norm": False},
-    fixed={"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+    parts=(ROPE, FULL_ATTENTION, BIASES),
+    requires=_without(REQUIRES, "bias"),
+    fixed={"hidden_act": SILU},
     absent=ABSENT | {"max_position_embeddings": 2_048},
     null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
-    limits=_width_is_whole_heads,
+    limits=join_limits(_width_is_whole_heads, limit_biases),
+)
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    **DECODER,
+    parts=(ROPE, MISTRAL_WINDOW),
+    requires=REQUIRES,
+    fixed={"hidden_act": SILU},
+    absent=ABSENT | {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
+    null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
+)
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    **DECODER,
+    parts=(ROPE, QWEN_WINDOWS),
+    requires=REQUIRES | {"attention_bias": "qkv"},
+    fixed={"hidden_act": SILU},
+    absent=ABSENT | {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
+    limits=limit_periods,
 )
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     **DECODER,
+    parts=(ROPE, QWEN_WINDOWS, ATTENTION_BIAS),
     requires=REQUIRES | {"qk_norm": True},
-    fixed={"hidden_act": SILU, "attention_bias": (False,), "use_sliding_window": (False,)},
+    fixed={"hidden_act": SILU},
     absent=ABSENT | {"max_position_embeddings": 32_768, "head_dim": 128, "num_key_value_heads": 32},
     null={"num_key_value_heads": lambda c: c.H},
-    ignored=("sliding_window", "max_window_layers"),  # used only with use_sliding_window
+    limits=join_limits(limit_periods, limit_biases),
+)
+SMOLLM3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    **DECODER,
+    parts=(build_rope(2e6), SMOLLM3_LAYERS, BIASES),
+    requires=_without(REQUIRES, "bias"),
+    fixed={"hidden_act": SILU},
+    absent=ABSENT
+    | {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
+    limits=join_limits(limit_periods, limit_biases),
 )
