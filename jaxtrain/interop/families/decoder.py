@@ -1,13 +1,14 @@
 """Llama and the architectures that differ from it by a few fields.
 
-Source: transformers 5.24, models/{llama,mistral,qwen2,qwen3,smollm3}
+Source: transformers 5.24, models/{llama,mistral,qwen2,qwen3,smollm3,olmo2}
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.interop.families.family import Family, TensorMapping
+from jaxtrain.interop.families.config_reader import POSITIVE, ConfigReader
+from jaxtrain.interop.families.family import Family, Part, TensorMapping
 from jaxtrain.interop.families.layers import (
     ATTENTION_BIAS,
     BIASES,
@@ -21,9 +22,31 @@ from jaxtrain.interop.families.layers import (
 )
 from jaxtrain.interop.families.rope import ROPE, build_rope
 
+# model.norm_place -> our norms of a layer and their names
+NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+GATED_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
-def decoder_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
-    """Yields the tensors of a Llama, and those that its relatives have besides."""
+
+def decoder_tensors(
+    cfg: ModelConfig, mlp: Mapping[str, str] = GATED_MLP
+) -> Iterator[TensorMapping]:
+    """Yields the tensors of a Llama, and those that its relatives have besides.
+
+    Args:
+        mlp: our matrices of the MLP and their names.
+    """
     layer = "model.layers.{}."
     yield TensorMapping("embed", "model.embed_tokens.weight")
     for letter in "qkvo":
@@ -31,19 +54,16 @@ def decoder_tensors(cfg: ModelConfig) -> Iterator[TensorMapping]:
         yield TensorMapping(f"blocks.attention.{letter}.w", f"{projection}.weight", transposed=True)
         if cfg.bias or letter in {"none": "", "qkv": "qkv", "all": "qkvo"}[cfg.attention_bias]:
             yield TensorMapping(f"blocks.attention.{letter}.b", f"{projection}.bias")
-    if cfg.qk_norm:  # one gain [K] for all heads, before RoPE
-        for letter in "qk":
-            yield TensorMapping(
-                f"blocks.attention.{letter}_norm.gain", f"{layer}self_attn.{letter}_norm.weight"
-            )
-    for name in ("gate", "up", "down"):
-        projection = f"{layer}mlp.{name}_proj"
+    for name, theirs in mlp.items():
+        projection = f"{layer}mlp.{theirs}"
         yield TensorMapping(f"blocks.mlp.{name}.w", f"{projection}.weight", transposed=True)
         if cfg.bias:
             yield TensorMapping(f"blocks.mlp.{name}.b", f"{projection}.bias")
-    yield TensorMapping("blocks.attention_norm.gain", f"{layer}input_layernorm.weight")
-    yield TensorMapping("blocks.mlp_norm.gain", f"{layer}post_attention_layernorm.weight")
-    yield TensorMapping("final_norm.gain", "model.norm.weight")
+    norms = {f"blocks.{ours}": f"{layer}{theirs}" for ours, theirs in NORMS[cfg.norm_place].items()}
+    if cfg.qk_norm:  # one gain [K] for all heads, or one for each entry of each head
+        norms |= {f"blocks.attention.{x}_norm": f"{layer}self_attn.{x}_norm" for x in "qk"}
+    for ours, theirs in (norms | {"final_norm": "model.norm"}).items() if cfg.norm_gain else ():
+        yield TensorMapping(f"{ours}.gain", f"{theirs}.weight")
     if not cfg.tied:
         yield TensorMapping("head", "lm_head.weight")
 
@@ -67,8 +87,23 @@ DECODER: dict[str, Any] = {
     "buffers": ("rotary_emb.inv_freq",),
     "fields": FIELDS,
 }
-REQUIRES = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False, "qk_norm": False}
+REQUIRES = {"norm": "rms", "position": "rope", "mlp": "swiglu", "bias": False}
 SILU = ("silu", "swish")
+
+
+def softcap(name: str, ours: str, absent: float | None) -> Part:
+    """Describes a soft-cap: null in config.json is our 0.
+
+    Args:
+        absent: its value if the field is missing.
+    """
+
+    def read(reader: ConfigReader, values: dict[str, Any]) -> dict[str, Any]:
+        del values
+        null = reader.get(name) is None
+        return {ours: 0.0 if null else reader.take(name, kind=POSITIVE, default=absent) or 0.0}
+
+    return Part((ours,), read, lambda cfg: {name: getattr(cfg, ours) or None})
 
 
 def _width_is_whole_heads(cfg: ModelConfig) -> list[str]:
@@ -133,4 +168,15 @@ SMOLLM3 = Family(
     | {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True},
     null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
     limits=join_limits(limit_periods, limit_biases),
+)
+OLMO2 = Family(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    **DECODER,
+    parts=(ROPE, FULL_ATTENTION, ATTENTION_BIAS),
+    requires=REQUIRES | {"norm_place": "post", "qk_norm": True, "qk_norm_over": "all"},
+    fixed={"hidden_act": SILU},
+    absent=ABSENT | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2_048},
+    null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
+    limits=limit_biases,
 )
