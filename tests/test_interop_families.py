@@ -140,6 +140,12 @@ def test_other_spellings_of_the_same_model_are_read_as_it(
     assert read_values(tmp_path, other) == read_values(tmp_path, values)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_null_key_value_heads_are_as_many_as_the_query_heads(configs, tmp_path, family):
+    cfg = read_values(tmp_path, configs[family] | {"num_key_value_heads": None})
+    assert (cfg.H, cfg.G) == (4, 4)
+
+
 def json_of(text):
     """Returns the JSON object of NAME=VALUE pairs, and its defaults in transformers 4.56."""
     old = """return_dict=true output_hidden_states=false output_attentions=false torchscript=false
