@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -29,12 +30,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
+
+from tests import xla_flags  # noqa: E402
+
+# Verdicts must not depend on how XLA optimises, and compiling takes most of the time. Read by jax.
+os.environ.setdefault("XLA_FLAGS", xla_flags.flags(devices=1))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
 from jaxtrain.config.train_config import DataConfig, OptimConfig, TrainConfig  # noqa: E402
 from jaxtrain.crosscheck import jax_train, rounding  # noqa: E402
