@@ -23,7 +23,13 @@ FORMS = {
     "llama": SMALL | dict(G=2, qk_norm=True),
     "gpt2": SCANNED
     | dict(norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=24),
-    "capped": SCANNED | dict(G=1, mlp="relu2", logit_softcap=2.0),
+    "capped": SCANNED
+    | dict(G=1, mlp="relu2", logit_softcap=2.0, window=7, attention_bias="all")
+    | dict(rope_scaling="linear", rope_factor=4.0),
+    "mixed": SCANNED
+    | dict(L=5, G=2, window=5, global_every=2, nope_every=4, attention_bias="qkv")
+    | dict(rope_local_theta=50.0, rope_scaling="llama3", rope_factor=8.0)
+    | dict(rope_theta=100.0, rope_original_positions=16),
     "olmo2": SCANNED | dict(G=2, norm_place="post", qk_norm=True, qk_norm_over="all"),
     "gemma": SMALL
     | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5)

@@ -99,7 +99,13 @@ def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"qk_norm": True, "position": "learned"}, {"qk_norm": True}]
+    "values",
+    [
+        {},
+        {"qk_norm": True, "position": "learned"},
+        {"qk_norm": True, "nope_every": 1},
+        {"qk_norm": True},
+    ],
 )
 def test_only_a_model_with_qk_norm_and_rope_has_a_qk_rope_route(values):
     routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_86")
@@ -144,6 +150,7 @@ STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
         ({"attention_scale": 0.5}, {"arch": "sm_90"}, "alone; got model.attention_scale=0.5"),
         ({"attention_softcap": 9.0}, {"arch": "sm_90"}, "alone; got model.attention_softcap=9.0"),
         ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+        ({"window": 512}, {"arch": "sm_90"}, "it has no window; got model.window=512 with 1024"),
     ],
 )
 def test_strict_kernels_raise_with_the_reason(values, where, reason):
@@ -155,6 +162,19 @@ def test_strict_kernels_raise_with_the_reason(values, where, reason):
     with pytest.raises(ValueError, match=f"model.attention=flash needs.*{reason}"):
         requested = ModelConfig(**values, attention="flash")
         choose_routes(requested, False, platform, False, **where)
+
+
+def test_a_window_rules_out_the_kernel_and_the_reason_is_stored_and_printed():
+    choose = lambda seq_len, **values: choose_routes(
+        ModelConfig(window=512, **values), False, "gpu", True, arch="sm_90", seq_len=seq_len
+    )
+    routes = choose(1_024)
+    assert routes["attention"].implementation == "cudnn"
+    reason = "no fused kernel: it has no window; got model.window=512 with 1024 tokens"
+    assert reason in routes["attention"].reason
+    assert any(reason in text for _, text in describe_routes(routes))
+    assert "no fused kernel" not in choose(512)["attention"].reason
+    assert choose(512, attention="flash")["attention"].implementation == "flash:sm_90"
 
 
 @pytest.mark.parametrize("masked", [False, True])

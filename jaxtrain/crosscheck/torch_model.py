@@ -18,6 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.crosscheck.torch_positions import (
+    attention_mask,
+    layer_kind,
+    rope_tables,
+    rotate,
+)
 from jaxtrain.crosscheck.torch_weights import load_params
 
 
@@ -37,18 +43,6 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.shape, self.gain, self.eps)
 
 
-def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
-    """Applies rotary position embedding to the two halves of K. Source: arxiv.org/abs/2104.09864"""
-    first, second = x_BHTK.chunk(2, -1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), -1) * sin_TK
-
-
-def document_mask(docs_BT: torch.Tensor) -> torch.Tensor:
-    """Returns bool [B,1,T,S]: whether key S is in query T's document and not after it."""
-    same_BTS = docs_BT[:, :, None] == docs_BT[:, None, :]
-    return same_BTS.tril()[:, None]
-
-
 def capped_attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS, scale: float, cap: float) -> torch.Tensor:
     """Attends with scores cap * tanh(s / cap), which PyTorch's own attention lacks."""
     T, repeats = q_BHTK.shape[2], q_BHTK.shape[1] // k_BGSK.shape[1]
@@ -64,10 +58,11 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
-        self.q = nn.Linear(cfg.D, cfg.H * cfg.K, cfg.bias)
-        self.k = nn.Linear(cfg.D, cfg.G * cfg.K, cfg.bias)
-        self.v = nn.Linear(cfg.D, cfg.G * cfg.K, cfg.bias)
-        self.o = nn.Linear(cfg.H * cfg.K, cfg.D, cfg.bias)
+        qkv_bias = cfg.bias or cfg.attention_bias in ("qkv", "all")
+        self.q = nn.Linear(cfg.D, cfg.H * cfg.K, qkv_bias)
+        self.k = nn.Linear(cfg.D, cfg.G * cfg.K, qkv_bias)
+        self.v = nn.Linear(cfg.D, cfg.G * cfg.K, qkv_bias)
+        self.o = nn.Linear(cfg.H * cfg.K, cfg.D, cfg.bias or cfg.attention_bias == "all")
         self.q_norm = self.k_norm = nn.Identity()
         if cfg.qk_norm:
             heads = (cfg.H, cfg.G) if cfg.qk_norm_over == "all" else (1, 1)
@@ -152,13 +147,6 @@ class TorchTransformer(nn.Module):
         if not cfg.tied:
             self.head = nn.Parameter(torch.zeros(cfg.V, cfg.D))
 
-    def _rope(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        like = {"dtype": self.embed.dtype, "device": self.embed.device}
-        exponent_K = torch.arange(0, self.cfg.K, 2, **like) / self.cfg.K
-        position_T = torch.arange(T, **like)
-        angle_TK = torch.outer(position_T, self.cfg.rope_theta**-exponent_K).repeat(1, 2)
-        return angle_TK.cos(), angle_TK.sin()
-
     def forward(
         self,
         tokens_BT: torch.Tensor,
@@ -172,23 +160,24 @@ class TorchTransformer(nn.Module):
             observe: called with the name and output of each layer.
         """
         cfg, T = self.cfg, tokens_BT.shape[1]
-        mask_B1TS = None if docs_BT is None else document_mask(docs_BT)
-        device, is_bfloat16 = tokens_BT.device.type, cfg.dtype == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=is_bfloat16):
-            h_BTD, rope = F.embedding(tokens_BT, self.embed), None
+        like = {"dtype": self.embed.dtype, "device": tokens_BT.device}
+        kinds = [layer_kind(cfg, i + 1) for i in range(cfg.L)]
+        masks = {w: attention_mask(T, w, docs_BT, tokens_BT.device) for w, _ in set(kinds)}
+        ropes = {r: rope_tables(cfg, T, r, **like) for _, r in set(kinds)}
+        is_bfloat16 = cfg.dtype == "bfloat16"
+        with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=is_bfloat16):
+            h_BTD = F.embedding(tokens_BT, self.embed)
             if cfg.embed_scale != 1:  # in the type of the activations, as Gemma's own code
                 h_BTD = h_BTD.bfloat16() if is_bfloat16 else h_BTD
                 h_BTD = h_BTD * h_BTD.new_tensor(cfg.embed_scale)
             if cfg.position == "learned":
                 h_BTD = h_BTD + self.positions[:T]
-            else:
-                rope = self._rope(T)
             h_BTD = self.embed_norm(h_BTD)
             if is_bfloat16:  # the residual stream too, as in llm.c and nanochat
                 h_BTD = h_BTD.bfloat16()
             observe("embed", h_BTD)
-            for i, block in enumerate(self.blocks):
-                h_BTD = block(h_BTD, rope, mask_B1TS)
+            for i, (block, (window, rope)) in enumerate(zip(self.blocks, kinds, strict=True)):
+                h_BTD = block(h_BTD, ropes[rope], masks[window])
                 observe(f"blocks.{i}", h_BTD)
             head_VD = self.embed if cfg.tied else self.head
             logits = F.linear(self.final_norm(h_BTD), head_VD).to(self.embed.dtype)

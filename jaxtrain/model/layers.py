@@ -101,8 +101,8 @@ class LayerOps:
         self, norm: Norm | None, x_BTHK: jax.Array, rope: RopeTables | None
     ) -> jax.Array:
         """Normalises and rotates queries or keys, if the model has qk_norm and RoPE."""
-        if self.fused_qk_rope is not None:
-            assert norm is not None and norm.gain is not None and rope is not None
+        if self.fused_qk_rope is not None and rope is not None:
+            assert norm is not None and norm.gain is not None, "the kernel needs gains"
             return self.fused_qk_rope(x_BTHK, norm.gain[...], *rope)
         x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
         return x_BTHK if rope is None else rotate(x_BTHK, *rope)
@@ -119,14 +119,17 @@ class LayerOps:
 
 
 class Linear(nnx.Module):
-    """A map [B,T,inputs] -> [B,T,outputs] with a matrix `w` and, with model.bias, a bias `b`."""
+    """A map [B,T,inputs] -> [B,T,outputs] with a matrix `w`.
 
-    def __init__(self, cfg: ModelConfig, axes: str, std: float):
+    With model.bias, or `bias`, it has a bias `b`.
+    """
+
+    def __init__(self, cfg: ModelConfig, axes: str, std: float, bias: bool = False):
         parsed = Axes.parse(axes)
         self.w = param(cfg, axes, std)
-        if cfg.bias:
+        self.has_bias = cfg.bias or bias
+        if self.has_bias:
             self.b = param(cfg, f"{parsed.stack}|{parsed.outputs}")
-        self.has_bias = cfg.bias
         self.input_dims = len(parsed.inputs)
 
     def __call__(self, x: jax.Array, ops: LayerOps) -> jax.Array:
@@ -174,10 +177,11 @@ class Attention(nnx.Module):
     """Multi-head attention with its four projections."""
 
     def __init__(self, cfg: ModelConfig):
-        self.q = Linear(cfg, "L|D->HK", small_std(cfg))
-        self.k = Linear(cfg, "L|D->GK", small_std(cfg))
-        self.v = Linear(cfg, "L|D->GK", small_std(cfg))
-        self.o = Linear(cfg, "L|HK->D", residual_std(cfg))
+        bias = cfg.attention_bias != "none"
+        self.q = Linear(cfg, "L|D->HK", small_std(cfg), bias)
+        self.k = Linear(cfg, "L|D->GK", small_std(cfg), bias)
+        self.v = Linear(cfg, "L|D->GK", small_std(cfg), bias)
+        self.o = Linear(cfg, "L|HK->D", residual_std(cfg), cfg.attention_bias == "all")
         # Source: https://arxiv.org/abs/2010.04245; over all heads: OLMo 2, arxiv.org/abs/2501.00656
         over_all = cfg.qk_norm_over == "all"
         build_norm = lambda axes: Norm(cfg, axes, "rms") if cfg.qk_norm else None
