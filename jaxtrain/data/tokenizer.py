@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,10 @@ START_TOKENS = (
 )
 
 
+# Maps the number of a token to the characters that it stands for: the first one and the end.
+Spans = Callable[[int], tuple[int, int]]
+
+
 class Tokenizer(Protocol):
     """Converts text to token ids and back."""
 
@@ -58,11 +62,10 @@ class Tokenizer(Protocol):
         """Returns token ids, [tokens] uint8, uint16 or uint32, without eot."""
         ...
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns token ids and the characters that each stands for, int64 [tokens,2].
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
+        """Returns token ids and their spans, which ascend.
 
-        These are the first character and the end. They overlap with those of neighbours where
-        several tokens stand for one character.
+        They overlap where several tokens stand for one character.
         """
         ...
 
@@ -88,9 +91,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
         ids = self.encode(text)
-        return ids, _offsets_of_bytes(text, np.ones(len(ids), np.int64))
+        return ids, _spans_of_bytes(text, np.ones(len(ids), np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.spell(ids).decode(errors="replace")
@@ -124,9 +127,9 @@ class Gpt2Tokenizer:
         with _convert_errors(self.name, text):
             return np.asarray(self._encode_parts(text, LONG_SPACES), np.uint16)
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
         ids = self.encode(text)
-        return ids, _offsets_of_bytes(text, self.token_bytes[ids])
+        return ids, _spans_of_bytes(text, self.token_bytes[ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(np.asarray(ids).tolist())
@@ -199,15 +202,12 @@ class JsonTokenizer:
         self.token_bytes = np.array([len(s) for s in self._form.spellings], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        with _convert_errors(self.name, text):
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.asarray(ids, np.uint32)
+        return self.encode_with_spans(text)[0]
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
         with _convert_errors(self.name, text):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        offsets = np.fromiter(itertools.chain.from_iterable(encoding.offsets), np.int64)
-        return np.asarray(encoding.ids, np.uint32), offsets.reshape(-1, 2)
+        return np.asarray(encoding.ids, np.uint32), encoding.token_to_chars
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -243,11 +243,12 @@ def tokenizer_identity(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
 
 
-def _offsets_of_bytes(text: str, sizes: np.ndarray) -> np.ndarray:
-    """Returns the offsets of tokens in a text from the bytes that each stands for."""
+def _spans_of_bytes(text: str, sizes: np.ndarray) -> Spans:
+    """Returns the spans of the tokens of a text from the bytes that each stands for."""
     character = np.cumsum(np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80) - 1
     ends = np.cumsum(sizes, dtype=np.int64)
-    return np.stack([character[ends - sizes], character[ends - 1] + 1], axis=1)
+    first, last = character[ends - sizes], character[ends - 1]
+    return lambda i: (int(first[i]), int(last[i]) + 1)
 
 
 def separate_long_spaces(text: str, longest: int) -> Iterator[tuple[str, bool]]:

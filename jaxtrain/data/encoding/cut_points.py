@@ -12,6 +12,7 @@ decides about them. A cut is made only in the middle of such equal tokens; other
 becomes longer.
 """
 
+import bisect
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from jaxtrain.data.tokenizer import Tokenizer
+from jaxtrain.data.tokenizer import Spans, Tokenizer
 
 WINDOW_BYTES = 1 << 16  # searched for a place to cut
 CONTEXT = 512  # characters around a piece that are encoded with it
@@ -162,10 +163,10 @@ class _Boundaries:
     """The tokens of text[start:stop], and the places where one ends before the next begins."""
 
     def __init__(self, text: str, start: int, stop: int, tokenizer: Tokenizer):
-        self.ids, offsets = tokenizer.encode_with_offsets(text[start:stop])
-        self.offsets = offsets + start
-        firsts = np.minimum.accumulate(self.offsets[::-1, 0])[::-1]
-        ends = np.maximum.accumulate(self.offsets[:, 1])
+        self.ids, spans = tokenizer.encode_with_spans(text[start:stop])
+        self.spans = start + np.array([spans(i) for i in range(len(self.ids))]).reshape(-1, 2)
+        firsts = np.minimum.accumulate(self.spans[::-1, 0])[::-1]
+        ends = np.maximum.accumulate(self.spans[:, 1])
         is_boundary = np.append(True, firsts[1:] >= ends[:-1])[: len(firsts)]
         self.index: dict[int, int] = {}  # place -> the first token from there on
         for i in np.flatnonzero(is_boundary)[::-1]:  # the first of tokens for no character stays
@@ -175,19 +176,20 @@ class _Boundaries:
         """Returns whether both have the same tokens between two places."""
         a, b = (slice(x.index[start], x.index[stop]) for x in (self, other))
         return np.array_equal(self.ids[a], other.ids[b]) and np.array_equal(
-            self.offsets[a], other.offsets[b]
+            self.spans[a], other.spans[b]
         )
 
 
-def first_token_from(offsets: np.ndarray, place: int) -> int | None:
-    """Returns the first token of the text from a character on; None if a token spans the place.
+def first_token_from(spans: Spans, tokens: int, place: int) -> int | None:
+    """Returns the first token of a text from a character on; None if a token spans the place.
 
     Args:
-        offsets: the characters of each token, [tokens,2], see Tokenizer.encode_with_offsets.
+        spans: of the tokens, see Tokenizer.encode_with_spans.
+        tokens: how many there are.
     """
-    first = int(np.sum(offsets[:, 0] < place))
-    spans = (offsets[:first, 1] > place).any() or (offsets[first:, 0] < place).any()
-    return None if spans else first
+    first = bisect.bisect_left(range(tokens), place, key=lambda i: spans(i)[0])
+    before = range(max(0, first - 4), first)  # several tokens may stand for one character
+    return None if any(spans(i)[1] > place for i in before) else first
 
 
 def find_cut(window: bytes, newline: bool = True) -> int:

@@ -180,8 +180,8 @@ def _encode_part(
         return ids, count_lost_bytes(tokenizer, text, ids, where)
     start = len(content[: part.before].decode())
     stop = len(text) - len(content[len(content) - part.after :].decode())
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    first, end = first_token_from(offsets, start), first_token_from(offsets, stop)
+    ids, spans = tokenizer.encode_with_spans(text)
+    first, end = (first_token_from(spans, len(ids), place) for place in (start, stop))
     if first is None or end is None:  # possible with a Unigram model, see cut_points
         logging.warning(
             "%s: the tokens at byte %d depend on text further away; some tokens there may differ "
