@@ -136,7 +136,7 @@ def build_step(
     compiled: bool = False,
     recorder: Recorder | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """Returns step(tokens_BT1 int64, docs_BT1=None, rate=1.0) -> loss in nats [].
+    """Returns step(tokens_BT1 int64, docs_BT1=None, weights_BT=None, rate=1.0) -> nats [].
 
     cfg.accumulation is ignored: the whole batch gives the same mean over its targets.
 
@@ -150,8 +150,8 @@ def build_step(
     if recorder:
         options["observe"] = recorder.observe
 
-    def step(tokens_BT1, docs_BT1=None, rate=1.0):
-        objective, nats = losses(tokens_BT1, docs_BT1=docs_BT1, **options)
+    def step(tokens_BT1, docs_BT1=None, weights_BT=None, rate=1.0):
+        objective, nats = losses(tokens_BT1, docs_BT1=docs_BT1, weights_BT=weights_BT, **options)
         objective.backward()
         if recorder:
             recorder.before_step(tokens_BT1[:, :-1], tokens_BT1[:, 1:], nats)
@@ -175,7 +175,7 @@ def record(
 
     Args:
         params: the parameters at step 0, as jaxtrain's nested dict of arrays.
-        batches: {"tokens"} or {"tokens", "docs"}, [B,T+1].
+        batches: {"tokens"} and optionally {"docs"}, [B,T+1], and {"weights"}, [B,T].
 
     Raises:
         ValueError: torch.optim does not have the optimizer, or there are too few batches.
@@ -184,7 +184,13 @@ def record(
     with Recorder(path, model, precision=cfg.model.dtype, keep_batches=False) as recorder:
         step = build_step(cfg, model, recorder=recorder)
         for count, batch in enumerate(islice(batches, steps), 1):
-            batch = {f"{name}_BT1": torch.as_tensor(x).long() for name, x in batch.items()}
-            step(**batch, rate=rate_fraction(cfg.optim, count - 1))
+            tensors = {
+                f"{name}_BT1": torch.as_tensor(batch[name]).long()
+                for name in ("tokens", "docs")
+                if name in batch
+            }
+            if "weights" in batch:
+                tensors["weights_BT"] = torch.as_tensor(batch["weights"])
+            step(**tensors, rate=rate_fraction(cfg.optim, count - 1))
     if count < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {count}. Set --steps.")

@@ -150,7 +150,9 @@ def _check_record(path, number: int, record: dict) -> None:
 
 
 def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
-    """Yields a trace's batches: {"tokens"} and, for packed rows, {"docs"}, int32 [B,T+1].
+    """Yields a trace's batches: {"tokens"}, int32 [B,T+1], and what else the trace has of them.
+
+    That is for packed rows {"docs"}, int32 [B,T+1], and {"weights"} of the targets, float32 [B,T].
 
     Raises:
         TraceError: a step has no batch.
@@ -163,5 +165,5 @@ def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
                 f"training on a trace needs its batches; step {record['step']} of {trace.name} has "
                 "none. Record it with keep_batches."
             )
-        names = [name for name in ("tokens", "docs") if name in record]
-        yield {name: np.array(record[name], np.int32) for name in names}
+        forms = {"tokens": np.int32, "docs": np.int32, "weights": np.float32}
+        yield {name: np.array(record[name], form) for name, form in forms.items() if name in record}

@@ -7,15 +7,12 @@ are listed in one error. Writing goes to a hidden folder that is renamed when it
 """
 
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import ModelConfig
@@ -30,11 +27,10 @@ from jaxtrain.interop.families import (
 )
 from jaxtrain.interop.families.family import read_model, write_config
 from jaxtrain.interop.hf_files import (
-    INDEX,
-    WHOLE,
     SafetensorsFolder,
     join_faults,
     read_json_object,
+    write_parts,
 )
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
 
@@ -112,15 +108,27 @@ def _parameters(
     return parameters
 
 
+def _count_faults(x: np.ndarray, dtype: Any) -> str:
+    """Returns how many values are NaN or infinite in `dtype`; empty if none is."""
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype, copy=False)
+    if np.isfinite(x.min()) and np.isfinite(x.max()):  # NaN is the minimum of what contains it
+        return ""
+    nans, infinite = np.isnan(x).sum(), np.isinf(x).sum()
+    return f"{nans:,} NaN and {infinite:,} infinite of {x.size:,} values in {np.dtype(dtype).name}"
+
+
 def _locate_tensors(
     stored: SafetensorsFolder | LlmcFile,
     parameters: list[_Parameter],
     family: Family,
     tied_to: str | None,
+    dtype: Any,
 ) -> dict[str, str]:
-    """Checks every tensor; returns {Hugging Face name: name in these files}.
+    """Checks every tensor and its values; returns {Hugging Face name: name in these files}.
 
     Args:
+        dtype: that the values must not overflow.
         tied_to: the embedding that the model's head shares; None if the head is its own.
 
     Raises:
@@ -132,7 +140,7 @@ def _locate_tensors(
     faults, names = [], {}
     for parameter in parameters:
         for hf_name in parameter.hf_names:
-            name = names[hf_name] = stored_name(hf_name)
+            name = stored_name(hf_name)
             expected, actual = parameter.hf_shape, stored.shapes.get(name)
             if actual is None:
                 faults.append(f"{name} is missing")
@@ -140,6 +148,9 @@ def _locate_tensors(
                 faults.append(f"{name} is {list(actual)}, must be {list(expected)}")
             elif stored.dtypes[name] not in READABLE:
                 faults.append(f"{name} has the type {stored.dtypes[name]}")
+            elif hf_name not in names and (counts := _count_faults(stored.read(name), dtype)):
+                faults.append(f"{name} has {counts}")
+            names[hf_name] = name
     unused = stored.shapes.keys() - set(names.values())
     if tied_to and "lm_head.weight" in unused:  # some files repeat the embedding as the head
         unused.remove("lm_head.weight")
@@ -148,7 +159,9 @@ def _locate_tensors(
     unused = [name for name in sorted(unused) if not name.endswith(family.buffers)]
     faults += [f"{name} is unexpected" for name in unused]
     if faults:
-        raise InteropError(f"weights must be those of config.json; {join_faults(faults)}.")
+        raise InteropError(
+            f"weights must be finite, and those of config.json; {join_faults(faults)}."
+        )
     return names
 
 
@@ -162,7 +175,8 @@ def read_weights(
         axes, shapes: {our name: Axes} and {our name: ShapeDtypeStruct} of it.
 
     Raises:
-        InteropError: tensors are missing, unexpected or of another shape, or a file is truncated.
+        InteropError: tensors are missing, unexpected, of another shape or not finite, or a file is
+            truncated.
     """
     if Path(folder).is_file():
         family, stored = FAMILIES["gpt2"], LlmcFile(folder)
@@ -172,9 +186,10 @@ def read_weights(
     parameters = _parameters(family, cfg, axes, shapes)
     mappings = family.tensors(cfg)
     tied_to = next(t.hf_name for t in mappings if t.name == "embed") if cfg.tied else None
-    names = _locate_tensors(stored, parameters, family, tied_to)
+    dtype = shapes["embed"].dtype  # of all parameters
+    names = _locate_tensors(stored, parameters, family, tied_to, dtype)
 
-    def build_reader(parameter, dtype):
+    def build_reader(parameter):
         part, parts = parameter.tensor.part
 
         def read_layer(hf_name):
@@ -188,7 +203,7 @@ def read_weights(
 
         return read_parameter
 
-    return {p.tensor.name: build_reader(p, shapes[p.tensor.name].dtype) for p in parameters}
+    return {p.tensor.name: build_reader(p) for p in parameters}
 
 
 def hf_tensors(
@@ -252,47 +267,6 @@ def write_folder(
         config = write_config(family, cfg) | {"dtype": dtype, "torch_dtype": dtype}
         config |= NO_TOKENS | (special or {})
         write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
-        _write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
+        write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
         if verify:
             verify(hidden)
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # written in Rust: a full disk is not an OSError
-        size = sum(x.nbytes for x in tensors.values())
-        raise InteropError(
-            f"{path.parent.parent} must have space for {size:,} bytes; got {error}. Set --to."
-        ) from None
-    shutil.copymode(path.parent / "config.json", path)  # safetensors makes it private to its owner
-
-
-def _write_parts(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], part_bytes: int) -> None:
-    """Writes one file, or files of at most part_bytes each and their index.
-
-    The number of files is part of their names, and known only at the end.
-    """
-    names_of_parts, part, part_size, total = [], {}, 0, 0
-
-    def save_part():
-        names_of_parts.append(list(part))
-        _save(part, folder / f"part{len(names_of_parts)}")
-
-    for name, x in tensors:
-        if part and part_size + x.nbytes > part_bytes:
-            save_part()
-            part, part_size = {}, 0
-        part[name] = x
-        part_size, total = part_size + x.nbytes, total + x.nbytes
-    save_part()
-    if len(names_of_parts) == 1:
-        (folder / "part1").rename(folder / WHOLE)
-        return
-    file_of = {}
-    for i, names in enumerate(names_of_parts, 1):
-        file = f"model-{i:05}-of-{len(names_of_parts):05}.safetensors"
-        (folder / f"part{i}").rename(folder / file)
-        file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    write_atomic(folder / INDEX, strict_json(index, indent=2) + "\n")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxtrain.ops.routes import cpu_multiplies_bf16
+from jaxtrain.ops.devices import cpu_multiplies_bf16
 from jaxtrain.optim.chunks import chunk_size, map_chunks
 from jaxtrain.optim.coefficients import CoefficientTable, coefficient_table
 

@@ -31,7 +31,7 @@ IGNORED = {
         *("initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop"),
         *("resid_pdrop", "attn_pdrop"),
     ),
-    "ids of special tokens, which interop/hf_tokenizer.py reads": (
+    "special tokens. interop/hf_tokenizer.py reads the ids of bos, eos and pad": (
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class"),
         *("decoder_start_token_id", "prefix"),
     ),
