@@ -23,6 +23,7 @@ from jaxtrain.crosscheck import jax_train, torch_model, torch_train  # noqa: E40
 from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import explain  # noqa: E402
 from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
+from jaxtrain.crosscheck.torch_weights import read_params  # noqa: E402
 from jaxtrain.crosscheck.trace import batches_of, read_trace  # noqa: E402
 from jaxtrain.interop.hf import write_folder  # noqa: E402
 from jaxtrain.model.trees import named_leaves  # noqa: E402
@@ -77,7 +78,7 @@ def test_both_sides_follow_decay_groups_and_clip_eps(form, options):
             p.grad = g.detach()
         theirs()
     for got, want in zip(
-        jax.tree.leaves(params), jax.tree.leaves(torch_model.read_params(model, start)), strict=True
+        jax.tree.leaves(params), jax.tree.leaves(read_params(model, start)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
 
@@ -115,12 +116,13 @@ def train_and_record(model, optimizers, path, steps, precision, clip=0.0):
 
 
 def compare_with(theirs, start, folder):
-    jax_train.record(start, len(theirs.steps) - 1, folder / "ours.jsonl", "hf", batches_of(theirs))
-    return compare_traces(read_trace(folder / "ours.jsonl"), theirs)
+    path, steps = folder / "ours.jsonl", len(theirs.steps) - 1
+    jax_train.record(start, steps, path, "hf", batches_of(theirs), measure_rounding=False)
+    return compare_traces(read_trace(path), theirs)
 
 
-def largest(comparison, quantity, steps=None):
-    found = (d for step in steps or comparison.steps for d in comparison.differences[step])
+def largest(comparison, quantity):
+    found = (d for step in comparison.steps for d in comparison.differences[step])
     return max(d.size for d in found if d.quantity == quantity)
 
 
@@ -164,21 +166,23 @@ def test_nanogpts_and_the_trainers_recipes_agree_in_float64(tmp_path):
     assert min(grad_norms) > 0.5  # every step is clipped
 
 
-def matrices_off(theirs, start, folder, steps, **optim):
-    """Returns the largest difference of a matrix's update in each step, with ours trained anew."""
+def median_off(theirs, start, folder, **optim):
+    """Returns the median difference of the matrices' first updates under other settings of ours."""
     cfg = start.run.cfg
-    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, **optim))
+    cfg = dataclasses.replace(cfg, steps=1, optim=dataclasses.replace(cfg.optim, **optim))
     start = start._replace(run=build_run(cfg, jax.devices()[:1]))
     found = compare_with(theirs, start, folder)
     is_matrix = lambda d: d.quantity == "update" and d.tensor.endswith("_proj.weight")
-    return [max(d.size for d in found.differences[n] if is_matrix(d)) for n in range(1, steps + 1)]
+    return np.median([d.size for d in found.differences[1] if is_matrix(d)])
 
 
 def test_a_loop_with_stock_torch_muon_is_followed_in_bfloat16_products(tmp_path):
     """In float64 all else is exact. Rounding of bfloat16 sums differs between the libraries."""
     (tmp_path / "text.txt").write_text(TEXT)
     options = dict(name="muon", weight_decay=0.1, clip_norm=0.0, learning_rate=0.01, adam_eps=1e-8)
-    cfg = small_config("llama", tmp_path, tmp_path / "text.txt", "float64", 2, **CONSTANT, **options)
+    cfg = small_config(
+        "llama", tmp_path, tmp_path / "text.txt", "float64", 1, **CONSTANT, **options
+    )
     start = start_from_folder(cfg, tmp_path / "hf")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)
     named = dict(model.named_parameters())
@@ -190,8 +194,8 @@ def test_a_loop_with_stock_torch_muon_is_followed_in_bfloat16_products(tmp_path)
     adamw = torch.optim.AdamW(
         [group(tables, 0.1), group(norms, 0.0)], lr=3e-3, betas=(0.9, 0.95), eps=1e-8
     )
-    theirs = train_and_record(model, [muon, adamw], tmp_path / "t.jsonl", 2, "float64")
-    off = functools.partial(matrices_off, theirs, start, tmp_path, 2)
+    theirs = train_and_record(model, [muon, adamw], tmp_path / "t.jsonl", 1, "float64")
+    off = functools.partial(median_off, theirs, start, tmp_path)
     as_torch = off(ns_form="torch", ns_dtype="bfloat16")
-    assert as_torch[0] < 1e-2 and as_torch[1] < 4e-2, as_torch
-    assert off(ns_form="auto", ns_dtype="float64")[0] > 3e-2
+    assert as_torch < 3e-3
+    assert off(ns_form="auto", ns_dtype="float64") > max(4 * as_torch, 1e-2)
