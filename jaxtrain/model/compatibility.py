@@ -1,6 +1,7 @@
 """Checks that stored weights fit the model that a config describes."""
 
 import math
+from typing import Any
 
 from jaxtrain.config.model_section import ModelConfig
 
@@ -21,7 +22,7 @@ SCALING_FIELDS = {  # model.rope_scaling -> further such fields
 }
 
 
-def _same(ours, theirs) -> bool:
+def same_value(ours: Any, theirs: Any) -> bool:
     """Compares two values. Floats get a tolerance: float32 stores 1e-5 as 9.999999747378752e-06."""
     return ours == theirs or (type(ours) is float and math.isclose(ours, theirs, rel_tol=1e-6))
 
@@ -45,7 +46,7 @@ def check_same_model(
         return
     theirs = {**vars(ModelConfig()), **theirs}
     fields = MODEL_FIELDS + POSITION_FIELDS[cfg.position] + SCALING_FIELDS[cfg.rope_scaling]
-    differing = [field for field in fields if not _same(getattr(cfg, field), theirs[field])]
+    differing = [field for field in fields if not same_value(getattr(cfg, field), theirs[field])]
     if differing:
         got = "; ".join(f"model.{f}={getattr(cfg, f)!r}, not {theirs[f]!r}" for f in differing)
         flags = " ".join(f"--model.{field}" for field in differing)
