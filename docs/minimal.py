@@ -171,8 +171,8 @@ def train_step(state, tokens):
         if name in MATRICES:
             params[name] -= MUON_RATE * scale * muon_direction(name, means[name], grad)
         else:  # Adam; its averages start at 0, and the divisions correct for that
-            mean = means[name] / (1 - ADAM_B1 ** (count + 1))
-            square = squares[name] / (1 - ADAM_B2 ** (count + 1))
+            mean = means[name] / -jnp.expm1((count + 1) * math.log(ADAM_B1))
+            square = squares[name] / -jnp.expm1((count + 1) * math.log(ADAM_B2))
             params[name] -= ADAM_RATE * scale * mean / (jnp.sqrt(square) + ADAM_EPS)
     return {"params": params, "mean": means, "square": squares, "count": count + 1}, loss
 
