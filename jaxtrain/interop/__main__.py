@@ -16,7 +16,8 @@ from pallas_kernels.arguments import Parser
 
 IMPORT_HELP = f"""\
 Creates a run at step 0 from a Hugging Face folder (config.json, and model.safetensors or its
-indexed parts), or from an llm.c GPT-2 file (.bin, version 3 or 5). Families that are read:
+indexed parts), an llm.c GPT-2 file (.bin, version 3 or 5) or a nanochat checkpoint (model_STEP.pt
+with meta_STEP.json, in the architecture of October 2025). Families that are read:
 {", ".join(FAMILIES)}.
 
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
@@ -62,7 +63,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     help = "creates a run from a Hugging Face folder"
     add = commands.add_parser("import", help=help, doc=doc(IMPORT_HELP)).add_argument
-    add("--from", dest="source", required=True, help="Hugging Face folder, or llm.c file")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        help="Hugging Face folder, llm.c file or nanochat folder",
+    )
     add("--run", required=True, help="new folder for the run")
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
     add("--shards", default="", help="token shards to evaluate on instead")

@@ -1,6 +1,7 @@
 """Reads and writes Hugging Face folders: config.json with model.safetensors, or indexed parts.
 
-A path to a file is read as an llm.c file; a new path that ends in .bin is written as one.
+A path to a file is read as an llm.c file; a new path that ends in .bin is written as one. A file
+model_STEP.pt, or a folder of them without config.json, is read as a checkpoint of nanochat.
 
 All tensors are checked before any is loaded: those that are missing, unexpected or of another shape
 are listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.files import atomic_path, strict_json, write_atomic
-from jaxtrain.interop import InteropError
+from jaxtrain.interop import InteropError, nanochat
 from jaxtrain.interop.families import (
     FAMILIES,
     Family,
@@ -33,6 +34,7 @@ from jaxtrain.interop.hf_files import (
     write_parts,
 )
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
+from jaxtrain.interop.nanochat import NanochatCheckpoint, find_checkpoint
 
 PART_BYTES = 5 * 10**9  # per file, as transformers splits them
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
@@ -41,11 +43,13 @@ NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """Returns the model that a folder's config.json or an llm.c file's header describes.
+    """Returns the model that config.json, an llm.c file or a nanochat checkpoint describes.
 
     Raises:
         InteropError: the file is missing, or describes what our transformer does not compute.
     """
+    if path := find_checkpoint(folder):
+        return NanochatCheckpoint(path).config
     if Path(folder).is_file():
         return LlmcFile(folder).config
     path = Path(folder) / "config.json"
@@ -119,7 +123,7 @@ def _count_faults(x: np.ndarray, dtype: Any) -> str:
 
 
 def _locate_tensors(
-    stored: SafetensorsFolder | LlmcFile,
+    stored: SafetensorsFolder | LlmcFile | NanochatCheckpoint,
     parameters: list[_Parameter],
     family: Family,
     tied_to: str | None,
@@ -160,7 +164,7 @@ def _locate_tensors(
     faults += [f"{name} is unexpected" for name in unused]
     if faults:
         raise InteropError(
-            f"weights must be finite, and those of config.json; {join_faults(faults)}."
+            f"weights must be finite, and those of the config; {join_faults(faults)}."
         )
     return names
 
@@ -168,7 +172,7 @@ def _locate_tensors(
 def read_weights(
     folder: Path | str, cfg: ModelConfig, axes: dict[str, Axes], shapes: dict[str, Any]
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Checks all tensors of a folder or llm.c file; returns {our name: function that reads it}.
+    """Checks all tensors of a folder or file; returns {our name: function that reads it}.
 
     Args:
         cfg: the model that the weights are for; the folder must contain that model.
@@ -178,7 +182,9 @@ def read_weights(
         InteropError: tensors are missing, unexpected, of another shape or not finite, or a file is
             truncated.
     """
-    if Path(folder).is_file():
+    if path := find_checkpoint(folder):
+        family, stored = nanochat.FAMILY, NanochatCheckpoint(path)
+    elif Path(folder).is_file():
         family, stored = FAMILIES["gpt2"], LlmcFile(folder)
     else:
         family = family_of_config(read_json_object(Path(folder) / "config.json"))

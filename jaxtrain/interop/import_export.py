@@ -48,7 +48,7 @@ def import_weights(
     shards: str = "",
     tokenizer: str = "",
 ) -> None:
-    """Creates a run at step 0 from a Hugging Face folder or an llm.c file.
+    """Creates a run at step 0 from a Hugging Face folder, an llm.c file or a nanochat checkpoint.
 
     Args:
         text, shards: held-out data, as data.text and data.shards.
@@ -60,7 +60,8 @@ def import_weights(
     folder, out = Path(source), Path(workdir)
     if not folder.exists():
         raise InteropError(
-            f"--from must be a Hugging Face folder or an llm.c file; {folder} does not exist."
+            "--from must be a folder of Hugging Face or nanochat, or an llm.c file; "
+            f"{folder} does not exist."
         )
     if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
         reason = "is not empty" if out.is_dir() else "is a file"
