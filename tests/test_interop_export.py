@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import llmc_reference
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -124,6 +125,17 @@ def test_padding_of_the_vocabulary_is_removed_and_reported(made, tmp_path, capsy
     assert "vocabulary: 320 rows; without a tokenizer" in capsys.readouterr().out
     stored = load_file(tmp_path / "out/model.safetensors")
     assert stored["lm_head.weight"].shape == (320, 32)
+
+
+def test_an_llm_c_file_has_as_many_tokens_as_the_tokenizer_of_a_padded_run(made, tmp_path):
+    shutil.copytree(made["gpt2"][0], tmp_path / "run")
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    stored["config"]["weights"] = ""  # a run of its own, whose V=50304 is padding
+    (tmp_path / "run/config.json").write_text(json.dumps(stored))
+    export_weights(tmp_path / "run", tmp_path / "out.bin")
+    head, tensors = llmc_reference.read(tmp_path / "out.bin")
+    assert (head.vocab_size, head.padded_vocab_size) == (50_257, 50_304)
+    assert tensors["wte"][50_256].any() and not tensors["wte"][50_257:].any()
 
 
 def test_an_export_names_the_special_tokens_of_its_run(made):
