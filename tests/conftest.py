@@ -17,6 +17,7 @@ LONGEST = (
     "test_benchmarks_gpu_training.py",
     "test_kernels_references.py",
     "test_crosscheck_main.py",
+    "test_crosscheck_optimizers.py",
     "test_kernels_audit.py",
     "test_launch_run.py",
     "test_model_transformer.py",
