@@ -17,6 +17,7 @@ LONGEST = (
     "test_benchmarks_gpu_training.py",
     "test_kernels_references.py",
     "test_crosscheck_main.py",
+    "test_crosscheck_optimizers.py",
     "test_kernels_audit.py",
     "test_launch_run.py",
     "test_model_transformer.py",
@@ -31,6 +32,7 @@ LONGEST = (
     "test_distributed_runtime.py",
     "test_interop_import_export.py",
     "test_crosscheck_faults.py",
+    "test_crosscheck_acceptance.py",
     "test_kernels_training.py",
 )
 

@@ -9,6 +9,8 @@ Newton-Schulz amplifies small singular directions. No constant fits all cases, s
    the rounding error of each entry, in float64 scaled down by the ratio of the epsilons.
 2. Two more copies of the run are trained. In each step every entry of their gradients is moved by
    SIGMAS times its rounding error, up or down at random, and in opposite directions in the two.
+   An entry keeps its direction for PERSISTENCE steps on average, so that Adam's and Muon's averages
+   are moved by as much as if all errors had one sign.
    Their optimizers add in another order or, if Newton-Schulz runs in bfloat16, have COARSE times
    more of its rounding error, for the rounding of the optimizer itself.
 3. What the copies' gradients, updates and parameters differ from the run's, the larger of both for
@@ -41,6 +43,7 @@ from jaxtrain.training.step import TrainState, build_gradient, build_update
 # two tiny models torch.optim.Muon's updates differed from ours by a third of that error and, where
 # a gradient's sign flipped, by twice of it.
 COARSE = 2.0
+PERSISTENCE = 8  # steps
 OTHER = {"float64": "float32", "float32": "float64"}
 
 Tree = Any
@@ -137,6 +140,10 @@ def _norm(x: Any) -> float:
     return float(np.linalg.norm(_wide(x).reshape(-1)))
 
 
+def _tree_norm(tree: Tree) -> float:
+    return float(np.hypot.reduce([_norm(x) for x in jax.tree.leaves(tree)]))
+
+
 def _relative(size: float, x: Any) -> float:
     return size / max(_norm(x), 1e-300)
 
@@ -186,6 +193,10 @@ class RoundingMeter:
             self._copies.append((steps[id(optimizer)], state))
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
+        draw = lambda p: self._rng.choice((-1.0, 1.0), p.shape)
+        self._signs = jax.tree.map(draw, state.params)
+        self._parameter_bounds = jax.tree.map(np.zeros_like, self._signs)
+        self._loss_apart = 0.0
 
     def tolerances(
         self,
@@ -213,7 +224,8 @@ class RoundingMeter:
             outputs.grads,
             grads,
         )
-        up = jax.tree.map(lambda e: e * self._rng.choice((-1.0, 1.0), e.shape), noise)
+        self._signs = jax.tree.map(self._redraw, self._signs)
+        up = jax.tree.map(np.multiply, noise, self._signs)
         down = jax.tree.map(np.negative, up)
         main = _quantities(before, outputs, jax.tree.map(np.zeros_like, noise))
         copies, moved = [], []
@@ -239,8 +251,8 @@ class RoundingMeter:
             }
             for quantity, tree in main.items()
         }
-        norm = lambda tree: float(np.hypot.reduce([_norm(x) for x in jax.tree.leaves(tree)]))
-        found["grad_norm"] = norm(bounds["gradient"]) / max(norm(main["gradient"]), 1e-300)
+        grad_norm = max(_tree_norm(main["gradient"]), 1e-300)
+        found["grad_norm"] = _tree_norm(bounds["gradient"]) / grad_norm
         found["activations"] = {
             name: SIGMAS * self._eps
             + _relative(
@@ -250,11 +262,28 @@ class RoundingMeter:
             )
             for name, x in outputs.activations.items()
         }
-        loss, *others = (float(o.scalars["train/loss_nats"]) for o in (outputs, *copies))
-        found["loss"] = max(abs(other - loss) for other in others) + max(
-            accepted * abs(loss - float(nats)), SIGMAS * self._eps * abs(loss)
-        )
+        found["loss"] = self._loss_tolerance(outputs, copies, float(nats), bounds, main)
         return found
+
+    def _loss_tolerance(self, outputs, copies, other_nats, bounds, main) -> float:
+        """Returns the loss's tolerance, in nats.
+
+        A single number may differ by little from the copies' by luck. Hence it is also the largest
+        of all steps so far, and at least the standard deviation of the loss if each parameter is
+        moved by its bound, up or down at random.
+        """
+        loss, *others = (float(o.scalars["train/loss_nats"]) for o in (outputs, *copies))
+        moved = jax.tree.map(np.multiply, main["gradient"], self._parameter_bounds)
+        self._parameter_bounds = bounds["parameter"]
+        apart = max(abs(other - loss) for other in others)
+        self._loss_apart = max(self._loss_apart, apart, _tree_norm(moved))
+        rounding = max(abs(loss - other_nats) / EPS["float32"], abs(loss))
+        return self._loss_apart + SIGMAS * self._eps * rounding
+
+    def _redraw(self, signs: np.ndarray) -> np.ndarray:
+        """Draws the direction of one in PERSISTENCE entries again."""
+        is_drawn = self._rng.random(signs.shape) < 1 / PERSISTENCE
+        return np.where(is_drawn, self._rng.choice((-1.0, 1.0), signs.shape), signs)
 
     @staticmethod
     def _like_gradients(noise: Tree, grads: Tree) -> Tree:
