@@ -4,6 +4,7 @@ Training only reads shards. Text is encoded into shards below the run's folder f
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from absl import logging
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.counts import describe_skipped
+from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.data.encoding.roundtrip import LOST
 from jaxtrain.data.metadata import read_metadata, shard_entries
 from jaxtrain.data.shard_checks import check_shards, describe_duplicates
@@ -159,11 +161,12 @@ def check_boundaries(corpus: Corpus) -> None:
     if corpus.tokenizer_name:
         known = build_tokenizer(corpus.tokenizer_name).eot
         hint = f"that of data.tokenizer={corpus.tokenizer_name} would be {known}"
-    index = " whose .idx does not name all documents" if without[0].format == "megatron" else ""
+    is_indexed = without[0].format == "megatron"
+    missing = "all documents in its .idx" if is_indexed else "its end-of-text token"
     raise ValueError(
         "data.eot must be the token that separates documents, for data.pack and "
-        f"data.document_mask; got data.eot=-1 and {without[0].path}{index}, which does not name "
-        f"it. Set --data.eot ({hint})."
+        f"data.document_mask; got data.eot=-1, and {printable_path(without[0].path)} does not name "
+        f"{missing}. Set --data.eot ({hint})."
     )
 
 
@@ -248,7 +251,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
     for folder in {path.parent for path in paths}:
         if metadata := read_metadata(folder):
             metadata_of[folder] = metadata
-    if Path(cfg.shards).expanduser().is_dir():
+    if os.path.isdir(Path(cfg.shards).expanduser()):
         # A listed shard that is gone is added, so that it is reported.
         listed = {
             path for path, entry in shard_entries(metadata_of).items() if entry["split"] == split
