@@ -5,7 +5,7 @@ Training only reads shards. Text is encoded into shards below the run's folder f
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Corpus:
     eot: int  # the token that separates documents; -1: unknown
     bytes_per_token: float | None  # of the encoded text; None: unknown
     note: str = ""
+    shard_fingerprints: tuple[str, ...] = ()
     _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     _starts: dict[int, np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -170,6 +171,20 @@ def check_boundaries(corpus: Corpus) -> None:
     )
 
 
+def note_shared_shards(train: Corpus, held_out: Corpus) -> Corpus:
+    """Returns `train` with a warning in its note if a held-out shard has the tokens of its own."""
+    paths = dict(zip(train.shard_fingerprints, train.shards, strict=True))
+    shared = [
+        f"{printable_path(shard.path)} those of {printable_path(paths[fingerprint].path)}"
+        for shard, fingerprint in zip(held_out.shards, held_out.shard_fingerprints, strict=True)
+        if fingerprint in paths
+    ]
+    if not shared:
+        return train
+    warning = f"warning: held-out shards repeat tokens of training: {'; '.join(shared[:4])}"
+    return replace(train, note=f"{train.note}, {warning}" if train.note else warning)
+
+
 class _SplitFiles(NamedTuple):
     """The shard files of a split before they are checked."""
 
@@ -233,6 +248,7 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
                 *describe_duplicates(shards, checksums),
             ]
         ),
+        shard_fingerprints=tuple(checksum.fingerprint for checksum in checksums),
     )
 
 
