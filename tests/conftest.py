@@ -32,6 +32,7 @@ LONGEST = (
     "test_distributed_runtime.py",
     "test_interop_import_export.py",
     "test_crosscheck_faults.py",
+    "test_crosscheck_acceptance.py",
     "test_kernels_training.py",
 )
 

@@ -1,6 +1,7 @@
 """Trains the jaxtrain side of a comparison on one device and writes its trace."""
 
 import contextlib
+import functools
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.crosscheck.rounding import RoundingMeter, build_traced_step
-from jaxtrain.crosscheck.tensor_names import build_naming
+from jaxtrain.crosscheck.rounding import RoundingMeter
+from jaxtrain.crosscheck.tensor_names import as_stored, build_naming, relative_to_stored
 from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
+from jaxtrain.crosscheck.traced_step import build_traced_step
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
@@ -71,6 +73,7 @@ def record(
     """
     run, cfg = start.run, start.run.cfg
     name_tensors = build_naming(style, cfg.model, run.model.axes)
+    stored = functools.partial(as_stored, style, cfg.model)
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
     no_noise = jax.tree.map(np.zeros_like, start.weights)
@@ -83,7 +86,7 @@ def record(
             assert start.corpus is not None  # build_start has read it
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
         writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype))
-        writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})
+        writer.write({"step": 0, "parameter": writer.digests(name_tensors(stored(start.weights)))})
         for batch in islice(batches, steps):
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
             outputs = step(state, batch, run.rates(), no_noise)
@@ -97,13 +100,14 @@ def record(
                 "activations": writer.digests(activations.items()),
                 "gradient": writer.digests(name_tensors(grads)),
                 "update": writer.digests(name_tensors(updates)),
-                "parameter": writer.digests(name_tensors(new.params)),
+                "parameter": writer.digests(name_tensors(stored(new.params))),
             }
             if meter is not None:
                 before = jax.tree.map(np.asarray, state.params)
-                line["tolerance"] = meter.tolerances(
-                    before, outputs, batch, run.rates(), name_tensors
-                )
+                found = meter.tolerances(before, outputs, batch, run.rates(), name_tensors)
+                named = (dict(name_tensors(x)) for x in (new.params, stored(new.params)))
+                found["parameter"] = relative_to_stored(found["parameter"], *named)
+                line["tolerance"] = found
             if keep_batches:
                 line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
             writer.write(line)
