@@ -109,6 +109,7 @@ def test_a_config_is_refused_with_every_field_that_we_do_not_compute(
     with pytest.raises(InteropError) as error:
         read_values(tmp_path, configs[family] | fields)
     assert "config.json must describe what jaxtrain computes; got" in str(error.value)
+    assert ("Remove the unknown ones" in str(error.value)) == ("not a field" in str(error.value))
     missing = [fault for fault in faults if fault not in str(error.value)]
     assert not missing, error.value
 
