@@ -51,7 +51,7 @@ MODELS = {
     "llama_bias": dataclasses.replace(LLAMA, bias=True),
     "mistral": dataclasses.replace(LLAMA, D=40, window=5),
     "qwen2": dataclasses.replace(LLAMA, attention_bias="qkv", tied=True),
-    "qwen2_window": dataclasses.replace(LLAMA, L=5, attention_bias="qkv", window=5, global_every=2),
+    "qwen2_window": dataclasses.replace(LLAMA, L=3, attention_bias="qkv", window=5, global_every=2),
     "smollm3": dataclasses.replace(LLAMA, L=5, tied=True, nope_every=4, **LLAMA3),
     "olmo2": dataclasses.replace(LLAMA, norm_place="post", qk_norm=True, qk_norm_over="all"),
     "gemma2": dataclasses.replace(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jaxtrain.config.train_config import MeshConfig, ModelConfig
+from jaxtrain.config.train_config import KernelsConfig, MeshConfig, ModelConfig
 from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.metrics.flops import forward_flops
 from jaxtrain.model.attention import ATTENTION, Scoring, attention_reference
 from jaxtrain.model.layer_kinds import kinds_by_layer, layer_kinds
 from jaxtrain.model.layer_scan import scan_layers
+from jaxtrain.model.layers import LayerOps
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.transformer import build_model
 from jaxtrain.ops.routes import choose_routes
@@ -120,6 +121,15 @@ def test_cudnn_gets_the_window(monkeypatch):
     model = build_model(cfg, choose_routes(cfg, False, "gpu", True, seq_len=T))
     text = str(jax.make_jaxpr(model.apply)(model.shapes, TOKENS))
     assert "sliding_window_length=4" in text
+
+
+def test_a_layer_without_rope_needs_no_kernel_for_it():
+    cfg = ModelConfig(**SMALL | dict(L=2, qk_norm=True, nope_every=2))
+    routes = choose_routes(cfg, False, "cpu", False, KernelsConfig(interpret=True), seq_len=T)
+    assert routes["qk_rope"].is_fused and "XLA's norm where no RoPE is" in routes["qk_rope"].reason
+    halve = lambda x: x / 2
+    x_BTHK = jnp.ones((1, 2, 4, 4))
+    assert jnp.array_equal(LayerOps(cfg, routes).norm_and_rotate(halve, x_BTHK, None), x_BTHK / 2)
 
 
 def test_decoding_with_a_cache_gives_the_training_states():

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.crosscheck.rounding import RoundingMeter, build_traced_step
+from jaxtrain.crosscheck.rounding import RoundingMeter
 from jaxtrain.crosscheck.tensor_names import as_stored, build_naming, relative_to_stored
 from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
+from jaxtrain.crosscheck.traced_step import build_traced_step
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
