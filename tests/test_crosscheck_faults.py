@@ -154,9 +154,11 @@ def test_a_planted_fault_is_reported_with_stage_and_first_step(
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
     batches = ours if run == "packed" else None
     theirs = record_torch(start, tmp_path / "t.jsonl", cfg, batches)
-    found = compare_traces(ours, theirs).divergence
+    comparison = compare_traces(ours, theirs)
+    found = comparison.divergence
     assert (found.stage, found.first.step) == (stage, step), found
     assert tensor in found.first.tensor
+    print(explain(comparison))
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -1,10 +1,13 @@
 """Compares two traces: how much they differ, from which step on, and in which stage of the step."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.crosscheck.trace import QUANTITIES, Trace, TraceError
+from jaxtrain.crosscheck.batches import describe_difference, differing_parts
+from jaxtrain.crosscheck.causes import Evidence, describe_float32, find_causes
+from jaxtrain.crosscheck.names import align_names, check_names
+from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, Trace, TraceError, digest_distance
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 DEEP_LAYERS = 12  # float32 models from this depth on get five times the tolerance
@@ -12,7 +15,7 @@ COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number o
 # What a difference in each stage means; an earlier stage can cause the later ones to differ.
 STAGES = {
     "start": "the parameters differ before the first step: load the same weights on both sides",
-    "batch": "the batches differ: check the shards, the seed and the order of the data",
+    "batch": "the batches differ",
     "forward": "the weights and the batch are equal, but the forward pass gives other activations",
     "loss": "the logits agree, but the loss differs: check the targets, the mask and the mean",
     "forward or loss": "the weights and the batch are equal, but the loss differs: record "
@@ -21,15 +24,13 @@ STAGES = {
     "optimizer": "the gradients agree, but the update differs: check the optimizer's settings",
 }
 
-StepRecord = dict[str, Any]  # one line of a trace
-
 
 class Difference(NamedTuple):
     """The difference between two values of one step."""
 
     step: int
     quantity: str  # one of QUANTITIES, or "batch", "loss", "grad_norm"
-    tensor: str  # empty for loss, grad_norm and batch
+    tensor: str  # empty for loss and grad_norm; for a batch the part that differs
     size: float  # tensors: relative L2; loss: nats; grad_norm: relative; batch: 0 or 1
     tolerance: float
     rounding: float  # about the difference that rounding errors cause
@@ -56,18 +57,8 @@ class Comparison(NamedTuple):
     divergence: Divergence | None
     rounding_only: set[str]  # tensors left out because their gradients are rounding errors only
     missing: list[str]  # quantities left out because only one trace has them
-
-
-def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Estimates the relative L2 distance of two tensors from their digests.
-
-    The projections estimate it; the norms and the largest entries bound it from below.
-    """
-    largest = max(a[0], b[0])
-    if not largest > 0:
-        return 0.0 if largest == 0 else np.nan
-    projected = np.sqrt(np.mean(np.square(a[3:] - b[3:])))
-    return float(max(projected, abs(a[0] - b[0]), abs(a[2] - b[2])) / largest)
+    causes: list[str]  # sentences with likely causes of the divergence
+    notes: list[str]  # sentences about what limits the comparison
 
 
 def tolerance_of(precision: str, quantity: str, step: int, layers: int = 0) -> float:
@@ -119,20 +110,54 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
             seeds, or one is in bfloat16, which needs `compare_bfloat16`.
     """
     precision = _common_precision(first, second)
-    a, b = shared_steps(first, second)
+    a, b = align_names(*shared_steps(first, second))
     rounding_only = find_rounding_only(a, b, precision)
     names = first.name, second.name
-    missing = _check_names(a[-1], b[-1], names)
-    differences, divergence = {}, None
+    missing = check_names(a[-1], b[-1], names)
+    differences, divergence, causes, previous = {}, None, [], {}
     for x, y in zip(a, b, strict=True):
         found = _step_differences(x, y, precision, rounding_only)
         differences[x["step"]] = found
-        divergence = divergence or _find_divergence(found, x["step"], missing)
+        if not divergence and (divergence := _find_divergence(found, x["step"], missing)):
+            before = previous if previous.get("step") == x["step"] - 1 else {}
+            causes = _causes(divergence, found, (x, y, before), precision, (first, second))
+        previous = x
     steps = [step for step in differences if step]
     losses = np.array([[x["loss"], y["loss"]] for x, y in zip(a, b, strict=True) if x["step"]])
+    notes = [*describe_float32(a[-1], names[0]), *describe_float32(b[-1], names[1])]
     return Comparison(
-        names, precision, steps, losses, differences, divergence, rounding_only, missing
+        names,
+        precision,
+        steps,
+        losses,
+        differences,
+        divergence,
+        rounding_only,
+        missing,
+        causes,
+        notes,
     )
+
+
+def _causes(
+    divergence: Divergence,
+    found: list[Difference],
+    records: tuple[StepRecord, StepRecord, StepRecord],
+    precision: str,
+    traces: tuple[Trace, Trace],
+) -> list[str]:
+    """Returns likely causes of a divergence, from the records of its step and the one before."""
+    names = traces[0].name, traces[1].name
+    if divergence.stage == "batch":
+        return describe_difference(*records[:2], names)
+    kind = {"start": "parameter", "forward": "activations", "gradient": "gradient"}
+    quantity = kind.get(divergence.stage, "update")
+    of_stage = [d for d in found if d.quantity == quantity]
+    sizes = {d.tensor: d.size for d in of_stage}
+    exceeding = [d.tensor for d in of_stage if d.exceeds]
+    settings = {**traces[1].header.get("optim", {}), **traces[0].header.get("optim", {})}
+    evidence = Evidence(*records, sizes, exceeding, precision, names, settings)
+    return find_causes(divergence.stage, evidence)
 
 
 def shared_steps(*traces: Trace) -> list[list[StepRecord]]:
@@ -157,7 +182,7 @@ def _common_precision(*traces: Trace) -> str:
 
     They are not if their seeds differ or one is in bfloat16.
     """
-    precisions = {trace.header["precision"] for trace in traces}
+    precisions = {trace.precision for trace in traces}
     seeds = {trace.header["seed"] for trace in traces}
     if len(seeds) > 1:
         raise TraceError(f"traces must have the same seed of projections; got {sorted(seeds)}.")
@@ -166,24 +191,6 @@ def _common_precision(*traces: Trace) -> str:
             "traces in bfloat16 are compared with a float32 trace; got none. Set --truth."
         )
     return max(precisions, key=EPS.__getitem__)
-
-
-def _check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:
-    """Returns the quantities that only one of two steps has.
-
-    Raises:
-        TraceError: the two name their tensors differently.
-    """
-    for quantity in QUANTITIES[1:]:
-        a, b = x.get(quantity), y.get(quantity)
-        if a is not None and b is not None and a.keys() != b.keys():
-            raise TraceError(
-                f"both traces must name their tensors alike; {quantity} has "
-                f"{sorted(a.keys() - b.keys())[:4]} only in {names[0]} and "
-                f"{sorted(b.keys() - a.keys())[:4]} only in {names[1]}. Set --names."
-            )
-    present = [{q for q in (*QUANTITIES, "grad_norm") if record.get(q)} for record in (x, y)]
-    return sorted(present[0] ^ present[1])
 
 
 def _step_differences(
@@ -195,7 +202,7 @@ def _step_differences(
     tolerance = lambda quantity: tolerance_of(precision, quantity, step, layers)
     found = []
     if "batch" in x and "batch" in y:
-        found.append(Difference(step, "batch", "", float(x["batch"] != y["batch"]), 0.0, 0.0))
+        found += [Difference(step, "batch", part, 1.0, 0.0, 0.0) for part in differing_parts(x, y)]
         size, rounding = abs(x["loss"] - y["loss"]), eps * abs(x["loss"])
         found.append(Difference(step, "loss", "", size, tolerance("loss"), rounding))
     if "grad_norm" in x and "grad_norm" in y:
@@ -278,7 +285,7 @@ def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tup
         raise TraceError(f"the truth must be float32 or float64; {truth.name} is in bfloat16.")
     exact_records, *others = shared_steps(truth, first, second)
     for records in others:
-        _check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
+        check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
     rounding_only = find_rounding_only(exact_records, exact_records, "float32")
     errors = {}
     for quantity in QUANTITIES:

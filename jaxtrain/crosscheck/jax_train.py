@@ -1,6 +1,7 @@
 """Trains the jaxtrain side of a comparison on one device and writes its trace."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
 from jaxtrain.crosscheck.tensor_names import build_naming
-from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
+from jaxtrain.crosscheck.trace import Batch, TraceWriter
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
@@ -19,8 +21,6 @@ from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_advance
-
-Batch = dict[str, Any]  # {"tokens"} and with packed documents {"docs"}, [B,T+1]
 
 
 class Start(NamedTuple):
@@ -96,15 +96,18 @@ def record(
         if batches is None:
             assert start.corpus is not None  # build_start has read it
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
-        writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype))
+        more = {"optim": dataclasses.asdict(cfg.optim)}
+        writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype, more=more))
         writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})
-        for batch in islice(batches, steps):
+        for read in islice(batches, steps):
+            rows = read.get("rows", [len(read["tokens"]) // cfg.accumulation] * cfg.accumulation)
+            batch = {name: x for name, x in read.items() if name != "rows"}
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
             new, scalars, grads, activations = step(state, batch, run.rates())
             updates = jax.tree.map(difference, new.params, state.params)
             line = {
                 "step": int(new.step),
-                "batch": batch_hash(batch["tokens"]),
+                **describe_batch(batch, rows),
                 "loss": scalars["train/loss_nats"],
                 "grad_norm": scalars["train/grad_norm"],
                 "activations": writer.digests(activations.items()),
@@ -112,6 +115,8 @@ def record(
                 "update": writer.digests(name_tensors(updates)),
                 "parameter": writer.digests(name_tensors(new.params)),
             }
+            if len(rows) > 1:
+                line["losses"] = micro_batch_losses(activations["logits"], batch, rows)
             if keep_batches:
                 line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
             writer.write(line)

@@ -171,6 +171,7 @@ class TorchTransformer(nn.Module):
         docs_BT1: torch.Tensor | None = None,
         masked: bool = False,
         z_loss: float = 0.0,
+        weights_BT: torch.Tensor | None = None,
         **observe: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (objective, nats), means over all targets but padding, whose document is -1.
@@ -178,6 +179,7 @@ class TorchTransformer(nn.Module):
         Args:
             masked: attention stays inside documents.
             z_loss: weight of the squared logarithm of the softmax's denominator.
+            weights_BT: of the targets in the means; None counts all but padding.
             observe: see forward.
         """
         docs_BT = None
@@ -186,6 +188,10 @@ class TorchTransformer(nn.Module):
             docs_BT = docs_BT1[:, :-1]
         logits_NV = self(tokens_BT1[:, :-1], docs_BT, **observe).flatten(0, 1)
         targets_N = tokens_BT1[:, 1:].flatten()
+        if weights_BT is not None:
+            share_N = (weights_BT / weights_BT.sum()).flatten().to(logits_NV.dtype)
+            nats = F.cross_entropy(logits_NV, targets_N, reduction="none") @ share_N
+            return nats + z_loss * logits_NV.logsumexp(-1).square() @ share_N, nats
         if docs_BT1 is not None:
             is_target_N = docs_BT1[:, 1:].flatten() >= 0
             logits_NV, targets_N = logits_NV[is_target_N], targets_N[is_target_N]

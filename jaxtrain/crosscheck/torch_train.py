@@ -147,7 +147,7 @@ def build_step(
     compiled: bool = False,
     recorder: Recorder | None = None,
 ) -> Callable[..., torch.Tensor]:
-    """Returns step(tokens_BT1 int64, docs_BT1=None, rate=1.0) -> loss in nats [].
+    """Returns step(tokens_BT1 int64, docs_BT1=None, weights_BT=None, rate=1.0) -> nats [].
 
     cfg.accumulation is ignored: the whole batch gives the same mean over its targets.
 
@@ -161,11 +161,14 @@ def build_step(
     if recorder:
         options["observe"] = recorder.observe
 
-    def step(tokens_BT1, docs_BT1=None, rate=1.0):
-        objective, nats = losses(tokens_BT1, docs_BT1=docs_BT1, **options)
+    def step(tokens_BT1, docs_BT1=None, weights_BT=None, rate=1.0):
+        objective, nats = losses(tokens_BT1, docs_BT1=docs_BT1, weights_BT=weights_BT, **options)
         objective.backward()
         if recorder:
-            recorder.before_step(tokens_BT1[:, :-1], tokens_BT1[:, 1:], nats)
+            targets_BT, counts = tokens_BT1[:, 1:], weights_BT
+            if docs_BT1 is not None and counts is None:
+                counts = docs_BT1[:, 1:] >= 0
+            recorder.before_step(tokens_BT1[:, :-1], targets_BT, nats, counts)
         update(rate)
         if recorder:
             recorder.after_step()
@@ -186,16 +189,19 @@ def record(
 
     Args:
         params: the parameters at step 0, as jaxtrain's nested dict of arrays.
-        batches: {"tokens"} or {"tokens", "docs"}, [B,T+1].
+        batches: {"tokens"} [B,T+1], with or without "docs" [B,T+1] and "weights" [B,T].
 
     Raises:
         ValueError: torch.optim does not have the optimizer, or there are too few batches.
     """
     model, count = build_torch_model(cfg.model, params), 0
-    with Recorder(path, model, precision=cfg.model.dtype, keep_batches=False) as recorder:
+    options: dict[str, Any] = {"activations": {}, "keep_batches": False}  # the model observes
+    with Recorder(path, model, precision=cfg.model.dtype, **options) as recorder:
         step = build_step(cfg, model, recorder=recorder)
         for count, batch in enumerate(islice(batches, steps), 1):
-            batch = {f"{name}_BT1": torch.as_tensor(x).long() for name, x in batch.items()}
-            step(**batch, rate=rate_fraction(cfg.optim, count - 1))
+            tensors = {name: torch.as_tensor(x) for name, x in batch.items()}
+            docs_BT1, weights_BT = tensors.get("docs"), tensors.get("weights")
+            rate = rate_fraction(cfg.optim, count - 1)
+            step(tensors["tokens"].long(), docs_BT1, weights_BT, rate)
     if count < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {count}. Set --steps.")
