@@ -39,7 +39,8 @@ SLOW = """
 benchmarks_optimizer checkpoint_broken checkpoint_integrity checkpoint_manager
 checkpoint_processes config_command_line crosscheck_torch_model data_encoding_journal
 data_encoding_pipeline data_loader data_tokenizer data_vocabulary distributed_preemption docs
-docs_minimal doctor evaluate generate interop_configs interop_export interop_hf
+docs_minimal doctor evaluate generate interop_configs interop_export interop_families_transformers
+interop_hf
 interop_hf_tokenizer kernels_mosaic kernels_quiet launch_compare launch_follow
 launch_host_supervise launch_network launch_operate launch_prepare launch_ray launch_summary
 metrics_mfu model_loss ops_fused ops_precision ops_routes optim_acceleration optim_build

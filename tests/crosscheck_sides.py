@@ -34,10 +34,10 @@ def small_config(model, folder, text, precision="float64", steps=3, data=None, *
     return freeze(config)
 
 
-def record_jax(cfg, path, **options):
+def record_jax(cfg, path, measure_rounding=False, **options):
     """Returns (Start, trace of the jaxtrain side)."""
     start = jax_train.build_start(cfg)
-    jax_train.record(start, cfg.steps, path, **options)
+    jax_train.record(start, cfg.steps, path, measure_rounding=measure_rounding, **options)
     return start, read_trace(path)
 
 

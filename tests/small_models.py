@@ -46,6 +46,12 @@ def model_of(name):
     return cfg, model, jax.tree.map(draw, model.shapes)
 
 
+def tree_of(model, named):
+    """Returns {name: array} as the tree of a model's parameters."""
+    leaves = [named[name] for name in named_leaves(model.shapes)]
+    return jax.tree.unflatten(jax.tree.structure(model.shapes), leaves)
+
+
 def logits(model, params):
     return np.asarray(model.logits(params, model.apply(params, TOKENS)))
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtrain.crosscheck.names import list_names
 from jaxtrain.crosscheck.trace import StepRecord
 
 FITTED = 0.02  # the largest residual, relative to the difference, of a relation that holds
 RATIO_TOLERANCE = 1e-3  # of a ratio that has a known explanation
 CLIP_EPS = 1e-6  # that torch.nn.utils.clip_grad_norm_ adds to the norm
-MOST_NAMES = 4
 
 
 class Evidence(NamedTuple):
@@ -75,12 +75,6 @@ def _is_near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=RATIO_TOLERANCE)
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
-
-
 def _counts(evidence: Evidence) -> tuple[list[int], int]:
     """Returns the targets that count in each micro-batch, and all targets with those ignored."""
     records = evidence.ours, evidence.theirs
@@ -118,7 +112,7 @@ def _find_start(evidence: Evidence) -> list[str]:
     found = []
     if permuted:
         found.append(
-            f"{_listed(permuted)} have equal entries in another order: transposed, or heads or "
+            f"{list_names(permuted)} have equal entries in another order: transposed, or heads or "
             "rows permuted. Give `record` the trace, as --batches; it then transposes ours"
         )
     size = float(np.median([evidence.sizes[name] for name in evidence.exceeding]))
@@ -213,10 +207,10 @@ def _find_optimizer(evidence: Evidence) -> list[str]:
         if residual <= FITTED:
             by_decay = abs(shift) * p[0] if p is not None else 0.0
             by_rate = abs(ratio - 1) * a[name][0]
-            if by_decay > FITTED * by_rate:
-                _add(decayed, shift, name)
             if by_rate > FITTED * by_decay:
                 _add(scaled, ratio, name)
+            else:
+                _add(decayed, shift, name)
     found = [_describe_decay(shift, names, evidence) for shift, names in decayed.items()]
     found += [_describe_rate(ratio, names, evidence) for ratio, names in scaled.items()]
     found = found or _newton_schulz(evidence)
@@ -237,7 +231,7 @@ def _add(groups: dict[float, list[str]], value: float, name: str) -> None:
 def _describe_decay(shift: float, tensors: list[str], evidence: Evidence) -> str:
     more = "decays" if shift < 0 else "does not decay"
     text = (
-        f"{evidence.names[1]} {more} {_listed(tensors)} by {abs(shift):.3g} of the parameter a "
+        f"{evidence.names[1]} {more} {list_names(tensors)} by {abs(shift):.3g} of the parameter a "
         f"step, and {evidence.names[0]} {'does not' if shift < 0 else 'does'} (learning rate * "
         "weight decay)"
     )
@@ -246,14 +240,13 @@ def _describe_decay(shift: float, tensors: list[str], evidence: Evidence) -> str
 
 def _describe_rate(ratio: float, tensors: list[str], evidence: Evidence) -> str:
     b1, b2 = (evidence.settings.get(name, 0.0) for name in ("adam_b1", "adam_b2"))
-    is_first = evidence.ours["step"] == 1 and b2
-    text = "check the learning rates of the groups and the schedule"
-    if is_first and math.isclose(ratio, (1 - b1) / math.sqrt(1 - b2), rel_tol=0.01):
+    text = "check the groups' learning rates and the schedule"
+    if "muon" in evidence.settings.get("name", ""):
+        text += ", and Muon's factor for the shape of a matrix (--optim.scale)"
+    elif evidence.ours["step"] == 1 and b2 and _is_near(ratio, (1 - b1) / math.sqrt(1 - b2)):
         text = "as without Adam's bias correction"
-    some = (
-        "the updates" if len(tensors) == len(evidence.sizes) else f"updates of {_listed(tensors)}"
-    )
-    return f"{some} of {evidence.names[1]} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
+    of = "" if len(tensors) == len(evidence.sizes) else f" of {list_names(tensors)}"
+    return f"the updates{of} in {evidence.names[1]} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
 
 
 def _clip_eps(evidence: Evidence) -> list[str]:
@@ -290,7 +283,7 @@ def describe_float32(record: StepRecord, owner: str) -> list[str]:
     by_class: dict[str, list[str]] = {}
     for name, kind in record["float32"].items():
         by_class.setdefault(kind, []).append(name or "the model itself")
-    modules = "; ".join(f"{kind} ({_listed(names)})" for kind, names in by_class.items())
+    modules = "; ".join(f"{kind} ({list_names(names)})" for kind, names in by_class.items())
     return [
         f"{owner} computes in float32 in a float64 run, in {modules}, so that it is compared with "
         "the tolerances of float32. For those of float64, record it with Recorder(..., "

@@ -7,11 +7,9 @@ import numpy as np
 from jaxtrain.crosscheck.batches import describe_difference, differing_parts
 from jaxtrain.crosscheck.causes import Evidence, describe_float32, find_causes
 from jaxtrain.crosscheck.names import align_names, check_names
+from jaxtrain.crosscheck.tolerances import EPS, Tolerances
 from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, Trace, TraceError, digest_distance
 
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
-DEEP_LAYERS = 12  # float32 models from this depth on get five times the tolerance
-COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number of steps
 # What a difference in each stage means; an earlier stage can cause the later ones to differ.
 STAGES = {
     "start": "the parameters differ before the first step: load the same weights on both sides",
@@ -57,49 +55,9 @@ class Comparison(NamedTuple):
     divergence: Divergence | None
     rounding_only: set[str]  # tensors left out because their gradients are rounding errors only
     missing: list[str]  # quantities left out because only one trace has them
+    measured: bool  # a trace measured its rounding; otherwise the tolerances are fixed
     causes: list[str]  # sentences with likely causes of the divergence
     notes: list[str]  # sentences about what limits the comparison
-
-
-def tolerance_of(precision: str, quantity: str, step: int, layers: int = 0) -> float:
-    """Returns the largest accepted difference: about ten times that of tiny models.
-
-    The loss is in nats, all else is relative. Rounding errors grow with the steps. After
-    COMPOUNDING_STEPS training amplifies them, on some processors more than on others: at step 185
-    of 200 steps of Muon, gradients differed by less than 2e-3 on an AVX2 processor and by 1e-2 on
-    one with AMX, while the losses still agreed.
-    """
-    if precision == "float64":
-        return 1e-10
-    later = max(step, 1) - 1
-    factor = 5.0 if layers >= DEEP_LAYERS else 1.0
-    factor *= max(1.0, step / COMPOUNDING_STEPS) ** 2
-    return {
-        "activations": factor * (1e-5 + 1e-6 * later),
-        "loss": factor * (1e-6 + 5e-6 * later),
-        "grad_norm": factor * 1e-5 * (later + 1),
-        "gradient": factor * 1e-5 * (later + 1),
-        "update": factor * 1e-4 * (later + 1),
-        "parameter": 1e-7 if not step else factor * 5e-6 * step,
-    }[quantity]
-
-
-def find_rounding_only(
-    first: list[StepRecord], second: list[StepRecord], precision: str
-) -> set[str]:
-    """Returns the tensors whose gradient is only rounding error, at every step and on both sides.
-
-    The bias of the keys is one: softmax ignores it, so its true gradient is zero. Adam divides the
-    rounding error by its own size, so that its updates are noise of full size.
-    """
-    small = []
-    for records in zip(first, second, strict=True):
-        both = [record.get("gradient", {}) for record in records]
-        whole_norm = max(sum(d[0] ** 2 for d in digests.values()) ** 0.5 for digests in both)
-        limit = 16 * EPS[precision] * whole_norm
-        if shared := both[0].keys() & both[1].keys():
-            small.append({name for name in shared if 0 < max(d[name][0] for d in both) <= limit})
-    return set.intersection(*small) if small else set()
 
 
 def compare_traces(first: Trace, second: Trace) -> Comparison:
@@ -111,12 +69,13 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
     """
     precision = _common_precision(first, second)
     a, b = align_names(*shared_steps(first, second))
-    rounding_only = find_rounding_only(a, b, precision)
+    tolerances = Tolerances(first, second, precision)
+    rounding_only = tolerances.undecided(a, b)
     names = first.name, second.name
     missing = check_names(a[-1], b[-1], names)
     differences, divergence, causes, previous = {}, None, [], {}
     for x, y in zip(a, b, strict=True):
-        found = _step_differences(x, y, precision, rounding_only)
+        found = _step_differences(x, y, tolerances, rounding_only)
         differences[x["step"]] = found
         if not divergence and (divergence := _find_divergence(found, x["step"], missing)):
             before = previous if previous.get("step") == x["step"] - 1 else {}
@@ -124,6 +83,7 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
         previous = x
     steps = [step for step in differences if step]
     losses = np.array([[x["loss"], y["loss"]] for x, y in zip(a, b, strict=True) if x["step"]])
+    measured = tolerances.are_measured
     notes = [*describe_float32(a[-1], names[0]), *describe_float32(b[-1], names[1])]
     return Comparison(
         names,
@@ -134,6 +94,7 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
         divergence,
         rounding_only,
         missing,
+        measured,
         causes,
         notes,
     )
@@ -194,34 +155,25 @@ def _common_precision(*traces: Trace) -> str:
 
 
 def _step_differences(
-    x: StepRecord, y: StepRecord, precision: str, rounding_only: set[str]
+    x: StepRecord, y: StepRecord, tolerances: Tolerances, rounding_only: set[str]
 ) -> list[Difference]:
     """Returns the differences of all values that both records of a step have."""
-    step, eps = x["step"], EPS[precision]
-    layers = sum(name.startswith("blocks.") for name in x.get("activations", {}))
-    tolerance = lambda quantity: tolerance_of(precision, quantity, step, layers)
-    found = []
+    step, found = x["step"], []
+
+    def add(quantity: str, name: str, size: float) -> None:
+        found.append(Difference(step, quantity, name, size, *tolerances.of(quantity, name, x)))
+
     if "batch" in x and "batch" in y:
         found += [Difference(step, "batch", part, 1.0, 0.0, 0.0) for part in differing_parts(x, y)]
-        size, rounding = abs(x["loss"] - y["loss"]), eps * abs(x["loss"])
-        found.append(Difference(step, "loss", "", size, tolerance("loss"), rounding))
+        add("loss", "", abs(x["loss"] - y["loss"]))
     if "grad_norm" in x and "grad_norm" in y:
         a, b = x["grad_norm"], y["grad_norm"]
-        size = abs(a - b) / max(a, b, 1e-300)
-        found.append(Difference(step, "grad_norm", "", size, tolerance("grad_norm"), 8 * eps))
+        add("grad_norm", "", abs(a - b) / max(a, b, 1e-300))
     for quantity in QUANTITIES:
         a, b = x.get(quantity, {}), y.get(quantity, {})
         for name in b:
-            if name not in a or name in rounding_only:
-                continue
-            storage = 0.0
-            if quantity == "update" and "parameter" in x:  # a difference of rounded parameters
-                norm = x["parameter"][name][0]
-                storage = float(eps * norm / max(a[name][0], 1e-300))
-            limit = tolerance(quantity) + 4 * storage
-            rounding = eps * (1 if quantity == "parameter" else 8) + storage
-            size = digest_distance(a[name], b[name])
-            found.append(Difference(step, quantity, name, size, limit, rounding))
+            if name in a and name not in rounding_only:
+                add(quantity, name, digest_distance(a[name], b[name]))
     return found
 
 
@@ -286,7 +238,7 @@ def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tup
     exact_records, *others = shared_steps(truth, first, second)
     for records in others:
         check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
-    rounding_only = find_rounding_only(exact_records, exact_records, "float32")
+    rounding_only = Tolerances(truth, truth, "float32").undecided(exact_records, exact_records)
     errors = {}
     for quantity in QUANTITIES:
         pairs = []

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from jaxtrain.crosscheck.comparison import (
-    EPS,
     STAGES,
     Comparison,
     Difference,
@@ -11,6 +10,7 @@ from jaxtrain.crosscheck.comparison import (
     growth_exponent,
     largest_parameter_difference,
 )
+from jaxtrain.crosscheck.tolerances import EPS, describe_range
 from jaxtrain.crosscheck.trace import QUANTITIES
 from jaxtrain.reporting.table import format_table
 
@@ -73,10 +73,27 @@ def explain(comparison: Comparison) -> str:
             f"AGREE: {' and '.join(comparison.names)} are within the tolerances of "
             f"{comparison.precision} at all {len(comparison.steps)} steps ({first} to {last})"
         )
+        lines += _limits_lines(comparison)
     exponent = growth_exponent(comparison)
     if exponent is not None:
         lines.append(_growth_line(comparison, exponent))
     return "\n".join(lines)
+
+
+def _limits_lines(comparison: Comparison) -> list[str]:
+    """Returns how small a fault may be and still be seen, and where the tolerances come from."""
+    all_of = [d for step in comparison.steps for d in comparison.differences[step]]
+    limits = {q: [d.tolerance for d in all_of if d.quantity == q] for q in ("loss", *QUANTITIES)}
+    ranges = [f"{q} {describe_range(found)}" for q, found in limits.items() if found]
+    lines = [f"  below rounding, and so not seen, are differences up to: {', '.join(ranges)}"]
+    if not comparison.measured:
+        lines.append(
+            "  these tolerances are a fixed formula, as neither trace measured its rounding: false "
+            "alarms are likely in float32. `jaxtrain crosscheck record` measures it"
+        )
+    if comparison.precision == "float32":
+        lines.append("  float64 on both sides would show smaller ones")
+    return lines
 
 
 def _divergence_lines(divergence: Divergence) -> list[str]:

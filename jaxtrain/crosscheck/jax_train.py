@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
+from jaxtrain.crosscheck.rounding import RoundingMeter, build_traced_step
 from jaxtrain.crosscheck.tensor_names import build_naming
 from jaxtrain.crosscheck.trace import Batch, TraceWriter
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.interop.initial_state import initial_state
-from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
-from jaxtrain.training.step import TrainState, build_advance
+from jaxtrain.training.step import TrainState
 
 
 class Start(NamedTuple):
@@ -47,26 +47,6 @@ def build_start(cfg: TrainConfig, read_data: bool = True) -> Start:
     return Start(run, state, jax.tree.map(np.asarray, state.params), corpus)
 
 
-def build_traced_step(run: Run) -> Callable[..., tuple]:
-    """Returns step(state, batch, rates) -> (new state, scalars, grads, activations), jitted."""
-    cfg = run.cfg
-    advance = build_advance(
-        run.model, run.loss, run.optimizer, build_schedule(cfg.optim), None, cfg.accumulation
-    )
-
-    def activations(params, batch):
-        inputs = batch["tokens"][:, :-1]
-        docs = batch["docs"][:, :-1] if "docs" in batch else None
-        layers, hidden_BTD = run.model.hidden_states(params, inputs, docs)
-        named = {f"blocks.{i - 1}" if i else "embed": h_BTD for i, h_BTD in enumerate(layers)}
-        return named | {"logits": run.model.logits(params, hidden_BTD)}
-
-    def step(state, batch, rates):
-        return *advance(state, batch, rates), activations(state.params, batch)
-
-    return jax.jit(step)
-
-
 def record(
     start: Start,
     steps: int,
@@ -74,6 +54,7 @@ def record(
     style: str = "jaxtrain",
     batches: Iterable[Batch] | None = None,
     keep_batches: bool = False,
+    measure_rounding: bool = True,
 ) -> None:
     """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
@@ -81,6 +62,8 @@ def record(
         style: of the tensors' names, one of tensor_names.STYLES.
         batches: None reads the config's data.
         keep_batches: store the batches in the trace.
+        measure_rounding: store each step's tolerances, too; takes about five times as long. Has no
+            effect in bfloat16, whose traces are compared with a float32 trace.
 
     Raises:
         ValueError: there are too few batches.
@@ -90,6 +73,9 @@ def record(
     name_tensors = build_naming(style, cfg.model, run.model.axes)
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
+    no_noise = jax.tree.map(np.zeros_like, start.weights)
+    is_measured = measure_rounding and cfg.model.dtype != "bfloat16"
+    meter = RoundingMeter(run, step, state) if is_measured else None
     # In float64, as the difference of two float32 parameters would lose most of its digits.
     difference = lambda p, q: np.asarray(p, np.float64) - np.asarray(q, np.float64)
     with contextlib.ExitStack() as stack:
@@ -103,7 +89,8 @@ def record(
             rows = read.get("rows", [len(read["tokens"]) // cfg.accumulation] * cfg.accumulation)
             batch = {name: x for name, x in read.items() if name != "rows"}
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
-            new, scalars, grads, activations = step(state, batch, run.rates())
+            outputs = step(state, batch, run.rates(), no_noise)
+            new, scalars, grads, activations = outputs
             updates = jax.tree.map(difference, new.params, state.params)
             line = {
                 "step": int(new.step),
@@ -117,6 +104,11 @@ def record(
             }
             if len(rows) > 1:
                 line["losses"] = micro_batch_losses(activations["logits"], batch, rows)
+            if meter is not None:
+                before = jax.tree.map(np.asarray, state.params)
+                line["tolerance"] = meter.tolerances(
+                    before, outputs, batch, run.rates(), name_tensors
+                )
             if keep_batches:
                 line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
             writer.write(line)

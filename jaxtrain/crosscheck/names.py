@@ -31,26 +31,26 @@ def find_prefixes(a: set[str], b: set[str]) -> tuple[str, str]:
 def align_names(
     first: list[StepRecord], second: list[StepRecord]
 ) -> tuple[list[StepRecord], list[StepRecord]]:
-    """Returns the records of two traces without the prefixes that only one of them has."""
-    tables = [
-        records[-1].get("parameter") or records[-1].get("gradient", {})
-        for records in (first, second)
-    ]
-    prefixes = find_prefixes(*map(set, tables))
+    """Returns the records of two traces with equal prefixes of their tensors' names.
 
-    def rename(record: StepRecord, prefix: str) -> StepRecord:
-        tables = {q: record[q] for q in NAMED if q in record} if prefix else {}
-        renamed = {
-            q: {name.removeprefix(prefix): digest for name, digest in table.items()}
-            for q, table in tables.items()
+    Those of the first trace that measured tolerances stay, as the tolerances have these names.
+    """
+    if "tolerance" in second[-1] and "tolerance" not in first[-1]:
+        b, a = align_names(second, first)
+        return a, b
+    tables = (records[-1].get("parameter", {}) for records in (first, second))
+    prefix, old_prefix = find_prefixes(*map(set, tables))
+    if prefix == old_prefix:
+        return first, second
+    renamed = []
+    for record in second:
+        tables = {
+            quantity: {prefix + name.removeprefix(old_prefix): x for name, x in table.items()}
+            for quantity, table in record.items()
+            if quantity in NAMED
         }
-        return record | renamed
-
-    a, b = (
-        [rename(record, prefix) for record in records]
-        for records, prefix in zip((first, second), prefixes, strict=True)
-    )
-    return a, b
+        renamed.append(record | tables)
+    return first, renamed
 
 
 def check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:
@@ -64,7 +64,7 @@ def check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[st
         if a is not None and b is not None and a.keys() != b.keys():
             causes = explain_names(set(a), set(b), names)
             if quantity == "gradient":
-                missing = _listed(a.keys() ^ b.keys())
+                missing = list_names(a.keys() ^ b.keys())
                 causes = [f"only one side has a gradient of {missing}: are they frozen or unused?"]
             raise TraceError(
                 f"both traces must name their tensors alike; of the names of {quantity}, "
@@ -78,7 +78,7 @@ def explain_names(a: set[str], b: set[str], names: tuple[str, str]) -> list[str]
     """Returns sentences that name the differing tensors and the likely causes."""
     if not a & b:
         return [
-            f"{names[0]} has {_listed(a)} and {names[1]} has {_listed(b)}: none is in both. Set "
+            f"none is in both: {names[0]} has {list_names(a)}, {names[1]} {list_names(b)}. Set "
             "--names=hf for the names of transformers, or --names=jaxtrain for ours"
         ]
     found = []
@@ -112,10 +112,10 @@ def explain_names(a: set[str], b: set[str], names: tuple[str, str]) -> list[str]
             if group := set(group) & only:
                 only -= group
                 found.append(
-                    f"{owner} has {noun} that {whose} lacks: {_listed(group)}. Check --{flag}"
+                    f"{owner} has {noun} that {whose} lacks: {list_names(group)}. Check --{flag}"
                 )
         if only:
-            found.append(f"only {owner} has {_listed(only)}")
+            found.append(f"only {owner} has {list_names(only)}")
     return found
 
 
@@ -130,7 +130,8 @@ def _layer(name: str) -> str:
     return match[1] if match else ""
 
 
-def _listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
+    """Returns the first names, in alphabetical order, and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

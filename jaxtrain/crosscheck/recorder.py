@@ -146,8 +146,7 @@ class Recorder:
         average: str = "micro_batches",
         skip_float32: bool = False,
     ):
-        if average not in ("micro_batches", "tokens"):
-            raise ValueError(f"average must be micro_batches or tokens; got {average!r}.")
+        assert average in ("micro_batches", "tokens"), f"unknown average {average!r}"
         self._model, self._seed, self._keep_batches = model, seed, keep_batches
         self._split, self._average = {"c_attn": 3} if split is None else split, average
         self._step, self._micro_batches, self._sums, self._seen = 0, [], {}, {}
@@ -155,9 +154,8 @@ class Recorder:
         self._file = open(path, "w", encoding="utf-8")
         self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
         self._write({"step": 0, "parameter": self._digests(lambda name, p: p)})
-        self._watch = None
-        if precision == "float64":
-            self._watch = model_hooks.Float32Watch(model, skip_float32)
+        is_float64 = precision == "float64"
+        self._watch = model_hooks.Float32Watch(model, skip_float32) if is_float64 else None
         if activations is not None:
             model_hooks.observe_outputs(activations, self.observe)
         elif missing := model_hooks.observe_layers(model, self.observe):
@@ -179,7 +177,7 @@ class Recorder:
         loss: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> None:
-        """Records one of several micro-batches of a step. Call it after its backward().
+        """Records one of the step's micro-batches. Call it after its backward().
 
         Args:
             inputs: integer [B,T], the model's input.
@@ -251,8 +249,7 @@ class Recorder:
         """
         if inputs is not None:
             self.micro_batch(inputs, targets, loss, weights)
-        if not self._micro_batches:
-            raise ValueError("before_step must get inputs, targets and loss, or follow micro_batch")
+        assert self._micro_batches, "before_step needs inputs, targets and loss, or micro_batch()"
         self._step += 1
         gradient = self._digests(lambda name, p: p.grad)
         self._line = {"step": self._step} | self._join_micro_batches()

@@ -216,21 +216,15 @@ def build_gradient(model: Model, loss: Callable, accumulation: int, shardings=No
     return gradient
 
 
-def build_advance(
-    model: Model, loss: Callable, optimizer, rate: Callable, shardings=None, accumulation: int = 1
-) -> Callable:
-    """Returns advance(state, batch, rates) -> (state, scalars, grads), not yet compiled.
-
-    `rates` is from `place_rates(peak_rates(...))`.
+def build_update(model: Model, optimizer, rate: Callable) -> Callable:
+    """Returns update(state, (nats, objective, grads), rates) -> (state, scalars).
 
     Args:
         rate: updates applied so far -> fraction of the peak learning rate; only reported.
-        shardings: of the gradients; None leaves them to XLA.
     """
-    gradient = build_gradient(model, loss, accumulation, shardings)
 
-    def advance(state, batch, rates):
-        nats, objective, grads = gradient(state.params, batch)
+    def update(state, gradient, rates):
+        nats, objective, grads = gradient
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(objective) & jnp.isfinite(grad_norm)
         # With good=False the optimizer returns zero updates and its old state, selected on the
@@ -249,9 +243,9 @@ def build_advance(
             "train/skipped_steps": skipped,
             "optim/rate": rate(state.step - state.skipped_steps),
         } | update_rms_by_group(updates, model.axes)
-        return new, scalars, grads
+        return new, scalars
 
-    return advance
+    return update
 
 
 def build_step(
@@ -265,6 +259,7 @@ def build_step(
     """
     shardings = state_sharding_tree(model, optimizer, mesh)
     grad_shardings = shardings.params if mesh.size > 1 else None
-    advance = build_advance(model, loss, optimizer, rate, grad_shardings, accumulation)
-    step = lambda state, batch, rates: advance(state, batch, rates)[:2]
+    gradient = build_gradient(model, loss, accumulation, grad_shardings)
+    update = build_update(model, optimizer, rate)
+    step = lambda state, batch, rates: update(state, gradient(state.params, batch), rates)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

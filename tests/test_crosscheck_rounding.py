@@ -1,0 +1,99 @@
+"""The measured tolerances: wide enough for rounding, no wider than that for a fault."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip(
+    "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
+)
+
+from jaxtrain.axes import Axes  # noqa: E402
+from jaxtrain.crosscheck.comparison import compare_traces  # noqa: E402
+from jaxtrain.crosscheck.explanation import explain  # noqa: E402
+from jaxtrain.crosscheck.rounding import entry_errors  # noqa: E402
+from jaxtrain.crosscheck.tolerances import fixed_tolerance  # noqa: E402
+from tests.crosscheck_sides import (  # noqa: E402, F401
+    one_thread_and_old_x64_setting,
+    record_jax,
+    record_torch,
+    small_config,
+)
+
+TEXT = "".join(f"line {i}: {i * i} is the square of {i}.\n" for i in range(2_000))
+
+
+def test_an_entry_whose_error_is_small_by_luck_gets_that_of_its_row_and_column():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(size=(64, 1)) + rng.normal(size=(1, 32)))
+    error = sizes * rng.normal(size=sizes.shape)
+    error[3, 5] = 0.0
+    found = entry_errors(error, Axes.parse("V|D"))
+    assert np.all(found >= np.abs(error))
+    assert 0.3 < found[3, 5] / sizes[3, 5] < 3
+    vector = entry_errors(error[3], Axes.parse("|D"))
+    assert vector[5] == pytest.approx(np.sqrt(np.mean(error[3] ** 2)))
+    assert np.all(entry_errors(np.zeros((2, 3)), Axes.parse("V|D")) == 0)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Returns {precision: (Start, trace of the jaxtrain side)} of a Llama under Muon and AdamW."""
+    folder = tmp_path_factory.mktemp("rounding")
+    (folder / "text.txt").write_text(TEXT)
+    made = {}
+    for precision in ("float32", "float64"):
+        cfg = small_config(
+            "llama", folder / precision, folder / "text.txt", precision, 4, weight_decay=0.1
+        )
+        path = folder / f"{precision}.jsonl"
+        made[precision] = record_jax(cfg, path, keep_batches=True, measure_rounding=True)
+    return made
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_the_tolerances_are_a_few_times_what_rounding_causes(precision, recorded, tmp_path):
+    jax.config.update("jax_enable_x64", precision == "float64")
+    start, ours = recorded[precision]
+    found = compare_traces(ours, record_torch(start, tmp_path / "t.jsonl", batches=ours))
+    assert found.measured
+    assert found.divergence is None, explain(found)
+    differences = [d for step in found.steps for d in found.differences[step] if d.tolerance]
+    ratio = np.array([d.size / d.tolerance for d in differences])
+    assert np.median(ratio) > 0.05 or precision == "float64"  # which has a least tolerance
+    fixed = [fixed_tolerance(precision, d.quantity, d.step) for d in differences]
+    assert np.median([d.tolerance for d in differences] / np.array(fixed)) < 0.5  # stricter, too
+
+
+def test_a_fault_above_rounding_is_found_in_float32_and_one_below_it_is_not(recorded, tmp_path):
+    start, ours = recorded["float32"]
+    jax.config.update("jax_enable_x64", False)
+    cfg = start.run.cfg
+    for change, stage in ((1e-4, "optimizer"), (1e-7, None)):
+        rate = cfg.optim.learning_rate * (1 + change)
+        faulty = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, learning_rate=rate))
+        theirs = record_torch(start, tmp_path / "t.jsonl", faulty, batches=ours)
+        found = compare_traces(ours, theirs)
+        assert (found.divergence and found.divergence.stage) == stage, explain(found)
+    assert "below rounding, and so not seen, are differences up to: loss" in explain(found)
+
+
+def test_the_bias_of_the_keys_is_reported_as_decided_by_rounding(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    cfg = small_config("gpt2", tmp_path, tmp_path / "text.txt", "float32", 2, name="adamw")
+    start, ours = record_jax(cfg, tmp_path / "o.jsonl", measure_rounding=True)
+    found = compare_traces(ours, record_torch(start, tmp_path / "t.jsonl"))
+    assert found.rounding_only == {f"blocks.{i}.attention.k.bias" for i in range(2)}
+    assert found.divergence is None, explain(found)
+
+
+def test_without_measured_rounding_the_report_says_that_the_tolerances_are_a_formula(
+    recorded, tmp_path
+):
+    start, ours = recorded["float32"]
+    theirs = record_torch(start, tmp_path / "t.jsonl", batches=ours)
+    found = compare_traces(theirs, theirs)
+    assert not found.measured
+    assert "neither trace measured its rounding" in explain(found)
