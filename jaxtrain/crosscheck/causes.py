@@ -48,7 +48,6 @@ class Fit(NamedTuple):
 
 def fit(ours: np.ndarray, theirs: np.ndarray, parameter: np.ndarray | None = None) -> Fit:
     """Fits a tensor's digests [19]. Without a parameter the shift is 0."""
-    # The mean is linear, too, but its weight against the projections depends on the size.
     columns = [x[3:] for x in (ours, parameter) if x is not None]
     basis = np.stack(columns, 1)
     scales = np.linalg.norm(basis, axis=0)
@@ -246,7 +245,7 @@ def _describe_rate(ratio: float, tensors: list[str], evidence: Evidence) -> str:
     elif evidence.ours["step"] == 1 and b2 and _is_near(ratio, (1 - b1) / math.sqrt(1 - b2)):
         text = "as without Adam's bias correction"
     of = "" if len(tensors) == len(evidence.sizes) else f" of {list_names(tensors)}"
-    return f"the updates{of} in {evidence.names[1]} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
+    return f"{evidence.names[1]}'s updates{of} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
 
 
 def _clip_eps(evidence: Evidence) -> list[str]:

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
 from jaxtrain.crosscheck.rounding import RoundingMeter, build_traced_step
-from jaxtrain.crosscheck.tensor_names import build_naming
-from jaxtrain.crosscheck.trace import Batch, TraceWriter
+from jaxtrain.crosscheck.tensor_names import build_naming, transpose_as
+from jaxtrain.crosscheck.trace import Batch, Trace, TraceWriter
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
@@ -55,6 +55,7 @@ def record(
     batches: Iterable[Batch] | None = None,
     keep_batches: bool = False,
     measure_rounding: bool = True,
+    like: Trace | None = None,
 ) -> None:
     """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
@@ -64,6 +65,7 @@ def record(
         keep_batches: store the batches in the trace.
         measure_rounding: store each step's tolerances, too; takes about five times as long. Has no
             effect in bfloat16, whose traces are compared with a float32 trace.
+        like: a trace whose initial parameters tell which matrices it stores transposed.
 
     Raises:
         ValueError: there are too few batches.
@@ -71,6 +73,8 @@ def record(
     """
     run, cfg = start.run, start.run.cfg
     name_tensors = build_naming(style, cfg.model, run.model.axes)
+    if like is not None:
+        name_tensors = transpose_as(like, name_tensors, start.weights)
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
     no_noise = jax.tree.map(np.zeros_like, start.weights)
@@ -86,7 +90,8 @@ def record(
         writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype, more=more))
         writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})
         for read in islice(batches, steps):
-            rows = read.get("rows", [len(read["tokens"]) // cfg.accumulation] * cfg.accumulation)
+            parts = cfg.accumulation
+            rows = list(read.get("rows", [len(read["tokens"]) // parts] * parts))
             batch = {name: x for name, x in read.items() if name != "rows"}
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
             outputs = step(state, batch, run.rates(), no_noise)

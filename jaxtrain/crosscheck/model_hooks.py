@@ -5,12 +5,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Observe = Callable[[str, torch.Tensor], None]
+uncompiled: Any = torch.compiler.disable  # torch.compile must not trace into a hook
 
 
 def _find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -29,7 +31,7 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
 def observe_outputs(modules: dict[str, nn.Module], observe: Observe) -> None:
     """Calls observe(name, output) after each forward pass of the named modules."""
 
-    @torch.compiler.disable
+    @uncompiled
     def hook(name, module, args, output):  # transformers' modules may return tuples
         observe(name, output[0] if isinstance(output, tuple) else output)
 
@@ -50,12 +52,12 @@ def observe_layers(model: nn.Module, observe: Observe) -> list[str]:
     V = {m.num_embeddings for m in outside if isinstance(m, nn.Embedding)}
     heads = [m for m in outside if isinstance(m, nn.Linear) and m.out_features in V]
 
-    @torch.compiler.disable
+    @uncompiled
     def observe_input(module, args, kwargs):
         tensors = (x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
         observe("embed", next(tensors))
 
-    @torch.compiler.disable
+    @uncompiled
     def observe_logits(module, args, output):
         found = output if isinstance(output, tuple) else (getattr(output, "logits", output),)
         found = [x for x in found if torch.is_tensor(x) and x.ndim == 3 and x.shape[-1] in V]

@@ -45,6 +45,7 @@ import hashlib
 import json
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -146,7 +147,8 @@ class Recorder:
         average: str = "micro_batches",
         skip_float32: bool = False,
     ):
-        assert average in ("micro_batches", "tokens"), f"unknown average {average!r}"
+        if average not in ("micro_batches", "tokens"):
+            raise ValueError(f"average must be micro_batches or tokens; got {average!r}.")
         self._model, self._seed, self._keep_batches = model, seed, keep_batches
         self._split, self._average = {"c_attn": 3} if split is None else split, average
         self._step, self._micro_batches, self._sums, self._seen = 0, [], {}, {}
@@ -235,21 +237,17 @@ class Recorder:
         return line
 
     @torch.no_grad()
-    def before_step(
-        self,
-        inputs: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
-        loss: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> None:
+    def before_step(self, *batch: Any, **named: Any) -> None:
         """Records loss and gradients. Call it after backward() and before clipping.
 
-        Args:
-            inputs, targets, loss, weights: as for micro_batch, which it calls if they are given.
+        It takes the arguments of micro_batch, or none if that was called for each micro-batch.
         """
-        if inputs is not None:
-            self.micro_batch(inputs, targets, loss, weights)
-        assert self._micro_batches, "before_step needs inputs, targets and loss, or micro_batch()"
+        if batch or named:
+            self.micro_batch(*batch, **named)
+        if not self._micro_batches:
+            raise ValueError(
+                "before_step needs inputs, targets and loss, or micro_batch before it."
+            )
         self._step += 1
         gradient = self._digests(lambda name, p: p.grad)
         self._line = {"step": self._step} | self._join_micro_batches()
