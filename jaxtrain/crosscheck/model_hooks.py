@@ -113,11 +113,11 @@ class Float32Watch(TorchDispatchMode):
             self.__exit__(None, None, None)
 
     def _recompute_buffers(self, module):
-        """Rebuilds a module of transformers without parameters, and copies its new buffers."""
-        buffers = dict(module.named_buffers())
+        """Rebuilds a module of transformers that has no parameters, and takes its new buffers."""
+        buffers = dict(module.named_buffers(recurse=False))
         if not buffers or not hasattr(module, "config") or any(True for _ in module.parameters()):
             return
         with self:
-            rebuilt = dict(type(module)(module.config).named_buffers())
-        for name, buffer in buffers.items():
-            buffer.copy_(rebuilt[name])
+            rebuilt = type(module)(module.config)
+        for name, old in buffers.items():
+            setattr(module, name, rebuilt.get_buffer(name).to(old.device))

@@ -196,7 +196,7 @@ class Recorder:
         weights = torch.ones(targets.shape) if weights is None else weights
         weights = weights.detach().to("cpu", torch.float64) * (targets != IGNORED).cpu()
         targets = targets.detach().cpu().masked_fill(weights == 0, IGNORED)
-        self._micro_batches.append((inputs.detach().cpu(), targets, weights, float(loss)))
+        self._micro_batches.append((inputs.detach().cpu(), targets, weights, float(loss.detach())))
         self._sums, self._seen = self._sums | self._seen, {}
 
     def _join_micro_batches(self):
