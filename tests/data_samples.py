@@ -5,11 +5,13 @@ import csv
 import gzip
 import json
 import logging
+import struct
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.corpus import open_corpus
@@ -124,6 +126,28 @@ def documents_of(folder, split):
 
 def all_documents_of(folder):
     return sorted(documents_of(folder, "train") + documents_of(folder, "val"))
+
+
+def llmc(tokens: ArrayLike, magic=20240520, version=1, count=None, dtype="<u2"):
+    """Returns the bytes of an llm.c shard."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, np.size(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens).astype(dtype).tobytes()
+
+
+def megatron_index(
+    lengths, dtype_code=8, version=1, magic=b"MMIDIDX\x00\x00", width=2, documents=None
+):
+    """Returns the bytes of Megatron's index of sequences; each is a document by default."""
+    pointers = (np.cumsum(lengths) - lengths) * width
+    documents = np.arange(len(lengths) + 1) if documents is None else documents
+    return (
+        magic
+        + struct.pack("<QBQQ", version, dtype_code, len(lengths), len(documents))
+        + np.asarray(lengths, "<i4").tobytes()
+        + np.asarray(pointers, "<i8").tobytes()
+        + np.asarray(documents, "<i8").tobytes()
+    )
 
 
 def open_shards(folder, split="train", vocab_size=65_536, **options):

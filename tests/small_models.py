@@ -1,4 +1,4 @@
-"""Small Llamas, Qwen3s and a GPT-2 with random weights, and functions that export and read them."""
+"""Small models of each family with random weights, and functions that export and read them."""
 
 import dataclasses
 import functools
@@ -27,12 +27,37 @@ GPT2 = ModelConfig(
     tied=True,
 )
 QWEN3 = dataclasses.replace(LLAMA, D=40, qk_norm=True)  # D is not H * K
+GEMMA = dataclasses.replace(
+    *(LLAMA,),
+    norm_place="both",
+    mlp="geglu",
+    embed_scale=float(np.float32(32**0.5)),
+    tied=True,
+    window=5,
+)
 MODELS = {
     "llama": LLAMA,
     "llama_tied": dataclasses.replace(LLAMA, tied=True),
     "qwen3": QWEN3,
     "qwen3_tied": dataclasses.replace(QWEN3, tied=True),
     "gpt2": GPT2,
+    "olmo2": dataclasses.replace(LLAMA, norm_place="post", qk_norm=True, qk_norm_over="all"),
+    "gemma2": dataclasses.replace(
+        GEMMA, global_every=2, attention_softcap=5.0, logit_softcap=3.0, attention_scale=0.5
+    ),
+    "gemma3": dataclasses.replace(
+        *(GEMMA,),
+        L=3,
+        global_every=3,
+        qk_norm=True,
+        rope_local_theta=1e3,
+        tied=False,
+        rope_scaling="linear",
+        rope_factor=4.0,
+    ),
+    "nanochat": dataclasses.replace(
+        *(LLAMA,), mlp="relu2", norm_gain=False, embed_norm=True, qk_norm=True, logit_softcap=15.0
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 17))
 
@@ -43,7 +68,11 @@ def model_of(name):
     model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
     rng = np.random.default_rng(1)  # gains and biases too, so that a swap of two shows
     draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
-    return cfg, model, jax.tree.map(draw, model.shapes)
+    params = named_leaves(jax.tree.map(draw, model.shapes))
+    if cfg.norm_place == "both":  # Gemma's files have gain - 1, which is exact from 0.5 on
+        size = lambda name: 4 if "post_norm" in name else 1  # so that layers outweigh the embedding
+        params |= {k: size(k) * (1 + 0.3 * x) for k, x in params.items() if k.endswith("gain")}
+    return cfg, model, tree_of(model, params)
 
 
 def tree_of(model, named):

@@ -54,6 +54,30 @@ def test_every_field_has_a_help_text_and_is_listed_in_the_help():
         ({"model": {"position": "learned"}, "data": {"seq_len": 2048}}, "model.positions=1024"),
         ({"optim": {"adam_eps": 0.0}}, "optim.adam_eps must be at least 1e-30; got 0.0"),
         ({"optim": {"ns_dtype": "float64"}}, "optim.ns_dtype needs model.dtype=float64"),
+        ({"model": {"bias": True, "attention_bias": "qkv"}}, "attention_bias must be 'none' with"),
+        ({"model": {"global_every": 6}}, "model.global_every must be 0 without a window"),
+        ({"model": {"rope_local_theta": 1e4}}, "model.rope_local_theta must be 0 without a window"),
+        ({"model": {"rope_local_theta": 0.5, "window": 8}}, "rope_local_theta must be 0 or at le"),
+        (
+            {"model": {"nope_every": 4, "position": "learned"}},
+            "model.nope_every must be 0 with model.position=learned; got 4. Set --model.nope_every",
+        ),
+        (
+            {"model": {"rope_scaling": "linear", "position": "learned"}},
+            "model.rope_scaling must be 'none' with model.position=learned; got 'linear'",
+        ),
+        ({"model": {"rope_factor": 4.0}}, "model.rope_factor must be 1 unless model.rope_scaling"),
+        ({"model": {"rope_high_freq": 1.0}}, "rope_high_freq must exceed model.rope_low_freq=1.0"),
+        (
+            {"optim": {"decay_groups": "matrices,embeddings"}},
+            "optim.decay_groups must be some of matrices, embedding, positions, head, vectors, "
+            "joined by commas; got 'matrices,embeddings'. Set --optim.decay_groups.",
+        ),
+        (
+            {"optim": {"ns_form": "torch", "ns_coefficients": "aol4"}},
+            "optim.ns_coefficients must be jordan with optim.ns_form=torch; got 'aol4'",
+        ),
+        ({"optim": {"clip_eps": -1e-6}}, "optim.clip_eps must be at least 0.0; got -1e-06"),
         (
             {"optim": {"acceleration": "ema_lookahead", "strength": 1.0}},
             "optim.strength must be below 1 with optim.acceleration=ema_lookahead",

@@ -87,8 +87,8 @@ class NanoGPT(nn.Module):
         model = cls()
         with torch.no_grad():
             for name, p in model.named_parameters():
-                x = source[name]
-                p.copy_(x if x.shape == p.shape and "attn.c_proj" not in name or x.ndim < 2 else x.T)
+                is_linear = ".h." in name and p.ndim == 2  # transformers' Conv1D is transposed
+                p.copy_(source[name].T if is_linear else source[name])
         return model
 
 
@@ -200,10 +200,10 @@ def record_accumulated(folder, path, sizes=(1, 3), divide=True, weigh="micro_bat
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     recorder = Recorder(path, model, skip_float32=True, **options)
     for batch in tokens():
-        x = batch[:, :-1]
-        labels = x.masked_fill(torch.arange(T) < torch.tensor([[5], [0], [2], [7]]), -100)
+        inputs = batch[:, :-1]
+        labels = inputs.masked_fill(torch.arange(T) < torch.tensor([[5], [0], [2], [7]]), -100)
         count = int((labels[:, 1:] >= 0).sum()) if weigh == "tokens" else None
-        for x, y in zip(x.split(sizes), labels.split(sizes), strict=True):
+        for x, y in zip(inputs.split(sizes), labels.split(sizes), strict=True):
             loss = model(x, labels=y, num_items_in_batch=count).loss
             if weigh == "micro_batches" and divide:
                 loss = loss / len(sizes)

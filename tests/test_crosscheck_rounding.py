@@ -97,3 +97,17 @@ def test_without_measured_rounding_the_report_says_that_the_tolerances_are_a_for
     found = compare_traces(theirs, theirs)
     assert not found.measured
     assert "neither trace measured its rounding" in explain(found)
+
+
+def test_newton_schulz_in_bfloat16_agrees_within_its_own_rounding(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    cfg = small_config(
+        "llama", tmp_path, tmp_path / "text.txt", "float32", 5, ns_dtype="bfloat16", ns_form="torch"
+    )
+    start, ours = record_jax(cfg, tmp_path / "o.jsonl", measure_rounding=True)
+    theirs = record_torch(start, tmp_path / "t.jsonl")  # torch.optim.Muon's arithmetic, bit by bit
+    found = compare_traces(ours, theirs)
+    assert found.divergence is None, explain(found)
+    matrices = [d for d in found.differences[1] if d.quantity == "update" and "mlp" in d.tensor]
+    limits = [d.tolerance for d in matrices]
+    assert 1e-2 < np.median(limits) < 0.5, limits  # as large as the rounding of bfloat16

@@ -9,12 +9,12 @@ import pytest
 
 from jaxtrain.config.train_config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.training.run import build_run
-from jaxtrain.training.step import build_gradient
+from jaxtrain.training.step import batch_loss, build_gradient, target_weights
 
 torch = pytest.importorskip(
     "torch", reason='torch is missing: pip install "jaxtrain[crosscheck]" to test the PyTorch side'
 )
-from jaxtrain.crosscheck import torch_model, torch_train  # noqa: E402
+from jaxtrain.crosscheck import torch_model, torch_train, torch_weights  # noqa: E402
 from tests.crosscheck_sides import one_thread_and_old_x64_setting  # noqa: E402, F401
 
 SMALL = dict(L=2, D=32, H=4, K=8, F=48, V=64, dtype="float32")
@@ -23,7 +23,18 @@ FORMS = {
     "llama": SMALL | dict(G=2, qk_norm=True),
     "gpt2": SCANNED
     | dict(norm="layer", position="learned", mlp="gelu", bias=True, tied=True, positions=24),
-    "capped": SCANNED | dict(G=1, mlp="relu2", logit_softcap=2.0),
+    "capped": SCANNED
+    | dict(G=1, mlp="relu2", logit_softcap=2.0, window=7, attention_bias="all")
+    | dict(rope_scaling="linear", rope_factor=4.0),
+    "mixed": SCANNED
+    | dict(L=5, G=2, window=5, global_every=2, nope_every=4, attention_bias="qkv")
+    | dict(rope_local_theta=50.0, rope_scaling="llama3", rope_factor=8.0)
+    | dict(rope_theta=100.0, rope_original_positions=16),
+    "olmo2": SCANNED | dict(G=2, norm_place="post", qk_norm=True, qk_norm_over="all"),
+    "gemma": SMALL
+    | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5)
+    | dict(attention_scale=0.5, attention_softcap=1.0),
+    "nanochat": SCANNED | dict(norm_gain=False, qk_norm=True, mlp="relu2", embed_norm=True),
 }
 B, T = 2, 24
 KEY_BIAS = "['blocks']['attention']['k']['b']"  # its true gradient is 0: softmax ignores it
@@ -90,9 +101,30 @@ def test_logits_loss_and_gradients_equal_pytorchs(form):
     their_logits = theirs(their_tokens[:, :-1]).detach().numpy()
     assert distances([logits], [their_logits])["[0]"] < 1e-5
     assert float(our_nats) == pytest.approx(float(nats.detach()), rel=1e-5)
-    off = distances(grads, torch_model.read_params(theirs, grads, grads=True))
+    off = distances(grads, torch_weights.read_params(theirs, grads, grads=True))
     off.pop(KEY_BIAS, None)
     assert max(off.values()) < 1e-5, off
+
+
+def test_weights_of_targets_give_both_sides_the_same_loss():
+    run = build("capped")
+    params, (tokens, their_tokens) = random_weights(run), random_tokens(1)
+    docs = np.zeros((B, T + 1), np.int32)
+    docs[0, 9:], docs[1, 20:] = 1, -1
+    weights = (docs[:, 1:] >= 0).astype(np.float32)
+    weights[0, 8] = 0  # a document was cut before token 9
+
+    def nats_of(params, batch):
+        weights_BT = target_weights(batch)
+        return batch_loss(run.model, run.loss, params, batch, weights_BT)[1] / weights_BT.sum()
+
+    ours = jax.jit(nats_of)(params, {"tokens": tokens, "docs": docs, "weights": weights})
+    theirs = torch_model.build_torch_model(run.cfg.model, params)
+    docs_BT1, weights_BT = torch.from_numpy(docs).long(), torch.from_numpy(weights)
+    _, nats = theirs.losses(their_tokens, docs_BT1, weights_BT=weights_BT)
+    assert float(ours) == pytest.approx(float(nats.detach()), rel=1e-5)
+    _, unweighted = theirs.losses(their_tokens, docs_BT1)
+    assert abs(float(unweighted.detach()) - float(ours)) > 1e-3
 
 
 @pytest.mark.parametrize("form", ["llama", "gpt2"])
@@ -124,7 +156,7 @@ def weight_changes(form, steps=5, **optim):
         params, opt_state = update(our_gradient(form)(params, tokens)[2], opt_state, params)
         step(their_tokens)
     change = lambda x, y: np.asarray(x, np.float64) - y
-    theirs = torch_model.read_params(model, start)
+    theirs = torch_weights.read_params(model, start)
     return jax.tree.map(change, params, start), jax.tree.map(change, theirs, start)
 
 
@@ -145,7 +177,7 @@ def test_five_steps_of_muon_change_the_weights_as_torchs_muon_does(dtype):
 def test_weights_copied_to_pytorch_and_back_are_unchanged():
     run = build("gpt2")
     params = random_weights(run)
-    back = torch_model.read_params(torch_model.build_torch_model(run.cfg.model, params), params)
+    back = torch_weights.read_params(torch_model.build_torch_model(run.cfg.model, params), params)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 
 

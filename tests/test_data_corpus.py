@@ -2,14 +2,12 @@ import functools
 import json
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import data_samples
 import numpy as np
 import pytest
-from data_samples import encode_source, tokens_of
-from numpy.typing import ArrayLike
+from data_samples import encode_source, llmc, megatron_index, tokens_of
 
 TOKENS = np.random.default_rng(0).integers(0, 1_000, 5_000)
 TOKENS[::97] = 7  # starts documents
@@ -20,29 +18,14 @@ open_shards = functools.partial(data_samples.open_shards, vocab_size=V)
 pytestmark = pytest.mark.usefixtures("shard_cache")
 
 
-def llmc(tokens: ArrayLike = TOKENS, magic=20240520, version=1, count=None, dtype="<u2"):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, np.size(tokens) if count is None else count
-    return header.tobytes() + np.asarray(tokens).astype(dtype).tobytes()
-
-
-def megatron_index(lengths, dtype_code=8, version=1, magic=b"MMIDIDX\x00\x00", width=2):
-    pointers = (np.cumsum(lengths) - lengths) * width
-    return (
-        magic
-        + struct.pack("<QBQQ", version, dtype_code, len(lengths), len(lengths) + 1)
-        + np.asarray(lengths, "<i4").tobytes()
-        + np.asarray(pointers, "<i8").tobytes()
-        + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
-    )
-
-
 def write_format(folder, name):
     """Writes TOKENS in a format and returns the file to open."""
     if name == "llmc":
-        (folder / "x_train_000000.bin").write_bytes(llmc())
+        (folder / "x_train_000000.bin").write_bytes(llmc(TOKENS))
     elif name == "llmc_uint32":
-        (folder / "x_train_000000.bin").write_bytes(llmc(magic=20240801, version=7, dtype="<u4"))
+        (folder / "x_train_000000.bin").write_bytes(
+            llmc(TOKENS, magic=20240801, version=7, dtype="<u4")
+        )
     elif name == "nanogpt":
         TOKENS.astype("<u2").tofile(folder / "train.bin")
     else:
@@ -89,18 +72,27 @@ def test_the_fingerprint_depends_on_the_tokens_and_not_on_their_format(tmp_path)
 
 # kind: (the bytes of x_train_000000.bin, what the message must contain)
 BAD_LLMC = {
-    "truncated": (llmc()[:-100], ["expected 11024 bytes", "found 10924 bytes", "truncated"]),
-    "truncated in its header": (llmc()[:500], ["expected a header of 1024", "found a file of 500"]),
-    "too long": (llmc() + b"\1\2", ["expected 11024 bytes", "found 11026 bytes"]),
+    "truncated": (llmc(TOKENS)[:-100], ["expected 11024 bytes", "found 10924 bytes", "truncated"]),
+    "truncated in its header": (
+        llmc(TOKENS)[:500],
+        ["expected a header of 1024", "found a file of 500"],
+    ),
+    "too long": (llmc(TOKENS) + b"\1\2", ["expected 11024 bytes", "found 11026 bytes"]),
     "an empty file": (b"", ["expected a token shard", "found an empty file"]),
     "declared empty": (llmc([]), ["expected a declared count of at least 1", "found a count of 0"]),
-    "negative": (llmc(count=-5), ["expected a declared count", "found a count of -5"]),
-    "another version": (llmc(version=2), ["expected version 1", "found version 2"]),
-    "another magic": (llmc(magic=99), ["20240520 or 20240801", "63 00 00 00", "nanogpt"]),
-    "an llm.c model": (llmc(magic=20240326), ["expected a token shard", "found an llm.c model"]),
+    "negative": (llmc(TOKENS, count=-5), ["expected a declared count", "found a count of -5"]),
+    "another version": (llmc(TOKENS, version=2), ["expected version 1", "found version 2"]),
+    "another magic": (llmc(TOKENS, magic=99), ["20240520 or 20240801", "63 00 00 00", "nanogpt"]),
+    "an llm.c model": (
+        llmc(TOKENS, magic=20240326),
+        ["expected a token shard", "found an llm.c model"],
+    ),
     "an npy file": (b"\x93NUMPY" + bytes(2000), ["expected a token shard", "found a NumPy"]),
     "text": (b"Hello there." * 200, ["20240520 or 20240801", "48 65 6c 6c"]),
-    "uint32 under uint16": (llmc(dtype="<u4"), ["uint16 tokens", "4 bytes a token", "dtype"]),
+    "uint32 under uint16": (
+        llmc(TOKENS, dtype="<u4"),
+        ["uint16 tokens", "4 bytes a token", "dtype"],
+    ),
     "a token of another vocabulary": (llmc([1, 1_000]), ["below model.V=1000", "found 1000"]),
 }
 
@@ -122,7 +114,7 @@ BAD_NANOGPT = {
         ["expected an even number", "found 9999"],
     ),
     "uint32": (TOKENS.astype("<u4").tobytes(), ["expected uint16", "uint32"]),
-    "an llm.c shard": (llmc(), ["expected headerless", "found an llm.c header"]),
+    "an llm.c shard": (llmc(TOKENS), ["expected headerless", "found an llm.c header"]),
     "a zip": (b"PK\x03\x04" + bytes(100), ["expected a token shard", "found a zip"]),
 }
 
@@ -188,7 +180,7 @@ def test_negative_tokens_are_refused(tmp_path):
 
 
 def test_a_single_error_lists_all_bad_and_all_missing_shards(tmp_path):
-    contents = [llmc(), llmc()[:-2], None, llmc([V]), b"", llmc()]
+    contents = [llmc(TOKENS), llmc(TOKENS)[:-2], None, llmc([V]), b"", llmc(TOKENS)]
     for i, content in enumerate(contents):
         if content is not None:
             (tmp_path / f"x_train_{i:06d}.bin").write_bytes(content)
@@ -222,7 +214,7 @@ def test_files_named_val_are_for_validation_and_the_others_for_training(tmp_path
     names = {"a_val_000000.bin": "val", "val.bin": "val", "a-validation.bin": "val"}
     names |= {"a_train_000000.bin": "train", "interval.bin": "train", "medieval_1.bin": "train"}
     for name in names:
-        (tmp_path / name).write_bytes(llmc())
+        (tmp_path / name).write_bytes(llmc(TOKENS))
     for split in ("train", "val"):
         files = {Path(shard.path).name for shard in open_shards(tmp_path, split).shards}
         assert files == {name for name, kind in names.items() if kind == split}
@@ -231,7 +223,7 @@ def test_files_named_val_are_for_validation_and_the_others_for_training(tmp_path
 def test_files_named_like_test_sets_are_in_no_split_and_are_reported(tmp_path):
     names = ["train.bin", "val.bin", "test.bin", "a_dev_000000.bin", "eval-1.bin"]
     for name in [*names, "test_train_000000.bin", "contest.bin"]:
-        (tmp_path / name).write_bytes(llmc())
+        (tmp_path / name).write_bytes(llmc(TOKENS))
     train, val = (open_shards(tmp_path, split) for split in ("train", "val"))
     read = {Path(shard.path).name for shard in train.shards}
     assert read == {"train.bin", "test_train_000000.bin", "contest.bin"}
@@ -243,7 +235,7 @@ def test_files_named_like_test_sets_are_in_no_split_and_are_reported(tmp_path):
 
 
 def test_missing_validation_shards_are_an_error_only_when_validation_is_opened(tmp_path):
-    (tmp_path / "x_train_000000.bin").write_bytes(llmc())
+    (tmp_path / "x_train_000000.bin").write_bytes(llmc(TOKENS))
     assert open_shards(tmp_path).tokens == len(TOKENS)
     with pytest.raises(ValueError, match="must contain a val shard"):
         open_shards(tmp_path, "val")
@@ -251,7 +243,7 @@ def test_missing_validation_shards_are_an_error_only_when_validation_is_opened(t
 
 def test_checksums_are_cached_until_the_file_changes_and_rebuilt_if_damaged(tmp_path, shard_cache):
     path = tmp_path / "x_train_000000.bin"
-    path.write_bytes(llmc())
+    path.write_bytes(llmc(TOKENS))
     first = open_shards(path)
     [entry] = shard_cache.rglob("*.json")
     known = json.loads(entry.read_text())
@@ -278,7 +270,7 @@ def test_a_pickled_corpus_is_small_and_opens_its_files_again(tmp_path):
 
 def test_documents_start_at_eot_and_contain_every_token_once(tmp_path):
     (tmp_path / "x_train_000000.bin").write_bytes(llmc(TOKENS[3:]))  # starts inside a document
-    (tmp_path / "x_train_000001.bin").write_bytes(llmc())
+    (tmp_path / "x_train_000001.bin").write_bytes(llmc(TOKENS))
     shard, start, length = open_shards(tmp_path, eot=7).documents()
     for i, tokens in enumerate((TOKENS[3:], TOKENS)):
         starts, lengths = start[shard == i], length[shard == i]

@@ -5,8 +5,10 @@ import json
 import shutil
 
 import jax
+import llmc_reference
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from small_models import MODELS
 from test_interop_hf_tokenizer import bpe
 
@@ -26,6 +28,7 @@ from jaxtrain.training.sampling import complete
 
 PROMPT = "3 plus 4"
 TOKENS = 40
+FILES = ("", "generation_")  # of config.json
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,7 @@ def train_debug(workdir, text):
     config.update(workdir=str(workdir), compile_cache="", steps=120, save_every=120)
     config.data.text = str(text)
     config.sample.tokens = 0
+    config.model.V = 320  # 256 tokens and padding
     config.optim.update(learning_rate=0.05, adam_learning_rate=0.02)
     assert train(config_lib.freeze(config), jax.devices()[:1], quiet=True) == 0
 
@@ -84,11 +88,12 @@ def ours(workdir, dtype=None):
     return sample
 
 
-def theirs(folder):
+def theirs(folder, **options):
     reason = "transformers is missing: install the crosscheck extra to compare with it"
     transformers = pytest.importorskip("transformers", reason=reason)
     pytest.importorskip("torch", reason=reason)
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_full_text": False}
+    options = options or {"return_full_text": False}
+    options |= {"max_new_tokens": TOKENS, "do_sample": False}
     return transformers.pipeline("text-generation", str(folder))(PROMPT, **options)
 
 
@@ -100,6 +105,37 @@ def test_a_pipeline_continues_a_text_as_generate_does_and_stops_at_its_end(made,
     assert found["generated_text"] == expected.text
     if kind == "bytes":  # trained for long enough to have learned it
         assert expected.ended and "." in found["generated_text"]
+
+
+def test_a_pipeline_generates_the_token_that_ends_a_text_and_nothing_after_it(made):
+    workdir, folder = made["bytes"]
+    [found] = theirs(folder, return_tensors=True)
+    [eos] = {json.loads((folder / f"{x}config.json").read_text())["eos_token_id"] for x in FILES}
+    ids, prompt = found["generated_token_ids"], [eos, *PROMPT.encode()]
+    assert ids[: len(prompt)] == prompt and ids.index(eos, 1) == len(ids) - 1
+    assert bytes(ids[len(prompt) : -1]).decode() == ours(workdir).text
+
+
+def test_padding_of_the_vocabulary_is_removed_and_reported(made, tmp_path, capsys):
+    workdir, folder = made["bytes"]
+    stored = load_file(folder / "model.safetensors")
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 256
+    assert stored["model.embed_tokens.weight"].shape == stored["lm_head.weight"].shape == (256, 32)
+    export_weights(workdir, tmp_path / "out", tokenizer="none")
+    assert "vocabulary: 320 rows; without a tokenizer" in capsys.readouterr().out
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert stored["lm_head.weight"].shape == (320, 32)
+
+
+def test_an_llm_c_file_has_as_many_tokens_as_the_tokenizer_of_a_padded_run(made, tmp_path):
+    shutil.copytree(made["gpt2"][0], tmp_path / "run")
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    stored["config"]["weights"] = ""  # a run of its own, whose V=50304 is padding
+    (tmp_path / "run/config.json").write_text(json.dumps(stored))
+    export_weights(tmp_path / "run", tmp_path / "out.bin")
+    head, tensors = llmc_reference.read(tmp_path / "out.bin")
+    assert (head.vocab_size, head.padded_vocab_size) == (50_257, 50_304)
+    assert tensors["wte"][50_256].any() and not tensors["wte"][50_257:].any()
 
 
 def test_an_export_names_the_special_tokens_of_its_run(made):
@@ -122,6 +158,7 @@ def test_an_export_prints_its_checks_and_a_command_that_works(made, tmp_path, ca
     export_weights(workdir, tmp_path / "it's here")
     out = capsys.readouterr().out
     assert "Qwen3ForCausalLM, float32" in out
+    assert "vocabulary: 256 rows; 64 rows of padding are removed" in out
     assert "checked: reading it back gives the same weights and logits" in out
     assert "computes the same logits" in out or "not checked with transformers" in out
     last = out.splitlines()[-1]

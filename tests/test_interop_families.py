@@ -99,6 +99,63 @@ def test_other_spellings_of_the_same_model_are_read_as_it(
     assert read_values(tmp_path, other) == read_values(tmp_path, values)
 
 
+def json_of(text):
+    """Returns the JSON object of NAME=VALUE pairs, and its defaults in transformers 4.56."""
+    old = """return_dict=true output_hidden_states=false output_attentions=false torchscript=false
+        use_bfloat16=false tf_legacy_loss=false pruned_heads={} chunk_size_feed_forward=0
+        is_encoder_decoder=false is_decoder=false cross_attention_hidden_size=null
+        add_cross_attention=false tie_encoder_decoder=false max_length=20 min_length=0
+        do_sample=false early_stopping=false num_beams=1 num_beam_groups=1 diversity_penalty=0.0
+        temperature=1.0 top_k=50 top_p=1.0 typical_p=1.0 repetition_penalty=1.0 length_penalty=1.0
+        no_repeat_ngram_size=0 encoder_no_repeat_ngram_size=0 bad_words_ids=null
+        num_return_sequences=1 output_scores=false return_dict_in_generate=false
+        forced_bos_token_id=null forced_eos_token_id=null remove_invalid_values=false
+        exponential_decay_length_penalty=null suppress_tokens=null begin_suppress_tokens=null
+        finetuning_task=null id2label={"0":"LABEL_0"} label2id={"LABEL_0":0} tokenizer_class=null
+        prefix=null pad_token_id=null sep_token_id=null decoder_start_token_id=null
+        task_specific_params=null problem_type=null _name_or_path="" use_cache=true
+        _attn_implementation_autoset=false transformers_version="4.56.0" initializer_range=0.02"""
+    pairs = (pair.split("=") for pair in f"{old} {text}".split())
+    return {name: json.loads(value) for name, value in pairs}
+
+
+PUBLISHED = {
+    "gpt2": """activation_function="gelu_new" architectures=["GPT2LMHeadModel"] attn_pdrop=0.1
+        bos_token_id=50256 embd_pdrop=0.1 eos_token_id=50256 layer_norm_epsilon=1e-05
+        model_type="gpt2" n_ctx=1024 n_embd=768 n_head=12 n_layer=12 n_positions=1024
+        resid_pdrop=0.1 summary_activation=null summary_first_dropout=0.1
+        summary_proj_to_labels=true summary_type="cls_index" summary_use_proj=true
+        task_specific_params={"text-generation":{"do_sample":true,"max_length":50}}
+        vocab_size=50257""",
+    "SmolLM2-135M": """architectures=["LlamaForCausalLM"] attention_bias=false attention_dropout=0.0
+        bos_token_id=0 eos_token_id=0 hidden_act="silu" hidden_size=576 intermediate_size=1536
+        is_llama_config=true max_position_embeddings=8192 model_type="llama"
+        num_attention_heads=9 num_hidden_layers=30 num_key_value_heads=3 pretraining_tp=1
+        rms_norm_eps=1e-05 rope_interleaved=false rope_scaling=null rope_theta=100000
+        tie_word_embeddings=true torch_dtype="bfloat16" vocab_size=49152""",
+    "Qwen3-0.6B": """architectures=["Qwen3ForCausalLM"] attention_bias=false attention_dropout=0.0
+        bos_token_id=151643 eos_token_id=151645 head_dim=128 hidden_act="silu" hidden_size=1024
+        intermediate_size=3072 max_position_embeddings=40960 max_window_layers=28
+        model_type="qwen3" num_attention_heads=16 num_hidden_layers=28 num_key_value_heads=8
+        rms_norm_eps=1e-06 rope_scaling=null rope_theta=1000000 sliding_window=null
+        tie_word_embeddings=true torch_dtype="bfloat16" use_sliding_window=false
+        vocab_size=151936""",
+}
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("gpt2", {"L": 12, "G": 12, "K": 64, "F": 3_072, "tied": True, "norm_eps": 1e-5}),
+        ("SmolLM2-135M", {"L": 30, "G": 3, "K": 64, "rope_theta": 1e5, "positions": 8_192}),
+        ("Qwen3-0.6B", {"L": 28, "G": 8, "K": 128, "rope_theta": 1e6, "qk_norm": True}),
+    ],
+)
+def test_the_config_of_a_published_model_is_read(tmp_path, name, fields):
+    cfg = vars(read_values(tmp_path, json_of(PUBLISHED[name])))
+    assert {key: cfg[key] for key in fields} == fields
+
+
 def test_a_field_with_two_values_is_refused(configs, tmp_path):
     text = json.dumps(configs["llama"])
     with pytest.raises(InteropError, match="two values of mlp_bias: True and False"):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ from safetensors.numpy import load_file, save_file
 from small_models import MODELS, TOKENS, export, logits, model_of, read
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import _save, read_config, write_folder
-from jaxtrain.interop.hf_files import INDEX, WHOLE
+from jaxtrain.interop.hf import read_config, write_folder
+from jaxtrain.interop.hf_files import INDEX, WHOLE, save_tensors
 from jaxtrain.model.trees import named_leaves
 
 
@@ -72,7 +73,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(tmp_path):
 def test_a_full_disk_is_named_with_the_size_of_the_weights(tmp_path):
     # A missing folder fails in the same library call as a full disk.
     with pytest.raises(InteropError, match="must have space for 128 bytes; got .*Set --to"):
-        _save({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
+        save_tensors({"x": np.zeros((4, 8), np.float32)}, tmp_path / "out" / "none" / WHOLE)
 
 
 def test_an_export_never_overwrites_an_existing_folder(folders):
@@ -111,6 +112,42 @@ def test_all_faults_of_the_tensors_are_in_one_error(folders, tmp_path):
         "model.layers.2.mlp.up_proj.weight is unexpected",
     ):
         assert fault in str(error.value)
+
+
+def test_tensors_with_nan_or_infinity_are_listed_with_their_counts(folders, tmp_path):
+    tensors = load_file(folders["gpt2"] / WHOLE)
+    name = "transformer.h.1.attn.c_attn.weight"  # three parameters of ours
+    tensors[name][0, :3] = np.nan, np.inf, -np.inf
+    large = tensors["transformer.ln_f.bias"].astype(np.float64)
+    large[5] = 1e300
+    copy = damaged(folders["gpt2"], tmp_path, tensors | {"transformer.ln_f.bias": large})
+    with pytest.raises(InteropError) as error:
+        read(copy, "gpt2")
+    assert f"{name} has 1 NaN and 2 infinite of 3,072 values in float32" in str(error.value)
+    assert "ln_f.bias has 0 NaN and 1 infinite of 32 values in float32" in str(error.value)
+    assert str(error.value).count(" has ") == 2
+
+
+@pytest.mark.parametrize("files", [["pytorch_model.bin"], ["b.pth", "pytorch_model-1.bin"]])
+def test_a_folder_of_pytorch_files_is_refused_with_a_command_that_converts_them(
+    folders, tmp_path, files
+):
+    torch = pytest.importorskip("torch", reason="torch is missing: install the crosscheck extra")
+    copy = damaged(folders["llama_tied"], tmp_path)
+    tensors = {k: torch.from_numpy(x) for k, x in load_file(copy / WHOLE).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # shares its memory
+    for i, file in enumerate(files):
+        part = {k: x for n, (k, x) in enumerate(tensors.items()) if n % len(files) == i}
+        torch.save(part, copy / file)
+    (copy / WHOLE).unlink()
+    torch.save({"steps": 3}, copy / "training_args.bin")
+    with pytest.raises(InteropError) as error:
+        read(copy, "llama_tied")
+    text, _, command = str(error.value).partition(f" Convert {', '.join(files)}: ")
+    assert text.endswith("model.safetensors.") and "training_args" not in command
+    exec(shlex.split(command)[2], {})
+    for key, x in read(copy, "llama_tied").items():
+        np.testing.assert_array_equal(x, named_leaves(model_of("llama_tied")[2])[key])
 
 
 def test_a_stored_head_of_a_tied_model_must_equal_its_embedding(folders, tmp_path):

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import runs
 from configs import debug
@@ -106,7 +106,12 @@ def test_weights_of_another_model_are_refused_with_the_flags_to_set(exported, te
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)],
+    [
+        *(("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)),
+        *(("norm_place", "post"), ("norm_gain", False), ("qk_norm", True), ("embed_scale", 2.0)),
+        *(("embed_norm", True), ("attention_scale", 0.5), ("attention_softcap", 50.0)),
+        *(("window", 8), ("nope_every", 4), ("attention_bias", "qkv")),
+    ],
 )
 def test_a_checkpoint_is_not_resumed_with_a_config_that_changes_the_function(
     field, value, tmp_path
@@ -115,8 +120,11 @@ def test_a_checkpoint_is_not_resumed_with_a_config_that_changes_the_function(
     stored = config_lib.flatten(config(tmp_path, "unused"))
     other = dataclasses.replace(cfg, attention="reference", remat="full", positions=7)
     check_resumed(other, stored)
-    with pytest.raises(ValueError, match=f"that the run began with; got model.{field}=.*workdir"):
-        check_resumed(dataclasses.replace(cfg, **{field: value}), stored)
+    changed = dataclasses.replace(cfg, **{field: value})
+    del stored[f"model.{field}"]  # by a version without the field
+    for theirs in (config_lib.flatten(config(tmp_path, "unused")), stored):
+        with pytest.raises(ValueError, match=f"run began with; got model.{field}=.*workdir"):
+            check_resumed(changed, theirs)
 
 
 def test_a_config_value_rounded_to_float32_counts_as_equal(exported, text, tmp_path):
@@ -193,6 +201,11 @@ def broken(exported, tmp_path_factory):
     shutil.copytree(exported[1], root / "cut")
     whole = (root / "cut/model.safetensors").read_bytes()
     (root / "cut/model.safetensors").write_bytes(whole[:1_000])
+    shutil.copytree(exported[1], root / "nan")
+    tensors = load_file(root / "nan/model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, root / "nan/model.safetensors")
+    (root / "torch.bin").write_bytes(b"PK\x03\x04" * 300)
     return root
 
 
@@ -200,6 +213,8 @@ def broken(exported, tmp_path_factory):
     "line, message",
     [
         ("import --from={}/none --run={}/x", "--from must be .*; .*/none does not exist"),
+        ("import --from={}/nan --run={}/x", "model.norm.weight has 1 NaN and 0 infinite of 32"),
+        ("import --from={}/torch.bin --run={}/x --tokenizer=bytes", "torch.save wrote it: set"),
         ("import --from={}/empty --run={}/x", "must contain config.json; got none in .*/empty"),
         ("import --from={}/file --run={}/x --tokenizer=bytes", "llm.c model must start with"),
         (

@@ -1,13 +1,15 @@
 import jax
+import jax.numpy as jnp
+import llmc_reference
 import numpy as np
 import pytest
-from small_models import export, logits, model_of, read
+from small_models import TOKENS, export, logits, model_of, read, tree_of
 
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.hf import read_config
+from jaxtrain.interop.hf import read_config, write_folder
 from jaxtrain.model.trees import named_leaves
 
-C, V, T, L, P = 32, 96, 64, 2, 128  # of the small GPT-2
+VERSIONS = {"float32": 3, "bfloat16": 5}
 
 
 @pytest.fixture(scope="module")
@@ -15,45 +17,61 @@ def path(tmp_path_factory):
     return export("gpt2", tmp_path_factory.mktemp("llmc") / "gpt2.bin")
 
 
-def test_the_file_layout_is_llm_cs(path):
-    head = np.fromfile(path, "<i4", 256)
-    assert head[:8].tolist() == [20240326, 3, T, V, L, 4, C, P]
-    body = np.fromfile(path, "<f4", offset=1024)
-    _, _, params = model_of("gpt2")
-    np.testing.assert_array_equal(body[: V * C].reshape(V, C), params["embed"])
-    assert not body[V * C : P * C].any()
-    at = P * C + T * C + 2 * L * C  # past the tables and the first norms, over all layers
-    fused = body[at : at + L * 3 * C * C].reshape(L, 3 * C, C)  # outputs first
-    k_LDO = np.asarray(params["blocks"]["attention"]["k"]["w"]).reshape(L, C, C)
-    np.testing.assert_array_equal(fused[:, C : 2 * C], k_LDO.swapaxes(1, 2))
-    np.testing.assert_array_equal(body[-C:], params["final_norm"]["bias"])
-
-
-def test_a_written_file_is_read_back_bitwise(path):
-    cfg, _, params = model_of("gpt2")
-    assert vars(read_config(path)) == vars(cfg)
-    for key, x in read(path, "gpt2").items():
-        np.testing.assert_array_equal(x, named_leaves(params)[key])
-
-
-def test_a_bfloat16_file_is_version_5_with_rounded_weights(tmp_path):
-    export("gpt2", tmp_path / "b.bin", dtype="bfloat16")
-    assert np.fromfile(tmp_path / "b.bin", "<i4", 2)[1] == 5
-    for key, x in read(tmp_path / "b.bin", "gpt2").items():
-        want = named_leaves(model_of("gpt2")[2])[key]
-        np.testing.assert_allclose(x, want, rtol=2.0**-8, atol=1e-7)
-
-
-def test_a_folder_and_a_file_of_the_same_model_compute_the_same(path, tmp_path):
-    export("gpt2", tmp_path / "hf")
+@pytest.mark.parametrize("dtype", VERSIONS)
+def test_llm_c_reads_an_export_and_computes_the_same_logits(tmp_path, dtype):
+    path = export("gpt2", tmp_path / "out.bin", dtype=dtype)
+    head, tensors = llmc_reference.read(path)
+    assert head == (VERSIONS[dtype], 64, 96, 2, 4, 32, 128)
+    assert not tensors["wte"][96:].any()
     _, model, params = model_of("gpt2")
-    trees = [
-        jax.tree.unflatten(
-            jax.tree.structure(params), [read(source, "gpt2")[k] for k in named_leaves(params)]
-        )
-        for source in (path, tmp_path / "hf")
-    ]
-    np.testing.assert_array_equal(*(logits(model, tree) for tree in trees))
+    exported = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+    expected = logits(model, exported)
+    for row, tokens in enumerate(TOKENS):
+        found = llmc_reference.forward(head, tensors, tokens)
+        np.testing.assert_allclose(expected[row], found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", VERSIONS)
+@pytest.mark.parametrize("padded", [96, 128])
+def test_a_file_of_llm_c_is_imported_and_computes_the_same_logits(tmp_path, dtype, padded):
+    head, tensors = random_model(VERSIONS[dtype], padded)
+    tensors["wte"][96:] = np.nan  # padding is not read
+    llmc_reference.write(tmp_path / "in.bin", head, tensors)
+    cfg, model, params = model_of("gpt2")
+    assert vars(read_config(tmp_path / "in.bin")) == vars(cfg)
+    imported = tree_of(model, read(tmp_path / "in.bin", "gpt2"))
+    head, stored = llmc_reference.read(tmp_path / "in.bin")
+    found = logits(model, imported)
+    for row, tokens in enumerate(TOKENS):
+        expected = llmc_reference.forward(head, stored, tokens)
+        np.testing.assert_allclose(found[row], expected, rtol=0, atol=1e-5)
+
+
+def random_model(version, padded):
+    """Returns a header of the small GPT-2, and random tensors."""
+    head = llmc_reference.Header(version, 64, 96, 2, 4, 32, padded)
+    rng = np.random.default_rng(2)
+    shapes = llmc_reference.sizes(head)
+    return head, {k: 0.3 * rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", VERSIONS)
+def test_an_imported_file_is_exported_bitwise(tmp_path, dtype):
+    head, tensors = random_model(VERSIONS[dtype], 128)
+    tensors["wte"][96:] = 0.0
+    llmc_reference.write(tmp_path / "in.bin", head, tensors)
+    cfg, model, _ = model_of("gpt2")
+    params = read(tmp_path / "in.bin", "gpt2")
+    write_folder(tmp_path / "out.bin", cfg, named_leaves(model.axes), params, dtype)
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "in.bin").read_bytes()
+
+
+def test_values_that_are_not_finite_are_refused_with_their_count(tmp_path):
+    head, tensors = random_model(3, 128)
+    tensors["fcw"][1, 5, :2] = np.nan, np.inf
+    llmc_reference.write(tmp_path / "in.bin", head, tensors)
+    with pytest.raises(InteropError, match="h.1.mlp.c_fc.weight has 1 NaN and 1 infinite of 4,096"):
+        read(tmp_path / "in.bin", "gpt2")
 
 
 @pytest.mark.parametrize(

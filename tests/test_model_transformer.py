@@ -27,6 +27,10 @@ FORMS = [
     SMALL | dict(qk_norm=True, mlp="relu2", logit_softcap=15.0),
     GPT2,
     SMALL | dict(G=1, tied=True),
+    SMALL | dict(norm_place="post", qk_norm=True, qk_norm_over="all", embed_scale=8.0, tied=True),
+    SMALL
+    | dict(norm_place="both", mlp="geglu", norm_gain=False, embed_norm=True, tied=True)
+    | dict(attention_scale=0.5, attention_softcap=1.0),
 ]
 
 
@@ -123,12 +127,12 @@ def test_decoding_with_a_cache_gives_the_training_logits(values):
     assert jnp.abs(got - want).max() < 1e-5
 
 
-def gradients(model, params, tokens):
+def gradients(model, params, tokens, docs=None):
     loss = build_loss(LossConfig(), 0.0, jnp.float32)
     weights = jnp.full((4, 23), 1 / (4 * 23))
 
     def objective(params):
-        hidden = model.apply(params, tokens[:, :-1])
+        hidden = model.apply(params, tokens[:, :-1], docs)
         return loss(hidden, head_weights(params), tokens[:, 1:], weights)[0]
 
     return jax.jit(jax.value_and_grad(objective))(params)
@@ -142,6 +146,21 @@ def test_unroll_and_remat_change_no_gradient():
         want = want or got
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
         assert all(close(a, b, 1e-5) for a, b in pairs), (unroll, remat)
+
+
+def test_a_mesh_changes_no_gradient_of_packed_rows():
+    gemma = dict(norm_place="both", mlp="geglu", attention_scale=0.5, attention_softcap=1.0)
+    values = gemma | dict(L=1, qk_norm=True, qk_norm_over="all", embed_norm=True)
+    docs = (jnp.arange(23) >= 10).astype(jnp.int32)[None].repeat(4, 0)
+    mesh = build_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    split, whole = build(True, mesh, **values), build(True, **values)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), whole.shapes)
+    place = lambda axes, x: jax.device_put(x, param_sharding(axes, x.shape, mesh))
+    got = gradients(split, jax.tree.map(place, split.axes, params), draw_tokens(), docs)
+    want = gradients(whole, params, draw_tokens(), docs)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    assert all(close(a, b, 1e-5) for a, b in pairs)
 
 
 def test_the_joint_product_of_gate_and_up_equals_two_products_with_gradients():
@@ -195,7 +214,13 @@ def test_full_remat_needs_less_memory_than_none():
     assert temporaries("full") < 0.7 * temporaries("none")
 
 
-@pytest.mark.parametrize("values", FORMS + [GPT2 | dict(L=12, D=64, K=16, F=256, V=512)])
+DEEP = GPT2 | dict(L=12, D=64, K=16, F=256, V=512)
+WIDE = SMALL | dict(L=1, D=512, tied=True)
+
+
+@pytest.mark.parametrize(
+    "values", [*FORMS, DEEP, WIDE | dict(embed_norm=True), WIDE | dict(embed_scale=512**0.5)]
+)
 def test_the_first_loss_is_ln_v(values):
     model = build(**values)
     V = model.shapes["embed"].shape[0]

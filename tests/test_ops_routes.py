@@ -47,6 +47,7 @@ def test_a_requested_route_that_cannot_run_is_an_error():
         ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
         ({"K": 264}, {"arch": "sm_90"}, "at most 256 on sm_90; got 264"),
         ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+        ({"attention_softcap": 50.0}, {}, "no soft-cap; got model.attention_softcap=50.0"),
     ],
 )
 def test_cudnn_is_not_chosen_where_its_compilation_would_fail(values, where, reason):
@@ -98,7 +99,13 @@ def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"qk_norm": True, "position": "learned"}, {"qk_norm": True}]
+    "values",
+    [
+        {},
+        {"qk_norm": True, "position": "learned"},
+        {"qk_norm": True, "nope_every": 1},
+        {"qk_norm": True},
+    ],
 )
 def test_only_a_model_with_qk_norm_and_rope_has_a_qk_rope_route(values):
     routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_86")
@@ -112,6 +119,23 @@ def test_heads_that_devices_do_not_divide_have_no_kernel():
     assert "mesh.tensor=4 must divide model.G=2" in route.reason
 
 
+@pytest.mark.parametrize(
+    ("op", "values", "reason"),
+    [
+        ("norm", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
+        ("norm", {"norm_place": "post"}, "model.norm_place=post normalises y alone"),
+        ("qk_rope", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
+        ("qk_rope", {"qk_norm_over": "all"}, "it normalises each head; got model.qk_norm_over=all"),
+    ],
+)
+def test_a_norm_that_a_kernel_does_not_compute_excludes_it(op, values, reason):
+    model, where = ModelConfig(qk_norm=True, **values), dict(arch="sm_90")
+    route = choose_routes(model, False, "gpu", False, **where)[op]
+    assert route.implementation == "plain" and reason in route.reason
+    with pytest.raises(ValueError, match=f"kernels.strict needs fused.*{reason}"):
+        choose_routes(model, False, "gpu", False, KernelsConfig(strict=True), **where)
+
+
 STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
 
 
@@ -123,7 +147,10 @@ STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
         ({"K": 96}, {"arch": "sm_86"}, "a power of two, at least 16; got model.K=96"),
         ({"K": 8}, {"arch": "sm_86"}, "at least 16; got model.K=8"),
         ({"dtype": "float64"}, {"arch": "sm_90"}, "got model.dtype=float64"),
+        ({"attention_scale": 0.5}, {"arch": "sm_90"}, "alone; got model.attention_scale=0.5"),
+        ({"attention_softcap": 9.0}, {"arch": "sm_90"}, "alone; got model.attention_softcap=9.0"),
         ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+        ({"window": 512}, {"arch": "sm_90"}, "it has no window; got model.window=512 with 1024"),
     ],
 )
 def test_strict_kernels_raise_with_the_reason(values, where, reason):
@@ -135,6 +162,19 @@ def test_strict_kernels_raise_with_the_reason(values, where, reason):
     with pytest.raises(ValueError, match=f"model.attention=flash needs.*{reason}"):
         requested = ModelConfig(**values, attention="flash")
         choose_routes(requested, False, platform, False, **where)
+
+
+def test_a_window_rules_out_the_kernel_and_the_reason_is_stored_and_printed():
+    choose = lambda seq_len, **values: choose_routes(
+        ModelConfig(window=512, **values), False, "gpu", True, arch="sm_90", seq_len=seq_len
+    )
+    routes = choose(1_024)
+    assert routes["attention"].implementation == "cudnn"
+    reason = "no fused kernel: it has no window; got model.window=512 with 1024 tokens"
+    assert reason in routes["attention"].reason
+    assert any(reason in text for _, text in describe_routes(routes))
+    assert "no fused kernel" not in choose(512)["attention"].reason
+    assert choose(512, attention="flash")["attention"].implementation == "flash:sm_90"
 
 
 @pytest.mark.parametrize("masked", [False, True])

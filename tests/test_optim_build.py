@@ -9,6 +9,7 @@ from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import describe_evaluated_weights, eval_params
 from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, update_rms_by_group
+from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
 
@@ -161,6 +162,48 @@ def test_clipping_scales_all_gradients_by_their_global_norm_and_leaves_small_one
         for group, key in [("matrices", "w_in"), ("rest", "embed"), ("rest", "norm")]:
             first_moment = state[-1].inner_states[group].inner_state[0].mean[key]
             np.testing.assert_allclose(first_moment, 0.1 * factor * grads[key], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "accelerated_lmo"])
+def test_clip_eps_is_added_to_the_norm_as_in_torchs_clip_grad_norm(name):
+    grads = random_params(1)
+    norm = float(optax.tree.norm(grads))
+    moves = lambda grads, **options: train(
+        build_optimizer(OptimConfig(name=name, ns_dtype="float32", **options), FEW),
+        random_params(0),
+        3,
+        lambda _: grads,
+    )[0][-1]
+    # Also just below the limit, where only the constant makes it clip.
+    for limit, eps, factor in [(norm / 4, norm, 1 / 8), (norm, norm / 2, 2 / 3), (norm, 0.0, 1)]:
+        scaled = moves(jax.tree.map(lambda g: factor * g, grads), clip_norm=0.0)  # noqa: B023
+        clipped = moves(grads, clip_norm=limit, clip_eps=eps)
+        for key, p in scaled.items():
+            np.testing.assert_allclose(clipped[key], p, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_with_clip_eps_uses_the_norm_of_all_devices():
+    grads = random_params(1)["w_in"]
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    split = jax.device_put(grads, jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
+    clip = jax.jit(lambda g: clip_gradients(1.0, 0.5).update(g, optax.EmptyState())[0])
+    expected = grads / (jnp.linalg.norm(grads) + 0.5)
+    np.testing.assert_allclose(clip(split), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["adamw", "lmo"])
+@pytest.mark.parametrize(
+    ("groups", "decayed"),
+    [
+        ("matrices,embedding,positions,head", MATRICES | {"embed", "head", "positions"}),
+        ("vectors, positions", {"blocks.norm", "final_norm", "positions"}),
+        ("", set()),
+    ],
+)
+def test_decay_groups_chooses_the_parameters_that_decay(groups, decayed, rest):
+    rows = rows_by_name(OptimConfig(weight_decay=0.1, decay_groups=groups, rest=rest))
+    assert {name for name, row in rows.items() if row.decay == 0.1} == decayed
+    assert {row.decay for row in rows.values()} <= {0.0, 0.1}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import build_square
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.coefficients import COEFFICIENTS, coefficient_table
-from jaxtrain.optim.newton_schulz import FORMS, NewtonSchulz
+from jaxtrain.optim.newton_schulz import NewtonSchulz
 
+FORMS = ("standard", "gram")  # the form "torch" does not take all coefficients
 BF16, F32 = jnp.bfloat16, jnp.float32
 ROWS, COLUMNS = 48, 128  # one shape for most tests, as compiling takes most of the time
 # Bounds of the results for singular values in [0.003, 0.01), [0.01, 0.1) and [0.1, 1) of the norm.
@@ -254,12 +255,37 @@ def test_an_infinite_entry_gives_a_non_finite_result():
     assert not any(jnp.all(jnp.isfinite(orthogonalize(x, form=form))) for form in FORMS)
 
 
+def test_the_form_torch_rounds_the_norm_to_bf16_and_is_the_standard_form_in_float32():
+    x = normal(2, 32, 48)
+    torch_form = lambda x, dtype: orthogonalize(x, "jordan", "torch", dtype).astype(F32)
+    assert distance(torch_form(x, F32), orthogonalize(x, "jordan", "standard", F32)) < 2e-6
+    y = torch_form(x, BF16)
+    # A power of two changes no mantissa. Another factor changes how the norm is rounded.
+    assert jnp.array_equal(torch_form(8 * x, BF16), y)
+    assert distance(torch_form(1.003 * x, BF16), y) > 5e-3
+    assert jnp.array_equal(torch_form(0 * x, BF16), 0 * x)
+    with pytest.raises(ValueError, match="form=torch needs .*'polar_express'"):
+        NewtonSchulz("polar_express", form="torch")
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 48)])
+def test_the_form_torch_gives_a_stack_on_a_mesh_the_results_of_one_device(shape):
+    """On a mesh tall matrices are transposed before the iteration, and square ones are not."""
+    x = normal(3, *shape)
+    y = orthogonalize(x, "jordan", "torch", BF16)
+    if shape[0] > shape[1]:
+        turned = orthogonalize(x.mT, "jordan", "torch", BF16).mT
+        assert jnp.array_equal(turned, y)
+    each = jnp.stack([orthogonalize(matrix, "jordan", "torch", BF16) for matrix in x])
+    assert distance(each, y) < 1e-2
+
+
 def test_unknown_coefficients_or_form_and_zero_steps_are_errors():
     with pytest.raises(ValueError, match="--optim.ns_coefficients"):
         NewtonSchulz("euler")
     with pytest.raises(ValueError, match="--optim.ns_steps"):
         NewtonSchulz(steps=0)
-    with pytest.raises(ValueError, match="auto, standard, gram; got form='fast'"):
+    with pytest.raises(ValueError, match="auto, standard, gram, torch; got form='fast'"):
         NewtonSchulz(form="fast")
 
 

@@ -29,7 +29,7 @@ def rows_of(config_name, **optim):
 @pytest.mark.parametrize("name", NAMES)
 def test_muon_gets_every_hidden_matrix_and_nothing_else(name):
     m, rows = rows_of(name, name="muon")
-    gates = {"swiglu": 3, "gelu": 2, "relu2": 2}[m.mlp]
+    gates = {"swiglu": 3, "geglu": 3, "gelu": 2, "relu2": 2}[m.mlp]
     hidden = m.L * (2 * m.D * m.H * m.K + 2 * m.D * m.G * m.K + gates * m.D * m.F)
     assert sum(size for row, size in rows if row.group == MATRICES) == hidden
 

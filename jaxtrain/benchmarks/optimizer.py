@@ -140,14 +140,12 @@ class TorchUpdate:
         for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g.detach()
         self._optimizers = torch_train.build_optimizers(optim_config(dtype), model)
-        self._precision = lambda: torch_train.muon_precision(dtype)
         self.read_params = lambda: torch_model.read_params(model, problem.params)
 
     def __call__(self, turn: int) -> None:
         del turn
-        with self._precision():
-            for optimizer in self._optimizers:
-                optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
 
 
 def build_updates(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.benchmarks.timing import interleave, warm_up
-from jaxtrain.ops.routes import cpu_multiplies_bf16
+from jaxtrain.ops.devices import cpu_multiplies_bf16
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "torch")

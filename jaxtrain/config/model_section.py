@@ -20,11 +20,79 @@ class ModelConfig(Section):
     norm_eps: float = knob(1e-6, "constant added to the mean square or variance in a norm", low=0.0)
     position: str = knob("rope", "kind of position embedding", choices=("rope", "learned"))
     rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", low=1.0)
+    rope_scaling: str = knob(
+        "none",
+        "how RoPE's wavelengths are lengthened: linear, all by rope_factor; llama3, only the long "
+        "ones",
+        choices=("none", "linear", "llama3"),
+    )
+    rope_factor: float = knob(1.0, "factor that rope_scaling lengthens wavelengths by", low=1.0)
+    rope_low_freq: float = knob(
+        1.0,
+        "llama3: wavelengths of fewer turns than this in rope_original_positions are lengthened "
+        "in full",
+        low=0.0,
+    )
+    rope_high_freq: float = knob(
+        4.0,
+        "llama3: wavelengths of more turns than this in rope_original_positions stay as they are",
+        low=0.0,
+    )
+    rope_original_positions: int = knob(
+        8_192, "llama3: length of the sequences before scaling", unit="tokens", low=1
+    )
+    rope_local_theta: float = knob(
+        0.0,
+        "base of the wavelengths in layers with a window, which are then never scaled; 0 uses "
+        "rope_theta and rope_scaling",
+        low=0.0,
+    )
+    nope_every: int = knob(
+        0, "layers n, 2n, ... have no RoPE and so no positions; 0 has RoPE in all layers", low=0
+    )
+    window: int = knob(
+        0,
+        "number of last tokens, its own included, that a token attends to; 0 attends to all",
+        unit="tokens",
+        low=0,
+    )
+    global_every: int = knob(
+        0, "layers n, 2n, ... attend to all tokens despite the window; 0 limits all layers", low=0
+    )
     positions: int = knob(1_024, "longest sequence with position=learned", unit="tokens", low=1)
-    mlp: str = knob("swiglu", "kind of feed-forward block", choices=("swiglu", "gelu", "relu2"))
-    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of each head")
+    norm_place: str = knob(
+        "pre",
+        "normalise the input of each attention and MLP (pre), its output (post) or both",
+        choices=("pre", "post", "both"),
+    )
+    norm_gain: bool = knob(True, "multiply the result of every norm by learned gains")
+    mlp: str = knob(
+        "swiglu",
+        "kind of feed-forward block",
+        choices=("swiglu", "geglu", "gelu", "relu2"),
+    )
+    qk_norm: bool = knob(False, "RMS-normalise the queries and keys of attention")
+    qk_norm_over: str = knob(
+        "head",
+        "what qk_norm normalises together: the entries of each head, or of all heads",
+        choices=("head", "all"),
+    )
+    attention_scale: float = knob(
+        0.0, "factor of the attention scores, queries x keys; 0 uses 1/sqrt(K)", low=0.0
+    )
+    attention_softcap: float = knob(
+        0.0, "c of the soft-cap c*tanh(s/c) of each attention score s; 0 turns it off", low=0.0
+    )
+    embed_scale: float = knob(1.0, "factor of the token embeddings", low=1e-6)
+    embed_norm: bool = knob(False, "normalise the embeddings before the first layer")
     tied: bool = knob(False, "use the embedding as the output head, too")
     bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
+    attention_bias: str = knob(
+        "none",
+        "projections of attention that have a bias though model.bias is false: query, key and "
+        "value, or all four",
+        choices=("none", "qkv", "all"),
+    )
     logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
     dtype: str = knob(
         "bfloat16",
@@ -43,3 +111,29 @@ class ModelConfig(Section):
         "activations to recompute in the backward pass instead of storing them",
         choices=("none", "dots", "attention", "full"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bias and self.attention_bias != "none":
+            self.fail("attention_bias", "must be 'none' with model.bias=true, which includes it")
+        for field in ("global_every", "rope_local_theta"):
+            if getattr(self, field) and not self.window:
+                self.fail(field, "must be 0 without a window (model.window)")
+        for field in ("rope_local_theta", "nope_every"):
+            if getattr(self, field) and self.position != "rope":
+                self.fail(field, f"must be 0 with model.position={self.position}")
+        if 0 < self.rope_local_theta < 1:
+            self.fail("rope_local_theta", "must be 0 or at least 1")
+        if self.rope_scaling != "none" and self.position != "rope":
+            self.fail("rope_scaling", f"must be 'none' with model.position={self.position}")
+        if self.rope_scaling == "none" and self.rope_factor != 1:
+            self.fail("rope_factor", "must be 1 unless model.rope_scaling is linear or llama3")
+        if self.rope_high_freq <= self.rope_low_freq:
+            self.fail("rope_high_freq", f"must exceed model.rope_low_freq={self.rope_low_freq}")
+        if self.qk_norm_over == "all" and not self.qk_norm:
+            self.fail("qk_norm_over", "must be 'head' with model.qk_norm=false")
+
+    @property
+    def has_gated_mlp(self) -> bool:
+        """Whether the MLP multiplies `up` by an activation of a third matrix, `gate`."""
+        return self.mlp in ("swiglu", "geglu")

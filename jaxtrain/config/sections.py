@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from jaxtrain.config.fields import INT64_MAX, Section, knob
 
+DECAY_GROUPS = ("matrices", "embedding", "positions", "head", "vectors")
+
 
 @dataclass(frozen=True)
 class KernelsConfig(Section):
@@ -69,7 +71,12 @@ class OptimConfig(Section):
     )
     learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
-    weight_decay: float = knob(0.0, "decoupled weight decay of matrices and embeddings", low=0.0)
+    weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
+    decay_groups: str = knob(
+        "matrices,embedding,head",
+        f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
+        "commas; vectors are biases and gains of norms",
+    )
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
     geometry: str = knob(
@@ -111,10 +118,22 @@ class OptimConfig(Section):
         "type of the Newton-Schulz products; torch.optim.Muon uses bfloat16",
         choices=("bfloat16", "float32", "float64"),
     )
+    ns_form: str = knob(
+        "auto",
+        "Newton-Schulz multiplies the matrix (standard) or its Gram matrix (gram); auto takes the "
+        "cheaper; torch is standard with the roundings of torch.optim.Muon",
+        choices=("auto", "standard", "gram", "torch"),
+    )
     adam_b1: float = knob(0.9, "decay of AdamW's first moment", low=0.0, high=0.9999)
     adam_b2: float = knob(0.95, "decay of AdamW's second moment", low=0.0, high=0.99999)
     adam_eps: float = knob(1e-8, "constant added to the root of AdamW's second moment", low=1e-30)
     clip_norm: float = knob(1.0, "clip the gradient to this global norm; 0 never clips", low=0.0)
+    clip_eps: float = knob(
+        0.0,
+        "constant added to the global norm before dividing by it; torch's clip_grad_norm_ adds "
+        "1e-6",
+        low=0.0,
+    )
     schedule: str = knob(
         "wsd", "learning-rate schedule after warm-up", choices=("wsd", "cosine", "constant")
     )
@@ -137,6 +156,16 @@ class OptimConfig(Section):
         super().__post_init__()
         if self.acceleration == "ema_lookahead" and self.strength == 1:
             self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
+        if self.ns_form == "torch" and self.ns_coefficients != "jordan":
+            self.fail("ns_coefficients", "must be jordan with optim.ns_form=torch")
+        if set(self.decaying) - set(DECAY_GROUPS):
+            known = ", ".join(DECAY_GROUPS)
+            self.fail("decay_groups", f"must be some of {known}, joined by commas")
+
+    @property
+    def decaying(self) -> list[str]:
+        """The names in decay_groups."""
+        return [name.strip() for name in self.decay_groups.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)

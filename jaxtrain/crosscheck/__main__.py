@@ -70,7 +70,9 @@ def resolve_config(config: Any, steps: int, precision: str | None) -> TrainConfi
     if steps:
         config.steps = steps
     if precision:
-        config.model.dtype = config.optim.ns_dtype = precision
+        config.model.dtype = precision
+        if config.optim.ns_form != "torch":  # torch.optim.Muon's type does not follow the model's
+            config.optim.ns_dtype = precision
     cfg = config_lib.freeze(config)
     start_runtime(cfg)
     cfg, _ = resolve_dtype(cfg, jax.devices()[0])

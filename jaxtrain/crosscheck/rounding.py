@@ -9,6 +9,8 @@ Newton-Schulz amplifies small singular directions. No constant fits all cases, s
    the rounding error of each entry, in float64 scaled down by the ratio of the epsilons.
 2. Two more copies of the run are trained. In each step every entry of their gradients is moved by
    SIGMAS times its rounding error, up or down at random, and in opposite directions in the two.
+   Their optimizers add in another order or, if Newton-Schulz runs in bfloat16, have COARSE times
+   more of its rounding error, for the rounding of the optimizer itself.
 3. What the copies' gradients, updates and parameters differ from the run's, the larger of both for
    each entry, is the tolerance. Errors of earlier steps are in it, as the copies go their own way.
 
@@ -23,15 +25,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import KernelsConfig, TrainConfig
+from jaxtrain.crosscheck.reordering import exaggerate, reorder
 from jaxtrain.crosscheck.tensor_names import NameTensors
 from jaxtrain.crosscheck.tolerances import EPS, SIGMAS
+from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_gradient, build_update
 
+# The copies' share of Newton-Schulz' bfloat16 rounding error, on top of the run's. In 10 steps of
+# two tiny models torch.optim.Muon's updates differed from ours by a third of that error and, where
+# a gradient's sign flipped, by twice of it.
+COARSE = 2.0
 OTHER = {"float64": "float32", "float32": "float64"}
 
 Tree = Any
@@ -142,6 +151,21 @@ def _quantities(before: Tree, outputs: StepOutputs, noise: Tree) -> dict[str, Tr
     }
 
 
+def build_rounding_optimizers(run: Run) -> list[optax.GradientTransformationExtraArgs]:
+    """Returns the optimizers of two perturbed copies, which differ from the run's by rounding."""
+    cfg = run.cfg.optim
+    # AdamW has no sums, and noise is drawn by position: it would be permuted, too.
+    if cfg.name == "adamw" or cfg.noise_scale:
+        return [run.optimizer] * 2
+    if cfg.ns_dtype != "bfloat16":
+        return [reorder(run.optimizer, run.model.axes, run.cfg.seed)] * 2
+    form = "standard" if cfg.ns_form == "torch" else cfg.ns_form
+    exact = build_optimizer(
+        dataclasses.replace(cfg, ns_dtype="float32", ns_form=form), run.model.axes, run.mesh
+    )
+    return [exaggerate(run.optimizer, exact, factor) for factor in (COARSE, -COARSE)]
+
+
 class RoundingMeter:
     """Trains two perturbed copies beside a run and derives the tolerances of each step.
 
@@ -153,7 +177,13 @@ class RoundingMeter:
 
     def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
         self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
-        self._step, self._copies = step, [state, state]
+        self._copies, steps = [], {id(run.optimizer): step}  # each is compiled once
+        for optimizer in build_rounding_optimizers(run):
+            if id(optimizer) not in steps:
+                steps[id(optimizer)] = build_traced_step(run._replace(optimizer=optimizer))
+                opt_state = jax.jit(optimizer.init)(state.params)
+                state = state._replace(opt_state=opt_state)
+            self._copies.append((steps[id(optimizer)], state))
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
 
@@ -188,11 +218,11 @@ class RoundingMeter:
         main = _quantities(before, outputs, jax.tree.map(np.zeros_like, noise))
         copies, moved = [], []
         for i, signed in enumerate((up, down)):
-            old = self._copies[i]
-            copy = self._step(old, batch, rates, self._like_gradients(signed, outputs.grads))
+            step, old = self._copies[i]
+            copy = step(old, batch, rates, self._like_gradients(signed, outputs.grads))
             copies.append(copy)
             moved.append(_quantities(old.params, copy, signed))
-            self._copies[i] = copy.state
+            self._copies[i] = step, copy.state
 
         larger = lambda x, a, b: np.maximum(np.abs(a - x), np.abs(b - x))
         bounds = {q: jax.tree.map(larger, main[q], *(m[q] for m in moved)) for q in main}

@@ -28,8 +28,8 @@ NameTensors = Callable[[Any], Iterator[tuple[str, np.ndarray]]]
 
 def _own_mappings(axes: dict[str, Axes]) -> Iterator[TensorMapping]:
     """Yields the mappings of the style "jaxtrain", in the order of the network."""
-    order = {"embed": 0, "positions": 1, "blocks": 2}
-    for path in sorted(axes, key=lambda path: order.get(path.split(".")[0], 3)):
+    order = {"embed": 0, "positions": 1, "embed_norm": 2, "blocks": 3}
+    for path in sorted(axes, key=lambda path: order.get(path.split(".")[0], 4)):
         *parents, last = path.split(".")
         name = ".".join([*parents, ENDINGS.get(last, last)])
         layered = path.startswith("blocks.")
@@ -55,7 +55,8 @@ def build_naming(style: str, cfg: ModelConfig, axes: Any) -> NameTensors:
     def tensor(mapping, leaves, layer=None):
         a, x = axes[mapping.name], np.asarray(leaves[mapping.name])
         if layer is not None:
-            x = x[layer].reshape(a.matrix_shape(x.shape)[1:]) if a.outputs else x[layer]
+            x = x[layer].reshape(a.matrix_shape(x.shape)[1:]) if a.outputs else x[layer].ravel()
+        x = mapping.swap(x)
         index, parts = mapping.part
         name = mapping.hf_name.format(layer) + (f"/{index}" if parts > 1 else "")
         return name, x.T if mapping.transposed else x

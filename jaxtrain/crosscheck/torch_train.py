@@ -1,8 +1,8 @@
 """Trains the PyTorch side: torch.optim's optimizers, the schedule, clipping and the trace."""
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from jaxtrain.config.train_config import OptimConfig, TrainConfig
 from jaxtrain.crosscheck.recorder import Recorder
 from jaxtrain.crosscheck.torch_model import TorchTransformer, build_torch_model
+from jaxtrain.crosscheck.torch_muon import Muon
 
 # optim.scale -> torch.optim.Muon's adjust_lr_fn
 TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
@@ -40,25 +41,26 @@ def check_optimizer(cfg: OptimConfig) -> None:
 def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Builds the optimizer optim.name for the matrices and fused AdamW for all other parameters.
 
-    Weight decay applies to matrices, embedding and head, not to positions and vectors.
+    Muon is torch.optim's if optim.ns_dtype is bfloat16, its only type, else torch_muon.py's.
 
     Raises:
         ValueError: torch.optim does not have the optimizer.
     """
     check_optimizer(cfg)
-    matrices, tables, vectors = [], [], []
+    kinds = {"embed": "embedding", "positions": "positions", "head": "head"}
+    decaying = [name.strip() for name in cfg.decay_groups.split(",")]
+    matrices, decayed, others = [], [], []
     for name, p in model.named_parameters():
-        if name.startswith("blocks.") and p.ndim == 2:
+        is_matrix = name.startswith("blocks.") and p.ndim == 2
+        kind = "matrices" if is_matrix else kinds.get(name, "vectors")
+        if is_matrix and cfg.name == "muon":
             matrices.append(p)
-        elif name in ("embed", "head"):
-            tables.append(p)
         else:
-            vectors.append(p)
-    decayed = tables + (matrices if cfg.name == "adamw" else [])
+            (decayed if kind in decaying else others).append(p)
     adamw = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": cfg.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": others, "weight_decay": 0.0},
         ],
         lr=cfg.adam_learning_rate,
         betas=(cfg.adam_b1, cfg.adam_b2),
@@ -67,10 +69,13 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
     )
     if cfg.name == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(
+    build = torch.optim.Muon
+    if cfg.ns_dtype != "bfloat16":
+        build = functools.partial(Muon, dtype=getattr(torch, cfg.ns_dtype))
+    muon = build(
         matrices,
         lr=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
+        weight_decay=cfg.weight_decay if "matrices" in decaying else 0.0,
         momentum=cfg.momentum,
         nesterov=cfg.nesterov,
         ns_steps=cfg.ns_steps or 5,
@@ -94,29 +99,14 @@ def rate_fraction(cfg: OptimConfig, count: int) -> float:
     return min(warmup, scale) if left else scale
 
 
-@contextlib.contextmanager
-def muon_precision(dtype: str) -> Iterator[None]:
-    """Makes torch.optim.Muon orthogonalise in `dtype`.
-
-    Muon always casts by Tensor.bfloat16(). For other types this replaces that method.
-    """
-    cast = torch.Tensor.bfloat16
-    if dtype != "bfloat16":
-        torch.Tensor.bfloat16 = lambda self, **kwargs: self.clone()
-    try:
-        yield
-    finally:
-        torch.Tensor.bfloat16 = cast
-
-
-def clip_gradients(model: nn.Module, clip_norm: float) -> None:
+def clip_gradients(model: nn.Module, clip_norm: float, eps: float = 0.0) -> None:
     """Scales the gradients down to a global norm of clip_norm.
 
-    Unlike torch's clip_grad_norm_, it does not add 1e-6 to the norm. The host never reads the norm,
-    as it would have to wait for the backward pass.
+    With eps=1e-6 it equals torch's clip_grad_norm_. The host never reads the norm, as it would have
+    to wait for the backward pass.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    scale = (clip_norm / nn.utils.get_total_norm(grads)).clamp(max=1.0)
+    scale = (clip_norm / (nn.utils.get_total_norm(grads) + eps)).clamp(max=1.0)
     torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -131,12 +121,11 @@ def build_update(cfg: TrainConfig, model: nn.Module) -> Callable[..., None]:
 
     def update(rate=1.0):
         if cfg.optim.clip_norm:
-            clip_gradients(model, cfg.optim.clip_norm)
+            clip_gradients(model, cfg.optim.clip_norm, cfg.optim.clip_eps)
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * rate
-        with muon_precision(cfg.optim.ns_dtype):
-            for optimizer in optimizers:
-                optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return update
 
@@ -189,7 +178,7 @@ def record(
 
     Args:
         params: the parameters at step 0, as jaxtrain's nested dict of arrays.
-        batches: {"tokens"} [B,T+1], with or without "docs" [B,T+1] and "weights" [B,T].
+        batches: {"tokens"} and optionally {"docs"}, [B,T+1], and {"weights"}, [B,T].
 
     Raises:
         ValueError: torch.optim does not have the optimizer, or there are too few batches.
@@ -199,9 +188,13 @@ def record(
     with Recorder(path, model, precision=cfg.model.dtype, **options) as recorder:
         step = build_step(cfg, model, recorder=recorder)
         for count, batch in enumerate(islice(batches, steps), 1):
-            tensors = {name: torch.as_tensor(x) for name, x in batch.items()}
-            docs_BT1, weights_BT = tensors.get("docs"), tensors.get("weights")
-            rate = rate_fraction(cfg.optim, count - 1)
-            step(tensors["tokens"].long(), docs_BT1, weights_BT, rate)
+            tensors = {
+                f"{name}_BT1": torch.as_tensor(batch[name]).long()
+                for name in ("tokens", "docs")
+                if name in batch
+            }
+            if "weights" in batch:
+                tensors["weights_BT"] = torch.as_tensor(batch["weights"])
+            step(**tensors, rate=rate_fraction(cfg.optim, count - 1))
     if count < steps:
         raise ValueError(f"there must be batches for {steps} steps; got {count}. Set --steps.")

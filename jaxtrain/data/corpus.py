@@ -15,8 +15,9 @@ from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.counts import describe_skipped
 from jaxtrain.data.encoding.roundtrip import LOST
 from jaxtrain.data.metadata import read_metadata, shard_entries
-from jaxtrain.data.shard_checksums import ShardChecksum, checksum_shards
-from jaxtrain.data.shards import Shard, find_shards, probe, unused_files
+from jaxtrain.data.shard_checks import check_shards, describe_duplicates
+from jaxtrain.data.shard_files import describe_unused, find_shards
+from jaxtrain.data.shards import Shard
 from jaxtrain.data.text_cache import discard_if_damaged, encode_text
 from jaxtrain.data.tokenizer import build_tokenizer
 
@@ -30,13 +31,15 @@ class Corpus:
     fingerprint: str  # of the tokens in their order, not of paths or file formats
     largest_token: int
     tokenizer_name: str | None  # None: unknown, as the shards were made elsewhere
-    eot: int  # the token that starts documents; -1: unknown
+    eot: int  # the token that separates documents; -1: unknown
     bytes_per_token: float | None  # of the encoded text; None: unknown
     note: str = ""
     _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _starts: dict[int, np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # a pickle of a memory map would copy the tokens
+        # A pickle of a memory map would copy the tokens.
+        return self.__dict__ | {"_open": {}, "_starts": {}}
 
     @property
     def tokens(self) -> int:
@@ -57,32 +60,72 @@ class Corpus:
             tokens = self._open[shard] = self.shards[shard].open()
         return tokens[start:stop]
 
+    def indexed_starts(self, shard: int) -> np.ndarray | None:
+        """Returns the first token of each document, int64, if the shard's index stores them."""
+        if shard not in self._starts:
+            self._starts[shard] = self.shards[shard].document_starts()
+        return self._starts[shard]
+
+    def starts_between(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Returns which of the tokens start:stop of a shard start a document, int64, ascending.
+
+        They are those that the shard's index names. Without an index they are the eots, or none
+        if eot is unknown.
+        """
+        indexed = self.indexed_starts(shard)
+        if indexed is not None:
+            first, last = np.searchsorted(indexed, (start, stop))
+            return indexed[first:last]
+        return start + np.flatnonzero(self.read(shard, start, stop) == self.eot)
+
+    def is_between_documents(self, shard: int, token: int) -> bool:
+        """Returns whether one document ends before a token and another one starts there.
+
+        If `token` is the end of the shard, that is decided by the first token of the next shard,
+        because a document may go on there.
+        """
+        if token == self.shards[shard].tokens:
+            shard, token = shard + 1, 0
+        return shard == len(self.shards) or len(self.starts_between(shard, token, token + 1)) > 0
+
     def documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (shard, start, length) of each document, int64 [documents] each.
 
-        A document reaches from an eot to the token before the next eot or the end of the shard.
+        A document ends where the next one starts, see starts_between, or at the end of the shard.
 
         Raises:
-            ValueError: eot is unknown, or no shard contains it.
+            ValueError: eot is needed and unknown, or no shard contains it.
         """
-        check_eot(self)
-        shards, starts, lengths, eots = [], [], [], 0
+        check_boundaries(self)
+        shards, starts, lengths, found_any = [], [], [], False
         for i, shard in enumerate(self.shards):
-            step = 1 << 22  # bounds the memory of the comparison
+            step = 1 << 22  # bounds the memory of the comparison with eot
             found = [
-                start + np.flatnonzero(self.read(i, start, start + step) == self.eot)
+                self.starts_between(i, start, min(start + step, shard.tokens))
                 for start in range(0, shard.tokens, step)
             ]
-            eots += sum(map(len, found))
+            found_any |= any(map(len, found))
             starts.append(np.union1d(np.concatenate(found), [0]).astype(np.int64))
             shards.append(np.full(len(starts[-1]), i))
             lengths.append(np.diff(starts[-1], append=shard.tokens))
-        if not eots:
+        if not found_any:
             raise ValueError(
-                f"data.eot must be the token that starts documents; got data.eot={self.eot}, "
+                f"data.eot must be the token that separates documents; got data.eot={self.eot}, "
                 f"which no shard contains, from {self.shards[0].path} on. Set --data.eot."
             )
         return np.concatenate(shards), np.concatenate(starts), np.concatenate(lengths)
+
+    def boundaries_fingerprint(self) -> str | None:
+        """Returns a hash of the document boundaries of all indices, or None if no shard has one.
+
+        The fingerprint of the tokens does not cover these boundaries.
+        """
+        indexed = [(i, self.indexed_starts(i)) for i in range(len(self.shards))]
+        digest = hashlib.sha256()
+        for i, starts in indexed:
+            if starts is not None:
+                digest.update(f"{i} {len(starts)}\n".encode() + starts.astype("<i8").tobytes())
+        return digest.hexdigest()[:32] if any(s is not None for _, s in indexed) else None
 
     def token_bytes(self) -> np.ndarray | None:
         """Returns the bytes of text that each token stands for, [vocabulary] int32.
@@ -105,13 +148,23 @@ class Corpus:
         )
 
 
-def check_eot(corpus: Corpus) -> None:
-    """Raises ValueError if the token that starts documents is unknown."""
-    if corpus.eot < 0:
-        raise ValueError(
-            "data.eot must be known for data.pack and data.document_mask; got data.eot=-1 and "
-            "shards whose tokenizer is unknown. Set --data.eot (GPT-2's is 50256)."
-        )
+def check_boundaries(corpus: Corpus) -> None:
+    """Raises ValueError if it is unknown where documents start."""
+    if corpus.eot >= 0:
+        return
+    without = [s for i, s in enumerate(corpus.shards) if corpus.indexed_starts(i) is None]
+    if not without:
+        return
+    hint = "GPT-2's is 50256"
+    if corpus.tokenizer_name:
+        known = build_tokenizer(corpus.tokenizer_name).eot
+        hint = f"that of data.tokenizer={corpus.tokenizer_name} would be {known}"
+    index = " whose .idx does not name all documents" if without[0].format == "megatron" else ""
+    raise ValueError(
+        "data.eot must be the token that separates documents, for data.pack and "
+        f"data.document_mask; got data.eot=-1 and {without[0].path}{index}, which does not name "
+        f"it. Set --data.eot ({hint})."
+    )
 
 
 class _SplitFiles(NamedTuple):
@@ -119,7 +172,7 @@ class _SplitFiles(NamedTuple):
 
     paths: list[Path]
     metadata_of: dict[Path, dict]  # folder -> its meta.json
-    note: str
+    notes: list[str]
 
 
 def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Path) -> Corpus:
@@ -132,24 +185,26 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
             the vocabulary. One message lists each of them as file, expected, found.
     """
     files = _find_files(cfg, split, vocab_size, Path(workdir))
+    entries = shard_entries(files.metadata_of)
     try:
-        shards, checksums = _check_shards(files, cfg, vocab_size)
+        shards, checksums = check_shards(files.paths, entries, cfg.shard_format, vocab_size)
     except ValueError as error:
         if cfg.shards:  # the user's own files are never replaced
             raise
         [folder] = files.metadata_of
-        if not discard_if_damaged(folder, lambda: _check_shards(files, cfg, vocab_size)):
+        check = lambda: check_shards(files.paths, entries, cfg.shard_format, vocab_size)
+        if not discard_if_damaged(folder, check):
             raise
         logging.warning("%s\nThe text is encoded again.", error)
         files = _find_files(cfg, split, vocab_size, Path(workdir))
-        shards, checksums = _check_shards(files, cfg, vocab_size)
+        entries = shard_entries(files.metadata_of)
+        shards, checksums = check_shards(files.paths, entries, cfg.shard_format, vocab_size)
     digest = hashlib.sha256()
     for shard, checksum in zip(shards, checksums, strict=True):
         digest.update(f"{shard.tokens} {checksum.fingerprint}\n".encode())
     largest_token = max(checksum.largest for checksum in checksums)
 
     # meta.json is used only if it describes all shards and one tokenizer made them.
-    entries = shard_entries(files.metadata_of)
     described = [path for path in files.paths if path in entries]
     folders = [files.metadata_of[path.parent] for path in described]
     made_with = {(metadata["tokenizer"], metadata["eot"]) for metadata in folders}
@@ -158,8 +213,8 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         text_bytes = sum(entries[path]["text_bytes"] for path in described)
         bytes_per_token = text_bytes / sum(shard.tokens for shard in shards)
     else:
-        tokenizer_name, eot = _guess_tokenizer(cfg, largest_token)
-        bytes_per_token = None
+        # Which of the tokens separates documents is not guessed.
+        tokenizer_name, eot, bytes_per_token = _configured_tokenizer(cfg, largest_token), -1, None
     return Corpus(
         split=split,
         shards=tuple(shards),
@@ -168,7 +223,13 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
         tokenizer_name=tokenizer_name,
         eot=cfg.eot if cfg.eot >= 0 else eot,
         bytes_per_token=bytes_per_token,
-        note=", ".join(note for note in (files.note, *_text_losses(files.metadata_of)) if note),
+        note=", ".join(
+            [
+                *files.notes,
+                *_text_losses(files.metadata_of),
+                *describe_duplicates(shards, checksums),
+            ]
+        ),
     )
 
 
@@ -181,20 +242,19 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
                 f"data.text must contain a document for {split}; got none with "
                 f"data.val_fraction={cfg.val_fraction}. Set --data.val_fraction=0.05."
             )
-        return _SplitFiles(paths, {folder: metadata}, describe_skipped(metadata["skipped"]))
+        return _SplitFiles(paths, {folder: metadata}, [describe_skipped(metadata["skipped"])])
     paths = find_shards(cfg.shards, split)
     metadata_of = {}
     for folder in {path.parent for path in paths}:
         if metadata := read_metadata(folder):
             metadata_of[folder] = metadata
-    folder = Path(cfg.shards).expanduser()
-    if folder in metadata_of:  # a listed shard that is gone is added, so that it is reported
-        entries = metadata_of[folder]["shards"]
-        listed = {folder / entry["file"] for entry in entries if entry["split"] == split}
+    if Path(cfg.shards).expanduser().is_dir():
+        # A listed shard that is gone is added, so that it is reported.
+        listed = {
+            path for path, entry in shard_entries(metadata_of).items() if entry["split"] == split
+        }
         paths = sorted({*paths, *listed})
-    unused = unused_files(cfg.shards) if split == "train" else []
-    note = f"{len(unused)} file(s) left out by name: {', '.join(unused[:4])}" if unused else ""
-    return _SplitFiles(paths, metadata_of, note)
+    return _SplitFiles(paths, metadata_of, describe_unused(cfg.shards) if split == "train" else [])
 
 
 def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
@@ -210,47 +270,7 @@ def _text_losses(metadata_of: dict[Path, dict]) -> list[str]:
     return notes
 
 
-def _check_shards(
-    files: _SplitFiles, cfg: DataConfig, vocab_size: int
-) -> tuple[list[Shard], list[ShardChecksum]]:
-    """Returns the shards and their checksums; raises one ValueError that lists every bad shard."""
-    problems, shards, entries = [], [], shard_entries(files.metadata_of)
-    for path in files.paths:
-        try:
-            shards.append(probe(path, cfg.shard_format))
-        except ValueError as error:
-            problems.append(str(error))
-    checksums = checksum_shards(shards)
-    for shard, checksum in zip(shards, checksums, strict=True):
-        problem = _find_problem(shard, checksum, vocab_size, entries.get(Path(shard.path), {}))
-        if problem:
-            problems.append(f"{shard.path}: {problem}.")
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(
-            f"{len(problems)} of {len(files.paths)} shards cannot be used:\n  {listed}"
-        )
-    return shards, checksums
-
-
-def _find_problem(shard: Shard, checksum: ShardChecksum, vocab_size: int, entry: dict) -> str:
-    """Returns what is wrong with a shard's tokens, or ""; `entry` is the shard's in meta.json."""
-    if shard.format == "nanogpt" and checksum.odd_zero and checksum.largest:
-        return "expected uint16 tokens; found every second token 0, as in a file of uint32"
-    if checksum.smallest < 0:
-        return f"expected tokens of at least 0; found {checksum.smallest}"
-    declared = entry.get("fingerprint", checksum.fingerprint)
-    if declared != checksum.fingerprint:
-        return f"expected fingerprint {declared} by meta.json; found {checksum.fingerprint}"
-    if checksum.largest >= vocab_size:
-        found = checksum.largest
-        return f"expected tokens below model.V={vocab_size}; found {found}. Set --model.V"
-    return ""
-
-
-def _guess_tokenizer(cfg: DataConfig, largest_token: int) -> tuple[str | None, int]:
-    """Returns data.tokenizer and its eot if that vocabulary holds all tokens, else (None, -1)."""
-    tokenizer = build_tokenizer(cfg.tokenizer)
-    if largest_token >= tokenizer.vocab_size:
-        return None, -1
-    return cfg.tokenizer, tokenizer.eot
+def _configured_tokenizer(cfg: DataConfig, largest_token: int) -> str | None:
+    """Returns data.tokenizer if its vocabulary contains all tokens of the shards, else None."""
+    fits = largest_token < build_tokenizer(cfg.tokenizer).vocab_size
+    return cfg.tokenizer if fits else None

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.config.train_config import DataConfig
-from jaxtrain.data.corpus import Corpus, check_eot
+from jaxtrain.data.corpus import Corpus, check_boundaries
 from jaxtrain.data.sequences import PackedSequences, Sequences, WindowSequences
 from jaxtrain.data.shuffle import permute
 from jaxtrain.distributed.mesh import batch_sharding
@@ -29,6 +29,7 @@ STATE_FLAGS = {
     "seq_len": "data.seq_len",
     "pack": "data.pack",
     "eot": "data.eot",
+    "boundaries": "data.shards",
 }
 
 
@@ -82,12 +83,12 @@ class BatchSource:
 
 
 class BatchPlacer:
-    """Puts this process's sequences on its devices, as global arrays [B,T+1] over the mesh."""
+    """Puts this process's sequences on its devices, as global arrays [B,...] over the mesh."""
 
-    def __init__(self, batch: int, T: int, mesh: Mesh):
-        self._shape = (batch, T + 1)
+    def __init__(self, batch: int, mesh: Mesh):
+        self._batch = batch
         self._sharding = batch_sharding(mesh)
-        indices = self._sharding.addressable_devices_indices_map(self._shape).values()
+        indices = self._sharding.addressable_devices_indices_map((batch, 1)).values()
         ranges = [index[0].indices(batch)[:2] for index in indices if index]
         self.places = np.unique(np.concatenate([np.arange(*span) for span in ranges]))
 
@@ -99,18 +100,23 @@ class BatchPlacer:
 
     def _place(self, array: np.ndarray) -> jax.Array:
         def slice_for_device(index) -> np.ndarray:
-            start, stop = index[0].indices(self._shape[0])[:2]
+            start, stop = index[0].indices(self._batch)[:2]
             first = int(np.searchsorted(self.places, start))
             return array[first : first + stop - start]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, slice_for_device)
+        shape = self._batch, *array.shape[1:]
+        return jax.make_array_from_callback(shape, self._sharding, slice_for_device)
 
 
 class Batches:
-    """Endless iterator of {"tokens": int32[B,T+1], and "docs" with pack or document_mask}."""
+    """Endless iterator of {"tokens": int32 [B,T+1]}.
+
+    With pack or document_mask, a batch also has "docs", int32 [B,T+1], and "weights", float32
+    [B,T]; `sequences.py` describes them.
+    """
 
     def __init__(self, cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int):
-        self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
+        self._placer = BatchPlacer(cfg.batch, mesh)
         sequences = (PackedSequences if cfg.pack else WindowSequences)(corpus, cfg.seq_len)
         if len(sequences) < cfg.batch:
             raise ValueError(
@@ -131,6 +137,7 @@ class Batches:
             "seq_len": cfg.seq_len,
             "pack": cfg.pack,
             "eot": corpus.eot if with_docs else None,
+            "boundaries": corpus.boundaries_fingerprint() if with_docs else None,
         }
         self.step = 0  # batches returned so far, hence the number of the next one
         self.sequences_per_epoch = len(sequences)
@@ -189,12 +196,13 @@ class EvalBatches:
     """All windows of a corpus in order, {"tokens", "docs"} int32[B,T+1]; can be iterated again.
 
     Tokens at the end of a shard that do not fill a window are padded, so that every token but the
-    first of each shard is predicted exactly once. Padding has docs = -1.
+    first of each shard is predicted exactly once. Padding has docs = -1. Targets have no weights:
+    every token counts, so that figures of runs with and without data.pack can be compared.
     """
 
     def __init__(self, cfg: DataConfig, corpus: Corpus, mesh: Mesh):
         if cfg.document_mask:
-            check_eot(corpus)
+            check_boundaries(corpus)
         self._batch = cfg.batch
         self._sequences = WindowSequences(corpus, cfg.seq_len, partial=True)
         if not len(self._sequences):
@@ -202,7 +210,7 @@ class EvalBatches:
                 f"the {corpus.split} corpus must contain at least 2 tokens; got {corpus.tokens}. "
                 "Set --data.val_fraction or --data.shards."
             )
-        self._placer = BatchPlacer(cfg.batch, cfg.seq_len, mesh)
+        self._placer = BatchPlacer(cfg.batch, mesh)
 
     def __len__(self) -> int:
         return -(-len(self._sequences) // self._batch)
@@ -212,6 +220,7 @@ class EvalBatches:
         for step in range(len(self)):
             numbers = step * self._batch + self._placer.places
             batch = self._sequences.read(np.minimum(numbers, last))
+            del batch["weights"]
             past_end = numbers > last  # the last batch is padded to the shape of the others
             batch["tokens"][past_end], batch["docs"][past_end] = 0, -1
             yield self._placer.place(batch)
@@ -222,10 +231,10 @@ def build_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh, seed: int) -> Bat
 
     Raises:
         ValueError: the corpus is smaller than a batch, or data.pack or data.document_mask is set
-            and the token that starts documents is unknown.
+            and it is unknown where documents start.
     """
     if cfg.pack or cfg.document_mask:
-        check_eot(corpus)
+        check_boundaries(corpus)
     return Batches(cfg, corpus, mesh, seed)
 
 
@@ -233,7 +242,7 @@ def build_eval_batches(cfg: DataConfig, corpus: Corpus, mesh: Mesh) -> EvalBatch
     """Returns all windows of the corpus in order, in batches of data.batch sequences.
 
     Raises:
-        ValueError: the corpus is empty, or data.document_mask is set and the token that starts
-            documents is unknown.
+        ValueError: the corpus is empty, or data.document_mask is set and it is unknown where
+            documents start.
     """
     return EvalBatches(cfg, corpus, mesh)

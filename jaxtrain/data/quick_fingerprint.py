@@ -17,7 +17,7 @@ from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.encoding.input_files import list_files
-from jaxtrain.data.shards import find_shards
+from jaxtrain.data.shard_files import find_shards, list_shards
 from jaxtrain.distributed.program import run_main
 
 BLOCK_BYTES, BLOCKS = 1 << 12, 16  # per file: the first, the last, and 14 in between
@@ -32,12 +32,14 @@ def quick_fingerprint(cfg: TrainConfig) -> dict:
         ValueError: there are no files, or the numbers of shards have gaps.
     """
     if cfg.data.shards:
+        names = list_shards(cfg.data.shards)
         paths = find_shards(cfg.data.shards, "train") + find_shards(cfg.data.shards, "val")
-        paths += [index for path in paths if (index := path.with_suffix(".idx")).is_file()]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
             raise ValueError(f"data.shards must be complete; {', '.join(missing[:4])} are missing.")
-        files = [(path, path.name) for path in paths]
+        files = [(path, names[path]) for path in paths]
+        indices = [(p.with_suffix(".idx"), f"{name} index") for p, name in files]
+        files += [(path, name) for path, name in indices if path.is_file()]
     else:
         files = list_files(cfg.data.text, exclude=cfg.workdir)
     digest, total = hashlib.sha256(), 0

@@ -1,6 +1,12 @@
 """Cuts a corpus into sequences of T+1 tokens: consecutive windows, or packed documents.
 
 The input of a training step is the first T tokens of a sequence, the targets are the last T.
+
+Which targets are trained, if document ids are read: each token inside a document follows from the
+tokens before it, so it has weight 1. The first token of a document is a target only if an
+end-of-text token separates it from the document before, that is if it is this token (the target
+then says that the document has ended) or comes after it. It has weight 0 if the two documents are
+not separated, and if one of them was cut there: nothing in the text implies such a target.
 """
 
 from typing import Protocol
@@ -44,13 +50,18 @@ class WindowSequences:
         return int(self._ends[-1])
 
     def read(self, numbers: np.ndarray, with_docs: bool = True) -> dict[str, np.ndarray]:
-        """Returns "tokens" and "docs", int32 [sequences, T+1], for sequence numbers [sequences].
+        """Returns "tokens" and "docs", int32 [N,T+1], and "weights", float32 [N,T].
 
         `docs` numbers the documents inside each sequence from 0, and is -1 where a partial window
-        is padded.
+        is padded. `weights` are those of the targets.
+
+        Args:
+            numbers: of the sequences, [N].
+            with_docs: without it, only the tokens are returned.
         """
         T = self._T
         tokens = np.zeros((len(numbers), T + 1), np.int32)
+        starts = np.zeros((len(numbers), T + 1), bool)
         lengths = np.full((len(numbers), 1), T + 1)
         shards = np.searchsorted(self._ends, numbers, side="right")
         for i, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
@@ -58,15 +69,16 @@ class WindowSequences:
             window = self._corpus.read(shard, start, start + T + 1)
             tokens[i, : len(window)] = window
             lengths[i] = len(window)
+            if with_docs:
+                # The first document is number 0 whether or not it starts at the first token.
+                end = start + len(window)
+                starts[i, self._corpus.starts_between(shard, start + 1, end) - start] = True
         if not with_docs:
             return {"tokens": tokens}
-        # The first document is number 0 whether or not it starts at the first token. An unknown
-        # eot is -1, which no token equals: all tokens then belong to document 0.
-        starts = tokens[:, 1:] == self._corpus.eot
-        docs = np.zeros_like(tokens)
-        np.cumsum(starts, axis=1, out=docs[:, 1:])
+        docs = np.cumsum(starts, axis=1, dtype=np.int32)
         docs[np.arange(T + 1) >= lengths] = -1
-        return {"tokens": tokens, "docs": docs}
+        weights = _target_weights(tokens, docs, self._corpus.eot)
+        return {"tokens": tokens, "docs": docs, "weights": weights}
 
 
 class PackedSequences:
@@ -80,22 +92,48 @@ class PackedSequences:
         return self._packing.rows
 
     def read(self, numbers: np.ndarray, with_docs: bool = True) -> dict[str, np.ndarray]:
-        """Returns "tokens" and "docs", int32 [sequences, T+1], for sequence numbers [sequences].
+        """Returns "tokens" and "docs", int32 [N,T+1], and "weights", float32 [N,T].
 
         `docs` numbers the pieces of documents inside each sequence from 0. Padding is -1 in `docs`
-        and eot in `tokens`.
+        and eot in `tokens`. `weights` are those of the targets.
+
+        Args:
+            numbers: of the sequences, [N].
         """
         assert with_docs, "without docs, padding cannot be masked and would be trained on"
-        tokens = np.full((len(numbers), self._T + 1), self._corpus.eot, np.int32)
-        docs = np.full((len(numbers), self._T + 1), -1, np.int32)
-        shard, start, length, first = self._packing
+        corpus, T1 = self._corpus, self._T + 1
+        tokens = np.full((len(numbers), T1), max(corpus.eot, 0), np.int32)
+        docs = np.full((len(numbers), T1), -1, np.int32)
+        is_cut = np.zeros((len(numbers), T1), bool)
+        pieces = self._packing
         for i, number in enumerate(numbers.tolist()):
-            filled = 0
-            for doc, piece in enumerate(range(first[number], first[number + 1])):
-                begin, size = int(start[piece]), int(length[piece])
-                tokens[i, filled : filled + size] = self._corpus.read(
-                    int(shard[piece]), begin, begin + size
-                )
+            filled, ended = 0, True  # whether the piece before is the end of a document
+            for doc, j in enumerate(range(pieces.first[number], pieces.first[number + 1])):
+                shard, start, size = int(pieces.shard[j]), int(pieces.start[j]), pieces.length[j]
+                end = start + int(size)
+                tokens[i, filled : filled + size] = corpus.read(shard, start, end)
                 docs[i, filled : filled + size] = doc
+                is_cut[i, filled] = not (ended and corpus.is_between_documents(shard, start))
+                ended = corpus.is_between_documents(shard, end)
                 filled += size
-        return {"tokens": tokens, "docs": docs}
+        weights = _target_weights(tokens, docs, corpus.eot, is_cut)
+        return {"tokens": tokens, "docs": docs, "weights": weights}
+
+
+def _target_weights(
+    tokens: np.ndarray, docs: np.ndarray, eot: int, is_cut: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the weight of each target, 0 or 1, float32 [N,T]; see the top of this file.
+
+    Args:
+        tokens: int32 [N,T+1].
+        docs: int32 [N,T+1], -1 for padding.
+        eot: the token that separates documents; -1: unknown, which no token equals.
+        is_cut: bool [N,T+1]: whether a document was cut before this token.
+    """
+    is_eot = tokens == eot
+    separated = is_eot[:, 1:] | is_eot[:, :-1]
+    if is_cut is not None:
+        separated &= ~is_cut[:, 1:]
+    is_target = (docs[:, 1:] == docs[:, :-1]) | separated
+    return (is_target & (docs[:, 1:] >= 0)).astype(np.float32)

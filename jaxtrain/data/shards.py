@@ -1,22 +1,24 @@
-"""Finds token shards on disk, recognises their format and checks it against the file's size.
+"""Recognises the format of a token shard and checks it against the file's size.
 
     llmc      256 int32 of header (magic, version, tokens), then uint16 or uint32 tokens
     nanogpt   uint16 tokens, no header
-    megatron  NAME.idx (dtype, sequence lengths, byte pointers) next to NAME.bin (tokens)
+    megatron  NAME.idx (dtype, sequence lengths, byte pointers, documents) next to NAME.bin (tokens)
 
 Source: https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py,
 https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py,
 https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py
 """
 
-import glob
-import re
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
+
+from jaxtrain.data.encoding.formats import printable_path
 
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
@@ -32,9 +34,6 @@ OTHER_FILES = {
     b"\x93NUMPY": "a NumPy .npy file",
     b"PK\x03\x04": "a zip archive",
 }
-VAL_NAME = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
-NUMBERED_NAME = re.compile(r"_(train|val)_[0-9]{6}\.(bin|idx)$")  # of `encode` and llm.c
-OTHER_NAME = re.compile(r"(^|[^a-z])(test|dev|eval(uation)?)([^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,95 +51,59 @@ class Shard:
         shape = (self.tokens,)
         return np.memmap(self.path, self.dtype, "r", self.offset, shape).view(np.ndarray)
 
+    def document_starts(self) -> np.ndarray | None:
+        """Returns the first token of each document by Megatron's index, int64 [documents].
+
+        Returns None for other formats, and if the index does not divide all of its sequences into
+        documents, as that of a converter which leaves the documents out. Empty documents are left
+        out.
+        """
+        if self.format != "megatron":
+            return None
+        index = _read_megatron_index(Path(self.path).with_suffix(".idx"))
+        if [*index.documents[:1], *index.documents[-1:]] != [0, len(index.lengths)]:
+            return None
+        ends = np.cumsum(index.lengths)
+        starts = np.unique(np.append(0, ends)[index.documents])
+        return starts[starts < self.tokens]
+
 
 def _refuse(path: Path, expected: str, found: str) -> NoReturn:
-    raise ValueError(f"{path}: expected {expected}; found {found}.")
-
-
-def split_of(name: str) -> str:
-    """Returns the split that a file's name stands for: train, val, or other (such as test)."""
-    if numbered := NUMBERED_NAME.search(name):  # "test_train_000000.bin" is train
-        return numbered[1]
-    other = OTHER_NAME.search(name) and "train" not in name.lower()
-    return "val" if VAL_NAME.search(name) else "other" if other else "train"
-
-
-def find_shards(pattern: str, split: str) -> list[Path]:
-    """Returns the sorted shard files of a split (see split_of) in a folder, a file or a glob.
-
-    If a folder's numbered files have gaps, the list includes the missing files, so that probe()
-    reports them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    paths = _all_shards(pattern)
-    chosen = [path for path in paths if split_of(path.name) == split]
-    if not chosen:
-        hint, fix = "not named with 'val', 'test', ...", "Set --data.shards."
-        if split == "val":
-            hint = "named with 'val'"
-            fix = "Set --data.shards, or encode the text again with --val_fraction=0.01."
-        raise ValueError(
-            f"data.shards must contain a {split} shard, a file {hint}; got {pattern!r} with only "
-            f"{', '.join(path.name for path in paths[:4])}. {fix}"
-        )
-    return chosen
-
-
-def unused_files(pattern: str) -> list[str]:
-    """Returns the names of the files that belong to neither train nor val."""
-    return [path.name for path in _all_shards(pattern) if split_of(path.name) == "other"]
-
-
-def _all_shards(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        found = [*path.glob("[!.]*.bin"), *path.glob("[!.]*.idx")]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        found = [p for p in found if p.is_file() and p.suffix in (".bin", ".idx")]
-    found = sorted({p.with_suffix(".bin") if p.suffix == ".idx" else p for p in found})
-    if not found:
-        raise ValueError(
-            f"data.shards must name token shards (*.bin): a folder, a file or a glob; got "
-            f"{pattern!r}, where there is none. Set --data.shards."
-        )
-    return sorted([*found, *_missing_files(found)]) if path.is_dir() else found
-
-
-def _missing_files(paths: list[Path]) -> list[Path]:
-    """Returns the gaps in series of files like NAME_000000.bin, NAME_000001.bin, ..."""
-    series: dict[tuple[Path, str, int], set[int]] = {}
-    for path in paths:
-        if match := re.fullmatch(r"(.*[^0-9])([0-9]{5,6})", path.stem):
-            series.setdefault((path.parent, match[1], len(match[2])), set()).add(int(match[2]))
-    return [
-        folder / f"{stem}{number:0{digits}d}.bin"
-        for (folder, stem, digits), present in series.items()
-        for number in range(min(present), max(present))
-        if number not in present
-    ]
+    raise ValueError(f"{printable_path(path)}: expected {expected}; found {found}.")
 
 
 def probe(path: Path, shard_format: str = "auto") -> Shard:
     """Returns a shard after checking what its header declares against the file's size.
 
     Raises:
-        ValueError: the file is missing, empty, truncated or no token shard, or has another dtype;
-            the message names the file, what was expected and what was found.
+        ValueError: the file is missing, unreadable, empty, truncated or no token shard, or has
+            another dtype; the message names the file, what was expected and what was found.
     """
     path = Path(path)
-    if not path.is_file():
-        reason = "its .idx, a gap in the file numbers or meta.json implies it"
-        _refuse(path, f"a token shard ({reason})", "no such file")
+    _check_readable(path, "a token shard", "its .idx, a gap in the file numbers or meta.json")
     if not path.stat().st_size:
         _refuse(path, "a token shard", "an empty file, 0 bytes")
     if shard_format == "auto":
         shard_format = _detect(path)
     return PROBES[shard_format](path, path.stat().st_size)
+
+
+def _check_readable(path: Path, expected: str, implied_by: str) -> None:
+    """Raises ValueError unless a path is a file that can be read."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            _refuse(path, expected, "a folder")
+        if not stat.S_ISREG(mode):
+            _refuse(path, expected, "a pipe, a socket or a device")
+        _head(path, 1)
+    except FileNotFoundError:
+        if path.is_symlink():
+            target = printable_path(os.readlink(path))
+            _refuse(path, expected, f"a link to {target}, which does not exist")
+        _refuse(path, f"{expected} ({implied_by} implies it)", "no such file")
+    except OSError as error:
+        _refuse(path, expected, f"a file that cannot be read: {error.strerror}")
 
 
 def _head(path: Path, size: int = 16) -> bytes:
@@ -153,7 +116,7 @@ def _magic(path: Path) -> int:
 
 
 def _detect(path: Path) -> str:
-    if path.with_suffix(".idx").exists():
+    if os.path.lexists(path.with_suffix(".idx")):
         return "megatron"
     if _magic(path) in LLMC_FORMS:
         return "llmc"
@@ -209,16 +172,21 @@ def _probe_nanogpt(path: Path, size: int) -> Shard:
     return Shard(str(path), "nanogpt", "<u2", 0, size // 2)
 
 
-def _probe_megatron(path: Path, size: int) -> Shard:
-    index = path.with_suffix(".idx")
-    if not index.is_file():
-        _refuse(index, "the index of its .bin", "no such file")
-    index_size = index.stat().st_size
-    head = _head(index, 34)
+class _MegatronIndex(NamedTuple):
+    """The content of a .idx file. A document is one or more sequences."""
+
+    dtype: str
+    lengths: np.ndarray  # [sequences] int64, in tokens
+    pointers: np.ndarray  # [sequences] int64: the first byte of each sequence
+    documents: np.ndarray  # [documents + 1] int64: first sequence of each, then their number
+
+
+def _read_megatron_index(index: Path) -> _MegatronIndex:
+    size, head = index.stat().st_size, _head(index, 34)
     if head[:9] != MEGATRON_MAGIC:
         _refuse(index, f"magic {MEGATRON_MAGIC!r}", f"{head[:9]!r}")
     if len(head) < 34:
-        _refuse(index, "a header of 34 bytes", f"a file of {index_size} bytes (truncated)")
+        _refuse(index, "a header of 34 bytes", f"a file of {size} bytes (truncated)")
     version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
     if version != 1:
         _refuse(index, "version 1", f"version {version}")
@@ -226,13 +194,26 @@ def _probe_megatron(path: Path, size: int) -> Shard:
     if np.dtype(dtype or "f4").kind == "f":
         _refuse(index, "a dtype code of integers (1-5 or 8)", f"code {code}")
     expected = 34 + sequences * 12 + documents * 8
-    if index_size not in (expected, expected + sequences):  # multimodal: +1 byte per sequence
-        found = f"{index_size} bytes"
-        _refuse(index, f"{expected} bytes ({sequences} sequences, {documents} documents)", found)
+    if size not in (expected, expected + sequences):  # multimodal: +1 byte per sequence
+        _refuse(
+            index,
+            f"{expected} bytes ({sequences} sequences, {documents} documents)",
+            f"{size} bytes",
+        )
     if not sequences:
         _refuse(index, "at least 1 sequence", "0")
-    lengths = np.memmap(index, "<i4", "r", 34, (sequences,)).astype(np.int64)
-    pointers = np.memmap(index, "<i8", "r", 34 + sequences * 4, (sequences,))
+    body = np.memmap(index, "u1", "r", 34).view(np.ndarray)
+    at = np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
+    lengths, pointers, documents = (
+        body[at[i] : at[i + 1]].view(form) for i, form in enumerate(("<i4", "<i8", "<i8"))
+    )
+    return _MegatronIndex(dtype, lengths.astype(np.int64), pointers, documents)
+
+
+def _probe_megatron(path: Path, size: int) -> Shard:
+    index = path.with_suffix(".idx")
+    _check_readable(index, "the index of its .bin", "--data.shard_format=megatron")
+    dtype, lengths, pointers, documents = _read_megatron_index(index)
     width = np.dtype(dtype).itemsize
     ends = np.cumsum(lengths) * width
     if lengths.min() < 0 or pointers[0] != 0 or (pointers[1:] != ends[:-1]).any():
@@ -240,6 +221,13 @@ def _probe_megatron(path: Path, size: int) -> Shard:
     if ends[-1] != size:
         tokens = f"{ends[-1] // width} {np.dtype(dtype).name} tokens by its index"
         _refuse(path, f"{ends[-1]} bytes ({tokens})", f"{size} bytes")
+    borders = [0, *documents[:1], *documents[-1:], len(lengths)]
+    if documents.size and (borders != sorted(borders) or (np.diff(documents) < 0).any()):
+        _refuse(
+            index,
+            f"documents that begin at ascending sequences from 0 to {len(lengths)}",
+            f"sequences {', '.join(map(str, documents[:6].tolist()))}, ...",
+        )
     return Shard(str(path), "megatron", dtype, 0, size // width)
 
 

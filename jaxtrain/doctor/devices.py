@@ -27,7 +27,7 @@ def find_devices() -> dict[str, Any]:
 
     from jaxtrain import WANTS_GPU
     from jaxtrain.distributed import memory
-    from jaxtrain.ops.routes import cpu_multiplies_bf16
+    from jaxtrain.ops.devices import cpu_multiplies_bf16
 
     os.environ.update(memory.environment())
     # JAX must not preallocate memory, because another program may be training on the GPU.

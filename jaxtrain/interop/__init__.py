@@ -1,4 +1,4 @@
-"""Imports and exports weights: Hugging Face folders of Llama, Qwen3 and GPT-2, and llm.c files."""
+"""Imports and exports weights: Hugging Face folders and llm.c files."""
 
 
 class InteropError(ValueError):

@@ -8,32 +8,35 @@ from absl import app, flags
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.distributed.program import exit_refused
 from jaxtrain.errors import CheckpointError
+from jaxtrain.interop.families import FAMILIES
 from jaxtrain.interop.hf import DTYPES
 from jaxtrain.interop.import_export import export_weights, import_weights
 from jaxtrain.reporting.terminal import set_up_logging
 from pallas_kernels.arguments import Parser
 
-ABOUT = """\
-All tensors that are missing, unexpected or mis-shaped are listed before anything is written. To
-train from weights directly, add --weights=HF_DIR to a training command for the same model."""
 IMPORT_HELP = f"""\
-Creates a run at step 0 from a Hugging Face folder (GPT-2, Llama or Qwen3: config.json, and
-model.safetensors or its indexed parts), or from an llm.c GPT-2 file (.bin, version 3 or 5).
+Creates a run at step 0 from a Hugging Face folder (config.json, and model.safetensors or its
+indexed parts), an llm.c GPT-2 file (.bin, version 3 or 5) or a nanochat checkpoint (model_STEP.pt
+with meta_STEP.json, in the architecture of October 2025). Families that are read:
+{", ".join(FAMILIES)}.
 
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported
     jaxtrain import --from=runs/quickstart_hf --run=runs/imported_docs --text=docs --tokenizer=bytes
     jaxtrain evaluate --run=runs/imported
 
-{ABOUT}
+Before anything is written, all tensors are listed that are missing, unexpected, mis-shaped or not
+finite, and all fields of config.json that jaxtrain does not compute. To train from weights
+directly, add --weights=HF_DIR to a training command for the same model.
 """
-EXPORT_HELP = f"""\
+EXPORT_HELP = """\
 Writes the weights that evaluation uses as a Hugging Face folder or an llm.c file.
 
     jaxtrain export --run=runs/quickstart --to=runs/quickstart_hf
     jaxtrain export --run=runs/quickstart --to=runs/quickstart_bf16 --dtype=bfloat16
     jaxtrain export --run=runs/gpt_124m --to=runs/gpt_124m.bin
 
-An export is read back, and its logits are compared with the run's. {ABOUT}
+Rows that only pad the vocabulary are removed. An export is read back, and its logits are compared
+with the run's.
 """
 HELP = """\
 Imports weights from Hugging Face and llm.c, and exports them.
@@ -60,7 +63,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     help = "creates a run from a Hugging Face folder"
     add = commands.add_parser("import", help=help, doc=doc(IMPORT_HELP)).add_argument
-    add("--from", dest="source", required=True, help="Hugging Face folder, or llm.c file")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        help="Hugging Face folder, llm.c file or nanochat folder",
+    )
     add("--run", required=True, help="new folder for the run")
     add("--text", default="", help="text to evaluate on; default: Python's standard library")
     add("--shards", default="", help="token shards to evaluate on instead")

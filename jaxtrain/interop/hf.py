@@ -1,26 +1,24 @@
 """Reads and writes Hugging Face folders: config.json with model.safetensors, or indexed parts.
 
-A path to a file is read as an llm.c file; a new path that ends in .bin is written as one.
+A path to a file is read as an llm.c file; a new path that ends in .bin is written as one. A file
+model_STEP.pt, or a folder of them without config.json, is read as a checkpoint of nanochat.
 
 All tensors are checked before any is loaded: those that are missing, unexpected or of another shape
 are listed in one error. Writing goes to a hidden folder that is renamed when it is complete.
 """
 
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.files import atomic_path, strict_json, write_atomic
-from jaxtrain.interop import InteropError
+from jaxtrain.interop import InteropError, nanochat
 from jaxtrain.interop.families import (
     FAMILIES,
     Family,
@@ -30,13 +28,13 @@ from jaxtrain.interop.families import (
 )
 from jaxtrain.interop.families.family import read_model, write_config
 from jaxtrain.interop.hf_files import (
-    INDEX,
-    WHOLE,
     SafetensorsFolder,
     join_faults,
     read_json_object,
+    write_parts,
 )
 from jaxtrain.interop.llmc import LlmcFile, write_llmc
+from jaxtrain.interop.nanochat import NanochatCheckpoint, find_checkpoint
 
 PART_BYTES = 5 * 10**9  # per file, as transformers splits them
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
@@ -45,11 +43,13 @@ NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """Returns the model that a folder's config.json or an llm.c file's header describes.
+    """Returns the model that config.json, an llm.c file or a nanochat checkpoint describes.
 
     Raises:
         InteropError: the file is missing, or describes what our transformer does not compute.
     """
+    if path := find_checkpoint(folder):
+        return NanochatCheckpoint(path).config
     if Path(folder).is_file():
         return LlmcFile(folder).config
     path = Path(folder) / "config.json"
@@ -112,15 +112,27 @@ def _parameters(
     return parameters
 
 
+def _count_faults(x: np.ndarray, dtype: Any) -> str:
+    """Returns how many values are NaN or infinite in `dtype`; empty if none is."""
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype, copy=False)
+    if np.isfinite(x.min()) and np.isfinite(x.max()):  # NaN is the minimum of what contains it
+        return ""
+    nans, infinite = np.isnan(x).sum(), np.isinf(x).sum()
+    return f"{nans:,} NaN and {infinite:,} infinite of {x.size:,} values in {np.dtype(dtype).name}"
+
+
 def _locate_tensors(
-    stored: SafetensorsFolder | LlmcFile,
+    stored: SafetensorsFolder | LlmcFile | NanochatCheckpoint,
     parameters: list[_Parameter],
     family: Family,
     tied_to: str | None,
+    dtype: Any,
 ) -> dict[str, str]:
-    """Checks every tensor; returns {Hugging Face name: name in these files}.
+    """Checks every tensor and its values; returns {Hugging Face name: name in these files}.
 
     Args:
+        dtype: that the values must not overflow.
         tied_to: the embedding that the model's head shares; None if the head is its own.
 
     Raises:
@@ -132,7 +144,7 @@ def _locate_tensors(
     faults, names = [], {}
     for parameter in parameters:
         for hf_name in parameter.hf_names:
-            name = names[hf_name] = stored_name(hf_name)
+            name = stored_name(hf_name)
             expected, actual = parameter.hf_shape, stored.shapes.get(name)
             if actual is None:
                 faults.append(f"{name} is missing")
@@ -140,6 +152,9 @@ def _locate_tensors(
                 faults.append(f"{name} is {list(actual)}, must be {list(expected)}")
             elif stored.dtypes[name] not in READABLE:
                 faults.append(f"{name} has the type {stored.dtypes[name]}")
+            elif hf_name not in names and (counts := _count_faults(stored.read(name), dtype)):
+                faults.append(f"{name} has {counts}")
+            names[hf_name] = name
     unused = stored.shapes.keys() - set(names.values())
     if tied_to and "lm_head.weight" in unused:  # some files repeat the embedding as the head
         unused.remove("lm_head.weight")
@@ -148,23 +163,28 @@ def _locate_tensors(
     unused = [name for name in sorted(unused) if not name.endswith(family.buffers)]
     faults += [f"{name} is unexpected" for name in unused]
     if faults:
-        raise InteropError(f"weights must be those of config.json; {join_faults(faults)}.")
+        raise InteropError(
+            f"weights must be finite, and those of the config; {join_faults(faults)}."
+        )
     return names
 
 
 def read_weights(
     folder: Path | str, cfg: ModelConfig, axes: dict[str, Axes], shapes: dict[str, Any]
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Checks all tensors of a folder or llm.c file; returns {our name: function that reads it}.
+    """Checks all tensors of a folder or file; returns {our name: function that reads it}.
 
     Args:
         cfg: the model that the weights are for; the folder must contain that model.
         axes, shapes: {our name: Axes} and {our name: ShapeDtypeStruct} of it.
 
     Raises:
-        InteropError: tensors are missing, unexpected or of another shape, or a file is truncated.
+        InteropError: tensors are missing, unexpected, of another shape or not finite, or a file is
+            truncated.
     """
-    if Path(folder).is_file():
+    if path := find_checkpoint(folder):
+        family, stored = nanochat.FAMILY, NanochatCheckpoint(path)
+    elif Path(folder).is_file():
         family, stored = FAMILIES["gpt2"], LlmcFile(folder)
     else:
         family = family_of_config(read_json_object(Path(folder) / "config.json"))
@@ -172,15 +192,17 @@ def read_weights(
     parameters = _parameters(family, cfg, axes, shapes)
     mappings = family.tensors(cfg)
     tied_to = next(t.hf_name for t in mappings if t.name == "embed") if cfg.tied else None
-    names = _locate_tensors(stored, parameters, family, tied_to)
+    dtype = shapes["embed"].dtype  # of all parameters
+    names = _locate_tensors(stored, parameters, family, tied_to, dtype)
 
-    def build_reader(parameter, dtype):
+    def build_reader(parameter):
         part, parts = parameter.tensor.part
 
         def read_layer(hf_name):
             x = stored.read(names[hf_name])
             x = x.T if parameter.tensor.transposed else x
-            return np.split(x, parts, axis=-1)[part] if parts > 1 else x
+            x = np.split(x, parts, axis=-1)[part] if parts > 1 else x
+            return parameter.tensor.from_stored(x)
 
         def read_parameter():
             layers = np.stack([read_layer(hf_name) for hf_name in parameter.hf_names])
@@ -188,7 +210,7 @@ def read_weights(
 
         return read_parameter
 
-    return {p.tensor.name: build_reader(p, shapes[p.tensor.name].dtype) for p in parameters}
+    return {p.tensor.name: build_reader(p) for p in parameters}
 
 
 def hf_tensors(
@@ -208,7 +230,7 @@ def hf_tensors(
             for member in members:
                 x = np.asarray(params[member.tensor.name])
                 x = x[i] if member.is_stacked else x
-                parts.append(x.reshape(member.part_shape))
+                parts.append(member.tensor.to_stored(x.reshape(member.part_shape)))
             x = np.concatenate(parts, axis=-1)
             x = x.T if members[0].tensor.transposed else x
             yield name, np.ascontiguousarray(x).astype(dtype)
@@ -252,47 +274,6 @@ def write_folder(
         config = write_config(family, cfg) | {"dtype": dtype, "torch_dtype": dtype}
         config |= NO_TOKENS | (special or {})
         write_atomic(hidden / "config.json", strict_json(config, indent=2) + "\n")
-        _write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
+        write_parts(hidden, hf_tensors(family, cfg, axes, params, DTYPES[dtype]), part_bytes)
         if verify:
             verify(hidden)
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # written in Rust: a full disk is not an OSError
-        size = sum(x.nbytes for x in tensors.values())
-        raise InteropError(
-            f"{path.parent.parent} must have space for {size:,} bytes; got {error}. Set --to."
-        ) from None
-    shutil.copymode(path.parent / "config.json", path)  # safetensors makes it private to its owner
-
-
-def _write_parts(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], part_bytes: int) -> None:
-    """Writes one file, or files of at most part_bytes each and their index.
-
-    The number of files is part of their names, and known only at the end.
-    """
-    names_of_parts, part, part_size, total = [], {}, 0, 0
-
-    def save_part():
-        names_of_parts.append(list(part))
-        _save(part, folder / f"part{len(names_of_parts)}")
-
-    for name, x in tensors:
-        if part and part_size + x.nbytes > part_bytes:
-            save_part()
-            part, part_size = {}, 0
-        part[name] = x
-        part_size, total = part_size + x.nbytes, total + x.nbytes
-    save_part()
-    if len(names_of_parts) == 1:
-        (folder / "part1").rename(folder / WHOLE)
-        return
-    file_of = {}
-    for i, names in enumerate(names_of_parts, 1):
-        file = f"model-{i:05}-of-{len(names_of_parts):05}.safetensors"
-        (folder / f"part{i}").rename(folder / file)
-        file_of |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    write_atomic(folder / INDEX, strict_json(index, indent=2) + "\n")

@@ -1,15 +1,23 @@
-"""Reads the files of a Hugging Face folder: JSON objects and safetensors."""
+"""Reads and writes the files of a Hugging Face folder: JSON objects and safetensors."""
 
 import json
+import shlex
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from jaxtrain.config.shell_commands import python_program
+from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.interop import InteropError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pth", ".pt")  # files that torch.save wrote
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt")
 MAX_FAULTS = 20  # listed in a message
 
 
@@ -74,6 +82,7 @@ class SafetensorsFolder:
         except FileNotFoundError:
             raise InteropError(
                 f"weights must be in {WHOLE}, or in parts that {INDEX} lists; got no {path}."
+                + _conversion(path.parent)
             ) from None
         except SafetensorError as error:  # truncated, or not safetensors
             raise InteropError(
@@ -86,6 +95,23 @@ class SafetensorsFolder:
         return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
+def _conversion(folder: Path) -> str:
+    """Returns how to convert the PyTorch files of a folder to safetensors; empty without any."""
+    files = sorted(
+        path for path in folder.glob("*") if path.suffix in PICKLED and path.name not in NO_WEIGHTS
+    )
+    if not files:
+        return ""
+    code = (
+        "import torch; from safetensors.torch import save_file; w = {}; "
+        f"[w.update(torch.load(f, 'cpu', weights_only=True)) for f in {list(map(str, files))}]; "
+        "save_file({k: x.detach().clone().contiguous() for k, x in w.items()}, "
+        f"{str(folder / WHOLE)!r}, {{'format': 'pt'}})"
+    )
+    names = ", ".join(path.name for path in files)
+    return f" Convert {names}: {python_program()} -c {shlex.quote(code)}"
+
+
 def _is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
 
@@ -94,3 +120,49 @@ def join_faults(faults: list[str]) -> str:
     """Joins the first faults for an error message."""
     more = len(faults) - MAX_FAULTS
     return "; ".join(faults[:MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file with the permissions of the config.json beside it.
+
+    Raises:
+        InteropError: the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # written in Rust: a full disk is not an OSError
+        size = sum(x.nbytes for x in tensors.values())
+        raise InteropError(
+            f"{path.parent.parent} must have space for {size:,} bytes; got {error}. Set --to."
+        ) from None
+    shutil.copymode(path.parent / "config.json", path)  # safetensors makes it private to its owner
+
+
+def write_parts(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], part_bytes: int) -> None:
+    """Writes one file, or files of at most part_bytes each and their index.
+
+    The number of files is part of their names, and known only at the end.
+    """
+    names_of_parts, part, part_size, total = [], {}, 0, 0
+
+    def save_part():
+        names_of_parts.append(list(part))
+        save_tensors(part, folder / f"part{len(names_of_parts)}")
+
+    for name, x in tensors:
+        if part and part_size + x.nbytes > part_bytes:
+            save_part()
+            part, part_size = {}, 0
+        part[name] = x
+        part_size, total = part_size + x.nbytes, total + x.nbytes
+    save_part()
+    if len(names_of_parts) == 1:
+        (folder / "part1").rename(folder / WHOLE)
+        return
+    file_of = {}
+    for i, names in enumerate(names_of_parts, 1):
+        file = f"model-{i:05}-of-{len(names_of_parts):05}.safetensors"
+        (folder / f"part{i}").rename(folder / file)
+        file_of |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    write_atomic(folder / INDEX, strict_json(index, indent=2) + "\n")

@@ -29,6 +29,7 @@ from jaxtrain.interop.hf_tokenizer import (
 )
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
+from jaxtrain.interop.vocabulary import choose_rows, cut_vocabulary
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
 from jaxtrain.run_directory.contents import read_config_json
@@ -47,7 +48,7 @@ def import_weights(
     shards: str = "",
     tokenizer: str = "",
 ) -> None:
-    """Creates a run at step 0 from a Hugging Face folder or an llm.c file.
+    """Creates a run at step 0 from a Hugging Face folder, an llm.c file or a nanochat checkpoint.
 
     Args:
         text, shards: held-out data, as data.text and data.shards.
@@ -59,7 +60,8 @@ def import_weights(
     folder, out = Path(source), Path(workdir)
     if not folder.exists():
         raise InteropError(
-            f"--from must be a Hugging Face folder or an llm.c file; {folder} does not exist."
+            "--from must be a folder of Hugging Face or nanochat, or an llm.c file; "
+            f"{folder} does not exist."
         )
     if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
         reason = "is not empty" if out.is_dir() else "is a file"
@@ -159,6 +161,7 @@ def export_weights(
         to: must not exist; a name that ends in .bin is an llm.c file.
         step: checkpoint to export; None takes the newest good one.
         tokenizer: as data.tokenizer; empty takes the run's, "none" writes no tokenizer files.
+            Rows of the vocabulary that only pad it are removed.
 
     Raises:
         InteropError: no family computes the model, or the export computes something else.
@@ -172,7 +175,7 @@ def export_weights(
     to = Path(to)
     if to.exists():
         raise InteropError(f"an export must go to a new path; {to} exists. Set --to.")
-    run_tokenizer = None if to.suffix == ".bin" else _build_run_tokenizer(workdir, tokenizer)
+    run_tokenizer = _build_run_tokenizer(workdir, tokenizer)
     run, state = restore_run(workdir, step)
     params, data = eval_params(state.opt_state, state.params), run.cfg.data
     cfg = run.cfg.model
@@ -182,8 +185,10 @@ def export_weights(
     # imported weights may declare another length.
     if cfg.position == "rope" and not run.cfg.weights:
         cfg = dataclasses.replace(cfg, positions=data.seq_len)
-    axes, named = named_leaves(run.model.axes), named_leaves(params)
     special, checks = special_tokens(run_tokenizer, data.eot, _source_folders(run.cfg)), []
+    rows, vocabulary = choose_rows(run_tokenizer, special, cfg.V, bool(run.cfg.weights))
+    cfg, axes = dataclasses.replace(cfg, V=rows), named_leaves(run.model.axes)
+    named = cut_vocabulary(axes, named_leaves(params), rows)
 
     def write_tokenizer_and_verify(hidden):
         if hidden.is_dir():
@@ -201,7 +206,7 @@ def export_weights(
         read_json_object(to / "config.json")["architectures"][0] if to.is_dir() else "llm.c's GPT-2"
     )
     print(f"step {int(state.step)} of {workdir} is exported to {to}: {kind}, {dtype}")
-    print("\n".join(checks))
+    print("\n".join([*checks, vocabulary]))
     if to.is_dir():
         ready = checks[-1].startswith("checked")
         title = "next" if ready else "next, with transformers"

@@ -20,6 +20,7 @@ MAGIC = 20240326
 HEADER = 256  # int32 numbers
 VERSIONS = {3: np.dtype(np.float32), 5: np.dtype(jnp.bfloat16)}
 PADDED_TO = 128
+TORCH_SAVE = (b"PK", b"\x80\x02")  # a zip archive; a pickle, before torch 1.6
 EPS = 1e-5  # of the layer norms
 # Hugging Face's name -> dims: T positions, C width, P the padded vocabulary, A = 3C, F = 4C.
 LAYOUT = {
@@ -66,7 +67,11 @@ class LlmcFile:
     def __init__(self, path: Path | str):
         head = np.fromfile(path, "<i4", HEADER)
         if len(head) < HEADER or head[0] != MAGIC:
-            raise InteropError(f"an llm.c model must start with {MAGIC}; got {head[:1]} in {path}.")
+            is_pickled = head[:1].tobytes().startswith(TORCH_SAVE)
+            advice = " torch.save wrote it: set --from to its folder." if is_pickled else ""
+            raise InteropError(
+                f"an llm.c model must start with {MAGIC}; got {head[:1]} in {path}.{advice}"
+            )
         if head[1] not in VERSIONS:
             raise InteropError(
                 f"an llm.c model must be of version 3 (float32) or 5 (bfloat16); got {head[1]} in "

@@ -18,6 +18,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.interop import InteropError
+from jaxtrain.interop.families import family_of_model
 from jaxtrain.interop.hf import DTYPES, read_config, read_weights
 from jaxtrain.interop.hf_files import read_json_object
 from jaxtrain.interop.hf_tokenizer import FILE, SAMPLES
@@ -98,7 +99,11 @@ def check_reading(
         InteropError: what was read back differs from what was exported.
     """
     check_model(cfg, source)
-    exported = {name: _rounded(x, dtype).astype(x.dtype) for name, x in params.items()}
+    exported = {}
+    for tensor in family_of_model(cfg).tensors(cfg):
+        x = np.asarray(params[tensor.name])
+        stored = _rounded(tensor.to_stored(x), dtype)
+        exported[tensor.name] = tensor.from_stored(stored.astype(x.dtype))
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in exported.items()}
     read = {name: load() for name, load in read_weights(source, cfg, axes, shapes).items()}
     wrong = [name for name, x in exported.items() if not np.array_equal(x, read[name])]

@@ -21,7 +21,7 @@ from jaxtrain.config.sections import DataConfig
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
-from jaxtrain.ops.routes import Device, chip_name
+from jaxtrain.ops.devices import Device, chip_name
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.hlo import Program
 

@@ -1,7 +1,8 @@
 """Causal grouped-query attention: (q_BTHK, k_BTGK, v_BTGK, docs_BT | None, scoring) -> o_BTHK.
 
-Scores are scaled by 1/sqrt(K); the softmax is computed in float32. With docs, a token attends only
-to its own document. R is the number of query heads that share a key/value head: H = G * R.
+Scores are scaled by 1/sqrt(K) unless `scoring` has another scale; the softmax is computed in
+float32. With docs, a token attends only to its own document. R is the number of query heads that
+share a key/value head: H = G * R.
 """
 
 import functools
@@ -25,6 +26,15 @@ class Scoring(NamedTuple):
     """How a layer turns queries and keys into scores: hashable, a constant of the program."""
 
     window: int = 0  # a query sees this many last keys, its own position's included; 0: all
+    scale: float = 0.0  # factor of queries x keys; 0: 1/sqrt(K)
+    softcap: float = 0.0  # c in c * tanh(s / c), as in Gemma 2, arxiv.org/abs/2408.00118; 0: none
+
+    def scale_of(self, K: int) -> float:
+        return self.scale or K**-0.5
+
+    def cap(self, s: jax.Array) -> jax.Array:
+        """Applies the soft-cap to scores of any shape."""
+        return self.softcap * jnp.tanh(s / self.softcap) if self.softcap else s
 
 
 CAUSAL = Scoring()
@@ -63,7 +73,8 @@ def attention_reference(
 ) -> jax.Array:
     """Reference implementation; materialises [B,H,T,T]."""
     T = q_BTHK.shape[1]
-    return _attend_masked(q_BTHK, k_BTGK, v_BTGK, _mask(T, T, docs_BT, scoring.window))
+    mask = _mask(T, T, docs_BT, scoring.window)
+    return _attend_masked(q_BTHK, k_BTGK, v_BTGK, mask, scoring)
 
 
 def attend_cached(
@@ -78,14 +89,16 @@ def attend_cached(
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
     k_BSGK, v_BSGK = write(cache["k"], k_BTGK), write(cache["v"], v_BTGK)
     mask = _mask(q_BTHK.shape[1], k_BSGK.shape[1], None, scoring.window, start)
-    return _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask), {"k": k_BSGK, "v": v_BSGK}
+    o_BTHK = _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask, scoring)
+    return o_BTHK, {"k": k_BSGK, "v": v_BSGK}
 
 
-def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask):
+def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask, scoring):
     wide = wide_dtype(q_BTHK.dtype)
     q_BTGRK = _group_heads(q_BTHK, k_BSGK.shape[2])
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
-    s = jnp.where(mask, s * q_BTHK.shape[-1] ** -0.5, MASKED)
+    s = scoring.cap(s * scoring.scale_of(q_BTHK.shape[-1]))
+    s = jnp.where(mask, s, MASKED)
     p = jax.nn.softmax(s, axis=-1).astype(v_BSGK.dtype)
     o_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", p, v_BSGK, preferred_element_type=wide)
     return o_BTGRK.reshape(q_BTHK.shape).astype(q_BTHK.dtype)
@@ -105,7 +118,7 @@ def _blocked_forward(q, k, v, docs_BT, scoring):
     for first, start, stop in _block_bounds(q.shape[3], scoring.window):
         s = einsum("BGRTK,BGSK->BGRTS", q[:, :, :, start:stop], k[:, :, first:stop])
         mask = _mask(stop - start, stop - first, docs_BT, scoring.window, start, first)
-        s = jnp.where(mask, s, MASKED)
+        s = jnp.where(mask, scoring.cap(s), MASKED)
         e = jnp.exp(s - s.max(-1, keepdims=True))  # at most 1: no overflow
         p = (e / e.sum(-1, keepdims=True)).astype(v.dtype)
         outputs.append(einsum("BGRTS,BGSK->BGRTK", p, v[:, :, first:stop]).astype(q.dtype))
@@ -117,7 +130,8 @@ def _blocked_backward(q, k, v, probabilities, do, scoring):
     """Returns (dq, dk, dv).
 
     For p = softmax(s) and o = p v: dp = do v^T, and ds = p * (dp - sum(p * dp)), since every
-    probability depends on every score through the normalisation.
+    probability depends on every score through the normalisation. With a soft-cap c the scores are
+    computed again: the derivative of c * tanh(s / c) by s is 1 - tanh(s / c)^2.
     """
     wide = wide_dtype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=wide)
@@ -127,15 +141,18 @@ def _blocked_backward(q, k, v, probabilities, do, scoring):
         g = do[:, :, :, start:stop]
         dp = einsum("BGRTK,BGSK->BGRTS", g, v[:, :, first:stop])
         p32 = p.astype(wide)
-        ds = (p32 * (dp - (p32 * dp).sum(-1, keepdims=True))).astype(q.dtype)
+        ds = p32 * (dp - (p32 * dp).sum(-1, keepdims=True))
+        if scoring.softcap:
+            s = einsum("BGRTK,BGSK->BGRTS", q[:, :, :, start:stop], k[:, :, first:stop])
+            ds = ds * (1 - jnp.tanh(s / scoring.softcap) ** 2)
+        ds = ds.astype(q.dtype)
         dq.append(einsum("BGRTS,BGSK->BGRTK", ds, k[:, :, first:stop]).astype(q.dtype))
         dk = dk.at[:, :, first:stop].add(einsum("BGRTS,BGRTK->BGSK", ds, q[:, :, :, start:stop]))
         dv = dv.at[:, :, first:stop].add(einsum("BGRTS,BGRTK->BGSK", p, g))
     return jnp.concatenate(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q, k, v, docs_BT, scoring):
+def _blocked_output(q, k, v, docs_BT, scoring):
     return _blocked_forward(q, k, v, docs_BT, scoring)[0]
 
 
@@ -149,6 +166,7 @@ def _blocked_bwd(scoring, residuals, do):
     return *_blocked_backward(q, k, v, probabilities, do, scoring), None
 
 
+_blocked = jax.custom_vjp(_blocked_output, nondiff_argnums=(4,))
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
@@ -165,7 +183,8 @@ def attention_blocked(
     the probabilities for the backward in v's dtype: 5/8 of [B,H,T,T], less with a window.
     """
     B, T, H, K = q_BTHK.shape
-    q = _group_heads(q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype), k_BTGK.shape[2])
+    scale = jnp.asarray(scoring.scale_of(K), q_BTHK.dtype)
+    q = _group_heads(q_BTHK * scale, k_BTGK.shape[2])
     o = _blocked(
         q.transpose(0, 2, 3, 1, 4),
         k_BTGK.transpose(0, 2, 1, 3),
@@ -196,10 +215,12 @@ def attention_cudnn(
     scoring: Scoring = CAUSAL,
 ) -> jax.Array:
     """Runs cuDNN's flash attention, in half precision and without document masks."""
-    assert docs_BT is None, "choose_routes never selects cuDNN with document masks"
+    possible = docs_BT is None and not scoring.softcap
+    assert possible, "choose_routes never selects cuDNN with document masks or a soft-cap"
     window = (scoring.window - 1, 0) if scoring.window else None  # keys before and after a query
     return jax.nn.dot_product_attention(
         *(q_BTHK, k_BTGK, v_BTGK),
+        scale=scoring.scale or None,
         is_causal=True,
         local_window_size=window,
         implementation="cudnn",
@@ -231,7 +252,7 @@ def attend(
     if scoring.window >= q_BTHK.shape[1]:  # it hides no key
         scoring = scoring._replace(window=0)
     if route.is_fused:  # the kernel names its result and its log-sum-exp itself
-        assert scoring == CAUSAL, "choose_routes never selects a kernel with a window"
+        assert scoring == CAUSAL, "choose_routes never selects a kernel for other scores"
         return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT, scoring=scoring)
     if route.implementation == "cudnn":  # remat saves CUDNN_FORWARD; a name would save it twice

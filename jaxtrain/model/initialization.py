@@ -37,9 +37,12 @@ def embedding_std(cfg: ModelConfig) -> float:
     """Returns the standard deviation of embeddings: small_std, or less if the head is tied.
 
     A tied head's logits have variance D * std**2, and half of it is added to the first loss: 0.2
-    nats with SmallInit, 0.03 with this one.
+    nats with SmallInit, 0.03 with 0.25/sqrt(D). An embedding that is scaled or normalised dominates
+    the last layer's output, so that a token's own logit is about sqrt(D) * its length: 1 with 1/D.
     """
-    return 0.25 / cfg.D**0.5 if cfg.tied else small_std(cfg)
+    if not cfg.tied:
+        return small_std(cfg)
+    return head_std(cfg) if cfg.embed_norm or cfg.embed_scale > 1 else 0.25 / cfg.D**0.5
 
 
 def head_std(cfg: ModelConfig) -> float:

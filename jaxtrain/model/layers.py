@@ -5,6 +5,7 @@ initialisation, sharding, optimizer routing and export follow from those two. Op
 implementations are methods of LayerOps, which is passed to each call.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,37 +40,29 @@ def param(cfg: ModelConfig, axes: str, std: float = 0.0, mean: float = 0.0) -> n
 
 
 class Norm(nnx.Module):
-    """RMS or layer norm. Computes in at least float32: bf16 would lose the mean square."""
+    """RMS or layer norm. Computes in at least float32: bf16 would lose the mean square.
 
-    def __init__(self, cfg: ModelConfig, axes: str):
-        self.cfg = cfg
-        self.gain = param(cfg, axes, mean=1.0)
-        self.has_bias = cfg.norm == "layer" and cfg.bias
-        if self.has_bias:
-            self.bias = param(cfg, axes)
+    Args:
+        axes: of the gain; the letters after the bar are the dims that are normalised together.
+        form: "rms" or "layer".
+    """
+
+    def __init__(self, cfg: ModelConfig, axes: str, form: str):
+        self.form, self.eps = form, cfg.norm_eps
+        self.dims = tuple(range(-len(Axes.parse(axes).inputs), 0))
+        self.gain = param(cfg, axes, mean=1.0) if cfg.norm_gain else None
+        self.bias = param(cfg, axes) if form == "layer" and cfg.bias else None
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
         x = x_XD.astype(wide_dtype(x_XD.dtype))
-        if self.cfg.norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.cfg.norm_eps)
-        x = x * self.gain[...]
-        if self.has_bias:
+        if self.form == "layer":
+            x = x - x.mean(self.dims, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(self.dims, keepdims=True) + self.eps)
+        if self.gain is not None:
+            x = x * self.gain[...]
+        if self.bias is not None:
             x = x + self.bias[...]
         return x.astype(x_XD.dtype)
-
-
-class HeadNorm(nnx.Module):
-    """RMS norm of each head's query or key. Source: https://arxiv.org/abs/2010.04245."""
-
-    def __init__(self, cfg: ModelConfig):
-        self.eps = cfg.norm_eps
-        self.gain = param(cfg, "L|K", mean=1.0)
-
-    def __call__(self, x_BTHK: jax.Array) -> jax.Array:
-        x = x_BTHK.astype(wide_dtype(x_BTHK.dtype))
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
-        return (x * self.gain[...]).astype(x_BTHK.dtype)
 
 
 class LayerOps:
@@ -94,21 +87,22 @@ class LayerOps:
         self.joins_gate_and_up = dense.implementation == "plain" and not cfg.bias and mesh is None
 
     def add_norm(
-        self, norm: Norm, h_BTD: jax.Array, y_BTD: jax.Array | None = None
+        self, norm: Norm | None, h_BTD: jax.Array, y_BTD: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes (h + y, its norm); without y, (h, its norm)."""
+        """Computes (h + y, its norm); without y, (h, its norm); without a norm, the sum twice."""
         if self.fused_add_norm is not None:
-            bias_D = norm.bias[...] if norm.has_bias else None
+            assert norm is not None and norm.gain is not None, "the kernel normalises with gains"
+            bias_D = norm.bias[...] if norm.bias is not None else None
             return self.fused_add_norm(h_BTD, y_BTD, norm.gain[...], bias_D)
         h_BTD = h_BTD if y_BTD is None else h_BTD + y_BTD
-        return h_BTD, norm(h_BTD)
+        return h_BTD, h_BTD if norm is None else norm(h_BTD)
 
     def norm_and_rotate(
-        self, norm: HeadNorm | None, x_BTHK: jax.Array, rope: RopeTables | None
+        self, norm: Norm | None, x_BTHK: jax.Array, rope: RopeTables | None
     ) -> jax.Array:
         """Normalises and rotates queries or keys, if the model has qk_norm and RoPE."""
-        if self.fused_qk_rope is not None:
-            assert norm is not None and rope is not None, "the kernel does both"
+        if self.fused_qk_rope is not None and rope is not None:
+            assert norm is not None and norm.gain is not None, "the kernel needs gains"
             return self.fused_qk_rope(x_BTHK, norm.gain[...], *rope)
         x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
         return x_BTHK if rope is None else rotate(x_BTHK, *rope)
@@ -116,7 +110,7 @@ class LayerOps:
     def gate_and_up(
         self, gate: "Linear", up: "Linear", x_BTD: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Computes the two products of SwiGLU, each [B,T,F], with or without joining them."""
+        """Computes the two products of a gated MLP, each [B,T,F], with or without joining them."""
         if not self.joins_gate_and_up:
             return gate(x_BTD, self), up(x_BTD, self)
         w_DNF = jnp.stack([gate.w[...], up.w[...]], 1)
@@ -125,14 +119,17 @@ class LayerOps:
 
 
 class Linear(nnx.Module):
-    """A map [B,T,inputs] -> [B,T,outputs] with a matrix `w` and, with model.bias, a bias `b`."""
+    """A map [B,T,inputs] -> [B,T,outputs] with a matrix `w`.
 
-    def __init__(self, cfg: ModelConfig, axes: str, std: float):
+    With model.bias, or `bias`, it has a bias `b`.
+    """
+
+    def __init__(self, cfg: ModelConfig, axes: str, std: float, bias: bool = False):
         parsed = Axes.parse(axes)
         self.w = param(cfg, axes, std)
-        if cfg.bias:
+        self.has_bias = cfg.bias or bias
+        if self.has_bias:
             self.b = param(cfg, f"{parsed.stack}|{parsed.outputs}")
-        self.has_bias = cfg.bias
         self.input_dims = len(parsed.inputs)
 
     def __call__(self, x: jax.Array, ops: LayerOps) -> jax.Array:
@@ -180,12 +177,16 @@ class Attention(nnx.Module):
     """Multi-head attention with its four projections."""
 
     def __init__(self, cfg: ModelConfig):
-        self.q = Linear(cfg, "L|D->HK", small_std(cfg))
-        self.k = Linear(cfg, "L|D->GK", small_std(cfg))
-        self.v = Linear(cfg, "L|D->GK", small_std(cfg))
-        self.o = Linear(cfg, "L|HK->D", residual_std(cfg))
-        self.q_norm = HeadNorm(cfg) if cfg.qk_norm else None
-        self.k_norm = HeadNorm(cfg) if cfg.qk_norm else None
+        bias = cfg.attention_bias != "none"
+        self.q = Linear(cfg, "L|D->HK", small_std(cfg), bias)
+        self.k = Linear(cfg, "L|D->GK", small_std(cfg), bias)
+        self.v = Linear(cfg, "L|D->GK", small_std(cfg), bias)
+        self.o = Linear(cfg, "L|HK->D", residual_std(cfg), cfg.attention_bias == "all")
+        # Source: https://arxiv.org/abs/2010.04245; over all heads: OLMo 2, arxiv.org/abs/2501.00656
+        over_all = cfg.qk_norm_over == "all"
+        build_norm = lambda axes: Norm(cfg, axes, "rms") if cfg.qk_norm else None
+        self.q_norm = build_norm("L|HK" if over_all else "L|K")
+        self.k_norm = build_norm("L|GK" if over_all else "L|K")
 
     def __call__(
         self, x_BTD: jax.Array, ops: LayerOps, rope: RopeTables | None, attend: Attend
@@ -199,32 +200,39 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Feed-forward layer: SwiGLU, GELU or squared ReLU."""
+    """Feed-forward layer: SwiGLU, GeGLU, GELU or squared ReLU."""
 
     def __init__(self, cfg: ModelConfig):
-        self.form = cfg.mlp
-        if cfg.mlp == "swiglu":
+        self.form, self.is_gated = cfg.mlp, cfg.has_gated_mlp
+        if self.is_gated:
             self.gate = Linear(cfg, "L|D->F", small_std(cfg))
         self.up = Linear(cfg, "L|D->F", small_std(cfg))
         self.down = Linear(cfg, "L|F->D", residual_std(cfg))
 
     def __call__(self, x_BTD: jax.Array, ops: LayerOps) -> jax.Array:
-        if self.form == "swiglu":  # https://arxiv.org/abs/2002.05202
+        gelu = functools.partial(jax.nn.gelu, approximate=True)  # with tanh, as in GPT-2 and Gemma
+        if self.is_gated:  # https://arxiv.org/abs/2002.05202
             gate, up = ops.gate_and_up(self.gate, self.up, x_BTD)
-            return self.down(jax.nn.silu(gate) * up, ops)
+            return self.down((jax.nn.silu if self.form == "swiglu" else gelu)(gate) * up, ops)
         up = self.up(x_BTD, ops)
-        if self.form == "gelu":  # the tanh approximation, as in GPT-2
-            return self.down(jax.nn.gelu(up, approximate=True), ops)
+        if self.form == "gelu":
+            return self.down(gelu(up), ops)
         return self.down(jnp.square(jax.nn.relu(up)), ops)  # https://arxiv.org/abs/2109.08668
 
 
 class Block(nnx.Module):
-    """One layer, pre-norm: h + attention(norm(h)), then h + mlp(norm(h))."""
+    """One layer: h + attention(h), then h + mlp(h), with norms where model.norm_place puts them.
+
+    Before: attention(norm(h)), as in GPT-2. After: norm(attention(h)), as in OLMo 2,
+    https://arxiv.org/abs/2501.00656. Both: as in Gemma 2, https://arxiv.org/abs/2408.00118.
+    """
 
     def __init__(self, cfg: ModelConfig):
-        self.attention_norm = Norm(cfg, "L|D")
+        build = lambda place: Norm(cfg, "L|D", cfg.norm) if cfg.norm_place in place else None
+        before, after = ("pre", "both"), ("post", "both")
+        self.attention_norm, self.attention_post_norm = build(before), build(after)
         self.attention = Attention(cfg)
-        self.mlp_norm = Norm(cfg, "L|D")
+        self.mlp_norm, self.mlp_post_norm = build(before), build(after)
         self.mlp = Mlp(cfg)
 
     def __call__(
@@ -233,8 +241,13 @@ class Block(nnx.Module):
         """Returns ([B,T,D], attend's extra result)."""
         h_BTD, n_BTD = ops.add_norm(self.attention_norm, h_BTD)
         y_BTD, extra = self.attention(n_BTD, ops, rope, attend)
+        if self.attention_post_norm is not None:
+            y_BTD = self.attention_post_norm(y_BTD)
         h_BTD, n_BTD = ops.add_norm(self.mlp_norm, h_BTD, y_BTD)
-        return h_BTD + self.mlp(n_BTD, ops), extra
+        y_BTD = self.mlp(n_BTD, ops)
+        if self.mlp_post_norm is not None:
+            y_BTD = self.mlp_post_norm(y_BTD)
+        return h_BTD + y_BTD, extra
 
 
 class Transformer(nnx.Module):
@@ -244,7 +257,8 @@ class Transformer(nnx.Module):
         self.embed = param(cfg, "V|D", embedding_std(cfg))
         if cfg.position == "learned":
             self.positions = param(cfg, "T|D", embedding_std(cfg))
+        self.embed_norm = Norm(cfg, "|D", cfg.norm) if cfg.embed_norm else None
         self.blocks = Block(cfg)
-        self.final_norm = Norm(cfg, "|D")
+        self.final_norm = Norm(cfg, "|D", cfg.norm)
         if not cfg.tied:
             self.head = param(cfg, "|V<-D", head_std(cfg))

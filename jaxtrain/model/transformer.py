@@ -17,29 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.distributed.mesh import BATCH_AXES, param_spec
-from jaxtrain.model.attention import CAUSAL, CUDNN_FORWARD, attend, attend_cached
+from jaxtrain.model.attention import attend, attend_cached
 from jaxtrain.model.dense import wide_dtype
 from jaxtrain.model.initialization import build_init
+from jaxtrain.model.layer_kinds import layer_kinds
+from jaxtrain.model.layer_scan import scan_layers
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.trees import ArrayTree, AxesTree, param_tree
 from jaxtrain.ops.routes import Route
-
-policies = jax.checkpoint_policies
-_named = policies.save_only_these_names("attention", "attention_lse")
-
-
-def _is_cudnn(primitive, *_, **__):
-    """Returns whether a primitive is cuDNN's attention, whose log-sum-exp has no name to save."""
-    return primitive.name == CUDNN_FORWARD
-
-
-# model.remat -> which activations of a layer are saved; backward recomputes the others
-REMAT = {
-    "dots": policies.dots_with_no_batch_dims_saveable,  # results of weight products
-    "attention": policies.save_from_both_policies(_named, _is_cudnn),
-    "full": policies.nothing_saveable,  # only what enters each layer
-}  # with "none" jax.checkpoint is not called, and everything is saved
 
 
 class Model(NamedTuple):
@@ -69,6 +55,7 @@ class _Network:
         self.dtype = jnp.dtype(cfg.dtype)
         self.wide = wide_dtype(self.dtype)
         self.ops = LayerOps(cfg, routes, self.mesh)
+        self.kinds = layer_kinds(cfg)
         abstract = nnx.eval_shape(lambda: Transformer(cfg))
         self.state = nnx.split(abstract, nnx.Param)[1]
         self.axes = param_tree(self.state, lambda _, variable: variable.get_metadata()["axes"])
@@ -103,14 +90,19 @@ class _Network:
         return jax.tree.map(cast, self.axes["blocks"], params["blocks"])
 
     def embed(self, params, tokens_BT, start):
-        """Returns (h_BTD, RoPE tables or None) for tokens at positions start, start + 1, ..."""
+        """Returns (h_BTD, RoPE tables of each LayerKind.rope) for tokens from position start on."""
         gather = lambda w_VD: self.constrain(w_VD, P())  # a look-up needs all rows
         h_BTD = look_up_embedding(params["embed"], tokens_BT, self.dtype, gather)
+        if self.cfg.embed_scale != 1:  # rounded to the compute type, as Gemma was trained
+            h_BTD = h_BTD * jnp.asarray(self.cfg.embed_scale, self.dtype)
         positions_T = start + jnp.arange(tokens_BT.shape[1])
+        ropes = {kind.rope: rope_tables(self.cfg, kind.rope, positions_T) for kind in self.kinds}
         if self.cfg.position == "learned":  # summed in float32, so that it is rounded once
             h_BTD = h_BTD.astype(self.wide) + params["positions"][positions_T]
-            return self.constrain(h_BTD.astype(self.dtype), P(BATCH_AXES)), None
-        return self.constrain(h_BTD, P(BATCH_AXES)), rope_tables(self.cfg, positions_T)
+            h_BTD = h_BTD.astype(self.dtype)
+        if self.cfg.embed_norm:
+            h_BTD = self.normalise(params, "embed_norm", h_BTD)
+        return self.constrain(h_BTD, P(BATCH_AXES)), ropes
 
     def block(self, h_BTD, layer, rope, attend_layer):
         """Runs one layer; returns (h_BTD, attend_layer's extra result)."""
@@ -118,50 +110,51 @@ class _Network:
         h_BTD, extra = block(h_BTD, self.ops, rope, attend_layer)
         return self.constrain(h_BTD, P(BATCH_AXES)), extra
 
-    def final_norm(self, params, h_BTD):
-        return nnx.merge(self.norm_def, params["final_norm"])(h_BTD)
+    def normalise(self, params, name, h_BTD):
+        """Applies the norm "embed_norm" or "final_norm"; without gains it has no parameters."""
+        return nnx.merge(self.norm_def, params.get(name, {}))(h_BTD)
 
     def scan_layers(self, params, tokens_BT, docs_BT, collect):
         """Returns (first layer's input, last layer's output, collect(h_BTD) of each layer)."""
-        first_BTD, rope = self.embed(params, tokens_BT, 0)
+        first_BTD, ropes = self.embed(params, tokens_BT, 0)
         attention = self.routes["attention"]
         docs_BT = docs_BT if self.document_mask else None
 
-        def body(h_BTD, layer):
-            attend_layer = lambda *qkv: (attend(attention, *qkv, docs_BT, self.mesh, CAUSAL), None)
-            h_BTD, _ = self.block(h_BTD, layer, rope, attend_layer)
+        def body(kind, h_BTD, layer):
+            run_attention = functools.partial(attend, attention, docs_BT=docs_BT, mesh=self.mesh)
+            attend_layer = lambda *qkv: (run_attention(*qkv, scoring=kind.scoring), None)
+            h_BTD, _ = self.block(h_BTD, layer, ropes[kind.rope], attend_layer)
             return h_BTD, collect(h_BTD)
 
-        if self.cfg.remat != "none":
-            # Forward and backward are separate loops, so XLA cannot merge the recomputation with
-            # the original: the barriers that prevent_cse adds are not needed.
-            body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
         unroll = int(self.routes["layers"].implementation.removeprefix("unroll="))
         weights, unroll = self.layer_weights(params), min(unroll, self.cfg.L)
-        return first_BTD, *jax.lax.scan(body, first_BTD, weights, unroll=unroll)
+        scanned = scan_layers(self.kinds, body, first_BTD, weights, unroll, self.cfg.remat)
+        return first_BTD, *scanned
 
     def apply(self, params, tokens_BT, docs_BT=None):
         _, last_BTD, _ = self.scan_layers(params, tokens_BT, docs_BT, lambda h_BTD: None)
-        return self.final_norm(params, last_BTD)
+        return self.normalise(params, "final_norm", last_BTD)
 
     def hidden_states(self, params, tokens_BT, docs_BT=None):
         """Returns (each layer's input and the last layer's output [L+1,B,T,D], hidden_BTD)."""
         first_BTD, last_BTD, each_LBTD = self.scan_layers(
             params, tokens_BT, docs_BT, lambda h_BTD: h_BTD
         )
-        return jnp.concatenate([first_BTD[None], each_LBTD]), self.final_norm(params, last_BTD)
+        return jnp.concatenate([first_BTD[None], each_LBTD]), self.normalise(
+            params, "final_norm", last_BTD
+        )
 
     def extend(self, params, cache, tokens_BT, start):
         """Runs tokens from position `start` on; the cache has all earlier keys and values."""
-        h_BTD, rope = self.embed(params, tokens_BT, start)
+        h_BTD, ropes = self.embed(params, tokens_BT, start)
 
-        def body(h_BTD, layer_and_cache):
+        def body(kind, h_BTD, layer_and_cache):
             layer, layer_cache = layer_and_cache
-            attend_layer = functools.partial(attend_cached, layer_cache, start, CAUSAL)
-            return self.block(h_BTD, layer, rope, attend_layer)
+            attend_layer = functools.partial(attend_cached, layer_cache, start, kind.scoring)
+            return self.block(h_BTD, layer, ropes[kind.rope], attend_layer)
 
-        h_BTD, cache = jax.lax.scan(body, h_BTD, (self.layer_weights(params), cache))
-        return self.final_norm(params, h_BTD), cache
+        h_BTD, cache = scan_layers(self.kinds, body, h_BTD, (self.layer_weights(params), cache))
+        return self.normalise(params, "final_norm", h_BTD), cache
 
     def init_cache(self, B, S):
         cfg = self.cfg

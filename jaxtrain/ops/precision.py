@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.distributed.broadcast import broadcast_from_process_0, gather_texts
-from jaxtrain.ops.routes import Device, cpu_flags
+from jaxtrain.ops.devices import Device, cpu_flags
 from jaxtrain.run_directory.contents import read_config_json
 from pallas_kernels.chip import Chip
 

@@ -4,23 +4,20 @@ The routes are stored with the run, and its start prints the unusual ones. This 
 whether chip, mesh and model suit a fused kernel; fused.py calls the kernels.
 """
 
-import functools
-import platform as host
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
-from pallas_kernels.chip import CHIPS
+from jaxtrain.ops.devices import cpu_multiplies_bf16
 from pallas_kernels.kernel_choice import BodyChoice, choose_body
 from pallas_kernels.tiles import TILES, default_tiles
 
-Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
-
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
+RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
 UNROLLED_LAYERS = 12  # most on CPU; more gain less than they cost in compile time and memory
 
 
@@ -46,36 +43,12 @@ class Route:
     def is_usual(self) -> bool:
         """Returns whether this is the platform's default, at full speed."""
         wide = self.implementation in ("blocked_wide", "cpu_wide")
-        return not (self.fallback or self.is_fused or wide or REQUESTED in self.reason)
+        explained = REQUESTED in self.reason or RULED_OUT in self.reason
+        return not (self.fallback or self.is_fused or wide or explained)
 
     def __str__(self) -> str:
         mark = "FALLBACK: " if self.fallback else ""
         return f"{self.op:<10} {self.implementation:<10} {mark}{self.reason}"
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Returns the words of this host's /proc/cpuinfo; the empty set if it is not Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Returns whether this host's CPU multiplies bf16 (with AVX512-BF16, AMX or Arm's BF16)."""
-    if not cpu_flags():  # not Linux: Apple's processors do so since the M2
-        return host.machine() == "arm64"
-    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def gpu_architecture(device: Device) -> str:
-    """Returns a GPU's architecture, such as "sm_86"; "" for other devices."""
-    capability = getattr(device, "compute_capability", None)
-    return f"sm_{str(capability).replace('.', '')}" if capability else ""
-
-
-def chip_name(device: Device) -> str:
-    """Returns a device's name in the chip table; "" if it has none."""
-    return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
 
 
 # op -> the sizes for which its kernel was measured
@@ -111,8 +84,26 @@ class _KernelRoutes:
             narrowest = 1 if self.kernels.interpret else 16  # Triton's smallest product
             if model.K & (model.K - 1) or model.K < narrowest:
                 return f"model.K must be a power of two, at least {narrowest}; got {model.K=}"
+            if obstacle := self.scoring_obstacle():
+                return obstacle
+        if op in ("norm", "qk_rope") and not model.norm_gain:
+            return "it multiplies by a gain; got model.norm_gain=false"
+        if op == "norm" and model.norm_place == "post":
+            return "it normalises h + y, but model.norm_place=post normalises y alone"
+        if op == "qk_rope" and model.qk_norm_over == "all":
+            return "it normalises each head; got model.qk_norm_over=all"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
+        return ""
+
+    def scoring_obstacle(self) -> str:
+        """Returns which score of the model attention's kernel does not compute; "" if none."""
+        model = self.model
+        if 0 < model.window < self.seq_len:
+            return f"it has no window; got {model.window=} with {self.seq_len} tokens"
+        for field in ("attention_scale", "attention_softcap"):
+            if value := getattr(model, field):
+                return f"its scores are scaled by 1/sqrt(K) alone; got model.{field}={value}"
         return ""
 
     def requesting_flag(self, op: str) -> str:
@@ -154,8 +145,17 @@ class _KernelRoutes:
         route = self.fused(op)
         if route is None:
             reason = self.obstacle(op) or self.measured(op).reason
-            route = Route(op, "plain", f"XLA; no kernel: {reason}")
+            return Route(op, "plain", f"XLA; no kernel: {reason}")
+        if op == "qk_rope" and self.model.nope_every:
+            return dataclasses.replace(route, reason=f"{route.reason}; XLA's norm where no RoPE is")
         return route
+
+    def fused_or_other_attention(self, other: Route) -> Route:
+        """Returns the route to attention's kernel, or `other` and what rules the kernel out."""
+        route, obstacle = self.fused("attention"), self.scoring_obstacle()
+        if route or not obstacle or self.arch not in TILES:
+            return route or other
+        return dataclasses.replace(other, reason=f"{other.reason}; {RULED_OUT}: {obstacle}")
 
 
 def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
@@ -166,6 +166,8 @@ def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
         return f"it has bfloat16 products only; got model.dtype={model.dtype}"
     if document_mask:
         return "its route has no document mask; got data.document_mask=true"
+    if model.attention_softcap:
+        return f"it has no soft-cap; got model.attention_softcap={model.attention_softcap}"
     capability = arch.removeprefix("sm_")
     widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
     if model.K > widest or model.K % 8:
@@ -242,15 +244,16 @@ def choose_routes(
     """
     kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
     routes = {
-        "attention": kernel_routes.fused("attention")
-        or _attention(model, document_mask, platform, arch, tensor),
+        "attention": kernel_routes.fused_or_other_attention(
+            _attention(model, document_mask, platform, arch, tensor)
+        ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),
         "head": kernel_routes.fused_or_plain("head"),
         "square": kernel_routes.fused_or_plain("square"),
         "layers": _layers(model, platform, chip),
     }
-    if model.qk_norm and model.position == "rope":
+    if model.qk_norm and model.position == "rope" and model.nope_every != 1:
         routes["qk_rope"] = kernel_routes.fused_or_plain("qk_rope")
     if wants_gpu and platform == "cpu":
         reason = "JAX has a CUDA plugin but found no GPU; JAX_PLATFORMS=cpu allows that"

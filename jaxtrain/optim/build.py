@@ -148,7 +148,7 @@ def build_optimizer(
         optimizers[name] = optimizer
     transform = optax.chain(
         heavy_tailed_noise(cfg.noise_tail, cfg.noise_scale, seed),
-        clip_gradients(cfg.clip_norm),
+        clip_gradients(cfg.clip_norm, cfg.clip_eps),
         optax.partition(optimizers, names),
     )
 

@@ -30,12 +30,16 @@ class Group:
     decay: float
 
 
-def group_of(cfg: OptimConfig, axes: Axes) -> Group:
-    """Returns a parameter's group.
+def decay_group_of(axes: Axes) -> str:
+    """Returns the entry of optim.decay_groups that a parameter belongs to."""
+    if "T" in axes.stack:
+        return "positions"
+    return {"matrix": MATRICES, "vector": "vectors"}.get(axes.role, axes.role)
 
-    Matrices and parameters with a vocabulary axis (embedding and head) decay; others do not.
-    """
-    decay = cfg.weight_decay if axes.is_matrix or "V" in axes.letters else 0.0
+
+def group_of(cfg: OptimConfig, axes: Axes) -> Group:
+    """Returns a parameter's group."""
+    decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
     if axes.is_matrix and cfg.name != "adamw":
         return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":

@@ -41,9 +41,10 @@ class MemoryEstimate(NamedTuple):
 def _saved_per_token(m: ModelConfig) -> float:
     """Returns how many numbers a layer saves for its backward pass for each token."""
     q_width, kv_width = m.H * m.K, 2 * m.G * m.K
-    ffn_width, ffn_factor = (3 * m.F, 2.5) if m.mlp == "swiglu" else (2 * m.F, 3.5)
+    ffn_width, ffn_factor = (3 * m.F, 2.5) if m.has_gated_mlp else (2 * m.F, 3.5)
+    residual_width = (8 if m.norm_place == "both" else 6) * m.D  # both: two more norms' inputs
     return {
-        "none": 6 * m.D + 2 * (q_width + kv_width) + ffn_factor * ffn_width,
+        "none": residual_width + 2 * (q_width + kv_width) + ffn_factor * ffn_width,
         "dots": 2 * m.D + q_width + kv_width + ffn_width - m.F,
         "attention": m.D + q_width,
         "full": m.D,
@@ -70,7 +71,7 @@ def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
         + PER_LOGITS * 4 * rows * chunk_positions * m.V
     )
     # Numbers per token that are live at once while one layer computes.
-    working_set_per_token = 4 * m.D + 1.6 * (3 if m.mlp == "swiglu" else 2) * m.F
+    working_set_per_token = 4 * m.D + 1.6 * (3 if m.has_gated_mlp else 2) * m.F
     numbers_per_token = m.L * _saved_per_token(m) + working_set_per_token
     activation_bytes = ACTIVATION_BYTES * rows * data.seq_len * numbers_per_token
     return MemoryEstimate(

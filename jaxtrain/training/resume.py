@@ -57,7 +57,11 @@ def check_resumed(cfg: config_lib.ModelConfig, stored: dict[str, Any]) -> None:
     """Raises ValueError if a model differs from that of the checkpoint to resume.
 
     Args:
-        stored: the checkpoint's config, by flag name; fields that it lacks are not compared.
+        stored: the checkpoint's config, by flag name; {} if there is none. A field that it lacks
+            did not exist yet, so that the model was that of its default.
     """
-    theirs = {field: stored[f"model.{field}"] for field in vars(cfg) if f"model.{field}" in stored}
+    if not stored:
+        return
+    default = lambda field: getattr(config_lib.ModelConfig, field)
+    theirs = {field: stored.get(f"model.{field}", default(field)) for field in vars(cfg)}
     check_same_model(cfg, theirs, "the one that the run began with", "a new --workdir")

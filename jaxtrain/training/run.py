@@ -17,9 +17,10 @@ from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.ops import tuning
+from jaxtrain.ops.devices import chip_name, gpu_architecture
 from jaxtrain.ops.fused import missing_kernels
 from jaxtrain.ops.precision import resolve_dtype
-from jaxtrain.ops.routes import chip_name, choose_routes, gpu_architecture
+from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.run_directory.contents import load_train_config

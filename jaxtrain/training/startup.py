@@ -25,7 +25,8 @@ from jaxtrain.metrics.mfu import (
     memory_metrics,
 )
 from jaxtrain.ops import tuning
-from jaxtrain.ops.routes import chip_name, describe_routes
+from jaxtrain.ops.devices import chip_name
+from jaxtrain.ops.routes import describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.training.run import Run

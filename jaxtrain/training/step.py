@@ -4,6 +4,7 @@ A step whose loss or gradient is not finite is skipped: it changes neither param
 state, and is counted. Nothing in here waits for the device.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,8 +131,11 @@ def init_state(model: Model, optimizer, mesh: Mesh, seed: int) -> TrainState:
 
 def abstract_batch(batch: int, seq_len: int, mesh: Mesh, docs: bool) -> dict:
     """Returns what `data.build_batches` yields, as ShapeDtypeStructs."""
-    tokens = jax.ShapeDtypeStruct((batch, seq_len + 1), jnp.int32, sharding=batch_sharding(mesh))
-    return {"tokens": tokens} | ({"docs": tokens} if docs else {})
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    tokens = struct((batch, seq_len + 1), jnp.int32)
+    if not docs:
+        return {"tokens": tokens}
+    return {"tokens": tokens, "docs": tokens, "weights": struct((batch, seq_len), jnp.float32)}
 
 
 def abstract_rates(rates: dict[str, float], mesh: Mesh) -> dict:

@@ -52,8 +52,9 @@ class Format(NamedTuple):
 
 
 def printable_path(path: str | os.PathLike) -> str:
-    """Returns a path for messages: bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """Returns a path for messages: bytes that are not UTF-8, newlines and the like are escaped."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def detect(path: str, text_field: str = "text") -> Format:

@@ -4,12 +4,16 @@ from typing import Any
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.families.decoder import LLAMA, QWEN3
+from jaxtrain.interop.families.decoder import LLAMA, OLMO2, QWEN3
 from jaxtrain.interop.families.family import Family, TensorMapping, differences
+from jaxtrain.interop.families.gemma import GEMMA2, GEMMA3
 from jaxtrain.interop.families.gpt2 import GPT2
+from jaxtrain.interop.families.nanochat import NANOCHAT
 
 # An export takes the first family that computes the model, so that the plain ones come first.
-FAMILIES = {family.model_type: family for family in (LLAMA, QWEN3, GPT2)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, QWEN3, OLMO2, GEMMA2, GEMMA3, NANOCHAT, GPT2)
+}
 
 __all__ = ["FAMILIES", "Family", "TensorMapping", "family_of_config", "family_of_model"]
 

@@ -21,6 +21,7 @@ class Kind(NamedTuple):
 SIZE = Kind(lambda x: type(x) is int and x >= 1, "a whole number of at least 1", 1)
 COUNT = Kind(lambda x: type(x) is int and x >= 0, "a whole number of at least 0", 0)
 NUMBER = Kind(lambda x: type(x) in (int, float) and abs(x) < 1e300, "a finite number", 1.0)
+POSITIVE = Kind(lambda x: NUMBER.accepts(x) and x > 0, "a finite number above 0", 1.0)
 FLAG = Kind(lambda x: type(x) is bool, "true or false", False)
 TEXT = Kind(lambda x: type(x) is str, "a text", "")
 LIST = Kind(lambda x: type(x) is list, "a list", [])
@@ -83,7 +84,7 @@ class ConfigReader:
         if not kind.accepts(values[first]):
             self.faults.append(f"{first}={shown(values[first])} (must be {kind.words})")
             return kind.stand_in
-        return float(values[first]) if kind is NUMBER else values[first]
+        return float(values[first]) if kind in (NUMBER, POSITIVE) else values[first]
 
     def expect(self, name: str, *accepted: Any) -> None:
         """Checks that a field is missing or has one of the accepted values."""

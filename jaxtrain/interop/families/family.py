@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop.families.config_reader import KINDS, MISSING, ConfigReader
+from jaxtrain.model.compatibility import same_value
 
 # Fields of every config.json that change neither logits nor weights, by the reason why.
 IGNORED = {
@@ -31,7 +34,7 @@ IGNORED = {
         *("initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop"),
         *("resid_pdrop", "attn_pdrop"),
     ),
-    "ids of special tokens, which interop/hf_tokenizer.py reads": (
+    "special tokens. interop/hf_tokenizer.py reads the ids of bos, eos and pad": (
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class"),
         *("decoder_start_token_id", "prefix"),
     ),
@@ -81,6 +84,25 @@ class TensorMapping(NamedTuple):
     hf_name: str  # "model.layers.{}.self_attn.q_proj.weight"; {} is the layer
     transposed: bool = False  # Hugging Face stores outputs first, [O,I]
     part: tuple[int, int] = (0, 1)  # i, n: ours is the i-th of n equal parts of its last dim
+    swapped: int = 0  # K: the halves of each K outputs are exchanged, for RoPE that turns backwards
+    offset: float = 0.0  # what ours is larger by; 1 for norms that multiply by 1 + w
+
+    def to_stored(self, x: np.ndarray) -> np.ndarray:
+        """Returns the values that Hugging Face stores for ours; outputs are the last dim."""
+        x = self.swap(x)
+        return x - np.asarray(self.offset, x.dtype) if self.offset else x
+
+    def from_stored(self, x: np.ndarray) -> np.ndarray:
+        """Undoes to_stored, up to rounding."""
+        x = self.swap(x)
+        return x + np.asarray(self.offset, x.dtype) if self.offset else x
+
+    def swap(self, x: np.ndarray) -> np.ndarray:
+        """Exchanges the halves of each `swapped` outputs, the last dim; its own inverse."""
+        if not self.swapped:
+            return x
+        halves = x.reshape(*x.shape[:-1], -1, 2, self.swapped // 2)
+        return halves[..., ::-1, :].reshape(x.shape)
 
 
 class Part(NamedTuple):
@@ -182,6 +204,6 @@ def differences(family: Family, cfg: ModelConfig) -> list[str]:
             continue
         value = family.requires.get(name, getattr(ModelConfig, name))
         value = value(cfg) if callable(value) else value
-        if getattr(cfg, name) != value:
+        if not same_value(getattr(cfg, name), value):
             faults.append(f"model.{name}={getattr(cfg, name)!r} (must be {value!r})")
     return faults + family.limits(cfg)

@@ -1,0 +1,35 @@
+"""What a device is: its GPU architecture, its name in the chip table, and its fast products."""
+
+import functools
+import platform as host
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pallas_kernels.chip import CHIPS
+
+Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Returns the words of this host's /proc/cpuinfo; the empty set if it is not Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Returns whether this host's CPU multiplies bf16 (with AVX512-BF16, AMX or Arm's BF16)."""
+    if not cpu_flags():  # not Linux: Apple's processors do so since the M2
+        return host.machine() == "arm64"
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def gpu_architecture(device: Device) -> str:
+    """Returns a GPU's architecture, such as "sm_86"; "" for other devices."""
+    capability = getattr(device, "compute_capability", None)
+    return f"sm_{str(capability).replace('.', '')}" if capability else ""
+
+
+def chip_name(device: Device) -> str:
+    """Returns a device's name in the chip table; "" if it has none."""
+    return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
