@@ -65,13 +65,14 @@ def exact_gelu(patch):
 
 def shift_targets(patch):
     entropy = F.cross_entropy
-    patch.setattr(F, "cross_entropy", lambda logits, y: entropy(logits, y.roll(-1)))
+    patch.setattr(F, "cross_entropy", lambda logits, y, **kw: entropy(logits, y.roll(-1), **kw))
 
 
 def count_padding(patch):
     losses = torch_model.TorchTransformer.losses
 
     def wrong(self, tokens_BT1, docs_BT1=None, **options):
+        options["weights_BT"] = None
         return losses(self, tokens_BT1, torch.zeros_like(docs_BT1), **options)
 
     patch.setattr(torch_model.TorchTransformer, "losses", wrong)

@@ -97,9 +97,8 @@ def record_side(
     """
     began, cfg = time.perf_counter(), start.run.cfg
     given = batches_of(batches) if batches else None
-    if style == "auto":
-        style = style_of(batches) if batches else "jaxtrain"
     if side == "jaxtrain":
+        style = style_of(batches) if style == "auto" else style
         options = (style, given, keep_batches, measure_rounding, batches)
         jax_train.record(start, cfg.steps, path, *options)
     else:
@@ -219,15 +218,8 @@ def main(verb: str, paths: list[str]) -> int:
             check_torch_side(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
         start = jax_train.build_start(cfg, read_data=batches is None)
-        record_side(
-            FLAGS.side,
-            start,
-            out,
-            batches,
-            FLAGS.names,
-            FLAGS.keep_batches,
-            FLAGS.measure_rounding,
-        )
+        options = (FLAGS.names, FLAGS.keep_batches, FLAGS.measure_rounding)
+        record_side(FLAGS.side, start, out, batches, *options)
         return 0
     raise ValueError(
         "the command must be `run CONFIG`, `record CONFIG`, `compare TRACE TRACE` or "
@@ -236,9 +228,9 @@ def main(verb: str, paths: list[str]) -> int:
 
 
 def _define_training() -> None:
-    text = "; default: that of --batches, else the config's"
-    flags.DEFINE_integer("steps", 0, f"steps to train{text}", lower_bound=0)
-    flags.DEFINE_enum("precision", None, PRECISIONS, f"type to compute in{text}")
+    text = "default: that of --batches, else the config's"
+    flags.DEFINE_integer("steps", 0, f"steps to train; {text}", lower_bound=0)
+    flags.DEFINE_enum("precision", None, PRECISIONS, f"type to compute in; {text}")
     flags.DEFINE_bool(
         "measure_rounding",
         True,

@@ -91,7 +91,7 @@ def differing_parts(x: StepRecord, y: StepRecord) -> list[str]:
 def _are_close(a: Any, b: Any) -> bool:
     if a is None or b is None:
         return a is b
-    return bool(np.abs(a - b).max() <= WEIGHT_TOLERANCE * max(a[0], b[0]))
+    return bool(np.abs(np.subtract(a, b)).max() <= WEIGHT_TOLERANCE * max(a[0], b[0]))
 
 
 def describe_difference(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from jaxtrain.crosscheck.names import list_names
 from jaxtrain.crosscheck.trace import StepRecord
 
 FITTED = 0.02  # the largest residual, relative to the difference, of a relation that holds
-RATIO_TOLERANCE = 1e-3  # of a ratio that has a known explanation
+NEAR = 1e-3  # of a ratio that has a known explanation
 CLIP_EPS = 1e-6  # that torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
@@ -70,10 +70,6 @@ def common_ratio(ours: dict, theirs: dict, tensors: Iterable[str]) -> float | No
     return ratio if holds else None
 
 
-def _is_near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=RATIO_TOLERANCE)
-
-
 def _counts(evidence: Evidence) -> tuple[list[int], int]:
     """Returns the targets that count in each micro-batch, and all targets with those ignored."""
     records = evidence.ours, evidence.theirs
@@ -100,7 +96,7 @@ def _explain_scale(ratio: float, evidence: Evidence) -> str:
         if total > targets:
             text = f"the mean divides by all {total} targets, also by those that are ignored"
             known.append((targets / total, text))
-    return next((text for value, text in known if _is_near(ratio, value)), "")
+    return next((text for value, text in known if math.isclose(ratio, value, rel_tol=NEAR)), "")
 
 
 def _find_start(evidence: Evidence) -> list[str]:
@@ -146,7 +142,7 @@ def _find_loss(evidence: Evidence) -> list[str]:
     ratio = y["loss"] / x["loss"] if x["loss"] else 1.0
     if text := _explain_scale(ratio, evidence):
         return [text]
-    if _is_near(ratio, 1 / math.log(2)):
+    if math.isclose(ratio, 1 / math.log(2), rel_tol=NEAR):
         return ["the loss is in bits, not in nats"]
     losses = [np.array(r.get("losses", [])) for r in (x, y)]
     each = np.array(_counts(evidence)[0], float)
@@ -170,7 +166,7 @@ def _find_gradient(evidence: Evidence) -> list[str]:
     if ratio is not None:
         text = _explain_scale(ratio, evidence)
         power = math.log2(ratio) if ratio > 0 else 0.0
-        if not text and power > 3 and _is_near(2.0 ** round(power), ratio):
+        if not text and power > 3 and math.isclose(2.0 ** round(power), ratio, rel_tol=NEAR):
             text = "a GradScaler's factor: call scaler.unscale_(optimizer) before before_step"
         clip = evidence.settings.get("clip_norm") or round(norm, 3)
         if not text and ratio < 1 and math.isclose(norm, clip, rel_tol=1e-4):
@@ -242,10 +238,13 @@ def _describe_rate(ratio: float, tensors: list[str], evidence: Evidence) -> str:
     text = "check the groups' learning rates and the schedule"
     if "muon" in evidence.settings.get("name", ""):
         text += ", and Muon's factor for the shape of a matrix (--optim.scale)"
-    elif evidence.ours["step"] == 1 and b2 and _is_near(ratio, (1 - b1) / math.sqrt(1 - b2)):
+    uncorrected = (1 - b1) / math.sqrt(1 - b2) if b2 else 0.0
+    if evidence.ours["step"] == 1 and math.isclose(ratio, uncorrected, rel_tol=0.01):
         text = "as without Adam's bias correction"
-    of = "" if len(tensors) == len(evidence.sizes) else f" of {list_names(tensors)}"
-    return f"{evidence.names[1]}'s updates{of} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
+    some = f" of {list_names(tensors)}" if len(tensors) < len(evidence.sizes) else ""
+    return (
+        f"{evidence.names[1]}'s updates{some} are {ratio:.6g} times {evidence.names[0]}'s: {text}"
+    )
 
 
 def _clip_eps(evidence: Evidence) -> list[str]:

@@ -203,7 +203,7 @@ class Recorder:
         """Returns the fields of the step's line that describe its batch."""
         inputs, targets, weights, losses = zip(*self._micro_batches, strict=True)
         T = max(x.shape[1] for x in inputs)
-        pad = lambda xs, value: torch.cat(
+        pad = lambda xs, value, T=T: torch.cat(
             [nn.functional.pad(x, (0, T - x.shape[1]), value=value) for x in xs]
         )
         counts = [int((w > 0).sum()) for w in weights]
@@ -211,10 +211,11 @@ class Recorder:
         each = [sum(sums) / len(sums) if self._average == "tokens" else s for s in sums]
         mean = sum(counts) / len(sums)
         scaled = [w * (mean / max(s, 1e-30)) for w, s in zip(weights, each, strict=True)]
-        inputs, targets, weights = pad(inputs, 0), pad(targets, IGNORED), pad(scaled, 0)
+        last = [torch.cat((x, y[:, -1:].clamp(min=0)), 1) for x, y, *_ in self._micro_batches]
+        tokens, targets, weights = pad(last, 0, T + 1), pad(targets, IGNORED), pad(scaled, 0)
+        inputs = tokens[:, :-1]
         kept = weights[weights > 0]
         equal = not len(kept) or float(kept.min()) == float(kept.max())
-        tokens = torch.cat((inputs, targets[:, -1:].clamp(min=0)), 1)
         line = {
             "batch": batch_hash(inputs, targets),
             "parts": {

@@ -70,10 +70,10 @@ def build_naming(style: str, cfg: ModelConfig, axes: Any) -> NameTensors:
     return name_tensors
 
 
-def style_of(trace: Trace) -> str:
+def style_of(trace: Trace | None) -> str:
     """Returns the style of a trace's tensor names: "jaxtrain" if they are ours, else "hf"."""
-    names = trace.steps[-1].get("parameter", {})
-    return "jaxtrain" if "embed" in names else "hf"
+    is_ours = trace is None or "embed" in trace.steps[-1].get("parameter", {})
+    return "jaxtrain" if is_ours else "hf"
 
 
 def transpose_as(trace: Trace, name_tensors: NameTensors, weights: Any) -> NameTensors:
