@@ -29,7 +29,7 @@ from jaxtrain.checkpoint.zarr import check_path
 from jaxtrain.config.command_line import CommandForm
 from jaxtrain.config.help_text import describe_flags
 from jaxtrain.config.shell_commands import current_command
-from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.corpus import Corpus, note_shared_shards, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.data.vocabulary import check_source
 from jaxtrain.distributed.broadcast import (
@@ -184,7 +184,10 @@ def lock_workdir(cfg: config_lib.TrainConfig) -> Iterator[RunLock]:
 def open_data(cfg: config_lib.TrainConfig, workdir: Path) -> list[Corpus]:
     """Returns the corpora to train on and to evaluate on."""
     with add_path_to_errors(cfg.data.text or cfg.data.shards):
-        return [open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")]
+        train, held_out = (
+            open_corpus(cfg.data, split, cfg.model.V, workdir) for split in ("train", "val")
+        )
+        return [note_shared_shards(train, held_out), held_out]
 
 
 def main() -> int:

@@ -26,6 +26,8 @@ GPT2 = ModelConfig(
     bias=True,
     tied=True,
 )
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_positions": 8}
+LLAMA3 |= {"rope_theta": 100.0}  # so that wavelengths of 6 to 200 tokens are on both sides of 8
 QWEN3 = dataclasses.replace(LLAMA, D=40, qk_norm=True)  # D is not H * K
 GEMMA = dataclasses.replace(
     *(LLAMA,),
@@ -41,6 +43,16 @@ MODELS = {
     "qwen3": QWEN3,
     "qwen3_tied": dataclasses.replace(QWEN3, tied=True),
     "gpt2": GPT2,
+    # Of these, 17 tokens exceed the window and rope_original_positions.
+    "llama_llama3": dataclasses.replace(LLAMA, **LLAMA3),
+    "llama_linear": dataclasses.replace(
+        LLAMA, rope_scaling="linear", rope_factor=4.0, attention_bias="all"
+    ),
+    "llama_bias": dataclasses.replace(LLAMA, bias=True),
+    "mistral": dataclasses.replace(LLAMA, D=40, window=5),
+    "qwen2": dataclasses.replace(LLAMA, attention_bias="qkv", tied=True),
+    "qwen2_window": dataclasses.replace(LLAMA, L=3, attention_bias="qkv", window=5, global_every=2),
+    "smollm3": dataclasses.replace(LLAMA, L=5, tied=True, nope_every=4, **LLAMA3),
     "olmo2": dataclasses.replace(LLAMA, norm_place="post", qk_norm=True, qk_norm_over="all"),
     "gemma2": dataclasses.replace(
         GEMMA, global_every=2, attention_softcap=5.0, logit_softcap=3.0, attention_scale=0.5

@@ -68,7 +68,8 @@ def test_cutting_a_long_text_into_pieces_changes_no_token(name, modules, tmp_pat
         out = tmp_path / str(piece_bytes)
         encode_source(joined, out, name, val_fraction=0.0, piece_bytes=piece_bytes)
     assert contents(tmp_path / "10000", "*.bin") == contents(tmp_path / str(1 << 30), "*.bin")
-    units, _ = divide_input(list_files(str(joined), exclude=tmp_path), 0.0, "text", 10_000)
+    files, tokenizer = list_files(str(joined), exclude=tmp_path), build_tokenizer(name)
+    units, _ = divide_input(files, 0.0, "text", tokenizer, 10_000)
     assert len(units) > 10
 
 

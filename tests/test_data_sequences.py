@@ -88,7 +88,7 @@ def test_an_unknown_end_of_text_token_is_asked_for_and_not_guessed(flag, kind, t
     cfg = DataConfig(seq_len=4, batch=2)
     assert corpus.eot == -1
     assert build_batches(cfg, corpus, mesh, 0).sequences_per_epoch  # plain windows need none
-    with pytest.raises(ValueError, match=r"got data\.eot=-1 and .*Set --data\.eot"):
+    with pytest.raises(ValueError, match=r"got data\.eot=-1, and .*Set --data\.eot"):
         build_batches(DataConfig(seq_len=4, batch=2, **{flag: True}), corpus, mesh, 0)
 
 

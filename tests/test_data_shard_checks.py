@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from data_samples import llmc, megatron_index, open_shards
 
+from jaxtrain.data.corpus import note_shared_shards
+
 pytestmark = pytest.mark.usefixtures("shard_cache")
 V = 1_000
 GOOD = llmc(np.arange(40))
@@ -78,3 +80,13 @@ def test_shards_with_the_same_tokens_are_reported_and_used(tmp_path):
     (tmp_path / "b.bin").unlink()
     (tmp_path / "c.bin").unlink()
     assert "warning" not in open_shards(tmp_path).describe()
+
+
+def test_a_held_out_shard_with_tokens_of_training_is_reported(tmp_path):
+    for name in ("a.bin", "val.bin"):
+        (tmp_path / name).write_bytes(GOOD)
+    train, held_out = (open_shards(tmp_path, split) for split in ("train", "val"))
+    expected = f"repeat tokens of training: {tmp_path}/val.bin those of {tmp_path}/a.bin"
+    assert expected in note_shared_shards(train, held_out).describe()
+    (tmp_path / "val.bin").write_bytes(llmc(np.arange(41)))
+    assert note_shared_shards(train, open_shards(tmp_path, "val")) is train

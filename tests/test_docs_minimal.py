@@ -41,7 +41,7 @@ def trainer_losses(cfg, steps):
     return tokens, losses
 
 
-@pytest.mark.parametrize(("ns_dtype", "ulps"), [("float32", 8), ("bfloat16", 400)])
+@pytest.mark.parametrize(("ns_dtype", "ulps"), [("float32", 32), ("bfloat16", 400)])
 def test_losses_of_20_debug_steps_equal_the_trainers(minimal, tmp_path, ns_dtype, ulps):
     text = tmp_path / "text"
     text.write_bytes(FILE.read_bytes() + Path(importlib.util.__file__).read_bytes())

@@ -13,7 +13,7 @@ from jaxtrain.interop.hf import read_config
 def configs(tmp_path_factory):
     """Returns {family: the config.json that an export writes}."""
     root = tmp_path_factory.mktemp("hf")
-    names = ("llama", "qwen3", "gpt2")
+    names = ("llama", "qwen3", "gpt2", "mistral", "qwen2", "smollm3")
     return {n: json.loads((export(n, root / n) / "config.json").read_text()) for n in names}
 
 
@@ -60,8 +60,43 @@ def read_values(folder, values):
         ("llama", {"tie_word_embeddings": None}, ["tie_word_embeddings=None (must be true or"]),
         ("llama", {"num_hidden_layers": True}, ["num_hidden_layers=True (must be a whole"]),
         ("llama", {"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan (must be a finite number)"]),
-        ("llama", {"layer_types": ["full_attention"]}, ["full_attention in each of 2 layers"]),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, ["use_sliding_window=True"]),
+        ("llama", {"layer_types": ["full_attention"]}, ["sliding_attention in each of 2 la"]),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, ["(must be full_att"]),
+        ("llama", {"mlp_bias": True}, ["mlp_bias=True (must be False without attention_bias)"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["no rope_parameters.factor"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
+            ["rope_parameters.factor=4.0 (not a field that jaxtrain knows"],
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}},
+            ["no rope_parameters.high_freq_factor"],
+        ),
+        ("mistral", {"attention_bias": True}, ["attention_bias=True (must be False)"]),
+        (
+            "mistral",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ["layer_types that are not those of sliding_window"],
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+            | {"sliding_window": 8},
+            ["a window in layers [2] (must be all, or all but every n-th)"],
+        ),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers=[1, 0] (must have a 0 for every"]),
+        (
+            "smollm3",
+            {"no_rope_layers": [0, 1, 1, 1, 1]},
+            ["no_rope_layers=[0, 1, 1, 1, 1] (must have a 0 for every n-th of 5 layers, else 1)"],
+        ),
+        (
+            "smollm3",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": None},
+            ["a window in layers [4] (must be all, or all but every n-th)"],
+        ),
         ("gpt2", {"hidden_size": 64}, ["n_embd=32 and hidden_size=64, which contradict"]),
         ("gpt2", {"n_ctx": 128}, ["n_positions=64 and n_ctx=128, which contradict"]),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["layer_idx=True (must be False)"]),
@@ -88,6 +123,12 @@ def test_a_config_is_refused_with_every_field_that_we_do_not_compute(
         ("llama", "hidden_act", {"hidden_act": "swish", "pretraining_tp": 1, "pruned_heads": {}}),
         ("gpt2", "n_embd", {"hidden_size": 32, "max_position_embeddings": 64, "n_ctx": 64}),
         ("gpt2", "n_inner", {"n_inner": None}),
+        ("mistral", "head_dim", {"head_dim": 8, "layer_types": ["sliding_attention"] * 2}),
+        ("qwen2", "layer_types", {"max_window_layers": 7}),
+        ("qwen2", "sliding_window", {"sliding_window": 4_096}),
+        ("smollm3", "no_rope_layers", {"no_rope_layers": None}),
+        ("smollm3", "no_rope_layers", {"no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0]}),
+        ("smollm3", "rope_scaling", {}),
         ("gpt2", "activation_function", {"activation_function": "gelu_pytorch_tanh"}),
     ],
 )
@@ -97,6 +138,12 @@ def test_other_spellings_of_the_same_model_are_read_as_it(
     values = configs[family]
     other = {name: x for name, x in values.items() if name != removed} | fields
     assert read_values(tmp_path, other) == read_values(tmp_path, values)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_null_key_value_heads_are_as_many_as_the_query_heads(configs, tmp_path, family):
+    cfg = read_values(tmp_path, configs[family] | {"num_key_value_heads": None})
+    assert (cfg.H, cfg.G) == (4, 4)
 
 
 def json_of(text):

@@ -30,6 +30,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
+    "pad_token_id": None,
 }
 # Where a family has these fields, too.
 FURTHER = {"intermediate_size": 24, "n_inner": 24, "head_dim": 8, "num_key_value_heads": 1}
@@ -48,6 +49,23 @@ LEGACY = [
     {"sliding_window": 2},
     {"sliding_window": 2, "use_sliding_window": True, "layer_types": None},
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2},
+    {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2}
+    | {"use_sliding_window": True},
+    {"sliding_window": None},
+    {"sliding_window": 2, "use_sliding_window": True, "layer_types": None, "max_window_layers": 0},
+    {"sliding_window": 2, "use_sliding_window": True, "layer_types": None, "max_window_layers": 1},
+    {"no_rope_layers": [1, 0]},
+    {"no_rope_layers": None, "no_rope_layer_interval": 2},
+    {"no_rope_layers": None, "no_rope_layer_interval": 1},
+    {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 9.0, "factor": 4.0}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    },
+    {
+        "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 0.5}
+        | {"high_freq_factor": 2, "original_max_position_embeddings": 8},
+        "rope_parameters": None,
+    },
     {"torch_dtype": "bfloat16", "name_or_path": "x", "num_labels": 3, "top_k": 5},
 ]
 

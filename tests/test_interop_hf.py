@@ -168,21 +168,19 @@ def test_a_truncated_file_is_named(folders, tmp_path):
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("llama", {"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM, .*; got"),
+        ("llama", {"architectures": ["PhiForCausalLM"]}, "LlamaForCausalLM, .*; got"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' .must be 'silu'"),
-        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True .must be False without attention_bias"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "RoPE of the type 'yarn'"),
         ("llama", {"model_type": "mistral"}, "model_type='mistral' .must be 'llama'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 .must be a whole"),
         ("llama", {"hidden_size": "32"}, "hidden_size='32' .must be a whole number"),
-        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
-        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         (
             "qwen3",
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "must be full_attention",
+            "layer_types with sliding_attention, but no sliding_window",
         ),
     ],
 )
@@ -213,8 +211,9 @@ def test_an_index_without_a_map_is_named(folders, tmp_path):
     [
         ({"logit_softcap": 30.0}, "nearest, llama, .* model.logit_softcap=30.0 .must be 0.0"),
         ({"qk_norm": True, "mlp": "relu2"}, "nearest, qwen3, .* model.mlp='relu2'"),
-        ({"bias": True}, "model.bias=True"),
-        ({"D": 33}, "model.D=33 .must be a multiple of model.H=4"),
+        ({"norm": "layer"}, "model.norm='layer'"),
+        ({"nope_every": 3}, "does not have model.nope_every=3"),
+        ({"window": 8, "global_every": 3}, "nearest, mistral, .* model.global_every=3 .must be 0"),
     ],
 )
 def test_a_model_that_no_family_computes_is_refused_before_anything_is_written(

@@ -24,6 +24,7 @@ def losses(interpret, mesh=(1, 2, 2), steps=3):
     for _ in range(steps):
         docs = np.cumsum(rng.random((8, 33)) < 0.1, 1, dtype=np.int32)
         batch = {"tokens": rng.integers(0, 256, (8, 33), np.int32), "docs": docs}
+        batch["weights"] = np.ones((8, 32), np.float32)
         batch = jax.device_put(batch, batch_sharding(run.mesh))
         state, scalars = step(state, batch, run.rates())
         out.append(float(scalars["train/loss_nats"]))

@@ -30,7 +30,9 @@ def batch_at(step, mesh, docs=None):
     """Returns a learnable batch: each row counts up from a number that the step determines."""
     start = np.random.default_rng(step).integers(0, 256, (B, 1))
     tokens = ((start + np.arange(T + 1)) % 256).astype(np.int32)
-    batch = {"tokens": tokens} | ({"docs": docs} if docs is not None else {})
+    batch = {"tokens": tokens}
+    if docs is not None:
+        batch |= {"docs": docs, "weights": (docs[:, 1:] >= 0).astype(np.float32)}
     return jax.device_put(batch, batch_sharding(mesh))
 
 

@@ -49,7 +49,7 @@ class DataConfig(Section):
     document_mask: bool = knob(False, "mask attention between different documents of a sequence")
     eot: int = knob(
         -1,
-        "id of the token that separates documents in the shards; -1 uses their tokenizer's",
+        "id of the token that separates documents in the shards; -1 takes it from their meta.json",
         low=-1,
     )
     prefetch: int = knob(2, "batches to read ahead of the step; 0 reads in the loop", low=0)

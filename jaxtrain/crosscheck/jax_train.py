@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,15 @@ import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
-from jaxtrain.crosscheck.rounding import RoundingMeter, build_traced_step
-from jaxtrain.crosscheck.tensor_names import build_naming, transpose_as
+from jaxtrain.crosscheck.rounding import RoundingMeter
+from jaxtrain.crosscheck.tensor_names import (
+    as_stored,
+    build_naming,
+    relative_to_stored,
+    transpose_as,
+)
 from jaxtrain.crosscheck.trace import Batch, Trace, TraceWriter
+from jaxtrain.crosscheck.traced_step import build_traced_step
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
@@ -73,8 +80,9 @@ def record(
     """
     run, cfg = start.run, start.run.cfg
     name_tensors = build_naming(style, cfg.model, run.model.axes)
+    stored = functools.partial(as_stored, style, cfg.model)
     if like is not None:
-        name_tensors = transpose_as(like, name_tensors, start.weights)
+        name_tensors = transpose_as(like, name_tensors, stored(start.weights))
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
     no_noise = jax.tree.map(np.zeros_like, start.weights)
@@ -88,7 +96,7 @@ def record(
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
         more = {"optim": dataclasses.asdict(cfg.optim)}
         writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype, more=more))
-        writer.write({"step": 0, "parameter": writer.digests(name_tensors(start.weights))})
+        writer.write({"step": 0, "parameter": writer.digests(name_tensors(stored(start.weights)))})
         for read in islice(batches, steps):
             parts = cfg.accumulation
             rows = list(read.get("rows", [len(read["tokens"]) // parts] * parts))
@@ -105,15 +113,16 @@ def record(
                 "activations": writer.digests(activations.items()),
                 "gradient": writer.digests(name_tensors(grads)),
                 "update": writer.digests(name_tensors(updates)),
-                "parameter": writer.digests(name_tensors(new.params)),
+                "parameter": writer.digests(name_tensors(stored(new.params))),
             }
             if len(rows) > 1:
                 line["losses"] = micro_batch_losses(activations["logits"], batch, rows)
             if meter is not None:
                 before = jax.tree.map(np.asarray, state.params)
-                line["tolerance"] = meter.tolerances(
-                    before, outputs, batch, run.rates(), name_tensors
-                )
+                found = meter.tolerances(before, outputs, batch, run.rates(), name_tensors)
+                named = (dict(name_tensors(x)) for x in (new.params, stored(new.params)))
+                found["parameter"] = relative_to_stored(found["parameter"], *named)
+                line["tolerance"] = found
             if keep_batches:
                 line |= {name: np.asarray(x).tolist() for name, x in batch.items()}
             writer.write(line)

@@ -9,6 +9,8 @@ Newton-Schulz amplifies small singular directions. No constant fits all cases, s
    the rounding error of each entry, in float64 scaled down by the ratio of the epsilons.
 2. Two more copies of the run are trained. In each step every entry of their gradients is moved by
    SIGMAS times its rounding error, up or down at random, and in opposite directions in the two.
+   An entry keeps its direction for PERSISTENCE steps on average, so that Adam's and Muon's averages
+   are moved by as much as if all errors had one sign.
    Their optimizers add in another order or, if Newton-Schulz runs in bfloat16, have COARSE times
    more of its rounding error, for the rounding of the optimizer itself.
 3. What the copies' gradients, updates and parameters differ from the run's, the larger of both for
@@ -28,89 +30,33 @@ import numpy as np
 import optax
 
 from jaxtrain.axes import Axes
-from jaxtrain.config.train_config import KernelsConfig, TrainConfig
 from jaxtrain.crosscheck.reordering import exaggerate, reorder
 from jaxtrain.crosscheck.tensor_names import NameTensors
 from jaxtrain.crosscheck.tolerances import EPS, SIGMAS
+from jaxtrain.crosscheck.traced_step import (
+    StepOutputs,
+    Tree,
+    build_forward_backward_in_other_precision,
+    build_traced_step,
+)
 from jaxtrain.optim.build import build_optimizer
-from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.training.run import Run, build_run
-from jaxtrain.training.step import TrainState, build_gradient, build_update
+from jaxtrain.training.run import Run
+from jaxtrain.training.step import TrainState
 
 # The copies' share of Newton-Schulz' bfloat16 rounding error, on top of the run's. In 10 steps of
 # two tiny models torch.optim.Muon's updates differed from ours by a third of that error and, where
 # a gradient's sign flipped, by twice of it.
 COARSE = 2.0
-OTHER = {"float64": "float32", "float32": "float64"}
-
-Tree = Any
-
-
-class StepOutputs(NamedTuple):
-    """What one traced step computes."""
-
-    state: TrainState  # after the step
-    scalars: dict[str, jax.Array]
-    grads: Tree  # of the parameters before the step, without the noise
-    activations: dict[str, jax.Array]
+PERSISTENCE = 8  # steps
+SIGNS = np.array([-1, 1], np.int8)
 
 
-def build_forward_backward(run: Run) -> Callable[..., tuple]:
-    """Returns f(params, batch) -> ((nats, objective, grads), {name: activation})."""
-    gradient = build_gradient(run.model, run.loss, run.cfg.accumulation)
+class Copy(NamedTuple):
+    """A perturbed copy's step."""
 
-    def activations(params, batch):
-        inputs = batch["tokens"][:, :-1]
-        docs = batch["docs"][:, :-1] if "docs" in batch else None
-        layers, hidden_BTD = run.model.hidden_states(params, inputs, docs)
-        named = {f"blocks.{i - 1}" if i else "embed": h_BTD for i, h_BTD in enumerate(layers)}
-        return named | {"logits": run.model.logits(params, hidden_BTD)}
-
-    return lambda params, batch: (gradient(params, batch), activations(params, batch))
-
-
-def build_traced_step(run: Run) -> Callable[..., StepOutputs]:
-    """Returns step(state, batch, rates, noise) -> StepOutputs, jitted.
-
-    The noise is a tree like the gradients, which is added to them before they are clipped.
-    """
-    forward_backward = build_forward_backward(run)
-    update = build_update(run.model, run.optimizer, build_schedule(run.cfg.optim))
-
-    def step(state, batch, rates, noise):
-        (nats, objective, grads), activations = forward_backward(state.params, batch)
-        noisy = jax.tree.map(jnp.add, grads, noise)
-        new, scalars = update(state, (nats, objective, noisy), rates)
-        return StepOutputs(new, scalars, grads, activations)
-
-    return jax.jit(step)
-
-
-def build_forward_backward_in_other_precision(cfg: TrainConfig) -> Callable[..., tuple]:
-    """Returns build_forward_backward's function in float32 for float64, and in float64 for float32.
-
-    It takes and returns NumPy arrays.
-    """
-    precision = OTHER[cfg.model.dtype]
-    with jax.enable_x64(precision == "float64"):
-        run = build_run(
-            dataclasses.replace(
-                cfg,
-                strict=False,
-                kernels=KernelsConfig(),
-                model=dataclasses.replace(cfg.model, dtype=precision, attention="auto"),
-                optim=dataclasses.replace(cfg.optim, ns_dtype="float32"),
-            ),
-            jax.devices()[:1],
-        )
-        compute = jax.jit(build_forward_backward(run))
-
-    def forward_backward(params, batch):
-        with jax.enable_x64(precision == "float64"):
-            params = jax.tree.map(lambda p: np.asarray(p, precision), params)
-            return jax.tree.map(np.asarray, compute(params, batch))
-
-    return forward_backward
+    sign: int  # of the noise
+    before: Tree  # its parameters before the step
+    outputs: StepOutputs
 
 
 def entry_errors(error: np.ndarray, axes: Axes) -> np.ndarray:
@@ -126,7 +72,7 @@ def entry_errors(error: np.ndarray, axes: Axes) -> np.ndarray:
     expected = flat.mean(1, keepdims=True)
     if axes.role != "vector":
         expected = expected * (flat.mean(0, keepdims=True) / max(float(flat.mean()), 1e-300))
-    return np.sqrt(np.maximum(flat, expected)).reshape(error.shape)
+    return np.sqrt(np.maximum(flat, expected)).reshape(error.shape).astype(error.dtype)
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -137,18 +83,22 @@ def _norm(x: Any) -> float:
     return float(np.linalg.norm(_wide(x).reshape(-1)))
 
 
+def _tree_norm(tree: Tree) -> float:
+    return float(np.hypot.reduce([_norm(x) for x in jax.tree.leaves(tree)]))
+
+
 def _relative(size: float, x: Any) -> float:
     return size / max(_norm(x), 1e-300)
 
 
-def _quantities(before: Tree, outputs: StepOutputs, noise: Tree) -> dict[str, Tree]:
-    """Returns the trees of a step that are compared, in float64; the gradients with their noise."""
-    subtract = lambda after, before: _wide(after) - _wide(before)
-    return {
-        "gradient": jax.tree.map(lambda g, e: _wide(g) + e, outputs.grads, noise),
-        "update": jax.tree.map(subtract, outputs.state.params, before),
-        "parameter": jax.tree.map(_wide, outputs.state.params),
-    }
+def _values(quantity: str, before: Tree, outputs: StepOutputs, noise: Tree = None) -> Tree:
+    """Returns what is compared of a step, in float64: its gradients, updates or parameters."""
+    if quantity == "gradient":
+        grads = jax.tree.map(_wide, outputs.grads)
+        return grads if noise is None else jax.tree.map(np.add, grads, noise)
+    if quantity == "parameter":
+        return jax.tree.map(_wide, outputs.state.params)
+    return jax.tree.map(lambda new, old: _wide(new) - _wide(old), outputs.state.params, before)
 
 
 def build_rounding_optimizers(run: Run) -> list[optax.GradientTransformationExtraArgs]:
@@ -186,6 +136,10 @@ class RoundingMeter:
             self._copies.append((steps[id(optimizer)], state))
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
+        draw = lambda p: self._rng.choice(SIGNS, p.shape)
+        self._signs = jax.tree.map(draw, state.params)
+        self._parameter_bounds = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), state.params)
+        self._loss_apart = 0.0
 
     def tolerances(
         self,
@@ -213,49 +167,73 @@ class RoundingMeter:
             outputs.grads,
             grads,
         )
-        up = jax.tree.map(lambda e: e * self._rng.choice((-1.0, 1.0), e.shape), noise)
-        down = jax.tree.map(np.negative, up)
-        main = _quantities(before, outputs, jax.tree.map(np.zeros_like, noise))
-        copies, moved = [], []
-        for i, signed in enumerate((up, down)):
-            step, old = self._copies[i]
-            copy = step(old, batch, rates, self._like_gradients(signed, outputs.grads))
-            copies.append(copy)
-            moved.append(_quantities(old.params, copy, signed))
-            self._copies[i] = step, copy.state
-
-        larger = lambda x, a, b: np.maximum(np.abs(a - x), np.abs(b - x))
-        bounds = {q: jax.tree.map(larger, main[q], *(m[q] for m in moved)) for q in main}
-        # An update is the difference of two stored parameters, each rounded to its last bit.
-        bounds["update"] = jax.tree.map(
-            lambda bound, p: bound + self._eps * np.abs(p), bounds["update"], main["parameter"]
-        )
-        found: dict[str, Any] = {
-            quantity: {
+        self._signs = jax.tree.map(self._redraw, self._signs)
+        up = jax.tree.map(np.multiply, noise, self._signs)
+        copies = [self._train_copy(i, sign, up, batch, rates) for i, sign in enumerate((1, -1))]
+        found: dict[str, Any] = {}
+        # One quantity after the other: the host stores few trees in float64 at a time.
+        for quantity in ("gradient", "update", "parameter"):
+            values = _values(quantity, before, outputs)
+            bounds = self._bounds(quantity, values, copies, up)
+            found[quantity] = {
                 name: _relative(_norm(bound), x) + SIGMAS * self._eps
                 for (name, bound), (_, x) in zip(
-                    name_tensors(bounds[quantity]), name_tensors(tree), strict=True
+                    name_tensors(bounds), name_tensors(values), strict=True
                 )
             }
-            for quantity, tree in main.items()
-        }
-        norm = lambda tree: float(np.hypot.reduce([_norm(x) for x in jax.tree.leaves(tree)]))
-        found["grad_norm"] = norm(bounds["gradient"]) / max(norm(main["gradient"]), 1e-300)
+            if quantity == "gradient":
+                size = max(_tree_norm(values), 1e-300)
+                found["grad_norm"] = _tree_norm(bounds) / size
+                # The standard deviation of the loss if each parameter is moved by its bound, up or
+                # down at random. The copies are but two directions, and may be lucky ones.
+                apart = _tree_norm(jax.tree.map(np.multiply, values, self._parameter_bounds))
+            if quantity == "parameter":
+                self._parameter_bounds = jax.tree.map(np.float32, bounds)
+        outcomes = [copy.outputs for copy in copies]
+        found["loss"] = self._loss_tolerance(outputs, outcomes, float(nats), apart)
         found["activations"] = {
             name: SIGMAS * self._eps
             + _relative(
                 accepted * _norm(_wide(x) - _wide(activations[name]))
-                + max(_norm(_wide(copy.activations[name]) - _wide(x)) for copy in copies),
+                + max(_norm(_wide(o.activations[name]) - _wide(x)) for o in outcomes),
                 x,
             )
             for name, x in outputs.activations.items()
         }
-        loss, *others = (float(o.scalars["train/loss_nats"]) for o in (outputs, *copies))
-        found["loss"] = max(abs(other - loss) for other in others) + max(
-            accepted * abs(loss - float(nats)), SIGMAS * self._eps * abs(loss)
-        )
         return found
 
-    @staticmethod
-    def _like_gradients(noise: Tree, grads: Tree) -> Tree:
-        return jax.tree.map(lambda e, g: jnp.asarray(e, g.dtype), noise, grads)
+    def _train_copy(self, index: int, sign: int, noise: Tree, batch: Any, rates: Any) -> Copy:
+        """Trains a copy for one step with its gradients moved by sign * noise."""
+        step, old = self._copies[index]
+        move = lambda e, p: jnp.asarray(sign * e, p.dtype)
+        outputs = step(old, batch, rates, jax.tree.map(move, noise, old.params))
+        self._copies[index] = step, outputs.state
+        return Copy(sign, old.params, outputs)
+
+    def _bounds(self, quantity: str, values: Tree, copies: list[Copy], noise: Tree) -> Tree:
+        """Returns the largest difference of each entry from the copies' entries."""
+        bounds = jax.tree.map(np.zeros_like, values)
+        for copy in copies:
+            signed = jax.tree.map(lambda e, sign=copy.sign: sign * e, noise)
+            others = _values(quantity, copy.before, copy.outputs, signed)
+            larger = lambda bound, x, other: np.maximum(bound, np.abs(other - x))
+            bounds = jax.tree.map(larger, bounds, values, others)
+        if quantity != "update":
+            return bounds
+        # An update is the difference of two stored parameters, each rounded to its last bit.
+        last_bit = lambda bound, p: bound + self._eps * np.abs(_wide(p))
+        return jax.tree.map(last_bit, bounds, copies[0].outputs.state.params)
+
+    def _loss_tolerance(
+        self, outputs: StepOutputs, copies: list[StepOutputs], other_nats: float, apart: float
+    ) -> float:
+        """Returns the loss's tolerance in nats; it never falls, as one step may be lucky."""
+        loss, *others = (float(o.scalars["train/loss_nats"]) for o in (outputs, *copies))
+        self._loss_apart = max(self._loss_apart, apart, *(abs(other - loss) for other in others))
+        rounding = max(abs(loss - other_nats) / EPS["float32"], abs(loss))
+        return self._loss_apart + SIGMAS * self._eps * rounding
+
+    def _redraw(self, signs: np.ndarray) -> np.ndarray:
+        """Draws the direction of one in PERSISTENCE entries again."""
+        is_drawn = self._rng.random(signs.shape) < 1 / PERSISTENCE
+        return np.where(is_drawn, self._rng.choice(SIGNS, signs.shape), signs)

@@ -8,6 +8,7 @@ of a fused tensor are called `...c_attn.weight/0`, `/1` and `/2`.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtrain.axes import Axes
@@ -95,3 +96,26 @@ def transpose_as(trace: Trace, name_tensors: NameTensors, weights: Any) -> NameT
         if not is_same(x) and is_same(x.T):
             turned.add(name)
     return lambda tree: ((n, x.T if n in turned else x) for n, x in name_tensors(tree))
+
+
+def as_stored(style: str, cfg: ModelConfig, params: Any) -> Any:
+    """Returns a tree of parameters with the values that a style's model has.
+
+    With "hf" the norms of a Gemma are smaller by 1, as they multiply by 1 + w. Gradients and
+    updates are the same in both.
+    """
+    mappings = family_of_model(cfg).tensors(cfg) if style == "hf" else ()
+    offsets = {m.name: m.offset for m in mappings if m.offset}
+    if not offsets:
+        return params
+    shift = lambda name, x: np.asarray(x) - np.asarray(offsets.get(name, 0), x.dtype)
+    leaves = [shift(name, x) for name, x in named_leaves(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def relative_to_stored(
+    tolerances: dict[str, float], ours: dict[str, np.ndarray], stored: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Returns tolerances that are relative to our tensors' norms relative to the stored ones'."""
+    norm = lambda x: max(float(np.linalg.norm(x)), 1e-300)
+    return {name: x * norm(ours[name]) / norm(stored[name]) for name, x in tolerances.items()}

@@ -4,7 +4,8 @@ Training only reads shards. Text is encoded into shards below the run's folder f
 """
 
 import hashlib
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from absl import logging
 
 from jaxtrain.config.train_config import DataConfig
 from jaxtrain.data.encoding.counts import describe_skipped
+from jaxtrain.data.encoding.formats import printable_path
 from jaxtrain.data.encoding.roundtrip import LOST
 from jaxtrain.data.metadata import read_metadata, shard_entries
 from jaxtrain.data.shard_checks import check_shards, describe_duplicates
@@ -34,6 +36,7 @@ class Corpus:
     eot: int  # the token that separates documents; -1: unknown
     bytes_per_token: float | None  # of the encoded text; None: unknown
     note: str = ""
+    shard_fingerprints: tuple[str, ...] = ()
     _open: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     _starts: dict[int, np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -159,12 +162,27 @@ def check_boundaries(corpus: Corpus) -> None:
     if corpus.tokenizer_name:
         known = build_tokenizer(corpus.tokenizer_name).eot
         hint = f"that of data.tokenizer={corpus.tokenizer_name} would be {known}"
-    index = " whose .idx does not name all documents" if without[0].format == "megatron" else ""
+    is_indexed = without[0].format == "megatron"
+    missing = "all documents in its .idx" if is_indexed else "its end-of-text token"
     raise ValueError(
         "data.eot must be the token that separates documents, for data.pack and "
-        f"data.document_mask; got data.eot=-1 and {without[0].path}{index}, which does not name "
-        f"it. Set --data.eot ({hint})."
+        f"data.document_mask; got data.eot=-1, and {printable_path(without[0].path)} does not name "
+        f"{missing}. Set --data.eot ({hint})."
     )
+
+
+def note_shared_shards(train: Corpus, held_out: Corpus) -> Corpus:
+    """Returns `train` with a warning in its note if a held-out shard has the tokens of its own."""
+    paths = dict(zip(train.shard_fingerprints, train.shards, strict=True))
+    shared = [
+        f"{printable_path(shard.path)} those of {printable_path(paths[fingerprint].path)}"
+        for shard, fingerprint in zip(held_out.shards, held_out.shard_fingerprints, strict=True)
+        if fingerprint in paths
+    ]
+    if not shared:
+        return train
+    warning = f"warning: held-out shards repeat tokens of training: {'; '.join(shared[:4])}"
+    return replace(train, note=f"{train.note}, {warning}" if train.note else warning)
 
 
 class _SplitFiles(NamedTuple):
@@ -230,6 +248,7 @@ def open_corpus(cfg: DataConfig, split: str, vocab_size: int, workdir: str | Pat
                 *describe_duplicates(shards, checksums),
             ]
         ),
+        shard_fingerprints=tuple(checksum.fingerprint for checksum in checksums),
     )
 
 
@@ -248,7 +267,7 @@ def _find_files(cfg: DataConfig, split: str, vocab_size: int, workdir: Path) -> 
     for folder in {path.parent for path in paths}:
         if metadata := read_metadata(folder):
             metadata_of[folder] = metadata
-    if Path(cfg.shards).expanduser().is_dir():
+    if os.path.isdir(Path(cfg.shards).expanduser()):
         # A listed shard that is gone is added, so that it is reported.
         listed = {
             path for path, entry in shard_entries(metadata_of).items() if entry["split"] == split

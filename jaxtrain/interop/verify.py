@@ -28,6 +28,7 @@ from jaxtrain.model.trees import named_leaves
 from jaxtrain.ops.routes import choose_routes
 
 CHECK_TOKENS = 32  # of a random sequence
+LONGEST_WINDOW = 1_024  # that the sequence exceeds; reference attention stores [H,T,T]
 RTOL = 1e-5  # of the largest logit
 # Frameworks add in different orders, and a deep or badly scaled model amplifies the rounding. It
 # amplifies a change of each weight's last bit as much: over six models of 2 to 48 layers the gap to
@@ -49,8 +50,9 @@ def reference_logits(cfg: ModelConfig, params: dict[str, Any], tokens_BT: np.nda
 
 
 def check_tokens(cfg: ModelConfig) -> np.ndarray:
-    """Returns the random sequence [1,T] whose logits are compared."""
-    length = min(CHECK_TOKENS, cfg.positions)
+    """Returns the random sequence [1,T] whose logits are compared; it exceeds a short window."""
+    window = cfg.window if cfg.window <= LONGEST_WINDOW else 0
+    length = min(window + CHECK_TOKENS, cfg.positions)
     return np.random.default_rng(0).integers(0, cfg.V, (1, length))
 
 

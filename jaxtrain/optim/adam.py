@@ -3,6 +3,7 @@
 Source: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,20 @@ class AdamState(NamedTuple):
     square: optax.Updates  # averaged square of the gradient, like params
 
 
+def bias_correction(decay: float, steps: jax.Array) -> jax.Array:
+    """Returns 1 - decay^steps: an average that starts at zero, divided by it, has no bias.
+
+    The difference itself would lose digits: with decay=0.999 and one step in float32 it is 1.3e-5
+    too small, and so is each update's square.
+    """
+    return -jnp.expm1(steps * (math.log(decay) if decay else -math.inf))
+
+
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """Equals optax.scale_by_adam, but `update(..., good=False)` leaves the state unchanged."""
+    """Equals optax.scale_by_adam, but `update(..., good=False)` leaves the state unchanged.
+
+    Its bias correction is PyTorch's up to rounding; optax's is 1.3e-5 off in float32.
+    """
 
     def init(params):
         zeros = optax.tree.zeros_like
@@ -32,9 +45,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         mean = jax.tree.map(average(b1), state.mean, updates)
         square = jax.tree.map(average(b2), state.square, jax.tree.map(jnp.square, updates))
         count = state.count + jnp.where(good, 1, 0)
-        # Averages start at zero: dividing by 1 - decay^count removes that bias.
-        correction = lambda decay: 1 - decay ** jnp.maximum(count, 1).astype(float)
-        correction1, correction2 = correction(b1), correction(b2)
+        steps = jnp.maximum(count, 1).astype(float)
+        correction1, correction2 = bias_correction(b1, steps), bias_correction(b2, steps)
         direction = lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + eps)
         return jax.tree.map(direction, mean, square), AdamState(count, mean, square)
 

@@ -8,16 +8,28 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut
-from jaxtrain.data.encoding.formats import BOM, DAMAGE, Format, detect, open_content
+from jaxtrain.data.encoding.cut_points import cut_text
+from jaxtrain.data.encoding.formats import (
+    BOM,
+    DAMAGE,
+    Format,
+    detect,
+    open_content,
+    printable_path,
+)
 from jaxtrain.data.encoding.held_out import hold_out_texts
 from jaxtrain.data.encoding.input_files import InputFiles
 from jaxtrain.data.encoding.table_readers import parquet_units
 from jaxtrain.data.encoding.work_units import PIECE_BYTES, Piece, Unit, damage_problem
+from jaxtrain.data.tokenizer import Tokenizer
 
 
 def divide_input(
-    files: InputFiles, val_fraction: float, text_field: str, piece_bytes: int = PIECE_BYTES
+    files: InputFiles,
+    val_fraction: float,
+    text_field: str,
+    tokenizer: Tokenizer,
+    piece_bytes: int = PIECE_BYTES,
 ) -> tuple[list[Unit], Counter]:
     """Returns the units in the order of the output, and how many files have no text, by reason."""
     skipped, parts = Counter(), []
@@ -43,7 +55,7 @@ def divide_input(
         elif part.compression:
             divided.append(_file_unit(part, os.stat(part.path).st_size, tuple(pieces)))
         else:
-            divided += [cut for piece in pieces for cut in _cut(piece, piece_bytes)]
+            divided += [cut for piece in pieces for cut in _cut(piece, piece_bytes, tokenizer)]
     return _join_pieces(divided, piece_bytes), skipped
 
 
@@ -116,27 +128,35 @@ def _inspect_text(piece: Piece) -> Piece | Unit | str:
     return "empty" if start == size else replace(piece, start=start, stop=size)
 
 
-def _cut(piece: Piece, piece_bytes: int) -> list[Piece]:
+def _cut(piece: Piece, piece_bytes: int, tokenizer: Tokenizer) -> list[Piece]:
     """Cuts a text or JSON lines into pieces of about piece_bytes."""
-    cuts = [piece.start]
-    if piece.stop - piece.start > piece_bytes:
-        with open(piece.path, "rb") as file:
-            while piece.stop - cuts[-1] > piece_bytes:
-                cut = _find_boundary(file, piece.kind, cuts[-1] + piece_bytes)
-                if not cuts[-1] < cut < piece.stop:
-                    break
-                cuts.append(cut)
-    return [
-        replace(piece, start=start, stop=stop, first=piece.first and start == piece.start)
-        for start, stop in zip(cuts, [*cuts[1:], piece.stop], strict=True)
-    ]
+    if piece.stop - piece.start <= piece_bytes:
+        return [piece]
+    with open(piece.path, "rb") as file:
+        if piece.kind == "text":
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            where = printable_path(piece.path)
+            return [
+                replace(piece, **part._asdict(), first=piece.first and part.start == piece.start)
+                for part in cut_text(read, piece.start, piece.stop, piece_bytes, tokenizer, where)
+            ]
+        cuts = [piece.start]
+        while piece.stop - cuts[-1] > piece_bytes:
+            cut = _find_line_end(file, cuts[-1] + piece_bytes)
+            if cut >= piece.stop:
+                break
+            cuts.append(cut)
+    ends = [*cuts[1:], piece.stop]
+    return [replace(piece, start=a, stop=b) for a, b in zip(cuts, ends, strict=True)]
 
 
-def _find_boundary(file: BinaryIO, kind: str, position: int) -> int:
-    """Returns where a file can be cut at or after `position`: after a line, or inside a text."""
+def _find_line_end(file: BinaryIO, position: int) -> int:
+    """Returns the end of the line that contains the byte at `position`."""
     file.seek(position)
-    if kind == "text":
-        return position + find_cut(file.read(WINDOW_BYTES))
     # Read in parts, because a line may be larger than memory.
     while (line := file.readline(PIECE_BYTES)) and not line.endswith(b"\n"):
         pass

@@ -9,12 +9,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from absl import logging
 
-from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut, find_cut_near_end
+from jaxtrain.data.encoding.cut_points import (
+    MAX_PIECES,
+    Part,
+    cut_text,
+    find_cut_near_end,
+    first_token_from,
+)
 from jaxtrain.data.encoding.formats import BOM, DOCUMENT_BYTES, printable_path, read_at
 from jaxtrain.data.encoding.held_out import SPLITS, ForcedSplit, Nearest, merge_nearest, unit_hash
 from jaxtrain.data.encoding.options import EncodeOptions
-from jaxtrain.data.encoding.roundtrip import LOST, ContainsEot, count_lost_bytes
+from jaxtrain.data.encoding.roundtrip import LOST, ContainsEot, UnusableInput, count_lost_bytes
 from jaxtrain.data.encoding.work_units import (
     PIECE_BYTES,
     BadDocument,
@@ -25,7 +32,6 @@ from jaxtrain.data.encoding.work_units import (
 )
 from jaxtrain.data.tokenizer import Tokenizer
 
-LONG_BYTES = 8 * PIECE_BYTES  # a longer document is tokenized in parts, to bound the memory
 REFUSED = "refused by the tokenizer"
 TOO_LONG = BadDocument(
     "too long", f"a document must be at most {DOCUMENT_BYTES >> 20} MiB; found more"
@@ -72,7 +78,7 @@ def encode_pieces(
             parts = _assign_splits(piece, place, content, options.val_fraction, forced)
             for split, begins, part in parts:
                 where = f"{printable_path(piece.path)}, {piece.kind} {place}"
-                ids = _tokenize(part, tokenizer, where, encoded)
+                ids = _tokenize(part, piece, tokenizer, where, options.piece_bytes, encoded)
                 if isinstance(ids, BadDocument):
                     location = piece.path, piece.kind, piece.compression, place
                     encoded.problems.append(DocumentProblem(*location, *ids))
@@ -81,7 +87,8 @@ def encode_pieces(
                     part, ids = b"", []  # the later pieces of the text still need its eot
                 eot = np.full(int(begins), tokenizer.eot, dtype)
                 tokens[split] += [eot, np.asarray(ids, dtype)]
-                encoded.sizes[split].append((len(eot) + len(ids), len(part)))
+                text_bytes = len(part) - piece.before - piece.after if part else 0
+                encoded.sizes[split].append((len(eot) + len(ids), text_bytes))
                 encoded.documents[split] += int(begins)
                 if piece.kind != "text":
                     document = unit_hash(f"{piece.name}:{place}"), piece.name, place
@@ -114,40 +121,82 @@ def _assign_splits(
 
 
 def _tokenize(
-    content: bytes | BadDocument, tokenizer: Tokenizer, where: str, encoded: Encoded
+    content: bytes | BadDocument,
+    piece: Piece,
+    tokenizer: Tokenizer,
+    where: str,
+    piece_bytes: int,
+    encoded: Encoded,
 ) -> np.ndarray | BadDocument:
-    """Returns a document's token ids; counts in `encoded` the bytes that they lose."""
-    ids = content if isinstance(content, BadDocument) else _encode_text(content, tokenizer)
-    if isinstance(ids, BadDocument) or isinstance(content, BadDocument):
-        return ids
-    try:
-        if lost := count_lost_bytes(tokenizer, content.decode(), ids, where):
-            encoded.skipped[LOST] += lost
-        return ids
-    except ContainsEot as error:
-        return BadDocument(REFUSED, first_line(error).removeprefix(f"{where}: "))
+    """Returns a document's token ids; counts in `encoded` the bytes that they lose.
 
-
-def _encode_text(content: bytes, tokenizer: Tokenizer) -> np.ndarray | BadDocument:
+    Args:
+        content: of the document, or of a piece of a text with the text around it.
+        piece_bytes: a much longer document is encoded in parts, to bound the memory.
+    """
+    if isinstance(content, BadDocument):
+        return content
     if b"\0" in content:
         return BadDocument("holding NUL bytes", "the text contains a NUL character")
+    first = piece.start - piece.before  # place of content[0] in the text
+    parts = [Part(piece.start, piece.stop, piece.before, piece.after)]
+    if piece.kind != "text":
+        first, parts = 0, [Part(0, len(content), 0, 0)]
     try:
-        if len(content) <= LONG_BYTES:
-            return tokenizer.encode(content.decode())
-        parts, start = [], 0
-        while start < len(content):
-            stop = start + PIECE_BYTES
-            if stop < len(content):
-                stop += find_cut(content[stop : stop + WINDOW_BYTES])
-            parts.append(tokenizer.encode(content[start:stop].decode()))
-            start = stop
-        return np.concatenate(parts)
+        if piece.kind != "text" and len(content) > MAX_PIECES * piece_bytes:
+            content.decode()  # raises, before the parts are encoded, if it is not UTF-8
+            read = lambda start, stop: content[start:stop]
+            parts = cut_text(read, 0, len(content), piece_bytes, tokenizer, where)
+        ids, lost = [], 0
+        for part in parts:
+            around = content[part.start - part.before - first : part.stop + part.after - first]
+            part_ids, part_lost = _encode_part(around, part, tokenizer, where)
+            ids.append(part_ids)
+            lost += part_lost
     except UnicodeDecodeError as error:
         return BadDocument("not UTF-8", f"the text is not UTF-8: {error}")
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UnusableInput):
         raise
+    except ContainsEot as error:
+        return BadDocument(REFUSED, first_line(error).removeprefix(f"{where}: "))
     except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
         return BadDocument(REFUSED, f"the tokenizer failed: {first_line(error)}")
+    if lost:
+        encoded.skipped[LOST] += lost
+    return np.concatenate(ids)
+
+
+def _encode_part(
+    content: bytes, part: Part, tokenizer: Tokenizer, where: str
+) -> tuple[np.ndarray, int]:
+    """Returns the tokens of a part of a text, and how many of its bytes they lose.
+
+    Args:
+        content: the part with part.before and part.after bytes of the text around it.
+    """
+    text = content.decode()
+    if not (part.before or part.after):
+        ids = tokenizer.encode(text)
+        return ids, count_lost_bytes(tokenizer, text, ids, where)
+    start = len(content[: part.before].decode())
+    stop = len(text) - len(content[len(content) - part.after :].decode())
+    ids, spans = tokenizer.encode_with_spans(text)
+    first, end = (first_token_from(spans, len(ids), place) for place in (start, stop))
+    if first is None or end is None:  # possible with a Unigram model, see cut_points
+        logging.warning(
+            "%s: the tokens at byte %d depend on text further away; some tokens there may differ "
+            "from those of the whole text",
+            *(where, part.start if first is None else part.stop),
+        )
+        if first is None:
+            return _encode_part(content[part.before :], part._replace(before=0), tokenizer, where)
+        content = content[: len(content) - part.after]
+        return _encode_part(content, part._replace(after=0), tokenizer, where)
+    lost = count_lost_bytes(tokenizer, text, ids, where)
+    if lost:  # count only those of the part
+        for around in (text[:start], text[stop:]):
+            lost -= count_lost_bytes(tokenizer, around, tokenizer.encode(around), where)
+    return ids[first:end], max(0, lost)
 
 
 def _read_documents(piece: Piece, text_field: str, encoded: Encoded) -> Iterator[Row]:
@@ -174,14 +223,15 @@ def _read_documents(piece: Piece, text_field: str, encoded: Encoded) -> Iterator
 def _read_bytes(piece: Piece) -> bytes:
     if isinstance(piece.content, bytes):
         return piece.content
-    content = read_at(piece.path, piece.compression, piece.start, piece.stop - piece.start)
-    _check_end(piece, piece.start + len(content))
+    start, stop = piece.start - piece.before, piece.stop + piece.after
+    content = read_at(piece.path, piece.compression, start, stop - start)
+    _check_end(stop, start + len(content))
     return content
 
 
-def _check_end(piece: Piece, end: int) -> None:
-    if end < piece.stop:
-        raise EOFError(f"it had {piece.stop:,} bytes or more, and now ends at byte {end:,}")
+def _check_end(expected: int, end: int) -> None:
+    if end < expected:
+        raise EOFError(f"it had {expected:,} bytes or more, and now ends at byte {end:,}")
 
 
 def _read_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
@@ -202,7 +252,7 @@ def _read_long_lines(piece: Piece) -> Iterator[tuple[int, bytes | BadDocument]]:
         position = file.seek(piece.start)
         while position < piece.stop:
             line = file.readline(DOCUMENT_BYTES + 1)
-            _check_end(piece, piece.stop if line else position)
+            _check_end(piece.stop, piece.stop if line else position)
             start, position = position, file.tell()
             if not line.endswith(b"\n") and len(line) > DOCUMENT_BYTES:
                 while (rest := file.readline(PIECE_BYTES)) and not rest.endswith(b"\n"):

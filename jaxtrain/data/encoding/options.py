@@ -8,7 +8,7 @@ from jaxtrain.data.encoding.work_units import PIECE_BYTES
 from jaxtrain.data.metadata import META_FORMAT
 from jaxtrain.data.tokenizer import tokenizer_identity
 
-ENCODING = 3  # incremented when the same input gives other tokens
+ENCODING = 4  # incremented when the same input gives other tokens
 SHARD_TOKENS = 100_000_000
 JOURNAL_S = 10.0  # between writes of the journal: the most work that a kill can cost
 

@@ -27,7 +27,7 @@ from jaxtrain.data.encoding.work_units import Task, Unit
 from jaxtrain.data.encoding.workers import encode_tasks
 from jaxtrain.data.metadata import META_FILE, META_FORMAT
 from jaxtrain.data.shard_writer import ShardWriter
-from jaxtrain.data.tokenizer import build_tokenizer
+from jaxtrain.data.tokenizer import Tokenizer, build_tokenizer
 from jaxtrain.files import write_atomic
 
 
@@ -60,7 +60,11 @@ def encode(
     try:
         if "meta" not in journal.progress:
             units, without_text = divide_input(
-                files, options.val_fraction, options.text_field, options.piece_bytes
+                files,
+                options.val_fraction,
+                options.text_field,
+                build_tokenizer(options.tokenizer),
+                options.piece_bytes,
             )
             with Encoding(journal, options, files.left_out + without_text, note) as encoding:
                 encoding.encode_all(units, len(files))
@@ -179,7 +183,7 @@ class Encoding:
 
     def _encode_once(self, units: list[Unit], size: int) -> None:
         options, written_s = self._options, time.monotonic()
-        tasks = _iter_tasks(units, self._place, options.text_field, options.piece_bytes)
+        tasks = _iter_tasks(units, self._place, options, self._tokenizer)
         bar_options = {"desc": "encode", "unit": "B", "unit_scale": True}
         bar_options |= {"initial": self._read_bytes, "delay": options.bar_delay_s}
         with tqdm(total=size, **bar_options) as bar:
@@ -200,14 +204,15 @@ class Encoding:
 
 
 def _iter_tasks(
-    units: list[Unit], place: tuple[int, int], text_field: str, piece_bytes: int
+    units: list[Unit], place: tuple[int, int], options: EncodeOptions, tokenizer: Tokenizer
 ) -> Iterator[Task]:
     """Yields the tasks after `place`: (number of a unit, how many of its tasks are done)."""
     first_unit, tasks_done = place
     for number in range(first_unit, len(units)):
         unit, read = units[number], 0
         skip = tasks_done if number == first_unit else 0
-        for i, task in enumerate(read_unit(unit, text_field, piece_bytes)):
+        tasks = read_unit(unit, options.text_field, options.piece_bytes, tokenizer)
+        for i, task in enumerate(tasks):
             read += task.size
             lost = 0
             if task.problem and task.problem.reason != TOO_LONG.reason:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from jaxtrain.data.encoding.cut_points import WINDOW_BYTES, find_cut
+from jaxtrain.data.encoding.cut_points import CONTEXT_BYTES, cut_text
 from jaxtrain.data.encoding.documents import TOO_LONG
 from jaxtrain.data.encoding.formats import (
     BOM,
@@ -14,6 +14,7 @@ from jaxtrain.data.encoding.formats import (
     HEAD_BYTES,
     iter_bytes,
     open_content,
+    printable_path,
 )
 from jaxtrain.data.encoding.table_readers import read_arrow, read_csv, read_parquet
 from jaxtrain.data.encoding.work_units import (
@@ -25,6 +26,7 @@ from jaxtrain.data.encoding.work_units import (
     damage_problem,
     group_rows,
 )
+from jaxtrain.data.tokenizer import Tokenizer
 
 JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 QUOTE, OPENING_BRACKET = b'"['
@@ -32,10 +34,19 @@ OPENING, CLOSING = b"[{", b"]}"
 EXPECTED_JSON = "expected an array or an object"
 
 
-def read_unit(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
-    """Yields the tasks of a unit; what cannot be read becomes a task with a problem."""
+def read_unit(
+    unit: Unit, text_field: str, piece_bytes: int, tokenizer: Tokenizer
+) -> Iterator[Task]:
+    """Yields the tasks of a unit; what cannot be read becomes a task with a problem.
+
+    Args:
+        tokenizer: decides where a compressed text is cut.
+    """
     try:
-        yield from READERS[unit.kind](unit, text_field, piece_bytes)
+        if unit.kind == "text":
+            yield from _read_text(unit, piece_bytes, tokenizer)
+        else:
+            yield from READERS[unit.kind](unit, text_field, piece_bytes)
     except DAMAGE as error:  # the file could be read when the input was divided
         yield Task((), 0, damage_problem(unit.path, error))
 
@@ -48,26 +59,29 @@ def _read_problem(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Tas
     yield Task((), 0, unit.problem)
 
 
-def _read_text(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
+def _read_text(unit: Unit, piece_bytes: int, tokenizer: Tokenizer) -> Iterator[Task]:
     """Reads a compressed text: the whole, or its training part and then its held-out part."""
+    where, kept, buffer, read_before = printable_path(unit.path), 0, b"", 0
     with open_content(unit.path, unit.compression) as (stream, file):
-        read_before, buffer = 0, b""
-        for _ in iter_bytes(stream, unit.pieces[0].start):
-            pass  # skips a byte order mark
-        for part in unit.pieces:
-            start = part.start
-            while start < part.stop:
-                wanted = min(piece_bytes + WINDOW_BYTES, part.stop - start)
-                buffer += b"".join(iter_bytes(stream, max(0, wanted - len(buffer))))
-                if len(buffer) < wanted:
-                    raise EOFError(f"it had {part.stop:,} bytes of text, and now has fewer")
-                size = part.stop - start
-                if size > piece_bytes:
-                    size = piece_bytes + find_cut(buffer[piece_bytes:wanted])
-                stop, first = start + size, part.first and start == part.start
-                piece = replace(part, start=start, stop=stop, first=first, content=buffer[:size])
+
+        def read(start: int, stop: int) -> bytes:
+            """Returns bytes of the text, which must not begin before the first one kept."""
+            nonlocal buffer
+            buffer += b"".join(iter_bytes(stream, max(0, stop - kept - len(buffer))))
+            if len(buffer) < stop - kept:
+                raise EOFError(f"it had {stop:,} bytes of text or more, and now has fewer")
+            return buffer[start - kept : stop - kept]
+
+        for text in unit.pieces:
+            parts = cut_text(read, text.start, text.stop, piece_bytes, tokenizer, where)
+            for part in parts:
+                content = read(part.start - part.before, part.stop + part.after)
+                first = text.first and part.start == text.start
+                piece = replace(text, **part._asdict(), first=first, content=content)
                 yield Task((piece,), file.tell() - read_before)
-                read_before, buffer, start = file.tell(), buffer[size:], stop
+                read_before = file.tell()
+                drop = max(0, part.stop - CONTEXT_BYTES - kept)
+                kept, buffer = kept + drop, buffer[drop:]
 
 
 def _read_jsonl(unit: Unit, text_field: str, piece_bytes: int) -> Iterator[Task]:
@@ -187,7 +201,6 @@ def _iter_elements(unit: Unit, stream: Any) -> Iterator[Row | DocumentProblem]:
 READERS: dict[str, Callable[[Unit, str, int], Iterator[Task]]] = {
     "pieces": _read_pieces,
     "problem": _read_problem,
-    "text": _read_text,
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": read_csv,

@@ -63,8 +63,10 @@ class Piece:
     split: str = "train"  # of a text; the split of other documents is decided one by one
     first: bool = True  # whether a text starts here
     # What a reader has already read: bytes of a text or of lines, or rows of json or a table. If it
-    # is None, the encoding process reads it from the file.
+    # is None, the encoding process reads it from the file. A text's content includes its context.
     content: bytes | list[Row] | None = None
+    before: int = 0  # bytes of a text before `start` that are encoded with it, see cut_points
+    after: int = 0
 
     def rows(self) -> list[Row]:
         """Returns the documents of a piece of json or rows."""

@@ -4,16 +4,15 @@ from typing import Any
 
 from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.interop import InteropError
-from jaxtrain.interop.families.decoder import LLAMA, OLMO2, QWEN3
+from jaxtrain.interop.families.decoder import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3, SMOLLM3
 from jaxtrain.interop.families.family import Family, TensorMapping, differences
 from jaxtrain.interop.families.gemma import GEMMA2, GEMMA3
 from jaxtrain.interop.families.gpt2 import GPT2
 from jaxtrain.interop.families.nanochat import NANOCHAT
 
 # An export takes the first family that computes the model, so that the plain ones come first.
-FAMILIES = {
-    family.model_type: family for family in (LLAMA, QWEN3, OLMO2, GEMMA2, GEMMA3, NANOCHAT, GPT2)
-}
+ALL = (LLAMA, MISTRAL, QWEN3, QWEN2, SMOLLM3, OLMO2, GEMMA2, GEMMA3, NANOCHAT, GPT2)
+FAMILIES = {family.model_type: family for family in ALL}
 
 __all__ = ["FAMILIES", "Family", "TensorMapping", "family_of_config", "family_of_model"]
 

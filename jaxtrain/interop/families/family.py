@@ -134,7 +134,8 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # Value of a field that is missing, as the class in transformers has it. Others must be given.
     absent: Mapping[str, Any] = field(default_factory=dict)
-    # Value of a field that is null, computed from the other fields of ModelConfig.
+    # Value of a field that is null, computed from the other fields of ModelConfig. It is also that
+    # of a missing field which `absent` does not name.
     null: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further names
     ignored: tuple[str, ...] = ()  # besides IGNORED
@@ -155,11 +156,12 @@ def read_model(family: Family, config: dict[str, Any], source: Any) -> ModelConf
     reader = ConfigReader(config)
     values: dict[str, Any] = {k: x for k, x in family.requires.items() if not callable(x)}
     for name, ours in family.fields.items():
-        values[ours] = reader.take(
-            *(name, *family.spellings.get(name, ())),
-            kind=KINDS[type(getattr(ModelConfig, ours))],
-            default=family.absent.get(name, None if name in family.null else MISSING),
-        )
+        default = family.absent.get(name, MISSING)
+        if name in family.null and (default is MISSING or reader.look(name) is None):
+            default = None
+        spellings = (name, *family.spellings.get(name, ()))
+        kind = KINDS[type(getattr(ModelConfig, ours))]
+        values[ours] = reader.take(*spellings, kind=kind, default=default)
     for name, compute in family.null.items():
         if values[family.fields[name]] is None:
             values[family.fields[name]] = compute(SimpleNamespace(**values))

@@ -10,20 +10,18 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.interop.families.config_reader import (
-    LIST,
-    NUMBER,
-    POSITIVE,
-    SIZE,
-    TEXT,
-    ConfigReader,
-    shown,
-)
+from jaxtrain.interop.families.config_reader import NUMBER, POSITIVE, SIZE, TEXT, ConfigReader
 from jaxtrain.interop.families.decoder import FIELDS, decoder_tensors, softcap
 from jaxtrain.interop.families.family import Family, Part, TensorMapping
+from jaxtrain.interop.families.layers import (
+    FULL,
+    SLIDING,
+    layer_types,
+    read_layer_types,
+    windows,
+)
 from jaxtrain.interop.families.rope import ROPE
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOW = 4_096  # of a config.json without sliding_window
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4  # of a Gemma 3 without RoPE's fields
 
@@ -54,11 +52,6 @@ QUERY_SCALE = Part(
 )
 
 
-def _layer_types(L: int, every: int) -> list[str]:
-    """Returns the kind of each layer, if layers n, 2n, ... of n = every are global."""
-    return [FULL if every and number % every == 0 else SLIDING for number in range(1, L + 1)]
-
-
 def _windows(pattern: int, pattern_name: str = "") -> Part:
     """Describes layers with a window, of which every n-th is global.
 
@@ -70,22 +63,13 @@ def _windows(pattern: int, pattern_name: str = "") -> Part:
     def read(reader: ConfigReader, values: dict[str, Any]) -> dict[str, Any]:
         window, L = reader.take("sliding_window", kind=SIZE, default=WINDOW), values["L"]
         n = reader.take(pattern_name, kind=SIZE, default=pattern) if pattern_name else pattern
-        kinds = reader.take("layer_types", kind=LIST, default=None)
-        kinds = _layer_types(L, n) if kinds is None else kinds
-        if kinds == [FULL] * L:
-            return {"window": 0, "global_every": 0}
-        for every in (0, *range(2, L + 1)):
-            if kinds == _layer_types(L, every):
-                return {"window": window, "global_every": every}
-        reader.faults.append(
-            f"layer_types={shown(kinds)} (must have {FULL} in layers n, 2n, ... of {L} and "
-            f"{SLIDING} in the others)"
-        )
-        return {"window": window}
+        slides = read_layer_types(reader, L)
+        if slides is None:
+            slides = [number % n != 0 for number in range(1, L + 1)]
+        return windows(reader, window, slides)
 
     def write(cfg: ModelConfig) -> dict[str, Any]:
-        kinds = _layer_types(cfg.L, cfg.global_every if cfg.window else 1)
-        return {"sliding_window": cfg.window or WINDOW, "layer_types": kinds}
+        return {"sliding_window": cfg.window or WINDOW, "layer_types": layer_types(cfg)}
 
     return Part(("window", "global_every"), read, write)
 
