@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from jaxtrain.crosscheck.comparison import compare_traces, digest_distance
-from jaxtrain.crosscheck.trace import CHUNK, TraceError, TraceWriter, batch_hash, digest, read_trace
+from jaxtrain.crosscheck.trace import (
+    CHUNK,
+    TraceError,
+    TraceWriter,
+    batch_hash,
+    batches_of,
+    digest,
+    read_trace,
+)
 
 
 def random_array(*shape, seed=0):
@@ -71,6 +79,17 @@ def test_a_trace_reads_back_as_it_was_written(tmp_path):
     assert [line["step"] for line in found.steps] == [1, 2, 3]
     assert found.header["precision"] == "float64"
     assert found.steps[1]["gradient"]["a"].tolist() == digest(random_array(4, seed=2))
+
+
+def test_the_batches_of_a_trace_have_its_documents_and_weights(tmp_path):
+    batch = {"tokens": [[5, 6, 7]], "docs": [[0, 0, 1]], "weights": [[1.0, 0.25]]}
+    with TraceWriter(tmp_path / "t.jsonl", "a", "float32") as writer:
+        writer.write({"step": 1, "batch": "0", "loss": 1.0} | batch)
+        writer.write({"step": 2, "batch": "0", "loss": 1.0, "tokens": [[1, 2, 3]]})
+    first, second = batches_of(read_trace(tmp_path / "t.jsonl"))
+    assert {name: x.tolist() for name, x in first.items()} == batch
+    assert [x.dtype for x in first.values()] == [np.int32, np.int32, np.float32]
+    assert list(second) == ["tokens"]
 
 
 def test_a_trace_of_a_killed_loop_has_its_finished_steps(tmp_path):

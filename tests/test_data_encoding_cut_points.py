@@ -170,7 +170,8 @@ def test_a_text_that_cannot_be_cut_is_encoded_in_longer_pieces_and_reported(
     meta = encode_source(tmp_path / "a.txt", tmp_path / "out", family_files[family], **options)
     assert not meta["skipped"]
     longer, unsure = caplog.messages
-    assert "a.txt: no place to cut the text was found within 2000 bytes" in longer
+    assert "a.txt: the text has too few places to cut it" in longer
+    assert "longer than 4000 bytes, the first from byte 0 on" in longer
     assert "a.txt: the text is cut at " in unsure and "may differ from those of the whole" in unsure
 
 

@@ -109,6 +109,7 @@ def test_a_config_is_refused_with_every_field_that_we_do_not_compute(
     with pytest.raises(InteropError) as error:
         read_values(tmp_path, configs[family] | fields)
     assert "config.json must describe what jaxtrain computes; got" in str(error.value)
+    assert ("Remove the unknown ones" in str(error.value)) == ("not a field" in str(error.value))
     missing = [fault for fault in faults if fault not in str(error.value)]
     assert not missing, error.value
 
@@ -166,6 +167,8 @@ def json_of(text):
     return {name: json.loads(value) for name, value in pairs}
 
 
+FULL_36 = json.dumps(["full_attention"] * 36, separators=(",", ":"))
+ROPES_36 = json.dumps([1, 1, 1, 0] * 9, separators=(",", ":"))
 PUBLISHED = {
     "gpt2": """activation_function="gelu_new" architectures=["GPT2LMHeadModel"] attn_pdrop=0.1
         bos_token_id=50256 embd_pdrop=0.1 eos_token_id=50256 layer_norm_epsilon=1e-05
@@ -187,6 +190,32 @@ PUBLISHED = {
         rms_norm_eps=1e-06 rope_scaling=null rope_theta=1000000 sliding_window=null
         tie_word_embeddings=true torch_dtype="bfloat16" use_sliding_window=false
         vocab_size=151936""",
+    "Llama-3.2-1B": """architectures=["LlamaForCausalLM"] attention_bias=false
+        attention_dropout=0.0 bos_token_id=128000 eos_token_id=128001 head_dim=64
+        hidden_act="silu" hidden_size=2048 intermediate_size=8192 max_position_embeddings=131072
+        mlp_bias=false model_type="llama" num_attention_heads=32 num_hidden_layers=16
+        num_key_value_heads=8 pretraining_tp=1 rms_norm_eps=1e-05
+        rope_scaling={"factor":32.0,"high_freq_factor":4.0,"low_freq_factor":1.0,"original_max_position_embeddings":8192,"rope_type":"llama3"}
+        rope_theta=500000.0 tie_word_embeddings=true torch_dtype="bfloat16" vocab_size=128256""",
+    "Mistral-7B-v0.1": """architectures=["MistralForCausalLM"] bos_token_id=1 eos_token_id=2
+        hidden_act="silu" hidden_size=4096 intermediate_size=14336 max_position_embeddings=32768
+        model_type="mistral" num_attention_heads=32 num_hidden_layers=32 num_key_value_heads=8
+        rms_norm_eps=1e-05 rope_theta=10000.0 sliding_window=4096 tie_word_embeddings=false
+        torch_dtype="bfloat16" vocab_size=32000""",
+    "Qwen2.5-0.5B": """architectures=["Qwen2ForCausalLM"] attention_dropout=0.0
+        bos_token_id=151643 eos_token_id=151643 hidden_act="silu" hidden_size=896
+        intermediate_size=4864 max_position_embeddings=32768 max_window_layers=24
+        model_type="qwen2" num_attention_heads=14 num_hidden_layers=24 num_key_value_heads=2
+        rms_norm_eps=1e-06 rope_theta=1000000.0 sliding_window=32768 tie_word_embeddings=true
+        torch_dtype="bfloat16" use_mrope=false use_sliding_window=false vocab_size=151936""",
+    "SmolLM3-3B": f"""architectures=["SmolLM3ForCausalLM"] attention_bias=false
+        attention_dropout=0.0 bos_token_id=null eos_token_id=128012 hidden_act="silu"
+        hidden_size=2048 intermediate_size=11008 layer_types={FULL_36} max_window_layers=28
+        max_position_embeddings=65536 mlp_bias=false model_type="smollm3"
+        no_rope_layer_interval=4 no_rope_layers={ROPES_36} num_attention_heads=16
+        num_hidden_layers=36 num_key_value_heads=4 pad_token_id=128004 pretraining_tp=2
+        rms_norm_eps=1e-06 rope_scaling=null rope_theta=5000000.0 sliding_window=null
+        torch_dtype="bfloat16" use_sliding_window=false vocab_size=128256""",
 }
 
 
@@ -196,6 +225,10 @@ PUBLISHED = {
         ("gpt2", {"L": 12, "G": 12, "K": 64, "F": 3_072, "tied": True, "norm_eps": 1e-5}),
         ("SmolLM2-135M", {"L": 30, "G": 3, "K": 64, "rope_theta": 1e5, "positions": 8_192}),
         ("Qwen3-0.6B", {"L": 28, "G": 8, "K": 128, "rope_theta": 1e6, "qk_norm": True}),
+        ("Llama-3.2-1B", {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_theta": 5e5}),
+        ("Mistral-7B-v0.1", {"window": 4_096, "G": 8, "K": 128, "bias": False}),
+        ("Qwen2.5-0.5B", {"window": 0, "attention_bias": "qkv", "K": 64, "tied": True}),
+        ("SmolLM3-3B", {"nope_every": 4, "window": 0, "K": 128, "tied": True}),
     ],
 )
 def test_the_config_of_a_published_model_is_read(tmp_path, name, fields):

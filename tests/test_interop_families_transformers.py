@@ -17,6 +17,7 @@ from small_models import tree_of
 
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.families import FAMILIES
+from jaxtrain.interop.families.family import IGNORED
 from jaxtrain.interop.hf import read_config, read_weights
 from jaxtrain.model.transformer import build_model
 from jaxtrain.model.trees import named_leaves
@@ -93,9 +94,15 @@ def changed(value):
     return [{}] if isinstance(value, dict) else [True, 2, "tanh"]
 
 
-def variants(config):
-    """Yields (description, config.json) with one field changed, null or missing."""
+def variants(config, skipped=()):
+    """Yields (description, config.json) with one field changed, null or missing.
+
+    Args:
+        skipped: fields that stay as they are.
+    """
     for path in paths(config):
+        if path[0] in skipped:
+            continue
         parent = functools.reduce(lambda x, key: x[key], path[:-1], config)
         values = [*changed(parent[path[-1]]), None, "removed"]
         for value in values:
@@ -160,7 +167,10 @@ class Case:
 
     @functools.cache  # noqa: B019 - one case per family
     def ours(self, cfg):
-        model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
+        # The routes of a GPU, with plain products and attention: they have no custom derivatives,
+        # which run slowly without jit.
+        cfg = dataclasses.replace(cfg, attention="reference")
+        model = build_model(cfg, choose_routes(cfg, False, "gpu", False))
         axes, shapes = named_leaves(model.axes), named_leaves(model.shapes)
         readers = read_weights(self.folder, cfg, axes, shapes)
         params = tree_of(model, {name: jnp.asarray(read()) for name, read in readers.items()})
@@ -181,7 +191,10 @@ def test_every_field_that_transformers_writes_is_accepted(case):
 
 def test_a_changed_field_is_refused_or_changes_both_models_alike(case):
     base, same, changed, wrong = case.theirs(case.config), [], [], []
-    for change, config in variants(case.config):
+    # What is ignored in every family is changed in the first alone.
+    is_first = case.config["model_type"] == next(iter(FAMILIES))
+    skipped = () if is_first else {name for names in IGNORED.values() for name in names}
+    for change, config in variants(case.config, skipped):
         try:
             ours = case.ours(case.read(config))
         except InteropError:
@@ -194,4 +207,4 @@ def test_a_changed_field_is_refused_or_changes_both_models_alike(case):
         if (gap := np.abs(ours - theirs).max()) > 1e-4:
             wrong.append(f"{change} ({gap:.2g})")
     assert not wrong, wrong
-    assert len(same) > 50 and len(changed) > 1, (same, changed)
+    assert len(same) > (50 if is_first else 10) and len(changed) > 1, (same, changed)

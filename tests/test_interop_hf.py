@@ -206,6 +206,9 @@ def test_an_index_without_a_map_is_named(folders, tmp_path):
         read(copy, "llama")
 
 
+GEMMA2 = vars(MODELS["gemma2"])
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -214,6 +217,8 @@ def test_an_index_without_a_map_is_named(folders, tmp_path):
         ({"norm": "layer"}, "model.norm='layer'"),
         ({"nope_every": 3}, "does not have model.nope_every=3"),
         ({"window": 8, "global_every": 3}, "nearest, mistral, .* model.global_every=3 .must be 0"),
+        (GEMMA2 | {"attention_scale": 2.0}, "gemma2, .* model.attention_scale=2.0 .must be 1/sqrt"),
+        (GEMMA2 | {"global_every": 3}, "gemma2, .* model.global_every=3 .must be 0, or with"),
     ],
 )
 def test_a_model_that_no_family_computes_is_refused_before_anything_is_written(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jaxtrain.config.train_config import MeshConfig, ModelConfig
+from jaxtrain.config.train_config import KernelsConfig, MeshConfig, ModelConfig
 from jaxtrain.distributed.mesh import build_mesh
 from jaxtrain.metrics.flops import forward_flops
 from jaxtrain.model.attention import ATTENTION, Scoring, attention_reference
 from jaxtrain.model.layer_kinds import kinds_by_layer, layer_kinds
 from jaxtrain.model.layer_scan import scan_layers
+from jaxtrain.model.layers import LayerOps
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.transformer import build_model
 from jaxtrain.ops.routes import choose_routes
@@ -122,13 +123,21 @@ def test_cudnn_gets_the_window(monkeypatch):
     assert "sliding_window_length=4" in text
 
 
+def test_a_layer_without_rope_needs_no_kernel_for_it():
+    cfg = ModelConfig(**SMALL | dict(L=2, qk_norm=True, nope_every=2))
+    routes = choose_routes(cfg, False, "cpu", False, KernelsConfig(interpret=True), seq_len=T)
+    assert routes["qk_rope"].is_fused and "XLA's norm where no RoPE is" in routes["qk_rope"].reason
+    halve = lambda x: x / 2
+    x_BTHK = jnp.ones((1, 2, 4, 4))
+    assert jnp.array_equal(LayerOps(cfg, routes).norm_and_rotate(halve, x_BTHK, None), x_BTHK / 2)
+
+
 def test_decoding_with_a_cache_gives_the_training_states():
     model, params, apply = reference()
     cache = model.init_cache(B, 32)  # longer than the text
-    hidden, cache = model.extend(params, cache, TOKENS[:, :9], 0)
-    parts, step = [hidden], jax.jit(model.extend)
-    for t in range(9, T):
-        hidden, cache = step(params, cache, TOKENS[:, t : t + 1], t)
+    parts, extend = [], jax.jit(model.extend)
+    for t in range(0, T, 3):
+        hidden, cache = extend(params, cache, TOKENS[:, t : t + 3], t)
         parts.append(hidden)
     assert close(jnp.concatenate(parts, 1), apply(params, TOKENS), 1e-5)
 
@@ -150,10 +159,12 @@ def gradients(model, params):
 
 
 def test_remat_blocks_and_a_mesh_together_change_no_gradient():
-    _, params, _ = reference()
-    want = gradients(build(MIXED), params)
+    values = MIXED | {"L": 3}  # one period of two layers, and one layer more
+    params = reference()[1]
+    params = params | {"blocks": jax.tree.map(lambda x: x[:3], params["blocks"])}
+    want = gradients(build(values), params)
     mesh = build_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
-    got = gradients(build(MIXED | {"remat": "full", "attention": "blocked"}, mesh), params)
+    got = gradients(build(values | {"remat": "full", "attention": "blocked"}, mesh), params)
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     # Softmax ignores a bias of all keys, unless RoPE rotates it: its gradient is rounding.
     assert all(close(a, b, 1e-5) or np.abs(b).max() < 1e-7 for a, b in pairs)

@@ -175,12 +175,14 @@ def describe_changes(stored: Mapping[str, Any], config: TrainConfig) -> list[str
     """Returns a line for each field that differs: `optim.learning_rate 0.02, was 0.01`.
 
     Args:
-        stored: the `flatten` of an earlier config, which may lack newer fields.
+        stored: the `flatten` of an earlier config. A field that it lacks did not exist yet; the
+            default of a new field changes nothing.
     """
+    stored = flatten(TrainConfig()) | dict(stored)
     return [
-        f"{name} {value!r}, was {repr(stored[name]) if name in stored else 'not known'}"
+        f"{name} {value!r}, was {stored[name]!r}"
         for name, value in flatten(config).items()
-        if name not in stored or stored[name] != value
+        if stored[name] != value
     ]
 
 

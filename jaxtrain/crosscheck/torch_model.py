@@ -220,7 +220,7 @@ class TorchTransformer(nn.Module):
             is_target_N = weights_BT.flatten() != 0
             logits_NV, targets_N = logits_NV[is_target_N], targets_N[is_target_N]
             weights_N = weights_BT.flatten()[is_target_N].to(logits_NV.dtype)
-            mean = lambda x_N: (x_N @ weights_N) / weights_N.sum()
+            mean = lambda x_N: (x_N @ weights_N) / weights_N.sum().clamp(min=1)
         else:
             mean = lambda x_N: x_N.mean()
         nats = mean(F.cross_entropy(logits_NV, targets_N, reduction="none"))

@@ -10,6 +10,10 @@ around a cut is encoded twice: with much text before and little after the cut, a
 round. Where both give the same tokens, neither what is missing before nor what is missing after
 decides about them. A cut is made only in the middle of such equal tokens; otherwise the piece
 becomes longer.
+
+This does not notice a token that depends on text far before and far after it at the same time. Nor
+does it notice all ties of a Unigram model, which adds up the scores of the tokens of a word: if two
+ways to divide a word longer than CONTEXT are equally likely, the rounding of the sum decides.
 """
 
 import bisect
@@ -28,7 +32,7 @@ CONTEXT = 512  # characters around a piece that are encoded with it
 # go wrong in the same way if this was a multiple of the repeated part, so it is a prime number.
 FAR = 1_021
 CONTEXT_BYTES = 4 * (CONTEXT + FAR)  # read before and after a place that may be a cut
-EQUAL = 128  # characters whose tokens must be the same before a cut, and as many after it
+EQUAL = 128  # tokens are compared up to so many characters from a cut, and half as many must agree
 STEP = 512  # characters from one place that is tried to the next
 MAX_PIECES = 8  # a piece becomes at most this many times as long, to bound the memory
 SAFE_CUT = re.compile(rb"[!-~]\n")
@@ -83,15 +87,16 @@ def cut_text(
                 right = _Cut(wanted + find_cut(ahead), 0, 0)
                 unsure.append(right.place)
                 break
-            longer = longer or [left.place]
             wanted += piece_bytes
+        if right.place - left.place >= 2 * piece_bytes:
+            longer.append(left.place)
         yield Part(left.place, right.place, left.before, right.after)
         left = right
     if longer:
         logging.warning(
-            "%s: no place to cut the text was found within %d bytes, so it is encoded in longer "
-            "pieces, the first from byte %d on",
-            *(where, piece_bytes, longer[0]),
+            "%s: the text has too few places to cut it, so %d piece(s) of it are encoded that are "
+            "longer than %d bytes, the first from byte %d on",
+            *(where, len(longer), 2 * piece_bytes, longer[0]),
         )
     if unsure:
         logging.warning(
@@ -115,9 +120,7 @@ def _find_cut_in(
     try:
         text = _decode_whole_characters(data[skipped:])
         place = len(_decode_whole_characters(data[skipped : wanted - first]))
-        last = (
-            len(text) if end == stop else len(_decode_whole_characters(data[skipped : end - first]))
-        )
+        last = len(_decode_whole_characters(data[skipped : end - first]))
         for middle in range(place, last, STEP):
             if (at := _find_equal_tokens(text, middle, tokenizer)) is not None:
                 sizes = (
@@ -152,7 +155,8 @@ def _find_equal_tokens(text: str, middle: int, tokenizer: Tokenizer) -> int | No
         for place in left.index.keys() & right.index.keys()
         if middle - EQUAL <= place <= middle + EQUAL
     )
-    if len(places) < 3 or places[-1] - places[0] < EQUAL:
+    half = EQUAL // 2
+    if len(places) < 3 or places[0] > middle - half or places[-1] < middle + half:
         return None
     if not left.is_equal(right, places[0], places[-1]):
         return None

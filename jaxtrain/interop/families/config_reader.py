@@ -120,8 +120,9 @@ class ConfigReader:
         reason = f"not a field that jaxtrain knows of {owner}"
         faults = self.faults + [f"{name}={shown(x)} ({reason})" for name, x in unread.items()]
         if faults:
+            advice = " Remove the unknown ones from it if they change no logits." if unread else ""
             raise InteropError(
-                f"{source} must describe what jaxtrain computes; got {'; '.join(faults)}."
+                f"{source} must describe what jaxtrain computes; got {'; '.join(faults)}.{advice}"
             )
 
 

@@ -167,6 +167,7 @@ SMOLLM3 = Family(
     absent=ABSENT
     | {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True},
     null={"num_key_value_heads": lambda c: c.H, "head_dim": lambda c: c.D // c.H},
+    ignored=("max_window_layers", "pretraining_tp"),  # in published files; the class has neither
     limits=join_limits(limit_periods, limit_biases),
 )
 OLMO2 = Family(

@@ -42,7 +42,7 @@ def _read_query_scale(reader: ConfigReader, values: dict[str, Any]) -> dict[str,
 
 
 def _query_scalar(cfg: ModelConfig) -> int:
-    return round(cfg.attention_scale**-2) if cfg.attention_scale else cfg.K
+    return max(1, round(cfg.attention_scale**-2)) if cfg.attention_scale else cfg.K
 
 
 QUERY_SCALE = Part(

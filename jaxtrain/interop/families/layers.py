@@ -44,7 +44,12 @@ def read_layer_types(reader: ConfigReader, L: int) -> list[bool] | None:
 
 
 def windows(reader: ConfigReader, window: int, slides: list[bool]) -> dict[str, Any]:
-    """Returns `window` and `global_every` of a model in which the layers `slides` have a window."""
+    """Returns `window` and `global_every` of a model.
+
+    Args:
+        window: of the layers that have one; 0 if config.json has none.
+        slides: which layers have a window.
+    """
     every = find_period([not x for x in slides])
     if not any(slides):
         return {"window": 0, "global_every": 0}
@@ -175,14 +180,14 @@ def limit_biases(cfg: ModelConfig) -> list[str]:
 
 
 def limit_periods(cfg: ModelConfig) -> list[str]:
-    """Returns a fault for each period of layers that is longer than the model.
+    """Returns a fault for each period of layers that config.json cannot express.
 
-    It has no effect, so that config.json cannot express it.
+    A period longer than the model has no effect, nor has a window if every layer is global.
     """
     return [
-        f"model.{name}={getattr(cfg, name)} (must be at most model.L={cfg.L}, or 0)"
-        for name in ("global_every", "nope_every")
-        if getattr(cfg, name) > cfg.L
+        f"model.{name}={getattr(cfg, name)} (must be 0, or {shortest} to model.L={cfg.L})"
+        for name, shortest in (("global_every", 2), ("nope_every", 1))
+        if getattr(cfg, name) and not shortest <= getattr(cfg, name) <= cfg.L
     ]
 
 
