@@ -1,10 +1,10 @@
 """Chooses the tolerance of each compared value: measured if a trace has it, else a formula."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.crosscheck.trace import Trace
+from jaxtrain.crosscheck.trace import StepRecord, Trace
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 # A difference of this many times our own rounding error is accepted: four standard deviations of
@@ -17,8 +17,6 @@ LEAST = {"float64": 1e-12, "float32": 0.0}
 UNDECIDED = 1.0  # from this relative tolerance on, rounding decides all of a tensor
 DEEP_LAYERS = 12  # float32 models from this depth on get five times the fixed tolerance
 COMPOUNDING_STEPS = 50  # after these, differences grow faster than the number of steps
-
-StepRecord = dict[str, Any]  # one line of a trace
 
 
 class Tolerance(NamedTuple):
