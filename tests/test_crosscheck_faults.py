@@ -65,13 +65,14 @@ def exact_gelu(patch):
 
 def shift_targets(patch):
     entropy = F.cross_entropy
-    patch.setattr(F, "cross_entropy", lambda logits, y: entropy(logits, y.roll(-1)))
+    patch.setattr(F, "cross_entropy", lambda logits, y, **kw: entropy(logits, y.roll(-1), **kw))
 
 
 def count_padding(patch):
     losses = torch_model.TorchTransformer.losses
 
     def wrong(self, tokens_BT1, docs_BT1=None, **options):
+        options["weights_BT"] = None
         return losses(self, tokens_BT1, torch.zeros_like(docs_BT1), **options)
 
     patch.setattr(torch_model.TorchTransformer, "losses", wrong)
@@ -141,6 +142,15 @@ FAULTS = {
 }
 
 
+CAUSES = {  # part of the explanation
+    "no bias correction": "times jaxtrain's: as without Adam's bias correction",
+    "decay on gains": "pytorch decays blocks.0.attention_norm.gain, ",
+    "wrong nesterov": "the first updates agree, the second do not",
+    "scale by the wrong fan": "Muon's factor for the shape of a matrix",
+    "wrong shuffle seed": "the inputs differ: check the shards",
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_reported_with_stage_and_first_step(
     fault, recorded, monkeypatch, tmp_path
@@ -154,9 +164,11 @@ def test_a_planted_fault_is_reported_with_stage_and_first_step(
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
     batches = ours if run == "packed" else None
     theirs = record_torch(start, tmp_path / "t.jsonl", cfg, batches)
-    found = compare_traces(ours, theirs).divergence
+    comparison = compare_traces(ours, theirs)
+    found = comparison.divergence
     assert (found.stage, found.first.step) == (stage, step), found
     assert tensor in found.first.tensor
+    assert CAUSES.get(fault, "") in explain(comparison)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -28,7 +28,6 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 torch = pytest.importorskip("torch", reason=REASON)
 
 FAMILIES = ["olmo2", "gemma2", "gemma3", "nanochat", "mistral", "qwen2_window", "smollm3"]
-FAMILIES += ["llama_llama3", "llama_bias"]
 STEPS, NEW_TOKENS = 3, 12
 PROMPT = [5, 17, 3, 60, 41, 8]
 TOKENS = np.random.default_rng(3).integers(0, 96, (STEPS, 2, 13))

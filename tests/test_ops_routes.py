@@ -186,6 +186,8 @@ def test_a_requested_kernel_is_chosen_and_named_by_its_architecture(masked):
     assert implementation(STRICT, arch="sm_86") == "flash:sm_86"
     assert implementation(INTERPRET) == "flash:interpret"
     assert implementation(KernelsConfig(), arch="sm_86") != "flash:sm_86"  # not measured yet
+    fused = choose_routes(ModelConfig(attention="cudnn"), masked, "cpu", False, INTERPRET)
+    assert fused["attention"].implementation == "flash:interpret"
 
 
 def described(platform="cpu", masked=False, kernels=None, arch="", **values):

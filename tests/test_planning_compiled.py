@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from configs import llama_135m
 from jaxtrain.config.train_config import freeze
-from jaxtrain.planning.compiled import compile_plan
+from jaxtrain.planning.compiled import _build_run, compile_plan, with_model
 from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.memory_formula import estimate_memory
 from jaxtrain.training.step import build_gradient
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program, bytes_of
-from pallas_kernels.offline import compile_for
+from pallas_kernels.offline import compile_for, devices_of
 
 chip = find_chip("a40")
 cfg = freeze(llama_135m.get_config())
@@ -51,6 +51,12 @@ program = Program(compiled.as_text())
 constants = (i for i in program.computations[program.entry] if not i.operands)
 ops = ("fusion", "broadcast", "constant")
 print(max(bytes_of(i.result) for i in constants if i.op in ops))
+
+devices = devices_of(chip, 2, 1)
+with jax.default_device(devices[0]):
+    values = dict(window=256, global_every=5, rope_local_theta=1e4, attention_scale=0.1)
+    run, notes = _build_run(with_model(cfg, **values), devices)
+print(run.routes["attention"].implementation, *notes)
 """
 
 
@@ -71,3 +77,8 @@ def test_the_memory_formula_is_within_its_error_bound_of_the_compiled_step(print
 
 def test_gradient_accumulation_does_not_allocate_a_second_tree_of_zeros(printed):
     assert int(printed[1]) < 1_024  # the gradient is 1 MiB
+
+
+def test_a_model_with_windows_is_compiled_with_the_kernel_and_a_note(printed):
+    assert printed[2].startswith("flash:sm_86 attention was compiled as the fused kernel")
+    assert "only cuDNN's skips the products outside the window" in printed[2]

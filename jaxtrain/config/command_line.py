@@ -29,6 +29,8 @@ from pallas_kernels.arguments import (
 )
 
 HELP_FLAG = r"-+(help|helpshort|helpfull|h|\?)(=.*)?"
+PARSERS: dict[type, Callable[[str], Any]] = {float: float, str: str}
+PARSERS |= {bool: flags.BooleanParser().parse, int: flags.IntegerParser().parse}
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "values as 1,2,3"}
 
 
@@ -40,6 +42,7 @@ class CommandForm(NamedTuple):
         doc: its help text: a sentence, an indented block of examples, and the rest.
         define: defines the command's own flags.
         config: "" if it takes no config, "may" if a config is optional, "must" if it is required.
+        default: builds the config if none is named, from {field: text} of the fields that are set.
         sections: (prefix, dataclass) of the config's fields.
         open_fields: prefixes below which a field need not be in `sections`.
         tables: text for the end of the help.
@@ -51,6 +54,7 @@ class CommandForm(NamedTuple):
     doc: str | None
     define: Callable[[], None] = lambda: None
     config: str = ""
+    default: Callable[[dict[str, str]], ConfigDict] | None = None
     sections: tuple = tuple(list_sections(TrainConfig))
     open_fields: tuple[str, ...] = ()
     tables: str = ""
@@ -110,7 +114,7 @@ class _CommandLine:
                 text = flags.FLAGS[missing[1]].help
                 self.refuse(f"--{missing[1]} must be given: {text}. See {self.prog} --help.")
             self.refuse(" ".join(str(error).split()))
-        if self.config_name:
+        if self.config_name or self.form.default:
             self._load_config()
         return self.words
 
@@ -198,19 +202,22 @@ class _CommandLine:
             self.refuse(f"{self.prog} takes one config; got {names}. Set fields by --NAME=VALUE.")
         self.given = [(name, value) for name, value in self.given if name != "config"]
         self.config_name = named[0] if named else ""
-        if not self.config_name and (self.form.config == "must" or self.overrides):
+        is_needed = self.form.config == "must" or (self.overrides and not self.form.default)
+        if is_needed and not self.config_name:
             listing = config_files.format_listing(self.form.name, self.prog)
             self.refuse(f"{self.prog} needs a config.\n{listing}")
 
     def _load_config(self) -> None:
         """Sets FLAGS.config to the ConfigDict, including the fields that the user set."""
         try:
-            config, path = config_files.load_config_file(self.config_name)
+            if self.form.default and not self.config_name:
+                config, path = self.form.default({f.name: f.value for f in self.overrides}), ""
+            else:
+                config, path = config_files.load_config_file(self.config_name)
         except ValueError as error:
-            listing = ""
-            if str(error).startswith("no config"):
-                listing = f"\n{config_files.format_listing(self.form.name, self.prog)}"
-            self.refuse(f"{error}{listing}")
+            is_unknown = str(error).startswith("no config")
+            listing = config_files.format_listing(self.form.name, self.prog) if is_unknown else ""
+            self.refuse(f"{error}\n{listing}".strip())
         self._check_names(config)
         for field in self.overrides:
             self._override(config, field)
@@ -254,18 +261,10 @@ class _CommandLine:
         """Returns the value of a field as a `kind`, the type of the config's own value."""
         text = field.value
         try:
-            if kind is bool:
-                return flags.BooleanParser().parse(text)
-            if kind is int:
-                return flags.IntegerParser().parse(text)
-            if kind is float:
-                return float(text)
-            if kind is str:
-                return text
+            if kind in PARSERS:
+                return PARSERS[kind](text)
             value = ast.literal_eval(text)
-            if kind is tuple:
-                return value if isinstance(value, tuple) else (value,)
-            return value
+            return (value,) if kind is tuple and not isinstance(value, tuple) else value
         except (ValueError, SyntaxError, TypeError):
             expected = TYPES.get(kind, "a Python literal")
             self.refuse(f"{field.name} must be {expected}; got {text!r}. Set --{field.typed}.")

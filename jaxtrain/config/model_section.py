@@ -29,13 +29,14 @@ class ModelConfig(Section):
     rope_factor: float = knob(1.0, "factor that rope_scaling lengthens wavelengths by", low=1.0)
     rope_low_freq: float = knob(
         1.0,
-        "llama3: wavelengths of fewer turns than this in rope_original_positions are lengthened "
-        "in full",
+        "llama3: a wavelength that turns fewer times than this in rope_original_positions is "
+        "lengthened by the whole rope_factor",
         low=0.0,
     )
     rope_high_freq: float = knob(
         4.0,
-        "llama3: wavelengths of more turns than this in rope_original_positions stay as they are",
+        "llama3: a wavelength that turns more often than this in rope_original_positions is not "
+        "lengthened",
         low=0.0,
     )
     rope_original_positions: int = knob(
@@ -47,17 +48,15 @@ class ModelConfig(Section):
         "rope_theta and rope_scaling",
         low=0.0,
     )
-    nope_every: int = knob(
-        0, "layers n, 2n, ... have no RoPE and so no positions; 0 has RoPE in all layers", low=0
-    )
+    nope_every: int = knob(0, "layers n, 2n, ... have no RoPE; 0 gives all layers RoPE", low=0)
     window: int = knob(
         0,
-        "number of last tokens, its own included, that a token attends to; 0 attends to all",
+        "how many of the last tokens, itself included, a token attends to; 0 is all of them",
         unit="tokens",
         low=0,
     )
     global_every: int = knob(
-        0, "layers n, 2n, ... attend to all tokens despite the window; 0 limits all layers", low=0
+        0, "layers n, 2n, ... have no window; 0 gives all layers the window", low=0
     )
     positions: int = knob(1_024, "longest sequence with position=learned", unit="tokens", low=1)
     norm_place: str = knob(
@@ -89,8 +88,8 @@ class ModelConfig(Section):
     bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
     attention_bias: str = knob(
         "none",
-        "projections of attention that have a bias though model.bias is false: query, key and "
-        "value, or all four",
+        "which projections of attention have a bias without model.bias: none, those of query, key "
+        "and value, or all four",
         choices=("none", "qkv", "all"),
     )
     logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)

@@ -1,16 +1,18 @@
 r"""Compares training in jaxtrain and in PyTorch step by step, and names the first difference.
 
     jaxtrain crosscheck run crosscheck_gpt2 --steps=50 --precision=float64
-    jaxtrain crosscheck record gpt_124m --weights=HF_FOLDER --names=hf --batches=theirs.jsonl \
-        --steps=20 --out=ours.jsonl
+    jaxtrain crosscheck record --weights=HF_FOLDER --batches=theirs.jsonl --out=ours.jsonl \
+        --optim.name=adamw --optim.adam_learning_rate=3e-4
     jaxtrain crosscheck compare ours.jsonl theirs.jsonl
 
 `run` trains a config twice, in jaxtrain and in a separate PyTorch implementation (its own model,
 schedule and data reader, torch.optim's optimizers), from the same weights on the same shards.
 
-To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py beside it and add the
-three lines that it shows. Your loop then writes a trace with its batches. `record` trains jaxtrain
-on these batches from the same weights and writes a second trace. `compare` compares the two.
+To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py and model_hooks.py beside
+it and add the three lines that recorder.py shows. Your loop then writes a trace with its batches.
+`record` trains jaxtrain on these batches from the same weights and writes a second trace. Without a
+config, the model is that of --weights, a Hugging Face folder, and the optimizer is AdamW at a
+constant rate, without decay or clipping; flags change it. `compare` compares the two.
 
 `llmc` compares gradients with llm.c's, from a model file and llm.c's debug state of that model
 (--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
@@ -18,7 +20,8 @@ on these batches from the same weights and writes a second trace. `compare` comp
 How to read the table: one row per step, with both losses, their difference in nats, and the largest
 relative difference of any tensor among the activations, gradients, updates and parameters. A "!"
 marks a difference above the tolerance. The line below the table starts with AGREE, or with DIFFER
-and the first step, the stage (batch, forward, loss, gradient or optimizer) and the tensors.
+and the first step, the stage (batch, forward, loss, gradient or optimizer) and the tensors, with
+the likely cause where the numbers show it.
 
 What a precision can show:
     float64    that the algorithms are the same: everything agrees to 1e-10
@@ -47,7 +50,8 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck import explanation, jax_train, llmc_state, loss_plot
 from jaxtrain.crosscheck.comparison import Comparison, compare_bfloat16, compare_traces
 from jaxtrain.crosscheck.jax_train import Start
-from jaxtrain.crosscheck.tensor_names import STYLES
+from jaxtrain.crosscheck.record_config import build_record_config
+from jaxtrain.crosscheck.tensor_names import STYLES, style_of
 from jaxtrain.crosscheck.trace import PRECISIONS, Trace, batches_of, read_trace
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import start_runtime
@@ -81,7 +85,7 @@ def record_side(
     start: Start,
     path: str | Path,
     batches: Trace | None = None,
-    style: str = "jaxtrain",
+    style: str = "auto",
     keep_batches: bool = False,
     measure_rounding: bool = True,
 ) -> None:
@@ -89,11 +93,14 @@ def record_side(
 
     Args:
         batches: the trace whose batches to train on; None reads the config's data.
+        style: of tensor_names.STYLES, or "auto": the style of `batches`, else "jaxtrain".
     """
     began, cfg = time.perf_counter(), start.run.cfg
     given = batches_of(batches) if batches else None
     if side == "jaxtrain":
-        jax_train.record(start, cfg.steps, path, style, given, keep_batches, measure_rounding)
+        style = style_of(batches) if style == "auto" else style
+        options = (style, given, keep_batches, measure_rounding, batches)
+        jax_train.record(start, cfg.steps, path, *options)
     else:
         from jaxtrain.crosscheck import torch_data, torch_train
 
@@ -201,21 +208,18 @@ def main(verb: str, paths: list[str]) -> int:
     if verb == "run":
         return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
     if verb == "record":
-        cfg = resolve_config(FLAGS.config, FLAGS.steps, FLAGS.precision)
         batches = read_trace(FLAGS.batches) if FLAGS.batches else None
+        steps, precision = FLAGS.steps, FLAGS.precision
+        if batches:
+            steps = steps or sum(record["step"] > 0 for record in batches.steps)
+            precision = precision or batches.header["precision"]
+        cfg = resolve_config(FLAGS.config, steps, precision)
         if FLAGS.side == "pytorch":
             check_torch_side(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
         start = jax_train.build_start(cfg, read_data=batches is None)
-        record_side(
-            FLAGS.side,
-            start,
-            out,
-            batches,
-            FLAGS.names,
-            FLAGS.keep_batches,
-            FLAGS.measure_rounding,
-        )
+        options = (FLAGS.names, FLAGS.keep_batches, FLAGS.measure_rounding)
+        record_side(FLAGS.side, start, out, batches, *options)
         return 0
     raise ValueError(
         "the command must be `run CONFIG`, `record CONFIG`, `compare TRACE TRACE` or "
@@ -224,8 +228,9 @@ def main(verb: str, paths: list[str]) -> int:
 
 
 def _define_training() -> None:
-    flags.DEFINE_integer("steps", 0, "steps to train; 0 takes the config's", lower_bound=0)
-    flags.DEFINE_enum("precision", None, PRECISIONS, "type to compute in; default: the config's")
+    text = "default: that of --batches, else the config's"
+    flags.DEFINE_integer("steps", 0, f"steps to train; {text}", lower_bound=0)
+    flags.DEFINE_enum("precision", None, PRECISIONS, f"type to compute in; {text}")
     flags.DEFINE_bool(
         "measure_rounding",
         True,
@@ -237,7 +242,8 @@ def _define_training() -> None:
 def _define_record() -> None:
     _define_training()
     flags.DEFINE_enum("side", "jaxtrain", SIDES, "which implementation trains")
-    flags.DEFINE_enum("names", "jaxtrain", STYLES, "tensor names: ours or Hugging Face's")
+    text = "tensor names: ours or Hugging Face's; auto takes those of --batches, else ours"
+    flags.DEFINE_enum("names", "auto", ("auto", *STYLES), text)
     flags.DEFINE_string("batches", "", "train on this trace's batches, not on the config's data")
     flags.DEFINE_bool("keep_batches", False, "store batches in the trace, not only their hashes")
     flags.DEFINE_string("out", "", "the trace to write; default: in the config's workdir")
@@ -257,7 +263,13 @@ def _define_llmc() -> None:
 DOC = __doc__ or ""
 VERBS = {
     "run": CommandForm("crosscheck", DOC, _define_training, config="must"),
-    "record": CommandForm("crosscheck", DOC, _define_record, config="must"),
+    "record": CommandForm(
+        "crosscheck",
+        DOC,
+        _define_record,
+        config="may",
+        default=lambda fields: build_record_config(fields.get("weights", ""), FLAGS.batches),
+    ),
     "compare": CommandForm("crosscheck", DOC, _define_compare, words=2),
     "llmc": CommandForm("crosscheck", DOC, _define_llmc),
 }

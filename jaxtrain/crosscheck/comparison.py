@@ -4,13 +4,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.crosscheck.tolerances import EPS, StepRecord, Tolerances
-from jaxtrain.crosscheck.trace import QUANTITIES, Trace, TraceError
+from jaxtrain.crosscheck.batches import describe_difference, differing_parts
+from jaxtrain.crosscheck.causes import Evidence, describe_float32, find_causes
+from jaxtrain.crosscheck.names import align_names, check_names
+from jaxtrain.crosscheck.tolerances import EPS, Tolerances
+from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, Trace, TraceError, digest_distance
 
 # What a difference in each stage means; an earlier stage can cause the later ones to differ.
 STAGES = {
     "start": "the parameters differ before the first step: load the same weights on both sides",
-    "batch": "the batches differ: check the shards, the seed and the order of the data",
+    "batch": "the batches differ",
     "forward": "the weights and the batch are equal, but the forward pass gives other activations",
     "loss": "the logits agree, but the loss differs: check the targets, the mask and the mean",
     "forward or loss": "the weights and the batch are equal, but the loss differs: record "
@@ -25,7 +28,7 @@ class Difference(NamedTuple):
 
     step: int
     quantity: str  # one of QUANTITIES, or "batch", "loss", "grad_norm"
-    tensor: str  # empty for loss, grad_norm and batch
+    tensor: str  # empty for loss and grad_norm; for a batch the part that differs
     size: float  # tensors: relative L2; loss: nats; grad_norm: relative; batch: 0 or 1
     tolerance: float
     rounding: float  # about the difference that rounding errors cause
@@ -53,18 +56,8 @@ class Comparison(NamedTuple):
     rounding_only: set[str]  # tensors left out because their gradients are rounding errors only
     missing: list[str]  # quantities left out because only one trace has them
     measured: bool  # a trace measured its rounding; otherwise the tolerances are fixed
-
-
-def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Estimates the relative L2 distance of two tensors from their digests.
-
-    The projections estimate it; the norms and the largest entries bound it from below.
-    """
-    largest = max(a[0], b[0])
-    if not largest > 0:
-        return 0.0 if largest == 0 else np.nan
-    projected = np.sqrt(np.mean(np.square(a[3:] - b[3:])))
-    return float(max(projected, abs(a[0] - b[0]), abs(a[2] - b[2])) / largest)
+    causes: list[str]  # sentences with likely causes of the divergence
+    notes: list[str]  # sentences about what limits the comparison
 
 
 def compare_traces(first: Trace, second: Trace) -> Comparison:
@@ -75,22 +68,57 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
             seeds, or one is in bfloat16, which needs `compare_bfloat16`.
     """
     precision = _common_precision(first, second)
-    a, b = shared_steps(first, second)
+    a, b = align_names(*shared_steps(first, second))
     tolerances = Tolerances(first, second, precision)
     rounding_only = tolerances.undecided(a, b)
     names = first.name, second.name
-    missing = _check_names(a[-1], b[-1], names)
-    differences, divergence = {}, None
+    missing = check_names(a[-1], b[-1], names)
+    differences, divergence, causes, previous = {}, None, [], {}
     for x, y in zip(a, b, strict=True):
         found = _step_differences(x, y, tolerances, rounding_only)
         differences[x["step"]] = found
-        divergence = divergence or _find_divergence(found, x["step"], missing)
+        if not divergence and (divergence := _find_divergence(found, x["step"], missing)):
+            before = previous if previous.get("step") == x["step"] - 1 else {}
+            causes = _causes(divergence, found, (x, y, before), precision, (first, second))
+        previous = x
     steps = [step for step in differences if step]
     losses = np.array([[x["loss"], y["loss"]] for x, y in zip(a, b, strict=True) if x["step"]])
     measured = tolerances.are_measured
+    notes = [*describe_float32(a[-1], names[0]), *describe_float32(b[-1], names[1])]
     return Comparison(
-        names, precision, steps, losses, differences, divergence, rounding_only, missing, measured
+        names,
+        precision,
+        steps,
+        losses,
+        differences,
+        divergence,
+        rounding_only,
+        missing,
+        measured,
+        causes,
+        notes,
     )
+
+
+def _causes(
+    divergence: Divergence,
+    found: list[Difference],
+    records: tuple[StepRecord, StepRecord, StepRecord],
+    precision: str,
+    traces: tuple[Trace, Trace],
+) -> list[str]:
+    """Returns likely causes of a divergence, from the records of its step and the one before."""
+    names = traces[0].name, traces[1].name
+    if divergence.stage == "batch":
+        return describe_difference(*records[:2], names)
+    kind = {"start": "parameter", "forward": "activations", "gradient": "gradient"}
+    quantity = kind.get(divergence.stage, "update")
+    of_stage = [d for d in found if d.quantity == quantity]
+    sizes = {d.tensor: d.size for d in of_stage}
+    exceeding = [d.tensor for d in of_stage if d.exceeds]
+    settings = {**traces[1].header.get("optim", {}), **traces[0].header.get("optim", {})}
+    evidence = Evidence(*records, sizes, exceeding, precision, names, settings)
+    return find_causes(divergence.stage, evidence)
 
 
 def shared_steps(*traces: Trace) -> list[list[StepRecord]]:
@@ -115,7 +143,7 @@ def _common_precision(*traces: Trace) -> str:
 
     They are not if their seeds differ or one is in bfloat16.
     """
-    precisions = {trace.header["precision"] for trace in traces}
+    precisions = {trace.precision for trace in traces}
     seeds = {trace.header["seed"] for trace in traces}
     if len(seeds) > 1:
         raise TraceError(f"traces must have the same seed of projections; got {sorted(seeds)}.")
@@ -124,24 +152,6 @@ def _common_precision(*traces: Trace) -> str:
             "traces in bfloat16 are compared with a float32 trace; got none. Set --truth."
         )
     return max(precisions, key=EPS.__getitem__)
-
-
-def _check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:
-    """Returns the quantities that only one of two steps has.
-
-    Raises:
-        TraceError: the two name their tensors differently.
-    """
-    for quantity in QUANTITIES[1:]:
-        a, b = x.get(quantity), y.get(quantity)
-        if a is not None and b is not None and a.keys() != b.keys():
-            raise TraceError(
-                f"both traces must name their tensors alike; {quantity} has "
-                f"{sorted(a.keys() - b.keys())[:4]} only in {names[0]} and "
-                f"{sorted(b.keys() - a.keys())[:4]} only in {names[1]}. Set --names."
-            )
-    present = [{q for q in (*QUANTITIES, "grad_norm") if record.get(q)} for record in (x, y)]
-    return sorted(present[0] ^ present[1])
 
 
 def _step_differences(
@@ -154,7 +164,7 @@ def _step_differences(
         found.append(Difference(step, quantity, name, size, *tolerances.of(quantity, name, x)))
 
     if "batch" in x and "batch" in y:
-        found.append(Difference(step, "batch", "", float(x["batch"] != y["batch"]), 0.0, 0.0))
+        found += [Difference(step, "batch", part, 1.0, 0.0, 0.0) for part in differing_parts(x, y)]
         add("loss", "", abs(x["loss"] - y["loss"]))
     if "grad_norm" in x and "grad_norm" in y:
         a, b = x["grad_norm"], y["grad_norm"]
@@ -227,7 +237,7 @@ def compare_bfloat16(truth: Trace, first: Trace, second: Trace) -> dict[str, tup
         raise TraceError(f"the truth must be float32 or float64; {truth.name} is in bfloat16.")
     exact_records, *others = shared_steps(truth, first, second)
     for records in others:
-        _check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
+        check_names(exact_records[-1], records[-1], ("the truth", "a trace"))
     rounding_only = Tolerances(truth, truth, "float32").undecided(exact_records, exact_records)
     errors = {}
     for quantity in QUANTITIES:

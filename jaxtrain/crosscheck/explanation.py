@@ -62,8 +62,11 @@ def explain(comparison: Comparison) -> str:
     if comparison.missing:
         missing = ", ".join(comparison.missing)
         lines.append(f"Not compared, because only one trace has them: {missing}")
+    lines += comparison.notes
     if comparison.divergence:
         lines += _divergence_lines(comparison.divergence)
+        label = "" if comparison.divergence.stage == "batch" else "likely cause: "
+        lines += [f"  {label}{cause}" for cause in comparison.causes]
     else:
         first, last = comparison.steps[0], comparison.steps[-1]
         lines.append(
@@ -98,6 +101,10 @@ def _divergence_lines(divergence: Divergence) -> list[str]:
     name = f"{first.quantity} of {first.tensor}" if first.tensor else first.quantity
     lines = [
         f"DIFFER at step {first.step}, stage {divergence.stage}: {STAGES[divergence.stage]}",
+    ]
+    if divergence.stage == "batch":
+        return lines
+    lines += [
         f"  look first at: {name}, which differs by {first.size:.1e} (tolerance "
         f"{first.tolerance:.1e}; rounding causes about {first.rounding:.0e})",
     ]

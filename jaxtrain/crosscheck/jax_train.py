@@ -1,6 +1,7 @@
 """Trains the jaxtrain side of a comparison on one device and writes its trace."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterable
 from itertools import islice
@@ -11,9 +12,15 @@ import jax
 import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
 from jaxtrain.crosscheck.rounding import RoundingMeter
-from jaxtrain.crosscheck.tensor_names import as_stored, build_naming, relative_to_stored
-from jaxtrain.crosscheck.trace import TraceWriter, batch_hash
+from jaxtrain.crosscheck.tensor_names import (
+    as_stored,
+    build_naming,
+    relative_to_stored,
+    transpose_as,
+)
+from jaxtrain.crosscheck.trace import Batch, Trace, TraceWriter
 from jaxtrain.crosscheck.traced_step import build_traced_step
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.loader import build_batches
@@ -21,8 +28,6 @@ from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState
-
-Batch = dict[str, Any]  # {"tokens"} and with packed documents {"docs"}, [B,T+1]
 
 
 class Start(NamedTuple):
@@ -57,6 +62,7 @@ def record(
     batches: Iterable[Batch] | None = None,
     keep_batches: bool = False,
     measure_rounding: bool = True,
+    like: Trace | None = None,
 ) -> None:
     """Trains for `steps` steps and writes the trace; an existing file is replaced.
 
@@ -66,6 +72,7 @@ def record(
         keep_batches: store the batches in the trace.
         measure_rounding: store each step's tolerances, too; takes about five times as long. Has no
             effect in bfloat16, whose traces are compared with a float32 trace.
+        like: a trace whose initial parameters tell which matrices it stores transposed.
 
     Raises:
         ValueError: there are too few batches.
@@ -74,6 +81,8 @@ def record(
     run, cfg = start.run, start.run.cfg
     name_tensors = build_naming(style, cfg.model, run.model.axes)
     stored = functools.partial(as_stored, style, cfg.model)
+    if like is not None:
+        name_tensors = transpose_as(like, name_tensors, stored(start.weights))
     sharding = batch_sharding(run.mesh)
     state, step = start.state, build_traced_step(run)
     no_noise = jax.tree.map(np.zeros_like, start.weights)
@@ -85,16 +94,20 @@ def record(
         if batches is None:
             assert start.corpus is not None  # build_start has read it
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
-        writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype))
+        more = {"optim": dataclasses.asdict(cfg.optim)}
+        writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype, more=more))
         writer.write({"step": 0, "parameter": writer.digests(name_tensors(stored(start.weights)))})
-        for batch in islice(batches, steps):
+        for read in islice(batches, steps):
+            parts = cfg.accumulation
+            rows = list(read.get("rows", [len(read["tokens"]) // parts] * parts))
+            batch = {name: x for name, x in read.items() if name != "rows"}
             batch = {name: jax.device_put(np.asarray(x), sharding) for name, x in batch.items()}
             outputs = step(state, batch, run.rates(), no_noise)
             new, scalars, grads, activations = outputs
             updates = jax.tree.map(difference, new.params, state.params)
             line = {
                 "step": int(new.step),
-                "batch": batch_hash(batch["tokens"]),
+                **describe_batch(batch, rows),
                 "loss": scalars["train/loss_nats"],
                 "grad_norm": scalars["train/grad_norm"],
                 "activations": writer.digests(activations.items()),
@@ -102,6 +115,8 @@ def record(
                 "update": writer.digests(name_tensors(updates)),
                 "parameter": writer.digests(name_tensors(stored(new.params))),
             }
+            if len(rows) > 1:
+                line["losses"] = micro_batch_losses(activations["logits"], batch, rows)
             if meter is not None:
                 before = jax.tree.map(np.asarray, state.params)
                 found = meter.tolerances(before, outputs, batch, run.rates(), name_tensors)

@@ -1,8 +1,8 @@
 """Writes a step trace of any PyTorch training loop.
 
-Copy this file beside your loop; it needs nothing but torch. Then add three lines to the loop:
+Copy this file and model_hooks.py beside your loop; they need only torch. Then add three lines:
 
-    recorder = Recorder("theirs.jsonl", model, split={"c_attn": 3})
+    recorder = Recorder("theirs.jsonl", model)
     for x, y in batches:
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         loss.backward()
@@ -11,14 +11,24 @@ Copy this file beside your loop; it needs nothing but torch. Then add three line
         recorder.after_step()  # before the gradients are cleared
         optimizer.zero_grad()
 
-A trace is a file of JSON lines. The first line is {"trace": 1, "side", "precision", "seed"}. Each
-later line is a step: {"step", "batch", "loss", "grad_norm", "activations", "gradient", "update",
-"parameter"}. Step 0 has only the parameters, before any update.
+With gradient accumulation, call `micro_batch(x, y, loss)` after each backward(), with the loss that
+backward() was called on, and then `before_step()` without arguments. With a GradScaler, call
+`scaler.unscale_(optimizer)` before before_step. Targets of -100 are ignored, as in cross_entropy.
+
+A trace is a file of JSON lines. The first line is {"trace": 2, "side", "precision", "seed"}. Each
+later line is a step: {"step", "batch", "parts", "loss", "grad_norm", "activations", "gradient",
+"update", "parameter"}. Step 0 has only the parameters, before any update.
 
 - "batch": the first 16 hex digits of the SHA-256 of the inputs and then the targets, as int32
-  little-endian, row by row. With keep_batches, "tokens" has the batch itself, [B,T+1], so that
-  another framework can train on it.
-- "loss": the mean loss of the next token, in nats. "grad_norm": the norm of all gradients together.
+  little-endian, row by row. A step's micro-batches are joined, and padded to one length.
+- "parts": such hashes of "inputs", "targets" (-100 where ignored) and "mask" (uint8), the rows of
+  each of the "micro_batches", the number of "targets_each" has, and "weights": the digest of the
+  weights [B,T] of the targets in the loss, scaled to a mean of 1, or null if they are equal.
+- With keep_batches, "tokens" [B,T+1] has the inputs and the last targets. "targets" [B,T] and
+  "weights" [B,T] are there if the targets are not the next tokens, or not weighted equally.
+- "loss": the mean loss of the next token, in nats; "losses": each micro-batch's share of it.
+  "grad_norm": the norm of all gradients together. "float32": {module: class} of the modules that
+  compute in float32 in a float64 run; "float32_skipped" says that the recorder prevented it.
 - "activations", "gradient", "update", "parameter": {tensor name: digest}. A digest is [norm, mean,
   largest absolute entry, p0 ... p15] in float64. p_k is the sum of all entries, row by row, each
   multiplied by a sign: + where bit k of lowbias32(i ^ lowbias32(seed)) is 1, where i is the entry's
@@ -34,13 +44,23 @@ import functools
 import hashlib
 import json
 import os
+import warnings
+from typing import Any
 
 import torch
+from torch import nn
 
-FORMAT = 1
+try:
+    from jaxtrain.crosscheck import model_hooks
+except ImportError:  # copied beside a loop, where jaxtrain is not installed
+    import model_hooks  # pyright: ignore[reportMissingImports]
+
+FORMAT = 2
 PROJECTIONS = 16
 CHUNK = 1 << 18  # entries digested at once
 LOW = 0xFFFFFFFF
+IGNORED = -100  # a target that the loss ignores, as in torch's cross_entropy
+WRAPPERS = ("_orig_mod", "module")  # in names under torch.compile, DistributedDataParallel
 
 
 def _mix(h):
@@ -59,25 +79,38 @@ def _signs(start, seed):
 
 
 @torch.no_grad()
-def digest(x: torch.Tensor, seed: int = 0) -> list[float]:
-    """Returns [norm, mean, largest size, p0 ... p15] of a tensor, computed in float64."""
+def _add_entries(sums, x, seed):
+    """Adds a tensor's entries to (count, squares, total, largest, projections); None is empty."""
+    count, square, total, largest, projections = sums or (0, 0.0, 0.0, 0.0, 0.0)
     flat = x.detach().reshape(-1)
-    square = total = largest = 0.0
-    projections = torch.zeros(PROJECTIONS, dtype=torch.float64)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK].to("cpu", torch.float64)
-        projections += _signs(start, seed)[:, : part.numel()] @ part
+    while flat.numel():
+        first = count % CHUNK
+        part, flat = flat[: CHUNK - first].to("cpu", torch.float64), flat[CHUNK - first :]
+        signs = _signs(count - first, seed)[:, first : first + part.numel()]
+        projections = projections + signs @ part
         square += float(part @ part)
         total += float(part.sum())
         largest = max(largest, float(part.abs().max()))
-    return [square**0.5, total / max(flat.numel(), 1), largest, *projections.tolist()]
+        count += part.numel()
+    return count, square, total, largest, projections
 
 
-def batch_hash(inputs: torch.Tensor, targets: torch.Tensor) -> str:
-    """Returns 16 hex digits that identify a batch, from its inputs and targets [B,T]."""
+def _finish_digest(sums):
+    count, square, total, largest, projections = sums
+    projections = projections.tolist() if count else [0.0] * PROJECTIONS
+    return [square**0.5, total / max(count, 1), largest, *projections]
+
+
+def digest(x: torch.Tensor, seed: int = 0) -> list[float]:
+    """Returns [norm, mean, largest size, p0 ... p15] of a tensor, computed in float64."""
+    return _finish_digest(_add_entries(None, x, seed))
+
+
+def batch_hash(*arrays: torch.Tensor, dtype=torch.int32) -> str:
+    """Returns 16 hex digits that identify arrays, such as a batch's inputs and targets [B,T]."""
     sha = hashlib.sha256()
-    for x in (inputs, targets):
-        sha.update(x.detach().to("cpu", torch.int32).contiguous().numpy().astype("<i4").tobytes())
+    for x in arrays:
+        sha.update(x.detach().to("cpu", dtype).contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -89,61 +122,145 @@ class Recorder:
         model: any nn.Module. The trace uses its parameter names.
         split: {part of a name: count}. A tensor whose name contains the part is split along its
             longest dimension and written as `name/0`, `name/1`, ...: for fused queries, keys and
-            values.
-        activations: {name: submodule} whose outputs are recorded too. jaxtrain calls them "embed"
-            (the input of the first layer), "blocks.0", "blocks.1", ... and "logits".
-        precision: the type that the loop computes in: "float64", "float32" or "bfloat16".
+            values. By default {"c_attn": 3}, as in GPT-2.
+        activations: {name: submodule} whose outputs are recorded. By default the recorder finds the
+            layers of the model: "embed" (the input of the first layer), "blocks.0", "blocks.1", ...
+            and "logits". Forward passes under torch.no_grad() are not recorded.
+        precision: the type that the loop computes in: "float64", "float32" or "bfloat16". By
+            default that of the parameters; state it if the loop uses torch.autocast.
         keep_batches: store the tokens of each batch.
+        average: how the step's loss weighs its micro-batches: "micro_batches" if it is the mean of
+            their means, "tokens" if it is the mean over all targets together.
+        skip_float32: in a float64 run, compute in float64 where the model casts to float32.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
-        model: torch.nn.Module,
+        model: nn.Module,
         split: dict[str, int] | None = None,
-        activations: dict[str, torch.nn.Module] | None = None,
-        precision: str = "float32",
+        activations: dict[str, nn.Module] | None = None,
+        precision: str | None = None,
         keep_batches: bool = True,
         side: str = "pytorch",
         seed: int = 0,
+        average: str = "micro_batches",
+        skip_float32: bool = False,
     ):
-        self._model, self._split, self._seed = model, split or {}, seed
-        self._keep_batches, self._observed, self._step = keep_batches, {}, 0
+        if average not in ("micro_batches", "tokens"):
+            raise ValueError(f"average must be micro_batches or tokens; got {average!r}.")
+        self._model, self._seed, self._keep_batches = model, seed, keep_batches
+        self._split, self._average = {"c_attn": 3} if split is None else split, average
+        self._step, self._micro_batches, self._sums, self._seen = 0, [], {}, {}
+        precision = precision or str(next(model.parameters()).dtype).removeprefix("torch.")
         self._file = open(path, "w", encoding="utf-8")
         self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
         self._write({"step": 0, "parameter": self._digests(lambda name, p: p)})
-        for name, module in (activations or {}).items():
-            module.register_forward_hook(functools.partial(self._observe_output, name))
+        is_float64 = precision == "float64"
+        self._watch = model_hooks.Float32Watch(model, skip_float32) if is_float64 else None
+        if activations is not None:
+            model_hooks.observe_outputs(activations, self.observe)
+        elif missing := model_hooks.observe_layers(model, self.observe):
+            warnings.warn(
+                f"found no {' and no '.join(missing)} in {type(model).__name__}: a fault of its "
+                "forward pass cannot be located. Set Recorder(..., activations={name: module}).",
+                stacklevel=2,
+            )
 
     def observe(self, name: str, x: torch.Tensor) -> None:
-        """Records an activation of the current step; the last value of a name counts."""
-        self._observed[name] = digest(x, self._seed)
+        """Records an activation of the current micro-batch; the last value of a name counts."""
+        if torch.is_grad_enabled():  # not in an evaluation
+            self._seen[name] = _add_entries(self._sums.get(name), x, self._seed)
 
-    def _observe_output(self, name, module, args, output):
-        """Records a submodule's output, or its first part: transformers' modules return tuples."""
-        self.observe(name, output[0] if isinstance(output, tuple) else output)
-
-    @torch.no_grad()
-    def before_step(self, inputs: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor) -> None:
-        """Records loss and gradients. Call it after backward() and before clipping.
+    def micro_batch(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        loss: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Records one of the step's micro-batches. Call it after its backward().
 
         Args:
-            inputs, targets: integer [B,T]: the model's input and the tokens that it must predict.
-            loss: mean loss of the targets in nats.
+            inputs: integer [B,T], the model's input.
+            targets: integer [B,T], the tokens that it must predict, or -100. Labels as for
+                transformers, which are the inputs themselves, are shifted by one.
+            loss: what backward() was called on, in nats, so that the losses add up to the step's.
+            weights: [B,T], of the targets in the micro-batch's mean; None weighs them equally.
         """
-        self._step += 1
-        gradient = self._digests(lambda name, p: p.grad)
-        self._line = {
-            "step": self._step,
+        counts = targets != IGNORED
+        if counts.any() and torch.equal(inputs[counts], targets[counts]):
+            pad = lambda x, value: nn.functional.pad(x[:, 1:], (0, 1), value=value)
+            targets = pad(targets, IGNORED)
+            weights = None if weights is None else pad(weights, 0)
+        weights = torch.ones(targets.shape) if weights is None else weights
+        weights = weights.detach().to("cpu", torch.float64) * (targets != IGNORED).cpu()
+        targets = targets.detach().cpu().masked_fill(weights == 0, IGNORED)
+        self._micro_batches.append((inputs.detach().cpu(), targets, weights, float(loss.detach())))
+        self._sums, self._seen = self._sums | self._seen, {}
+
+    def _join_micro_batches(self):
+        """Returns the fields of the step's line that describe its batch."""
+        inputs, targets, weights, losses = zip(*self._micro_batches, strict=True)
+        T = max(x.shape[1] for x in inputs)
+        pad = lambda xs, value, T=T: torch.cat(
+            [nn.functional.pad(x, (0, T - x.shape[1]), value=value) for x in xs]
+        )
+        counts = [int((w > 0).sum()) for w in weights]
+        sums = [float(w.sum()) for w in weights]
+        each = [sum(sums) / len(sums) if self._average == "tokens" else s for s in sums]
+        mean = sum(counts) / len(sums)
+        scaled = [w * (mean / max(s, 1e-30)) for w, s in zip(weights, each, strict=True)]
+        last = [torch.cat((x, y[:, -1:].clamp(min=0)), 1) for x, y, *_ in self._micro_batches]
+        tokens, targets, weights = pad(last, 0, T + 1), pad(targets, IGNORED), pad(scaled, 0)
+        inputs = tokens[:, :-1]
+        kept = weights[weights > 0]
+        equal = not len(kept) or float(kept.min()) == float(kept.max())
+        line = {
             "batch": batch_hash(inputs, targets),
-            "loss": float(loss),
-            "grad_norm": sum(norm**2 for norm, *_ in gradient.values()) ** 0.5,
-            "activations": self._observed,
-            "gradient": gradient,
+            "parts": {
+                "inputs": batch_hash(inputs),
+                "targets": batch_hash(targets),
+                "mask": batch_hash(targets != IGNORED, dtype=torch.uint8),
+                "weights": None if equal else digest(weights, self._seed),
+                "micro_batches": [len(x) for x, *_ in self._micro_batches],
+                "targets_each": counts,
+            },
+            "loss": sum(losses),
+            "losses": list(losses),
         }
         if self._keep_batches:
-            self._line["tokens"] = torch.cat((inputs, targets[:, -1:]), 1).tolist()
-        self._observed = {}
+            line["tokens"] = tokens.tolist()
+            if not torch.equal(tokens[:, 1:], targets):
+                line["targets"] = targets.tolist()
+            if not equal:
+                line["weights"] = weights.tolist()
+        return line
+
+    @torch.no_grad()
+    def before_step(self, *batch: Any, **named: Any) -> None:
+        """Records loss and gradients. Call it after backward() and before clipping.
+
+        It takes the arguments of micro_batch, or none if that was called for each micro-batch.
+        """
+        if batch or named:
+            self.micro_batch(*batch, **named)
+        if not self._micro_batches:
+            raise ValueError(
+                "before_step needs inputs, targets and loss, or micro_batch before it."
+            )
+        self._step += 1
+        gradient = self._digests(lambda name, p: p.grad)
+        self._line = {"step": self._step} | self._join_micro_batches()
+        self._line["grad_norm"] = sum(norm**2 for norm, *_ in gradient.values()) ** 0.5
+        self._line["gradient"] = gradient
+        if len({x.shape[1] for x, *_ in self._micro_batches}) == 1:
+            done = {name: _finish_digest(sums) for name, sums in self._sums.items()}
+            self._line["activations"] = done
+        if self._watch and self._watch.found:
+            self._line["float32"] = self._watch.found
+            self._line["float32_skipped"] = self._watch.skip
+        self._micro_batches, self._sums = [], {}
         self._before = {name: p.detach().clone() for name, p in self._model.named_parameters()}
 
     @torch.no_grad()
@@ -170,6 +287,7 @@ class Recorder:
             x = value_of(name, p)
             if x is None:
                 continue
+            name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
             count = next((n for part, n in self._split.items() if part in name), 1)
             pieces = x.chunk(count, int(torch.tensor(x.shape).argmax())) if count > 1 else [x]
             for i, piece in enumerate(pieces):

@@ -46,7 +46,7 @@ from jaxtrain.training.step import TrainState
 # The copies' share of Newton-Schulz' bfloat16 rounding error, on top of the run's. In 10 steps of
 # two tiny models torch.optim.Muon's updates differed from ours by a third of that error and, where
 # a gradient's sign flipped, by twice of it.
-COARSE = 2.0
+COARSE = 3.0
 PERSISTENCE = 8  # steps
 SIGNS = np.array([-1, 1], np.int8)
 

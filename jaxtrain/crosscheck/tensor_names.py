@@ -13,10 +13,13 @@ import numpy as np
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import ModelConfig
+from jaxtrain.crosscheck.names import find_prefixes
+from jaxtrain.crosscheck.trace import Trace, digest, digest_distance
 from jaxtrain.interop.families import TensorMapping, family_of_model
 from jaxtrain.model.trees import named_leaves
 
 STYLES = ("jaxtrain", "hf")
+SAME = 1e-3  # relative distance of two digests below which a matrix counts as the same
 ENDINGS = {"w": "weight", "b": "bias"}  # jaxtrain's names -> nn.Linear's; others are the same
 # How the names of the tensors after all layers begin, in either style.
 AFTER_LAYERS = ("final", "head", "model.norm", "transformer.ln_f", "lm_head")
@@ -66,6 +69,33 @@ def build_naming(style: str, cfg: ModelConfig, axes: Any) -> NameTensors:
         yield from (tensor(mapping, leaves) for mapping in back)
 
     return name_tensors
+
+
+def style_of(trace: Trace | None) -> str:
+    """Returns the style of a trace's tensor names: "jaxtrain" if they are ours, else "hf"."""
+    is_ours = trace is None or "embed" in trace.steps[-1].get("parameter", {})
+    return "jaxtrain" if is_ours else "hf"
+
+
+def transpose_as(trace: Trace, name_tensors: NameTensors, weights: Any) -> NameTensors:
+    """Returns name_tensors with those matrices transposed that `trace` stores transposed.
+
+    nanoGPT has the names of transformers' GPT-2, but its nn.Linear is [outputs, inputs] and the
+    Conv1D of transformers [inputs, outputs]. A matrix counts as transposed if the trace's initial
+    parameter equals its transpose, and not the matrix.
+    """
+    start = next((r["parameter"] for r in trace.steps if not r["step"] and "parameter" in r), {})
+    ours = dict(name_tensors(weights))
+    own_prefix, prefix = find_prefixes(set(ours), set(start))
+    seed, turned = trace.header["seed"], set()
+    for name, x in ours.items():
+        theirs = start.get(prefix + name.removeprefix(own_prefix))
+        if theirs is None or x.ndim != 2:
+            continue
+        is_same = lambda x, theirs=theirs: digest_distance(np.array(digest(x, seed)), theirs) < SAME
+        if not is_same(x) and is_same(x.T):
+            turned.add(name)
+    return lambda tree: ((n, x.T if n in turned else x) for n, x in name_tensors(tree))
 
 
 def as_stored(style: str, cfg: ModelConfig, params: Any) -> Any:

@@ -154,7 +154,10 @@ def build_step(
         objective, nats = losses(tokens_BT1, docs_BT1=docs_BT1, weights_BT=weights_BT, **options)
         objective.backward()
         if recorder:
-            recorder.before_step(tokens_BT1[:, :-1], tokens_BT1[:, 1:], nats)
+            targets_BT, counts = tokens_BT1[:, 1:], weights_BT
+            if docs_BT1 is not None and counts is None:
+                counts = docs_BT1[:, 1:] >= 0
+            recorder.before_step(tokens_BT1[:, :-1], targets_BT, nats, counts)
         update(rate)
         if recorder:
             recorder.after_step()
@@ -181,7 +184,8 @@ def record(
         ValueError: torch.optim does not have the optimizer, or there are too few batches.
     """
     model, count = build_torch_model(cfg.model, params), 0
-    with Recorder(path, model, precision=cfg.model.dtype, keep_batches=False) as recorder:
+    options: dict[str, Any] = {"activations": {}, "keep_batches": False}  # the model observes
+    with Recorder(path, model, precision=cfg.model.dtype, **options) as recorder:
         step = build_step(cfg, model, recorder=recorder)
         for count, batch in enumerate(islice(batches, steps), 1):
             tensors = {

@@ -11,12 +11,17 @@ import numpy as np
 
 from jaxtrain.files import strict_json
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 has no "parts", "targets" or "weights"
 PROJECTIONS = 16
 DIGEST = 3 + PROJECTIONS  # norm, mean, largest size, projections
 CHUNK = 1 << 18  # entries digested at once
 QUANTITIES = ("activations", "gradient", "update", "parameter")
+IGNORED = -100  # a target that the loss ignores, as in torch's cross_entropy
 PRECISIONS = ("float64", "float32", "bfloat16")
+
+Batch = dict[str, Any]  # {"tokens"} [B,T+1]; see batches_of
+StepRecord = dict[str, Any]  # one line of a trace
 
 
 class TraceError(ValueError):
@@ -30,6 +35,12 @@ class Trace(NamedTuple):
     @property
     def name(self) -> str:
         return self.header["side"]
+
+    @property
+    def precision(self) -> str:
+        """One of PRECISIONS; float32 for a float64 run of a model that computes in float32."""
+        narrow = any(r.get("float32") and not r.get("float32_skipped") for r in self.steps)
+        return "float32" if narrow else self.header["precision"]
 
 
 def _mix(h):
@@ -62,21 +73,40 @@ def digest(x: Any, seed: int = 0) -> list[float]:
     return [square**0.5, total / max(flat.size, 1), largest, *projections.tolist()]
 
 
-def batch_hash(tokens_BT1: Any) -> str:
-    """Returns 16 hex digits that identify a batch, from its inputs and then its targets."""
-    tokens = np.asarray(tokens_BT1, "<i4")
-    sha = hashlib.sha256(tokens[:, :-1].tobytes())
-    sha.update(tokens[:, 1:].tobytes())
+def digest_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Estimates the relative L2 distance of two tensors from their digests.
+
+    The projections estimate it; the norms and the largest entries bound it from below.
+    """
+    largest = max(a[0], b[0])
+    if not largest > 0:
+        return 0.0 if largest == 0 else np.nan
+    projected = np.sqrt(np.mean(np.square(a[3:] - b[3:])))
+    return float(max(projected, abs(a[0] - b[0]), abs(a[2] - b[2])) / largest)
+
+
+def batch_hash(*arrays: Any, dtype: str = "<i4") -> str:
+    """Returns 16 hex digits that identify arrays, such as a batch's inputs and targets [B,T]."""
+    sha = hashlib.sha256()
+    for x in arrays:
+        sha.update(np.ascontiguousarray(x, dtype).tobytes())
     return sha.hexdigest()[:16]
 
 
 class TraceWriter:
-    """Writes a trace and flushes after each line, so that a killed run loses no finished step."""
+    """Writes a trace and flushes after each line, so that a killed run loses no finished step.
 
-    def __init__(self, path: str | Path, side: str, precision: str, seed: int = 0):
+    Args:
+        more: further fields of the header.
+    """
+
+    def __init__(
+        self, path: str | Path, side: str, precision: str, seed: int = 0, more: dict | None = None
+    ):
         self.seed = seed
         self._file = open(path, "w", encoding="utf-8")
-        self.write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
+        header = {"trace": FORMAT, "side": side, "precision": precision, "seed": seed}
+        self.write(header | (more or {}))
 
     def write(self, line: dict) -> None:
         self._file.write(strict_json(line) + "\n")
@@ -104,9 +134,9 @@ def read_trace(path: str | Path) -> Trace:
         raise TraceError(f"a trace must be a readable text file; got {path}: {error}.") from None
     lines = text[: text.rfind("\n") + 1].splitlines()  # without an incomplete last line
     parsed = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
-    if not parsed or parsed[0].get("trace") != FORMAT:
+    if not parsed or parsed[0].get("trace") not in READABLE:
         found = parsed[0].get("trace") if parsed else "an empty file"
-        raise TraceError(f"a trace must begin with format {FORMAT}; got {found} in {path}.")
+        raise TraceError(f"a trace must begin with format 1 or {FORMAT}; got {found} in {path}.")
     header, *steps = parsed
     if header.get("precision") not in PRECISIONS or not isinstance(header.get("seed"), int):
         raise TraceError(f"a trace's header must name precision and seed; got {header} in {path}.")
@@ -147,12 +177,16 @@ def _check_record(path, number: int, record: dict) -> None:
     for name in ("loss", "grad_norm"):
         if name in record:
             record[name] = float(record[name])
+    if record.get("parts", {}).get("weights") is not None:
+        record["parts"]["weights"] = np.array(record["parts"]["weights"], np.float64)
 
 
-def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
-    """Yields a trace's batches: {"tokens"}, int32 [B,T+1], and what else the trace has of them.
+def batches_of(trace: Trace) -> Iterator[Batch]:
+    """Yields a trace's batches.
 
-    That is for packed rows {"docs"}, int32 [B,T+1], and {"weights"} of the targets, float32 [B,T].
+    "tokens" and, for packed rows, "docs" are int32 [B,T+1]. "weights", float64 [B,T], has each
+    target's weight in the mean if some are ignored or they differ. "rows", int [n], has the rows of
+    each micro-batch if there are several.
 
     Raises:
         TraceError: a step has no batch.
@@ -165,5 +199,15 @@ def batches_of(trace: Trace) -> Iterator[dict[str, np.ndarray]]:
                 f"training on a trace needs its batches; step {record['step']} of {trace.name} has "
                 "none. Record it with keep_batches."
             )
-        forms = {"tokens": np.int32, "docs": np.int32, "weights": np.float32}
-        yield {name: np.array(record[name], form) for name, form in forms.items() if name in record}
+        names = [name for name in ("tokens", "docs") if name in record]
+        batch: Batch = {name: np.array(record[name], np.int32) for name in names}
+        if "weights" in record:
+            batch["weights"] = np.array(record["weights"], np.float64)
+        elif "targets" in record:
+            weights_BT = (np.array(record["targets"]) != IGNORED).astype(np.float64)
+            if not weights_BT.all():
+                batch["weights"] = weights_BT
+        rows = record.get("parts", {}).get("micro_batches", [])
+        if len(rows) > 1:
+            batch["rows"] = np.array(rows)
+        yield batch

@@ -23,14 +23,13 @@ def _kind(cfg: ModelConfig, number: int) -> LayerKind:
     return LayerKind(Scoring(window, cfg.attention_scale, cfg.attention_softcap), rope)
 
 
-def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
-    """Returns the kinds of the first layers, up to where they repeat; most models have one kind."""
-    kinds = [_kind(cfg, number) for number in range(1, cfg.L + 1)]
-    period = next(p for p in range(1, cfg.L + 1) if kinds[p:] == kinds[:-p])
-    return tuple(kinds[:period])
-
-
 def kinds_by_layer(cfg: ModelConfig) -> list[LayerKind]:
     """Returns the kind of each of the L layers."""
-    kinds = layer_kinds(cfg)
-    return [kinds[i % len(kinds)] for i in range(cfg.L)]
+    return [_kind(cfg, number) for number in range(1, cfg.L + 1)]
+
+
+def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
+    """Returns the kinds of the first layers, up to where they repeat; most models have one kind."""
+    kinds = kinds_by_layer(cfg)
+    period = next(p for p in range(1, cfg.L + 1) if kinds[p:] == kinds[:-p])
+    return tuple(kinds[:period])

@@ -5,7 +5,7 @@ whether chip, mesh and model suit a fused kernel; fused.py calls the kernels.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,11 +150,13 @@ class _KernelRoutes:
             return dataclasses.replace(route, reason=f"{route.reason}; XLA's norm where no RoPE is")
         return route
 
-    def fused_or_other_attention(self, other: Route) -> Route:
-        """Returns the route to attention's kernel, or `other` and what rules the kernel out."""
-        route, obstacle = self.fused("attention"), self.scoring_obstacle()
-        if route or not obstacle or self.arch not in TILES:
-            return route or other
+    def fused_or_other_attention(self, choose_other: Callable[[], Route]) -> Route:
+        """Returns the route to attention's kernel, or another and what rules the kernel out."""
+        if route := self.fused("attention"):
+            return route
+        other, obstacle = choose_other(), self.scoring_obstacle()
+        if not obstacle or self.arch not in TILES:
+            return other
         return dataclasses.replace(other, reason=f"{other.reason}; {RULED_OUT}: {obstacle}")
 
 
@@ -245,7 +247,7 @@ def choose_routes(
     kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
     routes = {
         "attention": kernel_routes.fused_or_other_attention(
-            _attention(model, document_mask, platform, arch, tensor)
+            lambda: _attention(model, document_mask, platform, arch, tensor)
         ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),
