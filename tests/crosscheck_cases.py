@@ -129,7 +129,7 @@ FAULTS = {
     "targets off by one": Planted("gpt2", "loss", 1),
     "label smoothing": Planted("gpt2", "loss", 1),
     "z-loss": Planted("gpt2", "loss", 1),
-    "mean of the means of uneven micro-batches": Planted("gpt2-x4", "forward or loss", 1),
+    "mean of the means of uneven micro-batches": Planted("gpt2-x4", "loss", 1),
     "sum over micro-batches": Planted("gpt2-x4", "gradient", 1),
     "last micro-batch lost": Planted("gpt2-x4", "gradient", 1),
     "gradients not cleared": Planted("gpt2", "gradient", 2),

@@ -192,17 +192,20 @@ def mean_loss(logits, targets, order, fault: Fault) -> torch.Tensor:
     return fault.mix("z-loss", loss, square)
 
 
-def gradients(
-    setup: Setup, variant: Variant, model: nn.Module, x: torch.Tensor, y: torch.Tensor, fault: Fault
-) -> torch.Tensor:
-    """Accumulates the gradients of a batch's micro-batches; returns the mean loss in nats []."""
+def accumulate_gradients(
+    setup: Setup, variant: Variant, model: nn.Module, tokens: torch.Tensor, fault: Fault
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Computes gradients, and yields (inputs, targets, loss) after each micro-batch.
+
+    The losses in nats add up to the batch's mean.
+    """
+    x, y = tokens[:, :-1], tokens[:, 1:]
     B, count = len(x), setup.accumulation
     cuts = np.linspace(0, B, count + 1).astype(int)
     uneven = fault.amount("mean of the means of uneven micro-batches")
     if uneven:
         cuts = np.array([0, B // 4, B])
     pieces = list(zip(cuts, cuts[1:], strict=False))
-    total = torch.zeros((), dtype=setup.dtype)
     for i, (start, stop) in enumerate(reversed(pieces) if variant.order == "rows" else pieces):
         part = slice(start, stop)
         out = model(x[part])
@@ -217,8 +220,7 @@ def gradients(
         if i == len(pieces) - 1:
             factor = fault.mix("last micro-batch lost", factor, lambda: 0.0)
         (factor * share * loss).backward()
-        total += share * loss.detach()
-    return total
+        yield x[part], y[part], share * loss
 
 
 def train(
@@ -246,20 +248,16 @@ def train(
     if size := fault.amount("one weight matrix changed"):
         with torch.no_grad():
             model.get_parameter(MATRIX[setup.family]).mul_(1 + 1e-3 * size)
-    # A hook sees one micro-batch at a time, but jaxtrain records the whole batch's activations.
-    whole = setup.accumulation == 1 and hasattr(model, "lm_head")
-    hooks = activations_of(model) if whole else None
-    options: dict[str, Any] = {"activations": hooks, "precision": setup.precision}
-    with Recorder(path, model, {"c_attn": 3}, **options) as recorder:
+    with Recorder(path, model, activations=activations_of(model), average="tokens") as recorder:
         optimizers = build_optimizers(setup, variant, model, fault)
         peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
         before = [p.detach().clone() for p in model.parameters()]
         for count, tokens in enumerate(batches):
             tokens = torch.from_numpy(tokens).long()
-            x, y = tokens[:, :-1], tokens[:, 1:]
             with stale_weights(model, before, fault):
-                loss = gradients(setup, variant, model, x, y, fault)
-            recorder.before_step(x, y, loss)
+                for part in accumulate_gradients(setup, variant, model, tokens, fault):
+                    recorder.micro_batch(*part)
+            recorder.before_step()
             before = [p.detach().clone() for p in model.parameters()]
             if setup.clip:
                 clip(setup, model, fault)

@@ -334,14 +334,11 @@ def load_plain(
     return model
 
 
-def activations_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the submodules whose outputs are the activations that jaxtrain records."""
-    if hasattr(model, "transformer"):
-        embed = model.drop if isinstance(model, Plain) else model.transformer.drop
-        blocks = model.transformer["h"] if isinstance(model, Plain) else model.transformer.h
-    elif isinstance(model, Plain):
-        embed, blocks = model.drop, model.model["layers"]
-    else:
-        embed, blocks = model.model.embed_tokens, model.model.layers
-    named = {f"blocks.{i}": block for i, block in enumerate(blocks)}
-    return {"embed": embed} | named | {"logits": model.lm_head}
+def activations_of(model: Any) -> dict[str, nn.Module] | None:
+    """Returns the submodules to record, or None where the recorder finds them by itself."""
+    if isinstance(model, transformers.PreTrainedModel):
+        return None
+    is_plain = isinstance(model, Plain)
+    ends = {"embed": model.drop, "logits": model.lm_head} if is_plain else {}
+    blocks = model.body[0] if is_plain else model.blocks
+    return ends | {f"blocks.{i}": block for i, block in enumerate(blocks)}

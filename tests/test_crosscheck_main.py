@@ -210,7 +210,7 @@ def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path,
     traces = [tmp_path / f"{side}_float64.jsonl" for side in ("jaxtrain", "pytorch")]
     lines = traces[1].read_text().splitlines()
     spoiled = tmp_path / "spoiled.jsonl"
-    spoiled.write_text("\n".join([*lines[:2], lines[2].replace('"batch": "', '"batch": "x'), ""]))
+    spoiled.write_text("\n".join([*lines[:2], lines[2].replace('"inputs": "', '"inputs": "x'), ""]))
     comparison = compare_traces(read_trace(traces[0]), read_trace(spoiled))
     assert command.report(comparison, tmp_path / "spoiled.png") == 1
     assert "DIFFER at step 1, stage batch" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_the_batches_of_a_trace_have_its_documents_and_weights(tmp_path):
         writer.write({"step": 2, "batch": "0", "loss": 1.0, "tokens": [[1, 2, 3]]})
     first, second = batches_of(read_trace(tmp_path / "t.jsonl"))
     assert {name: x.tolist() for name, x in first.items()} == batch
-    assert [x.dtype for x in first.values()] == [np.int32, np.int32, np.float32]
+    assert [x.dtype for x in first.values()] == [np.int32, np.int32, np.float64]
     assert list(second) == ["tokens"]
 
 

@@ -61,7 +61,12 @@ def write_trace(state: str | Path, cfg: ModelConfig, path: str | Path) -> None:
             raise TraceError(
                 f"targets of {state} must be its inputs, shifted by one; they are not."
             )
-        line = {"step": 1, "batch": batch_hash(tokens_BT1), "loss": loss, "grad_norm": square**0.5}
+        line = {
+            "step": 1,
+            "batch": batch_hash(inputs_BT, targets_BT),
+            "loss": loss,
+            "grad_norm": square**0.5,
+        }
         line["activations"] = writer.digests([("logits", logits)])
         line["gradient"] = writer.digests(grads.items())
         writer.write(line | {"tokens": tokens_BT1.tolist()})
