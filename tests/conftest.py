@@ -18,6 +18,7 @@ LONGEST = (
     "test_kernels_references.py",
     "test_crosscheck_main.py",
     "test_crosscheck_optimizers.py",
+    "test_docs_find_a_fault.py",
     "test_kernels_audit.py",
     "test_launch_run.py",
     "test_model_transformer.py",
