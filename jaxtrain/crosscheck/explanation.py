@@ -119,14 +119,16 @@ def _divergence_lines(divergence: Divergence) -> list[str]:
 def _growth_line(comparison: Comparison, exponent: float) -> str:
     first = comparison.steps[0]
     eps_count = largest_parameter_difference(comparison, first) / EPS[comparison.precision]
+    line = (
+        f"After step {first} the parameters differ by {eps_count:.2g} times the epsilon of "
+        f"{comparison.precision}. The difference grows as step^{exponent:.1f}"
+    )
+    if comparison.measured:  # the tolerances contain how rounding starts and grows
+        return line
     # Rounding errors start at a few eps and grow about linearly. A fault starts larger or grows
     # faster.
     is_rounding = eps_count < 100 and exponent < 2.5
-    return (
-        f"After step {first} the parameters differ by {eps_count:.2g} times the epsilon of "
-        f"{comparison.precision}. The difference grows as step^{exponent:.1f}, which "
-        f"{'looks' if is_rounding else 'does not look'} like rounding"
-    )
+    return f"{line}, which {'looks' if is_rounding else 'does not look'} like rounding"
 
 
 def bfloat16_table(errors: dict[str, tuple[float, float]]) -> tuple[str, bool]:
