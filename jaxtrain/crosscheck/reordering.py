@@ -52,19 +52,30 @@ def exaggerate(
     exact: optax.GradientTransformationExtraArgs,
     factor: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer whose rounding errors are factor + 1 times those of `optimizer`.
+    """Returns an optimizer with more rounding errors: `factor` times its own, up or down at random.
 
     Reordering shows too little of a bfloat16 iteration: in most steps both orders round alike, and
     in a few the norm of a matrix, and with it every entry, is rounded to the next number.
 
     Args:
         exact: rounds less, and has an equal state.
-        factor: may be negative; -1 gives `exact`.
+
+    The state is (the optimizer's, a key): states with different keys draw different directions.
     """
 
+    def init(params):
+        return optimizer.init(params), jax.random.key(0)
+
     def update(updates, state, params=None, **extra):
+        state, key = state
         rounded, new = optimizer.update(updates, state, params, **extra)
         better, _ = exact.update(updates, state, params, **extra)
-        return jax.tree.map(lambda r, b: r + factor * (r - b), rounded, better), new
+        leaves, structure = jax.tree.flatten(rounded)
+        key, *keys = jax.random.split(key, 1 + len(leaves))
 
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+        def move(r, b, key):
+            return r + factor * jax.random.rademacher(key, r.shape, r.dtype) * (r - b)
+
+        return jax.tree.map(move, rounded, better, jax.tree.unflatten(structure, keys)), (new, key)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -46,7 +46,7 @@ from jaxtrain.training.step import TrainState
 # The copies' share of Newton-Schulz' bfloat16 rounding error, on top of the run's. In 10 steps of
 # two tiny models torch.optim.Muon's updates differed from ours by a third of that error and, where
 # a gradient's sign flipped, by twice of it.
-COARSE = 3.0
+COARSE = 4.0
 PERSISTENCE = 8  # steps
 SIGNS = np.array([-1, 1], np.int8)
 
@@ -101,19 +101,26 @@ def _values(quantity: str, before: Tree, outputs: StepOutputs, noise: Tree = Non
     return jax.tree.map(lambda new, old: _wide(new) - _wide(old), outputs.state.params, before)
 
 
-def build_rounding_optimizers(run: Run) -> list[optax.GradientTransformationExtraArgs]:
-    """Returns the optimizers of two perturbed copies, which differ from the run's by rounding."""
+def build_rounding_optimizer(
+    run: Run, state: TrainState
+) -> tuple[optax.GradientTransformationExtraArgs, list[Any]]:
+    """Returns an optimizer that differs from the run's by rounding, and its states in two copies.
+
+    Args:
+        state: of the run, at step 0.
+    """
     cfg = run.cfg.optim
     # AdamW has no sums, and noise is drawn by position: it would be permuted, too.
     if cfg.name == "adamw" or cfg.noise_scale:
-        return [run.optimizer] * 2
+        return run.optimizer, [state.opt_state] * 2
     if cfg.ns_dtype != "bfloat16":
-        return [reorder(run.optimizer, run.model.axes, run.cfg.seed)] * 2
+        optimizer = reorder(run.optimizer, run.model.axes, run.cfg.seed)
+        return optimizer, [jax.jit(optimizer.init)(state.params)] * 2
     form = "standard" if cfg.ns_form == "torch" else cfg.ns_form
-    exact = build_optimizer(
-        dataclasses.replace(cfg, ns_dtype="float32", ns_form=form), run.model.axes, run.mesh
-    )
-    return [exaggerate(run.optimizer, exact, factor) for factor in (COARSE, -COARSE)]
+    cfg = dataclasses.replace(cfg, ns_dtype="float32", ns_form=form)
+    exact = build_optimizer(cfg, run.model.axes, run.mesh)
+    optimizer = exaggerate(run.optimizer, exact, COARSE)
+    return optimizer, [(state.opt_state, jax.random.key(i)) for i in range(2)]
 
 
 class RoundingMeter:
@@ -127,13 +134,10 @@ class RoundingMeter:
 
     def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
         self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
-        self._copies, steps = [], {id(run.optimizer): step}  # each is compiled once
-        for optimizer in build_rounding_optimizers(run):
-            if id(optimizer) not in steps:
-                steps[id(optimizer)] = build_traced_step(run._replace(optimizer=optimizer))
-                opt_state = jax.jit(optimizer.init)(state.params)
-                state = state._replace(opt_state=opt_state)
-            self._copies.append((steps[id(optimizer)], state))
+        optimizer, starts = build_rounding_optimizer(run, state)
+        if optimizer is not run.optimizer:
+            step = build_traced_step(run._replace(optimizer=optimizer))
+        self._step, self._copies = step, [state._replace(opt_state=start) for start in starts]
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
         draw = lambda p: self._rng.choice(SIGNS, p.shape)
@@ -204,10 +208,10 @@ class RoundingMeter:
 
     def _train_copy(self, index: int, sign: int, noise: Tree, batch: Any, rates: Any) -> Copy:
         """Trains a copy for one step with its gradients moved by sign * noise."""
-        step, old = self._copies[index]
+        old = self._copies[index]
         move = lambda e, p: jnp.asarray(sign * e, p.dtype)
-        outputs = step(old, batch, rates, jax.tree.map(move, noise, old.params))
-        self._copies[index] = step, outputs.state
+        outputs = self._step(old, batch, rates, jax.tree.map(move, noise, old.params))
+        self._copies[index] = outputs.state
         return Copy(sign, old.params, outputs)
 
     def _bounds(self, quantity: str, values: Tree, copies: list[Copy], noise: Tree) -> Tree:
