@@ -209,7 +209,7 @@ class BuiltOnce(contextlib.ExitStack):
         for module, name, key in (
             (jax_train, "build_traced_step", optimizer),
             (rounding, "build_traced_step", optimizer),
-            (rounding, "build_rounding_optimizers", optimizer),
+            (rounding, "build_rounding_optimizer", optimizer),
             (rounding, "build_forward_backward_in_other_precision", lambda cfg: cfg),
         ):
             self.enter_context(mock.patch.object(module, name, self._once(module, name, key)))

@@ -6,7 +6,7 @@ middle of two numbers may round either way, and small singular values are amplif
 their errors included. Another framework's kernels differ from ours in the same way.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,13 @@ def reorder(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class ExaggeratedState(NamedTuple):
+    """Two states with different keys draw different directions."""
+
+    state: Any  # of the optimizer
+    key: jax.Array
+
+
 def exaggerate(
     optimizer: optax.GradientTransformationExtraArgs,
     exact: optax.GradientTransformationExtraArgs,
@@ -59,12 +66,10 @@ def exaggerate(
 
     Args:
         exact: rounds less, and has an equal state.
-
-    The state is (the optimizer's, a key): states with different keys draw different directions.
     """
 
     def init(params):
-        return optimizer.init(params), jax.random.key(0)
+        return ExaggeratedState(optimizer.init(params), jax.random.key(0))
 
     def update(updates, state, params=None, **extra):
         state, key = state
@@ -76,6 +81,7 @@ def exaggerate(
         def move(r, b, key):
             return r + factor * jax.random.rademacher(key, r.shape, r.dtype) * (r - b)
 
-        return jax.tree.map(move, rounded, better, jax.tree.unflatten(structure, keys)), (new, key)
+        moved = jax.tree.map(move, rounded, better, jax.tree.unflatten(structure, keys))
+        return moved, ExaggeratedState(new, key)
 
     return optax.GradientTransformationExtraArgs(init, update)

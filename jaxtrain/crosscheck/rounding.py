@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from jaxtrain.axes import Axes
-from jaxtrain.crosscheck.reordering import exaggerate, reorder
+from jaxtrain.crosscheck.reordering import ExaggeratedState, exaggerate, reorder
 from jaxtrain.crosscheck.tensor_names import NameTensors
 from jaxtrain.crosscheck.tolerances import EPS, SIGMAS
 from jaxtrain.crosscheck.traced_step import (
@@ -101,26 +101,18 @@ def _values(quantity: str, before: Tree, outputs: StepOutputs, noise: Tree = Non
     return jax.tree.map(lambda new, old: _wide(new) - _wide(old), outputs.state.params, before)
 
 
-def build_rounding_optimizer(
-    run: Run, state: TrainState
-) -> tuple[optax.GradientTransformationExtraArgs, list[Any]]:
-    """Returns an optimizer that differs from the run's by rounding, and its states in two copies.
-
-    Args:
-        state: of the run, at step 0.
-    """
+def build_rounding_optimizer(run: Run) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer that differs from the run's by rounding."""
     cfg = run.cfg.optim
     # AdamW has no sums, and noise is drawn by position: it would be permuted, too.
     if cfg.name == "adamw" or cfg.noise_scale:
-        return run.optimizer, [state.opt_state] * 2
+        return run.optimizer
     if cfg.ns_dtype != "bfloat16":
-        optimizer = reorder(run.optimizer, run.model.axes, run.cfg.seed)
-        return optimizer, [jax.jit(optimizer.init)(state.params)] * 2
+        return reorder(run.optimizer, run.model.axes, run.cfg.seed)
     form = "standard" if cfg.ns_form == "torch" else cfg.ns_form
     cfg = dataclasses.replace(cfg, ns_dtype="float32", ns_form=form)
     exact = build_optimizer(cfg, run.model.axes, run.mesh)
-    optimizer = exaggerate(run.optimizer, exact, COARSE)
-    return optimizer, [(state.opt_state, jax.random.key(i)) for i in range(2)]
+    return exaggerate(run.optimizer, exact, COARSE)
 
 
 class RoundingMeter:
@@ -134,10 +126,15 @@ class RoundingMeter:
 
     def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
         self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
-        optimizer, starts = build_rounding_optimizer(run, state)
+        self._step, self._copies = step, [state, state]
+        optimizer = build_rounding_optimizer(run)
         if optimizer is not run.optimizer:
-            step = build_traced_step(run._replace(optimizer=optimizer))
-        self._step, self._copies = step, [state._replace(opt_state=start) for start in starts]
+            self._step = build_traced_step(run._replace(optimizer=optimizer))
+            start = jax.jit(optimizer.init)(state.params)
+            starts = [start, start]
+            if isinstance(start, ExaggeratedState):
+                starts = [start._replace(key=jax.random.key(i)) for i in range(2)]
+            self._copies = [state._replace(opt_state=opt_state) for opt_state in starts]
         self._other = build_forward_backward_in_other_precision(run.cfg)
         self._rng = np.random.default_rng(run.cfg.seed)
         draw = lambda p: self._rng.choice(SIGNS, p.shape)
