@@ -129,7 +129,7 @@ def _find_forward(evidence: Evidence) -> list[str]:
         found.append(f"{first} is {whole.ratio:.6g} times {evidence.names[0]}'s: check its scale")
     elif evidence.precision == "float32" and 2e-5 < size < 5e-3:
         found.append(
-            f"differences of about {size:.0e} come from an approximation (exact gelu for its tanh "
+            f"differences of about {size:.0e} can come from an approximation (gelu for its tanh "
             "form, or the reverse) or from products in TF32 or bfloat16 (torch.backends.cuda."
             "matmul.allow_tf32, torch.set_float32_matmul_precision, torch.autocast)"
         )

@@ -84,7 +84,11 @@ def compare_traces(first: Trace, second: Trace) -> Comparison:
     steps = [step for step in differences if step]
     losses = np.array([[x["loss"], y["loss"]] for x, y in zip(a, b, strict=True) if x["step"]])
     measured = tolerances.are_measured
-    notes = [*describe_float32(a[-1], names[0]), *describe_float32(b[-1], names[1])]
+    notes = [
+        *_describe_unshared(first, second),
+        *describe_float32(a[-1], names[0]),
+        *describe_float32(b[-1], names[1]),
+    ]
     return Comparison(
         names,
         precision,
@@ -111,6 +115,8 @@ def _causes(
     names = traces[0].name, traces[1].name
     if divergence.stage == "batch":
         return describe_difference(*records[:2], names)
+    if np.isnan(divergence.first.size):
+        return _describe_nan(divergence, (records[0], records[1]), names)
     kind = {"start": "parameter", "forward": "activations", "gradient": "gradient"}
     quantity = kind.get(divergence.stage, "update")
     of_stage = [d for d in found if d.quantity == quantity]
@@ -119,6 +125,21 @@ def _causes(
     settings = {**traces[1].header.get("optim", {}), **traces[0].header.get("optim", {})}
     evidence = Evidence(*records, sizes, exceeding, precision, names, settings)
     return find_causes(divergence.stage, evidence)
+
+
+def _describe_nan(
+    divergence: Divergence, records: tuple[StepRecord, StepRecord], names: tuple[str, str]
+) -> list[str]:
+    """Returns a sentence that says which side has the NaN, and why if a micro-batch is empty."""
+    quantity, tensor = divergence.first.quantity, divergence.first.tensor
+    values = [np.asarray(r[quantity][tensor] if tensor else r[quantity]) for r in records]
+    sides = [name for name, x in zip(names, values, strict=True) if not np.isfinite(x).all()]
+    line = f"{' and '.join(sides)} has NaN or infinity here"
+    each = records[1].get("parts", {}).get("targets_each", [])
+    empty = [i for i, count in enumerate(each, 1) if not count]
+    if quantity == "loss" and empty:
+        line += f": micro-batch {empty[0]} has no targets, and torch's mean of none is NaN"
+    return [line]
 
 
 def shared_steps(*traces: Trace) -> list[list[StepRecord]]:
@@ -136,6 +157,20 @@ def shared_steps(*traces: Trace) -> list[list[StepRecord]]:
         )
         raise TraceError(f"traces must share a step other than 0; got steps {got}.")
     return [[table[step] for step in steps] for table in tables]
+
+
+def _describe_unshared(first: Trace, second: Trace) -> list[str]:
+    """Returns sentences about steps that only one trace has, as after a killed run."""
+    steps = [{record["step"] for record in trace.steps} - {0} for trace in (first, second)]
+    lines = []
+    for trace, own, others in zip((first, second), steps, reversed(steps), strict=True):
+        if extra := sorted(own - others):
+            span = f"{extra[0]} to {extra[-1]}" if len(extra) > 1 else f"{extra[0]}"
+            lines.append(
+                f"Not compared, because only {trace.name} has them: {len(extra)} steps ({span}). "
+                "The other trace ends earlier or has gaps."
+            )
+    return lines
 
 
 def _common_precision(*traces: Trace) -> str:

@@ -4,6 +4,7 @@
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,39 @@ def observe_layers(model: nn.Module, observe: Observe) -> list[str]:
     observe_outputs(outputs | ({"logits": heads[-1]} if heads else {}), observe)
     model.register_forward_hook(observe_logits)
     return ["layers"] * (not blocks) + ["head"] * (not heads)
+
+
+def warn_of_unlike(model: nn.Module) -> None:
+    """Warns, at the first such training pass, of dropout and of padding by an attention mask."""
+    warned = set()
+
+    def warn_once(kind, text):
+        if kind not in warned:
+            warned.add(kind)
+            warnings.warn(text, stacklevel=2)
+
+    @uncompiled
+    def check(module, args, kwargs):
+        if not torch.is_grad_enabled():
+            return
+        for name, part in model.named_modules():
+            rate = part.p if isinstance(part, nn.Dropout) else getattr(part, "attention_dropout", 0)
+            if part.training and isinstance(rate, float) and rate > 0:
+                warn_once(
+                    "dropout",
+                    f"{name} drops with rate {rate}, and jaxtrain trains without dropout: the "
+                    "traces will differ. Call model.eval(), or set the rate to 0.",
+                )
+        mask = kwargs.get("attention_mask")
+        if torch.is_tensor(mask) and mask.ndim == 2 and bool((mask == 0).any()):
+            warn_once(
+                "mask",
+                "attention_mask hides tokens, and jaxtrain has only the causal mask: the "
+                "activations will differ. Pad on the right with targets of -100 and do not pass "
+                "the mask: the loss is the same. Padding on the left cannot be compared.",
+            )
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 class Float32Watch(TorchDispatchMode):

@@ -16,7 +16,7 @@ def build_record_config(weights: str, batches: str) -> ConfigDict:
     The optimizer is AdamW at a constant rate, without decay or clipping; flags change it.
 
     Raises:
-        ValueError: the folder or the trace is not given.
+        ValueError: the folder or the trace is not given, or they are of different models.
         InteropError: the folder describes a model that our transformer does not compute.
         TraceError: the trace has no batches.
     """
@@ -24,6 +24,13 @@ def build_record_config(weights: str, batches: str) -> ConfigDict:
         raise ValueError("record needs a config, or both --weights=HF_FOLDER and --batches=TRACE.")
     trace = read_trace(batches)
     tokens_BT1 = next(batches_of(trace))["tokens"]
+    model = read_config(weights)
+    largest = max(int(batch["tokens"].max()) for batch in batches_of(trace))
+    if largest >= model.V:
+        raise ValueError(
+            f"the batches must fit the model of {weights}, whose vocabulary has {model.V} tokens; "
+            f"got token {largest} in {batches}. Is it the folder of the recorded model?"
+        )
     precision = trace.header["precision"]
     optim = OptimConfig(
         name="adamw", schedule="constant", warmup_steps=0, clip_norm=0.0, ns_dtype=precision
@@ -31,7 +38,7 @@ def build_record_config(weights: str, batches: str) -> ConfigDict:
     cfg = config_lib.TrainConfig(
         workdir="runs/crosscheck_record",
         weights=weights,
-        model=dataclasses.replace(read_config(weights), dtype=precision),
+        model=dataclasses.replace(model, dtype=precision),
         data=DataConfig(batch=tokens_BT1.shape[0], seq_len=tokens_BT1.shape[1] - 1),
         optim=optim,
     )

@@ -158,6 +158,7 @@ class Recorder:
         self._write({"step": 0, "parameter": self._digests(lambda name, p: p)})
         is_float64 = precision == "float64"
         self._watch = model_hooks.Float32Watch(model, skip_float32) if is_float64 else None
+        model_hooks.warn_of_unlike(model)
         if activations is not None:
             model_hooks.observe_outputs(activations, self.observe)
         elif missing := model_hooks.observe_layers(model, self.observe):
