@@ -18,6 +18,7 @@ LONGEST = (
     "test_kernels_references.py",
     "test_crosscheck_main.py",
     "test_crosscheck_optimizers.py",
+    "test_crosscheck_rounding.py",
     "test_docs_find_a_fault.py",
     "test_kernels_audit.py",
     "test_launch_run.py",
@@ -40,7 +41,7 @@ LONGEST = (
 # Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
 SLOW = """
 benchmarks_optimizer checkpoint_broken checkpoint_integrity checkpoint_manager checkpoint_processes
-config_command_line crosscheck_loops crosscheck_reordering crosscheck_rounding
+config_command_line crosscheck_loops crosscheck_reordering
 crosscheck_torch_model data_encoding_cut_points data_encoding_journal data_encoding_pipeline
 data_loader data_tokenizer data_vocabulary distributed_preemption docs docs_minimal doctor evaluate
 generate interop_configs interop_export interop_families_transformers interop_hf
@@ -53,6 +54,14 @@ reporting_loss_curve reporting_run_logger train_run_directory train_together tra
 training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def old_x64_setting():
+    """Restores JAX's x64 setting, which a float64 run changes for its whole process."""
+    wide = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", wide)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from flag_scenes import exit_status, fresh_flags
 
 from jaxtrain import cli
 from jaxtrain.config.commands import BY_NAME, COMMANDS, rewrite_commands
+from jaxtrain.config.train_config import TrainConfig, to_config_dict
 from jaxtrain.errors import INTERRUPTED, REFUSED
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,9 @@ def test_help_of_a_module_uses_the_modules_name(name, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_in_the_help_is_a_valid_command_line(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    # Stands for the config of a folder and a trace, which the examples only name.
+    no_files = lambda weights, batches: to_config_dict(TrainConfig(weights=weights))
+    monkeypatch.setattr("jaxtrain.crosscheck.__main__.build_record_config", no_files)
     for line in examples(help_of(capsys, cli.main, [name, "--help"])):
         _, used, *argv = shlex.split(line, comments=True)
         if used in PARSE:

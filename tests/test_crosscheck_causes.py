@@ -135,3 +135,23 @@ def test_a_fit_finds_both_a_ratio_and_a_shift():
     found = fit(*(np.array(digest(t)) for t in (x, 0.7 * x - 0.02 * p, p)))
     assert found.ratio == pytest.approx(0.7) and found.shift == pytest.approx(-0.02)
     assert found.residual < 1e-9
+
+
+def test_a_recorded_loss_that_backward_was_not_called_on_is_named_if_the_gradients_agree():
+    ours = {"gradient": digests(GRADIENT)}
+    assert "recorded another loss" in causes("loss", ours, ours | PARTS | {"loss": 6.0})
+    halved = {"gradient": digests({name: x / 2 for name, x in GRADIENT.items()}), "loss": 1.0}
+    assert "recorded another loss" not in causes("loss", ours, halved)
+
+
+def test_an_approximation_is_a_likely_cause_only_if_the_gradients_differ_as_little():
+    for change, likely in ((1e-3, True), (1.0, False)):
+        theirs = {name: x + change * OLD[name] for name, x in GRADIENT.items()}
+        records = [
+            {"activations": digests(layer), "gradient": digests(gradient)}
+            for layer, gradient in (
+                (GRADIENT, GRADIENT),
+                ({n: x + 1e-3 * OLD[n] for n, x in GRADIENT.items()}, theirs),
+            )
+        ]
+        assert ("TF32" in causes("forward", *records, size=1e-3)) == likely

@@ -18,7 +18,10 @@ from jaxtrain.optim.muon import muon
 
 AXES = {"w": Axes.parse("|D->F")}
 PACKAGE = Path(__file__).parent.parent / "jaxtrain"
-INSIDE_THE_STEP = ("step.py", "diagnostic_step.py", "phases.py", "jax_train.py")
+INSIDE_THE_STEP = (
+    *("step.py", "diagnostic_step.py", "phases.py"),
+    *("jax_train.py", "rounding.py", "traced_step.py"),
+)
 SHAPES_ONLY = ("compiled.py",)  # it counts the bytes of a state that has no values
 
 

@@ -132,7 +132,7 @@ class TorchUpdate:
     compile_s, temp_bytes = 0.0, None
 
     def __init__(self, dtype: str, problem: OptimizerProblem):
-        from jaxtrain.crosscheck import torch_model, torch_train
+        from jaxtrain.crosscheck import torch_model, torch_train, torch_weights
 
         cfg = problem.model_cfg
         model = torch_model.build_torch_model(cfg, problem.params)
@@ -140,7 +140,7 @@ class TorchUpdate:
         for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g.detach()
         self._optimizers = torch_train.build_optimizers(optim_config(dtype), model)
-        self.read_params = lambda: torch_model.read_params(model, problem.params)
+        self.read_params = lambda: torch_weights.read_params(model, problem.params)
 
     def __call__(self, turn: int) -> None:
         del turn

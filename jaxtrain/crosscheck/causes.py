@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtrain.crosscheck.names import list_names
-from jaxtrain.crosscheck.trace import StepRecord
+from jaxtrain.crosscheck.trace import StepRecord, digest_distance
 
 FITTED = 0.02  # the largest residual, relative to the difference, of a relation that holds
 NEAR = 1e-3  # of a ratio that has a known explanation
+APPROXIMATE_GRADIENT = 0.1  # relative: more than an approximation of the forward pass changes it
 CLIP_EPS = 1e-6  # that torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
@@ -84,13 +85,9 @@ def _explain_scale(ratio: float, evidence: Evidence) -> str:
     parts, targets = len(each), sum(each)
     known = []
     if parts > 1:
-        known += [
-            (
-                parts,
-                f"the losses of the {parts} micro-batches are added up: divide each by {parts}",
-            ),
-            (1 / parts, f"the losses of the {parts} micro-batches are divided by {parts} twice"),
-        ]
+        text = f"the losses of the {parts} micro-batches are"
+        known.append((parts, f"{text} added up: divide each by {parts}"))
+        known.append((1 / parts, f"{text} divided by {parts} twice"))
     if targets:
         known.append((targets, f"the loss is the sum over the {targets} targets, not their mean"))
         if total > targets:
@@ -127,7 +124,11 @@ def _find_forward(evidence: Evidence) -> list[str]:
     size = evidence.sizes[first]
     if whole.residual <= FITTED:
         found.append(f"{first} is {whole.ratio:.6g} times {evidence.names[0]}'s: check its scale")
-    elif evidence.precision == "float32" and 2e-5 < size < 5e-3:
+    elif (
+        evidence.precision == "float32"
+        and 2e-5 < size < 5e-3
+        and (_gradient_distance(evidence) or 0) < APPROXIMATE_GRADIENT
+    ):
         found.append(
             f"differences of about {size:.0e} can come from an approximation (gelu for its tanh "
             "form, or the reverse) or from products in TF32 or bfloat16 (torch.backends.cuda."
@@ -136,9 +137,23 @@ def _find_forward(evidence: Evidence) -> list[str]:
     return found
 
 
+def _gradient_distance(evidence: Evidence) -> float | None:
+    """Returns the largest relative difference of a gradient; None if a trace has no gradients."""
+    a, b = (r.get("gradient", {}) for r in (evidence.ours, evidence.theirs))
+    sizes = [digest_distance(a[n], b[n]) for n in a.keys() & b.keys() if a[n][0] > 0]
+    # The median: a bias whose gradient is only rounding errors differs by as much as it is.
+    return float(np.median(sizes)) if sizes else None
+
+
 def _find_loss(evidence: Evidence) -> list[str]:
     """Explains losses that differ where the logits agree."""
     x, y = evidence.ours, evidence.theirs
+    distance, apart = _gradient_distance(evidence), abs(y["loss"] - x["loss"]) / abs(x["loss"] or 1)
+    if distance is not None and distance < FITTED * apart:
+        return [
+            f"the gradients agree, so {evidence.names[1]} recorded another loss than the one that "
+            "backward() was called on: pass that one to before_step or micro_batch"
+        ]
     ratio = y["loss"] / x["loss"] if x["loss"] else 1.0
     if text := _explain_scale(ratio, evidence):
         return [text]
@@ -271,21 +286,6 @@ def _newton_schulz(evidence: Evidence) -> list[str]:
     return [
         "only updates of matrices differ, as if Newton-Schulz were computed in bfloat16, which "
         "torch.optim.Muon does: set --optim.ns_form=torch --optim.ns_dtype=bfloat16"
-    ]
-
-
-def describe_float32(record: StepRecord, owner: str) -> list[str]:
-    """Returns a sentence about the modules of a step that compute in float32, if there are any."""
-    if not record.get("float32") or record.get("float32_skipped"):
-        return []
-    by_class: dict[str, list[str]] = {}
-    for name, kind in record["float32"].items():
-        by_class.setdefault(kind, []).append(name or "the model itself")
-    modules = "; ".join(f"{kind} ({list_names(names)})" for kind, names in by_class.items())
-    return [
-        f"{owner} computes in float32 in a float64 run, in {modules}, so that it is compared with "
-        "the tolerances of float32. For those of float64, record it with Recorder(..., "
-        "skip_float32=True), which computes these in float64"
     ]
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtrain.crosscheck.batches import describe_difference, differing_parts
-from jaxtrain.crosscheck.causes import Evidence, describe_float32, find_causes
-from jaxtrain.crosscheck.names import align_names, check_names
+from jaxtrain.crosscheck.causes import Evidence, find_causes
+from jaxtrain.crosscheck.names import align_names, check_names, describe_float32
 from jaxtrain.crosscheck.tolerances import EPS, Tolerances
 from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, Trace, TraceError, digest_distance
 

@@ -135,3 +135,18 @@ def list_names(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more
+
+
+def describe_float32(record: StepRecord, owner: str) -> list[str]:
+    """Returns a sentence about the modules of a step that compute in float32, if there are any."""
+    if not record.get("float32") or record.get("float32_skipped"):
+        return []
+    by_class: dict[str, list[str]] = {}
+    for name, kind in record["float32"].items():
+        by_class.setdefault(kind, []).append(name or "the model itself")
+    modules = "; ".join(f"{kind} ({list_names(names)})" for kind, names in by_class.items())
+    return [
+        f"{owner} computes in float32 in a float64 run, in {modules}, so that it is compared with "
+        "the tolerances of float32. For those of float64, record it with Recorder(..., "
+        "skip_float32=True), which computes these in float64"
+    ]
