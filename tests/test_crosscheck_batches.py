@@ -91,3 +91,23 @@ def test_the_recorder_describes_a_batch_as_jaxtrain_does(tmp_path):
         assert differing_parts(step, describe_batch(batch, batch.get("rows", [4]))) == []
     each = [batch.sum() for batch in np.split(read[0]["weights"], [1, 3])]
     np.testing.assert_allclose(each, each[0])  # the mean of the micro-batches' means
+
+
+@pytest.mark.parametrize(
+    "misuse, error",
+    [
+        (lambda r, x, loss: r.after_step(), "before_step must come before after_step"),
+        (lambda r, x, loss: r.before_step(), "needs inputs, targets and loss"),
+        (lambda r, x, loss: [r.before_step(x, x, loss) for _ in range(2)], "must follow each"),
+        (lambda r, x, loss: r.before_step(x[0], x[0], loss), r"tensors \[B,T\]; got shapes \(3,\)"),
+        (lambda r, x, loss: r.before_step(x, x[:, 1:], loss), r"got shapes \(2, 3\) and \(2, 2\)"),
+        (lambda r, x, loss: r.before_step(x, x, 2.0), "loss must be the tensor .* got float"),
+    ],
+)
+def test_a_recorder_that_is_used_in_another_order_says_so(misuse, error, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is missing: the extra crosscheck")
+    from jaxtrain.crosscheck.recorder import Recorder
+
+    with Recorder(tmp_path / "a.jsonl", torch.nn.Linear(2, 2), activations={}) as recorder:
+        with pytest.raises(ValueError, match=error):
+            misuse(recorder, torch.zeros(2, 3, dtype=torch.int64), torch.tensor(2.0))

@@ -127,7 +127,7 @@ def test_a_damaged_trace_is_an_error_that_names_the_line(tmp_path, damage, error
     [
         ({"seed": 1}, "the same seed"),
         ({"names": ("a", "c")}, "must name their tensors alike"),
-        ({"precision": "bfloat16"}, "Set --truth"),
+        ({"precision": "bfloat16"}, "set --truth"),
     ],
 )
 def test_traces_that_cannot_be_compared_are_an_error_with_the_reason(tmp_path, other, error):

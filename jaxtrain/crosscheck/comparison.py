@@ -184,7 +184,8 @@ def _common_precision(*traces: Trace) -> str:
         raise TraceError(f"traces must have the same seed of projections; got {sorted(seeds)}.")
     if "bfloat16" in precisions:
         raise TraceError(
-            "traces in bfloat16 are compared with a float32 trace; got none. Set --truth."
+            "traces in bfloat16 are compared with a float32 trace of the same batches; got none. "
+            "Record one with --precision=float32, and set --truth to it."
         )
     return max(precisions, key=EPS.__getitem__)
 

@@ -16,6 +16,31 @@ Observe = Callable[[str, torch.Tensor], None]
 uncompiled: Any = torch.compiler.disable  # torch.compile must not trace into a hook
 
 
+def require(condition: Any, text: str) -> None:
+    """Raises ValueError with a text unless the condition holds."""
+    if not condition:
+        raise ValueError(text)
+
+
+def check_average(average: str) -> None:
+    """Raises ValueError unless a Recorder knows this way to weigh micro-batches."""
+    known = "micro_batches", "tokens"
+    require(average in known, f"average must be one of {', '.join(known)}; got {average!r}.")
+
+
+def check_batch(inputs: Any, targets: Any, loss: Any) -> None:
+    """Raises ValueError unless a batch is integers [B,T] and its loss the tensor of backward()."""
+    shapes = [tuple(getattr(x, "shape", ())) for x in (inputs, targets)]
+    require(
+        len(shapes[0]) == 2 and shapes[0] == shapes[1],
+        f"inputs and targets must both be tensors [B,T]; got shapes {shapes[0]} and {shapes[1]}.",
+    )
+    require(
+        isinstance(loss, torch.Tensor) and loss.numel() == 1,
+        f"loss must be the tensor that backward() was called on; got {type(loss).__name__}.",
+    )
+
+
 def _find_blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the layers of a transformer: the largest list of composite modules of one class."""
     lists = []

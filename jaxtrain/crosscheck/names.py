@@ -65,7 +65,10 @@ def check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[st
             causes = explain_names(set(a), set(b), names)
             if quantity == "gradient":
                 missing = list_names(a.keys() ^ b.keys())
-                causes = [f"only one side has a gradient of {missing}: are they frozen or unused?"]
+                causes = [
+                    f"only one side has a gradient of {missing}: are they frozen or unused, or was "
+                    "backward() not called"
+                ]
             raise TraceError(
                 f"both traces must name their tensors alike; of the names of {quantity}, "
                 f"{'; '.join(causes)}."
@@ -112,7 +115,8 @@ def explain_names(a: set[str], b: set[str], names: tuple[str, str]) -> list[str]
             if group := set(group) & only:
                 only -= group
                 found.append(
-                    f"{owner} has {noun} that {whose} lacks: {list_names(group)}. Check --{flag}"
+                    f"{owner} has {noun} that {whose} lacks: {list_names(group)}. Check --{flag}, "
+                    "or whether --weights is the folder of the recorded model"
                 )
         if only:
             found.append(f"only {owner} has {list_names(only)}")

@@ -55,6 +55,7 @@ try:
 except ImportError:  # copied beside a loop, where jaxtrain is not installed
     import model_hooks  # pyright: ignore[reportMissingImports]
 
+require = model_hooks.require
 FORMAT = 2
 PROJECTIONS = 16
 CHUNK = 1 << 18  # entries digested at once
@@ -147,11 +148,10 @@ class Recorder:
         average: str = "micro_batches",
         skip_float32: bool = False,
     ):
-        if average not in ("micro_batches", "tokens"):
-            raise ValueError(f"average must be micro_batches or tokens; got {average!r}.")
+        model_hooks.check_average(average)
         self._model, self._seed, self._keep_batches = model, seed, keep_batches
         self._split, self._average = {"c_attn": 3} if split is None else split, average
-        self._step, self._micro_batches, self._sums, self._seen = 0, [], {}, {}
+        self._step, self._micro_batches, self._sums, self._seen, self._line = 0, [], {}, {}, {}
         precision = precision or str(next(model.parameters()).dtype).removeprefix("torch.")
         self._file = open(path, "w", encoding="utf-8")
         self._write({"trace": FORMAT, "side": side, "precision": precision, "seed": seed})
@@ -189,6 +189,7 @@ class Recorder:
             loss: what backward() was called on, in nats, so that the losses add up to the step's.
             weights: [B,T], of the targets in the micro-batch's mean; None weighs them equally.
         """
+        model_hooks.check_batch(inputs, targets, loss)
         counts = targets != IGNORED
         if counts.any() and torch.equal(inputs[counts], targets[counts]):
             pad = lambda x, value: nn.functional.pad(x[:, 1:], (0, 1), value=value)
@@ -214,13 +215,12 @@ class Recorder:
         scaled = [w * (mean / max(s, 1e-30)) for w, s in zip(weights, each, strict=True)]
         last = [torch.cat((x, y[:, -1:].clamp(min=0)), 1) for x, y, *_ in self._micro_batches]
         tokens, targets, weights = pad(last, 0, T + 1), pad(targets, IGNORED), pad(scaled, 0)
-        inputs = tokens[:, :-1]
         kept = weights[weights > 0]
         equal = not len(kept) or float(kept.min()) == float(kept.max())
         line = {
-            "batch": batch_hash(inputs, targets),
+            "batch": batch_hash(tokens[:, :-1], targets),
             "parts": {
-                "inputs": batch_hash(inputs),
+                "inputs": batch_hash(tokens[:, :-1]),
                 "targets": batch_hash(targets),
                 "mask": batch_hash(targets != IGNORED, dtype=torch.uint8),
                 "weights": None if equal else digest(weights, self._seed),
@@ -246,16 +246,14 @@ class Recorder:
         """
         if batch or named:
             self.micro_batch(*batch, **named)
-        if not self._micro_batches:
-            raise ValueError(
-                "before_step needs inputs, targets and loss, or micro_batch before it."
-            )
+        parts = self._micro_batches
+        require(parts, "before_step needs inputs, targets and loss, or micro_batch before it.")
+        require(not self._line, "after_step must follow each before_step; got two before_step.")
         self._step += 1
-        gradient = self._digests(lambda name, p: p.grad)
         self._line = {"step": self._step} | self._join_micro_batches()
+        self._line["gradient"] = gradient = self._digests(lambda name, p: p.grad)
         self._line["grad_norm"] = sum(norm**2 for norm, *_ in gradient.values()) ** 0.5
-        self._line["gradient"] = gradient
-        if len({x.shape[1] for x, *_ in self._micro_batches}) == 1:
+        if len({x.shape[1] for x, *_ in parts}) == 1:
             done = {name: _finish_digest(sums) for name, sums in self._sums.items()}
             self._line["activations"] = done
         if self._watch and self._watch.found:
@@ -267,10 +265,12 @@ class Recorder:
     @torch.no_grad()
     def after_step(self) -> None:
         """Records updates and parameters. Call it after the optimizer's step."""
+        require(self._line, "before_step must come before after_step, after each backward().")
         update = lambda name, p: p.double() - self._before[name].double()
         self._line["update"] = self._digests(update)
         self._line["parameter"] = self._digests(lambda name, p: p)
         self._write(self._line)
+        self._line = {}
 
     def close(self) -> None:
         self._file.close()
