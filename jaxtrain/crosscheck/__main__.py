@@ -12,7 +12,8 @@ To check a PyTorch loop of your own, copy jaxtrain/crosscheck/recorder.py and mo
 it and add the three lines that recorder.py shows. Your loop then writes a trace with its batches.
 `record` trains jaxtrain on these batches from the same weights and writes a second trace. Without a
 config, the model is that of --weights, a Hugging Face folder, and the optimizer is AdamW at a
-constant rate, without decay or clipping; flags change it. `compare` compares the two.
+constant rate, without decay or clipping. Flags change it: every field that `jaxtrain train --help`
+lists is one, as in --optim.weight_decay=0.1. `compare` compares the two.
 
 `llmc` compares gradients with llm.c's, from a model file and llm.c's debug state of that model
 (--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
@@ -24,10 +25,12 @@ and the first step, the stage (batch, forward, loss, gradient or optimizer) and 
 the likely cause where the numbers show it.
 
 What a precision can show:
-    float64    that the algorithms are the same: everything agrees to 1e-10
-    float32    the same, up to rounding, which our side measures while it trains: each tensor's
-               tolerance is what two copies with perturbed gradients differ from the run
+    float64    that the algorithms are the same: everything agrees up to rounding, to about 1e-12
+    float32    the same, up to its larger rounding
     bfloat16   that our error against float32 is at most 1.1 times PyTorch's
+
+Our side measures the rounding while it trains: each tensor's tolerance is what two copies of the
+run, whose gradients are moved by rounding errors, differ from it.
 
 Exit status: 0 if the traces agree, 1 if they differ. Commands that run PyTorch need the extra
 `crosscheck`.
