@@ -1,7 +1,7 @@
 import pytest
 
-from jaxtrain.crosscheck.names import align_names, check_names, explain_names
-from jaxtrain.crosscheck.trace import TraceError
+from jaxtrain.crosscheck.names import align_names, check_like, check_names, explain_names
+from jaxtrain.crosscheck.trace import Trace, TraceError
 
 NAMES = ("ours", "theirs")
 LLAMA = {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
@@ -59,3 +59,11 @@ def test_a_frozen_parameter_is_not_taken_for_another_name():
 
 def test_names_without_any_in_common_ask_for_a_style():
     assert "--names=hf" in explain_names({"embed"}, LLAMA, NAMES)[0]
+
+
+def test_a_trace_of_another_model_is_refused_before_training():
+    trace = Trace({"side": "theirs"}, [{"step": 0} | record(LLAMA), {"step": 1}])
+    check_like(record(LLAMA), trace)
+    fewer = {name for name in LLAMA if ".mlp." not in name}
+    with pytest.raises(TraceError, match="theirs has layers that jaxtrain lacks"):
+        check_like(record(fewer), trace)

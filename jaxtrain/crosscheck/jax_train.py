@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.crosscheck.batches import describe_batch, micro_batch_losses
+from jaxtrain.crosscheck.names import check_like
 from jaxtrain.crosscheck.rounding import RoundingMeter
 from jaxtrain.crosscheck.tensor_names import (
     as_stored,
@@ -76,6 +77,7 @@ def record(
 
     Raises:
         ValueError: there are too few batches.
+        TraceError: `like` names its parameters differently.
         InteropError: style is "hf" and the model belongs to no known family.
     """
     run, cfg = start.run, start.run.cfg
@@ -96,7 +98,10 @@ def record(
             batches = stack.enter_context(build_batches(cfg.data, start.corpus, run.mesh, cfg.seed))
         more = {"optim": dataclasses.asdict(cfg.optim)}
         writer = stack.enter_context(TraceWriter(path, "jaxtrain", cfg.model.dtype, more=more))
-        writer.write({"step": 0, "parameter": writer.digests(name_tensors(stored(start.weights)))})
+        first = {"step": 0, "parameter": writer.digests(name_tensors(stored(start.weights)))}
+        writer.write(first)
+        if like is not None:
+            check_like(first, like)
         for read in islice(batches, steps):
             parts = cfg.accumulation
             rows = list(read.get("rows", [len(read["tokens"]) // parts] * parts))

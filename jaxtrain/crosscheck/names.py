@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, TraceError
+from jaxtrain.crosscheck.trace import QUANTITIES, StepRecord, Trace, TraceError
 
 NAMED = QUANTITIES[1:]  # quantities whose tensors are parameters
 HEADS = ("lm_head.weight", "head", "head.weight", "output.weight", "embed_out.weight")
@@ -51,6 +51,16 @@ def align_names(
         }
         renamed.append(record | tables)
     return first, renamed
+
+
+def check_like(ours: StepRecord, trace: Trace) -> None:
+    """Raises TraceError if a trace names its parameters differently from the first record of ours.
+
+    Called before training: a folder of another model would otherwise be found at the end.
+    """
+    if "parameter" in trace.steps[0]:
+        a, b = align_names([ours], trace.steps[:1])
+        check_names(a[0], b[0], ("jaxtrain", trace.name))
 
 
 def check_names(x: StepRecord, y: StepRecord, names: tuple[str, str]) -> list[str]:
