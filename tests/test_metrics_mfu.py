@@ -96,7 +96,7 @@ def test_data_parallel_adamw_reduces_only_gradients_and_a_few_scalars():
     assert 0 <= payload_bytes - 4 * run.parameters <= 256
     assert work.sent_bytes == 0.0 and work.parameters == run.parameters  # both devices on one host
     tokens = config.data.batch * config.data.seq_len
-    assert work.flops_6n == 6 * matrix_weights(config.model) * tokens
+    assert work.flops_6n == 6 * matrix_weights(run.cfg.model) * tokens
     assert work.flops_6n < work.flops_causal < work.flops_full
 
 
