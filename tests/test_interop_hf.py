@@ -201,9 +201,20 @@ def test_a_damaged_config_is_named(folders, tmp_path, content):
 
 def test_an_index_without_a_map_is_named(folders, tmp_path):
     copy = damaged(folders["llama"], tmp_path)
+    (copy / WHOLE).unlink()
     (copy / INDEX).write_text("{}")
     with pytest.raises(InteropError, match="index.json must contain a weight_map"):
         read(copy, "llama")
+
+
+def test_a_whole_file_is_read_instead_of_an_index_beside_it_as_by_transformers(folders, tmp_path):
+    copy = damaged(folders["llama"], tmp_path)
+    part = "model-00001-of-00001.safetensors"
+    tensors = load_file(copy / WHOLE)
+    save_file({name: 2 * x for name, x in tensors.items()}, copy / part)
+    (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, part)}))
+    got, want = read(copy, "llama"), read(folders["llama"], "llama")
+    np.testing.assert_array_equal(got["embed"], want["embed"])
 
 
 GEMMA2 = vars(MODELS["gemma2"])

@@ -167,6 +167,14 @@ def test_declared_tokens_are_read_in_the_order_of_transformers(tmp_path):
     assert declared_tokens(tmp_path) == SpecialTokens(5, (7, 8), 9)
 
 
+@pytest.mark.parametrize("value", [["<s>"], {"id": 1}, {"content": 1}, 1])
+def test_a_declared_token_that_is_not_a_text_is_refused_with_its_field(value, tmp_path):
+    bpe(tmp_path / "tokenizer.json", ("<s>", "</s>"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+    with pytest.raises(InteropError, match=r"tokenizer_config.json must name a token in eos_token"):
+        declared_tokens(tmp_path)
+
+
 def test_ids_without_a_token_are_suppressed_in_generation(tmp_path):
     bytes_ = build_tokenizer("bytes")
     path = tmp_path / "generation_config.json"

@@ -21,6 +21,22 @@ def byte_level(path, text=TEXT, **prefix):
     return _trained(tokenizer, trainer, path, text)
 
 
+def clip(path, text=TEXT):
+    """Writes one like CLIP's: lower case, bytes as letters, a suffix at the end of each word."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    return _trained(tokenizer, trainer, path, text)
+
+
 def sentencepiece(path, text=TEXT):
     """Writes one like Llama 2's: spaces become another letter, rare characters become bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -56,7 +72,7 @@ def unigram(path, text=TEXT):
     return _trained(tokenizer, trainer, path, text)
 
 
-FAMILIES = {f.__name__: f for f in (byte_level, sentencepiece, word_piece, unigram)}
+FAMILIES = {f.__name__: f for f in (byte_level, clip, sentencepiece, word_piece, unigram)}
 
 
 def _trained(tokenizer, trainer, path, text):

@@ -167,6 +167,7 @@ class TextForm:
         return bytes([int(match[1], 16)]) if match else b""
 
     def _spell_token(self, token: str) -> bytes:
+        token = token.removeprefix(self._prefix).removesuffix(self._suffix)
         if self._byte_level:
             if all(letter in self._letters for letter in token):
                 return token.translate(self._to_latin).encode("latin-1")
@@ -175,7 +176,7 @@ class TextForm:
             return byte
         if self._writes_space:
             token = token.replace(SPACE, " ")
-        return token.removeprefix(self._prefix).removesuffix(self._suffix).encode()
+        return token.encode()
 
     def _describe(self, tokenizer: Any, start: str) -> list[str]:
         notes, plain = [], [token for token in self._added.values() if not token.special]

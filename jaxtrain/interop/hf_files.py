@@ -59,7 +59,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path | str):
         folder = Path(folder)
-        if (folder / INDEX).exists():
+        if (folder / INDEX).exists() and not (folder / WHOLE).exists():  # as transformers chooses
             file_of: Any = read_json_object(folder / INDEX).get("weight_map")
             if not _is_text_map(file_of):
                 raise InteropError(

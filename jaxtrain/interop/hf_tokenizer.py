@@ -63,11 +63,16 @@ def declared_tokens(folder: Path | str) -> SpecialTokens:
     if (folder / FILE).is_file() and (folder / "tokenizer_config.json").is_file():
         config = read_json_object(folder / "tokenizer_config.json")
         ids = _vocabulary(folder / FILE)
-        known = {
-            key: ids.get(value["content"] if isinstance(value, dict) else value)
-            for key, value in config.items()
-            if key in ("bos_token", "eos_token", "pad_token") and value
-        }
+        known = {}
+        for key in ("bos_token", "eos_token", "pad_token"):
+            if value := config.get(key):
+                token = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(token, str):
+                    raise InteropError(
+                        f"{folder / 'tokenizer_config.json'} must name a token in {key}; got "
+                        f"{value!r}."
+                    )
+                known[key] = ids.get(token)
         bos = known.get("bos_token") if bos is None else bos
         pad = known.get("pad_token") if pad is None else pad
         eos = eos or [known[key] for key in ("eos_token",) if known.get(key) is not None]

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config.train_config import ModelConfig
-from jaxtrain.interop.families.config_reader import NUMBER, POSITIVE, SIZE, TEXT, ConfigReader
+from jaxtrain.interop.families.config_reader import (
+    MISSING,
+    NUMBER,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    ConfigReader,
+)
 from jaxtrain.interop.families.decoder import FIELDS, decoder_tensors, softcap
 from jaxtrain.interop.families.family import Family, Part, TensorMapping
 from jaxtrain.interop.families.layers import (
@@ -86,6 +93,16 @@ def _read_two_ropes(reader: ConfigReader, values: dict[str, Any]) -> dict[str, A
         f"{local}.rope_theta", "rope_local_base_freq", kind=POSITIVE, default=LOCAL_THETA
     )
     reader.expect(f"{local}.rope_type", "default")
+    # transformers 4 reads `type` there; 5.24 adds it to a rope_type of "default", so that it has no
+    # effect.
+    only_type = reader.look(f"{old}.type") is not MISSING and (
+        reader.look(f"{old}.rope_type") is MISSING
+    )
+    if kind != "default" and only_type and not isinstance(reader.look("rope_parameters"), dict):
+        reader.faults.append(
+            f"{old}.type={kind!r} without {old}.rope_type, which versions of transformers read "
+            "differently (set rope_type, too)"
+        )
     found = {"rope_theta": theta, "rope_local_theta": local_theta if values["window"] else 0.0}
     if kind == "linear":
         factor = reader.take(*name("factor"), kind=POSITIVE)
