@@ -62,4 +62,4 @@ def test_the_order_changes_bfloat16_products_by_their_rounding_and_nothing_else(
     steps = distances("muon", "float64", "bfloat16")
     for step in steps:
         assert 1e-4 < max(step.values()) < 3e-2, steps
-        assert step["embed"] == 0
+        assert step["embed"] < 1e-15
