@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from jaxtrain.crosscheck.trace import IGNORED, Batch, StepRecord, batch_hash, digest
+from jaxtrain.training.step import target_weights
 
 WEIGHT_TOLERANCE = 1e-6  # relative: one side may store weights in float32
 PARTS = {
@@ -25,15 +27,6 @@ PARTS = {
 }
 
 
-def _target_weights(batch: Batch) -> np.ndarray:
-    """Returns each target's weight, float64 [B,T], as jaxtrain.training.step weighs it."""
-    if "weights" in batch:
-        return np.asarray(batch["weights"], np.float64)
-    if "docs" in batch:
-        return (np.asarray(batch["docs"])[:, 1:] >= 0).astype(np.float64)
-    return np.ones(np.asarray(batch["tokens"])[:, 1:].shape)
-
-
 def describe_batch(batch: Batch, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """Returns the fields "batch" and "parts" of a step, as recorder.py documents them.
 
@@ -41,7 +34,8 @@ def describe_batch(batch: Batch, rows: Sequence[int], seed: int = 0) -> dict[str
         rows: of each micro-batch.
         seed: of the digest of the weights.
     """
-    tokens_BT1, weights_BT = np.asarray(batch["tokens"]), _target_weights(batch)
+    tokens_BT1 = np.asarray(batch["tokens"])
+    weights_BT = np.asarray(target_weights(batch), np.float64)
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     mask_BT = weights_BT > 0
     kept = weights_BT[mask_BT]
@@ -60,11 +54,10 @@ def describe_batch(batch: Batch, rows: Sequence[int], seed: int = 0) -> dict[str
 def micro_batch_losses(logits_BTV: Any, batch: Batch, rows: Sequence[int]) -> list[float]:
     """Returns each micro-batch's share of the loss in nats; they add up to the step's loss."""
     logits_BTV = np.asarray(logits_BTV, np.float64)
-    targets_BT1, weights_BT = np.asarray(batch["tokens"])[:, 1:, None], _target_weights(batch)
+    targets_BT1 = np.asarray(batch["tokens"])[:, 1:, None]
+    weights_BT = np.asarray(target_weights(batch), np.float64)
     chosen_BT = np.take_along_axis(logits_BTV, targets_BT1, -1)[..., 0]
-    top_BT1 = logits_BTV.max(-1, keepdims=True)
-    lse_BT = np.log(np.exp(logits_BTV - top_BT1).sum(-1)) + top_BT1[..., 0]
-    nats_BT = weights_BT * (lse_BT - chosen_BT) / max(weights_BT.sum(), 1)
+    nats_BT = weights_BT * (logsumexp(logits_BTV, -1) - chosen_BT) / max(weights_BT.sum(), 1)
     return [float(part.sum()) for part in _split_rows(nats_BT, rows)]
 
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from absl import app, flags
 from safetensors.torch import save_file
+from scipy.special import logsumexp
 
 from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
@@ -77,9 +78,7 @@ def compute_logits(model: Any, tokens_1T: np.ndarray) -> np.ndarray:
 def mean_loss(logits_1TV: np.ndarray, tokens_1T: np.ndarray) -> float:
     """Returns the mean loss in nats of predicting every token but the first."""
     x_TV = logits_1TV[0, :-1].astype(np.float64)
-    highest_T1 = x_TV.max(-1, keepdims=True)
-    total_T = np.log(np.exp(x_TV - highest_T1).sum(-1)) + highest_T1[:, 0]
-    return float(np.mean(total_T - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
+    return float(np.mean(np.asarray(logsumexp(x_TV, -1)) - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
 
 
 def check_pretrained(workdir: str | Path) -> bool:
