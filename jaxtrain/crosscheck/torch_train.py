@@ -48,7 +48,6 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
     """
     check_optimizer(cfg)
     kinds = {"embed": "embedding", "positions": "positions", "head": "head"}
-    decaying = [name.strip() for name in cfg.decay_groups.split(",")]
     matrices, decayed, others = [], [], []
     for name, p in model.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2
@@ -56,7 +55,7 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
         if is_matrix and cfg.name == "muon":
             matrices.append(p)
         else:
-            (decayed if kind in decaying else others).append(p)
+            (decayed if kind in cfg.decaying else others).append(p)
     adamw = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": cfg.weight_decay},
@@ -75,7 +74,7 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
     muon = build(
         matrices,
         lr=cfg.learning_rate,
-        weight_decay=cfg.weight_decay if "matrices" in decaying else 0.0,
+        weight_decay=cfg.weight_decay if "matrices" in cfg.decaying else 0.0,
         momentum=cfg.momentum,
         nesterov=cfg.nesterov,
         ns_steps=cfg.ns_steps or 5,
