@@ -140,13 +140,17 @@ def tokens():
     return [torch.randint(0, V, (B, T + 1), generator=generator) for _ in range(STEPS)]
 
 
-def record_llama(folder, path, **options):
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+def record_loop(model, loss_of, path, **options):
+    """Trains a model on tokens() and records it; returns the path of the trace.
+
+    Args:
+        loss_of: (x, y) -> loss.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     recorder = Recorder(path, model, **options)
     for batch in tokens():
         x, y = batch[:, :-1], batch[:, 1:]
-        loss = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+        loss = loss_of(x, y)
         loss.backward()
         recorder.before_step(x, y, loss)
         optimizer.step()
@@ -154,6 +158,12 @@ def record_llama(folder, path, **options):
         optimizer.zero_grad()
     recorder.close()
     return path
+
+
+def record_llama(folder, path, **options):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loss_of = lambda x, y: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    return record_loop(model, loss_of, path, **options)
 
 
 def largest(comparison):
@@ -178,18 +188,8 @@ def test_modules_that_compute_in_float32_are_named_and_can_be_recorded_in_float6
 
 def test_nanogpts_loop_is_followed_although_its_matrices_are_transposed(folders, follow, tmp_path):
     model = NanoGPT.from_pretrained(folders["gpt2"]).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    recorder = Recorder(tmp_path / "a.jsonl", model)
-    for batch in tokens():
-        x, y = batch[:, :-1], batch[:, 1:]
-        logits, loss = model(x, y)
-        loss.backward()
-        recorder.before_step(x, y, loss)
-        optimizer.step()
-        recorder.after_step()
-        optimizer.zero_grad()
-    recorder.close()
-    found = follow("gpt2", tmp_path / "a.jsonl")
+    path = record_loop(model, lambda x, y: model(x, y)[1], tmp_path / "a.jsonl")
+    found = follow("gpt2", path)
     assert found.divergence is None, explain(found)
     assert found.missing == [] and largest(found) < 1e-10
 
