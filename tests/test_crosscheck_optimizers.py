@@ -127,7 +127,7 @@ def largest(comparison, quantity):
 
 
 def nanogpt_groups(model, decay):
-    """As in nanoGPT's configure_optimizers: tensors of 2 and more dims decay."""
+    """Decays the tensors with two or more dims, as nanoGPT's configure_optimizers does."""
     named = dict(model.named_parameters())
     return [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": decay},
@@ -136,7 +136,7 @@ def nanogpt_groups(model, decay):
 
 
 def trainer_groups(model, decay):
-    """As in transformers' Trainer: all parameters but biases and norms decay."""
+    """Decays all parameters but biases and norms, as transformers' Trainer does."""
     decays = set(transformers.Trainer.get_decay_parameter_names(None, model))
     named = dict(model.named_parameters())
     return [

@@ -130,7 +130,7 @@ def test_padding_of_the_vocabulary_is_removed_and_reported(made, tmp_path, capsy
 def test_an_llm_c_file_has_as_many_tokens_as_the_tokenizer_of_a_padded_run(made, tmp_path):
     shutil.copytree(made["gpt2"][0], tmp_path / "run")
     stored = json.loads((tmp_path / "run/config.json").read_text())
-    stored["config"]["weights"] = ""  # a run of its own, whose V=50304 is padding
+    stored["config"]["weights"] = ""  # a run that imported nothing: V=50304 is padding
     (tmp_path / "run/config.json").write_text(json.dumps(stored))
     export_weights(tmp_path / "run", tmp_path / "out.bin")
     head, tensors = llmc_reference.read(tmp_path / "out.bin")

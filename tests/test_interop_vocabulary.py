@@ -44,7 +44,7 @@ def test_rows_after_the_last_token_are_removed_if_they_are_padding(
     assert re.search(words, text), text
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])  # a head of its own; a tied one
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # with an untied head and a tied one
 def test_transformers_computes_the_logits_of_the_rows_that_stay(name, tmp_path):
     reason = "transformers is missing: install the crosscheck extra to compare with it"
     transformers = pytest.importorskip("transformers", reason=reason)

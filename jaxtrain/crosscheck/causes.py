@@ -233,7 +233,7 @@ def _find_optimizer(evidence: Evidence) -> list[str]:
 
 
 def _add(groups: dict[float, list[str]], value: float, name: str) -> None:
-    """Appends a name to the group whose value is within 1 % of its own, or to a new one."""
+    """Appends a name to the group with this value, up to 1 %, or to a new group."""
     key = next((k for k in groups if math.isclose(k, value, rel_tol=0.01)), value)
     groups.setdefault(key, []).append(name)
 

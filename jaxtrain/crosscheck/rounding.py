@@ -2,7 +2,7 @@
 
 Two implementations add in different orders, so that their gradients differ by rounding errors. What
 becomes of these depends on the model, the batch and the optimizer: Adam's first update is nearly
-the sign of the gradient, so that an entry of the size of its own rounding error may flip, and
+the sign of the gradient, and flips in an entry that is as small as its rounding error; and
 Newton-Schulz amplifies small singular directions. No constant fits all cases, so each is measured:
 
 1. The gradient is computed in float32 and in float64 from the same weights. Their difference is

@@ -172,7 +172,7 @@ def check_boundaries(corpus: Corpus) -> None:
 
 
 def note_shared_shards(train: Corpus, held_out: Corpus) -> Corpus:
-    """Returns `train` with a warning in its note if a held-out shard has the tokens of its own."""
+    """Returns `train`, with a warning in its note if a held-out shard repeats one of its shards."""
     paths = dict(zip(train.shard_fingerprints, train.shards, strict=True))
     shared = [
         f"{printable_path(shard.path)} those of {printable_path(paths[fingerprint].path)}"
