@@ -78,7 +78,8 @@ def compute_logits(model: Any, tokens_1T: np.ndarray) -> np.ndarray:
 def mean_loss(logits_1TV: np.ndarray, tokens_1T: np.ndarray) -> float:
     """Returns the mean loss in nats of predicting every token but the first."""
     x_TV = logits_1TV[0, :-1].astype(np.float64)
-    return float(np.mean(np.asarray(logsumexp(x_TV, -1)) - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
+    total_T = np.asarray(logsumexp(x_TV, -1))
+    return float(np.mean(total_T - x_TV[np.arange(len(x_TV)), tokens_1T[0, 1:]]))
 
 
 def check_pretrained(workdir: str | Path) -> bool:
