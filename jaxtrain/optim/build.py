@@ -50,6 +50,8 @@ OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
     "accelerated_lmo": _accelerated_lmo,
+    "muon_h": _muon,
+    "adam_h": _adamw,
     "adamw": _adamw,
 }
 
@@ -113,7 +115,8 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, build_rate_step(cfg, select(groups), schedule))
+        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
+        optimizer = optax.chain(direction, rate_step)
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
