@@ -62,7 +62,14 @@ class OptimConfig(Section):
     name: str = knob(
         "muon",
         "optimizer of the hidden matrices",
-        choices=("muon", "normuon", "accelerated_lmo", "muon_h", "adam_h", "adamw"),
+        choices=(
+            "muon",
+            "normuon",
+            "accelerated_lmo",
+            "muon_h",
+            "adam_h",
+            "adamw",
+        ),
     )
     rest: str = knob(
         "adamw",
