@@ -50,7 +50,8 @@ class TrainConfig(Section):
         0, "steps from one evaluation to the next; 0 evaluates at the end only", unit="steps", low=0
     )
     eval_from: int = knob(
-        0, "first step that eval_every applies to, so that only the end of a run is evaluated often",
+        0,
+        "first step that eval_every applies to: near the end of a run, evaluations can be frequent",
         unit="steps",
         low=0,
     )

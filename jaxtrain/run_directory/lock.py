@@ -246,7 +246,8 @@ class RunLock:
     def _describe_refusal(self, owner: dict[str, Any]) -> str:
         rule = f"only one run may write to a folder; {self.workdir} is in use by"
         if not owner:
-            return f"{rule} a process that {self.path.name} does not name. End it, or set {self._flag}."
+            unnamed = f"a process that {self.path.name} does not name"
+            return f"{rule} {unnamed}. End it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
         where = "" if is_here else f" on {owner['host']}"
         text = (
