@@ -9,6 +9,7 @@ from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
+ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
 # ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
@@ -25,7 +26,7 @@ class Group:
 
     name: str  # MATRICES, REST or, with optim.rest=lmo, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
-    geometry: str  # norm of the step; empty with AdamW
+    geometry: str  # norm of the step; empty with AdamW and SOAP
     rate: float  # peak
     decay: float
 
@@ -40,11 +41,11 @@ def decay_group_of(axes: Axes) -> str:
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
     decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
-    if axes.is_matrix and cfg.name != "adamw":
+    if axes.is_matrix and cfg.name not in ADAM_SIZED:
         return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
-        name = MATRICES if axes.is_matrix else REST
-        return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
+        name, optimizer = (MATRICES, cfg.name) if axes.is_matrix else (REST, "adamw")
+        return Group(name, optimizer, "", cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 
