@@ -1,110 +1,99 @@
-"""SOAP and SOAP-Muon of one matrix in NumPy float64, which shares no code with jaxtrain.
+"""SOAP and SOAP-Muon of one matrix [inputs,outputs] in NumPy float64.
 
-Written from Vyas et al. 2024 (algorithm 3) and nikhilvyas/SOAP, soap.py: here the momentum is
-stored in the rotated basis and carried along whenever the basis changes. SOAP-Muon follows record
-#44 of modded-nanogpt's track 3. Matrices are [outputs, inputs], as in PyTorch.
+They share no code with jaxtrain. SOAP is written from Vyas et al. 2024, algorithm 3, and from
+nikhilvyas/SOAP, soap.py: unlike ours, it stores the momentum rotated, and carries it along whenever
+a basis changes. SOAP-Muon is written from record #44 of modded-nanogpt's track 3.
 """
 
 import numpy as np
+from optimizer_twins import orthogonalize
 
 
 class SoapTwin:
-    """Adam in the eigenbasis of left = average of G G^T and right = average of G^T G."""
+    """Adam in the eigenbases of the averages of G G^T and G^T G.
 
-    def __init__(self, shape, b1=0.95, b2=0.95, eps=1e-8, every=10, max_side=10_000):
-        self.b1, self.b2, self.eps, self.every = b1, b2, eps, every
-        self.calls = 0
-        self.factors = [np.zeros((n, n)) if n <= max_side else None for n in shape]
-        self.bases = [None if f is None else np.eye(len(f)) for f in self.factors]
-        self.rotated_momentum, self.square = np.zeros(shape), np.zeros(shape)
+    Args:
+        first_bases: eigenvectors of the first step's two factors, which are not unique where a
+            factor has no full rank; checked before they are used. None computes them.
+    """
 
-    def project(self, x):
-        left, right = self.bases
-        x = x if left is None else left.T @ x
-        return x if right is None else x @ right
+    def __init__(self, first_bases, every, b1=0.95, b2=0.95, eps=1e-8, max_side=10_000):
+        self.first_bases, self.every, self.max_side = first_bases, every, max_side
+        self.b1, self.b2, self.eps = b1, b2, eps
+        self.calls, self.rotated_momentum, self.square = 0, 0.0, 0.0
 
-    def project_back(self, x):
-        left, right = self.bases
-        x = x if left is None else left @ x
-        return x if right is None else x @ right.T
-
-    def step(self, g, first_bases=None):
-        """Returns the direction for one gradient; the caller subtracts rate times it.
-
-        first_bases: eigenvectors of the first step's factors, where they are not unique.
-        """
-        u = np.zeros_like(g) if self.calls == 0 else self._direction(g)
+    def __call__(self, g):
+        if self.calls == 0:
+            self.factors = [np.zeros((n, n)) if n <= self.max_side else None for n in g.shape]
+            self.bases = [None, None]
+        u = np.zeros_like(g) if self.calls == 0 else self.direction(g)
         momentum = self.project_back(self.rotated_momentum)
         for side, product in enumerate((g @ g.T, g.T @ g)):
             if self.factors[side] is not None:
                 self.factors[side] = self.b2 * self.factors[side] + (1 - self.b2) * product
-        if self.calls == 0:
-            self._first_bases(first_bases)
-        elif self.calls % self.every == 0:
-            self._power_iteration()
+                if self.calls == 0:
+                    self.bases[side] = self.eigenvectors(side)
+        if self.calls and self.calls % self.every == 0:
+            self.power_iteration()
         self.rotated_momentum = self.project(momentum)
         self.calls += 1
         return u
 
-    def _direction(self, g):
+    def project(self, x):
+        left, right = self.bases
+        x = x if left is None or np.isscalar(x) else left.T @ x
+        return x if right is None or np.isscalar(x) else x @ right
+
+    def project_back(self, x):
+        left, right = self.bases
+        x = x if left is None or np.isscalar(x) else left @ x
+        return x if right is None or np.isscalar(x) else x @ right.T
+
+    def direction(self, g):
         t, rotated = self.calls, self.project(g)
         self.rotated_momentum = self.b1 * self.rotated_momentum + (1 - self.b1) * rotated
         self.square = self.b2 * self.square + (1 - self.b2) * rotated**2
         adam = self.rotated_momentum / (np.sqrt(self.square) + self.eps)
         return self.project_back(adam) * np.sqrt(1 - self.b2**t) / (1 - self.b1**t)
 
-    def _first_bases(self, given):
-        for side, factor in enumerate(self.factors):
-            if factor is None:
-                continue
-            basis = np.linalg.eigh(factor)[1][:, ::-1]
-            if given is not None and given[side] is not None:
-                # The given one must also consist of eigenvectors, the largest eigenvalue first.
-                values = given[side].T @ factor @ given[side]
-                scale = np.abs(values).max()
-                assert np.abs(given[side].T @ given[side] - np.eye(len(factor))).max() < 1e-12
-                assert np.abs(values - np.diag(np.diag(values))).max() < 1e-12 * scale
-                assert (np.diff(np.diag(values)) < 1e-12 * scale).all()
-                basis = given[side]
-            self.bases[side] = basis
+    def eigenvectors(self, side):
+        factor = self.factors[side]
+        if self.first_bases is None:
+            return np.linalg.eigh(factor)[1][:, ::-1]
+        basis = self.first_bases[side]
+        values = basis.T @ factor @ basis
+        largest = values.max()
+        assert np.abs(basis.T @ basis - np.eye(len(basis))).max() < 1e-12
+        assert np.abs(values - np.diag(np.diag(values))).max() < 1e-12 * largest
+        assert (np.diff(np.diag(values)) < 1e-12 * largest).all()
+        return basis
 
-    def _power_iteration(self):
+    def power_iteration(self):
         for side, (factor, basis) in enumerate(zip(self.factors, self.bases, strict=True)):
-            if factor is None:
-                continue
-            estimates = np.einsum("ij,ik,kj->j", basis, factor, basis)
-            order = np.argsort(estimates)[::-1]
-            self.square = np.take(self.square, order, axis=side)
-            self.bases[side] = np.linalg.qr(factor @ basis[:, order])[0]
+            if factor is not None:
+                estimates = np.einsum("ij,ik,kj->j", basis, factor, basis)
+                order = np.argsort(estimates)[::-1]
+                self.square = np.take(self.square, order, axis=side)
+                self.bases[side] = np.linalg.qr(factor @ basis[:, order])[0]
 
 
 class SoapMuonTwin(SoapTwin):
-    """Momentum divided by the root of its averaged rotated squares, then orthogonalised."""
+    """Nesterov momentum, divided by the root of its averaged rotated squares, orthogonalised."""
 
-    def __init__(self, shape, iterations, eps=1e-8, **options):
-        super().__init__(shape, eps=eps, **options)
-        self.momentum, self.iterations = np.zeros(shape), iterations
+    def __init__(self, *args, eps=1e-14, **options):
+        super().__init__(*args, eps=eps, **options)
+        self.momentum = 0.0
 
-    def step(self, g, first_bases=None):
-        self.momentum += (1 - self.b1) * (g - self.momentum)
+    def __call__(self, g):
+        self.momentum = self.momentum + (1 - self.b1) * (g - self.momentum)
         ahead = g + self.b1 * (self.momentum - g)
         if self.calls:
             rotated = self.project(ahead)
             self.square = self.b2 * self.square + (1 - self.b2) * rotated**2
-            floored = np.maximum(self.square, self.eps**2)
-            divided = self.project_back(rotated / floored**0.5)
+            divided = self.project_back(rotated / np.maximum(self.square, self.eps**2) ** 0.5)
             ahead = divided * (np.linalg.norm(ahead) / np.linalg.norm(divided))
-        super().step(g, first_bases)
-        return self._orthogonalize(ahead)
+        super().__call__(g)
+        return orthogonalize(ahead) * max(1.0, g.shape[1] / g.shape[0]) ** 0.5
 
-    def _direction(self, g):
+    def direction(self, g):
         return g  # the base class only updates factors and bases
-
-    def _orthogonalize(self, x):
-        """Newton-Schulz, and the factor of the shape: sqrt(max(1, outputs / inputs))."""
-        outputs, inputs = x.shape
-        x = x / np.linalg.norm(x)
-        for a, b, c in self.iterations:
-            gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return max(1, outputs / inputs) ** 0.5 * x

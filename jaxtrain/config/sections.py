@@ -62,7 +62,14 @@ class OptimConfig(Section):
     name: str = knob(
         "muon",
         "optimizer of the hidden matrices",
-        choices=("muon", "normuon", "accelerated_lmo", "soap", "soap_muon", "adamw"),
+        choices=(
+            "muon",
+            "normuon",
+            "soap",
+            "soap_muon",
+            "accelerated_lmo",
+            "adamw",
+        ),
     )
     rest: str = knob(
         "adamw",

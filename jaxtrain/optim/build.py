@@ -74,9 +74,9 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
-    "accelerated_lmo": _accelerated_lmo,
     "soap": _soap,
     "soap_muon": _soap_muon,
+    "accelerated_lmo": _accelerated_lmo,
     "adamw": _adamw,
 }
 
