@@ -21,6 +21,7 @@ from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.precision import widest
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
@@ -34,10 +35,13 @@ def _normuon(cfg, axes, mesh, square):
     return optax.chain(_muon(cfg, axes, mesh, square), balance_neurons(axes, cfg.neuron_decay))
 
 
-def _accelerated_lmo(cfg, axes, mesh, square):
+def _nesterov(cfg, accelerated):
     # Transport already moves the query point along the momentum, as Nesterov's momentum would.
-    nesterov = cfg.nesterov and cfg.acceleration == "ema_lookahead"
-    return build_muon(cfg, axes, mesh, square, nesterov)
+    return cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
+
+
+def _accelerated_lmo(cfg, axes, mesh, square):
+    return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
 def _adamw(cfg, *_):
@@ -59,6 +63,8 @@ def _transport(cfg, inner, momentum):
 
 def _lookahead(cfg, inner, momentum):
     del momentum
+    if not cfg.strength:
+        return ema_lookahead(inner, 0.0, cfg.lookahead_decay)
     schedule = build_schedule(cfg)
     start, stop = (round(share * cfg.total_steps) for share in LOOKAHEAD_WINDOW)
 
@@ -79,6 +85,7 @@ class RateState(NamedTuple):
 def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
     """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
 
+    The result has the parameter's type; it is computed in the widest type, float32 at least.
     `update(..., rates={group's name: peak})` replaces the groups' rates.
     """
 
@@ -91,9 +98,10 @@ def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
         scale = schedule(state.count)
 
         def step(group, u, p):
-            decayed = u + group.decay * p if group.decay else u
+            u = u.astype(widest(u, p))
+            decayed = u + group.decay * p.astype(u.dtype) if group.decay else u
             rate = group.rate if rates is None else rates[group.name]
-            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0)
+            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0).astype(p.dtype)
 
         updates = jax.tree.map(step, groups, updates, params)
         return updates, RateState(state.count + jnp.where(good, 1, 0))
@@ -134,15 +142,17 @@ def build_optimizer(
         select = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
+        accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
+            nesterov = _nesterov(cfg, accelerated)
+            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
         optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
-        if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
+        if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
         optimizers[name] = optimizer
