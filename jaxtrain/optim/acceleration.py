@@ -5,10 +5,10 @@ taken. The iterate is what the optimizer has reached: evaluation, sampling and e
 through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two. A good
 step is one with finite gradients.
 
-At strength 0 the two coincide. If the number 0 is given, a wrapper returns the inner optimizer
-itself, so that compiled steps are bitwise equal and no buffer is stored. A schedule that returns 0
-gives the same steps up to rounding: XLA then adds a step and its offset before it adds them to the
-parameter, where it would otherwise fuse the product with the rate and the sum into one operation.
+At strength 0 the two coincide. Given the number 0, a wrapper returns the inner optimizer itself:
+compiled steps are then bitwise equal, and no buffer is stored. Given a schedule that returns 0,
+they differ by rounding. The inner optimizer's step alone compiles to a fused multiply-add,
+parameter minus rate times direction, rounded once; the wrapper adds the offset's change in between.
 """
 
 from collections.abc import Callable
