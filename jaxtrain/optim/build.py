@@ -53,6 +53,8 @@ OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
     "accelerated_lmo": _accelerated_lmo,
+    "muon_h": _muon,
+    "adam_h": _adamw,
     "adamw": _adamw,
 }
 
@@ -120,7 +122,8 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, build_rate_step(cfg, select(groups), schedule))
+        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
+        optimizer = optax.chain(direction, rate_step)
         if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
