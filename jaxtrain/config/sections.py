@@ -68,6 +68,8 @@ class OptimConfig(Section):
             "soap",
             "soap_muon",
             "accelerated_lmo",
+            "muon_h",
+            "adam_h",
             "adamw",
         ),
     )
@@ -76,7 +78,12 @@ class OptimConfig(Section):
         "optimizer of embeddings, head and vectors; lmo steps along norms",
         choices=("adamw", "lmo"),
     )
-    learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
+    learning_rate: float = knob(
+        0.02,
+        "peak learning rate of Muon and lmo; with muon_h and adam_h, the share of its norm that a "
+        "matrix moves by in a step",
+        low=0.0,
+    )
     adam_learning_rate: float = knob(
         3e-3, "peak learning rate of AdamW's and SOAP's parameters", low=0.0
     )
@@ -199,8 +206,8 @@ class OptimConfig(Section):
 
     @property
     def orthogonalizes(self) -> bool:
-        """Whether the matrices' steps come from Newton-Schulz."""
-        return self.name not in ("adamw", "soap") and self.geometry == "spectral"
+        """Whether the matrices' steps are computed by Newton-Schulz."""
+        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h", "soap")
 
     @property
     def decaying(self) -> list[str]:
