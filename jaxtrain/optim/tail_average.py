@@ -11,6 +11,7 @@ import optax
 
 from jaxtrain.model.trees import ArrayTree
 from jaxtrain.optim.acceleration import eval_params
+from jaxtrain.optim.precision import zero_buffers
 
 
 class TailState(NamedTuple):
@@ -76,9 +77,8 @@ def tail_average(
     )  # a small step would vanish in bfloat16
 
     def init(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p)), params)
         count, share = jnp.zeros((), jnp.int32), jnp.zeros((), float)
-        return TailState(count, inner.init(params), zeros, share)
+        return TailState(count, inner.init(params), zero_buffers(params), share)
 
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         if params is None:
