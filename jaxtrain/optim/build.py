@@ -21,6 +21,7 @@ from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
@@ -141,6 +142,7 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
         else:
             direction = _adamw(cfg)
+        direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
         optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
@@ -160,7 +162,10 @@ def build_optimizer(
 
 
 def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
-    """Returns {group's name: peak rate}, for `update(..., rates=)`."""
+    """Returns {group's name: peak rate}, for `update(..., rates=)`.
+
+    With optim.parametrisation=spectral a parameter's rate is its group's times its step factor.
+    """
     groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
     return {group.name: group.rate for group in groups}
 
