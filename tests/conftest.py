@@ -31,6 +31,7 @@ LONGEST = (
     "test_training_diagnostic_step.py",
     "test_kernels_choice.py",
     "test_training_step.py",
+    "test_optim_parametrisation.py",
     "test_distributed_runtime.py",
     "test_interop_import_export.py",
     "test_crosscheck_faults.py",
