@@ -68,14 +68,26 @@ class OptimConfig(Section):
     name: str = knob(
         "muon",
         "optimizer of the hidden matrices",
-        choices=("muon", "normuon", "accelerated_lmo", "adamw"),
+        choices=(
+            "muon",
+            "normuon",
+            "accelerated_lmo",
+            "muon_h",
+            "adam_h",
+            "adamw",
+        ),
     )
     rest: str = knob(
         "adamw",
         "optimizer of embeddings, head and vectors; lmo steps along norms",
         choices=("adamw", "lmo"),
     )
-    learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
+    learning_rate: float = knob(
+        0.02,
+        "peak learning rate of Muon and lmo; with muon_h and adam_h, the share of its norm that a "
+        "matrix moves by in a step",
+        low=0.0,
+    )
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
     decay_groups: str = knob(
@@ -91,6 +103,9 @@ class OptimConfig(Section):
     )
     base_width: int = knob(256, "spectral: model.D at which it equals standard", low=1)
     base_depth: int = knob(4, "spectral: model.L at which it equals standard", low=1)
+    cautious_decay: bool = knob(
+        False, "apply weight_decay only to entries that the step moves towards zero"
+    )
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
     geometry: str = knob(
@@ -180,6 +195,11 @@ class OptimConfig(Section):
                 if getattr(self, field) not in allowed:
                     known = " or ".join(map(repr, allowed))
                     self.fail(field, f"must be {known} with optim.parametrisation=spectral")
+
+    @property
+    def orthogonalizes(self) -> bool:
+        """Whether the matrices' steps are computed by Newton-Schulz."""
+        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h")
 
     @property
     def decaying(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
 from jaxtrain.optim.parametrisation import scale_by_size
+from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
@@ -50,6 +51,8 @@ OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
     "accelerated_lmo": _accelerated_lmo,
+    "muon_h": _muon,
+    "adam_h": _adamw,
     "adamw": _adamw,
 }
 
@@ -71,35 +74,6 @@ def _lookahead(cfg, inner, momentum):
 
 # optim.acceleration -> wrap(OptimConfig, a complete optimizer, its momentum)
 ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
-
-
-class RateState(NamedTuple):
-    count: jax.Array  # int32 [], steps with finite gradients; every group's schedule reads it
-
-
-def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
-
-    `update(..., rates={group's name: peak})` replaces the groups' rates.
-    """
-
-    def init(params):
-        del params
-        return RateState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None, *, good: jax.Array | bool = True, rates=None, **extra):
-        del extra
-        scale = schedule(state.count)
-
-        def step(group, u, p):
-            decayed = u + group.decay * p if group.decay else u
-            rate = group.rate if rates is None else rates[group.name]
-            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0)
-
-        updates = jax.tree.map(step, groups, updates, params)
-        return updates, RateState(state.count + jnp.where(good, 1, 0))
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def build_optimizer(
@@ -143,7 +117,8 @@ def build_optimizer(
         else:
             direction = _adamw(cfg)
         direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
-        optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
+        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
+        optimizer = optax.chain(direction, rate_step)
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)

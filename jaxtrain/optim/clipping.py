@@ -15,11 +15,12 @@ def clip_gradients(max_norm: float, eps: float = 0.0) -> optax.GradientTransform
     """
     if not max_norm:
         return optax.identity()
-    if not eps:
-        return optax.clip_by_global_norm(max_norm)
 
     def clip(updates, params=None):
         del params
+        # One factor, and not a division by the norm for each gradient as in optax: XLA repeats a
+        # product in every average that reads it, but stores the result of a division, which is a
+        # second tree of gradients.
         factor = jnp.minimum(max_norm / (optax.tree.norm(updates) + eps), 1.0)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
