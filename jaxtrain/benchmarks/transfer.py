@@ -127,12 +127,12 @@ def best_exponent(losses: Mapping[float, float]) -> float | None:
 def excess_loss(losses: Mapping[float, float], exponent: float) -> float:
     """Returns by how much the loss at an exponent exceeds the lowest one, in nats.
 
-    Between exponents that were tried, the loss is interpolated.
+    Between exponents that were tried, the loss is interpolated. Beyond them, it is taken to be that
+    of the nearest one, and the result is a lower bound.
     """
     exponents = sorted(losses)
     at_exponent = np.interp(exponent, exponents, [losses[e] for e in exponents])
-    inside = exponents[0] <= exponent <= exponents[-1]
-    return float(at_exponent) - min(losses.values()) if inside else math.inf
+    return float(at_exponent) - min(losses.values())
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def describe(row: dict[str, Any]) -> str:
             return f"{who} no verdict: the best rate of a model is beyond the grid"
         outcome = "transfers" if row["transfers"] else "does NOT transfer"
         return (
-            f"{who} the best rate moves by a factor of {row['move']:.2f}: {outcome}; the largest "
-            f"model loses {row['excess_nats']:.3f} nats at the smallest one's"
+            f"{who} the best rate moves by a factor of {row['move']:.2f}: {outcome}; the smallest "
+            f"model's best rate costs the largest {row['excess_nats']:.3f} nats"
         )
     best = row["best_exponent"]
     multiple = "beyond the grid" if best is None else f"{2**best:5.2f} x base rates"
