@@ -77,6 +77,9 @@ class OptimConfig(Section):
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
         "commas; vectors are biases and gains of norms",
     )
+    cautious_decay: bool = knob(
+        False, "apply weight_decay only to entries that the step moves towards zero"
+    )
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
     geometry: str = knob(

@@ -1,6 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
@@ -72,35 +73,6 @@ def _lookahead(cfg, inner, momentum):
 ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
 
 
-class RateState(NamedTuple):
-    count: jax.Array  # int32 [], steps with finite gradients; every group's schedule reads it
-
-
-def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
-
-    `update(..., rates={group's name: peak})` replaces the groups' rates.
-    """
-
-    def init(params):
-        del params
-        return RateState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None, *, good: jax.Array | bool = True, rates=None, **extra):
-        del extra
-        scale = schedule(state.count)
-
-        def step(group, u, p):
-            decayed = u + group.decay * p if group.decay else u
-            rate = group.rate if rates is None else rates[group.name]
-            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0)
-
-        updates = jax.tree.map(step, groups, updates, params)
-        return updates, RateState(state.count + jnp.where(good, 1, 0))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def build_optimizer(
     cfg: OptimConfig,
     axes: AxesTree,
@@ -141,7 +113,7 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
+        optimizer = optax.chain(direction, build_rate_step(cfg, select(groups), schedule))
         if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
