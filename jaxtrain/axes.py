@@ -70,7 +70,7 @@ class Axes:
             raise ValueError(f"axes must have inputs beside outputs; got {parts!r}.")
 
     @classmethod
-    def parse(cls, axes: "str | Sequence[Names] | Axes") -> "Axes":
+    def parse(cls, axes: "str | tuple[Names, ...] | Axes") -> "Axes":
         """Reads `stack|inputs->outputs`, `stack|outputs<-inputs`, or a tuple of these parts.
 
         A tuple of two parts describes vectors. Axes are returned unchanged.
@@ -81,12 +81,12 @@ class Axes:
         if isinstance(axes, Axes):
             return axes
         if not isinstance(axes, str):
-            parts = tuple(axes)
+            parts = axes if isinstance(axes, tuple) else ()
             if not (2 <= len(parts) <= 3 and all(isinstance(part, tuple) for part in parts)):
                 raise ValueError(
                     f"axes must be tuples of names: stack, inputs and outputs; got {axes!r}."
                 )
-            return cls(*parts)
+            return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else ())
         if axes.count("|") != 1:
             raise ValueError(f"axes must contain one '|' between stack and dims; got {axes!r}.")
         stack, dims = axes.split("|")

@@ -63,10 +63,13 @@ def default_axes_of(name: str, rank: int) -> Axes | None:
 
 def _is_axes(x) -> bool:
     """Returns whether x describes one parameter: Axes, a string, or a tuple of tuples of names."""
-    is_names = lambda part: isinstance(part, tuple) and not any(
-        not isinstance(name, str) or "|" in name for name in part
+    is_names = lambda part: (
+        isinstance(part, tuple)
+        and not any(not isinstance(name, str) or "|" in name for name in part)
     )
-    return isinstance(x, (Axes, str)) or (isinstance(x, tuple) and bool(x) and all(map(is_names, x)))
+    return isinstance(x, (Axes, str)) or (
+        isinstance(x, tuple) and bool(x) and all(map(is_names, x))
+    )
 
 
 def _named(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
@@ -90,18 +93,15 @@ def named_params(params: ArrayTree) -> tuple[list[tuple[str, Any]], set[str]]:
     return arrays, absent
 
 
-def _read_declared(axes: Any) -> dict[str, Axes]:
+def _read_declared(axes: Any) -> dict[str, Axes | None]:
+    """Returns {name: Axes}; None as in an Equinox module that was filtered like the parameters."""
     declared = {}
-    for name, x in _named(axes, _is_axes):
+    for name, x in _named({} if axes is None else axes, _is_axes):
         x = x.get_value() if isinstance(x, nnx.Variable) else x
-        if isinstance(x, optax.MaskedNode):
-            continue
-        if not _is_axes(x):
-            raise ValueError(
-                f"axes must be strings, tuples of names or Axes; got {name}={x!r}. Set its axes, or "
-                "leave it out for the default rule."
-            )
-        declared[name] = Axes.parse(x)
+        if _is_axes(x):
+            declared[name] = Axes.parse(x)
+        elif not isinstance(x, optax.MaskedNode):
+            declared[name] = None
     return declared
 
 
@@ -120,21 +120,32 @@ def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
     """
     declared = _read_declared(axes)
     arrays, absent = named_params(params)
-    inside = lambda name: any(name == top or name.startswith(f"{top}.") or not top for top in absent)
+    inside = lambda name: any(
+        name == top or name.startswith(f"{top}.") or not top for top in absent
+    )
     unknown = set(declared) - {name for name, _ in arrays}
     if unknown := sorted(name for name in unknown if not inside(name)):
         names = ", ".join(name for name, _ in arrays)
         raise ValueError(f"axes must name parameters, of {names}; got {', '.join(unknown)}.")
-    found = [declared.get(name) or default_axes_of(name, len(x.shape)) for name, x in arrays]
-    pairs = list(zip(arrays, found, strict=True))
-    if missing := [f"{name} of shape {tuple(x.shape)}" for (name, x), a in pairs if a is None]:
+    for name in dict(arrays):
+        if name in declared and declared[name] is None:
+            raise ValueError(
+                f"axes must be strings, tuples of names or Axes; got another value for {name}. Set "
+                "its axes, or leave it out for the default rule."
+            )
+    axes_of = lambda name, x: declared.get(name) or default_axes_of(name, len(x.shape))
+    missing = [f"{name} of shape {tuple(x.shape)}" for name, x in arrays if not axes_of(name, x)]
+    if missing:
         raise ValueError(
             f"parameters of three or more dims must have axes; got none for {', '.join(missing)}. "
             "Set axes={'conv.kernel': '|HWI->O', 'attention.kernel': '|D->HK'}: the stack, a bar, "
             "inputs -> outputs, one letter for each dim. Without an arrow AdamW steps it."
         )
-    for (name, x), a in pairs:
-        a.check_shape(name, x.shape)
+    found = []
+    for name, x in arrays:
+        if a := axes_of(name, x):
+            a.check_shape(name, x.shape)
+            found.append(a)
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.config.sections import OptimConfig
+from jaxtrain.optim import is_zero
 from jaxtrain.optim.param_groups import Group
 
 Schedule = Callable[[jax.Array | int], jax.Array]  # updates made -> share of the peak rate
@@ -45,12 +46,12 @@ def scale_by_rate(
         scale = schedule(state.count)
 
         def step(group, u, p):
-            if group.decay:
+            if is_zero(group.decay):
+                decayed = u
+            else:
                 # Compared by sign: the product of two small numbers could underflow to zero.
                 decayed = jnp.where(jnp.sign(u) * jnp.sign(p) > 0, p, 0) if cautious else p
                 decayed = u + group.decay * decayed
-            else:
-                decayed = u
             rate = rate_now(group, scale, rates)
             return jnp.where(good, (-rate).astype(u.dtype) * decayed, 0)
 
