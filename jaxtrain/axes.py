@@ -86,7 +86,8 @@ class Axes:
                 raise ValueError(
                     f"axes must be tuples of names: stack, inputs and outputs; got {axes!r}."
                 )
-            return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else ())
+            stack, inputs, outputs = (*parts, ())[:3]
+            return cls(stack, inputs, outputs)
         if axes.count("|") != 1:
             raise ValueError(f"axes must contain one '|' between stack and dims; got {axes!r}.")
         stack, dims = axes.split("|")

@@ -71,7 +71,7 @@ def test_a_recipe_is_bitwise_the_trainers_optimizer(recipe):
         **({"strength": 0.3} if recipe is accelerated_lmo else {}),
     )
     axes = resolve({"embed": "V|D", "blocks": {"w": "|D->F", "bias": "|F"}, "head": "|D->V"})
-    options = RATES | shared | {"adam_weight_decay": 0.1}
+    options = RATES | shared
     options |= {"strength": 0.3} if recipe is accelerated_lmo else {}
     ours, state = train(recipe(**options), tree())
     theirs, their_state = train(build_optimizer(cfg, axes), tree())
@@ -87,15 +87,21 @@ def resolve(axes):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_muon_steps_matrices_and_adamw_everything_else(recipe):
     rows = rows_of(recipe(**RATES), tree())
+    assert {name: row.decay for name, row in rows.items()} == {
+        **dict.fromkeys(["blocks.w", "embed", "head"], 0.1),
+        "blocks.bias": 0.0,
+    }
     steppers = {name: row.optimizer for name, row in rows.items()}
     assert steppers.pop("blocks.w") == recipe.__name__
     assert set(steppers.values()) == {"adamw"}
     assert (rows["blocks.w"].rate, rows["embed"].rate) == (0.05, 0.01)
     grads = jax.tree.map(jnp.sin, tree())
-    adam = optax.adam(0.01, b2=0.95)
+    adam = optax.adamw(0.01, b2=0.95, weight_decay=0.1)
     ours, theirs = (o.update(grads, o.init(tree()), tree())[0] for o in (recipe(**RATES), adam))
     np.testing.assert_allclose(ours["embed"], theirs["embed"], rtol=1e-4)
-    singular = np.linalg.svd(ours["blocks"]["w"] / 0.05, compute_uv=False)
+    singular = np.linalg.svd(
+        ours["blocks"]["w"] / 0.05 + 0.1 * tree()["blocks"]["w"], compute_uv=False
+    )
     ahead = 1 + 0.25 * 9 if recipe is accelerated_lmo else 1  # transport moves the query point
     assert np.all((0.6 * ahead < singular) & (singular < 1.3 * 1.5**0.5 * ahead))
 
@@ -290,6 +296,8 @@ def test_numbers_out_of_range_are_refused_at_once(recipe):
         recipe(momentum=1.5)
     with pytest.raises(ValueError, match="spectral_max"):
         recipe(scale="unknown")
+    with pytest.raises(ValueError, match="got 0.02. Name arguments"):
+        recipe(0.02)
     with pytest.raises(ValueError, match="needs params"):
         recipe().update(tree(), recipe().init(tree()))
 
@@ -303,7 +311,7 @@ def test_every_argument_of_a_recipe_is_named_as_injection_requires(recipe):
 
 def test_describe_prints_a_table_of_every_parameter(capsys):
     schedule = optax.cosine_decay_schedule(0.05, 10)
-    chain = optax.chain(optax.clip_by_global_norm(1.0), muon(schedule, 0.1))
+    chain = optax.chain(optax.clip_by_global_norm(1.0), muon(None, schedule, 0.1))
     recipes.describe(chain, jax.eval_shape(tree))
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == "name axes view group optimizer geometry scale rate decay".split()

@@ -169,23 +169,23 @@ def ema_lookahead(
 
 
 def accelerated_lmo(
-    learning_rate: Rate = 0.02,
-    weight_decay: Hyperparameter = 0.0,
-    *,
     axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
     strength: Strength = 0.25,
     newton_schulz: str | NewtonSchulz = "jordan",
     momentum: Hyperparameter = 0.9,
     scale: str = "spectral_max",
-    dtype: str = "bfloat16",
-    buffer_dtype: str | None = None,
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
     per_head: bool = False,
     cautious_decay: bool = False,
     adam_learning_rate: Rate = 3e-3,
     adam_b1: Hyperparameter = 0.9,
     adam_b2: Hyperparameter = 0.95,
     adam_eps: Hyperparameter = 1e-8,
-    adam_weight_decay: Hyperparameter = 0.0,
+    adam_weight_decay: Hyperparameter | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds Muon with gradient transport for the matrices, and AdamW for everything else.
 

@@ -39,7 +39,7 @@ class AdamW(NamedTuple):
     b1: Hyperparameter = 0.9
     b2: Hyperparameter = 0.95
     eps: Hyperparameter = 1e-8
-    weight_decay: Hyperparameter = 0.0  # of embeddings and heads; the others do not decay
+    weight_decay: Hyperparameter | None = None  # of embeddings and heads; None: the matrices'
 
 
 class View(NamedTuple):
@@ -101,7 +101,8 @@ def complete_optimizer(
             AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay), axes,
         )
 
-    Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction).
+    Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction). Embeddings and
+    heads decay too; embeddings of positions and vectors do not.
     `update(..., good=False)` returns updates of zero and leaves the state unchanged.
 
     Args:
@@ -123,8 +124,9 @@ def complete_optimizer(
         peak = 1.0 if callable(rate) else rate
         if a.is_matrix:
             return Group(MATRICES, name, view.geometry, peak, weight_decay)
+        decay = weight_decay if adam.weight_decay is None else adam.weight_decay
         decays = decay_group_of(a) in ("embedding", "head")
-        return Group(REST, "adamw", "", peak, adam.weight_decay if decays else 0.0)
+        return Group(REST, "adamw", "", peak, decay if decays else 0.0)
 
     def build(axes: AxesTree) -> Transform:
         groups = jax.tree.map(group_of, axes)

@@ -100,6 +100,10 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
         x = x.get_value() if isinstance(x, nnx.Variable) else x
         if _is_axes(x):
             declared[name] = Axes.parse(x)
+        elif not name and x is not None:
+            raise ValueError(
+                f"axes must be a pytree of Axes or strings; got {x!r}. Name arguments."
+            )
         elif not isinstance(x, optax.MaskedNode):
             declared[name] = None
     return declared
@@ -158,7 +162,8 @@ def build_for_params(
         build: builds it from a pytree of Axes, like params.
         axes: see `resolve_axes`.
     """
-    build({})  # raises on wrong arguments here, not at init
+    build({})  # raises on wrong arguments here, not at init; so does the next line
+    _read_declared(axes)
 
     def init(params):
         return build(resolve_axes(axes, params)).init(params)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
@@ -30,8 +31,8 @@ def scale_by_muon(
     momentum: Hyperparameter = 0.95,
     nesterov: bool = True,
     scale: str = "spectral_max",
-    dtype: str = "bfloat16",
-    buffer_dtype: str | None = None,
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
     per_head: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonalises Nesterov momentum, matrix by matrix; the defaults equal torch.optim.Muon's.
@@ -65,29 +66,28 @@ def scale_by_muon(
 
 
 def muon(
-    learning_rate: Rate = 0.02,
-    weight_decay: Hyperparameter = 0.0,
-    *,
     axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
     newton_schulz: str | NewtonSchulz = "jordan",
     momentum: Hyperparameter = 0.95,
     nesterov: bool = True,
     scale: str = "spectral_max",
-    dtype: str = "bfloat16",
-    buffer_dtype: str | None = None,
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
     per_head: bool = False,
     cautious_decay: bool = False,
     adam_learning_rate: Rate = 3e-3,
     adam_b1: Hyperparameter = 0.9,
     adam_b2: Hyperparameter = 0.95,
     adam_eps: Hyperparameter = 1e-8,
-    adam_weight_decay: Hyperparameter = 0.0,
+    adam_weight_decay: Hyperparameter | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds Muon for the matrices and AdamW for everything else, as in the trainer.
 
-    The defaults are the trainer's. `complete_optimizer` explains rates and decay; `describe` prints
-    who is stepped by what. For torch.optim.Muon's defaults set learning_rate=1e-3 and
-    weight_decay=0.1.
+    `complete_optimizer` explains rates and decay; `describe` prints who is stepped by what. The
+    defaults for matrices are torch.optim.Muon's, and AdamW's are the trainer's.
 
     Args:
         axes: see `resolve_axes`; by default a rule decides by name and rank.

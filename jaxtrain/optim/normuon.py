@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim import Hyperparameter, check_decay
@@ -67,23 +68,23 @@ def balance_neurons(
 
 
 def normuon(
-    learning_rate: Rate = 0.02,
-    weight_decay: Hyperparameter = 0.0,
-    *,
     axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
     neuron_decay: Hyperparameter = 0.95,
     newton_schulz: str | NewtonSchulz = "jordan",
     momentum: Hyperparameter = 0.95,
     nesterov: bool = True,
     scale: str = "spectral_max",
-    dtype: str = "bfloat16",
-    buffer_dtype: str | None = None,
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
     cautious_decay: bool = False,
     adam_learning_rate: Rate = 3e-3,
     adam_b1: Hyperparameter = 0.9,
     adam_b2: Hyperparameter = 0.95,
     adam_eps: Hyperparameter = 1e-8,
-    adam_weight_decay: Hyperparameter = 0.0,
+    adam_weight_decay: Hyperparameter | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds NorMuon for the matrices and AdamW for everything else, as in the trainer.
 
