@@ -19,6 +19,7 @@ from jaxtrain.optim.default_axes import build_for_params, named_params, resolve_
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.param_groups import (
     MATRICES,
+    NORM_PRESERVING,
     REST,
     Group,
     GroupRow,
@@ -26,7 +27,7 @@ from jaxtrain.optim.param_groups import (
     decay_group_of,
     select_group,
 )
-from jaxtrain.optim.rate_step import scale_by_rate
+from jaxtrain.optim.rate_step import Schedule, keep_norms, scale_by_rate
 
 Rate = Hyperparameter | optax.Schedule
 Transform = optax.GradientTransformation
@@ -50,9 +51,9 @@ class View(NamedTuple):
     per_head: bool = False
 
 
-def _scale_by(rate: Rate, groups: Any, cautious: bool) -> Transform:
-    schedule = rate if callable(rate) else lambda count: 1.0
-    return scale_by_rate(groups, lambda count: jnp.asarray(schedule(count), float), cautious)
+def _share_of_peak(rate: Rate) -> Schedule:
+    """Returns a schedule; the peak rate is 1 where the rate is itself a schedule."""
+    return lambda count: jnp.asarray(rate(count) if callable(rate) else 1.0, float)
 
 
 def _printed(x: Any) -> float | str:
@@ -102,11 +103,12 @@ def complete_optimizer(
         )
 
     Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction). Embeddings and
-    heads decay too; embeddings of positions and vectors do not.
+    heads decay too; embeddings of positions and vectors do not. With a name of NORM_PRESERVING each
+    matrix keeps its norm instead (`keep_norms`).
     `update(..., good=False)` returns updates of zero and leaves the state unchanged.
 
     Args:
-        name: printed by `describe`.
+        name: a key of OPTIMIZERS, or any other.
         build_direction: builds the transform from gradients to directions, before rate and decay.
             It gets a pytree of Axes, all matrices, with optax.MaskedNodes in the other leaves'
             places. It is also called with an empty tree, to check its arguments.
@@ -132,14 +134,18 @@ def complete_optimizer(
         groups = jax.tree.map(group_of, axes)
         names = jax.tree.map(lambda group: group.name, groups)
         select = lambda group, tree: select_group(names, group, tree)
-        matrices, rest = (
-            optax.chain(direction, _scale_by(rate, select(group, groups), cautious_decay))
-            for group, direction, rate in (
-                (MATRICES, build_direction(select(MATRICES, axes)), learning_rate),
-                (REST, scale_by_adam(adam.b1, adam.b2, adam.eps), adam.learning_rate),
-            )
+        own_groups, own_axes = select(MATRICES, groups), select(MATRICES, axes)
+        share = _share_of_peak(learning_rate)
+        if name in NORM_PRESERVING:
+            step = keep_norms(own_groups, own_axes, share, view.per_head)
+        else:
+            step = scale_by_rate(own_groups, share, cautious_decay)
+        matrices = optax.with_extra_args_support(wrap(optax.chain(build_direction(own_axes), step)))
+        share = _share_of_peak(adam.learning_rate)
+        rest = optax.chain(
+            scale_by_adam(adam.b1, adam.b2, adam.eps),
+            scale_by_rate(select(REST, groups), share, cautious_decay),
         )
-        matrices = optax.with_extra_args_support(wrap(matrices))
         return _partition({MATRICES: matrices, REST: rest}, names)
 
     def row(name: str, a: Axes, shape: tuple[int, ...]) -> GroupRow:

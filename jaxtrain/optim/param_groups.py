@@ -14,6 +14,7 @@ from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
+NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
 # ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
@@ -46,7 +47,9 @@ def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
     decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
     if axes.is_matrix and cfg.name != "adamw":
-        return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
+        geometry = "" if cfg.name == "adam_h" else cfg.geometry
+        decay = 0.0 if cfg.name in NORM_PRESERVING else decay
+        return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
         name = MATRICES if axes.is_matrix else REST
         return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
@@ -100,15 +103,16 @@ def build_row(
     name: str, axes: Axes, shape: Sequence[int], group: Group, scale: str, per_head: bool = False
 ) -> GroupRow:
     """Returns a parameter's row; scale and per_head are those of build_unit_step, for matrices."""
-    view, factor = tuple(shape), 1.0
-    if group.geometry:
+    view, factor, keeps_norm = tuple(shape), 1.0, group.optimizer in NORM_PRESERVING
+    if group.geometry or keeps_norm:
         view = axes.matrix_shape(shape)
-    if group.geometry and group.name == MATRICES:
+    if (group.geometry or keeps_norm) and group.name == MATRICES:
         if per_head:
             sizes = dict(zip(axes.letters, shape, strict=True))
             heads = axes.head_axes()
             view = heads.matrix_shape(heads.shape(sizes))
-        factor = SCALES[scale](*view[1:])
+        if not keeps_norm:  # otherwise the step's length is a share of the norm
+            factor = SCALES[scale](*view[1:])
     return GroupRow(
         name=name,
         axes=str(axes),
