@@ -19,9 +19,10 @@ from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
-from jaxtrain.optim.muon import build_muon
+from jaxtrain.optim.muon import build_muon, build_newton_schulz
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
+from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.param_groups import (
     MATRICES,
     REST,
@@ -33,6 +34,8 @@ from jaxtrain.optim.param_groups import (
 )
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.optim.soap import scale_by_soap
+from jaxtrain.optim.soap_muon import scale_by_soap_muon
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -54,6 +57,28 @@ def _accelerated_lmo(cfg, axes, mesh, square):
     return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
+def _soap_options(cfg, mesh):
+    return {
+        "momentum": cfg.momentum,
+        "decay": cfg.precondition_decay,
+        "every": cfg.precondition_every,
+        "max_side": cfg.precondition_max_side,
+        "buffer_dtype": buffer_dtype(cfg),
+        "mesh": mesh,
+    }
+
+
+def _soap(cfg, axes, mesh, square):
+    del square
+    return scale_by_soap(axes, eps=cfg.adam_eps, **_soap_options(cfg, mesh))
+
+
+def _soap_muon(cfg, axes, mesh, square):
+    options = {"nesterov": cfg.nesterov, "scale": cfg.scale, "per_head": cfg.per_head}
+    options |= {"dtype": jnp.dtype(cfg.ns_dtype)} | _soap_options(cfg, mesh)
+    return scale_by_soap_muon(axes, build_newton_schulz(cfg, square), **options)
+
+
 def _adamw(cfg, *_):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
@@ -62,6 +87,8 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
+    "soap": _soap,
+    "soap_muon": _soap_muon,
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
@@ -161,7 +188,8 @@ def state_shardings(
     """Returns the shardings of optimizer.init(params): moments are sharded by `moment_spec`.
 
     A leaf of the state belongs to a parameter if its path ends in the parameter's path and both
-    have the same shape, so that wrappers need no code here. Other leaves (counts) are replicated.
+    have the same shape, so that wrappers need no code here. All leaves of a parameter in a field
+    named `owned` are with the parameter's `ownership`. Other leaves (counts) are replicated.
 
     Args:
         axes: pytree of Axes, like params.
@@ -171,10 +199,13 @@ def state_shardings(
     axes_of = dict(jax.tree_util.tree_leaves_with_path(axes))
 
     def sharding(path, leaf):
-        suffixes = (path[i:] for i in range(len(path)))
-        owner = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
-        spec = P() if owner is None else moment_spec(axes_of[owner], leaf.shape, mesh)
-        return NamedSharding(mesh, spec)
+        owned = any(getattr(key, "name", None) == "owned" for key in path)
+        suffixes = (path[i:] for i in range(len(path)) if path[i:] in shapes)
+        param = next((s for s in suffixes if owned or shapes[s] == leaf.shape), None)
+        if param is None:
+            return NamedSharding(mesh, P())
+        owner = axes_of[param], shapes[param], mesh
+        return NamedSharding(mesh, ownership(*owner).owned if owned else moment_spec(*owner))
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 

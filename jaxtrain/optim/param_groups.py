@@ -14,6 +14,7 @@ from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
+ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
 NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
@@ -31,7 +32,7 @@ class Group:
 
     name: str  # MATRICES, REST or, with optim.rest=lmo, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
-    geometry: str  # norm of the step; empty with AdamW
+    geometry: str  # norm of the step; empty with AdamW and SOAP
     rate: Hyperparameter  # peak
     decay: Hyperparameter
 
@@ -46,13 +47,13 @@ def decay_group_of(axes: Axes) -> str:
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
     decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
-    if axes.is_matrix and cfg.name != "adamw":
+    if axes.is_matrix and cfg.name not in ADAM_SIZED:
         geometry = "" if cfg.name == "adam_h" else cfg.geometry
         decay = 0.0 if cfg.name in NORM_PRESERVING else decay
         return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
-        name = MATRICES if axes.is_matrix else REST
-        return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
+        name, optimizer = (MATRICES, cfg.name) if axes.is_matrix else (REST, "adamw")
+        return Group(name, optimizer, "", cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 
