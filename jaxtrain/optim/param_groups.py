@@ -1,7 +1,7 @@
 """Parameter groups: which optimizer, norm, rate and decay a parameter gets, by its axes string."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.lmo import SCALES
+from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
 MATRICES, REST = "matrices", "rest"
 ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
@@ -131,9 +132,16 @@ def group_table(cfg: OptimConfig, axes: AxesTree, params: ArrayTree) -> list[Gro
     """Returns a row for each parameter; params may be ShapeDtypeStructs."""
     check_axes(axes)
     check_axes_fit(axes, params)
-    row = lambda name, a, x: build_row(name, a, x.shape, group_of(cfg, a), cfg.scale, cfg.per_head)
-    arrays = named_leaves(params)
-    return [row(name, a, arrays[name]) for name, a in named_leaves(axes).items()]
+    arrays, has_head = named_leaves(params), has_own_head(axes)
+
+    def row(name, a):
+        shape, group = arrays[name].shape, group_of(cfg, a)
+        step = step_factors(cfg, name, a, shape, has_head).step
+        # rate * decay does not depend on the model's size
+        group = replace(group, rate=group.rate * step, decay=group.decay / step)
+        return build_row(name, a, shape, group, cfg.scale, cfg.per_head)
+
+    return [row(name, a) for name, a in named_leaves(axes).items()]
 
 
 def format_group_table(rows: list[GroupRow]) -> str:
