@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 from jaxtrain.config.fields import INT64_MAX, Section, knob
 
+# What the rules of optim.parametrisation=spectral are known for.
+SPECTRAL_CHOICES = {
+    "name": ("muon", "accelerated_lmo", "adamw"),
+    "geometry": ("spectral",),
+    "per_head": (False,),
+}
 DECAY_GROUPS = ("matrices", "embedding", "positions", "head", "vectors")
 
 
@@ -93,6 +99,14 @@ class OptimConfig(Section):
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
         "commas; vectors are biases and gains of norms",
     )
+    parametrisation: str = knob(
+        "standard",
+        "how rates and initial values depend on the model's size: not further (standard), or so "
+        "that the best rates of a model of base_width and base_depth stay the best (spectral)",
+        choices=("standard", "spectral"),
+    )
+    base_width: int = knob(256, "spectral: model.D at which it equals standard", low=1)
+    base_depth: int = knob(4, "spectral: model.L at which it equals standard", low=1)
     cautious_decay: bool = knob(
         False, "apply weight_decay only to entries that the step moves towards zero"
     )
@@ -203,6 +217,11 @@ class OptimConfig(Section):
         if set(self.decaying) - set(DECAY_GROUPS):
             known = ", ".join(DECAY_GROUPS)
             self.fail("decay_groups", f"must be some of {known}, joined by commas")
+        if self.parametrisation == "spectral":
+            for field, allowed in SPECTRAL_CHOICES.items():
+                if getattr(self, field) not in allowed:
+                    known = " or ".join(map(repr, allowed))
+                    self.fail(field, f"must be {known} with optim.parametrisation=spectral")
 
     @property
     def orthogonalizes(self) -> bool:

@@ -22,6 +22,7 @@ from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.optim.soap import build_soap
@@ -127,6 +128,7 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
+        direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
         rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
         optimizer = optax.chain(direction, rate_step)
         if accelerated:
@@ -147,7 +149,10 @@ def build_optimizer(
 
 
 def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
-    """Returns {group's name: peak rate}, for `update(..., rates=)`."""
+    """Returns {group's name: peak rate}, for `update(..., rates=)`.
+
+    With optim.parametrisation=spectral a parameter's rate is its group's times its step factor.
+    """
     groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
     return {group.name: group.rate for group in groups}
 

@@ -7,6 +7,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim.lmo import SCALES
+from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
 MATRICES, REST = "matrices", "rest"
 ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
@@ -82,8 +83,9 @@ class GroupRow(NamedTuple):
     decay: float
 
 
-def _row(cfg, name, axes, shape) -> GroupRow:
+def _row(cfg, name, axes, shape, has_head) -> GroupRow:
     group, view, scale = group_of(cfg, axes), shape, 1.0
+    step = step_factors(cfg, name, axes, shape, has_head).step
     if group.geometry or group.optimizer in NORM_PRESERVING:
         view = axes.matrix_shape(shape)
     if (group.geometry or group.optimizer in NORM_PRESERVING) and group.name == MATRICES:
@@ -101,8 +103,8 @@ def _row(cfg, name, axes, shape) -> GroupRow:
         optimizer=group.optimizer,
         geometry=group.geometry,
         scale=scale,
-        rate=group.rate,
-        decay=group.decay,
+        rate=group.rate * step,
+        decay=group.decay / step,  # rate * decay does not depend on the model's size
     )
 
 
@@ -111,7 +113,9 @@ def group_table(cfg: OptimConfig, axes: AxesTree, params: ArrayTree) -> list[Gro
     check_axes(axes)
     check_same_names(axes, params)
     shapes = named_leaves(params)
-    return [_row(cfg, name, a, shapes[name].shape) for name, a in named_leaves(axes).items()]
+    has_head = has_own_head(axes)
+    named = named_leaves(axes).items()
+    return [_row(cfg, name, a, shapes[name].shape, has_head) for name, a in named]
 
 
 def format_group_table(rows: list[GroupRow]) -> str:
