@@ -19,7 +19,7 @@ from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
-from jaxtrain.optim.muon import build_muon, build_newton_schulz
+from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
@@ -35,8 +35,8 @@ from jaxtrain.optim.param_groups import (
 from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.optim.soap import scale_by_soap
-from jaxtrain.optim.soap_muon import scale_by_soap_muon
+from jaxtrain.optim.soap import build_soap
+from jaxtrain.optim.soap_muon import build_soap_muon
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -58,28 +58,6 @@ def _accelerated_lmo(cfg, axes, mesh, square):
     return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
-def _soap_options(cfg, mesh):
-    return {
-        "momentum": cfg.momentum,
-        "decay": cfg.precondition_decay,
-        "every": cfg.precondition_every,
-        "max_side": cfg.precondition_max_side,
-        "buffer_dtype": buffer_dtype(cfg),
-        "mesh": mesh,
-    }
-
-
-def _soap(cfg, axes, mesh, square):
-    del square
-    return scale_by_soap(axes, eps=cfg.adam_eps, **_soap_options(cfg, mesh))
-
-
-def _soap_muon(cfg, axes, mesh, square):
-    options = {"nesterov": cfg.nesterov, "scale": cfg.scale, "per_head": cfg.per_head}
-    options |= {"dtype": jnp.dtype(cfg.ns_dtype)} | _soap_options(cfg, mesh)
-    return scale_by_soap_muon(axes, build_newton_schulz(cfg, square), **options)
-
-
 def _adamw(cfg, *_):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
@@ -88,8 +66,8 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
-    "soap": _soap,
-    "soap_muon": _soap_muon,
+    "soap": build_soap,
+    "soap_muon": build_soap_muon,
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
