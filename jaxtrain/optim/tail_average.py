@@ -72,9 +72,6 @@ def tail_average(
                 f"tail_weight in [0, 1]; got {value}. Set --optim.{flag}."
             )
     inner = optax.with_extra_args_support(inner)
-    wide = lambda p: jnp.promote_types(
-        p.dtype, jnp.float32
-    )  # a small step would vanish in bfloat16
 
     def init(params):
         count, share = jnp.zeros((), jnp.int32), jnp.zeros((), float)
