@@ -185,7 +185,10 @@ def search_coordinates(
 
 
 def _climb(search: "_Search", ladder: Ladder) -> None:
-    """Tries the neighbours of the best value, and goes on from there while the loss falls."""
+    """Tries the neighbours of the best value, and goes on from there while the loss falls.
+
+    As long as every setting has diverged, it goes on to lower values.
+    """
     if not ladder.numeric:
         search.evaluate([search.best | {ladder.name: v} for v in ladder.values])
         return
@@ -193,6 +196,9 @@ def _climb(search: "_Search", ladder: Ladder) -> None:
         before = search.best
         near = (ladder.neighbour(before[ladder.name], direction) for direction in (-1, 1))
         search.evaluate([before | {ladder.name: v} for v in near if v is not None])
+        lower = ladder.neighbour(before[ladder.name], -1)
+        if search.diverged and lower is not None:
+            search.best = before | {ladder.name: lower}
         if search.best == before:
             return
 
@@ -208,6 +214,11 @@ class _Search:
     @property
     def is_spent(self) -> bool:
         return len(self.tried) >= self._budget
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every setting has diverged."""
+        return all(not math.isfinite(self._known[name]) for name in self.tried)
 
     def evaluate(self, settings: Sequence[Setting]) -> None:
         """Tries settings, as far as the budget allows; raises Pending if a loss is not known."""
