@@ -62,14 +62,26 @@ class OptimConfig(Section):
     name: str = knob(
         "muon",
         "optimizer of the hidden matrices",
-        choices=("muon", "normuon", "accelerated_lmo", "adamw"),
+        choices=(
+            "muon",
+            "normuon",
+            "accelerated_lmo",
+            "muon_h",
+            "adam_h",
+            "adamw",
+        ),
     )
     rest: str = knob(
         "adamw",
         "optimizer of embeddings, head and vectors; lmo steps along norms",
         choices=("adamw", "lmo"),
     )
-    learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
+    learning_rate: float = knob(
+        0.02,
+        "peak learning rate of Muon and lmo; with muon_h and adam_h, the share of its norm that a "
+        "matrix moves by in a step",
+        low=0.0,
+    )
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
     decay_groups: str = knob(
@@ -164,6 +176,11 @@ class OptimConfig(Section):
         if set(self.decaying) - set(DECAY_GROUPS):
             known = ", ".join(DECAY_GROUPS)
             self.fail("decay_groups", f"must be some of {known}, joined by commas")
+
+    @property
+    def orthogonalizes(self) -> bool:
+        """Whether the matrices' steps are computed by Newton-Schulz."""
+        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h")
 
     @property
     def decaying(self) -> list[str]:

@@ -35,10 +35,13 @@ def _normuon(cfg, axes, mesh, square):
     return optax.chain(_muon(cfg, axes, mesh, square), balance_neurons(axes, cfg.neuron_decay))
 
 
-def _accelerated_lmo(cfg, axes, mesh, square):
+def _nesterov(cfg, accelerated):
     # Transport already moves the query point along the momentum, as Nesterov's momentum would.
-    nesterov = cfg.nesterov and cfg.acceleration == "ema_lookahead"
-    return build_muon(cfg, axes, mesh, square, nesterov)
+    return cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
+
+
+def _accelerated_lmo(cfg, axes, mesh, square):
+    return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
 def _adamw(cfg, *_):
@@ -50,6 +53,8 @@ OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
     "accelerated_lmo": _accelerated_lmo,
+    "muon_h": _muon,
+    "adam_h": _adamw,
     "adamw": _adamw,
 }
 
@@ -60,6 +65,8 @@ def _transport(cfg, inner, momentum):
 
 def _lookahead(cfg, inner, momentum):
     del momentum
+    if not cfg.strength:
+        return ema_lookahead(inner, 0.0, cfg.lookahead_decay)
     schedule = build_schedule(cfg)
     start, stop = (round(share * cfg.total_steps) for share in LOOKAHEAD_WINDOW)
 
@@ -106,15 +113,18 @@ def build_optimizer(
         select = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
+        accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
+            nesterov = _nesterov(cfg, accelerated)
+            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, build_rate_step(cfg, select(groups), schedule))
-        if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
+        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
+        optimizer = optax.chain(direction, rate_step)
+        if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
         optimizers[name] = optimizer
