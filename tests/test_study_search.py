@@ -71,6 +71,13 @@ def test_the_first_round_tries_the_whole_grid_of_each_field_from_the_middle():
     assert choice.stopped == "no change of one field improved it"
 
 
+def test_rates_are_tuned_before_other_fields():
+    grid = {MOMENTUM: (0.9, 0.95), OTHER: GRID[OTHER], RATE: GRID[RATE]}
+    _, order = tune(bowl(0.02), 99, grid)
+    changed = [next(k for k in s if s[k] != order[0][k]) for s in order[1:6]]
+    assert changed == [RATE, RATE, OTHER, OTHER, MOMENTUM]
+
+
 def test_the_grid_is_extended_while_the_best_value_is_at_its_edge():
     choice, order = tune(bowl(0.1), 99)
     assert choice.values == {RATE: 0.08, OTHER: 0.002}
@@ -117,7 +124,7 @@ def test_fields_without_an_order_are_tried_but_not_extended():
     better = lambda s: bowl(0.02)(s) - (s["optim.ns_coefficients"] == "jordan")
     choice, order = tune(better, 99, grid)
     assert choice.values["optim.ns_coefficients"] == "jordan" and not choice.edges
-    assert len(order) == 2 + 4
+    assert len(order) == 5 + 1 + 4  # the rates are tried again after the name has changed
 
 
 def test_weight_decay_of_zero_is_no_edge():
