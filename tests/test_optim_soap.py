@@ -75,6 +75,18 @@ def test_params_factors_and_bases_equal_those_of_a_twin_over_50_steps(name, twin
         np.testing.assert_allclose(square, other.square, rtol=1e-9)
 
 
+def test_stepping_a_few_matrices_at_a_time_changes_nothing():
+    axes, shape = Axes.parse("LT|F<-D"), (2, 3, 6, 6)
+    optimizers = [scale_by_soap(axes, every=2, chunk_bytes=n) for n in (0, 2**20)]
+    states = [optimizer.init(jnp.zeros(shape)) for optimizer in optimizers]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        g = jnp.asarray(rng.normal(size=shape))
+        pairs = [jax.jit(o.update)(g, s) for o, s in zip(optimizers, states, strict=True)]
+        updates, states = zip(*pairs, strict=True)
+        np.testing.assert_allclose(*updates, atol=1e-12)
+
+
 def test_the_first_bases_of_a_factor_of_full_rank_equal_numpys():
     rng = np.random.default_rng(0)
     axes, twins = Axes.parse("L|D->F"), [SoapTwin(None, 2) for _ in range(2)]

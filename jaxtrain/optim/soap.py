@@ -15,7 +15,6 @@ from jaxtrain.model.trees import AxesTree
 from jaxtrain.ops.routes import Route
 from jaxtrain.optim.adam import bias_correction
 from jaxtrain.optim.preconditioner import (
-    as_matrices,
     check_range,
     precondition,
     preconditioner_options,
@@ -52,17 +51,16 @@ def scale_by_soap(
     """
     check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
 
-    def direction(a, g, state, progress):
+    def direction(g_XIO, state, progress):
         started = progress.has_bases
-        mean = progress.average(momentum, state.momentum, g, started)
-        rotated_XIO = rotate(as_matrices(a, g, state), state)
+        mean_XIO = progress.average(momentum, state.momentum, g_XIO, started)
+        rotated_XIO = rotate(g_XIO, state)
         square_XIO = progress.average(decay, state.square, rotated_XIO**2, started)
         steps = jnp.maximum(progress.count, 1).astype(float)
         correction = jnp.sqrt(bias_correction(decay, steps)) / bias_correction(momentum, steps)
-        mean_XIO = rotate(as_matrices(a, mean, state), state)
-        scaled_XIO = correction.astype(mean_XIO.dtype) * mean_XIO / (jnp.sqrt(square_XIO) + eps)
-        u = a.from_matrices(rotate_back(scaled_XIO, state), g.shape)
-        return u, state._replace(momentum=mean, square=square_XIO)
+        ahead_XIO = correction.astype(g_XIO.dtype) * rotate(mean_XIO.astype(g_XIO.dtype), state)
+        u_XIO = rotate_back(ahead_XIO / (jnp.sqrt(square_XIO) + eps), state)
+        return u_XIO, state._replace(momentum=mean_XIO, square=square_XIO)
 
     return precondition(axes, direction, decay, every, **options)
 

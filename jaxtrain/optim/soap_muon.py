@@ -24,10 +24,9 @@ from jaxtrain.model.trees import AxesTree
 from jaxtrain.ops.routes import Route
 from jaxtrain.optim.lmo import MatrixFunction, build_unit_step
 from jaxtrain.optim.muon import JORDAN, build_newton_schulz
-from jaxtrain.optim.precision import average, widest
+from jaxtrain.optim.precision import average
 from jaxtrain.optim.preconditioner import (
     MAX_SIDE,
-    as_matrices,
     check_range,
     precondition,
     preconditioner_options,
@@ -69,17 +68,16 @@ def scale_by_soap_muon(
     check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
     unit_step = build_unit_step(newton_schulz, **options)
 
-    def direction(a, g, state, progress):
-        mean = progress.average(momentum, state.momentum, g)
-        ahead = average(momentum, mean, g, widest(mean, g)) if nesterov else mean
-        rotated_XIO = rotate(as_matrices(a, ahead, state), state)
+    def direction(g_XIO, state, progress):
+        mean_XIO = progress.average(momentum, state.momentum, g_XIO)
+        blend = average(momentum, mean_XIO, g_XIO, g_XIO.dtype) if nesterov else mean_XIO
+        rotated_XIO = rotate(blend.astype(g_XIO.dtype), state)
         square_XIO = progress.average(decay, state.square, rotated_XIO**2, progress.has_bases)
         root_XIO = jnp.maximum(jnp.sqrt(square_XIO), eps)
         divided_XIO = rotate_back(rotated_XIO / jnp.where(progress.has_bases, root_XIO, 1), state)
-        u = unit_step(a, a.from_matrices(divided_XIO, g.shape))
-        return u, state._replace(momentum=mean, square=square_XIO)
+        return divided_XIO, state._replace(momentum=mean_XIO, square=square_XIO)
 
-    return precondition(axes, direction, decay, every, max_side, buffer_dtype, mesh)
+    return precondition(axes, direction, decay, every, max_side, buffer_dtype, mesh, unit_step)
 
 
 def build_soap_muon(
