@@ -25,6 +25,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.distributed.mesh import platform
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim import Hyperparameter, check_decay, is_number
 from jaxtrain.optim.chunks import GPU_CHUNK_BYTES, map_chunks
 from jaxtrain.optim.lmo import buffer_dtype
 from jaxtrain.optim.owners import from_owners, ownership, to_owners
@@ -64,7 +65,9 @@ class Progress(NamedTuple):
         """Whether a step before this one has computed the bases."""
         return self.count > 0
 
-    def average(self, decay: float, old: jax.Array, new: jax.Array, when: Any = True) -> jax.Array:
+    def average(
+        self, decay: Hyperparameter, old: jax.Array, new: jax.Array, when: Any = True
+    ) -> jax.Array:
         """Averages `new` into `old` if the gradients are finite and `when` is true."""
         mean = average(decay, old, new, widest(old, new))
         return jnp.where(self.good & when, mean.astype(old.dtype), old)
@@ -172,8 +175,8 @@ def _chunk_size(state, chunk_bytes):
 def precondition(
     axes: AxesTree,
     direction: Direction,
-    decay: float,
-    every: int,
+    decay: Hyperparameter,
+    every: Hyperparameter,
     max_side: int = MAX_SIDE,
     buffer_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -191,7 +194,7 @@ def precondition(
     Args:
         axes: pytree of Axes, like params, all matrices.
         decay: decay of the factors, in [0, 1).
-        every: steps from one refresh of the bases to the next.
+        every: steps from one refresh of the bases to the next; a whole number.
         max_side: a longer side of a matrix has no factor and is not rotated.
         buffer_dtype: type of the momentum; None means the parameter's, float32 at least, which
             all else is stored in.
@@ -203,9 +206,15 @@ def precondition(
     Raises:
         ValueError: decay, every or max_side is out of range.
     """
-    check_range("precondition_decay", decay, 0 <= decay < 1, "in [0, 1)")
-    check_range("precondition_every", every, every >= 1, "1 or more")
-    check_range("precondition_max_side", max_side, max_side >= 1, "1 or more")
+    check_decay(decay, "optim.precondition_decay")
+    if is_number(every):
+        _check_count("precondition_every", every)
+    if not is_number(max_side):
+        raise ValueError(
+            f"max_side decides shapes, so it must be a number; got {max_side}. Give "
+            'optax.inject_hyperparams static_args=("max_side",).'
+        )
+    _check_count("precondition_max_side", max_side)
     all_axes, treedef = jax.tree.flatten(axes)
     default_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else GPU_CHUNK_BYTES
     most_bytes = default_bytes if chunk_bytes is None else chunk_bytes
@@ -246,9 +255,9 @@ def precondition(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_range(field, value, valid, rule):
-    if not valid:
-        raise ValueError(f"optim.{field} must be {rule}; got {value}. Set --optim.{field}.")
+def _check_count(field, value):
+    if value < 1:
+        raise ValueError(f"optim.{field} must be 1 or more; got {value}. Set --optim.{field}.")
 
 
 def _on_owners(step_all, axes, mesh):
