@@ -167,7 +167,7 @@ def test_the_iterate_of_an_nnx_module_is_that_of_its_plain_dict():
     params = nnx.to_pure_dict(nnx.state(linear, nnx.Param))
     grads = jax.tree.map(jnp.sin, params)
     optimizer = nnx.Optimizer(net, accelerated_lmo(**RATES), wrt=nnx.Param)
-    optimizer.update(net, nnx.State(grads))
+    optimizer.update(net, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
     updates, state = accelerated_lmo(**RATES).update(
         grads, accelerated_lmo(**RATES).init(params), params
     )
