@@ -10,6 +10,8 @@ from jaxtrain.optim.describe import describe, group_rows
 from jaxtrain.optim.muon import muon, scale_by_muon
 from jaxtrain.optim.norm_preserving import adam_h, muon_h
 from jaxtrain.optim.normuon import normuon
+from jaxtrain.optim.soap import scale_by_soap, soap
+from jaxtrain.optim.soap_muon import scale_by_soap_muon, soap_muon
 from jaxtrain.optim.tail_average import tail_average
 
 __all__ = [
@@ -23,5 +25,9 @@ __all__ = [
     "normuon",
     "resolve_axes",
     "scale_by_muon",
+    "scale_by_soap",
+    "scale_by_soap_muon",
+    "soap",
+    "soap_muon",
     "tail_average",
 ]
