@@ -4,6 +4,8 @@ Written from the papers and scripts that each one names; they share no code with
 is [...,inputs,outputs] or a vector; `MATRICES` gives the two sizes of a leaf that is a stack.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,11 +104,43 @@ class Muon:
         return u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5
 
 
+class Muown:
+    """The class MuownDP of modded-nanogpt's 20260508_muown on one matrix [inputs,outputs].
+
+    Called with a gradient it only stores it: `apply` is the step.
+    """
+
+    def __init__(self, target=0.0):
+        self.adam, self.momentum, self.target, self.step = Adam(), 0.0, target, 0
+
+    def __call__(self, g):
+        self.grad = g.T  # the source's weights are [outputs,inputs]
+        return self
+
+    def apply(self, p, rate):
+        w = p.T
+        if self.step == 0:
+            norms = np.linalg.norm(w, axis=1, keepdims=True)
+            self.g = self.first = self.v_norm = np.where(norms > 0, norms, 0.33**0.5)
+        self.step += 1
+        u = w / self.g
+        grad_g = (self.grad * u).sum(1, keepdims=True)
+        grad_v = self.g / self.v_norm * (self.grad - u * grad_g)
+        self.momentum = 0.95 * self.momentum + grad_v
+        update = orthogonalize(grad_v + 0.95 * self.momentum)
+        v = u * self.v_norm - rate * 0.2 * max(update.shape) ** 0.5 * update
+        self.g = self.g - rate * self.adam(grad_g)
+        progress = ((self.step - 1) / (STEPS - 1)) ** 1.2
+        target = self.target or self.first
+        self.v_norm = self.first + progress * (target - self.first)
+        return (self.g * v / np.linalg.norm(v, axis=1, keepdims=True)).T
+
+
 def decoupled(p, u, rate, decay):
     return p - rate * (u + decay * p)
 
 
-def train_twin(matrix=Muon, apply=decoupled, decay=0.0, rate=RATE, rest_apply=None):
+def train_twin(matrix: Any = Muon, apply=decoupled, decay=0.0, rate=RATE, rest_apply=None):
     """Returns params after each step: matrices by `matrix`, all else by AdamW.
 
     Args:

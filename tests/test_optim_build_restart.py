@@ -20,6 +20,7 @@ ACCELERATED = {"name": "accelerated_lmo"}
 OPTIMIZERS = {
     "normuon": {"name": "normuon"},
     "muon_h": {"name": "muon_h"},
+    "muown": {"name": "muown", "final_radius": 2.0},
     "muon_h_per_head": {"name": "muon_h", "per_head": True},
     "transport": ACCELERATED,
     "transport_narrow": ACCELERATED | {"narrow_buffers": True},

@@ -19,7 +19,8 @@ SHAPES = {"w": (2, 64, 96), "wo": (2, 96, 64)}
 ACCELERATED = {"name": "accelerated_lmo", "acceleration": "transport"}
 LOOKAHEAD = {"name": "accelerated_lmo", "acceleration": "ema_lookahead"}
 PLAIN = [
-    {"name": name} for name in ("muon", "normuon", "soap", "soap_muon", "muon_h", "adam_h", "adamw")
+    {"name": name}
+    for name in ("muon", "normuon", "soap", "soap_muon", "muon_h", "adam_h", "muown", "adamw")
 ]
 OPTIMIZERS = [*PLAIN, ACCELERATED, LOOKAHEAD]
 NARROW = {"narrow_buffers": True}

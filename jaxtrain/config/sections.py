@@ -76,6 +76,7 @@ class OptimConfig(Section):
             "accelerated_lmo",
             "muon_h",
             "adam_h",
+            "muown",
             "adamw",
         ),
     )
@@ -124,6 +125,12 @@ class OptimConfig(Section):
         choices=("spectral_max", "spectral", "match_rms", "none"),
     )
     per_head: bool = knob(False, "orthogonalise the slice of each head separately")
+    final_radius: float = knob(
+        0.0,
+        "muown: norm of a row's direction at the end of the run; the larger, the less a step turns "
+        "the row; 0 keeps the row's norm at the start",
+        low=0.0,
+    )
     neuron_decay: float = knob(0.95, "normuon: decay of the second moment", low=0.0, high=0.9999)
     precondition_every: int = knob(
         10,

@@ -20,6 +20,7 @@ from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
 from jaxtrain.optim.muon import build_muon
+from jaxtrain.optim.muown import build_muown
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
@@ -72,6 +73,7 @@ OPTIMIZERS = {
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
+    "muown": _muon,
     "adamw": _adamw,
 }
 
@@ -137,8 +139,11 @@ def build_optimizer(
         else:
             direction = _adamw(cfg)
         direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
-        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
-        optimizer = optax.chain(direction, rate_step)
+        parts = select(groups), select(axes), schedule
+        if name == MATRICES and cfg.name == "muown":
+            optimizer = build_muown(cfg, direction, *parts)
+        else:
+            optimizer = optax.chain(direction, build_rate_step(cfg, *parts))
         if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)

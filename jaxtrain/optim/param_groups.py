@@ -50,7 +50,8 @@ def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
     if axes.is_matrix and cfg.name not in ADAM_SIZED:
         geometry = "" if cfg.name == "adam_h" else cfg.geometry
-        decay = 0.0 if cfg.name in NORM_PRESERVING else decay
+        # Muown's lengths of rows are variables, which its source does not decay.
+        decay = 0.0 if cfg.name in (*NORM_PRESERVING, "muown") else decay
         return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
         name, optimizer = (MATRICES, cfg.name) if axes.is_matrix else (REST, "adamw")
