@@ -170,7 +170,8 @@ def measure(args: argparse.Namespace, seeds: int) -> Iterator[dict[str, Any]]:
                 rows = [base | labels]
                 yield rows[0]
                 for width, depth in models[1:]:
-                    centre = round(rows[-1]["best_exponent"] or FIRST_EXPONENT)
+                    last = rows[-1]["best_exponent"]
+                    centre = FIRST_EXPONENT if last is None else float(round(last))
                     rows.append(model(width, depth, parametrisation, centre) | labels)
                     yield rows[-1]
                 yield verdict(rows)
