@@ -217,8 +217,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
     names = list(dict.fromkeys(row["optimizer"] for row in models))
     columns = list(dict.fromkeys((row["series"], row["parametrisation"]) for row in models))
     size = (4 * len(columns), 3.2 * len(names))
-    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
-    panels = FigureCanvasAgg(figure).figure.subplots(len(names), len(columns), squeeze=False)
+    figure = Figure(figsize=size, dpi=90, facecolor="white", layout="constrained")
+    options = {"squeeze": False, "sharex": "row", "sharey": "row"}
+    panels = FigureCanvasAgg(figure).figure.subplots(len(names), len(columns), **options)
     for i, name in enumerate(names):
         for j, (series, parametrisation) in enumerate(columns):
             axes, wanted = panels[i, j], (name, series, parametrisation)
@@ -234,7 +235,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
                     axes.axvline(2 ** row["best_exponent"], color=color, linestyle=":")
             axes.set_xscale("log", base=2)
             axes.set_title(f"{name}, {parametrisation}", fontsize=11)
-            axes.set_xlabel("multiple of the base rates")
+            axes.set_xlabel("multiple of the base rates; dotted: best")
             axes.legend(title=series, frameon=False, fontsize=9)
         panels[i, 0].set_ylabel("final loss (nats/byte)")
     png = io.BytesIO()
