@@ -3,12 +3,20 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.reporting.terminal import format_duration
 from jaxtrain.run_directory.lock import RunLocked
 from jaxtrain.study.plan import StudyPlan, Trial
-from jaxtrain.study.runs import Result, check_folder, is_finished, read_result, run_trial
+from jaxtrain.study.runs import (
+    CLAIM,
+    Result,
+    check_folder,
+    is_finished,
+    read_result,
+    run_trial,
+)
 from jaxtrain.study.search import ChosenSetting, Pending, Setting, name_setting
 from jaxtrain.train import train
 
@@ -164,7 +172,8 @@ class Work:
         key = _key(trial)
         if key not in self._results:
             check_folder(trial)
-            if not is_finished(trial):
+            # A process that still has its claim may not have written all of the result yet.
+            if (Path(trial.config.workdir) / CLAIM).exists() or not is_finished(trial):
                 return None
             self._results[key] = read_result(trial)
             self.reused += 1
