@@ -19,6 +19,7 @@ from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.recipes import accelerated_lmo, muon, normuon, scale_by_muon
 
 RECIPES = [muon, normuon, accelerated_lmo]
+EVERY_RECIPE = [*RECIPES, recipes.soap, recipes.soap_muon, recipes.muon_h, recipes.adam_h]
 SHAPES = {"embed": (8, 4), "blocks": {"w": (4, 6), "bias": (6,)}, "head": (4, 8)}
 AXES = {"embed": "V|D", "blocks.w": "|D->F", "blocks.bias": "|F", "head": "|D->V"}
 RATES = {"learning_rate": 0.05, "adam_learning_rate": 0.01}
@@ -128,11 +129,11 @@ def test_the_iterate_of_an_nnx_module_is_that_of_its_plain_dict():
     net, linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(linear, nnx.Param))
     grads = jax.tree.map(jnp.sin, params)
-    optimizer = nnx.Optimizer(net, accelerated_lmo(**RATES), wrt=nnx.Param)
-    optimizer.update(net, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
-    updates, state = accelerated_lmo(**RATES).update(
-        grads, accelerated_lmo(**RATES).init(params), params
-    )
+    transform = accelerated_lmo(**RATES)
+    optimizer = nnx.Optimizer(net, transform, wrt=nnx.Param)
+    step = nnx.jit(lambda net, optimizer, grads: optimizer.update(net, grads))
+    step(net, optimizer, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
+    updates, state = jax.jit(transform.update)(grads, transform.init(params), params)
     ahead = optax.apply_updates(params, updates)
     iterate = recipes.eval_params(optimizer.opt_state, nnx.state(net, nnx.Param))
     assert_near(iterate, recipes.eval_params(state, ahead))
@@ -220,28 +221,34 @@ def test_a_masked_bare_muon_with_axes_of_the_whole_tree_works():
     train(optax.masked(scale_by_muon(AXES), mask), tree())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"w": (4, 6)},
-        {"bias": (4,)},
-        {"w": (4, 6), "none": None, "list": [{"w": (6, 4)}, ((4, 4), None)], "scalar": ()},
-    ],
-    ids=["only matrices", "no matrix", "containers"],
-)
-def test_trees_of_any_containers_train(recipe, params):
+TREES = {
+    "containers": {"w": (4, 6), "none": None, "list": [{"w": (6, 4)}, ((4, 4), None)], "one": ()},
+    "only matrices": {"w": (4, 6)},
+    "no matrix": {"bias": (4,)},
+    "empty": {},
+}
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_trees_of_any_containers_are_stepped_and_their_state_keeps_its_types(recipe):
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
-    params = jax.tree.map(lambda s: jnp.full(s, 0.1), params, is_leaf=is_shape)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     optimizer = recipe(**RATES)
-    new, state = train(optimizer, params, steps=1)
-    assert jax.tree.structure(new) == jax.tree.structure(params)
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new))
-    abstract = jax.eval_shape(optimizer.init, params)
-    assert_same(jax.jit(optimizer.init)(params), optimizer.init(params))
-    described = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert described(abstract) == described(state)
+    for shapes in TREES.values():
+        params = jax.tree.map(lambda s: jnp.full(s, 0.1), shapes, is_leaf=is_shape)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            params = optax.tree.cast(params, dtype)
+            state = jax.eval_shape(optimizer.init, params)
+            updates, new = jax.eval_shape(optimizer.update, params, state, params)
+            assert types(updates) == types(params) and types(new) == types(state)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_state_can_be_pickled_and_is_the_same_from_a_compiled_init(recipe):
+    optimizer = recipe(**RATES)
+    state = train(optimizer, tree(), steps=1)[1]
     assert_same(pickle.loads(pickle.dumps(state)), state)
+    assert_same(jax.jit(optimizer.init)(tree()), optimizer.init(tree()))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
