@@ -71,7 +71,19 @@ class OptimConfig(Section):
     )
     learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
+    embedding_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for embeddings and positions; 0 is adam_learning_rate", low=0.0
+    )
+    head_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for the output head; 0 is adam_learning_rate", low=0.0
+    )
+    vector_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for biases and gains; 0 is adam_learning_rate", low=0.0
+    )
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
+    adam_weight_decay: float = knob(
+        0.0, "decay of those of them that AdamW steps; 0 is weight_decay", low=0.0
+    )
     decay_groups: str = knob(
         "matrices,embedding,head",
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
@@ -110,7 +122,7 @@ class OptimConfig(Section):
     ns_coefficients: str = knob(
         "jordan",
         "coefficients of the Newton-Schulz polynomials; torch.optim.Muon uses jordan",
-        choices=("jordan", "quintic", "polar_express", "aol4"),
+        choices=("jordan", "quintic", "polar_express", "aol4", "convergent"),
     )
     ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is one per polynomial", low=0, high=20)
     ns_dtype: str = knob(
@@ -158,9 +170,18 @@ class OptimConfig(Section):
             self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
         if self.ns_form == "torch" and self.ns_coefficients != "jordan":
             self.fail("ns_coefficients", "must be jordan with optim.ns_form=torch")
+        for role, rate in self.adam_rates.items():
+            if rate and self.rest != "adamw":
+                self.fail(f"{role}_learning_rate", f"must be 0 with optim.rest={self.rest}")
         if set(self.decaying) - set(DECAY_GROUPS):
             known = ", ".join(DECAY_GROUPS)
             self.fail("decay_groups", f"must be some of {known}, joined by commas")
+
+    @property
+    def adam_rates(self) -> dict[str, float]:
+        """The peak rates under AdamW of embeddings, head and vectors, by role; 0 if not set."""
+        roles = ("embedding", "head", "vector")
+        return {role: getattr(self, f"{role}_learning_rate") for role in roles}
 
     @property
     def decaying(self) -> list[str]:

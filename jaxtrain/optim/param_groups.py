@@ -23,7 +23,7 @@ FULL_GEOMETRY = {
 class Group:
     """How a set of parameters is stepped."""
 
-    name: str  # MATRICES, REST or, with optim.rest=lmo, a role
+    name: str  # MATRICES, REST or, with optim.rest=lmo or a rate of its own, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
     geometry: str  # norm of the step; empty with AdamW
     rate: float  # peak
@@ -39,12 +39,15 @@ def decay_group_of(axes: Axes) -> str:
 
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
-    decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
+    decays = decay_group_of(axes) in cfg.decaying
+    decay = cfg.weight_decay if decays else 0.0
     if axes.is_matrix and cfg.name != "adamw":
         return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
-        name = MATRICES if axes.is_matrix else REST
-        return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
+        own_rate = cfg.adam_rates.get(axes.role, 0.0)  # the role is a group of its own, then
+        name = axes.role if own_rate else MATRICES if axes.is_matrix else REST
+        decay = (cfg.adam_weight_decay or cfg.weight_decay) if decays else 0.0
+        return Group(name, "adamw", "", own_rate or cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 
