@@ -17,7 +17,6 @@ from jaxtrain.study.plan import build_plan
 from jaxtrain.training.run import build_run
 from jaxtrain.training.step import batch_loss, build_gradient
 
-
 B, T, STEPS = 3, 20, 30
 LAYERS, WIDTH, HEADS, HEAD, V = 2, 32, 2, 16, 96
 # Norms and the rest of the model: ours -> the reference's. `{}` is the layer.

@@ -168,8 +168,9 @@ class ModelConfig(Section):
             self.fail("logit_softcap_form", "must be 'tanh' without model.logit_softcap")
         if self.position != "rope" and self.rope_fraction != 1:
             self.fail("rope_fraction", f"must be 1 with model.position={self.position}")
-        if not self.rope_pairs or self.rope_pairs != self.rope_fraction * (self.K / 2):
-            self.fail("rope_fraction", f"must be a number of pairs divided by all {self.K // 2}")
+        pairs = self.rope_fraction * self.K / 2
+        if self.rope_fraction != 1 and not (pairs and pairs == self.rope_pairs):
+            self.fail("rope_fraction", f"must be a multiple of 2/K, K={self.K}, and not 0")
         for name, std in self.initial_stds.items():
             if name not in INITIALISED or not 0 <= std < float("inf"):
                 known = ", ".join(INITIALISED)

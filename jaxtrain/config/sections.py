@@ -122,7 +122,7 @@ class OptimConfig(Section):
     ns_coefficients: str = knob(
         "jordan",
         "coefficients of the Newton-Schulz polynomials; torch.optim.Muon uses jordan",
-        choices=("jordan", "quintic", "polar_express", "aol4", "convergent"),
+        choices=("jordan", "quintic", "convergent", "polar_express", "aol4"),
     )
     ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is one per polynomial", low=0, high=20)
     ns_dtype: str = knob(
@@ -170,9 +170,6 @@ class OptimConfig(Section):
             self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
         if self.ns_form == "torch" and self.ns_coefficients != "jordan":
             self.fail("ns_coefficients", "must be jordan with optim.ns_form=torch")
-        for role, rate in self.adam_rates.items():
-            if rate and self.rest != "adamw":
-                self.fail(f"{role}_learning_rate", f"must be 0 with optim.rest={self.rest}")
         if set(self.decaying) - set(DECAY_GROUPS):
             known = ", ".join(DECAY_GROUPS)
             self.fail("decay_groups", f"must be some of {known}, joined by commas")

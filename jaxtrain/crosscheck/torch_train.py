@@ -48,20 +48,24 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
     """
     check_optimizer(cfg)
     kinds = {"embed": "embedding", "positions": "positions", "head": "head"}
-    matrices, decayed, others = [], [], []
+    rates = {
+        "embedding": cfg.embedding_learning_rate,
+        "positions": cfg.embedding_learning_rate,
+        "head": cfg.head_learning_rate,
+        "vectors": cfg.vector_learning_rate,
+    }
+    matrices, groups = [], {}
     for name, p in model.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2
         kind = "matrices" if is_matrix else kinds.get(name, "vectors")
         if is_matrix and cfg.name == "muon":
             matrices.append(p)
         else:
-            (decayed if kind in cfg.decaying else others).append(p)
+            decay = (cfg.adam_weight_decay or cfg.weight_decay) if kind in cfg.decaying else 0.0
+            rate = rates.get(kind) or cfg.adam_learning_rate
+            groups.setdefault((rate, decay), []).append(p)
     adamw = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": cfg.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=cfg.adam_learning_rate,
+        [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
         betas=(cfg.adam_b1, cfg.adam_b2),
         eps=cfg.adam_eps,
         fused=True,
