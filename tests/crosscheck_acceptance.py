@@ -209,19 +209,19 @@ class BuiltOnce(contextlib.ExitStack):
         for module, name, key in (
             (jax_train, "build_traced_step", optimizer),
             (rounding, "build_traced_step", optimizer),
-            (rounding, "build_rounding_optimizer", optimizer),
+            (rounding, "build_rounding_optimizer", lambda cfg, optimizer, *_: id(optimizer)),
             (rounding, "build_forward_backward_in_other_precision", lambda cfg: cfg),
         ):
             self.enter_context(mock.patch.object(module, name, self._once(module, name, key)))
         return super().__enter__()
 
-    def _once(self, module: Any, name: str, key: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _once(self, module: Any, name: str, key: Callable[..., Any]) -> Callable[..., Any]:
         build = getattr(module, name)
 
-        def find(argument):
-            place = name, key(argument)
+        def find(*arguments):
+            place = name, key(*arguments)
             if place not in self._built:
-                self._built[place] = build(argument)
+                self._built[place] = build(*arguments)
             return self._built[place]
 
         return find

@@ -99,7 +99,7 @@ def test_parameters_and_state_are_updated_in_place_but_the_problem_is_not(tiny, 
 
 def test_optax_applies_muon_to_the_matrices_only(tiny):
     transform = optimizer.optax_muon(optimizer.optim_config("float32"), tiny.axes)
-    momentum = transform.init(tiny.params).inner_states["muon"].inner_state[0].mu
+    momentum = transform.init(tiny.params)[1].inner_states["muon"].inner_state[0].mu
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     with_momentum = jax.tree.map(lambda m: not is_masked(m), momentum, is_leaf=is_masked)
     assert with_momentum == jax.tree.map(lambda a: a.is_matrix, tiny.axes)

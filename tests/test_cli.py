@@ -118,9 +118,10 @@ def test_help_of_a_module_uses_the_modules_name(name, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_in_the_help_is_a_valid_command_line(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # Stands for the config of a folder and a trace, which the examples only name.
-    no_files = lambda weights, batches: to_config_dict(TrainConfig(weights=weights))
-    monkeypatch.setattr("jaxtrain.crosscheck.__main__.build_record_config", no_files)
+    # Stands for configs that are built from files which the examples only name.
+    no_files = lambda *files: to_config_dict(TrainConfig(weights=files[0]))
+    for builder in ("build_record_config", "build_config"):
+        monkeypatch.setattr(f"jaxtrain.crosscheck.__main__.{builder}", no_files)
     for line in examples(help_of(capsys, cli.main, [name, "--help"])):
         _, used, *argv = shlex.split(line, comments=True)
         if used in PARSE:

@@ -1,4 +1,4 @@
-"""Whole runs of both sides: tolerances, a user's own loop, llm.c's debug states, the command."""
+"""Whole runs of both sides: tolerances, a user's own loop, llm.c's debug states, the sides."""
 
 import dataclasses
 import subprocess
@@ -18,8 +18,7 @@ torch = pytest.importorskip(
 transformers = pytest.importorskip("transformers", reason="transformers is missing: crosscheck")
 from torch.nn import functional as F  # noqa: E402
 
-from jaxtrain.crosscheck import __main__ as command  # noqa: E402
-from jaxtrain.crosscheck import jax_train  # noqa: E402
+from jaxtrain.crosscheck import jax_train, sides  # noqa: E402
 from jaxtrain.crosscheck.comparison import compare_bfloat16, compare_traces  # noqa: E402
 from jaxtrain.crosscheck.explanation import bfloat16_table, explain  # noqa: E402
 from jaxtrain.crosscheck.recorder import Recorder  # noqa: E402
@@ -175,21 +174,21 @@ def test_gradients_are_compared_with_an_llmc_debug_state(tmp_path, text, capsys)
     tokens = torch.randint(0, 200, (2, 17), generator=torch.Generator().manual_seed(1))
     state = tmp_path / "state.bin"
     write_state(state, model, tokens[:, :-1], tokens[:, 1:])
-    assert command.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out") == 0
+    assert sides.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out") == 0
     assert "AGREE: jaxtrain and llm.c are within the tolerances" in capsys.readouterr().out
 
     raw = bytearray(state.read_bytes())
     gradients = np.frombuffer(raw, "<f4")
     gradients[-1] += 0.01  # the last bias of the last norm
     state.write_bytes(raw)
-    assert command.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out") == 1
+    assert sides.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out") == 1
     shown = capsys.readouterr().out
     assert "DIFFER at step 1, stage gradient" in shown
     assert "look first at: gradient of transformer.ln_f.bias" in shown
 
     state.write_bytes(raw[:-4])
     with pytest.raises(ValueError, match="must have .* bytes"):
-        command.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out")
+        sides.compare_llmc(tmp_path / "w.bin", state, tmp_path / "out")
 
 
 def run_command(*args):
@@ -212,7 +211,7 @@ def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path,
     spoiled = tmp_path / "spoiled.jsonl"
     spoiled.write_text("\n".join([*lines[:2], lines[2].replace('"inputs": "', '"inputs": "x'), ""]))
     comparison = compare_traces(read_trace(traces[0]), read_trace(spoiled))
-    assert command.report(comparison, tmp_path / "spoiled.png") == 1
+    assert sides.report(comparison, tmp_path / "spoiled.png") == 1
     assert "DIFFER at step 1, stage batch" in capsys.readouterr().out
 
 
@@ -226,7 +225,7 @@ def test_the_command_compares_a_config_in_float64_and_plots_the_losses(tmp_path,
 )
 def test_a_config_that_the_pytorch_side_cannot_train_is_refused(values, error, tmp_path, text):
     with pytest.raises(ValueError, match=error):
-        command.check_torch_side(small_config("llama", tmp_path, text, **values))
+        sides.check_torch_side(small_config("llama", tmp_path, text, **values))
 
 
 def test_a_missing_trace_is_one_line_of_error():

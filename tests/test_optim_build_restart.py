@@ -19,6 +19,8 @@ SIZES = {"L": 4, "D": 16, "H": 2, "K": 8, "F": 24}
 ACCELERATED = {"name": "accelerated_lmo"}
 OPTIMIZERS = {
     "normuon": {"name": "normuon"},
+    "muon_h": {"name": "muon_h"},
+    "muon_h_per_head": {"name": "muon_h", "per_head": True},
     "transport": ACCELERATED,
     "transport_narrow": ACCELERATED | {"narrow_buffers": True},
     "lookahead": ACCELERATED | {"acceleration": "ema_lookahead", "strength": 0.6},

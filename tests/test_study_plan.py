@@ -10,9 +10,11 @@ import pytest
 
 from configs import study_quick
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.study.plan import build_plan, flatten_overrides
-from jaxtrain.study.result import choose_setting, compare, format_result
+from jaxtrain.study.cells import flatten_overrides
+from jaxtrain.study.plan import build_plan
+from jaxtrain.study.result import compare, format_result
 from jaxtrain.study.runs import Result, falling_curve
+from jaxtrain.study.work import CellRuns
 from jaxtrain.training.run import build_run
 
 MUON = {"optim": {"learning_rate": (0.02, 0.06), "adam_learning_rate": (0.01, 0.03)}}
@@ -28,9 +30,13 @@ def values(**study):
     return {"base": config_lib.to_dict(config_lib.TrainConfig()), "study": given | study}
 
 
+def tuning(plan, cell, contender):
+    return plan.tuning(cell, contender, plan.declared_settings(contender))
+
+
 def test_a_run_differs_from_the_base_only_by_its_overrides():
     plan = build_plan(values(conditions={"short": {"steps": 50}}))
-    trial = plan.tuning("short", "adamw")[3]
+    trial = tuning(plan, "short", "adamw")[3]
     base, trained = (config_lib.flatten(cfg) for cfg in (plan.base, trial.config))
     assert {name: value for name, value in trained.items() if base[name] != value} == {
         "steps": 50,
@@ -47,10 +53,10 @@ def test_every_contender_has_the_same_number_of_runs_and_no_two_share_a_folder()
     for condition in ("a", "b"):
         chosen = {}
         for contender in ("muon", "adamw"):
-            tuning = plan.tuning(condition, contender)
-            assert len(tuning) == plan.budget == 4
-            chosen[contender] = tuning[0].setting
-            trials += tuning
+            trained = tuning(plan, condition, contender)
+            assert len(trained) == plan.budget(condition) == 4
+            chosen[contender] = plan.declared_settings(contender)[0]
+            trials += trained
         paired = plan.paired(condition, chosen)
         assert [trial.seed for trial in paired] == [5, 5, 6, 6, 7, 7, 8, 8]
         trials += paired
@@ -62,7 +68,7 @@ def test_paired_runs_with_one_seed_differ_only_in_the_contender():
     plan = build_plan(
         values(contenders={"muon": {}, "twin": {}}, grid={"muon": MUON, "twin": MUON})
     )
-    setting = plan.tuning("plain", "muon")[0].setting
+    setting = plan.declared_settings("muon")[0]
     muon, twin, *_ = plan.paired("plain", {"muon": setting, "twin": setting})
     assert config_lib.config_hash(muon.config) == config_lib.config_hash(twin.config)
 
@@ -83,7 +89,7 @@ def test_paired_runs_with_one_seed_differ_only_in_the_contender():
         ({"seeds": (1, 2)}, "3 or more fresh seeds"),
         ({"seeds": (1, 2, 2)}, "3 or more fresh seeds"),
         ({"seeds": (0, 1, 2)}, "not the tuning seed"),
-        ({"baseline": "sgd"}, "must be one of at least two contenders"),
+        ({"baseline": "sgd"}, "must be one of at least 2 contenders"),
         ({"level": 0.9}, "study.level must be at most 0.5"),
         ({"seed": 3}, "study has no field seed"),
         ({"conditions": {}}, "names of folders"),
@@ -102,11 +108,11 @@ def test_an_unfair_or_misspelt_plan_is_refused_before_any_run(change, message):
 
 def test_a_flag_allows_a_grid_without_the_auxiliary_learning_rate():
     grid = {name: {"optim": {"learning_rate": (1.0, 2.0)}} for name in ("muon", "adamw")}
-    assert build_plan(values(grid=grid, tune_adam=False)).budget == 2
+    assert build_plan(values(grid=grid, tune_adam=False)).budget("plain") == 2
 
 
 def curve(plan, held_out, train=()):
-    trial = plan.tuning("plain", "muon")[0]
+    trial = tuning(plan, "plain", "muon")[0]
     return Result(trial, held_out[-1][2], 9.0, 1.0, list(train), held_out)
 
 
@@ -114,9 +120,9 @@ def test_steps_to_the_baselines_loss_are_found_seed_by_seed():
     plan = build_plan(values())
     base = [curve(plan, [(10, 1.0, 3.0), (20, 2.0, end)]) for end in (2.0, 1.0, 2.5)]
     fast = [curve(plan, [(10, 2.0, 2.0), (20, 4.0, 1.0)]) for _ in base]
-    choice = choose_setting(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
+    choice = choose(plan, "muon", [1.0, 2.0, 3.0, 4.0])
     choices = {"muon": choice, "adamw": choice}
-    result = compare(plan, "plain", choices, {"muon": base, "adamw": fast})
+    [result] = compare(plan, [CellRuns("plain", choices, {"muon": base, "adamw": fast}, {})])
     muon, adamw = result.contests
     assert (muon.reached, muon.reach_steps, muon.reach_seconds) == (3, 20, 2.0)
     assert (adamw.reach_steps, adamw.reach_seconds) == ((10 + 20 + 10) / 3, (2 + 4 + 2) / 3)
@@ -135,12 +141,13 @@ def test_steps_to_the_baselines_loss_are_found_seed_by_seed():
 )
 def test_a_verdict_is_a_sentence_with_the_difference_and_its_error(losses, sentence):
     plan = build_plan(values())
-    choice = choose_setting(plan, "muon", results(plan, "muon", [1.0, 2.0, 3.0, 4.0]))
+    choice = choose(plan, "muon", [1.0, 2.0, 3.0, 4.0])
     paired = {
         name: [curve(plan, [(20, 2.0, loss)]) for loss in losses]
         for name, losses in {"muon": [2.0, 3.0, 4.0], "adamw": losses}.items()
     }
-    result = compare(plan, "plain", {"muon": choice, "adamw": choice}, paired)
+    choices = {"muon": choice, "adamw": choice}
+    [result] = compare(plan, [CellRuns("plain", choices, paired, {})])
     assert re.search(sentence, format_result(plan, result).split("Verdict")[1])
 
 
@@ -153,25 +160,27 @@ def test_with_one_evaluation_the_curve_is_the_smoothed_training_loss():
     np.testing.assert_allclose(seconds, steps / 10, rtol=1e-9)
 
 
-def results(plan, contender, losses):
-    trials = plan.tuning("plain", contender)
-    return [Result(t, loss, 1.0, 1.0, [], []) for t, loss in zip(trials, losses, strict=True)]
+def choose(plan, contender, losses):
+    """Returns the setting that is chosen if a contender's tuning runs have these losses."""
+    trials = tuning(plan, "plain", contender)
+    settings = [trial.setting for trial in trials]
+    return plan.tune("plain", contender, dict(zip(settings, losses, strict=True)), None)
 
 
 def test_only_a_best_setting_at_the_edge_of_its_grid_is_reported_as_such():
     plan = build_plan(values())
-    inside = choose_setting(plan, "adamw", results(plan, "adamw", [3.0, 1.0, 2.0, 3.0]))
+    inside = choose(plan, "adamw", [3.0, 1.0, 2.0, 3.0])
     assert (inside.setting, inside.edges) == ("adam_learning_rate=0.002", {})
-    least = choose_setting(plan, "adamw", results(plan, "adamw", [1.0, 2.0, 2.0, float("inf")]))
+    least = choose(plan, "adamw", [1.0, 2.0, 2.0, float("inf")])
     assert least.edges == {"optim.adam_learning_rate": 0.001}
-    both = choose_setting(plan, "muon", results(plan, "muon", [3.0, 3.0, 3.0, 1.0]))
+    both = choose(plan, "muon", [3.0, 3.0, 3.0, 1.0])
     assert both.edges == {"optim.learning_rate": 0.06, "optim.adam_learning_rate": 0.03}
 
 
 def test_an_error_names_the_grid_of_a_contender_whose_settings_all_diverge():
     plan = build_plan(values())
     with pytest.raises(ValueError, match="all 4 of muon diverged.*study.grid.muon"):
-        choose_setting(plan, "muon", results(plan, "muon", [float("inf")] * 4))
+        choose(plan, "muon", [float("inf")] * 4)
 
 
 @pytest.mark.parametrize("name", ["study", "study_quick"])
@@ -189,7 +198,7 @@ def test_a_change_of_the_base_reaches_every_run():
     config = study_quick.get_config()
     config.base.steps = 30
     plan = build_plan(copy.deepcopy(config))
-    trial = plan.tuning("plain", "muon")[0]
+    trial = tuning(plan, "plain", "muon")[0]
     assert trial.config.steps == trial.config.optim.total_steps == 30
 
 

@@ -15,10 +15,15 @@ from jaxtrain.study.statistics import (
     first_reach,
     holm,
     mean_sd,
-    paired_test,
+    paired_tests,
     pooled_sd,
     track_3,
 )
+
+
+def paired_test(losses, baseline):
+    return paired_tests({"base": baseline, "other": losses}, "base")["other"]
+
 
 BASE = [2.11, 2.13, 2.09, 2.12, 2.10]
 OTHER = [2.09, 2.10, 2.08, 2.10, 2.08]

@@ -1,7 +1,7 @@
 """Suite optimizer: one update of all parameters, against optax.contrib.muon and torch.optim.Muon.
 
-All variants have the same shapes, weights and gradients. Muon updates the matrices, AdamW the rest,
-without clipping; parameters and state are updated in place. The variants are:
+All variants have the same shapes, weights and gradients, and clip these by their global norm. Muon
+updates the matrices, AdamW the rest; parameters and state are updated in place. The variants are:
 
 - jaxtrain: `build_optimizer`, orthogonalising in bfloat16 (the default) and in float32.
 - optax: the same stacked parameters, with the dimension numbers that our axes give, jitted with
@@ -71,14 +71,13 @@ def optim_config(dtype: str) -> OptimConfig:
         name="muon",
         ns_dtype=dtype,
         weight_decay=0.1,
-        clip_norm=0.0,
         schedule="constant",
         warmup_steps=0,
     )
 
 
 def optax_muon(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
-    """Returns optax.contrib.muon with the rates and decays of a config, for stacked parameters."""
+    """Returns clipping and optax.contrib.muon as in a config, for stacked parameters."""
 
     def dimension_numbers(a: Axes) -> optax.contrib.MuonDimensionNumbers | None:
         if not a.is_matrix:
@@ -86,7 +85,7 @@ def optax_muon(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
         inputs, outputs = ([a.letters.index(x) for x in side] for side in (a.inputs, a.outputs))
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
 
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         cfg.learning_rate,
         beta=cfg.momentum,
         nesterov=cfg.nesterov,
@@ -98,6 +97,7 @@ def optax_muon(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
         adam_learning_rate=cfg.adam_learning_rate,
         muon_weight_dimension_numbers=jax.tree.map(dimension_numbers, axes),
     )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), muon)
 
 
 class JaxUpdate:
@@ -139,11 +139,14 @@ class TorchUpdate:
         grads = torch_model.build_torch_model(cfg, problem.grads).parameters()
         for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g.detach()
-        self._optimizers = torch_train.build_optimizers(optim_config(dtype), model)
+        optim = optim_config(dtype)
+        self._clip = lambda: torch_train.clip_gradients(model, optim.clip_norm, optim.clip_eps)
+        self._optimizers = torch_train.build_optimizers(optim, model)
         self.read_params = lambda: torch_weights.read_params(model, problem.params)
 
     def __call__(self, turn: int) -> None:
         del turn
+        self._clip()  # in place: from the second turn on the norm is at its limit, for equal work
         for optimizer in self._optimizers:
             optimizer.step()
 

@@ -62,14 +62,26 @@ class OptimConfig(Section):
     name: str = knob(
         "muon",
         "optimizer of the hidden matrices",
-        choices=("muon", "normuon", "accelerated_lmo", "adamw"),
+        choices=(
+            "muon",
+            "normuon",
+            "accelerated_lmo",
+            "muon_h",
+            "adam_h",
+            "adamw",
+        ),
     )
     rest: str = knob(
         "adamw",
         "optimizer of embeddings, head and vectors; lmo steps along norms",
         choices=("adamw", "lmo"),
     )
-    learning_rate: float = knob(0.02, "peak learning rate of Muon and lmo", low=0.0)
+    learning_rate: float = knob(
+        0.02,
+        "peak learning rate of Muon and lmo; with muon_h and adam_h, the share of its norm that a "
+        "matrix moves by in a step",
+        low=0.0,
+    )
     adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
     embedding_learning_rate: float = knob(
         0.0, "AdamW's peak rate for embeddings and positions; 0 is adam_learning_rate", low=0.0
@@ -88,6 +100,9 @@ class OptimConfig(Section):
         "matrices,embedding,head",
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
         "commas; vectors are biases and gains of norms",
+    )
+    cautious_decay: bool = knob(
+        False, "apply weight_decay only to entries that the step moves towards zero"
     )
     momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
@@ -179,6 +194,11 @@ class OptimConfig(Section):
         """The peak rates under AdamW of embeddings, head and vectors, by role; 0 if not set."""
         roles = ("embedding", "head", "vector")
         return {role: getattr(self, f"{role}_learning_rate") for role in roles}
+
+    @property
+    def orthogonalizes(self) -> bool:
+        """Whether the matrices' steps are computed by Newton-Schulz."""
+        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h")
 
     @property
     def decaying(self) -> list[str]:

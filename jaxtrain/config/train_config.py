@@ -49,6 +49,12 @@ class TrainConfig(Section):
     eval_every: int = knob(
         0, "steps from one evaluation to the next; 0 evaluates at the end only", unit="steps", low=0
     )
+    eval_from: int = knob(
+        0,
+        "first step that eval_every applies to: near the end of a run, evaluations can be frequent",
+        unit="steps",
+        low=0,
+    )
     eval_tokens: int = knob(
         1 << 20,
         "held-out tokens that an evaluation reads, at most as many as the run trains on; 0 reads "

@@ -4,6 +4,7 @@ r"""Compares training in jaxtrain and in PyTorch step by step, and names the fir
     jaxtrain crosscheck record --weights=HF_FOLDER --batches=theirs.jsonl --out=ours.jsonl \
         --optim.name=adamw --optim.adam_learning_rate=3e-4
     jaxtrain crosscheck compare ours.jsonl theirs.jsonl
+    jaxtrain crosscheck optimizer --theirs=my_muon.py:Muon --arguments="lr=0.01" --ours=muon
 
 `run` trains a config twice, in jaxtrain and in a separate PyTorch implementation (its own model,
 schedule and data reader, torch.optim's optimizers), from the same weights on the same shards.
@@ -14,6 +15,11 @@ it and add the three lines that recorder.py shows. Your loop then writes a trace
 config, the model is that of --weights, a Hugging Face folder, and the optimizer is AdamW at a
 constant rate, without decay or clipping. Flags change it: every field that `jaxtrain train --help`
 lists is one, as in --optim.weight_decay=0.1. `compare` compares the two.
+
+`optimizer` compares an optimizer of your own, a class like torch.optim's, with one of ours
+(--ours=adamw, muon, ...). Both step random tensors with equal gradients, then train a small GPT.
+Our settings are those of the class; flags such as --optim.momentum=0.9 replace them. A table shows
+both. --theirs=torch.optim:AdamW takes a class of an installed package.
 
 `llmc` compares gradients with llm.c's, from a model file and llm.c's debug state of that model
 (--weights=gpt2_124M.bin --state=gpt2_124M_debug_state.bin).
@@ -36,164 +42,23 @@ Exit status: 0 if the traces agree, 1 if they differ. Commands that run PyTorch 
 `crosscheck`.
 """
 
-import dataclasses
-import functools
-import importlib
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import jax
 from absl import flags
 
-import jaxtrain.config.train_config as config_lib
 from jaxtrain.config.command_line import CommandForm
-from jaxtrain.config.train_config import TrainConfig
-from jaxtrain.crosscheck import explanation, jax_train, llmc_state, loss_plot
-from jaxtrain.crosscheck.comparison import Comparison, compare_bfloat16, compare_traces
-from jaxtrain.crosscheck.jax_train import Start
+from jaxtrain.crosscheck import jax_train, optimizer_check, sides
+from jaxtrain.crosscheck.comparison import compare_traces
+from jaxtrain.crosscheck.optimizer_check import build_config
 from jaxtrain.crosscheck.record_config import build_record_config
-from jaxtrain.crosscheck.tensor_names import STYLES, style_of
-from jaxtrain.crosscheck.trace import PRECISIONS, Trace, batches_of, read_trace
+from jaxtrain.crosscheck.sides import SIDES
+from jaxtrain.crosscheck.tensor_names import STYLES
+from jaxtrain.crosscheck.trace import PRECISIONS, read_trace
 from jaxtrain.distributed.program import run_main
-from jaxtrain.distributed.runtime import start_runtime
-from jaxtrain.files import write_atomic
-from jaxtrain.interop.hf import read_config
-from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.reporting.terminal import set_up_logging
 
 FLAGS = flags.FLAGS
-SIDES = ("jaxtrain", "pytorch")
-print_now = functools.partial(print, flush=True)
-
-
-def resolve_config(config: Any, steps: int, precision: str | None) -> TrainConfig:
-    """Freezes a config with the flags' steps and precision; sets up JAX and the run's folder."""
-    if steps:
-        config.steps = steps
-    if precision:
-        config.model.dtype = precision
-        if config.optim.ns_form != "torch":  # torch.optim.Muon's type does not follow the model's
-            config.optim.ns_dtype = precision
-    cfg = config_lib.freeze(config)
-    start_runtime(cfg)
-    cfg, _ = resolve_dtype(cfg, jax.devices()[0])
-    Path(cfg.workdir).mkdir(parents=True, exist_ok=True)
-    return cfg
-
-
-def record_side(
-    side: str,
-    start: Start,
-    path: str | Path,
-    batches: Trace | None = None,
-    style: str = "auto",
-    keep_batches: bool = False,
-    measure_rounding: bool = True,
-) -> None:
-    """Trains one side, writes its trace and prints how long that took.
-
-    Args:
-        batches: the trace whose batches to train on; None reads the config's data.
-        style: of tensor_names.STYLES, or "auto": the style of `batches`, else "jaxtrain".
-    """
-    began, cfg = time.perf_counter(), start.run.cfg
-    given = batches_of(batches) if batches else None
-    if side == "jaxtrain":
-        style = style_of(batches) if style == "auto" else style
-        options = (style, given, keep_batches, measure_rounding, batches)
-        jax_train.record(start, cfg.steps, path, *options)
-    else:
-        from jaxtrain.crosscheck import torch_data, torch_train
-
-        if given is None:
-            assert start.corpus is not None  # build_start has read it
-            paths, data = [shard.path for shard in start.corpus.shards], cfg.data
-            given = torch_data.shard_batches(paths, data.batch, data.seq_len, cfg.seed)
-        torch_train.record(cfg, cfg.steps, path, start.weights, given)
-    seconds = time.perf_counter() - began
-    print_now(f"{side:10} {cfg.model.dtype}, {cfg.steps} steps in {seconds:.1f} s -> {path}")
-
-
-def check_torch_side(cfg: TrainConfig, reads_data: bool = True) -> None:
-    """Checks that the PyTorch side can train a config.
-
-    Raises:
-        ImportError: torch is missing.
-        ValueError: torch.optim lacks the optimizer, or the PyTorch side cannot read the data.
-    """
-    importlib.import_module("jaxtrain.crosscheck.torch_model")  # its error names the extra
-    from jaxtrain.crosscheck.torch_train import check_optimizer
-
-    check_optimizer(cfg.optim)
-    if reads_data and (cfg.data.pack or cfg.data.document_mask):
-        raise ValueError(
-            "the PyTorch side cannot pack or mask documents; got data.pack or data.document_mask. "
-            "Record the jaxtrain side with --keep_batches, then set --side=pytorch --batches=TRACE."
-        )
-
-
-def report(comparison: Comparison, png: str | Path) -> int:
-    """Prints a comparison and plots its losses; returns the exit status."""
-    print_now(explanation.steps_table(comparison))
-    write_atomic(Path(png), loss_plot.plot_losses(comparison))
-    print_now(f"Loss curves: {png}")
-    print_now(explanation.explain(comparison))
-    return 1 if comparison.divergence else 0
-
-
-def report_bfloat16(truth: str | Path, first: str | Path, second: str | Path) -> int:
-    """Prints the errors of two bfloat16 traces against a float32 trace; returns the exit status."""
-    errors = compare_bfloat16(*map(read_trace, (truth, first, second)))
-    text, passed = explanation.bfloat16_table(errors)
-    print_now(text)
-    return 0 if passed else 1
-
-
-def run(config: Any, steps: int, precision: str | None) -> int:
-    """Records both sides of a config and compares them; returns the exit status."""
-    cfg = resolve_config(config, steps, precision)
-    check_torch_side(cfg)
-    folder, start = Path(cfg.workdir), jax_train.build_start(cfg)
-    assert start.corpus is not None  # build_start has read it
-    print_now(f"model      {start.run.parameters:,} parameters, {cfg.optim.name}, seed {cfg.seed}")
-    print_now(f"data       {start.corpus.describe()}")
-    for route in start.run.routes.values():
-        print_now(f"route      {route}")
-    paths = [folder / f"{side}_{cfg.model.dtype}.jsonl" for side in SIDES]
-    for side, path in zip(SIDES, paths, strict=True):
-        record_side(side, start, path, measure_rounding=FLAGS.measure_rounding)
-    if cfg.model.dtype != "bfloat16":
-        comparison = compare_traces(*map(read_trace, paths))
-        return report(comparison, folder / f"compare_{cfg.model.dtype}.png")
-    truth = folder / "pytorch_float32.jsonl"
-    float32_cfg = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, dtype="float32"),
-        optim=dataclasses.replace(cfg.optim, ns_dtype="float32"),
-    )
-    record_side("pytorch", start._replace(run=start.run._replace(cfg=float32_cfg)), truth)
-    return report_bfloat16(truth, *paths)
-
-
-def compare_llmc(weights: str | Path, state: str | Path, workdir: str | Path) -> int:
-    """Compares our gradients with those of an llm.c debug state; returns the exit status."""
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = read_config(weights)
-    llmc_state.write_trace(state, model, folder / "llmc.jsonl")
-    theirs = read_trace(folder / "llmc.jsonl")
-    tokens = next(batches_of(theirs))["tokens"]
-    data = config_lib.DataConfig(batch=tokens.shape[0], seq_len=tokens.shape[1] - 1)
-    config = config_lib.to_config_dict(
-        TrainConfig(model=model, data=data, weights=str(weights), workdir=str(folder))
-    )
-    cfg = resolve_config(config, 1, "float32")
-    start = jax_train.build_start(cfg, read_data=False)
-    record_side("jaxtrain", start, folder / "jaxtrain.jsonl", theirs, "hf")
-    comparison = compare_traces(read_trace(folder / "jaxtrain.jsonl"), theirs)
-    return report(comparison, folder / "llmc.png")
 
 
 def main(verb: str, paths: list[str]) -> int:
@@ -203,30 +68,35 @@ def main(verb: str, paths: list[str]) -> int:
         if len(paths) != 2:
             raise ValueError(f"compare needs two traces, as in compare A B; got {paths}.")
         if FLAGS.truth:
-            return report_bfloat16(FLAGS.truth, *paths)
+            return sides.report_bfloat16(FLAGS.truth, *paths)
         comparison = compare_traces(*map(read_trace, paths))
-        return report(comparison, FLAGS.out or f"{Path(paths[0]).with_suffix('')}_compare.png")
+        png = FLAGS.out or f"{Path(paths[0]).with_suffix('')}_compare.png"
+        return sides.report(comparison, png)
     if verb == "llmc":
-        return compare_llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
+        return sides.compare_llmc(FLAGS.weights, FLAGS.state, FLAGS.workdir)
     if verb == "run":
-        return run(FLAGS.config, FLAGS.steps, FLAGS.precision)
+        return sides.run(FLAGS.config, FLAGS.steps, FLAGS.precision, FLAGS.measure_rounding)
     if verb == "record":
         batches = read_trace(FLAGS.batches) if FLAGS.batches else None
         steps, precision = FLAGS.steps, FLAGS.precision
         if batches:
             steps = steps or sum(record["step"] > 0 for record in batches.steps)
             precision = precision or batches.header["precision"]
-        cfg = resolve_config(FLAGS.config, steps, precision)
+        cfg = sides.resolve_config(FLAGS.config, steps, precision)
         if FLAGS.side == "pytorch":
-            check_torch_side(cfg, reads_data=batches is None)
+            sides.check_torch_side(cfg, reads_data=batches is None)
         out = FLAGS.out or str(Path(cfg.workdir) / f"{FLAGS.side}_{cfg.model.dtype}.jsonl")
         start = jax_train.build_start(cfg, read_data=batches is None)
         options = (FLAGS.names, FLAGS.keep_batches, FLAGS.measure_rounding)
-        record_side(FLAGS.side, start, out, batches, *options)
+        sides.record_side(FLAGS.side, start, out, batches, *options)
         return 0
+    if verb == "optimizer":
+        settings = FLAGS.theirs, FLAGS.arguments, FLAGS.steps, FLAGS.precision, FLAGS.gpt
+        return optimizer_check.check_optimizer(FLAGS.config, *settings)
     raise ValueError(
-        "the command must be `run CONFIG`, `record CONFIG`, `compare TRACE TRACE` or "
-        f"`llmc --weights=FILE --state=FILE`; got {verb or 'none'}. See --help."
+        "the command must be `run CONFIG`, `record CONFIG`, `compare TRACE TRACE`, "
+        "`optimizer --theirs=FILE.py:Class --ours=NAME` or `llmc --weights=FILE --state=FILE`; "
+        f"got {verb or 'none'}. See --help."
     )
 
 
@@ -257,6 +127,15 @@ def _define_compare() -> None:
     flags.DEFINE_string("out", "", "PNG file for the loss curves")
 
 
+def _define_optimizer() -> None:
+    flags.DEFINE_string("theirs", "", "the class, FILE.py:Class or module:Class")
+    flags.DEFINE_string("arguments", "", 'of its constructor, as "lr=0.02, betas=(0.9, 0.95)"')
+    flags.DEFINE_string("ours", "", "the optim.name to compare it with")
+    flags.DEFINE_integer("steps", 50, "steps", lower_bound=1)
+    flags.DEFINE_enum("precision", "float64", ("float64", "float32"), "type to compute in")
+    flags.DEFINE_bool("gpt", True, "also train a small GPT, if they agree on random tensors")
+
+
 def _define_llmc() -> None:
     flags.DEFINE_string("weights", None, "llm.c model file", required=True)
     flags.DEFINE_string("state", None, "llm.c debug state of that model", required=True)
@@ -274,10 +153,18 @@ VERBS = {
         default=lambda fields: build_record_config(fields.get("weights", ""), FLAGS.batches),
     ),
     "compare": CommandForm("crosscheck", DOC, _define_compare, words=2),
+    "optimizer": CommandForm(
+        "crosscheck",
+        DOC,
+        _define_optimizer,
+        config="may",
+        default=lambda _: build_config(FLAGS.theirs, FLAGS.arguments, FLAGS.ours),
+    ),
     "llmc": CommandForm("crosscheck", DOC, _define_llmc),
 }
 HELP = f"""{DOC}
-`run`, `record`, `compare` and `llmc` take different flags; see `jaxtrain crosscheck run --help`.
+`run`, `record`, `compare`, `optimizer` and `llmc` take different flags; see
+`jaxtrain crosscheck run --help`.
 """
 
 

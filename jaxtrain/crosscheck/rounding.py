@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from jaxtrain.axes import Axes
+from jaxtrain.config.sections import OptimConfig
 from jaxtrain.crosscheck.reordering import ExaggeratedState, exaggerate, reorder
 from jaxtrain.crosscheck.tensor_names import NameTensors
 from jaxtrain.crosscheck.tolerances import EPS, SIGMAS
@@ -39,6 +40,7 @@ from jaxtrain.crosscheck.traced_step import (
     build_forward_backward_in_other_precision,
     build_traced_step,
 )
+from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim.build import build_optimizer
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import TrainState
@@ -101,18 +103,27 @@ def _values(quantity: str, before: Tree, outputs: StepOutputs, noise: Tree = Non
     return jax.tree.map(lambda new, old: _wide(new) - _wide(old), outputs.state.params, before)
 
 
-def build_rounding_optimizer(run: Run) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer that differs from the run's by rounding."""
-    cfg = run.cfg.optim
+def build_rounding_optimizer(
+    cfg: OptimConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    axes: AxesTree,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer that differs from another by rounding.
+
+    Args:
+        cfg: the config that `optimizer` was built from.
+        axes: pytree of Axes, like params.
+        seed: of the order in which it adds.
+    """
     # AdamW has no sums, and noise is drawn by position: it would be permuted, too.
     if cfg.name == "adamw" or cfg.noise_scale:
-        return run.optimizer
+        return optimizer
     if cfg.ns_dtype != "bfloat16":
-        return reorder(run.optimizer, run.model.axes, run.cfg.seed)
+        return reorder(optimizer, axes, seed)
     form = "standard" if cfg.ns_form == "torch" else cfg.ns_form
     cfg = dataclasses.replace(cfg, ns_dtype="float32", ns_form=form)
-    exact = build_optimizer(cfg, run.model.axes, run.mesh)
-    return exaggerate(run.optimizer, exact, COARSE)
+    return exaggerate(optimizer, build_optimizer(cfg, axes), COARSE)
 
 
 class RoundingMeter:
@@ -127,7 +138,9 @@ class RoundingMeter:
     def __init__(self, run: Run, step: Callable[..., StepOutputs], state: TrainState):
         self._eps, self._axes = EPS[run.cfg.model.dtype], run.model.axes
         self._step, self._copies = step, [state, state]
-        optimizer = build_rounding_optimizer(run)
+        optimizer = build_rounding_optimizer(
+            run.cfg.optim, run.optimizer, run.model.axes, run.cfg.seed
+        )
         if optimizer is not run.optimizer:
             self._step = build_traced_step(run._replace(optimizer=optimizer))
             start = jax.jit(optimizer.init)(state.params)

@@ -15,6 +15,7 @@ from jaxtrain.crosscheck.recorder import Recorder
 from jaxtrain.crosscheck.torch_model import TorchTransformer, build_torch_model
 from jaxtrain.crosscheck.torch_muon import Muon
 
+BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 # optim.scale -> torch.optim.Muon's adjust_lr_fn
 TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 
@@ -22,6 +23,7 @@ TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 def check_optimizer(cfg: OptimConfig) -> None:
     """Raises ValueError if torch.optim does not have the optimizer of a config."""
     wanted = {"name": ("adamw", "muon"), "rest": ("adamw",), "noise_scale": (0.0,)}
+    wanted |= {"cautious_decay": (False,)}
     if cfg.name == "muon":
         wanted |= {"scale": tuple(TORCH_SCALES), "geometry": ("spectral",), "per_head": (False,)}
         wanted |= {"ns_coefficients": ("jordan",), "narrow_buffers": (False,)}
@@ -38,15 +40,21 @@ def check_optimizer(cfg: OptimConfig) -> None:
         )
 
 
-def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    cfg: OptimConfig, model: nn.Module, build_theirs: BuildOptimizer | None = None
+) -> list[torch.optim.Optimizer]:
     """Builds the optimizer optim.name for the matrices and fused AdamW for all other parameters.
 
     Muon is torch.optim's if optim.ns_dtype is bfloat16, its only type, else torch_muon.py's.
 
+    Args:
+        build_theirs: builds somebody's optimizer, from parameter groups, in place of optim.name.
+
     Raises:
-        ValueError: torch.optim does not have the optimizer.
+        ValueError: torch.optim does not have the optimizer, and build_theirs is None.
     """
-    check_optimizer(cfg)
+    if build_theirs is None:
+        check_optimizer(cfg)
     kinds = {"embed": "embedding", "positions": "positions", "head": "head"}
     rates = {
         "embedding": cfg.embedding_learning_rate,
@@ -54,24 +62,39 @@ def build_optimizers(cfg: OptimConfig, model: nn.Module) -> list[torch.optim.Opt
         "head": cfg.head_learning_rate,
         "vectors": cfg.vector_learning_rate,
     }
-    matrices, groups = [], {}
+    matrices, members = [], {}
     for name, p in model.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2
         kind = "matrices" if is_matrix else kinds.get(name, "vectors")
-        if is_matrix and cfg.name == "muon":
+        if is_matrix and cfg.name != "adamw":
             matrices.append(p)
         else:
             decay = (cfg.adam_weight_decay or cfg.weight_decay) if kind in cfg.decaying else 0.0
             rate = rates.get(kind) or cfg.adam_learning_rate
-            groups.setdefault((rate, decay), []).append(p)
+            members.setdefault((rate, decay), []).append(p)
+    groups = [
+        {"params": params, "lr": rate, "weight_decay": decay}
+        for (rate, decay), params in members.items()
+    ]
+    if cfg.name == "adamw" and build_theirs is not None:
+        # Settings that all parameters share are left to their optimizer, which may have no decay.
+        shared = {"lr": cfg.adam_learning_rate} | (
+            {} if cfg.weight_decay else {"weight_decay": 0.0}
+        )
+        kept = lambda key, value: key == "params" or value != shared.get(key)
+        return [build_theirs([{k: x for k, x in g.items() if kept(k, x)} for g in groups])]
     adamw = torch.optim.AdamW(
-        [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()],
+        groups,
         betas=(cfg.adam_b1, cfg.adam_b2),
         eps=cfg.adam_eps,
         fused=True,
     )
     if cfg.name == "adamw":
         return [adamw]
+    if build_theirs is not None:
+        decays = not cfg.weight_decay or "matrices" in cfg.decaying
+        group = {"params": matrices} | ({} if decays else {"weight_decay": 0.0})
+        return [build_theirs([group]), adamw]
     build = torch.optim.Muon
     if cfg.ns_dtype != "bfloat16":
         build = functools.partial(Muon, dtype=getattr(torch, cfg.ns_dtype))
@@ -113,12 +136,14 @@ def clip_gradients(model: nn.Module, clip_norm: float, eps: float = 0.0) -> None
     torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def build_update(cfg: TrainConfig, model: nn.Module) -> Callable[..., None]:
+def build_update(
+    cfg: TrainConfig, model: nn.Module, build_theirs: BuildOptimizer | None = None
+) -> Callable[..., None]:
     """Returns update(rate=1.0), which clips the model's gradients and steps the optimizers.
 
-    `rate` is a fraction of the peak learning rates.
+    `rate` is a fraction of the peak learning rates. For build_theirs see build_optimizers.
     """
-    optimizers = build_optimizers(cfg.optim, model)
+    optimizers = build_optimizers(cfg.optim, model, build_theirs)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
 
@@ -138,6 +163,7 @@ def build_step(
     model: TorchTransformer,
     compiled: bool = False,
     recorder: Recorder | None = None,
+    build_theirs: BuildOptimizer | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Returns step(tokens_BT1 int64, docs_BT1=None, weights_BT=None, rate=1.0) -> nats [].
 
@@ -146,9 +172,10 @@ def build_step(
     Args:
         compiled: use torch.compile for the forward and backward pass; the optimizers are fused.
         recorder: writes a trace of the steps.
+        build_theirs: see build_optimizers.
     """
     losses = torch.compile(model.losses) if compiled else model.losses
-    update = build_update(cfg, model)
+    update = build_update(cfg, model, build_theirs)
     options: dict[str, Any] = {"z_loss": cfg.loss.z_loss, "masked": cfg.data.document_mask}
     if recorder:
         options["observe"] = recorder.observe
@@ -176,12 +203,14 @@ def record(
     path: str | Path,
     params: dict[str, Any],
     batches: Iterable[dict[str, Any]],
+    build_theirs: BuildOptimizer | None = None,
 ) -> None:
     """Trains the PyTorch side for `steps` steps and writes the trace.
 
     Args:
         params: the parameters at step 0, as jaxtrain's nested dict of arrays.
         batches: {"tokens"} and optionally {"docs"}, [B,T+1], and {"weights"}, [B,T].
+        build_theirs: see build_optimizers.
 
     Raises:
         ValueError: torch.optim does not have the optimizer, or there are too few batches.
@@ -189,7 +218,7 @@ def record(
     model, count = build_torch_model(cfg.model, params), 0
     options: dict[str, Any] = {"activations": {}, "keep_batches": False}  # the model observes
     with Recorder(path, model, precision=cfg.model.dtype, **options) as recorder:
-        step = build_step(cfg, model, recorder=recorder)
+        step = build_step(cfg, model, recorder=recorder, build_theirs=build_theirs)
         for count, batch in enumerate(islice(batches, steps), 1):
             tensors = {
                 f"{name}_BT1": torch.as_tensor(batch[name]).long()

@@ -1,6 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, check_axes, check_same_names, group_of
+from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
@@ -34,10 +35,13 @@ def _normuon(cfg, axes, mesh, square):
     return optax.chain(_muon(cfg, axes, mesh, square), balance_neurons(axes, cfg.neuron_decay))
 
 
-def _accelerated_lmo(cfg, axes, mesh, square):
+def _nesterov(cfg, accelerated):
     # Transport already moves the query point along the momentum, as Nesterov's momentum would.
-    nesterov = cfg.nesterov and cfg.acceleration == "ema_lookahead"
-    return build_muon(cfg, axes, mesh, square, nesterov)
+    return cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
+
+
+def _accelerated_lmo(cfg, axes, mesh, square):
+    return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
 def _adamw(cfg, *_):
@@ -49,6 +53,8 @@ OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
     "accelerated_lmo": _accelerated_lmo,
+    "muon_h": _muon,
+    "adam_h": _adamw,
     "adamw": _adamw,
 }
 
@@ -59,6 +65,8 @@ def _transport(cfg, inner, momentum):
 
 def _lookahead(cfg, inner, momentum):
     del momentum
+    if not cfg.strength:
+        return ema_lookahead(inner, 0.0, cfg.lookahead_decay)
     schedule = build_schedule(cfg)
     start, stop = (round(share * cfg.total_steps) for share in LOOKAHEAD_WINDOW)
 
@@ -70,35 +78,6 @@ def _lookahead(cfg, inner, momentum):
 
 # optim.acceleration -> wrap(OptimConfig, a complete optimizer, its momentum)
 ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
-
-
-class RateState(NamedTuple):
-    count: jax.Array  # int32 [], steps with finite gradients; every group's schedule reads it
-
-
-def _scale_by_rate(groups, schedule) -> optax.GradientTransformationExtraArgs:
-    """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
-
-    `update(..., rates={group's name: peak})` replaces the groups' rates.
-    """
-
-    def init(params):
-        del params
-        return RateState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None, *, good: jax.Array | bool = True, rates=None, **extra):
-        del extra
-        scale = schedule(state.count)
-
-        def step(group, u, p):
-            decayed = u + group.decay * p if group.decay else u
-            rate = group.rate if rates is None else rates[group.name]
-            return jnp.where(good, (-rate * scale).astype(u.dtype) * decayed, 0)
-
-        updates = jax.tree.map(step, groups, updates, params)
-        return updates, RateState(state.count + jnp.where(good, 1, 0))
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def build_optimizer(
@@ -134,15 +113,18 @@ def build_optimizer(
         select = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
+        accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
+            nesterov = _nesterov(cfg, accelerated)
+            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
-        optimizer = optax.chain(direction, _scale_by_rate(select(groups), schedule))
-        if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
+        rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
+        optimizer = optax.chain(direction, rate_step)
+        if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
         optimizers[name] = optimizer

@@ -11,6 +11,7 @@ import optax
 
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.precision import average, widest
 
 EPS = 1e-10  # added to the root, as in the source
 
@@ -39,7 +40,7 @@ def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransf
 
     def zeros(a, p):
         X, _, O = a.matrix_shape(p.shape)  # noqa: E741
-        return jnp.zeros((X, 1, O), p.dtype)
+        return jnp.zeros((X, 1, O), widest(p))
 
     def init(params):
         return NeuronState(jax.tree.map(zeros, axes, params))
@@ -48,12 +49,14 @@ def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransf
         del params, extra
 
         def averaged(a, v_X1O, u):
-            mean_X1O = (a.to_matrices(u) ** 2).mean(-2, keepdims=True)
-            return jnp.where(good, decay * v_X1O + (1 - decay) * mean_X1O, v_X1O)
+            dtype = widest(u, v_X1O)
+            mean_X1O = (a.to_matrices(u.astype(dtype)) ** 2).mean(-2, keepdims=True)
+            mean_X1O = average(decay, v_X1O, mean_X1O, dtype)
+            return jnp.where(good, mean_X1O.astype(v_X1O.dtype), v_X1O)
 
         def balanced(a, v_X1O, u):
             norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1), keepdims=True))
-            u_XIO = a.to_matrices(u)
+            u_XIO = a.to_matrices(u.astype(widest(u, v_X1O)))
             y_XIO = u_XIO / (jnp.sqrt(v_X1O) + EPS)
             tiny = jnp.finfo(u_XIO.dtype).tiny
             return a.from_matrices(y_XIO * (norm(u_XIO) / jnp.maximum(norm(y_XIO), tiny)), u.shape)

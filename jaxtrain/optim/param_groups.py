@@ -9,6 +9,7 @@ from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim.lmo import SCALES
 
 MATRICES, REST = "matrices", "rest"
+NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
 # ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
@@ -42,7 +43,9 @@ def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     decays = decay_group_of(axes) in cfg.decaying
     decay = cfg.weight_decay if decays else 0.0
     if axes.is_matrix and cfg.name != "adamw":
-        return Group(MATRICES, cfg.name, cfg.geometry, cfg.learning_rate, decay)
+        geometry = "" if cfg.name == "adam_h" else cfg.geometry
+        decay = 0.0 if cfg.name in NORM_PRESERVING else decay
+        return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
         own_rate = cfg.adam_rates.get(axes.role, 0.0)  # the role is a group of its own, then
         name = axes.role if own_rate else MATRICES if axes.is_matrix else REST
@@ -83,14 +86,15 @@ class GroupRow(NamedTuple):
 
 def _row(cfg, name, axes, shape) -> GroupRow:
     group, view, scale = group_of(cfg, axes), shape, 1.0
-    if group.geometry:
+    if group.geometry or group.optimizer in NORM_PRESERVING:
         view = axes.matrix_shape(shape)
-    if group.geometry and group.name == MATRICES:
+    if (group.geometry or group.optimizer in NORM_PRESERVING) and group.name == MATRICES:
         if cfg.per_head:
             sizes = dict(zip(axes.letters, shape, strict=True))
             heads = axes.head_axes()
             view = heads.matrix_shape(heads.shape(sizes))
-        scale = SCALES[cfg.scale](*view[1:])
+        if cfg.name not in NORM_PRESERVING:  # their step's length is a share of the norm
+            scale = SCALES[cfg.scale](*view[1:])
     return GroupRow(
         name=name,
         axes=str(axes),

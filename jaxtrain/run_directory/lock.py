@@ -64,6 +64,7 @@ class RunLock:
         flock: the system call that locks.
         beat_s: time between two touches of the file, if flock does not lock for other hosts.
         wait_s: how long to wait for an owner to end before this run is refused.
+        name: the lock file's name.
 
     Raises:
         RunLocked: on entry, another run has the lock; in check(), another run has taken it.
@@ -78,8 +79,9 @@ class RunLock:
         flock: Callable[[int, int], Any] = fcntl.flock,
         beat_s: float = BEAT_S,
         wait_s: float = WAIT_S,
+        name: str = LOCK_FILE,
     ):
-        self.workdir, self.path = Path(workdir), Path(workdir) / LOCK_FILE
+        self.workdir, self.path = Path(workdir), Path(workdir) / name
         self._flag, self._run_id, self._flock = flag, run_id, flock
         self._beat_s, self._wait_s = beat_s, wait_s
         self._file: int | None = None  # descriptor of the locked file
@@ -244,7 +246,8 @@ class RunLock:
     def _describe_refusal(self, owner: dict[str, Any]) -> str:
         rule = f"only one run may write to a folder; {self.workdir} is in use by"
         if not owner:
-            return f"{rule} a process that {LOCK_FILE} does not name. End it, or set {self._flag}."
+            unnamed = f"a process that {self.path.name} does not name"
+            return f"{rule} {unnamed}. End it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
         where = "" if is_here else f" on {owner['host']}"
         text = (

@@ -1,4 +1,4 @@
-"""Draws the losses of all contenders against steps and against time, as a PNG."""
+"""Draws the losses of all contenders over steps, time and the length of the run, as PNGs."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtrain.reporting.loss_curve import smooth, style_loss_axes
+from jaxtrain.study.result import ConditionResult
 from jaxtrain.study.runs import Result
 
 if TYPE_CHECKING:
@@ -45,6 +46,65 @@ def study_curves(title: str, results: Mapping[str, Sequence[Result]]) -> bytes:
     over_steps.set_title(title, loc="left", fontsize=16, fontweight="bold", parse_math=False)
     explanation = "thin lines: smoothed training loss of each seed; points: mean held-out loss"
     over_time.set_title(explanation, fontsize=12)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def horizon_curves(
+    title: str, results: Sequence[ConditionResult], groups: Mapping[str, str], level: float
+) -> bytes:
+    """Returns a PNG of end-of-run losses over tokens, by contender, one panel for each group.
+
+    Bars are intervals of the mean at 1 - level. Their standard error is that of the paired
+    comparisons, so that effects of the seed, which all contenders share, are left out.
+
+    Args:
+        groups: cell -> its condition and size; groups of one cell are left out.
+        level: 0.05 draws intervals of 95 %.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from scipy import stats
+
+    panels: dict[str, list[ConditionResult]] = {}
+    for result in results:
+        panels.setdefault(groups[result.condition], []).append(result)
+    panels = {group: cells for group, cells in panels.items() if len(cells) > 1}
+    figure = Figure(
+        figsize=(6.5 * len(panels), 6), dpi=150, facecolor="white", layout="constrained"
+    )
+    all_axes = FigureCanvasAgg(figure).figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (group, cells) in zip(all_axes, panels.items(), strict=True):
+        tokens = np.array([cell.tokens for cell in cells])
+        for i, contests in enumerate(zip(*(cell.contests for cell in cells), strict=True)):
+            means = np.array([contest.mean for contest in contests])
+            half = np.array(
+                [
+                    stats.t.isf(level / 2, max(c.paired.degrees, 1)) * c.paired.se / np.sqrt(2)
+                    for c in contests
+                ]
+            )
+            means[~np.isfinite(means)] = np.nan
+            x = tokens * 1.012 ** (i - len(cells[0].contests) / 2)  # side by side
+            style = {"capsize": 3, "linewidth": 1.8, "markersize": 5}
+            color = COLORS[i % len(COLORS)]
+            axes.errorbar(
+                x, means, half, fmt="o-", color=color, label=contests[0].contender, **style
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(tokens, [f"{t / 1e6:.3g}M" for t in tokens], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("tokens", fontsize=13)
+        axes.set_title(f"{group}: {cells[0].parameters:,} parameters", fontsize=13)
+        axes.grid(color="#e4e4e4", linewidth=1)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=12, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    all_axes[0].set_ylabel("held-out loss at the end (nats/token)", fontsize=13)
+    all_axes[0].legend(fontsize=12, frameon=False)
+    explanation = f"mean over paired seeds, {1 - level:.0%} intervals without the seeds' effects"
+    figure.suptitle(f"{title}: {explanation}", fontsize=14)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -1,7 +1,7 @@
-"""Evaluates one condition of a study: the chosen settings, the paired comparisons, the verdicts."""
+"""Compares the contenders of a study in each cell, and writes tables and verdicts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,16 +10,11 @@ from jaxtrain.reporting.table import format_table
 from jaxtrain.study import statistics as st
 from jaxtrain.study.plan import StudyConfig, StudyPlan
 from jaxtrain.study.runs import Result, falling_curve
+from jaxtrain.study.search import ChosenSetting
+from jaxtrain.study.target import TargetResult, describe_target, steps_to_target
+from jaxtrain.study.work import CellRuns
 
-# The fields of the three classes below are the keys of study.json.
-
-
-class ChosenSetting(NamedTuple):
-    """A contender's best setting of its tuning runs."""
-
-    setting: str
-    losses: dict[str, float]  # setting's name -> held-out loss
-    edges: dict[str, float]  # field -> chosen value, if it is the lowest or highest tried
+# The fields of the classes below are keys of study.json.
 
 
 class PairedComparison(NamedTuple):
@@ -27,6 +22,7 @@ class PairedComparison(NamedTuple):
 
     contender: str
     choice: ChosenSetting
+    steps: int
     losses: list[float]  # one for each seed
     mean: float
     sd: float
@@ -42,68 +38,62 @@ class PairedComparison(NamedTuple):
 
 
 class ConditionResult(NamedTuple):
-    """The comparisons of one condition."""
+    """The comparisons of one cell."""
 
-    condition: str
+    condition: str  # the cell's name
+    parameters: int
+    horizon: float  # 0 without study.horizons
+    tokens: int  # that the baseline trains on
     target: float  # loss for the track-3 statistic
     sigma: float  # run-to-run standard deviation, pooled over contenders
     contests: list[PairedComparison]  # the baseline first
+    targets: list[TargetResult]  # empty without study.target
 
 
-def choose_setting(plan: StudyPlan, contender: str, results: Sequence[Result]) -> ChosenSetting:
-    """Returns the setting with the lowest held-out loss, and where it is at an edge of the grid.
+def compare(plan: StudyPlan, cells: Sequence[CellRuns]) -> list[ConditionResult]:
+    """Compares every contender with the baseline in each cell.
 
-    Raises:
-        ValueError: every setting diverged.
-    """
-    losses = {result.trial.setting: result.loss for result in results}
-    best = min(losses, key=lambda setting: losses[setting])
-    if not math.isfinite(losses[best]):
-        raise ValueError(
-            f"a contender must have a setting that trains; all {len(losses)} of {contender} "
-            f"diverged. Lower the learning rates in study.grid.{contender}."
-        )
-    settings, edges = plan.settings[contender], {}
-    for name, value in settings[best].items():
-        tried = {setting[name] for setting in settings.values()}
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in tried)
-        if numeric and len(tried) > 1 and value in (min(tried), max(tried)):
-            edges[name] = value
-    return ChosenSetting(best, losses, edges)
-
-
-def compare(
-    plan: StudyPlan,
-    condition: str,
-    choices: dict[str, ChosenSetting],
-    results: dict[str, list[Result]],
-) -> ConditionResult:
-    """Compares every contender with the baseline in one condition.
-
-    Args:
-        choices: contender -> its chosen setting.
-        results: contender -> one result for each seed, in the order of study.seeds.
+    The p-values are corrected for all comparisons of all cells together.
     """
     study = plan.study
     names = [study.baseline, *(name for name in study.contenders if name != study.baseline)]
-    losses = {name: [result.loss for result in results[name]] for name in names}
+    tests = [
+        st.paired_tests(
+            {name: [run.loss for run in cell.paired[name]] for name in names}, study.baseline
+        )
+        for cell in cells
+    ]
+    corrected = iter(st.holm([test[name].p for test in tests for name in names[1:]]))
+    return [
+        _compare_cell(plan, cell, test, [math.nan, *(next(corrected) for _ in names[1:])])
+        for cell, test in zip(cells, tests, strict=True)
+    ]
+
+
+def _compare_cell(
+    plan: StudyPlan, runs: CellRuns, tests: dict[str, st.Paired], corrected: list[float]
+) -> ConditionResult:
+    study, results = plan.study, runs.paired
+    losses = {name: [result.loss for result in results[name]] for name in tests}
     baseline = losses[study.baseline]
     target = study.target or float(np.mean(baseline))
-    paired = {name: st.paired_test(losses[name], baseline) for name in names}
-    corrected = st.holm([paired[name].p for name in names[1:]])
     comparisons = []
-    for name, p in zip(names, [math.nan, *corrected], strict=True):
+    for (name, paired), p in zip(tests.items(), corrected, strict=True):
         mean, sd = st.mean_sd(losses[name])
+        steps = results[name][0].trial.config.steps
         verdict = st.decide_verdict(losses[name], baseline, p, study.level)
+        if steps != results[study.baseline][0].trial.config.steps:
+            verdict = st.UNDECIDED  # final losses after different numbers of steps
         reached = _reached(results[name], results[study.baseline])
         reach_steps, reach_seconds = np.mean(reached, axis=0) if reached else (math.nan, math.nan)
         comparison = PairedComparison(
             contender=name,
-            choice=choices[name],
+            choice=runs.choices[name],
+            steps=steps,
             losses=losses[name],
             mean=mean,
             sd=sd,
-            paired=paired[name],
+            paired=paired,
             p_corrected=p,
             verdict="" if name == study.baseline else verdict,
             track_3=st.track_3(losses[name], target) if math.isfinite(mean) else -math.inf,
@@ -111,10 +101,24 @@ def compare(
             reach_steps=float(reach_steps),
             reach_seconds=float(reach_seconds),
             seconds=float(np.mean([result.seconds for result in results[name]])),
-            detectable=st.detectable(paired[name], study.level),
+            detectable=st.detectable(paired, study.level),
         )
         comparisons.append(comparison)
-    return ConditionResult(condition, target, st.pooled_sd(losses.values()), comparisons)
+    cell, cfg = plan.cells[runs.cell], results[study.baseline][0].trial.config
+    targets = [
+        steps_to_target(name, results[name], study.target, study.target_margin)
+        for name in (tests if study.target else ())
+    ]
+    return ConditionResult(
+        cell.name,
+        cell.parameters,
+        cell.horizon,
+        cfg.steps * cfg.data.batch * cfg.data.seq_len,
+        target,
+        st.pooled_sd(losses.values()),
+        comparisons,
+        targets,
+    )
 
 
 def _reached(results: list[Result], baseline: list[Result]) -> list[tuple[float, float]]:
@@ -132,13 +136,13 @@ def _reached(results: list[Result], baseline: list[Result]) -> list[tuple[float,
 
 
 def format_result(plan: StudyPlan, result: ConditionResult) -> str:
-    """Returns a condition's tables, notes and one verdict for each contender."""
+    """Returns a cell's tables, notes and one verdict for each contender."""
     study, comparisons = plan.study, result.contests
     seeds = ", ".join(map(str, study.seeds))
     target = f"{result.target:.4f}"
     if not study.target:
         target += f", the mean of {study.baseline}"
-    losses = {
+    columns = {
         "contender": lambda c: c.contender,
         "mean": lambda c: f"{c.mean:.4f}",
         "sd": lambda c: f"{c.sd:.4f}",
@@ -147,56 +151,82 @@ def format_result(plan: StudyPlan, result: ConditionResult) -> str:
         "t": lambda c: f"{c.paired.t:+.2f}" if c.verdict else "",
         "p": lambda c: f"{c.paired.p:.3g}" if c.verdict else "",
         "Holm p": lambda c: f"{c.p_corrected:.3g}" if c.verdict else "",
+    }
+    track_3 = {
         "track-3": lambda c: f"{c.track_3:+.4f}",
         "in sigma": lambda c: f"{c.track_3 / result.sigma if result.sigma else math.nan:+.1f}",
     }
-    steps = f"{plan.base.steps:,}"
-    speed = {
+    budget = plan.budget(result.condition)
+    length = f"{result.horizon:g}x: {result.tokens:,} tokens for {result.parameters:,} parameters"
+    lines = [
+        f"== {result.condition}: held-out loss (nats/token) over {len(study.seeds)} paired seeds "
+        f"({seeds})",
+        *([length] if result.horizon else []),
+        f"each contender was tuned with at most {budget} runs on seed {study.tuning_seed}"
+        if budget
+        else "no contender was tuned here",
+        "",
+        format_table(comparisons, columns if result.horizon else columns | track_3),
+        "",
+        f"diff: mean difference from {study.baseline}, paired by seed. se: its standard error; the "
+        "variance is pooled over all contenders.",
+        f"t, p: two-sided t-test with {comparisons[0].paired.degrees} degrees of freedom. Holm p: "
+        "corrected for all comparisons of the study.",
+    ]
+    if not result.horizon:
+        lines += [
+            f"track-3: (target - mean) * sqrt(n), target {target}.",
+            f"in sigma: track-3 over the run-to-run sigma of {result.sigma:.4f}; the track "
+            f"requires {st.TRACK_3_SIGMAS:.2f}.",
+            "",
+            format_table(comparisons, _speed_columns()),
+        ]
+    lines += ["", *_describe_choices(comparisons)]
+    if result.targets:
+        describe = [describe_target(t, study.target, study.target_margin) for t in result.targets]
+        lines += ["", f"Target {study.target:g}:", *(f"  {text}" for text in describe)]
+    lines += ["", f"Verdict at significance level {study.level:g}:"]
+    lines += [f"  {_verdict_text(c, comparisons[0], study)}" for c in comparisons[1:]]
+    return "\n".join(lines)
+
+
+def _speed_columns() -> dict[str, Callable[[PairedComparison], str]]:
+    return {
         "contender": lambda c: c.contender,
         "steps to baseline's final loss": lambda c: (
-            f"{c.reach_steps:,.0f} of {steps}" if c.reached else "not reached"
+            f"{c.reach_steps:,.0f} of {c.steps:,}" if c.reached else "not reached"
         ),
         "seconds to it": lambda c: f"{c.reach_seconds:.1f}" if c.reached else "-",
         "seeds that reach it": lambda c: f"{c.reached} of {len(c.losses)}",
         "seconds per run": lambda c: f"{c.seconds:.1f}",
     }
-    lines = [
-        f"== {result.condition}: held-out loss (nats/token) over {len(study.seeds)} paired seeds "
-        f"({seeds})",
-        f"each contender was tuned with {plan.budget} runs on seed {study.tuning_seed}",
-        "",
-        format_table(comparisons, losses),
-        "",
-        f"diff, se, t, p: difference from {study.baseline}, paired by seed, with its standard "
-        "error and two-sided t-test.",
-        "Holm p: p corrected for comparing several contenders.",
-        f"track-3: (target - mean) * sqrt(n), target {target}.",
-        f"in sigma: track-3 over the run-to-run sigma of {result.sigma:.4f}; the track requires "
-        f"{st.TRACK_3_SIGMAS:.2f}.",
-        "",
-        format_table(comparisons, speed),
-        "",
-        *_describe_choices(comparisons),
-        "",
-        f"Verdict at significance level {study.level:g}:",
-        *(f"  {_verdict_text(c, comparisons[0], study)}" for c in comparisons[1:]),
-    ]
-    return "\n".join(lines)
 
 
 def _describe_choices(comparisons: list[PairedComparison]) -> Iterator[str]:
     for c in comparisons:
-        yield f"{c.contender}: best of {len(c.choice.losses)} settings is {c.choice.setting}"
-        diverged = sum(not math.isfinite(loss) for loss in c.choice.losses.values())
+        choice = c.choice
+        if not choice.losses:
+            yield f"{c.contender}: {choice.setting} ({choice.stopped})"
+            continue
+        yield f"{c.contender}: best of {len(choice.losses)} settings is {choice.setting}"
+        yield f"  the search ended because {choice.stopped}"
+        diverged = sum(not math.isfinite(loss) for loss in choice.losses.values())
         if diverged:
             yield f"  {diverged} of its tuning runs diverged"
-        for name, value in c.choice.edges.items():
-            yield f"  AT THE EDGE of its grid: {name}={value}; a wider grid may do better"
+        for name, values in choice.extended.items():
+            yield f"  beyond its grid, {name} was tried at {', '.join(map(str, values))}"
+        for name, value in choice.edges.items():
+            yield f"  AT THE EDGE of what was tried: {name}={value}; a wider grid may do better"
 
 
 def _verdict_text(c: PairedComparison, baseline: PairedComparison, study: StudyConfig) -> str:
     """Returns the verdict as a sentence that needs no legend."""
     name, other = c.contender, baseline.contender
+    if c.steps != baseline.steps:
+        return (
+            f"{name} and {other} are not compared by their final losses: they train {c.steps:,} "
+            f"and {baseline.steps:,} steps"
+        )
     if c.verdict == st.UNDECIDED:
         if not np.isfinite(baseline.losses).all():
             return f"{name} against {other} is undecided: {other} diverged"

@@ -1,8 +1,6 @@
 """Trains the runs of a study, each in an ordinary run directory, and reads their results."""
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +11,20 @@ from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.jsonl import FILE, read_metrics
 from jaxtrain.reporting.loss_curve import smooth
-from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS, format_duration
+from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS
 from jaxtrain.run_directory.contents import (
     CONFIG,
     has_ended,
     load_train_config,
     read_summary_json,
 )
+from jaxtrain.run_directory.lock import RunLock
 from jaxtrain.study.plan import Trial
 from jaxtrain.train import train
 from jaxtrain.training.loop import Diverged
 
 DIVERGED = "diverged.json"  # written into the folder of a run that diverged
+CLAIM = ".claim"  # lock file of the process that works on a run; it names its pid, host and start
 
 
 class Interrupted(Exception):
@@ -103,10 +103,16 @@ def _identity(cfg: TrainConfig) -> dict[str, Any]:
 def run_trial(trial: Trial, devices: Sequence[Any] | None = None) -> Result:
     """Trains a run to its end, unless it has ended before, and returns its result.
 
+    The run is claimed first, so that several processes, also on several hosts, can work on one
+    folder. A claim ends with its process.
+
     Raises:
+        RunLocked: another process works on the run.
         Interrupted: a signal stopped the run, which is saved.
     """
-    if not is_finished(trial):
+    with RunLock(trial.config.workdir, "--study.workdir", wait_s=0.0, name=CLAIM):
+        if is_finished(trial):  # another process may have ended it since this one looked
+            return read_result(trial)
         try:
             status = train(trial.config, devices, quiet=True)
         except Diverged as error:
@@ -115,7 +121,7 @@ def run_trial(trial: Trial, devices: Sequence[Any] | None = None) -> Result:
         else:
             if status:
                 raise Interrupted(status)
-    return read_result(trial)
+        return read_result(trial)
 
 
 def read_result(trial: Trial) -> Result:
@@ -159,45 +165,3 @@ def falling_curve(result: Result) -> Curve:
     trend_steps, trend = smooth(steps, losses)
     trend_s = np.interp(trend_steps, steps, seconds)
     return list(zip(trend_steps, trend_s, trend, strict=True))
-
-
-class Progress:
-    """Runs trials one after another and prints a line for each one that was trained.
-
-    Args:
-        runs: number of runs of the study.
-        devices: to train on; None uses all.
-        print_line: prints one line.
-
-    Attributes:
-        reused: number of runs that had ended before and were only read.
-    """
-
-    def __init__(
-        self,
-        runs: int,
-        devices: Sequence[Any] | None = None,
-        print_line: Callable[[str], object] = print,
-    ):
-        self._runs, self._devices, self._print_line = runs, devices, print_line
-        self._count = 0
-        self._durations_s = []  # of the runs that were trained
-        self.reused = 0
-
-    def run(self, trial: Trial) -> Result:
-        """Returns the result of a trial, after training it if necessary."""
-        self._count += 1
-        ended_before, start_s = is_finished(trial), time.monotonic()
-        result = run_trial(trial, self._devices)
-        if ended_before:
-            self.reused += 1
-            return result
-        self._durations_s.append(time.monotonic() - start_s)
-        eta_s = (self._runs - self._count) * statistics.mean(self._durations_s)
-        outcome = "diverged" if result.diverged else f"{result.loss:.4f} nats/token"
-        self._print_line(
-            f"run {self._count:>{len(str(self._runs))}} of {self._runs}  {trial.condition}  "
-            f"{trial.contender}  {trial.setting}  seed {trial.seed}  {outcome}  "
-            f"{self._durations_s[-1]:.1f} s  eta {format_duration(eta_s)}"
-        )
-        return result

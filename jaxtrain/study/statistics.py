@@ -1,7 +1,7 @@
 """Compares paired runs: differences with their errors, corrected p-values, and verdicts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ class Paired(NamedTuple):
     se: float  # standard error of the difference
     t: float
     p: float  # two-sided
+    degrees: int  # of freedom of the standard error
 
 
 def mean_sd(losses: Sequence[float]) -> tuple[float, float]:
@@ -34,32 +35,56 @@ def mean_sd(losses: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1))
 
 
-def paired_test(losses: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Returns Student's paired t-test of two equally long lists with one entry for each seed.
+def paired_tests(losses: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Paired]:
+    """Returns each contender's test against the baseline, paired by seed.
 
-    If a loss is not finite, all results are nan: a diverged run has no loss to average.
+    The losses of a seed share its data order and initial weights, so each is taken as the sum of
+    an effect of its contender, an effect of its seed, and an error. The error's variance is
+    pooled over all contenders whose losses are finite (the analysis of variance of randomised
+    blocks). With two contenders this is Student's paired t-test; with more it has more degrees of
+    freedom, but assumes that all contenders vary equally. A contender with a loss that is not
+    finite, and every one if the baseline has such a loss, gets nan: a diverged run has no loss to
+    average.
 
     Raises:
-        ValueError: the lists are empty or not equally long.
+        ValueError: the contenders have no losses, or not equally many.
     """
-    if len(losses) != len(baseline) or not len(losses):
+    counts = {len(values) for values in losses.values()}
+    if len(counts) != 1 or not min(counts):
         raise ValueError(
-            "a paired test must get two lists of the same length, at least 1; got "
-            f"{len(losses)} and {len(baseline)} losses."
+            "a paired test must get as many losses of each contender, at least 1; got "
+            f"{', '.join(f'{name} {len(values)}' for name, values in losses.items())}."
         )
-    if not np.isfinite([*losses, *baseline]).all():
-        return Paired(len(losses), math.nan, math.nan, math.nan, math.nan)
-    differences = np.asarray(losses, float) - np.asarray(baseline, float)
-    n, mean = len(differences), float(differences.mean())
-    if n < 2:
-        return Paired(n, mean, math.nan, math.nan, math.nan)
-    se = float(differences.std(ddof=1)) / math.sqrt(n)
+    n = counts.pop()
+    finite = {name: np.array(v, float) for name, v in losses.items() if np.isfinite(v).all()}
+    degrees = (len(finite) - 1) * (n - 1)
+    se = math.nan
+    if degrees > 0:
+        table = np.stack(list(finite.values()))  # contenders x seeds
+        table -= table.mean(0)
+        residuals = table - table.mean(1, keepdims=True)
+        se = math.sqrt(2 * float((residuals**2).sum()) / degrees / n)
+        if se < 1e-14 * max(map(np.max, finite.values())):  # only rounding is left
+            se = 0.0
+    nothing = Paired(n, math.nan, math.nan, math.nan, math.nan, degrees)
+    if baseline not in finite:
+        return dict.fromkeys(losses, nothing)
+    return {
+        name: _t_test(float(np.mean(finite[name] - finite[baseline])), se, n, degrees)
+        if name in finite
+        else nothing
+        for name in losses
+    }
+
+
+def _t_test(difference: float, se: float, n: int, degrees: int) -> Paired:
+    if math.isnan(se):
+        return Paired(n, difference, math.nan, math.nan, math.nan, degrees)
     if se == 0:  # all differences are equal, so they are certain
-        if mean == 0:
-            return Paired(n, mean, se, t=0.0, p=1.0)
-        return Paired(n, mean, se, t=math.copysign(math.inf, mean), p=0.0)
-    t = mean / se
-    return Paired(n, mean, se, t, float(2 * stats.t.sf(abs(t), n - 1)))
+        t = math.copysign(math.inf, difference) if difference else 0.0
+        return Paired(n, difference, se, t, 0.0 if difference else 1.0, degrees)
+    t = difference / se
+    return Paired(n, difference, se, t, float(2 * stats.t.sf(abs(t), degrees)), degrees)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -83,9 +108,9 @@ def detectable(paired: Paired, level: float) -> float:
 
     The level is not corrected for multiple comparisons.
     """
-    if paired.pairs < 2:
+    if paired.degrees < 1:
         return math.nan
-    return float(stats.t.isf(level / 2, paired.pairs - 1)) * paired.se
+    return float(stats.t.isf(level / 2, paired.degrees)) * paired.se
 
 
 def decide_verdict(

@@ -117,8 +117,8 @@ class Loop:
 
     def _evaluation_is_due(self, step: int) -> bool:
         """Returns whether to evaluate after a step; finish_run does so after the last one."""
-        every = self.cfg.eval_every
-        return bool(every) and step % every == 0 and 0 < step < self.cfg.steps
+        every, first = self.cfg.eval_every, max(1, self.cfg.eval_from)
+        return bool(every) and step % every == 0 and first <= step < self.cfg.steps
 
     def _train_step(self, step: int) -> dict[str, jax.Array]:
         """Starts a step, then collects the one before it; returns the step's batch."""

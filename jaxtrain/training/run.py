@@ -88,7 +88,7 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
         seq_len=cfg.data.seq_len,
         wants_gpu=WANTS_GPU,
     )
-    if cfg.optim.name == "adamw" or cfg.optim.geometry != "spectral":
+    if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
     model = build_model(cfg.model, routes, mesh, masked)
     softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form

@@ -116,7 +116,7 @@ def machine_notes(run: Run) -> list[str]:
     if jax.process_count() > 1:
         storage = cfg.checkpoint.storage
         notes.append(f"checkpoint.storage {storage}: {STORAGE_NOTES[storage]}")
-    if mesh.size > 1 and cfg.optim.name != "adamw" and cfg.optim.geometry == "spectral":
+    if mesh.size > 1 and cfg.optim.orthogonalizes:
         share = load_imbalance(run.model.axes, run.model.shapes, mesh)
         notes.append(
             f"whole matrices on each device: the busiest does {share:.3f} times an even share"

@@ -1,0 +1,184 @@
+"""Loads somebody's PyTorch optimizer and maps its settings to ours."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ml_collections import ConfigDict
+
+from jaxtrain.config import config_files
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.reporting.table import format_table
+
+SCALES = {"original": "spectral_max", None: "spectral_max", "match_rms_adamw": "match_rms"}
+ADAM_LIKE = ("adamw", "adam_h")  # optimizers of ours whose settings are AdamW's
+ADAM_FIELDS = {"eps": "adam_eps"}
+# A setting of an optimizer in torch -> our field of the same meaning.
+FIELDS = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "ns_steps": "ns_steps",
+    "adjust_lr_fn": "scale",
+}
+
+
+class TheirOptimizer(NamedTuple):
+    """A class of torch.optim's kind and the arguments that it is built with."""
+
+    cls: type
+    arguments: dict[str, Any]
+    source: str  # as the user wrote it
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Builds the optimizer of these parameter groups.
+
+        Raises:
+            ValueError: its constructor fails, or what it builds is not like torch.optim's.
+        """
+        params = groups[0]["params"] if len(groups) == 1 and len(groups[0]) == 1 else groups
+        try:
+            optimizer = self.cls(params, **self.arguments)
+        except Exception as error:
+            given = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items()) or "no arguments"
+            raise ValueError(
+                f"--theirs={self.source} must be built by {self.name}(params, ...); with {given} "
+                f"it raises {type(error).__name__}: {error}. Set --arguments."
+            ) from error
+        groups = getattr(optimizer, "param_groups", [])
+        if not groups or any("lr" not in group for group in groups):
+            raise ValueError(
+                f"--theirs={self.source} must have param_groups with `lr`, like torch.optim's "
+                f"optimizers; got {[sorted(group) for group in groups]}."
+            )
+        return optimizer
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings of its parameter groups, defaults included."""
+        probe = self.build([{"params": [torch.nn.Parameter(torch.zeros(2, 3))]}])
+        return {k: v for k, v in probe.param_groups[0].items() if k != "params"}
+
+
+def load_optimizer(source: str, arguments: str) -> TheirOptimizer:
+    """Loads the class `FILE.py:Class` or `module:Class`.
+
+    Args:
+        arguments: of its constructor, as in `lr=0.02, betas=(0.9, 0.95)`; the values are literals
+            or names in torch.
+
+    Raises:
+        ValueError: the class cannot be imported, or an argument is not readable.
+    """
+    where, _, name = source.rpartition(":")
+    if not where or not name.isidentifier():
+        raise ValueError(
+            f"--theirs must be FILE.py:Class or module:Class; got {source!r}. "
+            "Write --theirs=my_muon.py:Muon, for example."
+        )
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ValueError(f"--theirs must name an existing file; got {where}.")
+    try:
+        module = _import_file(where) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # anything can happen while a user's file runs
+        raise ValueError(
+            f"--theirs={source} must be importable; {where} raises {type(error).__name__}: {error}."
+        ) from error
+    cls = getattr(module, name, None)
+    if not isinstance(cls, type) or not callable(getattr(cls, "step", None)):
+        found = [n for n, x in vars(module).items() if isinstance(x, type) and hasattr(x, "step")]
+        raise ValueError(
+            f"--theirs={source} must name a class with a method `step`; {where} has "
+            f"{', '.join(found) or 'none'}."
+        )
+    return TheirOptimizer(cls, _parse_arguments(arguments), source)
+
+
+def _import_file(path: str) -> Any:
+    """Imports a file as a module; its folder is on the path, so that it may import siblings."""
+    file = Path(path).resolve()
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses look their module up
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+def _parse_arguments(text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args  # keyword arguments only
+        assert all(keyword.arg for keyword in call.keywords)  # no **arguments
+        return {str(keyword.arg): _evaluate(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(
+            f"--arguments must be Python keyword arguments, values or torch.NAME; got {text!r}. "
+            'Write --arguments="lr=0.02, betas=(0.9, 0.95)", for example.'
+        ) from None
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """Returns the value of a literal, or of a name in torch, such as `torch.float64`."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
+        if hasattr(torch, node.attr):
+            return getattr(torch, node.attr)
+    return ast.literal_eval(node)
+
+
+def _matching_fields(ours: str, settings: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yields (setting, our field, our value) for each setting that we have too."""
+    is_adam = ours in ADAM_LIKE
+    for setting, value in settings.items():
+        if setting == "lr" and ours == "adamw":
+            yield setting, "adam_learning_rate", float(value)
+        elif setting == "betas" and is_adam:
+            yield "betas[0]", "adam_b1", value[0]
+            yield "betas[1]", "adam_b2", value[1]
+        elif is_adam and setting in ADAM_FIELDS:
+            yield setting, ADAM_FIELDS[setting], value
+        elif setting == "adjust_lr_fn":
+            yield setting, "scale", SCALES.get(value, "none")
+        elif setting in FIELDS and not (is_adam and setting in ("momentum", "nesterov")):
+            kind = type(getattr(OptimConfig(), FIELDS[setting]))
+            yield setting, FIELDS[setting], kind(value)
+
+
+def build_default_config(theirs: TheirOptimizer, ours: str) -> ConfigDict:
+    """Returns a small GPT-2's config with our optimizer and the settings of theirs.
+
+    What theirs lacks is off: weight decay if it has none.
+    """
+    config, _ = config_files.load_config_file("crosscheck_gpt2")
+    matching = _matching_fields(ours, theirs.settings())
+    optim = {"name": ours, "weight_decay": 0.0} | {field: value for _, field, value in matching}
+    config.update(workdir="runs/crosscheck_optimizer", optim=optim)
+    return config
+
+
+def settings_table(theirs: TheirOptimizer, cfg: OptimConfig) -> str:
+    """Returns a table of their settings beside ours; those that differ are marked."""
+    settings = theirs.settings()
+    matching = {}
+    for setting, field, value in _matching_fields(cfg.name, settings):
+        got = getattr(cfg, field)
+        mark = "" if got == value else "  <- differs"
+        name = setting.partition("[")[0]
+        matching.setdefault(name, []).append(f"optim.{field}={got}{mark}")
+    rows = [(name, repr(settings[name]), " ".join(parts)) for name, parts in matching.items()]
+    table = format_table(rows, ("setting", theirs.name, f"jaxtrain {cfg.name}"))
+    others = [f"{name}={value!r}" for name, value in settings.items() if name not in matching]
+    return f"{table}\nnot compared: {', '.join(others)}" if others else table
