@@ -2,7 +2,7 @@ r"""Track 3 of modded-nanogpt: tuned Muon against NorMuon at their published set
 
     jaxtrain study --config=configs/track3.py
 
-It needs data/fineweb10B, as configs/gpt_track3.py does, and about 8 minutes a run on 8 H100s.
+It needs data/fineweb10B, as configs/gpt_track3.py does.
 Contenders are not tuned here: their settings are those of results 36 and 10.
 """
 

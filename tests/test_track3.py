@@ -151,9 +151,12 @@ def test_the_config_has_the_benchmarks_sizes_and_its_groups():
     assert peak_rates(run.cfg.optim, run.model.axes) == {k: rate for k, (rate, _) in rates.items()}
 
 
-def test_the_study_is_planned_with_the_benchmarks_target():
+def test_the_study_runs_the_config_untuned_against_the_benchmarks_target():
     plan = build_plan(track3.get_config())
-    assert plan.study.target == 3.28 and plan.study.baseline == "muon"
-    muon, _ = (plan.tuning("plain", name)[0].config for name in plan.study.contenders)
-    base = dataclasses.replace(freeze(gpt_track3.get_config()), workdir=muon.workdir)
-    assert muon == dataclasses.replace(base, seed=muon.seed, eval_every=muon.eval_every)
+    study = plan.study
+    assert (study.target, study.target_margin, plan.budget("plain")) == (3.28, 0.004, 0)
+    muon, normuon = (plan.trial("plain", name, {}, seed=1).config for name in study.contenders)
+    benchmark = freeze(gpt_track3.get_config())
+    assert muon == dataclasses.replace(benchmark, seed=1, workdir=muon.workdir)
+    assert normuon.model == muon.model and normuon.data == muon.data
+    assert normuon.steps == muon.steps == 3_250
