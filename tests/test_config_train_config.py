@@ -86,6 +86,10 @@ def test_every_field_has_a_help_text_and_is_listed_in_the_help():
             {"model": {"init_std": "embed=1,w=0"}},
             "must be NAME=STD pairs joined by commas, of embed",
         ),
+        (
+            {"model": {"init_std": "o=0"}, "optim": {"parametrisation": "spectral"}},
+            "model.init_std must be empty with optim.parametrisation=spectral; got 'o=0'",
+        ),
         ({"model": {"init_std": "o"}}, "got 'o'. Set --model.init_std"),
         ({"model": {"init_std": "o=-1"}}, "got 'o=-1'. Set --model.init_std"),
         (

@@ -23,7 +23,7 @@ TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 def check_optimizer(cfg: OptimConfig) -> None:
     """Raises ValueError if torch.optim does not have the optimizer of a config."""
     wanted = {"name": ("adamw", "muon"), "rest": ("adamw",), "noise_scale": (0.0,)}
-    wanted |= {"cautious_decay": (False,)}
+    wanted |= {"cautious_decay": (False,), "parametrisation": ("standard",)}
     if cfg.name == "muon":
         wanted |= {"scale": tuple(TORCH_SCALES), "geometry": ("spectral",), "per_head": (False,)}
         wanted |= {"ns_coefficients": ("jordan",), "narrow_buffers": (False,)}
@@ -69,7 +69,8 @@ def build_optimizers(
         if is_matrix and cfg.name != "adamw":
             matrices.append(p)
         else:
-            decay = (cfg.adam_weight_decay or cfg.weight_decay) if kind in cfg.decaying else 0.0
+            decay = cfg.weight_decay if is_matrix else cfg.adam_weight_decay or cfg.weight_decay
+            decay = decay if kind in cfg.decaying else 0.0
             rate = rates.get(kind) or cfg.adam_learning_rate
             members.setdefault((rate, decay), []).append(p)
     groups = [

@@ -1,5 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -16,13 +17,25 @@ from jaxtrain.optim import select_option
 from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
+from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
 from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
-from jaxtrain.optim.param_groups import MATRICES, check_axes, check_same_names, group_of
+from jaxtrain.optim.owners import ownership
+from jaxtrain.optim.param_groups import (
+    MATRICES,
+    check_axes,
+    check_axes_fit,
+    group_of,
+    group_table,
+    select_group,
+)
+from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.optim.soap import build_soap
+from jaxtrain.optim.soap_muon import build_soap_muon
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -52,6 +65,8 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
+    "soap": build_soap,
+    "soap_muon": build_soap_muon,
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
@@ -101,7 +116,7 @@ def build_optimizer(
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
-            init) axes and params do not name the same parameters.
+            init) axes do not name the parameters or do not fit their shapes.
     """
     check_axes(axes)
     build_direction = select_option(OPTIMIZERS, cfg.name, "optim.name")
@@ -109,10 +124,7 @@ def build_optimizer(
     names = jax.tree.map(lambda group: group.name, groups)
     schedule, optimizers = build_schedule(cfg), {}
     for name, geometry in sorted({(g.name, g.geometry) for g in jax.tree.leaves(groups)}):
-        # Like optax.partition, replaces other groups' leaves by MaskedNodes, which have no leaves.
-        select = lambda tree, name=name: jax.tree.map(
-            lambda n, x: x if n == name else optax.MaskedNode(), names, tree
-        )
+        select = functools.partial(select_group, names, name)
         accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
@@ -122,6 +134,7 @@ def build_optimizer(
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
+        direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
         rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
         optimizer = optax.chain(direction, rate_step)
         if accelerated:
@@ -135,16 +148,20 @@ def build_optimizer(
     )
 
     def init(params):
-        check_same_names(axes, params)
+        check_axes_fit(axes, params)
+        report_groups(lambda: group_table(cfg, axes, params))
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
 
 
 def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
-    """Returns {group's name: peak rate}, for `update(..., rates=)`."""
+    """Returns {group's name: peak rate}, for `update(..., rates=)`.
+
+    With optim.parametrisation=spectral a parameter's rate is its group's times its step factor.
+    """
     groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
-    return {group.name: group.rate for group in groups}
+    return {group.name: float(group.rate) for group in groups}
 
 
 def state_shardings(
@@ -153,7 +170,8 @@ def state_shardings(
     """Returns the shardings of optimizer.init(params): moments are sharded by `moment_spec`.
 
     A leaf of the state belongs to a parameter if its path ends in the parameter's path and both
-    have the same shape, so that wrappers need no code here. Other leaves (counts) are replicated.
+    have the same shape, so that wrappers need no code here. All leaves of a parameter in a field
+    named `owned` are with the parameter's `ownership`. Other leaves (counts) are replicated.
 
     Args:
         axes: pytree of Axes, like params.
@@ -163,10 +181,13 @@ def state_shardings(
     axes_of = dict(jax.tree_util.tree_leaves_with_path(axes))
 
     def sharding(path, leaf):
-        suffixes = (path[i:] for i in range(len(path)))
-        owner = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
-        spec = P() if owner is None else moment_spec(axes_of[owner], leaf.shape, mesh)
-        return NamedSharding(mesh, spec)
+        owned = any(getattr(key, "name", None) == "owned" for key in path)
+        suffixes = (path[i:] for i in range(len(path)) if path[i:] in shapes)
+        param = next((s for s in suffixes if owned or shapes[s] == leaf.shape), None)
+        if param is None:
+            return NamedSharding(mesh, P())
+        owner = axes_of[param], shapes[param], mesh
+        return NamedSharding(mesh, ownership(*owner).owned if owned else moment_spec(*owner))
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 
