@@ -93,7 +93,7 @@ def test_kernels_know_nothing_of_the_training_stack():
         *(
             "config.model_section",
             "config.run_sections",
-        "config.sections",
+            "config.sections",
             "config.config_files",
             "config.train_config",
             "distributed.cluster",

@@ -34,12 +34,6 @@ CASES = [*({"name": name} for name in OPTIMIZERS), LOOKAHEAD]
 # bfloat16 parameters are rounded to that type, and so is what wrappers store of them.
 TOLERANCES = {"bfloat16": 1.5e-2, "float32": 1e-5, "float64": 1e-12}
 EIGENVECTORS = 20  # how much SOAP's bases amplify the errors of their factors
-# Compiles these programs in a quarter of the time; they take milliseconds to run.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +69,7 @@ def run(cfg, pairs=PAIRS):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float64), params)
         return jax.lax.scan(advance, (state, zeros), grads)[0]
 
-    arguments = optimizer.init(params), params, grads
-    return jax.jit(scan).lower(*arguments).compile(compiler_options=QUICK_COMPILE)(*arguments)
+    return jax.jit(scan)(optimizer.init(params), params, grads)
 
 
 def leaves_by_pair(tree):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree
@@ -249,7 +250,14 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
     Args:
         opt_state: any optax state; wrappers are found at any depth.
         params: the run's parameters, where gradients are taken.
+
+    An nnx.State has arrays in place of Variables in the result, as nnx.update and nnx.merge accept.
     """
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    arrays = lambda tree: jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+    opt_state, params = arrays(opt_state), arrays(params)
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
         if _is_wrapper(node):
             params = eval_params(node.inner, _subtract(params, node.query_offset()))

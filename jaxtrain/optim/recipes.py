@@ -9,6 +9,8 @@ from jaxtrain.optim.default_axes import resolve_axes
 from jaxtrain.optim.describe import describe, group_rows
 from jaxtrain.optim.muon import muon, scale_by_muon
 from jaxtrain.optim.normuon import normuon
+from jaxtrain.optim.soap import scale_by_soap, soap
+from jaxtrain.optim.soap_muon import scale_by_soap_muon, soap_muon
 
 __all__ = [
     "accelerated_lmo",
@@ -19,4 +21,8 @@ __all__ = [
     "normuon",
     "resolve_axes",
     "scale_by_muon",
+    "scale_by_soap",
+    "scale_by_soap_muon",
+    "soap",
+    "soap_muon",
 ]
