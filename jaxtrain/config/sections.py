@@ -172,6 +172,19 @@ class OptimConfig(Section):
     )
     lookahead_decay: float = knob(0.99, "ema_lookahead: decay of the average", low=0.0, high=0.9999)
     accelerate_all: bool = knob(False, "accelerated_lmo: include embeddings, head and vectors")
+    tail_average: float = knob(
+        0.0,
+        "share of the run, at its end, whose weights are averaged for evaluation, sampling and "
+        "export; 0 evaluates the last weights",
+        low=0.0,
+        high=1.0,
+    )
+    tail_horizon: int = knob(
+        150, "steps that the average goes back: each adds 1/tail_horizon of the change", low=1
+    )
+    tail_weight: float = knob(
+        1.0, "weight of the average in the evaluated weights, against the last", low=0.0, high=1.0
+    )
     narrow_buffers: bool = knob(False, "store momentum and acceleration in bfloat16")
     ns_coefficients: str = knob(
         "jordan",
