@@ -15,10 +15,15 @@ from flax.core import FrozenDict
 
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.optim import recipes
+from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
+from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.clipping import clip_gradients
+from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.recipes import accelerated_lmo, muon, normuon, scale_by_muon
 
 RECIPES = [muon, normuon, accelerated_lmo]
+EVERY_RECIPE = [*RECIPES, recipes.soap, recipes.soap_muon, recipes.muon_h, recipes.adam_h]
 SHAPES = {"embed": (8, 4), "blocks": {"w": (4, 6), "bias": (6,)}, "head": (4, 8)}
 AXES = {"embed": "V|D", "blocks.w": "|D->F", "blocks.bias": "|F", "head": "|D->V"}
 RATES = {"learning_rate": 0.05, "adam_learning_rate": 0.01}
@@ -128,11 +133,11 @@ def test_the_iterate_of_an_nnx_module_is_that_of_its_plain_dict():
     net, linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(linear, nnx.Param))
     grads = jax.tree.map(jnp.sin, params)
-    optimizer = nnx.Optimizer(net, accelerated_lmo(**RATES), wrt=nnx.Param)
-    optimizer.update(net, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
-    updates, state = accelerated_lmo(**RATES).update(
-        grads, accelerated_lmo(**RATES).init(params), params
-    )
+    transform = accelerated_lmo(**RATES)
+    optimizer = nnx.Optimizer(net, transform, wrt=nnx.Param)
+    step = nnx.jit(lambda net, optimizer, grads: optimizer.update(net, grads))
+    step(net, optimizer, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
+    updates, state = jax.jit(transform.update)(grads, transform.init(params), params)
     ahead = optax.apply_updates(params, updates)
     iterate = recipes.eval_params(optimizer.opt_state, nnx.state(net, nnx.Param))
     assert_near(iterate, recipes.eval_params(state, ahead))
@@ -184,6 +189,26 @@ def test_injected_hyperparameters_give_the_steps_of_fixed_ones(recipe):
     assert {row.rate for row in recipes.group_rows(injected, tree())} == {"injected"}
 
 
+INNER = optax.sgd(0.1)
+WITH_NUMBERS = [
+    *((recipe, {"learning_rate": 0.1}) for recipe in EVERY_RECIPE),
+    (gradient_transport, {"inner": INNER, "momentum": 0.9, "strength": 0.3}),
+    (ema_lookahead, {"inner": INNER, "strength": 0.3, "decay": 0.9}),
+    (scale_by_adam, {"b1": 0.0, "b2": 0.9, "eps": 1e-8}),
+    (clip_gradients, {"max_norm": 1.0, "eps": 1e-6}),
+    (heavy_tailed_noise, {"alpha": 1.5, "scale": 0.1}),
+]
+
+
+@pytest.mark.parametrize("factory, numbers", WITH_NUMBERS, ids=lambda x: getattr(x, "__name__", ""))
+def test_numbers_of_every_transform_may_be_values_of_the_program(factory, numbers):
+    static = {"max_side"} & set(inspect.signature(factory).parameters)
+    injected = optax.inject_hyperparams(factory, static_args=static)(**numbers)
+    state = jax.eval_shape(injected.init, tree())
+    _, new = jax.eval_shape(injected.update, tree(), state, tree())
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_schedules_and_injected_schedules_give_the_same_steps():
     rates = dict.fromkeys(RATES, optax.linear_schedule(0.05, 0.01, 3))
     ours, state = train(optax.inject_hyperparams(muon)(**rates), tree())
@@ -220,28 +245,34 @@ def test_a_masked_bare_muon_with_axes_of_the_whole_tree_works():
     train(optax.masked(scale_by_muon(AXES), mask), tree())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"w": (4, 6)},
-        {"bias": (4,)},
-        {"w": (4, 6), "none": None, "list": [{"w": (6, 4)}, ((4, 4), None)], "scalar": ()},
-    ],
-    ids=["only matrices", "no matrix", "containers"],
-)
-def test_trees_of_any_containers_train(recipe, params):
+TREES = {
+    "containers": {"w": (4, 6), "none": None, "list": [{"w": (6, 4)}, ((4, 4), None)], "one": ()},
+    "only matrices": {"w": (4, 6)},
+    "no matrix": {"bias": (4,)},
+    "empty": {},
+}
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_trees_of_any_containers_are_stepped_and_their_state_keeps_its_types(recipe):
     is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
-    params = jax.tree.map(lambda s: jnp.full(s, 0.1), params, is_leaf=is_shape)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     optimizer = recipe(**RATES)
-    new, state = train(optimizer, params, steps=1)
-    assert jax.tree.structure(new) == jax.tree.structure(params)
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new))
-    abstract = jax.eval_shape(optimizer.init, params)
-    assert_same(jax.jit(optimizer.init)(params), optimizer.init(params))
-    described = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert described(abstract) == described(state)
+    for shapes in TREES.values():
+        params = jax.tree.map(lambda s: jnp.full(s, 0.1), shapes, is_leaf=is_shape)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            params = optax.tree.cast(params, dtype)
+            state = jax.eval_shape(optimizer.init, params)
+            updates, new = jax.eval_shape(optimizer.update, params, state, params)
+            assert types(updates) == types(params) and types(new) == types(state)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_state_can_be_pickled_and_is_the_same_from_a_compiled_init(recipe):
+    optimizer = recipe(**RATES)
+    state = train(optimizer, tree(), steps=1)[1]
     assert_same(pickle.loads(pickle.dumps(state)), state)
+    assert_same(jax.jit(optimizer.init)(tree()), optimizer.init(tree()))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -259,7 +290,7 @@ def test_numbers_out_of_range_are_refused_at_once(recipe):
         recipe(momentum=1.5)
     with pytest.raises(ValueError, match="spectral_max"):
         recipe(scale="unknown")
-    with pytest.raises(ValueError, match="got 0.02. Name arguments"):
+    with pytest.raises(ValueError, match="got 0.02. Pass .* learning_rate="):
         recipe(0.02)
     with pytest.raises(ValueError, match="needs params"):
         recipe().update(tree(), recipe().init(tree()))
