@@ -240,7 +240,7 @@ def test_an_unknown_optimizer_lists_the_known_ones():
 
 def test_update_rms_by_group_is_the_root_mean_square_of_each_group():
     updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
-    rms = update_rms_by_group(updates, FEW)
+    rms = update_rms_by_group(updates, FEW, OptimConfig())
     assert {k: float(v) for k, v in rms.items()} == {
         "optim/matrices/update_rms": pytest.approx(2),
         "optim/rest/update_rms": pytest.approx(3),

@@ -26,7 +26,6 @@ from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.param_groups import (
     MATRICES,
-    REST,
     check_axes,
     check_axes_fit,
     group_of,
@@ -202,11 +201,13 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 
 
-def update_rms_by_group(updates: ArrayTree, axes: AxesTree) -> dict[str, jax.Array]:
-    """Returns `{"optim/matrices/update_rms": float32 [], ...}` for matrices and the rest."""
+def update_rms_by_group(
+    updates: ArrayTree, axes: AxesTree, cfg: OptimConfig
+) -> dict[str, jax.Array]:
+    """Returns `{"optim/matrices/update_rms": float32 [], ...}` for each group."""
     squares, sizes = {}, {}
     for a, u in zip(jax.tree.leaves(axes), jax.tree.leaves(updates), strict=True):
-        name = MATRICES if a.is_matrix else REST
+        name = group_of(cfg, a).name
         squares[name] = squares.get(name, 0.0) + jnp.sum(jnp.square(u.astype(jnp.float32)))
         sizes[name] = sizes.get(name, 0) + u.size
     return {f"optim/{name}/update_rms": jnp.sqrt(squares[name] / sizes[name]) for name in sizes}
