@@ -10,6 +10,7 @@ SPECTRAL_CHOICES = {
     "geometry": ("spectral",),
     "per_head": (False,),
 }
+NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 DECAY_GROUPS = ("matrices", "embedding", "positions", "head", "vectors")
 
 

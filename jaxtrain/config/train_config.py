@@ -25,8 +25,15 @@ from jaxtrain.config.run_sections import (
     ProfileConfig,
     SampleConfig,
 )
-from jaxtrain.config.sections import DataConfig, KernelsConfig, LossConfig, OptimConfig
+from jaxtrain.config.sections import (
+    NORM_PRESERVING,
+    DataConfig,
+    KernelsConfig,
+    LossConfig,
+    OptimConfig,
+)
 
+NOT_MATRICES = ("embed", "positions", "head")  # names in model.init_std that are no hidden matrices
 MAX_FIELDS = 145  # a test enforces it
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -119,6 +126,12 @@ class TrainConfig(Section):
             model.fail(
                 "init_std", f"must be empty with optim.parametrisation={optim.parametrisation}"
             )
+        zero = [n for n, std in model.initial_stds.items() if not std and n not in NOT_MATRICES]
+        if zero and optim.name in NORM_PRESERVING:
+            reason = (
+                f"must not be 0 for {', '.join(zero)} with optim.name={optim.name}, as a matrix"
+            )
+            model.fail("init_std", f"{reason} that keeps a norm of 0 never moves")
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:

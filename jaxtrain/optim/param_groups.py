@@ -8,7 +8,7 @@ import jax
 import optax
 
 from jaxtrain.axes import Axes
-from jaxtrain.config.sections import OptimConfig
+from jaxtrain.config.sections import NORM_PRESERVING, OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.lmo import SCALES
@@ -16,7 +16,6 @@ from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
 MATRICES, REST = "matrices", "rest"
 ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
-NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
 # ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
