@@ -92,7 +92,7 @@ def test_every_field_has_a_help_text_and_is_listed_in_the_help():
         ),
         (
             {"model": {"init_std": "embed=0,o=0,down=0"}, "optim": {"name": "muon_h"}},
-            "model.init_std must not be 0 for o, down with optim.name=muon_h, as a matrix that",
+            "model.init_std must not be 0 for o, down with optim.name=muon_h, as a matrix",
         ),
         ({"model": {"init_std": "o"}}, "got 'o'. Set --model.init_std"),
         ({"model": {"init_std": "o=-1"}}, "got 'o=-1'. Set --model.init_std"),

@@ -90,7 +90,7 @@ def updater(options):
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_degenerate_shapes_and_gradients_give_finite_updates(options, clip_norm):
-    if options["name"].startswith(("adam", "soap")) and not clip_norm:
+    if options["name"].startswith(("adam", "soap", "muown")) and not clip_norm:
         pytest.skip("it squares its gradient: 1e30 is beyond float32 by definition")
     options = options | {"weight_decay": 0.1, "warmup_steps": 0, "clip_norm": clip_norm}
     optimizer, update = updater(tuple(options.items()))
