@@ -69,7 +69,8 @@ def compile_on(sizes, layers, name="muon", ns_dtype="bfloat16"):
 
 @pytest.mark.parametrize(
     "sizes, layers, per_head",
-    [(sizes, 6, False) for sizes in MESHES] + [((2, 2, 2), 8, True)],
+    [(sizes, 6, False) for sizes in MESHES]
+    + [((2, 2, 2), 8, True), ((8, 1, 1), 6, True), ((2, 2, 2), 7, False), ((4, 2, 1), 3, False)],
 )
 def test_sharded_steps_equal_those_of_one_device(sizes, layers, per_head):
     mesh, tree = mesh_of(sizes), draw(MATRICES, layers)

@@ -16,8 +16,9 @@ from jaxtrain.optim import select_option
 from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
+from jaxtrain.optim.collectives import build_replica_gather
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
-from jaxtrain.optim.muon import build_muon
+from jaxtrain.optim.muon import build_muon, has_whole_steps
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
@@ -32,7 +33,8 @@ def _muon(cfg, axes, mesh, square):
 
 
 def _normuon(cfg, axes, mesh, square):
-    return optax.chain(_muon(cfg, axes, mesh, square), balance_neurons(axes, cfg.neuron_decay))
+    balance = balance_neurons(axes, cfg.neuron_decay, mesh)
+    return optax.chain(_muon(cfg, axes, mesh, square), balance)
 
 
 def _accelerated_lmo(cfg, axes, mesh, square):
@@ -131,7 +133,12 @@ def build_optimizer(
         check_same_names(axes, params)
         return transform.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, transform.update)
+    def update(updates, state, params=None, **extra):
+        updates, state = transform.update(updates, state, params, **extra)
+        return updates if has_whole_steps(cfg) else gather(axes, updates), state
+
+    gather = build_replica_gather(mesh)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
