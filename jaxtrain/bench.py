@@ -39,6 +39,11 @@ Suites for GPUs, which run only if named:
               the communication that computation does not hide. Without a GPU it only tests the
               suite, on 8 virtual devices
 
+Suites for any device, which run only if named:
+    transfer  whether the best learning rate stays the best in wider and deeper models, with
+              optim.parametrisation=standard and spectral. --sizes chooses width, depth or both.
+              Draws a picture beside its rows. Takes half an hour on one core
+
 How to read the tables for the processor: variants take turns in one process, on new data, after two
 calls that do not count. Figures are medians over n turns.
     first s   the first call, which compiles
@@ -71,6 +76,7 @@ from jaxtrain.benchmarks import (
     optimizer,
     processor,
     scaling,
+    transfer,
 )
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
@@ -95,6 +101,11 @@ CHOICES = {
         "sizes": gpu_training.SIZES,
         "optimizers": gpu_training.OPTIMIZERS,
         "variants": gpu_training.VARIANTS,
+    },
+    "transfer": {
+        "sizes": tuple(transfer.SERIES),
+        "optimizers": transfer.OPTIMIZERS,
+        "variants": transfer.PARAMETRISATIONS,
     },
 }
 ON_REQUEST = ("124m",)
@@ -146,6 +157,18 @@ def _run_simple(suite: ModuleType, args: argparse.Namespace, rounds: int) -> Res
     yield rows, suite.tables(rows)
 
 
+def _run_transfer(args: argparse.Namespace, rounds: int | None) -> Results:
+    """Runs the suite row by row, and draws the rows so far after each verdict."""
+    del rounds
+    chosen = argparse.Namespace(**vars(args) | _chosen(args, "transfer"))
+    rows = []
+    for row in transfer.measure(chosen):
+        rows.append(row)
+        if row["case"] == "verdict":
+            write_atomic(Path(args.json).with_suffix(".png"), transfer.draw(rows))
+        yield [row], transfer.describe(row)
+
+
 def _run_gpu_suite(
     suite: ModuleType,
     describe: Callable[[dict[str, Any]], str],
@@ -163,10 +186,11 @@ def _run_gpu_suite(
         yield [row], describe(row)
 
 
-GPU_SUITES = {
+NAMED_SUITES = {  # run only if named, and print each row as soon as it is measured
     "gpu": functools.partial(_run_gpu_suite, gpu_training, gpu_results.describe),
     "judge": functools.partial(_run_gpu_suite, loss_parity, loss_parity.describe),
     "scaling": functools.partial(_run_gpu_suite, scaling, scaling.describe),
+    "transfer": _run_transfer,
 }
 CPU_SUITES = {
     "cpu": _run_cpu,
@@ -176,7 +200,7 @@ CPU_SUITES = {
     "metrics": functools.partial(_run_simple, metrics_overhead),
     "optimizer": _run_optimizer,
 }
-SUITES = CPU_SUITES | GPU_SUITES
+SUITES = CPU_SUITES | NAMED_SUITES
 
 
 def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -251,7 +275,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") 
     about = processor.describe_machine()
     print(processor.machine_text(about), flush=True)
     rows = [about | provenance()]
-    if args.suite in GPU_SUITES and not args.json:
+    if args.suite in NAMED_SUITES and not args.json:
         args.json = f"bench_{args.suite}_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
         print(f"rows      {args.json}", flush=True)
     try:
@@ -260,7 +284,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") 
                 rows += new_rows
                 if args.json:  # after each result, so that an interrupted run loses none
                     write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
-                print(text if name in GPU_SUITES else f"\n== {name}\n{text}", flush=True)
+                print(text if name in NAMED_SUITES else f"\n== {name}\n{text}", flush=True)
     except gpu_training.NoGpu as error:
         sys.exit(f"error: {error}")
 

@@ -23,6 +23,8 @@ OPTIMIZERS = {
     "muon_h_per_head": {"name": "muon_h", "per_head": True},
     "transport": ACCELERATED,
     "transport_narrow": ACCELERATED | {"narrow_buffers": True},
+    "soap": {"name": "soap", "precondition_every": 3},
+    "soap_muon_narrow": {"name": "soap_muon", "narrow_buffers": True, "precondition_every": 2},
     "lookahead": ACCELERATED | {"acceleration": "ema_lookahead", "strength": 0.6},
 }
 ONE, COPIES, SPLIT = (1, 1, 1), (2, 1, 1), (1, 2, 2)

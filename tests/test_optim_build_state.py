@@ -18,7 +18,9 @@ AXES = {"w": Axes.parse("L|D->F"), "wo": Axes.parse("L|F->D")}
 SHAPES = {"w": (2, 64, 96), "wo": (2, 96, 64)}
 ACCELERATED = {"name": "accelerated_lmo", "acceleration": "transport"}
 LOOKAHEAD = {"name": "accelerated_lmo", "acceleration": "ema_lookahead"}
-PLAIN = [{"name": name} for name in ("muon", "normuon", "muon_h", "adam_h", "adamw")]
+PLAIN = [
+    {"name": name} for name in ("muon", "normuon", "soap", "soap_muon", "muon_h", "adam_h", "adamw")
+]
 OPTIMIZERS = [*PLAIN, ACCELERATED, LOOKAHEAD]
 NARROW = {"narrow_buffers": True}
 
@@ -37,6 +39,9 @@ def ones(shapes):
         (LOOKAHEAD, 8.0),
         (LOOKAHEAD | NARROW, 4.0),
         ({"name": "adamw"}, 8.0),
+        ({"name": "soap"}, 8.0 + FLOAT32 * 2 * (64**2 + 96**2) / (64 * 96)),
+        ({"name": "soap_muon"} | NARROW, 6.0 + FLOAT32 * 2 * (64**2 + 96**2) / (64 * 96)),
+        ({"name": "soap", "precondition_max_side": 80}, 8.0 + FLOAT32 * 2 * 64 / 96),
         ({"name": "normuon"}, 4.0 + FLOAT32 * (96 + 64) / (2 * 64 * 96)),
     ],
     ids=str,
@@ -84,8 +89,8 @@ def updater(options):
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_degenerate_shapes_and_gradients_give_finite_updates(options, clip_norm):
-    if options["name"].startswith("adam") and not clip_norm:
-        pytest.skip("Adam squares its gradient: 1e30 is beyond float32 by definition")
+    if options["name"].startswith(("adam", "soap")) and not clip_norm:
+        pytest.skip("it squares its gradient: 1e30 is beyond float32 by definition")
     options = options | {"weight_decay": 0.1, "warmup_steps": 0, "clip_norm": clip_norm}
     optimizer, update = updater(tuple(options.items()))
     params = {k: jnp.ones(shape) for k, shape in DEGENERATE_SHAPES.items()}

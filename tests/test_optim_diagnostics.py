@@ -6,7 +6,7 @@ import pytest
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim import diagnostics
-from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.build import OPTIMIZERS, build_optimizer
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.noise import symmetric_lomax
@@ -86,18 +86,20 @@ def test_sizes_are_root_mean_squares_and_steepest_descent_has_cosine_one():
     )
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon", "accelerated_lmo", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rest", ["adamw", "lmo"])
 def test_the_averaged_gradient_is_found_in_every_optimizers_state(name, rest):
     params, grads = draw(0), draw(1)
     optimizer = build_optimizer(OptimConfig(name=name, rest=rest, clip_norm=0.0), AXES)
-    _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    for _ in range(2):  # SOAP's first step does not average
+        _, state = update(grads, state, params)
     averages = {p[0].key: x for p, x in diagnostics.averaged_gradients(state, params).items()}
     assert set(averages) == set(AXES)
-    for key, average in averages.items():  # after the first step a multiple of the gradient
+    for key, average in averages.items():  # of equal gradients: a multiple of them
         share = average / grads[key]
         np.testing.assert_allclose(share, share.ravel()[0], rtol=1e-4)
-        assert 0 < share.ravel()[0] <= 0.11
+        assert 0 < share.ravel()[0] <= 0.2
 
 
 def test_noise_and_signal_of_a_known_covariance_are_recovered():

@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 from jaxtrain.config.fields import INT64_MAX, Section, knob
 
+# What the rules of optim.parametrisation=spectral are known for.
+SPECTRAL_CHOICES = {
+    "name": ("muon", "accelerated_lmo", "adamw"),
+    "geometry": ("spectral",),
+    "per_head": (False,),
+}
 DECAY_GROUPS = ("matrices", "embedding", "positions", "head", "vectors")
 
 
@@ -65,6 +71,8 @@ class OptimConfig(Section):
         choices=(
             "muon",
             "normuon",
+            "soap",
+            "soap_muon",
             "accelerated_lmo",
             "muon_h",
             "adam_h",
@@ -82,17 +90,27 @@ class OptimConfig(Section):
         "matrix moves by in a step",
         low=0.0,
     )
-    adam_learning_rate: float = knob(3e-3, "peak learning rate of AdamW's parameters", low=0.0)
+    adam_learning_rate: float = knob(
+        3e-3, "peak learning rate of AdamW's and SOAP's parameters", low=0.0
+    )
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
     decay_groups: str = knob(
         "matrices,embedding,head",
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
         "commas; vectors are biases and gains of norms",
     )
+    parametrisation: str = knob(
+        "standard",
+        "how rates and initial values depend on the model's size: not further (standard), or so "
+        "that the best rates of a model of base_width and base_depth stay the best (spectral)",
+        choices=("standard", "spectral"),
+    )
+    base_width: int = knob(256, "spectral: model.D at which it equals standard", low=1)
+    base_depth: int = knob(4, "spectral: model.L at which it equals standard", low=1)
     cautious_decay: bool = knob(
         False, "apply weight_decay only to entries that the step moves towards zero"
     )
-    momentum: float = knob(0.95, "decay of Muon's momentum", low=0.0, high=0.9999)
+    momentum: float = knob(0.95, "decay of Muon's and SOAP's momentum", low=0.0, high=0.9999)
     nesterov: bool = knob(True, "use Nesterov momentum in Muon")
     geometry: str = knob(
         "spectral",
@@ -107,6 +125,25 @@ class OptimConfig(Section):
     )
     per_head: bool = knob(False, "orthogonalise the slice of each head separately")
     neuron_decay: float = knob(0.95, "normuon: decay of the second moment", low=0.0, high=0.9999)
+    precondition_every: int = knob(
+        10,
+        "soap, soap_muon: steps from one update of the eigenbases to the next; soap_muon's source "
+        "uses 1",
+        unit="steps",
+        low=1,
+    )
+    precondition_decay: float = knob(
+        0.95,
+        "soap, soap_muon: decay of the second moment and of the matrices whose eigenvectors are "
+        "the bases; soap_muon's source uses 0.9",
+        low=0.0,
+        high=0.9999,
+    )
+    precondition_max_side: int = knob(
+        10_000,
+        "soap, soap_muon: a longer side of a matrix gets no eigenbasis, which bounds memory",
+        low=1,
+    )
     acceleration: str = knob(
         "transport",
         "accelerated_lmo: point at which the gradient is taken",
@@ -141,7 +178,9 @@ class OptimConfig(Section):
     )
     adam_b1: float = knob(0.9, "decay of AdamW's first moment", low=0.0, high=0.9999)
     adam_b2: float = knob(0.95, "decay of AdamW's second moment", low=0.0, high=0.99999)
-    adam_eps: float = knob(1e-8, "constant added to the root of AdamW's second moment", low=1e-30)
+    adam_eps: float = knob(
+        1e-8, "constant added to the root of AdamW's and SOAP's second moment", low=1e-30
+    )
     clip_norm: float = knob(1.0, "clip the gradient to this global norm; 0 never clips", low=0.0)
     clip_eps: float = knob(
         0.0,
@@ -173,14 +212,21 @@ class OptimConfig(Section):
             self.fail("strength", "must be below 1 with optim.acceleration=ema_lookahead")
         if self.ns_form == "torch" and self.ns_coefficients != "jordan":
             self.fail("ns_coefficients", "must be jordan with optim.ns_form=torch")
+        if self.name == "soap_muon" and self.geometry != "spectral":
+            self.fail("geometry", "must be spectral with optim.name=soap_muon")
         if set(self.decaying) - set(DECAY_GROUPS):
             known = ", ".join(DECAY_GROUPS)
             self.fail("decay_groups", f"must be some of {known}, joined by commas")
+        if self.parametrisation == "spectral":
+            for field, allowed in SPECTRAL_CHOICES.items():
+                if getattr(self, field) not in allowed:
+                    known = " or ".join(map(repr, allowed))
+                    self.fail(field, f"must be {known} with optim.parametrisation=spectral")
 
     @property
     def orthogonalizes(self) -> bool:
         """Whether the matrices' steps are computed by Newton-Schulz."""
-        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h")
+        return self.geometry == "spectral" and self.name not in ("adamw", "adam_h", "soap")
 
     @property
     def decaying(self) -> list[str]:

@@ -114,6 +114,10 @@ class TrainConfig(Section):
             data.fail("seq_len", f"must be at most model.positions={model.positions}")
         if optim.ns_dtype == "float64" and model.dtype != "float64":
             optim.fail("ns_dtype", f"needs model.dtype=float64, not {model.dtype}")
+        if optim.parametrisation == "spectral" and not model.norm_gain:
+            if model.tied or model.norm_place != "pre":  # these gains have the factors of size
+                reason = "must be true with optim.parametrisation=spectral unless model.tied=false"
+                model.fail("norm_gain", f"{reason} and model.norm_place=pre")
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:

@@ -23,7 +23,7 @@ TORCH_SCALES = {"spectral_max": "original", "match_rms": "match_rms_adamw"}
 def check_optimizer(cfg: OptimConfig) -> None:
     """Raises ValueError if torch.optim does not have the optimizer of a config."""
     wanted = {"name": ("adamw", "muon"), "rest": ("adamw",), "noise_scale": (0.0,)}
-    wanted |= {"cautious_decay": (False,)}
+    wanted |= {"cautious_decay": (False,), "parametrisation": ("standard",)}
     if cfg.name == "muon":
         wanted |= {"scale": tuple(TORCH_SCALES), "geometry": ("spectral",), "per_head": (False,)}
         wanted |= {"ns_coefficients": ("jordan",), "narrow_buffers": (False,)}

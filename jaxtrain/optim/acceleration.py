@@ -2,9 +2,13 @@
 
 There are then two sets of weights. The run's parameters are the query point, where gradients are
 taken. The iterate is what the optimizer has reached: evaluation, sampling and export use it,
-through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two. At
-strength 0 they coincide, and both wrappers equal the inner optimizer. A good step is one with
-finite gradients.
+through `eval_params(opt_state, params)`. A wrapper stores only the difference of the two. A good
+step is one with finite gradients.
+
+At strength 0 the two coincide. Given the number 0, a wrapper returns the inner optimizer itself:
+compiled steps are then bitwise equal, and no buffer is stored. Given a schedule that returns 0,
+they differ by rounding. The inner optimizer's step alone compiles to a fused multiply-add,
+parameter minus rate times direction, rounded once; the wrapper adds the offset's change in between.
 """
 
 from collections.abc import Callable
@@ -17,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree, AxesTree
 from jaxtrain.optim.muon import muon
+from jaxtrain.optim.precision import average, widest, zero_buffers
 
 Strength = float | Callable[[jax.Array], jax.Array]  # a number, or a function of the good steps
 
@@ -35,11 +40,11 @@ class LookaheadState(NamedTuple):
     count: jax.Array  # int32 [], good steps
     inner: Any
     displacement: optax.Updates  # averaged step of the iterate, like params
-    reach: jax.Array  # float32 [], the query point is ahead by reach * displacement
+    reach: jax.Array  # [], the widest type of all params; the offset is reach * displacement
 
     def query_offset(self) -> optax.Updates:
         """Returns the query point minus the iterate."""
-        return jax.tree.map(lambda d: self.reach.astype(d.dtype) * d, self.displacement)
+        return jax.tree.map(lambda d: self.reach * d, self.displacement)
 
 
 WRAPPERS = TransportState, LookaheadState
@@ -50,13 +55,16 @@ def _is_wrapper(node):
 
 
 def _as_schedule(strength):
-    return strength if callable(strength) else lambda count: jnp.asarray(strength, jnp.float32)
+    return strength if callable(strength) else lambda count: jnp.asarray(strength, float)
 
 
 def _subtract(params, offset):
     """Computes params - offset; leaves that the wrapper does not step are unchanged."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    difference = lambda o, p: p if is_masked(o) else p - o.astype(p.dtype)
+
+    def difference(o, p):
+        return p if is_masked(o) else (p.astype(widest(o, p)) - o).astype(p.dtype)
+
     return jax.tree.map(difference, offset, params, is_leaf=is_masked)
 
 
@@ -79,17 +87,20 @@ def gradient_transport(
     Args:
         inner: a complete optimizer, rate and decay included; its params are the iterate.
         momentum: decay of the inner optimizer's average, in [0, 1).
-        strength: in [0, 1].
-        buffer_dtype: type of the buffer; None means the parameter's.
+        strength: in [0, 1]; the number 0 returns inner.
+        buffer_dtype: type of the buffer; None means the parameter's, float32 at least.
 
     Raises:
         ValueError: momentum is outside [0, 1), or strength is negative.
     """
     _check(momentum, strength, "optim.momentum")
-    schedule, inner = _as_schedule(strength), optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(inner)
+    if isinstance(strength, (int, float)) and not strength:
+        return inner
+    schedule = _as_schedule(strength)
 
     def init(params):
-        offset = optax.tree.zeros_like(params, dtype=buffer_dtype)
+        offset = zero_buffers(params, buffer_dtype)
         return TransportState(jnp.zeros((), jnp.int32), inner.init(params), offset)
 
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
@@ -97,13 +108,18 @@ def gradient_transport(
         steps, inner_state = inner.update(updates, state.inner, iterate, good=good, **extra)
         steps = jax.tree.map(lambda u: jnp.where(good, u, 0), steps)
         reach = schedule(state.count) * (momentum / (1 - momentum))
-        new_offset = lambda u, old: jnp.where(
-            good, (reach.astype(u.dtype) * u).astype(old.dtype), old
+        types = jax.tree.map(widest, steps, state.offset, iterate)
+        new_offset = lambda u, old, dtype: jnp.where(
+            good, (reach.astype(dtype) * u.astype(dtype)).astype(old.dtype), old
         )
-        offset = jax.tree.map(new_offset, steps, state.offset)
-        # The query point moves by the iterate's step and by the change of its offset.
-        move = lambda u, new, old: u + (new.astype(u.dtype) - old.astype(u.dtype))
-        moves = jax.tree.map(move, steps, offset, state.offset)
+        offset = jax.tree.map(new_offset, steps, state.offset, types)
+
+        def move(u, new, old, p, dtype):
+            # The query point moves by the iterate's step and by the change of its offset.
+            moved = u.astype(dtype) + (new.astype(dtype) - old.astype(dtype))
+            return moved.astype(p.dtype)
+
+        moves = jax.tree.map(move, steps, offset, state.offset, iterate, types)
         count = state.count + jnp.where(good, 1, 0)
         return moves, TransportState(count, inner_state, offset)
 
@@ -125,9 +141,9 @@ def ema_lookahead(
 
     Args:
         inner: a complete optimizer, rate and decay included; it steps from the query point.
-        strength: in [0, 1).
+        strength: in [0, 1); the number 0 returns inner.
         decay: decay of the averaged step, in [0, 1).
-        buffer_dtype: type of the average; None means the parameter's.
+        buffer_dtype: type of the average; None means the parameter's, float32 at least.
 
     Raises:
         ValueError: decay or strength is outside [0, 1).
@@ -137,28 +153,33 @@ def ema_lookahead(
         raise ValueError(
             f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
         )
-    schedule, inner = _as_schedule(strength), optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(inner)
+    if isinstance(strength, (int, float)) and not strength:
+        return inner
+    schedule = _as_schedule(strength)
 
     def init(params):
-        zeros = optax.tree.zeros_like(params, dtype=buffer_dtype)
-        count, reach = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        zeros = zero_buffers(params, buffer_dtype)
+        count, reach = jnp.zeros((), jnp.int32), jnp.zeros((), widest(*jax.tree.leaves(params)))
         return LookaheadState(count, inner.init(params), zeros, reach)
 
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         steps, inner_state = inner.update(updates, state.inner, params, good=good, **extra)
         steps = jax.tree.map(lambda u: jnp.where(good, u, 0), steps)
         count = state.count + jnp.where(good, 1, 0)
-        reach = jnp.where(good, schedule(count), state.reach).astype(jnp.float32)
+        reach = jnp.where(good, schedule(count), state.reach).astype(state.reach.dtype)
+        params = steps if params is None else params
+        types = jax.tree.map(widest, steps, state.displacement, params)
+        ahead = lambda u, reach, d, dtype: u.astype(dtype) + reach.astype(dtype) * d.astype(dtype)
 
-        def averaged(u, mean):
+        def averaged(u, mean, dtype):
             # The new iterate is the old query point plus the step, so it moved by offset and step.
-            moved = u + state.reach.astype(u.dtype) * mean.astype(u.dtype)
-            new = decay * mean.astype(u.dtype) + (1 - decay) * moved
+            new = average(decay, mean, ahead(u, state.reach, mean, dtype), dtype)
             return jnp.where(good, new.astype(mean.dtype), mean)
 
-        mean = jax.tree.map(averaged, steps, state.displacement)
-        move = lambda u, d: jnp.where(good, u + reach.astype(u.dtype) * d.astype(u.dtype), u)
-        moves = jax.tree.map(move, steps, mean)
+        mean = jax.tree.map(averaged, steps, state.displacement, types)
+        move = lambda u, d, p, dtype: jnp.where(good, ahead(u, reach, d, dtype), u).astype(p.dtype)
+        moves = jax.tree.map(move, steps, mean, params, types)
         return moves, LookaheadState(count, inner_state, mean, reach)
 
     return optax.GradientTransformationExtraArgs(init, update)

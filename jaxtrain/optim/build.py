@@ -18,12 +18,16 @@ from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.collectives import build_replica_gather
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
-from jaxtrain.optim.muon import build_muon, has_whole_steps
+from jaxtrain.optim.muon import build_muon, build_newton_schulz, has_whole_steps
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
+from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
+from jaxtrain.optim.soap import scale_by_soap
+from jaxtrain.optim.soap_muon import scale_by_soap_muon
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -37,10 +41,35 @@ def _normuon(cfg, axes, mesh, square):
     return optax.chain(_muon(cfg, axes, mesh, square), balance)
 
 
-def _accelerated_lmo(cfg, axes, mesh, square):
+def _nesterov(cfg, accelerated):
     # Transport already moves the query point along the momentum, as Nesterov's momentum would.
-    nesterov = cfg.nesterov and cfg.acceleration == "ema_lookahead"
-    return build_muon(cfg, axes, mesh, square, nesterov)
+    return cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
+
+
+def _accelerated_lmo(cfg, axes, mesh, square):
+    return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
+
+
+def _soap_options(cfg, mesh):
+    return {
+        "momentum": cfg.momentum,
+        "decay": cfg.precondition_decay,
+        "every": cfg.precondition_every,
+        "max_side": cfg.precondition_max_side,
+        "buffer_dtype": buffer_dtype(cfg),
+        "mesh": mesh,
+    }
+
+
+def _soap(cfg, axes, mesh, square):
+    del square
+    return scale_by_soap(axes, eps=cfg.adam_eps, **_soap_options(cfg, mesh))
+
+
+def _soap_muon(cfg, axes, mesh, square):
+    options = {"nesterov": cfg.nesterov, "scale": cfg.scale, "per_head": cfg.per_head}
+    options |= {"dtype": jnp.dtype(cfg.ns_dtype)} | _soap_options(cfg, mesh)
+    return scale_by_soap_muon(axes, build_newton_schulz(cfg, square), **options)
 
 
 def _adamw(cfg, *_):
@@ -51,6 +80,8 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
+    "soap": _soap,
+    "soap_muon": _soap_muon,
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
@@ -64,6 +95,8 @@ def _transport(cfg, inner, momentum):
 
 def _lookahead(cfg, inner, momentum):
     del momentum
+    if not cfg.strength:
+        return ema_lookahead(inner, 0.0, cfg.lookahead_decay)
     schedule = build_schedule(cfg)
     start, stop = (round(share * cfg.total_steps) for share in LOOKAHEAD_WINDOW)
 
@@ -110,16 +143,19 @@ def build_optimizer(
         select = lambda tree, name=name: jax.tree.map(
             lambda n, x: x if n == name else optax.MaskedNode(), names, tree
         )
+        accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, cfg.nesterov, **options)
+            nesterov = _nesterov(cfg, accelerated)
+            direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
+        direction = scale_by_size(cfg, axes, direction, is_adam=not geometry)
         rate_step = build_rate_step(cfg, select(groups), select(axes), schedule)
         optimizer = optax.chain(direction, rate_step)
-        if cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all):
+        if accelerated:
             accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
             optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
         optimizers[name] = optimizer
@@ -142,7 +178,10 @@ def build_optimizer(
 
 
 def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
-    """Returns {group's name: peak rate}, for `update(..., rates=)`."""
+    """Returns {group's name: peak rate}, for `update(..., rates=)`.
+
+    With optim.parametrisation=spectral a parameter's rate is its group's times its step factor.
+    """
     groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
     return {group.name: group.rate for group in groups}
 
@@ -153,7 +192,8 @@ def state_shardings(
     """Returns the shardings of optimizer.init(params): moments are sharded by `moment_spec`.
 
     A leaf of the state belongs to a parameter if its path ends in the parameter's path and both
-    have the same shape, so that wrappers need no code here. Other leaves (counts) are replicated.
+    have the same shape, so that wrappers need no code here. All leaves of a parameter in a field
+    named `owned` are with the parameter's `ownership`. Other leaves (counts) are replicated.
 
     Args:
         axes: pytree of Axes, like params.
@@ -163,10 +203,13 @@ def state_shardings(
     axes_of = dict(jax.tree_util.tree_leaves_with_path(axes))
 
     def sharding(path, leaf):
-        suffixes = (path[i:] for i in range(len(path)))
-        owner = next((suffix for suffix in suffixes if shapes.get(suffix) == leaf.shape), None)
-        spec = P() if owner is None else moment_spec(axes_of[owner], leaf.shape, mesh)
-        return NamedSharding(mesh, spec)
+        owned = any(getattr(key, "name", None) == "owned" for key in path)
+        suffixes = (path[i:] for i in range(len(path)) if path[i:] in shapes)
+        param = next((s for s in suffixes if owned or shapes[s] == leaf.shape), None)
+        if param is None:
+            return NamedSharding(mesh, P())
+        owner = axes_of[param], shapes[param], mesh
+        return NamedSharding(mesh, ownership(*owner).owned if owned else moment_spec(*owner))
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim.precision import widest
+
 
 def clip_gradients(max_norm: float, eps: float = 0.0) -> optax.GradientTransformation:
     """Scales all gradients by one factor so that their joint 2-norm is at most max_norm.
+
+    Clipped gradients have the widest type of gradient and parameter, float32 at least.
 
     Args:
         max_norm: 0 disables clipping.
@@ -17,7 +21,8 @@ def clip_gradients(max_norm: float, eps: float = 0.0) -> optax.GradientTransform
         return optax.identity()
 
     def clip(updates, params=None):
-        del params
+        params = updates if params is None else params
+        updates = jax.tree.map(lambda g, p: g.astype(widest(g, p)), updates, params)
         # One factor, and not a division by the norm for each gradient as in optax: XLA repeats a
         # product in every average that reads it, but stores the result of a division, which is a
         # second tree of gradients.

@@ -19,6 +19,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree
 from jaxtrain.optim import select_option
+from jaxtrain.optim.precision import average, widest, zero_buffers
 
 MatrixFunction = Callable[[jax.Array], jax.Array]  # [X,I,O] -> [X,I,O], matrix by matrix
 
@@ -75,7 +76,7 @@ class LmoState(NamedTuple):
 
 
 def buffer_dtype(cfg: OptimConfig) -> DTypeLike | None:
-    """Returns the type of momentum and acceleration buffers; None means the parameter's."""
+    """Returns the type of momentum and acceleration buffers; None as in `zero_buffers`."""
     return jnp.bfloat16 if cfg.narrow_buffers else None
 
 
@@ -133,6 +134,7 @@ def scale_by_lmo(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients into a momentum, then takes each matrix's unit step.
 
+    Steps have the widest type of gradient, momentum and parameter, float32 at least.
     `update(..., good=False)` leaves the state unchanged.
 
     Args:
@@ -140,7 +142,7 @@ def scale_by_lmo(
         geometry: see `build_unit_step`.
         momentum: decay of the averaged gradient, in [0, 1).
         nesterov: averages the gradient into the momentum a second time before the step.
-        buffer_dtype: type of the momentum; None means the parameter's.
+        buffer_dtype: type of the momentum; None means the parameter's, float32 at least.
         options: further arguments of `build_unit_step`.
 
     Raises:
@@ -150,19 +152,19 @@ def scale_by_lmo(
         raise ValueError(f"optim.momentum must be in [0, 1); got {momentum}. Set --optim.momentum.")
     step = build_unit_step(geometry, **options)
 
-    def average(m, g):
-        return momentum * m.astype(g.dtype) + (1 - momentum) * g
-
     def init(params):
-        return LmoState(optax.tree.zeros_like(params, dtype=buffer_dtype))
+        return LmoState(zero_buffers(params, buffer_dtype))
 
     def update(updates, state, params=None, *, good=True, **extra):
-        del params, extra
+        del extra
+        types = jax.tree.map(widest, updates, state.momentum, updates if params is None else params)
+        blend = lambda m, g, dtype: average(momentum, m, g, dtype)
         # `good` is applied inside the average, so that XLA overwrites the old momentum with the new
         # one. Applied after the update it would need both.
-        guarded = lambda m, g: jnp.where(good, average(m, g).astype(m.dtype), m)
-        mean = jax.tree.map(guarded, state.momentum, updates)
-        ahead = jax.tree.map(average, mean, updates) if nesterov else mean
+        guarded = lambda m, *rest: jnp.where(good, blend(m, *rest).astype(m.dtype), m)
+        mean = jax.tree.map(guarded, state.momentum, updates, types)
+        last = lambda m, _, dtype: m.astype(dtype)
+        ahead = jax.tree.map(blend if nesterov else last, mean, updates, types)
         return step(axes, ahead), LmoState(mean)
 
     return optax.GradientTransformationExtraArgs(init, update)

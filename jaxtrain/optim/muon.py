@@ -89,10 +89,17 @@ def build_muon(
         return scale_by_lmo(axes, cfg.geometry, **options)
     if mesh is not None and mesh.size > 1:
         options["map_matrices"] = build_sharded_map(mesh, has_whole_steps(cfg))
+    return scale_by_muon(axes, build_newton_schulz(cfg, square), **options)
+
+
+def build_newton_schulz(cfg: OptimConfig, square: Route | None) -> NewtonSchulz:
+    """Builds a config's iteration.
+
+    Args:
+        square: route of its symmetric products; None means XLA.
+    """
     kernel = fused.build_square(square) if square is not None and square.is_fused else None
     # torch.optim.Muon casts even float64 to bfloat16; our other forms iterate in float64.
     dtype = jnp.dtype(cfg.ns_dtype) if cfg.ns_form == "torch" else None
-    newton_schulz = NewtonSchulz(
-        cfg.ns_coefficients, cfg.ns_steps or None, dtype, form=cfg.ns_form, kernel=kernel
-    )
-    return scale_by_muon(axes, newton_schulz, **options)
+    steps = cfg.ns_steps or None
+    return NewtonSchulz(cfg.ns_coefficients, steps, dtype, form=cfg.ns_form, kernel=kernel)

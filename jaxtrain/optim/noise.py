@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim.precision import widest
+
 UNIFORM_BITS = 31  # of 32 random bits; the last one is the sign
 
 
 class NoiseState(NamedTuple):
     count: jax.Array  # int32 [], good steps: those with finite gradients
     seed: jax.Array  # int32 []; in the state, so that all seeds share one compiled step
-    rms: optax.Updates  # RMS of each leaf's first good gradient, float32 []
+    rms: optax.Updates  # RMS of each leaf's first good gradient, [], float32 or wider
 
 
 def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
@@ -39,7 +41,8 @@ def heavy_tailed_noise(
 
     RMS is that of the leaf's first gradient, so the noise does not shrink during training. Draws
     depend only on the seed, the count of good steps and the leaf's path: they are the same on any
-    mesh. `update(..., good=False)` leaves the state unchanged.
+    mesh. The sum has the widest type of gradient and parameter, float32 at least.
+    `update(..., good=False)` leaves the state unchanged.
 
     Args:
         alpha: tail index, above 1, as the noise would otherwise have no mean.
@@ -58,24 +61,26 @@ def heavy_tailed_noise(
         return optax.with_extra_args_support(optax.identity())
 
     def init(params):
-        rms = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
+        rms = jax.tree.map(lambda p: jnp.zeros((), widest(p)), params)
         return NoiseState(jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.int32), rms)
 
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
-        del params, extra
+        del extra
+        params = updates if params is None else params
         step_key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         first = (state.count == 0) & good
 
         def first_rms(g, rms):
-            return jnp.where(first, jnp.sqrt(jnp.mean(jnp.square(g.astype(jnp.float32)))), rms)
+            return jnp.where(first, jnp.sqrt(jnp.mean(jnp.square(g.astype(rms.dtype)))), rms)
 
-        def add_noise(path, g, rms):
+        def add_noise(path, g, rms, p):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             key = jax.random.fold_in(step_key, zlib.crc32(name.encode()))
-            return g + (scale * rms * symmetric_lomax(key, g.shape, alpha)).astype(g.dtype)
+            noise = scale * rms * symmetric_lomax(key, g.shape, alpha)
+            return (g.astype(widest(g, p)) + noise).astype(widest(g, p))
 
         rms = jax.tree.map(first_rms, updates, state.rms)
-        noised = jax.tree_util.tree_map_with_path(add_noise, updates, rms)
+        noised = jax.tree_util.tree_map_with_path(add_noise, updates, rms, params)
         return noised, NoiseState(state.count + jnp.where(good, 1, 0), state.seed, rms)
 
     return optax.GradientTransformationExtraArgs(init, update)

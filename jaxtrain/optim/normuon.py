@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim.collectives import build_mean_squares
 from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.precision import average, widest
 
 EPS = 1e-10  # added to the root, as in the source
 
@@ -54,7 +55,7 @@ def balance_neurons(
 
     def zeros(a, p):
         X, _, O = a.matrix_shape(p.shape)  # noqa: E741
-        return jnp.zeros((X, 1, O), p.dtype)
+        return jnp.zeros((X, 1, O), widest(p))
 
     def init(params):
         return NeuronState(jax.tree.map(zeros, axes, params))
@@ -62,10 +63,13 @@ def balance_neurons(
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         del params, extra
 
+        wide = lambda u, v_X1O: u.astype(widest(u, v_X1O))
+        updates = jax.tree.map(wide, updates, state.square)
         means = mean_squares(axes, updates)
 
         def averaged(v_X1O, mean_X1O):
-            return whole(jnp.where(good, decay * v_X1O + (1 - decay) * mean_X1O, v_X1O))
+            new_X1O = average(decay, v_X1O, mean_X1O, mean_X1O.dtype).astype(v_X1O.dtype)
+            return whole(jnp.where(good, new_X1O, v_X1O))
 
         def balanced(a, v_X1O, mean_X1O, u):
             # Both norms follow from the mean squares, up to a factor of the inputs' root.

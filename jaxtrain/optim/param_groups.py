@@ -7,8 +7,10 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
 from jaxtrain.optim.lmo import SCALES
+from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
 MATRICES, REST = "matrices", "rest"
+ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
 NORM_PRESERVING = "muon_h", "adam_h"  # values of optim.name whose matrices keep their norms
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
@@ -26,7 +28,7 @@ class Group:
 
     name: str  # MATRICES, REST or, with optim.rest=lmo, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
-    geometry: str  # norm of the step; empty with AdamW
+    geometry: str  # norm of the step; empty with AdamW and SOAP
     rate: float  # peak
     decay: float
 
@@ -41,13 +43,13 @@ def decay_group_of(axes: Axes) -> str:
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
     decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
-    if axes.is_matrix and cfg.name != "adamw":
+    if axes.is_matrix and cfg.name not in ADAM_SIZED:
         geometry = "" if cfg.name == "adam_h" else cfg.geometry
         decay = 0.0 if cfg.name in NORM_PRESERVING else decay
         return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
-        name = MATRICES if axes.is_matrix else REST
-        return Group(name, "adamw", "", cfg.adam_learning_rate, decay)
+        name, optimizer = (MATRICES, cfg.name) if axes.is_matrix else (REST, "adamw")
+        return Group(name, optimizer, "", cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 
@@ -81,8 +83,9 @@ class GroupRow(NamedTuple):
     decay: float
 
 
-def _row(cfg, name, axes, shape) -> GroupRow:
+def _row(cfg, name, axes, shape, has_head) -> GroupRow:
     group, view, scale = group_of(cfg, axes), shape, 1.0
+    step = step_factors(cfg, name, axes, shape, has_head).step
     if group.geometry or group.optimizer in NORM_PRESERVING:
         view = axes.matrix_shape(shape)
     if (group.geometry or group.optimizer in NORM_PRESERVING) and group.name == MATRICES:
@@ -100,8 +103,8 @@ def _row(cfg, name, axes, shape) -> GroupRow:
         optimizer=group.optimizer,
         geometry=group.geometry,
         scale=scale,
-        rate=group.rate,
-        decay=group.decay,
+        rate=group.rate * step,
+        decay=group.decay / step,  # rate * decay does not depend on the model's size
     )
 
 
@@ -110,7 +113,9 @@ def group_table(cfg: OptimConfig, axes: AxesTree, params: ArrayTree) -> list[Gro
     check_axes(axes)
     check_same_names(axes, params)
     shapes = named_leaves(params)
-    return [_row(cfg, name, a, shapes[name].shape) for name, a in named_leaves(axes).items()]
+    has_head = has_own_head(axes)
+    named = named_leaves(axes).items()
+    return [_row(cfg, name, a, shapes[name].shape, has_head) for name, a in named]
 
 
 def format_group_table(rows: list[GroupRow]) -> str:

@@ -12,6 +12,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree, named_leaves
 from jaxtrain.optim.param_groups import NORM_PRESERVING, Group
+from jaxtrain.optim.precision import widest
 
 EPS = 1e-10  # floor of norms that are divided by, as in the source of `keep_norms`
 Schedule = Callable[[jax.Array | int], jax.Array]  # updates made -> share of the peak rate
@@ -31,6 +32,7 @@ def scale_by_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Maps u to -rate * schedule(count) * (u + decay * p), with each leaf's group's rate and decay.
 
+    Steps have the parameter's type and are computed in the widest, float32 at least.
     `update(..., rates={group's name: peak})` replaces the groups' rates.
 
     Args:
@@ -48,7 +50,9 @@ def scale_by_rate(
         del extra
         scale = schedule(state.count)
 
-        def step(group, u, p):
+        def step(group, u, param):
+            dtype = widest(u, param)
+            u, p = u.astype(dtype), param.astype(dtype)
             if group.decay:
                 # Compared by sign: the product of two small numbers could underflow to zero.
                 decayed = jnp.where(jnp.sign(u) * jnp.sign(p) > 0, p, 0) if cautious else p
@@ -56,7 +60,7 @@ def scale_by_rate(
             else:
                 decayed = u
             rate = rate_now(group, scale, rates)
-            return jnp.where(good, (-rate).astype(u.dtype) * decayed, 0)
+            return jnp.where(good, (-rate).astype(dtype) * decayed, 0).astype(param.dtype)
 
         updates = jax.tree.map(step, groups, updates, params)
         return updates, RateState(state.count + jnp.where(good, 1, 0))
@@ -99,7 +103,7 @@ def keep_norms(
     merge = lambda a, x: a.merge_heads(x) if per_head else x
 
     def split(a, x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # sums need more bits than bfloat16
+        x = x.astype(widest(x))  # sums need more bits than bfloat16
         return a.split_heads(x)[1] if per_head else x
 
     def inner(a, x, y):
@@ -121,15 +125,16 @@ def keep_norms(
         del extra
         scale = schedule(state.count)
 
-        def step(group, a, direction, p, norm):
-            u, p = split(a, direction), split(a, p)
+        def step(group, a, direction, param, norm):
+            dtype = widest(direction, param)
+            u, p = split(a, direction.astype(dtype)), split(a, param.astype(dtype))
             length = jnp.asarray(rate_now(group, scale, rates), norm.dtype) * norm
             factor = length / jnp.maximum(jnp.sqrt(inner(a, u, u)), EPS)
             # |v|^2 from three sums that do not wait for each other
             square = inner(a, p, p) - 2 * factor * inner(a, p, u) + factor**2 * inner(a, u, u)
             shrink = norm / jnp.maximum(jnp.sqrt(jnp.maximum(square, 0)), EPS)
             move = merge(a, (shrink - 1) * p - shrink * factor * u)
-            return jnp.where(good, move.astype(direction.dtype), 0)
+            return jnp.where(good, move, 0).astype(param.dtype)
 
         updates = jax.tree.map(step, groups, axes, updates, params, state.norm)
         return updates, SphereState(state.count + jnp.where(good, 1, 0), state.norm)

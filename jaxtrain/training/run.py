@@ -22,6 +22,7 @@ from jaxtrain.ops.fused import missing_kernels
 from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
+from jaxtrain.optim.parametrisation import scale_initial_values
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.training.step import (
@@ -91,7 +92,7 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     )
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
-    model = build_model(cfg.model, routes, mesh, masked)
+    model = scale_initial_values(cfg, build_model(cfg.model, routes, mesh, masked))
     softcap, dtype = cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype)
     loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"])
     optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))

@@ -1,0 +1,162 @@
+"""SOAP and SOAP-Muon equal NumPy twins over 50 steps, inside the trainer's whole optimizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optimizer_twins import (
+    ADAM_RATE,
+    AXES,
+    MATRICES,
+    OPTIONS,
+    RATE,
+    STEPS,
+    assert_histories_agree,
+    draw,
+    gradient,
+    train_twin,
+)
+from soap_twin import SoapMuonTwin, SoapTwin
+
+from jaxtrain.axes import Axes
+from jaxtrain.config.train_config import OptimConfig
+from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.soap import precondition, scale_by_soap
+
+MAX_SIDE = 8  # of the sides 6, 8, 10 and 6, one is too long
+
+
+def soap_state(state):
+    return state[-1].inner_states["matrices"].inner_state[0]
+
+
+def sides_of(state, name, x):
+    """Returns the (inputs', outputs') bases of one matrix."""
+    bases = state.owned.input_basis[name], state.owned.output_basis[name]
+    return [None if basis is None else np.asarray(basis[x]) for basis in bases]
+
+
+def train_ours(**options):
+    """Returns (params after each step, SoapState after the first step and after the last)."""
+    jax.config.update("jax_enable_x64", True)
+    optimizer = build_optimizer(OptimConfig(**OPTIONS | options), AXES)
+    params = {name: jnp.asarray(x) for name, x in draw(0).items()}
+    state, update, history, states = optimizer.init(params), jax.jit(optimizer.update), [], []
+    for step in range(STEPS):
+        updates, state = update(gradient(params, step), state, params)
+        params = {name: p + updates[name] for name, p in params.items()}
+        history.append(params)
+        states.append(soap_state(state))
+    assert update._cache_size() == 1  # steps that refresh the bases are not compiled again
+    return history, states[0], states[-1]
+
+
+@pytest.mark.parametrize(
+    "name, twin, rate, every",
+    [("soap", SoapTwin, ADAM_RATE, 3), ("soap_muon", SoapMuonTwin, RATE, 1)],
+)
+def test_params_factors_and_bases_equal_those_of_a_twin_over_50_steps(name, twin, rate, every):
+    ours, first, last = train_ours(
+        name=name, weight_decay=1.0, precondition_every=every, precondition_max_side=MAX_SIDE
+    )
+    members = [(key, x) for key in MATRICES for x in range(2)]
+    twins = [twin(sides_of(first, *m), every, max_side=MAX_SIDE) for m in members]
+    remaining = iter(twins)
+    expected = train_twin(lambda: next(remaining), decay=1.0, rate=rate)
+    assert_histories_agree(ours, expected)
+    for member, other in zip(members, twins, strict=True):
+        bases = sides_of(last, *member)
+        assert [b is None for b in bases] == [n > MAX_SIDE for n in MATRICES[member[0]]]
+        for basis, theirs in zip(bases, other.bases, strict=True):
+            if basis is not None:  # an eigenvector's sign is arbitrary
+                np.testing.assert_allclose(np.abs(basis.T @ theirs), np.eye(len(basis)), atol=1e-9)
+        square = np.asarray(last.owned.square[member[0]][member[1]])
+        np.testing.assert_allclose(square, other.square, rtol=1e-9)
+
+
+def test_the_first_bases_of_a_factor_of_full_rank_equal_numpys():
+    rng = np.random.default_rng(0)
+    axes, twins = Axes.parse("L|D->F"), [SoapTwin(None, 2) for _ in range(2)]
+    jax.config.update("jax_enable_x64", True)
+    optimizer = scale_by_soap(axes, every=2)
+    state, update = optimizer.init(jnp.zeros((2, 5, 5))), jax.jit(optimizer.update)
+    for _ in range(5):
+        g = rng.normal(size=(2, 5, 5))
+        u, state = update(jnp.asarray(g), state)
+        for x, twin in enumerate(twins):
+            np.testing.assert_allclose(u[x], twin(g[x]), atol=1e-11)
+
+
+FLOAT32_AXES = {"w": Axes.parse("L|D->HK"), "gain": Axes.parse("|D")}
+FLOAT32_SHAPES = {"w": (2, 12, 2, 6), "gain": (12,)}
+
+
+def float32_gradients(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    normal = lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+    return {name: normal(shape) for name, shape in FLOAT32_SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", ["soap", "soap_muon"])
+def test_bad_steps_change_nothing_even_where_the_bases_are_due(name):
+    cfg = OptimConfig(name=name, weight_decay=0.1, precondition_every=1, ns_dtype="float32")
+    optimizer, params = build_optimizer(cfg, FLOAT32_AXES), float32_gradients(0)
+    update, bad = jax.jit(optimizer.update), jax.tree.map(lambda g: g * jnp.nan, params)
+    plain = interrupted = optimizer.init(params)
+    for step in range(3):
+        updates, after = update(bad, interrupted, params, good=False)
+        assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+        jax.tree.map(np.testing.assert_array_equal, after, interrupted)
+        _, interrupted = update(float32_gradients(step), after, params, good=True)
+        _, plain = update(float32_gradients(step), plain, params, good=True)
+    jax.tree.map(np.testing.assert_array_equal, plain, interrupted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bases_stay_orthogonal_and_buffers_have_their_types(dtype):
+    axes = FLOAT32_AXES["w"]
+    optimizer = scale_by_soap(axes, every=1)
+    g = [float32_gradients(seed)["w"].astype(dtype) for seed in range(40)]
+    state, update = optimizer.init(g[0]), jax.jit(optimizer.update)
+    for x in g:
+        u, state = update(x, state)
+    owned = state.owned
+    assert u.dtype == owned.momentum.dtype == dtype
+    for basis_XNN, factor_XNN in (
+        (owned.input_basis, owned.input_factor),
+        (owned.output_basis, owned.output_factor),
+    ):
+        assert basis_XNN.dtype == factor_XNN.dtype == owned.square.dtype == jnp.float32
+        gram_XNN = np.einsum("xij,xik->xjk", basis_XNN, basis_XNN)
+        assert np.abs(gram_XNN - np.eye(gram_XNN.shape[-1])).max() < 2e-6
+
+
+def test_soap_muon_does_not_depend_on_the_size_of_small_float32_gradients():
+    cfg = OptimConfig(
+        name="soap_muon", clip_norm=0.0, precondition_every=1, ns_dtype="float32", warmup_steps=0
+    )
+    optimizer, params = build_optimizer(cfg, FLOAT32_AXES), float32_gradients(0)
+    update = jax.jit(optimizer.update)
+
+    def steps(scale):
+        state = optimizer.init(params)
+        for seed in range(4):
+            updates, state = update(float32_gradients(seed, scale), state, params)
+        return updates["w"]
+
+    np.testing.assert_allclose(steps(2.0**-24), steps(1.0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("decay", 1.0), ("every", 0), ("max_side", 0)],
+)
+def test_options_out_of_range_name_their_flag(field, value):
+    options = {"decay": 0.9, "every": 1, "max_side": 8} | {field: value}
+    with pytest.raises(ValueError, match=f"--optim.precondition_{field}"):
+        precondition(FLOAT32_AXES["w"], lambda *args: args, **options)
+
+
+def test_soap_muon_refuses_other_geometries():
+    with pytest.raises(ValueError, match="optim.geometry"):
+        OptimConfig(name="soap_muon", geometry="sign")
