@@ -70,13 +70,17 @@ def param_spec(
     """Returns how a parameter is split over the mesh axes in `over`.
 
     over=("tensor",) gives the layout in which the parameter is used, gathered over fsdp. A dim that
-    a mesh axis does not divide, or whose axis already splits an earlier dim, stays whole.
+    a mesh axis does not divide, or whose axis already splits an earlier dim, stays whole, as does
+    a dim of a letter without a mesh axis. Of the inputs, and of the outputs, only the first dim is
+    split: shards of the matrix are then contiguous blocks.
     """
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
     spec = [LETTER_AXIS.get(letter) for letter in axes.letters]
+    _, inputs, outputs = axes.split(range(len(spec)))
+    inner = *inputs[1:], *outputs[1:]
     for i, (axis, size) in enumerate(zip(spec, shape, strict=True)):
-        if axis not in over or size % mesh.shape[axis] or axis in spec[:i]:
+        if axis not in over or size % mesh.shape[axis] or axis in spec[:i] or i in inner:
             spec[i] = None
     return P(*spec)
 
@@ -100,10 +104,9 @@ def moment_spec(axes: Axes, shape: Sequence[int], mesh: Mesh) -> P:
     spec, replicas = [*param_spec(axes, shape, mesh)], mesh.shape["replica"]
     if not axes.is_matrix or replicas == 1:
         return P(*spec)
-    second_side = len(axes.letters) - len(axes.inputs if axes.outputs_first else axes.outputs)
-    sides = len(axes.stack), second_side
-    by_fsdp = sorted(sides, key=lambda dim: LETTER_AXIS.get(axes.letters[dim]) != "fsdp")
-    for dim in (0, *by_fsdp):
+    stack, inputs, outputs = axes.split(range(len(spec)))
+    by_fsdp = lambda dim: LETTER_AXIS.get(axes.letters[dim]) != "fsdp"
+    for dim in (*stack[:1], *sorted((inputs[0], outputs[0]), key=by_fsdp)):
         names = *names_in(spec[dim]), "replica"
         if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
             spec[dim] = names if len(names) > 1 else "replica"

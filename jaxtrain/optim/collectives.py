@@ -74,8 +74,7 @@ def build_mean_squares(mesh: Mesh | None) -> TreeFunction:
 
     def sums_among_zeros(a, part, spec, shape, names):
         """Returns this device's share of the sums over inputs, in an array of all sums."""
-        first = a.outputs_first * len(a.outputs) + len(a.stack)
-        inputs = range(first, first + len(a.inputs))
+        _, inputs, _ = a.split(range(len(shape)))
         kept = [dim for dim in range(len(shape)) if dim not in inputs]
         split = {name for entry in spec for name in names_in(entry)}
         copies = [jax.lax.axis_index(name) for name in names if name not in split]

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree, named_leaves
+from jaxtrain.optim import is_zero
 from jaxtrain.optim.param_groups import NORM_PRESERVING, Group
 from jaxtrain.optim.precision import widest
 
@@ -53,12 +54,12 @@ def scale_by_rate(
         def step(group, u, param):
             dtype = widest(u, param)
             u, p = u.astype(dtype), param.astype(dtype)
-            if group.decay:
+            if is_zero(group.decay):
+                decayed = u
+            else:
                 # Compared by sign: the product of two small numbers could underflow to zero.
                 decayed = jnp.where(jnp.sign(u) * jnp.sign(p) > 0, p, 0) if cautious else p
                 decayed = u + group.decay * decayed
-            else:
-                decayed = u
             rate = rate_now(group, scale, rates)
             return jnp.where(good, (-rate).astype(dtype) * decayed, 0).astype(param.dtype)
 

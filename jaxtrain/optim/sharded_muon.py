@@ -46,18 +46,13 @@ class PoolLayout(NamedTuple):
 
 def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
     """Returns (a leaf's layout, whether its matrices are transposed in it)."""
-    mesh_axes = dict(zip(axes.letters, map(names_in, spec), strict=False))
-
-    def splitting(letters):
-        names = (name for letter in letters for name in mesh_axes.get(letter, ()))
-        return tuple(name for name in names if mesh.shape[name] > 1)
-
-    for side in (axes.inputs, axes.outputs):  # blocks of a flattened side must be contiguous
-        assert not splitting(side[1:]), f"{axes}: a mesh axis splits an inner letter of {side}"
-    _, inputs, outputs = axes.matrix_shape(shape)
-    sides = (inputs, splitting(axes.inputs)), (outputs, splitting(axes.outputs))
-    rows, columns = sorted(sides)
-    return PoolLayout(rows, columns, splitting(axes.stack)), sides[0] > sides[1]
+    flat = lambda entries: (name for entry in entries for name in names_in(entry))
+    split = lambda entries: tuple(name for name in flat(entries) if mesh.shape[name] > 1)
+    stack, *sides = map(split, axes.split(spec))
+    _, *sizes = axes.matrix_shape(shape)
+    inputs, outputs = zip(sizes, sides, strict=True)
+    rows, columns = sorted((inputs, outputs))
+    return PoolLayout(rows, columns, stack), inputs > outputs
 
 
 def pool_matrices(

@@ -19,10 +19,21 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.ops.routes import Route
 from jaxtrain.optim.lmo import MatrixFunction, build_unit_step
-from jaxtrain.optim.muon import JORDAN
-from jaxtrain.optim.soap import MAX_SIDE, check_range, precondition, rotate, rotate_back
+from jaxtrain.optim.muon import JORDAN, build_newton_schulz
+from jaxtrain.optim.precision import average, widest
+from jaxtrain.optim.preconditioner import (
+    MAX_SIDE,
+    as_matrices,
+    check_range,
+    precondition,
+    preconditioner_options,
+    rotate,
+    rotate_back,
+)
 
 EPS = 2e-14  # the record's 1e-8, for a mean loss: its loss is a sum over 524,288 tokens
 
@@ -58,15 +69,37 @@ def scale_by_soap_muon(
     check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
     unit_step = build_unit_step(newton_schulz, **options)
 
-    def direction(a, g, state, moment):
-        wide = state.square.dtype
-        mean = moment.average(momentum, state.momentum, g)
-        ahead = momentum * mean.astype(wide) + (1 - momentum) * g.astype(wide) if nesterov else mean
-        rotated_XIO = rotate(a.to_matrices(ahead).astype(wide), state)
-        square_XIO = moment.average(decay, state.square, rotated_XIO**2, moment.has_bases)
+    def direction(a, g, state, progress):
+        mean = progress.average(momentum, state.momentum, g)
+        ahead = average(momentum, mean, g, widest(mean, g)) if nesterov else mean
+        rotated_XIO = rotate(as_matrices(a, ahead, state), state)
+        square_XIO = progress.average(decay, state.square, rotated_XIO**2, progress.has_bases)
         root_XIO = jnp.maximum(jnp.sqrt(square_XIO), eps)
-        divided_XIO = rotate_back(rotated_XIO / jnp.where(moment.has_bases, root_XIO, 1), state)
+        divided_XIO = rotate_back(rotated_XIO / jnp.where(progress.has_bases, root_XIO, 1), state)
         u = unit_step(a, a.from_matrices(divided_XIO, g.shape))
         return u, state._replace(momentum=mean, square=square_XIO)
 
     return precondition(axes, direction, decay, every, max_side, buffer_dtype, mesh)
+
+
+def build_soap_muon(
+    cfg: OptimConfig, axes: AxesTree, mesh: Mesh | None, square: Route | None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a config's SOAP-Muon direction of matrices, before the rate.
+
+    Args:
+        axes: pytree of Axes, like params, all matrices.
+        mesh: mesh over which params are split; None means one device.
+        square: route of Newton-Schulz' symmetric products; None means XLA.
+    """
+    return scale_by_soap_muon(
+        axes,
+        build_newton_schulz(cfg, square),
+        cfg.momentum,
+        cfg.nesterov,
+        **preconditioner_options(cfg),
+        mesh=mesh,
+        scale=cfg.scale,
+        dtype=jnp.dtype(cfg.ns_dtype),
+        per_head=cfg.per_head,
+    )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,9 @@ def _rank_lines(plan: StudyPlan, ranks: Sequence[RankCorrelation]) -> list[str]:
         "lowest to highest loss": lambda r: ", ".join(r.contenders),
     }
     order = sorted(ranks[0].contenders, key=lambda name: study.published[name])
+    pairs = list(itertools.combinations([study.published[name] for name in order], 2))
+    tied = sum(a == b for a, b in pairs)
+    most = math.sqrt(1 - tied / len(pairs))
     listed = ", ".join(f"{name} {study.published[name]:g}" for name in order)
     return [
         f"== Does it rank {count} contenders as the published comparison does?",
@@ -102,7 +106,9 @@ def _rank_lines(plan: StudyPlan, ranks: Sequence[RankCorrelation]) -> list[str]:
         format_table(ranks, columns),
         "",
         "tau-b: Kendall's rank correlation: 1 is the same order, 0 is no relation, -1 is the "
-        "reverse; corrected for ties.",
+        "reverse.",
+        f"Of the {len(pairs)} pairs of published figures, {tied} are tied, so tau-b is at most "
+        f"{most:.2f} unless the study has ties, too.",
         "interval: parametric bootstrap of the run-to-run noise, for these contenders only. p: "
         f"two-sided, over all permutations of {count} contenders.",
         "all: contenders in the order of their mean difference from the baseline over all cells.",

@@ -10,6 +10,7 @@ from jaxtrain.run_directory.lock import RunLocked
 from jaxtrain.study.plan import StudyPlan, Trial
 from jaxtrain.study.runs import Result, check_folder, is_finished, read_result, run_trial
 from jaxtrain.study.search import ChosenSetting, Pending
+from jaxtrain.train import train
 
 WAIT_S = 2.0  # between two looks at runs that other processes work on
 
@@ -33,6 +34,7 @@ class Work:
     Args:
         devices: to train on; None uses all.
         print_line: prints one line.
+        train: trains a run, as for run_trial.
 
     Attributes:
         reused: number of runs that were only read.
@@ -43,8 +45,10 @@ class Work:
         plan: StudyPlan,
         devices: Sequence[Any] | None = None,
         print_line: Callable[[str], object] = print,
+        train: Callable[..., int] = train,
     ):
         self.plan, self._devices, self._print_line = plan, devices, print_line
+        self._train = train
         self._results: dict[tuple, Result] = {}  # by cell, contender, setting and seed
         self._choices: dict[tuple[str, str], ChosenSetting] = {}  # by cell and contender
         self._costs = {cell: _cost(plan, cell) for cell in plan.cells}
@@ -158,7 +162,7 @@ class Work:
             return True
         start_s = time.monotonic()
         try:
-            result = run_trial(trial, self._devices)
+            result = run_trial(trial, self._devices, self._train)
         except RunLocked:
             return False
         self._waits = False

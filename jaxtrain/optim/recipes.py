@@ -1,0 +1,22 @@
+"""Complete optimizers for any parameter tree, without a config: muon(learning_rate=0.02), ...
+
+docs/optimizers.md shows them in loops of Flax, Equinox and plain JAX. A new recipe is one call of
+`complete_optimizer`, in its own module.
+"""
+
+from jaxtrain.optim.acceleration import accelerated_lmo, eval_params
+from jaxtrain.optim.default_axes import resolve_axes
+from jaxtrain.optim.describe import describe, group_rows
+from jaxtrain.optim.muon import muon, scale_by_muon
+from jaxtrain.optim.normuon import normuon
+
+__all__ = [
+    "accelerated_lmo",
+    "describe",
+    "eval_params",
+    "group_rows",
+    "muon",
+    "normuon",
+    "resolve_axes",
+    "scale_by_muon",
+]

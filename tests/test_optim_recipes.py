@@ -1,0 +1,326 @@
+"""Complete optimizers without a config, on parameter trees of any kind."""
+
+import inspect
+import pickle
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.optim import recipes
+from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.recipes import accelerated_lmo, muon, normuon, scale_by_muon
+
+RECIPES = [muon, normuon, accelerated_lmo]
+SHAPES = {"embed": (8, 4), "blocks": {"w": (4, 6), "bias": (6,)}, "head": (4, 8)}
+AXES = {"embed": "V|D", "blocks.w": "|D->F", "blocks.bias": "|F", "head": "|D->V"}
+RATES = {"learning_rate": 0.05, "adam_learning_rate": 0.01}
+
+
+def tree(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)
+    return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def train(optimizer, params, steps=3, seed=1):
+    """Returns (params, state) after steps with the same gradients for every optimizer."""
+    grads = [
+        jax.tree.map(lambda p, i=i: jnp.sin(i + 3 * p), params) for i in range(seed, seed + steps)
+    ]
+    state = optimizer.init(params)
+    advance = jax.jit(lambda g, s, p: optimizer.update(g, s, p))
+    for g in grads:
+        updates, state = advance(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_near(ours, theirs, rtol=1e-6, atol=1e-7):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def rows_of(optimizer, params):
+    return {row.name: row for row in recipes.group_rows(optimizer, params)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_bitwise_the_trainers_optimizer(recipe):
+    shared = dict(momentum=0.9, weight_decay=0.1)
+    cfg = OptimConfig(
+        name=recipe.__name__,
+        clip_norm=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        decay_groups="matrices,embedding,head",
+        **RATES,
+        **shared,
+        **({"strength": 0.3} if recipe is accelerated_lmo else {}),
+    )
+    axes = resolve({"embed": "V|D", "blocks": {"w": "|D->F", "bias": "|F"}, "head": "|D->V"})
+    options = RATES | shared
+    options |= {"strength": 0.3} if recipe is accelerated_lmo else {}
+    ours, state = train(recipe(**options), tree())
+    theirs, their_state = train(build_optimizer(cfg, axes), tree())
+    # XLA may round transport's fused sums differently, as the schedule is another program.
+    compare = assert_near if recipe is accelerated_lmo else assert_same
+    compare((ours, jax.tree.leaves(state)), (theirs, jax.tree.leaves(their_state)))
+
+
+def resolve(axes):
+    return recipes.resolve_axes(axes, tree())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_muon_steps_matrices_and_adamw_everything_else(recipe):
+    rows = rows_of(recipe(**RATES), tree())
+    assert {name: row.decay for name, row in rows.items()} == {
+        **dict.fromkeys(["blocks.w", "embed", "head"], 0.1),
+        "blocks.bias": 0.0,
+    }
+    steppers = {name: row.optimizer for name, row in rows.items()}
+    assert steppers.pop("blocks.w") == recipe.__name__
+    assert set(steppers.values()) == {"adamw"}
+    assert (rows["blocks.w"].rate, rows["embed"].rate) == (0.05, 0.01)
+    grads = jax.tree.map(jnp.sin, tree())
+    adam = optax.adamw(0.01, b2=0.95, weight_decay=0.1)
+    ours, theirs = (o.update(grads, o.init(tree()), tree())[0] for o in (recipe(**RATES), adam))
+    np.testing.assert_allclose(ours["embed"], theirs["embed"], rtol=1e-4)
+    singular = np.linalg.svd(
+        ours["blocks"]["w"] / 0.05 + 0.1 * tree()["blocks"]["w"], compute_uv=False
+    )
+    ahead = 1 + 0.25 * 9 if recipe is accelerated_lmo else 1  # transport moves the query point
+    assert np.all((0.6 * ahead < singular) & (singular < 1.3 * 1.5**0.5 * ahead))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "axes, shape", [("L|D->F", (4, 6)), ("|D->F", (2, 4, 6)), ("|D->D", (4, 6))]
+)
+def test_axes_that_do_not_fit_are_refused_with_path_shape_and_axes(recipe, axes, shape):
+    params = {"blocks": {"w": jnp.zeros(shape)}}
+    for optimizer in (recipe(axes={"blocks.w": axes}), scale_by_muon({"blocks": {"w": axes}})):
+        with pytest.raises(ValueError) as error:
+            optimizer.init(params)
+        assert all(part in str(error.value) for part in ("blocks.w", str(shape), axes))
+
+
+def test_scale_by_muon_refuses_what_is_no_matrix_by_name():
+    with pytest.raises(ValueError, match=r"blocks.bias with axes '\|D', role vector. Use muon"):
+        scale_by_muon().init(tree())
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 4, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+        self.head = nnx.Linear(4, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.layers[0](self.embed(x)))
+
+
+def test_nnx_optimizer_trains_a_module_as_plain_dicts_do():
+    net = Net(nnx.Rngs(0))
+    graph, state = nnx.split(net)
+    plain = nnx.to_pure_dict(state)
+    optimizer = nnx.Optimizer(net, muon(**RATES), wrt=nnx.Param)
+    loss = lambda net: jnp.mean(net(jnp.arange(8)) ** 2)
+
+    @nnx.jit
+    def step(net, optimizer):
+        optimizer.update(net, nnx.grad(loss)(net))
+
+    def plain_loss(params):
+        return loss(nnx.merge(graph, nnx.State(params)))
+
+    transform, before = muon(**RATES), loss(net)
+    opt_state = transform.init(plain)
+    for _ in range(3):
+        step(net, optimizer)
+        updates, opt_state = jax.jit(transform.update)(
+            jax.grad(plain_loss)(plain), opt_state, plain
+        )
+        plain = optax.apply_updates(plain, updates)
+    assert loss(net) < before
+    rows = rows_of(muon(), nnx.state(net, nnx.Param))
+    assert rows["layers.0.kernel"].optimizer == "muon" and rows["head.kernel"].axes == "|I->V"
+    for a, b in zip(jax.tree.leaves(nnx.state(net)), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_linen_and_its_frozen_dict_train_as_plain_dicts_do():
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="head")(nn.relu(nn.Dense(6)(x)))
+
+    x = jnp.ones((2, 4))
+    plain = Mlp().init(jax.random.key(0), x)
+    frozen = FrozenDict(plain)
+    ours, state = train(muon(**RATES), frozen)
+    assert isinstance(ours, FrozenDict)
+    assert_same(ours, train(muon(**RATES), plain)[0])
+    rows = rows_of(muon(), frozen)
+    assert [name for name, row in rows.items() if row.optimizer == "muon"] == [
+        "params.Dense_0.kernel"
+    ]
+
+
+def test_equinox_modules_train_and_have_their_outputs_first():
+    mlp = eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
+    params, static = eqx.partition(mlp, eqx.is_inexact_array)
+    optimizer = muon(**RATES, axes={"layers.2.weight": "|V<-I"})
+
+    @eqx.filter_jit
+    def step(mlp, state):
+        x = jnp.ones((3, 4))
+        loss, grads = eqx.filter_value_and_grad(lambda m: jnp.mean(jax.vmap(m)(x) ** 2))(mlp)
+        updates, state = optimizer.update(grads, state, eqx.filter(mlp, eqx.is_inexact_array))
+        return loss, eqx.apply_updates(mlp, updates), state
+
+    state, losses = optimizer.init(params), []
+    for _ in range(5):
+        loss, mlp, state = step(mlp, state)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    rows = rows_of(optimizer, params)
+    assert [row.axes for row in rows.values()] == ["|O<-I", "|D", "|O<-I", "|D", "|V<-I", "|D"]
+    assert rows["layers.0.weight"].scale == pytest.approx(2**0.5)  # from 4 inputs to 8 outputs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_injected_hyperparameters_give_the_steps_of_fixed_ones(recipe):
+    numbers = RATES | dict(weight_decay=0.1, momentum=0.9, adam_b1=0.8, adam_eps=1e-7)
+    numbers |= {"strength": 0.2} if recipe is accelerated_lmo else {}
+    numbers |= {"neuron_decay": 0.9} if recipe is normuon else {}
+    injected = optax.inject_hyperparams(recipe)(**numbers)
+    ours, state = train(injected, tree())
+    assert set(numbers) <= set(state.hyperparams)
+    for a, b in zip(
+        *map(jax.tree.leaves, (ours, train(recipe(**numbers), tree())[0])), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    assert {row.rate for row in recipes.group_rows(injected, tree())} == {"injected"}
+    state.hyperparams["learning_rate"] = jnp.float32(0)
+    state.hyperparams["adam_learning_rate"] = jnp.float32(0)
+    updates, _ = injected.update(tree(2), state, tree())
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates)) or recipe is accelerated_lmo
+    schedule = optax.linear_schedule(0.05, 0.05, 3)
+    assert_same(
+        train(optax.inject_hyperparams(recipe)(**numbers | {"learning_rate": schedule}), tree())[0],
+        ours,
+    )
+
+
+def test_hyperparameters_of_the_bare_transform_can_be_injected():
+    w = {"w": tree()["blocks"]["w"]}
+    injected = optax.inject_hyperparams(scale_by_muon)(momentum=0.9)
+    for a, b in zip(
+        *(jax.tree.leaves(train(t, w)[0]) for t in (injected, scale_by_muon(momentum=0.9))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("combine", [optax.multi_transform, optax.partition])
+def test_multi_transform_with_axes_of_the_whole_tree_steps_its_own_part(recipe, combine):
+    labels = {"embed": "sgd", "blocks": {"w": "ours", "bias": "ours"}, "head": "sgd"}
+    whole = combine({"ours": recipe(**RATES, axes=AXES), "sgd": optax.sgd(0.1)}, labels)
+    part = {"blocks": tree()["blocks"]}
+    assert_same(train(whole, tree())[0]["blocks"], train(recipe(**RATES), part)[0]["blocks"])
+    steppers = {name: row.optimizer for name, row in rows_of(whole, tree()).items()}
+    assert steppers == {
+        "blocks.bias": "adamw",
+        "blocks.w": recipe.__name__,
+        "embed": "another transform",
+        "head": "another transform",
+    }
+
+
+def test_a_masked_bare_muon_with_axes_of_the_whole_tree_works():
+    mask = jax.tree.map(lambda x: False, tree()) | {"blocks": {"w": True, "bias": False}}
+    train(optax.masked(scale_by_muon(AXES), mask), tree())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"w": (4, 6)},
+        {"bias": (4,)},
+        {"w": (4, 6), "none": None, "list": [{"w": (6, 4)}, ((4, 4), None)], "scalar": ()},
+    ],
+    ids=["only matrices", "no matrix", "containers"],
+)
+def test_trees_of_any_containers_train(recipe, params):
+    is_shape = lambda x: isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+    params = jax.tree.map(lambda s: jnp.full(s, 0.1), params, is_leaf=is_shape)
+    optimizer = recipe(**RATES)
+    new, state = train(optimizer, params)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new))
+    abstract = jax.eval_shape(optimizer.init, params)
+    assert_same(jax.jit(optimizer.init)(params), optimizer.init(params))
+    described = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert described(abstract) == described(state)
+    assert_same(pickle.loads(pickle.dumps(state)), state)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_bad_gradient_changes_nothing(recipe):
+    optimizer, grads = recipe(**RATES), jax.tree.map(lambda x: x * jnp.nan, tree())
+    _, state = train(optimizer, tree())
+    updates, after = jax.jit(optimizer.update)(grads, state, tree(), good=False)
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    assert_same(after, state)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_numbers_out_of_range_are_refused_at_once(recipe):
+    with pytest.raises(ValueError, match="momentum.*1.5"):
+        recipe(momentum=1.5)
+    with pytest.raises(ValueError, match="spectral_max"):
+        recipe(scale="unknown")
+    with pytest.raises(ValueError, match="got 0.02. Name arguments"):
+        recipe(0.02)
+    with pytest.raises(ValueError, match="needs params"):
+        recipe().update(tree(), recipe().init(tree()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_argument_of_a_recipe_is_named_as_injection_requires(recipe):
+    kinds = {p.kind for p in inspect.signature(recipe).parameters.values()}
+    assert kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    assert not any(callable(p.default) for p in inspect.signature(recipe).parameters.values())
+
+
+def test_describe_prints_a_table_of_every_parameter(capsys):
+    schedule = optax.cosine_decay_schedule(0.05, 10)
+    chain = optax.chain(optax.clip_by_global_norm(1.0), muon(None, schedule, 0.1))
+    recipes.describe(chain, jax.eval_shape(tree))
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == "name axes view group optimizer geometry scale rate decay".split()
+    assert "blocks.w |I->O 1x4x6 matrices muon spectral 1.225 schedule 0.1" in [
+        " ".join(line.split()) for line in lines
+    ]
+    assert len(lines) == 4
+    axes = resolve(None)
+    recipes.describe(build_optimizer(OptimConfig(rest="lmo"), axes), tree())
+    assert "column_norm" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="optimizer must come from"):
+        recipes.describe(optax.adam(0.1), tree())
