@@ -142,21 +142,6 @@ def collectives(compiled):
     return counts
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_fsdp_needs_two_all_to_alls_a_shape_and_one_all_reduce_for_clipping(layers):
-    compiled, _ = compile_on((1, 8, 1), layers)
-    expected = {(True, "all-to-all"): 2 * POOLS, (True, "all-reduce"): 1}
-    assert collectives(compiled) == expected
-
-
-@pytest.mark.parametrize("layers", LAYERS)
-def test_replicas_need_one_all_gather_a_shape(layers):
-    compiled, _ = compile_on((8, 1, 1), layers)
-    # Where the stack does not divide, momentum is split inside its matrices.
-    whole = {} if layers % 8 == 0 else {(True, "all-to-all"): POOLS}
-    assert collectives(compiled) == whole | {(True, "all-gather"): POOLS}
-
-
 @pytest.mark.parametrize("sizes", MESHES)
 def test_the_loop_contains_no_collective(sizes):
     compiled, _ = compile_on(sizes, 8)

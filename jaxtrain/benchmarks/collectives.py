@@ -101,6 +101,12 @@ def bytes_cell(row: dict[str, Any]) -> str:
     return f"{row['sent_bytes']:.1f}; {row['state_bytes']:.1f} / {row['split_over']:.0f}"
 
 
+TABLES = {
+    "all-to-all + all-gather + all-reduce": counts_cell,
+    "bytes sent; state / split over": bytes_cell,
+}
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """Returns two Markdown tables: the counts, and the bytes sent and stored."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -114,15 +120,14 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             lines.append([f"`{name}`", *(cell(of[case]) for case in cases)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    counts = table("all-to-all + all-gather + all-reduce", counts_cell)
-    return f"{counts}\n\n{table('bytes sent; state / split over', bytes_cell)}"
+    return "\n\n".join(table(title, cell) for title, cell in TABLES.items())
 
 
 def main(names: Sequence[str]) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
     for name in names:
         select_option(OPTIMIZERS, name, "optim.name")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     cases = [(name, label) for name in names or OPTIMIZERS for label in MESHES]
     print(tables([measure_update(name, label) for name, label in cases]))
 
