@@ -51,8 +51,8 @@ kernels_quiet launch_compare launch_follow launch_host_supervise launch_network 
 launch_prepare launch_ray launch_summary metrics_mfu model_layer_kinds model_loss ops_fused
 ops_precision ops_routes optim_acceleration optim_build optim_build_restart optim_build_state
 optim_diagnostics optim_lmo optim_muon optim_newton_schulz optim_noise optim_normuon relay
-reporting_loss_curve reporting_run_logger train_run_directory train_together training_loop
-training_phases training_startup
+reporting_loss_curve reporting_run_logger study_scaling study_work train_run_directory
+train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
 

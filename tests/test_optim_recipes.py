@@ -162,6 +162,22 @@ def test_nnx_optimizer_trains_a_module_as_plain_dicts_do():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_the_iterate_of_an_nnx_module_is_that_of_its_plain_dict():
+    net, linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(linear, nnx.Param))
+    grads = jax.tree.map(jnp.sin, params)
+    optimizer = nnx.Optimizer(net, accelerated_lmo(**RATES), wrt=nnx.Param)
+    optimizer.update(net, jax.tree.map(jnp.sin, nnx.state(net, nnx.Param)))
+    updates, state = accelerated_lmo(**RATES).update(
+        grads, accelerated_lmo(**RATES).init(params), params
+    )
+    ahead = optax.apply_updates(params, updates)
+    iterate = recipes.eval_params(optimizer.opt_state, nnx.state(net, nnx.Param))
+    assert_near(iterate, recipes.eval_params(state, ahead))
+    assert not jnp.array_equal(iterate["kernel"], ahead["kernel"])
+    nnx.update(net, iterate)
+
+
 def test_linen_and_its_frozen_dict_train_as_plain_dicts_do():
     class Mlp(nn.Module):
         @nn.compact

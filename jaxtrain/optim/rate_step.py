@@ -112,8 +112,11 @@ def keep_norms(
         return jnp.sum(x * y, tuple(range(len(view(a).stack), x.ndim)), keepdims=True)
 
     def init(params):
-        square = lambda a, p: inner(a, split(a, p), split(a, p))
-        norm = jax.tree.map(jnp.sqrt, jax.tree.map(square, axes, params))
+        def norm_of(a, p):
+            p = split(a, p.astype(widest(p)))
+            return jnp.sqrt(inner(a, p, p))
+
+        norm = jax.tree.map(norm_of, axes, params)
         for name, x in named_leaves(norm).items():
             if not isinstance(x, Tracer) and not jnp.all(x):
                 raise ValueError(

@@ -36,6 +36,7 @@ Newton-Schulz for a config. Neither trains anything.
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         set_up_logging()
         with interruptible():
-            run_study(args.config, dry_run=args.dry_run)
+            # A study runs for hours: a file that its output goes to should show each run at once.
+            run_study(args.config, print_line=partial(print, flush=True), dry_run=args.dry_run)
     except (Interrupted, KeyboardInterrupt) as stop:
         print("\nstopped; the same command continues from here")
         return getattr(stop, "status", INTERRUPTED)
