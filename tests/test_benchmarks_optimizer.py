@@ -96,7 +96,7 @@ def test_the_update_of_a_step_needs_less_than_its_target_of_temporary_memory(nam
     run = build_run(cfg, jax.devices()[:1])
     state = abstract_state(run.model, run.optimizer, run.mesh)
     scalar = jax.ShapeDtypeStruct((), "float32")
-    update = jax.jit(build_update(run.model, run.optimizer, lambda count: 1.0), donate_argnums=0)
+    update = jax.jit(build_update(run.model, run.optimizer, cfg.optim), donate_argnums=0)
     step = Step(update, state, (scalar, scalar, state.params), dict.fromkeys(run.rates(), scalar))
     pairs = zip(jax.tree.leaves(run.model.axes), jax.tree.leaves(state.params), strict=True)
     largest = max(4 * x.size for axes, x in pairs if axes.is_matrix)

@@ -243,7 +243,7 @@ def test_updates_are_added_and_their_root_mean_square_is_that_of_each_group(monk
     monkeypatch.setattr(build, "SLICE_BYTES", 16)  # several slices, which are not all equal
     updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
     params, ones = jax.tree.map(jnp.ones_like, updates), jax.tree.map(jnp.ones_like, updates)
-    new, rms = apply_and_measure(params, updates, FEW)
+    new, rms = apply_and_measure(params, updates, FEW, OptimConfig())
     jax.tree.map(np.testing.assert_array_equal, new, jax.tree.map(jnp.add, ones, updates))
     assert {k: float(v) for k, v in rms.items()} == {
         "optim/matrices/update_rms": pytest.approx(2),

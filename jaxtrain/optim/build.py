@@ -26,7 +26,6 @@ from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.param_groups import (
     MATRICES,
-    REST,
     check_axes,
     check_axes_fit,
     group_of,
@@ -206,16 +205,16 @@ def state_shardings(
 
 
 def apply_and_measure(
-    params: ArrayTree, updates: ArrayTree, axes: AxesTree
+    params: ArrayTree, updates: ArrayTree, axes: AxesTree, cfg: OptimConfig
 ) -> tuple[ArrayTree, dict[str, jax.Array]]:
-    """Returns the new parameters and the RMS of the updates of matrices and of the rest.
+    """Returns the new parameters and the RMS of each group's updates.
 
     The latter is `{"optim/matrices/update_rms": float32 [], ...}`.
     """
     leaves, treedef = jax.tree.flatten(params)
     squares, sizes, new = {}, {}, []
     for a, p, u in zip(jax.tree.leaves(axes), leaves, jax.tree.leaves(updates), strict=True):
-        name = MATRICES if a.is_matrix else REST
+        name = group_of(cfg, a).name
         p, square = _add_and_square(p, u)
         new.append(p)
         squares[name] = squares.get(name, 0.0) + square

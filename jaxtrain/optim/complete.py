@@ -147,7 +147,8 @@ def complete_optimizer(
             scale_by_adam(adam.b1, adam.b2, adam.eps),
             scale_by_rate(select(REST, groups), share, cautious_decay),
         )
-        return _partition({MATRICES: matrices, REST: rest}, names)
+        present, optimizers = set(jax.tree.leaves(names)), {MATRICES: matrices, REST: rest}
+        return _partition({name: optimizers[name] for name in sorted(present)}, names)
 
     def row(name: str, a: Axes, shape: tuple[int, ...]) -> GroupRow:
         row = build_row(name, a, shape, group_of(a), view.scale, view.per_head)

@@ -89,8 +89,8 @@ def run_study(
     base, _ = resolve_dtype(plan.base, (devices or jax.devices())[0])
     folder = Path(plan.study.workdir)
     if dry_run:
-        for line in [*describe_study(plan), *estimate_time(plan._replace(base=base), devices)]:
-            print_line(line)
+        for lines in (describe_study(plan), estimate_time(plan._replace(base=base), devices)):
+            print_line("\n".join(lines))
         return []
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(base, folder)
@@ -121,6 +121,8 @@ def _check_folders(plan: StudyPlan) -> None:
     """Checks the folders of all settings in the config before the first run."""
     study = plan.study
     for cell, contender in itertools.product(plan.cells, study.contenders):
+        if not Path(study.workdir, cell, contender).exists():
+            continue
         for setting in plan.declared_settings(contender):
             for seed in (study.tuning_seed, *study.seeds):
                 check_folder(plan.trial(cell, contender, setting, seed))
