@@ -54,7 +54,7 @@ ops_precision ops_routes optim_acceleration optim_build optim_build_restart opti
 optim_default_axes optim_diagnostics optim_lmo optim_muon optim_newton_schulz optim_noise
 optim_normuon optim_owners optim_recipes optim_soap relay reporting_loss_curve reporting_run_logger
 study_scaling study_work train_run_directory train_together training_loop training_phases
-training_startup
+training_startup track3
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
 
