@@ -26,6 +26,7 @@ LONGEST = (
     "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
+    "test_benchmarks_collectives.py",
     "test_study.py",
     "test_benchmarks_suites.py",
     "test_training_diagnostic_step.py",

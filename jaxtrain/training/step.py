@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.distributed.mesh import batch_sharding, param_sharding, platform, replicated
 from jaxtrain.model.transformer import Model, head_weights
-from jaxtrain.optim.build import state_shardings, update_rms_by_group
+from jaxtrain.optim.build import apply_and_measure, state_shardings
 from jaxtrain.optim.schedule import build_schedule
 
 # XLA's CPU scheduler otherwise spends memory on parallelism that the thread pool cannot use:
@@ -240,7 +240,7 @@ def build_update(model: Model, optimizer, cfg: OptimConfig) -> Callable:
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, good=good, rates=rates
         )
-        params = optax.apply_updates(state.params, updates)
+        params, update_rms = apply_and_measure(state.params, updates, model.axes, cfg)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         skipped = state.skipped_steps + ~good
         new = TrainState(state.step + 1, params, opt_state, bad_steps, skipped)
@@ -250,7 +250,7 @@ def build_update(model: Model, optimizer, cfg: OptimConfig) -> Callable:
             "train/bad_steps": bad_steps,
             "train/skipped_steps": skipped,
             "optim/rate": rate(state.step - state.skipped_steps),
-        } | update_rms_by_group(updates, model.axes, cfg)
+        } | update_rms
         return new, scalars
 
     return update
