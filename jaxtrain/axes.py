@@ -1,22 +1,45 @@
-"""Names the dims of a parameter by letters, which decide how the parameter is treated.
+"""Names the dims of a parameter, which decides how the parameter is treated.
 
 Initialisation, sharding, the choice of optimizer and the metrics all read this description.
 
 `"L|D->HK"` is a stack of L matrices, each from D inputs to H*K outputs. Without an arrow the dims
 after the bar are vectors: `"V|D"` is V vectors of width D (an embedding), `"L|D"` one vector for
 each layer. `"|V<-D"` is a matrix from D to V whose array has its outputs first (a head). The
-letters stand in the order of the array's dims; ModelConfig explains them.
+names stand in the order of the array's dims. Any letter may be used, also twice (`"|D->D"`).
+Longer names are written as a tuple of stack, inputs and outputs, such as
+`(("layers",), ("height", "width", "in"), ("out",))`, or in parentheses: `"(layers)|D->(out)"`.
+
+Four letters have a meaning, and longer names have none:
+
+- V, the vocabulary: a matrix to V is a head, and vectors stacked on V are an embedding.
+- T, positions: vectors stacked on T are an embedding of positions.
+- H and G, query heads and key/value heads: with optim.per_head each is a separate matrix.
+
+On a mesh, D, F, G, H and V are split over devices, and all other dims are whole on each
+(distributed/mesh.py). ModelConfig explains the letters of the trainer's own model.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
-LETTERS = "DFGHKLTV"
-HEAD_LETTERS = "HG"  # query heads and key/value heads
-TABLE_LETTERS = "TV"  # a table's vectors are looked up, by position or by token
+HEAD_LETTERS = ("H", "G")  # query heads and key/value heads
+TABLE_LETTERS = ("T", "V")  # a table's vectors are looked up, by position or by token
 Array = Any  # a JAX or NumPy array; this module must not import JAX
+Names: TypeAlias = tuple[str, ...]
+Entry = TypeVar("Entry")
+
+
+def _read_names(text: str) -> Names:
+    """Splits `"HK"` and `"(height)(width)"` into names; leaves what is malformed in one piece."""
+    names = re.findall(r"\((\w+)\)|(.)", text)
+    return tuple(long or letter for long, letter in names)
+
+
+def _write_names(names: Names) -> str:
+    return "".join(name if len(name) == 1 else f"({name})" for name in names)
 
 
 @dataclass(frozen=True)
@@ -24,46 +47,95 @@ class Axes:
     """Dims of one parameter: `stack` dims, then `inputs`, then `outputs` (empty for vectors).
 
     outputs_first: the array's dims are stack, outputs, inputs.
+
+    Raises:
+        ValueError: a name is not an identifier, or there are outputs without inputs.
     """
 
-    stack: str
-    inputs: str
-    outputs: str = ""
+    stack: Names
+    inputs: Names
+    outputs: Names = ()
     outputs_first: bool = False
 
+    def __post_init__(self):
+        parts = self.stack, self.inputs, self.outputs
+        names = [name for part in parts for name in part]
+        valid = all(isinstance(name, str) and name.isidentifier() for name in names)
+        if not valid or not all(isinstance(part, tuple) for part in parts):
+            raise ValueError(
+                "axes must be tuples of letters or other identifiers, as 'L|D->F' or "
+                f"(('layers',), ('in',), ('out',)); got {parts!r}."
+            )
+        if self.outputs and not self.inputs:
+            raise ValueError(f"axes must have inputs beside outputs; got {parts!r}.")
+
     @classmethod
-    def parse(cls, text: str) -> "Axes":
-        """Reads `stack|inputs->outputs` or `stack|outputs<-inputs`.
+    def parse(cls, axes: "str | tuple[Names, ...] | Axes") -> "Axes":
+        """Reads `stack|inputs->outputs`, `stack|outputs<-inputs`, or a tuple of these parts.
+
+        A tuple of two parts describes vectors. Axes are returned unchanged.
 
         Raises:
-            ValueError: there is not exactly one bar, or a letter is unknown or repeated.
+            ValueError: there is not exactly one bar, a part is missing, or a name is invalid.
         """
-        if text.count("|") != 1:
-            raise ValueError(f"axes must contain one '|' between stack and dims; got {text!r}.")
-        stack, dims = text.split("|")
+        if isinstance(axes, Axes):
+            return axes
+        if not isinstance(axes, str):
+            parts = axes if isinstance(axes, tuple) else ()
+            if not (2 <= len(parts) <= 3 and all(isinstance(part, tuple) for part in parts)):
+                raise ValueError(
+                    f"axes must be tuples of names: stack, inputs and outputs; got {axes!r}."
+                )
+            stack, inputs, outputs = (*parts, ())[:3]
+            return cls(stack, inputs, outputs)
+        if axes.count("|") != 1:
+            raise ValueError(f"axes must contain one '|' between stack and dims; got {axes!r}.")
+        stack, dims = axes.split("|")
         outputs_first = "<-" in dims
         inputs, arrow, outputs = dims.partition("<-" if outputs_first else "->")
         if outputs_first:
             inputs, outputs = outputs, inputs
-        letters = stack + inputs + outputs
-        unknown = set(letters) - set(LETTERS)
-        if unknown or not inputs or (arrow and not outputs) or len(set(letters)) < len(letters):
-            raise ValueError(
-                f"axes must be distinct letters of {LETTERS}, as 'L|D->F'; got {text!r}."
-            )
-        return cls(stack, inputs, outputs, outputs_first)
+        if (arrow and not (inputs and outputs)) or (stack and not inputs):
+            raise ValueError(f"axes must have dims after the '|', as 'L|D->F'; got {axes!r}.")
+        return cls(_read_names(stack), _read_names(inputs), _read_names(outputs), outputs_first)
 
     def __str__(self) -> str:
+        stack, inputs, outputs = map(_write_names, (self.stack, self.inputs, self.outputs))
         if self.outputs_first:
-            return f"{self.stack}|{self.outputs}<-{self.inputs}"
-        return f"{self.stack}|{self.inputs}" + (f"->{self.outputs}" if self.outputs else "")
+            return f"{stack}|{outputs}<-{inputs}"
+        return f"{stack}|{inputs}" + (f"->{outputs}" if outputs else "")
 
     @property
-    def letters(self) -> str:
-        """The letters of all dims, in the array's order."""
+    def letters(self) -> Names:
+        """The names of all dims, in the array's order."""
         if self.outputs_first:
             return self.stack + self.outputs + self.inputs
         return self.stack + self.inputs + self.outputs
+
+    def split(self, dims: Sequence[Entry]) -> tuple[Sequence[Entry], ...]:
+        """Splits a sequence with an entry for each dim into those of stack, inputs and outputs."""
+        first = len(self.stack) + len(self.outputs if self.outputs_first else self.inputs)
+        sides = dims[len(self.stack) : first], dims[first:]
+        return dims[: len(self.stack)], *(sides[::-1] if self.outputs_first else sides)
+
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """Checks that an array has one dim for each name, and one size for a repeated name.
+
+        Raises:
+            ValueError: it has not; the message has the parameter's name, its shape and the axes.
+        """
+        where = f"got {name or 'one array'} of shape {tuple(shape)} with axes {str(self)!r}"
+        if len(shape) != len(self.letters):
+            raise ValueError(
+                f"axes must name each dim of a parameter; {where}, which name {len(self.letters)}."
+            )
+        sizes: dict[str, int] = {}
+        for letter, size in zip(self.letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"dims of one name must have one size; {where}, where {letter} is both "
+                    f"{sizes[letter]} and {size}."
+                )
 
     @property
     def role(self) -> str:
@@ -82,7 +154,16 @@ class Axes:
         return self.role == "matrix"
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns the array's shape, given each letter's size."""
+        """Returns the array's shape, given each name's size.
+
+        Raises:
+            ValueError: a name has no size.
+        """
+        if unknown := set(self.letters) - set(sizes):
+            raise ValueError(
+                f"axes must use names of known size, {', '.join(sizes)}; got {str(self)!r} with "
+                f"{', '.join(sorted(unknown))}."
+            )
         return tuple(sizes[letter] for letter in self.letters)
 
     def fan_in(self, sizes: Mapping[str, int]) -> int:
@@ -94,15 +175,10 @@ class Axes:
 
         An embedding is one matrix whose inputs are its entries; a vector has one input.
         """
-        stack, dims = shape[: len(self.stack)], shape[len(self.stack) :]
+        stack, inputs, outputs = map(math.prod, self.split(shape))
         if self.role == "embedding":
-            return 1, math.prod(stack), math.prod(dims)
-        if not self.outputs:
-            return math.prod(stack), 1, math.prod(dims)
-        first = len(self.outputs if self.outputs_first else self.inputs)
-        before, after = math.prod(dims[:first]), math.prod(dims[first:])
-        inputs, outputs = (after, before) if self.outputs_first else (before, after)
-        return math.prod(stack), inputs, outputs
+            return 1, stack, inputs
+        return (stack, inputs, outputs) if self.outputs else (stack, 1, inputs)
 
     def to_matrices(self, x: Array) -> Array:
         """Returns x, a parameter or one device's shard of it, as [X,I,O]."""
@@ -139,16 +215,18 @@ class Axes:
         if order is None:
             return self
         head = self.letters[order[len(self.stack)]]
-        return Axes(
-            self.stack + head, self.inputs.replace(head, ""), self.outputs.replace(head, "")
-        )
+        sides = ("outputs", "inputs") if self.outputs_first else ("inputs", "outputs")
+        side = next(side for side in sides if head in getattr(self, side))
+        names = getattr(self, side)
+        others = names[: names.index(head)] + names[names.index(head) + 1 :]
+        return replace(self, stack=(*self.stack, head), **{side: others})
 
     def _heads_first(self) -> list[int] | None:
         """Returns the order of dims that puts the heads after the stack; None without heads."""
-        heads = [i for i, letter in enumerate(self.letters) if letter in HEAD_LETTERS]
+        stack, letters = len(self.stack), self.letters
+        heads = [i for i in range(stack, len(letters)) if letters[i] in HEAD_LETTERS]
         # If the heads are the only inputs or outputs, the slice of a head is not a matrix.
-        if not (heads and self.is_matrix) or {self.inputs, self.outputs} & set(HEAD_LETTERS):
+        if not (heads and self.is_matrix) or {self.inputs, self.outputs} & {("H",), ("G",)}:
             return None
-        stack = len(self.stack)
-        others = [i for i in range(stack, len(self.letters)) if i != heads[0]]
+        others = [i for i in range(stack, len(letters)) if i != heads[0]]
         return [*range(stack), heads[0], *others]

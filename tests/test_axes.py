@@ -6,13 +6,20 @@ from jaxtrain.axes import Axes
 SIZES = {"L": 3, "D": 8, "H": 4, "K": 2, "F": 16, "V": 32}
 
 
-@pytest.mark.parametrize("text", ["L|D->HK", "V|D", "|D", "L|F->D", "L|HK->D", "|V<-D"])
+TEXTS = ["L|D->HK", "V|D", "|D", "L|F->D", "L|HK->D", "|V<-D", "|D->D", "|HWI->O", "|"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "(layers)|(height)(width)D->(out)"])
 def test_axes_print_as_the_text_that_they_were_parsed_from(text):
     assert str(Axes.parse(text)) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["D->F", "L|D|F", "L|D->", "L|", "L|Q->D", "L|D->D", "x", "|V<-", "|<-D"]
+    "text",
+    [
+        *("D->F", "L|D|F", "L|D->", "L|", "x", "|V<-", "|<-D", "|D-F", "|D F", "|(in->D", "|2->D"),
+        *((("L",), "D", ("F",)), (("L",),), ("L", "D", "F"), ((), (), ("F",)), ((), ("a b",)), 3),
+    ],
 )
 def test_malformed_axes_are_refused(text):
     with pytest.raises(ValueError, match="axes must"):
@@ -29,6 +36,12 @@ def test_malformed_axes_are_refused(text):
         ("|D->V", "head"),
         ("L|D", "vector"),
         ("|D", "vector"),
+        ("|D->D", "matrix"),
+        ("|", "vector"),
+        ("|D->(V)", "head"),
+        ((("V",), ("in",)), "embedding"),
+        ((("vocabulary",), ("in",)), "vector"),
+        ((("HT",), ("in",), ("VT",)), "matrix"),
     ],
 )
 def test_the_letters_decide_the_role_of_a_parameter(text, role):
@@ -53,6 +66,36 @@ def test_the_matrix_of_a_head_has_its_inputs_first():
     np.testing.assert_array_equal(same, x)
 
 
+def test_a_tuple_of_names_is_the_same_as_letters():
+    names = (("layers",), ("height", "width", "in"), ("out",))
+    axes, x = Axes.parse(names), np.arange(2 * 3 * 3 * 4 * 5).reshape(2, 3, 3, 4, 5)
+    assert axes == Axes.parse(axes) == Axes.parse(str(axes)) and axes.letters == sum(names, ())
+    np.testing.assert_array_equal(axes.to_matrices(x), Axes.parse("L|HWI->O").to_matrices(x))
+    assert Axes.parse(((), ("in",))) == Axes.parse("|(in)")
+
+
+@pytest.mark.parametrize(
+    "text, shape, problem",
+    [
+        ("L|D->F", (4, 6), "which name 3"),
+        ("|D->F", (2, 4, 6), "which name 2"),
+        ("|D->D", (4, 6), "D is both 4 and 6"),
+        ("|", (1,), "which name 0"),
+    ],
+)
+def test_an_array_that_does_not_fit_its_axes_is_named(text, shape, problem):
+    with pytest.raises(ValueError) as error:
+        Axes.parse(text).check_shape("blocks.w", shape)
+    parts = "blocks.w", str(shape), text, problem
+    assert [part for part in parts if part not in str(error.value)] == []
+    Axes.parse(text).check_shape("blocks.w", [4] * len(Axes.parse(text).letters))
+
+
+def test_a_name_without_a_size_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"L, D, H.*'\|Q->D' with Q"):
+        Axes.parse("|Q->D").shape(SIZES)
+
+
 def test_shape_and_fan_in_are_products_of_the_letters_sizes():
     axes = Axes.parse("L|HK->D")
     assert axes.shape(SIZES) == (3, 4, 2, 8)
@@ -68,7 +111,9 @@ def test_on_matrices_flattens_inputs_and_outputs_and_restores_the_shape():
     np.testing.assert_array_equal(same, x)
 
 
-@pytest.mark.parametrize("text, view", [("L|D->HK", "LH|D->K"), ("L|HK->D", "LH|K->D")])
+@pytest.mark.parametrize(
+    "text, view", [("L|D->HK", "LH|D->K"), ("L|HK->D", "LH|K->D"), ("L|HK<-D", "LH|K<-D")]
+)
 def test_splitting_heads_makes_each_a_matrix_and_merging_undoes_it(text, view):
     axes = Axes.parse(text)
     x = np.arange(np.prod(axes.shape(SIZES))).reshape(axes.shape(SIZES))
@@ -77,8 +122,9 @@ def test_splitting_heads_makes_each_a_matrix_and_merging_undoes_it(text, view):
     np.testing.assert_array_equal(axes.merge_heads(y), x)
 
 
-def test_splitting_heads_leaves_a_matrix_without_heads_as_it_is():
-    axes = Axes.parse("L|D->F")
+@pytest.mark.parametrize("text", ["L|D->F", "H|D->F", "|D->H", "H|D"])
+def test_splitting_heads_leaves_what_has_no_heads_as_it_is(text):
+    axes = Axes.parse(text)
     x = np.zeros(axes.shape(SIZES))
     by_head, y = axes.split_heads(x)
     assert by_head == axes and y is x and axes.merge_heads(x) is x

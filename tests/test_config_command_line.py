@@ -236,12 +236,14 @@ def test_a_command_without_a_config_refuses_the_fields_of_configs(flag, capsys):
 def test_a_field_set_for_a_study_applies_to_all_its_runs(capsys):
     argv = ["study_quick", "--steps=9", "--base.seed=3", "--study.seeds=4,5,6"]
     argv += ["--study.grid.adamw.optim.adam_learning_rate=0.1,0.2"]
+    argv += ["--study.level=0.01", "--study.horizons=1,2"]  # the config file does not set these
     with fresh_flags() as flags:
         assert parse(study.form(), "jaxtrain study", argv) == []
         values = flags.config
     assert (values.base.steps, values.base.seed, values.study.seeds) == (9, 3, (4, 5, 6))
     assert values.base.optim.total_steps == 9
     assert values.study.grid.adamw.optim.adam_learning_rate == (0.1, 0.2)
+    assert (values.study.level, values.study.horizons) == (0.01, (1, 2))
     with fresh_flags():
         assert exit_status(study.command, ["study_quick", "--steps=-9"]) == 1
     assert "steps must be at least 1; got -9. Set --steps." in capsys.readouterr().err

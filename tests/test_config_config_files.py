@@ -15,7 +15,7 @@ from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
 FAMILIES = {"__init__", "base", "gpt2", "llama"}  # not configs of a run
-STUDIES = {"study", "study_quick"}  # tested in tests/test_study.py
+STUDIES = {"study", "study_quick", "study_scaling"}  # tested in tests/test_study_plan.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}

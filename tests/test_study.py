@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import threading
 import time
@@ -165,3 +166,13 @@ def test_a_run_stopped_by_a_signal_is_saved_and_resumed(values, tmp_path):
         run_trial(trial, jax.devices()[:1])
     assert stopped.value.status == INTERRUPTED and not is_finished(trial)
     assert run_trial(trial, jax.devices()[:1]).loss > 0 and is_finished(trial)
+
+
+def test_a_dry_run_estimates_the_time_and_writes_nothing(studied, values, tmp_path):
+    lines = []
+    study = values["study"] | {"workdir": str(tmp_path / "dry")}
+    run_study(values | {"study": study}, jax.devices()[:1], lines.append, dry_run=True)
+    text = "\n".join(lines)
+    assert "runs        10; every contender has the same tuning budget" in text
+    assert re.search(r"time +at most \d:\d\d of steps in this process.*\n +plain +10 runs of", text)
+    assert not (tmp_path / "dry").exists()

@@ -4,7 +4,6 @@ import importlib
 import math
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,7 +14,6 @@ from jaxtrain.study.plan import build_plan
 from jaxtrain.study.result import compare, format_result
 from jaxtrain.study.runs import Result, falling_curve
 from jaxtrain.study.work import CellRuns
-from jaxtrain.training.run import build_run
 
 MUON = {"optim": {"learning_rate": (0.02, 0.06), "adam_learning_rate": (0.01, 0.03)}}
 ADAMW = {"optim": {"adam_learning_rate": (0.001, 0.002, 0.003, 0.004)}}
@@ -183,15 +181,26 @@ def test_an_error_names_the_grid_of_a_contender_whose_settings_all_diverge():
         choose(plan, "muon", [float("inf")] * 4)
 
 
-@pytest.mark.parametrize("name", ["study", "study_quick"])
+@pytest.mark.parametrize("name", ["study", "study_quick", "study_scaling"])
 def test_shipped_studies_are_fair_and_state_their_size_and_command(name):
     module = importlib.import_module(f"configs.{name}")
     plan = build_plan(module.get_config())
-    assert plan.base.sample.tokens == 0 and plan.base.save_every == plan.base.steps
-    parameters = build_run(plan.base, jax.devices()[:1]).parameters
-    stated = re.search(r"([\d,]+) parameters", module.__doc__).group(1)
-    assert int(stated.replace(",", "")) == parameters
+    assert plan.base.sample.tokens == 0 and plan.base.save_every >= plan.base.steps
+    for cell in plan.cells.values():
+        assert f"{cell.parameters:,}" in module.__doc__
+    assert "parameters" in module.__doc__
     assert f"python -m jaxtrain.study --config=configs/{name}.py" in module.__doc__
+
+
+def test_the_study_of_horizons_states_its_runs_and_compares_with_the_published_figures():
+    module = importlib.import_module("configs.study_scaling")
+    plan = build_plan(module.get_config())
+    assert f"{plan.runs} runs" in module.__doc__
+    assert set(plan.study.published) == set(plan.study.contenders)
+    tuned = {name: len(grid) for name, grid in plan.grids.items()}
+    assert len(set(tuned.values())) == 1, "every contender tunes the same number of fields"
+    assert list(plan.cells) == ["100k-1x", "300k-1x", "300k-2x", "300k-4x", "500k-1x"]
+    assert plan.cells["500k-1x"].starts_from == "300k-1x"
 
 
 def test_a_change_of_the_base_reaches_every_run():

@@ -82,7 +82,7 @@ def optax_muon(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
     def dimension_numbers(a: Axes) -> optax.contrib.MuonDimensionNumbers | None:
         if not a.is_matrix:
             return None
-        inputs, outputs = ([a.letters.index(x) for x in side] for side in (a.inputs, a.outputs))
+        _, inputs, outputs = a.split(range(len(a.letters)))
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
 
     muon = optax.contrib.muon(

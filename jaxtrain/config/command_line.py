@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import config_files
 from jaxtrain.config.commands import rewrite_commands
-from jaxtrain.config.fields import find_fault, list_sections, plain_fields
+from jaxtrain.config.fields import default_of, find_fault, list_sections, plain_fields
 from jaxtrain.config.help_text import format_flag, translate_name, wrap_table
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.errors import REFUSED
@@ -229,28 +229,29 @@ class _CommandLine:
         """Refuses a config file that sets a field which TrainConfig does not have."""
         if "model" not in config:  # a study's config, or another command's
             return
-        for name in config:
-            if name not in {known.partition(".")[0] for known in self.fields}:
-                near = nearest_name(name, list(self.fields))
-                hint = f" Did you mean {near}?" if near else ""
-                self.refuse(f"{self.config_name}: config has no field {name}.{hint}")
+        for name in sorted(set(config) - {known.partition(".")[0] for known in self.fields}):
+            near = nearest_name(name, list(self.fields))
+            hint = near and f" Did you mean {near}?"
+            self.refuse(f"{self.config_name}: config has no field {name}.{hint}")
 
     def _override(self, config: ConfigDict, field: Field) -> None:
         """Sets one field in a ConfigDict, checked by its type and its own bounds."""
-        name = field.name
-        if "base" in config and name in self.fields and not name.startswith(("base.", "study.")):
+        name, knob = field.name, self.fields.get(field.name)
+        if "base" in config and knob and not name.startswith(("base.", "study.")):
             name = f"base.{name}"  # the config that all runs of a study start from
         *sections, last = name.split(".")
         inner: Any = config
         for section in sections:
             inner = inner[section] if section in inner else {}
+        if knob and inner and last not in inner:
+            with inner.unlocked():
+                inner[last] = default_of(knob)  # a study's config may leave it out
         if last not in inner:
             near = nearest_name(name, list(_names(config)))
-            hint = f" Did you mean --{near}?" if near else ""
+            hint = near and f" Did you mean --{near}?"
             self.refuse(f"{self.config_name} has no field {name} for --{field.typed}.{hint}")
         value = self._parse_value(field, type(inner[last]))
-        knob = self.fields.get(field.name)
-        if knob is not None and (reason := find_fault(knob, value)):
+        if knob and (reason := find_fault(knob, value)):
             self.refuse(f"{field.name} {reason}; got {value!r}. Set --{field.typed}.")
         try:
             inner[last] = value

@@ -41,6 +41,11 @@ def list_sections(cls: type) -> Iterator[tuple[str, type]]:
             yield f"{f.name}.", f.type
 
 
+def default_of(f: Field) -> Any:
+    """Returns the default of a dataclass field."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 def find_fault(f: Field, value: Any) -> str:
     """Returns the rule that a field's value breaks, as "must be ..."; "" if it is valid."""
     if not isinstance(f.type, type) or f.type not in (bool, int, float, str):

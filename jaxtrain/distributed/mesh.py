@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.axes import Axes
-from jaxtrain.config.sections import MeshConfig
+from jaxtrain.config.run_sections import MeshConfig
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")  # mesh axes that split the batch
@@ -64,13 +64,17 @@ def param_spec(
     """Returns how a parameter is split over the mesh axes in `over`.
 
     over=("tensor",) gives the layout in which the parameter is used, gathered over fsdp. A dim that
-    a mesh axis does not divide, or whose axis already splits an earlier dim, stays whole.
+    a mesh axis does not divide, or whose axis already splits an earlier dim, stays whole, as does
+    a dim of a letter without a mesh axis. Of the inputs, and of the outputs, only the first dim is
+    split: shards of the matrix are then contiguous blocks.
     """
     if not (axes.is_matrix or "V" in axes.letters):
         return P()
     spec = [LETTER_AXIS.get(letter) for letter in axes.letters]
+    _, inputs, outputs = axes.split(range(len(spec)))
+    inner = *inputs[1:], *outputs[1:]
     for i, (axis, size) in enumerate(zip(spec, shape, strict=True)):
-        if axis not in over or size % mesh.shape[axis] or axis in spec[:i]:
+        if axis not in over or size % mesh.shape[axis] or axis in spec[:i] or i in inner:
             spec[i] = None
     return P(*spec)
 

@@ -31,7 +31,7 @@ def letter_sizes(cfg: ModelConfig) -> dict[str, int]:
     return {letter: getattr(cfg, letter) for letter in "DFGHKLV"} | {"T": cfg.positions}
 
 
-def param(cfg: ModelConfig, axes: str, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
+def param(cfg: ModelConfig, axes: str | Axes, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
     """Declares a parameter. The zeros are abstract: modules are built under nnx.eval_shape."""
     parsed = Axes.parse(axes)
     dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
@@ -129,7 +129,7 @@ class Linear(nnx.Module):
         self.w = param(cfg, axes, std)
         self.has_bias = cfg.bias or bias
         if self.has_bias:
-            self.b = param(cfg, f"{parsed.stack}|{parsed.outputs}")
+            self.b = param(cfg, Axes(parsed.stack, parsed.outputs))
         self.input_dims = len(parsed.inputs)
 
     def __call__(self, x: jax.Array, ops: LayerOps) -> jax.Array:

@@ -17,13 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtrain.model.trees import ArrayTree, AxesTree
-from jaxtrain.optim.muon import muon
+from jaxtrain.model.trees import ArrayTree
+from jaxtrain.optim import Hyperparameter, check_decay, is_number, is_zero
+from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
+from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
-Strength = float | Callable[[jax.Array], jax.Array]  # a number, or a function of the good steps
+PARAMETERS, ITERATE = "the parameters", "the iterate, not the look-ahead point"
+# A number, an array, or a function of the good steps.
+Strength = Hyperparameter | Callable[[jax.Array], jax.Array]
 
 
 class TransportState(NamedTuple):
@@ -31,9 +37,13 @@ class TransportState(NamedTuple):
     inner: Any
     offset: optax.Updates  # query point minus iterate, like params
 
-    def query_offset(self) -> optax.Updates:
-        """Returns the query point minus the iterate."""
-        return self.offset
+    def evaluated(self, params: ArrayTree) -> ArrayTree:
+        """Returns what eval_params does, given the query point."""
+        return eval_params(self.inner, _subtract(params, self.offset))
+
+    def describe(self, inner: str) -> str:
+        """Describes the evaluated weights."""
+        return inner.replace(PARAMETERS, ITERATE)
 
 
 class LookaheadState(NamedTuple):
@@ -42,20 +52,24 @@ class LookaheadState(NamedTuple):
     displacement: optax.Updates  # averaged step of the iterate, like params
     reach: jax.Array  # [], the widest type of all params; the offset is reach * displacement
 
-    def query_offset(self) -> optax.Updates:
-        """Returns the query point minus the iterate."""
-        return jax.tree.map(lambda d: self.reach * d, self.displacement)
+    def evaluated(self, params: ArrayTree) -> ArrayTree:
+        """Returns what eval_params does, given the query point."""
+        offset = jax.tree.map(lambda d: self.reach * d, self.displacement)
+        return eval_params(self.inner, _subtract(params, offset))
 
-
-WRAPPERS = TransportState, LookaheadState
+    def describe(self, inner: str) -> str:
+        """Describes the evaluated weights."""
+        return inner.replace(PARAMETERS, ITERATE)
 
 
 def _is_wrapper(node):
-    return isinstance(node, WRAPPERS)
+    """Whether a node of an optimizer's state chooses which weights are evaluated."""
+    return hasattr(node, "evaluated")
 
 
 def _as_schedule(strength):
-    return strength if callable(strength) else lambda count: jnp.asarray(strength, float)
+    at = strength if callable(strength) else lambda count: strength
+    return lambda count: jnp.asarray(at(count), float)
 
 
 def _subtract(params, offset):
@@ -70,7 +84,7 @@ def _subtract(params, offset):
 
 def gradient_transport(
     inner: optax.GradientTransformation,
-    momentum: float,
+    momentum: Hyperparameter,
     strength: Strength,
     buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +109,7 @@ def gradient_transport(
     """
     _check(momentum, strength, "optim.momentum")
     inner = optax.with_extra_args_support(inner)
-    if isinstance(strength, (int, float)) and not strength:
+    if is_zero(strength):
         return inner
     schedule = _as_schedule(strength)
 
@@ -129,7 +143,7 @@ def gradient_transport(
 def ema_lookahead(
     inner: optax.GradientTransformation,
     strength: Strength,
-    decay: float = 0.99,
+    decay: Hyperparameter = 0.99,
     buffer_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies Nesterov's look-ahead along an exponential average of the iterate's steps.
@@ -149,12 +163,12 @@ def ema_lookahead(
         ValueError: decay or strength is outside [0, 1).
     """
     _check(decay, strength, "optim.lookahead_decay")
-    if not callable(strength) and strength >= 1:
+    if is_number(strength) and strength >= 1:
         raise ValueError(
             f"optim.strength must be below 1 to look ahead; got {strength}. Set --optim.strength."
         )
     inner = optax.with_extra_args_support(inner)
-    if isinstance(strength, (int, float)) and not strength:
+    if is_zero(strength):
         return inner
     schedule = _as_schedule(strength)
 
@@ -186,46 +200,77 @@ def ema_lookahead(
 
 
 def accelerated_lmo(
-    axes: AxesTree,
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: float = 0.1,
-    momentum: float = 0.9,
+    axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
     strength: Strength = 0.25,
-    **options,
+    newton_schulz: str | NewtonSchulz = "jordan",
+    momentum: Hyperparameter = 0.9,
+    scale: str = "spectral_max",
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
+    per_head: bool = False,
+    cautious_decay: bool = False,
+    adam_learning_rate: Rate = 3e-3,
+    adam_b1: Hyperparameter = 0.9,
+    adam_b2: Hyperparameter = 0.95,
+    adam_eps: Hyperparameter = 1e-8,
+    adam_weight_decay: Hyperparameter | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds Muon with gradient transport, a complete optimizer that needs no config.
+    """Builds Muon with gradient transport for the matrices, and AdamW for everything else.
 
     Transport replaces Nesterov's momentum. Evaluate at `eval_params(opt_state, params)`.
 
     Args:
-        options: further arguments of `muon`.
+        strength: see `gradient_transport`. The other arguments are those of `muon`.
     """
-    options |= {"momentum": momentum, "nesterov": False}
-    inner = muon(axes, learning_rate, weight_decay, **options)
-    return gradient_transport(inner, momentum, strength)
+    options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": False}
+    options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype, "per_head": per_head}
+    return complete_optimizer(
+        "accelerated_lmo",
+        lambda axes: scale_by_muon(axes, **options),
+        learning_rate,
+        weight_decay,
+        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay),
+        axes,
+        cautious_decay,
+        View("spectral", scale, per_head),
+        wrap=lambda inner: gradient_transport(inner, momentum, strength, buffer_dtype),
+    )
 
 
 def _check(decay, strength, flag):
-    if not 0 <= decay < 1:
-        raise ValueError(f"{flag} must be in [0, 1); got {decay}. Set --{flag}.")
-    if not callable(strength) and not strength >= 0:
+    check_decay(decay, flag)
+    if is_number(strength) and not strength >= 0:
         raise ValueError(f"optim.strength must be 0 or more; got {strength}. Set --optim.strength.")
 
 
 def describe_evaluated_weights(opt_state: optax.OptState) -> str:
     """Describes the weights that eval_params returns."""
-    ahead = any(map(_is_wrapper, jax.tree.leaves(opt_state, is_leaf=_is_wrapper)))
-    return "the iterate, not the look-ahead point" if ahead else "the parameters"
+    text = PARAMETERS
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
+        if _is_wrapper(node):
+            text = node.describe(describe_evaluated_weights(node.inner))
+    return text
 
 
 def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
-    """Returns the weights to evaluate, export and sample with: the iterate.
+    """Returns the weights to evaluate, export and sample with: the iterate, or an average of it.
 
     Args:
-        opt_state: any optax state; wrappers are found at any depth.
+        opt_state: any optax state; wrappers are found at any depth. A wrapper's state has a method
+            `evaluated(params)`.
         params: the run's parameters, where gradients are taken.
+
+    An nnx.State has arrays in place of Variables in the result, as nnx.update and nnx.merge accept.
     """
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    arrays = lambda tree: jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+    opt_state, params = arrays(opt_state), arrays(params)
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
         if _is_wrapper(node):
-            params = eval_params(node.inner, _subtract(params, node.query_offset()))
+            params = node.evaluated(params)
     return params

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim import Hyperparameter, is_number
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
 
@@ -19,16 +20,20 @@ class AdamState(NamedTuple):
     square: optax.Updates  # averaged square of the gradient, like params
 
 
-def bias_correction(decay: float, steps: jax.Array) -> jax.Array:
+def bias_correction(decay: Hyperparameter, steps: jax.Array) -> jax.Array:
     """Returns 1 - decay^steps: an average that starts at zero, divided by it, has no bias.
 
     The difference itself would lose digits: with decay=0.999 and one step in float32 it is 1.3e-5
     too small, and so is each update's square.
     """
-    return -jnp.expm1(steps * (math.log(decay) if decay else -math.inf))
+    if is_number(decay):
+        return -jnp.expm1(steps * (math.log(decay) if decay else -math.inf))
+    return -jnp.expm1(steps * jnp.log(decay))  # computed by the program, as is decay
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+def scale_by_adam(
+    b1: Hyperparameter, b2: Hyperparameter, eps: Hyperparameter
+) -> optax.GradientTransformationExtraArgs:
     """Equals optax.scale_by_adam, but `update(..., good=False)` leaves the state unchanged.
 
     Its bias correction is PyTorch's up to rounding; optax's is 1.3e-5 off in float32. Directions

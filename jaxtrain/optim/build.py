@@ -1,5 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -16,17 +17,27 @@ from jaxtrain.optim import select_option
 from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
+from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
-from jaxtrain.optim.muon import build_muon, build_newton_schulz
+from jaxtrain.optim.muon import build_muon
 from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.normuon import balance_neurons
 from jaxtrain.optim.owners import ownership
-from jaxtrain.optim.param_groups import MATRICES, REST, check_axes, check_same_names, group_of
+from jaxtrain.optim.param_groups import (
+    MATRICES,
+    REST,
+    check_axes,
+    check_axes_fit,
+    group_of,
+    group_table,
+    select_group,
+)
 from jaxtrain.optim.parametrisation import scale_by_size
 from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
-from jaxtrain.optim.soap import scale_by_soap
-from jaxtrain.optim.soap_muon import scale_by_soap_muon
+from jaxtrain.optim.soap import build_soap
+from jaxtrain.optim.soap_muon import build_soap_muon
+from jaxtrain.optim.tail_average import tail_average
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -48,28 +59,6 @@ def _accelerated_lmo(cfg, axes, mesh, square):
     return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
 
 
-def _soap_options(cfg, mesh):
-    return {
-        "momentum": cfg.momentum,
-        "decay": cfg.precondition_decay,
-        "every": cfg.precondition_every,
-        "max_side": cfg.precondition_max_side,
-        "buffer_dtype": buffer_dtype(cfg),
-        "mesh": mesh,
-    }
-
-
-def _soap(cfg, axes, mesh, square):
-    del square
-    return scale_by_soap(axes, eps=cfg.adam_eps, **_soap_options(cfg, mesh))
-
-
-def _soap_muon(cfg, axes, mesh, square):
-    options = {"nesterov": cfg.nesterov, "scale": cfg.scale, "per_head": cfg.per_head}
-    options |= {"dtype": jnp.dtype(cfg.ns_dtype)} | _soap_options(cfg, mesh)
-    return scale_by_soap_muon(axes, build_newton_schulz(cfg, square), **options)
-
-
 def _adamw(cfg, *_):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
@@ -78,8 +67,8 @@ def _adamw(cfg, *_):
 OPTIMIZERS = {
     "muon": _muon,
     "normuon": _normuon,
-    "soap": _soap,
-    "soap_muon": _soap_muon,
+    "soap": build_soap,
+    "soap_muon": build_soap_muon,
     "accelerated_lmo": _accelerated_lmo,
     "muon_h": _muon,
     "adam_h": _adamw,
@@ -129,7 +118,7 @@ def build_optimizer(
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
-            init) axes and params do not name the same parameters.
+            init) axes do not name the parameters or do not fit their shapes.
     """
     check_axes(axes)
     build_direction = select_option(OPTIMIZERS, cfg.name, "optim.name")
@@ -137,10 +126,7 @@ def build_optimizer(
     names = jax.tree.map(lambda group: group.name, groups)
     schedule, optimizers = build_schedule(cfg), {}
     for name, geometry in sorted({(g.name, g.geometry) for g in jax.tree.leaves(groups)}):
-        # Like optax.partition, replaces other groups' leaves by MaskedNodes, which have no leaves.
-        select = lambda tree, name=name: jax.tree.map(
-            lambda n, x: x if n == name else optax.MaskedNode(), names, tree
-        )
+        select = functools.partial(select_group, names, name)
         accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
         if name == MATRICES:
             direction = build_direction(cfg, select(axes), mesh, square)
@@ -162,9 +148,13 @@ def build_optimizer(
         clip_gradients(cfg.clip_norm, cfg.clip_eps),
         optax.partition(optimizers, names),
     )
+    if cfg.tail_average:
+        start = round((1 - cfg.tail_average) * cfg.total_steps)
+        transform = tail_average(transform, max(start, 1), cfg.tail_horizon, cfg.tail_weight)
 
     def init(params):
-        check_same_names(axes, params)
+        check_axes_fit(axes, params)
+        report_groups(lambda: group_table(cfg, axes, params))
         return transform.init(params)
 
     return optax.GradientTransformationExtraArgs(init, transform.update)
@@ -176,7 +166,7 @@ def peak_rates(cfg: OptimConfig, axes: AxesTree) -> dict[str, float]:
     With optim.parametrisation=spectral a parameter's rate is its group's times its step factor.
     """
     groups = (group_of(cfg, a) for a in jax.tree.leaves(axes))
-    return {group.name: group.rate for group in groups}
+    return {group.name: float(group.rate) for group in groups}
 
 
 def state_shardings(

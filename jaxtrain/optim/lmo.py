@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree
-from jaxtrain.optim import select_option
+from jaxtrain.optim import Hyperparameter, check_decay, select_option
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
 MatrixFunction = Callable[[jax.Array], jax.Array]  # [X,I,O] -> [X,I,O], matrix by matrix
@@ -127,7 +127,7 @@ def build_unit_step(
 def scale_by_lmo(
     axes: AxesTree,
     geometry: str | MatrixFunction,
-    momentum: float = 0.95,
+    momentum: Hyperparameter = 0.95,
     nesterov: bool = True,
     buffer_dtype: DTypeLike | None = None,
     **options,
@@ -148,8 +148,7 @@ def scale_by_lmo(
     Raises:
         ValueError: momentum is outside [0, 1), or an option is not in its table.
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"optim.momentum must be in [0, 1); got {momentum}. Set --optim.momentum.")
+    check_decay(momentum, "optim.momentum")
     step = build_unit_step(geometry, **options)
 
     def init(params):

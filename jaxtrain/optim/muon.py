@@ -6,14 +6,20 @@ a mesh every device orthogonalises whole matrices (sharded_muon.py).
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
+from jaxtrain.optim import Hyperparameter
+from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
+from jaxtrain.optim.default_axes import build_for_matrices
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
 from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.sharded_muon import build_sharded_map
@@ -22,35 +28,81 @@ JORDAN = NewtonSchulz()  # five iterations of the quintic that the source gives
 
 
 def scale_by_muon(
-    axes: AxesTree, newton_schulz: NewtonSchulz = JORDAN, **options
+    axes: Any = None,
+    newton_schulz: str | NewtonSchulz = "jordan",
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    scale: str = "spectral_max",
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
+    per_head: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonalises Nesterov momentum, matrix by matrix; the defaults equal torch.optim.Muon's.
 
+    Every parameter must be a matrix: `muon` is the optimizer of a whole model.
+
     Args:
-        axes: pytree of Axes, like params, all matrices.
-        options: further arguments of `scale_by_lmo`.
+        axes: see `resolve_axes`.
+        newton_schulz: a key of COEFFICIENTS, or the iteration itself. optax.inject_hyperparams
+            takes a NewtonSchulz() for a schedule unless static_args names newton_schulz.
+        momentum, nesterov, buffer_dtype: see `scale_by_lmo`.
+        scale, dtype, per_head: see `build_unit_step`.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or (at init) a parameter is no matrix.
     """
-    return scale_by_lmo(axes, newton_schulz, **options)
+    if isinstance(newton_schulz, str):
+        newton_schulz = NewtonSchulz(newton_schulz)
+    options = {"scale": scale, "dtype": jnp.dtype(dtype), "per_head": per_head}
+
+    def build(axes):
+        return scale_by_lmo(axes, newton_schulz, momentum, nesterov, buffer_dtype, **options)
+
+    return build_for_matrices("muon", build, axes)
 
 
 def muon(
-    axes: AxesTree,
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: float = 0.1,
-    **options,
-) -> optax.GradientTransformation:
-    """Builds Muon as a complete optimizer without a config, with the defaults of torch.optim.Muon.
+    axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
+    newton_schulz: str | NewtonSchulz = "jordan",
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    scale: str = "spectral_max",
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
+    per_head: bool = False,
+    cautious_decay: bool = False,
+    adam_learning_rate: Rate = 3e-3,
+    adam_b1: Hyperparameter = 0.9,
+    adam_b2: Hyperparameter = 0.95,
+    adam_eps: Hyperparameter = 1e-8,
+    adam_weight_decay: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds Muon for the matrices and AdamW for everything else, as in the trainer.
 
-    Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction).
+    `complete_optimizer` explains rates and decay; `describe` prints who is stepped by what. The
+    defaults for matrices are torch.optim.Muon's, and AdamW's are the trainer's.
 
     Args:
-        axes: pytree of Axes, like params, all matrices.
-        options: further arguments of `scale_by_muon`.
+        axes: see `resolve_axes`; by default a rule decides by name and rank.
+        newton_schulz, momentum, nesterov, scale, dtype, buffer_dtype, per_head: see
+            `scale_by_muon`.
+        cautious_decay: see `complete_optimizer`.
+        adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay: see `AdamW`.
     """
-    return optax.chain(
-        scale_by_muon(axes, **options),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+    options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": nesterov}
+    options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype, "per_head": per_head}
+    return complete_optimizer(
+        "muon",
+        lambda axes: scale_by_muon(axes, **options),
+        learning_rate,
+        weight_decay,
+        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay),
+        axes,
+        cautious_decay,
+        View("spectral", scale, per_head),
     )
 
 
@@ -81,7 +133,7 @@ def build_muon(
     if mesh is not None and mesh.size > 1:
         # Buffers of accelerated_lmo's wrapper are split over replicas, so its steps stay split too.
         options["map_matrices"] = build_sharded_map(mesh, cfg.name != "accelerated_lmo")
-    return scale_by_muon(axes, build_newton_schulz(cfg, square), **options)
+    return scale_by_lmo(axes, build_newton_schulz(cfg, square), **options)
 
 
 def build_newton_schulz(cfg: OptimConfig, square: Route | None) -> NewtonSchulz:

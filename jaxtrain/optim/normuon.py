@@ -3,14 +3,18 @@
 Source: Li et al. 2025, https://arxiv.org/abs/2510.05491
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim import Hyperparameter, check_decay
+from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
 from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.precision import average, widest
 
 EPS = 1e-10  # added to the root, as in the source
@@ -20,7 +24,9 @@ class NeuronState(NamedTuple):
     square: optax.Updates  # [X,1,O] of each [X,I,O]: mean over inputs of squared directions
 
 
-def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransformationExtraArgs:
+def balance_neurons(
+    axes: AxesTree, decay: Hyperparameter = 0.95
+) -> optax.GradientTransformationExtraArgs:
     """Divides each output's column of Muon's direction by the root of its averaged mean square.
 
     Each matrix keeps its Frobenius norm, so that Muon's learning rate stays suitable.
@@ -33,10 +39,7 @@ def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransf
     Raises:
         ValueError: decay is outside [0, 1).
     """
-    if not 0 <= decay < 1:
-        raise ValueError(
-            f"optim.neuron_decay must be in [0, 1); got {decay}. Set --optim.neuron_decay."
-        )
+    check_decay(decay, "optim.neuron_decay")
 
     def zeros(a, p):
         X, _, O = a.matrix_shape(p.shape)  # noqa: E741
@@ -68,16 +71,40 @@ def balance_neurons(axes: AxesTree, decay: float = 0.95) -> optax.GradientTransf
 
 
 def normuon(
-    axes: AxesTree,
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: float = 0.1,
-    neuron_decay: float = 0.95,
-    **options,
-) -> optax.GradientTransformation:
-    """Builds NorMuon as a complete optimizer without a config; options are scale_by_muon's."""
-    return optax.chain(
-        scale_by_muon(axes, **options),
-        balance_neurons(axes, neuron_decay),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+    axes: Any = None,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Hyperparameter = 0.1,
+    *,
+    neuron_decay: Hyperparameter = 0.95,
+    newton_schulz: str | NewtonSchulz = "jordan",
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    scale: str = "spectral_max",
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
+    cautious_decay: bool = False,
+    adam_learning_rate: Rate = 3e-3,
+    adam_b1: Hyperparameter = 0.9,
+    adam_b2: Hyperparameter = 0.95,
+    adam_eps: Hyperparameter = 1e-8,
+    adam_weight_decay: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds NorMuon for the matrices and AdamW for everything else, as in the trainer.
+
+    Args:
+        neuron_decay: see `balance_neurons`. The other arguments are those of `muon`.
+    """
+    options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": nesterov}
+    options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype}
+    return complete_optimizer(
+        "normuon",
+        lambda axes: optax.chain(
+            scale_by_muon(axes, **options), balance_neurons(axes, neuron_decay)
+        ),
+        learning_rate,
+        weight_decay,
+        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay),
+        axes,
+        cautious_decay,
+        View("spectral", scale),
     )

@@ -53,6 +53,7 @@ class Ownership(NamedTuple):
     stored: P  # the parameter's layout, split over `replica` too if replicas own different matrices
     owned: P  # layout of the owners' arrays; their first dim is the stack, flattened or not
     moves: list[Move]
+    owners: int  # devices with different matrices
 
 
 def ownership(axes: Axes, shape: Sequence[int], mesh: Mesh) -> Ownership:
@@ -73,7 +74,7 @@ def ownership(axes: Axes, shape: Sequence[int], mesh: Mesh) -> Ownership:
     dims = {name: dim for dim, name in enumerate(spec) if dim}
     moves = [Move(n, dims.get(n), n in owners) for n in names if n not in first]
     owned = (*first, *(move.name for move in moves if move.owns))
-    return Ownership(P(tuple(first) or None, *spec[1:]), P(owned or None), moves)
+    return Ownership(P(tuple(first) or None, *spec[1:]), P(owned or None), moves, count(owned))
 
 
 def to_owners(x: jax.Array, moves: Sequence[Move], mesh: Mesh) -> jax.Array:

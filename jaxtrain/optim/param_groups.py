@@ -1,11 +1,16 @@
 """Parameter groups: which optimizer, norm, rate and decay a parameter gets, by its axes string."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import ArrayTree, AxesTree, named_leaves
+from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.lmo import SCALES
 from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
@@ -29,8 +34,8 @@ class Group:
     name: str  # MATRICES, REST or, with optim.rest=lmo, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
     geometry: str  # norm of the step; empty with AdamW and SOAP
-    rate: float  # peak
-    decay: float
+    rate: Hyperparameter  # peak
+    decay: Hyperparameter
 
 
 def decay_group_of(axes: Axes) -> str:
@@ -61,12 +66,25 @@ def check_axes(axes: AxesTree) -> None:
             raise ValueError(f"every parameter must have Axes; got {name}={leaf!r}. Set its axes.")
 
 
-def check_same_names(axes: AxesTree, params: ArrayTree) -> None:
-    """Raises ValueError if a parameter has no axes, or axes have no parameter."""
-    named, wanted = set(named_leaves(axes)), set(named_leaves(params))
-    if named != wanted:
-        missing, extra = sorted(wanted - named), sorted(named - wanted)
+def check_axes_fit(axes: AxesTree, params: ArrayTree) -> None:
+    """Raises ValueError if axes do not name exactly the parameters or do not fit their shapes."""
+    named, shapes = named_leaves(axes), {name: x.shape for name, x in named_leaves(params).items()}
+    if set(named) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(named)), sorted(set(named) - set(shapes))
         raise ValueError(f"axes must name the parameters; got missing={missing}, extra={extra}.")
+    for name, a in named.items():
+        a.check_shape(name, shapes[name])
+
+
+def select_group(names: Any, name: str, tree: Any) -> Any:
+    """Replaces other groups' leaves by optax.MaskedNodes, which have no leaves.
+
+    Args:
+        names: pytree of groups' names, like params.
+        name: of the group.
+        tree: any pytree like params.
+    """
+    return jax.tree.map(lambda n, x: x if n == name else optax.MaskedNode(), names, tree)
 
 
 class GroupRow(NamedTuple):
@@ -77,24 +95,26 @@ class GroupRow(NamedTuple):
     view: str  # [X,I,O] where the step has a norm, else the array's shape
     group: str
     optimizer: str
-    geometry: str
-    scale: float  # factor of the unit step, from the view
-    rate: float
-    decay: float
+    geometry: str = ""
+    scale: float = 1.0  # factor of the unit step, from the view
+    rate: Hyperparameter | str = ""  # peak; in words if the program computes it
+    decay: Hyperparameter | str = ""
 
 
-def _row(cfg, name, axes, shape, has_head) -> GroupRow:
-    group, view, scale = group_of(cfg, axes), shape, 1.0
-    step = step_factors(cfg, name, axes, shape, has_head).step
-    if group.geometry or group.optimizer in NORM_PRESERVING:
+def build_row(
+    name: str, axes: Axes, shape: Sequence[int], group: Group, scale: str, per_head: bool = False
+) -> GroupRow:
+    """Returns a parameter's row; scale and per_head are those of build_unit_step, for matrices."""
+    view, factor, keeps_norm = tuple(shape), 1.0, group.optimizer in NORM_PRESERVING
+    if group.geometry or keeps_norm:
         view = axes.matrix_shape(shape)
-    if (group.geometry or group.optimizer in NORM_PRESERVING) and group.name == MATRICES:
-        if cfg.per_head:
+    if (group.geometry or keeps_norm) and group.name == MATRICES:
+        if per_head:
             sizes = dict(zip(axes.letters, shape, strict=True))
             heads = axes.head_axes()
             view = heads.matrix_shape(heads.shape(sizes))
-        if cfg.name not in NORM_PRESERVING:  # their step's length is a share of the norm
-            scale = SCALES[cfg.scale](*view[1:])
+        if not keeps_norm:  # otherwise the step's length is a share of the norm
+            factor = SCALES[scale](*view[1:])
     return GroupRow(
         name=name,
         axes=str(axes),
@@ -102,20 +122,26 @@ def _row(cfg, name, axes, shape, has_head) -> GroupRow:
         group=group.name,
         optimizer=group.optimizer,
         geometry=group.geometry,
-        scale=scale,
-        rate=group.rate * step,
-        decay=group.decay / step,  # rate * decay does not depend on the model's size
+        scale=factor,
+        rate=group.rate,
+        decay=group.decay,
     )
 
 
 def group_table(cfg: OptimConfig, axes: AxesTree, params: ArrayTree) -> list[GroupRow]:
     """Returns a row for each parameter; params may be ShapeDtypeStructs."""
     check_axes(axes)
-    check_same_names(axes, params)
-    shapes = named_leaves(params)
-    has_head = has_own_head(axes)
-    named = named_leaves(axes).items()
-    return [_row(cfg, name, a, shapes[name].shape, has_head) for name, a in named]
+    check_axes_fit(axes, params)
+    arrays, has_head = named_leaves(params), has_own_head(axes)
+
+    def row(name, a):
+        shape, group = arrays[name].shape, group_of(cfg, a)
+        step = step_factors(cfg, name, a, shape, has_head).step
+        # rate * decay does not depend on the model's size
+        group = replace(group, rate=group.rate * step, decay=group.decay / step)
+        return build_row(name, a, shape, group, cfg.scale, cfg.per_head)
+
+    return [row(name, a) for name, a in named_leaves(axes).items()]
 
 
 def format_group_table(rows: list[GroupRow]) -> str:

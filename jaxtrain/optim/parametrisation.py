@@ -40,8 +40,8 @@ def _writes_residual(name: str, axes: Axes) -> bool:
 
     These are the matrices to the residual stream, their biases, and the gains of norms after them.
     """
-    is_bias = name.endswith(".b") and axes.inputs == "D"
-    return axes.outputs == "D" or is_bias or "post_norm." in name
+    is_bias = name.endswith(".b") and axes.inputs == ("D",)
+    return axes.outputs == ("D",) or is_bias or "post_norm." in name
 
 
 def _scales_tied_logits(name: str, has_head: bool) -> bool:

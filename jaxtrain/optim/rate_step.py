@@ -10,7 +10,9 @@ from jax.core import Tracer
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
-from jaxtrain.model.trees import AxesTree, named_leaves
+from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim import is_zero
+from jaxtrain.optim.default_axes import named_params
 from jaxtrain.optim.param_groups import NORM_PRESERVING, Group
 from jaxtrain.optim.precision import widest
 
@@ -53,12 +55,12 @@ def scale_by_rate(
         def step(group, u, param):
             dtype = widest(u, param)
             u, p = u.astype(dtype), param.astype(dtype)
-            if group.decay:
+            if is_zero(group.decay):
+                decayed = u
+            else:
                 # Compared by sign: the product of two small numbers could underflow to zero.
                 decayed = jnp.where(jnp.sign(u) * jnp.sign(p) > 0, p, 0) if cautious else p
                 decayed = u + group.decay * decayed
-            else:
-                decayed = u
             rate = rate_now(group, scale, rates)
             return jnp.where(good, (-rate).astype(dtype) * decayed, 0).astype(param.dtype)
 
@@ -111,9 +113,12 @@ def keep_norms(
         return jnp.sum(x * y, tuple(range(len(view(a).stack), x.ndim)), keepdims=True)
 
     def init(params):
-        square = lambda a, p: inner(a, split(a, p), split(a, p))
-        norm = jax.tree.map(jnp.sqrt, jax.tree.map(square, axes, params))
-        for name, x in named_leaves(norm).items():
+        def norm_of(a, p):
+            p = split(a, p.astype(widest(p)))
+            return jnp.sqrt(inner(a, p, p))
+
+        norm = jax.tree.map(norm_of, axes, params)
+        for name, x in named_params(norm)[0]:
             if not isinstance(x, Tracer) and not jnp.all(x):
                 raise ValueError(
                     "optim.name=muon_h and adam_h need matrices that are not zero, whose norm they "

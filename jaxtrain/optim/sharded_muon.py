@@ -46,18 +46,12 @@ class PoolLayout(NamedTuple):
 
 def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
     """Returns (a leaf's layout, whether its matrices are transposed in it)."""
-    mesh_axis = dict(zip(axes.letters, spec, strict=False))
-
-    def splitting(letters):
-        splits = (mesh_axis.get(letter) for letter in letters)
-        return tuple(axis for axis in splits if axis and mesh.shape[axis] > 1)
-
-    for side in (axes.inputs, axes.outputs):  # blocks of a flattened side must be contiguous
-        assert not splitting(side[1:]), f"{axes}: a mesh axis splits an inner letter of {side}"
-    _, inputs, outputs = axes.matrix_shape(shape)
-    sides = (inputs, splitting(axes.inputs)), (outputs, splitting(axes.outputs))
-    rows, columns = sorted(sides)
-    return PoolLayout(rows, columns, splitting(axes.stack)), sides[0] > sides[1]
+    split = lambda names: tuple(name for name in names if name and mesh.shape[name] > 1)
+    stack, *sides = map(split, axes.split(spec))
+    _, *sizes = axes.matrix_shape(shape)
+    inputs, outputs = zip(sizes, sides, strict=True)
+    rows, columns = sorted((inputs, outputs))
+    return PoolLayout(rows, columns, stack), inputs > outputs
 
 
 def pool_matrices(

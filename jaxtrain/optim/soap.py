@@ -1,292 +1,130 @@
-"""SOAP: Adam in the eigenbases of Shampoo's factors; SOAP-Muon orthogonalises such a direction.
+"""SOAP: Adam in the eigenbases of Shampoo's factors.
 
-A matrix G [I,O] has two factors: the average of G G^T [I,I] and that of G^T G [O,O]. The factors'
-eigenvectors are two orthogonal bases, P and Q, and P^T G Q is the rotated gradient. SOAP averages
-its squares, divides the rotated momentum by their root as Adam does, and rotates the result back.
-
-The bases are computed by a full decomposition in the first step. Later they are improved every few
-steps, by one step of power iteration and a QR decomposition.
+Momentum and gradient are rotated by the bases of preconditioner.py. The average of the rotated
+gradient's squares divides the rotated momentum, as in Adam, and the result is rotated back.
 
 Source: Vyas et al. 2024, https://arxiv.org/abs/2409.11321, and its code, nikhilvyas/SOAP, soap.py
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxtrain.axes import Axes
+from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.ops.routes import Route
+from jaxtrain.optim import Hyperparameter, check_decay
 from jaxtrain.optim.adam import bias_correction
-from jaxtrain.optim.owners import from_owners, ownership, to_owners
-
-MAX_SIDE = 10_000  # the source's limit: above hidden widths, below most vocabularies
-
-
-class OwnedBuffers(NamedTuple):
-    """Buffers of one parameter with X matrices, or of all parameters: each field like params.
-
-    A side that is too long to precondition has None for its factor and basis.
-    """
-
-    momentum: Any  # averaged gradient, not rotated, in the parameter's shape
-    square: Any  # [X,I,O], averaged square of the rotated gradient
-    input_factor: Any  # [X,I,I], average of G G^T
-    input_basis: Any  # [X,I,I], its eigenvectors in columns, the largest eigenvalue first
-    output_factor: Any  # [X,O,O], average of G^T G
-    output_basis: Any  # [X,O,O]
-
-
-class SoapState(NamedTuple):
-    count: jax.Array  # int32 [], steps with finite gradients
-    owned: OwnedBuffers  # each matrix's buffers are on the device that steps it: see owners.py
-
-
-class Moment(NamedTuple):
-    """The step that a direction belongs to."""
-
-    count: jax.Array  # int32 [], good steps before this one
-    good: jax.Array  # bool [], the gradients are finite
-
-    @property
-    def has_bases(self) -> jax.Array:
-        """Whether a step before this one has computed the bases."""
-        return self.count > 0
-
-    def average(self, decay: float, old: jax.Array, new: jax.Array, when: Any = True) -> jax.Array:
-        """Averages `new` into `old` if the gradients are finite and `when` is true."""
-        wide = jnp.promote_types(jnp.promote_types(old.dtype, new.dtype), jnp.float32)
-        mean = decay * old.astype(wide) + (1 - decay) * new.astype(wide)
-        return jnp.where(self.good & when, mean.astype(old.dtype), old)
-
-
-# (Axes, gradient, its buffers, Moment) -> (direction, buffers with new momentum and square); the
-# gradient and the direction have the parameter's shape.
-Direction = Callable[[Axes, jax.Array, OwnedBuffers, Moment], tuple[jax.Array, OwnedBuffers]]
-
-
-def _product(equation, a, b):
-    """Computes an einsum in full float32: TF32 would lose the small eigenvalues of the factors."""
-    return jnp.einsum(equation, a, b, precision="highest")
-
-
-def rotate(x_XIO: jax.Array, state: OwnedBuffers) -> jax.Array:
-    """Computes P^T x Q; a side without a basis stays as it is."""
-    if state.input_basis is not None:
-        x_XIO = _product("xij,xio->xjo", state.input_basis, x_XIO)
-    if state.output_basis is not None:
-        x_XIO = _product("xio,xop->xip", x_XIO, state.output_basis)
-    return x_XIO
-
-
-def rotate_back(x_XIO: jax.Array, state: OwnedBuffers) -> jax.Array:
-    """Computes P x Q^T, which undoes `rotate`."""
-    if state.input_basis is not None:
-        x_XIO = _product("xij,xjo->xio", state.input_basis, x_XIO)
-    if state.output_basis is not None:
-        x_XIO = _product("xip,xop->xio", x_XIO, state.output_basis)
-    return x_XIO
-
-
-def _update_factors(g_XIO, state, decay, moment):
-    """Averages the gradient's Gram matrices into the factors."""
-    if state.input_factor is not None:
-        gram_XII = _product("xio,xjo->xij", g_XIO, g_XIO)
-        state = state._replace(input_factor=moment.average(decay, state.input_factor, gram_XII))
-    if state.output_factor is not None:
-        gram_XOO = _product("xio,xip->xop", g_XIO, g_XIO)
-        state = state._replace(output_factor=moment.average(decay, state.output_factor, gram_XOO))
-    return state
-
-
-def _decompose(state):
-    """Returns the state with all eigenvectors of its factors."""
-    eigenvectors = lambda factor: None if factor is None else jnp.linalg.eigh(factor)[1][..., ::-1]
-    return state._replace(
-        input_basis=eigenvectors(state.input_factor),
-        output_basis=eigenvectors(state.output_factor),
-    )
-
-
-def _iterate(state):
-    """Improves the bases by one step of power iteration, and reorders the squares like them."""
-    bases, square_XIO = [], state.square
-    sides = (state.input_factor, state.input_basis), (state.output_factor, state.output_basis)
-    for dim, (factor_XNN, basis_XNN) in enumerate(sides, 1):
-        if factor_XNN is None:
-            bases.append(None)
-            continue
-        image_XNN = _product("xij,xjk->xik", factor_XNN, basis_XNN)
-        values_XN = jnp.sum(basis_XNN * image_XNN, -2)  # Rayleigh quotients estimate eigenvalues
-        order_XN = jnp.argsort(-values_XN, axis=-1)
-        square_XIO = jnp.take_along_axis(square_XIO, jnp.expand_dims(order_XN, 3 - dim), dim)
-        image_XNN = jnp.take_along_axis(image_XNN, order_XN[:, None, :], 2)
-        bases.append(jnp.linalg.qr(image_XNN)[0])
-    return state._replace(square=square_XIO, input_basis=bases[0], output_basis=bases[1])
-
-
-def _refresh_bases(state, moment, every):
-    """Computes the bases in the first good step and improves them in every `every`-th later one."""
-    due = jnp.where(moment.count == 0, 2, jnp.where(moment.count % every == 0, 1, 0))
-    branches = [lambda state: state, _iterate, _decompose]
-    return jax.lax.switch(jnp.where(moment.good, due, 0), branches, state)
-
-
-def _new_buffers(axes, p, max_side, buffer_dtype):
-    X, I, O = axes.matrix_shape(p.shape)  # noqa: E741
-    wide = jnp.promote_types(p.dtype, jnp.float32)  # there is no eigh or QR in bfloat16
-
-    def side(N):
-        if N > max_side:
-            return None, None
-        return jnp.zeros((X, N, N), wide), jnp.broadcast_to(jnp.eye(N, dtype=wide), (X, N, N))
-
-    momentum = jnp.zeros_like(p, dtype=buffer_dtype)
-    return OwnedBuffers(momentum, jnp.zeros((X, I, O), wide), *side(I), *side(O))
-
-
-def _transpose(treedef, states):
-    """Turns a list of OwnedBuffers into OwnedBuffers of trees."""
-    return OwnedBuffers(*(treedef.unflatten(field) for field in zip(*states, strict=True)))
-
-
-def precondition(
-    axes: AxesTree,
-    direction: Direction,
-    decay: float,
-    every: int,
-    max_side: int = MAX_SIDE,
-    buffer_dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Builds a transform that keeps factors and bases for a direction that uses them.
-
-    A step uses the bases of the steps before it, as in the source, so that the gradient is not
-    rotated by bases that were fitted to it. `update(..., good=False)` leaves the state unchanged.
-
-    On a mesh each device steps whole matrices, and only it stores their buffers (owners.py). The
-    gradient travels to the device and the step back; factors and bases never move.
-
-    Args:
-        axes: pytree of Axes, like params, all matrices.
-        decay: decay of the factors, in [0, 1).
-        every: steps from one refresh of the bases to the next.
-        max_side: a longer side of a matrix has no factor and is not rotated.
-        buffer_dtype: type of the momentum; None means the parameter's. All else is float32.
-        mesh: mesh over which params are split; None means one device.
-
-    Raises:
-        ValueError: decay, every or max_side is out of range.
-    """
-    check_range("precondition_decay", decay, 0 <= decay < 1, "in [0, 1)")
-    check_range("precondition_every", every, every >= 1, "1 or more")
-    check_range("precondition_max_side", max_side, max_side >= 1, "1 or more")
-    all_axes, treedef = jax.tree.flatten(axes)
-
-    def init(params):
-        leaves = zip(all_axes, treedef.flatten_up_to(params), strict=True)
-        states = [_new_buffers(a, p, max_side, buffer_dtype) for a, p in leaves]
-        return SoapState(jnp.zeros((), jnp.int32), _transpose(treedef, states))
-
-    def step_leaf(a, g, state, moment):
-        u, state = direction(a, g, state, moment)
-        g_XIO = a.to_matrices(g).astype(state.square.dtype)
-        state = _update_factors(g_XIO, state, decay, moment)
-        return u.astype(g.dtype), _refresh_bases(state, moment, every)
-
-    def step_all(grads, owned, moment):
-        fields = (treedef.flatten_up_to(field) for field in owned)
-        states = [OwnedBuffers(*leaf) for leaf in zip(*fields, strict=True)]
-        leaves = zip(all_axes, treedef.flatten_up_to(grads), states, strict=True)
-        updates, states = zip(*(step_leaf(*leaf, moment) for leaf in leaves), strict=True)
-        return treedef.unflatten(updates), _transpose(treedef, states)
-
-    def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
-        del params, extra
-        step = step_all if mesh is None or mesh.size == 1 else _on_owners(step_all, axes, mesh)
-        moment = Moment(state.count, jnp.asarray(good))
-        steps, owned = step(updates, state.owned, moment)
-        return steps, SoapState(state.count + jnp.where(good, 1, 0), owned)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_range(field, value, valid, rule):
-    if not valid:
-        raise ValueError(f"optim.{field} must be {rule}; got {value}. Set --optim.{field}.")
-
-
-def _on_owners(step_all, axes, mesh):
-    """Runs step_all on the owners of the matrices: XLA would gather the operands of eigh and QR."""
-
-    def step(grads, owned, moment):
-        layouts = jax.tree.map(lambda a, g: ownership(a, g.shape, mesh), axes, grads)
-        each = lambda function: jax.tree.map(lambda _, layout: function(layout), axes, layouts)
-        stored, moves = each(lambda layout: layout.stored), each(lambda layout: layout.moves)
-        buffers = OwnedBuffers(*[each(lambda layout: layout.owned)] * len(owned))
-
-        def on_device(grads, owned, moment):
-            carry = lambda move: lambda _, x, moves: move(x, moves, mesh)
-            grads = jax.tree.map(carry(to_owners), axes, grads, moves)
-            steps, owned = step_all(grads, owned, moment)
-            return jax.tree.map(carry(from_owners), axes, steps, moves), owned
-
-        mapped = jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(stored, buffers, P()),
-            out_specs=(stored, buffers),
-            check_vma=False,  # it cannot prove that devices with equal matrices compute the same
-        )
-        return mapped(grads, owned, moment)
-
-    return step
+from jaxtrain.optim.complete import AdamW, Rate, complete_optimizer
+from jaxtrain.optim.default_axes import build_for_matrices
+from jaxtrain.optim.preconditioner import (
+    MAX_SIDE,
+    precondition,
+    preconditioner_options,
+    rotate,
+    rotate_back,
+)
 
 
 def scale_by_soap(
-    axes: AxesTree,
-    momentum: float = 0.95,
-    decay: float = 0.95,
-    eps: float = 1e-8,
-    every: int = 10,
+    axes: Any = None,
+    momentum: Hyperparameter = 0.95,
+    decay: Hyperparameter = 0.95,
+    eps: Hyperparameter = 1e-8,
+    every: Hyperparameter = 10,
     **options,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds SOAP's direction: Adam's, computed in the eigenbases of Shampoo's factors.
 
-    The first step returns zeros and only computes the factors and bases, as in the source; counts
-    of the bias corrections start after it. The momentum is stored without rotation and rotated by
+    The first step returns zeros and only computes the factors and bases, as in the source; the
+    bias corrections count from the second. The momentum is stored without rotation and rotated by
     the current bases in each step. The source rotates its stored momentum whenever the bases
-    change, which is the same in exact arithmetic.
+    change, which is the same in exact arithmetic. Every parameter must be a matrix: `soap` is the
+    optimizer of a whole model.
 
     Args:
-        axes: pytree of Axes, like params, all matrices.
+        axes: see `resolve_axes`.
         momentum: decay of the averaged gradient, in [0, 1).
         decay: decay of the averaged square and of the factors, in [0, 1).
         eps: added to the root of the averaged square before the bias correction, as in the source.
         every: steps from one refresh of the bases to the next.
-        options: further arguments of `precondition`.
+        options: max_side, buffer_dtype, mesh and chunk_bytes of `precondition`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or (at init) a parameter is no matrix.
     """
-    check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+    check_decay(momentum, "optim.momentum")
 
-    def direction(a, g, state, moment):
-        wide = state.square.dtype
-        started = moment.has_bases
-        mean = moment.average(momentum, state.momentum, g, started)
-        rotated_XIO = rotate(a.to_matrices(g).astype(wide), state)
-        square_XIO = moment.average(decay, state.square, rotated_XIO**2, started)
-        steps = jnp.maximum(moment.count, 1).astype(float)
+    def direction(g_XIO, state, progress):
+        started = progress.has_bases
+        mean_XIO = progress.average(momentum, state.momentum, g_XIO, started)
+        rotated_XIO = rotate(g_XIO, state)
+        square_XIO = progress.average(decay, state.square, rotated_XIO**2, started)
+        steps = jnp.maximum(progress.count, 1).astype(float)
         correction = jnp.sqrt(bias_correction(decay, steps)) / bias_correction(momentum, steps)
-        mean_XIO = rotate(a.to_matrices(mean).astype(wide), state)
-        scaled_XIO = correction.astype(wide) * mean_XIO / (jnp.sqrt(square_XIO) + eps)
-        u = a.from_matrices(rotate_back(scaled_XIO, state), g.shape)
-        return u, state._replace(momentum=mean, square=square_XIO)
+        ahead_XIO = correction.astype(g_XIO.dtype) * rotate(mean_XIO.astype(g_XIO.dtype), state)
+        u_XIO = rotate_back(ahead_XIO / (jnp.sqrt(square_XIO) + eps), state)
+        return u_XIO, state._replace(momentum=mean_XIO, square=square_XIO)
 
-    return precondition(axes, direction, decay, every, **options)
+    build = lambda axes: precondition(axes, direction, decay, every, **options)
+    return build_for_matrices("soap", build, axes)
+
+
+def soap(
+    axes: Any = None,
+    learning_rate: Rate = 3e-3,
+    weight_decay: Hyperparameter = 0.01,
+    *,
+    momentum: Hyperparameter = 0.95,
+    decay: Hyperparameter = 0.95,
+    eps: Hyperparameter = 1e-8,
+    every: Hyperparameter = 10,
+    max_side: int = MAX_SIDE,
+    buffer_dtype: DTypeLike | None = None,
+    cautious_decay: bool = False,
+    adam_learning_rate: Rate = 3e-3,
+    adam_b1: Hyperparameter = 0.9,
+    adam_b2: Hyperparameter = 0.95,
+    adam_eps: Hyperparameter = 1e-8,
+    adam_weight_decay: Hyperparameter | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds SOAP for the matrices and AdamW for everything else, as in the trainer.
+
+    The defaults for matrices are the source's, and AdamW's are the trainer's. Weight decay acts
+    from the first step, in which the source changes nothing.
+
+    Args:
+        axes: see `resolve_axes`; by default a rule decides by name and rank.
+        momentum, decay, eps, every: see `scale_by_soap`.
+        max_side, buffer_dtype: see `precondition`.
+        cautious_decay: see `complete_optimizer`.
+        adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay: see `AdamW`.
+    """
+    options = {"max_side": max_side, "buffer_dtype": buffer_dtype}
+    return complete_optimizer(
+        "soap",
+        lambda axes: scale_by_soap(axes, momentum, decay, eps, every, **options),
+        learning_rate,
+        weight_decay,
+        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps, adam_weight_decay),
+        axes,
+        cautious_decay,
+    )
+
+
+def build_soap(
+    cfg: OptimConfig, axes: AxesTree, mesh: Mesh | None, square: Route | None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a config's SOAP direction of matrices, before the rate; square is not used.
+
+    Args:
+        axes: pytree of Axes, like params, all matrices.
+        mesh: mesh over which params are split; None means one device.
+    """
+    del square
+    return scale_by_soap(
+        axes, cfg.momentum, eps=cfg.adam_eps, **preconditioner_options(cfg), mesh=mesh
+    )

@@ -11,11 +11,13 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh
 
 from jaxtrain.config.train_config import ModelConfig, TrainConfig
-from jaxtrain.model.transformer import build_model
+from jaxtrain.distributed.mesh import AXES
+from jaxtrain.model.transformer import Model, build_model
 from jaxtrain.ops.routes import choose_routes
-from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.build import build_optimizer, state_shardings
 
 # The estimate is off by at most the larger of these two.
 RELATIVE_ERROR, ABSOLUTE_ERROR_BYTES = 0.1, 2**29
@@ -55,6 +57,18 @@ def _tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def _optimizer_bytes(optimizer: Any, model: Model, devices: int) -> int:
+    """Returns the bytes of the optimizer's state on one device.
+
+    Not all of it is split: a device has whole matrices of SOAP's state (optim/owners.py).
+    """
+    mesh: Any = AbstractMesh((1, devices, 1), AXES)  # a Mesh for all that is asked of it
+    shardings = state_shardings(optimizer, model.axes, model.shapes, mesh)
+    state = jax.eval_shape(optimizer.init, model.shapes)
+    part = lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(part, state, shardings)))
+
+
 def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
     """Estimates the memory of one device; parameters are sharded over all (mesh.fsdp=-1)."""
     m, data = cfg.model, cfg.data
@@ -62,7 +76,7 @@ def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
     model = build_model(m, choose_routes(m, False, "cpu", False))
     optimizer = build_optimizer(cfg.optim, model.axes)
     parameter_bytes = _tree_bytes(model.shapes)
-    state_bytes = parameter_bytes + _tree_bytes(jax.eval_shape(optimizer.init, model.shapes))
+    optimizer_bytes = _optimizer_bytes(optimizer, model, devices)
     rows = data.batch / cfg.accumulation / devices
     chunk_positions = min(cfg.loss.chunk_bytes / (4 * rows * m.V), math.ceil(data.seq_len / 4))
     workspace_bytes = (
@@ -75,5 +89,7 @@ def estimate_memory(cfg: TrainConfig, devices: int) -> MemoryEstimate:
     numbers_per_token = m.L * _saved_per_token(m) + working_set_per_token
     activation_bytes = ACTIVATION_BYTES * rows * data.seq_len * numbers_per_token
     return MemoryEstimate(
-        state_bytes / devices, parameter_bytes / devices, activation_bytes + workspace_bytes
+        parameter_bytes / devices + optimizer_bytes,
+        parameter_bytes / devices,
+        activation_bytes + workspace_bytes,
     )

@@ -2,20 +2,41 @@
 
     jaxtrain study study_quick
     jaxtrain study study_quick --base.steps=60 --study.workdir=runs/study_short
+    jaxtrain study study_scaling --dry_run
     jaxtrain study gpt_124m --overhead
 
-In each condition every contender tries the same number of settings on one seed. The setting with
-the lowest held-out loss is then trained on fresh seeds, the same for all contenders. The study's
-folder receives study.txt (tables and verdicts), study.json (all numbers) and a picture of each
-condition. Every run is an ordinary run directory in CONDITION/CONTENDER/SETTING/seedK.
+Every contender has the same number of tuning runs, on one seed. Its setting with the lowest
+held-out loss is then trained on fresh seeds, the same for all contenders, and the losses at the end
+of these runs are compared. This is done for each condition, size and horizon (length of the run in
+tokens per parameter) of the study, which together are called a cell.
 
-The same command resumes a study that was stopped: runs that have ended are not trained again.
---overhead trains nothing and predicts the cost of Newton-Schulz for a config.
+With study.search=grid, all combinations of a contender's grid are tried. With coordinates, one
+field is changed at a time while the others keep their best values, in rounds, until no field
+improves the loss or study.budget is spent: first learning_rate, then adam_learning_rate, then the
+others. Where the best value is the lowest or highest of those tried, the next one beyond it is
+tried, too. A longer horizon starts from the settings of the one before.
+
+The study's folder receives study.txt (tables and verdicts), study.json (all numbers), study.csv (a
+row for each contender in each cell) and pictures, anew after every cell. Every run is an ordinary
+run directory in CELL/CONTENDER/SETTING/seedK.
+
+The same command resumes a study that was stopped: runs that have ended are not trained again. It
+may run several times at once, also on several hosts that share the folder: each process claims the
+run that it trains, and the claim of a process that has died is taken over.
+
+To count steps to a target loss by the rules of modded-nanogpt's track 3, set study.target, list the
+contenders with their settings and an empty grid each, set study.tune_adam=False, and set
+base.eval_every and base.eval_from so that only the end of the runs is evaluated often. Contenders
+may differ in their number of steps.
+
+--dry_run prints the plan and measures how long it takes here. --overhead predicts the cost of
+Newton-Schulz for a config. Neither trains anything.
 """
 
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +63,7 @@ from jaxtrain.study.work import CellRuns, Work
 from jaxtrain.training.run import build_run
 
 # Fields of the study whose keys are the user's own.
-OPEN_FIELDS = ("contenders", "grid", "conditions", "sizes", "published")
+OPEN_FIELDS = ("contenders", "grid", "conditions", "sizes", "horizons", "published")
 
 
 def run_study(
@@ -68,8 +89,8 @@ def run_study(
     base, _ = resolve_dtype(plan.base, (devices or jax.devices())[0])
     folder = Path(plan.study.workdir)
     if dry_run:
-        for line in [*describe_study(plan), *estimate_time(plan._replace(base=base), devices)]:
-            print_line(line)
+        for lines in (describe_study(plan), estimate_time(plan._replace(base=base), devices)):
+            print_line("\n".join(lines))
         return []
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(base, folder)
@@ -100,6 +121,8 @@ def _check_folders(plan: StudyPlan) -> None:
     """Checks the folders of all settings in the config before the first run."""
     study = plan.study
     for cell, contender in itertools.product(plan.cells, study.contenders):
+        if not Path(study.workdir, cell, contender).exists():
+            continue
         for setting in plan.declared_settings(contender):
             for seed in (study.tuning_seed, *study.seeds):
                 check_folder(plan.trial(cell, contender, setting, seed))
@@ -126,7 +149,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         set_up_logging()
         with interruptible():
-            run_study(args.config, dry_run=args.dry_run)
+            # A study runs for hours: a file that its output goes to should show each run at once.
+            run_study(args.config, print_line=partial(print, flush=True), dry_run=args.dry_run)
     except (Interrupted, KeyboardInterrupt) as stop:
         print("\nstopped; the same command continues from here")
         return getattr(stop, "status", INTERRUPTED)

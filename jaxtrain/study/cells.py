@@ -84,7 +84,7 @@ def build_cells(
     Raises:
         ValueError: an override is not valid.
     """
-    cells = []
+    cells, first = [], {}  # first: condition -> first cell of the newest size
     for condition, (size, override) in itertools.product(conditions, (sizes or {"": {}}).items()):
         is_named = sizes or any(horizons.values())  # by its size or horizon
         parts = [condition] if len(conditions) > 1 or not is_named else []
@@ -92,8 +92,7 @@ def build_cells(
         overrides = flatten_overrides(conditions[condition]) | flatten_overrides(override)
         cfg = apply_overrides(base, overrides)
         parameters = count_parameters(cfg.model)
-        same_condition = [cell for cell in cells if cell.condition == condition]
-        before = same_condition[0].name if same_condition else ""
+        before, first[condition] = first.get(condition, ""), ""
         for horizon in horizons[size] or (0.0,):
             name, steps = "-".join(parts), {}
             if horizon:
@@ -105,5 +104,5 @@ def build_cells(
             cells.append(
                 Cell(name, condition, group, overrides | steps, horizon, parameters, budget, before)
             )
-            before = name
+            before, first[condition] = name, first[condition] or name
     return cells

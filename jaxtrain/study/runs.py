@@ -1,6 +1,6 @@
 """Trains the runs of a study, each in an ordinary run directory, and reads their results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +100,17 @@ def _identity(cfg: TrainConfig) -> dict[str, Any]:
     return values | {"data.shards": Path(cfg.data.shards).name}
 
 
-def run_trial(trial: Trial, devices: Sequence[Any] | None = None) -> Result:
+def run_trial(
+    trial: Trial, devices: Sequence[Any] | None = None, train: Callable[..., int] = train
+) -> Result:
     """Trains a run to its end, unless it has ended before, and returns its result.
 
     The run is claimed first, so that several processes, also on several hosts, can work on one
     folder. A claim ends with its process.
+
+    Args:
+        train: train(config, devices, quiet=True) trains a run in its folder, and returns 0 or the
+            exit status of a signal.
 
     Raises:
         RunLocked: another process works on the run.

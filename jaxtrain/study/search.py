@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxtrain.config.fields import list_sections
 from jaxtrain.config.train_config import TrainConfig
 
+FIRST = "optim.learning_rate", "optim.adam_learning_rate"  # fields that are tuned before others
 Setting = dict[str, Any]  # {"optim.learning_rate": 0.02, ...}
 
 
@@ -153,7 +154,7 @@ def search_coordinates(
     The search ends after a round without an improvement, or with the budget.
 
     Args:
-        grid: field -> values; the fields are tuned in this order.
+        grid: field -> values. Rates are tuned first, the other fields in this order.
         losses: setting's name -> loss, of the tuning runs that have ended.
         start: setting to start from, of a smaller size or horizon. Only values next to it are
             tried then. None starts from the middle of each field's values.
@@ -162,7 +163,8 @@ def search_coordinates(
         Pending: runs are missing; those that it names do not depend on one another.
         ValueError: every setting diverged.
     """
-    ladders = [Ladder(name, values) for name, values in grid.items()]
+    names = sorted(grid, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    ladders = [Ladder(name, grid[name]) for name in names]
     search = _Search(losses, budget)
     first = start or {name: values[len(values) // 2] for name, values in grid.items()}
     for ladder in ladders:
@@ -185,7 +187,10 @@ def search_coordinates(
 
 
 def _climb(search: "_Search", ladder: Ladder) -> None:
-    """Tries the neighbours of the best value, and goes on from there while the loss falls."""
+    """Tries the neighbours of the best value, and goes on from there while the loss falls.
+
+    As long as every setting has diverged, it goes on to lower values.
+    """
     if not ladder.numeric:
         search.evaluate([search.best | {ladder.name: v} for v in ladder.values])
         return
@@ -193,6 +198,9 @@ def _climb(search: "_Search", ladder: Ladder) -> None:
         before = search.best
         near = (ladder.neighbour(before[ladder.name], direction) for direction in (-1, 1))
         search.evaluate([before | {ladder.name: v} for v in near if v is not None])
+        lower = ladder.neighbour(before[ladder.name], -1)
+        if search.diverged and lower is not None:
+            search.best = before | {ladder.name: lower}
         if search.best == before:
             return
 
@@ -208,6 +216,11 @@ class _Search:
     @property
     def is_spent(self) -> bool:
         return len(self.tried) >= self._budget
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every setting has diverged."""
+        return all(not math.isfinite(self._known[name]) for name in self.tried)
 
     def evaluate(self, settings: Sequence[Setting]) -> None:
         """Tries settings, as far as the budget allows; raises Pending if a loss is not known."""

@@ -28,6 +28,7 @@ from jaxtrain.ops import tuning
 from jaxtrain.ops.devices import chip_name
 from jaxtrain.ops.routes import describe_routes
 from jaxtrain.optim.param_groups import format_group_table, group_table
+from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.training.run import Run
 
@@ -116,8 +117,9 @@ def machine_notes(run: Run) -> list[str]:
     if jax.process_count() > 1:
         storage = cfg.checkpoint.storage
         notes.append(f"checkpoint.storage {storage}: {STORAGE_NOTES[storage]}")
-    if mesh.size > 1 and cfg.optim.orthogonalizes:
-        share = load_imbalance(run.model.axes, run.model.shapes, mesh)
+    if mesh.size > 1 and (cfg.optim.orthogonalizes or cfg.optim.name in ROTATIONS):
+        imbalance = owner_imbalance if cfg.optim.name in ROTATIONS else load_imbalance
+        share = imbalance(run.model.axes, run.model.shapes, mesh)
         notes.append(
             f"whole matrices on each device: the busiest does {share:.3f} times an even share"
         )

@@ -1,0 +1,197 @@
+"""Axes of any parameter tree: as declared, otherwise by the parameter's name and rank.
+
+A parameter's name is its path, joined by dots: `layers.0.weight`. The rule knows the names that
+Flax, Equinox, Haiku and PyTorch give, and splits them into words at `.`, `/`, `_`, digits and
+capitals. Without declared axes a parameter is, in this order,
+
+- a vector, with no dim or one;
+- an error, with three dims or more, as no rule could tell its inputs from its outputs;
+- a stack of vectors, `L|D`, if it is a bias or gain, or belongs to a norm (NORM_WORDS);
+- a head, `|I->V`, if a part of the path ends in a word of HEAD_WORDS, or starts with "unembed";
+- an embedding, `V|D` (of positions `T|D`), if the path has a word of EMBEDDING_WORDS;
+- a matrix, `|I->O`.
+
+A parameter called `weight` has its outputs first, `|O<-I` or `|V<-I`, as in PyTorch and Equinox.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from jaxtrain.axes import Axes
+from jaxtrain.model.trees import ArrayTree, AxesTree
+
+GAIN_WORDS = {"b", "beta", "bias", "gain", "gamma", "offset", "scale"}  # last word of the name
+NORM_WORDS = re.compile(r"(\w*norm|ln)$")
+HEAD_WORDS = {"classifier", "head", "logits", "readout"}
+EMBEDDING_WORDS = re.compile(r"(emb|embed\w*|wte|wpe)$")
+POSITION_WORDS = {"pos", "position", "positional", "positions", "wpe"}
+
+
+def _split_words(part: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part)]
+
+
+def _is_head(words: Sequence[str]) -> bool:
+    ends = words[-1:] and words[-1] in HEAD_WORDS and words[-2:-1] not in (["multi"], ["attention"])
+    return bool(ends) or any(word.startswith("unembed") for word in words)
+
+
+@functools.cache
+def default_axes_of(name: str, rank: int) -> Axes | None:
+    """Returns the axes of a parameter by its name and number of dims; None with three or more."""
+    if rank < 2:
+        return Axes.parse("|D" if rank else "|")
+    if rank > 2:
+        return None
+    parts = [words for part in re.split(r"[./]", name) if (words := _split_words(part))]
+    words = {word for part in parts for word in part}
+    outputs_first = re.split(r"[./]", name)[-1] == "weight"
+    if (parts and parts[-1][-1] in GAIN_WORDS) or any(map(NORM_WORDS.match, words)):
+        return Axes.parse("L|D")
+    if any(map(_is_head, parts)):
+        return Axes.parse("|V<-I" if outputs_first else "|I->V")
+    if any(map(EMBEDDING_WORDS.match, words)) or any(set(part) <= POSITION_WORDS for part in parts):
+        return Axes.parse("T|D" if words & POSITION_WORDS else "V|D")
+    return Axes.parse("|O<-I" if outputs_first else "|I->O")
+
+
+def _is_axes(x) -> bool:
+    """Returns whether x describes one parameter: Axes, a string, or a tuple of tuples of names."""
+    is_names = lambda part: (
+        isinstance(part, tuple)
+        and not any(not isinstance(name, str) or "|" in name for name in part)
+    )
+    return isinstance(x, (Axes, str)) or (
+        isinstance(x, tuple) and bool(x) and all(map(is_names, x))
+    )
+
+
+def _named(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """Returns [(name, leaf)]; an nnx.Variable is a leaf, so that names have no `.value`."""
+    stop = lambda x: x is None or isinstance(x, (nnx.Variable, optax.MaskedNode)) or is_leaf(x)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
+
+
+def named_params(params: ArrayTree) -> tuple[list[tuple[str, Any]], set[str]]:
+    """Returns ([(name, array)] in the order of the leaves, names without an array).
+
+    The latter are None, as in a filtered Equinox module, or masked, as by optax.partition.
+    """
+    arrays, absent = [], set()
+    for name, x in _named(params, lambda x: False):
+        inside = jax.tree.leaves(x)
+        arrays += [(name, leaf) for leaf in inside]
+        if not inside:
+            absent.add(name)
+    return arrays, absent
+
+
+def _read_declared(axes: Any) -> dict[str, Axes | None]:
+    """Returns {name: Axes}; None as in an Equinox module that was filtered like the parameters."""
+    declared = {}
+    for name, x in _named({} if axes is None else axes, _is_axes):
+        x = x.get_value() if isinstance(x, nnx.Variable) else x
+        if _is_axes(x):
+            declared[name] = Axes.parse(x)
+        elif not name and x is not None:
+            raise ValueError(
+                f"axes must be a pytree of Axes or strings; got {x!r}. Name arguments."
+            )
+        elif not isinstance(x, optax.MaskedNode):
+            declared[name] = None
+    return declared
+
+
+def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
+    """Returns a pytree of Axes like params: those declared, and the default rule's for the rest.
+
+    Args:
+        axes: None, a pytree like params or of any other containers with the same names, or a dict
+            {name: axes}. It may leave parameters out. Its leaves are strings, tuples or Axes.
+        params: arrays or ShapeDtypeStructs in any pytree: dicts, FrozenDict, nnx.State, Equinox
+            modules. Leaves that are None or an optax.MaskedNode need no axes.
+
+    Raises:
+        ValueError: axes name no parameter, do not fit its shape, or are missing where the rule
+            needs them; the message has the parameter's name and shape.
+    """
+    declared = _read_declared(axes)
+    arrays, absent = named_params(params)
+    inside = lambda name: any(
+        name == top or name.startswith(f"{top}.") or not top for top in absent
+    )
+    unknown = set(declared) - {name for name, _ in arrays}
+    if unknown := sorted(name for name in unknown if not inside(name)):
+        names = ", ".join(name for name, _ in arrays)
+        raise ValueError(f"axes must name parameters, of {names}; got {', '.join(unknown)}.")
+    for name in dict(arrays):
+        if name in declared and declared[name] is None:
+            raise ValueError(
+                f"axes must be strings, tuples of names or Axes; got another value for {name}. Set "
+                "its axes, or leave it out for the default rule."
+            )
+    axes_of = lambda name, x: declared.get(name) or default_axes_of(name, len(x.shape))
+    missing = [f"{name} of shape {tuple(x.shape)}" for name, x in arrays if not axes_of(name, x)]
+    if missing:
+        raise ValueError(
+            f"parameters of three or more dims must have axes; got none for {', '.join(missing)}. "
+            "Set axes={'conv.kernel': '|HWI->O', 'attention.kernel': '|D->HK'}: the stack, a bar, "
+            "inputs -> outputs, one letter for each dim. Without an arrow AdamW steps it."
+        )
+    found = []
+    for name, x in arrays:
+        if a := axes_of(name, x):
+            a.check_shape(name, x.shape)
+            found.append(a)
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def build_for_params(
+    build: Callable[[AxesTree], optax.GradientTransformation], axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Builds an optimizer that needs Axes of every parameter once the parameters are known.
+
+    Args:
+        build: builds it from a pytree of Axes, like params.
+        axes: see `resolve_axes`.
+    """
+    build({})  # raises on wrong arguments here, not at init; so does the next line
+    _read_declared(axes)
+
+    def init(params):
+        return build(resolve_axes(axes, params)).init(params)
+
+    def update(updates, state, params=None, **extra):
+        optimizer = build(resolve_axes(axes, updates if params is None else params))
+        return optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def build_for_matrices(
+    recipe: str, build: Callable[[AxesTree], optax.GradientTransformation], axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Does what `build_for_params` does, for a bare transform that steps matrices only.
+
+    Args:
+        recipe: name of the optimizer that steps other parameters too; with scale_by_ before it,
+            the transform's name.
+    """
+
+    def build_checked(axes):
+        for name, a in named_params(axes)[0]:
+            if not a.is_matrix:
+                raise ValueError(
+                    f"scale_by_{recipe} steps matrices only; got {name} with axes {str(a)!r}, "
+                    f"role {a.role}. Use {recipe}, which steps the rest by AdamW, or optax.masked."
+                )
+        return build(axes)
+
+    return build_for_params(build_checked, axes)
