@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from jaxtrain.benchmarks import transfer
 
 class FakeGrid(transfer.RateGrid):
     """A model whose loss is a parabola over the exponent, with the given vertex."""
+
+    run: Any = argparse.Namespace(parameters=0)
 
     def __init__(self, vertex, diverges_from=math.inf):
         self.vertex, self.diverges_from, self.losses = vertex, diverges_from, {}
@@ -53,9 +56,7 @@ def test_the_suite_yields_every_model_and_verdict_and_draws_them(monkeypatch):
 
     def build(cfg, seeds):
         model, choice = cfg.model, cfg.optim.parametrisation
-        grid = FakeGrid(1.2 - (choice == "standard") * math.log2(model.D * model.L / 128))
-        grid.run = argparse.Namespace(parameters=0)
-        return grid
+        return FakeGrid(1.2 - (choice == "standard") * math.log2(model.D * model.L / 128))
 
     monkeypatch.setattr(transfer, "RateGrid", build)
     chosen = {"optimizers": ["adamw"], "sizes": ["width", "depth"], "tiny": False}
