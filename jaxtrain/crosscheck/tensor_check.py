@@ -75,11 +75,11 @@ VECTORS = {"vector": Kind((48,)), "late_vector": Kind((16,), lambda step: float(
 
 
 def _gradients(kinds: dict[str, Kind], step: int, dtype: str) -> Tensors:
-    """Returns the gradients of a step: columns of sizes 1 to 0.01, part of them in all steps."""
+    """Returns the gradients of a step: columns of sizes 1 to 0.3, part of them in all steps."""
     found = {}
     for i, (name, kind) in enumerate(kinds.items()):
         constant, noise = (np.random.default_rng((i, s)).normal(size=kind.shape) for s in (0, step))
-        g = (0.3 * constant + noise) * np.geomspace(1, 0.01, kind.shape[-1]) * kind.size(step)
+        g = (0.3 * constant + noise) * np.geomspace(1, 0.3, kind.shape[-1]) * kind.size(step)
         g[kind.rows or len(g) :] = 0
         found[name] = g.astype(dtype)
     return found
@@ -156,7 +156,7 @@ def compare_on_tensors(
         precision: "float64" or "float32"; JAX must be set to it.
 
     Raises:
-        ValueError: their optimizer cannot be built.
+        ValueError: their optimizer cannot be built or stepped, or rounding decides all updates.
     """
     kinds = MATRICES | (VECTORS if cfg.name == "adamw" else {})
     axes = {name: kind.axes for name, kind in kinds.items()}
@@ -182,15 +182,20 @@ def compare_on_tensors(
     for step, ((grads, updates, new), (_, their_updates, their_new), *copies) in enumerate(runs, 1):
         line = _record(step, gradient=grads, update=updates, parameter=new)
         line["tolerance"] = {"gradient": dict.fromkeys(kinds, SIGMAS * eps)}
+        last_bit = {name: eps * np.abs(np.float64(x)) for name, x in new.items()}
         for i, (quantity, values) in enumerate((("update", updates), ("parameter", new)), 1):
-            limits = {
-                name: _relative(_bound(i, name, values, copies, new, eps), x) + SIGMAS * eps
-                for name, x in values.items()
-            }
-            for name, limit in limits.items():
-                if quantity == "update" and limit > CHAOTIC:
+            limits = line["tolerance"][quantity] = {}
+            for name, x in values.items():
+                apart = np.maximum(*(np.abs(np.float64(copy[i][name]) - x) for copy in copies))
+                if quantity == "update" and _relative(apart, x) > CHAOTIC:
                     chaotic.setdefault(name, step)
-            line["tolerance"][quantity] = limits | dict.fromkeys(chaotic, float("inf"))
+                limits[name] = _relative(apart + last_bit[name], x) + SIGMAS * eps
+            limits |= dict.fromkeys(chaotic, float("inf"))
+        if len(chaotic) == len(kinds):
+            raise ValueError(
+                f"rounding must not decide all updates; it does from step {step} on, so that "
+                "agreement would show nothing. Set --precision=float64, or fewer --steps."
+            )
         records[0].append(line)
         records[1].append(_record(step, gradient=grads, update=their_updates, parameter=their_new))
     header = {"trace": FORMAT, "precision": precision, "seed": 0, "optim": vars(cfg)}
@@ -200,8 +205,9 @@ def compare_on_tensors(
     )
     found = compare_traces(first, second)
     notes = [
-        f"Not compared from step {step} on, because rounding decides its updates: {name}"
-        for name, step in chaotic.items()
+        f"Not compared from step {step} on, because rounding decides their updates: "
+        + ", ".join(name for name, start in chaotic.items() if start == step)
+        for step in sorted(set(chaotic.values()))
     ]
     return found._replace(causes=found.causes or _find_causes(found), notes=notes)
 
@@ -223,9 +229,3 @@ def _find_causes(found: Comparison) -> list[str]:
             "root or inside"
         ]
     return [text for tensors, text in HINTS if set(sizes) <= tensors][:1]
-
-
-def _bound(quantity: int, name: str, values: Tensors, copies: list, new: Tensors, eps: float):
-    """Returns each entry's largest difference from the copies, and a last bit of the parameter."""
-    apart = [np.abs(np.float64(copy[quantity][name]) - values[name]) for copy in copies]
-    return np.maximum(*apart) + eps * np.abs(np.float64(new[name]))
