@@ -23,7 +23,7 @@ from configs import base
 def get_config():
     config = ConfigDict({"base": base.get_config(), "study": {"workdir": "runs/study_scaling"}})
     run = config.base
-    run.save_every = 1_000_000  # the last step only: a run that is stopped starts again
+    run.save_every = 1_000
     run.keep_last = 1
     run.log_every = 50
     run.eval_tokens = 262_144

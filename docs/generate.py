@@ -27,7 +27,7 @@ from jaxtrain.config.commands import COMMANDS, GROUPS  # noqa: E402
 from jaxtrain.config.fields import list_sections, plain_fields  # noqa: E402
 from jaxtrain.config.train_config import TrainConfig  # noqa: E402
 
-NOTEBOOKS = ("gpt_on_one_screen", "compare_optimizers")
+NOTEBOOKS = ("gpt_on_one_screen", "compare_optimizers", "use_optimizers")
 NOTE = "<!-- Written by docs/generate.py. -->\n\n"
 LAYERS_START, LAYERS_END = "<!-- layers: docs/generate.py -->\n", "<!-- end of layers -->\n"
 

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from jaxtrain.config.model_section import ModelConfig
-from jaxtrain.config.sections import DataConfig, LossConfig, MeshConfig, OptimConfig
+from jaxtrain.config.train_config import DataConfig, LossConfig, MeshConfig, OptimConfig
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import build_mesh

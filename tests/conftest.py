@@ -44,15 +44,15 @@ SLOW = """
 benchmarks_optimizer benchmarks_transfer checkpoint_broken checkpoint_integrity checkpoint_manager
 checkpoint_processes config_command_line crosscheck_loops crosscheck_reordering
 crosscheck_torch_model data_encoding_cut_points data_encoding_journal data_encoding_pipeline
-data_loader data_tokenizer data_vocabulary distributed_preemption docs docs_minimal doctor evaluate
-generate interop_configs interop_export interop_families_transformers interop_hf
+data_loader data_tokenizer data_vocabulary distributed_mesh distributed_preemption docs docs_minimal
+doctor evaluate generate interop_configs interop_export interop_families_transformers interop_hf
 interop_hf_tokenizer interop_nanochat interop_training interop_vocabulary kernels_mosaic
 kernels_quiet launch_compare launch_follow launch_host_supervise launch_network launch_operate
 launch_prepare launch_ray launch_summary metrics_mfu model_layer_kinds model_loss ops_fused
 ops_precision ops_routes optim_acceleration optim_build optim_build_restart optim_build_state
-optim_diagnostics optim_lmo optim_muon optim_newton_schulz optim_noise optim_normuon relay
-reporting_loss_curve reporting_run_logger train_run_directory train_together training_loop
-training_phases training_startup
+optim_default_axes optim_diagnostics optim_lmo optim_muon optim_newton_schulz optim_noise
+optim_normuon optim_recipes relay reporting_loss_curve reporting_run_logger study_scaling study_work
+train_run_directory train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
 

@@ -21,7 +21,7 @@ def test_generated_pages_and_notebooks_are_current():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", ["gpt_on_one_screen", "compare_optimizers"])
+@pytest.mark.parametrize("name", ["gpt_on_one_screen", "compare_optimizers", "use_optimizers"])
 def test_a_notebook_runs_from_its_first_cell_to_its_last(name):
     cells = json.loads((DOCS / f"{name}.ipynb").read_text())["cells"]
     scope = {"__name__": "__main__"}

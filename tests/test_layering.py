@@ -92,6 +92,7 @@ def test_kernels_know_nothing_of_the_training_stack():
         *("axes", "cli", "errors", "files", "config.command_line", "config.commands"),
         *(
             "config.model_section",
+            "config.run_sections",
             "config.sections",
             "config.config_files",
             "config.train_config",

@@ -221,6 +221,16 @@ def test_a_parameter_without_axes_is_an_error_that_names_it():
         optimizer.init({"w": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
 
 
+@pytest.mark.parametrize(
+    "axes, shape", [("L|D->F", (4, 6)), ("|D->F", (2, 4, 6)), ("|D->D", (4, 6)), ("V|D", (4,))]
+)
+def test_axes_that_do_not_fit_are_an_error_with_path_shape_and_axes(axes, shape):
+    optimizer = build_optimizer(OptimConfig(), {"blocks": {"w": Axes.parse(axes)}})
+    with pytest.raises(ValueError) as error:
+        optimizer.init({"blocks": {"w": jnp.zeros(shape)}})
+    assert all(part in str(error.value) for part in ("blocks.w", str(shape), axes))
+
+
 def test_an_unknown_optimizer_lists_the_known_ones():
     cfg = OptimConfig()
     object.__setattr__(cfg, "name", "lion")

@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "transport_narrow": ACCELERATED | {"narrow_buffers": True},
     "soap": {"name": "soap", "precondition_every": 3},
     "soap_muon_narrow": {"name": "soap_muon", "narrow_buffers": True, "precondition_every": 2},
+    # averages from step 3 on, and is interrupted at step 4
+    "transport_tail": ACCELERATED | {"tail_average": 0.85, "tail_horizon": 3, "tail_weight": 0.6},
     "lookahead": ACCELERATED | {"acceleration": "ema_lookahead", "strength": 0.6},
 }
 ONE, COPIES, SPLIT = (1, 1, 1), (2, 1, 1), (1, 2, 2)

@@ -9,14 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from configs import debug
 from jaxtrain.axes import Axes
-from jaxtrain.config.train_config import MeshConfig, OptimConfig
+from jaxtrain.config.train_config import MeshConfig, OptimConfig, freeze
 from jaxtrain.distributed.mesh import build_mesh, param_sharding
 from jaxtrain.optim.acceleration import gradient_transport
 from jaxtrain.optim.build import build_optimizer, state_shardings
 from jaxtrain.optim.owners import ownership
 from jaxtrain.optim.preconditioner_cost import owner_imbalance, preconditioner_flops
 from jaxtrain.optim.soap import scale_by_soap
+from jaxtrain.planning.memory_formula import estimate_memory
 
 # Factors of square matrices have full rank in the first step, and so one eigenbasis. With one
 # key/value head, `tensor` does not split wk: devices along it have copies.
@@ -86,6 +88,14 @@ def test_owners_are_found_inside_wrappers():
     owned = ownership(AXES["wq"], params["wq"].shape, mesh).owned
     assert owned == jax.P(("fsdp",))
     assert {s.spec for s in jax.tree.leaves(wrapped.inner[0].owned)} == {owned}
+
+
+def test_the_memory_formula_splits_soaps_state_only_where_devices_divide_the_layers():
+    config = debug.get_config()
+    config.optim.name, config.model.L = "soap", 4
+    state_bytes = lambda devices: estimate_memory(freeze(config), devices).state
+    assert state_bytes(4) == pytest.approx(state_bytes(1) / 4, rel=0.02)
+    assert state_bytes(8) > state_bytes(1) / 2  # 8 devices divide no stack of 4 layers
 
 
 def test_flops_of_products_equal_xlas():

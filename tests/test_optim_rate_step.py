@@ -23,6 +23,7 @@ from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.param_groups import group_table
+from jaxtrain.optim.recipes import adam_h, muon_h
 
 
 def cautious(p, u, rate, decay):
@@ -113,3 +114,14 @@ def test_a_zero_matrix_is_an_error_that_names_it():
     params["w_out"][0] = 1.0  # the other matrix of the stack is zero
     with pytest.raises(ValueError, match="w_out.*--optim.name"):
         build_optimizer(OptimConfig(name="muon_h"), AXES).init(params)
+
+
+@pytest.mark.parametrize("recipe", [muon_h, adam_h])
+def test_a_recipe_is_the_trainers_optimizer(recipe):
+    rates = {"learning_rate": RATE, "weight_decay": 1.0, "adam_learning_rate": ADAM_RATE}
+    axes = {name: str(a) for name, a in AXES.items()}
+    fixed = {"clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0, "ns_dtype": "float64"}
+    dtype = {"dtype": "float64"} if recipe is muon_h else {}
+    ours, _ = train_ours(recipe(axes, **rates, **dtype))
+    theirs, _ = train_ours(name=recipe.__name__, **rates, **fixed)
+    assert_histories_agree([p for p, _ in ours], [p for p, _ in theirs], 1e-12)

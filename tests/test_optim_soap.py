@@ -1,9 +1,13 @@
 """SOAP and SOAP-Muon equal NumPy twins over 50 steps, inside the trainer's whole optimizer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from optimizer_twins import (
     ADAM_RATE,
     AXES,
@@ -22,7 +26,7 @@ from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.preconditioner import precondition
-from jaxtrain.optim.soap import scale_by_soap
+from jaxtrain.optim.recipes import group_rows, scale_by_soap, soap, soap_muon
 
 MAX_SIDE = 8  # of the sides 6, 8, 10 and 6, one is too long
 
@@ -75,6 +79,18 @@ def test_params_factors_and_bases_equal_those_of_a_twin_over_50_steps(name, twin
         np.testing.assert_allclose(square, other.square, rtol=1e-9)
 
 
+def test_stepping_a_few_matrices_at_a_time_changes_nothing():
+    axes, shape = Axes.parse("LT|F<-D"), (2, 3, 6, 6)
+    optimizers = [scale_by_soap(axes, every=2, chunk_bytes=n) for n in (0, 2**20)]
+    states = [optimizer.init(jnp.zeros(shape)) for optimizer in optimizers]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        g = jnp.asarray(rng.normal(size=shape))
+        pairs = [jax.jit(o.update)(g, s) for o, s in zip(optimizers, states, strict=True)]
+        updates, states = zip(*pairs, strict=True)
+        np.testing.assert_allclose(*updates, atol=1e-12)
+
+
 def test_the_first_bases_of_a_factor_of_full_rank_equal_numpys():
     rng = np.random.default_rng(0)
     axes, twins = Axes.parse("L|D->F"), [SoapTwin(None, 2) for _ in range(2)]
@@ -96,6 +112,16 @@ def float32_gradients(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     normal = lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
     return {name: normal(shape) for name, shape in FLOAT32_SHAPES.items()}
+
+
+def float32_train(optimizer, container=dict):
+    """Returns (params, state) after 4 steps, with the parameters in a container."""
+    params = container(float32_gradients(0))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step in range(4):
+        updates, state = update(container(float32_gradients(1 + step)), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
 
 
 @pytest.mark.parametrize("name", ["soap", "soap_muon"])
@@ -156,3 +182,38 @@ def test_options_out_of_range_name_their_flag(field, value):
 def test_soap_muon_refuses_other_geometries():
     with pytest.raises(ValueError, match="optim.geometry"):
         OptimConfig(name="soap_muon", geometry="sign")
+
+
+@pytest.mark.parametrize("recipe", [soap, soap_muon])
+def test_a_recipe_is_bitwise_the_trainers_optimizer(recipe):
+    shared = {"momentum": 0.9, "weight_decay": 0.1, "adam_learning_rate": 0.01}
+    rates = {"learning_rate": 0.01} if recipe is soap else {"learning_rate": 0.05}
+    cfg = OptimConfig(
+        name=recipe.__name__,
+        clip_norm=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        precondition_every=2,
+        **shared | rates,
+    )
+    complete = recipe(FLOAT32_AXES, **shared, **rates, decay=0.95, every=2)
+    optimizers = complete, build_optimizer(cfg, FLOAT32_AXES)
+    (ours, state), (theirs, their_state) = (float32_train(o) for o in optimizers)
+    compare = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    compare((ours, jax.tree.leaves(state)), (theirs, jax.tree.leaves(their_state)))
+    assert [row.optimizer for row in group_rows(complete, ours)] == ["adamw", recipe.__name__]
+
+
+def test_soap_trains_an_nnx_state_with_injected_hyperparameters():
+    options = {"axes": {"w": "L|D->HK"}, "learning_rate": 1e-2, "every": 2}
+    injected = optax.inject_hyperparams(soap, static_args=("axes", "max_side"))(**options)
+    as_state = lambda tree: nnx.State({k: nnx.Param(x) for k, x in tree.items()})
+    ours, _ = float32_train(injected, as_state)
+    expected, _ = float32_train(soap(**options))
+    for name, x in expected.items():
+        np.testing.assert_allclose(ours[name][...], x, rtol=1e-4, atol=1e-5)
+
+
+def test_scale_by_soap_refuses_vectors_and_names_the_complete_optimizer():
+    with pytest.raises(ValueError, match="gain.*Use soap,"):
+        scale_by_soap(FLOAT32_AXES).init(float32_gradients(0))

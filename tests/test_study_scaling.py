@@ -2,12 +2,14 @@
 
 import csv
 import io
+import struct
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.study.picture import horizon_curves
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Result
 from jaxtrain.study.scaling import kendall_tau, permutation_p, tokens_to_reach
@@ -143,10 +145,18 @@ def test_loss_curves_that_do_not_fall_give_no_speedup():
 def test_the_summary_states_verdicts_speedups_and_what_tau_cannot_show(plan):
     cells = invent(plan, sd=0.002)
     text = format_summary(plan, summarise(plan, cells[:4]))
-    assert "soap against muon: better in 4 of 4; speed-up in tokens 1.2" in text
+    assert "soap against muon: better in 4 of 4 cells; speed-up in tokens 1.2" in text
     assert "n = 4 contenders" in text
-    assert "Of the 6 pairs of published figures, 1 are tied, so tau-b is at most 0.91" in text
+    assert "Ties in 1 of the 6 pairs of published figures limit tau-b to 0.91" in text
+    assert "Verdict: over all cells, 4 contenders do not show whether the study ranks" in text
     assert "so far: 4 of 6 cells are finished" in text
     assert "no contender was tuned here" in text and "taken over from small-2x, not tuned" in text
     rows = list(csv.DictReader(io.StringIO(_format_csv(summarise(plan, cells)))))
     assert len(rows) == 6 * 4 and rows[1]["speedup"] and not rows[0]["speedup"]
+
+
+def test_the_picture_has_a_panel_for_each_size(plan):
+    results = summarise(plan, invent(plan, sd=0.01)[:4]).results
+    png = horizon_curves("study", results, {c.name: c.group for c in plan.cells.values()}, 0.05)
+    width, height = struct.unpack(">II", png[16:24])
+    assert png.startswith(b"\x89PNG") and width > 2 * height  # two panels of 6.5 x 6 inches

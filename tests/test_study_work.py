@@ -15,7 +15,7 @@ import pytest
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.run_directory.contents import CONFIG, SUMMARY
-from jaxtrain.run_directory.lock import RunLocked
+from jaxtrain.run_directory.lock import RunLock, RunLocked
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import CLAIM, run_trial
 from jaxtrain.study.summary import format_summary, summarise
@@ -128,11 +128,24 @@ def test_a_claim_holds_until_its_process_dies_and_is_then_taken_over(outputs):
     assert list(Path(plan.study.workdir).rglob(CLAIM)) == []
 
 
+def test_a_run_that_ended_under_a_claim_is_read_once_the_claim_is_over(outputs):
+    plan, _, _ = outputs
+    process = Work(plan)
+    [trial] = plan.tuning("1x", "muon", [{"optim.learning_rate": 0.02}])
+    with RunLock(trial.config.workdir, name=CLAIM):
+        assert [t for t in process.pending() if t.contender == "muon"] == [trial]
+        with pytest.raises(RunLocked):
+            run_trial(trial, None, invent)
+    assert process.pending() == []
+
+
 def test_both_processes_come_to_the_same_verdicts(outputs):
     _, ours, theirs = outputs
     tables = "\n".join(ours).partition("== 1x")[2]
     assert tables and tables == "\n".join(theirs).partition("== 1x")[2].rstrip("\n")
-    assert "soap against muon: worse in 2 of 2" in tables  # by 0.1 on every seed, without noise
+    assert (
+        "soap against muon: worse in 2 of 2 cells" in tables
+    )  # by 0.1 on every seed, without noise
     assert "beyond its grid, optim.learning_rate was tried at 0.08" in tables
 
 

@@ -17,18 +17,15 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config.fields import INT64_MAX, Section, field_error, find_fault, knob
 from jaxtrain.config.model_section import ModelConfig
-from jaxtrain.config.sections import (
+from jaxtrain.config.run_sections import (
     CheckpointConfig,
-    DataConfig,
     ExportConfig,
-    KernelsConfig,
-    LossConfig,
     MeasureConfig,
     MeshConfig,
-    OptimConfig,
     ProfileConfig,
     SampleConfig,
 )
+from jaxtrain.config.sections import DataConfig, KernelsConfig, LossConfig, OptimConfig
 
 MAX_FIELDS = 145  # a test enforces it
 SectionType = TypeVar("SectionType", bound=Section)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.axes import Axes
-from jaxtrain.config.sections import MeshConfig
+from jaxtrain.config.run_sections import MeshConfig
 
 AXES = ("replica", "fsdp", "tensor")
 BATCH_AXES = ("replica", "fsdp")  # mesh axes that split the batch

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import ArrayTree
@@ -26,6 +27,7 @@ from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
+PARAMETERS, ITERATE = "the parameters", "the iterate, not the look-ahead point"
 # A number, an array, or a function of the good steps.
 Strength = Hyperparameter | Callable[[jax.Array], jax.Array]
 
@@ -35,9 +37,13 @@ class TransportState(NamedTuple):
     inner: Any
     offset: optax.Updates  # query point minus iterate, like params
 
-    def query_offset(self) -> optax.Updates:
-        """Returns the query point minus the iterate."""
-        return self.offset
+    def evaluated(self, params: ArrayTree) -> ArrayTree:
+        """Returns what eval_params does, given the query point."""
+        return eval_params(self.inner, _subtract(params, self.offset))
+
+    def describe(self, inner: str) -> str:
+        """Describes the evaluated weights."""
+        return inner.replace(PARAMETERS, ITERATE)
 
 
 class LookaheadState(NamedTuple):
@@ -46,16 +52,19 @@ class LookaheadState(NamedTuple):
     displacement: optax.Updates  # averaged step of the iterate, like params
     reach: jax.Array  # [], the widest type of all params; the offset is reach * displacement
 
-    def query_offset(self) -> optax.Updates:
-        """Returns the query point minus the iterate."""
-        return jax.tree.map(lambda d: self.reach * d, self.displacement)
+    def evaluated(self, params: ArrayTree) -> ArrayTree:
+        """Returns what eval_params does, given the query point."""
+        offset = jax.tree.map(lambda d: self.reach * d, self.displacement)
+        return eval_params(self.inner, _subtract(params, offset))
 
-
-WRAPPERS = TransportState, LookaheadState
+    def describe(self, inner: str) -> str:
+        """Describes the evaluated weights."""
+        return inner.replace(PARAMETERS, ITERATE)
 
 
 def _is_wrapper(node):
-    return isinstance(node, WRAPPERS)
+    """Whether a node of an optimizer's state chooses which weights are evaluated."""
+    return hasattr(node, "evaluated")
 
 
 def _as_schedule(strength):
@@ -239,18 +248,29 @@ def _check(decay, strength, flag):
 
 def describe_evaluated_weights(opt_state: optax.OptState) -> str:
     """Describes the weights that eval_params returns."""
-    ahead = any(map(_is_wrapper, jax.tree.leaves(opt_state, is_leaf=_is_wrapper)))
-    return "the iterate, not the look-ahead point" if ahead else "the parameters"
+    text = PARAMETERS
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
+        if _is_wrapper(node):
+            text = node.describe(describe_evaluated_weights(node.inner))
+    return text
 
 
 def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
-    """Returns the weights to evaluate, export and sample with: the iterate.
+    """Returns the weights to evaluate, export and sample with: the iterate, or an average of it.
 
     Args:
-        opt_state: any optax state; wrappers are found at any depth.
+        opt_state: any optax state; wrappers are found at any depth. A wrapper's state has a method
+            `evaluated(params)`.
         params: the run's parameters, where gradients are taken.
+
+    An nnx.State has arrays in place of Variables in the result, as nnx.update and nnx.merge accept.
     """
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    arrays = lambda tree: jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+    opt_state, params = arrays(opt_state), arrays(params)
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
         if _is_wrapper(node):
-            params = eval_params(node.inner, _subtract(params, node.query_offset()))
+            params = node.evaluated(params)
     return params

@@ -37,6 +37,7 @@ from jaxtrain.optim.rate_step import build_rate_step
 from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.optim.soap import build_soap
 from jaxtrain.optim.soap_muon import build_soap_muon
+from jaxtrain.optim.tail_average import tail_average
 
 LOOKAHEAD_WINDOW = 0.15, 0.77  # start and stop as shares of the run; from ema_lookahead's source
 
@@ -147,6 +148,9 @@ def build_optimizer(
         clip_gradients(cfg.clip_norm, cfg.clip_eps),
         optax.partition(optimizers, names),
     )
+    if cfg.tail_average:
+        start = round((1 - cfg.tail_average) * cfg.total_steps)
+        transform = tail_average(transform, max(start, 1), cfg.tail_horizon, cfg.tail_weight)
 
     def init(params):
         check_axes_fit(axes, params)

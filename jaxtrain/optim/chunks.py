@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -32,13 +33,19 @@ def chunk_size(shape: Sequence[int], gram: bool, chunk_bytes: int | None) -> int
     return max(size for size in range(1, X + 1) if X % size == 0 and size <= max(fits, 1))
 
 
-def map_chunks(
-    function: Callable[[jax.Array], jax.Array], x_XIO: jax.Array, size: int
-) -> jax.Array:
-    """Applies function to `size` matrices at a time; each result overwrites its input."""
+def map_chunks(function: Callable[[Any], Any], stacks: Any, size: int) -> Any:
+    """Applies function to `size` matrices at a time; each result overwrites its input.
 
-    def update_chunk(i, x_XIO):
-        chunk = jax.lax.dynamic_slice_in_dim(x_XIO, i * size, size)
-        return jax.lax.dynamic_update_slice_in_dim(x_XIO, function(chunk), i * size, 0)
+    Args:
+        function: maps a chunk to one of the same structure, shapes and types.
+        stacks: pytree of arrays [X,...].
+        size: of a chunk; divides X.
+    """
 
-    return jax.lax.fori_loop(0, len(x_XIO) // size, update_chunk, x_XIO)
+    def update_chunk(i, stacks):
+        chunk = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), stacks)
+        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * size, 0)
+        return jax.tree.map(put, stacks, function(chunk))
+
+    chunks = len(jax.tree.leaves(stacks)[0]) // size
+    return jax.lax.fori_loop(0, chunks, update_chunk, stacks) if chunks > 1 else function(stacks)

@@ -125,7 +125,8 @@ def complete_optimizer(
         rate = learning_rate if a.is_matrix else adam.learning_rate
         peak = 1.0 if callable(rate) else rate
         if a.is_matrix:
-            return Group(MATRICES, name, view.geometry, peak, weight_decay)
+            decay = 0.0 if name in NORM_PRESERVING else weight_decay
+            return Group(MATRICES, name, view.geometry, peak, decay)
         decay = weight_decay if adam.weight_decay is None else adam.weight_decay
         decays = decay_group_of(a) in ("embedding", "head")
         return Group(REST, "adamw", "", peak, decay if decays else 0.0)
@@ -146,7 +147,8 @@ def complete_optimizer(
             scale_by_adam(adam.b1, adam.b2, adam.eps),
             scale_by_rate(select(REST, groups), share, cautious_decay),
         )
-        return _partition({MATRICES: matrices, REST: rest}, names)
+        present, optimizers = set(jax.tree.leaves(names)), {MATRICES: matrices, REST: rest}
+        return _partition({name: optimizers[name] for name in sorted(present)}, names)
 
     def row(name: str, a: Axes, shape: tuple[int, ...]) -> GroupRow:
         row = build_row(name, a, shape, group_of(a), view.scale, view.per_head)

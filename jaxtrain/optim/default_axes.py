@@ -173,3 +173,25 @@ def build_for_params(
         return optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def build_for_matrices(
+    recipe: str, build: Callable[[AxesTree], optax.GradientTransformation], axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Does what `build_for_params` does, for a bare transform that steps matrices only.
+
+    Args:
+        recipe: name of the optimizer that steps other parameters too; with scale_by_ before it,
+            the transform's name.
+    """
+
+    def build_checked(axes):
+        for name, a in named_params(axes)[0]:
+            if not a.is_matrix:
+                raise ValueError(
+                    f"scale_by_{recipe} steps matrices only; got {name} with axes {str(a)!r}, "
+                    f"role {a.role}. Use {recipe}, which steps the rest by AdamW, or optax.masked."
+                )
+        return build(axes)
+
+    return build_for_params(build_checked, axes)

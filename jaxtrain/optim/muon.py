@@ -19,7 +19,7 @@ from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
-from jaxtrain.optim.default_axes import build_for_params, named_params
+from jaxtrain.optim.default_axes import build_for_matrices
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
 from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.sharded_muon import build_sharded_map
@@ -56,15 +56,9 @@ def scale_by_muon(
     options = {"scale": scale, "dtype": jnp.dtype(dtype), "per_head": per_head}
 
     def build(axes):
-        for name, a in named_params(axes)[0]:
-            if not a.is_matrix:
-                raise ValueError(
-                    f"scale_by_muon steps matrices only; got {name} with axes {str(a)!r}, "
-                    f"role {a.role}. Use muon, which steps the rest by AdamW, or optax.masked."
-                )
         return scale_by_lmo(axes, newton_schulz, momentum, nesterov, buffer_dtype, **options)
 
-    return build_for_params(build, axes)
+    return build_for_matrices("muon", build, axes)
 
 
 def muon(

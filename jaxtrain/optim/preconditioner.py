@@ -23,11 +23,15 @@ from jax.typing import DTypeLike
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
+from jaxtrain.distributed.mesh import platform
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim import Hyperparameter, check_decay, is_number
+from jaxtrain.optim.chunks import GPU_CHUNK_BYTES, map_chunks
 from jaxtrain.optim.lmo import buffer_dtype
 from jaxtrain.optim.owners import from_owners, ownership, to_owners
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
+CPU_CHUNK_BYTES = 2**26
 MAX_SIDE = 10_000  # the source's limit: above hidden widths, below most vocabularies
 
 
@@ -61,25 +65,22 @@ class Progress(NamedTuple):
         """Whether a step before this one has computed the bases."""
         return self.count > 0
 
-    def average(self, decay: float, old: jax.Array, new: jax.Array, when: Any = True) -> jax.Array:
+    def average(
+        self, decay: Hyperparameter, old: jax.Array, new: jax.Array, when: Any = True
+    ) -> jax.Array:
         """Averages `new` into `old` if the gradients are finite and `when` is true."""
         mean = average(decay, old, new, widest(old, new))
         return jnp.where(self.good & when, mean.astype(old.dtype), old)
 
 
-# (Axes, gradient, its buffers, Progress) -> (direction, buffers with new momentum and square); the
-# gradient and the direction have the parameter's shape.
-Direction = Callable[[Axes, jax.Array, OwnedBuffers, Progress], tuple[jax.Array, OwnedBuffers]]
+# (gradient, its buffers, Progress) -> (direction, buffers with new momentum and square); gradient,
+# direction and momentum are [X,I,O] here.
+Direction = Callable[[jax.Array, OwnedBuffers, Progress], tuple[jax.Array, OwnedBuffers]]
 
 
 def _product(equation, a, b):
     """Computes an einsum in full float32: TF32 would lose the small eigenvalues of the factors."""
     return jnp.einsum(equation, a, b, precision="highest")
-
-
-def as_matrices(axes: Axes, x: jax.Array, state: OwnedBuffers) -> jax.Array:
-    """Returns x, like the parameter, as [X,I,O] in the type that a step computes in."""
-    return axes.to_matrices(x.astype(widest(x, state.square)))
 
 
 def rotate(x_XIO: jax.Array, state: OwnedBuffers) -> jax.Array:
@@ -162,14 +163,25 @@ def _transpose(treedef, states):
     return OwnedBuffers(*(treedef.unflatten(field) for field in zip(*states, strict=True)))
 
 
+def _chunk_size(state, chunk_bytes):
+    """Returns the largest divisor of X whose matrices' factors fit in chunk_bytes; 1 at least."""
+    factors = [x for x in (state.input_factor, state.output_factor) if x is not None]
+    matrix_bytes = sum(x[0].nbytes for x in factors)
+    X = len(state.square)
+    fits = [n for n in range(1, X + 1) if X % n == 0 and n * matrix_bytes <= chunk_bytes]
+    return max(fits, default=1)
+
+
 def precondition(
     axes: AxesTree,
     direction: Direction,
-    decay: float,
-    every: int,
+    decay: Hyperparameter,
+    every: Hyperparameter,
     max_side: int = MAX_SIDE,
     buffer_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    finish: Callable[[Axes, jax.Array], jax.Array] = lambda axes, u: u,
+    chunk_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transform that keeps factors and bases for a direction that uses them.
 
@@ -182,19 +194,30 @@ def precondition(
     Args:
         axes: pytree of Axes, like params, all matrices.
         decay: decay of the factors, in [0, 1).
-        every: steps from one refresh of the bases to the next.
+        every: steps from one refresh of the bases to the next; a whole number.
         max_side: a longer side of a matrix has no factor and is not rotated.
         buffer_dtype: type of the momentum; None means the parameter's, float32 at least, which
             all else is stored in.
         mesh: mesh over which params are split; None means one device.
+        finish: maps the direction of a parameter, in its shape, to the step.
+        chunk_bytes: bound on the factors of those matrices of a stack that are stepped at one time;
+            temporaries are about four times as large.
 
     Raises:
         ValueError: decay, every or max_side is out of range.
     """
-    check_range("precondition_decay", decay, 0 <= decay < 1, "in [0, 1)")
-    check_range("precondition_every", every, every >= 1, "1 or more")
-    check_range("precondition_max_side", max_side, max_side >= 1, "1 or more")
+    check_decay(decay, "optim.precondition_decay")
+    if is_number(every):
+        _check_count("precondition_every", every)
+    if not is_number(max_side):
+        raise ValueError(
+            f"max_side decides shapes, so it must be a number; got {max_side}. Give "
+            'optax.inject_hyperparams static_args=("max_side",).'
+        )
+    _check_count("precondition_max_side", max_side)
     all_axes, treedef = jax.tree.flatten(axes)
+    default_bytes = CPU_CHUNK_BYTES if platform() == "cpu" else GPU_CHUNK_BYTES
+    most_bytes = default_bytes if chunk_bytes is None else chunk_bytes
 
     def init(params):
         leaves = zip(all_axes, treedef.flatten_up_to(params), strict=True)
@@ -202,9 +225,18 @@ def precondition(
         return SoapState(jnp.zeros((), jnp.int32), _transpose(treedef, states))
 
     def step_leaf(a, g, state, progress):
-        u, state = direction(a, g, state, progress)
-        state = _update_factors(as_matrices(a, g, state), state, decay, progress)
-        return u, _refresh_bases(state, progress, every)
+        def step_chunk(chunk):
+            g_XIO, state = chunk
+            u_XIO, state = direction(g_XIO, state, progress)
+            state = _update_factors(g_XIO, state, decay, progress)
+            return u_XIO.astype(g_XIO.dtype), _refresh_bases(state, progress, every)
+
+        g_XIO = a.to_matrices(g.astype(widest(g, state.square)))
+        in_matrices = state._replace(momentum=a.to_matrices(state.momentum))
+        size = _chunk_size(state, most_bytes)
+        u_XIO, after = map_chunks(step_chunk, (g_XIO, in_matrices), size)
+        momentum = a.from_matrices(after.momentum, g.shape)
+        return finish(a, a.from_matrices(u_XIO, g.shape)), after._replace(momentum=momentum)
 
     def step_all(grads, owned, progress):
         fields = (treedef.flatten_up_to(field) for field in owned)
@@ -223,9 +255,9 @@ def precondition(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def check_range(field, value, valid, rule):
-    if not valid:
-        raise ValueError(f"optim.{field} must be {rule}; got {value}. Set --optim.{field}.")
+def _check_count(field, value):
+    if value < 1:
+        raise ValueError(f"optim.{field} must be 1 or more; got {value}. Set --optim.{field}.")
 
 
 def _on_owners(step_all, axes, mesh):

@@ -10,8 +10,9 @@ from jax.core import Tracer
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
-from jaxtrain.model.trees import AxesTree, named_leaves
+from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim import is_zero
+from jaxtrain.optim.default_axes import named_params
 from jaxtrain.optim.param_groups import NORM_PRESERVING, Group
 from jaxtrain.optim.precision import widest
 
@@ -112,9 +113,12 @@ def keep_norms(
         return jnp.sum(x * y, tuple(range(len(view(a).stack), x.ndim)), keepdims=True)
 
     def init(params):
-        square = lambda a, p: inner(a, split(a, p), split(a, p))
-        norm = jax.tree.map(jnp.sqrt, jax.tree.map(square, axes, params))
-        for name, x in named_leaves(norm).items():
+        def norm_of(a, p):
+            p = split(a, p.astype(widest(p)))
+            return jnp.sqrt(inner(a, p, p))
+
+        norm = jax.tree.map(norm_of, axes, params)
+        for name, x in named_params(norm)[0]:
             if not isinstance(x, Tracer) and not jnp.all(x):
                 raise ValueError(
                     "optim.name=muon_h and adam_h need matrices that are not zero, whose norm they "

@@ -8,15 +8,26 @@ from jaxtrain.optim.acceleration import accelerated_lmo, eval_params
 from jaxtrain.optim.default_axes import resolve_axes
 from jaxtrain.optim.describe import describe, group_rows
 from jaxtrain.optim.muon import muon, scale_by_muon
+from jaxtrain.optim.norm_preserving import adam_h, muon_h
 from jaxtrain.optim.normuon import normuon
+from jaxtrain.optim.soap import scale_by_soap, soap
+from jaxtrain.optim.soap_muon import scale_by_soap_muon, soap_muon
+from jaxtrain.optim.tail_average import tail_average
 
 __all__ = [
     "accelerated_lmo",
+    "adam_h",
     "describe",
     "eval_params",
     "group_rows",
     "muon",
+    "muon_h",
     "normuon",
     "resolve_axes",
     "scale_by_muon",
+    "scale_by_soap",
+    "scale_by_soap_muon",
+    "soap",
+    "soap_muon",
+    "tail_average",
 ]

@@ -62,7 +62,7 @@ def _optimizer_bytes(optimizer: Any, model: Model, devices: int) -> int:
 
     Not all of it is split: a device has whole matrices of SOAP's state (optim/owners.py).
     """
-    mesh = AbstractMesh((1, devices, 1), AXES)
+    mesh: Any = AbstractMesh((1, devices, 1), AXES)  # a Mesh for all that is asked of it
     shardings = state_shardings(optimizer, model.axes, model.shapes, mesh)
     state = jax.eval_shape(optimizer.init, model.shapes)
     part = lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from jaxtrain.config.sections import ExportConfig
+from jaxtrain.config.run_sections import ExportConfig
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.file_errors import keep_first_error
 from jaxtrain.files import strict_json, write_atomic

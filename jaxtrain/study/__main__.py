@@ -36,6 +36,7 @@ Newton-Schulz for a config. Neither trains anything.
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def run_study(
     base, _ = resolve_dtype(plan.base, (devices or jax.devices())[0])
     folder = Path(plan.study.workdir)
     if dry_run:
-        for line in [*describe_study(plan), *estimate_time(plan._replace(base=base), devices)]:
-            print_line(line)
+        for lines in (describe_study(plan), estimate_time(plan._replace(base=base), devices)):
+            print_line("\n".join(lines))
         return []
     folder.mkdir(parents=True, exist_ok=True)
     base, corpus = open_data(base, folder)
@@ -120,6 +121,8 @@ def _check_folders(plan: StudyPlan) -> None:
     """Checks the folders of all settings in the config before the first run."""
     study = plan.study
     for cell, contender in itertools.product(plan.cells, study.contenders):
+        if not Path(study.workdir, cell, contender).exists():
+            continue
         for setting in plan.declared_settings(contender):
             for seed in (study.tuning_seed, *study.seeds):
                 check_folder(plan.trial(cell, contender, setting, seed))
@@ -146,7 +149,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         set_up_logging()
         with interruptible():
-            run_study(args.config, dry_run=args.dry_run)
+            # A study runs for hours: a file that its output goes to should show each run at once.
+            run_study(args.config, print_line=partial(print, flush=True), dry_run=args.dry_run)
     except (Interrupted, KeyboardInterrupt) as stop:
         print("\nstopped; the same command continues from here")
         return getattr(stop, "status", INTERRUPTED)

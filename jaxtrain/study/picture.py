@@ -60,7 +60,7 @@ def horizon_curves(
     comparisons, so that effects of the seed, which all contenders share, are left out.
 
     Args:
-        groups: cell -> its condition and size; groups of one cell are left out.
+        groups: cell -> its condition and size.
         level: 0.05 draws intervals of 95 %.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +70,6 @@ def horizon_curves(
     panels: dict[str, list[ConditionResult]] = {}
     for result in results:
         panels.setdefault(groups[result.condition], []).append(result)
-    panels = {group: cells for group, cells in panels.items() if len(cells) > 1}
     figure = Figure(
         figsize=(6.5 * len(panels), 6), dpi=150, facecolor="white", layout="constrained"
     )
@@ -103,8 +102,11 @@ def horizon_curves(
         axes.spines[["top", "right", "left"]].set_visible(False)
     all_axes[0].set_ylabel("held-out loss at the end (nats/token)", fontsize=13)
     all_axes[0].legend(fontsize=12, frameon=False)
-    explanation = f"mean over paired seeds, {1 - level:.0%} intervals without the seeds' effects"
-    figure.suptitle(f"{title}: {explanation}", fontsize=14)
+    explanation = (
+        f"mean over paired seeds; bars: {1 - level:.0%} intervals without the seeds' effects; "
+        "contenders are drawn side by side"
+    )
+    figure.suptitle(f"{title}: {explanation}", fontsize=12)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -107,8 +107,8 @@ def _rank_lines(plan: StudyPlan, ranks: Sequence[RankCorrelation]) -> list[str]:
         "",
         "tau-b: Kendall's rank correlation: 1 is the same order, 0 is no relation, -1 is the "
         "reverse.",
-        f"Of the {len(pairs)} pairs of published figures, {tied} are tied, so tau-b is at most "
-        f"{most:.2f} unless the study has ties, too.",
+        f"Ties in {tied} of the {len(pairs)} pairs of published figures limit tau-b to {most:.2f}, "
+        "unless the study has ties, too.",
         "interval: parametric bootstrap of the run-to-run noise, for these contenders only. p: "
         f"two-sided, over all permutations of {count} contenders.",
         "all: contenders in the order of their mean difference from the baseline over all cells.",
@@ -117,7 +117,24 @@ def _rank_lines(plan: StudyPlan, ranks: Sequence[RankCorrelation]) -> list[str]:
         "Published figures that are close have no certain order. The model, data, batch and tuning "
         "differ from the published",
         "ones, so a low tau does not say which of the two rankings is right.",
+        "",
+        f"Verdict: {_rank_verdict(ranks[-1], study.level)}",
     ]
+
+
+def _rank_verdict(rank: RankCorrelation, level: float) -> str:
+    """Returns what a tau says, as a sentence that needs no legend."""
+    where = "over all cells" if rank.condition == "all" else f"in {rank.condition}"
+    figures = f"tau-b {rank.tau:+.2f} ({rank.low:+.2f} to {rank.high:+.2f}), p = {rank.p:.3g}"
+    if not rank.p <= level:
+        return (
+            f"{where}, {len(rank.contenders)} contenders do not show whether the study ranks "
+            f"them as the published comparison does: {figures}"
+        )
+    relation = "as" if rank.tau > 0 else "in reverse of what"
+    return (
+        f"{where}, the study ranks contenders {relation} the published comparison does: {figures}"
+    )
 
 
 def _overall_lines(plan: StudyPlan, summary: Summary) -> list[str]:
@@ -134,12 +151,14 @@ def _overall_lines(plan: StudyPlan, summary: Summary) -> list[str]:
         }
         listed = ", ".join(f"{text} in {n}" for text, n in tally.items() if n)
         edges = sum(bool(c.choice.edges) for c in contests)
-        line = f"  {name} against {study.baseline}: {listed} of {count}"
+        line = f"  {name} against {study.baseline}: {listed} of {count} cells"
         ratios = [s.ratio for s in summary.speedups if s.contender == name]
         ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
         if ratios:
             line += f"; speed-up in tokens {min(ratios):.2f} to {max(ratios):.2f}"
-        lines.append(line + (f"; its best values are at an edge in {edges}" if edges else ""))
+        if edges:
+            line += f"; its best values are at an edge of what was tried in {edges} cells"
+        lines.append(line)
     return lines
 
 
@@ -159,7 +178,7 @@ def write_summary(
             picture = study_curves(f"{folder.name}, {cell.cell}", paired)
             write_atomic(folder / f"{cell.cell}.png", picture)
     groups = {name: cell.group for name, cell in plan.cells.items()}
-    if summary.speedups:
+    if any(result.horizon for result in summary.results):
         picture = horizon_curves(folder.name, summary.results, groups, plan.study.level)
         write_atomic(folder / "horizons.png", picture)
     write_atomic(folder / "study.csv", _format_csv(summary))

@@ -2,14 +2,22 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.reporting.terminal import format_duration
 from jaxtrain.run_directory.lock import RunLocked
 from jaxtrain.study.plan import StudyPlan, Trial
-from jaxtrain.study.runs import Result, check_folder, is_finished, read_result, run_trial
-from jaxtrain.study.search import ChosenSetting, Pending
+from jaxtrain.study.runs import (
+    CLAIM,
+    Result,
+    check_folder,
+    is_finished,
+    read_result,
+    run_trial,
+)
+from jaxtrain.study.search import ChosenSetting, Pending, Setting, name_setting
 from jaxtrain.train import train
 
 WAIT_S = 2.0  # between two looks at runs that other processes work on
@@ -50,6 +58,7 @@ class Work:
         self.plan, self._devices, self._print_line = plan, devices, print_line
         self._train = train
         self._results: dict[tuple, Result] = {}  # by cell, contender, setting and seed
+        self._trials: dict[tuple, list[Trial]] = {}  # that were built, by their arguments
         self._choices: dict[tuple[str, str], ChosenSetting] = {}  # by cell and contender
         self._costs = {cell: _cost(plan, cell) for cell in plan.cells}
         self._seconds_per_cost: list[float] = []  # of the runs that this process has trained
@@ -80,17 +89,16 @@ class Work:
         """Returns the runs that can be trained now, those that should come first, first."""
         plan, trials = self.plan, []
         for cell in plan.cells:
-            chosen, paired = {}, []
+            chosen = {}
             for contender in plan.study.contenders:
                 try:
                     choice = self._choose(cell, contender)
                 except Pending as pending:
-                    trials += plan.tuning(cell, contender, pending.settings)
+                    trials += [self._tuning(cell, contender, s) for s in pending.settings]
                     continue
                 if choice:
                     chosen[contender] = choice.values
-            paired = plan.paired(cell, chosen)
-            trials += [trial for trial in paired if not self._find(trial)]
+            trials += [trial for trial in self._paired(cell, chosen) if not self._find(trial)]
         return trials
 
     def finished(self) -> list[CellRuns]:
@@ -102,7 +110,7 @@ class Work:
                 continue
             choices = {name: self._choices[cell, name] for name in contenders}
             paired: dict[str, list] = {name: [] for name in contenders}
-            for trial in plan.paired(cell, {name: c.values for name, c in choices.items()}):
+            for trial in self._paired(cell, {name: c.values for name, c in choices.items()}):
                 paired[trial.contender].append(self._results.get(_key(trial)))
             if any(None in results for results in paired.values()):
                 continue
@@ -134,7 +142,7 @@ class Work:
             except Pending as pending:
                 missing = []
                 for setting in pending.settings:
-                    [trial] = plan.tuning(cell, contender, [setting])
+                    trial = self._tuning(cell, contender, setting)
                     if result := self._find(trial):
                         losses[trial.setting] = result.loss
                     else:
@@ -145,12 +153,27 @@ class Work:
                 self._choices[cell, contender] = choice
                 return choice
 
+    def _tuning(self, cell: str, contender: str, setting: Setting) -> Trial:
+        """Returns a tuning run; it is built once only, because its config is checked each time."""
+        key = cell, contender, name_setting(setting)
+        if key not in self._trials:
+            self._trials[key] = self.plan.tuning(cell, contender, [setting])
+        return self._trials[key][0]
+
+    def _paired(self, cell: str, chosen: Mapping[str, Setting]) -> list[Trial]:
+        """Returns the paired runs of some contenders, which are built once only, too."""
+        key = cell, *((name, name_setting(setting)) for name, setting in chosen.items())
+        if key not in self._trials:
+            self._trials[key] = self.plan.paired(cell, chosen)
+        return self._trials[key]
+
     def _find(self, trial: Trial) -> Result | None:
         """Returns the result of a run that has ended, else None."""
         key = _key(trial)
         if key not in self._results:
             check_folder(trial)
-            if not is_finished(trial):
+            # A process that still has its claim may not have written all of the result yet.
+            if (Path(trial.config.workdir) / CLAIM).exists() or not is_finished(trial):
                 return None
             self._results[key] = read_result(trial)
             self.reused += 1
@@ -205,5 +228,5 @@ def _key(trial: Trial) -> tuple:
 
 def _cost(plan: StudyPlan, cell: str) -> float:
     """Returns the cost of a run in a cell, in a unit that is the same for all cells."""
-    cfg = plan.paired(cell, {plan.study.baseline: {}})[0].config
+    cfg = plan.trial(cell, plan.study.baseline, {}, plan.study.tuning_seed).config
     return plan.cells[cell].parameters * cfg.steps * cfg.data.batch * cfg.data.seq_len

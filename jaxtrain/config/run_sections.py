@@ -1,0 +1,66 @@
+"""The sections of a TrainConfig that say where a run computes, and what it stores and reports."""
+
+from dataclasses import dataclass
+
+from jaxtrain.config.fields import Section, knob
+
+
+@dataclass(frozen=True)
+class MeshConfig(Section):
+    PREFIX = "mesh."
+
+    replica: int = knob(1, "number of copies of the parameters; -1 uses all devices left", low=-1)
+    fsdp: int = knob(-1, "devices that a copy is split over; -1 uses all devices left", low=-1)
+    tensor: int = knob(1, "devices that split each layer; -1 uses all devices left", low=-1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    PREFIX = "checkpoint."
+
+    storage: str = knob(
+        "shared",
+        "where workdir is: on a disk that all hosts share, or on process 0's own disk (host0)",
+        choices=("shared", "host0"),
+    )
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    PREFIX = "sample."
+
+    prompt: str = knob("", "text to continue at the end of a run; empty uses held-out text")
+    tokens: int = knob(256, "tokens to sample at the end; 0 samples none", unit="tokens", low=0)
+    temperature: float = knob(
+        0.7, "sampling temperature; 0 always takes the likeliest token", low=0.0
+    )
+    top_k: int = knob(50, "draw from this many of the likeliest tokens; 0 draws from all", low=0)
+
+
+@dataclass(frozen=True)
+class MeasureConfig(Section):
+    """Additional measurements, which do not change the trained weights."""
+
+    PREFIX = "measure."
+
+    phases: bool = knob(False, "time each phase of a step separately, once")
+    details: bool = knob(
+        False, "at the start, print the routes, optimizer groups and metrics of config.json"
+    )
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Section):
+    PREFIX = "profile."
+
+    steps: int = knob(0, "steps to trace after warm-up, into workdir/profile; 0 traces none", low=0)
+
+
+@dataclass(frozen=True)
+class ExportConfig(Section):
+    PREFIX = "export."
+
+    port: int = knob(0, "port that serves metrics to Prometheus; 0 serves none", low=0, high=65_535)
+    address: str = knob(
+        "127.0.0.1", "address that export.port listens on; 0.0.0.0 is every network"
+    )

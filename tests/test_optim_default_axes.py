@@ -1,0 +1,100 @@
+"""The default rule for axes, on names that common libraries give, and axes that users declare."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxtrain.axes import Axes
+from jaxtrain.optim.default_axes import default_axes_of, resolve_axes
+
+MATRICES = """
+params.Dense_0.kernel layers.0.mlp.up.kernel layers_0.attention.out.kernel blocks.3.w1 w
+mlp/~/linear_0.w transformer/~/attention/query.w encoder.multi_head.w_o multi_head_attention.q.w
+attention_head.key.w position_wise_ffn.w1 overhead.w normal_form.w ahead.kernel remember.w
+"""
+OUTPUTS_FIRST = """
+layers.0.weight mlp.c_fc.weight model.layers.0.self_attn.q_proj.weight h.0.attn.c_attn.weight
+"""
+EMBEDDINGS = """
+embed.embedding params.Embed_0.embedding params.TokenEmbedder.embedding embed embeddings.0
+wte.weight transformer/~/embed.embeddings model.embed_tokens.weight tok_embeddings.weight
+token_emb tok_embed.w
+"""
+POSITIONS = """
+wpe.weight pos_embed position_embeddings.weight params.PosEmb_0.table positional_embedding positions
+pos
+"""
+HEADS = "lm_head.kernel head params.head.kernel params.LMHead_0.kernel head.w logits.w readout.w"
+HEADS += " params.Classifier_0.kernel unembed.w Unembedding_0.kernel to_logits.kernel"
+HEADS_OUTPUTS_FIRST = "lm_head.weight classifier.weight unembed.weight"
+VECTORS = """
+bias attention.q.bias ln_1.weight params.LayerNorm_0.scale blocks.layer_norm.w norm.weight rmsnorm.w
+model.layers.input_layernorm.weight layers.b layers.gamma relative_position.bias post_attn_norm.gain
+"""
+CASES = {
+    "|I->O": MATRICES,
+    "|O<-I": OUTPUTS_FIRST,
+    "V|D": EMBEDDINGS,
+    "T|D": POSITIONS,
+    "|I->V": HEADS,
+    "|V<-I": HEADS_OUTPUTS_FIRST,
+    "L|D": VECTORS,
+}
+
+
+@pytest.mark.parametrize("axes", CASES)
+def test_the_rule_reads_two_dims_by_name(axes):
+    found = {name: str(default_axes_of(name, 2)) for name in CASES[axes].split()}
+    assert {name: a for name, a in found.items() if a != axes} == {}
+
+
+def test_one_dim_or_none_is_a_vector_whatever_its_name():
+    for name in ("w", "embed", "head.kernel", ""):
+        assert str(default_axes_of(name, 1)) == "|D" and str(default_axes_of(name, 0)) == "|"
+
+
+def test_three_dims_or_more_must_be_declared_and_the_error_says_how():
+    params = {"a": jnp.ones((2, 3, 4)), "b": [jnp.ones((2, 3, 4, 5))], "w": jnp.ones((2, 3))}
+    with pytest.raises(ValueError) as error:
+        resolve_axes({"w": "|D->F"}, params)
+    parts = "a of shape (2, 3, 4), b.0 of shape (2, 3, 4, 5)", "'|HWI->O'", "arrow AdamW"
+    assert [part for part in parts if part not in str(error.value)] == []
+
+
+def test_axes_are_declared_by_name_or_as_a_tree_in_any_notation():
+    params = {"a": jnp.ones((2, 3, 4)), "layers": [(jnp.ones((3, 5)), jnp.ones(5)), None]}
+    names = (("layers",), ("in",), ("out",))
+    by_name = {"a": names, "layers.0.0": "|D->F"}
+    tree = {"a": Axes(*names), "layers": [("|D->F", "|D"), None]}
+    tuples = {"a": names, "layers": ((Axes.parse("|D->F"), ((), ("D",))), None)}
+    found = [resolve_axes(axes, params) for axes in (by_name, tree, tuples)]
+    assert found[0] == found[1] == found[2]
+    assert jax.tree.structure(found[0]) == jax.tree.structure(params)
+    assert [str(a) for a in jax.tree.leaves(found[0])] == ["(layers)|(in)->(out)", "|D->F", "|D"]
+    nested = ((jnp.ones((3, 5)), jnp.ones(5)), (jnp.ones((5, 3)), jnp.ones(3)))
+    strings = (("|D->F", "|F"), ("|F->D", "|D"))  # tuples of strings, but not of names
+    assert jax.tree.map(str, resolve_axes(strings, nested)) == strings
+
+
+def test_axes_that_name_no_parameter_are_an_error_that_lists_the_names():
+    with pytest.raises(ValueError, match="of blocks.w, gain; got block.w"):
+        resolve_axes({"block": {"w": "|D->F"}}, {"blocks": {"w": jnp.ones((2, 3))}, "gain": 1.0})
+
+
+@pytest.mark.parametrize("value", [None, 3])
+def test_axes_without_a_meaning_name_their_parameter(value):
+    with pytest.raises(ValueError, match="for blocks.w"):
+        resolve_axes({"blocks": {"w": value}}, {"blocks": {"w": jnp.ones((2, 3))}})
+
+
+def test_axes_may_be_a_state_or_a_module_like_the_parameters():
+    declare = lambda x: "|D->F" if x.ndim == 2 else "|F"
+    linear = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    for params in (linear, nnx.as_pure(linear), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}):
+        found = jax.tree.leaves(resolve_axes(jax.tree.map(declare, linear), params))
+        assert [str(a) for a in found] == ["|F", "|D->F"]
+    mlp = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    found = resolve_axes(jax.tree.map(declare, mlp), mlp)
+    assert [str(a) for a in jax.tree.leaves(found)] == ["|D->F", "|F"] * 2
