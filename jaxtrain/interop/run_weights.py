@@ -10,6 +10,7 @@ from jaxtrain.checkpoint.manager import Checkpoints
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.config.train_config import ModelConfig, freeze
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
+from jaxtrain.errors import CheckpointError
 from jaxtrain.interop import InteropError
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.model.trees import ArrayTree
@@ -45,17 +46,21 @@ def find_run(source: Path | str) -> tuple[Path, int | None] | None:
 
 
 def is_imported(weights: str) -> bool:
-    """Returns whether cfg.weights, or those of the run that they name, were imported.
+    """Returns whether cfg.weights are of another program, or of a run that began with such.
 
-    A run's folder that no longer exists counts as imported.
+    Those of a run that can no longer be read count as imported.
     """
-    found = find_run(weights) if weights else None
-    if found is None:
-        return bool(weights)
-    folder, step = found
-    if not (folder / CHECKPOINTS).is_dir():
-        return True
-    return is_imported(_read_config(folder, step)["weights"])
+    seen = set()
+    while weights and weights not in seen:
+        seen.add(weights)
+        found = find_run(weights)
+        if found is None:
+            return True
+        try:  # of any step: the one that was used may have been deleted since
+            weights = _read_config(found[0], None).get("weights", "")
+        except (InteropError, CheckpointError):
+            return True
+    return bool(weights)
 
 
 def check_run_model(cfg: ModelConfig, source: str) -> None:
