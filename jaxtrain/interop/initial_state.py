@@ -53,11 +53,12 @@ def initial_state(run: Run) -> TrainState:
     source, model = run.cfg.weights, run.model
     if not source:
         return init_state(model, run.optimizer, run.mesh, run.cfg.seed)
-    if find_run(source):
-        check_run_model(run.cfg.model, source)
-        return init_state(model, run.optimizer, run.mesh, load_run_weights(run))
-    check_model(run.cfg.model, source)  # before memory is allocated
     sharding_of = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
     shardings = jax.tree.map(sharding_of, model.axes, model.shapes)
-    params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
+    if find_run(source):
+        check_run_model(run.cfg.model, source)
+        params = load_run_weights(run, shardings)
+    else:
+        check_model(run.cfg.model, source)  # before memory is allocated
+        params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
     return init_state(model, run.optimizer, run.mesh, params)

@@ -71,11 +71,12 @@ def check_run_model(cfg: ModelConfig, source: str) -> None:
     check_same_model(cfg, theirs, owner, "another --weights", InteropError)
 
 
-def load_run_weights(run: Run) -> ArrayTree:
-    """Returns the weights with which the run in cfg.weights is evaluated, sharded for this run.
+def load_run_weights(run: Run, shardings: Any) -> ArrayTree:
+    """Returns the weights with which the run in cfg.weights is evaluated.
 
     Args:
-        run: accepted by check_run_model.
+        run: the run to start, accepted by check_run_model.
+        shardings: of its parameters, like them.
 
     Raises:
         InteropError: the checkpoint does not fit this run.
@@ -102,8 +103,8 @@ def load_run_weights(run: Run) -> ArrayTree:
             *(restored.step, folder.resolve(), stored["optim.name"]),
             describe_evaluated_weights(opt_state),
         )
-    shardings = jax.tree.map(lambda x: x.sharding, template.params)
-    return jax.jit(eval_params, out_shardings=shardings)(opt_state, restored.state.params)
+    evaluate = lambda state: eval_params(state.opt_state, state.params)
+    return jax.jit(evaluate, out_shardings=shardings)(restored.state)
 
 
 def _locate(source: str) -> tuple[Path, int | None]:
