@@ -33,7 +33,7 @@ Entry = TypeVar("Entry")
 
 
 def _read_names(text: str) -> Names:
-    """Splits `"HK"` and `"(height)(width)"` into names; leaves what is malformed in one piece."""
+    """Splits `"HK"` or `"(height)(width)"` into names; Axes refuses those of a malformed text."""
     names = re.findall(r"\((\w+)\)|(.)", text)
     return tuple(long or letter for long, letter in names)
 
@@ -63,7 +63,7 @@ class Axes:
         valid = all(isinstance(name, str) and name.isidentifier() for name in names)
         if not valid or not all(isinstance(part, tuple) for part in parts):
             raise ValueError(
-                "axes must be tuples of letters or other identifiers, as 'L|D->F' or "
+                "axes must name dims by letters or other identifiers, as 'L|D->F' or "
                 f"(('layers',), ('in',), ('out',)); got {parts!r}."
             )
         if self.outputs and not self.inputs:
@@ -122,7 +122,7 @@ class Axes:
         """Checks that an array has one dim for each name, and one size for a repeated name.
 
         Raises:
-            ValueError: it has not; the message has the parameter's name, its shape and the axes.
+            ValueError: it does not fit; the message has the name, the shape and the axes.
         """
         where = f"got {name or 'one array'} of shape {tuple(shape)} with axes {str(self)!r}"
         if len(shape) != len(self.letters):

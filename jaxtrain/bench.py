@@ -41,8 +41,9 @@ Suites for GPUs, which run only if named:
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
-              optim.parametrisation=standard and spectral. --sizes chooses width, depth or both.
-              Draws a picture beside its rows. Takes half an hour on one core
+              optim.parametrisation=standard and spectral. --sizes chooses width, depth or both;
+              --rounds is the number of seeds. Draws a picture beside its rows. Takes half an hour
+              on one core
 
 How to read the tables for the processor: variants take turns in one process, on new data, after two
 calls that do not count. Figures are medians over n turns.
@@ -84,6 +85,7 @@ from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 
 ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
+ROUNDS |= {"transfer": 1}
 # The values that a suite's flags accept. By default a flag has all of them except ON_REQUEST.
 CHOICES = {
     "cpu": {
@@ -157,12 +159,11 @@ def _run_simple(suite: ModuleType, args: argparse.Namespace, rounds: int) -> Res
     yield rows, suite.tables(rows)
 
 
-def _run_transfer(args: argparse.Namespace, rounds: int | None) -> Results:
+def _run_transfer(args: argparse.Namespace, rounds: int) -> Results:
     """Runs the suite row by row, and draws the rows so far after each verdict."""
-    del rounds
     chosen = argparse.Namespace(**vars(args) | _chosen(args, "transfer"))
     rows = []
-    for row in transfer.measure(chosen):
+    for row in transfer.measure(chosen, rounds):
         rows.append(row)
         if row["case"] == "verdict":
             write_atomic(Path(args.json).with_suffix(".png"), transfer.draw(rows))

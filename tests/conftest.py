@@ -26,6 +26,7 @@ LONGEST = (
     "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
+    "test_benchmarks_collectives.py",
     "test_study.py",
     "test_benchmarks_suites.py",
     "test_training_diagnostic_step.py",
@@ -51,9 +52,9 @@ kernels_mosaic kernels_quiet launch_compare launch_follow launch_host_supervise 
 launch_operate launch_prepare launch_ray launch_summary metrics_mfu model_layer_kinds model_loss
 ops_fused ops_precision ops_routes optim_acceleration optim_build optim_build_restart
 optim_build_state optim_default_axes optim_diagnostics optim_lmo optim_muon optim_newton_schulz
-optim_noise optim_normuon optim_precision optim_recipes relay reporting_loss_curve
-reporting_run_logger study_scaling study_work train_run_directory train_together training_loop
-training_phases training_startup
+optim_noise optim_normuon optim_owners optim_precision optim_recipes optim_soap relay
+reporting_loss_curve reporting_run_logger study_scaling study_work track3 train_run_directory
+train_together training_loop training_phases training_startup
 """
 SLOW_FILES = {*LONGEST, *(f"test_{name}.py" for name in SLOW.split())}
 

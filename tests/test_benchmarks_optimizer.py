@@ -10,8 +10,10 @@ import pytest
 from configs import gpt_124m
 from jaxtrain import bench
 from jaxtrain.benchmarks import cpu_training, optimizer
-from jaxtrain.config.train_config import freeze
+from jaxtrain.config.train_config import ModelConfig, OptimConfig, TrainConfig, freeze
 from jaxtrain.optim.build import build_optimizer
+from jaxtrain.training.run import build_run
+from jaxtrain.training.step import Step, abstract_state, build_update
 
 TINY = dict(L=2, D=16, H=2, G=2, K=8, F=32, V=32, qk_norm=True, attention="reference")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -85,6 +87,21 @@ def test_temporary_memory_is_xlas_and_is_compared_with_the_largest_stack(rows, s
         assert rows[name]["largest_stack_bytes"] == 4 * 2 * 16 * 32
     row = rows["jaxtrain float32"]
     assert f"{row['temp_bytes'] / 4096:.2f} target <= 1.5" in optimizer.tables([row])
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_update_of_a_step_needs_less_than_its_target_of_temporary_memory(name):
+    """With clipping and the reported RMS of updates, at the default numbers of bits."""
+    cfg = TrainConfig(model=ModelConfig(**optimizer.SIZES["m"]), optim=OptimConfig(name=name))
+    run = build_run(cfg, jax.devices()[:1])
+    state = abstract_state(run.model, run.optimizer, run.mesh)
+    scalar = jax.ShapeDtypeStruct((), "float32")
+    update = jax.jit(build_update(run.model, run.optimizer, cfg.optim), donate_argnums=0)
+    step = Step(update, state, (scalar, scalar, state.params), dict.fromkeys(run.rates(), scalar))
+    pairs = zip(jax.tree.leaves(run.model.axes), jax.tree.leaves(state.params), strict=True)
+    largest = max(4 * x.size for axes, x in pairs if axes.is_matrix)
+    temporary = step.compiled.memory_analysis().temp_size_in_bytes
+    assert temporary <= optimizer.MOST_OF_STACK * largest
 
 
 def test_parameters_and_state_are_updated_in_place_but_the_problem_is_not(tiny, stepped):

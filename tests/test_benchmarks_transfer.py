@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from jaxtrain.benchmarks import transfer
 
 class FakeGrid(transfer.RateGrid):
     """A model whose loss is a parabola over the exponent, with the given vertex."""
+
+    run: Any = argparse.Namespace(parameters=0)
 
     def __init__(self, vertex, diverges_from=math.inf):
         self.vertex, self.diverges_from, self.losses = vertex, diverges_from, {}
@@ -51,16 +54,14 @@ def test_the_excess_loss_is_interpolated_between_rates():
 def test_the_suite_yields_every_model_and_verdict_and_draws_them(monkeypatch):
     """With standard, the best exponent of these models falls by 1 for each doubling of a size."""
 
-    def build(cfg):
+    def build(cfg, seeds):
         model, choice = cfg.model, cfg.optim.parametrisation
-        grid = FakeGrid(1.2 - (choice == "standard") * math.log2(model.D * model.L / 128))
-        grid.run = argparse.Namespace(parameters=0)
-        return grid
+        return FakeGrid(1.2 - (choice == "standard") * math.log2(model.D * model.L / 128))
 
     monkeypatch.setattr(transfer, "RateGrid", build)
     chosen = {"optimizers": ["adamw"], "sizes": ["width", "depth"], "tiny": False}
     variants = list(transfer.PARAMETRISATIONS)
-    rows = list(transfer.measure(argparse.Namespace(**chosen, variants=variants)))
+    rows = list(transfer.measure(argparse.Namespace(**chosen, variants=variants), seeds=1))
     verdicts = [row for row in rows if row["case"] == "verdict"]
     found = {(row["series"], row["parametrisation"]): row for row in verdicts}
     assert set(found) == set(itertools.product(["width", "depth"], variants))

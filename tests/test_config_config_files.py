@@ -15,11 +15,12 @@ from jaxtrain.ops.routes import choose_routes
 
 FOLDER = Path(configs.__file__).parent
 FAMILIES = {"__init__", "base", "gpt2", "llama"}  # not configs of a run
-STUDIES = {"study", "study_quick", "study_scaling"}  # tested in tests/test_study_plan.py
+STUDIES = {"study", "study_quick", "study_scaling", "track3"}  # tested in tests/test_study_plan.py
 OTHERS = FAMILIES | STUDIES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 CROSSCHECKS = {"crosscheck_gpt2", "crosscheck_llama"}
-EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "llama_135m", "llama_1400m"}
+EXPECTED = {"gpt_124m", "gpt_350m", "gpt_774m", "gpt_1558m", "gpt_track3"}
+EXPECTED |= {"llama_135m", "llama_1400m"}
 
 
 def test_all_shipped_configs_exist():

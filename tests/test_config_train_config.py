@@ -69,6 +69,30 @@ def test_every_field_has_a_help_text_and_is_listed_in_the_help():
         ({"model": {"rope_factor": 4.0}}, "model.rope_factor must be 1 unless model.rope_scaling"),
         ({"model": {"rope_high_freq": 1.0}}, "rope_high_freq must exceed model.rope_low_freq=1.0"),
         (
+            {"model": {"rope_fraction": 0.3}},
+            "rope_fraction must be a multiple of 2/K, K=64, and not",
+        ),
+        ({"model": {"rope_fraction": 0.0}}, "model.rope_fraction must be a multiple of 2/K, K=64"),
+        (
+            {"model": {"rope_fraction": 0.5, "position": "learned"}},
+            "model.rope_fraction must be 1 with model.position=learned; got 0.5",
+        ),
+        ({"model": {"qk_norm_gain": False}}, "qk_norm_gain must be true with model.qk_norm=false"),
+        (
+            {"model": {"logit_softcap_form": "sqrt"}},
+            "model.logit_softcap_form must be 'tanh' without model.logit_softcap; got 'sqrt'",
+        ),
+        (
+            {"model": {"init_std": "embed=1,w=0"}},
+            "must be NAME=STD pairs joined by commas, of embed",
+        ),
+        (
+            {"model": {"init_std": "o=0"}, "optim": {"parametrisation": "spectral"}},
+            "model.init_std must be empty with optim.parametrisation=spectral; got 'o=0'",
+        ),
+        ({"model": {"init_std": "o"}}, "got 'o'. Set --model.init_std"),
+        ({"model": {"init_std": "o=-1"}}, "got 'o=-1'. Set --model.init_std"),
+        (
             {"optim": {"decay_groups": "matrices,embeddings"}},
             "optim.decay_groups must be some of matrices, embedding, positions, head, vectors, "
             "joined by commas; got 'matrices,embeddings'. Set --optim.decay_groups.",

@@ -53,6 +53,11 @@ def random_tree(shapes, seed):
         ("gpt2", dict(name="adamw", decay_groups="matrices", clip_norm=0.5, clip_eps=0.25)),
         ("llama", dict(name="muon", decay_groups="head,vectors", clip_eps=1e-6)),
         ("llama", dict(name="adamw", decay_groups="")),
+        (
+            "gpt2",
+            dict(name="muon", adam_weight_decay=0.3, decay_groups="matrices,positions,vectors")
+            | dict(embedding_learning_rate=0.3, head_learning_rate=0.1, vector_learning_rate=0.2),
+        ),
     ],
 )
 def test_both_sides_follow_decay_groups_and_clip_eps(form, options):

@@ -35,6 +35,9 @@ FORMS = {
     | dict(G=2, norm_place="both", mlp="geglu", tied=True, embed_scale=32**0.5)
     | dict(attention_scale=0.5, attention_softcap=1.0),
     "nanochat": SCANNED | dict(norm_gain=False, qk_norm=True, mlp="relu2", embed_norm=True),
+    "track3": SCANNED
+    | dict(embed_norm=True, qk_norm=True, qk_norm_gain=False, rope_fraction=0.5, bias=True)
+    | dict(head_bias=True, logit_softcap=2.0, logit_softcap_form="sqrt"),
 }
 B, T = 2, 24
 KEY_BIAS = "['blocks']['attention']['k']['b']"  # its true gradient is 0: softmax ignores it

@@ -110,7 +110,8 @@ def test_weights_of_another_model_are_refused_with_the_flags_to_set(exported, te
         *(("mlp", "relu2"), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("logit_softcap", 30.0)),
         *(("norm_place", "post"), ("norm_gain", False), ("qk_norm", True), ("embed_scale", 2.0)),
         *(("embed_norm", True), ("attention_scale", 0.5), ("attention_softcap", 50.0)),
-        *(("window", 8), ("nope_every", 4), ("attention_bias", "qkv")),
+        *(("window", 8), ("nope_every", 4), ("attention_bias", "qkv"), ("rope_fraction", 0.5)),
+        *(("head_bias", True),),
     ],
 )
 def test_a_checkpoint_is_not_resumed_with_a_config_that_changes_the_function(

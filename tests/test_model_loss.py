@@ -21,34 +21,40 @@ def inputs():
     return h, w, targets, weights / weights.sum()
 
 
-def reference(h, w, targets, weights, softcap, z_loss):
-    logits = jnp.einsum("BTD,VD->BTV", h, w)
-    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+def reference(h, w, targets, weights, b, softcap, form, z_loss):
+    logits = jnp.einsum("BTD,VD->BTV", h, w) + (0 if b is None else b)
+    if softcap:
+        x = logits / softcap
+        logits = softcap * (jnp.tanh(x) if form == "tanh" else x / jnp.sqrt(1 + x**2))
     lse = jax.nn.logsumexp(logits, -1)
     nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return (weights * nll).sum() + z_loss * (weights * lse**2).sum(), (weights * nll).sum()
 
 
-def value_and_grads(loss, h, w, targets, weights):
-    function = lambda h, w: loss(h, w, targets, weights)
-    return jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(h, w)
+def value_and_grads(loss, h, w, targets, weights, b=None):
+    function = lambda h, w, b: loss(h, w, targets, weights, b)
+    return jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2), has_aux=True))(h, w, b)
 
 
 @pytest.mark.parametrize(
-    "mesh, softcap, z_loss, chunk_bytes",
+    "mesh, softcap, form, bias, z_loss, chunk_bytes",
     [
-        (None, 0.0, 0.0, 1 << 26),
-        (None, 5.0, 1e-2, 1 << 10),
-        ((2, 2, 2), 0.0, 0.0, 1 << 10),
-        ((2, 2, 2), 5.0, 1e-2, 1 << 26),
-        ((1, 8, 1), 5.0, 1e-2, 1 << 10),
+        (None, 0.0, "tanh", False, 0.0, 1 << 26),
+        (None, 5.0, "tanh", True, 1e-2, 1 << 10),
+        ((2, 2, 2), 0.0, "tanh", False, 0.0, 1 << 10),
+        ((2, 2, 2), 5.0, "sqrt", True, 1e-2, 1 << 26),
+        ((1, 8, 1), 5.0, "tanh", False, 1e-2, 1 << 10),
     ],
 )
-def test_value_and_gradients_equal_the_unchunked_ones(inputs, mesh, softcap, z_loss, chunk_bytes):
+def test_value_and_gradients_equal_the_unchunked_ones(
+    inputs, mesh, softcap, form, bias, z_loss, chunk_bytes
+):
     cfg = LossConfig(z_loss=z_loss, chunk_bytes=chunk_bytes)
-    loss = build_loss(cfg, softcap, jnp.float32, mesh and build_mesh(MeshConfig(*mesh)))
+    mesh = mesh and build_mesh(MeshConfig(*mesh))
+    loss = build_loss(cfg, softcap, jnp.float32, mesh, softcap_form=form)
+    inputs = (*inputs, jnp.linspace(-2, 2, V) if bias else None)
     got = value_and_grads(loss, *inputs)
-    want = value_and_grads(lambda *args: reference(*args, softcap, z_loss), *inputs)
+    want = value_and_grads(lambda *args: reference(*args, softcap, form, z_loss), *inputs)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
     plain = loss(*inputs)  # without gradients
@@ -61,7 +67,7 @@ def test_padding_contributes_neither_loss_nor_gradient(inputs):
     weights = weights.at[:, 20:].set(0)
     other_targets = jnp.where(jnp.arange(T) < 20, targets, (targets + 7) % V)
     changed = h.at[:, 20:].add(3.0), w, other_targets, weights
-    (a, (dh, dw)), (b, (_, dw_b)) = (
+    (a, (dh, dw, _)), (b, (_, dw_b, _)) = (
         value_and_grads(loss, h, w, targets, weights),
         value_and_grads(loss, *changed),
     )

@@ -24,7 +24,9 @@ GPT2 = SMALL | dict(
 )
 FORMS = [
     SMALL,
-    SMALL | dict(qk_norm=True, mlp="relu2", logit_softcap=15.0),
+    SMALL
+    | dict(qk_norm=True, qk_norm_gain=False, mlp="relu2", rope_fraction=0.5, head_bias=True)
+    | dict(logit_softcap=15.0, logit_softcap_form="sqrt"),
     GPT2,
     SMALL | dict(G=1, tied=True),
     SMALL | dict(norm_place="post", qk_norm=True, qk_norm_over="all", embed_scale=8.0, tied=True),

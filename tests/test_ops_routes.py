@@ -125,10 +125,17 @@ def test_heads_that_devices_do_not_divide_have_no_kernel():
         ("norm", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
         ("norm", {"norm_place": "post"}, "model.norm_place=post normalises y alone"),
         ("qk_rope", {"norm_gain": False}, "it multiplies by a gain; got model.norm_gain=false"),
+        ("qk_rope", {"qk_norm_gain": False}, "by a gain; got model.qk_norm_gain=false"),
+        ("head", {"head_bias": True}, "it adds no bias; got model.head_bias=true"),
+        (
+            "head",
+            {"logit_softcap": 15.0, "logit_softcap_form": "sqrt"},
+            "its soft-cap is a tanh; got model.logit_softcap_form='sqrt'",
+        ),
         ("qk_rope", {"qk_norm_over": "all"}, "it normalises each head; got model.qk_norm_over=all"),
     ],
 )
-def test_a_norm_that_a_kernel_does_not_compute_excludes_it(op, values, reason):
+def test_what_a_kernel_does_not_compute_excludes_it(op, values, reason):
     model, where = ModelConfig(qk_norm=True, **values), dict(arch="sm_90")
     route = choose_routes(model, False, "gpu", False, **where)[op]
     assert route.implementation == "plain" and reason in route.reason

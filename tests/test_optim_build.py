@@ -7,8 +7,9 @@ import pytest
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.model.trees import named_leaves
+from jaxtrain.optim import build
 from jaxtrain.optim.acceleration import describe_evaluated_weights, eval_params
-from jaxtrain.optim.build import OPTIMIZERS, build_optimizer, update_rms_by_group
+from jaxtrain.optim.build import OPTIMIZERS, apply_and_measure, build_optimizer
 from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.param_groups import format_group_table, group_table
 from jaxtrain.optim.schedule import build_schedule
@@ -238,9 +239,12 @@ def test_an_unknown_optimizer_lists_the_known_ones():
         build_optimizer(cfg, FEW)
 
 
-def test_update_rms_by_group_is_the_root_mean_square_of_each_group():
+def test_updates_are_added_and_their_root_mean_square_is_that_of_each_group(monkeypatch):
+    monkeypatch.setattr(build, "SLICE_BYTES", 16)  # several slices, which are not all equal
     updates = jax.tree.map(lambda a: jnp.full(a.shape(SIZES), 2.0 if a.is_matrix else 3.0), FEW)
-    rms = update_rms_by_group(updates, FEW)
+    params, ones = jax.tree.map(jnp.ones_like, updates), jax.tree.map(jnp.ones_like, updates)
+    new, rms = apply_and_measure(params, updates, FEW, OptimConfig())
+    jax.tree.map(np.testing.assert_array_equal, new, jax.tree.map(jnp.add, ones, updates))
     assert {k: float(v) for k, v in rms.items()} == {
         "optim/matrices/update_rms": pytest.approx(2),
         "optim/rest/update_rms": pytest.approx(3),

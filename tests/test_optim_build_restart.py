@@ -24,7 +24,6 @@ OPTIMIZERS = {
     "transport": ACCELERATED,
     "transport_narrow": ACCELERATED | {"narrow_buffers": True},
     "soap": {"name": "soap", "precondition_every": 3},
-    "soap_muon_narrow": {"name": "soap_muon", "narrow_buffers": True, "precondition_every": 2},
     # averages from step 3 on, and is interrupted at step 4
     "transport_tail": ACCELERATED | {"tail_average": 0.85, "tail_horizon": 3, "tail_weight": 0.6},
     "lookahead": ACCELERATED | {"acceleration": "ema_lookahead", "strength": 0.6},

@@ -43,7 +43,7 @@ def test_singular_values_end_in_the_bands_of_the_publication(name, steps):
 
 @pytest.mark.parametrize(
     "name, steps, slope",
-    [("jordan", 5, 485), ("quintic", 5, 493), ("polar_express", 5, 967)]
+    [("jordan", 5, 485), ("quintic", 5, 493), ("convergent", 12, 4096), ("polar_express", 5, 967)]
     + [("polar_express", steps, slope) for steps, slope in ((6, 1810), (7, 3360), (8, 6300))],
 )
 def test_small_singular_values_grow_by_the_product_of_the_first_coefficients(name, steps, slope):
@@ -51,10 +51,10 @@ def test_small_singular_values_grow_by_the_product_of_the_first_coefficients(nam
     assert math.prod(a for a, _, _ in table.rows) / table.safety == pytest.approx(slope, rel=2e-3)
 
 
-def test_eight_steps_of_polar_express_end_at_one():
-    ends = apply_polynomials(
-        coefficient_table("polar_express", 8), np.geomspace(1e-2, 1, 1001) / 1.01
-    )
+@pytest.mark.parametrize("name, steps", [("polar_express", 8), ("convergent", 12)])
+def test_enough_steps_end_at_one(name, steps):
+    table = coefficient_table(name, steps)
+    ends = apply_polynomials(table, np.geomspace(1e-2, 1, 1001) / table.safety)
     assert np.abs(ends - 1).max() < 1e-6
 
 
@@ -70,7 +70,7 @@ def test_fewer_steps_take_the_first_rows_and_more_repeat_the_last(name):
     assert coefficient_table(name, 1).rows == rows[:1]
     assert coefficient_table(name, len(rows) + 3).rows == rows + rows[-1:] * 3
     default = coefficient_table(name)
-    assert len(default.rows) == default.steps == {"aol4": 4}.get(name, 5)
+    assert len(default.rows) == default.steps == {"aol4": 4, "convergent": 12}.get(name, 5)
 
 
 def test_custom_rows_and_tables_are_used_unchanged():
@@ -88,7 +88,9 @@ def test_an_invalid_table_names_its_flag(wrong):
 
 
 def test_an_unknown_table_lists_the_known_ones():
-    with pytest.raises(ValueError, match="jordan, quintic, polar_express, aol4; got 'euler'"):
+    with pytest.raises(
+        ValueError, match="jordan, quintic, convergent, polar_express, aol4; got 'euler'"
+    ):
         coefficient_table("euler")
 
 

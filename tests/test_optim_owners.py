@@ -21,15 +21,14 @@ from jaxtrain.optim.soap import scale_by_soap
 from jaxtrain.planning.memory_formula import estimate_memory
 
 # Factors of square matrices have full rank in the first step, and so one eigenbasis. With one
-# key/value head, `tensor` does not split wk: devices along it have copies.
-AXES = {"wq": Axes.parse("L|D->HK"), "wk": Axes.parse("L|D->GK")}
-HEADS = {"wq": (4, 4), "wk": (1, 16)}
+# key/value head, `tensor` does not split wk: devices along it have copies. `single` has no stack.
+AXES = {k: Axes.parse(a) for k, a in {"wq": "L|D->HK", "wk": "L|D->GK", "single": "|D->F"}.items()}
 
 
 def draw(layers, seed):
     rng = np.random.default_rng(seed)
-    shape = lambda name: (layers, 16, *HEADS[name])
-    return {name: jnp.asarray(rng.normal(size=shape(name)), jnp.float32) for name in AXES}
+    shapes = {"wq": (layers, 16, 4, 4), "wk": (layers, 16, 1, 16), "single": (16, 16)}
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in shapes.items()}
 
 
 def train(name, layers, mesh=None):
@@ -53,6 +52,13 @@ def owned_by(state):
     return state[-1].inner_states["matrices"].inner_state[0].owned
 
 
+def check_shards(buffers):
+    """Checks that each device has the buffers of one matrix of each parameter."""
+    for name, x in buffers.items():
+        of_one = x.shape if name == "single" else (1, *x.shape[1:])
+        assert x.sharding.shard_shape(x.shape) == of_one
+
+
 def test_a_stack_that_not_all_axes_divide_is_split_over_some_and_repeated_over_the_others():
     mesh = build_mesh(MeshConfig(2, 2, 2))
     (updates, state), compiled = train("soap", 4, mesh)
@@ -63,9 +69,9 @@ def test_a_stack_that_not_all_axes_divide_is_split_over_some_and_repeated_over_t
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(abs(a), abs(b), atol=1e-4), ours, theirs
         )
-        for x in ours.values():
-            assert x.sharding.shard_shape(x.shape) == (1, *x.shape[1:])
-    assert owner_imbalance(AXES, updates, mesh) == 2  # 4 owners for 8 devices
+        check_shards(ours)
+    # Of 9 equal matrices, a device steps 3: one of each stack, with 4 owners each, and `single`.
+    assert owner_imbalance(AXES, updates, mesh) == pytest.approx(3 / (9 / 8))
 
 
 def test_each_mesh_axis_that_splits_a_parameter_costs_an_all_to_all_each_way():
@@ -73,12 +79,13 @@ def test_each_mesh_axis_that_splits_a_parameter_costs_an_all_to_all_each_way():
     (updates, state), compiled = train("soap_muon", 8, mesh)
     (expected, _), _ = train("soap_muon", 8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
-    for x in jax.tree.leaves(owned_by(state)):
-        assert x.sharding.shard_shape(x.shape) == (1, *x.shape[1:])
+    for buffers in owned_by(state):
+        check_shards(buffers)
     op = r" (all-to-all|all-gather|collective-permute)(?:-start)?\("
     counts = Counter(re.findall(op, compiled.as_text()))
     # wq is split by fsdp and tensor; wk by fsdp, and tensor's copies of it are gathered at the end.
-    assert counts == {"all-to-all": 2 * 3, "all-gather": 1}
+    # `single` is gathered over both, and every device cuts its part out of the step.
+    assert counts == {"all-to-all": 2 * 3, "all-gather": 1 + 2}
 
 
 def test_owners_are_found_inside_wrappers():
@@ -87,7 +94,7 @@ def test_owners_are_found_inside_wrappers():
     wrapped = state_shardings(gradient_transport(inner, 0.9, 0.25), AXES, params, mesh)
     owned = ownership(AXES["wq"], params["wq"].shape, mesh).owned
     assert owned == jax.P(("fsdp",))
-    assert {s.spec for s in jax.tree.leaves(wrapped.inner[0].owned)} == {owned}
+    assert {s.spec for s in wrapped.inner[0].owned.input_basis.values()} == {owned, jax.P(None)}
 
 
 def test_the_memory_formula_splits_soaps_state_only_where_devices_divide_the_layers():

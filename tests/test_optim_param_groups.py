@@ -56,3 +56,10 @@ def test_query_key_and_value_are_separate_matrices(name):
 def test_with_rest_lmo_every_parameter_follows_a_norm(name):
     _, rows = rows_of(name, name="muon", rest="lmo")
     assert all(row.optimizer != "adamw" and row.geometry for row, _ in rows)
+
+
+def test_a_role_with_its_own_rate_is_its_own_group_and_the_others_stay_together():
+    _, rows = rows_of("quickstart", head_learning_rate=0.5, adam_weight_decay=0.25)
+    groups = {row.group: (row.rate, row.decay) for row, _ in rows if "gain" not in row.name}
+    assert groups == {"matrices": (0.02, 0.0), "head": (0.5, 0.25), "rest": (3e-3, 0.25)}
+    assert {row.name for row, _ in rows if row.group == "head"} == {"head"}

@@ -193,6 +193,11 @@ def test_what_the_rules_do_not_cover_is_an_error(field, value):
         OptimConfig(parametrisation="spectral", **{field: value})
 
 
+def test_axes_without_a_width_are_an_error():
+    with pytest.raises(ValueError, match="axes must name the width D .* got .I->O"):
+        build_optimizer(config().optim, {"w": Axes.parse("|I->O")})
+
+
 def test_without_gains_a_tied_head_cannot_be_scaled():
     with pytest.raises(ValueError, match="model.norm_gain must be true .* unless model.tied=false"):
         config(tied=True, norm_gain=False)

@@ -15,7 +15,11 @@ from flax.core import FrozenDict
 
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.optim import recipes
+from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
+from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.clipping import clip_gradients
+from jaxtrain.optim.noise import heavy_tailed_noise
 from jaxtrain.optim.recipes import accelerated_lmo, muon, normuon, scale_by_muon
 
 RECIPES = [muon, normuon, accelerated_lmo]
@@ -185,6 +189,26 @@ def test_injected_hyperparameters_give_the_steps_of_fixed_ones(recipe):
     assert {row.rate for row in recipes.group_rows(injected, tree())} == {"injected"}
 
 
+INNER = optax.sgd(0.1)
+WITH_NUMBERS = [
+    *((recipe, {"learning_rate": 0.1}) for recipe in EVERY_RECIPE),
+    (gradient_transport, {"inner": INNER, "momentum": 0.9, "strength": 0.3}),
+    (ema_lookahead, {"inner": INNER, "strength": 0.3, "decay": 0.9}),
+    (scale_by_adam, {"b1": 0.0, "b2": 0.9, "eps": 1e-8}),
+    (clip_gradients, {"max_norm": 1.0, "eps": 1e-6}),
+    (heavy_tailed_noise, {"alpha": 1.5, "scale": 0.1}),
+]
+
+
+@pytest.mark.parametrize("factory, numbers", WITH_NUMBERS, ids=lambda x: getattr(x, "__name__", ""))
+def test_numbers_of_every_transform_may_be_values_of_the_program(factory, numbers):
+    static = {"max_side"} & set(inspect.signature(factory).parameters)
+    injected = optax.inject_hyperparams(factory, static_args=static)(**numbers)
+    state = jax.eval_shape(injected.init, tree())
+    _, new = jax.eval_shape(injected.update, tree(), state, tree())
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_schedules_and_injected_schedules_give_the_same_steps():
     rates = dict.fromkeys(RATES, optax.linear_schedule(0.05, 0.01, 3))
     ours, state = train(optax.inject_hyperparams(muon)(**rates), tree())
@@ -266,7 +290,7 @@ def test_numbers_out_of_range_are_refused_at_once(recipe):
         recipe(momentum=1.5)
     with pytest.raises(ValueError, match="spectral_max"):
         recipe(scale="unknown")
-    with pytest.raises(ValueError, match="got 0.02. Name arguments"):
+    with pytest.raises(ValueError, match="got 0.02. Pass .* learning_rate="):
         recipe(0.02)
     with pytest.raises(ValueError, match="needs params"):
         recipe().update(tree(), recipe().init(tree()))

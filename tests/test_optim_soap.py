@@ -124,9 +124,8 @@ def float32_train(optimizer, container=dict):
     return params, state
 
 
-@pytest.mark.parametrize("name", ["soap", "soap_muon"])
-def test_bad_steps_change_nothing_even_where_the_bases_are_due(name):
-    cfg = OptimConfig(name=name, weight_decay=0.1, precondition_every=1, ns_dtype="float32")
+def test_bad_steps_change_nothing_even_where_the_bases_are_due():
+    cfg = OptimConfig(name="soap", weight_decay=0.1, precondition_every=1, ns_dtype="float32")
     optimizer, params = build_optimizer(cfg, FLOAT32_AXES), float32_gradients(0)
     update, bad = jax.jit(optimizer.update), jax.tree.map(lambda g: g * jnp.nan, params)
     plain = interrupted = optimizer.init(params)

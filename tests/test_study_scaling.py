@@ -147,7 +147,7 @@ def test_the_summary_states_verdicts_speedups_and_what_tau_cannot_show(plan):
     text = format_summary(plan, summarise(plan, cells[:4]))
     assert "soap against muon: better in 4 of 4 cells; speed-up in tokens 1.2" in text
     assert "n = 4 contenders" in text
-    assert "Ties in 1 of the 6 pairs of published figures limit tau-b to 0.91" in text
+    assert "at most 0.91 here, since 1 of 6 pairs of published figures are tied" in text
     assert "Verdict: over all cells, 4 contenders do not show whether the study ranks" in text
     assert "so far: 4 of 6 cells are finished" in text
     assert "no contender was tuned here" in text and "taken over from small-2x, not tuned" in text

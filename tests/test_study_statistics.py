@@ -115,3 +115,25 @@ def test_a_loss_is_reached_on_the_straight_line_between_two_points():
     assert first_reach(steps, losses, 5.0) == 0
     assert math.isnan(first_reach(steps, losses, 1.0))
     assert first_reach([1, 2], [math.inf, 1.0], 1.5) == 2
+
+
+def test_the_error_is_pooled_over_contenders_except_for_one_that_varies_more():
+    random = np.random.default_rng(0)
+    losses = {name: random.normal(2, 0.01, 3) for name in "abcdef"} | {"wild": [2.0, 2.9, 2.4]}
+    tests = paired_tests(losses, "a")
+    own = stats.ttest_rel(losses["wild"], losses["a"])
+    assert (tests["wild"].degrees, tests["wild"].p) == (2, pytest.approx(own.pvalue))
+    calm = paired_tests({name: losses[name] for name in "abcdef"}, "a")
+    assert {test.degrees for test in calm.values()} == {5 * 2}
+    table = np.stack([losses[name] for name in "abcdef"])
+    residuals = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    assert calm["b"].se == pytest.approx(math.sqrt(2 / 3 * (residuals**2).sum() / 10))
+
+
+def test_pooling_makes_false_alarms_as_often_as_the_level_says():
+    random, alarms = np.random.default_rng(0), []
+    for _ in range(300):
+        seeds = random.normal(0, 1, 3)  # shared by all contenders
+        losses = {name: seeds + random.normal(0, 0.01, 3) for name in "abcde"}
+        alarms += [test.p < 0.05 for name, test in paired_tests(losses, "a").items() if name != "a"]
+    assert 0.03 < np.mean(alarms) < 0.07

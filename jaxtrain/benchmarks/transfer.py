@@ -1,10 +1,11 @@
 """Suite transfer: does the best learning rate of a small model stay the best in a larger one?
 
 Each model trains on the same batches of text with all peak rates times 2**e: for whole exponents e
-until the best is not at an end of the grid, then for the halves beside the best. A run's loss is
-the mean over its last tenth of steps. The best exponent is the vertex of a parabola that is fitted
-to the losses within 1 of the lowest. The best rate transfers if it moves by at most a factor of
-sqrt(2) over a series of models, whose smallest model is the same in both parametrisations.
+until the best is not at an end of the grid, then for the halves beside the best. Its loss is the
+mean over the last tenth of steps and over the seeds. The best exponent is the vertex of a parabola
+that is fitted to the losses within 1 of the lowest. The best rate transfers if it moves by at most
+a factor of sqrt(2) over a series of models, whose smallest model is the same in both
+parametrisations.
 """
 
 import argparse
@@ -59,34 +60,38 @@ def model_config(
 
 
 @functools.cache
-def _read_batches(steps: int) -> list[dict[str, np.ndarray]]:
-    """Returns the batches of all runs, from Python's standard library as text."""
+def _read_batches(steps: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Returns the batches of all runs with a seed, from Python's standard library as text."""
     cfg = model_config(*SERIES["width"][0], "adamw", "standard", steps)
     mesh = build_run(cfg, jax.devices()[:1]).mesh
     with tempfile.TemporaryDirectory() as folder:
         corpus = open_corpus(cfg.data, "train", cfg.model.V, folder)
-        with build_batches(cfg.data, corpus, mesh, cfg.seed) as batches:
+        with build_batches(cfg.data, corpus, mesh, seed) as batches:
             return [jax.tree.map(np.asarray, next(batches)) for _ in range(steps)]
 
 
 class RateGrid:
     """One model, compiled once for all rates; `losses` is {exponent of two: final loss in nats}."""
 
-    def __init__(self, cfg: TrainConfig):
+    def __init__(self, cfg: TrainConfig, seeds: int):
         run = self.run = build_run(cfg, jax.devices()[:1])
         self.step = compile_step(run)
-        self.init = jax.jit(lambda: init_state(run.model, run.optimizer, run.mesh, cfg.seed))
+        self.init = jax.jit(lambda seed: init_state(run.model, run.optimizer, run.mesh, seed))
+        self.seeds = range(seeds)
         self.losses: dict[float, float] = {}
 
     def train(self, exponent: float) -> float:
         """Trains with all peak rates times 2**exponent; returns inf if the loss diverges."""
         peaks = peak_rates(self.run.cfg.optim, self.run.model.axes)
         multiples = {name: rate * 2.0**exponent for name, rate in peaks.items()}
-        rates, state, nats = place_rates(multiples, self.run.mesh), self.init(), []
-        for batch in _read_batches(self.run.cfg.steps):
-            state, scalars = self.step(state, batch, rates)
-            nats.append(scalars["train/loss_nats"])
-        loss = float(np.mean(jax.device_get(nats[-max(len(nats) // 10, 1) :])))
+        rates, final = place_rates(multiples, self.run.mesh), []
+        for seed in self.seeds:
+            state, nats = self.init(seed), []
+            for batch in _read_batches(self.run.cfg.steps, seed):
+                state, scalars = self.step(state, batch, rates)
+                nats.append(scalars["train/loss_nats"])
+            final += jax.device_get(nats[-max(len(nats) // 10, 1) :])
+        loss = float(np.mean(final))
         return loss if math.isfinite(loss) else math.inf
 
     def search(self, centre: float) -> None:
@@ -151,12 +156,13 @@ def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return row | {"excess_nats": excess, "transfers": transfers}
 
 
-def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(args: argparse.Namespace, seeds: int) -> Iterator[dict[str, Any]]:
     """Yields a row for each model, and one with the verdict for each series."""
     steps = TINY_STEPS if args.tiny else STEPS
     start_runtime(model_config(BASE_WIDTH, BASE_DEPTH, "adamw", "standard", steps))
     for name in args.optimizers:
-        base = _measure_model(BASE_WIDTH, BASE_DEPTH, name, "standard", steps, FIRST_EXPONENT)
+        model = functools.partial(_measure_model, name=name, steps=steps, seeds=seeds)
+        base = model(BASE_WIDTH, BASE_DEPTH, "standard", FIRST_EXPONENT)
         for series in args.sizes:
             models = SERIES[series][:2] if args.tiny else SERIES[series]
             for parametrisation in args.variants:
@@ -164,21 +170,21 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 rows = [base | labels]
                 yield rows[0]
                 for width, depth in models[1:]:
-                    centre = round(rows[-1]["best_exponent"] or FIRST_EXPONENT)
-                    row = _measure_model(width, depth, name, parametrisation, steps, centre)
-                    rows.append(row | labels)
+                    last = rows[-1]["best_exponent"]
+                    centre = FIRST_EXPONENT if last is None else float(round(last))
+                    rows.append(model(width, depth, parametrisation, centre) | labels)
                     yield rows[-1]
                 yield verdict(rows)
 
 
-def _measure_model(width, depth, name, parametrisation, steps, centre) -> dict[str, Any]:
+def _measure_model(width, depth, parametrisation, centre, name, steps, seeds) -> dict[str, Any]:
     start_s = time.monotonic()
-    grid = RateGrid(model_config(width, depth, name, parametrisation, steps))
+    grid = RateGrid(model_config(width, depth, name, parametrisation, steps), seeds)
     grid.search(centre)
     row: dict[str, Any] = {"suite": "transfer", "case": f"width {width}, depth {depth}"}
     row |= {"optimizer": name, "width": width, "depth": depth}
-    row |= {"parameters": grid.run.parameters, "steps": steps, "rates": RATES}
-    row |= {"losses": {str(e): loss for e, loss in sorted(grid.losses.items())}}
+    row |= {"parameters": grid.run.parameters, "steps": steps, "seeds": seeds}
+    row |= {"rates": RATES, "losses": {str(e): loss for e, loss in sorted(grid.losses.items())}}
     row |= {"best_exponent": best_exponent(grid.losses), "seconds": time.monotonic() - start_s}
     return row
 
@@ -211,8 +217,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
     names = list(dict.fromkeys(row["optimizer"] for row in models))
     columns = list(dict.fromkeys((row["series"], row["parametrisation"]) for row in models))
     size = (4 * len(columns), 3.2 * len(names))
-    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
-    panels = FigureCanvasAgg(figure).figure.subplots(len(names), len(columns), squeeze=False)
+    figure = Figure(figsize=size, dpi=90, facecolor="white", layout="constrained")
+    options = {"squeeze": False, "sharex": "row", "sharey": "row"}
+    panels = FigureCanvasAgg(figure).figure.subplots(len(names), len(columns), **options)
     for i, name in enumerate(names):
         for j, (series, parametrisation) in enumerate(columns):
             axes, wanted = panels[i, j], (name, series, parametrisation)
@@ -228,7 +235,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> bytes:
                     axes.axvline(2 ** row["best_exponent"], color=color, linestyle=":")
             axes.set_xscale("log", base=2)
             axes.set_title(f"{name}, {parametrisation}", fontsize=11)
-            axes.set_xlabel("multiple of the base rates")
+            axes.set_xlabel("multiple of the base rates; dotted: best")
             axes.legend(title=series, frameon=False, fontsize=9)
         panels[i, 0].set_ylabel("final loss (nats/byte)")
     png = io.BytesIO()

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from jaxtrain.config.fields import Section, knob
 
+INITIALISED = ("embed", "positions", "q", "k", "v", "o", "gate", "up", "down", "head")
+
+
+def _to_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
@@ -20,6 +29,13 @@ class ModelConfig(Section):
     norm_eps: float = knob(1e-6, "constant added to the mean square or variance in a norm", low=0.0)
     position: str = knob("rope", "kind of position embedding", choices=("rope", "learned"))
     rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", low=1.0)
+    rope_fraction: float = knob(
+        1.0,
+        "fraction of each head's pairs of entries that RoPE rotates, the first ones; the others "
+        "ignore the position (0.5 is half-truncated RoPE)",
+        low=0.0,
+        high=1.0,
+    )
     rope_scaling: str = knob(
         "none",
         "how RoPE's wavelengths are lengthened: linear, all by rope_factor; llama3, only the long "
@@ -71,6 +87,9 @@ class ModelConfig(Section):
         choices=("swiglu", "geglu", "gelu", "relu2"),
     )
     qk_norm: bool = knob(False, "RMS-normalise the queries and keys of attention")
+    qk_norm_gain: bool = knob(
+        True, "give qk_norm learned gains, too; without model.norm_gain no norm has any"
+    )
     qk_norm_over: str = knob(
         "head",
         "what qk_norm normalises together: the entries of each head, or of all heads",
@@ -85,6 +104,7 @@ class ModelConfig(Section):
     embed_scale: float = knob(1.0, "factor of the token embeddings", low=1e-6)
     embed_norm: bool = knob(False, "normalise the embeddings before the first layer")
     tied: bool = knob(False, "use the embedding as the output head, too")
+    head_bias: bool = knob(False, "add a learned bias to the logits")
     bias: bool = knob(False, "add biases to every projection and, with norm=layer, to the norms")
     attention_bias: str = knob(
         "none",
@@ -93,6 +113,17 @@ class ModelConfig(Section):
         choices=("none", "qkv", "all"),
     )
     logit_softcap: float = knob(0.0, "c of the soft-cap c*tanh(logits/c); 0 turns it off", low=0.0)
+    logit_softcap_form: str = knob(
+        "tanh",
+        "form of that soft-cap of a logit x: tanh, c*tanh(x/c); or sqrt, c*x/sqrt(x^2 + c^2)",
+        choices=("tanh", "sqrt"),
+    )
+    init_std: str = knob(
+        "",
+        "standard deviations of initial weights, as 'embed=1,o=0,down=0'; any of "
+        f"{', '.join(INITIALISED)}; those not named follow the rules of "
+        "jaxtrain/model/initialization.py",
+    )
     dtype: str = knob(
         "bfloat16",
         "type of activations and matrix products; auto is bfloat16 on chips with fast bfloat16 "
@@ -131,8 +162,32 @@ class ModelConfig(Section):
             self.fail("rope_high_freq", f"must exceed model.rope_low_freq={self.rope_low_freq}")
         if self.qk_norm_over == "all" and not self.qk_norm:
             self.fail("qk_norm_over", "must be 'head' with model.qk_norm=false")
+        if not (self.qk_norm_gain or self.qk_norm):
+            self.fail("qk_norm_gain", "must be true with model.qk_norm=false")
+        if self.logit_softcap_form != "tanh" and not self.logit_softcap:
+            self.fail("logit_softcap_form", "must be 'tanh' without model.logit_softcap")
+        if self.position != "rope" and self.rope_fraction != 1:
+            self.fail("rope_fraction", f"must be 1 with model.position={self.position}")
+        pairs = self.rope_fraction * self.K / 2
+        if self.rope_fraction != 1 and not (pairs and pairs == self.rope_pairs):
+            self.fail("rope_fraction", f"must be a multiple of 2/K, K={self.K}, and not 0")
+        for name, std in self.initial_stds.items():
+            if name not in INITIALISED or not 0 <= std < float("inf"):
+                known = ", ".join(INITIALISED)
+                self.fail("init_std", f"must be NAME=STD pairs joined by commas, of {known}")
 
     @property
     def has_gated_mlp(self) -> bool:
         """Whether the MLP multiplies `up` by an activation of a third matrix, `gate`."""
         return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def initial_stds(self) -> dict[str, float]:
+        """The standard deviations in init_std by name; NaN for one that is not a number."""
+        pairs = (entry.partition("=") for entry in self.init_std.split(",") if entry.strip())
+        return {name.strip(): _to_float(std) for name, _, std in pairs}
+
+    @property
+    def rope_pairs(self) -> int:
+        """How many pairs of entries of each head RoPE rotates."""
+        return round(self.rope_fraction * self.K / 2)

@@ -93,7 +93,21 @@ class OptimConfig(Section):
     adam_learning_rate: float = knob(
         3e-3, "peak learning rate of AdamW's and SOAP's parameters", low=0.0
     )
+    embedding_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for embeddings and positions; 0 is adam_learning_rate", low=0.0
+    )
+    head_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for the output head; 0 is adam_learning_rate", low=0.0
+    )
+    vector_learning_rate: float = knob(
+        0.0, "AdamW's peak rate for biases and gains; 0 is adam_learning_rate", low=0.0
+    )
     weight_decay: float = knob(0.0, "decoupled weight decay of the optim.decay_groups", low=0.0)
+    adam_weight_decay: float = knob(
+        0.0,
+        "decay of those of them that are not matrices, where AdamW steps them; 0 is weight_decay",
+        low=0.0,
+    )
     decay_groups: str = knob(
         "matrices,embedding,head",
         f"parameters that weight_decay applies to: any of {', '.join(DECAY_GROUPS)}, joined by "
@@ -175,7 +189,7 @@ class OptimConfig(Section):
     ns_coefficients: str = knob(
         "jordan",
         "coefficients of the Newton-Schulz polynomials; torch.optim.Muon uses jordan",
-        choices=("jordan", "quintic", "polar_express", "aol4"),
+        choices=("jordan", "quintic", "convergent", "polar_express", "aol4"),
     )
     ns_steps: int = knob(0, "Newton-Schulz iterations; 0 is one per polynomial", low=0, high=20)
     ns_dtype: str = knob(
@@ -235,6 +249,12 @@ class OptimConfig(Section):
                 if getattr(self, field) not in allowed:
                     known = " or ".join(map(repr, allowed))
                     self.fail(field, f"must be {known} with optim.parametrisation=spectral")
+
+    @property
+    def adam_rates(self) -> dict[str, float]:
+        """The peak rates under AdamW of embeddings, head and vectors, by role; 0 if not set."""
+        roles = ("embedding", "head", "vector")
+        return {role: getattr(self, f"{role}_learning_rate") for role in roles}
 
     @property
     def orthogonalizes(self) -> bool:

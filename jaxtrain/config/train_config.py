@@ -117,6 +117,10 @@ class TrainConfig(Section):
             if model.tied or model.norm_place != "pre":  # these gains have the factors of size
                 reason = "must be true with optim.parametrisation=spectral unless model.tied=false"
                 model.fail("norm_gain", f"{reason} and model.norm_place=pre")
+        if model.init_std and optim.parametrisation != "standard":
+            model.fail(
+                "init_std", f"must be empty with optim.parametrisation={optim.parametrisation}"
+            )
         if data.batch % self.accumulation:
             data.fail("batch", f"must be a multiple of accumulation={self.accumulation}")
         if [self.mesh.replica, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:

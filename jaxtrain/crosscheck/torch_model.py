@@ -28,10 +28,10 @@ from jaxtrain.crosscheck.torch_weights import load_params
 
 
 class Norm(nn.Module):
-    def __init__(self, cfg: ModelConfig, width: int, form: str):
+    def __init__(self, cfg: ModelConfig, width: int, form: str, gain: bool = True):
         super().__init__()
         self.form, self.shape, self.eps = form, (width,), cfg.norm_eps
-        self.gain = nn.Parameter(torch.ones(width)) if cfg.norm_gain else None
+        self.gain = nn.Parameter(torch.ones(width)) if cfg.norm_gain and gain else None
         biased = form == "layer" and cfg.bias
         self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
@@ -66,7 +66,9 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = nn.Identity()
         if cfg.qk_norm:
             heads = (cfg.H, cfg.G) if cfg.qk_norm_over == "all" else (1, 1)
-            self.q_norm, self.k_norm = (Norm(cfg, n * cfg.K, "rms") for n in heads)
+            self.q_norm, self.k_norm = (
+                Norm(cfg, n * cfg.K, "rms", cfg.qk_norm_gain) for n in heads
+            )
 
     def forward(self, x_BTD, rope, mask_B1TS=None):
         cfg = self.cfg
@@ -146,6 +148,7 @@ class TorchTransformer(nn.Module):
         self.final_norm = Norm(cfg, cfg.D, cfg.norm)
         if not cfg.tied:
             self.head = nn.Parameter(torch.zeros(cfg.V, cfg.D))
+        self.head_bias = nn.Parameter(torch.zeros(cfg.V)) if cfg.head_bias else None
 
     def forward(
         self,
@@ -181,8 +184,12 @@ class TorchTransformer(nn.Module):
                 observe(f"blocks.{i}", h_BTD)
             head_VD = self.embed if cfg.tied else self.head
             logits = F.linear(self.final_norm(h_BTD), head_VD).to(self.embed.dtype)
-        cap = cfg.logit_softcap
-        logits = cap * torch.tanh(logits / cap) if cap else logits
+        if self.head_bias is not None:
+            logits = logits + self.head_bias
+        if (cap := cfg.logit_softcap) and cfg.logit_softcap_form == "tanh":
+            logits = cap * torch.tanh(logits / cap)
+        elif cap:
+            logits = cap * logits / (logits.square() + cap**2).sqrt()
         observe("logits", logits)
         return logits
 

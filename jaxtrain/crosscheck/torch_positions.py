@@ -74,8 +74,11 @@ def rope_tables(
     if kind == "none":
         return None
     theta = cfg.rope_local_theta if kind == "local" else cfg.rope_theta
-    frequency_K = theta ** -(torch.arange(0, cfg.K, 2, **like) / cfg.K)
+    pairs = cfg.K // 2
+    turning = round(pairs * cfg.rope_fraction)
+    frequency_K = theta ** -(torch.arange(turning, **like) / turning)
     if kind == "global":
         frequency_K = scale_frequencies(cfg, frequency_K)
+    frequency_K = torch.cat([frequency_K, frequency_K.new_zeros(pairs - turning)])
     angle_TK = torch.outer(torch.arange(T, **like), frequency_K).repeat(1, 2)
     return angle_TK.cos(), angle_TK.sin()

@@ -56,25 +56,36 @@ def build_optimizers(
     if build_theirs is None:
         check_optimizer(cfg)
     kinds = {"embed": "embedding", "positions": "positions", "head": "head"}
-    matrices, decayed, others = [], [], []
+    rates = {
+        "embedding": cfg.embedding_learning_rate,
+        "positions": cfg.embedding_learning_rate,
+        "head": cfg.head_learning_rate,
+        "vectors": cfg.vector_learning_rate,
+    }
+    matrices, members = [], {}
     for name, p in model.named_parameters():
         is_matrix = name.startswith("blocks.") and p.ndim == 2
         kind = "matrices" if is_matrix else kinds.get(name, "vectors")
         if is_matrix and cfg.name != "adamw":
             matrices.append(p)
         else:
-            (decayed if kind in cfg.decaying else others).append(p)
+            decay = cfg.weight_decay if is_matrix else cfg.adam_weight_decay or cfg.weight_decay
+            decay = decay if kind in cfg.decaying else 0.0
+            rate = rates.get(kind) or cfg.adam_learning_rate
+            members.setdefault((rate, decay), []).append(p)
     groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": params, "lr": rate, "weight_decay": decay}
+        for (rate, decay), params in members.items()
     ]
     if cfg.name == "adamw" and build_theirs is not None:
-        # Without decay, as an optimizer that has none, the parameters are one group.
-        same = [{"params": decayed + others}] if not cfg.weight_decay else groups
-        return [build_theirs(same)]
+        # Settings that all parameters share are left to their optimizer, which may have no decay.
+        shared = {"lr": cfg.adam_learning_rate} | (
+            {} if cfg.weight_decay else {"weight_decay": 0.0}
+        )
+        kept = lambda key, value: key == "params" or value != shared.get(key)
+        return [build_theirs([{k: x for k, x in g.items() if kept(k, x)} for g in groups])]
     adamw = torch.optim.AdamW(
         groups,
-        lr=cfg.adam_learning_rate,
         betas=(cfg.adam_b1, cfg.adam_b2),
         eps=cfg.adam_eps,
         fused=True,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config.train_config import KernelsConfig, TrainConfig
-from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.training.run import Run, build_run
 from jaxtrain.training.step import TrainState, build_gradient, build_update
 
@@ -47,7 +46,7 @@ def build_traced_step(run: Run) -> Callable[..., StepOutputs]:
     The noise is a tree like the gradients, which is added to them before they are clipped.
     """
     forward_backward = build_forward_backward(run)
-    update = build_update(run.model, run.optimizer, build_schedule(run.cfg.optim))
+    update = build_update(run.model, run.optimizer, run.cfg.optim)
 
     def step(state, batch, rates, noise):
         (nats, objective, grads), activations = forward_backward(state.params, batch)

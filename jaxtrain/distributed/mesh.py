@@ -5,6 +5,7 @@ dim L is never split, because each iteration of the scan over layers would then 
 stack. Vectors are small and are replicated.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
+def names_in(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes in an entry of a PartitionSpec: a name, several names or None."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
 def param_spec(
     axes: Axes, shape: Sequence[int], mesh: Mesh, over: Sequence[str] = ("fsdp", "tensor")
 ) -> P:
@@ -89,14 +95,23 @@ def param_sharding(
 def moment_spec(axes: Axes, shape: Sequence[int], mesh: Mesh) -> P:
     """Returns the layout of a parameter's optimizer moments.
 
-    It is the parameter's own, except that a stack of matrices is also split over `replica`: the
-    replicas have equal moments, so each stores and updates only a slice. This sends no more bytes:
-    the reduce-scatter of gradients and the all-gather of updates are the two halves of the
-    all-reduce that data parallelism needs anyway.
+    It is the parameter's own, except that matrices are also split over `replica`: the replicas have
+    equal moments, so each stores and updates only a slice. What is split is the stack, or where its
+    size does not divide, the first dim of the inputs or of the outputs, preferably the one that
+    fsdp splits. This sends no more bytes: the reduce-scatter of gradients and the all-gather of
+    updates are the two halves of the all-reduce that data parallelism needs anyway.
     """
-    spec, replicas = param_spec(axes, shape, mesh), mesh.shape["replica"]
-    divides = axes.is_matrix and axes.stack and replicas > 1 and shape[0] % replicas == 0
-    return P("replica", *spec[1:]) if divides else spec
+    spec, replicas = [*param_spec(axes, shape, mesh)], mesh.shape["replica"]
+    if not axes.is_matrix or replicas == 1:
+        return P(*spec)
+    stack, inputs, outputs = axes.split(range(len(spec)))
+    by_fsdp = lambda dim: LETTER_AXIS.get(axes.letters[dim]) != "fsdp"
+    for dim in (*stack[:1], *sorted((inputs[0], outputs[0]), key=by_fsdp)):
+        names = *names_in(spec[dim]), "replica"
+        if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
+            spec[dim] = names if len(names) > 1 else "replica"
+            break
+    return P(*spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -7,12 +7,12 @@ from jaxtrain.config.model_section import ModelConfig
 
 # Fields that define which function the weights compute; the others affect only how.
 MODEL_FIELDS = (
-    "L D H G K F V norm norm_eps norm_place norm_gain position mlp qk_norm qk_norm_over tied bias "
-    "attention_bias window global_every attention_scale attention_softcap embed_scale embed_norm "
-    "logit_softcap"
+    "L D H G K F V norm norm_eps norm_place norm_gain position mlp qk_norm qk_norm_gain "
+    "qk_norm_over tied bias head_bias attention_bias window global_every attention_scale "
+    "attention_softcap embed_scale embed_norm logit_softcap logit_softcap_form"
 ).split()
 POSITION_FIELDS = {  # model.position -> further such fields
-    "rope": ["rope_theta", "rope_scaling", "rope_local_theta", "nope_every"],
+    "rope": ["rope_theta", "rope_fraction", "rope_scaling", "rope_local_theta", "nope_every"],
     "learned": ["positions"],
 }
 SCALING_FIELDS = {  # model.rope_scaling -> further such fields

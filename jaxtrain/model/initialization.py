@@ -50,6 +50,26 @@ def head_std(cfg: ModelConfig) -> float:
     return 1 / cfg.D
 
 
+# Name in model.init_std -> the standard deviation that a weight has without it
+RULES = {
+    "embed": embedding_std,
+    "positions": embedding_std,
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), small_std),
+    "o": residual_std,
+    "down": residual_std,
+    "head": head_std,
+}
+
+
+def initial_std(cfg: ModelConfig, name: str) -> float:
+    """Returns the standard deviation of a weight's initial values: model.init_std's or the rule's.
+
+    Args:
+        name: a key of RULES.
+    """
+    return cfg.initial_stds.get(name, RULES[name](cfg))
+
+
 def build_init(state: nnx.State) -> Callable[[jax.Array], dict[str, Any]]:
     """Builds init(key) -> params from an abstract state whose Params carry `mean` and `std`.
 

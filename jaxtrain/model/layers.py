@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtrain.axes import Axes
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.model.dense import DENSE, wide_dtype
-from jaxtrain.model.initialization import embedding_std, head_std, residual_std, small_std
+from jaxtrain.model.initialization import initial_std
 from jaxtrain.model.rope import RopeTables, rotate
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
@@ -45,12 +45,13 @@ class Norm(nnx.Module):
     Args:
         axes: of the gain; the letters after the bar are the dims that are normalised together.
         form: "rms" or "layer".
+        gain: whether it multiplies by gains if model.norm_gain is true.
     """
 
-    def __init__(self, cfg: ModelConfig, axes: str, form: str):
+    def __init__(self, cfg: ModelConfig, axes: str, form: str, gain: bool = True):
         self.form, self.eps = form, cfg.norm_eps
         self.dims = tuple(range(-len(Axes.parse(axes).inputs), 0))
-        self.gain = param(cfg, axes, mean=1.0) if cfg.norm_gain else None
+        self.gain = param(cfg, axes, mean=1.0) if cfg.norm_gain and gain else None
         self.bias = param(cfg, axes) if form == "layer" and cfg.bias else None
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
@@ -178,13 +179,13 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig):
         bias = cfg.attention_bias != "none"
-        self.q = Linear(cfg, "L|D->HK", small_std(cfg), bias)
-        self.k = Linear(cfg, "L|D->GK", small_std(cfg), bias)
-        self.v = Linear(cfg, "L|D->GK", small_std(cfg), bias)
-        self.o = Linear(cfg, "L|HK->D", residual_std(cfg), cfg.attention_bias == "all")
+        self.q = Linear(cfg, "L|D->HK", initial_std(cfg, "q"), bias)
+        self.k = Linear(cfg, "L|D->GK", initial_std(cfg, "k"), bias)
+        self.v = Linear(cfg, "L|D->GK", initial_std(cfg, "v"), bias)
+        self.o = Linear(cfg, "L|HK->D", initial_std(cfg, "o"), cfg.attention_bias == "all")
         # Source: https://arxiv.org/abs/2010.04245; over all heads: OLMo 2, arxiv.org/abs/2501.00656
         over_all = cfg.qk_norm_over == "all"
-        build_norm = lambda axes: Norm(cfg, axes, "rms") if cfg.qk_norm else None
+        build_norm = lambda axes: Norm(cfg, axes, "rms", cfg.qk_norm_gain) if cfg.qk_norm else None
         self.q_norm = build_norm("L|HK" if over_all else "L|K")
         self.k_norm = build_norm("L|GK" if over_all else "L|K")
 
@@ -205,9 +206,9 @@ class Mlp(nnx.Module):
     def __init__(self, cfg: ModelConfig):
         self.form, self.is_gated = cfg.mlp, cfg.has_gated_mlp
         if self.is_gated:
-            self.gate = Linear(cfg, "L|D->F", small_std(cfg))
-        self.up = Linear(cfg, "L|D->F", small_std(cfg))
-        self.down = Linear(cfg, "L|F->D", residual_std(cfg))
+            self.gate = Linear(cfg, "L|D->F", initial_std(cfg, "gate"))
+        self.up = Linear(cfg, "L|D->F", initial_std(cfg, "up"))
+        self.down = Linear(cfg, "L|F->D", initial_std(cfg, "down"))
 
     def __call__(self, x_BTD: jax.Array, ops: LayerOps) -> jax.Array:
         gelu = functools.partial(jax.nn.gelu, approximate=True)  # with tanh, as in GPT-2 and Gemma
@@ -254,11 +255,13 @@ class Transformer(nnx.Module):
     """All parameters; transformer.py computes the forward pass."""
 
     def __init__(self, cfg: ModelConfig):
-        self.embed = param(cfg, "V|D", embedding_std(cfg))
+        self.embed = param(cfg, "V|D", initial_std(cfg, "embed"))
         if cfg.position == "learned":
-            self.positions = param(cfg, "T|D", embedding_std(cfg))
+            self.positions = param(cfg, "T|D", initial_std(cfg, "positions"))
         self.embed_norm = Norm(cfg, "|D", cfg.norm) if cfg.embed_norm else None
         self.blocks = Block(cfg)
         self.final_norm = Norm(cfg, "|D", cfg.norm)
         if not cfg.tied:
-            self.head = param(cfg, "|V<-D", head_std(cfg))
+            self.head = param(cfg, "|V<-D", initial_std(cfg, "head"))
+        if cfg.head_bias:
+            self.head_bias = param(cfg, "|V")

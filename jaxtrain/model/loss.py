@@ -11,6 +11,7 @@ Bound: compute, 6*B*T*D*V FLOPs with gradients.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config.sections import LossConfig
 from jaxtrain.distributed.mesh import BATCH_AXES
 from jaxtrain.model.dense import wide_dtype
+from jaxtrain.model.logits import cap_logits, cap_slope
 from jaxtrain.ops import fused
 from jaxtrain.ops.routes import Route
 
@@ -65,12 +67,13 @@ class _Vocabulary:
 class _PlainScores:
     """A chunk's logits, computed by XLA, with their max, sum of exp and target's on this device."""
 
-    def __init__(self, h, w_VD, targets, vocabulary, softcap, keep):
+    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep):
         del keep  # the logits exist either way
         wide = wide_dtype(h.dtype)
         self.logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide)
-        if softcap:
-            self.logits = softcap * jnp.tanh(self.logits / softcap)
+        if b_V is not None:
+            self.logits = self.logits + b_V
+        self.logits = cap_logits(self.logits, softcap, form)
         self.top = self.logits.max(-1)
         self.e = jnp.exp(self.logits - self.top[..., None])
         self.total = self.e.sum(-1)
@@ -83,7 +86,8 @@ class _PlainScores:
 class _FusedScores:
     """_PlainScores, computed by the kernel, which stores the logits only if `keep`."""
 
-    def __init__(self, h, w_VD, targets, vocabulary, softcap, keep, scores):
+    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep, scores):
+        assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
         targets_N = (targets - vocabulary.first).ravel()
         logits_NV, *per_row = scores(h.reshape(-1, h.shape[-1]), w_VD, targets_N, softcap, keep)
         unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
@@ -95,9 +99,14 @@ class _FusedScores:
 
 
 def _local_loss(
-    h_BTD, w_VD, targets_BT, weights_BT, *, scores, softcap, z_loss, chunk_bytes, axis, grads
+    h_BTD, head, targets_BT, weights_BT, *, scores, softcap, form, z_loss, chunk_bytes, axis, grads
 ):
-    """Returns weighted sums (objective, nats) over this device's rows; with grads also dw, dh."""
+    """Returns weighted sums (objective, nats) over this device's rows; with grads also dhead, dh.
+
+    Args:
+        head: (w_VD, b_V or None).
+    """
+    w_VD, b_V = head
     (B, T, D), V = h_BTD.shape, w_VD.shape[0]
     wide = wide_dtype(h_BTD.dtype)  # for losses and softmax
     vocabulary = _Vocabulary(axis, V)
@@ -105,7 +114,7 @@ def _local_loss(
 
     def add_chunk(carry, chunk):
         h, targets, weights = chunk
-        local = scores(h, w_VD, targets, vocabulary, softcap, keep=grads)
+        local = scores(h, w_VD, b_V, targets, vocabulary, softcap, form, keep=grads)
         # Log-sum-exp over all devices' rows: each sum of exp is rescaled to the global maximum.
         top = vocabulary.max(local.top)
         total = vocabulary.sum(local.total * jnp.exp(local.top - top))
@@ -119,17 +128,20 @@ def _local_loss(
         # p - onehot, and that of z_loss * lse^2 is 2 * z_loss * lse * p.
         p, onehot = local.softmax(top, total), vocabulary.onehot(targets, wide)
         d = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - onehot)
-        if softcap:  # derivative of c * tanh(x / c), from its value
-            d = d * (1 - (local.logits / softcap) ** 2)
+        if softcap:
+            d = d * cap_slope(local.logits, softcap, form)
+        dw, db = carry[2]
+        db = None if db is None else db + d.sum((0, 1))
         d = d.astype(h.dtype)
-        dw = carry[2] + einsum("BTV,BTD->VD", d, h)
-        return (*sums, dw), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
+        dw = dw + einsum("BTV,BTD->VD", d, h)
+        return (*sums, (dw, db)), vocabulary.sum(einsum("BTV,VD->BTD", d, w_VD)).astype(h.dtype)
 
     steps = chunk_steps(B, T, V, chunk_bytes)
     chunks = tuple(_split_time(x, steps) for x in (h_BTD, targets_BT, weights_BT))
     count = chunks[0].shape[0]
     zero = jnp.zeros((), wide)
-    carry = (zero, zero, jnp.zeros((V, D), wide)) if grads else (zero, zero)
+    dhead = (jnp.zeros((V, D), wide), None if b_V is None else jnp.zeros(V, wide))
+    carry = (zero, zero, dhead) if grads else (zero, zero)
     carry, dh = jax.lax.scan(add_chunk, carry, chunks, unroll=count if count <= MIN_CHUNKS else 1)
     if not grads:
         return carry
@@ -142,57 +154,63 @@ def build_loss(
     dtype: DTypeLike,
     mesh: Mesh | None = None,
     route: Route | None = None,
+    softcap_form: str = "tanh",
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Builds loss(h_BTD, w_VD, targets_BT, weights_BT) -> (objective, nats).
+    """Builds loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None) -> (objective, nats).
 
     Both are weighted sums over tokens, and means if the weights sum to one over the batch.
     `objective` is nats plus z_loss * lse^2; differentiate it, as nats has no gradient. w_VD is the
-    float32 master weight; it is cast to `dtype`, and its gradient is float32.
+    float32 master weight; it is cast to `dtype`, and its gradient is float32. b_V is added to the
+    logits in float32.
 
     Args:
-        softcap: c in c*tanh(logits/c), or 0.
+        softcap: c of `cap_logits`, or 0.
         mesh: splits rows of h over (replica, fsdp) and, if tensor divides V, w over tensor.
         route: the head's, from jaxtrain.ops.routes.choose_routes; None means XLA.
+        softcap_form: form of `cap_logits`.
     """
     scores = _PlainScores
     if route is not None and route.is_fused:
         scores = functools.partial(_FusedScores, scores=fused.build_scores(route))
-    options = dict(scores=scores, softcap=softcap, z_loss=cfg.z_loss, chunk_bytes=cfg.chunk_bytes)
+    options = dict(scores=scores, softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
+    options |= dict(chunk_bytes=cfg.chunk_bytes)
 
-    def compute(h_BTD, w_VD, targets_BT, weights_BT, grads) -> tuple[jax.Array, ...]:
-        w_VD = w_VD.astype(dtype)
+    def compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads) -> tuple[Any, ...]:
+        head = (w_VD.astype(dtype), b_V)
         if mesh is None or mesh.size == 1:
             return _local_loss(
-                h_BTD, w_VD, targets_BT, weights_BT, **options, axis=None, grads=grads
+                h_BTD, head, targets_BT, weights_BT, **options, axis=None, grads=grads
             )
         split = w_VD.shape[0] % mesh.shape["tensor"] == 0
-        w_spec = P("tensor") if split else P()
+        head_spec = P("tensor") if split else P()
 
         def on_device(*args):
             out = _local_loss(*args, **options, axis="tensor" if split else None, grads=grads)
-            # Losses and dw are summed over the batch's shards; dh stays with its rows.
-            return tuple(jax.lax.psum(x, BATCH_AXES) for x in out[:3]) + out[3:]
+            # Losses and dhead are summed over the batch's shards; dh stays with its rows.
+            total = lambda x: jax.lax.psum(x, BATCH_AXES)
+            return (*jax.tree.map(total, out[:3]), *out[3:])
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(P(BATCH_AXES), w_spec, P(BATCH_AXES), P(BATCH_AXES)),
-            out_specs=(P(), P(), w_spec, P(BATCH_AXES)) if grads else (P(), P()),
+            in_specs=(P(BATCH_AXES), head_spec, P(BATCH_AXES), P(BATCH_AXES)),
+            out_specs=(P(), P(), head_spec, P(BATCH_AXES)) if grads else (P(), P()),
             check_vma=False,
-        )(h_BTD, w_VD, targets_BT, weights_BT)
+        )(h_BTD, head, targets_BT, weights_BT)
 
     @jax.custom_vjp
-    def loss(h_BTD, w_VD, targets_BT, weights_BT):
-        return compute(h_BTD, w_VD, targets_BT, weights_BT, grads=False)
+    def loss(h_BTD, w_VD, targets_BT, weights_BT, b_V=None):
+        return compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads=False)
 
-    def forward(h_BTD, w_VD, targets_BT, weights_BT):
-        objective, nats, dw, dh = compute(h_BTD, w_VD, targets_BT, weights_BT, grads=True)
-        return (objective, nats), (dh, dw.astype(w_VD.dtype))
+    def forward(h_BTD, w_VD, targets_BT, weights_BT, b_V):
+        out = compute(h_BTD, w_VD, targets_BT, weights_BT, b_V, grads=True)
+        objective, nats, (dw, db), dh = out
+        return (objective, nats), (dh, dw.astype(w_VD.dtype), db)
 
     def backward(residuals, cotangents):
-        dh, dw = residuals
+        dh, dw, db = residuals
         g = cotangents[0]  # nats is only reported, never differentiated
-        return (dh * g).astype(dh.dtype), dw * g, None, None
+        return (dh * g).astype(dh.dtype), dw * g, None, None, None if db is None else db * g
 
     loss.defvjp(forward, backward)
     return loss

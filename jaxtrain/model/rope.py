@@ -34,6 +34,8 @@ def scale_wavelengths(cfg: ModelConfig, wavelength_K: jax.Array) -> jax.Array:
 def rope_tables(cfg: ModelConfig, kind: str, positions_T: jax.Array) -> RopeTables | None:
     """Computes the cosines and sines of the rotation angles of integer positions.
 
+    Wavelengths are theta ** (i/n) for the n rotating pairs; the other pairs have the angle 0.
+
     Args:
         kind: "global" for rope_theta with rope_scaling, "local" for rope_local_theta, which is
             never scaled, or "none", which returns None.
@@ -42,10 +44,12 @@ def rope_tables(cfg: ModelConfig, kind: str, positions_T: jax.Array) -> RopeTabl
         return None
     dtype = jnp.float64 if cfg.dtype == "float64" else jnp.float32
     theta = cfg.rope_local_theta if kind == "local" else cfg.rope_theta
-    wavelength_K = theta ** (jnp.arange(0, cfg.K, 2, dtype=dtype) / cfg.K)
+    rotating = 2 * cfg.rope_pairs
+    wavelength_K = theta ** (jnp.arange(0, rotating, 2, dtype=dtype) / rotating)
     if kind == "global" and cfg.rope_scaling != "none":
         wavelength_K = scale_wavelengths(cfg, wavelength_K)
     angle_TK = positions_T[:, None].astype(dtype) / wavelength_K
+    angle_TK = jnp.pad(angle_TK, ((0, 0), (0, cfg.K // 2 - cfg.rope_pairs)))
     angle_TK = jnp.concatenate([angle_TK, angle_TK], axis=-1)
     return jnp.cos(angle_TK), jnp.sin(angle_TK)
 

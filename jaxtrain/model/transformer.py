@@ -23,6 +23,7 @@ from jaxtrain.model.initialization import build_init
 from jaxtrain.model.layer_kinds import layer_kinds
 from jaxtrain.model.layer_scan import scan_layers
 from jaxtrain.model.layers import LayerOps, Transformer, look_up_embedding
+from jaxtrain.model.logits import cap_logits
 from jaxtrain.model.rope import rope_tables
 from jaxtrain.model.trees import ArrayTree, AxesTree, param_tree
 from jaxtrain.ops.routes import Route
@@ -164,8 +165,9 @@ class _Network:
     def logits(self, params, h_BTD):
         w_VD = head_weights(params).astype(self.dtype)
         out_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=self.wide)
-        cap = self.cfg.logit_softcap
-        return cap * jnp.tanh(out_BTV / cap) if cap else out_BTV
+        if "head_bias" in params:
+            out_BTV = out_BTV + params["head_bias"]
+        return cap_logits(out_BTV, self.cfg.logit_softcap, self.cfg.logit_softcap_form)
 
 
 def head_weights(params: dict[str, Any]) -> jax.Array:

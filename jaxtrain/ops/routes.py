@@ -92,6 +92,12 @@ class _KernelRoutes:
             return "it normalises h + y, but model.norm_place=post normalises y alone"
         if op == "qk_rope" and model.qk_norm_over == "all":
             return "it normalises each head; got model.qk_norm_over=all"
+        if op == "qk_rope" and not model.qk_norm_gain:
+            return "it multiplies by a gain; got model.qk_norm_gain=false"
+        if op == "head" and model.head_bias:
+            return "it adds no bias; got model.head_bias=true"
+        if op == "head" and model.logit_softcap_form != "tanh":
+            return f"its soft-cap is a tanh; got {model.logit_softcap_form=}"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
         return ""

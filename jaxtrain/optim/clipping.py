@@ -4,20 +4,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim import Hyperparameter, is_zero
 from jaxtrain.optim.precision import widest
 
 
-def clip_gradients(max_norm: float, eps: float = 0.0) -> optax.GradientTransformation:
+def clip_gradients(
+    max_norm: Hyperparameter, eps: Hyperparameter = 0.0
+) -> optax.GradientTransformation:
     """Scales all gradients by one factor so that their joint 2-norm is at most max_norm.
 
     Clipped gradients have the widest type of gradient and parameter, float32 at least.
 
     Args:
-        max_norm: 0 disables clipping.
+        max_norm: the number 0 disables clipping.
         eps: added to the norm: the factor is min(1, max_norm / (norm + eps)). 1e-6 equals
             torch.nn.utils.clip_grad_norm_ (PyTorch 2.13, torch/nn/utils/clip_grad.py).
     """
-    if not max_norm:
+    if is_zero(max_norm):
         return optax.identity()
 
     def clip(updates, params=None):

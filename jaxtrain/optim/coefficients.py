@@ -44,6 +44,8 @@ COEFFICIENTS = {
         ),
         steps=5,
     ),
+    # Singular values converge to 1. Source: https://github.com/KellerJordan/modded-nanogpt, track 3
+    "convergent": CoefficientTable(((2.0, -1.5, 0.5),), steps=12),
     # Source: Amsel et al. 2025, https://arxiv.org/abs/2505.16932, Algorithm 1; 8 steps end at 1
     "polar_express": CoefficientTable(
         _damped(

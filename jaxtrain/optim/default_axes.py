@@ -102,7 +102,8 @@ def _read_declared(axes: Any) -> dict[str, Axes | None]:
             declared[name] = Axes.parse(x)
         elif not name and x is not None:
             raise ValueError(
-                f"axes must be a pytree of Axes or strings; got {x!r}. Name arguments."
+                f"axes must be a pytree of Axes or strings; got {x!r}. Pass other arguments by "
+                "name, such as learning_rate=0.02."
             )
         elif not isinstance(x, optax.MaskedNode):
             declared[name] = None

@@ -106,6 +106,15 @@ def muon(
     )
 
 
+def has_whole_steps(cfg: OptimConfig) -> bool:
+    """Returns whether every replica gets all of a config's steps from `build_muon`.
+
+    They travel in cfg.ns_dtype then. All other steps stay split like their moments, and
+    build_optimizer gathers them: the buffers of accelerated_lmo's wrapper are split too.
+    """
+    return cfg.geometry == "spectral" and cfg.name in ("muon", "normuon", "muon_h")
+
+
 def build_muon(
     cfg: OptimConfig,
     axes: AxesTree,
@@ -131,8 +140,7 @@ def build_muon(
     if cfg.geometry != "spectral":
         return scale_by_lmo(axes, cfg.geometry, **options)
     if mesh is not None and mesh.size > 1:
-        # Buffers of accelerated_lmo's wrapper are split over replicas, so its steps stay split too.
-        options["map_matrices"] = build_sharded_map(mesh, cfg.name != "accelerated_lmo")
+        options["map_matrices"] = build_sharded_map(mesh, has_whole_steps(cfg))
     return scale_by_lmo(axes, build_newton_schulz(cfg, square), **options)
 
 

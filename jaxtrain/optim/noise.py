@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim import Hyperparameter, is_number, is_zero
 from jaxtrain.optim.precision import widest
 
 UNIFORM_BITS = 31  # of 32 random bits; the last one is the sign
@@ -18,7 +19,7 @@ class NoiseState(NamedTuple):
     rms: optax.Updates  # RMS of each leaf's first good gradient, [], float32 or wider
 
 
-def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax.Array:
+def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: Hyperparameter) -> jax.Array:
     """Draws float32 values of density alpha/2 * (1 + |x|)^-(alpha + 1), up to |x| = 2^(32/alpha).
 
     Moments below alpha are finite: with alpha <= 2 the variance is infinite. The mean of |x| is
@@ -35,7 +36,7 @@ def symmetric_lomax(key: jax.Array, shape: tuple[int, ...], alpha: float) -> jax
 
 
 def heavy_tailed_noise(
-    alpha: float, scale: float, seed: int = 0
+    alpha: Hyperparameter, scale: Hyperparameter, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Adds scale * RMS * symmetric Lomax noise of tail index alpha to each gradient.
 
@@ -46,18 +47,18 @@ def heavy_tailed_noise(
 
     Args:
         alpha: tail index, above 1, as the noise would otherwise have no mean.
-        scale: 0 or more; 0 returns the identity, which has no state.
+        scale: 0 or more; the number 0 returns the identity, which has no state.
 
     Raises:
         ValueError: alpha or scale is out of range.
     """
-    if not alpha > 1:
+    if is_number(alpha) and not alpha > 1:
         raise ValueError(f"optim.noise_tail must be above 1; got {alpha}. Set --optim.noise_tail.")
-    if not scale >= 0:
+    if is_number(scale) and not scale >= 0:
         raise ValueError(
             f"optim.noise_scale must be 0 or more; got {scale}. Set --optim.noise_scale."
         )
-    if not scale:
+    if is_zero(scale):
         return optax.with_extra_args_support(optax.identity())
 
     def init(params):

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxtrain.model.trees import AxesTree
 from jaxtrain.optim import Hyperparameter, check_decay
+from jaxtrain.optim.collectives import build_mean_squares
 from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.newton_schulz import NewtonSchulz
@@ -25,7 +28,7 @@ class NeuronState(NamedTuple):
 
 
 def balance_neurons(
-    axes: AxesTree, decay: Hyperparameter = 0.95
+    axes: AxesTree, decay: Hyperparameter = 0.95, mesh: Mesh | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Divides each output's column of Muon's direction by the root of its averaged mean square.
 
@@ -35,11 +38,18 @@ def balance_neurons(
     Args:
         axes: pytree of Axes, like params; every leaf a matrix.
         decay: decay of the average, in [0, 1).
+        mesh: mesh over which params are split; None means one device.
 
     Raises:
         ValueError: decay is outside [0, 1).
     """
     check_decay(decay, "optim.neuron_decay")
+    mean_squares = build_mean_squares(mesh)
+
+    def whole(x_X1O):  # XLA would otherwise split it like the updates, and communicate for each
+        if mesh is None:
+            return x_X1O
+        return jax.lax.with_sharding_constraint(x_X1O, NamedSharding(mesh, P()))
 
     def zeros(a, p):
         X, _, O = a.matrix_shape(p.shape)  # noqa: E741
@@ -51,21 +61,26 @@ def balance_neurons(
     def update(updates, state, params=None, *, good: jax.Array | bool = True, **extra):
         del params, extra
 
-        def averaged(a, v_X1O, u):
-            dtype = widest(u, v_X1O)
-            mean_X1O = (a.to_matrices(u.astype(dtype)) ** 2).mean(-2, keepdims=True)
-            mean_X1O = average(decay, v_X1O, mean_X1O, dtype)
-            return jnp.where(good, mean_X1O.astype(v_X1O.dtype), v_X1O)
+        wide = lambda u, v_X1O: u.astype(widest(u, v_X1O))
+        updates = jax.tree.map(wide, updates, state.square)
+        means = mean_squares(axes, updates)
 
-        def balanced(a, v_X1O, u):
-            norm = lambda x: jnp.sqrt(jnp.sum(x**2, (-2, -1), keepdims=True))
-            u_XIO = a.to_matrices(u.astype(widest(u, v_X1O)))
-            y_XIO = u_XIO / (jnp.sqrt(v_X1O) + EPS)
-            tiny = jnp.finfo(u_XIO.dtype).tiny
-            return a.from_matrices(y_XIO * (norm(u_XIO) / jnp.maximum(norm(y_XIO), tiny)), u.shape)
+        def averaged(v_X1O, mean_X1O):
+            new_X1O = average(decay, v_X1O, mean_X1O, mean_X1O.dtype).astype(v_X1O.dtype)
+            return whole(jnp.where(good, new_X1O, v_X1O))
 
-        square = jax.tree.map(averaged, axes, state.square, updates)
-        return jax.tree.map(balanced, axes, square, updates), NeuronState(square)
+        def balanced(a, v_X1O, mean_X1O, u):
+            # Both norms follow from the mean squares, up to a factor of the inputs' root.
+            norm = lambda square_X1O: jnp.sqrt(jnp.sum(square_X1O, -1, keepdims=True))
+            factor_X1O = 1 / (jnp.sqrt(v_X1O) + EPS)
+            balanced_norm_X11 = norm(mean_X1O * factor_X1O**2)
+            tiny = jnp.finfo(mean_X1O.dtype).tiny
+            factor_X1O *= norm(mean_X1O) / jnp.maximum(balanced_norm_X11, tiny)
+            factor_X1O = whole(factor_X1O)
+            return a.on_matrices(lambda u_XIO: u_XIO * factor_X1O, u)
+
+        square = jax.tree.map(averaged, state.square, means)
+        return jax.tree.map(balanced, axes, square, means, updates), NeuronState(square)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

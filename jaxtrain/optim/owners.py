@@ -62,19 +62,20 @@ def ownership(axes: Axes, shape: Sequence[int], mesh: Mesh) -> Ownership:
     Of all sets of mesh axes whose sizes divide the first stack dim, it is the one with the most
     devices. Devices along the other axes repeat the work.
     """
-    spec = param_spec(axes, shape, mesh)
+    spec, stacks = param_spec(axes, shape, mesh), min(len(axes.stack), 1)
     names = [name for name, size in mesh.shape.items() if size > 1]
-    first = [name for name in names if name == spec[0]]  # the axis that splits the stack already
+    first = [name for name in names if name in spec[:stacks]]  # it splits the stack already
     subsets = [c for n in range(len(names) + 1) for c in itertools.combinations(names, n)]
     count = lambda subset: math.prod(mesh.shape[name] for name in subset)
     fits = lambda c: {*first} <= {*c} and shape[0] % count(c) == 0
-    owners = max(filter(fits, subsets), key=count) if axes.stack else ()
+    owners = max(filter(fits, subsets), key=count) if stacks else ()
     if "replica" in owners:  # so that gradients are reduced by one reduce-scatter
         first.insert(0, "replica")
-    dims = {name: dim for dim, name in enumerate(spec) if dim}
+    dims = {name: dim for dim, name in enumerate(spec) if dim >= stacks}
     moves = [Move(n, dims.get(n), n in owners) for n in names if n not in first]
     owned = (*first, *(move.name for move in moves if move.owns))
-    return Ownership(P(tuple(first) or None, *spec[1:]), P(owned or None), moves, count(owned))
+    stored = P(tuple(first) or None, *spec[1:]) if stacks else spec
+    return Ownership(stored, P(owned or None), moves, count(owned))
 
 
 def to_owners(x: jax.Array, moves: Sequence[Move], mesh: Mesh) -> jax.Array:

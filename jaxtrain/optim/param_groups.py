@@ -31,7 +31,7 @@ FULL_GEOMETRY = {
 class Group:
     """How a set of parameters is stepped."""
 
-    name: str  # MATRICES, REST or, with optim.rest=lmo, a role
+    name: str  # MATRICES, REST or, with optim.rest=lmo or a rate of its own, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
     geometry: str  # norm of the step; empty with AdamW and SOAP
     rate: Hyperparameter  # peak
@@ -47,14 +47,20 @@ def decay_group_of(axes: Axes) -> str:
 
 def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     """Returns a parameter's group."""
-    decay = cfg.weight_decay if decay_group_of(axes) in cfg.decaying else 0.0
+    decays = decay_group_of(axes) in cfg.decaying
+    decay = cfg.weight_decay if decays else 0.0
     if axes.is_matrix and cfg.name not in ADAM_SIZED:
         geometry = "" if cfg.name == "adam_h" else cfg.geometry
         decay = 0.0 if cfg.name in NORM_PRESERVING else decay
         return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
-        name, optimizer = (MATRICES, cfg.name) if axes.is_matrix else (REST, "adamw")
-        return Group(name, optimizer, "", cfg.adam_learning_rate, decay)
+        own_rate = cfg.adam_rates.get(axes.role, 0.0)
+        if axes.is_matrix:
+            name, optimizer = MATRICES, cfg.name
+        else:  # a role with its own rate is a group of its own
+            name, optimizer = axes.role if own_rate else REST, "adamw"
+            decay = cfg.adam_weight_decay if decays and cfg.adam_weight_decay else decay
+        return Group(name, optimizer, "", own_rate or cfg.adam_learning_rate, decay)
     geometry, ratio = FULL_GEOMETRY[axes.role]
     return Group(axes.role, "lmo", geometry, ratio * cfg.learning_rate, decay)
 

@@ -40,8 +40,8 @@ def _writes_residual(name: str, axes: Axes) -> bool:
 
     These are the matrices to the residual stream, their biases, and the gains of norms after them.
     """
-    is_bias = name.endswith(".b") and axes.inputs == "D"
-    return axes.outputs == "D" or is_bias or "post_norm." in name
+    is_bias = name.endswith(".b") and axes.inputs == ("D",)
+    return axes.outputs == ("D",) or is_bias or "post_norm." in name
 
 
 def _scales_tied_logits(name: str, has_head: bool) -> bool:
@@ -90,9 +90,17 @@ def scale_by_size(
     Args:
         axes: pytree of Axes of all parameters; the direction may be that of a part of them.
         is_adam: whether the direction has Adam's eps.
+
+    Raises:
+        ValueError: parametrisation is spectral, and no parameter has a dim D, the width.
     """
     if cfg.parametrisation == "standard":
         return direction
+    if not any("D" in leaf.letters for leaf in jax.tree.leaves(axes)):
+        raise ValueError(
+            "axes must name the width D and the layers L with optim.parametrisation=spectral; got "
+            f"{', '.join(map(str, jax.tree.leaves(axes)))}. Set --optim.parametrisation=standard."
+        )
     named_axes, has_head = named_leaves(axes), has_own_head(axes)
 
     def update(updates, state, params=None, **extra):

@@ -5,8 +5,9 @@ eigenvectors are two orthogonal bases, P and Q, and P^T G Q is the rotated gradi
 computed by a full decomposition in the first step. Later they are improved every few steps, by one
 step of power iteration and a QR decomposition.
 
-For each matrix of n = I O entries this stores I^2 + O^2 numbers twice beside momentum and squares:
-36 bytes per weight of gpt_124m's matrices, in float32. preconditioner_cost.py counts the FLOPs.
+Beside momentum and squares, each matrix stores a factor and a basis of both sides. In float32 all
+of its state is 8 + 8 (I^2 + O^2) / (I O) bytes per weight, which is 36 for gpt_124m.
+preconditioner_cost.py counts the FLOPs.
 
 Source: Vyas et al. 2024, https://arxiv.org/abs/2409.11321, and its code, nikhilvyas/SOAP, soap.py
 """

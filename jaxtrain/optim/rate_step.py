@@ -122,7 +122,7 @@ def keep_norms(
             if not isinstance(x, Tracer) and not jnp.all(x):
                 raise ValueError(
                     "optim.name=muon_h and adam_h need matrices that are not zero, whose norm they "
-                    f"keep; got a zero matrix in {name}. Change its initial value or --optim.name."
+                    f"keep; got a zero matrix in {name}. Set --model.init_std or --optim.name."
                 )
         return SphereState(jnp.zeros((), jnp.int32), norm)
 

@@ -4,8 +4,8 @@ Newton-Schulz multiplies a matrix by itself, so every iteration on a split matri
 XLA's partitioner would gather in each iteration: 1,258 MB a step instead of 27, for 109 MB of
 weights on 8 devices. Here matrices of one shape are pooled, whatever their names and orientations.
 For each pool, one all-to-all sends every matrix to its owner, and another returns the parts to the
-devices that store them. Where parameters are replicated, each replica takes its share without
-communication, and one all-gather returns the steps.
+devices that store them. Where devices have copies of the matrices, each takes its share without
+communication, and one all-gather returns the steps. docs/optimizers.md lists what each mesh needs.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.axes import Axes
-from jaxtrain.distributed.mesh import moment_spec, param_spec
+from jaxtrain.distributed.mesh import moment_spec, names_in, param_spec
 from jaxtrain.model.trees import ArrayTree, AxesTree
 from jaxtrain.optim.lmo import MatrixFunction
 from jaxtrain.optim.newton_schulz_cost import newton_schulz_flops
@@ -35,8 +35,8 @@ class PoolLayout(NamedTuple):
 
     @property
     def split(self) -> tuple:
-        """Mesh axes that split each matrix."""
-        return self.rows[1] + self.columns[1]
+        """Mesh axes that split each matrix; replica first, as the major axis of owners."""
+        return tuple(sorted(self.rows[1] + self.columns[1], key=lambda name: name != "replica"))
 
     def replicated(self, mesh: Mesh) -> tuple:
         """Returns the mesh axes over which the matrices are copies."""
@@ -46,7 +46,8 @@ class PoolLayout(NamedTuple):
 
 def _layout(axes: Axes, shape, spec, mesh) -> tuple[PoolLayout, bool]:
     """Returns (a leaf's layout, whether its matrices are transposed in it)."""
-    split = lambda names: tuple(name for name in names if name and mesh.shape[name] > 1)
+    flat = lambda entries: (name for entry in entries for name in names_in(entry))
+    split = lambda entries: tuple(name for name in flat(entries) if mesh.shape[name] > 1)
     stack, *sides = map(split, axes.split(spec))
     _, *sizes = axes.matrix_shape(shape)
     inputs, outputs = zip(sizes, sides, strict=True)
@@ -95,6 +96,18 @@ def _count_devices(mesh, names) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+def _blocks(layout, mesh, names, x_Xio) -> tuple[list, list, dict[str, int]]:
+    """Returns the dims of [*names,X,i,o], their order in matrices [X,I,O], and the dims' sizes.
+
+    Args:
+        names: mesh axes that split the matrices, major first.
+        x_Xio: one block of each matrix.
+    """
+    rows, columns = ([name for name in side[1] if name in names] for side in layout[:2])
+    sizes = dict(mesh.shape) | dict(zip("Xio", x_Xio.shape[-3:], strict=True))
+    return [*names, "X", "i", "o"], ["X", *rows, "i", *columns, "o"], sizes
+
+
 def _to_owners(x_Xio, layout, mesh, owners, replicated):
     """Exchanges every device's [X,i,o] for whole matrices [X/owners,I,O]; pads X with zeros."""
     x_Xio = jnp.pad(x_Xio, ((0, -len(x_Xio) % owners), (0, 0), (0, 0)))
@@ -102,24 +115,30 @@ def _to_owners(x_Xio, layout, mesh, owners, replicated):
         copies = _count_devices(mesh, replicated)
         x_Xio = x_Xio.reshape(copies, -1, *x_Xio.shape[1:])[jax.lax.axis_index(replicated)]
     if layout.split:
-        parts = [_count_devices(mesh, side[1]) for side in layout[:2]]
-        x_PXio = x_Xio.reshape(math.prod(parts), -1, *x_Xio.shape[1:])
+        x_PXio = x_Xio.reshape(_count_devices(mesh, layout.split), -1, *x_Xio.shape[1:])
         x_PXio = jax.lax.all_to_all(x_PXio, layout.split, 0, 0)
-        x = x_PXio.reshape(*parts, *x_PXio.shape[1:]).transpose(2, 0, 3, 1, 4)
-        x_Xio = x.reshape(len(x), layout.rows[0], layout.columns[0])
+        dims, order, sizes = _blocks(layout, mesh, layout.split, x_PXio)
+        x = x_PXio.reshape([sizes[dim] for dim in dims])
+        x = x.transpose([dims.index(dim) for dim in order])
+        x_Xio = x.reshape(sizes["X"], layout.rows[0], layout.columns[0])
     return x_Xio
 
 
-def _from_owners(y_XIO, layout, mesh, replicated):
-    """Undoes _to_owners."""
-    if layout.split:
-        parts = [_count_devices(mesh, side[1]) for side in layout[:2]]
-        X, I, O = y_XIO.shape  # noqa: E741
-        y = y_XIO.reshape(X, parts[0], I // parts[0], parts[1], O // parts[1])
-        y_PXio = y.transpose(1, 3, 0, 2, 4).reshape(-1, X, I // parts[0], O // parts[1])
-        y_PXio = jax.lax.all_to_all(y_PXio, layout.split, 0, 0)
-        y_XIO = y_PXio.reshape(-1, *y_PXio.shape[2:])
-    return jax.lax.all_gather(y_XIO, replicated, tiled=True) if replicated else y_XIO
+def _from_owners(y_XIO, layout, mesh, gathered):
+    """Undoes _to_owners, except that each device gets the parts of all devices along `gathered`."""
+    names = tuple(name for name in layout.split if name not in gathered)
+    if names:
+        rows, columns = (
+            size // math.prod(mesh.shape[name] for name in split if name in names)
+            for size, split in layout[:2]
+        )
+        y_Xio = jax.ShapeDtypeStruct((len(y_XIO), rows, columns), y_XIO.dtype)
+        dims, order, sizes = _blocks(layout, mesh, names, y_Xio)
+        y = y_XIO.reshape([sizes[dim] for dim in order])
+        y = y.transpose([order.index(dim) for dim in dims])
+        y_PXio = jax.lax.all_to_all(y.reshape(-1, *y_Xio.shape), names, 0, 0)
+        y_XIO = y_PXio.reshape(-1, rows, columns)
+    return jax.lax.all_gather(y_XIO, gathered, tiled=True) if gathered else y_XIO
 
 
 def _step_pool(function, layout, mesh, matrices, replicate):
@@ -128,7 +147,8 @@ def _step_pool(function, layout, mesh, matrices, replicate):
     owners = _count_devices(mesh, layout.split + replicated)
     x_Xio = jnp.concatenate(matrices)
     y_XIO = function(_to_owners(x_Xio, layout, mesh, owners, replicated))
-    y_RXio = _from_owners(y_XIO, layout, mesh, replicated)[None, : len(x_Xio)]
+    gathered = replicated + ("replica",) * (replicate and "replica" in layout.split)
+    y_RXio = _from_owners(y_XIO, layout, mesh, gathered)[None, : len(x_Xio)]
     if replicate and "replica" in layout.stack:
         y_RXio = jax.lax.all_gather(y_RXio[0], "replica")
     ends = np.cumsum([len(x) for x in matrices])
@@ -155,6 +175,7 @@ def build_sharded_map(
         specs = lambda spec: tuple(
             spec(a, x.shape, mesh) for a, x in zip(leaf_axes, leaves, strict=True)
         )
+        out_specs = specs(param_spec if replicate else moment_spec)
         orient = lambda x_Xio, transposed: x_Xio.swapaxes(1, 2) if transposed else x_Xio
 
         def on_device(*parts):
@@ -165,7 +186,7 @@ def build_sharded_map(
                 ]
                 stepped = _step_pool(function, layout, mesh, matrices, replicate)
                 for (i, turned), y_Xio in zip(members, stepped, strict=True):
-                    shape = -1, *parts[i].shape[1:]
+                    shape = NamedSharding(mesh, out_specs[i]).shard_shape(leaves[i].shape)
                     results[i] = leaf_axes[i].from_matrices(orient(y_Xio, turned), shape)
             return tuple(results)
 
@@ -173,7 +194,7 @@ def build_sharded_map(
             on_device,
             mesh=mesh,
             in_specs=specs(moment_spec),
-            out_specs=specs(param_spec if replicate else moment_spec),
+            out_specs=out_specs,
             # Replicas have different matrices until the last all-gather makes them equal, which
             # shard_map's replication check cannot prove.
             check_vma=False,

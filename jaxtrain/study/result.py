@@ -169,9 +169,10 @@ def format_result(plan: StudyPlan, result: ConditionResult) -> str:
         format_table(comparisons, columns if result.horizon else columns | track_3),
         "",
         f"diff: mean difference from {study.baseline}, paired by seed. se: its standard error; the "
-        "variance is pooled over all contenders.",
-        f"t, p: two-sided t-test with {comparisons[0].paired.degrees} degrees of freedom. Holm p: "
-        "corrected for all comparisons of the study.",
+        "variance is pooled over all contenders, except for one that varies more than the others.",
+        f"t, p: two-sided t-test with {comparisons[0].paired.degrees} degrees of freedom "
+        f"({len(study.seeds) - 1} for such a one). Holm p: corrected for all comparisons of the "
+        "study.",
     ]
     if not result.horizon:
         lines += [

@@ -77,15 +77,18 @@ def redraw_means(result: ConditionResult, redraws: int, seed: int) -> dict[str, 
     The redrawn ones are nan if the study has too few seeds for an error, and all are inf for a
     contender that diverged.
     """
-    paired = result.contests[0].paired
+    pooled = result.contests[0].paired
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal((len(result.contests), redraws))
-    degrees = max(paired.degrees, 1)
-    scale = np.sqrt(degrees / rng.chisquare(degrees, redraws))  # shared: the error is pooled
+    draw_scale = lambda degrees: np.sqrt(max(degrees, 1) / rng.chisquare(max(degrees, 1), redraws))
+    shared_scale, variance = draw_scale(pooled.degrees), pooled.se**2 / 2
     means = {}
     for contest, noise in zip(result.contests, normal, strict=True):
-        # The standard error is that of a difference of two means.
-        drawn = contest.mean + paired.se / math.sqrt(2) * noise * scale
+        # The squared standard error of a difference is the sum of those of two means.
+        own = max(contest.paired.se**2 - variance, 0.0)
+        is_pooled = contest.paired.degrees == pooled.degrees
+        scale = shared_scale if is_pooled else draw_scale(contest.paired.degrees)
+        drawn = contest.mean + math.sqrt(own) * noise * scale
         means[contest.contender] = np.concatenate([[contest.mean], drawn])
     return means
 

@@ -13,6 +13,8 @@ FEWEST_PAIRS = 3  # with fewer pairs there is no verdict
 # Source: https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization
 TRACK_3_SIGMAS = 0.004 / 0.0013
 
+UNEQUAL = 0.01
+
 TIES, WINS, LOSES, UNDECIDED = "ties", "wins", "loses", "undecided"
 
 
@@ -42,9 +44,10 @@ def paired_tests(losses: Mapping[str, Sequence[float]], baseline: str) -> dict[s
     an effect of its contender, an effect of its seed, and an error. The error's variance is
     pooled over all contenders whose losses are finite (the analysis of variance of randomised
     blocks). With two contenders this is Student's paired t-test; with more it has more degrees of
-    freedom, but assumes that all contenders vary equally. A contender with a loss that is not
-    finite, and every one if the baseline has such a loss, gets nan: a diverged run has no loss to
-    average.
+    freedom, but assumes that all contenders vary equally. A contender whose differences vary
+    significantly more than those of the others (F test, p < UNEQUAL) gets its own paired t-test
+    and is left out of the pool. A contender with a loss that is not finite, and every one if the
+    baseline has such a loss, gets nan: a diverged run has no loss to average.
 
     Raises:
         ValueError: the contenders have no losses, or not equally many.
@@ -57,24 +60,43 @@ def paired_tests(losses: Mapping[str, Sequence[float]], baseline: str) -> dict[s
         )
     n = counts.pop()
     finite = {name: np.array(v, float) for name, v in losses.items() if np.isfinite(v).all()}
-    degrees = (len(finite) - 1) * (n - 1)
-    se = math.nan
-    if degrees > 0:
-        table = np.stack(list(finite.values()))  # contenders x seeds
-        table -= table.mean(0)
-        residuals = table - table.mean(1, keepdims=True)
-        se = math.sqrt(2 * float((residuals**2).sum()) / degrees / n)
-        if se < 1e-14 * max(map(np.max, finite.values())):  # only rounding is left
-            se = 0.0
-    nothing = Paired(n, math.nan, math.nan, math.nan, math.nan, degrees)
+    nothing = Paired(n, math.nan, math.nan, math.nan, math.nan, 0)
     if baseline not in finite:
         return dict.fromkeys(losses, nothing)
-    return {
-        name: _t_test(float(np.mean(finite[name] - finite[baseline])), se, n, degrees)
-        if name in finite
-        else nothing
-        for name in losses
-    }
+    differences = {name: values - finite[baseline] for name, values in finite.items()}
+    uneven = {name for name in finite if _varies_more(name, finite, differences[name])}
+    se, degrees = _pooled_error({name: finite[name] for name in finite if name not in uneven})
+    tests = dict.fromkeys(losses, nothing)
+    for name, values in differences.items():
+        own = name in uneven
+        error = (float(values.std(ddof=1)) / math.sqrt(n), n - 1) if own else (se, degrees)
+        tests[name] = _t_test(float(values.mean()), error[0], n, error[1])
+    return tests
+
+
+def _pooled_error(losses: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    """Returns the standard error of a mean paired difference, and its degrees of freedom."""
+    table = np.stack(list(losses.values()))  # contenders x seeds
+    contenders, n = table.shape
+    degrees, largest = (contenders - 1) * (n - 1), float(np.abs(table).max())
+    if not degrees:
+        return math.nan, 0
+    table = table - table.mean(0)
+    residuals = table - table.mean(1, keepdims=True)
+    se = math.sqrt(2 * float((residuals**2).sum()) / degrees / n)
+    return (se if se > 1e-14 * largest else 0.0), degrees  # less is rounding
+
+
+def _varies_more(name: str, losses: Mapping[str, np.ndarray], differences: np.ndarray) -> bool:
+    """Returns whether a contender's differences vary significantly more than those of others."""
+    others = {other: values for other, values in losses.items() if other != name}
+    if len(others) < 2 or not differences.any():
+        return False
+    se, degrees = _pooled_error(others)
+    if not se > 0:
+        return False
+    ratio = float(differences.var(ddof=1)) / len(differences) / se**2
+    return bool(stats.f.sf(ratio, len(differences) - 1, degrees) < UNEQUAL)
 
 
 def _t_test(difference: float, se: float, n: int, degrees: int) -> Paired:

@@ -107,8 +107,8 @@ def _rank_lines(plan: StudyPlan, ranks: Sequence[RankCorrelation]) -> list[str]:
         "",
         "tau-b: Kendall's rank correlation: 1 is the same order, 0 is no relation, -1 is the "
         "reverse.",
-        f"Ties in {tied} of the {len(pairs)} pairs of published figures limit tau-b to {most:.2f}, "
-        "unless the study has ties, too.",
+        f"It is at most {most:.2f} here, since {tied} of {len(pairs)} pairs of published figures "
+        "are tied and the study's losses are not.",
         "interval: parametric bootstrap of the run-to-run noise, for these contenders only. p: "
         f"two-sided, over all permutations of {count} contenders.",
         "all: contenders in the order of their mean difference from the baseline over all cells.",
@@ -157,7 +157,7 @@ def _overall_lines(plan: StudyPlan, summary: Summary) -> list[str]:
         if ratios:
             line += f"; speed-up in tokens {min(ratios):.2f} to {max(ratios):.2f}"
         if edges:
-            line += f"; its best values are at an edge of what was tried in {edges} cells"
+            line += f"; its best values are at an edge of what was tried in {edges} of {count}"
         lines.append(line)
     return lines
 

@@ -23,7 +23,6 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 from jaxtrain.optim.build import build_optimizer, peak_rates
 from jaxtrain.optim.parametrisation import scale_initial_values
-from jaxtrain.optim.schedule import build_schedule
 from jaxtrain.run_directory.contents import load_train_config
 from jaxtrain.training.step import (
     Step,
@@ -93,8 +92,9 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself
     model = scale_initial_values(cfg, build_model(cfg.model, routes, mesh, masked))
-    softcap, dtype = cfg.model.logit_softcap, jnp.dtype(cfg.model.dtype)
-    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"])
+    softcap, form = cfg.model.logit_softcap, cfg.model.logit_softcap_form
+    dtype = jnp.dtype(cfg.model.dtype)
+    loss = build_loss(cfg.loss, softcap, dtype, mesh, routes["head"], form)
     optimizer = build_optimizer(cfg.optim, model.axes, mesh, cfg.seed, routes.get("square"))
     return Run(cfg, mesh, routes, model, loss, optimizer)
 
@@ -105,10 +105,8 @@ def compile_step(run: Run, options: dict[str, Any] | None = None) -> Step:
     Args:
         options: XLA options, over those that jaxtrain.ops.tuning chooses for the chip.
     """
-    rate, accumulation = build_schedule(run.cfg.optim), run.cfg.accumulation
-    return compile_for_run(
-        build_step(run.model, run.loss, run.optimizer, rate, run.mesh, accumulation), run, options
-    )
+    parts = run.model, run.loss, run.optimizer, run.cfg.optim, run.mesh, run.cfg.accumulation
+    return compile_for_run(build_step(*parts), run, options)
 
 
 def compile_for_run(function: Callable, run: Run, options: dict[str, Any] | None = None) -> Step:

@@ -73,8 +73,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),  # pairs of neighbours, as nanotron has them
     "use_mrope": (False,),  # RoPE of images
 }
-# Fields of ModelConfig that affect how a model is computed, but not what.
-IMPLEMENTATION = ("dtype", "attention", "unroll", "remat")
+# Fields of ModelConfig that do not change what a model's weights compute.
+IMPLEMENTATION = ("dtype", "attention", "unroll", "remat", "init_std")
 
 
 class TensorMapping(NamedTuple):
