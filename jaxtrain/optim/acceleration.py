@@ -263,7 +263,7 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
             `evaluated(params)`.
         params: the run's parameters, where gradients are taken.
 
-    The iterate of an nnx.State has arrays in place of Variables, as nnx.update and nnx.merge accept.
+    The iterate of an nnx.State has arrays in place of Variables; nnx.update and nnx.merge take it.
     """
     is_variable = lambda x: isinstance(x, nnx.Variable)
     arrays = lambda tree: jax.tree.map(
@@ -271,5 +271,5 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
     )
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
         if _is_wrapper(node):
-            params = node.evaluated(params)
+            params = arrays(node).evaluated(arrays(params))
     return params
