@@ -172,6 +172,12 @@ def test_a_class_that_cannot_be_used_is_refused(source, arguments, words):
         build_config(source, arguments, "adamw")
 
 
+def test_an_optimizer_that_cannot_step_float64_is_refused(tmp_path):
+    source = write_optimizer(tmp_path, square="(g * g).float()")
+    with pytest.raises(ValueError, match="must step matrices of float64.*--precision=float32"):
+        compare(source)
+
+
 def test_both_names_must_be_given():
     with pytest.raises(ValueError, match="--theirs=FILE.py:Class and --ours=NAME"):
         build_config("torch.optim:AdamW", "", "")

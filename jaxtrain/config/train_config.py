@@ -46,7 +46,9 @@ class TrainConfig(Section):
     steps: int = knob(200, "optimizer steps of the run", unit="steps", low=1)
     workdir: str = knob("runs/default", "folder of the run, which resumes from a checkpoint in it")
     weights: str = knob(
-        "", "Hugging Face folder or llm.c file to start from, unless workdir has a checkpoint"
+        "",
+        "weights to start from, unless workdir has a checkpoint: a Hugging Face folder, an llm.c "
+        "file, a run's folder, or its checkpoints/STEP; the optimizer may differ from that run's",
     )
     accumulation: int = knob(1, "microbatches that a step's batch is split into", low=1)
     log_every: int = knob(10, "steps from one logged step to the next", unit="steps", low=1)

@@ -13,11 +13,10 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import config_files
 from jaxtrain.config.sections import OptimConfig
+from jaxtrain.optim.param_groups import ADAM_SIZED
 from jaxtrain.reporting.table import format_table
 
 SCALES = {"original": "spectral_max", None: "spectral_max", "match_rms_adamw": "match_rms"}
-ADAM_LIKE = ("adamw", "adam_h")  # optimizers of ours whose settings are AdamW's
-ADAM_FIELDS = {"eps": "adam_eps"}
 # A setting of an optimizer in torch -> our field of the same meaning.
 FIELDS = {
     "lr": "learning_rate",
@@ -26,6 +25,14 @@ FIELDS = {
     "nesterov": "nesterov",
     "ns_steps": "ns_steps",
     "adjust_lr_fn": "scale",
+    "precondition_frequency": "precondition_every",
+    "max_precond_dim": "precondition_max_side",
+}
+# optim.name -> fields of `betas`; these optimizers have `eps` too, which Muon means differently.
+BETAS = {
+    "adamw": ("adam_b1", "adam_b2"),
+    "adam_h": ("adam_b1", "adam_b2"),
+    "soap": ("momentum", "precondition_decay"),
 }
 
 
@@ -141,18 +148,17 @@ def _evaluate(node: ast.expr) -> Any:
 
 def _matching_fields(ours: str, settings: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yields (setting, our field, our value) for each setting that we have too."""
-    is_adam = ours in ADAM_LIKE
     for setting, value in settings.items():
-        if setting == "lr" and ours == "adamw":
+        if setting == "betas" and ours in BETAS:
+            for field, beta in zip(BETAS[ours], value, strict=True):
+                yield setting, field, float(beta)
+        elif setting == "eps" and ours in BETAS:
+            yield setting, "adam_eps", float(value)
+        elif setting == "lr" and ours in ADAM_SIZED:
             yield setting, "adam_learning_rate", float(value)
-        elif setting == "betas" and is_adam:
-            yield "betas[0]", "adam_b1", value[0]
-            yield "betas[1]", "adam_b2", value[1]
-        elif is_adam and setting in ADAM_FIELDS:
-            yield setting, ADAM_FIELDS[setting], value
         elif setting == "adjust_lr_fn":
             yield setting, "scale", SCALES.get(value, "none")
-        elif setting in FIELDS and not (is_adam and setting in ("momentum", "nesterov")):
+        elif setting in FIELDS:
             kind = type(getattr(OptimConfig(), FIELDS[setting]))
             yield setting, FIELDS[setting], kind(value)
 
@@ -176,8 +182,7 @@ def settings_table(theirs: TheirOptimizer, cfg: OptimConfig) -> str:
     for setting, field, value in _matching_fields(cfg.name, settings):
         got = getattr(cfg, field)
         mark = "" if got == value else "  <- differs"
-        name = setting.partition("[")[0]
-        matching.setdefault(name, []).append(f"optim.{field}={got}{mark}")
+        matching.setdefault(setting, []).append(f"optim.{field}={got}{mark}")
     rows = [(name, repr(settings[name]), " ".join(parts)) for name, parts in matching.items()]
     table = format_table(rows, ("setting", theirs.name, f"jaxtrain {cfg.name}"))
     others = [f"{name}={value!r}" for name, value in settings.items() if name not in matching]

@@ -28,6 +28,7 @@ from jaxtrain.interop.hf_tokenizer import (
     write_tokenizer,
 )
 from jaxtrain.interop.initial_state import initial_state
+from jaxtrain.interop.run_weights import is_imported
 from jaxtrain.interop.verify import check_finite, check_reading, check_transformers
 from jaxtrain.interop.vocabulary import choose_rows, cut_vocabulary
 from jaxtrain.model.trees import named_leaves
@@ -183,10 +184,11 @@ def export_weights(
         _check_vocab_size(run_tokenizer, cfg.V)
     # RoPE has no table of positions, so the model supports the length that it was trained on. Only
     # imported weights may declare another length.
-    if cfg.position == "rope" and not run.cfg.weights:
+    imported = is_imported(run.cfg.weights)
+    if cfg.position == "rope" and not imported:
         cfg = dataclasses.replace(cfg, positions=data.seq_len)
     special, checks = special_tokens(run_tokenizer, data.eot, _source_folders(run.cfg)), []
-    rows, vocabulary = choose_rows(run_tokenizer, special, cfg.V, bool(run.cfg.weights))
+    rows, vocabulary = choose_rows(run_tokenizer, special, cfg.V, imported)
     cfg, axes = dataclasses.replace(cfg, V=rows), named_leaves(run.model.axes)
     named = cut_vocabulary(axes, named_leaves(params), rows)
 

@@ -1,4 +1,4 @@
-"""Creates a run's state at step 0, with random weights or those of a file."""
+"""Creates a run's state at step 0: random weights, or those of a file or of another run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from jaxtrain.config.train_config import ModelConfig
 from jaxtrain.distributed.mesh import param_sharding
 from jaxtrain.interop import InteropError
 from jaxtrain.interop.hf import read_config, read_weights
+from jaxtrain.interop.run_weights import check_run_model, find_run, load_run_weights
 from jaxtrain.model.compatibility import check_same_model
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.training.run import Run
@@ -43,16 +44,21 @@ def load_params(
 def initial_state(run: Run) -> TrainState:
     """Returns the state at step 0: random parameters, or those of cfg.weights.
 
+    The optimizer's state is new in either case.
+
     Raises:
         InteropError: the weights are damaged, or of another model.
+        CheckpointError: they are those of a run, all of whose checkpoints are damaged.
     """
     source, model = run.cfg.weights, run.model
-    if source:
-        check_model(run.cfg.model, source)  # before memory is allocated
-    state = init_state(model, run.optimizer, run.mesh, run.cfg.seed)
     if not source:
-        return state
+        return init_state(model, run.optimizer, run.mesh, run.cfg.seed)
     sharding_of = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
     shardings = jax.tree.map(sharding_of, model.axes, model.shapes)
-    params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
-    return state._replace(params=params)
+    if find_run(source):
+        check_run_model(run.cfg.model, source)
+        params = load_run_weights(run, shardings)
+    else:
+        check_model(run.cfg.model, source)  # before memory is allocated
+        params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
+    return init_state(model, run.optimizer, run.mesh, params)

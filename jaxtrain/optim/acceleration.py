@@ -263,14 +263,13 @@ def eval_params(opt_state: optax.OptState, params: ArrayTree) -> ArrayTree:
             `evaluated(params)`.
         params: the run's parameters, where gradients are taken.
 
-    An nnx.State has arrays in place of Variables in the result, as nnx.update and nnx.merge accept.
+    The iterate of an nnx.State has arrays in place of Variables; nnx.update and nnx.merge take it.
     """
     is_variable = lambda x: isinstance(x, nnx.Variable)
     arrays = lambda tree: jax.tree.map(
         lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
     )
-    opt_state, params = arrays(opt_state), arrays(params)
     for node in jax.tree.leaves(opt_state, is_leaf=_is_wrapper):
         if _is_wrapper(node):
-            params = node.evaluated(params)
+            params = arrays(node).evaluated(arrays(params))
     return params

@@ -31,7 +31,12 @@ def start_state(
     except ValueError as error:
         changes = config_lib.describe_changes(stored, run.cfg) if stored else []
         changes = "; ".join(change for change in changes if change.startswith("optim."))
-        raise ValueError(f"{error} Changed: {changes}." if changes else str(error)) from error
+        if not changes:
+            raise
+        raise ValueError(
+            f"{error} Changed: {changes}. To start another optimizer from this run's weights, set "
+            f"--weights={run.cfg.workdir} and a new --workdir."
+        ) from error
     if restored is None:
         return initial_state(run), None
     batches.restore(restored.meta["data"])

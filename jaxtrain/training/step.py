@@ -119,16 +119,23 @@ def _new_state(params, optimizer) -> TrainState:
     return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
-def init_state(model: Model, optimizer, mesh: Mesh, seed: int) -> TrainState:
+def init_state(model: Model, optimizer, mesh: Mesh, start: Any) -> TrainState:
     """Returns the state at step 0; the numbers are the same on any mesh.
 
     out_shardings make every device compute only its own part of each array.
+
+    Args:
+        start: seed of random parameters, or the parameters, which are donated.
     """
-    init = jax.jit(
-        lambda seed: _new_state(model.init(jax.random.key(seed)), optimizer),
-        out_shardings=state_sharding_tree(model, optimizer, mesh),
-    )
-    return init(seed)
+    random = isinstance(start, int)
+
+    def new_state(start):
+        params = model.init(jax.random.key(start)) if random else start
+        return _new_state(params, optimizer)
+
+    shardings = state_sharding_tree(model, optimizer, mesh)
+    init = jax.jit(new_state, out_shardings=shardings, donate_argnums=() if random else 0)
+    return init(start)
 
 
 def abstract_batch(batch: int, seq_len: int, mesh: Mesh, docs: bool) -> dict:
