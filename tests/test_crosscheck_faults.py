@@ -81,8 +81,8 @@ def count_padding(patch):
 class Adam(torch.optim.Optimizer):
     """AdamW written out, with a fault to choose."""
 
-    def __init__(self, groups, lr, betas, eps, fused, correct=True, inside=False):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+    def __init__(self, groups, betas, eps, fused, correct=True, inside=False):
+        super().__init__(groups, {"weight_decay": 0.0})  # each group has its lr
         self.betas, self.eps, self.correct, self.inside = betas, eps, correct, inside
 
     @torch.no_grad()

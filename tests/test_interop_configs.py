@@ -20,7 +20,11 @@ from jaxtrain.ops.precision import resolve_dtype
 from jaxtrain.ops.routes import choose_routes
 
 SHARED = {"__init__", "base", "gpt2", "llama"}  # other files start from them
-NAMES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in SHARED)
+# The benchmark's model, which is no family of transformers: its export is refused.
+TRACK_3 = {"gpt_track3", "track3"}
+NAMES = sorted(
+    p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in SHARED | TRACK_3
+)
 
 
 def small(name):
@@ -54,6 +58,15 @@ def test_a_shipped_config_is_exported_and_transformers_computes_the_same(name, t
 
     write_folder(tmp_path / "out", cfg, axes, params, verify=verify)
     assert "computes the same logits" in checks[0]
+
+
+@pytest.mark.parametrize("name", sorted(TRACK_3))
+def test_the_export_of_a_model_of_no_family_is_refused(name, tmp_path):
+    cfg = small(name)
+    model = build_model(cfg, choose_routes(cfg, False, "cpu", False))
+    params = named_leaves(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), model.shapes))
+    with pytest.raises(InteropError, match="model.rope_fraction"):
+        write_folder(tmp_path / "out", cfg, named_leaves(model.axes), params)
 
 
 def test_the_comparison_with_transformers_notices_a_wrong_model(tmp_path):

@@ -83,17 +83,20 @@ def test_collectives_are_summed_by_kind_axis_and_whether_they_cross_hosts():
     assert work.sent_bytes == 3_000  # each of two devices sends half of the payload twice
 
 
-def test_data_parallel_adamw_reduces_only_gradients_and_a_few_scalars():
-    """Expects 4 bytes per parameter: with one layer, the moments are not split over replicas."""
+def test_data_parallel_adamw_reduces_gradients_and_gathers_steps():
+    """Expects 4 bytes per parameter each way: the moments are split over replicas."""
     config = debug.get_config()
     config.model.L = 1
     config.optim.name = "adamw"
     config.mesh.update(replica=2, fsdp=1)
     run = build_run(freeze(config), jax.devices()[:2])
     work = build_work(run.cfg, run.parameters, run.mesh, compile_step(run).compiled, ["a"])
-    assert {c.kind for c in work.collectives} == {"all-reduce"}
-    payload_bytes = sum(c.times * c.payload_bytes for c in work.collectives)
-    assert 0 <= payload_bytes - 4 * run.parameters <= 256
+    payload_bytes = dict.fromkeys([c.kind for c in work.collectives], 0)
+    for c in work.collectives:
+        payload_bytes[c.kind] += c.times * c.payload_bytes
+    assert payload_bytes.keys() == {"all-reduce", "all-gather"}
+    assert 0 <= payload_bytes["all-reduce"] - 4 * run.parameters <= 256
+    assert 0 < payload_bytes["all-gather"] <= 4 * run.parameters
     assert work.sent_bytes == 0.0 and work.parameters == run.parameters  # both devices on one host
     tokens = config.data.batch * config.data.seq_len
     assert work.flops_6n == 6 * matrix_weights(run.cfg.model) * tokens

@@ -96,6 +96,8 @@ def test_the_averaged_gradient_is_found_in_every_optimizers_state(name, rest):
         _, state = update(grads, state, params)
     averages = {p[0].key: x for p, x in diagnostics.averaged_gradients(state, params).items()}
     assert set(averages) == set(AXES)
+    if name == "muown":  # averages the part of the gradient that turns rows
+        del averages["w"]
     for key, average in averages.items():  # of equal gradients: a multiple of them
         share = average / grads[key]
         np.testing.assert_allclose(share, share.ravel()[0], rtol=1e-4)

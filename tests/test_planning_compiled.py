@@ -33,7 +33,7 @@ memory = compile_plan(cfg, build_hardware(chip, 2, 1, "", "ethernet10")).memory
 formula = estimate_memory(cfg, 2)
 print(memory.peak, formula.peak, memory.parameters + memory.optimizer_state, formula.state)
 
-def loss(h_BTD, w_VD, targets_BT, weights_BT):
+def loss(h_BTD, w_VD, targets_BT, weights_BT, bias_V):
     nats = (jnp.tanh(h_BTD * w_VD[targets_BT]).sum(-1) * weights_BT).sum()
     return nats, nats
 

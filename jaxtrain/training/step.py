@@ -125,9 +125,9 @@ def init_state(model: Model, optimizer, mesh: Mesh, start: Any) -> TrainState:
     out_shardings make every device compute only its own part of each array.
 
     Args:
-        start: seed of random parameters, or the parameters, which are donated.
+        start: seed of random parameters, or the parameters, a dict, which are donated.
     """
-    random = isinstance(start, int)
+    random = not isinstance(start, dict)
 
     def new_state(start):
         params = model.init(jax.random.key(start)) if random else start
