@@ -3,7 +3,7 @@ r"""Track 3 of modded-nanogpt, its tuned Muon baseline: 162,354,816 parameters, 
     python data/cached_fineweb10B.py 18
     python -m jaxtrain.train --config=configs/gpt_track3.py
 
-The first command is modded-nanogpt's; it downloads data/fineweb10B. docs/optimizers.md lists what
+The first command is modded-nanogpt's; it downloads data/fineweb10B. docs/study.md lists what
 equals the benchmark and what differs.
 
 Source: Jordan et al., https://github.com/KellerJordan/modded-nanogpt, result 36 of

@@ -83,7 +83,7 @@ train(optimizer, params, loss)
 # %% [markdown]
 # ## Declare axes
 #
-# The default rule decides by name and rank (its table is in `optimizers.md`). Parameters of three
+# The default rule decides by name and rank (its table is in `own_loop.md`). Parameters of three
 # or more dims must be declared, as no rule could tell their inputs from their outputs. Axes are
 # `stack|inputs->outputs`, one letter for each dim; without an arrow AdamW steps the parameter.
 # Declare as many as you like, in a tree like the parameters or by name.

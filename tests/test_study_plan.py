@@ -196,7 +196,7 @@ def test_the_study_of_horizons_states_its_runs_and_compares_with_the_published_f
     module = importlib.import_module("configs.study_scaling")
     plan = build_plan(module.get_config())
     assert f"{plan.runs} runs" in module.__doc__
-    assert set(plan.study.published) == set(plan.study.contenders)
+    assert set(plan.study.contenders) - set(plan.study.published) == {"muon_polar"}
     tuned = {name: len(grid) for name, grid in plan.grids.items()}
     assert len(set(tuned.values())) == 1, "every contender tunes the same number of fields"
     assert list(plan.cells) == ["100k-1x", "300k-1x", "300k-2x", "300k-4x", "500k-1x"]

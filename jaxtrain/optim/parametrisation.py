@@ -6,7 +6,7 @@ width. What is written to the residual stream is divided by the depth (CompleteP
 1 at width optim.base_width and depth optim.base_depth. They are folded into initial values and
 steps, so that the forward pass and exported weights are those of an ordinary transformer.
 
-docs/optimizers.md lists the rules.
+docs/transfer.md lists the rules.
 
 Source: Yang et al. 2022, https://arxiv.org/abs/2203.03466 (muP: AdamW, head, embedding); Yang,
 Simon & Bernstein 2023, https://arxiv.org/abs/2310.17813 (spectral norms); Dey et al. 2025,

@@ -1,6 +1,6 @@
 """Complete optimizers for any parameter tree, without a config: muon(learning_rate=0.02), ...
 
-docs/optimizers.md shows them in loops of Flax, Equinox and plain JAX. A new recipe is one call of
+docs/own_loop.md shows them in loops of Flax, Equinox and plain JAX. A new recipe is one call of
 `complete_optimizer`, in its own module.
 """
 
