@@ -8,7 +8,7 @@ from jaxtrain.config.sections import DECAY_GROUPS
 from jaxtrain.crosscheck import explanation, jax_train, sides
 from jaxtrain.crosscheck.comparison import compare_traces
 from jaxtrain.crosscheck.sides import print_now
-from jaxtrain.crosscheck.trace import read_trace
+from jaxtrain.crosscheck.trace import batches_of, read_trace
 
 
 def build_config(theirs: str, arguments: str, ours: str) -> Any:
@@ -69,6 +69,6 @@ def check_optimizer(
     )
     paths = [folder / f"{name}.jsonl" for name in ("jaxtrain", their.name)]
     sides.record_side("jaxtrain", start, paths[0], keep_batches=True)
-    batches = sides.batches_of(read_trace(paths[0]))
+    batches = batches_of(read_trace(paths[0]))
     torch_train.record(cfg, cfg.steps, paths[1], start.weights, batches, their.build)
     return sides.report(compare_traces(*map(read_trace, paths)), folder / "optimizer.png")

@@ -17,8 +17,8 @@ others. Where the best value is the lowest or highest of those tried, the next o
 tried, too. A longer horizon starts from the settings of the one before.
 
 The study's folder receives study.txt (tables and verdicts), study.json (all numbers), study.csv (a
-row for each contender in each cell) and pictures, anew after every cell. Every run is an ordinary
-run directory in CELL/CONTENDER/SETTING/seedK.
+row for each contender in each cell) and pictures. They are updated after every cell. Every run is
+an ordinary run directory in CELL/CONTENDER/SETTING/seedK.
 
 The same command resumes a study that was stopped: runs that have ended are not trained again. It
 may run several times at once, also on several hosts that share the folder: each process claims the
