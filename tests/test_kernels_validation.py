@@ -154,7 +154,7 @@ def test_valid_arguments_are_accepted():
 @pytest.mark.parametrize("K, interpret", [(8, False), (24, False), (24, True)])
 def test_attention_refuses_heads_that_its_products_do_not_support(K, interpret):
     """The interpreter also multiplies narrower heads."""
-    arguments = KERNELS[flash_attention] | {"q_BTHK": bf16(2, 32, 4, K)}
+    arguments: dict[str, Any] = KERNELS[flash_attention] | {"q_BTHK": bf16(2, 32, 4, K)}
     arguments |= {"k_BSGK": bf16(2, 48, 2, K), "v_BSGK": bf16(2, 48, 2, K)}
     with pytest.raises(ValueError, match=rf"a power of two of at least (1|16); got K={K}\."):
         flash_attention(**arguments, interpret=interpret)
