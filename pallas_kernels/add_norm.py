@@ -129,7 +129,7 @@ def add_norm(
         interpret: runs without a GPU, for tests.
 
     Returns:
-        (s_XD, n_XD) in h.dtype. They have gradients of first order, in reverse mode.
+        (s_XD, n_XD) in h.dtype. They have first-order gradients.
 
     Raises:
         ValueError: check_add_norm refuses the arguments.

@@ -126,7 +126,7 @@ def qk_rope(
         interpret: runs without a GPU, for tests.
 
     Returns:
-        [B,T,H,K] in x.dtype. It has gradients of first order, in reverse mode.
+        [B,T,H,K] in x.dtype. It has first-order gradients.
 
     Raises:
         ValueError: check_qk_rope refuses the arguments.
