@@ -237,8 +237,8 @@ def flash_attention(
         interpret: runs without a GPU, for tests.
 
     Returns:
-        [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies, is
-        "attention"; that of the log-sum-exp, which the backward needs, is "attention_lse".
+        [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies,
+        is "attention"; that of the log-sum-exp, which the backward needs, is "attention_lse".
 
     Raises:
         ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
