@@ -17,9 +17,15 @@ from jaxtrain.training.step import TrainState, init_state
 
 
 def check_model(cfg: ModelConfig, source: Path | str) -> None:
-    """Raises InteropError if a model is not that of the weights in `source`."""
+    """Raises InteropError if the weights in `source` are of another model, or not readable."""
+    try:
+        theirs = vars(read_config(source))
+    except InteropError as error:
+        raise InteropError(
+            f"--weights={source} must be a run or readable weights of another program: {error}"
+        ) from error
     owner = f"that of the weights in {source}"
-    check_same_model(cfg, vars(read_config(source)), owner, "--weights", InteropError)
+    check_same_model(cfg, theirs, owner, "--weights", InteropError)
 
 
 def load_params(
