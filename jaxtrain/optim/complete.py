@@ -45,6 +45,12 @@ class AdamW(NamedTuple):
     eps: Hyperparameter = 1e-8
     weight_decay: Hyperparameter | None = None  # of embeddings and heads; None: the matrices'
 
+    def check(self) -> None:
+        """Checks the rate and the decay; scale_by_adam checks the others."""
+        check_number(self.learning_rate, "adam_learning_rate")
+        if self.weight_decay is not None:
+            check_number(self.weight_decay, "adam_weight_decay")
+
 
 class View(NamedTuple):
     """What `describe` prints about a direction: its norm, and the factor of a matrix' shape."""
@@ -129,11 +135,9 @@ def complete_optimizer(
     Raises:
         ValueError: a rate or a decay is no number of 0 or more, no array and no schedule.
     """
-    check_number(learning_rate, "learning_rate")
-    check_number(weight_decay, "weight_decay")
-    check_number(adam.learning_rate, "adam_learning_rate")
-    if adam.weight_decay is not None:
-        check_number(adam.weight_decay, "adam_weight_decay")
+    for key, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        check_number(value, key)
+    adam.check()
 
     def group_of(a: Axes) -> Group:
         rate = learning_rate if a.is_matrix else adam.learning_rate
