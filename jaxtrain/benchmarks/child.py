@@ -92,6 +92,8 @@ def run_child(
 ) -> dict[str, Any]:
     """Runs `python -m jaxtrain.benchmarks.MODULE` and returns its result, or {"error": reason}.
 
+    The error of a child that was killed after limit_s has "timed_out": true.
+
     Args:
         folder: for the job, the result and the child's output.
         limit_s: the child is killed after this time, which is an error.
@@ -107,7 +109,8 @@ def run_child(
         output.seek(0)
         last_lines = output.read().strip().splitlines()[-3:]
     if status is None:
-        return {"error": f"killed: it took more than the {limit_s:.0f} s that were left"}
+        reason = f"killed: it took more than the {limit_s:.0f} s that it was given"
+        return {"error": reason, "timed_out": True}
     if status == 0:
         return json.loads(result_path.read_text())
     return {"error": f"exit status {status}: {' | '.join(last_lines)[-600:]}"}
