@@ -5,6 +5,7 @@
     jaxtrain bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
     jaxtrain bench --suite=loader --json=loader.jsonl
     jaxtrain bench --suite=gpu --minutes=10    # on a GPU; --tiny tests the suite anywhere
+    jaxtrain bench --suite=first-day --minutes=40 --out=DIR    # on a new card; see below
 
 Suites for the processor, which run by default:
     cpu       training steps against PyTorch, eager and compiled (needs the extra `crosscheck`), as
@@ -39,6 +40,15 @@ Suites for GPUs, which run only if named:
               the communication that computation does not hide. Without a GPU it only tests the
               suite, on 8 virtual devices
 
+    first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
+              call with the same --out continues where the first stopped. In this order: the machine
+              (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
+              its rivals, the kernels' tiles, and suite gpu with Muon at all sizes. Each is a
+              process with a limit, a log and a result in --out, and costs only itself if it hangs
+              or crashes. Prints a plan of the minutes first, and at its end what is measured, what
+              failed and why, what is left, and the command that continues. A stage that failed or
+              used all its minutes runs again only if --stages names it
+
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
               optim.parametrisation=standard and spectral. --sizes chooses width, depth or both;
@@ -62,12 +72,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.benchmarks import gpu_training, processor
+from jaxtrain.benchmarks import first_day, gpu_training, processor
+from jaxtrain.benchmarks.first_day_stages import STAGES
 from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
+
+FIRST_DAY = "first-day"  # runs other suites and commands as child processes
 
 
 def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -99,7 +112,12 @@ def parse(
     parser = Parser(prog, rewrite_commands(__doc__ or "", prog))
     positive_int, positive_float = (functools.partial(_positive, kind) for kind in (int, float))
     add = parser.add_argument
-    add("--suite", choices=(*SUITES, "all"), default="all", help="default: all for the processor")
+    add(
+        "--suite",
+        choices=(*SUITES, FIRST_DAY, "all"),
+        default="all",
+        help="default: all for the processor",
+    )
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
     add("--rounds", type=positive_int, help=f"turns of each variant; default: {rounds}")
     add("--json", metavar="PATH", help="write every row as a line of JSON")
@@ -116,6 +134,9 @@ def parse(
     add = parser.add_argument_group("for the suites for GPUs").add_argument
     add("--minutes", type=positive_float, default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
+    add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
+    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
+    add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "gpu: keep the finished rows of --json and measure only the others"
     add("--resume", action="store_true", help=text)
     text = "gpu: store profiles of two of our steps per size"
@@ -126,6 +147,8 @@ def parse(
     _check_choices(parser, args)
     if args.resume and not (args.suite == "gpu" and args.json):
         parser.error("--resume needs --suite=gpu and the --json of the call that it continues.")
+    if (args.suite == FIRST_DAY) != bool(args.out):
+        parser.error("--suite=first-day needs --out=DIR, and no other suite has it.")
     return args
 
 
@@ -147,24 +170,31 @@ def _print_lines(text: str, trial: bool) -> None:
 @exit_on_file_error()
 def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") -> None:
     args = parse(argv, prog)
+    try:
+        _run(args)
+    except (gpu_training.NoGpu, first_day.FirstDayError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Runs the chosen suites, prints their tables and stores their rows."""
     show = functools.partial(_print_lines, trial=args.tiny)
     about = processor.describe_machine()
     show(processor.machine_text(about))
+    if args.suite == FIRST_DAY:
+        sys.exit(first_day.run_suite(args, show))
     if args.suite in NAMED_SUITES and not args.json:
         args.json = f"bench_{args.suite}_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
         show(f"rows      {args.json}")
     args.finished = _read_finished(args) if args.resume else []
     trial = {"tiny": True} if args.tiny else {}
     rows = [*args.finished, about | processor.provenance() | trial]
-    try:
-        for name in CPU_SUITES if args.suite == "all" else [args.suite]:
-            for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
-                rows += [row | trial for row in new_rows]
-                if args.json:  # after each result, so that an interrupted run loses none
-                    write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
-                show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")
-    except gpu_training.NoGpu as error:
-        sys.exit(f"error: {error}")
+    for name in CPU_SUITES if args.suite == "all" else [args.suite]:
+        for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
+            rows += [row | trial for row in new_rows]
+            if args.json:  # after each result, so that an interrupted run loses none
+                write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
+            show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,14 +69,25 @@ def job_config(job: BenchJob) -> TrainConfig:
     return config_lib.freeze(config)
 
 
+def _kill_marked(mark: str) -> None:
+    """Kills all processes of this user that have `mark` among their environment's entries."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has just ended
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
 def run_process_group(
     argv: Sequence[str], output: TextIO, limit_s: float, env: Mapping[str, str] | None
 ) -> int | None:
     """Runs a process and returns its exit status; kills it and returns None after limit_s.
 
     At its end all processes that it started are killed: torch.compile's workers would otherwise
-    live on and slow the next child.
+    live on and slow the next child. Those that started sessions of their own, as the children of a
+    suite do, are found by a variable that only this process and its descendants have.
     """
+    name = f"JAXTRAIN_CHILD_{uuid.uuid4().hex}"
+    env = dict(os.environ if env is None else env) | {name: "1"}
     child = subprocess.Popen(argv, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
         return child.wait(limit_s)
@@ -84,6 +96,7 @@ def run_process_group(
     finally:
         with contextlib.suppress(ProcessLookupError):  # no process of the group is left
             os.killpg(child.pid, signal.SIGKILL)
+        _kill_marked(f"{name}=1")
         child.wait()
 
 
