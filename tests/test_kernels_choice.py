@@ -64,7 +64,7 @@ def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
     assert row.other == "xla" and row.kernel_s < row.other_s
 
 
-ROUTED = {"norm": (768,), "attention": (1_024, 12, 12, 64), "head": (768, 50_304)}
+ROUTED = {"norm": (768,), "attention": (8, 1_024, 12, 12, 64), "head": (768, 50_304)}
 
 
 def rows_of(seconds, tmp_path):

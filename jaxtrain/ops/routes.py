@@ -51,14 +51,6 @@ class Route:
         return f"{self.op:<10} {self.implementation:<10} {mark}{self.reason}"
 
 
-# op -> the sizes for which its kernel was measured
-SHAPES = {
-    "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
-    "norm": lambda model, seq_len: (model.D,),
-    "qk_rope": lambda model, seq_len: (model.K,),
-    "head": lambda model, seq_len: (model.D, model.V),
-    "square": lambda model, seq_len: (model.D,),
-}
 PREFIX = {"attention": "flash"}  # op -> first word of its fused implementation; default "fused"
 
 
@@ -72,6 +64,20 @@ class _KernelRoutes:
     chip: str
     tensor: int
     seq_len: int
+    sequences: int
+    documents: bool
+
+    def shape(self, op: str) -> tuple[int, ...]:
+        """Returns the shape of an op on one device, as in the kernel's BenchRow."""
+        model, parts = self.model, self.tensor
+        split = lambda size: size if size % parts else size // parts
+        return {
+            "attention": (self.sequences, self.seq_len, split(model.H), split(model.G), model.K),
+            "norm": (model.D,),
+            "qk_rope": (model.K,),
+            "head": (model.D, split(model.V)),
+            "square": (model.D,),
+        }[op]
 
     def obstacle(self, op: str) -> str:
         """Returns why op's kernel cannot run; "" if it can."""
@@ -121,8 +127,8 @@ class _KernelRoutes:
         return "kernels.strict" if self.kernels.strict else ""
 
     def measured(self, op: str) -> BodyChoice:
-        shape = SHAPES[op](self.model, self.seq_len)
-        return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
+        where = self.arch, self.chip, self.model.dtype, self.shape(op)
+        return choose_body(op, *where, documents=self.documents and op == "attention")
 
     def fused(self, op: str) -> Route | None:
         """Returns the route to op's kernel; None if XLA's implementation should run."""
@@ -235,6 +241,7 @@ def choose_routes(
     chip: str = "",
     tensor: int = 1,
     seq_len: int = 1_024,
+    sequences: int = 8,
     wants_gpu: bool = False,
 ) -> dict[str, Route]:
     """Returns the route of every op on a platform, "cpu" or "gpu".
@@ -245,12 +252,15 @@ def choose_routes(
         chip: from chip_name.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
+        sequences: rows of a microbatch on one device.
         wants_gpu: the CPU counts as a fallback.
 
     Raises:
         ValueError: a route that the config requests cannot run, or `strict` forbids a fallback.
     """
-    kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
+    kernel_routes = _KernelRoutes(
+        model, kernels, arch, chip, tensor, seq_len, sequences, document_mask
+    )
     routes = {
         "attention": kernel_routes.fused_or_other_attention(
             lambda: _attention(model, document_mask, platform, arch, tensor)

@@ -87,6 +87,7 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
         chip=chip_name(device),
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
+        sequences=cfg.data.batch // cfg.accumulation // mesh.shape["replica"] // mesh.shape["fsdp"],
         wants_gpu=WANTS_GPU,
     )
     if not cfg.optim.orthogonalizes:
