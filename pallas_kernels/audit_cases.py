@@ -46,7 +46,9 @@ def _norm_case(backward, N, D, floor):
             return lambda h, y, gain: add_norm(h, y, gain, None), (x, x, vector)
 
         def gradients(h, y, gain, bias, ds, dn):
-            return jax.vjp(lambda *args: add_norm(*args, "layer"), h, y, gain, bias)[1]((ds, dn))
+            return jax.vjp(lambda *args: add_norm(*args, form="layer"), h, y, gain, bias)[1](
+                (ds, dn)
+            )
 
         return gradients, (x, x, vector, vector, x, x)
 
@@ -61,7 +63,7 @@ def _qk_rope_case(B, T, H, K, floor):
         gain, table = (_array(*shape, dtype=jnp.float32) for shape in ((K,), (T, K)))
 
         def gradients(x, gain, cos, sin, dy):
-            return jax.vjp(lambda *args: qk_rope(*args, cos, sin), x, gain)[1](dy)
+            return jax.vjp(lambda x, gain: qk_rope(x, gain, cos, sin), x, gain)[1](dy)
 
         return gradients, (x, gain, table, table, x)
 

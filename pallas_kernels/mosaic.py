@@ -26,6 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.backend import get_default_device
 
+from pallas_kernels.validation import without_derivative
+
 OLDEST = (0, 11, 2)
 USABLE = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
 REASON = "" if USABLE else f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
@@ -99,7 +101,7 @@ def call(
     approximate: bool = False,
     interpret: bool = False,
 ) -> Callable:
-    """Returns plgpu.kernel with CONSUMERS + 1 warp groups on its axis "group".
+    """Returns plgpu.kernel, without a derivative, with CONSUMERS + 1 warp groups on axis "group".
 
     Args:
         grid: {axis name: programs}.
@@ -109,7 +111,7 @@ def call(
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
             copies may access the same memory at once; only for tests.
     """
-    return plgpu.kernel(
+    program = plgpu.kernel(
         kernel,
         out_type=out_shape,
         scratch_types=scratch,
@@ -121,6 +123,7 @@ def call(
         compiler_params=plgpu.CompilerParams(approx_math=approximate),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
+    return without_derivative(program, name)
 
 
 def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, Any]]) -> None:

@@ -122,7 +122,6 @@ def symmetric(
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
     mosaic.check(out, x=x_XMN, y=y_XMN)
     side = tiles.rows // mosaic.CONSUMERS
-    assert tiles.columns in (side, tiles.rows), tiles
     squares = tiles.columns // side
     scratch = pipeline_scratch(tiles, x_XMN.dtype)
     scratch["square_smem"] = mosaic.swizzled_shared_memory(

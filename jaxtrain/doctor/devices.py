@@ -43,11 +43,11 @@ def find_devices() -> dict[str, Any]:
         "wants_gpu": WANTS_GPU and on_cpu,
         "bf16": cpu_multiplies_bf16() if on_cpu else None,
         "capability": str(getattr(first, "compute_capability", "")),
-        "cudnn": _cudnn_version() if first.platform == "gpu" else None,
+        "cudnn": cudnn_version() if first.platform == "gpu" else None,
     }
 
 
-def _cudnn_version() -> int | None:
+def cudnn_version() -> int | None:
     """Returns cuDNN's version as 90800; None if it cannot be loaded."""
     try:
         from jax._src.lib import cuda_versions
