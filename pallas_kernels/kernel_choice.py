@@ -25,7 +25,9 @@ from pallas_kernels.tiles import (
     default_tiles,
 )
 
-OPS = ("attention", "norm", "qk_rope", "head", "square")
+# op -> the letters of the sizes in a BenchRow's shape
+SHAPES = {"attention": "BTHGK", "norm": "D", "qk_rope": "K", "head": "DV", "square": "D"}
+OPS = tuple(SHAPES)
 TUNED = Path(__file__).parent / "tuned"
 NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
 QUERIES = 128  # in a block of attention; a multiprocessor works on at least one block
@@ -37,7 +39,7 @@ class BenchRow(NamedTuple):
     op: str
     chip: str
     dtype: str
-    shape: tuple  # attention: B, T, H, G, K; norm and square: D; qk_rope: K; head: D, V
+    shape: tuple  # as in SHAPES
     jax: str
     tiles: OpTiles | None
     kernel_s: float
@@ -107,6 +109,8 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
         try:
             for values in json.loads(path.read_text()):
                 row = BenchRow(**values)
+                if len(row.shape) != len(SHAPES.get(row.op, "")):
+                    raise ValueError(f"shape={row.shape} of op={row.op}")
                 tiles = _tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
         except (ValueError, TypeError, AttributeError) as error:
@@ -129,14 +133,14 @@ def _nearest_row(rows, documents, *where) -> BenchRow | None:
     cuDNN's attention, which cannot mask documents, and XLA's, which a mask does not make faster.
     """
 
-    def nearest(rows):
-        near = [(row.distance(*where), -i) for i, row in enumerate(rows)]
-        distance, index = min(near, default=(math.inf, 0))
-        return rows[-index] if distance < math.inf else None
+    def nearest(documents):
+        near = [row for row in reversed(rows) if row.documents == documents]
+        row = min(near, key=lambda row: row.distance(*where), default=None)
+        return row if row and row.distance(*where) < math.inf else None
 
-    row = nearest([row for row in rows if row.documents == documents])
+    row = nearest(documents)
     if row is None and documents:
-        row = nearest([row for row in rows if not row.documents])
+        row = nearest(False)
         row = row if row and row.kernel_s < row.other_s else None
     return row
 

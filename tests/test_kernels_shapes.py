@@ -1,6 +1,7 @@
 """The bench measures every shape that a shipped config trains, and the config uses the results."""
 
 import importlib
+import json
 
 import pytest
 
@@ -99,6 +100,13 @@ def test_a_row_of_attention_applies_by_length_width_group_and_enough_work(
     use_rows(monkeypatch, [fake_row("attention", "h100", MEASURED)])
     choice = choose_body("attention", "sm_90", "h100", "bfloat16", shape)
     assert choice.faster == same_speed, choice.reason
+
+
+def test_a_file_with_rows_of_another_form_is_named(tmp_path):
+    row = fake_row("attention", "a40", MEASURED[1:])
+    (tmp_path / "a40.json").write_text(json.dumps([row._asdict()]))
+    with pytest.raises(ValueError, match="a40.json must contain rows .* of op=attention"):
+        kernel_choice.read_rows(tmp_path)
 
 
 def test_the_nearest_row_applies_and_of_equal_ones_the_newest(monkeypatch):
