@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.call_flops import ATTENTION_WORK
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
-from pallas_kernels.hlo import ATTENTION_WORK
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
 

@@ -41,17 +41,32 @@ class Contest(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The shapes of all contests; the defaults are those of the shipped models."""
+    """The shapes of all contests; by default those that the shipped models need.
+
+    They are llama_135m, gpt_124m, gpt_350m, gpt_774m, gpt_1558m and llama_1400m, in the order of D.
+    The GPT models share a shape of attention, whose speed does not depend on the number of heads.
+    """
 
     attention: tuple = (  # B, T, H, G, K
         (8, 1_024, 12, 12, 64),
         (4, 2_048, 16, 4, 128),
-        (2, 4_096, 16, 4, 128),
+        (8, 2_048, 9, 3, 64),
+        (2, 4_096, 16, 4, 128),  # of no shipped model
     )
-    norm: tuple = ((8_192, 768), (8_192, 2_048))  # N, D
+    norm: tuple = tuple((8_192, D) for D in (576, 768, 1_024, 1_280, 1_600, 2_048))  # N, D
     qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
-    head: tuple = ((1_024, 768, 50_304), (1_024, 2_048, 50_304))  # N, D, V
-    square: tuple = ((12, 768, 768), (24, 2_048, 2_048))  # X, M, N
+    head: tuple = (  # N, D, V
+        (1_024, 576, 49_152),
+        *((1_024, D, 50_304) for D in (768, 1_024, 1_280, 1_600, 2_048)),
+    )
+    square: tuple = (  # X, M, N
+        (30, 576, 576),
+        (12, 768, 768),
+        (24, 1_024, 1_024),
+        (36, 1_280, 1_280),
+        (48, 1_600, 1_600),
+        (26, 2_048, 2_048),
+    )
 
 
 TINY = Sizes(
@@ -114,7 +129,7 @@ def _attention(size, backward, interpret):
     return Contest(
         "attention",
         f"attention {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
-        (T, H, G, K),
+        size,
         lambda key: _normal(key, *shapes),
         kernel,
         others,

@@ -131,11 +131,13 @@ def test_there_is_a_kernel_wherever_xla_moves_unnecessary_bytes_and_nowhere_else
 
 
 STEP = """
+import re
 import jax
 from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import find_chip
+from pallas_kernels.hlo import Program
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask = True, True
@@ -147,6 +149,8 @@ with jax.default_device(devices[0]):
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
 assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
 print(*(route.implementation for route in run.routes.values()))
+counted = [w.instruction.rest for w in Program(text).work() if w.flops]
+print(*sorted({name for rest in counted for name in re.findall(r"(\\w+)\\)*/pallas_call", rest)}))
 """
 
 
@@ -154,7 +158,10 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
     done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fused:sm_86") == 4 and "flash:sm_86" in done.stdout
+    routes, counted = done.stdout.splitlines()
+    assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
+    attention = [f"flash_attention_{name}" for name in ("dkv", "dq", "forward")]
+    assert counted.split() == [*attention, "head_scores", "symmetric", "symmetric_sum"]
 
 
 def test_without_jax_platforms_the_error_shows_the_command_that_works():

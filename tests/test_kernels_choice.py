@@ -23,7 +23,7 @@ def timed(seconds, tiles=None):
     return {"median_s": seconds, "low_s": 0.0, "high_s": 9.0, "tiles": tiles}
 
 
-ROUTED = {"norm": (768,), "attention": (1_024, 12, 12, 64), "head": (768, 50_304)}
+ROUTED = {"norm": (768,), "attention": (8, 1_024, 12, 12, 64), "head": (768, 50_304)}
 
 
 def rows_of(seconds, tmp_path):
