@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.validation import check_add_norm
 
-FORMS = ("rms", "layer")
 PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the rows
 ELEMENTS_PER_WARP = 256  # 8 per thread; with 16, jax 0.11.2 spills on sm_90 (audit)
 
@@ -110,7 +110,6 @@ def _warps(D):
     return min(max(pl.next_power_of_2(D) // ELEMENTS_PER_WARP, 1), 16)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def add_norm(
     h_XD: jax.Array,
     y_XD: jax.Array | None,
@@ -126,12 +125,21 @@ def add_norm(
         h_XD: the residual stream, of any floating type.
         y_XD: what a layer adds to it, of the same type, or None.
         gain_D, bias_D: float32; the bias may be None.
-        form: one of FORMS.
+        form: one of validation.FORMS.
         interpret: runs without a GPU, for tests.
 
     Returns:
-        (s_XD, n_XD) in h.dtype.
+        (s_XD, n_XD) in h.dtype. They have first-order gradients.
+
+    Raises:
+        ValueError: check_add_norm refuses the arguments.
     """
+    check_add_norm(h_XD, y_XD, gain_D, bias_D, form, eps)
+    return _add_norm(h_XD, y_XD, gain_D, bias_D, form, eps, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _add_norm(h_XD, y_XD, gain_D, bias_D, form, eps, interpret):
     return _forward(h_XD, y_XD, gain_D, bias_D, form, eps, interpret)[0]
 
 
@@ -171,4 +179,4 @@ def _backward(form, eps, interpret, residuals, cotangents):
     return dx_XD, dx_XD if adds else None, sums[0], sums[1] if biased else None
 
 
-add_norm.defvjp(_forward, _backward)
+_add_norm.defvjp(_forward, _backward)

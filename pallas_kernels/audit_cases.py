@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.call_flops import ATTENTION_WORK
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
-from pallas_kernels.hlo import ATTENTION_WORK
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
 
@@ -46,7 +46,9 @@ def _norm_case(backward, N, D, floor):
             return lambda h, y, gain: add_norm(h, y, gain, None), (x, x, vector)
 
         def gradients(h, y, gain, bias, ds, dn):
-            return jax.vjp(lambda *args: add_norm(*args, "layer"), h, y, gain, bias)[1]((ds, dn))
+            return jax.vjp(lambda *args: add_norm(*args, form="layer"), h, y, gain, bias)[1](
+                (ds, dn)
+            )
 
         return gradients, (x, x, vector, vector, x, x)
 
@@ -61,7 +63,7 @@ def _qk_rope_case(B, T, H, K, floor):
         gain, table = (_array(*shape, dtype=jnp.float32) for shape in ((K,), (T, K)))
 
         def gradients(x, gain, cos, sin, dy):
-            return jax.vjp(lambda *args: qk_rope(*args, cos, sin), x, gain)[1](dy)
+            return jax.vjp(lambda x, gain: qk_rope(x, gain, cos, sin), x, gain)[1](dy)
 
         return gradients, (x, gain, table, table, x)
 
@@ -94,8 +96,8 @@ def _head_case(N, D, V, keep, softcap=0.0):
     hbm_bytes = 2 * (N + V) * D + 4 * N * V * keep
     shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V
     case = Case("head_scores", shape, build, hbm_bytes, flops, 1, True, "head", "head")
-    if keep and V % 8:
-        why = "because the length of its logits' rows is not a multiple of 8"
+    if keep and V % 32:
+        why = "because the length of its logits' rows is not a multiple of 32"
         return case._replace(only_body="triton", why_only=why)
     return case
 

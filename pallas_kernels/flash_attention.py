@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
+from pallas_kernels.validation import check_attention
 
 
 def flash_attention_reference(
@@ -217,7 +218,6 @@ def _call(kernel, name, tiles, grid, out_shape, group, interpret):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def flash_attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
@@ -237,10 +237,19 @@ def flash_attention(
         interpret: runs without a GPU, for tests.
 
     Returns:
-        [B,T,H,K] in q.dtype. Its checkpoint_name, for remat policies, is "attention"; that of the
-        log-sum-exp, which the backward needs, is "attention_lse".
+        [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies,
+        is "attention"; that of the log-sum-exp, which the backward needs, is "attention_lse".
+
+    Raises:
+        ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
     """
-    return _forward(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)[0]
+    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
+    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret):
+    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret)[0]
 
 
 def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
@@ -288,4 +297,4 @@ def _backward(blocks, interpret, residuals, do):
     return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
 
 
-flash_attention.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

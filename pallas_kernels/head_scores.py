@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.tile_order import MASKED, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
+from pallas_kernels.validation import check_head_scores
 
 
 class Scores(NamedTuple):
@@ -104,7 +105,11 @@ def head_scores(
         softcap: c in c*tanh(logits/c); 0 for none.
         keep: whether to return the logits.
         interpret: runs without a GPU, for tests.
+
+    Raises:
+        ValueError: check_head_scores refuses the arguments, or the Mosaic body.
     """
+    check_head_scores(h_ND, w_VD, targets_N, tiles, softcap)
     if isinstance(tiles, MosaicProductTiles):
         from pallas_kernels import head_scores_mosaic as mosaic  # not every JAX has Mosaic
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
+from pallas_kernels.validation import check_qk_rope
 
 PROGRAMS = 512  # of the backward; each sums the gain's gradient over its share of the heads
 ELEMENTS = 1_024  # per block of heads: 8 for each thread of 4 warps
@@ -108,7 +109,6 @@ def _backward_kernel(dy_ref, x_ref, gain_ref, cos_ref, sin_ref, dx_ref, sum_ref,
         triton.store(half, jnp.sum(total, axis=0), mask=mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def qk_rope(
     x_BTHK: jax.Array,
     gain_K: jax.Array,
@@ -126,8 +126,17 @@ def qk_rope(
         interpret: runs without a GPU, for tests.
 
     Returns:
-        [B,T,H,K] in x.dtype.
+        [B,T,H,K] in x.dtype. It has first-order gradients.
+
+    Raises:
+        ValueError: check_qk_rope refuses the arguments.
     """
+    check_qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps)
+    return _qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _qk_rope(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret):
     return _forward(x_BTHK, gain_K, cos_TK, sin_TK, eps, interpret)[0]
 
 
@@ -156,4 +165,4 @@ def _backward(eps, interpret, residuals, dy_BTHK):
     return dx_NK.reshape(x_BTHK.shape), dgain_K, None, None
 
 
-qk_rope.defvjp(_forward, _backward)
+_qk_rope.defvjp(_forward, _backward)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import triton
 from pallas_kernels.tile_order import triangle_tile
 from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
+from pallas_kernels.validation import check_symmetric
 
 
 def symmetric_reference(
@@ -88,7 +89,11 @@ def symmetric(
         tiles: a ProductTiles with as many rows as columns, or a MosaicProductTiles; its type
             selects the body.
         interpret: runs without a GPU, for tests.
+
+    Raises:
+        ValueError: check_symmetric refuses the arguments, or the Mosaic body.
     """
+    check_symmetric(x_XMN, y_XMN, c_XMM, scales, tiles)
     X, M, _ = x_XMN.shape
     y_XMN = x_XMN if y_XMN is None else y_XMN
     scales_2 = jnp.stack(scales).astype(jnp.float32)
@@ -96,7 +101,6 @@ def symmetric(
         from pallas_kernels import symmetric_mosaic  # imports Mosaic, which not every JAX has
 
         return symmetric_mosaic.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
-    assert tiles.rows == tiles.columns, tiles
     blocks = pl.cdiv(M, tiles.rows)
     c = () if c_XMM is None else (c_XMM,)
     return triton.call(

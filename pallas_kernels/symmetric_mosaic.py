@@ -115,14 +115,13 @@ def symmetric(
         tiles: as many columns as rows, or half as many.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 8.
+        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 64.
     """
     X, M, _ = x_XMN.shape
     c = () if c_XMM is None else (c_XMM,)
     out = jax.ShapeDtypeStruct((X, M, M), x_XMN.dtype)
     mosaic.check(out, x=x_XMN, y=y_XMN)
     side = tiles.rows // mosaic.CONSUMERS
-    assert tiles.columns in (side, tiles.rows), tiles
     squares = tiles.columns // side
     scratch = pipeline_scratch(tiles, x_XMN.dtype)
     scratch["square_smem"] = mosaic.swizzled_shared_memory(

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.validation import without_derivative
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas import triton
@@ -36,12 +38,12 @@ def call(
     stages: int = 1,
     interpret: bool = False,
 ) -> Callable:
-    """Returns pl.pallas_call of a kernel whose refs are entire arrays.
+    """Returns pl.pallas_call of a kernel whose refs are entire arrays; it has no derivative.
 
     Args:
         interpret: runs op by op on any device; only for tests.
     """
-    return pl.pallas_call(
+    program = pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
@@ -49,6 +51,7 @@ def call(
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
     )
+    return without_derivative(program, name)
 
 
 def like(

@@ -173,7 +173,9 @@ HEAD = ProductTiles(32, 64, 32, 4, 2, group=2)
 @pytest.mark.parametrize("dtype", [FULL, HALF])
 def test_head_scores_equal_the_reference(N, D, V, softcap, dtype):
     h, w = draw(0, (N, D), dtype), draw(1, (V, D), dtype) / 4
-    targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
+    targets = (
+        jax.random.randint(jax.random.key(2), (N,), -1, V, jnp.int32).at[0].set(V - 1).at[1].set(V)
+    )
     got = head_scores(h, w, targets, HEAD, softcap, interpret=INTERPRET)
     want = head_scores_reference(*exact(h, w), targets, softcap)
     assert distance(got.logits_NV, want.logits_NV) < 2e-6

@@ -1,0 +1,230 @@
+"""Checks the arguments of the kernels, and refuses derivatives that they do not have.
+
+On a GPU a kernel reads and writes without bounds checks, so wrong sizes would corrupt memory.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.tiles import (
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
+    MosaicProductTiles,
+    ProductTiles,
+)
+
+PRODUCT_TYPES = ("bfloat16", "float16", "float32")  # of the operands of the tensor cores
+FORMS = ("rms", "layer")  # of add_norm
+SMALLEST_TILE = 16  # rows, columns and depth of the smallest product of a tensor core
+
+
+def without_derivative(kernel: Callable, name: str) -> Callable:
+    """Returns the function; its derivative raises ValueError with the reason.
+
+    The gradients of a public function are kernels too, so its second derivative ends here.
+    """
+
+    @jax.custom_jvp
+    def call(*arrays):
+        return kernel(*arrays)
+
+    @call.defjvp
+    def refuse(primals, tangents):
+        del primals, tangents
+        raise ValueError(
+            "derivatives of a kernel must be of first order and in reverse mode (jax.grad, jax.vjp)"
+            f"; got a derivative of the kernel {name} itself, as in a gradient of a gradient. Use "
+            "the reference implementation."
+        )
+
+    return call
+
+
+def _describe(x):
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return f"{type(x).__name__} {x!r}"
+    return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+
+
+class _Sizes(dict):
+    """The size of each letter, taken from the first array that has it."""
+
+    def check(self, name: str, x: Any, dims: Sequence[str | int], dtypes: Sequence[Any]) -> None:
+        """Raises ValueError unless x has these dims, without one of size 0, and one of the dtypes.
+
+        Args:
+            dims: a letter or a size for each dim.
+        """
+        is_array = isinstance(x, (jax.Array, np.ndarray))
+        wanted = [self.get(dim, dim) for dim in dims]
+        good = is_array and x.ndim == len(wanted) and x.dtype in [jnp.dtype(t) for t in dtypes]
+        if good:
+            good = all(
+                size > 0 and (isinstance(want, str) or size == want)
+                for size, want in zip(x.shape, wanted, strict=True)
+            )
+        if not good:
+            types = " or ".join(str(jnp.dtype(t)) for t in dtypes)
+            raise ValueError(
+                f"{name} must be {types} [{', '.join(map(str, wanted))}] without an empty dimension"
+                f"; got {_describe(x)}."
+            )
+        self.update((d, n) for d, n in zip(dims, x.shape, strict=True) if isinstance(d, str))
+
+
+def _is_power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def _check_tiles(name, tiles, kinds, multiples):
+    """Raises ValueError unless the tiles have one of the types, and sizes that its body supports.
+
+    Args:
+        multiples: {dimension of a block: the number that it must be a multiple of in Mosaic}.
+    """
+    if not isinstance(tiles, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {names}; got {tiles!r}.")
+    sizes = {field: size for field, size in tiles._asdict().items() if field != "body"}
+    for field, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}.{field} must be a positive integer; got {size!r}.")
+        if isinstance(tiles, (MosaicAttentionTiles, MosaicProductTiles)):
+            multiple = multiples.get(field, 1)
+            if size % multiple:
+                raise ValueError(f"{name}.{field} must be a multiple of {multiple}; got {size}.")
+        elif field in multiples and (size < SMALLEST_TILE or not _is_power_of_two(size)):
+            raise ValueError(
+                f"{name}.{field} must be a power of two of at least {SMALLEST_TILE}; got {size}."
+            )
+        elif field == "warps" and not (_is_power_of_two(size) and size <= 32):
+            raise ValueError(f"{name}.warps must be a power of two of at most 32; got {size}.")
+
+
+def check_attention(
+    q_BTHK: Any,
+    k_BSGK: Any,
+    v_BSGK: Any,
+    docs_BT: Any,
+    docs_BS: Any,
+    blocks: Any,
+    interpret: bool,
+) -> None:
+    """Raises ValueError if flash_attention does not support these arguments."""
+    sizes = _Sizes()
+    sizes.check("q_BTHK", q_BTHK, "BTHK", PRODUCT_TYPES)
+    sizes.check("k_BSGK", k_BSGK, "BSGK", [q_BTHK.dtype])
+    sizes.check("v_BSGK", v_BSGK, "BSGK", [q_BTHK.dtype])
+    H, G, K = (sizes[letter] for letter in "HGK")
+    if H % G:
+        raise ValueError(
+            f"the heads H of q_BTHK must be a multiple of the heads G of k_BSGK; got H={H}, G={G}."
+        )
+    narrowest = 1 if interpret else SMALLEST_TILE
+    if K < narrowest or not _is_power_of_two(K):
+        raise ValueError(
+            f"the head width K of q_BTHK must be a power of two of at least {narrowest}; got K={K}."
+        )
+    if (docs_BT is None) != (docs_BS is None):
+        got = ", ".join(
+            f"{name}={x if x is None else _describe(x)}"
+            for name, x in (("docs_BT", docs_BT), ("docs_BS", docs_BS))
+        )
+        raise ValueError(f"docs_BT and docs_BS must both be arrays or both be None; got {got}.")
+    if docs_BT is not None:
+        sizes.check("docs_BT", docs_BT, "BT", [jnp.int32])
+        sizes.check("docs_BS", docs_BS, "BS", [jnp.int32])
+    if not isinstance(blocks, FlashAttentionTiles):
+        raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
+    for kernel, tiles in blocks._asdict().items():
+        queries, keys = (64, 128) if kernel == "dkv" else (128, 64)
+        kinds, multiples = (
+            (AttentionTiles, MosaicAttentionTiles),
+            {"queries": queries, "keys": keys},
+        )
+        _check_tiles(f"blocks.{kernel}", tiles, kinds, multiples)
+
+
+def _check_product_tiles(tiles):
+    multiples = {"rows": 128, "columns": 32, "depth": 16}
+    _check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles), multiples)
+
+
+def check_head_scores(h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float) -> None:
+    """Raises ValueError if head_scores does not support these arguments."""
+    sizes = _Sizes()
+    sizes.check("h_ND", h_ND, "ND", PRODUCT_TYPES)
+    sizes.check("w_VD", w_VD, "VD", [h_ND.dtype])
+    sizes.check("targets_N", targets_N, "N", [jnp.int32])
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be 0 (none) or a positive number; got {softcap}.")
+    _check_product_tiles(tiles)
+
+
+def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], tiles: Any) -> None:
+    """Raises ValueError if symmetric does not support these arguments; y and c may be None."""
+    sizes = _Sizes()
+    sizes.check("x_XMN", x_XMN, "XMN", PRODUCT_TYPES)
+    if y_XMN is not None:
+        sizes.check("y_XMN", y_XMN, "XMN", [x_XMN.dtype])
+    if c_XMM is not None:
+        sizes.check("c_XMM", c_XMM, "XMM", [x_XMN.dtype])
+    shapes = [jnp.shape(x) for x in scales]
+    if shapes != [(), ()]:
+        raise ValueError(
+            f"scales must be two scalars, the factors of the product and of c; got shapes {shapes}."
+        )
+    _check_product_tiles(tiles)
+    if isinstance(tiles, ProductTiles) and tiles.columns != tiles.rows:
+        raise ValueError(f"tiles.columns must equal tiles.rows={tiles.rows}; got {tiles.columns}.")
+    if isinstance(tiles, MosaicProductTiles) and tiles.columns not in (tiles.rows // 2, tiles.rows):
+        raise ValueError(
+            f"tiles.columns must equal tiles.rows={tiles.rows} or half of it; got {tiles.columns}."
+        )
+
+
+def _check_floating(name, x):
+    """Raises ValueError unless x is an array of a floating type with at least one dim."""
+    if not isinstance(x, (jax.Array, np.ndarray)) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be an array of a floating type; got {_describe(x)}.")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension; got {_describe(x)}.")
+
+
+def _check_eps(eps):
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be 0 or a positive number; got {eps}.")
+
+
+def check_add_norm(h_XD: Any, y_XD: Any, gain_D: Any, bias_D: Any, form: str, eps: float) -> None:
+    """Raises ValueError if add_norm does not support these arguments; y and bias may be None."""
+    _check_floating("h_XD", h_XD)
+    check = _Sizes().check
+    check("h_XD", h_XD, h_XD.shape, [h_XD.dtype])
+    if y_XD is not None:
+        check("y_XD", y_XD, h_XD.shape, [h_XD.dtype])
+    check("gain_D", gain_D, h_XD.shape[-1:], [jnp.float32])
+    if bias_D is not None:
+        check("bias_D", bias_D, h_XD.shape[-1:], [jnp.float32])
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
+    _check_eps(eps)
+
+
+def check_qk_rope(x_BTHK: Any, gain_K: Any, cos_TK: Any, sin_TK: Any, eps: float) -> None:
+    """Raises ValueError if qk_rope does not support these arguments."""
+    _check_floating("x_BTHK", x_BTHK)
+    sizes = _Sizes()
+    sizes.check("x_BTHK", x_BTHK, "BTHK", [x_BTHK.dtype])
+    if sizes["K"] % 2:
+        raise ValueError(f"the head width K of x_BTHK must be even; got K={sizes['K']}.")
+    sizes.check("gain_K", gain_K, "K", [jnp.float32])
+    sizes.check("cos_TK", cos_TK, "TK", [jnp.float32])
+    sizes.check("sin_TK", sin_TK, "TK", [jnp.float32])
+    _check_eps(eps)

@@ -1,0 +1,202 @@
+"""The kernels refuse arguments that they would read out of bounds, naming them and their values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.add_norm import add_norm
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.head_scores import head_scores
+from pallas_kernels.qk_rope import qk_rope
+from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tiles import (
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
+    MosaicProductTiles,
+    ProductTiles,
+)
+
+BLOCKS = FlashAttentionTiles(*(AttentionTiles(16, 16, 4, 1),) * 3)
+TILES = ProductTiles(16, 16, 16, 4, 1)
+
+
+def bf16(*shape):
+    return jnp.zeros(shape, jnp.bfloat16)
+
+
+def f32(*shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def int32(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+# kernel -> valid arguments; each case below replaces some of them
+KERNELS: dict[Any, dict[str, Any]] = {
+    flash_attention: {
+        "q_BTHK": bf16(2, 32, 4, 16),
+        "k_BSGK": bf16(2, 48, 2, 16),
+        "v_BSGK": bf16(2, 48, 2, 16),
+        "docs_BT": int32(2, 32),
+        "docs_BS": int32(2, 48),
+        "blocks": BLOCKS,
+    },
+    head_scores: {
+        "h_ND": bf16(8, 16),
+        "w_VD": bf16(32, 16),
+        "targets_N": int32(8),
+        "tiles": TILES,
+        "softcap": 0.0,
+    },
+    symmetric: {
+        "x_XMN": bf16(2, 16, 24),
+        "y_XMN": bf16(2, 16, 24),
+        "c_XMM": bf16(2, 16, 16),
+        "scales": (1.0, 1.0),
+        "tiles": TILES,
+    },
+    add_norm: {
+        "h_XD": bf16(2, 3, 16),
+        "y_XD": bf16(2, 3, 16),
+        "gain_D": f32(16),
+        "bias_D": f32(16),
+        "form": "rms",
+        "eps": 1e-6,
+    },
+    qk_rope: {
+        "x_BTHK": bf16(2, 8, 2, 16),
+        "gain_K": f32(16),
+        "cos_TK": f32(8, 16),
+        "sin_TK": f32(8, 16),
+        "eps": 1e-6,
+    },
+}
+NARROW = MosaicAttentionTiles(64, 64, 2)
+WRONG = [  # kernel, changed arguments, the start of the error, the value in it
+    (flash_attention, {"q_BTHK": bf16(2, 32, 3, 16)}, "the heads H of q_BTHK", "H=3, G=2"),
+    (flash_attention, {"q_BTHK": bf16(2, 32, 64)}, "q_BTHK must", "bfloat16[2, 32, 64]"),
+    (flash_attention, {"q_BTHK": bf16(2, 0, 4, 16)}, "q_BTHK must", "bfloat16[2, 0, 4, 16]"),
+    (flash_attention, {"q_BTHK": [0.0]}, "q_BTHK must", "list [0.0]"),
+    (flash_attention, {"q_BTHK": int32(2, 32, 4, 16)}, "q_BTHK must", "int32[2, 32, 4, 16]"),
+    (flash_attention, {"k_BSGK": bf16(2, 0, 2, 16)}, "k_BSGK must", "bfloat16[2, 0, 2, 16]"),
+    (flash_attention, {"k_BSGK": bf16(1, 48, 2, 16)}, "k_BSGK must", "bfloat16[1, 48, 2, 16]"),
+    (flash_attention, {"k_BSGK": bf16(2, 48, 2, 32)}, "k_BSGK must", "bfloat16[2, 48, 2, 32]"),
+    (flash_attention, {"k_BSGK": f32(2, 48, 2, 16)}, "k_BSGK must", "float32[2, 48, 2, 16]"),
+    (flash_attention, {"v_BSGK": bf16(2, 47, 2, 16)}, "v_BSGK must", "bfloat16[2, 47, 2, 16]"),
+    (flash_attention, {"v_BSGK": bf16(2, 48, 1, 16)}, "v_BSGK must", "bfloat16[2, 48, 1, 16]"),
+    (flash_attention, {"v_BSGK": f32(2, 48, 2, 16)}, "v_BSGK must", "float32[2, 48, 2, 16]"),
+    (flash_attention, {"docs_BS": None}, "docs_BT and docs_BS must", "docs_BS=None"),
+    (flash_attention, {"docs_BT": None}, "docs_BT and docs_BS must", "docs_BT=None"),
+    (flash_attention, {"docs_BT": int32(2, 48)}, "docs_BT must", "int32[2, 48]"),
+    (flash_attention, {"docs_BS": int32(2, 32)}, "docs_BS must", "int32[2, 32]"),
+    (flash_attention, {"docs_BS": f32(2, 48)}, "docs_BS must", "float32[2, 48]"),
+    (flash_attention, {"blocks": TILES}, "blocks must", "ProductTiles(rows=16"),
+    (flash_attention, {"blocks": BLOCKS._replace(dq=TILES)}, "blocks.dq must", "ProductTiles("),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(dkv=AttentionTiles(16, 24, 4, 1))},
+        "blocks.dkv.keys must be a power of two",
+        "24",
+    ),
+    (flash_attention, {"blocks": BLOCKS._replace(dkv=NARROW)}, "blocks.dkv.keys must", "64"),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(dq=AttentionTiles(16, 16, 3, 1))},
+        "blocks.dq.warps must",
+        "3",
+    ),
+    (head_scores, {"h_ND": bf16(8, 4, 4)}, "h_ND must", "bfloat16[8, 4, 4]"),
+    (head_scores, {"h_ND": bf16(0, 16)}, "h_ND must", "bfloat16[0, 16]"),
+    (head_scores, {"w_VD": bf16(32, 24)}, "w_VD must", "bfloat16[32, 24]"),
+    (head_scores, {"w_VD": f32(32, 16)}, "w_VD must", "float32[32, 16]"),
+    (head_scores, {"targets_N": int32(7)}, "targets_N must", "int32[7]"),
+    (head_scores, {"targets_N": f32(8)}, "targets_N must", "float32[8]"),
+    (head_scores, {"tiles": BLOCKS}, "tiles must", "FlashAttentionTiles("),
+    (head_scores, {"tiles": TILES._replace(depth=8)}, "tiles.depth must", "8"),
+    (head_scores, {"tiles": TILES._replace(stages=0)}, "tiles.stages must", "0"),
+    (head_scores, {"softcap": -1.0}, "softcap must", "-1.0"),
+    (symmetric, {"x_XMN": bf16(16, 24)}, "x_XMN must", "bfloat16[16, 24]"),
+    (symmetric, {"x_XMN": bf16(2, 16, 0)}, "x_XMN must", "bfloat16[2, 16, 0]"),
+    (symmetric, {"y_XMN": bf16(2, 16, 16)}, "y_XMN must", "bfloat16[2, 16, 16]"),
+    (symmetric, {"y_XMN": f32(2, 16, 24)}, "y_XMN must", "float32[2, 16, 24]"),
+    (symmetric, {"c_XMM": bf16(2, 16, 24)}, "c_XMM must", "bfloat16[2, 16, 24]"),
+    (symmetric, {"scales": (1.0,)}, "scales must", "[()]"),
+    (symmetric, {"tiles": TILES._replace(columns=32)}, "tiles.columns must", "32"),
+    (symmetric, {"tiles": MosaicProductTiles(256, 64, 64, 2)}, "tiles.columns must", "64"),
+    (add_norm, {"h_XD": int32(2, 16)}, "h_XD must", "int32[2, 16]"),
+    (add_norm, {"h_XD": bf16(0, 16)}, "h_XD must", "bfloat16[0, 16]"),
+    (add_norm, {"h_XD": bf16()}, "h_XD must", "bfloat16[]"),
+    (add_norm, {"y_XD": bf16(2, 3, 8)}, "y_XD must", "bfloat16[2, 3, 8]"),
+    (add_norm, {"y_XD": f32(2, 3, 16)}, "y_XD must", "float32[2, 3, 16]"),
+    (add_norm, {"gain_D": f32(1)}, "gain_D must", "float32[1]"),
+    (add_norm, {"gain_D": bf16(16)}, "gain_D must", "bfloat16[16]"),
+    (add_norm, {"bias_D": f32(17)}, "bias_D must", "float32[17]"),
+    (add_norm, {"form": "batch"}, "form must be one of rms, layer", "'batch'"),
+    (add_norm, {"eps": -1.0}, "eps must", "-1.0"),
+    (qk_rope, {"x_BTHK": bf16(2, 8, 2, 15)}, "the head width K of x_BTHK", "K=15"),
+    (qk_rope, {"x_BTHK": int32(2, 8, 2, 16)}, "x_BTHK must", "int32[2, 8, 2, 16]"),
+    (qk_rope, {"gain_K": f32(8)}, "gain_K must", "float32[8]"),
+    (qk_rope, {"cos_TK": f32(8, 8)}, "cos_TK must", "float32[8, 8]"),
+    (qk_rope, {"sin_TK": f32(9, 16)}, "sin_TK must", "float32[9, 16]"),
+    (qk_rope, {"eps": -1.0}, "eps must", "-1.0"),
+]
+
+
+def test_valid_arguments_are_accepted():
+    for kernel, arguments in KERNELS.items():
+        jax.eval_shape(lambda kernel=kernel, args=arguments: kernel(**args, interpret=True))
+
+
+@pytest.mark.parametrize("K, interpret", [(8, False), (24, False), (24, True)])
+def test_attention_refuses_heads_that_its_products_do_not_support(K, interpret):
+    """The interpreter also multiplies narrower heads."""
+    arguments: dict[str, Any] = KERNELS[flash_attention] | {"q_BTHK": bf16(2, 32, 4, K)}
+    arguments |= {"k_BSGK": bf16(2, 48, 2, K), "v_BSGK": bf16(2, 48, 2, K)}
+    with pytest.raises(ValueError, match=rf"a power of two of at least (1|16); got K={K}\."):
+        flash_attention(**arguments, interpret=interpret)
+
+
+@pytest.mark.parametrize("kernel, changes, start, value", WRONG)
+def test_an_argument_that_does_not_fit_is_an_error_with_its_name_and_value(
+    kernel, changes, start, value
+):
+    with pytest.raises(ValueError) as error:
+        kernel(**KERNELS[kernel] | changes, interpret=True)
+    text = str(error.value)
+    assert text.startswith(start) and value in text.partition("; got ")[2]
+
+
+def sum_of(kernel, name):
+    """Returns a function of one argument of a kernel that sums all the kernel's results."""
+    arguments = KERNELS[kernel]
+
+    def total(x):
+        results = jax.tree.leaves(kernel(**arguments | {name: x}, interpret=True))
+        return sum(result.astype(jnp.float32).sum() for result in results)
+
+    return total, arguments[name]
+
+
+DIFFERENTIABLE = [(flash_attention, "v_BSGK"), (add_norm, "h_XD"), (qk_rope, "x_BTHK")]
+
+
+@pytest.mark.parametrize("kernel, name", DIFFERENTIABLE)
+def test_derivatives_of_second_order_and_in_forward_mode_are_refused_with_the_reason(kernel, name):
+    total, x = sum_of(kernel, name)
+    gradient_sum = lambda x: jax.grad(total)(x).astype(jnp.float32).sum()
+    jax.eval_shape(jax.grad(total), x)
+    with pytest.raises(ValueError, match="must be of first order and in reverse mode"):
+        jax.eval_shape(jax.grad(gradient_sum), x)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(total, (x,), (x,))
+
+
+@pytest.mark.parametrize("kernel, name", [(head_scores, "h_ND"), (symmetric, "x_XMN")])
+def test_a_kernel_without_a_gradient_says_so(kernel, name):
+    total, x = sum_of(kernel, name)
+    with pytest.raises(ValueError, match="got a derivative of the kernel"):
+        jax.eval_shape(jax.grad(total), x)
