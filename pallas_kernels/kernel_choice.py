@@ -119,7 +119,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
 
 
 def _mosaic_row_sizes(op, tiles, shape):
-    """Returns the sizes that a Mosaic body needs to be multiples of 64; none without such a body."""
+    """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
     if all(body_of(kernel) == "triton" for kernel in kernels):
         return ()

@@ -103,7 +103,7 @@ def test_arrays_that_the_memory_accelerator_cannot_copy_are_an_error(x, message)
 
 
 def test_head_scores_equal_the_reference():
-    """Neither N nor V is a multiple of its tile; targets lie before, in, at the end of and past V."""
+    """Neither N nor V is a multiple of its tile; targets lie before, in, at the end of, past V."""
     tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 64, 288)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
