@@ -128,15 +128,14 @@ def complete_optimizer(
         axes: see `resolve_axes`.
         cautious_decay: decays only entries that the step moves towards zero.
         view: what `describe` prints about the direction.
-        stepper: builds the optimizer of the matrices from their direction; by default rate and
-            decay are applied to it.
+        stepper: builds the matrices' optimizer from their direction; None applies rate and decay.
         wrap: wraps the complete optimizer of the matrices, as gradient_transport does.
 
     Raises:
         ValueError: a rate or a decay is no number of 0 or more, no array and no schedule.
     """
-    for key, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
-        check_number(value, key)
+    check_number(learning_rate, "learning_rate")
+    check_number(weight_decay, "weight_decay")
     adam.check()
 
     def group_of(a: Axes) -> Group:
