@@ -5,6 +5,7 @@
     jaxtrain bench --suite=optimizer --sizes=124m --dtypes=float32 --rounds=3
     jaxtrain bench --suite=loader --json=loader.jsonl
     jaxtrain bench --suite=gpu --minutes=10    # on a GPU; --tiny tests the suite anywhere
+    jaxtrain bench --suite=first-day --minutes=40 --out=DIR    # on a new card; see below
 
 Suites for the processor, which run by default:
     cpu       training steps against PyTorch, eager and compiled (needs the extra `crosscheck`), as
@@ -39,6 +40,15 @@ Suites for GPUs, which run only if named:
               the communication that computation does not hide. Without a GPU it only tests the
               suite, on 8 virtual devices
 
+    first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
+              call with the same --out continues where the first stopped. In this order: the machine
+              (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
+              its rivals, the kernels' tiles, and suite gpu with Muon at all sizes. Each is a
+              process with a limit, a log and a result in --out, and costs only itself if it hangs
+              or crashes. Prints a plan of the minutes first, and at its end what is measured, what
+              failed and why, what is left, and the command that continues. A stage that failed or
+              used all its minutes runs again only if --stages names it
+
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
               optim.parametrisation=standard and spectral. --sizes chooses width, depth or both;
@@ -56,152 +66,21 @@ calls that do not count. Figures are medians over n turns.
 
 import argparse
 import functools
-import importlib
-import subprocess
+import json
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from jaxtrain.benchmarks import (
-    cpu_training,
-    data_loading,
-    dispatch,
-    first_step,
-    gpu_results,
-    gpu_training,
-    loss_parity,
-    metrics_overhead,
-    optimizer,
-    processor,
-    scaling,
-    transfer,
-)
+from jaxtrain.benchmarks import first_day, gpu_training, processor
+from jaxtrain.benchmarks.first_day_stages import STAGES
+from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
 from pallas_kernels.arguments import Parser
 
-ROUNDS = {"cpu": 15, "dispatch": 200, "loader": 15, "startup": 3, "metrics": 15, "optimizer": 7}
-ROUNDS |= {"transfer": 1}
-# The values that a suite's flags accept. By default a flag has all of them except ON_REQUEST.
-CHOICES = {
-    "cpu": {
-        "sizes": tuple(cpu_training.SIZES),
-        "dtypes": cpu_training.DTYPES,
-        "optimizers": cpu_training.OPTIMIZERS,
-        "variants": cpu_training.VARIANTS,
-    },
-    "optimizer": {
-        "sizes": tuple(optimizer.SIZES),
-        "dtypes": optimizer.DTYPES,
-        "variants": optimizer.VARIANTS,
-    },
-    "gpu": {
-        "sizes": gpu_training.SIZES,
-        "optimizers": gpu_training.OPTIMIZERS,
-        "variants": gpu_training.VARIANTS,
-    },
-    "transfer": {
-        "sizes": tuple(transfer.SERIES),
-        "optimizers": transfer.OPTIMIZERS,
-        "variants": transfer.PARAMETRISATIONS,
-    },
-}
-ON_REQUEST = ("124m",)
-
-Results = Iterator[tuple[list[dict[str, Any]], str]]  # rows for JSON, and the same as text
-
-
-def _chosen(args: argparse.Namespace, suite: str) -> dict[str, list[str]]:
-    """Returns {flag: names} of a suite, with its defaults."""
-    return {
-        flag: getattr(args, flag) or [name for name in names if name not in ON_REQUEST]
-        for flag, names in CHOICES[suite].items()
-    }
-
-
-def _require_torch(variants_without: str) -> None:
-    """Exits if torch is missing, so that this is not found out after minutes of measuring."""
-    try:
-        importlib.import_module("jaxtrain.crosscheck.torch_model")
-    except ImportError as error:
-        sys.exit(f"error: {error} Or leave torch out: --variants={variants_without}.")
-
-
-def _run_cpu(args: argparse.Namespace, rounds: int) -> Results:
-    chosen = _chosen(args, "cpu")
-    if set(chosen["variants"]) != {"jaxtrain"}:
-        _require_torch(variants_without="jaxtrain")
-    peaks = processor.gemm_peaks()
-    row = {"suite": "machine", "gemm_peak_flops_per_s": peaks}
-    yield [row], processor.peaks_text(peaks)
-    for size in chosen.pop("sizes"):
-        rows = cpu_training.measure(size, peaks, rounds, args.most, **chosen)
-        yield rows + cpu_training.ratios(rows), cpu_training.tables(rows)
-
-
-def _run_optimizer(args: argparse.Namespace, rounds: int) -> Results:
-    chosen = _chosen(args, "optimizer")
-    if "torch" in chosen["variants"]:
-        _require_torch(variants_without="jaxtrain,optax")
-    for size in chosen.pop("sizes"):
-        rows = optimizer.measure(size, rounds, args.most, **chosen)
-        yield rows + optimizer.ratios(rows), optimizer.tables(rows)
-
-
-def _run_simple(suite: ModuleType, args: argparse.Namespace, rounds: int) -> Results:
-    """Runs a processor suite that takes no additional flags."""
-    del args
-    rows = suite.measure(rounds)
-    yield rows, suite.tables(rows)
-
-
-def _run_transfer(args: argparse.Namespace, rounds: int) -> Results:
-    """Runs the suite row by row, and draws the rows so far after each verdict."""
-    chosen = argparse.Namespace(**vars(args) | _chosen(args, "transfer"))
-    rows = []
-    for row in transfer.measure(chosen, rounds):
-        rows.append(row)
-        if row["case"] == "verdict":
-            write_atomic(Path(args.json).with_suffix(".png"), transfer.draw(rows))
-        yield [row], transfer.describe(row)
-
-
-def _run_gpu_suite(
-    suite: ModuleType,
-    describe: Callable[[dict[str, Any]], str],
-    args: argparse.Namespace,
-    rounds: int | None,
-) -> Results:
-    """Runs a suite for GPUs, row by row."""
-    del rounds
-    chosen = vars(args) | (_chosen(args, "gpu") if suite is gpu_training else {})
-    if suite is not scaling:
-        gpu_training.check_gpu(args.tiny)  # first, as installing torch would not help
-    if suite is loss_parity or suite is gpu_training and "pytorch" in chosen["variants"]:
-        _require_torch(variants_without="jaxtrain")
-    for row in suite.measure(argparse.Namespace(**chosen)):
-        yield [row], describe(row)
-
-
-NAMED_SUITES = {  # run only if named, and print each row as soon as it is measured
-    "gpu": functools.partial(_run_gpu_suite, gpu_training, gpu_results.describe),
-    "judge": functools.partial(_run_gpu_suite, loss_parity, loss_parity.describe),
-    "scaling": functools.partial(_run_gpu_suite, scaling, scaling.describe),
-    "transfer": _run_transfer,
-}
-CPU_SUITES = {
-    "cpu": _run_cpu,
-    "dispatch": functools.partial(_run_simple, dispatch),
-    "loader": functools.partial(_run_simple, data_loading),
-    "startup": functools.partial(_run_simple, first_step),
-    "metrics": functools.partial(_run_simple, metrics_overhead),
-    "optimizer": _run_optimizer,
-}
-SUITES = CPU_SUITES | NAMED_SUITES
+FIRST_DAY = "first-day"  # runs other suites and commands as child processes
 
 
 def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -233,7 +112,12 @@ def parse(
     parser = Parser(prog, rewrite_commands(__doc__ or "", prog))
     positive_int, positive_float = (functools.partial(_positive, kind) for kind in (int, float))
     add = parser.add_argument
-    add("--suite", choices=(*SUITES, "all"), default="all", help="default: all for the processor")
+    add(
+        "--suite",
+        choices=(*SUITES, FIRST_DAY, "all"),
+        default="all",
+        help="default: all for the processor",
+    )
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
     add("--rounds", type=positive_int, help=f"turns of each variant; default: {rounds}")
     add("--json", metavar="PATH", help="write every row as a line of JSON")
@@ -250,44 +134,67 @@ def parse(
     add = parser.add_argument_group("for the suites for GPUs").add_argument
     add("--minutes", type=positive_float, default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
+    add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
+    text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
+    add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
+    text = "gpu: keep the finished rows of --json and measure only the others"
+    add("--resume", action="store_true", help=text)
     text = "gpu: store profiles of two of our steps per size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
     add("--shards", metavar="PATH", help="judge: token shards to train on")
     args = parser.parse_args(argv)
     _check_choices(parser, args)
+    if args.resume and not (args.suite == "gpu" and args.json):
+        parser.error("--resume needs --suite=gpu and the --json of the call that it continues.")
+    if (args.suite == FIRST_DAY) != bool(args.out):
+        parser.error("--suite=first-day needs --out=DIR, and no other suite has it.")
     return args
 
 
-def provenance() -> dict[str, Any]:
-    """Returns the command, the date and, in a git checkout, the commit of this code."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return {"command": sys.argv, "date": date, "commit": commit}
+def _read_finished(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the measured rows of an earlier call; ratios are computed again from them."""
+    path = Path(args.json)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(bool(row.get("tiny")) != args.tiny for row in rows):
+        kinds = ("measurement", "trial") if args.tiny else ("trial", "measurement")
+        sys.exit("error: {} is a {}, which a {} cannot continue. Set --json.".format(path, *kinds))
+    return [row for row in rows if not row.get("unfinished") and row.get("what") != "ratio"]
+
+
+def _print_lines(text: str, trial: bool) -> None:
+    """Prints a text; every line of a trial says that it is one, so that no figure stands alone."""
+    print("\n".join(f"{'trial: ' * trial}{line}" for line in text.split("\n")), flush=True)
 
 
 @exit_on_file_error()
 def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") -> None:
     args = parse(argv, prog)
+    try:
+        _run(args)
+    except (gpu_training.NoGpu, first_day.FirstDayError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Runs the chosen suites, prints their tables and stores their rows."""
+    show = functools.partial(_print_lines, trial=args.tiny)
     about = processor.describe_machine()
-    print(processor.machine_text(about), flush=True)
-    rows = [about | provenance()]
+    show(processor.machine_text(about))
+    if args.suite == FIRST_DAY:
+        sys.exit(first_day.run_suite(args, show))
     if args.suite in NAMED_SUITES and not args.json:
         args.json = f"bench_{args.suite}_{datetime.now():%Y%m%d_%H%M%S}.jsonl"
-        print(f"rows      {args.json}", flush=True)
-    try:
-        for name in CPU_SUITES if args.suite == "all" else [args.suite]:
-            for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
-                rows += new_rows
-                if args.json:  # after each result, so that an interrupted run loses none
-                    write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
-                print(text if name in NAMED_SUITES else f"\n== {name}\n{text}", flush=True)
-    except gpu_training.NoGpu as error:
-        sys.exit(f"error: {error}")
+        show(f"rows      {args.json}")
+    args.finished = _read_finished(args) if args.resume else []
+    trial = {"tiny": True} if args.tiny else {}
+    rows = [*args.finished, about | processor.provenance() | trial]
+    for name in CPU_SUITES if args.suite == "all" else [args.suite]:
+        for new_rows, text in SUITES[name](args, args.rounds or ROUNDS.get(name)):
+            rows += [row | trial for row in new_rows]
+            if args.json:  # after each result, so that an interrupted run loses none
+                write_atomic(args.json, "".join(strict_json(row) + "\n" for row in rows))
+            show(text if name in NAMED_SUITES else f"\n== {name}\n{text}")
 
 
 if __name__ == "__main__":

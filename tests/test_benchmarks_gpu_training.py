@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -135,9 +136,11 @@ def test_clocks_are_read_from_the_gpu_that_the_process_sees_first():
 
 
 @pytest.mark.parametrize("script, status", [("", 0), ("time.sleep(60)", None)])
-def test_processes_that_a_child_started_are_killed_with_it(tmp_path, script, status):
+@pytest.mark.parametrize("own_session", [False, True])
+def test_processes_that_a_child_started_are_killed_with_it(tmp_path, script, status, own_session):
     path = tmp_path / "output"
-    start = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True);"
+    start = f"start_new_session={own_session}).pid, flush=True);"
+    start = f"import subprocess, time; print(subprocess.Popen(['sleep', '60'], {start}"
     argv = [sys.executable, "-c", start + script]
     with open(path, "w") as output:
         assert run_process_group(argv, output, 2.0, None) == status
@@ -227,8 +230,16 @@ def test_the_gpu_suite_runs_to_its_end_at_tiny_size(tmp_path, capsys):
     assert steps[-1]["what"] == "warm start"
     assert ("ratio" in [row["what"] for row in rows]) == HAS_TORCH
     text = capsys.readouterr().out
+    check_all_is_a_trial([about, ceilings, *rows], text)
+    assert all(row["value"] is None for row in rows if row["what"] == "ratio")
     assert "no MFU: 'cpu' is not in the chip table" in text
     assert "tiny: no meaningful figures" in text and "target" not in text
+
+
+def check_all_is_a_trial(rows, text):
+    assert all(row["tiny"] is True for row in rows)
+    assert all(line.startswith("trial: ") for line in text.splitlines())
+    assert not re.search(r"\d\.\d\dx", text)  # a ratio, such as 2.94x
 
 
 def test_losses_that_differ_by_more_than_the_spread_over_seeds_fail():
@@ -240,10 +251,11 @@ def test_losses_that_differ_by_more_than_the_spread_over_seeds_fail():
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason='torch is missing: pip install "jaxtrain[crosscheck]"')
-def test_suite_judge_trains_both_frameworks_to_the_same_losses(tmp_path):
+def test_suite_judge_trains_both_frameworks_to_the_same_losses(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     bench.main(["--suite=judge", "--tiny", f"--text={write_text(tmp_path)}", f"--json={path}"])
-    _, *seeds, verdict = map(json.loads, path.read_text().splitlines())
+    about, *seeds, verdict = map(json.loads, path.read_text().splitlines())
+    check_all_is_a_trial([about, *seeds, verdict], capsys.readouterr().out)
     assert "error" not in verdict, verdict
     for row in seeds:
         first, second = np.array(row["jaxtrain"]), np.array(row["pytorch"])
@@ -255,7 +267,7 @@ def test_suite_judge_trains_both_frameworks_to_the_same_losses(tmp_path):
 def test_suite_scaling_runs_on_virtual_devices_with_a_note(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     bench.main(["--suite=scaling", "--tiny", f"--json={path}"])
-    _, *rows = map(json.loads, path.read_text().splitlines())
+    about, *rows = map(json.loads, path.read_text().splitlines())
     assert not [row for row in rows if "error" in row], rows
     assert [row["devices"] for row in rows] == [1, 8] * 4
     for row in rows:
@@ -263,4 +275,6 @@ def test_suite_scaling_runs_on_virtual_devices_with_a_note(tmp_path, capsys):
         assert row["exposed_s"] == pytest.approx(row["step_s"] - row["alone_s"])
         assert row["note"] == scaling.NO_FIGURE
     assert all(row["efficiency"] == 1 for row in rows if row["devices"] == 1)
-    assert scaling.NO_FIGURE in capsys.readouterr().out
+    text = capsys.readouterr().out
+    check_all_is_a_trial([about, *rows], text)
+    assert scaling.NO_FIGURE in text

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,14 +69,25 @@ def job_config(job: BenchJob) -> TrainConfig:
     return config_lib.freeze(config)
 
 
+def _kill_marked(mark: str) -> None:
+    """Kills all processes of this user that have `mark` among their environment's entries."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has just ended
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
 def run_process_group(
     argv: Sequence[str], output: TextIO, limit_s: float, env: Mapping[str, str] | None
 ) -> int | None:
     """Runs a process and returns its exit status; kills it and returns None after limit_s.
 
     At its end all processes that it started are killed: torch.compile's workers would otherwise
-    live on and slow the next child.
+    live on and slow the next child. Those that started sessions of their own, as the children of a
+    suite do, are found by a variable that only this process and its descendants have.
     """
+    name = f"JAXTRAIN_CHILD_{uuid.uuid4().hex}"
+    env = dict(os.environ if env is None else env) | {name: "1"}
     child = subprocess.Popen(argv, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
         return child.wait(limit_s)
@@ -84,6 +96,7 @@ def run_process_group(
     finally:
         with contextlib.suppress(ProcessLookupError):  # no process of the group is left
             os.killpg(child.pid, signal.SIGKILL)
+        _kill_marked(f"{name}=1")
         child.wait()
 
 
@@ -91,6 +104,8 @@ def run_child(
     module: str, job: BenchJob, folder: Path, limit_s: float, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Runs `python -m jaxtrain.benchmarks.MODULE` and returns its result, or {"error": reason}.
+
+    The error of a child that was killed after limit_s has "timed_out": true.
 
     Args:
         folder: for the job, the result and the child's output.
@@ -107,7 +122,8 @@ def run_child(
         output.seek(0)
         last_lines = output.read().strip().splitlines()[-3:]
     if status is None:
-        return {"error": f"killed: it took more than the {limit_s:.0f} s that were left"}
+        reason = f"killed: it took more than the {limit_s:.0f} s that it was given"
+        return {"error": reason, "timed_out": True}
     if status == 0:
         return json.loads(result_path.read_text())
     return {"error": f"exit status {status}: {' | '.join(last_lines)[-600:]}"}

@@ -1,6 +1,7 @@
 """Computes shares, verdicts and ratios from the GPU suite's measurements; formats its rows."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from jaxtrain.benchmarks.timing import target_verdict
@@ -112,6 +113,15 @@ def ratio_row(rows: Sequence[dict[str, Any]], size: str, optimizer: str) -> dict
     }
 
 
+def stamp(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """Returns a row with its date. Tiny rows have no targets and no ratio: they measure nothing."""
+    row = row | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    if tiny:
+        row |= {"tiny": True, "targets": {}}
+        row |= {name: None for name in ("value", "value_at_524288") if name in row}
+    return row
+
+
 def describe(row: dict[str, Any]) -> str:
     """Returns a row as one line of text."""
     if row["case"] == "ceilings" and "error" not in row:
@@ -125,6 +135,8 @@ def describe(row: dict[str, Any]) -> str:
     ending = "".join(f"; {figure} {verdict}" for figure, verdict in row["targets"].items())
     if row.get("tiny"):
         ending += "; tiny: no meaningful figures"
+    if row["what"] == "ratio" and row.get("tiny"):
+        return f"{name} no ratio: a trial compares nothing{ending}"
     if row["what"] == "ratio":
         large = row["value_at_524288"]
         large = "" if large is None else f", {large:.2f}x at {SHARE_TOKENS} tokens a step"

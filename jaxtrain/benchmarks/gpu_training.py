@@ -4,18 +4,18 @@ A child process measures each row, so that the frameworks never hold memory at t
 crash becomes a row with its reason. This process does not use the GPU. It measures the most
 valuable rows first and lists those for which no time is left. Both frameworks train the same tokens
 per step (the config's, or fewer if a step would take longer than STEP_S), each in its fastest
-micro-batch size.
+micro-batch size. With --resume it keeps the rows of an earlier call and their compile caches.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import glob
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from jaxtrain.benchmarks.gpu_results import (
     TORCH_OPTIMIZERS,
     Item,
     ratio_row,
+    stamp,
     step_shares,
     target_verdicts,
 )
@@ -43,6 +44,7 @@ from jaxtrain.ops import tuning
 from jaxtrain.ops.tuning import TuningChoice
 from jaxtrain.planning.memory_formula import estimate_memory
 from pallas_kernels.chip import CHIPS, Chip
+from pallas_kernels.quiet import has_gpu
 
 SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
 OPTIMIZERS = ("muon", "adamw", "accelerated_lmo")
@@ -54,15 +56,12 @@ TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 # Estimates, used only to plan the minutes, of the time that a child takes before its steps.
 START_S, COMPILE_S, TORCH_COMPILE_LAYER_S = 20.0, 40.0, 2.0
 COUNTED_S = 15.0  # time for counted steps
+ROW_LIMIT_S = 400.0  # a child that takes longer is killed, so that it costs one row only
 DEFAULT_MICRO_BATCH_TOKENS = 32_768
 
 
 class NoGpu(ValueError):
     """A suite that needs a GPU was started on a machine without one."""
-
-
-def has_gpu() -> bool:
-    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/dxg")  # dxg: WSL
 
 
 def check_gpu(tiny: bool) -> None:
@@ -100,8 +99,10 @@ def build_items(
 class GpuSuite:
     """One run of the suite: the device, the deadline, and the micro-batch sizes found so far."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        self._args, self._folder = args, folder
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, finished: Sequence[dict[str, Any]] = ()
+    ):
+        self._args, self._folder, self._finished = args, folder, finished
         self._best_rows: dict[tuple[str, str], int] = {}  # by size and variant
         self._taken_s: dict[tuple[str, str], float] = {}
         self._deadline_s = time.monotonic() + 60 * args.minutes
@@ -119,13 +120,19 @@ class GpuSuite:
     def _run_child(self, variant: str, job: BenchJob) -> dict[str, Any]:
         # torch gets a new cache for each run of the suite, as JAX does: in its usual cache it
         # would find what an earlier run compiled.
-        caches = {name: f"{self._folder / job.size}/{name}" for name in TORCH_CACHES}
-        limit_s = max(self._left_s, 1.0)
-        return run_child(CHILD_MODULES[variant], job, self._folder, limit_s, CHILD_ENV | caches)
+        caches = {name: f"{job.cache}/{name}" for name in TORCH_CACHES}
+        limit_s = min(max(self._left_s, 1.0), ROW_LIMIT_S)
+        env = CHILD_ENV | caches
+        result = run_child(CHILD_MODULES[variant], job, self._folder, limit_s, env)
+        if result.pop("timed_out", False) and limit_s < ROW_LIMIT_S:
+            result["unfinished"] = True  # the suite's time was up: the next call measures it again
+        return result
 
     def measure_device(self) -> dict[str, Any]:
-        """Returns the row with the device and its ceilings."""
-        self._device = self._run_child("jaxtrain", BenchJob("about", tiny=self._args.tiny))
+        """Returns the row with the device and its ceilings; measures them if no row has them."""
+        known = [row for row in self._finished if row.get("device")]
+        job = BenchJob("about", tiny=self._args.tiny)
+        self._device = known[0] if known else self._run_child("jaxtrain", job)
         chips = {chip.kind: chip for chip in CHIPS.values()}
         self.chip = chips.get(self._device.get("device", ""))
         return {"suite": "gpu", "case": "ceilings", **self._device}
@@ -142,7 +149,7 @@ class GpuSuite:
             most_s=0.0 if args.tiny else COUNTED_S,
             tiny=args.tiny,
             usable_bytes=self._device.get("bytes_limit", 0),
-            cache=str(self._folder / item.size),
+            cache=str(self._cache(item)),
             trace=trace if item.what == "step" else "",
             options={choice.name: choice.value for choice in tried},
         )
@@ -154,34 +161,64 @@ class GpuSuite:
         cfg = dataclasses.replace(cfg, accumulation=1, data=data)
         return dataclasses.replace(job, batch=batch), cfg
 
+    def _cache(self, item: Item) -> Path:
+        """Returns the folder for what both frameworks compile for an item."""
+        return self._folder / item.size / item.variant
+
+    def _known_rows(self, item: Item) -> list[dict[str, Any]]:
+        """Returns an item's rows of an earlier call: the first one, and that at half its size."""
+        names = f"{item.size} {item.optimizer}", item.variant, item.what
+        keys = "case", "variant", "what"
+        return [row for row in self._finished if tuple(row.get(key) for key in keys) == names]
+
     def measure(self, item: Item) -> Iterator[dict[str, Any]]:
-        """Yields an item's row and, the first time for a size, one at half the micro-batch size."""
+        """Yields an item's row and, the first time for a size, one at half the micro-batch size.
+
+        Rows of an earlier call are not measured again, and not yielded.
+        """
         job, cfg = self._build_job(item)
-        key = item.size, item.variant
+        key, known = (item.size, item.variant), self._known_rows(item)
+        memory_cfg = cfg if item.variant == "jaxtrain" else like_torch(cfg)
         torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
         guess_s = START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
         expected_s = self._taken_s.get(key, 0.0 if self._args.tiny else guess_s)
-        if self._left_s < expected_s:
-            reason = f"it would take about {expected_s:.0f} s; {self._left_s:.0f} s are left"
-            yield self._row(item, cfg, 0, {"error": f"not measured: {reason}"})
-            return
-        tokens: Any = tuning.hint(self.chip_name, "micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS)
-        memory_cfg = cfg if item.variant == "jaxtrain" else like_torch(cfg)
-        rows = self._best_rows.get(key) or first_rows(memory_cfg, job.usable_bytes, tokens)
 
         def attempt(rows: int) -> dict[str, Any]:
             return self._run_child(item.variant, dataclasses.replace(job, rows=rows))
 
-        start_s = time.monotonic()
-        result, rows = halve_until_it_fits(attempt, rows)
-        self._taken_s[key] = time.monotonic() - start_s
-        yield self._row(item, memory_cfg, rows, result)
+        def not_measured() -> dict[str, Any]:
+            reason = f"it would take about {expected_s:.0f} s; {self._left_s:.0f} s are left"
+            return {"error": f"not measured: {reason}", "unfinished": True}
+
+        if known:
+            result, rows = known[0], known[0]["rows"]
+        elif self._left_s < expected_s:
+            yield self._row(item, cfg, 0, not_measured())
+            return
+        else:
+            if key not in self._best_rows:  # an interrupted child may have left half a cache
+                shutil.rmtree(self._cache(item), ignore_errors=True)
+            elif item.what == "warm start" and not self._cache(item).exists():
+                error = "not measured: the compile cache of the earlier call is missing"
+                yield self._row(item, memory_cfg, 0, {"error": error})
+                return
+            tokens: Any = tuning.hint(
+                self.chip_name, "micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS
+            )
+            rows = self._best_rows.get(key) or first_rows(memory_cfg, job.usable_bytes, tokens)
+            start_s = time.monotonic()
+            result, rows = halve_until_it_fits(attempt, rows)
+            self._taken_s[key] = time.monotonic() - start_s
+            yield self._row(item, memory_cfg, rows, result)
         if key in self._best_rows or "error" in result:
             return
         self._best_rows[key] = rows
-        if rows > 1 and self._left_s > expected_s and not self._args.tiny:
-            half = attempt(rows // 2)
-            yield self._row(item, memory_cfg, rows // 2, half)
+        if rows > 1 and not self._args.tiny:
+            half = known[1] if known[1:] else None
+            if half is None:
+                enough = self._left_s > expected_s
+                half = attempt(rows // 2) if enough else not_measured()
+                yield self._row(item, memory_cfg, rows // 2, half)
             if half.get("tokens_per_s", 0) > result["tokens_per_s"]:
                 self._best_rows[key] = rows // 2
 
@@ -223,14 +260,11 @@ class GpuSuite:
         }
 
 
-def stamp(row: dict[str, Any], tiny: bool) -> dict[str, Any]:
-    """Returns a row with its date; tiny rows have no targets, which are meant for GPUs."""
-    date = {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-    return row | date | ({"tiny": True, "targets": {}} if tiny else {})
-
-
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields the suite's rows, each as soon as it is measured.
+
+    Args:
+        args: with --resume, `finished` has the rows of the earlier call.
 
     Raises:
         NoGpu: there is no GPU and --tiny was not given.
@@ -238,10 +272,16 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     check_gpu(args.tiny)
     jax.config.update("jax_platforms", "cpu")  # of this process only; its children take the GPU
     sizes, optimizers = args.sizes or SIZES, args.optimizers or OPTIMIZERS
-    with tempfile.TemporaryDirectory() as folder:
-        suite, rows, compared = GpuSuite(args, Path(folder)), [], set()
-        device_row = suite.measure_device()
-        yield stamp(device_row, args.tiny)
+    with contextlib.ExitStack() as stack:
+        if args.resume:
+            folder = f"{args.json}.cache"  # so that the next call finds the compile caches
+            os.makedirs(folder, exist_ok=True)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        suite, rows = GpuSuite(args, Path(folder), args.finished), list(args.finished)
+        device_row, compared = suite.measure_device(), set()
+        if device_row not in rows:
+            yield stamp(device_row, args.tiny)
         if "error" in device_row:
             return
         choices = tuning.choices_for(suite.chip_name)

@@ -4,7 +4,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,17 @@ def describe_machine() -> dict[str, Any]:
         "versions": versions,
         "load_average": list(os.getloadavg()),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """Returns the command, the date and, in a git checkout, the commit of this code."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return {"command": sys.argv, "date": date, "commit": commit}
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 
 from jaxtrain.benchmarks.child import BenchJob, child_main, job_config, run_child
-from jaxtrain.benchmarks.gpu_training import has_gpu
 from jaxtrain.benchmarks.jax_child import JaxStep, is_oom
 from jaxtrain.benchmarks.step_timing import time_steps
 from jaxtrain.config.train_config import MeshConfig
 from jaxtrain.distributed.runtime import start_runtime
+from pallas_kernels.quiet import has_gpu
 
 MESHES = {
     "data-parallel": lambda n: MeshConfig(replica=n, fsdp=1),

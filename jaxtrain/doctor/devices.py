@@ -27,6 +27,7 @@ def find_devices() -> dict[str, Any]:
 
     from jaxtrain import WANTS_GPU
     from jaxtrain.distributed import memory
+    from jaxtrain.ops.cudnn import cudnn_version
     from jaxtrain.ops.devices import cpu_multiplies_bf16
 
     os.environ.update(memory.environment())
@@ -43,18 +44,8 @@ def find_devices() -> dict[str, Any]:
         "wants_gpu": WANTS_GPU and on_cpu,
         "bf16": cpu_multiplies_bf16() if on_cpu else None,
         "capability": str(getattr(first, "compute_capability", "")),
-        "cudnn": _cudnn_version() if first.platform == "gpu" else None,
+        "cudnn": cudnn_version() if first.platform == "gpu" else None,
     }
-
-
-def _cudnn_version() -> int | None:
-    """Returns cuDNN's version as 90800; None if it cannot be loaded."""
-    try:
-        from jax._src.lib import cuda_versions
-
-        return cuda_versions.cudnn_get_version() if cuda_versions else None
-    except Exception:  # this private module of JAX may be missing, or not find cuDNN
-        return None
 
 
 class DevicesProcess:

@@ -1,0 +1,288 @@
+"""Suite first-day: all that is to be measured on a new card, in stages that resume.
+
+Each stage is a child process with a time limit, a log and a result file in one folder, so that a
+stage that hangs, crashes or is killed costs only itself. The stages are data: a command, its limit
+and its result. A call works for one slice of time; the next call with the same folder continues.
+What each stage has done is in first_day.json, which is written before and after every stage.
+
+This process never uses the GPU.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.benchmarks import processor
+from jaxtrain.benchmarks.child import run_process_group
+from jaxtrain.benchmarks.first_day_results import find_left, find_problems, read_rows, summarize
+from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv
+from jaxtrain.benchmarks.gpu_training import NoGpu
+from jaxtrain.benchmarks.step_timing import gpu_clocks
+from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.reporting.table import format_table
+from pallas_kernels.quiet import has_gpu
+
+RECORD = "first_day.json"
+COMMAND = "python -m jaxtrain.bench --suite=first-day"
+# A stage's state. The next call runs those that are `waiting` or `unfinished`.
+WAITING, UNFINISHED, DONE, SKIPPED = "waiting", "unfinished", "done", "skipped"
+FAILED, STOPPED = "failed", "stopped"  # crashed, or used all its minutes: run only if named
+# Time before a stage is killed that it gets to end by itself and to write what it has.
+END_MINUTES, END_SHARE = 0.5, 0.2
+
+
+class FirstDayError(ValueError):
+    """A flag of the suite does not fit the folder, the card or the stages."""
+
+
+class FirstDay:
+    """One call of the suite: the folder, its record, and the time that is left.
+
+    Args:
+        folder: where all results are; made if it is missing.
+        minutes: the time of this slice.
+        tiny: whether this is a trial without a card, whose figures mean nothing.
+        show: prints a text.
+
+    Raises:
+        FirstDayError: the folder is a trial's and this is none, or the reverse, or the folder has
+            another card's results, or another call uses it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        minutes: float,
+        tiny: bool,
+        show: Callable[[str], None],
+        stages: Sequence[Stage] = STAGES,
+    ):
+        self.folder, self.minutes, self.tiny = folder.absolute(), minutes, tiny
+        self.stages, self._show = stages, show
+        self._until_s = time.monotonic() + 60 * minutes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RECORD
+        card = "no card: a trial" if tiny else gpu_clocks().partition(",")[0]
+        new = {"tiny": tiny, "card": card, "stages": {}}
+        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else new
+        if self.record["tiny"] != tiny:
+            kind = "a trial, which --tiny continues" if self.record["tiny"] else "no trial"
+            raise FirstDayError(f"--out {folder} is {kind}. Set another --out.")
+        if has_gpu() and not tiny and self.record["card"] != card:
+            raise FirstDayError(
+                f"--out must have results of this card, {card}; got {folder} of "
+                f"{self.record['card']}. Set another --out."
+            )
+        for stage in stages:
+            self.record["stages"].setdefault(
+                stage.name, {"state": WAITING, "reason": "", "used_s": 0.0, "calls": []}
+            )
+
+    @property
+    def _left_minutes(self) -> float:
+        return (self._until_s - time.monotonic()) / 60
+
+    def _save(self) -> None:
+        write_atomic(self.folder / RECORD, strict_json(self.record, indent=1) + "\n")
+
+    def state(self, stage: Stage) -> dict[str, Any]:
+        """Returns a stage's entry in the record."""
+        return self.record["stages"][stage.name]
+
+    def retry(self, names: Sequence[str]) -> None:
+        """Gives stages that failed, were stopped or were skipped their whole time again."""
+        for stage in self.stages:
+            if stage.name in names and self.state(stage)["state"] in (FAILED, STOPPED, SKIPPED):
+                self.state(stage).update(state=UNFINISHED, used_s=0.0, reason="named in --stages")
+
+    def is_open(self, stage: Stage) -> bool:
+        """Returns whether this call would run a stage."""
+        ready = has_gpu() or self.tiny or not stage.needs_gpu
+        return ready and self.state(stage)["state"] in (WAITING, UNFINISHED)
+
+    def allotted_minutes(self, stage: Stage, left: float) -> float:
+        """Returns the minutes for a stage if `left` are left: 0.0 if they are too few to start."""
+        minutes = min(stage.minutes - self.state(stage)["used_s"] / 60, left)
+        return minutes if minutes >= stage.least_minutes else 0.0
+
+    def plan_text(self, names: Sequence[str]) -> str:
+        """Returns the plan of this slice's minutes as a table."""
+        left, rows = self.minutes, []
+        for stage in self.stages:
+            runs = self.is_open(stage) and stage.name in names
+            minutes = self.allotted_minutes(stage, left) if runs else 0.0
+            left -= minutes
+            used = self.state(stage)["used_s"] / 60
+            planned = f"{minutes:.1f}" if minutes else "-"
+            state = self.state(stage)["state"]
+            rows.append((stage.name, state, f"{used:.1f}", f"{stage.minutes:g}", planned))
+        table = format_table(rows, ("stage", "state", "used", "limit", "at most now"))
+        return f"Minutes of this slice ({self.minutes:g} in all), in {self.folder}:\n{table}"
+
+    def run(self, names: Sequence[str]) -> None:
+        """Runs the named stages that are open, one after the other, while time is left."""
+        for stage in self.stages:
+            if stage.name not in names or not self.is_open(stage):
+                continue
+            if self.tiny and stage.tiny is None:
+                self.state(stage).update(state=SKIPPED, reason="it has no trial without a card")
+            elif minutes := self.allotted_minutes(stage, self._left_minutes):
+                self._run_stage(stage, minutes)
+            self._save()
+
+    def _run_stage(self, stage: Stage, minutes: float) -> None:
+        """Runs a stage for at most some minutes and records how it ended."""
+        entry, used_s = self.state(stage), self.state(stage)["used_s"]
+        child_minutes = minutes - min(END_MINUTES, END_SHARE * minutes)
+        argv = build_argv(stage, self.folder, child_minutes, self.tiny)
+        # Recorded first: if this process is killed too, the next call knows that the time is gone.
+        entry.update(state=UNFINISHED, reason="the suite was killed", used_s=used_s + 60 * minutes)
+        self._save()
+        log = self.folder / f"{stage.name}.log"
+        self._show(f"{stage.name}: at most {minutes:.1f} minutes; its output goes to {log}")
+        env = os.environ | ({"JAX_PLATFORMS": "cpu"} if self.tiny else {})
+        start_s, start_time = time.monotonic(), time.time()
+        with open(log, "a", errors="replace") as output:
+            print(f"$ {shlex.join(argv)}", file=output, flush=True)
+            status = run_process_group(argv, output, 60 * minutes, env)
+        taken_s = time.monotonic() - start_s
+        entry["used_s"] = used_s + taken_s
+        slice_ended = self._left_minutes < stage.least_minutes
+        entry["state"], entry["reason"] = self._judge(
+            stage, status, taken_s >= 60 * child_minutes, slice_ended
+        )
+        call = processor.provenance() | {"command": argv, "status": status, "seconds": taken_s}
+        entry["calls"].append(call | {"tiny": self.tiny})
+        if stage.collect:
+            self._collect(stage.collect, start_time)
+        self._save()
+        ending = f": {entry['reason']}" if entry["reason"] else ""
+        self._show(f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}")
+        for line in summarize(stage.name, self._rows(stage)):
+            self._show(f"  {line}")
+
+    def _judge(
+        self, stage: Stage, status: int | None, time_was_up: bool, slice_ended: bool
+    ) -> tuple[str, str]:
+        """Returns (state, reason) of a stage whose process ended.
+
+        Args:
+            status: its exit status; None if it was killed because its time was up.
+        """
+        if status:
+            log = (self.folder / f"{stage.name}.log").read_text(errors="replace")
+            name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            return FAILED, f"{name}: {' | '.join(log.strip().splitlines()[-3:])[-500:]}"
+        path = self.folder / stage.result
+        try:
+            rows = read_rows(path)
+        except (OSError, ValueError) as error:
+            if status is not None:
+                return FAILED, f"it must write {path}; got {type(error).__name__}: {error}"
+            rows = []
+        skipped = [row["skipped"] for row in rows if row.get("skipped")]
+        if skipped:
+            return SKIPPED, skipped[0]
+        left = find_left(rows)
+        if status == 0 and not left and not time_was_up:
+            return DONE, ""
+        what = f"; left: {', '.join(left)}" if left else ""
+        if slice_ended or stage.minutes - self.state(stage)["used_s"] / 60 >= stage.least_minutes:
+            return UNFINISHED, f"the time of this slice was up{what}"
+        return STOPPED, f"it used all of its {stage.minutes:g} minutes{what}"
+
+    def _collect(self, source: Path, since: float) -> None:
+        """Copies the JSON files that a stage wrote outside DIR to DIR/tuned."""
+        for path in source.glob("*.json"):
+            if path.stat().st_mtime >= since:
+                (self.folder / "tuned").mkdir(exist_ok=True)
+                shutil.copy(path, self.folder / "tuned")
+
+    def _rows(self, stage: Stage) -> list[dict[str, Any]]:
+        """Returns a stage's rows; [] if it has none that can be read."""
+        with contextlib.suppress(OSError, ValueError):
+            return read_rows(self.folder / stage.result)
+        return []
+
+    def report_text(self, command: str) -> str:
+        """Returns what is measured, what failed and why, and what is left with its command."""
+        measured, failed, left, stuck = [], [], [], []
+        for stage in self.stages:
+            entry, rows = self.state(stage), self._rows(stage)
+            lines = summarize(stage.name, rows)
+            measured += [f"  {stage.name}: {line}" for line in lines]
+            if entry["state"] in (FAILED, STOPPED, SKIPPED):
+                failed.append(f"  {stage.name}: {entry['state']}: {entry['reason']}")
+                stuck += [stage.name] if entry["state"] != SKIPPED else []
+            failed += [f"  {stage.name}: {problem}" for problem in find_problems(rows)]
+            if entry["state"] in (WAITING, UNFINISHED):
+                reason = f" ({entry['reason']})" if entry["reason"] else ""
+                left.append(f"  {stage.name}{reason}")
+        lines = ["Measured:", *(measured or ["  nothing"]), "Failed or skipped:"]
+        lines += [*(failed or ["  nothing"]), "Left:", *(left or ["  nothing"])]
+        if left:
+            lines.append(f"Continue: {command}")
+        if stuck:
+            lines.append(f"Try what failed again: {command} --stages={','.join(stuck)}")
+        return "\n".join(lines)
+
+    @property
+    def has_failed(self) -> bool:
+        """Returns whether a stage failed or was stopped, or one of its rows is an error."""
+        return any(
+            self.state(stage)["state"] in (FAILED, STOPPED) or find_problems(self._rows(stage))
+            for stage in self.stages
+        )
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder for the block. Raises FirstDayError if another call of the suite has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".first_day.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"--out {folder} is in use by another call. Wait for its end."
+            raise FirstDayError(text) from None
+        yield
+
+
+def run_suite(
+    args: argparse.Namespace, show: Callable[[str], None], stages: Sequence[Stage] = STAGES
+) -> int:
+    """Runs one slice of the suite; returns the exit status, 1 if anything failed.
+
+    Raises:
+        NoGpu: no stage can run here without one.
+        FirstDayError: see FirstDay and lock_folder; or --stages names an unknown stage.
+    """
+    known = [stage.name for stage in stages]
+    names = args.stages or known
+    if unknown := [name for name in names if name not in known]:
+        raise FirstDayError(f"--stages must be of {', '.join(known)}; got {', '.join(unknown)}.")
+    # A child has a session of its own, so it would outlive a plain SIGTERM to this process.
+    old_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with lock_folder(args.out):
+            day = FirstDay(args.out, args.minutes, args.tiny, show, stages)
+            day.retry(args.stages or ())
+            if not (has_gpu() or args.tiny or any(map(day.is_open, stages))):
+                raise NoGpu("suite first-day needs a GPU; got none. Set --tiny to try it here.")
+            show(day.plan_text(names))
+            day.run(names)
+            tiny = " --tiny" if args.tiny else ""
+            show(day.report_text(f"{COMMAND} --minutes={args.minutes:g} --out={args.out}{tiny}"))
+            return int(day.has_failed)
+    finally:
+        signal.signal(signal.SIGTERM, old_handler)

@@ -1,0 +1,115 @@
+"""Reads the result files of suite first-day: what is measured, what is wrong and what is left."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.benchmarks.gpu_results import describe
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the rows of a result: the lines of a .jsonl file, or one row of a .json file.
+
+    Raises:
+        OSError: the file is missing.
+        ValueError: it is not JSON, or has other values than JSON objects.
+    """
+    text = path.read_text()
+    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else None
+    rows = [json.loads(text)] if values is None else values
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must have JSON objects")
+    return rows
+
+
+def row_name(row: Row) -> str:
+    """Returns the name of a row of suite gpu or of the tests; "" for other rows."""
+    parts = (str(row[key]) for key in ("test", "case", "variant", "what") if row.get(key))
+    return " ".join(parts)
+
+
+def contests(rows: Sequence[Row]) -> dict[str, Row]:
+    """Returns {contest: {contestant: its timing, or why it failed}} of the kernels' results."""
+    return {name: value for row in rows for name, value in row.get("contests", {}).items()}
+
+
+def _errors(value: Any, name: str) -> Iterator[str]:
+    """Yields every entry `error` in nested objects, with the names that lead to it."""
+    if isinstance(value, dict) and value.get("error"):
+        yield f"{name}: {value['error']}" if name else str(value["error"])
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _errors(entry, f"{name}, {key}" if name else key)
+
+
+def find_problems(rows: Sequence[Row]) -> list[str]:
+    """Returns the errors in a result, without those of rows that the next slice measures again.
+
+    A contest of the kernels has {contestant: timing}, where a text says why one has no timing.
+    """
+    finished = [row for row in rows if not row.get("unfinished")]
+    found = [
+        error
+        for row in finished
+        for error in _errors({k: v for k, v in row.items() if k != "contests"}, row_name(row))
+    ]
+    for name, timings in contests(finished).items():
+        is_timing = lambda x: isinstance(x, str) or isinstance(x, dict) and "median_s" in x
+        if all(map(is_timing, timings.values())):
+            timings = {k: {"error": x} if isinstance(x, str) else x for k, x in timings.items()}
+        found += _errors(timings, name)
+    return found
+
+
+def find_left(rows: Sequence[Row]) -> list[str]:
+    """Returns what a stage has not measured yet: rows marked `unfinished`, names in `left`."""
+    marked = [row_name(row) or "a row" for row in rows if row.get("unfinished")]
+    return marked + [str(name) for row in rows for name in row.get("left", ())]
+
+
+def _summarize_machine(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        lines += [f"{row['device']}: {versions}", f"clocks as found: {row['clocks']}"]
+        lines.append(
+            f"ceilings: product {row['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, copy "
+            f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+        )
+    return lines
+
+
+def _summarize_tests(rows: Sequence[Row]) -> list[str]:
+    counts = Counter(row["outcome"] for row in rows if row.get("outcome"))
+    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items())] if counts else []
+
+
+def _summarize_kernels(rows: Sequence[Row]) -> list[str]:
+    count = len(contests(rows))
+    return [f"{count} contests"] if count else []
+
+
+def _summarize_training(rows: Sequence[Row]) -> list[str]:
+    return [describe(row) for row in rows if row.get("suite") == "gpu" and "error" not in row]
+
+
+SUMMARIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "machine": _summarize_machine,
+    "tests": _summarize_tests,
+    "kernels": _summarize_kernels,
+    "tune": _summarize_kernels,
+    "training": _summarize_training,
+}
+
+
+def summarize(stage: str, rows: Sequence[Row]) -> list[str]:
+    """Returns a stage's figures as lines; a damaged result is a line too."""
+    default = lambda rows: [f"{len(rows)} rows"] if rows else []
+    try:
+        return SUMMARIES.get(stage, default)(rows)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [f"its result has another form than expected: {type(error).__name__} {error}"]

@@ -1,0 +1,271 @@
+"""Suite first-day, with small programs as stages: some are slow, wrong, hang or crash."""
+
+import argparse
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from jaxtrain import bench
+from jaxtrain.benchmarks import (
+    first_day,
+    first_day_results,
+    first_day_stages,
+    gpu_tests,
+    gpu_training,
+    suites,
+)
+from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv
+
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+kind, path, minutes = sys.argv[1], pathlib.Path(sys.argv[2]), float(sys.argv[3])
+until = time.monotonic() + 60 * minutes
+if kind == "hang":
+    time.sleep(60)
+if kind == "crash":
+    print("an illegal memory access", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+if kind == "garbage":
+    path.write_text("{")
+if kind == "wrong":
+    timing = {"median_s": 1e-6}
+    contests = {"attention": {"kernel": "wrong: off by 0.3", "xla": timing}}
+    contests |= {"norm": {"kernel": timing, "xla": timing}}
+    path.write_text(json.dumps({"contests": contests}))
+if kind == "good":
+    path.write_text(json.dumps({"value": 1}))
+if kind == "slow":  # a row takes 0.2 s; the one that is running when the time is up is lost
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    while len(rows) < 4 and time.monotonic() + 0.2 < until:
+        time.sleep(0.2)
+        rows.append(os.getpid())
+        path.write_text(json.dumps({"rows": rows, "left": ["more"] if len(rows) < 4 else []}))
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """Returns a function that runs a slice with fake stages: (exit status, output, record)."""
+    monkeypatch.setattr(first_day_stages, "LEAST_MINUTES", 0.004)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    out = tmp_path / "day"
+
+    def run(stages, minutes=1.0, names=()):
+        lines = []
+        args = argparse.Namespace(out=out, minutes=minutes, tiny=True, stages=list(names))
+        status = first_day.run_suite(args, lines.append, stages)
+        record = json.loads((out / first_day.RECORD).read_text())
+        return status, "\n".join(lines), record["stages"]
+
+    run.out = out
+    return run
+
+
+def fake(kind, minutes=1.0, **fields):
+    command = f"{{python}} {{dir}}/../program.py {kind} {{dir}}/{kind}.json {{minutes}}"
+    return Stage(kind, minutes, command, "", f"{kind}.json", **fields)
+
+
+def test_a_stage_that_hangs_crashes_or_writes_no_result_costs_only_itself(suite):
+    kinds = ("hang", "crash", "garbage", "silent", "good")
+    stages = [fake(kind, 0.015 if kind == "hang" else 1.0) for kind in kinds]
+    status, output, record = suite(stages)
+    assert status == 1
+    assert {name: entry["state"] for name, entry in record.items()} == {
+        "hang": "stopped",
+        "crash": "failed",
+        "garbage": "failed",
+        "silent": "failed",
+        "good": "done",
+    }
+    assert "used all of its 0.015 minutes" in record["hang"]["reason"]
+    assert "SIGSEGV" in record["crash"]["reason"]
+    assert "an illegal memory access" in record["crash"]["reason"]
+    assert "JSONDecodeError" in record["garbage"]["reason"]
+    assert "FileNotFoundError" in record["silent"]["reason"]
+    failed = output.partition("Failed or skipped:")[2]
+    assert all(f"  {kind}: " in failed for kind in kinds[:-1]) and "  good: " not in failed
+    assert "Continue" not in failed and "--stages=hang,crash,garbage,silent" in failed
+    started = {name: len(entry["calls"]) for name, entry in record.items()}
+    again = suite(stages, names=["crash"])[2]  # only what is named runs again
+    counts = {name: len(entry["calls"]) for name, entry in again.items()}
+    assert counts == started | {"crash": 2}
+
+
+def test_slices_continue_where_the_last_one_stopped_and_repeat_nothing(suite):
+    stages = [fake("good"), fake("slow")]
+    rows, calls = [], 0
+    for _ in range(6):
+        _, output, record = suite(stages, minutes=0.016)
+        result = suite.out / "slow.json"
+        before, rows = rows, json.loads(result.read_text())["rows"] if result.exists() else []
+        assert rows[: len(before)] == before
+        calls += 1
+        if record["slow"]["state"] == "done":
+            break
+        assert record["slow"]["state"] in ("unfinished", "waiting")
+        assert "Continue: python -m jaxtrain.bench --suite=first-day --minutes=0.016" in output
+    assert len(rows) == 4 and calls > 1
+    assert len(record["good"]["calls"]) == 1
+    assert "Left:\n  nothing" in output
+
+
+def test_the_plan_of_the_minutes_comes_first_and_fits_the_slice(suite):
+    _, output, _ = suite([fake("good", 0.2), fake("slow", 2.0)], minutes=0.5)
+    plan = output.partition("its output goes")[0].splitlines()
+    assert [line.split() for line in plan[2:4]] == [
+        ["good", "waiting", "0.0", "0.2", "0.2"],
+        ["slow", "waiting", "0.0", "2", "0.3"],
+    ]
+
+
+def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
+    status, output, record = suite([fake("wrong")])
+    assert status == 1 and record["wrong"]["state"] == "done"
+    assert "wrong: attention, kernel: wrong: off by 0.3" in output
+    assert "norm" not in output.partition("Failed")[2]
+
+
+def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):
+    def interrupted(argv, output, limit_s, env):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(first_day, "run_process_group", interrupted)
+        suite([fake("good", 3.0)])
+    entry = json.loads((suite.out / first_day.RECORD).read_text())["stages"]["good"]
+    assert entry["state"] == "unfinished" and entry["used_s"] == pytest.approx(60, abs=1)
+    assert suite([fake("good", 3.0)])[2]["good"]["state"] == "done"
+
+
+def test_a_trial_and_a_measurement_never_share_a_folder(tmp_path):
+    day = first_day.FirstDay(tmp_path, 1.0, True, print)
+    day._save()
+    with pytest.raises(first_day.FirstDayError, match="is a trial, which --tiny continues"):
+        first_day.FirstDay(tmp_path, 1.0, False, print)
+    path = tmp_path / first_day.RECORD
+    path.write_text(json.dumps(day.record | {"tiny": False, "card": "NVIDIA A40"}))
+    with pytest.raises(first_day.FirstDayError, match="is no trial"):
+        first_day.FirstDay(tmp_path, 1.0, True, print)
+
+
+def test_results_of_another_card_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_day, "has_gpu", lambda: True)
+    monkeypatch.setattr(first_day, "gpu_clocks", lambda: "NVIDIA A40, 535.1, 1740 MHz")
+    first_day.FirstDay(tmp_path, 1.0, False, print)._save()
+    monkeypatch.setattr(first_day, "gpu_clocks", lambda: "NVIDIA H100, 535.1, 1980 MHz")
+    with pytest.raises(first_day.FirstDayError, match="this card, NVIDIA H100; got .*NVIDIA A40"):
+        first_day.FirstDay(tmp_path, 1.0, False, print)
+
+
+def test_two_calls_cannot_use_one_folder(tmp_path):
+    with first_day.lock_folder(tmp_path), pytest.raises(first_day.FirstDayError, match="in use"):
+        with first_day.lock_folder(tmp_path):
+            pass
+
+
+def test_wrong_flags_of_the_suite_are_errors(tmp_path, capsys):
+    for flags in ("--suite=first-day", "--suite=cpu --out=x", "--suite=cpu --resume"):
+        with pytest.raises(SystemExit):
+            bench.parse(flags.split())
+    assert capsys.readouterr().err.count("needs --") == 3
+    common = ["--suite=first-day", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit, match="--stages must be of machine, tests, .*; got kernel"):
+        bench.main([*common, "--tiny", "--stages=kernel"])
+    with pytest.raises(SystemExit, match="first-day needs a GPU; got none"):
+        bench.main(common)
+
+
+def test_the_stages_commands_are_those_of_modules_that_exist(tmp_path):
+    for stage in STAGES:
+        for tiny in (False, True):
+            argv = build_argv(stage, tmp_path, 5.0, tiny and stage.tiny is not None)
+            assert argv[1] == "-m" and not [word for word in argv if "{" in word]
+            assert any(str(tmp_path) in word for word in argv)
+    training = build_argv(STAGES[[s.name for s in STAGES].index("training")], tmp_path, 5.0, False)
+    args = bench.parse(training[3:])
+    assert args.resume and args.minutes == 5.0 and args.json == f"{tmp_path}/training.jsonl"
+
+
+TESTS = """
+import os
+def test_a(): pass
+def test_ab(): assert 1 == 2
+def test_b(): os._exit(3)
+def test_c(): pass
+"""
+
+
+def test_tests_resume_and_one_that_kills_its_process_runs_last(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("")
+    (tmp_path / "tests" / "test_x.py").write_text(TESTS)
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setitem(gpu_tests.SELECTED, True, ("tests",))
+    monkeypatch.setenv("PYTHONPATH", str(bench.Path(bench.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "tests.jsonl"
+    names = [f"tests/test_x.py::{name}" for name in ("test_a", "test_ab", "test_b", "test_c")]
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        assert gpu_tests.main(["--tiny", f"--out={out}"]) == 1
+        rows = first_day_results.read_rows(out)
+        assert [row["test"] for row in rows] == names[:3]
+        assert [row.get("outcome") for row in rows] == ["passed", "failed", None]
+        assert first_day_results.find_left(rows) == [names[2]]
+        assert all(row["tiny"] for row in rows)
+        assert gpu_tests.main(["--tiny", f"--out={out}"]) == 1
+    assert gpu_tests.read_outcomes(out) == {
+        names[0]: "passed",
+        names[1]: "failed",
+        names[2]: "started",
+        names[3]: "passed",
+    }
+    [problem] = first_day_results.find_problems(first_day_results.read_rows(out))
+    assert problem.startswith(f"{names[1]}: ") and "assert 1 == 2" in problem
+
+
+def test_tests_are_skipped_with_a_reason_where_the_checkout_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    assert gpu_tests.main([f"--out={tmp_path}/tests.jsonl"]) == 0
+    [row] = first_day_results.read_rows(tmp_path / "tests.jsonl")
+    assert "no tests beside" in row["skipped"]
+
+
+STEP = {"step_s": 0.5, "optimizer_s": 0.05, "optimizer_range_s": [0.04, 0.06], "host_s": 0.01}
+STEP |= {"tokens_per_step": 1_024, "tokens_per_s": 2_048.0, "step_p95_s": 0.5, "peak_bytes": None}
+
+
+def test_the_gpu_suite_continues_with_the_rows_that_were_not_finished(tmp_path, monkeypatch):
+    """The first call's time ends in PyTorch's row; our row fails; the second call has all day."""
+    started, path = [], tmp_path / "rows.jsonl"
+
+    def run_child(module, job, folder, limit_s, env):
+        started.append((module, job.kind))
+        if job.kind == "about":
+            return {"device": "cpu", "matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e10}
+        if module == "torch_child" and len(started) < 4:
+            return {"error": "killed", "timed_out": True}
+        return {"error": "exit status 1"} if module == "jax_child" else STEP
+
+    monkeypatch.setattr(gpu_training, "run_child", run_child)
+    monkeypatch.setattr(suites, "_require_torch", lambda variants_without: None)
+    argv = "--suite=gpu --tiny --resume --minutes=2 --sizes=gpt_124m --optimizers=adamw".split()
+    bench.main([*argv, f"--json={path}"])
+    modules = ["jax_child", "jax_child", "torch_child", "jax_child"]  # the last is the warm start
+    assert [module for module, _ in started] == modules
+    rows = first_day_results.read_rows(path)
+    assert first_day_results.find_left(rows) == ["gpt_124m adamw pytorch step"]
+    assert not any(row.get("timed_out") for row in rows)
+    bench.main([*argv, f"--json={path}"])
+    assert started[4:] == [("torch_child", "train")]
+    names = [first_day_results.row_name(row) for row in first_day_results.read_rows(path)]
+    cases = [f"gpt_124m adamw {ending}" for ending in ("jaxtrain step", "jaxtrain warm start")]
+    assert [name for name in names if name] == ["ceilings", *cases, "gpt_124m adamw pytorch step"]
+    with pytest.raises(SystemExit, match="is a trial, which a measurement cannot continue"):
+        monkeypatch.setattr(gpu_training, "has_gpu", lambda: True)
+        bench.main([word for word in argv if word != "--tiny"] + [f"--json={path}"])
