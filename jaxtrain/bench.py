@@ -43,11 +43,13 @@ Suites for GPUs, which run only if named:
     first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
               call with the same --out continues where the first stopped. In this order: the machine
               (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
-              its rivals, the kernels' tiles, and suite gpu with Muon at all sizes. Each is a
-              process with a limit, a log and a result in --out, and costs only itself if it hangs
-              or crashes. Prints a plan of the minutes first, and at its end what is measured, what
-              failed and why, what is left, and the command that continues. A stage that failed or
-              used all its minutes runs again only if --stages names it
+              its rivals, the kernels' tiles, suite gpu with Muon at all sizes, the plan's memory
+              and time beside the measured ones (from which it fits what `jaxtrain plan
+              --calibrated` reads), and two steps' time by cause. Each is a process with a limit, a
+              log and a result in --out, and costs only itself if it hangs or crashes. Prints a
+              plan of the minutes first, and at its end what is measured, what failed and why, what
+              is left, and the command that continues. A stage that failed or used all its minutes
+              runs again only if --stages names it. The last two stages need no GPU
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with

@@ -23,7 +23,7 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.files import strict_json, write_atomic
 
 # Sizes for --tiny, which tests a suite on any processor; its figures mean nothing.
-TINY = dict(L=1, D=32, F=64, H=4, G=2, K=8, V=256)
+TINY = dict(L=1, D=32, F=64, H=4, G=2, K=16, V=256)
 TINY_T = 16
 
 

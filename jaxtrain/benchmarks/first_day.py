@@ -165,6 +165,8 @@ class FirstDay:
         entry["calls"].append(call | {"tiny": self.tiny})
         if stage.collect:
             self._collect(stage.collect, start_time)
+        if self.tiny:
+            self._mark_trial(stage)
         self._save()
         ending = f": {entry['reason']}" if entry["reason"] else ""
         self._show(f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}")
@@ -207,6 +209,13 @@ class FirstDay:
             if path.stat().st_mtime >= since:
                 (self.folder / "tuned").mkdir(exist_ok=True)
                 shutil.copy(path, self.folder / "tuned")
+
+    def _mark_trial(self, stage: Stage) -> None:
+        """Adds to every row of a result that it is a trial's."""
+        path = self.folder / stage.result
+        texts = [strict_json(row | {"tiny": True}) for row in self._rows(stage)]
+        if texts:
+            write_atomic(path, "\n".join(texts) + "\n")
 
     def _rows(self, stage: Stage) -> list[dict[str, Any]]:
         """Returns a stage's rows; [] if it has none that can be read."""

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtrain.benchmarks.gpu_results import describe
 
 Row = dict[str, Any]
+TOP_CAUSES = 6  # of a profile, to print
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -97,12 +98,42 @@ def _summarize_training(rows: Sequence[Row]) -> list[str]:
     return [describe(row) for row in rows if row.get("suite") == "gpu" and "error" not in row]
 
 
+def _summarize_plan(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for plan in rows:
+        for row in plan["rows"]:
+            ms = {name: f"{1e3 * row[f'{name}_s']:.1f}" for name in ("measured", "bound")}
+            calibrated_s = row.get("calibrated_s")
+            fitted = "" if calibrated_s is None else f", calibrated {1e3 * calibrated_s:.1f}"
+            peaks = [row["measured_bytes"], row["planned_on_card_bytes"], row["planned_bytes"]]
+            gib = ["unknown" if peak is None else f"{peak / 2**30:.1f}" for peak in peaks]
+            lines.append(
+                f"{row['case']}: {ms['measured']} ms, bound {ms['bound']}{fitted}; peak {gib[0]} "
+                f"GiB, compiled {gib[1]}, planned {gib[2]}"
+            )
+        lines += [f"{plan['chip']}: {plan['calibration']}"] if "calibration" in plan else []
+    return lines
+
+
+def _summarize_profile(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        causes = list(row["by_cause_s"].items())[:TOP_CAUSES]
+        total_s = sum(row["by_cause_s"].values())
+        shares = "; ".join(f"{cause} {seconds / total_s:.1%}" for cause, seconds in causes)
+        idle = row["idle_s"] / row["span_s"]
+        lines.append(f"{row['trace']}: {1e3 * row['span_s']:.1f} ms, {idle:.1%} idle: {shares}")
+    return lines
+
+
 SUMMARIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "machine": _summarize_machine,
     "tests": _summarize_tests,
     "kernels": _summarize_kernels,
     "tune": _summarize_kernels,
     "training": _summarize_training,
+    "plan": _summarize_plan,
+    "profile": _summarize_profile,
 }
 
 

@@ -49,6 +49,22 @@ STAGES = (
         "--tiny --sizes=gpt_124m --variants=jaxtrain --optimizers=adamw",
         "training.jsonl",
     ),
+    Stage(
+        "plan",
+        10,
+        _BENCHMARKS + "plan_check {dir} --minutes={minutes}",
+        "--tiny",
+        "plan.json",
+        needs_gpu=False,
+    ),
+    Stage(
+        "profile",
+        3,
+        "{python} -m jaxtrain.profile {dir}/traces --json={dir}/profile.jsonl",
+        "",
+        "profile.jsonl",
+        needs_gpu=False,
+    ),
 )
 
 

@@ -20,6 +20,7 @@ GPU = re.compile(r"/device:(?!CUSTOM)")
 STREAM = "Stream"
 HOST = "/host:CPU"
 NS = 1e-9
+CAUSES = "causes.json"  # in a trace's folder: {operation of the program: what it does}
 COLLECTIVE = re.compile(
     r"(all-?reduce|all-?gather|reduce-?scatter|all-?to-?all|collective-?permute|nccl)", re.I
 )
