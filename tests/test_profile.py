@@ -1,3 +1,4 @@
+import json
 import types
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from jaxtrain import profile
 from jaxtrain.reporting import profile_trace
 from jaxtrain.reporting.profile_trace import (
+    CAUSES,
     Device,
     TracedOp,
     find_traces,
@@ -55,6 +57,23 @@ def test_the_command_prints_planes_devices_and_the_longest_operations(traced, ca
     shown = capsys.readouterr().out
     assert "planes read: /host:CPU; skipped:" in shown and "% idle" in shown
     assert "host: 3 steps of" in shown and "1 others" not in shown.split("own ms")[0]
+
+
+def test_the_time_by_cause_adds_up_to_the_time_of_all_operations(traced, tmp_path, capsys):
+    trace = read_trace(*find_traces(traced))
+    names = [row.op for row in trace.devices[0].by_op()]
+    folder = find_traces(traced)[0].parents[3]
+    (folder / CAUSES).write_text(json.dumps({names[0]: "products, forward"}))
+    try:
+        profile.main([str(traced), f"--json={tmp_path / 'rows.jsonl'}"])
+    finally:
+        (folder / CAUSES).unlink()
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    total_s = sum(op.own_s for op in trace.devices[0].ops)
+    assert sum(row["by_cause_s"].values()) == pytest.approx(total_s)
+    assert set(row["by_cause_s"]) == {"products, forward", profile.OTHER_PROGRAM}
+    assert row["idle_s"] == pytest.approx(row["span_s"] - row["busy_s"])
+    assert "products, forward" in capsys.readouterr().out
 
 
 def test_an_error_names_a_folder_without_a_trace(tmp_path):

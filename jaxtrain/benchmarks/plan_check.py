@@ -8,28 +8,25 @@ DIR/calibration.json gets one efficiency for each class of work; see jaxtrain.pl
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it compiles for a GPU but uses none
+import jax
 
-import jax  # noqa: E402
-
-from jaxtrain.benchmarks.child import BenchJob, job_config  # noqa: E402
-from jaxtrain.benchmarks.first_day_results import Row, read_rows  # noqa: E402
-from jaxtrain.benchmarks.processor import provenance  # noqa: E402
-from jaxtrain.file_errors import exit_on_file_error  # noqa: E402
-from jaxtrain.files import strict_json, write_atomic  # noqa: E402
-from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
-from jaxtrain.planning.calibration import fit_calibration  # noqa: E402
-from jaxtrain.planning.hardware import build_hardware  # noqa: E402
-from jaxtrain.planning.search import compiled_figures  # noqa: E402
-from pallas_kernels.arguments import Parser  # noqa: E402
-from pallas_kernels.chip import CHIPS, Chip, find_chip  # noqa: E402
+from jaxtrain.benchmarks.child import BenchJob, job_config
+from jaxtrain.benchmarks.first_day_results import Row, read_rows
+from jaxtrain.benchmarks.processor import provenance
+from jaxtrain.file_errors import exit_on_file_error
+from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.ops.precision import resolve_dtype_for_chip
+from jaxtrain.planning.calibration import fit_calibration
+from jaxtrain.planning.hardware import build_hardware
+from jaxtrain.planning.search import compiled_figures
+from pallas_kernels.arguments import Parser
+from pallas_kernels.chip import CHIPS, Chip, find_chip
 
 TINY_CHIP = "a40"  # that a trial, which has no card, plans for
 
@@ -115,9 +112,9 @@ def check_folder(folder: Path, until_s: float, tiny: bool) -> None:
     for index, step in enumerate(steps):
         result["left"] = [row["case"] for row in steps[index:]]
         if time.monotonic() > until_s:
+            write("plan.json", result)
             return
         result["rows"].append(compare_step(step, chip, folder / "plans"))
-        write("plan.json", result)
     classes_s = [row["class_s"] for row in result["rows"]]
     measured_s = [row["measured_s"] for row in result["rows"]]
     fitted = fit_calibration(chip.name, classes_s, measured_s, about)
