@@ -2,20 +2,23 @@
 
     python -m pallas_kernels.bench --minutes=10 --out=kernels.json
     python -m pallas_kernels.bench --minutes=10 --tune --save    # writes tuned/CHIP.json
+    python -m pallas_kernels.bench --out=kernels.json --resume   # measures what is missing
     JAX_PLATFORMS=cpu python -m pallas_kernels.bench --tiny      # a trial on any machine
 
 --save writes pallas_kernels/tuned/CHIP.json, which training reads: where a kernel was faster, runs
-with similar shapes use it. --tune first searches for each kernel's best tile sizes. --tiny
+with similar shapes use it. --tune also tries a short list of tile sizes for each kernel. --tiny
 interprets the kernels at tiny shapes, to check that everything runs; its times mean nothing.
 
-Each time is the median of 20 samples, with the 10th and 90th percentile, on random data. The other
-implementations are XLA's, cuDNN's and tokamax' (where installed), and PyTorch's (where installed
-with CUDA) on the same arrays, timed by CUDA events. To leave memory for PyTorch, JAX does not
-preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=false, unless set). Speeds are also given as shares of
-the ceiling: what a plain copy and a plain matrix product reach on the same GPU in the same run.
+Before a kernel is timed, its results on random data are compared with float64, at the tolerances of
+the tests, and a second call must give the same bits. A kernel that fails this is reported, and not
+timed or saved. The other implementations are XLA's, cuDNN's and tokamax' (where installed), and
+PyTorch's (where installed with CUDA). Each time is the median of 20 samples, with the 10th and 90th
+percentile. Speeds are also given as shares of the ceiling: what a plain copy and a plain matrix
+product reach on the same GPU in the same run.
 
+Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
 Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure.
+not measure; --resume with the same --out measures them.
 """
 
 import json
@@ -24,186 +27,159 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from pallas_kernels.arguments import Parser
-from pallas_kernels.chip import Chip, detect_chip
-from pallas_kernels.contests import KERNEL, TINY, Contest, Sizes, build_contests
-from pallas_kernels.kernel_choice import TUNED, BenchRow
-from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import OpTiles, default_tiles, kernel_tiles, replace_tiles
-from pallas_kernels.timing import Timing, first_line, time_calls, time_or_error
-from pallas_kernels.torch_contests import measure_torch
+from pallas_kernels.bench_results import as_row, format_results
+from pallas_kernels.child_process import ChildProcess
+from pallas_kernels.contest_child import ContestJob, contests_of, write_json
+from pallas_kernels.contests import Contest
+from pallas_kernels.kernel_choice import TUNED
+from pallas_kernels.search_space import SHORTLIST
+
+COMMAND = sys.executable, "-m", "pallas_kernels.contest_child"
+TUNED_OPS = tuple(SHORTLIST["sm_86"])
+CONTEST_S = 150.0  # a contest without tuning is killed after this time
+TUNE_S = 60.0  # for one contest
+# A child's settings. PyTorch needs memory too, so JAX must not take all of it. XLA's own CUDA
+# graphs are off: kernels inside them could run at the same time, and the times would mean nothing.
+CHILD_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+CHILD_FLAGS = "--xla_gpu_enable_command_buffer="
 
 
-def measure_ceilings(size: int = 8_192) -> dict[str, float]:
-    """Returns the FLOP/s of a bfloat16 product and the bytes/s of a copy on this device."""
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.bfloat16))
-    copy = jax.jit(lambda a: a + 1)
-    return {
-        "matmul_flops_per_s": 2 * size**3 / time_calls(lambda: product(a)).median_s,
-        "copy_bytes_per_s": 2 * a.nbytes / time_calls(lambda: copy(a)).median_s,
-    }
+class Child:
+    """A contest's child process: started early, it imports and then waits for `run`."""
+
+    def __init__(self, job: ContestJob, folder: Path):
+        self.job, self._folder = job, Path(tempfile.mkdtemp(dir=folder))
+        (self._folder / "job.json").write_text(json.dumps(vars(job)))
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {'' if job.tiny else CHILD_FLAGS}"
+        env = CHILD_ENV | os.environ | {"XLA_FLAGS": flags.strip()}
+        argv = [*COMMAND, *(str(self._folder / name) for name in ("job.json", "result.json"))]
+        with open(self._folder / "output.txt", "wb") as output:
+            self.process = ChildProcess(argv, output, env)
+
+    def run(self, limit_s: float) -> dict[str, Any]:
+        """Lets the child do its job. Returns its result, with "error" if it did not finish."""
+        self.process.send_line()
+        status = self.process.wait(limit_s)
+        path = self._folder / "result.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if status == 0:
+            return result
+        lines = (self._folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        reason = f"exit status {status}: {' | '.join(lines[-3:])[-400:]}"
+        if status is None:
+            reason = f"killed after {limit_s:.0f} s"
+        return result | {"error": reason}
 
 
-def measure(contest: Contest, tiles: OpTiles | None, torch_device: str) -> dict[str, Timing | str]:
-    """Times all contestants on the same arrays. Returns {name: Timing, or why it failed}.
-
-    Args:
-        torch_device: where PyTorch runs, "cuda" or "cpu".
-    """
-    arrays, results = contest.arrays(jax.random.key(1)), {}
-    for name, function in contest.contestants(tiles).items():
-        compiled = jax.jit(function)
-        results[name] = time_or_error(lambda compiled=compiled: compiled(*arrays))
-    return results | measure_torch(contest, arrays, torch_device)
+def _is_done(contest: Contest, result: dict[str, Any], tune: bool) -> bool:
+    """Returns whether a contest has its results; the forward's tiles come with both ways."""
+    if tune and (contest.op not in TUNED_OPS or "forward" in contest.name):
+        return True
+    return bool(result.get("done")) and (not tune or "tried" in result)
 
 
-def _kernel_seconds(contest, tiles, arrays) -> float:
-    kernel = jax.jit(contest.contestants(tiles)[KERNEL])
-    return time_calls(lambda: kernel(*arrays), samples=5).median_s
+class Bench:
+    """One run of the bench; the GPU is used only by its children."""
 
+    def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
+        self._args, self._folder, self._show = args, folder, show
+        self._until = time.monotonic() + 60 * args.minutes
+        self.results: dict[str, Any] = {"contests": {}}
+        if args.resume and args.out.exists():
+            self.results = json.loads(args.out.read_text())
 
-def best_body(contest: Contest, arch: str, show: Callable[[str], None]) -> tuple[float, Any]:
-    """Returns (seconds, tiles) of the fastest of the op's bodies, each at its default tiles."""
-    arrays = contest.arrays(jax.random.key(1))
-    best_s, best = float("inf"), default_tiles(contest.op, arch)
-    for body, tiles in zip(("Triton", "Mosaic"), default_bodies(contest.op, arch), strict=False):
-        try:
-            seconds = _kernel_seconds(contest, tiles, arrays)
-        except Exception as error:
-            show(f"{contest.name}: the {body} body failed: {first_line(error)}")
-            continue
-        show(f"{contest.name}: the {body} body took {seconds * 1e6:.1f} us")
-        if seconds < best_s:
-            best_s, best = seconds, tiles
-    return best_s, best
+    def _left_s(self) -> float:
+        return self._until - time.monotonic()
 
+    def measure_device(self) -> None:
+        """Measures the device and its ceilings.
 
-def tune(contest: Contest, arch: str, until: float, show: Callable[[str], None]) -> OpTiles | None:
-    """Returns the fastest tiles of the search space, found one kernel at a time.
+        Raises:
+            ValueError: the device cannot be used, or --out holds results of another one.
+        """
+        device = Child(ContestJob(tiny=self._args.tiny), self._folder).run(CONTEST_S)
+        if "error" in device:
+            raise ValueError(device["error"])
+        before = self.results.get("device")
+        if before not in (None, device["device"]):
+            raise ValueError(
+                f"--resume must continue on the same device; {self._args.out} is of {before}, this "
+                f"is {device['device']}. Set another --out."
+            )
+        facts = {k: v for k, v in device.items() if k != "contests"}
+        self.results |= facts | {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        if self._args.tiny:
+            self.results["trial"] = "interpreted at tiny shapes; the times mean nothing"
+        self._show(f"{device['device']}, jax {device['jax']}: {facts}")
 
-    Args:
-        until: the value of time.monotonic() at which the search stops.
-    """
-    arrays, (best_s, best) = contest.arrays(jax.random.key(1)), best_body(contest, arch, show)
-    for kernel, tiles in candidates(contest.op, arch):
-        if time.monotonic() > until:
-            show(f"  time is up: the search for {contest.name} is incomplete")
-            break
-        tried = replace_tiles(best, kernel, kernel_tiles(tiles, kernel))
-        try:
-            seconds = _kernel_seconds(contest, tried, arrays)
-        except Exception:  # needs too much shared memory: not a candidate here
-            continue
-        if seconds < best_s:
-            best_s, best = seconds, tried
-    return best
+    def run(self, contests: list[Contest]) -> None:
+        """Runs the contests that are not done: first at the default tiles, then tuned."""
+        args, stored = self._args, self.results["contests"]
+        jobs = []
+        for tune in (False, True) if args.tune else (False,):
+            jobs += [(c, tune) for c in contests if not _is_done(c, stored.get(c.name, {}), tune)]
+        waiting = self._start(jobs[0]) if jobs else None
+        for i, (contest, tune) in enumerate(jobs):
+            child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
+            if child is None or self._left_s() < 0:
+                what = "tuned" if tune else "measured"
+                self._show(f"{contest.name}: not {what}, the {args.minutes:g} minutes are up")
+                if child:
+                    child.process.kill()
+                continue
+            limit_s = CONTEST_S + (TUNE_S if tune else 0.0)
+            result = child.run(max(min(limit_s, self._left_s()), 1.0))
+            if "error" in result and stored.get(contest.name, {}).get("done"):
+                result = stored[contest.name] | {"tuning_error": result["error"]}
+            elif tune:
+                before = stored.get(contest.name, {}).get("contestants", {})
+                torch = {name: before[name] for name in before if name.startswith("torch")}
+                result["contestants"] = torch | result.get("contestants", {})
+            stored[contest.name] = result
+            self._show("\n".join(format_results(contest, result, self.results, args.tiny)))
+            self._write(contests)
 
+    def _start(self, job: tuple[Contest, bool]) -> Child | None:
+        contest, tune = job
+        if self._left_s() < 0:
+            return None
+        tune_s = TUNE_S if tune else 0.0
+        return Child(ContestJob(contest.name, tune_s, self._args.tiny), self._folder)
 
-def as_row(
-    contest: Contest, chip: str, tiles: OpTiles | None, results: dict[str, Timing | str]
-) -> BenchRow | None:
-    """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
-
-    PyTorch's times do not count, because training, which runs in JAX, cannot use PyTorch.
-    """
-    timed = {
-        name: timing
-        for name, timing in results.items()
-        if isinstance(timing, Timing) and not name.startswith("torch")
-    }
-    if KERNEL not in timed or len(timed) < 2:
-        return None
-    other = min((name for name in timed if name != KERNEL), key=lambda name: timed[name].median_s)
-    return BenchRow(
-        contest.op,
-        chip,
-        "bfloat16",
-        contest.shape,
-        jax.__version__,
-        tiles,
-        timed[KERNEL].median_s,
-        other,
-        timed[other].median_s,
-        f"{datetime.now(UTC):%Y-%m-%d}",
-        " ".join(["python", "-m", "pallas_kernels.bench", *sys.argv[1:]]),
-    )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file atomically: a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-
-
-def format_results(
-    contest: Contest, results: dict[str, Timing | str], ceiling: dict[str, float]
-) -> Iterator[str]:
-    """Yields a line per contestant: time, speed, share of the ceiling, time over the kernel's."""
-    yield contest.name
-    kernel = results[KERNEL]
-    for name, timing in results.items():
-        if isinstance(timing, str):
-            yield f"  {name:14} failed: {timing}"
-            continue
-        flops, moved = (x / timing.median_s for x in (contest.flops, contest.hbm_bytes))
-        share = max(flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"])
-        ratio = "" if isinstance(kernel, str) else f" {timing.median_s / kernel.median_s:5.2f}x"
-        yield (
-            f"  {name:14} {timing!s:28} {flops / 1e12:7.1f} TFLOP/s {moved / 1e9:7.0f} GB/s "
-            f"{share:4.0%} of the ceiling{ratio}"
-        )
-
-
-def _choose_tiles(contest, arch, args, until, show):
-    if args.tune:
-        return tune(contest, arch, until, show)
-    if len(default_bodies(contest.op, arch)) > 1:
-        return best_body(contest, arch, show)[1]
-    return default_tiles(contest.op, arch)
+    def _write(self, contests: list[Contest]) -> None:
+        if self._args.out:
+            write_json(self._args.out, self.results)
+        if not self._args.save:
+            return
+        rows = []
+        for contest in contests:
+            contestants = self.results["contests"].get(contest.name, {}).get("contestants", {})
+            row = as_row(contest, self.results["chip"], contestants, self.results["jax"])
+            if row and "forward" not in contest.name:  # training needs both directions
+                rows.append(row._asdict())
+        write_json(TUNED / f"{self.results['chip']}.json", rows)
 
 
 def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs all contests, or as many as the time allows, and returns the results that it writes."""
-    until = time.monotonic() + 60 * args.minutes
-    chip: Chip | None = None if args.tiny else detect_chip()
-    arch, chip_name = (chip.arch, chip.name) if chip else ("sm_86", "")
-    device = jax.devices()[0].device_kind
-    ceiling = measure_ceilings(256 if args.tiny else 8_192)
-    show(f"{device}, jax {jax.__version__}: {ceiling}")
-    results: dict[str, Any] = {"jax": jax.__version__, "device": device, **ceiling}
-    results |= {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%d}", "contests": {}}
-    rows = {}
-    for contest in build_contests(TINY if args.tiny else Sizes(), args.tiny):
-        if time.monotonic() > until:
-            show(f"{contest.name}: not measured, the {args.minutes:g} minutes are up")
-            continue
-        tiles = _choose_tiles(contest, arch, args, until, show)
-        timings = measure(contest, tiles, "cpu" if args.tiny else "cuda")
-        show("\n".join(format_results(contest, timings, ceiling)))
-        results["contests"][contest.name] = {
-            name: t if isinstance(t, str) else t._asdict() for name, t in timings.items()
-        }
-        row = as_row(contest, chip_name, tiles, timings)
-        if row and "forward" not in contest.name:  # training needs both directions
-            rows[(row.op, row.shape)] = row._asdict()
-        if args.out:
-            write_json(args.out, results)
-        if args.save:
-            write_json(TUNED / f"{chip_name}.json", list(rows.values()))
-    return results
+    """Runs all contests, or as many as the time allows, and returns the results that it writes.
+
+    Raises:
+        ValueError: see Bench.measure_device.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Bench(args, Path(folder), show)
+        run.measure_device()
+        contests = contests_of(args.tiny)
+        if args.only:
+            contests = [c for c in contests if any(text in c.name for text in args.only)]
+        run.run(contests)
+    return run.results
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -216,7 +192,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         help="no contest starts after this many minutes; default: 10",
     )
     parser.add_argument(
-        "--tune", action="store_true", help="first search for each kernel's fastest tile sizes"
+        "--tune", action="store_true", help="also try a short list of each kernel's tile sizes"
     )
     parser.add_argument(
         "--save",
@@ -227,21 +203,30 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--out", type=Path, help="write all results to this JSON file after every contest"
     )
     parser.add_argument(
+        "--resume", action="store_true", help="keep the contests that --out already has"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help="run the contests whose name contains one of these texts, such as attention",
+    )
+    parser.add_argument(
         "--tiny",
         action="store_true",
         help="interpret the kernels at tiny shapes, on any device, as a trial",
     )
     args = parser.parse_args(argv)
-    if args.tiny and (args.save or args.tune):
-        parser.error("--tiny measures nothing useful: leave out --save and --tune.")
+    if args.tiny and args.save:
+        parser.error("--tiny measures nothing useful: leave out --save.")
+    if args.resume and not args.out:
+        parser.error("--resume needs --out, the file to continue.")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     try:
-        bench(args)
+        bench(parse(argv))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

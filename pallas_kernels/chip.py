@@ -32,6 +32,7 @@ class Chip:
     nvlink_bytes_per_s: float  # both directions together; 0 means none
     pcie_bytes_per_s: float  # one direction
     source: str
+    nvlink_switched: bool = False  # NVLink joins all GPUs of a host, not pairs
 
     @property
     def arch(self) -> str:
@@ -71,6 +72,7 @@ _A100: dict[str, Any] = {
     "threads_per_sm": 2_048,
     "l2_bytes": 40 << 20,
     "nvlink_bytes_per_s": 600 * GB,
+    "nvlink_switched": True,
     "pcie_bytes_per_s": 32 * GB,
     "source": "NVIDIA A100 datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4-web",
 }
@@ -87,6 +89,7 @@ _H100_SXM: dict[str, Any] = _HOPPER | {
     "sms": 132,
     "clock_ghz": 1.98,
     "nvlink_bytes_per_s": 900 * GB,
+    "nvlink_switched": True,
 }
 
 # Compute capability, shared memory and threads are from the CUDA C++ Programming Guide, table of
@@ -122,6 +125,19 @@ CHIPS = {
             **_AMPERE_86,
         ),
         Chip(
+            name="a10",
+            kind="NVIDIA A10",
+            peak_flops=_peaks(125.0, 62.5, 31.2),
+            hbm_bytes_per_s=600 * GB,
+            hbm_bytes=24 * GB,
+            sms=72,
+            clock_ghz=1.695,
+            l2_bytes=6 << 20,
+            nvlink_bytes_per_s=0.0,
+            source="NVIDIA A10 datasheet, 2021-03; NVIDIA GA102 whitepaper v2.1 for the cache",
+            **_AMPERE_86,
+        ),
+        Chip(
             name="a100_40gb",
             kind="NVIDIA A100-SXM4-40GB",
             hbm_bytes_per_s=1_555 * GB,
@@ -134,6 +150,19 @@ CHIPS = {
             hbm_bytes_per_s=2_039 * GB,
             hbm_bytes=80 << 30,
             **_A100,
+        ),
+        Chip(
+            name="l40",
+            kind="NVIDIA L40",
+            peak_flops=_peaks(181.05, 90.5, 90.5),
+            hbm_bytes_per_s=864 * GB,
+            hbm_bytes=48 << 30,
+            sms=142,
+            clock_ghz=2.49,
+            l2_bytes=96 << 20,
+            nvlink_bytes_per_s=0.0,
+            source="NVIDIA L40 datasheet, 2023-01; NVIDIA Ada whitepaper for the cache",
+            **_ADA_89,
         ),
         Chip(
             name="l40s",
@@ -161,6 +190,18 @@ CHIPS = {
             **_HOPPER,
         ),
         Chip(
+            name="h100_nvl",
+            kind="NVIDIA H100 NVL",
+            peak_flops=_peaks(835.5, 417.5, 60.0),
+            hbm_bytes_per_s=3_938 * GB,
+            hbm_bytes=94 * GB,
+            sms=132,
+            clock_ghz=1.785,
+            nvlink_bytes_per_s=600 * GB,
+            source="NVIDIA H100 datasheet, 2024; NVIDIA H100 NVL product brief PB-11773-001",
+            **_HOPPER,
+        ),
+        Chip(
             name="h100",
             kind="NVIDIA H100 80GB HBM3",
             hbm_bytes_per_s=3_352 * GB,
@@ -174,6 +215,22 @@ CHIPS = {
             hbm_bytes_per_s=4_800 * GB,
             hbm_bytes=141 * GB,
             source="NVIDIA H200 datasheet, 2024",
+            **_H100_SXM,
+        ),
+        Chip(
+            name="gh200",
+            kind="NVIDIA GH200 480GB",  # 480 GB are the CPU's
+            hbm_bytes_per_s=4_000 * GB,
+            hbm_bytes=96 * GB,
+            source="NVIDIA GH200 datasheet, 2023, with 96 GB of HBM3",
+            **_H100_SXM,
+        ),
+        Chip(
+            name="gh200_144gb",
+            kind="NVIDIA GH200 144G HBM3e",
+            hbm_bytes_per_s=4_900 * GB,
+            hbm_bytes=144 * GB,
+            source="NVIDIA GH200 datasheet, 2023, with 144 GB of HBM3e",
             **_H100_SXM,
         ),
     )
@@ -193,6 +250,16 @@ def find_chip(name: str) -> Chip:
     return CHIPS[name]
 
 
+def explain_unknown(kind: str) -> str:
+    """Returns why a Device.device_kind has no entry in CHIPS, and what to do."""
+    if " MIG " in kind:
+        return (
+            f"{kind!r} is a MIG slice, with a part of a GPU's multiprocessors and bandwidth; "
+            "nvidia-smi -mig 0 turns MIG off"
+        )
+    return f"{kind!r} has no peak in pallas_kernels/chip.py; add it there, with its source"
+
+
 def detect_chip(device: Any = None) -> Chip:
     """Returns the chip of a jax.Device, by default of the first.
 
@@ -203,7 +270,8 @@ def detect_chip(device: Any = None) -> Chip:
     for chip in CHIPS.values():
         if chip.kind == device.device_kind:
             return chip
+    kind = device.device_kind
     raise ValueError(
-        f"the device must be a GPU of {', '.join(CHIPS)}; got {device.device_kind!r}. Name the "
-        "chip that it resembles, or add it, with its source, to pallas_kernels/chip.py."
+        f"the device must be a whole GPU of {', '.join(CHIPS)}; got {kind!r}. "
+        f"{explain_unknown(kind)}."
     )

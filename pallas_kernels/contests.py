@@ -2,7 +2,7 @@
 
 All contestants of a contest are functions of the same random arrays and return the same results. An
 implementation that is not installed, or that the device does not support, is left out.
-torch_contests.py has PyTorch's contestants.
+torch_contests.py has PyTorch's contestants; correctness.py compares all with float64.
 """
 
 import functools
@@ -19,7 +19,9 @@ from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 
-KERNEL = "kernel"  # our kernel's name among the contestants
+# The largest relative distance from float64, as in tests/test_kernels_references.py: of results in
+# bfloat16, of attention's, and of float32 sums over bfloat16 results.
+HALF, ATTENTION, NATS = 3e-3, 5e-3, 1e-5
 
 
 class Contest(NamedTuple):
@@ -29,23 +31,42 @@ class Contest(NamedTuple):
     name: str
     shape: tuple  # as in kernel_choice.BenchRow
     arrays: Callable[[jax.Array], list[jax.Array]]  # random key -> every contestant's arguments
-    contestants: Callable[[Any], dict[str, Callable]]  # tiles -> {name: function}
+    kernel: Callable[[Any], Callable]  # tiles -> our kernel
+    others: dict[str, Callable]  # {name: another implementation}
+    # The results in float64, from the same numbers: a function of the arrays, called with x64.
+    exact: Callable
+    tolerances: tuple[float, ...]  # of each result
     flops: float
     hbm_bytes: float
 
 
 class Sizes(NamedTuple):
-    """The shapes of all contests; the defaults are those of the shipped models."""
+    """The shapes of all contests; by default those that the shipped models need.
+
+    They are llama_135m, gpt_124m, gpt_350m, gpt_774m, gpt_1558m and llama_1400m, in the order of D.
+    The GPT models share a shape of attention, whose speed does not depend on the number of heads.
+    """
 
     attention: tuple = (  # B, T, H, G, K
         (8, 1_024, 12, 12, 64),
         (4, 2_048, 16, 4, 128),
-        (2, 4_096, 16, 4, 128),
+        (8, 2_048, 9, 3, 64),
+        (2, 4_096, 16, 4, 128),  # of no shipped model
     )
-    norm: tuple = ((8_192, 768), (8_192, 2_048))  # N, D
+    norm: tuple = tuple((8_192, D) for D in (576, 768, 1_024, 1_280, 1_600, 2_048))  # N, D
     qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
-    head: tuple = ((1_024, 768, 50_304), (1_024, 2_048, 50_304))  # N, D, V
-    square: tuple = ((12, 768, 768), (24, 2_048, 2_048))  # X, M, N
+    head: tuple = (  # N, D, V
+        (1_024, 576, 49_152),
+        *((1_024, D, 50_304) for D in (768, 1_024, 1_280, 1_600, 2_048)),
+    )
+    square: tuple = (  # X, M, N
+        (30, 576, 576),
+        (12, 768, 768),
+        (24, 1_024, 1_024),
+        (36, 1_280, 1_280),
+        (48, 1_600, 1_600),
+        (26, 2_048, 2_048),
+    )
 
 
 TINY = Sizes(
@@ -84,28 +105,36 @@ def _vendors_attention():
     return {"cudnn": cudnn, "tokamax": attention}
 
 
+def wide(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns the floating-point arrays in float64, and the others as they are."""
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return [x.astype(jnp.float64) if is_float(x) else x for x in arrays]
+
+
 def _attention(size, backward, interpret):
     B, T, H, G, K = size
 
-    def contestants(tiles):
-        functions = {
-            KERNEL: lambda q, k, v: flash_attention(q, k, v, None, None, tiles, interpret),
-            "xla": flash_attention_reference,
-        }
-        if not interpret:
-            functions |= _vendors_attention()
+    def both_or_one(function):
         if backward:
-            return {name: _with_gradients(f, 3, 3) for name, f in functions.items()}
-        return {name: lambda q, k, v, do, f=f: f(q, k, v) for name, f in functions.items()}
+            return _with_gradients(function, 3, 3)
+        return lambda q, k, v, do: function(q, k, v)
 
+    def kernel(tiles):
+        return both_or_one(lambda q, k, v: flash_attention(q, k, v, None, None, tiles, interpret))
+
+    others = {"xla": flash_attention_reference} | ({} if interpret else _vendors_attention())
+    others = {name: both_or_one(function) for name, function in others.items()}
     shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
     forward_flops = 2 * B * H * K * T * (T + 1)
     return Contest(
         "attention",
         f"attention {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
-        (T, H, G, K),
+        size,
         lambda key: _normal(key, *shapes),
-        contestants,
+        kernel,
+        others,
+        lambda *arrays: others["xla"](*wide(*arrays)),
+        (ATTENTION,) * (4 if backward else 1),
         forward_flops * (3.5 if backward else 1),  # the backward's usual count: 2.5
         4 * B * T * K * (H + G) * (2 if backward else 1),
     )
@@ -113,37 +142,60 @@ def _attention(size, backward, interpret):
 
 def _norm(size, interpret):
     N, D = size
+    reference = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
 
-    def contestants(tiles):
+    def kernel(tiles):
         del tiles
-        kernel = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
-        reference = lambda h, y, gain: add_norm_reference(h, y, gain, None, "rms", 1e-6)
-        return {KERNEL: _with_gradients(kernel, 3, 3), "xla": _with_gradients(reference, 3, 3)}
+        fused = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
+        return _with_gradients(fused, 3, 3)
 
     def arrays(key):
         h, y, ds, dn = _normal(key, *[(N, D)] * 4)
         return [h, y, jnp.ones(D), ds, dn]
 
-    return Contest("norm", f"norm both ways {N}x{D}", (D,), arrays, contestants, 0, 16 * N * D)
+    def exact(h, y, *rest):  # starts from the rounded sum, as all implementations do
+        h, y, *rest = wide(h + y, jnp.zeros_like(y), *rest)
+        return _with_gradients(reference, 3, 3)(h, y, *rest)
+
+    return Contest(
+        "norm",
+        f"norm both ways {N}x{D}",
+        (D,),
+        arrays,
+        kernel,
+        {"xla": _with_gradients(reference, 3, 3)},
+        exact,
+        (HALF, HALF, HALF, HALF, NATS),
+        0,
+        16 * N * D,
+    )
 
 
 def _qk_rope(size, interpret):
     B, T, H, K = size
+    reference = functools.partial(qk_rope_reference, eps=1e-6)
 
-    def contestants(tiles):
+    def kernel(tiles):
         del tiles
-        kernel = lambda *args: qk_rope(*args, 1e-6, interpret)
-        reference = functools.partial(qk_rope_reference, eps=1e-6)
-        return {KERNEL: _with_gradients(kernel, 2, 4), "xla": _with_gradients(reference, 2, 4)}
+        return _with_gradients(lambda *args: qk_rope(*args, 1e-6, interpret), 2, 4)
 
     def arrays(key):
         angle_TK = jnp.tile(jnp.arange(T)[:, None] * 1e4 ** -jnp.linspace(0, 1, K // 2), 2)
         x, dy = _normal(key, size, size)
         return [x, jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK), dy]
 
-    hbm_bytes = 10 * B * T * H * K + 8 * T * K
-    name = f"qk_rope both ways {B}x{T}x{H}x{K}"
-    return Contest("qk_rope", name, (K,), arrays, contestants, 0, hbm_bytes)
+    return Contest(
+        "qk_rope",
+        f"qk_rope both ways {B}x{T}x{H}x{K}",
+        (K,),
+        arrays,
+        kernel,
+        {"xla": _with_gradients(reference, 2, 4)},
+        lambda *arrays: _with_gradients(reference, 2, 4)(*wide(*arrays)),
+        (HALF, HALF, NATS),
+        0,
+        10 * B * T * H * K + 8 * T * K,
+    )
 
 
 def _head(size, interpret):
@@ -157,49 +209,65 @@ def _head(size, interpret):
             lse_N = scores.top_N + jnp.log(scores.total_N)
             p_NV = jnp.exp(scores.logits_NV - lse_N[:, None])
             d_NV = (p_NV - jax.nn.one_hot(targets, V)).astype(h.dtype)
-            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            sums = jnp.promote_types(h.dtype, jnp.float32)
+            product = functools.partial(jnp.einsum, preferred_element_type=sums)
             dh_ND, dw_VD = product("NV,VD->ND", d_NV, w), product("NV,ND->VD", d_NV, h)
             return lse_N - scores.hit_N, dh_ND, dw_VD
 
         return nats_and_gradients
 
-    def contestants(tiles):
-        tile = tiles["head"] if tiles else None
-        kernel = lambda h, w, y: head_scores(h, w, y, tile, interpret=interpret)
-        return {KERNEL: losses(kernel), "xla": losses(head_scores_reference)}
+    def kernel(tiles):
+        return losses(
+            lambda h, w, y: head_scores(h, w, y, tiles and tiles["head"], interpret=interpret)
+        )
 
-    def arrays(key):
-        return [*_normal(key, (N, D), (V, D)), jax.random.randint(key, (N,), 0, V)]
+    def arrays(key):  # logits have about unit variance, as a trained model's do
+        h, w = _normal(key, (N, D), (V, D))
+        return [h, (w * D**-0.5).astype(w.dtype), jax.random.randint(key, (N,), 0, V)]
 
-    hbm_bytes = 2 * (N + V) * D * 3 + 10 * N * V
-    name = f"head both ways {N}x{D}x{V}"
-    return Contest("head", name, (D, V), arrays, contestants, 6 * N * D * V, hbm_bytes)
+    reference = losses(head_scores_reference)
+    return Contest(
+        "head",
+        f"head both ways {N}x{D}x{V}",
+        (D, V),
+        arrays,
+        kernel,
+        {"xla": reference},
+        lambda *arrays: reference(*wide(*arrays)),
+        (NATS, HALF, HALF),
+        6 * N * D * V,
+        2 * (N + V) * D * 3 + 10 * N * V,
+    )
 
 
 def _square(size, interpret):
     X, M, N = size
 
-    def contestants(tiles):
-        def kernel(x):
+    def quintic(gram):
+        return symmetric_reference(gram, gram, gram, (2.0, -1.5))
+
+    def kernel(tiles):
+        def gram_and_quintic(x):
             gram = symmetric(x, tiles=tiles["square"], interpret=interpret)
             sums = tiles["square_sum"]
             return symmetric(gram, gram, gram, (2.0, -1.5), tiles=sums, interpret=interpret)
 
-        def reference(x):
-            gram = symmetric_reference(x)
-            return symmetric_reference(gram, gram, gram, (2.0, -1.5))
+        return gram_and_quintic
 
-        return {KERNEL: kernel, "xla": reference}
+    def exact(x):  # the second product starts from the rounded first one, as everywhere
+        (gram,) = wide(symmetric_reference(*wide(x)).astype(x.dtype))
+        return quintic(gram)
 
-    flops = X * M * M * (N + M)  # of one triangle
-    name = f"square and quintic {X}x{M}x{N}"
     return Contest(
         "square",
-        name,
+        f"square and quintic {X}x{M}x{N}",
         (M,),
         lambda key: [x / N**0.5 for x in _normal(key, (X, M, N))],
-        contestants,
-        flops,
+        kernel,
+        {"xla": lambda x: quintic(symmetric_reference(x))},
+        exact,
+        (HALF,),
+        X * M * M * (N + M),  # of one triangle
         2 * X * (M * N + 3 * M * M),
     )
 

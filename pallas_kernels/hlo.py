@@ -2,7 +2,8 @@
 
 The body of a loop counts once per trip if XLA knows the trip count, and once otherwise. A fusion
 reads only the part of an operand that it slices, and writes only the part of a result that it
-updates. Attention kernels count by their formula; other custom calls have bytes but no FLOPs.
+updates. An instruction reads an operand once, however often it is named. call_flops.py has the
+FLOPs of custom calls.
 
 Source: XLA's text form of HLO, https://openxla.org/xla/operation_semantics
 """
@@ -11,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from pallas_kernels.call_flops import PALLAS, custom_call_flops
 
 FREE = frozenset(
     ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id")
@@ -28,6 +31,7 @@ _BRANCHES = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_WORKSPACE = re.compile(r"[su]8\[\d+\]")  # of cuBLAS and cuDNN, which need not use it
 
 
 class Instruction(NamedTuple):
@@ -144,7 +148,8 @@ class Program:
             return self._fusion_bytes(i)
         if i.op.endswith("-start"):  # the result's type contains the operands' types too
             return bytes_of(i.result)
-        return bytes_of(i.result) + sum(bytes_of(types.get(name, "")) for name in i.operands)
+        written = _WORKSPACE.sub("", i.result) if i.op == "custom-call" else i.result
+        return bytes_of(written) + sum(bytes_of(types.get(name, "")) for name in set(i.operands))
 
     def _fusion_bytes(self, i):
         inside = self._called(i)
@@ -172,14 +177,15 @@ class Program:
 
     def _flops(self, i, types):
         """Returns (FLOPs of an instruction's products, the type of their operands)."""
-        if i.op == "dot":
-            return _dot_flops(i, types)
+        if i.op in PRODUCTS:
+            return PRODUCTS[i.op](i, types)
         if i.op in FUSIONS:
             inside = self._called(i)
             types = {j.name: j.result for j in inside}
-            dots = [_dot_flops(j, types) for j in inside if j.op == "dot"]
-            return sum(flops for flops, _ in dots), dots[0][1] if dots else "bfloat16"
-        return _attention_flops(i, types), "bfloat16"
+            found = [PRODUCTS[j.op](j, types) for j in inside if j.op in PRODUCTS]
+            dtypes = [dtype for flops, dtype in found if flops]
+            return sum(flops for flops, _ in found), dtypes[0] if dtypes else "bfloat16"
+        return 0.0, "bfloat16"
 
 
 def _slices(user, name) -> bool:
@@ -193,19 +199,23 @@ def _dot_flops(i, types):
     assert match, f"{i.name} names no contracted dimensions"
     depth = math.prod(sizes[int(dim)] for dim in match[1].split(",") if dim)
     flops = 2 * depth * math.prod(shapes_of(i.result)[0][1])
-    if left in ("bf16", "f16"):
-        return flops, "bfloat16"
-    # XLA multiplies float32 in TF32 unless the precision is "highest".
-    return flops, "float32" if "highest" in i.rest else "tf32"
+    return flops, _peak_of(left, i)
 
 
-# FLOPs of attention's kernels, relative to the causal forward pass
-ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}
+def _peak_of(operand, i) -> str:
+    """Returns the type whose peak limits a product: a key of Chip.peak_flops."""
+    if operand in ("bf16", "f16"):
+        return "bfloat16"
+    # XLA multiplies float32 in TF32 unless the precision is "highest", our kernels in float32.
+    exact = "highest" in i.rest.lower() or any(target in i.rest for target in PALLAS)
+    return "float32" if exact else "tf32"
 
 
-def _attention_flops(i, types):
-    match = re.search(r"flash_attention_(\w+?)/", i.rest) if i.op == "custom-call" else None
-    if not match:
-        return 0
-    (_, (B, T, H, K)), (_, (_, S, _, _)) = (shapes_of(types[o])[0] for o in i.operands[:2])
-    return ATTENTION_WORK[match[1]] * 2 * B * H * K * T * (2 * S - T + 1)
+def _call_flops(i, types):
+    arrays = [shapes_of(types.get(name, "")) for name in i.operands]
+    operands, results = [a[0] for a in arrays if a], shapes_of(i.result)
+    flops = custom_call_flops(i.rest, *([size for _, size in x] for x in (operands, results)))
+    return flops, _peak_of(operands[0][0], i) if flops else "bfloat16"
+
+
+PRODUCTS = {"dot": _dot_flops, "custom-call": _call_flops}  # opcode -> its FLOPs and their type

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.chip import CHIPS
 from pallas_kernels.tiles import (
     AttentionTiles,
     FlashAttentionTiles,
@@ -24,9 +25,12 @@ from pallas_kernels.tiles import (
     default_tiles,
 )
 
-OPS = ("attention", "norm", "qk_rope", "head", "square")
+# op -> the letters of the sizes in a BenchRow's shape
+SHAPES = {"attention": "BTHGK", "norm": "D", "qk_rope": "K", "head": "DV", "square": "D"}
+OPS = tuple(SHAPES)
 TUNED = Path(__file__).parent / "tuned"
 NEAR = 0.5  # a row applies to sizes within a factor of 2**0.5 of its own
+QUERIES = 128  # in a block of attention; a multiprocessor works on at least one block
 
 
 class BenchRow(NamedTuple):
@@ -35,7 +39,7 @@ class BenchRow(NamedTuple):
     op: str
     chip: str
     dtype: str
-    shape: tuple  # attention: T, H, G, K; norm and square: D; qk_rope: K; head: D, V
+    shape: tuple  # as in SHAPES
     jax: str
     tiles: OpTiles | None
     kernel_s: float
@@ -43,15 +47,36 @@ class BenchRow(NamedTuple):
     other_s: float
     date: str
     command: str
+    documents: bool = False  # attention was masked between documents
 
-    def applies_to(self, op: str, chip: str, dtype: str, shape: tuple) -> bool:
-        """Returns whether this row has the op, chip and type, and a similar shape and JAX."""
+    def distance(self, op: str, chip: str, dtype: str, shape: tuple) -> float:
+        """Returns how far a shape is from this row's: the largest log2 ratio of their sizes.
+
+        The distance is infinite if it exceeds NEAR, or if the row has another op, chip, type or
+        JAX. Only sizes that determine the speed count.
+        """
         same = (self.op, self.chip, self.dtype) == (op, chip, dtype)
         # Within one minor series, JAX's compilers differ only by fixes.
         same_jax = self.jax.split(".")[:2] == jax.__version__.split(".")[:2]
-        if not (same and same_jax) or len(shape) != len(self.shape):
-            return False
-        return all(abs(math.log2(a / b)) <= NEAR for a, b in zip(shape, self.shape, strict=True))
+        if not (same and same_jax):
+            return math.inf
+        pairs = zip(
+            *(_what_determines_speed(op, chip, x) for x in (shape, self.shape)), strict=True
+        )
+        farthest = max(abs(math.log2(a / b)) for a, b in pairs)
+        return farthest if farthest <= NEAR else math.inf
+
+
+def _what_determines_speed(op, chip, shape) -> tuple:
+    """Returns the numbers on which the ratio of two implementations' times depends.
+
+    The number of attention's heads does not matter once their blocks fill the chip.
+    """
+    if op != "attention":
+        return shape
+    B, T, H, G, K = shape
+    filled = B * H * T / QUERIES / CHIPS[chip].sms
+    return T, H / G, K, min(filled, 1.0)
 
 
 class BodyChoice(NamedTuple):
@@ -84,6 +109,8 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
         try:
             for values in json.loads(path.read_text()):
                 row = BenchRow(**values)
+                if len(row.shape) != len(SHAPES.get(row.op, "")):
+                    raise ValueError(f"shape={row.shape} of op={row.op}")
                 tiles = _tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
         except (ValueError, TypeError, AttributeError) as error:
@@ -92,15 +119,41 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
 
 
 def _mosaic_row_sizes(op, tiles, shape):
-    """Returns the sizes that a Mosaic body needs to be multiples of 8; none without such a body."""
+    """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
     if all(body_of(kernel) == "triton" for kernel in kernels):
         return ()
-    return shape[3:] if op == "attention" else shape
+    return shape[-1:] if op == "attention" else shape
+
+
+def _nearest_row(rows, documents, *where) -> BenchRow | None:
+    """Returns the row with the nearest shape, the newest if several are; None if no row is near.
+
+    If documents were not measured, a row without them counts where the kernel was faster: it beat
+    cuDNN's attention, which cannot mask documents, and XLA's, which a mask does not make faster.
+    """
+
+    def nearest(documents):
+        near = [row for row in reversed(rows) if row.documents == documents]
+        row = min(near, key=lambda row: row.distance(*where), default=None)
+        return row if row and row.distance(*where) < math.inf else None
+
+    row = nearest(documents)
+    if row is None and documents:
+        row = nearest(False)
+        row = row if row and row.kernel_s < row.other_s else None
+    return row
 
 
 def choose_body(
-    op: str, arch: str, chip: str, dtype: str, shape: tuple, folder: Path = TUNED
+    op: str,
+    arch: str,
+    chip: str,
+    dtype: str,
+    shape: tuple,
+    folder: Path = TUNED,
+    *,
+    documents: bool = False,
 ) -> BodyChoice:
     """Returns the tiles of an op's kernels, and whether they were measured to be faster.
 
@@ -109,18 +162,20 @@ def choose_body(
         arch: a key of TILES.
         chip: a name of the chip table, or "" for a GPU that is not in it.
         dtype: a name, such as "bfloat16".
-        shape: as in BenchRow.
+        shape: as in BenchRow, on one device.
+        documents: whether attention is masked between documents.
     """
-    rows = [row for row in read_rows(folder) if row.applies_to(op, chip, dtype, shape)]
-    if not rows:
+    row = _nearest_row(read_rows(folder), documents, op, chip, dtype, shape)
+    if row is None:
         reason = f"its kernel was not measured on {chip or arch} at this shape"
         return BodyChoice(default_tiles(op, arch), False, reason)
-    row = rows[-1]
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
-    if any(size % 8 for size in sizes):
+    if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
-        reason = f"its fastest body needs sizes that are a multiple of 8; got {got}"
+        reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
         return BodyChoice(default_tiles(op, arch), False, reason)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
+    if documents and not row.documents:
+        reason += ", measured without documents"
     return BodyChoice(row.tiles, ratio < 1, reason)

@@ -1,4 +1,8 @@
-"""The tiles that `bench --tune` tries on a GPU and `audit --sweep` compiles without one."""
+"""The tiles that `audit --sweep` compiles without a GPU, and those that bench --tune tries.
+
+Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, all of which
+compile without spills (test_kernels_audit.py), and differ in what changes the speed.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -9,10 +13,12 @@ from pallas_kernels.tiles import (
     MOSAIC,
     AttentionTiles,
     FlashAttentionTiles,
+    KernelTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
     OpTiles,
     ProductTiles,
+    body_of,
     default_tiles,
     mosaic_tiles,
     replace_tiles,
@@ -88,3 +94,78 @@ def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
         for kernel in kernels:
             for tiles in space(kernel):
                 yield kernel, replace_tiles(default_tiles(op, arch), kernel, tiles)
+
+
+# arch -> op -> kernel -> tiles that bench --tune tries, the most promising first
+SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
+    "sm_86": {
+        "attention": {
+            "forward": (AttentionTiles(64, 64, 4, 3),),
+            "dkv": (AttentionTiles(32, 64, 4, 2),),
+            "dq": (AttentionTiles(64, 32, 4, 2), AttentionTiles(128, 32, 8, 2)),
+        },
+        "head": {
+            "head": (
+                ProductTiles(128, 128, 32, 8, 3),
+                ProductTiles(128, 128, 32, 4, 4),
+                ProductTiles(128, 64, 32, 4, 4),
+                ProductTiles(64, 128, 64, 4, 3),
+                ProductTiles(64, 256, 32, 4, 3),
+            )
+        },
+        "square": {
+            "square": (
+                ProductTiles(128, 128, 32, 8, 3),
+                ProductTiles(128, 128, 32, 4, 4),
+                ProductTiles(64, 64, 64, 4, 3),
+                ProductTiles(64, 64, 32, 4, 4),
+            ),
+            "square_sum": (
+                ProductTiles(128, 128, 32, 8, 4),
+                ProductTiles(64, 64, 64, 4, 3),
+                ProductTiles(64, 64, 32, 4, 4),
+            ),
+        },
+    },
+    "sm_90": {
+        "attention": {
+            "forward": (
+                MosaicAttentionTiles(128, 64, 4),
+                MosaicAttentionTiles(128, 128, 3),
+                MosaicAttentionTiles(128, 64, 2),
+            ),
+            "dkv": (MosaicAttentionTiles(64, 128, 2),),
+            "dq": (MosaicAttentionTiles(128, 64, 2),),
+        },
+        "head": {
+            "head": (
+                MosaicProductTiles(128, 256, 64, 3),
+                MosaicProductTiles(128, 128, 64, 6),
+                MosaicProductTiles(128, 256, 128, 2),
+                ProductTiles(128, 128, 64, 8, 3),
+                ProductTiles(128, 128, 64, 4, 3),
+            )
+        },
+        "square": {
+            "square": (
+                MosaicProductTiles(128, 128, 64, 5),
+                MosaicProductTiles(128, 128, 128, 3),
+                ProductTiles(128, 128, 64, 4, 3),
+            ),
+            "square_sum": (
+                MosaicProductTiles(256, 128, 64, 2),
+                MosaicProductTiles(128, 128, 64, 4),
+                MosaicProductTiles(128, 128, 128, 2),
+            ),
+        },
+    },
+}
+
+
+def shortlist(op: str, arch: str) -> Iterator[tuple[str, KernelTiles]]:
+    """Yields (kernel, tiles) that bench --tune tries: first each kernel's most promising tiles."""
+    kernels = SHORTLIST[arch].get(op, {})
+    for turn in itertools.zip_longest(*kernels.values()):
+        for kernel, tiles in zip(kernels, turn, strict=True):
+            if tiles is not None and (mosaic.USABLE or body_of(tiles) == "triton"):
+                yield kernel, tiles

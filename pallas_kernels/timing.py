@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 SAMPLES = 20
 SAMPLE_S = 5e-3  # a sample repeats the call for about this long, to hide the host's overhead
@@ -21,6 +22,10 @@ class Timing(NamedTuple):
     def __str__(self) -> str:
         low, median, high = (f"{x * 1e6:.1f}" for x in (self.low_s, self.median_s, self.high_s))
         return f"{median} us ({low}-{high})"
+
+    def divided(self, calls: int) -> "Timing":
+        """Returns the timing of one of `calls` equal parts of the call."""
+        return Timing(*(x / calls for x in self))
 
 
 def _time_sample(function, calls) -> float:
@@ -50,13 +55,16 @@ def time_calls(
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first 100 characters of the first line of an error."""
-    return str(error).partition("\n")[0][:100]
+    """Returns the type of an error and the first 200 characters of its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def time_or_error(function: Callable[[], Any], **options: Any) -> Timing | str:
-    """Like time_calls, but returns an error as text: one failure must not stop a comparison."""
-    try:
-        return time_calls(function, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+def measure_ceilings(size: int = 8_192) -> dict[str, float]:
+    """Returns the FLOP/s of a bfloat16 product and the bytes/s of a copy on this device."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.bfloat16))
+    copy = jax.jit(lambda a: a + 1)
+    return {
+        "matmul_flops_per_s": 2 * size**3 / time_calls(lambda: product(a)).median_s,
+        "copy_bytes_per_s": 2 * a.nbytes / time_calls(lambda: copy(a)).median_s,
+    }

@@ -1,18 +1,20 @@
 """PyTorch's contestants of bench: SDPA's flash backend and torch.compile, on the same arrays.
 
-DLPack shares JAX's arrays with PyTorch, so both read the same memory. Times come from CUDA events.
-In a trial without a GPU, torch.compile only traces: generating C++ would take minutes.
+DLPack shares JAX's arrays with PyTorch, so both read the same memory. On a GPU the calls are
+captured in a CUDA graph whose replays are timed by events, so that the time that Python takes to
+launch does not count against PyTorch. In a trial without a GPU, torch.compile only traces:
+generating C++ would take minutes.
 """
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from pallas_kernels.contests import Contest
-from pallas_kernels.timing import Timing, time_or_error
+from pallas_kernels.timing import Timing, first_line, time_calls
 
 
 def why_unavailable(device: str) -> str:
@@ -153,24 +155,49 @@ def _time_sample(function, calls) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
+def _capture(function) -> Callable[[], Any]:
+    """Returns a function that replays the function's calls as one CUDA graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and allocates what later calls keep
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def measure_torch(
-    contest: Contest, arrays: Sequence[jax.Array], device: str
-) -> dict[str, Timing | str]:
-    """Times PyTorch's contestants. Returns {name: Timing, or why it failed}.
+    contest: Contest, inputs: Sequence[Sequence[jax.Array]], device: str
+) -> Iterator[tuple[str, Timing | str]]:
+    """Times PyTorch's contestants. Yields (name, Timing or why it failed).
 
     Args:
+        inputs: sets of arrays that a timed call uses one after another.
         device: "cuda", or "cpu" for a trial.
     """
     reason = why_unavailable(device)
     if reason:
-        return {"torch": reason}
+        yield "torch", reason
+        return
     import torch
 
-    tensors = as_tensors(arrays)
-    results: dict[str, Timing | str] = {}
+    sets = [as_tensors(arrays) for arrays in inputs]
     for name, function in torch_contestants(contest).items():
-        call = lambda function=function: function(*tensors)
-        results[name] = time_or_error(call, time_sample=_time_sample)
+
+        def call(function=function):
+            return [function(*tensors) for tensors in sets]
+
+        try:
+            replay = _capture(call) if device == "cuda" else call
+            timing = time_calls(replay, time_sample=_time_sample).divided(len(sets))
+        except Exception as error:  # one failure must not stop a comparison
+            timing = first_line(error)
+        yield name, timing
     if device == "cuda":
         torch.cuda.empty_cache()  # returns memory that torch's allocator caches, so JAX can use it
-    return results

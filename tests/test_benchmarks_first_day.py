@@ -33,8 +33,8 @@ if kind == "garbage":
     path.write_text("{")
 if kind == "wrong":
     timing = {"median_s": 1e-6}
-    contests = {"attention": {"kernel": "wrong: off by 0.3", "xla": timing}}
-    contests |= {"norm": {"kernel": timing, "xla": timing}}
+    contests = {"attention": {"contestants": {"triton": "wrong: off by 0.3", "xla": timing}}}
+    contests |= {"norm": {"contestants": {"triton": timing, "tokamax": "it is not installed"}}}
     path.write_text(json.dumps({"contests": contests}))
 if kind == "good":
     path.write_text(json.dumps({"value": 1}))
@@ -126,8 +126,11 @@ def test_the_plan_of_the_minutes_comes_first_and_fits_the_slice(suite):
 def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
     status, output, record = suite([fake("wrong")])
     assert status == 1 and record["wrong"]["state"] == "done"
-    assert "wrong: attention, kernel: wrong: off by 0.3" in output
+    assert "wrong: attention, triton: wrong: off by 0.3" in output
     assert "norm" not in output.partition("Failed")[2]
+    rows = first_day_results.read_rows(suite.out / "wrong.json")
+    lines = first_day_results.summarize("kernels", rows)
+    assert lines == ["attention: no correct kernel was timed", "norm: triton 1.0 us"]
 
 
 def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):

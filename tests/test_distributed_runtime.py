@@ -105,6 +105,15 @@ def test_the_deterministic_flag_of_xla_is_added_once(monkeypatch):
     ]
 
 
+def test_deterministic_runs_keep_autotuning_and_use_a_flag_that_this_xla_has():
+    assert "xla_gpu_deterministic_ops" not in DETERMINISTIC_FLAGS
+    argv = [sys.executable, "-c", "import jax; jax.devices()"]
+    env = os.environ | {"XLA_FLAGS": f"{DETERMINISTIC_FLAGS} --xla_gpu_no_such_flag=true"}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    # XLA lists the flags that it does not know, and ends the process.
+    assert "Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag=true" in done.stderr, done.stderr
+
+
 def test_a_user_without_a_home_directory_has_no_compile_cache_and_is_warned(monkeypatch, caplog):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # raises KeyError, as for a bare user id

@@ -47,6 +47,31 @@ def test_the_audit_passes_for_both_chips():
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
 
 
+RAGGED = """
+import jax, jax.numpy as jnp
+from pallas_kernels.chip import find_chip
+from pallas_kernels.head_scores import head_scores
+from pallas_kernels.offline import compile_for
+from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tiles import MosaicProductTiles
+
+square, head = MosaicProductTiles(128, 64, 64, 2), MosaicProductTiles(128, 128, 64, 2)
+array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+compile_for(find_chip("h100"), lambda x: symmetric(x, tiles=square), array(1, 192, 320))
+scores = lambda h, w, y: head_scores(h, w, y, head)
+operands = array(136, 64), array(288, 64), array(136, dtype=jnp.int32)
+print(*compile_for(find_chip("h100"), scores, *operands)[1])
+"""
+
+
+@pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
+def test_mosaic_bodies_compile_at_every_size_that_they_accept():
+    """The interpreter accepts sizes that Mosaic GPU does not compile."""
+    done = run_python("-c", RAGGED, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "head_scores" in done.stdout
+
+
 CASE = next(case for case in CASES if case.name == "symmetric")
 GOOD = KernelReport("symmetric", Resources(200, 0, Counter(HMMA=64)), 128, 136, 32_768)
 
@@ -106,11 +131,13 @@ def test_there_is_a_kernel_wherever_xla_moves_unnecessary_bytes_and_nowhere_else
 
 
 STEP = """
+import re
 import jax
 from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.training.run import build_run, compile_step
 from pallas_kernels.chip import find_chip
+from pallas_kernels.hlo import Program
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask = True, True
@@ -122,6 +149,8 @@ with jax.default_device(devices[0]):
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
 assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
 print(*(route.implementation for route in run.routes.values()))
+counted = [w.instruction.rest for w in Program(text).work() if w.flops]
+print(*sorted({name for rest in counted for name in re.findall(r"(\\w+)\\)*/pallas_call", rest)}))
 """
 
 
@@ -129,7 +158,10 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
     done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fused:sm_86") == 4 and "flash:sm_86" in done.stdout
+    routes, counted = done.stdout.splitlines()
+    assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
+    attention = [f"flash_attention_{name}" for name in ("dkv", "dq", "forward")]
+    assert counted.split() == [*attention, "head_scores", "symmetric", "symmetric_sum"]
 
 
 def test_without_jax_platforms_the_error_shows_the_command_that_works():

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pallas_kernels.chip import CHIPS, detect_chip, find_chip
+from pallas_kernels.chip import CHIPS, detect_chip, explain_unknown, find_chip
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -20,15 +20,39 @@ def test_a_device_that_only_resembles_a_known_chip_is_an_error(kind):
         detect_chip(SimpleNamespace(device_kind=kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 NVL", "h100_nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA GH200 144G HBM3e", "gh200_144gb"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A10", "a10"),
+    ],
+)
+def test_variants_of_a_chip_have_their_own_entries(kind, name):
+    assert detect_chip(SimpleNamespace(device_kind=kind)).name == name
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A30 MIG 2g.12gb"])
+def test_a_mig_slice_is_refused_because_it_has_a_part_of_the_peaks(kind):
+    with pytest.raises(
+        ValueError, match=f"must be a whole GPU of .*'{kind}' is a MIG slice.*mig 0"
+    ):
+        detect_chip(SimpleNamespace(device_kind=kind))
+    assert "a MIG slice" in explain_unknown(kind) and "a MIG slice" not in explain_unknown("cpu")
+
+
 def test_an_unknown_chip_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="one of a40, .*h200; got 'b300'"):
+    with pytest.raises(ValueError, match="one of a40, .*h200, .*; got 'b300'"):
         find_chip("b300")
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_the_peaks_and_sizes_of_a_chip_are_consistent(chip):
     peaks = chip.peak_flops
-    assert peaks["bfloat16"] == peaks["float16"] > peaks["tf32"] > peaks["float32"]
+    assert peaks["bfloat16"] == peaks["float16"] > peaks["tf32"]
+    assert peaks["tf32"] >= peaks["float32"]
     assert chip.shared_bytes_per_block + 1_024 <= chip.shared_bytes_per_sm
     assert 1e11 < chip.hbm_bytes_per_s < 1e13 < peaks["float32"]
     # float32: two FLOPs per lane and clock; a multiprocessor has 64 lanes (A100) or 128

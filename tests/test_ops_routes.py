@@ -2,14 +2,18 @@ import glob
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
+from jax._src import lib
 
 import runs
 from jaxtrain import WANTS_GPU
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.errors import REFUSED
 from jaxtrain.ops import routes as routes_module
+from jaxtrain.ops.cudnn import explain_missing_cudnn
 from jaxtrain.ops.routes import choose_routes, describe_routes
 
 
@@ -47,6 +51,8 @@ def test_a_requested_route_that_cannot_run_is_an_error():
         ({"K": 136}, {"arch": "sm_86"}, "at most 128 on sm_86; got 136"),
         ({"K": 264}, {"arch": "sm_90"}, "at most 256 on sm_90; got 264"),
         ({"G": 2}, {"arch": "sm_86", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
+        ({}, {"arch": "sm_75"}, "it needs sm_80 or later; got sm_75"),
+        ({}, {"arch": "sm_90", "no_cudnn": "cuDNN cannot be loaded"}, "cuDNN cannot be loaded"),
         ({"attention_softcap": 50.0}, {}, "no soft-cap; got model.attention_softcap=50.0"),
     ],
 )
@@ -62,6 +68,27 @@ def test_cudnn_is_not_chosen_where_its_compilation_would_fail(values, where, rea
 def test_cudnn_is_chosen_up_to_its_widest_head(K, arch):
     route = choose_routes(ModelConfig(K=K), False, "gpu", True, arch=arch)["attention"]
     assert route.implementation == "cudnn"
+
+
+def no_library():
+    raise RuntimeError("libcudnn.so.9: cannot open shared object file")
+
+
+@pytest.mark.parametrize(
+    ("backend", "versions", "missing"),
+    [
+        ("gpu", None, True),
+        ("gpu", SimpleNamespace(cudnn_get_version=no_library), True),
+        ("gpu", SimpleNamespace(cudnn_get_version=lambda: 91_000), False),
+        ("cpu", None, False),  # the program is compiled for a GPU that is not present
+    ],
+)
+def test_a_missing_cudnn_is_found_before_a_program_is_compiled(
+    backend, versions, missing, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(lib, "cuda_versions", versions)
+    assert ("cuDNN cannot be loaded" in explain_missing_cudnn()) == missing
 
 
 def test_a_cpu_is_a_fallback_where_a_gpu_is_wanted():

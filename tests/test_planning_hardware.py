@@ -25,5 +25,6 @@ def test_a_link_is_a_known_name_or_a_delay_and_a_rate():
 
 
 def test_the_default_link_is_the_one_that_hosts_with_the_chip_have():
-    chips = ("a40", "h100", "h100_pcie")
-    assert [parse_link("", find_chip(name)).name for name in chips] == ["pcie4", "nvlink", "pcie5"]
+    chips = ("a40", "h100", "h100_pcie", "h100_nvl")
+    names = ["pcie4", "nvlink", "pcie5", "pcie5"]  # bridges join only pairs of the last two
+    assert [parse_link("", find_chip(name)).name for name in chips] == names

@@ -14,9 +14,9 @@ import jax
 from jaxtrain.benchmarks.child import BenchJob
 from jaxtrain.benchmarks.jax_child import describe_device
 from jaxtrain.benchmarks.step_timing import gpu_clocks
-from jaxtrain.doctor.devices import cudnn_version
 from jaxtrain.doctor.gpu import find_gpus
 from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.ops.cudnn import cudnn_version
 from pallas_kernels.arguments import Parser
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "triton")

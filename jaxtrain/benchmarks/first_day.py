@@ -107,8 +107,9 @@ class FirstDay:
 
     def is_open(self, stage: Stage) -> bool:
         """Returns whether this call would run a stage."""
-        ready = has_gpu() or self.tiny or not stage.needs_gpu
-        return ready and self.state(stage)["state"] in (WAITING, UNFINISHED)
+        has_input = bool(stage.reads) and (self.folder / stage.reads).exists()
+        is_open = self.state(stage)["state"] in (WAITING, UNFINISHED)
+        return is_open and (has_gpu() or self.tiny or has_input)
 
     def allotted_minutes(self, stage: Stage, left: float) -> float:
         """Returns the minutes for a stage if `left` are left: 0.0 if they are too few to start."""

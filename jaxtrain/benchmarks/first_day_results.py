@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.benchmarks.gpu_results import describe
+from pallas_kernels.bench_results import OURS, best_of
 
 Row = dict[str, Any]
 TOP_CAUSES = 6  # of a profile, to print
@@ -34,7 +35,7 @@ def row_name(row: Row) -> str:
 
 
 def contests(rows: Sequence[Row]) -> dict[str, Row]:
-    """Returns {contest: {contestant: its timing, or why it failed}} of the kernels' results."""
+    """Returns {contest: its result} of the kernels' results, as pallas_kernels.bench writes it."""
     return {name: value for row in rows for name, value in row.get("contests", {}).items()}
 
 
@@ -50,19 +51,18 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A contest of the kernels has {contestant: timing}, where a text says why one has no timing.
+    A contest is an error if it was not finished or if a body of our kernel is wrong or failed; that
+    a rival is missing is none.
     """
-    finished = [row for row in rows if not row.get("unfinished")]
-    found = [
-        error
-        for row in finished
-        for error in _errors({k: v for k, v in row.items() if k != "contests"}, row_name(row))
-    ]
-    for name, timings in contests(finished).items():
-        is_timing = lambda x: isinstance(x, str) or isinstance(x, dict) and "median_s" in x
-        if all(map(is_timing, timings.values())):
-            timings = {k: {"error": x} if isinstance(x, str) else x for k, x in timings.items()}
-        found += _errors(timings, name)
+    found = []
+    for row in rows:
+        if not row.get("unfinished"):
+            own = {key: value for key, value in row.items() if key != "contests"}
+            found += _errors(own, row_name(row))
+    for name, result in contests(rows).items():
+        found += [f"{name}: {result[key]}" for key in ("error", "tuning_error") if result.get(key)]
+        failed = {k: v for k, v in result.get("contestants", {}).items() if isinstance(v, str)}
+        found += [f"{name}, {body}: {failed[body]}" for body in OURS if body in failed]
     return found
 
 
@@ -90,8 +90,20 @@ def _summarize_tests(rows: Sequence[Row]) -> list[str]:
 
 
 def _summarize_kernels(rows: Sequence[Row]) -> list[str]:
-    count = len(contests(rows))
-    return [f"{count} contests"] if count else []
+    lines = []
+    trial = any(row.get("tiny") or row.get("trial") for row in rows)
+    for name, result in contests(rows).items():
+        ours, timing = best_of(result.get("contestants", {}), lambda name: name in OURS)
+        rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
+        if timing is None:
+            lines.append(f"{name}: no correct kernel was timed")
+            continue
+        text = f"{name}: {ours} {1e6 * timing['median_s']:.1f} us"
+        if other and not trial:
+            ratio = other["median_s"] / timing["median_s"]
+            text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"
+        lines.append(text)
+    return lines
 
 
 def _summarize_training(rows: Sequence[Row]) -> list[str]:

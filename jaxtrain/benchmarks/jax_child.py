@@ -30,8 +30,8 @@ from jaxtrain.planning.compiled import peak_bytes
 from jaxtrain.reporting.profile_trace import CAUSES
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import Step, TrainState, init_state
-from pallas_kernels import bench as kernel_bench
 from pallas_kernels.hlo import Program
+from pallas_kernels.timing import measure_ceilings
 
 UPDATES, SKIPPED_UPDATES = 12, 2  # of the optimizer's own program; the first two do not count
 TRACED_STEPS = 2
@@ -64,7 +64,7 @@ def describe_device(job: BenchJob) -> dict[str, Any]:
         "platform": device.platform,
         "jax": jax.__version__,
         "bytes_limit": (device.memory_stats() or {}).get("bytes_limit", 0),
-        **kernel_bench.measure_ceilings(256 if job.tiny else 8_192),
+        **measure_ceilings(256 if job.tiny else 8_192),
     }
 
 

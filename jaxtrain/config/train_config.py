@@ -90,7 +90,11 @@ class TrainConfig(Section):
         10, "stop after this many non-finite steps in a row; each is skipped", "steps", low=1
     )
     strict: bool = knob(False, "raise an error instead of using a slower fallback")
-    deterministic: bool = knob(False, "make GPU runs bitwise repeatable, but slower")
+    deterministic: bool = knob(
+        False,
+        "exclude XLA's operations whose results vary between runs on GPUs; slower ones replace "
+        "them. Another compilation may still round differently: keep compile_cache",
+    )
     compile_cache: str = knob(
         "~/.cache/jaxtrain/xla",
         "folder that stores compiled programs for later starts; empty stores none",

@@ -22,7 +22,8 @@ HEARTBEAT_S = 20  # JAX ends all processes if one is silent for longer, by death
 JOIN_S = 300  # time within which all processes must have started
 EXIT_DELAY_S = 1.0  # process 0 exits this much later, because it hosts JAX's coordination service
 SINGLE_PROCESS = World()
-DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true"
+# xla_gpu_deterministic_ops would exclude the same operations and also turn off autotuning.
+DETERMINISTIC_FLAGS = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
 def start_runtime(cfg: TrainConfig, world: World = SINGLE_PROCESS) -> None:

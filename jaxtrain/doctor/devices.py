@@ -27,6 +27,7 @@ def find_devices() -> dict[str, Any]:
 
     from jaxtrain import WANTS_GPU
     from jaxtrain.distributed import memory
+    from jaxtrain.ops.cudnn import cudnn_version
     from jaxtrain.ops.devices import cpu_multiplies_bf16
 
     os.environ.update(memory.environment())
@@ -45,16 +46,6 @@ def find_devices() -> dict[str, Any]:
         "capability": str(getattr(first, "compute_capability", "")),
         "cudnn": cudnn_version() if first.platform == "gpu" else None,
     }
-
-
-def cudnn_version() -> int | None:
-    """Returns cuDNN's version as 90800; None if it cannot be loaded."""
-    try:
-        from jax._src.lib import cuda_versions
-
-        return cuda_versions.cudnn_get_version() if cuda_versions else None
-    except Exception:  # this private module of JAX may be missing, or not find cuDNN
-        return None
 
 
 class DevicesProcess:

@@ -23,7 +23,7 @@ from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
 from jaxtrain.metrics.work_kinds import ATTENTION, CLASSES, MEMORY, PRODUCTS, kind_of
 from jaxtrain.ops.devices import Device, chip_name
-from pallas_kernels.chip import CHIPS, Chip
+from pallas_kernels.chip import CHIPS, Chip, explain_unknown
 from pallas_kernels.hlo import Program
 
 # Model dtype -> type of the products on tensor cores. By default XLA computes float32 in TF32.
@@ -209,10 +209,7 @@ def describe_utilisation(work: StepWork, chip: Chip | None, device: Device) -> l
     """Returns lines on what MFU and MBU mean in this run, or why they are not reported."""
     lines = []
     if chip is None:
-        lines.append(
-            f"no MFU, no MBU: {device.device_kind!r} has no peak in pallas_kernels/chip.py; add it "
-            "there"
-        )
+        lines.append(f"no MFU, no MBU: {explain_unknown(device.device_kind)}")
     elif work.dtype not in PEAK_OF:
         missing = f"{work.dtype} peak of {chip.name}"
         lines.append(f"no MFU, no MBU: pallas_kernels/chip.py has no {missing}")

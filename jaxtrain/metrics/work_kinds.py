@@ -12,16 +12,13 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def kind_of(work: Work) -> str:
-    """Returns what an instruction is: products, attention, collectives, copies and so on.
-
-    cuBLAS' calls count as products by their name, because XLA's text form has no dot for them.
-    """
+    """Returns what an instruction is: products, attention, collectives, copies and so on."""
     i = work.instruction
     if _COLLECTIVE.match(i.op):
         return "collectives"
     if i.op == "custom-call" and _ATTENTION.search(i.rest):
         return ATTENTION
-    if work.flops or "__cublas" in i.rest:
+    if work.flops:
         return PRODUCTS
     if i.op == "custom-call":
         return "other kernels"

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
+from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
 from pallas_kernels.kernel_choice import BodyChoice, choose_body
 from pallas_kernels.tiles import TILES, default_tiles
@@ -51,14 +52,6 @@ class Route:
         return f"{self.op:<10} {self.implementation:<10} {mark}{self.reason}"
 
 
-# op -> the sizes for which its kernel was measured
-SHAPES = {
-    "attention": lambda model, seq_len: (seq_len, model.H, model.G, model.K),
-    "norm": lambda model, seq_len: (model.D,),
-    "qk_rope": lambda model, seq_len: (model.K,),
-    "head": lambda model, seq_len: (model.D, model.V),
-    "square": lambda model, seq_len: (model.D,),
-}
 PREFIX = {"attention": "flash"}  # op -> first word of its fused implementation; default "fused"
 
 
@@ -72,6 +65,20 @@ class _KernelRoutes:
     chip: str
     tensor: int
     seq_len: int
+    sequences: int
+    documents: bool
+
+    def shape(self, op: str) -> tuple[int, ...]:
+        """Returns the shape of an op on one device, as in the kernel's BenchRow."""
+        model, parts = self.model, self.tensor
+        split = lambda size: size if size % parts else size // parts
+        return {
+            "attention": (self.sequences, self.seq_len, split(model.H), split(model.G), model.K),
+            "norm": (model.D,),
+            "qk_rope": (model.K,),
+            "head": (model.D, split(model.V)),
+            "square": (model.D,),
+        }[op]
 
     def obstacle(self, op: str) -> str:
         """Returns why op's kernel cannot run; "" if it can."""
@@ -121,8 +128,8 @@ class _KernelRoutes:
         return "kernels.strict" if self.kernels.strict else ""
 
     def measured(self, op: str) -> BodyChoice:
-        shape = SHAPES[op](self.model, self.seq_len)
-        return choose_body(op, self.arch, self.chip, self.model.dtype, shape)
+        where = self.arch, self.chip, self.model.dtype, self.shape(op)
+        return choose_body(op, *where, documents=self.documents and op == "attention")
 
     def fused(self, op: str) -> Route | None:
         """Returns the route to op's kernel; None if XLA's implementation should run."""
@@ -166,28 +173,8 @@ class _KernelRoutes:
         return dataclasses.replace(other, reason=f"{other.reason}; {RULED_OUT}: {obstacle}")
 
 
-def _cudnn_obstacle(model, document_mask, platform, arch, tensor) -> str:
-    """Returns why cuDNN's attention cannot run; "" if it can. JAX would fail late, on compiling."""
-    if platform != "gpu":
-        return f"it needs a GPU; got platform={platform}"
-    if model.dtype != "bfloat16":
-        return f"it has bfloat16 products only; got model.dtype={model.dtype}"
-    if document_mask:
-        return "its route has no document mask; got data.document_mask=true"
-    if model.attention_softcap:
-        return f"it has no soft-cap; got model.attention_softcap={model.attention_softcap}"
-    capability = arch.removeprefix("sm_")
-    widest = 256 if capability.isdecimal() and int(capability) >= 90 else 128
-    if model.K > widest or model.K % 8:
-        where = arch or "a GPU of unknown kind"
-        return f"model.K must be a multiple of 8, at most {widest} on {where}; got {model.K}"
-    if model.G % tensor:
-        return f"mesh.tensor={tensor} must divide model.G={model.G}"
-    return ""
-
-
-def _attention(model, document_mask, platform, arch, tensor) -> Route:
-    obstacle = _cudnn_obstacle(model, document_mask, platform, arch, tensor)
+def _attention(model, document_mask, platform, arch, tensor, no_cudnn) -> Route:
+    obstacle = find_cudnn_obstacle(model, document_mask, platform, arch, tensor) or no_cudnn
     if model.attention == "cudnn" and obstacle:
         raise ValueError(
             f"model.attention=cudnn must be able to run, but {obstacle}. "
@@ -235,7 +222,9 @@ def choose_routes(
     chip: str = "",
     tensor: int = 1,
     seq_len: int = 1_024,
+    sequences: int = 8,
     wants_gpu: bool = False,
+    no_cudnn: str = "",
 ) -> dict[str, Route]:
     """Returns the route of every op on a platform, "cpu" or "gpu".
 
@@ -245,15 +234,19 @@ def choose_routes(
         chip: from chip_name.
         tensor: devices that the heads are split over.
         seq_len: T of a batch.
+        sequences: rows of a microbatch on one device.
         wants_gpu: the CPU counts as a fallback.
+        no_cudnn: from explain_missing_cudnn.
 
     Raises:
         ValueError: a route that the config requests cannot run, or `strict` forbids a fallback.
     """
-    kernel_routes = _KernelRoutes(model, kernels, arch, chip, tensor, seq_len)
+    kernel_routes = _KernelRoutes(
+        model, kernels, arch, chip, tensor, seq_len, sequences, document_mask
+    )
     routes = {
         "attention": kernel_routes.fused_or_other_attention(
-            lambda: _attention(model, document_mask, platform, arch, tensor)
+            lambda: _attention(model, document_mask, platform, arch, tensor, no_cudnn)
         ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),

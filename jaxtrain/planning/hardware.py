@@ -7,8 +7,6 @@ from jaxtrain.distributed import memory
 from jaxtrain.metrics.hlo_collectives import Collective
 from pallas_kernels.chip import Chip
 
-SWITCHED_NVLINK_BYTES_PER_S = 600e9  # from this rate NVLink joins all GPUs of a host, not pairs
-
 
 class Link(NamedTuple):
     name: str
@@ -65,8 +63,7 @@ def parse_link(text: str, chip: Chip) -> Link:
     """
     if not text:
         text = "pcie5" if chip.pcie_bytes_per_s > LINKS["pcie4"].bytes_per_s else "pcie4"
-        if chip.nvlink_bytes_per_s >= SWITCHED_NVLINK_BYTES_PER_S and "PCIe" not in chip.kind:
-            text = "nvlink"
+        text = "nvlink" if chip.nvlink_switched else text
     if text in LINKS:
         return LINKS[text]
     if text == "nvlink" and chip.nvlink_bytes_per_s:

@@ -17,6 +17,7 @@ from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.loss import build_loss
 from jaxtrain.model.transformer import Model, build_model, count_params
 from jaxtrain.ops import tuning
+from jaxtrain.ops.cudnn import explain_missing_cudnn
 from jaxtrain.ops.devices import chip_name, gpu_architecture
 from jaxtrain.ops.fused import missing_kernels
 from jaxtrain.ops.precision import resolve_dtype
@@ -87,7 +88,9 @@ def build_run(cfg: config_lib.TrainConfig, devices: Sequence | None = None) -> R
         chip=chip_name(device),
         tensor=mesh.shape["tensor"],
         seq_len=cfg.data.seq_len,
+        sequences=cfg.data.batch // cfg.accumulation // mesh.shape["replica"] // mesh.shape["fsdp"],
         wants_gpu=WANTS_GPU,
+        no_cudnn=explain_missing_cudnn(),
     )
     if not cfg.optim.orthogonalizes:
         del routes["square"]  # only Newton-Schulz multiplies a matrix by itself

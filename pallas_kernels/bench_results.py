@@ -1,0 +1,78 @@
+"""The results of bench: which implementation was fastest, the row for training, and the text."""
+
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from pallas_kernels.contests import Contest
+from pallas_kernels.kernel_choice import BenchRow
+
+OURS = ("triton", "mosaic", "tuned")  # names of our kernel's contestants
+
+
+def best_of(contestants: dict[str, Any], names: Callable[[str], bool]) -> tuple[str, Any]:
+    """Returns (name, result) of the fastest faultless contestant among `names`, or ("", None)."""
+    timed = {
+        name: result
+        for name, result in contestants.items()
+        if isinstance(result, dict) and not result.get("fault") and names(name)
+    }
+    name = min(timed, key=lambda name: timed[name]["median_s"], default="")
+    return name, timed.get(name)
+
+
+def as_row(
+    contest: Contest, chip: str, contestants: dict[str, Any], jax_version: str
+) -> BenchRow | None:
+    """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
+
+    PyTorch's times do not count, because training, which runs in JAX, cannot use PyTorch.
+    """
+    _, kernel = best_of(contestants, lambda name: name in OURS)
+    other, result = best_of(contestants, lambda name: name not in OURS and "torch" not in name)
+    if kernel is None or result is None:
+        return None
+    return BenchRow(
+        contest.op,
+        chip,
+        "bfloat16",
+        contest.shape,
+        jax_version,
+        kernel["tiles"],
+        kernel["median_s"],
+        other,
+        result["median_s"],
+        f"{datetime.now(UTC):%Y-%m-%d}",
+        " ".join(["python", "-m", "pallas_kernels.bench", *sys.argv[1:]]),
+    )
+
+
+def format_results(
+    contest: Contest, result: dict[str, Any], device: dict[str, Any], tiny: bool
+) -> Iterator[str]:
+    """Yields a line per contestant: time, speed, share of the ceiling, time over the kernel's."""
+    trial = "trial, times mean nothing: " if tiny else ""
+    yield trial + contest.name
+    _, kernel = best_of(result.get("contestants", {}), lambda name: name in OURS)
+    for name, timing in result.get("contestants", {}).items():
+        if isinstance(timing, str):
+            yield f"  {name:14} {timing}"
+            continue
+        low, median_s, high = (timing[k] for k in ("low_s", "median_s", "high_s"))
+        time_text = f"{median_s * 1e6:.1f} us ({low * 1e6:.1f}-{high * 1e6:.1f})"
+        flops, moved = (x / median_s for x in (contest.flops, contest.hbm_bytes))
+        share = max(flops / device["matmul_flops_per_s"], moved / device["copy_bytes_per_s"])
+        ratio = f" {median_s / kernel['median_s']:5.2f}x" if kernel and not tiny else ""
+        errors = max(timing.get("distances", [0.0]))
+        fault = f"; {timing['fault']}" if timing.get("fault") else ""
+        yield (
+            f"  {name:14} {time_text:28} {flops / 1e12:7.1f} TFLOP/s {moved / 1e9:7.0f} GB/s "
+            f"{share:4.0%} of the ceiling{ratio}"
+            + (f"  error {errors:.1e}" if errors else "")
+            + fault
+        )
+    for name, seconds in result.get("tried", {}).items():
+        yield f"    {name:40} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.1f} us'}"
+    if "error" in result:
+        yield f"  not finished: {result['error']}"

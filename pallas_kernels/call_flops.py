@@ -1,0 +1,108 @@
+"""FLOPs of the custom calls in a compiled program: our kernels', cuBLAS' and cuDNN's.
+
+XLA does not know what a custom call computes, so each declares it here. Only products count, as for
+XLA's own instructions. Pairs of a query and a key that the causal mask or a window hides do not
+count, and of a symmetric product only one triangle does. Documents are counted as if each row were
+one document.
+
+Source: the attributes of cuBLAS' and cuDNN's calls are GemmBackendConfig and CudnnfMHABackendConfig
+in XLA's xla/service/gpu/backend_configs.proto.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+Sizes = tuple[int, ...]
+
+ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # relative to the forward's two products
+
+
+def _attention(work):
+    def flops(q_BTHK, k_BSGK, *_):
+        (B, T, H, K), S = q_BTHK, k_BSGK[1]
+        return work * 2 * B * H * K * T * (2 * S - T + 1)  # the queries are the last T positions
+
+    return flops
+
+
+def _head_scores(h_ND, w_VD, *_):
+    return 2 * math.prod(h_ND) * w_VD[0]
+
+
+def _symmetric(x_XMN, *_):
+    X, M, N = x_XMN
+    return X * M * (M + 1) * N
+
+
+# A kernel's name -> its FLOPs, given its operands' sizes
+KERNELS: dict[str, Callable[..., float]] = {
+    **{f"flash_attention_{name}": _attention(work) for name, work in ATTENTION_WORK.items()},
+    "head_scores": _head_scores,
+    "symmetric": _symmetric,
+    "symmetric_sum": _symmetric,
+    **dict.fromkeys(("add_norm_forward", "add_norm_backward", "qk_rope_backward"), lambda *_: 0.0),
+}
+PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")  # custom-call targets of Pallas' kernels
+
+_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_OP_NAME = re.compile(r'op_name="([^"]+)"')
+_DEPTH = re.compile(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]')
+_SCORES = re.compile(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]')
+_WINDOW = re.compile(r'"sliding_window_length": ?"?(\d+)')
+
+
+def _integers(pattern, attributes):
+    match = pattern.search(attributes)
+    assert match, f"a custom call must have the attribute {pattern.pattern}"
+    return [int(number) for number in re.findall(r"\d+", match[1])]
+
+
+def _pallas_kernel(attributes) -> str:
+    """Returns the name of a kernel of KERNELS.
+
+    Raises:
+        ValueError: the kernel declares no FLOPs here.
+    """
+    op_name = match[1] if (match := _OP_NAME.search(attributes)) else ""
+    names = [word for word in re.findall(r"\w+", op_name) if word in KERNELS]
+    if not names:
+        raise ValueError(
+            "a Pallas kernel must declare its FLOPs in pallas_kernels/call_flops.py; got "
+            f"op_name={op_name!r}"
+        )
+    return names[-1]  # an earlier one is the jitted function that contains the call
+
+
+def _cudnn_attention(attributes, operands) -> float:
+    B, H, T, S = _integers(_SCORES, attributes)
+    pairs = T * S
+    if '"CAUSAL"' in attributes:
+        window = int(match[1]) if (match := _WINDOW.search(attributes)) else 0
+        keys = min(window or S, S)  # that a query sees at most
+        pairs = T * keys - keys * (keys - 1) // 2
+    products = 5 if "Backward" in attributes else 2
+    return products * 2 * B * H * operands[0][-1] * pairs
+
+
+def custom_call_flops(
+    attributes: str, operands: Sequence[Sizes], results: Sequence[Sizes]
+) -> float:
+    """Returns the FLOPs of a custom call's products; 0 if it computes none.
+
+    Args:
+        attributes: the instruction's text behind its operands.
+        operands, results: the sizes of each array.
+
+    Raises:
+        ValueError: a Pallas kernel declares no FLOPs.
+    """
+    target = match[1] if (match := _TARGET.search(attributes)) else ""
+    if target in PALLAS:
+        return KERNELS[_pallas_kernel(attributes)](*operands)
+    if target.startswith("__cublas$"):
+        depth = math.prod(operands[0][dim] for dim in _integers(_DEPTH, attributes))
+        return 2 * depth * math.prod(results[0])
+    if target.startswith("__cudnn$fmha"):
+        return _cudnn_attention(attributes, operands)
+    return 0.0

@@ -1,0 +1,222 @@
+"""The child process of bench that runs one contest: compares with float64, then times, then tunes.
+
+    python -m pallas_kernels.contest_child JOB.json RESULT.json
+
+It waits for a line on stdin before it uses the GPU's time, so that its imports overlap with the
+contest before it. The implementations that are known to work come first. The result file is
+replaced after each of them, so a kernel that hangs or crashes costs only its own row.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels.chip import detect_chip
+from pallas_kernels.contests import TINY, Contest, Sizes, build_contests
+from pallas_kernels.correctness import SEEDS, compare, exact_results
+from pallas_kernels.search_space import default_bodies, shortlist
+from pallas_kernels.tiles import OpTiles, body_of, replace_tiles
+from pallas_kernels.timing import first_line, measure_ceilings, time_calls
+from pallas_kernels.torch_contests import measure_torch
+
+CLEARLY = 0.99  # a candidate replaces the best tiles if it takes less than this share of their time
+
+
+@dataclasses.dataclass(frozen=True)
+class ContestJob:
+    """The work of one child."""
+
+    name: str = ""  # of the contest; "" only measures the device and lists the contests
+    tune_s: float = 0.0  # time for trying the shortlist of tiles
+    tiny: bool = False  # interprets the kernels at tiny shapes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file atomically: a crash leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def contests_of(tiny: bool) -> list[Contest]:
+    """Returns all contests, or those of a trial."""
+    return build_contests(TINY if tiny else Sizes(), tiny)
+
+
+def describe_device(tiny: bool) -> dict[str, Any]:
+    """Returns the device, its ceilings and the names of the contests."""
+    device = jax.devices()[0]
+    chip = None if tiny else detect_chip(device)
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "chip": chip.name if chip else "",
+        "arch": chip.arch if chip else "sm_86",
+        **measure_ceilings(256 if tiny else 8_192),
+        "contests": [contest.name for contest in contests_of(tiny)],
+    }
+
+
+def bodies(contest: Contest, arch: str) -> dict[str, OpTiles | None]:
+    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton."""
+    tiles = default_bodies(contest.op, arch)
+    return dict(zip(("triton", "mosaic"), tiles, strict=False))
+
+
+class Compiled(NamedTuple):
+    """An implementation compiled for one call, to compare, and for one call per input, to time.
+
+    The timed call reads several inputs in turn, so that none of them stays in the L2 cache.
+    """
+
+    one: Callable[..., Any]
+    every: Callable[[], Any]
+
+
+class ContestRun:
+    """One contest on this device: its inputs, their exact results, and what was measured."""
+
+    def __init__(self, contest: Contest, save: Callable[[dict[str, Any]], None]):
+        self.contest, self._save = contest, save
+        self.results: dict[str, Any] = {"contestants": {}}
+        self._start_s = time.monotonic()
+        arrays = jax.jit(contest.arrays)
+        self.inputs = [arrays(jax.random.key(seed)) for seed in SEEDS]
+        self._exact = [exact_results(contest, arrays) for arrays in self.inputs]
+
+    def save(self) -> None:
+        self._save(self.results)
+
+    def record(self, name: str, value: Any) -> None:
+        """Stores a contestant's timing, or the reason why it has none; and when it was ready."""
+        self.results["contestants"][name] = value
+        seconds = round(time.monotonic() - self._start_s, 1)
+        self.results.setdefault("seconds", {})[name] = seconds
+        self.save()
+
+    def _compile(self, function) -> Compiled | str:
+        try:
+            one = jax.jit(function).lower(*self.inputs[0]).compile()
+            every = jax.jit(lambda inputs: [function(*arrays) for arrays in inputs])
+            compiled = every.lower(self.inputs).compile()
+            return Compiled(one, functools.partial(compiled, self.inputs))
+        except Exception as error:  # one failure must not stop a comparison
+            return first_line(error)
+
+    def compile_all(self, functions: dict[str, Callable]) -> dict[str, Compiled | str]:
+        """Compiles functions at the same time, on several processor cores."""
+        with ThreadPoolExecutor(min(len(functions), os.cpu_count() or 1)) as pool:
+            return dict(zip(functions, pool.map(self._compile, functions.values()), strict=True))
+
+    def measure(
+        self, compiled: Compiled | str, ours: bool, samples: int = 20
+    ) -> dict[str, Any] | str:
+        """Returns the timing and the distances from float64, or the reason why there is none.
+
+        A faulty kernel of ours is not timed. Another implementation is, and its fault is stored.
+
+        Args:
+            ours: see correctness.compare.
+        """
+        if isinstance(compiled, str):
+            return compiled
+        try:
+            found = compare(self.contest, compiled.one, self.inputs, self._exact, ours)
+            if ours and found.fault:
+                return f"wrong: {found.fault}"
+            timing = time_calls(compiled.every, samples).divided(len(self.inputs))
+        except Exception as error:
+            return first_line(error)
+        return timing._asdict() | {"distances": found.distances, "fault": found.fault}
+
+
+def _seconds(result) -> float:
+    return result["median_s"] if isinstance(result, dict) else float("inf")
+
+
+def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTiles | None:
+    """Returns the tiles of each kernel that were fastest, found one kernel at a time.
+
+    Args:
+        best: the result of the fastest body at its default tiles.
+        until: the value of time.monotonic() after which no candidate is measured.
+    """
+    candidates = {}
+    for kernel, tiles in shortlist(run.contest.op, arch):
+        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if x != 'mosaic')}"
+        candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
+    functions = {
+        name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()
+    }
+    tried = run.results["tried"] = {}
+    chosen = {}  # kernel -> (seconds, tiles)
+    compiled = run.compile_all(functions) if functions else {}
+    for name, (kernel, tiles, _) in candidates.items():
+        if time.monotonic() > until:
+            tried[name] = "not tried: the time was up"
+            continue
+        result = run.measure(compiled[name], ours=True, samples=10)
+        tried[name] = result if isinstance(result, str) else result["median_s"]
+        if _seconds(result) < chosen.get(kernel, (CLEARLY * best["median_s"],))[0]:
+            chosen[kernel] = _seconds(result), tiles
+        run.save()
+    all_tiles = best["tiles"]
+    for kernel, (_, tiles) in chosen.items():
+        all_tiles = replace_tiles(all_tiles, kernel, tiles)
+    return all_tiles
+
+
+def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None:
+    """Runs a job's contest; calls `save` with all results so far after each contestant."""
+    arch = "sm_86" if job.tiny else detect_chip().arch
+    (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
+    run, default = ContestRun(contest, save), bodies(contest, arch)
+    kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
+    compiled = run.compile_all(contest.others | kernels)
+    for name in contest.others:
+        run.record(name, run.measure(compiled[name], ours=False))
+    if not job.tune_s:  # otherwise PyTorch has been measured before
+        for name, timing in measure_torch(contest, run.inputs, "cpu" if job.tiny else "cuda"):
+            run.record(name, timing if isinstance(timing, str) else timing._asdict())
+
+    def record_ours(name, compiled, tiles):
+        result = run.measure(compiled, ours=True)
+        run.record(name, result if isinstance(result, str) else result | {"tiles": tiles})
+
+    for body, tiles in default.items():
+        record_ours(body, compiled[body], tiles)
+    best = min((run.results["contestants"][body] for body in default), key=_seconds)
+    if job.tune_s and not isinstance(best, str):
+        tiles = tune(run, arch, best, time.monotonic() + job.tune_s)
+        if tiles != best["tiles"]:
+            record_ours("tuned", *run.compile_all({"tuned": contest.kernel(tiles)}).values(), tiles)
+    run.results["done"] = True
+    run.save()
+
+
+def main(argv: Sequence[str]) -> None:
+    job = ContestJob(**json.loads(Path(argv[1]).read_text()))
+    jax.devices()  # starts CUDA
+    if not sys.stdin.readline():
+        return  # the parent ended
+    if job.name:
+        run_contest(job, lambda results: write_json(Path(argv[2]), results))
+    else:
+        write_json(Path(argv[2]), describe_device(job.tiny))
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,180 @@
+"""The bench compares each kernel with float64 first, and no kernel can spoil another's row."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bench
+from pallas_kernels.bench_results import as_row
+from pallas_kernels.contests import TINY, build_contests
+from pallas_kernels.correctness import compare, exact_results
+from pallas_kernels.search_space import SHORTLIST
+from pallas_kernels.tiles import default_tiles
+from pallas_kernels.torch_contests import as_tensors, measure_torch, torch_contestants
+
+CONTESTS = {contest.name: contest for contest in build_contests(TINY, interpret=True)}
+ATTENTION, HEAD, SQUARE, NORM = (
+    next(name for name in CONTESTS if text in name)
+    for text in ("attention both", "head", "square", "norm")
+)
+FORWARD = next(name for name in CONTESTS if "forward" in name)
+
+
+@pytest.fixture(scope="module")
+def norm_case():
+    contest = CONTESTS[NORM]
+    arrays = contest.arrays(jax.random.key(0))
+    return contest, arrays, exact_results(contest, arrays)
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_every_implementation_is_near_float64(name):
+    contest = CONTESTS[name]
+    arrays = contest.arrays(jax.random.key(0))
+    exact = exact_results(contest, arrays)
+    assert all(x.dtype == jnp.float64 for x in exact)
+    kernel = jax.jit(contest.kernel(default_tiles(contest.op, "sm_86")))
+    found = compare(contest, kernel, [arrays], [exact])
+    assert not found.fault and len(found.distances) == len(contest.tolerances)
+    for other in contest.others.values():
+        assert not compare(contest, jax.jit(other), [arrays], [exact], ours=False).fault
+
+
+def spoil(contest, change):
+    """Returns the contest's XLA implementation with its results changed."""
+
+    def spoiled(*arrays):
+        results = jax.tree.leaves(contest.exact(*arrays))
+        gain = results[-1].astype(jnp.float32)
+        return change([*(x.astype(jnp.bfloat16) for x in results[:-1]), gain])
+
+    return spoiled
+
+
+WRONG = {
+    "one block is missing": (lambda xs: [xs[0].at[:8].set(0), *xs[1:]], "result 0 is"),
+    "one number is not finite": (lambda xs: [xs[0], xs[1].at[3, 5].set(jnp.nan), *xs[2:]], "nan"),
+    "a sum is imprecise": (lambda xs: [*xs[:4], xs[4] * 1.001], "result 4 is 0.001"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_has_a_fault(name, norm_case):
+    contest, arrays, exact = norm_case
+    change, reason = WRONG[name]
+    with jax.enable_x64(True):
+        right = jax.jit(spoil(contest, lambda xs: xs))
+        assert not compare(contest, right, [arrays], [exact]).fault
+        found = compare(contest, jax.jit(spoil(contest, change)), [arrays], [exact])
+    assert reason in found.fault
+
+
+def test_a_kernel_whose_bits_change_from_call_to_call_has_a_fault(norm_case):
+    contest, arrays, exact = norm_case
+    calls = []
+
+    def moving(*arrays):
+        calls.append(1)
+        results = [x.astype(jnp.float32) for x in exact]
+        return [results[0] * (1 + 1e-6 * (len(calls) % 2)), *results[1:]]
+
+    assert "differ in their bits" in compare(contest, moving, [arrays], [exact]).fault
+    assert not compare(contest, moving, [arrays], [exact], ours=False).fault
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTS if "forward" not in name])
+def test_pytorchs_contestants_return_the_same_results(name):
+    pytest.importorskip("torch", reason='torch is missing: pip install "jaxtrain[crosscheck]"')
+    contest = CONTESTS[name]
+    arrays = contest.arrays(jax.random.key(0))
+    want = jax.tree.leaves(contest.others["xla"](*arrays))
+    for contestant in torch_contestants(contest).values():
+        got = jax.tree.map(lambda x: x.detach().float().numpy(), contestant(*as_tensors(arrays)))
+        for x, y in zip(jax.tree.leaves(got), want, strict=True):
+            y = np.asarray(y, np.float32)
+            assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
+
+
+def test_the_reason_why_pytorch_is_unavailable_is_reported():
+    ((name, reason),) = measure_torch(next(iter(CONTESTS.values())), [], "cuda")
+    assert name == "torch" and ("not installed" in reason or "no CUDA device" in reason)
+
+
+def timed(seconds, **values):
+    return {"median_s": seconds, "low_s": 0.0, "high_s": 9.0} | values
+
+
+def test_a_row_compares_the_kernel_only_with_what_jax_can_run():
+    contest = SimpleNamespace(op="norm", shape=(768,))
+    results = {
+        "xla": timed(2.0),
+        "cudnn": timed(0.1, fault="result 0 is 0.5 from float64"),
+        "torch compiled": timed(0.5),
+        "triton": timed(1.0, tiles=None),
+        "mosaic": "wrong: result 0 is nan from float64",
+    }
+    row = as_row(contest, "a40", results, "0.11.2")
+    assert row.other == "xla" and row.kernel_s < row.other_s
+    assert as_row(contest, "a40", results | {"triton": "wrong"}, "0.11.2") is None
+
+
+def run_fake(monkeypatch, tmp_path, *argv, names=(ATTENTION, FORWARD, HEAD, SQUARE, NORM)):
+    monkeypatch.setattr(
+        bench, "COMMAND", (sys.executable, str(Path(__file__).parent / "fake_contest_child.py"))
+    )
+    monkeypatch.setattr(bench, "CONTEST_S", 3.0)
+    monkeypatch.setattr(bench, "TUNED", tmp_path)
+    contests = [CONTESTS[name] for name in names]
+    monkeypatch.setattr(bench, "contests_of", lambda tiny: contests)
+    out = tmp_path / "results.json"
+    bench.main([f"--out={out}", "--save", *argv])
+    return json.loads(out.read_text())["contests"]
+
+
+def test_a_kernel_that_hangs_crashes_or_is_wrong_costs_only_its_own_row(
+    monkeypatch, tmp_path, capsys
+):
+    contests = run_fake(monkeypatch, tmp_path)
+    assert contests[FORWARD]["error"] == "killed after 3 s"
+    assert "exit status -6" in contests[HEAD]["error"]
+    assert "xla" in contests[HEAD]["contestants"]  # what was measured before the crash
+    rows = json.loads((tmp_path / "h100.json").read_text())
+    assert [row["op"] for row in rows] == ["attention", "norm"]
+    text = capsys.readouterr().out
+    assert "wrong: result 0 is 0.5 from float64" in text
+    assert "not finished: killed after 3 s" in text
+
+    again = run_fake(monkeypatch, tmp_path, "--resume", names=(ATTENTION, NORM))
+    assert again == contests and "us (" not in capsys.readouterr().out  # nothing ran again
+
+
+def test_the_interpreted_bench_compares_and_times_a_contest(tmp_path, capsys):
+    out = tmp_path / "results.json"
+    bench.main(["--tiny", "--minutes=2", "--only", "norm", f"--out={out}"])
+    results = json.loads(out.read_text())
+    (contest,) = results["contests"].values()
+    assert "trial" in results and contest["done"]
+    assert contest["contestants"]["triton"]["median_s"] > 0
+    assert max(contest["contestants"]["triton"]["distances"]) < 3e-3
+    assert capsys.readouterr().out.count("trial, times mean nothing") == 1
+    bench.main(["--tiny", "--minutes=0"])
+    left = capsys.readouterr().out.count("not measured, the 0 minutes are up")
+    assert left == len(CONTESTS)
+
+
+def test_results_of_another_device_are_not_continued(monkeypatch, tmp_path):
+    out = tmp_path / "results.json"
+    out.write_text(json.dumps({"device": "another", "contests": {}}))
+    with pytest.raises(SystemExit, match="is of another"):
+        run_fake(monkeypatch, tmp_path, "--resume")
+
+
+def test_at_most_eight_tiles_of_an_op_are_tried():
+    for ops in SHORTLIST.values():
+        assert all(sum(map(len, kernels.values())) <= 8 for kernels in ops.values())

@@ -1,0 +1,127 @@
+"""A custom call counts as many FLOPs as the products that it replaces."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # only to lower without cuDNN
+
+from pallas_kernels.call_flops import KERNELS, custom_call_flops
+from pallas_kernels.flash_attention import flash_attention_reference
+from pallas_kernels.head_scores import head_scores_reference
+from pallas_kernels.hlo import Program
+from pallas_kernels.symmetric import symmetric_reference
+
+B, T, S, H, G, K = 2, 64, 128, 4, 2, 256
+Q, KV = (B, T, H, K), (B, S, G, K)
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def counted(function, *shapes, dtypes=()):
+    """Returns the FLOPs that XLA counts in a function, elementwise operations included."""
+    arrays = [array(*shape) for shape in shapes] + [array(*s, dtype=d) for s, d in dtypes]
+    return jax.jit(function).lower(*arrays).compile().cost_analysis()["flops"]
+
+
+def both_ways(q, k, v, do):
+    out, pullback = jax.vjp(flash_attention_reference, q, k, v)
+    return out, pullback(do)
+
+
+def test_the_head_counts_what_xla_counts_for_its_reference():
+    h, w = (48, 1_024), (640, 1_024)
+    reference = counted(head_scores_reference, h, w, dtypes=[((48,), jnp.int32)])
+    assert KERNELS["head_scores"](h, w, (48,)) == pytest.approx(reference, rel=0.02)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_symmetric_product_counts_one_triangle_of_its_reference(adds):
+    x, c = (3, 64, 512), (3, 64, 64)
+    multiply = lambda x, c: symmetric_reference(x, x, c if adds else None, (2.0, 0.5))
+    triangle = (64 + 1) / (2 * 64)
+    name = "symmetric_sum" if adds else "symmetric"
+    assert KERNELS[name](x, x, (2,), c) == pytest.approx(
+        triangle * counted(multiply, x, c), rel=0.02
+    )
+
+
+def test_attention_counts_the_visible_pairs_of_its_reference():
+    visible = (2 * S - T + 1) / (2 * S)
+    forward = visible * counted(flash_attention_reference, Q, KV, KV)
+    assert KERNELS["flash_attention_forward"](Q, KV, KV) == pytest.approx(forward, rel=0.05)
+    backward = sum(KERNELS[f"flash_attention_{name}"](Q, KV, KV, Q) for name in ("dkv", "dq"))
+    four_products = visible * counted(both_ways, Q, KV, KV, Q) - forward
+    # The kernels compute the scores twice and their gradient once more.
+    assert backward == pytest.approx(7 / 4 * four_products, rel=0.05)
+
+
+CALL = 'custom_call_target="{}", metadata={{op_name="jit(step)/{}"}}'
+
+
+@pytest.mark.parametrize("target", ["__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
+@pytest.mark.parametrize(
+    "op_name",
+    [
+        "jvp(head_scores)/pallas_call",
+        "jit(head_scores)/head_scores/mpmd_map",
+        "jit(symmetric)/while/body/transpose(jvp(head_scores))/pallas_call",
+    ],
+)
+def test_a_kernel_is_found_by_the_last_name_in_its_metadata(target, op_name):
+    flops = custom_call_flops(CALL.format(target, op_name), [(4, 8), (16, 8)], [(4, 16)])
+    assert flops == 2 * 4 * 8 * 16
+
+
+def test_a_kernel_that_declares_no_flops_is_an_error():
+    with pytest.raises(ValueError, match="must declare its FLOPs .*new_kernel/pallas_call"):
+        custom_call_flops(CALL.format("mosaic_gpu_v2", "new_kernel/pallas_call"), [(4, 8)], [])
+    assert custom_call_flops(CALL.format("TopK", "new_kernel/top_k"), [(4, 8)], []) == 0
+
+
+CUBLAS = """
+ENTRY %main (a: bf16[4,256,128]) -> bf16[4,256,256] {
+  %a = bf16[4,256,128]{2,1,0} parameter(0)
+  %call = (bf16[4,256,256]{2,1,0}, s8[4194304]{0}) custom-call(%a, %a), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["2"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %y = bf16[4,256,256]{2,1,0} get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_a_cublas_call_counts_its_product_and_no_workspace():
+    (work,) = Program(CUBLAS).work()
+    assert work.flops == 2 * 4 * 256 * 256 * 128 and work.dtype == "bfloat16"
+    assert work.hbm_bytes == 2 * 4 * 256 * (128 + 256)  # a is one array, read once
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_cudnns_attention_counts_the_pairs_that_it_computes(window, monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+
+    def gradients(q, k, v, do):
+        attend = lambda q, k, v: jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            implementation="cudnn",
+            local_window_size=window and (window - 1, 0),
+        )
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, pullback(do)
+
+    arrays = [array(B, T, n, K, dtype=jnp.bfloat16) for n in (H, G, G, H)]
+    lowered = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",))
+    text = lowered.compiler_ir("hlo").as_hlo_text()
+    calls = re.findall(r"custom-call\([^)]*\), (custom_call_target=\"__cudnn\$fmha.*)", text)
+    visible = sum(min(t + 1, window or T) for t in range(T))
+    flops = [custom_call_flops(call, [(B, T, H, K), (B, T, G, K)], []) for call in calls]
+    assert flops == [2 * 2 * B * H * K * visible, 5 * 2 * B * H * K * visible]
