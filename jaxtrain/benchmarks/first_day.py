@@ -154,7 +154,7 @@ class FirstDay:
         env = os.environ | ({"JAX_PLATFORMS": "cpu"} if self.tiny else {})
         start_s, start_time = time.monotonic(), time.time()
         with open(log, "a", errors="replace") as output:
-            print(f"$ {shlex.join(argv)}", file=output, flush=True)
+            print(f"\n$ {shlex.join(argv)}", file=output, flush=True)
             status = run_process_group(argv, output, 60 * minutes, env)
         taken_s = time.monotonic() - start_s
         entry["used_s"] = used_s + taken_s
@@ -184,6 +184,7 @@ class FirstDay:
         """
         if status:
             log = (self.folder / f"{stage.name}.log").read_text(errors="replace")
+            log = log.rpartition("\n$ ")[2].partition("\n")[2]  # of this call, without its command
             name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             return FAILED, f"{name}: {' | '.join(log.strip().splitlines()[-3:])[-500:]}"
         path = self.folder / stage.result

@@ -89,21 +89,25 @@ def _summarize_tests(rows: Sequence[Row]) -> list[str]:
     return [", ".join(f"{count} {outcome}" for outcome, count in counts.items())] if counts else []
 
 
+def kernel_figure(result: Row, trial: bool) -> str:
+    """Returns our kernel's time in a contest and, except in a trial, the fastest rival's; or ""."""
+    ours, timing = best_of(result.get("contestants", {}), lambda name: name in OURS)
+    rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
+    if timing is None:
+        return ""
+    text = f"{ours} {1e6 * timing['median_s']:.1f} us"
+    if other and not trial:
+        ratio = other["median_s"] / timing["median_s"]
+        text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"
+    return text
+
+
 def _summarize_kernels(rows: Sequence[Row]) -> list[str]:
-    lines = []
     trial = any(row.get("tiny") or row.get("trial") for row in rows)
-    for name, result in contests(rows).items():
-        ours, timing = best_of(result.get("contestants", {}), lambda name: name in OURS)
-        rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
-        if timing is None:
-            lines.append(f"{name}: no correct kernel was timed")
-            continue
-        text = f"{name}: {ours} {1e6 * timing['median_s']:.1f} us"
-        if other and not trial:
-            ratio = other["median_s"] / timing["median_s"]
-            text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"
-        lines.append(text)
-    return lines
+    return [
+        f"{name}: {kernel_figure(result, trial) or 'no correct kernel was timed'}"
+        for name, result in contests(rows).items()
+    ]
 
 
 def _summarize_training(rows: Sequence[Row]) -> list[str]:

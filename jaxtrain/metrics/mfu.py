@@ -44,7 +44,7 @@ class Roofline(NamedTuple):
 def roofline(program: Program, chip: Chip) -> Roofline:
     """Returns the roofline of a compiled program on a chip."""
     flops = hbm_bytes = compute_s = 0.0
-    class_s = dict.fromkeys(CLASSES, 0.0)
+    class_s: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     for work in program.work():
         instruction_s = chip.seconds(work.hbm_bytes, work.flops, work.dtype)
         flops += work.times * work.flops
