@@ -121,6 +121,8 @@ class Axes:
     def check_shape(self, name: str, shape: Sequence[int]) -> None:
         """Checks that an array has one dim for each name, and one size for a repeated name.
 
+        A matrix must have entries, as steps divide by its sides.
+
         Raises:
             ValueError: it does not fit; the message has the name, the shape and the axes.
         """
@@ -128,6 +130,11 @@ class Axes:
         if len(shape) != len(self.letters):
             raise ValueError(
                 f"axes must name each dim of a parameter; {where}, which name {len(self.letters)}."
+            )
+        if self.is_matrix and 0 in shape:
+            raise ValueError(
+                f"a matrix must have entries; {where}. Declare axes without an arrow, such as "
+                f"'{'L' * (len(shape) - 1)}|D', or leave it out."
             )
         sizes: dict[str, int] = {}
         for letter, size in zip(self.letters, shape, strict=True):

@@ -139,6 +139,10 @@ def parse(
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
     text = "gpu: keep the finished rows of --json and measure only the others"
     add("--resume", action="store_true", help=text)
+    text = "gpu: sequences of a micro-batch; default: the most that fit, then half as many"
+    add("--rows", type=positive_int, default=0, help=text)
+    text = "gpu: time for the counted steps of a row; default: 15"
+    add("--seconds", type=positive_float, default=15.0, metavar="S", help=text)
     text = "gpu: store profiles of two of our steps per size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")

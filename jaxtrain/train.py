@@ -114,7 +114,7 @@ def train(
         )
         stack.enter_context(checkpoints)
         stop.set_activity("creating or restoring the weights")
-        state, restored = start_state(run, checkpoints, batches, initial_state)
+        run, state, restored = start_state(run, checkpoints, batches, initial_state)
         if restored is None and cfg.checkpoint.storage == "host0":
             check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)

@@ -96,8 +96,8 @@ def _head_case(N, D, V, keep, softcap=0.0):
     hbm_bytes = 2 * (N + V) * D + 4 * N * V * keep
     shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V
     case = Case("head_scores", shape, build, hbm_bytes, flops, 1, True, "head", "head")
-    if keep and V % 8:
-        why = "because the length of its logits' rows is not a multiple of 8"
+    if keep and V % 32:
+        why = "because the length of its logits' rows is not a multiple of 32"
         return case._replace(only_body="triton", why_only=why)
     return case
 

@@ -86,7 +86,7 @@ def head_scores(
         logits_NV if `keep`; then top, total and hit, [vocabulary tiles, N] each.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or `keep` and V is not a multiple of 8.
+        ValueError: mosaic.check refuses the arrays, or `keep` and V is not a multiple of 32.
     """
     (N, _), V = h_ND.shape, w_VD.shape[0]
     logits = [jax.ShapeDtypeStruct((N, V), jnp.float32)] if keep else []

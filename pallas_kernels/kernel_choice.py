@@ -119,7 +119,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
 
 
 def _mosaic_row_sizes(op, tiles, shape):
-    """Returns the sizes that a Mosaic body needs to be multiples of 8; none without such a body."""
+    """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
     if all(body_of(kernel) == "triton" for kernel in kernels):
         return ()
@@ -170,9 +170,9 @@ def choose_body(
         reason = f"its kernel was not measured on {chip or arch} at this shape"
         return BodyChoice(default_tiles(op, arch), False, reason)
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
-    if any(size % 8 for size in sizes):
+    if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
-        reason = f"its fastest body needs sizes that are a multiple of 8; got {got}"
+        reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
         return BodyChoice(default_tiles(op, arch), False, reason)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"

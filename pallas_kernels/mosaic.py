@@ -45,26 +45,32 @@ SUFFIX = "_mosaic_gpu_kernel"  # is appended to a kernel's name in machine code
 INTERPRETED_PROGRAMS = 2  # fewer than a test has tiles, so that a program computes several
 
 
+def row_multiple(dtype: Any) -> int:
+    """Returns what the length of an array's rows must be a multiple of: the swizzle's width."""
+    return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+
+
 def check(*written: jax.ShapeDtypeStruct, **operands: jax.Array) -> None:
     """Checks that wgmma can multiply the operands, and that TMA can copy them and the outputs.
 
     Raises:
         ValueError: jax is too old, an operand's type is not in TYPES, or the length of an array's
-            rows is not a multiple of 8 (TMA needs strides that are multiples of 16 bytes).
+            rows is not a multiple of row_multiple. The interpreter would accept other lengths, but
+            Mosaic GPU refuses to compile copies of them into swizzled memory.
     """
     if not USABLE:
         raise ValueError(f"{REASON}. Give the kernel tiles of its Triton body.")
     for name, x in operands.items():
-        if x.dtype not in TYPES or x.shape[-1] % 8:
+        if x.dtype not in TYPES or x.shape[-1] % row_multiple(x.dtype):
             raise ValueError(
-                "a Mosaic body takes bfloat16 or float16, in rows of a multiple of 8; got "
+                "a Mosaic body takes bfloat16 or float16, in rows of a multiple of 64; got "
                 f"{name}={x.dtype}{list(x.shape)}. Give the kernel tiles of its Triton body."
             )
     for x in written:
-        if x.shape[-1] % 8:
+        if x.shape[-1] % row_multiple(x.dtype):
             raise ValueError(
-                f"a Mosaic body writes rows of a multiple of 8; got {x.dtype}{list(x.shape)}. Give "
-                "the kernel tiles of its Triton body."
+                f"a Mosaic body writes rows of a multiple of {row_multiple(x.dtype)}; got "
+                f"{x.dtype}{list(x.shape)}. Give the kernel tiles of its Triton body."
             )
 
 
@@ -186,6 +192,16 @@ def multiply_registers(sum_ref: Any, x: jax.Array, y_ref: Any, staging: Any = No
         plgpu.commit_smem()
         x = staging
     plgpu.wgmma(sum_ref, x, y_ref)
+
+
+def load_along_rows(ref: Any) -> jax.Array:
+    """Loads one number for each row of a product from HBM."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_along_columns(ref: Any) -> jax.Array:
+    """Loads one number for each column of a product from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
 def launch_sizes(lowered: jax.stages.Lowered) -> dict[str, tuple[int, int, int]]:

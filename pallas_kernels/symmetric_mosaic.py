@@ -115,7 +115,7 @@ def symmetric(
         tiles: as many columns as rows, or half as many.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 8.
+        ValueError: mosaic.check refuses the arrays, or M is not a multiple of 64.
     """
     X, M, _ = x_XMN.shape
     c = () if c_XMM is None else (c_XMM,)

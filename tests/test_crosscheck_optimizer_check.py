@@ -1,6 +1,7 @@
 """`crosscheck optimizer`: somebody's PyTorch optimizer against ours."""
 
 import dataclasses
+import sys
 import textwrap
 
 import jax
@@ -174,10 +175,50 @@ def test_a_class_that_cannot_be_used_is_refused(source, arguments, words):
 
 def test_an_optimizer_that_cannot_step_float64_is_refused(tmp_path):
     source = write_optimizer(tmp_path, square="(g * g).float()")
-    with pytest.raises(ValueError, match="must step matrices of float64.*--precision=float32"):
+    text = r"must step parameters of torch.float64; step 1 .*mine.py, line 18.*--precision=float32"
+    with pytest.raises(ValueError, match=text):
         compare(source)
+
+
+def test_a_step_that_fails_or_replaces_its_tensors_is_refused(tmp_path):
+    for root, words in {
+        "(1 / (s['t'] < 3))": r"step 3 raises ZeroDivisionError: division by zero \(.*mine.py",
+        "exit(3)": "step 1 raises SystemExit: 3",
+        "1); p.data = (p.data.half()": "after step 1 one is of .* torch.float16",
+        "1); p.data = (p.data.flatten()": r"after step 1 one is of \(1024,\)",
+    }.items():
+        tensor = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.float64))
+        theirs = load_optimizer(write_optimizer(tmp_path, root=root), "")
+        optimizer = theirs.build([{"params": [tensor]}])
+        with pytest.raises(ValueError, match=words):
+            for _ in range(3):
+                tensor.grad = torch.ones_like(tensor)
+                optimizer.step()
+
+
+def test_a_file_is_imported_once_under_a_name_that_no_other_module_has(tmp_path, capsys):
+    path = tmp_path / "random.py"
+    path.write_text("import torch\nprint('imported')\nclass Mine(torch.optim.SGD): pass\n")
+    config = build_config(f"{path}:Mine", "lr=0.1", "muon")
+    assert config.optim.learning_rate == 0.1
+    assert load_optimizer(f"{path}:Mine", "").cls is load_optimizer(f"{path}:Mine", "").cls
+    assert capsys.readouterr().out.count("imported") == 1
+    assert sys.modules["random"].__file__ != str(path)
+    path.write_text("raise SystemExit('no guard')")
+    with pytest.raises(ValueError, match="must be importable; .* raises SystemExit: no guard"):
+        load_optimizer(f"{path}:Mine", "")
+
+
+def test_groups_that_are_no_list_of_dicts_are_refused(tmp_path):
+    path = tmp_path / "groups.py"
+    path.write_text("class Mine:\n    def __init__(self, params): self.param_groups = {'lr': 1}\n")
+    path.write_text(path.read_text() + "    def step(self): pass\n")
+    with pytest.raises(ValueError, match="must have param_groups, a list of dicts .* got {'lr'"):
+        build_config(f"{path}:Mine", "", "muon")
 
 
 def test_both_names_must_be_given():
     with pytest.raises(ValueError, match="--theirs=FILE.py:Class and --ours=NAME"):
         build_config("torch.optim:AdamW", "", "")
+    with pytest.raises(ValueError, match="ours must be one of muon, .* got 'lion'. Set --ours"):
+        build_config("torch.optim:AdamW", "", "lion")

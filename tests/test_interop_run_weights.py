@@ -40,7 +40,7 @@ def config(workdir, text, source, **values):
 
 def start(cfg, devices=1):
     run = build_run(cfg, jax.devices()[:devices])
-    return run, initial_state(run)
+    return run, initial_state(run)[0]
 
 
 def evaluated(workdir, step=None):
@@ -77,12 +77,14 @@ def test_a_run_resumes_without_the_run_that_its_weights_came_from(source, text, 
         assert train(cfg, jax.devices()[:1], quiet=True) == 0
     assert f"step 2 of {copy}, which accelerated_lmo trained; the iterate" in caplog.text
     stored = json.loads((tmp_path / "run/config.json").read_text())
-    assert stored["config"]["weights"] == str(copy)
+    assert stored["config"]["weights"] == str(copy / "checkpoints/2")
     assert not is_imported(str(copy)) and not is_imported(str(copy / "checkpoints" / "7"))
     shutil.rmtree(copy)
     assert is_imported(str(copy))  # it may have been
     assert train(dataclasses.replace(cfg, steps=3), jax.devices()[:1], quiet=True) == 0
     assert [step for step, _ in runs.losses(tmp_path / "run")] == [1, 2, 3]
+    again = json.loads((tmp_path / "run/config.json").read_text())
+    assert again["config"]["weights"] == stored["config"]["weights"]
 
 
 def test_a_changed_optimizer_is_refused_with_the_way_to_start_it(source, text):
@@ -98,6 +100,15 @@ def test_weights_of_another_model_name_the_flags_to_set(source, text, tmp_path):
         InteropError, match=r"model.F=96, not 64.*Set --model.F, or another --weigh"
     ):
         start(config(tmp_path / "run", text, source, model__F=96))
+
+
+def test_what_is_no_weights_is_refused_with_the_flag(source, text, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "missing", tmp_path / "empty", source / "checkpoints"):
+        with pytest.raises(InteropError, match=f"--weights={path} must be a run or"):
+            start(config(tmp_path / "run", text, path))
+    with pytest.raises(InteropError, match="--weights=.*config.json must be .*llm.c"):
+        start(config(tmp_path / "run", text, source / "config.json"))
 
 
 def test_a_run_that_has_not_saved_yet_is_refused(source, text, tmp_path):

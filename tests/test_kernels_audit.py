@@ -47,6 +47,31 @@ def test_the_audit_passes_for_both_chips():
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
 
 
+RAGGED = """
+import jax, jax.numpy as jnp
+from pallas_kernels.chip import find_chip
+from pallas_kernels.head_scores import head_scores
+from pallas_kernels.offline import compile_for
+from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tiles import MosaicProductTiles
+
+square, head = MosaicProductTiles(128, 64, 64, 2), MosaicProductTiles(128, 128, 64, 2)
+array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+compile_for(find_chip("h100"), lambda x: symmetric(x, tiles=square), array(1, 192, 320))
+scores = lambda h, w, y: head_scores(h, w, y, head)
+operands = array(136, 64), array(288, 64), array(136, dtype=jnp.int32)
+print(*compile_for(find_chip("h100"), scores, *operands)[1])
+"""
+
+
+@pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
+def test_mosaic_bodies_compile_at_every_size_that_they_accept():
+    """The interpreter accepts sizes that Mosaic GPU does not compile."""
+    done = run_python("-c", RAGGED, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "head_scores" in done.stdout
+
+
 CASE = next(case for case in CASES if case.name == "symmetric")
 GOOD = KernelReport("symmetric", Resources(200, 0, Counter(HMMA=64)), 128, 136, 32_768)
 

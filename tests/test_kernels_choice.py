@@ -113,7 +113,7 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     assert choice.faster and choice.tiles == tiles
     assert [body_of(t) for t in choice.tiles.values()] == ["mosaic", "triton"]
     odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
-    assert not odd.faster and "multiple of 8; got 2050" in odd.reason
+    assert not odd.faster and "multiple of 64; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
 
 

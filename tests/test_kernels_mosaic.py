@@ -56,8 +56,8 @@ def distance(got, want):
 
 # Tiles with half as many columns as rows, and as many. The shapes are not multiples of the tiles.
 SQUARES = [
-    (MosaicProductTiles(128, 64, 64, 2), (1, 200, 136)),
-    (MosaicProductTiles(128, 128, 64, 3), (2, 136, 72)),
+    (MosaicProductTiles(128, 64, 64, 2), (1, 192, 320)),
+    (MosaicProductTiles(128, 128, 64, 3), (2, 192, 64)),
 ]
 
 
@@ -83,7 +83,7 @@ def test_symmetric_adds_a_scaled_matrix_to_a_scaled_product(tiles, shape):
 
 
 def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
-    x, y = draw(0, 1, 136, 64), draw(1, 1, 136, 64)
+    x, y = draw(0, 1, 192, 64), draw(1, 1, 192, 64)
     got = symmetric(x, y, tiles=SQUARES[0][0], interpret=not ON_GPU)
     assert jnp.array_equal(got, got.mT)
     assert distance(jnp.tril(got), np.tril(exact(symmetric_reference, x, y))) < 3e-3
@@ -93,7 +93,7 @@ def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
     "x, message",
     [
         (jnp.ones((1, 64, 64)), r"got x=float32\[1, 64, 64\]"),
-        (jnp.ones((1, 64, 60), HALF), r"got x=bfloat16\[1, 64, 60\]"),
+        (jnp.ones((1, 64, 136), HALF), r"multiple of 64; got x=bfloat16\[1, 64, 136\]"),
         (jnp.ones((1, 60, 64), HALF), r"writes rows of .* got bfloat16\[1, 60, 60\]"),
     ],
 )
@@ -103,8 +103,8 @@ def test_arrays_that_the_memory_accelerator_cannot_copy_are_an_error(x, message)
 
 
 def test_head_scores_equal_the_reference():
-    """No size is a multiple of its tile; targets lie before, in, at the end of and past V."""
-    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 72, 264)
+    """Neither N nor V is a multiple of its tile; targets lie before, in, at the end of, past V."""
+    tiles, softcap, (N, D, V) = MosaicProductTiles(128, 128, 64, 2, group=1), 15.0, (136, 64, 288)
     h, w = draw(0, N, D), draw(1, V, D) / 4
     targets = jax.random.randint(jax.random.key(2), (N,), -1, V).at[0].set(V - 1).at[1].set(V)
     got = head_scores(h, w, targets, tiles, softcap, interpret=not ON_GPU)

@@ -1,5 +1,7 @@
 """The default rule for axes, on names that common libraries give, and axes that users declare."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,10 @@ import pytest
 from flax import nnx
 
 from jaxtrain.axes import Axes
+from jaxtrain.config.sections import OptimConfig
+from jaxtrain.optim.build import build_optimizer
 from jaxtrain.optim.default_axes import default_axes_of, resolve_axes
+from jaxtrain.optim.recipes import muon, scale_by_muon
 
 MATRICES = """
 params.Dense_0.kernel layers.0.mlp.up.kernel layers_0.attention.out.kernel blocks.3.w1 w
@@ -81,6 +86,53 @@ def test_axes_are_declared_by_name_or_as_a_tree_in_any_notation():
 def test_axes_that_name_no_parameter_are_an_error_that_lists_the_names():
     with pytest.raises(ValueError, match="of blocks.w, gain; got block.w"):
         resolve_axes({"block": {"w": "|D->F"}}, {"blocks": {"w": jnp.ones((2, 3))}, "gain": 1.0})
+
+    with pytest.raises(ValueError, match=r"of w; got \|D->F for the whole tree"):
+        resolve_axes("|D->F", {"w": jnp.ones((2, 3))})
+
+
+def test_a_matrix_without_entries_is_refused_and_a_vector_is_not():
+    with pytest.raises(ValueError, match=r"must have entries; got w of shape \(0, 4\) .*'L\|D'"):
+        resolve_axes(None, {"w": jnp.ones((0, 4))})
+    params = {"w": jnp.ones((0, 4)), "bias": jnp.ones(0)}
+    optimizer = muon(axes={"w": "L|D"})
+    step = lambda p: optimizer.update(p, optimizer.init(p), p)[0]
+    assert jax.eval_shape(step, params)["w"].shape == (0, 4)
+
+
+NOT_FLOATING = {
+    "int32": jnp.arange(3),
+    "bool": jnp.ones((2, 3), bool),
+    "complex64": jnp.ones((2, 3), jnp.complex64),
+    "float8_e4m3fn": jnp.ones(3, jnp.float8_e4m3fn),
+    "key<fry>": jax.random.key(0),
+    "float": 1.0,
+    "function": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("dtype", NOT_FLOATING)
+def test_parameters_without_a_real_floating_type_are_refused_by_name(dtype):
+    params = {"w": jnp.ones((2, 3)), "blocks": [NOT_FLOATING[dtype]]}
+    message = re.escape(f"got blocks.0 of type {dtype}.")
+    axes = {"w": Axes.parse("|I->O"), "blocks": [Axes.parse("|D")]}
+    for optimizer in (muon(), scale_by_muon(), build_optimizer(OptimConfig(), axes)):
+        with pytest.raises(ValueError, match=message):
+            optimizer.init(params)
+
+
+def test_gradients_of_other_shapes_or_names_are_refused_by_name():
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    optimizer = muon()
+    state = optimizer.init(params)
+    for grads, got in (
+        (params | {"w": jnp.ones((3, 2))}, "w of (3, 2), not (2, 3)"),
+        (params | {"w": None}, "w of None, not (2, 3)"),
+        ({"w": params["w"]}, "b of None, not (3,)"),
+        (params | {"c": 1.0}, "c of (), not None"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"got {got}.")):
+            optimizer.update(grads, state, params)
 
 
 @pytest.mark.parametrize("value", [None, 3])

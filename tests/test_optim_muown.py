@@ -38,7 +38,7 @@ def test_rows_of_zeros_start_to_move():
     params = draw(0)
     params["w_out"][0] = 0
     params = jax.tree.map(jnp.asarray, params)
-    updates: Any = optimizer.update(draw(1), optimizer.init(params), params)[0]
+    updates: Any = jax.jit(optimizer.update)(draw(1), optimizer.init(params), params)[0]
     lengths = np.linalg.norm(np.asarray(updates["w_out"][0]), axis=0)
     np.testing.assert_allclose(lengths, 0.33**0.5, rtol=0.1)
 

@@ -1,6 +1,7 @@
 """Complete optimizers without a config, on parameter trees of any kind."""
 
 import inspect
+import math
 import pickle
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from jaxtrain.optim.recipes import accelerated_lmo, muon, normuon, scale_by_muon
 
 RECIPES = [muon, normuon, accelerated_lmo]
 EVERY_RECIPE = [*RECIPES, recipes.soap, recipes.soap_muon, recipes.muon_h, recipes.adam_h]
+EVERY_RECIPE.append(recipes.muown)
 SHAPES = {"embed": (8, 4), "blocks": {"w": (4, 6), "bias": (6,)}, "head": (4, 8)}
 AXES = {"embed": "V|D", "blocks.w": "|D->F", "blocks.bias": "|F", "head": "|D->V"}
 RATES = {"learning_rate": 0.05, "adam_learning_rate": 0.01}
@@ -62,7 +64,7 @@ def rows_of(optimizer, params):
     return {row.name: row for row in recipes.group_rows(optimizer, params)}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, recipes.muown])
 def test_a_recipe_is_bitwise_the_trainers_optimizer(recipe):
     shared = dict(momentum=0.9, weight_decay=0.1)
     cfg = OptimConfig(
@@ -74,6 +76,7 @@ def test_a_recipe_is_bitwise_the_trainers_optimizer(recipe):
         **RATES,
         **shared,
         **({"strength": 0.3} if recipe is accelerated_lmo else {}),
+        **({"scale": "match_rms"} if recipe is recipes.muown else {}),
     )
     axes = resolve({"embed": "V|D", "blocks": {"w": "|D->F", "bias": "|F"}, "head": "|D->V"})
     options = RATES | shared
@@ -284,8 +287,34 @@ def test_a_bad_gradient_changes_nothing(recipe):
     assert_same(after, state)
 
 
+BAD_NUMBERS = [
+    *(("learning_rate", value) for value in (-0.1, math.nan, math.inf, "0.02", None)),
+    ("adam_learning_rate", -1.0),
+    ("weight_decay", -1.0),
+    ("adam_b1", -0.1),
+    ("adam_b2", 1.0),
+    ("adam_eps", -1e-8),
+]
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_numbers_out_of_range_are_refused_when_an_optimizer_is_built(recipe):
+    for name, value in BAD_NUMBERS:
+        with pytest.raises(ValueError, match=f"{name} must be .*; got {value!r}. Set .*{name}"):
+            recipe(**{name: value})
+    recipe(learning_rate=0, weight_decay=0.0, adam_eps=0.0)
+
+
+def test_options_of_muown_and_types_are_refused_too():
+    with pytest.raises(ValueError, match="total_steps must .* final_radius=2.5; got 1"):
+        recipes.muown(final_radius=2.5)
+    for name in ("dtype", "buffer_dtype"):
+        with pytest.raises(ValueError, match=f"{name} must be a floating type; got int8"):
+            muon(**{name: "int8"}).init(tree())
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_numbers_out_of_range_are_refused_at_once(recipe):
+def test_arguments_without_a_meaning_are_refused_at_once(recipe):
     with pytest.raises(ValueError, match="momentum.*1.5"):
         recipe(momentum=1.5)
     with pytest.raises(ValueError, match="spectral_max"):

@@ -162,7 +162,7 @@ def resume_lines(cfg) -> list:
         build_batches(cfg.data, corpus, run.mesh, cfg.seed) as batches,
         Checkpoints(f"{cfg.workdir}/checkpoints", 2, read_only=True) as checkpoints,
     ):
-        _, restored = start_state(run, checkpoints, batches, initial_state)
+        run, _, restored = start_state(run, checkpoints, batches, initial_state)
         return list(startup_lines(run, corpus, checkpoints, restored))
 
 

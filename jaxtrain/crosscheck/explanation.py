@@ -113,7 +113,7 @@ def _divergence_lines(divergence: Divergence) -> list[str]:
     for other in others[:MOST_NAMES]:
         lines.append(f"  also: {other.quantity} of {other.tensor}, by {other.size:.1e}")
     if len(others) > MOST_NAMES:
-        lines.append(f"  and {len(others) - MOST_NAMES} more tensors at this step")
+        lines.append(f"  and {len(others) - MOST_NAMES} more at this step")
     return lines
 
 

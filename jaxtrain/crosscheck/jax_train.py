@@ -51,7 +51,7 @@ def build_start(cfg: TrainConfig, read_data: bool = True) -> Start:
     corpus = None
     if read_data:
         corpus = open_corpus(cfg.data, "train", cfg.model.V, Path(cfg.workdir))
-    state = initial_state(run)
+    state, _ = initial_state(run)
     return Start(run, state, jax.tree.map(np.asarray, state.params), corpus)
 
 

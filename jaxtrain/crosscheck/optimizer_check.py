@@ -9,19 +9,22 @@ from jaxtrain.crosscheck import explanation, jax_train, sides
 from jaxtrain.crosscheck.comparison import compare_traces
 from jaxtrain.crosscheck.sides import print_now
 from jaxtrain.crosscheck.trace import batches_of, read_trace
+from jaxtrain.optim import select_option
+from jaxtrain.optim.build import OPTIMIZERS
 
 
 def build_config(theirs: str, arguments: str, ours: str) -> Any:
     """Returns the default config of `crosscheck optimizer`: a small GPT-2 with their settings.
 
     Raises:
-        ValueError: their optimizer cannot be loaded.
+        ValueError: their optimizer cannot be loaded, or ours does not exist.
     """
     sides.import_torch()
     from jaxtrain.crosscheck.their_optimizer import build_default_config, load_optimizer
 
     if not theirs or not ours:
         raise ValueError("`optimizer` needs --theirs=FILE.py:Class and --ours=NAME.")
+    select_option(OPTIMIZERS, ours, "ours")
     return build_default_config(load_optimizer(theirs, arguments), ours)
 
 

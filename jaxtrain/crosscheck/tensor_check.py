@@ -95,21 +95,26 @@ def _records(kinds, steps: int, dtype: str, advance: Callable[[Tensors], Tensors
         params = new
 
 
-def _our_advance(optimizer: Any, params: Tensors) -> Callable[[Tensors], Tensors]:
-    """Returns advance(gradients) -> the new parameters."""
+def _our_advance(optimizer: Any, params: Tensors) -> Callable[[], Callable[[Tensors], Tensors]]:
+    """Returns start() -> advance(gradients) -> the new parameters; starts share one program."""
 
     @jax.jit
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state
 
-    carry = [params, jax.jit(optimizer.init)(params)]
+    first = params, jax.jit(optimizer.init)(params)
 
-    def advance(grads):
-        carry[:] = step(*carry, grads)
-        return {name: np.asarray(x) for name, x in carry[0].items()}
+    def start():
+        carry = [*first]
 
-    return advance
+        def advance(grads):
+            carry[:] = step(*carry, grads)
+            return {name: np.asarray(x) for name, x in carry[0].items()}
+
+        return advance
+
+    return start
 
 
 def _their_advance(theirs: TheirOptimizer, params: Tensors) -> Callable[[Tensors], Tensors]:
@@ -119,15 +124,7 @@ def _their_advance(theirs: TheirOptimizer, params: Tensors) -> Callable[[Tensors
     def advance(grads):
         for name, p in tensors.items():
             p.grad = torch.tensor(grads[name])
-        try:
-            optimizer.step()
-        except Exception as error:
-            dtype = next(iter(grads.values())).dtype
-            raise ValueError(
-                f"--theirs={theirs.source} must step matrices of {dtype}; it raises "
-                f"{type(error).__name__}: {error}. Many optimizers mix in float32: set "
-                "--precision=float32."
-            ) from error
+        optimizer.step()
         return {name: p.detach().numpy().copy() for name, p in tensors.items()}
 
     return advance
@@ -164,12 +161,12 @@ def compare_on_tensors(
     params = {n: rng.normal(scale=0.1, size=k.shape).astype(precision) for n, k in kinds.items()}
     signs = {name: rng.choice([-1.0, 1.0], kind.shape) for name, kind in kinds.items()}
     optimizer = build_optimizer(cfg, axes)
-    moved = build_rounding_optimizer(cfg, optimizer, axes)
-    ours = _records(kinds, steps, precision, _our_advance(optimizer, params), params)
+    start_copy = _our_advance(build_rounding_optimizer(cfg, optimizer, axes), params)
+    ours = _records(kinds, steps, precision, _our_advance(optimizer, params)(), params)
     other = _records(kinds, steps, precision, _their_advance(theirs, params), params)
 
     def copy(sign):
-        advance = _our_advance(moved, params)
+        advance = start_copy()
         noisy = lambda g, name: (g * (1 + sign * SIGMAS * eps * signs[name])).astype(precision)
         move = lambda grads: advance({name: noisy(g, name) for name, g in grads.items()})
         return _records(kinds, steps, precision, move, params)

@@ -1,9 +1,12 @@
 """Loads somebody's PyTorch optimizer and maps its settings to ours."""
 
 import ast
+import functools
 import importlib
 import importlib.util
+import itertools
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +65,41 @@ class TheirOptimizer(NamedTuple):
                 f"--theirs={self.source} must be built by {self.name}(params, ...); with {given} "
                 f"it raises {type(error).__name__}: {error}. Set --arguments."
             ) from error
-        groups = getattr(optimizer, "param_groups", [])
-        if not groups or any("lr" not in group for group in groups):
+        found: Any = getattr(optimizer, "param_groups", None)
+        valid = isinstance(found, list) and all(isinstance(group, dict) for group in found)
+        if not valid or not found or any("lr" not in group for group in found):
+            got = [sorted(group) for group in found] if valid else found
             raise ValueError(
-                f"--theirs={self.source} must have param_groups with `lr`, like torch.optim's "
-                f"optimizers; got {[sorted(group) for group in groups]}."
+                f"--theirs={self.source} must have param_groups, a list of dicts with `lr`, like "
+                f"torch.optim's optimizers; got {got}."
             )
+        return self._guard_steps(optimizer)
+
+    def _guard_steps(self, optimizer: Any) -> torch.optim.Optimizer:
+        """Makes the optimizer's `step` raise a ValueError where it fails or replaces a tensor."""
+        step, counter = optimizer.step, itertools.count(1)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        kinds = [(p.shape, p.dtype) for p in params]
+
+        def guarded_step() -> None:
+            count = next(counter)
+            try:
+                step()
+            except (Exception, SystemExit) as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise ValueError(
+                    f"--theirs={self.source} must step parameters of {kinds[0][1]}; step {count} "
+                    f"raises {type(error).__name__}: {error} ({place.filename}, line "
+                    f"{place.lineno}). If it mixes in float32, set --precision=float32."
+                ) from error
+            if changed := [(p.shape, p.dtype) for p in params if (p.shape, p.dtype) not in kinds]:
+                shape, dtype = changed[0]
+                raise ValueError(
+                    f"--theirs={self.source} must keep the shape and type of its parameters; after "
+                    f"step {count} one is of {tuple(shape)} and {dtype}."
+                )
+
+        optimizer.step = guarded_step
         return optimizer
 
     def settings(self) -> dict[str, Any]:
@@ -95,8 +127,11 @@ def load_optimizer(source: str, arguments: str) -> TheirOptimizer:
     if where.endswith(".py") and not Path(where).is_file():
         raise ValueError(f"--theirs must name an existing file; got {where}.")
     try:
-        module = _import_file(where) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # anything can happen while a user's file runs
+        if where.endswith(".py"):
+            module = _import_file(where, Path(where).stat().st_mtime_ns)
+        else:
+            module = importlib.import_module(where)
+    except (Exception, SystemExit) as error:  # anything can happen while a user's file runs
         raise ValueError(
             f"--theirs={source} must be importable; {where} raises {type(error).__name__}: {error}."
         ) from error
@@ -110,13 +145,18 @@ def load_optimizer(source: str, arguments: str) -> TheirOptimizer:
     return TheirOptimizer(cls, _parse_arguments(arguments), source)
 
 
-def _import_file(path: str) -> Any:
-    """Imports a file as a module; its folder is on the path, so that it may import siblings."""
+@functools.cache  # a file may take long to import, or print
+def _import_file(path: str, modified_ns: int) -> Any:
+    """Imports a file as a module; its folder is on the path, so that it may import siblings.
+
+    The module's name is not the file's, which may be that of another module, such as `random`.
+    """
     file = Path(path).resolve()
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"theirs_{file.stem}_{modified_ns}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(file.parent))
     try:
         spec.loader.exec_module(module)

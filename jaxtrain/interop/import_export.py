@@ -115,7 +115,7 @@ def _store_step_0(run: Run, out: Path) -> None:
         build_batches(run.cfg.data, corpus, run.mesh, run.cfg.seed) as batches,
         Checkpoints(out / "checkpoints", 1) as checkpoints,
     ):
-        state, _ = start_state(run, checkpoints, batches, initial_state)
+        run, state, _ = start_state(run, checkpoints, batches, initial_state)
         meta = {"data": batches.state(), "config": config_lib.flatten(run.cfg)}
         checkpoints.save(0, state, meta)
         checkpoints.wait()

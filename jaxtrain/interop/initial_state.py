@@ -17,9 +17,15 @@ from jaxtrain.training.step import TrainState, init_state
 
 
 def check_model(cfg: ModelConfig, source: Path | str) -> None:
-    """Raises InteropError if a model is not that of the weights in `source`."""
+    """Raises InteropError if the weights in `source` are of another model, or not readable."""
+    try:
+        theirs = vars(read_config(source))
+    except InteropError as error:
+        raise InteropError(
+            f"--weights={source} must be a run or readable weights of another program: {error}"
+        ) from error
     owner = f"that of the weights in {source}"
-    check_same_model(cfg, vars(read_config(source)), owner, "--weights", InteropError)
+    check_same_model(cfg, theirs, owner, "--weights", InteropError)
 
 
 def load_params(
@@ -41,10 +47,11 @@ def load_params(
     return jax.tree.unflatten(jax.tree.structure(shardings), arrays)
 
 
-def initial_state(run: Run) -> TrainState:
-    """Returns the state at step 0: random parameters, or those of cfg.weights.
+def initial_state(run: Run) -> tuple[TrainState, str]:
+    """Returns the state at step 0, random or with the parameters of cfg.weights, and their source.
 
-    The optimizer's state is new in either case.
+    The optimizer's state is new in either case. The source is cfg.weights, or of a run the
+    checkpoint that was read, `FOLDER/checkpoints/STEP`.
 
     Raises:
         InteropError: the weights are damaged, or of another model.
@@ -52,13 +59,13 @@ def initial_state(run: Run) -> TrainState:
     """
     source, model = run.cfg.weights, run.model
     if not source:
-        return init_state(model, run.optimizer, run.mesh, run.cfg.seed)
+        return init_state(model, run.optimizer, run.mesh, run.cfg.seed), source
     sharding_of = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
     shardings = jax.tree.map(sharding_of, model.axes, model.shapes)
     if find_run(source):
         check_run_model(run.cfg.model, source)
-        params = load_run_weights(run, shardings)
+        params, source = load_run_weights(run, shardings)
     else:
         check_model(run.cfg.model, source)  # before memory is allocated
         params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
-    return init_state(model, run.optimizer, run.mesh, params)
+    return init_state(model, run.optimizer, run.mesh, params), source

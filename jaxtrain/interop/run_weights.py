@@ -71,8 +71,8 @@ def check_run_model(cfg: ModelConfig, source: str) -> None:
     check_same_model(cfg, theirs, owner, "another --weights", InteropError)
 
 
-def load_run_weights(run: Run, shardings: Any) -> ArrayTree:
-    """Returns the weights with which the run in cfg.weights is evaluated.
+def load_run_weights(run: Run, shardings: Any) -> tuple[ArrayTree, str]:
+    """Returns the weights with which the run in cfg.weights is evaluated, and their checkpoint.
 
     Args:
         run: the run to start, accepted by check_run_model.
@@ -104,7 +104,8 @@ def load_run_weights(run: Run, shardings: Any) -> ArrayTree:
             describe_evaluated_weights(opt_state),
         )
     evaluate = lambda state: eval_params(state.opt_state, state.params)
-    return jax.jit(evaluate, out_shardings=shardings)(restored.state)
+    checkpoint = str(folder / CHECKPOINTS / str(restored.step))
+    return jax.jit(evaluate, out_shardings=shardings)(restored.state), checkpoint
 
 
 def _locate(source: str) -> tuple[Path, int | None]:

@@ -1,5 +1,6 @@
 """Optimizers: each parameter's direction and rate, and the sharding of optimizer state."""
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeAlias, TypeGuard, TypeVar
@@ -31,11 +32,22 @@ def is_zero(value: Any) -> bool:
     return is_number(value) and value == 0
 
 
-def check_decay(value: Any, flag: str) -> None:
-    """Checks the decay of an average, if it is a number.
+def check_number(value: Any, name: str, below: float = math.inf) -> None:
+    """Checks that a hyperparameter is a number in [0, below), an array or a schedule.
+
+    Args:
+        name: of a flag, such as "optim.adam_eps", or of an argument.
 
     Raises:
-        ValueError: it is outside [0, 1).
+        ValueError: it is not. Values of arrays and schedules are not known here.
     """
-    if is_number(value) and not 0 <= value < 1:
-        raise ValueError(f"{flag} must be in [0, 1); got {value}. Set --{flag}.")
+    is_known = is_number(value) or not (callable(value) or hasattr(value, "dtype"))
+    if is_known and not (is_number(value) and 0 <= value < below):
+        valid = "0 or more, and finite" if below == math.inf else f"in [0, {below:g})"
+        setting = f"--{name}" if "." in name else name
+        raise ValueError(f"{name} must be {valid}; got {value!r}. Set {setting}.")
+
+
+def check_decay(value: Any, name: str) -> None:
+    """Checks the decay of an average: it must be in [0, 1), see `check_number`."""
+    check_number(value, name, below=1)

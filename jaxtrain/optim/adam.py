@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import Hyperparameter, is_number
+from jaxtrain.optim import Hyperparameter, check_decay, check_number, is_number
 from jaxtrain.optim.precision import average, widest, zero_buffers
 
 
@@ -38,7 +38,13 @@ def scale_by_adam(
 
     Its bias correction is PyTorch's up to rounding; optax's is 1.3e-5 off in float32. Directions
     have the widest type of gradient, averages and parameter, float32 at least.
+
+    Raises:
+        ValueError: b1 or b2 is outside [0, 1), or eps is negative.
     """
+    check_decay(b1, "optim.adam_b1")
+    check_decay(b2, "optim.adam_b2")
+    check_number(eps, "optim.adam_eps")
 
     def init(params):
         return AdamState(jnp.zeros((), jnp.int32), zero_buffers(params), zero_buffers(params))

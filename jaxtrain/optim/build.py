@@ -18,6 +18,7 @@ from jaxtrain.optim.acceleration import ema_lookahead, gradient_transport
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.clipping import clip_gradients
 from jaxtrain.optim.collectives import build_replica_gather
+from jaxtrain.optim.default_axes import check_floating
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.lmo import buffer_dtype, scale_by_lmo
 from jaxtrain.optim.muon import build_muon, has_whole_steps
@@ -122,7 +123,8 @@ def build_optimizer(
 
     Raises:
         ValueError: a leaf of axes is not an Axes, an optimizer or schedule is unknown, or (at
-            init) axes do not name the parameters or do not fit their shapes.
+            init) axes do not name the parameters or do not fit their shapes, or a parameter has no
+            real floating type.
     """
     check_axes(axes)
     build_direction = select_option(OPTIMIZERS, cfg.name, "optim.name")
@@ -160,6 +162,7 @@ def build_optimizer(
         transform = tail_average(transform, max(start, 1), cfg.tail_horizon, cfg.tail_weight)
 
     def init(params):
+        check_floating(params)
         check_axes_fit(axes, params)
         report_groups(lambda: group_table(cfg, axes, params))
         return transform.init(params)

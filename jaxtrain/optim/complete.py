@@ -13,24 +13,27 @@ import optax
 
 from jaxtrain.axes import Axes
 from jaxtrain.model.trees import AxesTree
-from jaxtrain.optim import Hyperparameter, is_number
+from jaxtrain.optim import Hyperparameter, check_number, is_number
 from jaxtrain.optim.adam import scale_by_adam
 from jaxtrain.optim.default_axes import build_for_params, named_params, resolve_axes
 from jaxtrain.optim.describe import report_groups
 from jaxtrain.optim.param_groups import (
     MATRICES,
-    NORM_PRESERVING,
     REST,
+    WITHOUT_DECAY,
     Group,
     GroupRow,
     build_row,
     decay_group_of,
     select_group,
 )
-from jaxtrain.optim.rate_step import Schedule, keep_norms, scale_by_rate
+from jaxtrain.optim.rate_step import Schedule, scale_by_rate
 
 Rate = Hyperparameter | optax.Schedule
 Transform = optax.GradientTransformation
+# build(direction, groups, axes, schedule) of an optimizer of matrices; the last three are as in
+# `keep_norms`.
+Stepper = Callable[[optax.GradientTransformationExtraArgs, Any, AxesTree, Schedule], Transform]
 
 
 class AdamW(NamedTuple):
@@ -41,6 +44,12 @@ class AdamW(NamedTuple):
     b2: Hyperparameter = 0.95
     eps: Hyperparameter = 1e-8
     weight_decay: Hyperparameter | None = None  # of embeddings and heads; None: the matrices'
+
+    def check(self) -> None:
+        """Checks the rate and the decay; scale_by_adam checks the others."""
+        check_number(self.learning_rate, "adam_learning_rate")
+        if self.weight_decay is not None:
+            check_number(self.weight_decay, "adam_weight_decay")
 
 
 class View(NamedTuple):
@@ -90,6 +99,7 @@ def complete_optimizer(
     axes: Any = None,
     cautious_decay: bool = False,
     view: View = View(),  # noqa: B008
+    stepper: Stepper | None = None,
     wrap: Callable[[Transform], Transform] = lambda optimizer: optimizer,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer that steps matrices along a direction, and everything else by AdamW.
@@ -103,8 +113,8 @@ def complete_optimizer(
         )
 
     Decay is decoupled: p <- p - learning_rate * (weight_decay * p + direction). Embeddings and
-    heads decay too; embeddings of positions and vectors do not. With a name of NORM_PRESERVING each
-    matrix keeps its norm instead (`keep_norms`).
+    heads decay too; embeddings of positions and vectors do not, nor do the matrices of an optimizer
+    of WITHOUT_DECAY.
     `update(..., good=False)` returns updates of zero and leaves the state unchanged.
 
     Args:
@@ -118,14 +128,21 @@ def complete_optimizer(
         axes: see `resolve_axes`.
         cautious_decay: decays only entries that the step moves towards zero.
         view: what `describe` prints about the direction.
+        stepper: builds the matrices' optimizer from their direction; None applies rate and decay.
         wrap: wraps the complete optimizer of the matrices, as gradient_transport does.
+
+    Raises:
+        ValueError: a rate or a decay is no number of 0 or more, no array and no schedule.
     """
+    check_number(learning_rate, "learning_rate")
+    check_number(weight_decay, "weight_decay")
+    adam.check()
 
     def group_of(a: Axes) -> Group:
         rate = learning_rate if a.is_matrix else adam.learning_rate
         peak = 1.0 if callable(rate) else rate
         if a.is_matrix:
-            decay = 0.0 if name in NORM_PRESERVING else weight_decay
+            decay = 0.0 if name in WITHOUT_DECAY else weight_decay
             return Group(MATRICES, name, view.geometry, peak, decay)
         decay = weight_decay if adam.weight_decay is None else adam.weight_decay
         decays = decay_group_of(a) in ("embedding", "head")
@@ -137,11 +154,12 @@ def complete_optimizer(
         select = lambda group, tree: select_group(names, group, tree)
         own_groups, own_axes = select(MATRICES, groups), select(MATRICES, axes)
         share = _share_of_peak(learning_rate)
-        if name in NORM_PRESERVING:
-            step = keep_norms(own_groups, own_axes, share, view.per_head)
+        direction = optax.with_extra_args_support(build_direction(own_axes))
+        if stepper is None:
+            matrices = optax.chain(direction, scale_by_rate(own_groups, share, cautious_decay))
         else:
-            step = scale_by_rate(own_groups, share, cautious_decay)
-        matrices = optax.with_extra_args_support(wrap(optax.chain(build_direction(own_axes), step)))
+            matrices = stepper(direction, own_groups, own_axes, share)
+        matrices = optax.with_extra_args_support(wrap(matrices))
         share = _share_of_peak(adam.learning_rate)
         rest = optax.chain(
             scale_by_adam(adam.b1, adam.b2, adam.eps),

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -93,6 +94,35 @@ def named_params(params: ArrayTree) -> tuple[list[tuple[str, Any]], set[str]]:
     return arrays, absent
 
 
+def check_floating(params: ArrayTree) -> None:
+    """Raises ValueError unless every parameter is an array of a real floating type.
+
+    Steps of integers would be rounded to zero, and those of complex numbers are not defined here.
+    """
+    for name, x in named_params(params)[0]:
+        dtype: Any = getattr(x, "dtype", type(x).__name__)
+        is_floating = hasattr(x, "dtype") and jnp.issubdtype(dtype, jnp.floating)
+        if not is_floating or dtype.itemsize < 2:  # JAX promotes no type of 8 bits to another
+            raise ValueError(
+                f"parameters must be arrays of a real floating type; got {name or 'one'} of type "
+                f"{dtype}. Leave it out of params (equinox.filter, nnx.Param), or mask it by "
+                "optax.masked or optax.multi_transform."
+            )
+
+
+def _check_gradients(grads: Any, params: ArrayTree) -> None:
+    """Raises ValueError unless gradients have the names and shapes of the parameters."""
+    given, wanted = (
+        {name: jnp.shape(x) for name, x in named_params(tree)[0]} for tree in (grads, params)
+    )
+    wrong = [name for name in wanted | given if given.get(name) != wanted.get(name)]
+    if wrong:
+        shapes = ", ".join(f"{n or 'one'} of {given.get(n)}, not {wanted.get(n)}" for n in wrong)
+        raise ValueError(
+            f"gradients must have the parameters' names and shapes (None: absent); got {shapes}."
+        )
+
+
 def _read_declared(axes: Any) -> dict[str, Axes | None]:
     """Returns {name: Axes}; None as in an Equinox module that was filtered like the parameters."""
     declared = {}
@@ -131,7 +161,8 @@ def resolve_axes(axes: Any, params: ArrayTree) -> AxesTree:
     unknown = set(declared) - {name for name, _ in arrays}
     if unknown := sorted(name for name in unknown if not inside(name)):
         names = ", ".join(name for name, _ in arrays)
-        raise ValueError(f"axes must name parameters, of {names}; got {', '.join(unknown)}.")
+        got = ", ".join(name or f"{declared[name]} for the whole tree" for name in unknown)
+        raise ValueError(f"axes must name parameters, of {names}; got {got}.")
     for name in dict(arrays):
         if name in declared and declared[name] is None:
             raise ValueError(
@@ -167,9 +198,12 @@ def build_for_params(
     _read_declared(axes)
 
     def init(params):
+        check_floating(params)
         return build(resolve_axes(axes, params)).init(params)
 
     def update(updates, state, params=None, **extra):
+        if params is not None:
+            _check_gradients(updates, params)
         optimizer = build(resolve_axes(axes, updates if params is None else params))
         return optax.with_extra_args_support(optimizer).update(updates, state, params, **extra)
 

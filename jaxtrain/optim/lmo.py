@@ -102,8 +102,10 @@ def build_unit_step(
         map_matrices: applies the geometry to a tree; on a mesh use `build_sharded_map`.
 
     Raises:
-        ValueError: geometry or scale is not in its table.
+        ValueError: geometry or scale is not in its table, or dtype is not a floating type.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating type; got {dtype}. Set dtype.")
     factor = select_option(SCALES, scale, "optim.scale")
     unit = geometry if callable(geometry) else select_option(GEOMETRIES, geometry, "optim.geometry")
 

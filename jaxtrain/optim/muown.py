@@ -1,6 +1,6 @@
 """Muown: Muon steps the directions of a matrix' rows, Adam their lengths.
 
-A row is the weights of one output. It is w = length * v / |v|: the length is a variable of its own,
+A row is the weights of one output. It is w = length * v / |v|: the length is a separate variable,
 and v is the row's direction, of which w and |v| are stored.
 
 Source: Lion et al. 2026, https://arxiv.org/abs/2605.10797, as in modded-nanogpt, track 3,
@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.axes import Axes
 from jaxtrain.config.sections import OptimConfig
 from jaxtrain.model.trees import AxesTree
+from jaxtrain.optim import Hyperparameter, check_number, is_number, is_zero
 from jaxtrain.optim.adam import scale_by_adam
+from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
+from jaxtrain.optim.muon import scale_by_muon
+from jaxtrain.optim.newton_schulz import NewtonSchulz
 from jaxtrain.optim.precision import widest
 from jaxtrain.optim.rate_step import EPS, Schedule, rate_now
 
@@ -48,13 +53,13 @@ def step_by_muown(
     axes: AxesTree,
     schedule: Schedule,
     adam: optax.GradientTransformationExtraArgs,
-    final_radius: float = 0.0,
-    total_steps: int = 1,
+    final_radius: Hyperparameter = 0.0,
+    total_steps: Hyperparameter = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Steps length and direction of each row along their own gradients, at one rate.
 
     Both gradients follow from that of w by the chain rule. The step of v is rate * schedule(count)
-    * direction. |v| is then set by a schedule of its own: from the row's norm at init to
+    * direction. |v| is then set by a separate schedule: from the row's norm at init to
     final_radius at the end of the run; a larger |v| makes the same step turn the row less.
 
     `update` takes `good` and `rates` as that of `scale_by_rate` does. On a mesh, sums over split
@@ -81,8 +86,10 @@ def step_by_muown(
 
     def update(updates, state, params=None, *, good: jax.Array | bool = True, rates=None, **extra):
         scale = schedule(state.count)
-        progress = jnp.maximum(state.count - 1, 0).astype(float) / max(total_steps - 1, 1)
-        share = jnp.minimum(progress, 1) ** RADIUS_POWER if final_radius else jnp.zeros(())
+        progress = jnp.maximum(state.count - 1, 0).astype(float) / jnp.maximum(total_steps - 1, 1)
+        share = jnp.minimum(progress, 1) ** RADIUS_POWER
+        if is_zero(final_radius):
+            share = jnp.zeros(())
 
         def unit(a, p, length):
             p = p.astype(widest(p, length))
@@ -116,6 +123,61 @@ def step_by_muown(
         return steps, MuownState(count, muon_state, adam_state, lengths, state.radius)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def muown(
+    axes: Any = None,
+    learning_rate: Rate = 0.00325,
+    weight_decay: Hyperparameter = 0.0,
+    *,
+    final_radius: Hyperparameter = 0.0,
+    total_steps: Hyperparameter = 1,
+    newton_schulz: str | NewtonSchulz = "jordan",
+    momentum: Hyperparameter = 0.95,
+    nesterov: bool = True,
+    scale: str = "match_rms",
+    dtype: DTypeLike = "bfloat16",
+    buffer_dtype: DTypeLike | None = None,
+    per_head: bool = False,
+    cautious_decay: bool = False,
+    adam_learning_rate: Rate = 3e-3,
+    adam_b1: Hyperparameter = 0.9,
+    adam_b2: Hyperparameter = 0.95,
+    adam_eps: Hyperparameter = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds Muown for the matrices and AdamW for everything else, as in the trainer.
+
+    Args:
+        learning_rate: of directions and lengths; the default is the source's, for its scale.
+        weight_decay: of embeddings and heads; matrices do not decay.
+        final_radius, total_steps: see `step_by_muown`.
+        adam_b1, adam_b2, adam_eps: also of the lengths. The other arguments are those of `muon`.
+
+    Raises:
+        ValueError: final_radius is set without total_steps, or a number is out of range.
+    """
+    check_number(final_radius, "final_radius")
+    if is_number(total_steps) and total_steps < 2 and not is_zero(final_radius):
+        raise ValueError(
+            f"total_steps must be the steps of the run with final_radius={final_radius}; got "
+            f"{total_steps}. Set total_steps."
+        )
+    options = {"newton_schulz": newton_schulz, "momentum": momentum, "nesterov": nesterov}
+    options |= {"scale": scale, "dtype": dtype, "buffer_dtype": buffer_dtype, "per_head": per_head}
+    adam = scale_by_adam(adam_b1, adam_b2, adam_eps)
+    return complete_optimizer(
+        "muown",
+        lambda axes: scale_by_muon(axes, **options),
+        learning_rate,
+        weight_decay,
+        AdamW(adam_learning_rate, adam_b1, adam_b2, adam_eps),
+        axes,
+        cautious_decay,
+        View("spectral", scale, per_head),
+        lambda direction, groups, axes, schedule: step_by_muown(
+            direction, groups, axes, schedule, adam, final_radius, total_steps
+        ),
+    )
 
 
 def build_muown(

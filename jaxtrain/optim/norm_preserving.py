@@ -7,9 +7,16 @@ from jax.typing import DTypeLike
 
 from jaxtrain.optim import Hyperparameter
 from jaxtrain.optim.adam import scale_by_adam
-from jaxtrain.optim.complete import AdamW, Rate, View, complete_optimizer
+from jaxtrain.optim.complete import AdamW, Rate, Stepper, View, complete_optimizer
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.newton_schulz import NewtonSchulz
+from jaxtrain.optim.rate_step import keep_norms
+
+
+def _restores_norms(per_head: bool) -> Stepper:
+    return lambda direction, groups, axes, schedule: optax.chain(
+        direction, keep_norms(groups, axes, schedule, per_head)
+    )
 
 
 def muon_h(
@@ -47,6 +54,7 @@ def muon_h(
         axes,
         cautious_decay,
         View("spectral", per_head=per_head),
+        _restores_norms(per_head),
     )
 
 
@@ -76,4 +84,5 @@ def adam_h(
         axes,
         cautious_decay,
         View(per_head=per_head),
+        _restores_norms(per_head),
     )

@@ -16,6 +16,8 @@ from jaxtrain.optim.parametrisation import has_own_head, step_factors
 
 MATRICES, REST = "matrices", "rest"
 ADAM_SIZED = ("adamw", "soap")  # values of optim.name whose steps are as long as Adam's
+# Muown's lengths of rows are variables, which its source does not decay.
+WITHOUT_DECAY = (*NORM_PRESERVING, "muown")
 
 # With optim.rest=lmo: role -> (norm, peak rate as a multiple of the matrices'). The multiples are
 # ratios of the source's radii at 124M. Source: Pethick et al. 2025, https://arxiv.org/abs/2502.07529
@@ -50,8 +52,7 @@ def group_of(cfg: OptimConfig, axes: Axes) -> Group:
     decay = cfg.weight_decay if decays else 0.0
     if axes.is_matrix and cfg.name not in ADAM_SIZED:
         geometry = "" if cfg.name == "adam_h" else cfg.geometry
-        # Muown's lengths of rows are variables, which its source does not decay.
-        decay = 0.0 if cfg.name in (*NORM_PRESERVING, "muown") else decay
+        decay = 0.0 if cfg.name in WITHOUT_DECAY else decay
         return Group(MATRICES, cfg.name, geometry, cfg.learning_rate, decay)
     if axes.is_matrix or cfg.rest == "adamw":
         own_rate = cfg.adam_rates.get(axes.role, 0.0)

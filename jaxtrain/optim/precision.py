@@ -18,7 +18,13 @@ def widest(*arrays: Any) -> jnp.dtype:
 
 
 def zero_buffers(params: Any, dtype: DTypeLike | None = None) -> Any:
-    """Returns zeros like params; dtype None is each parameter's own type, float32 at least."""
+    """Returns zeros like params; dtype None is each parameter's own type, float32 at least.
+
+    Raises:
+        ValueError: dtype is not a floating type.
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"buffer_dtype must be a floating type; got {dtype}. Set buffer_dtype.")
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or widest(p)), params)
 
 

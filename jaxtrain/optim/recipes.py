@@ -8,6 +8,7 @@ from jaxtrain.optim.acceleration import accelerated_lmo, eval_params
 from jaxtrain.optim.default_axes import resolve_axes
 from jaxtrain.optim.describe import describe, group_rows
 from jaxtrain.optim.muon import muon, scale_by_muon
+from jaxtrain.optim.muown import muown
 from jaxtrain.optim.norm_preserving import adam_h, muon_h
 from jaxtrain.optim.normuon import normuon
 from jaxtrain.optim.soap import scale_by_soap, soap
@@ -22,6 +23,7 @@ __all__ = [
     "group_rows",
     "muon",
     "muon_h",
+    "muown",
     "normuon",
     "resolve_axes",
     "scale_by_muon",

@@ -67,6 +67,16 @@ def load_train_config(
         raise ValueError(f"{path} must be edited, because no flag changes it: {reason}") from None
 
 
+def began_with(stored: str, weights: str) -> bool:
+    """Returns whether `stored`, the weights in a run's config.json, are those of --weights.
+
+    For weights of a run, config.json also names the step: `RUN_DIR/checkpoints/STEP`.
+    """
+    return stored == weights or bool(
+        weights and Path(stored).parents[1:2] == (Path(weights),) and Path(stored).name.isdecimal()
+    )
+
+
 def read_summary_json(workdir: Path | str) -> dict[str, Any]:
     """Returns a run's summary.json.
 

@@ -77,7 +77,7 @@ def _time_steps(trial: Trial, devices: Sequence[Any] | None) -> tuple[float, flo
     """Returns the median time of a run's step and the time of its compilation, in seconds."""
     run = build_run(trial.config, devices)
     step = compile_step(run)
-    state, rates, data = initial_state(run), run.rates(), run.cfg.data
+    (state, _), rates, data = initial_state(run), run.rates(), run.cfg.data
     shapes = abstract_batch(data.batch, data.seq_len, run.mesh, data.pack or data.document_mask)
     random = np.random.default_rng(0)
     batch = jax.tree.map(

@@ -14,6 +14,7 @@ from jaxtrain.reporting.loss_curve import smooth
 from jaxtrain.reporting.terminal import EVAL_LOSS, LOSS
 from jaxtrain.run_directory.contents import (
     CONFIG,
+    began_with,
     has_ended,
     load_train_config,
     read_summary_json,
@@ -83,7 +84,10 @@ def check_folder(trial: Trial) -> None:
     if not (folder / CONFIG).exists():
         return
     stored, wanted = _identity(load_train_config(folder)), _identity(trial.config)
-    changed = [f"{k}={stored[k]!r}, now {v!r}" for k, v in wanted.items() if stored[k] != v]
+    same = lambda name, x, y: began_with(x, y) if name == "weights" else x == y
+    changed = [
+        f"{k}={stored[k]!r}, now {v!r}" for k, v in wanted.items() if not same(k, stored[k], v)
+    ]
     if changed:
         raise ValueError(
             f"the study's folder must contain only runs of this study; got {'; '.join(changed)} in "

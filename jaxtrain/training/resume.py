@@ -1,5 +1,6 @@
 """Restores the newest checkpoint of a run, or starts it at step 0."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,22 @@ from jaxtrain.data.loader import Batches
 from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.errors import CheckpointError
 from jaxtrain.model.compatibility import check_same_model
+from jaxtrain.run_directory.contents import began_with
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import TrainState, abstract_state
 
 
 def start_state(
-    run: Run, checkpoints: Checkpoints, batches: Batches, initial_state: Callable[[Run], TrainState]
-) -> tuple[TrainState, Restored | None]:
+    run: Run,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    initial_state: Callable[[Run], tuple[TrainState, str]],
+) -> tuple[Run, TrainState, Restored | None]:
     """Restores the newest checkpoint, or calls initial_state(run) if there is none.
 
     Returns:
-        the state, and the checkpoint that it came from, if any; `batches` continues at its step.
+        the run, whose cfg.weights now name what it began with, also the step of another run; the
+        state; and the checkpoint that it came from, if any. `batches` continues at its step.
 
     Raises:
         ValueError: the checkpoint has other data or another model, or is past the last step.
@@ -38,7 +44,11 @@ def start_state(
             f"--weights={run.cfg.workdir} and a new --workdir."
         ) from error
     if restored is None:
-        return initial_state(run), None
+        state, weights = initial_state(run)
+        return _with_weights(run, weights), state, None
+    stored_weights = restored.meta["config"].get("weights", "")
+    if began_with(stored_weights, run.cfg.weights):
+        run = _with_weights(run, stored_weights)
     batches.restore(restored.meta["data"])
     if restored.step > run.cfg.steps:
         raise ValueError(
@@ -46,7 +56,11 @@ def start_state(
             f"steps={run.cfg.steps}. Set --steps or another --workdir."
         )
     # Restored has no state here, so that the loop's first step can donate the only reference.
-    return restored.state, restored._replace(state=None)
+    return run, restored.state, restored._replace(state=None)
+
+
+def _with_weights(run: Run, weights: str) -> Run:
+    return run._replace(cfg=dataclasses.replace(run.cfg, weights=weights))
 
 
 def newest_config(checkpoints: Checkpoints) -> dict[str, Any]:
