@@ -98,10 +98,13 @@ def test_only_the_streams_of_a_gpu_are_read_not_the_lines_that_repeat_them():
     )
     line = lambda name, *events: types.SimpleNamespace(name=name, events=events)
     kernel = event("void gemm", 0, hlo_op="dot.1", hlo_module="jit_step")
-    lines = [line("Stream #1(Compute)", kernel, event("MemcpyD2D", 20)), line("XLA Ops", kernel)]
+    graph = event("fusion_7", 40, hlo_op="command_buffer_1", hlo_module="jit_step")
+    operations = kernel, event("MemcpyD2D", 20), graph
+    lines = [line("Stream #1(Compute)", *operations), line("XLA Ops", kernel)]
     plane = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
     device = profile_trace._read_gpu(plane)
-    assert [(op.name, op.module) for op in device.ops] == [("dot.1", "jit_step"), ("MemcpyD2D", "")]
+    got = [(op.name, op.module) for op in device.ops]
+    assert got == [("dot.1", "jit_step"), ("MemcpyD2D", ""), ("fusion_7", "jit_step")]
 
 
 @pytest.mark.parametrize(
