@@ -12,6 +12,7 @@ time.
 """
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -34,6 +35,11 @@ from jaxtrain.reporting.table import format_table
 from pallas_kernels.arguments import Parser
 
 OTHER_PROGRAM = "not in the step's program"
+# Libraries' kernels inside a CUDA graph have their own names, not those of the program.
+LIBRARY_KERNELS = {
+    "attention": re.compile(r"flash_attention|sdpa|fmha", re.I),
+    "products": re.compile(r"gemm|nvjet|cutlass|xmma|cublas|symmetric|head_scores", re.I),
+}
 
 
 def read_causes(trace: Path) -> dict[str, str]:
@@ -44,9 +50,14 @@ def read_causes(trace: Path) -> dict[str, str]:
 
 def time_by_cause(device: Device, causes: Mapping[str, str]) -> dict[str, float]:
     """Returns {cause: seconds} of a device's operations, the longest first."""
+    # XLA names a kernel as its instruction, with underscores.
+    plain_name = lambda name: re.sub(r"[.-]", "_", name)
+    known = {plain_name(name): cause for name, cause in causes.items()}
     seconds: defaultdict[str, float] = defaultdict(float)
     for op in device.ops:
-        seconds[causes.get(op.name, OTHER_PROGRAM)] += op.own_s
+        guesses = (kind for kind, names in LIBRARY_KERNELS.items() if names.search(op.name))
+        cause = known.get(plain_name(op.name)) or next(guesses, OTHER_PROGRAM)
+        seconds[cause] += op.own_s
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 

@@ -76,6 +76,25 @@ def test_the_time_by_cause_adds_up_to_the_time_of_all_operations(traced, tmp_pat
     assert "products, forward" in capsys.readouterr().out
 
 
+def test_kernels_in_a_cuda_graph_have_the_causes_of_their_instructions():
+    causes = {"loop_add_fusion.14": "element-wise", "custom-call.3": "attention, forward"}
+    names = (
+        "loop_add_fusion_14",
+        "custom-call.3",
+        "nvjet_hsh_128x256",
+        "cudnn_sdpa_sm90",
+        "MemcpyD2D",
+    )
+    ops = tuple(TracedOp(name, "m", i, i + 1, 2.0**i) for i, name in enumerate(names))
+    assert profile.time_by_cause(Device("gpu", ops), causes) == {
+        profile.OTHER_PROGRAM: 16.0,
+        "attention": 8.0,
+        "products": 4.0,
+        "attention, forward": 2.0,
+        "element-wise": 1.0,
+    }
+
+
 def test_an_error_names_a_folder_without_a_trace(tmp_path):
     with pytest.raises(SystemExit, match="DIR must contain a trace"):
         profile.main([str(tmp_path)])
