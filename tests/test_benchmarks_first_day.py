@@ -1,10 +1,12 @@
 """Suite first-day, with small programs as stages: some are slow, wrong, hang or crash."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -170,6 +172,23 @@ def test_two_calls_cannot_use_one_folder(tmp_path):
     with first_day.lock_folder(tmp_path), pytest.raises(first_day.FirstDayError, match="in use"):
         with first_day.lock_folder(tmp_path):
             pass
+
+
+def test_every_line_and_row_of_a_trial_says_that_it_is_one(suite, monkeypatch, capsys):
+    run = functools.partial(first_day.run_suite, stages=[fake("good"), fake("wrong")])
+    monkeypatch.setattr(first_day, "run_suite", run)
+    with pytest.raises(SystemExit, match="1"):  # a kernel is wrong
+        bench.main(["--suite=first-day", "--tiny", "--minutes=1", f"--out={suite.out}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and all(line.startswith("trial: ") for line in lines)
+    record = json.loads((suite.out / first_day.RECORD).read_text())
+    results = [first_day_results.read_rows(suite.out / f"{name}.json") for name in record["stages"]]
+    assert record["tiny"] and all(row["tiny"] for rows in results for row in rows)
+    calls = [call for entry in record["stages"].values() for call in entry["calls"]]
+    assert len(calls) == 2
+    for call in calls:
+        assert call["tiny"] and call["command"][0] == sys.executable
+        assert call["date"] and call["commit"] and call["seconds"] > 0
 
 
 def test_wrong_flags_of_the_suite_are_errors(tmp_path, capsys):
