@@ -143,8 +143,11 @@ def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(first_day, "run_process_group", interrupted)
         suite([fake("good", 3.0)])
-    entry = json.loads((suite.out / first_day.RECORD).read_text())["stages"]["good"]
+    recorded = (suite.out / first_day.RECORD).read_text()
+    entry = json.loads(recorded)["stages"]["good"]
     assert entry["state"] == "unfinished" and entry["used_s"] == pytest.approx(60, abs=1)
+    assert suite([fake("good", 0.9)])[2]["good"]["state"] == "stopped"  # its minutes are used up
+    (suite.out / first_day.RECORD).write_text(recorded)
     assert suite([fake("good", 3.0)])[2]["good"]["state"] == "done"
 
 

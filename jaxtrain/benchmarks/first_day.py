@@ -56,7 +56,7 @@ class FirstDay:
 
     Raises:
         FirstDayError: the folder is a trial's and this is none, or the reverse, or the folder has
-            another card's results, or another call uses it.
+            another card's results.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class FirstDay:
                 f"{self.record['card']}. Set another --out."
             )
         for stage in stages:
-            self.record["stages"].setdefault(
-                stage.name, {"state": WAITING, "reason": "", "used_s": 0.0, "calls": []}
-            )
+            new = {"state": WAITING, "reason": "", "used_s": 0.0, "calls": []}
+            entry = self.record["stages"].setdefault(stage.name, new)
+            if entry["state"] == UNFINISHED and not self._can_go_on(stage):
+                entry["state"] = STOPPED
 
     @property
     def _left_minutes(self) -> float:
@@ -98,6 +99,10 @@ class FirstDay:
     def state(self, stage: Stage) -> dict[str, Any]:
         """Returns a stage's entry in the record."""
         return self.record["stages"][stage.name]
+
+    def _can_go_on(self, stage: Stage) -> bool:
+        """Returns whether a stage has enough of its minutes left to be started."""
+        return stage.minutes - self.state(stage)["used_s"] / 60 >= stage.least_minutes
 
     def retry(self, names: Sequence[str]) -> None:
         """Gives stages that failed, were stopped or were skipped their whole time again."""
@@ -139,7 +144,7 @@ class FirstDay:
                 self.state(stage).update(state=SKIPPED, reason="it has no trial without a card")
             elif minutes := self.allotted_minutes(stage, self._left_minutes):
                 self._run_stage(stage, minutes)
-            self._save()
+        self._save()
 
     def _run_stage(self, stage: Stage, minutes: float) -> None:
         """Runs a stage for at most some minutes and records how it ended."""
@@ -158,10 +163,8 @@ class FirstDay:
             status = run_process_group(argv, output, 60 * minutes, env)
         taken_s = time.monotonic() - start_s
         entry["used_s"] = used_s + taken_s
-        slice_ended = self._left_minutes < stage.least_minutes
-        entry["state"], entry["reason"] = self._judge(
-            stage, status, taken_s >= 60 * child_minutes, slice_ended
-        )
+        time_was_up = taken_s >= 60 * child_minutes
+        entry["state"], entry["reason"] = self._judge(stage, status, time_was_up)
         call = processor.provenance() | {"command": argv, "status": status, "seconds": taken_s}
         entry["calls"].append(call | {"tiny": self.tiny})
         if stage.collect:
@@ -170,13 +173,11 @@ class FirstDay:
             self._mark_trial(stage)
         self._save()
         ending = f": {entry['reason']}" if entry["reason"] else ""
-        self._show(f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}")
-        for line in summarize(stage.name, self._rows(stage)):
-            self._show(f"  {line}")
+        lines = [f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}"]
+        lines += [f"  {line}" for line in summarize(stage.name, self._rows(stage))]
+        self._show("\n".join(lines))
 
-    def _judge(
-        self, stage: Stage, status: int | None, time_was_up: bool, slice_ended: bool
-    ) -> tuple[str, str]:
+    def _judge(self, stage: Stage, status: int | None, time_was_up: bool) -> tuple[str, str]:
         """Returns (state, reason) of a stage whose process ended.
 
         Args:
@@ -194,14 +195,13 @@ class FirstDay:
             if status is not None:
                 return FAILED, f"it must write {path}; got {type(error).__name__}: {error}"
             rows = []
-        skipped = [row["skipped"] for row in rows if row.get("skipped")]
-        if skipped:
+        if skipped := [row["skipped"] for row in rows if row.get("skipped")]:
             return SKIPPED, skipped[0]
         left = find_left(rows)
         if status == 0 and not left and not time_was_up:
             return DONE, ""
         what = f"; left: {', '.join(left)}" if left else ""
-        if slice_ended or stage.minutes - self.state(stage)["used_s"] / 60 >= stage.least_minutes:
+        if self._can_go_on(stage):
             return UNFINISHED, f"the time of this slice was up{what}"
         return STOPPED, f"it used all of its {stage.minutes:g} minutes{what}"
 
@@ -215,8 +215,7 @@ class FirstDay:
     def _mark_trial(self, stage: Stage) -> None:
         """Adds to every row of a result that it is a trial's."""
         path = self.folder / stage.result
-        texts = [strict_json(row | {"tiny": True}) for row in self._rows(stage)]
-        if texts:
+        if texts := [strict_json(row | {"tiny": True}) for row in self._rows(stage)]:
             write_atomic(path, "\n".join(texts) + "\n")
 
     def _rows(self, stage: Stage) -> list[dict[str, Any]]:
@@ -227,9 +226,12 @@ class FirstDay:
 
     def report_text(self, command: str) -> str:
         """Returns what is measured, what failed and why, and what is left with its command."""
-        measured, failed, left, stuck = [], [], [], []
+        measured, failed, left, stuck, results = [], [], [], [], set()
         for stage in self.stages:
-            entry, rows = self.state(stage), self._rows(stage)
+            # Two stages may share a result, which is reported once.
+            rows = [] if stage.result in results else self._rows(stage)
+            entry = self.state(stage)
+            results.add(stage.result)
             lines = summarize(stage.name, rows)
             measured += [f"  {stage.name}: {line}" for line in lines]
             if entry["state"] in (FAILED, STOPPED, SKIPPED):
@@ -237,8 +239,7 @@ class FirstDay:
                 stuck += [stage.name] if entry["state"] != SKIPPED else []
             failed += [f"  {stage.name}: {problem}" for problem in find_problems(rows)]
             if entry["state"] in (WAITING, UNFINISHED):
-                reason = f" ({entry['reason']})" if entry["reason"] else ""
-                left.append(f"  {stage.name}{reason}")
+                left.append(f"  {stage.name}: {entry['reason'] or 'not started'}")
         lines = ["Measured:", *(measured or ["  nothing"]), "Failed or skipped:"]
         lines += [*(failed or ["  nothing"]), "Left:", *(left or ["  nothing"])]
         if left:
