@@ -1,6 +1,7 @@
 """Suite first-day, with small programs as stages: some are slow, wrong, hang or crash."""
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -32,8 +33,8 @@ if kind == "garbage":
     path.write_text("{")
 if kind == "wrong":
     timing = {"median_s": 1e-6}
-    contests = {"attention": {"kernel": "wrong: off by 0.3", "xla": timing}}
-    contests |= {"norm": {"kernel": timing, "xla": timing}}
+    contests = {"attention": {"contestants": {"triton": "wrong: off by 0.3", "xla": timing}}}
+    contests |= {"norm": {"contestants": {"triton": timing, "tokamax": "it is not installed"}}}
     path.write_text(json.dumps({"contests": contests}))
 if kind == "good":
     path.write_text(json.dumps({"value": 1}))
@@ -125,8 +126,11 @@ def test_the_plan_of_the_minutes_comes_first_and_fits_the_slice(suite):
 def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
     status, output, record = suite([fake("wrong")])
     assert status == 1 and record["wrong"]["state"] == "done"
-    assert "wrong: attention, kernel: wrong: off by 0.3" in output
+    assert "wrong: attention, triton: wrong: off by 0.3" in output
     assert "norm" not in output.partition("Failed")[2]
+    rows = first_day_results.read_rows(suite.out / "wrong.json")
+    lines = first_day_results.summarize("kernels", rows)
+    assert lines == ["attention: no correct kernel was timed", "norm: triton 1.0 us"]
 
 
 def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):
@@ -184,7 +188,9 @@ def test_the_stages_commands_are_those_of_modules_that_exist(tmp_path):
     for stage in STAGES:
         for tiny in (False, True):
             argv = build_argv(stage, tmp_path, 5.0, tiny and stage.tiny is not None)
-            assert argv[1] == "-m" and not [word for word in argv if "{" in word]
+            assert importlib.util.find_spec(argv[argv.index("-m") + 1]) and not [
+                word for word in argv if "{" in word
+            ]
             assert any(str(tmp_path) in word for word in argv)
     training = build_argv(STAGES[[s.name for s in STAGES].index("training")], tmp_path, 5.0, False)
     args = bench.parse(training[3:])

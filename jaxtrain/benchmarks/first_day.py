@@ -107,8 +107,9 @@ class FirstDay:
 
     def is_open(self, stage: Stage) -> bool:
         """Returns whether this call would run a stage."""
-        ready = has_gpu() or self.tiny or not stage.needs_gpu
-        return ready and self.state(stage)["state"] in (WAITING, UNFINISHED)
+        has_input = bool(stage.reads) and (self.folder / stage.reads).exists()
+        is_open = self.state(stage)["state"] in (WAITING, UNFINISHED)
+        return is_open and (has_gpu() or self.tiny or has_input)
 
     def allotted_minutes(self, stage: Stage, left: float) -> float:
         """Returns the minutes for a stage if `left` are left: 0.0 if they are too few to start."""
@@ -153,7 +154,7 @@ class FirstDay:
         env = os.environ | ({"JAX_PLATFORMS": "cpu"} if self.tiny else {})
         start_s, start_time = time.monotonic(), time.time()
         with open(log, "a", errors="replace") as output:
-            print(f"$ {shlex.join(argv)}", file=output, flush=True)
+            print(f"\n$ {shlex.join(argv)}", file=output, flush=True)
             status = run_process_group(argv, output, 60 * minutes, env)
         taken_s = time.monotonic() - start_s
         entry["used_s"] = used_s + taken_s
@@ -165,6 +166,8 @@ class FirstDay:
         entry["calls"].append(call | {"tiny": self.tiny})
         if stage.collect:
             self._collect(stage.collect, start_time)
+        if self.tiny:
+            self._mark_trial(stage)
         self._save()
         ending = f": {entry['reason']}" if entry["reason"] else ""
         self._show(f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}")
@@ -181,6 +184,7 @@ class FirstDay:
         """
         if status:
             log = (self.folder / f"{stage.name}.log").read_text(errors="replace")
+            log = log.rpartition("\n$ ")[2].partition("\n")[2]  # of this call, without its command
             name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             return FAILED, f"{name}: {' | '.join(log.strip().splitlines()[-3:])[-500:]}"
         path = self.folder / stage.result
@@ -207,6 +211,13 @@ class FirstDay:
             if path.stat().st_mtime >= since:
                 (self.folder / "tuned").mkdir(exist_ok=True)
                 shutil.copy(path, self.folder / "tuned")
+
+    def _mark_trial(self, stage: Stage) -> None:
+        """Adds to every row of a result that it is a trial's."""
+        path = self.folder / stage.result
+        texts = [strict_json(row | {"tiny": True}) for row in self._rows(stage)]
+        if texts:
+            write_atomic(path, "\n".join(texts) + "\n")
 
     def _rows(self, stage: Stage) -> list[dict[str, Any]]:
         """Returns a stage's rows; [] if it has none that can be read."""
