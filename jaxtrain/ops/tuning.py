@@ -52,15 +52,6 @@ _OPTIONS = (
         "uses command buffers for short sequences of kernels too, which saves host time",
     ),
 )
-# XLA moves a custom call whose result is stored into a scan's stacked array into a fusion. If the
-# result is also used otherwise, it keeps the original call: Mosaic's attention then runs twice.
-_CALL_ONCE = TuningChoice(
-    "xla_gpu_enable_dynamic_slice_fusion",
-    False,
-    "offline",
-    "with it the compiled step calls attention's forward twice a layer; a profile on an H100 "
-    "(2026-11-26) shows that both run, 6.7 % of gpt_124m's step",
-)
 _PLAN = "bound of gpt_124m by jaxtrain.plan, 2026-11-25: "
 CHOICES = {
     "a40": (
@@ -75,10 +66,9 @@ CHOICES = {
             "micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"
         ),
         TuningChoice("unroll", 1, "offline", _PLAN + "0.3 % lower with 2"),
-        _CALL_ONCE,
         *_OPTIONS,
     ),
-    "h200": (_CALL_ONCE, *_OPTIONS),
+    "h200": _OPTIONS,
 }
 
 
