@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
 from pallas_kernels.validation import check_attention
 
@@ -60,26 +60,6 @@ def flash_attention_reference(
     return o.reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
-class _Head:
-    """Reads and writes one head of one batch row; positions past the end read as zeros."""
-
-    def __init__(self, batch, head):
-        self.batch, self.head = batch, head
-
-    def read(self, ref, rows):
-        block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
-        return triton.load(block, mask=(rows < ref.shape[1])[:, None], other=0.0)
-
-    def write(self, ref, rows, x):
-        block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
-        triton.store(block, x.astype(ref.dtype), mask=(rows < ref.shape[1])[:, None])
-
-    def read_vector(self, ref, rows, other):
-        """Reads one number for each position from [B,H,T]."""
-        block = ref.at[self.batch, self.head, rows]
-        return triton.load(block, mask=rows < ref.shape[2], other=other)
-
-
 def _read_docs(docs, batch, rows, columns):
     """Returns the documents of the queries and of the keys, or None where there are none.
 
@@ -93,13 +73,21 @@ def _read_docs(docs, batch, rows, columns):
     return read(docs[0], rows, -2), read(docs[1], columns, -3)
 
 
-def _scores(q, k, rows, columns, offset, docs):
-    """Returns the masked scores times log2(e) / sqrt(K), [queries,keys]."""
-    s = triton.dot(q, k, trans_b=True) * (math.log2(math.e) * q.shape[1] ** -0.5)
-    visible = columns[None, :] <= rows[:, None] + offset
+def _scores(q, k):
+    """Returns the scores times log2(e) / sqrt(K), [queries,keys]."""
+    return triton.dot(q, k, trans_b=True) * (math.log2(math.e) * q.shape[1] ** -0.5)
+
+
+def _visible(rows, columns, T, S, docs):
+    """Returns where a query sees a key; a row of padding, whose zeros times inf are nan, sees none.
+
+    Masks depend on positions, not on scores, so nan reaches the results wherever it is visible.
+    """
+    last = jnp.where(rows < T, rows + (S - T), -1)
+    visible = columns[None, :] <= last[:, None]
     if docs is not None:
         visible &= docs[0][:, None] == docs[1][None, :]
-    return jnp.where(visible, s, MASKED)
+    return visible
 
 
 def _last_key(block, tiles, T, S):
@@ -112,18 +100,19 @@ def _forward_kernel(*refs, tiles, group):
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
     block = pl.num_programs(0) - 1 - block  # the longest first, so that no long one starts last
-    query_head, key_head = _Head(batch, head), _Head(batch, head // group)
+    query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q = query_head.read(q_ref, rows)
 
     def add_block(j, carry):
         m_Q, l_Q, sum_QK = carry
         columns = j * tiles.keys + jnp.arange(tiles.keys)
-        pair = _read_docs(docs, batch, rows, columns)
-        s = _scores(q, key_head.read(k_ref, columns), rows, columns, S - T, pair)
+        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
+        s = _scores(q, key_head.read(k_ref, columns))
+        s = jnp.where(visible, s, MASKED)
+        # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
         m_new_Q = jnp.maximum(m_Q, s.max(1))
-        # While a query has seen no key, m is MASKED, and exp2(MASKED - m) = 1 must not count.
-        p = jnp.where(s > MASKED / 2, jnp.exp2(s - m_new_Q[:, None]), 0.0)
+        p = jnp.exp2(s - m_new_Q[:, None])
         rescale_Q = jnp.exp2(m_Q - m_new_Q)
         v = key_head.read(v_ref, columns)
         sum_QK = sum_QK * rescale_Q[:, None] + triton.dot(p.astype(v.dtype), v)
@@ -131,7 +120,7 @@ def _forward_kernel(*refs, tiles, group):
 
     last = _last_key(block, tiles, T, S)
     start = (
-        jnp.full((tiles.queries,), MASKED, jnp.float32),
+        jnp.full((tiles.queries,), LOWEST, jnp.float32),
         jnp.zeros((tiles.queries,), jnp.float32),
         jnp.zeros((tiles.queries, K), jnp.float32),
     )
@@ -142,23 +131,23 @@ def _forward_kernel(*refs, tiles, group):
     triton.store(lse_ref.at[batch, head, rows], lse, mask=rows < T)
 
 
-def _probabilities_and_ds(q, k, v, do, lse, delta, rows, columns, offset, docs):
+def _probabilities_and_ds(q, k, v, do, lse, delta, visible):
     """Returns the probabilities and the scores' gradient, without its factor 1/sqrt(K).
 
     Softmax's gradient is p * (dp - sum(p * dp)); the sum is delta, which equals sum(o * do). Both
     are rounded to q.dtype for the tensor core.
     """
-    s = _scores(q, k, rows, columns, offset, docs)
-    p = jnp.where(s > MASKED / 2, jnp.exp2(s - lse[:, None]), 0.0)
+    p = jnp.where(visible, jnp.exp2(_scores(q, k) - lse[:, None]), 0.0)
     dp = triton.dot(do, v, trans_b=True)
-    return p.astype(q.dtype), (p * (dp - delta[:, None])).astype(q.dtype)
+    ds = jnp.where(visible, p * (dp - delta[:, None]), 0.0)  # 0 * (dp - delta) may be nan
+    return p.astype(q.dtype), ds.astype(q.dtype)
 
 
 def _dkv_kernel(*refs, tiles, group):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dk_ref, dv_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, shared_head, batch = (pl.program_id(i) for i in range(3))
-    key_head = _Head(batch, shared_head)
+    key_head = triton.Head(batch, shared_head)
     columns = block * tiles.keys + jnp.arange(tiles.keys)
     k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
     # `first` is the first of `count` blocks of queries that see a key of this block.
@@ -167,13 +156,13 @@ def _dkv_kernel(*refs, tiles, group):
 
     def add_block(step, carry):
         dk, dv = carry
-        query_head = _Head(batch, shared_head * group + step // count)
+        query_head = triton.Head(batch, shared_head * group + step // count)
         rows = (first + step % count) * tiles.queries + jnp.arange(tiles.queries)
         q, do = query_head.read(q_ref, rows), query_head.read(do_ref, rows)
         lse = query_head.read_vector(lse_ref, rows, EMPTY_ROW_LSE)
         delta = query_head.read_vector(delta_ref, rows, 0.0)
-        pair = _read_docs(docs, batch, rows, columns)
-        p, ds = _probabilities_and_ds(q, k, v, do, lse, delta, rows, columns, S - T, pair)
+        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
+        p, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible)
         return dk + triton.dot(ds, q, trans_a=True), dv + triton.dot(p, do, trans_a=True)
 
     zero = jnp.zeros((tiles.keys, K), jnp.float32)
@@ -187,7 +176,7 @@ def _dq_kernel(*refs, tiles, group):
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
     block = pl.num_programs(0) - 1 - block
-    query_head, key_head = _Head(batch, head), _Head(batch, head // group)
+    query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q, do = query_head.read(q_ref, rows), query_head.read(do_ref, rows)
     lse = query_head.read_vector(lse_ref, rows, EMPTY_ROW_LSE)
@@ -196,8 +185,8 @@ def _dq_kernel(*refs, tiles, group):
     def add_block(j, dq):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
-        pair = _read_docs(docs, batch, rows, columns)
-        _, ds = _probabilities_and_ds(q, k, v, do, lse, delta, rows, columns, S - T, pair)
+        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
+        _, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible)
         return dq + triton.dot(ds, k)
 
     last = _last_key(block, tiles, T, S)
@@ -258,7 +247,11 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
 
-        o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+        # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
+        # fusion that writes them into the stacked array, and once for all other uses.
+        o, lse = jax.lax.optimization_barrier(
+            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+        )
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))

@@ -20,14 +20,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import MosaicAttentionTiles
 
 WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
-# The initial m: below every real score, yet so far above MASKED that exp2(MASKED - m) is 0 even in
-# a row whose scores so far are all masked.
-LOWEST = MASKED / 10
 
 
 def check_heads(K: int) -> None:

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention_mosaic import check_heads, find_query_block
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.tile_order import EMPTY_ROW_LSE, MASKED
+from pallas_kernels.tile_order import EMPTY_ROW_LSE
 from pallas_kernels.tiles import MosaicAttentionTiles
 
 # Registers per thread. At K=128, dk, dv and the two products take 192 of them, and a limit of 232
@@ -36,18 +36,17 @@ def _positions(shape, dim, first):
     return first + plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
 
 
-def _masked(s, visible, docs):
-    """Returns s with MASKED where a query does not see a key.
+def _masked(factors, visible, docs):
+    """Returns the factors with 0 where a query does not see a key.
 
     Args:
         visible: where the key is not after the query.
-        docs: (documents of the rows of s, documents of its columns) or ().
+        docs: (documents of the rows, documents of the columns) or ().
     """
-    s = jnp.where(visible, s, MASKED)
     if docs:
-        rows, columns = (lax.broadcast_in_dim(x, s.shape, [dim]) for dim, x in enumerate(docs))
-        s = jnp.where(rows == columns, s, MASKED)
-    return s
+        rows, columns = (lax.broadcast_in_dim(x, visible.shape, [d]) for d, x in enumerate(docs))
+        visible &= rows == columns
+    return [jnp.where(visible, x, 0.0) for x in factors]
 
 
 def _mask_if(needs_mask, mask):
@@ -56,8 +55,8 @@ def _mask_if(needs_mask, mask):
     Two loops, one for each kind of step, would double the code, and spilled at K=128 (audit,
     ptxas 12.9.86).
     """
-    return lambda s, step, slot: lax.cond(
-        needs_mask(step), lambda s: mask(s, step, slot), lambda s: s, s
+    return lambda factors, step, slot: lax.cond(
+        needs_mask(step), lambda *x: mask(x, step, slot), lambda *x: list(x), *factors
     )
 
 
@@ -72,8 +71,8 @@ def _add_block(
             accumulators of the products start from them, which takes fewer registers than
             subtracting them afterwards.
         dim: the dimension of the scores that these vectors run along.
-        mask: (initial s, step, slot) -> s with MASKED where a key is not visible. The product is
-            added afterwards, and is too small to change MASKED.
+        mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
+            them, not the scores, keeps what is not finite from masked positions.
     """
     slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
     scale = math.log2(math.e) * resident.shape[2] ** -0.5
@@ -83,12 +82,12 @@ def _add_block(
         plgpu.wgmma(s_ref, resident.at[0], x_smem.at[slot].transpose((1, 0)))
         plgpu.wgmma(dp_ref, resident.at[1], y_smem.at[slot].transpose((1, 0)))
 
-    s, dp = (lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot))
-    s = mask(s, step, slot)
-    s, dp = mosaic.accumulate(products, [s, dp], staging is not None)
+    start = [lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot)]
+    s, dp = mosaic.accumulate(products, start, staging is not None)
     p = jnp.exp2(s * scale)
-    ds = p * dp
-    factors = [x.astype(resident.dtype) for x in (ds, p)]
+    # Masked after rounding, they spilled at K=128 (audit, ptxas 12.9.86).
+    factors = mask([p * dp, p][: len(sums)], step, slot)
+    factors = [x.astype(resident.dtype) for x in factors]
 
     def add_products(*refs):
         for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
@@ -124,14 +123,6 @@ def _sum_blocks(resident, steps, outputs, *args, **pipeline):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_along_rows(ref):
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-
-def _load_along_columns(ref):
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
-
-
 def _dkv_kernel(
     *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
 ):
@@ -165,22 +156,26 @@ def _dkv_kernel(
         plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         first_row = start + group * half
         rows, resident = pl.ds(first_row, half), resident_smem.at[group]
-        key_docs = [_load_along_rows(ref.at[batch, rows]) for ref in docs[1:]]
+        key_docs = [mosaic.load_along_rows(ref.at[batch, rows]) for ref in docs[1:]]
         parts = [ref.at[batch, rows, key_head] for ref in (k_ref, v_ref)]
         _read_resident(resident, resident_full.at[group], parts)
-        lse_and_delta = lambda slot: [_load_along_columns(x.at[slot]) for x in vectors[:2]]
+        lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
         # This query and later ones see all keys of the block.
         all_visible = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)
         masked_blocks = lax.div(all_visible + tiles.queries - 1, tiles.queries) - first
 
-        def mask(s, step, slot):
-            position, *query_docs = (_load_along_columns(x.at[slot]) for x in vectors[2:])
-            position = lax.broadcast_in_dim(position, s.shape, [1])
-            visible = _positions(s.shape, 0, first_row) <= position
-            return _masked(s, visible, key_docs + query_docs)
+        def mask(factors, step, slot):
+            position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
+            shape = factors[0].shape
+            position = lax.broadcast_in_dim(position, shape, [1])
+            visible = _positions(shape, 0, first_row) <= position
+            return _masked(factors, visible, key_docs + query_docs)
 
-        needs_mask = lambda step: lax.rem(step, count) < masked_blocks
+        # The last block needs the mask too if it has queries of padding.
+        padded = count - (T % tiles.queries > 0)
+        block = lambda step: lax.rem(step, count)
+        needs_mask = lambda step: (block(step) < masked_blocks) | (block(step) >= padded)
         add_mask = mask if docs else _mask_if(needs_mask, mask)
         outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
         args = lse_and_delta, add_mask, 1, tiles, staging
@@ -211,17 +206,20 @@ def _dq_kernel(
         plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
         first_row = start + group * half
         rows, resident = pl.ds(first_row, half), resident_smem.at[group]
-        query_docs = [_load_along_rows(ref.at[batch, rows]) for ref in docs[:1]]
-        lse, delta = (_load_along_rows(ref.at[batch, head, rows]) for ref in (lse_ref, delta_ref))
+        query_docs = [mosaic.load_along_rows(ref.at[batch, rows]) for ref in docs[:1]]
+        lse, delta = (
+            mosaic.load_along_rows(ref.at[batch, head, rows]) for ref in (lse_ref, delta_ref)
+        )
         parts = [ref.at[batch, rows, head] for ref in (q_ref, do_ref)]
         _read_resident(resident, resident_full.at[group], parts)
         staging = None if staging_smem is None else staging_smem.at[group]
         first_masked = lax.div(start + S - T + 1, tiles.keys)  # earlier steps need no mask
 
-        def mask(s, step, slot):
-            pair = [*query_docs, *(_load_along_columns(x.at[slot]) for x in vectors)]
-            column = _positions(s.shape, 1, step * tiles.keys)
-            return _masked(s, column <= _positions(s.shape, 0, first_row + S - T), pair)
+        def mask(factors, step, slot):
+            pair = [*query_docs, *(mosaic.load_along_columns(x.at[slot]) for x in vectors)]
+            shape = factors[0].shape
+            column = _positions(shape, 1, step * tiles.keys)
+            return _masked(factors, column <= _positions(shape, 0, first_row + S - T), pair)
 
         add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
         lse_and_delta = lambda slot: (lse, delta)
@@ -248,7 +246,9 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
     lse = mosaic.pad_last(-lse / scale, tiles.queries, -EMPTY_ROW_LSE)
     delta = mosaic.pad_last(-delta, tiles.queries, 0.0)
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
-    positions = [jnp.arange(lse.shape[2], dtype=jnp.int32) + S - T] if len(vectors) > 2 else []
+    # Queries of padding come before every key, so that their zeros are not multiplied by inf.
+    rows = jnp.arange(lse.shape[2], dtype=jnp.int32)
+    positions = [jnp.where(rows < T, rows + S - T, -1)] if len(vectors) > 2 else []
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
     groups, half = mosaic.CONSUMERS, resident // mosaic.CONSUMERS
     scratch = {

@@ -194,6 +194,16 @@ def multiply_registers(sum_ref: Any, x: jax.Array, y_ref: Any, staging: Any = No
     plgpu.wgmma(sum_ref, x, y_ref)
 
 
+def load_along_rows(ref: Any) -> jax.Array:
+    """Loads one number for each row of a product from HBM."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_along_columns(ref: Any) -> jax.Array:
+    """Loads one number for each column of a product from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0))
+
+
 def launch_sizes(lowered: jax.stages.Lowered) -> dict[str, tuple[int, int, int]]:
     """Returns {kernel: (threads, blocks, shared bytes)} of the Mosaic kernels in a lowered program.
 

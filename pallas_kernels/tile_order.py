@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 # Not -inf: a row or tile where everything is masked would compute exp(-inf - -inf) = nan.
 MASKED = -1e30
+# The initial maximum of a row of scores: below every real score, yet so far above MASKED that
+# exp(MASKED - LOWEST) is 0 even in a row whose scores so far are all masked.
+LOWEST = MASKED / 10
 # Stored as the log-sum-exp of a query that sees no key: its probabilities become exp(-1e30) = 0.
 EMPTY_ROW_LSE = 1e30
 

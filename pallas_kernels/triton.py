@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.validation import without_derivative
@@ -59,3 +60,24 @@ def like(
 ) -> jax.ShapeDtypeStruct:
     """Returns a ShapeDtypeStruct with the shape and type of x, unless others are given."""
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype or x.dtype)
+
+
+class Head:
+    """Reads and writes one head of one batch row; positions past the end read as zeros."""
+
+    def __init__(self, batch: Any, head: Any):
+        self.batch, self.head = batch, head
+
+    def read(self, ref: Any, rows: jax.Array) -> jax.Array:
+        """Reads [rows,K] of an array [B,T,H,K]."""
+        block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
+        return load(block, mask=(rows < ref.shape[1])[:, None], other=0.0)
+
+    def write(self, ref: Any, rows: jax.Array, x: jax.Array) -> None:
+        block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
+        store(block, x.astype(ref.dtype), mask=(rows < ref.shape[1])[:, None])
+
+    def read_vector(self, ref: Any, rows: jax.Array, other: float) -> jax.Array:
+        """Reads one number for each position from [B,H,T]."""
+        block = ref.at[self.batch, self.head, rows]
+        return load(block, mask=rows < ref.shape[2], other=other)
