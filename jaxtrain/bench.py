@@ -43,11 +43,15 @@ Suites for GPUs, which run only if named:
     first-day the whole first day on a card, in slices: --minutes is the time of one, and a second
               call with the same --out continues where the first stopped. In this order: the machine
               (driver, versions, clocks as found, ceilings), `pytest -m gpu`, every kernel beside
-              its rivals, the kernels' tiles, and suite gpu with Muon at all sizes. Each is a
-              process with a limit, a log and a result in --out, and costs only itself if it hangs
-              or crashes. Prints a plan of the minutes first, and at its end what is measured, what
-              failed and why, what is left, and the command that continues. A stage that failed or
-              used all its minutes runs again only if --stages names it
+              its rivals, the kernels' tiles, suite gpu with Muon at all sizes, the plan's memory
+              and time beside the measured ones (from which it fits what `jaxtrain plan
+              --calibrated` reads), and two steps' time by cause. Each is a process with a limit, a
+              log and a result in --out, and costs only itself if it hangs or crashes. Prints a
+              plan of the minutes first, and at its end what is measured, what failed and why, what
+              is left, and the command that continues. A stage that failed or used all its minutes
+              runs again only if --stages names it. The last two stages need no GPU. --write, in a
+              call of its own, writes the results into README.md and docs/results.md and copies the
+              tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
@@ -72,7 +76,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.benchmarks import first_day, gpu_training, processor
+from jaxtrain.benchmarks import first_day, first_day_tables, gpu_training, processor
 from jaxtrain.benchmarks.first_day_stages import STAGES
 from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
@@ -137,8 +141,14 @@ def parse(
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
     text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
     add("--stages", type=lambda text: text.split(","), metavar="A,B", help=text)
+    text = "first-day: write the results in --out into README and docs, and the tuned tables"
+    add("--write", action="store_true", help=text)
     text = "gpu: keep the finished rows of --json and measure only the others"
     add("--resume", action="store_true", help=text)
+    text = "gpu: sequences of a micro-batch; default: the most that fit, then half as many"
+    add("--rows", type=positive_int, default=0, help=text)
+    text = "gpu: time for the counted steps of a row; default: 15"
+    add("--seconds", type=positive_float, default=15.0, metavar="S", help=text)
     text = "gpu: store profiles of two of our steps per size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
@@ -149,6 +159,8 @@ def parse(
         parser.error("--resume needs --suite=gpu and the --json of the call that it continues.")
     if (args.suite == FIRST_DAY) != bool(args.out):
         parser.error("--suite=first-day needs --out=DIR, and no other suite has it.")
+    if args.write and args.suite != FIRST_DAY:
+        parser.error("--write needs --suite=first-day.")
     return args
 
 
@@ -172,13 +184,16 @@ def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") 
     args = parse(argv, prog)
     try:
         _run(args)
-    except (gpu_training.NoGpu, first_day.FirstDayError) as error:
+    except (gpu_training.NoGpu, first_day.FirstDayError, first_day_tables.TableError) as error:
         sys.exit(f"error: {error}")
 
 
 def _run(args: argparse.Namespace) -> None:
     """Runs the chosen suites, prints their tables and stores their rows."""
     show = functools.partial(_print_lines, trial=args.tiny)
+    if args.write:
+        show("\n".join(f"wrote {path}" for path in first_day_tables.write_tables(args.out)))
+        return
     about = processor.describe_machine()
     show(processor.machine_text(about))
     if args.suite == FIRST_DAY:

@@ -3,11 +3,13 @@ r"""Predicts memory, time and communication of a training step on GPUs that you 
     jaxtrain plan llama_1400m --chip=a40 --gpus=1
     jaxtrain plan llama_1400m --chip=a40 --fit --write=mine.py
     jaxtrain plan gpt_124m --compare=a40,h100 --price=a40=0.40,h100=2.50
+    jaxtrain plan gpt_124m --chip=h100 --calibrated=DIR/calibration.json
 
 The first command compiles the step of a config for the chip, on this machine, and reads the
 compiled program. The second one searches for the fastest setting that fits and writes it as a
-config. The third one compares chips. Fields of the config (--model.remat=full) are flags, as in
-training.
+config. The third one compares chips. The fourth one also predicts the time, with efficiencies that
+`jaxtrain bench --suite=first-day --out=DIR` measured on such a chip. Fields of the config
+(--model.remat=full) are flags, as in training.
 
 How to read the output:
     memory            bytes on one device, by use; the step fits if its peak is at most `usable`
@@ -19,8 +21,8 @@ How to read the output:
     speed-up          with --compare: relative to the first chip. `per peak FLOP/s` and `per peak
                       byte/s` divide it by the ratio of the two chips' datasheet peaks
 
-Nothing is measured. The exit status is 1 if the config does not fit. Compiling needs the extra
-`offline` but no GPU; --formula needs neither and estimates the memory only.
+Without --calibrated nothing is measured. The exit status is 1 if the config does not fit. Compiling
+needs the extra `offline` but no GPU; --formula needs neither and estimates the memory only.
 """
 
 import functools
@@ -40,6 +42,7 @@ from jaxtrain.config.train_config import TrainConfig  # noqa: E402
 from jaxtrain.distributed.program import run_main  # noqa: E402
 from jaxtrain.ops.precision import resolve_dtype_for_chip  # noqa: E402
 from jaxtrain.planning import memory_formula, render, search  # noqa: E402
+from jaxtrain.planning.calibration import read_calibration  # noqa: E402
 from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_configs  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
@@ -70,11 +73,17 @@ def smallest_change(cfg: TrainConfig, hardware: Hardware, cache: str) -> str:
 
 def print_plan(cfg: TrainConfig, hardware: Hardware, args: flags.FlagValues) -> int:
     """Compiles one setting and prints its plan; returns the exit status."""
+    calibration = read_calibration(args.calibrated, hardware.chip) if args.calibrated else None
     plan = compile_plan(cfg, hardware)
     if args.json:
-        print(json.dumps(render.plan_dict(plan)))
+        figures = render.plan_dict(plan)
+        if calibration:
+            figures["calibrated"] = render.calibrated_dict(plan, calibration)
+        print(json.dumps(figures))
     else:
         print("\n".join(render.plan_lines(plan)), flush=True)
+        if calibration:
+            print(render.calibrated_line(plan, calibration))
         change = "" if plan.memory.fits else smallest_change(cfg, hardware, args.cache)
         print(render.fit_verdict(plan, change))
     return 0 if plan.memory.fits else 1
@@ -130,6 +139,9 @@ def main() -> int:
 
 def run_command(args: flags.FlagValues) -> int:
     """Runs the plan, search or comparison that the flags ask for; returns the exit status."""
+    for name in ("table", "compare", "formula", "fit") if args.calibrated else ():
+        if getattr(args, name):
+            raise ValueError(f"--calibrated is for the plan of one setting; got --{name} too.")
     if args.table:
         return print_shipped_configs(args)
     if args.config is None:
@@ -163,6 +175,8 @@ def define_flags() -> None:
     flags.DEFINE_list("price", [], "with --compare: price of a GPU and hour, as a40=0.40,h100=2.50")
     flags.DEFINE_bool("table", False, "plan all shipped configs on A40 and H100, as Markdown")
     flags.DEFINE_bool("formula", False, "estimate the memory by a formula, in a second")
+    text = "predict the time with the efficiencies in this calibration.json of suite first-day"
+    flags.DEFINE_string("calibrated", "", text)
     flags.DEFINE_bool("json", False, "print JSON; seconds, bytes, FLOPs")
     flags.DEFINE_string("cache", str(CACHE), "folder that stores compiled figures")
 

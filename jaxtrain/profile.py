@@ -3,6 +3,7 @@
     jaxtrain train quickstart --profile.steps=10 --workdir=runs/traced   # make a trace
     jaxtrain profile runs/traced
     jaxtrain profile runs/traced --top=40
+    jaxtrain profile DIR/traces --json=profile.jsonl     # traces of jaxtrain bench --suite=gpu
 
 DIR is the folder of a run or any folder with XProf traces (*.xplane.pb). If one process made
 several traces, the newest is read. The time of an operation excludes the operations nested in it.
@@ -10,19 +11,76 @@ Operations that run simultaneously on several threads or streams can add up to m
 time.
 """
 
+import json
+import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
-from jaxtrain.reporting.profile_trace import HostThread, ProfileTrace, find_traces, read_trace
+from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.reporting.profile_trace import (
+    CAUSES,
+    Device,
+    HostThread,
+    ProfileTrace,
+    find_traces,
+    read_trace,
+)
 from jaxtrain.reporting.table import format_table
 from pallas_kernels.arguments import Parser
 
+OTHER_PROGRAM = "not in the step's program"
+# Libraries' kernels inside a CUDA graph have their own names, not those of the program.
+LIBRARY_KERNELS = {
+    "attention": re.compile(r"flash_attention|sdpa|fmha", re.I),
+    "products": re.compile(r"gemm|nvjet|cutlass|xmma|cublas|symmetric|head_scores", re.I),
+}
 
-def describe(trace: ProfileTrace, top: int) -> Iterator[str]:
-    """Yields a trace as lines and tables, with the `top` longest operations of the first device."""
+
+def read_causes(trace: Path) -> dict[str, str]:
+    """Returns {operation: cause} from the causes.json of a trace's folder; {} if it has none."""
+    path = trace.parents[3] / CAUSES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def time_by_cause(device: Device, causes: Mapping[str, str]) -> dict[str, float]:
+    """Returns {cause: seconds} of a device's operations, the longest first."""
+    # XLA names a kernel as its instruction, with underscores.
+    plain_name = lambda name: re.sub(r"[.-]", "_", name)
+    known = {plain_name(name): cause for name, cause in causes.items()}
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for op in device.ops:
+        guesses = (kind for kind, names in LIBRARY_KERNELS.items() if names.search(op.name))
+        cause = known.get(plain_name(op.name)) or next(guesses, OTHER_PROGRAM)
+        seconds[cause] += op.own_s
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def as_row(path: Path, device: Device) -> dict[str, Any]:
+    """Returns the figures of one device of a trace, in seconds."""
+    return {
+        "trace": path.parents[3].name,
+        "device": device.name,
+        "span_s": device.span_s,
+        "busy_s": device.busy_s,
+        "idle_s": device.span_s - device.busy_s,
+        "by_cause_s": time_by_cause(device, read_causes(path)),
+    }
+
+
+def describe(
+    trace: ProfileTrace, top: int, causes: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Yields a trace as lines and tables, with the `top` longest operations of the first device.
+
+    Args:
+        causes: {operation: cause}; with it there is a table of the time by cause.
+    """
     yield f"planes read: {', '.join(trace.read)}; skipped: {', '.join(trace.skipped) or 'none'}"
     for device in trace.devices:
         busy = device.busy_s / device.span_s if device.span_s else 1.0
@@ -37,6 +95,10 @@ def describe(trace: ProfileTrace, top: int) -> Iterator[str]:
     yield f"longest operations of {device.name}{others}"
     rows = device.by_op()
     total_s = sum(row.own_s for row in rows)
+    if causes:
+        by_cause = time_by_cause(device, causes).items()
+        cells = [(f"{s * 1e3:.3f}", f"{s / total_s:.1%}", cause) for cause, s in by_cause]
+        yield format_table(cells, ("own ms", "share", "cause"))
     columns = {
         "own ms": lambda r: f"{r.own_s * 1e3:.3f}",
         "share": lambda r: f"{r.own_s / total_s:.1%}",
@@ -68,6 +130,7 @@ def parse(argv: list[str] | None = None, prog: str = "python -m jaxtrain.profile
     parser = Parser(prog, rewrite_commands(__doc__ or "", prog))
     parser.add_argument("folder", metavar="DIR", help="folder of a run, or of traces")
     parser.add_argument("--top", type=int, default=20, help="operations to print; default: 20")
+    parser.add_argument("--json", metavar="FILE", help="write a line of JSON for each device")
     return parser.parse_args(argv)
 
 
@@ -75,9 +138,14 @@ def parse(argv: list[str] | None = None, prog: str = "python -m jaxtrain.profile
 def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.profile") -> None:
     args = parse(argv, prog)
     try:
+        rows = []
         for path in find_traces(args.folder):
+            trace = read_trace(path)
+            rows += [as_row(path, device) for device in trace.devices]
             print(f"trace {path}")
-            print("\n".join(describe(read_trace(path), args.top)))
+            print("\n".join(describe(trace, args.top, read_causes(path))))
+        if args.json:
+            write_atomic(args.json, "".join(f"{strict_json(row)}\n" for row in rows))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -247,7 +247,11 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
 
-        o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+        # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
+        # fusion that writes them into the stacked array, and once for all other uses.
+        o, lse = jax.lax.optimization_barrier(
+            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+        )
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))

@@ -1,9 +1,12 @@
 """Suite first-day, with small programs as stages: some are slow, wrong, hang or crash."""
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -32,8 +35,8 @@ if kind == "garbage":
     path.write_text("{")
 if kind == "wrong":
     timing = {"median_s": 1e-6}
-    contests = {"attention": {"kernel": "wrong: off by 0.3", "xla": timing}}
-    contests |= {"norm": {"kernel": timing, "xla": timing}}
+    contests = {"attention": {"contestants": {"triton": "wrong: off by 0.3", "xla": timing}}}
+    contests |= {"norm": {"contestants": {"triton": timing, "tokamax": "it is not installed"}}}
     path.write_text(json.dumps({"contests": contests}))
 if kind == "good":
     path.write_text(json.dumps({"value": 1}))
@@ -125,8 +128,11 @@ def test_the_plan_of_the_minutes_comes_first_and_fits_the_slice(suite):
 def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
     status, output, record = suite([fake("wrong")])
     assert status == 1 and record["wrong"]["state"] == "done"
-    assert "wrong: attention, kernel: wrong: off by 0.3" in output
+    assert "wrong: attention, triton: wrong: off by 0.3" in output
     assert "norm" not in output.partition("Failed")[2]
+    rows = first_day_results.read_rows(suite.out / "wrong.json")
+    lines = first_day_results.summarize("kernels", rows)
+    assert lines == ["attention: no correct kernel was timed", "norm: triton 1.0 us"]
 
 
 def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):
@@ -137,8 +143,11 @@ def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(first_day, "run_process_group", interrupted)
         suite([fake("good", 3.0)])
-    entry = json.loads((suite.out / first_day.RECORD).read_text())["stages"]["good"]
+    recorded = (suite.out / first_day.RECORD).read_text()
+    entry = json.loads(recorded)["stages"]["good"]
     assert entry["state"] == "unfinished" and entry["used_s"] == pytest.approx(60, abs=1)
+    assert suite([fake("good", 0.9)])[2]["good"]["state"] == "stopped"  # its minutes are used up
+    (suite.out / first_day.RECORD).write_text(recorded)
     assert suite([fake("good", 3.0)])[2]["good"]["state"] == "done"
 
 
@@ -168,6 +177,23 @@ def test_two_calls_cannot_use_one_folder(tmp_path):
             pass
 
 
+def test_every_line_and_row_of_a_trial_says_that_it_is_one(suite, monkeypatch, capsys):
+    run = functools.partial(first_day.run_suite, stages=[fake("good"), fake("wrong")])
+    monkeypatch.setattr(first_day, "run_suite", run)
+    with pytest.raises(SystemExit, match="1"):  # a kernel is wrong
+        bench.main(["--suite=first-day", "--tiny", "--minutes=1", f"--out={suite.out}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and all(line.startswith("trial: ") for line in lines)
+    record = json.loads((suite.out / first_day.RECORD).read_text())
+    results = [first_day_results.read_rows(suite.out / f"{name}.json") for name in record["stages"]]
+    assert record["tiny"] and all(row["tiny"] for rows in results for row in rows)
+    calls = [call for entry in record["stages"].values() for call in entry["calls"]]
+    assert len(calls) == 2
+    for call in calls:
+        assert call["tiny"] and call["command"][0] == sys.executable
+        assert call["date"] and call["commit"] and call["seconds"] > 0
+
+
 def test_wrong_flags_of_the_suite_are_errors(tmp_path, capsys):
     for flags in ("--suite=first-day", "--suite=cpu --out=x", "--suite=cpu --resume"):
         with pytest.raises(SystemExit):
@@ -184,7 +210,9 @@ def test_the_stages_commands_are_those_of_modules_that_exist(tmp_path):
     for stage in STAGES:
         for tiny in (False, True):
             argv = build_argv(stage, tmp_path, 5.0, tiny and stage.tiny is not None)
-            assert argv[1] == "-m" and not [word for word in argv if "{" in word]
+            assert importlib.util.find_spec(argv[argv.index("-m") + 1]) and not [
+                word for word in argv if "{" in word
+            ]
             assert any(str(tmp_path) in word for word in argv)
     training = build_argv(STAGES[[s.name for s in STAGES].index("training")], tmp_path, 5.0, False)
     args = bench.parse(training[3:])

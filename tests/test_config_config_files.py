@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import configs
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.model.layer_scan import CUDNN_FORWARD
 from jaxtrain.model.layers import letter_sizes
 from jaxtrain.model.transformer import build_model, count_params
 from jaxtrain.ops.precision import resolve_dtype
@@ -42,3 +44,13 @@ def test_a_configs_docstring_states_its_parameter_count_and_command(name):
 def test_a_config_file_only_sets_values(path):
     branches = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.comprehension)
     assert not any(isinstance(node, branches) for node in ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("name", ["gpt_124m", "gpt_track3", "llama_135m", "llama_1400m"])
+def test_no_large_config_runs_attentions_forward_twice(name, monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)  # tracing reads no more of it
+    cfg = config_lib.freeze(importlib.import_module(f"configs.{name}").get_config())
+    model = build_model(cfg.model, choose_routes(cfg.model, False, "gpu", False))
+    tokens = jax.ShapeDtypeStruct((1, cfg.data.seq_len), "int32")
+    traced = jax.make_jaxpr(jax.grad(lambda p, tokens: model.apply(p, tokens).sum()))
+    assert str(traced(model.shapes, tokens)).count(f"{CUDNN_FORWARD}[") == 1

@@ -72,6 +72,36 @@ def test_mosaic_bodies_compile_at_every_size_that_they_accept():
     assert "head_scores" in done.stdout
 
 
+SCANNED = """
+import jax, jax.numpy as jnp
+from jaxtrain.model.layer_scan import scan_layers
+from pallas_kernels.chip import find_chip
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.offline import compile_for
+from pallas_kernels.tiles import mosaic_tiles
+
+def layer(kind, h, w):
+    q = jnp.einsum("BTD,DHK->BTHK", h, w)
+    o = flash_attention(q, q, q, None, None, mosaic_tiles("attention", "sm_90"))
+    return h + jnp.tanh(jnp.einsum("BTHK,DHK->BTD", o, w)), None
+
+loss = lambda h, w: scan_layers(["only"], layer, h, w, remat="attention")[0].sum()
+arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 512, 256), (3, 256, 4, 64))]
+program = compile_for(find_chip("h100"), jax.grad(loss, (0, 1)), *arrays)[0].as_text()
+calls = [line for line in program.splitlines() if " custom-call(" in line]
+print(sum("/flash_attention_forward/" in line for line in calls), len(calls))
+"""
+
+
+@pytest.mark.skipif(not mosaic.USABLE, reason=mosaic.REASON)
+def test_a_scan_that_saves_attentions_result_calls_the_kernel_once():
+    """XLA moves a call into the fusion that stores its result, and once kept the call besides."""
+    done = run_python("-c", SCANNED, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    forward, calls = map(int, done.stdout.split())
+    assert forward == 1 and calls >= 3
+
+
 CASE = next(case for case in CASES if case.name == "symmetric")
 GOOD = KernelReport("symmetric", Resources(200, 0, Counter(HMMA=64)), 128, 136, 32_768)
 

@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # only to lower without cuDNN
 
+from pallas_kernels.audit_cases import CASES
 from pallas_kernels.call_flops import KERNELS, custom_call_flops
 from pallas_kernels.flash_attention import flash_attention_reference
 from pallas_kernels.head_scores import head_scores_reference
 from pallas_kernels.hlo import Program
 from pallas_kernels.symmetric import symmetric_reference
+
+
+def test_every_kernel_declares_its_flops():
+    assert {case.name for case in CASES} == KERNELS.keys()
+
 
 B, T, S, H, G, K = 2, 64, 128, 4, 2, 256
 Q, KV = (B, T, H, K), (B, S, G, K)

@@ -11,7 +11,7 @@ import pytest
 from jaxtrain.axes import Axes
 from jaxtrain.config.train_config import OptimConfig
 from jaxtrain.optim.acceleration import eval_params
-from jaxtrain.optim.build import build_optimizer
+from jaxtrain.optim.build import build_optimizer, peak_rates
 
 FLOAT32 = 4  # bytes
 AXES = {"w": Axes.parse("L|D->F"), "wo": Axes.parse("L|F->D")}
@@ -83,8 +83,11 @@ def gradients():
 
 @functools.cache
 def updater(options):
-    optimizer = build_optimizer(OptimConfig(**dict(options)), DEGENERATE_AXES)
-    return optimizer, jax.jit(optimizer.update)
+    """Returns init, update and the peak rates; one program serves all rates."""
+    cfg = OptimConfig(weight_decay=0.1, warmup_steps=0, **dict(options))
+    optimizer = build_optimizer(cfg, DEGENERATE_AXES)
+    update = jax.jit(lambda g, s, p, rates: optimizer.update(g, s, p, rates=rates))
+    return jax.jit(optimizer.init), update, peak_rates(cfg, DEGENERATE_AXES)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
@@ -92,26 +95,24 @@ def updater(options):
 def test_degenerate_shapes_and_gradients_give_finite_updates(options, clip_norm):
     if options["name"].startswith(("adam", "soap", "muown")) and not clip_norm:
         pytest.skip("it squares its gradient: 1e30 is beyond float32 by definition")
-    options = options | {"weight_decay": 0.1, "warmup_steps": 0, "clip_norm": clip_norm}
-    optimizer, update = updater(tuple(options.items()))
-    params = {k: jnp.ones(shape) for k, shape in DEGENERATE_SHAPES.items()}
-    state = optimizer.init(params)
+    init, update, rates = updater((*options.items(), ("clip_norm", clip_norm)))
+    params = ones(DEGENERATE_SHAPES)
+    state = init(params)
     for grads in gradients():
         if clip_norm == 0:  # Adam squares the vector's gradient, which would overflow
             grads["gain"] = np.clip(grads["gain"], -1e15, 1e15)
-        updates, state = update(grads, state, params)
+        updates, state = update(grads, state, params, rates)
         params = optax.apply_updates(params, updates)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
 def test_at_a_rate_of_zero_neither_query_point_nor_iterate_moves(options):
-    options = options | {"learning_rate": 0.0, "adam_learning_rate": 0.0, "weight_decay": 0.1}
-    optimizer, update = updater(tuple(options.items()))
-    start = params = {k: jnp.ones(shape) for k, shape in DEGENERATE_SHAPES.items()}
-    state = optimizer.init(params)
+    init, update, rates = updater((*options.items(), ("clip_norm", 1.0)))
+    start = params = ones(DEGENERATE_SHAPES)
+    state = init(params)
     for grads in list(gradients())[1:3]:
-        updates, state = update(grads, state, params)
+        updates, state = update(grads, state, params, dict.fromkeys(rates, 0.0))
         params = optax.apply_updates(params, updates)
     for tree in (params, eval_params(state, params)):
         for key, x in start.items():  # Muown computes rows again from length and direction

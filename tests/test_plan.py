@@ -8,6 +8,7 @@ import pytest
 
 from configs import llama_1400m
 from jaxtrain.config.train_config import freeze
+from jaxtrain.planning.calibration import Calibration
 from jaxtrain.planning.hardware import build_hardware
 from pallas_kernels.chip import find_chip
 
@@ -17,11 +18,15 @@ from jaxtrain import plan  # noqa: E402
 os.environ["JAX_PLATFORMS"] = PLATFORMS  # the command sets it
 
 
-def test_a_plan_over_hosts_reports_memory_communication_and_routes():
+def test_a_plan_over_hosts_reports_memory_communication_and_routes(tmp_path):
     for name, reason in (("cramjam", "offline extra"), ("jax_cuda12_plugin", "GPU compiler")):
         pytest.importorskip(name, reason=f"the {reason} is missing")
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     argv = [sys.executable, "-m", "jaxtrain.plan", "debug", "--gpus=2", "--hosts=2", "--json"]
+    argv += [f"--calibrated={tmp_path / 'calibration.json'}"]
+    half = {"products": 0.5, "attention": 0.5, "memory": 0.5}
+    calibration = Calibration("a40", half, 0.0, (), 3, {})
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration._asdict()))
     done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -37,12 +42,18 @@ def test_a_plan_over_hosts_reports_memory_communication_and_routes():
     assert all(row["crosses_hosts"] and row["seconds"] > 0 for row in figures["collectives"])
     assert figures["step_s"] > figures["roofline_s"] > 0
     assert figures["routes"]["attention"]
+    assert sum(figures["class_s"].values()) == pytest.approx(figures["roofline_s"])
+    # Half the speed doubles the roofline's part of the step and leaves the communication as it is.
+    slower_s = figures["calibrated"]["step_s"] - figures["step_s"]
+    assert slower_s == pytest.approx(figures["roofline_s"])
 
 
 def test_a_missing_config_and_an_unknown_chip_are_errors_that_name_the_remedy():
-    args = dict(table=False, config=None, compare=[], chip="b300")
+    args = dict(table=False, config=None, compare=[], chip="b300", calibrated="")
     with pytest.raises(ValueError, match="a config must be named, such as gpt_124m.*--table"):
         plan.run_command(SimpleNamespace(**args))
+    with pytest.raises(ValueError, match="is for the plan of one setting; got --fit too"):
+        plan.run_command(SimpleNamespace(**args | {"calibrated": "x", "formula": False, "fit": 1}))
     with pytest.raises(ValueError, match="got 'b300'"):
         plan.run_command(SimpleNamespace(**args | {"config": llama_1400m.get_config()}))
 

@@ -1,3 +1,4 @@
+import json
 import types
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from jaxtrain import profile
 from jaxtrain.reporting import profile_trace
 from jaxtrain.reporting.profile_trace import (
+    CAUSES,
     Device,
     TracedOp,
     find_traces,
@@ -57,6 +59,42 @@ def test_the_command_prints_planes_devices_and_the_longest_operations(traced, ca
     assert "host: 3 steps of" in shown and "1 others" not in shown.split("own ms")[0]
 
 
+def test_the_time_by_cause_adds_up_to_the_time_of_all_operations(traced, tmp_path, capsys):
+    trace = read_trace(*find_traces(traced))
+    names = [row.op for row in trace.devices[0].by_op()]
+    folder = find_traces(traced)[0].parents[3]
+    (folder / CAUSES).write_text(json.dumps({names[0]: "products, forward"}))
+    try:
+        profile.main([str(traced), f"--json={tmp_path / 'rows.jsonl'}"])
+    finally:
+        (folder / CAUSES).unlink()
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    total_s = sum(op.own_s for op in trace.devices[0].ops)
+    assert sum(row["by_cause_s"].values()) == pytest.approx(total_s)
+    assert set(row["by_cause_s"]) == {"products, forward", profile.OTHER_PROGRAM}
+    assert row["idle_s"] == pytest.approx(row["span_s"] - row["busy_s"])
+    assert "products, forward" in capsys.readouterr().out
+
+
+def test_kernels_in_a_cuda_graph_have_the_causes_of_their_instructions():
+    causes = {"loop_add_fusion.14": "element-wise", "custom-call.3": "attention, forward"}
+    names = (
+        "loop_add_fusion_14",
+        "custom-call.3",
+        "nvjet_hsh_128x256",
+        "cudnn_sdpa_sm90",
+        "MemcpyD2D",
+    )
+    ops = tuple(TracedOp(name, "m", i, i + 1, 2.0**i) for i, name in enumerate(names))
+    assert profile.time_by_cause(Device("gpu", ops), causes) == {
+        profile.OTHER_PROGRAM: 16.0,
+        "attention": 8.0,
+        "products": 4.0,
+        "attention, forward": 2.0,
+        "element-wise": 1.0,
+    }
+
+
 def test_an_error_names_a_folder_without_a_trace(tmp_path):
     with pytest.raises(SystemExit, match="DIR must contain a trace"):
         profile.main([str(tmp_path)])
@@ -79,10 +117,13 @@ def test_only_the_streams_of_a_gpu_are_read_not_the_lines_that_repeat_them():
     )
     line = lambda name, *events: types.SimpleNamespace(name=name, events=events)
     kernel = event("void gemm", 0, hlo_op="dot.1", hlo_module="jit_step")
-    lines = [line("Stream #1(Compute)", kernel, event("MemcpyD2D", 20)), line("XLA Ops", kernel)]
+    graph = event("fusion_7", 40, hlo_op="command_buffer_1", hlo_module="jit_step")
+    operations = kernel, event("MemcpyD2D", 20), graph
+    lines = [line("Stream #1(Compute)", *operations), line("XLA Ops", kernel)]
     plane = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
     device = profile_trace._read_gpu(plane)
-    assert [(op.name, op.module) for op in device.ops] == [("dot.1", "jit_step"), ("MemcpyD2D", "")]
+    got = [(op.name, op.module) for op in device.ops]
+    assert got == [("dot.1", "jit_step"), ("MemcpyD2D", ""), ("fusion_7", "jit_step")]
 
 
 @pytest.mark.parametrize(

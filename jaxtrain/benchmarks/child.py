@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -21,9 +20,10 @@ from typing import Any, TextIO
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.files import strict_json, write_atomic
+from pallas_kernels.child_process import ChildProcess
 
 # Sizes for --tiny, which tests a suite on any processor; its figures mean nothing.
-TINY = dict(L=1, D=32, F=64, H=4, G=2, K=8, V=256)
+TINY = dict(L=1, D=32, F=64, H=4, G=2, K=16, V=256)
 TINY_T = 16
 
 
@@ -88,16 +88,10 @@ def run_process_group(
     """
     name = f"JAXTRAIN_CHILD_{uuid.uuid4().hex}"
     env = dict(os.environ if env is None else env) | {name: "1"}
-    child = subprocess.Popen(argv, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
-        return child.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        return None
+        return ChildProcess(argv, output, env).wait(limit_s)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # no process of the group is left
-            os.killpg(child.pid, signal.SIGKILL)
         _kill_marked(f"{name}=1")
-        child.wait()
 
 
 def run_child(

@@ -56,7 +56,7 @@ class FirstDay:
 
     Raises:
         FirstDayError: the folder is a trial's and this is none, or the reverse, or the folder has
-            another card's results, or another call uses it.
+            another card's results.
     """
 
     def __init__(
@@ -84,9 +84,10 @@ class FirstDay:
                 f"{self.record['card']}. Set another --out."
             )
         for stage in stages:
-            self.record["stages"].setdefault(
-                stage.name, {"state": WAITING, "reason": "", "used_s": 0.0, "calls": []}
-            )
+            new = {"state": WAITING, "reason": "", "used_s": 0.0, "calls": []}
+            entry = self.record["stages"].setdefault(stage.name, new)
+            if entry["state"] == UNFINISHED and not self._can_go_on(stage):
+                entry["state"] = STOPPED
 
     @property
     def _left_minutes(self) -> float:
@@ -99,6 +100,10 @@ class FirstDay:
         """Returns a stage's entry in the record."""
         return self.record["stages"][stage.name]
 
+    def _can_go_on(self, stage: Stage) -> bool:
+        """Returns whether a stage has enough of its minutes left to be started."""
+        return stage.minutes - self.state(stage)["used_s"] / 60 >= stage.least_minutes
+
     def retry(self, names: Sequence[str]) -> None:
         """Gives stages that failed, were stopped or were skipped their whole time again."""
         for stage in self.stages:
@@ -107,8 +112,9 @@ class FirstDay:
 
     def is_open(self, stage: Stage) -> bool:
         """Returns whether this call would run a stage."""
-        ready = has_gpu() or self.tiny or not stage.needs_gpu
-        return ready and self.state(stage)["state"] in (WAITING, UNFINISHED)
+        has_input = bool(stage.reads) and (self.folder / stage.reads).exists()
+        is_open = self.state(stage)["state"] in (WAITING, UNFINISHED)
+        return is_open and (has_gpu() or self.tiny or has_input)
 
     def allotted_minutes(self, stage: Stage, left: float) -> float:
         """Returns the minutes for a stage if `left` are left: 0.0 if they are too few to start."""
@@ -138,7 +144,7 @@ class FirstDay:
                 self.state(stage).update(state=SKIPPED, reason="it has no trial without a card")
             elif minutes := self.allotted_minutes(stage, self._left_minutes):
                 self._run_stage(stage, minutes)
-            self._save()
+        self._save()
 
     def _run_stage(self, stage: Stage, minutes: float) -> None:
         """Runs a stage for at most some minutes and records how it ended."""
@@ -153,27 +159,25 @@ class FirstDay:
         env = os.environ | ({"JAX_PLATFORMS": "cpu"} if self.tiny else {})
         start_s, start_time = time.monotonic(), time.time()
         with open(log, "a", errors="replace") as output:
-            print(f"$ {shlex.join(argv)}", file=output, flush=True)
+            print(f"\n$ {shlex.join(argv)}", file=output, flush=True)
             status = run_process_group(argv, output, 60 * minutes, env)
         taken_s = time.monotonic() - start_s
         entry["used_s"] = used_s + taken_s
-        slice_ended = self._left_minutes < stage.least_minutes
-        entry["state"], entry["reason"] = self._judge(
-            stage, status, taken_s >= 60 * child_minutes, slice_ended
-        )
+        time_was_up = taken_s >= 60 * child_minutes
+        entry["state"], entry["reason"] = self._judge(stage, status, time_was_up)
         call = processor.provenance() | {"command": argv, "status": status, "seconds": taken_s}
         entry["calls"].append(call | {"tiny": self.tiny})
         if stage.collect:
             self._collect(stage.collect, start_time)
+        if self.tiny:
+            self._mark_trial(stage)
         self._save()
         ending = f": {entry['reason']}" if entry["reason"] else ""
-        self._show(f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}")
-        for line in summarize(stage.name, self._rows(stage)):
-            self._show(f"  {line}")
+        lines = [f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}"]
+        lines += [f"  {line}" for line in summarize(stage.name, self._rows(stage))]
+        self._show("\n".join(lines))
 
-    def _judge(
-        self, stage: Stage, status: int | None, time_was_up: bool, slice_ended: bool
-    ) -> tuple[str, str]:
+    def _judge(self, stage: Stage, status: int | None, time_was_up: bool) -> tuple[str, str]:
         """Returns (state, reason) of a stage whose process ended.
 
         Args:
@@ -181,6 +185,7 @@ class FirstDay:
         """
         if status:
             log = (self.folder / f"{stage.name}.log").read_text(errors="replace")
+            log = log.rpartition("\n$ ")[2].partition("\n")[2]  # of this call, without its command
             name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             return FAILED, f"{name}: {' | '.join(log.strip().splitlines()[-3:])[-500:]}"
         path = self.folder / stage.result
@@ -190,14 +195,13 @@ class FirstDay:
             if status is not None:
                 return FAILED, f"it must write {path}; got {type(error).__name__}: {error}"
             rows = []
-        skipped = [row["skipped"] for row in rows if row.get("skipped")]
-        if skipped:
+        if skipped := [row["skipped"] for row in rows if row.get("skipped")]:
             return SKIPPED, skipped[0]
         left = find_left(rows)
         if status == 0 and not left and not time_was_up:
             return DONE, ""
         what = f"; left: {', '.join(left)}" if left else ""
-        if slice_ended or stage.minutes - self.state(stage)["used_s"] / 60 >= stage.least_minutes:
+        if self._can_go_on(stage):
             return UNFINISHED, f"the time of this slice was up{what}"
         return STOPPED, f"it used all of its {stage.minutes:g} minutes{what}"
 
@@ -208,6 +212,12 @@ class FirstDay:
                 (self.folder / "tuned").mkdir(exist_ok=True)
                 shutil.copy(path, self.folder / "tuned")
 
+    def _mark_trial(self, stage: Stage) -> None:
+        """Adds to every row of a result that it is a trial's."""
+        path = self.folder / stage.result
+        if texts := [strict_json(row | {"tiny": True}) for row in self._rows(stage)]:
+            write_atomic(path, "\n".join(texts) + "\n")
+
     def _rows(self, stage: Stage) -> list[dict[str, Any]]:
         """Returns a stage's rows; [] if it has none that can be read."""
         with contextlib.suppress(OSError, ValueError):
@@ -216,9 +226,12 @@ class FirstDay:
 
     def report_text(self, command: str) -> str:
         """Returns what is measured, what failed and why, and what is left with its command."""
-        measured, failed, left, stuck = [], [], [], []
+        measured, failed, left, stuck, results = [], [], [], [], set()
         for stage in self.stages:
-            entry, rows = self.state(stage), self._rows(stage)
+            # Two stages may share a result, which is reported once.
+            rows = [] if stage.result in results else self._rows(stage)
+            entry = self.state(stage)
+            results.add(stage.result)
             lines = summarize(stage.name, rows)
             measured += [f"  {stage.name}: {line}" for line in lines]
             if entry["state"] in (FAILED, STOPPED, SKIPPED):
@@ -226,8 +239,7 @@ class FirstDay:
                 stuck += [stage.name] if entry["state"] != SKIPPED else []
             failed += [f"  {stage.name}: {problem}" for problem in find_problems(rows)]
             if entry["state"] in (WAITING, UNFINISHED):
-                reason = f" ({entry['reason']})" if entry["reason"] else ""
-                left.append(f"  {stage.name}{reason}")
+                left.append(f"  {stage.name}: {entry['reason'] or 'not started'}")
         lines = ["Measured:", *(measured or ["  nothing"]), "Failed or skipped:"]
         lines += [*(failed or ["  nothing"]), "Left:", *(left or ["  nothing"])]
         if left:

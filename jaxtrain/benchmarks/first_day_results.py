@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.benchmarks.gpu_results import describe
+from pallas_kernels.bench_results import OURS, best_of
 
 Row = dict[str, Any]
+TOP_CAUSES = 6  # of a profile, to print
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -33,7 +35,7 @@ def row_name(row: Row) -> str:
 
 
 def contests(rows: Sequence[Row]) -> dict[str, Row]:
-    """Returns {contest: {contestant: its timing, or why it failed}} of the kernels' results."""
+    """Returns {contest: its result} of the kernels' results, as pallas_kernels.bench writes it."""
     return {name: value for row in rows for name, value in row.get("contests", {}).items()}
 
 
@@ -49,19 +51,18 @@ def _errors(value: Any, name: str) -> Iterator[str]:
 def find_problems(rows: Sequence[Row]) -> list[str]:
     """Returns the errors in a result, without those of rows that the next slice measures again.
 
-    A contest of the kernels has {contestant: timing}, where a text says why one has no timing.
+    A contest is an error if it was not finished or if a body of our kernel is wrong or failed; that
+    a rival is missing is none.
     """
-    finished = [row for row in rows if not row.get("unfinished")]
-    found = [
-        error
-        for row in finished
-        for error in _errors({k: v for k, v in row.items() if k != "contests"}, row_name(row))
-    ]
-    for name, timings in contests(finished).items():
-        is_timing = lambda x: isinstance(x, str) or isinstance(x, dict) and "median_s" in x
-        if all(map(is_timing, timings.values())):
-            timings = {k: {"error": x} if isinstance(x, str) else x for k, x in timings.items()}
-        found += _errors(timings, name)
+    found = []
+    for row in rows:
+        if not row.get("unfinished"):
+            own = {key: value for key, value in row.items() if key != "contests"}
+            found += _errors(own, row_name(row))
+    for name, result in contests(rows).items():
+        found += [f"{name}: {result[key]}" for key in ("error", "tuning_error") if result.get(key)]
+        failed = {k: v for k, v in result.get("contestants", {}).items() if isinstance(v, str)}
+        found += [f"{name}, {body}: {failed[body]}" for body in OURS if body in failed]
     return found
 
 
@@ -88,13 +89,57 @@ def _summarize_tests(rows: Sequence[Row]) -> list[str]:
     return [", ".join(f"{count} {outcome}" for outcome, count in counts.items())] if counts else []
 
 
+def kernel_figure(result: Row, trial: bool) -> str:
+    """Returns our kernel's time in a contest and, except in a trial, the fastest rival's; or ""."""
+    ours, timing = best_of(result.get("contestants", {}), lambda name: name in OURS)
+    rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
+    if timing is None:
+        return ""
+    text = f"{ours} {1e6 * timing['median_s']:.1f} us"
+    if other and not trial:
+        ratio = other["median_s"] / timing["median_s"]
+        text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"
+    return text
+
+
 def _summarize_kernels(rows: Sequence[Row]) -> list[str]:
-    count = len(contests(rows))
-    return [f"{count} contests"] if count else []
+    trial = any(row.get("tiny") or row.get("trial") for row in rows)
+    return [
+        f"{name}: {kernel_figure(result, trial) or 'no correct kernel was timed'}"
+        for name, result in contests(rows).items()
+    ]
 
 
 def _summarize_training(rows: Sequence[Row]) -> list[str]:
     return [describe(row) for row in rows if row.get("suite") == "gpu" and "error" not in row]
+
+
+def _summarize_plan(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for plan in rows:
+        for row in plan["rows"]:
+            ms = {name: f"{1e3 * row[f'{name}_s']:.1f}" for name in ("measured", "bound")}
+            calibrated_s = row.get("calibrated_s")
+            fitted = "" if calibrated_s is None else f", calibrated {1e3 * calibrated_s:.1f}"
+            peaks = [row["measured_bytes"], row["planned_on_card_bytes"], row["planned_bytes"]]
+            gib = ["unknown" if peak is None else f"{peak / 2**30:.1f}" for peak in peaks]
+            lines.append(
+                f"{row['case']}: {ms['measured']} ms, bound {ms['bound']}{fitted}; peak {gib[0]} "
+                f"GiB, compiled {gib[1]}, planned {gib[2]}"
+            )
+        lines += [f"{plan['chip']}: {plan['calibration']}"] if "calibration" in plan else []
+    return lines
+
+
+def _summarize_profile(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        causes = list(row["by_cause_s"].items())[:TOP_CAUSES]
+        total_s = sum(row["by_cause_s"].values())
+        shares = "; ".join(f"{cause} {seconds / total_s:.1%}" for cause, seconds in causes)
+        idle = row["idle_s"] / row["span_s"]
+        lines.append(f"{row['trace']}: {1e3 * row['span_s']:.1f} ms, {idle:.1%} idle: {shares}")
+    return lines
 
 
 SUMMARIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
@@ -103,6 +148,8 @@ SUMMARIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "kernels": _summarize_kernels,
     "tune": _summarize_kernels,
     "training": _summarize_training,
+    "plan": _summarize_plan,
+    "profile": _summarize_profile,
 }
 
 

@@ -11,14 +11,18 @@ LEAST_MINUTES = 1.0  # a stage is not started with less, because starting alone 
 
 
 class Stage(NamedTuple):
-    """A part of the first day. In its arguments {python}, {dir} and {minutes} are replaced."""
+    """A part of the first day.
+
+    In its command {python}, {dir} and {minutes} are replaced, and {save} by --save, or by nothing
+    in a trial.
+    """
 
     name: str
     minutes: float  # the most that it may take, in all slices together
     command: str
     tiny: str | None  # further arguments that make it a trial on a CPU; None: it has no trial
     result: str  # the file in DIR that it writes: rows of JSON, or one JSON value
-    needs_gpu: bool = True
+    reads: str = ""  # what it reads in DIR, with which it needs no GPU
     collect: Path | None = None  # folder from which new JSON files are copied to DIR/tuned
 
     @property
@@ -27,7 +31,10 @@ class Stage(NamedTuple):
 
 
 _BENCHMARKS = "{python} -m jaxtrain.benchmarks."
-_KERNELS = "{python} -m pallas_kernels.bench --minutes={minutes} --resume --out={dir}/"
+TINY_KERNELS = "--tiny --only norm"  # interpreting all of them takes minutes
+# Both stages of the kernels share one file, so that tuning repeats no contest at default tiles.
+_KERNELS = "{python} -m pallas_kernels.bench --minutes={minutes} --resume {save} "
+_KERNELS += "--out={dir}/kernels.json"
 STAGES = (
     Stage("machine", 3, _BENCHMARKS + "card --out={dir}/machine.json", "--tiny", "machine.json"),
     Stage(
@@ -37,10 +44,8 @@ STAGES = (
         "--tiny",
         "tests.jsonl",
     ),
-    Stage("kernels", 15, _KERNELS + "kernels.json", "--tiny", "kernels.json"),
-    Stage(
-        "tune", 20, _KERNELS + "tuned.json --tune --save", None, "tuned.json", True, collect=TUNED
-    ),
+    Stage("kernels", 15, _KERNELS, TINY_KERNELS, "kernels.json", collect=TUNED),
+    Stage("tune", 20, _KERNELS + " --tune", TINY_KERNELS, "kernels.json", collect=TUNED),
     Stage(
         "training",
         30,
@@ -49,6 +54,23 @@ STAGES = (
         "--tiny --sizes=gpt_124m --variants=jaxtrain --optimizers=adamw",
         "training.jsonl",
     ),
+    Stage(
+        "plan",
+        10,
+        # It compiles for the card but must not take it, so JAX has to see the variable first.
+        f"env JAX_PLATFORMS=cpu {_BENCHMARKS}plan_check {{dir}} --minutes={{minutes}}",
+        "--tiny",
+        "plan.json",
+        reads="training.jsonl",
+    ),
+    Stage(
+        "profile",
+        3,
+        "{python} -m jaxtrain.profile {dir}/traces --json={dir}/profile.jsonl",
+        "",
+        "profile.jsonl",
+        reads="traces",
+    ),
 )
 
 
@@ -56,4 +78,5 @@ def build_argv(stage: Stage, folder: Path, minutes: float, tiny: bool) -> list[s
     """Returns a stage's command."""
     words = shlex.split(f"{stage.command} {stage.tiny or ''}" if tiny else stage.command)
     values = {"python": sys.executable, "dir": folder, "minutes": f"{minutes:.2f}"}
-    return [word.format(**values) for word in words]
+    values["save"] = "" if tiny else "--save"
+    return [text for word in words if (text := word.format(**values))]

@@ -55,7 +55,6 @@ TORCH_CACHES = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
 # Estimates, used only to plan the minutes, of the time that a child takes before its steps.
 START_S, COMPILE_S, TORCH_COMPILE_LAYER_S = 20.0, 40.0, 2.0
-COUNTED_S = 15.0  # time for counted steps
 ROW_LIMIT_S = 400.0  # a child that takes longer is killed, so that it costs one row only
 DEFAULT_MICRO_BATCH_TOKENS = 32_768
 
@@ -146,7 +145,7 @@ class GpuSuite:
             "train",
             item.size,
             item.optimizer,
-            most_s=0.0 if args.tiny else COUNTED_S,
+            most_s=0.0 if args.tiny else args.seconds,
             tiny=args.tiny,
             usable_bytes=self._device.get("bytes_limit", 0),
             cache=str(self._cache(item)),
@@ -180,7 +179,7 @@ class GpuSuite:
         key, known = (item.size, item.variant), self._known_rows(item)
         memory_cfg = cfg if item.variant == "jaxtrain" else like_torch(cfg)
         torch_s = TORCH_COMPILE_LAYER_S * cfg.model.L if item.variant == "pytorch" else 0.0
-        guess_s = START_S + COMPILE_S + torch_s + COUNTED_S + 4 * STEP_S
+        guess_s = START_S + COMPILE_S + torch_s + self._args.seconds + 4 * STEP_S
         expected_s = self._taken_s.get(key, 0.0 if self._args.tiny else guess_s)
 
         def attempt(rows: int) -> dict[str, Any]:
@@ -205,7 +204,8 @@ class GpuSuite:
             tokens: Any = tuning.hint(
                 self.chip_name, "micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS
             )
-            rows = self._best_rows.get(key) or first_rows(memory_cfg, job.usable_bytes, tokens)
+            rows = self._args.rows or self._best_rows.get(key)
+            rows = rows or first_rows(memory_cfg, job.usable_bytes, tokens)
             start_s = time.monotonic()
             result, rows = halve_until_it_fits(attempt, rows)
             self._taken_s[key] = time.monotonic() - start_s
@@ -213,7 +213,7 @@ class GpuSuite:
         if key in self._best_rows or "error" in result:
             return
         self._best_rows[key] = rows
-        if rows > 1 and not self._args.tiny:
+        if rows > 1 and not self._args.tiny and not self._args.rows:
             half = known[1] if known[1:] else None
             if half is None:
                 enough = self._left_s > expected_s

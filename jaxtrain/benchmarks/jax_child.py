@@ -23,10 +23,14 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.loader import build_batches
 from jaxtrain.distributed.mesh import batch_sharding
 from jaxtrain.distributed.runtime import start_runtime
+from jaxtrain.files import strict_json, write_atomic
+from jaxtrain.metrics.work_kinds import find_causes
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.planning.compiled import peak_bytes
+from jaxtrain.reporting.profile_trace import CAUSES
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import Step, TrainState, init_state
+from pallas_kernels.hlo import Program
 from pallas_kernels.timing import measure_ceilings
 
 UPDATES, SKIPPED_UPDATES = 12, 2  # of the optimizer's own program; the first two do not count
@@ -136,6 +140,8 @@ def train(job: BenchJob) -> dict[str, Any]:
         tokens = zipf_tokens(0, job.batch, cfg.data.seq_len, cfg.model.V)
         with jax.profiler.trace(job.trace):
             jax.block_until_ready([jax_step.launch(tokens) for _ in range(TRACED_STEPS)])
+        causes = find_causes(Program(jax_step.step.compiled.as_text()))
+        write_atomic(Path(job.trace) / CAUSES, strict_json(causes))
     assert jax_step.state is not None
     result |= time_optimizer(jax_step.run, jax_step.state)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}

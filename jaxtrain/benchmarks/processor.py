@@ -45,12 +45,15 @@ def describe_machine() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Returns the command, the date and, in a git checkout, the commit of this code."""
+    """Returns the command, the date and the commit: of the git checkout, or JAXTRAIN_COMMIT.
+
+    The variable serves a machine that has a copy of the files without their history.
+    """
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("JAXTRAIN_COMMIT", "unknown")
     date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     return {"command": sys.argv, "date": date, "commit": commit}
 

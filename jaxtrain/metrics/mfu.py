@@ -21,6 +21,7 @@ from jaxtrain.config.sections import DataConfig
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.metrics.flops import training_flops
 from jaxtrain.metrics.hlo_collectives import Collective, find_collectives
+from jaxtrain.metrics.work_kinds import ATTENTION, CLASSES, MEMORY, PRODUCTS, kind_of
 from jaxtrain.ops.devices import Device, chip_name
 from pallas_kernels.chip import CHIPS, Chip, explain_unknown
 from pallas_kernels.hlo import Program
@@ -36,19 +37,24 @@ class Roofline(NamedTuple):
     hbm_bytes: float
     seconds: float  # each instruction takes max(compute, move) time; none overlap
     compute_s: float  # the part of `seconds` in compute-bound instructions
+    # `seconds` by class: attention's kernels, other compute-bound instructions, all others
+    class_s: dict[str, float]
 
 
 def roofline(program: Program, chip: Chip) -> Roofline:
     """Returns the roofline of a compiled program on a chip."""
-    flops = hbm_bytes = seconds = compute_s = 0.0
+    flops = hbm_bytes = compute_s = 0.0
+    class_s: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     for work in program.work():
         instruction_s = chip.seconds(work.hbm_bytes, work.flops, work.dtype)
         flops += work.times * work.flops
         hbm_bytes += work.times * work.hbm_bytes
-        seconds += work.times * instruction_s
-        if instruction_s > work.hbm_bytes / chip.hbm_bytes_per_s:
+        computes = instruction_s > work.hbm_bytes / chip.hbm_bytes_per_s
+        if computes:
             compute_s += work.times * instruction_s
-    return Roofline(flops, hbm_bytes, seconds, compute_s)
+        kind = ATTENTION if kind_of(work) == ATTENTION else PRODUCTS if computes else MEMORY
+        class_s[kind] += work.times * instruction_s
+    return Roofline(flops, hbm_bytes, sum(class_s.values()), compute_s, class_s)
 
 
 class StepWork(NamedTuple):

@@ -19,10 +19,12 @@ def _is_cudnn(primitive, *_, **__):
     return primitive.name == CUDNN_FORWARD
 
 
+_attention = policies.save_from_both_policies(_named, _is_cudnn)
 # model.remat -> which activations of a layer are saved; backward recomputes the others
 REMAT = {
-    "dots": policies.dots_with_no_batch_dims_saveable,  # results of weight products
-    "attention": policies.save_from_both_policies(_named, _is_cudnn),
+    # results of attention and of weight products, so that only element-wise work is repeated
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _attention),
+    "attention": _attention,
     "full": policies.nothing_saveable,  # only what enters each layer
 }  # with "none" jax.checkpoint is not called, and everything is saved
 

@@ -47,7 +47,7 @@ def _saved_per_token(m: ModelConfig) -> float:
     residual_width = (8 if m.norm_place == "both" else 6) * m.D  # both: two more norms' inputs
     return {
         "none": residual_width + 2 * (q_width + kv_width) + ffn_factor * ffn_width,
-        "dots": 2 * m.D + q_width + kv_width + ffn_width - m.F,
+        "dots": 2 * m.D + 2 * q_width + kv_width + ffn_width - m.F,
         "attention": m.D + q_width,
         "full": m.D,
     }[m.remat]

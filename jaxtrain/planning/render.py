@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxtrain.planning.calibration import Calibration
 from jaxtrain.planning.compiled import Plan
 from jaxtrain.planning.hardware import collective_seconds
 from jaxtrain.reporting.table import format_table
@@ -47,6 +48,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "flops_executed_per_device": plan.roofline.flops,
         "hbm_bytes_per_device": plan.roofline.hbm_bytes,
         "roofline_s": plan.roofline.seconds,
+        "class_s": plan.roofline.class_s,
         "step_s": plan.step_s,
         "tokens_per_s": plan.tokens / plan.step_s,
         "mfu_causal": plan.mfu(plan.causal_flops),
@@ -126,6 +128,28 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from _memory_lines(plan)
     yield from _work_lines(plan)
     yield from _collective_lines(plan)
+
+
+def calibrated_dict(plan: Plan, calibration: Calibration) -> dict[str, Any]:
+    """Returns the time of a plan's step at measured efficiencies; communication at its bound."""
+    communication_s = plan.step_s - plan.roofline.seconds
+    step_s = calibration.seconds(plan.roofline.class_s) + communication_s
+    return {
+        "step_s": step_s,
+        "tokens_per_s": plan.tokens / step_s,
+        "mfu_causal": plan.mfu(plan.causal_flops) * plan.step_s / step_s,
+        "calibration": calibration._asdict(),
+    }
+
+
+def calibrated_line(plan: Plan, calibration: Calibration) -> str:
+    """Returns the predicted time of a step, with the efficiencies that it comes from."""
+    figures = calibrated_dict(plan, calibration)
+    return (
+        f"At measured efficiencies a step takes about {figures['step_s']:.3f} s, that is "
+        f"{figures['tokens_per_s']:,.0f} tokens/s, MFU {figures['mfu_causal']:.1%} (causal): "
+        f"{calibration.describe()}"
+    )
 
 
 def fit_verdict(plan: Plan, fitting_flags: str) -> str:

@@ -23,7 +23,7 @@ from jaxtrain.planning.memory_formula import estimate_memory
 from jaxtrain.planning.render import GIB, plan_dict
 from jaxtrain.reporting.table import format_table
 
-CACHE_VERSION = 3  # figures of other versions are computed again
+CACHE_VERSION = 4  # figures of other versions are computed again
 REMATS = ("none", "dots", "attention", "full")  # from the least recomputation to the most
 # Above this share of the usable memory XLA recomputes, unasked, to save memory: gpt_1558m
 # on an A40 is 17 % slower in 16 micro-batches, which take a share of 0.89, than in 32.

@@ -19,7 +19,9 @@ GPU = re.compile(r"/device:(?!CUSTOM)")
 # Prefix of the lines to read in a GPU's plane; other lines repeat them by module, step, source.
 STREAM = "Stream"
 HOST = "/host:CPU"
+CUDA_GRAPH = "command_buffer"  # XLA's name for it
 NS = 1e-9
+CAUSES = "causes.json"  # in a trace's folder: {operation of the program: what it does}
 COLLECTIVE = re.compile(
     r"(all-?reduce|all-?gather|reduce-?scatter|all-?to-?all|collective-?permute|nccl)", re.I
 )
@@ -169,8 +171,10 @@ def _read_gpu(plane: Any) -> Device | None:
         events = []
         for event in line.events:
             stats = dict(event.stats)
-            name = stats.get("hlo_op", event.name)
-            events.append((str(name), str(stats.get("hlo_module", "")), *_interval(event)))
+            name = str(stats.get("hlo_op", event.name))
+            # Kernels inside a CUDA graph all carry the graph's name.
+            name = event.name if name.startswith(CUDA_GRAPH) else name
+            events.append((name, str(stats.get("hlo_module", "")), *_interval(event)))
         ops += _build_ops(events)
     return Device(plane.name, tuple(ops)) if ops else None
 

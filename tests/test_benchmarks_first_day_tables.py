@@ -1,0 +1,146 @@
+"""The tables that suite first-day writes, from a folder as it leaves one on an H100."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jaxtrain import bench
+from jaxtrain.benchmarks import first_day_tables
+from jaxtrain.benchmarks.first_day_tables import TableError, parse_table, write_tables
+
+ROOT = Path(__file__).parent.parent
+CARD = "NVIDIA H100 80GB HBM3"
+MACHINE = {"device": CARD, "driver": "580.65", "cudnn": 90_800, "clocks": "1980 MHz"}
+MACHINE |= {"versions": {"jax": "0.11.2", "torch": "2.11.0"}}
+STEP = {"suite": "gpu", "case": "gpt_124m muon", "variant": "jaxtrain", "what": "step", "rows": 32}
+STEP |= {"tokens_per_s": 512_345.0, "mfu": 0.453, "optimizer_share_at_524288": 0.021}
+STEP |= {"host_share": 0.03, "step_s": 0.128, "peak_bytes": 5 * 2**30, "first_step_s": 51.0}
+STEP |= {"targets": {"mfu": "target >= 0.5 MISSED"}}
+SLOWER = STEP | {"rows": 16, "tokens_per_s": 400_000.0, "first_step_s": 9.0}
+RATIO = {"suite": "gpu", "case": "gpt_124m muon", "what": "ratio", "value": 1.234}
+RATIO |= {"targets": {"ratio": "target >= 1.1 met"}}
+FAILED = {"suite": "gpu", "case": "gpt_350m muon", "variant": "jaxtrain", "what": "step"}
+FAILED |= {"error": "exit status 1"}
+TIMING = {"median_s": 2e-4, "low_s": 1e-4, "high_s": 3e-4, "fault": ""}
+KERNELS = {
+    "attention both ways 8x2048x16:16x128": {
+        "contestants": {"triton": TIMING, "cudnn": TIMING | {"median_s": 3e-4}}
+    },
+    "norm both ways 8192x768": {"contestants": {"triton": "wrong: off by 0.3", "xla": TIMING}},
+}
+TUNED = dict(op="norm", chip="h100", dtype="bfloat16", shape=[768], jax="0.11.2")
+TUNED |= dict(
+    tiles=None, kernel_s=2e-4, other="cudnn", other_s=3e-4, date="2026-11-26", command="x"
+)
+PLAN = {"case": "gpt_124m muon, 32 rows, step", "measured_s": 0.128, "bound_s": 0.09}
+PLAN |= {"calibrated_s": 0.127, "measured_bytes": 5 * 2**30, "planned_bytes": 4 * 2**30}
+
+
+@pytest.fixture
+def day(tmp_path):
+    """A folder of the suite."""
+    folder = tmp_path / "day"
+    (folder / "tuned").mkdir(parents=True)
+    call = {"date": "2026-11-26T16:00:00Z", "commit": "b121ec7d0000", "seconds": 1.0}
+    stages = {name: {"calls": [call]} for name in ("training", "kernels", "plan")}
+    write(folder / "first_day.json", {"tiny": False, "card": CARD, "stages": stages})
+    write(folder / "machine.json", MACHINE)
+    write(folder / "training.jsonl", MACHINE, STEP, SLOWER, FAILED, RATIO)
+    write(folder / "kernels.json", {"contests": KERNELS})
+    write(folder / "plan.json", {"chip": "h100", "rows": [PLAN], "calibration": "products 70%"})
+    write(folder / "tuned" / "h100.json", [TUNED])
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The pages of this checkout, without its code."""
+    root = tmp_path / "checkout"
+    for name in ("README.md", "docs/results.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "pallas_kernels").mkdir()
+    return root
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(root, name, block):
+    text = (root / name).read_text()
+    inside = text.partition(first_day_tables.START.format(block))[2]
+    rows = parse_table(inside.partition(first_day_tables.END.format(block))[0])
+    return {row.what: row for row in rows}
+
+
+def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(day, checkout):
+    before = {p: (checkout / p).read_text() for p in ("README.md", "docs/results.md")}
+    write_tables(day, checkout)
+    for page in before:
+        rows = table(checkout, page, "training")
+        row = rows["gpt_124m with muon"]
+        for part in ("512,345 tokens/s", "MFU 45.3% (target >= 0.5 MISSED)", "1.23x compiled"):
+            assert part in row.figure
+        assert "first step after 51 s" in row.figure and "peak 5.0 GiB" in row.figure
+        source = f"{CARD}, driver 580.65, cuDNN 90800, jax 0.11.2, torch 2.11.0"
+        assert row.source == f"{source}, 2026-11-26, b121ec7"
+        assert row.command.startswith("`jaxtrain bench --suite=first-day --stages=training")
+        assert "unmeasured" in rows["gpt_350m with muon"].figure  # it failed
+    kernels = table(checkout, "docs/results.md", "kernels")
+    attention = kernels["attention both ways 8x2048x16:16x128"]
+    assert attention.figure == "triton 200.0 us, 1.50x as fast as cudnn (300.0 us)"
+    assert "attention both ways" not in kernels and "unmeasured" in kernels["norm"].figure
+    plan = table(checkout, "docs/results.md", "plan")
+    assert "bound 0.0900 s, calibrated 0.1270 s; peak 5.0 GiB, planned 4.0" in str(plan)
+    assert json.loads((checkout / "pallas_kernels/tuned/h100.json").read_text()) == [TUNED]
+    for page, text in before.items():  # nothing else of the pages has changed
+        outside = lambda text: [x for x in text.splitlines() if "first-day --stages" not in x]
+        assert outside((checkout / page).read_text()) == outside(text)
+
+
+def test_writing_twice_changes_nothing_and_another_card_adds_rows(day, checkout):
+    write_tables(day, checkout)
+    once = (checkout / "docs/results.md").read_text()
+    write_tables(day, checkout)
+    assert (checkout / "docs/results.md").read_text() == once
+    write(day / "machine.json", MACHINE | {"device": "NVIDIA A40"})
+    write_tables(day, checkout)
+    inside = (checkout / "README.md").read_text().partition("first day: training")[2]
+    cards = [row.card for row in parse_table(inside) if row.what == "gpt_124m with muon"]
+    assert cards == ["NVIDIA A40", CARD]
+
+
+def test_rows_of_a_trial_or_of_interpreted_kernels_are_never_written(day, checkout):
+    pages = [(checkout / name).read_text() for name in ("README.md", "docs/results.md")]
+    write(day / "training.jsonl", *(row | {"tiny": True} for row in (MACHINE, STEP, RATIO)))
+    write(day / "kernels.json", {"contests": KERNELS, "trial": "interpreted"})
+    (day / "plan.json").unlink()
+    write_tables(day, checkout)
+    assert [(checkout / name).read_text() for name in ("README.md", "docs/results.md")] == pages
+    record = json.loads((day / "first_day.json").read_text())
+    write(day / "first_day.json", record | {"tiny": True})
+    with pytest.raises(TableError, match="which is a trial's"):
+        write_tables(day, checkout)
+    with pytest.raises(SystemExit, match="which is a trial's"):
+        bench.main(["--suite=first-day", f"--out={day}", "--write"])
+
+
+def test_a_page_without_marks_and_a_damaged_tuned_table_are_errors(day, checkout):
+    write(day / "tuned" / "h100.json", {"op": "attention"})
+    with pytest.raises(ValueError, match="h100.json"):
+        write_tables(day, checkout)
+    shutil.rmtree(day / "tuned")
+    (checkout / "README.md").write_text("# jaxtrain\n")
+    with pytest.raises(TableError, match="README.md: the page must have the marks <!-- first day"):
+        write_tables(day, checkout)
+    assert CARD not in (checkout / "docs/results.md").read_text()
+
+
+def test_the_suite_without_a_gpu_runs_only_what_needs_none(day):
+    day_now = bench.first_day.FirstDay(day / "new", 1.0, False, print)
+    assert not any(map(day_now.is_open, day_now.stages))
+    shutil.copy(day / "training.jsonl", day / "new")
+    assert [stage.name for stage in day_now.stages if day_now.is_open(stage)] == ["plan"]
