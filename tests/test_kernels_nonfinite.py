@@ -125,8 +125,8 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
         arrays[operand][b, position[b % 3], 0, 5] = value
     docs = np.broadcast_to(np.arange(S, dtype=np.int32) // 24, (len(cases), S)) * documents
     docs = docs[:, S - T :], docs
-    given = docs if documents else (None, None)
-    fused = lambda *x: flash_attention(*x, *given, ATTENTION_BLOCKS[body], not ON_GPU)
+    given, blocks = docs if documents else (None, None), ATTENTION_BLOCKS[body]
+    fused = lambda q, k, v: flash_attention(q, k, v, *given, blocks, not ON_GPU)
     got, (strict, reference) = both_ways(fused)(*arrays), expected_attention(docs, *arrays)
     for name, *results in zip(("o", "dq", "dk", "dv"), got, strict, reference, strict=True):
         x, needed, allowed = map(finite, results)
@@ -219,8 +219,8 @@ def test_add_norm_keeps_what_is_not_finite(form):
     for row, (operand, value) in enumerate(cases):
         arrays[operand][row, 5] = value
     ds, dn, *streams = arrays
-    fused = both_ways(lambda *x: add_norm(*x, form, interpret=not ON_GPU))
-    reference = both_ways(lambda *x: add_norm_reference(*x, form, 1e-6))
+    fused = both_ways(lambda *x: add_norm(*x, form=form, interpret=not ON_GPU))
+    reference = both_ways(lambda *x: add_norm_reference(*x, form=form, eps=1e-6))
     for gain, bias in ((1.0, 0.0), (np.nan, 0.0), (-np.inf, 0.0), (1.0, np.inf)):
         vectors: list[Any] = [np.ones(24, np.float32), np.zeros(24, np.float32)]
         vectors[0][3], vectors[1][3] = gain, bias
@@ -239,7 +239,7 @@ def test_qk_rope_keeps_what_is_not_finite():
     angles = np.tile(draw((5, 8))[0].astype(np.float32), 2)
     tables: list[Any] = [np.ones(16, np.float32), np.cos(angles), np.sin(angles)]
     fused = both_ways(lambda x, *rest: qk_rope(x, *rest, interpret=not ON_GPU))
-    reference = both_ways(lambda x, *rest: qk_rope_reference(x, *rest, 1e-6))
+    reference = both_ways(lambda x, *rest: qk_rope_reference(x, *rest, eps=1e-6))
     for poisoned in (None, 0, 1, 2):
         changed = [x.copy() for x in tables]
         if poisoned is not None:
