@@ -47,12 +47,12 @@ class _Row:
         self.column = jnp.arange(pl.next_power_of_2(D))  # Triton's tiles are powers of two
         self.inside, self.D, self.form, self.eps = self.column < D, D, form, eps
 
-    def read(self, ref, *row, exists=True):
-        x = triton.load(ref.at[*row, self.column], mask=self.inside & exists, other=0.0)
+    def read(self, ref, *row):
+        x = triton.load(ref.at[*row, self.column], mask=self.inside, other=0.0)
         return x.astype(jnp.float32)
 
-    def write(self, ref, row, x, exists=True):
-        triton.store(ref.at[row, self.column], x.astype(ref.dtype), mask=self.inside & exists)
+    def write(self, ref, row, x):
+        triton.store(ref.at[row, self.column], x.astype(ref.dtype), mask=self.inside)
 
     def mean(self, x):
         return jnp.sum(x) / self.D
@@ -91,17 +91,17 @@ def _backward_kernel(ds_ref, dn_ref, s_ref, gain_ref, dx_ref, *sum_refs, form, e
         rstd * (g - mean(g) - unit * mean(g * unit)); RMS norm has no mean(g).
         """
         index = program + step * programs
-        read = functools.partial(row.read, exists=index < N)
-        dn, (unit, rstd) = read(dn_ref, index), row.normalize(read(s_ref, index))
+        dn, (unit, rstd) = row.read(dn_ref, index), row.normalize(row.read(s_ref, index))
         g = dn * gain
         projected = g - unit * row.mean(g * unit)
         if form == "layer":
             projected = projected - row.mean(g)
-        row.write(dx_ref, index, read(ds_ref, index) + rstd * projected, exists=index < N)
+        row.write(dx_ref, index, row.read(ds_ref, index) + rstd * projected)
         return tuple(total + x for total, x in zip(sums, (dn * unit, dn), strict=False))
 
     zeros = tuple(jnp.zeros(row.column.shape, jnp.float32) for _ in sum_refs)
-    sums = jax.lax.fori_loop(0, pl.cdiv(N, programs), add_row, zeros)
+    # Every step has a row: with eps = 0, a row of padding would add 0 * inf to the sums.
+    sums = jax.lax.fori_loop(0, -((program - N) // programs), add_row, zeros)
     for ref, total in zip(sum_refs, sums, strict=True):
         row.write(ref, program, total)
 

@@ -111,7 +111,7 @@ def _forward_kernel(*refs, tiles, group):
         s = _scores(q, key_head.read(k_ref, columns))
         s = jnp.where(visible, s, MASKED)
         # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
-        m_new_Q = jnp.maximum(m_Q, s.max(1))
+        m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1))
         p = jnp.exp2(s - m_new_Q[:, None])
         rescale_Q = jnp.exp2(m_Q - m_new_Q)
         v = key_head.read(v_ref, columns)

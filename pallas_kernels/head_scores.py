@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
-from pallas_kernels.tile_order import MASKED, grouped_tile
+from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
 from pallas_kernels.validation import check_head_scores
 
@@ -80,7 +80,7 @@ def _kernel(h_ref, w_ref, targets_ref, *out_refs, tiles, softcap, keep):
     # Computed before the masking: columns past V have logit 0, so a target there gives hit 0.
     hit = jnp.where(columns[None, :] == target[:, None], logits, 0.0).sum(1)
     logits = jnp.where((columns < V)[None, :], logits, MASKED)
-    m_R = logits.max(1)
+    m_R = jnp.maximum(jnp.max(logits, 1), LOWEST)  # if all are -inf, -inf - m must not be nan
     l_R = jnp.exp(logits - m_R[:, None]).sum(1)
     for ref, x in zip(out_refs[keep:], (m_R, l_R, hit), strict=True):
         triton.store(ref.at[tile, rows], x, mask=inside)
@@ -131,4 +131,7 @@ def head_scores(
     top_PN, total_PN, hit_PN = out[keep:]  # from each of P vocabulary tiles
     top_N = top_PN.max(0)
     total_N = (total_PN * jnp.exp(top_PN - top_N)).sum(0)  # rescales each l to the common maximum
+    top_N = jnp.where(
+        jnp.isnan(total_N), jnp.nan, top_N
+    )  # a GPU's maximum may drop nan; l keeps it
     return Scores(out[0] if keep else None, top_N, total_N, hit_PN.sum(0))

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_product import pipeline_scratch, run_products
-from pallas_kernels.tile_order import MASKED, grouped_tile
+from pallas_kernels.tile_order import LOWEST, MASKED, grouped_tile
 from pallas_kernels.tiles import MosaicProductTiles
 
 STRIP = 32  # float32 columns in a row of swizzled shared memory
@@ -52,7 +52,7 @@ def _kernel(
         hit = jnp.where(column == target, logits, 0.0).sum(1)
         if V % tiles.columns:
             logits = jnp.where(column < V, logits, MASKED)
-        m_R = logits.max(1)
+        m_R = jnp.maximum(logits.max(1), LOWEST)
         l_R = jnp.exp(logits - lax.broadcast_in_dim(m_R, logits.shape, [0])).sum(1)
         for ref, x in zip(refs[keep:], (m_R, l_R, hit), strict=True):
             ref[tile, rows] = x

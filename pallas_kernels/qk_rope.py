@@ -98,7 +98,9 @@ def _backward_kernel(dy_ref, x_ref, gain_ref, cos_ref, sin_ref, dx_ref, sum_ref,
         projection = heads.mean(g[0] * units[0], g[1] * units[1])
         dx = [rstd * (d - u * projection) for d, u in zip(g, units, strict=True)]
         heads.write(dx_ref, *rows, dx)
-        return tuple(total + d * u for total, d, u in zip(sums, dn, units, strict=True))
+        # With eps = 0, a row of padding would add 0 * inf.
+        parts = (jnp.where(rows[1], d * u, 0.0) for d, u in zip(dn, units, strict=True))
+        return tuple(total + part for total, part in zip(sums, parts, strict=True))
 
     zeros = (jnp.zeros((heads.rows, heads.column.shape[1]), jnp.float32),) * 2
     blocks = pl.cdiv(N, heads.rows)

@@ -4,18 +4,26 @@ A number that is not finite must never disappear, or a run trains on after its f
 it spread from positions that a query does not see, from other rows, or from padding.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
+from pallas_kernels.add_norm import add_norm, add_norm_reference
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
+from pallas_kernels.head_scores import head_scores, head_scores_reference
+from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
+from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tile_order import MASKED
 from pallas_kernels.tiles import (
     AttentionTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
+    MosaicProductTiles,
+    ProductTiles,
 )
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -30,11 +38,10 @@ pytestmark = [
 ]
 
 
-def draw(*shapes):
-    """Returns bfloat16 arrays of random numbers, so that both bodies take them."""
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    draws = zip(keys, shapes, strict=True)
-    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in draws]
+def draw(*shapes) -> list[Any]:
+    """Returns NumPy arrays of random bfloat16 numbers, which both bodies take."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(jnp.bfloat16) for shape in shapes]
 
 
 def both_ways(function):
@@ -53,11 +60,9 @@ def finite(x):
 
 def strict_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS):
     """Attention that never multiplies anything by a masked position, not even zero."""
-    (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
+    (T, H, K), (S, G) = q_BTHK.shape[1:], k_BSGK.shape[1:3]
     visible = jnp.arange(S) <= jnp.arange(T)[:, None] + S - T
-    visible = jnp.broadcast_to(visible, (B, T, S))
-    if docs_BT is not None:
-        visible &= docs_BT[:, :, None] == docs_BS[:, None, :]
+    visible = visible & (docs_BT[:, :, None] == docs_BS[:, None, :])
     visible = visible[:, None, :, :, None]
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
     q, k, v = (x.astype(jnp.float32).swapaxes(1, 2) for x in (q_BTHK, k, v))
@@ -66,6 +71,13 @@ def strict_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS):
     s = jnp.where(visible[..., 0], (q * k).sum(-1) * K**-0.5, MASKED)
     p = jnp.where(visible[..., 0], jax.nn.softmax(s, -1), 0.0)
     return (p[..., None] * v).sum(-2).swapaxes(1, 2).astype(q_BTHK.dtype)
+
+
+@jax.jit
+def expected_attention(docs, *arrays):
+    """Returns the results and gradients that strict_attention and the reference give."""
+    plain = strict_attention, flash_attention_reference
+    return [both_ways(lambda *x, f=f: f(*x, *docs))(*arrays) for f in plain]
 
 
 ATTENTION_BLOCKS = {
@@ -110,15 +122,12 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
     arrays = draw(*[(len(cases), T, H, K)] * 2, *[(len(cases), S, G, K)] * 2)
     for b, (operand, value) in enumerate(cases):
         position = (10, 20, 10) if operand < 2 else (12, 30, 30)
-        arrays[operand] = arrays[operand].at[b, position[b % 3], 0, 5].set(value)
-    docs = None, None
-    if documents:
-        docs = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) // 24, (len(cases), S))
-        docs = docs[:, S - T :], docs
-    fused = lambda *x: flash_attention(*x, *docs, ATTENTION_BLOCKS[body], not ON_GPU)
-    got = both_ways(fused)(*arrays)
-    reference = both_ways(lambda *x: flash_attention_reference(*x, *docs))(*arrays)
-    strict = both_ways(lambda *x: strict_attention(*x, *docs))(*arrays)
+        arrays[operand][b, position[b % 3], 0, 5] = value
+    docs = np.broadcast_to(np.arange(S, dtype=np.int32) // 24, (len(cases), S)) * documents
+    docs = docs[:, S - T :], docs
+    given = docs if documents else (None, None)
+    fused = lambda *x: flash_attention(*x, *given, ATTENTION_BLOCKS[body], not ON_GPU)
+    got, (strict, reference) = both_ways(fused)(*arrays), expected_attention(docs, *arrays)
     for name, *results in zip(("o", "dq", "dk", "dv"), got, strict, reference, strict=True):
         x, needed, allowed = map(finite, results)
         for b, (operand, value) in enumerate(cases):
@@ -128,3 +137,134 @@ def test_attention_keeps_what_is_not_finite_and_never_spreads_it_from_masked_pos
         both = x & allowed
         x, want = (np.where(both, np.asarray(y, np.float32), 0) for y in (results[0], results[2]))
         np.testing.assert_allclose(x, want, atol=0.05, rtol=0.05)
+
+
+PRODUCT_TILES: dict[str, Any] = {
+    "triton": ProductTiles(32, 32, 16, 4, 1),
+    "mosaic": MosaicProductTiles(128, 128, 64, 2, group=1),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_head_scores_keep_what_is_not_finite(body):
+    """Rows 0 to 2 of h have one such number each; a tile of w gives logits of -inf only."""
+    tiles = PRODUCT_TILES[body]
+    h, w = draw((8, 64), (2 * tiles.columns + 32, 64))
+    h = np.abs(h)
+    h[np.arange(3), 3] = VALUES
+    w[tiles.columns : 2 * tiles.columns, 0] = -np.inf
+    targets: Any = np.array([0, 1, 2, 3, tiles.columns, len(w) - 1, -1, 5], np.int32)
+    fused = jax.jit(lambda h, w: head_scores(h, w, targets, tiles, interpret=not ON_GPU))
+    reference = jax.jit(lambda h, w: head_scores_reference(h, w, targets))
+    for value in (0.0, np.nan, np.inf):  # -inf is in the tile above
+        w[5, 7] = value
+        got, want = (jax.tree.map(np.asarray, f(h, w)) for f in (fused, reference))
+        case = f"with {value} in w"
+        logits = finite(got.logits_NV)
+        assert_finite_alike(case, logits, finite(want.logits_NV), finite(want.logits_NV))
+        lse, wanted = (x.top_N + np.log(x.total_N) for x in (got, want))
+        assert_finite_alike(case, finite(lse), finite(wanted), finite(wanted))
+        assert finite(lse)[3:].all() == (value == 0.0)
+        hit = np.where(targets >= 0, logits[np.arange(8), targets], True)
+        assert_finite_alike(case, finite(got.hit_N), hit, hit)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_symmetric_keeps_what_is_not_finite(body):
+    """Each matrix has one such number, in x, in y or in c; the last two are scaled by one."""
+    tiles = PRODUCT_TILES[body]
+    x, c = draw((9, 64, 64), (9, 64, 64))
+    arrays = [x, x.copy(), c + c.mT]
+    for matrix, (operand, value) in enumerate((o, v) for o in range(3) for v in VALUES):
+        arrays[operand][matrix, 35, 20] = value
+    arrays[2][6:, 20, 35] = VALUES
+    fused = jax.jit(lambda *args: symmetric(*args, tiles=tiles, interpret=not ON_GPU))
+    reference = jax.jit(symmetric_reference)
+    # Interpreted Mosaic is slow, so that its body gets one pair.
+    for scales in ((1.0, 1.0), (np.nan, 1.0), (1.0, np.inf))[: 3 if body == "triton" else 1]:
+        got, want = (finite(f(*arrays, scales)) for f in (fused, reference))
+        assert_finite_alike(f"with scales {scales}", np.tril(got), np.tril(want), np.tril(want))
+        assert (got == got.mT).all()
+
+
+class DroppingMaximum:
+    """jax.numpy with the maximum of a GPU's max.f32, which returns the operand that is not NaN."""
+
+    maximum = staticmethod(jnp.fmax)
+    max = staticmethod(lambda x, axis: jax.lax.reduce(x, -np.inf, jnp.fmax, (axis,)))
+
+    def __getattr__(self, name):
+        return getattr(jnp, name)
+
+
+def test_nan_reaches_the_results_where_the_maximum_drops_it(monkeypatch):
+    """The compiled Triton bodies use max.f32, the interpreter a maximum that keeps NaN."""
+    monkeypatch.setattr("pallas_kernels.flash_attention.jnp", DroppingMaximum())
+    monkeypatch.setattr("pallas_kernels.head_scores.jnp", DroppingMaximum())
+    q, k, h, w = draw((1, 32, 1, 16), (1, 32, 1, 16), (4, 16), (70, 16))
+    k[0, 12, 0, 3] = np.nan
+    o = flash_attention(q, k, k, None, None, ATTENTION_BLOCKS["triton"], not ON_GPU)
+    assert not finite(o)[0, 12:, 0].any()
+    assert finite(o)[0, :12, 0, :3].all()
+    w[40, 3], targets = np.nan, jnp.zeros(4, jnp.int32)
+    scores = head_scores(h, w, targets, PRODUCT_TILES["triton"], interpret=not ON_GPU)
+    assert np.isnan(scores.top_N).all() and np.isnan(scores.total_N).all()
+
+
+@pytest.mark.parametrize("form", ["rms", "layer"])
+def test_add_norm_keeps_what_is_not_finite(form):
+    """Each row has one such number, in one operand; then the gain and the bias have one."""
+    cases = [(operand, value) for operand in range(4) for value in VALUES]
+    arrays = draw(*[(len(cases) + 1, 24)] * 4)
+    for row, (operand, value) in enumerate(cases):
+        arrays[operand][row, 5] = value
+    ds, dn, *streams = arrays
+    fused = both_ways(lambda *x: add_norm(*x, form, interpret=not ON_GPU))
+    reference = both_ways(lambda *x: add_norm_reference(*x, form, 1e-6))
+    for gain, bias in ((1.0, 0.0), (np.nan, 0.0), (-np.inf, 0.0), (1.0, np.inf)):
+        vectors: list[Any] = [np.ones(24, np.float32), np.zeros(24, np.float32)]
+        vectors[0][3], vectors[1][3] = gain, bias
+        pair = [f((ds, dn), *streams, *vectors) for f in (fused, reference)]
+        for n, (got, want) in enumerate(zip(*map(jax.tree.leaves, pair), strict=True)):
+            case = f"result {n}, with gain {gain} and bias {bias}"
+            assert_finite_alike(case, finite(got), finite(want), finite(want))
+
+
+def test_qk_rope_keeps_what_is_not_finite():
+    """Each batch row has one such number, in one operand; then the gain and the tables have one."""
+    cases = [(operand, value) for operand in range(2) for value in VALUES]
+    arrays = draw(*[(len(cases) + 1, 5, 2, 16)] * 2)
+    for row, (operand, value) in enumerate(cases):
+        arrays[operand][row, 2, 1, 11] = value
+    angles = np.tile(draw((5, 8))[0].astype(np.float32), 2)
+    tables: list[Any] = [np.ones(16, np.float32), np.cos(angles), np.sin(angles)]
+    fused = both_ways(lambda x, *rest: qk_rope(x, *rest, interpret=not ON_GPU))
+    reference = both_ways(lambda x, *rest: qk_rope_reference(x, *rest, 1e-6))
+    for poisoned in (None, 0, 1, 2):
+        changed = [x.copy() for x in tables]
+        if poisoned is not None:
+            changed[poisoned][..., [3, 11]] = np.nan  # in both halves
+        pair = [f(*arrays, *changed)[:3] for f in (fused, reference)]
+        for n, (got, want) in enumerate(zip(*pair, strict=True)):
+            case = f"result {n}, with nan in table {poisoned}"
+            assert_finite_alike(case, finite(got), finite(want), finite(want))
+
+
+def test_padding_adds_nothing_to_the_gradients_of_gains_without_eps(monkeypatch):
+    """With eps = 0, the statistics of a row of zeros are infinite."""
+    monkeypatch.setattr("pallas_kernels.add_norm.PROGRAMS", 4)
+    h, x, *cotangents = map(
+        jnp.asarray, draw((6, 24), (1, 5, 3, 16), (6, 24), (6, 24), (1, 5, 3, 16))
+    )
+    table = jnp.ones((5, 16))
+
+    @jax.jit
+    def gradients(gain_D, gain_K):
+        normed = lambda gain: add_norm(h, None, gain, None, "rms", 0.0, not ON_GPU)
+        rotated = lambda gain: qk_rope(x, gain, table, table, 0.0, not ON_GPU)
+        (dgain_D,) = jax.vjp(normed, gain_D)[1](tuple(cotangents[:2]))
+        (dgain_K,) = jax.vjp(rotated, gain_K)[1](cotangents[2])
+        return dgain_D, dgain_K
+
+    for dgain in gradients(np.ones(24, np.float32), np.ones(16, np.float32)):
+        assert finite(dgain).all()
