@@ -177,8 +177,10 @@ def test_mfu_with_causal_attention_and_by_6n_differ_by_the_attention(tmp_path):
 def test_targets_are_met_or_missed():
     item = gpu_results.Item("gpt_124m", "jaxtrain", "muon")
     row = gpu_results.step_shares(RESULT) | {"mfu": 0.4, "mfu_at_524288": 0.6, "first_step_s": 70.0}
+    assert "idle_share" not in gpu_results.target_verdicts(item, row)  # there was no profile
+    row["idle_share"] = 0.018
     verdicts = gpu_results.target_verdicts(item, row)
-    assert "MISSED" in verdicts["mfu"] and "met" in verdicts["host_share"]
+    assert "MISSED" in verdicts["mfu"] and "met" in verdicts["idle_share"]
     assert "met" in verdicts["mfu_at_524288"]
     assert "first_step_s" not in verdicts  # only the largest size has this target
     large = item._replace(size="llama_1400m")

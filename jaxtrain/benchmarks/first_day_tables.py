@@ -112,7 +112,8 @@ def training_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
         if best["optimizer_share_at_524288"] is not None:
             share = f"{best['optimizer_share_at_524288']:.1%} at {SHARE_TOKENS:,} tokens a step"
             parts.append(f"optimizer {share}{verdict('optimizer_share_at_524288')}")
-        parts.append(f"host {best['host_share']:.1%}{verdict('host_share')}")
+        if best.get("idle_share") is not None:
+            parts.append(f"device idle {best['idle_share']:.1%}{verdict('idle_share')}")
         if best["peak_bytes"] is not None:
             parts.append(f"peak {best['peak_bytes'] / 2**30:.1f} GiB")
         first = next(row for row in steps if row["case"] == case)

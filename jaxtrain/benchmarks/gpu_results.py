@@ -8,9 +8,9 @@ from jaxtrain.benchmarks.timing import target_verdict
 
 TORCH_OPTIMIZERS = ("muon", "adamw")  # torch has no accelerated_lmo, so that is compared with Muon
 # Targets on an H100 or H200: jaxtrain's MFU with Muon (counting causal attention), its tokens/s
-# over those of compiled PyTorch, the shares of the optimizer and the host, time to the first step.
+# over those of compiled PyTorch, shares of the optimizer and of an idle device, time to first step.
 MFU = {"gpt_124m": 0.50, "gpt_350m": 0.52, "gpt_774m": 0.55, "llama_1400m": 0.55}
-RATIO, OPTIMIZER_SHARE, HOST_SHARE, COLD_START_S, WARM_START_S = 1.1, 0.03, 0.05, 60.0, 20.0
+RATIO, OPTIMIZER_SHARE, IDLE_SHARE, COLD_START_S, WARM_START_S = 1.1, 0.03, 0.05, 60.0, 20.0
 # The optimizer's share falls with the tokens of a step; its target is for this many.
 SHARE_TOKENS = 524_288
 OPTIMIZER_FIGURES = (
@@ -36,6 +36,10 @@ class Item(NamedTuple):
 
 def step_shares(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the host's and the optimizer's share of a step, and figures at SHARE_TOKENS.
+
+    The host's share is the time that launching takes. If the GPU's queue is full, launching waits
+    for the GPU: on an H100 it took 99.9 % of our step, in which the GPU was idle for 1.8 %
+    (2026-11-26). So only the idle share of a profile says whether the host slows the GPU.
 
     PyTorch's optimizer is timed inside its steps, by events on the GPU. Our step is one program, so
     our optimizer is timed as another program. If the host could not launch that fast enough, or if
@@ -66,7 +70,9 @@ def target_verdicts(item: Item, row: dict[str, Any]) -> dict[str, str]:
     """Returns {figure: verdict} for a row of jaxtrain; figures that are unknown have none."""
     if item.variant != "jaxtrain":
         return {}
-    verdicts = {"host_share": target_verdict(row["host_share"], HOST_SHARE, at_most=True)}
+    verdicts = {}
+    if row.get("idle_share") is not None:
+        verdicts["idle_share"] = target_verdict(row["idle_share"], IDLE_SHARE, at_most=True)
     share = row["optimizer_share_at_524288"]
     if share is not None:
         verdicts["optimizer_share_at_524288"] = target_verdict(share, OPTIMIZER_SHARE, at_most=True)
@@ -146,11 +152,14 @@ def describe(row: dict[str, Any]) -> str:
         mfu = f"MFU {row['mfu']:.1%}, {row['mfu_6n']:.1%} by 6N only"
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.1f} GiB"
     predicted = row.get("planned_bytes", row["formula_bytes"]) / 2**30
+    launching = f"launching {row['host_share']:.1%}"
+    if row.get("idle_share") is not None:
+        launching = f"device idle {row['idle_share']:.1%}"
     return (
         f"{name} micro-batches of {row['rows']} rows, {row['tokens_per_step']} tokens a step, "
         f"{1e3 * row['step_s']:.1f} ms (p95 {1e3 * row['step_p95_s']:.1f}), "
         f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}, {_describe_optimizer(row)}, "
-        f"host {row['host_share']:.1%}{peak} (predicted {predicted:.1f} GiB){ending}"
+        f"{launching}{peak} (predicted {predicted:.1f} GiB){ending}"
     )
 
 

@@ -27,7 +27,7 @@ from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.metrics.work_kinds import find_causes
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.planning.compiled import peak_bytes
-from jaxtrain.reporting.profile_trace import CAUSES
+from jaxtrain.reporting.profile_trace import CAUSES, find_traces, read_trace
 from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.step import Step, TrainState, init_state
 from pallas_kernels.hlo import Program
@@ -142,6 +142,8 @@ def train(job: BenchJob) -> dict[str, Any]:
             jax.block_until_ready([jax_step.launch(tokens) for _ in range(TRACED_STEPS)])
         causes = find_causes(Program(jax_step.step.compiled.as_text()))
         write_atomic(Path(job.trace) / CAUSES, strict_json(causes))
+        traced = read_trace(find_traces(job.trace)[0]).devices[0]
+        result["idle_share"] = 1 - traced.busy_s / traced.span_s
     assert jax_step.state is not None
     result |= time_optimizer(jax_step.run, jax_step.state)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}

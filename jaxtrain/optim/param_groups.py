@@ -32,7 +32,7 @@ FULL_GEOMETRY = {
 class Group:
     """How a set of parameters is stepped."""
 
-    name: str  # MATRICES, REST or, with optim.rest=lmo or a rate of its own, a role
+    name: str  # MATRICES, REST or, with optim.rest=lmo or a separate rate, a role
     optimizer: str  # optim.name, "adamw" or "lmo"
     geometry: str  # norm of the step; empty with AdamW and SOAP
     rate: Hyperparameter  # peak
@@ -58,7 +58,7 @@ def group_of(cfg: OptimConfig, axes: Axes) -> Group:
         own_rate = cfg.adam_rates.get(axes.role, 0.0)
         if axes.is_matrix:
             name, optimizer = MATRICES, cfg.name
-        else:  # a role with its own rate is a group of its own
+        else:  # a role with its own rate is a separate group
             name, optimizer = axes.role if own_rate else REST, "adamw"
             decay = cfg.adam_weight_decay if decays and cfg.adam_weight_decay else decay
         return Group(name, optimizer, "", own_rate or cfg.adam_learning_rate, decay)

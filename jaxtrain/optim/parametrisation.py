@@ -61,7 +61,7 @@ def step_factors(
     Args:
         name: path of the parameter, as "blocks.mlp.up.w".
         shape: of the parameter, which has its width and depth; a dim it lacks scales nothing.
-        has_head: whether the model has a head of its own.
+        has_head: whether the model has a separate head, not tied to the embedding.
     """
     if cfg.parametrisation == "standard":
         return Factors()
@@ -138,7 +138,7 @@ def scale_initial_values(cfg: TrainConfig, model: Model) -> Model:
 
 
 def has_own_head(axes: AxesTree) -> bool:
-    """Returns whether a model has a head of its own; else its embedding is the head, too."""
+    """Returns whether a model has a separate head; else its embedding is the head, too."""
     return any(leaf.role == "head" for leaf in jax.tree.leaves(axes))
 
 
