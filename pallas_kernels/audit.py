@@ -50,12 +50,16 @@ def arithmetic_a_score(case: Case, report: KernelReport, tiles: AttentionTiles) 
 
 
 def find_faults(
-    case: Case, report: KernelReport, chip: Chip, body: str = "triton", tiles: Any = None
+    case: Case,
+    report: KernelReport,
+    chip: Chip,
+    body: str = "triton",
+    tiles: AttentionTiles | None = None,
 ) -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet.
 
     Args:
-        tiles: those of the kernel, to check its budget of instructions a score.
+        tiles: those of an attention kernel's Triton body, to check its budget.
     """
     floor = case.floor if body == "triton" else 1  # one Mosaic block fills a multiprocessor
     resources, faults = report.resources, []
@@ -74,7 +78,7 @@ def find_faults(
         faults.append("no warp-group product, or no copy by the tensor memory accelerator")
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
-    if tiles and body == "triton" and case.budget:
+    if tiles and case.budget:
         leanest = min(arithmetic_a_score(case, report, tiles), default=math.inf)
         if leanest > case.budget:
             faults.append(
@@ -185,11 +189,11 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
             continue
         report = reports[build, body][case.name]
         show(format_row(case, report, chip, body))
-        own_tiles = kernel_tiles(tiles, case.kernel) if case.kernel else None
+        attention_tiles = None
         if case.op == "attention" and body == "triton":
-            for line in format_loops(case, report, own_tiles):
-                show(line)
-        found = find_faults(case, report, chip, body, own_tiles)
+            attention_tiles = kernel_tiles(tiles, case.kernel)
+            show("\n".join(format_loops(case, report, attention_tiles)))
+        found = find_faults(case, report, chip, body, attention_tiles)
         faults += [f"{where}: {fault}" for fault in found]
     return faults
 

@@ -25,13 +25,15 @@ def documents(kind, T, S):
     docs = np.cumsum(starts, 1, dtype=np.int32)
     if kind == "unordered":
         docs = rng.permuted(docs // 3, axis=1)
-    return docs[:, -T:], docs[:, -S:]
+    return jnp.asarray(docs[:, -T:]), jnp.asarray(docs[:, -S:])
 
 
 def visible_pairs(docs, T, S):
     """Returns which query sees which key, [B,T,S]."""
     causal = np.arange(S) <= np.arange(T)[:, None] + S - T
-    return causal & (docs[0][:, :, None] == docs[1][:, None, :]) if docs else causal[None]
+    if docs is None:
+        return causal[None]
+    return causal & np.asarray(docs[0][:, :, None] == docs[1][:, None, :])
 
 
 def visited(visits):
@@ -69,7 +71,7 @@ def test_every_visible_key_is_visited_once_and_masks_are_left_out_only_where_all
 
 def test_four_documents_of_equal_length_need_less_than_a_third_of_the_visits():
     T, tiles = 2_048, AttentionTiles(128, 64, 8, 2)
-    docs = np.arange(T, dtype=np.int32)[None] // 512
+    docs = jnp.arange(T, dtype=jnp.int32)[None] // 512
     bounds = np.asarray(key_blocks.document_bounds(docs, docs, tiles))[0]
     counts = []
     for block in range(T // tiles.queries):
