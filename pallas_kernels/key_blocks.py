@@ -47,24 +47,31 @@ def causal_visits(block: Any, tiles: AttentionTiles, T: int, S: int) -> Visits:
     return Visits(0, 0, seen_by_first // tiles.keys, _ceil_div(seen_by_last, tiles.keys))
 
 
-def document_bounds(docs_BT: jax.Array, docs_BS: jax.Array, tiles: AttentionTiles) -> jax.Array:
-    """Returns two bounds for each block of queries, int32 [B,blocks,2], in blocks of keys.
+def _document_ranges(docs_BT, size):
+    """Returns the smallest and the largest document of each block, two int32 [B,blocks]."""
+    B, T = docs_BT.shape
+    blocks = _ceil_div(T, size)
+    docs_BT = jnp.pad(docs_BT, ((0, 0), (0, blocks * size - T)), mode="edge")
+    docs = docs_BT.reshape(B, blocks, size)
+    return docs.min(2), docs.max(2)
 
-    The first is the block of the first key whose document lies between the smallest and the largest
-    of the queries. From the second on, all keys that the first query sees, documents aside, are of
-    the only document of the queries; where they have several, no block is. The documents need no
-    order, but only in order do the bounds leave out all that they can.
+
+def document_bounds(docs_BT: jax.Array, docs_BS: jax.Array, tiles: AttentionTiles) -> jax.Array:
+    """Returns two bounds for each block of queries, int32 [B,N,2], in blocks of keys.
+
+    The first is the first block with a document between the smallest and the largest of the
+    queries. From the second to the diagonal, blocks have the only document of the queries; where
+    those have several, it is the diagonal. The documents need no order, but only in order do the
+    bounds leave out all that they can.
     """
-    (B, T), S = docs_BT.shape, docs_BS.shape[1]
-    blocks = _ceil_div(T, tiles.queries)
-    padding = (0, 0), (0, blocks * tiles.queries - T)
-    docs_BNQ = jnp.pad(docs_BT, padding, mode="edge").reshape(B, blocks, tiles.queries)
-    low_BN1, high_BN1 = docs_BNQ.min(2, keepdims=True), docs_BNQ.max(2, keepdims=True)
-    keys_S, docs_B1S = jnp.arange(S, dtype=jnp.int32), docs_BS[:, None]
-    within_BNS = (low_BN1 <= docs_B1S) & (docs_B1S <= high_BN1)
-    first_BN = jnp.where(within_BNS, keys_S, S).min(2)
-    first_query_N1 = jnp.arange(blocks, dtype=jnp.int32)[:, None] * tiles.queries
-    foreign_BNS = (docs_B1S != low_BN1) & (keys_S <= first_query_N1 + S - T)
-    foreign_BNS |= low_BN1 != high_BN1
-    clear_BN = jnp.where(foreign_BNS, keys_S + 1, 0).max(2)
-    return jnp.stack([first_BN // tiles.keys, _ceil_div(clear_BN, tiles.keys)], 2)
+    low_BN1, high_BN1 = (x[:, :, None] for x in _document_ranges(docs_BT, tiles.queries))
+    low_B1M, high_B1M = (x[:, None, :] for x in _document_ranges(docs_BS, tiles.keys))
+    N, M = low_BN1.shape[1], low_B1M.shape[2]
+    block_N1, block_M = jnp.arange(N, dtype=jnp.int32)[:, None], jnp.arange(M, dtype=jnp.int32)
+    diagonal_N1 = causal_visits(block_N1, tiles, docs_BT.shape[1], docs_BS.shape[1]).diagonal
+    overlaps_BNM = (low_B1M <= high_BN1) & (low_BN1 <= high_B1M)
+    # As low <= high, all four are equal here: both blocks have one document, and the same.
+    same_BNM = (low_BN1 == high_B1M) & (high_BN1 == low_B1M)
+    first_BN = jnp.where(overlaps_BNM, block_M, M).min(2)
+    clear_BN = jnp.where(same_BNM | (block_M >= diagonal_N1), 0, block_M + 1).max(2)
+    return jnp.stack([first_BN, clear_BN], 2)
