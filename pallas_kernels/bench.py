@@ -35,8 +35,8 @@ from typing import Any
 from pallas_kernels.arguments import Parser
 from pallas_kernels.bench_results import as_row, format_results
 from pallas_kernels.child_process import ChildProcess
+from pallas_kernels.contest import Contest
 from pallas_kernels.contest_child import ContestJob, contests_of, write_json
-from pallas_kernels.contests import Contest
 from pallas_kernels.kernel_choice import TUNED
 from pallas_kernels.search_space import SHORTLIST
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from pallas_kernels.contests import Contest
+from pallas_kernels.contest import Contest
 from pallas_kernels.kernel_choice import BenchRow
 
 OURS = ("triton", "mosaic", "tuned")  # names of our kernel's contestants
@@ -45,6 +45,7 @@ def as_row(
         result["median_s"],
         f"{datetime.now(UTC):%Y-%m-%d}",
         " ".join(["python", "-m", "pallas_kernels.bench", *sys.argv[1:]]),
+        contest.documents,
     )
 
 

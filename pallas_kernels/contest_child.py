@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.chip import detect_chip
-from pallas_kernels.contests import TINY, Contest, Sizes, build_contests
+from pallas_kernels.contest import Contest
+from pallas_kernels.contests import TINY, Sizes, build_contests
 from pallas_kernels.correctness import SEEDS, compare, exact_results
 from pallas_kernels.search_space import default_bodies, shortlist
 from pallas_kernels.tiles import OpTiles, body_of, replace_tiles
@@ -202,7 +203,8 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
     if job.tune_s and not isinstance(best, str):
         tiles = tune(run, arch, best, time.monotonic() + job.tune_s)
         if tiles != best["tiles"]:
-            record_ours("tuned", *run.compile_all({"tuned": contest.kernel(tiles)}).values(), tiles)
+            (tuned,) = run.compile_all({"tuned": contest.kernel(tiles)}).values()
+            record_ours("tuned", tuned, tiles)
     run.results["done"] = True
     run.save()
 
