@@ -12,8 +12,8 @@ from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
 from pallas_kernels import kernel_choice, mosaic
 from pallas_kernels.bench_results import as_row
-from pallas_kernels.contest_child import write_json
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
+from pallas_kernels.result_files import write_json
 from pallas_kernels.search_space import candidates
 from pallas_kernels.tiles import TILES, MosaicProductTiles, body_of, default_tiles, kernel_tiles
 
@@ -58,9 +58,12 @@ def test_a_kernel_is_chosen_if_it_was_faster_at_a_similar_shape_on_the_same_chip
 
 
 def test_a_row_measured_with_another_jax_does_not_count(tmp_path, monkeypatch):
-    folder = rows_of(0.5, tmp_path)
+    folder, version = rows_of(0.5, tmp_path), jax.__version__
     monkeypatch.setattr(kernel_choice.jax, "__version__", "0.99.1")
-    assert "not measured" in choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
+    choice = choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder)
+    assert not choice.faster
+    end = f"not measured on a40 at this shape with jax 0.99.1, but with {version}"
+    assert choice.reason.endswith(end)
 
 
 def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatch):
@@ -77,10 +80,31 @@ def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatc
     assert routes("a6000", strict=True)["norm"].implementation == "fused:sm_86"
 
 
-def test_the_error_names_a_damaged_file_of_rows(tmp_path):
-    (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
+DAMAGED = {
+    "no JSON": "[{",
+    "no list": "{}",
+    "fields are missing": [{"op": "norm"}],
+    "another op": {"op": "norms"},
+    "a chip that is not in the table": {"chip": "b300"},
+    "another shape": {"shape": [768, 2]},
+    "a size is a text": {"shape": ["768"]},
+    "a size is zero": {"shape": [0]},
+    "a time is zero": {"other_s": 0},
+    "a time is not a number": {"kernel_s": "fast"},
+    "the version is a number": {"jax": 0.11},
+    "tiles are empty": {"op": "square", "tiles": {"square": []}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_error_names_a_damaged_file_of_rows(damage, tmp_path):
+    folder, change = rows_of(0.5, tmp_path), DAMAGED[damage]
+    path = folder / "a40.json"
+    if isinstance(change, dict):
+        change = [json.loads(path.read_text())[0] | change]
+    path.write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(ValueError, match="a40.json must contain rows of the bench"):
-        read_rows(tmp_path)
+        read_rows(folder)
 
 
 @pytest.mark.parametrize("arch", TILES)
