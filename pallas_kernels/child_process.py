@@ -72,9 +72,13 @@ def exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old_handler)
 
 
-def last_lines(path: Path, most: int = 500) -> str:
-    """Returns the last three lines of a log as one line of at most `most` characters."""
+def last_lines(path: Path, most: int, start: int = 0) -> str:
+    """Returns the last three lines of a log as one line of at most `most` characters.
+
+    Args:
+        start: the byte at which the log begins.
+    """
     with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        file.seek(max(start, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
     return " | ".join(text.strip().splitlines()[-3:])[-most:]
