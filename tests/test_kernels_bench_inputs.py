@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import threading
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -137,7 +136,7 @@ ROW = {"op": "norm", "shape": [768], "jax": "0.11.2", "documents": False, "date"
 def test_saving_some_contests_keeps_the_rows_of_the_others():
     names = ("norm", "norm 2", "square")
     contests = [
-        SimpleNamespace(op=name.split()[0], name=name, shape=(size,), documents=False)
+        CONTESTS[NORM]._replace(op=name.split()[0], name=name, shape=(size,))
         for name, size in zip(names, (768, 1_024, 768), strict=True)
     ]
     old = [
