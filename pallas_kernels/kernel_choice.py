@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.chip import CHIPS
+from pallas_kernels.ptxas import find_fault
 from pallas_kernels.tiles import (
     AttentionTiles,
     FlashAttentionTiles,
@@ -187,6 +188,9 @@ def choose_body(
             reason += f" with jax {jax.__version__}, but with {other.jax}"
         return BodyChoice(default_tiles(op, arch), False, reason)
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
+    if sizes and find_fault():
+        reason = f"its fastest body cannot be compiled: {find_fault()}"
+        return BodyChoice(default_tiles(op, arch), False, reason)
     if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
         reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"

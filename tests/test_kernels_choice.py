@@ -10,7 +10,7 @@ import pytest
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
-from pallas_kernels import kernel_choice, mosaic
+from pallas_kernels import kernel_choice, mosaic, ptxas
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
 from pallas_kernels.result_files import write_json
@@ -139,6 +139,28 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
     assert not odd.faster and "multiple of 64; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
+
+
+@pytest.mark.parametrize(
+    "version, faulty",
+    [("12.6.85", False), ("12.8.61", True), ("12.9.41", True), ("12.9.86", False), ("13.0", False)],
+)
+def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptxas.importlib.metadata, "version", lambda package: version)
+    ptxas.find_fault.cache_clear()
+    try:
+        tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
+        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+        results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
+        write_json(
+            tmp_path / "h100.json", [as_row(contest, "h100", results, jax.__version__)._asdict()]
+        )
+        choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
+        assert choice.faster == (not faulty)
+        assert (f"{version} miscompiles" in choice.reason) == faulty
+        assert faulty == (choice.tiles == default_tiles("square", "sm_90"))
+    finally:
+        ptxas.find_fault.cache_clear()
 
 
 def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
