@@ -15,10 +15,11 @@ def get_config():
     config.keep_every = 2_500
     config.model.update(V=50_304, norm="layer", norm_eps=1e-5, bias=True, tied=True)
     config.model.update(position="learned", positions=1_024, mlp="gelu")
-    # On GPUs storing activations costs more than recomputing them, and each chunk of the loss adds
-    # to a gradient as large as the head. jaxtrain.plan's bounds at 124M (2026-11-25, not measured):
-    # on an A40 66,000 tokens/s without recomputation, 87,000 with chunks of 64 MiB and 97,000 with
-    # these settings; on an H100 1 % more than with chunks of 256 MiB.
+    # In a scan, storing activations costs GPUs more than recomputing them, since the scan copies
+    # what it stores. Each chunk of the loss adds to a gradient as large as the head.
+    # jaxtrain.plan's bounds at 124M, scanned (2026-11-25, not measured): on an A40 66,000 tokens/s
+    # without recomputation, 87,000 with chunks of 64 MiB and 97,000 with these settings; on an H100
+    # 1 % more than with chunks of 256 MiB.
     config.model.remat = "attention"
     config.loss.chunk_bytes = 512 << 20
     config.data.update(batch=512, seq_len=1_024, tokenizer="gpt2")

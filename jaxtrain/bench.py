@@ -70,19 +70,25 @@ calls that do not count. Figures are medians over n turns.
 
 import argparse
 import functools
-import json
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.benchmarks import first_day, first_day_tables, gpu_training, processor
+from jaxtrain.benchmarks import (
+    first_day,
+    first_day_results,
+    first_day_tables,
+    gpu_training,
+    processor,
+)
 from jaxtrain.benchmarks.first_day_stages import STAGES
 from jaxtrain.benchmarks.suites import CHOICES, CPU_SUITES, NAMED_SUITES, ROUNDS, SUITES
 from jaxtrain.config.commands import rewrite_commands
 from jaxtrain.file_errors import exit_on_file_error
 from jaxtrain.files import strict_json, write_atomic
-from pallas_kernels.arguments import Parser
+from pallas_kernels.arguments import Parser, positive
 
 FIRST_DAY = "first-day"  # runs other suites and commands as child processes
 
@@ -100,21 +106,10 @@ def _check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
                 )
 
 
-def _positive(number: type[int] | type[float], text: str) -> float:
-    try:
-        value = number(text)
-    except ValueError:
-        value = 0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive; got {text}")
-    return value
-
-
 def parse(
     argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench"
 ) -> argparse.Namespace:
     parser = Parser(prog, rewrite_commands(__doc__ or "", prog))
-    positive_int, positive_float = (functools.partial(_positive, kind) for kind in (int, float))
     add = parser.add_argument
     add(
         "--suite",
@@ -123,7 +118,7 @@ def parse(
         help="default: all for the processor",
     )
     rounds = ", ".join(f"{name} {count}" for name, count in ROUNDS.items())
-    add("--rounds", type=positive_int, help=f"turns of each variant; default: {rounds}")
+    add("--rounds", type=positive(int), help=f"turns of each variant; default: {rounds}")
     add("--json", metavar="PATH", help="write every row as a line of JSON")
     group = parser.add_argument_group("for some suites; comma-separated, default: all but 124m")
     for flag in CHOICES["cpu"]:
@@ -134,9 +129,9 @@ def parse(
         )
         group.add_argument(f"--{flag}", type=lambda text: text.split(","), help=text)
     text = "a variant that has taken this many seconds skips the later rounds; default: 60"
-    group.add_argument("--most", type=positive_float, default=60.0, metavar="S", help=text)
+    group.add_argument("--most", type=positive(float), default=60.0, metavar="S", help=text)
     add = parser.add_argument_group("for the suites for GPUs").add_argument
-    add("--minutes", type=positive_float, default=10.0, help="time to use; default: 10")
+    add("--minutes", type=positive(float), default=10.0, help="time to use; default: 10")
     add("--tiny", action="store_true", help="tiny models on any processor, to test the suite")
     add("--out", metavar="DIR", type=Path, help="first-day: folder of its results")
     text = f"first-day: of {', '.join(stage.name for stage in STAGES)}; default: all"
@@ -145,10 +140,10 @@ def parse(
     add("--write", action="store_true", help=text)
     text = "gpu: keep the finished rows of --json and measure only the others"
     add("--resume", action="store_true", help=text)
-    text = "gpu: sequences of a micro-batch; default: the most that fit, then half as many"
-    add("--rows", type=positive_int, default=0, help=text)
+    text = "gpu: sequences of a micro-batch, a power of two; default: the most that fit, and half"
+    add("--rows", type=positive(int), default=0, help=text)
     text = "gpu: time for the counted steps of a row; default: 15"
-    add("--seconds", type=positive_float, default=15.0, metavar="S", help=text)
+    add("--seconds", type=positive(float), default=15.0, metavar="S", help=text)
     text = "gpu: store profiles of two of our steps per size"
     add("--trace", metavar="DIR", default="", help=text)
     add("--text", metavar="PATH", help="judge: text to train on; default: Python's own library")
@@ -159,6 +154,8 @@ def parse(
         parser.error("--resume needs --suite=gpu and the --json of the call that it continues.")
     if (args.suite == FIRST_DAY) != bool(args.out):
         parser.error("--suite=first-day needs --out=DIR, and no other suite has it.")
+    if args.rows & (args.rows - 1):
+        parser.error(f"--rows must be a power of two; got {args.rows}.")
     if args.write and args.suite != FIRST_DAY:
         parser.error("--write needs --suite=first-day.")
     return args
@@ -167,7 +164,10 @@ def parse(
 def _read_finished(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the measured rows of an earlier call; ratios are computed again from them."""
     path = Path(args.json)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        rows = first_day_results.read_rows(path, lines=True) if path.exists() else []
+    except ValueError as error:
+        sys.exit(f"error: --resume must continue the rows of a call's --json; got {error}.")
     if any(bool(row.get("tiny")) != args.tiny for row in rows):
         kinds = ("measurement", "trial") if args.tiny else ("trial", "measurement")
         sys.exit("error: {} is a {}, which a {} cannot continue. Set --json.".format(path, *kinds))
@@ -184,6 +184,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.bench") 
     args = parse(argv, prog)
     try:
         _run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (gpu_training.NoGpu, first_day.FirstDayError, first_day_tables.TableError) as error:
         sys.exit(f"error: {error}")
 

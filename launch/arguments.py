@@ -6,10 +6,11 @@ imports the other. A test compares them.
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 
@@ -44,6 +45,26 @@ def wrong_dash_error(arg: str) -> str:
     if not arg.startswith(tuple(dashes)):
         return ""
     return f"{arg} begins with a typographic dash. Write --{arg.lstrip('-' + dashes)}."
+
+
+def positive(number: type[int] | type[float]) -> Callable[[str], float]:
+    """Returns the `type` of a flag whose value must be a positive, finite number.
+
+    Args:
+        number: int or float.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            kind = "integer" if number is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a positive {kind}; got {text}")
+        return value
+
+    return parse
 
 
 def examples_first(doc: str | None) -> str:

@@ -18,11 +18,13 @@ product reach on the same GPU in the same run.
 
 Each contest runs in a child process, so a kernel that hangs or crashes costs only its own row.
 Results are written after every contest. When the time is up, bench lists the contests that it did
-not measure; --resume with the same --out measures them.
+not measure; --resume with the same --out measures them. --save replaces only the rows of contests
+that have results, of the JAX that is installed.
 """
 
+import contextlib
 import json
-import os
+import signal
 import sys
 import tempfile
 import time
@@ -32,49 +34,59 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.arguments import Parser
-from pallas_kernels.bench_results import as_row, format_results
-from pallas_kernels.child_process import ChildProcess
-from pallas_kernels.contest_child import ContestJob, contests_of, write_json
-from pallas_kernels.contests import Contest
-from pallas_kernels.kernel_choice import TUNED
+from pallas_kernels.arguments import Parser, positive
+from pallas_kernels.bench_results import format_device, format_results, merge_rows
+from pallas_kernels.child_process import exit_on_sigterm
+from pallas_kernels.contest import Contest
+from pallas_kernels.contest_child import ContestJob, contests_of
+from pallas_kernels.contest_process import Child
+from pallas_kernels.kernel_choice import TUNED, minor_series, read_rows
+from pallas_kernels.result_files import lock_file, read_object, write_json
 from pallas_kernels.search_space import SHORTLIST
 
-COMMAND = sys.executable, "-m", "pallas_kernels.contest_child"
 TUNED_OPS = tuple(SHORTLIST["sm_86"])
 CONTEST_S = 150.0  # a contest without tuning is killed after this time
 TUNE_S = 60.0  # for one contest
-# A child's settings. PyTorch needs memory too, so JAX must not take all of it. XLA's own CUDA
-# graphs are off: kernels inside them could run at the same time, and the times would mean nothing.
-CHILD_ENV = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-CHILD_FLAGS = "--xla_gpu_enable_command_buffer="
 
 
-class Child:
-    """A contest's child process: started early, it imports and then waits for `run`."""
+def _read_results(args: Namespace) -> dict[str, Any]:
+    """Returns the results in --out that --resume continues, or empty ones.
 
-    def __init__(self, job: ContestJob, folder: Path):
-        self.job, self._folder = job, Path(tempfile.mkdtemp(dir=folder))
-        (self._folder / "job.json").write_text(json.dumps(vars(job)))
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {'' if job.tiny else CHILD_FLAGS}"
-        env = CHILD_ENV | os.environ | {"XLA_FLAGS": flags.strip()}
-        argv = [*COMMAND, *(str(self._folder / name) for name in ("job.json", "result.json"))]
-        with open(self._folder / "output.txt", "wb") as output:
-            self.process = ChildProcess(argv, output, env)
+    Raises:
+        ValueError: the file has no results of bench; or those of a trial, and this is none; or the
+            reverse.
+    """
+    if not (args.resume and args.out.exists()):
+        return {"contests": {}}
+    try:
+        results = read_object(args.out)
+        if not all(isinstance(result, dict) for result in results["contests"].values()):
+            raise ValueError("its contests must be JSON objects")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"--resume must continue results of bench; got {args.out}: {type(error).__name__} "
+            f"{error}. Set another --out."
+        ) from None
+    if "device" in results and ("trial" in results) != args.tiny:
+        kinds = ("measurement", "trial") if args.tiny else ("trial", "measurement")
+        text = "--resume: {} is a {}, which a {} cannot continue. Set another --out."
+        raise ValueError(text.format(args.out, *kinds))
+    return results
 
-    def run(self, limit_s: float) -> dict[str, Any]:
-        """Lets the child do its job. Returns its result, with "error" if it did not finish."""
-        self.process.send_line()
-        status = self.process.wait(limit_s)
-        path = self._folder / "result.json"
-        result = json.loads(path.read_text()) if path.exists() else {}
-        if status == 0:
-            return result
-        lines = (self._folder / "output.txt").read_text(errors="replace").strip().splitlines()
-        reason = f"exit status {status}: {' | '.join(lines[-3:])[-400:]}"
-        if status is None:
-            reason = f"killed after {limit_s:.0f} s"
-        return result | {"error": reason}
+
+def _choose(contests: list[Contest], only: list[str] | None) -> list[Contest]:
+    """Returns the contests whose name contains one of the texts; all if there is none.
+
+    Raises:
+        ValueError: no name contains a text.
+    """
+    names = [contest.name for contest in contests]
+    if unknown := [text for text in only or () if not any(text in name for name in names)]:
+        raise ValueError(
+            f"--only must be part of a contest's name; got {', '.join(unknown)}. The contests are: "
+            f"{', '.join(names)}."
+        )
+    return [c for c in contests if not only or any(text in c.name for text in only)]
 
 
 def _is_done(contest: Contest, result: dict[str, Any], tune: bool) -> bool:
@@ -85,38 +97,51 @@ def _is_done(contest: Contest, result: dict[str, Any], tune: bool) -> bool:
 
 
 class Bench:
-    """One run of the bench; the GPU is used only by its children."""
+    """One run of the bench; the GPU is used only by its children.
+
+    Raises:
+        ValueError: see _read_results; or the table that --save changes is damaged.
+    """
 
     def __init__(self, args: Namespace, folder: Path, show: Callable[[str], None]):
         self._args, self._folder, self._show = args, folder, show
         self._until = time.monotonic() + 60 * args.minutes
-        self.results: dict[str, Any] = {"contests": {}}
-        if args.resume and args.out.exists():
-            self.results = json.loads(args.out.read_text())
+        self._children: list[Child] = []
+        self.results = _read_results(args)
+        if args.save:
+            read_rows(TUNED)
 
     def _left_s(self) -> float:
         return self._until - time.monotonic()
+
+    def close(self) -> None:
+        """Ends the children that still run."""
+        for child in self._children:
+            child.process.kill()
 
     def measure_device(self) -> None:
         """Measures the device and its ceilings.
 
         Raises:
-            ValueError: the device cannot be used, or --out holds results of another one.
+            ValueError: the device cannot be used, or --out has results of another one or of
+                another minor series of JAX.
         """
-        device = Child(ContestJob(tiny=self._args.tiny), self._folder).run(CONTEST_S)
+        device = self._start_child(ContestJob(tiny=self._args.tiny)).run(CONTEST_S)
         if "error" in device:
             raise ValueError(device["error"])
-        before = self.results.get("device")
-        if before not in (None, device["device"]):
-            raise ValueError(
-                f"--resume must continue on the same device; {self._args.out} is of {before}, this "
-                f"is {device['device']}. Set another --out."
-            )
+        for fact in ("device", "jax"):
+            before, now = self.results.get(fact), device[fact]
+            if before is not None and minor_series(before) != minor_series(now):
+                raise ValueError(
+                    f"--resume must continue with the same {fact}; {self._args.out} is of "
+                    f"{before}, this is {now}. Set another --out."
+                )
         facts = {k: v for k, v in device.items() if k != "contests"}
-        self.results |= facts | {"command": sys.argv, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        date = f"{datetime.now(UTC):%Y-%m-%d}"
+        self.results |= facts | {"command": self._args.command, "date": date}
         if self._args.tiny:
             self.results["trial"] = "interpreted at tiny shapes; the times mean nothing"
-        self._show(f"{device['device']}, jax {device['jax']}: {facts}")
+        self._show(format_device(self.results))
 
     def run(self, contests: list[Contest]) -> None:
         """Runs the contests that are not done: first at the default tiles, then tuned."""
@@ -124,6 +149,11 @@ class Bench:
         jobs = []
         for tune in (False, True) if args.tune else (False,):
             jobs += [(c, tune) for c in contests if not _is_done(c, stored.get(c.name, {}), tune)]
+        kept = len(contests) - len({contest.name for contest, _ in jobs})
+        if kept:
+            of_all = f"{kept} of {len(contests)} contests"
+            self._show(f"{args.out} has the results of {of_all}, which are kept")
+        self._write(contests)
         waiting = self._start(jobs[0]) if jobs else None
         for i, (contest, tune) in enumerate(jobs):
             child, waiting = waiting, self._start(jobs[i + 1]) if i + 1 < len(jobs) else None
@@ -141,45 +171,64 @@ class Bench:
                 before = stored.get(contest.name, {}).get("contestants", {})
                 torch = {name: before[name] for name in before if name.startswith("torch")}
                 result["contestants"] = torch | result.get("contestants", {})
-            stored[contest.name] = result
+            stored[contest.name] = result | {"date": self.results["date"]}
             self._show("\n".join(format_results(contest, result, self.results, args.tiny)))
             self._write(contests)
+
+    def _start_child(self, job: ContestJob) -> Child:
+        self._children.append(Child(job, self._folder))
+        return self._children[-1]
 
     def _start(self, job: tuple[Contest, bool]) -> Child | None:
         contest, tune = job
         if self._left_s() < 0:
             return None
         tune_s = TUNE_S if tune else 0.0
-        return Child(ContestJob(contest.name, tune_s, self._args.tiny), self._folder)
+        return self._start_child(ContestJob(contest.name, tune_s, self._args.tiny))
 
     def _write(self, contests: list[Contest]) -> None:
         if self._args.out:
             write_json(self._args.out, self.results)
-        if not self._args.save:
-            return
-        rows = []
-        for contest in contests:
-            contestants = self.results["contests"].get(contest.name, {}).get("contestants", {})
-            row = as_row(contest, self.results["chip"], contestants, self.results["jax"])
-            if row and "forward" not in contest.name:  # training needs both directions
-                rows.append(row._asdict())
-        write_json(TUNED / f"{self.results['chip']}.json", rows)
+        if self._args.save:
+            path = TUNED / f"{self.results['chip']}.json"
+            old = json.loads(path.read_text()) if path.exists() else []
+            write_json(path, merge_rows(old, contests, self.results))
 
 
 def bench(args: Namespace, show: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs all contests, or as many as the time allows, and returns the results that it writes.
 
     Raises:
-        ValueError: see Bench.measure_device.
+        ValueError: see Bench and its methods; or --only names no contest, or --out is a folder.
+        OSError: --out or the table cannot be written, or another bench writes --out.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        run = Bench(args, Path(folder), show)
+
+    def show_lines(text: str) -> None:  # every line of a trial says that it is one
+        show("\n".join(f"{'trial: ' * args.tiny}{line}" for line in text.split("\n")))
+
+    contests = _choose(contests_of(args.tiny), args.only)
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out must be a file; got the folder {args.out}.")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exit_on_sigterm())
+        if args.out:
+            stack.enter_context(lock_file(args.out))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        run = Bench(args, Path(folder), show_lines)
+        stack.callback(run.close)
         run.measure_device()
-        contests = contests_of(args.tiny)
-        if args.only:
-            contests = [c for c in contests if any(text in c.name for text in args.only)]
         run.run(contests)
     return run.results
+
+
+def _stored_command(argv: list[str]) -> list[str]:
+    """Returns the command to store: of the path of --out, which others do not have, the name."""
+    words = ["python", "-m", "pallas_kernels.bench"]
+    for word in argv:
+        flag, equals, path = word.rpartition("=")
+        is_out = flag == "--out" or words[-1] == "--out"
+        words.append(f"{flag}{equals}{Path(path).name}" if is_out else word)
+    return words
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -187,8 +236,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser("python -m pallas_kernels.bench", __doc__)
     parser.add_argument(
         "--minutes",
-        type=float,
-        default=10,
+        type=positive(float),
+        default=10.0,
         help="no contest starts after this many minutes; default: 10",
     )
     parser.add_argument(
@@ -216,7 +265,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         action="store_true",
         help="interpret the kernels at tiny shapes, on any device, as a trial",
     )
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    args.command = _stored_command(argv)
     if args.tiny and args.save:
         parser.error("--tiny measures nothing useful: leave out --save.")
     if args.resume and not args.out:
@@ -225,10 +276,18 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     try:
-        bench(parse(argv))
+        bench(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except BlockingIOError:
+        sys.exit(f"error: --out {args.out} is in use by another bench. Wait for its end.")
+    except OSError as error:
+        sys.exit(f"error: --out {args.out} or the table of --save cannot be written: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume with the same --out continues", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

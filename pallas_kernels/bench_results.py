@@ -1,12 +1,10 @@
 """The results of bench: which implementation was fastest, the row for training, and the text."""
 
-import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pallas_kernels.contests import Contest
-from pallas_kernels.kernel_choice import BenchRow
+from pallas_kernels.contest import Contest
+from pallas_kernels.kernel_choice import BenchRow, minor_series
 
 OURS = ("triton", "mosaic", "tuned")  # names of our kernel's contestants
 
@@ -23,9 +21,11 @@ def best_of(contestants: dict[str, Any], names: Callable[[str], bool]) -> tuple[
 
 
 def as_row(
-    contest: Contest, chip: str, contestants: dict[str, Any], jax_version: str
+    contest: Contest, chip: str, contestants: dict[str, Any], jax_version: str, **source: str
 ) -> BenchRow | None:
     """Returns the row for kernel_choice.py, or None if the kernel or all others failed.
+
+    `source` has the date and the command of the measurement.
 
     PyTorch's times do not count, because training, which runs in JAX, cannot use PyTorch.
     """
@@ -43,8 +43,44 @@ def as_row(
         kernel["median_s"],
         other,
         result["median_s"],
-        f"{datetime.now(UTC):%Y-%m-%d}",
-        " ".join(["python", "-m", "pallas_kernels.bench", *sys.argv[1:]]),
+        documents=contest.documents,
+        **{"date": "", "command": ""} | source,
+    )
+
+
+def merge_rows(
+    old: Sequence[dict[str, Any]], contests: Sequence[Contest], results: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the rows of a chip's table: the old ones, and new ones of contests with results.
+
+    A new row replaces the old ones of the same op and shape in the same minor series of JAX. A
+    contest in which our kernel failed removes them.
+    """
+
+    def key(op, shape, documents, version):
+        return op, tuple(shape), documents, minor_series(version)
+
+    chip, version, command = results["chip"], results["jax"], " ".join(results["command"])
+    measured, new = [], []
+    for contest in contests:  # training needs both directions
+        result = results["contests"].get(contest.name)
+        if result is None or "forward" in contest.name:
+            continue
+        measured.append(key(contest.op, contest.shape, contest.documents, version))
+        source = {"date": result.get("date", results["date"]), "command": command}
+        row = as_row(contest, chip, result.get("contestants", {}), version, **source)
+        new += [row._asdict()] if row else []
+    key_of = lambda row: key(row["op"], row["shape"], row.get("documents", False), row["jax"])
+    return [*(row for row in old if key_of(row) not in measured), *new]
+
+
+def format_device(device: dict[str, Any]) -> str:
+    """Returns the device and its ceilings as a line; of a trial, also what its times mean."""
+    trial = f"; {device['trial']}" if "trial" in device else ""
+    return (
+        f"{device['device']}, jax {device['jax']}: a plain product reaches "
+        f"{device['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, a copy "
+        f"{device['copy_bytes_per_s'] / 1e9:.1f} GB/s{trial}"
     )
 
 
@@ -52,8 +88,7 @@ def format_results(
     contest: Contest, result: dict[str, Any], device: dict[str, Any], tiny: bool
 ) -> Iterator[str]:
     """Yields a line per contestant: time, speed, share of the ceiling, time over the kernel's."""
-    trial = "trial, times mean nothing: " if tiny else ""
-    yield trial + contest.name
+    yield f"{contest.name}{': the times mean nothing' if tiny else ''}"
     _, kernel = best_of(result.get("contestants", {}), lambda name: name in OURS)
     for name, timing in result.get("contestants", {}).items():
         if isinstance(timing, str):

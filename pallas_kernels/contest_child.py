@@ -9,10 +9,8 @@ replaced after each of them, so a kernel that hangs or crashes costs only its ow
 
 import dataclasses
 import functools
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +20,10 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.chip import detect_chip
-from pallas_kernels.contests import TINY, Contest, Sizes, build_contests
+from pallas_kernels.contest import Contest
+from pallas_kernels.contests import TINY, Sizes, build_contests
 from pallas_kernels.correctness import SEEDS, compare, exact_results
+from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.search_space import default_bodies, shortlist
 from pallas_kernels.tiles import OpTiles, body_of, replace_tiles
 from pallas_kernels.timing import first_line, measure_ceilings, time_calls
@@ -39,16 +39,6 @@ class ContestJob:
     name: str = ""  # of the contest; "" only measures the device and lists the contests
     tune_s: float = 0.0  # time for trying the shortlist of tiles
     tiny: bool = False  # interprets the kernels at tiny shapes
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file atomically: a crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
 
 
 def contests_of(tiny: bool) -> list[Contest]:
@@ -161,7 +151,7 @@ def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTi
     functions = {
         name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()
     }
-    tried = run.results["tried"] = {}
+    tried = run.results["tried"]
     chosen = {}  # kernel -> (seconds, tiles)
     compiled = run.compile_all(functions) if functions else {}
     for name, (kernel, tiles, _) in candidates.items():
@@ -199,16 +189,19 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
     for body, tiles in default.items():
         record_ours(body, compiled[body], tiles)
     best = min((run.results["contestants"][body] for body in default), key=_seconds)
+    if job.tune_s:  # stored also without a correct kernel, so that --resume does not try again
+        run.results["tried"] = {}
     if job.tune_s and not isinstance(best, str):
         tiles = tune(run, arch, best, time.monotonic() + job.tune_s)
         if tiles != best["tiles"]:
-            record_ours("tuned", *run.compile_all({"tuned": contest.kernel(tiles)}).values(), tiles)
+            (tuned,) = run.compile_all({"tuned": contest.kernel(tiles)}).values()
+            record_ours("tuned", tuned, tiles)
     run.results["done"] = True
     run.save()
 
 
 def main(argv: Sequence[str]) -> None:
-    job = ContestJob(**json.loads(Path(argv[1]).read_text()))
+    job = ContestJob(**read_object(Path(argv[1])))
     jax.devices()  # starts CUDA
     if not sys.stdin.readline():
         return  # the parent ended

@@ -7,37 +7,17 @@ torch_contests.py has PyTorch's contestants; correctness.py compares all with fl
 
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm, add_norm_reference
+from pallas_kernels.contest import ATTENTION, HALF, NATS, Contest, normal, wide, with_gradients
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
-
-# The largest relative distance from float64, as in tests/test_kernels_references.py: of results in
-# bfloat16, of attention's, and of float32 sums over bfloat16 results.
-HALF, ATTENTION, NATS = 3e-3, 5e-3, 1e-5
-
-
-class Contest(NamedTuple):
-    """One op at one shape and direction."""
-
-    op: str  # of kernel_choice.OPS
-    name: str
-    shape: tuple  # as in kernel_choice.BenchRow
-    arrays: Callable[[jax.Array], list[jax.Array]]  # random key -> every contestant's arguments
-    kernel: Callable[[Any], Callable]  # tiles -> our kernel
-    others: dict[str, Callable]  # {name: another implementation}
-    # The results in float64, from the same numbers: a function of the arrays, called with x64.
-    exact: Callable
-    tolerances: tuple[float, ...]  # of each result
-    flops: float
-    hbm_bytes: float
 
 
 class Sizes(NamedTuple):
@@ -53,6 +33,7 @@ class Sizes(NamedTuple):
         (8, 2_048, 9, 3, 64),
         (2, 4_096, 16, 4, 128),  # of no shipped model
     )
+    documents: tuple = attention[:3]  # attention masked between documents
     norm: tuple = tuple((8_192, D) for D in (576, 768, 1_024, 1_280, 1_600, 2_048))  # N, D
     qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
     head: tuple = (  # N, D, V
@@ -70,29 +51,13 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes(
-    ((1, 128, 2, 1, 64),), ((64, 128),), ((2, 32, 2, 64),), ((64, 64, 256),), ((1, 64, 64),)
+    ((1, 128, 2, 1, 64),),
+    ((1, 128, 2, 1, 64),),
+    ((64, 128),),
+    ((2, 32, 2, 64),),
+    ((64, 64, 256),),
+    ((1, 64, 64),),
 )
-
-
-def _normal(key, *shapes):
-    keys = jax.random.split(key, len(shapes))
-    return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-
-
-def _with_gradients(forward, count, inputs):
-    """Returns a function of inputs and cotangents that computes `forward` and gradients.
-
-    Args:
-        count: how many of the inputs, from the first on, get a gradient.
-        inputs: how many inputs there are.
-    """
-
-    def both_ways(*arrays):
-        tables, cotangents = arrays[count:inputs], arrays[inputs:]
-        out, pullback = jax.vjp(lambda *x: forward(*x, *tables), *arrays[:count])
-        return out, pullback(cotangents if isinstance(out, tuple) else cotangents[0])
-
-    return both_ways
 
 
 def _vendors_attention():
@@ -105,38 +70,50 @@ def _vendors_attention():
     return {"cudnn": cudnn, "tokamax": attention}
 
 
-def wide(*arrays: jax.Array) -> list[jax.Array]:
-    """Returns the floating-point arrays in float64, and the others as they are."""
-    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return [x.astype(jnp.float64) if is_float(x) else x for x in arrays]
+def _draw_documents(key, B, T):
+    """Returns the document of each token; documents have 512 tokens on average."""
+    starts = jax.random.bernoulli(key, 1 / 512, (B, T))
+    return jnp.cumsum(starts, 1, dtype=jnp.int32)
 
 
-def _attention(size, backward, interpret):
+def _attention(size, backward, interpret, documents=False):
     B, T, H, G, K = size
 
-    def both_or_one(function):
-        if backward:
-            return _with_gradients(function, 3, 3)
-        return lambda q, k, v, do: function(q, k, v)
+    def both_or_one(attend):  # attend(q, k, v, documents or None)
+        def run(q, k, v, do, docs=None):
+            function = lambda q, k, v: attend(q, k, v, docs)
+            return with_gradients(function, 3, 3)(q, k, v, do) if backward else function(q, k, v)
+
+        return run
 
     def kernel(tiles):
-        return both_or_one(lambda q, k, v: flash_attention(q, k, v, None, None, tiles, interpret))
+        attend = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, tiles, interpret)
+        return both_or_one(attend)
 
-    others = {"xla": flash_attention_reference} | ({} if interpret else _vendors_attention())
-    others = {name: both_or_one(function) for name, function in others.items()}
-    shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
-    forward_flops = 2 * B * H * K * T * (T + 1)
+    others = {"xla": lambda q, k, v, docs: flash_attention_reference(q, k, v, docs, docs)}
+    if not interpret and not documents:  # the vendors' have no documents
+        for name, attend in _vendors_attention().items():
+            others[name] = lambda q, k, v, docs, attend=attend: attend(q, k, v)
+    others = {name: both_or_one(attend) for name, attend in others.items()}
+
+    def arrays(key):
+        shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
+        return [*normal(key, *shapes), *([_draw_documents(key, B, T)] if documents else [])]
+
+    forward_flops = 2 * B * H * K * T * (T + 1)  # with documents too: an upper bound
+    masked = ", documents" if documents else ""
     return Contest(
         "attention",
-        f"attention {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
+        f"attention{masked} {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
         size,
-        lambda key: _normal(key, *shapes),
+        arrays,
         kernel,
         others,
         lambda *arrays: others["xla"](*wide(*arrays)),
         (ATTENTION,) * (4 if backward else 1),
         forward_flops * (3.5 if backward else 1),  # the backward's usual count: 2.5
         4 * B * T * K * (H + G) * (2 if backward else 1),
+        documents,
     )
 
 
@@ -147,15 +124,15 @@ def _norm(size, interpret):
     def kernel(tiles):
         del tiles
         fused = lambda h, y, gain: add_norm(h, y, gain, None, "rms", 1e-6, interpret)
-        return _with_gradients(fused, 3, 3)
+        return with_gradients(fused, 3, 3)
 
     def arrays(key):
-        h, y, ds, dn = _normal(key, *[(N, D)] * 4)
+        h, y, ds, dn = normal(key, *[(N, D)] * 4)
         return [h, y, jnp.ones(D), ds, dn]
 
     def exact(h, y, *rest):  # starts from the rounded sum, as all implementations do
         h, y, *rest = wide(h + y, jnp.zeros_like(y), *rest)
-        return _with_gradients(reference, 3, 3)(h, y, *rest)
+        return with_gradients(reference, 3, 3)(h, y, *rest)
 
     return Contest(
         "norm",
@@ -163,7 +140,7 @@ def _norm(size, interpret):
         (D,),
         arrays,
         kernel,
-        {"xla": _with_gradients(reference, 3, 3)},
+        {"xla": with_gradients(reference, 3, 3)},
         exact,
         (HALF, HALF, HALF, HALF, NATS),
         0,
@@ -177,11 +154,12 @@ def _qk_rope(size, interpret):
 
     def kernel(tiles):
         del tiles
-        return _with_gradients(lambda *args: qk_rope(*args, 1e-6, interpret), 2, 4)
+        fused = lambda x, gain, cos, sin: qk_rope(x, gain, cos, sin, 1e-6, interpret)
+        return with_gradients(fused, 2, 4)
 
     def arrays(key):
         angle_TK = jnp.tile(jnp.arange(T)[:, None] * 1e4 ** -jnp.linspace(0, 1, K // 2), 2)
-        x, dy = _normal(key, size, size)
+        x, dy = normal(key, size, size)
         return [x, jnp.ones(K), jnp.cos(angle_TK), jnp.sin(angle_TK), dy]
 
     return Contest(
@@ -190,8 +168,8 @@ def _qk_rope(size, interpret):
         (K,),
         arrays,
         kernel,
-        {"xla": _with_gradients(reference, 2, 4)},
-        lambda *arrays: _with_gradients(reference, 2, 4)(*wide(*arrays)),
+        {"xla": with_gradients(reference, 2, 4)},
+        lambda *arrays: with_gradients(reference, 2, 4)(*wide(*arrays)),
         (HALF, HALF, NATS),
         0,
         10 * B * T * H * K + 8 * T * K,
@@ -222,7 +200,7 @@ def _head(size, interpret):
         )
 
     def arrays(key):  # logits have about unit variance, as a trained model's do
-        h, w = _normal(key, (N, D), (V, D))
+        h, w = normal(key, (N, D), (V, D))
         return [h, (w * D**-0.5).astype(w.dtype), jax.random.randint(key, (N,), 0, V)]
 
     reference = losses(head_scores_reference)
@@ -255,14 +233,15 @@ def _square(size, interpret):
         return gram_and_quintic
 
     def exact(x):  # the second product starts from the rounded first one, as everywhere
-        (gram,) = wide(symmetric_reference(*wide(x)).astype(x.dtype))
+        (x_wide,) = wide(x)
+        (gram,) = wide(symmetric_reference(x_wide).astype(x.dtype))
         return quintic(gram)
 
     return Contest(
         "square",
         f"square and quintic {X}x{M}x{N}",
         (M,),
-        lambda key: [x / N**0.5 for x in _normal(key, (X, M, N))],
+        lambda key: [x / N**0.5 for x in normal(key, (X, M, N))],
         kernel,
         {"xla": lambda x: quintic(symmetric_reference(x))},
         exact,
@@ -284,6 +263,7 @@ def build_contests(sizes: Sizes = Sizes(), interpret: bool = False) -> list[Cont
             for s in sizes.attention
             for backward in (True, False)
         ),
+        *(_attention(s, True, interpret, documents=True) for s in sizes.documents),
         *(_head(s, interpret) for s in sizes.head),
         *(_square(s, interpret) for s in sizes.square),
         *(_norm(s, interpret) for s in sizes.norm),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.contests import HALF, Contest
+from pallas_kernels.contest import HALF, Contest
 
 SEEDS = (1, 2)  # of the random inputs
 

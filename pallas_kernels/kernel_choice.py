@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.chip import CHIPS
+from pallas_kernels.ptxas import find_fault
 from pallas_kernels.tiles import (
     AttentionTiles,
     FlashAttentionTiles,
@@ -52,13 +53,10 @@ class BenchRow(NamedTuple):
     def distance(self, op: str, chip: str, dtype: str, shape: tuple) -> float:
         """Returns how far a shape is from this row's: the largest log2 ratio of their sizes.
 
-        The distance is infinite if it exceeds NEAR, or if the row has another op, chip, type or
-        JAX. Only sizes that determine the speed count.
+        The distance is infinite if it exceeds NEAR, or if the row has another op, chip or type.
+        Only sizes that determine the speed count.
         """
-        same = (self.op, self.chip, self.dtype) == (op, chip, dtype)
-        # Within one minor series, JAX's compilers differ only by fixes.
-        same_jax = self.jax.split(".")[:2] == jax.__version__.split(".")[:2]
-        if not (same and same_jax):
+        if (self.op, self.chip, self.dtype) != (op, chip, dtype):
             return math.inf
         pairs = zip(
             *(_what_determines_speed(op, chip, x) for x in (shape, self.shape)), strict=True
@@ -79,6 +77,11 @@ def _what_determines_speed(op, chip, shape) -> tuple:
     return T, H / G, K, min(filled, 1.0)
 
 
+def minor_series(version: str) -> list[str]:
+    """Returns the first two numbers of a version: later ones of JAX only fix its compilers."""
+    return version.split(".")[:2]
+
+
 class BodyChoice(NamedTuple):
     """The tiles to use, whose types select each kernel's body, and whether the kernel is faster."""
 
@@ -97,6 +100,15 @@ def _tiles_from_json(op, value):
     return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
 
 
+def _check_row(row):
+    """Raises ValueError, TypeError or AttributeError if a row cannot be of the bench."""
+    minor_series(row.jax)
+    if row.chip not in CHIPS or len(row.shape) != len(SHAPES.get(row.op, "")):
+        raise ValueError(f"op={row.op}, chip={row.chip}, shape={row.shape}")
+    if not all(0 < number < math.inf for number in (*row.shape, row.kernel_s, row.other_s)):
+        raise ValueError(f"shape={row.shape}, kernel_s={row.kernel_s}, other_s={row.other_s}")
+
+
 @functools.cache
 def read_rows(folder: Path = TUNED) -> list[BenchRow]:
     """Returns the rows of all chips.
@@ -107,13 +119,15 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            for values in json.loads(path.read_text()):
+            table = json.loads(path.read_text())
+            if not isinstance(table, list):
+                raise ValueError("no list")
+            for values in table:
                 row = BenchRow(**values)
-                if len(row.shape) != len(SHAPES.get(row.op, "")):
-                    raise ValueError(f"shape={row.shape} of op={row.op}")
                 tiles = _tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
-        except (ValueError, TypeError, AttributeError) as error:
+                _check_row(rows[-1])
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} must contain rows of the bench; got {error!r}.") from error
     return rows
 
@@ -165,11 +179,18 @@ def choose_body(
         shape: as in BenchRow, on one device.
         documents: whether attention is masked between documents.
     """
-    row = _nearest_row(read_rows(folder), documents, op, chip, dtype, shape)
+    rows, where = read_rows(folder), (op, chip, dtype, shape)
+    same_jax = [row for row in rows if minor_series(row.jax) == minor_series(jax.__version__)]
+    row = _nearest_row(same_jax, documents, *where)
     if row is None:
         reason = f"its kernel was not measured on {chip or arch} at this shape"
+        if other := _nearest_row(rows, documents, *where):
+            reason += f" with jax {jax.__version__}, but with {other.jax}"
         return BodyChoice(default_tiles(op, arch), False, reason)
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
+    if sizes and find_fault():
+        reason = f"its fastest body cannot be compiled: {find_fault()}"
+        return BodyChoice(default_tiles(op, arch), False, reason)
     if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
         reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"

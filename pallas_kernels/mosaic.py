@@ -26,14 +26,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.backend import get_default_device
 
+from pallas_kernels.ptxas import find_fault
 from pallas_kernels.validation import without_derivative
 
 OLDEST = (0, 11, 2)
-USABLE = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
-REASON = "" if USABLE else f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
+_NEW_ENOUGH = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
+REASON = find_fault()
+if not _NEW_ENOUGH:
+    REASON = f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
+USABLE = not REASON
 
 plgpu: Any = None  # Any: on an older JAX it is missing or has other functions
-if USABLE:
+if _NEW_ENOUGH:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CONSUMERS = 2  # warp groups that multiply; one more copies
@@ -54,9 +58,10 @@ def check(*written: jax.ShapeDtypeStruct, **operands: jax.Array) -> None:
     """Checks that wgmma can multiply the operands, and that TMA can copy them and the outputs.
 
     Raises:
-        ValueError: jax is too old, an operand's type is not in TYPES, or the length of an array's
-            rows is not a multiple of row_multiple. The interpreter would accept other lengths, but
-            Mosaic GPU refuses to compile copies of them into swizzled memory.
+        ValueError: jax is too old or ptxas miscompiles (see REASON), an operand's type is not in
+            TYPES, or the length of an array's rows is not a multiple of row_multiple. The
+            interpreter would accept other lengths, but Mosaic GPU refuses to compile copies of them
+            into swizzled memory.
     """
     if not USABLE:
         raise ValueError(f"{REASON}. Give the kernel tiles of its Triton body.")

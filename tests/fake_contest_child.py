@@ -14,8 +14,16 @@ if not job["name"]:
     ceilings = {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e12}
     path.write_text(json.dumps(device | ceilings))
     sys.exit()
+if "silent" in job["name"]:
+    sys.exit()
+if "half" in job["name"] or "list" in job["name"]:
+    path.write_text('{"contestants": {' if "half" in job["name"] else "[]")
+    sys.exit()
 contestants = {"xla": timed | {"median_s": 2e-3}}
 path.write_text(json.dumps({"contestants": contestants}))
+if "chatty" in job["name"]:
+    print("x" * 10_000_000, "\nthe last line", flush=True)
+    sys.exit(7)
 if "forward" in job["name"]:
     time.sleep(60)
 if "head" in job["name"]:

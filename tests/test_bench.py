@@ -24,7 +24,12 @@ def test_rows_are_written_as_lines_of_json(tmp_path, monkeypatch, capsys):
         ("--sizes=s,xl", "--sizes of suite cpu must be of s, m, separated by commas; got xl"),
         ("--suite=optimizer --sizes=xl", "suite optimizer must be of s, m, 124m, separated"),
         ("--suite=cpu --sizes=124m", "suite cpu must be of s, m, separated by commas; got 124m"),
-        ("--rounds=0", "must be positive; got 0"),
+        ("--rounds=0", "--rounds: must be a positive integer; got 0"),
+        ("--suite=gpu --rows=0", "--rows: must be a positive integer; got 0"),
+        ("--suite=gpu --rows=3", "--rows must be a power of two; got 3"),
+        ("--suite=gpu --seconds=0", "--seconds: must be a positive number; got 0"),
+        ("--suite=gpu --seconds=inf", "--seconds: must be a positive number; got inf"),
+        ("--suite=gpu --minutes=nan", "--minutes: must be a positive number; got nan"),
     ],
 )
 def test_a_wrong_flag_is_an_error_that_lists_what_is_allowed(flag, error, capsys):
@@ -49,3 +54,21 @@ def test_without_torch_the_error_names_the_extra_and_the_flag(suite, variants, m
     monkeypatch.delitem(sys.modules, "jaxtrain.crosscheck.torch_model", raising=False)
     with pytest.raises(SystemExit, match=f"jaxtrain\\[crosscheck\\].*--variants={variants}"):
         bench.main([f"--suite={suite}", "--tiny", "--json=/dev/null"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"what": "step"}\n{"ste'])
+def test_a_damaged_file_of_rows_cannot_be_resumed(text, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="--resume .* --json; got .*rows.jsonl"):
+        bench.main(["--suite=gpu", "--tiny", "--resume", f"--json={path}"])
+
+
+def test_an_interrupted_suite_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(args, rounds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.SUITES, "dispatch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--suite=dispatch"])
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_a_stage_that_hangs_crashes_or_writes_no_result_costs_only_itself(suite)
     assert "used all of its 0.015 minutes" in record["hang"]["reason"]
     assert "SIGSEGV" in record["crash"]["reason"]
     assert "an illegal memory access" in record["crash"]["reason"]
-    assert "JSONDecodeError" in record["garbage"]["reason"]
+    assert "garbage.json must have JSON objects" in record["garbage"]["reason"]
     assert "FileNotFoundError" in record["silent"]["reason"]
     failed = output.partition("Failed or skipped:")[2]
     assert all(f"  {kind}: " in failed for kind in kinds[:-1]) and "  good: " not in failed
@@ -136,16 +136,22 @@ def test_a_kernel_that_is_wrong_is_listed_with_its_reason(suite):
 
 
 def test_a_suite_that_is_killed_has_recorded_the_stage_that_was_running(suite, monkeypatch):
+    records = []
+
     def interrupted(argv, output, limit_s, env):
+        records.append((suite.out / first_day.RECORD).read_text())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(first_day, "run_process_group", interrupted)
         suite([fake("good", 3.0)])
-    recorded = (suite.out / first_day.RECORD).read_text()
+    [recorded] = records
     entry = json.loads(recorded)["stages"]["good"]
     assert entry["state"] == "unfinished" and entry["used_s"] == pytest.approx(60, abs=1)
+    entry = json.loads((suite.out / first_day.RECORD).read_text())["stages"]["good"]
+    assert entry["reason"] == "interrupted" and entry["used_s"] < 5  # it could be recorded
+    (suite.out / first_day.RECORD).write_text(recorded)
     assert suite([fake("good", 0.9)])[2]["good"]["state"] == "stopped"  # its minutes are used up
     (suite.out / first_day.RECORD).write_text(recorded)
     assert suite([fake("good", 3.0)])[2]["good"]["state"] == "done"
@@ -160,6 +166,14 @@ def test_a_trial_and_a_measurement_never_share_a_folder(tmp_path):
     path.write_text(json.dumps(day.record | {"tiny": False, "card": "NVIDIA A40"}))
     with pytest.raises(first_day.FirstDayError, match="is no trial"):
         first_day.FirstDay(tmp_path, 1.0, True, print)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tiny": true, "card": "", "stages": 1}'])
+def test_a_damaged_record_is_an_error_that_names_it(text, tmp_path):
+    (tmp_path / first_day.RECORD).write_text(text)
+    for flags in (["--tiny"], ["--write"]):
+        with pytest.raises(SystemExit, match="error: --.*first_day.json"):
+            bench.main(["--suite=first-day", f"--out={tmp_path}", *flags])
 
 
 def test_results_of_another_card_are_refused(tmp_path, monkeypatch):

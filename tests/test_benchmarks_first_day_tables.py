@@ -1,6 +1,7 @@
 """The tables that suite first-day writes, from a folder as it leaves one on an H100."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,13 @@ import pytest
 
 from jaxtrain import bench
 from jaxtrain.benchmarks import first_day_tables
-from jaxtrain.benchmarks.first_day_tables import TableError, parse_table, write_tables
+from jaxtrain.benchmarks.first_day_tables import (
+    HEADER,
+    TableError,
+    TableRow,
+    parse_table,
+    write_tables,
+)
 
 ROOT = Path(__file__).parent.parent
 CARD = "NVIDIA H100 80GB HBM3"
@@ -34,8 +41,16 @@ TUNED = dict(op="norm", chip="h100", dtype="bfloat16", shape=[768], jax="0.11.2"
 TUNED |= dict(
     tiles=None, kernel_s=2e-4, other="cudnn", other_s=3e-4, date="2026-11-26", command="x"
 )
+HALF = {"rows": 3, "variant": "jaxtrain", "what": "step", "step_s": 1.0}  # fields are missing
 PLAN = {"case": "gpt_124m muon, 32 rows, step", "measured_s": 0.128, "bound_s": 0.09}
 PLAN |= {"calibrated_s": 0.127, "measured_bytes": 5 * 2**30, "planned_bytes": 4 * 2**30}
+
+
+UNMEASURED = {"training": ("gpt_124m with muon", "gpt_350m with muon")}
+UNMEASURED |= {"kernels": ("attention both ways", "norm"), "plan": ()}
+TABLE = re.compile(
+    r"(<!-- first day: (\w+) -->\n).*?(<!-- end of first day: \2 -->\n)", flags=re.DOTALL
+)
 
 
 @pytest.fixture
@@ -44,7 +59,7 @@ def day(tmp_path):
     folder = tmp_path / "day"
     (folder / "tuned").mkdir(parents=True)
     call = {"date": "2026-11-26T16:00:00Z", "commit": "b121ec7d0000", "seconds": 1.0}
-    stages = {name: {"calls": [call]} for name in ("training", "kernels", "plan")}
+    stages = {name: {"state": "done", "calls": [call]} for name in ("training", "kernels", "plan")}
     write(folder / "first_day.json", {"tiny": False, "card": CARD, "stages": stages})
     write(folder / "machine.json", MACHINE)
     write(folder / "training.jsonl", MACHINE, STEP, SLOWER, FAILED, RATIO)
@@ -56,17 +71,27 @@ def day(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The pages of this checkout, without its code."""
+    """The pages of this checkout, without its code; nothing in their tables is measured."""
     root = tmp_path / "checkout"
+
+    def unmeasured(match):
+        rows = [TableRow(what, "unmeasured", "-", "-") for what in UNMEASURED[match[2]]]
+        return f"{match[1]}\n{HEADER}{''.join(map(str, rows))}\n{match[3]}"
+
     for name in ("README.md", "docs/results.md"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, root / name)
+        (root / name).write_text(TABLE.sub(unmeasured, (ROOT / name).read_text()))
     (root / "pallas_kernels").mkdir()
     return root
 
 
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def outside(text):
+    """Returns a page without its tables."""
+    return TABLE.sub("", text)
 
 
 def table(root, name, block):
@@ -97,8 +122,7 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
     assert "bound 0.0900 s, calibrated 0.1270 s; peak 5.0 GiB, planned 4.0" in str(plan)
     assert json.loads((checkout / "pallas_kernels/tuned/h100.json").read_text()) == [TUNED]
     for page, text in before.items():  # nothing else of the pages has changed
-        outside = lambda text: [x for x in text.splitlines() if "first-day --stages" not in x]
-        assert outside((checkout / page).read_text()) == outside(text)
+        assert outside((checkout / page).read_text()) == outside(text) != text
 
 
 def test_writing_twice_changes_nothing_and_another_card_adds_rows(day, checkout):
@@ -134,9 +158,22 @@ def test_a_page_without_marks_and_a_damaged_tuned_table_are_errors(day, checkout
         write_tables(day, checkout)
     shutil.rmtree(day / "tuned")
     (checkout / "README.md").write_text("# jaxtrain\n")
+    before = (checkout / "docs/results.md").read_text()
     with pytest.raises(TableError, match="README.md: the page must have the marks <!-- first day"):
         write_tables(day, checkout)
-    assert CARD not in (checkout / "docs/results.md").read_text()
+    assert (checkout / "docs/results.md").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["first_day.json", "machine.json", "training.jsonl", "plan.json"])
+@pytest.mark.parametrize("damage", ["missing", "{", json.dumps(HALF)])
+def test_a_missing_or_damaged_result_is_an_error_before_a_page_changes(name, damage, day, checkout):
+    before = (checkout / "docs/results.md").read_text()
+    (day / name).unlink() if damage == "missing" else (day / name).write_text(damage)
+    may_be_missing = name in ("training.jsonl", "plan.json")  # of a stage that has not run
+    if not (damage == "missing" and may_be_missing):
+        with pytest.raises(ValueError, match=f"--(write|out) .*{name}"):
+            write_tables(day, checkout)
+    assert (checkout / "docs/results.md").read_text() == before
 
 
 def test_the_suite_without_a_gpu_runs_only_what_needs_none(day):

@@ -10,10 +10,10 @@ import pytest
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
-from pallas_kernels import kernel_choice, mosaic
+from pallas_kernels import kernel_choice, mosaic, ptxas
 from pallas_kernels.bench_results import as_row
-from pallas_kernels.contest_child import write_json
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
+from pallas_kernels.result_files import write_json
 from pallas_kernels.search_space import candidates
 from pallas_kernels.tiles import TILES, MosaicProductTiles, body_of, default_tiles, kernel_tiles
 
@@ -30,7 +30,7 @@ def rows_of(seconds, tmp_path):
     """Writes the bench's file for the ops of ROUTED: kernels took `seconds`, XLA 1 s."""
     rows = []
     for op, shape in ROUTED.items():
-        contest = SimpleNamespace(op=op, shape=shape)
+        contest = SimpleNamespace(op=op, shape=shape, documents=False)
         results = {
             "triton": timed(seconds, default_tiles(op, "sm_86")),
             "xla": timed(1.0),
@@ -58,9 +58,12 @@ def test_a_kernel_is_chosen_if_it_was_faster_at_a_similar_shape_on_the_same_chip
 
 
 def test_a_row_measured_with_another_jax_does_not_count(tmp_path, monkeypatch):
-    folder = rows_of(0.5, tmp_path)
+    folder, version = rows_of(0.5, tmp_path), jax.__version__
     monkeypatch.setattr(kernel_choice.jax, "__version__", "0.99.1")
-    assert "not measured" in choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder).reason
+    choice = choose_body("norm", "sm_86", "a40", "bfloat16", (768,), folder)
+    assert not choice.faster
+    end = f"not measured on a40 at this shape with jax 0.99.1, but with {version}"
+    assert choice.reason.endswith(end)
 
 
 def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatch):
@@ -77,10 +80,31 @@ def test_a_model_uses_the_kernels_that_were_measured_faster(tmp_path, monkeypatc
     assert routes("a6000", strict=True)["norm"].implementation == "fused:sm_86"
 
 
-def test_the_error_names_a_damaged_file_of_rows(tmp_path):
-    (tmp_path / "a40.json").write_text(json.dumps([{"op": "norm"}]))
+DAMAGED = {
+    "no JSON": "[{",
+    "no list": "{}",
+    "fields are missing": [{"op": "norm"}],
+    "another op": {"op": "norms"},
+    "a chip that is not in the table": {"chip": "b300"},
+    "another shape": {"shape": [768, 2]},
+    "a size is a text": {"shape": ["768"]},
+    "a size is zero": {"shape": [0]},
+    "a time is zero": {"other_s": 0},
+    "a time is not a number": {"kernel_s": "fast"},
+    "the version is a number": {"jax": 0.11},
+    "tiles are empty": {"op": "square", "tiles": {"square": []}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_error_names_a_damaged_file_of_rows(damage, tmp_path):
+    folder, change = rows_of(0.5, tmp_path), DAMAGED[damage]
+    path = folder / "a40.json"
+    if isinstance(change, dict):
+        change = [json.loads(path.read_text())[0] | change]
+    path.write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(ValueError, match="a40.json must contain rows of the bench"):
-        read_rows(tmp_path)
+        read_rows(folder)
 
 
 @pytest.mark.parametrize("arch", TILES)
@@ -106,7 +130,7 @@ def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
-    contest = SimpleNamespace(op="square", shape=(2_048,))
+    contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
     row = as_row(contest, "h100", results, jax.__version__)
     write_json(tmp_path / "h100.json", [row._asdict()])
     choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
@@ -115,6 +139,28 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
     assert not odd.faster and "multiple of 64; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
+
+
+@pytest.mark.parametrize(
+    "version, faulty",
+    [("12.6.85", False), ("12.8.61", True), ("12.9.41", True), ("12.9.86", False), ("13.0", False)],
+)
+def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptxas.importlib.metadata, "version", lambda package: version)
+    ptxas.find_fault.cache_clear()
+    try:
+        tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
+        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+        results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
+        write_json(
+            tmp_path / "h100.json", [as_row(contest, "h100", results, jax.__version__)._asdict()]
+        )
+        choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
+        assert choice.faster == (not faulty)
+        assert (f"{version} miscompiles" in choice.reason) == faulty
+        assert faulty == (choice.tiles == default_tiles("square", "sm_90"))
+    finally:
+        ptxas.find_fault.cache_clear()
 
 
 def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():

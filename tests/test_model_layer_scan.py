@@ -35,3 +35,18 @@ def test_attention_and_products_run_again_only_where_their_results_are_not_saved
     assert text.count("name=flash_attention_forward") == attention
     assert text.count("dot_general[") == once + products
     assert text.count("= tanh") == (1 if remat == "none" else 2)
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("kinds", [["only"], ["one", "other", "third"]])
+def test_recomputation_is_not_merged_with_the_original(kinds, unroll):
+    """Counts tanh in the compiled program: with `full` the backward computes it again."""
+    body = lambda kind, h, w: (jnp.tanh(h @ w), None)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 16), (3, 16, 16))]
+
+    def count(remat):
+        loss = lambda h, w: scan_layers(kinds, body, h, w, unroll, remat)[0].sum()
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+        return program.count(" tanh(")
+
+    assert count("full") > count("none")

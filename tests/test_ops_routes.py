@@ -118,6 +118,16 @@ def test_a_cpu_without_bf16_products_multiplies_in_float32(monkeypatch, bf16, ex
     assert wide.implementation == "cpu"
 
 
+def test_shallow_models_that_store_everything_are_unrolled_on_gpus():
+    def unroll(**values):
+        routes = choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_90")
+        return routes["layers"].implementation
+
+    assert unroll(L=12) == "unroll=12"
+    assert unroll(L=12, remat="attention") == unroll(L=24) == "unroll=1"
+    assert unroll(L=24, unroll=24) == "unroll=24"
+
+
 def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
     unroll = lambda **values: choose_routes(ModelConfig(**values), False, "cpu", False)["layers"]
     assert unroll(L=4).implementation == "unroll=4"

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from jaxtrain.benchmarks import plan_check
@@ -61,9 +62,43 @@ def test_only_a_measured_calibration_of_the_same_chip_is_read(tmp_path):
     path.write_text(json.dumps(fitted._asdict() | {"tiny": True}))
     with pytest.raises(ValueError, match="a trial's, which measured nothing"):
         read_calibration(path, chip)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="--calibrated must be the calibration.json"):
-        read_calibration(path, chip)
+
+
+DAMAGED = {
+    "no JSON": "{",
+    "no object": "[]",
+    "no fields": "{}",
+    "an unknown class": {"efficiency": {"product": 0.5}},
+    "no class": {"efficiency": {}},
+    "an efficiency above 1": {"efficiency": {"products": 1.2}},
+    "an efficiency that is no number": {"efficiency": {"products": "0.5"}},
+    "an error that is no number": {"largest_error": "small"},
+    "steps that are no number": {"steps": "2"},
+    "a source that is a text": {"about": "H100"},
+    "notes that are a number": {"notes": 3},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_error_names_a_damaged_calibration(damage, tmp_path):
+    fitted = fit_calibration("h100", STEPS, list(map(measured, STEPS)), {"card": "H100"})
+    change, path = DAMAGED[damage], tmp_path / "calibration.json"
+    values = json.dumps(fitted._asdict() | change) if isinstance(change, dict) else change
+    path.write_text(values)
+    with pytest.raises(ValueError, match="--calibrated must .* got .*calibration.json"):
+        read_calibration(path, find_chip("h100")).describe()
+
+
+def test_what_a_calibration_does_not_cover_is_said():
+    steps = [{"products": step["products"], "memory": step["memory"]} for step in STEPS]
+    fitted = fit_calibration("h100", steps, [2 * sum(s.values()) for s in steps], {"jax": "0.1.2"})
+    text = fitted.describe()
+    assert "not in these steps, so taken at the peak: attention" in text
+    assert "with jax 0.1.2" in text and f"this is jax {jax.__version__}" in text
+    same = fitted._replace(about={"jax": jax.__version__}).describe()
+    assert "this is jax" not in same
+    one = fit_calibration("h100", steps[:1], [1.0], {}).describe()
+    assert "fitted to 1 step measured" in one
 
 
 HLO = """

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.files import strict_json, write_atomic
-from pallas_kernels.child_process import ChildProcess
+from pallas_kernels.child_process import ChildProcess, exit_on_sigterm, last_lines
+from pallas_kernels.result_files import read_object
 
 # Sizes for --tiny, which tests a suite on any processor; its figures mean nothing.
 TINY = dict(L=1, D=32, F=64, H=4, G=2, K=16, V=256)
@@ -84,12 +85,14 @@ def run_process_group(
 
     At its end all processes that it started are killed: torch.compile's workers would otherwise
     live on and slow the next child. Those that started sessions of their own, as the children of a
-    suite do, are found by a variable that only this process and its descendants have.
+    suite do, are found by a variable that only this process and its descendants have. Ctrl-C and
+    SIGTERM end them too.
     """
     name = f"JAXTRAIN_CHILD_{uuid.uuid4().hex}"
     env = dict(os.environ if env is None else env) | {name: "1"}
     try:
-        return ChildProcess(argv, output, env).wait(limit_s)
+        with exit_on_sigterm():
+            return ChildProcess(argv, output, env).wait(limit_s)
     finally:
         _kill_marked(f"{name}=1")
 
@@ -111,16 +114,17 @@ def run_child(
     job = dataclasses.replace(job, began=time.time())
     write_atomic(job_path, strict_json(dataclasses.asdict(job)))
     argv = [sys.executable, "-m", f"jaxtrain.benchmarks.{module}", str(job_path), str(result_path)]
-    with open(folder / "output.txt", "w+", errors="replace") as output:
+    with open(folder / "output.txt", "w") as output:
         status = run_process_group(argv, output, limit_s, os.environ | (env or {}))
-        output.seek(0)
-        last_lines = output.read().strip().splitlines()[-3:]
     if status is None:
         reason = f"killed: it took more than the {limit_s:.0f} s that it was given"
         return {"error": reason, "timed_out": True}
-    if status == 0:
-        return json.loads(result_path.read_text())
-    return {"error": f"exit status {status}: {' | '.join(last_lines)[-600:]}"}
+    if status:
+        return {"error": f"exit status {status}: {last_lines(folder / 'output.txt', 600)}"}
+    try:
+        return read_object(result_path)
+    except (OSError, ValueError) as error:
+        return {"error": f"no result: {error}"}
 
 
 def child_main(

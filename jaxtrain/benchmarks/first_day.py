@@ -10,13 +10,10 @@ This process never uses the GPU.
 
 import argparse
 import contextlib
-import fcntl
-import json
 import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,25 +21,30 @@ from typing import Any
 
 from jaxtrain.benchmarks import processor
 from jaxtrain.benchmarks.child import run_process_group
-from jaxtrain.benchmarks.first_day_results import find_left, find_problems, read_rows, summarize
+from jaxtrain.benchmarks.first_day_results import (
+    RECORD,
+    FirstDayError,
+    find_left,
+    find_problems,
+    read_record,
+    read_rows,
+    summarize,
+)
 from jaxtrain.benchmarks.first_day_stages import STAGES, Stage, build_argv
 from jaxtrain.benchmarks.gpu_training import NoGpu
 from jaxtrain.benchmarks.step_timing import gpu_clocks
 from jaxtrain.files import strict_json, write_atomic
 from jaxtrain.reporting.table import format_table
+from pallas_kernels.child_process import exit_on_sigterm, last_lines
 from pallas_kernels.quiet import has_gpu
+from pallas_kernels.result_files import lock_file
 
-RECORD = "first_day.json"
 COMMAND = "python -m jaxtrain.bench --suite=first-day"
 # A stage's state. The next call runs those that are `waiting` or `unfinished`.
 WAITING, UNFINISHED, DONE, SKIPPED = "waiting", "unfinished", "done", "skipped"
 FAILED, STOPPED = "failed", "stopped"  # crashed, or used all its minutes: run only if named
 # Time before a stage is killed that it gets to end by itself and to write what it has.
 END_MINUTES, END_SHARE = 0.5, 0.2
-
-
-class FirstDayError(ValueError):
-    """A flag of the suite does not fit the folder, the card or the stages."""
 
 
 class FirstDay:
@@ -74,7 +76,7 @@ class FirstDay:
         path = self.folder / RECORD
         card = "no card: a trial" if tiny else gpu_clocks().partition(",")[0]
         new = {"tiny": tiny, "card": card, "stages": {}}
-        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else new
+        self.record = read_record(folder) if path.exists() else new
         if self.record["tiny"] != tiny:
             kind = "a trial, which --tiny continues" if self.record["tiny"] else "no trial"
             raise FirstDayError(f"--out {folder} is {kind}. Set another --out.")
@@ -158,13 +160,17 @@ class FirstDay:
         self._show(f"{stage.name}: at most {minutes:.1f} minutes; its output goes to {log}")
         env = os.environ | ({"JAX_PLATFORMS": "cpu"} if self.tiny else {})
         start_s, start_time = time.monotonic(), time.time()
-        with open(log, "a", errors="replace") as output:
-            print(f"\n$ {shlex.join(argv)}", file=output, flush=True)
-            status = run_process_group(argv, output, 60 * minutes, env)
-        taken_s = time.monotonic() - start_s
-        entry["used_s"] = used_s + taken_s
+        try:
+            with open(log, "a") as output:
+                print(f"\n$ {shlex.join(argv)}", file=output, flush=True)
+                log_start = output.tell()
+                status = run_process_group(argv, output, 60 * minutes, env)
+        finally:
+            taken_s = time.monotonic() - start_s
+            entry.update(reason="interrupted", used_s=used_s + taken_s)
+            self._save()
         time_was_up = taken_s >= 60 * child_minutes
-        entry["state"], entry["reason"] = self._judge(stage, status, time_was_up)
+        entry["state"], entry["reason"] = self._judge(stage, status, log_start, time_was_up)
         call = processor.provenance() | {"command": argv, "status": status, "seconds": taken_s}
         entry["calls"].append(call | {"tiny": self.tiny})
         if stage.collect:
@@ -173,21 +179,21 @@ class FirstDay:
             self._mark_trial(stage)
         self._save()
         ending = f": {entry['reason']}" if entry["reason"] else ""
-        lines = [f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}"]
-        lines += [f"  {line}" for line in summarize(stage.name, self._rows(stage))]
-        self._show("\n".join(lines))
+        lines = [f"  {line}" for line in summarize(stage.name, self._rows(stage))]
+        headline = f"{stage.name}: {entry['state']} after {taken_s:.0f} s{ending}"
+        self._show("\n".join([headline, *lines]))
 
-    def _judge(self, stage: Stage, status: int | None, time_was_up: bool) -> tuple[str, str]:
-        """Returns (state, reason) of a stage whose process ended.
+    def _judge(
+        self, stage: Stage, status: int | None, log_start: int, time_was_up: bool
+    ) -> tuple[str, str]:
+        """Returns (state, reason) of a stage that ended; status is None if its time was up.
 
-        Args:
-            status: its exit status; None if it was killed because its time was up.
+        Its output begins at the byte `log_start` of its log.
         """
         if status:
-            log = (self.folder / f"{stage.name}.log").read_text(errors="replace")
-            log = log.rpartition("\n$ ")[2].partition("\n")[2]  # of this call, without its command
+            log = self.folder / f"{stage.name}.log"
             name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            return FAILED, f"{name}: {' | '.join(log.strip().splitlines()[-3:])[-500:]}"
+            return FAILED, f"{name}: {last_lines(log, 500, log_start)}"
         path = self.folder / stage.result
         try:
             rows = read_rows(path)
@@ -260,10 +266,9 @@ class FirstDay:
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Locks a folder for the block. Raises FirstDayError if another call of the suite has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".first_day.lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock_file(folder / RECORD))
         except BlockingIOError:
             text = f"--out {folder} is in use by another call. Wait for its end."
             raise FirstDayError(text) from None
@@ -283,18 +288,13 @@ def run_suite(
     names = args.stages or known
     if unknown := [name for name in names if name not in known]:
         raise FirstDayError(f"--stages must be of {', '.join(known)}; got {', '.join(unknown)}.")
-    # A child has a session of its own, so it would outlive a plain SIGTERM to this process.
-    old_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with lock_folder(args.out):
-            day = FirstDay(args.out, args.minutes, args.tiny, show, stages)
-            day.retry(args.stages or ())
-            if not (has_gpu() or args.tiny or any(map(day.is_open, stages))):
-                raise NoGpu("suite first-day needs a GPU; got none. Set --tiny to try it here.")
-            show(day.plan_text(names))
-            day.run(names)
-            tiny = " --tiny" if args.tiny else ""
-            show(day.report_text(f"{COMMAND} --minutes={args.minutes:g} --out={args.out}{tiny}"))
-            return int(day.has_failed)
-    finally:
-        signal.signal(signal.SIGTERM, old_handler)
+    with exit_on_sigterm(), lock_folder(args.out):
+        day = FirstDay(args.out, args.minutes, args.tiny, show, stages)
+        day.retry(args.stages or ())
+        if not (has_gpu() or args.tiny or any(map(day.is_open, stages))):
+            raise NoGpu("suite first-day needs a GPU; got none. Set --tiny to try it here.")
+        show(day.plan_text(names))
+        day.run(names)
+        tiny = " --tiny" if args.tiny else ""
+        show(day.report_text(f"{COMMAND} --minutes={args.minutes:g} --out={args.out}{tiny}"))
+        return int(day.has_failed)

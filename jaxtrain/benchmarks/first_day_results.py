@@ -10,22 +10,52 @@ from jaxtrain.benchmarks.gpu_results import describe
 from pallas_kernels.bench_results import OURS, best_of
 
 Row = dict[str, Any]
+RECORD = "first_day.json"  # what each stage has done
 TOP_CAUSES = 6  # of a profile, to print
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, lines: bool | None = None) -> list[Row]:
     """Returns the rows of a result: the lines of a .jsonl file, or one row of a .json file.
+
+    Args:
+        lines: whether each line is a row; default: if the file's name ends in .jsonl.
 
     Raises:
         OSError: the file is missing.
         ValueError: it is not JSON, or has other values than JSON objects.
     """
-    text = path.read_text()
-    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else None
-    rows = [json.loads(text)] if values is None else values
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must have JSON objects")
+    lines = path.suffix == ".jsonl" if lines is None else lines
+    try:
+        text = path.read_text()
+        rows = [json.loads(row) for row in (text.splitlines() if lines else [text])]
+    except ValueError as error:  # neither JSON nor, possibly, text
+        raise ValueError(f"{path} must have JSON objects; got {error}") from None
+    if other := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path} must have JSON objects; got {str(other[0])[:80]}")
     return rows
+
+
+class FirstDayError(ValueError):
+    """A flag of the suite does not fit the folder, the card or the stages."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the record of a folder of the suite.
+
+    Raises:
+        FirstDayError: the folder has none, or a damaged one.
+    """
+    try:
+        [record] = read_rows(folder / RECORD)
+        states = [entry["state"] for entry in record["stages"].values()]
+        if {type(value) for value in (*states, record["card"])} - {str}:
+            raise ValueError(f"card={record['card']}, states={states}")
+        return record | {"tiny": bool(record["tiny"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FirstDayError(
+            f"--out must be a folder of suite first-day; got {folder / RECORD}: "
+            f"{type(error).__name__} {error}. Set another --out."
+        ) from None
 
 
 def row_name(row: Row) -> str:

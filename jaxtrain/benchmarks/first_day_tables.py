@@ -5,13 +5,19 @@ row replaces the row of the same thing on the same card, and the row that called
 of other cards stay.
 """
 
-import json
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtrain.benchmarks.first_day_results import Row, contests, kernel_figure, read_rows
+from jaxtrain.benchmarks.first_day_results import (
+    Row,
+    contests,
+    kernel_figure,
+    read_record,
+    read_rows,
+)
 from jaxtrain.benchmarks.gpu_results import SHARE_TOKENS
 from pallas_kernels import kernel_choice
 
@@ -81,14 +87,25 @@ def update_page(text: str, block: str, rows: Sequence[TableRow]) -> str:
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
-def _source(machine: Row, call: dict[str, Any]) -> str:
-    """Returns the third cell: the card, the versions, the date and the commit of a stage's call."""
+@contextlib.contextmanager
+def _name_result(path: Path) -> Iterator[None]:
+    """Turns an error about a missing or damaged result into a TableError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TableError(
+            f"--write needs the results of the suite; got {path}: {type(error).__name__} {error}. "
+            "Run its stage again: --stages."
+        ) from None
+
+
+def _describe_machine(machine: Row) -> str:
+    """Returns the card and the versions of a result of the stage machine."""
     versions = [f"driver {machine['driver']}"]
     if machine.get("cudnn"):
         versions.append(f"cuDNN {machine['cudnn']}")
     versions += [f"{name} {version}" for name, version in machine["versions"].items()]
-    when = f"{call['date'][:10]}, {call['commit'][:7]}"
-    return f"{machine['device']}, {', '.join(versions)}, {when}"
+    return f"{machine['device']}, {', '.join(versions)}"
 
 
 def training_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
@@ -168,22 +185,26 @@ def write_tables(folder: Path, root: Path = ROOT) -> list[Path]:
         root: of the checkout.
 
     Raises:
-        OSError: the folder has no record, or the checkout no docs.
-        TableError: the folder is a trial's, or a page has no marks for a table.
-        ValueError: a tuned table does not have the form that training reads.
+        OSError: the checkout has no docs.
+        FirstDayError: see read_record.
+        TableError: the folder is a trial's, a result is missing or damaged, or a page has no marks
+            for a table.
     """
-    record = json.loads((folder / "first_day.json").read_text())
+    record = read_record(folder)
     if record["tiny"]:
         raise TableError(f"--write needs measurements; got --out={folder}, which is a trial's.")
-    [machine] = read_rows(folder / "machine.json")
+    with _name_result(folder / "machine.json"):
+        card = _describe_machine(read_rows(folder / "machine.json")[0])
     pages, changed = {}, []
     for block, (stage, result, compute) in FIGURES.items():
         calls = record["stages"].get(stage, {}).get("calls", [])
         if not calls or not (folder / result).exists():
             continue
-        rows = [row for row in read_rows(folder / result) if not is_trial(row)]
-        source, command = _source(machine, calls[-1]), COMMAND.format(stage)
-        table = [TableRow(what, figure, source, command) for what, figure in compute(rows)]
+        when = f"{calls[-1]['date'][:10]}, {calls[-1]['commit'][:7]}"
+        source, command = f"{card}, {when}", COMMAND.format(stage)
+        with _name_result(folder / result):
+            rows = [row for row in read_rows(folder / result) if not is_trial(row)]
+            table = [TableRow(what, figure, source, command) for what, figure in compute(rows)]
         for name in PAGES[block] if table else ():
             text = pages.get(name) or (root / name).read_text()
             try:
@@ -192,7 +213,8 @@ def write_tables(folder: Path, root: Path = ROOT) -> list[Path]:
                 raise TableError(f"{name}: {error}") from None
     tuned = sorted((folder / "tuned").glob("*.json"))
     if tuned:
-        kernel_choice.read_rows(folder / "tuned")  # raises ValueError before anything is written
+        with _name_result(folder / "tuned"):  # before anything is written
+            kernel_choice.read_rows(folder / "tuned")
     for path in tuned:
         target = root / "pallas_kernels" / "tuned" / path.name
         target.parent.mkdir(exist_ok=True)

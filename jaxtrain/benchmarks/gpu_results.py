@@ -156,7 +156,8 @@ def describe(row: dict[str, Any]) -> str:
     if row.get("idle_share") is not None:
         launching = f"device idle {row['idle_share']:.1%}"
     return (
-        f"{name} micro-batches of {row['rows']} rows, {row['tokens_per_step']} tokens a step, "
+        f"{name} micro-batches of {row['rows']} row{'s' * (row['rows'] > 1)}, "
+        f"{row['tokens_per_step']} tokens a step, "
         f"{1e3 * row['step_s']:.1f} ms (p95 {1e3 * row['step_p95_s']:.1f}), "
         f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}, {_describe_optimizer(row)}, "
         f"{launching}{peak} (predicted {predicted:.1f} GiB){ending}"

@@ -20,7 +20,7 @@ from typing import Any
 from jaxtrain.benchmarks.child import run_process_group
 from jaxtrain.file_errors import Appender
 from jaxtrain.files import strict_json, write_atomic
-from pallas_kernels.arguments import Parser
+from pallas_kernels.arguments import Parser, positive
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = "JAXTRAIN_TEST_ROWS"  # variable with the path of the rows, which turns the plugin on
@@ -79,7 +79,9 @@ def compact(path: Path, extra: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m jaxtrain.benchmarks.gpu_tests", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="file for the rows")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time limit; default: 10")
+    parser.add_argument(
+        "--minutes", type=positive(float), default=10.0, help="time limit; default: 10"
+    )
     parser.add_argument("--tiny", action="store_true", help="a trial with other tests, on a CPU")
     args = parser.parse_args(argv)
     out = args.out.absolute()

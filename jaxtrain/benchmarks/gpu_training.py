@@ -194,6 +194,10 @@ class GpuSuite:
         elif self._left_s < expected_s:
             yield self._row(item, cfg, 0, not_measured())
             return
+        elif self._args.rows > job.batch:
+            error = f"--rows must be at most {job.batch}, the sequences of a step; got "
+            yield self._row(item, memory_cfg, 0, {"error": f"{error}{self._args.rows}"})
+            return
         else:
             if key not in self._best_rows:  # an interrupted child may have left half a cache
                 shutil.rmtree(self._cache(item), ignore_errors=True)

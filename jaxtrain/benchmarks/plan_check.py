@@ -25,7 +25,7 @@ from jaxtrain.ops.precision import resolve_dtype_for_chip
 from jaxtrain.planning.calibration import fit_calibration
 from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.search import compiled_figures
-from pallas_kernels.arguments import Parser
+from pallas_kernels.arguments import Parser, positive
 from pallas_kernels.chip import CHIPS, Chip, find_chip
 
 TINY_CHIP = "a40"  # that a trial, which has no card, plans for
@@ -82,7 +82,9 @@ def compare_step(row: Row, chip: Chip, cache: Path) -> Row:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m jaxtrain.benchmarks.plan_check", __doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of suite first-day")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time limit; default: 10")
+    parser.add_argument(
+        "--minutes", type=positive(float), default=10.0, help="time limit; default: 10"
+    )
     parser.add_argument("--tiny", action="store_true", help="the folder is a trial's")
     args = parser.parse_args(argv)
     try:

@@ -72,7 +72,7 @@ def machine_text(machine: Mapping[str, Any]) -> str:
     if load[0] > 0.25 * machine["cores"]:
         lines.append(
             f"WARNING   the machine is busy (load {load[0]:.2f} on {machine['cores']} cores): wall "
-            "times will be too long and ratios inaccurate. See the column `others`."
+            "times will be too long and ratios inaccurate"
         )
     return "\n".join(lines)
 

@@ -138,7 +138,8 @@ class ModelConfig(Section):
     unroll: int = knob(0, "layers per scan iteration; 0 chooses the chip's best value", low=0)
     remat: str = knob(
         "none",
-        "activations to recompute in the backward pass instead of storing them",
+        "activations to recompute in the backward pass instead of storing them: none, all but "
+        "results of products and attention (dots), all but attention's, or all of a layer (full)",
         choices=("none", "dots", "attention", "full"),
     )
 

@@ -49,6 +49,9 @@ def scan_layers(
         remat: model.remat.
     """
 
+    L, P = len(jax.tree.leaves(layers)[0]), len(kinds)
+    is_loop = max(1, unroll // P) < L // P  # otherwise JAX inlines the only iteration
+
     def body_of(kind, in_loop):
         one_layer = functools.partial(body, kind)
         if remat == "none":
@@ -57,11 +60,10 @@ def scan_layers(
         # the original: the barriers that prevent_cse adds are not needed there.
         return jax.checkpoint(one_layer, policy=REMAT[remat], prevent_cse=not in_loop)
 
-    if len(kinds) == 1:
-        return jax.lax.scan(body_of(kinds[0], True), h_BTD, layers, unroll=unroll)
-    L, P = len(jax.tree.leaves(layers)[0]), len(kinds)
+    if P == 1:
+        return jax.lax.scan(body_of(kinds[0], is_loop), h_BTD, layers, unroll=unroll)
 
-    def run(h_BTD, some_layers, in_loop=True):
+    def run(h_BTD, some_layers, in_loop=is_loop):
         results = []
         for i in range(len(jax.tree.leaves(some_layers)[0])):
             layer = jax.tree.map(lambda x, i=i: x[i], some_layers)

@@ -19,7 +19,7 @@ from pallas_kernels.tiles import TILES, default_tiles
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
-UNROLLED_LAYERS = 12  # most on CPU; more gain less than they cost in compile time and memory
+UNROLLED_LAYERS = 12  # the most; more gain less than they cost in compile time and memory
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,9 @@ def _layers(model, platform, chip) -> Route:
         return Route("layers", f"unroll={model.unroll}", f"{REQUESTED} model.unroll")
     if platform == "cpu" and model.L <= UNROLLED_LAYERS:
         return Route("layers", f"unroll={model.L}", "cpu: a rolled scan costs 8-28 % of the step")
+    if model.remat == "none" and model.L <= UNROLLED_LAYERS:
+        reason = f"{platform}: a scan would copy all that it stores for the backward"
+        return Route("layers", f"unroll={model.L}", reason)
     unroll = tuning.hint(chip, "unroll", 1)
     reason = f"{platform}: a scan, with the unroll factor of jaxtrain.ops.tuning"
     return Route("layers", f"unroll={unroll}", reason)

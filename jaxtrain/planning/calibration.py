@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from scipy.optimize import lsq_linear
 
 from jaxtrain.metrics.work_kinds import CLASSES
 from pallas_kernels.chip import Chip
+from pallas_kernels.kernel_choice import minor_series
 
 LEAST_EFFICIENCY = 0.02  # a lower one is not a class' speed but time that no class explains
 
@@ -46,10 +48,13 @@ class Calibration(NamedTuple):
         """Returns the efficiencies, their source and their error as one sentence."""
         shares = ", ".join(f"{name} {share:.0%}" for name, share in self.efficiency.items())
         notes = "".join(f"; {note}" for note in self.notes)
+        version = f" with jax {self.about['jax']}" if "jax" in self.about else ""
+        if minor_series(self.about.get("jax", jax.__version__)) != minor_series(jax.__version__):
+            notes += f"; this is jax {jax.__version__}, whose programs may take another time"
         return (
-            f"of the data sheet's peak: {shares}; fitted to {self.steps} steps measured on "
-            f"{self.about.get('card', self.chip)}, {self.about.get('date', 'without a date')}, to "
-            f"{self.largest_error:.0%}{notes}"
+            f"of the data sheet's peak: {shares}; fitted to {self.steps:d} step"
+            f"{'s' * (self.steps != 1)} measured on {self.about.get('card', self.chip)}{version}, "
+            f"{self.about.get('date', 'without a date')}, to {self.largest_error:.0%}{notes}"
         )
 
 
@@ -90,6 +95,8 @@ def fit_calibration(
     errors = np.abs(least_NC @ inverse / measured - 1)
     if together:
         inverse = np.repeat(inverse, len(names))
+    if missing := [name for name in CLASSES if name not in names]:
+        notes.append(f"not in these steps, so taken at the peak: {', '.join(missing)}")
     near = lambda x: min(abs(x - bound) for bound in bounds) < 1e-6
     if limits := [name for name, x in zip(names, inverse, strict=True) if near(x)]:
         notes.append(f"at the limit of the fit, so not determined: {', '.join(limits)}")
@@ -109,6 +116,9 @@ def read_calibration(path: str | Path, chip: Chip) -> Calibration:
         values = json.loads(Path(path).read_text())
         trial = values.pop("tiny", False)
         found = Calibration(**values | {"notes": tuple(values["notes"])})
+        found.describe()
+        if unknown := set(found.efficiency) - set(CLASSES):
+            raise ValueError(f"classes {', '.join(unknown)}, which are not of {CLASSES}")
         valid = all(0 < share <= 1 for share in found.efficiency.values()) and found.efficiency
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

@@ -278,7 +278,7 @@ class Loop:
         with self.collector.pause("profile"):
             self.tracer.switch()
         if not self.tracer.is_on:
-            self.logger.note(f"trace in {self.tracer.folder}: python -m jaxtrain.profile shows it")
+            self.logger.note(f"trace made; to read it: jaxtrain profile {self.tracer.folder}")
 
 
 @jax.jit

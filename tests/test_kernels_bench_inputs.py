@@ -1,0 +1,197 @@
+"""The bench with wrong flags, damaged files, broken children and interruptions."""
+
+import json
+import os
+import signal
+import stat
+import threading
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, contest_child, contest_process
+from pallas_kernels.bench_results import merge_rows
+from pallas_kernels.child_process import ChildProcess
+from pallas_kernels.contest_child import ContestJob, run_contest
+from pallas_kernels.result_files import lock_file, write_json
+from tests.test_kernels_bench import ATTENTION, CONTESTS, FORWARD, NORM, run_fake, timed
+
+
+@pytest.mark.parametrize("only", [["nrm"], ["norm", "nrm"]])
+def test_a_contest_that_does_not_exist_is_an_error(only):
+    with pytest.raises(SystemExit, match="--only must be part of a contest's name; got nrm"):
+        bench.main(["--tiny", "--only", *only])
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "x"])
+def test_minutes_must_be_a_positive_number(minutes, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse([f"--minutes={minutes}"])
+    assert f"--minutes: must be a positive number; got {minutes}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/results.json", "file/a/results.json", "."])
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_measured(
+    out, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(contest_process, "ChildProcess", None)  # no child may start
+    with pytest.raises(SystemExit, match=f"error: --out .*{tmp_path}"):
+        bench.main(["--tiny", f"--out={tmp_path / out}"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"contests": 3}', '{"contests": {"a": 1}}'])
+def test_a_damaged_file_cannot_be_resumed(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest_process, "ChildProcess", None)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(SystemExit, match="--resume .* got .*results.json"):
+        bench.main(["--tiny", "--resume", f"--out={tmp_path / 'results.json'}"])
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_trial_and_a_measurement_never_share_a_file(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest_process, "ChildProcess", None)
+    out = tmp_path / "results.json"
+    trial = {} if tiny else {"trial": "interpreted at tiny shapes; the times mean nothing"}
+    out.write_text(json.dumps({"device": "H100", "contests": {}} | trial))
+    kinds = "a measurement, which a trial" if tiny else "a trial, which a measurement"
+    with pytest.raises(SystemExit, match=f"results.json is {kinds} cannot continue"):
+        bench.main(["--resume", f"--out={out}", *["--tiny"] * tiny])
+
+
+def named(*kinds):
+    """Returns contests whose names make the fake child fail in these ways, and one that works."""
+    contest = CONTESTS[NORM]
+    return {kind: contest._replace(name=f"norm {kind}") for kind in (*kinds, "good")}
+
+
+def test_a_child_whose_result_cannot_be_read_costs_only_its_own_row(monkeypatch, tmp_path):
+    contests = named("silent", "half", "list", "chatty")
+    monkeypatch.setattr("tests.test_kernels_bench.CONTESTS", contests)
+    results = run_fake(monkeypatch, tmp_path, names=contests)
+    errors = [results[f"norm {kind}"]["error"] for kind in ("silent", "half", "list", "chatty")]
+    assert "result.json" in errors[0] and "No such file" in errors[0]
+    assert all("must have a JSON object" in error for error in errors[1:3])
+    assert errors[3].startswith("exit status 7: ") and errors[3].endswith("the last line")
+    assert len(errors[3]) < 500 and results["norm good"]["done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_ends_all_its_children(number, monkeypatch, tmp_path):
+    started, path = [], tmp_path / "results.json"
+
+    class Recorded(ChildProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self._process)
+
+        def send_line(self):
+            super().send_line()
+            if len(started) == 3:  # the device's, the hanging one and the one that waits
+                threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+    monkeypatch.setattr(contest_process, "ChildProcess", Recorded)
+    with pytest.raises(SystemExit) as stop:
+        run_fake(monkeypatch, tmp_path, names=(FORWARD, NORM))
+    assert stop.value.code == 128 + number
+    assert len(started) == 3 and all(process.poll() is not None for process in started)
+    with lock_file(path):  # is free again
+        pass
+
+
+def test_two_benches_cannot_write_one_file(tmp_path):
+    out = tmp_path / "new" / "results.json"
+    with lock_file(out), pytest.raises(SystemExit, match="--out .*results.json is in use"):
+        bench.main(["--tiny", f"--out={out}"])
+    assert os.listdir(out.parent) == []
+
+
+def test_a_written_file_can_be_read_by_others_and_a_failure_leaves_nothing(tmp_path):
+    write_json(tmp_path / "a.json", {})
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "b.json", object())
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "plain"}
+
+
+def test_what_the_time_did_not_allow_is_listed_and_done_by_the_next_call(
+    monkeypatch, tmp_path, capsys
+):
+    names = (NORM, ATTENTION)
+    assert run_fake(monkeypatch, tmp_path, "--minutes=1e-9", names=names) == {}
+    left = [f"{name}: not measured, the 1e-09 minutes are up" for name in names]
+    assert capsys.readouterr().out.splitlines()[1:] == left
+    contests = run_fake(monkeypatch, tmp_path, "--resume", names=names)
+    assert all(contests[name]["done"] for name in names)
+    (tmp_path / "tuned" / "h100.json").unlink()
+    assert run_fake(monkeypatch, tmp_path, "--resume", names=names) == contests
+    assert len(json.loads((tmp_path / "tuned" / "h100.json").read_text())) == 2
+
+
+ROW = {"op": "norm", "shape": [768], "jax": "0.11.2", "documents": False, "date": "2026-01-01"}
+
+
+def test_saving_some_contests_keeps_the_rows_of_the_others():
+    names = ("norm", "norm 2", "square")
+    contests = [
+        CONTESTS[NORM]._replace(op=name.split()[0], name=name, shape=(size,))
+        for name, size in zip(names, (768, 1_024, 768), strict=True)
+    ]
+    old = [
+        ROW,  # measured again
+        ROW | {"jax": "0.10.2"},
+        ROW | {"shape": [1_024]},  # measured again, and wrong
+        ROW | {"shape": [2_048]},
+        ROW | {"op": "square"},  # not measured now
+    ]
+    right = {"contestants": {"triton": timed(1.0, tiles=None), "xla": timed(2.0)}}
+    wrong = {"contestants": {"triton": "wrong", "xla": timed(2.0)}}
+    results = {"chip": "h100", "jax": "0.11.7", "contests": {"norm": right, "norm 2": wrong}}
+    results |= {"command": ["python"], "date": "2026-02-02"}
+    rows = merge_rows(old, contests, results)
+    assert rows[:-1] == [old[1], old[3], old[4]]
+    assert rows[-1]["jax"] == "0.11.7" and rows[-1]["shape"] == (768,)
+    assert rows[-1]["date"] == "2026-02-02" and rows[-1]["command"] == "python"
+
+
+def test_a_damaged_table_is_an_error_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "h100.json").write_text("[{")
+    with pytest.raises(SystemExit, match="h100.json must contain rows of the bench"):
+        run_fake(monkeypatch, tmp_path, names=(NORM,))
+
+
+def test_stored_commands_have_no_path_of_this_machine(monkeypatch, tmp_path):
+    run_fake(monkeypatch, tmp_path, "--minutes=2", names=(NORM,))
+    words = ["python", "-m", "pallas_kernels.bench", "--out=results.json", "--save", "--minutes=2"]
+    assert json.loads((tmp_path / "results.json").read_text())["command"] == words
+    [row] = json.loads((tmp_path / "tuned" / "h100.json").read_text())
+    assert row["command"] == " ".join(words)
+
+
+def test_resuming_says_what_is_kept_and_tunes_what_was_not(monkeypatch, tmp_path, capsys):
+    old = {"done": True, "contestants": {"torch sdpa": timed(0.5), "triton": timed(9.0)}}
+    results = {"device": "fake", "contests": {ATTENTION: old, NORM: old}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    contests = run_fake(monkeypatch, tmp_path, "--resume", "--tune", names=(ATTENTION, NORM))
+    assert contests[NORM] == old  # its kernel has no tiles to tune
+    assert list(contests[ATTENTION]["contestants"]) == ["torch sdpa", "xla", "triton"]
+    kept = f"{tmp_path / 'results.json'} has the results of 1 of 2 contests, which are kept"
+    assert kept in capsys.readouterr().out
+
+
+def test_a_contest_without_a_correct_kernel_counts_as_tuned(monkeypatch):
+    contest = CONTESTS[ATTENTION]._replace(
+        arrays=lambda key: [jnp.ones(4)],
+        kernel=lambda tiles: lambda x: 2 * x,
+        others={},
+        exact=lambda x: x.astype(jnp.float64),
+        tolerances=(1e-3,),
+    )
+    monkeypatch.setattr(contest_child, "contests_of", lambda tiny: [contest])
+    saved = {}
+    run_contest(ContestJob(contest.name, tune_s=1.0, tiny=True), saved.update)
+    assert saved["contestants"]["triton"].startswith("wrong")
+    assert saved["done"] and saved["tried"] == {}
