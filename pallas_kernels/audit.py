@@ -11,13 +11,21 @@ The columns are registers per thread, instructions that spill registers to memor
 memory per block, threads per block, blocks that fit on a multiprocessor, tensor-core instructions,
 asynchronous copies, and the roofline: the least time that the chip's peaks allow.
 
+Below attention's Triton kernels stand the instructions of a warp in each innermost loop by unit
+(tensor cores; FMA, ALU and MUFU, which computes exp2; loads, stores and shuffles; other), and the
+arithmetic a score: those of FMA, ALU and MUFU, divided by a thread's scores of a block. It leaves
+out the multiplications that rescale the forward's sum, one for each element of the result, since
+their number depends only on the tiles. The forward has a loop without masks and one with masks.
+
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
   - lacks the tensor-core instructions that its products need;
   - is a Mosaic body without warp-group products or copies by the tensor memory accelerator;
-  - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py.
+  - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py;
+  - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,13 +37,30 @@ from pallas_kernels.audit_cases import CASES, Case
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import MOSAIC, TILES, OpTiles, body_of, kernel_tiles
+from pallas_kernels.tiles import MOSAIC, TILES, AttentionTiles, OpTiles, body_of, kernel_tiles
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
 
-def find_faults(case: Case, report: KernelReport, chip: Chip, body: str = "triton") -> list[str]:
-    """Returns a sentence for each requirement that a compiled kernel does not meet."""
+def arithmetic_a_score(case: Case, report: KernelReport, tiles: AttentionTiles) -> list[float]:
+    """Returns the arithmetic instructions a score of each innermost loop, as defined above."""
+    scores = tiles.queries * tiles.keys / report.threads
+    rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
+    return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
+
+
+def find_faults(
+    case: Case,
+    report: KernelReport,
+    chip: Chip,
+    body: str = "triton",
+    tiles: AttentionTiles | None = None,
+) -> list[str]:
+    """Returns a sentence for each requirement that a compiled kernel does not meet.
+
+    Args:
+        tiles: those of an attention kernel's Triton body, to check its budget.
+    """
     floor = case.floor if body == "triton" else 1  # one Mosaic block fills a multiprocessor
     resources, faults = report.resources, []
     if resources.stack_bytes or resources.spills:
@@ -53,6 +78,13 @@ def find_faults(case: Case, report: KernelReport, chip: Chip, body: str = "trito
         faults.append("no warp-group product, or no copy by the tensor memory accelerator")
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
+    if tiles and case.budget:
+        leanest = min(arithmetic_a_score(case, report, tiles), default=math.inf)
+        if leanest > case.budget:
+            faults.append(
+                f"{leanest:.2f} arithmetic instructions a score in its leanest loop; the budget is "
+                f"{case.budget:g}"
+            )
     return faults
 
 
@@ -71,6 +103,15 @@ def format_row(case: Case, report: KernelReport, chip: Chip, body: str) -> str:
         f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} "
         f"{resources.tensor_products:6} {resources.async_copies:5} {roofline_us:8.1f} us"
     )
+
+
+def format_loops(case: Case, report: KernelReport, tiles: AttentionTiles) -> list[str]:
+    """Returns a line for each innermost loop of one of attention's Triton kernels."""
+    figures = arithmetic_a_score(case, report, tiles)
+    return [
+        f"  loop of {loop}: {figure:.2f} a score"
+        for loop, figure in zip(report.resources.loops, figures, strict=True)
+    ]
 
 
 # Mosaic raises ValueError where a kernel needs more shared memory than a block has.
@@ -148,7 +189,12 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
             continue
         report = reports[build, body][case.name]
         show(format_row(case, report, chip, body))
-        faults += [f"{where}: {fault}" for fault in find_faults(case, report, chip, body)]
+        attention_tiles = None
+        if case.op == "attention" and body == "triton":
+            attention_tiles = kernel_tiles(tiles, case.kernel)
+            show("\n".join(format_loops(case, report, attention_tiles)))
+        found = find_faults(case, report, chip, body, attention_tiles)
+        faults += [f"{where}: {fault}" for fault in found]
     return faults
 
 

@@ -30,6 +30,12 @@ class Case(NamedTuple):
     only_body: str = ""  # the only body that is compiled at this shape
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
+    K: int = 0  # the width of attention's heads
+    budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
+
+
+# Maximum, FMA, exp2, sum and half a conversion make 4.5; the rest is for addresses and rows.
+FORWARD_BUDGET = 6.0
 
 
 def _array(*shape, dtype: Any = jnp.bfloat16):
@@ -134,7 +140,8 @@ def _attention_case(kernel, B, T, H, G, K, documents=True):
     case = Case(name, shape, build, hbm_bytes, flops, 1, True, "attention", kernel)
     why = "because Triton's body needs fewer registers without documents than with them"
     only = {} if documents else {"only_body": "mosaic", "why_only": why}
-    return case._replace(build_all=build_all, **only)
+    budget = FORWARD_BUDGET if kernel == "forward" else 0.0
+    return case._replace(build_all=build_all, K=K, budget=budget, **only)
 
 
 CASES = [

@@ -15,33 +15,24 @@ from typing import NamedTuple
 
 import cramjam
 
+from pallas_kernels.machine_code import Loop, count_instructions, find_loops
+
 SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the first block header of a record file
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<5Q")  # hash, data size, data hash, type and records, decoded size
 ELF = b"\x7fELF\x02"
+ABI_VERSION = 8  # where an image stores it; since version 8 the flags are laid out otherwise
 FRAME_SIZE, REGISTER_COUNT = 0x11, 0x2F  # attributes of .nv.info, stored as (symbol, value)
 SIZED = 4  # the format of an attribute whose size precedes its value
-# The low 12 bits of an instruction, on compute capabilities 8.0 to 9.0.
-OPCODES = {
-    0x23C: "HMMA",  # tensor core
-    0x5F0: "HGMMA",  # tensor core, by Hopper's warp groups
-    0xDF0: "HGMMA",
-    0x9F0: "HGMMA",
-    0x1F0: "HGMMA",
-    0xFAE: "LDGSTS",  # asynchronous copy to shared memory
-    0x5B4: "UTMALDG",  # copy to shared memory by Hopper's tensor memory accelerator
-    0x3B5: "UTMASTG",  # copy from shared memory by the same unit
-    0x387: "STL",  # store of a spilled register
-    0x983: "LDL",  # load of a spilled register
-}
 
 
 class Resources(NamedTuple):
-    """A kernel's registers and stack, and how many instructions of each kind in OPCODES it has."""
+    """A kernel's registers and stack, its instructions by name, and its innermost loops."""
 
     registers: int  # per thread
     stack_bytes: int  # per thread; more than 0 means that registers spill
     instructions: Counter
+    loops: tuple[Loop, ...] = ()  # those with tensor-core products
 
     @property
     def spills(self) -> int:
@@ -150,15 +141,14 @@ def read_resources(image: bytes) -> dict[str, Resources]:
     """Returns {kernel's name: Resources} of one cubin."""
     sections = _sections(image)
     registers, stacks = _attribute(sections, REGISTER_COUNT), _attribute(sections, FRAME_SIZE)
+    (flags,) = struct.unpack_from("<I", image, 0x30)
+    capability = (flags >> 8 if image[ABI_VERSION] >= 8 else flags) & 0xFF
     resources = {}
-    for section, data in sections.items():
-        if not section.startswith(".text."):
-            continue
-        name = section.removeprefix(".text.")
-        # An instruction has 128 bits; the opcode is in the first half.
-        codes = struct.unpack(f"<{len(data) // 8}Q", data)[::2]
-        kinds = Counter(OPCODES[code & 0xFFF] for code in codes if code & 0xFFF in OPCODES)
-        resources[name] = Resources(registers[name], stacks.get(name, 0), kinds)
+    for section, code in sections.items():
+        if section.startswith(".text."):
+            name = section.removeprefix(".text.")
+            counts, loops = count_instructions(code), find_loops(code, capability)
+            resources[name] = Resources(registers[name], stacks.get(name, 0), counts, loops)
     return resources
 
 

@@ -7,7 +7,8 @@ Online softmax (the paper's m and l): for each query the kernel keeps m, the lar
 l, the sum of exp(score - m), and the sum of exp(score - m) * value. When a block of keys raises m,
 both sums are multiplied by exp(old m - new m), so at the end their quotient is the exact result.
 The backward recomputes the probabilities as exp(score - L) from the stored log-sum-exp
-L = m + log(l). Scores are scaled by log2(e), since the GPU has an instruction for exp2, not exp.
+L = m + log(l). The GPU has an instruction for exp2, not exp, so m and L are in units of log2(e).
+The forward first visits the blocks of keys that need no mask, then the others (key_blocks.py).
 
 The backward has two kernels. One owns a block of keys and sums over the queries (dk, dv); the other
 owns a block of queries and sums over the keys (dq). A single kernel would save recomputing the
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from pallas_kernels import triton
+from pallas_kernels import key_blocks, triton
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
 from pallas_kernels.validation import check_attention
@@ -73,9 +74,9 @@ def _read_docs(docs, batch, rows, columns):
     return read(docs[0], rows, -2), read(docs[1], columns, -3)
 
 
-def _scores(q, k):
-    """Returns the scores times log2(e) / sqrt(K), [queries,keys]."""
-    return triton.dot(q, k, trans_b=True) * (math.log2(math.e) * q.shape[1] ** -0.5)
+def _scale(K):
+    """Returns log2(e) / sqrt(K), which makes the product of q and k an exponent of exp2."""
+    return math.log2(math.e) * K**-0.5
 
 
 def _visible(rows, columns, T, S, docs):
@@ -90,12 +91,7 @@ def _visible(rows, columns, T, S, docs):
     return visible
 
 
-def _last_key(block, tiles, T, S):
-    """Returns how many keys the last query of a block sees."""
-    return jnp.clip((block + 1) * tiles.queries + S - T, 0, S)
-
-
-def _forward_kernel(*refs, tiles, group):
+def _forward_kernel(*refs, tiles, group, interpret):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -103,47 +99,55 @@ def _forward_kernel(*refs, tiles, group):
     query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q = query_head.read(q_ref, rows)
+    scale = _scale(K)
 
-    def add_block(j, carry):
+    def add_block(j, carry, masked):
         m_Q, l_Q, sum_QK = carry
         columns = j * tiles.keys + jnp.arange(tiles.keys)
-        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
-        s = _scores(q, key_head.read(k_ref, columns))
-        s = jnp.where(visible, s, MASKED)
+        s = triton.dot(q, key_head.read(k_ref, columns, inside=not masked), trans_b=True)
+        if masked:
+            visible = _visible(rows, columns, T, S, _read_docs(docs[:2], batch, rows, columns))
+            s = jnp.where(visible, s, MASKED / scale)  # exp2 multiplies it by scale
         # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
-        m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1))
-        p = jnp.exp2(s - m_new_Q[:, None])
-        rescale_Q = jnp.exp2(m_Q - m_new_Q)
-        v = key_head.read(v_ref, columns)
+        m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1) * scale)
+        p = triton.exp2(s, scale, m_new_Q[:, None], interpret)
+        rescale_Q = triton.exp2(m_Q, 1.0, m_new_Q, interpret)
+        v = key_head.read(v_ref, columns, inside=not masked)
         sum_QK = sum_QK * rescale_Q[:, None] + triton.dot(p.astype(v.dtype), v)
         return m_new_Q, l_Q * rescale_Q + p.sum(1), sum_QK
 
-    last = _last_key(block, tiles, T, S)
-    start = (
+    visits = key_blocks.causal_visits(block, tiles, T, S)
+    if docs:
+        visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
+    carry = (
         jnp.full((tiles.queries,), LOWEST, jnp.float32),
         jnp.zeros((tiles.queries,), jnp.float32),
         jnp.zeros((tiles.queries, K), jnp.float32),
     )
-    m_Q, l_Q, sum_QK = jax.lax.fori_loop(0, -(-last // tiles.keys), add_block, start)
+    unmasked = functools.partial(add_block, masked=False)
+    carry = jax.lax.fori_loop(visits.clear, visits.diagonal, unmasked, carry)
+    masked = lambda i, carry: add_block(visits.masked(i), carry, masked=True)
+    m_Q, l_Q, sum_QK = jax.lax.fori_loop(0, visits.masked_count, masked, carry)
     empty = l_Q == 0  # queries that see no key
     query_head.write(o_ref, rows, sum_QK / jnp.where(empty, 1.0, l_Q)[:, None])
     lse = jnp.where(empty, EMPTY_ROW_LSE, m_Q + jnp.log2(jnp.where(empty, 1.0, l_Q)))
     triton.store(lse_ref.at[batch, head, rows], lse, mask=rows < T)
 
 
-def _probabilities_and_ds(q, k, v, do, lse, delta, visible):
+def _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret):
     """Returns the probabilities and the scores' gradient, without its factor 1/sqrt(K).
 
     Softmax's gradient is p * (dp - sum(p * dp)); the sum is delta, which equals sum(o * do). Both
     are rounded to q.dtype for the tensor core.
     """
-    p = jnp.where(visible, jnp.exp2(_scores(q, k) - lse[:, None]), 0.0)
+    p = triton.exp2(triton.dot(q, k, trans_b=True), _scale(q.shape[1]), lse[:, None], interpret)
+    p = jnp.where(visible, p, 0.0)
     dp = triton.dot(do, v, trans_b=True)
     ds = jnp.where(visible, p * (dp - delta[:, None]), 0.0)  # 0 * (dp - delta) may be nan
     return p.astype(q.dtype), ds.astype(q.dtype)
 
 
-def _dkv_kernel(*refs, tiles, group):
+def _dkv_kernel(*refs, tiles, group, interpret):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dk_ref, dv_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, shared_head, batch = (pl.program_id(i) for i in range(3))
@@ -162,7 +166,7 @@ def _dkv_kernel(*refs, tiles, group):
         lse = query_head.read_vector(lse_ref, rows, EMPTY_ROW_LSE)
         delta = query_head.read_vector(delta_ref, rows, 0.0)
         visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
-        p, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible)
+        p, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret)
         return dk + triton.dot(ds, q, trans_a=True), dv + triton.dot(p, do, trans_a=True)
 
     zero = jnp.zeros((tiles.keys, K), jnp.float32)
@@ -171,7 +175,7 @@ def _dkv_kernel(*refs, tiles, group):
     key_head.write(dv_ref, columns, dv)
 
 
-def _dq_kernel(*refs, tiles, group):
+def _dq_kernel(*refs, tiles, group, interpret):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -186,18 +190,17 @@ def _dq_kernel(*refs, tiles, group):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
         visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
-        _, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible)
+        _, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret)
         return dq + triton.dot(ds, k)
 
-    last = _last_key(block, tiles, T, S)
     zero = jnp.zeros((tiles.queries, K), jnp.float32)
-    dq = jax.lax.fori_loop(0, -(-last // tiles.keys), add_block, zero)
+    dq = jax.lax.fori_loop(0, key_blocks.causal_visits(block, tiles, T, S).end, add_block, zero)
     query_head.write(dq_ref, rows, dq * K**-0.5)
 
 
 def _call(kernel, name, tiles, grid, out_shape, group, interpret):
     return triton.call(
-        functools.partial(kernel, tiles=tiles, group=group),
+        functools.partial(kernel, tiles=tiles, group=group, interpret=interpret),
         name=f"flash_attention_{name}",
         grid=grid,
         out_shape=out_shape,
@@ -257,7 +260,8 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
         group = H // k.shape[2]
         kernel = _call(_forward_kernel, "forward", tiles, grid, shapes, group, interpret)
-        o, lse = kernel(q, k, v, *docs)
+        bounds = (key_blocks.document_bounds(*docs, tiles),) if docs else ()
+        o, lse = kernel(q, k, v, *docs, *bounds)
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 

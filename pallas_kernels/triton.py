@@ -29,6 +29,27 @@ def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False
     return triton.dot(a, b, trans_a=trans_a, trans_b=trans_b, allow_tf32=False)
 
 
+def exp2(x: jax.Array, scale: float, shift: jax.Array, interpret: bool) -> jax.Array:
+    """Returns 2**(x * scale - shift) in float32, on a GPU by two instructions for each element.
+
+    Otherwise the compiler multiplies and subtracts separately, and exp2 of CUDA's library takes
+    three more instructions to be exact below 2**-126, where this gives 0. The relative error of ex2
+    is at most 2**-22.5; NaN and infinities give what jnp.exp2 does.
+
+    Source: fma and ex2 in NVIDIA's PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
+    """
+    if interpret:
+        return jnp.exp2(x * scale - shift)
+    (result,) = triton.elementwise_inline_asm(
+        "{.reg .f32 e; fma.rn.f32 e, $1, $2, $3; ex2.approx.ftz.f32 $0, e;}",
+        args=[x, jnp.full_like(x, scale), jnp.broadcast_to(-shift, x.shape)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
 def call(
     kernel: Callable,
     *,
@@ -68,9 +89,15 @@ class Head:
     def __init__(self, batch: Any, head: Any):
         self.batch, self.head = batch, head
 
-    def read(self, ref: Any, rows: jax.Array) -> jax.Array:
-        """Reads [rows,K] of an array [B,T,H,K]."""
+    def read(self, ref: Any, rows: jax.Array, inside: bool = False) -> jax.Array:
+        """Reads [rows,K] of an array [B,T,H,K].
+
+        Args:
+            inside: no position is past the end, so that none needs to be compared with it.
+        """
         block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
+        if inside:
+            return load(block)
         return load(block, mask=(rows < ref.shape[1])[:, None], other=0.0)
 
     def write(self, ref: Any, rows: jax.Array, x: jax.Array) -> None:

@@ -17,8 +17,9 @@ from pallas_kernels.audit import find_faults  # noqa: E402
 from pallas_kernels.audit_cases import CASES  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 from pallas_kernels.cubin import Resources, find_cubins  # noqa: E402
+from pallas_kernels.machine_code import Loop  # noqa: E402
 from pallas_kernels.offline import KernelReport  # noqa: E402
-from pallas_kernels.tiles import MOSAIC  # noqa: E402
+from pallas_kernels.tiles import MOSAIC, AttentionTiles  # noqa: E402
 
 
 def run_python(*argv, **env):
@@ -124,6 +125,21 @@ def test_the_audit_reports_each_fault(report, fault):
     report = report._replace(threads=256) if "blocks per" in fault else report
     assert any(fault in text for text in find_faults(CASE, report, find_chip("a40")))
     assert not find_faults(CASE, GOOD, find_chip("a40"))
+
+
+def test_the_forward_has_a_budget_of_arithmetic_for_each_score():
+    """With 256 threads, a thread has 32 scores of a block, and rescales 64 elements of the sum."""
+    chip, tiles = find_chip("a40"), AttentionTiles(128, 64, 8, 2)
+    case = next(case for case in CASES if case.kernel == "forward" and case.K == 128)
+    masked, unmasked = ({"FMA": 2 * 64, "ALU": n, "MUFU": 32, "memory": 90} for n in (256, 96))
+
+    def faults(*loops):
+        loops = tuple(Loop(Counter(units)) for units in loops)
+        return find_faults(case, broken(loops=loops)._replace(threads=256), chip, tiles=tiles)
+
+    assert not faults(unmasked, masked)
+    assert any("11.00 arithmetic instructions a score" in fault for fault in faults(masked))
+    assert any("inf arithmetic instructions a score" in fault for fault in faults())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""The blocks of keys that one block of queries visits in attention, and which of them need a mask.
+
+Blocks that no query of the block sees are skipped. Blocks that all its queries see entirely need no
+mask; they lie one after another, and the masked blocks before and after them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tiles import AttentionTiles
+
+
+def _ceil_div(x, y):
+    return -(-x // y)
+
+
+class Visits(NamedTuple):
+    """Indices of blocks of keys, int32: first <= clear <= diagonal <= end."""
+
+    first: Any  # the first block that is visited
+    clear: Any  # from here to `diagonal`, blocks need no mask
+    diagonal: Any
+    end: Any  # the number of blocks that the last query sees, documents aside
+
+    @property
+    def masked_count(self) -> Any:
+        return self.clear - self.first + self.end - self.diagonal
+
+    def masked(self, i: Any) -> Any:
+        """Returns the i-th block that needs a mask."""
+        j = self.first + i
+        return jnp.where(j < self.clear, j, j + self.diagonal - self.clear)
+
+    def within_documents(self, first: Any, clear: Any) -> "Visits":
+        """Returns the visits within document_bounds' two bounds of this block of queries."""
+        first = jnp.minimum(first, self.end)
+        diagonal = jnp.maximum(self.diagonal, first)
+        return Visits(first, jnp.clip(clear, first, diagonal), diagonal, self.end)
+
+
+def causal_visits(block: Any, tiles: AttentionTiles, T: int, S: int) -> Visits:
+    """Returns the visits of a block of queries where all positions are of one document."""
+    seen_by_first = jnp.maximum(block * tiles.queries + S - T + 1, 0)
+    seen_by_last = jnp.clip((block + 1) * tiles.queries + S - T, 0, S)
+    return Visits(0, 0, seen_by_first // tiles.keys, _ceil_div(seen_by_last, tiles.keys))
+
+
+def _document_ranges(docs_BT, size):
+    """Returns the smallest and the largest document of each block, two int32 [B,blocks]."""
+    B, T = docs_BT.shape
+    blocks = _ceil_div(T, size)
+    docs_BT = jnp.pad(docs_BT, ((0, 0), (0, blocks * size - T)), mode="edge")
+    docs = docs_BT.reshape(B, blocks, size)
+    return docs.min(2), docs.max(2)
+
+
+def document_bounds(docs_BT: jax.Array, docs_BS: jax.Array, tiles: AttentionTiles) -> jax.Array:
+    """Returns two bounds for each block of queries, int32 [B,N,2], in blocks of keys.
+
+    The first is the first block with a document between the smallest and the largest of the
+    queries. From the second to the diagonal, blocks have the only document of the queries; where
+    those have several, it is the diagonal. The documents need no order, but only in order do the
+    bounds leave out all that they can.
+    """
+    low_BN1, high_BN1 = (x[:, :, None] for x in _document_ranges(docs_BT, tiles.queries))
+    low_B1M, high_B1M = (x[:, None, :] for x in _document_ranges(docs_BS, tiles.keys))
+    N, M = low_BN1.shape[1], low_B1M.shape[2]
+    block_N1, block_M = jnp.arange(N, dtype=jnp.int32)[:, None], jnp.arange(M, dtype=jnp.int32)
+    diagonal_N1 = causal_visits(block_N1, tiles, docs_BT.shape[1], docs_BS.shape[1]).diagonal
+    overlaps_BNM = (low_B1M <= high_BN1) & (low_BN1 <= high_B1M)
+    # As low <= high, all four are equal here: both blocks have one document, and the same.
+    same_BNM = (low_BN1 == high_B1M) & (high_BN1 == low_B1M)
+    first_BN = jnp.where(overlaps_BNM, block_M, M).min(2)
+    clear_BN = jnp.where(same_BNM | (block_M >= diagonal_N1), 0, block_M + 1).max(2)
+    return jnp.stack([first_BN, clear_BN], 2)
