@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     except BlockingIOError:
         sys.exit(f"error: --out {args.out} is in use by another bench. Wait for its end.")
     except OSError as error:
-        sys.exit(f"error: --out {args.out} or the table of --save cannot be written: {error}")
+        flags = " or ".join([f"--out {args.out}"] * bool(args.out) + ["--save"] * args.save)
+        sys.exit(f"error: {flags} must be writable; got {error}")
     except KeyboardInterrupt:
         print("interrupted; --resume with the same --out continues", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
