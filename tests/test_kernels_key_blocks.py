@@ -1,5 +1,7 @@
 """Attention's forward visits each block of keys that its queries see once, and no others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,27 @@ def visible_pairs(docs, T, S):
     return causal & np.asarray(docs[0][:, :, None] == docs[1][:, None, :])
 
 
-def visited(visits):
-    """Returns the blocks of keys that are visited (without a mask, with a mask)."""
-    masked = [int(visits.masked(i)) for i in range(int(visits.masked_count))]
-    return list(range(int(visits.clear), int(visits.diagonal))), masked
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def visits_of_blocks(docs, T, S, tiles):
+    """Returns for each block of queries (clear, diagonal, number and indices of masked blocks)."""
+    blocks = jnp.arange(-(-T // tiles.queries))
+    visits = key_blocks.causal_visits(blocks, tiles, T, S)
+    clear, diagonal = visits.clear + 0 * blocks, visits.diagonal
+    turns = jnp.arange(-(-S // tiles.keys))[:, None, None]
+    if docs is not None:
+        bounds = key_blocks.document_bounds(*docs, tiles)
+        _, clear, diagonal, _ = visits = visits.within_documents(bounds[..., 0], bounds[..., 1])
+    shape = (1 if docs is None else len(docs[0]), *blocks.shape)
+    arrays = clear, diagonal, visits.masked_count, visits.masked(turns)
+    return [jnp.broadcast_to(x, (*x.shape[: x.ndim - 2], *shape)) for x in arrays]
+
+
+def visited_blocks(docs, T, S, tiles):
+    """Yields (sequence, block of queries, blocks of keys without masks, those with masks)."""
+    clear, diagonal, count, masked = map(np.asarray, visits_of_blocks(docs, T, S, tiles))
+    for at in np.ndindex(clear.shape):
+        turns = masked[(slice(0, count[at]), *at)]
+        yield *at, list(range(clear[at], diagonal[at])), turns.tolist()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,17 +70,12 @@ def test_every_visible_key_is_visited_once_and_masks_are_left_out_only_where_all
     T, S = SIZES[size]
     docs = None if kind == "one document" else documents(kind, T, S)
     seen = visible_pairs(docs, T, S)
-    bounds = None if docs is None else np.asarray(key_blocks.document_bounds(*docs, TILES))
-    for batch, pairs_TS in enumerate(seen):
-        for block in range(-(-T // TILES.queries)):
-            visits = key_blocks.causal_visits(jnp.int32(block), TILES, T, S)
-            if bounds is not None:
-                visits = visits.within_documents(*bounds[batch, block])
-            pairs = pairs_TS[block * TILES.queries :][: TILES.queries]
-            tiles = [pairs[:, at : at + TILES.keys] for at in range(0, S, TILES.keys)]
+    for sizes in (TILES, AttentionTiles(16, 32, 4, 1)):
+        for sequence, block, unmasked, masked in visited_blocks(docs, T, S, sizes):
+            pairs = seen[sequence, block * sizes.queries :][: sizes.queries]
+            tiles = [pairs[:, at : at + sizes.keys] for at in range(0, S, sizes.keys)]
             needed = {j for j, tile in enumerate(tiles) if tile.any()}
-            entire = {j for j in needed if tiles[j].all() and tiles[j].shape[1] == TILES.keys}
-            unmasked, masked = visited(visits)
+            entire = {j for j in needed if tiles[j].all() and tiles[j].shape[1] == sizes.keys}
             assert len({*unmasked, *masked}) == len(unmasked) + len(masked)
             assert needed <= {*unmasked, *masked}
             assert {*unmasked} <= entire
@@ -71,14 +85,9 @@ def test_every_visible_key_is_visited_once_and_masks_are_left_out_only_where_all
 
 def test_four_documents_of_equal_length_need_less_than_a_third_of_the_visits():
     T, tiles = 2_048, AttentionTiles(128, 64, 8, 2)
-    docs = jnp.arange(T, dtype=jnp.int32)[None] // 512
-    bounds = np.asarray(key_blocks.document_bounds(docs, docs, tiles))[0]
-    counts = []
-    for block in range(T // tiles.queries):
-        causal = key_blocks.causal_visits(jnp.int32(block), tiles, T, T)
-        within = causal.within_documents(*bounds[block])
-        counts.append([sum(map(len, visited(visits))) for visits in (causal, within)])
-    assert np.sum(counts, 0).tolist() == [272, 80]
+    four = jnp.arange(T, dtype=jnp.int32)[None] // 512
+    count = lambda docs: sum(len(a) + len(b) for *_, a, b in visited_blocks(docs, T, T, tiles))
+    assert (count(None), count((four, four))) == (272, 80)
 
 
 def test_blocks_of_other_documents_are_not_read():
