@@ -24,6 +24,7 @@ def documents(kind, T, S):
     """Returns the documents of the queries and of the keys, each of three sequences."""
     rng = np.random.default_rng(0)
     starts = rng.random((3, max(T, S))) < np.array([[0.1], [0.02], [0.0]])
+    starts[2, 50] = True  # within a block of keys that some block of queries ends in
     docs = np.cumsum(starts, 1, dtype=np.int32)
     if kind == "unordered":
         docs = rng.permuted(docs // 3, axis=1)
@@ -40,17 +41,15 @@ def visible_pairs(docs, T, S):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def visits_of_blocks(docs, T, S, tiles):
-    """Returns for each block of queries (clear, diagonal, number and indices of masked blocks)."""
-    blocks = jnp.arange(-(-T // tiles.queries))
-    visits = key_blocks.causal_visits(blocks, tiles, T, S)
-    clear, diagonal = visits.clear + 0 * blocks, visits.diagonal
-    turns = jnp.arange(-(-S // tiles.keys))[:, None, None]
+    """Returns clear, diagonal and the number of masked blocks, [B,N], and those blocks, [M,B,N]."""
+    visits = key_blocks.causal_visits(jnp.arange(-(-T // tiles.queries))[None], tiles, T, S)
     if docs is not None:
-        bounds = key_blocks.document_bounds(*docs, tiles)
-        _, clear, diagonal, _ = visits = visits.within_documents(bounds[..., 0], bounds[..., 1])
-    shape = (1 if docs is None else len(docs[0]), *blocks.shape)
-    arrays = clear, diagonal, visits.masked_count, visits.masked(turns)
-    return [jnp.broadcast_to(x, (*x.shape[: x.ndim - 2], *shape)) for x in arrays]
+        docs_BT, docs_BS = docs
+        bounds = key_blocks.document_bounds(docs_BT, docs_BS, tiles)
+        visits = visits.within_documents(bounds[..., 0], bounds[..., 1])
+    turns = jnp.arange(-(-S // tiles.keys))[:, None, None]
+    clear = visits.clear + 0 * visits.diagonal  # an array, also without documents
+    return clear, visits.diagonal, visits.masked_count, visits.masked(turns)
 
 
 def visited_blocks(docs, T, S, tiles):
@@ -58,7 +57,7 @@ def visited_blocks(docs, T, S, tiles):
     clear, diagonal, count, masked = map(np.asarray, visits_of_blocks(docs, T, S, tiles))
     for at in np.ndindex(clear.shape):
         turns = masked[(slice(0, count[at]), *at)]
-        yield *at, list(range(clear[at], diagonal[at])), turns.tolist()
+        yield (*at, list(range(clear[at], diagonal[at])), turns.tolist())
 
 
 @pytest.mark.parametrize("size", SIZES)
