@@ -100,7 +100,7 @@ def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
 SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
     "sm_86": {
         "attention": {
-            "forward": (AttentionTiles(64, 64, 4, 3),),
+            "forward": (AttentionTiles(128, 64, 8, 3), AttentionTiles(64, 64, 4, 2)),
             "dkv": (AttentionTiles(32, 64, 4, 2),),
             "dq": (AttentionTiles(64, 32, 4, 2), AttentionTiles(128, 32, 8, 2)),
         },
