@@ -129,13 +129,14 @@ class Bench:
         device = self._start_child(ContestJob(tiny=self._args.tiny)).run(CONTEST_S)
         if "error" in device:
             raise ValueError(device["error"])
-        for fact in ("device", "jax"):
-            before, now = self.results.get(fact), device[fact]
-            if before is not None and minor_series(before) != minor_series(now):
-                raise ValueError(
-                    f"--resume must continue with the same {fact}; {self._args.out} is of "
-                    f"{before}, this is {now}. Set another --out."
-                )
+        before = device | self.results
+        same_jax = minor_series(before["jax"]) == minor_series(device["jax"])
+        if before["device"] != device["device"] or not same_jax:
+            raise ValueError(
+                f"--resume must continue on the same device with the same JAX; {self._args.out} is "
+                f"of {before['device']}, jax {before['jax']}; this is {device['device']}, jax "
+                f"{device['jax']}. Set another --out."
+            )
         facts = {k: v for k, v in device.items() if k != "contests"}
         date = f"{datetime.now(UTC):%Y-%m-%d}"
         self.results |= facts | {"command": self._args.command, "date": date}
