@@ -1,7 +1,8 @@
 """The tiles that `audit --sweep` compiles without a GPU, and those that bench --tune tries.
 
-Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, all of which
-compile without spills (test_kernels_audit.py), and differ in what changes the speed.
+Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, which differ in
+what changes the speed. Each of them compiled without spills (2026-11-26, jax 0.11.2). No test
+repeats that, since it takes minutes.
 """
 
 import itertools
