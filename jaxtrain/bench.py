@@ -49,9 +49,10 @@ Suites for GPUs, which run only if named:
               log and a result in --out, and costs only itself if it hangs or crashes. Prints a
               plan of the minutes first, and at its end what is measured, what failed and why, what
               is left, and the command that continues. A stage that failed or used all its minutes
-              runs again only if --stages names it. The last two stages need no GPU. --write, in a
-              call of its own, writes the results into README.md and docs/results.md and copies the
-              tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the commit
+              runs again only if --stages names it. The last two stages need no GPU. A call with
+              --write measures nothing: it writes the results into README.md and docs/results.md and
+              copies the tuned tables. Where there is no git checkout, JAXTRAIN_COMMIT names the
+              commit
 
 Suites for any device, which run only if named:
     transfer  whether the best learning rate stays the best in wider and deeper models, with
