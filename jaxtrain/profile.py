@@ -54,22 +54,22 @@ def time_by_cause(device: Device, causes: Mapping[str, str]) -> dict[str, float]
     plain_name = lambda name: re.sub(r"[.-]", "_", name)
     known = {plain_name(name): cause for name, cause in causes.items()}
     seconds: defaultdict[str, float] = defaultdict(float)
-    for op in device.ops:
-        guesses = (kind for kind, names in LIBRARY_KERNELS.items() if names.search(op.name))
-        cause = known.get(plain_name(op.name)) or next(guesses, OTHER_PROGRAM)
-        seconds[cause] += op.own_s
+    for row in device.by_op():
+        guesses = (kind for kind, names in LIBRARY_KERNELS.items() if names.search(row.op))
+        cause = known.get(plain_name(row.op)) or next(guesses, OTHER_PROGRAM)
+        seconds[cause] += row.own_s
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def as_row(path: Path, device: Device) -> dict[str, Any]:
-    """Returns the figures of one device of a trace, in seconds."""
+def as_row(path: Path, device: Device, causes: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the figures of one device of the trace in a file, in seconds."""
     return {
         "trace": path.parents[3].name,
         "device": device.name,
         "span_s": device.span_s,
         "busy_s": device.busy_s,
         "idle_s": device.span_s - device.busy_s,
-        "by_cause_s": time_by_cause(device, read_causes(path)),
+        "by_cause_s": time_by_cause(device, causes),
     }
 
 
@@ -83,10 +83,10 @@ def describe(
     """
     yield f"planes read: {', '.join(trace.read)}; skipped: {', '.join(trace.skipped) or 'none'}"
     for device in trace.devices:
-        busy = device.busy_s / device.span_s if device.span_s else 1.0
+        idle = device.idle_share
         yield (
             f"{device.name}: {device.span_s * 1e3:.2f} ms from first operation to last, "
-            f"{busy:.1%} busy, {1 - busy:.1%} idle, {device.collective_s * 1e3:.2f} ms in "
+            f"{1 - idle:.1%} busy, {idle:.1%} idle, {device.collective_s * 1e3:.2f} ms in "
             "collectives"
         )
     yield _describe_host(trace.host)
@@ -140,10 +140,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m jaxtrain.profile"
     try:
         rows = []
         for path in find_traces(args.folder):
-            trace = read_trace(path)
-            rows += [as_row(path, device) for device in trace.devices]
+            trace, causes = read_trace(path), read_causes(path)
             print(f"trace {path}")
-            print("\n".join(describe(trace, args.top, read_causes(path))))
+            print("\n".join(describe(trace, args.top, causes)))
+            if args.json:
+                rows += [as_row(path, device, causes) for device in trace.devices]
         if args.json:
             write_atomic(args.json, "".join(f"{strict_json(row)}\n" for row in rows))
     except ValueError as error:

@@ -137,9 +137,8 @@ class Bench:
                 f"of {before['device']}, jax {before['jax']}; this is {device['device']}, jax "
                 f"{device['jax']}. Set another --out."
             )
-        facts = {k: v for k, v in device.items() if k != "contests"}
         date = f"{datetime.now(UTC):%Y-%m-%d}"
-        self.results |= facts | {"command": self._args.command, "date": date}
+        self.results |= device | {"command": self._args.command, "date": date}
         if self._args.tiny:
             self.results["trial"] = "interpreted at tiny shapes; the times mean nothing"
         self._show(format_device(self.results))

@@ -250,6 +250,11 @@ def find_chip(name: str) -> Chip:
     return CHIPS[name]
 
 
+def chip_of_kind(kind: str) -> Chip | None:
+    """Returns the chip with a Device.device_kind; None if the table has none."""
+    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
 def explain_unknown(kind: str) -> str:
     """Returns why a Device.device_kind has no entry in CHIPS, and what to do."""
     if " MIG " in kind:
@@ -266,11 +271,9 @@ def detect_chip(device: Any = None) -> Chip:
     Raises:
         ValueError: the device is not in the table, so its peaks are unknown.
     """
-    device = jax.devices()[0] if device is None else device
-    for chip in CHIPS.values():
-        if chip.kind == device.device_kind:
-            return chip
-    kind = device.device_kind
+    kind = (jax.devices()[0] if device is None else device).device_kind
+    if chip := chip_of_kind(kind):
+        return chip
     raise ValueError(
         f"the device must be a whole GPU of {', '.join(CHIPS)}; got {kind!r}. "
         f"{explain_unknown(kind)}."

@@ -36,7 +36,7 @@ CLEARLY = 0.99  # a candidate replaces the best tiles if it takes less than this
 class ContestJob:
     """The work of one child."""
 
-    name: str = ""  # of the contest; "" only measures the device and lists the contests
+    name: str = ""  # of the contest; "" only measures the device
     tune_s: float = 0.0  # time for trying the shortlist of tiles
     tiny: bool = False  # interprets the kernels at tiny shapes
 
@@ -47,7 +47,7 @@ def contests_of(tiny: bool) -> list[Contest]:
 
 
 def describe_device(tiny: bool) -> dict[str, Any]:
-    """Returns the device, its ceilings and the names of the contests."""
+    """Returns the device and its ceilings."""
     device = jax.devices()[0]
     chip = None if tiny else detect_chip(device)
     return {
@@ -56,7 +56,6 @@ def describe_device(tiny: bool) -> dict[str, Any]:
         "chip": chip.name if chip else "",
         "arch": chip.arch if chip else "sm_86",
         **measure_ceilings(256 if tiny else 8_192),
-        "contests": [contest.name for contest in contests_of(tiny)],
     }
 
 

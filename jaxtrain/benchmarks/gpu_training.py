@@ -43,7 +43,7 @@ from jaxtrain.metrics.flops import training_flops
 from jaxtrain.ops import tuning
 from jaxtrain.ops.tuning import TuningChoice
 from jaxtrain.planning.memory_formula import estimate_memory
-from pallas_kernels.chip import CHIPS, Chip
+from pallas_kernels.chip import Chip, chip_of_kind
 from pallas_kernels.quiet import has_gpu
 
 SIZES = ("gpt_124m", "gpt_350m", "gpt_774m", "llama_1400m")
@@ -132,8 +132,7 @@ class GpuSuite:
         known = [row for row in self._finished if row.get("device")]
         job = BenchJob("about", tiny=self._args.tiny)
         self._device = known[0] if known else self._run_child("jaxtrain", job)
-        chips = {chip.kind: chip for chip in CHIPS.values()}
-        self.chip = chips.get(self._device.get("device", ""))
+        self.chip = chip_of_kind(self._device.get("device", ""))
         return {"suite": "gpu", "case": "ceilings", **self._device}
 
     def _build_job(self, item: Item) -> tuple[BenchJob, TrainConfig]:

@@ -142,8 +142,8 @@ def train(job: BenchJob) -> dict[str, Any]:
             jax.block_until_ready([jax_step.launch(tokens) for _ in range(TRACED_STEPS)])
         causes = find_causes(Program(jax_step.step.compiled.as_text()))
         write_atomic(Path(job.trace) / CAUSES, strict_json(causes))
-        traced = read_trace(find_traces(job.trace)[0]).devices[0]
-        result["idle_share"] = 1 - traced.busy_s / traced.span_s
+        traced = read_trace(find_traces(job.trace)[0])
+        result["idle_share"] = traced.devices[0].idle_share
     assert jax_step.state is not None
     result |= time_optimizer(jax_step.run, jax_step.state)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}

@@ -26,7 +26,7 @@ from jaxtrain.planning.calibration import fit_calibration
 from jaxtrain.planning.hardware import build_hardware
 from jaxtrain.planning.search import compiled_figures
 from pallas_kernels.arguments import Parser, positive
-from pallas_kernels.chip import CHIPS, Chip, find_chip
+from pallas_kernels.chip import Chip, chip_of_kind, find_chip
 
 TINY_CHIP = "a40"  # that a trial, which has no card, plans for
 
@@ -40,13 +40,13 @@ def find_measured_chip(rows: Sequence[Row], tiny: bool) -> Chip:
     if tiny:
         return find_chip(TINY_CHIP)
     kinds = [row["device"] for row in rows if row.get("device")]
-    chips = {chip.kind: chip for chip in CHIPS.values()}
-    if not kinds or kinds[-1] not in chips:
+    chip = chip_of_kind(kinds[-1]) if kinds else None
+    if chip is None:
         raise ValueError(
             f"training.jsonl must name a device of the chip table; got {kinds or 'none'}. Run the "
             "stage training first, or add the chip to pallas_kernels/chip.py."
         )
-    return chips[kinds[-1]]
+    return chip
 
 
 def own_steps(rows: Sequence[Row]) -> list[Row]:

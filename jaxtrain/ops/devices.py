@@ -5,7 +5,7 @@ import platform as host
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pallas_kernels.chip import CHIPS
+from pallas_kernels.chip import chip_of_kind
 
 Device: TypeAlias = Any  # jax.Device, which jaxlib defines without type stubs
 
@@ -32,4 +32,5 @@ def gpu_architecture(device: Device) -> str:
 
 def chip_name(device: Device) -> str:
     """Returns a device's name in the chip table; "" if it has none."""
-    return next((name for name, chip in CHIPS.items() if chip.kind == device.device_kind), "")
+    chip = chip_of_kind(device.device_kind)
+    return chip.name if chip else ""

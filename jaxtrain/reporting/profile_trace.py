@@ -81,6 +81,11 @@ class Device(NamedTuple):
         return busy_s
 
     @property
+    def idle_share(self) -> float:
+        """Share of the span in which no operation ran."""
+        return 1 - self.busy_s / self.span_s if self.span_s else 0.0
+
+    @property
     def collective_s(self) -> float:
         """Time in collectives."""
         return sum(op.own_s for op in self.ops if COLLECTIVE.search(op.name))
