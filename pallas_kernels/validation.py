@@ -144,11 +144,8 @@ def check_attention(
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
         queries, keys = (64, 128) if kernel == "dkv" else (128, 64)
-        kinds, multiples = (
-            (AttentionTiles, MosaicAttentionTiles),
-            {"queries": queries, "keys": keys},
-        )
-        _check_tiles(f"blocks.{kernel}", tiles, kinds, multiples)
+        kinds = AttentionTiles, MosaicAttentionTiles
+        _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
 
 
 def _check_product_tiles(tiles):
