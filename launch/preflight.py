@@ -103,8 +103,6 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     raise_limit = f"raise ulimit -n (hard limit {hard})"
     check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
     check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
-    rsync = "installed" if facts["rsync"] else "absent"
-    check("rsync", rsync, not facts["rsync"], "install rsync: the code is sent with it")
     no_address = "the host does not have this address: correct the inventory"
     check("address", host.address, not facts["has_address"], no_address)
     interface = host.interface or facts["interface"]

@@ -98,7 +98,7 @@ class RunCopy:
         if len(sizes) > MOST_FILES or sum(sizes.values()) > MOST_BYTES:
             raise HostError(
                 f"{host.name}: a run must have at most {MOST_FILES:,} files and {MOST_BYTES:,} "
-                f"bytes; got {len(sizes):,} and {sum(sizes.values()):,}. Copy it with rsync."
+                f"bytes; got {len(sizes):,} and {sum(sizes.values()):,}. Copy it by hand."
             )
 
 

@@ -14,8 +14,8 @@ Commands for a job that was started:
 
 Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
 stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
-need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git, ssh and
-rsync. For hosts.toml see launch/inventory.py.
+need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git and ssh.
+For hosts.toml see launch/inventory.py.
 """
 
 import argparse
