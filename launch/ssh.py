@@ -170,7 +170,8 @@ class SshClient:
         try:
             line = process.readline(timeout_s)
         except TimeoutError:
-            raise HostError(f"{host.name}: no answer within {timeout_s:.0f} s.") from None
+            problem = f"no answer within {timeout_s:.0f} s. Log in and see what hangs there."
+            raise HostError(f"{host.name}: {problem}") from None
         if not line:
             raise process.explain(host)
         try:

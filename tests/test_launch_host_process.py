@@ -1,6 +1,7 @@
 """What a host prints beside its answer, and why it does not answer."""
 
 import re
+import shutil
 import sys
 
 import pytest
@@ -32,6 +33,13 @@ def call(host, command):
 )
 def test_an_answer_is_found_behind_what_a_login_shell_prints(host, printed):
     assert call(host, f"{printed}; {RUN}")["known"] is False
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "csh", "tcsh", "fish", "zsh"])
+def test_every_login_shell_runs_the_command(host, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"needs {shell}")
+    assert call(host, f'exec {shell} -c "$2"')["known"] is False
 
 
 def test_a_command_line_has_nothing_that_a_shell_could_expand(host, monkeypatch):
