@@ -1,7 +1,8 @@
 """Causal attention without a [T,S] matrix in memory: softmax block by block, recomputed backward.
 
 The queries are the last T of S positions: query t sees keys up to t + S - T, of its own document
-if documents are given. H query heads share G key/value heads. Sums are float32, in a fixed order.
+if documents are given, and with a window of W only the last W of these, from t + S - T - W + 1. H
+query heads share G key/value heads. Sums are float32, in a fixed order.
 
 Online softmax (the paper's m and l): for each query the kernel keeps m, the largest score so far,
 l, the sum of exp(score - m), and the sum of exp(score - m) * value. When a block of keys raises m,
@@ -43,6 +44,7 @@ def flash_attention_reference(
     v_BSGK: jax.Array,
     docs_BT: jax.Array | None = None,
     docs_BS: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Reference implementation; materialises [B,G,H/G,T,S], with softmax in at least float32.
 
@@ -52,7 +54,8 @@ def flash_attention_reference(
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide) * K**-0.5
-    visible = jnp.arange(S) <= jnp.arange(T)[:, None] + S - T
+    key_S, last_T1 = jnp.arange(S), jnp.arange(T)[:, None] + S - T
+    visible = (key_S <= last_T1) & (key_S > last_T1 - (window or S))
     visible = jnp.broadcast_to(visible, (B, 1, 1, T, S))
     if docs_BT is not None and docs_BS is not None:
         visible &= (docs_BT[:, :, None] == docs_BS[:, None, :])[:, None, None]
@@ -218,6 +221,7 @@ def flash_attention(
     docs_BS: jax.Array | None,
     blocks: FlashAttentionTiles,
     interpret: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Computes flash_attention_reference; call it inside shard_map, on one device's heads.
 
@@ -227,6 +231,7 @@ def flash_attention(
         docs_BT, docs_BS: the document of each query and key, int32 >= 0, or both None.
         blocks: the tiles of the three kernels; the type of each selects the kernel's body.
         interpret: runs without a GPU, for tests.
+        window: how many of the keys up to its own position a query sees, at least 1; None: all.
 
     Returns:
         [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies,
@@ -235,16 +240,16 @@ def flash_attention(
     Raises:
         ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
-    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
+    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
+    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret):
-    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
+    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window)[0]
 
 
-def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
+def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
     if body_of(tiles) == "mosaic":
@@ -253,7 +258,7 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
         o, lse = jax.lax.optimization_barrier(
-            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
+            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret, window)
         )
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
