@@ -18,7 +18,8 @@ def visits_of_blocks(docs, T, S, tiles):
     """Returns the visits of all blocks of keys, [B,M], and their masked blocks, [N,B,M]."""
     visits = query_blocks.causal_visits(jnp.arange(-(-S // tiles.keys))[None], tiles, T, S)
     if docs is not None:
-        bounds = query_blocks.document_bounds(*docs, tiles)
+        docs_BT, docs_BS = docs
+        bounds = query_blocks.document_bounds(docs_BT, docs_BS, tiles)
         visits = query_blocks.within_documents(visits, bounds[..., 0], bounds[..., 1])
     turns = jnp.arange(-(-T // tiles.queries))[:, None, None]
     return visits, visits.masked_count, visits.masked(turns)
@@ -60,7 +61,8 @@ def test_the_backward_does_not_read_blocks_of_other_documents():
 
     @jax.jit
     def gradients(q, k, v, do):
-        return jax.vjp(lambda *x: flash_attention(*x, docs, docs, blocks, True), q, k, v)[1](do)
+        attend = lambda q, k, v: flash_attention(q, k, v, docs, docs, blocks, True)
+        return jax.vjp(attend, q, k, v)[1](do)
 
     finite = lambda x: np.isfinite(x[0]).all((1, 2))
     dq, dk, dv = map(finite, gradients(q, k, v, do.at[0, 100].set(jnp.nan)))
