@@ -19,6 +19,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; base 2 softmax as in Triton'
 https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 """
 
+import contextlib
 import functools
 
 import jax
@@ -28,6 +29,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import flash_attention_backward, key_blocks, triton
 from pallas_kernels.attention_mask import exponent_scale, visible_pairs
+from pallas_kernels.call_flops import WINDOW_SCOPE
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
 from pallas_kernels.validation import check_attention
@@ -59,7 +61,7 @@ def flash_attention_reference(
     return o.reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
-def _forward_kernel(*refs, tiles, group, interpret):
+def _forward_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -74,7 +76,7 @@ def _forward_kernel(*refs, tiles, group, interpret):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         s = triton.dot(q, key_head.read(k_ref, columns, inside=not masked), trans_b=True)
         if masked:
-            mask = visible_pairs(batch, rows, columns, T, S, docs[:2])
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window)
             s = jnp.where(mask, s, MASKED / scale)  # exp2 multiplies it by scale
         # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
         m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1) * scale)
@@ -84,7 +86,7 @@ def _forward_kernel(*refs, tiles, group, interpret):
         sum_QK = sum_QK * rescale_Q[:, None] + triton.dot(p.astype(v.dtype), v)
         return m_new_Q, l_Q * rescale_Q + p.sum(1), sum_QK
 
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     carry = (
@@ -130,6 +132,13 @@ def flash_attention(
     return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
 
 
+def _scope(window):
+    """Names the window in the metadata of the kernels' calls, where call_flops.py reads it."""
+    if window is None:
+        return contextlib.nullcontext()
+    return jax.named_scope(WINDOW_SCOPE.format(window))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window)[0]
@@ -141,18 +150,17 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
 
+        with _scope(window):
+            o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret, window)
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
-        o, lse = jax.lax.optimization_barrier(
-            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret, window)
-        )
+        o, lse = jax.lax.optimization_barrier((o, lse))
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
+        options = {"tiles": tiles, "group": H // k.shape[2], "window": window}
         kernel = triton.call(
-            functools.partial(
-                _forward_kernel, tiles=tiles, group=H // k.shape[2], interpret=interpret
-            ),
+            functools.partial(_forward_kernel, **options, interpret=interpret),
             name="flash_attention_forward",
             grid=grid,
             out_shape=shapes,
@@ -160,27 +168,30 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
             stages=tiles.stages,
             interpret=interpret,
         )
-        bounds = (key_blocks.document_bounds(*docs, tiles),) if docs else ()
-        o, lse = kernel(q, k, v, *docs, *bounds)
+        bounds = (key_blocks.document_bounds(*docs, tiles, window),) if docs else ()
+        with _scope(window):
+            o, lse = kernel(q, k, v, *docs, *bounds)
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 
 
-def _gradients(name, arguments, tiles, interpret):
+def _gradients(name, arguments, tiles, interpret, window):
     """Runs the kernel "dkv" or "dq" with the body that the tiles select."""
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic_backward as mosaic
 
-        return getattr(mosaic, name)(arguments, tiles, interpret)
-    return flash_attention_backward.gradients(name, arguments, tiles, interpret)
+        return getattr(mosaic, name)(arguments, tiles, interpret, window)
+    return flash_attention_backward.gradients(name, arguments, tiles, interpret, window)
 
 
-def _backward(blocks, interpret, residuals, do):
+def _backward(blocks, interpret, window, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
-    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
+    with _scope(window):
+        dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
+        dq = _gradients("dq", arguments, blocks.dq, interpret, window)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -4,15 +4,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # only to lower without cuDNN
 
 from pallas_kernels.audit_cases import CASES
-from pallas_kernels.call_flops import KERNELS, custom_call_flops
-from pallas_kernels.flash_attention import flash_attention_reference
+from pallas_kernels.call_flops import KERNELS, custom_call_flops, visible_pairs
+from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores_reference
 from pallas_kernels.hlo import Program
 from pallas_kernels.symmetric import symmetric_reference
+from pallas_kernels.tiles import AttentionTiles, FlashAttentionTiles
 
 
 def test_every_kernel_declares_its_flops():
@@ -31,6 +33,32 @@ def counted(function, *shapes, dtypes=()):
     """Returns the FLOPs that XLA counts in a function, elementwise operations included."""
     arrays = [array(*shape) for shape in shapes] + [array(*s, dtype=d) for s, d in dtypes]
     return jax.jit(function).lower(*arrays).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(("T", "S"), [(6, 6), (4, 7), (7, 4)])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_the_visible_pairs_of_a_window_are_counted_exactly(T, S, window):
+    keys, last = np.arange(S), np.arange(T)[:, None] + S - T
+    seen = (keys <= last) & (keys > last - (window or S))
+    assert visible_pairs(T, S, window) == seen.sum()
+
+
+def test_the_window_of_a_kernels_call_is_read_from_its_metadata():
+    tiles = AttentionTiles(64, 64, 4, 2)
+    blocks, x = FlashAttentionTiles(tiles, tiles, tiles), array(1, 256, 2, 64, dtype=jnp.bfloat16)
+
+    def gradients(q, window):
+        attend = lambda q: flash_attention(q, q, q, None, None, blocks, window=window).sum()
+        return jax.grad(attend)(q)
+
+    def counted(window):
+        lowered = jax.jit(gradients, static_argnums=1).trace(x, window)
+        text = lowered.lower(lowering_platforms=("cuda",)).compiler_ir("hlo").as_hlo_text()
+        calls = re.findall(r"custom-call\([^)]*\), (custom_call_target=.*triton.*)", text)
+        return sum(custom_call_flops(call, [x.shape] * 2, []) for call in calls)
+
+    assert counted(None) == 4.5 * 4 * 2 * 64 * visible_pairs(256, 256)
+    assert counted(32) == 4.5 * 4 * 2 * 64 * visible_pairs(256, 256, 32)
 
 
 def both_ways(q, k, v, do):
