@@ -130,11 +130,11 @@ def gradients(
     if name == "dkv":
         kernel, shapes = _dkv_kernel, [triton.like(k), triton.like(v)]
         grid = (pl.cdiv(S, tiles.keys), G, B)
-        bounds = [query_blocks.document_bounds(*docs, tiles)] if docs else []
+        bounds = [query_blocks.document_bounds(docs[0], docs[1], tiles)] if docs else []
     else:
         kernel, shapes = _dq_kernel, triton.like(q)
         grid = (pl.cdiv(T, tiles.queries), H, B)
-        bounds = [key_blocks.document_bounds(*docs, tiles, window)] if docs else []
+        bounds = [key_blocks.document_bounds(docs[0], docs[1], tiles, window)] if docs else []
     call = triton.call(
         functools.partial(kernel, tiles=tiles, group=H // G, window=window, interpret=interpret),
         name=f"flash_attention_{name}",

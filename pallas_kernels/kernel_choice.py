@@ -64,9 +64,7 @@ class BenchRow(NamedTuple):
         if (self.op, self.chip, self.dtype) != (op, chip, dtype):
             return math.inf
         wanted = _what_determines_speed(op, chip, shape, window)
-        pairs = zip(
-            wanted, _what_determines_speed(op, chip, self.shape, self.window), strict=True
-        )
+        pairs = zip(wanted, _what_determines_speed(op, chip, self.shape, self.window), strict=True)
         farthest = max(abs(math.log2(a / b)) for a, b in pairs)
         return farthest if farthest <= NEAR else math.inf
 
@@ -220,6 +218,7 @@ def choose_body(
     row = _nearest_row(same_jax, documents, *where)
     if row is None:
         reason = f"its kernel was not measured on {chip or arch} at this shape"
+        reason += f" with a window of {window}" if window else ""
         if other := _nearest_row(rows, documents, *where):
             reason += f" with jax {jax.__version__}, but with {other.jax}"
         tiles, why = _untimed_tiles(op, arch, dtype, shape)

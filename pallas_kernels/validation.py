@@ -144,7 +144,7 @@ def check_attention(
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(
             "window must be the number of keys that a query sees, at least 1, or None for all; got "
-            f"{window!r}. Set --config.model.window, where 0 is all."
+            f"{window!r}. Set --model.window, where 0 is all."
         )
     if not isinstance(blocks, FlashAttentionTiles):
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
