@@ -90,12 +90,18 @@ def report(*loops, threads=256, **instructions):
     return KernelReport("kernel", resources, threads, 1, 0)
 
 
+def bounds_of(*args):
+    bounds = find_bounds(*args)
+    assert bounds
+    return bounds
+
+
 def test_bounds_of_attention_use_the_cheap_loop_for_tiles_without_a_mask():
     """At T=2048 with tiles of 128x64, 240 of 272 visits need no mask."""
     chip, tiles = find_chip("a40"), AttentionTiles(128, 64, 8, 2)
     plain, masked = loop(**PRODUCTS), loop(**PRODUCTS, FMNMX=512)
-    one = find_bounds(FORWARD, report(plain), chip, tiles)
-    two = find_bounds(FORWARD, report(masked, plain), chip, tiles)
+    one = bounds_of(FORWARD, report(plain), chip, tiles)
+    two = bounds_of(FORWARD, report(masked, plain), chip, tiles)
     visited = 272 * 128 * 64 / (2_048 * 2_049 / 2)
     peak_s = FORWARD.flops / chip.peak_flops["bfloat16"]
     assert one.serial_s == one.overlapped_s == pytest.approx(peak_s * visited, rel=0.002)
@@ -106,7 +112,7 @@ def test_bounds_of_attention_use_the_cheap_loop_for_tiles_without_a_mask():
 
 def test_products_that_are_computed_twice_take_twice_as_long_but_unrolled_ones_do_not():
     chip, tiles = find_chip("a40"), AttentionTiles(128, 64, 8, 2)
-    time = lambda n: find_bounds(FORWARD, report(loop(HMMA=n, LDGSTS=1)), chip, tiles).serial_s
+    time = lambda n: bounds_of(FORWARD, report(loop(HMMA=n, LDGSTS=1)), chip, tiles).serial_s
     assert time(192) == pytest.approx(1.5 * time(128))
     assert time(256) == pytest.approx(time(128))
     assert time(64) == pytest.approx(time(128))  # two loops share the tile
@@ -117,7 +123,7 @@ def test_the_warp_group_that_copies_multiplies_nothing():
     chip, tiles = find_chip("h100"), MosaicAttentionTiles(128, 128, 2)
     products = Counter({Operation("HGMMA", 128, True): 8, Operation("HGMMA", 128): 8})
     work = report(Loop(Counter(tensor=16), products), threads=384, USETMAXREG=2)
-    bounds = find_bounds(FORWARD, work, chip, tiles)
+    bounds = bounds_of(FORWARD, work, chip, tiles)
     visited = 136 * 128 * 128 / (2_048 * 2_049 / 2)
     least_s = FORWARD.flops / chip.peak_flops["bfloat16"] * visited
     assert bounds.overlapped_s == pytest.approx(least_s, rel=0.001)
@@ -131,7 +137,7 @@ def test_a_product_takes_whole_rounds_of_the_multiprocessors():
     chip, tiles = find_chip("a40"), ProductTiles(128, 128, 32, 4, 3)
     work = report(loop(HMMA=64, LDGSTS=1), threads=128)
     time = lambda M: (
-        find_bounds(case._replace(sizes=(1, M, 32), hbm_bytes=0), work, chip, tiles).serial_s
+        bounds_of(case._replace(sizes=(1, M, 32), hbm_bytes=0), work, chip, tiles).serial_s
     )
     assert time(13 * 128) == pytest.approx(2 * time(12 * 128))
 
