@@ -21,15 +21,14 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
-from pallas_kernels.tiles import MosaicAttentionTiles
+from pallas_kernels.tiles import MOSAIC_HEADS, MosaicAttentionTiles
 
-WIDTHS = (64, 128)
 PIPELINE = "k_smem", "v_smem", "k_full", "v_full", "k_free", "v_free"
 
 
 def check_heads(K: int) -> None:
-    """Raises ValueError if K is not in WIDTHS."""
-    if K not in WIDTHS:
+    """Raises ValueError if K is not in MOSAIC_HEADS."""
+    if K not in MOSAIC_HEADS:
         raise ValueError(
             f"Mosaic's attention has heads of 64 or 128; got K={K}. Give the kernel tiles of its "
             "Triton body."
@@ -217,7 +216,7 @@ def forward(
         tiles: queries must be a multiple of 128, keys of 64.
 
     Raises:
-        ValueError: mosaic.check refuses the arrays, or K is not in WIDTHS.
+        ValueError: mosaic.check refuses the arrays, or K is not in MOSAIC_HEADS.
     """
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)

@@ -14,8 +14,11 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.ptxas import find_fault
+from pallas_kernels.ptxas import explain_missing_mosaic, find_fault
 from pallas_kernels.tiles import (
+    MOSAIC_FIRST,
+    MOSAIC_HEADS,
+    MOSAIC_TYPES,
     AttentionTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
@@ -24,6 +27,7 @@ from pallas_kernels.tiles import (
     ProductTiles,
     body_of,
     default_tiles,
+    mosaic_tiles,
 )
 
 # op -> the letters of the sizes in a BenchRow's shape
@@ -140,6 +144,32 @@ def _mosaic_row_sizes(op, tiles, shape):
     return shape[-1:] if op == "attention" else shape
 
 
+def _mosaic_obstacle(op, dtype, shape) -> str:
+    """Returns why an op's default Mosaic bodies cannot compute a shape; "" if they can."""
+    if reason := explain_missing_mosaic():
+        return reason
+    if dtype not in MOSAIC_TYPES:
+        return f"Mosaic's takes {' or '.join(MOSAIC_TYPES)}; got {dtype}"
+    if op == "attention" and shape[-1] not in MOSAIC_HEADS:
+        return f"Mosaic's has heads of {' or '.join(map(str, MOSAIC_HEADS))}; got {shape[-1]}"
+    sizes = shape[-1:] if op == "attention" else shape
+    if any(size % 64 for size in sizes):
+        return f"Mosaic's needs multiples of 64; got {', '.join(map(str, sizes))}"
+    return ""
+
+
+def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
+    """Returns the tiles of an op that no measurement decides, and the reason for its body.
+
+    Where Mosaic comes first, it was faster than Triton's body in each contest that ran on a card.
+    """
+    if op not in MOSAIC_FIRST.get(arch, ()):
+        return default_tiles(op, arch), ""
+    if obstacle := _mosaic_obstacle(op, dtype, shape):
+        return default_tiles(op, arch), f"; its body is Triton's: {obstacle}"
+    return mosaic_tiles(op, arch), f"; its body is Mosaic's, the first choice on {arch}"
+
+
 def _nearest_row(rows, documents, *where) -> BenchRow | None:
     """Returns the row with the nearest shape, the newest if several are; None if no row is near.
 
@@ -186,7 +216,8 @@ def choose_body(
         reason = f"its kernel was not measured on {chip or arch} at this shape"
         if other := _nearest_row(rows, documents, *where):
             reason += f" with jax {jax.__version__}, but with {other.jax}"
-        return BodyChoice(default_tiles(op, arch), False, reason)
+        tiles, why = _untimed_tiles(op, arch, dtype, shape)
+        return BodyChoice(tiles, False, reason + why)
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
     if sizes and find_fault():
         reason = f"its fastest body cannot be compiled: {find_fault()}"
