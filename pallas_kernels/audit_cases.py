@@ -31,6 +31,7 @@ class Case(NamedTuple):
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
     sizes: tuple[int, ...] = ()  # B, T, H, G, K of attention; N, D, V of head; X, M, N of square
+    window: int | None = None  # how many keys a query of attention sees; None: all
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
 
     @property
@@ -148,7 +149,7 @@ def _attention_case(kernel, B, T, H, G, K, documents=True, window=None):
     why = "because Triton's body needs fewer registers without documents than with them"
     only = {} if documents else {"only_body": "mosaic", "why_only": why}
     budget = FORWARD_BUDGET if kernel == "forward" else 0.0
-    return case._replace(build_all=build_all, sizes=sizes[:-1], budget=budget, **only)
+    return case._replace(build_all=build_all, sizes=sizes[:5], window=window, budget=budget, **only)
 
 
 CASES = [
