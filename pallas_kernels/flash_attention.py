@@ -1,19 +1,15 @@
 """Causal attention without a [T,S] matrix in memory: softmax block by block, recomputed backward.
 
 The queries are the last T of S positions: query t sees keys up to t + S - T, of its own document
-if documents are given. H query heads share G key/value heads. Sums are float32, in a fixed order.
+if documents are given, and with a window of W only the last W of these, from t + S - T - W + 1. H
+query heads share G key/value heads. Sums are float32, in a fixed order.
 
 Online softmax (the paper's m and l): for each query the kernel keeps m, the largest score so far,
 l, the sum of exp(score - m), and the sum of exp(score - m) * value. When a block of keys raises m,
 both sums are multiplied by exp(old m - new m), so at the end their quotient is the exact result.
-The backward recomputes the probabilities as exp(score - L) from the stored log-sum-exp
-L = m + log(l). The GPU has an instruction for exp2, not exp, so m and L are in units of log2(e).
-The forward first visits the blocks of keys that need no mask, then the others (key_blocks.py).
-
-The backward has two kernels. One owns a block of keys and sums over the queries (dk, dv); the other
-owns a block of queries and sums over the keys (dq). A single kernel would save recomputing the
-scores, but would have to add to dq with atomics, whose order, and so the result, changes from run
-to run.
+The backward (flash_attention_backward.py) recomputes the probabilities as exp(score - L) from the
+stored log-sum-exp L = m + log(l). The GPU has an instruction for exp2, not exp, so m and L are in
+units of log2(e). Blocks of keys that need no mask are visited first (key_blocks.py).
 
 Bound: compute, for T of about 1,000 or more. Causal FLOPs: forward 2*B*H*K*T*(2S-T+1), backward 3.5
 times that (2 for dk and dv, 1.5 for dq, as both recompute the scores; the usual count is 2.5).
@@ -23,15 +19,17 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; base 2 softmax as in Triton'
 https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 """
 
+import contextlib
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from pallas_kernels import key_blocks, triton
+from pallas_kernels import flash_attention_backward, key_blocks, triton
+from pallas_kernels.attention_mask import exponent_scale, visible_pairs
+from pallas_kernels.call_flops import WINDOW_SCOPE
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
 from pallas_kernels.validation import check_attention
@@ -43,6 +41,7 @@ def flash_attention_reference(
     v_BSGK: jax.Array,
     docs_BT: jax.Array | None = None,
     docs_BS: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Reference implementation; materialises [B,G,H/G,T,S], with softmax in at least float32.
 
@@ -52,7 +51,8 @@ def flash_attention_reference(
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide) * K**-0.5
-    visible = jnp.arange(S) <= jnp.arange(T)[:, None] + S - T
+    key_S, last_T1 = jnp.arange(S), jnp.arange(T)[:, None] + S - T
+    visible = (key_S <= last_T1) & (key_S > last_T1 - (window or S))
     visible = jnp.broadcast_to(visible, (B, 1, 1, T, S))
     if docs_BT is not None and docs_BS is not None:
         visible &= (docs_BT[:, :, None] == docs_BS[:, None, :])[:, None, None]
@@ -61,37 +61,7 @@ def flash_attention_reference(
     return o.reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
-def _read_docs(docs, batch, rows, columns):
-    """Returns the documents of the queries and of the keys, or None where there are none.
-
-    They are padded with different numbers (-2 and -3), so that padding never matches.
-    """
-    if not docs:
-        return None
-    read = lambda ref, index, other: triton.load(
-        ref.at[batch, index], mask=index < ref.shape[1], other=other
-    )
-    return read(docs[0], rows, -2), read(docs[1], columns, -3)
-
-
-def _scale(K):
-    """Returns log2(e) / sqrt(K), which makes the product of q and k an exponent of exp2."""
-    return math.log2(math.e) * K**-0.5
-
-
-def _visible(rows, columns, T, S, docs):
-    """Returns where a query sees a key; a row of padding, whose zeros times inf are nan, sees none.
-
-    Masks depend on positions, not on scores, so nan reaches the results wherever it is visible.
-    """
-    last = jnp.where(rows < T, rows + (S - T), -1)
-    visible = columns[None, :] <= last[:, None]
-    if docs is not None:
-        visible &= docs[0][:, None] == docs[1][None, :]
-    return visible
-
-
-def _forward_kernel(*refs, tiles, group, interpret):
+def _forward_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -99,15 +69,15 @@ def _forward_kernel(*refs, tiles, group, interpret):
     query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
     rows = block * tiles.queries + jnp.arange(tiles.queries)
     q = query_head.read(q_ref, rows)
-    scale = _scale(K)
+    scale = exponent_scale(K)
 
     def add_block(j, carry, masked):
         m_Q, l_Q, sum_QK = carry
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         s = triton.dot(q, key_head.read(k_ref, columns, inside=not masked), trans_b=True)
         if masked:
-            visible = _visible(rows, columns, T, S, _read_docs(docs[:2], batch, rows, columns))
-            s = jnp.where(visible, s, MASKED / scale)  # exp2 multiplies it by scale
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window)
+            s = jnp.where(mask, s, MASKED / scale)  # exp2 multiplies it by scale
         # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
         m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1) * scale)
         p = triton.exp2(s, scale, m_new_Q[:, None], interpret)
@@ -116,7 +86,7 @@ def _forward_kernel(*refs, tiles, group, interpret):
         sum_QK = sum_QK * rescale_Q[:, None] + triton.dot(p.astype(v.dtype), v)
         return m_new_Q, l_Q * rescale_Q + p.sum(1), sum_QK
 
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     carry = (
@@ -124,90 +94,11 @@ def _forward_kernel(*refs, tiles, group, interpret):
         jnp.zeros((tiles.queries,), jnp.float32),
         jnp.zeros((tiles.queries, K), jnp.float32),
     )
-    unmasked = functools.partial(add_block, masked=False)
-    carry = jax.lax.fori_loop(visits.clear, visits.diagonal, unmasked, carry)
-    masked = lambda i, carry: add_block(visits.masked(i), carry, masked=True)
-    m_Q, l_Q, sum_QK = jax.lax.fori_loop(0, visits.masked_count, masked, carry)
+    m_Q, l_Q, sum_QK = visits.loop(add_block, carry)
     empty = l_Q == 0  # queries that see no key
     query_head.write(o_ref, rows, sum_QK / jnp.where(empty, 1.0, l_Q)[:, None])
     lse = jnp.where(empty, EMPTY_ROW_LSE, m_Q + jnp.log2(jnp.where(empty, 1.0, l_Q)))
     triton.store(lse_ref.at[batch, head, rows], lse, mask=rows < T)
-
-
-def _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret):
-    """Returns the probabilities and the scores' gradient, without its factor 1/sqrt(K).
-
-    Softmax's gradient is p * (dp - sum(p * dp)); the sum is delta, which equals sum(o * do). Both
-    are rounded to q.dtype for the tensor core.
-    """
-    p = triton.exp2(triton.dot(q, k, trans_b=True), _scale(q.shape[1]), lse[:, None], interpret)
-    p = jnp.where(visible, p, 0.0)
-    dp = triton.dot(do, v, trans_b=True)
-    ds = jnp.where(visible, p * (dp - delta[:, None]), 0.0)  # 0 * (dp - delta) may be nan
-    return p.astype(q.dtype), ds.astype(q.dtype)
-
-
-def _dkv_kernel(*refs, tiles, group, interpret):
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dk_ref, dv_ref = refs
-    T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
-    block, shared_head, batch = (pl.program_id(i) for i in range(3))
-    key_head = triton.Head(batch, shared_head)
-    columns = block * tiles.keys + jnp.arange(tiles.keys)
-    k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
-    # `first` is the first of `count` blocks of queries that see a key of this block.
-    first = jnp.maximum(block * tiles.keys - (S - T), 0) // tiles.queries
-    count = jnp.maximum(pl.cdiv(T, tiles.queries) - first, 0)
-
-    def add_block(step, carry):
-        dk, dv = carry
-        query_head = triton.Head(batch, shared_head * group + step // count)
-        rows = (first + step % count) * tiles.queries + jnp.arange(tiles.queries)
-        q, do = query_head.read(q_ref, rows), query_head.read(do_ref, rows)
-        lse = query_head.read_vector(lse_ref, rows, EMPTY_ROW_LSE)
-        delta = query_head.read_vector(delta_ref, rows, 0.0)
-        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
-        p, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret)
-        return dk + triton.dot(ds, q, trans_a=True), dv + triton.dot(p, do, trans_a=True)
-
-    zero = jnp.zeros((tiles.keys, K), jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, group * count, add_block, (zero, zero))
-    key_head.write(dk_ref, columns, dk * K**-0.5)
-    key_head.write(dv_ref, columns, dv)
-
-
-def _dq_kernel(*refs, tiles, group, interpret):
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
-    T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
-    block, head, batch = (pl.program_id(i) for i in range(3))
-    block = pl.num_programs(0) - 1 - block
-    query_head, key_head = triton.Head(batch, head), triton.Head(batch, head // group)
-    rows = block * tiles.queries + jnp.arange(tiles.queries)
-    q, do = query_head.read(q_ref, rows), query_head.read(do_ref, rows)
-    lse = query_head.read_vector(lse_ref, rows, EMPTY_ROW_LSE)
-    delta = query_head.read_vector(delta_ref, rows, 0.0)
-
-    def add_block(j, dq):
-        columns = j * tiles.keys + jnp.arange(tiles.keys)
-        k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
-        visible = _visible(rows, columns, T, S, _read_docs(docs, batch, rows, columns))
-        _, ds = _probabilities_and_ds(q, k, v, do, lse, delta, visible, interpret)
-        return dq + triton.dot(ds, k)
-
-    zero = jnp.zeros((tiles.queries, K), jnp.float32)
-    dq = jax.lax.fori_loop(0, key_blocks.causal_visits(block, tiles, T, S).end, add_block, zero)
-    query_head.write(dq_ref, rows, dq * K**-0.5)
-
-
-def _call(kernel, name, tiles, grid, out_shape, group, interpret):
-    return triton.call(
-        functools.partial(kernel, tiles=tiles, group=group, interpret=interpret),
-        name=f"flash_attention_{name}",
-        grid=grid,
-        out_shape=out_shape,
-        warps=tiles.warps,
-        stages=tiles.stages,
-        interpret=interpret,
-    )
 
 
 def flash_attention(
@@ -218,6 +109,7 @@ def flash_attention(
     docs_BS: jax.Array | None,
     blocks: FlashAttentionTiles,
     interpret: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Computes flash_attention_reference; call it inside shard_map, on one device's heads.
 
@@ -227,6 +119,7 @@ def flash_attention(
         docs_BT, docs_BS: the document of each query and key, int32 >= 0, or both None.
         blocks: the tiles of the three kernels; the type of each selects the kernel's body.
         interpret: runs without a GPU, for tests.
+        window: how many of the keys up to its own position a query sees, at least 1; None: all.
 
     Returns:
         [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies,
@@ -235,63 +128,70 @@ def flash_attention(
     Raises:
         ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
-    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
+    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
+    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret):
-    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret)[0]
+def _scope(window):
+    """Names the window in the metadata of the kernels' calls, where call_flops.py reads it."""
+    if window is None:
+        return contextlib.nullcontext()
+    return jax.named_scope(WINDOW_SCOPE.format(window))
 
 
-def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
+    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window)[0]
+
+
+def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
 
+        with _scope(window):
+            o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret, window)
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
-        o, lse = jax.lax.optimization_barrier(
-            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
-        )
+        o, lse = jax.lax.optimization_barrier((o, lse))
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
-        group = H // k.shape[2]
-        kernel = _call(_forward_kernel, "forward", tiles, grid, shapes, group, interpret)
-        bounds = (key_blocks.document_bounds(*docs, tiles),) if docs else ()
-        o, lse = kernel(q, k, v, *docs, *bounds)
+        options = {"tiles": tiles, "group": H // k.shape[2], "window": window}
+        kernel = triton.call(
+            functools.partial(_forward_kernel, **options, interpret=interpret),
+            name="flash_attention_forward",
+            grid=grid,
+            out_shape=shapes,
+            warps=tiles.warps,
+            stages=tiles.stages,
+            interpret=interpret,
+        )
+        bounds = (key_blocks.document_bounds(*docs, tiles, window),) if docs else ()
+        with _scope(window):
+            o, lse = kernel(q, k, v, *docs, *bounds)
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 
 
-def _gradients(name, arguments, tiles, interpret):
-    """Runs the kernel "dkv", which returns (dk, dv), or "dq".
-
-    Args:
-        arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
-    """
+def _gradients(name, arguments, tiles, interpret, window):
+    """Runs the kernel "dkv" or "dq" with the body that the tiles select."""
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic_backward as mosaic
 
-        return getattr(mosaic, name)(arguments, tiles, interpret)
-    q, k, v = arguments[:3]
-    (B, T, H, _), (_, S, G, _) = q.shape, k.shape
-    if name == "dkv":
-        kernel, shapes = _dkv_kernel, (triton.like(k), triton.like(v))
-        grid = (pl.cdiv(S, tiles.keys), G, B)
-    else:
-        kernel, grid, shapes = _dq_kernel, (pl.cdiv(T, tiles.queries), H, B), triton.like(q)
-    return _call(kernel, name, tiles, grid, shapes, H // G, interpret)(*arguments)
+        return getattr(mosaic, name)(arguments, tiles, interpret, window)
+    return flash_attention_backward.gradients(name, arguments, tiles, interpret, window)
 
 
-def _backward(blocks, interpret, residuals, do):
+def _backward(blocks, interpret, window, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
-    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
+    with _scope(window):
+        dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
+        dq = _gradients("dq", arguments, blocks.dq, interpret, window)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

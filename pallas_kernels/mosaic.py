@@ -26,18 +26,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.backend import get_default_device
 
-from pallas_kernels.ptxas import find_fault
+from pallas_kernels.ptxas import explain_missing_mosaic
 from pallas_kernels.validation import without_derivative
 
-OLDEST = (0, 11, 2)
-_NEW_ENOUGH = tuple(int(part) for part in jax.__version__.split(".")[:3]) >= OLDEST
-REASON = find_fault()
-if not _NEW_ENOUGH:
-    REASON = f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
+REASON = explain_missing_mosaic()
 USABLE = not REASON
 
 plgpu: Any = None  # Any: on an older JAX it is missing or has other functions
-if _NEW_ENOUGH:
+if USABLE:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CONSUMERS = 2  # warp groups that multiply; one more copies

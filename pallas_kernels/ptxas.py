@@ -1,4 +1,4 @@
-"""Recognises versions of ptxas, NVIDIA's assembler, that miscompile kernels.
+"""Recognises versions of JAX and of ptxas, NVIDIA's assembler, that cannot compile Mosaic bodies.
 
 ptxas of CUDA 12.8.0 to 12.9.0 miscompiles Mosaic's masked attention, for which jax's own kernel
 refuses them too (jax/experimental/pallas/ops/gpu/attention_mgpu.py, jax 0.10.2).
@@ -8,6 +8,9 @@ import functools
 import importlib.metadata
 import re
 
+import jax
+
+OLDEST_JAX = (0, 11, 2)  # Mosaic GPU changes with every release
 PACKAGES = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")  # which contain the ptxas that JAX runs
 FIRST_FAULTY, FIXED = (12, 8), (12, 9, 86)  # CUDA 12.9.1 has 12.9.86
 
@@ -35,3 +38,10 @@ def find_fault() -> str:
                 f"'{package}>=12.9.86'"
             )
     return ""
+
+
+def explain_missing_mosaic() -> str:
+    """Returns why this JAX, or its ptxas, must not compile Mosaic bodies; "" if it can."""
+    if tuple(int(part) for part in jax.__version__.split(".")[:3]) < OLDEST_JAX:
+        return f"Mosaic bodies need jax 0.11.2 or later; this is {jax.__version__}"
+    return find_fault()

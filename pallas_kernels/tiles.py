@@ -87,6 +87,10 @@ TILES: dict[str, dict[str, Any]] = {
     },
 }
 
+# What Mosaic's bodies take; the ops whose Mosaic body runs first where no measurement decides
+MOSAIC_TYPES, MOSAIC_HEADS = ("bfloat16", "float16"), (64, 128)
+MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
+
 # arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
     "sm_90": {

@@ -104,7 +104,11 @@ class Head:
         block = ref.at[self.batch, rows[:, None], self.head, jnp.arange(ref.shape[3])[None, :]]
         store(block, x.astype(ref.dtype), mask=(rows < ref.shape[1])[:, None])
 
-    def read_vector(self, ref: Any, rows: jax.Array, other: float) -> jax.Array:
-        """Reads one number for each position from [B,H,T]."""
+    def read_vector(
+        self, ref: Any, rows: jax.Array, other: float, inside: bool = False
+    ) -> jax.Array:
+        """Reads one number for each position from [B,H,T]; past the end it is `other`."""
         block = ref.at[self.batch, self.head, rows]
+        if inside:
+            return load(block)
         return load(block, mask=rows < ref.shape[2], other=other)

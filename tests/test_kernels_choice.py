@@ -30,7 +30,7 @@ def rows_of(seconds, tmp_path):
     """Writes the bench's file for the ops of ROUTED: kernels took `seconds`, XLA 1 s."""
     rows = []
     for op, shape in ROUTED.items():
-        contest = SimpleNamespace(op=op, shape=shape, documents=False)
+        contest = SimpleNamespace(op=op, shape=shape, documents=False, window=0)
         results = {
             "triton": timed(seconds, default_tiles(op, "sm_86")),
             "xla": timed(1.0),
@@ -130,7 +130,7 @@ def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
-    contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+    contest = SimpleNamespace(op="square", shape=(2_048,), documents=False, window=0)
     row = as_row(contest, "h100", results, jax.__version__)
     write_json(tmp_path / "h100.json", [row._asdict()])
     choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
@@ -150,7 +150,7 @@ def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path
     ptxas.find_fault.cache_clear()
     try:
         tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
-        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False, window=0)
         results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
         write_json(
             tmp_path / "h100.json", [as_row(contest, "h100", results, jax.__version__)._asdict()]
@@ -167,3 +167,34 @@ def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
     bodies = lambda arch: {body_of(kernel_tiles(t, k)) for k, t in candidates("square", arch)}
     assert bodies("sm_86") == {"triton"}
     assert bodies("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}
+
+
+@pytest.mark.parametrize(
+    "op, dtype, shape, obstacle",
+    [
+        ("attention", "bfloat16", (8, 512, 12, 12, 64), ""),
+        ("attention", "float16", (1, 8_192, 16, 4, 128), ""),
+        ("head", "bfloat16", (1_024, 50_304), ""),
+        ("attention", "float32", (8, 512, 12, 12, 64), "bfloat16 or float16; got float32"),
+        ("attention", "bfloat16", (8, 512, 12, 12, 32), "heads of 64 or 128; got 32"),
+        ("head", "bfloat16", (768, 50_257), "multiples of 64; got 768, 50257"),
+    ],
+)
+def test_mosaics_body_comes_first_on_hopper_where_no_row_decides(
+    op, dtype, shape, obstacle, tmp_path
+):
+    choice = choose_body(op, "sm_90", "h200", dtype, shape, tmp_path)
+    body = {body_of(choice.tiles["head"] if op == "head" else choice.tiles.dq)}
+    assert not choice.faster and "not measured on h200 at this shape" in choice.reason
+    if obstacle or not mosaic.USABLE:
+        assert body == {"triton"} and (mosaic.REASON or obstacle) in choice.reason
+    else:
+        assert body == {"mosaic"} and "Mosaic's, the first choice on sm_90" in choice.reason
+
+
+def test_a_requested_kernel_without_a_row_says_which_body_runs_and_why():
+    model = ModelConfig(attention="flash", H=12, G=12, K=64, D=768)
+    where = {"arch": "sm_90", "chip": "h200", "seq_len": 8_192}
+    route = choose_routes(model, False, "gpu", False, **where)["attention"]
+    assert "model.attention=flash" in route.reason and "its body is" in route.reason
+    assert body_of(route.tiles.forward) == ("mosaic" if mosaic.USABLE else "triton")

@@ -31,46 +31,49 @@ def documents(kind, T, S):
     return jnp.asarray(docs[:, -T:]), jnp.asarray(docs[:, -S:])
 
 
-def visible_pairs(docs, T, S):
+def visible_pairs(docs, T, S, window=None):
     """Returns which query sees which key, [B,T,S]."""
-    causal = np.arange(S) <= np.arange(T)[:, None] + S - T
+    last = np.arange(T)[:, None] + S - T
+    causal = (np.arange(S) <= last) & (np.arange(S) > last - (window or S))
     if docs is None:
         return causal[None]
     return causal & np.asarray(docs[0][:, :, None] == docs[1][:, None, :])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def visits_of_blocks(docs, T, S, tiles):
+def visits_of_blocks(docs, T, S, tiles, window):
     """Returns clear, diagonal and the number of masked blocks, [B,N], and those blocks, [M,B,N]."""
-    visits = key_blocks.causal_visits(jnp.arange(-(-T // tiles.queries))[None], tiles, T, S)
+    blocks = jnp.arange(-(-T // tiles.queries))[None]
+    visits = key_blocks.causal_visits(blocks, tiles, T, S, window)
     if docs is not None:
         docs_BT, docs_BS = docs
-        bounds = key_blocks.document_bounds(docs_BT, docs_BS, tiles)
+        bounds = key_blocks.document_bounds(docs_BT, docs_BS, tiles, window)
         visits = visits.within_documents(bounds[..., 0], bounds[..., 1])
     turns = jnp.arange(-(-S // tiles.keys))[:, None, None]
     clear = visits.clear + 0 * visits.diagonal  # an array, also without documents
     return clear, visits.diagonal, visits.masked_count, visits.masked(turns)
 
 
-def visited_blocks(docs, T, S, tiles):
+def visited_blocks(docs, T, S, tiles, window=None):
     """Yields (sequence, block of queries, blocks of keys without masks, those with masks)."""
-    clear, diagonal, count, masked = map(np.asarray, visits_of_blocks(docs, T, S, tiles))
+    clear, diagonal, count, masked = map(np.asarray, visits_of_blocks(docs, T, S, tiles, window))
     for at in np.ndindex(clear.shape):
         turns = masked[(slice(0, count[at]), *at)]
         yield (*at, list(range(clear[at], diagonal[at])), turns.tolist())
 
 
+@pytest.mark.parametrize("window", [None, 1, 40, 64])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["one document", "ordered", "unordered"])
 def test_every_visible_key_is_visited_once_and_masks_are_left_out_only_where_all_is_visible(
-    size, kind
+    size, kind, window
 ):
     """With documents in order, blocks are visited only if needed, and masked only if needed."""
     T, S = SIZES[size]
     docs = None if kind == "one document" else documents(kind, T, S)
-    seen = visible_pairs(docs, T, S)
+    seen = visible_pairs(docs, T, S, window)
     for sizes in (TILES, AttentionTiles(16, 32, 4, 1)):
-        for sequence, block, unmasked, masked in visited_blocks(docs, T, S, sizes):
+        for sequence, block, unmasked, masked in visited_blocks(docs, T, S, sizes, window):
             pairs = seen[sequence, block * sizes.queries :][: sizes.queries]
             tiles = [pairs[:, at : at + sizes.keys] for at in range(0, S, sizes.keys)]
             needed = {j for j, tile in enumerate(tiles) if tile.any()}
