@@ -52,13 +52,14 @@ def start(request: Request) -> dict[str, bool]:
     if request.get("again") and not (folder / "job.json").exists():
         return {"started": False}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(folder / "lock", "w") as lock:
+    with open(root_of(request) / "start.lock", "w") as lock:  # of two starts at once one is first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if has_supervisor(folder) or read_json(folder / "status.json").get("outcome"):
             return {"started": False}
         spec = request["spec"]
         spec["cwd"] = os.path.expanduser(spec["cwd"])
         refuse_second_writer(folder, spec)
+        refuse_second_resume(folder, spec)
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # only at first: a detached job must not get one again
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
@@ -84,6 +85,19 @@ def refuse_second_writer(folder: Path, spec: Request) -> None:
             if run_directory(read_json(other / "job.json")) == workdir:
                 problem = f"job {other.name} is running and writes to {workdir}"
                 raise RuntimeError(f"{problem}. Stop it, or set another {WORKDIR}")
+
+
+def refuse_second_resume(folder: Path, spec: Request) -> None:
+    """Raises RuntimeError if the job that this one resumes was resumed as another that runs."""
+    old = folder.parent / spec["resumes"] if spec.get("resumes") else None
+    if not old or not old.exists():
+        return
+    claim = old / "resumed_as"
+    other = folder.parent / claim.read_text() if claim.exists() else folder
+    if other != folder and has_supervisor(other):
+        problem = f"job {old.name} was resumed as {other.name}, which is running"
+        raise RuntimeError(f"{problem}. Follow that one: python -m launch.run attach {other.name}")
+    claim.write_text(folder.name)
 
 
 def prune(jobs: Path) -> None:
