@@ -165,8 +165,8 @@ def begin(job: Job, code: Code, as_json: bool, detach: bool, raw: bool = False) 
         first, *others = sorted(job.hosts, key=lambda host: host.address)
         for hosts in ([first], others):
             raise_errors(client.map(lambda host: client.call(host, job.request(host)), hosts))
-    except BaseException:  # also an interrupt or SIGTERM
-        why = "not all hosts started"
+    except BaseException as error:  # also an interrupt or SIGTERM
+        why = "not all hosts started" + (f": {error}" if isinstance(error, HostError) else "")
         job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
         client.map(lambda host: client.call(host, stop_request(job, why, kill=True), 30))
         raise
