@@ -35,6 +35,7 @@ from launch.report.baseline import (
     record,
     refusals,
 )
+from launch.report.power import describe_power
 from launch.report.price import price, read_prices, read_span
 from launch.report.run_folder import RunFolder, read_run
 from launch.terminal import show, warn
@@ -76,7 +77,8 @@ def show_record(baseline: dict, path: Path) -> str:
             note = entry["how"] + loose
         lines.append(f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {note}")
     words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
-    return "\n".join([*lines, f"tolerance: {words} on logarithms", f"baseline {path}"])
+    lines += [f"tolerance: {words} on logarithms", *describe_power(baseline["power"])]
+    return "\n".join([*lines, f"baseline {path}"])
 
 
 def _bound(figure: Figure, bound: float) -> str:

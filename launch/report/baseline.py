@@ -4,9 +4,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.report.formats import digits, grouped, percent, rate, seconds
+from launch.report.power import UNKNOWN, WANTED, Simulation, Timed
 from launch.report.run_folder import GOODPUT, RunFolder
 from launch.report.stats import percentile, split, t_quantile
 
@@ -129,6 +130,7 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
     first = runs[0]
     return {
         "version": VERSION,
+        "power": _estimate_power(runs, figures, confidence),
         "key": key,
         "figures": figures,
         "confidence": confidence,
@@ -139,6 +141,37 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
         "params": first.work.get("params"),
         "recorded": time.time(),
     }
+
+
+def _estimate_power(runs: list[RunFolder], figures: dict, confidence: float) -> dict[str, Any]:
+    """Returns what a check against these bounds can see; {} if no step time has a bound.
+
+    `false_alarms` is the share of equal runs that breach, over all figures of step times together;
+    `least_caught` the smallest slow-down that 9 of 10 checks find, None if they find none;
+    `between` the standard deviation of the runs' speeds; `runs_needed` {slow-down: runs}.
+    """
+    effects = {"tokens_per_s": -1, "step_p50_s": 1, "step_p95_s": 1, "step_p99_over_p50": 0}
+    enforced = {k: e for k, e in figures.items() if k in effects and e["bound"] is not None}
+    if not enforced:
+        return {}
+    timed = {k: Timed(effects[k], FIGURES[k].sign, FIGURES[k].floor) for k in enforced}
+    simulation = Simulation([run.seconds for run in runs], timed, confidence, BLUNT)
+    tolerances = {k: (e["value"] / e["bound"]) ** FIGURES[k].sign - 1 for k, e in enforced.items()}
+    between = simulation.between
+    spread = 0.0 if between is None else between
+    least = simulation.least_caught(len(runs), spread, tolerances)
+    # With three runs or more for baselines of as many other runs: this one's tolerance comes from
+    # the same few runs as the spread, so it would seem to be right more often than it is.
+    fixed = tolerances if len(runs) < LEAST_RUNS else None
+    power = {
+        "between": between,
+        "false_alarms": simulation.breaches(len(runs), 0.0, spread, fixed),
+        "least_caught": least if math.isfinite(least) else None,
+    }
+    if between is None:
+        equal = simulation.breaches(1, 0.0, UNKNOWN, tolerances)
+        return power | {"false_alarms_if_unknown": equal}
+    return power | {"runs_needed": {str(s): simulation.runs_needed(s, spread) for s in WANTED}}
 
 
 def too_few(run: RunFolder, name: str) -> str:
