@@ -174,8 +174,14 @@ def _backward(blocks, interpret, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
-    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
+    if getattr(blocks.dq, "variant", "") == "stored":
+        from pallas_kernels import flash_attention_mosaic_stored as stored
+
+        dq, dk, dv = stored.gradients(arguments, blocks, interpret)
+    else:
+        dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
+        dq = _gradients("dq", arguments, blocks.dq, interpret)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -30,6 +30,7 @@ from pallas_kernels.tiles import MosaicAttentionTiles
 # Registers per thread. At K=128, dk, dv and the two products take 192 of them, and a limit of 232
 # spills (audit, ptxas 12.9.86).
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 <= 3 * 168
+DS_BUFFERS = 2  # blocks of stored gradients on their way to HBM
 
 
 def _positions(shape, dim, first):
@@ -61,7 +62,7 @@ def _mask_if(needs_mask, mask):
 
 
 def _add_block(
-    resident, vectors, mask, dim, tiles, staging, step, sums, *, x_smem, y_smem, full, free
+    resident, vectors, mask, dim, tiles, staging, store, step, sums, *, x_smem, y_smem, full, free
 ):
     """Adds one block to the sums: ds x to the first and, if there is a second, p y to it.
 
@@ -73,6 +74,7 @@ def _add_block(
         dim: the dimension of the scores that these vectors run along.
         mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
             them, not the scores, keeps what is not finite from masked positions.
+        store: starts to copy (step, ds) to HBM, or None.
     """
     slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
     scale = math.log2(math.e) * resident.shape[2] ** -0.5
@@ -93,6 +95,8 @@ def _add_block(
         for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
             buffer = None if staging is None else staging.at[n]
             mosaic.multiply_registers(ref, factors[n], smem.at[slot], buffer)
+        if store:  # while the products run
+            store(step, factors[0])
 
     sums = mosaic.accumulate(add_products, sums, staging is not None)
     plgpu.barrier_arrive(free.at[slot])
@@ -124,9 +128,20 @@ def _sum_blocks(resident, steps, outputs, *args, **pipeline):
 
 
 def _dkv_kernel(
-    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
+    *refs,
+    tiles,
+    ratio,
+    stored_queries,
+    resident_smem,
+    resident_full,
+    vectors,
+    ds_smem=None,
+    staging_smem=None,
+    **pipeline,
 ):
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *docs, dk_ref, dv_ref = refs
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *refs = refs
+    (ds_ref,) = [refs.pop()] if stored_queries else [None]
+    *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (
         lax.axis_index(name) for name in ("group", "head", "block", "batch")
@@ -134,11 +149,17 @@ def _dkv_kernel(
     start, half = block * tiles.keys, tiles.keys // mosaic.CONSUMERS
     # `first` is the first of `count` blocks of queries that see a key of this block.
     first = lax.div(jnp.maximum(start - (S - T), 0), tiles.queries)
+    if stored_queries:  # dq reads whole groups of queries
+        first -= lax.rem(first, stored_queries // tiles.queries)
     count = pl.cdiv(T, tiles.queries) - first
 
-    def copies(step):
+    def position(step):
+        """Returns (head, queries) of a step."""
         head = key_head * ratio + lax.div(step, count)
-        rows = pl.ds((first + lax.rem(step, count)) * tiles.queries, tiles.queries)
+        return head, pl.ds((first + lax.rem(step, count)) * tiles.queries, tiles.queries)
+
+    def copies(step):
+        head, rows = position(step)
         yield q_ref.at[batch, rows, head], pipeline["x_smem"]
         yield do_ref.at[batch, rows, head], pipeline["y_smem"]
         sources = [lse_ref.at[batch, head, rows], delta_ref.at[batch, head, rows]]
@@ -161,6 +182,15 @@ def _dkv_kernel(
         _read_resident(resident, resident_full.at[group], parts)
         lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
+
+        def store(step, ds):
+            head, queries = position(step)
+            buffer = ds_smem.at[group, lax.rem(step, DS_BUFFERS)]
+            plgpu.wait_smem_to_gmem(DS_BUFFERS - 1, wait_read_only=True)
+            buffer[...] = ds
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffer, ds_ref.at[batch, head, rows, queries])
+
         # This query and later ones see all keys of the block.
         all_visible = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)
         masked_blocks = lax.div(all_visible + tiles.queries - 1, tiles.queries) - first
@@ -178,7 +208,7 @@ def _dkv_kernel(
         needs_mask = lambda step: (block(step) < masked_blocks) | (block(step) >= padded)
         add_mask = mask if docs else _mask_if(needs_mask, mask)
         outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
-        args = lse_and_delta, add_mask, 1, tiles, staging
+        args = lse_and_delta, add_mask, 1, tiles, staging, store if stored_queries else None
         _sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
 
 
@@ -223,11 +253,11 @@ def _dq_kernel(
 
         add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
         lse_and_delta = lambda slot: (lse, delta)
-        args = lse_and_delta, add_mask, 0, tiles, staging
+        args = lse_and_delta, add_mask, 0, tiles, staging, None
         _sum_blocks(resident, steps, [dq_ref.at[batch, rows, head]], *args, **pipeline)
 
 
-def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret):
+def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret, scratch=None):
     """Runs one of the two kernels.
 
     Args:
@@ -251,7 +281,7 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
     positions = [jnp.where(rows < T, rows + S - T, -1)] if len(vectors) > 2 else []
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
     groups, half = mosaic.CONSUMERS, resident // mosaic.CONSUMERS
-    scratch = {
+    scratch = (scratch or {}) | {
         "resident_smem": memory((groups, 2, half, K)),
         "x_smem": memory((tiles.stages, step, K)),
         "y_smem": memory((tiles.stages, step, K)),
@@ -274,21 +304,34 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
 
 
 def dkv(
-    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool
+    arguments: Sequence[jax.Array],
+    tiles: MosaicAttentionTiles,
+    interpret: bool,
+    stored_queries: int = 0,
 ) -> list[jax.Array]:
-    """Returns [dk_BSGK, dv_BSGK].
+    """Returns [dk_BSGK, dv_BSGK] and, for flash_attention_mosaic_stored, the scores' gradients.
 
     Args:
         arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
         tiles: keys must be a multiple of 128, queries of 64.
+        stored_queries: the queries of a group that reads the gradients, a multiple of the tiles'
+            queries; 0 stores none. They have no factor 1/sqrt(K), and are [B,H,S,T], padded to
+            whole tiles. Of blocks that no query of such a group sees, nothing is written.
     """
-    k, v = arguments[1:3]
-    (B, S, G, _), documents = k.shape, len(arguments) > 6
+    q, k, v = arguments[:3]
+    (B, S, G, _), (_, T, H, _), documents = k.shape, q.shape, len(arguments) > 6
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
     grid = {"head": G, "block": pl.cdiv(S, tiles.keys), "batch": B}
-    sizes = tiles.keys, tiles.queries
+    sizes, scratch = (tiles.keys, tiles.queries), {}
+    if stored_queries:
+        padded = pl.cdiv(S, tiles.keys) * tiles.keys, pl.cdiv(T, tiles.queries) * tiles.queries
+        shapes += [jax.ShapeDtypeStruct((B, H, *padded), q.dtype)]
+        block = mosaic.CONSUMERS, DS_BUFFERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
+        scratch["ds_smem"] = mosaic.swizzled_shared_memory(block, q.dtype)
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
-    return _call(_dkv_kernel, "dkv", tiles, sizes, vectors, arguments, grid, shapes, interpret)
+    kernel = functools.partial(_dkv_kernel, stored_queries=stored_queries)
+    rest = arguments, grid, shapes, interpret, scratch
+    return _call(kernel, "dkv", tiles, sizes, vectors, *rest)
 
 
 def dq(arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool) -> jax.Array:

@@ -47,6 +47,7 @@ class MosaicAttentionTiles(NamedTuple):
     keys: int
     stages: int  # blocks in flight
     body: str = "mosaic"
+    variant: str = ""  # one of the kernel's MOSAIC_VARIANTS
 
 
 KernelTiles = AttentionTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
@@ -90,6 +91,9 @@ TILES: dict[str, dict[str, Any]] = {
 # What Mosaic's bodies take; the ops whose Mosaic body runs first where no measurement decides
 MOSAIC_TYPES, MOSAIC_HEADS = ("bfloat16", "float16"), (64, 128)
 MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
+
+# kernel of attention -> how its Mosaic body may differ from the one that was measured first
+MOSAIC_VARIANTS = {"forward": ("",), "dkv": ("",), "dq": ("", "stored")}
 
 # arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {

@@ -133,6 +133,8 @@ ATTENTION = {  # B, T, S, H, G, K, keys per step
     "documents, fewer queries than keys, wide heads": (1, 72, 200, 1, 1, 128, 64),
     "queries with nothing to see": (1, 200, 72, 1, 1, 64, 128),
     "Triton's body of dk and dv": (1, 64, 64, 1, 1, 64, 64),  # bodies may be mixed
+    "stored gradients, shared heads": (1, 136, 200, 2, 1, 64, 64),
+    "stored gradients, queries with nothing to see": (1, 200, 72, 1, 1, 64, 128),
 }
 
 
@@ -148,9 +150,10 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name):
         docs = (jnp.cumsum(starts, 1, dtype=jnp.int32),) * 2
         docs = docs[0][:, S - T :], docs[1]
     dkv = AttentionTiles(64, 64, 8, 2) if "Triton" in name else MosaicAttentionTiles(64, 128, 2)
-    blocks = FlashAttentionTiles(
-        MosaicAttentionTiles(128, keys, 2), dkv, MosaicAttentionTiles(128, 64, 2)
-    )
+    dq = MosaicAttentionTiles(128, 64, 2)
+    if "stored" in name:
+        dq = MosaicAttentionTiles(256, 64, 2, variant="stored")
+    blocks = FlashAttentionTiles(MosaicAttentionTiles(128, keys, 2), dkv, dq)
 
     def both_ways(attention):
         def results(q, k, v, do):
