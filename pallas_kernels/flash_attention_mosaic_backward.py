@@ -21,8 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic
+from pallas_kernels import attention_steps, mosaic
 from pallas_kernels.flash_attention_mosaic import check_heads, find_query_block
+from pallas_kernels.flash_attention_mosaic_sums import (
+    mask_if,
+    masked,
+    positions,
+    read_resident,
+    sum_blocks,
+)
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE
 from pallas_kernels.tiles import MosaicAttentionTiles
@@ -33,125 +40,30 @@ COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 <= 3 * 168
 DS_BUFFERS = 2  # blocks of stored gradients on their way to HBM
 
 
-def _positions(shape, dim, first):
-    return first + plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
-
-
-def _masked(factors, visible, docs):
-    """Returns the factors with 0 where a query does not see a key.
-
-    Args:
-        visible: where the key is not after the query.
-        docs: (documents of the rows, documents of the columns) or ().
-    """
-    if docs:
-        rows, columns = (lax.broadcast_in_dim(x, visible.shape, [d]) for d, x in enumerate(docs))
-        visible &= rows == columns
-    return [jnp.where(visible, x, 0.0) for x in factors]
-
-
-def _mask_if(needs_mask, mask):
-    """Returns a function that masks only the steps where needs_mask(step).
-
-    Two loops, one for each kind of step, would double the code, and spilled at K=128 (audit,
-    ptxas 12.9.86).
-    """
-    return lambda factors, step, slot: lax.cond(
-        needs_mask(step), lambda *x: mask(x, step, slot), lambda *x: list(x), *factors
-    )
-
-
-def _add_block(
-    resident, vectors, mask, dim, tiles, staging, store, step, sums, *, x_smem, y_smem, full, free
-):
-    """Adds one block to the sums: ds x to the first and, if there is a second, p y to it.
-
-    Args:
-        resident: this group's rows of (k, v) or (q, do), in shared memory.
-        vectors: slot -> (minus the log-sum-exp, in units of unscaled scores, minus delta). The
-            accumulators of the products start from them, which takes fewer registers than
-            subtracting them afterwards.
-        dim: the dimension of the scores that these vectors run along.
-        mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
-            them, not the scores, keeps what is not finite from masked positions.
-        store: starts to copy (step, ds) to HBM, or None.
-    """
-    slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
-    scale = math.log2(math.e) * resident.shape[2] ** -0.5
-    plgpu.barrier_wait(full.at[slot])
-
-    def products(s_ref, dp_ref):
-        plgpu.wgmma(s_ref, resident.at[0], x_smem.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dp_ref, resident.at[1], y_smem.at[slot].transpose((1, 0)))
-
-    start = [lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot)]
-    s, dp = mosaic.accumulate(products, start, staging is not None)
-    p = jnp.exp2(s * scale)
-    # Masked after rounding, they spilled at K=128 (audit, ptxas 12.9.86).
-    factors = mask([p * dp, p][: len(sums)], step, slot)
-    factors = [x.astype(resident.dtype) for x in factors]
-
-    def add_products(*refs):
-        for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
-            buffer = None if staging is None else staging.at[n]
-            mosaic.multiply_registers(ref, factors[n], smem.at[slot], buffer)
-        if store:  # while the products run
-            store(step, factors[0])
-
-    sums = mosaic.accumulate(add_products, sums, staging is not None)
-    plgpu.barrier_arrive(free.at[slot])
-    return tuple(sums)
-
-
-def _read_resident(resident, resident_full, parts):
-    for n, part in enumerate(parts):
-        plgpu.copy_gmem_to_smem(part, resident.at[n], resident_full)
-    plgpu.barrier_wait(resident_full)
-
-
-def _sum_blocks(resident, steps, outputs, *args, **pipeline):
-    """Adds all blocks to sums of zero and writes each sum to its output, a part of an array.
-
-    The first, dk or dq, gets the scores' factor 1/sqrt(K). The sums are written through the shared
-    memory of the resident rows. The other arguments are _add_block's.
-    """
-    zero = jnp.zeros(resident.shape[1:], jnp.float32)
-    zeros = tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in outputs)
-    add_block = functools.partial(_add_block, resident, *args, **pipeline)
-    first, *rest = lax.fori_loop(0, steps, add_block, zeros)
-    for n, x in enumerate((first * resident.shape[2] ** -0.5, *rest)):
-        resident.at[n][...] = x.astype(resident.dtype)
-    plgpu.commit_smem()
-    for n, part in enumerate(outputs):
-        plgpu.copy_smem_to_gmem(resident.at[n], part)
-    plgpu.wait_smem_to_gmem(0)
-
-
 def _dkv_kernel(
+    sizes,
     *refs,
-    tiles,
-    ratio,
-    stored_queries,
     resident_smem,
     resident_full,
     vectors,
+    stored_queries=0,
     ds_smem=None,
     staging_smem=None,
     **pipeline,
 ):
+    tiles, ratio, window = sizes
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *refs = refs
-    (ds_ref,) = [refs.pop()] if stored_queries else [None]
+    ds_ref = refs.pop() if stored_queries else None
     *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (
         lax.axis_index(name) for name in ("group", "head", "block", "batch")
     )
     start, half = block * tiles.keys, tiles.keys // mosaic.CONSUMERS
-    # `first` is the first of `count` blocks of queries that see a key of this block.
-    first = lax.div(jnp.maximum(start - (S - T), 0), tiles.queries)
+    steps = attention_steps.query_steps(start, tiles, T, S, window)
     if stored_queries:  # dq reads whole groups of queries
-        first -= lax.rem(first, stored_queries // tiles.queries)
-    count = pl.cdiv(T, tiles.queries) - first
+        steps = steps.rounded(stored_queries // tiles.queries, pl.cdiv(T, tiles.queries))
+    first, count = steps.first, steps.count  # of each query head
 
     def position(step):
         """Returns (head, queries) of a step."""
@@ -179,7 +91,7 @@ def _dkv_kernel(
         rows, resident = pl.ds(first_row, half), resident_smem.at[group]
         key_docs = [mosaic.load_along_rows(ref.at[batch, rows]) for ref in docs[1:]]
         parts = [ref.at[batch, rows, key_head] for ref in (k_ref, v_ref)]
-        _read_resident(resident, resident_full.at[group], parts)
+        read_resident(resident, resident_full.at[group], parts)
         lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
 
@@ -191,37 +103,29 @@ def _dkv_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(buffer, ds_ref.at[batch, head, rows, queries])
 
-        # This query and later ones see all keys of the block.
-        all_visible = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)
-        masked_blocks = lax.div(all_visible + tiles.queries - 1, tiles.queries) - first
-
         def mask(factors, step, slot):
             position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
             shape = factors[0].shape
             position = lax.broadcast_in_dim(position, shape, [1])
-            visible = _positions(shape, 0, first_row) <= position
-            return _masked(factors, visible, key_docs + query_docs)
+            key = positions(shape, 0, first_row)
+            return masked(factors, key, position, window, key_docs + query_docs)
 
-        # The last block needs the mask too if it has queries of padding.
-        padded = count - (T % tiles.queries > 0)
-        block = lambda step: lax.rem(step, count)
-        needs_mask = lambda step: (block(step) < masked_blocks) | (block(step) >= padded)
-        add_mask = mask if docs else _mask_if(needs_mask, mask)
+        needs_mask = lambda step: steps.needs_mask(lax.rem(step, count))
+        add_mask = mask if docs else mask_if(needs_mask, mask)
         outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
         args = lse_and_delta, add_mask, 1, tiles, staging, store if stored_queries else None
-        _sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
+        sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
 
 
-def _dq_kernel(
-    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
-):
+def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem=None, **pipeline):
+    tiles, ratio, window = sizes
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio)
+    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
 
     def copies(j):
-        rows = pl.ds(j * tiles.keys, tiles.keys)
+        rows = pl.ds((steps.first + j) * tiles.keys, tiles.keys)
         yield k_ref.at[batch, rows, key_head], pipeline["x_smem"]
         yield v_ref.at[batch, rows, key_head], pipeline["y_smem"]
         yield from zip([ref.at[batch, rows] for ref in docs[1:]], vectors, strict=True)
@@ -229,7 +133,7 @@ def _dq_kernel(
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        mosaic.copy_steps(steps, tiles.stages, [(copies, pipeline["full"], pipeline["free"])])
+        mosaic.copy_steps(steps.count, tiles.stages, [(copies, pipeline["full"], pipeline["free"])])
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
@@ -241,23 +145,25 @@ def _dq_kernel(
             mosaic.load_along_rows(ref.at[batch, head, rows]) for ref in (lse_ref, delta_ref)
         )
         parts = [ref.at[batch, rows, head] for ref in (q_ref, do_ref)]
-        _read_resident(resident, resident_full.at[group], parts)
+        read_resident(resident, resident_full.at[group], parts)
         staging = None if staging_smem is None else staging_smem.at[group]
-        first_masked = lax.div(start + S - T + 1, tiles.keys)  # earlier steps need no mask
+        last = first_row + (S - T) - steps.first * tiles.keys  # that the first query sees
 
         def mask(factors, step, slot):
             pair = [*query_docs, *(mosaic.load_along_columns(x.at[slot]) for x in vectors)]
             shape = factors[0].shape
-            column = _positions(shape, 1, step * tiles.keys)
-            return _masked(factors, column <= _positions(shape, 0, first_row + S - T), pair)
+            key = positions(shape, 1, step * tiles.keys)
+            return masked(factors, key, positions(shape, 0, last), window, pair)
 
-        add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
+        add_mask = mask if docs else mask_if(steps.needs_mask, mask)
         lse_and_delta = lambda slot: (lse, delta)
         args = lse_and_delta, add_mask, 0, tiles, staging, None
-        _sum_blocks(resident, steps, [dq_ref.at[batch, rows, head]], *args, **pipeline)
+        sum_blocks(resident, steps.count, [dq_ref.at[batch, rows, head]], *args, **pipeline)
 
 
-def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret, scratch=None):
+def _call(
+    kernel, name, tiles, sizes, vectors, arguments, grid, shapes, interpret, window, scratch=None
+):
     """Runs one of the two kernels.
 
     Args:
@@ -293,10 +199,10 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
     if interpret:  # see mosaic.multiply_registers
         scratch["staging_smem"] = memory((groups, 2, half, step))
     return mosaic.call(
-        functools.partial(kernel, tiles=tiles, ratio=H // G),
+        functools.partial(kernel, (tiles, H // G, window)),
         name=f"flash_attention_{name}",
         grid=grid,
-        out_shape=out_shape,
+        out_shape=shapes,
         scratch=scratch,
         approximate=True,
         interpret=interpret,
@@ -307,6 +213,7 @@ def dkv(
     arguments: Sequence[jax.Array],
     tiles: MosaicAttentionTiles,
     interpret: bool,
+    window: int | None,
     stored_queries: int = 0,
 ) -> list[jax.Array]:
     """Returns [dk_BSGK, dv_BSGK] and, for flash_attention_mosaic_stored, the scores' gradients.
@@ -330,14 +237,17 @@ def dkv(
         scratch["ds_smem"] = mosaic.swizzled_shared_memory(block, q.dtype)
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
     kernel = functools.partial(_dkv_kernel, stored_queries=stored_queries)
-    rest = arguments, grid, shapes, interpret, scratch
-    return _call(kernel, "dkv", tiles, sizes, vectors, *rest)
+    args = sizes, vectors, arguments, grid, shapes, interpret, window, scratch
+    return _call(kernel, "dkv", tiles, *args)
 
 
-def dq(arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool) -> jax.Array:
+def dq(
+    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool, window: int | None
+) -> jax.Array:
     """Returns dq_BTHK; like dkv, but queries must be a multiple of 128, keys of 64."""
     B, T, H, _ = arguments[0].shape
     shape = jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)
     grid = {"head": H, "block": pl.cdiv(T, tiles.queries), "batch": B}
     sizes, vectors = (tiles.queries, tiles.keys), (jnp.int32,) * (len(arguments) > 6)
-    return _call(_dq_kernel, "dq", tiles, sizes, vectors, arguments, grid, shape, interpret)
+    args = sizes, vectors, arguments, grid, shape, interpret, window
+    return _call(_dq_kernel, "dq", tiles, *args)

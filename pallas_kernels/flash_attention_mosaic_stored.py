@@ -20,28 +20,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import flash_attention_mosaic_backward, mosaic
+from pallas_kernels import attention_steps, flash_attention_mosaic_backward, mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tiles import FlashAttentionTiles
 
 
-def _steps(end, T, S, keys):
-    """Returns how many blocks of keys the queries before `end` see."""
-    seen = jnp.clip(jnp.minimum(end, T) + S - T, 0, S)
-    return lax.div(seen + keys - 1, keys)
-
-
 def _kernel(
-    ds_ref, k_ref, dq_ref, *, tiles, ratio, interpret, ds_smem, k_smem, dq_smem, full, free
+    ds_ref, k_ref, dq_ref, *, tiles, ratio, window, interpret, ds_smem, k_smem, dq_smem, full, free
 ):
     T, S = dq_ref.shape[1], k_ref.shape[1]
     group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
     block = lax.axis_size("block") - 1 - lax.axis_index("block")  # the longest first
     start, size = block * tiles.queries, tiles.queries // mosaic.CONSUMERS
-    steps = _steps(start + tiles.queries, T, S, tiles.keys)
+    steps = attention_steps.key_steps(start, tiles, T, S, window)
 
     def copies(j):
-        keys = pl.ds(j * tiles.keys, tiles.keys)
+        keys = pl.ds((steps.first + j) * tiles.keys, tiles.keys)
         for g in range(mosaic.CONSUMERS):
             yield ds_ref.at[batch, head, keys, pl.ds(start + g * size, size)], ds_smem.at[g]
         yield k_ref.at[batch, keys, lax.div(head, ratio)], k_smem
@@ -49,7 +43,7 @@ def _kernel(
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
-        mosaic.copy_steps(steps, tiles.stages, [(copies, full, free)])
+        mosaic.copy_steps(steps.count, tiles.stages, [(copies, full, free)])
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
@@ -65,16 +59,20 @@ def _kernel(
             plgpu.barrier_arrive(free.at[slot])
             return dq
 
-        zero = plgpu.layout_cast(jnp.zeros(dq_smem.shape[1:], jnp.float32), plgpu.Layout.WGMMA)
-        own_steps = _steps(first_row + size, T, S, tiles.keys)
-        dq = lax.fori_loop(0, own_steps, add_block, zero)
-
-        @pl.loop(own_steps, steps)
-        def _skip_blocks_of_the_other_group(j):
+        def skip_block(j):  # which only the other group sees
             slot = lax.rem(j, tiles.stages)
             plgpu.barrier_wait(full.at[slot])
             plgpu.barrier_arrive(free.at[slot])
 
+        zero = plgpu.layout_cast(jnp.zeros(dq_smem.shape[1:], jnp.float32), plgpu.Layout.WGMMA)
+        own = attention_steps.key_steps(first_row, tiles._replace(queries=size), T, S, window)
+        begin = own.first - steps.first
+        # A group that sees nothing must read nothing: dkv has not written there.
+        end = jnp.where(first_row + size + S - T > 0, begin + own.count, begin)
+        if window is not None:
+            pl.loop(0, begin)(skip_block)
+        dq = lax.fori_loop(begin, end, add_block, zero)
+        pl.loop(end, steps.count)(skip_block)
         out = dq_smem.at[group]
         out[...] = (dq * out.shape[1] ** -0.5).astype(dq_ref.dtype)
         plgpu.commit_smem()
@@ -83,7 +81,10 @@ def _kernel(
 
 
 def gradients(
-    arguments: Sequence[jax.Array], blocks: FlashAttentionTiles, interpret: bool
+    arguments: Sequence[jax.Array],
+    blocks: FlashAttentionTiles,
+    interpret: bool,
+    window: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (dq_BTHK, dk_BSGK, dv_BSGK).
 
@@ -95,7 +96,7 @@ def gradients(
     q, k, tiles = *arguments[:2], blocks.dq
     (B, T, H, K), G = q.shape, k.shape[2]
     groups, size = mosaic.CONSUMERS, tiles.queries // mosaic.CONSUMERS
-    dk, dv, ds = flash_attention_mosaic_backward.dkv(arguments, blocks.dkv, interpret, size)
+    dk, dv, ds = flash_attention_mosaic_backward.dkv(arguments, blocks.dkv, interpret, window, size)
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
     scratch = {
         "ds_smem": memory((groups, tiles.stages, tiles.keys, size)),
@@ -105,7 +106,7 @@ def gradients(
         "free": plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages),
     }
     dq = mosaic.call(
-        functools.partial(_kernel, tiles=tiles, ratio=H // G, interpret=interpret),
+        functools.partial(_kernel, tiles=tiles, ratio=H // G, window=window, interpret=interpret),
         name="flash_attention_dq_stored",
         grid={"head": H, "block": pl.cdiv(T, tiles.queries), "batch": B},
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
