@@ -50,7 +50,15 @@ from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import MOSAIC, TILES, AttentionTiles, OpTiles, body_of, kernel_tiles
+from pallas_kernels.tiles import (
+    MOSAIC,
+    TILES,
+    AttentionTiles,
+    OpTiles,
+    body_of,
+    describe_tiles,
+    kernel_tiles,
+)
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
@@ -125,9 +133,8 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
             tiles = kernel_tiles(op_tiles, case.kernel)
             if not find_faults(case._replace(floor=1), report, chip, body_of(tiles)):
                 good += 1
-                sizes = "x".join(str(size) for size in tiles if size != "mosaic")
                 entry = Entry(chip, case, body_of(tiles), report, tiles)
-                show(f"{entry.format_row()}  {sizes}")
+                show(f"{entry.format_row()}  {describe_tiles(tiles)}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
 

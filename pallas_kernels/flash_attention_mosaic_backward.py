@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import attention_steps, mosaic
-from pallas_kernels.flash_attention_mosaic import check_heads, find_query_block
+from pallas_kernels.flash_attention_mosaic import check_heads
 from pallas_kernels.flash_attention_mosaic_sums import (
     mask_if,
     masked,
@@ -65,13 +65,13 @@ def _dkv_kernel(
         steps = steps.rounded(stored_queries // tiles.queries, pl.cdiv(T, tiles.queries))
     first, count = steps.first, steps.count  # of each query head
 
-    def position(step):
+    def locate(step):
         """Returns (head, queries) of a step."""
         head = key_head * ratio + lax.div(step, count)
         return head, pl.ds((first + lax.rem(step, count)) * tiles.queries, tiles.queries)
 
     def copies(step):
-        head, rows = position(step)
+        head, rows = locate(step)
         yield q_ref.at[batch, rows, head], pipeline["x_smem"]
         yield do_ref.at[batch, rows, head], pipeline["y_smem"]
         sources = [lse_ref.at[batch, head, rows], delta_ref.at[batch, head, rows]]
@@ -96,7 +96,7 @@ def _dkv_kernel(
         staging = None if staging_smem is None else staging_smem.at[group]
 
         def store(step, ds):
-            head, queries = position(step)
+            head, queries = locate(step)
             buffer = ds_smem.at[group, lax.rem(step, DS_BUFFERS)]
             plgpu.wait_smem_to_gmem(DS_BUFFERS - 1, wait_read_only=True)
             buffer[...] = ds
@@ -122,7 +122,9 @@ def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
+    group, head, key_head, batch, start, steps = attention_steps.find_query_block(
+        T, S, tiles, ratio, window
+    )
 
     def copies(j):
         rows = pl.ds((steps.first + j) * tiles.keys, tiles.keys)
@@ -196,6 +198,8 @@ def _call(
         "full": plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages),
     }
+    if tiles.variant == "turns":
+        scratch["turn"] = plgpu.Barrier(num_barriers=groups)
     if interpret:  # see mosaic.multiply_registers
         scratch["staging_smem"] = memory((groups, 2, half, step))
     return mosaic.call(

@@ -6,19 +6,30 @@ flash_attention_mosaic_backward.py give it the rows that stay in shared memory, 
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
 
 
-def positions(shape, dim, first):
+def positions(shape: tuple[int, ...], dim: int, first: Any) -> jax.Array:
+    """Returns the positions, int32, along one dimension of a product, the first being `first`."""
     return first + plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
 
 
-def masked(factors, key, last, window, docs):
+def masked(
+    factors: Sequence[jax.Array],
+    key: jax.Array,
+    last: jax.Array,
+    window: int | None,
+    docs: Sequence[jax.Array],
+) -> list[jax.Array]:
     """Returns the factors with 0 where a query does not see a key.
 
     Args:
@@ -35,7 +46,7 @@ def masked(factors, key, last, window, docs):
     return [jnp.where(visible, x, 0.0) for x in factors]
 
 
-def mask_if(needs_mask, mask):
+def mask_if(needs_mask: Callable[[Any], Any], mask: Callable[..., list]) -> Callable[..., list]:
     """Returns a function that masks only the steps where needs_mask(step).
 
     Two loops, one for each kind of step, would double the code, and spilled at K=128 (audit,
@@ -47,7 +58,21 @@ def mask_if(needs_mask, mask):
 
 
 def _add_block(
-    resident, vectors, mask, dim, tiles, staging, store, step, sums, *, x_smem, y_smem, full, free
+    resident,
+    vectors,
+    mask,
+    dim,
+    tiles,
+    staging,
+    store,
+    step,
+    sums,
+    *,
+    x_smem,
+    y_smem,
+    full,
+    free,
+    turns=None,
 ):
     """Adds one block to the sums: ds x to the first and, if there is a second, p y to it.
 
@@ -60,14 +85,19 @@ def _add_block(
         mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
             them, not the scores, keeps what is not finite from masked positions.
         store: starts to copy (step, ds) to HBM, or None.
+        turns: (barrier of this group's turn, of the other's) where they take turns.
     """
     slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
     scale = math.log2(math.e) * resident.shape[2] ** -0.5
     plgpu.barrier_wait(full.at[slot])
+    if turns:
+        plgpu.barrier_wait(turns[0])
 
     def products(s_ref, dp_ref):
         plgpu.wgmma(s_ref, resident.at[0], x_smem.at[slot].transpose((1, 0)))
         plgpu.wgmma(dp_ref, resident.at[1], y_smem.at[slot].transpose((1, 0)))
+        if turns:
+            plgpu.barrier_arrive(turns[1])
 
     start = [lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot)]
     s, dp = mosaic.accumulate(products, start, staging is not None)
@@ -88,22 +118,35 @@ def _add_block(
     return tuple(sums)
 
 
-def read_resident(resident, resident_full, parts):
+def read_resident(resident: Any, resident_full: Any, parts: Sequence[Any]) -> None:
+    """Copies parts of arrays to the rows that stay in shared memory, and waits for them."""
     for n, part in enumerate(parts):
         plgpu.copy_gmem_to_smem(part, resident.at[n], resident_full)
     plgpu.barrier_wait(resident_full)
 
 
-def sum_blocks(resident, steps, outputs, *args, **pipeline):
+def sum_blocks(
+    resident: Any, steps: Any, outputs: Sequence[Any], *args: Any, turn: Any = None, **pipeline: Any
+) -> None:
     """Adds all blocks to sums of zero and writes each sum to its output, a part of an array.
 
     The first, dk or dq, gets the scores' factor 1/sqrt(K). The sums are written through the shared
     memory of the resident rows. The other arguments are _add_block's.
+
+    Args:
+        turn: barriers with one slot for each group, if the two issue products in turns, so that one
+            computes probabilities while the products of the other run; else None.
     """
+    group = lax.axis_index("group")
+    if turn is not None:
+        pipeline["turns"] = turn.at[group], turn.at[1 - group]
+        pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))  # group 0 begins
     zero = jnp.zeros(resident.shape[1:], jnp.float32)
     zeros = tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in outputs)
     add_block = functools.partial(_add_block, resident, *args, **pipeline)
     first, *rest = lax.fori_loop(0, steps, add_block, zeros)
+    if turn is not None:  # all arrivals must be waited for
+        pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
     for n, x in enumerate((first * resident.shape[2] ** -0.5, *rest)):
         resident.at[n][...] = x.astype(resident.dtype)
     plgpu.commit_smem()

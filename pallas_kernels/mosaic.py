@@ -39,6 +39,8 @@ if USABLE:
 CONSUMERS = 2  # warp groups that multiply; one more copies
 # Registers per thread. The launch gives 168 to each of the three groups; setmaxnreg moves them.
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
+# The same for each number of multiplying groups: 3 launch with 128 registers, 4 with 96.
+REGISTERS = {2: (COPYING_REGISTERS, MULTIPLYING_REGISTERS), 3: (32, 160), 4: (24, 112)}
 SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
 TYPES = (jnp.bfloat16, jnp.float16)
 SUFFIX = "_mosaic_gpu_kernel"  # is appended to a kernel's name in machine code
@@ -105,10 +107,11 @@ def call(
     grid: dict[str, int],
     out_shape: Any,
     scratch: dict[str, Any],
+    consumers: int = CONSUMERS,
     approximate: bool = False,
     interpret: bool = False,
 ) -> Callable:
-    """Returns plgpu.kernel, without a derivative, with CONSUMERS + 1 warp groups on axis "group".
+    """Returns plgpu.kernel, without a derivative, with consumers + 1 warp groups on axis "group".
 
     Args:
         grid: {axis name: programs}.
@@ -124,7 +127,7 @@ def call(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="group",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=approximate),

@@ -150,12 +150,18 @@ def check_attention(
     if not isinstance(blocks, FlashAttentionTiles):
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
-        queries, keys = (64, 128) if kernel == "dkv" else (128, 64)
+        queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
         kinds = AttentionTiles, MosaicAttentionTiles
         _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
         variant, known = getattr(tiles, "variant", ""), MOSAIC_VARIANTS[kernel]
         if variant not in known:
             raise ValueError(f"blocks.{kernel}.variant must be in {known}; got {variant!r}.")
+        groups = getattr(tiles, "groups", 2)
+        if groups not in ((2, 3, 4) if variant == "folded" else (2,)):
+            raise ValueError(
+                f"blocks.{kernel}.groups must be 2, or 3 or 4 with the variant 'folded'; got "
+                f"{groups}."
+            )
     if getattr(blocks.dq, "variant", "") == "stored":
         if not isinstance(blocks.dkv, MosaicAttentionTiles):
             raise ValueError(
