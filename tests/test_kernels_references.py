@@ -197,10 +197,9 @@ SMALL = FlashAttentionTiles(
 ATTENTION = {  # B, T, S, H, G, K
     "whole tiles": (1, 128, 128, 2, 1, 64),
     "documents, ragged": (2, 200, 200, 4, 2, 64),
-    "fewer queries than keys, wide heads": (1, 70, 200, 4, 1, 128),
+    "window, fewer queries than keys, wide heads": (1, 70, 200, 4, 1, 128),
     "queries with nothing to see, widest heads": (1, 200, 130, 2, 2, 256),
     "window, documents, fewer queries than keys": (2, 150, 200, 2, 1, 16),
-    "window alone": (1, 200, 130, 1, 1, 16),
 }
 
 
