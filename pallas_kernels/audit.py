@@ -58,6 +58,7 @@ from pallas_kernels.tiles import (
     body_of,
     describe_tiles,
     kernel_tiles,
+    replace_tiles,
 )
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
@@ -146,6 +147,8 @@ def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case,
         for tiles in default_bodies(case.op, chip.arch):
             body = body_of(kernel_tiles(tiles, case.kernel)) if case.kernel else "triton"
             if case.only_body in ("", body):
+                if case.tiles:
+                    tiles = replace_tiles(tiles, case.kernel, case.tiles)
                 tiles_of_body.setdefault(body, tiles)
         entries += [(case, tiles, body) for body, tiles in tiles_of_body.items()]
     return entries

@@ -37,7 +37,6 @@ from pallas_kernels.tiles import MosaicAttentionTiles
 # Registers per thread. At K=128, dk, dv and the two products take 192 of them, and a limit of 232
 # spills (audit, ptxas 12.9.86).
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 <= 3 * 168
-DS_BUFFERS = 2  # blocks of stored gradients on their way to HBM
 
 
 def _dkv_kernel(
@@ -97,11 +96,10 @@ def _dkv_kernel(
 
         def store(step, ds):
             head, queries = locate(step)
-            buffer = ds_smem.at[group, lax.rem(step, DS_BUFFERS)]
-            plgpu.wait_smem_to_gmem(DS_BUFFERS - 1, wait_read_only=True)
-            buffer[...] = ds
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last step's has been read
+            ds_smem[group] = ds
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffer, ds_ref.at[batch, head, rows, queries])
+            plgpu.copy_smem_to_gmem(ds_smem.at[group], ds_ref.at[batch, head, rows, queries])
 
         def mask(factors, step, slot):
             position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
@@ -237,7 +235,7 @@ def dkv(
     if stored_queries:
         padded = pl.cdiv(S, tiles.keys) * tiles.keys, pl.cdiv(T, tiles.queries) * tiles.queries
         shapes += [jax.ShapeDtypeStruct((B, H, *padded), q.dtype)]
-        block = mosaic.CONSUMERS, DS_BUFFERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
+        block = mosaic.CONSUMERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
         scratch["ds_smem"] = mosaic.swizzled_shared_memory(block, q.dtype)
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
     kernel = functools.partial(_dkv_kernel, stored_queries=stored_queries)

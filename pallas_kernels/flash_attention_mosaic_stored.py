@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import attention_steps, flash_attention_mosaic_backward, mosaic
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.tiles import FlashAttentionTiles
+from pallas_kernels.tiles import FlashAttentionTiles, MosaicAttentionTiles
 
 
 def _kernel(
@@ -90,14 +90,35 @@ def gradients(
 
     Args:
         arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
-        blocks: those of dkv must be of a Mosaic body; the queries of dq a multiple of 128 and its
-            keys one of 64.
+        blocks: those of dkv must be of a Mosaic body.
     """
-    q, k, tiles = *arguments[:2], blocks.dq
-    (B, T, H, K), G = q.shape, k.shape[2]
+    q, k = arguments[:2]
+    group = blocks.dq.queries // mosaic.CONSUMERS
+    dk, dv, ds = flash_attention_mosaic_backward.dkv(
+        arguments, blocks.dkv, interpret, window, group
+    )
+    return dq_from_stored(ds, q, k, blocks.dq, interpret, window), dk, dv
+
+
+def dq_from_stored(
+    ds_BHST: jax.Array,
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    tiles: MosaicAttentionTiles,
+    interpret: bool,
+    window: int | None,
+) -> jax.Array:
+    """Returns dq_BTHK.
+
+    Args:
+        ds_BHST: the scores' gradients as flash_attention_mosaic_backward.dkv stores them; S and T
+            are padded.
+        q_BTHK: only its shape and type matter.
+        tiles: queries must be a multiple of 128, keys of 64.
+    """
+    (_, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     groups, size = mosaic.CONSUMERS, tiles.queries // mosaic.CONSUMERS
-    dk, dv, ds = flash_attention_mosaic_backward.dkv(arguments, blocks.dkv, interpret, window, size)
-    memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
+    memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q_BTHK.dtype)
     scratch = {
         "ds_smem": memory((groups, tiles.stages, tiles.keys, size)),
         "k_smem": memory((tiles.stages, tiles.keys, K)),
@@ -105,12 +126,14 @@ def gradients(
         "full": plgpu.Barrier(num_arrivals=groups + 1, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages),
     }
-    dq = mosaic.call(
-        functools.partial(_kernel, tiles=tiles, ratio=H // G, window=window, interpret=interpret),
+    kernel = functools.partial(
+        _kernel, tiles=tiles, ratio=H // G, window=window, interpret=interpret
+    )
+    return mosaic.call(
+        kernel,
         name="flash_attention_dq_stored",
-        grid={"head": H, "block": pl.cdiv(T, tiles.queries), "batch": B},
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid={"head": H, "block": pl.cdiv(T, tiles.queries), "batch": len(q_BTHK)},
+        out_shape=jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype),
         scratch=scratch,
         interpret=interpret,
-    )(ds, k)
-    return dq, dk, dv
+    )(ds_BHST, k_BSGK)

@@ -142,7 +142,9 @@ def test_a_row_keeps_what_a_mosaic_body_does_otherwise(tmp_path):
         MosaicAttentionTiles(64, 128, 3),
         AttentionTiles(64, 64, 8, 2),
     )
-    contest = SimpleNamespace(op="attention", shape=(8, 1_024, 12, 12, 64), documents=False)
+    contest = SimpleNamespace(
+        op="attention", shape=(8, 1_024, 12, 12, 64), documents=False, window=0
+    )
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
     row = as_row(contest, "h100", results, jax.__version__)._asdict()
     write_json(tmp_path / "h100.json", [row])
