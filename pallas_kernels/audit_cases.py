@@ -161,7 +161,8 @@ def _stored_case(B, T, H, G, K):
         from pallas_kernels import flash_attention_mosaic_stored as stored  # not every JAX has it
 
         q, k, ds = _array(B, T, H, K), _array(B, T, G, K), _array(B, H, T, T)
-        return lambda *x: stored.dq_from_stored(*x, blocks.dq, False, None), (ds, q, k)
+        dq = lambda ds, q, k: stored.dq_from_stored(ds, q, k, blocks.dq, False, None)
+        return dq, (ds, q, k)
 
     flops = STORED_WORK * 4 * B * H * K * visible_pairs(T, T)
     hbm_bytes = 2 * B * (H * visible_pairs(T, T) + T * K * (H + G))

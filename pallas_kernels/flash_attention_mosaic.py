@@ -194,8 +194,8 @@ def _attend(q, steps, all_steps, mask, tiles, group, turn, p_smem, **pipeline):
             plgpu.barrier_arrive(v_free.at[last_slot])
         return s if folded else s * scale, *acc
 
-    def add_softmax(s, *carry):
-        return _softmax(s, *carry, q.dtype, scale if folded else None)
+    def add_softmax(s, acc, m_Q, l_Q):
+        return _softmax(s, acc, m_Q, l_Q, q.dtype, scale if folded else None)
 
     def step(j, carry, masked):
         acc, m_Q, l_Q, p = carry

@@ -15,6 +15,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,13 @@ def _dkv_kernel(
     resident_full,
     vectors,
     stored_queries=0,
-    ds_smem=None,
+    ds_smem: Any = None,
     staging_smem=None,
     **pipeline,
 ):
     tiles, ratio, window = sizes
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *refs = refs
-    ds_ref = refs.pop() if stored_queries else None
+    ds_ref: Any = refs.pop() if stored_queries else None
     *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (

@@ -93,6 +93,8 @@ def gradients(
         blocks: those of dkv must be of a Mosaic body.
     """
     q, k = arguments[:2]
+    assert isinstance(blocks.dq, MosaicAttentionTiles)  # check_attention has checked both
+    assert isinstance(blocks.dkv, MosaicAttentionTiles)
     group = blocks.dq.queries // mosaic.CONSUMERS
     dk, dv, ds = flash_attention_mosaic_backward.dkv(
         arguments, blocks.dkv, interpret, window, group
