@@ -78,11 +78,23 @@ def _dkv_kernel(
         sources += [position_ref.at[rows], *(ref.at[batch, rows] for ref in docs[:1])]
         yield from zip(sources, vectors, strict=True)
 
+    def write_ds(step):
+        head, queries = locate(step)
+        for n in range(mosaic.CONSUMERS):
+            rows = pl.ds(start + n * half, half)
+            source = ds_smem.at[lax.rem(step, tiles.stages), n]
+            plgpu.copy_smem_to_gmem(source, ds_ref.at[batch, head, rows, queries])
+        # The copies that are issued next let the groups write to this slot again.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        stream = copies, pipeline["full"], pipeline["free"]
-        mosaic.copy_steps(ratio * count, tiles.stages, [stream])
+        streams = [(copies, pipeline["full"], pipeline["free"])]
+        if not stored_queries:
+            return mosaic.copy_steps(ratio * count, tiles.stages, streams)
+        mosaic.copy_steps(ratio * count, tiles.stages, streams, write_ds)
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
@@ -95,12 +107,9 @@ def _dkv_kernel(
         lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
 
-        def store(step, ds):
-            head, queries = locate(step)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last step's has been read
-            ds_smem[group] = ds
+        def store(slot, ds):
+            ds_smem[slot, group] = ds
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(ds_smem.at[group], ds_ref.at[batch, head, rows, queries])
 
         def mask(factors, step, slot):
             position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
@@ -236,7 +245,7 @@ def dkv(
     if stored_queries:
         padded = pl.cdiv(S, tiles.keys) * tiles.keys, pl.cdiv(T, tiles.queries) * tiles.queries
         shapes += [jax.ShapeDtypeStruct((B, H, *padded), q.dtype)]
-        block = mosaic.CONSUMERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
+        block = tiles.stages, mosaic.CONSUMERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
         scratch["ds_smem"] = mosaic.swizzled_shared_memory(block, q.dtype)
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
     kernel = functools.partial(_dkv_kernel, stored_queries=stored_queries)

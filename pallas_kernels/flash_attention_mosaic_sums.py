@@ -84,7 +84,7 @@ def _add_block(
         dim: the dimension of the scores that these vectors run along.
         mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
             them, not the scores, keeps what is not finite from masked positions.
-        store: starts to copy (step, ds) to HBM, or None.
+        store: stores (slot, ds), which the copying group moves to HBM; or None.
         turns: (barrier of this group's turn, of the other's) where they take turns.
     """
     slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
@@ -105,13 +105,13 @@ def _add_block(
     # Masked after rounding, they spilled at K=128 (audit, ptxas 12.9.86).
     factors = mask([p * dp, p][: len(sums)], step, slot)
     factors = [x.astype(resident.dtype) for x in factors]
-    if store:
-        store(step, factors[0])
 
     def add_products(*refs):
         for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
             buffer = None if staging is None else staging.at[n]
             mosaic.multiply_registers(ref, factors[n], smem.at[slot], buffer)
+        if store:  # while the products run
+            store(slot, factors[0])
 
     sums = mosaic.accumulate(add_products, sums, staging is not None)
     plgpu.barrier_arrive(free.at[slot])

@@ -136,13 +136,19 @@ def call(
     return without_derivative(program, name)
 
 
-def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, Any]]) -> None:
+def copy_steps(
+    count: Any,
+    stages: int,
+    streams: Sequence[tuple[Callable, Any, Any]],
+    finish: Callable[[Any], None] = lambda step: None,
+) -> None:
     """Runs the copying warp group: fills the slots of each stream in turn, as they become free.
 
     Args:
         count: the number of steps, traced.
         streams: triples (copies, full, free). `copies` is a function of the step that returns
             pairs (part of an array, shared memory [stages,...]). A barrier has one slot a stage.
+        finish: called with each step when a stream's slot is free, before it is filled again.
     """
 
     @pl.loop(0, count)
@@ -153,6 +159,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
             @pl.when(j >= stages)  # before that the slot has never been filled
             def _():
                 plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced before the next iteration
+                finish(j - stages)
 
             for source, smem in copies(j):
                 plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
@@ -162,6 +169,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
     def _wait_for_the_last_reads(slot):
         for _, _, free in streams:
             plgpu.barrier_wait(free.at[slot])
+            finish(slot + lax.div(count - 1 - slot, stages) * stages)
 
 
 def accumulate(

@@ -140,6 +140,7 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
             "dq": (
                 MosaicAttentionTiles(256, 64, 3, variant="stored"),
                 MosaicAttentionTiles(128, 64, 3, variant="turns"),
+                AttentionTiles(64, 64, 8, 2),  # two blocks a multiprocessor at K=64, jax 0.10.2
             ),
         },
         "head": {

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,8 @@ def test_mosaics_body_comes_first_on_hopper_where_no_row_decides(
     op, dtype, shape, obstacle, tmp_path
 ):
     choice = choose_body(op, "sm_90", "h200", dtype, shape, tmp_path)
-    body = {body_of(choice.tiles["head"] if op == "head" else choice.tiles.dq)}
+    tiles: Any = choice.tiles
+    body = {body_of(tiles["head"] if op == "head" else tiles.dq)}
     assert not choice.faster and "not measured on h200 at this shape" in choice.reason
     if obstacle or not mosaic.USABLE:
         assert body == {"triton"} and (mosaic.REASON or obstacle) in choice.reason
