@@ -1,0 +1,107 @@
+"""Computes the target of each contest of bench from the model of our kernels' inner loops.
+
+    JAX_PLATFORMS=cpu python -m pallas_kernels.find_targets        # writes targets.json
+    JAX_PLATFORMS=cpu python -m pallas_kernels.find_targets --chip=h100 --beside=results.json
+
+It compiles each body of the kernels for a chip that need not be present, and takes the body whose
+serial time is the shortest: that time is the target. With --beside it shows, for the bodies and the
+tiles in a result of bench, the measured time beside both times of the model, and writes nothing.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels.arguments import Parser
+from pallas_kernels.audit import AUDITED, compile_kernels
+from pallas_kernels.audit_cases import Case, contest_cases
+from pallas_kernels.bench_results import OURS
+from pallas_kernels.chip import Chip
+from pallas_kernels.contests import build_contests
+from pallas_kernels.kernel_choice import tiles_from_json
+from pallas_kernels.loop_model import find_bounds
+from pallas_kernels.offline import check_chips
+from pallas_kernels.result_files import read_object, write_json
+from pallas_kernels.search_space import default_bodies
+from pallas_kernels.targets import TARGETS, Target
+from pallas_kernels.tiles import OpTiles, body_of, kernel_tiles
+
+
+def contest_times(chip: Chip, cases: Sequence[Case], tiles: OpTiles) -> tuple[float, float]:
+    """Returns the overlapped and the serial time of a contest's kernels, one after another."""
+    overlapped_s = serial_s = 0.0
+    compiled = {}
+    for case in cases:
+        build = case.build_all if case.build_all and len(cases) > 1 else case.build
+        if build not in compiled:
+            compiled[build] = compile_kernels(build, chip, tiles)
+        report = compiled[build][case.name]
+        bounds = find_bounds(case, report, chip, kernel_tiles(tiles, case.kernel))
+        assert bounds, f"{case.name} must have products in a loop"
+        overlapped_s, serial_s = overlapped_s + bounds.overlapped_s, serial_s + bounds.serial_s
+    return overlapped_s, serial_s
+
+
+def find_targets(chip: Chip, show: Callable[[str], None] = print) -> dict[str, Target]:
+    """Compiles the kernels of all contests; returns {contest: its target}."""
+    targets = {}
+    for contest in build_contests():
+        if not (cases := contest_cases(contest.name)):
+            continue
+        bodies = []
+        for tiles in default_bodies(contest.op, chip.arch):
+            body = body_of(kernel_tiles(tiles, cases[0].kernel))
+            bodies.append(Target(body, *contest_times(chip, cases, tiles)))
+        targets[contest.name] = best = min(bodies, key=lambda target: target.serial_s)
+        show(f"{chip.name}: {contest.name:50} {best.body} {best.describe(contest.flops)}")
+    return targets
+
+
+def show_beside(chip: Chip, path: Path, show: Callable[[str], None] = print) -> None:
+    """Shows a table in Markdown of measured times beside those of the model.
+
+    Raises:
+        ValueError: the file has no results of bench on this chip.
+        OSError: it cannot be read.
+    """
+    results = read_object(path)
+    if results.get("chip") != chip.name:
+        raise ValueError(f"--beside must have results of {chip.name}; got {path}. Set --chip.")
+    show("| contest | body | overlapped | measured | serial | measured / serial |")
+    show("|---|---|---|---|---|---|")
+    for name, result in results["contests"].items():
+        cases = contest_cases(name) or []
+        for body, timing in result["contestants"].items():
+            if not cases or body not in OURS or isinstance(timing, str) or timing.get("fault"):
+                continue
+            tiles: Any = tiles_from_json(cases[0].op, timing["tiles"])
+            overlapped_s, serial_s = contest_times(chip, cases, tiles)
+            us = (f"{1e6 * s:.0f} us" for s in (overlapped_s, timing["median_s"], serial_s))
+            ratio = timing["median_s"] / serial_s
+            show(f"| {name} | {body} | {' | '.join(us)} | {ratio:.2f} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("python -m pallas_kernels.find_targets", __doc__)
+    parser.add_argument(
+        "--beside", type=Path, help="show the times in this result of bench; write nothing"
+    )
+
+    def run(chip: Chip, args: Namespace) -> list[str]:
+        if args.beside:
+            show_beside(chip, args.beside)
+            return []
+        targets = {name: target._asdict() for name, target in find_targets(chip).items()}
+        stored: dict[str, Any] = read_object(TARGETS) if TARGETS.exists() else {"chips": {}}
+        chips = stored["chips"] | {chip.name: targets}
+        write_json(TARGETS, {"jax": jax.__version__, "chips": chips})
+        return []
+
+    check_chips(parser, argv, run, "done", AUDITED)
+
+
+if __name__ == "__main__":
+    main()
