@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 
 import jax
 import pytest
@@ -250,3 +251,21 @@ def test_without_jax_platforms_the_error_shows_the_command_that_works():
 
 def test_bytes_that_are_not_an_executable_contain_no_kernels():
     assert find_cubins(b"nothing in here") == []
+
+
+def test_without_tokamax_the_audit_says_that_it_compares_nothing():
+    code = "import sys; sys.modules['tokamax'] = None\n"  # as if it was not installed
+    code += "from pallas_kernels import audit_peers\nfrom pallas_kernels.chip import find_chip\n"
+    done = run_python("-c", f"{code}audit_peers.survey_peers(find_chip('a40'))")
+    assert done.stdout == "tokamax is not installed, so its kernels are not compared\n", done.stderr
+
+
+@pytest.mark.skipif(find_spec("tokamax") is None, reason="tokamax is not installed")
+def test_tokamaxs_inner_loops_are_modelled():
+    code = "from pallas_kernels import audit_peers\nfrom pallas_kernels.chip import find_chip\n"
+    code += "audit_peers.SIZES = ((1, 512, 4, 2, 128),)\n"
+    done = run_python(
+        "-c", f"{code}audit_peers.survey_peers(find_chip('h100'))", JAX_PLATFORMS="cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TFLOP/s overlapped") >= 2, done.stdout
