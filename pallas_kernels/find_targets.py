@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.arguments import Parser
-from pallas_kernels.audit import AUDITED, compile_kernels
+from pallas_kernels.audit import AUDITED, COMPILE_ERRORS, compile_kernels
 from pallas_kernels.audit_cases import Case, contest_cases
 from pallas_kernels.bench_results import OURS
 from pallas_kernels.chip import Chip
@@ -46,17 +46,25 @@ def contest_times(chip: Chip, cases: Sequence[Case], tiles: OpTiles) -> tuple[fl
 
 
 def find_targets(chip: Chip, show: Callable[[str], None] = print) -> dict[str, Target]:
-    """Compiles the kernels of all contests; returns {contest: its target}."""
+    """Compiles the kernels of all contests; returns {contest: its target}.
+
+    A contest of which no body compiles has no target. Shows why.
+    """
     targets = {}
     for contest in build_contests():
         if not (cases := contest_cases(contest.name)):
             continue
-        bodies = []
+        bodies, where = [], f"{chip.name}: {contest.name}"
         for tiles in default_bodies(contest.op, chip.arch):
             body = body_of(kernel_tiles(tiles, cases[0].kernel))
-            bodies.append(Target(body, *contest_times(chip, cases, tiles)))
-        targets[contest.name] = best = min(bodies, key=lambda target: target.serial_s)
-        show(f"{chip.name}: {contest.name:50} {best.body} {best.describe(contest.flops)}")
+            try:
+                bodies.append(Target(body, *contest_times(chip, cases, tiles)))
+            except COMPILE_ERRORS as error:
+                show(f"{where}: {body} does not compile: {str(error).splitlines()[0]}")
+                continue
+            show(f"{where}: {body} {bodies[-1].describe(contest.flops)}")
+        if bodies:
+            targets[contest.name] = min(bodies, key=lambda target: target.serial_s)
     return targets
 
 
