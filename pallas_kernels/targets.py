@@ -31,7 +31,9 @@ class Target(NamedTuple):
 
 
 def read_targets(path: Path = TARGETS) -> dict[str, dict[str, Target]]:
-    """Returns {chip: {contest: its target}}."""
+    """Returns {chip: {contest: its target}}; without the file, an empty table."""
+    if not path.exists():
+        return {}
     return {
         chip: {name: Target(**target) for name, target in targets.items()}
         for chip, targets in read_object(path)["chips"].items()
