@@ -67,10 +67,11 @@ def find_targets(
         for tiles in default_bodies(contest.op, chip.arch):
             body = body_of(kernel_tiles(tiles, cases[0].kernel))
             try:
-                bodies.append(Target(body, *contest_times(chip, cases, tiles, compiled)))
+                serial_s = contest_times(chip, cases, tiles, compiled)[1]
             except COMPILE_ERRORS as error:
                 show(f"{where}: {body} does not compile: {str(error).splitlines()[0]}")
                 continue
+            bodies.append(Target(body, serial_s))
             show(f"{where}: {body} {bodies[-1].describe(contest.flops)}")
         if bodies:
             yield contest.name, min(bodies, key=lambda target: target.serial_s)

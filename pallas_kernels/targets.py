@@ -15,10 +15,9 @@ TARGETS = Path(__file__).parent / "targets.json"
 
 
 class Target(NamedTuple):
-    """Times of a contest by the model, in seconds, and the body of our kernels that they are of."""
+    """The serial time of a contest by the model, and the body of our kernels that it is of."""
 
     body: str
-    overlapped_s: float
     serial_s: float
 
     def describe(self, flops: float) -> str:
