@@ -99,10 +99,10 @@ def tiles_from_json(op: str, value: Any) -> OpTiles | None:
     if value is None:
         return None
     if op == "attention":
-        kind_of = lambda body: MosaicAttentionTiles if body == "mosaic" else AttentionTiles
-        return FlashAttentionTiles(*(kind_of(tiles[-1])(*tiles) for tiles in value))
-    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
-    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
+        kind_of = lambda tiles: MosaicAttentionTiles if "mosaic" in tiles else AttentionTiles
+        return FlashAttentionTiles(*(kind_of(tiles)(*tiles) for tiles in value))
+    kind_of = lambda tiles: MosaicProductTiles if "mosaic" in tiles else ProductTiles
+    return {name: kind_of(tiles)(*tiles) for name, tiles in value.items()}
 
 
 def _check_row(row):
