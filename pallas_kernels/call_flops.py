@@ -38,6 +38,9 @@ def _symmetric(x_XMN, *_):
 # A kernel's name -> its FLOPs, given its operands' sizes
 KERNELS: dict[str, Callable[..., float]] = {
     **{f"flash_attention_{name}": _attention(work) for name, work in ATTENTION_WORK.items()},
+    "flash_attention_dq_product": lambda k_BSGK, ds_BHST, *_: _attention(0.5)(
+        (ds_BHST[0], ds_BHST[3], ds_BHST[1], k_BSGK[3]), k_BSGK
+    ),
     "head_scores": _head_scores,
     "symmetric": _symmetric,
     "symmetric_sum": _symmetric,

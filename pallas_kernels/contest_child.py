@@ -61,7 +61,7 @@ def describe_device(tiny: bool) -> dict[str, Any]:
 
 def bodies(contest: Contest, arch: str) -> dict[str, OpTiles | None]:
     """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton."""
-    tiles = default_bodies(contest.op, arch)
+    tiles = default_bodies(contest.op, arch, shape=contest.shape)
     return dict(zip(("triton", "mosaic"), tiles, strict=False))
 
 
@@ -145,7 +145,7 @@ def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTi
     """
     candidates = {}
     for kernel, tiles in shortlist(run.contest.op, arch):
-        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if x != 'mosaic')}"
+        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if isinstance(x, int))}"
         candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
     functions = {
         name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()

@@ -161,21 +161,27 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     return o, (q, k, v, docs, o, lse)
 
 
-def _gradients(name, arguments, tiles, interpret):
-    """Runs the kernel "dkv" or "dq" with the body that the tiles select."""
-    if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic_backward as mosaic
+def _backward_bodies(tiles):
+    """Returns the module with the functions dkv and dq of the body that the tiles select."""
+    if body_of(tiles) != "mosaic":
+        return flash_attention_backward
+    from pallas_kernels import flash_attention_mosaic_backward
 
-        return getattr(mosaic, name)(arguments, tiles, interpret)
-    return flash_attention_backward.gradients(name, arguments, tiles, interpret)
+    return flash_attention_mosaic_backward
 
 
 def _backward(blocks, interpret, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
-    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
+    if body_of(blocks.dq) == "dq_product":
+        triton = flash_attention_backward
+        dk, dv, ds_BHST = triton.dkv(arguments, blocks.dkv, interpret, stores_ds=True)
+        dq = triton.dq_product(arguments, ds_BHST, blocks.dq, interpret)
+    else:
+        dk, dv = _backward_bodies(blocks.dkv).dkv(arguments, blocks.dkv, interpret)
+        dq = _backward_bodies(blocks.dq).dq(arguments, blocks.dq, interpret)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

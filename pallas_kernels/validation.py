@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.tiles import (
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -144,8 +145,13 @@ def check_attention(
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
         queries, keys = (64, 128) if kernel == "dkv" else (128, 64)
-        kinds = AttentionTiles, MosaicAttentionTiles
+        kinds = AttentionTiles, MosaicAttentionTiles, *([DqProductTiles] if kernel == "dq" else [])
         _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
+    if isinstance(blocks.dq, DqProductTiles) and not isinstance(blocks.dkv, AttentionTiles):
+        raise ValueError(
+            "blocks.dkv must be AttentionTiles where blocks.dq are DqProductTiles, which multiply "
+            f"what Triton's kernel stores; got blocks.dkv={blocks.dkv!r}."
+        )
 
 
 def _check_product_tiles(tiles):
