@@ -60,18 +60,18 @@ def _read_queries(head, refs, rows, inside):
     return q, do, lse, head.read_vector(delta_ref, rows, 0.0, inside)
 
 
-def _visits_of_keys(batch, block, docs, tiles, T, S):
+def _visits_of_keys(batch, block, docs, tiles, T, S, window):
     """Returns the visits of a block of keys; docs is empty, or its last ref has the bounds."""
-    visits = query_blocks.causal_visits(block, tiles, T, S)
+    visits = query_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         bounds = (docs[2][batch, block, i] for i in range(2))
         visits = query_blocks.within_documents(visits, *bounds)
     return visits
 
 
-def _visits_of_queries(batch, block, docs, tiles, T, S):
+def _visits_of_queries(batch, block, docs, tiles, T, S, window):
     """Returns the visits of a block of queries; docs is empty, or its last ref has the bounds."""
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     return visits
@@ -85,7 +85,7 @@ def _own_queries(tiles, group):
     return batch, block, rows, triton.Head(batch, head), triton.Head(batch, head // group)
 
 
-def _dkv_kernel(*refs, tiles, group, interpret, stores_ds):
+def _dkv_kernel(*refs, tiles, group, window, interpret, stores_ds):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs
     *docs, dk_ref, dv_ref = refs[:-1] if stores_ds else refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
@@ -93,7 +93,7 @@ def _dkv_kernel(*refs, tiles, group, interpret, stores_ds):
     key_head = triton.Head(batch, shared_head)
     columns = block * tiles.keys + jnp.arange(tiles.keys)
     k, v = key_head.read(k_ref, columns), key_head.read(v_ref, columns)
-    visits = _visits_of_keys(batch, block, docs, tiles, T, S)
+    visits = _visits_of_keys(batch, block, docs, tiles, T, S, window)
 
     def add_block(query_head, i, carry, masked):
         dk, dv = carry
@@ -103,7 +103,7 @@ def _dkv_kernel(*refs, tiles, group, interpret, stores_ds):
         s, dp = triton.dot(k, q, trans_b=True), triton.dot(v, do, trans_b=True)
         mask = None
         if masked:
-            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], keys_first=True)
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window, keys_first=True)
         p, ds = _softmax_gradient(s, dp, lse[None, :], delta[None, :], mask, interpret, K)
         p, ds = p.astype(do.dtype), ds.astype(q.dtype)
         if stores_ds:
@@ -120,7 +120,7 @@ def _dkv_kernel(*refs, tiles, group, interpret, stores_ds):
     key_head.write(dv_ref, columns, dv)
 
 
-def _dq_kernel(*refs, tiles, group, interpret):
+def _dq_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     batch, block, rows, query_head, key_head = _own_queries(tiles, group)
@@ -131,16 +131,16 @@ def _dq_kernel(*refs, tiles, group, interpret):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         k, v = (key_head.read(ref, columns, not masked) for ref in (k_ref, v_ref))
         s, dp = triton.dot(q, k, trans_b=True), triton.dot(do, v, trans_b=True)
-        mask = visible_pairs(batch, rows, columns, T, S, docs[:2]) if masked else None
+        mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window) if masked else None
         _, ds = _softmax_gradient(s, dp, lse[:, None], delta[:, None], mask, interpret, K)
         return dq + triton.dot(ds.astype(k.dtype), k)
 
-    visits = _visits_of_queries(batch, block, docs, tiles, T, S)
+    visits = _visits_of_queries(batch, block, docs, tiles, T, S, window)
     dq = visits.loop(add_block, jnp.zeros((tiles.queries, K), jnp.float32))
     query_head.write(dq_ref, rows, dq * K**-0.5)
 
 
-def _dq_product_kernel(k_ref, ds_ref, *refs, tiles, group):
+def _dq_product_kernel(k_ref, ds_ref, *refs, tiles, group, window):
     *docs, dq_ref = refs
     (S, T), K = ds_ref.shape[2:], k_ref.shape[3]
     batch, block, rows, query_head, key_head = _own_queries(tiles, group)
@@ -149,22 +149,18 @@ def _dq_product_kernel(k_ref, ds_ref, *refs, tiles, group):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         ds = query_head.read_pairs(ds_ref, columns, rows, not masked)
         if masked:  # where no query of a block sees a key, nothing was written
-            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], keys_first=True)
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window, keys_first=True)
             ds = jnp.where(mask, ds, 0.0).astype(ds.dtype)
         k = key_head.read(k_ref, columns, not masked)
         return dq + triton.dot(ds, k, trans_a=True)
 
-    visits = _visits_of_queries(batch, block, docs, tiles, T, S)
+    visits = _visits_of_queries(batch, block, docs, tiles, T, S, window)
     dq = visits.loop(add_block, jnp.zeros((tiles.queries, K), jnp.float32))
     query_head.write(dq_ref, rows, dq * K**-0.5)
 
 
-def _call(kernel, name, arrays, docs, blocks, grid, shapes, tiles, interpret):
-    """Runs a kernel on arrays, documents, and the bounds of its blocks if there are documents.
-
-    Args:
-        blocks: key_blocks or query_blocks.
-    """
+def _call(kernel, name, arrays, docs, bounds_of, grid, shapes, tiles, interpret):
+    """Runs a kernel on arrays, documents, and the bounds of its blocks if there are documents."""
     call = triton.call(
         functools.partial(kernel, tiles=tiles),
         name=f"flash_attention_{name}",
@@ -174,11 +170,15 @@ def _call(kernel, name, arrays, docs, blocks, grid, shapes, tiles, interpret):
         stages=tiles.stages,
         interpret=interpret,
     )
-    return call(*arrays, *docs, *([blocks.document_bounds(*docs, tiles)] if docs else []))
+    return call(*arrays, *docs, *([bounds_of(*docs, tiles)] if docs else []))
 
 
 def dkv(
-    arguments: Sequence[jax.Array], tiles: AttentionTiles, interpret: bool, stores_ds: bool = False
+    arguments: Sequence[jax.Array],
+    tiles: AttentionTiles,
+    interpret: bool,
+    window: int | None,
+    stores_ds: bool = False,
 ) -> list[jax.Array]:
     """Returns [dk_BSGK, dv_BSGK].
 
@@ -192,30 +192,39 @@ def dkv(
     shapes = [triton.like(k), triton.like(v)]
     if stores_ds:
         shapes.append(triton.like(q, shape=(B, H, S, T)))
-    options = {"group": H // G, "interpret": interpret, "stores_ds": stores_ds}
-    kernel = functools.partial(_dkv_kernel, **options)
-    grid = pl.cdiv(S, tiles.keys), G, B
+    options = {"group": H // G, "window": window, "interpret": interpret}
+    kernel = functools.partial(_dkv_kernel, **options, stores_ds=stores_ds)
+    grid, bounds_of = (pl.cdiv(S, tiles.keys), G, B), query_blocks.document_bounds
     split = arguments[:6], arguments[6:]
-    return _call(kernel, "dkv", *split, query_blocks, grid, shapes, tiles, interpret)
+    return _call(kernel, "dkv", *split, bounds_of, grid, shapes, tiles, interpret)
 
 
-def dq(arguments: Sequence[jax.Array], tiles: AttentionTiles, interpret: bool) -> jax.Array:
-    """Returns dq_BTHK; the arguments are those of dkv."""
+def _call_of_queries(kernel, name, arrays, arguments, tiles, interpret, window):
+    """Runs a kernel for dq; returns dq_BTHK."""
     q, k = arguments[:2]
     B, T, H, _ = q.shape
-    kernel = functools.partial(_dq_kernel, group=H // k.shape[2], interpret=interpret)
+    kernel = functools.partial(kernel, group=H // k.shape[2], window=window)
     grid = pl.cdiv(T, tiles.queries), H, B
-    split = arguments[:6], arguments[6:]
-    return _call(kernel, "dq", *split, key_blocks, grid, triton.like(q), tiles, interpret)
+    bounds_of = functools.partial(key_blocks.document_bounds, window=window)
+    split = arrays, arguments[6:]
+    return _call(kernel, name, *split, bounds_of, grid, triton.like(q), tiles, interpret)
+
+
+def dq(
+    arguments: Sequence[jax.Array], tiles: AttentionTiles, interpret: bool, window: int | None
+) -> jax.Array:
+    """Returns dq_BTHK; the arguments are those of dkv."""
+    kernel = functools.partial(_dq_kernel, interpret=interpret)
+    return _call_of_queries(kernel, "dq", arguments[:6], arguments, tiles, interpret, window)
 
 
 def dq_product(
-    arguments: Sequence[jax.Array], ds_BHST: jax.Array, tiles: DqProductTiles, interpret: bool
+    arguments: Sequence[jax.Array],
+    ds_BHST: jax.Array,
+    tiles: DqProductTiles,
+    interpret: bool,
+    window: int | None,
 ) -> jax.Array:
     """Returns dq_BTHK from the scores' gradient that dkv returned; the arguments are dkv's."""
-    q, k = arguments[:2]
-    B, T, H, _ = q.shape
-    kernel = functools.partial(_dq_product_kernel, group=H // k.shape[2])
-    grid, docs = (pl.cdiv(T, tiles.queries), H, B), arguments[6:]
-    where = docs, key_blocks, grid, triton.like(q), tiles, interpret
-    return _call(kernel, "dq_product", (k, ds_BHST), *where)
+    arrays, kernel = (arguments[1], ds_BHST), _dq_product_kernel
+    return _call_of_queries(kernel, "dq_product", arrays, arguments, tiles, interpret, window)
