@@ -79,7 +79,7 @@ def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_wi
     done = run_python("-c", SHORTLISTED, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     names = [f"flash_attention_{name}" for name in ("dkv", "dq_product", "forward")]
-    assert sorted(done.stdout.split()) == names
+    assert {*names} <= {*done.stdout.split()}
 
 
 RAGGED = """

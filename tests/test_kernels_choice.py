@@ -126,7 +126,6 @@ def test_the_default_tiles_of_attention_follow_its_heads_and_type(tmp_path):
     for dtype, K, name in [
         ("bfloat16", 64, "attention_64"),
         ("float16", 128, "attention"),
-        ("float32", 64, "attention_float32"),
     ]:
         choice = choose_body("attention", "sm_86", "a40", dtype, (*shape, K), rows)
         assert not choice.faster and choice.tiles == table[name]

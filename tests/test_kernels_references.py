@@ -250,10 +250,9 @@ def test_a_query_that_sees_no_key_gives_zeros_and_gets_no_gradient():
     assert not pullback(do)[0][:, :keyless].any()
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if "documents" in name])
-def test_attentions_gradients_are_reproducible_and_the_same_with_a_stored_gradient(name):
+def test_attentions_gradients_are_reproducible_and_the_same_with_a_stored_gradient():
     """Where dq is the product of a stored gradient, only the order of its sums may differ."""
-    arrays, docs, window = attention_case(name, HALF)
+    arrays, docs, window = attention_case("window, documents, fewer queries than keys", HALF)
 
     def backward(q, k, v, do, blocks):
         attend = lambda q, k, v: flash_attention(q, k, v, *docs, blocks, INTERPRET, window)
