@@ -46,6 +46,7 @@ import jax
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
 from pallas_kernels.audit_cases import CASES, Case
+from pallas_kernels.audit_peers import survey_peers
 from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write_entries
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
@@ -190,6 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, help="also write all figures, and the faults, to this JSON file"
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also show the inner loops of tokamax's attention, where tokamax is installed",
+    )
     entries, faults = [], []
 
     def check(chip, args):
@@ -198,6 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         faults.extend(more_faults)
         if args.sweep:
             sweep(chip)
+        if args.peers:
+            survey_peers(chip)
         if args.json:
             write_entries(args.json, entries, faults)
         return more_faults

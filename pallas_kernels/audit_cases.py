@@ -1,6 +1,7 @@
 """The kernels and shapes that pallas_kernels.audit compiles, and the requirements for each."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -179,3 +180,23 @@ CASES = [
     _symmetric_case(12, 768, 3_072, floor=2),
     _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),
 ]
+
+
+_CONTEST = re.compile(r"(attention|square)(, documents)? (forward|both ways|and quintic) (\S+)")
+
+
+def contest_cases(name: str) -> list[Case] | None:
+    """Returns the kernels of a contest of bench; None where other products take part in it.
+
+    Args:
+        name: such as "attention both ways 4x2048x16:4x128".
+    """
+    if not (match := _CONTEST.fullmatch(name)):
+        return None
+    op, documents, direction, shape = match.groups()
+    sizes = [int(size) for size in re.findall(r"\d+", shape)]
+    if op == "attention":
+        kernels = ("forward",) if direction == "forward" else tuple(ATTENTION_WORK)
+        return [_attention_case(kernel, *sizes, documents=bool(documents)) for kernel in kernels]
+    X, M, N = sizes
+    return [_symmetric_case(X, M, N, 1), _symmetric_case(X, M, M, 1, adds=True)]

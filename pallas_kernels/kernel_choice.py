@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -95,7 +95,8 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
-def _tiles_from_json(op, value):
+def tiles_from_json(op: str, value: Any) -> OpTiles | None:
+    """Returns the tiles of an op's kernels from their form in JSON, as the bench writes them."""
     if value is None:
         return None
     if op == "attention":
@@ -133,7 +134,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
                 raise ValueError("no list")
             for values in table:
                 row = BenchRow(**values)
-                tiles = _tiles_from_json(row.op, row.tiles)
+                tiles = tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
                 _check_row(rows[-1])
         except (ValueError, TypeError, AttributeError, IndexError) as error:
