@@ -170,9 +170,9 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
     Where Mosaic comes first, it was faster than Triton's body in each contest that ran on a card.
     """
     if op not in MOSAIC_FIRST.get(arch, ()):
-        return default_tiles(op, arch, dtype, shape), ""
+        return default_tiles(op, arch, shape), ""
     if obstacle := _mosaic_obstacle(op, dtype, shape):
-        return default_tiles(op, arch, dtype, shape), f"; its body is Triton's: {obstacle}"
+        return default_tiles(op, arch, shape), f"; its body is Triton's: {obstacle}"
     return mosaic_tiles(op, arch), f"; its body is Mosaic's, the first choice on {arch}"
 
 
@@ -230,11 +230,11 @@ def choose_body(
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
     if sizes and find_fault():
         reason = f"its fastest body cannot be compiled: {find_fault()}"
-        return BodyChoice(default_tiles(op, arch, dtype, shape), False, reason)
+        return BodyChoice(default_tiles(op, arch, shape), False, reason)
     if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
         reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
-        return BodyChoice(default_tiles(op, arch, dtype, shape), False, reason)
+        return BodyChoice(default_tiles(op, arch, shape), False, reason)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
     if documents and not row.documents:

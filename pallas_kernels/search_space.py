@@ -77,15 +77,13 @@ SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
 }
 
 
-def default_bodies(
-    op: str, arch: str, dtype: str = "bfloat16", shape: tuple[float, ...] = ()
-) -> list[Any]:
+def default_bodies(op: str, arch: str, shape: tuple[float, ...] = ()) -> list[Any]:
     """Returns the op's default tiles for each body that this JAX can compile for this GPU.
 
     The arguments are those of default_tiles.
     """
     usable = mosaic.USABLE and op in MOSAIC.get(arch, {})
-    return [default_tiles(op, arch, dtype, shape)] + ([mosaic_tiles(op, arch)] if usable else [])
+    return [default_tiles(op, arch, shape)] + ([mosaic_tiles(op, arch)] if usable else [])
 
 
 def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:

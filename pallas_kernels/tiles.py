@@ -147,21 +147,16 @@ def replace_tiles(tiles: OpTiles, kernel: str, value: KernelTiles) -> OpTiles:
     return tiles._replace(**{kernel: value})
 
 
-def default_tiles(
-    op: str, arch: str, dtype: str = "bfloat16", shape: tuple[float, ...] = ()
-) -> Any:
+def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
     """Returns the default tiles of an op's Triton kernels; None for an op without tiles.
 
-    Those of attention depend on its type and on the width of its heads.
-
     Args:
-        shape: the op's sizes, as in kernel_choice.BenchRow; (): those of attention with wide heads.
+        shape: the op's sizes, as in kernel_choice.BenchRow. Attention's tiles depend on the width
+            of its heads; without a shape they are those of wide heads.
     """
     table = TILES[arch]
     if op == "attention":
-        narrow = shape and shape[-1] <= 64
-        name = f"{op}_float32" if dtype == "float32" else f"{op}_64" if narrow else op
-        return table.get(name, table[op])
+        return table.get("attention_64" if shape and shape[-1] <= 64 else op, table[op])
     return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
 
 

@@ -120,14 +120,11 @@ def test_the_error_names_a_damaged_file_of_rows(damage, tmp_path):
         read_rows(folder)
 
 
-def test_the_default_tiles_of_attention_follow_its_heads_and_type(tmp_path):
+def test_the_default_tiles_of_attention_follow_the_width_of_its_heads(tmp_path):
     table, rows = TILES["sm_86"], rows_of(0.5, tmp_path)
-    shape = (2, 640, 6, 2)
-    for dtype, K, name in [
-        ("bfloat16", 64, "attention_64"),
-        ("float16", 128, "attention"),
-    ]:
-        choice = choose_body("attention", "sm_86", "a40", dtype, (*shape, K), rows)
+    for K, name in ((32, "attention_64"), (64, "attention_64"), (128, "attention")):
+        where = "attention", "sm_86", "a40", "bfloat16", (2, 640, 6, 2, K)
+        choice = choose_body(*where, rows)
         assert not choice.faster and choice.tiles == table[name]
 
 
