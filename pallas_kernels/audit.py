@@ -51,7 +51,16 @@ from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import MOSAIC, TILES, AttentionTiles, OpTiles, body_of, kernel_tiles
+from pallas_kernels.tiles import (
+    MOSAIC,
+    TILES,
+    AttentionTiles,
+    OpTiles,
+    body_of,
+    describe_tiles,
+    kernel_tiles,
+    replace_tiles,
+)
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
@@ -126,9 +135,8 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
             tiles = kernel_tiles(op_tiles, case.kernel)
             if not find_faults(case._replace(floor=1), report, chip, body_of(tiles)):
                 good += 1
-                sizes = "x".join(str(size) for size in tiles if size != "mosaic")
                 entry = Entry(chip, case, body_of(tiles), report, tiles)
-                show(f"{entry.format_row()}  {sizes}")
+                show(f"{entry.format_row()}  {describe_tiles(tiles)}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
 
@@ -140,6 +148,8 @@ def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case,
         for tiles in default_bodies(case.op, chip.arch, case.sizes):
             body = body_of(kernel_tiles(tiles, case.kernel)) if case.kernel else "triton"
             if case.only_body in ("", body):
+                if case.tiles:
+                    tiles = replace_tiles(tiles, case.kernel, case.tiles)
                 tiles_of_body.setdefault(body, tiles)
         entries += [(case, tiles, body) for body, tiles in tiles_of_body.items()]
     return entries

@@ -190,9 +190,15 @@ def _backward(blocks, interpret, window, residuals, do):
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
     with _scope(window):
         if body_of(blocks.dq) == "dq_product":
-            bodies = flash_attention_backward
-            dk, dv, ds_BHST = bodies.dkv(arguments, blocks.dkv, interpret, window, stores_ds=True)
-            dq = bodies.dq_product(arguments, ds_BHST, blocks.dq, interpret, window)
+            triton_bodies = flash_attention_backward
+            dk, dv, ds_BHST = triton_bodies.dkv(
+                arguments, blocks.dkv, interpret, window, stores_ds=True
+            )
+            dq = triton_bodies.dq_product(arguments, ds_BHST, blocks.dq, interpret, window)
+        elif getattr(blocks.dq, "variant", "") == "stored":
+            from pallas_kernels import flash_attention_mosaic_stored as stored
+
+            dq, dk, dv = stored.gradients(arguments, blocks, interpret, window)
         else:
             dk, dv = _backward_bodies(blocks.dkv).dkv(arguments, blocks.dkv, interpret, window)
             dq = _backward_bodies(blocks.dq).dq(arguments, blocks.dq, interpret, window)

@@ -140,7 +140,7 @@ def _dq_kernel(*refs, tiles, group, window, interpret):
     query_head.write(dq_ref, rows, dq * K**-0.5)
 
 
-def _dq_product_kernel(k_ref, ds_ref, *refs, tiles, group, window):
+def _dq_product_kernel(ds_ref, k_ref, *refs, tiles, group, window):
     *docs, dq_ref = refs
     (S, T), K = ds_ref.shape[2:], k_ref.shape[3]
     batch, block, rows, query_head, key_head = _own_queries(tiles, group)
@@ -226,5 +226,5 @@ def dq_product(
     window: int | None,
 ) -> jax.Array:
     """Returns dq_BTHK from the scores' gradient that dkv returned; the arguments are dkv's."""
-    arrays, kernel = (arguments[1], ds_BHST), _dq_product_kernel
-    return _call_of_queries(kernel, "dq_product", arrays, arguments, tiles, interpret, window)
+    arrays, kernel = (ds_BHST, arguments[1]), _dq_product_kernel
+    return _call_of_queries(kernel, "dq_stored", arrays, arguments, tiles, interpret, window)

@@ -101,11 +101,10 @@ def tiles_from_json(op: str, value: Any) -> OpTiles | None:
         return None
     if op == "attention":
         kinds = {"mosaic": MosaicAttentionTiles, "dq_product": DqProductTiles}
-        return FlashAttentionTiles(
-            *(kinds.get(tiles[-1], AttentionTiles)(*tiles) for tiles in value)
-        )
-    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
-    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
+        kind_of = lambda tiles: next((kinds[x] for x in tiles if x in kinds), AttentionTiles)
+        return FlashAttentionTiles(*(kind_of(tiles)(*tiles) for tiles in value))
+    kind_of = lambda tiles: MosaicProductTiles if "mosaic" in tiles else ProductTiles
+    return {name: kind_of(tiles)(*tiles) for name, tiles in value.items()}
 
 
 def _check_row(row):

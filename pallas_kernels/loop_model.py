@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from pallas_kernels.audit_cases import Case
-from pallas_kernels.call_flops import ATTENTION_WORK
+from pallas_kernels.call_flops import ATTENTION_WORK, STORED_WORK
 from pallas_kernels.chip import Chip
 from pallas_kernels.machine_code import UNITS_OF_NAMES, Loop
 from pallas_kernels.machine_rates import RATES, Rates
@@ -123,6 +123,8 @@ def tile_work(case: Case, tiles: Any, chip: Chip) -> Work:
         B, T, H, _, K = case.sizes
         q, s = tiles.queries, tiles.keys
         whole, cut = (B * H * n for n in triangle_tiles(T, q, s, case.window))
+        if getattr(tiles, "variant", "") == "stored":
+            return Work(STORED_WORK * 4 * q * s * K, HALF_BYTES * s * (q + K), whole, cut)
         streamed = q if case.kernel == "dkv" else s  # rows of two operands
         flops = ATTENTION_WORK[case.kernel] * 4 * q * s * K
         return Work(flops, HALF_BYTES * 2 * streamed * K, whole, cut)

@@ -46,7 +46,7 @@ def test_the_audit_passes_for_both_chips(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[:2] for line in done.stdout.splitlines()]
     names = lambda body: {words_[0] for words_ in words if words_[1:] == [body]}
-    assert names("triton") == {case.name for case in CASES}
+    assert names("triton") == {case.name for case in CASES if not case.tiles}
     hopper = {case.name for case in CASES if case.kernel in MOSAIC["sm_90"].get(case.op, ())}
     assert names("mosaic") == (hopper if mosaic.USABLE else set())
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
@@ -55,7 +55,8 @@ def test_the_audit_passes_for_both_chips(tmp_path):
 
 def check_bounds(rows):
     """Checks that exactly the kernels with products have loops, and their bounds are in order."""
-    products = {case.name for case in CASES if case.op in ("attention", "head", "square")}
+    cases = [case for case in CASES if mosaic.USABLE or case.only_body != "mosaic"]
+    products = {case.name for case in cases if case.op in ("attention", "head", "square")}
     assert {row["kernel"] for row in rows if "loops" in row} == products
     for row in rows:
         if row["kernel"] in products:
@@ -96,7 +97,7 @@ print(*compile_kernels(case.build_all, find_chip("a40"), FlashAttentionTiles(**f
 def test_the_first_tiles_that_the_bench_tries_for_attention_on_an_a40_compile_without_spills():
     done = run_python("-c", SHORTLISTED, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    names = [f"flash_attention_{name}" for name in ("dkv", "dq_product", "forward")]
+    names = [f"flash_attention_{name}" for name in ("dkv", "dq_stored", "forward")]
     assert {*names} <= {*done.stdout.split()}
 
 
