@@ -201,6 +201,13 @@ def _dense(model, platform) -> Route:
     return Route("dense", "cpu", "cpu: float32 results and unflattened dW reach XLA's fast kernels")
 
 
+def _head(kernel_routes, platform) -> Route:
+    route = kernel_routes.fused_or_plain("head")
+    if platform != "gpu" or route.is_fused:
+        return route
+    return dataclasses.replace(route, implementation="one_pass")
+
+
 def _layers(model, platform, chip) -> Route:
     if model.unroll:
         return Route("layers", f"unroll={model.unroll}", f"{REQUESTED} model.unroll")
@@ -253,7 +260,7 @@ def choose_routes(
         ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),
-        "head": kernel_routes.fused_or_plain("head"),
+        "head": _head(kernel_routes, platform),
         "square": kernel_routes.fused_or_plain("square"),
         "layers": _layers(model, platform, chip),
     }
