@@ -3,6 +3,7 @@
 Each compilation runs in a new process, because JAX_PLATFORMS must be set before jax is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -37,8 +38,8 @@ audit.main()
 """
 
 
-def test_the_audit_passes_for_both_chips():
-    done = run_python("-c", AUDIT, JAX_PLATFORMS="cpu")
+def test_the_audit_passes_for_both_chips(tmp_path):
+    done = run_python("-c", AUDIT, f"--json={tmp_path}/audit.json", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[:2] for line in done.stdout.splitlines()]
     names = lambda body: {words_[0] for words_ in words if words_[1:] == [body]}
@@ -46,6 +47,17 @@ def test_the_audit_passes_for_both_chips():
     hopper = {case.name for case in CASES if case.kernel in MOSAIC["sm_90"].get(case.op, ())}
     assert names("mosaic") == (hopper if mosaic.USABLE else set())
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
+    check_bounds(json.loads((tmp_path / "audit.json").read_text())["kernels"])
+
+
+def check_bounds(rows):
+    """Checks that exactly the kernels with products have loops, and their bounds are in order."""
+    products = {case.name for case in CASES if case.op in ("attention", "head", "square")}
+    assert {row["kernel"] for row in rows if "loops" in row} == products
+    for row in rows:
+        if row["kernel"] in products:
+            assert row["roofline_s"] <= row["overlapped_s"] <= row["serial_s"], row
+            assert all(min(loop["cycles"]["tensor"], 1) for loop in row["loops"])
 
 
 RAGGED = """
@@ -182,11 +194,13 @@ import jax
 from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.training.run import build_run, compile_step
+from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask = True, True
+config.model.window = 8
 config.model.update(L=1, H=2, G=2, K=16, F=32)  # all matrices 32x32, so one size of each kernel
 devices = devices_of(find_chip("a40"))
 with jax.default_device(devices[0]):
@@ -195,8 +209,10 @@ with jax.default_device(devices[0]):
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
 assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
 print(*(route.implementation for route in run.routes.values()))
-counted = [w.instruction.rest for w in Program(text).work() if w.flops]
+counted = {w.instruction.rest: w.flops for w in Program(text).work() if w.flops}
 print(*sorted({name for rest in counted for name in re.findall(r"(\\w+)\\)*/pallas_call", rest)}))
+print([flops for rest, flops in counted.items() if "flash_attention_dq" in rest])
+print([1.5 * 4 * 8 * 2 * 16 * visible_pairs(32, 32, 8)])  # of one layer: B, H, K, T, window
 """
 
 
@@ -204,10 +220,11 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
     done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    routes, counted = done.stdout.splitlines()
+    routes, counted, flops, visible = done.stdout.splitlines()
     assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
     attention = [f"flash_attention_{name}" for name in ("dkv", "dq", "forward")]
     assert counted.split() == [*attention, "head_scores", "symmetric", "symmetric_sum"]
+    assert flops == visible
 
 
 def test_without_jax_platforms_the_error_shows_the_command_that_works():
