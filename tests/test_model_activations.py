@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.model import activations
+from jaxtrain.model.dense import dense_plain
 from pallas_kernels.hlo import Program, shapes_of
 
 EPS = 1e-5
@@ -89,23 +90,23 @@ def test_a_non_finite_input_reaches_the_result_and_its_gradients(value):
 
 @pytest.mark.parametrize("chip", ["a40", "h100"])
 def test_no_activation_is_stored_in_float32(chip):
-    """Compiled for a GPU, a layer norm, a product and GELU with gradients write bf16 only."""
+    """Compiles layer norms, products with biases and GELU, and their gradients, for a GPU."""
     pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
     from jaxtrain.ops import tuning
     from pallas_kernels.chip import CHIPS
     from pallas_kernels.offline import devices_of
 
-    N, D = 4_096, 768
+    N, D = 32_768, 768  # for fewer rows XLA counts on the cache
     device = devices_of(CHIPS[chip], 1, 1)[0]
     place = jax.sharding.SingleDeviceSharding(device)
     struct = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    h, w = struct(jnp.bfloat16, N, D), struct(jnp.bfloat16, 2, D, D)
+    h, w = struct(jnp.bfloat16, 32, N // 32, D), struct(jnp.bfloat16, 2, D, D)
     vectors = struct(jnp.float32, 2, D)
 
     def network(h, w, gain, bias):
         for i in range(2):
             n = activations.normalise_gpu(h, gain[i], bias[i], "layer", (-1,), EPS)
-            h = h + activations.gelu_gpu(n @ w[i])
+            h = h + activations.gelu_gpu(dense_plain(n, w[i], bias[i]))
         return h
 
     def step(h, w, gain, bias, dh):
@@ -115,10 +116,10 @@ def test_no_activation_is_stored_in_float32(chip):
     with jax.default_device(device):
         lowered = jax.jit(step).lower(h, w, vectors, vectors, h)
         compiled = lowered.compile(compiler_options=tuning.compiler_options(chip))
-    written = [
-        work.instruction.name
-        for work in Program(compiled.as_text()).work()
-        for dtype, sizes in shapes_of(re.sub(r"\{[^}]*\}", "", work.instruction.result))
-        if dtype == "f32" and np.prod(sizes) == N * D
-    ]
-    assert not written
+    works = Program(compiled.as_text()).work()
+    results = [shapes_of(re.sub(r"\{[^}]*\}", "", work.instruction.result)) for work in works]
+    assert not [x for xs in results for x in xs if x[0] == "f32" and np.prod(x[1]) == N * D]
+    # In sizes of h. An H100 moves 49 without normalise_gpu and 40 without gelu_gpu; an A40 moves 39
+    # without both.
+    moved = sum(work.hbm_bytes for work in works if not work.flops) / (2 * N * D)
+    assert moved < 37

@@ -1,31 +1,27 @@
 """Norms and GELU with backward passes for GPUs, where bytes and not operations limit both.
 
-Autodiff leaves it to XLA what the backward stores and what it recomputes. At D=768 XLA writes each
-norm's normalised input times its gradient to memory in float32, only to sum its columns, and keeps
-GELU's tanh beside GELU's input. The functions here store what is small and recompute the rest.
-`optimization_barrier` marks the border: XLA neither fuses nor merges across it.
+Of autodiff's backward XLA writes a layer norm's standardised input times its gradient to memory in
+float32, only to sum its columns, and on an H100 it stores GELU's tanh beside GELU's input. Here a
+norm stores two numbers for each row, and GELU nothing but its input.
 """
 
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 
 from jaxtrain.model.dense import wide_dtype
 
 
-def _statistics(x_XD, form, dims, eps):
-    """Returns (mean or None, 1 / root mean square of the rest) of x, in at least float32."""
-    x = x_XD.astype(wide_dtype(x_XD.dtype))
-    mean = None
+def _standardise(x_XD, form, dims, eps):
+    """Returns (x - mean) * rstd in at least float32, mean or None, and rstd."""
+    x, mean = x_XD.astype(wide_dtype(x_XD.dtype)), None
     if form == "layer":
         mean = x.mean(dims, keepdims=True)
         x = x - mean
-    return mean, jax.lax.rsqrt((x * x).mean(dims, keepdims=True) + eps)
-
-
-def _standardise(x_XD, mean, rstd):
-    x = x_XD.astype(wide_dtype(x_XD.dtype))
-    return (x if mean is None else x - mean) * rstd
+    rstd = jax.lax.rsqrt((x * x).mean(dims, keepdims=True) + eps)
+    return x * rstd, mean, rstd
 
 
 def _scale(x, gain, bias, dtype):
@@ -50,8 +46,7 @@ def normalise(
         form: "rms" or "layer".
         dims: the last dims of x, which gain and bias have too.
     """
-    statistics = _statistics(x_XD, form, dims, eps)
-    return _scale(_standardise(x_XD, *statistics), gain_D, bias_D, x_XD.dtype)
+    return _scale(_standardise(x_XD, form, dims, eps)[0], gain_D, bias_D, x_XD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -65,17 +60,16 @@ def normalise_gpu(
 ) -> jax.Array:
     """Computes `normalise`; its backward reads x and the gradient, and stores no product of them.
 
-    With s the standardised x and a bar for the mean over `dims`, the gradient of x is
-    rstd * (g - mean(g) - s * mean(g * s)), g being the gradient times gain. An RMS norm has no
-    mean(g). Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450, differentiated.
+    Let s be the standardised x and g the gradient times gain. The gradient of x is
+    rstd * (g - mean(g) - s * mean(g * s)) with means over `dims`; an RMS norm has no mean(g).
+    Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450, differentiated.
     """
     return normalise(x_XD, gain_D, bias_D, form, dims, eps)
 
 
 def _normalise_forward(x_XD, gain_D, bias_D, form, dims, eps):
-    statistics = _statistics(x_XD, form, dims, eps)
-    y_XD = _scale(_standardise(x_XD, *statistics), gain_D, bias_D, x_XD.dtype)
-    return y_XD, (x_XD, gain_D, bias_D is not None, statistics)
+    s, *statistics = _standardise(x_XD, form, dims, eps)
+    return _scale(s, gain_D, bias_D, x_XD.dtype), (x_XD, gain_D, bias_D is not None, statistics)
 
 
 def _normalise_backward(form, dims, eps, residuals, dy_XD):
@@ -83,7 +77,8 @@ def _normalise_backward(form, dims, eps, residuals, dy_XD):
     # Without the barrier XLA would compute the statistics again in each fusion that needs them, in
     # a form in which the sums over columns cannot share a pass over memory with the rest.
     mean, rstd = jax.lax.optimization_barrier(statistics)
-    s, dy = _standardise(x_XD, mean, rstd), dy_XD.astype(rstd.dtype)
+    x, dy = x_XD.astype(rstd.dtype), dy_XD.astype(rstd.dtype)
+    s = (x if mean is None else x - mean) * rstd
     g = dy if gain_D is None else dy * gain_D
     dx = g - s * (g * s).mean(dims, keepdims=True)
     if form == "layer":
@@ -101,21 +96,22 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def _gelu_wide(x):
+@jax.custom_vjp
+def gelu_gpu(x: jax.Array) -> jax.Array:
+    """Computes `gelu` in at least float32, rounding once.
+
+    The backward writes GELU as x * sigmoid(u), which is the same function. XLA would find a tanh of
+    the forward again and store it instead of computing it twice.
+    """
     return gelu(x.astype(wide_dtype(x.dtype))).astype(x.dtype)
 
 
-@jax.custom_vjp
-def gelu_gpu(x: jax.Array) -> jax.Array:
-    """Computes `gelu` in at least float32, rounding once; its backward recomputes the tanh.
-
-    Bfloat16 arithmetic rounds each of its ten operations and both constants.
-    """
-    return _gelu_wide(x)
-
-
 def _gelu_backward(x, dy):
-    return jax.vjp(_gelu_wide, jax.lax.optimization_barrier(x))[1](dy)
+    dtype, x, dy = x.dtype, *(a.astype(wide_dtype(a.dtype)) for a in (x, dy))
+    rate, cubic = math.sqrt(8 / math.pi), 0.044715
+    sigmoid = 1 / (1 + jnp.exp(-rate * x * (1 + cubic * x * x)))
+    slope = rate * (1 + 3 * cubic * x * x)  # of u = rate * (x + cubic * x^3)
+    return ((dy * sigmoid * (1 + x * (1 - sigmoid) * slope)).astype(dtype),)
 
 
-gelu_gpu.defvjp(lambda x: (_gelu_wide(x), x), _gelu_backward)
+gelu_gpu.defvjp(lambda x: (gelu_gpu(x), x), _gelu_backward)
