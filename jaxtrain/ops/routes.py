@@ -169,12 +169,12 @@ class _KernelRoutes:
         reason = f"{REQUESTED} {flag}; {choice.reason}" if flag else choice.reason
         return Route(op, f"{name}:{self.arch}", reason, tiles=choice.tiles)
 
-    def fused_or_plain(self, op: str) -> Route:
-        """Returns the route to op's kernel, or to XLA with the reason that rules out the kernel."""
+    def fused_or_plain(self, op: str, plain: str = "plain") -> Route:
+        """Returns the route to op's kernel, or to XLA's with the reason that excludes the kernel."""
         route = self.fused(op)
         if route is None:
             reason = self.obstacle(op) or self.measured(op).reason
-            return Route(op, "plain", f"XLA; no kernel: {reason}")
+            return Route(op, plain, f"XLA; no kernel: {reason}")
         if op == "qk_rope" and self.model.nope_every:
             return dataclasses.replace(route, reason=f"{route.reason}; XLA's norm where no RoPE is")
         return route
@@ -215,13 +215,6 @@ def _dense(model, platform) -> Route:
         reason = "cpu without bf16 products: float32 products of bf16 values"
         return Route("dense", "cpu_wide", reason)
     return Route("dense", "cpu", "cpu: float32 results and unflattened dW reach XLA's fast kernels")
-
-
-def _head(kernel_routes, platform) -> Route:
-    route = kernel_routes.fused_or_plain("head")
-    if platform != "gpu" or route.is_fused:
-        return route
-    return dataclasses.replace(route, implementation="one_pass")
 
 
 def _layers(model, platform, chip) -> Route:
@@ -276,7 +269,7 @@ def choose_routes(
         ),
         "dense": _dense(model, platform),
         "norm": kernel_routes.fused_or_plain("norm"),
-        "head": _head(kernel_routes, platform),
+        "head": kernel_routes.fused_or_plain("head", "plain" if platform == "cpu" else "one_pass"),
         "square": kernel_routes.fused_or_plain("square"),
         "layers": _layers(model, platform, chip),
     }
