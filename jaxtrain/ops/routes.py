@@ -170,7 +170,7 @@ class _KernelRoutes:
         return Route(op, f"{name}:{self.arch}", reason, tiles=choice.tiles)
 
     def fused_or_plain(self, op: str, plain: str = "plain") -> Route:
-        """Returns the route to op's kernel, or to `plain` with the reason that excludes the kernel."""
+        """Returns the route to op's kernel, or to `plain` with the reason against the kernel."""
         route = self.fused(op)
         if route is None:
             reason = self.obstacle(op) or self.measured(op).reason
