@@ -83,14 +83,19 @@ class _Mask:
     def apply(self, s, j):
         keys = self.shape[1]
         column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=plgpu.Layout.WGMMA)
-        s = jnp.where(column + j * keys <= self.last, s, MASKED)
+        column += j * keys
+        visible = [column <= self.last]
         if self.window is not None:
-            s = jnp.where(column + (j * keys + self.window) > self.last, s, MASKED)
+            visible.append(column > self.last - self.window)
         if self.docs is not None:
             query_docs, key_docs = self.docs[0], self.docs[1](j)
             query_docs = lax.broadcast_in_dim(query_docs, self.shape, [0])
             key_docs = lax.broadcast_in_dim(key_docs, self.shape, [1])
-            s = jnp.where(query_docs == key_docs, s, MASKED)
+            visible.append(query_docs == key_docs)
+        if self.window is not None:  # with a mask for each, it spilled at K=128 (ptxas 12.9.86)
+            visible = [functools.reduce(jnp.logical_and, visible)]
+        for mask in visible:
+            s = jnp.where(mask, s, MASKED)
         return s
 
 
