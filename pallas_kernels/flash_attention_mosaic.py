@@ -93,7 +93,7 @@ class _Mask:
             key_docs = lax.broadcast_in_dim(key_docs, self.shape, [1])
             visible.append(query_docs == key_docs)
         if self.window is not None:  # with a mask for each, it spilled at K=128 (ptxas 12.9.86)
-            visible = [functools.reduce(jnp.logical_and, visible)]
+            visible = [functools.reduce(lax.bitwise_and, visible)]
         for mask in visible:
             s = jnp.where(mask, s, MASKED)
         return s
