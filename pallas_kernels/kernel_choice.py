@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -94,14 +94,15 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
-def _tiles_from_json(op, value):
+def tiles_from_json(op: str, value: Any) -> OpTiles | None:
+    """Returns the tiles of an op's kernels from their form in JSON, as the bench writes them."""
     if value is None:
         return None
     if op == "attention":
-        kind_of = lambda body: MosaicAttentionTiles if body == "mosaic" else AttentionTiles
-        return FlashAttentionTiles(*(kind_of(tiles[-1])(*tiles) for tiles in value))
-    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
-    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
+        kind_of = lambda tiles: MosaicAttentionTiles if "mosaic" in tiles else AttentionTiles
+        return FlashAttentionTiles(*(kind_of(tiles)(*tiles) for tiles in value))
+    kind_of = lambda tiles: MosaicProductTiles if "mosaic" in tiles else ProductTiles
+    return {name: kind_of(tiles)(*tiles) for name, tiles in value.items()}
 
 
 def _check_row(row):
@@ -130,7 +131,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
                 raise ValueError("no list")
             for values in table:
                 row = BenchRow(**values)
-                tiles = _tiles_from_json(row.op, row.tiles)
+                tiles = tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
                 _check_row(rows[-1])
         except (ValueError, TypeError, AttributeError, IndexError) as error:
