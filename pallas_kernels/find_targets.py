@@ -37,6 +37,10 @@ def contest_times(
 
     Args:
         compiled: of other contests; one program has all kernels of attention at one shape.
+
+    Raises:
+        ValueError: a kernel has no loop, or needs more shared memory than a block has.
+        jax.errors.JaxRuntimeError: a kernel does not compile.
     """
     overlapped_s = serial_s = 0.0
     for case in cases:
@@ -46,7 +50,8 @@ def contest_times(
             compiled[key] = compile_kernels(build, chip, tiles)
         report = compiled[key][case.name]
         bounds = find_bounds(case, report, chip, kernel_tiles(tiles, case.kernel))
-        assert bounds, f"{case.name} must have products in a loop"
+        if not bounds:
+            raise ValueError(f"{case.name} has no loop with products: the compiler unrolled it")
         overlapped_s, serial_s = overlapped_s + bounds.overlapped_s, serial_s + bounds.serial_s
     return overlapped_s, serial_s
 
@@ -56,7 +61,7 @@ def find_targets(
 ) -> Iterator[tuple[str, Target]]:
     """Compiles the kernels of all contests but the known ones; yields (contest, its target).
 
-    A contest of which no body compiles has no target. Shows the time of each body, or its error.
+    A contest of which no body has a time has no target. Shows the time of each body, or its error.
     """
     compiled = {}
     for contest in build_contests():
@@ -69,7 +74,7 @@ def find_targets(
             try:
                 serial_s = contest_times(chip, cases, tiles, compiled)[1]
             except COMPILE_ERRORS as error:
-                show(f"{where}: {body} does not compile: {str(error).splitlines()[0]}")
+                show(f"{where}: {body} has no time: {str(error).splitlines()[0]}")
                 continue
             bodies.append(Target(body, serial_s))
             show(f"{where}: {body} {bodies[-1].describe(contest.flops)}")
