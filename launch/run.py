@@ -57,6 +57,7 @@ POLICY_HELP = {
     "stall_s": "seconds without a step until a rank counts as stuck (at least 5 usual steps)",
     "start_s": "seconds from a rank's start to its first step",
     "lost_s": "seconds of silence until a host counts as lost",
+    "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"

@@ -20,10 +20,12 @@ from launch.host.environment import build_environment, summarize_data
 from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
+from launch.host.keeper import KEEPER, start_detached
+from launch.host.restart_policy import NOW
 from launch.host.run_files import WORKDIR, read_changes, run_directory
-from launch.host.supervise import KEEPER, start_detached
 
 STATUS_S = 2.0  # between the status frames of a stream
+NOW_S = 5.0  # for the supervisor to obey `stop --now`
 LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
 
@@ -117,13 +119,22 @@ def has_supervisor(folder: Path) -> bool:
 
 
 def status(request: Request) -> dict[str, Any]:
-    """Returns the stored status, whether the job has a supervisor, and its living processes."""
+    """Returns the stored status, whether the job has a supervisor, and its living processes.
+
+    `age_s` is the age of the stored status by this host's clock, and `stopped` whether a signal
+    has stopped the supervisor.
+    """
     folder = job_folder(request)
     if not (folder / "job.json").exists():
         return {"known": False, "processes": processes.marked(request["job"])}
-    return read_json(folder / "status.json") | {
+    stored = read_json(folder / "status.json")
+    stat = processes.read_stat(stored["pid"]) if is_running(folder) else None
+    age_s = time.time() - (folder / "status.json").stat().st_mtime if stored else 0.0
+    return stored | {
         "known": True,
         "alive": has_supervisor(folder),
+        "stopped": stat is not None and stat.state in "Tt",
+        "age_s": round(age_s, 1),
         "processes": processes.marked(request["job"]),
         "log_bytes": log.size(folder / "log"),
     }
@@ -132,14 +143,21 @@ def status(request: Request) -> dict[str, Any]:
 def stop(request: Request) -> dict[str, Any]:
     """Asks the supervisor to stop the job.
 
-    With `kill`, or if there is no supervisor, kills the job's processes on this host.
+    With `kill`, or if there is no supervisor, kills the job's processes on this host. It also does
+    so if the job shall stop at once and the supervisor does not see to it within NOW_S.
     """
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
     if has_supervisor(folder) and not request.get("kill"):
         (folder / "stop").write_text(request["why"])
-        return {"known": True, "left": []}
+        deadline = time.monotonic() + NOW_S
+        while request["why"] == NOW and processes.marked(request["job"]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        else:
+            return {"known": True, "left": []}
     workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
     keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]
 
