@@ -61,7 +61,7 @@ def describe_device(tiny: bool) -> dict[str, Any]:
 
 def bodies(contest: Contest, arch: str) -> dict[str, OpTiles | None]:
     """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton."""
-    tiles = default_bodies(contest.op, arch)
+    tiles = default_bodies(contest.op, arch, contest.shape)
     return dict(zip(("triton", "mosaic"), tiles, strict=False))
 
 

@@ -18,6 +18,20 @@ class AttentionTiles(NamedTuple):
     stages: int  # loads in flight in the software pipeline
 
 
+class DqProductTiles(NamedTuple):
+    """Tile sizes of attention's Triton kernel for dq that multiplies a stored gradient.
+
+    The kernel for dk and dv then stores the scores' gradient, so the backward makes five products
+    instead of seven, for 2*B*H*S*T bytes of memory in 16 bits. It must be Triton's.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    body: str = "dq_product"
+
+
 class ProductTiles(NamedTuple):
     """Tile sizes of a matrix product's Triton kernel."""
 
@@ -51,7 +65,9 @@ class MosaicAttentionTiles(NamedTuple):
     groups: int = 2  # warp groups that multiply, each for a part of the queries; dkv and dq have 2
 
 
-KernelTiles = AttentionTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
+KernelTiles = (
+    AttentionTiles | DqProductTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
+)
 
 
 class FlashAttentionTiles(NamedTuple):
@@ -59,19 +75,25 @@ class FlashAttentionTiles(NamedTuple):
 
     forward: AttentionTiles | MosaicAttentionTiles
     dkv: AttentionTiles | MosaicAttentionTiles
-    dq: AttentionTiles | MosaicAttentionTiles
+    dq: AttentionTiles | MosaicAttentionTiles | DqProductTiles
 
 
 # The tiles of all kernels of one op. Values are KernelTiles: Any, because each caller knows which.
 OpTiles = FlashAttentionTiles | dict[str, Any]
 
-# On sm_86, which has little shared memory, FlashAttention-2's backward uses 64x64 tiles too.
+# "attention" is for heads of more than 64. On sm_86, which has little shared memory,
+# FlashAttention-2's backward of such heads uses tiles of 64x64 and 8 warps too.
 TILES: dict[str, dict[str, Any]] = {
     "sm_86": {
         "attention": FlashAttentionTiles(
             AttentionTiles(128, 64, 8, 2),
             AttentionTiles(64, 64, 8, 2),
-            AttentionTiles(64, 64, 8, 2),
+            AttentionTiles(128, 32, 8, 2),
+        ),
+        "attention_64": FlashAttentionTiles(
+            AttentionTiles(128, 64, 8, 2),
+            AttentionTiles(32, 64, 4, 2),
+            AttentionTiles(64, 64, 4, 2),
         ),
         "head": ProductTiles(128, 128, 32, 4, 3),
         "square": ProductTiles(128, 128, 32, 4, 3),
@@ -117,7 +139,7 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 
 
 def body_of(tiles: KernelTiles) -> str:
-    """Returns the kernel body that these tiles select: "triton" or "mosaic"."""
+    """Returns the kernel body that these tiles select: "triton", "mosaic" or "dq_product"."""
     return getattr(tiles, "body", "triton")
 
 
@@ -141,11 +163,16 @@ def replace_tiles(tiles: OpTiles, kernel: str, value: KernelTiles) -> OpTiles:
     return tiles._replace(**{kernel: value})
 
 
-def default_tiles(op: str, arch: str) -> Any:
-    """Returns the default tiles of an op's Triton kernels; None for an op without tiles."""
+def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
+    """Returns the default tiles of an op's Triton kernels; None for an op without tiles.
+
+    Args:
+        shape: the op's sizes, as in kernel_choice.BenchRow. Attention's tiles depend on the width
+            of its heads; without a shape they are those of wide heads.
+    """
     table = TILES[arch]
     if op == "attention":
-        return table[op]
+        return table.get("attention_64" if shape and shape[-1] <= 64 else op, table[op])
     return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
 
 

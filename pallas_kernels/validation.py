@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.tiles import (
     MOSAIC_VARIANTS,
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -151,7 +152,7 @@ def check_attention(
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
         queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
-        kinds = AttentionTiles, MosaicAttentionTiles
+        kinds = AttentionTiles, MosaicAttentionTiles, *([DqProductTiles] if kernel == "dq" else [])
         _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
         variant, known = getattr(tiles, "variant", ""), MOSAIC_VARIANTS[kernel]
         if variant not in known:
@@ -174,6 +175,11 @@ def check_attention(
                 f"half of blocks.dq.queries={blocks.dq.queries} must be a multiple of "
                 f"blocks.dkv.queries; got {blocks.dkv.queries}."
             )
+    if isinstance(blocks.dq, DqProductTiles) and not isinstance(blocks.dkv, AttentionTiles):
+        raise ValueError(
+            "blocks.dkv must be AttentionTiles where blocks.dq are DqProductTiles, which multiply "
+            f"what Triton's kernel stores; got blocks.dkv={blocks.dkv!r}."
+        )
 
 
 def _check_product_tiles(tiles):
