@@ -79,11 +79,24 @@ def prepare(client: SshClient, job: Job, code: Code) -> None:
     if record["argv"][2] == TRAINER:
         start = time.monotonic()
         summaries = client.call_all(data_requests(client, job), DATA_S)
+        for host, summary in summaries.items():
+            if not isinstance(summary, HostError) and not _is_summary(summary):
+                summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
         findings = judge_data(summaries) + judge_directories(summaries)
         note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
         print_findings(findings)
         folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
         job.change(run_directories=folders)
+
+
+def _is_summary(summary: Any) -> bool:
+    """Returns whether a host's answer has what judge_data and judge_directories read."""
+    kinds = {"files": int, "bytes": int, "fingerprint": str, "workdir": str}
+    if not isinstance(summary, dict) or "owner" not in summary:
+        return False
+    owner = summary["owner"]
+    known = not owner or (isinstance(owner, dict) and owner.keys() >= {"pid", "host", "start"})
+    return known and all(type(summary.get(key)) is kind for key, kind in kinds.items())
 
 
 def build_environments(

@@ -5,15 +5,19 @@ import zipfile
 import pytest
 
 from launch.host.environment import build_environment, environment_key, requirements
+from launch.host.restart_policy import Policy
 from launch.inventory import Host
+from launch.job import TRAINER, Job
 from launch.prepare import (
     build_environments,
     judge_data,
     judge_directories,
+    prepare,
     read_constraints,
     read_env,
 )
 from launch.ssh import HostError, SshClient
+from launch.sync_code import Code
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
 PYPROJECT = """
@@ -140,3 +144,17 @@ def test_constraints_that_are_no_text_are_refused_by_their_flag(tmp_path):
     (tmp_path / "constraints").write_bytes(b"\xe9")
     with pytest.raises(ValueError, match="--env_build must name a file of pip constraints"):
         read_constraints(str(tmp_path / "constraints"))
+
+
+@pytest.mark.parametrize("summary", [[], {}, {"fingerprint": 1}])
+def test_a_summary_of_the_data_that_has_no_meaning_is_a_finding(tmp_path, monkeypatch, summary):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path))
+    record = {"argv": ["python", "-m", TRAINER], "env": {}, "ranks_per_host": 1}
+    job = Job.create(HOSTS[:1], Policy(), "", **record, folders={"a": "/code"})
+
+    class Odd(SshClient):
+        def call_all(self, requests, timeout_s):
+            return dict.fromkeys(requests, summary)
+
+    with pytest.raises(HostError, match="preflight: nothing was started"):
+        prepare(Odd(HOSTS[:1]), job, Code(tmp_path, [], "", "", ""))
