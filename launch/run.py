@@ -121,7 +121,8 @@ def _at_least_0(kind: type) -> Callable[[str], Any]:
         except ValueError:
             value = -1
         if not value >= 0:  # also if it is NaN
-            raise argparse.ArgumentTypeError(f"must be {kind.__name__} >= 0; got {text}")
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} of at least 0; got {text}")
         return value
 
     return str if kind is str else parse_number

@@ -73,3 +73,11 @@ def test_a_price_of_a_number_that_is_not_positive_is_refused(base, capsys, flag)
     with pytest.raises(SystemExit):
         slo.main(["price", f"--against={base}", PRICES, flag, "--deadline=7d"])
     assert "must be a positive number" in capsys.readouterr().err
+
+
+def test_a_baseline_that_cannot_be_written_leaves_no_draft(tmp_path, capsys):
+    run = write_run(tmp_path / "a", series(60))
+    (tmp_path / "out").mkdir()
+    assert slo.main(["record", str(run), "--provisional", f"--out={tmp_path}/out"]) == 2
+    assert "--out must be writable" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]

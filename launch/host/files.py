@@ -9,11 +9,15 @@ from typing import Any
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Replaces a file by one rename, after its content has reached the disk."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)  # a full disk must not keep it
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
