@@ -11,16 +11,18 @@ The columns are registers per thread, instructions that spill registers to memor
 memory per block, threads per block, blocks that fit on a multiprocessor, tensor-core instructions,
 asynchronous copies, and the roofline: the least time that the chip's peaks allow.
 
-Below attention's Triton kernels stand the instructions of a warp in each innermost loop by unit
-(tensor cores; FMA, ALU and MUFU, which computes exp2; loads, stores and shuffles; other), and the
-arithmetic a score: those of FMA, ALU and MUFU, divided by a thread's scores of a block. It leaves
-out the multiplications that rescale the forward's sum, one for each element of the result, since
-their number depends only on the tiles. The forward has a loop without masks and one with masks.
+Below attention's kernels, except Mosaic's for Hopper, stand the instructions of a warp in each
+innermost loop by unit (tensor cores; FMA, ALU and MUFU, which computes exp2; loads, stores and
+shuffles; other), and the arithmetic a score: those of FMA, ALU and MUFU, divided by a thread's
+scores of a block. It leaves out the multiplications that rescale the forward's sum, one for each
+element of the result, since their number depends only on the tiles. The forward has a loop without
+masks and one with masks.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
   - lacks the tensor-core instructions that its products need;
-  - is a Mosaic body without warp-group products or copies by the tensor memory accelerator;
+  - is a Mosaic body without Hopper's warp-group products and tensor memory accelerator, or, on
+    Ampere, without asynchronous copies;
   - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py;
   - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py.
 """
@@ -37,12 +39,22 @@ from pallas_kernels.audit_cases import CASES, Case
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
-from pallas_kernels.tiles import MOSAIC, TILES, AttentionTiles, OpTiles, body_of, kernel_tiles
+from pallas_kernels.tiles import (
+    MOSAIC,
+    TILES,
+    AmpereAttentionTiles,
+    AttentionTiles,
+    OpTiles,
+    body_of,
+    kernel_tiles,
+)
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
 
 
-def arithmetic_a_score(case: Case, report: KernelReport, tiles: AttentionTiles) -> list[float]:
+def arithmetic_a_score(
+    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
+) -> list[float]:
     """Returns the arithmetic instructions a score of each innermost loop, as defined above."""
     scores = tiles.queries * tiles.keys / report.threads
     rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
@@ -54,14 +66,14 @@ def find_faults(
     report: KernelReport,
     chip: Chip,
     body: str = "triton",
-    tiles: AttentionTiles | None = None,
+    tiles: AttentionTiles | AmpereAttentionTiles | None = None,
 ) -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet.
 
     Args:
-        tiles: those of an attention kernel's Triton body, to check its budget.
+        tiles: those of an attention kernel's body for Triton or Ampere, to check its budget.
     """
-    floor = case.floor if body == "triton" else 1  # one Mosaic block fills a multiprocessor
+    floor = 1 if body == "mosaic" else case.floor  # one block of Hopper's fills a multiprocessor
     resources, faults = report.resources, []
     if resources.stack_bytes or resources.spills:
         faults.append(
@@ -76,6 +88,8 @@ def find_faults(
         faults.append("no tensor-core instruction")
     if body == "mosaic" and not (resources.instructions["HGMMA"] and resources.tma_copies):
         faults.append("no warp-group product, or no copy by the tensor memory accelerator")
+    if body == "ampere" and not resources.instructions["LDGSTS"]:
+        faults.append("no asynchronous copy")
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
     if tiles and case.budget:
@@ -105,8 +119,10 @@ def format_row(case: Case, report: KernelReport, chip: Chip, body: str) -> str:
     )
 
 
-def format_loops(case: Case, report: KernelReport, tiles: AttentionTiles) -> list[str]:
-    """Returns a line for each innermost loop of one of attention's Triton kernels."""
+def format_loops(
+    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
+) -> list[str]:
+    """Returns a line for each innermost loop of one of attention's kernels."""
     figures = arithmetic_a_score(case, report, tiles)
     return [
         f"  loop of {loop}: {figure:.2f} a score"
@@ -145,7 +161,7 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
             tiles = kernel_tiles(op_tiles, case.kernel)
             if not find_faults(case._replace(floor=1), report, chip, body_of(tiles)):
                 good += 1
-                sizes = "x".join(str(size) for size in tiles if size != "mosaic")
+                sizes = "x".join(str(size) for size in tiles if size != body_of(tiles))
                 show(f"{format_row(case, report, chip, body_of(tiles))}  {sizes}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
@@ -173,14 +189,15 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
     show(HEADER)
     if chip.arch in MOSAIC and not mosaic.USABLE:
         show(f"{mosaic.REASON}; only Triton's bodies are audited")
-    elif chip.arch in MOSAIC:
-        for case in cases:
-            if case.only_body:
-                show(f"{case.name} {case.shape}: only the {case.only_body} body, {case.why_only}")
+    entries = cases_with_bodies(chip, cases)
+    for case, _, body in entries:
+        if case.only_body and mosaic.USABLE and case.op in MOSAIC.get(chip.arch, {}):
+            show(f"{case.name} {case.shape}: only the {body} body, {case.why_only}")
     faults, reports = [], {}
-    for case, tiles, body in cases_with_bodies(chip, cases):
+    for case, tiles, body in entries:
         where = f"{chip.name}: {case.name} ({body}) {case.shape}"
-        build = case.build_all or case.build
+        # The other kernels of the op have no body for Ampere, and are compiled with Triton's.
+        build = case.build_all if case.build_all and body != "ampere" else case.build
         try:
             if (build, body) not in reports:
                 reports[build, body] = compile_kernels(build, chip, tiles)
@@ -190,7 +207,7 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
         report = reports[build, body][case.name]
         show(format_row(case, report, chip, body))
         attention_tiles = None
-        if case.op == "attention" and body == "triton":
+        if case.op == "attention" and body != "mosaic":
             attention_tiles = kernel_tiles(tiles, case.kernel)
             show("\n".join(format_loops(case, report, attention_tiles)))
         found = find_faults(case, report, chip, body, attention_tiles)

@@ -20,8 +20,9 @@ ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # relative to the forw
 
 def _attention(work):
     def flops(q_BTHK, k_BSGK, *_):
-        (B, T, H, K), S = q_BTHK, k_BSGK[1]
-        return work * 2 * B * H * K * T * (2 * S - T + 1)  # the queries are the last T positions
+        (B, T, *H_K), S = q_BTHK, k_BSGK[1]  # Ampere's body has one dimension for H and K
+        pairs = T * (2 * S - T + 1) / 2  # the queries are the last T positions
+        return work * 4 * B * math.prod(H_K) * pairs
 
     return flops
 

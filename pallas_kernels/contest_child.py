@@ -59,10 +59,13 @@ def describe_device(tiny: bool) -> dict[str, Any]:
     }
 
 
-def bodies(contest: Contest, arch: str) -> dict[str, OpTiles | None]:
-    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton."""
+def bodies(contest: Contest, arch: str, tiny: bool) -> dict[str, OpTiles | None]:
+    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton.
+
+    A trial leaves out Mosaic's bodies, whose smallest tiles are larger than its arrays.
+    """
     tiles = default_bodies(contest.op, arch)
-    return dict(zip(("triton", "mosaic"), tiles, strict=False))
+    return dict(zip(("triton",) if tiny else ("triton", "mosaic"), tiles, strict=False))
 
 
 class Compiled(NamedTuple):
@@ -145,7 +148,7 @@ def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTi
     """
     candidates = {}
     for kernel, tiles in shortlist(run.contest.op, arch):
-        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if x != 'mosaic')}"
+        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if x != body_of(tiles))}"
         candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
     functions = {
         name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()
@@ -172,7 +175,7 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
     """Runs a job's contest; calls `save` with all results so far after each contestant."""
     arch = "sm_86" if job.tiny else detect_chip().arch
     (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
-    run, default = ContestRun(contest, save), bodies(contest, arch)
+    run, default = ContestRun(contest, save), bodies(contest, arch, job.tiny)
     kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
     compiled = run.compile_all(contest.others | kernels)
     for name in contest.others:

@@ -19,6 +19,7 @@ https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -133,14 +134,13 @@ def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret):
 def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
-    if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
-
+    if (body := body_of(tiles)) != "triton":
+        module = importlib.import_module(
+            f"pallas_kernels.flash_attention_{body}"
+        )  # needs newer JAX
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
-        o, lse = jax.lax.optimization_barrier(
-            flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret)
-        )
+        o, lse = jax.lax.optimization_barrier(module.forward(q, k, v, docs, tiles, interpret))
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))

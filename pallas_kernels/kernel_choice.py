@@ -14,17 +14,15 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.ptxas import explain_missing_mosaic, find_fault
+from pallas_kernels.ptxas import explain_missing_mosaic, find_fault, has_triton
 from pallas_kernels.tiles import (
+    ATTENTION_KINDS,
     MOSAIC_FIRST,
     MOSAIC_HEADS,
     MOSAIC_TYPES,
-    AttentionTiles,
+    PRODUCT_KINDS,
     FlashAttentionTiles,
-    MosaicAttentionTiles,
-    MosaicProductTiles,
     OpTiles,
-    ProductTiles,
     body_of,
     default_tiles,
     mosaic_tiles,
@@ -94,14 +92,18 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
+def _kernel_tiles_from_json(kinds, values):
+    """Returns tiles of the type whose body is the last value; without one they are Triton's."""
+    of_body = {kind._field_defaults.get("body"): kind for kind in kinds}
+    return of_body.get(values[-1], of_body[None])(*values)
+
+
 def _tiles_from_json(op, value):
     if value is None:
         return None
     if op == "attention":
-        kind_of = lambda body: MosaicAttentionTiles if body == "mosaic" else AttentionTiles
-        return FlashAttentionTiles(*(kind_of(tiles[-1])(*tiles) for tiles in value))
-    kind_of = lambda body: MosaicProductTiles if body == "mosaic" else ProductTiles
-    return {name: kind_of(tiles[-1])(*tiles) for name, tiles in value.items()}
+        return FlashAttentionTiles(*(_kernel_tiles_from_json(ATTENTION_KINDS, x) for x in value))
+    return {name: _kernel_tiles_from_json(PRODUCT_KINDS, x) for name, x in value.items()}
 
 
 def _check_row(row):
@@ -163,11 +165,18 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
 
     Where Mosaic comes first, it was faster than Triton's body in each contest that ran on a card.
     """
-    if op not in MOSAIC_FIRST.get(arch, ()):
+    if has_triton() and op not in MOSAIC_FIRST.get(arch, ()):
         return default_tiles(op, arch), ""
     if obstacle := _mosaic_obstacle(op, dtype, shape):
         return default_tiles(op, arch), f"; its body is Triton's: {obstacle}"
-    return mosaic_tiles(op, arch), f"; its body is Mosaic's, the first choice on {arch}"
+    why = f"the first choice on {arch}" if has_triton() else "as this JAX has no Triton backend"
+    return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
+
+
+def find_triton_bodies(op: str, tiles: OpTiles | None) -> str:
+    """Returns the names of an op's kernels whose body is Triton's; "" if there are none."""
+    kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
+    return ", ".join(name for name, value in kernels.items() if body_of(value) == "triton")
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:

@@ -49,13 +49,40 @@ class MosaicAttentionTiles(NamedTuple):
     body: str = "mosaic"
 
 
-KernelTiles = AttentionTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
+class AmpereProductTiles(NamedTuple):
+    """Tile sizes of a matrix product's Mosaic GPU kernel for Ampere and Ada."""
+
+    size: int  # rows and columns per tile of the result
+    depth: int  # columns of both operands that one iteration multiplies
+    stages: int  # slices in shared memory
+    body: str = "ampere"
+
+
+class AmpereAttentionTiles(NamedTuple):
+    """Tile sizes of attention's forward Mosaic GPU kernel for Ampere and Ada."""
+
+    queries: int
+    keys: int
+    stages: int  # blocks of keys or of values in shared memory
+    body: str = "ampere"
+
+
+ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles
+PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
+KernelTiles = (
+    AttentionTiles
+    | MosaicAttentionTiles
+    | AmpereAttentionTiles
+    | ProductTiles
+    | MosaicProductTiles
+    | AmpereProductTiles
+)
 
 
 class FlashAttentionTiles(NamedTuple):
-    """Tile sizes of attention's three kernels; each may be a Triton or a Mosaic kernel's."""
+    """Tile sizes of attention's three kernels; the type of each selects the kernel's body."""
 
-    forward: AttentionTiles | MosaicAttentionTiles
+    forward: AttentionTiles | MosaicAttentionTiles | AmpereAttentionTiles
     dkv: AttentionTiles | MosaicAttentionTiles
     dq: AttentionTiles | MosaicAttentionTiles
 
@@ -91,8 +118,16 @@ TILES: dict[str, dict[str, Any]] = {
 MOSAIC_TYPES, MOSAIC_HEADS = ("bfloat16", "float16"), (64, 128)
 MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
 
-# arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory
+# arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory. On
+# sm_86 two programs fit on a multiprocessor.
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
+    "sm_86": {
+        "attention": {"forward": AmpereAttentionTiles(64, 64, 3)},
+        "square": {
+            "square": AmpereProductTiles(128, 32, 3),
+            "square_sum": AmpereProductTiles(128, 32, 3),
+        },
+    },
     "sm_90": {
         "attention": {
             "forward": MosaicAttentionTiles(128, 128, 2),
@@ -108,8 +143,8 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 }
 
 
-def body_of(tiles: KernelTiles) -> str:
-    """Returns the kernel body that these tiles select: "triton" or "mosaic"."""
+def body_of(tiles: KernelTiles | None) -> str:
+    """Returns the kernel body that these tiles select: "triton", "mosaic" or "ampere"."""
     return getattr(tiles, "body", "triton")
 
 

@@ -16,9 +16,12 @@ from pallas_kernels.validation import without_derivative
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas import triton
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError:  # the bodies in Mosaic GPU do not need it
+        triton: Any = None
 
-load, store = triton.load, triton.store
+load, store = getattr(triton, "load", None), getattr(triton, "store", None)
 
 
 def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
@@ -64,7 +67,15 @@ def call(
 
     Args:
         interpret: runs op by op on any device; only for tests.
+
+    Raises:
+        ValueError: JAX has removed its Triton backend.
     """
+    if triton is None:
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend for the kernel {name}. Give it tiles of "
+            "a Mosaic body, or install jax 0.11."
+        )
     program = pl.pallas_call(
         kernel,
         name=name,

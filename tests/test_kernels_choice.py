@@ -1,6 +1,8 @@
 """A kernel is chosen where a measurement shows that it is faster, and nowhere else."""
 
 import json
+import runpy
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
-from pallas_kernels import kernel_choice, mosaic, ptxas
+from pallas_kernels import kernel_choice, mosaic, ptxas, triton
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
 from pallas_kernels.result_files import write_json
@@ -198,3 +200,33 @@ def test_a_requested_kernel_without_a_row_says_which_body_runs_and_why():
     route = choose_routes(model, False, "gpu", False, **where)["attention"]
     assert "model.attention=flash" in route.reason and "its body is" in route.reason
     assert body_of(route.tiles.forward) == ("mosaic" if mosaic.USABLE else "triton")
+
+
+def test_without_the_triton_backend_strict_uses_the_other_bodies_or_says_what_is_missing(
+    monkeypatch,
+):
+    """JAX will remove it. Before, no body for Ampere is chosen that was not measured faster."""
+    monkeypatch.setattr("pallas_kernels.kernel_choice.explain_missing_mosaic", lambda: "")
+    choose = lambda: choose_body("square", "sm_86", "a40", "bfloat16", (2_048,))
+    assert [body_of(tiles) for tiles in choose().tiles.values()] == ["triton"] * 2
+    for place in ("pallas_kernels.kernel_choice", "jaxtrain.ops.routes"):
+        monkeypatch.setattr(f"{place}.has_triton", lambda: False)
+    assert not choose().faster and "as this JAX has no Triton backend" in choose().reason
+    assert [body_of(tiles) for tiles in choose().tiles.values()] == ["ampere"] * 2
+    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
+    routes = lambda **values: choose_routes(
+        model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip="a40"
+    )
+    square = routes()["square"]
+    assert square.implementation == "plain" and "not measured on a40" in square.reason
+    assert "Triton backend, which compiles the body of norm" in routes()["norm"].reason
+    with pytest.raises(ValueError, match="compiles the body of dkv, dq"):
+        routes(strict=True)
+
+
+def test_a_jax_without_the_triton_backend_can_import_the_kernels(monkeypatch):
+    monkeypatch.delattr("jax.experimental.pallas.triton")
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    module = runpy.run_path(triton.__file__)
+    with pytest.raises(ValueError, match="jax .* has no Triton backend for the kernel rows"):
+        module["call"](None, name="rows", grid=(1,), out_shape=None, warps=4)

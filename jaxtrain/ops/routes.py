@@ -14,8 +14,9 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
-from pallas_kernels.kernel_choice import BodyChoice, choose_body
-from pallas_kernels.tiles import TILES, default_tiles
+from pallas_kernels.kernel_choice import BodyChoice, choose_body, find_triton_bodies
+from pallas_kernels.ptxas import has_triton
+from pallas_kernels.tiles import TILES, OpTiles, default_tiles
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
@@ -85,6 +86,8 @@ class _KernelRoutes:
         model = self.model
         if not self.kernels.interpret and self.arch not in TILES:
             return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
+        if not has_triton() and (names := find_triton_bodies(op, self.tiles(op))):
+            return f"jax no longer has the Triton backend, which compiles the body of {names}"
         if model.dtype == "float64":
             return "its sums are float32; got model.dtype=float64"
         if op == "attention":
@@ -127,6 +130,10 @@ class _KernelRoutes:
             return "kernels.interpret"
         return "kernels.strict" if self.kernels.strict else ""
 
+    def tiles(self, op: str) -> OpTiles | None:
+        interpreted = self.kernels.interpret
+        return default_tiles(op, "sm_86") if interpreted else self.measured(op).tiles
+
     def measured(self, op: str) -> BodyChoice:
         where = self.arch, self.chip, self.model.dtype, self.shape(op)
         return choose_body(op, *where, documents=self.documents and op == "attention")
@@ -143,7 +150,7 @@ class _KernelRoutes:
         name = PREFIX.get(op, "fused")
         if self.kernels.interpret:
             reason = "kernels.interpret: interpreted, for tests"
-            return Route(op, f"{name}:interpret", reason, tiles=default_tiles(op, "sm_86"))
+            return Route(op, f"{name}:interpret", reason, tiles=self.tiles(op))
         other_attention = op == "attention" and self.model.attention not in ("auto", "flash")
         if obstacle or (other_attention and not flag):
             return None
