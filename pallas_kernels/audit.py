@@ -3,20 +3,30 @@
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --chip=a40
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit            # a40 and h100
     JAX_PLATFORMS=cpu python -m pallas_kernels.audit --sweep    # all tiles of the search space
+    JAX_PLATFORMS=cpu python -m pallas_kernels.audit --json=audit.json
 
 It needs no GPU, but the extra `offline` (pip install "jaxtrain[offline]"). It measures no times;
 python -m pallas_kernels.bench does that, on the GPU.
 
 The columns are registers per thread, instructions that spill registers to memory, bytes of shared
 memory per block, threads per block, blocks that fit on a multiprocessor, tensor-core instructions,
-asynchronous copies, and the roofline: the least time that the chip's peaks allow.
+asynchronous copies, and three times. The roofline is the least time that the chip's peaks allow.
+The other two are of a model of the kernel's innermost loops, read from its machine code, without
+what lies outside the loops: "overlapped" is the time of the busiest unit, behind which all others
+hide, so that no schedule of the same instructions is faster; "serial" is the sum of all units,
+which take turns. A kernel that loses time to latencies takes longer than both.
 
-Below attention's kernels, except Mosaic's for Hopper, stand the instructions of a warp in each
-innermost loop by unit (tensor cores; FMA, ALU and MUFU, which computes exp2; loads, stores and
-shuffles; other), and the arithmetic a score: those of FMA, ALU and MUFU, divided by a thread's
-scores of a block. It leaves out the multiplications that rescale the forward's sum, one for each
-element of the result, since their number depends only on the tiles. The forward has a loop without
-masks and one with masks.
+Below each kernel with products stand its innermost loops: first the instructions of a warp by unit
+(tensor cores; FMA, ALU and MUFU, which computes exp2; loads, stores and shuffles; other), then the
+cycles for which a turn of four warps keeps a multiprocessor's units busy, and the TFLOP/s of the
+products at these cycles. "shared" is shared memory and the L1 cache: loads, stores, shuffles and
+copies; "operands" is the same memory, read by Hopper's products; "issue" has a slot for each
+instruction. Bank conflicts do not count. machine_rates.py has the rates with their sources.
+
+The arithmetic a score of attention's kernels for Triton and for Ampere is the instructions of FMA,
+ALU and MUFU, divided by a thread's scores of a block. It leaves out the multiplications that rescale the
+forward's sum, one for each element of the result, since their number depends only on the tiles.
+The forward has a loop without masks and one with masks.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
@@ -29,6 +39,7 @@ The exit status is 1 if a kernel
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +47,7 @@ import jax
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
 from pallas_kernels.audit_cases import CASES, Case
+from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write_entries
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
 from pallas_kernels.search_space import candidates, default_bodies
@@ -50,15 +62,6 @@ from pallas_kernels.tiles import (
 )
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
-
-
-def arithmetic_a_score(
-    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
-) -> list[float]:
-    """Returns the arithmetic instructions a score of each innermost loop, as defined above."""
-    scores = tiles.queries * tiles.keys / report.threads
-    rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
-    return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
 
 
 def find_faults(
@@ -102,34 +105,6 @@ def find_faults(
     return faults
 
 
-HEADER = (
-    f"{'kernel':23} {'body':6} {'shape':25} {'registers':>9} {'spills':>6} {'shared':>7} "
-    f"{'threads':>7} {'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11}"
-)
-
-
-def format_row(case: Case, report: KernelReport, chip: Chip, body: str) -> str:
-    """Returns the table's row of one compiled kernel."""
-    resources = report.resources
-    roofline_us = chip.seconds(case.hbm_bytes, case.flops) * 1e6
-    return (
-        f"{case.name:23} {body:6} {case.shape:25} {resources.registers:9} {resources.spills:6} "
-        f"{report.shared_bytes:7} {report.threads:7} {report.blocks_per_sm(chip):9} "
-        f"{resources.tensor_products:6} {resources.async_copies:5} {roofline_us:8.1f} us"
-    )
-
-
-def format_loops(
-    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
-) -> list[str]:
-    """Returns a line for each innermost loop of one of attention's kernels."""
-    figures = arithmetic_a_score(case, report, tiles)
-    return [
-        f"  loop of {loop}: {figure:.2f} a score"
-        for loop, figure in zip(report.resources.loops, figures, strict=True)
-    ]
-
-
 # Mosaic raises ValueError where a kernel needs more shared memory than a block has.
 COMPILE_ERRORS = jax.errors.JaxRuntimeError, ValueError
 
@@ -162,7 +137,8 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
             if not find_faults(case._replace(floor=1), report, chip, body_of(tiles)):
                 good += 1
                 sizes = "x".join(str(size) for size in tiles if size != body_of(tiles))
-                show(f"{format_row(case, report, chip, body_of(tiles))}  {sizes}")
+                entry = Entry(chip, case, body_of(tiles), report, tiles)
+                show(f"{entry.format_row()}  {sizes}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
 
@@ -179,8 +155,10 @@ def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case,
     return entries
 
 
-def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = print) -> list[str]:
-    """Compiles every case for a chip, shows a table, and returns a sentence for each fault.
+def audit(
+    chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = print
+) -> tuple[list[Entry], list[str]]:
+    """Compiles every case for a chip and shows a table; returns its entries, and the faults.
 
     Raises:
         RuntimeError: the compiler for GPUs is not installed.
@@ -189,14 +167,14 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
     show(HEADER)
     if chip.arch in MOSAIC and not mosaic.USABLE:
         show(f"{mosaic.REASON}; only Triton's bodies are audited")
-    entries = cases_with_bodies(chip, cases)
-    for case, _, body in entries:
+    to_compile = cases_with_bodies(chip, cases)
+    for case, _, body in to_compile:
         if case.only_body and mosaic.USABLE and case.op in MOSAIC.get(chip.arch, {}):
             show(f"{case.name} {case.shape}: only the {body} body, {case.why_only}")
-    faults, reports = [], {}
-    for case, tiles, body in entries:
+    entries, faults, reports = [], [], {}
+    for case, tiles, body in to_compile:
         where = f"{chip.name}: {case.name} ({body}) {case.shape}"
-        # The other kernels of the op have no body for Ampere, and are compiled with Triton's.
+        # The other kernels of attention have no body for Ampere, and are compiled with Triton's.
         build = case.build_all if case.build_all and body != "ampere" else case.build
         try:
             if (build, body) not in reports:
@@ -205,14 +183,13 @@ def audit(chip: Chip, cases: list[Case] = CASES, show: Callable[[str], None] = p
             faults.append(f"{where}: {str(error).splitlines()[0]}")
             continue
         report = reports[build, body][case.name]
-        show(format_row(case, report, chip, body))
-        attention_tiles = None
-        if case.op == "attention" and body != "mosaic":
-            attention_tiles = kernel_tiles(tiles, case.kernel)
-            show("\n".join(format_loops(case, report, attention_tiles)))
-        found = find_faults(case, report, chip, body, attention_tiles)
+        entry = Entry(chip, case, body, report, kernel_tiles(tiles, case.kernel) if tiles else None)
+        show(entry.format())
+        entries.append(entry)
+        of_budget = entry.tiles if case.op == "attention" and body != "mosaic" else None
+        found = find_faults(case, report, chip, body, of_budget)
         faults += [f"{where}: {fault}" for fault in found]
-    return faults
+    return entries, faults
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,12 +199,20 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="also compile every candidate tile size, to see which a chip can run; takes minutes",
     )
+    parser.add_argument(
+        "--json", type=Path, help="also write all figures, and the faults, to this JSON file"
+    )
+    entries, faults = [], []
 
     def check(chip, args):
-        faults = audit(chip)
+        more_entries, more_faults = audit(chip)
+        entries.extend(more_entries)
+        faults.extend(more_faults)
         if args.sweep:
             sweep(chip)
-        return faults
+        if args.json:
+            write_entries(args.json, entries, faults)
+        return more_faults
 
     check_chips(parser, argv, check, "audit passed", AUDITED)
 

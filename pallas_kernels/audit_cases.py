@@ -30,8 +30,13 @@ class Case(NamedTuple):
     only_body: str = ""  # the only body that is compiled at this shape
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
-    K: int = 0  # the width of attention's heads
+    sizes: tuple[int, ...] = ()  # B, T, H, G, K of attention; N, D, V of head; X, M, N of square
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
+
+    @property
+    def K(self) -> int:
+        """The width of attention's heads."""
+        return self.sizes[-1]
 
 
 # Maximum, FMA, exp2, sum and half a conversion make 4.5; the rest is for addresses and rows.
@@ -88,9 +93,10 @@ def _symmetric_case(X, M, N, floor, adds=False):
         product = lambda x, c, a, b: symmetric(x, x, c, (a, b), tiles=tiles[kernel])
         return product, (x, c, scale, scale)
 
-    hbm_bytes, flops = 2 * X * (M * N + M * M * (1 + adds)), X * M * (M + 128) * N
+    hbm_bytes, flops = 2 * X * (M * N + M * M * (1 + adds)), X * M * (M + 1) * N
     name = "symmetric_sum" if adds else "symmetric"
-    return Case(name, f"{X}x{M}x{N} bf16", build, hbm_bytes, flops, floor, True, "square", kernel)
+    case = Case(name, f"{X}x{M}x{N} bf16", build, hbm_bytes, flops, floor, True, "square", kernel)
+    return case._replace(sizes=(X, M, N))
 
 
 def _head_case(N, D, V, keep, softcap=0.0):
@@ -102,6 +108,7 @@ def _head_case(N, D, V, keep, softcap=0.0):
     hbm_bytes = 2 * (N + V) * D + 4 * N * V * keep
     shape, flops = f"{N}x{D}x{V} bf16", 2 * N * D * V
     case = Case("head_scores", shape, build, hbm_bytes, flops, 1, True, "head", "head")
+    case = case._replace(sizes=(N, D, V))
     if keep and V % 32:
         why = "because the length of its logits' rows is not a multiple of 32"
         return case._replace(only_body="triton", why_only=why)
@@ -141,7 +148,7 @@ def _attention_case(kernel, B, T, H, G, K, documents=True):
     why = "because Triton's body needs fewer registers without documents than with them"
     only = {} if documents else {"only_body": "mosaic", "why_only": why}
     budget = FORWARD_BUDGET if kernel == "forward" else 0.0
-    return case._replace(build_all=build_all, K=K, budget=budget, **only)
+    return case._replace(build_all=build_all, sizes=sizes[:-1], budget=budget, **only)
 
 
 CASES = [

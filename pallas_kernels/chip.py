@@ -33,11 +33,17 @@ class Chip:
     pcie_bytes_per_s: float  # one direction
     source: str
     nvlink_switched: bool = False  # NVLink joins all GPUs of a host, not pairs
+    tensor_ghz: float = 0.0  # the boost clock while tensor cores run; 0: clock_ghz
 
     @property
     def arch(self) -> str:
         """The compute capability as NVIDIA's compilers write it, such as "sm_86"."""
         return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
+
+    @property
+    def tensor_clock_ghz(self) -> float:
+        """The clock of the tensor cores' peak: Hopper boosts less while they run."""
+        return self.tensor_ghz or self.clock_ghz
 
     def seconds(self, hbm_bytes: float, flops: float, dtype: str = "bfloat16") -> float:
         """Returns the roofline: the least time to move the bytes and do the FLOPs."""
@@ -88,6 +94,7 @@ _H100_SXM: dict[str, Any] = _HOPPER | {
     "peak_flops": _peaks(989.4, 494.7, 66.9),
     "sms": 132,
     "clock_ghz": 1.98,
+    "tensor_ghz": 1.83,  # H100 whitepaper v1.04, table 3
     "nvlink_bytes_per_s": 900 * GB,
     "nvlink_switched": True,
 }
@@ -185,6 +192,7 @@ CHIPS = {
             hbm_bytes=80 << 30,
             sms=114,
             clock_ghz=1.755,
+            tensor_ghz=1.62,
             nvlink_bytes_per_s=600 * GB,
             source="NVIDIA H100 datasheet, 2023; NVIDIA H100 whitepaper v1.04",
             **_HOPPER,
@@ -197,6 +205,7 @@ CHIPS = {
             hbm_bytes=94 * GB,
             sms=132,
             clock_ghz=1.785,
+            tensor_ghz=1.545,  # from the peak
             nvlink_bytes_per_s=600 * GB,
             source="NVIDIA H100 datasheet, 2024; NVIDIA H100 NVL product brief PB-11773-001",
             **_HOPPER,

@@ -8,8 +8,9 @@ Source: NVIDIA does not document the encoding; it was checked against nvdisasm o
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from pallas_kernels.control_flow import find_natural_loops
 
 OPERATIONS = {
     "tensor": {0x03C: "HMMA", 0x1F0: "HGMMA"},  # HGMMA is by Hopper's warp groups
@@ -68,16 +69,28 @@ OPERATIONS = {
     },
 }
 NAMES = {code: name for operations in OPERATIONS.values() for code, name in operations.items()}
+SET_REGISTERS = 0x1C8  # USETMAXREG, by which Hopper's warp groups trade registers
 UNITS = {code: unit for unit, operations in OPERATIONS.items() for code in operations}
+UNITS_OF_NAMES = {NAMES[code]: unit for code, unit in UNITS.items()}
 ARITHMETIC = ("FMA", "ALU", "MUFU")
-BRANCH = 0x147
+BRANCH, CALL = 0x147, 0x144  # ptxas leaves loops by calls, too
+EXITS = (0x14D, 0x150)  # of the kernel, and the return of a function
 BYTES = 16  # of an instruction
+
+
+class Operation(NamedTuple):
+    """An instruction, as far as its cost depends on it."""
+
+    name: str
+    size: int = 0  # bytes a lane moves; the columns of an HGMMA's result; the depth of an HMMA
+    reads_shared: bool = False  # an HGMMA whose first operand is in shared memory, as the second
 
 
 class Loop(NamedTuple):
     """The instructions of an innermost loop with tensor-core products, for one warp and turn."""
 
     units: Counter  # of each unit; "other" are branches, barriers and what a warp computes once
+    operations: Counter = Counter()  # of each Operation; those of "other" have no name
 
     @property
     def arithmetic(self) -> int:
@@ -107,9 +120,29 @@ def _target(at, low, high, capability):
     return at + 1 + signed // BYTES
 
 
+WIDTHS = (1, 1, 2, 2, 4, 8, 16, 16)  # bytes a lane of a load or store, by its width's code
+
+
+def _operation(low, high) -> Operation:
+    """Returns the operation of an instruction; that of one that never executes has no name."""
+    name = NAMES.get(low & 0x1FF, "")
+    if low >> 12 & 0xF == 0xF:  # its predicate is false
+        return Operation("")
+    if name == "HGMMA":
+        return Operation(name, 8 * (1 + (low >> 53 & 0x3F)), low >> 9 & 7 == 4)
+    if name == "HMMA":
+        return Operation(name, 16 if high & 0x1800 == 0x1800 else 8)
+    if name in ("LDSM", "STSM"):
+        return Operation(name, 4 << (high >> 8 & 3))  # 1, 2 or 4 matrices of 128 bytes
+    if UNITS.get(low & 0x1FF) == "memory" and name[:2] in ("LD", "ST"):
+        return Operation(name, WIDTHS[high >> 9 & 7])
+    return Operation(name)
+
+
 def count_instructions(code: bytes) -> Counter:
     """Returns how many instructions there are of each name in OPERATIONS."""
-    return Counter(NAMES[low & 0x1FF] for low, _ in _decode(code) if low & 0x1FF in NAMES)
+    names = NAMES | {SET_REGISTERS: "USETMAXREG"}
+    return Counter(names[low & 0x1FF] for low, _ in _decode(code) if low & 0x1FF in names)
 
 
 def find_loops(code: bytes, capability: int) -> tuple[Loop, ...]:
@@ -121,15 +154,28 @@ def find_loops(code: bytes, capability: int) -> tuple[Loop, ...]:
     """
     instructions = _decode(code)
     units = [UNITS.get(low & 0x1FF, "other") for low, _ in instructions]
-    spans = {}  # the first instruction of a loop -> the last one
+    operations = [_operation(*words) for words in instructions]
+    loops = find_natural_loops(len(instructions), _jumps(instructions, capability))
+    loops = [loop for loop in loops if any(units[i] == "tensor" for i in loop)]
+    return tuple(
+        Loop(Counter(units[i] for i in loop), Counter(operations[i] for i in loop))
+        for loop in loops
+        if not any(other < loop for other in loops)
+    )
+
+
+def _jumps(instructions, capability) -> dict[int, tuple[int, ...]]:
+    """Returns the instructions that may follow each branch, call and exit.
+
+    A branch is conditional if one of its two predicates (bits 12 and 87) is not the constant true.
+    """
+    jumps = {}
     for at, (low, high) in enumerate(instructions):
-        if low & 0x1FF == BRANCH and (start := _target(at, low, high, capability)) <= at:
-            if "tensor" in units[start : at + 1]:
-                spans[start] = at
-    return tuple(Loop(Counter(units[a : b + 1])) for a, b in _innermost(spans.items()))
-
-
-def _innermost(spans: Iterable[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    spans = sorted(spans)
-    contains = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
-    return [a for a in spans if not any(contains(a, b) for b in spans)]
+        operation, sometimes = low & 0x1FF, low >> 12 & 0xF != 7
+        if operation in (BRANCH, CALL):
+            target = _target(at, low, high, capability)
+            sometimes |= operation == CALL or high >> 23 & 0xF != 7
+            jumps[at] = (target, at + 1) if sometimes else (target,)
+        elif operation in EXITS:
+            jumps[at] = (at + 1,) if sometimes else ()
+    return jumps

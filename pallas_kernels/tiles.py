@@ -57,6 +57,14 @@ class AmpereProductTiles(NamedTuple):
     stages: int  # slices in shared memory
     body: str = "ampere"
 
+    @property
+    def rows(self) -> int:
+        return self.size
+
+    @property
+    def columns(self) -> int:
+        return self.size
+
 
 class AmpereAttentionTiles(NamedTuple):
     """Tile sizes of attention's forward Mosaic GPU kernel for Ampere and Ada."""

@@ -3,6 +3,7 @@
 Each compilation runs in a new process, because JAX_PLATFORMS must be set before jax is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -37,8 +38,8 @@ audit.main()
 """
 
 
-def test_the_audit_passes_for_both_chips():
-    done = run_python("-c", AUDIT, JAX_PLATFORMS="cpu")
+def test_the_audit_passes_for_both_chips(tmp_path):
+    done = run_python("-c", AUDIT, f"--json={tmp_path}/audit.json", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split()[:2] for line in done.stdout.splitlines()]
     names = lambda body: {words_[0] for words_ in words if words_[1:] == [body]}
@@ -48,6 +49,17 @@ def test_the_audit_passes_for_both_chips():
     ampere = {case.name for case in CASES if case.kernel in MOSAIC["sm_86"].get(case.op, ())}
     assert names("ampere") == (ampere if mosaic.USABLE else set())
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
+    check_bounds(json.loads((tmp_path / "audit.json").read_text())["kernels"])
+
+
+def check_bounds(rows):
+    """Checks that exactly the kernels with products have loops, and their bounds are in order."""
+    products = {case.name for case in CASES if case.op in ("attention", "head", "square")}
+    assert {row["kernel"] for row in rows if "loops" in row} == products
+    for row in rows:
+        if row["kernel"] in products:
+            assert row["roofline_s"] <= row["overlapped_s"] <= row["serial_s"], row
+            assert all(min(loop["cycles"]["tensor"], 1) for loop in row["loops"])
 
 
 RAGGED = """

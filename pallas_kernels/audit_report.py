@@ -1,0 +1,112 @@
+"""What the audit prints and writes of a compiled kernel."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels.audit_cases import Case
+from pallas_kernels.chip import Chip
+from pallas_kernels.loop_model import Bounds, LoopBound, find_bounds
+from pallas_kernels.offline import KernelReport
+from pallas_kernels.result_files import write_json
+from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
+
+HEADER = (
+    f"{'kernel':23} {'body':6} {'shape':25} {'registers':>9} {'spills':>6} {'shared':>7} "
+    f"{'threads':>7} {'blocks/SM':>9} {'tensor':>6} {'async':>5} {'roofline':>11} "
+    f"{'overlapped':>11} {'serial':>11}"
+)
+
+
+def arithmetic_a_score(
+    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
+) -> list[float]:
+    """Returns the arithmetic instructions a score of each innermost loop, as audit.py defines."""
+    scores = tiles.queries * tiles.keys / report.threads
+    rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
+    return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
+
+
+def _format_loop(bound: LoopBound) -> str:
+    cycles = ", ".join(f"{cycles:.0f} {unit}" for unit, cycles in bound.cycles._asdict().items())
+    return (
+        f"  loop of {bound.loop} instructions\n    cycles: {cycles}; "
+        f"{bound.overlapped_flops / 1e12:.1f} TFLOP/s overlapped, "
+        f"{bound.serial_flops / 1e12:.1f} serial"
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compiled kernel."""
+
+    chip: Chip
+    case: Case
+    body: str
+    report: KernelReport
+    tiles: Any  # of this kernel; None for a kernel without
+
+    @functools.cached_property
+    def bounds(self) -> Bounds | None:
+        """Bounds of the kernel's time by its innermost loops; None if it has no products."""
+        return find_bounds(self.case, self.report, self.chip, self.tiles)
+
+    @property
+    def roofline_s(self) -> float:
+        """The least time that the chip's peaks allow."""
+        return self.chip.seconds(self.case.hbm_bytes, self.case.flops)
+
+    def format_row(self) -> str:
+        """Returns the kernel's row of the table."""
+        case, report, resources = self.case, self.report, self.report.resources
+        times_s = [self.roofline_s, *(self.bounds[1:] if self.bounds else ())]
+        return (
+            f"{case.name:23} {self.body:6} {case.shape:25} {resources.registers:9} "
+            f"{resources.spills:6} {report.shared_bytes:7} {report.threads:7} "
+            f"{report.blocks_per_sm(self.chip):9} {resources.tensor_products:6} "
+            f"{resources.async_copies:5} {' '.join(f'{1e6 * s:8.1f} us' for s in times_s)}"
+        )
+
+    def format(self) -> str:
+        """Returns the kernel's row, and two lines for each of its innermost loops."""
+        loops = [_format_loop(loop) for loop in self.bounds.loops] if self.bounds else []
+        if self.case.op == "attention" and self.body != "mosaic":
+            figures = arithmetic_a_score(self.case, self.report, self.tiles)
+            loops = [f"{loop}; {x:.2f} a score" for loop, x in zip(loops, figures, strict=True)]
+        return "\n".join([self.format_row(), *loops])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all figures; times are in seconds, those of loops in cycles."""
+        report, bounds = self.report, self.bounds
+        row = {
+            "chip": self.chip.name,
+            "kernel": self.case.name,
+            "body": self.body,
+            "shape": self.case.shape,
+            "tiles": self.tiles,
+            "registers": report.resources.registers,
+            "spills": report.resources.spills,
+            "shared_bytes": report.shared_bytes,
+            "threads": report.threads,
+            "blocks_per_sm": report.blocks_per_sm(self.chip),
+            "flops": self.case.flops,
+            "hbm_bytes": self.case.hbm_bytes,
+            "roofline_s": self.roofline_s,
+        }
+        if bounds:
+            row |= {"overlapped_s": bounds.overlapped_s, "serial_s": bounds.serial_s}
+            row["loops"] = [
+                {"instructions": loop.loop.units, "cycles": loop.cycles._asdict()}
+                for loop in bounds.loops
+            ]
+        return row
+
+
+def write_entries(path: Path, entries: Iterable[Entry], faults: list[str]) -> None:
+    """Writes all figures as JSON."""
+    rows = [entry.to_json() for entry in entries]
+    write_json(path, {"jax": jax.__version__, "kernels": rows, "faults": faults})
