@@ -23,10 +23,10 @@ products at these cycles. "shared" is shared memory and the L1 cache: loads, sto
 copies; "operands" is the same memory, read by Hopper's products; "issue" has a slot for each
 instruction. Bank conflicts do not count. machine_rates.py has the rates with their sources.
 
-The arithmetic a score of attention's kernels for Triton and for Ampere is the instructions of FMA,
-ALU and MUFU, divided by a thread's scores of a block. It leaves out the multiplications that rescale the
-forward's sum, one for each element of the result, since their number depends only on the tiles.
-The forward has a loop without masks and one with masks.
+The arithmetic a score of attention's bodies for Triton and for Ampere is the instructions of FMA,
+ALU and MUFU, divided by a thread's scores of a block. It leaves out the multiplications that
+rescale the forward's sum, one for each element of the result, since their number depends only on
+the tiles. The forward has a loop without masks and one with masks.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;

@@ -1,7 +1,7 @@
 """All Triton API calls live here, so that a JAX upgrade touches one file.
 
-Kernels for sm_86 (A40, RTX A6000) use Pallas' Triton backend. JAX 0.11 deprecates it in favour of
-Mosaic GPU, but Mosaic GPU supports sm_86 only in part, and on jax 0.10.2 not at all.
+JAX 0.11 deprecates this backend in favour of Mosaic GPU, which jax 0.10.2 lacks for sm_86 (A40, RTX
+A6000). ampere.py has the bodies in Mosaic GPU for these GPUs.
 """
 
 import warnings

@@ -17,7 +17,14 @@ from pallas_kernels.bench_results import as_row
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
 from pallas_kernels.result_files import write_json
 from pallas_kernels.search_space import candidates
-from pallas_kernels.tiles import TILES, MosaicProductTiles, body_of, default_tiles, kernel_tiles
+from pallas_kernels.tiles import (
+    TILES,
+    MosaicProductTiles,
+    body_of,
+    default_tiles,
+    kernel_tiles,
+    mosaic_tiles,
+)
 
 
 def timed(seconds, tiles=None):
@@ -141,6 +148,21 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     odd = choose_body("square", "sm_90", "h100", "bfloat16", (2_050,), tmp_path)
     assert not odd.faster and "multiple of 64; got 2050" in odd.reason
     assert odd.tiles == default_tiles("square", "sm_90")
+
+
+def test_rows_of_bodies_for_ampere_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.kernel_choice.find_fault", lambda: "")
+    shapes, rows = {"square": (2_048,), "attention": (8, 1_024, 12, 12, 64)}, []
+    for op, shape in shapes.items():
+        contest = SimpleNamespace(op=op, shape=shape, documents=False)
+        results = {"mosaic": timed(0.5, mosaic_tiles(op, "sm_86")), "xla": timed(1.0)}
+        rows.append(as_row(contest, "a40", results, jax.__version__)._asdict())
+    write_json(tmp_path / "a40.json", rows)
+    for op, shape in shapes.items():
+        choice = choose_body(op, "sm_86", "a40", "bfloat16", shape, tmp_path)
+        assert choice.faster and choice.tiles == mosaic_tiles(op, "sm_86")
+        kernel = {"square": "square_sum", "attention": "forward"}[op]
+        assert body_of(kernel_tiles(choice.tiles, kernel)) == "ampere"
 
 
 @pytest.mark.parametrize(
