@@ -21,6 +21,7 @@ from launch.report.formats import digits
 from launch.report.ratios import NORMALISERS, SPEEDS, normalise, ratios, speeds
 from launch.report.sides import Side, read_external, read_side, with_ceilings
 from launch.report.stats import RESAMPLES, SEED, block_length
+from launch.terminal import show, warn
 
 MARGIN = 0.05
 
@@ -195,9 +196,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.compar
         a, b = read_sides(args)
         found = compare(a, b, args.margin, args.by, args.resamples, args.seed)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
-    print(json.dumps(found, indent=1) if args.json else report(found))
+    show(json.dumps(found, indent=1) if args.json else report(found))
     return 1 if found["verdict"] == "not comparable" else 0
 
 

@@ -3,28 +3,27 @@
 import collections
 import json
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from launch.host.log import TAIL_BYTES, LineSplitter, checksum
+from launch.arguments import print_text
+from launch.host.log import OWN, TAIL_BYTES, checksum, own_lines
+from launch.host_process import HostProcess
 from launch.inventory import Host
 from launch.job import Job
-from launch.log_copy import LogCopy
+from launch.log_copy import READ_BYTES, LogCopy, read_header
 from launch.ssh import HostError, SshClient
+from launch.terminal import note, show, visible
 
 RENEW_S = 2.0  # between renewals of a job's lease
 SILENT_S = 12.0  # a stream is killed after this; it sends at least a status every 2 s
 AWAY_S = 20.0  # an unreachable host is reported after this
 STEADY_S = 30.0  # a stream that lasted this long is reopened without a growing pause
 
-DELETED = (
-    b"launch: %d bytes of this log were deleted on the host before they could be copied here\n"
-)
-LOST = b"launch: the host lost the last %d bytes copied from its log; its log goes on below\n"
+DELETED = "%d bytes of this log were deleted on the host before they could be copied here"
+LOST = "the host lost the last %d bytes copied from its log; its log goes on below"
 ROOT_CAUSE = "launch: ROOT CAUSE "  # how a supervisor's log line begins
 
 
@@ -58,7 +57,7 @@ class Follower(threading.Thread):
         self.heard_at, self.ended, self.error = time.monotonic(), False, ""
         self.supervised = False
         self._may_revive, self._closing = may_revive, threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: HostProcess | None = None
         self._copy = None if read_only else LogCopy(job.log(host))
         self._offset = self._copy.end() if self._copy else 0  # of the next byte, in the host's log
         self._tail = self._copy.tail() if self._copy else b""
@@ -85,28 +84,27 @@ class Follower(threading.Thread):
         request = {"op": "follow", "job": self.job.id}
         request |= {"offset": self._offset, "tail": checksum(self._tail)}
         process = self._process = self.client.start(self.host, request)
-        assert process.stdout
         self._frame_at, gone = time.monotonic(), False
         threading.Thread(target=self._renew_lease, args=(process,), daemon=True).start()
         try:
-            while header := process.stdout.readline():
+            while header := process.readline():
                 self._frame_at = time.monotonic()
-                frame = json.loads(header)
+                frame = read_header(header)
                 if "error" in frame:
                     raise HostError(f"{self.host.name}: {frame['error']}")
                 self.heard_at, self.error = time.monotonic(), ""
                 if "bytes" in frame:
-                    data = process.stdout.read(frame["bytes"])
+                    data = process.read(frame["bytes"])
                     if len(data) < frame["bytes"]:
                         return  # cut short: request again from the last complete frame
                     self._add(frame["at"], data)
                 else:
                     gone = self._take_status(frame)
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise HostError(f"{self.host.name}: {error}") from None
         finally:
             process.kill()
-            _, errors = process.communicate()
+            process.close()
         if gone:
             note(f"{self.host.name}: its supervisor is gone (power loss?): starting a new one")
             try:
@@ -114,8 +112,7 @@ class Follower(threading.Thread):
             except HostError as error:
                 note(str(error))
         elif not self.ended:
-            output = errors.decode(errors="replace").strip()[-300:] or "no reason given"
-            raise HostError(f"{self.host.name}: the connection ended: {output}")
+            raise process.explain(self.host)
 
     def _take_status(self, frame: dict[str, Any]) -> bool:
         """Returns whether this host should have a supervisor and has none."""
@@ -129,14 +126,14 @@ class Follower(threading.Thread):
         """Adds log bytes from `offset` on, after an explanation if they do not continue the log."""
         gap_line, replaced = b"", offset < self._offset
         if offset > self._offset:
-            gap_line = DELETED % (offset - self._offset)
+            gap_line = own_lines(DELETED % (offset - self._offset))
         elif replaced:  # the host sends earlier bytes again, as its log was changed by a power loss
             same = self._count_same(offset, data)
             offset, data = offset + same, data[same:]
             if not data:
                 return
             if offset < self._offset:
-                gap_line = LOST % (self._offset - offset)
+                gap_line = own_lines(LOST % (self._offset - offset))
         if gap_line:
             ends_line = self._tail[-1:] in (b"", b"\n")
             gap_line = gap_line if ends_line else b"\n" + gap_line
@@ -156,14 +153,10 @@ class Follower(threading.Thread):
         pairs = enumerate(zip(here, data, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(here), len(data)))
 
-    def _renew_lease(self, process: subprocess.Popen[bytes]) -> None:
+    def _renew_lease(self, process: HostProcess) -> None:
         """Renews the job's lease every RENEW_S; kills a stream that has become silent."""
-        assert process.stdin
-        while process.poll() is None and not self._closing.wait(RENEW_S):
-            try:
-                process.stdin.write(b"\n")
-                process.stdin.flush()
-            except (OSError, ValueError):  # the stream has ended and closed it
+        while process.is_running() and not self._closing.wait(RENEW_S):
+            if not process.send(b"\n"):  # the stream has ended
                 return
             if time.monotonic() - self._frame_at > SILENT_S:
                 process.kill()  # TCP does not notice for minutes that packets are dropped
@@ -178,17 +171,28 @@ class Follower(threading.Thread):
 class JobMonitor:
     """Follows all hosts of a job and prints their logs. A context manager.
 
+    A line of a program's output stands after `host | `, a line of the launcher after `host # `.
+    Control characters are escaped, but for colours.
+
     Args:
-        as_json: print {"host", "line"} objects instead of prefixed lines.
+        as_json: print objects {"host", "from": "program" or "launch", "line"} instead.
         read_only: print the whole log from its first byte; store nothing and start nothing.
+        raw: print all characters of the output as they are.
     """
 
-    def __init__(self, client: SshClient, job: Job, as_json: bool = False, read_only: bool = False):
-        self.job, self._json, self._read_only = job, as_json, read_only
+    def __init__(
+        self,
+        client: SshClient,
+        job: Job,
+        as_json: bool = False,
+        read_only: bool = False,
+        raw: bool = False,
+    ):
+        self.job, self._json, self._read_only, self._raw = job, as_json, read_only, raw
         self.events: queue.Queue[tuple[Host, bytes | Exception]] = queue.Queue()
         options = (self.events, self._may_revive, read_only)
         self.followers = [Follower(client, job, host, *options) for host in job.hosts]
-        self._lines = {host: LineSplitter() for host in job.hosts}
+        self._rests = dict.fromkeys(job.hosts, b"")  # what has come of each host's last line
         self._width = max(len(host.name) for host in job.hosts)
         self._away: set[Host] = set()
         self._causes: collections.deque[str] = collections.deque(maxlen=8)
@@ -232,14 +236,21 @@ class JobMonitor:
         return follower is first or first.supervised
 
     def _print(self, host: Host, data: bytes) -> None:
-        for line in self._lines[host].feed(data).splitlines():
-            text = line.decode(errors="replace")
-            if text.startswith(ROOT_CAUSE):
+        *lines, rest = (self._rests[host] + data).split(b"\n")
+        self._rests[host] = rest[-READ_BYTES:]
+        for line in lines:
+            is_own, text = line.startswith(OWN), line.removeprefix(OWN).decode(errors="replace")
+            if is_own and text.startswith(ROOT_CAUSE):
                 self._causes.append(text.removeprefix(ROOT_CAUSE))
             if self._json:
-                print(json.dumps({"host": host.name, "line": text}), flush=True)
+                source = "launch" if is_own else "program"
+                show(json.dumps({"host": host.name, "from": source, "line": text}))
+                continue
+            place = f"{host.name:{self._width}} {'#' if is_own else '|'} "
+            if self._raw:
+                print_text(place + text)
             else:
-                print(f"{host.name:{self._width}} | {text}", flush=True)
+                print_text(place + visible(text, colours=True))
 
     def _outcome(self) -> dict[str, Any] | None:
         """Returns the outcome once every host has ended or is unreachable.
@@ -275,8 +286,3 @@ class JobMonitor:
         for host in self._away - away.keys():
             note(f"{host.name}: reachable again")
         self._away = set(away)
-
-
-def note(text: str) -> None:
-    """Prints a line about the launcher's own progress, to standard error."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -15,7 +15,9 @@ chip = "a40"
 import dataclasses
 import difflib
 import ipaddress
+import re
 import tomllib
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,26 @@ class Host:
 
 FIELD_TYPES = {field.name: type(field.default) for field in dataclasses.fields(Host)}
 FIELD_TYPES |= {"name": str, "address": str}  # they have no default
+TYPE_NAMES = {str: "a string", int: "an integer", list: "a list", dict: "a table"}
+
+# key -> (what its text must match, what the user reads if it does not). "" is the default of most.
+PATTERNS = {
+    "name": (
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+        "begin with a letter or digit and consist of at most 64 ASCII letters, digits and . _ -",
+    ),
+    "ssh": (
+        r"(?!-)[^\s/\"'\\]*",
+        "be a host name or an alias of ssh's configuration, such as h0 or root@h0, not a URL; a "
+        "port belongs into the key port",
+    ),
+    "user": (r"(?!-)[^\s/\"':]*", "be a user name"),
+    "workdir": (r"(/|~/).+", "be an absolute path, or begin with ~/"),
+    "python": (r"(?!-).+", "be a program's name or path"),
+    "chip": (r"[A-Za-z0-9._-]*", "consist of ASCII letters, digits and . _ -"),
+    "interface": (r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,14}|", "be a name of at most 15 characters"),
+}
+RANGES = {"port": (0, 65_535), "gpus": (0, 1_024)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +84,10 @@ def read_inventory(path: str | Path) -> Inventory:
     """Returns the inventory in a TOML file.
 
     Raises:
-        ValueError: the inventory is invalid. The text names the host, the key and what to write.
+        ValueError: the inventory is invalid. The text names the file, line, host and key, and what
+            to write.
     """
-    return parse_inventory(read_toml(path, "--hosts"), str(path))
+    return parse_inventory(_read_text(path, "--hosts"), str(path))
 
 
 def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
@@ -74,88 +97,176 @@ def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
         flag: the flag that gave the path, for the error.
 
     Raises:
-        ValueError: there is no such file, or it is not TOML.
+        ValueError: the path is no file that can be read, or it is not TOML.
     """
+    return _parse_toml(_read_text(path, flag), f"{flag} must be TOML; got {path}")
+
+
+def _read_text(path: str | Path, flag: str) -> str:
     try:
-        return tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{flag} must name a file; got {path}.") from None
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{flag} must name a file; got {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} must be UTF-8; got byte {error.start} of {path}.") from None
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{flag} must be TOML; got {path}: {error}.") from None
+        raise ValueError(f"{source}: {error}.") from None
 
 
-def parse_inventory(content: dict[str, Any], source: str) -> Inventory:
-    """Returns the inventory in a parsed file; its errors name the file as `source`."""
-    _check_keys(content, ("ranks", "defaults", "hosts"), source)
+class _Places:
+    """Tells where a key of the file is, as `hosts.toml:7: host 'h1'`."""
+
+    def __init__(self, text: str, source: str):
+        self._source = source
+        self._lines: dict[tuple[str, int, str], int] = {}
+        table, index, counts = "", 0, {"hosts": 0}
+        for number, line in enumerate(text.splitlines(), 1):
+            if header := re.match(r"\s*\[\[?\s*([A-Za-z_-]+)\s*\]", line):
+                table = header[1]
+                index = counts.get(table, 0)
+                counts[table] = index + 1
+                self._lines[table, index, ""] = number
+            elif key := re.match(r"\s*\"?([A-Za-z_-]+)\"?\s*=", line):
+                self._lines.setdefault((table, index, key[1]), number)
+
+    def find(self, index: int | None = None, host: str = "", key: str = "") -> str:
+        """Returns the place of a key of a host, of the defaults, or of the file.
+
+        It has no line number where the file writes its hosts as inline tables.
+        """
+        if index is None:
+            ways = [("", 0, key), (key, 0, "")]
+        else:
+            ways = [("hosts", index, key), ("defaults", 0, key), ("hosts", index, "")]
+        line = next((self._lines[way] for way in ways if way in self._lines), 0)
+        place = f"{self._source}:{line}" if line else self._source
+        if index is None:
+            return place
+        return f"{place}: host {ascii(host)}" if host else f"{place}: host number {index + 1}"
+
+
+def parse_inventory(text: str, source: str) -> Inventory:
+    """Returns the inventory in the text of a file; its errors name the file as `source`."""
+    content, places = _parse_toml(text, source), _Places(text, source)
+    for key in content:
+        _check_key(key, ("ranks", "defaults", "hosts"), places.find(key=key))
     defaults, entries = content.get("defaults", {}), content.get("hosts")
+    if not isinstance(defaults, dict):
+        raise ValueError(
+            f"{places.find(key='defaults')}: defaults must be a table; got {defaults}."
+        )
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{source} must list its hosts as [[hosts]]; got {entries!r}.")
-    hosts = []
-    for i, entry in enumerate(entries):
-        values = defaults | entry
-        name = f"{source}: host {values.get('name', i)}"
-        _check_keys(values, FIELD_TYPES, name)
-        for key, value in values.items():
-            if type(value) is not FIELD_TYPES[key]:
-                kind = FIELD_TYPES[key].__name__
-                raise ValueError(f"{name}: {key} must be of type {kind}; got {value!r}.")
-        missing = [key for key in ("name", "address") if not values.get(key)]
-        if missing:
-            raise ValueError(f"{name} must have {' and '.join(missing)}.")
-        hosts.append(Host(**values))
+        raise ValueError(
+            f"{places.find(key='hosts')}: hosts must be listed as [[hosts]]; got {entries!r}."
+        )
+    for key in defaults:
+        _check_key(key, FIELD_TYPES, places.find(key="defaults"))
+    hosts = [_parse_host(i, defaults, entry, places) for i, entry in enumerate(entries)]
+    if content.get("ranks", "host") not in ("host", "gpu"):
+        raise ValueError(
+            f'{places.find(key="ranks")}: ranks must be "host" or "gpu"; got {content["ranks"]!r}.'
+        )
     inventory = Inventory(tuple(hosts), content.get("ranks", "host"))
-    for host in hosts:
-        _check_host(host, len(hosts), f"{source}: host {host.name!r}")
-    _check_together(inventory, source)
+    _check_together(inventory, places)
     return inventory
 
 
-def _check_keys(values: dict[str, Any], known: Iterable[str], source: str) -> None:
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
-            raise ValueError(f"{source}: no key {key!r}. Did you mean {nearest!r}?")
-
-
-def _check_host(host: Host, count: int, source: str) -> None:
-    for key in ("name", "ssh", "user", "python", "workdir"):
-        value = getattr(host, key)
-        if value.startswith("-") or not value.isprintable():  # ssh would read it as an option
-            raise ValueError(
-                f"{source}: {key} must be printable and must not begin with '-'; got {value!r}."
-            )
-    if not all(letter.isalnum() or letter in "._-" for letter in host.name):
-        raise ValueError(f"{source}: name must consist of letters, digits and . _ - only.")
-    try:
-        address = ipaddress.ip_address(host.address)
-    except ValueError:
-        raise ValueError(f"{source}: address must be an IP; got {host.address!r}.") from None
-    if address.is_unspecified or (address.is_loopback and count > 1):
+def _parse_host(index: int, defaults: dict[str, Any], entry: Any, places: _Places) -> Host:
+    if not isinstance(entry, dict):
         raise ValueError(
-            f"{source}: address must be reachable from the other hosts; got {host.address}. "
-            "Set it to this host's IP on the training network."
+            f"{places.find(key='hosts')}: each host must be a table, [[hosts]] with name and "
+            f"address; got {entry!r}."
         )
+    values = defaults | entry
+    name = values.get("name", "")
+    place = lambda key="": places.find(index, name if isinstance(name, str) else "", key)
+    for key, value in values.items():
+        _check_key(key, FIELD_TYPES, place(key))
+        if fault := _find_fault(key, value):
+            raise ValueError(f"{place(key)}: {key} must {fault}; got {ascii(value)}.")
+    if missing := [key for key in ("name", "address") if not values.get(key)]:
+        raise ValueError(f"{place()} must have {' and '.join(missing)}.")
+    host = Host(**values)
+    if host.user and "@" in host.ssh:
+        raise ValueError(
+            f"{place('ssh')}: the user must be given once; got user {host.user!r} and "
+            f"ssh {host.ssh!r}."
+        )
+    return dataclasses.replace(host, address=str(_ip(host.address)))
 
 
-def _check_together(inventory: Inventory, source: str) -> None:
+def _check_key(key: str, known: Iterable[str], place: str) -> None:
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
+        raise ValueError(f"{place}: no key {ascii(key)}. Did you mean {nearest!r}?")
+
+
+def _find_fault(key: str, value: Any) -> str:
+    """Returns what the value of a host's key must be, or "" if it is valid."""
+    if type(value) is not FIELD_TYPES[key]:
+        return f"be {TYPE_NAMES[FIELD_TYPES[key]]}"
+    if key in RANGES:
+        low, high = RANGES[key]
+        return "" if low <= value <= high else f"be from {low} to {high}"
+    if hidden := next((letter for letter in value if not letter.isprintable()), ""):
+        name = unicodedata.name(hidden, "a control character")
+        return f"contain visible characters only, and not U+{ord(hidden):04X} ({name})"
+    pattern, meaning = PATTERNS.get(key, (".*", ""))
+    if not re.fullmatch(pattern, value):
+        return meaning
+    return _find_fault_of_address(value) if key == "address" else ""
+
+
+def _find_fault_of_address(text: str) -> str:
+    try:
+        address = _ip(text)
+    except ValueError:
+        return "be an IP address"
+    reserved = address.is_reserved and not address.is_loopback  # ::1 is both
+    if address.is_multicast or address.is_unspecified or reserved:
+        return "be the IP address of one host on the training network"
+    if address.version == 6 and address.is_link_local:
+        return "be an IP address that is valid on every link, which fe80:: is not"
+    return ""
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _check_together(inventory: Inventory, places: _Places) -> None:
     """Checks that names and addresses are unique, and that the hosts' gpus and site are equal."""
     hosts = inventory.hosts
     for key in ("name", "address"):
-        values = [getattr(host, key) for host in hosts]
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{source}: each host's {key} must be unique; got {repeated} twice.")
-    if inventory.ranks not in ("host", "gpu"):
-        raise ValueError(f'{source}: ranks must be "host" or "gpu"; got {inventory.ranks!r}.')
+        first: dict[str, Host] = {}
+        for i, host in enumerate(hosts):
+            other = first.setdefault(getattr(host, key), host)
+            if other is not host:
+                raise ValueError(
+                    f"{places.find(i, host.name, key)}: each host's {key} must be unique; got "
+                    f"{getattr(host, key)!r}, which host {other.name!r} has, too."
+                )
+    for i, host in enumerate(hosts):
+        if ipaddress.ip_address(host.address).is_loopback and len(hosts) > 1:
+            raise ValueError(
+                f"{places.find(i, host.name, 'address')}: address must be reachable from the other "
+                f"hosts; got {host.address}. Set it to this host's IP on the training network."
+            )
     counts = {host.name: host.gpus for host in hosts}
     if len(set(counts.values())) > 1 or (inventory.ranks == "gpu" and not any(counts.values())):
         raise ValueError(
-            f"{source}: every host must have as many gpus as the others, and at least 1 if ranks "
-            f'is "gpu"; got {counts}.'
+            f"{places.find()}: every host must have as many gpus as the others, and at least 1 if "
+            f'ranks is "gpu"; got {counts}.'
         )
     sites = {host.site for host in hosts}
     if len(sites) > 1:
         raise ValueError(
-            f"{source}: a job's hosts must be at one site; got {sorted(sites)}. With 150 ms "
+            f"{places.find()}: a job's hosts must be at one site; got {sorted(sites)}. With 150 ms "
             "between hosts, a step is 60 times slower: start one job per site."
         )

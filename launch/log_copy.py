@@ -1,10 +1,11 @@
 """This machine's copy of a host's log. Several terminals can add to it at the same time."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from launch.host.files import read_json, write_json
 from launch.host.log import TAIL_BYTES
@@ -15,6 +16,23 @@ except ImportError:  # Windows has no file locks of this kind: use one terminal 
     fcntl = None
 
 READ_BYTES = 1 << 20  # the most that a host sends at once
+
+
+def read_header(line: bytes) -> dict[str, Any]:
+    """Returns the header of a frame.
+
+    Raises:
+        ValueError: no host that works correctly sends this.
+    """
+    frame = json.loads(line)
+    is_error = isinstance(frame, dict) and "error" in frame
+    is_data = isinstance(frame, dict) and all(type(frame.get(k)) is int for k in ("at", "bytes"))
+    is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
+    is_status = isinstance(frame, dict) and isinstance(frame.get("status"), dict)
+    is_status = is_status and all(type(frame.get(k)) is bool for k in ("alive", "known"))
+    if not (is_error or is_data or is_status):
+        raise ValueError(f"the host sent a frame that has no meaning: {line[:80]!r}")
+    return frame
 
 
 class LogCopy:

@@ -3,11 +3,11 @@
 import json
 import secrets
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from launch.host_process import HostProcess
 from launch.inventory import Host
 from launch.ssh import HostError, SshClient
 
@@ -38,20 +38,12 @@ class NetworkAgents:
         first_request: Callable[[Host], dict[str, Any]] = lambda host: {"op": "net"},
     ):
         self.hosts, token = client.hosts, secrets.token_hex(16)
-        self._processes: dict[Host, Any] = {}  # Popen with pipes
+        self._processes: dict[Host, HostProcess] = {}
 
         def start_agent(host: Host) -> dict[str, Any]:
             request = first_request(host) | {"address": host.address, "token": token}
             process = self._processes[host] = client.start(host, request)
-            assert process.stderr
-            line, in_time = self._read_line(host, FIRST_ANSWER_S)
-            if not in_time:
-                problem = f"no answer within {FIRST_ANSWER_S:.0f} s"
-                raise HostError(f"{host.name}: {problem}. Log in and see what hangs there.")
-            if line:
-                return client.parse_answer(host, line, b"", 0)
-            process.wait()
-            return client.parse_answer(host, b"", process.stderr.read(), process.returncode)
+            return client.read_answer(host, process, FIRST_ANSWER_S)
 
         self.first_answers: dict[Host, Any] = client.map(start_agent)
 
@@ -60,38 +52,20 @@ class NetworkAgents:
 
     def __exit__(self, *exc: object) -> None:
         for process in self._processes.values():
-            with process:
-                process.kill()
+            process.kill()
+            process.close()
 
     def _send_order(self, host: Host, **order: Any) -> None:
-        process = self._processes[host]
-        try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:  # _read_answer reports it
-            pass
-
-    def _read_line(self, host: Host, limit_s: float) -> tuple[bytes, bool]:
-        """Returns (the agent's next line or b"", whether it, or the agent's end, came in time).
-
-        An agent that is late is killed.
-        """
-        timer = threading.Timer(limit_s, self._processes[host].kill)
-        timer.daemon = True
-        timer.start()
-        line = self._processes[host].stdout.readline()
-        in_time = bool(line) or not timer.finished.is_set()
-        timer.cancel()
-        return line, in_time
+        # If the host no longer reads, _read_answer reports it.
+        self._processes[host].send(json.dumps(order).encode() + b"\n")
 
     def _read_answer(self, host: Host, ordered_s: float = 0.0) -> dict[str, Any]:
         limit_s = ordered_s + ANSWER_S
-        line, in_time = self._read_line(host, limit_s)
-        if line:
-            return json.loads(line)["ok"]
-        if in_time:
-            return {"error": "it stopped answering"}
-        return {"error": f"it gave no answer within {limit_s:.0f} s"}
+        try:
+            line = self._processes[host].readline(limit_s)
+        except TimeoutError:
+            return {"error": f"it gave no answer within {limit_s:.0f} s"}
+        return json.loads(line)["ok"] if line else {"error": "it stopped answering"}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
         """Returns the host's first answer, its round trip and its clock's lead over ours, in s.

@@ -6,11 +6,12 @@ import sys
 import time
 from typing import Any
 
-from launch.follow import JobMonitor, note
+from launch.follow import JobMonitor
 from launch.host.restart_policy import NOW
 from launch.inventory import Host
 from launch.job import Job, jobs_folder
 from launch.ssh import HostError, SshClient, errors_in
+from launch.terminal import note, show
 
 GONE_S = 30.0  # time for the last processes to end
 
@@ -20,11 +21,12 @@ def connect(job: Job) -> SshClient:
     return SshClient(job.hosts, job.ssh_config)
 
 
-def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
+def follow(job: Job, as_json: bool, read_only: bool = False, raw: bool = False) -> int:
     """Prints the job's log until it ends; returns its exit status. Ctrl-C asks what to do.
 
     Args:
         read_only: print the whole log from its first byte. Ctrl-C then only ends this command.
+        raw: print control characters as they are.
 
     Raises:
         ValueError: the job never started.
@@ -35,7 +37,7 @@ def follow(job: Job, as_json: bool, read_only: bool = False) -> int:
             "starts its command."
         )
     client = connect(job)
-    with JobMonitor(client, job, as_json, read_only) as monitor:
+    with JobMonitor(client, job, as_json, read_only, raw) as monitor:
         outcome = None
         while not outcome:
             try:
@@ -144,14 +146,14 @@ def status(job: Job, as_json: bool) -> int:
     for host, answer in statuses(connect(job), job).items():
         answer: dict[str, Any] = {"error": str(answer)} if isinstance(answer, HostError) else answer
         if as_json:
-            print(json.dumps({"host": host.name} | answer))
+            show(json.dumps({"host": host.name} | answer))
             continue
         ranks = answer.get("report", {}).get("ranks", [])
         steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
         why = (answer.get("outcome") or {}).get("why")
         state = answer.get("error") or why or steps or "idle"
         alive = "supervised" if answer.get("alive") else "no supervisor"
-        print(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
+        show(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
     return 0
 
 
@@ -164,5 +166,5 @@ def list_jobs() -> int:
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:
                 state = f"exit {outcome['code']}: {outcome['why'].splitlines()[0]}"
-            print(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
+            show(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
     return 0

@@ -10,6 +10,7 @@ from launch.host import logout
 from launch.inventory import Host
 from launch.network import NetworkAgents
 from launch.ssh import HostError, SshClient
+from launch.terminal import visible
 
 Facts = Mapping[str, Any]  # what launch.host.facts.gather_facts returns, and the clock
 MAX_SKEW_S = 1.0
@@ -102,8 +103,6 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     raise_limit = f"raise ulimit -n (hard limit {hard})"
     check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
     check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
-    rsync = "installed" if facts["rsync"] else "absent"
-    check("rsync", rsync, not facts["rsync"], "install rsync: the code is sent with it")
     no_address = "the host does not have this address: correct the inventory"
     check("address", host.address, not facts["has_address"], no_address)
     interface = host.interface or facts["interface"]
@@ -207,12 +206,12 @@ def format_findings(findings: Sequence[Finding]) -> str:
         by_check.setdefault(finding.check, []).append(finding)
     lines = []
     for check, group in by_check.items():
-        values = sorted({finding.value for finding in group if finding.value})
-        text = ", ".join(f"{f.host} {f.value}" for f in group) if values else ""
+        values = sorted({visible(finding.value) for finding in group if finding.value})
+        text = ", ".join(f"{f.host} {visible(f.value)}" for f in group) if values else ""
         if len(values) == 1:
             text = values[0]
         problems = [finding for finding in group if finding.problem]
         mark = "FAIL" if any(f.aborts for f in problems) else "warn" if problems else "ok"
         lines.append(f"{mark:4}  {check:12} {text}".rstrip())
-        lines += [f"      {finding.host}: {finding.problem}" for finding in problems]
+        lines += [f"      {finding.host}: {visible(finding.problem)}" for finding in problems]
     return "\n".join(lines)

@@ -2,18 +2,17 @@
 
 import collections
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.follow import note
 from launch.inventory import Host
 from launch.job import TRAINER, Job
 from launch.preflight import Finding, differences, format_findings, plugin_problem
 from launch.ssh import HostError, SshClient, raise_errors
 from launch.sync_code import Code
+from launch.terminal import note, warn
 
 BUILD_S = 1800.0  # enough for pip over a slow connection
 DATA_S = 300.0
@@ -54,7 +53,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     Raises:
         HostError: one of them aborts the launch.
     """
-    print(format_findings(findings), file=sys.stderr)
+    warn(format_findings(findings))
     if any(finding.aborts for finding in findings):
         raise HostError("preflight: nothing was started. Each FAIL above says what to do.")
 

@@ -21,7 +21,6 @@ from typing import Any
 
 from launch import run
 from launch.arguments import Parser
-from launch.follow import note
 from launch.host.files import write_json
 from launch.inventory import read_inventory
 from launch.job import PORTS
@@ -29,6 +28,7 @@ from launch.network import NetworkAgents, Pair
 from launch.preflight import preflight
 from launch.prepare import print_findings
 from launch.ssh import HostError, SshClient, raise_errors
+from launch.terminal import note, show, warn
 
 STREAMS = (1, 4, 8)
 PERCENTILES = (1, 50, 90, 99, 100)
@@ -140,9 +140,9 @@ def main() -> int:
         result["collectives"] = [] if args.no_jax else measure_collectives(args)
         write_json(Path(args.out), result)
     except (ValueError, HostError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
-    print(format_result(result))
+    show(format_result(result))
     note(f"wrote {args.out}")
     return 0
 

@@ -4,14 +4,16 @@ import base64
 import os
 from pathlib import Path
 
-from launch.follow import note
 from launch.host.files import read_json, write_json
 from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
 from launch.inventory import Host
 from launch.job import Job
 from launch.ssh import HostError, SshClient
+from launch.terminal import note
 
 POSITIONS = ".held.json"  # {host: {file: [inode there, bytes here]}}
+# The most that a host may have sent: 4,096 processes, and some 10 million steps.
+MOST_FILES, MOST_BYTES = 4_100, 8 << 30
 
 
 class RunCopy:
@@ -80,9 +82,24 @@ class RunCopy:
                 if not NAME.fullmatch(name):  # a host must not write outside the copy
                     raise HostError(f"{host.name}: sent a file that is not of a run: {name!r}.")
                 data = base64.b64decode(part["base64"])
+                self._check(host, positions, name, part["at"], data)
                 if is_first or name.startswith(f"{PROCESSES}/"):
                     write_at(self.folder / name, part["at"], data)
                 positions[name] = [part["inode"], part["at"] + len(data)]
+            if more and not any(part["base64"] for part in answer["files"].values()):
+                raise HostError(f"{host.name}: announced more of the run and sent nothing.")
+
+    def _check(self, host: Host, positions: dict, name: str, at: int, data: bytes) -> None:
+        """Raises HostError if a part of a file has a hole before it, or is one too many."""
+        held = positions.get(name, [0, 0])[1]
+        if not 0 <= at <= held:
+            raise HostError(f"{host.name}: sent byte {at} of {name} after byte {held}.")
+        sizes = {key: size for key, (_, size) in positions.items()} | {name: at + len(data)}
+        if len(sizes) > MOST_FILES or sum(sizes.values()) > MOST_BYTES:
+            raise HostError(
+                f"{host.name}: a run must have at most {MOST_FILES:,} files and {MOST_BYTES:,} "
+                f"bytes; got {len(sizes):,} and {sum(sizes.values()):,}. Copy it by hand."
+            )
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:

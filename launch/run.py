@@ -14,8 +14,8 @@ Commands for a job that was started:
 
 Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
 stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
-need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git, ssh and
-rsync. For hosts.toml see launch/inventory.py.
+need sshd and Python 3.11 with the project's dependencies; this machine needs Python, git and ssh.
+For hosts.toml see launch/inventory.py.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from launch.arguments import Parser
-from launch.follow import note
 from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.logout import SCOPE
 from launch.host.restart_policy import Policy
@@ -46,6 +45,7 @@ from launch.preflight import preflight
 from launch.prepare import prepare, print_findings, read_constraints, read_env
 from launch.ssh import HostError, raise_errors
 from launch.sync_code import Code, read_code, send_code
+from launch.terminal import note, warn
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
 LEASE_S = 30.0
@@ -60,6 +60,7 @@ POLICY_HELP = {
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
+RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"
 BUILD_HELP = "file of pip constraints: build the Python packages on the hosts, once, and use them"
 
 
@@ -73,6 +74,7 @@ def parse(
         ours, flags = argv[:separator], argv[separator + 1 :]
     parser = Parser(prog, (__doc__ or "").replace("python -m launch.run", prog))
     parser.add_argument("--json", action="store_true", help="print the log as JSON lines")
+    parser.add_argument("--raw", action="store_true", help=RAW_HELP)
     if ours and ours[0] in VERBS:
         parser.add_argument("verb", choices=VERBS)
         parser.add_argument("job", nargs="?" if ours[0] == "status" else None, metavar="JOB")
@@ -126,7 +128,7 @@ def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
         env_extras=[extra for extra in args.env_extras.split(",") if extra],
         shared=args.shared,
     )
-    return job, begin(job, code, args.json, args.detach)
+    return job, begin(job, code, args.json, args.detach, args.raw)
 
 
 def create(
@@ -142,7 +144,7 @@ def create(
     return job
 
 
-def begin(job: Job, code: Code, as_json: bool, detach: bool) -> int:
+def begin(job: Job, code: Code, as_json: bool, detach: bool, raw: bool = False) -> int:
     """Checks the hosts, sends the code, starts a created job, and follows it unless detached."""
     client = connect(job)
     start_s = time.monotonic()
@@ -170,10 +172,10 @@ def begin(job: Job, code: Code, as_json: bool, detach: bool) -> int:
             f"the job runs without this machine; to follow it: python -m launch.run attach {job.id}"
         )
         return 0
-    return follow(job, as_json)
+    return follow(job, as_json, raw=raw)
 
 
-def resume(job: Job, as_json: bool) -> int:
+def resume(job: Job, as_json: bool, raw: bool = False) -> int:
     """Starts a new job with the same hosts, program and flags, and the tree's current code.
 
     Raises:
@@ -185,7 +187,7 @@ def resume(job: Job, as_json: bool) -> int:
     code = read_code(job.record["tree"])
     new = create(job.hosts, job.policy, job.ssh_config, code, **record)
     note(f"job {new.id} continues {job.id}")
-    return begin(new, code, as_json, job.policy.lease_s == 0)
+    return begin(new, code, as_json, job.policy.lease_s == 0, raw)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> int:
@@ -199,15 +201,15 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
             return list_jobs()
         job = Job(args.job)
         verbs = {
-            "attach": lambda: follow(job, args.json),
-            "logs": lambda: follow(job, args.json, read_only=True),
+            "attach": lambda: follow(job, args.json, raw=args.raw),
+            "logs": lambda: follow(job, args.json, read_only=True, raw=args.raw),
             "status": lambda: status(job, args.json),
             "stop": lambda: stop(job, args.now),
-            "resume": lambda: resume(job, args.json),
+            "resume": lambda: resume(job, args.json, args.raw),
         }
         return verbs[args.verb]()
     except (ValueError, HostError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         note("interrupted before the job was running")

@@ -34,6 +34,7 @@ from launch.report.baseline import (
 )
 from launch.report.price import price, read_prices, read_span
 from launch.report.run_folder import RunFolder, read_run
+from launch.terminal import show, warn
 
 CONFIDENCE = 0.99
 BREACH, REFUSED = 1, 2  # exit statuses
@@ -129,7 +130,7 @@ def do_record(args: argparse.Namespace) -> int:
         write_text(args.out, json.dumps(baseline, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--out must be writable; got {error}.") from None
-    print(json.dumps(baseline) if args.json else show_record(baseline, args.out))
+    show(json.dumps(baseline) if args.json else show_record(baseline, args.out))
     return 0
 
 
@@ -144,7 +145,7 @@ def do_check(args: argparse.Namespace) -> int:
     if differing:
         raise ValueError("\n".join(["the run is not comparable with --against:", *differing]))
     rows = check(baseline, run)
-    print(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
+    show(json.dumps(rows) if args.json else show_check(rows, run, baseline, args.against))
     return BREACH if any(row["state"] == "BREACH" for row in rows) else 0
 
 
@@ -157,7 +158,7 @@ def do_price(args: argparse.Namespace) -> int:
     span_s = read_span(args.deadline) if args.deadline else None
     baseline, prices = read_baseline(args.against), read_prices(args.prices)
     found = price(baseline, prices, args.availability, args.tokens, span_s, args.params)
-    print(json.dumps(found) if args.json else show_price(found))
+    show(json.dumps(found) if args.json else show_price(found))
     return 0
 
 
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.slo") 
     try:
         return {"record": do_record, "check": do_check, "price": do_price}[args.verb](args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return REFUSED
 
 

@@ -1,13 +1,14 @@
 """Sends requests to hosts through the system's `ssh`, over one shared connection per host."""
 
+import base64
 import concurrent.futures
 import glob
 import hashlib
 import json
 import os
+import secrets
 import shlex
 import stat
-import subprocess
 import tempfile
 import threading
 import zlib
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.host.files import write_text
+from launch.host_process import HostError, HostProcess
 from launch.inventory import Host
+from launch.terminal import visible
 
 T = TypeVar("T")
 # Options of every connection, including those that ProxyJump makes.
@@ -39,10 +42,6 @@ HASH_BYTES = 1 + 40 + 17  # "/%C" as ssh expands it, and the suffix while it cre
 SCOPE = "systemd-run --user --scope --quiet --collect -- "  # see launch/host/logout.py
 CONFIG_LOCK = threading.Lock()  # one thread per host wants to write the same file
 HOST_CODE = Path(__file__).parent / "host"
-
-
-class HostError(Exception):
-    """A host could not be reached, or could not do what it was asked. The text says what to do."""
 
 
 def control_path(limit: int = SOCKET_BYTES) -> str:
@@ -126,7 +125,9 @@ class SshClient:
         self.hosts = tuple(hosts)
         self._ssh_config = ssh_config
         self._modules = host_modules()
-        self._boot = (HOST_CODE / "boot.py").read_text()
+        source = base64.b64encode((HOST_CODE / "boot.py").read_bytes()).decode()
+        # In base64 no shell finds anything to expand: csh refuses a newline between quotes.
+        self._boot = f'exec(__import__("base64").b64decode("{source}"))'
 
     def ssh_command(self, host: Host, shared: bool = True) -> list[str]:
         """Returns the ssh command line up to the host's name, which is not included."""
@@ -137,26 +138,18 @@ class SshClient:
         argv += ["-l", host.user] if host.user else []
         return argv + (["-p", str(host.port)] if host.port else [])
 
-    def start(self, host: Host, request: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    def start(self, host: Host, request: Mapping[str, Any]) -> HostProcess:
         """Starts a request on a host. Standard input stays open for what the request reads."""
         python = shlex.quote(host.python)
         if host.python.startswith("~/"):
             python = f'"$HOME"/{shlex.quote(host.python[2:])}'
         scope = SCOPE if request.get("scope") else ""
         command = f"exec {scope}{python} -I -c {shlex.quote(self._boot)}"
-        request = {**request, "workdir": host.workdir}
-        sent = json.dumps({"modules": self._modules, "request": request}).encode()
-        sent = zlib.compress(sent, 9)  # a third of the size saves round trips in TCP's slow start
+        request, mark = {**request, "workdir": host.workdir}, f"answer {secrets.token_hex(8)}"
+        sent = {"modules": self._modules, "request": request, "mark": mark}
+        data = zlib.compress(json.dumps(sent).encode(), 9)  # saves round trips in TCP's slow start
         argv = [*self.ssh_command(host), "--", host.target, command]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
-        assert process.stdin
-        try:
-            process.stdin.write(b"%d\n" % len(sent) + sent)
-            process.stdin.flush()
-        except BrokenPipeError:  # ssh has failed; its standard error says why
-            pass
-        return process
+        return HostProcess(argv, b"%d\n" % len(data) + data, mark.encode())
 
     def call(self, host: Host, request: Mapping[str, Any], timeout_s: float = 60.0) -> Any:
         """Returns the answer to one request.
@@ -164,38 +157,30 @@ class SshClient:
         Raises:
             HostError: the host is unreachable, or answers with an error.
         """
-        process = self.start(host, request)
-        try:
-            out, errors = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise HostError(f"{host.name}: no answer within {timeout_s:.0f} s.") from None
-        except (BrokenPipeError, ValueError):  # ssh ended before it had read the request
-            out, errors = b"", process.stderr.read() if process.stderr else b""
-            process.wait()
-        lines = out.strip().splitlines()
-        return self.parse_answer(host, lines[-1] if lines else b"", errors, process.returncode)
+        with self.start(host, request) as process:
+            process.end_input()
+            return self.read_answer(host, process, timeout_s)
 
-    def parse_answer(self, host: Host, line: bytes, errors: bytes, code: int | None) -> Any:
-        """Returns the value of an answer.
-
-        Args:
-            line: the last line of the host's standard output; b"" if it printed none.
-            errors: ssh's standard error.
-            code: ssh's exit status.
+    def read_answer(self, host: Host, process: HostProcess, timeout_s: float | None = None) -> Any:
+        """Returns the value of a request's next answer.
 
         Raises:
-            HostError: the line is not an answer, or it reports an error.
+            HostError: there is none within the time, or it reports an error.
         """
+        try:
+            line = process.readline(timeout_s)
+        except TimeoutError:
+            problem = f"no answer within {timeout_s:.0f} s. Log in and see what hangs there."
+            raise HostError(f"{host.name}: {problem}") from None
+        if not line:
+            raise process.explain(host)
         try:
             answer = json.loads(line)
         except ValueError:
-            output = " ".join(errors.decode(errors="replace").split())[-400:] or "no output"
-            raise HostError(
-                f"{host.name}: `ssh {host.target}` ended with {code}: {output}. "
-                f"Try that by hand, and check that {host.python} is Python 3.11 or newer there."
-            ) from None
+            answer = None
+        if not isinstance(answer, dict) or not answer.keys() & {"ok", "error"}:
+            got = visible(repr(line[:80]))
+            raise HostError(f"{host.name}: its answer must be a JSON object; got {got}.")
         if "error" in answer:
             raise HostError(f"{host.name}: {answer['error']}")
         return answer["ok"]
@@ -223,7 +208,7 @@ class SshClient:
         Standard input stays open until the answer comes, so that a host ends its work if this
         machine goes away.
         """
-        processes: dict[Host, subprocess.Popen[bytes]] = {}
+        processes: dict[Host, HostProcess] = {}
         answers = {}
         timer = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
         timer.daemon = True
@@ -232,18 +217,15 @@ class SshClient:
                 processes[host] = self.start(host, request)
             timer.start()
             for host, process in processes.items():
-                assert process.stdout and process.stderr
-                line = process.stdout.readline()
-                errors = b"" if line else process.stderr.read()
                 try:
-                    answers[host] = self.parse_answer(host, line, errors, process.poll())
+                    answers[host] = self.read_answer(host, process)
                 except HostError as error:
                     answers[host] = error
         finally:
             timer.cancel()
             for process in processes.values():
                 process.kill()
-                process.wait()
+                process.close()
         return answers
 
 

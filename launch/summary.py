@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.arguments import Parser
-from launch.follow import note
 from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy
@@ -26,6 +25,7 @@ from launch.report.figures import latest, spark, table_of
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
 from launch.ssh import HostError
+from launch.terminal import note, show, warn
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")  # a run's state begins with one of these if it has ended
@@ -111,11 +111,11 @@ def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -
     except OSError as error:
         raise ValueError(f"the page must be writable; got {error}. Set --out.") from None
     if args.json:
-        print("\n".join(json.dumps(as_json(run)) for run in runs), flush=True)
+        show("\n".join(json.dumps(as_json(run)) for run in runs))
         return ended
     if live and sys.stdout.isatty():
-        print("\033[H\033[J", end="")
-    print(table(runs), f"page {out}", sep="\n", flush=True)
+        sys.stdout.write("\033[H\033[J")  # clears the screen
+    show(f"{table(runs)}\npage {out}")
     return ended
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.summar
         else:
             summarise(args, sources, False)
     except (ValueError, HostError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

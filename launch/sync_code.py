@@ -1,14 +1,18 @@
 """Sends the working tree's code to every host, into a folder named by the code's hash."""
 
 import os
-import shlex
 import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from launch.host.hashing import hash_files
 from launch.inventory import Host
-from launch.ssh import HostError, SshClient, raise_errors
+from launch.ssh import SshClient, raise_errors
+from launch.terminal import note
+
+CHUNK_BYTES = 1 << 20
 
 
 class Code(NamedTuple):
@@ -54,35 +58,39 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     Raises:
         HostError: a host could not receive it.
     """
-    request = {"op": "land", "hash": code.hash, "files": code.files, "by": os.urandom(4).hex()}
+    code_name = {"hash": code.hash, "by": os.urandom(4).hex()}
+    request = code_name | {"op": "land", "files": code.files}
+    answers = client.map(lambda host: client.call(host, request))
+    raise_errors(answers)
+    missing = [host for host, answer in answers.items() if answer["missing"]]
+    if missing:
+        with tempfile.NamedTemporaryFile(suffix=".tar.gz") as archive:
+            _pack(code, archive)
+            size = Path(archive.name).stat().st_size / 1e6
+            note(f"sending {size:.1f} MB of code to {' '.join(host.name for host in missing)}")
 
-    def send_to(host: Host) -> str:
-        answer = client.call(host, request)
-        if answer["missing"]:
-            _rsync(client, host, code, answer["folder"])
-            answer = client.call(host, request)  # checks the hash and renames the folder
-        return answer["folder"]
+            def send_to(host: Host) -> Any:
+                _send(client, host, code_name, archive.name)
+                return client.call(host, request)  # checks the hash and renames the folder
 
-    folders = client.map(send_to)
-    raise_errors(folders)
+            answers |= client.map(send_to, missing)
+            raise_errors(answers)
+    folders = {host: answer["folder"] for host, answer in answers.items()}
     return {host: str(folder) for host, folder in folders.items()}
 
 
-def rsync_path(host: Host, path: str) -> str:
-    """Returns a host's path as rsync reads it, with an IPv6 address in brackets."""
-    user, at, name = host.target.rpartition("@")
-    return f"{user}{at}[{name}]:{path}" if ":" in name else f"{host.target}:{path}"
+def _pack(code: Code, archive: IO[bytes]) -> None:
+    """Writes the files as a compressed tar archive."""
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=6) as tar:
+        for name in code.files:
+            tar.add(code.root / name, arcname=name, recursive=False)
+    archive.flush()
 
 
-def _rsync(client: SshClient, host: Host, code: Code, folder: str) -> None:
-    ssh = shlex.join(client.ssh_command(host))
-    argv = ["rsync", "-lptz", "--from0", "--files-from=-", "-s", "-e", ssh]
-    argv += [f"{code.root}/", rsync_path(host, f"{folder}/")]
-    names = b"\0".join(os.fsencode(name) for name in code.files)
-    try:
-        done = subprocess.run(argv, input=names, capture_output=True)
-    except FileNotFoundError:
-        raise HostError("rsync is not installed on this machine. Install it.") from None
-    if done.returncode:
-        output = " ".join(done.stderr.decode(errors="replace").split())[-300:]
-        raise HostError(f"{host.name}: rsync ended with {done.returncode}: {output}")
+def _send(client: SshClient, host: Host, request: dict[str, Any], archive: str) -> None:
+    """Sends the archive as the standard input of a request."""
+    with client.start(host, request | {"op": "receive"}) as process, open(archive, "rb") as file:
+        while (data := file.read(CHUNK_BYTES)) and process.send(data):
+            pass
+        process.end_input()
+        client.read_answer(host, process)

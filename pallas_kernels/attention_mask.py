@@ -22,6 +22,7 @@ def visible_pairs(
     T: int,
     S: int,
     docs: Sequence[Any],
+    window: int | None,
     keys_first: bool = False,
 ) -> jax.Array:
     """Returns where a query sees a key; a row of padding, whose zeros times inf are nan, sees none.
@@ -31,6 +32,7 @@ def visible_pairs(
     Args:
         rows, columns: the positions of the queries and of the keys.
         docs: the refs of the documents of all queries and of all keys, or nothing.
+        window: how many of the keys up to its own position a query sees; None: all.
         keys_first: returns [keys,queries] instead of [queries,keys].
     """
     along_queries, along_keys = (
@@ -38,6 +40,8 @@ def visible_pairs(
     )
     last = jnp.where(rows < T, rows + (S - T), -1)
     mask = along_keys(columns) <= along_queries(last)
+    if window is not None:
+        mask &= along_keys(columns) > along_queries(last - window)
     if docs:
         # Padding of queries and of keys gets different numbers, so that it never matches.
         query_docs, key_docs = (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.call_flops import ATTENTION_WORK
+from pallas_kernels.call_flops import ATTENTION_WORK, visible_pairs
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
     sizes: tuple[int, ...] = ()  # B, T, H, G, K of attention; N, D, V of head; X, M, N of square
+    window: int | None = None  # how many keys a query of attention sees; None: all
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
 
     @property
@@ -116,13 +117,13 @@ def _head_case(N, D, V, keep, softcap=0.0):
 
 
 @functools.cache  # the audit compiles a program once for all cases that share it
-def _attention_program(kernels, B, T, H, G, K, documents):
+def _attention_program(kernels, B, T, H, G, K, documents, window):
     def build(blocks):
         q, k = (_array(B, T, heads, K) for heads in (H, G))
         docs = _array(B, T, dtype=jnp.int32) if documents else None
 
         def compute(q, k, v, do, docs):
-            attend = lambda q, k, v: flash_attention(q, k, v, docs, docs, blocks)
+            attend = lambda q, k, v: flash_attention(q, k, v, docs, docs, blocks, window=window)
             o, pullback = jax.vjp(attend, q, k, v)
             dq, dk, dv = pullback(do)
             results = {"forward": o, "dkv": (dk, dv), "dq": dq}
@@ -133,28 +134,29 @@ def _attention_program(kernels, B, T, H, G, K, documents):
     return build
 
 
-def _attention_case(kernel, B, T, H, G, K, documents=True):
+def _attention_case(kernel, B, T, H, G, K, documents=True, window=None):
     """Returns the case of one attention kernel.
 
     Without documents only the Mosaic body is compiled: it then has a branch that skips the mask.
     """
-    sizes = B, T, H, G, K, documents
-    flops = ATTENTION_WORK[kernel] * 2 * B * H * K * T * (T + 1)
+    sizes = B, T, H, G, K, documents, window
+    flops = ATTENTION_WORK[kernel] * 4 * B * H * K * visible_pairs(T, T, window)
     hbm_bytes = 2 * B * T * K * (2 * H + 2 * G) * (2 if kernel == "dkv" else 1)
-    shape = f"{B}x{T}x{H}:{G}x{K} bf16{' docs' if documents else ''}"
+    shape = f"{B}x{T}x{H}:{G}x{K} {f'W={window}' if window else 'bf16'}{' docs' * documents}"
     name = f"flash_attention_{kernel}"
     build, build_all = (_attention_program(n, *sizes) for n in ((kernel,), tuple(ATTENTION_WORK)))
     case = Case(name, shape, build, hbm_bytes, flops, 1, True, "attention", kernel)
     why = "because Triton's body needs fewer registers without documents than with them"
     only = {} if documents else {"only_body": "mosaic", "why_only": why}
     budget = FORWARD_BUDGET if kernel == "forward" else 0.0
-    return case._replace(build_all=build_all, sizes=sizes[:-1], budget=budget, **only)
+    return case._replace(build_all=build_all, sizes=sizes[:5], window=window, budget=budget, **only)
 
 
 CASES = [
     *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
     *(_attention_case(name, 4, 2_048, 16, 4, 128, documents=False) for name in ATTENTION_WORK),
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
+    *(_attention_case(name, 4, 2_048, 16, 4, 128, window=512) for name in ATTENTION_WORK),
     *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
     _qk_rope_case(4, 2_048, 16, 128, floor=8),

@@ -44,6 +44,7 @@ def as_row(
         other,
         result["median_s"],
         documents=contest.documents,
+        window=contest.window,
         **{"date": "", "command": ""} | source,
     )
 
@@ -53,12 +54,12 @@ def merge_rows(
 ) -> list[dict[str, Any]]:
     """Returns the rows of a chip's table: the old ones, and new ones of contests with results.
 
-    A new row replaces the old ones of the same op and shape in the same minor series of JAX. A
-    contest in which our kernel failed removes them.
+    A new row replaces the old ones of the same op, shape, documents and window in the same minor
+    series of JAX. A contest in which our kernel failed removes them.
     """
 
-    def key(op, shape, documents, version):
-        return op, tuple(shape), documents, minor_series(version)
+    def key(op, shape, documents, window, version):
+        return op, tuple(shape), documents, window, minor_series(version)
 
     chip, version, command = results["chip"], results["jax"], " ".join(results["command"])
     measured, new = [], []
@@ -66,11 +67,20 @@ def merge_rows(
         result = results["contests"].get(contest.name)
         if result is None or "forward" in contest.name:
             continue
-        measured.append(key(contest.op, contest.shape, contest.documents, version))
+        measured.append(key(contest.op, contest.shape, contest.documents, contest.window, version))
         source = {"date": result.get("date", results["date"]), "command": command}
         row = as_row(contest, chip, result.get("contestants", {}), version, **source)
         new += [row._asdict()] if row else []
-    key_of = lambda row: key(row["op"], row["shape"], row.get("documents", False), row["jax"])
+
+    def key_of(row):
+        return key(
+            row["op"],
+            row["shape"],
+            row.get("documents", False),
+            row.get("window", 0),
+            row["jax"],
+        )
+
     return [*(row for row in old if key_of(row) not in measured), *new]
 
 

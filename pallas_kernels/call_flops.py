@@ -3,7 +3,7 @@
 XLA does not know what a custom call computes, so each declares it here. Only products count, as for
 XLA's own instructions. Pairs of a query and a key that the causal mask or a window hides do not
 count, and of a symmetric product only one triangle does. Documents are counted as if each row were
-one document.
+one document. The window of our attention is part of its calls' metadata, in WINDOW_SCOPE.
 
 Source: the attributes of cuBLAS' and cuDNN's calls are GemmBackendConfig and CudnnfMHABackendConfig
 in XLA's xla/service/gpu/backend_configs.proto.
@@ -15,14 +15,25 @@ from collections.abc import Callable, Sequence
 
 Sizes = tuple[int, ...]
 
+WINDOW_SCOPE = "attention_window_{}"  # the name of a scope (jax.named_scope) around the kernels
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # relative to the forward's two products
 
 
+def visible_pairs(T: int, S: int, window: int | None = None) -> int:
+    """Returns how many keys the last T of S positions see in total, causally.
+
+    Args:
+        window: how many of the keys up to its own position a query sees; None: all.
+    """
+    T, most = min(T, S), min(window or S, S)  # most: keys that a query sees
+    first_lacks = max(most - (S - T + 1), 0)  # the next query lacks one less, and so on
+    return T * most - first_lacks * (first_lacks + 1) // 2
+
+
 def _attention(work):
-    def flops(q_BTHK, k_BSGK, *_):
+    def flops(q_BTHK, k_BSGK, *_, window=None):
         (B, T, *H_K), S = q_BTHK, k_BSGK[1]  # Ampere's body has one dimension for H and K
-        pairs = T * (2 * S - T + 1) / 2  # the queries are the last T positions
-        return work * 4 * B * math.prod(H_K) * pairs
+        return work * 4 * B * math.prod(H_K) * visible_pairs(T, S, window)
 
     return flops
 
@@ -50,6 +61,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
 _DEPTH = re.compile(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]')
 _SCORES = re.compile(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]')
+_SCOPE = re.compile(WINDOW_SCOPE.format(r"(\d+)"))
 _WINDOW = re.compile(r'"sliding_window_length": ?"?(\d+)')
 
 
@@ -59,8 +71,8 @@ def _integers(pattern, attributes):
     return [int(number) for number in re.findall(r"\d+", match[1])]
 
 
-def _pallas_kernel(attributes) -> str:
-    """Returns the name of a kernel of KERNELS.
+def _pallas_flops(attributes, operands) -> float:
+    """Returns the FLOPs of a kernel of KERNELS.
 
     Raises:
         ValueError: the kernel declares no FLOPs here.
@@ -72,16 +84,18 @@ def _pallas_kernel(attributes) -> str:
             "a Pallas kernel must declare its FLOPs in pallas_kernels/call_flops.py; got "
             f"op_name={op_name!r}"
         )
-    return names[-1]  # an earlier one is the jitted function that contains the call
+    flops = KERNELS[names[-1]]  # an earlier name is the jitted function that contains the call
+    windows = _SCOPE.findall(op_name)
+    return flops(*operands, window=int(windows[-1])) if windows else flops(*operands)
 
 
 def _cudnn_attention(attributes, operands) -> float:
     B, H, T, S = _integers(_SCORES, attributes)
     pairs = T * S
     if '"CAUSAL"' in attributes:
-        window = int(match[1]) if (match := _WINDOW.search(attributes)) else 0
-        keys = min(window or S, S)  # that a query sees at most
-        pairs = T * keys - keys * (keys - 1) // 2
+        pairs = visible_pairs(
+            T, S, int(match[1]) if (match := _WINDOW.search(attributes)) else None
+        )
     products = 5 if "Backward" in attributes else 2
     return products * 2 * B * H * operands[0][-1] * pairs
 
@@ -100,7 +114,7 @@ def custom_call_flops(
     """
     target = match[1] if (match := _TARGET.search(attributes)) else ""
     if target in PALLAS:
-        return KERNELS[_pallas_kernel(attributes)](*operands)
+        return _pallas_flops(attributes, operands)
     if target.startswith("__cublas$"):
         depth = math.prod(operands[0][dim] for dim in _integers(_DEPTH, attributes))
         return 2 * depth * math.prod(results[0])

@@ -26,6 +26,7 @@ class Contest(NamedTuple):
     flops: float
     hbm_bytes: float
     documents: bool = False  # attention is masked between documents
+    window: int = 0  # keys that a query of attention sees; 0: all
 
 
 def normal(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm, add_norm_reference
+from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.contest import ATTENTION, HALF, NATS, Contest, normal, wide, with_gradients
 from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
 from pallas_kernels.head_scores import head_scores, head_scores_reference
@@ -34,6 +35,7 @@ class Sizes(NamedTuple):
         (2, 4_096, 16, 4, 128),  # of no shipped model
     )
     documents: tuple = attention[:3]  # attention masked between documents
+    windows: tuple = (((2, 4_096, 16, 4, 128), 1_024),)  # attention's shape, and its window
     norm: tuple = tuple((8_192, D) for D in (576, 768, 1_024, 1_280, 1_600, 2_048))  # N, D
     qk_rope: tuple = ((8, 1_024, 12, 64), (4, 2_048, 16, 128))  # B, T, H, K
     head: tuple = (  # N, D, V
@@ -53,6 +55,7 @@ class Sizes(NamedTuple):
 TINY = Sizes(
     ((1, 128, 2, 1, 64),),
     ((1, 128, 2, 1, 64),),
+    (((1, 128, 2, 1, 64), 40),),
     ((64, 128),),
     ((2, 32, 2, 64),),
     ((64, 64, 256),),
@@ -60,9 +63,14 @@ TINY = Sizes(
 )
 
 
-def _vendors_attention():
-    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    if importlib.util.find_spec("tokamax") is None:
+def _vendors_attention(window):
+    cudnn = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,  # keys before a query and after it
+        implementation="cudnn",
+    )
+    if window or importlib.util.find_spec("tokamax") is None:
         return {"cudnn": cudnn}
     import tokamax  # pyright: ignore[reportMissingImports] - optional
 
@@ -76,8 +84,8 @@ def _draw_documents(key, B, T):
     return jnp.cumsum(starts, 1, dtype=jnp.int32)
 
 
-def _attention(size, backward, interpret, documents=False):
-    B, T, H, G, K = size
+def _attention(size, backward, interpret, documents=False, window=0):
+    (B, T, H, G, K), last = size, window or None
 
     def both_or_one(attend):  # attend(q, k, v, documents or None)
         def run(q, k, v, do, docs=None):
@@ -87,12 +95,12 @@ def _attention(size, backward, interpret, documents=False):
         return run
 
     def kernel(tiles):
-        attend = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, tiles, interpret)
+        attend = lambda q, k, v, docs: flash_attention(q, k, v, docs, docs, tiles, interpret, last)
         return both_or_one(attend)
 
-    others = {"xla": lambda q, k, v, docs: flash_attention_reference(q, k, v, docs, docs)}
+    others = {"xla": lambda q, k, v, docs: flash_attention_reference(q, k, v, docs, docs, last)}
     if not interpret and not documents:  # the vendors' have no documents
-        for name, attend in _vendors_attention().items():
+        for name, attend in _vendors_attention(window).items():
             others[name] = lambda q, k, v, docs, attend=attend: attend(q, k, v)
     others = {name: both_or_one(attend) for name, attend in others.items()}
 
@@ -100,8 +108,8 @@ def _attention(size, backward, interpret, documents=False):
         shapes = (B, T, H, K), (B, T, G, K), (B, T, G, K), (B, T, H, K)
         return [*normal(key, *shapes), *([_draw_documents(key, B, T)] if documents else [])]
 
-    forward_flops = 2 * B * H * K * T * (T + 1)  # with documents too: an upper bound
-    masked = ", documents" if documents else ""
+    forward_flops = 4 * B * H * K * visible_pairs(T, T, last)  # of documents, an upper bound
+    masked = ", documents" * documents + (f", window {window}" if window else "")
     return Contest(
         "attention",
         f"attention{masked} {'both ways' if backward else 'forward'} {B}x{T}x{H}:{G}x{K}",
@@ -114,6 +122,7 @@ def _attention(size, backward, interpret, documents=False):
         forward_flops * (3.5 if backward else 1),  # the backward's usual count: 2.5
         4 * B * T * K * (H + G) * (2 if backward else 1),
         documents,
+        window,
     )
 
 
@@ -264,6 +273,7 @@ def build_contests(sizes: Sizes = Sizes(), interpret: bool = False) -> list[Cont
             for backward in (True, False)
         ),
         *(_attention(s, True, interpret, documents=True) for s in sizes.documents),
+        *(_attention(s, True, interpret, window=window) for s, window in sizes.windows),
         *(_head(s, interpret) for s in sizes.head),
         *(_square(s, interpret) for s in sizes.square),
         *(_norm(s, interpret) for s in sizes.norm),

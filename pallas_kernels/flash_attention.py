@@ -1,7 +1,8 @@
 """Causal attention without a [T,S] matrix in memory: softmax block by block, recomputed backward.
 
 The queries are the last T of S positions: query t sees keys up to t + S - T, of its own document
-if documents are given. H query heads share G key/value heads. Sums are float32, in a fixed order.
+if documents are given, and with a window of W only the last W of these, from t + S - T - W + 1. H
+query heads share G key/value heads. Sums are float32, in a fixed order.
 
 Online softmax (the paper's m and l): for each query the kernel keeps m, the largest score so far,
 l, the sum of exp(score - m), and the sum of exp(score - m) * value. When a block of keys raises m,
@@ -18,6 +19,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; base 2 softmax as in Triton'
 https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 """
 
+import contextlib
 import functools
 import importlib
 
@@ -28,6 +30,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import flash_attention_backward, key_blocks, triton
 from pallas_kernels.attention_mask import exponent_scale, visible_pairs
+from pallas_kernels.call_flops import WINDOW_SCOPE
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import FlashAttentionTiles, body_of
 from pallas_kernels.validation import check_attention
@@ -39,6 +42,7 @@ def flash_attention_reference(
     v_BSGK: jax.Array,
     docs_BT: jax.Array | None = None,
     docs_BS: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Reference implementation; materialises [B,G,H/G,T,S], with softmax in at least float32.
 
@@ -48,7 +52,8 @@ def flash_attention_reference(
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
     s = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide) * K**-0.5
-    visible = jnp.arange(S) <= jnp.arange(T)[:, None] + S - T
+    key_S, last_T1 = jnp.arange(S), jnp.arange(T)[:, None] + S - T
+    visible = (key_S <= last_T1) & (key_S > last_T1 - (window or S))
     visible = jnp.broadcast_to(visible, (B, 1, 1, T, S))
     if docs_BT is not None and docs_BS is not None:
         visible &= (docs_BT[:, :, None] == docs_BS[:, None, :])[:, None, None]
@@ -57,7 +62,7 @@ def flash_attention_reference(
     return o.reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
-def _forward_kernel(*refs, tiles, group, interpret):
+def _forward_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, *docs, o_ref, lse_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -72,7 +77,7 @@ def _forward_kernel(*refs, tiles, group, interpret):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         s = triton.dot(q, key_head.read(k_ref, columns, inside=not masked), trans_b=True)
         if masked:
-            mask = visible_pairs(batch, rows, columns, T, S, docs[:2])
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window)
             s = jnp.where(mask, s, MASKED / scale)  # exp2 multiplies it by scale
         # A GPU's maximum may drop nan, but p, and with it both sums, keeps it.
         m_new_Q = jnp.maximum(m_Q, jnp.max(s, 1) * scale)
@@ -82,7 +87,7 @@ def _forward_kernel(*refs, tiles, group, interpret):
         sum_QK = sum_QK * rescale_Q[:, None] + triton.dot(p.astype(v.dtype), v)
         return m_new_Q, l_Q * rescale_Q + p.sum(1), sum_QK
 
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     carry = (
@@ -105,6 +110,7 @@ def flash_attention(
     docs_BS: jax.Array | None,
     blocks: FlashAttentionTiles,
     interpret: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Computes flash_attention_reference; call it inside shard_map, on one device's heads.
 
@@ -114,6 +120,7 @@ def flash_attention(
         docs_BT, docs_BS: the document of each query and key, int32 >= 0, or both None.
         blocks: the tiles of the three kernels; the type of each selects the kernel's body.
         interpret: runs without a GPU, for tests.
+        window: how many of the keys up to its own position a query sees, at least 1; None: all.
 
     Returns:
         [B,T,H,K] in q.dtype, with first-order gradients. Its checkpoint_name, for remat policies,
@@ -122,32 +129,39 @@ def flash_attention(
     Raises:
         ValueError: check_attention refuses the arguments, or the Mosaic body that the tiles select.
     """
-    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
-    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret)
+    check_attention(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
+    return _attend(q_BTHK, k_BSGK, v_BSGK, docs_BT, docs_BS, blocks, interpret, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret):
-    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret)[0]
+def _scope(window):
+    """Names the window in the metadata of the kernels' calls, where call_flops.py reads it."""
+    if window is None:
+        return contextlib.nullcontext()
+    return jax.named_scope(WINDOW_SCOPE.format(window))
 
 
-def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
+    return _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window)[0]
+
+
+def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
     if (body := body_of(tiles)) != "triton":
-        module = importlib.import_module(
-            f"pallas_kernels.flash_attention_{body}"
-        )  # needs newer JAX
+        # Imports Mosaic GPU, which not every JAX has.
+        module = importlib.import_module(f"pallas_kernels.flash_attention_{body}")
+        with _scope(window):
+            o, lse = module.forward(q, k, v, docs, tiles, interpret, window)
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
-        o, lse = jax.lax.optimization_barrier(module.forward(q, k, v, docs, tiles, interpret))
+        o, lse = jax.lax.optimization_barrier((o, lse))
     else:
         grid = (pl.cdiv(T, tiles.queries), H, B)
         shapes = (triton.like(q), triton.like(q, jnp.float32, (B, H, T)))
+        options = {"tiles": tiles, "group": H // k.shape[2], "window": window}
         kernel = triton.call(
-            functools.partial(
-                _forward_kernel, tiles=tiles, group=H // k.shape[2], interpret=interpret
-            ),
+            functools.partial(_forward_kernel, **options, interpret=interpret),
             name="flash_attention_forward",
             grid=grid,
             out_shape=shapes,
@@ -155,27 +169,30 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret):
             stages=tiles.stages,
             interpret=interpret,
         )
-        bounds = (key_blocks.document_bounds(*docs, tiles),) if docs else ()
-        o, lse = kernel(q, k, v, *docs, *bounds)
+        bounds = (key_blocks.document_bounds(*docs, tiles, window),) if docs else ()
+        with _scope(window):
+            o, lse = kernel(q, k, v, *docs, *bounds)
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, docs, o, lse)
 
 
-def _gradients(name, arguments, tiles, interpret):
+def _gradients(name, arguments, tiles, interpret, window):
     """Runs the kernel "dkv" or "dq" with the body that the tiles select."""
     if body_of(tiles) == "mosaic":
         from pallas_kernels import flash_attention_mosaic_backward as mosaic
 
-        return getattr(mosaic, name)(arguments, tiles, interpret)
-    return flash_attention_backward.gradients(name, arguments, tiles, interpret)
+        return getattr(mosaic, name)(arguments, tiles, interpret, window)
+    return flash_attention_backward.gradients(name, arguments, tiles, interpret, window)
 
 
-def _backward(blocks, interpret, residuals, do):
+def _backward(blocks, interpret, window, residuals, do):
     q, k, v, docs, o, lse = residuals
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
-    dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret)
-    return _gradients("dq", arguments, blocks.dq, interpret), dk, dv, None, None
+    with _scope(window):
+        dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
+        dq = _gradients("dq", arguments, blocks.dq, interpret, window)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -81,18 +81,20 @@ class _Products:
         return lax.concatenate(columns, 1)
 
 
-def _visible(shape, layouts, first, last_seen_offset, docs):
-    """Returns where a query sees a key: not after it, and of its document.
+def _visible(shape, layouts, last, docs, window):
+    """Returns where a query sees a key: not after it, in its window, and of its document.
 
     Args:
-        first: the first key of the block.
-        last_seen_offset: what the last key that a row sees is more than the row's index.
+        last: the last key that the first row sees, counted from the first column.
         docs: (documents of the rows, documents of the columns), refs, or ().
+        window: how many of the keys up to its last a query sees, or None for all.
     """
     row, column = (
         plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=layouts.sum) for dim in (0, 1)
     )
-    visible = column + first <= row + last_seen_offset
+    visible = column <= row + last
+    if window is not None:
+        visible &= column > row + (last - window)
     if docs:
         rows, columns = (
             plgpu.load(ref, layout=layout, optimized=False)
@@ -103,7 +105,7 @@ def _visible(shape, layouts, first, last_seen_offset, docs):
     return visible
 
 
-def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, interpret, shared):
+def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, window, interpret, shared):
     *docs, o_ref, lse_ref = refs
     (q_smem,), (slots_smem,) = shared
     (T, S, ratio, K), layouts = sizes, ampere.Layouts(q_ref.dtype, WARPS_ALONG_ROWS)
@@ -115,7 +117,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, interpret, shared):
     ampere.copy_now(q_ref.at[here], q_smem, interpret)
     q = [plgpu.load(q_smem.at[:, part], layout=layouts.x) for part in _parts(K, COLUMNS)]
     ampere.barrier(interpret)  # the slots lie where the queries were
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     order, key_columns = _Order(visits), pl.ds(lax.div(head, ratio) * K, K)
@@ -138,8 +140,8 @@ def _kernel(q_ref, k_ref, v_ref, *refs, tiles, sizes, interpret, shared):
         if masked:
             first = order.block(i) * tiles.keys
             refs = docs and (docs[0].at[batch, rows], docs[1].at[batch, pl.ds(first, tiles.keys)])
-            offset = block * tiles.queries + S - T
-            visible = _visible(s.shape, layouts, first, offset, refs)
+            last = block * tiles.queries + (S - T) - first
+            visible = _visible(s.shape, layouts, last, refs, window)
             s = jnp.where(visible, s, MASKED / scale)
         m_new_Q = jnp.maximum(m_Q, s.max(1) * scale)
         p = jnp.exp2(s * scale - widen(m_new_Q, s))
@@ -179,6 +181,7 @@ def forward(
     docs: Sequence[jax.Array],
     tiles: AmpereAttentionTiles,
     interpret: bool,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (o_BTHK, lse_BHT) as flash_attention's forward kernel does.
 
@@ -187,6 +190,7 @@ def forward(
 
     Args:
         docs: (docs_BT, docs_BS) or ().
+        window: as in flash_attention.
 
     Raises:
         ValueError: mosaic.check refuses the arrays, or check_heads K.
@@ -194,7 +198,7 @@ def forward(
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
     check_heads(K)
-    bounds = [key_blocks.document_bounds(*docs, tiles)] if docs else []
+    bounds = [key_blocks.document_bounds(*docs, tiles, window)] if docs else []
     # Padding is of a document that does not exist. Its rows and columns are never read.
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
 
@@ -208,7 +212,9 @@ def forward(
     slots = memory((tiles.stages, tiles.keys, K))
     shared: Any = plgpu.RefUnion((memory((tiles.queries, K)),), (slots,))
     o, lse = ampere.call(
-        functools.partial(_kernel, tiles=tiles, sizes=(T, S, H // G, K), interpret=interpret),
+        functools.partial(
+            _kernel, tiles=tiles, sizes=(T, S, H // G, K), window=window, interpret=interpret
+        ),
         name="flash_attention_forward",
         grid={"head": H, "block": q.shape[1] // tiles.queries, "batch": B},
         out_shape=[

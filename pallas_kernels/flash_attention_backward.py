@@ -48,7 +48,7 @@ def _read_queries(head, refs, rows, inside):
     return q, do, lse, head.read_vector(delta_ref, rows, 0.0, inside)
 
 
-def _dkv_kernel(*refs, tiles, group, interpret):
+def _dkv_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dk_ref, dv_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, shared_head, batch = (pl.program_id(i) for i in range(3))
@@ -62,15 +62,15 @@ def _dkv_kernel(*refs, tiles, group, interpret):
         sources = q_ref, do_ref, lse_ref, delta_ref
         q, do, lse, delta = _read_queries(query_head, sources, rows, not masked)
         s, dp = triton.dot(k, q, trans_b=True), triton.dot(v, do, trans_b=True)
-        mask = (
-            visible_pairs(batch, rows, columns, T, S, docs[:2], keys_first=True) if masked else None
-        )
+        mask = None
+        if masked:
+            mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window, keys_first=True)
         p, ds = _softmax_gradient(
             s, dp, lse[None, :], delta[None, :], mask, interpret, exponent_scale(K)
         )
         return dk + triton.dot(ds.astype(q.dtype), q), dv + triton.dot(p.astype(do.dtype), do)
 
-    visits = query_blocks.causal_visits(block, tiles, T, S)
+    visits = query_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         bounds = (docs[2][batch, block, i] for i in range(2))
         visits = query_blocks.within_documents(visits, *bounds)
@@ -85,7 +85,7 @@ def _dkv_kernel(*refs, tiles, group, interpret):
     key_head.write(dv_ref, columns, dv)
 
 
-def _dq_kernel(*refs, tiles, group, interpret):
+def _dq_kernel(*refs, tiles, group, window, interpret):
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S, K = q_ref.shape[1], k_ref.shape[1], q_ref.shape[3]
     block, head, batch = (pl.program_id(i) for i in range(3))
@@ -99,13 +99,13 @@ def _dq_kernel(*refs, tiles, group, interpret):
         columns = j * tiles.keys + jnp.arange(tiles.keys)
         k, v = (key_head.read(ref, columns, not masked) for ref in (k_ref, v_ref))
         s, dp = triton.dot(q, k, trans_b=True), triton.dot(do, v, trans_b=True)
-        mask = visible_pairs(batch, rows, columns, T, S, docs[:2]) if masked else None
+        mask = visible_pairs(batch, rows, columns, T, S, docs[:2], window) if masked else None
         _, ds = _softmax_gradient(
             s, dp, lse[:, None], delta[:, None], mask, interpret, exponent_scale(K)
         )
         return dq + triton.dot(ds.astype(k.dtype), k)
 
-    visits = key_blocks.causal_visits(block, tiles, T, S)
+    visits = key_blocks.causal_visits(block, tiles, T, S, window)
     if docs:
         visits = visits.within_documents(*(docs[2][batch, block, i] for i in range(2)))
     dq = visits.loop(add_block, jnp.zeros((tiles.queries, K), jnp.float32))
@@ -113,7 +113,11 @@ def _dq_kernel(*refs, tiles, group, interpret):
 
 
 def gradients(
-    name: str, arguments: Sequence[jax.Array], tiles: AttentionTiles, interpret: bool
+    name: str,
+    arguments: Sequence[jax.Array],
+    tiles: AttentionTiles,
+    interpret: bool,
+    window: int | None,
 ) -> jax.Array | list[jax.Array]:
     """Runs the kernel "dkv", which returns [dk_BSGK, dv_BSGK], or "dq", which returns dq_BTHK.
 
@@ -124,14 +128,15 @@ def gradients(
     (B, T, H, _), (_, S, G, _) = q.shape, k.shape
     docs = arguments[6:]
     if name == "dkv":
-        kernel, blocks, shapes = _dkv_kernel, query_blocks, [triton.like(k), triton.like(v)]
+        kernel, shapes = _dkv_kernel, [triton.like(k), triton.like(v)]
         grid = (pl.cdiv(S, tiles.keys), G, B)
+        bounds = [query_blocks.document_bounds(docs[0], docs[1], tiles)] if docs else []
     else:
-        kernel, blocks, shapes = _dq_kernel, key_blocks, triton.like(q)
+        kernel, shapes = _dq_kernel, triton.like(q)
         grid = (pl.cdiv(T, tiles.queries), H, B)
-    bounds = [blocks.document_bounds(*docs, tiles)] if docs else []
+        bounds = [key_blocks.document_bounds(docs[0], docs[1], tiles, window)] if docs else []
     call = triton.call(
-        functools.partial(kernel, tiles=tiles, group=H // G, interpret=interpret),
+        functools.partial(kernel, tiles=tiles, group=H // G, window=window, interpret=interpret),
         name=f"flash_attention_{name}",
         grid=grid,
         out_shape=shapes,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic
+from pallas_kernels import attention_steps, mosaic
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import MOSAIC_HEADS, MosaicAttentionTiles
@@ -43,44 +43,49 @@ class QueryBlock(NamedTuple):
     key_head: Any
     batch: Any
     start: Any  # its first query
-    steps: Any  # how many blocks of keys its last query sees
+    steps: attention_steps.Steps  # the blocks of keys that it sees
 
 
-def find_query_block(T: int, S: int, tiles: MosaicAttentionTiles, ratio: int) -> QueryBlock:
+def find_query_block(
+    T: int, S: int, tiles: MosaicAttentionTiles, ratio: int, window: int | None
+) -> QueryBlock:
     """Returns the block of this program; `ratio` query heads share a key head."""
     group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
     # The longest blocks first, so that no long one starts last.
     block = lax.axis_size("block") - 1 - lax.axis_index("block")
     start = block * tiles.queries
-    last = jnp.clip(start + tiles.queries + S - T, 1, S)  # keys that the last query sees
-    steps = lax.div(last + tiles.keys - 1, tiles.keys)
+    steps = attention_steps.key_steps(start, tiles, T, S, window)
     return QueryBlock(group, head, lax.div(head, ratio), batch, start, steps)
 
 
 def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_free):
     plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
-    rows = lambda j: pl.ds(j * tiles.keys, tiles.keys)
+    rows = lambda j: pl.ds((steps.first + j) * tiles.keys, tiles.keys)
     keys, values = lambda j: [(k_ref.at[rows(j)], k_smem)], lambda j: [(v_ref.at[rows(j)], v_smem)]
     streams = (keys, k_full, k_free), (values, v_full, v_free)
-    mosaic.copy_steps(steps, tiles.stages, streams)
+    mosaic.copy_steps(steps.count, tiles.stages, streams)
 
 
 class _Mask:
     """Masks the scores of one warp group's queries.
 
     Args:
+        last: the last key that the first query sees, counted from the first key of step 0.
         docs: (documents of the queries, function of a step that loads those of its keys) or None.
+        window: how many of the keys up to its last a query sees, or None for all.
     """
 
-    def __init__(self, shape, first, offset, docs):
-        self.shape, self.docs = shape, docs
+    def __init__(self, shape, last, docs, window):
+        self.shape, self.docs, self.window = shape, docs, window
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        self.last = row + (first + offset)  # the last key that each query sees
+        self.last = row + last  # the last key that each query sees
 
     def apply(self, s, j):
         keys = self.shape[1]
         column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=plgpu.Layout.WGMMA)
         s = jnp.where(column + j * keys <= self.last, s, MASKED)
+        if self.window is not None:
+            s = jnp.where(column + (j * keys + self.window) > self.last, s, MASKED)
         if self.docs is not None:
             query_docs, key_docs = self.docs[0], self.docs[1](j)
             query_docs = lax.broadcast_in_dim(query_docs, self.shape, [0])
@@ -99,12 +104,12 @@ def _softmax(s, acc, m_Q, l_Q, dtype):
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, *refs, tiles, ratio, q_smem, q_full, turn, p_smem=None, **pipeline
+    q_ref, k_ref, v_ref, *refs, tiles, ratio, window, q_smem, q_full, turn, p_smem=None, **pipeline
 ):
     *docs, o_ref, lse_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio)
+    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
 
     @pl.when(group == mosaic.CONSUMERS)
     def _copy_keys_and_values():
@@ -120,17 +125,15 @@ def _kernel(
             load = lambda ref, index, dim: plgpu.load(
                 ref.at[batch, index], layout=plgpu.Layout.WGMMA.reduce(dim), optimized=False
             )
-            load_key_docs = lambda j: load(docs[1], pl.ds(j * tiles.keys, tiles.keys), 0)
+            keys = lambda j: pl.ds((steps.first + j) * tiles.keys, tiles.keys)
+            load_key_docs = lambda j: load(docs[1], keys(j), 0)
             pair = load(docs[0], rows, 1), load_key_docs
-        mask = _Mask((half, tiles.keys), start + group * half, S - T, pair)
-        # Before this step, all queries of the block see all keys, so there is nothing to mask.
-        first_masked = 1 if docs else jnp.clip(lax.div(start + S - T + 1, tiles.keys), 1, steps)
+        last = start + group * half + (S - T) - steps.first * tiles.keys
+        mask = _Mask((half, tiles.keys), last, pair, window)
         plgpu.barrier_wait(q_full.at[group])
         q = q_smem.at[group]
         staging = None if p_smem is None else p_smem.at[group]
-        acc, m_Q, l_Q = _attend(
-            q, steps, first_masked, mask, tiles, group, turn, staging, **pipeline
-        )
+        acc, m_Q, l_Q = _attend(q, steps, mask, tiles, group, turn, staging, **pipeline)
         empty = l_Q == 0  # queries that see no key
         l_Q = jnp.where(empty, 1.0, l_Q)
         # The output is written through the queries' shared memory, which is no longer needed.
@@ -142,7 +145,18 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(q, steps, first_masked, mask, tiles, group, turn, p_smem, **pipeline):
+def _loops(steps, mask):
+    """Returns (first step, end, whether it has a mask) of the loops after step 0, which has one."""
+    if mask.docs is not None:
+        return [(1, steps.count, True)]
+    masked = jnp.clip(steps.masked, 1, steps.count)
+    if mask.window is None:
+        return [(1, masked, False), (masked, steps.count, True)]
+    clear = jnp.clip(steps.clear, 1, masked)
+    return [(1, clear, True), (clear, masked, False), (masked, steps.count, True)]
+
+
+def _attend(q, steps, mask, tiles, group, turn, p_smem, **pipeline):
     """Returns (sum of p v, m, l) of a group's queries over all steps.
 
     The barrier `turn` has one slot for each group. A group waits for its own slot before it issues
@@ -188,12 +202,12 @@ def _attend(q, steps, first_masked, mask, tiles, group, turn, p_smem, **pipeline
     pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))  # group 0 begins
     (s,) = scores(0)
     carry = _softmax(mask.apply(s, 0), zeros(K), row(LOWEST), row(0.0), q.dtype)
-    carry = lax.fori_loop(1, first_masked, functools.partial(step, masked=False), carry)
-    carry = lax.fori_loop(first_masked, steps, functools.partial(step, masked=True), carry)
+    for first, end, masked in _loops(steps, mask):
+        carry = lax.fori_loop(first, end, functools.partial(step, masked=masked), carry)
     acc, m_Q, l_Q, p = carry
     # When a program ends, every arrival must have been waited for; this is group 1's last one.
     pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-    slot = slot_of(steps - 1)
+    slot = slot_of(steps.count - 1)
     plgpu.barrier_wait(v_full.at[slot])
     values = lambda acc_ref: mosaic.multiply_registers(acc_ref, p, v_smem.at[slot], p_smem)
     (acc,) = mosaic.accumulate(values, [acc], p_smem is not None)
@@ -208,6 +222,7 @@ def forward(
     docs: Sequence[jax.Array],
     tiles: MosaicAttentionTiles,
     interpret: bool,
+    window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (o_BTHK, lse_BHT) as flash_attention's forward kernel does.
 
@@ -238,7 +253,7 @@ def forward(
     if interpret:  # see mosaic.multiply_registers
         scratch["p_smem"] = memory((mosaic.CONSUMERS, half, tiles.keys))
     o, lse = mosaic.call(
-        functools.partial(_kernel, tiles=tiles, ratio=H // G),
+        functools.partial(_kernel, tiles=tiles, ratio=H // G, window=window),
         name="flash_attention_forward",
         grid={"head": H, "block": blocks, "batch": B},
         out_shape=[jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), padded],

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic
+from pallas_kernels import attention_steps, mosaic
 from pallas_kernels.flash_attention_mosaic import check_heads, find_query_block
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE
@@ -36,13 +36,17 @@ def _positions(shape, dim, first):
     return first + plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
 
 
-def _masked(factors, visible, docs):
+def _masked(factors, key, last, window, docs):
     """Returns the factors with 0 where a query does not see a key.
 
     Args:
-        visible: where the key is not after the query.
+        key: the position of each pair's key.
+        last: the last key that each pair's query may see.
         docs: (documents of the rows, documents of the columns) or ().
     """
+    visible = key <= last
+    if window is not None:
+        visible &= key > last - window
     if docs:
         rows, columns = (lax.broadcast_in_dim(x, visible.shape, [d]) for d, x in enumerate(docs))
         visible &= rows == columns
@@ -123,18 +127,16 @@ def _sum_blocks(resident, steps, outputs, *args, **pipeline):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _dkv_kernel(
-    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
-):
+def _dkv_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem=None, **pipeline):
+    tiles, ratio, window = sizes
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (
         lax.axis_index(name) for name in ("group", "head", "block", "batch")
     )
     start, half = block * tiles.keys, tiles.keys // mosaic.CONSUMERS
-    # `first` is the first of `count` blocks of queries that see a key of this block.
-    first = lax.div(jnp.maximum(start - (S - T), 0), tiles.queries)
-    count = pl.cdiv(T, tiles.queries) - first
+    steps = attention_steps.query_steps(start, tiles, T, S, window)
+    first, count = steps.first, steps.count  # of each query head
 
     def copies(step):
         head = key_head * ratio + lax.div(step, count)
@@ -161,37 +163,30 @@ def _dkv_kernel(
         _read_resident(resident, resident_full.at[group], parts)
         lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
-        # This query and later ones see all keys of the block.
-        all_visible = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)
-        masked_blocks = lax.div(all_visible + tiles.queries - 1, tiles.queries) - first
 
         def mask(factors, step, slot):
             position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
             shape = factors[0].shape
             position = lax.broadcast_in_dim(position, shape, [1])
-            visible = _positions(shape, 0, first_row) <= position
-            return _masked(factors, visible, key_docs + query_docs)
+            key = _positions(shape, 0, first_row)
+            return _masked(factors, key, position, window, key_docs + query_docs)
 
-        # The last block needs the mask too if it has queries of padding.
-        padded = count - (T % tiles.queries > 0)
-        block = lambda step: lax.rem(step, count)
-        needs_mask = lambda step: (block(step) < masked_blocks) | (block(step) >= padded)
+        needs_mask = lambda step: steps.needs_mask(lax.rem(step, count))
         add_mask = mask if docs else _mask_if(needs_mask, mask)
         outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
         args = lse_and_delta, add_mask, 1, tiles, staging
         _sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
 
 
-def _dq_kernel(
-    *refs, tiles, ratio, resident_smem, resident_full, vectors, staging_smem=None, **pipeline
-):
+def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem=None, **pipeline):
+    tiles, ratio, window = sizes
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio)
+    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
 
     def copies(j):
-        rows = pl.ds(j * tiles.keys, tiles.keys)
+        rows = pl.ds((steps.first + j) * tiles.keys, tiles.keys)
         yield k_ref.at[batch, rows, key_head], pipeline["x_smem"]
         yield v_ref.at[batch, rows, key_head], pipeline["y_smem"]
         yield from zip([ref.at[batch, rows] for ref in docs[1:]], vectors, strict=True)
@@ -199,7 +194,7 @@ def _dq_kernel(
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        mosaic.copy_steps(steps, tiles.stages, [(copies, pipeline["full"], pipeline["free"])])
+        mosaic.copy_steps(steps.count, tiles.stages, [(copies, pipeline["full"], pipeline["free"])])
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
@@ -213,21 +208,21 @@ def _dq_kernel(
         parts = [ref.at[batch, rows, head] for ref in (q_ref, do_ref)]
         _read_resident(resident, resident_full.at[group], parts)
         staging = None if staging_smem is None else staging_smem.at[group]
-        first_masked = lax.div(start + S - T + 1, tiles.keys)  # earlier steps need no mask
+        last = first_row + (S - T) - steps.first * tiles.keys  # that the first query sees
 
         def mask(factors, step, slot):
             pair = [*query_docs, *(mosaic.load_along_columns(x.at[slot]) for x in vectors)]
             shape = factors[0].shape
-            column = _positions(shape, 1, step * tiles.keys)
-            return _masked(factors, column <= _positions(shape, 0, first_row + S - T), pair)
+            key = _positions(shape, 1, step * tiles.keys)
+            return _masked(factors, key, _positions(shape, 0, last), window, pair)
 
-        add_mask = mask if docs else _mask_if(lambda step: step >= first_masked, mask)
+        add_mask = mask if docs else _mask_if(steps.needs_mask, mask)
         lse_and_delta = lambda slot: (lse, delta)
         args = lse_and_delta, add_mask, 0, tiles, staging
-        _sum_blocks(resident, steps, [dq_ref.at[batch, rows, head]], *args, **pipeline)
+        _sum_blocks(resident, steps.count, [dq_ref.at[batch, rows, head]], *args, **pipeline)
 
 
-def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret):
+def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret, window):
     """Runs one of the two kernels.
 
     Args:
@@ -263,7 +258,7 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
     if interpret:  # see mosaic.multiply_registers
         scratch["staging_smem"] = memory((groups, 2, half, step))
     return mosaic.call(
-        functools.partial(kernel, tiles=tiles, ratio=H // G),
+        functools.partial(kernel, (tiles, H // G, window)),
         name=f"flash_attention_{name}",
         grid=grid,
         out_shape=out_shape,
@@ -274,7 +269,7 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
 
 
 def dkv(
-    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool
+    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool, window: int | None
 ) -> list[jax.Array]:
     """Returns [dk_BSGK, dv_BSGK].
 
@@ -288,13 +283,17 @@ def dkv(
     grid = {"head": G, "block": pl.cdiv(S, tiles.keys), "batch": B}
     sizes = tiles.keys, tiles.queries
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
-    return _call(_dkv_kernel, "dkv", tiles, sizes, vectors, arguments, grid, shapes, interpret)
+    args = sizes, vectors, arguments, grid, shapes, interpret, window
+    return _call(_dkv_kernel, "dkv", tiles, *args)
 
 
-def dq(arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool) -> jax.Array:
+def dq(
+    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool, window: int | None
+) -> jax.Array:
     """Returns dq_BTHK; like dkv, but queries must be a multiple of 128, keys of 64."""
     B, T, H, _ = arguments[0].shape
     shape = jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)
     grid = {"head": H, "block": pl.cdiv(T, tiles.queries), "batch": B}
     sizes, vectors = (tiles.queries, tiles.keys), (jnp.int32,) * (len(arguments) > 6)
-    return _call(_dq_kernel, "dq", tiles, sizes, vectors, arguments, grid, shape, interpret)
+    args = sizes, vectors, arguments, grid, shape, interpret, window
+    return _call(_dq_kernel, "dq", tiles, *args)

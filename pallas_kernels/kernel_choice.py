@@ -51,8 +51,9 @@ class BenchRow(NamedTuple):
     date: str
     command: str
     documents: bool = False  # attention was masked between documents
+    window: int = 0  # keys that a query of attention sees; 0: all
 
-    def distance(self, op: str, chip: str, dtype: str, shape: tuple) -> float:
+    def distance(self, op: str, chip: str, dtype: str, shape: tuple, window: int = 0) -> float:
         """Returns how far a shape is from this row's: the largest log2 ratio of their sizes.
 
         The distance is infinite if it exceeds NEAR, or if the row has another op, chip or type.
@@ -60,14 +61,13 @@ class BenchRow(NamedTuple):
         """
         if (self.op, self.chip, self.dtype) != (op, chip, dtype):
             return math.inf
-        pairs = zip(
-            *(_what_determines_speed(op, chip, x) for x in (shape, self.shape)), strict=True
-        )
+        wanted = _what_determines_speed(op, chip, shape, window)
+        pairs = zip(wanted, _what_determines_speed(op, chip, self.shape, self.window), strict=True)
         farthest = max(abs(math.log2(a / b)) for a, b in pairs)
         return farthest if farthest <= NEAR else math.inf
 
 
-def _what_determines_speed(op, chip, shape) -> tuple:
+def _what_determines_speed(op, chip, shape, window) -> tuple:
     """Returns the numbers on which the ratio of two implementations' times depends.
 
     The number of attention's heads does not matter once their blocks fill the chip.
@@ -76,7 +76,7 @@ def _what_determines_speed(op, chip, shape) -> tuple:
         return shape
     B, T, H, G, K = shape
     filled = B * H * T / QUERIES / CHIPS[chip].sms
-    return T, H / G, K, min(filled, 1.0)
+    return T, H / G, K, min(filled, 1.0), min(window or T, T)
 
 
 def minor_series(version: str) -> list[str]:
@@ -111,6 +111,8 @@ def _check_row(row):
     minor_series(row.jax)
     if row.chip not in CHIPS or len(row.shape) != len(SHAPES.get(row.op, "")):
         raise ValueError(f"op={row.op}, chip={row.chip}, shape={row.shape}")
+    if not isinstance(row.window, int) or row.window < 0:
+        raise ValueError(f"window={row.window!r}")
     if not all(0 < number < math.inf for number in (*row.shape, row.kernel_s, row.other_s)):
         raise ValueError(f"shape={row.shape}, kernel_s={row.kernel_s}, other_s={row.other_s}")
 
@@ -207,6 +209,7 @@ def choose_body(
     folder: Path = TUNED,
     *,
     documents: bool = False,
+    window: int = 0,
 ) -> BodyChoice:
     """Returns the tiles of an op's kernels, and whether they were measured to be faster.
 
@@ -217,12 +220,14 @@ def choose_body(
         dtype: a name, such as "bfloat16".
         shape: as in BenchRow, on one device.
         documents: whether attention is masked between documents.
+        window: how many keys a query of attention sees; 0: all.
     """
-    rows, where = read_rows(folder), (op, chip, dtype, shape)
+    rows, where = read_rows(folder), (op, chip, dtype, shape, window)
     same_jax = [row for row in rows if minor_series(row.jax) == minor_series(jax.__version__)]
     row = _nearest_row(same_jax, documents, *where)
     if row is None:
         reason = f"its kernel was not measured on {chip or arch} at this shape"
+        reason += f" with a window of {window}" if window else ""
         if other := _nearest_row(rows, documents, *where):
             reason += f" with jax {jax.__version__}, but with {other.jax}"
         tiles, why = _untimed_tiles(op, arch, dtype, shape)

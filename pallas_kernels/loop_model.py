@@ -91,16 +91,24 @@ class Work(NamedTuple):
     flops: float  # of one tile's products
     copied_bytes: float  # of operands that a tile needs in shared memory
     whole: float  # tiles in the whole kernel
-    cut: float  # tiles that the diagonal cuts, besides
+    cut: float  # tiles that the diagonal or the window's edge cuts, besides
 
 
-def triangle_tiles(length: int, rows: int, columns: int) -> tuple[int, int]:
-    """Returns how many tiles of a lower triangle lie inside it, and how many its diagonal cuts."""
+def triangle_tiles(
+    length: int, rows: int, columns: int, window: int | None = None
+) -> tuple[int, int]:
+    """Returns how many tiles of a lower triangle lie inside it, and how many its edges cut.
+
+    Args:
+        window: how many elements of a row belong to the triangle, up to the diagonal; None: all.
+    """
     whole = cut = 0
     for first in range(0, length, rows):
-        inside = (first + 1) // columns
+        end = min(first + rows, length)
+        hidden = [max(n - (window or length), 0) for n in (first + 1, end)]  # before the window
+        inside = max((first + 1) // columns - -(-hidden[1] // columns), 0)
         whole += inside
-        cut += -(-min(first + rows, length) // columns) - inside
+        cut += -(-end // columns) - hidden[0] // columns - inside
     return whole, cut
 
 
@@ -114,7 +122,7 @@ def tile_work(case: Case, tiles: Any, chip: Chip) -> Work:
     if case.op == "attention":
         B, T, H, _, K = case.sizes
         q, s = tiles.queries, tiles.keys
-        whole, cut = (B * H * n for n in triangle_tiles(T, q, s))
+        whole, cut = (B * H * n for n in triangle_tiles(T, q, s, case.window))
         streamed = q if case.kernel == "dkv" else s  # rows of two operands
         flops = ATTENTION_WORK[case.kernel] * 4 * q * s * K
         return Work(flops, HALF_BYTES * 2 * streamed * K, whole, cut)

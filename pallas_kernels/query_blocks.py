@@ -1,8 +1,8 @@
 """The blocks of queries that one block of keys visits in attention's backward.
 
 The counterpart of key_blocks.py: of the blocks that see a key of the block, those at the diagonal
-come first and need a mask. Those behind them need none until the documents differ, or until the
-padding of the last block.
+come first and need a mask. Those behind them need none until the documents differ, the window ends,
+or until the padding of the last block.
 """
 
 from typing import Any
@@ -14,12 +14,25 @@ from pallas_kernels.key_blocks import Visits, ceil_div, document_ranges
 from pallas_kernels.tiles import AttentionTiles
 
 
-def causal_visits(block: Any, tiles: AttentionTiles, T: int, S: int) -> Visits:
-    """Returns the visits of a block of keys where all positions are of one document."""
+def causal_visits(
+    block: Any, tiles: AttentionTiles, T: int, S: int, window: int | None = None
+) -> Visits:
+    """Returns the visits of a block of keys where all positions are of one document.
+
+    Args:
+        window: as in key_blocks.causal_visits.
+    """
     start, stop = block * tiles.keys, jnp.minimum((block + 1) * tiles.keys, S)
     first = jnp.maximum(start - (S - T), 0) // tiles.queries
     clear = ceil_div(jnp.maximum(stop - 1 - (S - T), 0), tiles.queries)
-    return Visits(first, clear, jnp.maximum(T // tiles.queries, clear), ceil_div(T, tiles.queries))
+    if window is None:
+        end = ceil_div(T, tiles.queries)
+        return Visits(first, clear, jnp.maximum(T // tiles.queries, clear), end)
+    see_last = jnp.clip(stop - 1 + window - (S - T), 0, T)  # the last key; later queries do not
+    end = jnp.maximum(ceil_div(see_last, tiles.queries), first)
+    see_first = jnp.clip(start + window - (S - T), 0, T)
+    clear = jnp.minimum(clear, end)
+    return Visits(first, clear, jnp.clip(see_first // tiles.queries, clear, end), end)
 
 
 def within_documents(visits: Visits, until: Any, end: Any) -> Visits:

@@ -98,7 +98,8 @@ def symmetric(
     y_XMN = x_XMN if y_XMN is None else y_XMN
     scales_2 = jnp.stack(scales).astype(jnp.float32)
     if (body := body_of(tiles)) != "triton":
-        module = importlib.import_module(f"pallas_kernels.symmetric_{body}")  # needs a newer JAX
+        # Imports Mosaic GPU, which not every JAX has.
+        module = importlib.import_module(f"pallas_kernels.symmetric_{body}")
         return module.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
     blocks = pl.cdiv(M, tiles.rows)
     c = () if c_XMM is None else (c_XMM,)

@@ -128,9 +128,9 @@ CONTESTANTS = {
 def torch_contestants(contest: Contest) -> dict[str, Callable]:
     """Returns {name: function of the contest's arrays, passed as tensors in the same order}.
 
-    PyTorch's flash attention has no documents, so contests with documents have none.
+    PyTorch's flash attention has neither documents nor a window, so contests with them have none.
     """
-    return {} if contest.documents else CONTESTANTS[contest.op](contest)
+    return {} if contest.documents or contest.window else CONTESTANTS[contest.op](contest)
 
 
 def as_tensors(arrays: Sequence[jax.Array]) -> list[Any]:

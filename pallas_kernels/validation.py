@@ -124,6 +124,7 @@ def check_attention(
     docs_BS: Any,
     blocks: Any,
     interpret: bool,
+    window: Any,
 ) -> None:
     """Raises ValueError if flash_attention does not support these arguments."""
     sizes = _Sizes()
@@ -149,6 +150,11 @@ def check_attention(
     if docs_BT is not None:
         sizes.check("docs_BT", docs_BT, "BT", [jnp.int32])
         sizes.check("docs_BS", docs_BS, "BS", [jnp.int32])
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(
+            "window must be the number of keys that a query sees, at least 1, or None for all; got "
+            f"{window!r}. Set --model.window, where 0 is all."
+        )
     if not isinstance(blocks, FlashAttentionTiles):
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():

@@ -4,7 +4,7 @@
 missing=""
 [ -x /usr/sbin/sshd ] || missing="$missing openssh-server"
 command -v ip > /dev/null || missing="$missing iproute2"
-command -v rsync > /dev/null || missing="$missing rsync"
+command -v csh > /dev/null || missing="$missing tcsh"
 command -v nsenter > /dev/null || missing="$missing util-linux"
 command -v ps > /dev/null || missing="$missing procps"
 command -v slurmctld > /dev/null || [ -x /usr/sbin/slurmctld ] || missing="$missing slurmctld"

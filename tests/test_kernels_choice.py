@@ -39,7 +39,7 @@ def rows_of(seconds, tmp_path):
     """Writes the bench's file for the ops of ROUTED: kernels took `seconds`, XLA 1 s."""
     rows = []
     for op, shape in ROUTED.items():
-        contest = SimpleNamespace(op=op, shape=shape, documents=False)
+        contest = SimpleNamespace(op=op, shape=shape, documents=False, window=0)
         results = {
             "triton": timed(seconds, default_tiles(op, "sm_86")),
             "xla": timed(1.0),
@@ -139,7 +139,7 @@ def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
-    contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+    contest = SimpleNamespace(op="square", shape=(2_048,), documents=False, window=0)
     row = as_row(contest, "h100", results, jax.__version__)
     write_json(tmp_path / "h100.json", [row._asdict()])
     choice = choose_body("square", "sm_90", "h100", "bfloat16", (2_048,), tmp_path)
@@ -174,7 +174,7 @@ def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path
     ptxas.find_fault.cache_clear()
     try:
         tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
-        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False)
+        contest = SimpleNamespace(op="square", shape=(2_048,), documents=False, window=0)
         results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
         write_json(
             tmp_path / "h100.json", [as_row(contest, "h100", results, jax.__version__)._asdict()]

@@ -4,11 +4,18 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # only to lower without cuDNN
 
 from pallas_kernels.audit_cases import CASES
-from pallas_kernels.call_flops import KERNELS, custom_call_flops
+from pallas_kernels.call_flops import (
+    KERNELS,
+    PALLAS,
+    WINDOW_SCOPE,
+    custom_call_flops,
+    visible_pairs,
+)
 from pallas_kernels.flash_attention import flash_attention_reference
 from pallas_kernels.head_scores import head_scores_reference
 from pallas_kernels.hlo import Program
@@ -31,6 +38,14 @@ def counted(function, *shapes, dtypes=()):
     """Returns the FLOPs that XLA counts in a function, elementwise operations included."""
     arrays = [array(*shape) for shape in shapes] + [array(*s, dtype=d) for s, d in dtypes]
     return jax.jit(function).lower(*arrays).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(("T", "S"), [(6, 6), (4, 7), (7, 4)])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_the_visible_pairs_of_a_window_are_counted_exactly(T, S, window):
+    keys, last = np.arange(S), np.arange(T)[:, None] + S - T
+    seen = (keys <= last) & (keys > last - (window or S))
+    assert visible_pairs(T, S, window) == seen.sum()
 
 
 def both_ways(q, k, v, do):
@@ -82,6 +97,14 @@ CALL = 'custom_call_target="{}", metadata={{op_name="jit(step)/{}"}}'
 def test_a_kernel_is_found_by_the_last_name_in_its_metadata(target, op_name):
     flops = custom_call_flops(CALL.format(target, op_name), [(4, 8), (16, 8)], [(4, 16)])
     assert flops == 2 * 4 * 8 * 16
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_window_of_our_attention_is_read_from_its_metadata(window):
+    scope = f"transpose(jvp({WINDOW_SCOPE.format(window)}))/" if window else ""
+    call = CALL.format(PALLAS[0], f"{scope}flash_attention_forward/pallas_call")
+    flops = custom_call_flops(call, [Q, KV, KV], [])
+    assert flops == 4 * B * H * K * visible_pairs(T, S, window)
 
 
 def test_a_kernel_that_declares_no_flops_is_an_error():

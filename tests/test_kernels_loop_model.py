@@ -65,19 +65,20 @@ def test_narrow_products_wait_for_their_operands():
     assert cycles.tensor == 16 and cycles.serial == cycles.overlapped == 24
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, 6])
 @pytest.mark.parametrize("length, rows, columns", [(12, 4, 4), (12, 4, 2), (12, 2, 4), (10, 4, 3)])
-def test_tiles_of_a_triangle_are_counted(length, rows, columns):
+def test_tiles_of_a_triangle_are_counted(length, rows, columns, window):
     whole = cut = 0
     for top in range(0, length, rows):
         for left in range(0, length, columns):
             seen = [
-                s <= t
+                t - (window or length) < s <= t
                 for t in range(top, min(top + rows, length))
                 for s in range(left, left + columns)
             ]
             whole += all(seen)
             cut += any(seen) and not all(seen)
-    assert triangle_tiles(length, rows, columns) == (whole, cut)
+    assert triangle_tiles(length, rows, columns, window) == (whole, cut)
 
 
 FORWARD = next(case for case in CASES if case.kernel == "forward" and case.K == 128)

@@ -130,8 +130,9 @@ def test_logits_that_the_memory_accelerator_cannot_write_are_an_error():
 
 ATTENTION = {  # B, T, S, H, G, K, keys per step
     "more rows than whole blocks, shared heads": (1, 136, 136, 2, 1, 64, 64),
-    "documents, fewer queries than keys, wide heads": (1, 72, 200, 1, 1, 128, 64),
-    "queries with nothing to see": (1, 200, 72, 1, 1, 64, 128),
+    "documents, window, shared heads, fewer queries than keys": (1, 72, 200, 2, 1, 64, 64),
+    "queries with nothing to see, wide heads": (1, 200, 72, 1, 1, 128, 128),
+    "window that some blocks of keys are before": (1, 72, 344, 1, 1, 64, 64),
     "Triton's body of dk and dv": (1, 64, 64, 1, 1, 64, 64),  # bodies may be mixed
 }
 
@@ -142,7 +143,7 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name):
     B, T, S, H, G, K, keys = ATTENTION[name]
     shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
     q, k, v, do = (draw(seed, *shape) for seed, shape in enumerate(shapes))
-    docs = None, None
+    docs, window = (None, None), {200: 70, 344: 200}[S] if "window" in name else None
     if "documents" in name:
         starts = jax.random.bernoulli(jax.random.key(9), 0.03, (B, S))
         docs = (jnp.cumsum(starts, 1, dtype=jnp.int32),) * 2
@@ -159,8 +160,8 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name):
 
         return results
 
-    got = both_ways(lambda *x: flash_attention(*x, *docs, blocks, not ON_GPU))(q, k, v, do)
-    plain = both_ways(lambda *x: flash_attention_reference(*x, *docs))
+    got = both_ways(lambda *x: flash_attention(*x, *docs, blocks, not ON_GPU, window))(q, k, v, do)
+    plain = both_ways(lambda *x: flash_attention_reference(*x, *docs, window))
     for x, x_plain, x_exact in zip(got, plain(q, k, v, do), exact(plain, q, k, v, do), strict=True):
         assert distance(x, x_exact) < min(5e-3, 1.3 * distance(x_plain, x_exact))
     if "nothing" in name:

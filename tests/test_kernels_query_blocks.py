@@ -14,9 +14,10 @@ from tests.test_kernels_key_blocks import SIZES, TILES, documents, visible_pairs
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def visits_of_blocks(docs, T, S, tiles):
+def visits_of_blocks(docs, T, S, tiles, window):
     """Returns the visits of all blocks of keys, [B,M], and their masked blocks, [N,B,M]."""
-    visits = query_blocks.causal_visits(jnp.arange(-(-S // tiles.keys))[None], tiles, T, S)
+    blocks = jnp.arange(-(-S // tiles.keys))[None]
+    visits = query_blocks.causal_visits(blocks, tiles, T, S, window)
     if docs is not None:
         docs_BT, docs_BS = docs
         bounds = query_blocks.document_bounds(docs_BT, docs_BS, tiles)
@@ -25,23 +26,24 @@ def visits_of_blocks(docs, T, S, tiles):
     return visits, visits.masked_count, visits.masked(turns)
 
 
-def visited_blocks(docs, T, S, tiles):
+def visited_blocks(docs, T, S, tiles, window):
     """Yields (sequence, block of keys, blocks of queries without masks, those with masks)."""
-    visits, counts, masked = jax.tree.map(np.asarray, visits_of_blocks(docs, T, S, tiles))
+    visits, counts, masked = jax.tree.map(np.asarray, visits_of_blocks(docs, T, S, tiles, window))
     for at in np.ndindex(counts.shape):
         turns = masked[(slice(0, counts[at]), *at)]
         yield (*at, list(range(visits.clear[at], visits.diagonal[at])), turns.tolist())
 
 
+@pytest.mark.parametrize("window", [None, 1, 40, 64])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["one document", "ordered", "unordered"])
-def test_every_query_that_sees_a_key_is_visited_once_and_masked_only_if_needed(size, kind):
+def test_every_query_that_sees_a_key_is_visited_once_and_masked_only_if_needed(size, kind, window):
     """Padding of the queries needs a mask, padding of the keys none."""
     T, S = SIZES[size]
     docs = None if kind == "one document" else documents(kind, T, S)
-    seen = visible_pairs(docs, T, S)
+    seen = visible_pairs(docs, T, S, window)
     for sizes in (TILES, AttentionTiles(16, 32, 4, 1)):
-        for sequence, block, unmasked, masked in visited_blocks(docs, T, S, sizes):
+        for sequence, block, unmasked, masked in visited_blocks(docs, T, S, sizes, window):
             pairs = seen[sequence, :, block * sizes.keys :][:, : sizes.keys]
             tiles = [pairs[at : at + sizes.queries] for at in range(0, T, sizes.queries)]
             needed = {i for i, tile in enumerate(tiles) if tile.any()}

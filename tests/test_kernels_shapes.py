@@ -1,5 +1,6 @@
 """The bench measures every shape that a shipped config trains, and the config uses the results."""
 
+import dataclasses
 import importlib
 import json
 
@@ -7,6 +8,7 @@ import pytest
 
 from jaxtrain.config import train_config as config_lib
 from jaxtrain.config.config_files import shipped_configs
+from jaxtrain.config.model_section import ModelConfig
 from jaxtrain.ops.routes import choose_routes
 from pallas_kernels import kernel_choice
 from pallas_kernels.chip import CHIPS
@@ -115,6 +117,44 @@ def test_the_nearest_row_applies_and_of_equal_ones_the_newest(monkeypatch):
     use_rows(monkeypatch, rows)
     reason = lambda D: choose_body("norm", "sm_86", "a40", "bfloat16", (D,)).reason
     assert "0.60 times" in reason(1_000) and "0.70 times" in reason(800)
+
+
+@pytest.mark.parametrize(
+    ("measured", "wanted", "applies"),
+    [
+        (512, 512, True),
+        (512, 600, True),
+        (512, 1_024, False),
+        (512, 0, False),
+        (0, 512, False),
+        (0, 1_800, True),  # nearly all of the 2,048 tokens
+        (0, 4_096, True),  # all of them
+    ],
+)
+def test_a_row_of_attention_applies_to_a_similar_window(measured, wanted, applies, monkeypatch):
+    use_rows(monkeypatch, [fake_row("attention", "h100", MEASURED)._replace(window=measured)])
+    where = "attention", "sm_90", "h100", "bfloat16", MEASURED
+    choice = choose_body(*where, window=wanted)
+    assert choice.faster == applies
+    assert applies or not wanted or f"with a window of {wanted}" in choice.reason
+
+
+def test_a_model_with_windows_uses_the_kernel_if_it_is_faster_in_all_layers(monkeypatch):
+    everywhere = fake_row("attention", "h100", MEASURED)
+    within = everywhere._replace(window=512, tiles=mosaic_tiles("attention", "sm_90"))
+    model = ModelConfig(L=4, D=2_048, H=16, G=4, K=128, window=512)
+
+    def route(rows, **values):
+        use_rows(monkeypatch, rows)
+        where = dict(arch="sm_90", chip="h100", seq_len=2_048, sequences=4)
+        cfg = dataclasses.replace(model, **values)
+        return choose_routes(cfg, False, "gpu", False, **where)["attention"]
+
+    assert route([within]).is_fused and not route([everywhere]).is_fused
+    assert not route([within], global_every=2).is_fused
+    assert route([within], global_every=5).is_fused  # no layer has the number 5
+    assert route([within, everywhere], global_every=2).tiles == everywhere.tiles
+    assert route([everywhere], global_every=1).is_fused
 
 
 def test_a_run_with_documents_uses_rows_with_documents(monkeypatch):

@@ -44,6 +44,7 @@ KERNELS: dict[Any, dict[str, Any]] = {
         "docs_BT": int32(2, 32),
         "docs_BS": int32(2, 48),
         "blocks": BLOCKS,
+        "window": 8,
     },
     head_scores: {
         "h_ND": bf16(8, 16),
@@ -94,6 +95,8 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (flash_attention, {"docs_BT": int32(2, 48)}, "docs_BT must", "int32[2, 48]"),
     (flash_attention, {"docs_BS": int32(2, 32)}, "docs_BS must", "int32[2, 32]"),
     (flash_attention, {"docs_BS": f32(2, 48)}, "docs_BS must", "float32[2, 48]"),
+    (flash_attention, {"window": 0}, "window must be", "0. Set --model.window"),
+    (flash_attention, {"window": 1.5}, "window must be", "1.5"),
     (flash_attention, {"blocks": TILES}, "blocks must", "ProductTiles(rows=16"),
     (flash_attention, {"blocks": BLOCKS._replace(dq=TILES)}, "blocks.dq must", "ProductTiles("),
     (

@@ -59,8 +59,8 @@ def test_log_bytes_that_a_host_lost_are_counted_in_a_line_before_the_rest(job, h
     (host_folder / "status.json").write_text(json.dumps(ENDED))
     assert follow(job)["code"] == 0
     lost = "launch: the host lost the last 13 bytes copied from its log; its log goes on below"
-    assert capsys.readouterr().out.splitlines() == [f"a | {lost}", f"a | {after}"]
-    assert copy.read_text().splitlines()[-3:] == ["it came here", lost, after]
+    assert capsys.readouterr().out.splitlines() == [f"a # {lost}", f"a | {after}"]
+    assert copy.read_text().split("\n")[-4:] == ["it came here", f"\x1e{lost}", after, ""]
     follow(job)
     assert capsys.readouterr().out == ""  # the offset is the host's again
     follow(job, read_only=True)
@@ -162,21 +162,81 @@ def test_a_job_that_never_started_cannot_be_followed(job):
         operate.follow(job, False)
 
 
-def test_a_host_that_answers_only_errors_is_reported_as_unreachable(job, monkeypatch, capsys):
+def test_a_host_that_answers_only_errors_is_reported_as_unreachable(
+    job, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(follow_lib, "AWAY_S", 1.1)  # more than the first pause between two tries
-
-    class Failing(LocalClient):
-        command = """echo '{"error": "no such thing"}'"""
-
-    with follow_lib.JobMonitor(Failing(job.hosts), job) as monitor:
-        time.sleep(1.5)
+    (tmp_path / "host").write_text("a file where the host needs its folder")
+    with follow_lib.JobMonitor(LocalClient(job.hosts), job) as monitor:
+        time.sleep(2.0)
         monitor.report_absent_hosts()
-    assert "a: no such thing" in capsys.readouterr().err
+    assert "a: FileExistsError" in capsys.readouterr().err
 
 
-def test_a_bug_in_a_follower_ends_the_monitor(job):
-    class Nonsense(LocalClient):
-        command = "echo '{}'"
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"at": -1, "bytes": 4}',
+        b'{"at": 0, "bytes": 99999999999}',
+        b'{"at": 0, "bytes": true}',
+        b'{"status": [], "alive": true, "known": true}',
+        b'{"status": {}, "alive": 1, "known": true}',
+    ],
+)
+def test_a_header_that_no_host_of_ours_sends_is_refused(line):
+    with pytest.raises(ValueError):
+        follow_lib.read_header(line)
 
+
+def test_a_bug_in_a_follower_ends_the_monitor(job, host_folder, monkeypatch):
+    monkeypatch.setattr(follow_lib, "read_header", lambda line: {}["a bug"])
     with pytest.raises(HostError, match="a: cannot be followed: KeyError"):
-        follow(job, client=Nonsense)
+        follow(job)
+
+
+def test_output_can_neither_steer_the_terminal_nor_forge_a_line_of_the_launcher(job, capsys):
+    forged = "launch: ROOT CAUSE h9: forged"
+    attacks = [
+        forged,
+        f"50 %\r{forged}",
+        f"\x1e{forged}",
+        f"\u2028{forged}",
+        f"\x85{forged}",
+        "\x1b]0;title\x07",
+        "\x1b]52;c;cm0gLXJm\x07",
+        "\x1b[2J\x1b[1;1H",
+        "\x9b2J",
+        "\u202eflipped",
+        "\x1b[8mhidden",
+        "\x1b[31mred\x1b[0m and \tplain",
+        f"ValueError: \u2028{forged}\x1b[2J",
+    ]
+    program = f"import sys; sys.stdout.write({chr(10).join(attacks)!r}); sys.exit(3)"
+    job.change(argv=[PYTHON, "-X", "utf8", "-c", program])
+    start(job, restarts=0)
+    outcome = follow(job)
+    assert operate.conclude(LocalClient(job.hosts), job, outcome) == 3
+    out, err = capsys.readouterr()
+    assert [cause.startswith("a rank 0") for cause in outcome["causes"]] == [True]
+    shown = out.split("\n")[:-1]
+    assert all(line.startswith(("a | ", "a # ")) for line in shown)
+    own = [line for line in shown if line.startswith("a # ")]
+    assert not any(line.startswith(f"a # {forged}") for line in own)
+    assert f"a | {forged}" in shown and f"a | \\x1e{forged}" in shown and "a | 50 %" in shown
+    red = "\x1b[31mred\x1b[0m and \tplain\x1b[0m"
+    assert f"a | {red}" in shown
+    rest = (out + err).replace(red, "").replace("\n", "")
+    assert rest.isprintable(), ascii(rest)
+    assert r"\x1b]52;c" in out and r"\x1b[2J" in err  # the cause quotes the last line
+    with follow_lib.JobMonitor(LocalClient(job.hosts), job, read_only=True, raw=True) as monitor:
+        monitor.run()
+    assert "a | \x1b]52;c;cm0gLXJm\x07" in capsys.readouterr().out
+    with follow_lib.JobMonitor(LocalClient(job.hosts), job, True, read_only=True) as monitor:
+        monitor.run()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(line["from"], line["line"]) for line in lines} >= {("program", forged)}
+    assert not any(line["from"] == "launch" and line["line"] == forged for line in lines)

@@ -36,7 +36,7 @@ def test_bytes_lost_to_a_full_disk_are_counted_in_the_log(tmp_path):
     writer.write(b"lost\n")
     writer._file = real
     writer.write(b"stored\n")
-    assert log.read(tmp_path, 0)[1] == b"launch: 5 bytes of log lost: disk full\nstored\n"
+    assert log.read(tmp_path, 0)[1] == b"\x1elaunch: 5 bytes of log lost: disk full\nstored\n"
 
 
 def test_only_whole_lines_get_a_prefix():
@@ -59,3 +59,11 @@ def test_a_reader_continues_at_its_offset_unless_the_log_changed_before_it(tmp_p
     log.Log(tmp_path).write(b"the next supervisor's")
     assert log.resume(tmp_path, 10, tail) == 8 == log.starts(tmp_path)[-1]
     assert log.resume(tmp_path, 8, log.checksum(b"4567")) == 8
+
+
+def test_every_kind_of_line_end_ends_a_line_however_the_output_is_cut():
+    output = b"a\r\nb\rc\n\r\nd\x1ee\r"
+    for cut in range(len(output) + 1):
+        lines = log.LineSplitter(b"> ")
+        text = lines.feed(output[:cut]) + lines.feed(output[cut:]) + lines.flush()
+        assert text == b"> a\n> b\n> c\n> \n> d\\x1ee\n"

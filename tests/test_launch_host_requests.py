@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from launch.host import requests
 from launch.host.hashing import hash_files
 
@@ -23,5 +25,22 @@ def test_incompletely_received_code_is_deleted_after_a_day(tmp_path, monkeypatch
     arriving = Path(requests.land(request | {"by": "b"})["folder"])
     assert interrupted.exists() and arriving.exists()
     monkeypatch.setattr(requests, "STALE_S", -1.0)
+    request["hash"] = requests.hash_files(tmp_path, [])
     new = Path(requests.land(request | {"by": "c"})["folder"])
     assert list((tmp_path / "code").iterdir()) == [new]
+
+
+def test_code_that_was_edited_on_a_host_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    code = {"hash": requests.hash_files(tmp_path, ["a.py"]), "files": ["a.py"], "by": "b"}
+    request = {"workdir": str(tmp_path / "host")} | code
+    draft = Path(requests.land(request)["folder"])
+    (draft / "a.py").write_text("x = 1")
+    folder = Path(requests.land(request)["folder"])
+    assert requests.land(request) == {"missing": False, "folder": str(folder)}
+    (folder / "a.py").write_text("x = 2")
+    with pytest.raises(RuntimeError, match="hashes to .* edited on this host. Remove it there"):
+        requests.land(request)
+    (folder / "a.py").unlink()
+    with pytest.raises(RuntimeError, match="nothing, as .*a.py is missing"):
+        requests.land(request)

@@ -1,42 +1,116 @@
+import re
+
 import pytest
 
-from launch.inventory import parse_inventory
+from launch.inventory import parse_inventory, read_inventory, read_toml
 
-HOSTS = [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}]
+FIRST = '[[hosts]]\nname = "a"\naddress = "10.0.0.1"\n'
+SECOND = '[[hosts]]\nname = "b"\naddress = "10.0.0.2"\n'
 
 
 def test_a_hosts_own_values_override_the_defaults():
-    hosts = [HOSTS[0], HOSTS[1] | {"port": 23}]
-    inventory = parse_inventory({"defaults": {"user": "u", "port": 22}, "hosts": hosts}, "f")
-    assert [(h.name, h.user, h.port, h.target) for h in inventory.hosts] == [
+    text = f'[defaults]\nuser = "u"\nport = 22\n{FIRST}{SECOND}port = 23\n'
+    assert [(h.name, h.user, h.port, h.target) for h in parse_inventory(text, "f").hosts] == [
         ("a", "u", 22, "a"),
         ("b", "u", 23, "b"),
     ]
 
 
+def test_an_address_is_written_as_the_system_writes_it():
+    text = FIRST.replace("10.0.0.1", "2001:DB8:0::1") + SECOND.replace("10.0", "::ffff:10.0")
+    assert [h.address for h in parse_inventory(text, "f").hosts] == ["2001:db8::1", "10.0.0.2"]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("line", "message"),
     [
-        ({"adress": "10.0.0.3"}, "Did you mean 'address'"),
-        ({"address": "here"}, "must be an IP; got 'here'"),
-        ({"address": "127.0.0.1"}, "reachable from the other hosts"),
-        ({"address": "10.0.0.2"}, "10.0.0.2"),
-        ({"name": "b"}, "'b'"),
-        ({"name": "a b"}, "name must consist of letters"),
-        ({"ssh": "-oProxyCommand=x"}, "must not begin with '-'"),
-        ({"gpus": "8"}, "gpus must be of type int; got '8'"),
-        ({"gpus": 8}, "as many gpus as the others"),
-        ({"site": "mars"}, "at one site"),
+        ('adress = "10.0.0.3"', "Did you mean 'address'"),
+        ('site = "mars"', "at one site"),
+        ("gpus = 8", "as many gpus as the others"),
+        *(
+            (f"{key} = {value}", f"f:7: host 'b': {key} must {message}")
+            for key, value, message in (
+                ("gpus", '"8"', "be an integer; got '8'"),
+                ("gpus", "true", "be an integer; got True"),
+                ("gpus", "-1", "be from 0 to 1024; got -1"),
+                ("port", "-1", "be from 0 to 65535; got -1"),
+                ("port", "99999", "be from 0 to 65535; got 99999"),
+                ("ssh", '"-oProxyCommand=x"', "be a host name"),
+                ("ssh", '"ssh://root@h0"', "be a host name or an alias .* not a URL"),
+                ("ssh", '"h0 -p 23"', "be a host name"),
+                ("ssh", r'"h0\n"', r"contain visible .* not U\+000A \(a control character\)"),
+                ("user", r'"\u202Eu"', r"contain visible .* U\+202E \(RIGHT-TO-LEFT OVERRIDE\)"),
+                ("user", '"-u"', "be a user name"),
+                ("interface", '"a name that is too long"', "be a name of at most 15"),
+                ("chip", '"a 40"', "consist of ASCII letters"),
+                ("workdir", '"jaxtrain"', "be an absolute path, or begin with ~/"),
+                ("workdir", '""', "be an absolute path, or begin with ~/"),
+                ("python", '""', "be a program's name or path"),
+                ("site", "3", "be a string; got 3"),
+            )
+        ),
     ],
 )
-def test_an_invalid_host_is_refused_by_name(change, message):
+def test_an_invalid_key_is_refused_with_its_line_and_host(line, message):
     with pytest.raises(ValueError, match=message):
-        parse_inventory({"hosts": [HOSTS[0] | change, HOSTS[1]]}, "f")
+        parse_inventory(f"{FIRST}{SECOND}{line}\n", "f")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "a", "f:5: host 'a': each host's name must be unique; got 'a', which host 'a'"),
+        ("name", "a b", "f:5: host 'a b': name must begin with a letter or digit and consist of"),
+        ("name", "\u05d0", r"f:5: host '\\u05d0': name must begin with a letter"),
+        ("name", "", "f:5: host number 2: name must begin with a letter or digit"),
+        ("address", "10.0.0.1", "f:6: host 'b': each host's address must be unique"),
+        ("address", "::ffff:10.0.0.1", "must be unique; got '10.0.0.1', which host 'a' has"),
+        ("address", "here", "f:6: host 'b': address must be an IP address; got 'here'"),
+        ("address", "127.0.0.1", "f:6: host 'b': address must be reachable from the other"),
+        ("address", "::1", "reachable from the other"),
+        ("address", "0.0.0.0", "must be the IP address of one host"),
+        ("address", "224.0.0.1", "must be the IP address of one host"),
+        ("address", "255.255.255.255", "must be the IP address of one host"),
+        ("address", "fe80::1", "valid on every link"),
+    ],
+)
+def test_an_invalid_name_or_address_is_refused(key, value, message):
+    text = FIRST + re.sub(f'{key} = ".*"', lambda _: f'{key} = "{value}"', SECOND)
+    with pytest.raises(ValueError, match=message):
+        parse_inventory(text, "f")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "f: hosts must be listed"),
+        ('\nhosts = ["h0"]', "f:2: each host must be a table"),
+        ("hosts = 3", "f:1: hosts must be listed"),
+        (f"defaults = 3\n{FIRST}", "f:1: defaults must be a table"),
+        (f"[defaults]\nprot = 22\n{FIRST}", "f:1: no key 'prot'. Did you mean 'port'"),
+        (f'[defaults]\nport = "22"\n{FIRST}', "f:2: host 'a': port must be an integer"),
+        (f'ranks = "node"\n{FIRST}', 'f:1: ranks must be "host" or "gpu"; got .node'),
+        (f"ranks = 3\n{FIRST}", 'f:1: ranks must be "host" or "gpu"; got 3'),
+        (f"host = 3\n{FIRST}", "f:1: no key 'host'"),
+        (f'{FIRST}ssh = "u@h"\nuser = "v"', "f:4: host 'a': the user must be given once"),
+        ("hosts = [", "f: "),
+    ],
+)
+def test_a_file_of_another_form_is_refused_with_its_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_inventory(text, "f")
+
+
+def test_a_path_that_is_no_text_file_is_refused_by_its_flag(tmp_path):
+    (tmp_path / "latin1.toml").write_bytes(b"# \xe9")
+    for name, reason in (("", "directory"), ("no.toml", "No such"), ("latin1.toml", "UTF-8")):
+        with pytest.raises(ValueError, match=f"--hosts must .*{reason}"):
+            read_inventory(tmp_path / name)
+        with pytest.raises(ValueError, match=f"--prices must .*{reason}"):
+            read_toml(tmp_path / name, "--prices")
 
 
 def test_there_is_one_rank_per_host_or_per_gpu():
-    hosts = [host | {"gpus": 4} for host in HOSTS]
-    assert parse_inventory({"hosts": hosts}, "f").ranks_per_host == 1
-    assert parse_inventory({"hosts": hosts, "ranks": "gpu"}, "f").ranks_per_host == 4
-    with pytest.raises(ValueError, match='"host" or "gpu"'):
-        parse_inventory({"hosts": hosts, "ranks": "node"}, "f")
+    text = f"[defaults]\ngpus = 4\n{FIRST}{SECOND}"
+    assert parse_inventory(text, "f").ranks_per_host == 1
+    assert parse_inventory(f'ranks = "gpu"\n{text}', "f").ranks_per_host == 4

@@ -72,11 +72,6 @@ def test_the_inventorys_interface_must_exist_and_have_the_address(facts):
     assert texts == ["127.0.0.1 is on lo, not on eth1: correct one of the two"]
 
 
-def test_a_host_without_rsync_fails(facts):
-    assert "install rsync" in problems(HOST, facts | {"rsync": False}, "rsync")[0]
-    assert problems(HOST, facts | {"rsync": True}, "rsync") == []
-
-
 @pytest.mark.parametrize(("gpus", "plugin", "count"), [(0, 0, 0), (1, 1, 0), (1, 0, 1)])
 def test_a_host_with_gpus_needs_jaxs_plugin_for_them(facts, gpus, plugin, count):
     versions = {"jax": "0.10.2"} | ({"jax-cuda12-plugin": "0.10.2"} if plugin else {})

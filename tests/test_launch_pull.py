@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 import sys
@@ -7,12 +8,13 @@ import pytest
 from local_client import LocalClient
 from run_directories import series, write_run
 
-from launch import summary
+from launch import pull, summary
 from launch.host.restart_policy import Policy
 from launch.inventory import Host
 from launch.job import Job
 from launch.pull import RunCopy
 from launch.report.run_folder import NoRun
+from launch.ssh import HostError
 
 
 def test_following_a_failed_job_ends_even_if_its_run_has_no_summary(tmp_path, monkeypatch):
@@ -39,3 +41,43 @@ def test_following_a_failed_job_ends_even_if_its_run_has_no_summary(tmp_path, mo
     source.client = LocalClient(job.hosts)
     with pytest.raises(NoRun):
         summary.follow(args, [source])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"x.sh": (0, b"")}, "not of a run: 'x.sh'"),
+        ({"config.json": (1, b"x")}, "sent byte 1 of config.json after byte 0"),
+        ({"config.json": (-1, b"x")}, "sent byte -1"),
+        ({f"hosts/{i}.jsonl": (0, b"") for i in range(5)}, "at most 4 files"),
+        ({"metrics.jsonl": (0, b"")}, "announced more"),
+    ],
+)
+def test_what_a_host_sends_is_bounded(tmp_path, monkeypatch, files, message):
+    monkeypatch.setattr(pull, "MOST_FILES", 4)
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    host = Host("a", "127.0.0.1")
+    record = {"argv": ["--config.workdir=x"], "env": {}, "ranks_per_host": 1}
+    source = RunCopy(Job.create([host], Policy(), "", **record, folders={}).id)
+
+    class Hostile(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            parts = {
+                name: {"inode": 1, "at": at, "base64": base64.b64encode(data).decode()}
+                for name, (at, data) in files.items()
+            }
+            return {"more": True, "over": True, "files": parts}
+
+    source.client = Hostile([host])
+    with pytest.raises(HostError, match=message):
+        source.fetch()
+
+
+def test_a_run_of_more_bytes_than_any_real_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    host = Host("a", "127.0.0.1")
+    record = {"argv": ["--config.workdir=x"], "env": {}, "ranks_per_host": 1}
+    source = RunCopy(Job.create([host], Policy(), "", **record, folders={}).id)
+    held = {"metrics.jsonl": [1, 8 << 30]}
+    with pytest.raises(HostError, match="at most 4,100 files and 8,589,934,592 bytes"):
+        source._check(host, held, "metrics.jsonl", 8 << 30, b"x")

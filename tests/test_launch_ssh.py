@@ -13,7 +13,6 @@ from launch.inventory import Host
 from launch.job import Job
 from launch.prepare import read_env
 from launch.ssh import HostError, SshClient, control_path
-from launch.sync_code import rsync_path
 
 HOST = Host("a", "10.0.0.1", user="u", port=2200, interface="eth1")
 
@@ -50,27 +49,6 @@ def test_threads_that_write_the_options_at_once_never_read_a_partial_file(tmp_pa
     client = SshClient([Host(f"h{i}", "10.0.0.1") for i in range(32)])
     [text] = set(client.map(lambda host: Path(client.ssh_command(host)[2]).read_text()).values())
     assert text.endswith("Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n")
-
-
-@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
-@pytest.mark.parametrize(("ssh", "expected"), [("h0", "h0"), ("::1", "::1"), ("u@::1", "-l u ::1")])
-def test_rsync_reaches_a_host_by_name_or_by_address(tmp_path, ssh, expected):
-    shell = (
-        tmp_path / "shell"
-    )  # replaces ssh: records the host, and runs the command on this machine
-    text = f"""#!/bin/sh
-args="$1"; shift
-while [ "$1" != rsync ]; do args="$args $1"; shift; done
-echo "$args" > {tmp_path}/args
-exec "$@"
-"""
-    shell.write_text(text)
-    shell.chmod(0o755)
-    (tmp_path / "code").write_text("1")
-    target = rsync_path(Host("a", "10.0.0.1", ssh=ssh), f"{tmp_path}/there")
-    subprocess.run(["rsync", "-e", str(shell), str(tmp_path / "code"), target], check=True)
-    assert (tmp_path / "there").read_text() == "1"
-    assert (tmp_path / "args").read_text().strip() == expected
 
 
 @pytest.mark.skipif(bool(beds.available()), reason=beds.available())

@@ -194,7 +194,6 @@ STRICT, INTERPRET = KernelsConfig(strict=True), KernelsConfig(interpret=True)
         ({"attention_scale": 0.5}, {"arch": "sm_90"}, "alone; got model.attention_scale=0.5"),
         ({"attention_softcap": 9.0}, {"arch": "sm_90"}, "alone; got model.attention_softcap=9.0"),
         ({"G": 2}, {"arch": "sm_90", "tensor": 4}, "mesh.tensor=4 must divide model.G=2"),
-        ({"window": 512}, {"arch": "sm_90"}, "it has no window; got model.window=512 with 1024"),
     ],
 )
 def test_strict_kernels_raise_with_the_reason(values, where, reason):
@@ -208,17 +207,25 @@ def test_strict_kernels_raise_with_the_reason(values, where, reason):
         choose_routes(requested, False, platform, False, **where)
 
 
-def test_a_window_rules_out_the_kernel_and_the_reason_is_stored_and_printed():
-    choose = lambda seq_len, **values: choose_routes(
-        ModelConfig(window=512, **values), False, "gpu", True, arch="sm_90", seq_len=seq_len
-    )
-    routes = choose(1_024)
+def test_a_soft_cap_rules_out_the_kernel_and_the_reason_is_stored_and_printed():
+    def choose(**values):
+        return choose_routes(ModelConfig(**values), False, "gpu", False, arch="sm_90")
+
+    routes = choose(attention_scale=0.5)
     assert routes["attention"].implementation == "cudnn"
-    reason = "no fused kernel: it has no window; got model.window=512 with 1024 tokens"
+    reason = "no fused kernel: its scores are scaled by 1/sqrt(K) alone; got model.attention_scale"
     assert reason in routes["attention"].reason
     assert any(reason in text for _, text in describe_routes(routes))
-    assert "no fused kernel" not in choose(512)["attention"].reason
-    assert choose(512, attention="flash")["attention"].implementation == "flash:sm_90"
+    assert "no fused kernel" not in choose()["attention"].reason
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_computes_a_window(masked):
+    choose = lambda **values: choose_routes(
+        ModelConfig(window=512, **values), masked, "gpu", False, arch="sm_90", seq_len=1_024
+    )["attention"]
+    assert choose(attention="flash").implementation == "flash:sm_90"
+    assert "no fused kernel" not in choose().reason
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -81,4 +81,4 @@ def test_gradient_accumulation_does_not_allocate_a_second_tree_of_zeros(printed)
 
 def test_a_model_with_windows_is_compiled_with_the_kernel_and_a_note(printed):
     assert printed[2].startswith("flash:sm_86 attention was compiled as the fused kernel")
-    assert "only cuDNN's skips the products outside the window" in printed[2]
+    assert printed[2].endswith("compute the same products")

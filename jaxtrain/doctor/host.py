@@ -161,12 +161,12 @@ def check_data() -> list[Check]:
 
 def check_tools() -> Check:
     """Checks that the programs that `jaxtrain launch` starts are installed."""
-    missing = [name for name in ("git", "ssh", "rsync") if shutil.which(name) is None]
+    missing = [name for name in ("git", "ssh") if shutil.which(name) is None]
     if missing:
         packages = " ".join("openssh-client" if name == "ssh" else name for name in missing)
         text = f"{', '.join(missing)} missing: only needed for several hosts"
         return Check("launch tools", text, WARNING, f"sudo apt-get install -y {packages}")
-    return Check("launch tools", "git, ssh, rsync")
+    return Check("launch tools", "git, ssh")
 
 
 def is_synchronized() -> bool | None:

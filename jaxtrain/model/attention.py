@@ -71,10 +71,13 @@ def attention_reference(
     docs_BT: jax.Array | None = None,
     scoring: Scoring = CAUSAL,
 ) -> jax.Array:
-    """Reference implementation; materialises [B,H,T,T]."""
-    T = q_BTHK.shape[1]
-    mask = _mask(T, T, docs_BT, scoring.window)
-    return _attend_masked(q_BTHK, k_BTGK, v_BTGK, mask, scoring)
+    """Reference implementation; materialises [B,H,T,T], with a window only blocks around it."""
+    T, outputs = q_BTHK.shape[1], []
+    for first, start, stop in _block_bounds(T, scoring.window) if scoring.window else [(0, 0, T)]:
+        mask = _mask(stop - start, stop - first, docs_BT, scoring.window, start, first)
+        q, k, v = q_BTHK[:, start:stop], k_BTGK[:, first:stop], v_BTGK[:, first:stop]
+        outputs.append(_attend_masked(q, k, v, mask, scoring))
+    return jnp.concatenate(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
 def attend_cached(
@@ -105,8 +108,13 @@ def _attend_masked(q_BTHK, k_BSGK, v_BSGK, mask, scoring):
 
 
 def _block_bounds(T, window):
-    """Returns (first key, first query, last query + 1) of each block of queries."""
+    """Returns (first key, first query, last query + 1) of each block of queries.
+
+    A block computes scores with window - 1 keys before its own, so short blocks waste the least.
+    """
     size = -(-T // BLOCKS)
+    if window:
+        size = min(size, max(window, -(-size // BLOCKS)))  # at most BLOCKS**2, to compile fast
     first_key = lambda start: max(0, start - window + 1) if window else 0
     return [(first_key(start), start, min(start + size, T)) for start in range(0, T, size)]
 
@@ -252,8 +260,10 @@ def attend(
     if scoring.window >= q_BTHK.shape[1]:  # it hides no key
         scoring = scoring._replace(window=0)
     if route.is_fused:  # the kernel names its result and its log-sum-exp itself
-        assert scoring == CAUSAL, "choose_routes never selects a kernel for other scores"
-        return fused.build_attention(route, mesh)(q_BTHK, k_BTGK, v_BTGK, docs_BT)
+        only_window = Scoring(scoring.window)
+        assert scoring == only_window, "choose_routes never selects a kernel for other scores"
+        attention = fused.build_attention(route, mesh, scoring.window or None)
+        return attention(q_BTHK, k_BTGK, v_BTGK, docs_BT)
     attention = functools.partial(ATTENTION[route.implementation], docs_BT=docs_BT, scoring=scoring)
     if route.implementation == "cudnn":  # remat saves CUDNN_FORWARD; a name would save it twice
         return fused.map_heads(attention, mesh)(q_BTHK, k_BTGK, v_BTGK)

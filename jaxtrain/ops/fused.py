@@ -47,16 +47,17 @@ def _shard_map(function, mesh, in_specs, out_specs):
     )
 
 
-def build_attention(route: Route, mesh: Mesh | None = None) -> Callable:
+def build_attention(route: Route, mesh: Mesh | None = None, window: int | None = None) -> Callable:
     """Builds attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None) -> o_BTHK.
 
     Args:
         mesh: splits rows over (replica, fsdp) and heads over tensor; None means one device.
+        window: how many of the last tokens, itself included, a token sees; None means all.
     """
     from pallas_kernels.flash_attention import flash_attention
 
     def on_device(q, k, v, docs=None):
-        return flash_attention(q, k, v, docs, docs, route.tiles, route.is_interpreted)
+        return flash_attention(q, k, v, docs, docs, route.tiles, route.is_interpreted, window)
 
     def attention(q_BTHK, k_BTGK, v_BTGK, docs_BT=None):
         if docs_BT is None:

@@ -114,11 +114,8 @@ class _KernelRoutes:
 
     def scoring_obstacle(self) -> str:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
-        model = self.model
-        if 0 < model.window < self.seq_len:
-            return f"it has no window; got {model.window=} with {self.seq_len} tokens"
         for field in ("attention_scale", "attention_softcap"):
-            if value := getattr(model, field):
+            if value := getattr(self.model, field):
                 return f"its scores are scaled by 1/sqrt(K) alone; got model.{field}={value}"
         return ""
 
@@ -134,9 +131,26 @@ class _KernelRoutes:
         interpreted = self.kernels.interpret
         return default_tiles(op, "sm_86") if interpreted else self.measured(op).tiles
 
+    def windows(self) -> list[int]:
+        """Returns the different windows of the model's layers, of which 0, all tokens, is first."""
+        model = self.model
+        if not 0 < model.window < self.seq_len or model.global_every == 1:
+            return [0]
+        return [0, model.window] if 1 < model.global_every <= model.L else [model.window]
+
     def measured(self, op: str) -> BodyChoice:
+        """Returns the choice of a body; of attention's, the first that is not faster, if any.
+
+        All layers use the tiles of those without a window, which take the most time.
+        """
         where = self.arch, self.chip, self.model.dtype, self.shape(op)
-        return choose_body(op, *where, documents=self.documents and op == "attention")
+        if op != "attention":
+            return choose_body(op, *where)
+        choices = [
+            choose_body(op, *where, documents=self.documents, window=window)
+            for window in self.windows()
+        ]
+        return min(choices, key=lambda choice: choice.faster)
 
     def fused(self, op: str) -> Route | None:
         """Returns the route to op's kernel; None if XLA's implementation should run."""

@@ -79,7 +79,7 @@ def with_model(cfg: TrainConfig, **values: Any) -> TrainConfig:
 
 
 # Values of ModelConfig with which attention's fused kernel can compute a model's scores.
-KERNEL_SCORES = {"window": 0, "global_every": 0, "rope_local_theta": 0.0, "attention_scale": 0.0}
+KERNEL_SCORES = {"attention_scale": 0.0}
 
 
 def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str, ...]]:
@@ -92,8 +92,6 @@ def _build_run(cfg: TrainConfig, devices: Sequence[Any]) -> tuple[Run, tuple[str
         "attention was compiled as the fused kernel; the run will use cuDNN's, which cannot be "
         "compiled without a GPU. Both save the same arrays and compute the same products"
     )
-    if cfg.model.window:
-        note += ", except that only cuDNN's skips the products outside the window"
     return build_run(with_model(cfg, attention="flash", **KERNEL_SCORES), devices), (note,)
 
 

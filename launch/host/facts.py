@@ -66,7 +66,6 @@ def gather_facts(root: Path, request: Mapping) -> dict[str, Any]:
         "proxies": sorted(n for n in os.environ if n.lower() in PROXIES),
         "local_disk": _file_system(root),
         "logout": check_logout(),
-        "rsync": shutil.which("rsync") is not None,
         "interfaces": addresses(),
         "interface": interface_of(address),
         "has_address": _can_bind(address, 0),

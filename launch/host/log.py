@@ -4,12 +4,23 @@ Each segment's file name is the offset of its first byte, so an offset always me
 """
 
 import os
+import re
 import zlib
 from pathlib import Path
 
 SEGMENT_BYTES = 64 << 20
 SEGMENTS = 8  # 512 MiB per host
 TAIL_BYTES = 4096  # compared on reconnection: does the log still end as the reader saw it?
+OWN = b"\x1e"  # begins each line of the launcher; in a program's output it is written as \x1e
+LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+def own_lines(text: str) -> bytes:
+    """Returns a text as lines of the log that no program can forge; the first names the launcher.
+
+    Only a newline ends a line: quoted output may contain other characters that Python counts.
+    """
+    return b"".join(OWN + line.encode() + b"\n" for line in f"launch: {text}".split("\n"))
 
 
 class Log:
@@ -30,7 +41,7 @@ class Log:
 
     def write(self, data: bytes) -> None:
         if self.lost_bytes:
-            data = b"launch: %d bytes of log lost: disk full\n" % self.lost_bytes + data
+            data = own_lines(f"{self.lost_bytes} bytes of log lost: disk full") + data
         try:
             while data:
                 written = os.write(self._file, data)
@@ -43,14 +54,20 @@ class Log:
 
 
 class LineSplitter:
-    """Cuts a stream into lines and puts a prefix before each."""
+    r"""Cuts a program's output into lines and puts a prefix before each.
+
+    \n, \r\n and \r end a line: a terminal would write over what stands before a \r.
+    """
 
     def __init__(self, prefix: bytes = b"", limit: int = 1 << 16):
         self._prefix, self._limit, self._rest = prefix, limit, b""
 
     def feed(self, data: bytes) -> bytes:
         """Takes bytes of the stream; returns the lines that are complete now."""
-        *lines, self._rest = (self._rest + data.replace(b"\r\n", b"\n")).split(b"\n")
+        data = self._rest + data.replace(OWN, rb"\x1e")
+        held = data[-1:] if data.endswith(b"\r") else b""  # the first half of \r\n, perhaps
+        *lines, rest = LINE_END.split(data.removesuffix(held))
+        self._rest = rest + held
         if len(self._rest) > self._limit:  # a line without an end must not fill memory
             lines, self._rest = [*lines, self._rest], b""
         return b"".join(self._prefix + line + b"\n" for line in lines)

@@ -14,7 +14,7 @@ from typing import Any
 from launch.host import processes
 from launch.host.exit_codes import CANNOT_START
 from launch.host.interfaces import interface_of, interface_variables
-from launch.host.log import LineSplitter, Log
+from launch.host.log import LineSplitter, Log, own_lines
 
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")
@@ -128,7 +128,7 @@ class LocalRanks:
                     preexec_fn=processes.die_with_parent,  # no orphan outlives the supervisor
                 )
             except OSError as error:
-                self.log.write(b"launch: cannot start: %s\n" % str(error).encode())
+                self.log.write(own_lines(f"cannot start: {error}"))
                 failing = f"raise SystemExit({CANNOT_START})"
                 process = subprocess.Popen([sys.executable, "-c", failing])
             has_heartbeat = self.job.get("beats", False)

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -225,28 +226,45 @@ def land(request: Request) -> dict[str, Any]:
     draft = folder.with_name(f".{request['hash']}.{request['by']}")
     if folder.exists():
         shutil.rmtree(draft, ignore_errors=True)
+        _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
         os.utime(folder)
         return {"missing": False, "folder": str(folder)}
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in folder.parent.glob(".*"):
         with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
-            if time.time() - path.stat().st_ctime > STALE_S:  # rsync may have set its mtime
+            if time.time() - path.stat().st_ctime > STALE_S:  # unpacking may have set its mtime
                 shutil.rmtree(path, ignore_errors=True)
     if not draft.exists():
         draft.mkdir(mode=0o700)
         return {"missing": True, "folder": str(draft)}
-    arrived_hash = hash_files(draft, request["files"])
-    if arrived_hash != request["hash"]:
-        raise RuntimeError(
-            f"the code that arrived hashes to {arrived_hash}, not to {request['hash']}: "
-            "a file was edited while it was sent. Start again"
-        )
+    _check_code(draft, request, "A file was edited while it was sent. Start again")
     runs = root_of(request) / "runs"  # a relative --config.workdir must outlive this code
     runs.mkdir(exist_ok=True)
     if not (draft / "runs").exists():
         os.symlink(runs, draft / "runs")
     os.rename(draft, folder)
     return {"missing": False, "folder": str(folder)}
+
+
+def _check_code(folder: Path, request: Request, reason: str) -> None:
+    try:
+        found = hash_files(folder, request["files"])
+    except FileNotFoundError as error:
+        found = f"nothing, as {error.filename} is missing"
+    if found != request["hash"]:
+        problem = f"the code in {folder} hashes to {found}, not to {request['hash']}"
+        raise RuntimeError(f"{problem}. {reason}")
+
+
+def receive(request: Request) -> dict:
+    """Unpacks the code that follows the request, a tar archive, into the folder for it."""
+    draft = root_of(request) / "code" / f".{request['hash']}.{request['by']}"
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
+        if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
+            tar.extractall(draft, filter="tar")  # refuses paths outside of the folder
+        else:
+            tar.extractall(draft)
+    return {}
 
 
 def tied_to_connection(function: Callable[[Request], dict]) -> Callable[[Request], dict]:
@@ -279,6 +297,7 @@ REQUESTS: dict[str, Callable[[Request], dict | None]] = {
     "facts": facts,
     "net": net,
     "land": land,
+    "receive": receive,
     "build": tied_to_connection(lambda request: build_environment(root_of(request), request)),
     "data": tied_to_connection(summarize_data),
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 PROCESSES = "hosts"  # folder of <process>.jsonl, one file per process
-NAME = re.compile(rf"({PROCESSES}/)?[\w.-]+\.jsonl?")  # the files that a host may send
+# The files that a host may send.
+NAME = re.compile(rf"({PROCESSES}/)?[\w.-]{{1,100}}\.jsonl?", re.ASCII)
 WORKDIR = "--config.workdir"  # or --workdir: the trainer takes its flags in both forms
 ANSWER_BYTES = 4 << 20  # the largest answer
 

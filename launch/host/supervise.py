@@ -17,7 +17,7 @@ from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER, WORKER_FAILED
 from launch.host.files import read_json, write_json
-from launch.host.log import Log
+from launch.host.log import Log, own_lines
 from launch.host.ranks import LocalRanks
 from launch.host.restart_policy import JobController, Policy
 
@@ -83,9 +83,9 @@ class Supervisor:
 
     def write_log(self, text: str) -> None:
         """Writes a text to the log, with the time (UTC) at the end of its first line."""
-        first, *rest = text.splitlines()
-        line = f"launch: {first}  [{time.strftime('%H:%M:%SZ', time.gmtime())}]"
-        self.log.write("\n".join([line, *rest, ""]).encode())
+        first, *rest = text.split("\n")
+        line = f"{first}  [{time.strftime('%H:%M:%SZ', time.gmtime())}]"
+        self.log.write(own_lines("\n".join([line, *rest])))
 
     def report(self) -> dict[str, Any]:
         """Returns what the leader needs to know about this host."""

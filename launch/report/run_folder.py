@@ -5,7 +5,6 @@ not write, because it is older or has no GPU, is absent here too.
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from launch.host.run_files import CONFIG, METRICS, SUMMARY, process_files
 from launch.report.formats import duration
 from launch.report.json_files import parse_numbers, read_json, read_json_lines
 from launch.report.stats import percentile
+from launch.terminal import warn
 
 PEAK_OF = {"bfloat16": "bfloat16", "float32": "tf32"}  # XLA multiplies float32 in TF32
 LOSS, EVAL_LOSS, STEP_TIME = "train/loss_nats", "eval/loss_nats", "perf/step_time_s"
@@ -281,5 +281,5 @@ def _read_summary(path: Path) -> dict:
     try:
         return parse_numbers(read_json(path) or {})
     except (ValueError, AttributeError):
-        print(f"warning: {path} is not a run's summary, so it is ignored", file=sys.stderr)
+        warn(f"warning: {path} is not a run's summary, so it is ignored")
         return {}

@@ -1,0 +1,224 @@
+"""The process of one request on a host, and why a host did not answer.
+
+A login shell may print a greeting before our code runs. The answer therefore begins after a line
+that only this request knows. What came before it does no harm, and is quoted if no answer comes.
+"""
+
+import re
+import subprocess
+import threading
+from typing import Any
+
+from launch.inventory import Host
+from launch.terminal import visible
+
+LINE_BYTES = 16 << 20  # the longest line of an answer; run files come in parts of 4 MiB
+PREAMBLE_BYTES = 1 << 16  # the most that a host may print before its answer
+QUOTED = 300  # characters of a host's output in an error
+FAREWELL_S = 1.0  # time to end after the answer
+
+# What ssh or the host printed -> (what happened, what to do). The first match counts. `{target}` is
+# the ssh destination, `{python}` the inventory's Python.
+CAUSES = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key is not the one known here",
+        "If it was installed again, remove the old key with `ssh-keygen -R {name}` and compare the "
+        "new one. Otherwise another machine may be answering in its place.",
+    ),
+    (
+        "Host key verification failed|No .* host key is known",
+        "its host key is not known here",
+        "Run `ssh {target}` once and compare the fingerprint with the host's own.",
+    ),
+    (
+        "Could not resolve hostname",
+        "its name has no address",
+        "Correct ssh in the inventory, or add the name to ssh's configuration.",
+    ),
+    (
+        "Connection refused",
+        "nothing listens on its ssh port",
+        "Start sshd there, or correct port in the inventory.",
+    ),
+    (
+        "timed out|No route to host|Network is unreachable|Host is down",
+        "it cannot be reached",
+        "Check that it is on, and the network, VPN and firewall between here and there.",
+    ),
+    (
+        "communication with agent failed|agent refused operation|signing failed",
+        "the ssh agent did not sign with its key",
+        "Look at `ssh-add -l`, and unlock the agent or the hardware key.",
+    ),
+    (
+        "Permission denied \\(",
+        "it accepts no key that ssh offered",
+        "Load your key into the agent (`ssh-add`), or add it there (`ssh-copy-id {target}`). Check "
+        "user in the inventory.",
+    ),
+    (
+        "account is currently not available|nologin",
+        "its account has no login shell",
+        "Give the account a shell there (`chsh -s /bin/bash`), or name another user.",
+    ),
+    (
+        "python must be 3.11",
+        "its Python is too old",
+        "Set python in the inventory to Python 3.11 or newer.",
+    ),
+    (
+        "(?i)not found|no such file",
+        "it has no program {python}",
+        "Set python in the inventory to Python 3.11 or newer.",
+    ),
+    (
+        "Connection closed|Connection reset|kex_exchange_identification",
+        "its sshd closed the connection",
+        "Look into its log (`journalctl -u ssh`); it may limit the number of connections.",
+    ),
+)
+FORCED = (
+    "it printed something and did not run our command",
+    "A forced command in authorized_keys, or a restricted shell, may replace it. Use a key without "
+    "one.",
+)
+SILENT = ("it ended without an answer", "Try `ssh {target} {python} --version` by hand.")
+
+
+class HostError(Exception):
+    """A host could not be reached, or could not do what it was asked. The text says what to do."""
+
+
+class HostProcess:
+    """A request's process. A context manager that ends it.
+
+    Args:
+        argv: the ssh command.
+        request: what to send first; more may be sent later.
+        mark: the line after which the answer begins.
+    """
+
+    def __init__(self, argv: list[str], request: bytes, mark: bytes):
+        pipe = subprocess.PIPE
+        self._process: Any = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._mark, self._preamble, self._answering = mark, b"", False
+        self._errors = b""
+        self._drain = threading.Thread(target=self._read_errors, daemon=True)
+        self._drain.start()
+        self.send(request)
+
+    def __enter__(self) -> "HostProcess":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read_errors(self) -> None:
+        """Reads standard error to its end, so that a host never waits for us; keeps its tail."""
+        with self._process.stderr as errors:
+            while data := errors.read1(1 << 16):
+                self._errors = (self._errors + data)[-PREAMBLE_BYTES:]
+
+    def send(self, data: bytes) -> bool:
+        """Writes to the request's standard input; returns False if it no longer reads."""
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # the process or the pipe is gone; readline() notices it
+            return False
+        return True
+
+    def end_input(self) -> None:
+        """Closes the request's standard input."""
+        try:
+            self._process.stdin.close()
+        except OSError:  # ssh has ended before it read everything
+            pass
+
+    def readline(self, limit_s: float | None = None) -> bytes:
+        """Returns the next line of the answer; b"" at its end.
+
+        Args:
+            limit_s: the process is killed if the line takes longer.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        late = threading.Event()
+        timer = threading.Timer(limit_s or 0.0, lambda: (late.set(), self.kill()))
+        timer.daemon = True
+        if limit_s is not None:
+            timer.start()
+        try:
+            line = self._find_mark() and self._process.stdout.readline(LINE_BYTES)
+        finally:
+            timer.cancel()
+        if not line and late.is_set():
+            raise TimeoutError
+        return line or b""
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes of the answer; fewer only at its end."""
+        return self._process.stdout.read(size)
+
+    def _find_mark(self) -> bool:
+        while not self._answering and len(self._preamble) < PREAMBLE_BYTES:
+            line = self._process.stdout.readline(PREAMBLE_BYTES)
+            self._answering = line.strip() == self._mark
+            if not line:
+                break
+            self._preamble += b"" if self._answering else line
+        if len(self._preamble) >= PREAMBLE_BYTES:
+            self.kill()
+        return self._answering
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Ends the process, after FAREWELL_S if its input has ended, and closes its pipes."""
+        if self._process.stdin.closed:
+            try:
+                self._process.wait(FAREWELL_S)
+            except subprocess.TimeoutExpired:
+                pass
+        self._process.kill()
+        self._process.wait()
+        self.end_input()
+        self._process.stdout.close()
+        self._drain.join(FAREWELL_S)  # no longer: a shared connection that ssh leaves may hold it
+
+    def explain(self, host: Host) -> HostError:
+        """Returns why there is no answer, once the process has ended."""
+        self._process.wait()
+        self._drain.join(FAREWELL_S)
+        return HostError(explain(host, self._process.returncode, self._preamble, self._errors))
+
+
+def explain(host: Host, code: int, output: bytes, errors: bytes) -> str:
+    """Returns why a host did not answer, what it printed, and what to do.
+
+    Args:
+        code: the exit status of ssh.
+        output: what came on standard output; no answer was in it.
+        errors: what came on standard error, from ssh or from the host.
+    """
+    texts = [" ".join(data.decode(errors="replace").split()) for data in (output, errors)]
+    happened, remedy = next(
+        ((what, then) for pattern, what, then in CAUSES if re.search(pattern, " ".join(texts))),
+        FORCED if texts[0] else SILENT,
+    )
+    words = {"name": host.target.rpartition("@")[2], "target": host.target, "python": host.python}
+    happened, remedy = happened.format(**words), remedy.format(**words)
+    pairs = zip(("stdout", "stderr"), texts, strict=True)
+    quoted = "".join(f', {where} "{_quote(text)}"' for where, text in pairs if text)
+    return f"{host.name}: {happened}. `ssh {host.target}` ended with {code}{quoted}. {remedy}"
+
+
+def _quote(text: str) -> str:
+    text = visible(text)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."

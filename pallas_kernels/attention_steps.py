@@ -1,0 +1,62 @@
+"""The blocks that a program of attention's Mosaic bodies visits, one after another, as its steps.
+
+key_blocks.py is the same for the Triton bodies, which visit the blocks without a mask first. Here
+all masked steps but those of the diagonal lie before or after the others.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.tiles import MosaicAttentionTiles
+
+
+class Steps(NamedTuple):
+    """Step i visits block first + i. Traced int32, but `first` and `clear` are 0 where all are."""
+
+    first: Any
+    count: Any
+    clear: Any  # from this step to step `masked`, every query sees every key
+    masked: Any
+
+    def needs_mask(self, step: Any) -> Any:
+        """Returns whether a step visits a pair that is hidden, documents aside."""
+        after = step >= self.masked
+        return after if isinstance(self.clear, int) else (step < self.clear) | after
+
+
+def _ceil_div(x, y):
+    return lax.div(x + y - 1, y)
+
+
+def key_steps(start: Any, tiles: MosaicAttentionTiles, T: int, S: int, window: int | None) -> Steps:
+    """Returns the blocks of keys that the block of queries from `start` sees; at least one."""
+    seen_by_last = jnp.clip(start + tiles.queries + S - T, 1, S)
+    end = _ceil_div(seen_by_last, tiles.keys)
+    diagonal = lax.div(start + S - T + 1, tiles.keys)
+    if window is None:
+        return Steps(0, end, 0, diagonal)
+    first = lax.div(jnp.maximum(start + 1 + S - T - window, 0), tiles.keys)
+    # The first keys that the last query does not see.
+    hidden = jnp.maximum(jnp.minimum(start + tiles.queries, T) + S - T - window, 0)
+    return Steps(first, end - first, _ceil_div(hidden, tiles.keys) - first, diagonal - first)
+
+
+def query_steps(
+    start: Any, tiles: MosaicAttentionTiles, T: int, S: int, window: int | None
+) -> Steps:
+    """Returns the blocks of queries that see a key of the block of keys from `start`."""
+    first = lax.div(jnp.maximum(start - (S - T), 0), tiles.queries)
+    sees_all = jnp.maximum(start + tiles.keys - 1 - (S - T), 0)  # the first such query
+    clear = _ceil_div(sees_all, tiles.queries) - first
+    count = -(-T // tiles.queries) - first
+    masked = count - (T % tiles.queries > 0)  # queries of padding see nothing
+    if window is None:
+        return Steps(first, count, clear, masked)
+    end = jnp.clip(start + tiles.keys - 1 + window - (S - T), 0, T)  # sees none, nor do later ones
+    count = jnp.maximum(_ceil_div(end, tiles.queries) - first, 0)
+    last_whole = jnp.maximum(start + window - (S - T), 0)  # does not see all, nor do later ones
+    return Steps(
+        first, count, clear, jnp.minimum(masked, lax.div(last_whole, tiles.queries) - first)
+    )

@@ -1,0 +1,96 @@
+"""What a host prints beside its answer, and why it does not answer."""
+
+import re
+import shutil
+import sys
+
+import pytest
+from local_client import LocalClient
+
+from launch.host_process import explain
+from launch.inventory import Host
+from launch.ssh import HostError
+
+RUN = 'eval "$2"'
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path))
+
+
+def call(host, command):
+    class Client(LocalClient):
+        pass
+
+    Client.command = command
+    return Client([host]).call(host, {"op": "status", "job": "none"})
+
+
+@pytest.mark.parametrize(
+    "printed",
+    ["echo hello", "printf hello", """echo '{"ok": {"known": true}}'""", "printf '\\377\\0'"],
+)
+def test_an_answer_is_found_behind_what_a_login_shell_prints(host, printed):
+    assert call(host, f"{printed}; {RUN}")["known"] is False
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash", "csh", "tcsh", "fish", "zsh"])
+def test_every_login_shell_runs_the_command(host, shell):
+    if not shutil.which(shell):
+        pytest.skip(f"needs {shell}")
+    assert call(host, f'exec {shell} -c "$2"')["known"] is False
+
+
+def test_a_command_line_has_nothing_that_a_shell_could_expand(host, monkeypatch):
+    class Client(LocalClient):
+        def ssh_command(self, host, shared=True):
+            return ["printf", "%s"]
+
+    with Client([host]).start(host, {"op": "status"}) as process:
+        process._answering = True  # what printf writes is the command itself
+        command = process.readline().decode()
+    assert re.fullmatch(
+        r"--aexec \S+ -I -c 'exec\(__import__\(\"base64\"\)[^'!\n$`\\\\]*'", command
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("echo 'This account is currently not available.'; exit 1", "no login shell.*chsh"),
+        ("echo 'only git here'; exit 0", 'did not run our command.*ended with 0, stdout "only git'),
+        ("exec /no/such/python", "it has no program .*python.*Set python in the inventory"),
+        ("exit 7", "a: it ended without an answer. `ssh a` ended with 7. Try `ssh a"),
+        ("head -c 9000000 /dev/zero | tr '\\0' x", "did not run our command.*xxx"),
+        ("head -c 9000000 /dev/zero >&2; exit 9", "ended with 9"),
+        ("printf '\\033]52;c;x\\007'; exit 1", r"stdout .\\x1b\]52;c;x\\x07"),
+    ],
+)
+def test_a_host_that_does_not_answer_is_explained_with_its_own_words(host, command, message):
+    with pytest.raises(HostError, match=message) as error:
+        call(host, command)
+    assert len(str(error.value)) < 1_000 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @", "ssh-keygen -R h0` and compare"),
+        ("No ED25519 host key is known for h0\nHost key verification failed.", "not known here"),
+        ("ssh: Could not resolve hostname h0: Name or service not known", "name has no address"),
+        ("ssh: connect to host h0 port 23: Connection refused", "nothing listens .*correct port"),
+        ("ssh: connect to host h0 port 22: Connection timed out", "cannot be reached"),
+        ("u@h0: Permission denied (publickey).", "accepts no key .*ssh-copy-id u@h0"),
+        (
+            "sign_and_send_pubkey: signing failed for ED25519: agent refused operation\n"
+            "u@h0: Permission denied (publickey).",
+            "agent did not sign .*ssh-add -l",
+        ),
+        ("kex_exchange_identification: Connection closed by remote host", "sshd closed"),
+    ],
+)
+def test_each_kind_of_failure_has_its_own_remedy(errors, message):
+    host = Host("a", "10.0.0.1", ssh="u@h0")
+    text = explain(host, 255, b"", errors.encode())
+    assert re.search(message, text) and text.startswith("a: ") and "ended with 255" in text
