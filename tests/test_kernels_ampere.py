@@ -73,30 +73,31 @@ def test_a_product_that_is_not_symmetric_mirrors_its_lower_triangle():
     assert distance(jnp.tril(got), np.tril(exact(symmetric_reference, x, y))) < 3e-3
 
 
-ATTENTION = {  # B, T, S, H, G, K, queries, keys, slots
-    "more rows than whole blocks, shared heads": (1, 136, 136, 2, 1, 64, 64, 64, 3),
-    "documents, fewer queries than keys, wide heads": (1, 72, 264, 1, 1, 128, 64, 32, 3),
-    "queries with nothing to see": (1, 200, 72, 1, 1, 64, 128, 32, 4),
+ATTENTION = {  # B, T, S, H, G, K, window, tiles
+    "more rows than whole blocks, shared heads": (1, 136, 136, 2, 1, 64, None, (64, 64, 3)),
+    "documents, window, wide heads": (1, 72, 264, 1, 1, 128, 90, (64, 32, 3)),
+    "queries with nothing to see": (1, 200, 72, 1, 1, 64, None, (128, 32, 4)),
 }
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_equals_the_reference(name):
     """It has at most 1.3 times the error of plain attention in bfloat16."""
-    B, T, S, H, G, K, queries, keys, slots = ATTENTION[name]
+    B, T, S, H, G, K, window, tiles = ATTENTION[name]
     q, k, v = draw(0, B, T, H, K), draw(1, B, S, G, K), draw(2, B, S, G, K)
     docs = ()
     if "documents" in name:
         docs = (jnp.arange(S, dtype=jnp.int32)[None] // 101,) * 2
         docs = docs[0][:, S - T :], docs[1]
-    tiles = AmpereAttentionTiles(queries, keys, slots)
-    o, lse = flash_attention_ampere.forward(q, k, v, docs, tiles, not ON_GPU)
-    reference = lambda q, k, v: flash_attention_reference(q, k, v, *(docs or (None, None)))
+    tiles = AmpereAttentionTiles(*tiles)
+    o, lse = flash_attention_ampere.forward(q, k, v, docs, tiles, not ON_GPU, window)
+    reference = lambda q, k, v: flash_attention_reference(q, k, v, *(docs or (None, None)), window)
     want = exact(reference, q, k, v)
     assert distance(o, want) < min(5e-3, 1.3 * distance(reference(q, k, v), want))
     k = jnp.repeat(k, H // G, 2)
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
-    visible = np.arange(S) <= np.arange(T)[:, None] + S - T
+    last = np.arange(T)[:, None] + S - T
+    visible = (np.arange(S) <= last) & (np.arange(S) > last - (window or S))
     if docs:
         visible = visible & np.asarray(docs[0][:, :, None] == docs[1][:, None, :])[:, None]
     scores = np.where(visible, np.asarray(scores, np.float64) * K**-0.5, -np.inf)
