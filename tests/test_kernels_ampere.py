@@ -4,12 +4,14 @@ The interpreter implements neither mma nor cp.async; pallas_kernels/ampere.py sa
 their place. JAX_PLATFORMS=cuda python -m pytest -m gpu runs them compiled, on an A40.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import flash_attention_ampere, mosaic
+from pallas_kernels import ampere, flash_attention_ampere, mosaic
 from pallas_kernels.flash_attention import flash_attention_reference
 from pallas_kernels.key_blocks import Visits
 from pallas_kernels.symmetric import symmetric, symmetric_reference
@@ -108,6 +110,33 @@ def test_attention_equals_the_reference(name):
     assert (np.asarray(lse)[~seen] == EMPTY_ROW_LSE).all()
     if "nothing" in name:
         assert not o[:, : T - S].any() and not seen[..., : T - S].any()
+
+
+def elements(layout, shape):
+    """Returns which elements of an array each thread has: [warps,lanes,registers,vector]."""
+    x = np.arange(math.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        outer = x.ndim - len(tile)
+        split = zip(x.shape[outer:], tile, strict=True)
+        x = x.reshape(*x.shape[:outer], *(n for size, part in split for n in (size // part, part)))
+        x = x.transpose(*range(outer), *range(outer, x.ndim, 2), *range(outer + 1, x.ndim, 2))
+    threads = [
+        [dim % x.ndim for dim in dims if isinstance(dim, int)]
+        for dims in (layout.warp_dims, layout.lane_dims)
+    ]
+    vector = layout.vector_dim % x.ndim
+    registers = [dim for dim in range(x.ndim) if dim not in (*threads[0], *threads[1], vector)]
+    warps, lanes = (math.prod(x.shape[dim] for dim in dims) for dims in threads)
+    x = x.transpose(*threads[0], *threads[1], *registers, vector)
+    return x.reshape(warps, lanes, -1, x.shape[-1])
+
+
+def test_probabilities_keep_their_registers_as_an_operand():
+    """The interpreter ignores layouts, so it would not show a wrong order in as_operand."""
+    layouts = ampere.Layouts(HALF, flash_attention_ampere.WARPS_ALONG_ROWS)
+    as_sum, as_operand = (elements(x.to_mgpu(), (64, 32)) for x in (layouts.sum, layouts.x))
+    np.testing.assert_array_equal(as_sum, as_operand)
+    assert np.array_equal(np.sort(as_sum, None), np.arange(64 * 32))
 
 
 def test_blocks_of_keys_are_visited_once_each_and_those_without_a_mask_first():
