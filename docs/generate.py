@@ -3,8 +3,8 @@
     python docs/generate.py            writes them
     python docs/generate.py --check    exits with status 1 where one is out of date
 
-Generated: commands.md and configuration.md, the table of layers in architecture.md, and the
-notebooks (from the .py files beside them).
+Generated: commands.md and configuration.md, the table of layers in architecture.md, the table of
+targets in kernels.md, and the notebooks (from the .py files beside them).
 """
 
 import contextlib
@@ -26,10 +26,14 @@ from absl import flags  # noqa: E402
 from jaxtrain.config.commands import COMMANDS, GROUPS  # noqa: E402
 from jaxtrain.config.fields import list_sections, plain_fields  # noqa: E402
 from jaxtrain.config.train_config import TrainConfig  # noqa: E402
+from pallas_kernels.chip import find_chip  # noqa: E402
+from pallas_kernels.contests import build_contests  # noqa: E402
+from pallas_kernels.targets import read_targets  # noqa: E402
 
 NOTEBOOKS = ("gpt_on_one_screen", "compare_optimizers", "use_optimizers")
 NOTE = "<!-- Written by docs/generate.py. -->\n\n"
 LAYERS_START, LAYERS_END = "<!-- layers: docs/generate.py -->\n", "<!-- end of layers -->\n"
+TARGETS_START, TARGETS_END = "<!-- targets: docs/generate.py -->\n", "<!-- end of targets -->\n"
 
 
 def help_text(command) -> str:
@@ -96,11 +100,26 @@ def layers() -> str:
     return "\n".join(["| layer | modules and folders of `jaxtrain/` |", "|---|---|", *rows, ""])
 
 
-def architecture() -> str:
-    """Returns architecture.md with the present table of layers."""
-    text = (DOCS / "architecture.md").read_text()
-    start, rest = text.split(LAYERS_START)
-    return start + LAYERS_START + "\n" + layers() + "\n" + LAYERS_END + rest.split(LAYERS_END)[1]
+def targets() -> str:
+    """Returns the table of pallas_kernels/targets.json, with a column for each chip."""
+    chips = read_targets()
+    rows = [
+        f"| contest of bench | {' | '.join(find_chip(name).kind for name in chips)} |",
+        "|---" * (1 + len(chips)) + "|",
+    ]
+    for contest in build_contests():
+        times = [chip.get(contest.name) for chip in chips.values()]
+        if any(times):
+            flops = contest.flops
+            cells = [f"{time.body} {time.describe(flops)}" if time else "-" for time in times]
+            rows.append(f"| {contest.name} | {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
+
+
+def insert(page: str, start: str, end: str, table: str) -> str:
+    """Returns a page with its part between two marks replaced by a table."""
+    before, rest = (DOCS / page).read_text().split(start)
+    return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def notebook(name: str) -> str:
@@ -113,7 +132,8 @@ def notebook(name: str) -> str:
 
 def main() -> int:
     pages = {"commands.md": commands(), "configuration.md": configuration()}
-    pages["architecture.md"] = architecture()
+    pages["architecture.md"] = insert("architecture.md", LAYERS_START, LAYERS_END, layers())
+    pages["kernels.md"] = insert("kernels.md", TARGETS_START, TARGETS_END, targets())
     pages |= {f"{name}.ipynb": notebook(name) for name in NOTEBOOKS}
     stale = [
         name

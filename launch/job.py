@@ -86,6 +86,8 @@ class Job:
             "env": interface_variables(host.interface) | record["env"] | {"PYTHONPATH": path},
             "cwd": code,
             "beats": TRAINER in record["argv"][:3],
+            "run_directory": record.get("run_directories", {}).get(host.name, ""),
+            "resumes": record.get("resumes", ""),
         }
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}

@@ -14,6 +14,7 @@ from launch.ssh import HostError, SshClient, errors_in
 from launch.terminal import note, show
 
 GONE_S = 30.0  # time for the last processes to end
+OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
 
 
 def connect(job: Job) -> SshClient:
@@ -153,6 +154,10 @@ def status(job: Job, as_json: bool) -> int:
         why = (answer.get("outcome") or {}).get("why")
         state = answer.get("error") or why or steps or "idle"
         alive = "supervised" if answer.get("alive") else "no supervisor"
+        if answer.get("stopped"):
+            alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
+        if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
+            state += f" ({answer['age_s']:.0f} s ago)"
         show(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
     return 0
 

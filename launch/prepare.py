@@ -76,9 +76,12 @@ def prepare(client: SshClient, job: Job, code: Code) -> None:
         note(f"packages are built on every host, {time.monotonic() - start:.1f} s")
     if record["argv"][2] == TRAINER:
         start = time.monotonic()
-        findings = judge_data(client.call_all(data_requests(client, job), DATA_S))
+        summaries = client.call_all(data_requests(client, job), DATA_S)
+        findings = judge_data(summaries) + judge_directories(summaries)
         note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
         print_findings(findings)
+        folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
+        job.change(run_directories=folders)
 
 
 def build_environments(
@@ -123,7 +126,7 @@ def judge_data(summaries: Mapping[Host, Any]) -> list[Finding]:
     """Returns a finding per host, with a problem if its data differs from that of most hosts.
 
     Args:
-        summaries: {host: {"files", "bytes", "fingerprint"}, or the HostError in its place}.
+        summaries: {host: {"files", "bytes", "fingerprint", ...}, or the HostError in its place}.
     """
     fingerprints = {
         host: summary["fingerprint"]
@@ -144,4 +147,25 @@ def judge_data(summaries: Mapping[Host, Any]) -> list[Finding]:
             others = " ".join(h.name for h, other in fingerprints.items() if other == usual)
             problem = f"differs from the data of {others}: copy it from there"
         findings.append(Finding(host.name, "data", value, problem))
+    return findings
+
+
+def judge_directories(summaries: Mapping[Host, Any]) -> list[Finding]:
+    """Returns a finding per host, with a problem if another run writes to its run directory.
+
+    Args:
+        summaries: {host: {"workdir", "owner", ...}, or the HostError in its place}.
+    """
+    findings = []
+    for host, summary in summaries.items():
+        if isinstance(summary, HostError):
+            continue  # judge_data reports it
+        owner, problem = summary["owner"], ""
+        if owner:
+            job, pid = owner.get("job"), owner["pid"]
+            run = f"{f'job {job}' if job else 'a run'} (pid {pid} on {owner['host']}"
+            remedy = f"`python -m launch.run stop {job}`" if job else f"`kill {pid}` there"
+            problem = f"{run} since {owner['start']}) writes to it: stop it with {remedy}, or set "
+            problem += "another --workdir"
+        findings.append(Finding(host.name, "run directory", summary["workdir"], problem))
     return findings

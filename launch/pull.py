@@ -21,22 +21,25 @@ class RunCopy:
 
     Args:
         job_id: the job.
-        workdir: the run directory on the hosts; "" takes it from the job's flags.
+        workdir: the run directory on the hosts; "" takes the one that the trainer named at the
+            start, or that of the job's flags.
 
     Attributes:
         job_ended: the job had ended before the last fetch, so the files are complete.
 
     Raises:
-        ValueError: there is no such job, or its flags do not name the run directory.
+        ValueError: there is no such job, or nothing names its run directory.
     """
 
     def __init__(self, job_id: str, workdir: str = ""):
         self.job = Job(job_id)
-        self.workdir = workdir or flag_value(self.job.record["argv"], WORKDIR)
-        if not self.workdir:
+        folders = self.job.record.get("run_directories", {})
+        named = flag_value(self.job.record["argv"], WORKDIR)
+        self.workdirs = {h: workdir or folders.get(h.name, named) for h in self.job.hosts}
+        if not all(self.workdirs.values()):
             raise ValueError(
-                f"job {job_id} must name its run directory, but its flags have no {WORKDIR}. "
-                "Set --workdir."
+                f"job {job_id} must name its run directory, but its flags have no {WORKDIR} and it "
+                "did not get as far as to ask the trainer. Set --workdir."
             )
         self.client = SshClient(self.job.hosts, self.job.ssh_config)
         self.folder, self.job_ended = self.job.folder / "run", False
@@ -72,7 +75,7 @@ class RunCopy:
     def _fetch_from(self, host: Host, positions: dict, skip: dict) -> None:
         is_first, more = host == self.job.hosts[0], True
         while more:
-            request = {"op": "pull", "job": self.job.id, "folder": self.workdir}
+            request = {"op": "pull", "job": self.job.id, "folder": self.workdirs[host]}
             request |= {"have": positions, "skip": skip}
             answer = self.client.call(host, request)
             more = answer["more"]

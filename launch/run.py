@@ -57,6 +57,7 @@ POLICY_HELP = {
     "stall_s": "seconds without a step until a rank counts as stuck (at least 5 usual steps)",
     "start_s": "seconds from a rank's start to its first step",
     "lost_s": "seconds of silence until a host counts as lost",
+    "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
@@ -161,9 +162,12 @@ def begin(job: Job, code: Code, as_json: bool, detach: bool, raw: bool = False) 
     prepare(client, job, code)
     job.change(begun=time.time())
     try:
-        raise_errors(client.map(lambda host: client.call(host, job.request(host))))
-    except BaseException:  # also an interrupt or SIGTERM
-        why = "not all hosts started"
+        # Where two operators start at once, both ask the same host first, so that one of them wins.
+        first, *others = sorted(job.hosts, key=lambda host: host.address)
+        for hosts in ([first], others):
+            raise_errors(client.map(lambda host: client.call(host, job.request(host)), hosts))
+    except BaseException as error:  # also an interrupt or SIGTERM
+        why = "not all hosts started" + (f": {error}" if isinstance(error, HostError) else "")
         job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
         client.map(lambda host: client.call(host, stop_request(job, why, kill=True), 30))
         raise
@@ -185,7 +189,7 @@ def resume(job: Job, as_json: bool, raw: bool = False) -> int:
     names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
     record = {name: job.record[name] for name in names}
     code = read_code(job.record["tree"])
-    new = create(job.hosts, job.policy, job.ssh_config, code, **record)
+    new = create(job.hosts, job.policy, job.ssh_config, code, **record, resumes=job.id)
     note(f"job {new.id} continues {job.id}")
     return begin(new, code, as_json, job.policy.lease_s == 0, raw)
 

@@ -1,13 +1,16 @@
 """Records a cluster's performance as a baseline, checks later runs against it, computes prices.
 
     python -m launch.slo record runs/a runs/b runs/c --out=a40x8.json
+    python -m launch.slo record runs/a --provisional --out=first.json
     python -m launch.slo check runs/today --against=a40x8.json
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml
     python -m launch.slo price --against=a40x8.json --prices=docs/prices.toml \\
         --tokens=2.5e9 --deadline=7d --availability=0.95
 
 `record` derives each figure's bound from the spread between the runs, or with fewer than three
-runs from the spread between blocks of steps. `check` exits with 0 if all figures are within their
+runs from the spread between blocks of steps, which misses differences between runs; for one run it
+needs --provisional, and each check says so. Every figure has a floor, a tolerance of 1 to 5 % that
+runs of equal speed cannot narrow. `check` exits with 0 if all figures are within their
 bounds, with 1 if one is not, and with 2 if the run is not comparable with the baseline because the
 config, the chip, the number of hosts or the versions differ.
 """
@@ -32,6 +35,7 @@ from launch.report.baseline import (
     record,
     refusals,
 )
+from launch.report.power import describe_power
 from launch.report.price import price, read_prices, read_span
 from launch.report.run_folder import RunFolder, read_run
 from launch.terminal import show, warn
@@ -73,7 +77,8 @@ def show_record(baseline: dict, path: Path) -> str:
             note = entry["how"] + loose
         lines.append(f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>10}  {note}")
     words = f"{baseline['confidence']:.0%} prediction bound for one more run, by Student's t"
-    return "\n".join([*lines, f"tolerance: {words} on logarithms", f"baseline {path}"])
+    lines += [f"tolerance: {words} on logarithms", *describe_power(baseline["power"])]
+    return "\n".join([*lines, f"baseline {path}"])
 
 
 def _bound(figure: Figure, bound: float) -> str:
@@ -102,6 +107,8 @@ def show_check(rows: list[dict], run: RunFolder, baseline: dict, path: str) -> s
         lines.append(
             f"{figure.words:20} {cells[0]:>14} {cells[1]:>16} {cells[2]:>14} {cells[3]:>9}{words}"
         )
+    if baseline.get("provisional"):
+        lines.append("provisional: recorded from one run, so a breach may be the usual difference")
     broken = [FIGURES[row["figure"]].words for row in rows if row["state"] == "BREACH"]
     lines.append(f"BREACH: {', '.join(broken)}" if broken else "all bounds are met")
     return "\n".join(lines)
@@ -125,6 +132,11 @@ def show_price(found: dict) -> str:
 
 def do_record(args: argparse.Namespace) -> int:
     """Writes a baseline; returns the exit status."""
+    if len(args.runs) == 1 and not args.provisional:
+        raise ValueError(
+            "a baseline of one run knows nothing of the differences between runs: of runs that "
+            "differ by 5 %, a third would breach it. Give three RUNs or more, or --provisional."
+        )
     baseline = record([read_run(path) for path in args.runs], args.confidence)
     try:
         write_text(args.out, json.dumps(baseline, indent=1) + "\n")
@@ -172,6 +184,9 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     recording.add_argument("runs", nargs="+", metavar="RUN", help="run directories of repetitions")
     recording.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where to write the baseline (JSON)"
+    )
+    recording.add_argument(
+        "--provisional", action="store_true", help="accept a baseline of a single run"
     )
     recording.add_argument(
         "--confidence",

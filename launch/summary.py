@@ -6,7 +6,8 @@
     python -m launch.summary 1125-142201-9f3c --follow     # a job of launch.run, over SSH
 
 The page is one file without scripts or external resources, and is readable on a phone. A job's run
-directory is the --config.workdir of its flags; its files are copied into the job's local folder.
+directory is the one that the trainer named at its start; its files are copied into the job's local
+folder.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
         "--workdir",
         default="",
         metavar="DIR",
-        help="the run directory of a JOB, if its flags do not name it",
+        help="the run directory of a JOB of another program than the trainer",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON, one line for each run"

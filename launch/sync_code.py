@@ -60,7 +60,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     """
     code_name = {"hash": code.hash, "by": os.urandom(4).hex()}
     request = code_name | {"op": "land", "files": code.files}
-    answers = client.map(lambda host: client.call(host, request))
+    answers: dict[Host, Any] = client.map(lambda host: client.call(host, request))
     raise_errors(answers)
     missing = [host for host, answer in answers.items() if answer["missing"]]
     if missing:

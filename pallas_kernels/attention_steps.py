@@ -25,6 +25,13 @@ class Steps(NamedTuple):
         after = step >= self.masked
         return after if isinstance(self.clear, int) else (step < self.clear) | after
 
+    def rounded(self, group: int, blocks: int) -> "Steps":
+        """Returns the steps of all groups of `group` blocks, of `blocks` in all, with a step."""
+        before = lax.rem(self.first, group)
+        end = _ceil_div(self.first + self.count, group) * group
+        count = jnp.minimum(end, blocks) - self.first + before
+        return Steps(self.first - before, count, self.clear + before, self.masked + before)
+
 
 def _ceil_div(x, y):
     return lax.div(x + y - 1, y)
@@ -41,6 +48,27 @@ def key_steps(start: Any, tiles: MosaicAttentionTiles, T: int, S: int, window: i
     # The first keys that the last query does not see.
     hidden = jnp.maximum(jnp.minimum(start + tiles.queries, T) + S - T - window, 0)
     return Steps(first, end - first, _ceil_div(hidden, tiles.keys) - first, diagonal - first)
+
+
+def own_steps(
+    steps: Steps,
+    start: Any,
+    queries: int,
+    tiles: MosaicAttentionTiles,
+    T: int,
+    S: int,
+    window: int | None,
+) -> Steps:
+    """Returns the part of a block's key_steps that the first to the last of some queries needs.
+
+    Args:
+        steps: those of the block of queries; step 0 stays the first.
+        start, queries: the first of them and their number. If all are padding, one step is left.
+    """
+    own = key_steps(start, tiles._replace(queries=queries), T, S, window)
+    before = own.first - steps.first
+    count = jnp.where(start < T, before + own.count, 1)
+    return Steps(steps.first, count, own.clear + before, own.masked + before)
 
 
 def query_steps(
@@ -60,3 +88,26 @@ def query_steps(
     return Steps(
         first, count, clear, jnp.minimum(masked, lax.div(last_whole, tiles.queries) - first)
     )
+
+
+class QueryBlock(NamedTuple):
+    """The position of a program's block of queries, in traced numbers."""
+
+    group: Any  # the index of this warp group
+    head: Any
+    key_head: Any
+    batch: Any
+    start: Any  # its first query
+    steps: Steps  # the blocks of keys that it sees
+
+
+def find_query_block(
+    T: int, S: int, tiles: MosaicAttentionTiles, ratio: int, window: int | None
+) -> QueryBlock:
+    """Returns the block of this program; `ratio` query heads share a key head."""
+    group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
+    # The longest blocks first, so that no long one starts last.
+    block = lax.axis_size("block") - 1 - lax.axis_index("block")
+    start = block * tiles.queries
+    steps = key_steps(start, tiles, T, S, window)
+    return QueryBlock(group, head, lax.div(head, ratio), batch, start, steps)

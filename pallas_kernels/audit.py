@@ -47,6 +47,7 @@ import jax
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
 from pallas_kernels.audit_cases import CASES, Case
+from pallas_kernels.audit_peers import survey_peers
 from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write_entries
 from pallas_kernels.chip import CHIPS, Chip
 from pallas_kernels.offline import KernelReport, check_chips, compile_for
@@ -58,7 +59,9 @@ from pallas_kernels.tiles import (
     AttentionTiles,
     OpTiles,
     body_of,
+    describe_tiles,
     kernel_tiles,
+    replace_tiles,
 )
 
 AUDITED = tuple(name for name, chip in CHIPS.items() if chip.arch in TILES)
@@ -136,9 +139,8 @@ def sweep(chip: Chip, show: Callable[[str], None] = print) -> None:
             tiles = kernel_tiles(op_tiles, case.kernel)
             if not find_faults(case._replace(floor=1), report, chip, body_of(tiles)):
                 good += 1
-                sizes = "x".join(str(size) for size in tiles if size != body_of(tiles))
                 entry = Entry(chip, case, body_of(tiles), report, tiles)
-                show(f"{entry.format_row()}  {sizes}")
+                show(f"{entry.format_row()}  {describe_tiles(tiles)}")
         show(f"{case.name}: {good} of {len(tried)} tiles compile without faults")
 
 
@@ -150,6 +152,8 @@ def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case,
         for tiles in default_bodies(case.op, chip.arch):
             body = body_of(kernel_tiles(tiles, case.kernel)) if case.kernel else "triton"
             if case.only_body in ("", body):
+                if case.tiles:
+                    tiles = replace_tiles(tiles, case.kernel, case.tiles)
                 tiles_of_body.setdefault(body, tiles)
         entries += [(case, tiles, body) for body, tiles in tiles_of_body.items()]
     return entries
@@ -202,6 +206,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, help="also write all figures, and the faults, to this JSON file"
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also show the inner loops of tokamax's attention, where tokamax is installed",
+    )
     entries, faults = [], []
 
     def check(chip, args):
@@ -210,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
         faults.extend(more_faults)
         if args.sweep:
             sweep(chip)
+        if args.peers:
+            survey_peers(chip)
         if args.json:
             write_entries(args.json, entries, faults)
         return more_faults

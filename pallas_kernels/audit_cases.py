@@ -1,6 +1,7 @@
 """The kernels and shapes that pallas_kernels.audit compiles, and the requirements for each."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.call_flops import ATTENTION_WORK, visible_pairs
+from pallas_kernels.call_flops import ATTENTION_WORK, STORED_WORK, visible_pairs
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.head_scores import head_scores
 from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
+from pallas_kernels.tiles import MosaicAttentionTiles
 
 
 class Case(NamedTuple):
@@ -31,6 +33,7 @@ class Case(NamedTuple):
     why_only: str = ""
     build_all: Callable | None = None  # like build, but of all kernels of the op at this shape
     sizes: tuple[int, ...] = ()  # B, T, H, G, K of attention; N, D, V of head; X, M, N of square
+    tiles: Any = None  # the kernel's, in place of its body's default
     window: int | None = None  # how many keys a query of attention sees; None: all
     budget: float = 0.0  # the most arithmetic instructions a score in the leanest loop; 0: any
 
@@ -152,11 +155,31 @@ def _attention_case(kernel, B, T, H, G, K, documents=True, window=None):
     return case._replace(build_all=build_all, sizes=sizes[:5], window=window, budget=budget, **only)
 
 
+def _stored_case(B, T, H, G, K):
+    """Returns the case of attention's kernel of dq that reads the scores' gradients."""
+
+    def build(blocks):
+        from pallas_kernels import flash_attention_mosaic_stored as stored  # not every JAX has it
+
+        q, k, ds = _array(B, T, H, K), _array(B, T, G, K), _array(B, H, T, T)
+        dq = lambda ds, q, k: stored.dq_from_stored(ds, q, k, blocks.dq, False, None)
+        return dq, (ds, q, k)
+
+    flops = STORED_WORK * 4 * B * H * K * visible_pairs(T, T)
+    hbm_bytes = 2 * B * (H * visible_pairs(T, T) + T * K * (H + G))
+    shape = f"{B}x{T}x{H}:{G}x{K} bf16"
+    case = Case("flash_attention_dq_stored", shape, build, hbm_bytes, flops, 1, True, "attention")
+    tiles, why = MosaicAttentionTiles(256, 64, 3, variant="stored"), "which stores the gradients"
+    only = {"kernel": "dq", "only_body": "mosaic", "why_only": why, "tiles": tiles}
+    return case._replace(sizes=(B, T, H, G, K), **only)
+
+
 CASES = [
     *(_attention_case(name, 4, 2_048, 16, 4, 128) for name in ATTENTION_WORK),
     *(_attention_case(name, 4, 2_048, 16, 4, 128, documents=False) for name in ATTENTION_WORK),
     *(_attention_case(name, 8, 1_024, 12, 12, 64) for name in ATTENTION_WORK),
     *(_attention_case(name, 4, 2_048, 16, 4, 128, window=512) for name in ATTENTION_WORK),
+    _stored_case(4, 2_048, 16, 4, 128),
     *(_norm_case(False, 8_192, D, floor) for D, floor in ((768, 10), (2_048, 5), (8_192, 1))),
     *(_norm_case(True, 8_192, D, floor) for D, floor in ((768, 8), (2_048, 3), (8_192, 1))),
     _qk_rope_case(4, 2_048, 16, 128, floor=8),
@@ -168,3 +191,23 @@ CASES = [
     _symmetric_case(12, 768, 3_072, floor=2),
     _symmetric_case(26, 2_048, 2_048, floor=1, adds=True),
 ]
+
+
+_CONTEST = re.compile(r"(attention|square)(, documents)? (forward|both ways|and quintic) (\S+)")
+
+
+def contest_cases(name: str) -> list[Case] | None:
+    """Returns the kernels of a contest of bench; None where other products take part in it.
+
+    Args:
+        name: such as "attention both ways 4x2048x16:4x128".
+    """
+    if not (match := _CONTEST.fullmatch(name)):
+        return None
+    op, documents, direction, shape = match.groups()
+    sizes = [int(size) for size in re.findall(r"\d+", shape)]
+    if op == "attention":
+        kernels = ("forward",) if direction == "forward" else tuple(ATTENTION_WORK)
+        return [_attention_case(kernel, *sizes, documents=bool(documents)) for kernel in kernels]
+    X, M, N = sizes
+    return [_symmetric_case(X, M, N, 1), _symmetric_case(X, M, M, 1, adds=True)]

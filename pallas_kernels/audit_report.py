@@ -31,7 +31,7 @@ def arithmetic_a_score(
     return [(loop.arithmetic - rescaled) / scores for loop in report.resources.loops]
 
 
-def _format_loop(bound: LoopBound) -> str:
+def format_loop(bound: LoopBound) -> str:
     cycles = ", ".join(f"{cycles:.0f} {unit}" for unit, cycles in bound.cycles._asdict().items())
     return (
         f"  loop of {bound.loop} instructions\n    cycles: {cycles}; "
@@ -73,7 +73,7 @@ class Entry:
 
     def format(self) -> str:
         """Returns the kernel's row, and two lines for each of its innermost loops."""
-        loops = [_format_loop(loop) for loop in self.bounds.loops] if self.bounds else []
+        loops = [format_loop(loop) for loop in self.bounds.loops] if self.bounds else []
         if self.case.op == "attention" and self.body != "mosaic":
             figures = arithmetic_a_score(self.case, self.report, self.tiles)
             loops = [f"{loop}; {x:.2f} a score" for loop, x in zip(loops, figures, strict=True)]

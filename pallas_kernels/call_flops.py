@@ -17,6 +17,7 @@ Sizes = tuple[int, ...]
 
 WINDOW_SCOPE = "attention_window_{}"  # the name of a scope (jax.named_scope) around the kernels
 ATTENTION_WORK = {"forward": 1.0, "dkv": 2.0, "dq": 1.5}  # relative to the forward's two products
+STORED_WORK = 0.5  # the same of dq from stored gradients of the scores
 
 
 def visible_pairs(T: int, S: int, window: int | None = None) -> int:
@@ -38,6 +39,11 @@ def _attention(work):
     return flops
 
 
+def _attention_stored(ds_BHST, k_BSGK, *_, window=None):
+    (B, H, _, T), (S, _, K) = ds_BHST, k_BSGK[1:]  # T is padded, unless it is S
+    return STORED_WORK * 4 * B * H * K * visible_pairs(T, S, window)
+
+
 def _head_scores(h_ND, w_VD, *_):
     return 2 * math.prod(h_ND) * w_VD[0]
 
@@ -50,6 +56,7 @@ def _symmetric(x_XMN, *_):
 # A kernel's name -> its FLOPs, given its operands' sizes
 KERNELS: dict[str, Callable[..., float]] = {
     **{f"flash_attention_{name}": _attention(work) for name, work in ATTENTION_WORK.items()},
+    "flash_attention_dq_stored": _attention_stored,
     "head_scores": _head_scores,
     "symmetric": _symmetric,
     "symmetric_sum": _symmetric,

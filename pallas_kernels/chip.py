@@ -41,6 +41,11 @@ class Chip:
         return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
 
     @property
+    def capability(self) -> int:
+        """The compute capability times 10."""
+        return 10 * self.compute_capability[0] + self.compute_capability[1]
+
+    @property
     def tensor_clock_ghz(self) -> float:
         """The clock of the tensor cores' peak: Hopper boosts less while they run."""
         return self.tensor_ghz or self.clock_ghz

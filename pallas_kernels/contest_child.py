@@ -25,7 +25,7 @@ from pallas_kernels.contests import TINY, Sizes, build_contests
 from pallas_kernels.correctness import SEEDS, compare, exact_results
 from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.search_space import default_bodies, shortlist
-from pallas_kernels.tiles import OpTiles, body_of, replace_tiles
+from pallas_kernels.tiles import OpTiles, body_of, describe_tiles, replace_tiles
 from pallas_kernels.timing import first_line, measure_ceilings, time_calls
 from pallas_kernels.torch_contests import measure_torch
 
@@ -148,7 +148,7 @@ def tune(run: ContestRun, arch: str, best: dict[str, Any], until: float) -> OpTi
     """
     candidates = {}
     for kernel, tiles in shortlist(run.contest.op, arch):
-        name = f"{kernel} {body_of(tiles)} {'x'.join(str(x) for x in tiles if x != body_of(tiles))}"
+        name = f"{kernel} {body_of(tiles)} {describe_tiles(tiles)}"
         candidates[name] = kernel, tiles, replace_tiles(best["tiles"], kernel, tiles)
     functions = {
         name: run.contest.kernel(all_tiles) for name, (*_, all_tiles) in candidates.items()

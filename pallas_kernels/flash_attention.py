@@ -190,8 +190,13 @@ def _backward(blocks, interpret, window, residuals, do):
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
     with _scope(window):
-        dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
-        dq = _gradients("dq", arguments, blocks.dq, interpret, window)
+        if getattr(blocks.dq, "variant", "") == "stored":
+            from pallas_kernels import flash_attention_mosaic_stored as stored
+
+            dq, dk, dv = stored.gradients(arguments, blocks, interpret, window)
+        else:
+            dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
+            dq = _gradients("dq", arguments, blocks.dq, interpret, window)
     return dq, dk, dv, None, None
 
 

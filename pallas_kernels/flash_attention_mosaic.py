@@ -1,8 +1,12 @@
-"""The forward body of flash_attention for Hopper: two warp groups take turns at the tensor core.
+"""The forward body of flash_attention for Hopper: warp groups take turns at the tensor core.
 
-A program computes one block of queries, half of it in each multiplying warp group. The copying warp
-group loads blocks of keys and values. While one group computes the softmax of a block, the other
+A program computes one block of queries, a part of it in each multiplying warp group. The copying
+warp group loads blocks of keys and values. While one group computes the softmax of a block, another
 issues its products: the scores of one block together with p v of the block before it.
+
+The variant "folded" (tiles.py) keeps the maximum in units of scores, so that the scale and the
+subtraction of the maximum are one FMA: an instruction less for each score. A group visits only the
+blocks of keys that its own queries see, so that tiles of more queries compute no more scores.
 
 Source: the alternation ("ping-pong") is FlashAttention-3's, Shah et al. 2024,
 https://arxiv.org/abs/2407.08608
@@ -11,7 +15,6 @@ https://arxiv.org/abs/2407.08608
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import attention_steps, mosaic
+from pallas_kernels.attention_mask import exponent_scale
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE, LOWEST, MASKED
 from pallas_kernels.tiles import MOSAIC_HEADS, MosaicAttentionTiles
@@ -35,31 +39,8 @@ def check_heads(K: int) -> None:
         )
 
 
-class QueryBlock(NamedTuple):
-    """The position of a program's block of queries, in traced numbers."""
-
-    group: Any  # the index of this warp group
-    head: Any
-    key_head: Any
-    batch: Any
-    start: Any  # its first query
-    steps: attention_steps.Steps  # the blocks of keys that it sees
-
-
-def find_query_block(
-    T: int, S: int, tiles: MosaicAttentionTiles, ratio: int, window: int | None
-) -> QueryBlock:
-    """Returns the block of this program; `ratio` query heads share a key head."""
-    group, head, batch = (lax.axis_index(name) for name in ("group", "head", "batch"))
-    # The longest blocks first, so that no long one starts last.
-    block = lax.axis_size("block") - 1 - lax.axis_index("block")
-    start = block * tiles.queries
-    steps = attention_steps.key_steps(start, tiles, T, S, window)
-    return QueryBlock(group, head, lax.div(head, ratio), batch, start, steps)
-
-
 def _copy(k_ref, v_ref, steps, tiles, k_smem, v_smem, k_full, v_full, k_free, v_free):
-    plgpu.set_max_registers(mosaic.COPYING_REGISTERS, action="decrease")
+    plgpu.set_max_registers(mosaic.REGISTERS[tiles.groups][0], action="decrease")
     rows = lambda j: pl.ds((steps.first + j) * tiles.keys, tiles.keys)
     keys, values = lambda j: [(k_ref.at[rows(j)], k_smem)], lambda j: [(v_ref.at[rows(j)], v_smem)]
     streams = (keys, k_full, k_free), (values, v_full, v_free)
@@ -94,12 +75,19 @@ class _Mask:
         return s
 
 
-def _softmax(s, acc, m_Q, l_Q, dtype):
-    """Adds one block of scores to the online softmax (see flash_attention.py), in units of log2."""
+def _softmax(s, acc, m_Q, l_Q, dtype, scale):
+    """Adds one block of scores to the online softmax (see flash_attention.py).
+
+    Args:
+        scale: makes scores, and their maximum m, exponents of exp2; None if they are already.
+    """
     widen = lambda x, shape: lax.broadcast_in_dim(x, shape, [0])
     m_new_Q = jnp.maximum(m_Q, s.max(1))
-    p = jnp.exp2(s - widen(m_new_Q, s.shape))
-    rescale_Q = jnp.exp2(m_Q - m_new_Q)
+    if scale is None:
+        p, rescale_Q = jnp.exp2(s - widen(m_new_Q, s.shape)), jnp.exp2(m_Q - m_new_Q)
+    else:  # the compiler contracts a product and a sum that have no other use
+        p = jnp.exp2(s * scale - widen(m_new_Q * scale, s.shape))
+        rescale_Q = jnp.exp2((m_Q - m_new_Q) * scale)
     return acc * widen(rescale_Q, acc.shape), m_new_Q, l_Q * rescale_Q + p.sum(1), p.astype(dtype)
 
 
@@ -108,17 +96,20 @@ def _kernel(
 ):
     *docs, o_ref, lse_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
-    half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
+    part = tiles.queries // tiles.groups
+    group, head, key_head, batch, start, steps = attention_steps.find_query_block(
+        T, S, tiles, ratio, window
+    )
 
-    @pl.when(group == mosaic.CONSUMERS)
+    @pl.when(group == tiles.groups)
     def _copy_keys_and_values():
         _copy(k_ref.at[batch, :, key_head], v_ref.at[batch, :, key_head], steps, tiles, **pipeline)
 
-    @pl.when(group < mosaic.CONSUMERS)
+    @pl.when(group < tiles.groups)
     def _attend_and_write():
-        plgpu.set_max_registers(mosaic.MULTIPLYING_REGISTERS, action="increase")
-        rows = pl.ds(start + group * half, half)
+        plgpu.set_max_registers(mosaic.REGISTERS[tiles.groups][1], action="increase")
+        first_row = start + group * part
+        rows = pl.ds(first_row, part)
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem.at[group], q_full.at[group])
         pair = None
         if docs:
@@ -128,18 +119,23 @@ def _kernel(
             keys = lambda j: pl.ds((steps.first + j) * tiles.keys, tiles.keys)
             load_key_docs = lambda j: load(docs[1], keys(j), 0)
             pair = load(docs[0], rows, 1), load_key_docs
-        last = start + group * half + (S - T) - steps.first * tiles.keys
-        mask = _Mask((half, tiles.keys), last, pair, window)
+        last = first_row + (S - T) - steps.first * tiles.keys
+        mask = _Mask((part, tiles.keys), last, pair, window)
+        own = steps
+        if tiles.variant == "folded":
+            own = attention_steps.own_steps(steps, first_row, part, tiles, T, S, window)
         plgpu.barrier_wait(q_full.at[group])
         q = q_smem.at[group]
         staging = None if p_smem is None else p_smem.at[group]
-        acc, m_Q, l_Q = _attend(q, steps, mask, tiles, group, turn, staging, **pipeline)
+        acc, m_Q, l_Q = _attend(q, own, steps.count, mask, tiles, group, turn, staging, **pipeline)
         empty = l_Q == 0  # queries that see no key
         l_Q = jnp.where(empty, 1.0, l_Q)
         # The output is written through the queries' shared memory, which is no longer needed.
         q[...] = (acc / lax.broadcast_in_dim(l_Q, acc.shape, [0])).astype(o_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, o_ref.at[batch, rows, head])
+        if tiles.variant == "folded":
+            m_Q *= exponent_scale(q.shape[1])
         lse = m_Q + jnp.log(l_Q) * math.log2(math.e)
         lse_ref[batch, head, rows] = jnp.where(empty, EMPTY_ROW_LSE, lse)
         plgpu.wait_smem_to_gmem(0)
@@ -156,21 +152,25 @@ def _loops(steps, mask):
     return [(1, clear, True), (clear, masked, False), (masked, steps.count, True)]
 
 
-def _attend(q, steps, mask, tiles, group, turn, p_smem, **pipeline):
-    """Returns (sum of p v, m, l) of a group's queries over all steps.
+def _attend(q, steps, all_steps, mask, tiles, group, turn, p_smem, **pipeline):
+    """Returns (sum of p v, m, l) of a group's queries over its steps, in units of _softmax.
 
     The barrier `turn` has one slot for each group. A group waits for its own slot before it issues
-    products, and then arrives at the other group's slot, so that the two alternate.
+    products, and then arrives at the next group's slot, so that they take turns.
+
+    Args:
+        all_steps: how many steps the program has, if the group must skip the last ones.
     """
     k_smem, v_smem, k_full, v_full, k_free, v_free = (pipeline[name] for name in PIPELINE)
-    half, K = q.shape
-    scale = math.log2(math.e) * K**-0.5
+    part, K = q.shape
+    folded, scale = tiles.variant == "folded", exponent_scale(K)
+    next_group = lax.rem(group + 1, tiles.groups)
     slot_of = lambda j: lax.rem(j, tiles.stages)
     zeros = lambda width: plgpu.layout_cast(
-        jnp.zeros((half, width), jnp.float32), plgpu.Layout.WGMMA
+        jnp.zeros((part, width), jnp.float32), plgpu.Layout.WGMMA
     )
     row = lambda x: plgpu.layout_cast(
-        jnp.full((half,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+        jnp.full((part,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
     )
 
     def scores(j, last=None):
@@ -185,33 +185,51 @@ def _attend(q, steps, mask, tiles, group, turn, p_smem, **pipeline):
             plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
             if last:
                 mosaic.multiply_registers(acc_ref, last[1], v_smem.at[last_slot], p_smem)
-            plgpu.barrier_arrive(turn.at[1 - group])
+            plgpu.barrier_arrive(turn.at[next_group])
 
         start = [zeros(tiles.keys)] + ([last[0]] if last else [])
         s, *acc = mosaic.accumulate(products, start, p_smem is not None)
         plgpu.barrier_arrive(k_free.at[slot])
         if last:
             plgpu.barrier_arrive(v_free.at[last_slot])
-        return s * scale, *acc
+        return s if folded else s * scale, *acc
+
+    def add_softmax(s, acc, m_Q, l_Q):
+        return _softmax(s, acc, m_Q, l_Q, q.dtype, scale if folded else None)
 
     def step(j, carry, masked):
         acc, m_Q, l_Q, p = carry
         s, acc = scores(j, (acc, p))
-        return _softmax(mask.apply(s, j) if masked else s, acc, m_Q, l_Q, q.dtype)
+        return add_softmax(mask.apply(s, j) if masked else s, acc, m_Q, l_Q)
 
-    pl.when(group == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))  # group 0 begins
+    def skip_step(j):
+        slot = slot_of(j)
+        plgpu.barrier_wait(k_full.at[slot])
+        plgpu.barrier_wait(turn.at[group])
+        plgpu.barrier_arrive(turn.at[next_group])
+        plgpu.barrier_arrive(k_free.at[slot])
+        plgpu.barrier_wait(v_full.at[slot])
+        plgpu.barrier_arrive(v_free.at[slot])
+
+    first_turn = lambda: plgpu.barrier_arrive(turn.at[0])  # group 0 begins
+    pl.when(group == tiles.groups - 1)(first_turn)
     (s,) = scores(0)
-    carry = _softmax(mask.apply(s, 0), zeros(K), row(LOWEST), row(0.0), q.dtype)
+    carry = add_softmax(mask.apply(s, 0), zeros(K), row(LOWEST), row(0.0))
     for first, end, masked in _loops(steps, mask):
         carry = lax.fori_loop(first, end, functools.partial(step, masked=masked), carry)
     acc, m_Q, l_Q, p = carry
-    # When a program ends, every arrival must have been waited for; this is group 1's last one.
-    pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+    # When a program ends, every arrival must have been waited for; this is the last group's.
+    last_turn = lambda: plgpu.barrier_wait(turn.at[0])
+    if not folded:
+        pl.when(group == 0)(last_turn)
     slot = slot_of(steps.count - 1)
     plgpu.barrier_wait(v_full.at[slot])
     values = lambda acc_ref: mosaic.multiply_registers(acc_ref, p, v_smem.at[slot], p_smem)
     (acc,) = mosaic.accumulate(values, [acc], p_smem is not None)
     plgpu.barrier_arrive(v_free.at[slot])
+    if folded:
+        pl.loop(steps.count, all_steps)(skip_step)
+        pl.when(group == 0)(last_turn)
     return acc, m_Q, l_Q
 
 
@@ -228,7 +246,7 @@ def forward(
 
     Args:
         docs: (docs_BT, docs_BS) or ().
-        tiles: queries must be a multiple of 128, keys of 64.
+        tiles: queries must be a multiple of 64 for each group, keys of 64.
 
     Raises:
         ValueError: mosaic.check refuses the arrays, or K is not in MOSAIC_HEADS.
@@ -241,23 +259,24 @@ def forward(
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q_BTHK.dtype)
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages)
-    half = tiles.queries // mosaic.CONSUMERS
+    groups, part = tiles.groups, tiles.queries // tiles.groups
     scratch = {
-        "q_smem": memory((mosaic.CONSUMERS, half, K)),
-        "q_full": plgpu.Barrier(num_barriers=mosaic.CONSUMERS),
-        "turn": plgpu.Barrier(num_barriers=mosaic.CONSUMERS),
+        "q_smem": memory((groups, part, K)),
+        "q_full": plgpu.Barrier(num_barriers=groups),
+        "turn": plgpu.Barrier(num_barriers=groups),
     }
     scratch |= {f"{name}_smem": memory((tiles.stages, tiles.keys, K)) for name in "kv"}
     scratch |= {f"{name}_full": barriers(1) for name in "kv"}
-    scratch |= {f"{name}_free": barriers(mosaic.CONSUMERS) for name in "kv"}
+    scratch |= {f"{name}_free": barriers(groups) for name in "kv"}
     if interpret:  # see mosaic.multiply_registers
-        scratch["p_smem"] = memory((mosaic.CONSUMERS, half, tiles.keys))
+        scratch["p_smem"] = memory((groups, part, tiles.keys))
     o, lse = mosaic.call(
         functools.partial(_kernel, tiles=tiles, ratio=H // G, window=window),
         name="flash_attention_forward",
         grid={"head": H, "block": blocks, "batch": B},
         out_shape=[jax.ShapeDtypeStruct(q_BTHK.shape, q_BTHK.dtype), padded],
         scratch=scratch,
+        consumers=groups,
         approximate=True,
         interpret=interpret,
     )(q_BTHK, k_BSGK, v_BSGK, *docs)

@@ -15,6 +15,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import attention_steps, mosaic
-from pallas_kernels.flash_attention_mosaic import check_heads, find_query_block
+from pallas_kernels.flash_attention_mosaic import check_heads
+from pallas_kernels.flash_attention_mosaic_sums import (
+    mask_if,
+    masked,
+    positions,
+    read_resident,
+    sum_blocks,
+)
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.tile_order import EMPTY_ROW_LSE
 from pallas_kernels.tiles import MosaicAttentionTiles
@@ -32,126 +40,61 @@ from pallas_kernels.tiles import MosaicAttentionTiles
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 24, 240  # 24 + 2 * 240 <= 3 * 168
 
 
-def _positions(shape, dim, first):
-    return first + plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA)
-
-
-def _masked(factors, key, last, window, docs):
-    """Returns the factors with 0 where a query does not see a key.
-
-    Args:
-        key: the position of each pair's key.
-        last: the last key that each pair's query may see.
-        docs: (documents of the rows, documents of the columns) or ().
-    """
-    visible = key <= last
-    if window is not None:
-        visible &= key > last - window
-    if docs:
-        rows, columns = (lax.broadcast_in_dim(x, visible.shape, [d]) for d, x in enumerate(docs))
-        visible &= rows == columns
-    return [jnp.where(visible, x, 0.0) for x in factors]
-
-
-def _mask_if(needs_mask, mask):
-    """Returns a function that masks only the steps where needs_mask(step).
-
-    Two loops, one for each kind of step, would double the code, and spilled at K=128 (audit,
-    ptxas 12.9.86).
-    """
-    return lambda factors, step, slot: lax.cond(
-        needs_mask(step), lambda *x: mask(x, step, slot), lambda *x: list(x), *factors
-    )
-
-
-def _add_block(
-    resident, vectors, mask, dim, tiles, staging, step, sums, *, x_smem, y_smem, full, free
+def _dkv_kernel(
+    sizes,
+    *refs,
+    resident_smem,
+    resident_full,
+    vectors,
+    stored_queries=0,
+    ds_smem: Any = None,
+    staging_smem=None,
+    **pipeline,
 ):
-    """Adds one block to the sums: ds x to the first and, if there is a second, p y to it.
-
-    Args:
-        resident: this group's rows of (k, v) or (q, do), in shared memory.
-        vectors: slot -> (minus the log-sum-exp, in units of unscaled scores, minus delta). The
-            accumulators of the products start from them, which takes fewer registers than
-            subtracting them afterwards.
-        dim: the dimension of the scores that these vectors run along.
-        mask: ([ds, p] or [ds], step, slot) -> the same with 0 where a key is not visible. Masking
-            them, not the scores, keeps what is not finite from masked positions.
-    """
-    slot, shape = lax.rem(step, tiles.stages), (resident.shape[1], x_smem.shape[1])
-    scale = math.log2(math.e) * resident.shape[2] ** -0.5
-    plgpu.barrier_wait(full.at[slot])
-
-    def products(s_ref, dp_ref):
-        plgpu.wgmma(s_ref, resident.at[0], x_smem.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dp_ref, resident.at[1], y_smem.at[slot].transpose((1, 0)))
-
-    start = [lax.broadcast_in_dim(x, shape, [dim]) for x in vectors(slot)]
-    s, dp = mosaic.accumulate(products, start, staging is not None)
-    p = jnp.exp2(s * scale)
-    # Masked after rounding, they spilled at K=128 (audit, ptxas 12.9.86).
-    factors = mask([p * dp, p][: len(sums)], step, slot)
-    factors = [x.astype(resident.dtype) for x in factors]
-
-    def add_products(*refs):
-        for n, (ref, smem) in enumerate(zip(refs, (x_smem, y_smem), strict=False)):
-            buffer = None if staging is None else staging.at[n]
-            mosaic.multiply_registers(ref, factors[n], smem.at[slot], buffer)
-
-    sums = mosaic.accumulate(add_products, sums, staging is not None)
-    plgpu.barrier_arrive(free.at[slot])
-    return tuple(sums)
-
-
-def _read_resident(resident, resident_full, parts):
-    for n, part in enumerate(parts):
-        plgpu.copy_gmem_to_smem(part, resident.at[n], resident_full)
-    plgpu.barrier_wait(resident_full)
-
-
-def _sum_blocks(resident, steps, outputs, *args, **pipeline):
-    """Adds all blocks to sums of zero and writes each sum to its output, a part of an array.
-
-    The first, dk or dq, gets the scores' factor 1/sqrt(K). The sums are written through the shared
-    memory of the resident rows. The other arguments are _add_block's.
-    """
-    zero = jnp.zeros(resident.shape[1:], jnp.float32)
-    zeros = tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in outputs)
-    add_block = functools.partial(_add_block, resident, *args, **pipeline)
-    first, *rest = lax.fori_loop(0, steps, add_block, zeros)
-    for n, x in enumerate((first * resident.shape[2] ** -0.5, *rest)):
-        resident.at[n][...] = x.astype(resident.dtype)
-    plgpu.commit_smem()
-    for n, part in enumerate(outputs):
-        plgpu.copy_smem_to_gmem(resident.at[n], part)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _dkv_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem=None, **pipeline):
     tiles, ratio, window = sizes
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *docs, dk_ref, dv_ref = refs
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, position_ref, *refs = refs
+    ds_ref: Any = refs.pop() if stored_queries else None
+    *docs, dk_ref, dv_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     group, key_head, block, batch = (
         lax.axis_index(name) for name in ("group", "head", "block", "batch")
     )
     start, half = block * tiles.keys, tiles.keys // mosaic.CONSUMERS
     steps = attention_steps.query_steps(start, tiles, T, S, window)
+    if stored_queries:  # dq reads whole groups of queries
+        steps = steps.rounded(stored_queries // tiles.queries, pl.cdiv(T, tiles.queries))
     first, count = steps.first, steps.count  # of each query head
 
-    def copies(step):
+    def locate(step):
+        """Returns (head, queries) of a step."""
         head = key_head * ratio + lax.div(step, count)
-        rows = pl.ds((first + lax.rem(step, count)) * tiles.queries, tiles.queries)
+        return head, pl.ds((first + lax.rem(step, count)) * tiles.queries, tiles.queries)
+
+    def copies(step):
+        head, rows = locate(step)
         yield q_ref.at[batch, rows, head], pipeline["x_smem"]
         yield do_ref.at[batch, rows, head], pipeline["y_smem"]
         sources = [lse_ref.at[batch, head, rows], delta_ref.at[batch, head, rows]]
         sources += [position_ref.at[rows], *(ref.at[batch, rows] for ref in docs[:1])]
         yield from zip(sources, vectors, strict=True)
 
+    def write_ds(step):
+        head, queries = locate(step)
+        for n in range(mosaic.CONSUMERS):
+            rows = pl.ds(start + n * half, half)
+            source = ds_smem.at[lax.rem(step, tiles.stages), n]
+            plgpu.copy_smem_to_gmem(source, ds_ref.at[batch, head, rows, queries])
+        # The copies that are issued next let the groups write to this slot again.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
     @pl.when(group == mosaic.CONSUMERS)
     def _copy():
         plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
-        stream = copies, pipeline["full"], pipeline["free"]
-        mosaic.copy_steps(ratio * count, tiles.stages, [stream])
+        streams = [(copies, pipeline["full"], pipeline["free"])]
+        if not stored_queries:
+            return mosaic.copy_steps(ratio * count, tiles.stages, streams)
+        mosaic.copy_steps(ratio * count, tiles.stages, streams, write_ds)
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group < mosaic.CONSUMERS)
     def _multiply():
@@ -160,22 +103,26 @@ def _dkv_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_sme
         rows, resident = pl.ds(first_row, half), resident_smem.at[group]
         key_docs = [mosaic.load_along_rows(ref.at[batch, rows]) for ref in docs[1:]]
         parts = [ref.at[batch, rows, key_head] for ref in (k_ref, v_ref)]
-        _read_resident(resident, resident_full.at[group], parts)
+        read_resident(resident, resident_full.at[group], parts)
         lse_and_delta = lambda slot: [mosaic.load_along_columns(x.at[slot]) for x in vectors[:2]]
         staging = None if staging_smem is None else staging_smem.at[group]
+
+        def store(slot, ds):
+            ds_smem[slot, group] = ds
+            plgpu.commit_smem()
 
         def mask(factors, step, slot):
             position, *query_docs = (mosaic.load_along_columns(x.at[slot]) for x in vectors[2:])
             shape = factors[0].shape
             position = lax.broadcast_in_dim(position, shape, [1])
-            key = _positions(shape, 0, first_row)
-            return _masked(factors, key, position, window, key_docs + query_docs)
+            key = positions(shape, 0, first_row)
+            return masked(factors, key, position, window, key_docs + query_docs)
 
         needs_mask = lambda step: steps.needs_mask(lax.rem(step, count))
-        add_mask = mask if docs else _mask_if(needs_mask, mask)
+        add_mask = mask if docs else mask_if(needs_mask, mask)
         outputs = [ref.at[batch, rows, key_head] for ref in (dk_ref, dv_ref)]
-        args = lse_and_delta, add_mask, 1, tiles, staging
-        _sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
+        args = lse_and_delta, add_mask, 1, tiles, staging, store if stored_queries else None
+        sum_blocks(resident, ratio * count, outputs, *args, **pipeline)
 
 
 def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem=None, **pipeline):
@@ -183,7 +130,9 @@ def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *docs, dq_ref = refs
     T, S = q_ref.shape[1], k_ref.shape[1]
     half = tiles.queries // mosaic.CONSUMERS
-    group, head, key_head, batch, start, steps = find_query_block(T, S, tiles, ratio, window)
+    group, head, key_head, batch, start, steps = attention_steps.find_query_block(
+        T, S, tiles, ratio, window
+    )
 
     def copies(j):
         rows = pl.ds((steps.first + j) * tiles.keys, tiles.keys)
@@ -206,23 +155,25 @@ def _dq_kernel(sizes, *refs, resident_smem, resident_full, vectors, staging_smem
             mosaic.load_along_rows(ref.at[batch, head, rows]) for ref in (lse_ref, delta_ref)
         )
         parts = [ref.at[batch, rows, head] for ref in (q_ref, do_ref)]
-        _read_resident(resident, resident_full.at[group], parts)
+        read_resident(resident, resident_full.at[group], parts)
         staging = None if staging_smem is None else staging_smem.at[group]
         last = first_row + (S - T) - steps.first * tiles.keys  # that the first query sees
 
         def mask(factors, step, slot):
             pair = [*query_docs, *(mosaic.load_along_columns(x.at[slot]) for x in vectors)]
             shape = factors[0].shape
-            key = _positions(shape, 1, step * tiles.keys)
-            return _masked(factors, key, _positions(shape, 0, last), window, pair)
+            key = positions(shape, 1, step * tiles.keys)
+            return masked(factors, key, positions(shape, 0, last), window, pair)
 
-        add_mask = mask if docs else _mask_if(steps.needs_mask, mask)
+        add_mask = mask if docs else mask_if(steps.needs_mask, mask)
         lse_and_delta = lambda slot: (lse, delta)
-        args = lse_and_delta, add_mask, 0, tiles, staging
-        _sum_blocks(resident, steps.count, [dq_ref.at[batch, rows, head]], *args, **pipeline)
+        args = lse_and_delta, add_mask, 0, tiles, staging, None
+        sum_blocks(resident, steps.count, [dq_ref.at[batch, rows, head]], *args, **pipeline)
 
 
-def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, interpret, window):
+def _call(
+    kernel, name, tiles, sizes, vectors, arguments, grid, shapes, interpret, window, scratch=None
+):
     """Runs one of the two kernels.
 
     Args:
@@ -246,7 +197,7 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
     positions = [jnp.where(rows < T, rows + S - T, -1)] if len(vectors) > 2 else []
     memory = functools.partial(mosaic.swizzled_shared_memory, dtype=q.dtype)
     groups, half = mosaic.CONSUMERS, resident // mosaic.CONSUMERS
-    scratch = {
+    scratch = (scratch or {}) | {
         "resident_smem": memory((groups, 2, half, K)),
         "x_smem": memory((tiles.stages, step, K)),
         "y_smem": memory((tiles.stages, step, K)),
@@ -255,13 +206,15 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
         "full": plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages),
     }
+    if tiles.variant == "turns":
+        scratch["turn"] = plgpu.Barrier(num_barriers=groups)
     if interpret:  # see mosaic.multiply_registers
         scratch["staging_smem"] = memory((groups, 2, half, step))
     return mosaic.call(
         functools.partial(kernel, (tiles, H // G, window)),
         name=f"flash_attention_{name}",
         grid=grid,
-        out_shape=out_shape,
+        out_shape=shapes,
         scratch=scratch,
         approximate=True,
         interpret=interpret,
@@ -269,22 +222,35 @@ def _call(kernel, name, tiles, sizes, vectors, arguments, grid, out_shape, inter
 
 
 def dkv(
-    arguments: Sequence[jax.Array], tiles: MosaicAttentionTiles, interpret: bool, window: int | None
+    arguments: Sequence[jax.Array],
+    tiles: MosaicAttentionTiles,
+    interpret: bool,
+    window: int | None,
+    stored_queries: int = 0,
 ) -> list[jax.Array]:
-    """Returns [dk_BSGK, dv_BSGK].
+    """Returns [dk_BSGK, dv_BSGK] and, for flash_attention_mosaic_stored, the scores' gradients.
 
     Args:
         arguments: q, k, v, do, log-sum-exp, delta, and the documents of queries and keys or none.
         tiles: keys must be a multiple of 128, queries of 64.
+        stored_queries: the queries of a group that reads the gradients, a multiple of the tiles'
+            queries; 0 stores none. They have no factor 1/sqrt(K), and are [B,H,S,T], padded to
+            whole tiles. Of blocks that no query of such a group sees, nothing is written.
     """
-    k, v = arguments[1:3]
-    (B, S, G, _), documents = k.shape, len(arguments) > 6
+    q, k, v = arguments[:3]
+    (B, S, G, _), (_, T, H, _), documents = k.shape, q.shape, len(arguments) > 6
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
     grid = {"head": G, "block": pl.cdiv(S, tiles.keys), "batch": B}
-    sizes = tiles.keys, tiles.queries
+    sizes, scratch = (tiles.keys, tiles.queries), {}
+    if stored_queries:
+        padded = pl.cdiv(S, tiles.keys) * tiles.keys, pl.cdiv(T, tiles.queries) * tiles.queries
+        shapes += [jax.ShapeDtypeStruct((B, H, *padded), q.dtype)]
+        block = tiles.stages, mosaic.CONSUMERS, tiles.keys // mosaic.CONSUMERS, tiles.queries
+        scratch["ds_smem"] = mosaic.swizzled_shared_memory(block, q.dtype)
     vectors = (jnp.float32,) * 2 + (jnp.int32,) * (1 + documents)
-    args = sizes, vectors, arguments, grid, shapes, interpret, window
-    return _call(_dkv_kernel, "dkv", tiles, *args)
+    kernel = functools.partial(_dkv_kernel, stored_queries=stored_queries)
+    args = sizes, vectors, arguments, grid, shapes, interpret, window, scratch
+    return _call(kernel, "dkv", tiles, *args)
 
 
 def dq(

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -93,12 +93,14 @@ class BodyChoice(NamedTuple):
 
 
 def _kernel_tiles_from_json(kinds, values):
-    """Returns tiles of the type whose body is the last value; without one they are Triton's."""
+    """Returns tiles of the type whose body is among the values; without one they are Triton's."""
     of_body = {kind._field_defaults.get("body"): kind for kind in kinds}
-    return of_body.get(values[-1], of_body[None])(*values)
+    body = next((value for value in values if value in of_body), None)
+    return of_body[body](*values)
 
 
-def _tiles_from_json(op, value):
+def tiles_from_json(op: str, value: Any) -> OpTiles | None:
+    """Returns the tiles of an op's kernels from their form in JSON, as the bench writes them."""
     if value is None:
         return None
     if op == "attention":
@@ -132,7 +134,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
                 raise ValueError("no list")
             for values in table:
                 row = BenchRow(**values)
-                tiles = _tiles_from_json(row.op, row.tiles)
+                tiles = tiles_from_json(row.op, row.tiles)
                 rows.append(row._replace(shape=tuple(row.shape), tiles=tiles))
                 _check_row(rows[-1])
         except (ValueError, TypeError, AttributeError, IndexError) as error:

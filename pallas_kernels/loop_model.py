@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from pallas_kernels.audit_cases import Case
-from pallas_kernels.call_flops import ATTENTION_WORK
+from pallas_kernels.call_flops import ATTENTION_WORK, STORED_WORK
 from pallas_kernels.chip import Chip
 from pallas_kernels.machine_code import UNITS_OF_NAMES, Loop
 from pallas_kernels.machine_rates import RATES, Rates
@@ -123,6 +123,8 @@ def tile_work(case: Case, tiles: Any, chip: Chip) -> Work:
         B, T, H, _, K = case.sizes
         q, s = tiles.queries, tiles.keys
         whole, cut = (B * H * n for n in triangle_tiles(T, q, s, case.window))
+        if getattr(tiles, "variant", "") == "stored":
+            return Work(STORED_WORK * 4 * q * s * K, HALF_BYTES * s * (q + K), whole, cut)
         streamed = q if case.kernel == "dkv" else s  # rows of two operands
         flops = ATTENTION_WORK[case.kernel] * 4 * q * s * K
         return Work(flops, HALF_BYTES * 2 * streamed * K, whole, cut)
@@ -140,12 +142,19 @@ def tile_work(case: Case, tiles: Any, chip: Chip) -> Work:
 
 
 class LoopBound(NamedTuple):
-    """A loop's cycles and the FLOP/s at which the whole chip runs its products."""
+    """A loop's cycles, and the FLOP/s at which a whole chip then runs its products."""
 
     loop: Loop
     cycles: Cycles
     overlapped_flops: float
     serial_flops: float
+
+
+def bound_loop(loop: Loop, chip: Chip, copied_bytes: float = 0.0) -> LoopBound:
+    """Returns the bounds of a loop with products; see loop_cycles."""
+    cycles = loop_cycles(loop, RATES[chip.capability], copied_bytes)
+    flops = loop_flops(loop) * chip.sms * chip.tensor_clock_ghz * 1e9
+    return LoopBound(loop, cycles, flops / cycles.overlapped, flops / cycles.serial)
 
 
 class Bounds(NamedTuple):
@@ -166,23 +175,19 @@ def find_bounds(case: Case, report: KernelReport, chip: Chip, tiles: Any) -> Bou
     """
     if not report.resources.loops:
         return None
-    rates, work = RATES[int(chip.arch[3:])], tile_work(case, tiles, chip)
-    warps = report.threads // 32
+    work, warps = tile_work(case, tiles, chip), report.threads // 32
     if report.resources.instructions["USETMAXREG"]:
         warps -= WARP_GROUP  # which only copies
-    per_s = chip.sms * chip.tensor_clock_ghz * 1e9
-    loops, overlapped, serial = [], [], []
+    loops, overlapped, serial = [], [], []  # the two are the seconds of a tile in each loop
     for loop in report.resources.loops:
-        flops = loop_flops(loop)
-        done = flops * warps / WARP_GROUP / work.flops  # tiles in a turn
+        done = loop_flops(loop) * warps / WARP_GROUP / work.flops  # tiles in a turn
         repeats = max(done / max(math.floor(done), 1), 1.0)
         copies = any(operation.name == "LDGSTS" for operation in loop.operations)
-        copied = 0.0 if copies else work.copied_bytes * flops / work.flops / repeats
-        cycles = loop_cycles(loop, rates, copied)
-        needed = work.flops * repeats / flops / per_s  # seconds of a tile for each cycle of a turn
-        overlapped.append(needed * cycles.overlapped)
-        serial.append(needed * cycles.serial)
-        loops.append(LoopBound(loop, cycles, work.flops / overlapped[-1], work.flops / serial[-1]))
+        share = loop_flops(loop) / (work.flops * repeats)  # of a tile, in a turn of four warps
+        bound = bound_loop(loop, chip, 0.0 if copies else work.copied_bytes * share)
+        loops.append(bound)
+        overlapped.append(work.flops * repeats / bound.overlapped_flops)
+        serial.append(work.flops * repeats / bound.serial_flops)
     hbm_s = case.hbm_bytes / chip.hbm_bytes_per_s
     time = lambda costs: max(work.whole * min(costs) + work.cut * max(costs), hbm_s)
     return Bounds(loops, time(overlapped), time(serial))

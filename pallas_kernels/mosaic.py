@@ -39,6 +39,8 @@ if USABLE:
 CONSUMERS = 2  # warp groups that multiply; one more copies
 # Registers per thread. The launch gives 168 to each of the three groups; setmaxnreg moves them.
 COPYING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232  # 40 + 2 * 232 <= 3 * 168
+# The same for each number of multiplying groups: 3 launch with 128 registers, 4 with 96.
+REGISTERS = {2: (COPYING_REGISTERS, MULTIPLYING_REGISTERS), 3: (32, 160), 4: (24, 112)}
 SWIZZLE_BYTES = 128  # the widest swizzle; wgmma reads rows of this length
 TYPES = (jnp.bfloat16, jnp.float16)
 SUFFIX = "_mosaic_gpu_kernel"  # is appended to a kernel's name in machine code
@@ -105,10 +107,11 @@ def call(
     grid: dict[str, int],
     out_shape: Any,
     scratch: dict[str, Any],
+    consumers: int = CONSUMERS,
     approximate: bool = False,
     interpret: bool = False,
 ) -> Callable:
-    """Returns plgpu.kernel, without a derivative, with CONSUMERS + 1 warp groups on axis "group".
+    """Returns plgpu.kernel, without a derivative, with consumers + 1 warp groups on axis "group".
 
     Args:
         grid: {axis name: programs}.
@@ -124,7 +127,7 @@ def call(
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="group",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=approximate),
@@ -133,13 +136,19 @@ def call(
     return without_derivative(program, name)
 
 
-def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, Any]]) -> None:
+def copy_steps(
+    count: Any,
+    stages: int,
+    streams: Sequence[tuple[Callable, Any, Any]],
+    finish: Callable[[Any], None] = lambda step: None,
+) -> None:
     """Runs the copying warp group: fills the slots of each stream in turn, as they become free.
 
     Args:
         count: the number of steps, traced.
         streams: triples (copies, full, free). `copies` is a function of the step that returns
             pairs (part of an array, shared memory [stages,...]). A barrier has one slot a stage.
+        finish: called with each step when a stream's slot is free, before it is filled again.
     """
 
     @pl.loop(0, count)
@@ -150,6 +159,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
             @pl.when(j >= stages)  # before that the slot has never been filled
             def _():
                 plgpu.barrier_wait(free.at[slot])  # noqa: B023 - traced before the next iteration
+                finish(j - stages)
 
             for source, smem in copies(j):
                 plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
@@ -159,6 +169,7 @@ def copy_steps(count: Any, stages: int, streams: Sequence[tuple[Callable, Any, A
     def _wait_for_the_last_reads(slot):
         for _, _, free in streams:
             plgpu.barrier_wait(free.at[slot])
+            finish(slot + lax.div(count - 1 - slot, stages) * stages)
 
 
 def accumulate(

@@ -155,12 +155,17 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
     "sm_90": {
         "attention": {
             "forward": (
+                MosaicAttentionTiles(128, 128, 2, variant="folded"),
+                MosaicAttentionTiles(192, 64, 3, variant="folded", groups=3),
+                MosaicAttentionTiles(256, 64, 4, variant="folded", groups=4),
                 MosaicAttentionTiles(128, 64, 4),
-                MosaicAttentionTiles(128, 128, 3),
-                MosaicAttentionTiles(128, 64, 2),
             ),
-            "dkv": (MosaicAttentionTiles(64, 128, 2),),
-            "dq": (MosaicAttentionTiles(128, 64, 2),),
+            "dkv": (MosaicAttentionTiles(64, 128, 3, variant="turns"),),
+            "dq": (
+                MosaicAttentionTiles(256, 64, 3, variant="stored"),
+                MosaicAttentionTiles(128, 64, 3, variant="turns"),
+                AttentionTiles(64, 64, 8, 2),  # two blocks a multiprocessor at K=64, jax 0.10.2
+            ),
         },
         "head": {
             "head": (

@@ -47,6 +47,8 @@ class MosaicAttentionTiles(NamedTuple):
     keys: int
     stages: int  # blocks in flight
     body: str = "mosaic"
+    variant: str = ""  # one of the kernel's MOSAIC_VARIANTS
+    groups: int = 2  # warp groups that multiply, each for a part of the queries; dkv and dq have 2
 
 
 class AmpereProductTiles(NamedTuple):
@@ -126,6 +128,12 @@ TILES: dict[str, dict[str, Any]] = {
 MOSAIC_TYPES, MOSAIC_HEADS = ("bfloat16", "float16"), (64, 128)
 MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
 
+# kernel of attention -> what its Mosaic body may do otherwise than the one that "" selects:
+# folded: the scores' scale and maximum are one FMA, and a group stops at its own last key;
+# turns: the groups issue the products of scores in turns, as the forward's do;
+# stored: reads the scores' gradients, which dkv then stores (flash_attention_mosaic_stored.py).
+MOSAIC_VARIANTS = {"forward": ("", "folded"), "dkv": ("", "turns"), "dq": ("", "turns", "stored")}
+
 # arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory. On
 # sm_86 two programs fit on a multiprocessor.
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
@@ -154,6 +162,14 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 def body_of(tiles: KernelTiles | None) -> str:
     """Returns the kernel body that these tiles select: "triton", "mosaic" or "ampere"."""
     return getattr(tiles, "body", "triton")
+
+
+def describe_tiles(tiles: KernelTiles) -> str:
+    """Returns the sizes, such as "128x64x2", and what a Mosaic body does otherwise."""
+    fields = tiles._asdict()
+    variant, groups = fields.pop("variant", ""), fields.pop("groups", 2)
+    text = "x".join(str(size) for field, size in fields.items() if field != "body")
+    return " ".join([text, *filter(None, [variant, f"{groups} groups" * (groups != 2)])])
 
 
 def kernel_tiles(tiles: OpTiles, kernel: str) -> Any:

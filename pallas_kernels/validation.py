@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.tiles import (
+    MOSAIC_VARIANTS,
     AmpereAttentionTiles,
     AmpereProductTiles,
     AttentionTiles,
@@ -94,7 +95,7 @@ def _check_tiles(name, tiles, kinds, multiples):
     if not isinstance(tiles, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{name} must be {names}; got {tiles!r}.")
-    sizes = {field: size for field, size in tiles._asdict().items() if field != "body"}
+    sizes = {k: size for k, size in tiles._asdict().items() if k not in ("body", "variant")}
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}.{field} must be a positive integer; got {size!r}.")
@@ -158,13 +159,34 @@ def check_attention(
     if not isinstance(blocks, FlashAttentionTiles):
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
-        name, kinds = f"blocks.{kernel}", (AttentionTiles, MosaicAttentionTiles)
-        queries, keys = (64, 128) if kernel == "dkv" else (128, 64)
+        queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
+        kinds = AttentionTiles, MosaicAttentionTiles
         if kernel == "forward":  # the only one that has a body for Ampere
             kinds += (AmpereAttentionTiles,)
             queries, keys = (64, 16) if body_of(tiles) == "ampere" else (queries, keys)
-        _check_tiles(name, tiles, kinds, {"queries": queries, "keys": keys})
-        _check_slots(name, tiles)
+        _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
+        _check_slots(f"blocks.{kernel}", tiles)
+        variant, known = getattr(tiles, "variant", ""), MOSAIC_VARIANTS[kernel]
+        if variant not in known:
+            raise ValueError(f"blocks.{kernel}.variant must be in {known}; got {variant!r}.")
+        groups = getattr(tiles, "groups", 2)
+        if groups not in ((2, 3, 4) if variant == "folded" else (2,)):
+            raise ValueError(
+                f"blocks.{kernel}.groups must be 2, or 3 or 4 with the variant 'folded'; got "
+                f"{groups}."
+            )
+    if getattr(blocks.dq, "variant", "") == "stored":
+        if not isinstance(blocks.dkv, MosaicAttentionTiles):
+            raise ValueError(
+                "blocks.dkv must be MosaicAttentionTiles where blocks.dq.variant is 'stored'; got "
+                f"{blocks.dkv!r}."
+            )
+        group = blocks.dq.queries // 2  # dkv stores what a warp group of dq reads
+        if group % blocks.dkv.queries:
+            raise ValueError(
+                f"half of blocks.dq.queries={blocks.dq.queries} must be a multiple of "
+                f"blocks.dkv.queries; got {blocks.dkv.queries}."
+            )
 
 
 def _check_product_tiles(tiles, *other_kinds):

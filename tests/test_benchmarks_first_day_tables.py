@@ -13,9 +13,11 @@ from jaxtrain.benchmarks.first_day_tables import (
     HEADER,
     TableError,
     TableRow,
+    kernel_figures,
     parse_table,
     write_tables,
 )
+from pallas_kernels.targets import read_targets
 
 ROOT = Path(__file__).parent.parent
 CARD = "NVIDIA H100 80GB HBM3"
@@ -181,3 +183,16 @@ def test_the_suite_without_a_gpu_runs_only_what_needs_none(day):
     assert not any(map(day_now.is_open, day_now.stages))
     shutil.copy(day / "training.jsonl", day / "new")
     assert [stage.name for stage in day_now.stages if day_now.is_open(stage)] == ["plan"]
+
+
+@pytest.mark.parametrize("share, verdict", [(0.9, "met"), (1.1, "MISSED")])
+def test_a_kernels_time_is_compared_with_the_target_of_its_card(share, verdict):
+    name = "attention both ways 4x2048x16:4x128"
+    figures = []
+    for chip in ("a40", "h100"):
+        target = read_targets()[chip][name]
+        timing = {"median_s": share * target.serial_s}
+        result = {"chip": chip, "contests": {name: {"contestants": {"triton": timing}}}}
+        figures += [text for _, text in kernel_figures([result])]
+        assert f"(target <= {1e6 * target.serial_s:.0f} {verdict})" in figures[-1]
+    assert figures[0] != figures[1]

@@ -1,9 +1,11 @@
 import dataclasses
+import os
 
 import pytest
 
 from jaxtrain.config import train_config as config_lib
-from jaxtrain.data.quick_fingerprint import BLOCK_BYTES, quick_fingerprint
+from jaxtrain.data.quick_fingerprint import BLOCK_BYTES, quick_fingerprint, summarise
+from jaxtrain.run_directory.lock import RunLock
 
 
 def fingerprint_of(folder):
@@ -39,3 +41,19 @@ def test_a_gap_in_the_numbers_of_shards_is_an_error(tmp_path):
     (tmp_path / "text_val_000000.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match="text_train_000001.bin are missing"):
         fingerprint_of(tmp_path)
+
+
+def test_the_command_names_the_run_directory_and_the_run_that_writes_to_it(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXTRAIN_JOB", "1126-a")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to("runs")
+    cfg = dataclasses.replace(config_lib.TrainConfig(), workdir="link/debug")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, text=str(tmp_path / "text")))
+    assert summarise(cfg)["owner"] == {} and not (tmp_path / "runs" / "debug").exists()
+    with RunLock("runs/debug"):
+        found = summarise(cfg)
+    assert found["workdir"] == str(tmp_path / "runs" / "debug") and found["files"] == 1
+    assert found["owner"]["pid"] == os.getpid() and found["owner"]["job"] == "1126-a"
+    assert summarise(cfg)["owner"] == {}

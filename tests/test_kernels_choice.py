@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from pallas_kernels.result_files import write_json
 from pallas_kernels.search_space import candidates
 from pallas_kernels.tiles import (
     TILES,
+    AttentionTiles,
+    FlashAttentionTiles,
+    MosaicAttentionTiles,
     MosaicProductTiles,
     body_of,
     default_tiles,
@@ -136,6 +140,26 @@ def test_chosen_kernels_that_a_program_does_not_contain_are_listed():
     assert missing_kernels(plain, compiled) == []
 
 
+def test_a_row_keeps_what_a_mosaic_body_does_otherwise(tmp_path):
+    tiles = FlashAttentionTiles(
+        MosaicAttentionTiles(192, 64, 3, variant="folded", groups=3),
+        MosaicAttentionTiles(64, 128, 3),
+        AttentionTiles(64, 64, 8, 2),
+    )
+    contest = SimpleNamespace(
+        op="attention", shape=(8, 1_024, 12, 12, 64), documents=False, window=0
+    )
+    results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
+    row = as_row(contest, "h100", results, jax.__version__)._asdict()
+    write_json(tmp_path / "h100.json", [row])
+    assert read_rows(tmp_path)[0].tiles == tiles
+    written = json.loads((tmp_path / "h100.json").read_text())
+    written[0]["tiles"][1] = [64, 128, 3, "mosaic"]  # as files before the variants have it
+    (tmp_path / "old.json").write_text(json.dumps(written))
+    read_rows.cache_clear()
+    assert read_rows(tmp_path)[1].tiles == tiles
+
+
 def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     tiles = default_tiles("square", "sm_90") | {"square": MosaicProductTiles(256, 128, 64, 3)}
     results = {"mosaic": timed(1.0, tiles), "xla": timed(2.0)}
@@ -208,7 +232,8 @@ def test_mosaics_body_comes_first_on_hopper_where_no_row_decides(
     op, dtype, shape, obstacle, tmp_path
 ):
     choice = choose_body(op, "sm_90", "h200", dtype, shape, tmp_path)
-    body = {body_of(choice.tiles["head"] if op == "head" else choice.tiles.dq)}
+    tiles: Any = choice.tiles
+    body = {body_of(tiles["head"] if op == "head" else tiles.dq)}
     assert not choice.faster and "not measured on h200 at this shape" in choice.reason
     if obstacle or not mosaic.USABLE:
         assert body == {"triton"} and (mosaic.REASON or obstacle) in choice.reason

@@ -80,6 +80,9 @@ def test_attention_counts_the_visible_pairs_of_its_reference():
     four_products = visible * counted(both_ways, Q, KV, KV, Q) - forward
     # The kernels compute the scores twice and their gradient once more.
     assert backward == pytest.approx(7 / 4 * four_products, rel=0.05)
+    dq, stored = (KERNELS[f"flash_attention_dq{end}"] for end in ("", "_stored"))
+    ds = (B, H, S, T)
+    assert stored(ds, KV) == pytest.approx(dq(Q, KV) / 3)
 
 
 CALL = 'custom_call_target="{}", metadata={{op_name="jit(step)/{}"}}'

@@ -134,6 +134,8 @@ ATTENTION = {  # B, T, S, H, G, K, keys per step
     "queries with nothing to see, wide heads": (1, 200, 72, 1, 1, 128, 128),
     "window that some blocks of keys are before": (1, 72, 344, 1, 1, 64, 64),
     "Triton's body of dk and dv": (1, 64, 64, 1, 1, 64, 64),  # bodies may be mixed
+    "stored gradients, shared heads": (1, 136, 200, 2, 1, 64, 64),
+    "stored gradients, window, queries with nothing to see": (1, 264, 200, 1, 1, 64, 64),
 }
 
 
@@ -149,9 +151,11 @@ def test_flash_attention_and_its_gradients_equal_the_reference(name):
         docs = (jnp.cumsum(starts, 1, dtype=jnp.int32),) * 2
         docs = docs[0][:, S - T :], docs[1]
     dkv = AttentionTiles(64, 64, 8, 2) if "Triton" in name else MosaicAttentionTiles(64, 128, 2)
-    blocks = FlashAttentionTiles(
-        MosaicAttentionTiles(128, keys, 2), dkv, MosaicAttentionTiles(128, 64, 2)
-    )
+    forward, dq = MosaicAttentionTiles(128, keys, 2), MosaicAttentionTiles(128, 64, 2)
+    if "stored" in name:  # and the other variants
+        forward = MosaicAttentionTiles(192, keys, 2, variant="folded", groups=3)
+        dkv, dq = dkv._replace(variant="turns"), dq._replace(queries=256, variant="stored")
+    blocks = FlashAttentionTiles(forward, dkv, dq)
 
     def both_ways(attention):
         def results(q, k, v, do):

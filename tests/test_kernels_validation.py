@@ -76,7 +76,8 @@ KERNELS: dict[Any, dict[str, Any]] = {
         "eps": 1e-6,
     },
 }
-NARROW = MosaicAttentionTiles(64, 64, 2)
+NARROW, WIDE = MosaicAttentionTiles(64, 64, 2), MosaicAttentionTiles(128, 64, 2)
+STORED = WIDE._replace(variant="stored")
 WRONG = [  # kernel, changed arguments, the start of the error, the value in it
     (flash_attention, {"q_BTHK": bf16(2, 32, 3, 16)}, "the heads H of q_BTHK", "H=3, G=2"),
     (flash_attention, {"q_BTHK": bf16(2, 32, 64)}, "q_BTHK must", "bfloat16[2, 32, 64]"),
@@ -106,6 +107,25 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
         "24",
     ),
     (flash_attention, {"blocks": BLOCKS._replace(dkv=NARROW)}, "blocks.dkv.keys must", "64"),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(forward=WIDE._replace(variant="turns"))},
+        "blocks.forward.variant must",
+        "'turns'",
+    ),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(dq=WIDE._replace(queries=192, groups=3))},
+        "blocks.dq.groups must be 2",
+        "3",
+    ),
+    (flash_attention, {"blocks": BLOCKS._replace(dq=STORED)}, "blocks.dkv must", "AttentionTiles("),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(dq=STORED, dkv=MosaicAttentionTiles(128, 128, 2))},
+        "half of blocks.dq.queries=128 must",
+        "128",
+    ),
     (
         flash_attention,
         {"blocks": BLOCKS._replace(dq=AttentionTiles(16, 16, 3, 1))},

@@ -266,3 +266,30 @@ def test_a_cause_includes_the_decisive_lines_and_advice():
     headline, output, advice = cause.splitlines()
     assert headline == "ROOT CAUSE h1 rank 1 at step 5: exit 1"
     assert output == "    ValueError: no" and advice.startswith("    What to do: ")
+
+
+@pytest.mark.parametrize("frozen_s", [1, 19, 25])
+def test_a_short_stop_by_a_signal_is_waited_for_and_a_long_one_is_the_cause(frozen_s):
+    scenario = Scenario(stopped_s=20.0, stall_s=10.0)
+    scenario.advance(2)
+    for second in range(1, frozen_s + 1):  # all others wait for the stopped rank
+        scenario.ranks = {i: {"age_s": float(second)} for i in range(3)}
+        scenario.ranks[1]["stopped_s"] = float(second)
+        scenario.advance()
+    first = next(line for line in scenario.log if "state T" in line)
+    assert (
+        first == "h1 rank 1 is stopped by a signal (state T): waiting for it for 20 s (--stopped_s)"
+    )
+    if frozen_s > 20:
+        scenario.advance(4)
+        cause = "stopped by a signal (state T) for over 20 s (--stopped_s)"
+        assert set(scenario.causes()) == {f"ROOT CAUSE h1 rank 1 at step 5: {cause}"}
+        return
+    for second in (1, 2, 3):  # the first step after it takes some time
+        scenario.ranks = {i: {"age_s": float(frozen_s + second)} for i in range(3)}
+        assert scenario.advance()["do"] == "run"
+    assert f"h1 rank 1 was stopped for {frozen_s} s and goes on" in scenario.log
+    for second in range(12):  # and if no step follows at all, that is noticed
+        scenario.ranks = {i: {"age_s": float(frozen_s + 3 + second)} for i in range(3)}
+        scenario.advance()
+    assert any(line.startswith("noticed: ") and "stuck" in line for line in scenario.log)

@@ -6,7 +6,7 @@ import pytest
 
 from launch.host.environment import build_environment, environment_key, requirements
 from launch.inventory import Host
-from launch.prepare import build_environments, judge_data
+from launch.prepare import build_environments, judge_data, judge_directories
 from launch.ssh import HostError, SshClient
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
@@ -110,3 +110,15 @@ def test_a_host_whose_data_differs_or_is_missing_has_a_problem():
     assert findings[1].fatal and "differs from the data of a c" in findings[1].problem
     findings = judge_data(dict(zip(HOSTS, (same, same, HostError("c: no shards")), strict=True)))
     assert [(f.host, f.problem) for f in findings if f.problem] == [("c", "c: no shards")]
+
+
+def test_a_run_directory_that_another_run_writes_to_has_a_problem_that_names_it():
+    owner = {"pid": 7, "host": "h", "start": "2026-11-26 12:00:00 UTC"}
+    free = {"workdir": "/runs/a", "owner": {}}
+    run, job = free | {"owner": owner}, free | {"owner": owner | {"job": "1126-a"}}
+    findings = judge_directories(dict(zip(HOSTS, (free, run, job), strict=True)))
+    assert [finding.aborts for finding in findings] == [False, True, True]
+    assert {finding.value for finding in findings} == {"/runs/a"}
+    assert "a run (pid 7 on h since 2026-11-26 12:00:00 UTC)" in findings[1].problem
+    assert "`kill 7` there" in findings[1].problem and "--workdir" in findings[1].problem
+    assert "job 1126-a (pid 7" in findings[2].problem and "stop 1126-a" in findings[2].problem

@@ -7,7 +7,7 @@ import pytest
 from run_directories import A40, curve, series, write_run
 
 from launch import slo
-from launch.report.baseline import NOT_ENFORCED, check, record
+from launch.report.baseline import FIGURES, NOT_ENFORCED, check, record
 from launch.report.price import price, read_span
 from launch.report.run_folder import read_run
 
@@ -25,10 +25,16 @@ def run(*argv, capsys):
     return code, captured.out + captured.err
 
 
+def record_one(tmp_path, name, out, capsys):
+    return run("record", tmp_path / name, "--provisional", f"--out={out}", capsys=capsys)
+
+
 @pytest.fixture
 def recorded(tmp_path, capsys):
     write_run(tmp_path / "good", series(200))
-    code, out = run("record", tmp_path / "good", f"--out={tmp_path}/base.json", capsys=capsys)
+    code, out = run(
+        "record", tmp_path / "good", "--provisional", f"--out={tmp_path}/base.json", capsys=capsys
+    )
     assert code == 0 and "spread of 10 blocks of the run" in out
     return tmp_path / "base.json"
 
@@ -102,16 +108,42 @@ def test_runs_that_differ_too_much_are_refused_as_a_baseline(tmp_path):
         record(wild, 0.99)
 
 
-def test_identical_runs_give_bounds_equal_to_their_figures(tmp_path):
+def test_identical_runs_give_bounds_at_the_floors(tmp_path):
     times = series(100)
     runs = [read_run(write_run(tmp_path / str(i), times)) for i in range(3)]
     baseline = record(runs, 0.99)
-    enforced = [entry for entry in baseline["figures"].values() if entry["bound"] is not None]
+    enforced = {k: e for k, e in baseline["figures"].items() if e["bound"] is not None}
     assert len(enforced) == 5
-    assert all(entry["bound"] == pytest.approx(entry["value"]) for entry in enforced)
-    assert {row["state"] for row in check(baseline, runs[0])} == {"ok", NOT_ENFORCED}
-    slower = read_run(write_run(tmp_path / "slower", slowed(times, 1.001)))
-    assert "BREACH" in {row["state"] for row in check(baseline, slower)}
+    for name, entry in enforced.items():
+        tolerance = (1 + FIGURES[name].floor) ** -FIGURES[name].sign
+        assert entry["bound"] == pytest.approx(entry["value"] * tolerance)
+        assert "raised to the floor" in entry["how"]
+    for factor, expected in ((1.0, False), (1.005, False), (1.02, True)):
+        again = read_run(write_run(tmp_path / f"{factor}", slowed(times, factor)))
+        assert ("BREACH" in {row["state"] for row in check(baseline, again)}) == expected
+    text = (tmp_path / "1.0" / "metrics.jsonl").read_text()
+    peak = max(value for _, value in runs[0].points("perf/hbm_peak_bytes"))
+    assert str(int(peak)) in text
+    more = text.replace(str(int(peak)), str(int(peak) + 512))
+    (tmp_path / "1.0" / "metrics.jsonl").write_text(more)
+    again = read_run(tmp_path / "1.0")
+    assert "BREACH" not in {row["state"] for row in check(baseline, again)}
+
+
+def test_a_baseline_of_one_run_must_be_called_provisional_and_checks_say_so(tmp_path, capsys):
+    write_run(tmp_path / "a", series(60))
+    out = f"--out={tmp_path}/base.json"
+    code, text = run("record", tmp_path / "a", out, capsys=capsys)
+    assert code == 2 and "three RUNs or more, or --provisional" in text
+    assert run("record", tmp_path / "a", "--provisional", out, capsys=capsys)[0] == 0
+    code, text = run("check", tmp_path / "a", f"--against={tmp_path}/base.json", capsys=capsys)
+    assert code == 0 and "provisional: recorded from one run" in text
+    runs = [write_run(tmp_path / str(i), series(60, seed=i)) for i in range(3)]
+    assert run("record", *runs, out, capsys=capsys)[0] == 0
+    assert (
+        "provisional"
+        not in run("check", runs[0], f"--against={tmp_path}/base.json", capsys=capsys)[1]
+    )
 
 
 def test_a_percentile_is_enforced_only_with_enough_steps_beyond_it(tmp_path):
@@ -164,13 +196,17 @@ def test_runs_on_different_chips_are_refused_as_one_baseline(tmp_path, capsys):
 
 def test_a_run_too_short_to_show_a_spread_is_refused(tmp_path, capsys):
     write_run(tmp_path / "a", series(12))
-    code, out = run("record", tmp_path / "a", f"--out={tmp_path}/base.json", capsys=capsys)
+    code, out = run(
+        "record", tmp_path / "a", "--provisional", f"--out={tmp_path}/base.json", capsys=capsys
+    )
     assert code == 2 and "must have 15 step times or more" in out
 
 
 def test_an_unwritable_baseline_file_is_an_error_of_out(tmp_path, capsys):
     write_run(tmp_path / "a", series(60))
-    code, out = run("record", tmp_path / "a", f"--out={tmp_path}/no/base.json", capsys=capsys)
+    code, out = run(
+        "record", tmp_path / "a", "--provisional", f"--out={tmp_path}/no/base.json", capsys=capsys
+    )
     assert code == 2 and "--out must be writable" in out
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from jaxtrain.config import train_config as config_lib
+from jaxtrain.study import picture
 from jaxtrain.study.picture import horizon_curves
 from jaxtrain.study.plan import build_plan
 from jaxtrain.study.runs import Result
@@ -160,3 +161,8 @@ def test_the_picture_has_a_panel_for_each_size(plan):
     png = horizon_curves("study", results, {c.name: c.group for c in plan.cells.values()}, 0.05)
     width, height = struct.unpack(">II", png[16:24])
     assert png.startswith(b"\x89PNG") and width > 2 * height  # two panels of 6.5 x 6 inches
+
+
+def test_contenders_of_one_picture_look_different():
+    looks = [picture._look(i) for i in range(40)]
+    assert len(set(looks)) == 40

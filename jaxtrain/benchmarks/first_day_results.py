@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.benchmarks.gpu_results import describe
+from jaxtrain.benchmarks.timing import target_verdict
 from pallas_kernels.bench_results import OURS, best_of
+from pallas_kernels.targets import Target
 
 Row = dict[str, Any]
 RECORD = "first_day.json"  # what each stage has done
@@ -119,13 +121,19 @@ def _summarize_tests(rows: Sequence[Row]) -> list[str]:
     return [", ".join(f"{count} {outcome}" for outcome, count in counts.items())] if counts else []
 
 
-def kernel_figure(result: Row, trial: bool) -> str:
-    """Returns our kernel's time in a contest and, except in a trial, the fastest rival's; or ""."""
+def kernel_figure(result: Row, trial: bool, target: Target | None = None) -> str:
+    """Returns our kernel's time in a contest; "" if no correct kernel was timed.
+
+    Except in a trial, it is compared with the contest's target and with the fastest rival.
+    """
     ours, timing = best_of(result.get("contestants", {}), lambda name: name in OURS)
     rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
     if timing is None:
         return ""
     text = f"{ours} {1e6 * timing['median_s']:.1f} us"
+    if target and not trial:
+        target_us = round(1e6 * target.serial_s)
+        text += f" ({target_verdict(1e6 * timing['median_s'], target_us, at_most=True)})"
     if other and not trial:
         ratio = other["median_s"] / timing["median_s"]
         text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"

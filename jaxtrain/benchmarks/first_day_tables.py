@@ -20,6 +20,7 @@ from jaxtrain.benchmarks.first_day_results import (
 )
 from jaxtrain.benchmarks.gpu_results import SHARE_TOKENS
 from pallas_kernels import kernel_choice
+from pallas_kernels.targets import read_targets
 
 ROOT = Path(__file__).parent.parent.parent
 START, END = "<!-- first day: {} -->\n", "<!-- end of first day: {} -->\n"
@@ -142,8 +143,10 @@ def training_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 def kernel_figures(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """Yields (what, figure) for each contest in which a correct kernel of ours was timed."""
+    chips = {row["chip"] for row in rows if "chip" in row}
+    targets = read_targets().get(chips.pop(), {}) if len(chips) == 1 else {}
     for name, result in contests(rows).items():
-        if figure := kernel_figure(result, trial=False):
+        if figure := kernel_figure(result, trial=False, target=targets.get(name)):
             yield name, figure
 
 

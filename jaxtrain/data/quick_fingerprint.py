@@ -5,6 +5,9 @@
 It is {"files", "bytes", "fingerprint"}. The fingerprint covers the names and sizes of all files
 and 16 blocks of each, so it takes seconds. A difference outside these blocks is not noticed here.
 Training notices it at its start, because its own fingerprint covers every byte.
+
+It also prints the run directory of the config, and the content of its lock file if another run
+writes to it: {"workdir", "owner"}.
 """
 
 import hashlib
@@ -19,6 +22,8 @@ from jaxtrain.config.train_config import TrainConfig
 from jaxtrain.data.encoding.input_files import list_files
 from jaxtrain.data.shard_files import find_shards, list_shards
 from jaxtrain.distributed.program import run_main
+from jaxtrain.run_directory.liveness import find_owner
+from jaxtrain.run_directory.lock import LOCK_FILE
 
 BLOCK_BYTES, BLOCKS = 1 << 12, 16  # per file: the first, the last, and 14 in between
 
@@ -61,8 +66,15 @@ def _read_blocks(path: Path, size: int) -> bytes:
     return b"".join(blocks)
 
 
+def summarise(cfg: TrainConfig) -> dict:
+    """Returns the quick fingerprint, the run directory, and who writes to it: {} if nobody does."""
+    workdir = Path(cfg.workdir).absolute()
+    owner = find_owner(workdir / LOCK_FILE)
+    return quick_fingerprint(cfg) | {"workdir": str(workdir.resolve()), "owner": owner}
+
+
 def main() -> None:
-    print(json.dumps(quick_fingerprint(config_lib.freeze(flags.FLAGS.config))))
+    print(json.dumps(summarise(config_lib.freeze(flags.FLAGS.config))))
 
 
 def command(

@@ -3,6 +3,7 @@
 The lock file is JSON, written by `describe_this_process`.
 """
 
+import fcntl
 import json
 import os
 import shlex
@@ -32,6 +33,7 @@ def describe_this_process(run_id: str | None, inode: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "start": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "command": shlex.join(sys.argv),
+        "job": os.environ.get("JAXTRAIN_JOB", ""),  # set by launch/host/ranks.py
         "run": run_id,
         "boot": boot_id(),
         "pid_start": pid_start(os.getpid()),
@@ -46,6 +48,27 @@ def read_owner(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) and {"pid", "host", "start"} <= owner.keys() else {}
+
+
+def find_owner(path: str | Path) -> dict[str, Any]:
+    """Returns the content of a lock file whose owner is alive; {} if nobody has the lock.
+
+    It does not wait, so it misses an owner on another host if the file system does not lock
+    between hosts. Starting a run there notices it.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return {}
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read_owner(path)
+    except OSError:  # this file system has no flock
+        pass
+    finally:
+        os.close(file)
+    return read_owner(path) if is_owner_alive(path, None, stale_s=0.0) else {}
 
 
 def is_owner_alive(path: str | Path, run_id: str | None, stale_s: float) -> bool:

@@ -250,10 +250,11 @@ class RunLock:
             return f"{rule} {unnamed}. End it, or set {self._flag}."
         is_here = owner["host"] == socket.gethostname()
         where = "" if is_here else f" on {owner['host']}"
+        job = f"job {owner['job']}, " if owner.get("job") else ""
         text = (
-            f"{rule} pid {owner['pid']} on {owner['host']}, started {owner['start']}. Wait until "
-            f"it ends, stop it with `kill {owner['pid']}`{where} (it saves first), or set another "
-            f"{self._flag}."
+            f"{rule} {job}pid {owner['pid']} on {owner['host']}, started {owner['start']}. "
+            f"Wait until it ends, stop it with `kill {owner['pid']}`{where} (it saves first), or "
+            f"set another {self._flag}."
         )
         if is_here:
             return text

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e08e1b", "#7a4fa3", "#4d4d4d", "#17a2b8", "#9c6b30")
+MARKERS = "os^Dv"  # of the first 8 contenders, the next 8, ...
+
+
+def _look(i: int) -> tuple[str, str]:
+    """Returns the colour and the marker of the i-th contender."""
+    return COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
 
 
 def study_curves(title: str, results: Mapping[str, Sequence[Result]]) -> bytes:
@@ -33,9 +39,8 @@ def study_curves(title: str, results: Mapping[str, Sequence[Result]]) -> bytes:
     over_steps, over_time = FigureCanvasAgg(figure).figure.subplots(1, 2, sharey=True)
     drawn = []
     for i, (contender, runs) in enumerate(results.items()):
-        color = COLORS[i % len(COLORS)]
-        drawn += _draw_contender(over_steps, contender, runs, 0, color)
-        drawn += _draw_contender(over_time, contender, runs, 1, color)
+        drawn += _draw_contender(over_steps, contender, runs, 0, *_look(i))
+        drawn += _draw_contender(over_time, contender, runs, 1, *_look(i))
     if not drawn:
         raise ValueError("a picture of the study needs a finite loss; got none.")
     for axes, label in ((over_steps, "step"), (over_time, "seconds in steps")):
@@ -45,7 +50,7 @@ def study_curves(title: str, results: Mapping[str, Sequence[Result]]) -> bytes:
     over_steps.legend(fontsize=13, frameon=False, loc="upper right")
     over_steps.set_title(title, loc="left", fontsize=16, fontweight="bold", parse_math=False)
     explanation = "thin lines: smoothed training loss of each seed; points: mean held-out loss"
-    over_time.set_title(explanation, fontsize=12)
+    over_time.set_title(explanation, fontsize=10, loc="right")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
@@ -87,10 +92,9 @@ def horizon_curves(
             means[~np.isfinite(means)] = np.nan
             x = tokens * 1.012 ** (i - len(cells[0].contests) / 2)  # side by side
             style = {"capsize": 3, "linewidth": 1.8, "markersize": 5}
-            color = COLORS[i % len(COLORS)]
-            axes.errorbar(
-                x, means, half, fmt="o-", color=color, label=contests[0].contender, **style
-            )
+            color, marker = _look(i)
+            name = contests[0].contender
+            axes.errorbar(x, means, half, fmt=f"{marker}-", color=color, label=name, **style)
         axes.set_xscale("log")
         axes.set_xticks(tokens, [f"{t / 1e6:.3g}M" for t in tokens], minor=False)
         axes.minorticks_off()
@@ -113,7 +117,7 @@ def horizon_curves(
 
 
 def _draw_contender(
-    axes: "Axes", contender: str, runs: Sequence[Result], column: int, color: str
+    axes: "Axes", contender: str, runs: Sequence[Result], column: int, color: str, marker: str
 ) -> list[np.ndarray]:
     """Draws a contender's runs over steps (column 0) or seconds (1); returns the drawn losses."""
     drawn = []
@@ -133,6 +137,6 @@ def _draw_contender(
         last = f"{mean[-1, 2]:.3f}" if len(mean) else "diverged"
         style = {"markersize": 6, "markeredgecolor": "white", "linewidth": 2.2, "zorder": 5}
         label = f"{contender}: {last}"
-        axes.plot(mean[:, column], mean[:, 2], "o-", color=color, label=label, **style)
+        axes.plot(mean[:, column], mean[:, 2], f"{marker}-", color=color, label=label, **style)
         drawn.append(mean[:, 2])
     return [losses for losses in drawn if len(losses)]

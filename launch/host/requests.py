@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,26 +15,19 @@ from typing import Any
 
 from launch.host import log, processes
 from launch.host.agent import serve_orders
+from launch.host.code import Request, land, receive, root_of
 from launch.host.environment import build_environment, summarize_data
 from launch.host.exit_codes import STOPPED
 from launch.host.facts import gather_facts
 from launch.host.files import read_json, write_json
-from launch.host.hashing import hash_files
+from launch.host.keeper import KEEPER, start_detached
+from launch.host.restart_policy import NOW
 from launch.host.run_files import WORKDIR, read_changes, run_directory
-from launch.host.supervise import KEEPER, start_detached
 
-Request = dict[str, Any]
 STATUS_S = 2.0  # between the status frames of a stream
+NOW_S = 5.0  # for the supervisor to obey `stop --now`
 LEASE_S = 15.0  # a stream ends if its operator sends nothing for this long
-STALE_S = 86_400.0  # incompletely received code is deleted at this age
 JOBS_KEPT = 50  # a host stores this many folders of ended jobs
-
-
-def root_of(request: Request) -> Path:
-    """Returns the launcher's folder on this host. Only this user can read it."""
-    root = Path(os.path.expanduser(request["workdir"])).absolute()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return root
 
 
 def job_folder(request: Request) -> Path:
@@ -52,13 +44,14 @@ def start(request: Request) -> dict[str, bool]:
     if request.get("again") and not (folder / "job.json").exists():
         return {"started": False}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(folder / "lock", "w") as lock:
+    with open(root_of(request) / "start.lock", "w") as lock:  # of two starts at once one is first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if has_supervisor(folder) or read_json(folder / "status.json").get("outcome"):
             return {"started": False}
         spec = request["spec"]
         spec["cwd"] = os.path.expanduser(spec["cwd"])
         refuse_second_writer(folder, spec)
+        refuse_second_resume(folder, spec)
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # only at first: a detached job must not get one again
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
@@ -84,6 +77,19 @@ def refuse_second_writer(folder: Path, spec: Request) -> None:
             if run_directory(read_json(other / "job.json")) == workdir:
                 problem = f"job {other.name} is running and writes to {workdir}"
                 raise RuntimeError(f"{problem}. Stop it, or set another {WORKDIR}")
+
+
+def refuse_second_resume(folder: Path, spec: Request) -> None:
+    """Raises RuntimeError if the job that this one resumes was resumed as another that runs."""
+    old = folder.parent / spec["resumes"] if spec.get("resumes") else None
+    if not old or not old.exists():
+        return
+    claim = old / "resumed_as"
+    other = folder.parent / claim.read_text() if claim.exists() else folder
+    if other != folder and has_supervisor(other):
+        problem = f"job {old.name} was resumed as {other.name}, which is running"
+        raise RuntimeError(f"{problem}. Follow that one: python -m launch.run attach {other.name}")
+    claim.write_text(folder.name)
 
 
 def prune(jobs: Path) -> None:
@@ -113,13 +119,22 @@ def has_supervisor(folder: Path) -> bool:
 
 
 def status(request: Request) -> dict[str, Any]:
-    """Returns the stored status, whether the job has a supervisor, and its living processes."""
+    """Returns the stored status, whether the job has a supervisor, and its living processes.
+
+    `age_s` is the age of the stored status by this host's clock, and `stopped` whether a signal
+    has stopped the supervisor.
+    """
     folder = job_folder(request)
     if not (folder / "job.json").exists():
         return {"known": False, "processes": processes.marked(request["job"])}
-    return read_json(folder / "status.json") | {
+    stored = read_json(folder / "status.json")
+    stat = processes.read_stat(stored["pid"]) if is_running(folder) else None
+    age_s = time.time() - (folder / "status.json").stat().st_mtime if stored else 0.0
+    return stored | {
         "known": True,
         "alive": has_supervisor(folder),
+        "stopped": stat is not None and stat.state in "Tt",
+        "age_s": round(age_s, 1),
         "processes": processes.marked(request["job"]),
         "log_bytes": log.size(folder / "log"),
     }
@@ -128,14 +143,21 @@ def status(request: Request) -> dict[str, Any]:
 def stop(request: Request) -> dict[str, Any]:
     """Asks the supervisor to stop the job.
 
-    With `kill`, or if there is no supervisor, kills the job's processes on this host.
+    With `kill`, or if there is no supervisor, kills the job's processes on this host. It also does
+    so if the job shall stop at once and the supervisor does not see to it within NOW_S.
     """
     folder = job_folder(request)
     if not folder.exists():
         return {"known": False, "left": []}
     if has_supervisor(folder) and not request.get("kill"):
         (folder / "stop").write_text(request["why"])
-        return {"known": True, "left": []}
+        deadline = time.monotonic() + NOW_S
+        while request["why"] == NOW and processes.marked(request["job"]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        else:
+            return {"known": True, "left": []}
     workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
     keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]
 
@@ -218,53 +240,6 @@ def facts(request: Request) -> None:
 def net(request: Request) -> None:
     """Serves orders, see launch.host.agent."""
     serve_orders(request, send_frame, {})
-
-
-def land(request: Request) -> dict[str, Any]:
-    """Moves received code to the folder named by its hash; `missing` asks for it to be sent."""
-    folder = root_of(request) / "code" / request["hash"]
-    draft = folder.with_name(f".{request['hash']}.{request['by']}")
-    if folder.exists():
-        shutil.rmtree(draft, ignore_errors=True)
-        _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
-        os.utime(folder)
-        return {"missing": False, "folder": str(folder)}
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in folder.parent.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
-            if time.time() - path.stat().st_ctime > STALE_S:  # unpacking may have set its mtime
-                shutil.rmtree(path, ignore_errors=True)
-    if not draft.exists():
-        draft.mkdir(mode=0o700)
-        return {"missing": True, "folder": str(draft)}
-    _check_code(draft, request, "A file was edited while it was sent. Start again")
-    runs = root_of(request) / "runs"  # a relative --config.workdir must outlive this code
-    runs.mkdir(exist_ok=True)
-    if not (draft / "runs").exists():
-        os.symlink(runs, draft / "runs")
-    os.rename(draft, folder)
-    return {"missing": False, "folder": str(folder)}
-
-
-def _check_code(folder: Path, request: Request, reason: str) -> None:
-    try:
-        found = hash_files(folder, request["files"])
-    except FileNotFoundError as error:
-        found = f"nothing, as {error.filename} is missing"
-    if found != request["hash"]:
-        problem = f"the code in {folder} hashes to {found}, not to {request['hash']}"
-        raise RuntimeError(f"{problem}. {reason}")
-
-
-def receive(request: Request) -> dict:
-    """Unpacks the code that follows the request, a tar archive, into the folder for it."""
-    draft = root_of(request) / "code" / f".{request['hash']}.{request['by']}"
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
-        if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
-            tar.extractall(draft, filter="tar")  # refuses paths outside of the folder
-        else:
-            tar.extractall(draft)
-    return {}
 
 
 def tied_to_connection(function: Callable[[Request], dict]) -> Callable[[Request], dict]:

@@ -5,6 +5,7 @@ target, so a target that is lost or arrives twice does no harm.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ class Policy:
     stall_s: float = 20.0  # without a step until a rank is stuck; at least 5 usual steps
     start_s: float = 1800.0  # from a rank's start to its first step
     lost_s: float = 12.0  # of silence until a host counts as lost
+    stopped_s: float = 20.0  # that a rank may be stopped by a signal, as by a debugger
     grace_s: float = 120.0  # from SIGTERM to SIGKILL; must be long enough for a save
     lease_s: float = 0.0  # the job ends if no operator is attached for this long; 0: detached
 
@@ -73,6 +75,8 @@ class JobController:
         self._stop: str | None = None  # why the job is to stop
         self._stop_at = 0.0
         self._failures: set[tuple] = set()
+        self._stopped: dict[tuple[int, int], float] = {}  # {(host, rank): seconds in state T}
+        self._frozen_at = -math.inf  # when a rank was last seen stopped
 
     def take_report(self, report: Report, now: float) -> None:
         """Takes a host's report, and the operator's request to stop if the report carries one."""
@@ -174,10 +178,29 @@ class JobController:
             if saved:
                 why = "preempted by a signal that the launcher did not send"
                 return self._restart(now, why, PREEMPTED)
+        self._watch_stopped(now)
         self._cause = self._find_cause(now)
         if self._cause:
             self._log(f"noticed: {self._cause.headline}")
             self._enter("dump" if self._cause.kind == "stuck" else "settle", now)
+
+    def _watch_stopped(self, now: float) -> None:
+        """Logs when a rank is stopped by a signal, and when it goes on."""
+        alive = {
+            (report["host"], rank["rank"]): rank["stopped_s"]
+            for report in self._members()
+            for rank in report["ranks"]
+            if rank["code"] is None and report["attempt"] == self.attempt
+        }
+        stopped = {place: seconds for place, seconds in alive.items() if seconds}
+        name = lambda place: f"{self.names[place[0]]} rank {place[1]}"
+        limit = f"{self.policy.stopped_s:.0f} s (--stopped_s)"
+        for place in stopped.keys() - self._stopped.keys():
+            self._log(f"{name(place)} is stopped by a signal (state T): waiting for it for {limit}")
+        for place in (self._stopped.keys() - stopped.keys()) & alive.keys():
+            self._log(f"{name(place)} was stopped for {self._stopped[place]:.0f} s and goes on")
+        self._stopped = stopped
+        self._frozen_at = now if stopped else self._frozen_at
 
     def _find_cause(self, now: float) -> Cause | None:
         hosts = self.world["members"]
@@ -186,19 +209,21 @@ class JobController:
             (host, rank["rank"]): rank["age_s"]
             for host, report in reports.items()
             for rank in report["ranks"]
-            if rank["code"] is None and self._is_stalled(rank)
+            if rank["code"] is None and self._is_stalled(rank, now)
         }
         silent = self._silent_s(now, hosts)
-        return find_cause(reports, silent, self.names, self.policy.lost_s, stalls)
+        policy = self.policy
+        return find_cause(reports, silent, self.names, policy.lost_s, stalls, policy.stopped_s)
 
-    def _is_stalled(self, rank: dict) -> bool:
+    def _is_stalled(self, rank: dict, now: float) -> bool:
         if rank["age_s"] is None:  # the program writes no heartbeat
             return False
         limit_s = PHASE_LIMIT_S.get(rank["phase"], self.policy.start_s)
         if limit_s is None:
             step_s = [r["step_s"] for report in self._members() for r in report["ranks"]]
             limit_s = max(self.policy.stall_s, 5 * statistics.median(step_s))
-        return rank["age_s"] > limit_s
+        # While one rank is stopped, all others wait for it; afterwards they get their whole time.
+        return min(rank["age_s"], now - self._frozen_at) > limit_s
 
     def _settle(self, now: float) -> None:
         """Waits for better evidence: a silent host is known to be lost only after lost_s."""

@@ -15,7 +15,6 @@ SECONDARY = re.compile(
 )
 ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is broken
 SURE = 5  # causes up to this order need no further evidence
-STOPPED_S = 3.0  # longer than an attaching debugger stops a process
 ADVICE = {  # what the operator can do, by kind of cause
     "lost": "Check that host's power and network.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
@@ -63,6 +62,7 @@ def find_cause(
     names: Sequence[str],
     lost_s: float,
     stalls: Mapping[tuple[int, int], float],
+    stopped_s: float,
 ) -> Cause | None:
     """Returns the likeliest cause of what has gone wrong; None if nothing has.
 
@@ -72,6 +72,7 @@ def find_cause(
         names: the hosts' names, by index.
         lost_s: seconds of silence after which a host counts as lost.
         stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
+        stopped_s: seconds after which a rank that a signal has stopped is a cause.
     """
     causes = [*_lost_hosts(silent_s, lost_s, names), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
@@ -80,7 +81,7 @@ def find_cause(
             causes.append(Cause(1, "supervisor", host, None, None, headline, KILLED))
         for rank in report["ranks"]:
             if silent_s.get(host, 0.0) <= lost_s:
-                causes += _failures_of_rank(host, rank, report, names[host])
+                causes += _failures_of_rank(host, rank, report, names[host], stopped_s)
     return min(causes, key=lambda cause: (cause.order, cause.step or 0), default=None)
 
 
@@ -91,7 +92,7 @@ def _lost_hosts(silent_s, lost_s, names) -> Iterator[Cause]:
             yield Cause(0, "lost", host, None, None, headline, UNREACHABLE)
 
 
-def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
+def _failures_of_rank(host, rank, report, name, stopped_s) -> Iterator[Cause]:
     where, code = f"{name} rank {rank['rank']} at step {rank['step'] or 0}", rank["code"]
     output = tuple(rank["lines"])
 
@@ -99,8 +100,9 @@ def _failures_of_rank(host, rank, report, name) -> Iterator[Cause]:
         headline, status = f"{where}: {happened}", code or STOPPED
         return Cause(order, kind, host, rank["rank"], rank["step"], headline, status, retry, output)
 
-    if rank["stopped_s"] > STOPPED_S:
-        yield cause(2, "stopped", "stopped by a signal (state T); it can only be killed")
+    if rank["stopped_s"] > stopped_s:
+        happened = f"stopped by a signal (state T) for over {stopped_s:.0f} s (--stopped_s)"
+        yield cause(2, "stopped", happened)
     if not code or code == PREEMPTED:
         return
     if code == KILLED and report.get("oom_kills"):

@@ -59,7 +59,12 @@ def read_changes(
 
 
 def run_directory(spec: Mapping) -> Path | None:
-    """Returns the directory that a job writes to on this host; None if its flags name none."""
+    """Returns the directory that a job writes to on this host.
+
+    It is the trainer's own answer or, for another program, that of the flags, or None.
+    """
+    if spec.get("run_directory"):
+        return Path(spec["run_directory"])
     workdir = flag_value(spec["argv"], WORKDIR)
     return Path(spec["cwd"], os.path.expanduser(workdir)).resolve() if workdir else None
 

@@ -1,21 +1,18 @@
 """Supervises a job on one host: owns its processes, its log and its status.
 
-A supervisor is two processes. The keeper only waits; the worker, its child, runs the job. If the
-worker is killed, its children become the keeper's, which kills them and starts another worker.
+A supervisor is two processes: the keeper, launch.host.keeper, and the worker, which is here.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
-from launch.host.exit_codes import LOST_LEADER, WORKER_FAILED
+from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
 from launch.host.log import Log, own_lines
 from launch.host.ranks import LocalRanks
@@ -24,8 +21,6 @@ from launch.host.restart_policy import JobController, Policy
 TURN_S = 0.1
 REPORT_S = 0.5
 STATUS_S = 2.0
-KEEPER = "keeper"  # file that the keeper and its worker keep locked
-WORKERS = 5  # workers that a keeper starts; a host that kills this many is unfit for the job
 RESERVE, RESERVE_BYTES = "reserve", 1 << 16  # disk space reserved for the outcome
 # How long to wait for disk space: without a stored outcome, the next `attach` restarts the job.
 OUTCOME_S, RETRY_S = 86_400.0, 1.0
@@ -228,67 +223,3 @@ class Supervisor:
         except OSError:
             return False
         return True
-
-
-def keep(folder: Path) -> int:
-    """Runs the keeper: starts workers until one brings the job to its end.
-
-    Returns:
-        0, or the exit status of the last worker.
-    """
-    processes.adopt_orphans()
-    code = WORKER_FAILED
-    for life in range(WORKERS):
-        worker = os.fork()
-        if worker == 0:
-            os._exit(_work(folder, orphaned=life > 0))
-        code = _wait_for(worker)
-        processes.kill_all(lambda: processes.descendants(os.getpid()))
-        if code == 0:
-            break
-    return code
-
-
-def _wait_for(worker: int) -> int:
-    while True:
-        pid, status = os.wait()  # also reaps the orphans of a killed worker
-        if pid == worker:
-            return processes.exit_status(status)
-
-
-def _work(folder: Path, orphaned: bool) -> int:
-    processes.die_with_parent(signal.SIGKILL)
-    processes.adopt_orphans()
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        Supervisor(folder, orphaned).run()
-        return 0  # not the job's exit status, which could equal WORKER_FAILED
-    except BaseException:
-        with open(folder / "supervisor.err", "a") as file:
-            traceback.print_exc(file=file)
-        return WORKER_FAILED
-
-
-def start_detached(folder: Path) -> None:
-    """Starts the keeper as a daemon, which outlives the SSH connection.
-
-    sshd ends a session's processes by SIGHUP from the terminal or by closing their pipes. The
-    keeper is in a session without a terminal (setsid; the second fork gives up the right to get
-    one), and its standard streams are not the connection's.
-    """
-    if os.fork():
-        os.wait()
-        return
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    null = os.open(os.devnull, os.O_RDWR)
-    errors = os.open(folder / "supervisor.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for number, target in ((0, null), (1, null), (2, errors)):
-        os.dup2(target, number)
-    os.closerange(3, 256)  # among them the lock that the request holds
-    # The worker inherits the lock, which lasts as long as either of the two processes.
-    fcntl.flock(os.open(folder / KEEPER, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
-    os.chdir("/")
-    os._exit(keep(folder))

@@ -4,9 +4,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.report.formats import digits, grouped, percent, rate, seconds
+from launch.report.power import UNKNOWN, WANTED, Simulation, Timed
 from launch.report.run_folder import GOODPUT, RunFolder
 from launch.report.stats import percentile, split, t_quantile
 
@@ -22,28 +23,39 @@ LOOSE = 0.2  # a relative tolerance above this would miss what an operator must 
 
 
 class Figure(NamedTuple):
-    """One figure of a run, reduced from the values of a metric."""
+    """One figure of a run, reduced from the values of a metric.
+
+    `floor` is the least tolerance, relative to the figure. Runs that happen to agree better, as in
+    their peak of memory, must not make 512 bytes more a breach.
+    """
 
     words: str
     sign: int  # 1: more is better; -1: less is better
     form: Callable[[float], str]
     metric: str  # "" for step times
     reduce: Callable[[list[float]], float]
+    floor: float
     tail: float = 0.0  # the highest percentile that the figure uses
 
 
 FIGURES = {
-    "tokens_per_s": Figure("tokens/s", 1, grouped, "", lambda t: 1 / fmean(t)),
-    "step_p50_s": Figure("step p50", -1, seconds, "", lambda t: percentile(t, 0.5)),
-    "step_p95_s": Figure("step p95", -1, seconds, "", lambda t: percentile(t, 0.95), 0.95),
+    "tokens_per_s": Figure("tokens/s", 1, grouped, "", lambda t: 1 / fmean(t), 0.01),
+    "step_p50_s": Figure("step p50", -1, seconds, "", lambda t: percentile(t, 0.5), 0.01),
+    "step_p95_s": Figure("step p95", -1, seconds, "", lambda t: percentile(t, 0.95), 0.02, 0.95),
     "step_p99_over_p50": Figure(
-        "step p99/p50", -1, digits, "", lambda t: percentile(t, 0.99) / percentile(t, 0.5), 0.99
+        "step p99/p50",
+        -1,
+        digits,
+        "",
+        lambda t: percentile(t, 0.99) / percentile(t, 0.5),
+        0.05,
+        0.99,
     ),
     "effective_bytes_per_s": Figure(
-        "effective bandwidth", 1, rate, "comm/effective_bytes_per_s", fmean
+        "effective bandwidth", 1, rate, "comm/effective_bytes_per_s", fmean, 0.02
     ),
-    "hbm_headroom": Figure("HBM headroom", 1, percent, "perf/hbm_peak_bytes", max),
-    "goodput": Figure("goodput", 1, percent, GOODPUT, fmean),
+    "hbm_headroom": Figure("HBM headroom", 1, percent, "perf/hbm_peak_bytes", max, 0.01),
+    "goodput": Figure("goodput", 1, percent, GOODPUT, fmean, 0.01),
 }
 
 
@@ -89,8 +101,8 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
     """Returns a baseline of runs with the same key.
 
     A figure's bound is a one-sided prediction bound for one more run, by Student's t on the
-    figure's logarithm. With fewer than LEAST_RUNS runs the spread between blocks of their steps
-    stands in for the spread between runs.
+    figure's logarithm, and at least the figure's floor away from it. With fewer than LEAST_RUNS
+    runs the spread between blocks of their steps stands in for the spread between runs.
     Source: Hahn & Meeker 1991, Statistical Intervals, chapter 4.
 
     Raises:
@@ -118,15 +130,48 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
     first = runs[0]
     return {
         "version": VERSION,
+        "power": _estimate_power(runs, figures, confidence),
         "key": key,
         "figures": figures,
         "confidence": confidence,
         "runs": [run.name for run in runs],
+        "provisional": len(runs) == 1,
         "steps": [len(run.seconds) for run in runs],
         "tokens_per_step": first.tokens_per_step,
         "params": first.work.get("params"),
         "recorded": time.time(),
     }
+
+
+def _estimate_power(runs: list[RunFolder], figures: dict, confidence: float) -> dict[str, Any]:
+    """Returns what a check against these bounds can see; {} if no step time has a bound.
+
+    `false_alarms` is the share of equal runs that breach, over all figures of step times together;
+    `least_caught` the smallest slow-down that 9 of 10 checks find, None if they find none;
+    `between` the standard deviation of the runs' speeds; `runs_needed` {slow-down: runs}.
+    """
+    effects = {"tokens_per_s": -1, "step_p50_s": 1, "step_p95_s": 1, "step_p99_over_p50": 0}
+    enforced = {k: e for k, e in figures.items() if k in effects and e["bound"] is not None}
+    if not enforced:
+        return {}
+    timed = {k: Timed(effects[k], FIGURES[k].sign, FIGURES[k].floor) for k in enforced}
+    simulation = Simulation([run.seconds for run in runs], timed, confidence, BLUNT)
+    tolerances = {k: (e["value"] / e["bound"]) ** FIGURES[k].sign - 1 for k, e in enforced.items()}
+    between = simulation.between
+    spread = 0.0 if between is None else between
+    least = simulation.least_caught(len(runs), spread, tolerances)
+    # With three runs or more for baselines of as many other runs: this one's tolerance comes from
+    # the same few runs as the spread, so it would seem to be right more often than it is.
+    fixed = tolerances if len(runs) < LEAST_RUNS else None
+    power = {
+        "between": between,
+        "false_alarms": simulation.breaches(len(runs), 0.0, spread, fixed),
+        "least_caught": least if math.isfinite(least) else None,
+    }
+    if between is None:
+        equal = simulation.breaches(1, 0.0, UNKNOWN, tolerances)
+        return power | {"false_alarms_if_unknown": equal}
+    return power | {"runs_needed": {str(s): simulation.runs_needed(s, spread) for s in WANTED}}
 
 
 def too_few(run: RunFolder, name: str) -> str:
@@ -153,6 +198,8 @@ def _bound(runs, name, values, confidence) -> dict:
     n, sign = len(samples), FIGURES[name].sign
     spread = stdev(math.log(sample) for sample in samples)
     factor = math.exp(t_quantile(confidence, n - 1) * spread * math.sqrt(1 + 1 / n))
+    if factor < 1 + FIGURES[name].floor:
+        factor, how = 1 + FIGURES[name].floor, f"{how}, raised to the floor"
     if factor > BLUNT:
         return {"bound": None, "how": f"{how}: a factor of {factor:.3g} is too loose to enforce"}
     return {"bound": fmean(values) * factor**-sign, "how": how}

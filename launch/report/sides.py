@@ -1,6 +1,7 @@
 """Reads the two sides of a comparison from run directories or from published figures."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,24 +130,22 @@ def _external(values: dict, where: str) -> Side:
         kind = EXTERNAL.get(key)
         if kind is None:
             raise ValueError(f"{where} has no key {key!r}; it has {', '.join(EXTERNAL)}.")
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"{where}: {key} must be {kind.__name__}; got {value!r}.")
+        if fault := _find_fault(key, kind, value):
+            raise ValueError(f"{where}: {key} must be {fault}; got {str(value)[:80]}.")
     missing = [key for key in list(EXTERNAL)[:REQUIRED] if key not in values]
     if missing:
         raise ValueError(f"{where} must have {', '.join(missing)}.")
     if ("clock_s" in values) == ("step_time_s" in values):
         raise ValueError(f"{where} must have either step_time_s or clock_s.")
-    times, what = values.get("step_time_s"), "published step times"
+    times, what = values.get("step_time_s"), "published step times"  # both have been checked
     if times is None:
         clock = values["clock_s"]
         pairs = list(zip(clock, clock[1:], strict=False))  # of (step, seconds since the start)
         spans = {after[0] - before[0] for before, after in pairs}
-        if len(spans) != 1 or min(spans) <= 0:
+        if len(spans) != 1:
             raise ValueError(f"{where}: clock_s must have a constant step interval; got {spans}.")
         times = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairs]
         what = f"means of {spans.pop()} steps, from published clocks"
-    if not times or min(times) <= 0:
-        raise ValueError(f"{where}: step times must be positive; got {times}.")
     copied = ("name", "device", "devices", "config_hash", "data_fingerprint", "tokens_per_step")
     peaks: Any = {key: values.get(key) for key in PEAKS}
     return Side(
@@ -157,6 +156,39 @@ def _external(values: dict, where: str) -> Side:
         what=what,
         losses=[dict(map(tuple, run)) for run in values.get("loss_nats", [])],
         **peaks,
+    )
+
+
+def _find_fault(key: str, kind: type, value: Any) -> str:
+    """Returns what the value of an external figure must be, or "" if it is valid."""
+    if kind is str:
+        return "" if isinstance(value, str) and value.strip() else "a text"
+    if kind is int:
+        return "" if type(value) is int and value > 0 else "a positive integer"
+    if kind is float:
+        return "" if _is_number(value) and value > 0 else "a positive, finite number"
+    if not isinstance(value, list) or not value:
+        return "a list with an entry or more"
+    if key == "step_time_s":
+        valid = all(_is_number(time) and time > 0 for time in value)
+        return "" if valid else "positive, finite numbers of seconds"
+    if key == "clock_s":
+        rising = _are_pairs(value) and len(value) > 1
+        rising = rising and all(
+            a[0] < b[0] and a[1] < b[1] for a, b in zip(value, value[1:], strict=False)
+        )
+        return "" if rising else "two or more pairs [step, seconds], both rising"
+    valid = all(isinstance(run, list) and run and _are_pairs(run) for run in value)
+    return "" if valid else "a list of pairs [step, finite loss] for each run"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_pairs(rows: list) -> bool:
+    return all(
+        isinstance(row, list) and len(row) == 2 and all(map(_is_number, row)) for row in rows
     )
 
 

@@ -1,0 +1,74 @@
+"""Receives code into a folder named by its hash, under the launcher's folder on this host."""
+
+import contextlib
+import os
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.host.hashing import hash_files
+
+Request = dict[str, Any]
+STALE_S = 86_400.0  # incompletely received code is deleted at this age
+
+
+def root_of(request: Request) -> Path:
+    """Returns the launcher's folder on this host. Only this user can read it."""
+    root = Path(os.path.expanduser(request["workdir"])).absolute()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return root
+
+
+def land(request: Request) -> dict[str, Any]:
+    """Moves received code to the folder named by its hash; `missing` asks for it to be sent."""
+    folder = root_of(request) / "code" / request["hash"]
+    draft = folder.with_name(f".{request['hash']}.{request['by']}")
+    if folder.exists():
+        shutil.rmtree(draft, ignore_errors=True)
+        _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
+        os.utime(folder)
+        return {"missing": False, "folder": str(folder)}
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in folder.parent.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):  # another request has just renamed it
+            if time.time() - path.stat().st_ctime > STALE_S:  # unpacking may have set its mtime
+                shutil.rmtree(path, ignore_errors=True)
+    if not draft.exists():
+        draft.mkdir(mode=0o700)
+        return {"missing": True, "folder": str(draft)}
+    _check_code(draft, request, "A file was edited while it was sent. Start again")
+    runs = root_of(request) / "runs"  # a relative --config.workdir must outlive this code
+    runs.mkdir(exist_ok=True)
+    if not (draft / "runs").exists():
+        os.symlink(runs, draft / "runs")
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        return land(request)  # another operator has sent the same code meanwhile
+    return {"missing": False, "folder": str(folder)}
+
+
+def _check_code(folder: Path, request: Request, reason: str) -> None:
+    try:
+        found = hash_files(folder, request["files"])
+    except FileNotFoundError as error:
+        found = f"nothing, as {error.filename} is missing"
+    if found != request["hash"]:
+        problem = f"the code in {folder} hashes to {found}, not to {request['hash']}"
+        raise RuntimeError(f"{problem}. {reason}")
+
+
+def receive(request: Request) -> dict:
+    """Unpacks the code that follows the request, a tar archive, into the folder for it."""
+    draft = root_of(request) / "code" / f".{request['hash']}.{request['by']}"
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
+        if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
+            tar.extractall(draft, filter="tar")  # refuses paths outside of the folder
+        else:
+            tar.extractall(draft)
+    return {}

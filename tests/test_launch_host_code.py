@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from launch.host import code as code_lib
+from launch.host.hashing import hash_files
+
+
+def test_the_hash_of_code_depends_on_paths_modes_and_contents(tmp_path):
+    (tmp_path / "a").write_text("1")
+    hashes = {hash_files(tmp_path, ["a"])}
+    (tmp_path / "a").chmod(0o755)
+    hashes.add(hash_files(tmp_path, ["a"]))
+    (tmp_path / "a").write_text("2")
+    hashes.add(hash_files(tmp_path, ["a"]))
+    (tmp_path / "a").rename(tmp_path / "b")
+    hashes.add(hash_files(tmp_path, ["b"]))
+    assert len(hashes) == 4
+
+
+def test_incompletely_received_code_is_deleted_after_a_day(tmp_path, monkeypatch):
+    request = {"workdir": str(tmp_path), "hash": "1", "files": []}
+    interrupted = Path(code_lib.land(request | {"by": "a"})["folder"])
+    (interrupted / "file").write_text("half")
+    arriving = Path(code_lib.land(request | {"by": "b"})["folder"])
+    assert interrupted.exists() and arriving.exists()
+    monkeypatch.setattr(code_lib, "STALE_S", -1.0)
+    request["hash"] = code_lib.hash_files(tmp_path, [])
+    new = Path(code_lib.land(request | {"by": "c"})["folder"])
+    assert list((tmp_path / "code").iterdir()) == [new]
+
+
+def test_code_that_was_edited_on_a_host_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    code = {"hash": code_lib.hash_files(tmp_path, ["a.py"]), "files": ["a.py"], "by": "b"}
+    request = {"workdir": str(tmp_path / "host")} | code
+    draft = Path(code_lib.land(request)["folder"])
+    (draft / "a.py").write_text("x = 1")
+    folder = Path(code_lib.land(request)["folder"])
+    assert code_lib.land(request) == {"missing": False, "folder": str(folder)}
+    (folder / "a.py").write_text("x = 2")
+    with pytest.raises(RuntimeError, match="hashes to .* edited on this host. Remove it there"):
+        code_lib.land(request)
+    (folder / "a.py").unlink()
+    with pytest.raises(RuntimeError, match="nothing, as .*a.py is missing"):
+        code_lib.land(request)
+
+
+def test_two_operators_can_send_the_same_code_at_once(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    code = {"hash": code_lib.hash_files(tmp_path, ["a.py"]), "files": ["a.py"]}
+    request = {"workdir": str(tmp_path / "host")} | code
+    drafts = {by: Path(code_lib.land(request | {"by": by})["folder"]) for by in "ab"}
+    for draft in drafts.values():
+        (draft / "a.py").write_text("x = 1")
+    answers = [code_lib.land(request | {"by": by}) for by in drafts]
+    assert answers[0] == answers[1] and [answer["missing"] for answer in answers] == [False] * 2
+    assert [path.name for path in (tmp_path / "host" / "code").iterdir()] == [code["hash"]]

@@ -1,0 +1,76 @@
+"""A supervisor that a signal has stopped neither hides its job nor protects it."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from local_client import LocalClient
+
+from launch import operate
+from launch.host import processes, requests
+from launch.host.exit_codes import STOPPED
+from launch.host.restart_policy import NOW, Policy
+from launch.inventory import Host
+from launch.job import PYTHON, Job
+
+
+class Running:
+    """A job on this machine whose supervisor is stopped by SIGSTOP."""
+
+    def __init__(self, tmp_path, **policy):
+        host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
+        argv = [PYTHON, "-c", "import time; time.sleep(60)"]
+        record = {"argv": argv, "ranks_per_host": 1, "env": {}, "folders": {"a": str(tmp_path)}}
+        self.job = Job.create([host], Policy(restarts=0, **policy), "", **record)
+        self.client, self.host = LocalClient([host]), host
+        self.folder = tmp_path / "host" / "jobs" / self.job.id
+        assert self.client.call(host, self.job.request(host)) == {"started": True}
+        self.wait(lambda: processes.marked(self.job.id))
+        self.worker = self.status()["pid"]
+        os.kill(self.worker, signal.SIGSTOP)
+
+    def wait(self, condition, limit_s=20.0):
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def status(self):
+        return json.loads((self.folder / "status.json").read_text())
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    started = []
+    yield lambda **policy: started.append(Running(tmp_path, **policy)) or started[-1]
+    for running in started:
+        request = operate.stop_request(running.job, "the test is over", kill=True)
+        running.client.call(running.host, request)
+
+
+def test_stop_now_kills_the_ranks_of_a_stopped_supervisor_and_status_names_it(
+    start, monkeypatch, capsys
+):
+    monkeypatch.setattr(operate, "connect", lambda job: LocalClient(job.hosts))
+    running = start()
+    running.wait(lambda: processes.read_stat(running.worker).state == "T")
+    operate.status(running.job, as_json=False)
+    assert "STOPPED" in (shown := capsys.readouterr().out) and "has stopped its supervisor" in shown
+    assert operate.stop(running.job, now=True) == 0
+    assert not processes.marked(running.job.id) and not processes.is_alive(running.worker)
+    assert running.status()["outcome"] == {"code": STOPPED, "why": NOW}
+    assert not requests.has_supervisor(running.folder)
+
+
+def test_a_supervisor_that_stays_stopped_is_replaced_and_its_ranks_end(start):
+    running = start(stopped_s=1.0)
+    [rank] = processes.marked(running.job.id)
+    running.wait(lambda: not processes.is_alive(running.worker))
+    running.wait(lambda: running.status()["attempt"] == 2)
+    assert not processes.is_alive(rank)
+    text = "".join(path.read_text() for path in sorted((running.folder / "log").iterdir()))
+    assert "a: its supervisor was killed; a new one has started" in text
