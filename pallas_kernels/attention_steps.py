@@ -1,7 +1,8 @@
-"""The blocks that a program of attention's Mosaic bodies visits, one after another, as its steps.
+"""The blocks that a program of attention's Mosaic bodies visits, in their order: its steps.
 
-key_blocks.py is the same for the Triton bodies, which visit the blocks without a mask first. Here
-all masked steps but those of the diagonal lie before or after the others.
+Blocks outside the causal triangle or the window are skipped. The steps that need no mask lie one
+after another, and the others before and after them. (The Triton bodies visit the blocks without a
+mask first; see key_blocks.py and query_blocks.py.)
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ from pallas_kernels.tiles import MosaicAttentionTiles
 
 
 class Steps(NamedTuple):
-    """Step i visits block first + i. Traced int32, but `first` and `clear` are 0 where all are."""
+    """Step i visits block first + i. The numbers are traced int32, or int where constant."""
 
     first: Any
     count: Any
     clear: Any  # from this step to step `masked`, every query sees every key
-    masked: Any
+    masked: Any  # may exceed `count`, and be less than `clear` if all steps need a mask
 
     def needs_mask(self, step: Any) -> Any:
         """Returns whether a step visits a pair that is hidden, documents aside."""
@@ -45,7 +46,7 @@ def key_steps(start: Any, tiles: MosaicAttentionTiles, T: int, S: int, window: i
     if window is None:
         return Steps(0, end, 0, diagonal)
     first = lax.div(jnp.maximum(start + 1 + S - T - window, 0), tiles.keys)
-    # The first keys that the last query does not see.
+    # As many keys lie before the window of the last query.
     hidden = jnp.maximum(jnp.minimum(start + tiles.queries, T) + S - T - window, 0)
     return Steps(first, end - first, _ceil_div(hidden, tiles.keys) - first, diagonal - first)
 
@@ -82,12 +83,12 @@ def query_steps(
     masked = count - (T % tiles.queries > 0)  # queries of padding see nothing
     if window is None:
         return Steps(first, count, clear, masked)
-    end = jnp.clip(start + tiles.keys - 1 + window - (S - T), 0, T)  # sees none, nor do later ones
-    count = jnp.maximum(_ceil_div(end, tiles.queries) - first, 0)
-    last_whole = jnp.maximum(start + window - (S - T), 0)  # does not see all, nor do later ones
-    return Steps(
-        first, count, clear, jnp.minimum(masked, lax.div(last_whole, tiles.queries) - first)
-    )
+    # The first queries whose windows begin after the last and after the first key of the block.
+    sees_none = jnp.clip(start + tiles.keys - 1 + window - (S - T), 0, T)
+    misses_one = jnp.maximum(start + window - (S - T), 0)
+    count = jnp.maximum(_ceil_div(sees_none, tiles.queries) - first, 0)
+    masked = jnp.minimum(masked, lax.div(misses_one, tiles.queries) - first)
+    return Steps(first, count, clear, masked)
 
 
 class QueryBlock(NamedTuple):

@@ -62,17 +62,22 @@ class _Mask:
         self.last = row + last  # the last key that each query sees
 
     def apply(self, s, j):
-        keys = self.shape[1]
         column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=plgpu.Layout.WGMMA)
-        s = jnp.where(column + j * keys <= self.last, s, MASKED)
-        if self.window is not None:
-            s = jnp.where(column + (j * keys + self.window) > self.last, s, MASKED)
+        column += j * self.shape[1]
+        visible = column <= self.last
+        if self.window is None:
+            s = jnp.where(visible, s, MASKED)
+            return s if self.docs is None else jnp.where(self._same_document(j), s, MASKED)
+        visible &= column > self.last - self.window
         if self.docs is not None:
-            query_docs, key_docs = self.docs[0], self.docs[1](j)
-            query_docs = lax.broadcast_in_dim(query_docs, self.shape, [0])
-            key_docs = lax.broadcast_in_dim(key_docs, self.shape, [1])
-            s = jnp.where(query_docs == key_docs, s, MASKED)
-        return s
+            visible &= self._same_document(j)
+        # Three selects, one for each condition, spilled at K=128 (audit, ptxas 12.9.86).
+        return jnp.where(visible, s, MASKED)
+
+    def _same_document(self, j):
+        query_docs, key_docs = self.docs[0], self.docs[1](j)
+        query_docs = lax.broadcast_in_dim(query_docs, self.shape, [0])
+        return query_docs == lax.broadcast_in_dim(key_docs, self.shape, [1])
 
 
 def _softmax(s, acc, m_Q, l_Q, dtype, scale):

@@ -67,8 +67,9 @@ def causal_visits(
     if window is None:
         return Visits(0, 0, diagonal, end)
     first = jnp.maximum(start + 1 + S - T - window, 0) // tiles.keys
-    last_hidden = jnp.maximum(jnp.minimum(stop, T) + S - T - window, 0)  # from the last query
-    return Visits(first, jnp.minimum(ceil_div(last_hidden, tiles.keys), diagonal), diagonal, end)
+    # As many keys lie before the window of the last query.
+    hidden = jnp.maximum(jnp.minimum(stop, T) + S - T - window, 0)
+    return Visits(first, jnp.minimum(ceil_div(hidden, tiles.keys), diagonal), diagonal, end)
 
 
 def document_ranges(docs_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

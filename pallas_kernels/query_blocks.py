@@ -1,8 +1,8 @@
 """The blocks of queries that one block of keys visits in attention's backward.
 
 The counterpart of key_blocks.py: of the blocks that see a key of the block, those at the diagonal
-come first and need a mask. Those behind them need none until the documents differ, the window ends,
-or until the padding of the last block.
+come first and need a mask. Those behind them need none up to where the documents differ, a query's
+window leaves out a key, or the last block has padding.
 """
 
 from typing import Any
@@ -28,11 +28,12 @@ def causal_visits(
     if window is None:
         end = ceil_div(T, tiles.queries)
         return Visits(first, clear, jnp.maximum(T // tiles.queries, clear), end)
-    see_last = jnp.clip(stop - 1 + window - (S - T), 0, T)  # the last key; later queries do not
-    end = jnp.maximum(ceil_div(see_last, tiles.queries), first)
-    see_first = jnp.clip(start + window - (S - T), 0, T)
+    # The first queries whose windows begin after the last and after the first key of the block.
+    sees_none = jnp.clip(stop - 1 + window - (S - T), 0, T)
+    misses_one = jnp.clip(start + window - (S - T), 0, T)
+    end = jnp.maximum(ceil_div(sees_none, tiles.queries), first)
     clear = jnp.minimum(clear, end)
-    return Visits(first, clear, jnp.clip(see_first // tiles.queries, clear, end), end)
+    return Visits(first, clear, jnp.clip(misses_one // tiles.queries, clear, end), end)
 
 
 def within_documents(visits: Visits, until: Any, end: Any) -> Visits:
