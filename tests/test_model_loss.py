@@ -6,7 +6,8 @@ import pytest
 
 from jaxtrain.config.train_config import LossConfig, MeshConfig
 from jaxtrain.distributed.mesh import build_mesh
-from jaxtrain.model.loss import build_loss, chunk_steps
+from jaxtrain.model.loss import build_loss, chunk_steps, max_and_sum
+from jaxtrain.ops.routes import Route
 
 B, T, D, V = 8, 33, 16, 48
 
@@ -99,3 +100,23 @@ def test_the_loss_of_a_uniform_head_is_ln_v(inputs):
     loss = build_loss(LossConfig(), 0.0, jnp.float32)
     nats = loss(h, jnp.zeros_like(w), targets, weights)[1]
     assert jnp.allclose(nats, jnp.log(V), rtol=1e-6)
+
+
+@pytest.mark.parametrize("softcap, bias", [(0.0, False), (5.0, True)])
+def test_reading_the_logits_once_gives_the_same_loss_and_gradients(inputs, softcap, bias):
+    one_pass = Route("head", "one_pass", "")
+    losses = [build_loss(LossConfig(), softcap, jnp.float32, route=r) for r in (None, one_pass)]
+    inputs = (*inputs, jnp.linspace(-2, 2, V) if bias else None)
+    want, got = (value_and_grads(loss, *inputs) for loss in losses)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_pass_over_logits_handles_infinite_and_undefined_ones():
+    logits = jax.random.normal(jax.random.key(0), (5, V)) * 100
+    logits = logits.at[1, 3].set(jnp.nan).at[2, 4].set(jnp.inf).at[3, 5].set(-jnp.inf)
+    logits = logits.at[4].set(-jnp.inf)
+    top, total = max_and_sum(logits)
+    lse, want = top + jnp.log(total), jax.nn.logsumexp(logits, -1)
+    assert jnp.allclose(lse[jnp.array([0, 3])], want[jnp.array([0, 3])], rtol=1e-6)
+    assert jnp.isnan(lse[1]) and lse[2] == jnp.inf and lse[4] == -jnp.inf

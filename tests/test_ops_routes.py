@@ -124,14 +124,20 @@ def test_shallow_models_that_store_everything_are_unrolled_on_gpus():
         return routes["layers"].implementation
 
     assert unroll(L=12) == "unroll=12"
-    assert unroll(L=12, remat="attention") == unroll(L=24) == "unroll=1"
-    assert unroll(L=24, unroll=24) == "unroll=24"
+    assert unroll(L=24) == "unroll=24"
+    assert unroll(L=12, remat="attention") == unroll(L=25) == "unroll=1"
+    assert unroll(L=26, unroll=26) == "unroll=26"
+
+
+def test_gpus_read_the_logits_once_where_no_kernel_computes_them():
+    head = lambda platform: choose_routes(ModelConfig(), False, platform, False)["head"]
+    assert head("gpu").implementation == "one_pass" and head("cpu").implementation == "plain"
 
 
 def test_deep_models_are_scanned_and_shallow_ones_unrolled_on_cpu():
     unroll = lambda **values: choose_routes(ModelConfig(**values), False, "cpu", False)["layers"]
     assert unroll(L=4).implementation == "unroll=4"
-    assert unroll(L=26).implementation == "unroll=1"
+    assert unroll(L=24).implementation == unroll(L=26).implementation == "unroll=1"
     assert unroll(L=26, unroll=13).implementation == "unroll=13"
 
 
@@ -175,7 +181,7 @@ def test_heads_that_devices_do_not_divide_have_no_kernel():
 def test_what_a_kernel_does_not_compute_excludes_it(op, values, reason):
     model, where = ModelConfig(qk_norm=True, **values), dict(arch="sm_90")
     route = choose_routes(model, False, "gpu", False, **where)[op]
-    assert route.implementation == "plain" and reason in route.reason
+    assert not route.is_fused and reason in route.reason
     with pytest.raises(ValueError, match=f"kernels.strict needs fused.*{reason}"):
         choose_routes(model, False, "gpu", False, KernelsConfig(strict=True), **where)
 

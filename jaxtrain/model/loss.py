@@ -63,28 +63,61 @@ class _Vocabulary:
     def onehot(self, targets, dtype):
         return jax.nn.one_hot(targets - self.first, self.V, dtype=dtype)
 
+    def pick(self, targets, logits):
+        return (self.onehot(targets, logits.dtype) * logits).sum(-1)
+
+
+def _compute_logits(h, w_VD, b_V, softcap, form):
+    logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide_dtype(h.dtype))
+    return cap_logits(logits if b_V is None else logits + b_V, softcap, form)
+
 
 class _PlainScores:
     """A chunk's logits, computed by XLA, with their max, sum of exp and target's on this device."""
 
     def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep):
         del keep  # the logits exist either way
-        wide = wide_dtype(h.dtype)
-        self.logits = jnp.einsum("BTD,VD->BTV", h, w_VD, preferred_element_type=wide)
-        if b_V is not None:
-            self.logits = self.logits + b_V
-        self.logits = cap_logits(self.logits, softcap, form)
+        self.logits = _compute_logits(h, w_VD, b_V, softcap, form)
         self.top = self.logits.max(-1)
         self.e = jnp.exp(self.logits - self.top[..., None])
         self.total = self.e.sum(-1)
-        self.target = (vocabulary.onehot(targets, wide) * self.logits).sum(-1)
+        self.target = vocabulary.pick(targets, self.logits)
 
     def softmax(self, top, total):
         return self.e * jnp.exp(self.top - top)[..., None] / total[..., None]
 
 
-class _FusedScores:
-    """_PlainScores, computed by the kernel, which stores the logits only if `keep`."""
+def max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (max, sum of exp(logits - max)) over V in a single pass over the logits [...,V]."""
+
+    def merge(a, b):
+        top = jnp.maximum(a[0], b[0])
+        # Where `top` is infinite, exp(top - top) would be NaN.
+        rescaled = lambda x: jnp.where(x[0] == top, x[1], x[1] * jnp.exp(x[0] - top))
+        return top, rescaled(a) + rescaled(b)
+
+    start = jnp.asarray(-jnp.inf, logits.dtype), jnp.zeros((), logits.dtype)
+    return jax.lax.reduce((logits, jnp.ones_like(logits)), start, merge, (logits.ndim - 1,))
+
+
+class _OnePassScores:
+    """_PlainScores for GPUs, where reading the logits takes longer than computing them twice.
+
+    XLA reads them once for the maximum and the sum of exp, and once for the softmax and target.
+    """
+
+    def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep):
+        del keep  # the logits exist either way
+        self.logits = _compute_logits(h, w_VD, b_V, softcap, form)
+        self.top, self.total = max_and_sum(self.logits)
+        self.target = vocabulary.pick(targets, self.logits)
+
+    def softmax(self, top, total):
+        return jnp.exp(self.logits - top[..., None]) / total[..., None]
+
+
+class _FusedScores(_OnePassScores):
+    """_OnePassScores, computed by the kernel, which stores the logits only if `keep`."""
 
     def __init__(self, h, w_VD, b_V, targets, vocabulary, softcap, form, keep, scores):
         assert b_V is None and form == "tanh", "choose_routes never selects the kernel for these"
@@ -93,9 +126,6 @@ class _FusedScores:
         unflatten = lambda x: x.reshape(*targets.shape, *x.shape[1:])
         self.logits = unflatten(logits_NV) if keep else None
         self.top, self.total, self.target = map(unflatten, per_row)
-
-    def softmax(self, top, total):
-        return jnp.exp(self.logits - top[..., None]) / total[..., None]
 
 
 def _local_loss(
@@ -172,6 +202,8 @@ def build_loss(
     scores = _PlainScores
     if route is not None and route.is_fused:
         scores = functools.partial(_FusedScores, scores=fused.build_scores(route))
+    elif route is not None and route.implementation == "one_pass":
+        scores = _OnePassScores
     options = dict(scores=scores, softcap=softcap, form=softcap_form, z_loss=cfg.z_loss)
     options |= dict(chunk_bytes=cfg.chunk_bytes)
 

@@ -113,7 +113,7 @@ class _Network:
 
     def normalise(self, params, name, h_BTD):
         """Applies the norm "embed_norm" or "final_norm"; without gains it has no parameters."""
-        return nnx.merge(self.norm_def, params.get(name, {}))(h_BTD)
+        return nnx.merge(self.norm_def, params.get(name, {}))(h_BTD, self.ops.normalise)
 
     def scan_layers(self, params, tokens_BT, docs_BT, collect):
         """Returns (first layer's input, last layer's output, collect(h_BTD) of each layer)."""

@@ -52,6 +52,15 @@ _OPTIONS = (
         "uses command buffers for short sequences of kernels too, which saves host time",
     ),
 )
+# An A40 has no bf16 additions, so XLA computes them in float32. With excess precision it leaves
+# out the rounding between two of them, and the residual stream and its gradient are stored in
+# float32. An H100 adds bf16 numbers, so that nothing changes there.
+_ROUND_AS_WRITTEN = TuningChoice(
+    "xla_allow_excess_precision",
+    False,
+    "offline",
+    "activations that the model rounds to bf16 are stored in bf16",
+)
 _PLAN = "bound of gpt_124m by jaxtrain.plan, 2026-11-25: "
 CHOICES = {
     "a40": (
@@ -59,6 +68,7 @@ CHOICES = {
             "micro_batch_tokens", 32_768, "offline", _PLAN + "0.5 % higher with twice as many"
         ),
         TuningChoice("unroll", 1, "offline", _PLAN + "1.9 % lower with 2"),
+        _ROUND_AS_WRITTEN,
         *_OPTIONS,
     ),
     "h100": (
