@@ -8,6 +8,7 @@ as faster. jaxtrain/ops/routes.py decides whether a run uses it. This file impor
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,10 +178,18 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
     return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
 
 
-def find_triton_bodies(op: str, tiles: OpTiles | None) -> str:
-    """Returns the names of an op's kernels whose body is Triton's; "" if there are none."""
+def explain_missing_triton(op: str, choose: Callable[[str], BodyChoice] | None) -> str:
+    """Returns which kernels of an op need the Triton backend that JAX has removed; "" if none.
+
+    Args:
+        choose: returns the op's bodies; None if they are interpreted, which only Triton's are.
+    """
+    if has_triton():
+        return ""
+    tiles = choose(op).tiles if choose else None
     kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
-    return ", ".join(name for name, value in kernels.items() if body_of(value) == "triton")
+    names = ", ".join(name for name, value in kernels.items() if body_of(value) == "triton")
+    return f"jax no longer has the Triton backend, which compiles the body of {names}" * bool(names)
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:

@@ -14,9 +14,8 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
-from pallas_kernels.kernel_choice import BodyChoice, choose_body, find_triton_bodies
-from pallas_kernels.ptxas import has_triton
-from pallas_kernels.tiles import TILES, OpTiles, default_tiles
+from pallas_kernels.kernel_choice import BodyChoice, choose_body, explain_missing_triton
+from pallas_kernels.tiles import TILES, default_tiles
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
 RULED_OUT = "no fused kernel"  # the reason contains it if the model's attention rules one out
@@ -88,8 +87,6 @@ class _KernelRoutes:
         model = self.model
         if not self.kernels.interpret and self.arch not in TILES:
             return f"it is compiled for {', '.join(TILES)}; got {self.arch or 'no GPU'}"
-        if not has_triton() and (names := find_triton_bodies(op, self.tiles(op))):
-            return f"jax no longer has the Triton backend, which compiles the body of {names}"
         if model.dtype == "float64":
             return "its sums are float32; got model.dtype=float64"
         if op == "attention":
@@ -112,7 +109,7 @@ class _KernelRoutes:
             return f"its soft-cap is a tanh; got {model.logit_softcap_form=}"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
-        return ""
+        return explain_missing_triton(op, None if self.kernels.interpret else self.measured)
 
     def scoring_obstacle(self) -> str:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
@@ -128,10 +125,6 @@ class _KernelRoutes:
         if self.kernels.interpret:
             return "kernels.interpret"
         return "kernels.strict" if self.kernels.strict else ""
-
-    def tiles(self, op: str) -> OpTiles | None:
-        interpreted = self.kernels.interpret
-        return default_tiles(op, "sm_86") if interpreted else self.measured(op).tiles
 
     def windows(self) -> list[int]:
         """Returns the different windows of the model's layers, of which 0, all tokens, is first."""
@@ -166,7 +159,7 @@ class _KernelRoutes:
         name = PREFIX.get(op, "fused")
         if self.kernels.interpret:
             reason = "kernels.interpret: interpreted, for tests"
-            return Route(op, f"{name}:interpret", reason, tiles=self.tiles(op))
+            return Route(op, f"{name}:interpret", reason, tiles=default_tiles(op, "sm_86"))
         other_attention = op == "attention" and self.model.attention not in ("auto", "flash")
         if obstacle or (other_attention and not flag):
             return None
