@@ -150,7 +150,7 @@ def cases_with_bodies(chip: Chip, cases: list[Case] = CASES) -> list[tuple[Case,
     entries = []
     for case in cases:
         tiles_of_body = {}
-        for tiles in default_bodies(case.op, chip.arch):
+        for tiles in default_bodies(case.op, chip.arch, case.sizes):
             body = body_of(kernel_tiles(tiles, case.kernel)) if case.kernel else "triton"
             if case.only_body in ("", body):
                 if case.tiles:

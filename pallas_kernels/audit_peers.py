@@ -39,7 +39,7 @@ def survey_peers(chip: Chip, show: Callable[[str], None] = print) -> None:
     """Shows the inner loops of tokamax's attention on a chip, or why there are none.
 
     A body that its authors do not support on the chip, or that does not compile with this JAX, is
-    shown with the reason: it is no fault of ours.
+    shown with the reason: it is no fault of ours. Of kernels with the same name one is shown.
     """
     if importlib.util.find_spec("tokamax") is None:
         show("tokamax is not installed, so its kernels are not compared")
@@ -51,6 +51,7 @@ def survey_peers(chip: Chip, show: Callable[[str], None] = print) -> None:
                 q, k, v, is_causal=True, implementation=body
             )
             B, T, H, G, K = sizes
+            shown = set()
             for backward in (False, True):
                 where = f"tokamax {body}, {B}x{T}x{H}:{G}x{K} bf16"
                 try:
@@ -63,7 +64,7 @@ def survey_peers(chip: Chip, show: Callable[[str], None] = print) -> None:
                     continue
                 for name, report in reports.items():
                     loops = [bound_loop(loop, chip) for loop in report.resources.loops]
-                    is_forward = "vjp" not in name and "bwd" not in name and "backward" not in name
-                    if loops and is_forward != backward:
+                    if loops and name not in shown:  # both ways contain the forward again
+                        shown.add(name)
                         show(f"{where}: {name}, {report.resources.registers} registers")
                         show("\n".join(map(format_loop, loops)))

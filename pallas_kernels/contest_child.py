@@ -64,7 +64,7 @@ def bodies(contest: Contest, arch: str, tiny: bool) -> dict[str, OpTiles | None]
 
     A trial leaves out Mosaic's bodies, whose smallest tiles are larger than its arrays.
     """
-    tiles = default_bodies(contest.op, arch)
+    tiles = default_bodies(contest.op, arch, contest.shape)
     return dict(zip(("triton",) if tiny else ("triton", "mosaic"), tiles, strict=False))
 
 

@@ -69,7 +69,7 @@ def find_targets(
         if not cases or contest.name in known:
             continue
         bodies, where = [], f"{chip.name}: {contest.name}"
-        for tiles in default_bodies(contest.op, chip.arch):
+        for tiles in default_bodies(contest.op, chip.arch, contest.shape):
             body = body_of(kernel_tiles(tiles, cases[0].kernel))
             try:
                 serial_s = contest_times(chip, cases, tiles, compiled)[1]

@@ -176,13 +176,13 @@ def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     return o, (q, k, v, docs, o, lse)
 
 
-def _gradients(name, arguments, tiles, interpret, window):
-    """Runs the kernel "dkv" or "dq" with the body that the tiles select."""
-    if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic_backward as mosaic
+def _backward_bodies(tiles):
+    """Returns the module with the functions dkv and dq of the body that the tiles select."""
+    if body_of(tiles) != "mosaic":
+        return flash_attention_backward
+    from pallas_kernels import flash_attention_mosaic_backward
 
-        return getattr(mosaic, name)(arguments, tiles, interpret, window)
-    return flash_attention_backward.gradients(name, arguments, tiles, interpret, window)
+    return flash_attention_mosaic_backward
 
 
 def _backward(blocks, interpret, window, residuals, do):
@@ -190,13 +190,19 @@ def _backward(blocks, interpret, window, residuals, do):
     delta_BHT = jnp.einsum("BTHK,BTHK->BHT", o, do, preferred_element_type=jnp.float32)
     arguments = (q, k, v, do, lse, delta_BHT, *docs)
     with _scope(window):
-        if getattr(blocks.dq, "variant", "") == "stored":
+        if body_of(blocks.dq) == "dq_product":
+            triton_bodies = flash_attention_backward
+            dk, dv, ds_BHST = triton_bodies.dkv(
+                arguments, blocks.dkv, interpret, window, stores_ds=True
+            )
+            dq = triton_bodies.dq_product(arguments, ds_BHST, blocks.dq, interpret, window)
+        elif getattr(blocks.dq, "variant", "") == "stored":
             from pallas_kernels import flash_attention_mosaic_stored as stored
 
             dq, dk, dv = stored.gradients(arguments, blocks, interpret, window)
         else:
-            dk, dv = _gradients("dkv", arguments, blocks.dkv, interpret, window)
-            dq = _gradients("dq", arguments, blocks.dq, interpret, window)
+            dk, dv = _backward_bodies(blocks.dkv).dkv(arguments, blocks.dkv, interpret, window)
+            dq = _backward_bodies(blocks.dq).dq(arguments, blocks.dq, interpret, window)
     return dq, dk, dv, None, None
 
 

@@ -146,7 +146,7 @@ def read_rows(folder: Path = TUNED) -> list[BenchRow]:
 def _mosaic_row_sizes(op, tiles, shape):
     """Returns the sizes that a Mosaic body needs to be multiples of 64; none without a body."""
     kernels = tiles.values() if isinstance(tiles, dict) else tiles or ()
-    if all(body_of(kernel) == "triton" for kernel in kernels):
+    if all(body_of(kernel) != "mosaic" for kernel in kernels):
         return ()
     return shape[-1:] if op == "attention" else shape
 
@@ -171,9 +171,9 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
     Where Mosaic comes first, it was faster than Triton's body in each contest that ran on a card.
     """
     if has_triton() and op not in MOSAIC_FIRST.get(arch, ()):
-        return default_tiles(op, arch), ""
+        return default_tiles(op, arch, shape), ""
     if obstacle := _mosaic_obstacle(op, dtype, shape):
-        return default_tiles(op, arch), f"; its body is Triton's: {obstacle}"
+        return default_tiles(op, arch, shape), f"; its body is Triton's: {obstacle}"
     why = f"the first choice on {arch}" if has_triton() else "as this JAX has no Triton backend"
     return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
 
@@ -246,11 +246,11 @@ def choose_body(
     sizes = _mosaic_row_sizes(op, row.tiles, shape)
     if sizes and find_fault():
         reason = f"its fastest body cannot be compiled: {find_fault()}"
-        return BodyChoice(default_tiles(op, arch), False, reason)
+        return BodyChoice(default_tiles(op, arch, shape), False, reason)
     if any(size % 64 for size in sizes):
         got = ", ".join(map(str, sizes))
         reason = f"its fastest body needs sizes that are a multiple of 64; got {got}"
-        return BodyChoice(default_tiles(op, arch), False, reason)
+        return BodyChoice(default_tiles(op, arch, shape), False, reason)
     ratio = row.kernel_s / row.other_s
     reason = f"{ratio:.2f} times the time of {row.other} on {chip}, {row.date}"
     if documents and not row.documents:

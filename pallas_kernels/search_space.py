@@ -2,8 +2,8 @@
 
 Time on a GPU is scarce, so bench tries a short list: at most eight tiles an op, which differ in
 what changes the speed. Each of them compiled without spills (2026-11-26, jax 0.11.2), but of the
-variants of attention's Mosaic bodies only those that docs/speed_log.md names. No test repeats that,
-since it takes minutes.
+variants of attention's Mosaic bodies only those that docs/speed_log.md names. A test repeats that
+for the first tiles of attention on an A40 only, since all take minutes.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from pallas_kernels.tiles import (
     AmpereAttentionTiles,
     AmpereProductTiles,
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     KernelTiles,
     MosaicAttentionTiles,
@@ -96,10 +97,13 @@ SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
 }
 
 
-def default_bodies(op: str, arch: str) -> list[Any]:
-    """Returns the op's default tiles for each body that this JAX can compile for this GPU."""
+def default_bodies(op: str, arch: str, shape: tuple[float, ...] = ()) -> list[Any]:
+    """Returns the op's default tiles for each body that this JAX can compile for this GPU.
+
+    The arguments are those of default_tiles.
+    """
     usable = mosaic.USABLE and op in MOSAIC.get(arch, {})
-    return [default_tiles(op, arch)] + ([mosaic_tiles(op, arch)] if usable else [])
+    return [default_tiles(op, arch, shape)] + ([mosaic_tiles(op, arch)] if usable else [])
 
 
 def _bodies(op, arch, kernel):
@@ -126,8 +130,12 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
     "sm_86": {
         "attention": {
             "forward": (AttentionTiles(128, 64, 8, 3), AttentionTiles(64, 64, 4, 2)),
-            "dkv": (AttentionTiles(32, 64, 4, 2),),
-            "dq": (AttentionTiles(64, 32, 4, 2), AttentionTiles(128, 32, 8, 2)),
+            "dkv": (AttentionTiles(32, 64, 4, 2), AttentionTiles(64, 64, 8, 2)),
+            "dq": (
+                DqProductTiles(64, 64, 4, 3),
+                AttentionTiles(64, 32, 4, 2),
+                AttentionTiles(128, 32, 8, 2),
+            ),
         },
         "head": {
             "head": (
@@ -198,5 +206,5 @@ def shortlist(op: str, arch: str) -> Iterator[tuple[str, KernelTiles]]:
     kernels = SHORTLIST[arch].get(op, {})
     for turn in itertools.zip_longest(*kernels.values()):
         for kernel, tiles in zip(kernels, turn, strict=True):
-            if tiles is not None and (mosaic.USABLE or body_of(tiles) == "triton"):
+            if tiles is not None and (mosaic.USABLE or body_of(tiles) != "mosaic"):
                 yield kernel, tiles

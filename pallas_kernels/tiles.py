@@ -18,6 +18,20 @@ class AttentionTiles(NamedTuple):
     stages: int  # loads in flight in the software pipeline
 
 
+class DqProductTiles(NamedTuple):
+    """Tile sizes of attention's Triton kernel for dq that multiplies a stored gradient.
+
+    The kernel for dk and dv then stores the scores' gradient, so the backward makes five products
+    instead of seven, for 2*B*H*S*T bytes of memory in 16 bits. It must be Triton's.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    body: str = "dq_product"
+
+
 class ProductTiles(NamedTuple):
     """Tile sizes of a matrix product's Triton kernel."""
 
@@ -77,12 +91,13 @@ class AmpereAttentionTiles(NamedTuple):
     body: str = "ampere"
 
 
-ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles
+ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles, DqProductTiles
 PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
 KernelTiles = (
     AttentionTiles
     | MosaicAttentionTiles
     | AmpereAttentionTiles
+    | DqProductTiles
     | ProductTiles
     | MosaicProductTiles
     | AmpereProductTiles
@@ -94,19 +109,25 @@ class FlashAttentionTiles(NamedTuple):
 
     forward: AttentionTiles | MosaicAttentionTiles | AmpereAttentionTiles
     dkv: AttentionTiles | MosaicAttentionTiles
-    dq: AttentionTiles | MosaicAttentionTiles
+    dq: AttentionTiles | MosaicAttentionTiles | DqProductTiles
 
 
 # The tiles of all kernels of one op. Values are KernelTiles: Any, because each caller knows which.
 OpTiles = FlashAttentionTiles | dict[str, Any]
 
-# On sm_86, which has little shared memory, FlashAttention-2's backward uses 64x64 tiles too.
+# "attention" is for heads of more than 64. On sm_86, which has little shared memory,
+# FlashAttention-2's backward of such heads uses tiles of 64x64 and 8 warps too.
 TILES: dict[str, dict[str, Any]] = {
     "sm_86": {
         "attention": FlashAttentionTiles(
             AttentionTiles(128, 64, 8, 2),
             AttentionTiles(64, 64, 8, 2),
-            AttentionTiles(64, 64, 8, 2),
+            AttentionTiles(128, 32, 8, 2),
+        ),
+        "attention_64": FlashAttentionTiles(
+            AttentionTiles(128, 64, 8, 2),
+            AttentionTiles(32, 64, 4, 2),
+            AttentionTiles(64, 64, 4, 2),
         ),
         "head": ProductTiles(128, 128, 32, 4, 3),
         "square": ProductTiles(128, 128, 32, 4, 3),
@@ -160,7 +181,7 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 
 
 def body_of(tiles: KernelTiles | None) -> str:
-    """Returns the kernel body that these tiles select: "triton", "mosaic" or "ampere"."""
+    """Returns the body that these tiles select: "triton", "mosaic", "ampere" or "dq_product"."""
     return getattr(tiles, "body", "triton")
 
 
@@ -184,11 +205,16 @@ def replace_tiles(tiles: OpTiles, kernel: str, value: KernelTiles) -> OpTiles:
     return tiles._replace(**{kernel: value})
 
 
-def default_tiles(op: str, arch: str) -> Any:
-    """Returns the default tiles of an op's Triton kernels; None for an op without tiles."""
+def default_tiles(op: str, arch: str, shape: tuple[float, ...] = ()) -> Any:
+    """Returns the default tiles of an op's Triton kernels; None for an op without tiles.
+
+    Args:
+        shape: the op's sizes, as in kernel_choice.BenchRow. Attention's tiles depend on the width
+            of its heads; without a shape they are those of wide heads.
+    """
     table = TILES[arch]
     if op == "attention":
-        return table[op]
+        return table.get("attention_64" if shape and shape[-1] <= 64 else op, table[op])
     return {name: tiles for name, tiles in table.items() if name.startswith(op)} or None
 
 

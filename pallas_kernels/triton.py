@@ -123,3 +123,19 @@ class Head:
         if inside:
             return load(block)
         return load(block, mask=rows < ref.shape[2], other=other)
+
+    def read_pairs(
+        self, ref: Any, rows: jax.Array, columns: jax.Array, inside: bool = False
+    ) -> jax.Array:
+        """Reads [rows,columns] of one matrix of an array [B,H,S,T]; `inside` is as in read."""
+        block, mask = self._pairs(ref, rows, columns)
+        return load(block) if inside else load(block, mask=mask, other=0.0)
+
+    def write_pairs(self, ref: Any, rows: jax.Array, columns: jax.Array, x: jax.Array) -> None:
+        """Writes what read_pairs reads."""
+        block, mask = self._pairs(ref, rows, columns)
+        store(block, x, mask=mask)
+
+    def _pairs(self, ref, rows, columns):
+        block = ref.at[self.batch, self.head, rows[:, None], columns[None, :]]
+        return block, (rows < ref.shape[2])[:, None] & (columns < ref.shape[3])[None, :]

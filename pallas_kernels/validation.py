@@ -16,6 +16,7 @@ from pallas_kernels.tiles import (
     AmpereAttentionTiles,
     AmpereProductTiles,
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -161,6 +162,8 @@ def check_attention(
     for kernel, tiles in blocks._asdict().items():
         queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
         kinds = AttentionTiles, MosaicAttentionTiles
+        if kernel == "dq":
+            kinds += (DqProductTiles,)
         if kernel == "forward":  # the only one that has a body for Ampere
             kinds += (AmpereAttentionTiles,)
             queries, keys = (64, 16) if body_of(tiles) == "ampere" else (queries, keys)
@@ -187,6 +190,11 @@ def check_attention(
                 f"half of blocks.dq.queries={blocks.dq.queries} must be a multiple of "
                 f"blocks.dkv.queries; got {blocks.dkv.queries}."
             )
+    if isinstance(blocks.dq, DqProductTiles) and not isinstance(blocks.dkv, AttentionTiles):
+        raise ValueError(
+            "blocks.dkv must be AttentionTiles where blocks.dq are DqProductTiles, which multiply "
+            f"what Triton's kernel stores; got blocks.dkv={blocks.dkv!r}."
+        )
 
 
 def _check_product_tiles(tiles, *other_kinds):

@@ -21,6 +21,7 @@ from pallas_kernels.search_space import candidates
 from pallas_kernels.tiles import (
     TILES,
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -39,13 +40,19 @@ def timed(seconds, tiles=None):
 ROUTED = {"norm": (768,), "attention": (8, 1_024, 12, 12, 64), "head": (768, 50_304)}
 
 
+def tiles_of(op):
+    """Returns tiles whose types are all read from JSON: DqProductTiles has no default."""
+    tiles = default_tiles(op, "sm_86")
+    return tiles._replace(dq=DqProductTiles(64, 64, 4, 3)) if op == "attention" else tiles
+
+
 def rows_of(seconds, tmp_path):
     """Writes the bench's file for the ops of ROUTED: kernels took `seconds`, XLA 1 s."""
     rows = []
     for op, shape in ROUTED.items():
         contest = SimpleNamespace(op=op, shape=shape, documents=False, window=0)
         results = {
-            "triton": timed(seconds, default_tiles(op, "sm_86")),
+            "triton": timed(seconds, tiles_of(op)),
             "xla": timed(1.0),
             "cudnn": "no",
         }
@@ -60,7 +67,7 @@ def test_a_kernel_is_chosen_if_it_was_faster_at_a_similar_shape_on_the_same_chip
     choose = lambda shape=shape, chip="a40", dtype="bfloat16", folder=folder: choose_body(
         op, "sm_86", chip, dtype, shape, folder
     )
-    assert choose().faster and choose().tiles == default_tiles(op, "sm_86")
+    assert choose().faster and choose().tiles == tiles_of(op)
     assert "0.50 times the time of xla on a40" in choose().reason
     assert choose(tuple(1.3 * size for size in shape)).faster
     assert not choose(tuple(2 * size for size in shape)).faster
@@ -118,6 +125,14 @@ def test_the_error_names_a_damaged_file_of_rows(damage, tmp_path):
     path.write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(ValueError, match="a40.json must contain rows of the bench"):
         read_rows(folder)
+
+
+def test_the_default_tiles_of_attention_follow_the_width_of_its_heads(tmp_path):
+    table, rows = TILES["sm_86"], rows_of(0.5, tmp_path)
+    for K, name in ((32, "attention_64"), (64, "attention_64"), (128, "attention")):
+        where = "attention", "sm_86", "a40", "bfloat16", (2, 640, 6, 2, K)
+        choice = choose_body(*where, rows)
+        assert not choice.faster and choice.tiles == table[name]
 
 
 @pytest.mark.parametrize("arch", TILES)

@@ -15,7 +15,12 @@ from pallas_kernels.head_scores import head_scores, head_scores_reference
 from pallas_kernels.qk_rope import qk_rope, qk_rope_reference
 from pallas_kernels.symmetric import symmetric, symmetric_reference
 from pallas_kernels.tile_order import grouped_tile, triangle_tile
-from pallas_kernels.tiles import AttentionTiles, FlashAttentionTiles, ProductTiles
+from pallas_kernels.tiles import (
+    AttentionTiles,
+    DqProductTiles,
+    FlashAttentionTiles,
+    ProductTiles,
+)
 
 HALF, FULL = jnp.bfloat16, jnp.float32
 INTERPRET = jax.default_backend() != "gpu"
@@ -243,3 +248,20 @@ def test_a_query_that_sees_no_key_gives_zeros_and_gets_no_gradient():
     keyless = q.shape[1] - k.shape[1]
     assert not o[:, :keyless].any()
     assert not pullback(do)[0][:, :keyless].any()
+
+
+def test_attentions_gradients_are_reproducible_and_the_same_with_a_stored_gradient():
+    """Where dq is the product of a stored gradient, only the order of its sums may differ."""
+    arrays, docs, window = attention_case("window, documents, fewer queries than keys", HALF)
+
+    def backward(q, k, v, do, blocks):
+        attend = lambda q, k, v: flash_attention(q, k, v, *docs, blocks, INTERPRET, window)
+        return jax.vjp(attend, q, k, v)[1](do)
+
+    blocks = [SMALL, SMALL._replace(dq=DqProductTiles(64, 32, 4, 2))]
+    gradients = jax.jit(lambda *arrays: [backward(*arrays, tiles) for tiles in blocks])
+    results, again = gradients(*arrays), gradients(*arrays)
+    assert all(map(jnp.array_equal, jax.tree.leaves(results), jax.tree.leaves(again)))
+    (dq, *sums), (dq_product, *sums_storing) = results
+    assert all(map(jnp.array_equal, sums, sums_storing))
+    assert distance(dq_product, dq) < 2e-4

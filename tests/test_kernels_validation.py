@@ -13,6 +13,7 @@ from pallas_kernels.qk_rope import qk_rope
 from pallas_kernels.symmetric import symmetric
 from pallas_kernels.tiles import (
     AttentionTiles,
+    DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
@@ -21,6 +22,7 @@ from pallas_kernels.tiles import (
 
 BLOCKS = FlashAttentionTiles(*(AttentionTiles(16, 16, 4, 1),) * 3)
 TILES = ProductTiles(16, 16, 16, 4, 1)
+PRODUCT = DqProductTiles(16, 16, 4, 1)
 
 
 def bf16(*shape):
@@ -132,6 +134,13 @@ WRONG = [  # kernel, changed arguments, the start of the error, the value in it
         "blocks.dq.warps must",
         "3",
     ),
+    (
+        flash_attention,
+        {"blocks": BLOCKS._replace(dkv=MosaicAttentionTiles(64, 128, 2), dq=PRODUCT)},
+        "blocks.dkv must be AttentionTiles where",
+        "MosaicAttentionTiles(",
+    ),
+    (flash_attention, {"blocks": BLOCKS._replace(dkv=PRODUCT)}, "blocks.dkv must be", "DqProduct"),
     (head_scores, {"h_ND": bf16(8, 4, 4)}, "h_ND must", "bfloat16[8, 4, 4]"),
     (head_scores, {"h_ND": bf16(0, 16)}, "h_ND must", "bfloat16[0, 16]"),
     (head_scores, {"w_VD": bf16(32, 24)}, "w_VD must", "bfloat16[32, 24]"),
