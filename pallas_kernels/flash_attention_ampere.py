@@ -198,7 +198,7 @@ def forward(
     (B, T, H, K), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     mosaic.check(q=q_BTHK, k=k_BSGK, v=v_BSGK)
     check_heads(K)
-    bounds = [key_blocks.document_bounds(*docs, tiles, window)] if docs else []
+    bounds = [key_blocks.document_bounds(docs[0], docs[1], tiles, window)] if docs else []
     # Padding is of a document that does not exist. Its rows and columns are never read.
     docs = [mosaic.pad_last(x, n, -1) for x, n in zip(docs, tiles[:2], strict=False)]
 

@@ -93,7 +93,7 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
-def _kernel_tiles_from_json(kinds, values):
+def _kernel_tiles_from_json(kinds: Any, values: Any) -> Any:
     """Returns tiles of the type whose body is among the values; without one they are Triton's."""
     of_body = {kind._field_defaults.get("body"): kind for kind in kinds}
     body = next((value for value in values if value in of_body), None)

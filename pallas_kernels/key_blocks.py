@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import AttentionTiles
+from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
 
 
 def ceil_div(x: Any, y: Any) -> Any:
@@ -82,7 +82,10 @@ def document_ranges(docs_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array
 
 
 def document_bounds(
-    docs_BT: jax.Array, docs_BS: jax.Array, tiles: AttentionTiles, window: int | None = None
+    docs_BT: jax.Array,
+    docs_BS: jax.Array,
+    tiles: AttentionTiles | AmpereAttentionTiles,
+    window: int | None = None,
 ) -> jax.Array:
     """Returns two bounds for each block of queries, int32 [B,N,2], in blocks of keys.
 

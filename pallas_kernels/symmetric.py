@@ -101,6 +101,7 @@ def symmetric(
         # Imports Mosaic GPU, which not every JAX has.
         module = importlib.import_module(f"pallas_kernels.symmetric_{body}")
         return module.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
+    assert isinstance(tiles, ProductTiles)
     blocks = pl.cdiv(M, tiles.rows)
     c = () if c_XMM is None else (c_XMM,)
     return triton.call(

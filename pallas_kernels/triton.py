@@ -17,11 +17,13 @@ from pallas_kernels.validation import without_derivative
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
-        from jax.experimental.pallas import triton
+        from jax.experimental.pallas import triton as backend
     except ImportError:  # the bodies in Mosaic GPU do not need it
-        triton: Any = None
+        backend = None
 
-load, store = getattr(triton, "load", None), getattr(triton, "store", None)
+triton: Any = backend
+load: Any = getattr(triton, "load", None)
+store: Any = getattr(triton, "store", None)
 
 
 def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
