@@ -26,6 +26,7 @@ from pallas_kernels.tiles import (
     OpTiles,
     body_of,
     default_tiles,
+    is_triton,
     mosaic_tiles,
 )
 
@@ -188,7 +189,7 @@ def explain_missing_triton(op: str, choose: Callable[[str], BodyChoice] | None) 
         return ""
     tiles = choose(op).tiles if choose else None
     kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
-    names = ", ".join(name for name, value in kernels.items() if body_of(value) == "triton")
+    names = ", ".join(name for name, value in kernels.items() if is_triton(value))
     return f"jax no longer has the Triton backend, which compiles the body of {names}" * bool(names)
 
 

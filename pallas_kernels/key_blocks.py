@@ -53,7 +53,11 @@ class Visits(NamedTuple):
 
 
 def causal_visits(
-    block: Any, tiles: AttentionTiles, T: int, S: int, window: int | None = None
+    block: Any,
+    tiles: AttentionTiles | AmpereAttentionTiles,
+    T: int,
+    S: int,
+    window: int | None = None,
 ) -> Visits:
     """Returns the visits of a block of queries where all positions are of one document.
 

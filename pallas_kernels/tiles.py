@@ -185,6 +185,11 @@ def body_of(tiles: KernelTiles | None) -> str:
     return getattr(tiles, "body", "triton")
 
 
+def is_triton(tiles: KernelTiles | None) -> bool:
+    """Returns whether the kernel that these tiles select is compiled by Pallas' Triton backend."""
+    return body_of(tiles) in ("triton", "dq_product")
+
+
 def describe_tiles(tiles: KernelTiles) -> str:
     """Returns the sizes, such as "128x64x2", and what a Mosaic body does otherwise."""
     fields = tiles._asdict()

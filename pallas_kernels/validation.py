@@ -22,6 +22,7 @@ from pallas_kernels.tiles import (
     MosaicProductTiles,
     ProductTiles,
     body_of,
+    is_triton,
 )
 
 PRODUCT_TYPES = ("bfloat16", "float16", "float32")  # of the operands of the tensor cores
@@ -100,7 +101,7 @@ def _check_tiles(name, tiles, kinds, multiples):
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}.{field} must be a positive integer; got {size!r}.")
-        if body_of(tiles) != "triton":
+        if not is_triton(tiles):
             multiple = multiples.get(field, 1)
             if size % multiple:
                 raise ValueError(f"{name}.{field} must be a multiple of {multiple}; got {size}.")
