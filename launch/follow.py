@@ -15,7 +15,7 @@ from launch.inventory import Host
 from launch.job import Job
 from launch.log_copy import READ_BYTES, LogCopy, read_header
 from launch.ssh import HostError, SshClient
-from launch.terminal import note, show, visible
+from launch.terminal import indented, note, show, visible
 
 RENEW_S = 2.0  # between renewals of a job's lease
 SILENT_S = 12.0  # a stream is killed after this; it sends at least a status every 2 s
@@ -91,7 +91,7 @@ class Follower(threading.Thread):
                 self._frame_at = time.monotonic()
                 frame = read_header(header)
                 if "error" in frame:
-                    raise HostError(f"{self.host.name}: {frame['error']}")
+                    raise HostError(f"{self.host.name}: {indented(str(frame['error']))}")
                 self.heard_at, self.error = time.monotonic(), ""
                 if "bytes" in frame:
                     data = process.read(frame["bytes"])

@@ -4,9 +4,11 @@ A login shell may print a greeting before our code runs. The answer therefore be
 that only this request knows. What came before it does no harm, and is quoted if no answer comes.
 """
 
+import contextlib
 import re
 import subprocess
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from launch.inventory import Host
@@ -16,6 +18,8 @@ LINE_BYTES = 16 << 20  # the longest line of an answer; run files come in parts 
 PREAMBLE_BYTES = 1 << 16  # the most that a host may print before its answer
 QUOTED = 300  # characters of a host's output in an error
 FAREWELL_S = 1.0  # time to end after the answer
+END_S = 5.0  # time for ssh to end after its output
+SEND_S = 60.0  # the longest time for a host to take a request, or 256 KiB of an archive
 
 # What ssh or the host printed -> (what happened, what to do). The first match counts. `{target}` is
 # the ssh destination, `{python}` the inventory's Python.
@@ -83,7 +87,7 @@ FORCED = (
     "A forced command in authorized_keys, or a restricted shell, may replace it. Use a key without "
     "one.",
 )
-SILENT = ("it ended without an answer", "Try `ssh {target} {python} --version` by hand.")
+SILENT = ("it gave no answer", "Try `ssh {target} {python} --version` by hand.")
 
 
 class HostError(Exception):
@@ -103,10 +107,10 @@ class HostProcess:
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
         self._mark, self._preamble, self._answering = mark, b"", False
-        self._errors = b""
+        self._errors, self._expired = b"", False
         self._drain = threading.Thread(target=self._read_errors, daemon=True)
         self._drain.start()
-        self.send(request)
+        self.send(request, SEND_S)
 
     def __enter__(self) -> "HostProcess":
         return self
@@ -120,11 +124,16 @@ class HostProcess:
             while data := errors.read1(1 << 16):
                 self._errors = (self._errors + data)[-PREAMBLE_BYTES:]
 
-    def send(self, data: bytes) -> bool:
-        """Writes to the request's standard input; returns False if it no longer reads."""
+    def send(self, data: bytes, limit_s: float | None = None) -> bool:
+        """Writes to the request's standard input; returns False if it no longer reads.
+
+        Args:
+            limit_s: the process is killed if the host takes longer to read.
+        """
         try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
+            with self._limit(limit_s):
+                self._process.stdin.write(data)
+                self._process.stdin.flush()
         except (OSError, ValueError):  # the process or the pipe is gone; readline() notices it
             return False
         return True
@@ -143,20 +152,24 @@ class HostProcess:
             limit_s: the process is killed if the line takes longer.
 
         Raises:
-            TimeoutError: it took longer.
+            TimeoutError: it took longer, or the process was killed because of another limit.
         """
-        late = threading.Event()
-        timer = threading.Timer(limit_s or 0.0, lambda: (late.set(), self.kill()))
+        with self._limit(limit_s):
+            line = self._find_mark() and self._process.stdout.readline(LINE_BYTES)
+        if not line and self._expired:
+            raise TimeoutError("no answer in time")
+        return line or b""
+
+    @contextlib.contextmanager
+    def _limit(self, limit_s: float | None) -> Iterator[None]:
+        timer = threading.Timer(limit_s or 0.0, self.expire)
         timer.daemon = True
         if limit_s is not None:
             timer.start()
         try:
-            line = self._find_mark() and self._process.stdout.readline(LINE_BYTES)
+            yield
         finally:
             timer.cancel()
-        if not line and late.is_set():
-            raise TimeoutError
-        return line or b""
 
     def read(self, size: int) -> bytes:
         """Returns the next bytes of the answer; fewer only at its end."""
@@ -176,6 +189,12 @@ class HostProcess:
     def kill(self) -> None:
         self._process.kill()
 
+    def expire(self) -> None:
+        """Kills the process because its time is over, unless it has ended."""
+        if self.is_running():
+            self._expired = True
+            self.kill()
+
     def is_running(self) -> bool:
         return self._process.poll() is None
 
@@ -193,8 +212,12 @@ class HostProcess:
         self._drain.join(FAREWELL_S)  # no longer: a shared connection that ssh leaves may hold it
 
     def explain(self, host: Host) -> HostError:
-        """Returns why there is no answer, once the process has ended."""
-        self._process.wait()
+        """Returns why there is no answer, and ends the process if it does not end by itself."""
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:  # the host closed its output, but goes on
+            self.kill()
+            self._process.wait()
         self._drain.join(FAREWELL_S)
         return HostError(explain(host, self._process.returncode, self._preamble, self._errors))
 
@@ -203,7 +226,7 @@ def explain(host: Host, code: int, output: bytes, errors: bytes) -> str:
     """Returns why a host did not answer, what it printed, and what to do.
 
     Args:
-        code: the exit status of ssh.
+        code: the exit status of ssh; negative if it was killed.
         output: what came on standard output; no answer was in it.
         errors: what came on standard error, from ssh or from the host.
     """
@@ -216,7 +239,8 @@ def explain(host: Host, code: int, output: bytes, errors: bytes) -> str:
     happened, remedy = happened.format(**words), remedy.format(**words)
     pairs = zip(("stdout", "stderr"), texts, strict=True)
     quoted = "".join(f', {where} "{_quote(text)}"' for where, text in pairs if text)
-    return f"{host.name}: {happened}. `ssh {host.target}` ended with {code}{quoted}. {remedy}"
+    end = f"ended with {code}" if code >= 0 else "did not end and was killed"
+    return f"{host.name}: {happened}. `ssh {host.target}` {end}{quoted}. {remedy}"
 
 
 def _quote(text: str) -> str:

@@ -60,8 +60,8 @@ PATTERNS = {
         "port belongs into the key port",
     ),
     "user": (r"(?!-)[^\s/\"':]*", "be a user name"),
-    "workdir": (r"(/|~/).+", "be an absolute path, or begin with ~/"),
-    "python": (r"(?!-).+", "be a program's name or path"),
+    "workdir": (r"(/|~/)[^:]+", "be an absolute path, or begin with ~/, and have no colon"),
+    "python": (r"(?![-\s]|~(?!/)).+", "be a program's name or path, of which only ~/ is expanded"),
     "chip": (r"[A-Za-z0-9._-]*", "consist of ASCII letters, digits and . _ -"),
     "interface": (r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,14}|", "be a name of at most 15 characters"),
 }
@@ -104,7 +104,7 @@ def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
 
 def _read_text(path: str | Path, flag: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # Windows' editors write a mark first
     except OSError as error:
         raise ValueError(f"{flag} must name a file; got {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -114,7 +114,9 @@ def _read_text(path: str | Path, flag: str) -> str:
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{source}: its brackets are nested too deeply.") from None
+    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
         raise ValueError(f"{source}: {error}.") from None
 
 
@@ -230,8 +232,8 @@ def _find_fault_of_address(text: str) -> str:
     reserved = address.is_reserved and not address.is_loopback  # ::1 is both
     if address.is_multicast or address.is_unspecified or reserved:
         return "be the IP address of one host on the training network"
-    if address.version == 6 and address.is_link_local:
-        return "be an IP address that is valid on every link, which fe80:: is not"
+    if address.version == 6 and (address.is_link_local or address.scope_id):
+        return "be an IP address that is valid on every link, which fe80:: and a %scope are not"
     return ""
 
 

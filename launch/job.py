@@ -21,7 +21,10 @@ PORTS = range(20_000, 30_000)  # below the ports that Linux gives to outgoing co
 def jobs_folder() -> Path:
     """Returns the folder of all records: JAXTRAIN_JOBS, or ~/.jaxtrain/jobs."""
     folder = Path(os.environ.get("JAXTRAIN_JOBS") or Path.home() / ".jaxtrain" / "jobs")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(f"JAXTRAIN_JOBS must be a folder for jobs; got {error}.") from None
     return folder
 
 
@@ -34,13 +37,25 @@ class Job:
 
     def __init__(self, job_id: str):
         self.id, self.folder = job_id, jobs_folder() / job_id
-        self.record = read_json(self.folder / "job.json")
+        path = self.folder / "job.json"
+        try:
+            self.record = read_json(path)
+        except OSError:  # a file in place of the folder, or a name that is too long
+            self.record = {}
+        except ValueError as error:
+            raise ValueError(f"{path} must be a job's record; got: {error}.") from None
         if not self.record:
             known = sorted(path.name for path in jobs_folder().iterdir())[-8:]
             raise ValueError(f"JOB must be one of this machine's jobs, {known}; got {job_id!r}.")
-        self.hosts = tuple(Host(**host) for host in self.record["hosts"])
-        self.policy = Policy(**self.record["policy"])
-        self.ssh_config: str = self.record["ssh_config"]
+        try:
+            self.hosts = tuple(Host(**host) for host in self.record["hosts"])
+            self.policy = Policy(**self.record["policy"])
+            self.ssh_config: str = self.record["ssh_config"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be a record of this version; got {type(error).__name__}: {error}. "
+                "Use the version of the launcher that wrote it."
+            ) from None
 
     @classmethod
     def create(cls, hosts: Iterable[Host], policy: Policy, ssh_config: str, **record: Any) -> "Job":

@@ -24,15 +24,30 @@ def read_header(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: no host that works correctly sends this.
     """
-    frame = json.loads(line)
+    try:
+        frame = json.loads(line)
+    except RecursionError:
+        frame = None
     is_error = isinstance(frame, dict) and "error" in frame
     is_data = isinstance(frame, dict) and all(type(frame.get(k)) is int for k in ("at", "bytes"))
     is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
-    is_status = isinstance(frame, dict) and isinstance(frame.get("status"), dict)
+    is_status = isinstance(frame, dict) and is_valid_status(frame.get("status"))
     is_status = is_status and all(type(frame.get(k)) is bool for k in ("alive", "known"))
     if not (is_error or is_data or is_status):
         raise ValueError(f"the host sent a frame that has no meaning: {line[:80]!r}")
     return frame
+
+
+def is_valid_status(status: Any) -> bool:
+    """Returns whether a host's status is an object whose outcome, if it has one, can be used."""
+    if not isinstance(status, dict):
+        return False
+    outcome = status.get("outcome")
+    return outcome is None or (
+        isinstance(outcome, dict)
+        and type(outcome.get("code")) is int
+        and isinstance(outcome.get("why"), str)
+    )
 
 
 class LogCopy:

@@ -10,8 +10,9 @@ from launch.follow import JobMonitor
 from launch.host.restart_policy import NOW
 from launch.inventory import Host
 from launch.job import Job, jobs_folder
+from launch.log_copy import is_valid_status
 from launch.ssh import HostError, SshClient, errors_in
-from launch.terminal import note, show
+from launch.terminal import indented, note, show
 
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
@@ -69,7 +70,14 @@ def _ask_to_leave(client: SshClient, job: Job) -> bool:
 def statuses(client: SshClient, job: Job, timeout_s: float = 20.0) -> dict[Host, Any]:
     """Returns {host: its status of the job, or the HostError in its place}."""
     request = {"op": "status", "job": job.id}
-    return client.map(lambda host: client.call(host, request, timeout_s))
+
+    def ask(host: Host) -> dict[str, Any]:
+        answer = client.call(host, request, timeout_s)
+        if not is_valid_status(answer) or not isinstance(answer.get("processes"), list):
+            raise HostError(f"{host.name}: the host sent a status that has no meaning")
+        return answer
+
+    return client.map(ask)
 
 
 def conclude(client: SshClient, job: Job, outcome: dict[str, Any]) -> int:
@@ -149,17 +157,26 @@ def status(job: Job, as_json: bool) -> int:
         if as_json:
             show(json.dumps({"host": host.name} | answer))
             continue
-        ranks = answer.get("report", {}).get("ranks", [])
-        steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
-        why = (answer.get("outcome") or {}).get("why")
-        state = answer.get("error") or why or steps or "idle"
-        alive = "supervised" if answer.get("alive") else "no supervisor"
-        if answer.get("stopped"):
-            alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
-        if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
-            state += f" ({answer['age_s']:.0f} s ago)"
-        show(f"{host.name:12} attempt {answer.get('attempt', '-')}  {alive:13}  {state}")
+        try:
+            text = _describe(answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            text = "the host sent a status that has no meaning"
+        show(f"{host.name:12} {indented(text)}")
     return 0
+
+
+def _describe(answer: dict[str, Any]) -> str:
+    """Returns a host's status as text; raises any error of a lookup if a host sent nonsense."""
+    ranks = answer.get("report", {}).get("ranks", [])
+    steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
+    why = (answer.get("outcome") or {}).get("why")
+    state = answer.get("error") or why or steps or "idle"
+    alive = "supervised" if answer.get("alive") else "no supervisor"
+    if answer.get("stopped"):
+        alive, state = "STOPPED", f"a signal has stopped its supervisor; before that: {state}"
+    if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
+        state += f" ({answer['age_s']:.0f} s ago)"
+    return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
 
 
 def list_jobs() -> int:
@@ -170,6 +187,7 @@ def list_jobs() -> int:
             outcome = record.get("outcome")
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:
-                state = f"exit {outcome['code']}: {outcome['why'].splitlines()[0]}"
+                why = outcome["why"].partition("\n")[0]
+                state = f"exit {outcome['code']}: {why}"
             show(f"{path.name}  {' '.join(h['name'] for h in record['hosts'])}  {state}")
     return 0

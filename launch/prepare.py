@@ -22,11 +22,13 @@ def read_env(pairs: Iterable[str]) -> dict[str, str]:
     """Returns {name: value} for --env's NAME=VALUE, or NAME with this machine's value.
 
     Raises:
-        ValueError: a NAME without a value is not set on this machine.
+        ValueError: a NAME is empty, or has no value and is not set on this machine.
     """
     env = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        if not name:
+            raise ValueError(f"--env must be NAME or NAME=VALUE; got {pair!r}.")
         if not equals and name not in os.environ:
             raise ValueError(
                 f"--env={name} must name a set variable. Set it, or write {name}=VALUE."
@@ -43,7 +45,7 @@ def read_constraints(path: str) -> str:
     """
     try:
         return Path(path).read_text() + "\n" if path else ""
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--env_build must name a file of pip constraints: {error}.") from None
 
 

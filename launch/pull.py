@@ -3,6 +3,7 @@
 import base64
 import os
 from pathlib import Path
+from typing import Any
 
 from launch.host.files import read_json, write_json
 from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
@@ -73,11 +74,12 @@ class RunCopy:
         return self.folder
 
     def _fetch_from(self, host: Host, positions: dict, skip: dict) -> None:
-        is_first, more = host == self.job.hosts[0], True
+        is_first, more, received = host == self.job.hosts[0], True, 0
         while more:
             request = {"op": "pull", "job": self.job.id, "folder": self.workdirs[host]}
             request |= {"have": positions, "skip": skip}
             answer = self.client.call(host, request)
+            _check_answer(host, answer)
             more = answer["more"]
             if is_first:
                 self.job_ended = answer["over"]
@@ -85,12 +87,15 @@ class RunCopy:
                 if not NAME.fullmatch(name):  # a host must not write outside the copy
                     raise HostError(f"{host.name}: sent a file that is not of a run: {name!r}.")
                 data = base64.b64decode(part["base64"])
+                received += len(data)
                 self._check(host, positions, name, part["at"], data)
                 if is_first or name.startswith(f"{PROCESSES}/"):
                     write_at(self.folder / name, part["at"], data)
                 positions[name] = [part["inode"], part["at"] + len(data)]
             if more and not any(part["base64"] for part in answer["files"].values()):
                 raise HostError(f"{host.name}: announced more of the run and sent nothing.")
+            if received > MOST_BYTES:  # a host could replace a file again and again
+                raise HostError(f"{host.name}: sent more than {MOST_BYTES:,} bytes at once.")
 
     def _check(self, host: Host, positions: dict, name: str, at: int, data: bytes) -> None:
         """Raises HostError if a part of a file has a hole before it, or is one too many."""
@@ -103,6 +108,21 @@ class RunCopy:
                 f"{host.name}: a run must have at most {MOST_FILES:,} files and {MOST_BYTES:,} "
                 f"bytes; got {len(sizes):,} and {sum(sizes.values()):,}. Copy it by hand."
             )
+
+
+def _check_answer(host: Host, answer: Any) -> None:
+    """Raises HostError if an answer is not what launch.host.run_files.read_changes returns."""
+    kinds = {"inode": int, "at": int, "base64": str}
+    try:
+        parts = answer["files"].values()
+        valid = {type(answer["more"]), type(answer["over"])} == {bool}
+        valid &= all(type(part[key]) is kind for part in parts for key, kind in kinds.items())
+        for part in parts:
+            base64.b64decode(part["base64"], validate=True)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise HostError(f"{host.name}: sent changes of the run that have no meaning.")
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:

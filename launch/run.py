@@ -23,7 +23,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from launch.arguments import Parser
@@ -104,12 +104,27 @@ def parse(
         if field.name in POLICY_HELP:
             parser.add_argument(
                 f"--{field.name}",
-                type=type(field.default),
+                type=_at_least_0(type(field.default)),
                 default=field.default,
                 choices=("wait", "fewer", "stop") if field.name == "on_loss" else None,
                 help=f"{POLICY_HELP[field.name]} [{field.default}]",
             )
     return parser.parse_args(ours), flags
+
+
+def _at_least_0(kind: type) -> Callable[[str], Any]:
+    """Returns the `type` of a policy's flag; a number must be 0 or more."""
+
+    def parse_number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not value >= 0:  # also if it is NaN
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__} >= 0; got {text}")
+        return value
+
+    return str if kind is str else parse_number
 
 
 def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
@@ -212,7 +227,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
             "resume": lambda: resume(job, args.json, args.raw),
         }
         return verbs[args.verb]()
-    except (ValueError, HostError) as error:
+    except (ValueError, HostError, OSError) as error:  # OSError: such as a full disk here
         warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:

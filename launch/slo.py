@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser
+from launch.arguments import Parser, positive
 from launch.host.files import write_text
 from launch.report.baseline import (
     FIGURES,
@@ -54,13 +54,33 @@ def read_baseline(path: Path | str) -> dict:
     try:
         found = json.loads(Path(path).read_text())
         version = found["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--against must be a file of `launch.slo record`; got {path}: {error}."
         ) from None
     if version != VERSION:
         raise ValueError(f"--against must have version {VERSION}; {path} has {version}.")
+    if not _is_baseline(found):
+        raise ValueError(f"--against must be as `launch.slo record` wrote it; {path} is not.")
     return found
+
+
+def _is_baseline(found: dict) -> bool:
+    """Returns whether the parts that a check and a price read have their types."""
+    is_number = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+    try:
+        time.gmtime(found["recorded"])
+        entries = found["figures"].items()
+        return (
+            set(KEYS) <= set(found["key"])
+            and all(isinstance(name, str) for name in found["runs"])
+            and all(name in FIGURES and isinstance(e["how"], str) for name, e in entries)
+            and all(is_number(e["value"]) for _, e in entries)
+            and all(e["bound"] is None or is_number(e["bound"]) for _, e in entries)
+            and all(e["bound"] != 0 for _, e in entries)
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
+        return False
 
 
 def show_record(baseline: dict, path: Path) -> str:
@@ -203,10 +223,12 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     pricing.add_argument(
         "--prices", required=True, metavar="FILE", help="TOML, like docs/prices.toml"
     )
-    pricing.add_argument("--tokens", type=float, help="tokens to train on; needs --deadline")
+    pricing.add_argument(
+        "--tokens", type=positive(float), help="tokens to train on; needs --deadline"
+    )
     pricing.add_argument("--deadline", metavar="SPAN", help="time for --tokens: 90m, 36h, 7d or 2w")
     pricing.add_argument(
-        "--params", type=float, help="parameter count of another model; scales the speed"
+        "--params", type=positive(float), help="parameter count of another model; scales the speed"
     )
     pricing.add_argument(
         "--availability",

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from launch.host.files import write_text
 from launch.host_process import HostError, HostProcess
 from launch.inventory import Host
-from launch.terminal import visible
+from launch.terminal import indented, visible
 
 T = TypeVar("T")
 # Options of every connection, including those that ProxyJump makes.
@@ -149,7 +149,11 @@ class SshClient:
         sent = {"modules": self._modules, "request": request, "mark": mark}
         data = zlib.compress(json.dumps(sent).encode(), 9)  # saves round trips in TCP's slow start
         argv = [*self.ssh_command(host), "--", host.target, command]
-        return HostProcess(argv, b"%d\n" % len(data) + data, mark.encode())
+        try:
+            return HostProcess(argv, b"%d\n" % len(data) + data, mark.encode())
+        except OSError as error:
+            problem = f"{argv[0]} cannot be run here: {error.strerror}. Install OpenSSH's client."
+            raise HostError(f"{host.name}: {problem}") from None
 
     def call(self, host: Host, request: Mapping[str, Any], timeout_s: float = 60.0) -> Any:
         """Returns the answer to one request.
@@ -176,13 +180,13 @@ class SshClient:
             raise process.explain(host)
         try:
             answer = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict) or not answer.keys() & {"ok", "error"}:
             got = visible(repr(line[:80]))
             raise HostError(f"{host.name}: its answer must be a JSON object; got {got}.")
         if "error" in answer:
-            raise HostError(f"{host.name}: {answer['error']}")
+            raise HostError(f"{host.name}: {indented(str(answer['error']))}")
         return answer["ok"]
 
     def map(
@@ -210,7 +214,7 @@ class SshClient:
         """
         processes: dict[Host, HostProcess] = {}
         answers = {}
-        timer = threading.Timer(timeout_s, lambda: [p.kill() for p in processes.values()])
+        timer = threading.Timer(timeout_s, lambda: [p.expire() for p in processes.values()])
         timer.daemon = True
         try:
             for host, request in requests.items():
@@ -218,7 +222,7 @@ class SshClient:
             timer.start()
             for host, process in processes.items():
                 try:
-                    answers[host] = self.read_answer(host, process)
+                    answers[host] = self.read_answer(host, process, timeout_s)
                 except HostError as error:
                     answers[host] = error
         finally:

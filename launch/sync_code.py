@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from launch.host.hashing import hash_files
+from launch.host_process import SEND_S
 from launch.inventory import Host
 from launch.ssh import SshClient, raise_errors
 from launch.terminal import note
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 
 
 class Code(NamedTuple):
@@ -90,7 +91,7 @@ def _pack(code: Code, archive: IO[bytes]) -> None:
 def _send(client: SshClient, host: Host, request: dict[str, Any], archive: str) -> None:
     """Sends the archive as the standard input of a request."""
     with client.start(host, request | {"op": "receive"}) as process, open(archive, "rb") as file:
-        while (data := file.read(CHUNK_BYTES)) and process.send(data):
+        while (data := file.read(CHUNK_BYTES)) and process.send(data, SEND_S):
             pass
         process.end_input()
-        client.read_answer(host, process)
+        client.read_answer(host, process, SEND_S)

@@ -40,6 +40,11 @@ def visible_lines(text: str) -> str:
     return "\n".join(visible(line) for line in text.split("\n"))
 
 
+def indented(text: str) -> str:
+    """Returns a host's text with its further lines indented, so that they begin no line of ours."""
+    return text.replace("\n", "\n    ")
+
+
 def show(text: str) -> None:
     """Prints a text of one or more lines to standard output."""
     print_text(visible_lines(text))
@@ -47,7 +52,7 @@ def show(text: str) -> None:
 
 def note(text: str) -> None:
     """Prints a line about the launcher's own progress, to standard error."""
-    print(visible_lines(f"launch: {text}"), file=sys.stderr, flush=True)
+    print(visible_lines(f"launch: {indented(text)}"), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:

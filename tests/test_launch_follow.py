@@ -240,3 +240,10 @@ def test_output_can_neither_steer_the_terminal_nor_forge_a_line_of_the_launcher(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {(line["from"], line["line"]) for line in lines} >= {("program", forged)}
     assert not any(line["from"] == "launch" and line["line"] == forged for line in lines)
+
+
+def test_a_stray_file_among_a_hosts_jobs_does_not_keep_a_job_from_starting(job, host_folder):
+    (host_folder.parent / "stray").write_text("no folder")
+    job.record["argv"].append("--workdir=x")
+    assert start(job)["started"]
+    assert follow(job)["code"] == 0

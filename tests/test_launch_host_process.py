@@ -1,12 +1,16 @@
 """What a host prints beside its answer, and why it does not answer."""
 
+import dataclasses
+import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from local_client import LocalClient
 
+from launch import host_process, sync_code
 from launch.host_process import explain
 from launch.inventory import Host
 from launch.ssh import HostError
@@ -61,7 +65,7 @@ def test_a_command_line_has_nothing_that_a_shell_could_expand(host, monkeypatch)
         ("echo 'This account is currently not available.'; exit 1", "no login shell.*chsh"),
         ("echo 'only git here'; exit 0", 'did not run our command.*ended with 0, stdout "only git'),
         ("exec /no/such/python", "it has no program .*python.*Set python in the inventory"),
-        ("exit 7", "a: it ended without an answer. `ssh a` ended with 7. Try `ssh a"),
+        ("exit 7", "a: it gave no answer. `ssh a` ended with 7. Try `ssh a"),
         ("head -c 9000000 /dev/zero | tr '\\0' x", "did not run our command.*xxx"),
         ("head -c 9000000 /dev/zero >&2; exit 9", "ended with 9"),
         ("printf '\\033]52;c;x\\007'; exit 1", r"stdout .\\x1b\]52;c;x\\x07"),
@@ -94,3 +98,54 @@ def test_each_kind_of_failure_has_its_own_remedy(errors, message):
     host = Host("a", "10.0.0.1", ssh="u@h0")
     text = explain(host, 255, b"", errors.encode())
     assert re.search(message, text) and text.startswith("a: ") and "ended with 255" in text
+
+
+def test_a_host_that_closes_its_output_and_goes_on_is_not_waited_for(host, monkeypatch):
+    monkeypatch.setattr(host_process, "END_S", 0.1)
+    with pytest.raises(HostError, match="gave no answer. `ssh a` did not end and was killed"):
+        call(host, "exec 1>&-; exec sleep 30")
+
+
+def test_a_host_that_does_not_read_its_request_is_given_up(host, monkeypatch):
+    monkeypatch.setattr(host_process, "SEND_S", 0.1)
+    request = {"op": "status", "job": os.urandom(200_000).hex()}
+    client = LocalClient([host])
+    client.command = "exec sleep 30"
+    with pytest.raises(HostError, match="a: no answer within 60 s"):
+        client.call(host, request)
+    monkeypatch.setattr(sync_code, "SEND_S", 0.1)
+    (archive := Path(host.workdir, "archive")).write_bytes(bytes(1 << 20))
+    with pytest.raises(HostError, match="a: no answer within"):
+        sync_code._send(client, host, {}, str(archive))
+
+
+def test_hosts_that_exceed_a_common_limit_are_told_apart_from_those_that_failed(host):
+    hosts = [host, dataclasses.replace(host, name="b", address="127.0.0.2")]
+    client = LocalClient(hosts)
+    client.ssh_command = lambda host, shared=True: [
+        *("sh", "-c", "exec sleep 30" if host.name == "a" else "exit 7")
+    ]
+    slow, failed = client.call_all(dict.fromkeys(hosts, {"op": "status"}), 0.5).values()
+    assert "a: no answer within" in str(slow) and "`ssh b` ended with 7" in str(failed)
+
+
+def test_a_machine_without_ssh_is_named_as_the_problem(host, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(HostError, match="a: .* cannot be run here.*Install OpenSSH"):
+        LocalClient([host]).call(host, {"op": "status", "job": "none"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"error": "x\\nlaunch: job 1: exit 0"}', "a: x\n    launch: job 1"),
+        ("[" * 100_000, "must be a JSON object"),
+    ],
+)
+def test_an_error_of_a_host_cannot_look_like_a_line_of_the_launcher(host, line, message):
+    class Answer:
+        def readline(self, limit_s):
+            return line.encode()
+
+    with pytest.raises(HostError, match=message):
+        LocalClient([host]).read_answer(host, Answer())

@@ -45,7 +45,14 @@ def test_an_address_is_written_as_the_system_writes_it():
                 ("chip", '"a 40"', "consist of ASCII letters"),
                 ("workdir", '"jaxtrain"', "be an absolute path, or begin with ~/"),
                 ("workdir", '""', "be an absolute path, or begin with ~/"),
+                ("workdir", '"/a:b"', "be an absolute path, .* and have no colon"),
                 ("python", '""', "be a program's name or path"),
+                ("python", '" "', "be a program's name or path"),
+                (
+                    "python",
+                    '"~u/python"',
+                    "be a .*, of which only ~/ is expanded",
+                ),
                 ("site", "3", "be a string; got 3"),
             )
         ),
@@ -72,6 +79,7 @@ def test_an_invalid_key_is_refused_with_its_line_and_host(line, message):
         ("address", "224.0.0.1", "must be the IP address of one host"),
         ("address", "255.255.255.255", "must be the IP address of one host"),
         ("address", "fe80::1", "valid on every link"),
+        ("address", "fd00::1%eth0", "valid on every link"),
     ],
 )
 def test_an_invalid_name_or_address_is_refused(key, value, message):
@@ -94,6 +102,8 @@ def test_an_invalid_name_or_address_is_refused(key, value, message):
         (f"host = 3\n{FIRST}", "f:1: no key 'host'"),
         (f'{FIRST}ssh = "u@h"\nuser = "v"', "f:4: host 'a': the user must be given once"),
         ("hosts = [", "f: "),
+        (f"a = {'[' * 5_000}", "f: its brackets are nested too deeply"),
+        (f"a = {'9' * 5_000}", "f: "),
     ],
 )
 def test_a_file_of_another_form_is_refused_with_its_line(text, message):
@@ -114,3 +124,8 @@ def test_there_is_one_rank_per_host_or_per_gpu():
     text = f"[defaults]\ngpus = 4\n{FIRST}{SECOND}"
     assert parse_inventory(text, "f").ranks_per_host == 1
     assert parse_inventory(f'ranks = "gpu"\n{text}', "f").ranks_per_host == 4
+
+
+def test_a_byte_order_mark_before_the_first_line_is_ignored(tmp_path):
+    (tmp_path / "hosts.toml").write_text(FIRST, encoding="utf-8-sig")
+    assert read_inventory(tmp_path / "hosts.toml").hosts[0].name == "a"

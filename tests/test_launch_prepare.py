@@ -6,7 +6,13 @@ import pytest
 
 from launch.host.environment import build_environment, environment_key, requirements
 from launch.inventory import Host
-from launch.prepare import build_environments, judge_data, judge_directories
+from launch.prepare import (
+    build_environments,
+    judge_data,
+    judge_directories,
+    read_constraints,
+    read_env,
+)
 from launch.ssh import HostError, SshClient
 
 HOSTS = [Host(name, f"10.0.0.{i + 1}") for i, name in enumerate("abc")]
@@ -122,3 +128,15 @@ def test_a_run_directory_that_another_run_writes_to_has_a_problem_that_names_it(
     assert "a run (pid 7 on h since 2026-11-26 12:00:00 UTC)" in findings[1].problem
     assert "`kill 7` there" in findings[1].problem and "--workdir" in findings[1].problem
     assert "job 1126-a (pid 7" in findings[2].problem and "stop 1126-a" in findings[2].problem
+
+
+@pytest.mark.parametrize("pair", ["=x", "="])
+def test_a_variable_without_a_name_is_refused(pair):
+    with pytest.raises(ValueError, match="--env must be NAME or NAME=VALUE"):
+        read_env([pair])
+
+
+def test_constraints_that_are_no_text_are_refused_by_their_flag(tmp_path):
+    (tmp_path / "constraints").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match="--env_build must name a file of pip constraints"):
+        read_constraints(str(tmp_path / "constraints"))

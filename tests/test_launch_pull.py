@@ -51,10 +51,13 @@ def test_following_a_failed_job_ends_even_if_its_run_has_no_summary(tmp_path, mo
         ({"config.json": (-1, b"x")}, "sent byte -1"),
         ({f"hosts/{i}.jsonl": (0, b"") for i in range(5)}, "at most 4 files"),
         ({"metrics.jsonl": (0, b"")}, "announced more"),
+        ({"metrics.jsonl": (0, b"xy")}, "sent more than 64 bytes at once"),
+        ({"metrics.jsonl": ("0", b"")}, "have no meaning"),
     ],
 )
 def test_what_a_host_sends_is_bounded(tmp_path, monkeypatch, files, message):
     monkeypatch.setattr(pull, "MOST_FILES", 4)
+    monkeypatch.setattr(pull, "MOST_BYTES", 64)
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     host = Host("a", "127.0.0.1")
     record = {"argv": ["--config.workdir=x"], "env": {}, "ranks_per_host": 1}

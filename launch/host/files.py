@@ -22,8 +22,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file; {} if there is no file."""
+    """Returns the content of a JSON file; {} if there is none, or its folder is a file."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}

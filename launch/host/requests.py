@@ -110,7 +110,8 @@ def is_running(folder: Path) -> bool:
 
 def has_supervisor(folder: Path) -> bool:
     """Returns whether the job has a supervisor; its worker may just be restarting."""
-    with contextlib.suppress(FileNotFoundError), open(folder / KEEPER) as file:
+    missing = (FileNotFoundError, NotADirectoryError)  # the latter: a stray file among the jobs
+    with contextlib.suppress(*missing), open(folder / KEEPER) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

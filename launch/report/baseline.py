@@ -18,6 +18,7 @@ SLACK = 1e-9  # relative; sums in another order round differently
 NOT_ENFORCED = "not held"  # the state in a check's JSON
 KEYS = ("config_hash", "device", "devices", "hosts", "processes", "versions")
 LEAST_RUNS = 3  # to use the spread between runs; with two, Student's t is 32 standard deviations
+LEAST_S = 1e-9  # the shortest step time that a clock can have measured
 BLUNT = 2.0  # a bound farther than this factor from its figure is too loose to enforce
 LOOSE = 0.2  # a relative tolerance above this would miss what an operator must see
 
@@ -88,9 +89,17 @@ def measure(run: RunFolder, name: str, values: list[float] | None = None) -> flo
 
 
 def series(run: RunFolder, name: str) -> list[float]:
-    """Returns the values that a figure is computed from, in order."""
+    """Returns the values that a figure is computed from, in order.
+
+    Raises:
+        ValueError: a step time is not positive, so no step was timed.
+    """
     metric = FIGURES[name].metric
     if not metric:
+        if run.seconds and min(run.seconds) < LEAST_S:
+            raise ValueError(
+                f"{run.folder} must have positive step times; got {min(run.seconds):g} s."
+            )
         return run.seconds
     if name == "hbm_headroom" and not run.chip:
         return []
@@ -106,9 +115,13 @@ def record(runs: list[RunFolder], confidence: float) -> dict:
     Source: Hahn & Meeker 1991, Statistical Intervals, chapter 4.
 
     Raises:
-        ValueError: the runs have different keys, are too short to show a spread, or differ too
-            much for any bound.
+        ValueError: a run is given twice, or the runs have different keys, are too short to show a
+            spread, or differ too much for any bound.
     """
+    folders = [run.folder.resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        twice = next(run.name for i, run in enumerate(runs) if folders[i] in folders[:i])
+        raise ValueError(f"each RUN must be given once; got {twice} twice. Its spread would be 0.")
     key = key_of(runs[0])
     for run in runs[1:]:
         differing = [name for name in KEYS if key_of(run)[name] != key[name]]

@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
     data = _read_bytes(path)
     try:
         return None if data is None else json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; got: {error}. Is it a run's file?") from None
 
 
@@ -42,7 +42,7 @@ def read_json_lines(path: Path) -> list[dict]:
             continue
         try:
             records.append(parse_numbers(json.loads(line)))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             if number == len(lines):  # it has no newline yet, so it is still being written
                 break
             raise ValueError(

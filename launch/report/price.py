@@ -64,6 +64,8 @@ def price(
     if chip not in prices["per_gpu_hour"]:
         priced = ", ".join(prices["per_gpu_hour"])
         raise ValueError(f"--prices must have {chip!r} in [per_gpu_hour]; got {priced}.")
+    if "tokens_per_s" not in figures:
+        raise ValueError("--against must have tokens/s; its runs have none. Record other runs.")
     if params and not baseline["params"]:
         raise ValueError(
             "--params needs a baseline with a parameter count; its runs recorded none. Omit it."

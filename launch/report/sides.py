@@ -1,7 +1,6 @@
 """Reads the two sides of a comparison from run directories or from published figures."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ EXTERNAL = {  # key of a [[side]] -> its type; the first seven are required
     "roofline_s": float,
 }
 REQUIRED = 7
+LARGEST = 1e100  # of published numbers, so that their sums and squares are finite
 PEAKS = ("peak_flops_per_s", "hbm_bytes_per_s", "roofline_s")
 
 
@@ -125,7 +125,9 @@ def read_external(path: str | Path) -> list[Side]:
     return [_external(side, f"{path}: side {i + 1}") for i, side in enumerate(sides)]
 
 
-def _external(values: dict, where: str) -> Side:
+def _external(values: Any, where: str) -> Side:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a table; got {str(values)[:80]}.")
     for key, value in values.items():
         kind = EXTERNAL.get(key)
         if kind is None:
@@ -164,14 +166,14 @@ def _find_fault(key: str, kind: type, value: Any) -> str:
     if kind is str:
         return "" if isinstance(value, str) and value.strip() else "a text"
     if kind is int:
-        return "" if type(value) is int and value > 0 else "a positive integer"
+        return "" if type(value) is int and 0 < value <= LARGEST else "a positive integer"
     if kind is float:
-        return "" if _is_number(value) and value > 0 else "a positive, finite number"
+        return "" if _is_number(value) and value > 0 else f"a positive number up to {LARGEST:g}"
     if not isinstance(value, list) or not value:
         return "a list with an entry or more"
     if key == "step_time_s":
         valid = all(_is_number(time) and time > 0 for time in value)
-        return "" if valid else "positive, finite numbers of seconds"
+        return "" if valid else f"positive numbers of seconds, up to {LARGEST:g}"
     if key == "clock_s":
         rising = _are_pairs(value) and len(value) > 1
         rising = rising and all(
@@ -183,7 +185,8 @@ def _find_fault(key: str, kind: type, value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Returns whether a value is a number whose square a float can represent; NaN is not."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def _are_pairs(rows: list) -> bool:
@@ -202,7 +205,7 @@ def with_ceilings(side: Side, path: str | Path) -> Side:
         found = json.loads(Path(path).read_text())
         ceilings = {key: found[key] for key in ("matmul_flops_per_s", "copy_bytes_per_s")}
         device = found["device"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--ceilings must be a file of `python -m pallas_kernels.bench --out`; got {path}: "
             f"{type(error).__name__} {error}."
@@ -212,4 +215,6 @@ def with_ceilings(side: Side, path: str | Path) -> Side:
             f"--ceilings {path} was measured on {device!r}; {side.name} ran on "
             f"{side.device_kind!r}. Give the file of A first, then that of B."
         )
+    if not all(_is_number(value) and value > 0 for value in ceilings.values()):
+        raise ValueError(f"--ceilings {path} must have positive numbers; got {ceilings}.")
     return replace(side, **ceilings)

@@ -1,0 +1,74 @@
+"""Hosts whose status of a job is odd or hostile."""
+
+import json
+import time
+
+import pytest
+from local_client import LocalClient
+
+from launch import log_copy, operate
+from launch.host.restart_policy import Policy
+from launch.inventory import Host
+from launch.job import Job
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    job = Job.create([Host("a", "127.0.0.1")], Policy(), "", folders={})
+    job.change(begun=time.time())
+    return job
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        [],
+        {"outcome": "done"},
+        {"outcome": {"code": 0}},
+        {"outcome": {"code": "\x1b]0;title\x07", "why": "done"}},
+    ],
+)
+def test_an_outcome_that_is_no_exit_status_is_refused(job, capsys, monkeypatch, status):
+    with pytest.raises(ValueError, match="no meaning"):
+        log_copy.read_header(json.dumps({"status": status, "alive": False, "known": True}).encode())
+
+    class Hostile(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return status | {"processes": []} if isinstance(status, dict) else status
+
+    monkeypatch.setattr(operate, "connect", lambda job: Hostile(job.hosts))
+    assert operate.status(job, as_json=False) == 0
+    assert "sent a status that has no meaning" in capsys.readouterr().out
+
+
+def test_a_header_that_is_nested_too_deeply_has_no_meaning():
+    with pytest.raises(ValueError, match="no meaning"):
+        log_copy.read_header(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ({"outcome": {"code": 0, "why": "x\nb  attempt 1"}}, "x\n    b  attempt 1"),
+        ({"report": {"ranks": [{}]}}, "no meaning"),
+        ({"alive": True, "age_s": "old"}, "no meaning"),
+    ],
+)
+def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, found, shown):
+    class Odd(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return found | {"processes": []}
+
+    monkeypatch.setattr(operate, "connect", lambda job: Odd(job.hosts))
+    assert operate.status(job, as_json=False) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_what_a_host_says_of_the_end_cannot_look_like_a_line_of_the_launcher(job, capsys):
+    class Quiet(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return {"processes": []}
+
+    operate.conclude(Quiet(job.hosts), job, {"code": 0, "why": "x\nlaunch: all is well"})
+    assert "\nlaunch: all" not in capsys.readouterr().err
