@@ -10,6 +10,7 @@ from typing import Any
 from launch.host_process import HostProcess
 from launch.inventory import Host
 from launch.ssh import HostError, SshClient
+from launch.terminal import indented
 
 CLOCK_ROUNDS = 3
 # Time limit of a host's first answer. The host abandons a hanging call after 20 s: host/facts.py.
@@ -65,7 +66,16 @@ class NetworkAgents:
             line = self._processes[host].readline(limit_s)
         except TimeoutError:
             return {"error": f"it gave no answer within {limit_s:.0f} s"}
-        return json.loads(line)["ok"] if line else {"error": "it stopped answering"}
+        if not line:
+            return {"error": "it stopped answering"}
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if isinstance(answer, dict) and isinstance(answer.get("ok"), dict):
+            return answer["ok"]
+        error = answer.get("error") if isinstance(answer, dict) else None
+        return {"error": indented(str(error or "its answer has no meaning"))}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
         """Returns the host's first answer, its round trip and its clock's lead over ours, in s.
@@ -84,6 +94,8 @@ class NetworkAgents:
             received = time.time()
             if "error" in clock:
                 raise HostError(f"{host.name}: {clock['error']}")
+            if not isinstance(clock.get("time"), float):
+                raise HostError(f"{host.name}: it must answer with its time; got {clock}.")
             samples.append((received - sent, clock["time"] - (sent + received) / 2))
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}

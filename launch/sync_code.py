@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 from launch.host.hashing import hash_files
 from launch.host_process import SEND_S
 from launch.inventory import Host
-from launch.ssh import SshClient, raise_errors
+from launch.ssh import HostError, SshClient, raise_errors
 from launch.terminal import note
 
 CHUNK_BYTES = 1 << 18
@@ -40,15 +40,18 @@ def read_code(folder: str | Path) -> Code:
     try:
         root = Path(git(folder, "rev-parse", "--show-toplevel").decode().strip())
         commit = git(folder, "rev-parse", "HEAD").decode().strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"").decode(errors="replace").partition("\n")[0]
         raise ValueError(
-            f"--code must be inside a git working tree with a commit; got {folder}."
+            f"--code must be inside a git working tree with a commit; got {folder}: "
+            f"{said or error}."
         ) from None
     listed = git(root, "ls-files", "-coz", "--exclude-standard")
     names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
     files = [n for n in names if (root / n).is_symlink() or (root / n).is_file()]
-    patch = git(root, "diff", "HEAD", "--binary").decode(errors="replace")
-    new = os.fsdecode(git(root, "ls-files", "-o", "--exclude-standard"))
+    plain = ("--no-color", "--no-ext-diff", "--no-textconv")  # else it could not be applied
+    patch = git(root, "diff", "HEAD", "--binary", *plain).decode(errors="replace")
+    new = git(root, "ls-files", "-o", "--exclude-standard").decode(errors="replace")
     patch += "".join(f"new file: {name}\n" for name in new.splitlines())
     return Code(root, files, hash_files(root, files), commit, patch)
 
@@ -63,6 +66,9 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     request = code_name | {"op": "land", "files": code.files}
     answers: dict[Host, Any] = client.map(lambda host: client.call(host, request))
     raise_errors(answers)
+    for host, answer in answers.items():
+        if not isinstance(answer, dict) or not answer.keys() >= {"missing", "folder"}:
+            raise HostError(f"{host.name}: its answer about the code has no meaning.")
     missing = [host for host, answer in answers.items() if answer["missing"]]
     if missing:
         with tempfile.NamedTemporaryFile(suffix=".tar.gz") as archive:

@@ -13,6 +13,7 @@ from local_client import LocalClient
 from launch import host_process, sync_code
 from launch.host_process import explain
 from launch.inventory import Host
+from launch.network import NetworkAgents
 from launch.ssh import HostError
 
 RUN = 'eval "$2"'
@@ -149,3 +150,27 @@ def test_an_error_of_a_host_cannot_look_like_a_line_of_the_launcher(host, line, 
 
     with pytest.raises(HostError, match=message):
         LocalClient([host]).read_answer(host, Answer())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"error": "RuntimeError: x\\nlaunch: y"}', "a: RuntimeError: x\n    launch: y"),
+        (b"nonsense", "a: its answer has no meaning"),
+        (b"[" * 100_000, "a: its answer has no meaning"),
+        (b'{"ok": {"time": "noon"}}', "a: it must answer with its time"),
+    ],
+)
+def test_an_agent_that_answers_nonsense_is_named(line, message):
+    class Process:
+        def send(self, data):
+            return True
+
+        def readline(self, limit_s):
+            return line
+
+    host = Host("a", "127.0.0.1")
+    agents = NetworkAgents(LocalClient([]))
+    agents._processes, agents.first_answers = {host: Process()}, {host: {}}
+    with pytest.raises(HostError, match=message):
+        agents.answer_with_clock(host)

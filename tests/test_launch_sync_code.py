@@ -1,5 +1,7 @@
 """Code reaches a host through the request's own connection, without rsync."""
 
+import os
+import subprocess
 import sys
 
 import git_trees
@@ -42,3 +44,33 @@ def test_code_that_changes_while_it_is_sent_is_refused(tmp_path, code):
     (code.root / "pkg" / "a.py").write_text("x = 2")
     with pytest.raises(HostError, match="A file was edited while it was sent"):
         send_code(LocalClient([host]), code)
+
+
+@pytest.mark.parametrize("setting", ["color.ui=always", "diff.external=true"])
+def test_the_patch_of_changed_code_ignores_how_git_shows_differences(code, setting):
+    git = ["git", "-C", str(code.root)]
+    (code.root / "program.py").write_text("x = 2")
+    subprocess.run([*git, "config", *setting.split("=")], check=True)
+    patch = read_code(code.root).patch
+    assert "\n+x = 2\n" in patch and "\x1b" not in patch
+
+
+def test_the_patch_is_text_even_if_the_name_of_a_new_file_is_not(code):
+    (code.root / os.fsdecode(b"\xff")).touch()
+    git = ["git", "-C", str(code.root)]
+    subprocess.run([*git, "config", "core.quotePath", "false"], check=True)
+    assert "new file: " in read_code(code.root).patch.encode().decode()
+
+
+def test_a_tree_that_git_refuses_is_refused_with_gits_reason(tmp_path):
+    with pytest.raises(ValueError, match="--code must be .*: fatal: not a git repository"):
+        read_code(tmp_path)
+
+
+def test_an_answer_about_the_code_that_has_no_meaning_is_refused(tmp_path, code):
+    class Odd(LocalClient):
+        def call(self, host, request, timeout_s=60.0):
+            return {}
+
+    with pytest.raises(HostError, match="a: its answer about the code has no meaning"):
+        send_code(Odd([Host("a", "127.0.0.1")]), code)
