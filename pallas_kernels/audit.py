@@ -23,15 +23,16 @@ products at these cycles. "shared" is shared memory and the L1 cache: loads, sto
 copies; "operands" is the same memory, read by Hopper's products; "issue" has a slot for each
 instruction. Bank conflicts do not count. machine_rates.py has the rates with their sources.
 
-The arithmetic a score of attention's Triton kernels is the instructions of FMA, ALU and MUFU,
-divided by a thread's scores of a block. It leaves out the multiplications that rescale the
-forward's sum, one for each element of the result, since their number depends only on the tiles.
-The forward has a loop without masks and one with masks.
+The arithmetic a score of attention's bodies for Triton and for Ampere is the instructions of FMA,
+ALU and MUFU, divided by a thread's scores of a block. It leaves out the multiplications that
+rescale the forward's sum, one for each element of the result, since their number depends only on
+the tiles. The forward has a loop without masks and one with masks.
 
 The exit status is 1 if a kernel
   - spills, or needs more shared memory than a block has;
   - lacks the tensor-core instructions that its products need;
-  - is a Mosaic body without warp-group products or copies by the tensor memory accelerator;
+  - is a Mosaic body without Hopper's warp-group products and tensor memory accelerator, or, on
+    Ampere, without asynchronous copies;
   - has fewer blocks that fit on a multiprocessor than its floor in audit_cases.py;
   - spends more arithmetic on a score, in its leanest loop, than its budget in audit_cases.py.
 """
@@ -45,7 +46,7 @@ import jax
 
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
-from pallas_kernels.audit_cases import CASES, Case
+from pallas_kernels.audit_cases import AMPERE_FORWARD_BUDGET, CASES, Case
 from pallas_kernels.audit_peers import survey_peers
 from pallas_kernels.audit_report import HEADER, Entry, arithmetic_a_score, write_entries
 from pallas_kernels.chip import CHIPS, Chip
@@ -54,6 +55,7 @@ from pallas_kernels.search_space import candidates, default_bodies
 from pallas_kernels.tiles import (
     MOSAIC,
     TILES,
+    AmpereAttentionTiles,
     AttentionTiles,
     OpTiles,
     body_of,
@@ -70,14 +72,14 @@ def find_faults(
     report: KernelReport,
     chip: Chip,
     body: str = "triton",
-    tiles: AttentionTiles | None = None,
+    tiles: AttentionTiles | AmpereAttentionTiles | None = None,
 ) -> list[str]:
     """Returns a sentence for each requirement that a compiled kernel does not meet.
 
     Args:
-        tiles: those of an attention kernel's Triton body, to check its budget.
+        tiles: those of an attention kernel's body for Triton or Ampere, to check its budget.
     """
-    floor = case.floor if body == "triton" else 1  # one Mosaic block fills a multiprocessor
+    floor = 1 if body == "mosaic" else case.floor  # one block of Hopper's fills a multiprocessor
     resources, faults = report.resources, []
     if resources.stack_bytes or resources.spills:
         faults.append(
@@ -92,14 +94,17 @@ def find_faults(
         faults.append("no tensor-core instruction")
     if body == "mosaic" and not (resources.instructions["HGMMA"] and resources.tma_copies):
         faults.append("no warp-group product, or no copy by the tensor memory accelerator")
+    if body == "ampere" and not resources.instructions["LDGSTS"]:
+        faults.append("no asynchronous copy")
     if report.blocks_per_sm(chip) < floor:
         faults.append(f"{report.blocks_per_sm(chip)} blocks per multiprocessor; needs {floor}")
     if tiles and case.budget:
+        budget = AMPERE_FORWARD_BUDGET if body == "ampere" else case.budget
         leanest = min(arithmetic_a_score(case, report, tiles), default=math.inf)
-        if leanest > case.budget:
+        if leanest > budget:
             faults.append(
                 f"{leanest:.2f} arithmetic instructions a score in its leanest loop; the budget is "
-                f"{case.budget:g}"
+                f"{budget:g}"
             )
     return faults
 
@@ -167,14 +172,15 @@ def audit(
     show(HEADER)
     if chip.arch in MOSAIC and not mosaic.USABLE:
         show(f"{mosaic.REASON}; only Triton's bodies are audited")
-    elif chip.arch in MOSAIC:
-        for case in cases:
-            if case.only_body:
-                show(f"{case.name} {case.shape}: only the {case.only_body} body, {case.why_only}")
+    to_compile = cases_with_bodies(chip, cases)
+    for case, _, body in to_compile:
+        if case.only_body and mosaic.USABLE and case.op in MOSAIC.get(chip.arch, {}):
+            show(f"{case.name} {case.shape}: only the {body} body, {case.why_only}")
     entries, faults, reports = [], [], {}
-    for case, tiles, body in cases_with_bodies(chip, cases):
+    for case, tiles, body in to_compile:
         where = f"{chip.name}: {case.name} ({body}) {case.shape}"
-        build = case.build_all or case.build
+        # The other kernels of attention have no body for Ampere, and are compiled with Triton's.
+        build = case.build_all if case.build_all and body != "ampere" else case.build
         try:
             if (build, body) not in reports:
                 reports[build, body] = compile_kernels(build, chip, tiles)
@@ -185,7 +191,7 @@ def audit(
         entry = Entry(chip, case, body, report, kernel_tiles(tiles, case.kernel) if tiles else None)
         show(entry.format())
         entries.append(entry)
-        of_budget = entry.tiles if case.op == "attention" and body == "triton" else None
+        of_budget = entry.tiles if case.op == "attention" and body != "mosaic" else None
         found = find_faults(case, report, chip, body, of_budget)
         faults += [f"{where}: {fault}" for fault in found]
     return entries, faults

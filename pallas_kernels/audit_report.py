@@ -13,7 +13,7 @@ from pallas_kernels.chip import Chip
 from pallas_kernels.loop_model import Bounds, LoopBound, find_bounds
 from pallas_kernels.offline import KernelReport
 from pallas_kernels.result_files import write_json
-from pallas_kernels.tiles import AttentionTiles
+from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
 
 HEADER = (
     f"{'kernel':23} {'body':6} {'shape':25} {'registers':>9} {'spills':>6} {'shared':>7} "
@@ -22,7 +22,9 @@ HEADER = (
 )
 
 
-def arithmetic_a_score(case: Case, report: KernelReport, tiles: AttentionTiles) -> list[float]:
+def arithmetic_a_score(
+    case: Case, report: KernelReport, tiles: AttentionTiles | AmpereAttentionTiles
+) -> list[float]:
     """Returns the arithmetic instructions a score of each innermost loop, as audit.py defines."""
     scores = tiles.queries * tiles.keys / report.threads
     rescaled = tiles.queries * case.K / report.threads if case.kernel == "forward" else 0
@@ -72,7 +74,7 @@ class Entry:
     def format(self) -> str:
         """Returns the kernel's row, and two lines for each of its innermost loops."""
         loops = [format_loop(loop) for loop in self.bounds.loops] if self.bounds else []
-        if self.case.op == "attention" and self.body == "triton":
+        if self.case.op == "attention" and self.body != "mosaic":
             figures = arithmetic_a_score(self.case, self.report, self.tiles)
             loops = [f"{loop}; {x:.2f} a score" for loop, x in zip(loops, figures, strict=True)]
         return "\n".join([self.format_row(), *loops])

@@ -33,8 +33,8 @@ def visible_pairs(T: int, S: int, window: int | None = None) -> int:
 
 def _attention(work):
     def flops(q_BTHK, k_BSGK, *_, window=None):
-        (B, T, H, K), S = q_BTHK, k_BSGK[1]
-        return work * 4 * B * H * K * visible_pairs(T, S, window)
+        (B, T, *H_K), S = q_BTHK, k_BSGK[1]  # Ampere's body has one dimension for H and K
+        return work * 4 * B * math.prod(H_K) * visible_pairs(T, S, window)
 
     return flops
 

@@ -59,10 +59,13 @@ def describe_device(tiny: bool) -> dict[str, Any]:
     }
 
 
-def bodies(contest: Contest, arch: str) -> dict[str, OpTiles | None]:
-    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton."""
+def bodies(contest: Contest, arch: str, tiny: bool) -> dict[str, OpTiles | None]:
+    """Returns {body: the op's default tiles}; an op without tiles has one body, in Triton.
+
+    A trial leaves out Mosaic's bodies, whose smallest tiles are larger than its arrays.
+    """
     tiles = default_bodies(contest.op, arch, contest.shape)
-    return dict(zip(("triton", "mosaic"), tiles, strict=False))
+    return dict(zip(("triton",) if tiny else ("triton", "mosaic"), tiles, strict=False))
 
 
 class Compiled(NamedTuple):
@@ -172,7 +175,7 @@ def run_contest(job: ContestJob, save: Callable[[dict[str, Any]], None]) -> None
     """Runs a job's contest; calls `save` with all results so far after each contestant."""
     arch = "sm_86" if job.tiny else detect_chip().arch
     (contest,) = (c for c in contests_of(job.tiny) if c.name == job.name)
-    run, default = ContestRun(contest, save), bodies(contest, arch)
+    run, default = ContestRun(contest, save), bodies(contest, arch, job.tiny)
     kernels = {body: contest.kernel(tiles) for body, tiles in default.items()}
     compiled = run.compile_all(contest.others | kernels)
     for name in contest.others:

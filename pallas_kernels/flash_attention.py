@@ -21,6 +21,7 @@ https://triton-lang.org/main/getting-started/tutorials/06-fused-attention.html
 
 import contextlib
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -147,11 +148,11 @@ def _attend(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
 def _forward(q, k, v, docs_BT, docs_BS, blocks, interpret, window):
     B, T, H, _ = q.shape
     docs, tiles = () if docs_BT is None else (docs_BT, docs_BS), blocks.forward
-    if body_of(tiles) == "mosaic":
-        from pallas_kernels import flash_attention_mosaic  # not every JAX has Mosaic
-
+    if (body := body_of(tiles)) != "triton":
+        # Imports Mosaic GPU, which not every JAX has.
+        module = importlib.import_module(f"pallas_kernels.flash_attention_{body}")
         with _scope(window):
-            o, lse = flash_attention_mosaic.forward(q, k, v, docs, tiles, interpret, window)
+            o, lse = module.forward(q, k, v, docs, tiles, interpret, window)
         # Without the barrier XLA calls the kernel twice where a scan stores its results: once in a
         # fusion that writes them into the stacked array, and once for all other uses.
         o, lse = jax.lax.optimization_barrier((o, lse))

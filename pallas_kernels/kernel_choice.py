@@ -8,26 +8,25 @@ as faster. jaxtrain/ops/routes.py decides whether a run uses it. This file impor
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels.chip import CHIPS
-from pallas_kernels.ptxas import explain_missing_mosaic, find_fault
+from pallas_kernels.ptxas import explain_missing_mosaic, find_fault, has_triton
 from pallas_kernels.tiles import (
+    ATTENTION_KINDS,
     MOSAIC_FIRST,
     MOSAIC_HEADS,
     MOSAIC_TYPES,
-    AttentionTiles,
-    DqProductTiles,
+    PRODUCT_KINDS,
     FlashAttentionTiles,
-    MosaicAttentionTiles,
-    MosaicProductTiles,
     OpTiles,
-    ProductTiles,
     body_of,
     default_tiles,
+    is_triton,
     mosaic_tiles,
 )
 
@@ -95,16 +94,20 @@ class BodyChoice(NamedTuple):
     reason: str
 
 
+def _kernel_tiles_from_json(kinds: Any, values: Any) -> Any:
+    """Returns tiles of the type whose body is among the values; without one they are Triton's."""
+    of_body = {kind._field_defaults.get("body"): kind for kind in kinds}
+    body = next((value for value in values if value in of_body), None)
+    return of_body[body](*values)
+
+
 def tiles_from_json(op: str, value: Any) -> OpTiles | None:
     """Returns the tiles of an op's kernels from their form in JSON, as the bench writes them."""
     if value is None:
         return None
     if op == "attention":
-        kinds = {"mosaic": MosaicAttentionTiles, "dq_product": DqProductTiles}
-        kind_of = lambda tiles: next((kinds[x] for x in tiles if x in kinds), AttentionTiles)
-        return FlashAttentionTiles(*(kind_of(tiles)(*tiles) for tiles in value))
-    kind_of = lambda tiles: MosaicProductTiles if "mosaic" in tiles else ProductTiles
-    return {name: kind_of(tiles)(*tiles) for name, tiles in value.items()}
+        return FlashAttentionTiles(*(_kernel_tiles_from_json(ATTENTION_KINDS, x) for x in value))
+    return {name: _kernel_tiles_from_json(PRODUCT_KINDS, x) for name, x in value.items()}
 
 
 def _check_row(row):
@@ -168,11 +171,26 @@ def _untimed_tiles(op, arch, dtype, shape) -> tuple[OpTiles | None, str]:
 
     Where Mosaic comes first, it was faster than Triton's body in each contest that ran on a card.
     """
-    if op not in MOSAIC_FIRST.get(arch, ()):
+    if has_triton() and op not in MOSAIC_FIRST.get(arch, ()):
         return default_tiles(op, arch, shape), ""
     if obstacle := _mosaic_obstacle(op, dtype, shape):
         return default_tiles(op, arch, shape), f"; its body is Triton's: {obstacle}"
-    return mosaic_tiles(op, arch), f"; its body is Mosaic's, the first choice on {arch}"
+    why = f"the first choice on {arch}" if has_triton() else "as this JAX has no Triton backend"
+    return mosaic_tiles(op, arch), f"; its body is Mosaic's, {why}"
+
+
+def explain_missing_triton(op: str, choose: Callable[[str], BodyChoice] | None) -> str:
+    """Returns which kernels of an op need the Triton backend that JAX has removed; "" if none.
+
+    Args:
+        choose: returns the op's bodies; None if they are interpreted, which only Triton's are.
+    """
+    if has_triton():
+        return ""
+    tiles = choose(op).tiles if choose else None
+    kernels = {op: None} if tiles is None else tiles if isinstance(tiles, dict) else tiles._asdict()
+    names = ", ".join(name for name, value in kernels.items() if is_triton(value))
+    return f"jax no longer has the Triton backend, which compiles the body of {names}" * bool(names)
 
 
 def _nearest_row(rows, documents, *where) -> BenchRow | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import AttentionTiles
+from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
 
 
 def ceil_div(x: Any, y: Any) -> Any:
@@ -53,7 +53,11 @@ class Visits(NamedTuple):
 
 
 def causal_visits(
-    block: Any, tiles: AttentionTiles, T: int, S: int, window: int | None = None
+    block: Any,
+    tiles: AttentionTiles | AmpereAttentionTiles,
+    T: int,
+    S: int,
+    window: int | None = None,
 ) -> Visits:
     """Returns the visits of a block of queries where all positions are of one document.
 
@@ -82,7 +86,10 @@ def document_ranges(docs_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array
 
 
 def document_bounds(
-    docs_BT: jax.Array, docs_BS: jax.Array, tiles: AttentionTiles, window: int | None = None
+    docs_BT: jax.Array,
+    docs_BS: jax.Array,
+    tiles: AttentionTiles | AmpereAttentionTiles,
+    window: int | None = None,
 ) -> jax.Array:
     """Returns two bounds for each block of queries, int32 [B,N,2], in blocks of keys.
 

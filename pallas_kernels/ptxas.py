@@ -1,4 +1,4 @@
-"""Recognises versions of JAX and of ptxas, NVIDIA's assembler, that cannot compile Mosaic bodies.
+"""Recognises versions of JAX and of ptxas, NVIDIA's assembler, that cannot compile a kind of body.
 
 ptxas of CUDA 12.8.0 to 12.9.0 miscompiles Mosaic's masked attention, for which jax's own kernel
 refuses them too (jax/experimental/pallas/ops/gpu/attention_mgpu.py, jax 0.10.2).
@@ -7,6 +7,7 @@ refuses them too (jax/experimental/pallas/ops/gpu/attention_mgpu.py, jax 0.10.2)
 import functools
 import importlib.metadata
 import re
+from pathlib import Path
 
 import jax
 
@@ -38,6 +39,11 @@ def find_fault() -> str:
                 f"'{package}>=12.9.86'"
             )
     return ""
+
+
+def has_triton() -> bool:
+    """Returns whether this JAX has Pallas' Triton backend, which is deprecated since 0.11.0."""
+    return (Path(jax.__file__).parent / "experimental" / "pallas" / "triton.py").exists()
 
 
 def explain_missing_mosaic() -> str:

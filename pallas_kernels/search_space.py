@@ -13,6 +13,8 @@ from typing import Any
 from pallas_kernels import mosaic
 from pallas_kernels.tiles import (
     MOSAIC,
+    AmpereAttentionTiles,
+    AmpereProductTiles,
     AttentionTiles,
     DqProductTiles,
     FlashAttentionTiles,
@@ -23,6 +25,7 @@ from pallas_kernels.tiles import (
     ProductTiles,
     body_of,
     default_tiles,
+    kernel_tiles,
     mosaic_tiles,
     replace_tiles,
 )
@@ -42,6 +45,12 @@ def _mosaic_attention(kernel):
         "dq": ((128,), (64, 128)),
     }[kernel]
     yield from itertools.starmap(MosaicAttentionTiles, itertools.product(queries, keys, (2, 3, 4)))
+
+
+def _ampere_attention(kernel):
+    if kernel == "forward":
+        sizes = itertools.product((64, 128), (32, 64, 128), (2, 3, 4))
+        yield from itertools.starmap(AmpereAttentionTiles, sizes)
 
 
 def _products(kernel):
@@ -64,17 +73,27 @@ def _mosaic_products(kernel):
             yield MosaicProductTiles(rows, columns, depth, stages)
 
 
+def _ampere_products(kernel):
+    """Yields tiles whose float32 accumulators take at most 128 registers per thread."""
+    del kernel
+    sizes = itertools.product((64, 128), (32, 64), (2, 3, 4))
+    yield from itertools.starmap(AmpereProductTiles, sizes)
+
+
 # op -> ({body: function of a kernel's name that yields its tiles}, names of its kernels). The tiles
 # of norm and qk_rope follow from D and K, so there is nothing to search.
 SPACES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "attention": (
-        {"triton": _attention, "mosaic": _mosaic_attention},
+        {"triton": _attention, "mosaic": _mosaic_attention, "ampere": _ampere_attention},
         FlashAttentionTiles._fields,
     ),
     "norm": ({}, ()),
     "qk_rope": ({}, ()),
     "head": ({"triton": _products, "mosaic": _mosaic_products}, ("head",)),
-    "square": ({"triton": _products, "mosaic": _mosaic_products}, ("square", "square_sum")),
+    "square": (
+        {"triton": _products, "mosaic": _mosaic_products, "ampere": _ampere_products},
+        ("square", "square_sum"),
+    ),
 }
 
 
@@ -87,17 +106,21 @@ def default_bodies(op: str, arch: str, shape: tuple[float, ...] = ()) -> list[An
     return [default_tiles(op, arch, shape)] + ([mosaic_tiles(op, arch)] if usable else [])
 
 
+def _bodies(op, arch, kernel):
+    """Returns the bodies of one kernel that this JAX can compile for this GPU."""
+    return {body_of(kernel_tiles(tiles, kernel)) for tiles in default_bodies(op, arch)}
+
+
 def candidates(op: str, arch: str) -> Iterator[tuple[str, OpTiles]]:
     """Yields (kernel, the op's default tiles with that kernel's replaced) for each candidate.
 
     Kernels are searched one at a time, since trying all combinations would take too long.
     """
     spaces, kernels = SPACES[op]
-    has_mosaic = len(default_bodies(op, arch)) > 1
     for body, space in spaces.items():
-        if body == "mosaic" and not has_mosaic:
-            continue
         for kernel in kernels:
+            if body not in _bodies(op, arch, kernel):
+                continue
             for tiles in space(kernel):
                 yield kernel, replace_tiles(default_tiles(op, arch), kernel, tiles)
 
@@ -128,12 +151,13 @@ SHORTLIST: dict[str, dict[str, dict[str, tuple[KernelTiles, ...]]]] = {
                 ProductTiles(128, 128, 32, 8, 3),
                 ProductTiles(128, 128, 32, 4, 4),
                 ProductTiles(64, 64, 64, 4, 3),
-                ProductTiles(64, 64, 32, 4, 4),
+                AmpereProductTiles(64, 32, 4),
             ),
             "square_sum": (
                 ProductTiles(128, 128, 32, 8, 4),
                 ProductTiles(64, 64, 64, 4, 3),
-                ProductTiles(64, 64, 32, 4, 4),
+                AmpereProductTiles(128, 32, 3),
+                AmpereProductTiles(64, 32, 4),
             ),
         },
     },

@@ -12,6 +12,7 @@ https://github.com/nil0x9/flash-muon
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import triton
 from pallas_kernels.tile_order import triangle_tile
-from pallas_kernels.tiles import MosaicProductTiles, ProductTiles
+from pallas_kernels.tiles import AmpereProductTiles, MosaicProductTiles, ProductTiles, body_of
 from pallas_kernels.validation import check_symmetric
 
 
@@ -76,7 +77,7 @@ def symmetric(
     c_XMM: jax.Array | None = None,
     scales: tuple[float | jax.Array, float | jax.Array] = (1.0, 0.0),
     *,
-    tiles: ProductTiles | MosaicProductTiles,
+    tiles: ProductTiles | MosaicProductTiles | AmpereProductTiles,
     interpret: bool = False,
 ) -> jax.Array:
     """Computes symmetric_reference from one triangle, on one device's matrices.
@@ -86,21 +87,21 @@ def symmetric(
             equals the reference where x y^T is symmetric; otherwise it mirrors the lower triangle.
         c_XMM: a symmetric matrix of x's type that is added, or None.
         scales: factors of the product and of c; they may be traced.
-        tiles: a ProductTiles with as many rows as columns, or a MosaicProductTiles; its type
-            selects the body.
+        tiles: their type selects the body; a ProductTiles has as many rows as columns.
         interpret: runs without a GPU, for tests.
 
     Raises:
-        ValueError: check_symmetric refuses the arguments, or the Mosaic body.
+        ValueError: check_symmetric refuses the arguments, or a Mosaic body.
     """
     check_symmetric(x_XMN, y_XMN, c_XMM, scales, tiles)
     X, M, _ = x_XMN.shape
     y_XMN = x_XMN if y_XMN is None else y_XMN
     scales_2 = jnp.stack(scales).astype(jnp.float32)
-    if isinstance(tiles, MosaicProductTiles):
-        from pallas_kernels import symmetric_mosaic  # imports Mosaic, which not every JAX has
-
-        return symmetric_mosaic.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
+    if (body := body_of(tiles)) != "triton":
+        # Imports Mosaic GPU, which not every JAX has.
+        module = importlib.import_module(f"pallas_kernels.symmetric_{body}")
+        return module.symmetric(x_XMN, y_XMN, c_XMM, scales_2, tiles, interpret)
+    assert isinstance(tiles, ProductTiles)
     blocks = pl.cdiv(M, tiles.rows)
     c = () if c_XMM is None else (c_XMM,)
     return triton.call(

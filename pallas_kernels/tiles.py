@@ -65,15 +65,49 @@ class MosaicAttentionTiles(NamedTuple):
     groups: int = 2  # warp groups that multiply, each for a part of the queries; dkv and dq have 2
 
 
+class AmpereProductTiles(NamedTuple):
+    """Tile sizes of a matrix product's Mosaic GPU kernel for Ampere and Ada."""
+
+    size: int  # rows and columns per tile of the result
+    depth: int  # columns of both operands that one iteration multiplies
+    stages: int  # slices in shared memory
+    body: str = "ampere"
+
+    @property
+    def rows(self) -> int:
+        return self.size
+
+    @property
+    def columns(self) -> int:
+        return self.size
+
+
+class AmpereAttentionTiles(NamedTuple):
+    """Tile sizes of attention's forward Mosaic GPU kernel for Ampere and Ada."""
+
+    queries: int
+    keys: int
+    stages: int  # blocks of keys or of values in shared memory
+    body: str = "ampere"
+
+
+ATTENTION_KINDS = AttentionTiles, MosaicAttentionTiles, AmpereAttentionTiles, DqProductTiles
+PRODUCT_KINDS = ProductTiles, MosaicProductTiles, AmpereProductTiles
 KernelTiles = (
-    AttentionTiles | DqProductTiles | ProductTiles | MosaicProductTiles | MosaicAttentionTiles
+    AttentionTiles
+    | MosaicAttentionTiles
+    | AmpereAttentionTiles
+    | DqProductTiles
+    | ProductTiles
+    | MosaicProductTiles
+    | AmpereProductTiles
 )
 
 
 class FlashAttentionTiles(NamedTuple):
-    """Tile sizes of attention's three kernels; each may be a Triton or a Mosaic kernel's."""
+    """Tile sizes of attention's three kernels; the type of each selects the kernel's body."""
 
-    forward: AttentionTiles | MosaicAttentionTiles
+    forward: AttentionTiles | MosaicAttentionTiles | AmpereAttentionTiles
     dkv: AttentionTiles | MosaicAttentionTiles
     dq: AttentionTiles | MosaicAttentionTiles | DqProductTiles
 
@@ -121,8 +155,16 @@ MOSAIC_FIRST = {"sm_90": ("attention", "head", "square")}
 # stored: reads the scores' gradients, which dkv then stores (flash_attention_mosaic_stored.py).
 MOSAIC_VARIANTS = {"forward": ("", "folded"), "dkv": ("", "turns"), "dq": ("", "turns", "stored")}
 
-# arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory
+# arch -> op -> kernel -> tiles of its Mosaic body, with as many stages as fit in shared memory. On
+# sm_86 two programs fit on a multiprocessor.
 MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
+    "sm_86": {
+        "attention": {"forward": AmpereAttentionTiles(64, 64, 3)},
+        "square": {
+            "square": AmpereProductTiles(128, 32, 3),
+            "square_sum": AmpereProductTiles(128, 32, 3),
+        },
+    },
     "sm_90": {
         "attention": {
             "forward": MosaicAttentionTiles(128, 128, 2),
@@ -138,9 +180,14 @@ MOSAIC: dict[str, dict[str, dict[str, KernelTiles]]] = {
 }
 
 
-def body_of(tiles: KernelTiles) -> str:
-    """Returns the kernel body that these tiles select: "triton", "mosaic" or "dq_product"."""
+def body_of(tiles: KernelTiles | None) -> str:
+    """Returns the body that these tiles select: "triton", "mosaic", "ampere" or "dq_product"."""
     return getattr(tiles, "body", "triton")
+
+
+def is_triton(tiles: KernelTiles | None) -> bool:
+    """Returns whether the kernel that these tiles select is compiled by Pallas' Triton backend."""
+    return body_of(tiles) in ("triton", "dq_product")
 
 
 def describe_tiles(tiles: KernelTiles) -> str:

@@ -1,7 +1,7 @@
 """All Triton API calls live here, so that a JAX upgrade touches one file.
 
-Kernels for sm_86 (A40, RTX A6000) use Pallas' Triton backend. JAX 0.11 deprecates it in favour of
-Mosaic GPU, but Mosaic GPU supports sm_86 only in part, and on jax 0.10.2 not at all.
+JAX 0.11 deprecates this backend in favour of Mosaic GPU, which jax 0.10.2 lacks for sm_86 (A40, RTX
+A6000). ampere.py has the bodies in Mosaic GPU for these GPUs.
 """
 
 import warnings
@@ -16,9 +16,14 @@ from pallas_kernels.validation import without_derivative
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas import triton
+    try:
+        from jax.experimental.pallas import triton as backend
+    except ImportError:  # the bodies in Mosaic GPU do not need it
+        backend = None
 
-load, store = triton.load, triton.store
+triton: Any = backend
+load: Any = getattr(triton, "load", None)
+store: Any = getattr(triton, "store", None)
 
 
 def dot(a: jax.Array, b: jax.Array, trans_a: bool = False, trans_b: bool = False) -> jax.Array:
@@ -64,7 +69,15 @@ def call(
 
     Args:
         interpret: runs op by op on any device; only for tests.
+
+    Raises:
+        ValueError: JAX has removed its Triton backend.
     """
+    if triton is None:
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend for the kernel {name}. Give it tiles of "
+            "a Mosaic body, or install jax 0.11."
+        )
     program = pl.pallas_call(
         kernel,
         name=name,

@@ -13,12 +13,16 @@ import numpy as np
 
 from pallas_kernels.tiles import (
     MOSAIC_VARIANTS,
+    AmpereAttentionTiles,
+    AmpereProductTiles,
     AttentionTiles,
     DqProductTiles,
     FlashAttentionTiles,
     MosaicAttentionTiles,
     MosaicProductTiles,
     ProductTiles,
+    body_of,
+    is_triton,
 )
 
 PRODUCT_TYPES = ("bfloat16", "float16", "float32")  # of the operands of the tensor cores
@@ -97,7 +101,7 @@ def _check_tiles(name, tiles, kinds, multiples):
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}.{field} must be a positive integer; got {size!r}.")
-        if isinstance(tiles, (MosaicAttentionTiles, MosaicProductTiles)):
+        if not is_triton(tiles):
             multiple = multiples.get(field, 1)
             if size % multiple:
                 raise ValueError(f"{name}.{field} must be a multiple of {multiple}; got {size}.")
@@ -107,6 +111,12 @@ def _check_tiles(name, tiles, kinds, multiples):
             )
         elif field == "warps" and not (_is_power_of_two(size) and size <= 32):
             raise ValueError(f"{name}.warps must be a power of two of at most 32; got {size}.")
+
+
+def _check_slots(name, tiles):
+    """Raises ValueError unless a body for Ampere can fill one slot while it reads another."""
+    if body_of(tiles) == "ampere" and tiles.stages < 2:
+        raise ValueError(f"{name}.stages must be at least 2; got {tiles.stages}.")
 
 
 def check_attention(
@@ -152,8 +162,14 @@ def check_attention(
         raise ValueError(f"blocks must be FlashAttentionTiles; got {blocks!r}.")
     for kernel, tiles in blocks._asdict().items():
         queries, keys = (64, 128) if kernel == "dkv" else (64 * getattr(tiles, "groups", 2), 64)
-        kinds = AttentionTiles, MosaicAttentionTiles, *([DqProductTiles] if kernel == "dq" else [])
+        kinds = AttentionTiles, MosaicAttentionTiles
+        if kernel == "dq":
+            kinds += (DqProductTiles,)
+        if kernel == "forward":  # the only one that has a body for Ampere
+            kinds += (AmpereAttentionTiles,)
+            queries, keys = (64, 16) if body_of(tiles) == "ampere" else (queries, keys)
         _check_tiles(f"blocks.{kernel}", tiles, kinds, {"queries": queries, "keys": keys})
+        _check_slots(f"blocks.{kernel}", tiles)
         variant, known = getattr(tiles, "variant", ""), MOSAIC_VARIANTS[kernel]
         if variant not in known:
             raise ValueError(f"blocks.{kernel}.variant must be in {known}; got {variant!r}.")
@@ -182,9 +198,9 @@ def check_attention(
         )
 
 
-def _check_product_tiles(tiles):
-    multiples = {"rows": 128, "columns": 32, "depth": 16}
-    _check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles), multiples)
+def _check_product_tiles(tiles, *other_kinds):
+    multiples = {"rows": 128, "columns": 32, "depth": 16, "size": 64}
+    _check_tiles("tiles", tiles, (ProductTiles, MosaicProductTiles, *other_kinds), multiples)
 
 
 def check_head_scores(h_ND: Any, w_VD: Any, targets_N: Any, tiles: Any, softcap: float) -> None:
@@ -211,7 +227,11 @@ def check_symmetric(x_XMN: Any, y_XMN: Any, c_XMM: Any, scales: Sequence[Any], t
         raise ValueError(
             f"scales must be two scalars, the factors of the product and of c; got shapes {shapes}."
         )
-    _check_product_tiles(tiles)
+    _check_product_tiles(tiles, AmpereProductTiles)
+    if isinstance(tiles, AmpereProductTiles):
+        if tiles.depth not in (32, 64):
+            raise ValueError(f"tiles.depth must be 32 or 64; got {tiles.depth}.")
+        _check_slots("tiles", tiles)
     if isinstance(tiles, ProductTiles) and tiles.columns != tiles.rows:
         raise ValueError(f"tiles.columns must equal tiles.rows={tiles.rows}; got {tiles.columns}.")
     if isinstance(tiles, MosaicProductTiles) and tiles.columns not in (tiles.rows // 2, tiles.rows):

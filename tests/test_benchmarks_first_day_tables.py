@@ -118,7 +118,7 @@ def test_results_replace_what_was_unmeasured_with_card_versions_date_and_commit(
         assert "unmeasured" in rows["gpt_350m with muon"].figure  # it failed
     kernels = table(checkout, "docs/results.md", "kernels")
     attention = kernels["attention both ways 8x2048x16:16x128"]
-    assert attention.figure == "triton 200.0 us, 1.50x as fast as cudnn (300.0 us)"
+    assert attention.figure == "triton 200 us, 1.50x as fast as cudnn (300 us)"
     assert "attention both ways" not in kernels and "unmeasured" in kernels["norm"].figure
     plan = table(checkout, "docs/results.md", "plan")
     assert "bound 0.0900 s, calibrated 0.1270 s; peak 5.0 GiB, planned 4.0" in str(plan)

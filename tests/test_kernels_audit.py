@@ -49,6 +49,8 @@ def test_the_audit_passes_for_both_chips(tmp_path):
     assert names("triton") == {case.name for case in CASES if not case.tiles}
     hopper = {case.name for case in CASES if case.kernel in MOSAIC["sm_90"].get(case.op, ())}
     assert names("mosaic") == (hopper if mosaic.USABLE else set())
+    ampere = {case.name for case in CASES if case.kernel in MOSAIC["sm_86"].get(case.op, ())}
+    assert names("ampere") == (ampere if mosaic.USABLE else set())
     assert mosaic.REASON in done.stdout and "audit passed" in done.stdout
     check_bounds(json.loads((tmp_path / "audit.json").read_text())["kernels"])
 
@@ -208,6 +210,14 @@ def test_a_mosaic_body_must_use_warp_group_products_and_the_memory_accelerator(i
     assert any("warp-group product" in text for text in find_faults(CASE, report, chip, "mosaic"))
     good = broken(instructions=Counter(HGMMA=8, UTMALDG=3))
     assert not find_faults(CASE, good, chip, "mosaic")
+
+
+def test_a_body_for_ampere_must_copy_asynchronously_and_has_the_floor_of_tritons():
+    chip = find_chip("a40")
+    assert find_faults(CASE, GOOD, chip, "ampere") == ["no asynchronous copy"]
+    good = broken(instructions=Counter(HMMA=64, LDGSTS=8))
+    assert not find_faults(CASE, good, chip, "ampere")
+    assert find_faults(CASE, good._replace(threads=256), chip, "ampere")[0].startswith("1 blocks")
 
 
 SPILLING = """

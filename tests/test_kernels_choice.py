@@ -1,6 +1,8 @@
 """A kernel is chosen where a measurement shows that it is faster, and nowhere else."""
 
 import json
+import runpy
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from jaxtrain.config.train_config import KernelsConfig, ModelConfig
 from jaxtrain.ops.fused import KERNELS, missing_kernels
 from jaxtrain.ops.routes import choose_routes
-from pallas_kernels import kernel_choice, mosaic, ptxas
+from pallas_kernels import kernel_choice, mosaic, ptxas, triton
 from pallas_kernels.bench_results import as_row
 from pallas_kernels.kernel_choice import OPS, choose_body, read_rows
 from pallas_kernels.result_files import write_json
@@ -26,6 +28,7 @@ from pallas_kernels.tiles import (
     body_of,
     default_tiles,
     kernel_tiles,
+    mosaic_tiles,
 )
 
 
@@ -186,6 +189,21 @@ def test_a_row_that_mixes_bodies_selects_each_kernels_body(tmp_path):
     assert odd.tiles == default_tiles("square", "sm_90")
 
 
+def test_rows_of_bodies_for_ampere_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.kernel_choice.find_fault", lambda: "")
+    shapes, rows = {"square": (2_048,), "attention": (8, 1_024, 12, 12, 64)}, []
+    for op, shape in shapes.items():
+        contest = SimpleNamespace(op=op, shape=shape, documents=False, window=0)
+        results = {"mosaic": timed(0.5, mosaic_tiles(op, "sm_86")), "xla": timed(1.0)}
+        rows.append(as_row(contest, "a40", results, jax.__version__)._asdict())
+    write_json(tmp_path / "a40.json", rows)
+    for op, shape in shapes.items():
+        choice = choose_body(op, "sm_86", "a40", "bfloat16", shape, tmp_path)
+        assert choice.faster and choice.tiles == mosaic_tiles(op, "sm_86")
+        kernel = {"square": "square_sum", "attention": "forward"}[op]
+        assert body_of(kernel_tiles(choice.tiles, kernel)) == "ampere"
+
+
 @pytest.mark.parametrize(
     "version, faulty",
     [("12.6.85", False), ("12.8.61", True), ("12.9.41", True), ("12.9.86", False), ("13.0", False)],
@@ -210,7 +228,7 @@ def test_versions_of_ptxas_that_miscompile_are_refused(version, faulty, tmp_path
 
 def test_the_search_includes_mosaic_bodies_only_where_mosaic_is_usable():
     bodies = lambda arch: {body_of(kernel_tiles(t, k)) for k, t in candidates("square", arch)}
-    assert bodies("sm_86") == {"triton"}
+    assert bodies("sm_86") == ({"triton", "ampere"} if mosaic.USABLE else {"triton"})
     assert bodies("sm_90") == {"triton", "mosaic"} if mosaic.USABLE else {"triton"}
 
 
@@ -244,3 +262,32 @@ def test_a_requested_kernel_without_a_row_says_which_body_runs_and_why():
     route = choose_routes(model, False, "gpu", False, **where)["attention"]
     assert "model.attention=flash" in route.reason and "its body is" in route.reason
     assert body_of(route.tiles.forward) == ("mosaic" if mosaic.USABLE else "triton")
+
+
+def test_without_the_triton_backend_strict_uses_the_other_bodies_or_says_what_is_missing(
+    monkeypatch,
+):
+    """JAX will remove it. Before, no body for Ampere is chosen that was not measured faster."""
+    monkeypatch.setattr("pallas_kernels.kernel_choice.explain_missing_mosaic", lambda: "")
+    choose = lambda: choose_body("square", "sm_86", "a40", "bfloat16", (2_048,))
+    assert [body_of(tiles) for tiles in choose().tiles.values()] == ["triton"] * 2
+    monkeypatch.setattr("pallas_kernels.kernel_choice.has_triton", lambda: False)
+    assert not choose().faster and "as this JAX has no Triton backend" in choose().reason
+    assert [body_of(tiles) for tiles in choose().tiles.values()] == ["ampere"] * 2
+    model = ModelConfig(L=2, D=768, H=12, G=12, K=64, F=2_048, V=50_304)
+    routes = lambda **values: choose_routes(
+        model, True, "gpu", False, KernelsConfig(**values), arch="sm_86", chip="a40"
+    )
+    square = routes()["square"]
+    assert square.implementation == "plain" and "not measured on a40" in square.reason
+    assert "Triton backend, which compiles the body of norm" in routes()["norm"].reason
+    with pytest.raises(ValueError, match="compiles the body of dkv, dq"):
+        routes(strict=True)
+
+
+def test_a_jax_without_the_triton_backend_can_import_the_kernels(monkeypatch):
+    monkeypatch.delattr("jax.experimental.pallas.triton")
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    module = runpy.run_path(triton.__file__)
+    with pytest.raises(ValueError, match="jax .* has no Triton backend for the kernel rows"):
+        module["call"](None, name="rows", grid=(1,), out_shape=None, warps=4)

@@ -143,7 +143,7 @@ def test_a_layer_without_rope_needs_no_kernel_for_it():
     cfg = ModelConfig(**SMALL | dict(L=2, qk_norm=True, nope_every=2))
     routes = choose_routes(cfg, False, "cpu", False, KernelsConfig(interpret=True), seq_len=T)
     assert routes["qk_rope"].is_fused and "XLA's norm where no RoPE is" in routes["qk_rope"].reason
-    halve = lambda x: x / 2
+    halve = lambda x, normalise: x / 2
     x_BTHK = jnp.ones((1, 2, 4, 4))
     assert jnp.array_equal(LayerOps(cfg, routes).norm_and_rotate(halve, x_BTHK, None), x_BTHK / 2)
 

@@ -130,13 +130,13 @@ def kernel_figure(result: Row, trial: bool, target: Target | None = None) -> str
     rival, other = best_of(result.get("contestants", {}), lambda name: name not in OURS)
     if timing is None:
         return ""
-    text = f"{ours} {1e6 * timing['median_s']:.1f} us"
+    text = f"{ours} {1e6 * timing['median_s']:.4g} us"
     if target and not trial:
         target_us = round(1e6 * target.serial_s)
         text += f" ({target_verdict(1e6 * timing['median_s'], target_us, at_most=True)})"
     if other and not trial:
         ratio = other["median_s"] / timing["median_s"]
-        text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.1f} us)"
+        text += f", {ratio:.2f}x as fast as {rival} ({1e6 * other['median_s']:.4g} us)"
     return text
 
 

@@ -14,7 +14,7 @@ from jaxtrain.config.sections import KernelsConfig
 from jaxtrain.ops import tuning
 from jaxtrain.ops.cudnn import find_cudnn_obstacle
 from jaxtrain.ops.devices import cpu_multiplies_bf16
-from pallas_kernels.kernel_choice import BodyChoice, choose_body
+from pallas_kernels.kernel_choice import BodyChoice, choose_body, explain_missing_triton
 from pallas_kernels.tiles import TILES, default_tiles
 
 REQUESTED = "requested by"  # the reason begins with it if a flag selects the route
@@ -109,7 +109,7 @@ class _KernelRoutes:
             return f"its soft-cap is a tanh; got {model.logit_softcap_form=}"
         if op in ("attention", "qk_rope") and model.G % self.tensor:
             return f"mesh.tensor={self.tensor} must divide {model.G=}"
-        return ""
+        return explain_missing_triton(op, None if self.kernels.interpret else self.measured)
 
     def scoring_obstacle(self) -> str:
         """Returns which score of the model attention's kernel does not compute; "" if none."""
