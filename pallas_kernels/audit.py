@@ -212,19 +212,16 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="also show the inner loops of tokamax's attention, where tokamax is installed",
     )
-    entries, faults = [], []
 
     def check(chip, args):
-        more_entries, more_faults = audit(chip)
-        entries.extend(more_entries)
-        faults.extend(more_faults)
+        entries, faults = audit(chip)
         if args.sweep:
             sweep(chip)
         if args.peers:
             survey_peers(chip)
         if args.json:
-            write_entries(args.json, entries, faults)
-        return more_faults
+            write_entries(args.json, entries, faults, more=chip.name != args.chip[0])
+        return faults
 
     check_chips(parser, argv, check, "audit passed", AUDITED)
 

@@ -12,7 +12,7 @@ from pallas_kernels.audit_cases import Case
 from pallas_kernels.chip import Chip
 from pallas_kernels.loop_model import Bounds, LoopBound, find_bounds
 from pallas_kernels.offline import KernelReport
-from pallas_kernels.result_files import write_json
+from pallas_kernels.result_files import read_object, write_json
 from pallas_kernels.tiles import AmpereAttentionTiles, AttentionTiles
 
 HEADER = (
@@ -106,7 +106,15 @@ class Entry:
         return row
 
 
-def write_entries(path: Path, entries: Iterable[Entry], faults: list[str]) -> None:
-    """Writes all figures as JSON."""
-    rows = [entry.to_json() for entry in entries]
+def write_entries(
+    path: Path, entries: Iterable[Entry], faults: list[str], more: bool = False
+) -> None:
+    """Writes all figures as JSON.
+
+    Args:
+        more: add them to those of the chips that the file has.
+    """
+    stored = read_object(path) if more else {"kernels": [], "faults": []}
+    rows = stored["kernels"] + [entry.to_json() for entry in entries]
+    faults = stored["faults"] + faults
     write_json(path, {"jax": jax.__version__, "kernels": rows, "faults": faults})
