@@ -103,3 +103,19 @@ def test_a_connection_reset_before_the_greeting_does_not_affect_others(connect):
     scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     scanner.close()  # with a reset instead of an end
     assert talk(leader, follower, {"host": 1}, {"do": "run"})[0] == {"host": 1}
+
+
+def test_a_leader_knows_that_a_hosts_kernel_is_up_while_its_supervisor_is_silent(connect):
+    leader, follower = (new() for new in connect)
+    assert leader.acknowledged_s() == {}
+    talk(leader, follower, {"host": 1}, {"do": "run"})
+    for _ in range(20):  # the follower neither reads nor answers, as a stopped process
+        leader.send_target({"do": "run"})
+        time.sleep(0.05)
+    assert leader.acknowledged_s()[1] < 0.5
+    follower.close()
+    deadline = time.monotonic() + 5
+    while leader.acknowledged_s() and time.monotonic() < deadline:
+        leader.receive_reports()
+        time.sleep(0.01)
+    assert leader.acknowledged_s() == {}

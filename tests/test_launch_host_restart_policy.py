@@ -293,3 +293,20 @@ def test_a_short_stop_by_a_signal_is_waited_for_and_a_long_one_is_the_cause(froz
         scenario.ranks = {i: {"age_s": float(frozen_s + 3 + second)} for i in range(3)}
         scenario.advance()
     assert any(line.startswith("noticed: ") and "stuck" in line for line in scenario.log)
+
+
+@pytest.mark.parametrize(
+    ("acknowledged_s", "headline"),
+    [
+        ({1: 0.2, 2: 0.1}, "h2: its supervisor is silent for 12 s; the host is up"),
+        ({1: 0.2, 2: 12.5}, "h2: unreachable for 12 s (power, network or sleep)"),
+        ({1: 0.2}, "h2: unreachable for 12 s (power, network or sleep)"),
+    ],
+)
+def test_a_silent_supervisor_is_not_called_an_unreachable_host(acknowledged_s, headline):
+    scenario = Scenario(lost_s=12.0)
+    scenario.advance(2)
+    scenario.silent = {2}
+    scenario.controller.acknowledged_s = acknowledged_s
+    scenario.advance(20)
+    assert scenario.causes()[0] == f"ROOT CAUSE {headline}"

@@ -67,6 +67,7 @@ class JobController:
         self._log = log
         self.reports: dict[int, Report] = {}
         self._heard_at = dict.fromkeys(range(len(names)), now)
+        self.acknowledged_s: dict[int, float] = {}  # see LeaderChannel.acknowledged_s
         self.attempt, self.restarts = attempt + 1, attempt
         self.state, self._since, self._not_before = "gather", now, now
         self.world: dict[str, Any] = {}
@@ -211,9 +212,10 @@ class JobController:
             for rank in report["ranks"]
             if rank["code"] is None and self._is_stalled(rank, now)
         }
-        silent = self._silent_s(now, hosts)
-        policy = self.policy
-        return find_cause(reports, silent, self.names, policy.lost_s, stalls, policy.stopped_s)
+        silent, policy = self._silent_s(now, hosts), self.policy
+        up = {host for host in hosts if self.acknowledged_s.get(host, math.inf) < policy.lost_s / 2}
+        limits = policy.lost_s, policy.stopped_s
+        return find_cause(reports, silent, self.names, *limits, stalls, up)
 
     def _is_stalled(self, rank: dict, now: float) -> bool:
         if rank["age_s"] is None:  # the program writes no heartbeat
@@ -246,7 +248,8 @@ class JobController:
         if repeated:
             why = f"the same failure at the same step twice: {cause.text}"
             return self._end(now, cause.code, why)
-        if not cause.retry or (cause.kind == "lost" and self.policy.on_loss == "stop"):
+        is_lost = cause.kind in ("lost", "silent")
+        if not cause.retry or (is_lost and self.policy.on_loss == "stop"):
             return self._end(now, cause.code, cause.text)
         self._restart(now, cause.text, cause.code)
 

@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED, STUCK, UNREACHABLE
@@ -17,6 +17,7 @@ ABORTED = 128 + signal.SIGABRT  # how JAX ends a process when its cluster is bro
 SURE = 5  # causes up to this order need no further evidence
 ADVICE = {  # what the operator can do, by kind of cause
     "lost": "Check that host's power and network.",
+    "silent": "Look for a `kill -STOP`, a debugger or a lack of CPU or memory on that host.",
     "supervisor": "If nobody killed it, look for the out-of-memory killer in that host's `dmesg`.",
     "stopped": "Look for a debugger or a `kill -STOP` on that host.",
     "memory": "Use less host memory per process, or a host with more.",
@@ -61,8 +62,9 @@ def find_cause(
     silent_s: Mapping[int, float],
     names: Sequence[str],
     lost_s: float,
-    stalls: Mapping[tuple[int, int], float],
     stopped_s: float,
+    stalls: Mapping[tuple[int, int], float],
+    up: Container[int] = (),
 ) -> Cause | None:
     """Returns the likeliest cause of what has gone wrong; None if nothing has.
 
@@ -71,10 +73,11 @@ def find_cause(
         silent_s: {host: seconds since its last report}.
         names: the hosts' names, by index.
         lost_s: seconds of silence after which a host counts as lost.
-        stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
         stopped_s: seconds after which a rank that a signal has stopped is a cause.
+        stalls: {(host, rank): seconds without progress}, for ranks that are past their limit.
+        up: hosts whose kernel acknowledges what is sent, whether or not their supervisor answers.
     """
-    causes = [*_lost_hosts(silent_s, lost_s, names), *_stuck_rank(reports, stalls, names)]
+    causes = [*_lost_hosts(silent_s, lost_s, names, up), *_stuck_rank(reports, stalls, names)]
     for host, report in reports.items():
         if report.get("orphaned"):
             headline = f"{names[host]}: its supervisor was killed"
@@ -85,9 +88,14 @@ def find_cause(
     return min(causes, key=lambda cause: (cause.order, cause.step or 0), default=None)
 
 
-def _lost_hosts(silent_s, lost_s, names) -> Iterator[Cause]:
+def _lost_hosts(silent_s, lost_s, names, up) -> Iterator[Cause]:
     for host, seconds in silent_s.items():
-        if seconds > lost_s:
+        if seconds > lost_s and host in up:
+            headline = (
+                f"{names[host]}: its supervisor is silent for {seconds:.0f} s; the host is up"
+            )
+            yield Cause(0, "silent", host, None, None, headline, UNREACHABLE)
+        elif seconds > lost_s:
             headline = f"{names[host]}: unreachable for {seconds:.0f} s (power, network or sleep)"
             yield Cause(0, "lost", host, None, None, headline, UNREACHABLE)
 

@@ -142,6 +142,7 @@ class Supervisor:
         for other in self.followers.receive_reports():
             self.controller.take_report(other, now)
         self.controller.take_report(report, now)
+        self.controller.acknowledged_s = self.followers.acknowledged_s()
         self._target = self.controller.next_target(now)
         self.followers.send_target(self._target)
 
