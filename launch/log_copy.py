@@ -24,17 +24,19 @@ def read_header(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: no host that works correctly sends this.
     """
+    problem = ValueError(f"the host sent a frame that has no meaning: {line[:80]!r}")
     try:
         frame = json.loads(line)
     except RecursionError:
-        frame = None
-    is_error = isinstance(frame, dict) and "error" in frame
-    is_data = isinstance(frame, dict) and all(type(frame.get(k)) is int for k in ("at", "bytes"))
+        raise problem from None
+    if not isinstance(frame, dict):
+        raise problem
+    is_data = all(type(frame.get(k)) is int for k in ("at", "bytes"))
     is_data = is_data and frame["at"] >= 0 and 0 < frame["bytes"] <= READ_BYTES
-    is_status = isinstance(frame, dict) and is_valid_status(frame.get("status"))
-    is_status = is_status and all(type(frame.get(k)) is bool for k in ("alive", "known"))
-    if not (is_error or is_data or is_status):
-        raise ValueError(f"the host sent a frame that has no meaning: {line[:80]!r}")
+    is_status = all(type(frame.get(k)) is bool for k in ("alive", "known"))
+    is_status = is_status and is_valid_status(frame.get("status"))
+    if not ("error" in frame or is_data or is_status):
+        raise problem
     return frame
 
 
