@@ -247,10 +247,7 @@ class JobMonitor:
                 show(json.dumps({"host": host.name, "from": source, "line": text}))
                 continue
             place = f"{host.name:{self._width}} {'#' if is_own else '|'} "
-            if self._raw:
-                print_text(place + text)
-            else:
-                print_text(place + visible(text, colours=True))
+            print_text(place + (text if self._raw else visible(text, colours=True)))
 
     def _outcome(self) -> dict[str, Any] | None:
         """Returns the outcome once every host has ended or is unreachable.

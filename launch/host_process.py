@@ -227,8 +227,8 @@ def explain(host: Host, code: int, output: bytes, errors: bytes) -> str:
 
     Args:
         code: the exit status of ssh; negative if it was killed.
-        output: what came on standard output; no answer was in it.
-        errors: what came on standard error, from ssh or from the host.
+        output: what the host printed on standard output, without an answer.
+        errors: what ssh or the host printed on standard error.
     """
     texts = [" ".join(data.decode(errors="replace").split()) for data in (output, errors)]
     happened, remedy = next(

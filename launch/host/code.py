@@ -22,10 +22,15 @@ def root_of(request: Request) -> Path:
     return root
 
 
+def _draft_of(request: Request) -> Path:
+    """Returns the folder in which the code of one operator's request arrives."""
+    return root_of(request) / "code" / f".{request['hash']}.{request['by']}"
+
+
 def land(request: Request) -> dict[str, Any]:
     """Moves received code to the folder named by its hash; `missing` asks for it to be sent."""
     folder = root_of(request) / "code" / request["hash"]
-    draft = folder.with_name(f".{request['hash']}.{request['by']}")
+    draft = _draft_of(request)
     if folder.exists():
         shutil.rmtree(draft, ignore_errors=True)
         _check_code(folder, request, "It was edited on this host. Remove it there, and start again")
@@ -65,7 +70,7 @@ def _check_code(folder: Path, request: Request, reason: str) -> None:
 
 def receive(request: Request) -> dict:
     """Unpacks the code that follows the request, a tar archive, into the folder for it."""
-    draft = root_of(request) / "code" / f".{request['hash']}.{request['by']}"
+    draft = _draft_of(request)
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
         if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
             tar.extractall(draft, filter="tar")  # refuses paths outside of the folder

@@ -141,6 +141,15 @@ def status(request: Request) -> dict[str, Any]:
     }
 
 
+def _ends_within(limit_s: float, job_id: str) -> bool:
+    deadline = time.monotonic() + limit_s
+    while processes.marked(job_id):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def stop(request: Request) -> dict[str, Any]:
     """Asks the supervisor to stop the job.
 
@@ -152,12 +161,7 @@ def stop(request: Request) -> dict[str, Any]:
         return {"known": False, "left": []}
     if has_supervisor(folder) and not request.get("kill"):
         (folder / "stop").write_text(request["why"])
-        deadline = time.monotonic() + NOW_S
-        while request["why"] == NOW and processes.marked(request["job"]):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        else:
+        if request["why"] != NOW or _ends_within(NOW_S, request["job"]):
             return {"known": True, "left": []}
     workers = [read_json(folder / "status.json")["pid"]] if is_running(folder) else []
     keepers = [stat.parent for pid in workers if (stat := processes.read_stat(pid))]

@@ -90,14 +90,12 @@ def find_cause(
 
 def _lost_hosts(silent_s, lost_s, names, up) -> Iterator[Cause]:
     for host, seconds in silent_s.items():
-        if seconds > lost_s and host in up:
-            headline = (
-                f"{names[host]}: its supervisor is silent for {seconds:.0f} s; the host is up"
-            )
-            yield Cause(0, "silent", host, None, None, headline, UNREACHABLE)
-        elif seconds > lost_s:
-            headline = f"{names[host]}: unreachable for {seconds:.0f} s (power, network or sleep)"
-            yield Cause(0, "lost", host, None, None, headline, UNREACHABLE)
+        if seconds <= lost_s:
+            continue
+        kind, what = "lost", f"unreachable for {seconds:.0f} s (power, network or sleep)"
+        if host in up:
+            kind, what = "silent", f"its supervisor is silent for {seconds:.0f} s; the host is up"
+        yield Cause(0, kind, host, None, None, f"{names[host]}: {what}", UNREACHABLE)
 
 
 def _failures_of_rank(host, rank, report, name, stopped_s) -> Iterator[Cause]:

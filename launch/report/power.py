@@ -101,7 +101,7 @@ class Simulation:
         Args:
             count: runs of the baseline.
             slowdown: of the checked run, relative; 0 for an equal one.
-            tolerances: of the baseline, relative; None derives them anew in every draw.
+            tolerances: relative, of the baseline; with None each simulated baseline has its own.
         """
         runs, checked = self._draw(count, between), self._draw(1, between)[:, 0]
         figures = list(self.figures.values())
