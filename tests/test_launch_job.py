@@ -1,21 +1,14 @@
 """Records of jobs and flags that cannot be used."""
 
-import time
-
 import pytest
+from local_client import begin_job
 
 from launch import run
-from launch.host.restart_policy import Policy
-from launch.inventory import Host
-from launch.job import Job
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
-    job = Job.create([Host("a", "127.0.0.1")], Policy(), "", folders={})
-    job.change(begun=time.time())
-    return job
+    return begin_job(tmp_path, monkeypatch)
 
 
 def test_a_damaged_record_is_named_and_others_are_still_listed(job, capsys, tmp_path):

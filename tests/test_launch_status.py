@@ -1,23 +1,16 @@
 """Hosts whose status of a job is odd or hostile."""
 
 import json
-import time
 
 import pytest
-from local_client import LocalClient
+from local_client import LocalClient, begin_job
 
 from launch import log_copy, operate
-from launch.host.restart_policy import Policy
-from launch.inventory import Host
-from launch.job import Job
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
-    job = Job.create([Host("a", "127.0.0.1")], Policy(), "", folders={})
-    job.change(begun=time.time())
-    return job
+    return begin_job(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
