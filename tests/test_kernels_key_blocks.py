@@ -62,6 +62,15 @@ def visited_blocks(docs, T, S, tiles, window=None):
         yield (*at, list(range(clear[at], diagonal[at])), turns.tolist())
 
 
+def check_visits(unmasked, masked, needed, entire, is_exact):
+    """Checks that each needed block is visited once; where bounds are exact, that no other is."""
+    assert len({*unmasked, *masked}) == len(unmasked) + len(masked)
+    assert needed <= {*unmasked, *masked}
+    assert {*unmasked} <= entire
+    if is_exact:
+        assert {*unmasked, *masked} == needed and {*unmasked} == entire
+
+
 @pytest.mark.parametrize("window", [None, 1, 40, 64])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["one document", "ordered", "unordered"])
@@ -78,11 +87,7 @@ def test_every_visible_key_is_visited_once_and_masks_are_left_out_only_where_all
             tiles = [pairs[:, at : at + sizes.keys] for at in range(0, S, sizes.keys)]
             needed = {j for j, tile in enumerate(tiles) if tile.any()}
             entire = {j for j in needed if tiles[j].all() and tiles[j].shape[1] == sizes.keys}
-            assert len({*unmasked, *masked}) == len(unmasked) + len(masked)
-            assert needed <= {*unmasked, *masked}
-            assert {*unmasked} <= entire
-            if kind != "unordered":
-                assert {*unmasked, *masked} == needed and {*unmasked} == entire
+            check_visits(unmasked, masked, needed, entire, is_exact=kind != "unordered")
 
 
 def test_four_documents_of_equal_length_need_less_than_a_third_of_the_visits():
