@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.validation import without_derivative
 
 
 class Layouts:
@@ -169,40 +169,19 @@ def _copy_pairs(pairs):
         smem[...] = source[...]
 
 
-def call(
-    kernel: Callable,
-    *,
-    name: str,
-    grid: dict[str, int],
-    out_shape: Any,
-    scratch: dict[str, Any],
-    approximate: bool = False,
-    interpret: bool = False,
-) -> Callable:
-    """Returns plgpu.kernel, without a derivative, with programs of one warp group.
+def call(kernel: Callable, **options: Any) -> Callable:
+    """Returns mosaic.call with programs of one warp group, for Ampere.
 
     Args:
-        grid: {axis name: programs}.
-        scratch: {keyword of the kernel: shared memory}.
-        approximate: see mosaic.call.
-        interpret: runs on CPU; only for tests.
+        options: name, grid, out_shape, scratch, approximate and interpret, as of mosaic.call.
     """
     # Without automatic barriers around every access: the bodies call `barrier` where one is needed.
     # Sums and maxima of rows stay within a warp and need no shared memory.
-    params = plgpu.CompilerParams(
-        approx_math=approximate,
+    return mosaic.call(
+        kernel,
+        consumers=0,
         unsafe_no_auto_barriers=True,
         reduction_scratch_bytes=0,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
+        **options,
     )
-    program = plgpu.kernel(
-        kernel,
-        out_type=out_shape,
-        scratch_types=scratch,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        kernel_name=name,
-        compiler_params=params,
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )
-    return without_derivative(program, name)

@@ -1,7 +1,7 @@
 """How fast a multiprocessor executes each kind of instruction, by compute capability.
 
-A multiprocessor has four quadrants. Each issues one instruction a cycle, for the 32 lanes of a
-warp, to units of its own; shared memory and the L1 cache serve all four.
+A multiprocessor has four quadrants. Each has its own units and issues one instruction a cycle, for
+the 32 lanes of a warp. Shared memory and the L1 cache serve all four quadrants.
 
 Sources: NVIDIA, CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions",
 for the lanes. NVIDIA GA102 whitepaper v2.1 and H100 whitepaper v1.04, for the tensor cores (128 and

@@ -110,8 +110,11 @@ def call(
     consumers: int = CONSUMERS,
     approximate: bool = False,
     interpret: bool = False,
+    **params: Any,
 ) -> Callable:
     """Returns plgpu.kernel, without a derivative, with consumers + 1 warp groups on axis "group".
+
+    With consumers=0 there is one warp group, and no such axis.
 
     Args:
         grid: {axis name: programs}.
@@ -120,18 +123,19 @@ def call(
             bits. The interpreter ignores it.
         interpret: runs on CPU, thread by thread, and prints RACE DETECTED where two threads or
             copies may access the same memory at once; only for tests.
+        params: further ones for the compiler.
     """
+    threads = {"num_threads": consumers + 1, "thread_name": "group"} if consumers else {}
     program = plgpu.kernel(
         kernel,
         out_type=out_shape,
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=consumers + 1,
-        thread_name="group",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=approximate),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, **params),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        **threads,
     )
     return without_derivative(program, name)
 
