@@ -13,12 +13,14 @@ import tempfile
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.experimental import serialize_executable, topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels import mosaic
 from pallas_kernels.arguments import Parser
@@ -114,6 +116,23 @@ def devices_of(chip: Chip, count: int = 1, hosts: int = 1) -> list[Any]:
     return list(topology.devices)
 
 
+@contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """Makes a device from devices_of the default one, and turns JAX's compile cache off.
+
+    JAX writes programs for absent devices into its cache but cannot read them again.
+    """
+    uses_cache = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else JAX does not read the option a second time
+    try:
+        with jax.default_device(device):
+            yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", uses_cache)
+        compilation_cache.reset_cache()
+
+
 def compile_for(
     chip: Chip, function: Callable, *abstract: Any, **options: Any
 ) -> tuple[jax.stages.Compiled, dict[str, KernelReport]]:
@@ -132,7 +151,7 @@ def compile_for(
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
-    with tempfile.TemporaryDirectory() as dump, jax.default_device(device):
+    with tempfile.TemporaryDirectory() as dump, compiling_for(device):
         flags = {
             "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
             "xla_dump_to": dump,

@@ -94,12 +94,10 @@ def test_no_activation_is_stored_in_float32(chip):
     pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs is missing: offline")
     from jaxtrain.ops import tuning
     from pallas_kernels.chip import CHIPS
-    from pallas_kernels.offline import devices_of
+    from pallas_kernels.offline import compile_for
 
     N, D = 32_768, 768  # for fewer rows XLA counts on the cache
-    device = devices_of(CHIPS[chip], 1, 1)[0]
-    place = jax.sharding.SingleDeviceSharding(device)
-    struct = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    struct = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     h, w = struct(jnp.bfloat16, 32, N // 32, D), struct(jnp.bfloat16, 2, D, D)
     vectors = struct(jnp.float32, 2, D)
 
@@ -113,9 +111,8 @@ def test_no_activation_is_stored_in_float32(chip):
         h, pullback = jax.vjp(network, h, w, gain, bias)
         return h, pullback(dh)
 
-    with jax.default_device(device):
-        lowered = jax.jit(step).lower(h, w, vectors, vectors, h)
-        compiled = lowered.compile(compiler_options=tuning.compiler_options(chip))
+    options = tuning.compiler_options(chip)
+    compiled, _ = compile_for(CHIPS[chip], step, h, w, vectors, vectors, h, **options)
     works = Program(compiled.as_text()).work()
     results = [shapes_of(re.sub(r"\{[^}]*\}", "", work.instruction.result)) for work in works]
     assert not [x for xs in results for x in xs if x[0] == "f32" and np.prod(x[1]) == N * D]

@@ -125,7 +125,7 @@ def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
         RuntimeError: the GPU compiler is not installed.
     """
     try:
-        from pallas_kernels.offline import devices_of
+        from pallas_kernels.offline import compiling_for, devices_of
     except ModuleNotFoundError as error:
         raise RuntimeError(
             "compiling for a GPU that is not present needs the extra `offline`; "
@@ -133,7 +133,7 @@ def compile_plan(cfg: TrainConfig, hardware: Hardware) -> Plan:
         ) from error
 
     devices = devices_of(hardware.chip, hardware.gpus, hardware.hosts)
-    with jax.default_device(devices[0]):
+    with compiling_for(devices[0]):
         run, notes = _build_run(cfg, devices)
         step = compile_step(run)
     program = Program(step.compiled.as_text())
