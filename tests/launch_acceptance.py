@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bed as beds  # noqa: E402
-import launch_distance  # noqa: E402
 import launch_differences  # noqa: E402
+import launch_distance  # noqa: E402
 import launch_faults  # noqa: E402
 import launch_pairs  # noqa: E402
 import launch_storage  # noqa: E402

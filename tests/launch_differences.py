@@ -1,8 +1,8 @@
 """Cases of tests/launch_acceptance.py: a host, or what an operator sees of it, differs or changes.
 
-What the bed cannot do: Linux has one wall clock for all namespaces, so the Python of a host is given
-another one, in which all decisions are made; its file times and C++ code stay as they are. ssh's
-HostName takes the place of the operator's DNS.
+What the bed cannot do: Linux has one wall clock for all namespaces, so only Python's clock is
+shifted on a host, by which all decisions are made; file times and C++ code are not. ssh's HostName
+takes the place of the operator's DNS.
 """
 
 import contextlib

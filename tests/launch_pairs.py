@@ -102,7 +102,7 @@ def cut_while_sending(scene, repetition) -> dict:
     scene.bed.cut("h2")
     start = time.monotonic()
     code = launched.wait()
-    ended_s = time.monotonic() - start
+    ended_s, output = time.monotonic() - start, launched.output()
     scene.bed.heal("h2")
     scene.bed.rate("h2", FAST_MBIT)
     result = {
