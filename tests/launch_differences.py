@@ -101,7 +101,7 @@ def one_package(scene, repetition) -> dict:
     scene.bed.run(host, "sed", "-i", "s/^Version: .*/Version: 0.0.1/", path)
     try:
         launched = scene.launch(f"one-package-{repetition}")
-        return refused(scene, launched, host, "install the same")
+        return refused(scene, launched, rf"{host}: ", "install the same on every host")
     finally:
         scene.bed.run(host, "cp", "/root/METADATA", path)
 
@@ -122,7 +122,9 @@ def one_line(scene, repetition) -> dict:
         scene.signal("h2", TRAINER, "KILL")
         cause = rf"rank {host[1]} .*refused to go on"
         result = refused(scene, launched, f"ROOT CAUSE {host}", cause, REFUSED)
-        return result | {"code named": "the code must be the same" in launched.output()}
+        return result | {
+            "code named": "the code and its libraries must be the same" in launched.output()
+        }
     finally:
         scene.bed.run(host, "rm", "-rf", "/root/jaxtrain/code")
 

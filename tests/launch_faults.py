@@ -88,7 +88,7 @@ def run_with_fault(scene, run, at_step, strike, cause, limit_s, *options, **valu
     striking = threading.Thread(target=strike, args=(scene,))
     striking.start()
     while launched.process.poll() is None:
-        if noticed_s is None and "launch: noticed" in launched.output():
+        if noticed_s is None and re.search("launch: (noticed|ROOT)", launched.output()):
             noticed_s = round(time.time() - struck_at, 1)
         time.sleep(0.1)
     striking.join()
