@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import git_trees
+import xla_flags
 
 import runs
 from jaxtrain.metrics.jsonl import read_metrics
@@ -81,6 +82,7 @@ class Scene:
         self.text = runs.write_text(folder)
         self.hosts = bed.inventory(folder / "hosts.toml")
         self.env = os.environ | {"JAXTRAIN_JOBS": str(folder / "jobs"), "PYTHONPATH": str(ROOT)}
+        self.env["XLA_FLAGS"] = xla_flags.QUICK  # most of a short run is compilation
         self.env["XDG_RUNTIME_DIR"] = str(bed.folder)
         self._stored = references
         known = references and references.exists()
@@ -103,7 +105,7 @@ class Scene:
     def launch(self, name, *options, hosts=None, terminal=False, **values) -> Launched:
         """Starts launch.run for a new training run."""
         common = [f"--hosts={hosts or self.hosts}", f"--ssh_config={self.bed.ssh_config}"]
-        common += ["--backoff_s=1", "--module=tests.launch_faulty"]
+        common += ["--backoff_s=1", "--module=tests.launch_faulty", "--env=XLA_FLAGS"]
         argv = [*common, *options, "--", *self.flags(name, **values)]
         return self.run(name, *argv, terminal=terminal)
 
