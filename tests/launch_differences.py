@@ -204,9 +204,12 @@ def host_with_new_address(scene) -> dict:
             bed.run("h1", *start, "-o", f"ListenAddress={new}")
             result = refused(scene, launched, "ROOT CAUSE h1", "unreachable", UNREACHABLE)
             hosts = bed.inventory(scene.folder / "moved.toml")
-            again = scene.launch(run, hosts=hosts)
+            again = scene.launch(f"{run}-again", hosts=hosts, workdir=f"/mnt/shared/{run}")
             result |= {"exit 0 again": again.wait() == 0}
-            return result | {"same bits": scene.bits(run) == reference, "left": scene.left()}
+            return result | {
+                "same bits": scene.bits(run) == reference,
+                "nothing left": not scene.left(),
+            }
     finally:
         bed.address["h1"] = old
         move(bed, new, old)

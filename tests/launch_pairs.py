@@ -113,7 +113,7 @@ def cut_while_sending(scene, repetition) -> dict:
         "said": output.splitlines()[-1][:200],
         "nothing left at first": not scene.left(90.0),
     }
-    again = scene.launch(run)
+    again = scene.launch(f"{run}-again", workdir=f"/mnt/shared/{run}")
     return result | {
         "exit 0 again": again.wait() == 0,
         "same bits": scene.bits(run) == reference,
