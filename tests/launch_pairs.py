@@ -109,7 +109,9 @@ def cut_while_sending(scene, repetition) -> dict:
         "ended_s": round(ended_s),
         "was sending": was_sending,
         "exit 1": code == 1,
-        "h2 named": bool(re.search("error: h2: .*(cannot be reached|no answer)", output)),
+        "h2 named": bool(
+            re.search("error: h2: .*(connection broke|cannot be reached|no answer)", output)
+        ),
         "said": output.splitlines()[-1][:200],
         "nothing left at first": not scene.left(90.0),
     }
