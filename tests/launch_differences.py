@@ -7,6 +7,7 @@ takes the place of the operator's DNS.
 
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -109,11 +110,13 @@ def one_package(scene, repetition) -> dict:
 def one_line(scene, repetition) -> dict:
     """Changes a line of the code on one host: before a start, or before a restart."""
     host, run = ("h1", "h1", "h2")[repetition], f"one-line-{repetition}"
-    reference = scene.reference()  # the code is on every host
-    assert reference
     change = "echo '# changed' >> /root/jaxtrain/code/*/jaxtrain/training/loop.py"
     try:
         if repetition != 1:
+            first = scene.launch(f"{run}-first")
+            first.wait_for_output("code is on every host")
+            first.process.send_signal(signal.SIGINT)
+            first.wait()
             scene.bed.run(host, "bash", "-c", change)
             return refused(scene, scene.launch(run), host, "edited on this host")
         launched = scene.launch(run)

@@ -64,8 +64,7 @@ def partition_while_restoring(scene, repetition) -> dict:
 
 def full_disk_then_room(scene, repetition) -> dict:
     """Fills the shared disk before a save; once there is room again, `resume` must finish."""
-    run, reference = f"full-then-room-{repetition}", scene.reference()
-    assert reference
+    run = f"full-then-room-{repetition}"
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
     scene.disk.fill(leave=(0, 20_000, 200_000)[repetition])
@@ -149,8 +148,6 @@ def nan_on_one_host(scene, repetition) -> dict:
     its last checkpoint.
     """
     host, run = ("h1", "h2", "h0")[repetition], f"nan-{repetition}"
-    reference = scene.reference()
-    assert reference
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
     cause_fault(scene, host, "nan")
@@ -166,8 +163,7 @@ def nan_on_one_host(scene, repetition) -> dict:
 
 def two_operators(scene, repetition) -> dict:
     """One operator detaches while another one stops the job: it must stop, after a save."""
-    run, reference = f"two-operators-{repetition}", scene.reference()
-    assert reference
+    run = f"two-operators-{repetition}"
     first = scene.launch(run, terminal=True)
     scene.wait_for(first, run, AT_STEPS[repetition])
     first.process.send_signal(signal.SIGINT)
