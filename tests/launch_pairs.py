@@ -63,11 +63,14 @@ def partition_while_restoring(scene, repetition) -> dict:
 
 
 def full_disk_then_room(scene, repetition) -> dict:
-    """Fills the shared disk before a save; once there is room again, `resume` must finish."""
+    """Fills the shared disk; once there is room again, `resume` must finish.
+
+    At first nothing more can be written. Then only a checkpoint is too large, so a save fails.
+    """
     run = f"full-then-room-{repetition}"
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
-    scene.disk.fill(leave=(0, 20_000, 200_000)[repetition])
+    scene.disk.fill(leave=(0, 100_000, 300_000)[repetition])
     code = launched.wait()
     scene.disk.free()
     output = launched.output()
@@ -89,7 +92,7 @@ def reboot(scene, repetition) -> dict:
 
 
 def cut_while_sending(scene, repetition) -> dict:
-    """Cuts a host off while it receives the code; the next start must work as if nothing was."""
+    """Cuts a host off while it receives the code; it must be named, and the next start work."""
     run = f"cut-sending-{repetition}"
     reference = scene.reference()
     scene.bed.run("h2", "rm", "-rf", CODE)
@@ -126,8 +129,8 @@ def cut_while_sending(scene, repetition) -> dict:
 def stopped_coordinator(scene, repetition) -> dict:
     """Stops the coordinator's rank by SIGSTOP for ever; then the first host's supervisor as well.
 
-    Whoever stops both the supervisor's processes and the ranks of the first host has to end them by
-    `stop --now`: nothing that runs is left there to notice it.
+    If the supervisor's keeper is stopped as well, nothing on that host can notice it: the operator
+    sees it in `status`, and ends the job by `stop --now`.
     """
     both = repetition == 2
 
