@@ -204,13 +204,14 @@ def full_temporary_folder(scene, repetition) -> dict:
             fill()
         scene.signal(host, TRAINER, "KILL")
 
+    scene.copy_text("/root/text.txt")
     if repetition != 1:
         fill()
     try:
         cause = rf"{host} rank {host[1]} .*SIGKILL"
         run, at_step = f"full-tmp-{repetition}", AT_STEPS[repetition]
-        cache = dict(compile_cache="/root/xla")
-        return run_with_fault(scene, run, at_step, strike, cause, 3, **cache)
+        values = {"compile_cache": "/root/xla", "data.text": "/root/text.txt"}
+        return run_with_fault(scene, run, at_step, strike, cause, 3, **values)
     finally:
         scene.bed.run(host, "umount", "-l", "/tmp")
 
