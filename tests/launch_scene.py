@@ -85,8 +85,8 @@ class Scene:
         self.env["XLA_FLAGS"] = xla_flags.QUICK  # most of a short run is compilation
         self.env["XDG_RUNTIME_DIR"] = str(bed.folder)
         self._stored = references
-        known = references and references.exists()
-        self._references: dict = json.loads(references.read_text()) if known else {}
+        known = references.read_text() if references and references.exists() else "{}"
+        self._references: dict = json.loads(known)
         self.newest: Launched | None = None
 
     def flags(self, name, **values) -> list[str]:
