@@ -14,7 +14,7 @@ from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
-from launch.host.log import Log, own_lines
+from launch.host.log import SEGMENTS, Log, own_lines
 from launch.host.ranks import LocalRanks
 from launch.host.restart_policy import JobController, Policy
 
@@ -48,7 +48,7 @@ class Supervisor:
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.policy = Policy(**self.job["policy"])
         self.me = self.job["me"]
-        self.log = Log(folder / "log")
+        self.log = Log(folder / "log", (self.policy.log_mib << 20) // SEGMENTS)
         self.ranks = LocalRanks(self.job, folder, self.log)
         self.names = [host["name"] for host in self.job["hosts"]]
         self._orphaned, self._oom_kills = orphaned, oom_kills()
