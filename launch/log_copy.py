@@ -78,10 +78,11 @@ class LogCopy:
         self.path, self._anchor_path = Path(path), Path(f"{path}.at")
         self._older_path, self._limit_bytes = Path(f"{path}.1"), limit_bytes
         self.path.touch(mode=0o600)
-        self._anchor = self._read_anchor()  # as this process last saw it
+        self._anchor: dict[str, Any] = self._read_anchor()  # as this process last saw it
 
     def _read_anchor(self) -> dict[str, Any]:
-        return {"here": 0, "there": 0, "gaps": 0, "older": None} | read_json(self._anchor_path)
+        new = {"here": 0, "there": 0, "gaps": 0, "older": None}
+        return {**new, **read_json(self._anchor_path)}
 
     def end(self) -> int:
         """Returns the offset in the host's log of the first byte that the copy lacks."""
@@ -89,7 +90,7 @@ class LogCopy:
 
     def read(self, offset: int, size: int) -> bytes:
         """Returns at most `size` bytes from an offset of the host's log; none from before a gap."""
-        data, anchor = b"", self._anchor
+        data, anchor = b"", dict(self._anchor)
         if offset < self._start():
             return b""
         if offset < anchor["there"]:
@@ -99,7 +100,7 @@ class LogCopy:
 
     def _start(self) -> int:
         """Returns the offset in the host's log after which nothing is missing here."""
-        older = None if self._anchor["here"] else self._anchor["older"]
+        older = None if self._anchor["here"] else self._anchor["older"]  # "here": a gap followed
         return (older or self._anchor)["there"]
 
     def tail(self) -> bytes:

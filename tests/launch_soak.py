@@ -17,7 +17,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -35,9 +37,10 @@ from launch.job import Job  # noqa: E402
 from launch.operate import connect, statuses  # noqa: E402
 from launch.pull import RunCopy  # noqa: E402
 from launch.report.page import page  # noqa: E402
-from launch.report.run_folder import read_run  # noqa: E402
+from launch.report.run_folder import NoRun, read_run  # noqa: E402
 from launch.ssh import HostError  # noqa: E402
 
+T = TypeVar("T")
 STEPS, EVERY = 20_000, 500
 SAMPLE_S, OPERATOR_S = 3.0, 20.0  # between samples; between timings of the operator's commands
 LOG_MIB = 2
@@ -45,7 +48,7 @@ LIMIT_S = 1.0  # for `status`, and for the page
 RUN_BYTES_PER_STEP = 4096  # metrics are written for ever, but not more of them for each step
 MODULE = "tests.launch_soaked"
 ROLES = [f"h{i} {role}" for i in (0, 1) for role in ("keeper", "supervisor", "rank", "request")]
-ROLES += ["operator's attach", "operator"]
+ROLES += ["h0 watcher", "h1 watcher", "operator's attach", "operator"]
 ONE_THREAD = ("XLA_FLAGS=--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS=1")
 
 
@@ -79,6 +82,16 @@ def measure_folder(folder: Path) -> dict[str, int]:
         except OSError:  # deleted meanwhile
             continue
     return {"files": files, "bytes": size}
+
+
+def best_time(function: Callable[[], T]) -> tuple[float, T]:
+    """Returns the seconds of the fastest of three calls, as others use the machine; and a value."""
+    tries = []
+    for _ in range(3):
+        start = time.monotonic()
+        value = function()
+        tries.append((time.monotonic() - start, value))
+    return min(tries, key=lambda pair: pair[0])
 
 
 class Soak:
@@ -181,21 +194,19 @@ class Soak:
 
     def _operate(self, now: float) -> None:
         """Times what the operator's commands do, without the start of their Python."""
-        start = time.monotonic()
-        answers = statuses(self._client, self.job)
-        status_s = time.monotonic() - start
+        status_s, answers = best_time(lambda: statuses(self._client, self.job))
         for host, answer in answers.items():
             if isinstance(answer, HostError) or not answer.get("alive"):
                 self.problems.append(f"{host.name}: no status at step {self.step}: {answer}")
         start = time.monotonic()
+        folder = self._copy.fetch()
+        fetch_s = time.monotonic() - start
         try:
-            run = read_run(self._copy.fetch())
-        except ValueError:  # the run has not begun
+            self.step = read_run(folder).step
+        except NoRun:
             return
-        fetch_s, start = time.monotonic() - start, time.monotonic()
-        html = page([run])
-        self.step = run.step
-        sample = {"status_s": status_s, "fetch_s": fetch_s, "page_s": time.monotonic() - start}
+        page_s, html = best_time(lambda: page([read_run(folder)]))
+        sample = {"status_s": status_s, "fetch_s": fetch_s, "page_s": page_s}
         self._add("operator", now, sample | {"page_bytes": len(html)})
         print(f"step {self.step}: {json.dumps(self.samples['operator'][-1])}", file=sys.stderr)
 
