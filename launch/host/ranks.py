@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.host import processes, watch
-from launch.host.exit_codes import CANNOT_START
+from launch.host.exit_codes import CANNOT_START, KILLED
 from launch.host.interfaces import interface_of, interface_variables
 from launch.host.log import LineSplitter, Log, own_lines
 
@@ -41,9 +41,9 @@ class RankProcess:
         has_heartbeat: bool = False,
     ):
         self.rank, self.process, self._heartbeat = rank, process, heartbeat
-        self._started_at = time.time() if has_heartbeat else None
         self.code: int | None = None
-        self.ended_at: float | None = None
+        self._beats: int | None = None
+        self._beat_at = time.monotonic() if has_heartbeat else None  # when a beat was new
         self._stopped_at: float | None = None
         self._lines = LineSplitter(prefix)
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
@@ -55,16 +55,21 @@ class RankProcess:
         return lines
 
     def _read_heartbeat(self) -> dict[str, Any]:
-        """Returns {"beats", "step", "phase", "time", "step_s"}; {} if there is none yet."""
+        """Returns {"beats", "step", "phase", "step_s"}; {} if there is none yet."""
         try:
             return json.loads(self._heartbeat.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
     def report(self, now: float) -> dict[str, Any]:
-        """Returns this process's part of the host's report."""
+        """Returns this process's part of the host's report.
+
+        Args:
+            now: seconds of the monotonic clock, which unlike the time of day never jumps.
+        """
         beat, stat = self._read_heartbeat(), processes.read_stat(self.process.pid)
-        alive_at = beat.get("time", self._started_at)
+        if beat.get("beats", self._beats) != self._beats:
+            self._beats, self._beat_at = beat["beats"], now
         is_stopped = self.code is None and stat is not None and stat.state in "Tt"
         self._stopped_at = (self._stopped_at or now) if is_stopped else None
         return {
@@ -72,12 +77,11 @@ class RankProcess:
             "pid": self.process.pid,
             "stopped_s": now - self._stopped_at if self._stopped_at else 0.0,
             "code": self.code,
-            "ended_at": self.ended_at,
             "beats": beat.get("beats"),
             "step": beat.get("step"),
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
-            "age_s": None if alive_at is None else round(now - alive_at, 1),
+            "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
 
@@ -171,6 +175,10 @@ class LocalRanks:
             with contextlib.suppress(OSError):  # it was killed, or it is stopped and its pipe full
                 os.write(self._watcher.stdin.fileno(), b"\n")
 
+    def all_killed(self) -> bool:
+        """Returns whether SIGKILL has ended every process."""
+        return bool(self.ranks) and all(rank.code == KILLED for rank in self.ranks)
+
     def _end_watcher(self) -> None:
         if self._watcher and self._watcher.stdin:
             self._watcher.stdin.close()  # it ends at the end of its input
@@ -228,7 +236,6 @@ class LocalRanks:
         for rank in self.ranks:
             if rank.code is None and rank.process.pid in exits:
                 rank.code = rank.process.returncode = exits[rank.process.pid]
-                rank.ended_at = time.time()
                 if rank.process.stdout:
                     self._drain(rank.process.stdout, rank)
 
