@@ -28,6 +28,7 @@ import bed as beds  # noqa: E402
 import soak_trends  # noqa: E402
 from launch_scene import Scene  # noqa: E402
 from launch_soaked import LEAKS  # noqa: E402
+from small_disk import small_disk  # noqa: E402
 
 from launch.arguments import Parser, positive  # noqa: E402
 from launch.host import log  # noqa: E402
@@ -43,7 +44,7 @@ from launch.ssh import HostError  # noqa: E402
 T = TypeVar("T")
 STEPS, EVERY = 20_000, 500
 SAMPLE_S, OPERATOR_S = 3.0, 20.0  # between samples; between timings of the operator's commands
-LOG_MIB = 2
+LOG_MIB, DISK_MIB = 2, 512
 LIMIT_S = 1.0  # for `status`, and for the page
 RUN_BYTES_PER_STEP = 4096  # metrics are written for ever, but not more of them for each step
 MODULE = "tests.launch_soaked"
@@ -226,8 +227,9 @@ class Soak:
         output, code = self.operator.output(), self.operator.wait()
         if code or "exit 0 after 2 attempts" not in output:
             problems.append(f"exit {code}, where 0 after 2 attempts is expected: {output[-500:]}")
-        if self.scene.living():
-            problems.append(f"left running: {self.scene.living()}")
+        trainers = [pid for host in self._hosts() for pid in self.scene.pids(host, MODULE)]
+        if left := (self.scene.left() or trainers):
+            problems.append(f"left running: {left}")
         return {
             "problems": problems,
             "steps": self.step,
@@ -270,10 +272,8 @@ def main() -> int:
     parser.add_argument("--leak", choices=LEAKS, default="", help="what a rank leaks")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jaxtrain-soak-"))
-    shared = folder / "shared"
-    shared.mkdir()
-    with beds.Bed(2, shared) as bed:
-        scene = Scene(bed, folder, shared)
+    with small_disk(folder / "shared", DISK_MIB) as disk, beds.Bed(2, disk.path) as bed:
+        scene = Scene(bed, folder, disk)
         os.environ.update(scene.env)
         soak = Soak(scene, args.steps, args.leak)
         soak.run()
