@@ -7,13 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from launch.answers import check
 from launch.host.hashing import hash_files
 from launch.host_process import SEND_S
 from launch.inventory import Host
-from launch.ssh import HostError, SshClient, raise_errors
+from launch.ssh import SshClient, raise_errors
 from launch.terminal import note
 
 CHUNK_BYTES = 1 << 18
+LANDED = {"missing": bool, "folder": str}  # what a host answers to `land`
 
 
 class Code(NamedTuple):
@@ -115,8 +117,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     answers: dict[Host, Any] = client.map(lambda host: client.call(host, request))
     raise_errors(answers)
     for host, answer in answers.items():
-        if not isinstance(answer, dict) or not answer.keys() >= {"missing", "folder"}:
-            raise HostError(f"{host.name}: its answer about the code has no meaning.")
+        check(host, answer, LANDED)
     missing = [host for host, answer in answers.items() if answer["missing"]]
     if missing:
         with tempfile.NamedTemporaryFile(suffix=".tar.gz") as archive:
@@ -130,8 +131,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
 
             answers |= client.map(send_to, missing)
             raise_errors(answers)
-    folders = {host: answer["folder"] for host, answer in answers.items()}
-    return {host: str(folder) for host, folder in folders.items()}
+    return {host: check(host, answer, LANDED)["folder"] for host, answer in answers.items()}
 
 
 def _pack(code: Code, archive: IO[bytes]) -> None:

@@ -72,7 +72,7 @@ def test_an_answer_about_the_code_that_has_no_meaning_is_refused(tmp_path, code)
         def call(self, host, request, timeout_s=60.0):
             return {}
 
-    with pytest.raises(HostError, match="a: its answer about the code has no meaning"):
+    with pytest.raises(HostError, match="a: its answer.missing must be true or false; got None"):
         send_code(Odd([Host("a", "127.0.0.1")]), code)
 
 
