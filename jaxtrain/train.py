@@ -104,13 +104,8 @@ def train(
     with contextlib.ExitStack() as stack:  # closes what is entered below, last in first out
         # The folder is locked first. Wrong weights are refused before the data take their time.
         lock = stack.enter_context(lock_workdir(cfg))
-        checkpoints = Checkpoints(
-            workdir / "checkpoints",
-            cfg.keep_last,
-            cfg.keep_every,
-            storage=cfg.checkpoint.storage,
-            before_save=lock.check,
-        )
+        storage = {"storage": cfg.checkpoint.storage, "before_save": lock.check}
+        checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_last, cfg.keep_every, **storage)
         if cfg.weights and not broadcast_from_process_0(checkpoints.steps):
             check_weights(cfg.model, cfg.weights)
 
