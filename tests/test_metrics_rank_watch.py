@@ -13,6 +13,7 @@ from jaxtrain.metrics.stragglers import WINDOW
 
 HOSTS = ["a", "b", "c"]
 STEP_S = 0.1
+DEFAULTS = MeasureConfig()
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def timer():
     return timer
 
 
-def watch(monkeypatch, timer, others, cfg=MeasureConfig(), first=0):
+def watch(monkeypatch, timer, others, cfg=DEFAULTS, first=0):
     """Returns the RankWatch of process 0, which gathers from its own text those of all."""
     gather = lambda text: [json.dumps(json.loads(text) | change) for change in others]
     monkeypatch.setattr(rank_watch, "gather_texts", gather)
@@ -60,9 +61,10 @@ def test_a_straggler_is_announced_once_and_once_when_it_ends(monkeypatch, timer)
             said[probe] = sentences
     (begin, [first]), (end, [last]) = said.items()
     assert 10 < begin < 10 + WINDOW and 40 < end < 40 + WINDOW
-    assert first.startswith("straggler: rank 1 on b: a fixed computation takes 1.40 times as long")
-    assert first.endswith(f"and its device 2 is the slowest, in 10 of the 12 probes by step {begin}")
-    assert last == f"straggler: rank 1 on b: compute is like the other ranks' again, by step {end}"
+    who = "straggler: rank 1 on b:"
+    assert first.startswith(f"{who} a fixed computation takes 1.40 times as long")
+    assert first.endswith(f"its device 2 is the slowest, in 10 of the 12 probes by step {begin}")
+    assert last == f"{who} compute is like the other ranks' again, by step {end}"
     entry = {"rank": 1, "host": "b", "kind": "compute", "ratio": 1.4}
     assert ranks.found == [entry | {"first_step": begin, "last_step": end}]
 
