@@ -77,6 +77,10 @@ class Outbox:
                 del self.messages[key]
             self._mailbox.remove_sent(self._peer, key)
 
+    def chunks_to_send(self) -> int:
+        """Returns how many chunks wait to be sent."""
+        return sum(len(out.todo) for out in self.messages.values())
+
     def ask_again(self) -> None:
         """Asks for the state of all messages: a lost stream may have lost chunks or answers."""
         for out in self.messages.values():
