@@ -143,7 +143,9 @@ class Channel:
             elif stream.ping_due:
                 stream.ping_due, frame = False, pack(PING, None)
             else:
-                frame = self.outbox.next_frame(stream)
+                # The first stream leaves chunks to the extra ones, which know the link's rate.
+                with_chunks = stream.extra or not any(other.extra for other in self.streams)
+                frame = self.outbox.next_frame(stream, with_chunks)
             if frame is None:
                 await stream.wake.wait()
             else:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtrain.sites.channel import Channel
 from jaxtrain.sites.errors import PeerRefused
-from jaxtrain.sites.frames import BadFrame
+from jaxtrain.sites.frames import CHUNK_BYTES, BadFrame
 from jaxtrain.sites.greeting import HELLO_S, Greeter
 from jaxtrain.sites.layout import Address
 from jaxtrain.sites.stream import (
@@ -119,10 +119,10 @@ class Connections:
             return
         channel = None
         try:
-            channel = await self._greeter.greet(reader, writer)
+            channel, extra = await self._greeter.greet(reader, writer)
             self._known_hosts.add(host)
             waiting.pop(asyncio.current_task(), None)
-            await self._run(channel, Stream(reader, writer))
+            await self._run(channel, Stream(reader, writer, extra))
         except (OSError, EOFError, BadFrame) as error:
             self._explain(channel, error) if channel else self._refuse(host, error)
         except PeerRefused as error:
@@ -174,16 +174,16 @@ class Connections:
         """
         pause_s = FIRST_PAUSE_S
         while True:
-            writer = None
-            if not connected:
+            writer, extra = None, connected is None
+            if extra:
                 await channel.busy()
             try:
                 async with asyncio.timeout(HELLO_S):
                     connection = await self._connect_socket(address)
                     reader, writer = await self._secure(connection, listens=False)
-                    await self._greeter.greet(reader, writer, channel)
+                    await self._greeter.greet(reader, writer, channel, extra)
                 pause_s = FIRST_PAUSE_S
-                stream = Stream(reader, writer, extra=connected is None)
+                stream = Stream(reader, writer, extra)
                 if connected:
                     connected(stream)
                 await self._run(channel, stream)
@@ -221,6 +221,8 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
+        # Chunks wait in the outbox, where the fastest stream takes them, and not in the kernel.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CHUNK_BYTES)
         try:
             if listens:
                 transport, _ = await loop.connect_accepted_socket(

@@ -35,7 +35,7 @@ class Stream:
         wake: set when there may be something to send.
         ping_due: whether a PING is to be sent.
         offered: the messages that the peer was offered on this stream.
-        extra: whether this end closes the stream once the link is idle.
+        extra: whether the stream is closed once the link is idle.
     """
 
     def __init__(
