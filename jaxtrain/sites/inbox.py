@@ -85,7 +85,8 @@ class Inbox:
             self.first[message.fragment] = extra["first"]
         key, mailbox = message.key, self._owner.mailbox
         known = mailbox.history.get((self._peer, key))
-        if known is None and message.round < mailbox.oldest.get(message.fragment, 0):
+        is_old = message.round < mailbox.oldest.get(message.fragment, 0)
+        if known is None and is_old and message.kind == "code":
             known = NO_RECORD
         if known is not None:
             if known != message.crc:
