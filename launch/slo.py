@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser, positive
+from launch.arguments import Parser, bounded, positive
 from launch.host.files import write_text
 from launch.report.baseline import (
     FIGURES,
@@ -185,8 +185,6 @@ def do_price(args: argparse.Namespace) -> int:
     """Prints the cost and the capacity; returns the exit status."""
     if bool(args.tokens) != bool(args.deadline):
         raise ValueError("--tokens and --deadline must come together.")
-    if not 0 < args.availability <= 1:
-        raise ValueError(f"--availability must be in (0, 1]; got {args.availability}.")
     span_s = read_span(args.deadline) if args.deadline else None
     baseline, prices = read_baseline(args.against), read_prices(args.prices)
     found = price(baseline, prices, args.availability, args.tokens, span_s, args.params)
@@ -232,7 +230,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     )
     pricing.add_argument(
         "--availability",
-        type=float,
+        type=bounded(float, 0.001, 1),
         default=1.0,
         help="share of the time with GPUs [%(default)s]",
     )
