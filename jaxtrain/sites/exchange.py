@@ -142,6 +142,8 @@ class Exchange(Transport):
         Args:
             oldest: {fragment: its first round that is still needed}.
         """
+        for channel in self.channels:
+            self._loop.call_soon_threadsafe(channel.inbox.forget, oldest)
         with self.lock:
             self.mailbox.forget(oldest)
             old = lambda fragment, round_: round_ < oldest.get(fragment, 0)
