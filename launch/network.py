@@ -84,9 +84,10 @@ class NetworkAgents:
             answer = json.loads(line)
         except (ValueError, RecursionError):
             answer = None
-        if isinstance(answer, dict) and isinstance(answer.get("ok"), dict):
-            return answer["ok"]
-        error = answer.get("error") if isinstance(answer, dict) else None
+        value = answer.get("ok") if isinstance(answer, dict) else None
+        if isinstance(value, dict) and "error" not in value:
+            return value
+        error = (value or answer).get("error") if isinstance(value or answer, dict) else None
         return {"error": indented(str(error or "its answer has no meaning"))}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
