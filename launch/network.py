@@ -87,7 +87,8 @@ class NetworkAgents:
         value = answer.get("ok") if isinstance(answer, dict) else None
         if isinstance(value, dict) and "error" not in value:
             return value
-        error = (value or answer).get("error") if isinstance(value or answer, dict) else None
+        source = value or answer
+        error = source.get("error") if isinstance(source, dict) else None
         return {"error": indented(str(error or "its answer has no meaning"))}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
