@@ -4,7 +4,7 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launch.host_process import HostProcess
@@ -99,6 +99,12 @@ class NetworkAgents:
             samples.append((received - sent, clock["time"] - (sent + received) / 2))
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
+
+    def execute(self, orders: Sequence[tuple[Host, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Returns the answer to each order, or {"error": text}. Hosts work at the same time."""
+        for host, order in orders:
+            self._send_order(host, **order)
+        return [self._read_answer(host) for host, _ in orders]
 
     def read_nonce(self, folder: str, nonce: str) -> dict[Host, dict[str, Any]]:
         """Returns {host: {"same": whether it reads the first host's nonce}}; deletes the nonce."""

@@ -88,7 +88,7 @@ def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     hosts = read_inventory(args.hosts).hosts
     flags = [f"--mib={args.mib}", f"--cases={args.cases}", f"--interface={hosts[0].interface}"]
     options = [f"--hosts={args.hosts}", f"--ssh_config={args.ssh_config}", "--restarts=0"]
-    job, code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
+    [job], code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
     log = job.log(job.hosts[0])
     if code:
         raise HostError(f"the collectives ended with {code}: see {log}.")
