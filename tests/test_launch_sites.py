@@ -1,28 +1,24 @@
 """Launches small programs at two sites: two hosts and one host of a test bed."""
 
 import json
-import os
 import re
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import bed as beds
 import git_trees
 import pytest
 
-from launch import run, sites
+from launch import run
 from launch.host.exit_codes import PREEMPTED
 from launch.job import Job, read_jobs
 
-ROOT = Path(__file__).parent.parent
 PROGRAM = f"""{git_trees.HEARTBEAT}
 path, site = sys.argv[-2].partition("=")[2], sys.argv[-1].partition("=")[2]
 content = json.load(open(path))
 key = content.pop("key")
 mode = oct(os.stat(path).st_mode & 0o777)
-print(json.dumps({{"argv": sys.argv[1:-2], "site": site, "mode": mode, "digits": len(key)}} | content))
+found = {{"argv": sys.argv[1:-2], "site": site, "mode": mode, "digits": len(key)}}
+print(json.dumps(found | content))
 for step in range(1, int(sys.argv[1]) + 1):
     make_step(step, 0.05)
 """
@@ -72,9 +68,11 @@ def test_one_command_runs_a_job_at_each_site_and_its_name_stands_for_all(bed, ca
         assert (program["mode"], program["digits"], program["job"]) == ("0o600", 64, parent[1])
         first, second = program["sites"]
         assert [p["address"] for p in first["processes"]] == [bed.address[h] for h in ("h0", "h1")]
-        assert second == {"name": "east", "processes": [{"address": bed.address["h2"], "port": 7301}]}
+        assert second == {
+            "name": "east",
+            "processes": [{"address": bed.address["h2"], "port": 7301}],
+        }
     assert re.search(rf"ok +to new_york.h1 [\d.]+ ms, {bed.address['h1']} port \d+\n", err)
-    print(err)
     assert not living(bed)
 
 
@@ -87,11 +85,14 @@ def test_status_stop_resume_and_attach_act_on_all_sites_or_on_one(bed, capfd):
     ps = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True).stdout
     assert len(keys) == 1 and keys.isdisjoint(ps.split())
     assert run.main(["status", parent]) == 0
-    assert re.findall("(?m)^(west|east): job|^(west.h0|west.h1|east.h2) +attempt",
-                      capfd.readouterr().out)
+    assert re.findall(
+        "(?m)^(west|east): job|^(west.h0|west.h1|east.h2) +attempt", capfd.readouterr().out
+    )
     assert run.main(["stop", east]) == 0 and run.main(["attach", east]) == PREEMPTED
     capfd.readouterr()
-    assert run.main(["resume", parent]) == 1 and "west.h0: the job is still" in capfd.readouterr().err
+    assert (
+        run.main(["resume", parent]) == 1 and "west.h0: the job is still" in capfd.readouterr().err
+    )
     assert run.main(["resume", east]) == 0  # detached, as before
     new = read_jobs(parent)
     assert new[0].id == west and new[1].id not in (west, east) and new[1].id.endswith(".east")
