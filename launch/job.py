@@ -51,10 +51,6 @@ class Job:
         if not self.record:
             known = sorted(path.name for path in jobs_folder().iterdir())[-8:]
             raise ValueError(f"JOB must be one of this machine's jobs, {known}; got {job_id!r}.")
-        if sites := self.record.get("jobs"):
-            raise ValueError(
-                f"JOB must be the job of one site, {', '.join(sites.values())}; got {job_id!r}."
-            )
         try:
             self.hosts = tuple(Host(**host) for host in self.record["hosts"])
             self.policy = Policy(**self.record["policy"])
@@ -141,10 +137,10 @@ def read_jobs(name: str) -> list[Job]:
         ValueError: this machine has no such job.
     """
     try:
-        sites = read_json(jobs_folder() / name / "job.json").get("jobs", {})
-    except (OSError, ValueError, AttributeError):  # Job names what is wrong
-        sites = {}
-    return [Job(job_id) for job_id in sites.values()] or [Job(name)]
+        ids = list(read_json(jobs_folder() / name / "job.json").get("jobs", {}).values())
+    except (OSError, ValueError, AttributeError):  # Job says what is wrong
+        ids = []
+    return [Job(job_id) for job_id in ids or [name]]
 
 
 def name_of(jobs: Sequence[Job]) -> str:

@@ -122,6 +122,7 @@ class NetworkAgents:
         pings: int = 20,
         both: bool = False,
         least_trips: float = 0,
+        places: Mapping[Host, tuple[str, int]] | None = None,
     ) -> list[Pair]:
         """Measures every directed pair, in rounds in which each host sends once and receives once.
 
@@ -130,17 +131,23 @@ class NetworkAgents:
             seconds: duration of the traffic.
             both: send in both directions at once.
             least_trips: no traffic is sent if it would last for fewer round trips than this.
+            places: {host: where it listens for other sites}. Then only pairs of hosts at different
+                sites are measured, and the host that comes first connects.
 
         Returns:
             A dict per pair, with "from", "to" and either "error" or the figures.
         """
         pairs = []
+        far = lambda i, j: i < j and self.hosts[i].site != self.hosts[j].site
         for round_pairs in rounds(len(self.hosts)):
+            round_pairs = [(i, j) for i, j in round_pairs if not places or far(i, j)]
             for i, j in round_pairs:
+                to = self.hosts[j]
+                near = (to.address, self.first_answers[to]["listens_on"])
                 self._send_order(
                     self.hosts[i],
                     do="measure",
-                    peer=[self.hosts[j].address, self.first_answers[self.hosts[j]]["listens_on"]],
+                    peer=places[to] if places else near,
                     interface=self.hosts[i].interface,
                     streams=streams,
                     seconds=seconds,

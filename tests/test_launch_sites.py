@@ -3,14 +3,21 @@
 import json
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import bed as beds
 import git_trees
 import pytest
+from local_client import LocalClient
+from run_directories import series, write_run
 
-from launch import run
+from launch import pull, run, slo, summary
 from launch.host.exit_codes import PREEMPTED
-from launch.job import Job, read_jobs
+from launch.host.restart_policy import Policy
+from launch.inventory import Host
+from launch.job import Job, read_jobs, write_parent
+from launch.sites import build_sites_file, find_links, read_sites
 
 PROGRAM = f"""{git_trees.HEARTBEAT}
 path, site = sys.argv[-2].partition("=")[2], sys.argv[-1].partition("=")[2]
@@ -143,3 +150,101 @@ def test_a_start_that_fails_at_one_site_leaves_nothing_running_at_the_other(bed,
     assert "east.h2: " in err and not living(bed)
     for job in read_jobs(git_trees.job_id(err)):
         assert job.record["outcome"]["why"].startswith("not all hosts started")
+
+
+def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    monkeypatch.setattr(pull, "SshClient", LocalClient)
+    for site in ("west", "east"):
+        folder = write_run(tmp_path / site, series(60, median_s=1.0 if site == "west" else 2.0))
+        host = Host("h", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / f"on_{site}"))
+        record = {"argv": [f"--config.workdir={folder}"], "env": {}, "site": site, "parent": "two"}
+        Job.create([host], Policy(), "", f"two.{site}", **record, folders={})
+    write_parent("two", {"west": "two.west", "east": "two.east"})
+    assert summary.main(["two", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["run"]).name for line in lines] == ["west", "east"]
+    assert summary.main(["two.east"]) == 0
+    assert "east" in (out := capsys.readouterr().out) and "west: loss" not in out
+    base = str(tmp_path / "base.json")
+    assert slo.main(["record", "two", f"--out={base}"]) == slo.REFUSED
+    assert "one site, JOB.SITE" in capsys.readouterr().err
+    assert slo.main(["record", "two.west", "--provisional", f"--out={base}"]) == 0
+    capsys.readouterr()
+    assert slo.main(["check", "two", f"--against={base}"]) == slo.BREACH
+    out = capsys.readouterr().out
+    assert out.count("against") == 2 and out.index("all bounds are met") < out.index("BREACH")
+
+
+def write_inventories(folder, west="", east=""):
+    """Writes a.toml with two hosts and b.toml with one; returns the value of --sites."""
+    host = '[[hosts]]\nname = "{0}"\naddress = "10.0.{1}"\n{2}\n'.format
+    (folder / "a.toml").write_text(host("h0", "0.1", west) + host("h1", "0.2", west))
+    (folder / "b.toml").write_text(host("h0", "1.1", east))
+    return f"{folder / 'a.toml'},{folder / 'b.toml'}"
+
+
+@pytest.mark.parametrize(
+    ("west", "east", "message"),
+    [
+        ('site = "x"', 'site = "x"', "--sites must name different sites; got 'x' twice"),
+        ('site = "New York"', "", "a site's name must begin .*got 'New York'. Set the key site"),
+        ('site = "a.b"', "", "a site's name must .*got 'a.b'"),
+        ('site_address = "h9"', "", "a.toml:4: host 'h0': site_address must be an IP address"),
+        ("site_port = 70000", "", "site_port must be from 0 to 65535; got 70000"),
+        (
+            'site_address = "203.0.113.1"\nsite_port = 7301',
+            "",
+            "203.0.113.1 port 7301 for a.h1, rank 0, and for a.h0, rank 0. Set site_port",
+        ),
+    ],
+)
+def test_sites_that_cannot_work_are_refused_by_name(tmp_path, west, east, message):
+    with pytest.raises(ValueError, match=message):
+        build_sites_file("j", read_sites(write_inventories(tmp_path, west, east)))
+
+
+def test_each_process_has_its_port_and_is_linked_to_the_processes_with_its_share(tmp_path):
+    names = write_inventories(tmp_path, 'site_address = "203.0.113.1"\ngpus = 2', "gpus = 3")
+    for path in names.split(","):
+        Path(path).write_text('ranks = "gpu"\n' + Path(path).read_text())
+    found = read_sites(names)
+    assert [host.name for host in found["a"].hosts] == ["a.h0", "a.h1"]
+    assert found["a"].hosts[0].target == "h0"
+    content = build_sites_file("j", found)
+    first, second = content["sites"]
+    ports = [process["port"] for process in first["processes"]]
+    assert ports == list(range(ports[0], ports[0] + 4))  # four ranks behind one address
+    hosts_of = {site: inventory.hosts for site, inventory in found.items()}
+    links = find_links(content, hosts_of)
+    pairs = [(link.port - ports[0], link.listener.name) for link in links]
+    # Shares of 1/4 against shares of 1/3: the borders differ, so there are 4 + 3 - 1 links.
+    assert pairs == [(0, "a.h0"), (1, "a.h0"), (1, "a.h0"), (2, "a.h1"), (2, "a.h1"), (3, "a.h1")]
+    assert len(second["processes"]) == 3
+    assert content["key"] != build_sites_file("j", found)["key"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--hosts=x", "--sites=a,b"], "--hosts or --sites must be given, and not both"),
+        ([], "--hosts or --sites must be given"),
+        (["--hosts=x", "--for=a:--b=1"], "--for needs --sites; got --for=a:--b=1"),
+        (["--sites=a,b", "--on_loss=fewer"], "--on_loss must be wait or stop with --sites"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_flags_that_the_launcher_sets_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
+    names = write_inventories(tmp_path)
+    assert run.main([f"--sites={names}", "--", "debug", "--sites_file=x"]) == 1
+    assert "--sites sets the program's flag --sites_file; got --sites_file=x" in (
+        capsys.readouterr().err
+    )
+    assert run.main([f"--sites={tmp_path / 'a.toml'}", "--", "debug"]) == 1
+    assert "at least two inventories" in capsys.readouterr().err
