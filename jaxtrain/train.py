@@ -60,7 +60,12 @@ from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
-from jaxtrain.training.startup import build_config_json, measurement_lines, startup_lines
+from jaxtrain.training.startup import (
+    build_config_json,
+    describe_program,
+    measurement_lines,
+    startup_lines,
+)
 
 
 def train(
@@ -205,6 +210,8 @@ def main() -> int:
         set_up_logging(world.process)
         cfg = fit_config_to_world(cfg, world)
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
+        if world.processes > 1:
+            check_same_on_all_processes("the code and its libraries", describe_program())
         status = train(cfg, stop=stop)
         if stop.signal and status and world.engine == "alone":  # a launcher restarts the run itself
             print(f"resume with:\n  {current_command()}", flush=True)

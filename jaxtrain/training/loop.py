@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
@@ -25,6 +24,7 @@ from jaxtrain.training.evaluation import (
     evaluate,
     warn_of_noise,
 )
+from jaxtrain.training.finite import all_finite, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import Step, TrainState
@@ -161,10 +161,11 @@ class Loop:
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
+            remedy = "Lower --optim.learning_rate or raise --max_bad_steps."
             raise Diverged(
                 f"fewer than {self.cfg.max_bad_steps} steps in a row may be skipped; got "
-                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower "
-                "--optim.learning_rate or raise --max_bad_steps."
+                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. "
+                f"{name_spoiled_processes(self.state) or remedy}"
             )
 
     def _show_time_left(self, step: int) -> None:
@@ -279,10 +280,3 @@ class Loop:
             self.tracer.switch()
         if not self.tracer.is_on:
             self.logger.note(f"trace made; to read it: jaxtrain profile {self.tracer.folder}")
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Returns whether all floating-point numbers of a pytree are finite: bool []."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()

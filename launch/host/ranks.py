@@ -39,9 +39,9 @@ class RankProcess:
         has_heartbeat: bool = False,
     ):
         self.rank, self.process, self._heartbeat = rank, process, heartbeat
-        self._started_at = time.time() if has_heartbeat else None
         self.code: int | None = None
-        self.ended_at: float | None = None
+        self._beats: int | None = None
+        self._beat_at = time.monotonic() if has_heartbeat else None  # when a beat was new
         self._stopped_at: float | None = None
         self._lines = LineSplitter(prefix)
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
@@ -53,16 +53,21 @@ class RankProcess:
         return lines
 
     def _read_heartbeat(self) -> dict[str, Any]:
-        """Returns {"beats", "step", "phase", "time", "step_s"}; {} if there is none yet."""
+        """Returns {"beats", "step", "phase", "step_s"}; {} if there is none yet."""
         try:
             return json.loads(self._heartbeat.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
     def report(self, now: float) -> dict[str, Any]:
-        """Returns this process's part of the host's report."""
+        """Returns this process's part of the host's report.
+
+        Args:
+            now: seconds of the monotonic clock, which unlike the time of day never jumps.
+        """
         beat, stat = self._read_heartbeat(), processes.read_stat(self.process.pid)
-        alive_at = beat.get("time", self._started_at)
+        if beat.get("beats", self._beats) != self._beats:
+            self._beats, self._beat_at = beat["beats"], now
         is_stopped = self.code is None and stat is not None and stat.state in "Tt"
         self._stopped_at = (self._stopped_at or now) if is_stopped else None
         return {
@@ -70,12 +75,11 @@ class RankProcess:
             "pid": self.process.pid,
             "stopped_s": now - self._stopped_at if self._stopped_at else 0.0,
             "code": self.code,
-            "ended_at": self.ended_at,
             "beats": beat.get("beats"),
             "step": beat.get("step"),
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
-            "age_s": None if alive_at is None else round(now - alive_at, 1),
+            "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
 
@@ -190,7 +194,6 @@ class LocalRanks:
         for rank in self.ranks:
             if rank.code is None and rank.process.pid in exits:
                 rank.code = rank.process.returncode = exits[rank.process.pid]
-                rank.ended_at = time.time()
                 if rank.process.stdout:
                     self._drain(rank.process.stdout, rank)
 

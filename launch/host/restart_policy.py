@@ -130,7 +130,8 @@ class JobController:
         hosts = self.world.get("members", [])
         return [self.reports[host] for host in hosts if host in self.reports]
 
-    def _silent_s(self, now: float, hosts: Iterable[int]) -> dict[int, float]:
+    def silent_s(self, now: float, hosts: Iterable[int]) -> dict[int, float]:
+        """Returns {host: seconds since its last report}."""
         return {host: now - self._heard_at[host] for host in hosts}
 
     def _gather(self, now: float) -> None:
@@ -141,7 +142,7 @@ class JobController:
         if self._stop:
             return self._end(now, STOPPED, self._stop)
         hosts = range(len(self.names))
-        silent = self._silent_s(now, hosts)
+        silent = self.silent_s(now, hosts)
         present = [h for h in hosts if h in self.reports and silent[h] < self.policy.lost_s / 2]
         free = [host for host in present if self.reports[host]["clean"]]
         missing = sorted(set(hosts) - set(free))
@@ -212,7 +213,7 @@ class JobController:
             for rank in report["ranks"]
             if rank["code"] is None and self._is_stalled(rank, now)
         }
-        silent, policy = self._silent_s(now, hosts), self.policy
+        silent, policy = self.silent_s(now, hosts), self.policy
         up = {host for host in hosts if self.acknowledged_s.get(host, math.inf) < policy.lost_s / 2}
         limits = policy.lost_s, policy.stopped_s
         return find_cause(reports, silent, self.names, *limits, stalls, up)
@@ -231,7 +232,7 @@ class JobController:
         """Waits for better evidence: a silent host is known to be lost only after lost_s."""
         assert self._cause
         self._cause = min(self._cause, self._find_cause(now) or self._cause, key=lambda c: c.order)
-        silent = max(self._silent_s(now, self.world["members"]).values()) > SETTLE_S
+        silent = max(self.silent_s(now, self.world["members"]).values()) > SETTLE_S
         if now - self._since > SETTLE_S and not (silent and self._cause.order > SURE):
             self._handle_failure(now)
 

@@ -56,6 +56,7 @@ class Supervisor:
         self._target_at = now = time.monotonic()
         self._reported_at = self._written_at = 0.0
         self._outcome_at = self._finished_at = 0.0  # 0: not yet
+        self._lease, self._lease_at = 0, now  # its file's time, and when that was new
         with contextlib.suppress(OSError):
             (folder / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # random: incompressible
         # The status is an earlier worker's, or from before a power loss. That attempt already ran
@@ -71,10 +72,11 @@ class Supervisor:
             )
         else:
             self.leader = FollowerChannel(address, port, token)
-        if orphaned:
+        if orphaned or self.ranks.attempt:
+            ended = "was killed" if orphaned else "ended without an outcome (reboot or power loss?)"
             mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
-            self.write_log(f"{mark}{name}: its supervisor was killed; a new one has started")
+            self.write_log(f"{mark}{name}: its supervisor {ended}; a new one has started")
 
     def write_log(self, text: str) -> None:
         """Writes a text to the log, with the time (UTC) at the end of its first line."""
@@ -84,7 +86,7 @@ class Supervisor:
 
     def report(self) -> dict[str, Any]:
         """Returns what the leader needs to know about this host."""
-        now, living = time.time(), self.ranks.living()
+        now, living = time.monotonic(), self.ranks.living()
         return {
             "host": self.me,
             "attempt": self.ranks.attempt,
@@ -93,18 +95,24 @@ class Supervisor:
             "pids": living[:8],
             "oom_kills": oom_kills() - self._oom_kills,
             "orphaned": self._orphaned,
-            "lease_age_s": self._lease_age_s(),
+            "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
             "knows": self._target["outcome"] is not None,
-            "time": now,
         }
 
-    def _lease_age_s(self) -> float:
-        """Returns the seconds since an attached operator last renewed the lease."""
+    def _lease_age_s(self, now: float) -> float:
+        """Returns the seconds since an attached operator was last seen to renew the lease.
+
+        The file's time is only compared with its earlier time, so that setting the clock cannot
+        end a job.
+        """
         try:
-            return time.time() - (self.folder / "lease").stat().st_mtime
+            renewed = (self.folder / "lease").stat().st_mtime_ns
         except FileNotFoundError:  # the job was detached
             return 0.0
+        if renewed != self._lease:
+            self._lease, self._lease_at = renewed, now
+        return now - self._lease_at
 
     def _stop_reason(self) -> str | None:
         try:
@@ -188,8 +196,9 @@ class Supervisor:
         self._finished_at = self._finished_at or now
         if not self.controller or now - self._finished_at > FAREWELL_S:
             return True
-        others = [r for host, r in self.controller.reports.items() if host != self.me]
-        heard = [r for r in others if time.time() - r["time"] < self.policy.lost_s]
+        others = self.controller.reports.keys() - {self.me}
+        silent_s = self.controller.silent_s(now, others)
+        heard = [self.controller.reports[h] for h in others if silent_s[h] < self.policy.lost_s]
         return all(r["clean"] and r["knows"] for r in heard)  # else they would wait for wait_s
 
     def _store_outcome(self, outcome: dict[str, Any]) -> bool:
