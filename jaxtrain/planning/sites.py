@@ -1,250 +1,215 @@
-"""Predicts what it costs several sites to train one model together, before anything runs.
-
-An exchange of `n` bytes over a link takes n / rate + 2 round trips. In one period a site computes
-`period` steps. If it waits for each exchange (delay 0), the time of an exchange is added to that of
-the steps. With a delay it trains on meanwhile, and nothing is added while the exchange takes no
-longer than `delay` steps. docs/sites.md derives the formulas and compares them with measurements.
-"""
+"""Plans an exchange between sites for a config: reads the sites, prints a table of codecs."""
 
 import json
 import math
+import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from absl.flags import FlagValues
+
+from jaxtrain.config.train_config import TrainConfig
+from jaxtrain.model.transformer import build_model
+from jaxtrain.model.trees import named_leaves
+from jaxtrain.ops.precision import resolve_dtype_for_chip
+from jaxtrain.ops.routes import choose_routes
+from jaxtrain.planning.hardware import build_hardware
+from jaxtrain.planning.render import GIB
+from jaxtrain.planning.search import compiled_figures
+from jaxtrain.planning.sites_model import (
+    Schedule,
+    SitesLink,
+    blocked_s,
+    equal_periods,
+    hiding_bytes_per_s,
+    nominal_link,
+    outer_bytes,
+    read_link,
+    visible_s,
+    waiting_share,
+)
 from jaxtrain.reporting.table import format_table
-
-ROUND_TRIPS = 2  # of an exchange, besides the transfer
-UTILISATION = 0.8  # of a link's nominal rate; a measured rate is used as it is
-GIB = 2**30
-FLOAT_BYTES = 4
-
-
-class SitesLink(NamedTuple):
-    """The link between two sites."""
-
-    bytes_per_s: float  # of payload in one direction, all streams of all hosts together
-    round_trip_s: float
-    source: str  # where the two numbers come from
-
-    @property
-    def fixed_s(self) -> float:
-        return ROUND_TRIPS * self.round_trip_s
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.codec import CODECS
+from jaxtrain.sites.fragments import split_leaves
+from pallas_kernels.chip import find_chip
 
 
-class Schedule(NamedTuple):
-    """When fragments are exchanged: section `sites` of the config."""
-
-    period: int  # steps between two rounds of a fragment
-    delay: int  # steps from a round's start to its application; 0: the site waits
-    fragments: Sequence[float]  # each one's share of the parameters
-
-
-def nominal_link(mbit_per_s: float, round_trip_ms: float) -> SitesLink:
-    """Returns a link of which a transfer reaches UTILISATION of the nominal rate.
-
-    Raises:
-        ValueError: a number is not positive, or not finite.
-    """
-    for flag, value in (("link_mbit", mbit_per_s), ("link_rtt_ms", round_trip_ms)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"the link must have a positive {flag}; got {value}. Set --{flag}.")
-    text = f"{mbit_per_s:g} Mbit/s at {UTILISATION:.0%}, round trip {round_trip_ms:g} ms"
-    return SitesLink(UTILISATION * mbit_per_s * 1e6 / 8, round_trip_ms / 1e3, text)
-
-
-def read_link(path: str | Path) -> SitesLink:
-    """Returns the link that `python -m launch.probe --sites=... --out=FILE` measured.
-
-    Its rate is that of the slower direction while both are used, with the best number of streams.
-    A host's rate is the mean over the hosts that it was measured to, and the rates of the hosts at
-    the smaller site are added.
-
-    Raises:
-        ValueError: the file is not of this form, or has no pair of hosts at different sites.
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        site_of = found["sites"]
-        rows = [row for row in found["tcp"] if site_of[row["from"]] != site_of[row["to"]]]
-        rows = [row for row in rows if row["both"]]
-        rates: dict[tuple[str, str, int], dict[str, list[float]]] = {}
-        for row in rows:
-            way = site_of[row["from"]], site_of[row["to"]]
-            small = min(way, key=lambda site: (list(site_of.values()).count(site), site))
-            host = row["from"] if way[0] == small else row["to"]
-            by_host = rates.setdefault((*way, row["streams"]), {})
-            by_host.setdefault(host, []).append(row["bytes_per_s"] / 2)  # both directions
-        totals: dict[tuple[str, str], float] = {}
-        for (start, end, _), by_host in rates.items():
-            total = sum(map(fmean, by_host.values()))
-            totals[start, end] = max(total, totals.get((start, end), 0.0))
-        rate, round_trip_s = min(totals.values()), max(row["rtt_p50_s"] for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            "--network must be a file of `python -m launch.probe --sites=A.toml,B.toml`; got "
-            f"{path}: {type(error).__name__}: {error}."
-        ) from None
-    text = f"{rate * 8e-6:,.0f} Mbit/s, round trip {round_trip_s * 1e3:.0f} ms, measured: {path}"
-    return SitesLink(rate, round_trip_s, text)
-
-
-def exchange_s(code_bytes: float, link: SitesLink) -> float:
-    """Returns the seconds of one exchange of a code of this size."""
-    return code_bytes / link.bytes_per_s + link.fixed_s
-
-
-def waiting_share(step_s: Sequence[float], periods: Sequence[int], waited_s: float) -> list[float]:
-    """Returns the share of its time in which each site computes, if each round waits for waited_s.
-
-    Args:
-        step_s: seconds of a step at each site.
-        periods: steps of a round at each site. Every site waits for the slowest one.
-    """
-    computing_s = [step * period for step, period in zip(step_s, periods, strict=True)]
-    round_s = max(computing_s) + waited_s
-    return [seconds / round_s for seconds in computing_s]
-
-
-def blocked_s(code_bytes: float, schedule: Schedule, link: SitesLink) -> float:
-    """Returns the seconds of a period that a site waits if it waits for every exchange."""
-    return sum(exchange_s(code_bytes * share, link) for share in schedule.fragments)
-
-
-def visible_s(code_bytes: float, schedule: Schedule, link: SitesLink, step_s: float) -> float:
-    """Returns the seconds of a period that remain of the exchanges while the site trains on.
-
-    An exchange is hidden for `delay` steps. All fragments share the link, so the exchanges of a
-    period also take at least as long as their transfers one after another.
-
-    Args:
-        step_s: seconds of the fastest site's step.
-    """
-    hidden_s = schedule.delay * step_s
-    late_s = sum(
-        max(0.0, exchange_s(code_bytes * share, link) - hidden_s) for share in schedule.fragments
-    )
-    return max(late_s, code_bytes / link.bytes_per_s - schedule.period * step_s, 0.0)
-
-
-def hiding_bytes_per_s(
-    code_bytes: float, schedule: Schedule, round_trip_s: float, step_s: float
-) -> float:
-    """Returns the smallest rate of payload at which `visible_s` is 0; infinite if there is none."""
-    window_s = schedule.delay * step_s - ROUND_TRIPS * round_trip_s
-    if window_s <= 0:
-        return math.inf
-    largest = code_bytes * max(schedule.fragments)
-    return max(largest / window_s, code_bytes / (schedule.period * step_s))
-
-
-def equal_periods(step_s: Sequence[float], period: int) -> list[int]:
-    """Returns for each site the steps of a round that take as long as `period` of the slowest's."""
-    return [max(1, round(period * max(step_s) / seconds)) for seconds in step_s]
-
-
-def outer_bytes(parameters: int, schedule: Schedule, code_bytes: float, sites: int) -> float:
-    """Returns the host memory of one site's outer state, over all its hosts together.
-
-    For each parameter the reference, the momentum and the error of the codec in float32; for the
-    fragments that are exchanged at once also their snapshot and their mean; and the codes, of this
-    site and of the others.
-    """
-    gap = schedule.period / len(schedule.fragments)
-    at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))
-    share = min(1.0, max(schedule.fragments) * at_once)
-    return 3 * FLOAT_BYTES * parameters + share * (
-        2 * FLOAT_BYTES * parameters + sites * code_bytes
-    )
-
-
-class SitePlan(NamedTuple):
-    """One site: its name, what it computes on, and the time of its step."""
+class Site(NamedTuple):
+    """A site to plan for."""
 
     name: str
-    hardware: str
     hosts: int
-    step_s: float
-    source: str  # where step_s comes from
+    gpus: int  # on each host
+    chip: str  # "" if the inventory does not name it
+    step_s: float = 0.0
+
+
+def read_site(text: str, name: str) -> Site:
+    """Returns the site that an entry of --sites describes.
+
+    Args:
+        text: an inventory, of which `python -m launch.run --sites` checks every field, or
+            GPUSxCHIP or HOSTSxGPUSxCHIP.
+        name: of a site that is not an inventory.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if match := re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z]\w*)", text):
+        hosts, gpus, chip = match.groups()
+        return Site(name, int(hosts or 1), int(gpus), chip)
+    try:
+        content = tomllib.loads(Path(text).read_text(encoding="utf-8-sig"))
+        hosts = [content.get("defaults", {}) | host for host in content["hosts"]]
+        first = hosts[0]
+        gpus, chip = int(first.get("gpus", 0)), str(first.get("chip", ""))
+        return Site(str(first.get("site") or Path(text).stem), len(hosts), gpus, chip)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            "--sites must list inventories or sites such as 8xa40 or 2x8xh100 (hosts x GPUs x "
+            f"chip); got {text}: {type(error).__name__}: {error}."
+        ) from None
+
+
+def _find_step_seconds(cfg: TrainConfig, sites: Sequence[Site], args: FlagValues) -> list[float]:
+    """Returns the seconds of a step at each site: those of --step_s, or compiled lower bounds."""
+    if not args.step_s:
+        return [_compile_step_seconds(cfg, site, args) for site in sites]
+    texts = args.step_s * (len(sites) if len(args.step_s) == 1 else 1)
+    try:
+        values = [float(text) for text in texts]
+    except ValueError:
+        values = []
+    if len(values) != len(sites) or not all(0 < value < math.inf for value in values):
+        raise ValueError(
+            f"--step_s must be positive seconds, for all sites or for each of the {len(sites)}; "
+            f"got {','.join(args.step_s)}."
+        )
+    return values
+
+
+def _compile_step_seconds(cfg: TrainConfig, site: Site, args: FlagValues) -> float:
+    if not site.chip or not site.gpus:
+        raise ValueError(
+            f"the inventory of {site.name} must have chip and gpus; got chip {site.chip!r}, gpus "
+            f"{site.gpus}. Or set --step_s to the seconds of a step."
+        )
+    chip = find_chip(site.chip)
+    hardware = build_hardware(chip, site.gpus, site.hosts, args.link, args.host_link)
+    return compiled_figures(resolve_dtype_for_chip(cfg, chip), hardware, args.cache)["step_s"]
+
+
+def plan_sites(cfg: TrainConfig, args: FlagValues) -> int:
+    """Prints the plan of --sites; returns the exit status.
+
+    Raises:
+        ValueError: a flag is missing or invalid.
+    """
+    period, fragments = cfg.sites.period, cfg.sites.fragments
+    if period < 1:
+        raise ValueError(f"--sites needs a period; got sites.period={period}. Set --sites.period.")
+    if len(args.sites) < 2:
+        raise ValueError(f"--sites must list at least two sites; got {','.join(args.sites)}.")
+    link = read_link(args.network) if args.network else None
+    link = link or nominal_link(args.link_mbit, args.link_rtt_ms)
+    sites = [read_site(text, f"site_{i + 1}") for i, text in enumerate(args.sites)]
+    sites = [
+        site._replace(step_s=seconds)
+        for site, seconds in zip(sites, _find_step_seconds(cfg, sites, args), strict=True)
+    ]
+
+    # Shapes do not depend on which implementation of an op runs, so the CPU's routes will do.
+    model = build_model(cfg.model, choose_routes(cfg.model, False, "cpu", False))
+    shapes = {path: leaf.shape for path, leaf in named_leaves(model.shapes).items()}
+    parts = split_leaves(shapes, fragments)
+    parameters = sum(part.elements for part in parts)
+    # By default the longest delay: until the next fragment's exchange starts.
+    delay = cfg.sites.delay or max(1, period // fragments)
+    schedule = Schedule(period, delay, [part.elements / parameters for part in parts])
+    sizes = {
+        name: sum(codec.code_bytes(part.blocks * BLOCK) for part in parts)
+        for name, codec in CODECS.items()
+    }
+    rows = codec_rows(sites, schedule, link, parameters, sizes)
+    if args.json:
+        found = {"sites": [site._asdict() for site in sites], "link": link._asdict()}
+        print(json.dumps(found | {"parameters": parameters, "delay": delay, "codecs": rows}))
+    else:
+        print(describe(sites, schedule, link, parameters, rows))
+        if not args.step_s:
+            print("The seconds of a step are lower bounds; --step_s gives measured ones.")
+    return 0
 
 
 def codec_rows(
-    sites: Sequence[SitePlan],
-    periods: Sequence[int],
+    sites: Sequence[Site],
     schedule: Schedule,
     link: SitesLink,
     parameters: int,
     code_bytes_of: Mapping[str, float],
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Returns a row of figures for each codec: bytes, seconds, shares of the time from 0 to 1.
 
     Args:
-        schedule: its delay is the one of the columns `hidden`.
+        schedule: its delay is that of the columns `hidden`.
         code_bytes_of: {codec: bytes of the whole model's code}.
     """
-    step_s = [site.step_s for site in sites]
-    fastest = min(step_s)
+    step_s, periods = [site.step_s for site in sites], [schedule.period] * len(sites)
     rows = []
     for codec, code_bytes in code_bytes_of.items():
-        waiting = waiting_share(step_s, periods, blocked_s(code_bytes, schedule, link))
-        late = visible_s(code_bytes, schedule, link, fastest)
-        rate = hiding_bytes_per_s(code_bytes, schedule, link.round_trip_s, fastest)
-        rows.append(
-            {
-                "codec": codec,
-                "round_bytes": code_bytes,
-                "exchange_s": blocked_s(code_bytes, schedule, link),
-                "blocking": waiting,
-                "hidden": waiting_share(step_s, periods, late),
-                "hiding_bytes_per_s": rate,
-                "host_bytes": [
-                    outer_bytes(parameters, schedule, code_bytes, len(sites)) / site.hosts
-                    for site in sites
-                ],
-            }
-        )
+        waited_s = blocked_s(code_bytes, schedule, link)
+        late_s = visible_s(code_bytes, schedule, link, min(step_s))
+        memory = outer_bytes(parameters, schedule, code_bytes, len(sites))
+        row = {
+            "codec": codec,
+            "round_bytes": code_bytes,
+            "exchange_s": waited_s,
+            "blocking": waiting_share(step_s, periods, waited_s),
+            "hidden": waiting_share(step_s, periods, late_s),
+            "hiding_bytes_per_s": hiding_bytes_per_s(
+                code_bytes, schedule, link.round_trip_s, min(step_s)
+            ),
+            "host_bytes": [memory / site.hosts for site in sites],
+        }
+        rows.append(row)
     return rows
 
 
 def describe(
-    sites: Sequence[SitePlan],
-    periods: Sequence[int],
+    sites: Sequence[Site],
     schedule: Schedule,
     link: SitesLink,
     parameters: int,
-    rows: Sequence[Mapping],
+    rows: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Returns the plan as text."""
-    lines = [f"{parameters:,} parameters at {len(sites)} sites; link {link.source}"]
-    for site, period in zip(sites, periods, strict=True):
+    """Returns the plan as text; a cell with several numbers has one for each site, in order."""
+    lines = [f"{parameters:,} parameters; link {link.source}"]
+    for site in sites:
+        chips = f"{site.hosts} x {site.gpus} x {site.chip}, " if site.chip else ""
         lines.append(
-            f"  {site.name}: {site.hardware}, a step of {site.step_s:.3g} s ({site.source}), "
-            f"{period} steps a round, {site.step_s * period:,.0f} s"
+            f"  {site.name}: {chips}a step of {site.step_s:.3g} s, {schedule.period} steps a "
+            f"round, {schedule.period * site.step_s:,.0f} s"
         )
-    equal = equal_periods([site.step_s for site in sites], max(periods))
-    if max(equal) >= 1.05 * min(equal) and len(set(periods)) == 1:
-        pairs = ", ".join(f"{s.name} {n}" for s, n in zip(sites, equal, strict=True))
-        lines.append(
-            f"  Every site waits for the slowest. Rounds of equal length: --sites.period of {pairs}"
-        )
-    percent: Callable[[Sequence[float]], str] = lambda shares: " ".join(
-        f"{100 * share:3.0f}" for share in shares
-    )
-    names = " ".join(site.name for site in sites)
-    columns = {
-        "codec": lambda r: r["codec"],
-        "MB a round": lambda r: f"{r['round_bytes'] / 1e6:,.1f}",
-        "s": lambda r: f"{r['exchange_s']:,.1f}",
-        "% computing, delay 0": lambda r: percent(r["blocking"]),
-        f"delay {schedule.delay}": lambda r: percent(r["hidden"]),
-        "hidden from Mbit/s": lambda r: f"{r['hiding_bytes_per_s'] * 8e-6:,.0f}",
-        "GiB on a host": lambda r: " ".join(f"{b / GIB:.2f}" for b in r["host_bytes"]),
+    equal = equal_periods([site.step_s for site in sites], schedule.period)
+    if max(equal) > 1.05 * min(equal):
+        pairs = ", ".join(f"{site.name} {n}" for site, n in zip(sites, equal, strict=True))
+        lines.append(f"  Each site waits for the slowest; --sites.period without that: {pairs}")
+    join = lambda values, form: " / ".join(format(value, form) for value in values)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "codec": lambda row: row["codec"],
+        "MB a round": lambda row: f"{row['round_bytes'] / 1e6:,.1f}",
+        "seconds": lambda row: f"{row['exchange_s']:,.1f}",
+        "computing, delay 0": lambda row: join(row["blocking"], ".0%"),
+        f"computing, delay {schedule.delay}": lambda row: join(row["hidden"], ".0%"),
+        "hidden from Mbit/s": lambda row: f"{row['hiding_bytes_per_s'] * 8e-6:,.0f}",
+        "GiB on a host": lambda row: join((b / GIB for b in row["host_bytes"]), ".2f"),
     }
-    lines.append(f"Columns with a number for each site: {names}")
     lines.append(format_table(rows, columns))
     lines.append(
-        "`s` is one round of all fragments; `hidden from` is the rate of payload, in each "
-        f"direction, from which {schedule.delay} steps hide an exchange."
+        "`seconds`: of a round of all fragments. `hidden from`: the payload in each direction with "
+        f"which an exchange takes {schedule.delay} steps."
     )
     return "\n".join(lines)

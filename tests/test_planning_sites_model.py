@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from jaxtrain.planning import sites
-from jaxtrain.planning.sites import Schedule, nominal_link
+from jaxtrain.planning import sites_model as sites
+from jaxtrain.planning.sites_model import Schedule, nominal_link
 
 N = 1.378e9  # parameters of llama_1400m
 BITS = {"bf16": 16, "int8": 8, "int4": 4, "int2": 2}
