@@ -161,7 +161,7 @@ def codec_rows(
     rows = []
     for codec, code_bytes in code_bytes_of.items():
         waited_s = blocked_s(code_bytes, schedule, link)
-        late_s = visible_s(code_bytes, schedule, link, min(step_s))
+        late_s = visible_s(code_bytes, schedule, link, max(step_s))
         memory = outer_bytes(parameters, schedule, code_bytes, len(sites))
         row = {
             "codec": codec,
@@ -170,7 +170,7 @@ def codec_rows(
             "blocking": waiting_share(step_s, periods, waited_s),
             "hidden": waiting_share(step_s, periods, late_s),
             "hiding_bytes_per_s": hiding_bytes_per_s(
-                code_bytes, schedule, link.round_trip_s, min(step_s)
+                code_bytes, schedule, link.round_trip_s, max(step_s)
             ),
             "host_bytes": [memory / site.hosts for site in sites],
         }

@@ -116,7 +116,7 @@ def visible_s(code_bytes: float, schedule: Schedule, link: SitesLink, step_s: fl
     period also take at least as long as their transfers one after another.
 
     Args:
-        step_s: seconds of the fastest site's step.
+        step_s: seconds of the slowest site's step, for which the others wait anyway.
     """
     hidden_s = schedule.delay * step_s
     late_s = sum(
