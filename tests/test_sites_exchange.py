@@ -160,7 +160,7 @@ def test_a_site_that_restarts_from_an_older_round_sends_the_same_codes_again(sce
     for round_ in range(3):
         _exchange_one(a, b, b"a%d" % round_, b"b%d" % round_, round_)
     assert a.finish(5) and b.finish(5)
-    a.forget(0, 1)
+    a.durable({0: 2})
     assert scene.files("a") == {"received-b-0-code-0-2"}
     b.close()
     again = scene.start("b")
@@ -175,7 +175,7 @@ def test_a_restart_that_computes_another_code_stops_that_site_and_not_the_others
     a, b = scene.start("a"), scene.start("b")
     _exchange_one(a, b, b"a0", b"b0")
     assert b.finish(5)
-    a.forget(0, 0)
+    a.durable({0: 1})
     b.close()
     again = scene.start("b")
     again.send(0, 0, {0: b"xx"}, 20, {})

@@ -133,15 +133,18 @@ class Exchange(Transport):
             absent = [c for c in self.channels if (c.peer, key) not in self.mailbox.received]
             return tuple(sorted({channel.link.site for channel in absent}))
 
-    def forget(self, fragment: int, round_: int) -> None:
-        """Removes received codes up to a round: no checkpoint that remains needs them."""
+    def durable(self, oldest: dict[int, int]) -> None:
+        """Removes received messages that no checkpoint needs that can still be restored.
+
+        Args:
+            oldest: {fragment: its first round that is still needed}.
+        """
         with self.lock:
-            self.mailbox.forget(fragment, round_)
-            old = lambda key: key.fragment == fragment and key.round <= round_
-            self._sent = {k: v for k, v in self._sent.items() if not old(k)}
-            self._checksums = {k: v for k, v in self._checksums.items() if not old(k[1])}
-            places = self._decisions.items()
-            self._decisions = {p: v for p, v in places if not (p[0] == fragment and p[1] <= round_)}
+            self.mailbox.forget(oldest)
+            old = lambda fragment, round_: round_ < oldest.get(fragment, 0)
+            self._sent = {k: v for k, v in self._sent.items() if not old(*k[1:])}
+            self._checksums = {k: v for k, v in self._checksums.items() if not old(*k[1][1:])}
+            self._decisions = {p: v for p, v in self._decisions.items() if not old(*p)}
 
     def offered(self, link: Link, message: Message) -> None:
         with self.lock:

@@ -81,7 +81,7 @@ class Inbox:
             self.first[message.fragment] = extra["first"]
         key, mailbox = message.key, self._owner.mailbox
         known = mailbox.history.get((self._peer, key))
-        if known is None and message.round <= mailbox.forgotten.get(message.fragment, -1):
+        if known is None and message.round < mailbox.oldest.get(message.fragment, 0):
             known = NO_RECORD
         if known is not None:
             if known != message.crc:

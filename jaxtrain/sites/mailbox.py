@@ -31,7 +31,7 @@ class Mailbox:
         sent: {(peer, key): (message, content)} not yet stored by the peer.
         received: {(peer, key): message} on this disk.
         history: {(peer, key): crc} of all messages ever received.
-        forgotten: {fragment: newest round that was removed since the start}.
+        oldest: {fragment: its first round that was not removed since the start}.
 
     Raises:
         ValueError: the files belong to other numbers of processes, or are damaged.
@@ -44,7 +44,7 @@ class Mailbox:
         self.sent: dict[tuple[Peer, Key], tuple[Message, bytes]] = {}
         self.received: dict[tuple[Peer, Key], Message] = {}
         self.history: dict[tuple[Peer, Key], int] = {}
-        self.forgotten: dict[int, int] = {}
+        self.oldest: dict[int, int] = {}
         self._read_history()
         for path in sorted(folder.iterdir()):
             if path.name.endswith((".part", ".tmp")):  # a process ended in the middle of it
@@ -141,12 +141,12 @@ class Mailbox:
             self.history[peer, message.key] = message.crc
             self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
 
-    def forget(self, fragment: int, round_: int) -> None:
-        """Removes the received messages of a fragment up to and including a round."""
+    def forget(self, oldest: dict[int, int]) -> None:
+        """Removes the received messages of rounds before the oldest one of their fragment."""
         sync_to_disk(self.folder / HISTORY)  # it must outlive the files
-        self.forgotten[fragment] = max(round_, self.forgotten.get(fragment, -1))
-        for peer, key in [k for k in self.received if k[1].fragment == fragment]:
-            if key.round <= round_:
+        self.oldest |= oldest
+        for peer, key in list(self.received):
+            if key.round < oldest.get(key.fragment, 0):
                 del self.received[peer, key]
                 self._path("received", peer, key).unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from launch.host.exit_codes import PREEMPTED, STOPPED, UNREACHABLE
+from launch.host.log import LIMIT_MIB
 from launch.host.root_cause import SURE, Cause, find_cause
 
 NOW = "now"  # the reason for a stop that does not wait for a save; it overrides earlier stops
@@ -24,7 +25,7 @@ Report = dict[str, Any]  # what launch.host.supervise.Supervisor.report returns
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When a job gives up, waits or restarts. Times are in seconds."""
+    """When a job gives up, waits or restarts, and how much it logs. Times are in seconds."""
 
     restarts: int = 3  # attempts after the first
     backoff_s: float = 2.0  # before the first restart; doubles up to MAX_PAUSE_S
@@ -36,6 +37,7 @@ class Policy:
     stopped_s: float = 20.0  # that a rank may be stopped by a signal, as by a debugger
     grace_s: float = 120.0  # from SIGTERM to SIGKILL; must be long enough for a save
     lease_s: float = 0.0  # the job ends if no operator is attached for this long; 0: detached
+    log_mib: int = LIMIT_MIB  # of log that a host stores, and that an operator's machine copies
 
 
 class JobController:

@@ -14,8 +14,8 @@ from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
-from launch.host.log import Log, own_lines
-from launch.host.ranks import LocalRanks
+from launch.host.log import SEGMENTS, Log, own_lines
+from launch.host.ranks import MARGIN_S, LocalRanks
 from launch.host.restart_policy import JobController, Policy
 
 TURN_S = 0.1
@@ -48,10 +48,12 @@ class Supervisor:
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.policy = Policy(**self.job["policy"])
         self.me = self.job["me"]
-        self.log = Log(folder / "log")
-        self.ranks = LocalRanks(self.job, folder, self.log)
+        self.log = Log(folder / "log", (self.policy.log_mib << 20) // SEGMENTS)
+        self._silent_s = self.policy.stopped_s + MARGIN_S
+        self.ranks = LocalRanks(self.job, folder, self.log, self._silent_s)
         self.names = [host["name"] for host in self.job["hosts"]]
         self._orphaned, self._oom_kills = orphaned, oom_kills()
+        self._paused_s = 0.0  # for which this process did not run, during the attempt
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._target_at = now = time.monotonic()
         self._reported_at = self._written_at = 0.0
@@ -95,6 +97,7 @@ class Supervisor:
             "pids": living[:8],
             "oom_kills": oom_kills() - self._oom_kills,
             "orphaned": self._orphaned,
+            "paused_s": self._paused_s,
             "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
             "knows": self._target["outcome"] is not None,
@@ -126,7 +129,10 @@ class Supervisor:
             self.ranks.poll(TURN_S)
             now = time.monotonic()
             if now - self._reported_at >= REPORT_S:
+                if now - self._reported_at > self._silent_s and self.ranks.all_killed():
+                    self._paused_s = now - self._reported_at
                 self._reported_at = now
+                self.ranks.show_life()
                 report = self.report()
                 if self.controller:
                     self._lead(report, now)
@@ -175,7 +181,7 @@ class Supervisor:
         do, attempt, world = self._target["do"], self._target["attempt"], self._target["world"]
         if do in ("run", "term", "dump") and attempt > self.ranks.attempt:
             if self.me in world["members"] and not self.ranks.living():
-                self._orphaned, self._oom_kills = False, oom_kills()
+                self._orphaned, self._paused_s, self._oom_kills = False, 0.0, oom_kills()
                 self.ranks.start(attempt, world)
         elif do == "term":
             self.ranks.signal_once(signal.SIGTERM)

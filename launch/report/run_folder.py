@@ -110,8 +110,18 @@ class RunFolder:
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of each line of metrics.jsonl that has a finite value."""
-        values = ((record["step"], record.get(metric)) for record in self.metrics)
-        return [(step, x) for step, x in values if x is not None and math.isfinite(x)]
+        if metric not in self._points:  # the page asks for some metrics several times
+            self._points[metric] = [
+                (record["step"], x)
+                for record in self.metrics
+                if (x := record.get(metric)) is not None and math.isfinite(x)
+            ]
+        return self._points[metric]
+
+    @cached_property
+    def _points(self) -> dict[str, list[tuple[int, float]]]:
+        """What `points` has returned so far, by metric."""
+        return {}
 
     def process_points(self, process: str, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of each record of a process that has the metric."""
@@ -155,12 +165,11 @@ class RunFolder:
         """Wall-clock seconds that were not spent in steps, by cause, the largest first."""
         lost = self.summary.get("lost_s")
         if lost is None:
-            lost = {}
-            for record in [self.summary] if self.summary else self.metrics:
-                for key, value in record.items():
-                    if key.startswith("perf/pause_"):
-                        cause = key.removeprefix("perf/pause_").removesuffix("_s")
-                        lost[cause] = lost.get(cause, 0.0) + value
+            lost, records = {}, [self.summary] if self.summary else self.metrics
+            for key in dict.fromkeys(key for record in records for key in record):
+                if key.startswith("perf/pause_"):
+                    cause = key.removeprefix("perf/pause_").removesuffix("_s")
+                    lost[cause] = sum(record.get(key, 0.0) for record in records)
         return dict(sorted(lost.items(), key=lambda pair: -pair[1]))
 
     @property
