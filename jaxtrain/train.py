@@ -44,7 +44,7 @@ from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import fit_config_to_world, start_runtime
 from jaxtrain.file_errors import add_path_to_errors
-from jaxtrain.interop.initial_state import initial_state
+from jaxtrain.interop.initial_state import check_weights, initial_state
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.network import open_network_counters
@@ -102,21 +102,20 @@ def train(
     run = build_run(cfg, devices)
 
     with contextlib.ExitStack() as stack:  # closes what is entered below, last in first out
+        # The folder is locked first. Wrong weights are refused before the data take their time.
+        lock = stack.enter_context(lock_workdir(cfg))
+        storage = {"storage": cfg.checkpoint.storage, "before_save": lock.check}
+        checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_last, cfg.keep_every, **storage)
+        if cfg.weights and not broadcast_from_process_0(checkpoints.steps):
+            check_weights(cfg.model, cfg.weights)
+
         # Data.
         stop.set_activity("reading the data")
-        lock = stack.enter_context(lock_workdir(cfg))
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
 
         # State: the newest checkpoint, or step 0.
-        checkpoints = Checkpoints(
-            workdir / "checkpoints",
-            cfg.keep_last,
-            cfg.keep_every,
-            storage=cfg.checkpoint.storage,
-            before_save=lock.check,
-        )
         stack.enter_context(checkpoints)
         stop.set_activity("creating or restoring the weights")
         run, state, restored = start_state(run, checkpoints, batches, initial_state)
