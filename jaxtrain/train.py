@@ -154,6 +154,7 @@ def train(
         chip = find_device_chip(run.mesh.devices.flat[0])
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
+        collector.watch_ranks(cfg.measure, hosts, first)
         logger.write_config(build_config_json(run, corpus, hosts, work, collector))
         logger.print_header(measurement_lines(run, work, collector))
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from launch.answers import COUNT, SECONDS, Range, check, mismatch
 from launch.host_process import HostProcess
 from launch.inventory import Host
 from launch.ssh import HostError, SshClient
@@ -19,6 +20,15 @@ FIRST_ANSWER_S = 90.0
 # see host/agent.py.
 ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
+FIRST = {"listens_on": (Range(int, 1, 65_535), None)}
+MEASURED = {
+    "rtt_s": [SECONDS, 1],
+    "seconds?": SECONDS,
+    "bytes?": COUNT,
+    "bytes_per_s?": Range(float, 0, 1e15),
+    "mtu?": (COUNT, None),
+    "wire_bytes?": [COUNT, 2],
+}
 
 
 class NetworkAgents:
@@ -28,6 +38,7 @@ class NetworkAgents:
 
     Args:
         first_request: returns the request that starts a host's agent.
+        first_shape: what its first answer must contain, see launch.answers.
 
     Attributes:
         first_answers: {host: its first answer, or the HostError in its place}.
@@ -37,6 +48,7 @@ class NetworkAgents:
         self,
         client: SshClient,
         first_request: Callable[[Host], dict[str, Any]] = lambda host: {"op": "net"},
+        first_shape: dict[str, Any] = FIRST,
     ):
         self.hosts, token = client.hosts, secrets.token_hex(16)
         self._processes: dict[Host, HostProcess] = {}
@@ -44,7 +56,7 @@ class NetworkAgents:
         def start_agent(host: Host) -> dict[str, Any]:
             request = first_request(host) | {"address": host.address, "token": token}
             process = self._processes[host] = client.start(host, request)
-            return client.read_answer(host, process, FIRST_ANSWER_S)
+            return check(host, client.read_answer(host, process, FIRST_ANSWER_S), first_shape)
 
         self.first_answers: dict[Host, Any] = client.map(start_agent)
 
@@ -94,8 +106,7 @@ class NetworkAgents:
             received = time.time()
             if "error" in clock:
                 raise HostError(f"{host.name}: {clock['error']}")
-            if not isinstance(clock.get("time"), float):
-                raise HostError(f"{host.name}: it must answer with its time; got {clock}.")
+            check(host, clock, {"time": Range(float, 0, 1e12)})
             samples.append((received - sent, clock["time"] - (sent + received) / 2))
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
@@ -158,6 +169,8 @@ class NetworkAgents:
             for i, j in round_pairs:
                 names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
                 answer = self._read_answer(self.hosts[i], seconds)
+                if "error" not in answer and (why := mismatch(answer, MEASURED, "its answer")):
+                    answer = {"error": why}
                 pairs.append(names | {"streams": streams, "both": both} | answer)
         return pairs
 

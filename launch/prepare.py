@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.answers import check
 from launch.inventory import Host
 from launch.job import TRAINER, Job
 from launch.preflight import Finding, differences, format_findings, plugin_problem
@@ -121,6 +122,8 @@ def build_environments(
     request |= {"extras": list(extras)}
     built = client.call_all(dict.fromkeys(client.hosts, request), BUILD_S)
     raise_errors(built)
+    for host, answer in built.items():
+        check(host, answer, {"python": str, "versions": {str: str}})
     problems = {host.name: plugin_problem(host, b["versions"]) for host, b in built.items()}
     if any(problems.values()):
         raise HostError("\n".join(f"{name}: {text}" for name, text in problems.items() if text))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import run
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.files import write_json
 from launch.inventory import Host, read_inventory
 from launch.job import PORTS
@@ -35,6 +35,8 @@ from launch.ssh import HostError, SshClient, raise_errors
 from launch.terminal import note, show, warn
 
 STREAMS = (1, 4, 8)
+SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # busbw/algbw/((n-1)/n)
+LARGEST_MIB = 1 << 16
 PERCENTILES = (1, 50, 90, 99, 100)
 ETHERNET_BYTES = 14  # header of a frame
 TCP_BYTES = 52  # headers of IPv4 and of TCP with timestamps, which count towards the MTU
@@ -95,6 +97,34 @@ def _require_all(pairs: list[Pair]) -> list[Pair]:
         if "error" in pair:
             raise HostError(f"{pair['from']} to {pair['to']}: {pair['error']}")
     return pairs
+
+
+def add_case_flags(parser: Parser) -> None:
+    """Adds --mib and --cases, whose values say what launch.collectives measures."""
+
+    def check_sizes(text: str) -> str:
+        for size in text.split(","):
+            bounded(float, 1e-5, LARGEST_MIB)(size)
+        return text
+
+    def check_cases(text: str) -> str:
+        for case in filter(None, text.split(",")):
+            kind, _, size = case.partition(":")
+            if kind not in SHARE:
+                raise argparse.ArgumentTypeError(f"must name one of {[*SHARE]}; got {case}")
+            bounded(int, 4, LARGEST_MIB << 20)(size)
+        return text
+
+    parser.add_argument(
+        "--mib", type=check_sizes, default="1,16,64", help="sizes of the collectives, MiB"
+    )
+    parser.add_argument(
+        "--cases",
+        type=check_cases,
+        default="",
+        metavar="KIND:BYTES,...",
+        help="collectives instead of --mib's",
+    )
 
 
 def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -166,23 +196,30 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Runs the command; returns its exit status."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = Parser("python -m launch.probe", __doc__ or "")
     parser.add_argument("--hosts", default="", metavar="FILE", help="the inventory, TOML")
     parser.add_argument("--sites", default="", metavar="A,B", help="the inventories of sites")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
     parser.add_argument("--out", default="network.json", metavar="FILE", help="file to write")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of traffic each time")
-    parser.add_argument("--pings", type=int, default=100, help="round trips of each pair")
-    parser.add_argument("--mib", default="1,16,64", help="sizes of the collectives, MiB")
     parser.add_argument(
-        "--cases", default="", metavar="KIND:BYTES,...", help="collectives instead of --mib's"
+        "--seconds", type=bounded(float, 0.1, 600), default=2.0, help="seconds of traffic each time"
     )
+    parser.add_argument(
+        "--pings", type=bounded(int, 1, 100_000), default=100, help="round trips of each pair"
+    )
+    add_case_flags(parser)
     parser.add_argument("--no_jax", action="store_true", help="skip the collectives")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.hosts) == bool(args.sites):
         parser.error("--hosts or --sites must be given" + (", and not both" if args.hosts else ""))
+    return args
+
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    args = parse(None)
     try:
         measure = measure_sites if args.sites else measure_hosts
         result = {"time": time.time()} | measure(args)

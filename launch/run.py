@@ -26,10 +26,8 @@ import argparse
 import dataclasses
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED, STOPPED
 from launch.host.restart_policy import Policy
 from launch.inventory import read_inventory
@@ -55,6 +53,15 @@ POLICY_HELP = {
     "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
     "log_mib": "MiB of log, the newest, that each host keeps, and this machine of each host",
+}
+YEAR_S = 31_536_000.0
+POLICY_RANGES = {  # of the numbers; otherwise from 0 to YEAR_S
+    "restarts": (0, 1_000_000),
+    "wait_s": (1.0, YEAR_S),
+    "stall_s": (1.0, YEAR_S),
+    "start_s": (1.0, YEAR_S),
+    "lost_s": (2.0, 3600.0),  # hosts report every 0.5 s
+    "log_mib": (2, 1 << 20),
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
 RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"
@@ -108,9 +115,10 @@ def parse(
     )
     for field in dataclasses.fields(Policy):
         if field.name in POLICY_HELP:
+            bounds = POLICY_RANGES.get(field.name, (0, YEAR_S))
             parser.add_argument(
                 f"--{field.name}",
-                type=_at_least_0(type(field.default)),
+                type=str if field.name == "on_loss" else bounded(type(field.default), *bounds),
                 default=field.default,
                 choices=("wait", "fewer", "stop") if field.name == "on_loss" else None,
                 help=f"{POLICY_HELP[field.name]} [{field.default}]",
@@ -126,22 +134,6 @@ def parse(
             "of a site; got fewer. To go on without a whole site, set --sites.on_loss after --"
         )
     return args, flags
-
-
-def _at_least_0(kind: type) -> Callable[[str], Any]:
-    """Returns the `type` of a policy's flag; a number must be 0 or more."""
-
-    def parse_number(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not value >= 0:  # also if it is NaN
-            noun = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} of at least 0; got {text}")
-        return value
-
-    return str if kind is str else parse_number
 
 
 def start(args: argparse.Namespace, flags: list[str]) -> tuple[list[Job], int]:

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.answers import mismatch
 from launch.inventory import PATTERNS, Host, Inventory, read_inventory
-from launch.network import NetworkAgents
+from launch.network import MEASURED, NetworkAgents
 from launch.preflight import Finding
 from launch.ssh import SshClient, raise_errors
 
@@ -188,8 +189,8 @@ def _judge_link(link: Link, busy: str, pair: Mapping[str, Any]) -> Finding:
     if busy:
         problem = f"{listener} cannot listen at {place}: {busy}. Set site_port of {listener}"
         return Finding(connector, check, "", problem)
-    if "error" in pair:
-        problem = f"{connector} cannot connect to {listener} at {place}: {pair['error']}. Open the "
+    if error := pair.get("error") or mismatch(pair, MEASURED, "its answer"):
+        problem = f"{connector} cannot connect to {listener} at {place}: {error}. Open the "
         problem += f"port between the sites, or set site_address and site_port of {listener}"
         return Finding(connector, check, "", problem)
     return Finding(connector, check, f"{statistics.median(pair['rtt_s']) * 1e3:.2f} ms, {place}")

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser, positive
+from launch.arguments import Parser, bounded, positive
 from launch.host.files import write_text
 from launch.pull import fetch, find_sources
 from launch.report.baseline import (
@@ -254,7 +254,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     )
     pricing.add_argument(
         "--availability",
-        type=float,
+        type=bounded(float, 0.001, 1),
         default=1.0,
         help="share of the time with GPUs [%(default)s]",
     )

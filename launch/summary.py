@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
 from launch.pull import RunCopy, Source, fetch, find_sources
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
     parser.add_argument(
         "--every",
-        type=float,
+        type=bounded(float, 0.1, 86_400),
         default=FOLLOW_S,
         metavar="S",
         help="seconds between repeats of --follow [%(default)s]",
@@ -90,10 +90,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON, one line for each run"
     )
-    args = parser.parse_intermixed_args(argv)
-    if args.every <= 0:
-        parser.error(f"--every must be positive; got {args.every}.")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -> bool:

@@ -30,6 +30,15 @@ class Heartbeat:
         if self._path:
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # to stderr
 
+    def describe_rank(self, ratios: dict[str, float], slow: list[str]) -> None:
+        """Adds to the following beats how slow this process is, see jaxtrain.metrics.rank_watch.
+
+        Args:
+            ratios: {kind of work: own time over the median process's}.
+            slow: those kinds in which this process is a straggler.
+        """
+        self._record |= {"ratios": ratios, "slow": slow}
+
     def __call__(self, phase: str, step: int | None = None) -> None:
         """Writes a beat.
 

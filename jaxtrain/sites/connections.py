@@ -14,6 +14,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 from jaxtrain.sites.channel import Channel
 from jaxtrain.sites.errors import PeerRefused
@@ -87,7 +88,8 @@ class Connections:
     ):
         self._greeter, self._tls = greeter, tls
         self._streams, self._fail, self._note = streams, fail, note
-        self._greeting: dict[bool, dict[asyncio.Task, None]] = {True: {}, False: {}}  # by known
+        # Connections before their greeting, oldest first: {host has proved to have the key: tasks}
+        self._greeting: dict[bool, dict[asyncio.Task, asyncio.Task]] = {True: {}, False: {}}
         self._tasks: set[asyncio.Task] = set()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._known_hosts: set[str] = set()
@@ -99,23 +101,19 @@ class Connections:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # A transport whose handshake was cancelled is out of reach, and waits for its peer.
         deadline_s = time.monotonic() + CLOSE_S
-        for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
         while any(c.fileno() >= 0 for c in self._sockets) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.001)
 
-    def _start(self, work: Coroutine) -> asyncio.Task:
-        task = asyncio.ensure_future(self._guard(work))
+    def _start(self, function: Callable[..., Coroutine], *args: Any) -> asyncio.Task:
+        task = asyncio.ensure_future(self._guard(function, *args))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guard(self, work: Coroutine) -> None:
+    async def _guard(self, function: Callable[..., Coroutine], *args: Any) -> None:
         try:
-            await work
+            await function(*args)
         except Exception as error:  # a fault of this program must stop the run, not one thread
             self._fail(error)
 
@@ -123,7 +121,7 @@ class Connections:
 
     def listen(self, listener: socket.socket) -> None:
         """Starts to accept connections."""
-        self._start(self._accept(listener))
+        self._start(self._accept, listener)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -138,10 +136,12 @@ class Connections:
                 # take them all.
                 waiting = self._greeting[address[0] in self._known_hosts]
                 if len(waiting) >= WAITING:
-                    next(iter(waiting)).cancel()
-                task = self._start(self._serve(connection, address[0], waiting))
-                waiting[task] = None
+                    oldest = next(iter(waiting))
+                    waiting.pop(oldest).cancel()
+                task = self._start(self._serve, connection, address[0], waiting)
+                waiting[task] = task
                 task.add_done_callback(lambda task, waiting=waiting: waiting.pop(task, None))
+                await asyncio.sleep(0)  # a task that is cancelled before it runs closes nothing
 
     async def _serve(self, connection: socket.socket, host: str, waiting: dict) -> None:
         try:
@@ -176,7 +176,7 @@ class Connections:
 
     def connect(self, channel: Channel, address: Address) -> None:
         """Starts to connect to a peer, and to replace connections that end."""
-        self._start(self._connect_first(channel, address))
+        self._start(self._connect_first, channel, address)
 
     async def _connect_first(self, channel: Channel, address: Address) -> None:
         """Runs the first stream of a link, and starts the others once it is connected."""
@@ -191,7 +191,7 @@ class Connections:
             count = self._streams or choose_streams(rtt_s, read_window_bytes())
             self._note(f"link to {channel}: {count} streams, round trip {1e3 * rtt_s:.0f} ms")
             for _ in range(count - 1):
-                self._start(self._keep_connected(channel, address, lambda _: None))
+                self._start(self._keep_connected, channel, address, lambda _: None)
 
         await self._keep_connected(channel, address, connected)
 
@@ -244,23 +244,28 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
-        if listens:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=self._tls[0],
-                ssl_handshake_timeout=HELLO_S,
-                ssl_shutdown_timeout=CLOSE_S,
-            )
-        else:
-            transport, _ = await loop.create_connection(
-                lambda: protocol,
-                ssl=self._tls[1],
-                sock=connection,
-                server_hostname="",
-                ssl_handshake_timeout=HELLO_S,
-                ssl_shutdown_timeout=CLOSE_S,
-            )
+        try:
+            if listens:
+                transport, _ = await loop.connect_accepted_socket(
+                    lambda: protocol,
+                    connection,
+                    ssl=self._tls[0],
+                    ssl_handshake_timeout=HELLO_S,
+                    ssl_shutdown_timeout=CLOSE_S,
+                )
+            else:
+                transport, _ = await loop.create_connection(
+                    lambda: protocol,
+                    ssl=self._tls[1],
+                    sock=connection,
+                    server_hostname="",
+                    ssl_handshake_timeout=HELLO_S,
+                    ssl_shutdown_timeout=CLOSE_S,
+                )
+        except BaseException:  # a cancelled handshake would wait for its peer
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _run(self, channel: Channel, stream: Stream) -> None:

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from jaxtrain.file_errors import Appender, add_path_to_errors
-from jaxtrain.files import sync_to_disk, write_atomic
+from jaxtrain.files import atomic_path, sync_to_disk, write_atomic
 from jaxtrain.sites.frames import CHUNK_BYTES, KINDS, BadFrame, Key, Message, parse_message
 
 NAME = re.compile(rf"(sent|received)-(.+)-(\d+)-({'|'.join(KINDS)})-(\d+)-(\d+)")
@@ -109,7 +109,12 @@ class Mailbox:
 
     def write_sent(self, peer: Peer, message: Message, content: bytes) -> None:
         """Writes a message to disk that is about to be sent."""
-        write_atomic(self._path("sent", peer, message.key), self._head(peer, message) + content)
+        with (
+            atomic_path(self._path("sent", peer, message.key)) as hidden,
+            hidden.open("wb") as file,
+        ):
+            file.write(self._head(peer, message))
+            file.write(content)
 
     def remove_sent(self, peer: Peer, key: Key) -> None:
         self.sent.pop((peer, key), None)

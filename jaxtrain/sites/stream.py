@@ -10,7 +10,7 @@ from jaxtrain.sites.frames import Key
 
 CLOSE_S = 1.0
 MOST_STREAMS = 16
-TARGET_BYTES_S = 250e6  # a link's streams offer a window of this rate times the round-trip time
+TARGET_BYTES_S = 125e6  # a link's streams offer a window of this rate times the round-trip time
 WINDOW_SHARE = 0.7  # of tcp_wmem: 4 MiB carry 159 Mbit/s at 150 ms, measured on tests/relay.py
 SEGMENT_HEADERS = 52  # bytes of an IPv4 and a TCP header with timestamps
 # Offsets in struct tcp_info. Source: linux/tcp.h

@@ -101,6 +101,8 @@ class Loop:
                 batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
+            if self.collector.is_probe_due(step):
+                self._probe_ranks(step)
             stopped_by = stop.agreed_signal()
             if stopped_by or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
@@ -271,6 +273,15 @@ class Loop:
         self.logger.write(step, figures)
         for line in show_phases(figures):
             self.logger.note(line)
+
+    def _probe_ranks(self, step: int) -> None:
+        """Compares the processes; prints which have become stragglers, or are none any more."""
+        self._collect_step()
+        beat("compile")  # the first probe compiles its program
+        sentences, ratios = self.collector.probe_ranks(step)
+        for sentence in sentences:
+            self.logger.note(sentence)
+        self.logger.write_ranks(ratios)
 
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""

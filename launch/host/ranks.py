@@ -55,7 +55,7 @@ class RankProcess:
         return lines
 
     def _read_heartbeat(self) -> dict[str, Any]:
-        """Returns {"beats", "step", "phase", "step_s"}; {} if there is none yet."""
+        """Returns {"beats", "step", "phase", "step_s", ...}; {} if there is none yet."""
         try:
             return json.loads(self._heartbeat.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -81,6 +81,8 @@ class RankProcess:
             "step": beat.get("step"),
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
+            "ratios": beat.get("ratios", {}),
+            "slow": beat.get("slow", []),
             "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }

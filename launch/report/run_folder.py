@@ -25,6 +25,7 @@ MEANS = (  # metrics of which a run's figure is the mean
     *("comm/wire_sent_bytes", "comm/wire_received_bytes", "comm/effective_bytes_per_s"),
     "comm/overhead",
 )
+PROBE = "probe"  # the event that compares the ranks, see jaxtrain.metrics.rank_watch
 MAXIMA = ("perf/hbm_peak_bytes", "perf/hbm_bytes")
 
 
@@ -132,7 +133,7 @@ class RunFolder:
         """(step, description) of the last event at each step, such as `step 20: stall, data`."""
         found = {}
         for record in self.hosts.get("0", []):
-            if "event" in record and record.get("step") is not None:
+            if record.get("event") not in (None, PROBE) and record.get("step") is not None:
                 cause = f", {record['cause']}" if "cause" in record else ""
                 found[record["step"]] = f"step {record['step']}: {record['event']}{cause}"
         return sorted(found.items())
