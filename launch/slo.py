@@ -205,8 +205,6 @@ def do_price(args: argparse.Namespace) -> int:
     """Prints the cost and the capacity; returns the exit status."""
     if bool(args.tokens) != bool(args.deadline):
         raise ValueError("--tokens and --deadline must come together.")
-    if not 0 < args.availability <= 1:
-        raise ValueError(f"--availability must be in (0, 1]; got {args.availability}.")
     span_s = read_span(args.deadline) if args.deadline else None
     baseline, prices = read_baseline(args.against), read_prices(args.prices)
     found = price(baseline, prices, args.availability, args.tokens, span_s, args.params)

@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
     parser.add_argument(
         "--every",
-        type=bounded(float, 0.1, 86_400),
+        type=bounded(float, 0.01, 86_400),
         default=FOLLOW_S,
         metavar="S",
         help="seconds between repeats of --follow [%(default)s]",
