@@ -141,11 +141,12 @@ def test_a_pair_of_hosts_that_cannot_connect_aborts_the_launch(bed, capfd, field
 
 @needs_bed
 def test_a_start_that_fails_at_one_site_leaves_nothing_running_at_the_other(bed, capfd):
-    bed.run("h2", "bash", "-c", "mv /root/jaxtrain/jobs /root/jobs; touch /root/jaxtrain/jobs")
+    away = "cd /root/jaxtrain && mkdir -p jobs && mv jobs away && touch jobs"
+    bed.run("h2", "bash", "-c", f"mkdir -p /root/jaxtrain && {away}")
     try:
         assert run.main(command(bed, steps=10_000)) == 1
     finally:
-        bed.run("h2", "bash", "-c", "rm /root/jaxtrain/jobs; mv /root/jobs /root/jaxtrain/jobs")
+        bed.run("h2", "bash", "-c", "cd /root/jaxtrain && rm jobs && mv away jobs")
     out, err = capfd.readouterr()
     assert "east.h2: " in err and not living(bed)
     for job in read_jobs(git_trees.job_id(err)):
