@@ -35,10 +35,13 @@ class Stream:
         wake: set when there may be something to send.
         ping_due: whether a PING is to be sent.
         offered: the messages that the peer was offered on this stream.
+        extra: whether the stream is closed once the link is idle.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.reader, self.writer = reader, writer
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, extra: bool = False
+    ):
+        self.reader, self.writer, self.extra = reader, writer, extra
         self.wake, self.ping_due, self.offered = asyncio.Event(), False, set[Key]()
 
     def _tcp_info(self) -> bytes:
