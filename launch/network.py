@@ -4,7 +4,7 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launch.answers import COUNT, SECONDS, Range, check, mismatch
@@ -84,9 +84,11 @@ class NetworkAgents:
             answer = json.loads(line)
         except (ValueError, RecursionError):
             answer = None
-        if isinstance(answer, dict) and isinstance(answer.get("ok"), dict):
-            return answer["ok"]
-        error = answer.get("error") if isinstance(answer, dict) else None
+        value = answer.get("ok") if isinstance(answer, dict) else None
+        if isinstance(value, dict) and "error" not in value:
+            return value
+        source = value or answer
+        error = source.get("error") if isinstance(source, dict) else None
         return {"error": indented(str(error or "its answer has no meaning"))}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
@@ -111,6 +113,12 @@ class NetworkAgents:
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
 
+    def execute(self, orders: Sequence[tuple[Host, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Returns the answer to each order, or {"error": text}. Hosts work at the same time."""
+        for host, order in orders:
+            self._send_order(host, **order)
+        return [self._read_answer(host) for host, _ in orders]
+
     def read_nonce(self, folder: str, nonce: str) -> dict[Host, dict[str, Any]]:
         """Returns {host: {"same": whether it reads the first host's nonce}}; deletes the nonce."""
         for host in self.hosts:
@@ -127,6 +135,7 @@ class NetworkAgents:
         pings: int = 20,
         both: bool = False,
         least_trips: float = 0,
+        places: Mapping[Host, tuple[str, int]] | None = None,
     ) -> list[Pair]:
         """Measures every directed pair, in rounds in which each host sends once and receives once.
 
@@ -135,17 +144,23 @@ class NetworkAgents:
             seconds: duration of the traffic.
             both: send in both directions at once.
             least_trips: no traffic is sent if it would last for fewer round trips than this.
+            places: {host: where it listens for other sites}. Then only pairs of hosts at different
+                sites are measured, and the host that comes first connects.
 
         Returns:
             A dict per pair, with "from", "to" and either "error" or the figures.
         """
         pairs = []
+        far = lambda i, j: i < j and self.hosts[i].site != self.hosts[j].site
         for round_pairs in rounds(len(self.hosts)):
+            round_pairs = [(i, j) for i, j in round_pairs if not places or far(i, j)]
             for i, j in round_pairs:
+                to = self.hosts[j]
+                near = (to.address, self.first_answers[to]["listens_on"])
                 self._send_order(
                     self.hosts[i],
                     do="measure",
-                    peer=[self.hosts[j].address, self.first_answers[self.hosts[j]]["listens_on"]],
+                    peer=places[to] if places else near,
                     interface=self.hosts[i].interface,
                     streams=streams,
                     seconds=seconds,

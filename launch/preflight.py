@@ -118,7 +118,7 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     check_size("memory", facts["memory_bytes"], MEMORY_BYTES)
     check_size("shm", facts["shm_bytes"], SHM_BYTES, fatal=False)
     raise_limit = f"raise ulimit -n (hard limit {hard})"
-    check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
+    check("files", str(soft), 0 <= soft < OPEN_FILES, raise_limit, fatal=False)
     check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
     no_address = "the host does not have this address: correct the inventory"
     check("address", host.address, not facts["has_address"], no_address)
@@ -200,7 +200,7 @@ def judge_network(agents: NetworkAgents, nonce: str, shared: str, burst_s: float
     """Returns the findings about the shared folder and about every pair of hosts."""
     findings = []
     for host, answer in (agents.read_nonce(shared, nonce) if shared else {}).items():
-        if not answer.get("same"):
+        if answer.get("same") is not True:
             not_shared = "the hosts do not share it: set --config.checkpoint.storage=host0"
             problem = answer.get("error") or not_shared
             findings.append(Finding(host.name, "shared", shared, problem))

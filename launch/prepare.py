@@ -61,8 +61,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
         raise HostError("preflight: nothing was started. Each FAIL above says what to do.")
 
 
-def prepare(client: SshClient, job: Job, code: Code) -> None:
+def prepare(client: SshClient, job: Job, code: Code) -> dict[Host, Any]:
     """Builds the job's packages if --env_build was given, and compares the hosts' data.
+
+    Returns:
+        {host: the summary of its data}; {} for another program than the trainer.
 
     Raises:
         HostError: a host failed, or differs from the others.
@@ -77,17 +80,19 @@ def prepare(client: SshClient, job: Job, code: Code) -> None:
         pythons = build_environments(client, record["env_build"], pyproject, record["env_extras"])
         job.change(pythons=pythons)
         note(f"packages are built on every host, {time.monotonic() - start:.1f} s")
-    if record["argv"][2] == TRAINER:
-        start = time.monotonic()
-        summaries = client.call_all(data_requests(client, job), DATA_S)
-        for host, summary in summaries.items():
-            if not isinstance(summary, HostError) and not _is_summary(summary):
-                summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
-        findings = judge_data(summaries) + judge_directories(summaries)
-        note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
-        print_findings(findings)
-        folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
-        job.change(run_directories=folders)
+    if record["argv"][2] != TRAINER:
+        return {}
+    start = time.monotonic()
+    summaries = client.call_all(data_requests(client, job), DATA_S)
+    for host, summary in summaries.items():
+        if not isinstance(summary, HostError) and not _is_summary(summary):
+            summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
+    findings = judge_data(summaries) + judge_directories(summaries)
+    note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
+    print_findings(findings)
+    folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
+    job.change(run_directories=folders)
+    return summaries
 
 
 def _is_summary(summary: Any) -> bool:

@@ -10,7 +10,7 @@ from local_client import LocalClient
 
 from launch.host.facts import gather_facts
 from launch.inventory import Host
-from launch.preflight import preflight
+from launch.preflight import format_findings, preflight
 from launch.prepare import build_environments
 from launch.ssh import HostError, SshClient
 
@@ -41,6 +41,15 @@ def facts(tmp_path_factory):
     request = {"address": "127.0.0.1", "port": 0}
     facts = gather_facts(tmp_path_factory.mktemp("root"), request) | {"listens_on": 9}
     return facts | {"gpus": [{"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}]}
+
+
+@pytest.fixture
+def healthy(facts):
+    """The first answers of a host without a problem: its facts, and its clock three times."""
+    right = {"gpus": [], "interface": "lo", "port_free": True, "has_address": True, "proxies": []}
+    roomy = {"disk_free_bytes": 1 << 40, "memory_bytes": 1 << 36, "local_disk": "ext4"}
+    clock = {"time": time.time()}
+    return [facts | right | roomy | {"logout": "stays"}, clock, clock, clock]
 
 
 def problems(host_answers, hosts=HOSTS[:1]):
@@ -107,14 +116,8 @@ def test_a_clock_that_is_no_time_is_refused(facts, clock):
         {},
     ],
 )
-def test_a_measurement_that_is_no_number_is_refused(facts, measured):
-    right = {"gpus": [], "interface": "lo", "port_free": True, "has_address": True, "proxies": []}
-    roomy = {"disk_free_bytes": 1 << 40, "memory_bytes": 1 << 36, "local_disk": "ext4"}
-    answers = [
-        facts | right | roomy | {"logout": "stays"},
-        *(3 * [{"time": time.time()}]),
-        measured,
-    ]
+def test_a_measurement_that_is_no_number_is_refused(healthy, measured):
+    answers = [*healthy, measured]
     findings = preflight(Puppet(HOSTS, answers), 23_456)
     pairs = {(f.host, f.check) for f in findings if f.aborts and "must" in f.problem}
     assert pairs >= {("a", "to b"), ("b", "to a")}, findings
@@ -131,3 +134,11 @@ def test_an_answer_about_built_packages_that_has_no_meaning_is_refused(built):
 
     with pytest.raises(HostError, match="a: .* must be"):
         build_environments(Odd(HOSTS[:1]), "", "", [])
+
+
+@pytest.mark.parametrize("answer", [{"same": "no"}, {"error": {"a": 1}}, {"same": 1}])
+def test_an_answer_about_the_shared_folder_that_is_no_yes_is_a_problem(healthy, answer):
+    answers = [*healthy, answer, {}]
+    findings = preflight(Puppet(HOSTS[:1], answers), 23_456, shared="/x")
+    [shared] = [f for f in findings if f.check == "shared" and f.value]
+    assert shared.aborts and format_findings(findings)

@@ -15,6 +15,7 @@ from sites_scene import KEY, Scene, wait_until
 from jaxtrain.sites import connections, frames, greeting
 from jaxtrain.sites.certificate import build_tls
 from jaxtrain.sites.layout import Address
+from jaxtrain.sites.listener import open_listener
 
 
 @pytest.fixture
@@ -224,6 +225,6 @@ def test_a_busy_port_and_an_address_of_another_host_are_reported(scene):
             scene.start("a")
     notes = []
     elsewhere = Address("192.0.2.1", scene.ports["a"])  # RFC 5737: an address for documentation
-    connections.open_listener(elsewhere, notes.append).close()
+    open_listener(elsewhere, notes.append).close()
     assert notes == ["this host does not own 192.0.2.1: listening on all its addresses."]
     assert not [t for t in threading.enumerate() if t.name.startswith("sites-")]

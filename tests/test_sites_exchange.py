@@ -14,6 +14,7 @@ from sites_scene import Proxy, Scene, wait_until
 from jaxtrain.sites import channel, inbox, mailbox
 from jaxtrain.sites.exchange import Disagreement, PeerRefused, SiteLeftOut
 from jaxtrain.sites.frames import CHUNK_BYTES
+from jaxtrain.sites.stream import choose_streams
 
 LARGE = 5 * CHUNK_BYTES + 17
 LARGE_BLOCKS = (LARGE // 4096 + 1,)  # its code is float32, as large as a code can be
@@ -100,7 +101,28 @@ def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(
         b.send(0, 0, {0: code}, 1, {})
         assert a.wait(0, 0, 10).codes == {1: {0: code}}
         assert proxy.events == [fault.removesuffix("_at")]
+        assert b.channels[0].wire_bytes()[0] > LARGE  # those of the broken connections included
     assert sorted(writes) == list(range(6))  # each chunk arrived once
+
+
+def test_extra_connections_exist_only_while_there_is_much_to_send(large, monkeypatch):
+    monkeypatch.setattr(channel, "IDLE_S", 0.1)
+    monkeypatch.setattr(channel, "MANY_CHUNKS", 1)
+    with Proxy(large.ports["a"], bytes_s=3 << 20) as proxy:
+        a, b = large.start("a"), large.start("b", {"a": proxy.port}, streams=3)
+        _exchange_one(a, b, b"small", b"small")
+        connections = lambda exchange: len(exchange.channels[0].streams)
+        assert wait_until(lambda: connections(a) == connections(b) == 1)
+        for round_ in range(1, 4):
+            b.send(0, round_, {0: os.urandom(LARGE)}, 1, {})
+        assert wait_until(lambda: connections(b) == 3)
+        assert a.wait(0, 3, 10)
+        assert wait_until(lambda: connections(a) == connections(b) == 1)
+
+
+def test_the_number_of_connections_follows_from_the_round_trip_time():
+    window_bytes = 0.7 * (4 << 20)  # Linux's default
+    assert [choose_streams(rtt_s, window_bytes) for rtt_s in (0, 1e-4, 0.15, 9)] == [1, 1, 7, 16]
 
 
 def test_a_link_that_drops_packets_silently_is_replaced(large, monkeypatch):

@@ -7,7 +7,6 @@ neither the channels nor the disk.
 
 import asyncio
 import contextlib
-import errno
 import random
 import socket
 import ssl
@@ -18,7 +17,7 @@ from typing import Any
 
 from jaxtrain.sites.channel import Channel
 from jaxtrain.sites.errors import PeerRefused
-from jaxtrain.sites.frames import BadFrame
+from jaxtrain.sites.frames import CHUNK_BYTES, BadFrame
 from jaxtrain.sites.greeting import HELLO_S, Greeter
 from jaxtrain.sites.layout import Address
 from jaxtrain.sites.stream import (
@@ -34,37 +33,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between attempts to connect
 WAITING = 32  # connections before their greeting; a new one then replaces the oldest
 BUFFER_BYTES = 1 << 19
 REPORT_S = 60.0  # refused connections are counted, and reported this often at most
-
-
-def open_listener(address: Address, note: Callable[[str], None]) -> socket.socket:
-    """Returns a listening socket on an address, or on all interfaces if the host lacks it.
-
-    Raises:
-        ValueError: the port is in use.
-        OSError: the address cannot be resolved.
-    """
-    family, _, _, _, where = socket.getaddrinfo(
-        address.address, address.port, type=socket.SOCK_STREAM
-    )[0]
-    for place in (where, ("" if family == socket.AF_INET else "::", address.port)):
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(2 * WAITING)
-            listener.setblocking(False)
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno == errno.EADDRINUSE:
-                raise ValueError(
-                    f"--sites_file gives this process {address}, but the port is in use. Choose "
-                    "another port, or stop the process that listens there."
-                ) from None
-            if error.errno != errno.EADDRNOTAVAIL or place is not where:
-                raise
-            note(f"this host does not own {address.address}: listening on all its addresses.")
-    raise AssertionError
 
 
 class Connections:
@@ -151,10 +119,10 @@ class Connections:
             return
         channel = None
         try:
-            channel = await self._greeter.greet(reader, writer)
+            channel, extra = await self._greeter.greet(reader, writer)
             self._known_hosts.add(host)
             waiting.pop(asyncio.current_task(), None)
-            await self._run(channel, Stream(reader, writer))
+            await self._run(channel, Stream(reader, writer, extra))
         except (OSError, EOFError, BadFrame) as error:
             self._explain(channel, error) if channel else self._refuse(host, error)
         except PeerRefused as error:
@@ -179,7 +147,7 @@ class Connections:
         self._start(self._connect_first, channel, address)
 
     async def _connect_first(self, channel: Channel, address: Address) -> None:
-        """Runs the first stream of a link, and starts the others once it is connected."""
+        """Runs the first stream of a link, and starts the others when it is connected."""
         others = False
 
         def connected(stream: Stream) -> None:
@@ -191,24 +159,33 @@ class Connections:
             count = self._streams or choose_streams(rtt_s, read_window_bytes())
             self._note(f"link to {channel}: {count} streams, round trip {1e3 * rtt_s:.0f} ms")
             for _ in range(count - 1):
-                self._start(self._keep_connected, channel, address, lambda _: None)
+                self._start(self._keep_connected, channel, address)
 
         await self._keep_connected(channel, address, connected)
 
     async def _keep_connected(
-        self, channel: Channel, address: Address, connected: Callable[[Stream], None]
+        self, channel: Channel, address: Address, connected: Callable | None = None
     ) -> None:
+        """Runs a stream, and replaces it when it ends.
+
+        Args:
+            connected: called with each connection of the first stream; None for an extra stream,
+                which is connected only while there is much to send.
+        """
         pause_s = FIRST_PAUSE_S
         while True:
-            writer = None
+            writer, extra = None, connected is None
+            if extra:
+                await channel.busy()
             try:
                 async with asyncio.timeout(HELLO_S):
                     connection = await self._connect_socket(address)
                     reader, writer = await self._secure(connection, listens=False)
-                    await self._greeter.greet(reader, writer, channel)
+                    await self._greeter.greet(reader, writer, channel, extra)
                 pause_s = FIRST_PAUSE_S
-                stream = Stream(reader, writer)
-                connected(stream)
+                stream = Stream(reader, writer, extra)
+                if connected:
+                    connected(stream)
                 await self._run(channel, stream)
             except (OSError, EOFError, BadFrame) as error:
                 self._explain(channel, error, f" at {address}")
@@ -244,6 +221,8 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
+        # Chunks wait in the outbox, where the fastest stream takes them, and not in the kernel.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CHUNK_BYTES)
         try:
             if listens:
                 transport, _ = await loop.connect_accepted_socket(
@@ -269,6 +248,12 @@ class Connections:
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _run(self, channel: Channel, stream: Stream) -> None:
+        try:
+            await self._run_open(channel, stream)
+        finally:
+            stream.close()
+
+    async def _run_open(self, channel: Channel, stream: Stream) -> None:
         if len(channel.streams) >= 2 * MOST_STREAMS:
             raise BadFrame(f"{channel} has {len(channel.streams)} connections already")
         if not channel.streams:

@@ -59,6 +59,10 @@ class Inbox:
         self._finishing: dict[Key, asyncio.Future] = {}
         self.first: dict[int, int] = {}
 
+    def chunks_to_come(self) -> int:
+        """Returns how many chunks of the announced messages have not arrived."""
+        return sum(len(incoming.missing) for incoming in self._arriving.values())
+
     def newest(self) -> dict[int, int]:
         """Returns {fragment: newest round whose code was ever received}."""
         newest: dict[int, int] = {}
@@ -81,7 +85,8 @@ class Inbox:
             self.first[message.fragment] = extra["first"]
         key, mailbox = message.key, self._owner.mailbox
         known = mailbox.history.get((self._peer, key))
-        if known is None and message.round < mailbox.oldest.get(message.fragment, 0):
+        is_old = message.round < mailbox.oldest.get(message.fragment, 0)
+        if known is None and is_old and message.kind == "code":
             known = NO_RECORD
         if known is not None:
             if known != message.crc:
@@ -176,6 +181,12 @@ class Inbox:
             return
         self._answer(pack(STORED, {"key": key, "crc": incoming.message.crc}))
         self._owner.changed()
+
+    def forget(self, oldest: dict[int, int]) -> None:
+        """Removes incomplete codes of rounds before the oldest one of their fragment."""
+        for key in list(self._arriving):
+            if key.kind == "code" and key.round < oldest.get(key.fragment, 0):
+                self._arriving.pop(key).discard()
 
     async def close(self) -> None:
         """Waits for messages that are being put on disk, and removes incomplete ones."""

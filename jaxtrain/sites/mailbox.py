@@ -8,6 +8,7 @@ message that was ever received, so that a peer that sends an old one again is ch
 import json
 import os
 import re
+import time
 import zlib
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Mailbox:
     Attributes:
         sent: {(peer, key): (message, content)} not yet stored by the peer.
         received: {(peer, key): message} on this disk.
+        arrived_s: {(peer, key): when it was stored} of those that arrived since the start.
         history: {(peer, key): crc} of all messages ever received.
         oldest: {fragment: its first round that was not removed since the start}.
 
@@ -43,6 +45,7 @@ class Mailbox:
         folder.mkdir(parents=True, exist_ok=True)
         self.sent: dict[tuple[Peer, Key], tuple[Message, bytes]] = {}
         self.received: dict[tuple[Peer, Key], Message] = {}
+        self.arrived_s: dict[tuple[Peer, Key], float] = {}
         self.history: dict[tuple[Peer, Key], int] = {}
         self.oldest: dict[int, int] = {}
         self._read_history()
@@ -142,6 +145,7 @@ class Mailbox:
     def record(self, peer: Peer, message: Message) -> None:
         """Adds a message to the received ones, once its file is on disk."""
         self.received[peer, message.key] = message
+        self.arrived_s[peer, message.key] = time.monotonic()
         if (peer, message.key) not in self.history:
             self.history[peer, message.key] = message.crc
             self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
@@ -153,6 +157,7 @@ class Mailbox:
         for peer, key in list(self.received):
             if key.round < oldest.get(key.fragment, 0):
                 del self.received[peer, key]
+                self.arrived_s.pop((peer, key), None)
                 self._path("received", peer, key).unlink(missing_ok=True)
 
     def close(self) -> None:
