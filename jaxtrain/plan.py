@@ -4,11 +4,13 @@ r"""Predicts memory, time and communication of a training step on GPUs that you 
     jaxtrain plan llama_1400m --chip=a40 --fit --write=mine.py
     jaxtrain plan gpt_124m --compare=a40,h100 --price=a40=0.40,h100=2.50
     jaxtrain plan gpt_124m --chip=h100 --calibrated=DIR/calibration.json
+    jaxtrain plan llama_1400m --sites=8xa40,8xa40 --sites.period=30 --link_mbit=100
 
 The first command compiles the step of a config for the chip, on this machine, and reads the
 compiled program. The second one searches for the fastest setting that fits and writes it as a
 config. The third one compares chips. The fourth one also predicts the time, with efficiencies that
-`jaxtrain bench --suite=first-day --out=DIR` measured on such a chip. Fields of the config
+`jaxtrain bench --suite=first-day --out=DIR` measured on such a chip. The fifth one predicts what
+the exchange between sites costs, with every codec (docs/sites.md). Fields of the config
 (--model.remat=full) are flags, as in training.
 
 How to read the output:
@@ -46,6 +48,7 @@ from jaxtrain.planning.calibration import read_calibration  # noqa: E402
 from jaxtrain.planning.chip_comparison import compare_chips, print_shipped_configs  # noqa: E402
 from jaxtrain.planning.compiled import compile_plan  # noqa: E402
 from jaxtrain.planning.hardware import Hardware, build_hardware  # noqa: E402
+from jaxtrain.planning.sites import plan_sites  # noqa: E402
 from pallas_kernels.chip import find_chip  # noqa: E402
 
 CACHE = Path("runs/plans")
@@ -139,7 +142,7 @@ def main() -> int:
 
 def run_command(args: flags.FlagValues) -> int:
     """Runs the plan, search or comparison that the flags ask for; returns the exit status."""
-    for name in ("table", "compare", "formula", "fit") if args.calibrated else ():
+    for name in ("table", "compare", "formula", "fit", "sites") if args.calibrated else ():
         if getattr(args, name):
             raise ValueError(f"--calibrated is for the plan of one setting; got --{name} too.")
     if args.table:
@@ -149,6 +152,8 @@ def run_command(args: flags.FlagValues) -> int:
     cfg = config_lib.freeze(args.config)
     if args.compare:
         return compare_chips(cfg, args)
+    if args.sites:
+        return plan_sites(cfg, args)
     chip = find_chip(args.chip)
     cfg = resolve_dtype_for_chip(cfg, chip)
     hardware = build_hardware(chip, args.gpus, args.hosts, args.link, args.host_link)
@@ -177,6 +182,12 @@ def define_flags() -> None:
     flags.DEFINE_bool("formula", False, "estimate the memory by a formula, in a second")
     text = "predict the time with the efficiencies in this calibration.json of suite first-day"
     flags.DEFINE_string("calibrated", "", text)
+    text = "plan an exchange between sites: inventories, or 8xa40, 2x8xh100 (hosts x GPUs x chip)"
+    flags.DEFINE_list("sites", [], text)
+    flags.DEFINE_string("network", "", "with --sites: what launch.probe --sites measured")
+    flags.DEFINE_float("link_mbit", 1_000.0, "with --sites: nominal Mbit/s between two sites")
+    flags.DEFINE_float("link_rtt_ms", 150.0, "with --sites: round trip between two sites")
+    flags.DEFINE_list("step_s", [], "with --sites: measured seconds of a step, one for each site")
     flags.DEFINE_bool("json", False, "print JSON; seconds, bytes, FLOPs")
     flags.DEFINE_string("cache", str(CACHE), "folder that stores compiled figures")
 

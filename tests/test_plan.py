@@ -49,7 +49,7 @@ def test_a_plan_over_hosts_reports_memory_communication_and_routes(tmp_path):
 
 
 def test_a_missing_config_and_an_unknown_chip_are_errors_that_name_the_remedy():
-    args = dict(table=False, config=None, compare=[], chip="b300", calibrated="")
+    args = dict(table=False, config=None, compare=[], chip="b300", calibrated="", sites=[])
     with pytest.raises(ValueError, match="a config must be named, such as gpt_124m.*--table"):
         plan.run_command(SimpleNamespace(**args))
     with pytest.raises(ValueError, match="is for the plan of one setting; got --fit too"):

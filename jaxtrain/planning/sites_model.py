@@ -141,16 +141,19 @@ def equal_periods(step_s: Sequence[float], period: int) -> list[int]:
     return [max(1, round(period * max(step_s) / seconds)) for seconds in step_s]
 
 
-def outer_bytes(parameters: int, schedule: Schedule, code_bytes: float, sites: int) -> float:
+def outer_bytes(
+    parameters: int, schedule: Schedule, code_bytes: float, sites: int, lossless: bool
+) -> float:
     """Returns the host memory of one site's outer state, over all its hosts together.
 
-    For each parameter the reference, the momentum and the error of the codec in float32; for the
-    fragments that are exchanged at once also their snapshot and their mean; and the codes, of this
-    site and of the others.
+    Each parameter has a reference, a momentum and, with a lossy code, an error, all in float32.
+    While a fragment is exchanged, these three exist twice, together with the weights that it
+    started from, what is encoded of them, and the codes: those of all sites, and the own one again
+    as it is sent. Source: run_round in jaxtrain/sites/round.py.
     """
     gap = schedule.period / len(schedule.fragments)
     at_once = min(len(schedule.fragments), max(1, math.ceil(schedule.delay / gap)))
     share = min(1.0, max(schedule.fragments) * at_once)
-    return 3 * FLOAT_BYTES * parameters + share * (
-        2 * FLOAT_BYTES * parameters + sites * code_bytes
-    )
+    kept, exchanged = (2, 3) if lossless else (3, 5)
+    vectors = kept + share * exchanged
+    return FLOAT_BYTES * parameters * vectors + share * (sites + 1) * code_bytes
