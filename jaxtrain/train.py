@@ -8,7 +8,9 @@ The same command resumes a run that was stopped. Ctrl-C, SIGTERM and SIGHUP (a l
 after the current step or evaluation batch, then stop; a second Ctrl-C or SIGTERM ends the process
 at once. Exit status 75 means "preempted: start again", 78 means "the same start would fail again".
 Several processes find each other by --coordinator, --processes and --process, or by the environment
-variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*).
+variables of their launcher (launch.run, SLURM's srun, mpirun, JAX_*). Several sites, each with its
+own processes, exchange their changes of the weights if --sites.period, --sites_file and --site are
+set.
 """
 
 import contextlib
@@ -54,6 +56,7 @@ from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.sites.start import Membership, open_rounds, read_membership
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
@@ -61,6 +64,7 @@ from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
 from jaxtrain.training.startup import build_config_json, measurement_lines, startup_lines
+from jaxtrain.training.step import state_sharding_tree
 
 
 def train(
@@ -68,6 +72,7 @@ def train(
     devices: Sequence | None = None,
     quiet: bool = False,
     stop: StopListener | None = None,
+    member: Membership | None = None,
 ) -> int:
     """Trains up to cfg.steps, resuming from cfg.workdir if it has a checkpoint.
 
@@ -76,6 +81,7 @@ def train(
         quiet: prints no progress.
         stop: an entered StopListener, which ends the process if a signal comes before the first
             step; None leaves such signals to their current handlers.
+        member: the run's place among the sites of its job; None trains on this site only.
 
     Returns:
         the exit status: 0, or the one for the signal that stopped the run.
@@ -102,7 +108,8 @@ def train(
         lock = stack.enter_context(lock_workdir(cfg))
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
-        batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
+        site = (member.site, member.sites) if member else (0, 1)
+        batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed, site))
 
         # State: the newest checkpoint, or step 0.
         checkpoints = Checkpoints(
@@ -113,8 +120,15 @@ def train(
             before_save=lock.check,
         )
         stack.enter_context(checkpoints)
+        rounds = None
+        if member:
+            stop.set_activity("connecting to the other sites")
+            shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
+            rounds = stack.enter_context(
+                open_rounds(cfg, member, run.model.shapes, shardings, run.mesh, corpus.fingerprint)
+            )
         stop.set_activity("creating or restoring the weights")
-        run, state, restored = start_state(run, checkpoints, batches, initial_state)
+        run, state, restored = start_state(run, checkpoints, batches, initial_state, rounds)
         if restored is None and cfg.checkpoint.storage == "host0":
             check_not_moved(workdir, checkpoints.steps())
         first = int(state.step)
@@ -131,6 +145,9 @@ def train(
         stack.enter_context(logger)
         hosts = gather_texts(socket.gethostname())
         logger.print_header(startup_lines(run, corpus, checkpoints, restored, dtype_reason))
+        if rounds:
+            rounds.open_ledger(workdir, first, logger.note)
+            logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
         logger.write_config(build_config_json(run, corpus, hosts))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
@@ -154,7 +171,8 @@ def train(
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
-        loop = Loop(run, state, step, diagnosis, batches, held_out, checkpoints, logger, collector)
+        parts = step, diagnosis, batches, held_out, checkpoints, logger, collector, rounds
+        loop = Loop(run, state, *parts)
         del state  # the first step donates its buffers
         stack.enter_context(stop)
         compile_s = step.compile_s + (diagnosis.compile_s if diagnosis else 0.0)
@@ -205,7 +223,7 @@ def main() -> int:
         set_up_logging(world.process)
         cfg = fit_config_to_world(cfg, world)
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
-        status = train(cfg, stop=stop)
+        status = train(cfg, stop=stop, member=read_membership(cfg, args.sites_file, args.site))
         if stop.signal and status and world.engine == "alone":  # a launcher restarts the run itself
             print(f"resume with:\n  {current_command()}", flush=True)
         return status
@@ -216,6 +234,8 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, with several processes")
     flags.DEFINE_integer("processes", 1, "processes of this run, over all hosts", lower_bound=1)
     flags.DEFINE_integer("process", 0, "index of this process", lower_bound=0)
+    flags.DEFINE_string("sites_file", "", "file that lists the sites of the job, with its key")
+    flags.DEFINE_string("site", "", "name of this site in --sites_file")
 
 
 def command(argv: list[str] | None = None, prog: str = "python -m jaxtrain.train") -> None:

@@ -91,7 +91,7 @@ class DeviceLayout:
         self.owned = self.blocks[self.process]
         devices = counts[rows[0]]
         self._width = -(-max(map(len, self.blocks)) * BLOCK // devices) * devices
-        self._fragment = fragment
+        self.fragment = fragment
         self.sharding = NamedSharding(mesh, P(mesh.axis_names))
         self.shape = (len(rows) * self._width,)
 
@@ -99,9 +99,9 @@ class DeviceLayout:
         """Returns the fragment's vector as it lies on the devices; traceable."""
         leaves = named_leaves(params)
         vector = jnp.concatenate(
-            [leaves[path].reshape(-1).astype(jnp.float32) for path in self._fragment.shapes]
+            [leaves[path].reshape(-1).astype(jnp.float32) for path in self.fragment.shapes]
         )
-        vector = jnp.pad(vector, (0, self._fragment.blocks * BLOCK - vector.size))
+        vector = jnp.pad(vector, (0, self.fragment.blocks * BLOCK - vector.size))
         rows = [vector[part.start * BLOCK : part.stop * BLOCK] for part in self.blocks]
         return jnp.concatenate([jnp.pad(row, (0, self._width - row.size)) for row in rows])
 
@@ -112,10 +112,15 @@ class DeviceLayout:
             [row[: len(part) * BLOCK] for row, part in zip(rows, self.blocks, strict=True)]
         )
         leaves, start = {}, 0
-        for path, shape in self._fragment.shapes.items():
+        for path, shape in self.fragment.shapes.items():
             leaves[path] = flat[start : start + math.prod(shape)].reshape(shape)
             start += math.prod(shape)
         return leaves
+
+    def clear_padding(self, owned: np.ndarray) -> np.ndarray:
+        """Sets the elements past the fragment's end to 0; they may have got rounding errors."""
+        owned[max(self.fragment.elements - self.owned.start * BLOCK, 0) :] = 0
+        return owned
 
     def to_host(self, vector: jax.Array) -> np.ndarray:
         """Copies the blocks that this process owns: float32 [owned * BLOCK]. Waits for them."""

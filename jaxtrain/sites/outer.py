@@ -82,3 +82,21 @@ def outer_step(
         new = nesterov(reference[part], momentum[part], average, rate, mu)
         new_reference[part], new_momentum[part] = new
     return new_reference, new_momentum
+
+
+def encode_with_feedback(
+    codec: Codec, x: np.ndarray, decay: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the code of x and decay * (x - decoded code), what is to be added to the next vector.
+
+    The latter is empty for a lossless code.
+    """
+    code = codec.encode(x)
+    if codec.lossless:
+        return code, x[:0]
+    error = np.empty_like(x)
+    for start in range(0, x.size, CHUNK * BLOCK):
+        n = min(CHUNK * BLOCK, x.size - start)
+        part, coded = slice(start, start + n), slice(*map(codec.code_bytes, (start, start + n)))
+        error[part] = np.float32(decay) * (x[part] - codec.decode(code[coded], n))
+    return code, error

@@ -1,0 +1,212 @@
+"""Exchanges one fragment with the other sites once: what the threads of a round do.
+
+A thread copies the weights of the round's step to the host, encodes their change since the round
+before, sends the code, waits for those of the other sites and computes the new reference.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxtrain.config.run_sections import SitesConfig
+from jaxtrain.distributed.broadcast import gather_texts
+from jaxtrain.sites import BLOCK
+from jaxtrain.sites.checksum import combine_crc32
+from jaxtrain.sites.codec import CODECS, NonFiniteDelta
+from jaxtrain.sites.fragments import DeviceLayout, Fragment
+from jaxtrain.sites.outer import encode_with_feedback, outer_step
+
+POLL_S = 1.0  # between two looks at signals while waiting
+
+
+class Codes(Protocol):
+    """The methods of jaxtrain.sites.exchange.Exchange that rounds need."""
+
+    links: list[Any]
+
+    def send(self, fragment, round_, codes, tokens, checksum) -> None: ...
+    def wait(self, fragment, round_, timeout_s) -> Any: ...
+    def missing(self, fragment, round_) -> tuple[int, ...]: ...
+    def post(self, kind, fragment, round_, contents) -> None: ...
+    def take(self, kind, fragment, round_, site) -> dict[int, bytes] | None: ...
+    def flush(self) -> None: ...
+    def forget(self, fragment, round_) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """A complete round: the new outer state, and what the ledger records of it."""
+
+    reference: np.ndarray
+    momentum: np.ndarray
+    error: np.ndarray
+    checksums: dict[str, int]  # CRC-32 of each site's code of the blocks that this process owns
+    tokens: dict[str, int]  # of each site that took part
+    arrived: Any  # Arrived of the exchange
+
+
+class Pending(NamedTuple):
+    """A round that has started and is not applied."""
+
+    weights: Future  # float32 [owned], on the host
+    outcome: Future
+
+
+@dataclasses.dataclass
+class Outer:
+    """The outer state of one fragment: the blocks that this process owns, float32.
+
+    Attributes:
+        reference: weights that all sites continued from after the newest applied round.
+        momentum: of the outer optimizer; empty without.
+        error: what codes have lost so far; empty for a lossless code.
+        round: number of the newest round that was started, from 1.
+        step: after which it was started.
+        tokens: that this site trained on before it, since the start of the round before.
+    """
+
+    reference: np.ndarray
+    momentum: np.ndarray
+    error: np.ndarray
+    round: int = 0
+    step: int = 0
+    tokens: int = 0
+    pending: Pending | None = None
+
+
+class Places(NamedTuple):
+    """What rounds must know of the run: shapes and shardings, and where it stands among the sites.
+
+    Attributes:
+        fragments: from split_leaves.
+        mesh: the site's devices.
+        shardings: of the whole training state.
+        names: of all sites, in their order.
+        site: index of this one.
+        steps, step_tokens: of the run.
+    """
+
+    fragments: list[Fragment]
+    mesh: jax.sharding.Mesh
+    shardings: Any
+    names: list[str]
+    site: int
+    steps: int
+    step_tokens: int
+
+
+def run_round(
+    cfg: SitesConfig,
+    places: Places,
+    layout: DeviceLayout,
+    exchange: Codes,
+    is_open: Callable[[], bool],
+    f: int,
+    outer: Outer,
+    weights: np.ndarray,
+) -> Outcome | None:
+    """Sends a round's code, waits for the others and computes the outer step.
+
+    Args:
+        is_open: whether to keep waiting.
+        f: the fragment.
+        outer: its state before the round.
+        weights: float32 [owned], those after the round's step.
+
+    Returns:
+        the round; None if is_open became false.
+
+    Raises:
+        NonFiniteDelta: a weight is not finite; nothing was sent.
+        SiteError: another site disagrees, or the exchange has failed.
+    """
+    codec, name = CODECS[cfg.codec], places.names[places.site]
+    try:
+        x = weights if codec.lossless else outer.reference - weights + outer.error
+        code, error = encode_with_feedback(codec, x, cfg.error_decay)
+    except NonFiniteDelta as fault:
+        raise NonFiniteDelta(
+            f"the weights of site {name} must be finite to be sent to the other sites; those of "
+            f"fragment {f} after step {outer.step} are not: {fault} Nothing was sent. Resume from "
+            "an earlier checkpoint, or lower --optim.learning_rate."
+        ) from fault
+    first, size = layout.owned.start, codec.code_bytes(BLOCK)
+    cut = lambda link, unit: slice(*((b - first) * unit for b in _ends(link.ranges[f])))
+    links = dict(enumerate(exchange.links))
+    exchange.send(
+        f,
+        outer.round,
+        {i: code[cut(link, size)].tobytes() for i, link in links.items()},
+        outer.tokens,
+        {i: zlib.crc32(outer.reference[cut(link, BLOCK)].data) for i, link in links.items()},
+    )
+    while not (arrived := exchange.wait(f, outer.round, POLL_S)):
+        if not is_open():
+            return None
+    codes, tokens = {places.site: code}, {**arrived.tokens, places.site: outer.tokens}
+    for site, parts in arrived.codes.items():
+        codes[site] = np.empty_like(code)
+        for i, part in parts.items():
+            codes[site][cut(links[i], size)] = np.frombuffer(part, np.uint8)
+    order = sorted(arrived.participants)
+    args = outer.reference, outer.momentum, cfg.rate, cfg.momentum
+    reference, momentum = outer_step(
+        codec, [codes[k] for k in order], [tokens[k] for k in order], *args
+    )
+    for vector in filter(len, (reference, momentum, error)):
+        layout.clear_padding(vector)
+    checksums = {places.names[k]: zlib.crc32(codes[k].data) for k in order}
+    shares = {places.names[k]: tokens[k] for k in order}
+    return Outcome(reference, momentum, error, checksums, shares, arrived)
+
+
+def _ends(blocks: range) -> tuple[int, int]:
+    return blocks.start, blocks.stop
+
+
+def summarize_round(
+    cfg: SitesConfig, layout: DeviceLayout, f: int, outer: Outer, outcome: Outcome
+) -> dict[str, Any]:
+    """Returns what the ledger records of a round, over all processes of this site.
+
+    The checksums are CRC-32 of the whole fragment: equal at all sites, whatever their processes.
+    All processes must call it.
+    """
+    arrived, size = outcome.arrived, CODECS[cfg.codec].code_bytes(BLOCK)
+    own = {
+        "codes": outcome.checksums,
+        "reference": zlib.crc32(outcome.reference.data),
+        "payload": arrived.payload_bytes,
+        "wire": arrived.wire_bytes,
+        "seconds": arrived.seconds,
+    }
+    parts = [json.loads(text) for text in gather_texts(json.dumps(own))]
+    blocks = [len(part) for part in layout.blocks]
+
+    def combine(crcs: list[int], block_bytes: int) -> str:
+        sizes = [count * block_bytes for count in blocks]
+        return f"{combine_crc32(zip(crcs, sizes, strict=True)):08x}"
+
+    def total(name: str, i: int) -> int:
+        return sum(part[name][i] for part in parts)
+
+    return {
+        "fragment": f,
+        "round": outer.round,
+        "started_step": outer.step,
+        "tokens": outcome.tokens,
+        "code_crc32": {
+            name: combine([part["codes"][name] for part in parts], size) for name in outcome.tokens
+        },
+        "reference_crc32": combine([part["reference"] for part in parts], 4 * BLOCK),
+        "payload_sent_bytes": total("payload", 0),
+        "payload_received_bytes": total("payload", 1),
+        "wire_sent_bytes": total("wire", 0),
+        "wire_received_bytes": total("wire", 1),
+        "seconds": max(part["seconds"] for part in parts),
+    }
