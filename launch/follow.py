@@ -58,7 +58,7 @@ class Follower(threading.Thread):
         self.supervised = False
         self._may_revive, self._closing = may_revive, threading.Event()
         self._process: HostProcess | None = None
-        self._copy = None if read_only else LogCopy(job.log(host))
+        self._copy = None if read_only else LogCopy(job.log(host), job.policy.log_mib << 20)
         self._offset = self._copy.end() if self._copy else 0  # of the next byte, in the host's log
         self._tail = self._copy.tail() if self._copy else b""
 

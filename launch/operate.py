@@ -168,7 +168,7 @@ def status(job: Job, as_json: bool) -> int:
 def _describe(answer: dict[str, Any]) -> str:
     """Returns a host's status as text; raises any error of a lookup if a host sent nonsense."""
     ranks = answer.get("report", {}).get("ranks", [])
-    steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
+    steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
     state = answer.get("error") or why or steps or "idle"
     alive = "supervised" if answer.get("alive") else "no supervisor"
@@ -177,6 +177,15 @@ def _describe(answer: dict[str, Any]) -> str:
     if answer.get("alive") and answer.get("age_s", 0.0) > OLD_S:
         state += f" ({answer['age_s']:.0f} s ago)"
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
+
+
+def _describe_rank(rank: dict[str, Any]) -> str:
+    """Returns `rank 1 step 40 train`, with how slow the rank is against the others if known."""
+    text = f"rank {rank['rank']} step {rank['step']} {rank['phase']}"
+    ratios = [f"{kind} {float(ratio):.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
+    slow = [f"STRAGGLER in {kind}" for kind in rank.get("slow", [])]
+    notes = "; ".join([*slow, *([" ".join(ratios)] if ratios else [])])
+    return f"{text} ({notes})" if notes else text
 
 
 def list_jobs() -> int:

@@ -1,5 +1,6 @@
 """Checks every host, and the network between them, for what could make a job fail."""
 
+import collections
 import re
 import secrets
 import statistics
@@ -157,7 +158,10 @@ def _interface_problem(host: Host, facts: Facts) -> str:
 
 
 def differences(facts_of: Mapping[Host, Facts]) -> list[Finding]:
-    """Returns a finding for each version (Python, package, driver) that differs between hosts."""
+    """Returns a finding for each version (Python, package, driver) that differs between hosts.
+
+    It names the hosts that differ from most.
+    """
     versions_of = {}
     for host, facts in facts_of.items():
         versions = dict(facts["versions"])
@@ -168,9 +172,11 @@ def differences(facts_of: Mapping[Host, Facts]) -> list[Finding]:
     findings = []
     for name in sorted({name for versions in versions_of.values() for name in versions}):
         by_host = {host: versions.get(name, "absent") for host, versions in versions_of.items()}
-        if len(set(by_host.values())) > 1:
+        [(usual, _), *others] = collections.Counter(by_host.values()).most_common()
+        if others:
             text = ", ".join(f"{host} {version}" for host, version in by_host.items())
-            findings.append(Finding("all", name, text, "install the same everywhere"))
+            odd = " ".join(host for host, version in by_host.items() if version != usual)
+            findings.append(Finding(odd, name, text, "install the same on every host"))
     return findings
 
 

@@ -59,6 +59,7 @@ POLICY_HELP = {
     "lost_s": "seconds of silence until a host counts as lost",
     "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
+    "log_mib": "MiB of log, the newest, that each host keeps, and this machine of each host",
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
 RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"

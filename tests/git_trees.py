@@ -10,7 +10,7 @@ import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 def make_step(step, step_s):
     time.sleep(step_s)
-    beat = {"beats": step, "step": step, "phase": "train", "time": time.time(), "step_s": step_s}
+    beat = {"beats": step, "step": step, "phase": "train", "step_s": step_s}
     with open(os.environ["JAXTRAIN_BEAT"] + ".new", "w") as file:
         json.dump(beat, file)
     os.replace(os.environ["JAXTRAIN_BEAT"] + ".new", os.environ["JAXTRAIN_BEAT"])

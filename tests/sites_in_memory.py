@@ -94,7 +94,7 @@ class MemoryExchange:
     def flush(self):
         pass
 
-    def forget(self, fragment, round_):
+    def durable(self, oldest):
         pass
 
 

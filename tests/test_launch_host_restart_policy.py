@@ -29,7 +29,7 @@ class Scenario:
         self.attempt, self.extra = 0, {i: {} for i in range(3)}
 
     def rank(self, host, **values):
-        base = {"rank": host, "pid": 1, "stopped_s": 0.0, "code": None, "ended_at": None}
+        base = {"rank": host, "pid": 1, "stopped_s": 0.0, "code": None}
         beat = {"beats": 2 * self.step, "step": self.step, "phase": "train", "step_s": 0.1}
         return base | beat | {"age_s": 0.1, "lines": []} | values
 
@@ -41,7 +41,7 @@ class Scenario:
             for host in set(range(3)) - self.silent:
                 ranks = [self.rank(host, **self.ranks[host])] if running else []
                 report = {"host": host, "attempt": self.attempt, "ranks": ranks}
-                report |= {"clean": not running, "lease_age_s": 0.0, "stop": None, "time": 0}
+                report |= {"clean": not running, "lease_age_s": 0.0, "stop": None}
                 self.controller.take_report(report | self.extra[host], self.now)
             self.target = self.controller.next_target(self.now)
             if self.target["do"] == "run":

@@ -45,8 +45,8 @@ def add_outer_state(
     """
     rounds.exchange.flush()
     rounds.applied[step] = [x.round - (x.pending is not None) for x in rounds.outer]
-    for f, round_ in enumerate(rounds.applied.get(min(stored_steps, default=-1), [])):
-        rounds.exchange.forget(f, round_)
+    if applied := rounds.applied.get(min(stored_steps, default=-1)):
+        rounds.exchange.durable({f: round_ + 1 for f, round_ in enumerate(applied)})
     shardings = named_leaves(rounds.places.shardings.params)
     stored = {name: {} for name in _stored_vectors(rounds)}
     for layout, outer in zip(rounds.layouts, rounds.outer, strict=True):

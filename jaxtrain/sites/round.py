@@ -20,6 +20,7 @@ from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, NonFiniteDelta
 from jaxtrain.sites.fragments import DeviceLayout, Fragment
+from jaxtrain.sites.ledger import Round
 from jaxtrain.sites.outer import encode_with_feedback, outer_step
 
 POLL_S = 1.0  # between two looks at signals while waiting
@@ -36,7 +37,7 @@ class Codes(Protocol):
     def post(self, kind, fragment, round_, contents) -> None: ...
     def take(self, kind, fragment, round_, site) -> dict[int, bytes] | None: ...
     def flush(self) -> None: ...
-    def forget(self, fragment, round_) -> None: ...
+    def durable(self, oldest: dict[int, int]) -> None: ...
 
 
 class Outcome(NamedTuple):
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
     reference: np.ndarray
     momentum: np.ndarray
     error: np.ndarray
-    checksums: dict[str, int]  # CRC-32 of each site's code of the blocks that this process owns
+    codes: dict[str, np.ndarray]  # of each site that took part, of the blocks of this process
     tokens: dict[str, int]  # of each site that took part
     arrived: Any  # Arrived of the exchange
 
@@ -160,9 +161,8 @@ def run_round(
     )
     for vector in filter(len, (reference, momentum, error)):
         layout.clear_padding(vector)
-    checksums = {places.names[k]: zlib.crc32(codes[k].data) for k in order}
-    shares = {places.names[k]: tokens[k] for k in order}
-    return Outcome(reference, momentum, error, checksums, shares, arrived)
+    by_name = lambda values: {places.names[k]: values[k] for k in order}
+    return Outcome(reference, momentum, error, by_name(codes), by_name(tokens), arrived)
 
 
 def _ends(blocks: range) -> tuple[int, int]:
@@ -170,43 +170,42 @@ def _ends(blocks: range) -> tuple[int, int]:
 
 
 def summarize_round(
-    cfg: SitesConfig, layout: DeviceLayout, f: int, outer: Outer, outcome: Outcome
-) -> dict[str, Any]:
-    """Returns what the ledger records of a round, over all processes of this site.
+    places: Places,
+    layout: DeviceLayout,
+    f: int,
+    outer: Outer,
+    outcome: Outcome,
+    step: int,
+    waited_s: float,
+) -> Round:
+    """Returns the ledger's line on a round that is applied after `step`.
 
-    The checksums are CRC-32 of the whole fragment: equal at all sites, whatever their processes.
-    All processes must call it.
+    The checksums are those of the whole fragment, equal at all sites whatever their numbers of
+    processes. All processes must call it.
     """
-    arrived, size = outcome.arrived, CODECS[cfg.codec].code_bytes(BLOCK)
+    arrived = outcome.arrived
     own = {
-        "codes": outcome.checksums,
-        "reference": zlib.crc32(outcome.reference.data),
+        "codes": {name: (zlib.crc32(code.data), code.size) for name, code in outcome.codes.items()},
+        "reference": (zlib.crc32(outcome.reference.data), outcome.reference.nbytes),
         "payload": arrived.payload_bytes,
         "wire": arrived.wire_bytes,
         "seconds": arrived.seconds,
     }
     parts = [json.loads(text) for text in gather_texts(json.dumps(own))]
-    blocks = [len(part) for part in layout.blocks]
-
-    def combine(crcs: list[int], block_bytes: int) -> str:
-        sizes = [count * block_bytes for count in blocks]
-        return f"{combine_crc32(zip(crcs, sizes, strict=True)):08x}"
-
-    def total(name: str, i: int) -> int:
-        return sum(part[name][i] for part in parts)
-
-    return {
-        "fragment": f,
-        "round": outer.round,
-        "started_step": outer.step,
-        "tokens": outcome.tokens,
-        "code_crc32": {
-            name: combine([part["codes"][name] for part in parts], size) for name in outcome.tokens
+    sums = lambda name: (sum(part[name][0] for part in parts), sum(part[name][1] for part in parts))
+    return Round(
+        fragment=f,
+        round=outer.round,
+        started_step=outer.step,
+        applied_step=step,
+        tokens=outcome.tokens,
+        participants=tuple(places.names[k] for k in arrived.participants),
+        code_checksums={
+            name: combine_crc32(part["codes"][name] for part in parts) for name in outcome.codes
         },
-        "reference_crc32": combine([part["reference"] for part in parts], 4 * BLOCK),
-        "payload_sent_bytes": total("payload", 0),
-        "payload_received_bytes": total("payload", 1),
-        "wire_sent_bytes": total("wire", 0),
-        "wire_received_bytes": total("wire", 1),
-        "seconds": max(part["seconds"] for part in parts),
-    }
+        reference_checksum=combine_crc32(part["reference"] for part in parts),
+        payload_bytes=sums("payload"),
+        wire_bytes=sums("wire"),
+        seconds=max(part["seconds"] for part in parts),
+        waited_s=waited_s,
+    )

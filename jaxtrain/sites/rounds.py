@@ -31,7 +31,7 @@ from jaxtrain.optim.acceleration import settle
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import CODECS
 from jaxtrain.sites.fragments import DeviceLayout, build_apply, build_snapshot, starts_after
-from jaxtrain.sites.ledger import Ledger, applied_steps
+from jaxtrain.sites.ledger import Ledger, Round
 from jaxtrain.sites.round import POLL_S, Codes, Outer, Pending, Places, run_round, summarize_round
 
 REMIND_S = 30.0  # between two lines about a site that is waited for
@@ -73,6 +73,8 @@ class Rounds:
     def __exit__(self, *exc) -> None:
         self._closing = True
         self._threads.shutdown(cancel_futures=True)
+        if self._ledger:
+            self._ledger.close()
 
     def begin(self, state: Any) -> None:
         """Takes the weights of step 0 as the reference."""
@@ -90,15 +92,18 @@ class Rounds:
         """
         self._note = note
 
-        def read() -> list[dict[str, Any]]:
+        def open_files() -> dict[str, int]:
             self._ledger = Ledger(workdir, resume_step)
-            return self._ledger.replay
+            lines = self._ledger.replay.values()
+            return {f"{line.fragment} {line.round}": line.applied_step for line in lines}
 
-        self._replay = applied_steps(broadcast_from_process_0(read))
+        steps = broadcast_from_process_0(open_files)  # JSON has no tuples as keys
+        self._replay = {tuple(map(int, key.split())): step for key, step in steps.items()}
 
-    def _record(self, line: dict[str, Any]) -> None:
-        if self._ledger:  # on process 0
-            self._ledger.append(line)
+    def _record(self, line: Round) -> None:
+        """Writes a line on process 0; prints how it differs from the one that it replays."""
+        if self._ledger and (difference := self._ledger.write(line)):
+            self._note(difference)
 
     def describe(self) -> Iterator[str]:
         """Yields sentences on the sites, what they exchange and when."""
@@ -112,8 +117,8 @@ class Rounds:
             f"every {cfg.period} steps {sum(elements):,} parameters{parts}, {cfg.codec}: "
             f"{size:,} bytes to each other site, {use}"
         )
-        if replayed := sum(step > 0 for step in self._replay.values()):
-            yield f"{replayed} recorded rounds are replayed at their recorded steps"
+        if self._replay:
+            yield f"{len(self._replay)} recorded rounds are replayed at their recorded steps"
 
     def after_step(
         self, state: Any, step: int, stop: Callable[[], Any], pause: Callable[[], Any]
@@ -175,7 +180,7 @@ class Rounds:
             outer.pending.outcome.result()  # raises the error of its thread
         late = step - outer.step - cfg.delay
         recorded = self._replay.get((f, outer.round), 0)
-        if step < abs(recorded) or step == -recorded:  # it was applied later, or postponed
+        if step < recorded:  # before a restart, it was applied later
             return state
         is_look = late >= 0 and late % cfg.period == 0
         if not is_look and step != recorded:
@@ -184,7 +189,6 @@ class Rounds:
         if self._is_complete(f, waits, stop, pause):
             return self._apply(state, f, step, "replace" if step == outer.step else "move")
         if not waits:
-            self._record({"step": step, "fragment": f, "round": outer.round, "postponed": True})
             self._note(
                 f"round {outer.round} of fragment {f} is late: {self._describe_missing(f)}; "
                 "training goes on"
@@ -223,16 +227,12 @@ class Rounds:
         assert outer.pending is not None
         pending, outer.pending = outer.pending, None
         outcome = pending.outcome.result()
-        line = summarize_round(self.cfg, layout, f, outer, outcome)
-        line |= {"waited_s": self._waited_s, "step": step}
+        line = summarize_round(self.places, layout, f, outer, outcome, step, self._waited_s)
         self._record(line)  # before the state changes: a checkpoint never knows more than it
-        payload, wire = (
-            line[f"{kind}_sent_bytes"] + line[f"{kind}_received_bytes"]
-            for kind in ("payload", "wire")
-        )
-        metrics = {"sites/round": outer.round, "sites/round_s": line["seconds"]}
+        metrics = {"sites/round": outer.round, "sites/round_s": line.seconds}
         metrics |= {"sites/waited_s": self._waited_s, "sites/age_steps": step - outer.step}
-        metrics |= {"sites/payload_bytes": payload, "sites/wire_bytes": wire}
+        metrics |= {"sites/payload_bytes": sum(line.payload_bytes)}
+        metrics |= {"sites/wire_bytes": sum(line.wire_bytes)}
         self._metrics.append(metrics)
         self._waited_s = 0.0
         outer.reference, outer.momentum, outer.error = outcome[:3]

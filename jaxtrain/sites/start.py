@@ -1,7 +1,6 @@
 """Opens the exchange with the other sites of a job, from the sites file and the config."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-import jaxtrain
-import pallas_kernels
 from jaxtrain.config.train_config import TrainConfig, shared_fields
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites.exchange import Exchange
@@ -64,17 +61,6 @@ def read_membership(cfg: TrainConfig, sites_file: str, site: str) -> Membership 
     return member
 
 
-def hash_code() -> str:
-    """Returns 12 hex digits of all source files of this program."""
-    digest = hashlib.sha256()
-    for package in (jaxtrain, pallas_kernels):
-        root = Path(package.__path__[0])
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{path.relative_to(root.parent).as_posix()}\0".encode())
-            digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
 @contextlib.contextmanager
 def open_rounds(
     cfg: TrainConfig,
@@ -82,14 +68,14 @@ def open_rounds(
     shapes: Any,
     shardings: Any,
     mesh: jax.sharding.Mesh,
-    fingerprint: str,
+    identity: dict[str, str],
 ) -> Iterator[Rounds]:
     """Connects to the other sites for as long as the context lasts.
 
     Args:
         shapes: of the parameters.
         shardings: of the whole training state.
-        fingerprint: of the training data.
+        identity: what else must be equal at all sites: hashes of the data and of the code.
 
     Raises:
         ValueError: the port is in use, or the stored codes belong to another job.
@@ -99,8 +85,7 @@ def open_rounds(
     step_tokens = cfg.data.batch * cfg.data.seq_len
     names = member.file.names
     places = Places(fragments, mesh, shardings, names, member.site, cfg.steps, step_tokens)
-    identity = shared_fields(cfg)
-    identity |= {"the data": fingerprint, "the code": hash_code(), "the format": str(FORMAT)}
+    identity = shared_fields(cfg) | identity | {"the format": str(FORMAT)}
     blocks = [fragment.blocks for fragment in fragments]
     folder = Path(cfg.workdir) / "sites"
     with (

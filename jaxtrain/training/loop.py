@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -26,13 +25,16 @@ from jaxtrain.training.evaluation import (
     build_byte_counter,
     build_eval_step,
     evaluate,
+    token_limit,
     warn_of_noise,
 )
+from jaxtrain.training.finite import is_sound, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.run import Run
-from jaxtrain.training.step import Step, TrainState, all_finite
+from jaxtrain.training.step import Step, TrainState
 
 IN_STEP = "saving after this step, then stopping"
+UNSOUND = "its loss, gradient or update is not finite"
 IN_EVALUATION = "leaving the evaluation, saving, then stopping"
 
 
@@ -111,6 +113,8 @@ class Loop:
                 self._measure_phases(step, batch)
             if self.rounds:
                 self._exchange(step)
+            if self.collector.is_probe_due(step):
+                self._probe_ranks(step)
             stopped_by = stop.agreed_signal()
             if stopped_by or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
@@ -187,10 +191,11 @@ class Loop:
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
+            remedy = "Lower --optim.learning_rate or raise --max_bad_steps."
             raise Diverged(
                 f"fewer than {self.cfg.max_bad_steps} steps in a row may be skipped; got "
-                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower "
-                "--optim.learning_rate or raise --max_bad_steps."
+                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. "
+                f"{name_spoiled_processes(self.state) or remedy}"
             )
 
     def _show_time_left(self, step: int) -> None:
@@ -214,11 +219,7 @@ class Loop:
         self.stop.defer_signals(IN_EVALUATION)
         with self._pause("eval"):
             batches = build_eval_batches(self.cfg.data, self.held_out, self.run.mesh)
-            # At most as many tokens as the run trains on: one step of a large model should not be
-            # followed by hours of evaluation.
-            cfg = self.cfg
-            max_tokens = min(cfg.eval_tokens, cfg.steps * cfg.data.batch * cfg.data.seq_len)
-            given = self.eval_step, self.state, batches, self._count_bytes, max_tokens
+            given = self.eval_step, self.state, batches, self._count_bytes, token_limit(self.cfg)
             metrics = evaluate(*given, self.stop.agreed_signal)
         self.stop.defer_signals(IN_STEP)
         if metrics is None:
@@ -242,8 +243,9 @@ class Loop:
         if step == self.saved_step:
             return
         beat("save")
-        reason = "" if self._is_sound(step) else "its loss, gradient or update is not finite"
-        if self.rounds and step == self.cfg.steps != self.rounds.finished_step:
+        is_last = step == self.cfg.steps
+        reason = "" if is_sound(self._scalars, self.state, is_last) else UNSOUND
+        if self.rounds and is_last and self.rounds.finished_step != step:
             reason = "its exchange with the other sites is not finished"
         if reason:
             self.logger.note(f"step {step} is not saved: {reason}; {self._newest_checkpoint()}")
@@ -261,17 +263,6 @@ class Loop:
         known = f"the newest checkpoint is step {self.saved_step}"
         return known if self.saved_step else "no checkpoint is saved"
 
-    def _is_sound(self, step: int) -> bool:
-        """Returns whether this step's scalars are finite; after the last step, the state suffices.
-
-        A skipped step changes nothing, but the update before it may be why it was skipped. Saving
-        that state would push an older, good checkpoint out of keep_last.
-        """
-        scalars = jax.device_get(self._scalars)
-        if not scalars["train/bad_steps"] and all(map(math.isfinite, scalars.values())):
-            return True
-        return step == self.cfg.steps and bool(jax.device_get(all_finite(self.state)))
-
     def _diagnose(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Logs what the optimizer is about to do. The time counts as a pause, not as a step."""
         assert self.diagnosis is not None
@@ -288,6 +279,15 @@ class Loop:
             figures = measure_phases(self.run, self.state, batch, self.rates, step_s)
         self.logger.write(step, figures)
         self.logger.print_header(show_phases(figures))
+
+    def _probe_ranks(self, step: int) -> None:
+        """Compares the processes; prints which have become stragglers, or are none any more."""
+        self._collect_step()
+        beat("compile")  # the first probe compiles its program
+        sentences, ratios = self.collector.probe_ranks(step)
+        for sentence in sentences:
+            self.logger.note(sentence)
+        self.logger.write_ranks(ratios)
 
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""

@@ -94,13 +94,6 @@ def _describe_changes(abstract, args) -> list[str]:
     ]
 
 
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Returns whether all floating-point numbers of a pytree are finite: bool []."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()
-
-
 def state_sharding_tree(model: Model, optimizer, mesh: Mesh) -> TrainState:
     """Returns the sharding of each leaf of a TrainState.
 

@@ -1,0 +1,57 @@
+"""Decides whether a series of samples has stopped growing, for tests/launch_soak.py.
+
+The first half of a series is its warm-up. Over the second half, the slope is the median of the
+slopes between all pairs of samples, which a few outliers do not move; the growth is this slope
+times the duration of the half. Source: Theil 1950 and Sen 1968, the Theil-Sen estimator.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+LEAST_SAMPLES = 20  # of a series that can be judged
+MEMORY_SHARE = 0.01  # memory may grow by less than this share of its median
+COUNT = 1.0  # a number of descriptors, threads or files may grow by less than this
+MEMORY, COUNTS = ("rss_bytes", "pss_bytes"), ("descriptors", "threads", "files")
+
+
+def growth(times_s: Sequence[float], values: Sequence[float]) -> float:
+    """Returns by how much a series grows over its second half.
+
+    Raises:
+        ValueError: there are fewer than LEAST_SAMPLES.
+    """
+    if len(values) < LEAST_SAMPLES:
+        raise ValueError(f"a trend needs {LEAST_SAMPLES} samples; got {len(values)}. Soak longer.")
+    half = len(values) // 2
+    t_N, x_N = np.asarray(times_s[half:], float), np.asarray(values[half:], float)
+    earlier, later = np.triu_indices(len(t_N), 1)
+    slopes = (x_N[later] - x_N[earlier]) / (t_N[later] - t_N[earlier])
+    return float(np.median(slopes) * (t_N[-1] - t_N[0]))
+
+
+def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns, for each figure of a series of samples, its median, largest value and growth.
+
+    Median and growth are those of the second half.
+
+    Args:
+        samples: dicts of the same keys; "time_s" is the time.
+    """
+    times_s, half = [sample["time_s"] for sample in samples], len(samples) // 2
+    figures = {}
+    for name in samples[0].keys() - {"time_s"}:
+        values = [sample[name] for sample in samples]
+        figures[name] = {
+            "median": float(np.median(values[half:])),
+            "largest": max(values),
+            "growth": growth(times_s, values),
+        }
+    return figures
+
+
+def leaks(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Returns the names of the figures that still grow, as `summarize` describes them."""
+    limits = {name: COUNT for name in COUNTS if name in figures}
+    limits |= {name: MEMORY_SHARE * figures[name]["median"] for name in MEMORY if name in figures}
+    return [name for name, limit in limits.items() if figures[name]["growth"] >= limit]

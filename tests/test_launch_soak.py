@@ -1,0 +1,48 @@
+"""Checks that tests/launch_soak.py finds leaks, and only leaks."""
+
+import numpy as np
+import pytest
+import soak_trends
+
+MIB, SAMPLES = 1 << 20, 400
+
+
+def sample_series(**values_of):
+    """Returns samples every 3 s of figures; `values_of` gives each as a function of the sample."""
+    return [
+        {"time_s": 3.0 * i} | {name: values(i) for name, values in values_of.items()}
+        for i in range(SAMPLES)
+    ]
+
+
+def leaks(**values_of):
+    return soak_trends.leaks(soak_trends.summarize(sample_series(**values_of)))
+
+
+def test_what_only_warms_up_or_varies_is_no_leak():
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 2 * MIB, SAMPLES)
+    warm = lambda i: 400 * MIB + 90 * MIB * (1 - np.exp(-i / 30)) + noise[i]
+    sawtooth = lambda i: (400 + i % 17) * MIB  # garbage that is collected now and then
+    saving = lambda i: 40 + 12 * (i % 25 == 0)  # while a checkpoint is written
+    assert leaks(rss_bytes=warm, pss_bytes=sawtooth, descriptors=saving, files=saving) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "values"),
+    [
+        ("rss_bytes", lambda i: 400 * MIB + i * 25_000),  # 5 MB over the second half: 1.2 %
+        ("rss_bytes", lambda i: 12 * MIB + i * 700 + (i % 7) * 4096),  # a small process
+        ("pss_bytes", lambda i: 400 * MIB + (i // 50) * MIB * 2),  # in steps, at each save
+        ("descriptors", lambda i: 40 + i // 80 + 12 * (i % 25 == 0)),  # one at every evaluation
+        ("threads", lambda i: 20 + i // 60),
+        ("files", lambda i: 9 + i // 100),
+    ],
+)
+def test_a_leak_is_found_though_it_is_slow_and_the_series_varies(figure, values):
+    assert leaks(**{figure: values}) == [figure]
+
+
+def test_a_series_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="needs 20 samples; got 19"):
+        soak_trends.summarize(sample_series(files=lambda i: 1)[:19])
