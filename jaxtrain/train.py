@@ -56,7 +56,7 @@ from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
-from jaxtrain.sites.start import Membership, open_rounds, read_membership
+from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
@@ -103,6 +103,8 @@ def train(
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
+    if member is None:
+        check_sites_flags(cfg.sites.period, "", "")
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -119,7 +121,7 @@ def train(
         stop.set_activity("reading the data")
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
-        site = (member.site, member.sites) if member else (0, 1)
+        site = (member.site, len(member.file.sites)) if member else (0, 1)
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed, site))
 
         # State: the newest checkpoint, or step 0.
@@ -154,7 +156,8 @@ def train(
             rounds.open_ledger(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
-        logger.write_config(build_config_json(run, corpus, hosts))
+        about = {"site": member.describe() if member else None}
+        logger.write_config(build_config_json(run, corpus, hosts, **about))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
         # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
@@ -173,7 +176,7 @@ def train(
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
         collector.watch_ranks(cfg.measure, hosts, first)
-        logger.write_config(build_config_json(run, corpus, hosts, work, collector))
+        logger.write_config(build_config_json(run, corpus, hosts, work, collector, **about))
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.

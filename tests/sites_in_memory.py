@@ -17,12 +17,14 @@ from jaxtrain.data.loader import build_batches
 from jaxtrain.interop.initial_state import initial_state
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.optim.acceleration import eval_params
-from jaxtrain.sites.fragments import split_leaves
+from jaxtrain.sites.fragments import build_programs, split_leaves
 from jaxtrain.sites.layout import Link
 from jaxtrain.sites.outer_state import add_outer_state, restore_outer_state
 from jaxtrain.sites.rounds import Places, Rounds
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.step import TrainState, state_sharding_tree
+
+RUNS = {}
 
 
 class Hub:
@@ -67,9 +69,10 @@ class MemoryExchange:
             complete = lambda: self.hub.failed or not self.missing(fragment, round_)
             if not self.hub.changed.wait_for(complete, timeout_s):
                 return None
+        assert not self.hub.failed, "another site has failed"
         found = {k: self.hub.get(k, "code", fragment, round_) for k in self.others}
         order = sorted(found, reverse=self.hub.backwards)
-        own = self.hub.get(self.site, "code", fragment, round_)
+        own = self.hub.messages[self.site, "code", fragment, round_]
         assert {found[k][2] for k in order} <= {own[2]}, "the references differ"
         link_of = {link.site: i for i, link in enumerate(self.links)}
         return SimpleNamespace(
@@ -84,13 +87,6 @@ class MemoryExchange:
     def missing(self, fragment, round_):
         return tuple(k for k in self.others if not self.hub.get(k, "code", fragment, round_))
 
-    def post(self, kind, fragment, round_, contents):
-        self.hub.put(self.site, kind, fragment, round_, next(iter(contents.values()), b""))
-
-    def take(self, kind, fragment, round_, site):
-        content = self.hub.get(site, kind, fragment, round_)
-        return None if content is None else {self.others.index(site): content}
-
     def flush(self):
         pass
 
@@ -102,27 +98,38 @@ class MemoryExchange:
 def build(text, optimizer=None, **values):
     """Returns (run, compiled step, corpus); an optax transformation replaces the config's."""
     cfg = runs.debug_config(
-        text.parent / "run", text, model__L=1, model__D=16, model__F=32, **values
+        text.parent / "run", text, model__L=1, model__D=16, model__F=32, data__seq_len=16, **values
     )
     run = build_run(cfg, jax.devices()[:1])
     run = run._replace(optimizer=optimizer) if optimizer else run
-    return run, compile_step(run), open_corpus(cfg.data, "train", cfg.model.V, text.parent)
+    state = jax.device_get(initial_state(run)[0])
+    return run, compile_step(run), open_corpus(cfg.data, "train", cfg.model.V, text.parent), state
+
+
+@functools.cache
+def programs_of(run_id, fragments):
+    """Returns the compiled functions of a run's fragments, which its sites share."""
+    run = RUNS[run_id]
+    shapes = {path: x.shape for path, x in named_leaves(run.model.shapes).items()}
+    shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
+    split = split_leaves(shapes, fragments)
+    return [build_programs(fragment, run.mesh, shardings) for fragment in split], shardings
 
 
 class Site:
     """One site: its state, its batches and its rounds."""
 
     def __init__(self, built, hub, site, steps, saved=None, workdir=None, **sites):
-        self.run, self.step, corpus = built
+        self.run, self.step, corpus, start = built
         cfg, run = self.run.cfg, self.run
-        shapes = {path: x.shape for path, x in named_leaves(run.model.shapes).items()}
         section = SitesConfig(**{"rate": 1.0, "momentum": 0.0} | sites)
-        fragments = split_leaves(shapes, section.fragments)
-        shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
+        RUNS[id(run)] = run
+        programs, shardings = programs_of(id(run), section.fragments)
         names = [f"site{k}" for k in range(hub.sites)]
         tokens = cfg.data.batch * cfg.data.seq_len
-        places = Places(fragments, run.mesh, shardings, names, site, steps, tokens)
-        exchange = MemoryExchange(hub, site, [fragment.blocks for fragment in fragments])
+        places = Places(programs, shardings, names, site, steps, tokens)
+        blocks = [program.layout.fragment.blocks for program in programs]
+        exchange = MemoryExchange(hub, site, blocks)
         self.rounds, self.hub, self.steps = Rounds(section, places, exchange), hub, steps
         self.batches = build_batches(cfg.data, corpus, run.mesh, cfg.seed, (site, hub.sites))
         self.first, self.saves, self.metrics = 0, {}, []
@@ -133,7 +140,7 @@ class Site:
                 self.state = restore_outer_state(self.rounds, tree, meta, TrainState)
                 self.batches.restore(self.batches.state() | {"step": self.first})
             else:
-                self.state, _ = initial_state(run)
+                self.state = jax.device_put(start, shardings)
                 self.rounds.begin(self.state)
         if workdir:
             self.rounds.open_ledger(workdir, self.first, lambda line: None)
@@ -165,6 +172,13 @@ class Site:
         return zlib.crc32(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(self.state)))
 
 
+def arrive_in_time(site, step):
+    """Waits for each round before it is due: steps take no time here."""
+    for outer in site.rounds.outer:
+        if outer.pending and step == outer.step + site.rounds.cfg.delay:
+            outer.pending.outcome.exception(60)
+
+
 def train_together(sites, **given):
     """Trains several Sites in threads; raises the first error of one of them."""
     errors = []
@@ -188,7 +202,7 @@ def train_together(sites, **given):
 
 def replace_batch(built, batch):
     """Returns what build() returned, with another batch size."""
-    run, _, corpus = built
+    run, _, corpus, state = built
     data = dataclasses.replace(run.cfg.data, batch=batch)
     run = run._replace(cfg=dataclasses.replace(run.cfg, data=data))
-    return run, compile_step(run), corpus
+    return run, compile_step(run), corpus, state

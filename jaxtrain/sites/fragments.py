@@ -64,9 +64,13 @@ def split_leaves(shapes: Mapping[str, Sequence[int]], fragments: int) -> list[Fr
     ]
 
 
-def starts_after(step: int, period: int, fragment: int, fragments: int) -> bool:
-    """Returns whether a round of a fragment starts after a step: evenly shifted over a period."""
-    return step > 0 and step % period == fragment * period // fragments
+def rounds_until(step: int, period: int, fragment: int, fragments: int) -> int:
+    """Returns how many rounds of a fragment are to start after the steps 1 to `step`.
+
+    One starts in each period; those of different fragments are evenly shifted over it.
+    """
+    shift = fragment * period // fragments
+    return (step - shift) // period + (shift > 0)
 
 
 class DeviceLayout:
@@ -140,13 +144,39 @@ class DeviceLayout:
         return jax.make_array_from_callback(self.shape, self.sharding, piece)
 
 
-def build_snapshot(layout: DeviceLayout) -> Callable[[Any], jax.Array]:
-    """Returns snapshot(state) -> the vector of the evaluated weights, jitted.
+class Programs(NamedTuple):
+    """The functions of one fragment that run on the devices; each compiles when first called.
 
-    The result is a copy: the next step may donate the state.
+    Attributes:
+        snapshot: state -> vector of the evaluated weights, a copy: the state may be donated.
+        apply: by mode, (state, vector) -> state, which is donated; see build_apply.
+        flatten: {path: leaf} -> vector.
+        unflatten: vector -> {path: leaf}, sharded as the parameters.
     """
-    flatten = lambda state: layout.flatten(eval_params(state.opt_state, state.params))
-    return jax.jit(flatten, out_shardings=layout.sharding)
+
+    layout: DeviceLayout
+    snapshot: Callable[[Any], jax.Array]
+    apply: dict[str, Callable[[Any, jax.Array], Any]]
+    flatten: Callable[[dict[str, jax.Array]], jax.Array]
+    unflatten: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+def build_programs(fragment: Fragment, mesh: Mesh, shardings: Any) -> Programs:
+    """Builds a fragment's functions.
+
+    Args:
+        shardings: of the whole training state.
+    """
+    layout = DeviceLayout(fragment, mesh)
+    own = {path: x for path, x in named_leaves(shardings.params).items() if path in fragment.shapes}
+    weights = lambda state: layout.flatten(eval_params(state.opt_state, state.params))
+    return Programs(
+        layout,
+        jax.jit(weights, out_shardings=layout.sharding),
+        {mode: build_apply(layout, mode, shardings) for mode in ("replace", "move", "settle")},
+        jax.jit(layout.flatten, out_shardings=layout.sharding),
+        jax.jit(layout.unflatten, out_shardings=own),
+    )
 
 
 def build_apply(layout: DeviceLayout, mode: str, shardings: Any) -> Callable:
@@ -166,7 +196,9 @@ def build_apply(layout: DeviceLayout, mode: str, shardings: Any) -> Callable:
         weights = eval_params(state.opt_state, state.params)
         if mode == "replace" and weights is not state.params:
             weights = named_leaves(weights)
-            new = {path: x + (leaves[path] - weights[path]) for path, x in new.items()}
+            # Where a weight stays, x + (leaf - x) could still round to another number than leaf.
+            move = lambda x, leaf, old: jnp.where(x == old, leaf, x + (leaf - old))
+            new = {path: move(x, leaves[path], weights[path]) for path, x in new.items()}
         elif mode == "move":
             new = {path: leaves[path] + x for path, x in new.items()}
         leaves |= {path: x.astype(leaves[path].dtype) for path, x in new.items()}

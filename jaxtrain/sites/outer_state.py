@@ -47,22 +47,20 @@ def add_outer_state(
     rounds.applied[step] = [x.round - (x.pending is not None) for x in rounds.outer]
     if applied := rounds.applied.get(min(stored_steps, default=-1)):
         rounds.exchange.durable({f: round_ + 1 for f, round_ in enumerate(applied)})
-    shardings = named_leaves(rounds.places.shardings.params)
     stored = {name: {} for name in _stored_vectors(rounds)}
-    for layout, outer in zip(rounds.layouts, rounds.outer, strict=True):
-        places = {path: shardings[path] for path in layout.fragment.shapes}
-        unflatten = jax.jit(layout.unflatten, out_shardings=places)
+    for programs, outer in zip(rounds.places.programs, rounds.outer, strict=True):
         vectors = {"reference": outer.reference, "momentum": outer.momentum, "error": outer.error}
         pending = outer.pending
         vectors["weights"] = pending.weights.result() if pending else np.zeros_like(outer.reference)
         for name in stored:
-            stored[name] |= unflatten(layout.to_devices(vectors[name]))
+            stored[name] |= programs.unflatten(programs.layout.to_devices(vectors[name]))
     fragments = [
         {"round": x.round, "step": x.step, "tokens": x.tokens, "pending": x.pending is not None}
         for x in rounds.outer
     ]
     name = rounds.places.names[rounds.places.site]
     meta = {"site": name, "finished_step": rounds.finished_step, "fragments": fragments}
+    meta["finishes"] = rounds.finishes
     return state._asdict() | {NAME: stored}, meta
 
 
@@ -90,9 +88,9 @@ def restore_outer_state(
     rounds.begin(state)
     fragments = meta["fragments"]
     rounds.applied[int(state.step)] = [x["round"] - x["pending"] for x in fragments]
-    rounds.finished_step = meta["finished_step"]
-    for f, (layout, outer) in enumerate(zip(rounds.layouts, rounds.outer, strict=True)):
-        flatten = jax.jit(layout.flatten, out_shardings=layout.sharding)
+    rounds.finished_step, rounds.finishes = meta["finished_step"], meta["finishes"]
+    for f, (programs, outer) in enumerate(zip(rounds.places.programs, rounds.outer, strict=True)):
+        layout, flatten = programs.layout, programs.flatten
         vectors = {name: layout.to_host(flatten(leaves)) for name, leaves in stored.items()}
         weights = vectors.pop("weights", None)
         for name, vector in vectors.items():
@@ -103,7 +101,7 @@ def restore_outer_state(
             setattr(outer, name, number)
         if is_pending:
             if weights is None:  # without a delay, the state is still that of the round's start
-                weights = layout.to_host(rounds.snapshots[f](state))
+                weights = layout.to_host(programs.snapshot(state))
             copied = Future()
             copied.set_result(weights)
             rounds.exchange_weights(f, copied)

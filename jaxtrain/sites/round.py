@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from jaxtrain.config.run_sections import SitesConfig
@@ -19,7 +18,7 @@ from jaxtrain.distributed.broadcast import gather_texts
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.checksum import combine_crc32
 from jaxtrain.sites.codec import CODECS, NonFiniteDelta
-from jaxtrain.sites.fragments import DeviceLayout, Fragment
+from jaxtrain.sites.fragments import DeviceLayout, Programs
 from jaxtrain.sites.ledger import Round
 from jaxtrain.sites.outer import encode_with_feedback, outer_step
 
@@ -34,8 +33,6 @@ class Codes(Protocol):
     def send(self, fragment, round_, codes, tokens, checksum) -> None: ...
     def wait(self, fragment, round_, timeout_s) -> Any: ...
     def missing(self, fragment, round_) -> tuple[int, ...]: ...
-    def post(self, kind, fragment, round_, contents) -> None: ...
-    def take(self, kind, fragment, round_, site) -> dict[int, bytes] | None: ...
     def flush(self) -> None: ...
     def durable(self, oldest: dict[int, int]) -> None: ...
 
@@ -84,16 +81,14 @@ class Places(NamedTuple):
     """What rounds must know of the run: shapes and shardings, and where it stands among the sites.
 
     Attributes:
-        fragments: from split_leaves.
-        mesh: the site's devices.
+        programs: of each fragment.
         shardings: of the whole training state.
         names: of all sites, in their order.
         site: index of this one.
         steps, step_tokens: of the run.
     """
 
-    fragments: list[Fragment]
-    mesh: jax.sharding.Mesh
+    programs: list[Programs]
     shardings: Any
     names: list[str]
     site: int

@@ -1,23 +1,22 @@
 """Starts and applies the rounds of an exchange between sites, beside the training loop.
 
 A round of a fragment starts after a step. Threads exchange it (`round.py`) while the loop goes on.
-After sites.delay further steps the loop applies
-the result:
+After sites.delay further steps the loop applies the result:
 
     delay 0        weights = reference: all sites continue from the same bits
     delay above 0  weights = weights + (reference - weights at the round's start)
 
 If a delayed round is not complete by then, training goes on and looks again after each further
 period, up to sites.grace of them; then it waits. When a round is applied may thus differ between
-sites; what is applied may not. After the last step all sites finish the same number of rounds, and
-end with the same weights.
+sites; what is applied may not. Rounds that could not start in time start as soon as possible, the
+last ones after the last step: all sites run the same rounds, and end with the same weights.
 """
 
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from jaxtrain.distributed.broadcast import broadcast_from_process_0
 from jaxtrain.optim.acceleration import settle
 from jaxtrain.sites import BLOCK
 from jaxtrain.sites.codec import CODECS
-from jaxtrain.sites.fragments import DeviceLayout, build_apply, build_snapshot, starts_after
+from jaxtrain.sites.fragments import rounds_until
 from jaxtrain.sites.ledger import Ledger, Round
 from jaxtrain.sites.round import POLL_S, Codes, Outer, Pending, Places, run_round, summarize_round
 
@@ -54,14 +53,13 @@ class Rounds:
     ):
         self.cfg, self.places, self.exchange = cfg, places, exchange
         self.codec = CODECS[cfg.codec]
-        self.layouts = [DeviceLayout(fragment, places.mesh) for fragment in places.fragments]
-        self.snapshots = [build_snapshot(layout) for layout in self.layouts]
+        self.layouts = [programs.layout for programs in places.programs]
         self.outer: list[Outer] = []
         self.finished_step: int | None = None
+        self.finishes = 0  # how often the run has ended; it may have been extended since
         self.applied: dict[int, list[int]] = {}  # step of a checkpoint: newest round by fragment
         self._ledger: Ledger | None = None
         self._note: Callable[[str], None] = print
-        self._applies: dict[tuple[int, str], Callable] = {}
         self._replay: dict[tuple[int, int], int] = {}
         self._metrics: list[dict[str, float]] = []
         self._waited_s, self._closing = 0.0, False
@@ -77,9 +75,9 @@ class Rounds:
             self._ledger.close()
 
     def begin(self, state: Any) -> None:
-        """Takes the weights of step 0 as the reference."""
-        for layout, snapshot in zip(self.layouts, self.snapshots, strict=True):
-            reference = layout.to_host(snapshot(state))
+        """Takes the current weights as the reference."""
+        for programs in self.places.programs:
+            reference = programs.layout.to_host(programs.snapshot(state))
             momentum = np.zeros_like(reference) if self.cfg.momentum else reference[:0]
             error = reference[:0] if self.codec.lossless else np.zeros_like(reference)
             self.outer.append(Outer(reference, momentum, error))
@@ -109,8 +107,9 @@ class Rounds:
         """Yields sentences on the sites, what they exchange and when."""
         cfg, names = self.cfg, self.places.names
         yield f"{names[self.places.site]}, of {', '.join(names)}"
-        elements = [fragment.elements for fragment in self.places.fragments]
-        size = sum(self.codec.code_bytes(f.blocks * BLOCK) for f in self.places.fragments)
+        fragments = [layout.fragment for layout in self.layouts]
+        elements = [fragment.elements for fragment in fragments]
+        size = sum(self.codec.code_bytes(x.blocks * BLOCK) for x in fragments)
         parts = f" in {len(elements)} fragments" if len(elements) > 1 else ""
         use = f"used {cfg.delay} steps later" if cfg.delay else "waited for"
         yield (
@@ -137,15 +136,92 @@ class Rounds:
             NonFiniteDelta: the weights are not finite. Nothing was sent.
             SiteError: another site disagrees, or the exchange has failed.
         """
-        for f, outer in enumerate(self.outer):
-            state = self._apply_if_due(state, f, step, stop, pause)
-            starts = starts_after(step, self.cfg.period, f, len(self.outer))
-            if starts and outer.step < step < self.places.steps and not outer.pending:
-                self._start(f, state, step)
-                state = self._apply_if_due(state, f, step, stop, pause)
-        if step == self.places.steps != self.finished_step:
-            state = self._finish(state, stop, pause)
+        state, waiting = self._advance(state, step)
+        if waiting:
+            started_s = reminded_s = time.monotonic()
+            with pause():
+                while waiting and not stop():
+                    self._wait_for_news()
+                    state, waiting = self._advance(state, step, is_waiting=True)
+                    if waiting and time.monotonic() - reminded_s >= REMIND_S:
+                        reminded_s = time.monotonic()
+                        self._note(
+                            f"waiting for {reminded_s - started_s:.0f} s after step {step}: "
+                            f"{'; '.join(map(self._describe_missing, waiting))}"
+                        )
+            self._waited_s += time.monotonic() - started_s
+        if step == self.places.steps != self.finished_step and not waiting:
+            settled = jax.jit(
+                settle, donate_argnums=0, out_shardings=self.places.shardings.opt_state
+            )
+            state = state._replace(opt_state=settled(state.opt_state))
+            self.finished_step, self.finishes = step, self.finishes + 1
         return state
+
+    def _advance(self, state: Any, step: int, is_waiting: bool = False) -> tuple[Any, list[int]]:
+        """Applies and starts rounds as far as possible without waiting.
+
+        While a site waits for one fragment, the others must go on: two sites would else wait for
+        each other if each held back what the other needs.
+
+        Returns:
+            the state, and the fragments whose rounds must be complete before the next step.
+        """
+        missing = []
+        for f, outer in enumerate(self.outer):
+            while True:
+                if outer.pending:
+                    is_complete, waits = self._look(f, step, is_waiting)
+                    if not is_complete:
+                        missing += [f] if waits else []
+                        break
+                    state = self._apply(state, f, step)
+                elif outer.round < self._owed(f, step):
+                    self._start(f, state, step)
+                else:
+                    break
+        return state, missing
+
+    def _owed(self, f: int, step: int) -> int:
+        """Returns how many rounds of a fragment belong to the steps up to this one.
+
+        All sites run the same number: a late site catches up, at the latest after the last step.
+        """
+        steps, period, count = self.places.steps, self.cfg.period, len(self.outer)
+        rounds = rounds_until(min(step, steps - 1), period, f, count)
+        # Runs that ended before they were extended had a last round outside of the schedule.
+        extra = self.finishes if f * period // count else 0
+        is_last = step == steps != self.finished_step
+        return rounds + extra + is_last
+
+    def _look(self, f: int, step: int, is_waiting: bool) -> tuple[bool, bool]:
+        """Returns whether to apply a pending round now, and else whether to wait for it."""
+        outer, cfg = self.outer[f], self.cfg
+        assert outer.pending is not None
+        outcome = outer.pending.outcome
+        if outcome.done():
+            outcome.result()  # raises the error of its thread
+        late, recorded = step - outer.step - cfg.delay, self._replay.get((f, outer.round), 0)
+        must_apply = step in (recorded, self.places.steps)
+        is_look = late >= 0 and late % cfg.period == 0
+        holds_back = is_waiting and outer.round < self._owed(f, step)
+        if step < recorded or not (must_apply or is_look or holds_back):
+            return False, False
+        if agree(outcome.done()):
+            return True, False
+        waits = must_apply or is_look and (not cfg.delay or late >= cfg.grace * cfg.period)
+        if not waits and not is_waiting:
+            self._note(f"{self._describe_missing(f)}; training goes on")
+        return False, waits
+
+    def _wait_for_news(self) -> None:
+        """Waits until a round is complete, at most POLL_S."""
+        outcomes = [outer.pending.outcome for outer in self.outer if outer.pending]
+        running = [outcome for outcome in outcomes if not outcome.done()]
+        if running:
+            wait(running, POLL_S, FIRST_COMPLETED)
+        else:  # other processes of this site are not as far
+            time.sleep(POLL_S / 20)
 
     def take_metrics(self) -> list[dict[str, float]]:
         """Returns the metrics of each round that was applied since the last call."""
@@ -155,10 +231,10 @@ class Rounds:
     def _start(self, f: int, state: Any, step: int) -> None:
         """Starts a round: takes a snapshot on the devices; threads do all that follows."""
         outer = self.outer[f]
-        # Late sites end with rounds after no further step; weights are then about equal anyway.
+        # A site that catches up has rounds without steps: their weight is that of one token.
         outer.tokens = max((step - outer.step) * self.places.step_tokens, 1)
         outer.round, outer.step = outer.round + 1, step
-        snapshot = self.snapshots[f](state)
+        snapshot = self.places.programs[f].snapshot(state)
         self.exchange_weights(f, self._threads.submit(self.layouts[f].to_host, snapshot))
 
     def exchange_weights(self, f: int, weights: Future) -> None:
@@ -171,58 +247,14 @@ class Rounds:
     def _is_open(self) -> bool:
         return not self._closing
 
-    def _apply_if_due(self, state, f: int, step: int, stop, pause) -> Any:
-        """Applies a fragment's pending round if it is due and complete, or waits for it."""
-        outer, cfg = self.outer[f], self.cfg
-        if outer.pending is None:
-            return state
-        if outer.pending.outcome.done():
-            outer.pending.outcome.result()  # raises the error of its thread
-        late = step - outer.step - cfg.delay
-        recorded = self._replay.get((f, outer.round), 0)
-        if step < recorded:  # before a restart, it was applied later
-            return state
-        is_look = late >= 0 and late % cfg.period == 0
-        if not is_look and step != recorded:
-            return state
-        waits = not cfg.delay or late >= cfg.grace * cfg.period or step == recorded
-        if self._is_complete(f, waits, stop, pause):
-            return self._apply(state, f, step, "replace" if step == outer.step else "move")
-        if not waits:
-            self._note(
-                f"round {outer.round} of fragment {f} is late: {self._describe_missing(f)}; "
-                "training goes on"
-            )
-        return state
-
-    def _is_complete(self, f: int, waits: bool, stop, pause) -> bool:
-        """Returns whether a pending round is complete on all processes of this site."""
-        outer = self.outer[f]
-        assert outer.pending is not None
-        outcome, started_s = outer.pending.outcome, time.monotonic()
-        if agree(outcome.done()):
-            return True
-        if not waits:
-            return False
-        reminded_s = started_s
-        with pause():
-            while not agree(_is_done(outcome)) and not stop():
-                if time.monotonic() - reminded_s >= REMIND_S:
-                    reminded_s = time.monotonic()
-                    self._note(
-                        f"waiting for round {outer.round} of fragment {f} for "
-                        f"{reminded_s - started_s:.0f} s: {self._describe_missing(f)}"
-                    )
-        self._waited_s += time.monotonic() - started_s
-        return agree(outcome.done())
-
     def _describe_missing(self, f: int) -> str:
-        missing = self.exchange.missing(f, self.outer[f].round)
-        names = ", ".join(self.places.names[site] for site in missing)
-        return f"nothing complete has come from {names}" if names else "it is being computed"
+        round_ = self.outer[f].round
+        names = [self.places.names[site] for site in self.exchange.missing(f, round_)]
+        what = f"nothing complete has come from {', '.join(names)}" if names else "being computed"
+        return f"round {round_} of fragment {f}: {what}"
 
-    def _apply(self, state: Any, f: int, step: int, mode: str) -> Any:
-        """Applies a complete round; see build_apply for the modes."""
+    def _apply(self, state: Any, f: int, step: int) -> Any:
+        """Applies a complete round."""
         outer, layout = self.outer[f], self.layouts[f]
         assert outer.pending is not None
         pending, outer.pending = outer.pending, None
@@ -236,50 +268,12 @@ class Rounds:
         self._metrics.append(metrics)
         self._waited_s = 0.0
         outer.reference, outer.momentum, outer.error = outcome[:3]
-        vector = outer.reference
+        vector, mode = outer.reference, "replace" if step == outer.step else "move"
         if mode == "move":
             vector = vector - pending.weights.result()
-        if (f, mode) not in self._applies:
-            self._applies[f, mode] = build_apply(layout, mode, self.places.shardings)
-        return self._applies[f, mode](state, layout.to_devices(vector))
-
-    def _finish(self, state: Any, stop, pause) -> Any:
-        """Ends the run with the same number of rounds at all sites, and the same weights.
-
-        A site that was late started fewer rounds than others, so that all first tell their counts.
-        """
-        key = self.places.steps // self.cfg.period
-        for f, outer in enumerate(self.outer):
-            content = str(outer.round).encode()
-            links = range(len(self.exchange.links))
-            self.exchange.post("count", f, key, dict.fromkeys(links, content))
-        counts = [self._gather_counts(f, key, stop, pause) for f in range(len(self.outer))]
-        for f, (outer, others) in enumerate(zip(self.outer, counts, strict=True)):
-            if others is None:
-                return state
-            last = max([outer.round, *others]) + 1
-            while outer.round < last or outer.pending:
-                if not outer.pending:
-                    self._start(f, state, self.places.steps)
-                if not self._is_complete(f, True, stop, pause):
-                    return state
-                mode = "settle" if outer.round == last else "move"
-                state = self._apply(state, f, self.places.steps, mode)
-        shardings = self.places.shardings.opt_state
-        settled = jax.jit(settle, donate_argnums=0, out_shardings=shardings)(state.opt_state)
-        self.finished_step = self.places.steps
-        return state._replace(opt_state=settled)
-
-    def _gather_counts(self, f: int, key: int, stop, pause) -> list[int] | None:
-        """Waits for the other sites' numbers of rounds; returns None if interrupted."""
-        others = [k for k in range(len(self.places.names)) if k != self.places.site]
-        counts = lambda: [self.exchange.take("count", f, key, site) for site in others]
-        with pause():
-            while not agree(None not in (found := counts())):
-                if stop():
-                    return None
-                time.sleep(POLL_S / 20)
-        return [int(next(iter(by_link.values()))) for by_link in found if by_link]
+        elif step == self.places.steps and outer.round == self._owed(f, step):
+            mode = "settle"
+        return self.places.programs[f].apply[mode](state, layout.to_devices(vector))
 
 
 def agree(value: bool) -> bool:
@@ -287,12 +281,3 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
-
-
-def _is_done(outcome: Future) -> bool:
-    """Waits a while for a round; returns whether it is complete."""
-    try:
-        outcome.exception(POLL_S)
-    except TimeoutError:
-        return False
-    return True

@@ -11,7 +11,7 @@ from absl import logging
 from jaxtrain.config.train_config import TrainConfig, shared_fields
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.sites.exchange import Exchange
-from jaxtrain.sites.fragments import split_leaves
+from jaxtrain.sites.fragments import build_programs, split_leaves
 from jaxtrain.sites.layout import SitesFile, read_sites_file
 from jaxtrain.sites.rounds import Places, Rounds
 
@@ -30,10 +30,19 @@ class Membership(NamedTuple):
         """The index of this site."""
         return self.file.index(self.name)
 
-    @property
-    def sites(self) -> int:
-        """The number of sites."""
-        return len(self.file.sites)
+    def describe(self) -> dict[str, Any]:
+        """Returns this site's name and those of all, for config.json."""
+        return {"name": self.name, "sites": self.file.names}
+
+
+def check_sites_flags(period: int, sites_file: str, site: str) -> None:
+    """Raises ValueError if only some of what several sites need is set."""
+    if any((period, sites_file, site)) and not all((period, sites_file, site)):
+        raise ValueError(
+            "several sites need --sites.period, --sites_file and --site; got "
+            f"sites.period={period}, sites_file={sites_file!r}, site={site!r}. Set all or none of "
+            "them."
+        )
 
 
 def read_membership(cfg: TrainConfig, sites_file: str, site: str) -> Membership | None:
@@ -43,14 +52,9 @@ def read_membership(cfg: TrainConfig, sites_file: str, site: str) -> Membership 
         ValueError: only some of sites.period, --sites_file and --site are set, the file is invalid,
             or it lists another number of processes.
     """
-    if not (cfg.sites.period or sites_file or site):
+    check_sites_flags(cfg.sites.period, sites_file, site)
+    if not site:
         return None
-    if not (cfg.sites.period and sites_file and site):
-        raise ValueError(
-            "several sites need --sites.period, --sites_file and --site; got "
-            f"sites.period={cfg.sites.period}, sites_file={sites_file!r}, site={site!r}. Set all "
-            "or none of them."
-        )
     member = Membership(read_sites_file(sites_file), site)
     listed = len(member.file.sites[member.site].processes)
     if listed != jax.process_count():
@@ -83,8 +87,9 @@ def open_rounds(
     leaves = {path: leaf.shape for path, leaf in named_leaves(shapes).items()}
     fragments = split_leaves(leaves, cfg.sites.fragments)
     step_tokens = cfg.data.batch * cfg.data.seq_len
+    programs = [build_programs(fragment, mesh, shardings) for fragment in fragments]
     names = member.file.names
-    places = Places(fragments, mesh, shardings, names, member.site, cfg.steps, step_tokens)
+    places = Places(programs, shardings, names, member.site, cfg.steps, step_tokens)
     identity = shared_fields(cfg) | identity | {"the format": str(FORMAT)}
     blocks = [fragment.blocks for fragment in fragments]
     folder = Path(cfg.workdir) / "sites"
