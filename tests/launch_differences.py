@@ -7,6 +7,7 @@ takes the place of the operator's DNS.
 
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -72,19 +73,18 @@ def clock(scene, repetition) -> dict:
         late = refused(scene, scene.launch(f"{run}-late"), host, "set its clock")
     finally:
         scene.bed.run(host, "rm", "-f", OFFSET, f"{folder}/shifted_clock.pth")
-    return result | late
+    return result | {f"later: {name}": value for name, value in late.items()}
 
 
 def one_byte(scene, repetition) -> dict:
     """Changes a byte of one host's data: in a block that preflight reads, or in none."""
     host, offset = (("h1", 100), ("h1", 40_000), ("h2", 40_000))[repetition]
-    for each in scene.bed.names:
-        copies = f"for i in $(seq 20); do cat {scene.text}; done > {TEXT}"
-        scene.bed.run(each, "bash", "-c", copies)
+    scene.copy_text(TEXT, times=20)
     change = f"printf X | dd of={TEXT} bs=1 seek={offset} conv=notrunc"
     scene.bed.run(host, "bash", "-c", change)
-    values = {"data.text": TEXT}
-    launched = scene.launch(f"one-byte-{repetition}", **values)
+    # Preflight compares the data of this program only.
+    options, values = ["--module=jaxtrain.train"], {"data.text": TEXT}
+    launched = scene.launch(f"one-byte-{repetition}", *options, **values)
     if repetition == 0:
         return refused(scene, launched, host, "differs from the data of h0 h2")
     cause = rf"rank {host[1]} .*refused to go on"
@@ -109,11 +109,13 @@ def one_package(scene, repetition) -> dict:
 def one_line(scene, repetition) -> dict:
     """Changes a line of the code on one host: before a start, or before a restart."""
     host, run = ("h1", "h1", "h2")[repetition], f"one-line-{repetition}"
-    reference = scene.reference()  # the code is on every host
-    assert reference
     change = "echo '# changed' >> /root/jaxtrain/code/*/jaxtrain/training/loop.py"
     try:
         if repetition != 1:
+            first = scene.launch(f"{run}-first")
+            first.wait_for_output("code is on every host")
+            first.process.send_signal(signal.SIGINT)
+            first.wait()
             scene.bed.run(host, "bash", "-c", change)
             return refused(scene, scene.launch(run), host, "edited on this host")
         launched = scene.launch(run)

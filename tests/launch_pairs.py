@@ -63,12 +63,14 @@ def partition_while_restoring(scene, repetition) -> dict:
 
 
 def full_disk_then_room(scene, repetition) -> dict:
-    """Fills the shared disk before a save; once there is room again, `resume` must finish."""
-    run, reference = f"full-then-room-{repetition}", scene.reference()
-    assert reference
+    """Fills the shared disk; once there is room again, `resume` must finish.
+
+    At first nothing more can be written. Then only a checkpoint is too large, so a save fails.
+    """
+    run = f"full-then-room-{repetition}"
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
-    scene.disk.fill(leave=(0, 20_000, 200_000)[repetition])
+    scene.disk.fill(leave=(0, 100_000, 300_000)[repetition])
     code = launched.wait()
     scene.disk.free()
     output = launched.output()
@@ -90,7 +92,7 @@ def reboot(scene, repetition) -> dict:
 
 
 def cut_while_sending(scene, repetition) -> dict:
-    """Cuts a host off while it receives the code; the next start must work as if nothing was."""
+    """Cuts a host off while it receives the code; it must be named, and the next start work."""
     run = f"cut-sending-{repetition}"
     reference = scene.reference()
     scene.bed.run("h2", "rm", "-rf", CODE)
@@ -127,8 +129,8 @@ def cut_while_sending(scene, repetition) -> dict:
 def stopped_coordinator(scene, repetition) -> dict:
     """Stops the coordinator's rank by SIGSTOP for ever; then the first host's supervisor as well.
 
-    Whoever stops both the supervisor's processes and the ranks of the first host has to end them by
-    `stop --now`: nothing that runs is left there to notice it.
+    If the supervisor's keeper is stopped as well, nothing on that host can notice it: the operator
+    sees it in `status`, and ends the job by `stop --now`.
     """
     both = repetition == 2
 
@@ -149,8 +151,6 @@ def nan_on_one_host(scene, repetition) -> dict:
     its last checkpoint.
     """
     host, run = ("h1", "h2", "h0")[repetition], f"nan-{repetition}"
-    reference = scene.reference()
-    assert reference
     launched = scene.launch(run)
     scene.wait_for(launched, run, AT_STEPS[repetition])
     cause_fault(scene, host, "nan")
@@ -166,8 +166,7 @@ def nan_on_one_host(scene, repetition) -> dict:
 
 def two_operators(scene, repetition) -> dict:
     """One operator detaches while another one stops the job: it must stop, after a save."""
-    run, reference = f"two-operators-{repetition}", scene.reference()
-    assert reference
+    run = f"two-operators-{repetition}"
     first = scene.launch(run, terminal=True)
     scene.wait_for(first, run, AT_STEPS[repetition])
     first.process.send_signal(signal.SIGINT)
@@ -205,13 +204,14 @@ def full_temporary_folder(scene, repetition) -> dict:
             fill()
         scene.signal(host, TRAINER, "KILL")
 
+    scene.copy_text("/root/text.txt")
     if repetition != 1:
         fill()
     try:
         cause = rf"{host} rank {host[1]} .*SIGKILL"
         run, at_step = f"full-tmp-{repetition}", AT_STEPS[repetition]
-        cache = dict(compile_cache="/root/xla")
-        return run_with_fault(scene, run, at_step, strike, cause, 3, **cache)
+        values = {"compile_cache": "/root/xla", "data.text": "/root/text.txt"}
+        return run_with_fault(scene, run, at_step, strike, cause, 3, **values)
     finally:
         scene.bed.run(host, "umount", "-l", "/tmp")
 

@@ -85,8 +85,8 @@ class Scene:
         self.env["XLA_FLAGS"] = xla_flags.QUICK  # most of a short run is compilation
         self.env["XDG_RUNTIME_DIR"] = str(bed.folder)
         self._stored = references
-        known = references and references.exists()
-        self._references: dict = json.loads(references.read_text()) if known else {}
+        known = references.read_text() if references and references.exists() else "{}"
+        self._references: dict = json.loads(known)
         self.newest: Launched | None = None
 
     def flags(self, name, **values) -> list[str]:
@@ -121,6 +121,12 @@ class Scene:
                 self._stored.write_text(json.dumps(self._references))
         return self._references[key]
 
+    def copy_text(self, path, times=1):
+        """Writes the text, repeated, to a file on every host, outside of /tmp."""
+        copies = f"for i in $(seq {times}); do cat {self.text}; done > {path}"
+        for host in self.bed.names:
+            self.bed.run(host, "bash", "-c", copies)
+
     def wait_for(self, launched, name, step, limit_s=240):
         """Waits until the run has logged the step."""
         deadline = time.monotonic() + limit_s
@@ -150,7 +156,8 @@ class Scene:
 
     def living(self) -> dict:
         """Returns {host: pids} of the trainers, supervisors and requests that run."""
-        pids_on = {h: self.pids(h, TRAINER) + self.pids(h, SUPERVISOR) for h in self.bed.names}
+        parts = (TRAINER, "-m jaxtrain.train", SUPERVISOR)
+        pids_on = {h: [p for part in parts for p in self.pids(h, part)] for h in self.bed.names}
         return {host: pids for host, pids in pids_on.items() if pids}
 
     def left(self, limit_s=LEFT_S) -> dict:

@@ -58,9 +58,9 @@ def test_stop_now_kills_the_ranks_of_a_stopped_supervisor_and_status_names_it(
     monkeypatch.setattr(operate, "connect", lambda job: LocalClient(job.hosts))
     running = start()
     running.wait(lambda: processes.read_stat(running.worker).state == "T")
-    operate.status(running.job, as_json=False)
+    operate.status([running.job], as_json=False)
     assert "STOPPED" in (shown := capsys.readouterr().out) and "has stopped its supervisor" in shown
-    assert operate.stop(running.job, now=True) == 0
+    assert operate.stop([running.job], now=True) == 0
     assert not processes.marked(running.job.id) and not processes.is_alive(running.worker)
     assert running.status()["outcome"] == {"code": STOPPED, "why": NOW}
     assert not requests.has_supervisor(running.folder)

@@ -33,7 +33,7 @@ def test_an_outcome_that_is_no_exit_status_is_refused(job, capsys, monkeypatch, 
             return status | {"processes": []} if isinstance(status, dict) else status
 
     monkeypatch.setattr(operate, "connect", lambda job: Hostile(job.hosts))
-    assert operate.status(job, as_json=False) == 0
+    assert operate.status([job], as_json=False) == 0
     assert "sent a status that has no meaning" in capsys.readouterr().out
 
 
@@ -60,7 +60,7 @@ def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, 
             return found | {"processes": []}
 
     monkeypatch.setattr(operate, "connect", lambda job: Odd(job.hosts))
-    assert operate.status(job, as_json=False) == 0
+    assert operate.status([job], as_json=False) == 0
     assert shown in capsys.readouterr().out
 
 

@@ -7,17 +7,17 @@ neither the channels nor the disk.
 
 import asyncio
 import contextlib
-import errno
 import random
 import socket
 import ssl
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 from jaxtrain.sites.channel import Channel
 from jaxtrain.sites.errors import PeerRefused
-from jaxtrain.sites.frames import BadFrame
+from jaxtrain.sites.frames import CHUNK_BYTES, BadFrame
 from jaxtrain.sites.greeting import HELLO_S, Greeter
 from jaxtrain.sites.layout import Address
 from jaxtrain.sites.stream import (
@@ -33,37 +33,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between attempts to connect
 WAITING = 32  # connections before their greeting; a new one then replaces the oldest
 BUFFER_BYTES = 1 << 19
 REPORT_S = 60.0  # refused connections are counted, and reported this often at most
-
-
-def open_listener(address: Address, note: Callable[[str], None]) -> socket.socket:
-    """Returns a listening socket on an address, or on all interfaces if the host lacks it.
-
-    Raises:
-        ValueError: the port is in use.
-        OSError: the address cannot be resolved.
-    """
-    family, _, _, _, where = socket.getaddrinfo(
-        address.address, address.port, type=socket.SOCK_STREAM
-    )[0]
-    for place in (where, ("" if family == socket.AF_INET else "::", address.port)):
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(2 * WAITING)
-            listener.setblocking(False)
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno == errno.EADDRINUSE:
-                raise ValueError(
-                    f"--sites_file gives this process {address}, but the port is in use. Choose "
-                    "another port, or stop the process that listens there."
-                ) from None
-            if error.errno != errno.EADDRNOTAVAIL or place is not where:
-                raise
-            note(f"this host does not own {address.address}: listening on all its addresses.")
-    raise AssertionError
 
 
 class Connections:
@@ -87,7 +56,8 @@ class Connections:
     ):
         self._greeter, self._tls = greeter, tls
         self._streams, self._fail, self._note = streams, fail, note
-        self._greeting: dict[bool, dict[asyncio.Task, None]] = {True: {}, False: {}}  # by known
+        # Connections before their greeting, oldest first: {host has proved to have the key: tasks}
+        self._greeting: dict[bool, dict[asyncio.Task, asyncio.Task]] = {True: {}, False: {}}
         self._tasks: set[asyncio.Task] = set()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._known_hosts: set[str] = set()
@@ -99,23 +69,19 @@ class Connections:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # A transport whose handshake was cancelled is out of reach, and waits for its peer.
         deadline_s = time.monotonic() + CLOSE_S
-        for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
         while any(c.fileno() >= 0 for c in self._sockets) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.001)
 
-    def _start(self, work: Coroutine) -> asyncio.Task:
-        task = asyncio.ensure_future(self._guard(work))
+    def _start(self, function: Callable[..., Coroutine], *args: Any) -> asyncio.Task:
+        task = asyncio.ensure_future(self._guard(function, *args))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guard(self, work: Coroutine) -> None:
+    async def _guard(self, function: Callable[..., Coroutine], *args: Any) -> None:
         try:
-            await work
+            await function(*args)
         except Exception as error:  # a fault of this program must stop the run, not one thread
             self._fail(error)
 
@@ -123,7 +89,7 @@ class Connections:
 
     def listen(self, listener: socket.socket) -> None:
         """Starts to accept connections."""
-        self._start(self._accept(listener))
+        self._start(self._accept, listener)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -138,10 +104,12 @@ class Connections:
                 # take them all.
                 waiting = self._greeting[address[0] in self._known_hosts]
                 if len(waiting) >= WAITING:
-                    next(iter(waiting)).cancel()
-                task = self._start(self._serve(connection, address[0], waiting))
-                waiting[task] = None
+                    oldest = next(iter(waiting))
+                    waiting.pop(oldest).cancel()
+                task = self._start(self._serve, connection, address[0], waiting)
+                waiting[task] = task
                 task.add_done_callback(lambda task, waiting=waiting: waiting.pop(task, None))
+                await asyncio.sleep(0)  # a task that is cancelled before it runs closes nothing
 
     async def _serve(self, connection: socket.socket, host: str, waiting: dict) -> None:
         try:
@@ -151,10 +119,10 @@ class Connections:
             return
         channel = None
         try:
-            channel = await self._greeter.greet(reader, writer)
+            channel, extra = await self._greeter.greet(reader, writer)
             self._known_hosts.add(host)
             waiting.pop(asyncio.current_task(), None)
-            await self._run(channel, Stream(reader, writer))
+            await self._run(channel, Stream(reader, writer, extra))
         except (OSError, EOFError, BadFrame) as error:
             self._explain(channel, error) if channel else self._refuse(host, error)
         except PeerRefused as error:
@@ -176,10 +144,10 @@ class Connections:
 
     def connect(self, channel: Channel, address: Address) -> None:
         """Starts to connect to a peer, and to replace connections that end."""
-        self._start(self._connect_first(channel, address))
+        self._start(self._connect_first, channel, address)
 
     async def _connect_first(self, channel: Channel, address: Address) -> None:
-        """Runs the first stream of a link, and starts the others once it is connected."""
+        """Runs the first stream of a link, and starts the others when it is connected."""
         others = False
 
         def connected(stream: Stream) -> None:
@@ -191,24 +159,33 @@ class Connections:
             count = self._streams or choose_streams(rtt_s, read_window_bytes())
             self._note(f"link to {channel}: {count} streams, round trip {1e3 * rtt_s:.0f} ms")
             for _ in range(count - 1):
-                self._start(self._keep_connected(channel, address, lambda _: None))
+                self._start(self._keep_connected, channel, address)
 
         await self._keep_connected(channel, address, connected)
 
     async def _keep_connected(
-        self, channel: Channel, address: Address, connected: Callable[[Stream], None]
+        self, channel: Channel, address: Address, connected: Callable | None = None
     ) -> None:
+        """Runs a stream, and replaces it when it ends.
+
+        Args:
+            connected: called with each connection of the first stream; None for an extra stream,
+                which is connected only while there is much to send.
+        """
         pause_s = FIRST_PAUSE_S
         while True:
-            writer = None
+            writer, extra = None, connected is None
+            if extra:
+                await channel.busy()
             try:
                 async with asyncio.timeout(HELLO_S):
                     connection = await self._connect_socket(address)
                     reader, writer = await self._secure(connection, listens=False)
-                    await self._greeter.greet(reader, writer, channel)
+                    await self._greeter.greet(reader, writer, channel, extra)
                 pause_s = FIRST_PAUSE_S
-                stream = Stream(reader, writer)
-                connected(stream)
+                stream = Stream(reader, writer, extra)
+                if connected:
+                    connected(stream)
                 await self._run(channel, stream)
             except (OSError, EOFError, BadFrame) as error:
                 self._explain(channel, error, f" at {address}")
@@ -244,23 +221,30 @@ class Connections:
         reader = asyncio.StreamReader(limit=BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         self._sockets.add(connection)
-        if listens:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=self._tls[0],
-                ssl_handshake_timeout=HELLO_S,
-                ssl_shutdown_timeout=CLOSE_S,
-            )
-        else:
-            transport, _ = await loop.create_connection(
-                lambda: protocol,
-                ssl=self._tls[1],
-                sock=connection,
-                server_hostname="",
-                ssl_handshake_timeout=HELLO_S,
-                ssl_shutdown_timeout=CLOSE_S,
-            )
+        # Chunks wait in the outbox, where the fastest stream takes them, and not in the kernel.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CHUNK_BYTES)
+        try:
+            if listens:
+                transport, _ = await loop.connect_accepted_socket(
+                    lambda: protocol,
+                    connection,
+                    ssl=self._tls[0],
+                    ssl_handshake_timeout=HELLO_S,
+                    ssl_shutdown_timeout=CLOSE_S,
+                )
+            else:
+                transport, _ = await loop.create_connection(
+                    lambda: protocol,
+                    ssl=self._tls[1],
+                    sock=connection,
+                    server_hostname="",
+                    ssl_handshake_timeout=HELLO_S,
+                    ssl_shutdown_timeout=CLOSE_S,
+                )
+        except BaseException:  # a cancelled handshake would wait for its peer
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            raise
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _run(self, channel: Channel, stream: Stream) -> None:

@@ -25,7 +25,8 @@ class Arrived:
         payload_bytes: codes (sent, received) over this process's links.
         wire_bytes: all bytes (sent, received) since the round before was returned, with headers,
             retransmissions and what other rounds sent meanwhile: the sum over rounds is exact.
-        seconds: since this process sent its own code; 0 if it did that before a restart.
+        seconds: from sending the own code until the last one was here; 0 if that was here before,
+            or if a restart was in between.
     """
 
     codes: dict[int, dict[int, bytes]]
@@ -109,9 +110,11 @@ class Exchange(Transport):
     def wait(self, fragment: int, round_: int, timeout_s: float) -> Arrived | None:
         """Returns a round once it is complete; None if it is not after `timeout_s`."""
         with self.lock:
-            if self.lock.wait_for(lambda: self._is_over(fragment, round_), timeout_s):
-                return self._collect(fragment, round_)
-            return None
+            if not self.lock.wait_for(lambda: self._is_over(fragment, round_), timeout_s):
+                return None
+            participants = self._participants(fragment, round_)
+        assert participants is not None
+        return self._collect(Key("code", fragment, round_), participants)
 
     def decide(self, fragment: int, round_: int, participants: Sequence[int]) -> None:
         """Announces who takes part in a round. Only site 0 calls this, and only if `decided`."""
@@ -220,9 +223,8 @@ class Exchange(Transport):
         self._check()
         return self._waits_for(fragment, round_) == []
 
-    def _collect(self, fragment: int, round_: int) -> Arrived:
-        key, participants = Key("code", fragment, round_), self._participants(fragment, round_)
-        assert participants is not None
+    def _collect(self, key: Key, participants: tuple[int, ...]) -> Arrived:
+        """Reads a complete round from disk; the lock is free, so that the link is served."""
         codes: dict[int, dict[int, bytes]] = {}
         tokens: dict[int, int] = {}
         for i, channel in enumerate(self.channels):
@@ -233,13 +235,16 @@ class Exchange(Transport):
                 if tokens.setdefault(site, count) != count:
                     raise Disagreement(
                         "all processes of a site must train on the same number of tokens; "
-                        f"{channel} has {count}, another one {tokens[site]} before round {round_}."
+                        f"{channel} has {count}, another one has {tokens[site]}."
                     )
         received = sum(len(code) for of_site in codes.values() for code in of_site.values())
         counts = [channel.wire_bytes() for channel in self.channels]
         wire = (sum(sent for sent, _ in counts), sum(arrived for _, arrived in counts))
         since = (wire[0] - self._last_wire[0], wire[1] - self._last_wire[1])
-        self._last_wire, now_s = wire, time.monotonic()
-        started_s, sent = self._sent.get(key, (now_s, 0))
+        self._last_wire = wire
+        started_s, sent = self._sent.get(key, (float("inf"), 0))
+        last_s = max(self.mailbox.arrived_s.get((c.peer, key), 0.0) for c in self.channels)
         participants = tuple(sorted(set(participants)))
-        return Arrived(codes, tokens, participants, (sent, received), since, now_s - started_s)
+        return Arrived(
+            codes, tokens, participants, (sent, received), since, max(last_s - started_s, 0.0)
+        )

@@ -59,6 +59,10 @@ class Inbox:
         self._finishing: dict[Key, asyncio.Future] = {}
         self.first: dict[int, int] = {}
 
+    def chunks_to_come(self) -> int:
+        """Returns how many chunks of the announced messages have not arrived."""
+        return sum(len(incoming.missing) for incoming in self._arriving.values())
+
     def newest(self) -> dict[int, int]:
         """Returns {fragment: newest round whose code was ever received}."""
         newest: dict[int, int] = {}
@@ -81,7 +85,8 @@ class Inbox:
             self.first[message.fragment] = extra["first"]
         key, mailbox = message.key, self._owner.mailbox
         known = mailbox.history.get((self._peer, key))
-        if known is None and message.round < mailbox.oldest.get(message.fragment, 0):
+        is_old = message.round < mailbox.oldest.get(message.fragment, 0)
+        if known is None and is_old and message.kind == "code":
             known = NO_RECORD
         if known is not None:
             if known != message.crc:

@@ -8,11 +8,12 @@ message that was ever received, so that a peer that sends an old one again is ch
 import json
 import os
 import re
+import time
 import zlib
 from pathlib import Path
 
 from jaxtrain.file_errors import Appender, add_path_to_errors
-from jaxtrain.files import sync_to_disk, write_atomic
+from jaxtrain.files import atomic_path, sync_to_disk, write_atomic
 from jaxtrain.sites.frames import CHUNK_BYTES, KINDS, BadFrame, Key, Message, parse_message
 
 NAME = re.compile(rf"(sent|received)-(.+)-(\d+)-({'|'.join(KINDS)})-(\d+)-(\d+)")
@@ -30,6 +31,7 @@ class Mailbox:
     Attributes:
         sent: {(peer, key): (message, content)} not yet stored by the peer.
         received: {(peer, key): message} on this disk.
+        arrived_s: {(peer, key): when it was stored} of those that arrived since the start.
         history: {(peer, key): crc} of all messages ever received.
         oldest: {fragment: its first round that was not removed since the start}.
 
@@ -43,6 +45,7 @@ class Mailbox:
         folder.mkdir(parents=True, exist_ok=True)
         self.sent: dict[tuple[Peer, Key], tuple[Message, bytes]] = {}
         self.received: dict[tuple[Peer, Key], Message] = {}
+        self.arrived_s: dict[tuple[Peer, Key], float] = {}
         self.history: dict[tuple[Peer, Key], int] = {}
         self.oldest: dict[int, int] = {}
         self._read_history()
@@ -109,7 +112,12 @@ class Mailbox:
 
     def write_sent(self, peer: Peer, message: Message, content: bytes) -> None:
         """Writes a message to disk that is about to be sent."""
-        write_atomic(self._path("sent", peer, message.key), self._head(peer, message) + content)
+        with (
+            atomic_path(self._path("sent", peer, message.key)) as hidden,
+            hidden.open("wb") as file,
+        ):
+            file.write(self._head(peer, message))
+            file.write(content)
 
     def remove_sent(self, peer: Peer, key: Key) -> None:
         self.sent.pop((peer, key), None)
@@ -137,6 +145,7 @@ class Mailbox:
     def record(self, peer: Peer, message: Message) -> None:
         """Adds a message to the received ones, once its file is on disk."""
         self.received[peer, message.key] = message
+        self.arrived_s[peer, message.key] = time.monotonic()
         if (peer, message.key) not in self.history:
             self.history[peer, message.key] = message.crc
             self._history.write(json.dumps([*peer, *message.key, message.crc]).encode() + b"\n")
@@ -148,6 +157,7 @@ class Mailbox:
         for peer, key in list(self.received):
             if key.round < oldest.get(key.fragment, 0):
                 del self.received[peer, key]
+                self.arrived_s.pop((peer, key), None)
                 self._path("received", peer, key).unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from jaxtrain.sites.frames import Key
 
 CLOSE_S = 1.0
 MOST_STREAMS = 16
-TARGET_BYTES_S = 250e6  # a link's streams offer a window of this rate times the round-trip time
+TARGET_BYTES_S = 125e6  # a link's streams offer a window of this rate times the round-trip time
 WINDOW_SHARE = 0.7  # of tcp_wmem: 4 MiB carry 159 Mbit/s at 150 ms, measured on tests/relay.py
 SEGMENT_HEADERS = 52  # bytes of an IPv4 and a TCP header with timestamps
 # Offsets in struct tcp_info. Source: linux/tcp.h
@@ -35,10 +35,13 @@ class Stream:
         wake: set when there may be something to send.
         ping_due: whether a PING is to be sent.
         offered: the messages that the peer was offered on this stream.
+        extra: whether the stream is closed once the link is idle.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.reader, self.writer = reader, writer
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, extra: bool = False
+    ):
+        self.reader, self.writer, self.extra = reader, writer, extra
         self.wake, self.ping_due, self.offered = asyncio.Event(), False, set[Key]()
 
     def _tcp_info(self) -> bytes:

@@ -17,10 +17,11 @@ from typing import Any, Self
 
 from jaxtrain.sites.certificate import build_tls
 from jaxtrain.sites.channel import Channel
-from jaxtrain.sites.connections import Connections, open_listener
+from jaxtrain.sites.connections import Connections
 from jaxtrain.sites.frames import Key, Message
 from jaxtrain.sites.greeting import Greeter
 from jaxtrain.sites.layout import Link, SitesFile, links
+from jaxtrain.sites.listener import open_listener
 from jaxtrain.sites.mailbox import Mailbox
 from jaxtrain.sites.outbox import different_code
 from jaxtrain.sites.stream import CLOSE_S

@@ -69,7 +69,8 @@ class JobController:
         self._log = log
         self.reports: dict[int, Report] = {}
         self._heard_at = dict.fromkeys(range(len(names)), now)
-        self.acknowledged_s: dict[int, float] = {}  # see LeaderChannel.acknowledged_s
+        # See LeaderChannel.acknowledged_s, which replaces it.
+        self.acknowledged_s: Callable[[int], float] = lambda host: math.inf
         self.attempt, self.restarts = attempt + 1, attempt
         self.state, self._since, self._not_before = "gather", now, now
         self.world: dict[str, Any] = {}
@@ -216,7 +217,8 @@ class JobController:
             if rank["code"] is None and self._is_stalled(rank, now)
         }
         silent, policy = self.silent_s(now, hosts), self.policy
-        up = {host for host in hosts if self.acknowledged_s.get(host, math.inf) < policy.lost_s / 2}
+        lost = [host for host in hosts if silent[host] > policy.lost_s]
+        up = {host for host in lost if self.acknowledged_s(host) < policy.lost_s / 2}
         limits = policy.lost_s, policy.stopped_s
         return find_cause(reports, silent, self.names, *limits, stalls, up)
 

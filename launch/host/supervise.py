@@ -72,6 +72,7 @@ class Supervisor:
             self.controller = JobController(
                 self.policy, self.names, new_coordinator, self.write_log, self.ranks.attempt, now
             )
+            self.controller.acknowledged_s = self.followers.acknowledged_s
         else:
             self.leader = FollowerChannel(address, port, token)
         if orphaned or self.ranks.attempt:
@@ -156,7 +157,6 @@ class Supervisor:
         for other in self.followers.receive_reports():
             self.controller.take_report(other, now)
         self.controller.take_report(report, now)
-        self.controller.acknowledged_s = self.followers.acknowledged_s()
         self._target = self.controller.next_target(now)
         self.followers.send_target(self._target)
 
