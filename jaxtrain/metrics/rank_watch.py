@@ -52,6 +52,7 @@ def build_program(devices: Sequence) -> Callable[[], jax.Array]:
     def run(seed_1):
         square = jnp.sin(seed_1 + jnp.arange(width * width, dtype=jnp.float32))
         square = square.reshape(width, width).astype(dtype)
+        square = jax.lax.optimization_barrier(square)  # or XLA would compute the sines repeatedly
 
         def multiply(_, x):
             y = (x @ square).astype(jnp.float32)
@@ -60,7 +61,7 @@ def build_program(devices: Sequence) -> Callable[[], jax.Array]:
         product = jax.lax.fori_loop(0, products, multiply, square)
         copied = jnp.broadcast_to(product[0, 0].astype(jnp.float32), numbers)
         copied = jax.lax.fori_loop(0, copies, lambda i, x: x * 0.5 + i, copied)
-        return copied[:1]
+        return copied.sum(keepdims=True)  # of all, or XLA would leave out the others
 
     seed = jax.device_put(np.ones(len(devices), np.float32), NamedSharding(mesh, P("device")))
     program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("device"), out_specs=P("device")))
