@@ -1,7 +1,8 @@
 """Compares the processes of a run with each other, and names those that slow the others down.
 
 In synchronous training all processes have equal step times, because each waits in the collectives
-for the slowest. What is a process's own is measured instead, by its own clock, and then gathered:
+for the slowest. So each process measures its own part of the work with its own clock, in three
+kinds, and the processes gather the results:
 
     compute  seconds of a small fixed program without collectives (matrix products, and copies in
              memory), run on all devices of the process between two steps
@@ -79,7 +80,7 @@ def time_program(program: Callable[[], jax.Array]) -> tuple[float, int]:
 
 
 class RankWatch:
-    """Probes every process once in a while, and knows which are stragglers at the moment.
+    """Compares the processes once in a while, and records which are stragglers.
 
     Every process must call is_due() and probe() at the same steps: they gather.
 
