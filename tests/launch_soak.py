@@ -216,17 +216,8 @@ class Soak:
 
     def result(self) -> dict:
         """Returns the figures of all that was sampled long enough, and what is wrong."""
-        figures, problems = {}, self.problems
-        # A request that answers one question is brief, and so may be the ranks before the restart.
-        for name, samples in self.samples.items():
-            if len(samples) >= soak_trends.LEAST_SAMPLES:
-                figures[name] = soak_trends.summarize(samples) | {"samples": len(samples)}
-        for name in ROLES:
-            if not any(found.startswith(name) for found in figures):
-                problems.append(f"{name}: fewer than {soak_trends.LEAST_SAMPLES} samples")
-        for name, figure in figures.items():
-            problems += [f"{name}: {leak} grow" for leak in soak_trends.leaks(figure)]
-        problems += self._limits_exceeded(figures)
+        figures, leaks = soak_trends.judge(self.samples, ROLES)
+        problems = self.problems + leaks + self._limits_exceeded(figures)
         output, code = self.operator.output(), self.operator.wait()
         if code or "exit 0 after 2 attempts" not in output:
             problems.append(f"exit {code}, where 0 after 2 attempts is expected: {output[-500:]}")

@@ -7,6 +7,7 @@ times the duration of the half. Source: Theil 1950 and Sen 1968, the Theil-Sen e
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,3 +67,25 @@ def leaks(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
         if figure["growth"] >= limit:
             found.append(name)
     return found
+
+
+def judge(
+    samples_of: Mapping[str, Sequence[Mapping[str, float]]], required: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns the figures of everything that was sampled, and what is wrong, in words.
+
+    What has fewer than LEAST_SAMPLES, such as a request that answers one question, is left out.
+
+    Args:
+        samples_of: {name: its samples}.
+        required: beginnings of names, each of which must be among the figures.
+    """
+    figures, problems = {}, []
+    for name, samples in samples_of.items():
+        if len(samples) >= LEAST_SAMPLES:
+            figures[name] = {"samples": len(samples), **summarize(samples)}
+            problems += [f"{name}: {leak} grow" for leak in leaks(summarize(samples))]
+    for name in required:
+        if not any(found.startswith(name) for found in figures):
+            problems.append(f"{name}: fewer than {LEAST_SAMPLES} samples")
+    return figures, problems
