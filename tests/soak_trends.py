@@ -36,9 +36,10 @@ def growth(times_s: Sequence[float], values: Sequence[float]) -> float:
 
 
 def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Returns, for each figure of a series of samples, its median, largest value and growth.
+    """Returns, for each figure of a series of samples, four numbers about its second half.
 
-    Median and growth are those of the second half.
+    They are the median, the lowest tenth (below which a tenth of the values are), the growth and,
+    of the whole series, the largest value.
 
     Args:
         samples: dicts of the same keys; "time_s" is the time.
@@ -49,6 +50,7 @@ def summarize(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, flo
         values = [sample[name] for sample in samples]
         figures[name] = {
             "median": float(np.median(values[half:])),
+            "lowest_tenth": float(np.quantile(values[half:], 0.1)),
             "largest": max(values),
             "growth": growth(times_s, values),
         }
