@@ -22,6 +22,7 @@ LONGEST = (
     "test_docs_find_a_fault.py",
     "test_kernels_audit.py",
     "test_launch_run.py",
+    "test_launch_sites.py",
     "test_model_transformer.py",
     "test_planning_compiled.py",
     "test_plan.py",

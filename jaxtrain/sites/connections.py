@@ -248,6 +248,12 @@ class Connections:
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _run(self, channel: Channel, stream: Stream) -> None:
+        try:
+            await self._run_open(channel, stream)
+        finally:
+            stream.close()
+
+    async def _run_open(self, channel: Channel, stream: Stream) -> None:
         if len(channel.streams) >= 2 * MOST_STREAMS:
             raise BadFrame(f"{channel} has {len(channel.streams)} connections already")
         if not channel.streams:

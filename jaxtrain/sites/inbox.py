@@ -182,6 +182,12 @@ class Inbox:
         self._answer(pack(STORED, {"key": key, "crc": incoming.message.crc}))
         self._owner.changed()
 
+    def forget(self, oldest: dict[int, int]) -> None:
+        """Removes incomplete codes of rounds before the oldest one of their fragment."""
+        for key in list(self._arriving):
+            if key.kind == "code" and key.round < oldest.get(key.fragment, 0):
+                self._arriving.pop(key).discard()
+
     async def close(self) -> None:
         """Waits for messages that are being put on disk, and removes incomplete ones."""
         await asyncio.gather(*self._finishing.values(), return_exceptions=True)
