@@ -44,7 +44,7 @@ from jaxtrain.distributed.preemption import StopListener
 from jaxtrain.distributed.program import run_main
 from jaxtrain.distributed.runtime import fit_config_to_world, start_runtime
 from jaxtrain.file_errors import add_path_to_errors
-from jaxtrain.interop.initial_state import initial_state
+from jaxtrain.interop.initial_state import check_weights, initial_state
 from jaxtrain.metrics.collector import Collector
 from jaxtrain.metrics.mfu import build_work, find_device_chip
 from jaxtrain.metrics.network import open_network_counters
@@ -60,7 +60,12 @@ from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
 from jaxtrain.training.run import build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
-from jaxtrain.training.startup import build_config_json, measurement_lines, startup_lines
+from jaxtrain.training.startup import (
+    build_config_json,
+    describe_program,
+    measurement_lines,
+    startup_lines,
+)
 
 
 def train(
@@ -97,21 +102,20 @@ def train(
     run = build_run(cfg, devices)
 
     with contextlib.ExitStack() as stack:  # closes what is entered below, last in first out
+        # The folder is locked first. Wrong weights are refused before the data take their time.
+        lock = stack.enter_context(lock_workdir(cfg))
+        storage = {"storage": cfg.checkpoint.storage, "before_save": lock.check}
+        checkpoints = Checkpoints(workdir / "checkpoints", cfg.keep_last, cfg.keep_every, **storage)
+        if cfg.weights and not broadcast_from_process_0(checkpoints.steps):
+            check_weights(cfg.model, cfg.weights)
+
         # Data.
         stop.set_activity("reading the data")
-        lock = stack.enter_context(lock_workdir(cfg))
         corpus, held_out = run_on_all_processes(lambda: open_data(cfg, workdir))
         check_same_on_all_processes("the data", corpus.fingerprint)
         batches = stack.enter_context(build_batches(cfg.data, corpus, run.mesh, cfg.seed))
 
         # State: the newest checkpoint, or step 0.
-        checkpoints = Checkpoints(
-            workdir / "checkpoints",
-            cfg.keep_last,
-            cfg.keep_every,
-            storage=cfg.checkpoint.storage,
-            before_save=lock.check,
-        )
         stack.enter_context(checkpoints)
         stop.set_activity("creating or restoring the weights")
         run, state, restored = start_state(run, checkpoints, batches, initial_state)
@@ -150,6 +154,7 @@ def train(
         chip = find_device_chip(run.mesh.devices.flat[0])
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
+        collector.watch_ranks(cfg.measure, hosts, first)
         logger.write_config(build_config_json(run, corpus, hosts, work, collector))
         logger.print_header(measurement_lines(run, work, collector))
 
@@ -205,6 +210,8 @@ def main() -> int:
         set_up_logging(world.process)
         cfg = fit_config_to_world(cfg, world)
         check_same_on_all_processes("the config", config_lib.start_hash(cfg))
+        if world.processes > 1:
+            check_same_on_all_processes("the code and its libraries", describe_program())
         status = train(cfg, stop=stop)
         if stop.signal and status and world.engine == "alone":  # a launcher restarts the run itself
             print(f"resume with:\n  {current_command()}", flush=True)

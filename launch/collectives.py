@@ -27,9 +27,9 @@ from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.distributed.runtime import exit_together, join_processes
 from jaxtrain.metrics.network import INTERFACE, NetworkCounters
 from launch.arguments import Parser
+from launch.probe import SHARE, add_case_flags
 
 REPEATS, WARM_UP = 9, 2
-SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # busbw/algbw/((n-1)/n)
 
 
 def build(kind: str, mesh: Mesh) -> tuple[Callable[[jax.Array], jax.Array], P]:
@@ -82,8 +82,7 @@ def measure(kind: str, size_bytes: int, mesh: Mesh, interface: str) -> dict[str,
 
 def main() -> None:
     parser = Parser("python -m launch.collectives", __doc__)
-    parser.add_argument("--mib", default="1,16", help="sizes of every collective, in MiB")
-    parser.add_argument("--cases", default="", help="KIND:BYTES,... instead of --mib")
+    add_case_flags(parser)
     parser.add_argument("--interface", default="", help="network interface whose bytes are counted")
     args = parser.parse_args()
     beat("start")

@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.report.comparable import differences, match_losses
 from launch.report.formats import digits
 from launch.report.ratios import NORMALISERS, SPEEDS, normalise, ratios, speeds
@@ -160,15 +160,21 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.compare") ->
         "--may_differ", default="", metavar="NAMES", help="settings that may differ: a,b"
     )
     parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="bootstrap resamples [%(default)s]"
+        "--resamples",
+        type=bounded(int, 100, 1_000_000),
+        default=RESAMPLES,
+        help="bootstrap resamples [%(default)s]",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="of the bootstrap [%(default)s]")
+    parser.add_argument(
+        "--seed",
+        type=bounded(int, 0, 2**32 - 1),
+        default=SEED,
+        help="of the bootstrap [%(default)s]",
+    )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.margin < 1:
         parser.error(f"--margin must be between 0 and 1; got {args.margin}.")
-    if args.resamples < 100:
-        parser.error(f"--resamples must be 100 or more; got {args.resamples}.")
     return args
 
 

@@ -58,7 +58,7 @@ class Follower(threading.Thread):
         self.supervised = False
         self._may_revive, self._closing = may_revive, threading.Event()
         self._process: HostProcess | None = None
-        self._copy = None if read_only else LogCopy(job.log(host))
+        self._copy = None if read_only else LogCopy(job.log(host), job.policy.log_mib << 20)
         self._offset = self._copy.end() if self._copy else 0  # of the next byte, in the host's log
         self._tail = self._copy.tail() if self._copy else b""
 
@@ -178,6 +178,7 @@ class JobMonitor:
         as_json: print objects {"host", "from": "program" or "launch", "line"} instead.
         read_only: print the whole log from its first byte; store nothing and start nothing.
         raw: print all characters of the output as they are.
+        width: of the column of host names; 0: of the longest name.
     """
 
     def __init__(
@@ -187,13 +188,15 @@ class JobMonitor:
         as_json: bool = False,
         read_only: bool = False,
         raw: bool = False,
+        width: int = 0,
     ):
-        self.job, self._json, self._read_only, self._raw = job, as_json, read_only, raw
+        self.client, self.job = client, job
+        self._json, self._read_only, self._raw = as_json, read_only, raw
         self.events: queue.Queue[tuple[Host, bytes | Exception]] = queue.Queue()
         options = (self.events, self._may_revive, read_only)
         self.followers = [Follower(client, job, host, *options) for host in job.hosts]
         self._rests = dict.fromkeys(job.hosts, b"")  # what has come of each host's last line
-        self._width = max(len(host.name) for host in job.hosts)
+        self._width = width or max(len(host.name) for host in job.hosts)
         self._away: set[Host] = set()
         self._causes: collections.deque[str] = collections.deque(maxlen=8)
 
@@ -208,18 +211,29 @@ class JobMonitor:
 
     def run(self) -> dict[str, Any]:
         """Prints the job's log until it ends; returns its outcome {"code", "why", ...}."""
-        while True:
+        while not (outcome := self.print_new()):
+            pass
+        return outcome
+
+    def print_new(self, wait_s: float = 0.5) -> dict[str, Any] | None:
+        """Prints what comes within wait_s; returns the outcome if the job has ended.
+
+        Raises:
+            HostError: a host cannot be followed, or no host knows how the job ended.
+        """
+        deadline = time.monotonic() + wait_s
+        while (left_s := deadline - time.monotonic()) > 0:
             try:
-                host, data = self.events.get(timeout=0.5)
+                host, data = self.events.get(timeout=left_s)
             except queue.Empty:
-                outcome = self._outcome()
-                if outcome:
-                    return outcome
-                self.report_absent_hosts()
-                continue
+                break
             if isinstance(data, Exception):
                 raise HostError(f"{host.name}: cannot be followed: {data!r}") from data
             self._print(host, data)
+        outcome = self._outcome() if self.events.empty() else None
+        if not outcome:
+            self.report_absent_hosts()
+        return outcome
 
     def _stored_record(self) -> dict[str, Any]:
         """Returns the job's record from disk: another terminal may have seen the job's end."""

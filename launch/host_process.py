@@ -87,6 +87,11 @@ FORCED = (
     "A forced command in authorized_keys, or a restricted shell, may replace it. Use a key without "
     "one.",
 )
+BROKEN = (  # ssh ends with 255 because of an error of its own
+    "its connection broke",
+    "Check that it is on, and the network between here and there; then try again.",
+)
+SSH_ERROR = 255
 SILENT = ("it gave no answer", "Try `ssh {target} {python} --version` by hand.")
 
 
@@ -233,7 +238,7 @@ def explain(host: Host, code: int, output: bytes, errors: bytes) -> str:
     texts = [" ".join(data.decode(errors="replace").split()) for data in (output, errors)]
     happened, remedy = next(
         ((what, then) for pattern, what, then in CAUSES if re.search(pattern, " ".join(texts))),
-        FORCED if texts[0] else SILENT,
+        BROKEN if code == SSH_ERROR else FORCED if texts[0] else SILENT,
     )
     words = {"name": host.target.rpartition("@")[2], "target": host.target, "python": host.python}
     happened, remedy = happened.format(**words), remedy.format(**words)

@@ -10,6 +10,8 @@ ssh = "a40-1.asu"             # the destination for `ssh`; by default the name
 address = "10.0.0.11"         # on the training network
 gpus = 8
 chip = "a40"
+site_address = "203.0.113.7"  # how hosts of another site reach this one; by default its address
+site_port = 7301              # where it listens for them; by default launch chooses one
 """
 
 import dataclasses
@@ -37,7 +39,9 @@ class Host:
     gpus: int = 0
     chip: str = ""
     interface: str = ""  # for NCCL and the byte counters; "": the one that has the address
-    site: str = ""
+    site: str = ""  # all hosts of an inventory are at one
+    site_address: str = ""  # at which hosts of other sites reach this one; "": its address
+    site_port: int = 0  # of the host's first process, the next ones follow; 0: launch chooses
 
     @property
     def target(self) -> str:
@@ -65,7 +69,7 @@ PATTERNS = {
     "chip": (r"[A-Za-z0-9._-]*", "consist of ASCII letters, digits and . _ -"),
     "interface": (r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,14}|", "be a name of at most 15 characters"),
 }
-RANGES = {"port": (0, 65_535), "gpus": (0, 1_024)}
+RANGES = {"port": (0, 65_535), "gpus": (0, 1_024), "site_port": (0, 65_535)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +84,17 @@ class Inventory:
         return self.hosts[0].gpus if self.ranks == "gpu" else 1
 
 
-def read_inventory(path: str | Path) -> Inventory:
+def read_inventory(path: str | Path, flag: str = "--hosts") -> Inventory:
     """Returns the inventory in a TOML file.
+
+    Args:
+        flag: the flag that gave the path, for the error.
 
     Raises:
         ValueError: the inventory is invalid. The text names the file, line, host and key, and what
             to write.
     """
-    return parse_inventory(_read_text(path, "--hosts"), str(path))
+    return parse_inventory(_read_text(path, flag), str(path))
 
 
 def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
@@ -199,7 +206,8 @@ def _parse_host(index: int, defaults: dict[str, Any], entry: Any, places: _Place
             f"{place('ssh')}: the user must be given once; got user {host.user!r} and "
             f"ssh {host.ssh!r}."
         )
-    return dataclasses.replace(host, address=str(_ip(host.address)))
+    site_address = str(_ip(host.site_address)) if host.site_address else ""
+    return dataclasses.replace(host, address=str(_ip(host.address)), site_address=site_address)
 
 
 def _check_key(key: str, known: Iterable[str], place: str) -> None:
@@ -221,7 +229,8 @@ def _find_fault(key: str, value: Any) -> str:
     pattern, meaning = PATTERNS.get(key, (".*", ""))
     if not re.fullmatch(pattern, value):
         return meaning
-    return _find_fault_of_address(value) if key == "address" else ""
+    is_address = key == "address" or (key == "site_address" and value)
+    return _find_fault_of_address(value) if is_address else ""
 
 
 def _find_fault_of_address(text: str) -> str:
@@ -270,5 +279,6 @@ def _check_together(inventory: Inventory, places: _Places) -> None:
     if len(sites) > 1:
         raise ValueError(
             f"{places.find()}: a job's hosts must be at one site; got {sorted(sites)}. With 150 ms "
-            "between hosts, a step is 60 times slower: start one job per site."
+            "between hosts, a step is 60 times slower: write an inventory per site, and name them "
+            "in --sites."
         )

@@ -4,14 +4,14 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.host.files import read_json, write_json
 from launch.host.interfaces import interface_variables
 from launch.host.restart_policy import Policy
-from launch.inventory import Host
+from launch.inventory import Host, Inventory
 
 PYTHON = "{python}"  # in argv: stands for each host's interpreter
 TRAINER = "jaxtrain.train"  # the program whose flags name data and which writes a heartbeat
@@ -26,6 +26,10 @@ def jobs_folder() -> Path:
     except OSError as error:
         raise ValueError(f"JAXTRAIN_JOBS must be a folder for jobs; got {error}.") from None
     return folder
+
+
+def new_id() -> str:
+    return time.strftime("%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
 
 
 class Job:
@@ -58,9 +62,20 @@ class Job:
             ) from None
 
     @classmethod
-    def create(cls, hosts: Iterable[Host], policy: Policy, ssh_config: str, **record: Any) -> "Job":
-        """Creates a record with a new id, and a secret token that the job's supervisors share."""
-        job_id = time.strftime("%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+    def create(
+        cls,
+        hosts: Iterable[Host],
+        policy: Policy,
+        ssh_config: str,
+        job_id: str = "",
+        **record: Any,
+    ) -> "Job":
+        """Creates a record, and a secret token that the job's supervisors share.
+
+        Args:
+            job_id: "" takes a new one.
+        """
+        job_id = job_id or new_id()
         folder = jobs_folder() / job_id
         folder.mkdir(mode=0o700)
         record |= {
@@ -72,6 +87,11 @@ class Job:
         }
         write_json(folder / "job.json", record)
         return cls(job_id)
+
+    @property
+    def inventory(self) -> Inventory:
+        ranks = "gpu" if self.record["ranks_per_host"] > 1 else "host"
+        return Inventory(self.hosts, ranks)
 
     def change(self, **values: Any) -> None:
         """Changes the record, in memory and on disk."""
@@ -104,5 +124,39 @@ class Job:
             "run_directory": record.get("run_directories", {}).get(host.name, ""),
             "resumes": record.get("resumes", ""),
         }
+        if "sites" in record:
+            spec |= {"sites": record["sites"], "site": record["site"]}
         scope = host.name in record.get("scopes", ())
         return {"op": "start", "job": self.id, "spec": spec, "scope": scope}
+
+
+def read_jobs(name: str) -> list[Job]:
+    """Returns the job of this name; if the name stands for a job at several sites, that of each.
+
+    Raises:
+        ValueError: this machine has no such job.
+    """
+    try:
+        ids = list(read_json(jobs_folder() / name / "job.json").get("jobs", {}).values())
+    except (OSError, ValueError, AttributeError):  # Job says what is wrong
+        ids = []
+    return [Job(job_id) for job_id in ids or [name]]
+
+
+def name_of(jobs: Sequence[Job]) -> str:
+    """Returns the name that `read_jobs` takes for these jobs."""
+    return jobs[0].id if len(jobs) == 1 else jobs[0].record["parent"]
+
+
+def write_parent(job_id: str, jobs: Mapping[str, str]) -> None:
+    """Records which jobs {site: job} the name of a job at several sites stands for."""
+    folder = jobs_folder() / job_id
+    folder.mkdir(mode=0o700, exist_ok=True)
+    write_json(folder / "job.json", {"jobs": dict(jobs)})
+
+
+def replace_in_parent(job: Job) -> None:
+    """Makes a new job of one site stand where that site's former job stood."""
+    parent = job.record["parent"]
+    jobs = read_json(jobs_folder() / parent / "job.json").get("jobs", {})
+    write_parent(parent, jobs | {job.record["site"]: job.id})

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from launch.host.files import read_json, write_json
-from launch.host.log import TAIL_BYTES
+from launch.host.log import LIMIT_MIB, TAIL_BYTES
 
 try:
     import fcntl
@@ -52,20 +53,36 @@ def is_valid_status(status: Any) -> bool:
     )
 
 
+_PLACE = ("here", "there")
+
+
+def _read_at(path: Path, place: Mapping[str, int], offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(place["here"] + offset - place["there"])
+        return file.read(min(size, READ_BYTES))
+
+
 class LogCopy:
     """The file `path`: the host's bytes, plus an explanatory line wherever some are missing.
 
-    After such a line, the file `path`.at contains {"here", "there"}: byte `here` of the copy is
-    byte `there` of the host's log, and the bytes after them correspond.
+    The file never gets larger than half of the limit: its bytes then move to `path`.1, in place of
+    those that were there. After either event, the file `path`.at contains {"here", "there", "gaps",
+    "older"}: byte `here` of the copy is byte `there` of the host's log, and the bytes after them
+    correspond; `gaps` counts the lines; `older` is {"here", "there"} of `path`.1, if it exists.
+
+    Args:
+        limit_bytes: of both files together. It is exceeded only if it is less than 2 * READ_BYTES.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, limit_bytes: int = LIMIT_MIB << 20):
         self.path, self._anchor_path = Path(path), Path(f"{path}.at")
+        self._older_path, self._limit_bytes = Path(f"{path}.1"), limit_bytes
         self.path.touch(mode=0o600)
-        self._anchor = self._read_anchor()  # as this process last saw it
+        self._anchor: dict[str, Any] = self._read_anchor()  # as this process last saw it
 
-    def _read_anchor(self) -> dict[str, int]:
-        return {"here": 0, "there": 0} | read_json(self._anchor_path)
+    def _read_anchor(self) -> dict[str, Any]:
+        new = {"here": 0, "there": 0, "gaps": 0, "older": None}
+        return {**new, **read_json(self._anchor_path)}
 
     def end(self) -> int:
         """Returns the offset in the host's log of the first byte that the copy lacks."""
@@ -73,15 +90,22 @@ class LogCopy:
 
     def read(self, offset: int, size: int) -> bytes:
         """Returns at most `size` bytes from an offset of the host's log; none from before a gap."""
-        if offset < self._anchor["there"]:
+        data, anchor = b"", dict(self._anchor)
+        if offset < self._start():
             return b""
-        with open(self.path, "rb") as file:
-            file.seek(self._anchor["here"] + offset - self._anchor["there"])
-            return file.read(min(size, READ_BYTES))
+        if offset < anchor["there"]:
+            data = _read_at(self._older_path, anchor["older"], offset, size)
+            offset, size = offset + len(data), size - len(data)
+        return data + (_read_at(self.path, anchor, offset, size) if size else b"")
+
+    def _start(self) -> int:
+        """Returns the offset in the host's log after which nothing is missing here."""
+        older = None if self._anchor["here"] else self._anchor["older"]  # "here": a gap followed
+        return (older or self._anchor)["there"]
 
     def tail(self) -> bytes:
         """Returns the last bytes, at most TAIL_BYTES."""
-        return self.read(max(self._anchor["there"], self.end() - TAIL_BYTES), TAIL_BYTES)
+        return self.read(max(self._start(), self.end() - TAIL_BYTES), TAIL_BYTES)
 
     def add(self, offset: int, data: bytes, gap_line: bytes = b"", replaced: bool = False) -> None:
         """Adds the host's bytes from `offset` on, without those that the copy already has.
@@ -93,10 +117,18 @@ class LogCopy:
         with open(self.path, "ab") as file, _locked(file):
             anchor, size = self._read_anchor(), file.seek(0, os.SEEK_END)
             end = anchor["there"] + size - anchor["here"]
-            unchanged = anchor == self._anchor  # else another terminal has written the gap line
+            # If this differs, another terminal has written the gap line.
+            unchanged = anchor["gaps"] == self._anchor["gaps"]
+            if size and size + len(data) > self._limit_bytes // 2:
+                shutil.copyfile(self.path, self._older_path)
+                self._older_path.chmod(0o600)
+                anchor |= {"here": 0, "there": end, "older": {k: anchor[k] for k in _PLACE}}
+                write_json(self._anchor_path, anchor)
+                size = file.truncate(0)
             if gap_line and unchanged and (replaced or offset > end):
                 file.write(gap_line)
-                anchor, end = {"here": size + len(gap_line), "there": offset}, offset
+                place = {"here": size + len(gap_line), "there": offset}
+                anchor, end = anchor | place | {"gaps": anchor["gaps"] + 1}, offset
                 file.flush()
                 write_json(self._anchor_path, anchor)
             file.write(data[max(0, end - offset) :])

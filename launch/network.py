@@ -4,9 +4,10 @@ import json
 import secrets
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from launch.answers import COUNT, SECONDS, Range, check, mismatch
 from launch.host_process import HostProcess
 from launch.inventory import Host
 from launch.ssh import HostError, SshClient
@@ -19,6 +20,15 @@ FIRST_ANSWER_S = 90.0
 # see host/agent.py.
 ANSWER_S = 90.0
 Pair = dict[str, Any]  # what was measured from one host to another
+FIRST = {"listens_on": (Range(int, 1, 65_535), None)}
+MEASURED = {
+    "rtt_s": [SECONDS, 1],
+    "seconds?": SECONDS,
+    "bytes?": COUNT,
+    "bytes_per_s?": Range(float, 0, 1e15),
+    "mtu?": (COUNT, None),
+    "wire_bytes?": [COUNT, 2],
+}
 
 
 class NetworkAgents:
@@ -28,6 +38,7 @@ class NetworkAgents:
 
     Args:
         first_request: returns the request that starts a host's agent.
+        first_shape: what its first answer must contain, see launch.answers.
 
     Attributes:
         first_answers: {host: its first answer, or the HostError in its place}.
@@ -37,6 +48,7 @@ class NetworkAgents:
         self,
         client: SshClient,
         first_request: Callable[[Host], dict[str, Any]] = lambda host: {"op": "net"},
+        first_shape: dict[str, Any] = FIRST,
     ):
         self.hosts, token = client.hosts, secrets.token_hex(16)
         self._processes: dict[Host, HostProcess] = {}
@@ -44,7 +56,7 @@ class NetworkAgents:
         def start_agent(host: Host) -> dict[str, Any]:
             request = first_request(host) | {"address": host.address, "token": token}
             process = self._processes[host] = client.start(host, request)
-            return client.read_answer(host, process, FIRST_ANSWER_S)
+            return check(host, client.read_answer(host, process, FIRST_ANSWER_S), first_shape)
 
         self.first_answers: dict[Host, Any] = client.map(start_agent)
 
@@ -72,9 +84,11 @@ class NetworkAgents:
             answer = json.loads(line)
         except (ValueError, RecursionError):
             answer = None
-        if isinstance(answer, dict) and isinstance(answer.get("ok"), dict):
-            return answer["ok"]
-        error = answer.get("error") if isinstance(answer, dict) else None
+        value = answer.get("ok") if isinstance(answer, dict) else None
+        if isinstance(value, dict) and "error" not in value:
+            return value
+        source = value or answer
+        error = source.get("error") if isinstance(source, dict) else None
         return {"error": indented(str(error or "its answer has no meaning"))}
 
     def answer_with_clock(self, host: Host) -> dict[str, Any]:
@@ -94,11 +108,16 @@ class NetworkAgents:
             received = time.time()
             if "error" in clock:
                 raise HostError(f"{host.name}: {clock['error']}")
-            if not isinstance(clock.get("time"), float):
-                raise HostError(f"{host.name}: it must answer with its time; got {clock}.")
+            check(host, clock, {"time": Range(float, 0, 1e12)})
             samples.append((received - sent, clock["time"] - (sent + received) / 2))
         rtt_s, skew_s = min(samples)  # the shortest round trip bounds the skew best
         return answer | {"rtt_s": rtt_s, "skew_s": skew_s}
+
+    def execute(self, orders: Sequence[tuple[Host, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Returns the answer to each order, or {"error": text}. Hosts work at the same time."""
+        for host, order in orders:
+            self._send_order(host, **order)
+        return [self._read_answer(host) for host, _ in orders]
 
     def read_nonce(self, folder: str, nonce: str) -> dict[Host, dict[str, Any]]:
         """Returns {host: {"same": whether it reads the first host's nonce}}; deletes the nonce."""
@@ -116,6 +135,7 @@ class NetworkAgents:
         pings: int = 20,
         both: bool = False,
         least_trips: float = 0,
+        places: Mapping[Host, tuple[str, int]] | None = None,
     ) -> list[Pair]:
         """Measures every directed pair, in rounds in which each host sends once and receives once.
 
@@ -124,17 +144,23 @@ class NetworkAgents:
             seconds: duration of the traffic.
             both: send in both directions at once.
             least_trips: no traffic is sent if it would last for fewer round trips than this.
+            places: {host: where it listens for other sites}. Then only pairs of hosts at different
+                sites are measured, and the host that comes first connects.
 
         Returns:
             A dict per pair, with "from", "to" and either "error" or the figures.
         """
         pairs = []
+        far = lambda i, j: i < j and self.hosts[i].site != self.hosts[j].site
         for round_pairs in rounds(len(self.hosts)):
+            round_pairs = [(i, j) for i, j in round_pairs if not places or far(i, j)]
             for i, j in round_pairs:
+                to = self.hosts[j]
+                near = (to.address, self.first_answers[to]["listens_on"])
                 self._send_order(
                     self.hosts[i],
                     do="measure",
-                    peer=[self.hosts[j].address, self.first_answers[self.hosts[j]]["listens_on"]],
+                    peer=places[to] if places else near,
                     interface=self.hosts[i].interface,
                     streams=streams,
                     seconds=seconds,
@@ -145,6 +171,8 @@ class NetworkAgents:
             for i, j in round_pairs:
                 names = {"from": self.hosts[i].name, "to": self.hosts[j].name}
                 answer = self._read_answer(self.hosts[i], seconds)
+                if "error" not in answer and (why := mismatch(answer, MEASURED, "its answer")):
+                    answer = {"error": why}
                 pairs.append(names | {"streams": streams, "both": both} | answer)
         return pairs
 

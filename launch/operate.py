@@ -4,16 +4,19 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from launch.follow import JobMonitor
+from launch.host.exit_codes import PREEMPTED, STOPPED
 from launch.host.restart_policy import NOW
 from launch.inventory import Host
-from launch.job import Job, jobs_folder
+from launch.job import Job, jobs_folder, name_of, read_jobs
 from launch.log_copy import is_valid_status
 from launch.ssh import HostError, SshClient, errors_in
 from launch.terminal import indented, note, show
 
+STOPPED_AS_ASKED = (PREEMPTED, STOPPED)  # exit statuses: with a save, without one
 GONE_S = 30.0  # time for the last processes to end
 OLD_S = 6.0  # a status is written every 2 s; an older one is shown with its age
 
@@ -23,47 +26,78 @@ def connect(job: Job) -> SshClient:
     return SshClient(job.hosts, job.ssh_config)
 
 
-def follow(job: Job, as_json: bool, read_only: bool = False, raw: bool = False) -> int:
-    """Prints the job's log until it ends; returns its exit status. Ctrl-C asks what to do.
+def follow(jobs: Sequence[Job], as_json: bool, read_only: bool = False, raw: bool = False) -> int:
+    """Prints the log of a job, or of its job at each site, to the end. Ctrl-C asks what to do.
 
     Args:
         read_only: print the whole log from its first byte. Ctrl-C then only ends this command.
         raw: print control characters as they are.
 
+    Returns:
+        The exit status; of several jobs the first failure, then the first stop.
+
     Raises:
-        ValueError: the job never started.
+        ValueError: a job never started.
+        HostError: a job's outcome cannot be known. The other jobs are followed to their end first.
     """
-    if not job.record.get("begun"):
-        raise ValueError(
-            f"job {job.id} never started, so there is no log. `launch.run resume {job.id}` "
-            "starts its command."
-        )
-    client = connect(job)
-    with JobMonitor(client, job, as_json, read_only, raw) as monitor:
-        outcome = None
-        while not outcome:
+    for job in jobs:
+        if not job.record.get("begun"):
+            raise ValueError(
+                f"job {job.id} never started, so there is no log. `launch.run resume "
+                f"{name_of(jobs)}` starts its command."
+            )
+    clients = [connect(job) for job in jobs]
+    width = max(len(host.name) for job in jobs for host in job.hosts)
+    codes, errors = {}, []
+    with contextlib.ExitStack() as stack:
+        pairs = zip(clients, jobs, strict=True)
+        opened = [JobMonitor(c, job, as_json, read_only, raw, width) for c, job in pairs]
+        monitors = [stack.enter_context(monitor) for monitor in opened]
+        while monitors:
             try:
-                outcome = monitor.run()
+                for monitor in list(monitors):
+                    try:
+                        outcome = monitor.print_new(0.5 / len(monitors))
+                    except HostError as error:
+                        errors.append(str(error))
+                        monitors.remove(monitor)
+                        continue
+                    if outcome:
+                        codes[monitor.job.id] = conclude(monitor.client, monitor.job, outcome)
+                        monitors.remove(monitor)
+                        _note_running_sites(monitor.job, outcome, [m.job for m in monitors])
             except KeyboardInterrupt:  # the followers go on and renew the lease meanwhile
-                if read_only or _ask_to_leave(client, job):
+                if read_only or _ask_to_leave(clients, jobs):
                     return 0
-    return conclude(client, job, outcome)
+    if errors:
+        raise HostError("\n".join(errors))
+    return min(codes.values(), key=lambda code: (code == 0, code in STOPPED_AS_ASKED))
 
 
-def _ask_to_leave(client: SshClient, job: Job) -> bool:
-    """Asks whether to detach from the job, stop it or go on; returns whether to detach."""
+def _note_running_sites(job: Job, outcome: dict[str, Any], others: Sequence[Job]) -> None:
+    """Prints what to do if one site's job has ended without success and others go on."""
+    if outcome["code"] and others:
+        note(f"{' '.join(other.id for other in others)}: still running")
+        note(f"to continue this site: python -m launch.run resume {job.id}")
+        note(f"to stop the other sites: python -m launch.run stop {job.record['parent']}")
+
+
+def _ask_to_leave(clients: Sequence[SshClient], jobs: Sequence[Job]) -> bool:
+    """Asks whether to detach from the jobs, stop them or go on; returns whether to detach."""
     if not sys.stdin.isatty():
-        stop(job, now=False)
+        stop(jobs, now=False)
         return False
     try:
         answer = input("\n[d]etach, [s]top after a save, or Enter to go on: ").strip().lower()
     except (EOFError, KeyboardInterrupt):
         answer = "s"
     if answer.startswith("s"):
-        stop(job, now=False)
+        stop(jobs, now=False)
     if answer.startswith("d"):
-        _send_to_all(client, {"op": "detach", "job": job.id}, "detached")
-        note(f"the job goes on; to follow it again: python -m launch.run attach {job.id}")
+        for client, job in zip(clients, jobs, strict=True):
+            _send_to_all(client, {"op": "detach", "job": job.id}, "detached")
+        command = f"python -m launch.run attach {name_of(jobs)}"
+        note(f"the job goes on; to follow it again: {command}")
     return answer.startswith("d")
 
 
@@ -115,10 +149,21 @@ def stop_request(job: Job, why: str, kill: bool) -> dict[str, Any]:
     return {"op": "stop", "job": job.id, "why": why, "kill": kill}
 
 
-def stop(job: Job, now: bool) -> int:
-    """Asks every host to stop the job, so that an unreachable one does not keep it alive."""
-    request = stop_request(job, NOW if now else "the operator asked", kill=False)
-    _send_to_all(connect(job), request, "stopped")
+def stop(jobs: Sequence[Job], now: bool) -> int:
+    """Asks every host to stop the jobs, so that an unreachable one does not keep them alive.
+
+    Raises:
+        HostError: no host of a job answered. The other jobs are stopped all the same.
+    """
+    errors = []
+    for job in jobs:
+        request = stop_request(job, NOW if now else "the operator asked", kill=False)
+        try:
+            _send_to_all(connect(job), request, "stopped")
+        except HostError as error:
+            errors.append(f"{job.id}: {error}")
+    if errors:
+        raise HostError("\n".join(errors))
     return 0
 
 
@@ -150,8 +195,16 @@ def refuse_while_alive(job: Job) -> None:
         raise HostError("\n".join([text, *problems]))
 
 
-def status(job: Job, as_json: bool) -> int:
-    """Prints each host's status of the job."""
+def status(jobs: Sequence[Job], as_json: bool) -> int:
+    """Prints each host's status of a job, or of its jobs at all sites, each below a title."""
+    for job in jobs:
+        if len(jobs) > 1 and not as_json:
+            show(f"{job.record['site']}: job {job.id}")
+        _print_status(job, as_json)
+    return 0
+
+
+def _print_status(job: Job, as_json: bool) -> None:
     for host, answer in statuses(connect(job), job).items():
         answer: dict[str, Any] = {"error": str(answer)} if isinstance(answer, HostError) else answer
         if as_json:
@@ -162,13 +215,12 @@ def status(job: Job, as_json: bool) -> int:
         except (KeyError, TypeError, ValueError, AttributeError):
             text = "the host sent a status that has no meaning"
         show(f"{host.name:12} {indented(text)}")
-    return 0
 
 
 def _describe(answer: dict[str, Any]) -> str:
     """Returns a host's status as text; raises any error of a lookup if a host sent nonsense."""
     ranks = answer.get("report", {}).get("ranks", [])
-    steps = ", ".join(f"rank {r['rank']} step {r['step']} {r['phase']}" for r in ranks)
+    steps = ", ".join(map(_describe_rank, ranks))
     why = (answer.get("outcome") or {}).get("why")
     state = answer.get("error") or why or steps or "idle"
     alive = "supervised" if answer.get("alive") else "no supervisor"
@@ -179,11 +231,23 @@ def _describe(answer: dict[str, Any]) -> str:
     return f"attempt {answer.get('attempt', '-')}  {alive:13}  {state}"
 
 
+def _describe_rank(rank: dict[str, Any]) -> str:
+    """Returns `rank 1 step 40 train`, with how slow the rank is against the others if known."""
+    text = f"rank {rank['rank']} step {rank['step']} {rank['phase']}"
+    ratios = [f"{kind} {float(ratio):.2f}x" for kind, ratio in rank.get("ratios", {}).items()]
+    slow = [f"STRAGGLER in {kind}" for kind in rank.get("slow", [])]
+    notes = "; ".join([*slow, *([" ".join(ratios)] if ratios else [])])
+    return f"{text} ({notes})" if notes else text
+
+
 def list_jobs() -> int:
     """Prints a line per job of this machine."""
     for path in sorted(jobs_folder().iterdir()):
         with contextlib.suppress(ValueError):  # a folder without a record
-            record = Job(path.name).record
+            if len(jobs := read_jobs(path.name)) > 1:
+                show(f"{path.name}  stands for {' '.join(job.id for job in jobs)}")
+                continue
+            record = jobs[0].record
             outcome = record.get("outcome")
             state = "running or not yet seen to end" if record.get("begun") else "never started"
             if outcome:

@@ -1,14 +1,16 @@
 """Checks every host, and the network between them, for what could make a job fail."""
 
+import collections
 import re
 import secrets
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from launch.answers import COUNT, Range
 from launch.host import logout
 from launch.inventory import Host
-from launch.network import NetworkAgents
+from launch.network import FIRST, NetworkAgents
 from launch.ssh import HostError, SshClient
 from launch.terminal import visible
 
@@ -23,6 +25,21 @@ LOGOUT_PROBLEMS = {
     "enable-linger` there once",
     logout.ENDS: "systemd would end the job at logout (KillUserProcesses=yes), and systemd-run is "
     "not installed: ask the administrator for KillExcludeUsers= with this user",
+}
+
+SIZES = re.compile("[0-9 ]{0,60}")  # in bytes, as sysctl prints them
+FACTS = FIRST | {
+    **dict.fromkeys(("own_address", "python", "executable", "local_disk", "logout"), str),
+    **dict.fromkeys(("gpus_error", "interface", "nonce_error"), str),
+    **dict.fromkeys(("cpus", "memory_bytes", "disk_free_bytes", "shm_bytes"), COUNT),
+    "versions": {str: str},
+    "gpus": [{"name": str, "driver": str, "memory_mib": COUNT}],
+    "open_files": [Range(int, -1, 1 << 62), 2],  # -1: unlimited
+    "proxies": [str],
+    "interfaces": {str: [str]},
+    "has_address": bool,
+    "port_free": bool,
+    "sysctls": {"congestion": str, "tcp_rmem": SIZES, "tcp_wmem": SIZES},
 }
 
 
@@ -59,7 +76,7 @@ def preflight(
         return {"op": "facts", "shared": shared} | values
 
     # One connection per host for everything: over a long link each one costs several round trips.
-    with NetworkAgents(client, facts_request) as agents:
+    with NetworkAgents(client, facts_request, FACTS) as agents:
         answers = client.map(agents.answer_with_clock)
         findings, facts_of = [], {}
         for host, answer in answers.items():
@@ -89,7 +106,7 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
         check(name, f"{count / 2**30:.0f} GiB", count < least, problem, fatal)
 
     chips, skew_s = [gpu["name"] for gpu in facts["gpus"]], facts["skew_s"]
-    soft, hard = facts["open_files"]
+    soft, hard = facts["open_files"][:2]
     proxies, disk, own_address = facts["proxies"], facts["local_disk"], facts["own_address"]
     check("reach", f"{facts['rtt_s'] * 1e3:.0f} ms")
     check("clock", f"{skew_s * 1e3:+.0f} ms", abs(skew_s) > MAX_SKEW_S, "set its clock (NTP)")
@@ -101,7 +118,7 @@ def judge_host(host: Host, facts: Facts, port: int) -> list[Finding]:
     check_size("memory", facts["memory_bytes"], MEMORY_BYTES)
     check_size("shm", facts["shm_bytes"], SHM_BYTES, fatal=False)
     raise_limit = f"raise ulimit -n (hard limit {hard})"
-    check("files", str(soft), soft < OPEN_FILES, raise_limit, fatal=False)
+    check("files", str(soft), 0 <= soft < OPEN_FILES, raise_limit, fatal=False)
     check("proxies", " ".join(proxies) or "none", bool(proxies), "unset them: gRPC would hang")
     no_address = "the host does not have this address: correct the inventory"
     check("address", host.address, not facts["has_address"], no_address)
@@ -157,7 +174,10 @@ def _interface_problem(host: Host, facts: Facts) -> str:
 
 
 def differences(facts_of: Mapping[Host, Facts]) -> list[Finding]:
-    """Returns a finding for each version (Python, package, driver) that differs between hosts."""
+    """Returns a finding for each version (Python, package, driver) that differs between hosts.
+
+    It names the hosts that differ from most.
+    """
     versions_of = {}
     for host, facts in facts_of.items():
         versions = dict(facts["versions"])
@@ -168,9 +188,11 @@ def differences(facts_of: Mapping[Host, Facts]) -> list[Finding]:
     findings = []
     for name in sorted({name for versions in versions_of.values() for name in versions}):
         by_host = {host: versions.get(name, "absent") for host, versions in versions_of.items()}
-        if len(set(by_host.values())) > 1:
+        [(usual, _), *others] = collections.Counter(by_host.values()).most_common()
+        if others:
             text = ", ".join(f"{host} {version}" for host, version in by_host.items())
-            findings.append(Finding("all", name, text, "install the same everywhere"))
+            odd = " ".join(host for host, version in by_host.items() if version != usual)
+            findings.append(Finding(odd, name, text, "install the same on every host"))
     return findings
 
 
@@ -178,7 +200,7 @@ def judge_network(agents: NetworkAgents, nonce: str, shared: str, burst_s: float
     """Returns the findings about the shared folder and about every pair of hosts."""
     findings = []
     for host, answer in (agents.read_nonce(shared, nonce) if shared else {}).items():
-        if not answer.get("same"):
+        if answer.get("same") is not True:
             not_shared = "the hosts do not share it: set --config.checkpoint.storage=host0"
             problem = answer.get("error") or not_shared
             findings.append(Finding(host.name, "shared", shared, problem))

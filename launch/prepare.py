@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.answers import check
 from launch.inventory import Host
 from launch.job import TRAINER, Job
 from launch.preflight import Finding, differences, format_findings, plugin_problem
@@ -60,8 +61,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
         raise HostError("preflight: nothing was started. Each FAIL above says what to do.")
 
 
-def prepare(client: SshClient, job: Job, code: Code) -> None:
+def prepare(client: SshClient, job: Job, code: Code) -> dict[Host, Any]:
     """Builds the job's packages if --env_build was given, and compares the hosts' data.
+
+    Returns:
+        {host: the summary of its data}; {} for another program than the trainer.
 
     Raises:
         HostError: a host failed, or differs from the others.
@@ -76,17 +80,19 @@ def prepare(client: SshClient, job: Job, code: Code) -> None:
         pythons = build_environments(client, record["env_build"], pyproject, record["env_extras"])
         job.change(pythons=pythons)
         note(f"packages are built on every host, {time.monotonic() - start:.1f} s")
-    if record["argv"][2] == TRAINER:
-        start = time.monotonic()
-        summaries = client.call_all(data_requests(client, job), DATA_S)
-        for host, summary in summaries.items():
-            if not isinstance(summary, HostError) and not _is_summary(summary):
-                summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
-        findings = judge_data(summaries) + judge_directories(summaries)
-        note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
-        print_findings(findings)
-        folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
-        job.change(run_directories=folders)
+    if record["argv"][2] != TRAINER:
+        return {}
+    start = time.monotonic()
+    summaries = client.call_all(data_requests(client, job), DATA_S)
+    for host, summary in summaries.items():
+        if not isinstance(summary, HostError) and not _is_summary(summary):
+            summaries[host] = HostError(f"{host.name}: its summary of the data has no meaning")
+    findings = judge_data(summaries) + judge_directories(summaries)
+    note(f"data compared on all hosts, {time.monotonic() - start:.1f} s")
+    print_findings(findings)
+    folders = {host.name: summary["workdir"] for host, summary in summaries.items()}
+    job.change(run_directories=folders)
+    return summaries
 
 
 def _is_summary(summary: Any) -> bool:
@@ -116,6 +122,8 @@ def build_environments(
     request |= {"extras": list(extras)}
     built = client.call_all(dict.fromkeys(client.hosts, request), BUILD_S)
     raise_errors(built)
+    for host, answer in built.items():
+        check(host, answer, {"python": str, "versions": {str: str}})
     problems = {host.name: plugin_problem(host, b["versions"]) for host, b in built.items()}
     if any(problems.values()):
         raise HostError("\n".join(f"{name}: {text}" for name, text in problems.items() if text))

@@ -3,11 +3,14 @@
     python -m launch.probe --hosts=hosts.toml --out=network.json
     python -m launch.probe --hosts=hosts.toml --seconds=5 --pings=1000
     python -m launch.probe --hosts=hosts.toml --no_jax
+    python -m launch.probe --sites=new_york.toml,asuncion.toml --out=sites.json
 
 It measures the round trips of every pair of hosts on an idle network; TCP throughput with
 1, 4 and 8 streams, in one direction and in both; and, unless --no_jax, JAX's all-reduce, all-gather
 and reduce-scatter over all hosts, by size. `wire_bytes` is what the interface counted, before it
 cut the data into segments; `header_share` is the share of headers that the segments add.
+With --sites it measures TCP between hosts of different sites, at the addresses and ports that the
+inventories give; `jaxtrain plan --network` reads the file.
 """
 
 import argparse
@@ -15,22 +18,25 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import run
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.files import write_json
-from launch.inventory import read_inventory
+from launch.inventory import Host, read_inventory
 from launch.job import PORTS
 from launch.network import NetworkAgents, Pair
 from launch.preflight import preflight
 from launch.prepare import print_findings
+from launch.sites import build_sites_file, read_sites
 from launch.ssh import HostError, SshClient, raise_errors
 from launch.terminal import note, show, warn
 
 STREAMS = (1, 4, 8)
+SHARE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}  # busbw/algbw/((n-1)/n)
+LARGEST_MIB = 1 << 16
 PERCENTILES = (1, 50, 90, 99, 100)
 ETHERNET_BYTES = 14  # header of a frame
 TCP_BYTES = 52  # headers of IPv4 and of TCP with timestamps, which count towards the MTU
@@ -49,8 +55,16 @@ def percentile(sorted_values: Sequence[float], share: float) -> float:
     return sorted_values[min(len(sorted_values) - 1, round(share * (len(sorted_values) - 1)))]
 
 
-def measure_tcp(client: SshClient, seconds: float, pings: int) -> list[Pair]:
+def measure_tcp(
+    client: SshClient,
+    seconds: float,
+    pings: int,
+    places: Mapping[Host, tuple[str, int]] | None = None,
+) -> list[Pair]:
     """Returns a dict per directed pair, number of streams and direction.
+
+    Args:
+        places: {host: where it listens for other sites}; only pairs between sites are measured.
 
     Raises:
         HostError: a host does not answer, or a pair could not be measured.
@@ -58,11 +72,17 @@ def measure_tcp(client: SshClient, seconds: float, pings: int) -> list[Pair]:
     rows = []
     with NetworkAgents(client) as agents:
         raise_errors(agents.first_answers)
-        idle = _require_all(agents.measure(1, 0.0, pings))
+        listening = list((places or {}).items())
+        orders = [(host, {"do": "listen", "address": a, "port": p}) for host, (a, p) in listening]
+        for (host, place), answer in zip(listening, agents.execute(orders), strict=True):
+            if "error" in answer:
+                where = f"{place[0]} port {place[1]}"
+                raise HostError(f"{host.name} cannot listen at {where}: {answer['error']}")
+        idle = _require_all(agents.measure(1, 0.0, pings, places=places))
         rtt_s = {(pair["from"], pair["to"]): pair["rtt_s"] for pair in idle}
         for streams in STREAMS:
             for both in (False, True):
-                for pair in _require_all(agents.measure(streams, seconds, pings=1, both=both)):
+                for pair in _require_all(agents.measure(streams, seconds, 1, both, places=places)):
                     del pair["rtt_s"]  # measured under load; the idle one is reported
                     times = rtt_s[pair["from"], pair["to"]]
                     pair |= {f"rtt_p{p}_s": percentile(times, p / 100) for p in PERCENTILES}
@@ -79,6 +99,34 @@ def _require_all(pairs: list[Pair]) -> list[Pair]:
     return pairs
 
 
+def add_case_flags(parser: Parser) -> None:
+    """Adds --mib and --cases, whose values say what launch.collectives measures."""
+
+    def check_sizes(text: str) -> str:
+        for size in text.split(","):
+            bounded(float, 1e-5, LARGEST_MIB)(size)
+        return text
+
+    def check_cases(text: str) -> str:
+        for case in filter(None, text.split(",")):
+            kind, _, size = case.partition(":")
+            if kind not in SHARE:
+                raise argparse.ArgumentTypeError(f"must name one of {[*SHARE]}; got {case}")
+            bounded(int, 4, LARGEST_MIB << 20)(size)
+        return text
+
+    parser.add_argument(
+        "--mib", type=check_sizes, default="1,16,64", help="sizes of the collectives, MiB"
+    )
+    parser.add_argument(
+        "--cases",
+        type=check_cases,
+        default="",
+        metavar="KIND:BYTES,...",
+        help="collectives instead of --mib's",
+    )
+
+
 def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs launch.collectives as a job; returns the JSON objects that it prints.
 
@@ -88,12 +136,41 @@ def measure_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     hosts = read_inventory(args.hosts).hosts
     flags = [f"--mib={args.mib}", f"--cases={args.cases}", f"--interface={hosts[0].interface}"]
     options = [f"--hosts={args.hosts}", f"--ssh_config={args.ssh_config}", "--restarts=0"]
-    job, code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
+    [job], code = run.start(*run.parse([*options, "--module=launch.collectives", "--", *flags]))
     log = job.log(job.hosts[0])
     if code:
         raise HostError(f"the collectives ended with {code}: see {log}.")
     lines = log.read_text().splitlines()
     return [json.loads(line) for line in lines if line.startswith('{"collective"')]
+
+
+def measure_hosts(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the measurements between the hosts of --hosts."""
+    hosts = read_inventory(args.hosts).hosts
+    client = SshClient(hosts, args.ssh_config)
+    print_findings(preflight(client, secrets.choice(PORTS), burst_s=0))
+    tcp = measure_tcp(client, args.seconds, args.pings) if len(hosts) > 1 else []
+    collectives = [] if args.no_jax else measure_collectives(args)
+    return {"hosts": [host.name for host in hosts], "tcp": tcp, "collectives": collectives}
+
+
+def measure_sites(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the measurements between the hosts of different sites."""
+    sites = read_sites(args.sites)
+    content = build_sites_file("probe", sites)
+    for inventory in sites.values():
+        client = SshClient(inventory.hosts, args.ssh_config)
+        print_findings(preflight(client, secrets.choice(PORTS), burst_s=0))
+    places = {
+        host: (place["address"], place["port"])
+        for site, inventory in zip(content["sites"], sites.values(), strict=True)
+        for host, place in zip(
+            inventory.hosts, site["processes"][:: inventory.ranks_per_host], strict=True
+        )
+    }
+    tcp = measure_tcp(SshClient(list(places), args.ssh_config), args.seconds, args.pings, places)
+    sites_of = {host.name: host.site for host in places}
+    return {"hosts": list(sites_of), "sites": sites_of, "tcp": tcp, "collectives": []}
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -106,6 +183,8 @@ def format_result(result: dict[str, Any]) -> str:
             f"{pair['from']} -> {pair['to']:10} {pair['streams']:3}  {ways:>7}"
             f"  {pair['rtt_p50_s'] * 1e3:10.2f} {pair['rtt_p99_s'] * 1e3:9.2f} {rate:10,.0f}"
         )
+    if not result["collectives"]:
+        return "\n".join(lines)
     lines.append("collective            bytes       ms   algbw MB/s   busbw MB/s   wire/ideal")
     for row in result["collectives"]:
         ideal_bytes = row["ideal_sent_bytes"] or float("nan")  # a single host sends nothing
@@ -117,27 +196,33 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Runs the command; returns its exit status."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if it is wrong."""
     parser = Parser("python -m launch.probe", __doc__ or "")
-    parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
+    parser.add_argument("--hosts", default="", metavar="FILE", help="the inventory, TOML")
+    parser.add_argument("--sites", default="", metavar="A,B", help="the inventories of sites")
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
     parser.add_argument("--out", default="network.json", metavar="FILE", help="file to write")
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of traffic each time")
-    parser.add_argument("--pings", type=int, default=100, help="round trips of each pair")
-    parser.add_argument("--mib", default="1,16,64", help="sizes of the collectives, MiB")
     parser.add_argument(
-        "--cases", default="", metavar="KIND:BYTES,...", help="collectives instead of --mib's"
+        "--seconds", type=bounded(float, 0.1, 600), default=2.0, help="seconds of traffic each time"
     )
+    parser.add_argument(
+        "--pings", type=bounded(int, 1, 100_000), default=100, help="round trips of each pair"
+    )
+    add_case_flags(parser)
     parser.add_argument("--no_jax", action="store_true", help="skip the collectives")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if bool(args.hosts) == bool(args.sites):
+        parser.error("--hosts or --sites must be given" + (", and not both" if args.hosts else ""))
+    return args
+
+
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    args = parse(None)
     try:
-        hosts = read_inventory(args.hosts).hosts
-        client = SshClient(hosts, args.ssh_config)
-        print_findings(preflight(client, secrets.choice(PORTS), burst_s=0))
-        result: dict[str, Any] = {"time": time.time(), "hosts": [host.name for host in hosts]}
-        result["tcp"] = measure_tcp(client, args.seconds, args.pings) if len(hosts) > 1 else []
-        result["collectives"] = [] if args.no_jax else measure_collectives(args)
+        measure = measure_sites if args.sites else measure_hosts
+        result = {"time": time.time()} | measure(args)
         write_json(Path(args.out), result)
     except (ValueError, HostError) as error:
         warn(f"error: {error}")

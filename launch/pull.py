@@ -8,7 +8,7 @@ from typing import Any
 from launch.host.files import read_json, write_json
 from launch.host.run_files import NAME, PROCESSES, WORKDIR, flag_value
 from launch.inventory import Host
-from launch.job import Job
+from launch.job import Job, read_jobs
 from launch.ssh import HostError, SshClient
 from launch.terminal import note
 
@@ -19,6 +19,8 @@ MOST_FILES, MOST_BYTES = 4_100, 8 << 30
 
 class RunCopy:
     """The copy of a job's run directory, in the folder `run` of the job's record.
+
+    That of a site's job is in `run/SITE`, so that reports call it by the site.
 
     Args:
         job_id: the job.
@@ -43,7 +45,8 @@ class RunCopy:
                 "did not get as far as to ask the trainer. Set --workdir."
             )
         self.client = SshClient(self.job.hosts, self.job.ssh_config)
-        self.folder, self.job_ended = self.job.folder / "run", False
+        self.folder = self.job.folder / "run" / self.job.record.get("site", "")
+        self.job_ended = False
         (self.folder / PROCESSES).mkdir(parents=True, exist_ok=True)
 
     def fetch(self) -> Path:
@@ -108,6 +111,36 @@ class RunCopy:
                 f"{host.name}: a run must have at most {MOST_FILES:,} files and {MOST_BYTES:,} "
                 f"bytes; got {len(sizes):,} and {sum(sizes.values()):,}. Copy it by hand."
             )
+
+
+Source = Path | RunCopy  # a run directory, or the copy of a job's
+
+
+def find_sources(name: str, workdir: str = "") -> list[Source]:
+    """Returns the run directory with this name, or the copy of the run of the job with this name.
+
+    The name of a job at several sites stands for the run of each.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if not name.strip():
+        raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
+    if os.sep in name or Path(name).exists():
+        return [Path(name)]
+    try:
+        return [RunCopy(job.id, workdir) for job in read_jobs(name)]
+    except ValueError as error:
+        raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
+
+
+def fetch(source: Source) -> Path:
+    """Returns a run directory on this machine, with all that a job has written so far.
+
+    Raises:
+        HostError: the job's first host does not answer.
+    """
+    return source.fetch() if isinstance(source, RunCopy) else source
 
 
 def _check_answer(host: Host, answer: Any) -> None:

@@ -2,6 +2,7 @@
 
     python -m launch.run --hosts=hosts.toml -- quickstart
     python -m launch.run --hosts=hosts.toml --detach -- gpt_124m --checkpoint.storage=host0
+    python -m launch.run --sites=new_york.toml,asuncion.toml -- gpt_124m --sites.period=30
     python -m launch.run status
 
 Commands for a job that was started:
@@ -11,6 +12,9 @@ Commands for a job that was started:
   stop JOB        saves and stops; with --now it does not save
   resume JOB      starts the same command as a new job, from the last checkpoint, with the current
                   code; the job must have ended
+
+With --sites, a job JOB.SITE starts at each site, and JOB stands for all of them in every command.
+--for sets a flag of the program at one site.
 
 Arguments after `--` go to the program (jaxtrain.train). The exit status is the job's: 0 done, 75
 stopped after a save, 143 stopped with nothing to save, otherwise that of the root cause. The hosts
@@ -22,29 +26,18 @@ import argparse
 import dataclasses
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
 
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED, STOPPED
-from launch.host.logout import SCOPE
 from launch.host.restart_policy import Policy
-from launch.inventory import Host, read_inventory
-from launch.job import PYTHON, TRAINER, Job
-from launch.operate import (
-    connect,
-    follow,
-    list_jobs,
-    refuse_while_alive,
-    status,
-    stop,
-    stop_request,
-)
-from launch.preflight import preflight
-from launch.prepare import prepare, print_findings, read_constraints, read_env
-from launch.ssh import HostError, raise_errors
-from launch.sync_code import Code, read_code, send_code
+from launch.inventory import read_inventory
+from launch.job import PYTHON, TRAINER, Job, read_jobs
+from launch.operate import follow, list_jobs, status, stop
+from launch.prepare import read_constraints, read_env
+from launch.sites import read_sites, split_flags
+from launch.ssh import HostError
+from launch.start import begin, create, create_at_sites, resume
+from launch.sync_code import read_code
 from launch.terminal import note, warn
 
 VERBS = ("attach", "status", "logs", "stop", "resume")
@@ -59,9 +52,20 @@ POLICY_HELP = {
     "lost_s": "seconds of silence until a host counts as lost",
     "stopped_s": "seconds that a rank may be stopped by a signal (a debugger, a frozen container)",
     "grace_s": "seconds from a request to stop until the ranks are killed; a save must fit in",
+    "log_mib": "MiB of log, the newest, that each host keeps, and this machine of each host",
+}
+YEAR_S = 31_536_000.0
+POLICY_RANGES = {  # of the numbers; otherwise from 0 to YEAR_S
+    "restarts": (0, 1_000_000),
+    "wait_s": (1.0, YEAR_S),
+    "stall_s": (1.0, YEAR_S),
+    "start_s": (1.0, YEAR_S),
+    "lost_s": (2.0, 3600.0),  # hosts report every 0.5 s
+    "log_mib": (2, 1 << 20),
 }
 ENV_HELP = "a variable of the program; NAME passes this machine's value without showing it in ps"
 RAW_HELP = "print the output's control characters as they are: the hosts can steer the terminal"
+SITES_HELP = "the inventories of several sites, each of which runs a job of its own"
 BUILD_HELP = "file of pip constraints: build the Python packages on the hosts, once, and use them"
 
 
@@ -89,7 +93,16 @@ def parse(
             )
         return args, flags
     parser.set_defaults(verb="start")
-    parser.add_argument("--hosts", required=True, metavar="FILE", help="the inventory, TOML")
+    parser.add_argument("--hosts", default="", metavar="FILE", help="the inventory, TOML")
+    parser.add_argument("--sites", default="", metavar="A,B", help=SITES_HELP)
+    parser.add_argument(
+        "--for",
+        dest="for_site",
+        action="append",
+        default=[],
+        metavar="SITE:FLAG",
+        help="a flag of the program at one site, as asuncion:--data.batch=64; may be repeated",
+    )
     parser.add_argument("--ssh_config", default="", metavar="FILE", help="file for `ssh -F`")
     parser.add_argument("--code", default=".", metavar="DIR", help="git working tree to send")
     parser.add_argument("--module", default=TRAINER, help="the program: what Python runs with -m")
@@ -102,112 +115,49 @@ def parse(
     )
     for field in dataclasses.fields(Policy):
         if field.name in POLICY_HELP:
+            bounds = POLICY_RANGES.get(field.name, (0, YEAR_S))
             parser.add_argument(
                 f"--{field.name}",
-                type=_at_least_0(type(field.default)),
+                type=str if field.name == "on_loss" else bounded(type(field.default), *bounds),
                 default=field.default,
                 choices=("wait", "fewer", "stop") if field.name == "on_loss" else None,
                 help=f"{POLICY_HELP[field.name]} [{field.default}]",
             )
-    return parser.parse_args(ours), flags
-
-
-def _at_least_0(kind: type) -> Callable[[str], Any]:
-    """Returns the `type` of a policy's flag; a number must be 0 or more."""
-
-    def parse_number(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not value >= 0:  # also if it is NaN
-            noun = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} of at least 0; got {text}")
-        return value
-
-    return str if kind is str else parse_number
-
-
-def start(args: argparse.Namespace, flags: list[str]) -> tuple[Job, int]:
-    """Starts and follows a new job; returns the job and its exit status."""
-    inventory, code = read_inventory(args.hosts), read_code(args.code)
-    env = read_env(args.env)
-    values = {name: getattr(args, name) for name in POLICY_HELP}
-    job = create(
-        inventory.hosts,
-        Policy(**values, lease_s=0.0 if args.detach else LEASE_S),
-        args.ssh_config,
-        code,
-        ranks_per_host=inventory.ranks_per_host,
-        argv=[PYTHON, "-m", args.module, *flags],
-        env=env,
-        env_build=read_constraints(args.env_build),
-        env_extras=[extra for extra in args.env_extras.split(",") if extra],
-        shared=args.shared,
-    )
-    return job, begin(job, code, args.json, args.detach, args.raw)
-
-
-def create(
-    hosts: Iterable[Host], policy: Policy, ssh_config: str, code: Code, **record: Any
-) -> Job:
-    """Creates a job's record, including where its code comes from."""
-    origin = {"commit": code.commit, "code": code.hash, "tree": str(code.root)}
-    job = Job.create(hosts, policy, ssh_config, **record, **origin, folders={})
-    (job.folder / "code.patch").write_text(code.patch)
-    dirty = ", with uncommitted changes (code.patch)" if code.patch else ""
-    note(f"job {job.id}: {job.folder}")
-    note(f"code {code.hash}, {len(code.files)} files of commit {code.commit[:12]}{dirty}")
-    return job
-
-
-def begin(job: Job, code: Code, as_json: bool, detach: bool, raw: bool = False) -> int:
-    """Checks the hosts, sends the code, starts a created job, and follows it unless detached."""
-    client = connect(job)
-    start_s = time.monotonic()
-    build = bool(job.record.get("env_build"))
-    findings = preflight(client, job.record["port"], job.record["shared"], build=build)
-    note(f"preflight of {len(job.hosts)} hosts, {time.monotonic() - start_s:.1f} s")
-    print_findings(findings)
-    scopes = [f.host for f in findings if (f.check, f.value) == ("logout", SCOPE)]
-    job.change(scopes=scopes)
-    start_s = time.monotonic()
-    folders = send_code(client, code)
-    job.change(folders={host.name: folder for host, folder in folders.items()})
-    note(f"code is on every host, {time.monotonic() - start_s:.1f} s")
-    prepare(client, job, code)
-    job.change(begun=time.time())
-    try:
-        # Where two operators start at once, both ask the same host first, so that one of them wins.
-        first, *others = sorted(job.hosts, key=lambda host: host.address)
-        for hosts in ([first], others):
-            raise_errors(client.map(lambda host: client.call(host, job.request(host)), hosts))
-    except BaseException as error:  # also an interrupt or SIGTERM
-        why = "not all hosts started" + (f": {error}" if isinstance(error, HostError) else "")
-        job.change(outcome={"code": STOPPED, "why": why})  # else `attach` could start it again
-        client.map(lambda host: client.call(host, stop_request(job, why, kill=True), 30))
-        raise
-    if detach:
-        note(
-            f"the job runs without this machine; to follow it: python -m launch.run attach {job.id}"
+    args = parser.parse_args(ours)
+    if bool(args.hosts) == bool(args.sites):
+        parser.error("--hosts or --sites must be given" + (", and not both" if args.hosts else ""))
+    if args.for_site and not args.sites:
+        parser.error(f"--for needs --sites; got --for={args.for_site[0]}")
+    if args.sites and args.on_loss == "fewer":
+        parser.error(
+            "--on_loss must be wait or stop with --sites, because other sites expect all processes "
+            "of a site; got fewer. To go on without a whole site, set --sites.on_loss after --"
         )
-        return 0
-    return follow(job, as_json, raw=raw)
+    return args, flags
 
 
-def resume(job: Job, as_json: bool, raw: bool = False) -> int:
-    """Starts a new job with the same hosts, program and flags, and the tree's current code.
-
-    Raises:
-        HostError: processes of the old job are alive, or a host does not answer.
-    """
-    refuse_while_alive(job)
-    names = ("ranks_per_host", "argv", "env", "env_build", "env_extras", "shared")
-    record = {name: job.record[name] for name in names}
-    code = read_code(job.record["tree"])
-    new = create(job.hosts, job.policy, job.ssh_config, code, **record, resumes=job.id)
-    note(f"job {new.id} continues {job.id}")
-    return begin(new, code, as_json, job.policy.lease_s == 0, raw)
+def start(args: argparse.Namespace, flags: list[str]) -> tuple[list[Job], int]:
+    """Starts and follows a new job, or one at each site; returns them and the exit status."""
+    code, env = read_code(args.code), read_env(args.env)
+    values = {name: getattr(args, name) for name in POLICY_HELP}
+    policy = Policy(**values, lease_s=0.0 if args.detach else LEASE_S)
+    record = {
+        "env": env,
+        "env_build": read_constraints(args.env_build),
+        "env_extras": [extra for extra in args.env_extras.split(",") if extra],
+        "shared": args.shared,
+    }
+    program = [PYTHON, "-m", args.module]
+    if args.sites:
+        sites = read_sites(args.sites)
+        flags_of = split_flags(flags, args.for_site, sites)
+        own = {site: {"argv": program + own_flags} for site, own_flags in flags_of.items()}
+        jobs = create_at_sites(sites, own, policy, args.ssh_config, code, **record)
+    else:
+        hosts = read_inventory(args.hosts)
+        record |= {"ranks_per_host": hosts.ranks_per_host, "argv": program + flags}
+        jobs = [create(hosts.hosts, policy, args.ssh_config, code, **record)]
+    return jobs, begin(jobs, code, args.json, args.detach, args.raw)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> int:
@@ -219,13 +169,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m launch.run") -> i
             return start(args, flags)[1]
         if args.job is None:
             return list_jobs()
-        job = Job(args.job)
+        jobs = read_jobs(args.job)
         verbs = {
-            "attach": lambda: follow(job, args.json, raw=args.raw),
-            "logs": lambda: follow(job, args.json, read_only=True, raw=args.raw),
-            "status": lambda: status(job, args.json),
-            "stop": lambda: stop(job, args.now),
-            "resume": lambda: resume(job, args.json, args.raw),
+            "attach": lambda: follow(jobs, args.json, raw=args.raw),
+            "logs": lambda: follow(jobs, args.json, read_only=True, raw=args.raw),
+            "status": lambda: status(jobs, args.json),
+            "stop": lambda: stop(jobs, args.now),
+            "resume": lambda: resume(jobs, args.json, args.raw),
         }
         return verbs[args.verb]()
     except (ValueError, HostError, OSError) as error:  # OSError: such as a full disk here

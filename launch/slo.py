@@ -22,8 +22,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser, positive
+from launch.arguments import Parser, bounded, positive
 from launch.host.files import write_text
+from launch.pull import fetch, find_sources
 from launch.report.baseline import (
     FIGURES,
     KEYS,
@@ -38,6 +39,7 @@ from launch.report.baseline import (
 from launch.report.power import describe_power
 from launch.report.price import price, read_prices, read_span
 from launch.report.run_folder import RunFolder, read_run
+from launch.ssh import HostError
 from launch.terminal import show, warn
 
 CONFIDENCE = 0.99
@@ -152,12 +154,18 @@ def show_price(found: dict) -> str:
 
 def do_record(args: argparse.Namespace) -> int:
     """Writes a baseline; returns the exit status."""
+    sources = [source for name in args.runs for source in find_sources(name)]
+    if len(sources) > len(args.runs):
+        raise ValueError(
+            "a baseline must be of repetitions at one site; got a job at several sites. Name the "
+            "jobs of one site, JOB.SITE."
+        )
     if len(args.runs) == 1 and not args.provisional:
         raise ValueError(
             "a baseline of one run knows nothing of the differences between runs: of runs that "
             "differ by 5 %, a third would breach it. Give three RUNs or more, or --provisional."
         )
-    baseline = record([read_run(path) for path in args.runs], args.confidence)
+    baseline = record([read_run(fetch(source)) for source in sources], args.confidence)
     try:
         write_text(args.out, json.dumps(baseline, indent=1) + "\n")
     except OSError as error:
@@ -167,12 +175,24 @@ def do_record(args: argparse.Namespace) -> int:
 
 
 def do_check(args: argparse.Namespace) -> int:
-    """Checks a run against a baseline; returns the exit status."""
+    """Checks a run, or the run of each site, against a baseline; returns the exit status."""
     across = [name for name in args.across.split(",") if name]
     unknown = [name for name in across if name not in KEYS]
     if unknown:
         raise ValueError(f"--across must name some of {', '.join(KEYS)}; got {unknown[0]!r}.")
-    baseline, run = read_baseline(args.against), read_run(args.run)
+    baseline = read_baseline(args.against)
+    runs = [read_run(fetch(source)) for source in find_sources(args.run)]
+    return max(check_run(run, baseline, across, args) for run in runs)
+
+
+def check_run(
+    run: RunFolder, baseline: dict, across: Sequence[str], args: argparse.Namespace
+) -> int:
+    """Prints how a run compares with a baseline; returns the exit status.
+
+    Raises:
+        ValueError: they are not comparable.
+    """
     differing = refusals(baseline, run, across)
     if differing:
         raise ValueError("\n".join(["the run is not comparable with --against:", *differing]))
@@ -185,8 +205,6 @@ def do_price(args: argparse.Namespace) -> int:
     """Prints the cost and the capacity; returns the exit status."""
     if bool(args.tokens) != bool(args.deadline):
         raise ValueError("--tokens and --deadline must come together.")
-    if not 0 < args.availability <= 1:
-        raise ValueError(f"--availability must be in (0, 1]; got {args.availability}.")
     span_s = read_span(args.deadline) if args.deadline else None
     baseline, prices = read_baseline(args.against), read_prices(args.prices)
     found = price(baseline, prices, args.availability, args.tokens, span_s, args.params)
@@ -201,7 +219,9 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = lambda name, text: verbs.add_parser(name, help=text, doc=doc)
     recording = add("record", "write a baseline from one or more runs")
-    recording.add_argument("runs", nargs="+", metavar="RUN", help="run directories of repetitions")
+    recording.add_argument(
+        "runs", nargs="+", metavar="RUN", help="repetitions: directories or jobs"
+    )
     recording.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where to write the baseline (JSON)"
     )
@@ -215,7 +235,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
         help="of the bounds [%(default)s]",
     )
     checking = add("check", "check a run against a baseline")
-    checking.add_argument("run", metavar="RUN", help="a run directory")
+    checking.add_argument("run", metavar="RUN", help="a run directory or a job")
     checking.add_argument(
         "--across", default="", metavar="KEYS", help="keys that may differ: versions,hosts,..."
     )
@@ -232,7 +252,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.slo") -> arg
     )
     pricing.add_argument(
         "--availability",
-        type=float,
+        type=bounded(float, 0.001, 1),
         default=1.0,
         help="share of the time with GPUs [%(default)s]",
     )
@@ -250,7 +270,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.slo") 
     args = parse(argv, prog)
     try:
         return {"record": do_record, "check": do_check, "price": do_price}[args.verb](args)
-    except ValueError as error:
+    except (ValueError, HostError) as error:
         warn(f"error: {error}")
         return REFUSED
 

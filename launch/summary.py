@@ -7,21 +7,20 @@
 
 The page is one file without scripts or external resources, and is readable on a phone. A job's run
 directory is the one that the trainer named at its start; its files are copied into the job's local
-folder.
+folder. A job at several sites has a column for each.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.arguments import Parser
+from launch.arguments import Parser, bounded
 from launch.host.exit_codes import INTERRUPTED
 from launch.host.files import write_text
-from launch.pull import RunCopy
+from launch.pull import RunCopy, Source, fetch, find_sources
 from launch.report.figures import latest, spark, table_of
 from launch.report.page import page
 from launch.report.run_folder import EVAL_LOSS, LOSS, NoRun, RunFolder, read_run
@@ -30,7 +29,6 @@ from launch.terminal import note, show, warn
 
 FOLLOW_S = 10
 DONE = ("done", "stopped")  # a run's state begins with one of these if it has ended
-Source = Path | RunCopy  # a run directory, or the copy of a job's
 
 
 def table(runs: list[RunFolder]) -> str:
@@ -78,7 +76,7 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
     parser.add_argument(
         "--every",
-        type=float,
+        type=bounded(float, 0.01, 86_400),
         default=FOLLOW_S,
         metavar="S",
         help="seconds between repeats of --follow [%(default)s]",
@@ -92,16 +90,12 @@ def parse(argv: Sequence[str] | None, prog: str = "python -m launch.summary") ->
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON, one line for each run"
     )
-    args = parser.parse_intermixed_args(argv)
-    if args.every <= 0:
-        parser.error(f"--every must be positive; got {args.every}.")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 def summarise(args: argparse.Namespace, sources: Sequence[Source], live: bool) -> bool:
     """Reads the runs, prints the table, writes the page; returns whether all runs have ended."""
-    folders = [s.fetch() if isinstance(s, RunCopy) else s for s in sources]
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(fetch(source)) for source in sources]
     ended = all(
         run.state.startswith(DONE) or is_over(source)
         for run, source in zip(runs, sources, strict=True)
@@ -125,22 +119,6 @@ def is_over(source: Source) -> bool:
     return isinstance(source, RunCopy) and source.job_ended
 
 
-def source_of(name: str, workdir: str) -> Source:
-    """Returns the run directory with this name, or the copy of the job's with this name.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if not name.strip():
-        raise ValueError(f"a run must be named by its folder or job; got {name!r}.")
-    if os.sep in name or Path(name).exists():
-        return Path(name)
-    try:
-        return RunCopy(name, workdir)
-    except ValueError as error:
-        raise ValueError(f"no folder is called {name!r}, so it must be a job. {error}") from None
-
-
 def follow(args: argparse.Namespace, sources: Sequence[Source]) -> None:
     """Summarises until all runs have ended; waits for jobs to start and for hosts to answer."""
     jobs = any(isinstance(source, RunCopy) for source in sources)
@@ -158,7 +136,7 @@ def follow(args: argparse.Namespace, sources: Sequence[Source]) -> None:
 def main(argv: Sequence[str] | None = None, prog: str = "python -m launch.summary") -> int:
     args = parse(argv, prog)
     try:
-        sources = [source_of(name, args.workdir) for name in args.runs]
+        sources = [s for name in args.runs for s in find_sources(name, args.workdir)]
         if args.follow:
             follow(args, sources)
         else:

@@ -7,13 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from launch.answers import check
 from launch.host.hashing import hash_files
 from launch.host_process import SEND_S
 from launch.inventory import Host
-from launch.ssh import HostError, SshClient, raise_errors
+from launch.ssh import SshClient, raise_errors
 from launch.terminal import note
 
 CHUNK_BYTES = 1 << 18
+LANDED = {"missing": bool, "folder": str}  # what a host answers to `land`
 
 
 class Code(NamedTuple):
@@ -27,33 +29,81 @@ class Code(NamedTuple):
 
 
 def read_code(folder: str | Path) -> Code:
-    """Returns the git working tree that contains a folder.
+    """Returns the git working tree that contains a folder, with the repositories inside of it.
 
     Raises:
-        ValueError: the folder is in no working tree, or in one without a commit.
+        ValueError: the folder is in no working tree, or in one without a commit; or git refuses to
+            read a repository inside of it.
     """
-
-    def git(folder: str | Path, *argv: str) -> bytes:
-        command = ["git", "-C", str(folder), *argv]
-        return subprocess.run(command, capture_output=True, check=True).stdout
-
     try:
-        root = Path(git(folder, "rev-parse", "--show-toplevel").decode().strip())
-        commit = git(folder, "rev-parse", "HEAD").decode().strip()
+        root = Path(_git(folder, "rev-parse", "--show-toplevel").decode().strip())
+        commit = _git(folder, "rev-parse", "HEAD").decode().strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"").decode(errors="replace").partition("\n")[0]
         raise ValueError(
             f"--code must be inside a git working tree with a commit; got {folder}: "
-            f"{said or error}."
+            f"{_reason(error)}."
         ) from None
-    listed = git(root, "ls-files", "-coz", "--exclude-standard")
-    names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
-    files = [n for n in names if (root / n).is_symlink() or (root / n).is_file()]
+    files, nested, empty = _list_files(root)
+    for name in empty:
+        note(f"{name} is a submodule without files: `git submodule update --init` fetches them")
+    if nested:
+        note(f"also sends the git repositories {', '.join(nested)}")
+    patch = "".join(_read_patch(root, name) for name in ("", *nested))
+    return Code(root, sorted(files), hash_files(root, sorted(files)), commit, patch)
+
+
+def _git(folder: str | Path, *argv: str) -> bytes:
+    command = ["git", "-C", str(folder), *argv]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "stderr", b"").decode(errors="replace").partition("\n")[0]
+    return said or str(error)
+
+
+def _list_files(root: Path, prefix: str = "") -> tuple[list[str], list[str], list[str]]:
+    """Returns (tracked and new files, repositories, submodules without files), relative to root.
+
+    To git, a repository inside another one is a single entry: a submodule, or a new folder.
+
+    Args:
+        prefix: the repository to list, which ends with a slash; "" for the one at root.
+    """
+    try:
+        listed = _git(root / prefix, "ls-files", "-coz", "--exclude-standard")
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"--code has a repository in {prefix} that git cannot read: {_reason(error)}. Repair "
+            "it, or add it to .gitignore."
+        ) from None
+    files, nested, empty = [], [], []
+    for entry in sorted({os.fsdecode(name) for name in listed.split(b"\0") if name}):
+        name = prefix + entry.rstrip("/")
+        path = root / name
+        if path.is_symlink() or path.is_file():
+            files.append(name)
+        elif (path / ".git").exists():
+            inner = _list_files(root, f"{name}/")
+            files, nested, empty = files + inner[0], [*nested, name, *inner[1]], empty + inner[2]
+        elif path.is_dir():
+            empty.append(name)
+    return files, nested, empty
+
+
+def _read_patch(root: Path, name: str) -> str:
+    """Returns how a repository differs from its commit; for one inside of root, also the commit."""
+    folder, prefix = root / name, f"{name}/" if name else ""
     plain = ("--no-color", "--no-ext-diff", "--no-textconv")  # else it could not be applied
-    patch = git(root, "diff", "HEAD", "--binary", *plain).decode(errors="replace")
-    new = git(root, "ls-files", "-o", "--exclude-standard").decode(errors="replace")
-    patch += "".join(f"new file: {name}\n" for name in new.splitlines())
-    return Code(root, files, hash_files(root, files), commit, patch)
+    places = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}", "--ignore-submodules=dirty")
+    try:
+        text = f"repository {name}: commit {_git(folder, 'rev-parse', 'HEAD').decode()}"
+        patch = _git(folder, "diff", "HEAD", "--binary", *plain, *places).decode(errors="replace")
+    except subprocess.CalledProcessError:
+        text, patch = f"repository {name}: no commit\n", ""
+    new = _git(folder, "ls-files", "-o", "--exclude-standard").decode(errors="replace")
+    patch += "".join(f"new file: {prefix}{line}\n" for line in new.splitlines())
+    return (text if name else "") + patch
 
 
 def send_code(client: SshClient, code: Code) -> dict[Host, str]:
@@ -67,8 +117,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
     answers: dict[Host, Any] = client.map(lambda host: client.call(host, request))
     raise_errors(answers)
     for host, answer in answers.items():
-        if not isinstance(answer, dict) or not answer.keys() >= {"missing", "folder"}:
-            raise HostError(f"{host.name}: its answer about the code has no meaning.")
+        check(host, answer, LANDED)
     missing = [host for host, answer in answers.items() if answer["missing"]]
     if missing:
         with tempfile.NamedTemporaryFile(suffix=".tar.gz") as archive:
@@ -82,8 +131,7 @@ def send_code(client: SshClient, code: Code) -> dict[Host, str]:
 
             answers |= client.map(send_to, missing)
             raise_errors(answers)
-    folders = {host: answer["folder"] for host, answer in answers.items()}
-    return {host: str(folder) for host, folder in folders.items()}
+    return {host: check(host, answer, LANDED)["folder"] for host, answer in answers.items()}
 
 
 def _pack(code: Code, archive: IO[bytes]) -> None:

@@ -53,15 +53,29 @@ def positive(number: type[int] | type[float]) -> Callable[[str], float]:
     Args:
         number: int or float.
     """
+    kind = "integer" if number is int else "number"
+    return _checked(number, lambda value: 0 < value < math.inf, f"a positive {kind}")
 
+
+def bounded(number: type, least: float, most: float) -> Callable[[str], float]:
+    """Returns the `type` of a flag whose value must be a number from `least` to `most`.
+
+    Args:
+        number: int or float.
+    """
+    kind = "an integer" if number is int else "a number"
+    words = f"{kind} from {least:.10g} to {most:.10g}"
+    return _checked(number, lambda value: least <= value <= most, words)
+
+
+def _checked(number, is_valid: Callable[[float], bool], words: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = number(text)
         except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            kind = "integer" if number is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a positive {kind}; got {text}")
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {words}; got {text}")
         return value
 
     return parse

@@ -244,6 +244,15 @@ class Bed:
         self.cut(name)
         self._remove(name)
 
+    def reboot(self, name: str, away_s: float) -> None:
+        """Ends all processes of a host, whose kernel closes their connections, then boots it."""
+        for pid in self.processes(name):
+            subprocess.run(self.inside(name, "kill", "-KILL", pid), capture_output=True)
+        time.sleep(1.0)  # for the packets that close the connections
+        self._remove(name)
+        time.sleep(away_s - 1.0)
+        self.boot(name)
+
     def _remove(self, name):
         init = self._inits.pop(name, None)
         if init:

@@ -28,6 +28,7 @@ LONGEST = (
     "test_crosscheck_rounding.py",
     "test_docs_find_a_fault.py",
     "test_launch_run.py",
+    "test_launch_sites.py",
     "test_planning_compiled.py",
     "test_plan.py",
     "test_optim_sharded_muon.py",
@@ -43,6 +44,7 @@ LONGEST = (
     "test_crosscheck_faults.py",
     "test_crosscheck_acceptance.py",
     "test_kernels_training.py",
+    "test_training_stragglers.py",
 )
 
 # Further files that take over 2 s. All others are the fast subset: python -m pytest -m fast
@@ -57,7 +59,7 @@ kernels_ampere kernels_key_blocks kernels_mosaic kernels_nonfinite kernels_query
 kernels_quiet kernels_validation model_activations
 launch_compare launch_follow
 launch_host_keeper launch_host_supervise launch_network launch_operate launch_prepare launch_ray
-launch_summary
+launch_summary metrics_stragglers
 metrics_mfu model_layer_kinds model_loss ops_fused ops_precision ops_routes optim_acceleration
 optim_build optim_build_restart optim_build_state optim_default_axes optim_diagnostics optim_lmo
 optim_muon optim_newton_schulz optim_noise optim_normuon optim_owners optim_precision optim_recipes

@@ -10,7 +10,7 @@ import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 def make_step(step, step_s):
     time.sleep(step_s)
-    beat = {"beats": step, "step": step, "phase": "train", "time": time.time(), "step_s": step_s}
+    beat = {"beats": step, "step": step, "phase": "train", "step_s": step_s}
     with open(os.environ["JAXTRAIN_BEAT"] + ".new", "w") as file:
         json.dump(beat, file)
     os.replace(os.environ["JAXTRAIN_BEAT"] + ".new", os.environ["JAXTRAIN_BEAT"])
@@ -20,7 +20,7 @@ def make_step(step, step_s):
 
 def commit_program(folder: Path, source: str) -> None:
     """Writes program.py into the folder, which need not exist, and commits all that is in it."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "program.py").write_text(source)
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "program"]):

@@ -22,31 +22,35 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import bed as beds  # noqa: E402
+import launch_differences  # noqa: E402
 import launch_distance  # noqa: E402
 import launch_faults  # noqa: E402
+import launch_pairs  # noqa: E402
 import launch_storage  # noqa: E402
 from launch_scene import Scene, passes  # noqa: E402
+from small_disk import small_disk  # noqa: E402
 
 from launch.arguments import Parser  # noqa: E402
 
-NEAR = launch_faults.CASES | launch_storage.CASES  # {name: function of (scene, repetition)}
+# {name: function of (scene, repetition)}
+NEAR = launch_faults.CASES | launch_pairs.CASES | launch_differences.CASES | launch_storage.CASES
 FAR = launch_distance.CASES  # they need a bed whose links have a delay
 ONCE = {**launch_storage.CASES, **launch_distance.CASES}  # repetitions would not differ
+SHARED_MB = 256
 
 
-def run_cases(names: list[str], times: int, far: bool) -> int:
+def run_cases(names: list[str], repetitions: range, far: bool, references: str) -> int:
     """Runs the cases on one test bed and prints their results; returns how many failed."""
     folder, failed = Path(tempfile.mkdtemp(prefix="jaxtrain-acceptance-")), 0
-    shared = folder / "shared"
-    shared.mkdir()
-    with beds.Bed(3, shared, relayed=far) as bed:
+    disk = small_disk(folder / "shared", SHARED_MB)
+    with disk as disk, beds.Bed(3, disk.path, relayed=far) as bed:
         if far:
             launch_distance.set_operator_far(bed)
-        scene = Scene(bed, folder, shared)
+        scene = Scene(bed, folder, disk, Path(references) if references else None)
         for name in names:
-            for i in range(1 if name in ONCE else times):
+            for i in repetitions[:1] if name in ONCE else repetitions:
                 start = time.monotonic()
-                result = {"case": name} | (NEAR | FAR)[name](scene, i)
+                result = {"case": name, "repetition": i} | (NEAR | FAR)[name](scene, i)
                 result["took_s"] = round(time.monotonic() - start)
                 failed += not passes(result)
                 print(json.dumps(result), flush=True)
@@ -62,6 +66,12 @@ def main() -> int:
         "--times", type=int, choices=(1, 2, 3), default=3, help="repetitions of a fault"
     )
     parser.add_argument(
+        "--first", type=int, choices=(0, 1, 2), default=0, help="the first repetition, from 0"
+    )
+    parser.add_argument(
+        "--references", default="", metavar="FILE", help="keeps undisturbed runs of the same code"
+    )
+    parser.add_argument(
         "--far", action="store_true", help="the operator is 150 ms away in all cases"
     )
     args = parser.parse_args()
@@ -71,7 +81,9 @@ def main() -> int:
     near = [name for name in names if name in NEAR and not args.far]
     far = [name for name in names if name in FAR or args.far]
     groups = [(group, is_far) for group, is_far in ((near, False), (far, True)) if group]
-    return sum(run_cases(group, args.times, is_far) for group, is_far in groups) > 0
+    repetitions = range(args.first, min(3, args.first + args.times))
+    run = lambda group, is_far: run_cases(group, repetitions, is_far, args.references)
+    return sum(run(group, is_far) for group, is_far in groups) > 0
 
 
 if __name__ == "__main__":

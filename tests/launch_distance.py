@@ -48,7 +48,7 @@ def _ended_well(scene, launched, job, name) -> dict:
         "one attempt": "exit 0 after 1 attempts" in output and "noticed" not in output,
         "same bits": scene.bits(name) == scene.reference(steps=STEPS),
         "log byte-identical": scene.same_logs(job),
-        "nothing left": not scene.living(),
+        "nothing left": not scene.left(),
     }
 
 

@@ -26,12 +26,12 @@ def cut_for(seconds):
     return strike
 
 
-def kill_supervisor(scene):
-    """Kills the worker that runs the job; its keeper lives on."""
+def signal_supervisor(scene, host, number="KILL"):
+    """Sends a signal to the worker that runs the job; its keeper lives on."""
     jobs = "/root/jaxtrain/jobs"
-    newest = scene.bed.run("h1", "ls", "-t", jobs).split()[0]
-    pid = json.loads(scene.bed.run("h1", "cat", f"{jobs}/{newest}/status.json"))["pid"]
-    scene.bed.run("h1", "kill", "-KILL", pid)
+    newest = scene.bed.run(host, "ls", "-t", jobs).split()[0]
+    pid = json.loads(scene.bed.run(host, "cat", f"{jobs}/{newest}/status.json"))["pid"]
+    scene.bed.run(host, "kill", f"-{number}", pid)
 
 
 def power_loss(scene):
@@ -40,48 +40,55 @@ def power_loss(scene):
     scene.bed.boot("h2")
 
 
-def block(scene):
-    """Makes a rank block in Python while JAX's own heartbeats continue."""
-    scene.bed.run("h1", "bash", "-c", "echo sleep > /tmp/fault")
-    scene.signal("h1", TRAINER, "USR2")
+def cause_fault(scene, host, fault):
+    """Makes a rank of a host cause a fault, see tests/launch_faulty.py."""
+    scene.bed.run(host, "bash", "-c", f"echo {fault} > /tmp/fault")
+    scene.signal(host, TRAINER, "USR2")
 
 
 def use_up_memory(scene):
     """Gives a rank a memory limit, and makes it allocate more."""
     group = Path("/sys/fs/cgroup/memory") / f"jaxtrain-{os.getpid()}"
     group.mkdir(exist_ok=True)
-    scene.bed.run("h1", "bash", "-c", "echo memory > /tmp/fault")
     (group / "memory.limit_in_bytes").write_text(str(256 << 20))
     [inside] = scene.pids("h1", TRAINER)
     (group / "cgroup.procs").write_text(str(scene.bed.outside("h1", inside)))
-    scene.signal("h1", TRAINER, "USR2")
+    cause_fault(scene, "h1", "memory")
 
 
 # {name: (what strikes the job, root cause that must be reported, seconds until it is noticed)}
 FAULTS = {
     "kill": (lambda s: s.signal("h1", TRAINER, "KILL"), r"h1 rank 1 .*SIGKILL", 3),
     "coordinator": (lambda s: s.signal("h0", TRAINER, "KILL"), r"h0 rank 0 .*SIGKILL", 3),
-    "supervisor": (kill_supervisor, r"h1: its supervisor was killed", 3),
+    "supervisor": (lambda s: signal_supervisor(s, "h1"), r"h1: its supervisor was killed", 3),
     "sigstop": (lambda s: s.signal("h2", TRAINER, "STOP"), r"h2 rank 2 .*state T", 30),
     "flap": (cut_for(5), None, 0),
     "partition": (cut_for(25), r"h2: unreachable", 30),
-    "stuck": (block, r"h1 rank 1 .*stuck", 30),
+    "stuck": (lambda s: cause_fault(s, "h1", "block"), r"h1 rank 1 .*stuck", 30),
     "memory": (use_up_memory, r"h1 rank 1 .*out of memory", 3),
     "power": (power_loss, r"h2: unreachable", 60),
 }
 
 
-def run_with_fault(scene, name, at_step) -> dict:
-    """Strikes a run; returns the reported cause, and whether it ended like one without a fault."""
-    strike, cause, limit_s = FAULTS[name]
-    reference, run = scene.reference(), f"{name}-{at_step}"
-    launched = scene.launch(run)
+def run_with_fault(scene, run, at_step, strike, cause, limit_s, *options, **values) -> dict:
+    """Strikes a run; returns the reported cause, and whether it ended like one without a fault.
+
+    Args:
+        run: the name of the run.
+        at_step: the run has logged it when the fault strikes.
+        strike: causes the fault, given the scene.
+        cause: pattern of the root cause that must be reported; None if nothing may be reported.
+        limit_s: seconds until the fault must be noticed.
+        options: further options of launch.run; `values` are flags of the trainer.
+    """
+    reference = scene.reference()
+    launched = scene.launch(run, *options, **values)
     scene.wait_for(launched, run, at_step)
     struck_at, noticed_s = time.time(), None
     striking = threading.Thread(target=strike, args=(scene,))
     striking.start()
     while launched.process.poll() is None:
-        if noticed_s is None and "launch: noticed" in launched.output():
+        if noticed_s is None and re.search("launch: (noticed|ROOT)", launched.output()):
             noticed_s = round(time.time() - struck_at, 1)
         time.sleep(0.1)
     striking.join()
@@ -90,12 +97,12 @@ def run_with_fault(scene, name, at_step) -> dict:
     return {
         "at_step": at_step,
         "noticed_s": noticed_s,
-        "named": named[:2],
+        "named": named[:3],
         "exit 0": code == 0,
-        "as expected": bool(re.search(rf"ROOT CAUSE .*{cause}", output)) if cause else not named,
+        "as expected": bool(re.search(rf"ROOT CAUSE .*({cause})", output)) if cause else not named,
         "in time": cause is None or (noticed_s is not None and noticed_s <= limit_s),
         "same bits": code == 0 and scene.bits(run) == reference,
-        "nothing left": not scene.living(),
+        "nothing left": not scene.left(),
     }
 
 
@@ -106,7 +113,7 @@ def run_refused(scene, name, code, cause, **values) -> dict:
     return {
         f"exit {code}": status == code,
         "named": bool(re.search(rf"ROOT CAUSE .*{cause}", launched.output(), re.DOTALL)),
-        "nothing left": not scene.living(),
+        "nothing left": not scene.left(),
     }
 
 
@@ -140,7 +147,7 @@ def stopped(scene, repetition, phase) -> dict:
     launched.process.send_signal(signal.SIGINT)  # without a terminal, Ctrl-C is `stop`
     code = launched.wait()
     expected = {"compile": (STOPPED,), "ship": (STOPPED, INTERRUPTED, 1)}.get(phase, (PREEMPTED,))
-    return {"code": code, "exit": code in expected, "nothing left": not scene.living()}
+    return {"code": code, "exit": code in expected, "nothing left": not scene.left()}
 
 
 def operator_killed(scene, repetition) -> dict:
@@ -157,6 +164,12 @@ def operator_killed(scene, repetition) -> dict:
     return {"gone_s": round(gone_s), "gone": not scene.living() and gone_s < GONE_S}
 
 
-CASES = {name: lambda s, i, name=name: run_with_fault(s, name, AT_STEPS[i]) for name in FAULTS}
+def strike_at_step(scene, repetition, name) -> dict:
+    """Runs a row of FAULTS."""
+    at_step = AT_STEPS[repetition]
+    return run_with_fault(scene, f"{name}-{at_step}", at_step, *FAULTS[name])
+
+
+CASES = {name: partial(strike_at_step, name=name) for name in FAULTS}
 CASES |= {"full_disk": full_disk, "non_finite": non_finite, "operator": operator_killed}
 CASES |= {f"stop-{p}": partial(stopped, phase=p) for p in ("ship", "compile", "train", "save")}

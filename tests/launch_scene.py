@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import git_trees
+import xla_flags
 
 import runs
 from jaxtrain.metrics.jsonl import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TRAINER = "-m tests.launch_faulty"
-SUPERVISOR = "launch.host.requests"
+SUPERVISOR = "b64decode"  # in the command line of every request and supervisor, see SshClient
+WATCHER = "def wait_for_silence"  # launch/host/watch.py runs as `python -c SOURCE`
+LEFT_S = 10.0  # time for the last processes to end, after the launcher has
 # In double precision, so that two runs can be compared to the last bit.
 FLAGS = {
     "steps": 60,
@@ -30,14 +33,22 @@ FLAGS = {
 
 
 class Launched:
-    """A running launch.run, whose output goes to a file."""
+    """A running launch.run with a terminal as its input, whose output goes to a file.
 
-    def __init__(self, argv, out: Path, env):
+    Without `terminal`, it has no input, as in a script.
+    """
+
+    def __init__(self, argv, out: Path, env, terminal=False):
         self.out = out
-        with open(out, "wb") as file:
+        self._keys, stdin = os.openpty() if terminal else (-1, os.open(os.devnull, os.O_RDONLY))
+        with open(out, "wb") as file, open(stdin, "rb") as stdin:
             self.process = subprocess.Popen(
-                argv, cwd=ROOT, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+                argv, cwd=ROOT, env=env, stdout=file, stderr=file, stdin=stdin
             )
+
+    def type(self, keys: str):
+        """Types at the terminal."""
+        os.write(self._keys, keys.encode())
 
     def output(self) -> str:
         return self.out.read_text(errors="replace")
@@ -57,15 +68,27 @@ class Launched:
 
 
 class Scene:
-    """Starts named runs on a bed. Their folders are in the hosts' /mnt/shared, here `shared`."""
+    """Starts named runs on a bed. Their folders are in the hosts' /mnt/shared, here `shared`.
 
-    def __init__(self, bed, folder, shared):
-        self.bed, self.folder, self.shared = bed, folder, shared
+    Args:
+        disk: the SmallDisk that is shared.
+        references: a JSON file that keeps the results of undisturbed runs, or None.
+
+    Attributes:
+        newest: the launcher that was started last.
+    """
+
+    def __init__(self, bed, folder, disk, references=None):
+        self.bed, self.folder, self.disk, self.shared = bed, folder, disk, disk.path
         self.text = runs.write_text(folder)
         self.hosts = bed.inventory(folder / "hosts.toml")
         self.env = os.environ | {"JAXTRAIN_JOBS": str(folder / "jobs"), "PYTHONPATH": str(ROOT)}
+        self.env["XLA_FLAGS"] = xla_flags.QUICK  # most of a short run is compilation
         self.env["XDG_RUNTIME_DIR"] = str(bed.folder)
-        self._references: dict = {}
+        self._stored = references
+        known = references.read_text() if references and references.exists() else "{}"
+        self._references: dict = json.loads(known)
+        self.newest: Launched | None = None
 
     def flags(self, name, **values) -> list[str]:
         """Returns flags of the trainer; `__` in a name stands for a dot."""
@@ -74,16 +97,18 @@ class Scene:
         flags = [f"--config.{key}={value}" for key, value in values.items()]
         return ["--config=configs/debug.py", *flags]
 
-    def run(self, name, *argv, **env) -> Launched:
+    def run(self, name, *argv, terminal=False, **env) -> Launched:
         """Starts launch.run with these arguments and the output file NAME.out."""
         argv = [sys.executable, "-m", "launch.run", *map(str, argv)]
-        return Launched(argv, self.folder / f"{name}.out", self.env | env)
+        self.newest = Launched(argv, self.folder / f"{name}.out", self.env | env, terminal)
+        return self.newest
 
-    def launch(self, name, *options, hosts=None, **values) -> Launched:
+    def launch(self, name, *options, hosts=None, terminal=False, **values) -> Launched:
         """Starts launch.run for a new training run."""
         common = [f"--hosts={hosts or self.hosts}", f"--ssh_config={self.bed.ssh_config}"]
-        common += ["--backoff_s=1", "--module=tests.launch_faulty"]
-        return self.run(name, *common, *options, "--", *self.flags(name, **values))
+        common += ["--backoff_s=1", "--module=tests.launch_faulty", "--env=XLA_FLAGS"]
+        argv = [*common, *options, "--", *self.flags(name, **values)]
+        return self.run(name, *argv, terminal=terminal)
 
     def reference(self, **values) -> list:
         """Returns bits() of a run with these values and without a fault, which is started once."""
@@ -91,9 +116,17 @@ class Scene:
         if key not in self._references:
             launched = self.launch(key, **values)
             assert launched.wait() == 0, launched.output()
-            assert not self.living(), self.living()
+            assert not self.left(), self.left()
             self._references[key] = self.bits(key)
+            if self._stored:
+                self._stored.write_text(json.dumps(self._references))
         return self._references[key]
+
+    def copy_text(self, path, times=1):
+        """Writes the text, repeated, to a file on every host, outside of /tmp."""
+        copies = f"for i in $(seq {times}); do cat {self.text}; done > {path}"
+        for host in self.bed.names:
+            self.bed.run(host, "bash", "-c", copies)
 
     def wait_for(self, launched, name, step, limit_s=240):
         """Waits until the run has logged the step."""
@@ -123,9 +156,17 @@ class Scene:
         return [steps[-1], json.loads(record.read_text())["leaves"]]
 
     def living(self) -> dict:
-        """Returns {host: pids} of the trainers and supervisors that still run."""
-        pids_on = {h: self.pids(h, TRAINER) + self.pids(h, SUPERVISOR) for h in self.bed.names}
+        """Returns {host: pids} of the trainers, supervisors, watchers and requests that run."""
+        parts = (TRAINER, "-m jaxtrain.train", SUPERVISOR, WATCHER)
+        pids_on = {h: [p for part in parts for p in self.pids(h, part)] for h in self.bed.names}
         return {host: pids for host, pids in pids_on.items() if pids}
+
+    def left(self, limit_s=LEFT_S) -> dict:
+        """Returns living() once it is empty, or after limit_s."""
+        deadline = time.monotonic() + limit_s
+        while (living := self.living()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return living
 
     def same_logs(self, job) -> bool:
         """Returns whether each log copied here equals, byte for byte, what the host wrote."""

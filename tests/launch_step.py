@@ -9,8 +9,10 @@ import json
 import os
 import sys
 
+from tests import xla_flags
+
 DEVICES = int(sys.argv.pop(1))
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["XLA_FLAGS"] = xla_flags.flags(DEVICES)
 
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402

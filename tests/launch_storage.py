@@ -62,7 +62,7 @@ def restored(scene, repetition, storage) -> dict:
     expected = losses_of.pop(f"{storage}-whole")
     gaps = [largest_gap(losses_of[f"{storage}-on-{count}"], expected) for count in (3, 2, 1)]
     result |= {"largest_gap_nats": gaps, "bitwise on 3": gaps[0] == 0.0}
-    return result | {"1e-9 on 2 and 1": max(gaps) <= 1e-9, "nothing left": not scene.living()}
+    return result | {"1e-9 on 2 and 1": max(gaps) <= 1e-9, "nothing left": not scene.left()}
 
 
 def two_hundred(scene, repetition, dtype) -> dict:
@@ -70,7 +70,7 @@ def two_hundred(scene, repetition, dtype) -> dict:
     del repetition
     name, values = f"steps-200-{dtype}", dict(steps=200, save_every=100, model__dtype=dtype)
     launched = scene.launch(name, **values)
-    result = {"exit 0": launched.wait() == 0, "nothing left": not scene.living()}
+    result = {"exit 0": launched.wait() == 0, "nothing left": not scene.left()}
     single = scene.folder / f"{name}-single"
     flags = scene.flags(name, **values, workdir=single, compile_cache=scene.folder / "xla")
     argv = [sys.executable, "-m", "jaxtrain.train", *flags]

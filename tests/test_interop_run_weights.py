@@ -102,13 +102,15 @@ def test_weights_of_another_model_name_the_flags_to_set(source, text, tmp_path):
         start(config(tmp_path / "run", text, source, model__F=96))
 
 
-def test_what_is_no_weights_is_refused_with_the_flag(source, text, tmp_path):
+def test_what_is_no_weights_is_refused_with_the_flag(source, text, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "missing", tmp_path / "empty", source / "checkpoints"):
         with pytest.raises(InteropError, match=f"--weights={path} must be a run or"):
             start(config(tmp_path / "run", text, path))
+    monkeypatch.setattr("jaxtrain.train.open_data", None)  # refused before the data are read
+    cfg = config(tmp_path / "run", text, source / "config.json")
     with pytest.raises(InteropError, match="--weights=.*config.json must be .*llm.c"):
-        start(config(tmp_path / "run", text, source / "config.json"))
+        train(cfg, jax.devices()[:1], quiet=True)
 
 
 def test_a_run_that_has_not_saved_yet_is_refused(source, text, tmp_path):

@@ -159,7 +159,7 @@ def test_a_trainer_that_hangs_in_its_imports_is_stuck_after_start_s(job, tmp_pat
 def test_a_job_that_never_started_cannot_be_followed(job):
     job.change(begun=None)
     with pytest.raises(ValueError, match=f"job {job.id} never started"):
-        operate.follow(job, False)
+        operate.follow([job], False)
 
 
 def test_a_host_that_answers_only_errors_is_reported_as_unreachable(

@@ -1,4 +1,8 @@
+import io
+import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +32,18 @@ def test_incompletely_received_code_is_deleted_after_a_day(tmp_path, monkeypatch
     request["hash"] = code_lib.hash_files(tmp_path, [])
     new = Path(code_lib.land(request | {"by": "c"})["folder"])
     assert list((tmp_path / "code").iterdir()) == [new]
+
+
+def test_code_whose_connection_breaks_leaves_nothing_behind(tmp_path, monkeypatch):
+    request = {"workdir": str(tmp_path), "hash": "1", "files": [], "by": "a"}
+    draft, packed = Path(code_lib.land(request)["folder"]), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(__file__, arcname="file.py")
+    half = io.BytesIO(packed.getvalue()[: len(packed.getvalue()) // 2])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=half))
+    with pytest.raises((tarfile.TarError, EOFError)):
+        code_lib.receive(request)
+    assert not draft.exists()
 
 
 def test_code_that_was_edited_on_a_host_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import time
 import pytest
 from local_client import LocalClient
 
-from launch import operate
+from launch import operate, ssh
 from launch.host import processes, requests
 from launch.host.exit_codes import STOPPED
 from launch.host.restart_policy import NOW, Policy
@@ -18,7 +18,7 @@ from launch.job import PYTHON, Job
 
 
 class Running:
-    """A job on this machine whose supervisor is stopped by SIGSTOP."""
+    """A job on this machine whose supervisor is stopped by SIGSTOP: the worker, not its keeper."""
 
     def __init__(self, tmp_path, **policy):
         host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "host"))
@@ -58,9 +58,9 @@ def test_stop_now_kills_the_ranks_of_a_stopped_supervisor_and_status_names_it(
     monkeypatch.setattr(operate, "connect", lambda job: LocalClient(job.hosts))
     running = start()
     running.wait(lambda: processes.read_stat(running.worker).state == "T")
-    operate.status(running.job, as_json=False)
+    operate.status([running.job], as_json=False)
     assert "STOPPED" in (shown := capsys.readouterr().out) and "has stopped its supervisor" in shown
-    assert operate.stop(running.job, now=True) == 0
+    assert operate.stop([running.job], now=True) == 0
     assert not processes.marked(running.job.id) and not processes.is_alive(running.worker)
     assert running.status()["outcome"] == {"code": STOPPED, "why": NOW}
     assert not requests.has_supervisor(running.folder)
@@ -74,3 +74,20 @@ def test_a_supervisor_that_stays_stopped_is_replaced_and_its_ranks_end(start):
     assert not processes.is_alive(rank)
     text = "".join(path.read_text() for path in sorted((running.folder / "log").iterdir()))
     assert "a: its supervisor was killed; a new one has started" in text
+
+
+def test_ranks_end_by_themselves_while_the_whole_supervisor_is_stopped(start, monkeypatch):
+    sources = ssh.host_modules()
+    for name, text in sources.items():
+        sources[name] = text.replace("MARGIN_S = 10.0", "MARGIN_S = 0.5")
+    monkeypatch.setattr(ssh, "host_modules", lambda: sources)
+    running = start(stopped_s=2.0)
+    keeper = processes.read_stat(running.worker).parent
+    os.kill(keeper, signal.SIGSTOP)
+    [rank] = processes.marked(running.job.id)
+    running.wait(lambda: not processes.is_alive(rank))
+    assert processes.read_stat(running.worker).state == "T"
+    for pid in (running.worker, keeper):
+        os.kill(pid, signal.SIGCONT)
+    running.wait(lambda: running.status()["outcome"])
+    assert "a: its supervisor did not run for" in running.status()["outcome"]["why"]

@@ -66,6 +66,7 @@ def test_a_command_line_has_nothing_that_a_shell_could_expand(host, monkeypatch)
         ("echo 'This account is currently not available.'; exit 1", "no login shell.*chsh"),
         ("echo 'only git here'; exit 0", 'did not run our command.*ended with 0, stdout "only git'),
         ("exec /no/such/python", "it has no program .*python.*Set python in the inventory"),
+        ("echo hello; exit 255", 'its connection broke.*stdout "hello". Check that it is on'),
         ("exit 7", "a: it gave no answer. `ssh a` ended with 7. Try `ssh a"),
         ("head -c 9000000 /dev/zero | tr '\\0' x", "did not run our command.*xxx"),
         ("head -c 9000000 /dev/zero >&2; exit 9", "ended with 9"),

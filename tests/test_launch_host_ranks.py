@@ -3,9 +3,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from launch.host.ranks import decisive_lines
+from launch.host.ranks import RankProcess, decisive_lines
 
 ROOT = Path(__file__).parent.parent
 START = """
@@ -58,3 +59,16 @@ def test_the_decisive_lines_are_those_that_name_an_error():
     error = "OSError: [Errno 28] No space left"
     assert decisive_lines(["step 1", "Traceback (most recent call last):", error, "bye"]) == [error]
     assert decisive_lines(["only this"]) == ["only this"]
+
+
+def test_only_the_time_between_heartbeats_makes_a_rank_stuck_and_not_a_jump_of_the_clock(tmp_path):
+    beat = tmp_path / "beat"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        rank = RankProcess(0, process, beat, b"", has_heartbeat=False)
+        assert rank.report(10.0)["age_s"] is None  # whether it writes any is not known yet
+        beat.write_text(json.dumps({"beats": 1, "time": time.time() - 600}))
+        ages_s = [rank.report(now)["age_s"] for now in (10.0, 14.0)]
+        beat.write_text(json.dumps({"beats": 2, "time": time.time() + 600}))
+        ages_s += [rank.report(now)["age_s"] for now in (15.0, 17.5)]
+        assert ages_s == [0.0, 4.0, 0.0, 2.5]
+        process.communicate(b"\n")

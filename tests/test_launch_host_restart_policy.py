@@ -1,5 +1,7 @@
 """Checks the restart policy (reports in, targets out) with a simulated clock and no processes."""
 
+import math
+
 import pytest
 
 from launch.host.exit_codes import KILLED, PREEMPTED, REFUSED, STOPPED
@@ -29,7 +31,7 @@ class Scenario:
         self.attempt, self.extra = 0, {i: {} for i in range(3)}
 
     def rank(self, host, **values):
-        base = {"rank": host, "pid": 1, "stopped_s": 0.0, "code": None, "ended_at": None}
+        base = {"rank": host, "pid": 1, "stopped_s": 0.0, "code": None}
         beat = {"beats": 2 * self.step, "step": self.step, "phase": "train", "step_s": 0.1}
         return base | beat | {"age_s": 0.1, "lines": []} | values
 
@@ -41,7 +43,7 @@ class Scenario:
             for host in set(range(3)) - self.silent:
                 ranks = [self.rank(host, **self.ranks[host])] if running else []
                 report = {"host": host, "attempt": self.attempt, "ranks": ranks}
-                report |= {"clean": not running, "lease_age_s": 0.0, "stop": None, "time": 0}
+                report |= {"clean": not running, "lease_age_s": 0.0, "stop": None}
                 self.controller.take_report(report | self.extra[host], self.now)
             self.target = self.controller.next_target(self.now)
             if self.target["do"] == "run":
@@ -307,6 +309,9 @@ def test_a_silent_supervisor_is_not_called_an_unreachable_host(acknowledged_s, h
     scenario = Scenario(lost_s=12.0)
     scenario.advance(2)
     scenario.silent = {2}
-    scenario.controller.acknowledged_s = acknowledged_s
+    asked = set()  # the kernel is asked only about a silent host
+    scenario.controller.acknowledged_s = lambda host: (
+        asked.add(host) or acknowledged_s.get(host, math.inf)
+    )
     scenario.advance(20)
-    assert scenario.causes()[0] == f"ROOT CAUSE {headline}"
+    assert scenario.causes()[0] == f"ROOT CAUSE {headline}" and asked == {2}

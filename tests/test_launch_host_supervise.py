@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from launch.host.channel import free_port
+from launch.host.log import read
 from launch.host.restart_policy import Policy
+from launch.host.supervise import Supervisor
 
 ROOT = Path(__file__).parent.parent
 SUPERVISE = (
@@ -47,6 +50,58 @@ def supervise(folder, program, address="127.0.0.1", env=()):
     spec |= {"argv": [sys.executable, "-c", program]}
     (folder / "job.json").write_text(json.dumps(spec))
     return subprocess.Popen([sys.executable, "-c", SUPERVISE, folder], cwd=ROOT)
+
+
+@pytest.fixture
+def start_leader(tmp_path):
+    """Starts the first host's supervisor of two in this process; the second does not exist."""
+    hosts = [{"name": name, "address": "127.0.0.1"} for name in "ab"]
+    spec = {"id": f"test-{os.getpid()}", "me": 0, "ranks_per_host": 1, "gpus": 0, "hosts": hosts}
+    spec |= {"token": "a" * 64, "port": free_port("127.0.0.1"), "policy": {"lease_s": 30.0}}
+    (tmp_path / "job.json").write_text(json.dumps(spec))
+    supervisors = []
+
+    def start():
+        for former in supervisors:
+            former.followers.close()  # it gives up its port
+        supervisors.append(Supervisor(tmp_path, orphaned=False))
+        return supervisors[-1]
+
+    yield start
+    for supervisor in supervisors:
+        supervisor.followers.close()
+
+
+def test_the_leader_waits_for_a_host_whose_clock_is_slow_to_learn_the_outcome(start_leader):
+    leader, now = start_leader(), time.monotonic()
+    report = leader.report() | {"host": 1, "knows": False, "time": time.time() - 600}
+    leader.controller.take_report(report, now)
+    assert not leader._may_finish(now)
+    leader.controller.take_report(report | {"knows": True}, now)
+    assert leader._may_finish(now)
+
+
+def test_a_jump_of_the_clock_does_not_end_the_operators_lease(start_leader):
+    leader = start_leader()
+    lease, ages_s = leader.folder / "lease", []
+    lease.touch()
+    for seconds in (0, -600, 600):  # as if the clock had jumped after the operator renewed it
+        renewed = time.time() + seconds
+        os.utime(lease, (renewed, renewed))
+        ages_s.append(leader.report()["lease_age_s"])
+    time.sleep(0.2)
+    ages_s.append(leader.report()["lease_age_s"] - 0.2)
+    assert all(0 <= age_s < 0.1 for age_s in ages_s), ages_s
+
+
+@pytest.mark.parametrize("status", [{}, {"attempt": 2, "do": "run"}])
+def test_a_supervisor_that_starts_after_a_reboot_names_it_as_the_cause(start_leader, status):
+    folder = start_leader().folder  # of a new job
+    assert read(folder / "log", 0)[1] == b""
+    (folder / "status.json").write_text(json.dumps(status))
+    start_leader()
+    cause = b"launch: ROOT CAUSE a: its supervisor ended without an outcome"
+    assert (cause in read(folder / "log", 0)[1]) == bool(status)
 
 
 def outcome_in(folder):

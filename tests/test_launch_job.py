@@ -3,7 +3,7 @@
 import pytest
 from local_client import begin_job
 
-from launch import run
+from launch import compare, probe, run, slo, summary
 
 
 @pytest.fixture
@@ -34,9 +34,34 @@ def test_a_job_that_cannot_be_read_is_one_line(job, capsys, tmp_path, monkeypatc
     assert "JAXTRAIN_JOBS must be a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--stall_s=nan", "--restarts=-1", "--lost_s=x", "--restarts=1.5"])
-def test_a_number_of_the_policy_that_is_no_number_from_0_on_is_refused(flag, capsys):
-    with pytest.raises(SystemExit):
-        run.parse(["--hosts=x", flag])
-    assert flag.partition("=")[0] in capsys.readouterr().err
-    assert run.parse(["--hosts=x", "--restarts=0"])[0].restarts == 0
+@pytest.mark.parametrize(
+    ("parse", "rest", "flags"),
+    [
+        (
+            run.parse,
+            ["--hosts=x"],
+            "restarts=-1 restarts=1.5 lost_s=x lost_s=0 lost_s=inf stall_s=nan stall_s=0 start_s=0 "
+            "wait_s=0 wait_s=1e300 backoff_s=-1 grace_s=inf stopped_s=nan log_mib=0 log_mib=1e3",
+        ),
+        (
+            probe.parse,
+            ["--hosts=x"],
+            "seconds=0 seconds=nan seconds=inf pings=0 pings=-1 mib=0 mib=1,x mib=inf mib= "
+            "cases=sum:8 cases=all_reduce cases=all_reduce:0 cases=all_reduce:1.5",
+        ),
+        (summary.parse, ["DIR"], "every=0 every=nan every=inf"),
+        (compare.parse, ["A", "B"], "resamples=99 resamples=1000000000000 seed=-1 margin=nan"),
+        (
+            slo.parse,
+            ["price", "--prices=x", "--against=y"],
+            "tokens=inf params=0 availability=0 availability=1.5 availability=nan",
+        ),
+    ],
+)
+def test_a_number_without_meaning_is_refused_by_its_flag(parse, rest, flags, capsys):
+    for flag in flags.split():
+        with pytest.raises(SystemExit) as ended:
+            parse([*rest, f"--{flag}"])
+        assert ended.value.code == 2, flag
+        assert f"--{flag.partition('=')[0]}" in capsys.readouterr().err.splitlines()[-1], flag
+    parse(rest)  # the defaults are accepted

@@ -41,3 +41,29 @@ def test_bytes_that_the_host_replaced_are_appended_after_a_line(terminals, tmp_p
         terminal.add(6, b"new 2\n", b"lost\n", replaced=True)
     assert (tmp_path / "log").read_bytes() == b"old 1\nold 2\nlost\nnew 2\n"
     assert LogCopy(tmp_path / "log").end() == 12
+
+
+def test_the_copy_is_bounded_and_keeps_the_newest_bytes_and_their_offsets(tmp_path):
+    written = b"".join(b"line %d\n" % i for i in range(5000))
+    copy, late = (LogCopy(tmp_path / "log", limit_bytes=2000) for _ in range(2))
+    for start in range(0, len(written), 90):
+        copy.add(start, written[start : start + 90])
+        if start % 7 == 0:  # another terminal, which receives the same bytes later
+            late.add(start, written[start : start + 90])
+        sizes = [path.stat().st_size for path in tmp_path.iterdir() if "at" not in path.name]
+        assert sum(sizes) <= 2000 + 90
+    older, newer = (tmp_path / name for name in ("log.1", "log"))
+    assert written.endswith(older.read_bytes() + newer.read_bytes())
+    assert len(older.read_bytes() + newer.read_bytes()) > 900
+    reopened = LogCopy(tmp_path / "log", limit_bytes=2000)
+    assert reopened.end() == len(written)
+    assert reopened.tail() == written[-len(reopened.tail()) :] != b""
+
+
+def test_the_tail_is_found_in_the_older_part_just_after_the_copy_was_cut(tmp_path):
+    copy = LogCopy(tmp_path / "log", limit_bytes=200)
+    copy.add(0, b"a" * 60 + b"b" * 60)
+    copy.add(120, b"c")
+    assert (tmp_path / "log").read_bytes() == b"c"
+    reopened = LogCopy(tmp_path / "log", limit_bytes=200)
+    assert reopened.tail() == b"a" * 60 + b"b" * 60 + b"c" and reopened.read(58, 4) == b"aabb"

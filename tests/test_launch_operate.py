@@ -100,7 +100,7 @@ def test_resume_needs_an_ended_job_and_takes_the_current_code(bed, monkeypatch, 
     monkeypatch.setenv("JAXTRAIN_JOBS", str(bed.folder / "jobs"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(bed.folder))
     (bed.folder / "jobs" / "1231-235959-last").mkdir(parents=True)  # not what `start` returns
-    job, code = run.start(*run.parse(command(bed, "--detach")))
+    [job], code = run.start(*run.parse(command(bed, "--detach")))
     assert code == 0 and job.id == git_trees.job_id(capsys.readouterr().err)
     output = Terminal(bed, "resume", job.id).finish(1)
     assert "h0: the job is still running there" in output and f"launch.run stop {job.id}" in output

@@ -9,7 +9,7 @@ from launch.host import facts as host_facts
 from launch.host.agent import ORDERS
 from launch.host.facts import gather_facts
 from launch.inventory import Host
-from launch.preflight import is_chip, judge_host
+from launch.preflight import differences, is_chip, judge_host
 
 HOST = Host("a", "127.0.0.1")
 GPU = {"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}
@@ -78,3 +78,13 @@ def test_a_host_with_gpus_needs_jaxs_plugin_for_them(facts, gpus, plugin, count)
     changed = facts | {"versions": versions, "gpus": gpus * [GPU]}
     texts = problems(Host("a", "127.0.0.1", gpus=gpus), changed, "python")
     assert len(texts) == count and all("--env_extras=cuda" in text for text in texts)
+
+
+def test_the_host_whose_package_differs_from_most_is_named():
+    hosts = [Host(name, f"10.0.0.{i}") for i, name in enumerate("abc", 1)]
+    facts_of = {host: {"versions": {"jax": "0.10.2", "optax": "0.2.8"}} for host in hosts}
+    assert differences(facts_of) == []
+    facts_of[hosts[1]] = {"versions": {"jax": "0.10.2", "optax": "0.2.7"}}
+    [finding] = differences(facts_of)
+    assert (finding.host, finding.check, finding.aborts) == ("b", "optax", True)
+    assert finding.value == "a 0.2.8, b 0.2.7, c 0.2.8"

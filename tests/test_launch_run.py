@@ -164,3 +164,17 @@ def test_an_unknown_host_key_is_refused_even_if_the_users_configuration_accepts_
     new_sockets = tempfile.mkdtemp(dir=bed.folder)  # so that no open connection is reused
     _, err = finish(start(bed, f"--ssh_config={config}", XDG_RUNTIME_DIR=new_sockets), 1)
     assert "Host key verification failed" in err and living(bed) == []
+
+
+def test_a_supervisor_and_a_rank_killed_within_a_second_cost_one_restart(bed):
+    """tests/launch_pairs.py checks this and other pairs of faults with the trainer."""
+    job = git_trees.job_id(finish(start(bed, "--detach", steps=150))[1])
+    followed, ranks = launch(bed, "attach", job), []
+    while not ranks:
+        ranks = [pid for pid, line in bed.processes("h2").items() if "-m program 150" in line]
+    status = json.loads(bed.run("h1", "cat", f"/root/jaxtrain/jobs/{job}/status.json"))
+    bed.run("h1", "kill", "-KILL", status["pid"])
+    bed.run("h2", "kill", "-KILL", *ranks)
+    out, err = finish(followed)
+    assert re.search("ROOT CAUSE (h1: its supervisor was killed|h2 rank 2 .*SIGKILL)", out)
+    assert "exit 0 after 2 attempts" in err and living(bed) == []

@@ -271,7 +271,6 @@ def test_prices_are_printed_with_their_assumptions(recorded, capsys):
     [
         (["--tokens=1e9"], "--tokens and --deadline must come together"),
         (["--tokens=1e9", "--deadline=soon"], "--deadline must be like"),
-        (["--availability=1.5"], "--availability must be in (0, 1]"),
         (["--prices=nowhere.toml"], "--prices must name a file"),
         (["--against=nowhere.json"], "--against must be a file of"),
     ],

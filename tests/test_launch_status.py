@@ -7,6 +7,8 @@ from local_client import LocalClient, begin_job
 
 from launch import log_copy, operate
 
+RANK = {"rank": 1, "step": 40, "phase": "train", "ratios": {"data": 1.95}, "slow": ["data"]}
+
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
@@ -31,7 +33,7 @@ def test_an_outcome_that_is_no_exit_status_is_refused(job, capsys, monkeypatch, 
             return status | {"processes": []} if isinstance(status, dict) else status
 
     monkeypatch.setattr(operate, "connect", lambda job: Hostile(job.hosts))
-    assert operate.status(job, as_json=False) == 0
+    assert operate.status([job], as_json=False) == 0
     assert "sent a status that has no meaning" in capsys.readouterr().out
 
 
@@ -46,6 +48,10 @@ def test_a_header_that_is_nested_too_deeply_has_no_meaning():
         ({"outcome": {"code": 0, "why": "x\nb  attempt 1"}}, "x\n    b  attempt 1"),
         ({"report": {"ranks": [{}]}}, "no meaning"),
         ({"alive": True, "age_s": "old"}, "no meaning"),
+        ({"report": {"ranks": [RANK]}}, "rank 1 step 40 train (STRAGGLER in data; data 1.95x)"),
+        ({"report": {"ranks": [RANK | {"slow": []}]}}, "rank 1 step 40 train (data 1.95x)"),
+        ({"report": {"ranks": [RANK | {"ratios": {"data": "x"}}]}}, "no meaning"),
+        ({"report": {"ranks": [RANK | {"slow": 3}]}}, "no meaning"),
     ],
 )
 def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, found, shown):
@@ -54,7 +60,7 @@ def test_a_hosts_status_takes_one_line_or_is_indented(job, capsys, monkeypatch, 
             return found | {"processes": []}
 
     monkeypatch.setattr(operate, "connect", lambda job: Odd(job.hosts))
-    assert operate.status(job, as_json=False) == 0
+    assert operate.status([job], as_json=False) == 0
     assert shown in capsys.readouterr().out
 
 

@@ -183,6 +183,21 @@ def test_processes_are_sorted_by_number_and_those_without_steps_have_no_row(tmp_
     assert text.count('class="heat"') == 2 * 11 * 19
 
 
+def test_stragglers_are_listed_with_their_host_and_steps_and_drawn(tmp_path):
+    run = write_run(tmp_path / "run", series(40), processes=2, hosts=["h0", "<h1>"])
+    assert "stragglers" not in dict(rows_of(read_run(run)))
+    for process in range(2):
+        with open(run / "hosts" / f"{process}.jsonl", "a") as file:
+            for step in range(2, 40, 2):
+                slow = ["data"] if process and 10 <= step < 20 else [] if step < 38 else "<odd>"
+                probe = {"step": step, "event": "probe", "rank/compute_ratio": 1.0, "slow": slow}
+                file.write(json.dumps(probe) + "\n")
+    assert dict(rows_of(read_run(run)))["stragglers"] == "1 (<h1>) in data, steps 10 to 18"
+    text = page([read_run(run)])
+    assert "1 (&lt;h1&gt;) in data" in text and "A fixed computation" in text
+    assert "probe" not in text  # a probe is no event of the timeline
+
+
 def test_a_damaged_line_and_a_folder_without_a_run_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_JOBS", str(tmp_path / "jobs"))
     assert summary.main(["nowhere"]) == 1

@@ -72,5 +72,28 @@ def test_an_answer_about_the_code_that_has_no_meaning_is_refused(tmp_path, code)
         def call(self, host, request, timeout_s=60.0):
             return {}
 
-    with pytest.raises(HostError, match="a: its answer about the code has no meaning"):
+    with pytest.raises(HostError, match="a: its answer.missing must be true or false; got None"):
         send_code(Odd([Host("a", "127.0.0.1")]), code)
+
+
+def test_nested_repositories_are_sent_too_and_named(tmp_path, code, capsys):
+    git_trees.commit_program(code.root / "vendor" / "inner", "x = 3")
+    git_trees.commit_program(code.root / "vendor" / "inner" / "deep", "x = 4")
+    (code.root / "vendor" / "inner" / "program.py").write_text("x = 5")
+    git = ["git", "-C", str(code.root), "-c", "protocol.file.allow=always"]
+    submodule = [*git, "submodule", "--quiet", "add", str(code.root / "vendor" / "inner"), "sub"]
+    subprocess.run(submodule, check=True)
+    (code.root / "absent").mkdir()
+    empty = ["update-index", "--add", "--cacheinfo", f"160000,{code.commit},absent"]
+    subprocess.run([*git, *empty], check=True)  # a submodule that was never fetched
+    found = read_code(code.root)
+    names = {"vendor/inner/program.py", "vendor/inner/deep/program.py", "sub/program.py"}
+    assert names <= set(found.files)
+    assert found.hash != code.hash and "\n+x = 5\n" in found.patch
+    assert "b/vendor/inner/program.py" in found.patch
+    said = capsys.readouterr().err
+    assert "also sends the git repositories sub, vendor/inner, vendor/inner/deep" in said
+    assert "absent is a submodule without files" in said
+    host = Host("a", "127.0.0.1", python=sys.executable, workdir=str(tmp_path / "a"))
+    [folder] = send_code(LocalClient([host]), found).values()
+    assert hash_files(folder, found.files) == found.hash

@@ -19,6 +19,7 @@ data
 optim
 metrics
 reporting checkpoint
+sites
 training
 interop planning
 train evaluate generate plan profile doctor

@@ -178,3 +178,16 @@ def test_the_default_clock_measures_real_time():
     summary = timer.summary()
     assert summary["perf/step_time_s"] >= 0.05 and summary["perf/pause_eval_s"] >= 0.2
     assert summary["perf/tokens_per_s_actual"] <= 1 / 0.25
+
+
+def test_a_host_is_late_only_in_steps_that_the_device_was_waiting_for(timer, clock):
+    run_steps(timer, clock, [1.0])
+    clock.now_s += 0.25  # logging
+    pause(timer, clock, "data", 0.5)
+    timer.starved(throughout=False)
+    run_steps(timer, clock, [0.25])
+    pause(timer, clock, "save", 7.0)
+    pause(timer, clock, "data", 0.5)  # the device was busy for longer than that
+    run_steps(timer, clock, [0.5])
+    assert timer.late_shares() == {"data": pytest.approx(0.5 / 3), "host": pytest.approx(0.25 / 3)}
+    assert timer.late_shares() == {"data": 0.0, "host": 0.0}

@@ -282,6 +282,39 @@ def test_acceleration_moves_the_query_point_of_the_accelerated_groups_only(
     assert moved == (set(FEW) if all_groups else {"w_in", "w_out"})
 
 
+def steps_on_fixed_gradients(name, **options):
+    """Returns the query point and the iterate after 4 steps whose gradients ignore the weights."""
+    options |= {"warmup_steps": 1, "total_steps": 8, "ns_dtype": "float32"}
+    cfg = OptimConfig(name=name, weight_decay=0.1, **options)
+    optimizer, params = build_optimizer(cfg, FEW), random_params(0)
+    state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
+    for i in range(4):
+        updates, state = update(random_params(i + 1), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, eval_params(state, params)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "accelerated_lmo"])
+def test_every_optimizer_can_be_accelerated(name):
+    """Transport is exact: on equal gradients the iterate is where the plain optimizer would be."""
+    plain, _ = steps_on_fixed_gradients(name, nesterov=False)
+    query, iterate = steps_on_fixed_gradients(name, accelerated=True, accelerate_all=True)
+    for key in FEW:
+        np.testing.assert_allclose(iterate[key], plain[key], rtol=2e-5, atol=2e-6)
+        assert not np.allclose(query[key], plain[key], rtol=1e-3, atol=1e-3)
+    query, iterate = steps_on_fixed_gradients(name, accelerated=True, acceleration="ema_lookahead")
+    assert not jnp.array_equal(query["w_in"], iterate["w_in"])
+
+
+def test_accelerated_muon_is_accelerated_lmo():
+    for ours, theirs in zip(
+        jax.tree.leaves(steps_on_fixed_gradients("muon", accelerated=True)),
+        jax.tree.leaves(steps_on_fixed_gradients("accelerated_lmo")),
+        strict=True,
+    ):
+        assert jnp.array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("name", "rest"), [(name, "adamw") for name in OPTIMIZERS] + [("muon", "lmo")]
 )

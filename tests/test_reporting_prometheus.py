@@ -70,3 +70,10 @@ def test_the_dashboard_uses_only_exported_names():
     used = [re.match(r"\w+", target["expr"])[0] for target in targets]
     assert len(used) > 20 and not set(used) - known.keys()
     assert [known[name] for name in used] == [target["legendFormat"] for target in targets]
+
+
+def test_each_ranks_own_time_has_the_rank_as_a_label(exporter):
+    exporter.write_ranks({"compute": [1.0, 1.42], "data": [1.0, 1.0]})
+    shown = values(read(exporter))
+    assert shown['jaxtrain_rank_compute_ratio{rank="1"}'] == 1.42
+    assert sum(name.startswith("jaxtrain_rank_") for name in shown) == 4

@@ -9,6 +9,7 @@ import runs
 from jaxtrain.model.trees import named_leaves
 from jaxtrain.train import train
 from jaxtrain.training.run import build_run
+from jaxtrain.training.startup import describe_program
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,13 @@ def test_the_start_prints_the_axes_of_the_mesh(folder, capsys):
     assert "devices   4 x cpu: replica 2, fsdp 2, float32" in capsys.readouterr().out
     notes = json.loads((folder / "mesh" / "config.json").read_text())["notes"]
     assert any("whole matrices on each device" in note for note in notes)
+
+
+def test_processes_compare_every_line_of_their_code_and_their_libraries(tmp_path):
+    source = tmp_path / "jaxtrain" / "training" / "step.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    before = describe_program(tmp_path)
+    assert f"jax {jax.__version__}" in before and describe_program(tmp_path) == before
+    source.write_text("x = 2\n")
+    assert describe_program(tmp_path) != before

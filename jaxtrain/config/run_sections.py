@@ -47,6 +47,18 @@ class MeasureConfig(Section):
     details: bool = knob(
         False, "at the start, print the routes, optimizer groups and metrics of config.json"
     )
+    straggler_every: int = knob(
+        50,
+        "steps from one timing of a small fixed computation on every process to the next, which "
+        "finds slow hosts; only with several processes; 0 times none",
+        unit="steps",
+        low=0,
+    )
+    straggler_cost: float = knob(
+        0.005,
+        "the timings become rarer if they would take more than this share of the steps' time",
+        low=1e-6,
+    )
 
 
 @dataclass(frozen=True)

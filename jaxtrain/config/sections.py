@@ -166,20 +166,23 @@ class OptimConfig(Section):
         "soap, soap_muon: a longer side of a matrix gets no eigenbasis, which bounds memory",
         low=1,
     )
+    accelerated: bool = knob(
+        False, "take gradients ahead of the weights; accelerated_lmo, which is muon, always does"
+    )
     acceleration: str = knob(
         "transport",
-        "accelerated_lmo: point at which the gradient is taken",
+        "accelerated: point at which the gradient is taken",
         choices=("transport", "ema_lookahead"),
     )
     strength: float = knob(
         0.25,
-        "accelerated_lmo: how far ahead the gradient is taken; with transport, 1 is "
+        "accelerated: how far ahead the gradient is taken; with transport, 1 is "
         "momentum/(1-momentum) steps; with ema_lookahead, averaged steps (its paper uses 0.6)",
         low=0.0,
         high=1.0,
     )
     lookahead_decay: float = knob(0.99, "ema_lookahead: decay of the average", low=0.0, high=0.9999)
-    accelerate_all: bool = knob(False, "accelerated_lmo: include embeddings, head and vectors")
+    accelerate_all: bool = knob(False, "accelerated: include embeddings, head and vectors")
     tail_average: float = knob(
         0.0,
         "share of the run, at its end, whose weights are averaged for evaluation, sampling and "
@@ -263,6 +266,11 @@ class OptimConfig(Section):
         """The peak rates under AdamW of embeddings, head and vectors, by role; 0 if not set."""
         roles = ("embedding", "head", "vector")
         return {role: getattr(self, f"{role}_learning_rate") for role in roles}
+
+    @property
+    def accelerates(self) -> bool:
+        """Whether gradients are taken ahead of the weights."""
+        return self.accelerated or self.name == "accelerated_lmo"
 
     @property
     def orthogonalizes(self) -> bool:

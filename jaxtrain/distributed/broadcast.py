@@ -1,7 +1,8 @@
 """Shares values and errors between processes, so that all of them continue or stop together."""
 
+import collections
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -96,9 +97,21 @@ def gather_first_error(error: str) -> str:
 
 def check_same_on_all_processes(name: str, text: str) -> None:
     """Raises ValueError unless all processes pass the same text, such as a hash."""
-    texts = gather_texts(text)
-    if len(set(texts)) > 1:
-        raise ValueError(
-            f"{name} must be the same on every process; got {dict(enumerate(texts))}. "
-            "Start all of them with the same flags, code and data."
-        )
+    if difference := describe_difference(name, gather_texts(text)):
+        raise ValueError(difference)
+
+
+def describe_difference(name: str, texts: Sequence[str]) -> str:
+    """Returns which processes have another text than most; "" if all have the same.
+
+    Args:
+        texts: the text of each process.
+    """
+    [(usual, _), *others] = collections.Counter(texts).most_common()
+    if not others:
+        return ""
+    odd = [f"process {i}: {text}" for i, text in enumerate(texts) if text != usual]
+    return (
+        f"{name} must be the same on every process; got {', '.join(odd)}; most have {usual}. "
+        "Start all of them with the same flags, code, packages and data."
+    )

@@ -17,7 +17,7 @@ BEAT_BYTES = 256  # a beat overwrites one of equal size, which works on a full d
 
 
 class Heartbeat:
-    """Writes {"beats", "step", "phase", "time", "step_s"} when called; off without JAXTRAIN_BEAT.
+    """Writes {"beats", "step", "phase", "step_s"} when called; off without JAXTRAIN_BEAT.
 
     Every process makes the same beats in the same order, so the others wait for the one with the
     fewest. A beat takes 20 us.
@@ -30,6 +30,15 @@ class Heartbeat:
         if self._path:
             faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # to stderr
 
+    def describe_rank(self, ratios: dict[str, float], slow: list[str]) -> None:
+        """Adds to the following beats how slow this process is, see jaxtrain.metrics.rank_watch.
+
+        Args:
+            ratios: {kind of work: own time over the median process's}.
+            slow: those kinds in which this process is a straggler.
+        """
+        self._record |= {"ratios": ratios, "slow": slow}
+
     def __call__(self, phase: str, step: int | None = None) -> None:
         """Writes a beat.
 
@@ -39,12 +48,12 @@ class Heartbeat:
         """
         if not self._path:
             return
-        record, now_s = self._record, time.time()
+        record, now_s = self._record, time.monotonic()
         if phase == "train" and step != record["step"]:
             if record["phase"] == "train":  # otherwise other phases are included in that time
                 record["step_s"] = now_s - self._step_started_s
             self._step_started_s = now_s
-        record |= {"beats": record["beats"] + 1, "phase": phase, "time": now_s}
+        record |= {"beats": record["beats"] + 1, "phase": phase}
         if step is not None:
             record["step"] = step
         with contextlib.suppress(OSError):  # training goes on if the beat cannot be written

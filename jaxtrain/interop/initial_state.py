@@ -28,6 +28,18 @@ def check_model(cfg: ModelConfig, source: Path | str) -> None:
     check_same_model(cfg, theirs, owner, "--weights", InteropError)
 
 
+def check_weights(cfg: ModelConfig, source: str) -> None:
+    """Raises InteropError if weights are of another model, or no weights. Every process calls it.
+
+    Args:
+        source: a run, or a file or folder of another program.
+    """
+    if find_run(source):
+        check_run_model(cfg, source)
+    else:
+        check_model(cfg, source)
+
+
 def load_params(
     source: Path | str, cfg: ModelConfig, axes: Any, shapes: Any, shardings: Any
 ) -> Any:
@@ -62,10 +74,9 @@ def initial_state(run: Run) -> tuple[TrainState, str]:
         return init_state(model, run.optimizer, run.mesh, run.cfg.seed), source
     sharding_of = lambda axes, x: param_sharding(axes, x.shape, run.mesh)
     shardings = jax.tree.map(sharding_of, model.axes, model.shapes)
+    check_weights(run.cfg.model, source)  # before memory is allocated
     if find_run(source):
-        check_run_model(run.cfg.model, source)
         params, source = load_run_weights(run, shardings)
     else:
-        check_model(run.cfg.model, source)  # before memory is allocated
         params = load_params(source, run.cfg.model, model.axes, model.shapes, shardings)
     return init_state(model, run.optimizer, run.mesh, params), source

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 import jax
 from absl import logging
 
+from jaxtrain.config.run_sections import MeasureConfig
+from jaxtrain.distributed.heartbeat import beat
 from jaxtrain.file_errors import keep_first_error
 from jaxtrain.metrics.mfu import StepWork, memory_metrics
 from jaxtrain.metrics.network import NetworkCounters, StepBytes
+from jaxtrain.metrics.rank_watch import RankWatch
 from jaxtrain.metrics.step_log import StepLog, read_step_times
 from jaxtrain.metrics.step_timer import OVERLAPPED, STEP_TIME_METRICS, StepTimer, step_time_metrics
 from pallas_kernels.chip import Chip
@@ -32,6 +35,9 @@ class Collector:
         log: step log of this process.
         counters: network counters of this host; None reports no network bytes.
         is_saving: returns whether a checkpoint is being written in the background.
+
+    Attributes:
+        ranks: compares the processes, see watch_ranks(); None if it is off.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Collector:
         self.timer = StepTimer(work.tokens, work.devices)
         self.work, self.chip, self.log, self.counters = work, chip, log, counters
         self._is_saving, self._compile_s = is_saving, 0.0
+        self.ranks: RankWatch | None = None
         self._just_ended = ["start"]  # pauses since the last step ended, in order
         self._step_bytes = StepBytes(counters) if counters else None
 
@@ -69,6 +76,32 @@ class Collector:
         self.timer.start(before_s)
         if self._step_bytes:
             self._step_bytes.exclude()
+
+    def watch_ranks(self, cfg: MeasureConfig, hosts: list[str], first: int) -> None:
+        """Starts to compare the processes, if there are several; see RankWatch."""
+        if cfg.straggler_every and len(hosts) > 1:
+            self.ranks = RankWatch(cfg, hosts, self.timer, first)
+
+    def is_probe_due(self, step: int) -> bool:
+        """Returns whether to compare the processes after this step."""
+        return self.ranks is not None and self.ranks.is_due(step)
+
+    def probe_ranks(self, step: int) -> tuple[list[str], dict[str, list[float]]]:
+        """Compares the processes, while no step is in flight.
+
+        Returns:
+            sentences to print, and RankWatch.ratios.
+        """
+        assert self.ranks
+        with self.pause("probe"):
+            sentences = self.ranks.probe(step)
+        rank = jax.process_index()
+        ratios = {kind: ratios[rank] for kind, ratios in self.ranks.ratios.items()}
+        slow = self.ranks.slow_kinds(rank)
+        beat.describe_rank(ratios, slow)
+        event = {f"rank/{kind}_ratio": ratio for kind, ratio in ratios.items()}
+        self.log.add_event(step, "probe", event | {"slow": slow})
+        return sentences, self.ranks.ratios
 
     @contextmanager
     def pause(self, cause: str) -> Iterator[None]:
@@ -113,14 +146,16 @@ class Collector:
     def total(self) -> dict:
         """Returns the run's metrics, `lost_s` {cause: s} and `outliers` {cause: steps}.
 
-        Step times and tokens/s cover all steps of the run, including those before a resume, without
-        the first step after each start. launch.summary shows the same numbers.
+        `stragglers` are RankWatch.found, with several processes. Step times and tokens/s cover all
+        steps of the run, including those before a resume, without the first step after each start.
+        launch.summary shows the same numbers.
         """
         self.log.flush()
         wire_bytes = self._step_bytes.run_mean() if self._step_bytes else None
         metrics = self._add_rates(self._with_all_step_times(self.timer.total()), wire_bytes)
         lost_s = self.timer.lost_s(metrics["perf/wall_s"])
-        return metrics | {"lost_s": lost_s, "outliers": dict(self.log.outliers)}
+        found = {"stragglers": self.ranks.found} if self.ranks else {}
+        return metrics | {"lost_s": lost_s, "outliers": dict(self.log.outliers)} | found
 
     def _with_all_step_times(self, metrics: dict[str, float]) -> dict[str, float]:
         """Replaces the timer's step times, which begin at this start, by those of the step log."""

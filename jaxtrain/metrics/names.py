@@ -7,7 +7,8 @@ word of a fixed set.
 
 import re
 
-CAUSES = ("save", "eval", "data", "diagnosis", "sample", "phases", "profile")
+CAUSES = ("save", "eval", "data", "diagnosis", "sample", "phases", "probe", "profile")
+OWN = ("compute", "data", "host")  # what a rank may be slow in
 COLLECTIVES = (
     "all_reduce",
     "all_gather",
@@ -34,6 +35,7 @@ MEASURED = {
     "perf/hbm_peak_bytes": "most ever allocated on the fullest device of process 0",
     "perf/pause_{cause}_s": "time of the window in which no step ran, by cause",
     "perf/phase_{phase}_s": "time of one part of the step, run by itself at steady state",
+    "rank/{own}_ratio": "own time of a rank over the median rank's, newest probes",
     "data/wait_s": "mean wait of the host for a batch, per step",
     "comm/{collective}_bytes": "payload per device and step",
     "comm/wire_bytes": "sent and received by process 0's host, per step",
@@ -44,7 +46,7 @@ MEASURED = {
     "comm/algbw_bytes_per_s": "payload of the gradient exchange over its own time",
     "comm/busbw_bytes_per_s": "bytes that a device must send for the exchange, over its own time",
 }
-_WORDS = {"cause": CAUSES, "phase": PHASES, "collective": COLLECTIVES}
+_WORDS = {"cause": CAUSES, "own": OWN, "phase": PHASES, "collective": COLLECTIVES}
 PREFIX = "jaxtrain_"
 
 

@@ -3,7 +3,8 @@
 A line is {"step", "time" (UTC s), "perf/step_time_s", "data/wait_s"}. With several hosts it also
 has {"comm/wire_sent_bytes", "comm/wire_received_bytes"}, and the first step after a start has
 {"first": true}. An outlier adds a line {"step", "time", "event": "outlier", "perf/step_time_s",
-"cause"}. Lines are buffered until flush(), so that a step costs no system call.
+"cause"}, and a probe of jaxtrain.metrics.rank_watch one with the event "probe". Lines are buffered
+until flush(), so that a step costs no system call.
 """
 
 import gc
@@ -123,6 +124,12 @@ class StepLog:
         self._recent_s.extend(record.step_time_s for record in records)
         records.clear()
         self._file.write(("\n".join(lines) + "\n").encode())
+
+    def add_event(self, step: int, event: str, values: Mapping[str, object]) -> None:
+        """Writes a line with an event, after the steps before it."""
+        self.flush()
+        line = {"step": step, "time": time.time(), "event": event} | dict(values)
+        self._file.write(json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
         gc.callbacks.remove(self._time_garbage_collector)

@@ -23,6 +23,7 @@ STEP_TIME_METRICS = (  # the keys of step_time_metrics(), in order
     "perf/tokens_per_s",
     "perf/tokens_per_s_per_device",
 )
+LATE = ("data", "host")  # why a host may start a step late: its batch, or its other work
 FED_STEPS = 64  # the usual step time is the median of this many steps whose batch was ready
 
 
@@ -64,6 +65,8 @@ class StepTimer:
         self._data_lost_s = 0.0
         self._fed_s = deque(maxlen=FED_STEPS)  # times of steps whose batch was ready in time
         self._cause = None  # of the pause that is running
+        self._late_s = dict.fromkeys(LATE, 0.0)  # since the last late_shares()
+        self._timed_s = 0.0  # in steps, since the last late_shares()
 
     def start(self, before_s: Mapping[str, float] | None = None) -> None:
         """Starts timing the first step; call it when all is compiled and the device is idle.
@@ -92,6 +95,7 @@ class StepTimer:
             span.lost_s["data"] += data_s
             if skipped:
                 span.lost_s["skipped"] += step_time_s - data_s
+        self._timed_s += step_time_s
         self._last_tick_s = now_s
         self._paused_s = self._starved_s = self.waited_s = self._data_lost_s = 0.0
         return step_time_s
@@ -117,10 +121,26 @@ class StepTimer:
         Args:
             throughout: the device was idle during all of the wait, not only during a part of it.
         """
+        own_s = self._now() - self._last_tick_s - self._paused_s  # of the host, since the last tick
+        self._late_s["data"] += self.waited_s
+        self._late_s["host"] += max(own_s - self.waited_s, 0.0)
         if throughout:
             self._data_lost_s += self.waited_s
         else:
             self._starved_s += self.waited_s
+
+    def late_shares(self) -> dict[str, float]:
+        """Returns {"data", "host": share of the time in steps} since the last call, or the start.
+
+        It counts what the host did between the results of one step and the start of another, in
+        steps of which the device had run out of work by then: the wait for the batch, and the rest,
+        such as logging. It is an upper limit of the time that the device was idle.
+        """
+        shares = {
+            name: s / self._timed_s if self._timed_s else 0.0 for name, s in self._late_s.items()
+        }
+        self._late_s, self._timed_s = dict.fromkeys(LATE, 0.0), 0.0
+        return shares
 
     @contextmanager
     def pause(self, cause: str) -> Iterator[None]:

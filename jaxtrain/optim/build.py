@@ -1,5 +1,6 @@
 """Builds a config's optimizer: noise, clipping, and each group's direction, rate and decay."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -54,15 +55,6 @@ def _normuon(cfg, axes, mesh, square):
     return optax.chain(_muon(cfg, axes, mesh, square), balance)
 
 
-def _nesterov(cfg, accelerated):
-    # Transport already moves the query point along the momentum, as Nesterov's momentum would.
-    return cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
-
-
-def _accelerated_lmo(cfg, axes, mesh, square):
-    return build_muon(cfg, axes, mesh, square, _nesterov(cfg, accelerated=True))
-
-
 def _adamw(cfg, *_):
     return scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps)
 
@@ -73,7 +65,7 @@ OPTIMIZERS = {
     "normuon": _normuon,
     "soap": build_soap,
     "soap_muon": build_soap_muon,
-    "accelerated_lmo": _accelerated_lmo,
+    "accelerated_lmo": _muon,
     "muon_h": _muon,
     "adam_h": _adamw,
     "muown": _muon,
@@ -100,6 +92,12 @@ def _lookahead(cfg, inner, momentum):
 
 # optim.acceleration -> wrap(OptimConfig, a complete optimizer, its momentum)
 ACCELERATIONS = {"transport": _transport, "ema_lookahead": _lookahead}
+
+
+def _accelerate(cfg, name, geometry, optimizer):
+    accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
+    is_soap = name == MATRICES and cfg.name == "soap"  # its steps have no norm, but its momentum
+    return accelerate(cfg, optimizer, cfg.momentum if geometry or is_soap else cfg.adam_b1)
 
 
 def build_optimizer(
@@ -133,12 +131,14 @@ def build_optimizer(
     schedule, optimizers = build_schedule(cfg), {}
     for name, geometry in sorted({(g.name, g.geometry) for g in jax.tree.leaves(groups)}):
         select = functools.partial(select_group, names, name)
-        accelerated = cfg.name == "accelerated_lmo" and (name == MATRICES or cfg.accelerate_all)
+        accelerated = cfg.accelerates and (name == MATRICES or cfg.accelerate_all)
+        # Transport already moves the query point along the momentum, as Nesterov's momentum would.
+        nesterov = cfg.nesterov and not (accelerated and cfg.acceleration == "transport")
         if name == MATRICES:
-            direction = build_direction(cfg, select(axes), mesh, square)
+            own = dataclasses.replace(cfg, nesterov=nesterov)
+            direction = build_direction(own, select(axes), mesh, square)
         elif geometry:
             options = {"scale": "none", "dtype": jnp.float32, "buffer_dtype": buffer_dtype(cfg)}
-            nesterov = _nesterov(cfg, accelerated)
             direction = scale_by_lmo(select(axes), geometry, cfg.momentum, nesterov, **options)
         else:
             direction = _adamw(cfg)
@@ -148,10 +148,7 @@ def build_optimizer(
             optimizer = build_muown(cfg, direction, *parts)
         else:
             optimizer = optax.chain(direction, build_rate_step(cfg, *parts))
-        if accelerated:
-            accelerate = select_option(ACCELERATIONS, cfg.acceleration, "optim.acceleration")
-            optimizer = accelerate(cfg, optimizer, cfg.momentum if geometry else cfg.adam_b1)
-        optimizers[name] = optimizer
+        optimizers[name] = _accelerate(cfg, name, geometry, optimizer) if accelerated else optimizer
     transform = optax.chain(
         heavy_tailed_noise(cfg.noise_tail, cfg.noise_scale, seed),
         clip_gradients(cfg.clip_norm, cfg.clip_eps),

@@ -110,9 +110,10 @@ def has_whole_steps(cfg: OptimConfig) -> bool:
     """Returns whether every replica gets all of a config's steps from `build_muon`.
 
     They travel in cfg.ns_dtype then. All other steps stay split like their moments, and
-    build_optimizer gathers them: the buffers of accelerated_lmo's wrapper are split too.
+    build_optimizer gathers them: the buffers of an acceleration are split too.
     """
-    return cfg.geometry == "spectral" and cfg.name in ("muon", "normuon", "muon_h")
+    is_split = cfg.accelerates or cfg.geometry != "spectral"
+    return not is_split and cfg.name in ("muon", "normuon", "muon_h")
 
 
 def build_muon(

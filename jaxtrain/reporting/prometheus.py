@@ -27,6 +27,7 @@ class PrometheusExporter:
         from prometheus_client import CollectorRegistry, start_http_server
 
         self._values: dict[str, float] = {}
+        self._ratios: dict[str, list[float]] = {}
         self._texts = measured_names()
         registry = CollectorRegistry()  # the default one would add figures of the Python process
         registry.register(self)
@@ -45,12 +46,22 @@ class PrometheusExporter:
         # One assignment, so that a scrape in the other thread sees the values of one moment.
         self._values = self._values | metrics | {"step": step}
 
+    def write_ranks(self, ratios: dict[str, list[float]]) -> None:
+        """Stores RankWatch.ratios: `jaxtrain_rank_KIND_ratio{rank="N"}`."""
+        self._ratios = ratios
+
     def collect(self) -> "Iterator[GaugeMetricFamily]":
         """Yields all metrics; the registry calls this for each scrape."""
         from prometheus_client.core import GaugeMetricFamily
 
         for name, value in self._values.items():
             yield GaugeMetricFamily(prometheus_name(name), self._texts.get(name, name), value)
+        for kind, ratios in self._ratios.items():
+            name = f"rank/{kind}_ratio"
+            family = GaugeMetricFamily(prometheus_name(name), self._texts[name], labels=["rank"])
+            for rank, ratio in enumerate(ratios):
+                family.add_metric([str(rank)], ratio)
+            yield family
 
     def close(self) -> None:
         self._server.shutdown()

@@ -62,6 +62,7 @@ class RunLogger:
         self._terminal = Terminal(steps, resume_step, quiet or not active)
         self._writers = []  # all have write(step, time_s, metrics) and close()
         self._export = export
+        self._exporter: PrometheusExporter | None = None
         self._latest: dict[str, Any] = {"step": resume_step}  # newest train/ and eval/ metrics
         self._finished = False
 
@@ -72,7 +73,8 @@ class RunLogger:
     def _open(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
         if self._export and self._export.port:
-            self._writers.append(PrometheusExporter(self._export.address, self._export.port))
+            self._exporter = PrometheusExporter(self._export.address, self._export.port)
+            self._writers.append(self._exporter)
         metrics_file = MetricsFile(self.workdir, self.resume_step)
         self._writers.append(metrics_file)
         first_step = self.resume_step + 1 if self.resume_step else 0
@@ -133,6 +135,11 @@ class RunLogger:
             self._terminal.show_step(step, plain)
         if EVAL_LOSS in plain:
             self.note(f"eval  step {step}  {eval_text(plain)}")
+
+    def write_ranks(self, ratios: dict[str, list[float]]) -> None:
+        """Shows RankWatch.ratios to Prometheus; each process writes its own to its step log."""
+        if self._exporter:
+            self._exporter.write_ranks(ratios)
 
     def advance(self, step: int) -> None:
         """Counts a step whose metrics are not written."""

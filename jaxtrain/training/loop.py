@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import jaxtrain.config.train_config as config_lib
 from jaxtrain.checkpoint.manager import Checkpoints
@@ -25,6 +24,7 @@ from jaxtrain.training.evaluation import (
     evaluate,
     warn_of_noise,
 )
+from jaxtrain.training.finite import all_finite, name_spoiled_processes
 from jaxtrain.training.phases import AFTER_STEPS, measure_phases, show_phases
 from jaxtrain.training.run import Run
 from jaxtrain.training.step import Step, TrainState
@@ -101,6 +101,8 @@ class Loop:
                 batch = self._train_step(step)
             if cfg.measure.phases and step == min(self.first + AFTER_STEPS, cfg.steps):
                 self._measure_phases(step, batch)
+            if self.collector.is_probe_due(step):
+                self._probe_ranks(step)
             stopped_by = stop.agreed_signal()
             if stopped_by or step % cfg.save_every == 0 or step == cfg.steps:
                 self._save(step)
@@ -161,10 +163,11 @@ class Loop:
         if bad_steps:
             self.logger.note(f"step {step} skipped: its loss or its gradient is not finite")
         if bad_steps >= self.cfg.max_bad_steps:
+            remedy = "Lower --optim.learning_rate or raise --max_bad_steps."
             raise Diverged(
                 f"fewer than {self.cfg.max_bad_steps} steps in a row may be skipped; got "
-                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. Lower "
-                "--optim.learning_rate or raise --max_bad_steps."
+                f"{bad_steps} by step {step}, {self._newest_checkpoint()}. "
+                f"{name_spoiled_processes(self.state) or remedy}"
             )
 
     def _show_time_left(self, step: int) -> None:
@@ -271,6 +274,15 @@ class Loop:
         for line in show_phases(figures):
             self.logger.note(line)
 
+    def _probe_ranks(self, step: int) -> None:
+        """Compares the processes; prints which have become stragglers, or are none any more."""
+        self._collect_step()
+        beat("compile")  # the first probe compiles its program
+        sentences, ratios = self.collector.probe_ranks(step)
+        for sentence in sentences:
+            self.logger.note(sentence)
+        self.logger.write_ranks(ratios)
+
     def _toggle_trace(self) -> None:
         """Starts or stops the profiler while no step is in flight."""
         self._collect_step()
@@ -279,10 +291,3 @@ class Loop:
             self.tracer.switch()
         if not self.tracer.is_on:
             self.logger.note(f"trace made; to read it: jaxtrain profile {self.tracer.folder}")
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """Returns whether all floating-point numbers of a pytree are finite: bool []."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()

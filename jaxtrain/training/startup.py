@@ -1,5 +1,6 @@
 """Describes a run when it starts: lines for the terminal, and config.json for programs."""
 
+import hashlib
 import platform
 import socket
 import sys
@@ -32,6 +33,8 @@ from jaxtrain.optim.preconditioner_cost import ROTATIONS, owner_imbalance
 from jaxtrain.optim.sharded_muon import load_imbalance
 from jaxtrain.training.run import Run
 
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("jaxtrain", "pallas_kernels")  # whose code computes a step
 STORAGE_NOTES = {
     "shared": "a folder that all processes share",
     "host0": "process 0 gathers arrays to save and distributes restored ones",
@@ -161,6 +164,21 @@ def library_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that a result depends on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def describe_program(root: Path = ROOT) -> str:
+    """Returns a hash of the code and the libraries' versions, which processes must share.
+
+    Args:
+        root: the folder that contains the project's packages.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    versions = library_versions()
+    versions["python"] = versions["python"].rpartition(".")[0]  # the patch may differ
+    listed = " ".join(f"{name} {version}" for name, version in versions.items())
+    return f"code {digest.hexdigest()[:12]}, {listed}"
 
 
 def build_config_json(

@@ -5,6 +5,7 @@ order names. Each connection begins with this session's token; one without it is
 """
 
 import concurrent.futures
+import errno
 import json
 import socket
 import statistics
@@ -34,6 +35,7 @@ def serve_orders(request: dict, answer: Callable[[dict], None], facts: dict) -> 
         {"do": "read", "folder", "nonce"} is answered by {"same": whether the nonce was found}.
         {"do": "forget", "folder", "nonce"} deletes the nonce.
         {"do": "time"} is answered by {"time": this host's clock}.
+        {"do": "listen", "address", "port"} also accepts peers there.
 
     Args:
         facts: this host's facts, see launch.host.facts; {} if none were requested.
@@ -94,7 +96,21 @@ def _forget_nonce(order: dict, token: bytes) -> dict:
     return {}
 
 
+def _listen(order: dict, token: bytes) -> dict:
+    """Listens as a program of the job will; behind NAT no interface has the address."""
+    try:
+        server = bind_tcp(order["address"], order["port"])
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        server = bind_tcp("::" if ":" in order["address"] else "0.0.0.0", order["port"])
+    server.listen(64)
+    threading.Thread(target=_accept_peers, args=(server, token), daemon=True).start()
+    return {}
+
+
 ORDERS = {
+    "listen": _listen,
     "measure": _measure_peer,
     "read": _read_nonce,
     "forget": _forget_nonce,

@@ -32,8 +32,11 @@ class SentModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             is_package = fullname in ("launch", "launch.host")
             return importlib.util.spec_from_loader(fullname, self, is_package=is_package)
 
+    def get_source(self, fullname):
+        return sent["modules"][fullname]
+
     def exec_module(self, module):
-        source = sent["modules"][module.__name__]
+        source = self.get_source(module.__name__)
         exec(compile(source, module.__name__, "exec"), module.__dict__)
 
 

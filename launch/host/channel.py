@@ -148,10 +148,13 @@ class LeaderChannel:
                 except OSError:
                     self._drop(channel)
 
-    def acknowledged_s(self) -> dict[int, float]:
-        """Returns {host: seconds since its kernel acknowledged something}, if it is connected."""
-        hosts = {host: channel for channel, host in self._host_of.items() if host is not None}
-        return {host: channel.acknowledged_s() for host, channel in hosts.items()}
+    def acknowledged_s(self, host: int) -> float:
+        """Returns the seconds since a host's kernel acknowledged something; inf if there is none.
+
+        A host can have two connections for a moment: one that has broken, and a new one.
+        """
+        channels = [channel for channel, other in self._host_of.items() if other == host]
+        return min((channel.acknowledged_s() for channel in channels), default=math.inf)
 
     def _drop(self, channel: Channel) -> None:
         channel.close()

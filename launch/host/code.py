@@ -69,11 +69,18 @@ def _check_code(folder: Path, request: Request, reason: str) -> None:
 
 
 def receive(request: Request) -> dict:
-    """Unpacks the code that follows the request, a tar archive, into the folder for it."""
+    """Unpacks the code that follows the request, a tar archive, into the folder for it.
+
+    If the archive ends early, because the connection broke, it deletes that folder.
+    """
     draft = _draft_of(request)
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
-        if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
-            tar.extractall(draft, filter="tar")  # refuses paths outside of the folder
-        else:
-            tar.extractall(draft)
+    try:
+        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:
+            if hasattr(tarfile, "tar_filter"):  # Python 3.11.4
+                tar.extractall(draft, filter="tar")  # refuses paths outside of the folder
+            else:
+                tar.extractall(draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return {}

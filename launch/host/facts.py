@@ -29,6 +29,13 @@ PACKAGES = (
     "orbax-checkpoint",
     "grain",
     "numpy",
+    "ml_dtypes",
+    "tensorstore",
+    "scipy",
+    "ml-collections",
+    "absl-py",
+    "pyarrow",
+    "safetensors",
 )
 SYSCTLS = {
     "congestion": "net/ipv4/tcp_congestion_control",

@@ -8,8 +8,9 @@ import re
 import zlib
 from pathlib import Path
 
-SEGMENT_BYTES = 64 << 20
-SEGMENTS = 8  # 512 MiB per host
+SEGMENTS = 8  # of equal size, which share the limit of a job's log
+LIMIT_MIB = 512
+SEGMENT_BYTES = (LIMIT_MIB << 20) // SEGMENTS
 TAIL_BYTES = 4096  # compared on reconnection: does the log still end as the reader saw it?
 OWN = b"\x1e"  # begins each line of the launcher; in a program's output it is written as \x1e
 LINE_END = re.compile(rb"\r\n|\r|\n")

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-JOB_MARK = "JAXTRAIN_JOB"  # environment variable that every process of a job inherits
+# Environment variables that every process of a job, and of one attempt of it, inherits.
+JOB_MARK, ATTEMPT_MARK = "JAXTRAIN_JOB", "JAXTRAIN_ATTEMPT"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 

@@ -1,6 +1,7 @@
 """Starts the processes of an attempt on this host, logs their output and ends them."""
 
 import collections
+import contextlib
 import json
 import os
 import selectors
@@ -11,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.host import processes
-from launch.host.exit_codes import CANNOT_START
+from launch.host import processes, watch
+from launch.host.exit_codes import CANNOT_START, KILLED
 from launch.host.interfaces import interface_of, interface_variables
 from launch.host.log import LineSplitter, Log, own_lines
 
+MARGIN_S = 10.0  # a supervisor's longest turn: it may wait for a connection, or for a kill
 TAIL_LINES = 60
 DECISIVE = ("Error", "error:", "FATAL", "Fatal", "No space left", "RESOURCE_EXHAUSTED", "signal")
 DECISIVE_LINES = 5
@@ -39,9 +41,9 @@ class RankProcess:
         has_heartbeat: bool = False,
     ):
         self.rank, self.process, self._heartbeat = rank, process, heartbeat
-        self._started_at = time.time() if has_heartbeat else None
         self.code: int | None = None
-        self.ended_at: float | None = None
+        self._beats: int | None = None
+        self._beat_at = time.monotonic() if has_heartbeat else None  # when a beat was new
         self._stopped_at: float | None = None
         self._lines = LineSplitter(prefix)
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
@@ -53,16 +55,21 @@ class RankProcess:
         return lines
 
     def _read_heartbeat(self) -> dict[str, Any]:
-        """Returns {"beats", "step", "phase", "time", "step_s"}; {} if there is none yet."""
+        """Returns {"beats", "step", "phase", "step_s", ...}; {} if there is none yet."""
         try:
             return json.loads(self._heartbeat.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
     def report(self, now: float) -> dict[str, Any]:
-        """Returns this process's part of the host's report."""
+        """Returns this process's part of the host's report.
+
+        Args:
+            now: seconds of the monotonic clock, which unlike the time of day never jumps.
+        """
         beat, stat = self._read_heartbeat(), processes.read_stat(self.process.pid)
-        alive_at = beat.get("time", self._started_at)
+        if beat.get("beats", self._beats) != self._beats:
+            self._beats, self._beat_at = beat["beats"], now
         is_stopped = self.code is None and stat is not None and stat.state in "Tt"
         self._stopped_at = (self._stopped_at or now) if is_stopped else None
         return {
@@ -70,12 +77,13 @@ class RankProcess:
             "pid": self.process.pid,
             "stopped_s": now - self._stopped_at if self._stopped_at else 0.0,
             "code": self.code,
-            "ended_at": self.ended_at,
             "beats": beat.get("beats"),
             "step": beat.get("step"),
             "phase": beat.get("phase", "start"),
             "step_s": beat.get("step_s", 0.0),
-            "age_s": None if alive_at is None else round(now - alive_at, 1),
+            "ratios": beat.get("ratios", {}),
+            "slow": beat.get("slow", []),
+            "age_s": None if self._beat_at is None else round(now - self._beat_at, 1),
             "lines": [] if self.code in (None, 0) else decisive_lines(self._tail),
         }
 
@@ -94,11 +102,13 @@ class LocalRanks:
         job: the job's specification, see launch.job.Job.request.
         folder: the job's folder on this host.
         log: this host's log of the job.
+        silent_s: seconds without a call of `show_life` after which the processes are killed.
     """
 
-    def __init__(self, job: Mapping[str, Any], folder: Path, log: Log):
-        self.job, self.folder, self.log = job, folder, log
+    def __init__(self, job: Mapping[str, Any], folder: Path, log: Log, silent_s: float = 30.0):
+        self.job, self.folder, self.log, self._silent_s = job, folder, log, silent_s
         self.attempt, self.ranks = 0, []
+        self._watcher: subprocess.Popen | None = None
         self._sent_signals: set[int] = set()
         self._selector = selectors.DefaultSelector()
 
@@ -109,12 +119,15 @@ class LocalRanks:
             world: {"members": indices of the hosts that take part, "coordinator": address:port}.
         """
         self.attempt, self.ranks, self._sent_signals = attempt, [], set()
+        mark = f"{self.job['id']}/{attempt}/{os.getpid()}"
+        self._start_watcher(f"{processes.ATTEMPT_MARK}={mark}")
         per_host, position = self.job["ranks_per_host"], world["members"].index(self.job["me"])
         for local in range(per_host):
             rank = position * per_host + local
             heartbeat = self.folder / f"beat.{local}"
             heartbeat.unlink(missing_ok=True)
             env = self._environment(world, rank, local, heartbeat)
+            env[processes.ATTEMPT_MARK] = mark
             prefix = b"" if per_host == 1 else b"[%d] " % rank
             try:
                 process = subprocess.Popen(
@@ -137,6 +150,41 @@ class LocalRanks:
             if process.stdout:
                 os.set_blocking(process.stdout.fileno(), False)
                 self._selector.register(process.stdout, selectors.EVENT_READ, rank_process)
+
+    def _start_watcher(self, mark: str) -> None:
+        """Starts launch.host.watch, which outlives this process if that is killed."""
+        self._end_watcher()
+        source = watch.__loader__.get_source(watch.__name__)  # from memory, or from a file
+        argv = [sys.executable, "-I", "-S", "-c", source, mark, str(self._silent_s)]
+        null = subprocess.DEVNULL
+        try:
+            self._watcher = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=null,
+                stderr=null,
+                env={},
+                start_new_session=True,
+            )
+            assert self._watcher.stdin
+            os.set_blocking(self._watcher.stdin.fileno(), False)
+        except OSError as error:
+            self.log.write(own_lines(f"nothing watches this supervisor: {error}"))
+
+    def show_life(self) -> None:
+        """Shows the watcher that this process runs."""
+        if self._watcher and self._watcher.stdin:
+            with contextlib.suppress(OSError):  # it was killed, or it is stopped and its pipe full
+                os.write(self._watcher.stdin.fileno(), b"\n")
+
+    def all_killed(self) -> bool:
+        """Returns whether SIGKILL has ended every process."""
+        return bool(self.ranks) and all(rank.code == KILLED for rank in self.ranks)
+
+    def _end_watcher(self) -> None:
+        if self._watcher and self._watcher.stdin:
+            self._watcher.stdin.close()  # it ends at the end of its input
+        self._watcher = None
 
     def _device_variables(self, env: Mapping[str, str], local: int) -> dict[str, str]:
         """Returns the variables that choose a process's GPUs.
@@ -190,7 +238,6 @@ class LocalRanks:
         for rank in self.ranks:
             if rank.code is None and rank.process.pid in exits:
                 rank.code = rank.process.returncode = exits[rank.process.pid]
-                rank.ended_at = time.time()
                 if rank.process.stdout:
                     self._drain(rank.process.stdout, rank)
 
@@ -217,8 +264,13 @@ class LocalRanks:
 
     def living(self) -> list[int]:
         """Returns this process's living descendants or, without any, those with the job's mark."""
-        return processes.descendants(os.getpid()) or processes.marked(self.job["id"])
+        watcher = self._watcher.pid if self._watcher else None
+        below = [pid for pid in processes.descendants(os.getpid()) if pid != watcher]
+        return below or processes.marked(self.job["id"])
 
     def kill(self) -> list[int]:
         """Kills every process of the job; returns those that cannot be killed."""
-        return processes.kill_all(self.living, self._record_exits)
+        left = processes.kill_all(self.living, self._record_exits)
+        if not left:
+            self._end_watcher()
+        return left

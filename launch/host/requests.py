@@ -55,6 +55,9 @@ def start(request: Request) -> dict[str, bool]:
         if not (folder / "job.json").exists():
             (folder / "lease").touch()  # only at first: a detached job must not get one again
         spec["argv"][0] = os.path.expanduser(spec["argv"][0])
+        if sites := spec.pop("sites", None):  # it contains a key, so it is in no argument
+            write_json(folder / "sites.json", sites)
+            spec["argv"] += [f"--sites_file={folder / 'sites.json'}", f"--site={spec['site']}"]
         write_json(folder / "job.json", spec)
         prune(folder.parent)
         start_detached(folder)

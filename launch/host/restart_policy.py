@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from launch.host.exit_codes import PREEMPTED, STOPPED, UNREACHABLE
+from launch.host.log import LIMIT_MIB
 from launch.host.root_cause import SURE, Cause, find_cause
 
 NOW = "now"  # the reason for a stop that does not wait for a save; it overrides earlier stops
@@ -24,7 +25,7 @@ Report = dict[str, Any]  # what launch.host.supervise.Supervisor.report returns
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When a job gives up, waits or restarts. Times are in seconds."""
+    """When a job gives up, waits or restarts, and how much it logs. Times are in seconds."""
 
     restarts: int = 3  # attempts after the first
     backoff_s: float = 2.0  # before the first restart; doubles up to MAX_PAUSE_S
@@ -36,6 +37,7 @@ class Policy:
     stopped_s: float = 20.0  # that a rank may be stopped by a signal, as by a debugger
     grace_s: float = 120.0  # from SIGTERM to SIGKILL; must be long enough for a save
     lease_s: float = 0.0  # the job ends if no operator is attached for this long; 0: detached
+    log_mib: int = LIMIT_MIB  # of log that a host stores, and that an operator's machine copies
 
 
 class JobController:
@@ -67,7 +69,8 @@ class JobController:
         self._log = log
         self.reports: dict[int, Report] = {}
         self._heard_at = dict.fromkeys(range(len(names)), now)
-        self.acknowledged_s: dict[int, float] = {}  # see LeaderChannel.acknowledged_s
+        # See LeaderChannel.acknowledged_s, which replaces it.
+        self.acknowledged_s: Callable[[int], float] = lambda host: math.inf
         self.attempt, self.restarts = attempt + 1, attempt
         self.state, self._since, self._not_before = "gather", now, now
         self.world: dict[str, Any] = {}
@@ -130,7 +133,8 @@ class JobController:
         hosts = self.world.get("members", [])
         return [self.reports[host] for host in hosts if host in self.reports]
 
-    def _silent_s(self, now: float, hosts: Iterable[int]) -> dict[int, float]:
+    def silent_s(self, now: float, hosts: Iterable[int]) -> dict[int, float]:
+        """Returns {host: seconds since its last report}."""
         return {host: now - self._heard_at[host] for host in hosts}
 
     def _gather(self, now: float) -> None:
@@ -141,7 +145,7 @@ class JobController:
         if self._stop:
             return self._end(now, STOPPED, self._stop)
         hosts = range(len(self.names))
-        silent = self._silent_s(now, hosts)
+        silent = self.silent_s(now, hosts)
         present = [h for h in hosts if h in self.reports and silent[h] < self.policy.lost_s / 2]
         free = [host for host in present if self.reports[host]["clean"]]
         missing = sorted(set(hosts) - set(free))
@@ -212,8 +216,9 @@ class JobController:
             for rank in report["ranks"]
             if rank["code"] is None and self._is_stalled(rank, now)
         }
-        silent, policy = self._silent_s(now, hosts), self.policy
-        up = {host for host in hosts if self.acknowledged_s.get(host, math.inf) < policy.lost_s / 2}
+        silent, policy = self.silent_s(now, hosts), self.policy
+        lost = [host for host in hosts if silent[host] > policy.lost_s]
+        up = {host for host in lost if self.acknowledged_s(host) < policy.lost_s / 2}
         limits = policy.lost_s, policy.stopped_s
         return find_cause(reports, silent, self.names, *limits, stalls, up)
 
@@ -231,7 +236,7 @@ class JobController:
         """Waits for better evidence: a silent host is known to be lost only after lost_s."""
         assert self._cause
         self._cause = min(self._cause, self._find_cause(now) or self._cause, key=lambda c: c.order)
-        silent = max(self._silent_s(now, self.world["members"]).values()) > SETTLE_S
+        silent = max(self.silent_s(now, self.world["members"]).values()) > SETTLE_S
         if now - self._since > SETTLE_S and not (silent and self._cause.order > SURE):
             self._handle_failure(now)
 

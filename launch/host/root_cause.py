@@ -82,6 +82,10 @@ def find_cause(
         if report.get("orphaned"):
             headline = f"{names[host]}: its supervisor was killed"
             causes.append(Cause(1, "supervisor", host, None, None, headline, KILLED))
+        if paused_s := report.get("paused_s"):
+            headline = f"{names[host]}: its supervisor did not run for {paused_s:.0f} s, so its "
+            headline += "ranks were ended"
+            causes.append(Cause(1, "silent", host, None, None, headline, KILLED))
         for rank in report["ranks"]:
             if silent_s.get(host, 0.0) <= lost_s:
                 causes += _failures_of_rank(host, rank, report, names[host], stopped_s)

@@ -14,8 +14,8 @@ from launch.host import processes
 from launch.host.channel import FollowerChannel, LeaderChannel, endpoint, free_port
 from launch.host.exit_codes import LOST_LEADER
 from launch.host.files import read_json, write_json
-from launch.host.log import Log, own_lines
-from launch.host.ranks import LocalRanks
+from launch.host.log import SEGMENTS, Log, own_lines
+from launch.host.ranks import MARGIN_S, LocalRanks
 from launch.host.restart_policy import JobController, Policy
 
 TURN_S = 0.1
@@ -48,14 +48,17 @@ class Supervisor:
         self.folder, self.job = folder, read_json(folder / "job.json")
         self.policy = Policy(**self.job["policy"])
         self.me = self.job["me"]
-        self.log = Log(folder / "log")
-        self.ranks = LocalRanks(self.job, folder, self.log)
+        self.log = Log(folder / "log", (self.policy.log_mib << 20) // SEGMENTS)
+        self._silent_s = self.policy.stopped_s + MARGIN_S
+        self.ranks = LocalRanks(self.job, folder, self.log, self._silent_s)
         self.names = [host["name"] for host in self.job["hosts"]]
         self._orphaned, self._oom_kills = orphaned, oom_kills()
+        self._paused_s = 0.0  # for which this process did not run, during the attempt
         self._target: dict[str, Any] = {"attempt": 0, "do": "kill", "world": {}, "outcome": None}
         self._target_at = now = time.monotonic()
         self._reported_at = self._written_at = 0.0
         self._outcome_at = self._finished_at = 0.0  # 0: not yet
+        self._lease, self._lease_at = 0, now  # its file's time, and when that was new
         with contextlib.suppress(OSError):
             (folder / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # random: incompressible
         # The status is an earlier worker's, or from before a power loss. That attempt already ran
@@ -69,12 +72,14 @@ class Supervisor:
             self.controller = JobController(
                 self.policy, self.names, new_coordinator, self.write_log, self.ranks.attempt, now
             )
+            self.controller.acknowledged_s = self.followers.acknowledged_s
         else:
             self.leader = FollowerChannel(address, port, token)
-        if orphaned:
+        if orphaned or self.ranks.attempt:
+            ended = "was killed" if orphaned else "ended without an outcome (reboot or power loss?)"
             mark = "ROOT CAUSE " if self.me == 0 else ""  # the leader reports other hosts' causes
             name = self.names[self.me]
-            self.write_log(f"{mark}{name}: its supervisor was killed; a new one has started")
+            self.write_log(f"{mark}{name}: its supervisor {ended}; a new one has started")
 
     def write_log(self, text: str) -> None:
         """Writes a text to the log, with the time (UTC) at the end of its first line."""
@@ -84,7 +89,7 @@ class Supervisor:
 
     def report(self) -> dict[str, Any]:
         """Returns what the leader needs to know about this host."""
-        now, living = time.time(), self.ranks.living()
+        now, living = time.monotonic(), self.ranks.living()
         return {
             "host": self.me,
             "attempt": self.ranks.attempt,
@@ -93,18 +98,25 @@ class Supervisor:
             "pids": living[:8],
             "oom_kills": oom_kills() - self._oom_kills,
             "orphaned": self._orphaned,
-            "lease_age_s": self._lease_age_s(),
+            "paused_s": self._paused_s,
+            "lease_age_s": self._lease_age_s(now),
             "stop": self._stop_reason(),
             "knows": self._target["outcome"] is not None,
-            "time": now,
         }
 
-    def _lease_age_s(self) -> float:
-        """Returns the seconds since an attached operator last renewed the lease."""
+    def _lease_age_s(self, now: float) -> float:
+        """Returns the seconds since an attached operator was last seen to renew the lease.
+
+        The file's time is only compared with its earlier time, so that setting the clock cannot
+        end a job.
+        """
         try:
-            return time.time() - (self.folder / "lease").stat().st_mtime
+            renewed = (self.folder / "lease").stat().st_mtime_ns
         except FileNotFoundError:  # the job was detached
             return 0.0
+        if renewed != self._lease:
+            self._lease, self._lease_at = renewed, now
+        return now - self._lease_at
 
     def _stop_reason(self) -> str | None:
         try:
@@ -118,7 +130,10 @@ class Supervisor:
             self.ranks.poll(TURN_S)
             now = time.monotonic()
             if now - self._reported_at >= REPORT_S:
+                if now - self._reported_at > self._silent_s and self.ranks.all_killed():
+                    self._paused_s = now - self._reported_at
                 self._reported_at = now
+                self.ranks.show_life()
                 report = self.report()
                 if self.controller:
                     self._lead(report, now)
@@ -142,7 +157,6 @@ class Supervisor:
         for other in self.followers.receive_reports():
             self.controller.take_report(other, now)
         self.controller.take_report(report, now)
-        self.controller.acknowledged_s = self.followers.acknowledged_s()
         self._target = self.controller.next_target(now)
         self.followers.send_target(self._target)
 
@@ -167,7 +181,7 @@ class Supervisor:
         do, attempt, world = self._target["do"], self._target["attempt"], self._target["world"]
         if do in ("run", "term", "dump") and attempt > self.ranks.attempt:
             if self.me in world["members"] and not self.ranks.living():
-                self._orphaned, self._oom_kills = False, oom_kills()
+                self._orphaned, self._paused_s, self._oom_kills = False, 0.0, oom_kills()
                 self.ranks.start(attempt, world)
         elif do == "term":
             self.ranks.signal_once(signal.SIGTERM)
@@ -188,8 +202,9 @@ class Supervisor:
         self._finished_at = self._finished_at or now
         if not self.controller or now - self._finished_at > FAREWELL_S:
             return True
-        others = [r for host, r in self.controller.reports.items() if host != self.me]
-        heard = [r for r in others if time.time() - r["time"] < self.policy.lost_s]
+        others = self.controller.reports.keys() - {self.me}
+        silent_s = self.controller.silent_s(now, others)
+        heard = [self.controller.reports[h] for h in others if silent_s[h] < self.policy.lost_s]
         return all(r["clean"] and r["knows"] for r in heard)  # else they would wait for wait_s
 
     def _store_outcome(self, outcome: dict[str, Any]) -> bool:

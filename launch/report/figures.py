@@ -3,7 +3,15 @@
 from statistics import fmean
 
 from launch.report.formats import duration, duration_or_ms, grouped, percent, rate, seconds, size
-from launch.report.run_folder import DATA_WAIT, EVAL_LOSS, GOODPUT, LOSS, STEP_TIME, RunFolder
+from launch.report.run_folder import (
+    DATA_WAIT,
+    EVAL_LOSS,
+    GOODPUT,
+    LOSS,
+    PROBE,
+    STEP_TIME,
+    RunFolder,
+)
 from launch.report.stats import split
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -56,11 +64,28 @@ def rows_of(run: RunFolder) -> list[tuple[str, str]]:
     compiled = latest(run, "perf/compile_time_s")
     if compiled is not None:
         rows.append(("compilation", duration(compiled)))
+    rows += _stragglers(run)
     if run.outliers:
         rows.append(("long steps", ", ".join(f"{n} {cause}" for cause, n in run.outliers.items())))
     rows += [(f"lost to {cause}", duration_or_ms(s)) for cause, s in run.lost_s.items() if s]
     rows.append(("device", f"{run.devices} x {run.device}{'' if run.chip else ' (no peak known)'}"))
     return rows
+
+
+def _stragglers(run: RunFolder) -> list[tuple[str, str]]:
+    """Returns the row `1 (h1) in data, steps 600 to 900`, or `none`; [] without any probe."""
+    names, found, probed = run.config.get("hosts"), [], False
+    host_of = {str(i): name for i, name in enumerate(names if isinstance(names, list) else ())}
+    for process, records in run.hosts.items():
+        steps = {}  # kind -> the first and the last step at which it was named
+        for record in (record for record in records if record.get("event") == PROBE):
+            probed = True
+            slow = record.get("slow")
+            for kind in map(str, slow if isinstance(slow, list) else ()):
+                steps.setdefault(kind, [record["step"]] * 2)[1] = record["step"]
+        place = f"{process} ({host_of[process]})" if process in host_of else process
+        found += [f"{place} in {kind}, steps {a} to {b}" for kind, (a, b) in steps.items()]
+    return [("stragglers", "; ".join(found) or "none")] if probed else []
 
 
 def spark(values: list[float], width: int = 32) -> str:

@@ -35,7 +35,17 @@ def read_json_lines(path: Path) -> list[dict]:
     Raises:
         ValueError: the file cannot be read, or a line is not a JSON object.
     """
-    lines = (_read_bytes(path) or b"").split(b"\n")
+    data = _read_bytes(path) or b""
+    lines = data.split(b"\n")
+    complete = [line for line in lines[:-1] if line]
+    try:  # as one array, which takes half of the time
+        records = json.loads(b"[%s]" % b",".join(complete))
+        objects = all(type(record) is dict for record in records)
+        if objects and len(records) == len(complete) and not lines[-1]:
+            special = b'nan"' in data or b'inf"' in data
+            return [parse_numbers(record) for record in records] if special else records
+    except (ValueError, RecursionError):
+        pass  # find the line that is wrong
     records = []
     for number, line in enumerate(lines, 1):
         if not line:

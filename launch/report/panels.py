@@ -19,6 +19,11 @@ from launch.report.svg import COLOURS, Series, heat_map, histogram_chart, line_c
 
 SMOOTH_FROM = 40  # points; fewer show the trend by themselves
 LEFT_OUT = "The first step after each start is left out."
+HEAT = (  # metric of hosts/N.jsonl, title, formatter
+    (STEP_TIME, "Step time by process", seconds),
+    (DATA_WAIT, "Wait for data", seconds),
+    ("rank/compute_ratio", "A fixed computation, against the median process", "{:.2f}x".format),
+)
 CELLS = 40  # at most in a row, and bars in a histogram
 
 
@@ -186,24 +191,24 @@ def goodput(run: RunFolder, suffix: str) -> Panel | None:
 
 
 def heat(run: RunFolder, suffix: str) -> Iterator[Panel]:
-    """Draws step time and wait for data, with a row for each process; `suffix` ends the titles."""
+    """Draws what each process measured, with a row for each; `suffix` ends the titles."""
     if len(run.hosts) < 2:
         return
-    for metric, title in ((STEP_TIME, "Step time by process"), (DATA_WAIT, "Wait for data")):
-        rows = [(process, _cells(run, process, metric)) for process in run.hosts]
+    for metric, title, form in HEAT:
+        rows = [(process, _cells(run, process, metric, form)) for process in run.hosts]
         rows = [(process, cells) for process, cells in rows if cells]
         values = [value for _, cells in rows for _, value in cells]
         if not values:
             continue
         low, high = percentile(values, 0.02), percentile(values, 0.98)
-        caption = f"Each cell is the mean of some steps: pale {seconds(low)}, dark {seconds(high)}."
+        caption = f"Each cell is the mean of some steps: pale {form(low)}, dark {form(high)}."
         yield Panel(f"{title}{suffix}", heat_map(title, rows, low, high), caption)
 
 
-def _cells(run, process, metric):
+def _cells(run, process, metric, form):
     timed = run.process_points(process, metric)[1:]
     cells = []
     for part in split(timed, min(CELLS, len(timed))) if timed else []:
         value = fmean(value for _, value in part)
-        cells.append((f"steps {part[0][0]} to {part[-1][0]}: {seconds(value)}", value))
+        cells.append((f"steps {part[0][0]} to {part[-1][0]}: {form(value)}", value))
     return cells

@@ -25,6 +25,7 @@ MEANS = (  # metrics of which a run's figure is the mean
     *("comm/wire_sent_bytes", "comm/wire_received_bytes", "comm/effective_bytes_per_s"),
     "comm/overhead",
 )
+PROBE = "probe"  # the event that compares the ranks, see jaxtrain.metrics.rank_watch
 MAXIMA = ("perf/hbm_peak_bytes", "perf/hbm_bytes")
 
 
@@ -110,8 +111,18 @@ class RunFolder:
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of each line of metrics.jsonl that has a finite value."""
-        values = ((record["step"], record.get(metric)) for record in self.metrics)
-        return [(step, x) for step, x in values if x is not None and math.isfinite(x)]
+        if metric not in self._points:  # the page asks for some metrics several times
+            self._points[metric] = [
+                (record["step"], x)
+                for record in self.metrics
+                if (x := record.get(metric)) is not None and math.isfinite(x)
+            ]
+        return self._points[metric]
+
+    @cached_property
+    def _points(self) -> dict[str, list[tuple[int, float]]]:
+        """What `points` has returned so far, by metric."""
+        return {}
 
     def process_points(self, process: str, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of each record of a process that has the metric."""
@@ -122,7 +133,7 @@ class RunFolder:
         """(step, description) of the last event at each step, such as `step 20: stall, data`."""
         found = {}
         for record in self.hosts.get("0", []):
-            if "event" in record and record.get("step") is not None:
+            if record.get("event") not in (None, PROBE) and record.get("step") is not None:
                 cause = f", {record['cause']}" if "cause" in record else ""
                 found[record["step"]] = f"step {record['step']}: {record['event']}{cause}"
         return sorted(found.items())
@@ -155,12 +166,11 @@ class RunFolder:
         """Wall-clock seconds that were not spent in steps, by cause, the largest first."""
         lost = self.summary.get("lost_s")
         if lost is None:
-            lost = {}
-            for record in [self.summary] if self.summary else self.metrics:
-                for key, value in record.items():
-                    if key.startswith("perf/pause_"):
-                        cause = key.removeprefix("perf/pause_").removesuffix("_s")
-                        lost[cause] = lost.get(cause, 0.0) + value
+            lost, records = {}, [self.summary] if self.summary else self.metrics
+            for key in dict.fromkeys(key for record in records for key in record):
+                if key.startswith("perf/pause_"):
+                    cause = key.removeprefix("perf/pause_").removesuffix("_s")
+                    lost[cause] = sum(record.get(key, 0.0) for record in records)
         return dict(sorted(lost.items(), key=lambda pair: -pair[1]))
 
     @property

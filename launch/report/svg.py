@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from operator import itemgetter
 
 from launch.report.formats import short
 from launch.report.stats import split
@@ -67,7 +68,7 @@ def thin(points: Points, most: int = 320) -> Points:
         return points
     extremes = []
     for part in split(points, most // 2):
-        extremes += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+        extremes += sorted({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))})
     return extremes
 
 

@@ -1,0 +1,144 @@
+"""Hosts whose answers before the start are odd or hostile: an error names host and value."""
+
+import json
+import re
+import sys
+import time
+
+import pytest
+from local_client import LocalClient
+
+from launch.host.facts import gather_facts
+from launch.inventory import Host
+from launch.preflight import format_findings, preflight
+from launch.prepare import build_environments
+from launch.ssh import HostError, SshClient
+
+HOSTS = [Host("a", "127.0.0.1"), Host("b", "127.0.0.2")]
+PUPPET = """
+import json, sys, zlib
+size = int(sys.stdin.buffer.readline())
+print(json.loads(zlib.decompress(sys.stdin.buffer.read(size)))["mark"])
+print(sys.argv[1], flush=True)
+sys.stdin.read()
+"""
+CLOCK = 3 * [{"time": 1.5}]
+
+
+class Puppet(LocalClient):
+    """Hosts that give the same answers, whatever is asked."""
+
+    def __init__(self, hosts, answers):
+        super().__init__(hosts)
+        self.lines = "\n".join(json.dumps({"ok": answer}) for answer in answers)
+
+    def ssh_command(self, host, shared=True):
+        return [sys.executable, "-I", "-S", "-c", PUPPET, self.lines]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    request = {"address": "127.0.0.1", "port": 0}
+    facts = gather_facts(tmp_path_factory.mktemp("root"), request) | {"listens_on": 9}
+    return facts | {"gpus": [{"name": "NVIDIA A40", "driver": "570.1", "memory_mib": 46068}]}
+
+
+@pytest.fixture
+def healthy(facts):
+    """The first answers of a host without a problem: its facts, and its clock three times."""
+    right = {"gpus": [], "interface": "lo", "port_free": True, "has_address": True, "proxies": []}
+    roomy = {"disk_free_bytes": 1 << 40, "memory_bytes": 1 << 36, "local_disk": "ext4"}
+    clock = {"time": time.time()}
+    return [facts | right | roomy | {"logout": "stays"}, clock, clock, clock]
+
+
+def problems(host_answers, hosts=HOSTS[:1]):
+    findings = preflight(Puppet(hosts, host_answers), 23_456)
+    return {f.host: f.problem for f in findings if f.aborts and "must be" in f.problem}
+
+
+@pytest.mark.parametrize("answer", [[], 3, "text", None, {}])
+def test_an_answer_that_is_no_object_with_the_facts_is_refused(answer):
+    assert "a" in problems([answer, *CLOCK])
+
+
+WRONG = [
+    ("gpus", 3),
+    ("gpus", [{"name": "x"}]),
+    ("gpus.0.driver", []),
+    ("gpus.0.memory_mib", -1),
+    ("versions", ["jax"]),
+    ("versions.jax", 1),
+    ("open_files", [5]),
+    ("open_files", ["many", "more"]),
+    ("memory_bytes", "8 GiB"),
+    ("disk_free_bytes", float("nan")),
+    ("shm_bytes", 10**30),
+    ("cpus", True),
+    ("proxies", {"a": 1}),
+    ("interfaces", {"lo": "127.0.0.1"}),
+    ("has_address", "yes"),
+    ("sysctls", {}),
+    ("sysctls.tcp_rmem", "1 2 many"),
+    ("sysctls.tcp_wmem", None),
+    ("listens_on", 99_999),
+    ("python", 3.11),
+    ("nonce_error", None),
+    ("logout", ["stays"]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), WRONG, ids=[f"{p}={v}" for p, v in WRONG])
+def test_a_fact_of_another_type_or_beyond_its_range_is_refused(facts, place, value):
+    changed = json.loads(json.dumps(facts))
+    *path, last = [int(key) if key.isdecimal() else key for key in place.split(".")]
+    part = changed
+    for key in path:
+        part = part[key]
+    part[last] = value
+    found = problems([changed, *CLOCK])
+    assert re.search(rf"{place.replace('.0', '.*')}.* must be ", found["a"]), found
+
+
+@pytest.mark.parametrize("clock", [{"time": float("nan")}, {"time": "now"}, {"time": 1e300}, {}])
+def test_a_clock_that_is_no_time_is_refused(facts, clock):
+    assert "time" in problems([facts, *(3 * [clock])])["a"]
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"rtt_s": []},
+        {"rtt_s": 0.1},
+        {"rtt_s": [-1.0]},
+        {"rtt_s": [0.1], "bytes_per_s": "fast"},
+        {"rtt_s": [0.1], "bytes_per_s": float("inf")},
+        {},
+    ],
+)
+def test_a_measurement_that_is_no_number_is_refused(healthy, measured):
+    answers = [*healthy, measured]
+    findings = preflight(Puppet(HOSTS, answers), 23_456)
+    pairs = {(f.host, f.check) for f in findings if f.aborts and "must" in f.problem}
+    assert pairs >= {("a", "to b"), ("b", "to a")}, findings
+
+
+@pytest.mark.parametrize(
+    "built",
+    [[], {}, {"python": "/x", "versions": 3}, {"python": ["/x"], "versions": {"jax": "1"}}],
+)
+def test_an_answer_about_built_packages_that_has_no_meaning_is_refused(built):
+    class Odd(SshClient):
+        def call_all(self, requests, timeout_s):
+            return dict.fromkeys(requests, built)
+
+    with pytest.raises(HostError, match="a: .* must be"):
+        build_environments(Odd(HOSTS[:1]), "", "", [])
+
+
+@pytest.mark.parametrize("answer", [{"same": "no"}, {"error": {"a": 1}}, {"same": 1}])
+def test_an_answer_about_the_shared_folder_that_is_no_yes_is_a_problem(healthy, answer):
+    answers = [*healthy, answer, {}]
+    findings = preflight(Puppet(HOSTS[:1], answers), 23_456, shared="/x")
+    [shared] = [f for f in findings if f.check == "shared" and f.value]
+    assert shared.aborts and format_findings(findings)
