@@ -128,12 +128,15 @@ class Channel:
             await asyncio.sleep(min(PING_S, IDLE_S) if stream.extra else PING_S)
             if (silent_s := stream.silent_s()) > SILENT_S:
                 raise TimeoutError(f"nothing arrived for {silent_s:.0f} s")
-            if self.outbox.chunks_to_send() or self.inbox.chunks_to_come():
+            # Chunks can be under way for seconds, so only what is stored counts as sent.
+            is_idle = self.outbox.is_empty() and not self.inbox.chunks_to_come()
+            if not is_idle or silent_s < IDLE_S:
                 used_s = time.monotonic()
-            if stream.extra and time.monotonic() - used_s >= IDLE_S:
+            elif stream.ends_idle and time.monotonic() - used_s >= IDLE_S:
                 return
-            stream.ping_due = True
-            stream.wake.set()
+            if not (stream.extra and is_idle):  # a ping would keep the stream in use
+                stream.ping_due = True
+                stream.wake.set()
 
     async def _send(self, stream: Stream) -> None:
         while True:

@@ -183,7 +183,7 @@ class Connections:
                     reader, writer = await self._secure(connection, listens=False)
                     await self._greeter.greet(reader, writer, channel, extra)
                 pause_s = FIRST_PAUSE_S
-                stream = Stream(reader, writer, extra)
+                stream = Stream(reader, writer, extra, ends_idle=extra)
                 if connected:
                     connected(stream)
                 await self._run(channel, stream)

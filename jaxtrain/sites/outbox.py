@@ -81,6 +81,10 @@ class Outbox:
         """Returns how many chunks wait to be sent."""
         return sum(len(out.todo) for out in self.messages.values())
 
+    def is_empty(self) -> bool:
+        """Returns whether the peer has stored everything that was sent."""
+        return all(out.stored for out in self.messages.values())
+
     def ask_again(self) -> None:
         """Asks for the state of all messages: a lost stream may have lost chunks or answers."""
         for out in self.messages.values():
