@@ -110,22 +110,6 @@ def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(large,
     assert sorted(writes) == list(range(6))  # each chunk arrived once
 
 
-def test_extra_connections_exist_only_while_there_is_much_to_send(large, monkeypatch, writes):
-    monkeypatch.setattr(channel, "IDLE_S", 0.1)
-    monkeypatch.setattr(channel, "MANY_CHUNKS", 1)
-    with Proxy(large.ports["a"], bytes_s=2 << 20) as proxy:
-        a, b = large.start("a"), large.start("b", {"a": proxy.port}, streams=3)
-        _exchange_one(a, b, b"small", b"small")
-        connections = lambda exchange: len(exchange.channels[0].streams)
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
-        for round_ in range(1, 4):
-            b.send(0, round_, {0: os.urandom(LARGE)}, 1, {})
-        assert wait_until(lambda: connections(b) == 3)
-        assert a.wait(0, 3, 10) and b.finish(10)
-        assert len(writes) == 3 * 6 + 2  # none was closed with chunks under way
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
-
-
 def test_the_number_of_connections_follows_from_the_round_trip_time():
     window_bytes = 0.7 * (4 << 20)  # Linux's default
     assert [choose_streams(rtt_s, window_bytes) for rtt_s in (0, 1e-4, 0.15, 9)] == [1, 1, 7, 16]
