@@ -200,7 +200,7 @@ class Soak:
         """Times what the operator's commands do, without the start of their Python."""
         status_s, answers = best_time(lambda: statuses(self._client, self.job))
         for host, answer in answers.items():
-            if isinstance(answer, HostError) or not answer.get("alive"):
+            if isinstance(answer, HostError) or not (answer["alive"] or answer.get("outcome")):
                 self.problems.append(f"{host.name}: no status at step {self.step}: {answer}")
         start = time.monotonic()
         folder = self._copy.fetch()

@@ -33,6 +33,16 @@ def large(tmp_path):
         yield scene
 
 
+@pytest.fixture
+def writes(monkeypatch):
+    """Returns the list of all chunks that arrive."""
+    writes = []
+    write = mailbox.Incoming.write
+    spy = lambda self, i, data: (writes.append(i), write(self, i, data))[1]
+    monkeypatch.setattr(mailbox.Incoming, "write", spy)
+    return writes
+
+
 def _exchange_one(a, b, code_a, code_b, round_=0):
     a.send(0, round_, {0: code_a}, 10, {})
     b.send(0, round_, {0: code_b}, 20, {})
@@ -87,13 +97,7 @@ def test_chunks_in_any_order_and_twice_give_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["cut_at", "damage_at"])
-def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(
-    large, monkeypatch, fault
-):
-    writes = []
-    write = mailbox.Incoming.write
-    spy = lambda self, i, data: (writes.append(i), write(self, i, data))[1]
-    monkeypatch.setattr(mailbox.Incoming, "write", spy)
+def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(large, writes, fault):
     with Proxy(large.ports["a"], **{fault: LARGE // 2}) as proxy:
         a, b = large.start("a"), large.start("b", {"a": proxy.port})
         code = os.urandom(LARGE)
@@ -104,21 +108,6 @@ def test_only_missing_chunks_are_sent_again_after_a_cut_or_a_damaged_byte(
         assert proxy.events == [fault.removesuffix("_at")]
         assert b.channels[0].wire_bytes()[0] > LARGE  # those of the broken connections included
     assert sorted(writes) == list(range(6))  # each chunk arrived once
-
-
-def test_extra_connections_exist_only_while_there_is_much_to_send(large, monkeypatch):
-    monkeypatch.setattr(channel, "IDLE_S", 0.1)
-    monkeypatch.setattr(channel, "MANY_CHUNKS", 1)
-    with Proxy(large.ports["a"], bytes_s=3 << 20) as proxy:
-        a, b = large.start("a"), large.start("b", {"a": proxy.port}, streams=3)
-        _exchange_one(a, b, b"small", b"small")
-        connections = lambda exchange: len(exchange.channels[0].streams)
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
-        for round_ in range(1, 4):
-            b.send(0, round_, {0: os.urandom(LARGE)}, 1, {})
-        assert wait_until(lambda: connections(b) == 3)
-        assert a.wait(0, 3, 10)
-        assert wait_until(lambda: connections(a) == connections(b) == 1)
 
 
 def test_the_number_of_connections_follows_from_the_round_trip_time():

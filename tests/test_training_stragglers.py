@@ -88,12 +88,12 @@ PROGRAM = """
 
 
 def slow_down(process, is_over):
-    """Stops a process for 12 of each 14 ms, until is_over() or its end."""
+    """Stops a process for 20 of each 21 ms, until is_over() or its end."""
     while process.poll() is None and not is_over():
         process.send_signal(signal.SIGSTOP)
-        time.sleep(0.012)
+        time.sleep(0.020)
         process.send_signal(signal.SIGCONT)
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
 def test_a_slow_loader_and_a_slow_processor_are_named_and_no_result_changes(tmp_path):
