@@ -129,8 +129,8 @@ def cut_while_sending(scene, repetition) -> dict:
 def stopped_coordinator(scene, repetition) -> dict:
     """Stops the coordinator's rank by SIGSTOP for ever; then the first host's supervisor as well.
 
-    If the supervisor's keeper is stopped as well, nothing on that host can notice it: the operator
-    sees it in `status`, and ends the job by `stop --now`.
+    If the supervisor's keeper is stopped as well, that host's ranks end too, but nothing there goes
+    on: the operator sees it in `status`, and ends the job by `stop --now`.
     """
     both = repetition == 2
 

@@ -16,6 +16,7 @@ from jaxtrain.metrics.jsonl import read_metrics
 ROOT = Path(__file__).parent.parent
 TRAINER = "-m tests.launch_faulty"
 SUPERVISOR = "b64decode"  # in the command line of every request and supervisor, see SshClient
+WATCHER = "def wait_for_silence"  # launch/host/watch.py runs as `python -c SOURCE`
 LEFT_S = 10.0  # time for the last processes to end, after the launcher has
 # In double precision, so that two runs can be compared to the last bit.
 FLAGS = {
@@ -155,8 +156,8 @@ class Scene:
         return [steps[-1], json.loads(record.read_text())["leaves"]]
 
     def living(self) -> dict:
-        """Returns {host: pids} of the trainers, supervisors and requests that run."""
-        parts = (TRAINER, "-m jaxtrain.train", SUPERVISOR)
+        """Returns {host: pids} of the trainers, supervisors, watchers and requests that run."""
+        parts = (TRAINER, "-m jaxtrain.train", SUPERVISOR, WATCHER)
         pids_on = {h: [p for part in parts for p in self.pids(h, part)] for h in self.bed.names}
         return {host: pids for host, pids in pids_on.items() if pids}
 

@@ -1,10 +1,12 @@
 """Checks that preflight and the probe measure the configured links of a relayed test bed."""
 
 import dataclasses
+import json
 
 import bed as beds
 import pytest
 
+from jaxtrain.planning.sites_model import read_link
 from launch import network, probe
 from launch.inventory import read_inventory
 from launch.preflight import preflight
@@ -90,3 +92,16 @@ def test_a_folder_that_hosts_do_not_share_is_refused_and_no_file_is_left_in_it(b
         "/mnt/shared:",
         "/root/own:",
     ]
+
+
+def test_a_plan_reads_the_link_that_the_probe_measured_between_sites(bed, client, monkeypatch):
+    monkeypatch.setattr(probe, "STREAMS", (1, 4))
+    paths = [bed.inventory(bed.folder / f"{n}.toml", only=[n], site_port=7_301) for n in bed.names]
+    bed.link("h0", "h1", delay_ms=5, rate_mbit=80)
+    options = [f"--sites={paths[0]},{paths[1]}", f"--ssh_config={bed.ssh_config}"]
+    result = probe.measure_sites(probe.parse([*options, "--seconds=0.5", "--pings=5"]))
+    assert {(pair["from"], pair["to"]) for pair in result["tcp"]} == {("h0.h0", "h1.h1")}
+    (bed.folder / "sites.json").write_text(json.dumps(result))
+    link = read_link(bed.folder / "sites.json")
+    assert 4e6 < link.bytes_per_s < 11e6  # of each direction: 10e6
+    assert link.round_trip_s == pytest.approx(0.010, abs=0.005)

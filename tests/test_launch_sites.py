@@ -29,6 +29,12 @@ print(json.dumps(found | content))
 for step in range(1, int(sys.argv[1]) + 1):
     make_step(step, 0.05)
 """
+# In place of jaxtrain.data.quick_fingerprint: the last flag is the data.
+FINGERPRINT = """
+import json, sys
+found = {"files": 1, "bytes": 1, "fingerprint": sys.argv[-1], "workdir": "/root/run", "owner": None}
+print(json.dumps(found))
+"""
 needs_bed = pytest.mark.skipif(bool(beds.available()), reason=beds.available())
 
 
@@ -151,6 +157,22 @@ def test_a_start_that_fails_at_one_site_leaves_nothing_running_at_the_other(bed,
     assert "east.h2: " in err and not living(bed)
     for job in read_jobs(git_trees.job_id(err)):
         assert job.record["outcome"]["why"].startswith("not all hosts started")
+
+
+@needs_bed
+def test_sites_with_different_data_are_refused_before_the_start(bed, capfd):
+    package = bed.folder / "trainer" / "jaxtrain"
+    (package / "data").mkdir(parents=True)
+    for name in ("__init__.py", "train.py", "data/__init__.py"):
+        (package / name).touch()
+    (package / "data" / "quick_fingerprint.py").write_text(FINGERPRINT)
+    git_trees.commit_program(package.parent, "")
+    arguments = command(bed, "--for=east:--data=b", f"--code={package.parent}")
+    arguments[arguments.index("--module=program")] = "--module=jaxtrain.train"
+    assert run.main(arguments) == 1
+    err = capfd.readouterr().err
+    assert "east.h2: differs from the data of west.h0 west.h1: copy it from there" in err
+    assert "nothing was started" in err and not living(bed)
 
 
 def test_reports_show_a_run_per_site_and_check_each(tmp_path, monkeypatch, capsys):

@@ -74,6 +74,7 @@ def _jitted_digests(mesh: Mesh | None):
     return jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]), out_shardings=replicated)
 
 
+@jax.jit  # so that leaves of the same type and shape are traced once
 def _digest(x: jax.Array) -> jax.Array:
     """Computes the digest of [...] as uint32 [2], without temporaries of the array's size."""
     position = jnp.zeros(x.shape, jnp.uint32)  # in the whole array, row-major

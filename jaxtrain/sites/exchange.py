@@ -142,6 +142,8 @@ class Exchange(Transport):
         Args:
             oldest: {fragment: its first round that is still needed}.
         """
+        for channel in self.channels:
+            self._loop.call_soon_threadsafe(channel.inbox.forget, oldest)
         with self.lock:
             self.mailbox.forget(oldest)
             old = lambda fragment, round_: round_ < oldest.get(fragment, 0)
@@ -238,10 +240,11 @@ class Exchange(Transport):
                         f"{channel} has {count}, another one has {tokens[site]}."
                     )
         received = sum(len(code) for of_site in codes.values() for code in of_site.values())
-        counts = [channel.wire_bytes() for channel in self.channels]
-        wire = (sum(sent for sent, _ in counts), sum(arrived for _, arrived in counts))
-        since = (wire[0] - self._last_wire[0], wire[1] - self._last_wire[1])
-        self._last_wire = wire
+        with self.lock:  # threads of several fragments may be here
+            counts = [channel.wire_bytes() for channel in self.channels]
+            wire = (sum(sent for sent, _ in counts), sum(arrived for _, arrived in counts))
+            since = (wire[0] - self._last_wire[0], wire[1] - self._last_wire[1])
+            self._last_wire = wire
         started_s, sent = self._sent.get(key, (float("inf"), 0))
         last_s = max(self.mailbox.arrived_s.get((c.peer, key), 0.0) for c in self.channels)
         participants = tuple(sorted(set(participants)))

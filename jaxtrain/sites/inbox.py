@@ -59,10 +59,6 @@ class Inbox:
         self._finishing: dict[Key, asyncio.Future] = {}
         self.first: dict[int, int] = {}
 
-    def chunks_to_come(self) -> int:
-        """Returns how many chunks of the announced messages have not arrived."""
-        return sum(len(incoming.missing) for incoming in self._arriving.values())
-
     def newest(self) -> dict[int, int]:
         """Returns {fragment: newest round whose code was ever received}."""
         newest: dict[int, int] = {}
@@ -181,6 +177,12 @@ class Inbox:
             return
         self._answer(pack(STORED, {"key": key, "crc": incoming.message.crc}))
         self._owner.changed()
+
+    def forget(self, oldest: dict[int, int]) -> None:
+        """Removes incomplete codes of rounds before the oldest one of their fragment."""
+        for key in list(self._arriving):
+            if key.kind == "code" and key.round < oldest.get(key.fragment, 0):
+                self._arriving.pop(key).discard()
 
     async def close(self) -> None:
         """Waits for messages that are being put on disk, and removes incomplete ones."""

@@ -35,20 +35,22 @@ class Stream:
         wake: set when there may be something to send.
         ping_due: whether a PING is to be sent.
         offered: the messages that the peer was offered on this stream.
-        extra: whether the stream is closed once the link is idle.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, extra: bool = False
-    ):
-        self.reader, self.writer, self.extra = reader, writer, extra
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer = reader, writer
         self.wake, self.ping_due, self.offered = asyncio.Event(), False, set[Key]()
+        # A copy of the descriptor, so that the counters outlive a connection that breaks.
+        self._socket = writer.get_extra_info("socket").dup()
+
+    def close(self) -> None:
+        """Closes the copy of the descriptor; without it the connection would stay open."""
+        self._socket.close()
 
     def _tcp_info(self) -> bytes:
-        """Returns the kernel's counters of this connection; zeros if it is closed."""
-        with contextlib.suppress(OSError, AttributeError):
-            connection = self.writer.get_extra_info("socket")
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        """Returns the kernel's counters of this connection; zeros after close()."""
+        with contextlib.suppress(OSError):
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             return info.ljust(256, b"\0")  # an old kernel counts less
         return bytes(256)
 
