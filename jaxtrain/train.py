@@ -56,12 +56,13 @@ from jaxtrain.reporting.run_logger import RunLogger
 from jaxtrain.reporting.terminal import set_up_logging
 from jaxtrain.run_directory.contents import is_finished
 from jaxtrain.run_directory.lock import RunLock
+from jaxtrain.sites.rounds import Rounds
 from jaxtrain.sites.start import Membership, check_sites_flags, open_rounds, read_membership
 from jaxtrain.training.diagnostic_step import compile_diagnosis
 from jaxtrain.training.finish import SAMPLE_FLAG, finish_run
 from jaxtrain.training.loop import Diverged, Loop
 from jaxtrain.training.resume import start_state
-from jaxtrain.training.run import build_run, compile_step
+from jaxtrain.training.run import Run, build_run, compile_step
 from jaxtrain.training.sampling import decode_shell_text
 from jaxtrain.training.startup import (
     build_config_json,
@@ -69,7 +70,7 @@ from jaxtrain.training.startup import (
     measurement_lines,
     startup_lines,
 )
-from jaxtrain.training.step import state_sharding_tree
+from jaxtrain.training.step import Step, state_sharding_tree
 
 
 def train(
@@ -103,8 +104,6 @@ def train(
     cfg, dtype_reason = resolve_dtype(cfg, (devices or jax.devices())[0], cfg.workdir)
     check_source(cfg.data, cfg.model.V)
     decode_shell_text(cfg.sample.prompt, SAMPLE_FLAG)
-    if member is None:
-        check_sites_flags(cfg.sites.period, "", "")
 
     # Mesh, kernel routes, model, loss and optimizer; no array is allocated yet.
     run = build_run(cfg, devices)
@@ -126,14 +125,7 @@ def train(
 
         # State: the newest checkpoint, or step 0.
         stack.enter_context(checkpoints)
-        rounds = None
-        if member:
-            stop.set_activity("connecting to the other sites")
-            shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
-            identity = {"the data": corpus.fingerprint, "the program": describe_program()}
-            rounds = stack.enter_context(
-                open_rounds(cfg, member, run.model.shapes, shardings, run.mesh, identity)
-            )
+        rounds = join_sites(stack, member, run, corpus)
         stop.set_activity("creating or restoring the weights")
         run, state, restored = start_state(run, checkpoints, batches, initial_state, rounds)
         if restored is None and cfg.checkpoint.storage == "host0":
@@ -161,14 +153,7 @@ def train(
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
         # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
-        beat("compile", first)
-        stop.set_activity("compiling the step")
-        step = compile_step(run)
-        logger.note(f"compiled in {step.compile_s:.1f} s")
-        logger.write(first, {"perf/compile_time_s": step.compile_s})
-        diagnosis = compile_diagnosis(run) if cfg.diagnose_every else None
-        if diagnosis:
-            logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+        step, diagnosis = compile_steps(run, logger, stop, first)
 
         # Measurements: what a step computes and moves, and the counters of this process.
         work = build_work(run.cfg, run.parameters, run.mesh, step.compiled, hosts)
@@ -188,6 +173,39 @@ def train(
         start_s = time.perf_counter() - started_s - compile_s
         collector.start({"start": start_s, "compile": compile_s, "restart": logger.removed_s})
         return finish_run(loop, corpus, loop.run_to_end(stop))
+
+
+def join_sites(
+    stack: contextlib.ExitStack, member: Membership | None, run: Run, corpus: Corpus
+) -> Rounds | None:
+    """Connects to the other sites until `stack` is closed; returns None without several sites.
+
+    Raises:
+        ValueError: sites.period is set, but the run has no place among sites.
+    """
+    if member is None:
+        check_sites_flags(run.cfg.sites.period, "", "")
+        return None
+    shardings = state_sharding_tree(run.model, run.optimizer, run.mesh)
+    identity = {"the data": corpus.fingerprint, "the program": describe_program()}
+    return stack.enter_context(
+        open_rounds(run.cfg, member, run.model.shapes, shardings, run.mesh, identity)
+    )
+
+
+def compile_steps(
+    run: Run, logger: RunLogger, stop: StopListener, first: int
+) -> tuple[Step, Step | None]:
+    """Compiles the step, and the diagnosis if the config asks for one."""
+    beat("compile", first)
+    stop.set_activity("compiling the step")
+    step = compile_step(run)
+    logger.note(f"compiled in {step.compile_s:.1f} s")
+    logger.write(first, {"perf/compile_time_s": step.compile_s})
+    diagnosis = compile_diagnosis(run) if run.cfg.diagnose_every else None
+    if diagnosis:
+        logger.note(f"diagnosis compiled in {diagnosis.compile_s:.1f} s")
+    return step, diagnosis
 
 
 @contextlib.contextmanager
