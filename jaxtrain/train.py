@@ -148,8 +148,8 @@ def train(
             rounds.open_ledger(workdir, first, logger.note)
             logger.print_header(("sites", line) for line in rounds.describe())
         logger.print_header(("lock", line) for line in lock.describe())
-        about = {"site": member.describe() if member else None}
-        logger.write_config(build_config_json(run, corpus, hosts, **about))
+        place = member.describe() if member else None
+        logger.write_config(build_config_json(run, corpus, hosts, site=place))
         log = run_on_all_processes(lambda: StepLog(workdir, jax.process_index(), first))
 
         # Step: compiled once, ahead of time; a call with other shapes is an error, not a recompile.
@@ -161,7 +161,7 @@ def train(
         collector = Collector(work, chip, log, open_network_counters(hosts), checkpoints.is_saving)
         stack.enter_context(collector)
         collector.watch_ranks(cfg.measure, hosts, first)
-        logger.write_config(build_config_json(run, corpus, hosts, work, collector, **about))
+        logger.write_config(build_config_json(run, corpus, hosts, work, collector, place))
         logger.print_header(measurement_lines(run, work, collector))
 
         # Loop: batch, step, log, evaluate, save; then a last evaluation, a sample, the summary.
